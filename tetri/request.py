@@ -1,0 +1,151 @@
+"""What a request is: its sampling, its stages, its receipt. Used on the wire, in every core and by the client.
+
+One vocabulary for the request table, the timeline, metrics, logs and the simulator:
+QUEUED -> PREFILL -> MOVING -> WAITING -> DECODE -> DONE | FAILED | CANCELLED.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+
+class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every value that crosses a process border: immutable, and strict when read."""
+
+
+class Stage(StrEnum):
+    QUEUED = "queued"  # accepted, no worker computes it yet
+    PREFILL = "prefill"  # its first chunk was scheduled
+    MOVING = "moving"  # first token known, KV blocks still on their way
+    WAITING = "waiting"  # the decode worker holds all KV and the first token
+    DECODE = "decode"  # in the running batch
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (Stage.DONE, Stage.FAILED, Stage.CANCELLED)
+
+
+class Sampling(Record):
+    """How output tokens are drawn. `temperature` 0 is greedy; `seed` makes a drawn text repeatable."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: list[str] = []
+    ignore_eos: bool = False
+
+
+# field, lowest, highest, both allowed
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0.0, 100.0),
+    ("top_k", 0, 1 << 30),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 1e-3, 100.0),
+    ("max_tokens", 1, 1 << 30),
+    ("min_tokens", 0, 1 << 30),
+)
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+
+
+def sampling_problem(s: Sampling) -> str | None:
+    """The first thing wrong with a Sampling, in one line that says what is allowed; None when it is fine."""
+    for name, low, high in _RANGES:
+        value = getattr(s, name)
+        if not low <= value <= high:  # also catches NaN
+            bound = f"at least {low:g}" if value < low else f"from {low:g} to {high:g}"
+            return f"{name} must be {bound}, got {value:g}"
+    if not 0.0 < s.top_p <= 1.0:
+        return f"top_p must be above 0 and at most 1, got {s.top_p:g}"
+    if s.seed is not None and not 0 <= s.seed < 1 << 63:
+        return f"seed must be from 0 to 2^63 - 1, got {s.seed}"
+    if s.min_tokens > s.max_tokens:
+        return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({s.max_tokens})"
+    if len(s.stop) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in s.stop):
+        return f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters"
+    return None
+
+
+class Turn(Record):
+    """One message of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Receipt(Record):
+    """What really happened to a request's KV: `adopted` prompt tokens came as KV bytes, `recomputed` ones
+    were scheduled again by the decode engine itself (0 unless it was preempted).
+    """
+
+    prompt_tokens: int
+    adopted: int = 0
+    recomputed: int = 0
+    kv_bytes: int = 0
+    chunks: int = 0
+    transport: str = "none"
+    prefill_instance: str | None = None
+    decode_instance: str | None = None
+    preempted: int = 0
+    attempts: int = 1
+
+
+class Usage(Record):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Fingerprint(Record):
+    """What two engines must share before KV bytes of one mean anything to the other (design.md, section 5)."""
+
+    engine: str
+    version: str
+    isa: str
+    model: str
+    weights: str
+    dtype: str
+    kv_dtype: str
+    block_tokens: int
+    block_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    parallel: int = 1
+
+
+def difference(a: Fingerprint, b: Fingerprint) -> str | None:
+    """Name the first field in which two fingerprints differ; None when KV may move between them."""
+    for name in Fingerprint.__struct_fields__:
+        left, right = getattr(a, name), getattr(b, name)
+        if left != right:
+            return f"{name} differs: {left} and {right}"
+    return None
+
+
+class Capacity(Record):
+    """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
+
+    blocks: int
+    block_tokens: int
+    chunk_tokens: int
+    max_batch: int
+    context: int  # tokens, prompt and output together
+
+
+def blocks_for(tokens: int, block_tokens: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // block_tokens)
