@@ -14,57 +14,16 @@ decode   reserves blocks for all of `tokens` (told by `StepDone.allocated`), tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from tetri.request import Capacity, Fingerprint, Sampling
+from tetri.leg import Leg, Phase, Sampled, Span, StepDone
+from tetri.request import Capacity, Fingerprint
 
-Phase = Literal["prefill", "decode"]
+__all__ = ["Engine", "EngineError", "Leg", "Phase", "Sampled", "Span", "StepDone"]
 
 
 class EngineError(ValueError):
     """One leg, or the engine's configuration, cannot be run; one line that says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leg:
-    """`tokens` is the prompt and the output of earlier attempts; `output_from` the index in it at which output
-    begins (penalties, min_tokens and max_tokens count from there). `key` is unique per engine."""
-
-    key: str
-    phase: Phase
-    tokens: tuple[int, ...]
-    output_from: int
-    sampling: Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Token positions [start, stop) of one leg, computed in one step."""
-
-    key: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One new token of one leg. `reason` is None, or why the leg ended: "stop" (end of sequence) or "length"."""
-
-    key: str
-    token: int
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """What one step really did. `held` is every leg's number of blocks after the step."""
-
-    spans: tuple[Span, ...] = ()
-    tokens: tuple[Sampled, ...] = ()
-    allocated: tuple[str, ...] = ()  # decode legs whose blocks are now there, ready for `adopt`
-    preempted: tuple[str, ...] = ()
-    held: tuple[tuple[str, int], ...] = ()
 
 
 class Engine(Protocol):

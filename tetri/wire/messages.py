@@ -224,12 +224,6 @@ class Resend(Record, tag="resend"):
     start: int
 
 
-class Register(Record, tag="register"):
-    """The broker does not know this incarnation: say Ready again."""
-
-    incarnation: int
-
-
 class InstanceView(Record):
     """One instance as others see it."""
 
@@ -243,7 +237,9 @@ class InstanceView(Record):
 
 
 class ClusterView(Record, tag="view"):
-    """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation)."""
+    """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation).
+    Sent at every change and at least every `view_s`; it is also the answer to Ready. A worker that does not
+    find its own incarnation in it, or hears no view for a while, says Ready again."""
 
     epoch: int
     number: int
@@ -317,5 +313,5 @@ class Drop(BetweenWorkers, tag="drop"):
 
 
 InboxMessage = (
-    Assign | Close | Resend | Register | ClusterView | Offer | Grant | Refuse | Chunk | Landed | Drop
+    Assign | Close | Resend | ClusterView | Offer | Grant | Refuse | Chunk | Landed | Drop
 )

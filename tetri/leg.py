@@ -1,0 +1,54 @@
+"""A leg, and what a step of an engine says of it: the words that cores, policies and engines share.
+
+A *leg* is one phase of one request on one engine (tetri/engine/base.py tells its life).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tetri.request import Sampling
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """`tokens` is the prompt and the output of earlier attempts; `output_from` the index in it at which output
+    begins (penalties, min_tokens and max_tokens count from there). `key` is unique per engine."""
+
+    key: str
+    phase: Phase
+    tokens: tuple[int, ...]
+    output_from: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Token positions [start, stop) of one leg, computed in one step."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One new token of one leg. `reason` is None, or why the leg ended: "stop" (end of sequence) or "length"."""
+
+    key: str
+    token: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """What one step really did. `held` is every leg's number of blocks after the step."""
+
+    spans: tuple[Span, ...] = ()
+    tokens: tuple[Sampled, ...] = ()
+    allocated: tuple[str, ...] = ()  # decode legs whose blocks are now there, ready for `adopt`
+    preempted: tuple[str, ...] = ()
+    held: tuple[tuple[str, int], ...] = ()

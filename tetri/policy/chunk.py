@@ -1,0 +1,21 @@
+"""How prompts are cut into chunks (paper, section 3.3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tetri.leg import Span
+from tetri.policy.views import Progress
+
+
+def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
+    """The next chunk: slice and merge the prompts in order until `chunk_tokens` are full. It may hold the tail
+    of one prompt and the heads of others; only its last span may stop short of the prompt's end."""
+    spans, room = [], chunk_tokens
+    for prompt in prompts:
+        if room == 0:
+            break
+        take = min(room, prompt.goal - prompt.done)
+        spans.append(Span(prompt.key, prompt.done, prompt.done + take))
+        room -= take
+    return spans
