@@ -1,0 +1,20 @@
+"""tetri: a language model server whose prefill and decode phases run on separate instances."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetri.client import AsyncClient, Client
+
+__version__ = "0.1.0"
+__all__ = ["AsyncClient", "Client", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # The clients bring pyzmq along; cores and the simulator import this package without it.
+    if name in ("AsyncClient", "Client"):
+        import tetri.client
+
+        return getattr(tetri.client, name)
+    raise AttributeError(f"module 'tetri' has no attribute {name!r}")
