@@ -1,0 +1,68 @@
+"""Addresses: what may be written, and whether somebody already listens there."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+
+from tetri.net.errors import NetError
+
+# A Unix socket's path has room for 107 bytes; the rest is kept for what a tool may append.
+MAX_IPC_BYTES = 99
+_TCP = re.compile(r"tcp://(localhost|127(?:\.\d{1,3}){3}):(\d{1,5}|\*)")
+_TCP_ELSEWHERE = re.compile(r"tcp://.*:(\d{1,5}|\*)")
+
+
+def check(address: str) -> str | None:
+    """Raise NetError unless `address` may be bound or connected to; the path of an `ipc://` address."""
+    if address.startswith("ipc://"):
+        return _ipc_path(address)
+    if _TCP.fullmatch(address):
+        return None
+    if _TCP_ELSEWHERE.fullmatch(address):
+        raise NetError(
+            f"{_quoted(address)}: between hosts the wire must be encrypted, which is not there yet: use 127.0.0.1"
+        )
+    raise NetError(f"{_quoted(address)} is no address: write ipc:///path or tcp://127.0.0.1:port")
+
+
+def _ipc_path(address: str) -> str:
+    path = address.removeprefix("ipc://")
+    size = len(os.fsencode(path))
+    if not path.startswith("/") or "\0" in path:
+        raise NetError(f"{_quoted(address)}: an ipc address needs an absolute path, as in ipc:///run/name")
+    if size > MAX_IPC_BYTES:
+        raise NetError(
+            f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: use a shorter run directory"
+        )
+    return path
+
+
+def _quoted(address: str) -> str:
+    """An address comes over the wire too: keep its line short and printable."""
+    return repr(address if len(address) <= 160 else address[:157] + "...")
+
+
+def refuse_live_owner(path: str) -> None:
+    """Raise NetError when a process listens on the Unix socket `path`, or when the file is something else.
+
+    ZeroMQ unlinks whatever lies at the path before it binds, so a second process would silently take the
+    first one's clients. The file of a dead owner is fine.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise NetError(f"ipc://{path}: a file that is no socket lies there; remove it or choose another address")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+        except OSError as error:  # a full backlog or no permission: somebody is there
+            raise NetError(f"ipc://{path}: address in use ({error.strerror or error})") from None
+    raise NetError(f"ipc://{path}: address in use by another process")

@@ -1,0 +1,76 @@
+"""One peer that this process writes to: a PUSH socket, and its monitor, which tells of a dead peer at once."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from tetri.net import sockets
+from tetri.net.address import check
+from tetri.net.errors import NetError
+from tetri.wire.events import PeerDown, PeerUp
+
+_monitor_number = count()
+
+
+class Link:
+    """A connection to `peer` that is made again whenever it breaks. `monitor` is to be polled; when it is
+    readable, `news()` says what happened."""
+
+    def __init__(self, context: sockets.Context, peer: str, address: str) -> None:
+        """Raises NetError when `address` is none. Connecting itself never fails: nobody there is no PeerUp."""
+        check(address)
+        self.peer = peer
+        self.address = address
+        self.up = False
+        self._push = sockets.outbox(context)
+        self.monitor = context.socket(zmq.PAIR)
+        self.monitor.set(zmq.LINGER, 0)
+        # A monitor must be there before the connection, or it would miss how that began.
+        endpoint = f"inproc://monitor-{next(_monitor_number)}"
+        self._push.monitor(endpoint, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.monitor.connect(endpoint)
+        try:
+            self._push.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise NetError(f"{address}: cannot connect ({str(error.strerror).lower()})") from None
+
+    def send(self, data: bytes) -> bool:
+        """Hand `data` to libzmq without waiting; False when nobody is connected or the peer does not read."""
+        try:
+            self._push.send(data, zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            pass
+        # libzmq looks at a new connection only now and then while sending; asking for EVENTS makes it look.
+        if not _ready(self._push, zmq.POLLOUT):
+            return False
+        try:
+            self._push.send(data, zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            return False
+
+    def news(self) -> list[PeerUp | PeerDown]:
+        """What the monitor saw since the last call, in order. An attempt that never stood is no news."""
+        seen: list[PeerUp | PeerDown] = []
+        while _ready(self.monitor, zmq.POLLIN):
+            event = recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"]
+            up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if up != self.up:
+                self.up = up
+                seen.append(PeerUp(self.peer) if up else PeerDown(self.peer))
+        return seen
+
+    def close(self) -> None:
+        """Drop the connection and what still waits in it."""
+        self._push.disable_monitor()
+        self.monitor.close(0)
+        self._push.close(0)
+
+
+def _ready(socket: sockets.Socket, direction: int) -> bool:
+    return bool(int(socket.get(zmq.EVENTS)) & direction)
