@@ -1,0 +1,193 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetri.config import Config, ConfigError, Worker, cpu_numbers, default_path, dump, load
+
+CONF = Path(__file__).parent.parent / "conf"
+PAIR = '[[worker]]\niid="p0"\nrole="prefill"\n[[worker]]\niid="d0"\nrole="decode"\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(text: str) -> Path:
+        path = tmp_path / "t.toml"
+        path.write_text(text)
+        return path
+
+    return write_config
+
+
+def test_the_shipped_files_load():
+    default, emulated = load(CONF / "default.toml"), load(CONF / "emulated.toml")
+    assert [(w.iid, w.role, w.cpus) for w in default.workers] == [
+        ("p0", "prefill", "0"),
+        ("d0", "decode", "1"),
+    ]
+    assert default.model.name == "smollm2-135m" and default.engine.kind == "vllm"
+    assert [w.iid for w in emulated.workers] == ["p0", "p1", "d0", "d1"]
+    assert emulated.engine.kind == "emulated" and emulated.engine.block_tokens == 16
+
+
+def test_addresses_follow_the_run_directory(write, tmp_path):
+    config = load(write(PAIR), [f"cluster.run_dir={tmp_path}"])
+    assert config.clients_address == f"ipc://{tmp_path}/clients"
+    assert config.events_address == f"ipc://{tmp_path}/events"
+    assert config.inbox_address("p0") == f"ipc://{tmp_path}/inbox-p0"
+    assert (
+        load(write(PAIR), ["broker.clients=tcp://127.0.0.1:5555"]).clients_address == "tcp://127.0.0.1:5555"
+    )
+
+
+def test_the_default_run_directory(monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert Config().run_dir == Path("/run/user/7/tetri")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert str(Config().run_dir).startswith("/tmp/tetri-")
+
+
+def test_the_environment_names_the_file(monkeypatch):
+    monkeypatch.setenv("TETRI_CONF", "/somewhere/x.toml")
+    assert default_path() == Path("/somewhere/x.toml")
+    monkeypatch.delenv("TETRI_CONF")
+    assert default_path() == CONF / "default.toml"
+
+
+BAD = [
+    ("[engin]\n", "engin: unknown section; allowed: cluster, broker"),
+    ("[engine]\nchunk=1\n", "engine.chunk: unknown key; allowed: kind, chunk_tokens"),
+    ("[engine]\nchunk_tokens='x'\n", "engine.chunk_tokens: must be a whole number from 1"),
+    ("[engine]\nchunk_tokens=1.5\n", "engine.chunk_tokens: must be a whole number"),
+    ("[engine]\nchunk_tokens=true\n", "engine.chunk_tokens: must be a whole number"),
+    ("[engine]\nchunk_tokens=0\n", "got 0"),
+    ("[engine]\nkind='gpu'\n", "must be one of: vllm, emulated"),
+    ("[cluster]\nbeat_s=nan\n", "cluster.beat_s: must be a number"),
+    ("[cluster]\nbeat_s=inf\n", "cluster.beat_s: must be a number"),
+    ("[cluster]\nname='Too Big'\n", "1 to 20 of a-z"),
+    ("[cluster]\ndead_s=0.3\n", "at least three times beat_s"),
+    ("[transfer]\ndigest=1\n", "must be true or false"),
+    ("[model]\nname=3\n", "model.name: must be a text"),
+    ("[model]\ndtype=1979-05-27\n", "model.dtype: must be a text"),
+    ("[policy]\norder='best'\n", "policy.order: must be one of: fcfs"),
+    ("[broker]\nclients='tcp://10.0.0.1:5555'\n", "CURVE"),
+    ("[broker]\nclients='tcp://*:5555'\n", "CURVE"),
+    ("[broker]\nclients='tcp://127.0.0.1:0'\n", "broker.clients: must be"),
+    ("[broker]\nclients='udp://127.0.0.1:1'\n", "broker.clients: must be"),
+    ("[broker]\ncpus='zero'\n", "CPU numbers"),
+    ("[broker]\ncpus='3-1'\n", "names no CPU"),
+    ("[emulated]\ncost='no-such'\n", "there is no file"),
+    ("engine=3\n", "engine: must be a table"),
+    ("[engine\n", "not a TOML file"),
+    (f"[cluster]\nrun_dir='/tmp/{'x' * 90}'\n", "under 100 bytes"),
+    ("[[worker]]\niid='p0'\nrole='prefill'\n", "is used 2 times"),
+    ("[[worker]]\niid='P'\nrole='prefill'\n", "worker 1.iid: must be 1 to 16"),
+    ("[[worker]]\niid='p1'\nrole='mixed'\n", "worker 1.role: must be one of: prefill, decode"),
+    ("[[worker]]\nrole='prefill'\n", "worker 1: iid is missing"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD)
+def test_bad_values_are_one_line_that_says_what_is_allowed(write, text, says):
+    path = write(text + PAIR)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert says in message and "\n" not in message and message.startswith(str(path))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_both_roles_are_needed(write, role):
+    with pytest.raises(ConfigError, match="at least one"):
+        load(write(f'[[worker]]\niid="a"\nrole="{role}"\n'))
+
+
+def test_a_single_worker_table_is_refused(write):
+    with pytest.raises(ConfigError, match=r"\[\[worker\]\]"):
+        load(write('[worker]\niid="a"\nrole="decode"\n'))
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_an_unreadable_file(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / name)
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load(tmp_path / "b.toml")
+
+
+def test_overrides_take_toml_or_bare_words(write):
+    sets = [
+        "engine.kind=emulated",
+        "cluster.beat_s = 1",
+        'cluster.name="x"',
+        "worker.p0.cpus=0",
+        "transfer.digest=false",
+    ]
+    config = load(write(PAIR), sets)
+    assert config.engine.kind == "emulated" and config.cluster.name == "x" and not config.transfer.digest
+    assert config.cluster.beat_s == 1.0 and isinstance(config.cluster.beat_s, float)
+    assert config.worker("p0") == Worker("p0", "prefill", cpus="0")
+
+
+def test_an_override_can_replace_the_workers(write):
+    config = load(write(PAIR), ['worker=[{iid="a",role="prefill"},{iid="b",role="decode"}]'])
+    assert [w.iid for w in config.workers] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("engine.kind", "section.key=value"),
+        ("=3", "section.key=value"),
+        ("nope.kind=3", "unknown key; sections"),
+        ("kind=3", "unknown key; sections"),
+        ("engine.kin=3", "engine.kin: unknown key"),
+        ("engine.chunk_tokens=many", "whole number"),
+        ("worker.zz.cpus=0", "no \\[\\[worker\\]\\] with iid"),
+        ("worker=3", "list of tables"),
+    ],
+)
+def test_bad_overrides(write, override, says):
+    with pytest.raises(ConfigError, match=says):
+        load(write(PAIR), [override])
+
+
+def test_an_unknown_worker_lists_the_known(write):
+    with pytest.raises(ConfigError, match="known: p0, d0"):
+        load(write(PAIR)).worker("zz")
+
+
+def test_cost_files_lie_beside_the_configuration(write, tmp_path):
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost" / "h100.toml").write_text("")
+    config = load(write("[emulated]\ncost='h100.toml'\n" + PAIR))
+    assert config.emulated.cost == str(tmp_path / "cost" / "h100.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("0,2-3", {0, 2, 3})]
+)
+def test_cpu_numbers(text, cpus):
+    assert cpu_numbers(text) == cpus
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
+
+
+@given(model=texts, beat=st.floats(0.01, 6), digest=st.booleans())
+def test_what_dump_writes_load_reads(tmp_path_factory, model, beat, digest):
+    tmp = tmp_path_factory.mktemp("c")
+    (tmp / "a.toml").write_text(PAIR)
+    config = load(tmp / "a.toml", ["cluster.run_dir=/tmp/r"])
+    model_section = dataclasses.replace(config.model, name=model)
+    cluster = dataclasses.replace(config.cluster, beat_s=beat)
+    transfer = dataclasses.replace(config.transfer, digest=digest)
+    config = dataclasses.replace(config, model=model_section, cluster=cluster, transfer=transfer)
+    (tmp / "b.toml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp / "b.toml") == config

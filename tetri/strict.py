@@ -1,0 +1,81 @@
+"""Tables of untrusted values into frozen dataclasses: every key known, every type right, every value in range.
+
+A dataclass says with `number`, `word` and `choice` what its fields may hold; plain `str` and `bool` defaults
+allow any text and either truth value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import field
+from typing import Any
+
+REQUIRED: Any = dataclasses.MISSING  # as a default: the key must be given
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; one line that names the place and says what is allowed."""
+
+
+def number(default: float, low: float, high: float) -> Any:
+    return field(default=default, metadata={"range": (low, high)})
+
+
+def word(default: Any, pattern: str, allowed: str) -> Any:
+    return field(default=default, metadata={"pattern": pattern, "allowed": allowed, "type": str})
+
+
+def choice(default: Any, *names: str) -> Any:
+    return field(default=default, metadata={"names": names, "type": str})
+
+
+def section(kind: type, table: Any, where: str, name: str) -> Any:
+    """A `kind` filled from `table`, which stands in file `where` as [name]. Raises ConfigError."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: {name}: must be a table, written as [{name.split()[0]}]")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in table.items():
+        place = f"{where}: {name}.{key}"
+        if key not in fields:
+            raise ConfigError(f"{place}: unknown key; allowed: {', '.join(fields)}")
+        problem = _problem(fields[key], types(kind)[key], value)
+        if problem:
+            raise ConfigError(f"{place}: {problem}, got {json.dumps(value, ensure_ascii=False, default=str)}")
+    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in table]
+    if missing:
+        raise ConfigError(f"{where}: {name}: {missing[0]} is missing")
+    return kind(**{k: float(v) if types(kind)[k] is float else v for k, v in table.items()})
+
+
+def types(kind: type) -> dict[str, type]:
+    """The type of each field's value."""
+    return {f.name: f.metadata.get("type") or type(f.default) for f in dataclasses.fields(kind)}
+
+
+def _problem(f: dataclasses.Field[Any], kind: type, value: Any) -> str | None:
+    """What is wrong with one value, as the middle of a sentence; None when nothing is."""
+    if kind is bool:
+        return None if isinstance(value, bool) else "must be true or false"
+    if kind is str:
+        return _text_problem(f, value)
+    low, high = f.metadata["range"]
+    word = "a whole number" if kind is int else "a number"
+    fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if fits and math.isfinite(value) and low <= value <= high:
+        return None
+    return f"must be {word} from {low} to {high}"
+
+
+def _text_problem(f: dataclasses.Field[Any], value: Any) -> str | None:
+    if not isinstance(value, str):
+        return "must be a text"
+    names = f.metadata.get("names")
+    if names is not None:
+        return None if value in names else f"must be one of: {', '.join(names)}"
+    pattern = f.metadata.get("pattern")
+    if pattern and not re.fullmatch(pattern, value):
+        return f"must be {f.metadata['allowed']}"
+    return None
