@@ -159,7 +159,7 @@ def cpu_numbers(text: str) -> frozenset[int]:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file; `overrides` are "section.key=value" (or "worker.IID.key=value"). Raises ConfigError."""
+    """Read a TOML file; `overrides` are "section.key=value" or "worker.IID.key=value". Raises ConfigError."""
     where = str(path)
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))

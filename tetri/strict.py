@@ -1,4 +1,4 @@
-"""Tables of untrusted values into frozen dataclasses: every key known, every type right, every value in range.
+"""Untrusted tables into frozen dataclasses: every key known, every type right, every value in range.
 
 A dataclass says with `number`, `word` and `choice` what its fields may hold; plain `str` and `bool` defaults
 allow any text and either truth value.

@@ -1,0 +1,248 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tetri.request import Turn
+from tetri.text import ByteTokenizer, Stopper, TextError, decode, load_tokenizer
+
+BYTES = ByteTokenizer()
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<e>\n{% endfor %}<s>assistant{{ '\n' }}"
+)
+CORPUS = [
+    "the cat sat on the mat and then the other cat",
+    "naïve café 日本語 🙂 ",
+    "12 345 678",
+    "def f(x):\n    return x",
+]
+
+
+def make_checkpoint(folder: Path, **settings) -> Path:
+    """A small byte-level checkpoint folder, trained on a few lines."""
+    folder.mkdir(exist_ok=True)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "<e>"], initial_alphabet=alphabet)
+    inner.train_from_iterator(CORPUS * 5, trainer)
+    inner.add_tokens([AddedToken("a b\u2009c", special=False), AddedToken("Ġplain", special=False)])
+    inner.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "<e>"}, "chat_template": TEMPLATE, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def inner(folder):
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+# ------------------------------------------------------------------------------------------- tokenisers
+
+
+@given(st.text())
+def test_bytes_there_and_back(text):
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        return
+    assert decode(BYTES, BYTES.encode(text)) == text
+
+
+def test_any_id_has_a_text_without_a_model():
+    assert decode(BYTES, [72, 105, 0x1F3A, 70000]) == "Hi1f3a 11170 "
+
+
+def test_chat_without_a_model():
+    ids = BYTES.chat([Turn(role="user", content="hello")])
+    assert decode(BYTES, ids) == "user: hello\nassistant: "
+
+
+@given(st.lists(st.integers(0, 420), max_size=40))
+def test_token_bytes_give_what_the_tokenizers_package_decodes(tokenizer, inner, ids):
+    assert decode(tokenizer, ids) == inner.decode(ids, skip_special_tokens=True)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_models_text_comes_back(tokenizer, text):
+    if "<s>" not in text and "<e>" not in text:
+        assert decode(tokenizer, tokenizer.encode(text)) == text
+
+
+def test_the_template_is_applied_and_specials_are_one_token(tokenizer, inner):
+    turns = [Turn(role="user", content="hi")]
+    ids = tokenizer.chat(turns)
+    assert inner.decode(ids, skip_special_tokens=False) == "<s>user\nhi<e>\n<s>assistant\n"
+    assert ids.count(0) == 2 and ids.count(1) == 1
+
+
+def test_eos_ids_come_from_all_files(tokenizer):
+    assert tokenizer.eos_ids == {0, 1}
+
+
+def test_a_template_file_wins_and_a_list_has_a_default(tmp_path):
+    both = make_checkpoint(tmp_path / "a")
+    (both / "chat_template.jinja").write_text("file:{{ bos_token }}")
+    assert decode(load_tokenizer(both), load_tokenizer(both).chat([])) == "file:"
+    listed = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    some = load_tokenizer(make_checkpoint(tmp_path / "b", chat_template=listed))
+    assert decode(some, some.chat([])) == "d"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('roles must\nalternate') }}", "refuses this conversation: roles must alternate"),
+        ("{{ messages[0].content.nothing.here }}", "fails on this conversation"),
+        ("{{ ''.__class__.__mro__ }}", "fails on this conversation"),
+        ("{{ 1 // 0 }}", "fails on this conversation"),
+        (None, "no chat template"),
+    ],
+)
+def test_templates_that_fail_are_one_line(tmp_path, template, says):
+    broken = load_tokenizer(make_checkpoint(tmp_path / "m", chat_template=template))
+    with pytest.raises(TextError, match=says) as caught:
+        broken.chat([Turn(role="user", content="x")])
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_folders(tmp_path):
+    with pytest.raises(TextError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(TextError, match="template cannot be used"):
+        load_tokenizer(make_checkpoint(tmp_path / "t", chat_template="{% for %}"))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(TextError, match="cannot be used"):
+        load_tokenizer(tmp_path)
+    other = make_checkpoint(tmp_path / "o")
+    (other / "tokenizer_config.json").write_text("[")
+    with pytest.raises(TextError, match="not JSON"):
+        load_tokenizer(other)
+    stored = json.loads((other / "tokenizer.json").read_text())
+    stored["decoder"] = {"type": "Fuse"}
+    (other / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(TextError, match="decoder Fuse is not supported"):
+        load_tokenizer(other)
+
+
+def test_an_unknown_end_of_sequence(tmp_path):
+    bare = make_checkpoint(tmp_path / "m", eos_token=None)
+    (bare / "generation_config.json").unlink()
+    with pytest.raises(TextError, match="end-of-sequence"):
+        load_tokenizer(bare)
+
+
+def test_half_a_surrogate_is_refused(tokenizer):
+    for each in (tokenizer, BYTES):
+        with pytest.raises(TextError, match="character 2"):
+            each.encode("ab\ud800")
+
+
+# ---------------------------------------------------------------------------------------------- Stopper
+
+
+def naive(tokenizer, ids, stop):
+    """The definition: whole text, first stop to complete, longest of those; and the tokens that count."""
+    text = decode(tokenizer, ids)
+    for end in range(1, len(text) + 1):
+        matched = [len(s) for s in stop if text[:end].endswith(s)]
+        if matched:
+            return text[: end - max(matched)], True, end
+    return text, False, None
+
+
+def run(tokenizer, ids, stop, cuts=(), output=0):
+    """All that a Stopper releases, fed in pieces; checks that what is shown never contains a stop."""
+    stopper = Stopper(tokenizer, stop, ids[:output])
+    earlier = Stopper(tokenizer, stop).feed(ids[:output]).text
+    shown, start = earlier, output
+    for cut in [*sorted(c for c in cuts if c > output), len(ids)]:
+        shown += stopper.feed(ids[start:cut]).text
+        start = max(start, cut)
+        assert not any(s in shown for s in stop)
+    last = stopper.finish()
+    return shown + last.text, last.stopped, last.counted
+
+
+letters = st.text(st.sampled_from("ab\n"), min_size=1, max_size=5)
+stops = st.lists(letters, max_size=3)
+cuts = st.lists(st.integers(0, 60), max_size=6)
+
+
+@given(st.text(st.sampled_from("ab\n"), max_size=60), stops, cuts, st.integers(0, 20))
+@example("aaab", ["aab"], [], 0)
+@example("ababac", ["abac"], [3], 0)
+@example("abcd", ["bcd", "c"], [], 0)
+def test_one_character_a_token(text, stop, cuts, output):
+    ids = BYTES.encode(text)
+    expected, stopped, end = naive(BYTES, ids, stop)
+    assert run(BYTES, ids, stop, cuts, min(output, len(ids))) == (expected, stopped, end or len(ids))
+
+
+words = st.lists(st.one_of(st.integers(0, 420), st.sampled_from([0xE6 + 2, 100, 130, 250])), max_size=40)
+pieces = st.text(st.sampled_from("the cat日é\ufffd"), min_size=1, max_size=4)
+
+
+@given(words, st.lists(pieces, max_size=3), cuts)
+def test_tokens_of_a_model_stops_anywhere(tokenizer, ids, stop, cuts):
+    expected, stopped, _ = naive(tokenizer, ids, stop)
+    text, did_stop, counted = run(tokenizer, ids, stop, cuts)
+    assert (text, did_stop) == (expected, stopped)
+    if stopped and not any("\ufffd" in s for s in stop):
+        assert naive(tokenizer, ids[:counted], stop)[1] and not naive(tokenizer, ids[: counted - 1], stop)[1]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), cuts)
+def test_half_a_character_is_never_shown(text, cuts):
+    stopper = Stopper(BYTES)
+    shown = ""
+    for byte in text.encode():
+        shown += stopper.feed([byte]).text
+        assert text.startswith(shown)
+    assert shown + stopper.finish().text == text
+
+
+def test_a_stop_in_the_middle_of_a_token_spares_its_beginning():
+    stopper = Stopper(BYTES, ["f3"])
+    assert stopper.feed([104, 0x1F3A, 0x2222]) == ("h1", True, 2)
+    assert stopper.feed([65]) == ("", True, 2)
+    assert stopper.finish() == ("", True, 2)
+
+
+def test_what_may_begin_a_stop_is_held_and_released():
+    stopper = Stopper(BYTES, ["END"])
+    assert stopper.feed(b"xEN").text == "x"
+    assert stopper.feed(b"E").text == "EN"
+    assert stopper.finish().text == "E"
+
+
+def test_a_stopper_that_goes_on_after_earlier_output():
+    stopper = Stopper(BYTES, ["END"], b"abE")
+    assert stopper.feed(b"ND!") == ("", True, 5)
+    assert Stopper(BYTES, ["b"], b"abc").stopped
+
+
+def test_the_cost_of_a_token_is_tens_of_microseconds():
+    """Generous: a busy machine must not make this fail, a quadratic algorithm must."""
+    stop = ["\n\n", "</s>", "User:", "a" * 256]
+    ids = BYTES.encode("the quick brown fox says a a a and jumps </ over\n it. " * 400)
+    stopper = Stopper(BYTES, stop)
+    begin = time.process_time()
+    for token in ids:
+        stopper.feed((token,))
+    assert (time.process_time() - begin) / len(ids) < 100e-6

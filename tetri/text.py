@@ -1,0 +1,277 @@
+"""Between text and token ids: tokenisers, chat templates, text that appears token by token, stop strings.
+
+A token is a run of bytes; text is those bytes read as UTF-8, U+FFFD for what is none. So text appears token
+by token through an incremental UTF-8 decoder and is, to the character, what decoding all at once gives.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from tetri.request import Turn
+
+
+class TextError(ValueError):
+    """A tokeniser cannot be used, or a text not tokenised; one line."""
+
+
+class Tokenizer(Protocol):
+    eos_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, with what the model wants in front of every prompt. Raises TextError."""
+
+    def chat(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids of a conversation up to where the assistant's answer begins. Raises TextError."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token, maybe only a part of a character; none for a special token."""
+
+
+class ByteTokenizer:
+    """For engines without a model: ids below 256 are bytes, any other id reads as a hexadecimal word."""
+
+    eos_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str) -> list[int]:
+        return list(_utf8(text))
+
+    def chat(self, turns: Sequence[Turn]) -> list[int]:
+        lines = "".join(f"{turn.role}: {turn.content}\n" for turn in turns)
+        return self.encode(lines + "assistant: ")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes((token,)) if 0 <= token < 256 else f"{token:x} ".encode()
+
+
+class ModelTokenizer:
+    """The tokeniser of a checkpoint. Made by `load_tokenizer`."""
+
+    def __init__(self, inner: Any, template: Any, specials: dict[str, str], eos_ids: frozenset[int]) -> None:
+        self.eos_ids = eos_ids
+        self._inner = inner
+        self._template = template
+        self._specials = specials
+        self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self._silent = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        ids: list[int] = self._inner.encode(text).ids
+        return ids
+
+    def chat(self, turns: Sequence[Turn]) -> list[int]:
+        if self._template is None:
+            raise TextError("the model has no chat template: send a prompt instead of messages")
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        text = _rendered(self._template, messages, self._specials)
+        _utf8(text)
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._spell(token)
+        return known
+
+    def _spell(self, token: int) -> bytes:
+        word = None if token in self._silent or token < 0 else self._inner.id_to_token(token)
+        if word is None:  # padding of the vocabulary has no text either
+            return b""
+        try:
+            return bytes(_byte_of()[char] for char in word)
+        except KeyError:  # an added token: spelt as it is written
+            return bytes(word.encode())
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of whole output."""
+    return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read tokenizer.json and its neighbours in a checkpoint's folder. Raises TextError."""
+    from tokenizers import Tokenizer as Inner
+
+    folder = Path(folder)
+    text = _read(folder / "tokenizer.json")
+    try:
+        inner = Inner.from_str(text)
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        raise TextError(f"{folder}/tokenizer.json: cannot be used: {_line(error)}") from error
+    decoder = (json.loads(text).get("decoder") or {}).get("type")
+    if decoder != "ByteLevel":
+        raise TextError(f"{folder}/tokenizer.json: decoder {decoder} is not supported, only ByteLevel is")
+    inner.no_truncation()
+    inner.no_padding()
+    settings = _json(folder / "tokenizer_config.json")
+    specials = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
+    eos_ids = _eos_ids(folder)
+    if (token := inner.token_to_id(specials.get("eos_token", ""))) is not None:
+        eos_ids |= {token}
+    if not eos_ids:
+        raise TextError(f"{folder}: no file names the end-of-sequence token (generation_config.json should)")
+    return ModelTokenizer(inner, _template(folder, settings), specials, eos_ids)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"character {error.start} of the text is half a surrogate pair") from None
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """The byte behind each character in which byte-level vocabularies, since GPT-2, are written."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(shown)]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path}: cannot be read: {_line(error)}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise TextError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise TextError(f"{path}: must hold an object")
+    return found
+
+
+def _eos_ids(folder: Path) -> frozenset[int]:
+    for name in ("generation_config.json", "config.json"):
+        found = _json(folder / name).get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> Any:
+    path = folder / "chat_template.jinja"
+    source = _read(path) if path.exists() else settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    if source is None:
+        return None
+    # A template is code that came with the weights: it gets no further than its sandbox.
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.globals["raise_exception"] = _refuse
+    sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    try:
+        return sandbox.from_string(source)
+    except TemplateError as error:
+        raise TextError(f"{folder}: its chat template cannot be used: {_line(error)}") from None
+
+
+def _refuse(reason: str) -> None:
+    raise TextError(f"the chat template refuses this conversation: {_line(reason)}")
+
+
+def _rendered(template: Any, messages: list[dict[str, str]], specials: dict[str, str]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(template.render(messages=messages, add_generation_prompt=True, **specials))
+    except (TemplateError, TypeError, KeyError, AttributeError, ArithmeticError, OverflowError) as error:
+        raise TextError(f"the chat template fails on this conversation: {_line(error)}") from None
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+class Released(NamedTuple):
+    """`text` may be shown now. `counted`: output tokens that belong to the answer so far; those after the one
+    that completed a stop string do not."""
+
+    text: str
+    stopped: bool
+    counted: int
+
+
+class Stopper:
+    """Turns output tokens into text that may be shown, up to a stop string.
+
+    Of the stop strings in the text, the one whose last character comes first ends it; of those that end there
+    together, the longest. The text before it is the answer, however the text was cut into tokens. Text that
+    may yet turn out to begin a stop string is held back.
+
+    `output` are tokens of this answer that were fed to an earlier Stopper: their text is not released again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = ()) -> None:
+        self.stopped = False
+        self.counted = 0
+        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = tuple(stop)
+        self._first = frozenset(text[0] for text in self._stop)
+        self._reach = max(map(len, self._stop), default=1) - 1  # how much may have to be held
+        self._held = ""
+        self.feed(output)
+
+    def feed(self, ids: Iterable[int]) -> Released:
+        """The next output tokens."""
+        shown = []
+        for token in ids:
+            if self.stopped:
+                break
+            self.counted += 1
+            shown.append(self._release(self._utf8.decode(self._token_bytes(token))))
+        return Released("".join(shown), self.stopped, self.counted)
+
+    def finish(self) -> Released:
+        """No more tokens: what was held back, half a character as U+FFFD."""
+        text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
+        text += self._held
+        self._held = ""
+        return Released(text, self.stopped, self.counted)
+
+    def _release(self, new: str) -> str:
+        if not self._stop or not new:
+            return new
+        # A match that ends in `new` begins in what is held: anything earlier could not become one.
+        text = self._held + new
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)[1]]
+        keep = self._keep(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def _keep(self, text: str) -> int:
+        """The first index from which on the text may be the beginning of a stop string."""
+        for at in range(max(0, len(text) - self._reach), len(text)):
+            if text[at] in self._first:
+                rest = text[at:]
+                if any(stop.startswith(rest) for stop in self._stop):
+                    return at
+        return len(text)
