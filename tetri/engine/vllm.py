@@ -1,0 +1,294 @@
+"""The real engine: vLLM on the CPU, in this process, driven at the level of its scheduler and model runner.
+
+There can be one per process: vLLM keeps global state. Bytes enter and leave between steps only, straight from and
+to the KV tensors, whole blocks at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone
+from tetri.engine.vllm_sampler import GREEDY_BELOW, RowSampler
+from tetri.engine.vllm_setup import VllmSettings, check_layout, engine_config, make_fingerprint, stop_ids
+from tetri.request import Capacity, blocks_for, sampling_problem
+
+
+def prepare_environment() -> int:
+    """All of vLLM's environment, in one place; must run before torch and vLLM are imported. Returns the number of
+    threads: one per core that the parent left to this process."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
+        VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
+        VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # pinned by the parent already
+        OMP_NUM_THREADS=str(cores),
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM's older way to say kv_cache_memory_bytes, which would override ours.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return cores
+
+
+@dataclass(slots=True)
+class _LiveLeg:
+    """A leg that vLLM holds as `request`. `missing`: blocks of a decode leg whose KV has not come yet."""
+
+    leg: Leg
+    request: Any
+    outputs_left: int  # of the whole request, this leg's first one included
+    parked: bool = False  # a decode leg that has its blocks and is not admitted
+    missing: set[int] = field(default_factory=set)
+
+
+class VllmEngine:
+    """Implements tetri.engine.base.Engine.
+
+    `kv_bytes` is the KV space in bytes; `context` the most tokens of a request, prompt and output together (None:
+    what the model allows); `weights` a hash of the checkpoint. Raises EngineError, one line, when the checkpoint is
+    unknown, its KV layout is unsupported or the KV space is too small for one context.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        dtype: Literal["bfloat16", "float32"],
+        chunk_tokens: int,
+        max_batch: int,
+        kv_bytes: int,
+        context: int | None,
+        weights: str,
+        block_tokens: int = 128,
+    ) -> None:
+        settings = VllmSettings(
+            Path(model), dtype, chunk_tokens, max_batch, kv_bytes, context, weights, block_tokens
+        )
+        settings.check()
+        threads = prepare_environment()
+        self._start(settings, threads)
+        self._legs: dict[str, _LiveLeg] = {}
+        self._ended: dict[str, list[int]] = {}  # block ids of the legs that ended in the last step
+        self._parked = 0
+        # Loading leaves a million objects that live for ever: keep the collector from walking them in a step.
+        gc.collect()
+        gc.freeze()
+
+    def _start(self, settings: VllmSettings, threads: int) -> None:
+        import torch
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+        from vllm.v1.engine.core import EngineCore
+        from vllm.v1.executor import Executor
+
+        if has_kv_transfer_group():
+            raise EngineError("this process already runs a vLLM engine: start another process")
+        torch.set_num_threads(threads)
+        config = engine_config(settings)
+        self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        self._scheduler = self._core.scheduler
+        self._connector = self._scheduler.connector
+        spec = check_layout(self._scheduler.kv_cache_config)
+        self._caches = [_block_rows(cache) for cache in get_kv_transfer_group().kv_caches.values()]
+        self._layer_bytes = self._caches[0].shape[1]
+        self.block_bytes = self._layer_bytes * len(self._caches)
+        self.fingerprint = make_fingerprint(settings, config, spec, len(self._caches), self.block_bytes)
+        self._stop_ids = stop_ids(config)
+        self._vocab = config.model_config.get_vocab_size()
+        manager = self._scheduler.kv_cache_manager
+        self._req_to_blocks = manager.coordinator.single_type_managers[0].req_to_blocks
+        self.capacity = Capacity(
+            blocks=manager.block_pool.get_num_free_blocks(),  # without the null block
+            block_tokens=spec.block_size,
+            chunk_tokens=self._scheduler.max_num_scheduled_tokens,
+            max_batch=settings.max_batch,
+            context=config.model_config.max_model_len,
+        )
+
+    # ------------------------------------------------------------ legs
+
+    def add(self, leg: Leg) -> None:
+        """Raises EngineError when this leg can never run."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        if leg.key in self._legs:
+            raise EngineError(f"leg {leg.key!r} is already there")
+        left = self._outputs_left(leg)
+        decode = leg.phase == "decode"
+        # The last token of a decode leg's prompt is not known before `admit`: any valid id keeps its place.
+        prompt = [*leg.tokens, leg.tokens[-1]] if decode else list(leg.tokens)
+        make = partial(
+            RowSampler, leg.sampling, output_from=leg.output_from, stop_ids=self._stop_ids, vocab=self._vocab
+        )
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=left - 1 if decode else 1,
+            stop_token_ids=[] if leg.sampling.ignore_eos else list(self._stop_ids),
+            detokenize=False,
+            extra_args={"kv_transfer_params": {"adopt": decode}, "tetri_sampler": make},
+        )
+        request = Request(leg.key, prompt, params, None)
+        self._ended.pop(leg.key, None)
+        self._legs[leg.key] = _LiveLeg(leg, request, left)
+        self._scheduler.add_request(request)
+
+    def _outputs_left(self, leg: Leg) -> int:
+        """How many output tokens the request of this leg may still get. Raises EngineError for a leg that
+        cannot run."""
+        count, sampling = len(leg.tokens), leg.sampling
+        if not leg.tokens:
+            raise EngineError("a leg needs at least one token")
+        if not 0 <= min(leg.tokens) <= max(leg.tokens) < self._vocab:
+            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}")
+        if not 0 <= leg.output_from <= count:
+            raise EngineError(f"output_from must be from 0 to {count}, got {leg.output_from}")
+        if problem := sampling_problem(sampling):
+            raise EngineError(problem)
+        if sampling.temperature >= GREEDY_BELOW and sampling.seed is None:
+            raise EngineError("a temperature above 0 needs a seed")
+        left = sampling.max_tokens - (count - leg.output_from)
+        needed = 2 if leg.phase == "decode" else 1  # a decode leg's first output token comes with `admit`
+        if left < needed:
+            raise EngineError(f"max_tokens ({sampling.max_tokens}) leaves nothing to compute in this {leg.phase} leg")
+        if count + left > self.capacity.context:
+            raise EngineError(
+                f"{count} tokens and up to {left} of output exceed the context of {self.capacity.context} tokens"
+            )
+        return left
+
+    def cancel(self, key: str) -> None:
+        """End a leg in any state and free its blocks at once; an unknown key is no error."""
+        from vllm.v1.request import RequestStatus
+
+        self._ended.pop(key, None)
+        live = self._legs.pop(key, None)
+        if live is None:
+            return
+        if live.parked:
+            # vLLM keeps the blocks of a parked request until its KV has arrived: nothing is under way here.
+            self._scheduler.finished_recving_kv_req_ids.add(key)
+            self._parked -= 1
+        self._scheduler.finish_requests(key, RequestStatus.FINISHED_ABORTED)
+        self._connector.record.freed.pop(key, None)
+
+    def admit(self, key: str, token: int) -> None:
+        """Let a decode leg run from the next step on. Raises EngineError unless all of its blocks were adopted."""
+        live = self._legs.get(key)
+        if live is None or not live.parked:
+            raise EngineError(f"leg {key!r} does not wait for admission")
+        if live.missing:
+            raise EngineError(f"leg {key!r} cannot be admitted: {len(live.missing)} of its blocks were not adopted")
+        if not 0 <= token < self._vocab:
+            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}, got {token}")
+        live.request.prompt_token_ids[-1] = token
+        live.request._all_token_ids[-1] = token
+        # What vLLM does when a connector reports the KV as received, but without waiting for one more step.
+        self._scheduler.finished_recving_kv_req_ids.add(key)
+        live.parked = False
+        self._parked -= 1
+
+    # ------------------------------------------------------------ steps
+
+    def step(self) -> StepDone:
+        """One forward pass, or an idle pass that only allocates; nothing at all when every leg is parked."""
+        self._ended.clear()
+        if len(self._legs) == self._parked:
+            return StepDone(held=self._held())
+        record = self._connector.begin_step()
+        outputs, _ = self._core.step()
+        for key in record.parked:
+            self._park(key)
+        spans = tuple(Span(key, start, stop) for key, (start, stop) in record.computed.items())
+        tokens = tuple(self._sampled(output) for output in outputs[0].outputs) if outputs else ()
+        self._ended.update(record.freed)
+        return StepDone(spans, tokens, tuple(record.parked), tuple(record.preempted), self._held())
+
+    def _park(self, key: str) -> None:
+        live = self._legs[key]
+        live.parked = True
+        live.missing = set(range(blocks_for(len(live.leg.tokens), self.capacity.block_tokens)))
+        self._parked += 1
+
+    def _sampled(self, output: Any) -> Sampled:
+        key, reason = output.request_id, output.finish_reason
+        (token,) = output.new_token_ids
+        if reason is None:
+            return Sampled(key, token, None)
+        live = self._legs.pop(key)
+        ended = str(reason)
+        if ended not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended leg {key!r} with {ended!r}")
+        # vLLM ends every prefill leg after its one token; whether the request goes on is the request's matter.
+        if live.leg.phase == "prefill" and ended == "length" and live.outputs_left > 1:
+            return Sampled(key, token, None)
+        return Sampled(key, token, ended)
+
+    def _held(self) -> tuple[tuple[str, int], ...]:
+        blocks = self._req_to_blocks
+        return tuple((key, len(blocks.get(key, ()))) for key in self._legs)
+
+    # ------------------------------------------------------------ KV blocks
+
+    def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
+        """Copy the leg's blocks [start, stop) out, one writable buffer of `block_bytes` each. Inside a block the
+        layers follow one another; what is inside a layer is vLLM's own."""
+        for block, buffer in zip(self._blocks(key, start, stop), into, strict=True):
+            target = self._layers_of(buffer)
+            for layer, cache in enumerate(self._caches):
+                target[layer] = cache[block]
+
+    def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
+        """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted."""
+        live = self._legs.get(key)
+        if live is None or not live.parked:
+            raise EngineError(f"leg {key!r} has no blocks that wait for KV")
+        stop = start + len(blocks)
+        for block, buffer in zip(self._blocks(key, start, stop), blocks, strict=True):
+            source = self._layers_of(buffer)
+            for layer, cache in enumerate(self._caches):
+                cache[block] = source[layer]
+        live.missing.difference_update(range(start, stop))
+
+    def _blocks(self, key: str, start: int, stop: int) -> list[int]:
+        """Block ids of the leg's blocks [start, stop), from what vLLM says now or said when the leg ended."""
+        if key in self._legs:
+            ids = [block.block_id for block in self._req_to_blocks.get(key, ())]
+        else:
+            ids = self._ended.get(key, [])
+        if not 0 <= start <= stop <= len(ids):
+            raise EngineError(f"leg {key!r} has {len(ids)} blocks; [{start}, {stop}) was asked")
+        return ids[start:stop]
+
+    def _layers_of(self, buffer: memoryview) -> np.ndarray:
+        flat = np.frombuffer(buffer, dtype=np.uint8)
+        if flat.size != self.block_bytes:
+            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {flat.size}")
+        return flat.reshape(len(self._caches), self._layer_bytes)
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._caches.clear()
+        self._core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def _block_rows(cache: Any) -> np.ndarray:
+    """A layer's KV tensor as bytes, [blocks, bytes of a block]; shares its memory."""
+    import torch
+
+    if cache.device.type != "cpu" or not cache.is_contiguous():
+        raise EngineError(f"unsupported KV layout: {cache.device.type} tensor with strides {cache.stride()}")
+    return cache.view(cache.shape[0], -1).view(torch.uint8).numpy()

@@ -1,0 +1,166 @@
+"""Drawing the next token: one function of the logits, the request's sampling, its tokens and its seed.
+
+All of sampling happens here, none of it in vLLM, for two reasons. A request that goes on in another engine must
+draw what the first engine would have drawn: the noise is a hash of (seed, absolute position, token id), so
+there is no generator whose state would have to travel. And the tokens that a hand-over turns into prompt (the
+first output token, or the output of an earlier attempt) must keep counting as output: `output_from` says where
+output begins.
+
+Order: penalties, min_tokens, temperature, min-p, top-k, top-p, Gumbel noise, argmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tetri.request import Sampling
+
+# Below this a draw cannot be told from the argmax; also keeps (logits / temperature) away from overflow.
+GREEDY_BELOW = 1e-5
+
+_FORBIDDEN = float("-inf")
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def stream_key(seed: int, position: int) -> int:
+    """A 32-bit key for the noise of one token position of one request (splitmix64 of both, high half)."""
+    state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (state ^ (state >> 31)) >> 32
+
+
+def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise for token `ids` (int64, any shape) at one absolute position: float32, same shape.
+
+    A counter-based hash, not a generator: the noise of a token does not depend on which other tokens are
+    still candidates, on the device or on the version of torch.
+    """
+    bits = ids ^ stream_key(seed, position)
+    bits = ((bits ^ (bits >> 16)) * 0x21F0AAAD) & _MASK32
+    bits = ((bits ^ (bits >> 15)) * 0x735A2D97) & _MASK32
+    bits = bits ^ (bits >> 15)
+    # u in (0, 1); -log1p(-u) keeps all its precision where u is small, and that is where the winners are.
+    u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    return -torch.log(-torch.log1p(-u))
+
+
+def penalize(
+    logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, *, repetition: float, presence: float, frequency: float
+) -> None:
+    """Change one row of logits [vocab] in place. `seen` bool [vocab]: the token is in the prompt or the output;
+    `counts` float [vocab]: how often it is in the output."""
+    if repetition != 1.0:
+        logits.copy_(torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits))
+    if frequency != 0.0:
+        logits.sub_(counts, alpha=frequency)
+    if presence != 0.0:
+        logits.sub_((counts > 0).to(logits.dtype), alpha=presence)
+
+
+def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that may be drawn from one row of logits [vocab], as (ids int64 [n], logits over temperature,
+    shifted so that the largest is 0, [n]); n is at least 1."""
+    scaled = (logits - logits.max()) / sampling.temperature
+    if sampling.min_p > 0.0:
+        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), _FORBIDDEN)
+    vocab = scaled.numel()
+    if 0 < sampling.top_k < vocab:
+        values, ids = scaled.topk(sampling.top_k)
+        if sampling.top_p < 1.0:
+            values, ids = _nucleus(values, ids, torch.logsumexp(values, 0), sampling.top_p)
+        return ids, values
+    if sampling.top_p < 1.0:
+        return _nucleus_of_all(scaled, sampling.top_p)
+    return torch.arange(vocab, device=logits.device), scaled
+
+
+def _nucleus_of_all(scaled: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-p over the whole vocabulary, sorting only as much of it as holds the mass: most draws need little."""
+    total = torch.logsumexp(scaled, 0)
+    for size in (128, 2048, scaled.numel()):
+        values, ids = scaled.topk(min(size, scaled.numel()))
+        if size >= scaled.numel() or float(torch.exp(torch.logsumexp(values, 0) - total)) >= top_p:
+            break
+    values, ids = _nucleus(values, ids, total, top_p)
+    return ids, values
+
+
+def _nucleus(
+    values: torch.Tensor, ids: torch.Tensor, total: torch.Tensor, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest head of descending `values` whose probability mass reaches `top_p`: (values, ids)."""
+    mass = torch.exp(values - total)
+    before = mass.cumsum(0) - mass
+    keep = max(1, int((before < top_p).sum()))
+    return values[:keep], ids[:keep]
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """One token id from one row of logits [vocab] by the Gumbel-max rule. Needs a seed."""
+    if sampling.seed is None:
+        raise ValueError("drawing a token needs a seed")
+    ids, values = candidates(logits, sampling)
+    return int(ids[torch.argmax(values + gumbel(sampling.seed, position, ids))])
+
+
+class RowSampler:
+    """The sampling of one request. `tokens` is everything that vLLM calls its prompt, `output_from` the index in it
+    at which output begins, `stop_ids` the ids that end a text."""
+
+    def __init__(
+        self, sampling: Sampling, tokens: Sequence[int], output_from: int, stop_ids: Sequence[int], vocab: int
+    ) -> None:
+        self.sampling = sampling
+        self._length = len(tokens)
+        self._known_outputs = len(tokens) - output_from
+        self._draws = sampling.temperature >= GREEDY_BELOW
+        self._min_tokens = 0 if sampling.ignore_eos or not stop_ids else sampling.min_tokens
+        self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
+        self._penalizes = (
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )
+        if self._penalizes:
+            everything = torch.tensor(list(tokens), dtype=torch.int64)
+            self._seen = torch.zeros(vocab, dtype=torch.bool)
+            self._seen[everything] = True
+            self._counts = torch.bincount(everything[output_from:], minlength=vocab).to(torch.float32)
+            self._counted = 0
+
+    @property
+    def idle(self) -> bool:
+        """True when the argmax of the raw logits is the answer at every position: nothing needs to be done."""
+        return not (self._draws or self._penalizes or self._min_tokens > self._known_outputs)
+
+    def apply(self, logits: torch.Tensor, outputs: Sequence[int]) -> None:
+        """Change one row of float32 logits [vocab] in place such that its argmax is the token to emit after
+        `tokens` and `outputs` (this engine's own). A drawn token is the row's only finite entry."""
+        if self._penalizes:
+            self._count(outputs)
+            s = self.sampling
+            penalize(
+                logits,
+                self._seen,
+                self._counts,
+                repetition=s.repetition_penalty,
+                presence=s.presence_penalty,
+                frequency=s.frequency_penalty,
+            )
+        if self._known_outputs + len(outputs) < self._min_tokens:
+            logits[self._stop_ids] = _FORBIDDEN
+        if self._draws:
+            token = draw(logits, self.sampling, self._length + len(outputs))
+            logits.fill_(_FORBIDDEN)
+            logits[token] = 0.0
+
+    def _count(self, outputs: Sequence[int]) -> None:
+        for token in outputs[self._counted :]:
+            self._seen[token] = True
+            self._counts[token] += 1.0
+        self._counted = len(outputs)

@@ -1,0 +1,166 @@
+"""Starting vLLM inside this process: what it is told, what is refused, and what came out (the fingerprint)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tetri.engine.base import EngineError
+from tetri.request import Fingerprint, blocks_for
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """`kv_bytes`: bytes of KV space. `context`: tokens, prompt and output together; None is the model's own.
+    `weights`: a hash of the checkpoint, for the fingerprint."""
+
+    model: Path
+    dtype: Literal["bfloat16", "float32"]
+    chunk_tokens: int
+    max_batch: int
+    kv_bytes: int
+    context: int | None
+    weights: str
+    block_tokens: int = 128
+
+    def check(self) -> None:
+        """Raises EngineError for what can be seen without loading anything."""
+        if not (self.model / "config.json").is_file():
+            raise EngineError(f"unknown model {str(self.model)!r}: not a folder with a config.json")
+        if self.dtype not in DTYPES:
+            raise EngineError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.max_batch < 1:
+            raise EngineError(f"max_batch must be at least 1, got {self.max_batch}")
+        if self.chunk_tokens < self.max_batch:
+            raise EngineError(
+                f"chunk_tokens ({self.chunk_tokens}) is the token budget of a step: it must be at least max_batch "
+                f"({self.max_batch})"
+            )
+
+    @property
+    def max_requests(self) -> int:
+        """vLLM stops giving blocks to parked requests when this many run: well above the batch that the core
+        wants, but not above the token budget (vLLM refuses that)."""
+        return min(2 * self.max_batch + 16, self.chunk_tokens)
+
+
+def engine_config(settings: VllmSettings) -> Any:
+    """vLLM's configuration. Raises EngineError when the checkpoint cannot be served or the KV space is too small."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=str(settings.model),
+        skip_tokenizer_init=True,  # text is the broker's business
+        dtype=settings.dtype,
+        max_model_len=settings.context,
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        enable_prefix_caching=False,  # exported blocks would start behind the cached part
+        enable_chunked_prefill=True,
+        async_scheduling=False,
+        disable_hybrid_kv_cache_manager=True,
+        max_num_batched_tokens=settings.chunk_tokens,
+        max_num_seqs=settings.max_requests,
+        block_size=settings.block_tokens,
+        kv_cache_memory_bytes=settings.kv_bytes,
+        generation_config="vllm",  # no sampling defaults from the checkpoint
+        disable_log_stats=True,
+        logits_processors=["tetri.engine.vllm_connector:SamplerPlugin"],
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="BlockConnector",
+            kv_connector_module_path="tetri.engine.vllm_connector",
+            kv_role="kv_both",
+        ),
+    )
+    try:
+        config = arguments.create_engine_config()
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise EngineError(f"vLLM cannot serve {settings.model.name}: {_last_line(error)}") from error
+    _check_space(settings, config)
+    return config
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = [line for line in lines if not line.startswith("For further information")]
+    return details[-1] if details else type(error).__name__
+
+
+def _check_space(settings: VllmSettings, config: Any) -> None:
+    """vLLM would find out only after loading the weights."""
+    model, parallel = config.model_config, config.parallel_config
+    item = {"bfloat16": 2, "float32": 4}[settings.dtype]
+    token_bytes = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * item
+    block_bytes = token_bytes * settings.block_tokens
+    wanted = blocks_for(model.max_model_len, settings.block_tokens) + 1  # vLLM keeps one block, the null block
+    if settings.kv_bytes // block_bytes < wanted:
+        raise EngineError(
+            f"kv_bytes ({settings.kv_bytes}) is too small for one context of {model.max_model_len} tokens: "
+            f"it must be at least {wanted * block_bytes}"
+        )
+
+
+def check_layout(kv_cache_config: Any) -> Any:
+    """The one KV cache spec of a supported model. Raises EngineError that names what is not supported."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
+        raise EngineError(f"unsupported KV layout: {len(groups)} KV cache groups ({kinds}); only one can be moved")
+    spec = groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec:
+        raise EngineError(f"unsupported KV layout: {type(spec).__name__}; only full attention can be moved")
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        raise EngineError("unsupported KV layout: sliding window or chunked attention; only full attention can be moved")
+    if spec.head_size != spec.head_size_v or spec.kv_quant_mode.name != "NONE":
+        raise EngineError("unsupported KV layout: quantised KV or different head sizes of K and V")
+    return spec
+
+
+def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int, block_bytes: int) -> Fingerprint:
+    from vllm.version import __version__
+
+    return Fingerprint(
+        engine="vllm",
+        version=__version__,
+        isa=_instruction_set(config),
+        model=_model_name(settings.model, config),
+        weights=settings.weights,
+        dtype=settings.dtype,
+        kv_dtype=str(spec.dtype).removeprefix("torch."),
+        block_tokens=spec.block_size,
+        block_bytes=block_bytes,
+        layers=layers,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+    )
+
+
+def _instruction_set(config: Any) -> str:
+    """What the CPU attention backend chose: K and V are laid out differently inside a block for each."""
+    import torch
+
+    chosen = {layer.isa for layer in config.compilation_config.static_forward_context.values() if hasattr(layer, "isa")}
+    if len(chosen) != 1:
+        raise EngineError(f"unsupported KV layout: attention layers with instruction sets {sorted(chosen)}")
+    return f"{chosen.pop()}/{torch.backends.cpu.get_cpu_capability()}"
+
+
+def _model_name(model: Path, config: Any) -> str:
+    return f"{config.model_config.hf_config.model_type}/{model.name}"
+
+
+def stop_ids(config: Any) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json first, as vLLM does, then config.json."""
+    model = config.model_config
+    ids: set[int] = set()
+    for source in (model.try_get_generation_config(), model.hf_config.to_dict()):
+        found = source.get("eos_token_id")
+        ids.update([found] if isinstance(found, int) else found or [])
+    return tuple(sorted(ids))
+
