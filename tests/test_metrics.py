@@ -1,0 +1,49 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetri.metrics import Summary, percentile, summarise
+
+numbers = st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50)
+
+
+@given(numbers, st.floats(0, 1))
+def test_percentiles_are_numpys(values, share):
+    assert math.isclose(
+        percentile(values, share), np.percentile(values, share * 100), rel_tol=1e-9, abs_tol=1e-6
+    )
+
+
+def test_a_summary():
+    found = summarise(range(101))
+    assert found == Summary(count=101, mean=50, least=0, p50=50, p90=90, p99=99, most=100)
+    assert summarise([2.5]) == Summary(1, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5)
+
+
+@given(numbers)
+def test_a_summary_is_ordered(values):
+    found = summarise(values)
+    slack = 1e-6
+    assert (
+        found.least
+        <= found.p50 + slack
+        <= found.p90 + 2 * slack
+        <= found.p99 + 3 * slack
+        <= found.most + 4 * slack
+    )
+    assert found.least - slack <= found.mean <= found.most + slack
+
+
+@pytest.mark.parametrize(("values", "says"), [([], "no values"), ([1.0, math.nan], "NaN")])
+def test_what_cannot_be_summarised(values, says):
+    with pytest.raises(ValueError, match=says):
+        summarise(values)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, 50, math.nan])
+def test_shares_are_from_0_to_1(share):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        percentile([1.0], share)
