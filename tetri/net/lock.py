@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from types import TracebackType
+from typing import Self
 
 from tetri.net.errors import NetError
 
@@ -23,7 +24,7 @@ class Lock:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

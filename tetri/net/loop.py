@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-Event = TypeVar("Event", contravariant=True)
-Action = TypeVar("Action", covariant=True)
+Event_contra = TypeVar("Event_contra", contravariant=True)
+Action_co = TypeVar("Action_co", covariant=True)
+Event = TypeVar("Event")
+Action = TypeVar("Action")
 
 
-class Core(Protocol[Event, Action]):
+class Core(Protocol[Event_contra, Action_co]):
     """Decides, and does nothing itself. `now` and deadlines are seconds of the loop's clock."""
 
-    def handle(self, event: Event, now: float) -> Sequence[Action]: ...
+    def handle(self, event: Event_contra, now: float) -> Sequence[Action_co]: ...
 
-    def tick(self, now: float) -> Sequence[Action]: ...
+    def tick(self, now: float) -> Sequence[Action_co]: ...
 
     def deadline(self) -> float | None: ...
 

@@ -1,0 +1,189 @@
+"""Segment files in /dev/shm: made so that a full one is an error now, mapped so that a false one is harmless.
+
+A file is: magic, u32 version, u32 offset of the blocks, u64 block bytes, u64 slots, one u64 generation a slot,
+and from the offset (a multiple of 4096) on the blocks; numbers in the machine's byte order. Its owner holds
+flock(LOCK_EX) on it as long as it lives, so a file that nobody has locked is a dead one's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import re
+import secrets
+import stat
+import struct
+from dataclasses import dataclass
+
+from tetri.kv.base import KVError, KVLost
+from tetri.kv.slab import FIRST_GENERATION, Segment
+
+MAGIC = b"tetri-kv"
+VERSION = 1
+_HEADER = struct.Struct("=8sIIQQ")
+_PAGE = 4096
+_WORD = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a deployment or an instance, so that a name stays under 255 bytes
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
+_MEGABYTE = 1 << 20
+
+
+@dataclass(slots=True)
+class Mapping:
+    """A segment and the mapping under it; the owner's also holds the file, and with it the lock."""
+
+    segment: Segment
+    memory: mmap.mmap
+    descriptor: int = -1
+
+    def close(self) -> None:
+        """Unmap, and unlock where it was locked. A second call does nothing."""
+        self.segment.release()
+        try:
+            self.memory.close()
+        except BufferError:
+            pass  # somebody still has a view of a block: the memory goes with the last one
+        if self.descriptor >= 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # the mapping may still hold a duplicate of it
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: int) -> Mapping:
+    """A new segment, locked, with all of its memory there. Raises KVError that says what is missing."""
+    for word in (deployment, iid):
+        if not _WORD.fullmatch(word):
+            raise KVError(f"{word[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'")
+    if slots < 1 or block_bytes < 1:
+        raise KVError(f"a slab of {slots} slots of {block_bytes} bytes cannot be: both must be at least 1")
+    name, descriptor = _locked_file(directory, f"tetri-{deployment}-{iid}-")
+    try:
+        size = _blocks_at(slots) + slots * block_bytes
+        _reserve(descriptor, directory, size, f"{slots} slots of {block_bytes} bytes")
+        # Populated: otherwise the first chunk would pay a page fault every 4 KB.
+        memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    except (KVError, OSError) as error:
+        os.unlink(os.path.join(directory, name))
+        os.close(descriptor)
+        if isinstance(error, KVError):
+            raise
+        raise KVError(f"{directory}/{name}: cannot map {size} bytes ({error.strerror})") from None
+    segment = _segment(name, memory, slots, block_bytes)
+    for slot in range(slots):
+        segment.generations[slot] = FIRST_GENERATION
+    # The header comes last: a file without its magic is not finished, and nobody reads from it.
+    _HEADER.pack_into(memory, 0, MAGIC, VERSION, _blocks_at(slots), block_bytes, slots)
+    return Mapping(segment, memory, descriptor)
+
+
+def _locked_file(directory: str, prefix: str) -> tuple[str, int]:
+    while True:
+        name = prefix + secrets.token_hex(8)
+        path = os.path.join(directory, name)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise KVError(f"{path}: cannot be made ({error.strerror})") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink == 1:
+            return name, descriptor
+        os.close(descriptor)  # a sweep came between making and locking it, and took it for a dead one's
+
+
+def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
+    """Give the file its memory now: a write into memory that is not there would be a SIGBUS later."""
+    room = os.statvfs(directory)
+    free = room.f_bavail * room.f_frsize
+    full = KVError(
+        f"{directory} is too small for {what}: {_megabytes(size)} needed, {_megabytes(free)} free;"
+        " use fewer slots, or enlarge it (docker: --shm-size)"
+    )
+    if size > free:  # asked first: a failing allocation would take all there is from everybody for a moment
+        raise full
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise full from None
+        raise KVError(f"{directory}: cannot reserve {_megabytes(size)} ({error.strerror})") from None
+
+
+def attach(directory: str, deployment: str, name: str) -> Mapping:
+    """A peer's segment, read-only. Raises KVLost: no such segment, or a file that is not one of ours."""
+    if not name.startswith(f"tetri-{deployment}-") or not _NAME.fullmatch(name):
+        raise KVLost(f"{name[:80]!r} is no segment of this deployment")
+    path = os.path.join(directory, name)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise KVLost(f"{path[:160]}: cannot be opened ({error.strerror})") from None
+    try:
+        return _read_only(descriptor, name)
+    finally:
+        os.close(descriptor)
+
+
+def _read_only(descriptor: int, name: str) -> Mapping:
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise KVLost(f"{name}: not a file of this user")
+    if facts.st_size < _HEADER.size:
+        raise KVLost(f"{name}: {facts.st_size} bytes are too few for a segment")
+    magic, version, blocks_at, block_bytes, slots = _HEADER.unpack(os.pread(descriptor, _HEADER.size, 0))
+    if magic != MAGIC or version != VERSION:
+        raise KVLost(f"{name}: not a segment of version {VERSION}")
+    if (
+        not slots
+        or not block_bytes
+        or blocks_at != _blocks_at(slots)
+        or facts.st_size != blocks_at + slots * block_bytes
+    ):
+        raise KVLost(f"{name}: the header does not fit the file's {facts.st_size} bytes")
+    # Not populated: for a large slab that takes tens of milliseconds at once, in the middle of serving. Read
+    # faults bring in 16 pages each and come a chunk at a time.
+    memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    return Mapping(_segment(name, memory, slots, block_bytes), memory)
+
+
+def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") -> list[str]:
+    """Remove the segments of a deployment (or of one instance) whose owner is dead; the names removed."""
+    owner = r"[A-Za-z0-9._-]+" if iid is None else re.escape(iid)
+    pattern = re.compile(rf"tetri-{re.escape(deployment)}-{owner}-[0-9a-f]{{16}}")
+    return [name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name) and _remove_dead(directory, name)]
+
+
+def _remove_dead(directory: str, name: str) -> bool:
+    path = os.path.join(directory, name)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, PermissionError):
+        return False  # removed by another sweep, or another user's
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)  # under the lock: see _locked_file
+    except (BlockingIOError, FileNotFoundError):
+        return False  # its owner lives, or another sweep was quicker
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _blocks_at(slots: int) -> int:
+    return -(-(_HEADER.size + 8 * slots) // _PAGE) * _PAGE
+
+
+def _segment(name: str, memory: mmap.mmap, slots: int, block_bytes: int) -> Segment:
+    whole = memoryview(memory)
+    start = _blocks_at(slots)
+    return Segment(
+        name=name,
+        slots=slots,
+        block_bytes=block_bytes,
+        generations=whole[_HEADER.size : _HEADER.size + 8 * slots].cast("Q"),
+        blocks=whole[start : start + slots * block_bytes],
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / _MEGABYTE:,.0f} MB"
