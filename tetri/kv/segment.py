@@ -24,7 +24,9 @@ MAGIC = b"tetri-kv"
 VERSION = 1
 _HEADER = struct.Struct("=8sIIQQ")
 _PAGE = 4096
-_WORD = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a deployment or an instance, so that a name stays under 255 bytes
+_WORD = re.compile(
+    r"[A-Za-z0-9._-]{1,80}"
+)  # a deployment or an instance, so that a name stays under 255 bytes
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _MEGABYTE = 1 << 20
 
@@ -54,7 +56,9 @@ def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: i
     """A new segment, locked, with all of its memory there. Raises KVError that says what is missing."""
     for word in (deployment, iid):
         if not _WORD.fullmatch(word):
-            raise KVError(f"{word[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'")
+            raise KVError(
+                f"{word[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'"
+            )
     if slots < 1 or block_bytes < 1:
         raise KVError(f"a slab of {slots} slots of {block_bytes} bytes cannot be: both must be at least 1")
     name, descriptor = _locked_file(directory, f"tetri-{deployment}-{iid}-")
@@ -150,7 +154,11 @@ def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") 
     """Remove the segments of a deployment (or of one instance) whose owner is dead; the names removed."""
     owner = r"[A-Za-z0-9._-]+" if iid is None else re.escape(iid)
     pattern = re.compile(rf"tetri-{re.escape(deployment)}-{owner}-[0-9a-f]{{16}}")
-    return [name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name) and _remove_dead(directory, name)]
+    return [
+        name
+        for name in sorted(os.listdir(directory))
+        if pattern.fullmatch(name) and _remove_dead(directory, name)
+    ]
 
 
 def _remove_dead(directory: str, name: str) -> bool:

@@ -18,7 +18,13 @@ class ShmStore:
     transport = "shm"
 
     def __init__(
-        self, deployment: str, iid: str, slots: int, block_bytes: int, directory: str = "/dev/shm", staging: int = 4
+        self,
+        deployment: str,
+        iid: str,
+        slots: int,
+        block_bytes: int,
+        directory: str = "/dev/shm",
+        staging: int = 4,
     ) -> None:
         """All memory is there when this returns: KVError when it does not fit. `staging` is how many blocks a
         chunk from a peer is expected to have; a larger one only makes its first take slower."""

@@ -70,7 +70,10 @@ class Slab:
             digest.update(view)
         generations = [self.segment.generations[slot] for slot in slots]
         return Handle(
-            segment=self.segment.name, slots=slots, generations=generations, block_bytes=self.segment.block_bytes
+            segment=self.segment.name,
+            slots=slots,
+            generations=generations,
+            block_bytes=self.segment.block_bytes,
         ), digest.intdigest()
 
     def free(self, handle: Handle) -> None:

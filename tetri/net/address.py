@@ -56,7 +56,9 @@ def refuse_live_owner(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise NetError(f"ipc://{path}: a file that is no socket lies there; remove it or choose another address")
+        raise NetError(
+            f"ipc://{path}: a file that is no socket lies there; remove it or choose another address"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

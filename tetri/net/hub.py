@@ -165,7 +165,9 @@ class Hub:
 def _milliseconds(timeout: float | None) -> int | None:
     if timeout is None:
         return None
-    return min(max(0, math.ceil(timeout * 1000)), _LONGEST_MS)  # rounded up: 0.4 ms must not become a busy loop
+    return min(
+        max(0, math.ceil(timeout * 1000)), _LONGEST_MS
+    )  # rounded up: 0.4 ms must not become a busy loop
 
 
 def _empty(pipe: int) -> None:

@@ -1,0 +1,52 @@
+"""Hubs for tests, and waiting for what happens without sleeping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tetri.net import Hub
+from tetri.wire.events import NetEvent
+
+PATIENCE = 5.0  # seconds; only a failing test ever waits so long
+
+
+@contextmanager
+def hubs(count: int) -> Iterator[list[Hub]]:
+    made = [Hub() for _ in range(count)]
+    try:
+        yield made
+    finally:
+        for hub in made:
+            hub.close()
+
+
+def events(hub: Hub, enough: Callable[[list[NetEvent]], bool]) -> list[NetEvent]:
+    """Poll until `enough(all events so far)`; fails after PATIENCE."""
+    seen: list[NetEvent] = []
+    end = time.monotonic() + PATIENCE
+    while not enough(seen):
+        left = end - time.monotonic()
+        assert left > 0, f"not seen in {PATIENCE} s; seen: {seen}"
+        seen += hub.poll(left)
+    return seen
+
+
+def some(hub: Hub, count: int) -> list[NetEvent]:
+    """The next `count` events."""
+    seen = events(hub, lambda so_far: len(so_far) >= count)
+    assert len(seen) == count, seen
+    return seen
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Try again at once until it holds; for what another thread or process does."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "condition never held"
+
+
+def ipc(folder: Path, name: str) -> str:
+    return f"ipc://{folder}/{name}"

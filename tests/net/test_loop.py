@@ -1,0 +1,118 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from tests.net.hubs import hubs
+from tetri.net.loop import run
+from tetri.net.signals import StopSignals
+
+
+class FakeCore:
+    """Acts out loud: every call becomes an action."""
+
+    def __init__(self, deadlines):
+        self._deadlines = iter(deadlines)
+
+    def handle(self, event, now):
+        return [("handled", event, now)]
+
+    def tick(self, now):
+        return [("ticked", now)]
+
+    def deadline(self):
+        return next(self._deadlines)
+
+
+class FakeTime:
+    """Time passes only while polling, by exactly what was asked for or up to the next event."""
+
+    def __init__(self, rounds):
+        self.now = 100.0
+        self.waits = []
+        self._rounds = list(rounds)
+
+    def poll(self, timeout):
+        self.waits.append(timeout)
+        passed, events = self._rounds.pop(0)
+        self.now += passed if timeout is None else min(passed, timeout)
+        return events
+
+    def running(self):
+        return bool(self._rounds)
+
+
+def told(core, fake):
+    log = []
+    run(core, fake.poll, log.extend, lambda: fake.now, fake.running)
+    return log
+
+
+def test_waits_until_the_deadline_and_ticks_after_every_poll():
+    fake = FakeTime([(9, []), (2, ["a", "b"]), (3, [])])
+    log = told(FakeCore([101.5, None, 110.0]), fake)
+    assert fake.waits == [1.5, None, 6.5]
+    assert log == [
+        ("ticked", 101.5),
+        ("handled", "a", 103.5),
+        ("handled", "b", 103.5),
+        ("ticked", 103.5),
+        ("ticked", 106.5),
+    ]
+
+
+@pytest.mark.parametrize("deadline", [0, -1.0, 99.9, 100.0])
+def test_a_deadline_that_has_passed_polls_without_waiting(deadline):
+    fake = FakeTime([(5, ["a"])])
+    assert told(FakeCore([deadline]), fake)[-1] == ("ticked", 100.0)
+    assert fake.waits == [0.0]
+
+
+def test_a_flood_does_not_hold_the_timers_up():
+    fake = FakeTime([(0, ["x"] * 50)] * 4)
+    log = told(FakeCore([0] * 4), fake)
+    assert [at for at, entry in enumerate(log) if entry[0] == "ticked"] == [50, 101, 152, 203]
+
+
+def test_a_core_that_is_not_to_run_is_not_asked():
+    run(FakeCore([]), None, None, None, lambda: False)
+
+
+def test_a_core_that_fails_is_heard():
+    def act(actions):
+        raise ZeroDivisionError
+
+    fake = FakeTime([(0, [])])
+    with pytest.raises(ZeroDivisionError):
+        run(FakeCore([0]), fake.poll, act, lambda: fake.now, fake.running)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_loop_that_waits_for_ever(number):
+    before = signal.getsignal(number)
+    with hubs(1) as (hub,):
+        stop = StopSignals(hub.wake_fd)
+        try:
+            polling = threading.Event()
+
+            def poll(timeout):
+                polling.set()
+                return hub.poll(timeout)
+
+            def kill():
+                polling.wait(5)
+                os.kill(os.getpid(), number)
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            start = time.monotonic()
+            run(FakeCore([None]), poll, lambda actions: None, time.monotonic, stop.running)
+            assert time.monotonic() - start < 2
+            killer.join()
+            assert stop.received == number
+        finally:
+            stop.restore()
+    assert signal.getsignal(number) is before
+    assert signal.set_wakeup_fd(-1) == -1

@@ -1,0 +1,143 @@
+import struct
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.wire.message_strategies import UNIONS, values
+from tetri.request import Sampling
+from tetri.wire import codec
+from tetri.wire.codec import WireError, decode, encode, limit
+from tetri.wire.messages import Assign, Attach, ClientMessage, Close, InboxMessage, Submit
+
+ATTACH = {"type": "attach", "rid": "r1"}
+
+
+def packed(value: object) -> bytes:
+    return b"\x01" + msgpack.packb(value)
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_every_message_comes_back_as_it_was(name):
+    @given(values(UNIONS[name]))
+    @settings(max_examples=150, deadline=None)
+    def holds(message):
+        data = encode(message)
+        assert data[0] == codec.VERSION
+        assert decode(data, UNIONS[name]) == message
+        assert msgpack.unpackb(data[1:], strict_map_key=False)["type"] == type(message).__struct_config__.tag
+
+    holds()
+
+
+def test_defaults_may_be_left_out_and_whole_numbers_stand_for_floats():
+    data = packed({"type": "submit", "key": "k", "prompt": "hi", "sampling": {"temperature": 1}})
+    assert decode(data, ClientMessage) == Submit(key="k", prompt="hi", sampling=Sampling(temperature=1.0))
+
+
+def test_a_view_is_read_like_bytes():
+    assert decode(memoryview(packed(ATTACH)), ClientMessage) == Attach(rid="r1")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "says"),
+    [
+        (b"", "empty", "empty frame"),
+        (b"\x01", "unreadable", "truncated"),
+        (b"\x02" + msgpack.packb(ATTACH), "version", "protocol version 2, expected 1"),
+        (msgpack.packb(ATTACH), "version", "protocol version 130"),
+        (packed(ATTACH) + b"\x00", "unreadable", "trailing"),
+        (packed(ATTACH)[:-1], "unreadable", "truncated"),
+        (packed({"type": "attach"}), "unexpected", "`rid`"),
+        (packed({"rid": "r1"}), "unexpected", "`type`"),
+        (packed({**ATTACH, "type": "nonsense"}), "unexpected", "nonsense"),
+        (packed({**ATTACH, "type": "assign"}), "unexpected", "assign"),  # another receiver's message
+        (packed({**ATTACH, "more": 1}), "unexpected", "`more`"),
+        (packed({**ATTACH, "start": "0"}), "unexpected", "$.start"),
+        (packed({**ATTACH, "start": 1.0}), "unexpected", "$.start"),
+        (packed({**ATTACH, "start": True}), "unexpected", "$.start"),
+        (packed({**ATTACH, "start": None}), "unexpected", "$.start"),
+        (packed({**ATTACH, "rid": b"r1"}), "unexpected", "$.rid"),
+        (packed({"type": "submit", "key": "k", "sampling": {"heat": 1}}), "unexpected", "`heat`"),
+        (packed({"type": "submit", "key": "k", "prompt": [1, "2"]}), "unexpected", "$.prompt[1]"),
+        (packed([1, 2]), "unexpected", "array"),
+        (packed(None), "unexpected", "None"),
+        (b"\x01\xc1", "unreadable", "invalid opcode"),
+        (b"\x01\x82\xa4type\xa6attach\xa3rid\xa1\xff", "unreadable", "utf-8"),
+    ],
+)
+def test_what_is_no_message_is_refused_with_its_reason(data, kind, says):
+    with pytest.raises(WireError) as caught:
+        decode(data, ClientMessage)
+    assert caught.value.kind == kind
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [{**ATTACH, "x" * 100_000: 1}, {"type": "y\n" * 100_000}, {**ATTACH, "z\n\x1b[31m": 1}]
+)
+def test_a_reason_is_one_short_printable_line_whatever_was_sent(value):
+    with pytest.raises(WireError) as caught:
+        decode(packed(value), ClientMessage)
+    assert len(str(caught.value)) <= 160
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"\x91" * 1_000_000,  # arrays in arrays
+        b"\x82\xa4type\xa6submit\xa6prompt" + b"\x91" * 1_000_000,
+        b"\x82\xa4type\xa6submit\xa6prompt\xdd" + struct.pack(">I", 0xFFFFFFFF),  # announces 34 GB of list
+        b"\xdf" + struct.pack(">I", 0xFFFFFFFF),
+        b"\x82\xa4type\xa6submit\xa3key\xdb" + struct.pack(">I", 0xFFFFFFFF),
+    ],
+)
+def test_a_bomb_is_refused_before_it_takes_memory(bomb):
+    with pytest.raises(WireError):
+        decode(b"\x01" + bomb, ClientMessage)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_random_bytes_raise_nothing_but_a_wire_error(noise):
+    for union in UNIONS.values():
+        for data in (noise, b"\x01" + noise):
+            with pytest.raises(WireError):
+                decode(data, union)
+
+
+@given(values(InboxMessage), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_message_is_a_message_or_a_wire_error(message, data):
+    damaged = bytearray(encode(message))
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert isinstance(decode(bytes(damaged), InboxMessage), msgspec.Struct)
+    except WireError:
+        pass
+
+
+def test_each_union_has_its_own_size_limit():
+    assert limit(ClientMessage) == 4 << 20
+    assert limit(InboxMessage) == 16 << 20
+    head = len(encode(Submit(key="k", prompt="")))
+    longest = Submit(key="k", prompt="x" * (limit(ClientMessage) - head - 4))
+    assert len(encode(longest)) == limit(ClientMessage)
+    assert decode(encode(longest), ClientMessage) == longest
+    with pytest.raises(WireError, match="4194305 bytes, at most 4194304"):
+        decode(encode(msgspec.structs.replace(longest, key="kk")), ClientMessage)
+
+
+def test_a_message_that_nobody_would_take_is_not_encoded():
+    prompt = [1 << 31] * (4 << 20)
+    with pytest.raises(WireError, match="Assign has 209.* at most 16777216"):
+        encode(Assign(rid="r", attempt=1, prompt=prompt, output=[], sampling=Sampling()))
+
+
+def test_a_hundred_thousand_token_prompt_fits_everywhere():
+    prompt = list(range(100_000))
+    assert len(encode(Submit(key="k", prompt=prompt))) < limit(ClientMessage)
+    assert decode(encode(Close(rid="r", attempt=1)), InboxMessage) == Close(rid="r", attempt=1)
