@@ -88,10 +88,10 @@ class Hub:
         link.close()
 
     def send(self, peer: str, message: msgspec.Struct) -> bool:
-        """Never waits. False: no such peer, not connected, or it does not read. True: handed over, which is
-        no promise that it arrives. Raises WireError for a message over the size limit."""
+        """Never waits. False: no such peer, none between its PeerUp and its PeerDown, or it does not read.
+        True: handed over, which is no promise that it arrives. Raises WireError for one over the size limit."""
         link = self._links.get(peer)
-        if link is None:
+        if link is None or not link.up:
             self.counters["no_peer"] += 1
             return False
         data = codec.encode(message)

@@ -1,0 +1,275 @@
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import zmq
+
+from tests.net.hubs import PATIENCE, events, hubs, ipc, some, until
+from tetri.net import NetError
+from tetri.net.intake import MAX_MESSAGES
+from tetri.request import Sampling
+from tetri.wire import codec
+from tetri.wire.events import Arrived, PeerDown, PeerUp
+from tetri.wire.messages import (
+    Accepted,
+    Assign,
+    Attach,
+    BrokerReply,
+    Cancel,
+    ClientMessage,
+    Close,
+    Delta,
+    InboxMessage,
+)
+
+
+@contextmanager
+def dealer(address, **options):
+    """A client that is nothing but a socket."""
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    for name, value in options.items():
+        setattr(socket, name, value)
+    socket.connect(address)
+    try:
+        yield socket
+    finally:
+        socket.close(0)
+        context.term()
+
+
+def heard(socket):
+    assert socket.poll(PATIENCE * 1000), "no answer"
+    return codec.decode(socket.recv(), BrokerReply)
+
+
+def close(rid):
+    return Close(rid=rid, attempt=1)
+
+
+def test_messages_reach_an_inbox_in_order(run_folder):
+    with hubs(2) as (worker, broker):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        broker.connect("w", ipc(run_folder, "w"))
+        assert some(broker, 1) == [PeerUp("w")]
+        sent = [close(f"r{n}") for n in range(20)]
+        assert all(broker.send("w", message) for message in sent)
+        assert some(worker, 20) == [Arrived(message) for message in sent]
+        assert broker.counters["sent"] == worker.counters["received"] == 20
+        assert broker.counters["sent_bytes"] == worker.counters["received_bytes"] > 0
+
+
+def test_a_send_right_after_peer_up_is_not_refused(run_folder):
+    """libzmq looks at new connections only now and then; see Link.send."""
+    with hubs(1) as (worker,):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        for _ in range(20):
+            with hubs(1) as (broker,):
+                broker.connect("w", ipc(run_folder, "w"))
+                broker.send("w", close("too early"))
+                events(broker, lambda seen: PeerUp("w") in seen)
+                assert broker.send("w", close("now"))
+
+
+def test_tcp_works_like_ipc_and_tells_the_port():
+    with hubs(2) as (worker, broker):
+        address = worker.bind_inbox("tcp://127.0.0.1:*", InboxMessage)
+        assert address.startswith("tcp://127.0.0.1:")
+        broker.connect("w", address)
+        some(broker, 1)
+        assert broker.send("w", close("r"))
+        assert some(worker, 1) == [Arrived(close("r"))]
+
+
+def test_send_says_false_when_nobody_is_there(run_folder):
+    with hubs(1) as (hub,):
+        assert hub.send("stranger", close("r")) is False
+        hub.connect("w", ipc(run_folder, "w"))
+        assert hub.send("w", close("r")) is False
+        assert hub.poll(0) == []
+        assert hub.counters == {"no_peer": 2}
+
+
+def test_send_says_false_when_the_peer_does_not_read(run_folder):
+    with hubs(2) as (worker, broker):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        broker.connect("w", ipc(run_folder, "w"))
+        some(broker, 1)
+        bulky = Assign(rid="r", attempt=1, prompt=[70000] * 200, output=[], sampling=Sampling())
+        sent = 0
+        while broker.send("w", bulky):
+            sent += 1
+            assert sent < 20_000
+        # It goes on as soon as the peer reads, and nothing that was taken is lost.
+        received = 0
+        while received < sent:
+            received += len(worker.poll(PATIENCE))
+        until(lambda: broker.send("w", bulky))
+
+
+def test_another_address_replaces_the_connection(run_folder):
+    with hubs(3) as (old, new, broker):
+        old.bind_inbox(ipc(run_folder, "old"), InboxMessage)
+        new.bind_inbox(ipc(run_folder, "new"), InboxMessage)
+        broker.connect("w", ipc(run_folder, "old"))
+        some(broker, 1)
+        with pytest.raises(NetError):
+            broker.connect("w", "nonsense")
+        assert broker.send("w", close("to old"))
+        broker.connect("w", ipc(run_folder, "new"))
+        assert some(broker, 1) == [PeerUp("w")]
+        broker.connect("w", ipc(run_folder, "new"))  # the same again: nothing happens
+        assert broker.send("w", close("to new"))
+        assert some(new, 1) == [Arrived(close("to new"))]
+        assert broker.poll(0) == []
+
+
+def test_disconnect_forgets_the_peer(run_folder):
+    with hubs(2) as (worker, broker):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        broker.connect("w", ipc(run_folder, "w"))
+        some(broker, 1)
+        broker.disconnect("w")
+        broker.disconnect("w")
+        assert broker.send("w", close("r")) is False
+        assert broker.poll(0) == []
+
+
+def test_a_peer_that_closes_and_returns_is_down_and_up(run_folder):
+    address = ipc(run_folder, "w")
+    with hubs(1) as (broker,):
+        broker.connect("w", address)
+        for _ in range(2):
+            with hubs(1) as (worker,):
+                worker.bind_inbox(address, InboxMessage)
+                assert some(broker, 1) == [PeerUp("w")]
+                assert broker.send("w", close("r"))
+                assert some(worker, 1) == [Arrived(close("r"))]
+            assert some(broker, 1) == [PeerDown("w")]
+            assert broker.send("w", close("r")) is False
+
+
+def test_a_client_is_answered_and_a_vanished_one_is_gone(run_folder):
+    address = ipc(run_folder, "clients")
+    with hubs(1) as (broker,):
+        broker.bind_clients(address, ClientMessage)
+        with dealer(address) as client:
+            client.send(codec.encode(Attach(rid="r", start=3)))
+            (arrived,) = some(broker, 1)
+            assert arrived.message == Attach(rid="r", start=3)
+            answer = Accepted(key="k", rid="r", prompt_tokens=4)
+            assert broker.reply(arrived.client, answer) == "sent"
+            assert heard(client) == answer
+        until(lambda: broker.reply(arrived.client, answer) == "gone")
+        assert broker.reply(b"nobody", answer) == "gone"
+        assert broker.counters["replies_gone"] >= 2
+
+
+def test_a_client_that_does_not_read_is_full_and_harms_nobody(run_folder):
+    address = ipc(run_folder, "clients")
+    with hubs(1) as (broker,), dealer(address, rcvhwm=1) as lazy, dealer(address) as eager:
+        broker.bind_clients(address, ClientMessage)
+        lazy.send(codec.encode(Cancel(rid="lazy")))
+        eager.send(codec.encode(Cancel(rid="eager")))
+        client = {event.message.rid: event.client for event in some(broker, 2)}
+        delta = Delta(rid="r", start=0, ids=[1], text="x" * 5000)
+        sent = 0
+        while broker.reply(client["lazy"], delta) == "sent":
+            sent += 1
+            assert sent < 20_000
+        assert broker.reply(client["lazy"], delta) == "full"
+        assert broker.reply(client["eager"], delta) == "sent"
+        assert heard(eager) == delta
+
+
+def test_only_one_socket_for_clients_and_none_without_binding(run_folder):
+    with hubs(1) as (hub,):
+        with pytest.raises(NetError, match="without bind_clients"):
+            hub.reply(b"x", close("r"))
+        hub.bind_clients(ipc(run_folder, "a"), ClientMessage)
+        with pytest.raises(NetError, match="already listens"):
+            hub.bind_clients(ipc(run_folder, "b"), ClientMessage)
+
+
+def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder):
+    with hubs(2) as (broker, flooder):
+        broker.bind_inbox(ipc(run_folder, "inbox"), InboxMessage)
+        broker.bind_clients(ipc(run_folder, "clients"), ClientMessage)
+        flooder.connect("b", ipc(run_folder, "inbox"))
+        some(flooder, 1)
+        flood = 4 * MAX_MESSAGES
+        for _ in range(flood):
+            assert flooder.send("b", close("flood"))
+        with dealer(ipc(run_folder, "clients")) as client:
+            client.send(codec.encode(Attach(rid="me")))
+            before = 0
+            while True:
+                batch = broker.poll(PATIENCE)
+                assert len(batch) <= 2 * MAX_MESSAGES
+                if any(event.client is not None for event in batch):
+                    break
+                before += len(batch)
+            # However the sockets' threads ran: never the whole flood first once both are readable.
+            rest = some(broker, flood + 1 - before - len(batch)) if before + len(batch) <= flood else []
+            assert before + len(batch) + len(rest) == flood + 1
+
+
+def test_both_sockets_are_read_in_one_poll(run_folder):
+    with hubs(2) as (broker, flooder):
+        broker.bind_inbox(ipc(run_folder, "inbox"), InboxMessage)
+        broker.bind_clients(ipc(run_folder, "clients"), ClientMessage)
+        flooder.connect("b", ipc(run_folder, "inbox"))
+        some(flooder, 1)
+        for _ in range(3 * MAX_MESSAGES):
+            assert flooder.send("b", close("flood"))
+        with dealer(ipc(run_folder, "clients")) as client:
+            client.send(codec.encode(Attach(rid="me")))
+            until(lambda: all(socket.poll(0) for socket in broker._intakes))
+            batch = broker.poll(0)
+            assert [event.message for event in batch if event.client is not None] == [Attach(rid="me")]
+            assert len(batch) <= MAX_MESSAGES + 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, 0.03])
+def test_poll_waits_as_long_as_told(timeout):
+    with hubs(1) as (hub,):
+        start = time.monotonic()
+        assert hub.poll(timeout) == []
+        assert max(timeout, 0) <= time.monotonic() - start < 2
+
+
+def test_wake_ends_a_poll_from_another_thread_and_is_used_up():
+    with hubs(1) as (hub,):
+        for _ in range(100_000):  # more than the pipe holds
+            hub.wake()
+        assert hub.poll(None) == []
+        assert hub.poll(0) == []
+        thread = threading.Thread(target=hub.wake)
+        thread.start()
+        assert hub.poll(None) == []
+        thread.join()
+
+
+def test_close_twice_and_with_messages_waiting(run_folder):
+    with hubs(2) as (worker, broker):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        broker.connect("w", ipc(run_folder, "w"))
+        some(broker, 1)
+        for _ in range(100):
+            broker.send("w", close("r"))
+        broker.close()
+        broker.close()
+        worker.close()
+        assert list(run_folder.iterdir()) == []
+
+
+def test_a_message_over_the_limit_is_not_sent(run_folder):
+    with hubs(2) as (worker, broker):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        broker.connect("w", ipc(run_folder, "w"))
+        some(broker, 1)
+        huge = Assign(rid="r", attempt=1, prompt=[1 << 31] * (4 << 20), output=[], sampling=Sampling())
+        with pytest.raises(codec.WireError, match="at most"):
+            broker.send("w", huge)
