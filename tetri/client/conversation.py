@@ -1,0 +1,263 @@
+"""What a client knows of its requests and what it says next. No socket, no clock: `now` is seconds.
+
+Every request asks until it is answered: Submit until Accepted or Refused; then, when nothing was heard for a
+while, Attach from the next token that is missing. Nothing relies on one message arriving, either way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, frame, parse
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds. `timeout`: how long a question may stay unanswered; `silence_s`: how long nothing may come
+    before the broker is asked; `resend_s`: between two times of asking the same."""
+
+    timeout: float = 30.0
+    silence_s: float = 2.0
+    resend_s: float = 1.0
+
+
+class Call:
+    """One question that is asked until it is answered."""
+
+    def __init__(self, patience: Patience, now: float) -> None:
+        self.ended = False
+        self.error: TetriError | None = None
+        self.listeners: list[Callable[[], None]] = []  # called when there is news
+        self._patience = patience
+        self._unanswered: float | None = None  # since when the present question is
+        self._next = now  # when to ask (again)
+
+    def question(self) -> bytes:
+        raise NotImplementedError
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        """Whether this reply was for this call."""
+        raise NotImplementedError
+
+    def deadline(self) -> float:
+        given_up = self._next if self._unanswered is None else self._unanswered + self._patience.timeout
+        return min(self._next, given_up)
+
+    def tick(self, now: float) -> bytes | None:
+        """The question, when it is time to ask it."""
+        if self._unanswered is not None and now - self._unanswered >= self._patience.timeout:
+            self.end(Unreachable(f"no answer from the broker for {self._patience.timeout:g} s: is it up?"))
+        if self.ended or now < self._next:
+            return None
+        if self._unanswered is None:
+            self._unanswered = now
+        self._next = now + self._patience.resend_s
+        return self.question()
+
+    def heard(self, now: float) -> None:
+        self._unanswered = None
+        self._next = now + self._patience.silence_s
+
+    def end(self, error: TetriError | None = None) -> None:
+        if not self.ended:
+            self.ended, self.error = True, error
+            self.notify()
+
+    def notify(self) -> None:
+        for listener in self.listeners:
+            listener()
+
+
+class Request(Call):
+    """One completion. `pieces` is text not yet taken by the caller."""
+
+    def __init__(self, key: str, submit: bytes, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self.key = key
+        self.rid: str | None = None
+        self.ids: list[int] = []
+        self.pieces: deque[str] = deque()
+        self.result: Result | None = None
+        self._submit = submit
+        self._text: list[str] = []
+        self._tail_at = -1  # the token index at which a text without tokens came
+        self._cancelling = False
+        self._asked_for = (-1, 0.0)  # the token last missed, and when
+
+    def question(self) -> bytes:
+        if self.rid is None:
+            return self._submit
+        if self._cancelling:
+            return frame({"type": "cancel", "rid": self.rid})
+        return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
+
+    def cancel(self, now: float) -> None:
+        """Ask for its end; it comes as a result with reason "cancelled", unless another end was first."""
+        self._cancelling = True
+        if self.rid is not None:
+            self._next = now
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if (reply.get("key") or reply.get("rid")) not in (self.key, self.rid or self.key):
+            return False
+        match reply["type"]:
+            case "accepted":
+                self._accept(reply, now)
+            case "refused":
+                self.end(Refused(reply["reason"], reply["retry_after_s"]))
+            case "delta":
+                self._extend(reply, now)
+            case "done":
+                self._finish(reply, now)
+        return True
+
+    def heard(self, now: float) -> None:
+        super().heard(now)
+        if self._cancelling:  # only the end answers a Cancel
+            self._next = now + self._patience.resend_s
+
+    def _accept(self, reply: dict[str, Any], now: float) -> None:
+        first = self.rid is None
+        self.rid = self.rid or reply["rid"]
+        self.heard(now)
+        if first and self._cancelling:
+            self._next = now
+
+    def _extend(self, delta: dict[str, Any], now: float) -> None:
+        self.heard(now)
+        start, ids, known = delta["start"], delta["ids"], len(self.ids)
+        if start + len(ids) < known or (start < known and start + len(ids) == known):
+            return  # seen before
+        if start != known:
+            self._miss(now)  # a gap; or an overlap, whose text cannot be told from what is here
+            return
+        if not ids:  # text that was held back until the end
+            if not delta["text"] or self._tail_at == known:
+                return
+            self._tail_at = known
+        self.ids += ids
+        if delta["text"]:
+            self._text.append(delta["text"])
+            self.pieces.append(delta["text"])
+            self.notify()
+
+    def _miss(self, now: float) -> None:
+        """Ask for the next token at once, but for the same one not again before `resend_s`."""
+        token, asked = self._asked_for
+        if token != len(self.ids) or now - asked >= self._patience.resend_s:
+            self._asked_for = (len(self.ids), now)
+            self._next = now
+
+    def _finish(self, done: dict[str, Any], now: float) -> None:
+        self.heard(now)
+        if len(self.ids) < done["usage"].completion_tokens:
+            self._miss(now)
+            return
+        self.result = Result(
+            rid=done["rid"],
+            text="".join(self._text),
+            token_ids=self.ids,
+            finish_reason=done["reason"],
+            usage=done["usage"],
+            timeline=done["timeline"],
+            ttft_s=done["ttft_s"],
+            jct_s=done["jct_s"],
+            receipt=done["receipt"],
+        )
+        why = done["error"] or "the request failed and the broker did not say why"
+        self.end(Failed(why, self.result) if done["reason"] == "error" else None)
+
+
+class Cancellation(Call):
+    """A Cancel of a request that is not this client's own."""
+
+    def __init__(self, rid: str, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self._rid = rid
+
+    def question(self) -> bytes:
+        return frame({"type": "cancel", "rid": self._rid})
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if reply["type"] == "refused" and reply["key"] == self._rid:
+            self.end(Refused(reply["reason"]))
+        elif reply["type"] == "done" and reply["rid"] == self._rid:
+            self.end()
+        else:
+            return False
+        return True
+
+
+class Inspection(Call):
+    """A question for the cluster's Status."""
+
+    status: dict[str, Any] | None = None
+
+    def question(self) -> bytes:
+        return frame({"type": "inspect"})
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if reply["type"] == "status":
+            self.status = {name: value for name, value in reply.items() if name != "type"}
+            self.end()
+            return True
+        return False
+
+
+class Session:
+    """All open calls over one connection. `ignored` counts frames that meant nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.ignored = 0
+        self._given_up: set[str] = set()  # keys of Submits that the broker may still take
+        self._outbox: list[bytes] = []
+
+    def request(self, rid: str) -> Request | None:
+        """The open request of this id, if it is of this session."""
+        for call in self.calls:
+            if isinstance(call, Request) and call.rid == rid:
+                return call
+        return None
+
+    def receive(self, frames: list[bytes], now: float) -> None:
+        """One multipart message from the broker."""
+        reply = parse(frames[0]) if len(frames) == 1 else None
+        if reply is None:
+            self.ignored += 1
+        elif (
+            not self._dispatch(reply, now) and reply["type"] == "accepted" and reply["key"] in self._given_up
+        ):
+            self._given_up.discard(reply["key"])
+            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"]}))
+
+    def tick(self, now: float) -> list[bytes]:
+        """The frames to send now. Ends calls whose time has run out."""
+        asked = [question for call in self.calls if (question := call.tick(now)) is not None]
+        self._sweep()
+        outbox, self._outbox = self._outbox, []
+        return outbox + asked
+
+    def deadline(self) -> float | None:
+        """When to call `tick` next, if nothing is received before."""
+        return min((call.deadline() for call in self.calls), default=None)
+
+    def fail(self, error: TetriError) -> None:
+        """The connection cannot be used any more."""
+        for call in self.calls:
+            call.end(error)
+        self.calls.clear()
+
+    def _dispatch(self, reply: dict[str, Any], now: float) -> bool:
+        found = [call.take(reply, now) for call in self.calls]  # all: a Status answers everyone who asked
+        self._sweep()
+        return any(found)
+
+    def _sweep(self) -> None:
+        for call in self.calls:
+            if call.ended and isinstance(call, Request) and isinstance(call.error, Unreachable):
+                self._given_up.add(call.key)
+        self.calls = [call for call in self.calls if not call.ended]

@@ -1,0 +1,200 @@
+"""The client for ordinary, blocking code."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, Session
+from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
+from tetri.client.place import find_address
+from tetri.request import Turn
+
+Prompt = str | Sequence[int] | None
+Messages = Sequence[Turn | Mapping[str, str]] | None
+LINGER_MS = 200  # on close: long enough for a last Cancel to leave
+
+
+def dealer(context: zmq.Context[Any], address: str) -> Any:
+    """A socket towards the broker, which need not be there yet. Raises TetriError for a bad address."""
+    socket = context.socket(zmq.DEALER)
+    socket.linger = LINGER_MS
+    socket.sndhwm = socket.rcvhwm = 1000
+    socket.maxmsgsize = MAX_RECEIVED
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise TetriError(f"{address!r} is no address to connect to: {error.strerror}") from None
+    return socket
+
+
+def new_request(
+    prompt: Prompt,
+    messages: Messages,
+    deadline_s: float | None,
+    sampling: Mapping[str, Any],
+    patience: Patience,
+) -> Request:
+    """Raises BadRequest."""
+    key = secrets.token_hex(8)
+    return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, time.monotonic())
+
+
+class Client:
+    """One connection to a broker. Not for several threads at once: make one each.
+
+    `address`: the broker's; found through the run directory when not given. `timeout`: seconds without an
+    answer after which every method raises Unreachable. Settings of a request are those of
+    `tetri.request.Sampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, ...
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        timeout: float = 30.0,
+        *,
+        silence_s: float = 2.0,
+        resend_s: float = 1.0,
+    ) -> None:
+        self.address = address or find_address()
+        self._patience = Patience(timeout, silence_s, resend_s)
+        self._session = Session()
+        self._socket = dealer(zmq.Context.instance(), self.address)
+
+    def generate(
+        self,
+        prompt: Prompt = None,
+        *,
+        messages: Messages = None,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> Result:
+        """The whole answer to a prompt (text or token ids) or to a conversation. Raises TetriError."""
+        return self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
+
+    def stream(
+        self,
+        prompt: Prompt = None,
+        *,
+        messages: Messages = None,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """An iterator over the answer's text as it appears. Raises TetriError, now or while iterating."""
+        request = new_request(prompt, messages, deadline_s, sampling, self._patience)
+        self._session.calls.append(request)
+        self._send()
+        return Stream(self, request)
+
+    def cancel(self, rid: str) -> None:
+        """End a request, this client's or another's, and wait until the broker has said so."""
+        request = self._session.request(rid)
+        if request is not None:
+            request.cancel(time.monotonic())
+            self._finish(request)
+            return
+        self._run(Cancellation(rid, self._patience, time.monotonic()))
+
+    def status(self) -> dict[str, Any]:
+        """The cluster's Status: instances, requests, counters, model."""
+        call = Inspection(self._patience, time.monotonic())
+        self._run(call)
+        assert call.status is not None  # or _run had raised
+        return call.status
+
+    def close(self) -> None:
+        self._session.fail(TetriError("the client was closed"))
+        self._socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Call) -> None:
+        self._session.calls.append(call)
+        self._finish(call)
+
+    def _finish(self, call: Call) -> None:
+        while not call.ended:
+            self._turn()
+        if call.error:
+            raise call.error
+
+    def _turn(self) -> None:
+        """Send what is due, wait for the next reply or deadline, take all replies that are there."""
+        self._send()
+        deadline = self._session.deadline()
+        if deadline is None:
+            return
+        if self._socket.poll(max(0, 1000 * (deadline - time.monotonic()) + 1)):
+            while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+                self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), time.monotonic())
+
+    def _send(self) -> None:
+        if self._socket.closed:
+            raise TetriError("the client was closed")
+        for frame in self._session.tick(time.monotonic()):
+            try:
+                self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:  # nobody takes it for now: it will be asked again
+                return
+
+
+class Stream:
+    """Iterate over the pieces of text; then `result`. Leaving a `with` early cancels the request."""
+
+    def __init__(self, client: Client, request: Request) -> None:
+        self._client = client
+        self._request = request
+
+    @property
+    def rid(self) -> str | None:
+        """The request's id, once the broker has accepted it."""
+        return self._request.rid
+
+    @property
+    def result(self) -> Result | None:
+        """What there is to know at the end; None before."""
+        return self._request.result
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while not self._request.pieces and not self._request.ended:
+            self._client._turn()
+        if self._request.pieces:
+            return self._request.pieces.popleft()
+        if self._request.error:
+            raise self._request.error
+        raise StopIteration
+
+    def wait(self) -> Result:
+        """Run to the end and give the result."""
+        self._client._finish(self._request)
+        assert self._request.result is not None  # or _finish had raised
+        return self._request.result
+
+    def cancel(self) -> Result:
+        """Ask for the end and wait for it; the result holds what there was."""
+        self._request.cancel(time.monotonic())
+        return self.wait()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if not self._request.ended:
+            self.cancel()
