@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -83,6 +84,15 @@ def weights_hash(folder: Path) -> str:
     if len(digest) != 32 or size != str(_weights_size(folder)):
         raise ModelError(f"{record} does not belong to the weights beside it: delete it")
     return digest
+
+
+def shape(folder: Path) -> tuple[int, int]:
+    """(context, vocabulary) of a checkpoint, in tokens."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(config["max_position_embeddings"]), int(config["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json does not tell context and vocabulary: {error!r}") from None
 
 
 def _cached(name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -30,7 +31,7 @@ class Stage(StrEnum):
         return self in (Stage.DONE, Stage.FAILED, Stage.CANCELLED)
 
 
-class Sampling(Record):
+class Sampling(Record, frozen=True):
     """How output tokens are drawn. `temperature` 0 is greedy; `seed` makes a drawn text repeatable."""
 
     max_tokens: int = 128
@@ -80,14 +81,14 @@ def sampling_problem(s: Sampling) -> str | None:
     return None
 
 
-class Turn(Record):
+class Turn(Record, frozen=True):
     """One message of a conversation; `role` is system, user or assistant."""
 
     role: str
     content: str
 
 
-class Receipt(Record):
+class Receipt(Record, frozen=True):
     """What really happened to a request's KV: `adopted` prompt tokens came as KV bytes, `recomputed` ones
     were scheduled again by the decode engine itself (0 unless it was preempted).
     """
@@ -104,12 +105,12 @@ class Receipt(Record):
     attempts: int = 1
 
 
-class Usage(Record):
+class Usage(Record, frozen=True):
     prompt_tokens: int
     completion_tokens: int
 
 
-class Fingerprint(Record):
+class Fingerprint(Record, frozen=True):
     """What two engines must share before KV bytes of one mean anything to the other (design.md, section 5)."""
 
     engine: str
@@ -136,7 +137,7 @@ def difference(a: Fingerprint, b: Fingerprint) -> str | None:
     return None
 
 
-class Capacity(Record):
+class Capacity(Record, frozen=True):
     """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
 
     blocks: int
@@ -149,3 +150,7 @@ class Capacity(Record):
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """Blocks that hold `tokens` tokens."""
     return -(-tokens // block_tokens)
+
+
+def with_seed(sampling: Sampling, seed: int) -> Sampling:
+    return replace(sampling, seed=seed)

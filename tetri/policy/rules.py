@@ -12,7 +12,9 @@ from tetri.leg import Span
 from tetri.policy import admit, chunk, order, route
 from tetri.policy.views import BatchView, DecodeView, PrefillView, Progress, QueuedPrompt, WaitingSeat
 
-PREFILL_ROUTES: dict[str, Callable[[Sequence[PrefillView]], str | None]] = {"least_loaded": route.least_loaded}
+PREFILL_ROUTES: dict[str, Callable[[Sequence[PrefillView]], str | None]] = {
+    "least_loaded": route.least_loaded
+}
 DECODE_ROUTES: dict[str, Callable[[int, Sequence[DecodeView], Random], str | None]] = {
     "first_fit": route.first_fit
 }

@@ -14,7 +14,7 @@ from tetri.request import Capacity, Fingerprint, Receipt, Record, Sampling, Stag
 # ---------------------------------------------------------------- clients -> broker
 
 
-class Submit(Record, tag="submit"):
+class Submit(Record, tag="submit", frozen=True):
     """Ask for a completion. Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is
     given. `key` is drawn by the client; the same key again is the same request, not a second one.
     """
@@ -26,11 +26,11 @@ class Submit(Record, tag="submit"):
     deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
 
 
-class Cancel(Record, tag="cancel"):
+class Cancel(Record, tag="cancel", frozen=True):
     rid: str
 
 
-class Attach(Record, tag="attach"):
+class Attach(Record, tag="attach", frozen=True):
     """Send me what this request has produced from token `start` on, and all that follows. Also the client's
     way to ask whether the broker is still there."""
 
@@ -38,7 +38,7 @@ class Attach(Record, tag="attach"):
     start: int = 0
 
 
-class Inspect(Record, tag="inspect"):
+class Inspect(Record, tag="inspect", frozen=True):
     """Ask for a Status."""
 
 
@@ -47,13 +47,13 @@ ClientMessage = Submit | Cancel | Attach | Inspect
 # ---------------------------------------------------------------- broker -> clients
 
 
-class Accepted(Record, tag="accepted"):
+class Accepted(Record, tag="accepted", frozen=True):
     key: str
     rid: str
     prompt_tokens: int
 
 
-class Refused(Record, tag="refused"):
+class Refused(Record, tag="refused", frozen=True):
     """`key` is the Submit's key, or the rid of a Cancel or Attach that names no known request."""
 
     key: str
@@ -61,7 +61,7 @@ class Refused(Record, tag="refused"):
     retry_after_s: float | None = None
 
 
-class Delta(Record, tag="delta"):
+class Delta(Record, tag="delta", frozen=True):
     """Output tokens `start` .. `start + len(ids)` and the text that they complete (often empty: a character
     may need several tokens, a possible stop text is held back)."""
 
@@ -71,7 +71,7 @@ class Delta(Record, tag="delta"):
     text: str
 
 
-class Done(Record, tag="done"):
+class Done(Record, tag="done", frozen=True):
     """The last message of a request. `reason`: stop, length, cancelled, deadline, or error (then `error` says
     why). `timeline`: seconds spent in each stage; they add up to `jct_s`."""
 
@@ -85,7 +85,7 @@ class Done(Record, tag="done"):
     error: str | None = None
 
 
-class InstanceStatus(Record):
+class InstanceStatus(Record, frozen=True):
     iid: str
     role: str
     state: str  # ready, lost
@@ -98,7 +98,7 @@ class InstanceStatus(Record):
     note: str = ""
 
 
-class Status(Record, tag="status"):
+class Status(Record, tag="status", frozen=True):
     instances: list[InstanceStatus]
     requests: dict[str, int]  # stage -> how many rows are open in it
     counters: dict[str, int]
@@ -110,12 +110,12 @@ BrokerReply = Accepted | Refused | Delta | Done | Status
 # ---------------------------------------------------------------- workers -> broker
 
 
-class FromWorker(Record):
+class FromWorker(Record, frozen=True):
     iid: str
     incarnation: int
 
 
-class Load(Record):
+class Load(Record, frozen=True):
     """One instance's load at one moment. Blocks are KV blocks; `queued_tokens` prompt tokens not yet computed."""
 
     free_blocks: int
@@ -134,7 +134,7 @@ class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     outputs: int
 
 
-class Ready(FromWorker, tag="ready"):
+class Ready(FromWorker, tag="ready", frozen=True):
     role: str
     inbox: str
     fingerprint: Fingerprint
@@ -142,13 +142,13 @@ class Ready(FromWorker, tag="ready"):
     load: Load
 
 
-class Beat(FromWorker, tag="beat"):
+class Beat(FromWorker, tag="beat", frozen=True):
     role: str
     load: Load
     holds: list[Hold]
 
 
-class Staged(FromWorker, tag="staged"):
+class Staged(FromWorker, tag="staged", frozen=True):
     """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. With MOVING, `peer` is the decode
     instance that granted the offer (empty while none did)."""
 
@@ -167,13 +167,13 @@ class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     ids: list[int]
 
 
-class Tokens(FromWorker, tag="tokens"):
+class Tokens(FromWorker, tag="tokens", frozen=True):
     """All tokens of one engine step."""
 
     items: list[TokenItem]
 
 
-class Finished(FromWorker, tag="finished"):
+class Finished(FromWorker, tag="finished", frozen=True):
     """A worker ended a request after `outputs` output tokens in all; `reason` is stop or length. `receipt`
     holds what this worker knows; the broker fills in the rest."""
 
@@ -184,7 +184,7 @@ class Finished(FromWorker, tag="finished"):
     receipt: Receipt
 
 
-class Failed(FromWorker, tag="failed"):
+class Failed(FromWorker, tag="failed", frozen=True):
     """A worker cannot go on with a request. `retry`: another attempt may succeed."""
 
     rid: str
@@ -198,7 +198,7 @@ WorkerEvent = Ready | Beat | Staged | Tokens | Finished | Failed
 # ---------------------------------------------------------------- -> a worker's inbox
 
 
-class Assign(Record, tag="assign"):
+class Assign(Record, tag="assign", frozen=True):
     """Prefill this. `output` are the tokens that earlier attempts produced: they are prefilled like the prompt
     and keep counting as output."""
 
@@ -209,14 +209,14 @@ class Assign(Record, tag="assign"):
     sampling: Sampling
 
 
-class Close(Record, tag="close"):
+class Close(Record, tag="close", frozen=True):
     """Nobody wants this request any more, up to this attempt: stop it in any stage and forget it."""
 
     rid: str
     attempt: int
 
 
-class Resend(Record, tag="resend"):
+class Resend(Record, tag="resend", frozen=True):
     """Send the tokens of this request again from output index `start` on, and its end if it has ended."""
 
     rid: str
@@ -224,7 +224,7 @@ class Resend(Record, tag="resend"):
     start: int
 
 
-class InstanceView(Record):
+class InstanceView(Record, frozen=True):
     """One instance as others see it."""
 
     iid: str
@@ -236,7 +236,7 @@ class InstanceView(Record):
     load: Load
 
 
-class ClusterView(Record, tag="view"):
+class ClusterView(Record, tag="view", frozen=True):
     """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation).
     Sent at every change and at least every `view_s`; it is also the answer to Ready. A worker that does not
     find its own incarnation in it, or hears no view for a while, says Ready again."""
@@ -246,7 +246,7 @@ class ClusterView(Record, tag="view"):
     instances: list[InstanceView]
 
 
-class BetweenWorkers(Record):
+class BetweenWorkers(Record, frozen=True):
     """`src` is the sender's instance id, `incarnation` the sender's."""
 
     src: str
@@ -256,7 +256,7 @@ class BetweenWorkers(Record):
     offer: int
 
 
-class Handle(Record):
+class Handle(Record, frozen=True):
     """Where a chunk's blocks lie: block i in slot `slots[i]` of `segment`, written in generation
     `generations[i]`. The slot's generation is read again after the copy: a reused slot shows."""
 
@@ -266,7 +266,7 @@ class Handle(Record):
     block_bytes: int
 
 
-class Offer(BetweenWorkers, tag="offer"):
+class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Will you decode this? Reserve `blocks` KV blocks for `prompt` + `output` and answer Grant or Refuse to
     `inbox`. Sent again with the same number when unanswered; the answer is then the same."""
 
@@ -278,17 +278,17 @@ class Offer(BetweenWorkers, tag="offer"):
     blocks: int
 
 
-class Grant(BetweenWorkers, tag="grant"):
+class Grant(BetweenWorkers, tag="grant", frozen=True):
     pass
 
 
-class Refuse(BetweenWorkers, tag="refuse"):
+class Refuse(BetweenWorkers, tag="refuse", frozen=True):
     """Also the answer to anything that names an offer which the receiver does not know."""
 
     why: str
 
 
-class Chunk(BetweenWorkers, tag="chunk"):
+class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     """Blocks [start, stop) of the request are ready to be taken at `handle`. `digest` is xxh3-64 over them in
     order. The last chunk carries the first token (index len(output) of the Offer)."""
 
@@ -300,18 +300,16 @@ class Chunk(BetweenWorkers, tag="chunk"):
     token: int | None = None
 
 
-class Landed(BetweenWorkers, tag="landed"):
+class Landed(BetweenWorkers, tag="landed", frozen=True):
     """This chunk is in my own memory and its digest is right: the sender may free it."""
 
     index: int
 
 
-class Drop(BetweenWorkers, tag="drop"):
+class Drop(BetweenWorkers, tag="drop", frozen=True):
     """The sender takes the offer back: give the reservation up."""
 
     why: str
 
 
-InboxMessage = (
-    Assign | Close | Resend | ClusterView | Offer | Grant | Refuse | Chunk | Landed | Drop
-)
+InboxMessage = Assign | Close | Resend | ClusterView | Offer | Grant | Refuse | Chunk | Landed | Drop

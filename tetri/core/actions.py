@@ -1,0 +1,218 @@
+"""What a core says (actions) and what it is told beside messages (events). The loops in proc/, and the
+simulator, carry the actions out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tetri.leg import Leg, StepDone
+from tetri.request import Sampling
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import BrokerReply, ClientMessage, Handle, InboxMessage, WorkerEvent
+
+BROKER = "broker"  # the broker's name as a peer
+
+
+class Broken(AssertionError):
+    """An invariant does not hold: the process must not go on."""
+
+
+# ---------------------------------------------------------------- actions of every core
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """To a peer's inbox, or to the broker's events. Best effort: nothing relies on one message arriving."""
+
+    peer: str
+    message: InboxMessage | WorkerEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    peer: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    peer: str
+
+
+# ---------------------------------------------------------------- actions of a broker
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """To a client; when it cannot be delivered, `Undelivered` comes back."""
+
+    client: bytes
+    message: BrokerReply
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """Turn output tokens into text, in order; `Worded` comes back. `final`: nothing follows, release all."""
+
+    rid: str
+    start: int
+    ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unword:
+    """The request has ended: forget its text."""
+
+    rid: str
+
+
+# ---------------------------------------------------------------- actions of a worker
+
+
+@dataclass(frozen=True, slots=True)
+class AddLeg:
+    leg: Leg
+
+
+@dataclass(frozen=True, slots=True)
+class CancelLeg:
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitLeg:
+    key: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Run the engine once; `StepDone` comes back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Copy a leg's blocks [start, stop) into the KV store; `Exported` comes back."""
+
+    key: str
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take a chunk out of the sender's store into a leg's blocks from `start` on; `Adopted` comes back."""
+
+    key: str
+    index: int
+    start: int
+    handle: Handle
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Give a chunk's slots in the own KV store back."""
+
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """A peer's store is gone: close what was opened of it."""
+
+    segment: str
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class FromClient:
+    """Any client message but Submit, which comes as `Submitted`."""
+
+    client: bytes
+    message: ClientMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A Submit whose prompt the edge has turned into token ids."""
+
+    client: bytes
+    key: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Worded:
+    """`text` may be shown. `counted`: a stop text was found, only so many output tokens count; else None."""
+
+    rid: str
+    start: int
+    ids: tuple[int, ...]
+    text: str
+    counted: int | None
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """A Reply was not taken. `gone`: the client has left; otherwise its queue is full."""
+
+    client: bytes
+    message: BrokerReply
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LegRejected:
+    """The engine can never run this leg."""
+
+    key: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    key: str
+    index: int
+    start: int
+    stop: int
+    handle: Handle
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """`problem` is None when the chunk is in the engine's own memory with the right digest; else "corrupt" (the
+    bytes are not what was announced) or "lost" (they are no longer there)."""
+
+    key: str
+    index: int
+    problem: str | None = None
+
+
+Action = (
+    Send
+    | Connect
+    | Disconnect
+    | Reply
+    | Word
+    | Unword
+    | AddLeg
+    | CancelLeg
+    | AdmitLeg
+    | Step
+    | Export
+    | Adopt
+    | Free
+    | Forget
+)
+BrokerInput = FromClient | Submitted | Worded | Undelivered | PeerUp | PeerDown | WorkerEvent
+WorkerInput = InboxMessage | PeerUp | PeerDown | LegRejected | Exported | Adopted | StepDone

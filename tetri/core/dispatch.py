@@ -1,0 +1,119 @@
+"""The dispatcher of a prefill worker: asks a decode instance to take a request, announces its chunks to it, and
+asks another one when it is refused or the first is gone."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from tetri.core.actions import Action, Send
+from tetri.core.job import Job
+from tetri.core.peers import Identity, Neighbours
+from tetri.core.timers import Timers
+from tetri.policy.rules import DECODE_ROUTES
+from tetri.policy.views import DecodeView
+from tetri.wire.messages import Chunk, Drop, Offer
+
+
+class Dispatcher:
+    """`jobs` are the prefill half's, by key. Offers are numbered from 1 for the life of the process."""
+
+    def __init__(self, own: Identity, neighbours: Neighbours, timers: Timers[str], rng: Random) -> None:
+        self.own, self.neighbours, self.timers, self.rng = own, neighbours, timers, rng
+        self.jobs: dict[str, Job] = {}
+        self.offers: dict[int, str] = {}  # open offers -> job key
+        self._number = 0
+
+    def dispatch(self, job: Job, now: float) -> list[Action]:
+        """Ask one decode instance, if the job needs one and none is asked. A job that nobody can take is
+        looked at again with every view."""
+        if job.flow.offer is not None or job.flow.complete or not job.decodes:
+            return []
+        known = list(self.neighbours.decoders())
+        job.stranded_at = None if known else job.stranded_at or now
+        views = [self._view(i.iid, i.load.free_blocks) for i in known if i.iid not in job.refused]
+        target = DECODE_ROUTES[self.own.rules.decode_route](job.flow.blocks, views, self.rng)
+        if target is None:
+            return []
+        self._number += 1
+        job.flow.aim(self._number, target)
+        self.offers[self._number] = job.key
+        return self.repeat(job, now)
+
+    def _view(self, iid: str, free_blocks: int) -> DecodeView:
+        """A view may be older than what this dispatcher has offered since."""
+        jobs = (self.jobs[key] for key in self.offers.values())
+        on_offer = sum(j.flow.blocks for j in jobs if j.flow.target == iid and not j.flow.granted)
+        return DecodeView(iid, free_blocks - on_offer)
+
+    def job_of(self, offer: int, target: str) -> Job | None:
+        """The job that this offer to this instance is for, None when the offer is an old one."""
+        job = self.jobs.get(self.offers.get(offer, ""))
+        return job if job is not None and job.flow.target == target else None
+
+    def repeat(self, job: Job, now: float) -> list[Action]:
+        """Say to the target all that it has not answered. What it knows already it answers again."""
+        if job.flow.offer is None or job.flow.complete:
+            return []
+        self.timers.set(job.key, now + self.own.offer_s)
+        offer = [] if job.flow.granted else [self._offer(job)]
+        return [*offer, *(action for index in job.flow.parcels for action in self.announce(job, index))]
+
+    def announce(self, job: Job, index: int) -> list[Action]:
+        parcel = job.flow.parcels[index]
+        if job.flow.offer is None:
+            return []
+        chunk = Chunk(
+            **self._address(job),
+            index=index,
+            start=parcel.start,
+            stop=parcel.stop,
+            handle=parcel.handle,
+            digest=parcel.digest,
+            token=parcel.token,
+        )
+        return [Send(job.flow.target, chunk)]
+
+    def refused(self, job: Job, why: str) -> None:
+        job.refused[job.flow.target] = why
+        self._clear(job)
+
+    def withdraw(self, job: Job, why: str) -> list[Action]:
+        """Take an offer back; the decode side keeps a request whose KV it has completely."""
+        if job.flow.offer is None:
+            return []
+        drop = [] if job.flow.complete else [Send(job.flow.target, Drop(**self._address(job), why=why))]
+        self._clear(job)
+        return [*drop]
+
+    def aimed_at(self, iid: str) -> list[Job]:
+        """Jobs on offer to this instance whose KV has not all landed there."""
+        jobs = [self.jobs[key] for key in self.offers.values()]
+        return [job for job in jobs if job.flow.target == iid and not job.flow.complete]
+
+    def _clear(self, job: Job) -> None:
+        if job.flow.offer is not None:
+            del self.offers[job.flow.offer]
+        self.timers.clear(job.key)
+        job.flow.clear_aim()
+
+    def _offer(self, job: Job) -> Send:
+        offer = Offer(
+            **self._address(job),
+            inbox=self.own.inbox,
+            fingerprint=self.own.fingerprint,
+            prompt=list(job.prompt),
+            output=list(job.output),
+            sampling=job.sampling,
+            blocks=job.flow.blocks,
+        )
+        return Send(job.flow.target, offer)
+
+    def _address(self, job: Job) -> dict[str, Any]:
+        return {
+            "src": self.own.iid,
+            "incarnation": self.own.incarnation,
+            "rid": job.rid,
+            "attempt": job.attempt,
+            "offer": job.flow.offer,
+        }

@@ -1,0 +1,104 @@
+"""KV on its way: the chunks of one attempt, seen from the sender (`Outflow`) and from the receiver (`Inflow`).
+
+offered -> granted -> every chunk announced and landed. The sender announces without waiting for the Grant and
+keeps a chunk until its Landed; after a Refuse the same slots are offered elsewhere, unless a chunk was freed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tetri.wire.messages import Chunk, Handle
+
+
+@dataclass(slots=True)
+class Parcel:
+    """One chunk in the sender's store: blocks [start, stop), one slot each."""
+
+    index: int
+    start: int
+    stop: int
+    handle: Handle
+    digest: int
+    token: int | None
+
+
+@dataclass(slots=True)
+class Outflow:
+    """The sender's side. `offer` numbers the current try, None while nobody is asked."""
+
+    blocks: int  # of the whole prompt
+    offer: int | None = None
+    target: str = ""
+    granted: bool = False
+    parcels: dict[int, Parcel] = field(default_factory=dict)  # put and not landed, by index
+    landed: int = 0  # blocks landed, and so freed here
+    exported: int = 0  # blocks put, landed ones included
+    chunks: int = 0  # chunks put, the next index
+
+    @property
+    def complete(self) -> bool:
+        return self.landed == self.blocks
+
+    @property
+    def movable(self) -> bool:
+        """Whether another decode instance can still be asked."""
+        return self.landed == 0
+
+    def put(self, parcel: Parcel) -> None:
+        self.parcels[parcel.index] = parcel
+
+    def land(self, index: int) -> Handle | None:
+        """The receiver has this chunk; its handle is returned once, to be freed."""
+        parcel = self.parcels.pop(index, None)
+        if parcel is None:
+            return None
+        self.landed += parcel.stop - parcel.start
+        return parcel.handle
+
+    def aim(self, offer: int, target: str) -> None:
+        self.offer, self.target, self.granted = offer, target, False
+
+    def clear_aim(self) -> None:
+        self.offer, self.target, self.granted = None, "", False
+
+    def drain(self) -> list[Handle]:
+        """Give everything up: the handles to free."""
+        handles = [parcel.handle for parcel in self.parcels.values()]
+        self.parcels.clear()
+        return handles
+
+
+@dataclass(slots=True)
+class Inflow:
+    """The receiver's side: which chunks are announced, which are in own memory."""
+
+    blocks: int
+    announced: dict[int, Chunk] = field(default_factory=dict)  # not landed yet
+    landed: dict[int, int] = field(default_factory=dict)  # index -> blocks
+    tries: dict[int, int] = field(default_factory=dict)
+    bytes: int = 0
+    token: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.token is not None and sum(self.landed.values()) == self.blocks
+
+    def announce(self, chunk: Chunk) -> bool:
+        """True when this chunk is new and must be taken."""
+        if chunk.token is not None:
+            self.token = chunk.token
+        if chunk.index in self.landed or chunk.index in self.announced:
+            return False
+        self.announced[chunk.index] = chunk
+        return True
+
+    def land(self, index: int) -> None:
+        chunk = self.announced.pop(index)
+        self.landed[index] = chunk.stop - chunk.start
+        self.bytes += len(chunk.handle.slots) * chunk.handle.block_bytes
+
+    def again(self, index: int, most: int) -> bool:
+        """Count a failed try; False when `most` tries are used up."""
+        self.tries[index] = self.tries.get(index, 0) + 1
+        return self.tries[index] < most

@@ -1,0 +1,117 @@
+"""The instances as the broker knows them: who is there, since when silent, and the view that it publishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tetri.core.actions import Action, Connect, Send
+from tetri.policy.views import PrefillView
+from tetri.request import Capacity, Fingerprint, blocks_for, difference
+from tetri.wire.messages import ClusterView, FromWorker, InstanceStatus, InstanceView, Load, Ready
+
+
+@dataclass(slots=True)
+class Peer:
+    """One worker. `lost` says why it is out, None while it is in."""
+
+    iid: str
+    incarnation: int
+    role: str
+    inbox: str
+    fingerprint: Fingerprint
+    capacity: Capacity
+    load: Load
+    seen: float
+    held: int = 0
+    lost: str | None = None
+
+
+class Registry:
+    """`peers` by iid, the lost ones included. `up`: to which of them a connection stands."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.peers: dict[str, Peer] = {}
+        self.up: dict[str, None] = {}
+        self.number = 0
+
+    def ready(self, message: Ready, now: float) -> tuple[list[Action], bool]:
+        """Enter a worker. True when it replaces another incarnation, whose requests are lost."""
+        old = self.peers.get(message.iid)
+        self.peers[message.iid] = Peer(
+            message.iid,
+            message.incarnation,
+            message.role,
+            message.inbox,
+            message.fingerprint,
+            message.capacity,
+            message.load,
+            now,
+        )
+        replaced = old is not None and old.incarnation != message.incarnation
+        return [Connect(message.iid, message.inbox)], replaced
+
+    def known(self, message: FromWorker) -> Peer | None:
+        """The peer that sent this, if this incarnation of it has registered."""
+        peer = self.peers.get(message.iid)
+        return peer if peer is not None and peer.incarnation == message.incarnation else None
+
+    def usable(self, role: str) -> list[Peer]:
+        return [p for p in self.peers.values() if p.role == role and p.lost is None and p.iid in self.up]
+
+    def prefill_views(self, outstanding: dict[str, int]) -> list[PrefillView]:
+        return [PrefillView(peer.iid, outstanding.get(peer.iid, 0)) for peer in self.usable("prefill")]
+
+    def publish(self) -> list[Action]:
+        """The next ClusterView, to everyone that can be reached."""
+        self.number += 1
+        instances = [
+            InstanceView(
+                iid=peer.iid,
+                incarnation=peer.incarnation,
+                role=peer.role,
+                inbox=peer.inbox,
+                fingerprint=peer.fingerprint,
+                capacity=peer.capacity,
+                load=peer.load,
+            )
+            for peer in self.peers.values()
+            if peer.lost is None
+        ]
+        view = ClusterView(epoch=self.epoch, number=self.number, instances=instances)
+        return [Send(iid, view) for iid in self.up]
+
+    def too_long(self, prompt: int, total: int) -> str | None:
+        """Why a request of so many tokens fits into no instance that is there; None when one may take it."""
+        for role, tokens in (("prefill", prompt), ("decode", total)):
+            rooms = [p.capacity for p in self.peers.values() if p.role == role and p.lost is None]
+            if rooms and all(blocks_for(tokens, room.block_tokens) > room.blocks for room in rooms):
+                most = max(room.blocks * room.block_tokens for room in rooms)
+                return f"{tokens} tokens fit into no {role} instance: the largest holds {most}"
+        return None
+
+    def status(self) -> list[InstanceStatus]:
+        return [
+            InstanceStatus(
+                iid=peer.iid,
+                role=peer.role,
+                state="ready" if peer.lost is None and peer.iid in self.up else "lost",
+                incarnation=peer.incarnation,
+                blocks=peer.capacity.blocks,
+                free_blocks=peer.load.free_blocks,
+                queued=peer.load.queued,
+                running=peer.load.running,
+                held=peer.held,
+                note=peer.lost or self._stranger(peer),
+            )
+            for peer in sorted(self.peers.values(), key=lambda peer: peer.iid)
+        ]
+
+    def _stranger(self, peer: Peer) -> str:
+        """Why KV can never move between this worker and one of the other role; empty when it can."""
+        others = [p for p in self.peers.values() if p.lost is None and p.role != peer.role]
+        for other in others:
+            why = difference(peer.fingerprint, other.fingerprint)
+            if why is not None:
+                return f"never paired with {other.iid}: {why}"
+        return ""

@@ -1,0 +1,64 @@
+"""One attempt of one request on the decode side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tetri.core.kvflow import Inflow
+from tetri.request import Receipt, Stage
+from tetri.wire.messages import BetweenWorkers, Finished, Offer
+
+
+@dataclass(slots=True)
+class Seat:
+    """One attempt of one request on the decode side. `tokens` produced here, the adopted first token included."""
+
+    key: str
+    offer: Offer
+    flow: Inflow
+    allocated: bool = False  # the engine has its blocks
+    landed_as: int = 0  # place in the order of landing, 0: not all there
+    running: bool = False
+    tokens: list[int] = field(default_factory=list)
+    end: Finished | None = None
+    recomputed: int = 0
+    preempted: int = 0
+
+    @property
+    def stage(self) -> Stage:
+        if self.end:
+            return Stage.DONE
+        if self.running:
+            return Stage.DECODE
+        return Stage.WAITING if self.landed_as else Stage.MOVING
+
+    def outputs(self) -> list[int]:
+        return [*self.offer.output, *self.tokens]
+
+    @property
+    def length(self) -> int:
+        return len(self.offer.prompt) + len(self.offer.output) + len(self.tokens)
+
+    def is_for(self, message: BetweenWorkers) -> bool:
+        """Whether a message speaks of the very offer that this seat was granted for."""
+        mine, other = self.offer, message
+        return (mine.src, mine.incarnation, mine.rid, mine.attempt, mine.offer) == (
+            other.src,
+            other.incarnation,
+            other.rid,
+            other.attempt,
+            other.offer,
+        )
+
+    def receipt(self, iid: str, transport: str) -> Receipt:
+        return Receipt(
+            prompt_tokens=len(self.offer.prompt),
+            adopted=len(self.offer.prompt),
+            recomputed=self.recomputed,
+            kv_bytes=self.flow.bytes,
+            chunks=len(self.flow.landed),
+            transport=transport,
+            prefill_instance=self.offer.src,
+            decode_instance=iid,
+            preempted=self.preempted,
+        )

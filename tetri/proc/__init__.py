@@ -1,0 +1,1 @@
+"""Processes: a core, its sockets, and one short loop each."""

@@ -1,0 +1,183 @@
+"""The broker process: clients on one side, workers' events on the other, the core in between."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from random import Random
+
+import click
+
+from tetri import log
+from tetri.config import Config, load
+from tetri.core.actions import (
+    Action,
+    BrokerInput,
+    Connect,
+    Disconnect,
+    FromClient,
+    Reply,
+    Send,
+    Submitted,
+    Undelivered,
+    Unword,
+    Word,
+    Worded,
+)
+from tetri.core.broker import Broker
+from tetri.core.desk import Limits
+from tetri.models import ModelError
+from tetri.net.errors import NetError
+from tetri.net.hub import Hub
+from tetri.net.lock import hold
+from tetri.net.loop import run
+from tetri.net.signals import StopSignals
+from tetri.proc import build
+from tetri.proc.worker import pin
+from tetri.strict import ConfigError
+from tetri.text import Stopper, TextError, Tokenizer
+from tetri.wire.events import Arrived
+from tetri.wire.messages import ClientMessage, Refused, Submit, WorkerEvent
+
+EXPECTED = (ConfigError, ModelError, NetError, TextError, log.LogError)
+
+
+class Hands:
+    """Carries out what the broker's core says, and is its edge to text: prompts become token ids before the
+    core sees them, output becomes text before a client does."""
+
+    def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
+        self.core, self.hub, self.tokenizer, self.log = core, hub, tokenizer, logger
+        self.stoppers: dict[str, Stopper] = {}
+        self.stuck: set[bytes] = set()  # clients that refused a reply of the present list: order is kept
+
+    def poll(self, timeout: float | None) -> Iterable[BrokerInput]:
+        for event in self.hub.poll(timeout):
+            if not isinstance(event, Arrived):
+                yield event
+            elif event.client is None:
+                yield event.message  # type: ignore[misc]
+            elif not isinstance(event.message, Submit):
+                yield FromClient(event.client, event.message)  # type: ignore[arg-type]
+            else:
+                submitted = self.tokenise(event.client, event.message)
+                if submitted is not None:
+                    yield submitted
+
+    def tokenise(self, client: bytes, message: Submit) -> Submitted | None:
+        """None when there is nothing to tokenise: the client is told."""
+        try:
+            prompt = self.prompt(message)
+        except TextError as error:
+            self.hub.reply(client, Refused(key=message.key, reason=str(error)))
+            return None
+        return Submitted(client, message.key, tuple(prompt), message.sampling, message.deadline_s)
+
+    def prompt(self, message: Submit) -> Sequence[int]:
+        if (message.prompt is None) == (message.messages is None):
+            raise TextError("give exactly one of prompt and messages")
+        if message.messages is not None:
+            return self.tokenizer.chat(message.messages)
+        assert message.prompt is not None
+        return self.tokenizer.encode(message.prompt) if isinstance(message.prompt, str) else message.prompt
+
+    def act(self, actions: Sequence[Action]) -> None:
+        self.stuck.clear()
+        self.carry_out(actions)
+
+    def carry_out(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            result = self.do(action)
+            if result is not None:
+                self.carry_out(self.core.handle(result, time.monotonic()))
+
+    def do(self, action: Action) -> BrokerInput | None:
+        match action:
+            case Reply():
+                return self.reply(action)
+            case Word():
+                return self.word(action)
+            case Unword(rid):
+                self.stoppers.pop(rid, None)
+            case Send(peer, message):
+                self.hub.send(peer, message)  # when it is lost, beats and timers make up for it
+            case Connect(peer, address):
+                self.connect(peer, address)
+            case Disconnect(peer):
+                self.hub.disconnect(peer)
+        return None
+
+    def reply(self, action: Reply) -> Undelivered | None:
+        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, action.message)
+        if sent == "sent":
+            return None
+        self.stuck.add(action.client)
+        return Undelivered(action.client, action.message, sent == "gone")
+
+    def word(self, action: Word) -> Worded:
+        stopper = self.stoppers.get(action.rid)
+        if stopper is None:
+            stopper = self.stoppers[action.rid] = Stopper(self.tokenizer, action.stop)
+        released = stopper.feed(action.ids)
+        text = released.text
+        if action.final and not released.stopped:
+            released = stopper.finish()
+            text += released.text
+        counted = released.counted if released.stopped else None
+        return Worded(action.rid, action.start, action.ids, text, counted, action.final)
+
+    def connect(self, peer: str, address: str) -> None:
+        try:
+            self.hub.connect(peer, address)
+        except NetError as error:  # the worker told a wrong address: it stays unreachable, and says so in status
+            self.log.error("%s %s", error, log.fields(iid=peer))
+
+
+def serve(config: Config, logger: logging.Logger) -> None:
+    """The whole process: lock the run directory, bind, loop until a signal, leave nothing behind."""
+    pin(config.broker.cpus)
+    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tokenizer = build.tokenizer(config)
+    with hold(config.run_dir / "broker.lock"):
+        hub = Hub(logger)
+        signals = StopSignals(hub.wake_fd)
+        try:
+            epoch = secrets.randbits(62)
+            model = config.model.name if config.engine.kind != "emulated" else "emulated"
+            core = Broker(limits(config), build.rules(config), epoch, Random(epoch), time.monotonic(), model)
+            hands = Hands(core, hub, tokenizer, logger)
+            hub.bind_inbox(config.events_address, WorkerEvent)
+            hub.bind_clients(config.clients_address, ClientMessage)
+            logger.info("serving %s at %s", model, config.clients_address)
+            run(core, hands.poll, hands.act, time.monotonic, signals.running)
+        finally:
+            signals.restore()
+            hub.close()
+
+
+def limits(config: Config) -> Limits:
+    context, vocabulary = build.limits_of_model(config)
+    return Limits(
+        context=context,
+        vocabulary=vocabulary,
+        max_open=config.broker.max_open,
+        beat_s=config.cluster.beat_s,
+        dead_s=config.cluster.dead_s,
+        patience_s=config.cluster.patience_s,
+        client_grace_s=config.broker.client_grace_s,
+    )
+
+
+@click.command()
+@click.option("--conf", required=True, type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+def main(conf: str, overrides: tuple[str, ...]) -> None:
+    """Run the broker of a cluster."""
+    try:
+        serve(load(conf, overrides), log.start("broker"))
+    except EXPECTED as error:
+        click.echo(f"tetri-broker: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,161 @@
+"""The worker process: one engine, one core, one loop. Its role says which half takes new work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from random import Random
+
+import click
+
+from tetri import log
+from tetri.config import Config, cpu_numbers, load
+from tetri.core.actions import (
+    BROKER,
+    Action,
+    AddLeg,
+    AdmitLeg,
+    Adopt,
+    Adopted,
+    CancelLeg,
+    Connect,
+    Disconnect,
+    Export,
+    Exported,
+    Forget,
+    Free,
+    LegRejected,
+    Send,
+    Step,
+    WorkerInput,
+)
+from tetri.core.worker import Worker
+from tetri.cost import CostError
+from tetri.engine.base import Engine, EngineError
+from tetri.kv.base import KVCorrupt, KVError, KVLost, KVStore
+from tetri.models import ModelError
+from tetri.net.errors import NetError
+from tetri.net.hub import Hub
+from tetri.net.loop import run
+from tetri.net.signals import StopSignals
+from tetri.proc import build
+from tetri.strict import ConfigError
+from tetri.wire.events import Arrived
+from tetri.wire.messages import InboxMessage
+
+EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, log.LogError)
+
+
+class Hands:
+    """Carries out what a worker's core says. A slow action's result goes back into the core as an event."""
+
+    def __init__(self, core: Worker, engine: Engine, store: KVStore, hub: Hub, logger: logging.Logger) -> None:
+        self.core, self.engine, self.store, self.hub, self.log = core, engine, store, hub, logger
+
+    def poll(self, timeout: float | None) -> Iterable[WorkerInput]:
+        for event in self.hub.poll(timeout):
+            yield event.message if isinstance(event, Arrived) else event  # type: ignore[misc]
+
+    def act(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            result = self.do(action)
+            if result is not None:
+                self.act(self.core.handle(result, time.monotonic()))
+
+    def do(self, action: Action) -> WorkerInput | None:
+        match action:
+            case Send(peer, message):
+                self.hub.send(peer, message)  # when it is lost, timers and beats make up for it
+            case Step():
+                return self.engine.step()
+            case Export(key, index, start, stop):
+                handle, digest = self.store.put(stop - start, lambda into: self.engine.export(key, start, stop, into))
+                return Exported(key, index, start, stop, handle, digest)
+            case Adopt():
+                return self.adopt(action)
+            case AddLeg(leg):
+                try:
+                    self.engine.add(leg)
+                except EngineError as error:
+                    return LegRejected(leg.key, str(error))
+            case CancelLeg(key):
+                self.engine.cancel(key)
+            case AdmitLeg(key, token):
+                self.engine.admit(key, token)
+            case Free(handle):
+                self.store.free(handle)
+            case Forget(segment):
+                self.store.forget(segment)
+            case Connect(peer, address):
+                self.connect(peer, address)
+            case Disconnect(peer):
+                self.hub.disconnect(peer)
+        return None
+
+    def adopt(self, action: Adopt) -> Adopted:
+        try:
+            blocks = self.store.take(action.handle, action.digest)
+        except KVCorrupt as error:
+            self.log.error("%s %s", error, log.fields(key=action.key, chunk=action.index))
+            return Adopted(action.key, action.index, "corrupt")
+        except KVLost as error:
+            self.log.warning("%s %s", error, log.fields(key=action.key, chunk=action.index))
+            return Adopted(action.key, action.index, "lost")
+        self.engine.adopt(action.key, action.start, blocks)
+        return Adopted(action.key, action.index)
+
+    def connect(self, peer: str, address: str) -> None:
+        try:
+            self.hub.connect(peer, address)
+        except NetError as error:  # the peer told a wrong address: it stays unreachable
+            self.log.error("%s %s", error, log.fields(iid=peer))
+
+
+def serve(config: Config, iid: str, logger: logging.Logger) -> None:
+    """The whole process: build, register, loop until a signal, leave nothing behind."""
+    pin(config.worker(iid).cpus)
+    hub = Hub(logger)
+    signals = StopSignals(hub.wake_fd)
+    engine = build.engine(config)
+    store = build.store(config, iid, engine.fingerprint.block_bytes)
+    try:
+        own = build.identity(config, iid, secrets.randbits(62), engine, store)
+        core = Worker(own, Random(own.incarnation), time.monotonic())
+        hands = Hands(core, engine, store, hub, logger)
+        hub.bind_inbox(own.inbox, InboxMessage)
+        hub.connect(BROKER, config.events_address)
+        logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
+        run(core, hands.poll, hands.act, time.monotonic, signals.running)
+    finally:
+        signals.restore()
+        hub.close()
+        store.close()
+        engine.close()
+
+
+def pin(cpus: str) -> None:
+    """Keep this process on its CPUs, before any library counts them. Raises ConfigError."""
+    wanted = cpu_numbers(cpus)
+    if not wanted:
+        return
+    missing = wanted - set(range(os.cpu_count() or 1))
+    if missing:
+        raise ConfigError(f"cpus = {cpus!r}: this machine has no CPU {min(missing)}")
+    os.sched_setaffinity(0, wanted)
+
+
+@click.command()
+@click.option("--conf", required=True, type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
+@click.option("--iid", required=True, help="Which [[worker]] of it to be.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+def main(conf: str, iid: str, overrides: tuple[str, ...]) -> None:
+    """Run one worker. It registers with the broker of the cluster and takes work as its role says."""
+    try:
+        serve(load(conf, overrides), iid, log.start(f"worker-{iid}"))
+    except EXPECTED as error:
+        click.echo(f"tetri-worker: {error}", err=True)
+        sys.exit(2)
