@@ -1,0 +1,144 @@
+"""bin/setup and the launchers, run for real in a copy of their folder, with a stub in Python's place."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ("cat", "cksum", "awk", "df", "dirname", "du", "grep", "mkdir", "readlink", "rm", "sh", "tail")
+
+# Answers the questions that bin/setup asks of a Python, makes a stub environment with itself as its Python,
+# writes down each pip and model call, and fails where the file `fail` holds a word of the call.
+PYTHON = """#!/bin/sh
+log() { echo "$*" >>"$STUB/calls"; }
+case "$1 $2" in
+"-V "*) echo Python 3.11.0 ;;
+"-c import ensurepip"*) echo "$STUB/bin/python3.11" ;;
+"-c import fcntl"*) ;;
+"-m venv") mkdir -p "$3/bin" && cat "$0" >"$3/bin/python" && chmod +x "$3/bin/python" ;;
+*)
+    log "$*"
+    case "$* " in *" $(cat "$STUB/fail") "*) cat "$STUB/says"; exit 1 ;; esac
+    [ "$2" != tetri.models ] || echo /models/stub ;;
+esac
+"""
+
+
+class Checkout:
+    """A folder with the set-up's files and a PATH on which nothing else is."""
+
+    def __init__(self, folder: Path):
+        self.root, self.stub = folder / "checkout", folder / "stub"
+        (self.stub / "bin").mkdir(parents=True)
+        for name in ("bin", "requirements"):
+            shutil.copytree(ROOT / name, self.root / name)
+        (self.root / "tetri").mkdir()
+        for name in ("setup.cfg", "pyproject.toml", "tetri/__init__.py"):
+            shutil.copy(ROOT / name, self.root / name)
+        for name in (*PROGRAMS, "chmod"):
+            (self.stub / "bin" / name).symlink_to(shutil.which(name))
+        self.program("python3.11", PYTHON)
+        self.fail_at("nothing")
+
+    def program(self, name: str, text: str) -> None:
+        path = self.stub / "bin" / name
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def fail_at(self, word: str, saying: str = "") -> None:
+        (self.stub / "fail").write_text(word)
+        (self.stub / "says").write_text(saying)
+
+    def run(self, program: str = "bin/setup", **environment: str) -> subprocess.CompletedProcess:
+        (self.stub / "calls").write_text("")
+        settings = {"PATH": str(self.stub / "bin"), "STUB": str(self.stub), "HOME": str(self.stub)}
+        return subprocess.run(
+            [self.root / program], env=settings | environment, capture_output=True, text=True, cwd="/", timeout=60
+        )
+
+    def steps(self) -> list[str]:
+        """The pip and model calls of the last run, each by what tells it apart."""
+        words = ("cpu.txt", "cpu-nodeps.txt", "-e", "tetri.models")
+        calls = (self.stub / "calls").read_text().splitlines()
+        return [next(word for word in words if any(part.endswith(word) for part in c.split())) for c in calls]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def error_of(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode != 0 and result.stdout == ""
+    return result.stderr.splitlines()[-1]
+
+
+def test_all_steps_once_and_nothing_the_second_time(checkout):
+    assert checkout.run().returncode == 0
+    assert checkout.steps() == ["cpu.txt", "cpu-nodeps.txt", "-e", "tetri.models"]
+    assert checkout.run().returncode == 0
+    assert checkout.steps() == ["tetri.models"]
+
+
+def test_a_changed_file_repeats_its_own_step_only(checkout):
+    checkout.run()
+    with open(checkout.root / "requirements" / "cpu-nodeps.txt", "a") as file:
+        file.write("# changed\n")
+    checkout.run()
+    assert checkout.steps() == ["cpu-nodeps.txt", "tetri.models"]
+
+
+def test_a_half_finished_run_is_taken_up_where_it_stopped(checkout):
+    checkout.fail_at("requirements/cpu-nodeps.txt", "ERROR: [Errno 28] No space left on device\n")
+    assert "No space left on device" in error_of(checkout.run())
+    half = checkout.root / ".venv/lib/python3.11/site-packages/half-1.0.dist-info"
+    half.mkdir(parents=True)
+    checkout.fail_at("nothing")
+    assert checkout.run().returncode == 0
+    assert checkout.steps() == ["cpu-nodeps.txt", "-e", "tetri.models"]
+    assert not half.exists()
+
+
+def test_a_moved_checkout_gets_a_new_environment(checkout, tmp_path):
+    checkout.run()
+    checkout.root = checkout.root.rename(tmp_path / "moved")
+    assert checkout.run().returncode == 0
+    assert "cpu.txt" in checkout.steps()
+
+
+def test_no_network_is_said(checkout):
+    checkout.fail_at("requirements/cpu.txt", "WARNING: Retrying after connection broken by 'X'\nERROR: none\n")
+    assert "no network" in error_of(checkout.run())
+
+
+def test_no_python_is_said(checkout):
+    (checkout.stub / "bin" / "python3.11").unlink()
+    assert "Python 3.11" in error_of(checkout.run())
+    checkout.program("python3", "#!/bin/sh\nexit 1\n")
+    assert "Python 3.11" in error_of(checkout.run())
+
+
+def test_no_room_is_said_before_anything_is_made(checkout):
+    checkout.program("df", "#!/bin/sh\necho header\necho /dev/x 9 9 100 9% /\n")
+    assert "too little disk" in error_of(checkout.run())
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_a_relative_cache_is_refused(checkout):
+    assert "absolute path" in error_of(checkout.run(TETRI_CACHE="here"))
+
+
+@pytest.mark.parametrize("name", ["tetri-cli", "tetri-broker", "tetri-worker"])
+def test_launchers(checkout, name):
+    assert error_of(checkout.run(f"bin/{name}")) == f"{name}: run bin/setup first"
+    program = checkout.root / ".venv" / "bin" / name
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "ran with $*"\n')
+    program.chmod(0o755)
+    link = checkout.stub / "elsewhere"
+    link.symlink_to(os.path.relpath(checkout.root / "bin" / name, checkout.stub))
+    assert subprocess.run([link, "a", "b c"], capture_output=True, text=True).stdout == "ran with a b c\n"
