@@ -59,7 +59,11 @@ def test_a_live_owner_is_not_robbed(run_folder):
 def test_a_dead_owners_file_is_taken_over_and_removed_on_close(run_folder):
     path = f"{run_folder}/inbox"
     child = subprocess.Popen(
-        [sys.executable, "-c", f"import socket; s = socket.socket(socket.AF_UNIX); s.bind({path!r}); input()"],
+        [
+            sys.executable,
+            "-c",
+            f"import socket; s = socket.socket(socket.AF_UNIX); s.bind({path!r}); input()",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

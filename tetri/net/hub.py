@@ -70,8 +70,11 @@ class Hub:
         replaces the connection, without a PeerDown. Raises NetError when `address` is none, the old
         connection then stays. PeerUp comes out of poll as soon as somebody answers there."""
         old = self._links.get(peer)
-        if old is not None and old.address == address:
+        if old is not None and old.address == address and not old.given_up:
             return
+        self._open(peer, address)
+
+    def _open(self, peer: str, address: str) -> None:
         link = Link(self._context, peer, address)
         self.disconnect(peer)
         self._links[peer] = link
@@ -93,6 +96,8 @@ class Hub:
         link = self._links.get(peer)
         if link is None or not link.up:
             self.counters["no_peer"] += 1
+            if link is not None and link.given_up:
+                self._open(peer, link.address)  # here and not in poll: as often as the core tries, no more
             return False
         data = codec.encode(message)
         if not link.send(data):

@@ -25,12 +25,16 @@ class Link:
         self.peer = peer
         self.address = address
         self.up = False
+        # libzmq tries again by itself after a lost connection, but never after an answer that is no ZeroMQ.
+        # A disconnection without a CONNECT_RETRIED after it shows that it has given up.
+        self.given_up = False
         self._push = sockets.outbox(context)
         self.monitor = context.socket(zmq.PAIR)
         self.monitor.set(zmq.LINGER, 0)
         # A monitor must be there before the connection, or it would miss how that began.
         endpoint = f"inproc://monitor-{next(_monitor_number)}"
-        self._push.monitor(endpoint, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        seen = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+        self._push.monitor(endpoint, seen)
         self.monitor.connect(endpoint)
         try:
             self._push.connect(address)
@@ -60,6 +64,7 @@ class Link:
         while _ready(self.monitor, zmq.POLLIN):
             event = recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"]
             up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.given_up = event == zmq.EVENT_DISCONNECTED
             if up != self.up:
                 self.up = up
                 seen.append(PeerUp(self.peer) if up else PeerDown(self.peer))
