@@ -1,4 +1,4 @@
-"""Whatever a stranger sends, to whichever socket: counted, logged once, dropped, and the others are served."""
+"""Whatever a stranger sends, to whichever socket: counted, logged once, dropped; the others are served."""
 
 import logging
 import os

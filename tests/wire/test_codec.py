@@ -1,4 +1,5 @@
 import struct
+from contextlib import suppress
 
 import msgpack
 import msgspec
@@ -114,10 +115,8 @@ def test_random_bytes_raise_nothing_but_a_wire_error(noise):
 def test_a_damaged_message_is_a_message_or_a_wire_error(message, data):
     damaged = bytearray(encode(message))
     damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with suppress(WireError):
         assert isinstance(decode(bytes(damaged), InboxMessage), msgspec.Struct)
-    except WireError:
-        pass
 
 
 def test_each_union_has_its_own_size_limit():

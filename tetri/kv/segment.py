@@ -1,8 +1,8 @@
-"""Segment files in /dev/shm: made so that a full one is an error now, mapped so that a false one is harmless.
+"""Segment files in /dev/shm: made so that a full one is an error now, mapped so that a false one does no harm.
 
-A file is: magic, u32 version, u32 offset of the blocks, u64 block bytes, u64 slots, one u64 generation a slot,
-and from the offset (a multiple of 4096) on the blocks; numbers in the machine's byte order. Its owner holds
-flock(LOCK_EX) on it as long as it lives, so a file that nobody has locked is a dead one's.
+A file is: magic, u32 version, u32 offset of the blocks, u64 block bytes, u64 slots, one u64 generation per
+slot, and from the offset (a multiple of 4096) on the blocks; numbers in the machine's byte order. Its owner
+holds flock(LOCK_EX) on it as long as it lives, so a file that nobody has locked is a dead one's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tetri.kv.base import KVError, KVLost
@@ -42,10 +43,8 @@ class Mapping:
     def close(self) -> None:
         """Unmap, and unlock where it was locked. A second call does nothing."""
         self.segment.release()
-        try:
+        with suppress(BufferError):  # somebody still has a view of a block: the memory goes with the last
             self.memory.close()
-        except BufferError:
-            pass  # somebody still has a view of a block: the memory goes with the last one
         if self.descriptor >= 0:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # the mapping may still hold a duplicate of it
             os.close(self.descriptor)

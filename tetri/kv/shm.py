@@ -1,4 +1,4 @@
-"""The store of processes on one host: each owns one segment in shared memory and maps its peers' read-only."""
+"""The store of processes on one host: each owns a segment in shared memory and maps its peers' read-only."""
 
 from __future__ import annotations
 

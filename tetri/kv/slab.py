@@ -1,8 +1,8 @@
 """Slots of one block each in some memory: what every store that copies through memory has in common.
 
 The owner writes, readers only read, and nobody locks. A reader sees by the slot's generation that the owner
-has given the slot to something else: the owner counts it up *before* the slot can be written again, the reader
-looks before its copy and after it. The digest over the copy is the last word.
+has given the slot to something else: the owner counts it up *before* the slot can be written again, the
+reader looks before its copy and after it. The digest over the copy is the last word.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Staging:
         _check_generations(segment, handle)
         if copied.intdigest() != digest:
             raise KVCorrupt(
-                f"{segment.name}: digest {copied.intdigest():016x} of {len(copies)} blocks, announced {digest:016x}"
+                f"{segment.name}: {len(copies)} blocks have digest {copied.intdigest():016x}, announced {digest:016x}"
             )
         return copies
 
@@ -142,10 +142,9 @@ def shape_problem(segment: Segment, handle: Handle) -> str | None:
 
 def _check_generations(segment: Segment, handle: Handle) -> None:
     for slot, generation in zip(handle.slots, handle.generations, strict=True):
-        if segment.generations[slot] != generation:
-            raise KVLost(
-                f"{segment.name}: slot {slot} is in generation {segment.generations[slot]}, the handle says {generation}"
-            )
+        present = segment.generations[slot]
+        if present != generation:
+            raise KVLost(f"{segment.name}: slot {slot} is in generation {present}, the handle says {generation}")
 
 
 def _touched(size: int) -> memoryview:

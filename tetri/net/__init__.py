@@ -1,4 +1,4 @@
-"""Everything of ZeroMQ, and nothing that decides: sockets, locks, signals and the one loop of every process."""
+"""Everything of ZeroMQ, and nothing that decides: sockets, locks, signals, the one loop of every process."""
 
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub

@@ -23,7 +23,7 @@ def check(address: str) -> str | None:
         return None
     if _TCP_ELSEWHERE.fullmatch(address):
         raise NetError(
-            f"{_quoted(address)}: between hosts the wire must be encrypted, which is not there yet: use 127.0.0.1"
+            f"{_quoted(address)}: between hosts the wire must be encrypted, which is to come: use 127.0.0.1"
         )
     raise NetError(f"{_quoted(address)} is no address: write ipc:///path or tcp://127.0.0.1:port")
 
@@ -35,7 +35,7 @@ def _ipc_path(address: str) -> str:
         raise NetError(f"{_quoted(address)}: an ipc address needs an absolute path, as in ipc:///run/name")
     if size > MAX_IPC_BYTES:
         raise NetError(
-            f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: use a shorter run directory"
+            f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: use a shorter folder"
         )
     return path
 

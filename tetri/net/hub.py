@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
+from contextlib import suppress
 from types import UnionType
 from typing import Literal
 
@@ -92,7 +93,7 @@ class Hub:
 
     def send(self, peer: str, message: msgspec.Struct) -> bool:
         """Never waits. False: no such peer, none between its PeerUp and its PeerDown, or it does not read.
-        True: handed over, which is no promise that it arrives. Raises WireError for one over the size limit."""
+        True: handed over, which is no promise that it arrives. Raises WireError for one over the limit."""
         link = self._links.get(peer)
         if link is None or not link.up:
             self.counters["no_peer"] += 1
@@ -147,10 +148,8 @@ class Hub:
 
     def wake(self) -> None:
         """End the present or the next poll at once. From any thread; `wake_fd` is for set_wakeup_fd."""
-        try:
+        with suppress(BlockingIOError):  # the pipe is full of wake-ups already
             os.write(self.wake_fd, b"\0")
-        except BlockingIOError:
-            pass  # the pipe is full of wake-ups already
 
     def close(self) -> None:
         """Drop every connection and what waits in it, remove the socket files. A second call does nothing."""
@@ -176,8 +175,6 @@ def _milliseconds(timeout: float | None) -> int | None:
 
 
 def _empty(pipe: int) -> None:
-    try:
+    with suppress(BlockingIOError):
         while len(os.read(pipe, 4096)) == 4096:
             pass
-    except BlockingIOError:
-        pass

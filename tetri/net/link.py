@@ -1,4 +1,4 @@
-"""One peer that this process writes to: a PUSH socket, and its monitor, which tells of a dead peer at once."""
+"""One peer that this process writes to: a PUSH socket and its monitor, which tells of a dead peer at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Link:
     readable, `news()` says what happened."""
 
     def __init__(self, context: sockets.Context, peer: str, address: str) -> None:
-        """Raises NetError when `address` is none. Connecting itself never fails: nobody there is no PeerUp."""
+        """Raises NetError when `address` is none. Connecting never fails: nobody there is no PeerUp."""
         check(address)
         self.peer = peer
         self.address = address

@@ -1,4 +1,4 @@
-"""The one loop of every process: wait for what happens or for the core's deadline, and do what the core says."""
+"""The one loop of every process: wait for what happens or for the core's deadline, do what the core says."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run(
     clock: Callable[[], float],
     running: Callable[[], bool],
 ) -> None:
-    """Until `running()` is False. `poll(timeout)` waits at most `timeout` seconds (None: for ever) and is told
-    0 when the deadline has passed, so nothing here sleeps and nothing spins.
+    """Until `running()` is False. `poll(timeout)` waits at most `timeout` seconds (None: for ever) and is
+    told 0 when the deadline has passed, so nothing here sleeps and nothing spins.
 
     `tick` comes after every poll, whether something arrived or not: traffic must not hold timers up.
     """

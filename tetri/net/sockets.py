@@ -34,7 +34,7 @@ def inbox(context: Context, union: UnionType) -> Socket:
 
 
 def clients(context: Context, union: UnionType) -> Socket:
-    """A ROUTER that says when a client is gone or does not read (mandatory), instead of dropping the reply."""
+    """A ROUTER that says when a client is gone or does not read (mandatory) instead of dropping a reply."""
     socket = _plain(context, zmq.ROUTER)
     socket.set(zmq.RCVHWM, SUBMITS_WAITING)
     socket.set(zmq.SNDHWM, REPLIES_WAITING)
@@ -83,7 +83,7 @@ class Bound:
             self._inode = os.stat(self._path).st_ino
 
     def remove_file(self) -> None:
-        """After the socket was closed: take away the file that it may have left, unless it is another's now."""
+        """After the socket was closed: remove the file that it may have left, unless it is another's now."""
         if self._path is None:
             return
         try:
