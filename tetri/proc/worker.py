@@ -118,9 +118,9 @@ class Hands:
 def serve(config: Config, iid: str, logger: logging.Logger) -> None:
     """The whole process: build, register, loop until a signal, leave nothing behind."""
     pin(config.worker(iid).cpus)
+    engine = build.engine(config)  # seconds to minutes; a signal simply ends the process until here
     hub = Hub(logger)
     signals = StopSignals(hub.wake_fd)
-    engine = build.engine(config)
     store = build.store(config, iid, engine.fingerprint.block_bytes)
     try:
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
