@@ -122,7 +122,7 @@ def test_the_default_folder_is_shared_memory():
 
 
 def test_too_little_room_is_an_error_at_the_start_that_names_it(tmp_path):
-    with pytest.raises(KVError, match=r"too small for 1000000 slots .* 1,000,000 MB needed, [\d,]+ MB free"):
+    with pytest.raises(KVError, match=r"too small for 1000000 slots .* 1,000,008 MB needed, [\d,]+ MB free"):
         ShmStore("test", "p0", 1_000_000, 1 << 20, directory=str(tmp_path))
     assert os.listdir(tmp_path) == []
 

@@ -1,5 +1,7 @@
 """What both stores promise, held against both, and against random histories."""
 
+from contextlib import suppress
+
 import pytest
 import xxhash
 from hypothesis import settings
@@ -58,7 +60,7 @@ def test_a_freed_or_reused_slot_is_lost(pair):
     sender, receiver = pair
     handle, digest = sender.put(1, writer(block(1)))
     sender.free(handle)
-    with pytest.raises(KVLost, match="generation 2, the handle says 1"):
+    with pytest.raises(KVLost, match="generation 2, not 1"):
         receiver.take(handle, digest)
     again, _ = sender.put(1, writer(block(1)))
     assert again.slots == handle.slots
@@ -270,10 +272,8 @@ class History(RuleBasedStateMachine):
         handle, digest, blocks = data.draw(st.sampled_from(self.live))
         numbers = st.lists(st.integers(-2, SLOTS + 2), max_size=3)
         forged = replaced(handle, slots=data.draw(numbers), generations=data.draw(numbers))
-        try:
+        with suppress(KVLost, KVCorrupt):
             assert [bytes(view) for view in self.receiver.take(forged, digest)] == blocks
-        except (KVLost, KVCorrupt):
-            pass
 
     @rule()
     def forget(self):

@@ -1,4 +1,4 @@
-"""Segment files in /dev/shm: made so that a full one is an error now, mapped so that a false one does no harm.
+"""Segment files in /dev/shm: a full one is an error when a file is made, a false file harms no reader.
 
 A file is: magic, u32 version, u32 offset of the blocks, u64 block bytes, u64 slots, one u64 generation per
 slot, and from the offset (a multiple of 4096) on the blocks; numbers in the machine's byte order. Its owner

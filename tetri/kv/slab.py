@@ -122,9 +122,7 @@ class Staging:
                 copied.update(piece)
         _check_generations(segment, handle)
         if copied.intdigest() != digest:
-            raise KVCorrupt(
-                f"{segment.name}: {len(copies)} blocks have digest {copied.intdigest():016x}, announced {digest:016x}"
-            )
+            raise KVCorrupt(f"{segment.name}: digest {copied.intdigest():016x}, announced {digest:016x}")
         return copies
 
 
@@ -144,7 +142,7 @@ def _check_generations(segment: Segment, handle: Handle) -> None:
     for slot, generation in zip(handle.slots, handle.generations, strict=True):
         present = segment.generations[slot]
         if present != generation:
-            raise KVLost(f"{segment.name}: slot {slot} is in generation {present}, the handle says {generation}")
+            raise KVLost(f"{segment.name}: slot {slot} is in generation {present}, not {generation}")
 
 
 def _touched(size: int) -> memoryview:

@@ -35,7 +35,7 @@ def _ipc_path(address: str) -> str:
         raise NetError(f"{_quoted(address)}: an ipc address needs an absolute path, as in ipc:///run/name")
     if size > MAX_IPC_BYTES:
         raise NetError(
-            f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: use a shorter folder"
+            f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: shorten it"
         )
     return path
 
