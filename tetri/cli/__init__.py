@@ -1,0 +1,75 @@
+"""tetri-cli: one module a command, imported when it is used. Exit status: 0 done, 1 the request or the launch
+failed, 2 a wrong argument or configuration, 3 no broker answers, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+COMMANDS = ("up", "down", "status", "submit", "chat", "model")
+
+
+class LazyGroup(click.Group):
+    """Commands by the module of their name in this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"tetri.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="tetri", prog_name="tetri-cli")
+def group() -> None:
+    """Serve a language model with prefill and decode on separate instances."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The only place where an error becomes a line on stderr and an exit status."""
+    from tetri.client import BadRequest, TetriError, Unreachable
+    from tetri.models import ModelError
+    from tetri.proc.supervise import LaunchError
+    from tetri.strict import ConfigError
+
+    try:
+        status = group.main(arguments, prog_name="tetri-cli", standalone_mode=False) or OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        status = USAGE
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "tetri-cli"
+        status = _failed(f"{error.format_message().rstrip('.')} (see {where} --help)", USAGE)
+    except click.ClickException as error:
+        status = _failed(error.format_message(), USAGE)
+    except (ConfigError, ModelError, BadRequest) as error:
+        status = _failed(str(error), USAGE)
+    except Unreachable as error:
+        status = _failed(str(error), UNREACHABLE)
+    except (TetriError, LaunchError) as error:
+        status = _failed(str(error), FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        status = _failed("interrupted", INTERRUPTED)
+    except (
+        BrokenPipeError
+    ):  # whoever read the output has seen enough; Python must not complain at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    sys.exit(status)
+
+
+def _failed(message: str, status: int) -> int:
+    click.echo(f"tetri-cli: {message}", err=True)
+    return status

@@ -1,0 +1,69 @@
+"""tetri-cli chat"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tetri.cli import FAILED, OK
+from tetri.cli.options import conf_option, connect, sampling_options, timeout_option, utf8
+
+
+@click.command("chat")
+@sampling_options(max_tokens=256)
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@conf_option
+@timeout_option
+def command(system: str | None, conf: Path | None, timeout: float, **sampling: Any) -> int:
+    """Talk to the model. Ctrl-C ends an answer, /exit or Ctrl-D the conversation."""
+    sampling["stop"] = list(sampling["stop"]) or None
+    history = [{"role": "system", "content": system}] if system else []
+    status = OK
+    with connect(conf, timeout) as client:
+        while (line := _next_line()) is not None and line.strip() != "/exit":
+            if line.strip():
+                status = _turn(client, history, line, sampling)
+    return status
+
+
+def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[str, Any]) -> int:
+    """One question and its answer; both become part of `history`, unless there was no answer."""
+    from tetri.client import BadRequest, Failed, Refused
+
+    history.append({"role": "user", "content": line})
+    try:
+        answer = client.stream(messages=history, **sampling)
+        try:
+            for piece in answer:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            answer.cancel()
+    except (BadRequest, Failed, Refused) as error:  # the conversation can go on
+        history.pop()
+        click.echo(f"tetri-cli: {error}", err=True)
+        return FAILED
+    click.echo()
+    history.append({"role": "assistant", "content": answer.result.text})
+    return OK
+
+
+def _next_line() -> str | None:
+    """The next question, without its newline; None at the end."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.buffer.readline()
+        return utf8(line) if line else None
+    with contextlib.suppress(ImportError):  # line editing, where Python was built with it
+        import readline  # noqa: F401
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            click.echo()
+            return None
+        except KeyboardInterrupt:
+            click.echo("\n(/exit or Ctrl-D to leave)")

@@ -1,0 +1,19 @@
+"""tetri-cli down"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tetri.cli.options import conf_option, run_dir_of
+
+
+@click.command("down")
+@conf_option
+def command(conf: Path | None) -> None:
+    """Stop the broker and all workers; nothing but the logs stays."""
+    from tetri.proc import launch
+
+    run_dir = run_dir_of(conf)
+    click.echo("stopped" if launch.down(run_dir) else f"nothing is up in {run_dir}", err=True)

@@ -1,0 +1,22 @@
+"""tetri-cli model"""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group("model")
+def command() -> None:
+    """The models on this machine."""
+
+
+@command.command("fetch")
+@click.argument("name", required=False)
+def fetch(name: str | None) -> None:
+    """Prepare a known model (the configuration's default when no NAME is given) and print its folder."""
+    from tetri import models
+    from tetri.config import Model
+
+    name = name or Model().name
+    click.echo(f"preparing {name}", err=True)
+    click.echo(models.fetch(name))

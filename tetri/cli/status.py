@@ -1,0 +1,43 @@
+"""tetri-cli status"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tetri.cli.options import conf_option, connect
+
+_COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "note")
+
+
+@click.command("status")
+@conf_option
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="SECONDS"
+)
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def command(conf: Path | None, timeout: float, as_json: bool) -> None:
+    """Show the workers and how many requests are open in which stage."""
+    with connect(conf, timeout) as client:
+        status = client.status()
+    if as_json:
+        click.echo(json.dumps(status, ensure_ascii=False))
+        return
+    click.echo(f"model     {status['model']}")
+    click.echo(f"requests  {_counts(status['requests'])}")
+    click.echo(f"counted   {_counts(status['counters'])}")
+    rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in status["instances"]]
+    for row in _aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]):
+        click.echo(row)
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -1,0 +1,68 @@
+"""tetri-cli submit"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tetri.cli import FAILED, INTERRUPTED, OK
+from tetri.cli.options import conf_option, connect, sampling_options, timeout_option, utf8
+
+
+@click.command("submit")
+@click.argument("text")
+@sampling_options(max_tokens=128)
+@click.option(
+    "--chat", is_flag=True, help="Put the text into the model's chat template, as the user's message."
+)
+@click.option("--deadline", type=float, metavar="SECONDS", help="Give up when the answer takes longer.")
+@click.option(
+    "--stream/--no-stream", default=None, help="Show text as it appears (default, but with --json)."
+)
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@conf_option
+@timeout_option
+def command(
+    text: str,
+    chat: bool,
+    deadline: float | None,
+    stream: bool | None,
+    as_json: bool,
+    conf: Path | None,
+    timeout: float,
+    **sampling: Any,
+) -> int:
+    """Complete TEXT, or standard input when TEXT is "-"."""
+    if as_json and stream:
+        raise click.UsageError("--json and --stream exclude each other")
+    text = utf8(sys.stdin.buffer.read()) if text == "-" else text
+    form = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    sampling["stop"] = list(sampling["stop"]) or None
+    with connect(conf, timeout) as client:
+        answer = client.stream(**form, deadline_s=deadline, **sampling)
+        return _show(answer, as_json, stream is not False and not as_json)
+
+
+def _show(answer: Any, as_json: bool, stream: bool) -> int:
+    try:
+        for piece in answer:
+            if stream:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        click.echo("cancelling; once more to leave at once", err=True)
+        answer.cancel()
+    result = answer.result
+    if as_json:
+        click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+    else:
+        click.echo("" if stream else result.text)
+    if result.finish_reason in ("cancelled", "deadline"):
+        why = "the request was cancelled" if result.finish_reason == "cancelled" else "the deadline passed"
+        click.echo(f"tetri-cli: {why}", err=True)
+        return INTERRUPTED if result.finish_reason == "cancelled" else FAILED
+    return OK

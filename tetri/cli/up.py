@@ -1,0 +1,61 @@
+"""tetri-cli up"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from tetri.cli.options import conf_option
+
+
+@click.command("up")
+@conf_option
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
+)
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up when not all workers are ready by then.",
+)
+def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> None:
+    """Start the broker and all workers, and wait until they are ready."""
+    from tetri.config import default_path, load
+    from tetri.proc import launch
+
+    config = load(conf or default_path(), overrides)
+    with _progress() as say:
+        run_dir = launch.up(config, say, wait_s)
+    roles = [worker.role for worker in config.workers]
+    model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
+    click.echo(f"up: {model} on {roles.count('prefill')} prefill and {roles.count('decode')} decode workers")
+    click.echo(f"clients  {config.clients_address}")
+    click.echo(f"logs     {run_dir}/log")
+    click.echo("try      tetri-cli submit 'The capital of France is'   tetri-cli status   tetri-cli down")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Say things on stderr: with a spinner on a terminal, as plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: click.echo(text, err=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("starting") as spinner:
+
+        def say(text: str) -> None:
+            console.print(f"[green]·[/] {escape(text)}")
+            spinner.update("stopping" if text == "stopping" else "waiting for the workers")
+
+        yield say

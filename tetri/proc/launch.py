@@ -1,0 +1,201 @@
+"""Starting and stopping a whole deployment on this machine.
+
+up:    check, lock, write the files, start supervisord, wait until every worker is ready
+down:  stop supervisord and what it started, remove sockets, state and dead shared memory
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tetri import models
+from tetri.client import Client, Unreachable
+from tetri.config import Config, dump, load
+from tetri.kv.segment import sweep
+from tetri.net.errors import NetError
+from tetri.net.lock import hold
+from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
+
+Say = Callable[[str], None]
+CONF, STATE = "cluster.toml", "cluster.json"
+LOG_LINES = 8  # of a program that keeps dying, as part of the error
+CONFIG_EXIT = 2  # with which a program says that starting it again is of no use
+
+
+def up(config: Config, say: Say, wait_s: float) -> Path:
+    """Start everything and return the run directory. When a program keeps dying, or not all is ready after
+    `wait_s` seconds, everything is stopped again. Raises LaunchError and ModelError."""
+    config = _checked(config)
+    run_dir = _private(config.run_dir)
+    supervisor = Supervisor(run_dir)
+    with _locked(run_dir):
+        pid = supervisor.pid() or next(iter(supervisor.started()), None)
+        if pid is not None:
+            raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
+        _check_port(config)
+        (run_dir / CONF).write_text(dump(config), encoding="utf-8")
+        supervisor.write(commands(config, run_dir / CONF))
+        try:
+            supervisor.start()
+            say(f"started the broker and {len(config.workers)} workers")
+            _wait_ready(config, supervisor, say, time.monotonic() + wait_s)
+            _write_state(config, supervisor)
+        except BaseException:  # Ctrl-C too: half a deployment is of no use
+            say("stopping")
+            _end(run_dir, config)
+            raise
+    return run_dir
+
+
+def down(run_dir: Path) -> bool:
+    """Stop what runs there, leave nothing but the logs, say whether anything ran. Raises LaunchError."""
+    if not run_dir.is_dir():
+        return False
+    with _locked(run_dir):
+        supervisor = Supervisor(run_dir)
+        ran = supervisor.pid() is not None or bool(supervisor.started())
+        conf = run_dir / CONF
+        _end(run_dir, load(conf) if conf.exists() else None)
+    return ran
+
+
+def _end(run_dir: Path, config: Config | None) -> None:
+    Supervisor(run_dir).stop()
+    if config is not None:
+        sweep(config.cluster.name)
+    leftovers = [run_dir / STATE, run_dir / "supervisord.pid", *run_dir.iterdir()]
+    if config is not None and config.clients_address.startswith("ipc://"):
+        leftovers.append(Path(config.clients_address.removeprefix("ipc://")))
+    for path in leftovers:
+        if path.is_socket() or path.name in (STATE, "supervisord.pid"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    try:
+        lock = hold(run_dir / "up.lock")
+    except NetError as error:
+        raise LaunchError(f"another tetri-cli up or down is at work: {error}") from None
+    with lock:
+        yield
+
+
+def _checked(config: Config) -> Config:
+    """Whatever can be said before anything is started."""
+    if config.transfer.transport == "local":
+        raise LaunchError('transfer.transport = "local" works inside one process only: use "shm"')
+    if config.engine.kind == "emulated":
+        return config
+    folder = models.find(config.model.name)
+    if config.model.name in models.KNOWN:
+        return config
+    # The programs run in another folder than the one that a relative path is meant from.
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder)))
+
+
+def _private(run_dir: Path) -> Path:
+    """The run directory, made if needed; nobody else may have a say in it."""
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = run_dir.stat()
+    except OSError as error:
+        raise LaunchError(f"{run_dir}: cannot be the run directory: {error.strerror}") from None
+    if facts.st_uid != os.getuid():
+        raise LaunchError(f"{run_dir} belongs to another user: set another cluster.run_dir")
+    if stat.S_IMODE(facts.st_mode) & 0o077:
+        run_dir.chmod(0o700)
+    return run_dir
+
+
+def _check_port(config: Config) -> None:
+    if not config.clients_address.startswith("tcp://"):
+        return
+    host, _, port = config.clients_address.removeprefix("tcp://").rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the broker's own socket does
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise LaunchError(
+                f"{config.clients_address} cannot be used ({error.strerror}): choose another port with"
+                " --set broker.clients=tcp://127.0.0.1:PORT"
+            ) from None
+
+
+def _wait_ready(config: Config, supervisor: Supervisor, say: Say, until: float) -> None:
+    watch = _Watch(supervisor)
+    waiting = {worker.iid: worker.role for worker in config.workers}
+    with Client(config.clients_address, timeout=0.3, resend_s=0.1) as client:
+        while waiting:
+            watch.look()
+            try:
+                instances = client.status()["instances"]
+            except Unreachable:
+                instances = []
+            for found in instances:
+                if found["state"] == "ready" and (role := waiting.pop(found["iid"], None)):
+                    say(f"{found['iid']} ({role}) is ready")
+            if waiting and time.monotonic() > until:
+                raise LaunchError(
+                    f"not ready in time: {', '.join(waiting)}; logs are in {supervisor.run_dir}/log"
+                )
+            time.sleep(0.05)
+
+
+class _Watch:
+    """Notices a program that keeps dying."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._starts: dict[str, set[int]] = {}
+        self._silent = 0
+
+    def look(self) -> None:
+        """Raises LaunchError when a program died twice, or died of its configuration."""
+        programs = self._supervisor.programs()
+        self._silent = self._silent + 1 if programs is None else 0
+        if self._silent > 20:
+            raise LaunchError(
+                f"supervisord does not answer; its log is {self._supervisor.log('supervisord')}"
+            )
+        for program in programs or []:
+            starts = self._starts.setdefault(program.name, set())
+            starts |= {program.started} - {0}
+            deaths = len(starts) - (program.pid != 0)
+            if deaths > 1 or (deaths == 1 and program.pid == 0 and program.exit_status == CONFIG_EXIT):
+                self._give_up(program)
+
+    def _give_up(self, program: Program) -> None:
+        path = self._supervisor.log(program.name)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        said = [line for line in lines if line.strip()][-LOG_LINES:] or ["it did not say why"]
+        raise LaunchError(
+            "\n    ".join([f"{program.name} does not start: {said[-1]}", *said[:-1], f"log: {path}"])
+        )
+
+
+def _write_state(config: Config, supervisor: Supervisor) -> None:
+    state = {
+        "name": config.cluster.name,
+        "clients": config.clients_address,
+        "config": str(supervisor.run_dir / CONF),
+        "pids": {
+            "supervisord": supervisor.pid(),
+            **{program.name: program.pid for program in supervisor.programs() or []},
+        },
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    half = supervisor.run_dir / f"{STATE}.new"
+    half.write_text(json.dumps(state, indent=2) + "\n")
+    half.replace(supervisor.run_dir / STATE)

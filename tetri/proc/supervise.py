@@ -1,0 +1,199 @@
+"""supervisord of one deployment: its configuration, start and end, questions to it, and what it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetri.config import Config
+
+STOP_S = 10  # from SIGTERM to SIGKILL
+_GONE = (OSError, xmlrpc.client.Error)  # supervisord does not answer, or is just going down
+
+
+class LaunchError(RuntimeError):
+    """A deployment cannot be started or stopped; the first line says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One process under supervisord. `started`: when it last was, in seconds; `pid` is 0 when it does not
+    run, and then `exit_status` is that of its last end."""
+
+    name: str
+    state: str
+    pid: int
+    started: int
+    exit_status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Supervisor:
+    run_dir: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.run_dir / "supervisor.sock"
+
+    def log(self, program: str) -> Path:
+        return self.run_dir / "log" / f"{program}.log"
+
+    def write(self, commands: dict[str, list[str]]) -> None:
+        """The configuration: one program per command. Raises LaunchError."""
+        if any(char in str(self.run_dir) for char in ';#\n"'):
+            raise LaunchError(f"supervisord cannot read a run directory named {self.run_dir}: set another")
+        self.log("x").parent.mkdir(exist_ok=True)
+        for old in self.log("x").parent.glob("*.log*"):
+            old.unlink()
+        programs = [_program(name, command, self.log(name)) for name, command in commands.items()]
+        user = ["user=root"] if os.getuid() == 0 else []  # said aloud, or it warns
+        text = _HEAD.format(run_dir=_escaped(str(self.run_dir)), user="\n".join(user))
+        (self.run_dir / "supervisord.conf").write_text("\n".join([text, *programs]))
+
+    def start(self) -> None:
+        """Returns when supervisord has gone into the background. Raises LaunchError."""
+        command = [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", "supervisord.conf"]
+        done = subprocess.run(
+            command, cwd=self.run_dir, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            said = (done.stdout + done.stderr).strip().splitlines() or ["it did not say why"]
+            raise LaunchError(f"supervisord does not start: {said[0]}")
+
+    def pid(self) -> int | None:
+        """Of the supervisord that answers; None when none does."""
+        try:
+            with self._rpc() as rpc:
+                return int(rpc.getPID())
+        except _GONE:
+            return None
+
+    def programs(self) -> list[Program] | None:
+        """None when supervisord does not answer."""
+        try:
+            with self._rpc() as rpc:
+                found = rpc.getAllProcessInfo()
+        except _GONE:
+            return None
+        return [Program(p["name"], p["statename"], p["pid"], p["start"], p["exitstatus"]) for p in found]
+
+    def stop(self) -> None:
+        """End supervisord and all that it started, whatever state they are in. Raises LaunchError."""
+        pid = self.pid()
+        if pid is not None:
+            with contextlib.suppress(*_GONE), self._rpc() as rpc:
+                rpc.stopAllProcesses()  # all at once; the shutdown alone would take one after the other
+                rpc.shutdown()
+            _wait_gone([pid], STOP_S)
+        # Whoever is left was not reached, or supervisord died before its programs.
+        left = {*self.started(), *([pid] if pid is not None and _alive(pid) else [])}
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for one in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one, number)
+            left = set(_wait_gone(left, STOP_S))
+        if left:
+            raise LaunchError(
+                f"processes {', '.join(map(str, sorted(left)))} cannot be stopped: end them by hand"
+            )
+
+    def started(self) -> list[int]:
+        """The pids of all living processes that this run directory's supervisord started, or they did."""
+        mark = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self.socket)
+        return [pid for pid, environment in _environments() if mark in environment]
+
+    @contextlib.contextmanager
+    def _rpc(self) -> Iterator[Any]:
+        from supervisor.xmlrpc import SupervisorTransport
+
+        transport = SupervisorTransport(None, None, serverurl=f"unix://{self.socket}")
+        try:
+            yield xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+        finally:
+            transport.close()
+
+
+def commands(config: Config, conf: Path) -> dict[str, list[str]]:
+    """What to run: the broker and every worker, from the environment's own programs. Raises LaunchError."""
+    folder = Path(sys.executable).parent
+    for name in ("tetri-broker", "tetri-worker"):
+        if not (folder / name).exists():
+            raise LaunchError(f"{folder / name} is missing: run bin/setup")
+    found = {"broker": [str(folder / "tetri-broker"), "--conf", str(conf)]}
+    for worker in config.workers:
+        found[worker.iid] = [str(folder / "tetri-worker"), "--conf", str(conf), "--iid", worker.iid]
+    return found
+
+
+# startretries is high: a program that died in its first second is started again after 1, 2, 3, ... seconds.
+_HEAD = """\
+[supervisord]
+pidfile={run_dir}/supervisord.pid
+logfile={run_dir}/log/supervisord.log
+logfile_maxbytes=1MB
+logfile_backups=1
+{user}
+
+[unix_http_server]
+file={run_dir}/supervisor.sock
+chmod=0600
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+_PROGRAM = """\
+[program:{name}]
+command={command}
+autorestart=true
+startsecs=1
+startretries=1000
+stopsignal=TERM
+stopwaitsecs={stop_s}
+redirect_stderr=true
+stdout_logfile={log}
+stdout_logfile_maxbytes=10MB
+stdout_logfile_backups=1
+"""
+
+
+def _program(name: str, command: list[str], log: Path) -> str:
+    line = _escaped(shlex.join(command))
+    return _PROGRAM.format(name=name, command=line, log=_escaped(str(log)), stop_s=STOP_S)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _environments() -> Iterator[tuple[int, list[bytes]]]:
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):  # it ended, or is another user's
+                yield int(entry), Path("/proc", entry, "environ").read_bytes().split(b"\0")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def _wait_gone(pids: Iterable[int], limit_s: float) -> list[int]:
+    """Those that still live after so long."""
+    until = time.monotonic() + limit_s
+    left = list(pids)
+    while (left := [pid for pid in left if _alive(pid)]) and time.monotonic() < until:
+        time.sleep(0.02)
+    return left
