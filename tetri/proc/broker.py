@@ -12,7 +12,7 @@ from random import Random
 import click
 
 from tetri import log
-from tetri.config import Config, load
+from tetri.config import Config, default_path, load
 from tetri.core.actions import (
     Action,
     BrokerInput,
@@ -172,12 +172,12 @@ def limits(config: Config) -> Limits:
 
 
 @click.command()
-@click.option("--conf", required=True, type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
+@click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
-def main(conf: str, overrides: tuple[str, ...]) -> None:
+def main(conf: str | None, overrides: tuple[str, ...]) -> None:
     """Run the broker of a cluster."""
     try:
-        serve(load(conf, overrides), log.start("broker"))
+        serve(load(conf or default_path(), overrides), log.start("broker"))
     except EXPECTED as error:
         click.echo(f"tetri-broker: {error}", err=True)
         sys.exit(2)

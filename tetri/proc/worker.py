@@ -8,12 +8,14 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from random import Random
 
 import click
 
 from tetri import log
-from tetri.config import Config, cpu_numbers, load
+from tetri.config import Config, cpu_numbers, default_path, load
+from tetri.config import Worker as WorkerConfig
 from tetri.core.actions import (
     BROKER,
     Action,
@@ -115,8 +117,9 @@ class Hands:
             self.log.error("%s %s", error, log.fields(iid=peer))
 
 
-def serve(config: Config, iid: str, logger: logging.Logger) -> None:
-    """The whole process: build, register, loop until a signal, leave nothing behind."""
+def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
+    """The whole process: build, register, loop until a signal, leave nothing behind. `broker` is the address at
+    which the broker takes workers' events."""
     pin(config.worker(iid).cpus)
     engine = build.engine(config)  # seconds to minutes; a signal simply ends the process until here
     hub = Hub(logger)
@@ -127,7 +130,7 @@ def serve(config: Config, iid: str, logger: logging.Logger) -> None:
         core = Worker(own, Random(own.incarnation), time.monotonic())
         hands = Hands(core, engine, store, hub, logger)
         hub.bind_inbox(own.inbox, InboxMessage)
-        hub.connect(BROKER, config.events_address)
+        hub.connect(BROKER, broker)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
         run(core, hands.poll, hands.act, time.monotonic, signals.running)
     finally:
@@ -148,14 +151,30 @@ def pin(cpus: str) -> None:
     os.sched_setaffinity(0, wanted)
 
 
+def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Config:
+    """The configuration with this worker in it: one that is started by hand need not stand in the file."""
+    known = {worker.iid: worker for worker in config.workers}
+    if role is None and iid not in known:
+        raise ConfigError(f"no [[worker]] is called {iid!r} (known: {', '.join(known)}): give --role as well")
+    worker = known.get(iid) or WorkerConfig(iid=iid, role=role or "")
+    worker = replace(worker, role=role or worker.role, cpus=worker.cpus if cpus is None else cpus)
+    return replace(config, workers=(*(w for w in config.workers if w.iid != iid), worker))
+
+
 @click.command()
-@click.option("--conf", required=True, type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
-@click.option("--iid", required=True, help="Which [[worker]] of it to be.")
+@click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
+@click.option("--iid", required=True, help="Which [[worker]] of the file to be, or a new one's name.")
+@click.option("--role", type=click.Choice(["prefill", "decode"]), help="Needed when the file has no such worker.")
+@click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1".')
+@click.option("--broker", help="Where the broker takes workers' events; the cluster's own by default.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
-def main(conf: str, iid: str, overrides: tuple[str, ...]) -> None:
+def main(
+    conf: str | None, iid: str, role: str | None, cpus: str | None, broker: str | None, overrides: tuple[str, ...]
+) -> None:
     """Run one worker. It registers with the broker of the cluster and takes work as its role says."""
     try:
-        serve(load(conf, overrides), iid, log.start(f"worker-{iid}"))
+        config = joined(load(conf or default_path(), overrides), iid, role, cpus)
+        serve(config, iid, broker or config.events_address, log.start(f"worker-{iid}"))
     except EXPECTED as error:
         click.echo(f"tetri-worker: {error}", err=True)
         sys.exit(2)

@@ -1,0 +1,151 @@
+"""A live cluster of real processes for tests: no supervisor, everything under one temporary run directory.
+
+    with LiveCluster() as cluster:
+        client = cluster.client()
+
+On leaving, every process must end by SIGTERM, and no socket and no shared-memory segment may be left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tetri.client import Client
+from tetri.config import Config, load
+
+REPOSITORY = Path(__file__).parent.parent
+EMULATED = REPOSITORY / "conf" / "emulated.toml"
+PATIENCE_S = 20.0  # of a test, for anything that should take far less
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> float:
+    """Poll until it holds; returns how long that took. The only way in which tests wait."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > seconds:
+            raise AssertionError(f"after {seconds} s: {what}")
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+class LiveCluster:
+    def __init__(self, conf: Path = EMULATED, overrides: Sequence[str] = ()) -> None:
+        # pytest's own folders may have paths too long for a Unix socket
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="tetri-", dir="/tmp"))
+        self.name = f"t{os.getpid()}-{os.urandom(3).hex()}"
+        self.overrides = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", *overrides]
+        self.conf = conf
+        self.config: Config = load(conf, self.overrides)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.clients: list[Client] = []
+        self.killed: list[str] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self.start("broker")
+            for worker in self.config.workers:
+                self.start(worker.iid)
+            self.wait_ready(*(worker.iid for worker in self.config.workers))
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def start(self, name: str, *extra: str) -> None:
+        """Start the broker, or the worker of this name, as its own program."""
+        module = "broker" if name == "broker" else "worker"
+        command = [sys.executable, "-c", f"from tetri.proc.{module} import main; main()", "--conf", str(self.conf)]
+        command += [part for override in self.overrides for part in ("--set", override)]
+        command += [] if name == "broker" else ["--iid", name]
+        with open(self.folder / f"{name}.log", "ab") as output:
+            process = subprocess.Popen([*command, *extra], stdin=subprocess.DEVNULL, stderr=output, stdout=output)
+        self.processes[name] = process
+
+    def kill(self, name: str) -> None:
+        """kill -9, and wait until the process is gone."""
+        self.processes[name].send_signal(signal.SIGKILL)
+        self.processes.pop(name).wait(10)
+        self.killed.append(name)
+
+    def client(self, **options: Any) -> Client:
+        client = Client(self.config.clients_address, **options)
+        self.clients.append(client)
+        return client
+
+    def instances(self) -> dict[str, dict[str, Any]]:
+        with Client(self.config.clients_address) as client:
+            return {instance["iid"]: instance for instance in client.status()["instances"]}
+
+    def wait_ready(self, *iids: str) -> float:
+        def ready() -> bool:
+            self.assert_alive()
+            known = self.instances()
+            return all(iid in known and known[iid]["state"] == "ready" for iid in iids)
+
+        return wait_until(ready, f"{iids} did not register")
+
+    def wait_idle(self) -> None:
+        """Until no row is open, no worker holds anything and every ledger is back at its capacity."""
+
+        def idle() -> bool:
+            with Client(self.config.clients_address) as client:
+                status = client.status()
+            lively = [i for i in status["instances"] if i["state"] == "ready"]
+            blocks = all(i["free_blocks"] == i["blocks"] and not i["held"] for i in lively)
+            return blocks and not status["requests"]
+
+        wait_until(idle, "requests or blocks are left")
+
+    def assert_alive(self) -> None:
+        for name, process in self.processes.items():
+            assert process.poll() is None, f"{name} ended: {self.log(name)[-2000:]}"
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def segments(self) -> list[str]:
+        return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-{self.name}-")]
+
+    def kill_all(self) -> None:
+        for name in list(self.processes):
+            self.kill(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        for client in self.clients:
+            client.close()
+        try:
+            if kind is None:
+                self.stop()
+        finally:
+            self.kill_all()
+            from tetri.kv.shm import sweep
+
+            sweep(self.name)
+            shutil.rmtree(self.folder)
+
+    def stop(self) -> None:
+        """End all by SIGTERM and check that nothing is left but what a killed process could not take away."""
+        self.assert_alive()
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        for name, process in self.processes.items():
+            assert process.wait(10) == 0, f"{name}: {self.log(name)[-2000:]}"
+            text = self.log(name)
+            assert "Traceback" not in text and "Error" not in text, f"{name}: {text[-2000:]}"
+        self.processes.clear()
+        if not self.killed:
+            assert self.segments() == []
+            left = [p.name for p in self.folder.iterdir() if p.suffix not in (".log", ".lock")]
+            assert left == []

@@ -1,0 +1,131 @@
+"""The whole live path on the emulated engine: real processes, real sockets, real shared memory, tokens verified."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from live import LiveCluster, wait_until
+from tetri.client import AsyncClient, Refused, Result
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
+from tetri.text import ByteTokenizer, decode
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LiveCluster]:
+    with LiveCluster() as cluster:
+        yield cluster
+        cluster.wait_idle()
+
+
+def expected(cluster: LiveCluster, prompt: list[int], **sampling: object) -> list[int]:
+    made = cluster.config.emulated
+    return reference(prompt, Sampling(**sampling), made.vocabulary, made.token_bytes)
+
+
+def check(cluster: LiveCluster, prompt: list[int], result: Result, **sampling: object) -> None:
+    assert result.token_ids == expected(cluster, prompt, **sampling)
+    assert result.text == decode(ByteTokenizer(), result.token_ids)
+
+
+def test_text_is_answered_and_the_receipt_says_what_moved(cluster: LiveCluster) -> None:
+    text = "The quick brown fox. " * 60
+    result = cluster.client().generate(text, max_tokens=17)
+    check(cluster, list(text.encode()), result, max_tokens=17)
+    receipt, blocks = result.receipt, -(-len(text) // cluster.config.engine.block_tokens)
+    assert (receipt.prompt_tokens, receipt.adopted, receipt.recomputed) == (len(text), len(text), 0)
+    assert receipt.kv_bytes == blocks * cluster.config.engine.block_tokens * cluster.config.emulated.token_bytes
+    assert receipt.chunks == 3 and receipt.transport == "shm" and receipt.attempts == 1
+    assert receipt.prefill_instance in ("p0", "p1") and receipt.decode_instance in ("d0", "d1")
+    assert list(result.timeline) == ["queued", "prefill", "moving", "waiting", "decode"]
+    assert sum(result.timeline.values()) == pytest.approx(result.jct_s)
+    assert result.ttft_s is not None and 0 < result.ttft_s < result.jct_s
+
+
+def test_one_token_moves_no_kv(cluster: LiveCluster) -> None:
+    result = cluster.client().generate([1, 2, 3], max_tokens=1)
+    check(cluster, [1, 2, 3], result, max_tokens=1)
+    assert result.finish_reason == "length" and result.receipt.kv_bytes == 0
+    assert result.receipt.decode_instance is None
+
+
+def test_a_stop_text_ends_the_request_and_is_not_shown(cluster: LiveCluster) -> None:
+    prompt = [7, 8, 9]
+    words = [f"{token:x} " for token in expected(cluster, prompt, max_tokens=12)]
+    result = cluster.client().generate(prompt, max_tokens=64, stop=[words[5] + words[6][:2]])
+    assert result.finish_reason == "stop"
+    assert result.text == "".join(words[:5])
+    assert result.usage.completion_tokens == len(result.token_ids) == 7
+
+
+def test_a_drawn_text_is_the_same_for_the_same_seed(cluster: LiveCluster) -> None:
+    client = cluster.client()
+    first = client.generate([5] * 700, max_tokens=9, temperature=1.0, seed=11)
+    again = client.generate([5] * 700, max_tokens=9, temperature=1.0, seed=11)
+    other = client.generate([5] * 700, max_tokens=9, temperature=1.0, seed=12)
+    check(cluster, [5] * 700, first, max_tokens=9, temperature=1.0, seed=11)
+    assert first.token_ids == again.token_ids != other.token_ids
+
+
+def test_a_cancelled_request_gives_everything_back(cluster: LiveCluster) -> None:
+    stream = cluster.client().stream([3] * 50, max_tokens=8000)
+    next(stream)
+    result = stream.cancel()
+    assert result.finish_reason == "cancelled" and 0 < len(result.token_ids) < 8000
+    cluster.wait_idle()
+
+
+def test_a_deadline_ends_a_request(cluster: LiveCluster) -> None:
+    result = cluster.client().generate([3] * 50, max_tokens=8000, deadline_s=0.1)
+    assert result.finish_reason == "deadline"
+    cluster.wait_idle()
+
+
+def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
+    client = cluster.client()
+    stream = client.stream([4] * 50, max_tokens=8000)
+    next(stream)
+    client._socket.close(0)  # as a killed process would
+    wait_until(lambda: sum(i["running"] for i in cluster.instances().values()) == 0, "it runs on", 12)
+    cluster.wait_idle()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "why"),
+    [
+        ([], {}, "the prompt is empty"),
+        ("", {}, "the prompt is empty"),
+        ([1] * 8192, {}, "context holds 8192"),
+        ([1] * 8000, {"max_tokens": 200}, "room for 192"),
+        ([1, 40000], {}, "vocabulary"),
+        ([-1], {}, "vocabulary"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(
+    cluster: LiveCluster, prompt: list[int], sampling: dict[str, int], why: str
+) -> None:
+    with pytest.raises(Refused, match=why):
+        cluster.client().generate(prompt, **sampling)
+
+
+def test_64_at_once(cluster: LiveCluster) -> None:
+    rng = random.Random(7)
+    prompts = [[rng.randrange(1, 32000) for _ in range(rng.randint(1, 2000))] for _ in range(64)]
+    lengths = [rng.randint(1, 120) for _ in prompts]
+
+    async def all_at_once() -> list[Result]:
+        async with AsyncClient(cluster.config.clients_address) as client:
+            calls = (client.generate(p, max_tokens=n) for p, n in zip(prompts, lengths, strict=True))
+            return await asyncio.gather(*calls)
+
+    results = asyncio.run(all_at_once())
+    for prompt, length, result in zip(prompts, lengths, results, strict=True):
+        check(cluster, prompt, result, max_tokens=length)
+        assert result.receipt.recomputed == 0
+    used = {result.receipt.prefill_instance for result in results}
+    assert used == {"p0", "p1"}
+    cluster.wait_idle()
