@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.kv.slabs import block, replaced, writer
+from tetri.kv import open_store
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.shm import ShmStore, sweep
 from tetri.wire.messages import Handle
@@ -214,3 +215,32 @@ def test_a_chunk_larger_than_any_before_grows_the_staging(tmp_path, shm):
     handle, digest = sender.put(64, lambda views: [view.__setitem__(0, at) for at, view in enumerate(views)])
     assert [view[0] for view in shm.take(handle, digest)] == list(range(64))
     sender.close()
+
+
+def test_a_restarted_peers_old_segment_is_let_go(shm, tmp_path):
+    names = []
+    for _ in range(3):
+        sender = ShmStore("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
+        shm.take(*sender.put(1, writer(block(1))))
+        names.append(sender.segment)
+        sender.close()
+    other = ShmStore("test", "p1", SLOTS, BLOCK, directory=str(tmp_path))
+    shm.take(*other.put(1, writer(block(1))))
+    assert list(shm._peers) == [names[-1], other.segment]
+    other.close()
+
+
+def test_open_store_clears_away_what_a_killed_predecessor_left():
+    script = (
+        "from tetri.kv import open_store; store = open_store('shm', 'test-open', 'p0', 1, 10);"
+        "print(store.segment, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        left = child.stdout.readline().strip()
+        child.kill()
+    assert os.path.exists(f"/dev/shm/{left}")
+    store = open_store("shm", "test-open", "p0", 1, 10)
+    assert not os.path.exists(f"/dev/shm/{left}")
+    store.close()

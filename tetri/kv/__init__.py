@@ -13,7 +13,8 @@ def open_store(transport: str, deployment: str, iid: str, slots: int, block_byte
 
         return LocalStore(iid, slots, block_bytes)
     if transport == "shm":
-        from tetri.kv.shm import ShmStore
+        from tetri.kv.shm import ShmStore, sweep
 
+        sweep(deployment, iid)  # what a killed predecessor left may be the memory that is needed now
         return ShmStore(deployment, iid, slots, block_bytes)
     raise KVError(f"unknown KV transport {transport[:80]!r}: use local or shm")

@@ -56,7 +56,11 @@ class ShmStore:
         if name == self.segment:
             return self._own
         if name not in self._peers:
-            self._peers[name] = attach(self._directory, self._deployment, name)
+            mapping = attach(self._directory, self._deployment, name)
+            # A peer's new segment means that it was restarted: the old one would keep its memory for ever.
+            for old in [old for old in self._peers if _owner(old) == _owner(name)]:
+                self.forget(old)
+            self._peers[name] = mapping
         return self._peers[name]
 
     def free(self, handle: Handle) -> None:
@@ -75,3 +79,7 @@ class ShmStore:
         if self._own.descriptor >= 0:
             os.unlink(os.path.join(self._directory, self.segment))
             self._own.close()
+
+
+def _owner(segment: str) -> str:
+    return segment.rpartition("-")[0]
