@@ -84,19 +84,19 @@ class Request(Call):
         self._submit = submit
         self._text: list[str] = []
         self._tail_at = -1  # the token index at which a text without tokens came
-        self._cancelling = False
+        self.cancelling = False
         self._asked_for = (-1, 0.0)  # the token last missed, and when
 
     def question(self) -> bytes:
         if self.rid is None:
             return self._submit
-        if self._cancelling:
+        if self.cancelling:
             return frame({"type": "cancel", "rid": self.rid})
         return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
 
     def cancel(self, now: float) -> None:
         """Ask for its end; it comes as a result with reason "cancelled", unless another end was first."""
-        self._cancelling = True
+        self.cancelling = True
         if self.rid is not None:
             self._next = now
 
@@ -116,14 +116,14 @@ class Request(Call):
 
     def heard(self, now: float) -> None:
         super().heard(now)
-        if self._cancelling:  # only the end answers a Cancel
+        if self.cancelling:  # only the end answers a Cancel
             self._next = now + self._patience.resend_s
 
     def _accept(self, reply: dict[str, Any], now: float) -> None:
         first = self.rid is None
         self.rid = self.rid or reply["rid"]
         self.heard(now)
-        if first and self._cancelling:
+        if first and self.cancelling:
             self._next = now
 
     def _extend(self, delta: dict[str, Any], now: float) -> None:

@@ -196,5 +196,5 @@ class Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        if not self._request.ended:
+        if not (self._request.ended or self._request.cancelling):
             self.cancel()

@@ -180,8 +180,9 @@ class _Watch:
         path = self._supervisor.log(program.name)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         said = [line for line in lines if line.strip()][-LOG_LINES:] or ["it did not say why"]
+        before = [line for line in said if line != said[-1]]  # the same twice says no more
         raise LaunchError(
-            "\n    ".join([f"{program.name} does not start: {said[-1]}", *said[:-1], f"log: {path}"])
+            "\n    ".join([f"{program.name} does not start: {said[-1]}", *before, f"log: {path}"])
         )
 
 

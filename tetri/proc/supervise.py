@@ -17,7 +17,7 @@ from typing import Any
 
 from tetri.config import Config
 
-STOP_S = 10  # from SIGTERM to SIGKILL
+STOP_S = 20  # from SIGTERM to SIGKILL: on a busy machine an engine takes long to let go
 _GONE = (OSError, xmlrpc.client.Error)  # supervisord does not answer, or is just going down
 
 
