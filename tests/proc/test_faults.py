@@ -1,0 +1,211 @@
+"""What each fault does to live requests: workers killed, restarted, joined by hand, garbage on every socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from live import LiveCluster, wait_until
+from tetri.client import AsyncClient, Failed, Result, TetriError
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
+
+LENGTH = 200
+
+
+ONE_EACH = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
+
+
+@contextlib.contextmanager
+def slow_cluster(*overrides: str) -> Iterator[LiveCluster]:
+    """Steps take some milliseconds, so that requests can be caught in the middle; memory is short of ample."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as table:
+        table.write("prefill = [[1, 0.005], [512, 0.02]]\ndecode = [[1, 0.005], [32, 0.006]]\n")
+        table.flush()
+        with LiveCluster(overrides=[f"emulated.cost={table.name}", "emulated.blocks=400", *overrides]) as cluster:
+            yield cluster
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Iterator[LiveCluster]:
+    """Two prefill and two decode workers."""
+    with slow_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[LiveCluster]:
+    """One of each, and little patience."""
+    with slow_cluster(ONE_EACH, "cluster.patience_s=3") as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test: no request open, nothing held, every ledger at its capacity."""
+    yield
+    for name in {"pair", "pairs"} & set(request.fixturenames):
+        request.getfixturevalue(name).wait_idle()
+
+
+class Traffic:
+    """Requests in flight from one thread of control; every answer is checked against the reference."""
+
+    def __init__(self, cluster: LiveCluster, count: int, timeout: float = 30.0) -> None:
+        rng = random.Random(count)
+        self.cluster = cluster
+        self.timeout = timeout
+        self.prompts = [[rng.randrange(1, 32000) for _ in range(rng.randint(1, 900))] for _ in range(count)]
+        self.texts: dict[int, str] = {}
+        self.ended_at: dict[int, float] = {}
+
+    async def one(self, client: AsyncClient, index: int) -> Result | TetriError:
+        try:
+            stream = client.stream(self.prompts[index], max_tokens=LENGTH)
+            self.texts[index] = ""
+            async for piece in stream:
+                self.texts[index] += piece
+            assert stream.result is not None
+            return stream.result
+        except TetriError as error:
+            return error
+        finally:
+            self.ended_at[index] = time.monotonic()
+
+    async def run(self, disturb: object = None) -> list[Result | TetriError]:
+        """All requests at once; `disturb()` once every one of them has text."""
+        async with AsyncClient(self.cluster.config.clients_address, timeout=self.timeout) as client:
+            tasks = [asyncio.create_task(self.one(client, i)) for i in range(len(self.prompts))]
+            start = time.monotonic()
+            while not all(self.texts.get(i) for i in range(len(tasks))) and time.monotonic() - start < 15:
+                await asyncio.sleep(0.005)
+            if callable(disturb):
+                await asyncio.to_thread(disturb)
+            return await asyncio.gather(*tasks)
+
+    def check(self, results: list[Result | TetriError]) -> list[Result]:
+        """Every request has the right tokens and its stream exactly the right text."""
+        made = self.cluster.config.emulated
+        for index, (prompt, result) in enumerate(zip(self.prompts, results, strict=True)):
+            assert isinstance(result, Result), f"request {index}: {result!r}"
+            right = reference(prompt, Sampling(max_tokens=LENGTH), made.vocabulary, made.token_bytes)
+            assert result.token_ids == right
+            assert self.texts[index] == result.text
+        return [result for result in results if isinstance(result, Result)]
+
+
+@pytest.mark.parametrize("victim", ["d0", "p0"])
+def test_kill_9_with_two_per_role(pairs: LiveCluster, victim: str) -> None:
+    """Every request completes on the other worker, no token lost, repeated or changed."""
+    traffic = Traffic(pairs, 12)
+    results = traffic.check(asyncio.run(traffic.run(lambda: pairs.kill(victim))))
+    if victim == "d0":
+        assert any(result.receipt.attempts > 1 for result in results)
+    pairs.start(victim)
+    pairs.wait_ready(victim)
+
+
+def test_recovery_takes_less_than_two_seconds(pairs: LiveCluster) -> None:
+    """From the kill of the decode worker to the request running on the other one."""
+
+    def running() -> list[str]:
+        return [iid for iid, instance in pairs.instances().items() if instance["running"]]
+
+    stream = pairs.client().stream([9] * 100, max_tokens=LENGTH)
+    next(stream)
+    wait_until(lambda: bool(running()), "it does not run")
+    (victim,) = running()
+    pairs.kill(victim)
+    recovery = wait_until(lambda: any(iid != victim for iid in running()), "no recovery")
+    result = stream.wait()
+    assert result.receipt.attempts == 2 and result.receipt.decode_instance != victim
+    print(f"recovery_s={recovery:.3f}")
+    assert recovery < 2.0
+    pairs.start(victim)
+    pairs.wait_ready(victim)
+
+
+@pytest.mark.parametrize("victim", ["d0", "p0"])
+def test_kill_9_of_the_only_worker_then_restart(pair: LiveCluster, victim: str) -> None:
+    def disturb() -> None:
+        pair.kill(victim)
+        pair.start(victim)
+
+    traffic = Traffic(pair, 6)
+    traffic.check(asyncio.run(traffic.run(disturb)))
+
+
+@pytest.mark.parametrize("victim", ["d0", "p0"])
+def test_kill_9_of_the_only_worker_for_good(pair: LiveCluster, victim: str) -> None:
+    """A clear error within the configured patience, no hang, and the broker goes on."""
+    pair.kill(victim)
+    start = time.monotonic()
+    with pytest.raises(Failed, match="instance") as failure:
+        pair.client().generate("hello", max_tokens=LENGTH)
+    assert time.monotonic() - start < pair.config.cluster.patience_s + 2
+    assert "\n" not in str(failure.value)
+    pair.start(victim)
+    pair.wait_ready(victim)
+    assert pair.client().generate("hello", max_tokens=5).finish_reason == "length"
+
+
+def test_a_worker_started_by_hand_joins_and_gets_work(pair: LiveCluster) -> None:
+    pair.start("extra", "--role", "decode", "--broker", pair.config.events_address)
+    pair.wait_ready("extra")
+    traffic = Traffic(pair, 16)
+    results = traffic.check(asyncio.run(traffic.run()))
+    assert {result.receipt.decode_instance for result in results} == {"d0", "extra"}
+
+
+def test_garbage_and_huge_frames_on_every_socket(pairs: LiveCluster) -> None:
+    config = pairs.config
+    addresses = [(config.clients_address, zmq.DEALER), (config.events_address, zmq.PUSH)]
+    addresses += [(config.inbox_address(worker.iid), zmq.PUSH) for worker in config.workers]
+    context = zmq.Context()
+    huge = bytes(100 << 20)
+    for address, kind in addresses:
+        for frames in ([b""], [b"\x01"], [b"\x02\x80"], [os.urandom(300)], [b"a", b"b", b"c"], [huge]):
+            socket = context.socket(kind)
+            socket.linger = 2000
+            socket.connect(address)
+            socket.send_multipart(frames)
+            socket.close()
+    context.term()
+    pairs.assert_alive()
+    result = pairs.client().generate("still there?", max_tokens=8)
+    assert result.finish_reason == "length"
+
+
+def test_forged_messages_between_workers_harm_nobody(pairs: LiveCluster) -> None:
+    """Well-formed messages with made-up contents: unknown requests, foreign segments, chunks out of range."""
+    from tetri.wire import codec
+    from tetri.wire.messages import Chunk, Close, Grant, Handle, Landed, Refuse, Resend
+
+    names = {"src": "p0", "incarnation": 1, "rid": "nobody", "attempt": 1, "offer": 1}
+    handle = Handle(segment="../../etc/passwd", slots=[1 << 40], generations=[3], block_bytes=1)
+    messages = [
+        Chunk(**names, index=0, start=0, stop=1, handle=handle, digest=5),
+        Grant(**names),
+        Refuse(**names, why="x"),
+        Landed(**names, index=99),
+        Close(rid="nobody", attempt=7),
+        Resend(rid="nobody", attempt=7, start=0),
+    ]
+    context = zmq.Context()
+    for worker in pairs.config.workers:
+        socket = context.socket(zmq.PUSH)
+        socket.linger = 2000
+        socket.connect(pairs.config.inbox_address(worker.iid))
+        for message in messages:
+            socket.send(codec.encode(message))
+        socket.close()
+    context.term()
+    assert pairs.client().generate("still there?", max_tokens=8).finish_reason == "length"
