@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class _LiveLeg:
 class VllmEngine:
     """Implements tetri.engine.base.Engine.
 
-    `kv_bytes` is the KV space in bytes; `context` the most tokens of a request, prompt and output together (None:
+    `dtype` is bfloat16 or float32, of weights and KV; `kv_bytes` the KV space in bytes; `context` the most tokens of a request, prompt and output together (None:
     what the model allows); `weights` a hash of the checkpoint. Raises EngineError, one line, when the checkpoint is
     unknown, its KV layout is unsupported or the KV space is too small for one context.
     """
@@ -65,7 +65,7 @@ class VllmEngine:
         self,
         model: Path,
         *,
-        dtype: Literal["bfloat16", "float32"],
+        dtype: str,
         chunk_tokens: int,
         max_batch: int,
         kv_bytes: int,
@@ -237,7 +237,7 @@ class VllmEngine:
 
     def _held(self) -> tuple[tuple[str, int], ...]:
         blocks = self._req_to_blocks
-        return tuple((key, len(blocks.get(key, ()))) for key in self._legs)
+        return tuple((key, len(held)) for key in self._legs if (held := blocks.get(key)))
 
     # ------------------------------------------------------------ KV blocks
 

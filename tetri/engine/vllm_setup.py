@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tetri.engine.base import EngineError
 from tetri.request import Fingerprint, blocks_for
@@ -14,11 +14,11 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """`kv_bytes`: bytes of KV space. `context`: tokens, prompt and output together; None is the model's own.
-    `weights`: a hash of the checkpoint, for the fingerprint."""
+    """`dtype`: of weights and KV, one of DTYPES. `kv_bytes`: bytes of KV space. `context`: tokens, prompt and
+    output together; None is the model's own. `weights`: a hash of the checkpoint, for the fingerprint."""
 
     model: Path
-    dtype: Literal["bfloat16", "float32"]
+    dtype: str
     chunk_tokens: int
     max_batch: int
     kv_bytes: int
@@ -116,7 +116,7 @@ def check_layout(kv_cache_config: Any) -> Any:
     if type(spec) is not FullAttentionSpec:
         raise EngineError(f"unsupported KV layout: {type(spec).__name__}; only full attention can be moved")
     if spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        raise EngineError("unsupported KV layout: sliding window or chunked attention; only full attention can be moved")
+        raise EngineError("unsupported KV layout: a sliding window or chunks; only full attention can be moved")
     if spec.head_size != spec.head_size_v or spec.kv_quant_mode.name != "NONE":
         raise EngineError("unsupported KV layout: quantised KV or different head sizes of K and V")
     return spec
@@ -145,7 +145,8 @@ def _instruction_set(config: Any) -> str:
     """What the CPU attention backend chose: K and V are laid out differently inside a block for each."""
     import torch
 
-    chosen = {layer.isa for layer in config.compilation_config.static_forward_context.values() if hasattr(layer, "isa")}
+    layers = config.compilation_config.static_forward_context.values()
+    chosen = {layer.isa for layer in layers if hasattr(layer, "isa")}
     if len(chosen) != 1:
         raise EngineError(f"unsupported KV layout: attention layers with instruction sets {sorted(chosen)}")
     return f"{chosen.pop()}/{torch.backends.cpu.get_cpu_capability()}"

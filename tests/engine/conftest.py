@@ -1,0 +1,87 @@
+"""Real engines for the tests marked `model`: started once, one process each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from vllm_process import EngineProcess
+
+from tetri.models import ModelError, find, weights_hash
+
+CONTEXT = 2304
+CHUNK = 512
+BLOCK_BYTES = {"bfloat16": 30 * 3 * 128 * 128 * 2, "float32": 30 * 3 * 128 * 128 * 4}
+
+
+class Engines(NamedTuple):
+    reference: EngineProcess
+    prefill: EngineProcess
+    decode: EngineProcess
+    stop_ids: tuple[int, ...]
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    try:
+        return find("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+def arguments(model: Path, dtype: str, blocks: int, max_batch: int = 48) -> dict[str, Any]:
+    return {
+        "model": model,
+        "dtype": dtype,
+        "chunk_tokens": CHUNK,
+        "max_batch": max_batch,
+        "kv_bytes": blocks * BLOCK_BYTES[dtype],
+        "context": CONTEXT,
+        "weights": weights_hash(model),
+    }
+
+
+def start(model: Path, dtype: str, blocks: int) -> Iterator[Engines]:
+    made = [
+        EngineProcess("reference", **arguments(model, dtype, 20, max_batch=4)),
+        EngineProcess("tetri", **arguments(model, dtype, blocks)),
+        EngineProcess("tetri", **arguments(model, dtype, blocks)),
+    ]
+    try:
+        for engine in made:
+            engine.wait_until_started()
+        yield Engines(*made, stop_ids=made[1].facts()[3])
+    finally:
+        for engine in made:
+            engine.stop()
+
+
+@pytest.fixture(scope="session")
+def float32(model: Path) -> Iterator[Engines]:
+    yield from start(model, "float32", 181)
+
+
+@pytest.fixture
+def bfloat16(model: Path) -> Iterator[Engines]:
+    yield from start(model, "bfloat16", 60)
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[list[int]]:
+    """40 prompts of 1 to 2,000 tokens, block and chunk boundaries among them; half random ids, half a text."""
+    from tokenizers import Tokenizer
+
+    rng = random.Random(7)
+    lengths = [1, 2, 127, 128, 129, 256, 257, 511, 512, 513, 640, 1000, 1024, 1025, 2000]
+    lengths += [round(2 ** rng.uniform(0, 9.3)) for _ in range(40 - len(lengths))]
+    licence = Path(__file__).parents[2] / "LICENSE"
+    text = Tokenizer.from_file(str(model / "tokenizer.json")).encode(licence.read_text()).ids
+    made = []
+    for number, length in enumerate(lengths):
+        start = rng.randrange(len(text) - min(length, len(text)) + 1)
+        drawn = [rng.randrange(3, 49152) for _ in range(length)]
+        made.append(text[start : start + length] if number % 2 and length <= len(text) else drawn)
+    return made

@@ -1,0 +1,111 @@
+"""Carrying requests from a prefill engine to a decode engine, chunk by chunk, as two workers would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from vllm_process import EngineProcess
+
+from tetri.engine.base import Leg, StepDone
+from tetri.request import Sampling, blocks_for
+
+BLOCK = 128
+
+# (index of the chunk, its blocks) -> the blocks that arrive; None: the chunk is lost
+Tamper = Callable[[int, list[bytearray]], list[bytearray] | None]
+
+
+@dataclass
+class Request:
+    """A request on its way and what became of it. `sent` and `arrived`: digests of the prompt's KV blocks on the
+    prefill and on the decode side; `recomputed`: positions of `tokens` that the decode engine computed."""
+
+    key: str
+    tokens: Sequence[int]
+    sampling: Sampling
+    output_from: int = -1
+    ids: list[int] = field(default_factory=list)
+    reason: str | None = None
+    sent: list[str] = field(default_factory=list)
+    arrived: list[str] = field(default_factory=list)
+    chunks: int = 0
+    blocks_moved: int = 0
+    recomputed: int = 0
+    preempted: int = 0
+
+    def leg(self, phase: str) -> Leg:
+        start = len(self.tokens) if self.output_from < 0 else self.output_from
+        return Leg(self.key, phase, tuple(self.tokens), start, self.sampling)
+
+
+class Pair:
+    def __init__(self, prefill: EngineProcess, decode: EngineProcess, tamper: Tamper | None = None) -> None:
+        self.prefill, self.decode, self.tamper = prefill, decode, tamper
+
+    def carry(self, *requests: Request) -> None:
+        """Run requests that arrive at the same moment to their ends."""
+        by_key = {request.key: request for request in requests}
+        for request in requests:
+            self.decode.add(request.leg("decode"))
+            self.prefill.add(request.leg("prefill"))
+        self.allocate(by_key)
+        prefilling, running = set(by_key), set(by_key)
+        while running:
+            if prefilling:
+                done = self.prefill.step()
+                self.move(by_key, done)
+                prefilling -= {token.key for token in done.tokens}
+            done = self.decode.step()
+            self.record(by_key, done)
+            running = {key for key in running if by_key[key].reason is None}
+
+    def allocate(self, by_key: dict[str, Request]) -> None:
+        missing = set(by_key)
+        for _ in by_key:
+            missing -= set(self.decode.step().allocated)
+            if not missing:
+                return
+        raise AssertionError(f"no blocks for {sorted(missing)}")
+
+    def move(self, by_key: dict[str, Request], done: StepDone) -> None:
+        """Everything that this step of the prefill engine made ready."""
+        for span in done.spans:
+            request = by_key[span.key]
+            whole = span.stop == len(request.tokens)
+            stop = blocks_for(span.stop, BLOCK) if whole else span.stop // BLOCK
+            if stop > request.blocks_moved:
+                self.send_chunk(request, stop)
+        for token in done.tokens:
+            self.first_token(by_key[token.key], token.token, token.reason)
+
+    def send_chunk(self, request: Request, stop: int) -> None:
+        start = request.blocks_moved
+        blocks: list[bytearray] | None = self.prefill.export(request.key, start, stop)
+        if self.tamper:
+            blocks = self.tamper(request.chunks, blocks or [])
+        if blocks is not None:
+            self.decode.adopt(request.key, start, blocks)
+        request.chunks += 1
+        request.blocks_moved = stop
+
+    def first_token(self, request: Request, token: int, reason: str | None) -> None:
+        request.ids, request.reason = [token], reason
+        if reason:
+            self.decode.cancel(request.key)
+            return
+        count = blocks_for(len(request.tokens), BLOCK)
+        assert request.blocks_moved == count
+        request.sent = self.prefill.digests(request.key, 0, count)
+        request.arrived = self.decode.digests(request.key, 0, count)
+        self.decode.admit(request.key, token)
+
+    def record(self, by_key: dict[str, Request], done: StepDone) -> None:
+        for span in done.spans:
+            known = len(by_key[span.key].tokens)
+            by_key[span.key].recomputed += max(0, min(span.stop, known) - span.start)
+        for key in done.preempted:
+            by_key[key].preempted += 1
+        for token in done.tokens:
+            by_key[token.key].ids.append(token.token)
+            by_key[token.key].reason = token.reason

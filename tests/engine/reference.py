@@ -1,0 +1,122 @@
+"""vLLM alone: no connector, no hand-over, one engine from prompt to last token. What tetri's engines must equal.
+
+Driven step by step so that the KV blocks of the prompt can be looked at when the prefill is done. Only the sampler is
+tetri's: the same noise is the point of comparing drawn texts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+
+from tetri.engine.vllm_connector import SamplerPlugin
+from tetri.engine.vllm_sampler import RowSampler
+from tetri.request import Sampling
+
+
+class Text(NamedTuple):
+    """`gaps`: per output token, by how much its raw logprob beats the runner-up's; `digests`: of the prompt's KV
+    blocks, all layers of a block in order, taken before the second token was computed."""
+
+    ids: list[int]
+    gaps: list[float]
+    digests: list[str]
+
+
+class RecordingSampler(SamplerPlugin):
+    gaps: list[float] = []
+
+    def apply(self, logits: Any) -> Any:
+        best = logits[0].topk(2).values
+        self.gaps.append(float(best[0] - best[1]))
+        return super().apply(logits)
+
+
+class Reference:
+    def __init__(
+        self, model: Path, *, dtype: str, chunk_tokens: int, max_batch: int, kv_bytes: int, context: int, weights: str
+    ) -> None:
+        arguments = EngineArgs(
+            model=str(model),
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            max_model_len=context,
+            enforce_eager=True,
+            distributed_executor_backend="uni",
+            enable_prefix_caching=False,
+            enable_chunked_prefill=True,
+            async_scheduling=False,
+            max_num_batched_tokens=chunk_tokens,
+            max_num_seqs=max_batch,
+            block_size=128,
+            kv_cache_memory_bytes=kv_bytes,
+            disable_log_stats=True,
+            logits_processors=[RecordingSampler],
+        )
+        config = arguments.create_engine_config()
+        self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        self.caches = self.core.model_executor.driver_worker.worker.model_runner.kv_caches
+        self.manager = self.core.scheduler.kv_cache_manager
+        self.vocab = config.model_config.get_vocab_size()
+
+    def generate(self, tokens: list[int], sampling: Sampling, stop_ids: tuple[int, ...]) -> Text:
+        """One request, alone in the engine."""
+        make = partial(RowSampler, sampling, output_from=len(tokens), stop_ids=stop_ids, vocab=self.vocab)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
+            detokenize=False,
+            extra_args={"tetri_sampler": make},
+        )
+        self.core.scheduler.add_request(Request("text", tokens, params, None))
+        ids: list[int] = []
+        gaps: list[float] = []
+        digests: list[str] = []
+        self._zero_next(-(-len(tokens) // 128))
+        while self.core.scheduler.has_unfinished_requests():
+            RecordingSampler.gaps.clear()
+            blocks = self.manager.get_block_ids("text")[0]
+            outputs, _ = self.core.step()
+            if outputs:
+                ids += outputs[0].outputs[0].new_token_ids
+                gaps += RecordingSampler.gaps
+            if len(ids) == 1 and not digests and self.core.scheduler.has_unfinished_requests():
+                blocks = self.manager.get_block_ids("text")[0]
+                digests = [self._digest(block) for block in blocks]
+        return Text(ids, gaps, digests)
+
+    def _zero_next(self, count: int) -> None:
+        zero_blocks(self.caches, next_free_blocks(self.manager, count))
+
+    def _digest(self, block: int) -> str:
+        import torch
+
+        parts = [cache[block].contiguous().view(-1).view(torch.uint8).numpy() for cache in self.caches]
+        return digest(np.concatenate(parts))
+
+
+def next_free_blocks(manager: Any, count: int) -> list[int]:
+    """The ids of the blocks that vLLM's block manager will hand out next."""
+    return [block.block_id for block in manager.block_pool.free_block_queue.get_all_free_blocks()[:count]]
+
+
+def zero_blocks(caches: Any, blocks: list[int]) -> None:
+    """So that slots of a last block which no token uses hold zeros on both sides of a comparison, not what an
+    earlier request left there."""
+    for cache in caches:
+        for block in blocks:
+            cache[block] = 0
+
+
+def digest(block: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(memoryview(block))

@@ -1,0 +1,294 @@
+"""What a leg may be, what a step reports, and that a cancel gives back every block in any state."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import BLOCK_BYTES, CONTEXT, arguments
+from handover import BLOCK, Pair, Request
+from vllm_process import EngineProcess
+
+from tetri.engine.base import EngineError, Leg, Span
+from tetri.engine.vllm import VllmEngine
+from tetri.request import Sampling, blocks_for
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
+
+TOKENS = tuple(range(100, 800))  # 700 tokens: two chunks, six blocks
+TEXT = Sampling(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture
+def engine(float32):
+    """The decode engine; whatever the test did, all blocks must be back and nothing may be left in vLLM."""
+    made = float32.decode
+    blocks = made.facts()[1].blocks
+    assert made.free_blocks() == blocks
+    yield made
+    assert (made.free_blocks(), made.legs()) == (blocks, 0)
+
+
+def leg(key: str, phase: str, tokens=TOKENS, sampling: Sampling = TEXT, output_from: int | None = None) -> Leg:
+    return Leg(key, phase, tuple(tokens), len(tokens) if output_from is None else output_from, sampling)
+
+
+def adopt_zeros(engine, key: str, tokens=TOKENS) -> None:
+    engine.adopt(key, 0, [bytes(engine.facts()[2])] * blocks_for(len(tokens), BLOCK))
+
+
+# ---------------------------------------------------------------- what the engine is
+
+
+def test_facts(engine):
+    fingerprint, capacity, block_bytes, stop_ids = engine.facts()
+    assert block_bytes == fingerprint.block_bytes == BLOCK_BYTES["float32"]
+    assert (fingerprint.engine, fingerprint.dtype, fingerprint.kv_dtype) == ("vllm", "float32", "float32")
+    assert (fingerprint.layers, fingerprint.kv_heads, fingerprint.head_dim, fingerprint.block_tokens) == (30, 3, 64, 128)
+    assert fingerprint.version and "/" in fingerprint.isa
+    assert (capacity.blocks, capacity.context) == (180, CONTEXT)  # vLLM keeps one of 181, the null block
+    assert stop_ids == (2,)
+
+
+def test_layouts_that_cannot_be_moved_are_refused_by_name(engine):
+    groups, window, unified = engine.refused_layouts()
+    assert "2 KV cache groups" in groups
+    assert "SlidingWindowSpec" in window
+    assert "sliding window" in unified
+    assert all(text.startswith("unsupported KV layout") and "\n" not in text for text in (groups, window, unified))
+
+
+def test_one_engine_per_process(engine, model):
+    with pytest.raises(EngineError, match="already runs a vLLM engine"):
+        engine.start_another(arguments(model, "float32", 20))
+
+
+def test_what_is_wrong_without_loading_anything(model, tmp_path):
+    fine = arguments(model, "float32", 20)
+    for change, why in (
+        ({"model": tmp_path / "nowhere"}, "unknown model"),
+        ({"dtype": "float16"}, "dtype must be one of bfloat16, float32"),
+        ({"chunk_tokens": 16}, "at least max_batch"),
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+    ):
+        with pytest.raises(EngineError, match=why):
+            VllmEngine(**fine | change)
+
+
+def test_kv_space_must_hold_one_context(model):
+    least = (CONTEXT // BLOCK + 1) * BLOCK_BYTES["float32"]
+    small = EngineProcess("tetri", **arguments(model, "float32", 0) | {"kv_bytes": least - 1})
+    try:
+        with pytest.raises(EngineError, match=f"must be at least {least}$"):
+            small.wait_until_started()
+    finally:
+        small.stop()
+
+
+# ---------------------------------------------------------------- steps
+
+
+def test_a_chunk_holds_a_tail_and_heads_and_the_order_is_kept(engine):
+    for key, count in (("a", 700), ("b", 200), ("c", 300)):
+        engine.add(leg(key, "prefill", TOKENS[:count]))
+    first, second, third = engine.step(), engine.step(), engine.step()
+    assert first.spans == (Span("a", 0, 512),)
+    assert second.spans == (Span("a", 512, 700), Span("b", 0, 200), Span("c", 0, 124))
+    assert third.spans == (Span("c", 124, 300),)
+    assert [token.key for token in (*first.tokens, *second.tokens, *third.tokens)] == ["a", "b", "c"]
+    assert all(token.reason is None for token in second.tokens)
+    assert dict(first.held) == {"a": 4} and dict(second.held) == {"c": 1} and third.held == ()
+
+
+def test_nothing_to_do(engine):
+    assert engine.step().spans == ()
+    engine.add(leg("parked", "decode"))
+    assert engine.step().allocated == ("parked",)
+    for _ in range(3):
+        done = engine.step()
+        assert (done.spans, done.allocated, done.held) == ((), (), (("parked", 6),))
+    engine.cancel("parked")
+
+
+def test_both_phases_in_one_engine(float32, engine):
+    """A prefill leg joins the steps of a decode leg, and its KV can be adopted without leaving the engine."""
+    reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
+    engine.add(leg("here", "prefill"))
+    engine.add(leg("there", "decode"))
+    assert engine.step().allocated == ()  # the chunk took the whole budget of the step
+    (first,) = (done := engine.step()).tokens
+    assert done.allocated == ("there",)
+    engine.adopt("there", 0, engine.export("here", 0, 6))
+    engine.admit("there", first.token)
+    engine.add(leg("next", "prefill", TOKENS[:600]))
+    done = engine.step()
+    assert done.spans == (Span("there", 700, 701), Span("next", 0, 511))  # the decode token is part of the budget
+    ids = [first.token]
+    while "there" in dict(done.held) or not ids[1:]:
+        ids += [token.token for token in done.tokens if token.key == "there"]
+        done = engine.step()
+    ids += [token.token for token in done.tokens if token.key == "there"]
+    assert ids == reference.ids
+
+
+def test_a_prefill_leg_says_whether_the_request_ended(engine):
+    engine.add(leg("one", "prefill", sampling=Sampling(max_tokens=1, ignore_eos=True)))
+    engine.add(leg("more", "prefill", TOKENS[:30]))
+    found = {}
+    while len(found) < 2:
+        found |= {token.key: token.reason for token in engine.step().tokens}
+    assert found == {"one": "length", "more": None}
+
+
+def test_end_of_sequence(float32, engine):
+    """min_tokens forbids the end; without it a leg ends with "stop" where the model says so."""
+    # A repetition penalty below 1 pulls tokens of the prompt: the end of sequence becomes the best choice.
+    prompt = [2] * 40
+    pulled = Sampling(max_tokens=8, repetition_penalty=0.01)
+    request = Request("stop", prompt, pulled)
+    Pair(float32.prefill, engine).carry(request)
+    assert (request.ids, request.reason) == ([2], "stop")
+    request = Request("ignored", prompt, Sampling(max_tokens=8, repetition_penalty=0.01, ignore_eos=True))
+    Pair(float32.prefill, engine).carry(request)
+    assert (request.ids, request.reason) == ([2] * 8, "length")
+    least = Sampling(max_tokens=8, repetition_penalty=0.01, min_tokens=4)
+    request = Request("least", prompt, least)
+    Pair(float32.prefill, engine).carry(request)
+    assert 2 not in request.ids[:4] and len(request.ids) > 4
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+BAD = {
+    "empty": (leg("bad", "prefill", ()), "at least one token"),
+    "vocabulary": (leg("bad", "prefill", (1, 49152)), "0 to 49151"),
+    "negative": (leg("bad", "decode", (1, -1)), "0 to 49151"),
+    "context": (leg("bad", "prefill", [1] * CONTEXT), "exceed the context"),
+    "output": (leg("bad", "decode", [1] * (CONTEXT - 5)), "exceed the context"),
+    "max_tokens": (leg("bad", "prefill", sampling=Sampling(max_tokens=0)), "max_tokens must be at least 1"),
+    "used up": (leg("bad", "prefill", TOKENS, output_from=694), "leaves nothing to compute"),
+    "nothing after the first": (leg("bad", "decode", TOKENS, output_from=695), "leaves nothing to compute"),
+    "output_from": (leg("bad", "prefill", TOKENS, output_from=701), "output_from must be from 0 to 700"),
+    "no seed": (leg("bad", "prefill", sampling=Sampling(temperature=0.5)), "needs a seed"),
+    "top_p": (leg("bad", "prefill", sampling=Sampling(top_p=0.0)), "top_p must be above 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_leg_that_cannot_run_is_refused_and_nothing_else_happens(engine, name):
+    bad, why = BAD[name]
+    with pytest.raises(EngineError, match=why) as caught:
+        engine.add(bad)
+    assert "\n" not in str(caught.value)
+    assert engine.step().spans == ()
+
+
+def test_the_longest_leg_that_fits_runs(engine):
+    engine.add(leg("longest", "prefill", [7] * (CONTEXT - 1), Sampling(max_tokens=1)))
+    spans = []
+    while not (done := engine.step()).tokens:
+        spans += done.spans
+    assert done.spans[-1].stop == CONTEXT - 1 and done.tokens[0].reason in ("length", "stop")
+
+
+def test_wrong_order_is_refused(engine):
+    with pytest.raises(EngineError, match="does not wait for admission"):
+        engine.admit("nobody", 5)
+    with pytest.raises(EngineError, match="no blocks that wait"):
+        engine.adopt("nobody", 0, [])
+    engine.add(leg("early", "decode"))
+    with pytest.raises(EngineError, match="does not wait for admission"):
+        engine.admit("early", 5)
+    with pytest.raises(EngineError, match="already there"):
+        engine.add(leg("early", "decode"))
+    engine.step()
+    with pytest.raises(EngineError, match="6 of its blocks were not adopted"):
+        engine.admit("early", 5)
+    with pytest.raises(EngineError, match="has 6 blocks"):
+        engine.adopt("early", 6, [bytes(engine.facts()[2])])
+    with pytest.raises(EngineError, match="bytes, the buffer has 8"):
+        engine.adopt("early", 0, [bytes(8)])
+    adopt_zeros(engine, "early")
+    with pytest.raises(EngineError, match="0 to 49151"):
+        engine.admit("early", 49152)
+    engine.cancel("early")
+    engine.add(leg("done", "prefill", TOKENS[:10]))
+    engine.step()
+    assert len(engine.export("done", 0, 1)) == 1
+    engine.step()
+    with pytest.raises(EngineError, match="has 0 blocks"):
+        engine.export("done", 0, 1)
+
+
+# ---------------------------------------------------------------- cancel
+
+
+def waiting(engine) -> None:
+    engine.add(leg("x", "prefill"))
+
+
+def half_done(engine) -> None:
+    waiting(engine)
+    assert engine.step().held == (("x", 4),)
+
+
+def finished(engine) -> None:
+    half_done(engine)
+    assert engine.step().tokens
+
+
+def decode_waiting(engine) -> None:
+    engine.add(leg("x", "decode"))
+
+
+def parked(engine) -> None:
+    decode_waiting(engine)
+    assert engine.step().allocated == ("x",)
+
+
+def adopted(engine) -> None:
+    parked(engine)
+    adopt_zeros(engine, "x")
+
+
+def admitted(engine) -> None:
+    adopted(engine)
+    engine.admit("x", 5)
+
+
+def running(engine) -> None:
+    admitted(engine)
+    assert engine.step().spans == (Span("x", 700, 701),)
+    assert engine.step().tokens
+
+
+STATES = (waiting, half_done, finished, decode_waiting, parked, adopted, admitted, running)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("alone", [True, False])
+def test_cancel_frees_every_block_at_once(engine, state, alone):
+    blocks = engine.facts()[1].blocks
+    if not alone:
+        engine.add(leg("other", "decode", TOKENS[:300]))
+        engine.step()
+        adopt_zeros(engine, "other", TOKENS[:300])
+    others = 0 if alone else 3
+    state(engine)
+    engine.cancel("x")
+    assert engine.free_blocks() == blocks - others
+    engine.cancel("x")
+    if not alone:
+        engine.admit("other", 5)
+        assert engine.step().spans == (Span("other", 300, 301),)
+        engine.cancel("other")
+    assert engine.step().spans == ()
+
+
+def test_a_key_can_come_back_after_a_cancel(float32, engine):
+    reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
+    for state in (half_done, parked, running):
+        state(engine)
+        engine.cancel("x")
+    request = Request("x", TOKENS, TEXT)
+    Pair(float32.prefill, engine).carry(request)
+    assert request.ids == reference.ids

@@ -1,0 +1,179 @@
+"""An engine in a process of its own, on one core, called through a pipe: vLLM can be there once per process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tetri.engine.base import EngineError, Leg, StepDone
+
+CORES = sorted(os.sched_getaffinity(0))
+START_S = 240.0
+
+
+class EngineProcess:
+    """`kind` is "tetri" (VllmEngine, with what the tests want to see of it) or "reference" (tests' Reference)."""
+
+    def __init__(self, kind: str, **arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, kind, arguments), daemon=True)
+        self._process.start()
+        there.close()
+        self._started = False
+
+    def wait_until_started(self) -> None:
+        if not self._started:
+            if not self._pipe.poll(START_S):
+                raise TimeoutError(f"an engine did not start within {START_S:.0f} s")
+            self._started = True
+            self._result()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> Any:
+            self.wait_until_started()
+            self._pipe.send((name, arguments))
+            return self._result()
+
+        return call
+
+    def _result(self) -> Any:
+        kind, value = self._pipe.recv()
+        if kind == "refused":
+            raise EngineError(value)
+        if kind == "failed":
+            raise RuntimeError(f"in the engine's process:\n{value}")
+        return value
+
+    def stop(self) -> None:
+        self._pipe.close()
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
+    os.sched_setaffinity(0, {CORES[0] if kind == "reference" else CORES[-1]})
+    try:
+        engine = _make(kind, arguments)
+    except EngineError as error:
+        pipe.send(("refused", str(error)))
+        return
+    except Exception:
+        pipe.send(("failed", traceback.format_exc()))
+        return
+    pipe.send(("done", None))
+    while True:
+        try:
+            name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("done", getattr(engine, name)(*args)))
+        except EngineError as error:
+            pipe.send(("refused", str(error)))
+        except Exception:
+            pipe.send(("failed", traceback.format_exc()))
+
+
+def _make(kind: str, arguments: dict[str, Any]) -> Any:
+    from tetri.engine.vllm import prepare_environment
+
+    prepare_environment()
+    if kind == "tetri":
+        return _Watched(arguments)
+    from reference import Reference
+
+    return Reference(**arguments)
+
+
+class _Watched:
+    """VllmEngine with bytes for memoryviews, and with what only a test asks."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from tetri.engine.vllm import VllmEngine
+
+        self.engine = VllmEngine(**arguments)
+
+    def facts(self) -> tuple[Any, Any, int, tuple[int, ...]]:
+        engine = self.engine
+        return engine.fingerprint, engine.capacity, engine.block_bytes, engine._stop_ids
+
+    def add(self, leg: Leg) -> None:
+        self.engine.add(leg)
+
+    def cancel(self, key: str) -> None:
+        self.engine.cancel(key)
+
+    def admit(self, key: str, token: int) -> None:
+        self.engine.admit(key, token)
+
+    def step(self) -> StepDone:
+        return self.engine.step()
+
+    def export(self, key: str, start: int, stop: int) -> list[bytearray]:
+        buffers = [bytearray(self.engine.block_bytes) for _ in range(start, stop)]
+        self.engine.export(key, start, stop, [memoryview(buffer) for buffer in buffers])
+        return buffers
+
+    def adopt(self, key: str, start: int, blocks: Sequence[bytes]) -> None:
+        self.engine.adopt(key, start, [memoryview(block) for block in blocks])
+
+    def digests(self, key: str, start: int, stop: int) -> list[str]:
+        from reference import digest
+
+        return [digest(block) for block in self.export(key, start, stop)]
+
+    def free_blocks(self) -> int:
+        return self.engine._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def zero_next(self, count: int) -> None:
+        from reference import next_free_blocks, zero_blocks
+
+        zero_blocks(self.engine._caches, next_free_blocks(self.engine._scheduler.kv_cache_manager, count))
+
+    def legs(self) -> int:
+        return len(self.engine._legs) + len(self.engine._scheduler.requests)
+
+    def refused_layouts(self) -> list[str]:
+        """What check_layout says of KV cache configurations that cannot be moved."""
+        from dataclasses import replace
+
+        from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+        from tetri.engine.vllm_setup import check_layout
+
+        config = self.engine._scheduler.kv_cache_config
+        group = config.kv_cache_groups[0]
+        spec = group.kv_cache_spec
+        window = SlidingWindowSpec(
+            block_size=128, num_kv_heads=3, head_size=64, dtype=spec.dtype, sliding_window=512
+        )
+        groups = [
+            [group, group],
+            [replace(group, kv_cache_spec=window)],
+            [replace(group, kv_cache_spec=replace(spec, sliding_window=512))],
+        ]
+        found = []
+        for each in groups:
+            try:
+                check_layout(replace(config, kv_cache_groups=each))
+            except EngineError as error:
+                found.append(str(error))
+        return found
+
+    def start_another(self, arguments: dict[str, Any]) -> None:
+        from tetri.engine.vllm import VllmEngine
+
+        VllmEngine(**arguments)
+
+    def close(self) -> None:
+        self.engine.close()
