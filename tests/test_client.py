@@ -2,12 +2,11 @@
 
 import asyncio
 import itertools
-import threading
 import time
 
 import msgpack
 import pytest
-import zmq
+from fake_broker import STATUS, WORDS, FakeBroker, Scripted, accepted, answer, delta, done, endless, pack
 
 import tetri
 from tetri.client import BadRequest, Failed, Refused, TetriError, Unreachable
@@ -15,88 +14,6 @@ from tetri.client.conversation import Patience, Request, Session
 from tetri.client.frames import parse, submit
 
 FAST = {"timeout": 2.0, "silence_s": 0.1, "resend_s": 0.05}
-WORDS = ["one ", "two ", "three"]
-
-
-def pack(**body):
-    return b"\x01" + msgpack.packb(body)
-
-
-def done(rid="r1", reason="length", tokens=3, error=None):
-    return {
-        "type": "done",
-        "rid": rid,
-        "reason": reason,
-        "usage": {"prompt_tokens": 2, "completion_tokens": tokens},
-        "timeline": {"queued": 0.1, "prefill": 0.2},
-        "ttft_s": 0.2,
-        "jct_s": 0.3,
-        "receipt": {"prompt_tokens": 2, "adopted": 2, "chunks": 1},
-        "error": error,
-    }
-
-
-def delta(index, rid="r1", word=None):
-    return {"type": "delta", "rid": rid, "start": index, "ids": [index + 10], "text": word or WORDS[index]}
-
-
-def accepted(message, rid="r1"):
-    return {"type": "accepted", "key": message["key"], "rid": rid, "prompt_tokens": 2}
-
-
-def answer(message):
-    """A broker that does everything right."""
-    if message["type"] == "submit":
-        return [accepted(message), *map(delta, range(3)), done()]
-    return []
-
-
-class FakeBroker:
-    """`reply(message)` gives what to send back: maps, or bytes sent as they are. `seen` is what came."""
-
-    def __init__(self, reply):
-        self.reply, self.seen = reply, []
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.linger = 0
-        self.address = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self):
-        while not self._stop.is_set():
-            if not self._socket.poll(10):
-                continue
-            peer, frame = self._socket.recv_multipart()
-            assert frame[:1] == b"\x01"
-            message = msgpack.unpackb(frame[1:])
-            self.seen.append(message)
-            for reply in self.reply(message):
-                self._socket.send_multipart([peer, reply if isinstance(reply, bytes) else pack(**reply)])
-
-    def types(self):
-        return [message["type"] for message in self.seen]
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-        self._socket.close()
-
-
-class Scripted:
-    """Call the next function of a list for every message of a type; the last one again and again."""
-
-    def __init__(self, **scripts):
-        self._scripts = {
-            kind: itertools.chain(list(s), itertools.repeat(s[-1])) for kind, s in scripts.items()
-        }
-
-    def __call__(self, message):
-        script = self._scripts.get(message["type"])
-        return next(script)(message) if script else []
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -294,15 +211,6 @@ def test_streaming_and_the_conversation_form():
     assert broker.seen[0]["messages"] == [{"role": "user", "content": "hi"}]
 
 
-def endless(message):
-    """Two tokens, then nothing until a Cancel."""
-    if message["type"] == "submit":
-        return [accepted(message), delta(0), delta(1)]
-    if message["type"] == "cancel":
-        return [done(reason="cancelled", tokens=2)]
-    return [{"type": "delta", "rid": "r1", "start": 2, "ids": [], "text": ""}]
-
-
 def test_cancelling_a_stream_keeps_what_there_was():
     with FakeBroker(endless) as broker, tetri.Client(broker.address, **FAST) as client:
         stream = client.stream("hi")
@@ -335,9 +243,6 @@ def test_cancelling_a_request_of_someone_else():
         client.cancel("r9")
         with pytest.raises(Refused, match="no such request"):
             client.cancel("r8")
-
-
-STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m"}
 
 
 def test_status():
