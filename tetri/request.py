@@ -7,9 +7,14 @@ QUEUED -> PREFILL -> MOVING -> WAITING -> DECODE -> DONE | FAILED | CANCELLED.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
+
+Positive = Annotated[int, Meta(ge=1)]
+Name = Annotated[str, Meta(max_length=128)]  # of a request, an instance, a client's key
+Count = Annotated[int, Meta(ge=0)]
 
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -140,11 +145,11 @@ def difference(a: Fingerprint, b: Fingerprint) -> str | None:
 class Capacity(Record, frozen=True):
     """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
 
-    blocks: int
-    block_tokens: int
-    chunk_tokens: int
-    max_batch: int
-    context: int  # tokens, prompt and output together
+    blocks: Positive
+    block_tokens: Positive
+    chunk_tokens: Positive
+    max_batch: Positive
+    context: Positive  # tokens, prompt and output together
 
 
 def blocks_for(tokens: int, block_tokens: int) -> int:

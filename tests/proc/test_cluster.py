@@ -41,7 +41,9 @@ def test_text_is_answered_and_the_receipt_says_what_moved(cluster: LiveCluster) 
     assert receipt.kv_bytes == blocks * cluster.config.engine.block_tokens * cluster.config.emulated.token_bytes
     assert receipt.chunks == 3 and receipt.transport == "shm" and receipt.attempts == 1
     assert receipt.prefill_instance in ("p0", "p1") and receipt.decode_instance in ("d0", "d1")
-    assert list(result.timeline) == ["queued", "prefill", "moving", "waiting", "decode"]
+    stages = ["queued", "prefill", "moving", "waiting", "decode"]  # the news of a short one may overtake another
+    assert list(result.timeline) == [stage for stage in stages if stage in result.timeline]
+    assert {"queued", "decode"} <= set(result.timeline)
     assert sum(result.timeline.values()) == pytest.approx(result.jct_s)
     assert result.ttft_s is not None and 0 < result.ttft_s < result.jct_s
 
@@ -77,6 +79,14 @@ def test_a_cancelled_request_gives_everything_back(cluster: LiveCluster) -> None
     result = stream.cancel()
     assert result.finish_reason == "cancelled" and 0 < len(result.token_ids) < 8000
     cluster.wait_idle()
+
+
+def test_another_client_may_cancel_and_is_answered(cluster: LiveCluster) -> None:
+    stream = cluster.client().stream([3] * 50, max_tokens=8000)
+    next(stream)
+    assert stream.rid is not None
+    cluster.client().cancel(stream.rid)
+    assert stream.wait().finish_reason == "cancelled"
 
 
 def test_a_deadline_ends_a_request(cluster: LiveCluster) -> None:

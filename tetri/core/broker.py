@@ -82,6 +82,8 @@ class Broker:
         for what, who in self.life.timers.due(now):
             if what == "view":
                 self.life.timers.set(VIEW, now + self.limits.beat_s)
+                if not self.table.open:
+                    self.check()
                 actions += self.registry.publish()
             elif what == "silence":
                 actions += self._lose(who, f"silent for {self.limits.dead_s:g} s", now)
@@ -96,7 +98,7 @@ class Broker:
         self.table.check()
         for row in self.table.active():
             placed = self.registry.peers.get(row.holder) if row.holder else None
-            if row.holder is not None and (placed is None or placed.lost is not None):
+            if row.reason is None and row.holder is not None and (placed is None or placed.lost is not None):
                 raise Broken(f"{row.rid} is held by {row.holder}, which is not there")
 
     # ------------------------------------------------------------ clients
@@ -131,6 +133,10 @@ class Broker:
         if isinstance(message, Attach):
             self.life.timers.clear(("grace", row.rid))
             return self.desk.attach(row, event.client, message.start)
+        if row.stage.ended:
+            return [Reply(event.client, row.letters[-1])]
+        if event.client != row.client:
+            row.watchers.append(event.client)
         return self.life.end(row, "cancelled", now)
 
     def _worded(self, event: Worded, now: float) -> list[Action]:
@@ -188,6 +194,8 @@ class Broker:
         peer.lost = None if back else peer.lost
         actions = self.life.place_waiting(now) if back else []
         match event:
+            case Beat() | Staged() if peer.lost is not None:
+                return actions  # it may be dead already, and nobody would notice it again
             case Tokens():
                 actions += [action for item in event.items for action in self._tokens(item, event.iid, now)]
             case Beat():
@@ -207,6 +215,8 @@ class Broker:
         match event:
             case Staged():
                 return self.life.stage(row, event.stage, event.iid, now)
+            case Failed() if row.holder != event.iid:
+                return []  # another instance has it all by now
             case Failed(retry=True):
                 return self.life.restart(row, event.why, now)
             case Failed():

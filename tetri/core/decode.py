@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Send
+from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, Send
 from tetri.core.kvflow import Inflow
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
@@ -46,6 +46,7 @@ class Decode:
         self.own, self.ledger = own, ledger
         self.seats: dict[str, Seat] = {}
         self._keys: dict[str, str] = {}  # rid -> key
+        self._segments: dict[str, dict[str, None]] = {}  # prefill instance -> its stores, as chunks named them
         self._landings = 0
 
     # ------------------------------------------------------------ the hand-over
@@ -101,6 +102,7 @@ class Decode:
         return [self._adopt(seat, message)] if new and seat.allocated else []
 
     def _adopt(self, seat: Seat, chunk: Chunk) -> Action:
+        self._segments.setdefault(chunk.src, {})[chunk.handle.segment] = None
         return Adopt(seat.key, chunk.index, chunk.start, chunk.handle, chunk.digest)
 
     def adopted(self, event: Adopted) -> list[Action]:
@@ -137,7 +139,8 @@ class Decode:
     def orphaned(self, src: str) -> list[Action]:
         """A prefill instance is gone: what it had not sent completely never comes."""
         seats = [seat for seat in self.seats.values() if seat.offer.src == src and not seat.landed_as]
-        return [action for seat in seats for action in self._release(seat)]
+        forget = [Forget(segment) for segment in self._segments.pop(src, {})]
+        return [*(action for seat in seats for action in self._release(seat)), *forget]
 
     def repeat(self, src: str) -> list[Action]:
         """The connection to a prefill instance stands (again): repeat what it may have missed."""

@@ -140,7 +140,8 @@ class Desk:
             error=row.error,
         )
         row.letters.append(done)
-        return [*self.deliver(row), Unword(row.rid)]
+        watchers = [Reply(client, done) for client in row.watchers]
+        return [*self.deliver(row), *watchers, Unword(row.rid)]
 
 
 def _accepted(row: Row) -> Accepted:
@@ -148,8 +149,9 @@ def _accepted(row: Row) -> Accepted:
 
 
 def _before(letter: Delta | Done, start: int) -> bool:
-    """Whether a client that has `start` tokens has this letter. Its text may be split at a delta's end only."""
-    return isinstance(letter, Delta) and letter.start + len(letter.ids) <= start
+    """Whether a client that has `start` tokens has this letter. Its text may be split at a delta's end only;
+    whether it has the text without tokens that may come last, the number of its tokens does not say."""
+    return isinstance(letter, Delta) and bool(letter.ids) and letter.start + len(letter.ids) <= start
 
 
 def refuse(client: bytes, key: str, why: str, retry_after_s: float | None = None) -> Reply:

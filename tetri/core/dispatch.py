@@ -12,7 +12,7 @@ from tetri.core.peers import Identity, Neighbours
 from tetri.core.timers import Timers
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import DecodeView
-from tetri.wire.messages import Chunk, Drop, Offer
+from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Offer
 
 
 class Dispatcher:
@@ -46,10 +46,13 @@ class Dispatcher:
         on_offer = sum(j.flow.blocks for j in jobs if j.flow.target == iid and not j.flow.granted)
         return DecodeView(iid, free_blocks - on_offer)
 
-    def job_of(self, offer: int, target: str) -> Job | None:
-        """The job that this offer to this instance is for, None when the offer is an old one."""
-        job = self.jobs.get(self.offers.get(offer, ""))
-        return job if job is not None and job.flow.target == target else None
+    def job_of(self, answer: BetweenWorkers) -> Job | None:
+        """The job that this answers an offer for, None when the offer is an old one: perhaps of this instance's
+        earlier incarnation, which numbered its offers from 1 too."""
+        job = self.jobs.get(self.offers.get(answer.offer, ""))
+        if job is None or (job.rid, job.attempt, job.flow.target) != (answer.rid, answer.attempt, answer.src):
+            return None
+        return job
 
     def repeat(self, job: Job, now: float) -> list[Action]:
         """Say to the target all that it has not answered. What it knows already it answers again."""
@@ -87,9 +90,9 @@ class Dispatcher:
         return [*drop]
 
     def aimed_at(self, iid: str) -> list[Job]:
-        """Jobs on offer to this instance whose KV has not all landed there."""
+        """Jobs on offer to this instance, those included whose KV is all there: the broker may not know it yet."""
         jobs = [self.jobs[key] for key in self.offers.values()]
-        return [job for job in jobs if job.flow.target == iid and not job.flow.complete]
+        return [job for job in jobs if job.flow.target == iid]
 
     def _clear(self, job: Job) -> None:
         if job.flow.offer is not None:
@@ -100,7 +103,6 @@ class Dispatcher:
     def _offer(self, job: Job) -> Send:
         offer = Offer(
             **self._address(job),
-            inbox=self.own.inbox,
             fingerprint=self.own.fingerprint,
             prompt=list(job.prompt),
             output=list(job.output),

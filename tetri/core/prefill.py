@@ -126,7 +126,10 @@ class Prefill:
         return prompts
 
     def _filled(self, job: Job, done: int) -> tuple[int, int]:
-        """Blocks [start, stop) that are complete, and not exported, once `done` tokens are computed."""
+        """Blocks [start, stop) that are complete, and not exported, once `done` tokens are computed. None of a
+        request that its first token ends: nobody would take them out of the store."""
+        if not job.decodes:
+            return job.flow.exported, job.flow.exported
         stop = job.flow.blocks if done == job.goal else done // self.own.capacity.block_tokens
         return job.flow.exported, stop
 
@@ -186,7 +189,7 @@ class Prefill:
 
     def _export(self, job: Job) -> list[Action]:
         start, stop = self._filled(job, job.done)
-        if stop == start or job.end is not None:
+        if stop == start:
             return []
         index = job.flow.chunks
         job.flow.chunks, job.flow.exported = index + 1, stop

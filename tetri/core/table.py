@@ -33,6 +33,7 @@ class Row:
     letters: list[Delta | Done] = field(default_factory=list)
     sent: int = 0
     blocked: bool = False  # the client's queue is full: nothing is sent before the retry
+    watchers: list[bytes] = field(default_factory=list)  # other clients that asked for its end
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
     finished: Finished | None = None

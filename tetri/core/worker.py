@@ -150,7 +150,7 @@ class Worker:
     # ------------------------------------------------------------ peers
 
     def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
-        job = self.dispatcher.job_of(event.offer, event.src)
+        job = self.dispatcher.job_of(event)
         if job is None:
             return []  # of an offer that was taken back
         if isinstance(event, Grant):
@@ -229,6 +229,8 @@ class Worker:
 
     def _beat(self, now: float) -> list[Action]:
         self.timers.set(BEAT, now + self.own.beat_s)
+        if self.idle:
+            self.check()
         holds = [*self.prefill.holds(), *self.decode.holds()]
         beat = Beat(
             iid=self.own.iid,

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from random import Random
 
 import click
@@ -141,21 +142,19 @@ def serve(config: Config, logger: logging.Logger) -> None:
     pin(config.broker.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     tokenizer = build.tokenizer(config)
-    with hold(config.run_dir / "broker.lock"):
+    with hold(config.run_dir / "broker.lock"), ExitStack() as leaving:
         hub = Hub(logger)
+        leaving.callback(hub.close)
         signals = StopSignals(hub.wake_fd)
-        try:
-            epoch = secrets.randbits(62)
-            model = config.model.name if config.engine.kind != "emulated" else "emulated"
-            core = Broker(limits(config), build.rules(config), epoch, Random(epoch), time.monotonic(), model)
-            hands = Hands(core, hub, tokenizer, logger)
-            hub.bind_inbox(config.events_address, WorkerEvent)
-            hub.bind_clients(config.clients_address, ClientMessage)
-            logger.info("serving %s at %s", model, config.clients_address)
-            run(core, hands.poll, hands.act, time.monotonic, signals.running)
-        finally:
-            signals.restore()
-            hub.close()
+        leaving.callback(signals.restore)
+        epoch = secrets.randbits(62)
+        model = config.model.name if config.engine.kind != "emulated" else "emulated"
+        core = Broker(limits(config), build.rules(config), epoch, Random(epoch), time.monotonic(), model)
+        hands = Hands(core, hub, tokenizer, logger)
+        hub.bind_inbox(config.events_address, WorkerEvent)
+        hub.bind_clients(config.clients_address, ClientMessage)
+        logger.info("serving %s at %s", model, config.clients_address)
+        run(core, hands.poll, hands.act, time.monotonic, signals.running)
 
 
 def limits(config: Config) -> Limits:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tetri import models
 from tetri.client import Client, Unreachable
 from tetri.config import Config, dump, load
-from tetri.kv.segment import sweep
+from tetri.kv.shm import sweep
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands

@@ -50,14 +50,14 @@ class Supervisor:
 
     def write(self, commands: dict[str, list[str]]) -> None:
         """The configuration: one program per command. Raises LaunchError."""
-        if any(char in str(self.run_dir) for char in ';#\n"'):
+        if any(char in str(self.run_dir) for char in ';#%\n"'):
             raise LaunchError(f"supervisord cannot read a run directory named {self.run_dir}: set another")
         self.log("x").parent.mkdir(exist_ok=True)
         for old in self.log("x").parent.glob("*.log*"):
             old.unlink()
         programs = [_program(name, command, self.log(name)) for name, command in commands.items()]
         user = ["user=root"] if os.getuid() == 0 else []  # said aloud, or it warns
-        text = _HEAD.format(run_dir=_escaped(str(self.run_dir)), user="\n".join(user))
+        text = _HEAD.format(run_dir=self.run_dir, user="\n".join(user))
         (self.run_dir / "supervisord.conf").write_text("\n".join([text, *programs]))
 
     def start(self) -> None:
@@ -167,12 +167,8 @@ stdout_logfile_backups=1
 
 
 def _program(name: str, command: list[str], log: Path) -> str:
-    line = _escaped(shlex.join(command))
-    return _PROGRAM.format(name=name, command=line, log=_escaped(str(log)), stop_s=STOP_S)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")
+    line = shlex.join(command).replace("%", "%%")  # or supervisord would replace %(name)s
+    return _PROGRAM.format(name=name, command=line, log=log, stop_s=STOP_S)
 
 
 def _environments() -> Iterator[tuple[int, list[bytes]]]:

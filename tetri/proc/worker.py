@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from random import Random
 
@@ -121,11 +122,15 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     """The whole process: build, register, loop until a signal, leave nothing behind. `broker` is the address at
     which the broker takes workers' events."""
     pin(config.worker(iid).cpus)
-    engine = build.engine(config)  # seconds to minutes; a signal simply ends the process until here
-    hub = Hub(logger)
-    signals = StopSignals(hub.wake_fd)
-    store = build.store(config, iid, engine.fingerprint.block_bytes)
-    try:
+    with ExitStack() as leaving:
+        engine = build.engine(config)  # seconds to minutes; a signal simply ends the process until here
+        leaving.callback(engine.close)
+        store = build.store(config, iid, engine.fingerprint.block_bytes)
+        leaving.callback(store.close)
+        hub = Hub(logger)
+        leaving.callback(hub.close)
+        signals = StopSignals(hub.wake_fd)
+        leaving.callback(signals.restore)
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
         core = Worker(own, Random(own.incarnation), time.monotonic())
         hands = Hands(core, engine, store, hub, logger)
@@ -133,11 +138,6 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         hub.connect(BROKER, broker)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
         run(core, hands.poll, hands.act, time.monotonic, signals.running)
-    finally:
-        signals.restore()
-        hub.close()
-        store.close()
-        engine.close()
 
 
 def pin(cpus: str) -> None:

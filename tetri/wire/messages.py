@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import Capacity, Fingerprint, Receipt, Record, Sampling, Stage, Turn, Usage
+from tetri.request import Capacity, Count, Fingerprint, Name, Receipt, Record, Sampling, Stage, Turn, Usage
 
-# ---------------------------------------------------------------- clients -> broker
-
+# ---- clients -> broker
 
 class Submit(Record, tag="submit", frozen=True):
-    """Ask for a completion. Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is
-    given. `key` is drawn by the client; the same key again is the same request, not a second one.
-    """
+    """Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is given. The same `key`, drawn by
+    the client, is the same request, not a second one."""
 
-    key: str
+    key: Name
     prompt: str | list[int] | None = None
     messages: list[Turn] | None = None
     sampling: Sampling = Sampling()
@@ -27,15 +25,14 @@ class Submit(Record, tag="submit", frozen=True):
 
 
 class Cancel(Record, tag="cancel", frozen=True):
-    rid: str
+    rid: Name
 
 
 class Attach(Record, tag="attach", frozen=True):
-    """Send me what this request has produced from token `start` on, and all that follows. Also the client's
-    way to ask whether the broker is still there."""
+    """Send me all of this request from token `start` on. Also the way to ask whether the broker is there."""
 
-    rid: str
-    start: int = 0
+    rid: Name
+    start: Count = 0
 
 
 class Inspect(Record, tag="inspect", frozen=True):
@@ -44,29 +41,27 @@ class Inspect(Record, tag="inspect", frozen=True):
 
 ClientMessage = Submit | Cancel | Attach | Inspect
 
-# ---------------------------------------------------------------- broker -> clients
-
+# ---- broker -> clients
 
 class Accepted(Record, tag="accepted", frozen=True):
-    key: str
-    rid: str
+    key: Name
+    rid: Name
     prompt_tokens: int
 
 
 class Refused(Record, tag="refused", frozen=True):
     """`key` is the Submit's key, or the rid of a Cancel or Attach that names no known request."""
 
-    key: str
+    key: Name
     reason: str
     retry_after_s: float | None = None
 
 
 class Delta(Record, tag="delta", frozen=True):
-    """Output tokens `start` .. `start + len(ids)` and the text that they complete (often empty: a character
-    may need several tokens, a possible stop text is held back)."""
+    """Output tokens from `start` on and the text that they complete, often none: what may be a stop text is held."""
 
-    rid: str
-    start: int
+    rid: Name
+    start: Count
     ids: list[int]
     text: str
 
@@ -75,7 +70,7 @@ class Done(Record, tag="done", frozen=True):
     """The last message of a request. `reason`: stop, length, cancelled, deadline, or error (then `error` says
     why). `timeline`: seconds spent in each stage; they add up to `jct_s`."""
 
-    rid: str
+    rid: Name
     reason: str
     usage: Usage
     timeline: dict[str, float]
@@ -86,14 +81,14 @@ class Done(Record, tag="done", frozen=True):
 
 
 class InstanceStatus(Record, frozen=True):
-    iid: str
+    iid: Name
     role: str
     state: str  # ready, lost
     incarnation: int
-    blocks: int
+    blocks: Count
     free_blocks: int
-    queued: int
-    running: int
+    queued: Count
+    running: Count
     held: int
     note: str = ""
 
@@ -107,11 +102,10 @@ class Status(Record, tag="status", frozen=True):
 
 BrokerReply = Accepted | Refused | Delta | Done | Status
 
-# ---------------------------------------------------------------- workers -> broker
-
+# ---- workers -> broker
 
 class FromWorker(Record, frozen=True):
-    iid: str
+    iid: Name
     incarnation: int
 
 
@@ -119,19 +113,19 @@ class Load(Record, frozen=True):
     """One instance's load at one moment. Blocks are KV blocks; `queued_tokens` prompt tokens not yet computed."""
 
     free_blocks: int
-    queued: int = 0
-    queued_tokens: int = 0
-    waiting: int = 0
-    running: int = 0
+    queued: Count = 0
+    queued_tokens: Count = 0
+    waiting: Count = 0
+    running: Count = 0
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a worker holds of one request: `outputs` is how many output tokens it knows, all attempts together."""
 
-    rid: str
-    attempt: int
+    rid: Name
+    attempt: Count
     stage: Stage
-    outputs: int
+    outputs: Count
 
 
 class Ready(FromWorker, tag="ready", frozen=True):
@@ -149,11 +143,10 @@ class Beat(FromWorker, tag="beat", frozen=True):
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
-    """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. With MOVING, `peer` is the decode
-    instance that granted the offer (empty while none did)."""
+    """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. `peer`: the other half's instance."""
 
-    rid: str
-    attempt: int
+    rid: Name
+    attempt: Count
     stage: Stage
     peer: str = ""
 
@@ -161,9 +154,9 @@ class Staged(FromWorker, tag="staged", frozen=True):
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Output tokens of one request from index `start` on; index 0 is the first token after the prompt."""
 
-    rid: str
-    attempt: int
-    start: int
+    rid: Name
+    attempt: Count
+    start: Count
     ids: list[int]
 
 
@@ -174,60 +167,57 @@ class Tokens(FromWorker, tag="tokens", frozen=True):
 
 
 class Finished(FromWorker, tag="finished", frozen=True):
-    """A worker ended a request after `outputs` output tokens in all; `reason` is stop or length. `receipt`
-    holds what this worker knows; the broker fills in the rest."""
+    """A worker ended a request after `outputs` output tokens in all; `reason` is stop or length."""
 
-    rid: str
-    attempt: int
+    rid: Name
+    attempt: Count
     reason: str
-    outputs: int
+    outputs: Count
     receipt: Receipt
 
 
 class Failed(FromWorker, tag="failed", frozen=True):
     """A worker cannot go on with a request. `retry`: another attempt may succeed."""
 
-    rid: str
-    attempt: int
+    rid: Name
+    attempt: Count
     why: str
     retry: bool
 
 
 WorkerEvent = Ready | Beat | Staged | Tokens | Finished | Failed
 
-# ---------------------------------------------------------------- -> a worker's inbox
-
+# ---- -> a worker's inbox
 
 class Assign(Record, tag="assign", frozen=True):
-    """Prefill this. `output` are the tokens that earlier attempts produced: they are prefilled like the prompt
-    and keep counting as output."""
+    """Prefill this. `output`, from earlier attempts, is prefilled like the prompt and keeps counting as output."""
 
-    rid: str
-    attempt: int
+    rid: Name
+    attempt: Count
     prompt: list[int]
     output: list[int]
     sampling: Sampling
 
 
 class Close(Record, tag="close", frozen=True):
-    """Nobody wants this request any more, up to this attempt: stop it in any stage and forget it."""
+    """Nobody wants this request, up to this attempt, any more: stop it in any stage and forget it."""
 
-    rid: str
-    attempt: int
+    rid: Name
+    attempt: Count
 
 
 class Resend(Record, tag="resend", frozen=True):
     """Send the tokens of this request again from output index `start` on, and its end if it has ended."""
 
-    rid: str
-    attempt: int
-    start: int
+    rid: Name
+    attempt: Count
+    start: Count
 
 
 class InstanceView(Record, frozen=True):
     """One instance as others see it."""
 
-    iid: str
+    iid: Name
     incarnation: int
     role: str
     inbox: str
@@ -237,45 +227,41 @@ class InstanceView(Record, frozen=True):
 
 
 class ClusterView(Record, tag="view", frozen=True):
-    """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation).
-    Sent at every change and at least every `view_s`; it is also the answer to Ready. A worker that does not
-    find its own incarnation in it, or hears no view for a while, says Ready again."""
+    """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation). Also
+    the answer to Ready: a worker that does not find itself in it, or hears none for a while, says Ready again."""
 
     epoch: int
-    number: int
+    number: Count
     instances: list[InstanceView]
 
 
 class BetweenWorkers(Record, frozen=True):
     """`src` is the sender's instance id, `incarnation` the sender's."""
 
-    src: str
+    src: Name
     incarnation: int
-    rid: str
-    attempt: int
-    offer: int
+    rid: Name
+    attempt: Count
+    offer: Count
 
 
 class Handle(Record, frozen=True):
-    """Where a chunk's blocks lie: block i in slot `slots[i]` of `segment`, written in generation
-    `generations[i]`. The slot's generation is read again after the copy: a reused slot shows."""
+    """Block i lies in slot `slots[i]` of `segment`, in generation `generations[i]`; a reused slot has another."""
 
     segment: str
-    slots: list[int]
-    generations: list[int]
-    block_bytes: int
+    slots: list[Count]
+    generations: list[Count]
+    block_bytes: Count
 
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
-    """Will you decode this? Reserve `blocks` KV blocks for `prompt` + `output` and answer Grant or Refuse to
-    `inbox`. Sent again with the same number when unanswered; the answer is then the same."""
+    """Will you decode this? Reserve `blocks` KV blocks for `prompt` + `output`; the answer is Grant or Refuse."""
 
-    inbox: str
     fingerprint: Fingerprint
     prompt: list[int]
     output: list[int]
     sampling: Sampling
-    blocks: int
+    blocks: Count
 
 
 class Grant(BetweenWorkers, tag="grant", frozen=True):
@@ -289,21 +275,20 @@ class Refuse(BetweenWorkers, tag="refuse", frozen=True):
 
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):
-    """Blocks [start, stop) of the request are ready to be taken at `handle`. `digest` is xxh3-64 over them in
-    order. The last chunk carries the first token (index len(output) of the Offer)."""
+    """Blocks [start, stop) are ready at `handle`; `digest` is xxh3-64 over them. The last brings the first token."""
 
-    index: int
-    start: int
-    stop: int
+    index: Count
+    start: Count
+    stop: Count
     handle: Handle
     digest: int
     token: int | None = None
 
 
 class Landed(BetweenWorkers, tag="landed", frozen=True):
-    """This chunk is in my own memory and its digest is right: the sender may free it."""
+    """This chunk is in my own memory with the right digest: the sender may free it."""
 
-    index: int
+    index: Count
 
 
 class Drop(BetweenWorkers, tag="drop", frozen=True):
