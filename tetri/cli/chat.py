@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from tetri.cli import FAILED, OK
+from tetri.cli.answer import play
 from tetri.cli.options import conf_option, connect, sampling_options, timeout_option, utf8
 
 
@@ -36,19 +37,13 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
 
     history.append({"role": "user", "content": line})
     try:
-        answer = client.stream(messages=history, **sampling)
-        try:
-            for piece in answer:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            answer.cancel()
+        result = play(client.stream(messages=history, **sampling), show=True)
     except (BadRequest, Failed, Refused) as error:  # the conversation can go on
         history.pop()
         click.echo(f"tetri-cli: {error}", err=True)
         return FAILED
     click.echo()
-    history.append({"role": "assistant", "content": answer.result.text})
+    history.append({"role": "assistant", "content": result.text})
     return OK
 
 

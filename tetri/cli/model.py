@@ -18,5 +18,6 @@ def fetch(name: str | None) -> None:
     from tetri.config import Model
 
     name = name or Model().name
-    click.echo(f"preparing {name}", err=True)
+    if name in models.KNOWN:
+        click.echo(f"preparing {name}", err=True)
     click.echo(models.fetch(name))

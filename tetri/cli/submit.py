@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from tetri.cli import FAILED, INTERRUPTED, OK
+from tetri.cli.answer import play
 from tetri.cli.options import conf_option, connect, sampling_options, timeout_option, utf8
 
 
@@ -47,15 +48,7 @@ def command(
 
 
 def _show(answer: Any, as_json: bool, stream: bool) -> int:
-    try:
-        for piece in answer:
-            if stream:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        click.echo("cancelling; once more to leave at once", err=True)
-        answer.cancel()
-    result = answer.result
+    result = play(answer, stream)
     if as_json:
         click.echo(json.dumps(result.to_json(), ensure_ascii=False))
     else:

@@ -1,0 +1,274 @@
+"""The commands against a fake broker: what goes to stdout, what to stderr, and the exit status."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_broker import STATUS, FakeBroker, accepted, answer, delta, done, endless
+
+from tetri import cli, models
+from tetri.proc import launch
+
+FAKE_DIR = "tetri"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty run directory, which the environment names."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("TETRI_CONF", raising=False)
+    (tmp_path / FAKE_DIR).mkdir()
+    return tmp_path / FAKE_DIR
+
+
+@pytest.fixture
+def broker(place):
+    """Start a fake broker with a script, as what is up in the run directory."""
+    started = []
+
+    def start(reply=answer):
+        fake = FakeBroker(reply).__enter__()
+        started.append(fake)
+        (place / "cluster.json").write_text(json.dumps({"clients": fake.address}))
+        return fake
+
+    yield start
+    for fake in started:
+        fake.__exit__()
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Run tetri-cli in this process: (exit status, stdout, stderr)."""
+
+    def run_cli(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    return run_cli
+
+
+def test_the_answer_alone_goes_to_stdout(run, broker):
+    fake = broker()
+    assert run("submit", "hi") == (0, "one two three\n", "")
+    assert run("submit", "hi", "--no-stream") == (0, "one two three\n", "")
+    assert fake.seen[0]["sampling"] == {"max_tokens": 128} and fake.seen[0]["prompt"] == "hi"
+
+
+def test_options_reach_the_broker(run, broker):
+    fake = broker()
+    options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 --stop a --stop b"
+    run("submit", "hi", "--chat", "--deadline", "5", *options.split())
+    assert (
+        fake.seen[0]["messages"] == [{"role": "user", "content": "hi"}] and fake.seen[0]["deadline_s"] == 5.0
+    )
+    assert fake.seen[0]["sampling"] == {
+        **{"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 7},
+        "stop": ["a", "b"],
+    }
+
+
+def test_json_is_one_object(run, broker):
+    broker()
+    status, out, err = run("submit", "hi", "--json")
+    found = json.loads(out)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    wanted = ["rid", "text", "token_ids", "finish_reason", "usage", "timeline", "ttft_s", "jct_s", "receipt"]
+    assert list(found) == wanted
+    assert found["text"] == "one two three" and found["receipt"]["prefill_instance"] is None
+
+
+def test_a_dash_reads_standard_input(run, broker):
+    fake = broker()
+    run("submit", "-", stdin="two\nlines é\n".encode())
+    assert fake.seen[0]["prompt"] == "two\nlines é"
+    status, _, err = run("submit", "-", stdin=b"ab\xff")
+    assert status == 2 and "standard input is not UTF-8 (byte 2)" in err
+
+
+def refuse(message):
+    key = message.get("key") or message.get("rid")
+    return [{"type": "refused", "key": key, "reason": "the prompt is empty", "retry_after_s": None}]
+
+
+def fail(message):
+    return [accepted(message), done(reason="error", tokens=0, error="d0 was lost")]
+
+
+def late(message):
+    return [accepted(message), delta(0), done(reason="deadline", tokens=1)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "says"),
+    [(refuse, 1, "the prompt is empty"), (fail, 1, "d0 was lost"), (late, 1, "the deadline passed")],
+)
+def test_a_request_that_fails(run, broker, reply, status, says):
+    broker(reply)
+    found, _, err = run("submit", "hi")
+    assert (found, err) == (status, f"tetri-cli: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["submit"], "Missing argument"),
+        (["submit", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["submit", "x", "--max-tokens", "many"], "not a valid integer"),
+        (["submit", "x", "--json", "--stream"], "exclude each other"),
+        (["submit", "x", "--conf", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["nonsense"], "No such command"),
+        (["up", "--conf", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["up", "--set", "engine.kin=3"], "engine.kin: unknown key"),
+        (["up", "--set", "model.name=/nowhere"], "unknown model '/nowhere'"),
+        (["model", "fetch", "nothing"], "unknown model 'nothing'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, broker, arguments, says):
+    broker()
+    status, out, err = run(*arguments)
+    assert (
+        status == 2 and out == "" and says in err and err.count("\n") == 1 and err.startswith("tetri-cli: ")
+    )
+
+
+def test_nothing_up(run, place):
+    for command in (["submit", "x"], ["status"], ["chat"]):
+        status, out, err = run(*command)
+        assert (status, out) == (3, "") and "run tetri-cli up" in err and err.count("\n") == 1
+    assert run("down") == (0, "", f"nothing is up in {place}\n")
+
+
+def test_a_broker_that_does_not_answer(run, broker):
+    broker(lambda message: [])
+    status, _, err = run("submit", "x", "--timeout", "0.2")
+    assert status == 3 and "no answer from the broker for 0.2 s" in err
+    assert run("status", "--timeout", "0.2")[0] == 3
+
+
+INSTANCE = {"iid": "p0", "role": "prefill", "state": "ready", "incarnation": 1, "blocks": 9, "free_blocks": 8}
+INSTANCE |= {"queued": 1, "running": 2, "held": 3, "note": ""}
+
+
+def test_status(run, broker):
+    broker(lambda message: [{**STATUS, "instances": [INSTANCE]}])
+    status, out, _ = run("status", "--json")
+    assert status == 0 and json.loads(out)["instances"] == [INSTANCE]
+    _, out, _ = run("status")
+    assert "requests  decode 1" in out and "counted   none" in out
+    header, row = out.splitlines()[-2:]
+    assert re.split(r"\s{2,}", header.strip())[:5] == ["iid", "role", "state", "blocks", "free blocks"]
+    assert row.split() == ["p0", "prefill", "ready", "9", "8", "1", "2", "3"]
+
+
+def test_chat_keeps_the_history(run, broker):
+    fake = broker()
+    lines = b"first\n\nsecond\n/exit\nnever\n"
+    assert run("chat", "--system", "be brief", stdin=lines) == (0, "one two three\n" * 2, "")
+    roles = [(turn["role"], turn["content"]) for turn in fake.seen[-1]["messages"]]
+    assert roles == [
+        ("system", "be brief"),
+        ("user", "first"),
+        ("assistant", "one two three"),
+        ("user", "second"),
+    ]
+
+
+def test_a_refused_turn_does_not_end_the_chat(run, broker):
+    def reply(message):
+        return refuse(message) if message["messages"][-1]["content"] == "bad" else answer(message)
+
+    fake = broker(reply)
+    status, out, err = run("chat", stdin=b"bad\ngood\n")
+    assert (status, out, err) == (0, "one two three\n", "tetri-cli: the prompt is empty\n")
+    assert [turn["content"] for turn in fake.seen[-1]["messages"]] == ["good"]
+    assert run("chat", stdin=b"bad")[0] == 1
+
+
+def start(*arguments):
+    code = "from tetri.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_ctrl_c_cancels_the_request(broker):
+    fake = broker(endless)
+    process = start("submit", "hi")
+    assert process.stdout.read(4) == b"one "
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and out == b"two \n" and b"the request was cancelled" in err
+    assert b"Traceback" not in err and "cancel" in fake.types()
+
+
+def test_a_reader_that_has_seen_enough(broker):
+    fake = broker(lambda message: [*endless(message)[:1], *[delta(i, word="x" * 9000) for i in range(3)]])
+    process = start("submit", "hi")
+    process.stdout.read(4)
+    process.stdout.close()
+    fake.reply = lambda message: [done(reason="cancelled", tokens=0)]
+    process.wait(20)
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+def test_model_fetch(run, monkeypatch):
+    monkeypatch.setattr(models, "fetch", lambda name: f"/cache/{name}")
+    assert run("model", "fetch") == (0, "/cache/smollm2-135m\n", "preparing smollm2-135m\n")
+    assert run("model", "fetch", "x")[1] == "/cache/x\n"
+
+
+def test_up_tells_where_things_listen(run, place, monkeypatch):
+    def fake_up(config, say, wait_s):
+        say("p0 (prefill) is ready")
+        return config.run_dir
+
+    monkeypatch.setattr(launch, "up", fake_up)
+    conf = os.path.join(os.path.dirname(__file__), "..", "..", "conf", "emulated.toml")
+    status, out, err = run("up", "--conf", conf, "--set", "broker.clients=tcp://127.0.0.1:7777")
+    assert status == 0 and "tcp://127.0.0.1:7777" in out and f"{place}/log" in out
+    assert err == "p0 (prefill) is ready\n"
+
+
+def test_help_lists_every_command_and_imports_nothing_slow():
+    heavy = [
+        "zmq",
+        "msgpack",
+        "rich",
+        "tetri.client",
+        "tetri.config",
+        "tetri.models",
+        "jinja2",
+        "tokenizers",
+        "torch",
+    ]
+    code = "import sys, tetri.cli as c; [c.group.get_command(None, n) for n in c.COMMANDS]; "
+    code += f"print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_arguments_and_help(run):
+    status, out, _ = run()
+    assert status == 2 and all(name in out for name in cli.COMMANDS)
+    assert run("--help")[0] == 0
+    assert run("--version")[1].startswith("tetri-cli")
+
+
+def test_the_command_line_starts_quickly(broker):
+    broker()
+    began = time.monotonic()
+    process = start("submit", "hi", "--no-stream")
+    assert process.communicate(timeout=30)[0] == b"one two three\n"
+    assert time.monotonic() - began < 5  # 0.2 s on a quiet machine

@@ -1,0 +1,225 @@
+"""up and down for real, on the emulated engine and under supervisord."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import live
+import pytest
+
+from tetri.client import Client, Unreachable
+from tetri.client.place import address_in
+from tetri.config import load
+from tetri.kv.shm import sweep
+from tetri.models import ModelError
+from tetri.net.lock import hold
+from tetri.proc import launch
+from tetri.proc.supervise import LaunchError, Supervisor
+
+PAIR = '[[worker]]\niid = "p0"\nrole = "prefill"\n[[worker]]\niid = "d0"\nrole = "decode"\n'
+
+
+@pytest.fixture
+def deployment():
+    """Makes configurations of small deployments; whatever a test leaves running is stopped."""
+    folder = Path(tempfile.mkdtemp(prefix="tetri-", dir="/tmp"))  # pytest's own paths may be too long
+    run_dir = folder / "a b"
+    name = f"t{os.getpid()}-{os.urandom(3).hex()}"
+
+    def make(*overrides, text='[engine]\nkind = "emulated"\n'):
+        (folder / "c.toml").write_text(text + PAIR)
+        return load(folder / "c.toml", [f"cluster.run_dir={run_dir}", f"cluster.name={name}", *overrides])
+
+    yield make
+    if run_dir.is_dir():
+        Supervisor(run_dir).stop()
+    sweep(name)
+    shutil.rmtree(folder)
+
+
+def up(config, said=None, wait_s=30.0):
+    return launch.up(config, (said if said is not None else []).append, wait_s)
+
+
+def nothing_left(run_dir, name):
+    assert Supervisor(run_dir).started() == [] and Supervisor(run_dir).pid() is None
+    assert [path.name for path in run_dir.iterdir() if path.is_socket()] == []
+    assert not (run_dir / "cluster.json").exists()
+    assert [segment for segment in os.listdir("/dev/shm") if f"-{name}-" in segment] == []
+
+
+def test_up_serves_and_down_leaves_nothing(deployment):
+    config, said = deployment("cluster.beat_s=0.1"), []
+    began = time.monotonic()
+    run_dir = up(config, said)
+    assert time.monotonic() - began < 15  # 1 s on a quiet machine
+    assert {"p0 (prefill) is ready", "d0 (decode) is ready"} < set(said)
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    assert load(run_dir / "cluster.toml") == config
+    state = json.loads((run_dir / "cluster.json").read_text())
+    assert set(state["pids"]) == {"supervisord", "broker", "p0", "d0"}
+    with Client(address_in(run_dir), timeout=10) as client:
+        assert len(client.generate("hello", max_tokens=3).token_ids) == 3
+    with pytest.raises(
+        LaunchError, match=rf"already up \(pid {state['pids']['supervisord']}\), run tetri-cli down"
+    ):
+        up(config)
+    assert launch.down(run_dir) is True
+    nothing_left(run_dir, config.cluster.name)
+    assert launch.down(run_dir) is False
+    with pytest.raises(Unreachable, match="nothing is up"):
+        address_in(run_dir)
+
+
+def test_a_killed_worker_comes_back_under_supervisord(deployment):
+    run_dir = up(deployment())
+    pids = json.loads((run_dir / "cluster.json").read_text())["pids"]
+    with Client(address_in(run_dir), timeout=10) as client:
+
+        def incarnation():
+            return {
+                i["iid"]: i["incarnation"] for i in client.status()["instances"] if i["state"] == "ready"
+            }.get("d0")
+
+        first = incarnation()
+        os.kill(pids["d0"], signal.SIGKILL)
+        live.wait_until(lambda: incarnation() not in (first, None), "d0 did not rejoin")
+        assert client.generate("hello", max_tokens=3).receipt.decode_instance == "d0"
+    assert launch.down(run_dir)
+
+
+def test_down_finds_the_processes_of_a_killed_supervisord(deployment):
+    config = deployment()
+    run_dir = up(config)
+    os.kill(Supervisor(run_dir).pid(), signal.SIGKILL)
+    live.wait_until(lambda: Supervisor(run_dir).pid() is None, "supervisord lives")
+    assert len(Supervisor(run_dir).started()) == 3
+    with pytest.raises(LaunchError, match="already up"):
+        up(config)
+    assert launch.down(run_dir) is True
+    nothing_left(run_dir, config.cluster.name)
+
+
+def test_a_wrong_setting_of_one_worker_stops_everything_at_once(deployment):
+    config = deployment("worker.p0.cpus=4000")
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"p0 does not start: .*no CPU 4000"):
+        up(config)
+    assert time.monotonic() - began < 10
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+def programs(monkeypatch, **shell):
+    """Replace what is run by shell scripts."""
+    scripts = {name: ["/bin/sh", "-c", script] for name, script in shell.items()}
+    monkeypatch.setattr(launch, "commands", lambda config, conf: scripts)
+
+
+def test_a_crash_loop_is_noticed_and_its_last_words_told(deployment, monkeypatch):
+    programs(monkeypatch, broker="sleep 60", p0="echo first; echo 'boom 100%'; exit 1", d0="sleep 60")
+    config = deployment()
+    began = time.monotonic()
+    with pytest.raises(LaunchError) as caught:
+        up(config)
+    first, *more = str(caught.value).splitlines()
+    assert first == "p0 does not start: boom 100%" and more[0].strip() == "first"
+    assert more[-1].strip() == f"log: {config.run_dir}/log/p0.log"
+    assert time.monotonic() - began < 10
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+def test_what_is_never_ready_is_named(deployment, monkeypatch):
+    programs(monkeypatch, broker="sleep 60", p0="sleep 60", d0="sleep 60")
+    config = deployment()
+    with pytest.raises(LaunchError, match="not ready in time: p0, d0; logs are in"):
+        up(config, wait_s=0.5)
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+def test_an_interrupted_up_stops_what_it_started(deployment):
+    config, said = deployment(), []
+
+    def say(text):
+        said.append(text)
+        if text.startswith("started"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.up(config, say, 30)
+    assert said[-1] == "stopping"
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+def test_a_process_that_ignores_the_signal_is_killed(deployment, monkeypatch):
+    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 1)
+    stubborn = "trap '' TERM; while :; do sleep 0.1; done"
+    programs(monkeypatch, broker=stubborn, p0="sleep 60", d0="sleep 60")
+    config = deployment()
+    with pytest.raises(LaunchError, match="not ready in time"):
+        up(config, wait_s=0.2)
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+def test_two_at_once_exclude_each_other(deployment):
+    config = deployment()
+    config.run_dir.mkdir()
+    with hold(config.run_dir / "up.lock"):
+        for act in (lambda: up(config), lambda: launch.down(config.run_dir)):
+            with pytest.raises(LaunchError, match=f"another tetri-cli .* process {os.getpid()}"):
+                act()
+
+
+def test_a_port_in_use(deployment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=r"in use.*choose another port"):
+            up(deployment(f"broker.clients=tcp://127.0.0.1:{port}"))
+
+
+def test_what_can_be_said_before_anything_starts(deployment):
+    with pytest.raises(LaunchError, match="inside one process only"):
+        up(deployment("transfer.transport=local"))
+    with pytest.raises(ModelError, match="unknown model"):
+        up(deployment("model.name=/nowhere", text=""))
+    assert not deployment().run_dir.exists()
+
+
+def test_run_directories_that_cannot_be(deployment, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match="cannot be the run directory"):
+        up(deployment(f"cluster.run_dir={tmp_path}/file/x"))
+    with pytest.raises(LaunchError, match="set another"):
+        up(deployment("cluster.run_dir=/tmp/tetri-;x"))
+    shutil.rmtree("/tmp/tetri-;x")
+    loose = deployment().run_dir
+    loose.mkdir(mode=0o755)
+    assert stat.S_IMODE(launch._private(loose).stat().st_mode) == 0o700
+
+
+def test_a_relative_model_folder_becomes_absolute(deployment, tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert launch._checked(deployment("model.name=.", text="")).model.name == str(tmp_path.resolve())
+
+
+def test_a_missing_program(deployment, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(LaunchError, match=r"tetri-broker is missing: run bin/setup"):
+        up(deployment())
+
+
+def test_a_supervisord_that_does_not_start(deployment, monkeypatch):
+    config = deployment()
+    failed = subprocess.CompletedProcess([], 2, "Error: something\nFor help, ...\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(LaunchError, match="supervisord does not start: Error: something"):
+        up(config)
