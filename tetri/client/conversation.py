@@ -13,8 +13,6 @@ from typing import Any
 
 from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, frame, parse
 
-_PAST_THE_END = 1 << 31
-
 
 @dataclass(frozen=True, slots=True)
 class Patience:
@@ -37,8 +35,8 @@ class Call:
         self._unanswered: float | None = None  # since when the present question is
         self._next = now  # when to ask (again)
 
-    def question(self) -> list[bytes]:
-        """The frames that ask it."""
+    def question(self) -> bytes:
+        """The frame that asks it."""
         raise NotImplementedError
 
     def take(self, reply: dict[str, Any], now: float) -> bool:
@@ -49,12 +47,12 @@ class Call:
         given_up = self._next if self._unanswered is None else self._unanswered + self._patience.timeout
         return min(self._next, given_up)
 
-    def tick(self, now: float) -> list[bytes]:
+    def tick(self, now: float) -> bytes | None:
         """The question, when it is time to ask it."""
         if self._unanswered is not None and now - self._unanswered >= self._patience.timeout:
             self.end(Unreachable(f"no answer from the broker for {self._patience.timeout:g} s: is it up?"))
         if self.ended or now < self._next:
-            return []
+            return None
         if self._unanswered is None:
             self._unanswered = now
         self._next = now + self._patience.resend_s
@@ -90,12 +88,12 @@ class Request(Call):
         self.cancelling = False
         self._asked_for = (-1, 0.0)  # the token last missed, and when
 
-    def question(self) -> list[bytes]:
+    def question(self) -> bytes:
         if self.rid is None:
-            return [self._submit]
+            return self._submit
         if self.cancelling:
-            return [frame({"type": "cancel", "rid": self.rid})]
-        return [frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})]
+            return frame({"type": "cancel", "rid": self.rid})
+        return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
 
     def cancel(self, now: float) -> None:
         """Ask for its end; it comes as a result with reason "cancelled", unless another end was first."""
@@ -175,16 +173,14 @@ class Request(Call):
 
 
 class Cancellation(Call):
-    """A Cancel of a request that is not this client's own. Its Done goes to whoever attached last: so this
-    client attaches, past the end, and the request's own client gets its Done when it asks for it."""
+    """A Cancel of a request that is not this client's own."""
 
     def __init__(self, rid: str, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
         self._rid = rid
 
-    def question(self) -> list[bytes]:
-        attach = {"type": "attach", "rid": self._rid, "start": _PAST_THE_END}
-        return [frame({"type": "cancel", "rid": self._rid}), frame(attach)]
+    def question(self) -> bytes:
+        return frame({"type": "cancel", "rid": self._rid})
 
     def take(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "refused" and reply["key"] == self._rid:
@@ -201,8 +197,8 @@ class Inspection(Call):
 
     status: dict[str, Any] | None = None
 
-    def question(self) -> list[bytes]:
-        return [frame({"type": "inspect"})]
+    def question(self) -> bytes:
+        return frame({"type": "inspect"})
 
     def take(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "status":
@@ -241,7 +237,7 @@ class Session:
 
     def tick(self, now: float) -> list[bytes]:
         """The frames to send now. Ends calls whose time has run out."""
-        asked = [one for call in self.calls for one in call.tick(now)]
+        asked = [question for call in self.calls if (question := call.tick(now)) is not None]
         self._sweep()
         outbox, self._outbox = self._outbox, []
         return outbox + asked
