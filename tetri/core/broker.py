@@ -235,6 +235,7 @@ class Broker:
         if not new:
             return []
         row.output += new
+        row.last = item.reason if len(row.output) == item.start + len(item.ids) else None
         row.first_at = now if row.first_at is None else row.first_at
         if row.stage in (Stage.QUEUED, Stage.PREFILL):
             row.advance(Stage.MOVING, now)

@@ -48,6 +48,7 @@ class Decode:
         self._keys: dict[str, str] = {}  # rid -> key
         self._segments: dict[str, dict[str, None]] = {}  # prefill instance -> its stores, as chunks named them
         self._landings = 0
+        self._stuck = False  # the last step ran none of the batch: all are preempted, and wait for memory
 
     # ------------------------------------------------------------ the hand-over
 
@@ -103,18 +104,21 @@ class Decode:
 
     def _adopt(self, seat: Seat, chunk: Chunk) -> Action:
         self._segments.setdefault(chunk.src, {})[chunk.handle.segment] = None
+        seat.flow.taking += 1
         return Adopt(seat.key, chunk.index, chunk.start, chunk.handle, chunk.digest)
 
     def adopted(self, event: Adopted) -> list[Action]:
         seat = self.seats.get(event.key)
         if seat is None:
             return []
-        chunk = seat.flow.announced[event.index]
+        flow = seat.flow
+        flow.taking -= 1
+        if event.problem == "corrupt" and flow.broken is None and flow.again(event.index, ADOPT_TRIES):
+            return [self._adopt(seat, flow.announced[event.index])]
         if event.problem is not None:
-            if event.problem == "corrupt" and seat.flow.again(event.index, ADOPT_TRIES):
-                return [self._adopt(seat, chunk)]
-            why = f"chunk {event.index} is {event.problem}"
-            return [self._answer(Refuse, seat.offer, why=why), *self._release(seat)]
+            flow.broken = flow.broken or f"chunk {event.index} is {event.problem}"
+        if flow.broken is not None:  # the engine must know the leg until the last copy is made
+            return [] if flow.taking else [self._answer(Refuse, seat.offer, why=flow.broken), *self._release(seat)]
         seat.flow.land(event.index)
         actions: list[Action] = [self._answer(Landed, seat.offer, index=event.index)]
         if seat.flow.complete:
@@ -162,17 +166,25 @@ class Decode:
     # ------------------------------------------------------------ running
 
     def admit(self) -> list[Action]:
-        """Let landed seats into the batch. If nothing runs, the oldest goes whatever the policy says."""
-        waiting = [s for s in self.seats.values() if s.landed_as and not s.running and not s.end]
+        """Let landed seats into the batch. If nothing runs, the oldest goes whatever the policy says: the engine
+        can take the memory of those in the batch for another, but not of those that wait."""
+        waiting = self._landed()
         if not waiting:
             return []
         running = self.running()
         views = [WaitingSeat(seat.key, seat.landed_as, seat.flow.blocks) for seat in waiting]
         batch = BatchView(running, self.own.capacity.max_batch, self.ledger.free)
         keys = ADMISSIONS[self.own.rules.admit](views, batch)
-        if not keys and running == 0:
+        if not keys and (running == 0 or self._stuck):
             keys = [min(waiting, key=lambda seat: seat.landed_as).key]
         return [action for key in keys for action in self._admit(self.seats[key])]
+
+    def _landed(self) -> list[Seat]:
+        return [s for s in self.seats.values() if s.landed_as and not s.running and not s.end]
+
+    def stuck(self) -> bool:
+        """Whether nothing runs until another seat is admitted."""
+        return self._stuck and bool(self._landed())
 
     def _admit(self, seat: Seat) -> list[Action]:
         seat.running = True
@@ -198,6 +210,7 @@ class Decode:
         preempted: Sequence[str],
     ) -> list[Action]:
         actions: list[Action] = []
+        self._stuck = not spans and self.running() > 0
         for key in allocated:
             seat = self.seats[key]
             seat.allocated = True
@@ -216,7 +229,8 @@ class Decode:
             seat = self.seats[sampled.key]
             if not seat.running:
                 raise Broken(f"a token for {seat.key}, which was not admitted")
-            items.append(self._item(seat, len(seat.offer.output) + len(seat.tokens), [sampled.token]))
+            start = len(seat.offer.output) + len(seat.tokens)
+            items.append(self._item(seat, start, [sampled.token], sampled.reason))
             seat.tokens.append(sampled.token)
             if sampled.reason is None:
                 self._grow(seat)
@@ -245,7 +259,8 @@ class Decode:
         if seat is None or seat.offer.attempt != message.attempt:
             return []
         ids = seat.outputs()[message.start :]
-        tokens = [self._tell(Tokens, items=[self._item(seat, message.start, ids)])] if ids else []
+        item = self._item(seat, message.start, ids, seat.end.reason if seat.end else None)
+        tokens = [self._tell(Tokens, items=[item])] if ids else []
         return [*tokens, *([Send(BROKER, seat.end)] if seat.end else [])]
 
     def holds(self) -> list[Hold]:
@@ -259,8 +274,8 @@ class Decode:
     def _seat_of(self, rid: str) -> Seat | None:
         return self.seats[self._keys[rid]] if rid in self._keys else None
 
-    def _item(self, seat: Seat, start: int, ids: list[int]) -> TokenItem:
-        return TokenItem(seat.offer.rid, seat.offer.attempt, start, ids)
+    def _item(self, seat: Seat, start: int, ids: list[int], reason: str | None) -> TokenItem:
+        return TokenItem(seat.offer.rid, seat.offer.attempt, start, ids, reason)
 
     def _stage(self, seat: Seat, stage: Stage) -> Send:
         return self._tell(Staged, rid=seat.offer.rid, attempt=seat.offer.attempt, stage=stage, peer=seat.offer.src)

@@ -77,6 +77,8 @@ class Inflow:
     announced: dict[int, Chunk] = field(default_factory=dict)  # not landed yet
     landed: dict[int, int] = field(default_factory=dict)  # index -> blocks
     tries: dict[int, int] = field(default_factory=dict)
+    taking: int = 0  # chunks that are being copied
+    broken: str | None = None  # why the offer is refused as soon as none is
     bytes: int = 0
     token: int | None = None
 

@@ -55,8 +55,8 @@ class Life:
         """Begin another attempt, with the tokens so far: prefilled like the prompt, still counted as output."""
         if row.reason is not None:
             return []
-        if row.finished is not None and len(row.output) >= row.sampling.max_tokens:
-            return self.end(row, "length", now)
+        if row.last is not None or len(row.output) >= row.sampling.max_tokens:
+            return self.end(row, row.last or "length", now)  # it has all its tokens
         actions = self.close(row)
         if row.attempt >= self.limits.max_attempts:
             return [*actions, *self.end(row, "error", now, f"given up after {row.attempt} attempts: {why}")]

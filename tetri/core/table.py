@@ -36,6 +36,7 @@ class Row:
     watchers: list[bytes] = field(default_factory=list)  # other clients that asked for its end
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
+    last: str | None = None  # why the last token of `output` ended it, as its worker said
     finished: Finished | None = None
     reason: str | None = None  # why it ends; set before the last words are back
     error: str | None = None

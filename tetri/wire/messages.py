@@ -152,12 +152,15 @@ class Staged(FromWorker, tag="staged", frozen=True):
 
 
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt."""
+    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `reason`
+    is why the request ended with the last of them (stop or length), None while it goes on: a `Finished` that is
+    lost together with its worker must not make the request go on after its end."""
 
     rid: Name
     attempt: Count
     start: Count
     ids: list[int]
+    reason: str | None = None
 
 
 class Tokens(FromWorker, tag="tokens", frozen=True):
