@@ -187,8 +187,13 @@ class Stream:
 
     def cancel(self) -> Result:
         """Ask for the end and wait for it; the result holds what there was."""
-        self._request.cancel(time.monotonic())
+        self.cancel_soon()
         return self.wait()
+
+    def cancel_soon(self) -> None:
+        """Ask for the end without waiting for it: iterate on. May be called by a signal handler."""
+        self._request.cancel(time.monotonic())
+        self._client._send()
 
     def __enter__(self) -> Stream:
         return self
