@@ -1,0 +1,181 @@
+"""What bin/demo runs after the set-up: a cluster of its own, two prompts, a table, and nothing left behind.
+
+Exit status 0: both were answered, and the decode worker took over every prompt token's KV and computed none again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tetri.client import Client, Result, TetriError
+from tetri.config import Config, default_path, load
+from tetri.models import ModelError
+from tetri.proc import launch
+from tetri.proc.supervise import LaunchError
+from tetri.request import Stage
+from tetri.strict import ConfigError
+
+EXPECTED = (ConfigError, LaunchError, ModelError, TetriError)
+LICENCE = Path(__file__).parent.parent / "LICENSE"
+WAIT_S = 600.0  # loading two engines takes half a minute on a quiet machine
+
+
+@dataclass(frozen=True)
+class Prompt:
+    title: str
+    shown: str  # the text itself may be long
+    text: str
+    max_tokens: int
+
+
+def prompts() -> list[Prompt]:
+    short = "Explain in two sentences why the sky is blue."
+    sections = LICENCE.read_text(encoding="utf-8").partition("5. Submission")[0].rstrip()  # 1,400 tokens
+    question = "What is this text about? Answer in one sentence."
+    return [
+        Prompt("short", short, short, 96),
+        Prompt("long", f"(sections 1 to 4 of LICENSE) {question}", f"{sections}\n\n{question}", 64),
+    ]
+
+
+@click.command()
+@click.option("--conf", type=click.Path(dir_okay=False, path_type=Path), help="Configuration to start.")
+def main(conf: Path | None) -> None:
+    """Start a small cluster, ask it two things, show where the time went, stop it."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    console, status = Console(), 1
+    try:
+        with _run_dir() as folder:
+            config = configure(conf or default_path(), folder, sorted(os.sched_getaffinity(0)))
+            status = demonstrate(config, console)
+    except EXPECTED as error:
+        click.echo(f"bin/demo: {error}", err=True)
+    except BrokenPipeError:  # whoever read this has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        click.echo("bin/demo: interrupted; everything is stopped", err=True)
+        status = 130
+    sys.exit(status)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _run_dir() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="tetri-demo-", dir="/tmp"))  # Unix sockets need a short path
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def configure(conf: Path, folder: Path, cpus: Sequence[int]) -> Config:
+    """With sockets of its own beside any cluster that is up, and the workers each on a CPU of this machine."""
+    own = [f"cluster.run_dir={folder}", f"cluster.name=demo{os.getpid()}", "broker.clients="]
+    pins = [f"broker.cpus={cpus[0]}"]
+    for worker in load(conf, own).workers:
+        pins.append(f"worker.{worker.iid}.cpus={cpus[0] if worker.role == 'prefill' else cpus[-1]}")
+    if len(cpus) == 1:
+        _say(f"one CPU only: prefill and decode share CPU {cpus[0]}")
+    return load(conf, [*own, *pins])
+
+
+def demonstrate(config: Config, console: Console) -> int:
+    """The exit status."""
+    for worker in config.workers:
+        _say(f"{worker.iid}: {worker.role} worker on CPU {worker.cpus}")
+    try:
+        launch.up(config, _say, WAIT_S)
+        with Client(config.clients_address, timeout=60.0) as client:
+            results = [_answer(client, prompt, console) for prompt in prompts()]
+    finally:
+        # From here on a second Ctrl-C must not leave half of it running.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        launch.down(config.run_dir)
+    _say("stopped")
+    console.print(table([prompt.title for prompt in prompts()], results))
+    found = [problem for result in results for problem in problems(result)]
+    for problem in found:
+        click.echo(f"bin/demo: {problem}", err=True)
+    return 1 if found else 0
+
+
+def _answer(client: Client, prompt: Prompt, console: Console) -> Result:
+    console.print(f"\n[bold]> {prompt.shown}[/]", highlight=False)
+    with client.stream(messages=[{"role": "user", "content": prompt.text}], max_tokens=prompt.max_tokens) as answer:
+        for piece in answer:
+            console.out(piece, end="", highlight=False)
+            console.file.flush()
+    console.out("\n")
+    assert answer.result is not None  # iterating raises when there is none
+    return answer.result
+
+
+def problems(result: Result) -> list[str]:
+    """What keeps an answer from showing what the demo is about."""
+    receipt, found = result.receipt, []
+    if not result.token_ids:
+        found.append(f"request {result.rid} was not answered: {result.finish_reason}")
+    if receipt.adopted != receipt.prompt_tokens:
+        found.append(f"request {result.rid}: {receipt.adopted} of {receipt.prompt_tokens} prompt tokens were adopted")
+    if receipt.recomputed:
+        found.append(f"request {result.rid}: {receipt.recomputed} prompt tokens were computed again")
+    return found
+
+
+def table(titles: Sequence[str], results: Sequence[Result]) -> Table:
+    shown = Table("", *titles, title="where the time went, and what moved")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    columns = [_facts(result) for result in results]
+    for name in columns[0]:
+        last = name in ("decode", "tokens/s", "recomputed")  # of its section
+        shown.add_row(name, *(column[name] for column in columns), end_section=last)
+    return shown
+
+
+def _facts(result: Result) -> dict[str, str]:
+    stages = [stage for stage in Stage if not stage.ended]
+    receipt, decode_s = result.receipt, result.timeline.get(Stage.DECODE, 0.0)
+    rate = (result.usage.completion_tokens - 1) / decode_s if decode_s else 0.0
+    return {
+        **{stage.value: _ms(result.timeline.get(stage, 0.0)) for stage in stages},
+        "TTFT": _ms(result.ttft_s),
+        "JCT": _ms(result.jct_s),
+        "output tokens": str(result.usage.completion_tokens),
+        "tokens/s": f"{rate:.1f}",
+        "chunks": str(receipt.chunks),
+        "KV bytes moved": f"{receipt.kv_bytes:,}",
+        "prompt tokens": str(receipt.prompt_tokens),
+        "adopted": str(receipt.adopted),
+        "recomputed": str(receipt.recomputed),
+        "prefill on": receipt.prefill_instance or "-",
+        "decode on": receipt.decode_instance or "-",
+    }
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"
+
+
+def _say(text: str) -> None:
+    click.echo(f"· {text}", err=True)
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/demo")
