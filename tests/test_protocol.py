@@ -10,7 +10,8 @@ import pytest
 
 from tests.wire.described import rows, structs
 from tetri.wire import codec
-from tetri.wire.messages import BrokerReply, ClientMessage, InboxMessage, WorkerEvent
+from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.messages import InboxMessage, WorkerEvent
 
 TEXT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 UNIONS = (ClientMessage, BrokerReply, WorkerEvent, InboxMessage)

@@ -8,7 +8,7 @@ import zmq
 from tests.raw_client import NoAnswer, RawClient
 from tetri.request import Receipt, Usage
 from tetri.wire import codec
-from tetri.wire.messages import (
+from tetri.wire.clients import (
     Accepted,
     Attach,
     BrokerReply,

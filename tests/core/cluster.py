@@ -54,8 +54,9 @@ from tetri.kv.local import LocalStore
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Sampling
 from tetri.text import ByteTokenizer, Stopper
+from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Refused
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Accepted, Assign, Attach, Cancel, ClusterView, Delta, Done, Offer, Ready, Refused
+from tetri.wire.messages import Assign, ClusterView, Offer, Ready
 
 VOCABULARY, TOKEN_BYTES = 64, 8
 EDGE = ByteTokenizer()

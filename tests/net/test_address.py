@@ -9,7 +9,8 @@ import pytest
 from tests.net.hubs import hubs, ipc
 from tetri.net import NetError
 from tetri.net.address import check
-from tetri.wire.messages import ClientMessage, InboxMessage
+from tetri.wire.clients import ClientMessage
+from tetri.wire.messages import InboxMessage
 
 
 def test_good_addresses():

@@ -15,8 +15,9 @@ import zmq
 from tests.net.hubs import PATIENCE, events, hubs, ipc, some, until
 from tetri.net import Hub
 from tetri.wire import codec
+from tetri.wire.clients import Attach, ClientMessage
 from tetri.wire.events import Arrived, PeerUp
-from tetri.wire.messages import Attach, ClientMessage, Close, InboxMessage, WorkerEvent
+from tetri.wire.messages import Close, InboxMessage, WorkerEvent
 
 GOOD = {"inbox": Close(rid="good", attempt=1), "clients": Attach(rid="good")}
 SENDER = {"inbox": zmq.PUSH, "clients": zmq.DEALER}

@@ -10,18 +10,9 @@ from tetri.net import NetError
 from tetri.net.intake import MAX_MESSAGES
 from tetri.request import Sampling
 from tetri.wire import codec
+from tetri.wire.clients import Accepted, Attach, BrokerReply, Cancel, ClientMessage, Delta
 from tetri.wire.events import Arrived, PeerDown, PeerUp
-from tetri.wire.messages import (
-    Accepted,
-    Assign,
-    Attach,
-    BrokerReply,
-    Cancel,
-    ClientMessage,
-    Close,
-    Delta,
-    InboxMessage,
-)
+from tetri.wire.messages import Assign, Close, InboxMessage
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tetri.wire.messages import BrokerReply, ClientMessage, InboxMessage, WorkerEvent
+from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.messages import InboxMessage, WorkerEvent
 
 UNIONS = {
     "ClientMessage": ClientMessage,

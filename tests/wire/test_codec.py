@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tests.wire.message_strategies import UNIONS, values
 from tetri.request import Sampling
 from tetri.wire import codec
+from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.codec import WireError, decode, encode, limit
-from tetri.wire.messages import Assign, Attach, ClientMessage, Close, InboxMessage, Submit
+from tetri.wire.messages import Assign, Close, InboxMessage
 
 ATTACH = {"type": "attach", "rid": "r1"}
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from tetri.leg import Leg, StepDone
 from tetri.request import Sampling
+from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import BrokerReply, ClientMessage, Handle, InboxMessage, WorkerEvent
+from tetri.wire.messages import Handle, InboxMessage, WorkerEvent
 
 BROKER = "broker"  # the broker's name as a peer
 

@@ -24,22 +24,9 @@ from tetri.core.registry import Registry
 from tetri.core.table import Row, Table
 from tetri.policy.rules import Rules
 from tetri.request import Stage
+from tetri.wire.clients import Attach, Cancel, Inspect, Status
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import (
-    Attach,
-    Beat,
-    Cancel,
-    Close,
-    Failed,
-    Finished,
-    FromWorker,
-    Inspect,
-    Ready,
-    Staged,
-    Status,
-    TokenItem,
-    Tokens,
-)
+from tetri.wire.messages import Beat, Close, Failed, Finished, FromWorker, Ready, Staged, TokenItem, Tokens
 
 VIEW = ("view", "")
 

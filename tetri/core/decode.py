@@ -12,11 +12,11 @@ from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted,
 from tetri.core.kvflow import Inflow
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
-from tetri.core.seat import Seat
+from tetri.core.seat import Seat, obstacle
 from tetri.leg import Leg, Sampled, Span
 from tetri.policy.rules import ADMISSIONS
 from tetri.policy.views import BatchView, WaitingSeat
-from tetri.request import Stage, blocks_for, difference
+from tetri.request import Stage, blocks_for
 from tetri.wire.messages import (
     Chunk,
     Drop,
@@ -60,7 +60,7 @@ class Decode:
             seat.offer = message  # the same tokens, perhaps under another number
             return [self._answer(Grant, message)]
         actions = self._release(seat) if seat else []
-        why = self._obstacle(message)
+        why = obstacle(message, self.own.fingerprint, self.own.capacity)
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
@@ -72,17 +72,6 @@ class Decode:
         tokens = (*message.prompt, *message.output)
         leg = Leg(key, "decode", tokens, len(message.prompt), message.sampling)
         return [*actions, AddLeg(leg), self._answer(Grant, message)]
-
-    def _obstacle(self, offer: Offer) -> str | None:
-        why = difference(self.own.fingerprint, offer.fingerprint)
-        tokens = len(offer.prompt) + len(offer.output)
-        if why is not None:
-            return why
-        if not 0 < tokens < self.own.capacity.context or offer.blocks != blocks_for(
-            tokens, self.own.capacity.block_tokens
-        ):
-            return f"{tokens} tokens in {offer.blocks} blocks do not fit here"
-        return None
 
     def _complete(self, seat: Seat, offer: Offer) -> bool:
         return bool(seat.landed_as) and seat.offer.attempt == offer.attempt
@@ -153,6 +142,11 @@ class Decode:
             actions.append(self._answer(Grant, seat.offer))
             actions += [self._answer(Landed, seat.offer, index=index) for index in seat.flow.landed]
         return actions
+
+    def remind(self) -> list[Action]:
+        """Tell of the grants whose KV is not all there: a prefill instance that took its offer back, while it
+        could not say so, says so now."""
+        return [self._answer(Grant, seat.offer) for seat in self.seats.values() if not seat.landed_as]
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         seat = self._seat_of(rid)

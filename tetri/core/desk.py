@@ -8,7 +8,7 @@ from random import Random
 from tetri.core.actions import Action, Reply, Submitted, Undelivered, Unword, Word, Worded
 from tetri.core.table import Row, Table
 from tetri.request import Stage, Usage, sampling_problem, with_seed
-from tetri.wire.messages import Accepted, Delta, Done, Refused
+from tetri.wire.clients import Accepted, Delta, Done, Refused
 
 
 @dataclass(frozen=True, slots=True)

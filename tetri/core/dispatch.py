@@ -8,11 +8,12 @@ from typing import Any
 
 from tetri.core.actions import Action, Send
 from tetri.core.job import Job
+from tetri.core.kvflow import Parcel
 from tetri.core.peers import Identity, Neighbours
 from tetri.core.timers import Timers
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import DecodeView
-from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Offer
+from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Grant, Offer
 
 
 class Dispatcher:
@@ -24,21 +25,26 @@ class Dispatcher:
         self.offers: dict[int, str] = {}  # open offers -> job key
         self._number = 0
 
-    def dispatch(self, job: Job, now: float) -> list[Action]:
-        """Ask one decode instance, if the job needs one and none is asked. A job that nobody can take is
-        looked at again with every view."""
-        if job.flow.offer is not None or job.flow.complete or not job.decodes:
-            return []
+    def dispatch(self, now: float) -> list[Action]:
+        """Ask a decode instance for every job that needs one, in the order in which they were started, up to the
+        first for which there is none. None is overtaken: a granted job waits only for slots of the KV store that
+        granted jobs before it give back, so reservations always come to an end."""
+        actions: list[Action] = []
         known = list(self.neighbours.decoders())
-        job.stranded_at = None if known else job.stranded_at or now
-        views = [self._view(i.iid, i.load.free_blocks) for i in known if i.iid not in job.refused]
-        target = DECODE_ROUTES[self.own.rules.decode_route](job.flow.blocks, views, self.rng)
-        if target is None:
-            return []
-        self._number += 1
-        job.flow.aim(self._number, target)
-        self.offers[self._number] = job.key
-        return self.repeat(job, now)
+        unplaced = sorted((job for job in self.jobs.values() if job.unplaced), key=lambda job: job.turn)
+        for job in unplaced:
+            if known or job.stranded_at is None:
+                job.stranded_at = None if known else now
+        for job in unplaced:
+            views = [self._view(i.iid, i.load.free_blocks) for i in known if i.iid not in job.refused]
+            target = DECODE_ROUTES[self.own.rules.decode_route](job.flow.blocks, views, self.rng)
+            if target is None:
+                break
+            self._number += 1
+            job.flow.aim(self._number, target)
+            self.offers[self._number] = job.key
+            actions += self.repeat(job, now)
+        return actions
 
     def _view(self, iid: str, free_blocks: int) -> DecodeView:
         """A view may be older than what this dispatcher has offered since."""
@@ -55,20 +61,23 @@ class Dispatcher:
         return job
 
     def repeat(self, job: Job, now: float) -> list[Action]:
-        """Say to the target all that it has not answered. What it knows already it answers again."""
-        if job.flow.offer is None or job.flow.complete:
+        """Say to the target all that it has not answered. What it knows already it answers again. When it has
+        all, ask it by the last chunk whether it still has: until the broker closes the job, nobody else knows."""
+        if job.flow.offer is None:
             return []
         self.timers.set(job.key, now + self.own.offer_s)
         offer = [] if job.flow.granted else [self._offer(job)]
-        return [*offer, *(action for index in job.flow.parcels for action in self.announce(job, index))]
+        parcels = list(job.flow.parcels.values())
+        if job.flow.complete and job.flow.last is not None:
+            parcels = [job.flow.last]
+        return [*offer, *(action for parcel in parcels for action in self.announce(job, parcel))]
 
-    def announce(self, job: Job, index: int) -> list[Action]:
-        parcel = job.flow.parcels[index]
+    def announce(self, job: Job, parcel: Parcel) -> list[Action]:
         if job.flow.offer is None:
             return []
         chunk = Chunk(
             **self._address(job),
-            index=index,
+            index=parcel.index,
             start=parcel.start,
             stop=parcel.stop,
             handle=parcel.handle,
@@ -88,6 +97,11 @@ class Dispatcher:
         drop = [] if job.flow.complete else [Send(job.flow.target, Drop(**self._address(job), why=why))]
         self._clear(job)
         return [*drop]
+
+    def renounce(self, grant: Grant) -> Action:
+        own = {"src": self.own.iid, "incarnation": self.own.incarnation}
+        drop = Drop(**own, rid=grant.rid, attempt=grant.attempt, offer=grant.offer, why="no such offer any more")
+        return Send(grant.src, drop)
 
     def aimed_at(self, iid: str) -> list[Job]:
         """Jobs on offer to this instance, those included whose KV is all there: the broker may not know it yet."""

@@ -22,6 +22,7 @@ class Job:
     arrival: int
     flow: Outflow
     done: int = 0  # tokens computed
+    turn: int = 0  # its place in the order in which jobs were started; 0: not yet
     running: bool = False  # the engine has its leg
     token: int | None = None  # the one that prefill yields
     end: Finished | None = None  # when that token ended the request
@@ -36,6 +37,11 @@ class Job:
     def decodes(self) -> bool:
         """Whether anything may follow the first token."""
         return self.end is None and len(self.output) + 1 < self.sampling.max_tokens
+
+    @property
+    def unplaced(self) -> bool:
+        """Started, to be decoded, and on offer nowhere."""
+        return bool(self.turn) and self.flow.offer is None and self.decodes and not self.flow.complete
 
     @property
     def stage(self) -> Stage:

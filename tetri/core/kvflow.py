@@ -35,6 +35,7 @@ class Outflow:
     landed: int = 0  # blocks landed, and so freed here
     exported: int = 0  # blocks put, landed ones included
     chunks: int = 0  # chunks put, the next index
+    last: Parcel | None = None  # the one put last
 
     @property
     def complete(self) -> bool:
@@ -46,7 +47,7 @@ class Outflow:
         return self.landed == 0
 
     def put(self, parcel: Parcel) -> None:
-        self.parcels[parcel.index] = parcel
+        self.parcels[parcel.index] = self.last = parcel
 
     def land(self, index: int) -> Handle | None:
         """The receiver has this chunk; its handle is returned once, to be freed."""

@@ -55,8 +55,8 @@ class Life:
         """Begin another attempt, with the tokens so far: prefilled like the prompt, still counted as output."""
         if row.reason is not None:
             return []
-        if row.last is not None or len(row.output) >= row.sampling.max_tokens:
-            return self.end(row, row.last or "length", now)  # it has all its tokens
+        if row.full:
+            return self.end(row, row.last or "length", now)
         actions = self.close(row)
         if row.attempt >= self.limits.max_attempts:
             return [*actions, *self.end(row, "error", now, f"given up after {row.attempt} attempts: {why}")]
@@ -78,7 +78,7 @@ class Life:
         return [Send(iid, Close(rid=row.rid, attempt=row.attempt)) for iid in holders]
 
     def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
-        if row.holder == row.decode:
+        if row.holder == row.decode or row.full:
             return self.restart(row, f"{iid} does not hold it any more", now)
         late = now - row.assigned_at > 2 * self.limits.beat_s
         return [self.assign(row, now)] if late else []  # it may still be on its way

@@ -32,8 +32,9 @@ class Prefill:
         self.raw: list[str] = []
         self.line: list[str] = []
         self.slots_taken = 0
+        self.short = False  # the first in line waits for slots
         self.expected: list[Span] = []
-        self._arrivals = 0
+        self._arrivals = self._turns = 0
 
     # ------------------------------------------------------------ what comes in
 
@@ -72,8 +73,10 @@ class Prefill:
         return actions
 
     def reject(self, key: str, why: str) -> list[Action]:
-        """The engine cannot run this leg."""
+        """The engine cannot run this leg: the others of the chunk get its place."""
         job = self.jobs[key]
+        others = [self.jobs[span.key] for span in self.expected if span.key != key]
+        self.expected = self._pack([Progress(other.key, other.done, other.goal) for other in others])
         return [*self._forget(job, why), self._fail(job, why, retry=False)]
 
     def resend(self, message: Resend) -> list[Action]:
@@ -82,7 +85,7 @@ class Prefill:
             return []
         actions: list[Action] = []
         if ids := job.outputs()[message.start :]:
-            item = TokenItem(job.rid, job.attempt, message.start, ids)
+            item = TokenItem(job.rid, job.attempt, message.start, ids, job.end.reason if job.end else None)
             actions.append(self._tell(Tokens, items=[item]))
         return [*actions, *([Send(BROKER, job.end)] if job.end else [])]
 
@@ -105,14 +108,18 @@ class Prefill:
         self.line += ORDERS[self.own.rules.order](prompts)
 
     def _next_chunk(self) -> list[Span]:
-        spans = CHUNKS[self.own.rules.chunk](self._candidates(), self.own.capacity.chunk_tokens)
-        slots = self.own.slots - self.slots_taken
+        spans = self._pack(self._candidates())
+        slots, self.short = self.own.slots - self.slots_taken, False
         for place, span in enumerate(spans):
             start, stop = self._filled(self.jobs[span.key], span.stop)
             slots -= stop - start
             if slots < 0:  # the KV of earlier chunks must leave first
+                self.short = place == 0
                 return spans[:place]
         return spans
+
+    def _pack(self, prompts: list[Progress]) -> list[Span]:
+        return CHUNKS[self.own.rules.chunk](prompts, self.own.capacity.chunk_tokens)
 
     def _candidates(self) -> list[Progress]:
         """The prompts that may be in the next chunk: the engine has their leg, or there is room for it."""
@@ -136,10 +143,11 @@ class Prefill:
     def _start(self, job: Job, now: float) -> list[Action]:
         if not self.ledger.take(job.key, job.flow.blocks):
             raise Broken(f"{job.key} was planned without room")
-        job.running = True
+        self._turns += 1
+        job.turn, job.running = self._turns, True
         leg = Leg(job.key, "prefill", job.prompt + job.output, len(job.prompt), job.sampling)
         staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.PREFILL)
-        return [AddLeg(leg), staged, *self.dispatcher.dispatch(job, now)]
+        return [AddLeg(leg), staged, *self.dispatcher.dispatch(now)]
 
     # ------------------------------------------------------------ what the step did
 
@@ -162,18 +170,19 @@ class Prefill:
             job = self.jobs[sampled.key]
             if job.done != job.goal or job.token is not None:
                 raise Broken(f"a token for {job.key} at {job.done} of {job.goal}")
-            items.append(TokenItem(job.rid, job.attempt, len(job.output), [sampled.token]))
+            reason = sampled.reason or (None if job.decodes else "length")
+            items.append(TokenItem(job.rid, job.attempt, len(job.output), [sampled.token], reason))
             job.token, job.running = sampled.token, False
             self.line.remove(job.key)
             self.ledger.close(job.key)
-            after += self._end(job, sampled.reason) if sampled.reason or not job.decodes else self._move(job)
+            after += self._end(job, reason) if reason else self._move(job)
         return [self._tell(Tokens, items=items), *after] if items else []
 
     def _move(self, job: Job) -> list[Action]:
         staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.MOVING, peer=job.flow.target)
         return [staged]
 
-    def _end(self, job: Job, reason: str | None) -> list[Action]:
+    def _end(self, job: Job, reason: str) -> list[Action]:
         """The first token ends the request: no more KV moves."""
         receipt = Receipt(prompt_tokens=len(job.prompt), prefill_instance=self.own.iid)
         job.end = Finished(
@@ -181,7 +190,7 @@ class Prefill:
             incarnation=self.own.incarnation,
             rid=job.rid,
             attempt=job.attempt,
-            reason=reason or "length",
+            reason=reason,
             outputs=len(job.output) + 1,
             receipt=receipt,
         )
@@ -201,8 +210,9 @@ class Prefill:
         if job is None or job.end is not None:
             return self.free(event.handle.slots, Free(event.handle))
         token = job.token if event.stop == job.flow.blocks else None
-        job.flow.put(Parcel(event.index, event.start, event.stop, event.handle, event.digest, token))
-        return self.dispatcher.announce(job, event.index)
+        parcel = Parcel(event.index, event.start, event.stop, event.handle, event.digest, token)
+        job.flow.put(parcel)
+        return self.dispatcher.announce(job, parcel)
 
     # ------------------------------------------------------------ letting go
 
@@ -222,6 +232,17 @@ class Prefill:
     def lose(self, job: Job, why: str) -> list[Action]:
         """Part of its KV is gone with a decode instance: only another attempt helps."""
         return [*self._forget(job, why), self._fail(job, why, retry=True)]
+
+    def jammed(self) -> Job | None:
+        """The first in line when it waits for slots which only requests keep that nobody takes, perhaps because
+        of the very memory that it has been granted: no slot and no memory would ever come free."""
+        job = self.jobs[self.line[0]] if self.line and self.short else None
+        waits = job is not None and job.running and job.flow.offer is not None
+        return job if waits and all(j.unplaced for j in self.jobs.values() if j.flow.parcels) else None
+
+    def give_way(self, job: Job) -> list[Action]:
+        why = "an older request goes first"
+        return self.dispatcher.withdraw(job, why) if job.flow.movable else self.lose(job, why)
 
     def strand(self, job: Job, why: str) -> list[Action]:
         return [*self._forget(job, why), self._fail(job, why, retry=False)]

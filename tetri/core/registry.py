@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from tetri.core.actions import Action, Connect, Send
 from tetri.policy.views import PrefillView
 from tetri.request import Capacity, Fingerprint, blocks_for, difference
-from tetri.wire.messages import ClusterView, FromWorker, InstanceStatus, InstanceView, Load, Ready
+from tetri.wire.clients import InstanceStatus
+from tetri.wire.messages import ClusterView, FromWorker, InstanceView, Load, Ready
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tetri.core.kvflow import Inflow
-from tetri.request import Receipt, Stage
+from tetri.request import Capacity, Fingerprint, Receipt, Stage, blocks_for, difference
 from tetri.wire.messages import BetweenWorkers, Finished, Offer
 
 
@@ -62,3 +62,16 @@ class Seat:
             decode_instance=iid,
             preempted=self.preempted,
         )
+
+
+def obstacle(offer: Offer, fingerprint: Fingerprint, capacity: Capacity) -> str | None:
+    """Why an engine can never take this offer, None when it may."""
+    why = difference(fingerprint, offer.fingerprint)
+    if why is not None:
+        return why
+    tokens, all_tokens = len(offer.prompt) + len(offer.output), len(offer.prompt) + offer.sampling.max_tokens
+    if tokens == 0 or offer.blocks != blocks_for(tokens, capacity.block_tokens):
+        return f"{tokens} tokens are not {offer.blocks} blocks"
+    if tokens >= capacity.context or blocks_for(all_tokens, capacity.block_tokens) > capacity.blocks:
+        return f"{all_tokens} tokens do not fit here"
+    return None

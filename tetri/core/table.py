@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from tetri.core.actions import Broken
 from tetri.request import Receipt, Sampling, Stage
-from tetri.wire.messages import Delta, Done, Finished
+from tetri.wire.clients import Delta, Done
+from tetri.wire.messages import Finished
 
 
 @dataclass(slots=True)
@@ -55,6 +56,11 @@ class Row:
     def holder(self) -> str | None:
         """The instance that must have it now: the prefill one until all KV has landed at the decode one."""
         return self.decode if self.stage in (Stage.WAITING, Stage.DECODE) else self.prefill
+
+    @property
+    def full(self) -> bool:
+        """Whether it has all its tokens, whether or not the `Finished` has come."""
+        return self.last is not None or len(self.output) >= self.sampling.max_tokens
 
     @property
     def outstanding(self) -> int:

@@ -133,7 +133,6 @@ class Worker:
     def _step_done(self, done: StepDone, now: float) -> list[Action]:
         self.stepping = False
         self.ledger.check(done.held)
-        self.idle = not (done.spans or done.allocated)
         mine = self.prefill.jobs
         prefill = self.prefill.step_done(
             [span for span in done.spans if span.key in mine],
@@ -145,25 +144,24 @@ class Worker:
             done.allocated,
             done.preempted,
         )
+        self.idle = not (done.spans or done.allocated or self.decode.stuck())
         return [*prefill, *decode]
 
     # ------------------------------------------------------------ peers
 
     def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
         job = self.dispatcher.job_of(event)
-        if job is None:
-            return []  # of an offer that was taken back
+        if job is None:  # of an offer that was taken back, which may not be known there
+            return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
         if isinstance(event, Grant):
             job.flow.granted = True
             return []
         if isinstance(event, Landed):
             return self.prefill.landed(job, event.index)
-        if job.flow.complete:
-            return []  # closed there already
         if not job.flow.movable:
             return self.prefill.lose(job, f"{event.src} refused after part of the KV had moved: {event.why}")
         self.dispatcher.refused(job, event.why)
-        return self.dispatcher.dispatch(job, now)
+        return self.dispatcher.dispatch(now)
 
     def _view(self, view: ClusterView, now: float) -> list[Action]:
         actions, gone = self.neighbours.update(view)
@@ -173,14 +171,14 @@ class Worker:
             actions += self._lost(iid, now)
         for job in self.prefill.jobs.values():
             job.refused.clear()
-        return [*actions, *self._dispatch_all(now)]
+        return [*actions, *self.dispatcher.dispatch(now)]
 
     def _up(self, peer: str, now: float) -> list[Action]:
         if peer == BROKER:
             return [self._register(now)]
         self.neighbours.up[peer] = None
         again = [action for job in self.dispatcher.aimed_at(peer) for action in self.dispatcher.repeat(job, now)]
-        return [*again, *self.decode.repeat(peer), *self._dispatch_all(now)]
+        return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
         if peer == BROKER:
@@ -193,14 +191,9 @@ class Worker:
         for job in self.dispatcher.aimed_at(iid):
             if job.flow.movable:
                 self.dispatcher.refused(job, "lost")
-                actions += self.dispatcher.dispatch(job, now)
             else:
                 actions += self.prefill.lose(job, f"{iid} was lost with part of the KV")
-        return actions
-
-    def _dispatch_all(self, now: float) -> list[Action]:
-        jobs = [job for job in self.prefill.jobs.values() if job.running or job.token is not None]
-        return [action for job in jobs for action in self.dispatcher.dispatch(job, now)]
+        return [*actions, *self.dispatcher.dispatch(now)]
 
     # ------------------------------------------------------------ the broker
 
@@ -244,4 +237,7 @@ class Worker:
             if job.stranded_at is not None and now - job.stranded_at > self.own.patience_s:
                 why = f"no decode instance could be reached for {self.own.patience_s:g} s"
                 actions += self.prefill.strand(job, why)
-        return [*actions, Send(BROKER, beat)]
+        jammed = self.prefill.jammed()
+        if jammed is not None:
+            actions += self.prefill.give_way(jammed)
+        return [*actions, *self.decode.remind(), Send(BROKER, beat)]

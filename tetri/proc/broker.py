@@ -40,8 +40,9 @@ from tetri.proc import build
 from tetri.proc.worker import pin
 from tetri.strict import ConfigError
 from tetri.text import Stopper, TextError, Tokenizer
+from tetri.wire.clients import ClientMessage, Refused, Submit
 from tetri.wire.events import Arrived
-from tetri.wire.messages import ClientMessage, Refused, Submit, WorkerEvent
+from tetri.wire.messages import WorkerEvent
 
 EXPECTED = (ConfigError, ModelError, NetError, TextError, log.LogError)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from tetri.wire.messages import BrokerReply, ClientMessage, InboxMessage, WorkerEvent
+from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.messages import InboxMessage, WorkerEvent
 
 VERSION = 1
 _VERSION_BYTE = bytes([VERSION])

@@ -1,4 +1,5 @@
-"""The protocol: one union of tagged records per receiver. No other message exists.
+"""The protocol: one union of tagged records per receiver. Clients' messages stand in clients.py; no other
+message exists.
 
 attempt      counted up by the broker each time a request starts over
 incarnation  random, drawn once per process start; tells a restarted worker from its predecessor
@@ -9,98 +10,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import Capacity, Count, Fingerprint, Name, Receipt, Record, Sampling, Stage, Turn, Usage
-
-# ---- clients -> broker
-
-class Submit(Record, tag="submit", frozen=True):
-    """Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is given. The same `key`, drawn by
-    the client, is the same request, not a second one."""
-
-    key: Name
-    prompt: str | list[int] | None = None
-    messages: list[Turn] | None = None
-    sampling: Sampling = Sampling()
-    deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
-
-
-class Cancel(Record, tag="cancel", frozen=True):
-    rid: Name
-
-
-class Attach(Record, tag="attach", frozen=True):
-    """Send me all of this request from token `start` on. Also the way to ask whether the broker is there."""
-
-    rid: Name
-    start: Count = 0
-
-
-class Inspect(Record, tag="inspect", frozen=True):
-    """Ask for a Status."""
-
-
-ClientMessage = Submit | Cancel | Attach | Inspect
-
-# ---- broker -> clients
-
-class Accepted(Record, tag="accepted", frozen=True):
-    key: Name
-    rid: Name
-    prompt_tokens: int
-
-
-class Refused(Record, tag="refused", frozen=True):
-    """`key` is the Submit's key, or the rid of a Cancel or Attach that names no known request."""
-
-    key: Name
-    reason: str
-    retry_after_s: float | None = None
-
-
-class Delta(Record, tag="delta", frozen=True):
-    """Output tokens from `start` on and the text that they complete, often none: what may be a stop text is held."""
-
-    rid: Name
-    start: Count
-    ids: list[int]
-    text: str
-
-
-class Done(Record, tag="done", frozen=True):
-    """The last message of a request. `reason`: stop, length, cancelled, deadline, or error (then `error` says
-    why). `timeline`: seconds spent in each stage; they add up to `jct_s`."""
-
-    rid: Name
-    reason: str
-    usage: Usage
-    timeline: dict[str, float]
-    ttft_s: float | None
-    jct_s: float
-    receipt: Receipt
-    error: str | None = None
-
-
-class InstanceStatus(Record, frozen=True):
-    iid: Name
-    role: str
-    state: str  # ready, lost
-    incarnation: int
-    blocks: Count
-    free_blocks: int
-    queued: Count
-    running: Count
-    held: int
-    note: str = ""
-
-
-class Status(Record, tag="status", frozen=True):
-    instances: list[InstanceStatus]
-    requests: dict[str, int]  # stage -> how many rows are open in it
-    counters: dict[str, int]
-    model: str
-
-
-BrokerReply = Accepted | Refused | Delta | Done | Status
+from tetri.request import Capacity, Count, Fingerprint, Name, Receipt, Record, Sampling, Stage
 
 # ---- workers -> broker
 
@@ -152,9 +62,8 @@ class Staged(FromWorker, tag="staged", frozen=True):
 
 
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `reason`
-    is why the request ended with the last of them (stop or length), None while it goes on: a `Finished` that is
-    lost together with its worker must not make the request go on after its end."""
+    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `reason`:
+    why the last of them ended the request (a Finished may be lost with its worker), None while it goes on."""
 
     rid: Name
     attempt: Count

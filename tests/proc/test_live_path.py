@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterator
 
 import pytest
-
 from live import LiveCluster, wait_until
+
 from tetri.client import AsyncClient, Refused, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling

@@ -1,0 +1,96 @@
+"""What clients and the broker say to each other."""
+
+from __future__ import annotations
+
+from tetri.request import Count, Name, Receipt, Record, Sampling, Turn, Usage
+
+# ---- clients -> broker
+
+class Submit(Record, tag="submit", frozen=True):
+    """Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is given. The same `key`, drawn by
+    the client, is the same request, not a second one."""
+
+    key: Name
+    prompt: str | list[int] | None = None
+    messages: list[Turn] | None = None
+    sampling: Sampling = Sampling()
+    deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
+
+
+class Cancel(Record, tag="cancel", frozen=True):
+    rid: Name
+
+
+class Attach(Record, tag="attach", frozen=True):
+    """Send me all of this request from token `start` on. Also the way to ask whether the broker is there."""
+
+    rid: Name
+    start: Count = 0
+
+
+class Inspect(Record, tag="inspect", frozen=True):
+    """Ask for a Status."""
+
+
+ClientMessage = Submit | Cancel | Attach | Inspect
+
+# ---- broker -> clients
+
+class Accepted(Record, tag="accepted", frozen=True):
+    key: Name
+    rid: Name
+    prompt_tokens: int
+
+
+class Refused(Record, tag="refused", frozen=True):
+    """`key` is the Submit's key, or the rid of a Cancel or Attach that names no known request."""
+
+    key: Name
+    reason: str
+    retry_after_s: float | None = None
+
+
+class Delta(Record, tag="delta", frozen=True):
+    """Output tokens from `start` on and the text that they complete, often none: what may be a stop text is held."""
+
+    rid: Name
+    start: Count
+    ids: list[int]
+    text: str
+
+
+class Done(Record, tag="done", frozen=True):
+    """The last message of a request. `reason`: stop, length, cancelled, deadline, or error (then `error` says
+    why). `timeline`: seconds spent in each stage; they add up to `jct_s`."""
+
+    rid: Name
+    reason: str
+    usage: Usage
+    timeline: dict[str, float]
+    ttft_s: float | None
+    jct_s: float
+    receipt: Receipt
+    error: str | None = None
+
+
+class InstanceStatus(Record, frozen=True):
+    iid: Name
+    role: str
+    state: str  # ready, lost
+    incarnation: int
+    blocks: Count
+    free_blocks: int
+    queued: Count
+    running: Count
+    held: int
+    note: str = ""
+
+
+class Status(Record, tag="status", frozen=True):
+    instances: list[InstanceStatus]
+    requests: dict[str, int]  # stage -> how many rows are open in it
+    counters: dict[str, int]
+    model: str
+
+
+BrokerReply = Accepted | Refused | Delta | Done | Status
