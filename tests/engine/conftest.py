@@ -5,16 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-from vllm_process import EngineProcess
+from vllm_process import EngineProcess, arguments
 
-from tetri.models import ModelError, find, weights_hash
-
-CONTEXT = 2304
-CHUNK = 512
-BLOCK_BYTES = {"bfloat16": 30 * 3 * 128 * 128 * 2, "float32": 30 * 3 * 128 * 128 * 4}
+from tetri.models import ModelError, find
 
 
 class Engines(NamedTuple):
@@ -30,18 +26,6 @@ def model() -> Path:
         return find("smollm2-135m")
     except ModelError as error:
         pytest.skip(str(error))
-
-
-def arguments(model: Path, dtype: str, blocks: int, max_batch: int = 48) -> dict[str, Any]:
-    return {
-        "model": model,
-        "dtype": dtype,
-        "chunk_tokens": CHUNK,
-        "max_batch": max_batch,
-        "kv_bytes": blocks * BLOCK_BYTES[dtype],
-        "context": CONTEXT,
-        "weights": weights_hash(model),
-    }
 
 
 def start(model: Path, dtype: str, blocks: int) -> Iterator[Engines]:
@@ -62,6 +46,16 @@ def start(model: Path, dtype: str, blocks: int) -> Iterator[Engines]:
 @pytest.fixture(scope="session")
 def float32(model: Path) -> Iterator[Engines]:
     yield from start(model, "float32", 181)
+
+
+@pytest.fixture
+def engine(float32: Engines) -> Iterator[EngineProcess]:
+    """The decode engine; whatever the test did, all blocks must be back and nothing may be left in vLLM."""
+    made = float32.decode
+    blocks = made.facts()[1].blocks
+    assert made.free_blocks() == blocks
+    yield made
+    assert (made.free_blocks(), made.legs()) == (blocks, 0)
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from vllm_process import EngineProcess
 
-from tetri.engine.base import Leg, StepDone
+from tetri.engine.base import Leg, Phase, StepDone
 from tetri.request import Sampling, blocks_for
 
 BLOCK = 128
+TOKENS = tuple(range(100, 800))  # 700 tokens: two chunks, six blocks
+TEXT = Sampling(max_tokens=6, ignore_eos=True)
 
 # (index of the chunk, its blocks) -> the blocks that arrive; None: the chunk is lost
 Tamper = Callable[[int, list[bytearray]], list[bytearray] | None]
@@ -34,7 +36,7 @@ class Request:
     recomputed: int = 0
     preempted: int = 0
 
-    def leg(self, phase: str) -> Leg:
+    def leg(self, phase: Phase) -> Leg:
         start = len(self.tokens) if self.output_from < 0 else self.output_from
         return Leg(self.key, phase, tuple(self.tokens), start, self.sampling)
 
@@ -109,3 +111,17 @@ class Pair:
         for token in done.tokens:
             by_key[token.key].ids.append(token.token)
             by_key[token.key].reason = token.reason
+
+
+def leg(
+    key: str,
+    phase: Phase,
+    tokens: Sequence[int] = TOKENS,
+    sampling: Sampling = TEXT,
+    output_from: int | None = None,
+) -> Leg:
+    return Leg(key, phase, tuple(tokens), len(tokens) if output_from is None else output_from, sampling)
+
+
+def adopt_zeros(engine: EngineProcess, key: str, tokens: Sequence[int] = TOKENS) -> None:
+    engine.adopt(key, 0, [bytes(engine.facts()[2])] * blocks_for(len(tokens), BLOCK))

@@ -7,12 +7,30 @@ import os
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from tetri.engine.base import EngineError, Leg, StepDone
+from tetri.models import weights_hash
 
 CORES = sorted(os.sched_getaffinity(0))
 START_S = 240.0
+
+CONTEXT = 2304
+BLOCK_BYTES = {"bfloat16": 30 * 3 * 128 * 128 * 2, "float32": 30 * 3 * 128 * 128 * 4}
+
+
+def arguments(model: Path, dtype: str, blocks: int, max_batch: int = 48) -> dict[str, Any]:
+    """Of VllmEngine and of Reference; the KV space holds `blocks`, vLLM's null block among them."""
+    return {
+        "model": model,
+        "dtype": dtype,
+        "chunk_tokens": 512,
+        "max_batch": max_batch,
+        "kv_bytes": blocks * BLOCK_BYTES[dtype],
+        "context": CONTEXT,
+        "weights": weights_hash(model),
+    }
 
 
 class EngineProcess:

@@ -18,13 +18,20 @@ import numpy as np
 
 from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone
 from tetri.engine.vllm_sampler import GREEDY_BELOW, RowSampler
-from tetri.engine.vllm_setup import VllmSettings, check_layout, engine_config, make_fingerprint, stop_ids
+from tetri.engine.vllm_setup import (
+    VllmSettings,
+    check_layout,
+    engine_config,
+    make_fingerprint,
+    start_core,
+    stop_ids,
+)
 from tetri.request import Capacity, blocks_for, sampling_problem
 
 
 def prepare_environment() -> int:
-    """All of vLLM's environment, in one place; must run before torch and vLLM are imported. Returns the number of
-    threads: one per core that the parent left to this process."""
+    """All of vLLM's environment, in one place; must run before vLLM is imported. Returns the number of threads: one
+    per core that the parent left to this process."""
     cores = len(os.sched_getaffinity(0))
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
@@ -56,9 +63,10 @@ class _LiveLeg:
 class VllmEngine:
     """Implements tetri.engine.base.Engine.
 
-    `dtype` is bfloat16 or float32, of weights and KV; `kv_bytes` the KV space in bytes; `context` the most tokens of a request, prompt and output together (None:
-    what the model allows); `weights` a hash of the checkpoint. Raises EngineError, one line, when the checkpoint is
-    unknown, its KV layout is unsupported or the KV space is too small for one context.
+    `dtype` is bfloat16 or float32, of weights and KV; `kv_bytes` the KV space in bytes; `context` the most tokens
+    of a request, prompt and output together (None: what the model allows); `weights` a hash of the checkpoint.
+    Raises EngineError, one line, when the checkpoint is unknown, its KV layout is unsupported or the KV space is
+    too small for one context.
     """
 
     def __init__(
@@ -73,9 +81,7 @@ class VllmEngine:
         weights: str,
         block_tokens: int = 128,
     ) -> None:
-        settings = VllmSettings(
-            Path(model), dtype, chunk_tokens, max_batch, kv_bytes, context, weights, block_tokens
-        )
+        settings = VllmSettings(Path(model), dtype, chunk_tokens, max_batch, kv_bytes, context, weights, block_tokens)
         settings.check()
         threads = prepare_environment()
         self._start(settings, threads)
@@ -89,14 +95,12 @@ class VllmEngine:
     def _start(self, settings: VllmSettings, threads: int) -> None:
         import torch
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
-        from vllm.v1.engine.core import EngineCore
-        from vllm.v1.executor import Executor
 
         if has_kv_transfer_group():
             raise EngineError("this process already runs a vLLM engine: start another process")
         torch.set_num_threads(threads)
         config = engine_config(settings)
-        self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        self._core = start_core(settings, config)
         self._scheduler = self._core.scheduler
         self._connector = self._scheduler.connector
         spec = check_layout(self._scheduler.kv_cache_config)

@@ -32,6 +32,10 @@ class VllmSettings:
             raise EngineError(f"unknown model {str(self.model)!r}: not a folder with a config.json")
         if self.dtype not in DTYPES:
             raise EngineError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.block_tokens < 32 or self.block_tokens % 32:
+            raise EngineError(f"block_tokens must be a multiple of 32, got {self.block_tokens}")
+        if self.context is not None and self.context < 2:
+            raise EngineError(f"context must be at least 2 tokens, got {self.context}")
         if self.max_batch < 1:
             raise EngineError(f"max_batch must be at least 1, got {self.max_batch}")
         if self.chunk_tokens < self.max_batch:
@@ -79,15 +83,28 @@ def engine_config(settings: VllmSettings) -> Any:
     try:
         config = arguments.create_engine_config()
     except ValueError as error:  # pydantic's ValidationError is one
-        raise EngineError(f"vLLM cannot serve {settings.model.name}: {_last_line(error)}") from error
+        raise EngineError(f"vLLM cannot serve {settings.model}: {_gist(error)}") from error
     _check_space(settings, config)
     return config
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    details = [line for line in lines if not line.startswith("For further information")]
-    return details[-1] if details else type(error).__name__
+def start_core(settings: VllmSettings, config: Any) -> Any:
+    """vLLM's EngineCore: loads the weights and allocates the KV space. Raises EngineError when it cannot."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor import Executor
+
+    try:
+        return EngineCore(config, Executor.get_class(config), log_stats=False)
+    except (ValueError, RuntimeError) as error:  # no weights, not enough memory
+        raise EngineError(f"vLLM cannot start on {settings.model}: {_gist(error)}") from error
+
+
+def _gist(error: Exception) -> str:
+    """The first sentence of what vLLM says; pydantic wraps it in lines of its own."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    details = [line for line in lines if line and not line.startswith("For further information")]
+    text = details[-1] if details else type(error).__name__
+    return text.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0]
 
 
 def _check_space(settings: VllmSettings, config: Any) -> None:

@@ -1,0 +1,82 @@
+"""A cancel gives back every block at once, in any state of a leg."""
+
+from __future__ import annotations
+
+import pytest
+from handover import TEXT, TOKENS, Pair, Request, adopt_zeros, leg
+
+from tetri.engine.base import Span
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
+
+
+def waiting(engine) -> None:
+    engine.add(leg("x", "prefill"))
+
+
+def half_done(engine) -> None:
+    waiting(engine)
+    assert ("x", 4) in engine.step().held
+
+
+def finished(engine) -> None:
+    half_done(engine)
+    assert engine.step().tokens
+
+
+def decode_waiting(engine) -> None:
+    engine.add(leg("x", "decode"))
+
+
+def parked(engine) -> None:
+    decode_waiting(engine)
+    assert engine.step().allocated == ("x",)
+
+
+def adopted(engine) -> None:
+    parked(engine)
+    adopt_zeros(engine, "x")
+
+
+def admitted(engine) -> None:
+    adopted(engine)
+    engine.admit("x", 5)
+
+
+def running(engine) -> None:
+    admitted(engine)
+    assert engine.step().spans == (Span("x", 700, 701),)
+    assert engine.step().tokens
+
+
+STATES = (waiting, half_done, finished, decode_waiting, parked, adopted, admitted, running)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("alone", [True, False])
+def test_cancel_frees_every_block_at_once(engine, state, alone):
+    blocks = engine.facts()[1].blocks
+    if not alone:
+        engine.add(leg("other", "decode", TOKENS[:300]))
+        engine.step()
+        adopt_zeros(engine, "other", TOKENS[:300])
+    others = 0 if alone else 3
+    state(engine)
+    engine.cancel("x")
+    assert engine.free_blocks() == blocks - others
+    engine.cancel("x")
+    if not alone:
+        engine.admit("other", 5)
+        assert engine.step().spans == (Span("other", 300, 301),)
+        engine.cancel("other")
+    assert engine.step().spans == ()
+
+
+def test_a_key_can_come_back_after_a_cancel(float32, engine):
+    reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
+    for state in (half_done, parked, running):
+        state(engine)
+        engine.cancel("x")
+    request = Request("x", TOKENS, TEXT)
+    Pair(float32.prefill, engine).carry(request)
+    assert request.ids == reference.ids
