@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
@@ -151,8 +152,7 @@ class Link:
             slow = world.happens(world.faults.delay)
             took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
             self.busy = max(self.busy, world.now + took)
-            life, target = self.life, self.dst.life
-            world.at(self.busy, lambda: self._arrive(message, life, target))
+            world.at(self.busy, partial(self._arrive, message, self.life, self.dst.life))
 
     def _arrive(self, message: Any, life: int, target: int) -> None:
         if life == self.life and target == self.dst.life and self.dst.alive:
@@ -496,7 +496,7 @@ class Client:
                 self._extend(message)
             case Done() if message.rid == self.rid:
                 if self.expected == message.usage.completion_tokens:
-                    assert self.done in (None, message) and (self.done is None or self.asked)
+                    assert self.done in (None, message) and (self.done is None or self.asked or self.cancelled)
                     self.done = message
             case Refused():
                 raise AssertionError(f"{self.name!r} is refused: {message}")
@@ -699,7 +699,7 @@ def _brief(thing: Any) -> str:
         case Offer():
             return f"Offer({thing.src} {thing.rid} attempt {thing.attempt} offer {thing.offer}, {thing.blocks} blocks)"
         case Assign():
-            return f"Assign({thing.rid} attempt {thing.attempt}, {thing.prompt} {thing.output} {_brief(thing.sampling)})"
+            return f"Assign({thing.rid} attempt {thing.attempt}, {len(thing.prompt)} + {thing.output})"
         case Sampling():
             return f"max {thing.max_tokens} stop {thing.stop}"
         case Ready():

@@ -62,14 +62,13 @@ class Dispatcher:
 
     def repeat(self, job: Job, now: float) -> list[Action]:
         """Say to the target all that it has not answered. What it knows already it answers again. When it has
-        all, ask it by the last chunk whether it still has: until the broker closes the job, nobody else knows."""
+        all, ask by the same words whether it still has: until the broker closes the job, nobody else knows. Of
+        what it lost, the handles are old ones, and it refuses."""
         if job.flow.offer is None:
             return []
         self.timers.set(job.key, now + self.own.offer_s)
         offer = [] if job.flow.granted else [self._offer(job)]
-        parcels = list(job.flow.parcels.values())
-        if job.flow.complete and job.flow.last is not None:
-            parcels = [job.flow.last]
+        parcels = job.flow.sent if job.flow.complete else job.flow.parcels.values()
         return [*offer, *(action for parcel in parcels for action in self.announce(job, parcel))]
 
     def announce(self, job: Job, parcel: Parcel) -> list[Action]:
@@ -99,8 +98,15 @@ class Dispatcher:
         return [*drop]
 
     def renounce(self, grant: Grant) -> Action:
-        own = {"src": self.own.iid, "incarnation": self.own.incarnation}
-        drop = Drop(**own, rid=grant.rid, attempt=grant.attempt, offer=grant.offer, why="no such offer any more")
+        """Take back what was granted to an offer that is no more."""
+        drop = Drop(
+            src=self.own.iid,
+            incarnation=self.own.incarnation,
+            rid=grant.rid,
+            attempt=grant.attempt,
+            offer=grant.offer,
+            why="no such offer any more",
+        )
         return Send(grant.src, drop)
 
     def aimed_at(self, iid: str) -> list[Job]:

@@ -35,7 +35,7 @@ class Outflow:
     landed: int = 0  # blocks landed, and so freed here
     exported: int = 0  # blocks put, landed ones included
     chunks: int = 0  # chunks put, the next index
-    last: Parcel | None = None  # the one put last
+    sent: list[Parcel] = field(default_factory=list)  # all that were put, landed ones included
 
     @property
     def complete(self) -> bool:
@@ -47,10 +47,12 @@ class Outflow:
         return self.landed == 0
 
     def put(self, parcel: Parcel) -> None:
-        self.parcels[parcel.index] = self.last = parcel
+        self.parcels[parcel.index] = parcel
+        self.sent.append(parcel)
 
     def land(self, index: int) -> Handle | None:
         """The receiver has this chunk; its handle is returned once, to be freed."""
+        self.granted = True  # or nothing could land: asking anew could be granted anew, without what landed
         parcel = self.parcels.pop(index, None)
         if parcel is None:
             return None
