@@ -214,7 +214,9 @@ class Cluster:
         return self
 
     def over(self) -> bool:
-        return self.now >= self.faults.until and not any(self.unfinished().values())
+        if self.now < self.faults.until or self.broker.core.table.rows:
+            return False
+        return not any(self.unfinished().values())
 
     def unfinished(self) -> dict[str, list[str]]:
         workers = [worker for worker in self.workers]
