@@ -125,3 +125,14 @@ def leg(
 
 def adopt_zeros(engine: EngineProcess, key: str, tokens: Sequence[int] = TOKENS) -> None:
     engine.adopt(key, 0, [bytes(engine.facts()[2])] * blocks_for(len(tokens), BLOCK))
+
+
+def fill(engine: EngineProcess, leave: int) -> list[str]:
+    """Reserve all blocks but `leave` with decode legs that are never admitted."""
+    keys: list[str] = []
+    while (free := engine.free_blocks() - leave) > 0:
+        keys.append(f"ballast-{len(keys)}")
+        # One token less than the blocks hold: vLLM wants room for the next token before it gives any.
+        engine.add(leg(keys[-1], "decode", [5] * (min(free, 16) * BLOCK - 1), Sampling(max_tokens=2)))
+        assert engine.step().allocated == (keys[-1],)
+    return keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from handover import TEXT, TOKENS, Pair, Request, adopt_zeros, leg
+from handover import TEXT, TOKENS, Pair, Request, adopt_zeros, fill, leg
 
 from tetri.engine.base import Span
 
@@ -70,6 +70,26 @@ def test_cancel_frees_every_block_at_once(engine, state, alone):
         assert engine.step().spans == (Span("other", 300, 301),)
         engine.cancel("other")
     assert engine.step().spans == ()
+
+
+def test_cancel_of_a_preempted_leg(engine):
+    """Two legs of one block each, one free block: the second leg to need another one is preempted."""
+    blocks = engine.facts()[1].blocks
+    ballast = fill(engine, leave=3)
+    for key in ("first", "x"):
+        engine.add(leg(key, "decode", TOKENS[:127]))
+        engine.step()
+        adopt_zeros(engine, key, TOKENS[:127])
+        engine.admit(key, 5)
+    preempted: tuple[str, ...] = ()
+    while not preempted:
+        done = engine.step()
+        preempted = done.preempted
+    assert preempted == ("x",) and "x" not in dict(done.held)
+    engine.cancel("x")
+    for key in (*ballast, "first"):
+        engine.cancel(key)
+    assert engine.free_blocks() == blocks
 
 
 def test_a_key_can_come_back_after_a_cancel(float32, engine):

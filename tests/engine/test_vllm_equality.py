@@ -4,7 +4,7 @@ same tokens. The one engine is plain vLLM without any connector (reference.py)."
 from __future__ import annotations
 
 import pytest
-from handover import BLOCK, Pair, Request
+from handover import BLOCK, Pair, Request, fill
 
 from tetri.engine.base import EngineError
 from tetri.request import Sampling, blocks_for
@@ -154,14 +154,3 @@ def test_preempted_requests_get_the_right_tokens(float32, prompts):
         assert request.ids == text.ids
         assert request.recomputed == (len(request.tokens) if request.preempted else 0)
     assert decode.free_blocks() == decode.facts()[1].blocks
-
-
-def fill(engine, leave: int) -> list[str]:
-    """Reserve all blocks but `leave` with decode legs that are never admitted."""
-    keys = []
-    while (free := engine.free_blocks() - leave) > 0:
-        keys.append(f"ballast-{len(keys)}")
-        tokens = [5] * (min(free, 16) * BLOCK - 1)
-        engine.add(Request(keys[-1], tokens, Sampling(max_tokens=2)).leg("decode"))
-        assert engine.step().allocated == (keys[-1],)
-    return keys

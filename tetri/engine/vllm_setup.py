@@ -146,7 +146,7 @@ def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int
         engine="vllm",
         version=__version__,
         isa=_instruction_set(config),
-        model=_model_name(settings.model, config),
+        model=config.model_config.architecture,  # not the folder's name, which may differ between hosts
         weights=settings.weights,
         dtype=settings.dtype,
         kv_dtype=str(spec.dtype).removeprefix("torch."),
@@ -167,10 +167,6 @@ def _instruction_set(config: Any) -> str:
     if len(chosen) != 1:
         raise EngineError(f"unsupported KV layout: attention layers with instruction sets {sorted(chosen)}")
     return f"{chosen.pop()}/{torch.backends.cpu.get_cpu_capability()}"
-
-
-def _model_name(model: Path, config: Any) -> str:
-    return f"{config.model_config.hf_config.model_type}/{model.name}"
 
 
 def stop_ids(config: Any) -> tuple[int, ...]:
