@@ -99,7 +99,9 @@ def generate(core: Any, prompts: Sequence[Sequence[int]], tokens: int) -> dict[s
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
-    run = Run(len(prompts), tokens, time.process_time)
+    arrivals: list[list[float]] = [[] for _ in prompts]
+    ids: list[list[int]] = [[] for _ in prompts]
+    run = Run(arrivals, tokens, time.process_time)
     for index, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         core.scheduler.add_request(Request(str(index), list(prompt), params, None))
@@ -107,9 +109,10 @@ def generate(core: Any, prompts: Sequence[Sequence[int]], tokens: int) -> dict[s
         outputs, _ = core.step()
         now = time.monotonic()
         for output in outputs[0].outputs if outputs else ():
-            run.arrived(int(output.request_id), output.new_token_ids, now)
+            ids[int(output.request_id)] += output.new_token_ids
+            arrivals[int(output.request_id)].append(now)
         run.look()
-    return run.plain()
+    return run.plain(ids)
 
 
 def main() -> None:

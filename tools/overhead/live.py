@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,7 @@ from tetri.proc import launch
 
 Prompt = Sequence[int]
 STEPS_AFTER = 8  # tokens of a request whose hand-over is looked at
+PAUSE_S = 0.2  # at most, before each of them: several steps
 GIVE_UP_S = 300.0
 
 
@@ -39,51 +41,54 @@ class Live:
     def run(self, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
         """All prompts at once, streamed to the end."""
         talk = Talk(self._socket)
-        requests = [talk.ask(prompt, tokens) for prompt in prompts]
-        run = Run(len(prompts), tokens, self._cpu)
-        while not all(request.ended for request in requests):
-            now = talk.turn()
-            for index, request in enumerate(requests):
-                run.arrived(index, request.ids[len(run.ids[index]) :], now)
+        for prompt in prompts:
+            talk.ask(prompt, tokens)
+        run = Run(talk.arrivals, tokens, self._cpu)
+        while talk.open(0):
+            talk.turn()
             run.look()
         talk.check()
-        return run.plain()
+        return run.plain([request.ids for request in talk.requests])
 
     def idle_handovers(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
         """One request after the other: the time from the first to the second token, and of a step after it."""
         found = []
         for prompt in prompts:
             times = self.run([prompt], STEPS_AFTER)["arrivals"][0]
-            found.append(_handover(prompt, times, median(b - a for a, b in pairwise(times[1:]))))
+            found.append(_handover(prompt, times, _step(times[1:])))
         return found
 
     def busy_handovers(
         self, background: Sequence[Prompt], tokens: int, prompts: Sequence[Prompt]
     ) -> list[dict[str, float]]:
-        """As `idle_handovers`, while the background decodes; the step is the background's median one."""
-        talk = Talk(self._socket)
-        behind = [talk.ask(prompt, tokens) for prompt in background]
-        while min(len(request.ids) for request in behind) < 2:
+        """As `idle_handovers`, while the background decodes; the step is the background's."""
+        talk, chance = Talk(self._socket), Random(7)
+        for prompt in background:
+            talk.ask(prompt, tokens)
+        while min(map(len, talk.arrivals)) < 2:
             talk.turn()
-        took, steps, seen, last = [], [], len(behind[-1].ids), time.monotonic()
+        begun = len(talk.arrivals[0])
         for prompt in prompts:
-            request = talk.ask(prompt, STEPS_AFTER)
-            times: list[float] = []
-            while not request.ended:
-                now = talk.turn()
-                times += [now] * (len(request.ids) - len(times))
-                if len(behind[-1].ids) > seen:
-                    steps.append((now - last) / (len(behind[-1].ids) - seen))
-                    seen, last = len(behind[-1].ids), now
-            took.append(times)
-        if any(request.ended for request in behind):
+            # The request before ended with a step: without a pause all would arrive at the same point of one.
+            until = time.monotonic() + chance.uniform(0.0, PAUSE_S)
+            while time.monotonic() < until:
+                talk.turn()
+            talk.ask(prompt, STEPS_AFTER)
+            while talk.open(len(background)):
+                talk.turn()
+        steps, handed = talk.arrivals[0][begun:], talk.arrivals[len(background) :]
+        if any(request.ended for request in talk.requests[: len(background)]):
             raise BenchError("the background ended before the last hand-over: ask for more tokens")
-        for request in behind:
+        for request in talk.requests[: len(background)]:
             request.cancel(time.monotonic())
-        while not all(request.ended for request in behind):
+        while talk.open(0):
             talk.turn()
         talk.check()
-        return [_handover(prompt, times, median(steps)) for prompt, times in zip(prompts, took, strict=True)]
+        return [_handover(prompt, times, _step(steps)) for prompt, times in zip(prompts, handed, strict=True)]
+
+
+def _step(times: Sequence[float]) -> float:
+    return median(b - a for a, b in pairwise(times))
 
 
 def _handover(prompt: Prompt, times: Sequence[float], step_s: float) -> dict[str, float]:
@@ -91,36 +96,43 @@ def _handover(prompt: Prompt, times: Sequence[float], step_s: float) -> dict[str
 
 
 class Talk:
-    """Requests over one connection: `tetri.Client` without its iterators, for these hide when a token came."""
+    """Requests over one connection: `tetri.Client` without its iterators, for these hide when a token came.
+    `arrivals` are the moments of each request's tokens."""
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._session = socket, Session()
-        self._requests: list[Request] = []
+        self.requests: list[Request] = []
+        self.arrivals: list[list[float]] = []
 
-    def ask(self, prompt: Prompt, tokens: int) -> Request:
+    def ask(self, prompt: Prompt, tokens: int) -> None:
         sampling = {"max_tokens": tokens, "ignore_eos": True}
         request = new_request(list(prompt), None, None, sampling, Patience())
         self._session.calls.append(request)
-        self._requests.append(request)
+        self.requests.append(request)
+        self.arrivals.append([])
         self._send()
-        return request
 
-    def turn(self) -> float:
-        """Take one message, or let a deadline pass; returns when that was."""
+    def open(self, first: int) -> bool:
+        """Whether a request from the `first` one on has not ended."""
+        return not all(request.ended for request in self.requests[first:])
+
+    def turn(self) -> None:
+        """Take one message, or let a deadline pass."""
         self._send()
         wait_s = max(0.0, (self._session.deadline() or 0.0) - time.monotonic())
-        arrived = self._socket.poll(1000 * wait_s + 1)
+        if not self._socket.poll(1000 * wait_s + 1):
+            return
         now = time.monotonic()
-        if arrived:
-            self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), now)
-        return now
+        self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), now)
+        for request, times in zip(self.requests, self.arrivals, strict=True):
+            times += [now] * (len(request.ids) - len(times))
 
     def _send(self) -> None:
         for frame in self._session.tick(time.monotonic()):
             self._socket.send(frame)
 
     def check(self) -> None:
-        for request in self._requests:
+        for request in self.requests:
             if request.error is not None:
                 raise BenchError(f"a request failed: {request.error}")
             assert request.result is not None  # or there is an error

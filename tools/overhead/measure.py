@@ -15,30 +15,25 @@ class BenchError(RuntimeError):
 
 
 class Run:
-    """One round: when every request's tokens arrived, and which they were.
+    """One round: `arrivals` are the moments of every request's tokens, which somebody else appends.
 
     The steady window begins when each request has its second token (the first one comes from the prefill) and ends
     when one has all. `cpu` holds the decoding process's CPU seconds at these two moments."""
 
-    def __init__(self, requests: int, tokens: int, cpu: Callable[[], float]) -> None:
-        self.arrivals: list[list[float]] = [[] for _ in range(requests)]
-        self.ids: list[list[int]] = [[] for _ in range(requests)]
+    def __init__(self, arrivals: list[list[float]], tokens: int, cpu: Callable[[], float]) -> None:
+        self.arrivals = arrivals
         self.cpu: list[float] = []
         self._tokens, self._read_cpu = tokens, cpu
 
-    def arrived(self, index: int, ids: Sequence[int], now: float) -> None:
-        self.ids[index] += ids
-        self.arrivals[index] += [now] * len(ids)
-
     def look(self) -> None:
-        """Called after every step or message: notes the CPU time at the window's two ends."""
-        counts = [len(arrivals) for arrivals in self.arrivals]
+        """To be called after every step or message: notes the CPU time at the window's two ends."""
+        counts = [len(times) for times in self.arrivals]
         begun, ended = min(counts) >= 2, max(counts) >= self._tokens
         if (begun and not self.cpu) or (ended and len(self.cpu) == 1):
             self.cpu.append(self._read_cpu())
 
-    def plain(self) -> dict[str, Any]:
-        return {"arrivals": self.arrivals, "ids": self.ids, "cpu": self.cpu}
+    def plain(self, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        return {"arrivals": self.arrivals, "ids": ids, "cpu": self.cpu}
 
 
 def cpu_seconds(pid: int) -> float:
