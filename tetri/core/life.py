@@ -30,7 +30,8 @@ class Life:
                 outstanding[other.prefill] = outstanding.get(other.prefill, 0) + other.outstanding
         row.prefill = PREFILL_ROUTES[self.rules.prefill_route](self.registry.prefill_views(outstanding))
         if row.prefill is None:
-            self.timers.set(("patience", row.rid), now + self.limits.patience_s)
+            if ("patience", row.rid) not in self.timers:  # or whoever comes in vain would prolong it
+                self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []
         self.timers.clear(("patience", row.rid))
         return [self.assign(row, now)]

@@ -20,6 +20,9 @@ class Timers(Generic[Key]):
         self._serial += 1
         heappush(self._heap, (when, self._serial, key))
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._due
+
     def clear(self, key: Key) -> None:
         self._due.pop(key, None)
 

@@ -1,0 +1,557 @@
+"""The broker's core: placing, relaying, starting over, reconciling."""
+
+from random import Random
+
+import pytest
+
+from tests.core.build import (
+    FINGERPRINT,
+    WordingTold,
+    beat,
+    capacity,
+    failed,
+    fingerprint,
+    finished,
+    kinds,
+    only,
+    ready,
+    sent,
+    staged,
+    tokens,
+)
+from tetri.core.actions import Broken, FromClient, Reply, Send, Submitted, Undelivered, Unword, Word, Worded
+from tetri.core.broker import Broker
+from tetri.core.desk import Limits
+from tetri.policy.rules import Rules
+from tetri.request import Sampling, Stage
+from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, Refused
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import Assign, Close, ClusterView, Hold, Resend
+
+RID = "00002a-1"  # of the first request
+LIMITS = Limits(
+    context=40,
+    vocabulary=100,
+    max_open=3,
+    max_attempts=3,
+    beat_s=0.1,
+    dead_s=5.0,
+    patience_s=10.0,
+    client_grace_s=2.0,
+    retry_s=0.05,
+)
+
+
+def submit(key="k", prompt=(1, 2, 3), client=b"c", deadline_s=None, **sampling):
+    return Submitted(client, key, tuple(prompt), Sampling(**{"max_tokens": 4, **sampling}), deadline_s)
+
+
+def cancel(rid=RID, client=b"c"):
+    return FromClient(client, Cancel(rid=rid))
+
+
+def attach(start, rid=RID, client=b"c"):
+    return FromClient(client, Attach(rid=rid, start=start))
+
+
+def replies(actions, client=b"c"):
+    return [action.message for action in only(actions, Reply) if action.client == client]
+
+
+def done(actions, client=b"c"):
+    (found,) = [reply for reply in replies(actions, client) if isinstance(reply, Done)]
+    return found
+
+
+@pytest.fixture
+def broker():
+    told = WordingTold(Broker(LIMITS, Rules(), epoch=42, rng=Random(1), now=0.0, model="m"))
+    yield told
+    told.core.check()
+
+
+@pytest.fixture
+def served(broker):
+    """With workers p1, p2 and d1, d2."""
+    for iid, role in (("p1", "prefill"), ("p2", "prefill"), ("d1", "decode"), ("d2", "decode")):
+        broker.tell(ready(iid, role), PeerUp(iid))
+    return broker
+
+
+@pytest.fixture
+def decoding(served):
+    """RID has its first token and decodes on d1."""
+    served.tell(submit(), staged("p1", RID, Stage.PREFILL), tokens("p1", RID, 0, 7))
+    served.tell(staged("d1", RID, Stage.WAITING), staged("d1", RID, Stage.DECODE))
+    return served
+
+
+def row(told):
+    return told.core.table.rows[RID]
+
+
+# ---------------------------------------------------------------- submitting
+
+
+def test_a_request_is_accepted_and_assigned_to_the_least_loaded(served):
+    first = served.tell(submit("a"))
+    assert replies(first) == [Accepted(key="a", rid=RID, prompt_tokens=3)]
+    (assign,) = sent(first, "p1", Assign)
+    assert (assign.rid, assign.attempt, assign.prompt, assign.output) == (RID, 1, [1, 2, 3], [])
+    assert sent(served.tell(submit("b")), "p2", Assign)
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"prompt": ()}, "the prompt is empty"),
+        ({"prompt": (1, 100)}, "vocabulary of 100"),
+        ({"prompt": (-1,)}, "vocabulary of 100"),
+        ({"prompt": (1,) * 40}, "the model's context holds 40"),
+        ({"prompt": (1,) * 30, "max_tokens": 11}, "room for 10"),
+        ({"deadline_s": 0.0}, "deadline_s must be above 0"),
+        ({"deadline_s": float("nan")}, "deadline_s must be above 0"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_with_the_reason(served, wrong, reason):
+    actions = served.tell(submit(**wrong))
+    (refused,) = replies(actions)
+    assert isinstance(refused, Refused) and reason in refused.reason and refused.retry_after_s is None
+    assert kinds(actions) == ["Reply"] and served.core.life.counters["refused"] == 1
+
+
+def test_what_fits_into_no_instance_is_refused(broker):
+    broker.tell(ready("p1", "prefill", capacity=capacity(blocks=9)), ready("d1", "decode", capacity=capacity(blocks=2)))
+    (refused,) = replies(broker.tell(submit(prompt=(1,) * 6, max_tokens=3)))
+    assert "9 tokens fit into no decode instance: the largest holds 8" in refused.reason
+    (refused,) = replies(broker.tell(submit(prompt=(1,) * 37, max_tokens=3)))
+    assert "37 tokens fit into no prefill instance" in refused.reason
+    assert isinstance(replies(broker.tell(submit(prompt=(1,) * 5, max_tokens=3)))[0], Accepted)
+
+
+def test_the_same_key_again_is_the_same_request(decoding):
+    actions = decoding.tell(submit(client=b"again"))
+    assert replies(actions, b"again") == [
+        Accepted(key="k", rid=RID, prompt_tokens=3),
+        Delta(rid=RID, start=0, ids=[7], text="h"),
+    ]
+    assert decoding.core.table.open == 1 and not sent(actions)
+
+
+def test_too_many_are_refused_until_later(served):
+    served.tell(submit("a"), submit("b"), submit("c"))
+    (refused,) = replies(served.tell(submit("d")))
+    assert refused == Refused(key="d", reason="3 requests are open, try later", retry_after_s=1.0)
+
+
+def test_drawn_tokens_get_a_seed_and_a_given_one_stays(served):
+    served.tell(submit("a", temperature=1.0), submit("b", temperature=1.0, seed=5), submit("c"))
+    seeds = [each.sampling.seed for each in served.core.table.rows.values()]
+    assert seeds[0] is not None and seeds[1:] == [5, None]
+
+
+# ---------------------------------------------------------------- the way of a request
+
+
+def test_one_request_from_queue_to_done(served):
+    served.tell(submit(max_tokens=3))
+    served.now = 1.0
+    served.tell(staged("p1", RID, Stage.PREFILL))
+    served.now = 3.0
+    first = served.tell(tokens("p1", RID, 0, 7))
+    assert replies(first) == [Delta(rid=RID, start=0, ids=[7], text="h")] and row(served).stage is Stage.MOVING
+    served.tell(staged("p1", RID, Stage.MOVING))
+    served.now = 4.0
+    assert kinds(served.tell(staged("d1", RID, Stage.WAITING))) == ["Close > p1"]
+    assert not served.tell(staged("d1", RID, Stage.DECODE))
+    served.now = 6.0
+    last = served.tell(tokens("d1", RID, 1, 8, 9, reason="length"), finished("d1", RID, 3))
+    assert kinds(last) == ["Word", "Reply", "Close > p1", "Close > d1", "Word", "Reply", "Unword"]
+    end = done(last)
+    assert (end.reason, end.usage.completion_tokens, end.ttft_s, end.jct_s) == ("length", 3, 3.0, 6.0)
+    assert end.timeline == {"queued": 1.0, "prefill": 2.0, "moving": 1.0, "waiting": 0.0, "decode": 2.0}
+    assert end.receipt.decode_instance == "d1" and end.receipt.attempts == 1
+    assert served.core.table.open == 0
+
+
+def test_the_end_before_the_tokens_waits_for_them(decoding):
+    early = decoding.tell(finished("d1", RID, 4))
+    assert early == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
+    assert done(decoding.tell(tokens("d1", RID, 1, 8, 9, 10))).reason == "length"
+
+
+def test_a_gap_is_asked_for_and_what_is_known_ignored(decoding):
+    assert decoding.tell(tokens("d1", RID, 2, 9)) == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
+    assert not decoding.tell(tokens("d1", RID, 0, 7))
+    assert replies(decoding.tell(tokens("d1", RID, 0, 7, 8, 9))) == [Delta(rid=RID, start=1, ids=[8, 9], text="ij")]
+    assert decoding.core.life.counters["resends"] == 1
+
+
+def test_more_tokens_than_asked_are_cut(decoding):
+    decoding.tell(tokens("d1", RID, 1, 8, 9, 10, 11, reason="length"))
+    assert row(decoding).output == [7, 8, 9, 10] and row(decoding).last is None and row(decoding).full
+
+
+def test_a_first_token_without_news_of_its_stage_moves_the_row_on(served):
+    served.tell(submit(), tokens("p1", RID, 0, 7), staged("p1", RID, Stage.PREFILL))
+    assert row(served).stage is Stage.MOVING
+
+
+def test_older_attempts_and_unknown_requests_are_ignored(decoding):
+    decoding.tell(PeerDown("d1"))
+    assert row(decoding).attempt == 2
+    assert not decoding.tell(
+        tokens("p1", RID, 1, 8),
+        finished("p1", RID, 1),
+        failed("p1", RID, retry=True),
+        staged("p2", RID, Stage.DECODE),
+        tokens("p1", "nobody", 0, 1),
+    )
+    assert row(decoding).output == [7]
+
+
+def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(decoding):
+    decoding.stops[RID] = 2
+    actions = decoding.tell(tokens("d1", RID, 1, 8, 9))
+    assert kinds(actions) == ["Word", "Reply", "Close > p1", "Close > d1", "Reply", "Unword"]
+    assert replies(actions)[0] == Delta(rid=RID, start=1, ids=[8], text="ij")
+    assert (done(actions).reason, done(actions).usage.completion_tokens) == ("stop", 2)
+
+
+def test_a_stop_text_found_in_the_last_tokens_is_the_reason(decoding):
+    decoding.tell(finished("d1", RID, 3))
+    decoding.stops[RID] = 2
+    assert done(decoding.tell(tokens("d1", RID, 1, 8, 9, reason="length"))).reason == "stop"
+
+
+def test_a_first_token_that_ends_it_all(served):
+    served.tell(submit(max_tokens=1))
+    actions = served.tell(tokens("p1", RID, 0, 7, reason="length"), finished("p1", RID, 1))
+    assert done(actions).reason == "length" and sent(actions, kind=Close) == [Close(rid=RID, attempt=1)]
+
+
+def test_words_that_come_late_are_ignored(decoding):
+    decoding.tell(cancel())
+    assert not decoding.tell(Worded(RID, 1, (8,), "i", None, False), Worded("nobody", 0, (), "", None, True))
+
+
+# ---------------------------------------------------------------- ends
+
+
+def test_cancelling_while_nobody_has_it(broker):
+    broker.tell(submit())
+    assert done(broker.tell(cancel())).reason == "cancelled"
+
+
+@pytest.mark.parametrize("stage", [Stage.QUEUED, Stage.PREFILL, Stage.MOVING])
+def test_cancelling_on_the_prefill_side(served, stage):
+    served.tell(submit(), staged("p1", RID, stage))
+    actions = served.tell(cancel())
+    assert sent(actions) == [Close(rid=RID, attempt=1)] and row(served).stage is Stage.CANCELLED
+    end = done(actions)
+    assert (end.reason, end.ttft_s, end.receipt.prefill_instance) == ("cancelled", None, "p1")
+
+
+def test_cancelling_while_it_decodes_and_once_more(decoding):
+    actions = decoding.tell(cancel())
+    assert kinds(actions) == ["Close > p1", "Close > d1", "Word", "Reply", "Unword"]
+    assert replies(decoding.tell(cancel())) == [done(actions)]
+    assert not decoding.tell(tokens("d1", RID, 1, 8))
+
+
+def test_another_client_that_cancels_is_told_of_the_end_too(decoding):
+    actions = decoding.tell(cancel(client=b"other"))
+    assert done(actions) == done(actions, b"other")
+
+
+def test_unknown_requests_can_be_neither_cancelled_nor_attached_to(broker):
+    for question in (cancel("x"), attach(0, "x")):
+        assert replies(broker.tell(question)) == [Refused(key="x", reason="no request x is known here")]
+
+
+def test_a_deadline_ends_it(served):
+    served.tell(submit(deadline_s=2.0))
+    assert not only(served.later(1.9), Reply)
+    actions = served.later(0.2)
+    assert done(actions).reason == "deadline" and row(served).stage is Stage.FAILED
+
+
+def test_a_deadline_after_the_end_is_nothing(decoding):
+    decoding.tell(submit("b", deadline_s=1.0), cancel("00002a-2"))
+    assert not only(decoding.later(1.5), Reply)
+
+
+def test_an_ended_request_is_forgotten_after_the_grace(decoding):
+    decoding.tell(cancel())
+    decoding.tell(Undelivered(b"c", row(decoding).letters[-1], gone=False))
+    decoding.later(2.1)
+    assert not decoding.core.table.rows and not decoding.core.table.keys
+
+
+# ---------------------------------------------------------------- clients that are not there
+
+
+def test_a_full_client_is_tried_again_in_order(decoding):
+    first = replies(decoding.tell(tokens("d1", RID, 1, 8)))[0]
+    decoding.tell(Undelivered(b"c", first, gone=False))
+    assert not replies(decoding.tell(tokens("d1", RID, 2, 9)))
+    assert replies(decoding.later(0.06)) == [first, Delta(rid=RID, start=2, ids=[9], text="j")]
+
+
+def test_a_client_that_left_may_come_back_within_the_grace(decoding):
+    delta = replies(decoding.tell(tokens("d1", RID, 1, 8)))[0]
+    decoding.tell(Undelivered(b"c", delta, gone=True))
+    assert not replies(decoding.tell(tokens("d1", RID, 2, 9)))
+    decoding.now += 1.9
+    again = decoding.tell(attach(1, client=b"new"))
+    assert replies(again, b"new") == [delta, Delta(rid=RID, start=2, ids=[9], text="j")]
+    decoding.later(1.0)
+    assert row(decoding).reason is None
+
+
+def test_a_client_that_left_and_came_by_its_key_stays(decoding):
+    delta = replies(decoding.tell(tokens("d1", RID, 1, 8)))[0]
+    decoding.tell(Undelivered(b"c", delta, gone=True), submit(client=b"new"))
+    decoding.later(3.0)
+    assert row(decoding).reason is None
+
+
+def test_a_client_that_stays_away_cancels_its_request(decoding):
+    delta = replies(decoding.tell(tokens("d1", RID, 1, 8)))[0]
+    decoding.tell(Undelivered(b"c", delta, gone=True))
+    actions = decoding.later(2.1)
+    assert sent(actions, kind=Close) and not replies(actions) and row(decoding).stage is Stage.CANCELLED
+
+
+def test_what_is_undelivered_to_others_or_is_no_letter_changes_nothing(decoding):
+    delta = row(decoding).letters[0]
+    decoding.tell(
+        Undelivered(b"other", delta, gone=True),
+        Undelivered(b"c", Accepted(key="k", rid=RID, prompt_tokens=3), gone=True),
+        Undelivered(b"c", Refused(key="k", reason="no"), gone=True),
+    )
+    assert row(decoding).client == b"c" and row(decoding).sent == 1
+
+
+def test_attaching_sends_what_is_missing_or_a_sign_of_life(decoding):
+    assert replies(decoding.tell(attach(0))) == [row(decoding).letters[0]]
+    assert replies(decoding.tell(attach(1))) == [Delta(rid=RID, start=1, ids=[], text="")]
+
+
+def test_text_without_tokens_at_the_end_is_sent_again(decoding):
+    decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
+    decoding.core.desk.worded(row(decoding), Worded(RID, 4, (), "tail", None, True))
+    tail = Delta(rid=RID, start=4, ids=[], text="tail")
+    assert replies(decoding.tell(attach(4))) == [tail]
+
+
+# ---------------------------------------------------------------- workers that are lost
+
+
+def test_patience_without_a_prefill_instance_is_not_prolonged_by_others(broker):
+    broker.tell(submit())
+    broker.now = 9.0
+    broker.tell(ready("d1", "decode"), PeerUp("d1"))
+    end = done(broker.later(1.1))
+    assert (end.reason, end.error) == ("error", "no prefill instance for 10 s")
+
+
+def test_a_waiting_request_goes_to_the_first_that_comes(broker):
+    broker.tell(submit(), ready("p1", "prefill"))
+    assert row(broker).prefill is None  # no connection yet
+    assert sent(broker.tell(PeerUp("p1")), "p1", Assign)
+    assert ("patience", RID) not in broker.core.life.timers
+
+
+@pytest.mark.parametrize("stage", [Stage.QUEUED, Stage.PREFILL, Stage.MOVING])
+def test_a_lost_prefill_instance_is_replaced_by_another(served, stage):
+    served.tell(submit(), staged("p1", RID, stage))
+    actions = served.tell(PeerDown("p1"))
+    (assign,) = sent(actions, "p2", Assign)
+    assert (assign.attempt, assign.output) == (2, []) and row(served).stage is Stage.QUEUED
+
+
+@pytest.mark.parametrize("stage", [Stage.WAITING, Stage.DECODE])
+def test_a_lost_decode_instance_keeps_the_output_and_goes_on(served, stage):
+    served.tell(submit(), tokens("p1", RID, 0, 7), staged("d1", RID, stage))
+    actions = served.tell(PeerDown("d1"))
+    (assign,) = sent(actions, kind=Assign)
+    assert (assign.attempt, assign.prompt, assign.output) == (2, [1, 2, 3], [7])
+    assert Close(rid=RID, attempt=1) in sent(actions, "d1")
+    last = served.tell(tokens("p1", RID, 1, 8, attempt=2))
+    assert replies(last) == [Delta(rid=RID, start=1, ids=[8], text="i")]
+
+
+def test_a_decode_instance_lost_after_the_prefill_instance_let_go(decoding):
+    assert not sent(decoding.tell(PeerDown("p1")), kind=Assign)
+    assert row(decoding).attempt == 1
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_request_with_its_last_token_ends_though_its_end_was_lost(decoding, reason):
+    decoding.tell(tokens("d1", RID, 1, 8, 9, reason=reason))
+    assert done(decoding.tell(PeerDown("d1"))).reason == reason
+
+
+def test_a_full_request_without_a_reason_ends_by_its_length(decoding):
+    decoding.tell(tokens("d1", RID, 1, 8, 9, 10, 11))
+    assert done(decoding.tell(PeerDown("d1"))).reason == "length"
+
+
+def test_giving_up_after_many_attempts(served):
+    served.tell(submit())
+    served.tell(failed("p1", RID, retry=True))
+    served.tell(failed(row(served).prefill, RID, retry=True, attempt=2))
+    end = done(served.tell(failed(row(served).prefill, RID, retry=True, attempt=3)))
+    assert (end.reason, end.error) == ("error", "given up after 3 attempts: oh no")
+
+
+def test_a_failure_for_good_ends_it(served):
+    served.tell(submit())
+    end = done(served.tell(failed("p1", RID, retry=False)))
+    assert (end.reason, end.error) == ("error", "oh no") and row(served).stage is Stage.FAILED
+
+
+def test_the_failure_of_one_that_holds_it_no_more_is_ignored(decoding):
+    assert not decoding.tell(failed("p1", RID, retry=True)) and row(decoding).attempt == 1
+
+
+def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
+    served.later(4.0)
+    served.tell(beat("p1"))
+    served.later(2.0)
+    lost = [status.iid for status in served.core.registry.status() if status.state == "lost"]
+    assert lost == ["d1", "d2", "p2"] and served.core.life.counters["workers_lost"] == 3
+
+
+def test_a_restarted_worker_loses_what_it_had(served):
+    served.tell(submit())
+    actions = served.tell(ready("p1", "prefill", incarnation=2))
+    assert sent(actions, "p1", Assign) and row(served).attempt == 2
+    assert not served.tell(staged("p1", RID, Stage.PREFILL))  # by the old one
+    assert served.core.life.counters["workers_replaced"] == 1
+
+
+def test_registering_again_loses_nothing(served):
+    served.tell(submit())
+    assert not sent(served.tell(ready("p1", "prefill")), kind=Assign) and row(served).attempt == 1
+
+
+def test_a_lost_worker_gets_nothing_until_it_is_heard_over_a_new_connection(served):
+    served.tell(PeerDown("p1"), PeerDown("p2"), submit(), beat("p1"))
+    assert row(served).prefill is None
+    served.tell(PeerUp("p1"))
+    assert row(served).prefill is None
+    assert sent(served.tell(beat("p1")), "p1", Assign)
+
+
+def test_late_words_of_a_lost_worker_do_not_give_it_the_request(served):
+    served.tell(submit(), tokens("p1", RID, 0, 7), PeerDown("d1"))
+    served.tell(staged("d1", RID, Stage.WAITING), beat("d1", Hold(RID, 1, Stage.DECODE, 1)))
+    assert row(served).holder == "p1"
+    served.tell(PeerUp("d1"), beat("d1", Hold(RID, 1, Stage.DECODE, 1)))
+    assert row(served).holder == "d1"
+
+
+def test_unknown_workers_are_not_heard(broker):
+    assert not broker.tell(beat("p9"), tokens("p9", RID, 0, 1)) and not broker.tell(PeerDown("p9"))
+
+
+# ---------------------------------------------------------------- beats
+
+
+def test_what_nobody_wants_is_closed(served):
+    served.tell(submit())
+    actions = served.tell(beat("p1", Hold(RID, 1, Stage.QUEUED, 0), Hold("old", 3, Stage.DECODE, 5)))
+    assert actions == [Send("p1", Close(rid="old", attempt=3))]
+
+
+def test_what_was_assigned_and_is_not_held_is_assigned_again(served):
+    served.tell(submit())
+    assert not served.tell(beat("p1"))  # it may be on its way
+    served.now = 0.3
+    (assign,) = sent(served.tell(beat("p1")), "p1", Assign)
+    assert assign.attempt == 1
+    assert not served.tell(beat("p1"))
+
+
+def test_what_the_decode_instance_lost_starts_over(decoding):
+    assert sent(decoding.tell(beat("d1")), kind=Assign)[0].attempt == 2
+
+
+def test_a_full_request_that_nobody_holds_ends(served):
+    served.tell(submit(max_tokens=1), tokens("p1", RID, 0, 7, reason="length"))
+    assert done(served.tell(beat("p1"))).reason == "length"
+
+
+def test_lost_news_of_the_stage_come_with_the_beat(served):
+    served.tell(submit(), tokens("p1", RID, 0, 7))
+    actions = served.tell(beat("d1", Hold(RID, 1, Stage.WAITING, 1)))
+    assert actions == [Send("p1", Close(rid=RID, attempt=1))] and row(served).holder == "d1"
+    again = served.tell(beat("p1", Hold(RID, 1, Stage.MOVING, 1)))
+    assert again == [Send("p1", Close(rid=RID, attempt=1))]
+
+
+def test_a_reservation_elsewhere_is_closed_once_it_decodes(decoding):
+    actions = decoding.tell(beat("d2", Hold(RID, 1, Stage.MOVING, 0)))
+    assert actions == [Send("d2", Close(rid=RID, attempt=1))]
+
+
+def test_lost_tokens_and_a_lost_end_are_asked_for(decoding):
+    more = decoding.tell(beat("d1", Hold(RID, 1, Stage.DECODE, 3)))
+    assert more == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
+    decoding.tell(tokens("d1", RID, 1, 8, 9, 10))
+    end = decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 4)))
+    assert end == [Send("d1", Resend(rid=RID, attempt=1, start=4))]
+
+
+def test_a_worker_that_keeps_an_ended_request_is_told_again(decoding):
+    decoding.tell(cancel())
+    assert decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 4))) == [Send("d1", Close(rid=RID, attempt=1))]
+
+
+# ---------------------------------------------------------------- views and status
+
+
+def test_views_are_numbered_and_leave_out_the_lost(served):
+    views = sent(served.tell(PeerDown("p1")), "d1", ClusterView)
+    later = sent(served.later(0.1), "d1", ClusterView)
+    assert [each.iid for each in views[0].instances] == ["p2", "d1", "d2"]
+    assert later[0].number > views[0].number and later[0].epoch == 42
+    assert served.core.deadline() == pytest.approx(served.now + 0.1)
+
+
+def test_status_tells_who_is_there_and_who_can_never_be_paired(served):
+    served.tell(submit(), ready("d2", "decode", fingerprint=fingerprint(dtype="f32")), PeerDown("p2"))
+    (status,) = replies(served.tell(FromClient(b"c", Inspect())))
+    notes = {each.iid: (each.state, each.note) for each in status.instances}
+    assert notes["p2"] == ("lost", "connection lost") and notes["d1"] == ("ready", "")
+    assert notes["d2"] == ("ready", f"never paired with p1: dtype differs: f32 and {FINGERPRINT.dtype}")
+    assert (status.requests, status.model, status.counters["accepted"]) == ({"queued": 1}, "m", 1)
+
+
+# ---------------------------------------------------------------- what must not be
+
+
+def test_nonsense_is_refused(broker):
+    for wrong in (object(), Unword("x")):
+        with pytest.raises(Broken):
+            broker.core.handle(wrong, 0.0)
+    broker.tell(submit())
+    broker.core.life.timers.set(("tea", RID), 0.0)
+    with pytest.raises(Broken):
+        broker.core.tick(0.0)
+
+
+def test_check_finds_a_request_held_by_one_who_is_not_there(served):
+    served.tell(submit())
+    row(served).prefill = "p9"
+    with pytest.raises(Broken, match="held by p9"):
+        served.core.check()
+    row(served).prefill = "p1"
+
+
+def test_words_are_asked_for_in_order(decoding):
+    words = only(decoding.tell(tokens("d1", RID, 1, 8), tokens("d1", RID, 2, 9), cancel()), Word)
+    assert [(word.start, word.ids, word.final) for word in words] == [(1, (8,), False), (2, (9,), False), (3, (), True)]
