@@ -1,0 +1,420 @@
+"""The decode half, told through the worker's core: offers, chunks that land, admission, tokens, letting go."""
+
+from random import Random
+
+import pytest
+
+from tests.core.build import (
+    Told,
+    capacity,
+    chunk,
+    drop,
+    fingerprint,
+    handle,
+    identity,
+    instance,
+    kinds,
+    offer,
+    only,
+    sent,
+    view,
+)
+from tetri.core.actions import BROKER, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, LegRejected, Step
+from tetri.core.worker import Worker
+from tetri.leg import Sampled, Span, StepDone
+from tetri.request import Sampling
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import Beat, Close, Finished, Grant, Landed, Refuse, Resend, Staged, Tokens
+
+
+class Decoding(Told):
+    """Adopts whatever it is told to, unless `trouble` has a problem for that (key, index), used up in order."""
+
+    def __init__(self, core):
+        super().__init__(core)
+        self.trouble = {}
+
+    def _follow(self, actions):
+        followed = []
+        for action in actions:
+            followed.append(action)
+            if isinstance(action, Adopt):
+                problems = self.trouble.get(action.index, [])
+                adopted = Adopted(action.key, action.index, problems.pop(0) if problems else None)
+                followed += self._follow(self.core.handle(adopted, self.now))
+        return followed
+
+    def allocate(self, *keys):
+        """A step in which the engine only allocates."""
+        assert isinstance(self.later()[-1], Step)
+        return self.tell(StepDone(allocated=keys))
+
+    def land(self, rid, prompt=8, number=1, **changes):
+        """Offer, allocate and hand over `prompt` tokens and the first token 5."""
+        self.tell(offer(rid, prompt, offer=number, **changes))
+        seat = self.core.decode.seats[f"d:{rid}:1:p1:{number}"]
+        self.allocate(seat.key)
+        return self.tell(chunk(rid, 0, 0, seat.flow.blocks, token=5, offer=number))
+
+    def step(self, *tokens, spans=None, preempted=()):
+        """Plan and run a step that yields (key, token, reason)."""
+        planned = self.later()
+        assert isinstance(planned[-1], Step), kinds(planned)
+        if spans is None:
+            spans = [Span(key, 90, 91) for key, _, _ in tokens]
+        sampled = tuple(Sampled(*token) for token in tokens)
+        return planned + self.tell(StepDone(tuple(spans), sampled, (), tuple(preempted)))
+
+
+def start(**changes):
+    told = Decoding(Worker(identity("d1", "decode", **changes), Random(1), now=0.0))
+    told.later()
+    told.tell(view(1, instance("p1", "prefill"), instance("p2", "prefill"), instance("d1", "decode")))
+    told.tell(PeerUp("p1"))
+    told.later()
+    return told
+
+
+@pytest.fixture
+def decode():
+    told = start()
+    yield told
+    told.core.check()
+
+
+KEY = "d:r:1:p1:1"
+
+
+def why(actions):
+    (refused,) = sent(actions, kind=Refuse)
+    return refused.why
+
+
+# ---------------------------------------------------------------- offers
+
+
+def test_an_offer_is_granted_and_its_blocks_reserved(decode):
+    actions = decode.tell(offer("r", prompt=14, output=[5, 6]))
+    assert kinds(actions) == ["AddLeg", "Grant > p1"]
+    (added,) = only(actions, AddLeg)
+    assert (added.leg.key, added.leg.phase, len(added.leg.tokens), added.leg.output_from) == (KEY, "decode", 16, 14)
+    assert decode.core.ledger.free == 6 and decode.core.load().waiting == 1
+
+
+def test_the_same_offer_again_is_granted_again(decode):
+    decode.tell(offer("r", prompt=8))
+    assert kinds(decode.tell(offer("r", prompt=8))) == ["Grant > p1"] and decode.core.ledger.free == 8
+
+
+@pytest.mark.parametrize("newer", [{"offer": 2}, {"attempt": 2}, {"src": "p2"}, {"incarnation": 2}])
+def test_a_newer_offer_replaces_the_older(decode, newer):
+    decode.tell(offer("r", prompt=8))
+    actions = decode.tell(offer("r", prompt=8, **newer))
+    assert [kind.split(" > ")[0] for kind in kinds(actions)] == ["CancelLeg", "AddLeg", "Grant"]
+    assert len(decode.core.decode.seats) == 1 and decode.core.ledger.free == 8
+
+
+def test_an_offer_of_an_older_attempt_is_refused(decode):
+    decode.tell(offer("r", prompt=8, attempt=2))
+    assert why(decode.tell(offer("r", prompt=8))) == "a later attempt is here"
+
+
+def test_what_has_all_landed_is_granted_under_any_number(decode):
+    decode.land("r")
+    assert kinds(decode.tell(offer("r", prompt=8, offer=7))) == ["Grant > p1"]
+    (answer,) = sent(decode.tell(chunk("r", 0, 0, 2, offer=7)))
+    assert isinstance(answer, Landed) and answer.offer == 7
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"fingerprint": fingerprint(dtype="f32")}, "dtype differs"),
+        ({"prompt": 0, "blocks": 0}, "0 tokens are not 0 blocks"),
+        ({"blocks": 3}, "8 tokens are not 3 blocks"),
+        ({"prompt": 40, "sampling": Sampling(max_tokens=1)}, "41 tokens do not fit here"),
+        ({"sampling": Sampling(max_tokens=33)}, "41 tokens do not fit here"),
+    ],
+)
+def test_what_can_never_run_here_is_refused(decode, wrong, reason):
+    actions = decode.tell(offer(**{"rid": "r", "prompt": 8, **wrong}))
+    assert kinds(actions) == ["Refuse > p1"] and reason in why(actions)
+
+
+def test_reservations_take_at_most_their_share(decode):
+    decode.tell(offer("a", prompt=12))
+    assert why(decode.tell(offer("b", prompt=12))) == "3 of 5 blocks for waiting requests are taken"
+    assert kinds(decode.tell(offer("b", prompt=8, offer=2))) == ["AddLeg", "Grant > p1"]
+
+
+def test_one_reservation_alone_may_be_larger_but_not_than_what_is_free(decode):
+    decode.land("a", prompt=12)
+    decode.step((decode_key("a"), 6, None))
+    assert why(decode.tell(offer("b", prompt=28))) == "7 blocks needed, 6 free"
+    assert kinds(decode.tell(offer("b", prompt=24, offer=2))) == ["AddLeg", "Grant > p1"]
+
+
+def decode_key(rid, number=1):
+    return f"d:{rid}:1:p1:{number}"
+
+
+def test_an_offer_that_the_engine_rejects_is_refused(decode):
+    decode.tell(offer("r", prompt=8))
+    actions = decode.tell(LegRejected(KEY, "odd"))
+    assert kinds(actions) == ["Refuse > p1"] and why(actions) == "odd" and decode.core.ledger.free == 10
+
+
+# ---------------------------------------------------------------- chunks
+
+
+def test_chunks_before_and_after_the_blocks_are_there(decode):
+    decode.tell(offer("r", prompt=16))
+    assert not decode.tell(chunk("r", 0, 0, 1))
+    landed = decode.allocate(KEY)
+    assert kinds(landed) == ["Adopt", "Landed > p1"] and only(landed, Adopt)[0].start == 0
+    actions = decode.tell(chunk("r", 1, 1, 3), chunk("r", 2, 3, 4, token=5))
+    assert kinds(actions) == ["Adopt", "Landed > p1"] * 2 + ["Staged > broker"]
+    assert sent(actions, BROKER)[0].stage == "waiting"
+    (hold,) = decode.core.decode.holds()
+    assert (hold.rid, hold.stage, hold.outputs) == ("r", "waiting", 1)
+
+
+def test_the_last_chunk_may_come_first(decode):
+    decode.tell(offer("r", prompt=8))
+    decode.allocate(KEY)
+    assert kinds(decode.tell(chunk("r", 1, 1, 2, token=5))) == ["Adopt", "Landed > p1"]
+    assert kinds(decode.tell(chunk("r", 0, 0, 1)))[-1] == "Staged > broker"
+
+
+def test_a_repeated_chunk_is_answered_again_or_waited_for(decode):
+    decode.tell(offer("r", prompt=16))
+    assert not decode.tell(chunk("r", 0, 0, 1), chunk("r", 0, 0, 1))
+    assert kinds(decode.allocate(KEY)) == ["Adopt", "Landed > p1"]
+    assert kinds(decode.tell(chunk("r", 0, 0, 1))) == ["Landed > p1"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"rid": "x"}, {"offer": 2}, {"attempt": 2}, {"src": "p2"}, {"incarnation": 2}], ids=str
+)
+def test_a_chunk_of_no_offer_here_is_refused(decode, other):
+    decode.tell(offer("r", prompt=8))
+    assert why(decode.tell(chunk(**{"rid": "r", "index": 0, "start": 0, "stop": 1, **other}))) == "no such offer here"
+    assert decode.core.decode.seats
+
+
+@pytest.mark.parametrize("start_, stop, slots", [(0, 3, 3), (1, 1, 0), (-1, 1, 2), (0, 2, 1)])
+def test_a_chunk_that_does_not_fit_its_offer_is_refused(decode, start_, stop, slots):
+    decode.tell(offer("r", prompt=8))
+    actions = decode.tell(chunk("r", 0, start_, stop, handle=handle(*range(slots))))
+    assert why(actions) == "the chunk does not fit its offer" and not decode.core.decode.seats
+
+
+def test_a_corrupt_chunk_is_copied_again(decode):
+    decode.trouble = {0: ["corrupt", "corrupt"]}
+    assert kinds(decode.land("r")) == ["Adopt"] * 3 + ["Landed > p1", "Staged > broker"]
+
+
+def test_a_chunk_that_stays_corrupt_is_refused(decode):
+    decode.trouble = {0: ["corrupt"] * 3}
+    actions = decode.land("r")
+    assert kinds(actions) == ["Adopt"] * 3 + ["Refuse > p1", "CancelLeg"] and why(actions) == "chunk 0 is corrupt"
+    assert decode.core.ledger.free == 10
+
+
+def test_a_lost_chunk_is_refused_at_once(decode):
+    decode.trouble = {0: ["lost"]}
+    assert why(decode.land("r")) == "chunk 0 is lost"
+
+
+def test_the_leg_stays_until_the_last_copy_is_made(decode):
+    decode.trouble = {0: ["lost"], 2: ["corrupt"]}
+    decode.tell(offer("r", prompt=12), chunk("r", 0, 0, 1), chunk("r", 1, 1, 2), chunk("r", 2, 2, 3, token=5))
+    actions = decode.allocate(KEY)
+    # one Adopt after the other, as the loop does it: none of them may meet a leg that is gone
+    assert kinds(actions) == ["Adopt"] * 3 + ["Refuse > p1", "CancelLeg"] and why(actions) == "chunk 0 is lost"
+
+
+def test_a_copy_for_a_seat_that_is_gone_is_nothing(decode):
+    assert not decode.tell(Adopted("d:gone:1:p1:1", 0))
+
+
+# ---------------------------------------------------------------- letting go
+
+
+def test_a_dropped_offer_gives_its_blocks_back(decode):
+    decode.tell(offer("r", prompt=8))
+    assert not decode.tell(drop("r", offer=2), drop("x"))
+    assert kinds(decode.tell(drop("r"))) == ["CancelLeg"] and decode.core.ledger.free == 10
+
+
+def test_what_has_all_landed_cannot_be_dropped(decode):
+    decode.land("r")
+    assert not decode.tell(drop("r")) and decode.core.decode.seats
+
+
+@pytest.mark.parametrize("gone", [PeerDown("p1"), view(2, instance("p2", "prefill"), instance("d1", "decode"))])
+def test_a_lost_prefill_instance_takes_what_it_had_not_sent_along(decode, gone):
+    decode.land("a", prompt=4)
+    decode.tell(offer("b", prompt=4, offer=2), offer("c", prompt=4, src="p2"))
+    actions = decode.tell(gone)
+    assert [action.key for action in only(actions, CancelLeg)] == [decode_key("b", 2)]
+    assert only(actions, Forget) == [Forget("s-p1")]
+    assert len(decode.core.decode.seats) == 2
+
+
+def test_a_prefill_instance_that_is_back_hears_all_again(decode):
+    decode.land("a", prompt=4)
+    decode.tell(offer("b", prompt=4, offer=2))
+    assert kinds(decode.tell(PeerUp("p1"))) == ["Grant > p1", "Landed > p1", "Grant > p1"]
+
+
+def test_beats_remind_of_grants_whose_kv_is_not_all_there(decode):
+    decode.land("a", prompt=4)
+    decode.tell(offer("b", prompt=4, offer=2))
+    actions = decode.later(0.1)
+    assert [grant.rid for grant in sent(actions, "p1", Grant)] == ["b"]
+    assert [(hold.rid, hold.stage) for hold in sent(actions, kind=Beat)[0].holds] == [("a", "waiting"), ("b", "moving")]
+    decode.tell(StepDone(allocated=(decode_key("b", 2),)))
+
+
+@pytest.mark.parametrize("until", ["offered", "landed", "running", "ended"])
+def test_closing_in_every_stage(decode, until):
+    if until == "offered":
+        decode.tell(offer("r", prompt=8))
+    else:
+        decode.land("r")
+    if until in ("running", "ended"):
+        decode.step((KEY, 6, "stop" if until == "ended" else None))
+    assert not decode.tell(Close(rid="r", attempt=0))
+    actions = decode.tell(Close(rid="r", attempt=1))
+    assert kinds(actions) == ([] if until == "ended" else ["CancelLeg"])
+    assert decode.core.ledger.free == 10 and not decode.core.decode.seats
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_one_request_from_admission_to_its_end(decode):
+    decode.land("r", prompt=8, sampling=Sampling(max_tokens=3))
+    first = decode.step((KEY, 6, None))
+    assert kinds(first) == ["AdmitLeg", "Staged > broker", "Step", "Tokens > broker"]
+    assert only(first, AdmitLeg) == [AdmitLeg(KEY, 5)] and sent(first, kind=Staged)[0].stage == "decode"
+    assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.load().running) == (1, 1)
+    last = decode.step((KEY, 7, "length"))
+    assert kinds(last) == ["Step", "Tokens > broker", "Finished > broker"]
+    assert sent(last, kind=Tokens)[0].items[0].reason == "length"
+    end = sent(last, kind=Finished)[0]
+    assert (end.outputs, end.reason, end.receipt.adopted, end.receipt.recomputed) == (3, "length", 8, 0)
+    assert (end.receipt.kv_bytes, end.receipt.chunks, end.receipt.prefill_instance) == (64, 1, "p1")
+    assert decode.core.ledger.free == 10 and [hold.stage for hold in decode.core.decode.holds()] == ["done"]
+    assert "Step" not in kinds(decode.later())
+
+
+def test_all_tokens_of_a_step_are_one_message(decode):
+    decode.land("a", prompt=4)
+    decode.step((decode_key("a"), 6, None))
+    decode.tell(offer("b", prompt=4, offer=2))
+    decode.later()
+    decode.tell(StepDone(spans=(Span(decode_key("a"), 6, 7),), allocated=(decode_key("b", 2),)))
+    decode.tell(chunk("b", 0, 0, 1, token=5, offer=2))
+    both = decode.step((decode_key("a"), 7, None), (decode_key("b", 2), 7, None))
+    (message,) = sent(both, kind=Tokens)
+    assert [(item.rid, item.start) for item in message.items] == [("a", 2), ("b", 1)]
+
+
+def test_the_batch_takes_no_more_than_it_has_slots_for(decode):
+    for number, rid in enumerate("abc", 1):
+        decode.tell(offer(rid, prompt=4, offer=number))
+    decode.allocate(*(decode_key(rid, number) for number, rid in enumerate("abc", 1)))
+    for number, rid in enumerate("abc", 1):
+        decode.tell(chunk(rid, 0, 0, 1, token=5, offer=number))
+    actions = decode.step((decode_key("a"), 6, "stop"), (decode_key("b", 2), 6, None))
+    assert [action.key for action in only(actions, AdmitLeg)] == [decode_key("a"), decode_key("b", 2)]
+    assert [action.key for action in only(decode.later(), AdmitLeg)] == [decode_key("c", 3)]
+    decode.tell(StepDone(spans=(Span(decode_key("c", 3), 4, 5),)))
+
+
+def overdrawn(**changes):
+    """`a` runs and has outgrown the memory, `b` has landed and waits."""
+    told = start(capacity=capacity(blocks=4, max_batch=8), reserve_share=1.0, **changes)
+    told.land("a", prompt=6, sampling=Sampling(max_tokens=9))
+    told.step((decode_key("a"), 6, None))
+    told.tell(offer("b", prompt=7, offer=2))
+    told.later()
+    told.tell(StepDone((Span(decode_key("a"), 7, 8),), (Sampled(decode_key("a"), 7, None),), (decode_key("b", 2),)))
+    told.tell(chunk("b", 0, 0, 2, token=5, offer=2))
+    return told
+
+
+def test_nobody_is_admitted_while_memory_is_overdrawn():
+    told = overdrawn()
+    assert told.core.ledger.free == -1
+    assert not only(told.step((decode_key("a"), 8, None)), AdmitLeg)
+    told.core.check()
+
+
+def test_if_nothing_runs_the_oldest_goes_whatever_the_policy_says(decode):
+    decode.land("a", prompt=20)
+    decode.core.ledger.take("others", 7)
+    assert [action.key for action in only(decode.step((decode_key("a"), 6, None)), AdmitLeg)] == [decode_key("a")]
+    decode.core.ledger.close("others")
+
+
+def test_if_all_that_run_are_preempted_the_oldest_that_waits_gives_its_memory():
+    told = overdrawn()
+    assert not only(told.step(spans=(), preempted=[decode_key("a")]), AdmitLeg)
+    assert told.core.decode.stuck() and not told.core.idle
+    actions = told.step((decode_key("a"), 8, None), preempted=[decode_key("b", 2)])
+    assert [action.key for action in only(actions, AdmitLeg)] == [decode_key("b", 2)]
+    assert not told.core.decode.stuck()
+    told.core.check()
+
+
+def test_preemption_shows_in_the_receipt(decode):
+    decode.land("r", prompt=8, sampling=Sampling(max_tokens=4))
+    decode.step((KEY, 6, None))
+    decode.step(spans=(), preempted=[KEY])
+    decode.tell(PeerUp("p2"))  # anything may have made room
+    decode.step((KEY, 7, None), spans=[Span(KEY, 0, 10)])
+    end = sent(decode.step((KEY, 8, "length")), kind=Finished)[0]
+    assert (end.receipt.preempted, end.receipt.recomputed) == (1, 8)
+
+
+def test_tokens_are_sent_again(decode):
+    decode.land("r", prompt=8)
+    decode.step((KEY, 6, None))
+    (again,) = sent(decode.tell(Resend(rid="r", attempt=1, start=0)))
+    assert (again.items[0].start, again.items[0].ids, again.items[0].reason) == (0, [5, 6], None)
+    assert not decode.tell(Resend(rid="r", attempt=1, start=2), Resend(rid="r", attempt=2, start=0))
+    decode.step((KEY, 7, "stop"))
+    tokens, end = sent(decode.tell(Resend(rid="r", attempt=1, start=1)))
+    assert (tokens.items[0].ids, tokens.items[0].reason, end.outputs) == ([6, 7], "stop", 3)
+    assert kinds(decode.tell(Resend(rid="r", attempt=1, start=3))) == ["Finished > broker"]
+
+
+# ---------------------------------------------------------------- what must not be
+
+
+def test_a_token_of_one_that_was_not_admitted_must_not_go_on(decode):
+    decode.tell(offer("r", prompt=8))
+    decode.later()
+    with pytest.raises(Broken, match="was not admitted"):
+        decode.core.handle(StepDone(tokens=(Sampled(KEY, 5, None),)), 0.0)
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda half, seat: half._keys.clear(), "their index differ"),
+        (lambda half, seat: half.ledger.close(seat.key), "its account and its end differ"),
+        (lambda half, seat: setattr(seat, "landed_as", 0), "runs without its KV"),
+        (lambda half, seat: seat.tokens.extend([1] * 8), "runs past max_tokens"),
+    ],
+)
+def test_check_finds_what_is_wrong(spoil, complaint):
+    told = start()
+    told.land("r", prompt=8)
+    told.step((KEY, 6, None))
+    spoil(told.core.decode, told.core.decode.seats[KEY])
+    with pytest.raises(Broken, match=complaint):
+        told.core.decode.check()

@@ -1,0 +1,60 @@
+"""Chunks on their way, seen from both sides."""
+
+from tests.core.build import chunk, handle
+from tetri.core.kvflow import Inflow, Outflow, Parcel
+
+
+def parcel(index, start, stop):
+    return Parcel(index, start, stop, handle(*range(start, stop)), 9, None)
+
+
+def test_what_was_put_lands_once_and_is_complete_in_the_end():
+    flow = Outflow(3)
+    flow.aim(1, "d1")
+    flow.put(parcel(0, 0, 2))
+    flow.put(parcel(1, 2, 3))
+    assert flow.movable and not flow.granted
+    assert flow.land(1) == handle(2) and flow.land(1) is None and flow.land(7) is None
+    assert not flow.movable and not flow.complete and flow.granted
+    assert flow.land(0) == handle(0, 1) and flow.complete
+    assert [each.index for each in flow.sent] == [0, 1]
+
+
+def test_aiming_elsewhere_asks_anew():
+    flow = Outflow(1)
+    flow.aim(1, "d1")
+    flow.granted = True
+    flow.clear_aim()
+    assert (flow.offer, flow.target, flow.granted) == (None, "", False)
+    flow.aim(2, "d2")
+    assert (flow.offer, flow.target, flow.granted) == (2, "d2", False)
+
+
+def test_giving_up_returns_what_is_still_here():
+    flow = Outflow(3)
+    flow.put(parcel(0, 0, 2))
+    flow.put(parcel(1, 2, 3))
+    flow.land(0)
+    assert flow.drain() == [handle(2)] and not flow.parcels
+
+
+def test_an_announced_chunk_is_new_once_and_the_token_may_come_with_any():
+    flow = Inflow(2)
+    assert flow.announce(chunk("r", 1, 1, 2, token=5)) and not flow.announce(chunk("r", 1, 1, 2, token=5))
+    flow.land(1)
+    assert not flow.announce(chunk("r", 1, 1, 2)) and flow.token == 5 and not flow.complete
+    flow.announce(chunk("r", 0, 0, 1))
+    flow.land(0)
+    assert flow.complete and flow.bytes == 64
+
+
+def test_all_blocks_without_the_token_are_not_complete():
+    flow = Inflow(1)
+    flow.announce(chunk("r", 0, 0, 1))
+    flow.land(0)
+    assert not flow.complete
+
+
+def test_tries_are_counted_chunk_by_chunk():
+    flow = Inflow(2)
+    assert [flow.again(0, 3) for _ in range(3)] == [True, True, False] and flow.again(1, 3)

@@ -1,0 +1,25 @@
+"""How prompts are cut into chunks."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetri.leg import Span
+from tetri.policy.chunk import pack
+from tetri.policy.views import Progress
+
+
+def test_the_tail_of_one_and_the_heads_of_others():
+    prompts = [Progress("a", 8, 10), Progress("b", 0, 3), Progress("c", 0, 9), Progress("d", 0, 1)]
+    assert pack(prompts, 8) == [Span("a", 8, 10), Span("b", 0, 3), Span("c", 0, 3)]
+    assert pack(prompts, 2) == [Span("a", 8, 10)] and pack([], 8) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), max_size=8), st.integers(1, 40))
+def test_chunks_are_full_in_order_and_cut_only_at_their_end(sizes, chunk_tokens):
+    prompts = [Progress(str(number), done, done + more) for number, (done, more) in enumerate(sizes)]
+    spans = pack(prompts, chunk_tokens)
+    assert sum(span.stop - span.start for span in spans) == min(chunk_tokens, sum(more for _, more in sizes))
+    assert [span.key for span in spans] == [prompt.key for prompt in prompts[: len(spans)]]
+    for span, prompt in zip(spans, prompts, strict=False):
+        assert span.start == prompt.done < span.stop <= prompt.goal
+        assert span.stop == prompt.goal or span is spans[-1]

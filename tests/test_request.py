@@ -1,0 +1,66 @@
+"""What a request is."""
+
+import pytest
+from msgspec.structs import replace
+
+from tests.core.build import FINGERPRINT
+from tetri.request import Sampling, Stage, blocks_for, difference, sampling_problem, with_seed
+
+NAN = float("nan")
+
+
+def test_the_defaults_are_fine_and_so_are_the_bounds():
+    assert sampling_problem(Sampling()) is None
+    lowest = Sampling(
+        max_tokens=1, temperature=0, top_p=1e-9, presence_penalty=-2, frequency_penalty=-2, repetition_penalty=1e-3
+    )
+    highest = Sampling(temperature=100, min_p=1, presence_penalty=2, seed=(1 << 63) - 1, stop=["x" * 256] * 16)
+    assert sampling_problem(lowest) is None and sampling_problem(highest) is None
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": 1 << 31}, "max_tokens must be from 1 to"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": NAN}, "temperature must be from 0 to 100, got nan"),
+        ({"temperature": 101}, "temperature must be from 0 to 100, got 101"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"min_p": 1.1}, "min_p must be from 0 to 1"),
+        ({"presence_penalty": -3}, "presence_penalty must be at least -2"),
+        ({"frequency_penalty": 3}, "frequency_penalty must be from -2 to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be at least 0.001"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": NAN}, "top_p must be above 0 and at most 1"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 1 << 63}, "seed must be from 0"),
+        ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens (9) must not exceed max_tokens (8)"),
+        ({"stop": [""]}, "stop takes at most 16 texts"),
+        ({"stop": ["x" * 257]}, "stop takes at most 16 texts"),
+        ({"stop": ["x"] * 17}, "stop takes at most 16 texts"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(wrong, message):
+    assert message in (sampling_problem(Sampling(**wrong)) or "")
+
+
+def test_a_seed_is_set_without_touching_the_rest():
+    assert with_seed(Sampling(temperature=0.5), 7) == Sampling(temperature=0.5, seed=7)
+
+
+@pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (4, 1), (5, 2)])
+def test_blocks_hold_tokens(tokens, blocks):
+    assert blocks_for(tokens, 4) == blocks
+
+
+def test_fingerprints_differ_by_name():
+    assert difference(FINGERPRINT, FINGERPRINT) is None
+    for name in FINGERPRINT.__struct_fields__:
+        other = replace(FINGERPRINT, **{name: type(getattr(FINGERPRINT, name))(77)})
+        assert (difference(FINGERPRINT, other) or "").startswith(f"{name} differs: ")
+
+
+def test_three_stages_are_ends():
+    assert [stage for stage in Stage if stage.ended] == [Stage.DONE, Stage.FAILED, Stage.CANCELLED]
