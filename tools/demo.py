@@ -54,7 +54,7 @@ def prompts() -> list[Prompt]:
 @click.option("--conf", type=click.Path(dir_okay=False, path_type=Path), help="Configuration to start.")
 def main(conf: Path | None) -> None:
     """Start a small cluster, ask it two things, show where the time went, stop it."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console, status = Console(), 1
     try:
         with _run_dir() as folder:
@@ -68,10 +68,6 @@ def main(conf: Path | None) -> None:
         click.echo("bin/demo: interrupted; everything is stopped", err=True)
         status = 130
     sys.exit(status)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 @contextmanager

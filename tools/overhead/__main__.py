@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from live import Live
 from measure import BenchError, steady, summary
 
 from tetri.client import TetriError
-from tetri.config import Config, default_path, load
+from tetri.config import Config, cpu_numbers, default_path, load
 from tetri.models import ModelError, find
 from tetri.proc.launch import LaunchError
 from tetri.strict import ConfigError
@@ -45,7 +46,7 @@ class Load:
 @click.command()
 @click.option("--requests", type=click.IntRange(2), default=16, show_default=True, help="Requests that run together.")
 @click.option("--tokens", type=click.IntRange(16), default=256, show_default=True, help="Output tokens of each.")
-@click.option("--prompt-tokens", type=click.IntRange(1, 2000), default=64, show_default=True, help="Of each.")
+@click.option("--prompt-tokens", type=click.IntRange(1, 1500), default=64, show_default=True, help="Of each.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of direct and live.")
 @click.option("--conf", type=click.Path(dir_okay=False, path_type=Path), help="Configuration to measure.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated.")
@@ -60,6 +61,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Measure what tetri adds to vLLM. Takes some minutes and wants a machine on which nothing else runs."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped again
     folder = Path(tempfile.mkdtemp(prefix="tetri-", dir="/tmp"))  # Unix sockets need a short path
     try:
         config = configure(conf or default_path(), overrides, folder)
@@ -78,9 +80,8 @@ def configure(conf: Path, overrides: tuple[str, ...], folder: Path) -> Config:
     config = load(conf, [*own, *overrides])
     if config.engine.kind != "vllm":
         raise BenchError("only the real engine can be compared with vLLM: give a configuration with engine.kind = vllm")
-    if not config.broker.cpus and config.workers[0].cpus:
-        config = load(conf, [*own, f"broker.cpus={config.workers[0].cpus}", *overrides])
-    return config
+    cpus = next(worker.cpus for worker in config.workers if worker.role == "prefill")
+    return config if config.broker.cpus or not cpus else load(conf, [*own, f"broker.cpus={cpus}", *overrides])
 
 
 def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
         stack.callback(live.close)
         direct.wait_ready()
         if prefill.cpus:
-            os.sched_setaffinity(0, {int(cpu) for cpu in prefill.cpus.split(",")})  # the client's place
+            os.sched_setaffinity(0, cpu_numbers(prefill.cpus))  # the client's place
         direct.run(prompts, 16)  # warm-up
         live.run(prompts, 16)
         taken = []
