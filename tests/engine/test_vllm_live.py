@@ -21,10 +21,10 @@ CONF = ["model.dtype=float32", "model.context=2304", "engine.max_batch=48", "tra
 START_S = 240.0
 
 
-def cluster_with(kv_mib: int) -> LiveCluster:
+def cluster_with(kv_mib: int, *overrides: str) -> LiveCluster:
     cpus = sorted(os.sched_getaffinity(0))
     pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
-    return LiveCluster(VLLM, [*CONF, *pins, f"engine.kv_mib={kv_mib}"], START_S)
+    return LiveCluster(VLLM, [*CONF, *pins, f"engine.kv_mib={kv_mib}", *overrides], START_S)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_a_drawn_text_of_a_long_prompt_is_the_same_every_time(cluster, prompts, 
 
 
 def test_a_decode_engine_that_preempts(prompts, float32) -> None:
-    """A KV space of 20 blocks for six requests that grow from 3 to 4 blocks each."""
+    """A KV space of 20 blocks, all of which may be reserved, for six requests that grow from 3 to 4 blocks each."""
     long = next(prompt for prompt in prompts if len(prompt) == 2000)
     batch = [long[start : start + 340 + start // 7] for start in range(0, 42, 7)]
-    length = 60
+    length = 150
     sampling = Sampling(max_tokens=length, ignore_eos=True)
     texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in batch]
 
@@ -96,7 +96,7 @@ def test_a_decode_engine_that_preempts(prompts, float32) -> None:
             calls = (client.generate(p, max_tokens=length, ignore_eos=True) for p in batch)
             return await asyncio.gather(*calls)
 
-    with cluster_with(119) as cluster:
+    with cluster_with(119, "transfer.reserve_share=1.0") as cluster:
         results = asyncio.run(run(cluster.config.clients_address))
         cluster.wait_idle()
     assert [result.token_ids for result in results] == [text.ids for text in texts]
