@@ -77,7 +77,7 @@ class Transfer:
     transport: str = choice("shm", "shm", "local")
     slab_blocks: int = number(64, 1, 1 << 20)
     reserve_share: float = number(0.5, 0.01, 1)
-    digest: bool = True
+    digest: bool = True  # of every chunk, checked over the receiver's own copy
     offer_s: float = number(1.0, 0.01, 60)  # an unanswered offer or chunk is sent again after this
 
 

@@ -111,7 +111,7 @@ class Adopt:
     index: int
     start: int
     handle: Handle
-    digest: int
+    digest: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Exported:
     start: int
     stop: int
     handle: Handle
-    digest: int
+    digest: int | None
 
 
 @dataclass(frozen=True, slots=True)

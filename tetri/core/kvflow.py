@@ -19,7 +19,7 @@ class Parcel:
     start: int
     stop: int
     handle: Handle
-    digest: int
+    digest: int | None
     token: int | None
 
 

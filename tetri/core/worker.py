@@ -158,8 +158,8 @@ class Worker:
             return []
         if isinstance(event, Landed):
             return self.prefill.landed(job, event.index)
-        if not job.flow.movable:
-            return self.prefill.lose(job, f"{event.src} refused after part of the KV had moved: {event.why}")
+        if event.spoilt or not job.flow.movable:
+            return self.prefill.lose(job, f"{event.src} cannot go on with the KV: {event.why}")
         self.dispatcher.refused(job, event.why)
         return self.dispatcher.dispatch(now)
 

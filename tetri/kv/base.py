@@ -28,13 +28,13 @@ class KVStore(Protocol):
     @property
     def free_slots(self) -> int: ...
 
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int]:
+    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
         """Take `count` slots, let `write` fill one view each, return the handle and the xxh3-64 digest over the
-        blocks in order. Raises KVError when there are too few free slots (the core counts them: a bug)."""
+        blocks in order (None: made without digests). Raises KVError when there are too few free slots (the core counts them: a bug)."""
 
-    def take(self, handle: Handle, digest: int) -> Sequence[memoryview]:
-        """The receiver's own copy, one view per block, digest checked over that copy and the generations read
-        again after it; valid until the next take. Raises KVLost or KVCorrupt."""
+    def take(self, handle: Handle, digest: int | None) -> Sequence[memoryview]:
+        """The receiver's own copy, one view per block, digest (if there is one) checked over that copy and the
+        generations read again after it; valid until the next take. Raises KVLost or KVCorrupt."""
 
     def free(self, handle: Handle) -> None:
         """Give the slots back and bump their generation. Freeing twice is an error (KVError)."""

@@ -20,7 +20,9 @@ class LocalStore:
     transport = "local"
     _process: ClassVar[Neighbours] = {}
 
-    def __init__(self, iid: str, slots: int, block_bytes: int, neighbours: Neighbours | None = None) -> None:
+    def __init__(
+        self, iid: str, slots: int, block_bytes: int, neighbours: Neighbours | None = None, digest: bool = True
+    ) -> None:
         self.slots = slots
         self._neighbours = self._process if neighbours is None else neighbours
         segment = Segment(
@@ -32,7 +34,7 @@ class LocalStore:
         )
         for slot in range(slots):
             segment.generations[slot] = FIRST_GENERATION
-        self._slab = Slab(segment)
+        self._slab = Slab(segment, digest)
         self._staging = Staging(0)
         self._neighbours[segment.name] = segment
 
@@ -40,10 +42,10 @@ class LocalStore:
     def free_slots(self) -> int:
         return self._slab.free_slots
 
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int]:
+    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
         return self._slab.put(count, write)
 
-    def take(self, handle: Handle, digest: int) -> Sequence[memoryview]:
+    def take(self, handle: Handle, digest: int | None) -> Sequence[memoryview]:
         segment = self._neighbours.get(handle.segment)
         if segment is None:
             raise KVLost(f"no segment {handle.segment[:80]!r} in this process")

@@ -25,6 +25,7 @@ class ShmStore:
         block_bytes: int,
         directory: str = "/dev/shm",
         staging: int = 4,
+        digest: bool = True,
     ) -> None:
         """All memory is there when this returns: KVError when it does not fit. `staging` is how many blocks a
         chunk from a peer is expected to have; a larger one only makes its first take slower."""
@@ -32,7 +33,7 @@ class ShmStore:
         self._deployment = deployment
         self._directory = directory
         self._own = create(directory, deployment, iid, slots, block_bytes)
-        self._slab = Slab(self._own.segment)
+        self._slab = Slab(self._own.segment, digest)
         self._peers: dict[str, Mapping] = {}
         self._staging = Staging(staging * block_bytes)
 
@@ -45,11 +46,11 @@ class ShmStore:
     def free_slots(self) -> int:
         return self._slab.free_slots
 
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int]:
+    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
         """As KVStore.put. `write` must not keep the views: the slots get another content after `free`."""
         return self._slab.put(count, write)
 
-    def take(self, handle: Handle, digest: int) -> Sequence[memoryview]:
+    def take(self, handle: Handle, digest: int | None) -> Sequence[memoryview]:
         return self._staging.take(self._mapping(handle.segment).segment, handle, digest)
 
     def _mapping(self, name: str) -> Mapping:

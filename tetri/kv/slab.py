@@ -42,8 +42,9 @@ class Segment:
 class Slab:
     """The owner's side of a segment: which slots are free, and in which generation each is."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, digest: bool = True) -> None:
         self.segment = segment
+        self._digest = digest
         # The slot freed last is used first: its memory is the likeliest to be in a cache.
         self._free = list(range(segment.slots - 1, -1, -1))
         self._used = bytearray(segment.slots)
@@ -52,7 +53,7 @@ class Slab:
     def free_slots(self) -> int:
         return len(self._free)
 
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int]:
+    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
         """As KVStore.put. When `write` raises, the slots are free again and its error goes on."""
         if not 0 <= count <= len(self._free):
             raise KVError(f"{self.segment.name}: {count} slots asked, {len(self._free)} are free")
@@ -66,7 +67,7 @@ class Slab:
             self._give_back(slots)
             raise
         digest = xxh3_64()
-        for view in views:
+        for view in views if self._digest else ():
             digest.update(view)
         generations = [self.segment.generations[slot] for slot in slots]
         return Handle(
@@ -74,7 +75,7 @@ class Slab:
             slots=slots,
             generations=generations,
             block_bytes=self.segment.block_bytes,
-        ), digest.intdigest()
+        ), digest.intdigest() if self._digest else None
 
     def free(self, handle: Handle) -> None:
         """As KVStore.free; on an error nothing was freed."""
@@ -103,7 +104,7 @@ class Staging:
     def __init__(self, size: int) -> None:
         self._memory = _touched(size)
 
-    def take(self, segment: Segment, handle: Handle, digest: int) -> Sequence[memoryview]:
+    def take(self, segment: Segment, handle: Handle, digest: int | None) -> Sequence[memoryview]:
         """As KVStore.take, out of a segment whose slots the handle may or may not name rightly."""
         problem = shape_problem(segment, handle)
         if problem is not None:
@@ -119,9 +120,10 @@ class Staging:
             for start in range(0, size, _PIECE):
                 piece = copy[start : start + _PIECE]
                 piece[:] = source[start : start + _PIECE]
-                copied.update(piece)
+                if digest is not None:
+                    copied.update(piece)
         _check_generations(segment, handle)
-        if copied.intdigest() != digest:
+        if digest is not None and copied.intdigest() != digest:
             raise KVCorrupt(f"{segment.name}: digest {copied.intdigest():016x}, announced {digest:016x}")
         return copies
 

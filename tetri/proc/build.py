@@ -56,7 +56,8 @@ def _emulated(config: Config) -> Engine:
 
 def store(config: Config, iid: str, block_bytes: int) -> KVStore:
     """The KV store that [transfer] names. Raises KVError."""
-    return open_store(config.transfer.transport, config.cluster.name, iid, config.transfer.slab_blocks, block_bytes)
+    made = config.transfer
+    return open_store(made.transport, config.cluster.name, iid, made.slab_blocks, block_bytes, made.digest)
 
 
 def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore) -> Identity:

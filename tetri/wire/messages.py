@@ -181,9 +181,11 @@ class Grant(BetweenWorkers, tag="grant", frozen=True):
 
 
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):
-    """Also the answer to anything that names an offer which the receiver does not know."""
+    """Also the answer to anything that names an offer which the receiver does not know. `spoilt`: the KV bytes are
+    not what was announced, so offering them again is of no use."""
 
     why: str
+    spoilt: bool = False
 
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):
@@ -193,7 +195,7 @@ class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     start: Count
     stop: Count
     handle: Handle
-    digest: int
+    digest: int | None
     token: int | None = None
 
 
