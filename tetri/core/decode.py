@@ -107,7 +107,8 @@ class Decode:
         if event.problem is not None:
             flow.broken = flow.broken or f"chunk {event.index} is {event.problem}"
         if flow.broken is not None:  # the engine must know the leg until the last copy is made
-            return [] if flow.taking else [self._answer(Refuse, seat.offer, why=flow.broken, spoilt=True), *self._release(seat)]
+            refuse = self._answer(Refuse, seat.offer, why=flow.broken, spoilt=True)
+            return [] if flow.taking else [refuse, *self._release(seat)]
         seat.flow.land(event.index)
         actions: list[Action] = [self._answer(Landed, seat.offer, index=event.index)]
         if seat.flow.complete:

@@ -30,7 +30,8 @@ class KVStore(Protocol):
 
     def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
         """Take `count` slots, let `write` fill one view each, return the handle and the xxh3-64 digest over the
-        blocks in order (None: made without digests). Raises KVError when there are too few free slots (the core counts them: a bug)."""
+        blocks in order (None: made without digests). Raises KVError when there are too few free slots (the core
+        counts them: a bug)."""
 
     def take(self, handle: Handle, digest: int | None) -> Sequence[memoryview]:
         """The receiver's own copy, one view per block, digest (if there is one) checked over that copy and the
