@@ -26,7 +26,7 @@ from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
 from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, ClusterView, Hold, Resend
+from tetri.wire.messages import Assign, Close, ClusterView, FromWorker, Hold, Resend
 
 RID = "00002a-1"  # of the first request
 LIMITS = Limits(
@@ -175,6 +175,11 @@ def test_one_request_from_queue_to_done(served):
     assert served.core.table.open == 0
 
 
+def test_an_instance_that_did_both_phases_keeps_it(served):
+    served.tell(submit(), tokens("p1", RID, 0, 7))
+    assert not served.tell(staged("p1", RID, Stage.WAITING)) and row(served).decode == "p1"
+
+
 def test_the_end_before_the_tokens_waits_for_them(decoding):
     early = decoding.tell(finished("d1", RID, 4))
     assert early == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
@@ -287,6 +292,15 @@ def test_an_ended_request_is_forgotten_after_the_grace(decoding):
     decoding.tell(Undelivered(b"c", row(decoding).letters[-1], gone=False))
     decoding.later(2.1)
     assert not decoding.core.table.rows and not decoding.core.table.keys
+
+
+def test_while_the_last_words_are_asked_for_nothing_else_ends_it_or_starts_it_over(decoding):
+    core = decoding.core
+    core.handle(cancel(), 0.0)
+    assert not core.handle(cancel(), 0.0)
+    assert not sent(core.handle(PeerDown("d1"), 0.0), kind=Assign)
+    core.check()
+    assert done(core.handle(Worded(RID, 1, (), "", None, True), 0.0)).reason == "cancelled"
 
 
 # ---------------------------------------------------------------- clients that are not there
@@ -456,6 +470,11 @@ def test_late_words_of_a_lost_worker_do_not_give_it_the_request(served):
 
 def test_unknown_workers_are_not_heard(broker):
     assert not broker.tell(beat("p9"), tokens("p9", RID, 0, 1)) and not broker.tell(PeerDown("p9"))
+
+
+def test_any_word_of_a_worker_brings_it_back(served):
+    served.tell(PeerDown("p1"), PeerUp("p1"), FromWorker(iid="p1", incarnation=1))
+    assert served.core.registry.peers["p1"].lost is None
 
 
 # ---------------------------------------------------------------- beats

@@ -300,6 +300,7 @@ def test_one_request_from_admission_to_its_end(decode):
     assert kinds(first) == ["AdmitLeg", "Staged > broker", "Step", "Tokens > broker"]
     assert only(first, AdmitLeg) == [AdmitLeg(KEY, 5)] and sent(first, kind=Staged)[0].stage == "decode"
     assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.load().running) == (1, 1)
+    assert [hold.stage for hold in decode.core.decode.holds()] == ["decode"]
     last = decode.step((KEY, 7, "length"))
     assert kinds(last) == ["Step", "Tokens > broker", "Finished > broker"]
     assert sent(last, kind=Tokens)[0].items[0].reason == "length"

@@ -443,7 +443,15 @@ def test_closing_an_older_attempt_leaves_the_new_one(prefill):
     assert not prefill.tell(Close(rid="a", attempt=1)) and prefill.core.prefill.jobs
 
 
-# ---------------------------------------------------------------- check
+# ---------------------------------------------------------------- what must not be
+
+
+def test_a_leg_that_was_planned_without_room_must_not_go_on(monkeypatch):
+    told = start()
+    told.tell(assign("a", prompt=8))
+    monkeypatch.setattr(told.core.ledger, "take", lambda key, blocks: False)
+    with pytest.raises(Broken, match="p:a:1 was planned without room"):
+        told.core.tick(0.0)
 
 
 @pytest.mark.parametrize(

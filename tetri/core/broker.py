@@ -194,9 +194,9 @@ class Broker:
         return actions
 
     def _row(self, rid: str, attempt: int) -> Row | None:
-        """The open row that a worker speaks of, None when it is over or this attempt is."""
+        """The open row that a worker speaks of, None when it is over, this attempt is, or nobody can have it."""
         row = self.table.rows.get(rid)
-        return row if row and row.attempt == attempt and row.reason is None else None
+        return row if row and row.attempt == attempt and row.reason is None and row.prefill else None
 
     def _row_event(self, row: Row, event: Staged | Finished | Failed, now: float) -> list[Action]:
         match event:

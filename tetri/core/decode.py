@@ -56,8 +56,10 @@ class Decode:
         seat = self._seat_of(message.rid)
         if seat is not None and seat.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
-        if seat is not None and (seat.is_for(message) or self._complete(seat, message)):
-            seat.offer = message  # the same tokens, perhaps under another number
+        if seat is not None and seat.is_for(message):
+            return [self._answer(Grant, message)]
+        if seat is not None and seat.has_all_of(message):
+            seat.offer = message  # the same under another number
             return [self._answer(Grant, message)]
         actions = self._release(seat) if seat else []
         why = obstacle(message, self.own.fingerprint, self.own.capacity)
@@ -72,9 +74,6 @@ class Decode:
         tokens = (*message.prompt, *message.output)
         leg = Leg(key, "decode", tokens, len(message.prompt), message.sampling)
         return [*actions, AddLeg(leg), self._answer(Grant, message)]
-
-    def _complete(self, seat: Seat, offer: Offer) -> bool:
-        return bool(seat.landed_as) and seat.offer.attempt == offer.attempt
 
     def chunk(self, message: Chunk) -> list[Action]:
         seat = self._seat_of(message.rid)

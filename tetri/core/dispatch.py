@@ -64,8 +64,6 @@ class Dispatcher:
         """Say to the target all that it has not answered. What it knows already it answers again. When it has
         all, ask by the same words whether it still has: until the broker closes the job, nobody else knows. Of
         what it lost, the handles are old ones, and it refuses."""
-        if job.flow.offer is None:
-            return []
         self.timers.set(job.key, now + self.own.offer_s)
         offer = [] if job.flow.granted else [self._offer(job)]
         parcels = job.flow.sent if job.flow.complete else job.flow.parcels.values()

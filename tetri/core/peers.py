@@ -61,9 +61,6 @@ class Neighbours:
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
 
-    def knows(self, iid: str, incarnation: int) -> bool:
-        return self._incarnation(iid) == incarnation
-
     def decoders(self) -> Iterator[InstanceView]:
         """Reachable decode instances that understand this engine's KV bytes."""
         for iid, instance in self.instances.items():

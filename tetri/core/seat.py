@@ -50,6 +50,11 @@ class Seat:
             other.offer,
         )
 
+    def has_all_of(self, offer: Offer) -> bool:
+        """Whether the KV of this very attempt has landed, for whichever offer."""
+        same = (self.offer.attempt, self.offer.prompt, self.offer.output) == (offer.attempt, offer.prompt, offer.output)
+        return bool(self.landed_as) and same
+
     def receipt(self, iid: str, transport: str) -> Receipt:
         return Receipt(
             prompt_tokens=len(self.offer.prompt),
