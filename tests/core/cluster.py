@@ -5,7 +5,8 @@ happens follows from the seed.
     story = Cluster(seed=7, faults=Faults.some(seed=7)).run()
 
 `run` raises AssertionError (which names the seed) when a promise is broken. With `log=[]` every event and action is
-written down, one line each.
+written down, one line each; `tell(seed)` gives the whole story of one that failed. With `wire=True` every message
+between processes is encoded and decoded as on the wire.
 """
 
 from __future__ import annotations
@@ -104,8 +105,9 @@ class Cluster:
         faults: Faults | None = None,
         shape: Shape | None = None,
         log: list[str] | None = None,
+        wire: bool = False,
     ) -> None:
-        self.seed, self.log = seed, log
+        self.seed, self.log, self.wire = seed, log, wire
         self.faults, self.shape = faults or Faults(), shape or Shape()
         self.rng = Random(seed)
         self.now = 0.0

@@ -42,7 +42,9 @@ from tetri.kv.local import LocalStore
 from tetri.policy.rules import Rules
 from tetri.request import Capacity
 from tetri.text import ByteTokenizer, Stopper
+from tetri.wire.codec import decode, encode
 from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import InboxMessage, WorkerEvent
 
 if TYPE_CHECKING:
     from tests.core.cluster import Cluster, Shape
@@ -64,6 +66,8 @@ class Link:
         world = self.world
         if not self.up or world.happens(world.faults.drop):
             return
+        if world.wire:
+            message = decode(encode(message), self.dst.reads)
         for _ in range(2 if world.happens(world.faults.repeat) else 1):
             slow = world.happens(world.faults.delay)
             took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
@@ -106,6 +110,7 @@ class Node:
 
     name: str
     core: Any
+    reads: Any = InboxMessage
 
     def __init__(self, world: Cluster, name: str) -> None:
         self.world, self.name = world, name
@@ -179,6 +184,8 @@ class Node:
 
 
 class BrokerNode(Node):
+    reads = WorkerEvent
+
     def __init__(self, world: Cluster, shape: Shape) -> None:
         super().__init__(world, BROKER)
         limits = Limits(

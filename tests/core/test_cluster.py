@@ -24,6 +24,11 @@ def test_under_faults_every_request_gets_its_tokens_and_all_memory_comes_back(pa
         Cluster(seed, Faults.some(seed), Shape.some(seed)).run()
 
 
+def test_every_message_is_one_that_the_wire_carries():
+    for seed in range(8):
+        Cluster(seed, Faults.some(seed), Shape.some(seed), wire=True).run()
+
+
 def test_a_seed_tells_the_same_story_again():
     first, again = [], []
     for log in (first, again):

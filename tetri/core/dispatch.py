@@ -113,8 +113,8 @@ class Dispatcher:
         return [job for job in jobs if job.flow.target == iid]
 
     def _clear(self, job: Job) -> None:
-        if job.flow.offer is not None:
-            del self.offers[job.flow.offer]
+        assert job.flow.offer is not None
+        del self.offers[job.flow.offer]
         self.timers.clear(job.key)
         job.flow.clear_aim()
 
