@@ -76,7 +76,8 @@ def main(
 
 def configure(conf: Path, overrides: tuple[str, ...], folder: Path) -> Config:
     """The configuration with a run directory of its own and, where it pins none, the broker beside the prefill."""
-    own = [f"cluster.run_dir={folder}", f"cluster.name=b{os.getpid()}"]
+    # Nobody may be given up while it is stopped.
+    own = [f"cluster.run_dir={folder}", f"cluster.name=b{os.getpid()}", "cluster.dead_s=3600"]
     config = load(conf, [*own, *overrides])
     if config.engine.kind != "vllm":
         raise BenchError("only the real engine can be compared with vLLM: give a configuration with engine.kind = vllm")
@@ -125,7 +126,9 @@ def settings(config: Config, model: Path) -> dict[str, Any]:
 def one_round(
     direct: Direct, live: Live, prompts: list[list[int]], tokens: int, others: list[list[int]]
 ) -> dict[str, Any]:
-    alone, served = direct.run(prompts, tokens), live.run(prompts, tokens)
+    with live.stopped():
+        alone = direct.run(prompts, tokens)
+    served = live.run(prompts, tokens)
     return {
         "direct": steady(alone),
         "live": steady(served),

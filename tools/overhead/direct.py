@@ -26,8 +26,9 @@ class Direct:
         self._log = log
         command = [sys.executable, __file__, str(cpu), json.dumps(settings)]
         with open(log, "wb") as output:
+            # In a session of its own, as the live workers are: Linux shares a busy CPU out by session first.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, start_new_session=True
             )
 
     def wait_ready(self) -> None:
