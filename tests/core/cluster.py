@@ -216,7 +216,7 @@ class Cluster:
         return self
 
     def over(self) -> bool:
-        if self.now < self.faults.until or self.broker.core.table.rows:
+        if self.now < self.faults.until or self.broker.core.table.open:
             return False
         return not any(self.unfinished().values())
 
@@ -224,7 +224,7 @@ class Cluster:
         workers = [worker for worker in self.workers]
         return {
             "without a Done": [str(client.name) for client in self.clients.values() if client.done is None],
-            "rows": [f"{row.rid} {row.stage}" for row in self.broker.core.table.rows.values()],
+            "rows": [f"{row.rid} {row.stage}" for row in self.broker.core.table.active()],
             "jobs": [f"{w.name} {key}" for w in workers for key in w.core.prefill.jobs],
             "seats": [f"{w.name} {key}" for w in workers for key in w.core.decode.seats],
             "dead": [w.name for w in workers if not w.alive],
@@ -233,7 +233,8 @@ class Cluster:
     def verify(self) -> None:
         for client in self.clients.values():
             client.verify()
-        assert not self.broker.stoppers and not self.broker.core.table.keys
+        self.broker.core.tick(self.now + 60.0)  # long after: ended requests are forgotten
+        assert not self.broker.stoppers and not self.broker.core.table.rows and not self.broker.core.table.keys
         for node in self.nodes.values():
             node.core.check()
         for worker in self.workers:

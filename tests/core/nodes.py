@@ -195,7 +195,7 @@ class BrokerNode(Node):
             beat_s=0.05,
             dead_s=0.6,
             patience_s=60.0,
-            client_grace_s=1.0,
+            client_grace_s=2.5,
         )
         self.core = Broker(limits, Rules(), epoch=world.rng.getrandbits(62), rng=Random(1), now=0.0)
         self.stoppers: dict[str, Stopper] = {}

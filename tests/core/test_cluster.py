@@ -7,7 +7,7 @@ import pytest
 
 from tests.core.cluster import Cluster, Faults, Shape
 
-SEEDS = int(os.environ.get("TETRI_SEEDS", "160"))
+SEEDS = int(os.environ.get("TETRI_SEEDS", "300"))
 FIRST = int(os.environ.get("TETRI_FIRST_SEED", "0"))
 PARTS = 8  # a failure leaves the other parts to tell more
 
