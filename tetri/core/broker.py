@@ -54,7 +54,7 @@ class Broker:
                 return self._undelivered(event, now)
             case PeerUp():
                 self.registry.up[event.peer] = None
-                return [*self.registry.publish(), *self.life.place_waiting(now)]
+                return [*self.registry.publish(now), *self.life.place_waiting(now)]
             case PeerDown():
                 self.registry.up.pop(event.peer, None)
                 return self._lose(event.peer, "connection lost", now)
@@ -71,7 +71,7 @@ class Broker:
                 self.life.timers.set(VIEW, now + self.limits.beat_s)
                 if not self.table.open:
                     self.check()
-                actions += self.registry.publish()
+                actions += self.registry.refresh(now)
             elif what == "silence":
                 actions += self._lose(who, f"silent for {self.limits.dead_s:g} s", now)
             else:
@@ -169,7 +169,7 @@ class Broker:
         if replaced:
             self.life.counters["workers_replaced"] += 1
             actions += self.life.restart_all(event.iid, f"{event.iid} was restarted", now)
-        return [*actions, *self.registry.publish(), *self.life.place_waiting(now)]
+        return [*actions, *self.registry.publish(now), *self.life.place_waiting(now)]
 
     def _from_worker(self, event: FromWorker, now: float) -> list[Action]:
         peer = self.registry.known(event)
@@ -262,7 +262,7 @@ class Broker:
             return []
         peer.lost = why
         self.life.counters["workers_lost"] += 1
-        return [*self.registry.publish(), *self.life.restart_all(iid, f"{iid}: {why}", now)]
+        return [*self.registry.publish(now), *self.life.restart_all(iid, f"{iid}: {why}", now)]
 
     def status(self) -> Status:
         counters = dict(sorted(self.life.counters.items()))

@@ -11,6 +11,9 @@ from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import ClusterView, FromWorker, InstanceView, Load, Ready
 
 
+SILENCE_S = 0.8  # a worker that hears no view for `view_s`, 2 s, registers again
+
+
 @dataclass(slots=True)
 class Peer:
     """One worker. `lost` says why it is out, None while it is in."""
@@ -35,6 +38,8 @@ class Registry:
         self.peers: dict[str, Peer] = {}
         self.up: dict[str, None] = {}
         self.number = 0
+        self._sent: list[InstanceView] = []
+        self._sent_at = 0.0
 
     def ready(self, message: Ready, now: float) -> tuple[list[Action], bool]:
         """Enter a worker. True when it replaces another incarnation, whose requests are lost."""
@@ -63,10 +68,20 @@ class Registry:
     def prefill_views(self, outstanding: dict[str, int]) -> list[PrefillView]:
         return [PrefillView(peer.iid, outstanding.get(peer.iid, 0)) for peer in self.usable("prefill")]
 
-    def publish(self) -> list[Action]:
+    def publish(self, now: float) -> list[Action]:
         """The next ClusterView, to everyone that can be reached."""
         self.number += 1
-        instances = [
+        self._sent, self._sent_at = self._instances(), now
+        view = ClusterView(epoch=self.epoch, number=self.number, instances=self._sent)
+        return [Send(iid, view) for iid in self.up]
+
+    def refresh(self, now: float) -> list[Action]:
+        """A ClusterView when there is news, and now and then when there is none, so that silence means trouble."""
+        news = self._instances() != self._sent or now - self._sent_at >= SILENCE_S
+        return self.publish(now) if news else []
+
+    def _instances(self) -> list[InstanceView]:
+        return [
             InstanceView(
                 iid=peer.iid,
                 incarnation=peer.incarnation,
@@ -79,8 +94,6 @@ class Registry:
             for peer in self.peers.values()
             if peer.lost is None
         ]
-        view = ClusterView(epoch=self.epoch, number=self.number, instances=instances)
-        return [Send(iid, view) for iid in self.up]
 
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why a request of so many tokens fits into no instance that is there; None when one may take it."""

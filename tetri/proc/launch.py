@@ -50,8 +50,10 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
             _wait_ready(config, supervisor, say, time.monotonic() + wait_s)
             _write_state(config, supervisor)
         except BaseException:  # Ctrl-C too: half a deployment is of no use
-            say("stopping")
-            _end(run_dir, config)
+            try:
+                say("stopping")
+            finally:  # nobody may be there to hear it
+                _end(run_dir, config)
             raise
     return run_dir
 
