@@ -263,7 +263,7 @@ class WorkerNode(Node):
             beat_s=0.05,
             offer_s=0.08,
             patience_s=60.0,
-            view_s=0.3,
+            view_s=1.2,
         )
         self.core = Worker(own, Random(own.incarnation), self.world.now)
         if BROKER in self.world.nodes:
