@@ -128,13 +128,15 @@ def one_round(
 ) -> dict[str, Any]:
     with live.stopped():
         alone = direct.run(prompts, tokens)
-    served = live.run(prompts, tokens)
+    with direct.stopped():
+        served = live.run(prompts, tokens)
+        idle, busy = live.idle_handovers(others), live.busy_handovers(prompts, tokens, others)
     return {
         "direct": steady(alone),
         "live": steady(served),
         "same_outputs": sum(a == b for a, b in zip(alone["ids"], served["ids"], strict=True)),
-        "idle": live.idle_handovers(others),
-        "busy": live.busy_handovers(prompts, tokens, others),
+        "idle": idle,
+        "busy": busy,
     }
 
 

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from measure import BenchError, Run
+from measure import BenchError, Run, stopped
 
 
 class Direct:
@@ -39,6 +40,9 @@ class Direct:
         assert self._process.stdin is not None
         print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
         return self._answer()
+
+    def stopped(self) -> AbstractContextManager[None]:
+        return stopped([self._process.pid])
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

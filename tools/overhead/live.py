@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import zmq
-from measure import BenchError, Run, cpu_seconds
+from measure import BenchError, Run, cpu_seconds, stopped
 
 from tetri.client.conversation import Patience, Request, Session
 from tetri.client.sync import dealer, new_request
@@ -45,15 +43,10 @@ class Live:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Not even beating: an idle worker takes 1 or 2 percent of the CPU that it shares with plain vLLM."""
-        try:
-            for pid in self._pids:
-                os.kill(pid, signal.SIGSTOP)
+        """Not even beating."""
+        with stopped(self._pids):
             yield
-        finally:
-            for pid in self._pids:
-                os.kill(pid, signal.SIGCONT)
-            time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)
 
     def run(self, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
         """All prompts at once, streamed to the end."""
