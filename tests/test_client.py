@@ -222,6 +222,18 @@ def test_cancelling_a_stream_keeps_what_there_was():
         assert second.result.finish_reason == "cancelled"
 
 
+def test_deltas_missed_before_a_cancel_are_asked_for_after_the_end():
+    def reply(message):
+        if message["type"] == "submit":
+            return [accepted(message)]  # both deltas get lost
+        if message["type"] == "attach":
+            return [delta(0), delta(1), done(reason="cancelled", tokens=2)]
+        return [done(reason="cancelled", tokens=2)]
+
+    with FakeBroker(reply) as broker, tetri.Client(broker.address, **FAST) as client:
+        assert client.stream("hi").cancel().text == "one two "
+
+
 def test_cancelling_before_the_broker_has_answered():
     script = Scripted(submit=[lambda m: [], lambda m: [accepted(m)]], cancel=[lambda m: [], endless])
     broker = FakeBroker(

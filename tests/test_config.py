@@ -68,6 +68,7 @@ BAD = [
     ("[cluster]\nbeat_s=inf\n", "cluster.beat_s: must be a number"),
     ("[cluster]\nname='Too Big'\n", "1 to 20 of a-z"),
     ("[cluster]\ndead_s=0.3\n", "at least three times beat_s"),
+    ("[transfer]\nslab_blocks=4\n", "slab_blocks: must be at least 5"),
     ("[transfer]\ndigest=1\n", "must be true or false"),
     ("[model]\nname=3\n", "model.name: must be a text"),
     ("[model]\ndtype=1979-05-27\n", "model.dtype: must be a text"),

@@ -33,7 +33,7 @@ ROOMS = {
     "policy": room("request", "leg"),
     "wire": room("request", third=["msgspec"]),
     "cost": room("request", "leg"),
-    "config": room("policy", "strict"),
+    "config": room("request", "policy", "strict"),
     "core": room("request", "leg", "policy", "wire"),
     "net": room("wire", "log", third=["zmq", "msgspec"]),
     "kv": room("wire", "log", third=["numpy", "xxhash"]),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.policy.rules import TABLES, Rules
+from tetri.request import blocks_for
 from tetri.strict import REQUIRED, ConfigError, choice, number, section, types, word
 
 _RULES = Rules()
@@ -254,6 +255,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f'worker: at least one [[worker]] with role = "{role}" is needed'
     if config.cluster.dead_s < 3 * config.cluster.beat_s:
         yield f"cluster.dead_s: must be at least three times beat_s ({config.cluster.beat_s:g} s)"
+    chunk, block = config.engine.chunk_tokens, config.engine.block_tokens
+    if config.transfer.slab_blocks < (least := blocks_for(chunk + block - 1, block)):
+        yield f"transfer.slab_blocks: must be at least {least}, the blocks that one chunk may fill"
     for place, cpus in [("broker.cpus", config.broker.cpus)] + [
         (f"worker {w.iid}.cpus", w.cpus) for w in config.workers
     ]:

@@ -198,7 +198,7 @@ def test_a_refused_turn_does_not_end_the_chat(run, broker):
 def start(*arguments):
     code = "from tetri.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, *arguments], bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 

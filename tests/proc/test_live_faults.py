@@ -18,7 +18,7 @@ from tetri.client import AsyncClient, Failed, Result, TetriError
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 
-LENGTH = 300
+LENGTH = 150
 
 
 ONE_EACH = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"

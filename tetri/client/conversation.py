@@ -155,6 +155,7 @@ class Request(Call):
     def _finish(self, done: dict[str, Any], now: float) -> None:
         self.heard(now)
         if len(self.ids) < done["usage"].completion_tokens:
+            self.cancelling = False  # it has ended: what is missing is to be had by Attach only
             self._miss(now)
             return
         self.result = Result(
