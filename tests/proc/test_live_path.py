@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from live import LiveCluster, wait_until
+from raw_client import RawClient
 
 from tetri.client import AsyncClient, Refused, Result
 from tetri.engine.emulated import reference
@@ -139,3 +140,23 @@ def test_64_at_once(cluster: LiveCluster) -> None:
     used = {result.receipt.prefill_instance for result in results}
     assert used == {"p0", "p1"}
     cluster.wait_idle()
+
+
+def test_a_client_of_pyzmq_and_msgpack_alone(cluster: LiveCluster) -> None:
+    """docs/protocol.md is enough: every verb, a resent Submit, a new connection that goes on in the middle."""
+    address, prompt = cluster.config.clients_address, [11, 12, 13] * 200
+    right = expected(cluster, prompt, max_tokens=20)
+    with RawClient(address) as client:
+        ids, text, done = client.generate(prompt, max_tokens=20)
+        assert (ids, text) == (right, decode(ByteTokenizer(), right))
+        assert done["receipt"]["adopted"] == 600 and done["reason"] == "length"
+        assert client.submit([], key="empty")["reason"].startswith("the prompt is empty")
+        first = client.submit(prompt, key="same", max_tokens=20)
+        assert client.submit(prompt, key="same", max_tokens=20) == first
+        with RawClient(address) as other:
+            other.attach(first["rid"], start=0)
+            *deltas, done = other.stream(first["rid"])
+            assert [token for delta in deltas for token in delta["ids"]] == right
+        endless = client.submit(prompt, max_tokens=7000)
+        assert client.cancel(endless["rid"])["reason"] == "cancelled"
+        assert client.inspect()["model"] == "emulated"
