@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tetri.metrics import summarise
+
 
 class BenchError(RuntimeError):
     """The benchmark cannot go on; one line."""
@@ -70,10 +72,11 @@ def steady(run: dict[str, Any]) -> dict[str, float]:
     rates = [(len(times) - 1) / (times[-1] - times[0]) for times in inside]
     gaps = [1000 * (b - a) for times in inside for a, b in pairwise(times)]
     steps = max(map(len, inside)) - 1
+    spread = summarise(gaps)
     return {
         "tok_s": sum(rates),
-        "step_ms": median(gaps),
-        "step_p99_ms": sorted(gaps)[int(0.99 * (len(gaps) - 1))],
+        "step_ms": spread.p50,
+        "step_p99_ms": spread.p99,
         "cpu_step_ms": 1000 * (run["cpu"][1] - run["cpu"][0]) / steps,
         "seconds": stop - start,
         "steps": steps,
