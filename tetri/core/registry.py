@@ -10,7 +10,6 @@ from tetri.request import Capacity, Fingerprint, blocks_for, difference
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import ClusterView, FromWorker, InstanceView, Load, Ready
 
-
 SILENCE_S = 0.8  # a worker that hears no view for `view_s`, 2 s, registers again
 
 
