@@ -87,6 +87,7 @@ class Policy:
     prefill_route: str = choice(_RULES.prefill_route, *TABLES["prefill_route"])
     decode_route: str = choice(_RULES.decode_route, *TABLES["decode_route"])
     order: str = choice(_RULES.order, *TABLES["order"])
+    sched_batch: int = number(16, 1, 1 << 20)  # prompts that are ordered together
     chunk: str = choice(_RULES.chunk, *TABLES["chunk"])
     admit: str = choice(_RULES.admit, *TABLES["admit"])
 

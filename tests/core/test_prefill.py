@@ -24,6 +24,7 @@ from tests.core.build import (
 from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
+from tetri.policy.rules import Rules
 from tetri.request import blocks_for
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Chunk, Close, Drop, Failed, Finished, Offer, Resend, Staged, Tokens
@@ -470,3 +471,19 @@ def test_check_finds_what_is_wrong(spoil, complaint):
     spoil(told.core.prefill, told.core.prefill.jobs["p:a:1"])
     with pytest.raises(Broken, match=complaint):
         told.core.check()
+
+
+# ---------------------------------------------------------------- order
+
+
+def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
+    """Windows of two, shortest first: "c" is shorter than all, but of the second window; "d" joins it in time."""
+    told = start(rules=Rules(order="sjf"), sched_batch=2, capacity=capacity(max_batch=3))
+    told.tell(assign("a", 7), assign("b", 5), assign("c", 1))
+    first = told.step(("b", 9, None))
+    assert told.core.prefill.line == ["p:a:1"] and told.core.prefill.raw == ["p:c:1"]
+    assert [action.leg.key for action in first if isinstance(action, AddLeg)] == ["p:b:1", "p:a:1"]
+    told.tell(assign("d", 2))
+    second = told.step(("a", 9, None), ("c", 9, None), ("d", 9, None))
+    assert [action.leg.key for action in second if isinstance(action, AddLeg)] == ["p:c:1", "p:d:1"]
+    told.core.check()

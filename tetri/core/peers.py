@@ -25,6 +25,7 @@ class Identity:
     transport: str
     slots: int
     rules: Rules = Rules()
+    sched_batch: int = 16  # prompts ordered together (paper, section 3.3.1: PrefillSchedBatch)
     reserve_share: float = 0.5
     beat_s: float = 0.2
     offer_s: float = 1.0

@@ -19,8 +19,6 @@ from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Receipt, Stage, blocks_for
 from tetri.wire.messages import Assign, Failed, Finished, Hold, Resend, Staged, TokenItem, Tokens, WorkerEvent
 
-SCHED_BATCH = 16  # requests ordered together (paper, section 3.3.1: PrefillSchedBatch)
-
 
 class Prefill:
     """`jobs` by key; `raw` in order of arrival, `line` in order of execution, both hold keys of `jobs` whose
@@ -93,8 +91,7 @@ class Prefill:
 
     def plan(self, now: float) -> list[Action]:
         """Choose the next chunk and hand the engine just the legs that fill it. `expected` is the chunk."""
-        if len(self.line) < SCHED_BATCH and self.raw:
-            self._order_next()
+        self._fill_line()
         self.expected = self._next_chunk()
         actions: list[Action] = []
         for job in [self.jobs[span.key] for span in self.expected]:
@@ -102,10 +99,15 @@ class Prefill:
                 actions += self._start(job, now)
         return actions
 
-    def _order_next(self) -> None:
-        window, self.raw = self.raw[:SCHED_BATCH], self.raw[SCHED_BATCH:]
-        prompts = [QueuedPrompt(key, self.jobs[key].arrival, self.jobs[key].goal) for key in window]
-        self.line += ORDERS[self.own.rules.order](prompts)
+    def _fill_line(self) -> None:
+        """Order windows of the queue, no more than it takes to fill a chunk: whoever comes later is ordered with
+        more company. A window never goes before an earlier one, which bounds how long a prompt is passed over."""
+        tokens = sum(self.jobs[key].goal - self.jobs[key].done for key in self.line)
+        while self.raw and tokens < self.own.capacity.chunk_tokens:
+            window, self.raw = self.raw[: self.own.sched_batch], self.raw[self.own.sched_batch :]
+            prompts = [QueuedPrompt(key, self.jobs[key].arrival, self.jobs[key].goal) for key in window]
+            self.line += ORDERS[self.own.rules.order](prompts)
+            tokens += sum(prompt.tokens for prompt in prompts)
 
     def _next_chunk(self) -> list[Span]:
         spans = self._pack(self._candidates())

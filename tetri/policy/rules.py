@@ -18,7 +18,11 @@ PREFILL_ROUTES: dict[str, Callable[[Sequence[PrefillView]], str | None]] = {
 DECODE_ROUTES: dict[str, Callable[[int, Sequence[DecodeView], Random], str | None]] = {
     "first_fit": route.first_fit
 }
-ORDERS: dict[str, Callable[[Sequence[QueuedPrompt]], list[str]]] = {"fcfs": order.fcfs}
+ORDERS: dict[str, Callable[[Sequence[QueuedPrompt]], list[str]]] = {
+    "fcfs": order.fcfs,
+    "sjf": order.sjf,
+    "ljf": order.ljf,
+}
 CHUNKS: dict[str, Callable[[Sequence[Progress], int], list[Span]]] = {"pack": chunk.pack}
 ADMISSIONS: dict[str, Callable[[Sequence[WaitingSeat], BatchView], list[str]]] = {"greedy": admit.greedy}
 

@@ -71,6 +71,7 @@ def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVSto
         transport=kv.transport,
         slots=kv.slots,
         rules=rules(config),
+        sched_batch=config.policy.sched_batch,
         reserve_share=config.transfer.reserve_share,
         beat_s=config.cluster.beat_s,
         offer_s=config.transfer.offer_s,
