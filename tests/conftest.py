@@ -1,1 +1,6 @@
 """Makes the helper modules of this folder importable (`import live`) from every test below it."""
+
+import signal
+
+# Whoever runs the tests in the background may have SIGINT ignored; the programs under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
