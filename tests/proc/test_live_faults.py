@@ -14,7 +14,7 @@ import pytest
 import zmq
 from live import LiveCluster, wait_until
 
-from tetri.client import AsyncClient, Failed, Result, TetriError
+from tetri.client import AsyncClient, Failed, Refused, Result, TetriError
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 
@@ -222,3 +222,55 @@ def test_forged_messages_between_workers_harm_nobody(pairs: LiveCluster) -> None
         socket.close()
     context.term()
     assert pairs.client().generate("still there?", max_tokens=8).finish_reason == "length"
+
+
+def test_a_broker_that_was_killed_comes_back(pair: LiveCluster) -> None:
+    """Its open requests are lost and their clients told; workers register again by themselves."""
+    stream = pair.client().stream("gone with the broker", max_tokens=4000)
+    next(stream)
+    pair.kill("broker")
+    pair.start("broker")
+    with pytest.raises(Refused, match="no request"):
+        stream.wait()
+    wait_until(lambda: len(pair.instances()) >= 2, "the workers do not come back")
+    pair.wait_ready("p0", "d0")
+    assert pair.client().generate("hello again", max_tokens=5).finish_reason == "length"
+
+
+def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
+    """Thousands of undecodable frames and questions, while a request is served."""
+    config, context = pairs.config, zmq.Context()
+    addresses = [(config.clients_address, zmq.DEALER), (config.events_address, zmq.PUSH)]
+    addresses += [(config.inbox_address(worker.iid), zmq.PUSH) for worker in config.workers]
+    sockets = []
+    for address, kind in addresses:
+        socket = context.socket(kind)
+        socket.linger, socket.sndhwm = 0, 100_000
+        socket.connect(address)
+        sockets.append(socket)
+    stream = pairs.client().stream([5] * 900, max_tokens=LENGTH)
+    for _ in range(3000):
+        for socket in sockets:
+            with contextlib.suppress(zmq.Again):  # it does not read faster: as it should be
+                socket.send(b"\x01garbage", zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):
+            sockets[0].send(b"\x01\x81\xa4type\xa7inspect", zmq.NOBLOCK)
+    assert stream.wait().finish_reason == "length"
+    for socket in sockets:
+        socket.close()
+    context.term()
+    pairs.assert_alive()
+
+
+def test_more_than_may_be_open_is_refused_with_a_time_to_come_back() -> None:
+    async def run(address: str) -> list[Result | BaseException]:
+        async with AsyncClient(address) as client:
+            calls = (client.generate([7] * 50, max_tokens=40) for _ in range(40))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    with slow_cluster(ONE_EACH, "broker.max_open=8") as cluster:
+        results = asyncio.run(run(cluster.config.clients_address))
+        refused = [result for result in results if isinstance(result, Refused)]
+        assert len(refused) == 32 and all(error.retry_after_s for error in refused)
+        assert sum(isinstance(result, Result) for result in results) == 8
+        cluster.wait_idle()
