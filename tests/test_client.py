@@ -211,6 +211,31 @@ def test_streaming_and_the_conversation_form():
     assert broker.seen[0]["messages"] == [{"role": "user", "content": "hi"}]
 
 
+def test_what_came_while_the_caller_was_away_counts_as_an_answer():
+    """The caller came back later than the time-out, and all replies were waiting for it."""
+    options = {**FAST, "timeout": 0.2}
+    with FakeBroker(answer) as broker, tetri.Client(broker.address, **options) as client:
+        for act in (list, lambda s: [s.wait().text], lambda s: [s.cancel().text]):
+            stream = client.stream("hi")
+            time.sleep(0.3)
+            assert "".join(act(stream)) == "one two three"
+        first = client.stream("hi")
+        time.sleep(0.3)
+        client.stream("another")
+        assert list(first) == WORDS
+
+
+def test_a_reply_that_was_waiting_is_given_at_once():
+    """Although another request of the same client, whose turn to speak is far off, is open."""
+    script = Scripted(submit=[answer, lambda m: [accepted(m, "r2")]])
+    with FakeBroker(script) as broker, tetri.Client(broker.address, silence_s=5.0) as client:
+        first, second = client.stream("hi"), client.stream("another")
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert list(first) == WORDS and second.result is None
+        assert time.monotonic() - began < 2
+
+
 def test_cancelling_a_stream_keeps_what_there_was():
     with FakeBroker(endless) as broker, tetri.Client(broker.address, **FAST) as client:
         stream = client.stream("hi")

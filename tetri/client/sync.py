@@ -66,6 +66,7 @@ class Client:
         self._patience = Patience(timeout, silence_s, resend_s)
         self._session = Session()
         self._socket = dealer(zmq.Context.instance(), self.address)
+        self._draining = False
 
     def generate(
         self,
@@ -88,6 +89,7 @@ class Client:
     ) -> Stream:
         """An iterator over the answer's text as it appears. Raises TetriError, now or while iterating."""
         request = new_request(prompt, messages, deadline_s, sampling, self._patience)
+        self._drain()
         self._session.calls.append(request)
         self._send()
         return Stream(self, request)
@@ -131,23 +133,39 @@ class Client:
             raise call.error
 
     def _turn(self) -> None:
-        """Send what is due, wait for the next reply or deadline, take all replies that are there."""
+        """Take what has come, send what is due; if nothing had come, wait for the next reply or deadline."""
+        came = self._drain()
         self._send()
         deadline = self._session.deadline()
-        if deadline is None:
+        if came or deadline is None:
             return
         if self._socket.poll(max(0, 1000 * (deadline - time.monotonic()) + 1)):
+            self._drain()
+
+    def _drain(self) -> bool:
+        """Take all replies that are there; whether there was one. To be done before `_send`: the caller may have
+        been away for longer than the time-out, and answered all the while."""
+        self._check_open()
+        came, self._draining = False, True
+        try:
             while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
                 self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), time.monotonic())
+                came = True
+        finally:
+            self._draining = False
+        return came
 
     def _send(self) -> None:
-        if self._socket.closed:
-            raise TetriError("the client was closed")
+        self._check_open()
         for frame in self._session.tick(time.monotonic()):
             try:
                 self._socket.send(frame, zmq.NOBLOCK)
             except zmq.Again:  # nobody takes it for now: it will be asked again
                 return
+
+    def _check_open(self) -> None:
+        if self._socket.closed:
+            raise TetriError("the client was closed")
 
 
 class Stream:
@@ -193,7 +211,9 @@ class Stream:
     def cancel_soon(self) -> None:
         """Ask for the end without waiting for it: iterate on. May be called by a signal handler."""
         self._request.cancel(time.monotonic())
-        self._client._send()
+        if not self._client._draining:  # else this is a handler that came in between: the next turn sends it
+            self._client._drain()
+            self._client._send()
 
     def __enter__(self) -> Stream:
         return self
