@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(max_length=128)]  # of a request, an instance, a client's key
+Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 
 
@@ -64,6 +65,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 1, 1 << 30),
     ("min_tokens", 0, 1 << 30),
 )
+_LARGE = 10**300
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 
@@ -74,16 +76,22 @@ def sampling_problem(s: Sampling) -> str | None:
         value = getattr(s, name)
         if not low <= value <= high:  # also catches NaN
             bound = f"at least {low:g}" if value < low else f"from {low:g} to {high:g}"
-            return f"{name} must be {bound}, got {value:g}"
+            return f"{name} must be {bound}, got {_told(value)}"
     if not 0.0 < s.top_p <= 1.0:
-        return f"top_p must be above 0 and at most 1, got {s.top_p:g}"
+        return f"top_p must be above 0 and at most 1, got {_told(s.top_p)}"
     if s.seed is not None and not 0 <= s.seed < 1 << 63:
-        return f"seed must be from 0 to 2^63 - 1, got {s.seed}"
+        return f"seed must be from 0 to 2^63 - 1, got {s.seed if abs(s.seed) < _LARGE else _told(s.seed)}"
     if s.min_tokens > s.max_tokens:
         return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({s.max_tokens})"
     if len(s.stop) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in s.stop):
         return f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters"
     return None
+
+
+def _told(value: float) -> str:
+    if isinstance(value, int) and abs(value) >= _LARGE:
+        return "a number of many digits"  # which Python would refuse to write
+    return f"{value:g}"
 
 
 class Turn(Record, frozen=True):

@@ -82,7 +82,7 @@ class ModelTokenizer:
         return known
 
     def _spell(self, token: int) -> bytes:
-        word = None if token in self._silent or token < 0 else self._inner.id_to_token(token)
+        word = None if token in self._silent or not 0 <= token < 1 << 32 else self._inner.id_to_token(token)
         if word is None:  # padding of the vocabulary has no text either
             return b""
         try:

@@ -1,5 +1,6 @@
 """The broker's core: placing, relaying, starting over, reconciling."""
 
+import time
 from random import Random
 
 import pytest
@@ -19,7 +20,18 @@ from tests.core.build import (
     staged,
     tokens,
 )
-from tetri.core.actions import Broken, FromClient, Reply, Send, Submitted, Undelivered, Unword, Word, Worded
+from tetri.core.actions import (
+    Broken,
+    Disconnect,
+    FromClient,
+    Reply,
+    Send,
+    Submitted,
+    Undelivered,
+    Unword,
+    Word,
+    Worded,
+)
 from tetri.core.broker import Broker
 from tetri.core.desk import Limits
 from tetri.policy.rules import Rules
@@ -434,7 +446,9 @@ def test_the_failure_of_one_that_holds_it_no_more_is_ignored(decoding):
 def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
     served.later(4.0)
     served.tell(beat("p1"))
-    served.later(2.0)
+    served.later(2.0)  # it may have been the broker that did not listen
+    assert served.core.life.counters["workers_lost"] == 0
+    served.later(0.2)
     lost = [status.iid for status in served.core.registry.status() if status.state == "lost"]
     assert lost == ["d1", "d2", "p2"] and served.core.life.counters["workers_lost"] == 3
 
@@ -575,3 +589,69 @@ def test_check_finds_a_request_held_by_one_who_is_not_there(served):
 def test_words_are_asked_for_in_order(decoding):
     words = only(decoding.tell(tokens("d1", RID, 1, 8), tokens("d1", RID, 2, 9), cancel()), Word)
     assert [(word.start, word.ids, word.final) for word in words] == [(1, (8,), False), (2, (9,), False), (3, (), True)]
+
+
+# ---------------------------------------------------------------- unlike workers, slow readers, long lives
+
+
+def test_a_prefill_instance_that_nobody_can_pair_with_gets_nothing(broker):
+    other = fingerprint(dtype="f32")
+    broker.tell(ready("p1", "prefill", fingerprint=other), PeerUp("p1"), ready("d1", "decode"), PeerUp("d1"))
+    assert not sent(broker.tell(submit()), kind=Assign)
+    assert sent(broker.tell(ready("p2", "prefill"), PeerUp("p2")), "p2", Assign)
+
+
+def test_a_prefill_instance_gets_only_what_it_holds(broker):
+    broker.tell(ready("p1", "prefill", capacity=capacity(blocks=1)), PeerUp("p1"))
+    broker.tell(ready("p2", "prefill", capacity=capacity(blocks=8)), PeerUp("p2"))
+    assert sent(broker.tell(submit(prompt=range(1, 20))), "p2", Assign)
+    assert sent(broker.tell(submit("b")), "p1", Assign)
+
+
+def test_thousands_that_wait_are_placed_at_once_when_a_worker_comes():
+    limits = Limits(context=40, vocabulary=100, max_open=5000)
+    core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
+    for number in range(4000):
+        core.handle(submit(f"k{number}"), 0.0)
+    start = time.perf_counter()
+    core.handle(ready("d1", "decode"), 1.0)
+    core.handle(ready("p1", "prefill"), 1.0)
+    assert len(sent(core.handle(PeerUp("p1"), 1.0), "p1", Assign)) == 4000
+    assert time.perf_counter() - start < 2.0  # it took minutes when every row summed all others
+    core.check()
+
+
+def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
+    ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10), finished("d1", RID, 4))
+    delta = replies(ended)[0]
+    decoding.tell(Undelivered(b"c", delta, gone=False), Undelivered(b"c", replies(ended)[1], gone=False))
+    decoding.core.life.timers.clear(("retry", RID))
+    decoding.later(2.1)
+    assert RID in decoding.core.table.rows
+    assert isinstance(replies(decoding.tell(attach(1)))[-1], Done)
+    decoding.later(2.1)
+    assert RID not in decoding.core.table.rows
+
+
+def test_a_slow_reader_is_not_waited_for_for_ever(decoding):
+    ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10), finished("d1", RID, 4))
+    decoding.tell(Undelivered(b"c", replies(ended)[0], gone=False))
+    decoding.core.life.timers.clear(("retry", RID))
+    for _ in range(7):
+        decoding.later(2.1)
+    assert RID not in decoding.core.table.rows
+
+
+def test_a_worker_lost_for_long_is_given_up(served):
+    served.tell(PeerDown("p2"))
+    assert not only(served.later(599.0), Disconnect)
+    assert [action.peer for action in only(served.later(2.0), Disconnect)] == ["p2"]
+    assert "p2" not in {status.iid for status in served.core.registry.status()}
+
+
+def test_no_worker_ends_a_row_by_its_stage(decoding):
+    assert not decoding.tell(staged("d1", RID, Stage.DONE)) and row(decoding).stage is Stage.DECODE
+
+
+def test_no_worker_takes_the_brokers_name(broker):
+    assert broker.tell(ready("broker", "decode")) == [] and broker.core.registry.peers == {}

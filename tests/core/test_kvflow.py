@@ -58,3 +58,21 @@ def test_all_blocks_without_the_token_are_not_complete():
 def test_tries_are_counted_chunk_by_chunk():
     flow = Inflow(2)
     assert [flow.again(0, 3) for _ in range(3)] == [True, True, False] and flow.again(1, 3)
+
+
+def test_a_chunk_must_be_one_of_its_prompt():
+    flow = Inflow(4)
+    first, last = chunk("r", 0, 0, 2), chunk("r", 1, 2, 4, token=7)
+    assert flow.fits(first) and flow.announce(first) and flow.fits(first)
+    for wrong in (
+        chunk("r", 1, 0, 2),  # over the first
+        chunk("r", 1, 1, 3),
+        chunk("r", 1, 2, 3, token=7),  # not the last
+        chunk("r", 1, 2, 4),  # the last without the first token
+        chunk("r", 1, 3, 5, token=7),
+        chunk("r", 1, 3, 3),
+    ):
+        assert not flow.fits(wrong)
+    assert flow.fits(last)
+    flow.land(0)
+    assert not flow.fits(chunk("r", 1, 0, 2)) and flow.fits(last)

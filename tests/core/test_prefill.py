@@ -487,3 +487,19 @@ def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
     second = told.step(("a", 9, None), ("c", 9, None), ("d", 9, None))
     assert [action.leg.key for action in second if isinstance(action, AddLeg)] == ["p:c:1", "p:d:1"]
     told.core.check()
+
+
+# ---------------------------------------------------------------- unlike decode instances
+
+
+def test_what_fits_nowhere_fails_in_time_and_holds_nobody_up():
+    """The only decode instance left is too small for "a": whoever comes after it goes on."""
+    told = start(())
+    told.tell(view(2, instance("p1", "prefill"), instance("d1", "decode", capacity=capacity(blocks=2))))
+    told.tell(PeerUp("d1"))
+    told.tell(assign("a", prompt=7, max_tokens=20), assign("b", prompt=1, max_tokens=4))
+    actions = told.step(("a", 7, None), ("b", 8, None))
+    assert [each.rid for each in sent(actions, "d1", Offer)] == ["b"]
+    (failed,) = sent(told.later(10.1), kind=Failed)
+    assert failed.rid == "a" and "no decode instance" in failed.why
+    told.core.check()

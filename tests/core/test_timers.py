@@ -41,3 +41,12 @@ def test_a_key_set_while_the_due_ones_are_taken_comes_too_if_it_is_due():
             timers.set("b", 2.0)
             timers.set("c", 3.0)
     assert fired == ["a", "b"] and timers.next() == 3.0
+
+
+def test_what_was_cleared_does_not_pile_up():
+    timers = Timers()
+    for number in range(10_000):
+        timers.set(number, 1e6 + number)
+        timers.clear(number)
+    timers.set("a", 5.0)
+    assert len(timers._heap) < 100 and list(timers.due(10.0)) == ["a"]

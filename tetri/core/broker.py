@@ -8,6 +8,7 @@ from __future__ import annotations
 from random import Random
 
 from tetri.core.actions import (
+    BROKER,
     Action,
     Broken,
     BrokerInput,
@@ -71,9 +72,9 @@ class Broker:
                 self.life.timers.set(VIEW, now + self.limits.beat_s)
                 if not self.table.open:
                     self.check()
-                actions += self.registry.refresh(now)
+                actions += [*self.registry.prune(now), *self.registry.refresh(now)]
             elif what == "silence":
-                actions += self._lose(who, f"silent for {self.limits.dead_s:g} s", now)
+                actions += self._silent(who, now)
             else:
                 actions += self._row_timer(what, self.table.rows[who], now)
         return actions
@@ -146,6 +147,10 @@ class Broker:
     def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
         match what:
             case "forget":
+                waits = row.client is not None and row.sent < len(row.letters)
+                if waits and now - row.stage_at < self.limits.patience_s:  # a slow reader, not a gone one
+                    self.life.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
+                    return []
                 for timer in ("grace", "retry"):
                     self.life.timers.clear((timer, row.rid))
                 self.table.forget(row.rid)
@@ -164,6 +169,8 @@ class Broker:
     # ------------------------------------------------------------ workers
 
     def _ready(self, event: Ready, now: float) -> list[Action]:
+        if event.iid == BROKER:
+            return []  # others would take it for this process
         actions, replaced = self.registry.ready(event, now)
         self.life.timers.set(("silence", event.iid), now + self.limits.dead_s)
         if replaced:
@@ -175,7 +182,7 @@ class Broker:
         peer = self.registry.known(event)
         if peer is None:
             return []  # it registers when it hears no view
-        peer.seen = now
+        peer.seen, peer.suspect = now, False
         self.life.timers.set(("silence", peer.iid), now + self.limits.dead_s)
         back = peer.lost is not None and peer.iid in self.registry.up
         peer.lost = None if back else peer.lost
@@ -255,6 +262,17 @@ class Broker:
             if row.rid not in held and row.reason is None:
                 actions += self.life.not_held(row, beat.iid, now)
         return actions
+
+    def _silent(self, iid: str, now: float) -> list[Action]:
+        """A first time it may be the broker that did not listen: what waits in its sockets is heard first."""
+        peer = self.registry.peers.get(iid)
+        if peer is None or peer.lost is not None:
+            return []
+        if peer.suspect:
+            return self._lose(iid, f"silent for {self.limits.dead_s:g} s", now)
+        peer.suspect = True
+        self.life.timers.set(("silence", iid), now + self.limits.beat_s)
+        return []
 
     def _lose(self, iid: str, why: str, now: float) -> list[Action]:
         peer = self.registry.peers.get(iid)

@@ -81,12 +81,8 @@ class Decode:
             return [self._answer(Refuse, message, why="no such offer here")]
         if message.index in seat.flow.landed or seat.landed_as:
             return [self._answer(Landed, message, index=message.index)]
-        spread = message.stop - message.start
-        if not 0 <= message.start < message.stop <= seat.flow.blocks or len(message.handle.slots) != spread:
-            return [
-                self._answer(Refuse, message, why="the chunk does not fit its offer"),
-                *self._release(seat),
-            ]
+        if not seat.flow.fits(message):
+            return [self._answer(Refuse, message, why="the chunk does not fit its offer"), *self._release(seat)]
         new = seat.flow.announce(message)
         return [self._adopt(seat, message)] if new and seat.allocated else []
 

@@ -10,6 +10,8 @@ from tetri.core.table import Row, Table
 from tetri.request import Stage, Usage, sampling_problem, with_seed
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 
+MAX_DEADLINE_S = 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -43,15 +45,15 @@ class Desk:
             return wrong
         if prompt == 0:
             return "the prompt is empty: give at least one token"
-        if not all(0 <= token < self.limits.vocabulary for token in event.prompt):
-            return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt >= context:
             return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+        if not all(0 <= token < self.limits.vocabulary for token in event.prompt):
+            return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt + sampling.max_tokens > context:
             most = context - prompt
             return f"max_tokens is {sampling.max_tokens}, after this prompt the context has room for {most}"
-        if event.deadline_s is not None and not event.deadline_s > 0:
-            return f"deadline_s must be above 0, got {event.deadline_s:g}"
+        if event.deadline_s is not None and not 0 < event.deadline_s <= MAX_DEADLINE_S:
+            return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {event.deadline_s:g}"
         return None
 
     def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
@@ -100,7 +102,7 @@ class Desk:
         """Take back what a client did not get. The row, when it can be tried again."""
         rid = getattr(event.message, "rid", None)
         row = self.table.rows.get(rid) if isinstance(rid, str) else None
-        if row is None or row.client != event.client or event.message not in row.letters:
+        if row is None or row.blocked or row.client != event.client or event.message not in row.letters:
             return None
         row.sent = min(row.sent, row.letters.index(event.message))
         if event.gone:

@@ -33,10 +33,11 @@ class Dispatcher:
         known = list(self.neighbours.decoders())
         unplaced = sorted((job for job in self.jobs.values() if job.unplaced), key=lambda job: job.turn)
         for job in unplaced:
-            if known or job.stranded_at is None:
-                job.stranded_at = None if known else now
-        for job in unplaced:
-            views = [self._view(i.iid, i.load.free_blocks) for i in known if i.iid not in job.refused]
+            able = [i for i in known if job.fits(i.capacity)]
+            job.stranded_at = None if able else now if job.stranded_at is None else job.stranded_at
+            if not able:
+                continue  # it may wait for an instance that comes, but nobody waits for it
+            views = [self._view(i.iid, i.load.free_blocks) for i in able if i.iid not in job.refused]
             target = DECODE_ROUTES[self.own.rules.decode_route](job.flow.blocks, views, self.rng)
             if target is None:
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tetri.core.kvflow import Outflow
-from tetri.request import Sampling, Stage
+from tetri.request import Capacity, Sampling, Stage, blocks_for
 from tetri.wire.messages import Finished
 
 
@@ -42,6 +42,11 @@ class Job:
     def unplaced(self) -> bool:
         """Started, to be decoded, and on offer nowhere."""
         return bool(self.turn) and self.flow.offer is None and self.decodes and not self.flow.complete
+
+    def fits(self, capacity: Capacity) -> bool:
+        """Whether an engine can hold the whole request, its longest output included."""
+        tokens = len(self.prompt) + self.sampling.max_tokens
+        return self.goal < capacity.context and blocks_for(tokens, capacity.block_tokens) <= capacity.blocks
 
     @property
     def stage(self) -> Stage:

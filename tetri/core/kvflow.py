@@ -79,6 +79,7 @@ class Inflow:
     blocks: int
     announced: dict[int, Chunk] = field(default_factory=dict)  # not landed yet
     landed: dict[int, int] = field(default_factory=dict)  # index -> blocks
+    ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), both kinds
     tries: dict[int, int] = field(default_factory=dict)
     taking: int = 0  # chunks that are being copied
     broken: str | None = None  # why the offer is refused as soon as none is
@@ -89,6 +90,16 @@ class Inflow:
     def complete(self) -> bool:
         return self.token is not None and sum(self.landed.values()) == self.blocks
 
+    def fits(self, chunk: Chunk) -> bool:
+        """Whether a chunk is one of this prompt's: within it, over no other chunk, a slot a block, and with the
+        first token exactly when it is the last."""
+        spread = chunk.stop - chunk.start
+        if not 0 <= chunk.start < chunk.stop <= self.blocks or len(chunk.handle.slots) != spread:
+            return False
+        others = (spread for index, spread in self.ranges.items() if index != chunk.index)
+        alone = all(chunk.stop <= start or stop <= chunk.start for start, stop in others)
+        return alone and (chunk.token is not None) == (chunk.stop == self.blocks)
+
     def announce(self, chunk: Chunk) -> bool:
         """True when this chunk is new and must be taken."""
         if chunk.token is not None:
@@ -96,6 +107,7 @@ class Inflow:
         if chunk.index in self.landed or chunk.index in self.announced:
             return False
         self.announced[chunk.index] = chunk
+        self.ranges[chunk.index] = (chunk.start, chunk.stop)
         return True
 
     def land(self, index: int) -> None:

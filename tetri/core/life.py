@@ -10,6 +10,7 @@ from tetri.core.registry import Registry
 from tetri.core.table import Row, Table
 from tetri.core.timers import Timers
 from tetri.policy.rules import PREFILL_ROUTES, Rules
+from tetri.policy.views import PrefillView
 from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Resend
 
@@ -22,19 +23,31 @@ class Life:
         self.table, self.registry, self.desk = table, registry, desk
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
+        self._load: dict[str, int] = {}
+        self._load_at: float | None = None
 
     def place(self, row: Row, now: float) -> list[Action]:
-        outstanding: dict[str, int] = {}
-        for other in self.table.active():
-            if other.prefill is not None:
-                outstanding[other.prefill] = outstanding.get(other.prefill, 0) + other.outstanding
-        row.prefill = PREFILL_ROUTES[self.rules.prefill_route](self.registry.prefill_views(outstanding))
+        able = self.registry.prefillers(len(row.prompt) + len(row.output))
+        load = self._outstanding(now) if able else {}
+        views = [PrefillView(peer.iid, load.get(peer.iid, 0)) for peer in able]
+        row.prefill = PREFILL_ROUTES[self.rules.prefill_route](views)
         if row.prefill is None:
             if ("patience", row.rid) not in self.timers:  # or whoever comes in vain would prolong it
                 self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []
+        load[row.prefill] = load.get(row.prefill, 0) + row.outstanding
         self.timers.clear(("patience", row.rid))
         return [self.assign(row, now)]
+
+    def _outstanding(self, now: float) -> dict[str, int]:
+        """Prompt tokens that each prefill instance has still to compute. Summed once for all rows that are placed
+        at the same moment: after the loss of a worker these may be thousands."""
+        if self._load_at != now:
+            self._load, self._load_at = {}, now
+            for row in self.table.active():
+                if row.prefill is not None:
+                    self._load[row.prefill] = self._load.get(row.prefill, 0) + row.outstanding
+        return self._load
 
     def assign(self, row: Row, now: float) -> Action:
         row.assigned_at = now
@@ -62,6 +75,8 @@ class Life:
         if row.attempt >= self.limits.max_attempts:
             return [*actions, *self.end(row, "error", now, f"given up after {row.attempt} attempts: {why}")]
         self.counters["restarts"] += 1
+        if self._load_at == now and row.prefill is not None:
+            self._load[row.prefill] = self._load.get(row.prefill, 0) - row.outstanding
         row.attempt += 1
         row.prefill = row.decode = row.finished = None
         row.move(Stage.QUEUED, now)
@@ -90,6 +105,8 @@ class Life:
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
         """All KV has landed at `iid`: from now on it answers for the request, the prefill side may forget it."""
         actions: list[Action] = []
+        if stage.ended:  # only the broker ends a row
+            return actions
         if stage in (Stage.WAITING, Stage.DECODE) and row.decode is None:
             row.decode = iid
             if row.prefill not in (None, iid):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tetri.core.actions import Action, Connect, Send
-from tetri.policy.views import PrefillView
+from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.request import Capacity, Fingerprint, blocks_for, difference
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import ClusterView, FromWorker, InstanceView, Load, Ready
 
+FORGET_S = 600.0  # a lost worker stays in the status for so long
 SILENCE_S = 0.8  # a worker that hears no view for `view_s`, 2 s, registers again
 
 
@@ -26,6 +26,7 @@ class Peer:
     load: Load
     seen: float
     held: int = 0
+    suspect: bool = False  # silent for longer than allowed, as far as was heard
     lost: str | None = None
 
 
@@ -64,8 +65,17 @@ class Registry:
     def usable(self, role: str) -> list[Peer]:
         return [p for p in self.peers.values() if p.role == role and p.lost is None and p.iid in self.up]
 
-    def prefill_views(self, outstanding: dict[str, int]) -> list[PrefillView]:
-        return [PrefillView(peer.iid, outstanding.get(peer.iid, 0)) for peer in self.usable("prefill")]
+    def prefillers(self, tokens: int) -> list[Peer]:
+        """Prefill instances that hold so many tokens and can hand their KV to somebody: to a decode instance that
+        is there or, while none is, to whoever comes."""
+        decoders = [peer.fingerprint for peer in self.peers.values() if peer.role == "decode" and peer.lost is None]
+        return [
+            peer
+            for peer in self.usable("prefill")
+            if blocks_for(tokens, peer.capacity.block_tokens) <= peer.capacity.blocks
+            and tokens < peer.capacity.context
+            and (not decoders or peer.fingerprint in decoders)
+        ]
 
     def publish(self, now: float) -> list[Action]:
         """The next ClusterView, to everyone that can be reached."""
@@ -73,6 +83,13 @@ class Registry:
         self._sent, self._sent_at = self._instances(), now
         view = ClusterView(epoch=self.epoch, number=self.number, instances=self._sent)
         return [Send(iid, view) for iid in self.up]
+
+    def prune(self, now: float) -> list[Action]:
+        """Give up the connections to workers that have been lost for long: they may never come back."""
+        gone = [p.iid for p in self.peers.values() if p.lost is not None and now - p.seen > FORGET_S]
+        for iid in gone:
+            del self.peers[iid]
+        return [Disconnect(iid) for iid in gone]
 
     def refresh(self, now: float) -> list[Action]:
         """A ClusterView when there is news, and now and then when there is none, so that silence means trouble."""

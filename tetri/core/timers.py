@@ -19,6 +19,9 @@ class Timers(Generic[Key]):
         self._due[key] = when
         self._serial += 1
         heappush(self._heap, (when, self._serial, key))
+        if len(self._heap) > 2 * len(self._due) + 64:  # mostly what was moved or cleared
+            latest = {entry[2]: entry for entry in sorted(self._heap) if self._due.get(entry[2]) == entry[0]}
+            self._heap = sorted(latest.values())
 
     def __contains__(self, key: Key) -> bool:
         return key in self._due

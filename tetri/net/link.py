@@ -28,8 +28,11 @@ class Link:
         # libzmq tries again by itself after a lost connection, but never after an answer that is no ZeroMQ.
         # A disconnection without a CONNECT_RETRIED after it shows that it has given up.
         self.given_up = False
-        self._push = sockets.outbox(context)
-        self.monitor = context.socket(zmq.PAIR)
+        try:
+            self._push = sockets.outbox(context)
+            self.monitor = context.socket(zmq.PAIR)
+        except zmq.ZMQError as error:
+            raise NetError(f"{address}: no socket for it ({str(error.strerror).lower()})") from None
         self.monitor.set(zmq.LINGER, 0)
         # A monitor must be there before the connection, or it would miss how that began.
         endpoint = f"inproc://monitor-{next(_monitor_number)}"

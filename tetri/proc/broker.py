@@ -41,8 +41,11 @@ from tetri.proc.worker import pin
 from tetri.strict import ConfigError
 from tetri.text import Stopper, TextError, Tokenizer
 from tetri.wire.clients import ClientMessage, Refused, Submit
+from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
 from tetri.wire.messages import WorkerEvent
+
+CHARS_A_TOKEN = 64  # a longer text is not worth the time, all others' time, that it takes to tokenise
 
 EXPECTED = (ConfigError, ModelError, NetError, TextError, log.LogError)
 
@@ -70,7 +73,10 @@ class Hands:
                     yield submitted
 
     def tokenise(self, client: bytes, message: Submit) -> Submitted | None:
-        """None when there is nothing to tokenise: the client is told."""
+        """None when there is nothing to tokenise: the client is told. A Submit that was sent again is not tokenised
+        again: the core knows its key."""
+        if message.key in self.core.table.keys:
+            return Submitted(client, message.key, (), message.sampling)
         try:
             prompt = self.prompt(message)
         except TextError as error:
@@ -81,6 +87,10 @@ class Hands:
     def prompt(self, message: Submit) -> Sequence[int]:
         if (message.prompt is None) == (message.messages is None):
             raise TextError("give exactly one of prompt and messages")
+        texts = [turn.content for turn in message.messages or ()] + [message.prompt or ""]
+        length, most = sum(map(len, texts)), CHARS_A_TOKEN * self.core.limits.context
+        if not isinstance(message.prompt, list) and length > most:
+            raise TextError(f"the prompt has {length} characters, far more than the context holds: shorten it")
         if message.messages is not None:
             return self.tokenizer.chat(message.messages)
         assert message.prompt is not None
@@ -105,7 +115,10 @@ class Hands:
             case Unword(rid):
                 self.stoppers.pop(rid, None)
             case Send(peer, message):
-                self.hub.send(peer, message)  # when it is lost, beats and timers make up for it
+                try:
+                    self.hub.send(peer, message)  # when it is lost, beats and timers make up for it
+                except WireError as error:
+                    self.log.error("%s %s", error, log.fields(iid=peer))
             case Connect(peer, address):
                 self.connect(peer, address)
             case Disconnect(peer):

@@ -47,6 +47,7 @@ from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 from tetri.proc import build
 from tetri.strict import ConfigError
+from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
 from tetri.wire.messages import InboxMessage
 
@@ -72,7 +73,10 @@ class Hands:
     def do(self, action: Action) -> WorkerInput | None:
         match action:
             case Send(peer, message):
-                self.hub.send(peer, message)  # when it is lost, timers and beats make up for it
+                try:
+                    self.hub.send(peer, message)  # when it is lost, timers and beats make up for it
+                except WireError as error:
+                    self.log.error("%s %s", error, log.fields(iid=peer))
             case Step():
                 return self.engine.step()
             case Export(key, index, start, stop):
@@ -88,7 +92,10 @@ class Hands:
             case CancelLeg(key):
                 self.engine.cancel(key)
             case AdmitLeg(key, token):
-                self.engine.admit(key, token)
+                try:
+                    self.engine.admit(key, token)
+                except EngineError as error:
+                    return LegRejected(key, str(error))
             case Free(handle):
                 self.store.free(handle)
             case Forget(segment):
@@ -108,7 +115,11 @@ class Hands:
         except KVLost as error:
             self.log.warning("%s %s", error, log.fields(key=action.key, chunk=action.index))
             return Adopted(action.key, action.index, "lost")
-        self.engine.adopt(action.key, action.start, blocks)
+        try:
+            self.engine.adopt(action.key, action.start, blocks)
+        except EngineError as error:
+            self.log.error("%s %s", error, log.fields(key=action.key, chunk=action.index))
+            return Adopted(action.key, action.index, "lost")
         return Adopted(action.key, action.index)
 
     def connect(self, peer: str, address: str) -> None:
@@ -156,6 +167,8 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Conf
     known = {worker.iid: worker for worker in config.workers}
     if role is None and iid not in known:
         raise ConfigError(f"no [[worker]] is called {iid!r} (known: {', '.join(known)}): give --role as well")
+    if iid == BROKER:
+        raise ConfigError(f"no worker may be called {BROKER!r}: choose another --iid")
     worker = known.get(iid) or WorkerConfig(iid=iid, role=role or "")
     worker = replace(worker, role=role or worker.role, cpus=worker.cpus if cpus is None else cpus)
     return replace(config, workers=(*(w for w in config.workers if w.iid != iid), worker))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import Capacity, Count, Fingerprint, Name, Receipt, Record, Sampling, Stage
+from tetri.request import Address, Capacity, Count, Fingerprint, Name, Receipt, Record, Sampling, Stage
 
 # ---- workers -> broker
 
@@ -40,7 +40,7 @@ class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 class Ready(FromWorker, tag="ready", frozen=True):
     role: str
-    inbox: str
+    inbox: Address
     fingerprint: Fingerprint
     capacity: Capacity
     load: Load
@@ -132,7 +132,7 @@ class InstanceView(Record, frozen=True):
     iid: Name
     incarnation: int
     role: str
-    inbox: str
+    inbox: Address
     fingerprint: Fingerprint
     capacity: Capacity
     load: Load
