@@ -189,6 +189,12 @@ def test_a_failed_request_says_why_and_keeps_what_there_was(generate):
         ({"prompt": "x", "stop": [""]}, "stop takes at most"),
         ({"prompt": "x", "heat": 3}, "'heat' is no sampling setting; known: max_tokens"),
         ({"prompt": "x", "deadline_s": 0}, "deadline_s must be"),
+        ({"prompt": "x", "deadline_s": 10**400}, "deadline_s is far too large"),
+        ({"prompt": "x", "temperature": 10**400}, "temperature is far too large"),
+        ({"prompt": "x", "max_tokens": 10**400}, "max_tokens must be from 1 .* many digits"),
+        ({"prompt": "x", "seed": 10**5000}, "seed must be from 0 .* many digits"),
+        ({"messages": [5]}, "a mapping or a Turn"),
+        ({"messages": 5}, "messages must be a list"),
     ],
 )
 def test_requests_that_make_no_sense_are_not_sent(tmp_path, arguments, says):

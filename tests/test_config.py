@@ -87,6 +87,15 @@ BAD = [
     ("[[worker]]\niid='P'\nrole='prefill'\n", "worker 1.iid: must be 1 to 16"),
     ("[[worker]]\niid='p1'\nrole='mixed'\n", "worker 1.role: must be one of: prefill, decode"),
     ("[[worker]]\nrole='prefill'\n", "worker 1: iid is missing"),
+    ("[[worker]]\niid='broker'\nrole='prefill'\n", "not broker or supervisord"),
+    ("[[worker]]\niid='supervisord'\nrole='prefill'\n", "not broker or supervisord"),
+    ("[broker]\nclients='tcp://[::1]:5555'\n", "not this machine's IPv4 loopback"),
+    ('[cluster]\nrun_dir="a\\u0000b"\n', "cluster.run_dir: must be a folder"),
+    (f"[cluster]\nbeat_s={'9' * 400}\n", "cluster.beat_s: must be a number"),
+    (f"[engine]\nkv_mib={'9' * 400}\n", "engine.kv_mib: must be a whole number"),
+    (f"[engine]\nkv_mib={'9' * 5000}\n", "not a TOML file"),
+    (f"[engine]\nkv_mib={'[' * 5000}{']' * 5000}\n", "not a TOML file"),
+    (f"[engine]\nkv_mib={'[' * 300}{']' * 300}\n", "engine.kv_mib: must be a whole number"),
 ]
 
 
@@ -152,6 +161,8 @@ def test_an_override_can_replace_the_workers(write):
         ("engine.chunk_tokens=many", "whole number"),
         ("worker.zz.cpus=0", "no \\[\\[worker\\]\\] with iid"),
         ("worker=3", "list of tables"),
+        (f"engine.kv_mib={'[' * 5000}{']' * 5000}", "whole number"),
+        (f"engine.kv_mib={'9' * 5000}", "whole number"),
     ],
 )
 def test_bad_overrides(write, override, says):

@@ -107,6 +107,17 @@ def test_names_and_folders_that_are_no_model(cache, tmp_path):
     assert "config.json" in error_of(models.find, tmp_path / "config.json")
 
 
+def test_paths_that_cannot_even_be_looked_at(cache, monkeypatch):
+    assert "cannot be looked for" in error_of(models.find, "~nosuchuser/x")
+    assert "too long" in error_of(models.find, "x" * 300)
+
+    def forbidden(self, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert "Permission denied" in error_of(models.find, "/somewhere")
+
+
 def test_a_folder_of_ones_own_is_found(cache, tmp_path, monkeypatch):
     write_checkpoint(None, tmp_path)
     monkeypatch.chdir(tmp_path.parent)

@@ -33,7 +33,7 @@ def _cpus() -> Any:
 @dataclass(frozen=True, slots=True)
 class Cluster:
     name: str = word("tetri", r"[a-z0-9-]{1,20}", "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
-    run_dir: str = ""  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
+    run_dir: str = word("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
     beat_s: float = number(0.2, 0.01, 60)
     dead_s: float = number(20.0, 0.1, 3600)  # silence that means dead; longer than the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # how long a request may wait when no worker can take it
@@ -94,7 +94,9 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    iid: str = word(REQUIRED, r"[a-z0-9]{1,16}", "1 to 16 of a-z and 0-9")
+    iid: str = word(  # logs and programs bear its name beside those two
+        REQUIRED, r"(?!(broker|supervisord)$)[a-z0-9]{1,16}", "1 to 16 of a-z and 0-9, not broker or supervisord"
+    )
     role: str = choice(REQUIRED, "prefill", "decode")
     cpus: str = _cpus()
 
@@ -167,7 +169,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, an endless number, deep nesting
         raise ConfigError(f"{where}: not a TOML file: {error}") from None
     for override in overrides:
         _override(tables, override)
@@ -200,7 +202,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: write section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare word
     if parts == ["worker"]:
         tables["worker"] = value
@@ -279,7 +281,7 @@ def _address_problem(address: str) -> Iterator[str]:
         yield f'broker.clients: must be "ipc:///path", "tcp://127.0.0.1:PORT" or "", got "{address}"'
     elif not _is_loopback(parts[1].strip("[]")):
         yield (
-            f"broker.clients: {parts[1]} is not this machine's loopback; encryption (CURVE) between hosts is"
+            f"broker.clients: {parts[1]} is not this machine's IPv4 loopback; encryption (CURVE) between hosts is"
             " not built yet, so use 127.0.0.1"
         )
 
@@ -288,6 +290,6 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.IPv4Address(host).is_loopback  # the sockets are opened without IPv6
     except ValueError:  # a name, or *
         return False

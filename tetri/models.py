@@ -42,6 +42,14 @@ KNOWN = {
 
 def find(name_or_path: str | Path) -> Path:
     """The checkpoint's folder. A known name wins over a folder of that name: write ./NAME for the folder."""
+    try:
+        return _find(name_or_path)
+    except (OSError, RuntimeError) as error:  # no such user in ~user, a name too long, a folder not ours to read
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+        raise ModelError(f"model {str(name_or_path)!r} cannot be looked for: {reason}") from None
+
+
+def _find(name_or_path: str | Path) -> Path:
     if str(name_or_path) in KNOWN:
         name = str(name_or_path)
         folder = _cached(name)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from dataclasses import field
 from typing import Any
 
 REQUIRED: Any = dataclasses.MISSING  # as a default: the key must be given
+SHOWN_CHARS = 200  # of a wrong value, in the error
 
 
 class ConfigError(ValueError):
@@ -43,11 +43,19 @@ def section(kind: type, table: Any, where: str, name: str) -> Any:
             raise ConfigError(f"{place}: unknown key; allowed: {', '.join(fields)}")
         problem = _problem(fields[key], types(kind)[key], value)
         if problem:
-            raise ConfigError(f"{place}: {problem}, got {json.dumps(value, ensure_ascii=False, default=str)}")
+            raise ConfigError(f"{place}: {problem}, got {_shown(value)}")
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in table]
     if missing:
         raise ConfigError(f"{where}: {name}: {missing[0]} is missing")
     return kind(**{k: float(v) if types(kind)[k] is float else v for k, v in table.items()})
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # more digits or more levels than Python writes
+        return "something enormous"
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def types(kind: type) -> dict[str, type]:
@@ -64,7 +72,7 @@ def _problem(f: dataclasses.Field[Any], kind: type, value: Any) -> str | None:
     low, high = f.metadata["range"]
     word = "a whole number" if kind is int else "a number"
     fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if fits and math.isfinite(value) and low <= value <= high:
+    if fits and low <= value <= high:  # never true for NaN
         return None
     return f"must be {word} from {low} to {high}"
 

@@ -127,6 +127,7 @@ def test_a_request_that_fails(run, broker, reply, status, says):
         (["submit", "x", "--max-tokens", "many"], "not a valid integer"),
         (["submit", "x", "--json", "--stream"], "exclude each other"),
         (["submit", "x", "--conf", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["submit", "x", "--max-tokens", "9" * 400], "max_tokens must be from 1"),
         (["nonsense"], "No such command"),
         (["up", "--conf", "nowhere.toml"], "nowhere.toml: cannot be read"),
         (["up", "--set", "engine.kin=3"], "engine.kin: unknown key"),
@@ -239,6 +240,14 @@ def test_up_tells_where_things_listen(run, place, monkeypatch):
     status, out, err = run("up", "--conf", conf, "--set", "broker.clients=tcp://127.0.0.1:7777")
     assert status == 0 and "tcp://127.0.0.1:7777" in out and f"{place}/log" in out
     assert err == "p0 (prefill) is ready\n"
+
+
+def test_a_disk_that_is_full_is_one_line(run, monkeypatch):
+    def fake_up(config, say, wait_s):
+        raise OSError(28, "No space left on device", "/run/cluster.toml")
+
+    monkeypatch.setattr(launch, "up", fake_up)
+    assert run("up") == (1, "", "tetri-cli: /run/cluster.toml: No space left on device\n")
 
 
 def test_help_lists_every_command_and_imports_nothing_slow():

@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):  # whoever read the output has seen enough; Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
+    except OSError as error:  # no room or no right to write a file
+        where = f"{error.filename}: " if error.filename else ""
+        status = _failed(f"{where}{error.strerror or error}", FAILED)
     sys.exit(status)
 
 

@@ -79,6 +79,8 @@ def submit(
     if (prompt is None) == (messages is None):
         raise BadRequest("give exactly one of prompt and messages")
     if messages is not None:
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise BadRequest("messages must be a list of messages")
         body["messages"] = [_turn(message) for message in messages]
     elif isinstance(prompt, str):
         body["prompt"] = prompt
@@ -87,7 +89,7 @@ def submit(
     else:
         raise BadRequest("prompt must be a text or a list of token ids")
     if deadline_s is not None:
-        if not _is(deadline_s, float) or not deadline_s > 0:
+        if not _is(deadline_s, float) or not _float("deadline_s", deadline_s) > 0:
             raise BadRequest(f"deadline_s must be a number of seconds above 0, got {deadline_s!r}")
         body["deadline_s"] = float(deadline_s)
     return frame(body)
@@ -105,6 +107,8 @@ def frame(body: Mapping[str, Any]) -> bytes:
 
 
 def _turn(message: Turn | Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(message, Turn | Mapping):
+        raise BadRequest("a message has a role and a content: give a mapping or a Turn")
     found = {"role": message.role, "content": message.content} if isinstance(message, Turn) else dict(message)
     if set(found) != {"role", "content"} or not all(isinstance(value, str) for value in found.values()):
         raise BadRequest("a message has a role and a content, both texts, and nothing else")
@@ -128,11 +132,18 @@ def _checked(sampling: Mapping[str, Any]) -> dict[str, Any]:
         if not _is(value, _KINDS[name]):
             raise BadRequest(f"{name} must be {_WORDS[_KINDS[name]]}, got {value!r}")
         if _KINDS[name] is float:
-            given[name] = float(value)
+            given[name] = _float(name, value)
     problem = sampling_problem(Sampling(**given))
     if problem:
         raise BadRequest(problem)
     return given
+
+
+def _float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadRequest(f"{name} is far too large") from None
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
