@@ -23,6 +23,7 @@ from tetri.strict import REQUIRED, ConfigError, choice, number, section, types, 
 
 _RULES = Rules()
 IPC_BYTES = 100  # a Unix socket's path holds 108 bytes at most; ZeroMQ needs a few of them
+CLUSTER_NAME = r"[a-z0-9-]{1,20}"
 _CPUS = r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
 
 
@@ -32,7 +33,7 @@ def _cpus() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    name: str = word("tetri", r"[a-z0-9-]{1,20}", "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
+    name: str = word("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
     run_dir: str = word("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
     beat_s: float = number(0.2, 0.01, 60)
     dead_s: float = number(20.0, 0.1, 3600)  # silence that means dead; longer than the longest chunk

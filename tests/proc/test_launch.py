@@ -108,6 +108,58 @@ def test_down_finds_the_processes_of_a_killed_supervisord(deployment):
     nothing_left(run_dir, config.cluster.name)
 
 
+def test_down_ends_a_supervisord_that_nothing_leads_to(deployment):
+    """Its socket and its pid file are gone: it would start its programs again and again."""
+    config = deployment()
+    run_dir = up(config)
+    (run_dir / "supervisor.sock").unlink()
+    (run_dir / "supervisord.pid").unlink()
+    [chief] = Supervisor(run_dir).chiefs()
+    with pytest.raises(LaunchError, match=rf"already up \(pid {chief}\)"):
+        up(config)
+    assert launch.down(run_dir) is True
+    assert Supervisor(run_dir).alive() == []
+    nothing_left(run_dir, config.cluster.name)
+
+
+def test_down_ends_a_supervisord_that_hangs(deployment, monkeypatch):
+    monkeypatch.setattr("tetri.proc.supervise.RPC_S", 0.3)
+    config = deployment()
+    run_dir = up(config)
+    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 2)
+    os.kill(Supervisor(run_dir).pid(), signal.SIGSTOP)
+    assert launch.down(run_dir) is True
+    assert Supervisor(run_dir).alive() == []
+    nothing_left(run_dir, config.cluster.name)
+
+
+@pytest.mark.parametrize("text", ["[clus", '[cluster]\nname = "{name}"\nother = 1\n'])
+def test_down_without_a_configuration_that_loads(deployment, text):
+    config = deployment()
+    run_dir = up(config)
+    os.kill(json.loads((run_dir / "cluster.json").read_text())["pids"]["d0"], signal.SIGKILL)
+    (run_dir / "cluster.toml").write_text(text.format(name=config.cluster.name))
+    assert launch.down(run_dir) is True
+    assert Supervisor(run_dir).alive() == []
+    if "name" in text:
+        nothing_left(run_dir, config.cluster.name)
+
+
+def test_down_leaves_the_socket_of_a_program_that_was_started_by_hand(deployment):
+    config, said = deployment(), []
+    config.run_dir.mkdir()
+    for name in ("inbox-d7", "inbox-d8"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(config.run_dir / name))
+    (config.run_dir / "inbox-d7").unlink()
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(config.run_dir / "inbox-d7"))
+        alive.listen()
+        assert launch.down(config.run_dir, said.append) is False
+    assert [path.name for path in config.run_dir.iterdir() if path.is_socket()] == ["inbox-d7"]
+    assert len(said) == 1 and "inbox-d7 is still in use" in said[0]
+
+
 def test_a_wrong_setting_of_one_worker_stops_everything_at_once(deployment):
     config = deployment("worker.p0.cpus=4000")
     began = time.monotonic()

@@ -16,4 +16,5 @@ def command(conf: Path | None) -> None:
     from tetri.proc import launch
 
     run_dir = run_dir_of(conf)
-    click.echo("stopped" if launch.down(run_dir) else f"nothing is up in {run_dir}", err=True)
+    stopped = launch.down(run_dir, lambda text: click.echo(text, err=True))
+    click.echo("stopped" if stopped else f"nothing is up in {run_dir}", err=True)

@@ -10,20 +10,24 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import stat
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tetri import models
 from tetri.client import Client, Unreachable
-from tetri.config import Config, dump, load
+from tetri.config import CLUSTER_NAME, Config, dump, load
 from tetri.kv.shm import sweep
+from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
+from tetri.strict import ConfigError
 
 Say = Callable[[str], None]
 CONF, STATE = "cluster.toml", "cluster.json"
@@ -38,11 +42,11 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
     run_dir = _private(config.run_dir)
     supervisor = Supervisor(run_dir)
     with _locked(run_dir):
-        pid = supervisor.pid() or next(iter(supervisor.started()), None)
+        pid = supervisor.pid() or next(iter(supervisor.alive()), None)
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
-        (run_dir / CONF).write_text(dump(config), encoding="utf-8")
+        _write(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
         try:
             supervisor.start()
@@ -53,33 +57,51 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
             try:
                 say("stopping")
             finally:  # nobody may be there to hear it
-                _end(run_dir, config)
+                _end(run_dir, say)
             raise
     return run_dir
 
 
-def down(run_dir: Path) -> bool:
-    """Stop what runs there, leave nothing but the logs, say whether anything ran. Raises LaunchError."""
+def down(run_dir: Path, say: Say = lambda text: None) -> bool:
+    """Stop what runs there, leave nothing but the logs, tell whether anything ran. Raises LaunchError."""
     if not run_dir.is_dir():
         return False
     with _locked(run_dir):
         supervisor = Supervisor(run_dir)
-        ran = supervisor.pid() is not None or bool(supervisor.started())
-        conf = run_dir / CONF
-        _end(run_dir, load(conf) if conf.exists() else None)
+        ran = supervisor.pid() is not None or bool(supervisor.alive())
+        _end(run_dir, say)
     return ran
 
 
-def _end(run_dir: Path, config: Config | None) -> None:
+def _end(run_dir: Path, say: Say) -> None:
     Supervisor(run_dir).stop()
-    if config is not None:
-        sweep(config.cluster.name)
-    leftovers = [run_dir / STATE, run_dir / "supervisord.pid", *run_dir.iterdir()]
-    if config is not None and config.clients_address.startswith("ipc://"):
-        leftovers.append(Path(config.clients_address.removeprefix("ipc://")))
-    for path in leftovers:
-        if path.is_socket() or path.name in (STATE, "supervisord.pid"):
-            path.unlink(missing_ok=True)
+    name, clients = _written(run_dir / CONF)  # read last: a file that went bad must not keep anything running
+    if name:
+        sweep(name)
+    for path in (run_dir / STATE, run_dir / "supervisord.pid"):
+        path.unlink(missing_ok=True)
+    elsewhere = [Path(clients.removeprefix("ipc://"))] if clients.startswith("ipc://") else []
+    for path in {*run_dir.iterdir(), *elsewhere}:
+        if path.is_socket():
+            try:
+                refuse_live_owner(str(path))
+                path.unlink(missing_ok=True)
+            except NetError:
+                say(f"{path} is still in use: a program that was started by hand runs on")
+
+
+def _written(conf: Path) -> tuple[str, str]:
+    """The cluster's name and the clients' address, or as much of them as can be had: "" for the rest."""
+    try:
+        config = load(conf)
+        return config.cluster.name, config.clients_address
+    except ConfigError:
+        pass  # of another version, or touched since; or there is none
+    try:
+        name = tomllib.loads(conf.read_text(encoding="utf-8"))["cluster"]["name"]
+        return str(name) if re.fullmatch(CLUSTER_NAME, name) else "", ""
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "", ""
 
 
 @contextlib.contextmanager
@@ -199,6 +221,11 @@ def _write_state(config: Config, supervisor: Supervisor) -> None:
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    half = supervisor.run_dir / f"{STATE}.new"
-    half.write_text(json.dumps(state, indent=2) + "\n")
-    half.replace(supervisor.run_dir / STATE)
+    _write(supervisor.run_dir / STATE, json.dumps(state, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    half = path.with_name(f"{path.name}.new")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)

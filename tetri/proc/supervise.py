@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tetri.config import Config
 
+RPC_S = 5.0  # for an answer of supervisord, which may hang
 STOP_S = 20  # from SIGTERM to SIGKILL: on a busy machine an engine takes long to let go
-_GONE = (OSError, xmlrpc.client.Error)  # supervisord does not answer, or is just going down
+_GONE = (OSError, http.client.HTTPException, xmlrpc.client.Error)  # supervisord does not answer, or is just going down
 
 
 class LaunchError(RuntimeError):
@@ -89,34 +92,53 @@ class Supervisor:
 
     def stop(self) -> None:
         """End supervisord and all that it started, whatever state they are in. Raises LaunchError."""
-        pid = self.pid()
-        if pid is not None:
+        if self.pid() is not None:
+            # All at once; the shutdown alone would take one after the other.
+            with contextlib.suppress(*_GONE), self._rpc(STOP_S + RPC_S) as rpc:
+                rpc.stopAllProcesses()
             with contextlib.suppress(*_GONE), self._rpc() as rpc:
-                rpc.stopAllProcesses()  # all at once; the shutdown alone would take one after the other
                 rpc.shutdown()
-            _wait_gone([pid], STOP_S)
-        # Whoever is left was not reached, or supervisord died before its programs.
-        left = {*self.started(), *([pid] if pid is not None and _alive(pid) else [])}
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for one in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, number)
-            left = set(_wait_gone(left, STOP_S))
+                _wait_gone(self.chiefs(), STOP_S)
+        # Whoever is left was not reached, or supervisord died before its programs; it first: it starts them again.
+        left = [*_end_all(self.chiefs), *_end_all(self.started)]
         if left:
             raise LaunchError(
                 f"processes {', '.join(map(str, sorted(left)))} cannot be stopped: end them by hand"
             )
 
+    def alive(self) -> list[int]:
+        """The pids of all that lives of this deployment, supervisord first."""
+        return [*self.chiefs(), *self.started()]
+
+    def chiefs(self) -> list[int]:
+        """The pids of this run directory's supervisord, whether it answers or not: as the system tells, for
+        its own files may be gone or be those of a dead one."""
+        found = []
+        for pid, arguments in _of_processes("cmdline"):
+            if b"supervisor.supervisord" in arguments:
+                with contextlib.suppress(OSError):  # it ended, or is another user's
+                    if os.readlink(f"/proc/{pid}/cwd") == os.path.realpath(self.run_dir):
+                        found.append(pid)
+        return found
+
     def started(self) -> list[int]:
         """The pids of all living processes that this run directory's supervisord started, or they did."""
         mark = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self.socket)
-        return [pid for pid, environment in _environments() if mark in environment]
+        return [pid for pid, environment in _of_processes("environ") if mark in environment]
 
     @contextlib.contextmanager
-    def _rpc(self) -> Iterator[Any]:
+    def _rpc(self, limit_s: float | None = None) -> Iterator[Any]:
         from supervisor.xmlrpc import SupervisorTransport
 
         transport = SupervisorTransport(None, None, serverurl=f"unix://{self.socket}")
+        plain = transport._get_connection
+
+        def with_limit() -> Any:  # supervisor itself knows none
+            connection = plain()
+            connection.sock = _connected(self.socket, RPC_S if limit_s is None else limit_s)
+            return connection
+
+        transport._get_connection = with_limit
         try:
             yield xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
         finally:
@@ -171,11 +193,23 @@ def _program(name: str, command: list[str], log: Path) -> str:
     return _PROGRAM.format(name=name, command=line, log=log, stop_s=STOP_S)
 
 
-def _environments() -> Iterator[tuple[int, list[bytes]]]:
+def _connected(path: Path, limit_s: float) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        found.settimeout(limit_s)
+        found.connect(str(path))
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def _of_processes(fact: str) -> Iterator[tuple[int, list[bytes]]]:
+    """Of every living process: its environment or its command line."""
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):  # it ended, or is another user's
-                yield int(entry), Path("/proc", entry, "environ").read_bytes().split(b"\0")
+                yield int(entry), Path("/proc", entry, fact).read_bytes().split(b"\0")
 
 
 def _alive(pid: int) -> bool:
@@ -184,6 +218,20 @@ def _alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+def _end_all(find: Callable[[], list[int]]) -> list[int]:
+    """End what `find` finds until it finds nothing more; those that nothing could end."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        told: set[int] = set()
+        until = time.monotonic() + STOP_S
+        while (left := find()) and time.monotonic() < until:
+            for pid in set(left) - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            told.update(left)
+            time.sleep(0.02)
+    return find()
 
 
 def _wait_gone(pids: Iterable[int], limit_s: float) -> list[int]:
