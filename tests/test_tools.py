@@ -106,9 +106,11 @@ def result(**receipt):
 
 
 def test_the_demo_fails_when_prompt_tokens_were_computed_again():
-    assert demo.problems(result()) == []
-    assert "8 of 9 prompt tokens were adopted" in demo.problems(result(adopted=8))[0]
-    assert "3 prompt tokens were computed again" in demo.problems(result(recomputed=3))[0]
+    assert demo.problems(result(), 1) == []
+    assert "8 of 9 prompt tokens were adopted" in demo.problems(result(adopted=8), 1)[0]
+    assert "3 prompt tokens were computed again" in demo.problems(result(recomputed=3), 1)[0]
+    assert demo.problems(result(chunks=2), 2) == []
+    assert "came in 1 chunks" in demo.problems(result(chunks=1), 2)[0]
 
 
 def test_the_demo_puts_both_workers_on_the_only_cpu_and_says_so(tmp_path, capsys):
@@ -146,7 +148,7 @@ def test_the_demo_answers_two_prompts_and_shows_where_the_time_went():
     assert left_of(process) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_demo_leaves_nothing(number, tmp_path):
     slow = tmp_path / "slow.toml"
     cost = REPOSITORY / "conf" / "cost" / "cpu-smollm2.toml"

@@ -38,6 +38,7 @@ class Prompt:
     shown: str  # the text itself may be long
     text: str
     max_tokens: int
+    chunks: int = 1  # in which it must come in, at least
 
 
 def prompts() -> list[Prompt]:
@@ -46,7 +47,7 @@ def prompts() -> list[Prompt]:
     question = "What is this text about? Answer in one sentence."
     return [
         Prompt("short", short, short, 96),
-        Prompt("long", f"(sections 1 to 4 of LICENSE) {question}", f"{sections}\n\n{question}", 64),
+        Prompt("long", f"(sections 1 to 4 of LICENSE) {question}", f"{sections}\n\n{question}", 64, chunks=2),
     ]
 
 
@@ -54,7 +55,9 @@ def prompts() -> list[Prompt]:
 @click.option("--conf", type=click.Path(dir_okay=False, path_type=Path), help="Configuration to start.")
 def main(conf: Path | None) -> None:
     """Start a small cluster, ask it two things, show where the time went, stop it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it goes on
+            signal.signal(number, signal.default_int_handler)
     console, status = Console(), 1
     try:
         with _run_dir() as folder:
@@ -100,12 +103,13 @@ def demonstrate(config: Config, console: Console) -> int:
             results = [_answer(client, prompt, console) for prompt in prompts()]
     finally:
         # From here on a second Ctrl-C must not leave half of it running.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         launch.down(config.run_dir)
     _say("stopped")
     console.print(table([prompt.title for prompt in prompts()], results))
-    found = [problem for result in results for problem in problems(result)]
+    answered = zip(prompts(), results, strict=True)
+    found = [problem for prompt, result in answered for problem in problems(result, prompt.chunks)]
     for problem in found:
         click.echo(f"bin/demo: {problem}", err=True)
     return 1 if found else 0
@@ -122,7 +126,7 @@ def _answer(client: Client, prompt: Prompt, console: Console) -> Result:
     return answer.result
 
 
-def problems(result: Result) -> list[str]:
+def problems(result: Result, chunks: int) -> list[str]:
     """What keeps an answer from showing what the demo is about."""
     receipt, found = result.receipt, []
     if not result.token_ids:
@@ -131,6 +135,8 @@ def problems(result: Result) -> list[str]:
         found.append(f"request {result.rid}: {receipt.adopted} of {receipt.prompt_tokens} prompt tokens were adopted")
     if receipt.recomputed:
         found.append(f"request {result.rid}: {receipt.recomputed} prompt tokens were computed again")
+    if receipt.chunks < chunks:
+        found.append(f"request {result.rid}: its KV came in {receipt.chunks} chunks, not in {chunks} or more")
     return found
 
 

@@ -150,6 +150,16 @@ def test_nothing_up(run, place):
     assert run("down") == (0, "", f"nothing is up in {place}\n")
 
 
+def test_a_run_directory_can_be_named_as_for_up(run, broker, place, monkeypatch):
+    broker()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
+    assert run("submit", "hi", "--set", f"cluster.run_dir={place}") == (0, "one two three\n", "")
+    assert run("chat", "--set", f"cluster.run_dir={place}", stdin=b"hi") == (0, "one two three\n", "")
+    (place / "cluster.json").unlink()
+    assert run("down", "--set", f"cluster.run_dir={place}")[2] == f"nothing is up in {place}\n"
+    assert f"nothing is up in {place}" in run("status", "--set", f"cluster.run_dir={place}")[2]
+
+
 def test_a_broker_that_does_not_answer(run, broker):
     broker(lambda message: [])
     status, _, err = run("submit", "x", "--timeout", "0.2")

@@ -196,18 +196,28 @@ def test_what_is_never_ready_is_named(deployment, monkeypatch):
     nothing_left(config.run_dir, config.cluster.name)
 
 
-def test_an_interrupted_up_stops_what_it_started(deployment):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_up_stops_what_it_started(deployment, number):
     config, said = deployment(), []
 
     def say(text):
         said.append(text)
         if text.startswith("started"):
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt):
-        launch.up(config, say, 30)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        interrupt(config, say)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGHUP) is not signal.default_int_handler
     assert said[-1] == "stopping"
     nothing_left(config.run_dir, config.cluster.name)
+
+
+def interrupt(config, say):
+    with pytest.raises(KeyboardInterrupt):
+        launch.up(config, say, 30)
 
 
 def test_a_process_that_ignores_the_signal_is_killed(deployment, monkeypatch):

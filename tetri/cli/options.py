@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ conf_option: Decorator = click.option(
     "--conf",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Configuration of the deployment (default: $TETRI_CONF).",
+)
+set_option: Decorator = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )
 timeout_option: Decorator = click.option(
     "--timeout",
@@ -57,17 +60,20 @@ def utf8(data: bytes) -> str:
         raise click.UsageError(f"standard input is not UTF-8 (byte {error.start})") from None
 
 
-def run_dir_of(conf: Path | None) -> Path:
-    """Where the deployment meant by --conf, or else the environment, keeps its state. Raises ConfigError."""
-    from tetri.config import default_run_dir, load
+def run_dir_of(conf: Path | None, overrides: Sequence[str] = ()) -> Path:
+    """Where the deployment meant by --conf and --set, or else the environment, keeps its state. Raises
+    ConfigError."""
+    from tetri.config import default_path, default_run_dir, load
 
     named = conf or os.environ.get("TETRI_CONF")
-    return load(named).run_dir if named else default_run_dir()
+    if not named and not overrides:
+        return default_run_dir()
+    return load(named or default_path(), overrides).run_dir
 
 
-def connect(conf: Path | None, timeout: float) -> Any:
+def connect(conf: Path | None, timeout: float, overrides: Sequence[str] = ()) -> Any:
     """A Client of that deployment. Raises Unreachable when nothing is up there."""
     from tetri.client import Client
     from tetri.client.place import address_in
 
-    return Client(address_in(run_dir_of(conf)), timeout)
+    return Client(address_in(run_dir_of(conf, overrides)), timeout)

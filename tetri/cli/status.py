@@ -8,20 +8,21 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import conf_option, connect
+from tetri.cli.options import conf_option, connect, set_option
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "note")
 
 
 @click.command("status")
 @conf_option
+@set_option
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="SECONDS"
 )
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
-def command(conf: Path | None, timeout: float, as_json: bool) -> None:
+def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_json: bool) -> None:
     """Show the workers and how many requests are open in which stage."""
-    with connect(conf, timeout) as client:
+    with connect(conf, timeout, overrides) as client:
         status = client.status()
     if as_json:
         click.echo(json.dumps(status, ensure_ascii=False))

@@ -11,7 +11,7 @@ import click
 
 from tetri.cli import FAILED, INTERRUPTED, OK
 from tetri.cli.answer import play
-from tetri.cli.options import conf_option, connect, sampling_options, timeout_option, utf8
+from tetri.cli.options import conf_option, connect, sampling_options, set_option, timeout_option, utf8
 
 
 @click.command("submit")
@@ -26,6 +26,7 @@ from tetri.cli.options import conf_option, connect, sampling_options, timeout_op
 )
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 @conf_option
+@set_option
 @timeout_option
 def command(
     text: str,
@@ -34,6 +35,7 @@ def command(
     stream: bool | None,
     as_json: bool,
     conf: Path | None,
+    overrides: tuple[str, ...],
     timeout: float,
     **sampling: Any,
 ) -> int:
@@ -43,7 +45,10 @@ def command(
     text = utf8(sys.stdin.buffer.read()) if text == "-" else text
     form = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     sampling["stop"] = list(sampling["stop"]) or None
-    with connect(conf, timeout) as client, client.stream(**form, deadline_s=deadline, **sampling) as answer:
+    with (
+        connect(conf, timeout, overrides) as client,
+        client.stream(**form, deadline_s=deadline, **sampling) as answer,
+    ):
         return _show(answer, as_json, stream is not False and not as_json)
 
 

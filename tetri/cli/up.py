@@ -9,14 +9,12 @@ from pathlib import Path
 
 import click
 
-from tetri.cli.options import conf_option
+from tetri.cli.options import conf_option, set_option
 
 
 @click.command("up")
 @conf_option
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
-)
+@set_option
 @click.option(
     "--wait",
     "wait_s",

@@ -11,13 +11,16 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import stat
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tetri import models
 from tetri.client import Client, Unreachable
@@ -41,7 +44,7 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
     config = _checked(config)
     run_dir = _private(config.run_dir)
     supervisor = Supervisor(run_dir)
-    with _locked(run_dir):
+    with _locked(run_dir), _signals_interrupt():
         pid = supervisor.pid() or next(iter(supervisor.alive()), None)
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
@@ -102,6 +105,22 @@ def _written(conf: Path) -> tuple[str, str]:
         return str(name) if re.fullmatch(CLUSTER_NAME, name) else "", ""
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "", ""
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP act as Ctrl-C does: nobody would stop what was started so far."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # under nohup it goes on
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager
