@@ -341,6 +341,18 @@ def test_async_cancel_and_status():
         asyncio.run(main(broker.address))
 
 
+def test_leaving_an_async_stream_early_cancels_it():
+    async def main(address):
+        async with tetri.AsyncClient(address, **FAST) as client:
+            async with client.stream("hi") as stream:
+                assert await anext(stream) == "one "
+            assert stream.result.finish_reason == "cancelled"
+
+    with FakeBroker(endless) as broker:
+        asyncio.run(main(broker.address))
+        assert broker.types().count("cancel") == 1
+
+
 def test_a_cancelled_task_cancels_its_request():
     async def main(address):
         async with tetri.AsyncClient(address, **FAST) as client:

@@ -40,7 +40,7 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
 
     history.append({"role": "user", "content": line})
     try:
-        result = play(client.stream(messages=history, **sampling), show=True)
+        result = _answer(client, history, sampling)
     except (BadRequest, Failed, Refused) as error:  # the conversation can go on
         history.pop()
         click.echo(f"tetri-cli: {error}", err=True)
@@ -48,6 +48,27 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
     click.echo()
     history.append({"role": "assistant", "content": result.text})
     return OK
+
+
+def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]) -> Any:
+    """The Result. Oldest turns that the context has no room for leave `history`; what the system said stays."""
+    from tetri.client import Refused
+
+    kept, first = list(history), history[0]["role"] == "system"
+    while True:
+        try:
+            result = play(client.stream(messages=kept, **sampling), show=True)
+            break
+        except Refused as error:
+            # The protocol has no code for it, but every such reason names the context.
+            if "context" not in str(error) or len(kept) < first + 3:
+                raise
+            del kept[first : first + 2]
+    if left_out := (len(history) - len(kept)) // 2:
+        history[:] = kept
+        turns = "turn" if left_out == 1 else f"{left_out} turns"
+        click.echo(f"\ntetri-cli: the context is full: the oldest {turns} left out", err=True)
+    return result
 
 
 def _next_line() -> str | None:

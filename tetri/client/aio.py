@@ -156,7 +156,8 @@ class AsyncClient:
 
 
 class AsyncStream:
-    """Iterate over the pieces of text with `async for`; then `result`."""
+    """Iterate over the pieces of text with `async for`; then `result`. Leaving an `async with` early cancels the
+    request."""
 
     def __init__(self, client: AsyncClient, request: Request) -> None:
         self._client = client
@@ -195,6 +196,15 @@ class AsyncStream:
         """Ask for the end and wait for it; the result holds what there was."""
         self._client._cancel(self._request)
         return await self.wait()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if not (self._request.ended or self._request.cancelling):
+            await self.cancel()
 
     async def _news(self, done: Callable[[], object]) -> None:
         try:
