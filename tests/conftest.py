@@ -2,5 +2,6 @@
 
 import signal
 
-# Whoever runs the tests in the background may have SIGINT ignored; the programs under test would inherit that.
+# Whoever runs the tests in the background may have these ignored; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
