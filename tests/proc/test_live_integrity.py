@@ -58,17 +58,23 @@ def answer(cluster: LiveCluster, tamper: object) -> tuple[list[int], int]:
     """Stop the decode worker, let the prefill worker write its slab, tamper with that, and let it go on."""
     blocks, decode = kv_blocks(cluster), cluster.processes["d0"]
     (segment,) = [name for name in cluster.segments() if "-p0-" in name]
-    decode.send_signal(signal.SIGSTOP)
-    try:
-        stream = cluster.client().stream(PROMPT, max_tokens=SAMPLING.max_tokens)
-        next(stream)  # the first token comes from the prefill worker
-        with open(Path("/dev/shm", segment), "r+b") as file, mmap.mmap(file.fileno(), 0) as slab:
+    cluster.wait_idle()
+    with open(Path("/dev/shm", segment), "r+b") as file, mmap.mmap(file.fileno(), 0) as slab:
+        for block in blocks:  # freed slots keep what an earlier request left there
+            while (at := slab.find(block)) >= 0:
+                slab[at : at + len(block)] = bytes(len(block))
+        decode.send_signal(signal.SIGSTOP)
+        try:
+            stream = cluster.client().stream(PROMPT, max_tokens=SAMPLING.max_tokens)
+            next(stream)  # the first token comes from the prefill worker
             wait_until(lambda: all(slab.find(block) >= 0 for block in blocks), "the slab is not written")
+            # Answered by the prefill worker alone, and after it: its digest over the slab is made.
+            cluster.client().generate([1], max_tokens=1)
             assert callable(tamper)
             tamper(slab, blocks)
-    finally:
-        decode.send_signal(signal.SIGCONT)
-    result = stream.wait()
+        finally:
+            decode.send_signal(signal.SIGCONT)
+        result = stream.wait()
     return result.token_ids, result.receipt.attempts
 
 
