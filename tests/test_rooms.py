@@ -30,14 +30,17 @@ ROOMS = {
     "log": room(),
     "text": room("request", third=["tokenizers", "jinja2"]),
     "models": room(third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
-    "policy": room("request", "leg"),
+    "policy": room("request", "leg", "cost"),
     "wire": room("request", third=["msgspec"]),
     "cost": room("request", "leg"),
     "config": room("request", "policy", "strict"),
-    "core": room("request", "leg", "policy", "wire"),
+    "core": room("request", "leg", "cost", "policy", "wire"),
     "net": room("wire", "log", third=["zmq", "msgspec"]),
     "kv": room("wire", "log", third=["numpy", "xxhash"]),
     "engine": room("request", "leg", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm"]),
+    "sim": room("request", "leg", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "hands"),
+    "bench": room("request", "client", "metrics", "config", "log", third=["matplotlib"]),
+    "hands": room("core", "engine", "kv", "leg", "request", "wire"),
     "client": room("request", "config", "strict", third=["zmq", "msgpack"]),
     "proc": (EVERYTHING, frozenset({"click", "supervisor"})),
     "cli": (EVERYTHING, frozenset({"click", "rich"})),
@@ -53,7 +56,7 @@ ONLY_IN = {
     "supervisor": ("proc/supervise",),
     "tetri.config": ("client/place", "proc/", "cli/"),
     "tetri.strict": ("client/place", "config", "proc/", "cli/"),
-    "tetri.kv": ("kv/", "engine/", "proc/", "cli/"),
+    "tetri.kv": ("kv/", "engine/", "hands", "sim/", "proc/", "cli/"),
     "tetri.cli": ("cli/",),
     "tetri.proc": ("proc/", "cli/"),
 }
@@ -64,7 +67,7 @@ INSIDE_FUNCTIONS = {  # slow to import, or not always installed
     "__init__": {"tetri.client"},
 }
 # Time, chance and the world come in from outside: all of the standard library that decisions may use.
-PURE = {"core", "policy", "client/conversation"}
+PURE = {"core", "policy", "client/conversation", "engine/paged"}
 PURE_LIBRARY = {
     *("__future__", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
     *("bisect", "heapq", "math", "random"),  # of random: the class, to be given a seeded one

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tetri.leg import Span
 
@@ -27,6 +28,13 @@ class Cost:
     decode: Curve = ((1.0, 0.0),)
     prefill_start_s: float = 0.0
     decode_context_s: float = 0.0
+    # What else the simulator has to know of the hardware; 0: the table does not say.
+    kv_token_bytes: int = 0
+    kv_tokens: int = 0  # KV capacity of one instance
+    chunk_tokens: int = 0  # the knee: the smallest chunk at 95 % of the best prefill rate
+    predictor_s: float = 0.0  # one run of the length predictor
+    predictor_slowdown: float = 1.0  # how much longer a step takes beside which the predictor runs
+    source: str = ""
 
     def chunk_s(self, spans: Sequence[Span]) -> float:
         """Seconds of one prefill chunk."""
@@ -35,6 +43,19 @@ class Cost:
         tokens = sum(span.stop - span.start for span in spans)
         pairs = sum((span.stop - span.start) * span.start for span in spans)
         return _at(self.prefill, tokens) + self.prefill_start_s * pairs
+
+    def prompt_s(self, tokens: int, done: int, chunk_tokens: int) -> float:
+        """Seconds of prefill for tokens [done, tokens) of one prompt, by itself, in chunks."""
+        whole, rest = divmod(tokens - done, chunk_tokens)
+        pairs = sum(chunk_tokens * (done + chunk_tokens * i) for i in range(whole))
+        pairs += rest * (done + chunk_tokens * whole)
+        last = _at(self.prefill, rest) if rest else 0.0
+        return _at(self.prefill, chunk_tokens) * whole + last + self.prefill_start_s * pairs
+
+    def decode_run_s(self, batch: int, context: int, steps: int) -> float:
+        """Seconds of so many decode steps with the same requests, `context` tokens together before the first."""
+        more = batch * steps * (steps - 1) / 2
+        return self.decode_s(batch, 0) * steps + self.decode_context_s * (context * steps + more) if batch else 0.0
 
     def decode_s(self, batch: int, context: int) -> float:
         """Seconds of one decode step of `batch` requests with `context` tokens together."""
@@ -46,12 +67,17 @@ def load(path: str | Path) -> Cost:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         curves = {name: _curve(table.pop(name)) for name in ("prefill", "decode")}
-        rates = {name: float(table.pop(name, 0.0)) for name in ("prefill_start_s", "decode_context_s")}
+        rates = {name: kind(table.pop(name, default)) for name, (kind, default) in _RATES.items()}
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise CostError(f"{path}: no cost table: {error!r}") from None
     if table:
         raise CostError(f"{path}: unknown key {next(iter(table))}; allowed: {', '.join((*curves, *rates))}")
-    return Cost(curves["prefill"], curves["decode"], rates["prefill_start_s"], rates["decode_context_s"])
+    return Cost(curves["prefill"], curves["decode"], **rates)
+
+
+_RATES: dict[str, tuple[Any, Any]] = {
+    field.name: (type(field.default), field.default) for field in fields(Cost) if field.name not in ("prefill", "decode")
+}
 
 
 def _curve(pairs: Sequence[Sequence[float]]) -> Curve:

@@ -36,19 +36,29 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One new token of one leg. `reason` is None, or why the leg ended: "stop" (end of sequence) or "length"."""
+    """The new tokens of one leg, one per forward pass. `reason` is None, or why the leg ended with the last of them:
+    "stop" (end of sequence) or "length"."""
 
     key: str
-    token: int
+    ids: tuple[int, ...]
     reason: str | None
+
+    @property
+    def token(self) -> int:
+        """The last one; a prefill leg has no other."""
+        return self.ids[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """What one step really did. `held` is every leg's number of blocks after the step."""
+    """What one step really did. `held` is every leg's number of blocks after the step.
+
+    A decode batch whose members stay the same may advance by several forward passes in one go: `steps` of them, each
+    running leg then has `steps` tokens and a span of as many positions. With prefill spans in it, `steps` is 1."""
 
     spans: tuple[Span, ...] = ()
     tokens: tuple[Sampled, ...] = ()
     allocated: tuple[str, ...] = ()  # decode legs whose blocks are now there, ready for `adopt`
     preempted: tuple[str, ...] = ()
     held: tuple[tuple[str, int], ...] = ()
+    steps: int = 1

@@ -150,6 +150,13 @@ def difference(a: Fingerprint, b: Fingerprint) -> str | None:
     return None
 
 
+class LengthRange(Record, frozen=True):
+    """Predicted output tokens of a request, all attempts together: at least `low`, less than `high`."""
+
+    low: Count
+    high: Positive
+
+
 class Capacity(Record, frozen=True):
     """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
 

@@ -19,13 +19,15 @@ from tetri.wire.messages import (
     Grant,
     Handle,
     Hold,
-    InstanceView,
+    InstanceEntry,
+    InstanceLoad,
     Landed,
     Load,
     Offer,
     Ready,
     Receipt,
     Refuse,
+    Roster,
     Staged,
     TokenItem,
     Tokens,
@@ -107,14 +109,19 @@ def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1) -> Failed:
 # ---------------------------------------------------------------- to workers
 
 
-def instance(iid: str, role: str, incarnation: int = 1, free_blocks: int = 10, **changes: Any) -> InstanceView:
+def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> InstanceEntry:
     fields = {"inbox": f"at-{iid}", "fingerprint": FINGERPRINT, "capacity": CAPACITY}
-    load = Load(free_blocks=free_blocks)
-    return InstanceView(iid=iid, incarnation=incarnation, role=role, load=load, **{**fields, **changes})
+    return InstanceEntry(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
-def view(number: int, *instances: InstanceView, epoch: int = 1) -> ClusterView:
-    return ClusterView(epoch=epoch, number=number, instances=list(instances))
+def roster(number: int, *instances: InstanceEntry, epoch: int = 1) -> Roster:
+    return Roster(epoch=epoch, number=number, instances=list(instances))
+
+
+def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:
+    """A ClusterView in which each instance has so many free blocks."""
+    loads = [InstanceLoad(iid, 1, "decode", 0.0, Load(free_blocks=free)) for iid, free in free_blocks.items()]
+    return ClusterView(epoch=epoch, number=number, loads=loads)
 
 
 def assign(rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8) -> Assign:

@@ -21,7 +21,7 @@ from tests.core.callers import Client
 from tests.core.nodes import VOCABULARY, BrokerNode, Link, Node, WorkerNode
 from tetri.core.actions import BROKER, Action, AddLeg, Send
 from tetri.request import Sampling
-from tetri.wire.messages import Assign, ClusterView, Offer, Ready
+from tetri.wire.messages import Assign, Offer, Ready, Roster
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,9 @@ def _brief(thing: Any) -> str:
     match thing:
         case Send(peer, message):
             return f"to {peer}: {_brief(message)}"
-        case ClusterView():
-            there = ", ".join(f"{i.iid} {i.load.free_blocks} free" for i in thing.instances)
-            return f"view {thing.number}: {there}"
+        case Roster():
+            there = ", ".join(i.iid for i in thing.instances)
+            return f"roster {thing.number}: {there}"
         case Offer():
             return f"Offer({thing.src} {thing.rid} attempt {thing.attempt} offer {thing.offer}, {thing.blocks} blocks)"
         case Assign():

@@ -38,7 +38,7 @@ from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
 from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, ClusterView, FromWorker, Hold, Resend
+from tetri.wire.messages import Assign, Close, Roster, FromWorker, Hold, Resend
 
 RID = "00002a-1"  # of the first request
 LIMITS = Limits(
@@ -548,11 +548,11 @@ def test_a_worker_that_keeps_an_ended_request_is_told_again(decoding):
 
 
 def test_views_are_numbered_and_leave_out_the_lost(served):
-    views = sent(served.tell(PeerDown("p1")), "d1", ClusterView)
+    views = sent(served.tell(PeerDown("p1")), "d1", Roster)
     assert [each.iid for each in views[0].instances] == ["p2", "d1", "d2"]
-    assert sent(served.later(0.1), "d1", ClusterView) == []  # nothing is new
+    assert sent(served.later(0.1), "d1", Roster) == []  # nothing is new
     assert served.core.deadline() == pytest.approx(served.now + 0.1)
-    (later,) = [view for _ in range(8) for view in sent(served.later(0.1), "d1", ClusterView)]
+    (later,) = [view for _ in range(8) for view in sent(served.later(0.1), "d1", Roster)]
     assert later.number > views[0].number and later.epoch == 42
 
 

@@ -17,7 +17,7 @@ from tests.core.build import (
     offer,
     only,
     sent,
-    view,
+    roster,
 )
 from tetri.core.actions import BROKER, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, LegRejected, Step
 from tetri.core.worker import Worker
@@ -62,14 +62,14 @@ class Decoding(Told):
         assert isinstance(planned[-1], Step), kinds(planned)
         if spans is None:
             spans = [Span(key, 90, 91) for key, _, _ in tokens]
-        sampled = tuple(Sampled(*token) for token in tokens)
+        sampled = tuple(Sampled(key, (token,), reason) for key, token, reason in tokens)
         return planned + self.tell(StepDone(tuple(spans), sampled, (), tuple(preempted)))
 
 
 def start(**changes):
     told = Decoding(Worker(identity("d1", "decode", **changes), Random(1), now=0.0))
     told.later()
-    told.tell(view(1, instance("p1", "prefill"), instance("p2", "prefill"), instance("d1", "decode")))
+    told.tell(roster(1, instance("p1", "prefill"), instance("p2", "prefill"), instance("d1", "decode")))
     told.tell(PeerUp("p1"))
     told.later()
     return told
@@ -252,7 +252,7 @@ def test_what_has_all_landed_cannot_be_dropped(decode):
     assert not decode.tell(drop("r")) and decode.core.decode.seats
 
 
-@pytest.mark.parametrize("gone", [PeerDown("p1"), view(2, instance("p2", "prefill"), instance("d1", "decode"))])
+@pytest.mark.parametrize("gone", [PeerDown("p1"), roster(2, instance("p2", "prefill"), instance("d1", "decode"))])
 def test_a_lost_prefill_instance_takes_what_it_had_not_sent_along(decode, gone):
     decode.land("a", prompt=4)
     decode.tell(offer("b", prompt=4, offer=2), offer("c", prompt=4, src="p2"))
@@ -342,7 +342,7 @@ def overdrawn(**changes):
     told.step((decode_key("a"), 6, None))
     told.tell(offer("b", prompt=7, offer=2))
     told.later()
-    told.tell(StepDone((Span(decode_key("a"), 7, 8),), (Sampled(decode_key("a"), 7, None),), (decode_key("b", 2),)))
+    told.tell(StepDone((Span(decode_key("a"), 7, 8),), (Sampled(decode_key("a"), (7,), None),), (decode_key("b", 2),)))
     told.tell(chunk("b", 0, 0, 2, token=5, offer=2))
     return told
 
@@ -400,7 +400,7 @@ def test_a_token_of_one_that_was_not_admitted_must_not_go_on(decode):
     decode.tell(offer("r", prompt=8))
     decode.later()
     with pytest.raises(Broken, match="was not admitted"):
-        decode.core.handle(StepDone(tokens=(Sampled(KEY, 5, None),)), 0.0)
+        decode.core.handle(StepDone(tokens=(Sampled(KEY, (5,), None),)), 0.0)
 
 
 @pytest.mark.parametrize(

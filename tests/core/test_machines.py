@@ -26,7 +26,7 @@ from tests.core.build import (
     refuse,
     staged,
     tokens,
-    view,
+    roster,
 )
 from tetri.core.actions import (
     BROKER,
@@ -348,11 +348,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.tell(Resend(rid=rid, attempt=attempt, start=start))
 
     @rule(there=st.lists(iids, unique=True), incarnation=st.integers(1, 2), free=st.sampled_from([3, 10]))
-    def view(self, there, incarnation, free):
+    def roster(self, there, incarnation, free):
         self.number += 1
         same = {"fingerprint": self.engine.fingerprint}
         others = [instance(iid, WORKERS[iid], incarnation, free, **same) for iid in there]
-        self.tell(view(self.number, instance("me", self.role, **same), *others))
+        self.tell(roster(self.number, instance("me", self.role, **same), *others))
 
     @rule(iid=iids)
     def peer_up(self, iid):

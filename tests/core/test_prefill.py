@@ -19,7 +19,7 @@ from tests.core.build import (
     only,
     refuse,
     sent,
-    view,
+    roster,
 )
 from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected
 from tetri.core.worker import Worker
@@ -38,7 +38,7 @@ class Prefilling(Told):
         planned = self.later()
         assert kinds(planned)[-1] == "Step", kinds(planned)
         spans = tuple(self.core.prefill.expected)
-        sampled = tuple(Sampled(f"p:{rid}:1", token, reason) for rid, token, reason in tokens)
+        sampled = tuple(Sampled(f"p:{rid}:1", (token,), reason) for rid, token, reason in tokens)
         held = tuple((span.key, blocks_for(span.stop, 4)) for span in spans)
         return planned + self.tell(StepDone(spans=spans, tokens=sampled, held=held))
 
@@ -62,7 +62,7 @@ def start(decoders=("d1",), **changes):
 
 def see(told, number, *decoders, free_blocks=10):
     others = [instance(iid, "decode", free_blocks=free_blocks) for iid in decoders]
-    actions = told.tell(view(number, instance("p1", "prefill"), *others))
+    actions = told.tell(roster(number, instance("p1", "prefill"), *others))
     new = [iid for iid in decoders if iid not in told.core.neighbours.up]
     return actions + told.tell(*[PeerUp(iid) for iid in new])
 
@@ -108,7 +108,7 @@ def test_a_leg_that_the_engine_rejects_leaves_its_place_to_the_others(prefill):
     actions = prefill.tell(LegRejected("p:a:1", "too odd"))
     assert sent(actions, BROKER) == [Failed(iid="p1", incarnation=1, rid="a", attempt=1, why="too odd", retry=False)]
     assert spans(prefill) == [("p:b:1", 0, 6)]
-    prefill.tell(StepDone(spans=(Span("p:b:1", 0, 6),), tokens=(Sampled("p:b:1", 5, None),)))
+    prefill.tell(StepDone(spans=(Span("p:b:1", 0, 6),), tokens=(Sampled("p:b:1", (5,), None),)))
 
 
 def test_only_prompts_that_the_ledger_has_room_for_are_started(prefill):
@@ -117,7 +117,7 @@ def test_only_prompts_that_the_ledger_has_room_for_are_started(prefill):
     prefill.later()
     assert spans(prefill) == [("p:a:1", 0, 2)]
     held = (("d:x:1:p2:1", 5), ("p:a:1", 1))
-    prefill.tell(StepDone((Span("p:a:1", 0, 2),), (Sampled("p:a:1", 5, None),), ("d:x:1:p2:1",), (), held))
+    prefill.tell(StepDone((Span("p:a:1", 0, 2),), (Sampled("p:a:1", (5,), None),), ("d:x:1:p2:1",), (), held))
     prefill.later()
     assert spans(prefill) == [("p:b:1", 0, 8)]
 
@@ -250,7 +250,7 @@ def test_tokens_are_sent_again(prefill):
 def test_a_token_too_early_or_twice_must_not_go_on(prefill):
     prefill.tell(assign("a", prompt=12))
     prefill.later()
-    done = StepDone(spans=(Span("p:a:1", 0, 8),), tokens=(Sampled("p:a:1", 7, None),), held=(("p:a:1", 3),))
+    done = StepDone(spans=(Span("p:a:1", 0, 8),), tokens=(Sampled("p:a:1", (7,), None),), held=(("p:a:1", 3),))
     with pytest.raises(Broken, match="a token for p:a:1 at 8 of 12"):
         prefill.core.handle(done, 0.0)
 
@@ -317,7 +317,7 @@ def test_a_refusal_after_something_moved_needs_another_attempt(prefill):
     assert kinds(actions) == ["CancelLeg", "Drop > d1", "Failed > broker"] and sent(actions, BROKER)[0].retry
 
 
-@pytest.mark.parametrize("loss", [PeerDown("d1"), view(2, instance("p1", "prefill"), instance("d2", "decode"))])
+@pytest.mark.parametrize("loss", [PeerDown("d1"), roster(2, instance("p1", "prefill"), instance("d2", "decode"))])
 def test_a_lost_decode_instance_is_replaced_if_nothing_moved(two, loss):
     two.tell(assign("a", prompt=8))
     two.step(("a", 7, None))
@@ -352,7 +352,7 @@ def test_none_overtakes_another_that_found_no_place(prefill):
 def test_only_reachable_decode_instances_of_the_same_kind_are_asked():
     told = start(())
     strange = instance("d1", "decode", fingerprint=fingerprint(dtype="f32"))
-    told.tell(view(2, strange, instance("d2", "decode"), instance("p2", "prefill")), PeerUp("d1"), PeerUp("p2"))
+    told.tell(roster(2, strange, instance("d2", "decode"), instance("p2", "prefill")), PeerUp("d1"), PeerUp("p2"))
     told.tell(assign("a", prompt=4))
     assert not sent(told.step(("a", 7, None)), kind=Offer)
     assert sent(told.tell(PeerUp("d2")), "d2", Offer)
@@ -495,7 +495,7 @@ def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
 def test_what_fits_nowhere_fails_in_time_and_holds_nobody_up():
     """The only decode instance left is too small for "a": whoever comes after it goes on."""
     told = start(())
-    told.tell(view(2, instance("p1", "prefill"), instance("d1", "decode", capacity=capacity(blocks=2))))
+    told.tell(roster(2, instance("p1", "prefill"), instance("d1", "decode", capacity=capacity(blocks=2))))
     told.tell(PeerUp("d1"))
     told.tell(assign("a", prompt=7, max_tokens=20), assign("b", prompt=1, max_tokens=4))
     actions = told.step(("a", 7, None), ("b", 8, None))

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from tests.core.build import Told, assign, grant, identity, instance, kinds, landed, offer, ready, refuse, sent, view
+from tests.core.build import Told, assign, grant, identity, instance, kinds, landed, offer, ready, refuse, sent, roster
 from tetri.core.actions import BROKER, Broken, LegRejected, Step
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
@@ -39,17 +39,17 @@ def test_it_registers_again_when_it_hears_no_view(worker):
 
 
 def test_it_registers_at_once_when_a_view_leaves_it_out(worker):
-    worker.tell(view(1, instance("p1", "prefill", incarnation=9)))
+    worker.tell(roster(1, instance("p1", "prefill", incarnation=9)))
     assert sent(worker.later(), kind=Ready)
-    worker.tell(view(2, instance("p1", "prefill")))
+    worker.tell(roster(2, instance("p1", "prefill")))
     assert not sent(worker.later(0.1), kind=Ready)
 
 
 def test_views_connect_and_disconnect(worker):
-    assert kinds(worker.tell(view(1, instance("p1", "prefill"), instance("d1", "decode")))) == ["Connect"]
-    assert not worker.tell(view(1), view(0))  # older ones
-    assert kinds(worker.tell(view(2, instance("d1", "decode", incarnation=2)))) == ["Disconnect", "Connect"]
-    assert kinds(worker.tell(view(1, epoch=2))) == ["Disconnect"]
+    assert kinds(worker.tell(roster(1, instance("p1", "prefill"), instance("d1", "decode")))) == ["Connect"]
+    assert not worker.tell(roster(1), roster(0))  # older ones
+    assert kinds(worker.tell(roster(2, instance("d1", "decode", incarnation=2)))) == ["Disconnect", "Connect"]
+    assert kinds(worker.tell(roster(1, epoch=2))) == ["Disconnect"]
 
 
 # ---------------------------------------------------------------- beats and rest
@@ -68,7 +68,7 @@ def test_beats_come_regularly_and_list_what_is_held(worker):
 def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(worker):
     worker.later()
     assert worker.core.idle and worker.core.deadline() == pytest.approx(0.1)
-    worker.tell(view(1))
+    worker.tell(roster(1))
     assert worker.core.deadline() == float("-inf")
     worker.later()
     assert worker.core.idle
@@ -86,7 +86,7 @@ def test_it_rests_when_a_step_achieved_nothing(worker):
     assert kinds(worker.later())[-1] == "Step"
     worker.tell(NOTHING)
     assert worker.core.idle
-    worker.tell(view(1))
+    worker.tell(roster(1))
     assert kinds(worker.later()) == ["Ready > broker", "Step"]
     worker.tell(StepDone(allocated=("d:r:1:p2:1",), held=(("d:r:1:p2:1", 2),)))
     assert not worker.core.idle
@@ -100,7 +100,7 @@ def test_both_halves_share_one_engine_and_one_ledger(worker):
     worker.later()
     both = (("p:a:1", 2), ("d:b:1:p2:1", 2))
     assert worker.core.ledger.free == 6
-    done = StepDone((Span("p:a:1", 0, 8),), (Sampled("p:a:1", 5, None),), ("d:b:1:p2:1",), (), both)
+    done = StepDone((Span("p:a:1", 0, 8),), (Sampled("p:a:1", (5,), None),), ("d:b:1:p2:1",), (), both)
     worker.tell(done)
     assert worker.core.ledger.free == 8
     worker.tell(Close(rid="a", attempt=1), Close(rid="b", attempt=1), Close(rid="c", attempt=1))

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tetri.leg import Leg, StepDone
-from tetri.request import Sampling
+from tetri.request import LengthRange, Sampling
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Handle, InboxMessage, WorkerEvent
+from tetri.wire.messages import ClusterView, Handle, InboxMessage, LoadReport, WorkerEvent
 
 BROKER = "broker"  # the broker's name as a peer
 
@@ -90,7 +90,34 @@ class AdmitLeg:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Run the engine once; `StepDone` comes back."""
+    """Run the engine: one forward pass or, when only decodes run, up to `most` in one go, fewer when one of them
+    ends, memory runs out or a message waits. `StepDone` comes back."""
+
+    most: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HoldLeg:
+    """Keep a prefill leg out of the coming steps, or let it in again. It keeps its blocks."""
+
+    key: str
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """Name a range for the output length of a request; `LengthKnown` comes back, perhaps much later."""
+
+    key: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """To everyone who subscribes to this process. The last one wins; any may be lost."""
+
+    message: LoadReport | ClusterView
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +207,14 @@ class LegRejected:
 
 
 @dataclass(frozen=True, slots=True)
+class LengthKnown:
+    """What was predicted for the output of a request (all its output, earlier attempts included)."""
+
+    key: str
+    length: LengthRange
+
+
+@dataclass(frozen=True, slots=True)
 class Exported:
     key: str
     index: int
@@ -210,10 +245,14 @@ Action = (
     | CancelLeg
     | AdmitLeg
     | Step
+    | HoldLeg
+    | Predict
+    | Publish
     | Export
     | Adopt
     | Free
     | Forget
 )
 BrokerInput = FromClient | Submitted | Worded | Undelivered | PeerUp | PeerDown | WorkerEvent
-WorkerInput = InboxMessage | PeerUp | PeerDown | LegRejected | Exported | Adopted | StepDone
+MonitorInput = LoadReport | PeerUp | PeerDown
+WorkerInput = InboxMessage | ClusterView | PeerUp | PeerDown | LegRejected | LengthKnown | Exported | Adopted | StepDone

@@ -220,8 +220,8 @@ class Decode:
             if not seat.running:
                 raise Broken(f"a token for {seat.key}, which was not admitted")
             start = len(seat.offer.output) + len(seat.tokens)
-            items.append(self._item(seat, start, [sampled.token], sampled.reason))
-            seat.tokens.append(sampled.token)
+            items.append(self._item(seat, start, list(sampled.ids), sampled.reason))
+            seat.tokens += sampled.ids
             if sampled.reason is None:
                 self._grow(seat)
             else:

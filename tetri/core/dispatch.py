@@ -37,7 +37,7 @@ class Dispatcher:
             job.stranded_at = None if able else now if job.stranded_at is None else job.stranded_at
             if not able:
                 continue  # it may wait for an instance that comes, but nobody waits for it
-            views = [self._view(i.iid, i.load.free_blocks) for i in able if i.iid not in job.refused]
+            views = [self._view(i.iid, self.neighbours.free_blocks(i)) for i in able if i.iid not in job.refused]
             target = DECODE_ROUTES[self.own.rules.decode_route](job.flow.blocks, views, self.rng)
             if target is None:
                 break

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tetri.core.actions import Action, Connect, Disconnect
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Fingerprint, difference
-from tetri.wire.messages import ClusterView, InstanceView
+from tetri.wire.messages import ClusterView, InstanceEntry, Load, Roster
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +35,36 @@ class Identity:
 
 @dataclass(slots=True)
 class Neighbours:
-    """The other instances of the newest ClusterView, and to which of them a connection stands."""
+    """The other instances of the newest Roster, and to which of them a connection stands."""
 
     own: Identity
-    instances: dict[str, InstanceView] = field(default_factory=dict)
+    instances: dict[str, InstanceEntry] = field(default_factory=dict)
     up: dict[str, None] = field(default_factory=dict)
     epoch: int = 0
     number: int = -1
+    loads: dict[str, Load] = field(default_factory=dict)
+    seen: tuple[int, int] = (0, -1)  # epoch and number of the newest ClusterView
 
-    def update(self, view: ClusterView) -> tuple[list[Action], list[str]]:
-        """Take a view over. Returns the connections to change, and the instances that are gone: left out of the
-        view, or restarted under another incarnation. An older view of the same broker is ignored."""
-        if view.epoch == self.epoch and view.number <= self.number:
+    def see(self, view: ClusterView) -> bool:
+        """Take the loads over; False for an older view of the same monitor."""
+        if view.epoch == self.seen[0] and view.number <= self.seen[1]:
+            return False
+        self.seen = (view.epoch, view.number)
+        self.loads = {each.iid: each.load for each in view.loads}
+        return True
+
+    def free_blocks(self, instance: InstanceEntry) -> int:
+        """As last reported; all of them while nothing was: its Refuse corrects that."""
+        load = self.loads.get(instance.iid)
+        return instance.capacity.blocks if load is None else load.free_blocks
+
+    def update(self, roster: Roster) -> tuple[list[Action], list[str]]:
+        """Take a roster over. Returns the connections to change, and the instances that are gone: left out of it, or
+        restarted under another incarnation. An older roster of the same broker is ignored."""
+        if roster.epoch == self.epoch and roster.number <= self.number:
             return [], []
-        self.epoch, self.number = view.epoch, view.number
-        old, self.instances = self.instances, {i.iid: i for i in view.instances if i.iid != self.own.iid}
+        self.epoch, self.number = roster.epoch, roster.number
+        old, self.instances = self.instances, {i.iid: i for i in roster.instances if i.iid != self.own.iid}
         gone = [iid for iid, was in old.items() if self._incarnation(iid) != was.incarnation]
         actions: list[Action] = [Disconnect(iid) for iid in gone]
         for iid in gone:
@@ -62,7 +77,7 @@ class Neighbours:
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
 
-    def decoders(self) -> Iterator[InstanceView]:
+    def decoders(self) -> Iterator[InstanceEntry]:
         """Reachable decode instances that understand this engine's KV bytes."""
         for iid, instance in self.instances.items():
             reachable = instance.role == "decode" and iid in self.up

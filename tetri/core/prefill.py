@@ -173,7 +173,7 @@ class Prefill:
             if job.done != job.goal or job.token is not None:
                 raise Broken(f"a token for {job.key} at {job.done} of {job.goal}")
             reason = sampled.reason or (None if job.decodes else "length")
-            items.append(TokenItem(job.rid, job.attempt, len(job.output), [sampled.token], reason))
+            items.append(TokenItem(job.rid, job.attempt, len(job.output), list(sampled.ids), reason))
             job.token, job.running = sampled.token, False
             self.line.remove(job.key)
             self.ledger.close(job.key)

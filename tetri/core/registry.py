@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.request import Capacity, Fingerprint, blocks_for, difference
 from tetri.wire.clients import InstanceStatus
-from tetri.wire.messages import ClusterView, FromWorker, InstanceView, Load, Ready
+from tetri.wire.messages import Roster, FromWorker, InstanceEntry, Load, Ready
 
 FORGET_S = 600.0  # a lost worker stays in the status for so long
 SILENCE_S = 0.8  # a worker that hears no view for `view_s`, 2 s, registers again
@@ -38,7 +38,7 @@ class Registry:
         self.peers: dict[str, Peer] = {}
         self.up: dict[str, None] = {}
         self.number = 0
-        self._sent: list[InstanceView] = []
+        self._sent: list[InstanceEntry] = []
         self._sent_at = 0.0
 
     def ready(self, message: Ready, now: float) -> tuple[list[Action], bool]:
@@ -78,10 +78,10 @@ class Registry:
         ]
 
     def publish(self, now: float) -> list[Action]:
-        """The next ClusterView, to everyone that can be reached."""
+        """The next Roster, to everyone that can be reached."""
         self.number += 1
         self._sent, self._sent_at = self._instances(), now
-        view = ClusterView(epoch=self.epoch, number=self.number, instances=self._sent)
+        view = Roster(epoch=self.epoch, number=self.number, instances=self._sent)
         return [Send(iid, view) for iid in self.up]
 
     def prune(self, now: float) -> list[Action]:
@@ -92,20 +92,19 @@ class Registry:
         return [Disconnect(iid) for iid in gone]
 
     def refresh(self, now: float) -> list[Action]:
-        """A ClusterView when there is news, and now and then when there is none, so that silence means trouble."""
+        """A Roster when there is news, and now and then when there is none, so that silence means trouble."""
         news = self._instances() != self._sent or now - self._sent_at >= SILENCE_S
         return self.publish(now) if news else []
 
-    def _instances(self) -> list[InstanceView]:
+    def _instances(self) -> list[InstanceEntry]:
         return [
-            InstanceView(
+            InstanceEntry(
                 iid=peer.iid,
                 incarnation=peer.incarnation,
                 role=peer.role,
                 inbox=peer.inbox,
                 fingerprint=peer.fingerprint,
                 capacity=peer.capacity,
-                load=peer.load,
             )
             for peer in self.peers.values()
             if peer.lost is None

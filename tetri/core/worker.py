@@ -37,6 +37,7 @@ from tetri.wire.messages import (
     Ready,
     Refuse,
     Resend,
+    Roster,
 )
 
 BEAT, REGISTER = "beat", "register"
@@ -87,6 +88,8 @@ class Worker:
             case LegRejected():
                 half = self.prefill if event.key in self.prefill.jobs else self.decode
                 return half.reject(event.key, event.why)
+            case Roster():
+                return self._roster(event, now)
             case ClusterView():
                 return self._view(event, now)
             case PeerUp():
@@ -164,8 +167,15 @@ class Worker:
         return self.dispatcher.dispatch(now)
 
     def _view(self, view: ClusterView, now: float) -> list[Action]:
-        actions, gone = self.neighbours.update(view)
-        listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in view.instances)
+        if not self.neighbours.see(view):
+            return []
+        for job in self.prefill.jobs.values():
+            job.refused.clear()
+        return self.dispatcher.dispatch(now)
+
+    def _roster(self, roster: Roster, now: float) -> list[Action]:
+        actions, gone = self.neighbours.update(roster)
+        listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in roster.instances)
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
         for iid in gone:
             actions += self._lost(iid, now)

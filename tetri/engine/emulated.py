@@ -177,7 +177,7 @@ class EmulatedEngine:
         if reason or slot.leg.phase == "prefill":
             self.left[slot.leg.key] = slot.blocks
             self._release(self.slots.pop(slot.leg.key))
-        return Sampled(slot.leg.key, token, reason)
+        return Sampled(slot.leg.key, (token,), reason)
 
     # ------------------------------------------------------------ memory
 

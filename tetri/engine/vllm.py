@@ -229,15 +229,15 @@ class VllmEngine:
         key, reason = output.request_id, output.finish_reason
         (token,) = output.new_token_ids
         if reason is None:
-            return Sampled(key, token, None)
+            return Sampled(key, (token,), None)
         live = self._legs.pop(key)
         ended = str(reason)
         if ended not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended leg {key!r} with {ended!r}")
         # vLLM ends every prefill leg after its one token; whether the request goes on is the request's matter.
         if live.leg.phase == "prefill" and ended == "length" and live.outputs_left > 1:
-            return Sampled(key, token, None)
-        return Sampled(key, token, ended)
+            return Sampled(key, (token,), None)
+        return Sampled(key, (token,), ended)
 
     def _held(self) -> tuple[tuple[str, int], ...]:
         blocks = self._req_to_blocks

@@ -32,7 +32,15 @@ class Inspect(Record, tag="inspect", frozen=True):
     """Ask for a Status."""
 
 
-ClientMessage = Submit | Cancel | Attach | Inspect
+class ChangeRole(Record, tag="change_role", frozen=True):
+    """Have an instance take new work as prefill, decode or mixed; the answer is RoleChanged or Refused."""
+
+    key: Name
+    iid: Name
+    role: str
+
+
+ClientMessage = Submit | Cancel | Attach | Inspect | ChangeRole
 
 # ---- broker -> clients
 
@@ -43,7 +51,7 @@ class Accepted(Record, tag="accepted", frozen=True):
 
 
 class Refused(Record, tag="refused", frozen=True):
-    """`key` is the Submit's key, or the rid of a Cancel or Attach that names no known request."""
+    """`key` is the Submit's or the ChangeRole's key, or the rid of a Cancel or Attach that names no known request."""
 
     key: Name
     reason: str
@@ -93,4 +101,14 @@ class Status(Record, tag="status", frozen=True):
     model: str
 
 
-BrokerReply = Accepted | Refused | Delta | Done | Status
+class RoleChanged(Record, tag="role_changed", frozen=True):
+    """The instance takes new work as `role`; it took `took_s` seconds from the request to the worker's answer."""
+
+    key: Name
+    iid: Name
+    role: str
+    was: str
+    took_s: float
+
+
+BrokerReply = Accepted | Refused | Delta | Done | Status | RoleChanged

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import Address, Capacity, Count, Fingerprint, Name, Receipt, Record, Sampling, Stage
+from tetri.request import Address, Capacity, Count, Fingerprint, LengthRange, Name, Receipt, Record, Sampling, Stage
 
 # ---- workers -> broker
 
@@ -20,13 +20,27 @@ class FromWorker(Record, frozen=True):
 
 
 class Load(Record, frozen=True):
-    """One instance's load at one moment. Blocks are KV blocks; `queued_tokens` prompt tokens not yet computed."""
+    """One instance's load at one moment. Blocks are KV blocks, *predicted* is by the upper or lower end of the length
+    ranges, as configured, and by the cost table.
+
+    queued_tokens   prompt tokens not yet computed, `queued_s` the predicted seconds for them
+    waiting         requests granted and not yet in the batch; `running`: in the batch
+    heavy           of those two, predicted to write more than `heavy_tokens` output tokens
+    growth_blocks   blocks that those two are predicted to take in addition until they end
+    decode_s        predicted seconds until they have all ended
+    busy            share of the time since the last report in which the engine computed
+    """
 
     free_blocks: int
     queued: Count = 0
     queued_tokens: Count = 0
+    queued_s: float = 0.0
     waiting: Count = 0
     running: Count = 0
+    heavy: Count = 0
+    growth_blocks: Count = 0
+    decode_s: float = 0.0
+    busy: float = 0.0
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -97,7 +111,44 @@ class Failed(FromWorker, tag="failed", frozen=True):
     retry: bool
 
 
-WorkerEvent = Ready | Beat | Staged | Tokens | Finished | Failed
+class FlipWanted(Record, tag="flip_wanted", frozen=True):
+    """The monitor's transition watcher wants an instance to change its role; the broker carries it out."""
+
+    iid: Name
+    role: str
+    why: str
+
+
+WorkerEvent = Ready | Beat | Staged | Tokens | Finished | Failed | FlipWanted
+
+# ---- workers -> monitor (published)
+
+class LoadReport(FromWorker, tag="load", frozen=True):
+    """Every `load_ms`, and at once when the role has changed."""
+
+    role: str
+    load: Load
+
+
+# ---- monitor -> prefill workers, broker (published)
+
+class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One instance's newest report; `age_s` seconds old when the view was made."""
+
+    iid: Name
+    incarnation: int
+    role: str
+    age_s: float
+    load: Load
+
+
+class ClusterView(Record, tag="view", frozen=True):
+    """The load of all instances that report; a higher `number` replaces a lower one of the same `epoch` (a monitor's
+    incarnation). Sent every `load_ms` and at once when a role has changed."""
+
+    epoch: int
+    number: Count
+    loads: list[InstanceLoad]
 
 # ---- -> a worker's inbox
 
@@ -109,6 +160,13 @@ class Assign(Record, tag="assign", frozen=True):
     prompt: list[int]
     output: list[int]
     sampling: Sampling
+    deadline_s: float | None = None  # seconds left
+
+
+class Flip(Record, tag="flip", frozen=True):
+    """Take new work as this role from now on; what is here is finished. The answer is a Beat with the new role."""
+
+    role: str
 
 
 class Close(Record, tag="close", frozen=True):
@@ -126,8 +184,8 @@ class Resend(Record, tag="resend", frozen=True):
     start: Count
 
 
-class InstanceView(Record, frozen=True):
-    """One instance as others see it."""
+class InstanceEntry(Record, frozen=True):
+    """One instance as others know it."""
 
     iid: Name
     incarnation: int
@@ -135,16 +193,15 @@ class InstanceView(Record, frozen=True):
     inbox: Address
     fingerprint: Fingerprint
     capacity: Capacity
-    load: Load
 
 
-class ClusterView(Record, tag="view", frozen=True):
+class Roster(Record, tag="roster", frozen=True):
     """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation). Also
     the answer to Ready: a worker that does not find itself in it, or hears none for a while, says Ready again."""
 
     epoch: int
     number: Count
-    instances: list[InstanceView]
+    instances: list[InstanceEntry]
 
 
 class BetweenWorkers(Record, frozen=True):
@@ -174,6 +231,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     output: list[int]
     sampling: Sampling
     blocks: Count
+    length: LengthRange | None = None  # None: not predicted
 
 
 class Grant(BetweenWorkers, tag="grant", frozen=True):
@@ -211,4 +269,4 @@ class Drop(BetweenWorkers, tag="drop", frozen=True):
     why: str
 
 
-InboxMessage = Assign | Close | Resend | ClusterView | Offer | Grant | Refuse | Chunk | Landed | Drop
+InboxMessage = Assign | Flip | Close | Resend | Roster | Offer | Grant | Refuse | Chunk | Landed | Drop
