@@ -33,6 +33,7 @@ class Cost:
     kv_tokens: int = 0  # KV capacity of one instance
     chunk_tokens: int = 0  # the knee: the smallest chunk at 95 % of the best prefill rate
     predictor_s: float = 0.0  # one run of the length predictor
+    predictor_token_s: float = 0.0  # seconds more of it per prompt token
     predictor_slowdown: float = 1.0  # how much longer a step takes beside which the predictor runs
     source: str = ""
 
@@ -51,6 +52,10 @@ class Cost:
         pairs += rest * (done + chunk_tokens * whole)
         last = _at(self.prefill, rest) if rest else 0.0
         return _at(self.prefill, chunk_tokens) * whole + last + self.prefill_start_s * pairs
+
+    def predict_s(self, tokens: int) -> float:
+        """Seconds that the length predictor runs for one prompt, beside the main model."""
+        return self.predictor_s + self.predictor_token_s * tokens
 
     def decode_run_s(self, batch: int, context: int, steps: int) -> float:
         """Seconds of so many decode steps with the same requests, `context` tokens together before the first."""
