@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetri.config import Config, ConfigError, Worker, cpu_numbers, default_path, dump, load
+from tetri.config import Config, ConfigError, Monitor, Policy, Worker, cpu_numbers, default_path, dump, load
+from tetri.policy.rules import Rules
+from tetri.policy.views import FlipSettings
 
 CONF = Path(__file__).parent.parent / "conf"
 PAIR = '[[worker]]\niid="p0"\nrole="prefill"\n[[worker]]\niid="d0"\nrole="decode"\n'
@@ -36,6 +38,8 @@ def test_addresses_follow_the_run_directory(write, tmp_path):
     config = load(write(PAIR), [f"cluster.run_dir={tmp_path}"])
     assert config.clients_address == f"ipc://{tmp_path}/clients"
     assert config.events_address == f"ipc://{tmp_path}/events"
+    assert config.loads_address == f"ipc://{tmp_path}/loads"
+    assert config.views_address == f"ipc://{tmp_path}/views"
     assert config.inbox_address("p0") == f"ipc://{tmp_path}/inbox-p0"
     assert (
         load(write(PAIR), ["broker.clients=tcp://127.0.0.1:5555"]).clients_address == "tcp://127.0.0.1:5555"
@@ -79,16 +83,30 @@ BAD = [
     ("[broker]\nclients='udp://127.0.0.1:1'\n", "broker.clients: must be"),
     ("[broker]\ncpus='zero'\n", "CPU numbers"),
     ("[broker]\ncpus='3-1'\n", "names no CPU"),
-    ("[emulated]\ncost='no-such'\n", "there is no file"),
+    ("[engine]\ncost='no-such'\n", "engine.cost: there is no file"),
+    ("[emulated]\ncost='x'\n", "emulated.cost: unknown key"),
+    ("[engine]\nmax_batch=512\n", "engine.max_batch: must be below chunk_tokens (512)"),
+    ("[engine]\nstream_interval=0\n", "engine.stream_interval: must be a whole number from 1"),
+    ("[monitor]\nflip='best'\n", "monitor.flip: must be one of: none, idle, below, balance"),
+    ("[monitor]\nload_ms=0\n", "monitor.load_ms: must be a whole number from 1"),
+    ("[monitor]\nload_ms=800\n", "monitor.stale_s: must be at least two times load_ms (800 ms)"),
+    ("[monitor]\ngone_s=0.5\n", "monitor.gone_s: must be at least stale_s (1 s)"),
+    ("[monitor]\nfloor=0\n", "monitor.floor: must be a whole number from 1"),
+    ("[monitor]\ngain=0.5\n", "monitor.gain: must be a number from 1"),
+    ("[monitor]\ncpus='3-1'\n", "monitor.cpus: '3-1' names no CPU"),
+    ("[policy]\nlength='guess'\n", "policy.length: must be one of: none"),
+    ("[policy]\nlength_accuracy=1.5\n", "policy.length_accuracy: must be a number from 0 to 1"),
+    ("[policy]\nadmit_end='top'\n", "policy.admit_end: must be one of: low, middle, high"),
     ("engine=3\n", "engine: must be a table"),
     ("[engine\n", "not a TOML file"),
     (f"[cluster]\nrun_dir='/tmp/{'x' * 90}'\n", "under 100 bytes"),
     ("[[worker]]\niid='p0'\nrole='prefill'\n", "is used 2 times"),
     ("[[worker]]\niid='P'\nrole='prefill'\n", "worker 1.iid: must be 1 to 16"),
-    ("[[worker]]\niid='p1'\nrole='mixed'\n", "worker 1.role: must be one of: prefill, decode"),
+    ("[[worker]]\niid='p1'\nrole='both'\n", "worker 1.role: must be one of: prefill, decode, mixed"),
     ("[[worker]]\nrole='prefill'\n", "worker 1: iid is missing"),
-    ("[[worker]]\niid='broker'\nrole='prefill'\n", "not broker or supervisord"),
-    ("[[worker]]\niid='supervisord'\nrole='prefill'\n", "not broker or supervisord"),
+    ("[[worker]]\niid='broker'\nrole='prefill'\n", "not broker, monitor or supervisord"),
+    ("[[worker]]\niid='monitor'\nrole='prefill'\n", "not broker, monitor or supervisord"),
+    ("[[worker]]\niid='supervisord'\nrole='prefill'\n", "not broker, monitor or supervisord"),
     ("[broker]\nclients='tcp://[::1]:5555'\n", "not this machine's IPv4 loopback"),
     ('[cluster]\nrun_dir="a\\u0000b"\n', "cluster.run_dir: must be a folder"),
     (f"[cluster]\nbeat_s={'9' * 400}\n", "cluster.beat_s: must be a number"),
@@ -112,6 +130,17 @@ def test_bad_values_are_one_line_that_says_what_is_allowed(write, text, says):
 def test_both_roles_are_needed(write, role):
     with pytest.raises(ConfigError, match="at least one"):
         load(write(f'[[worker]]\niid="a"\nrole="{role}"\n'))
+
+
+def test_a_mixed_worker_is_enough(write):
+    config = load(write('[[worker]]\niid="m0"\nrole="mixed"\n'))
+    assert [worker.role for worker in config.workers] == ["mixed"]
+
+
+def test_the_policies_settings_are_those_of_the_rules():
+    assert dataclasses.asdict(Policy()) == dataclasses.asdict(Rules())
+    shared = {f.name: getattr(Monitor(), f.name) for f in dataclasses.fields(FlipSettings)}
+    assert FlipSettings(**shared) == FlipSettings()
 
 
 def test_a_single_worker_table_is_refused(write):
@@ -178,8 +207,8 @@ def test_an_unknown_worker_lists_the_known(write):
 def test_cost_files_lie_beside_the_configuration(write, tmp_path):
     (tmp_path / "cost").mkdir()
     (tmp_path / "cost" / "h100.toml").write_text("")
-    config = load(write("[emulated]\ncost='h100.toml'\n" + PAIR))
-    assert config.emulated.cost == str(tmp_path / "cost" / "h100.toml")
+    config = load(write("[engine]\ncost='h100.toml'\n" + PAIR))
+    assert config.engine.cost == str(tmp_path / "cost" / "h100.toml")
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_the_demo_answers_two_prompts_and_shows_where_the_time_went():
 def test_an_interrupted_demo_leaves_nothing(number, tmp_path):
     slow = tmp_path / "slow.toml"
     cost = REPOSITORY / "conf" / "cost" / "cpu-smollm2.toml"
-    slow.write_text(f'{EMULATED.read_text()}\n[emulated]\ncost = "{cost}"\n')
+    slow.write_text(EMULATED.read_text().replace("[engine]", f'[engine]\ncost = "{cost}"'))
     process = start_demo("--conf", slow)
     while "blue." not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()

@@ -30,7 +30,7 @@ def slow_cluster(*overrides: str) -> Iterator[LiveCluster]:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as table:
         table.write("prefill = [[1, 0.005], [512, 0.02]]\ndecode = [[1, 0.005], [32, 0.006]]\n")
         table.flush()
-        with LiveCluster(overrides=[f"emulated.cost={table.name}", "emulated.blocks=400", *overrides]) as cluster:
+        with LiveCluster(overrides=[f"engine.cost={table.name}", "emulated.blocks=400", *overrides]) as cluster:
             yield cluster
 
 

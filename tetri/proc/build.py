@@ -49,7 +49,7 @@ def _emulated(config: Config) -> Engine:
         ),
         token_bytes=made.token_bytes,
         vocabulary=made.vocabulary,
-        cost=cost.load(made.cost) if made.cost else cost.Cost(),
+        cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
         time_scale=made.time_scale,
     )
 

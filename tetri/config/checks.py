@@ -1,0 +1,69 @@
+"""What the tables of a configuration must not say together, each in one line that says what to do."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterator
+
+from tetri.config.tables import Config, cpu_numbers
+from tetri.request import blocks_for
+
+IPC_BYTES = 100  # a Unix socket's path holds 108 bytes at most; ZeroMQ needs a few of them
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Every problem, in one line each."""
+    iids = [worker.iid for worker in config.workers]
+    for iid in sorted({iid for iid in iids if iids.count(iid) > 1}):
+        yield f"worker.iid: {iid!r} is used {iids.count(iid)} times; every worker needs its own"
+    for role in ("prefill", "decode"):
+        if not {role, "mixed"} & {worker.role for worker in config.workers}:
+            yield f'worker: at least one [[worker]] with role = "{role}" or "mixed" is needed'
+    if config.cluster.dead_s < 3 * config.cluster.beat_s:
+        yield f"cluster.dead_s: must be at least three times beat_s ({config.cluster.beat_s:g} s)"
+    if config.monitor.gone_s < config.monitor.stale_s:
+        yield f"monitor.gone_s: must be at least stale_s ({config.monitor.stale_s:g} s)"
+    if 1000 * config.monitor.stale_s < 2 * config.monitor.load_ms:
+        yield f"monitor.stale_s: must be at least two times load_ms ({config.monitor.load_ms} ms)"
+    chunk, block = config.engine.chunk_tokens, config.engine.block_tokens
+    if config.engine.max_batch >= chunk:
+        yield (
+            f"engine.max_batch: must be below chunk_tokens ({chunk}): a step has room for one token of every running"
+            " decode and some of a prompt"
+        )
+    if config.transfer.slab_blocks < (least := blocks_for(chunk + block - 1, block)):
+        yield f"transfer.slab_blocks: must be at least {least}, the blocks that one chunk may fill"
+    pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]
+    for place, cpus in [*pinned, *((f"worker {w.iid}.cpus", w.cpus) for w in config.workers)]:
+        if cpus and not cpu_numbers(cpus):
+            yield f"{place}: {cpus!r} names no CPU"
+    if config.broker.clients:
+        yield from _address_problem(config.broker.clients)
+    own = (config.clients_address, config.events_address, config.loads_address, config.views_address)
+    for address in (*own, *map(config.inbox_address, iids)):
+        if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
+            yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"
+
+
+def _address_problem(address: str) -> Iterator[str]:
+    if re.fullmatch(r"ipc:///[^\0]+", address):
+        return
+    parts = re.fullmatch(r"tcp://(\[[^\]]+\]|[^:/\[\]]+):(\d{1,5})", address)
+    if not parts or not 0 < int(parts[2]) < 65536:
+        yield f'broker.clients: must be "ipc:///path", "tcp://127.0.0.1:PORT" or "", got "{address}"'
+    elif not _is_loopback(parts[1].strip("[]")):
+        yield (
+            f"broker.clients: {parts[1]} is not this machine's IPv4 loopback; encryption (CURVE) between hosts is"
+            " not built yet, so use 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.IPv4Address(host).is_loopback  # the sockets are opened without IPv6
+    except ValueError:  # a name, or *
+        return False
