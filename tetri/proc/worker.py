@@ -7,39 +7,24 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from random import Random
+from typing import Any
 
 import click
 
 from tetri import log
 from tetri.config import Config, cpu_numbers, default_path, load
 from tetri.config import Worker as WorkerConfig
-from tetri.core.actions import (
-    BROKER,
-    Action,
-    AddLeg,
-    AdmitLeg,
-    Adopt,
-    Adopted,
-    CancelLeg,
-    Connect,
-    Disconnect,
-    Export,
-    Exported,
-    Forget,
-    Free,
-    LegRejected,
-    Send,
-    Step,
-    WorkerInput,
-)
+from tetri.core.actions import BROKER, LengthKnown, Predict, WorkerInput
 from tetri.core.worker import Worker
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
-from tetri.kv.base import KVCorrupt, KVError, KVLost, KVStore
+from tetri.hands import Copies, WorkerHands
+from tetri.kv.base import KVError, KVLost, KVStore
 from tetri.models import ModelError
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
@@ -54,79 +39,47 @@ from tetri.wire.messages import InboxMessage
 EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, log.LogError)
 
 
-class Hands:
-    """Carries out what a worker's core says. A slow action's result goes back into the core as an event."""
+class Wires:
+    """The network of a worker: when a message is lost, timers and beats make up for it."""
 
-    def __init__(self, core: Worker, engine: Engine, store: KVStore, hub: Hub, logger: logging.Logger) -> None:
-        self.core, self.engine, self.store, self.hub, self.log = core, engine, store, hub, logger
+    def __init__(self, hub: Hub, logger: logging.Logger) -> None:
+        self.hub, self.log = hub, logger
+        self.disconnect = hub.disconnect
 
-    def poll(self, timeout: float | None) -> Iterable[WorkerInput]:
-        for event in self.hub.poll(timeout):
-            yield event.message if isinstance(event, Arrived) else event  # type: ignore[misc]
-
-    def act(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            result = self.do(action)
-            if result is not None:
-                self.act(self.core.handle(result, time.monotonic()))
-
-    def do(self, action: Action) -> WorkerInput | None:
-        match action:
-            case Send(peer, message):
-                try:
-                    self.hub.send(peer, message)  # when it is lost, timers and beats make up for it
-                except WireError as error:
-                    self.log.error("%s %s", error, log.fields(iid=peer))
-            case Step():
-                return self.engine.step()
-            case Export(key, index, start, stop):
-                handle, digest = self.store.put(stop - start, lambda into: self.engine.export(key, start, stop, into))
-                return Exported(key, index, start, stop, handle, digest)
-            case Adopt():
-                return self.adopt(action)
-            case AddLeg(leg):
-                try:
-                    self.engine.add(leg)
-                except EngineError as error:
-                    return LegRejected(leg.key, str(error))
-            case CancelLeg(key):
-                self.engine.cancel(key)
-            case AdmitLeg(key, token):
-                try:
-                    self.engine.admit(key, token)
-                except EngineError as error:
-                    return LegRejected(key, str(error))
-            case Free(handle):
-                self.store.free(handle)
-            case Forget(segment):
-                self.store.forget(segment)
-            case Connect(peer, address):
-                self.connect(peer, address)
-            case Disconnect(peer):
-                self.hub.disconnect(peer)
-        return None
-
-    def adopt(self, action: Adopt) -> Adopted:
+    def send(self, peer: str, message: Any) -> None:
         try:
-            blocks = self.store.take(action.handle, action.digest)
-        except KVCorrupt as error:
-            self.log.error("%s %s", error, log.fields(key=action.key, chunk=action.index))
-            return Adopted(action.key, action.index, "corrupt")
-        except KVLost as error:
-            self.log.warning("%s %s", error, log.fields(key=action.key, chunk=action.index))
-            return Adopted(action.key, action.index, "lost")
-        try:
-            self.engine.adopt(action.key, action.start, blocks)
-        except EngineError as error:
-            self.log.error("%s %s", error, log.fields(key=action.key, chunk=action.index))
-            return Adopted(action.key, action.index, "lost")
-        return Adopted(action.key, action.index)
+            self.hub.send(peer, message)
+        except WireError as error:
+            self.log.error("%s %s", error, log.fields(iid=peer))
+
+    def publish(self, message: Any) -> None:
+        """Nobody subscribes yet."""
 
     def connect(self, peer: str, address: str) -> None:
         try:
             self.hub.connect(peer, address)
         except NetError as error:  # the peer told a wrong address: it stays unreachable
             self.log.error("%s %s", error, log.fields(iid=peer))
+
+
+def polled(hub: Hub, timeout: float | None) -> Iterable[WorkerInput]:
+    """What has come, as the core takes it."""
+    for event in hub.poll(timeout):
+        yield event.message if isinstance(event, Arrived) else event  # type: ignore[misc]
+
+
+def hands_of(core: Worker, engine: Engine, store: KVStore, hub: Hub, logger: logging.Logger) -> WorkerHands:
+    """What the core says is done by this engine, this store and this hub."""
+
+    def note(error: Exception, key: str, chunk: int) -> None:
+        level = logging.WARNING if isinstance(error, KVLost) else logging.ERROR
+        logger.log(level, "%s %s", error, log.fields(key=key, chunk=chunk))
+
+    def predict(wanted: Predict) -> LengthKnown | None:
+        raise NotImplementedError("no length predictor is configured")
+
+    copies, wires = Copies(engine, store, note), Wires(hub, logger)
+    return WorkerHands(core, time.monotonic, engine, copies, wires, lambda most: engine.step(), predict)
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
@@ -144,11 +97,11 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         leaving.callback(signals.restore)
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
         core = Worker(own, Random(own.incarnation), time.monotonic())
-        hands = Hands(core, engine, store, hub, logger)
+        hands = hands_of(core, engine, store, hub, logger)
         hub.bind_inbox(own.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
-        run(core, hands.poll, hands.act, time.monotonic, signals.running)
+        run(core, partial(polled, hub), hands.carry_out, time.monotonic, signals.running)
 
 
 def pin(cpus: str) -> None:
