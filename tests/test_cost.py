@@ -1,6 +1,11 @@
 """What chunks and steps cost."""
 
+import math
+from itertools import accumulate
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tetri import cost
 from tetri.cost import Cost, CostError
@@ -35,34 +40,167 @@ def test_nothing_costs_nothing_by_default():
     assert Cost().chunk_s([Span("a", 0, 900)]) == Cost().decode_s(9, 900) == 0.0
 
 
+def steps_up(first, lengths):
+    """Ascending numbers."""
+    return list(accumulate(lengths, initial=first))
+
+
+@st.composite
+def curves(draw):
+    count = draw(st.integers(0, 5))
+    xs = steps_up(draw(st.integers(0, 50)), draw(st.lists(st.integers(1, 500), min_size=count, max_size=count)))
+    rises = draw(st.lists(st.floats(0, 2), min_size=count, max_size=count))
+    return tuple(zip(map(float, xs), steps_up(draw(st.floats(0, 2)), rises), strict=True))
+
+
+costs = st.builds(
+    Cost,
+    curves(),
+    curves(),
+    st.floats(0, 1e-3),
+    st.floats(0, 1e-3),
+    kv_tokens=st.integers(0, 1 << 40),
+    predictor_slowdown=st.floats(1, 3),
+    source=st.text(st.characters(exclude_categories=["Cs"])),
+)
+small = st.integers(0, 300)
+
+
+@given(costs, small, small, st.integers(1, 64))
+def test_a_prompt_costs_the_sum_of_its_chunks(table, done, rest, chunk_tokens):
+    tokens, total, at = done + rest, 0.0, done
+    while at < tokens:
+        stop = min(at + chunk_tokens, tokens)
+        total += table.chunk_s([Span("a", at, stop)])
+        at = stop
+    assert table.prompt_s(tokens, done, chunk_tokens) == pytest.approx(total, abs=1e-12)
+
+
+def test_a_prompt_that_is_done_costs_nothing():
+    assert MEASURED.prompt_s(100, 100, 32) == MEASURED.prompt_s(90, 100, 32) == 0.0
+
+
+@given(costs, st.integers(0, 40), small, st.integers(0, 30))
+def test_a_run_of_decode_steps_costs_the_sum_of_them(table, batch, context, steps):
+    total = sum(table.decode_s(batch, context + batch * i) for i in range(steps))
+    assert table.decode_run_s(batch, context, steps) == pytest.approx(total, abs=1e-12)
+
+
+@given(costs, st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 5000))
+def test_more_work_never_takes_less_time_and_none_takes_less_than_none(table, size, more, before):
+    """Also far beyond the last measured point, where the line of the last two goes on."""
+    less = [Span("a", before, before + size)], size, before
+    most = [Span("a", before, before + size + more)], size + more, before
+    pairs = [
+        (table.chunk_s(less[0]), table.chunk_s(most[0])),
+        (table.decode_s(*less[1:]), table.decode_s(*most[1:])),
+        (table.step_s(*less), table.step_s(*most)),
+        (table.prompt_s(size, 0, 512), table.prompt_s(size, 0, 512) + table.chunk_s(less[0])),
+        (table.decode_s(size, before), table.step_s(*less)),
+        (table.chunk_s(less[0]), table.step_s(*less)),
+    ]
+    for smaller, larger in pairs:
+        assert -1e-9 <= smaller <= larger * (1 + 1e-9) + 1e-9
+
+
+@given(costs)
+def test_a_table_that_is_written_reads_back_equal(tmp_path_factory, table):
+    path = tmp_path_factory.getbasetemp() / "written.toml"
+    path.write_text(cost.dump(table, ["made for a test", "", "[not a section]"]), encoding="utf-8")
+    assert cost.load(path) == table
+    assert path.read_text(encoding="utf-8").startswith("# made for a test\n#\n# [not a section]\n")
+
+
 def test_a_table_is_read(tmp_path):
     path = tmp_path / "table.toml"
     path.write_text("prefill = [[1, 0.5]]\ndecode = [[1, 0.1], [2, 0.2]]\ndecode_context_s = 1\n")
-    assert cost.load(path) == Cost(((1.0, 0.5),), ((1.0, 0.1), (2.0, 0.2)), 0.0, 1.0)
+    assert cost.load(path) == cost.load(str(path)) == Cost(((1.0, 0.5),), ((1.0, 0.1), (2.0, 0.2)), 0.0, 1.0)
+
+
+@pytest.mark.parametrize("path", sorted(cost.TABLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_tables_of_the_checkout_have_names(path):
+    named = cost.load(path.stem)
+    assert named == cost.load(path) and named.source and named.kv_tokens and named.kv_token_bytes
+    assert named.chunk_tokens in {x for x, _ in named.prefill}
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(CostError, match=r"no cost table is called 'teapot'; known: .*v100-opt13b"):
+        cost.load("teapot")
+    with pytest.raises(CostError, match=r"^teapot.toml: no cost table: No such file"):
+        cost.load("teapot.toml")
+
+
+FINE = "prefill = [[1, 1]]\ndecode = [[1, 1]]\n"
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text, says",
     [
-        "",
-        "prefill = 1\ndecode = [[1, 1]]",
-        "prefill = []\ndecode = [[1, 1]]",
-        "prefill = [[2, 1], [1, 1]]\ndecode = [[1, 1]]",
-        "prefill = [[1, 1], [1, 2]]\ndecode = [[1, 1]]",
-        "prefill = [[1]]\ndecode = [[1, 1]]",
-        "prefill = [[1, 'x']]\ndecode = [[1, 1]]",
-        "prefill = [[1, 1]]\ndecode = [[1, 1]]\ntea = 1",
-        "this is no TOML",
+        ("", "prefill is missing: a list of [x, seconds] pairs"),
+        ("prefill = [[1, 1]]", "decode is missing"),
+        ("prefill = 1\ndecode = [[1, 1]]", "prefill: must be a list of [x, seconds] pairs, got 1"),
+        ("prefill = []\ndecode = [[1, 1]]", "prefill: must be a list of [x, seconds] pairs, got ()"),
+        ("prefill = [[2, 1], [1, 1]]\ndecode = [[1, 1]]", "prefill: its x must ascend, but 1 comes after 2"),
+        ("prefill = [[1, 1], [1, 2]]\ndecode = [[1, 1]]", "prefill: its x must ascend, but 1 comes after 1"),
+        ("prefill = [[1, 1]]\ndecode = [[1, 2], [9, 1]]", "decode: its seconds must not fall, but 1 s at 9"),
+        ("prefill = [[1]]\ndecode = [[1, 1]]", "prefill: must have two numbers, 0 or more, in each pair, got (1,)"),
+        ("prefill = [1, 2]\ndecode = [[1, 1]]", "prefill: must have two numbers"),
+        ("prefill = [[1, 'x']]\ndecode = [[1, 1]]", "prefill: must have two numbers"),
+        ("prefill = [[1, -1]]\ndecode = [[1, 1]]", "prefill: must have two numbers"),
+        ("prefill = [[1, nan]]\ndecode = [[1, 1]]", "prefill: must have two numbers"),
+        ("prefill = [[1, inf]]\ndecode = [[1, 1]]", "prefill: must have two numbers"),
+        ("prefill = [[true, 1]]\ndecode = [[1, 1]]", "prefill: must have two numbers"),
+        (FINE + "tea = 1", "unknown key tea; allowed: prefill, decode, prefill_start_s"),
+        (FINE + "decode_context_s = -1e-6", "decode_context_s must be a number, 0 or more, got -1e-06"),
+        (FINE + "decode_context_s = nan", "decode_context_s must be a number, 0 or more, got nan"),
+        (FINE + "prefill_start_s = '1'", "prefill_start_s must be a number, 0 or more, got '1'"),
+        (FINE + "prefill_start_s = true", "prefill_start_s must be a number"),
+        (FINE + "kv_tokens = 1.5", "kv_tokens must be a whole number, 0 or more, got 1.5"),
+        (FINE + "chunk_tokens = -1", "chunk_tokens must be a whole number"),
+        (FINE + "kv_tokens = true", "kv_tokens must be a whole number"),
+        (FINE + "predictor_slowdown = 0.5", "predictor_slowdown must be at least 1, got 0.5"),
+        (FINE + "source = 1", "source must be a text, got 1"),
+        (FINE + f"kv_tokens = {'9' * 5000}", "not a TOML file"),
+        ("prefill = " + "[" * 2000, "not a TOML file"),
+        ("this is no TOML", "not a TOML file"),
     ],
 )
-def test_what_is_no_table_is_an_error_of_one_line(tmp_path, text):
+def test_what_is_no_table_is_an_error_of_one_line(tmp_path, text, says):
     path = tmp_path / "table.toml"
     path.write_text(text)
     with pytest.raises(CostError) as caught:
         cost.load(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: {says}") and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "table.toml").write_bytes(b"\xff")
+    with pytest.raises(CostError, match="not a TOML file"):
+        cost.load(tmp_path / "table.toml")
 
 
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(CostError, match="no cost table"):
         cost.load(tmp_path / "none.toml")
+
+
+def test_a_table_that_is_made_is_checked_as_well():
+    with pytest.raises(CostError, match=r"^decode: its seconds must not fall"):
+        Cost(decode=((1.0, 2.0), (2.0, 1.0)))
+    with pytest.raises(CostError, match=r"^prefill_start_s must be"):
+        Cost(prefill_start_s=math.nan)
+    with pytest.raises(CostError, match=r"^prefill: must be a list .*\.\.\.$"):
+        Cost(prefill=[(float(x), 0.0) for x in range(100)])
+
+
+def test_a_step_that_does_both_pays_the_fixed_part_once():
+    spans = [Span("a", 0, 10)]
+    assert MEASURED.step_s(spans, 3, 50) == pytest.approx(1.0 + 0.2 + 0.05 - 0.1)
+    assert MEASURED.step_s(spans, 0, 0) == MEASURED.chunk_s(spans)
+    assert MEASURED.step_s([], 3, 50) == MEASURED.decode_s(3, 50)
+    assert Cost(prefill=((1.0, 0.01),), decode=((1.0, 0.1),)).step_s(spans, 1, 0) == pytest.approx(0.1)
+
+
+def test_the_predictor_takes_its_time_by_the_prompt():
+    assert Cost(predictor_s=0.5, predictor_token_s=0.01).predict_s(100) == pytest.approx(1.5)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tomllib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tetri.leg import Span
 
-Curve = tuple[tuple[float, float], ...]  # (tokens or batch, seconds), ascending
+Curve = tuple[tuple[float, float], ...]  # (tokens or batch, seconds); the first ascend, the second never fall
+TABLES = Path(__file__).parent.parent / "conf" / "cost"  # where a table is looked for by its name alone
 
 
 class CostError(ValueError):
@@ -21,8 +24,11 @@ class CostError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Cost:
     """`prefill` by tokens in the chunk, `decode` by requests in the batch, seconds, linear in between and on
-    from the last two points. `prefill_start_s`: seconds more per chunk token and per token before it;
-    `decode_context_s`: seconds more per token of context in the batch."""
+    from the last two points; the first point's seconds before it. `prefill_start_s`: seconds more per chunk token
+    and per token before it; `decode_context_s`: seconds more per token of context in the batch.
+
+    Since a curve never falls, no step is cheaper than a smaller one and none takes less than no time, however far
+    beyond the measured points it is. Raises CostError when a value makes no sense."""
 
     prefill: Curve = ((1.0, 0.0),)
     decode: Curve = ((1.0, 0.0),)
@@ -37,6 +43,10 @@ class Cost:
     predictor_slowdown: float = 1.0  # how much longer a step takes beside which the predictor runs
     source: str = ""
 
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise CostError(problem)
+
     def chunk_s(self, spans: Sequence[Span]) -> float:
         """Seconds of one prefill chunk."""
         if not spans:
@@ -46,9 +56,11 @@ class Cost:
         return _at(self.prefill, tokens) + self.prefill_start_s * pairs
 
     def prompt_s(self, tokens: int, done: int, chunk_tokens: int) -> float:
-        """Seconds of prefill for tokens [done, tokens) of one prompt, by itself, in chunks."""
-        whole, rest = divmod(tokens - done, chunk_tokens)
-        pairs = sum(chunk_tokens * (done + chunk_tokens * i) for i in range(whole))
+        """Seconds of prefill for tokens [done, tokens) of one prompt, by itself, in chunks. Takes the same time for
+        a prompt of any length: the broker asks for every request."""
+        whole, rest = divmod(max(tokens - done, 0), chunk_tokens)
+        # Chunk i starts at done + i x chunk_tokens: an arithmetic series.
+        pairs = chunk_tokens * (done * whole + chunk_tokens * (whole * (whole - 1) // 2))
         pairs += rest * (done + chunk_tokens * whole)
         last = _at(self.prefill, rest) if rest else 0.0
         return _at(self.prefill, chunk_tokens) * whole + last + self.prefill_start_s * pairs
@@ -66,30 +78,117 @@ class Cost:
         """Seconds of one decode step of `batch` requests with `context` tokens together."""
         return _at(self.decode, batch) + self.decode_context_s * context if batch else 0.0
 
+    def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
+        """Seconds of one step that prefills `spans` and decodes `batch` requests. What every step costs, whatever is
+        in it, is paid once: the decode step of one request without context, or the chunk if that is less."""
+        chunk, decode = self.chunk_s(spans), self.decode_s(batch, context)
+        return chunk + decode - min(chunk, self.decode_s(1, 0)) if chunk and decode else chunk + decode
 
-def load(path: str | Path) -> Cost:
-    """Read a table: `prefill` and `decode` are lists of [x, seconds] pairs. Raises CostError."""
+
+def load(table: str | Path) -> Cost:
+    """Read a table: `prefill` and `decode` are lists of [x, seconds] pairs. `table` is a file, or, as a text without
+    a slash and without the end .toml, the name of one in conf/cost. Raises CostError."""
+    path = _path(table)
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        curves = {name: _curve(table.pop(name)) for name in ("prefill", "decode")}
-        rates = {name: kind(table.pop(name, default)) for name, (kind, default) in _RATES.items()}
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CostError(f"{path}: no cost table: {error!r}") from None
-    if table:
-        raise CostError(f"{path}: unknown key {next(iter(table))}; allowed: {', '.join((*curves, *rates))}")
-    return Cost(curves["prefill"], curves["decode"], **rates)
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CostError(f"{path}: no cost table: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # bytes that are no text, no TOML, or nested without end
+        raise CostError(f"{path}: not a TOML file: {error}") from None
+    for key in found:
+        if key not in _FIELDS:
+            raise CostError(f"{path}: unknown key {key}; allowed: {', '.join(_FIELDS)}")
+    for key in CURVES:
+        if key not in found:
+            raise CostError(f"{path}: {key} is missing: a list of [x, seconds] pairs")
+        found[key] = _pairs(found[key])
+    try:
+        return Cost(**found)
+    except CostError as error:
+        raise CostError(f"{path}: {error}") from None
 
 
-_RATES: dict[str, tuple[Any, Any]] = {
-    field.name: (type(field.default), field.default) for field in fields(Cost) if field.name not in ("prefill", "decode")
-}
+def dump(cost: Cost, comments: Sequence[str] = ()) -> str:
+    """A table that `load` reads back as an equal Cost, with lines of comment at its head."""
+    lines = [f"# {line}".rstrip() for line in comments]
+    for field in fields(Cost):
+        value = getattr(cost, field.name)
+        if field.name in CURVES:
+            lines += [f"{field.name} = [", *(f"    [{_number(x)}, {_number(s)}]," for x, s in value), "]"]
+        elif value != field.default:
+            # JSON's strings are TOML's too, but for DEL
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _number(value)
+            lines.append(f"{field.name} = {text}".replace("\x7f", "\\u007f"))
+    return "\n".join([*lines, ""])
 
 
-def _curve(pairs: Sequence[Sequence[float]]) -> Curve:
-    curve = tuple((float(x), float(seconds)) for x, seconds in pairs)
-    if not curve or list(curve) != sorted(curve) or len({x for x, _ in curve}) != len(curve):
-        raise ValueError("a curve needs points with ascending x")
-    return curve
+CURVES = ("prefill", "decode")
+_FIELDS = {field.name: field.default for field in fields(Cost)}
+
+
+def _path(table: str | Path) -> Path:
+    if isinstance(table, Path) or "/" in table or table.endswith(".toml"):
+        return Path(table)
+    path = TABLES / f"{table}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(other.stem for other in TABLES.glob("*.toml")))
+        raise CostError(f"no cost table is called {table!r}; known: {known} (or give a file: PATH.toml)")
+    return path
+
+
+def _pairs(value: Any) -> Any:
+    """Lists as tuples; what is no list of pairs is left for Cost to refuse."""
+    if not isinstance(value, list):
+        return value
+    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _problems(cost: Cost) -> Iterator[str]:
+    for name in CURVES:
+        problem = _curve_problem(getattr(cost, name))
+        if problem:
+            yield f"{name}: {problem}"
+    for name, default in _FIELDS.items():
+        value = getattr(cost, name)
+        if isinstance(default, str) and not isinstance(value, str):
+            yield f"{name} must be a text, got {_shown(value)}"
+        elif isinstance(default, int) and (type(value) is not int or not 0 <= value < 1 << 63):
+            yield f"{name} must be a whole number, 0 or more, got {_shown(value)}"
+        elif isinstance(default, float) and not _is_number(value):
+            yield f"{name} must be a number, 0 or more, got {_shown(value)}"
+    if not cost.predictor_slowdown >= 1:
+        yield f"predictor_slowdown must be at least 1, got {_shown(cost.predictor_slowdown)}"
+
+
+def _curve_problem(curve: Any) -> str | None:
+    if not isinstance(curve, tuple) or not curve:
+        return f"must be a list of [x, seconds] pairs, got {_shown(curve)}"
+    for pair in curve:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not all(map(_is_number, pair)):
+            return f"must have two numbers, 0 or more, in each pair, got {_shown(pair)}"
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+        if x1 <= x0:
+            return f"its x must ascend, but {x1:g} comes after {x0:g}"
+        if y1 < y0:
+            return f"its seconds must not fall, but {y1:g} s at {x1:g} comes after {y0:g} s at {x0:g}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+    return whole or (isinstance(value, float) and 0 <= value < math.inf)  # never true for NaN
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits or more levels than Python writes
+        return "something enormous"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _at(curve: Curve, x: float) -> float:
