@@ -100,7 +100,7 @@ def test_closing_does_not_remove_a_successors_file(run_folder):
     address, path = ipc(run_folder, "inbox"), run_folder / "inbox"
     with hubs(2) as (old, new):
         old.bind_inbox(address, InboxMessage)
-        bound = next(iter(old._intakes.values())).bound
+        (bound,) = old._bounds
         path.unlink()  # as an operator might
         new.bind_inbox(address, InboxMessage)
         bound.remove_file()

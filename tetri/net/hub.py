@@ -1,13 +1,15 @@
-"""All sockets of one process behind six verbs: bind, connect, send, reply, poll, close."""
+"""All sockets of one process behind a few verbs: bind, connect, send, reply, publish, subscribe, poll, close."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
-from types import UnionType
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -18,8 +20,10 @@ from tetri.net.errors import NetError
 from tetri.net.intake import Intake
 from tetri.net.link import Link
 from tetri.wire import codec
+from tetri.wire.codec import Messages
 from tetri.wire.events import NetEvent, PeerDown, PeerUp
 
+RETRY_S = 0.5  # a feed's connection that libzmq gave up is opened anew after this
 _LONGEST_MS = 1 << 30  # zmq takes a C int; the loop just polls once more after twelve days
 Sent = Literal["sent", "full", "gone"]
 
@@ -27,8 +31,9 @@ Sent = Literal["sent", "full", "gone"]
 class Hub:
     """The network as one process sees it. Belongs to one thread; only `wake()` may be called from others.
 
-    `counters` grow for ever: received, received_bytes, sent, sent_bytes, would_block, no_peer, replies_full,
-    replies_gone, and garbage_<kind> for what was dropped (kinds: frames, and those of codec.WireError).
+    `counters` grow for ever: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
+    no_peer, replies_full, replies_gone, and garbage_<kind> for what was dropped (kinds: frames, and those of
+    codec.WireError).
     """
 
     def __init__(self, log: logging.Logger | None = None) -> None:
@@ -37,17 +42,20 @@ class Hub:
         self._context: sockets.Context = zmq.Context()
         self._poller = zmq.Poller()
         self._intakes: dict[sockets.Socket, Intake] = {}
+        self._bounds: list[sockets.Bound] = []
         self._router: sockets.Socket | None = None
+        self._outlet: sockets.Socket | Link | None = None  # where publish() goes
+        self._feeds: list[Link] = []  # PUB or SUB sockets that connect
         self._links: dict[str, Link] = {}
         self._monitors: dict[sockets.Socket, Link] = {}
         self._wake_read, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller.register(self._wake_read, zmq.POLLIN)
 
-    def bind_inbox(self, address: str, union: UnionType) -> str:
+    def bind_inbox(self, address: str, union: Messages) -> str:
         """Take messages of `union` at `address`; returns the real address. Raises NetError: wrong, in use."""
         return self._bind(sockets.inbox(self._context, union), address, union, identities=False)
 
-    def bind_clients(self, address: str, union: UnionType) -> str:
+    def bind_clients(self, address: str, union: Messages) -> str:
         """As bind_inbox, from clients that can be replied to; once per hub."""
         if self._router is not None:
             raise NetError(f"{address}: this process already listens for clients")
@@ -56,15 +64,92 @@ class Hub:
         self._router = router
         return real
 
-    def _bind(self, socket: sockets.Socket, address: str, union: UnionType, identities: bool) -> str:
+    def bind_subscriber(self, address: str, union: Messages) -> str:
+        """As bind_inbox, from everyone who publishes there. They never wait: what is not read in time is lost."""
+        return self._bind(sockets.subscriber(self._context, union, newest=False), address, union, identities=False)
+
+    def _bind(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> str:
+        real = self._bound(socket, address)
+        self._read_from(socket, real, union, identities)
+        return real
+
+    def _bound(self, socket: sockets.Socket, address: str) -> str:
         try:
-            bound = sockets.Bound(socket, address)
+            self._bounds.append(sockets.Bound(socket, address))
         except NetError:
             socket.close(0)
             raise
-        self._intakes[socket] = Intake(socket, bound, union, identities, self.counters, self._log)
+        return self._bounds[-1].address
+
+    def _read_from(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> None:
+        self._intakes[socket] = Intake(socket, address, union, identities, self.counters, self._log)
         self._poller.register(socket, zmq.POLLIN)
-        return bound.address
+
+    def bind_publisher(self, address: str) -> str:
+        """What publish() says is heard by everyone who subscribes at `address`; returns the real address. One
+        publisher per hub. Raises NetError: wrong, in use."""
+        self._only_one_outlet(address)
+        socket = sockets.publisher(self._context)
+        real = self._bound(socket, address)
+        self._outlet = socket
+        return real
+
+    def connect_publisher(self, address: str) -> None:
+        """What publish() says goes to the subscriber that is bound at `address`, whenever there is one."""
+        self._only_one_outlet(address)
+        self._outlet = self._feed(address, sockets.publisher)
+
+    def _only_one_outlet(self, address: str) -> None:
+        if self._outlet is not None:
+            raise NetError(f"{address}: this process already publishes")
+
+    def publish(self, message: msgspec.Struct) -> None:
+        """Never waits, and never says whether anybody hears it. Raises WireError for one over the limit."""
+        if self._outlet is None:
+            raise NetError("publish without bind_publisher or connect_publisher")
+        data = codec.encode(message)
+        socket = self._outlet.socket if isinstance(self._outlet, Link) else self._outlet
+        with suppress(zmq.Again):
+            socket.send(data, zmq.NOBLOCK)
+        self.counters["published"] += 1
+        self.counters["published_bytes"] += len(data)
+
+    def subscribe(self, address: str, union: Messages) -> None:
+        """Hear what the one publisher at `address` says, whenever there is one. Only the newest message waits:
+        whoever reads rarely misses the others."""
+        make = partial(sockets.subscriber, union=union, newest=True)
+        link = self._feed(address, make)
+        self._read_from(link.socket, address, union, identities=False)
+
+    def _feed(self, address: str, make: Callable[[sockets.Context], sockets.Socket]) -> Link:
+        link = Link(self._context, "", address, make)
+        self._feeds.append(link)
+        self._watch(link)
+        return link
+
+    def _retry_feeds(self) -> None:
+        for at, old in enumerate(self._feeds):
+            if not old.given_up_for(RETRY_S):
+                continue
+            new = self._feeds[at] = Link(self._context, "", old.address, old.make)
+            self._unwatch(old)
+            self._watch(new)
+            intake = self._intakes.pop(old.socket, None)
+            if intake is not None:
+                self._poller.unregister(old.socket)
+                self._poller.register(new.socket, zmq.POLLIN)
+                intake.socket = new.socket
+                self._intakes[new.socket] = intake
+            self._outlet = new if self._outlet is old else self._outlet
+            old.close()
+
+    def _watch(self, link: Link) -> None:
+        self._monitors[link.monitor] = link
+        self._poller.register(link.monitor, zmq.POLLIN)
+
+    def _unwatch(self, link: Link) -> None:
+        self._poller.unregister(link.monitor)
+        del self._monitors[link.monitor]
 
     def connect(self, peer: str, address: str) -> None:
         """Write to `peer` at `address` from now on. The same address again changes nothing; another one
@@ -79,16 +164,14 @@ class Hub:
         link = Link(self._context, peer, address)
         self.disconnect(peer)
         self._links[peer] = link
-        self._monitors[link.monitor] = link
-        self._poller.register(link.monitor, zmq.POLLIN)
+        self._watch(link)
 
     def disconnect(self, peer: str) -> None:
         """Forget `peer` and what still waits for it; no PeerDown follows. An unknown peer is fine."""
         link = self._links.pop(peer, None)
         if link is None:
             return
-        self._poller.unregister(link.monitor)
-        del self._monitors[link.monitor]
+        self._unwatch(link)
         link.close()
 
     def send(self, peer: str, message: msgspec.Struct) -> bool:
@@ -135,16 +218,29 @@ class Hub:
         Messages come before the news of peers: what a peer managed to say before it died is read first.
         Bounded per socket, so there may be more at once; empty after the time, a signal or a wake().
         """
+        self._retry_feeds()
         arrived: list[NetEvent] = []
         news: list[PeerUp | PeerDown] = []
+        if any(link.given_up for link in self._feeds):
+            timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
         for source, _ in self._poller.poll(_milliseconds(timeout)):
             if source in self._intakes:
                 arrived += self._intakes[source].read()
             elif source in self._monitors:
-                news += self._monitors[source].news()
+                link = self._monitors[source]
+                news += link.news() if link.peer else link.news()[:0]
             else:
                 _empty(self._wake_read)
         return arrived + news
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, to the fraction of a millisecond, but no longer than until something is there for poll:
+        True then. Reads nothing."""
+        until = time.monotonic() + seconds
+        if self._poller.poll(int(max(0.0, seconds) * 1000)):
+            return True
+        time.sleep(max(0.0, until - time.monotonic()))
+        return False
 
     def wake(self) -> None:
         """End the present or the next poll at once. From any thread; `wake_fd` is for set_wakeup_fd."""
@@ -157,11 +253,16 @@ class Hub:
             return
         for peer in list(self._links):
             self.disconnect(peer)
+        for link in self._feeds:
+            self._unwatch(link)
+            link.close()
         for socket in self._intakes:
-            socket.close(0)
+            socket.close(0)  # a feed's is closed already, which does no harm
+        if isinstance(self._outlet, zmq.Socket):
+            self._outlet.close(0)
         self._context.term()
-        for intake in self._intakes.values():
-            intake.bound.remove_file()
+        for bound in self._bounds:
+            bound.remove_file()
         os.close(self._wake_read)
         os.close(self.wake_fd)
 

@@ -1,14 +1,13 @@
-"""Reading one bound socket: fairly, and without ever failing because of what somebody sent."""
+"""Reading one socket: fairly, and without ever failing because of what somebody sent."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from types import UnionType
 
 import zmq
 
-from tetri.net.sockets import Bound, Socket
+from tetri.net.sockets import Socket
 from tetri.wire import codec
 from tetri.wire.events import Arrived
 
@@ -19,19 +18,19 @@ _MAX_COMPLAINTS = 256  # remembered (sender, kind) pairs: a sender can invent an
 
 
 class Intake:
-    """A bound PULL (`identities` False) or ROUTER (True) and the messages that it may carry."""
+    """A PULL, a SUB (`identities` False) or a ROUTER (True) at `address`, and the messages that it may carry."""
 
     def __init__(
         self,
         socket: Socket,
-        bound: Bound,
-        union: UnionType,
+        address: str,
+        union: codec.Messages,
         identities: bool,
         counters: Counter[str],
         log: logging.Logger,
     ) -> None:
         self.socket = socket
-        self.bound = bound
+        self.address = address
         self._union = union
         self._identities = identities
         self._counters = counters
@@ -61,7 +60,10 @@ class Intake:
         except zmq.Again:
             return None
         while self.socket.get(zmq.RCVMORE):
-            frame = self.socket.recv(zmq.NOBLOCK)
+            try:
+                frame = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:  # a socket that keeps the newest part alone has lost the rest
+                return [b""] * 3
             if len(frames) < 3:
                 frames.append(frame)
         return frames
@@ -84,4 +86,4 @@ class Intake:
             return
         self._complained.add((client, kind))
         sender = f" from client {client.hex()}" if client is not None else ""
-        self._log.warning("%s: dropped a message%s: %s", self.bound.address, sender, reason)
+        self._log.warning("%s: dropped a message%s: %s", self.address, sender, reason)

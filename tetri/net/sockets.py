@@ -1,9 +1,8 @@
-"""The four sockets and every option on them. High-water marks count messages, per connection."""
+"""The six sockets and every option on them. High-water marks count messages, per connection."""
 
 from __future__ import annotations
 
 import os
-from types import UnionType
 
 import zmq
 
@@ -18,13 +17,15 @@ Context = zmq.Context[Socket]
 # somebody stands still. What does not fit is not lost silently: the sender is told (False, "full").
 INBOX_WAITING = 4096
 REPLIES_WAITING = 4096  # a stream's Deltas, for a client that reads slowly
+LOADS_WAITING = 1024  # per worker; one says something ten times a second
+VIEWS_WAITING = 16  # for a subscriber that stands still; the next one says it all again
 SUBMITS_WAITING = 256  # per client; each may have megabytes
 RECONNECT_MS = 20  # a restarted worker must be reached well within its two seconds
 RECONNECT_MAX_MS = 500
 HANDSHAKE_MS = 5000  # a connection that says nothing is given up
 
 
-def inbox(context: Context, union: UnionType) -> Socket:
+def inbox(context: Context, union: codec.Messages) -> Socket:
     """A PULL that takes messages of `union`. libzmq itself cuts a peer that announces a larger frame, before
     any memory is given to it."""
     socket = _plain(context, zmq.PULL)
@@ -33,7 +34,7 @@ def inbox(context: Context, union: UnionType) -> Socket:
     return socket
 
 
-def clients(context: Context, union: UnionType) -> Socket:
+def clients(context: Context, union: codec.Messages) -> Socket:
     """A ROUTER that says when a client is gone or does not read (mandatory) instead of dropping a reply."""
     socket = _plain(context, zmq.ROUTER)
     socket.set(zmq.RCVHWM, SUBMITS_WAITING)
@@ -49,6 +50,33 @@ def outbox(context: Context) -> Socket:
     socket.set(zmq.SNDHWM, INBOX_WAITING)
     socket.set(zmq.RCVHWM, 1)  # nothing comes back over a PUSH; whoever sends all the same is held short
     socket.set(zmq.MAXMSGSIZE, 1024)
+    return _trying(socket)
+
+
+def publisher(context: Context) -> Socket:
+    """A PUB: everyone who listens gets it, whoever is slow misses some."""
+    socket = _plain(context, zmq.PUB)
+    socket.set(zmq.SNDHWM, VIEWS_WAITING)
+    socket.set(zmq.RCVHWM, 16)  # nothing but subscriptions comes back
+    socket.set(zmq.MAXMSGSIZE, 1024)
+    return _trying(socket)
+
+
+def subscriber(context: Context, union: codec.Messages, *, newest: bool) -> Socket:
+    """A SUB to everything. `newest`: only the newest message is kept, which is safe with one publisher alone: of
+    several the last to speak would hide what the others said."""
+    socket = _plain(context, zmq.SUB)
+    socket.set(zmq.RCVHWM, LOADS_WAITING)
+    socket.set(zmq.SNDHWM, 16)
+    socket.set(zmq.MAXMSGSIZE, codec.limit(union))
+    if newest:
+        socket.set(zmq.CONFLATE, 1)
+    socket.set(zmq.SUBSCRIBE, b"")
+    return _trying(socket)
+
+
+def _trying(socket: Socket) -> Socket:
+    """Connections are made again and again, and nothing waits for one that does not stand."""
     socket.set(zmq.IMMEDIATE, 1)
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)

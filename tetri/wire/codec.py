@@ -13,17 +13,20 @@ from typing import Any
 import msgspec
 
 from tetri.wire.clients import BrokerReply, ClientMessage
-from tetri.wire.messages import InboxMessage, WorkerEvent
+from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
+Messages = UnionType | type[msgspec.Struct]  # what a socket carries: a union of messages, or one of them alone
 VERSION = 1
 _VERSION_BYTE = bytes([VERSION])
 MEGABYTE = 1 << 20
 MAX_BYTES = 16 * MEGABYTE  # of any message
-_LIMITS: dict[UnionType, int] = {
+_LIMITS: dict[Messages, int] = {
     ClientMessage: 4 * MEGABYTE,
     BrokerReply: MAX_BYTES,
     WorkerEvent: MAX_BYTES,
     InboxMessage: MAX_BYTES,
+    LoadReport: 64 << 10,
+    ClusterView: 4 * MEGABYTE,  # some ten thousand instances
 }
 _MAX_REASON = 160  # characters: a reason quotes what was sent, and that may be megabytes
 
@@ -39,7 +42,7 @@ class WireError(ValueError):
         self.kind = kind
 
 
-def limit(union: UnionType) -> int:
+def limit(union: Messages) -> int:
     """The most bytes that a message of this union may have, version byte included."""
     return _LIMITS.get(union, MAX_BYTES)
 
@@ -54,7 +57,7 @@ def encode(message: msgspec.Struct) -> bytes:
     return data
 
 
-def decode(data: bytes | memoryview, union: UnionType) -> msgspec.Struct:
+def decode(data: bytes | memoryview, union: Messages) -> msgspec.Struct:
     """The message of `union` in one frame. Raises WireError with one short line that says what is wrong."""
     if len(data) == 0:
         raise WireError("empty", "empty frame")
@@ -72,7 +75,7 @@ def decode(data: bytes | memoryview, union: UnionType) -> msgspec.Struct:
 
 
 @cache
-def _decoder(union: UnionType) -> msgspec.msgpack.Decoder[Any]:
+def _decoder(union: Messages) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(union)
 
 
