@@ -12,5 +12,5 @@ def greedy(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
     set aside for the output to come, so the engine may have to preempt."""
     if batch.free_blocks < 0:
         return []
-    slots = max(batch.max_batch - batch.running, 0)
+    slots = max(batch.max_batch - len(batch.running), 0)
     return [seat.key for seat in sorted(waiting, key=lambda seat: seat.landed)[:slots]]

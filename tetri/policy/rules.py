@@ -1,47 +1,93 @@
 """The tables in which the configuration's policy names are looked up. A new policy is one function and one line
-here (and one test)."""
+here (and one test): docs/policies.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from tetri.leg import Span
-from tetri.policy import admit, chunk, order, route
-from tetri.policy.views import BatchView, DecodeView, PrefillView, Progress, QueuedPrompt, WaitingSeat
+from tetri.policy import admit, chunk, dispatch, flip, length, order, route
+from tetri.policy.length import LengthSettings
+from tetri.policy.order import Order
+from tetri.policy.views import (
+    BatchView,
+    DecodePool,
+    FlipSettings,
+    InstanceState,
+    Need,
+    PrefillPool,
+    Progress,
+    RoleChange,
+    WaitingSeat,
+)
+from tetri.request import LengthRange, Sampling
 
-PREFILL_ROUTES: dict[str, Callable[[Sequence[PrefillView]], str | None]] = {
-    "least_loaded": route.least_loaded
-}
-DECODE_ROUTES: dict[str, Callable[[int, Sequence[DecodeView], Random], str | None]] = {
-    "first_fit": route.first_fit
-}
-ORDERS: dict[str, Callable[[Sequence[QueuedPrompt]], list[str]]] = {
-    "fcfs": order.fcfs,
-    "sjf": order.sjf,
-    "ljf": order.ljf,
-}
-CHUNKS: dict[str, Callable[[Sequence[Progress], int], list[Span]]] = {"pack": chunk.pack}
-ADMISSIONS: dict[str, Callable[[Sequence[WaitingSeat], BatchView], list[str]]] = {"greedy": admit.greedy}
+PrefillRoute = Callable[[float, PrefillPool, Random], int | None]
+DecodeRoute = Callable[[Need, DecodePool, Random], int | None]
+ChunkPacking = Callable[[Sequence[Progress], int], list[Span]]
+Admission = Callable[[Sequence[WaitingSeat], BatchView], list[str]]
+LengthPrediction = Callable[[int, Sampling, LengthSettings, Random], LengthRange | None]
+FlipRule = Callable[[Sequence[InstanceState], FlipSettings], RoleChange | None]
 
-#: setting in [policy] -> its table
-TABLES: dict[str, dict[str, Any]] = {
+PREFILL_ROUTES: dict[str, PrefillRoute] = {
+    "least_loaded": route.least_loaded,
+    "random": route.random,
+    "round_robin": route.round_robin,
+}
+DECODE_ROUTES: dict[str, DecodeRoute] = {
+    "power_of_two": dispatch.power_of_two,
+    "first_fit": dispatch.first_fit,
+}
+ORDERS: dict[str, Order] = {
+    "fcfs": Order(order.fcfs, windowed=True),
+    "sjf": Order(order.sjf, windowed=True),
+    "ljf": Order(order.ljf, windowed=True),
+    "ageing": Order(order.ageing, windowed=False),
+    "deadline": Order(order.deadline, windowed=False),
+}
+CHUNKS: dict[str, ChunkPacking] = {"pack": chunk.pack}
+ADMISSIONS: dict[str, Admission] = {"greedy": admit.greedy}
+LENGTHS: dict[str, LengthPrediction] = {"none": length.none, "oracle": length.oracle, "noisy": length.noisy}
+FLIPS: dict[str, FlipRule] = {"none": flip.none}
+
+#: setting in [policy], or `flip` in [monitor] -> its table
+TABLES: dict[str, Mapping[str, Any]] = {
     "prefill_route": PREFILL_ROUTES,
     "decode_route": DECODE_ROUTES,
     "order": ORDERS,
     "chunk": CHUNKS,
     "admit": ADMISSIONS,
+    "length": LENGTHS,
+    "flip": FLIPS,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The policies that one cluster runs, by name."""
+    """The policies that one cluster runs, by name, and their settings.
+
+    sched_batch         prompts that are ordered together (paper, section 3.3.1: PrefillSchedBatch)
+    dispatch_end        end of the predicted range that the dispatcher reckons with: low, middle or high
+    admit_end           the same for decode admission
+    heavy_tokens        a decode that is predicted to write more than so many tokens is heavy (paper, section 5.1)
+    length_granularity  tokens of one predicted range
+    length_accuracy     of `noisy`: how often its range is the right one
+    stretch             of `ageing`: seconds of waiting that weigh as much as one second of work
+    """
 
     prefill_route: str = "least_loaded"
-    decode_route: str = "first_fit"
+    decode_route: str = "power_of_two"
     order: str = "fcfs"
     chunk: str = "pack"
     admit: str = "greedy"
+    length: str = "none"
+    sched_batch: int = 16
+    dispatch_end: str = "high"
+    admit_end: str = "low"
+    heavy_tokens: int = 128
+    length_granularity: int = 200
+    length_accuracy: float = 0.749
+    stretch: float = 4.0

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 @dataclass(slots=True)
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
-    prefill work that was assigned to it and is not done."""
+    prefill work that was assigned to it and is not done. `last`: the column that was chosen last, -1 before the first;
+    the pool's owner keeps it, so that `round_robin` has no memory of its own."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
+    last: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,10 @@ class DecodePool:
     free    KV blocks in no account
     spare   free, less what the requests there are predicted to take in addition until they end
     heavy, light   requests there by predicted length, waiting or running
+    last    the column that was chosen last, -1 before the first; kept by the pool's owner, for `round_robin`
+
+    A column with less than `Need.blocks` free is never chosen, whatever the policy: to leave an instance out of one
+    decision, its owner sets its `free` to -1 for as long.
     """
 
     iids: list[str] = field(default_factory=list)
@@ -43,6 +49,7 @@ class DecodePool:
     spare: list[int] = field(default_factory=list)
     heavy: list[int] = field(default_factory=list)
     light: list[int] = field(default_factory=list)
+    last: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +124,8 @@ class InstanceState:
 @dataclass(frozen=True, slots=True)
 class FlipSettings:
     """`hold_s`: after a flip the watcher lets so long pass before the next one. `floor`: instances of each role that
-    always remain (a mixed one counts for both). `gain`: `balance` flips only when one pool waits so many times longer."""
+    always remain (a mixed one counts for both). `gain`: `balance` flips only when one pool waits so many times as
+    long."""
 
     idle_s: float = 60.0
     low_s: float = 60.0
