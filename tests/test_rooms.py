@@ -67,7 +67,7 @@ INSIDE_FUNCTIONS = {  # slow to import, or not always installed
     "__init__": {"tetri.client"},
 }
 # Time, chance and the world come in from outside: all of the standard library that decisions may use.
-PURE = {"core", "policy", "client/conversation", "engine/paged"}
+PURE = {"core", "policy", "client/conversation", "engine/paged", "engine/plan"}
 PURE_LIBRARY = {
     *("__future__", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
     *("bisect", "heapq", "math", "random"),  # of random: the class, to be given a seeded one

@@ -1,0 +1,292 @@
+"""An engine without bytes and without time: who has how many KV blocks, who runs, who waits, who is preempted.
+
+It decides nothing that a policy could: it runs the legs that the core named, in the order that the contract in
+tetri/engine/base.py asks for. The emulated engine is this with bytes and a clock, the simulator's engine is this
+with virtual time.
+
+One step is two calls. `plan` takes the blocks and says what will run and how long it takes; `finish` says what came
+out of it. Nothing else may be called in between. The order inside `plan`:
+
+1. Blocks for all of the tokens of decode legs that wait for them, oldest first, as far as they go.
+2. Blocks for the next position of every running decode leg. When there are none left, the youngest of the batch (the
+   one that was admitted last) gives all of its blocks back and waits.
+3. When nobody was preempted: those who wait so come back, oldest first, as far as there are blocks for all that they
+   know. Such a leg computes all of its tokens again in one step. It costs what a chunk of these tokens costs, beside
+   its place in the decode batch, and takes as many tokens of the step's budget.
+4. What the decodes leave of `chunk_tokens` goes to the prefill legs that are not held, in the order in which they
+   were added. A leg takes the blocks of its whole prompt with its first chunk; one that finds too few waits, and so do
+   those behind it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from tetri.cost import Cost
+from tetri.engine.base import EngineError
+from tetri.engine.plan import EOS, Ids, Plan, Slot
+from tetri.leg import Leg, Sampled, Span, StepDone
+from tetri.request import Capacity, blocks_for
+
+
+class Paged:
+    """`free` blocks of `capacity`; `slots` are the legs that are here, by key. Raises EngineError when not even one
+    context fits."""
+
+    def __init__(self, capacity: Capacity, cost: Cost) -> None:
+        if capacity.blocks * capacity.block_tokens < capacity.context:
+            raise EngineError(
+                f"{capacity.blocks} KV blocks of {capacity.block_tokens} tokens are too few for one context of "
+                f"{capacity.context} tokens"
+            )
+        self.capacity, self.cost = capacity, cost
+        self.free = capacity.blocks
+        self.slots: dict[str, Slot] = {}
+        self._parked: dict[str, Slot] = {}  # decode legs without blocks
+        self._prefills: list[Slot] = []  # not held, in order of addition
+        self._batch: list[Slot] = []  # running, in order of admission
+        self._context = 0  # tokens of the batch
+        self._left = 0  # passes until the first of the batch ends, at most; 0: count again
+        self._short: list[Slot] = []  # of the batch: without a block for their next position
+        self._preempted: list[Slot] = []  # wait for blocks, oldest first
+        self._resized: dict[str, Slot] = {}  # whose number of blocks the next StepDone tells
+        self._added = 0
+
+    # ------------------------------------------------------------ legs
+
+    def add(self, leg: Leg) -> None:
+        """Raises EngineError when this leg can never run here."""
+        count = len(leg.tokens)
+        left = leg.sampling.max_tokens - (count - leg.output_from)
+        if not count or left < 1 or count + 1 > self.capacity.context:
+            raise EngineError(f"{count} tokens and {left} more do not fit into the context")
+        if leg.key in self.slots:
+            raise EngineError(f"leg {leg.key} is already here")
+        self._added += 1
+        slot = Slot(leg, leg.key, self._added, count, min(count + left, self.capacity.context))
+        self.slots[leg.key] = slot
+        if leg.phase == "decode":
+            self._parked[leg.key] = slot
+        else:
+            self._prefills.append(slot)
+
+    def cancel(self, key: str) -> None:
+        """End a leg in any state; an unknown key is no error."""
+        slot = self.slots.pop(key, None)
+        if slot is None:
+            return
+        self._parked.pop(key, None)
+        if slot.running:
+            self._batch.remove(slot)
+            self._leave(slot)
+        elif slot in self._preempted:
+            self._preempted.remove(slot)
+        elif slot in self._prefills:
+            self._prefills.remove(slot)
+        self._release(slot)
+
+    def admit(self, key: str, token: int) -> None:
+        """Let a decode leg run. `token` is of no use here: an engine that computes tokens keeps it."""
+        slot = self.slots.get(key)
+        if slot is None or not slot.ready:
+            raise EngineError(f"leg {key} does not wait for admission")
+        slot.ready = False
+        slot.done = slot.known
+        slot.known += 1
+        self._join(slot)
+
+    def hold(self, key: str, held: bool) -> None:
+        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error."""
+        slot = self.slots.get(key)
+        if slot is None or slot.held == held:
+            return
+        if slot.leg.phase != "prefill":
+            raise EngineError(f"leg {key} decodes: only a prefill leg can be held")
+        slot.held = held
+        if held:
+            self._prefills.remove(slot)
+        else:
+            insort(self._prefills, slot, key=_number)
+
+    # ------------------------------------------------------------ a step
+
+    def plan(self, most: int = 1) -> Plan:
+        """Take the blocks for the next pass, and say what runs in it and in up to `most` in all."""
+        allocated = self._allocate() if self._parked else ()
+        preempted = self._grow() if self._short else ()
+        again = self._resume() if self._preempted and not preempted else ()
+        chunk = self._chunk(again) if self._prefills else ()
+        steps = 1
+        if most > 1 and self._batch and not (allocated or preempted or again or chunk):
+            steps = self._affordable(min(most, self._passes()))
+        return Plan(self.cost, steps, self._batch, self._context, chunk, again, allocated, preempted)
+
+    def finish(self, plan: Plan, steps: int, ids: Ids) -> StepDone:
+        """The first `steps` passes of the plan are done, and gave the tokens that `ids` names; of one pass for a leg
+        whose prefill ends. A leg that gets EOS must get it last."""
+        spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])
+        for span in plan.chunk:
+            slot = self.slots[span.key]
+            slot.done = span.stop
+            if span.stop == slot.known:
+                slot.known += 1
+                tokens.append(self._sampled(slot, ids(span.key, 1)))
+        held: tuple[tuple[str, int], ...] = ()
+        if self._resized:
+            size = self.capacity.block_tokens
+            held = tuple([(key, slot.room // size) for key, slot in self._resized.items()])
+            self._resized = {}
+        return StepDone((*spans, *plan.chunk), tuple(tokens), plan.allocated, plan.preempted, held, steps)
+
+    def check(self) -> None:
+        """Count everything again. Raises AssertionError when a counter is wrong."""
+        held = sum(slot.room // self.capacity.block_tokens for slot in self.slots.values())
+        context = sum(slot.known for slot in self._batch)
+        if held + self.free != self.capacity.blocks or self.free < 0 or context != self._context:
+            raise AssertionError(f"{held} + {self.free} of {self.capacity.blocks} blocks, {context} tokens running")
+        if any(not slot.running or self.slots.get(slot.key) is not slot for slot in self._batch):
+            raise AssertionError("the batch holds a leg that does not run")
+
+    # ------------------------------------------------------------ inside plan
+
+    def _allocate(self) -> tuple[str, ...]:
+        found = []
+        for key, slot in self._parked.items():
+            if not self._take(slot, slot.known):
+                break
+            slot.ready = True
+            found.append(key)
+        for key in found:
+            del self._parked[key]
+        return tuple(found)
+
+    def _grow(self) -> tuple[str, ...]:
+        """A block for each that has filled its last one, oldest first; the keys of those preempted for it."""
+        preempted = []
+        for slot in self._short:
+            while slot.running and not self._take(slot, slot.known):
+                victim = self._batch.pop()
+                self._leave(victim)
+                self._release(victim)
+                victim.done = 0
+                self._resized[victim.key] = victim
+                self._preempted.insert(0, victim)
+                preempted.append(victim.key)
+        self._short = []
+        return tuple(preempted)
+
+    def _resume(self) -> tuple[Span, ...]:
+        again = []
+        while self._preempted and self._take(self._preempted[0], self._preempted[0].known):
+            slot = self._preempted.pop(0)
+            self._join(slot)
+            again.append(Span(slot.key, 0, slot.known))
+        return tuple(again)
+
+    def _chunk(self, again: tuple[Span, ...]) -> tuple[Span, ...]:
+        budget = self.capacity.chunk_tokens - len(self._batch) - sum(span.stop - 1 for span in again)
+        spans = []
+        for slot in self._prefills:
+            if budget <= 0 or not self._take(slot, slot.known):
+                break
+            stop = min(slot.done + budget, slot.known)
+            spans.append(Span(slot.key, slot.done, stop))
+            budget -= stop - slot.done
+        return tuple(spans)
+
+    def _passes(self) -> int:
+        """How many passes the batch can make until the first of it ends."""
+        if self._left <= 0:
+            self._left = min([slot.end - slot.known for slot in self._batch])
+        return self._left
+
+    def _affordable(self, steps: int) -> int:
+        """The most passes, up to `steps`, that the batch can make with the free blocks. All have one for the first."""
+        size = self.capacity.block_tokens
+        if len(self._batch) * blocks_for(steps - 1, size) <= self.free:
+            return steps
+        rooms = [slot.room - slot.known for slot in self._batch]
+        low, high = 1, steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            need = sum([blocks_for(middle - 1 - room, size) for room in rooms if room < middle - 1])
+            low, high = (middle, high) if need <= self.free else (low, middle - 1)
+        return low
+
+    # ------------------------------------------------------------ inside finish
+
+    def _advance(self, steps: int, ids: Ids) -> tuple[list[Span], list[Sampled]]:
+        """Every leg of the batch has made `steps` passes."""
+        spans: list[Span] = []
+        tokens: list[Sampled] = []
+        ended = 0
+        for slot in self._batch:
+            key, start, stop, known = slot.key, slot.done, slot.known + steps - 1, slot.known + steps
+            spans.append(Span(key, start, stop))
+            slot.done, slot.known = stop, known
+            new = ids(key, steps)
+            if stop > slot.room:
+                self._take(slot, stop)
+            if known > slot.room:
+                self._short.append(slot)
+            if known >= slot.end or new[-1] == EOS:
+                sampled = self._sampled(slot, new)
+                ended += sampled.reason is not None
+            else:
+                sampled = Sampled(key, new, None)
+            tokens.append(sampled)
+        self._context += steps * len(self._batch)
+        self._left -= steps
+        if ended:
+            for slot in [slot for slot in self._batch if slot.key not in self.slots]:
+                self._leave(slot)
+            self._batch = [slot for slot in self._batch if slot.running]
+        return spans, tokens
+
+    def _sampled(self, slot: Slot, ids: tuple[int, ...]) -> Sampled:
+        reason = "stop" if ids[-1] == EOS and not slot.leg.sampling.ignore_eos else None
+        if reason is None and slot.known >= slot.end:
+            reason = "length"
+        if slot.leg.phase == "prefill":
+            self._prefills.remove(slot)
+        if reason or slot.leg.phase == "prefill":
+            del self.slots[slot.key]
+            self._release(slot)
+        return Sampled(slot.key, ids, reason)
+
+    # ------------------------------------------------------------ memory and the batch
+
+    def _take(self, slot: Slot, tokens: int) -> bool:
+        """Blocks for so many tokens, all or none."""
+        if tokens <= slot.room:
+            return True
+        size = self.capacity.block_tokens
+        blocks = (tokens - slot.room + size - 1) // size
+        if blocks > self.free:
+            return False
+        self.free -= blocks
+        slot.room += blocks * size
+        self._resized[slot.key] = slot
+        return True
+
+    def _release(self, slot: Slot) -> None:
+        self.free += slot.room // self.capacity.block_tokens
+        slot.room = 0
+        self._resized.pop(slot.key, None)
+
+    def _join(self, slot: Slot) -> None:
+        slot.running = True
+        self._batch.append(slot)
+        self._context += slot.known
+        self._left = 0
+        if slot.known > slot.room:
+            self._short.append(slot)
+
+    def _leave(self, slot: Slot) -> None:
+        slot.running = False
+        self._context -= slot.known
+        self._left = 0
+
+
+def _number(slot: Slot) -> int:
+    return slot.number
