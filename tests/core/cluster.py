@@ -241,7 +241,7 @@ class Cluster:
             core, engine = worker.core, worker.engine
             assert len(core.ledger) == 0 and core.ledger.free == worker.shape.blocks
             assert core.prefill.slots_taken == 0 and worker.store.free_slots == worker.shape.slots
-            assert not engine.slots and sorted(engine.free) == list(range(worker.shape.blocks))
+            assert not engine.contents and sorted(engine.free) == list(range(worker.shape.blocks))
             assert not core.dispatcher.offers
 
 

@@ -448,7 +448,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.sound()
         assert not self.legs and sorted(self.free) == list(range(self.slots))
         assert len(self.core.ledger) == 0 and self.core.ledger.free == CAPACITY.blocks
-        assert not self.engine.slots and not self.core.dispatcher.offers and not self.core.prefill.raw
+        assert not self.engine.contents and not self.core.dispatcher.offers and not self.core.prefill.raw
 
 
 TestBrokerUnderFire = BrokerUnderFire.TestCase

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.engine.contract import CAPACITY, EngineContract, adopt, leg, prefill, prompt, run
+from tests.engine.contract import CAPACITY, EngineContract
+from tests.engine.driving import adopt, leg, prefill, prompt, run
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, next_token, reference
@@ -11,23 +12,44 @@ from tetri.request import Capacity, Sampling
 VOCABULARY = 64
 
 
-def emulated(capacity=CAPACITY, token_bytes=8, **changes):
-    fields = {"vocabulary": VOCABULARY, "cost": Cost(), "clock_sleep": no_sleep, **changes}
+SMALL = Capacity(blocks=12, block_tokens=4, chunk_tokens=8, max_batch=4, context=32)
+
+
+def emulated(capacity=SMALL, token_bytes=8, **changes):
+    fields = {"vocabulary": VOCABULARY, "cost": Cost(), "wait": no_wait, **changes}
     return EmulatedEngine(capacity=capacity, token_bytes=token_bytes, **fields)
 
 
-def no_sleep(seconds):
+def no_wait(seconds):
     raise AssertionError(f"nothing costs time here, {seconds} s were asked for")
+
+
+class Watch:
+    """A clock that only waiting moves. A message comes at `message_at`."""
+
+    def __init__(self, message_at=float("inf")):
+        self.now, self.message_at, self.waited = 100.0, message_at, []
+
+    def clock(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.waited.append(seconds)
+        self.now += seconds
+        return self.now >= self.message_at
 
 
 class TestContract(EngineContract):
     @pytest.fixture
     def engine(self):
-        made = emulated()
+        made = emulated(CAPACITY)
         yield made
-        left = [block for slot in made.slots.values() for block in slot.blocks]
-        assert sorted(made.free + left) == list(range(CAPACITY.blocks)), "each block is somewhere, once"
+        owned = [block for content in made.contents.values() for block in content.blocks]
+        assert sorted(made.free + owned) == list(range(CAPACITY.blocks)), "each block is somewhere, once"
+        assert len(made.free) == made.paged.free and list(made.contents) == list(made.paged.slots)
+        made.paged.check()
         made.close()
+        assert len(made.free) == CAPACITY.blocks
 
     def right(self, tokens, sampling):
         return reference(tokens, sampling, VOCABULARY, 8)
@@ -43,11 +65,11 @@ def test_blocks_are_really_paged(engine):
     engine.add(leg("a", "decode", prompt(8)))
     engine.add(leg("b", "decode", prompt(8)))
     engine.step()
-    first = engine.slots["a"].blocks
+    first = engine.contents["a"].blocks
     engine.cancel("a")
     engine.add(leg("c", "decode", prompt(12)))
     engine.step()
-    assert set(first) < set(engine.slots["c"].blocks) and not set(engine.slots["b"].blocks) & set(first)
+    assert set(first) < set(engine.contents["c"].blocks) and not set(engine.contents["b"].blocks) & set(first)
 
 
 def test_missing_kv_changes_the_text(engine):
@@ -104,27 +126,76 @@ def test_any_width_of_a_token_gives_the_same_text_as_its_reference():
         emulated(token_bytes=12)
 
 
+COST = Cost(prefill=((1.0, 1.0), (9.0, 9.0)), decode=((1.0, 10.0),), decode_context_s=0.5)
+
+
+def timed(watch, **changes):
+    return emulated(cost=COST, wait=watch.wait, clock=watch.clock, **changes)
+
+
 def test_steps_take_the_time_that_the_table_says():
-    slept = []
-    cost = Cost(prefill=((1.0, 1.0), (9.0, 9.0)), decode=((1.0, 10.0),), decode_context_s=0.5)
-    engine = emulated(cost=cost, time_scale=0.1, clock_sleep=slept.append)
+    watch = Watch()
+    engine = timed(watch, time_scale=0.1)
     copies, first = prefill(engine, "p", prompt(10))
-    assert slept == pytest.approx([0.8, 0.2])
+    assert watch.waited == pytest.approx([0.8, 0.2])
     adopt(engine, "d", prompt(10), copies, first.token)
-    slept.clear()
+    watch.waited.clear()
     engine.step()
-    assert slept == pytest.approx([0.1 * (10 + 0.5 * 11)])
+    assert watch.waited == pytest.approx([0.1 * (10 + 0.5 * 11)])
 
 
-def test_what_is_computed_again_costs_like_a_chunk():
-    slept = []
-    engine = emulated(cost=Cost(prefill=((1.0, 1.0), (9.0, 9.0))), clock_sleep=slept.append)
-    copies, first = prefill(engine, "p", prompt(6))
-    adopt(engine, "d", prompt(6), copies, first.token)
-    slept.clear()
-    engine.slots["d"].done = 0  # as after a preemption
+def test_what_the_hashes_take_is_part_of_the_step():
+    watch = Watch()
+    engine = timed(watch)
+    engine.add(leg("p", "prefill", prompt(8)))
+    moments = iter((0.0, 3.0))
+    engine.clock = lambda: next(moments)
     engine.step()
-    assert slept == pytest.approx([7.0])
+    assert watch.waited == [8.0 - 3.0]
+    engine.add(leg("q", "prefill", prompt(8)))
+    moments = iter((0.0, 30.0))
+    engine.step()
+    assert watch.waited[1:] == [0.0], "late already"
+
+
+def test_a_run_of_several_passes_takes_their_time():
+    watch = Watch()
+    engine = timed(watch)
+    copies, first = prefill(engine, "p", prompt(10))
+    adopt(engine, "d", prompt(10), copies, first.token)
+    watch.waited.clear()
+    assert engine.step(3).steps == 3
+    assert watch.waited == pytest.approx([10 + 0.5 * tokens for tokens in (11, 12, 13)])
+
+
+def test_a_message_ends_a_run_at_the_next_boundary():
+    watch = Watch()
+    engine = timed(watch)
+    copies, first = prefill(engine, "p", prompt(10))
+    adopt(engine, "d", prompt(10), copies, first.token)
+    watch.message_at = watch.now + 16  # in the second pass
+    step = engine.step(7)
+    right = reference(prompt(10), Sampling(max_tokens=8, ignore_eos=True), VOCABULARY, 8)
+    assert step.steps == 2 and step.tokens[0].ids == tuple(right[1:3])
+    watch.message_at = watch.now + 1000
+    assert engine.step(7).tokens[0].ids == tuple(right[3:]), "and it goes on from there"
+
+
+def test_an_end_of_sequence_ends_a_run():
+    """Nobody knows before that it comes."""
+    found = 0
+    for salt in range(60):
+        right = reference(prompt(5, salt), Sampling(max_tokens=16), VOCABULARY, 8)
+        if right[-1] != EOS or not 3 <= len(right) < 16:
+            continue
+        engine = emulated()
+        copies, first = prefill(engine, "p", prompt(5, salt), max_tokens=16, ignore_eos=False)
+        adopt(engine, "d", prompt(5, salt), copies, first.token, max_tokens=16, ignore_eos=False)
+        step = engine.step(15)
+        assert [first.token, *step.tokens[0].ids] == right and step.tokens[0].reason == "stop"
+        assert step.steps == len(right) - 1 and not engine.contents
+        found += 1
+    assert found >= 3
 
 
 def test_one_too_large_for_the_memory_left_waits_alone(engine):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.engine.contract import leg, prompt
+from tests.engine.driving import leg, prompt
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.paged import Paged
@@ -167,7 +167,7 @@ def test_a_mixed_step_costs_its_chunk_and_its_decodes():
     decoding(engine, leg("a", "decode", prompt(3)))
     engine.add(leg("p", "prefill", prompt(20)))
     plan = engine.plan()
-    assert plan.chunk == (Span("p", 0, 7),) and plan.seconds(1) == 7 + 10 + 0.5 * 4
+    assert plan.chunk == (Span("p", 0, 7),) and plan.seconds(1) == COST.step_s(plan.chunk, 1, 4)
 
 
 def test_what_is_computed_again_costs_and_counts_like_a_chunk():
@@ -180,7 +180,7 @@ def test_what_is_computed_again_costs_and_counts_like_a_chunk():
     engine.add(leg("p", "prefill", prompt(12)))
     plan = engine.plan()
     assert plan.again == (Span("b", 0, 5),) and plan.chunk == (Span("p", 0, 16 - 1 - 5),)
-    assert plan.seconds(1) == (5 + 10) + 20 + 0.5 * (23 + 5)
+    assert plan.seconds(1) == COST.step_s([Span("b", 0, 5), Span("p", 0, 10)], 2, 23 + 5)
     assert engine.finish(plan, 1, ones).spans == (Span("a", 22, 23), Span("b", 0, 5), Span("p", 0, 10))
 
 

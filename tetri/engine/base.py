@@ -3,12 +3,17 @@ order in which they were added, blocks are opaque bytes, and every step reports 
 
 A *leg* is one phase of one request on one engine:
 
-prefill  computes KV for all of `tokens`, in chunks of at most `chunk_tokens` per step together with the other
-         prefill legs, oldest first; the step that computes the last of them yields one token, which ends the leg.
-         Its blocks stay readable by `export` until the next `step` or `cancel`.
+prefill  computes KV for all of `tokens`, in chunks, oldest first; the step that computes the last of them yields one
+         token, which ends the leg. Its blocks stay readable by `export` until the next `step` or `cancel`. While it is
+         held (`hold`) no step computes anything of it; it keeps its blocks and its place.
 decode   reserves blocks for all of `tokens` (told by `StepDone.allocated`), takes their KV by `adopt`, and runs
          only after `admit`, which names the token that follows `tokens`. Nothing of `tokens` is computed again,
          unless the engine preempts the leg; then the spans show it.
+
+A step computes at most `chunk_tokens` positions. The running decode legs come first, with one token each: no prefill
+leg ever delays them by a step. What they leave goes to one chunk of the prefill legs. `chunk_tokens` must be larger
+than the batch, or no prefill leg would go on. When a preempted leg is computed again, the chunk may be shorter than
+that.
 """
 
 from __future__ import annotations
@@ -39,8 +44,14 @@ class Engine(Protocol):
     def admit(self, key: str, token: int) -> None:
         """Let a decode leg, all of whose blocks were adopted, into the running batch."""
 
-    def step(self) -> StepDone:
-        """One forward pass, or an idle pass that only allocates. Blocks until done."""
+    def hold(self, key: str, held: bool) -> None:
+        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error. Raises
+        EngineError for a decode leg."""
+
+    def step(self, most: int = 1) -> StepDone:
+        """One forward pass, or an idle pass that only allocates. Blocks until done. When nothing but decode legs run,
+        it may be up to `most` passes: never past one in which a leg ends or that memory does not suffice for. The
+        tokens are the same however many there are."""
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
         """Copy the leg's blocks [start, stop) out, one buffer of `block_bytes` each."""

@@ -1,8 +1,9 @@
-"""An engine without a model. It sleeps what the cost table says, and its text proves its KV.
+"""An engine without a model. It takes the time that the cost table says, and its text proves its KV.
 
 KV bytes are a rolling hash of the tokens, so a block's bytes depend on every token before it. An output token is
 a hash of the KV bytes *read from the leg's own blocks* and the position: lost, stale or mixed-up KV changes the
-text. `reference` computes the right text from the prompt alone.
+text. `reference` computes the right text from the prompt alone. Who has how many blocks, and who runs, is kept by
+tetri/engine/paged.py; here each block has an id and its bytes.
 """
 
 from __future__ import annotations
@@ -15,27 +16,32 @@ import numpy as np
 import xxhash
 
 from tetri.cost import Cost
-from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone
-from tetri.request import Capacity, Fingerprint, Sampling, blocks_for
+from tetri.engine.base import EngineError, Leg, StepDone
+from tetri.engine.paged import Paged
+from tetri.engine.plan import EOS, Plan, Slot
+from tetri.request import Capacity, Fingerprint, Sampling
 
-EOS = 0  # the one id that ends a sequence
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
-@dataclass(slots=True)
-class Slot:
-    """A leg in the engine. `tokens` grows with what is sampled; KV exists for [0, done)."""
+def sleep(seconds: float) -> bool:
+    """Nobody sends messages here."""
+    time.sleep(seconds)
+    return False
 
-    leg: Leg
+
+@dataclass(slots=True)
+class Content:
+    """The tokens of a leg, those sampled included, and the ids of its blocks."""
+
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
-    done: int = 0
-    allocated: bool = False
-    admitted: bool = False
 
 
 class EmulatedEngine:
-    """`clock_sleep` is what passes the time of a step: seconds -> None."""
+    """`wait` lets the seconds pass that are left of a step, and says whether a message waits: a run of several passes
+    ends then. May be set later. What the hashes take is part of the step: `clock` measures it, in seconds. All times
+    of the cost table are multiplied by `time_scale`."""
 
     def __init__(
         self,
@@ -45,16 +51,17 @@ class EmulatedEngine:
         vocabulary: int,
         cost: Cost,
         time_scale: float = 1.0,
-        clock_sleep: Callable[[float], None] = time.sleep,
+        wait: Callable[[float], bool] = sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if token_bytes % 8:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
-        self.capacity, self.cost, self.vocabulary = capacity, cost, vocabulary
-        self.time_scale, self.clock_sleep = time_scale, clock_sleep
-        self.token_bytes = token_bytes
+        self.paged = Paged(capacity, cost)
+        self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
+        self.time_scale, self.wait, self.clock = time_scale, wait, clock
         self.memory: Bytes = np.zeros((capacity.blocks, capacity.block_tokens, token_bytes), np.uint8)
         self.free = list(range(capacity.blocks))
-        self.slots: dict[str, Slot] = {}
+        self.contents: dict[str, Content] = {}  # of the legs of `paged`
         self.left: dict[str, list[int]] = {}  # blocks of legs that ended in the last step, readable until the next
         self.fingerprint = Fingerprint(
             engine="emulated",
@@ -74,147 +81,112 @@ class EmulatedEngine:
     # ------------------------------------------------------------ legs
 
     def add(self, leg: Leg) -> None:
-        left = leg.sampling.max_tokens - (len(leg.tokens) - leg.output_from)
-        if not leg.tokens or left < 1 or len(leg.tokens) + 1 > self.capacity.context:
-            raise EngineError(f"{len(leg.tokens)} tokens and {left} more do not fit into the context")
         if not all(0 <= token < self.vocabulary for token in leg.tokens):
             raise EngineError(f"a token is outside the vocabulary of {self.vocabulary}")
-        if leg.key in self.slots:
-            raise EngineError(f"leg {leg.key} is already here")
-        self.slots[leg.key] = Slot(leg, list(leg.tokens))
+        self.paged.add(leg)
+        self.contents[leg.key] = Content(list(leg.tokens))
 
     def cancel(self, key: str) -> None:
+        self.paged.cancel(key)
         self.left.pop(key, None)
-        slot = self.slots.pop(key, None)
-        if slot is not None:
-            self._release(slot)
+        content = self.contents.pop(key, None)
+        if content is not None:
+            self._release(content)
 
     def admit(self, key: str, token: int) -> None:
-        slot = self.slots[key]
-        slot.admitted, slot.done = True, len(slot.tokens)
-        slot.tokens.append(token)
+        self.paged.admit(key, token)
+        self.contents[key].tokens.append(token)
+
+    def hold(self, key: str, held: bool) -> None:
+        self.paged.hold(key, held)
 
     # ------------------------------------------------------------ a step
 
-    def step(self) -> StepDone:
+    def step(self, most: int = 1) -> StepDone:
         self.left.clear()
-        allocated = self._allocate_decodes()
-        chunk = self._chunk()
-        decodes, preempted = self._decodes()
-        context = sum(len(slot.tokens) for slot in decodes)
-        fresh = [Span(s.leg.key, s.done, len(s.tokens)) for s in decodes]
-        redone = [span for span in fresh if span.stop - span.start > 1]  # after a preemption
-        seconds = self.cost.chunk_s([*chunk, *redone]) + self.cost.decode_s(len(decodes), context)
-        if seconds:
-            self.clock_sleep(seconds * self.time_scale)
-        sampled = [token for span in [*chunk, *fresh] if (token := self._compute(span)) is not None]
-        held = tuple((key, len(slot.blocks)) for key, slot in self.slots.items() if slot.blocks)
-        return StepDone((*chunk, *fresh), tuple(sampled), tuple(allocated), tuple(preempted), held)
+        plan = self.paged.plan(most)
+        for key in plan.preempted:
+            self._release(self.contents[key])
+        for key in plan.allocated:
+            self._fit(self.paged.slots[key], 0)
+        steps = self._run(plan)
+        done = self.paged.finish(plan, steps, lambda key, count: tuple(self.contents[key].tokens[-count:]))
+        for sampled in done.tokens:
+            if sampled.key not in self.paged.slots:
+                content = self.contents.pop(sampled.key)
+                self.left[sampled.key] = content.blocks
+                self._release(content)
+        return done
 
-    def _allocate_decodes(self) -> list[str]:
-        """Blocks for parked decode legs, oldest first, as far as they go."""
-        found = []
-        for key, slot in self.slots.items():
-            if slot.leg.phase == "decode" and not slot.allocated:
-                if not self._grow(slot, len(slot.leg.tokens)):
-                    break
-                slot.allocated = True
-                found.append(key)
-        return found
+    def _run(self, plan: Plan) -> int:
+        """Compute pass after pass, each for as long as the table says; how many there were."""
+        start, slots = self.clock(), self.paged.slots
+        for span in plan.chunk:
+            self._compute(slots[span.key], span.start, span.stop)
+        for passes in range(plan.steps):
+            ended = False
+            for slot in plan.batch:
+                again = slot.done if passes == 0 else slot.known + passes - 1
+                ended |= self._compute(slot, again, slot.known + passes)
+            seconds = plan.seconds(passes + 1) * self.time_scale
+            waits = self.wait(max(0.0, start + seconds - self.clock())) if seconds else False
+            if ended or waits:
+                return passes + 1
+        return plan.steps
 
-    def _chunk(self) -> list[Span]:
-        room, spans = self.capacity.chunk_tokens, []
-        for slot in self.slots.values():
-            if slot.leg.phase == "prefill" and room:
-                if not self._grow(slot, len(slot.tokens)):
-                    break
-                stop = min(slot.done + room, len(slot.tokens))
-                spans.append(Span(slot.leg.key, slot.done, stop))
-                room -= stop - slot.done
-        return spans
-
-    def _decodes(self) -> tuple[list[Slot], list[str]]:
-        """The running batch, oldest first. When memory is short the youngest gives its blocks back and starts
-        over when there is room again (as vLLM does)."""
-        running = [slot for slot in self.slots.values() if slot.admitted]
-        batch: list[Slot] = []
-        preempted: list[str] = []
-        while running:
-            slot = running.pop(0)
-            while not self._grow(slot, len(slot.tokens)):
-                holders = [other for other in running if other.blocks]
-                victim = holders[-1] if holders else slot
-                if victim.blocks:
-                    self._release(victim)
-                    preempted.append(victim.leg.key)
-                victim.done = 0
-                if victim is slot:
-                    break
-            if slot.blocks:
-                batch.append(slot)
-        return batch, preempted
-
-    def _compute(self, span: Span) -> Sampled | None:
-        """Write the KV of the span; the token that follows when the span reaches the end of what is known."""
-        slot = self.slots[span.key]
-        state = self._state(slot, span.start)
-        for position in range(span.start, span.stop):
-            state = _roll(state, slot.tokens[position])
+    def _compute(self, slot: Slot, start: int, stop: int) -> bool:
+        """Write the KV of the positions [start, stop), and the token that follows when no more are known; whether it
+        ends the text."""
+        content = self.contents[slot.key]
+        self._fit(slot, stop)
+        state = self._state(content, start)
+        for position in range(start, stop):
+            state = _roll(state, content.tokens[position])
             row, column = divmod(position, self.capacity.block_tokens)
-            self.memory[slot.blocks[row], column] = np.frombuffer(state * (self.token_bytes // 8), np.uint8)
-        slot.done = span.stop
-        if span.stop < len(slot.tokens):
-            return None
-        token = next_token(self._read(slot), span.stop, slot.leg.sampling, self.vocabulary)
-        slot.tokens.append(token)
-        return self._sampled(slot, token)
-
-    def _sampled(self, slot: Slot, token: int) -> Sampled:
-        sampling, outputs = slot.leg.sampling, len(slot.tokens) - slot.leg.output_from
-        reason = "stop" if token == EOS and not sampling.ignore_eos else None
-        if reason is None and (outputs >= sampling.max_tokens or len(slot.tokens) >= self.capacity.context):
-            reason = "length"
-        if reason or slot.leg.phase == "prefill":
-            self.left[slot.leg.key] = slot.blocks
-            self._release(self.slots.pop(slot.leg.key))
-        return Sampled(slot.leg.key, (token,), reason)
+            self.memory[content.blocks[row], column] = np.frombuffer(state * (self.token_bytes // 8), np.uint8)
+        if stop < len(content.tokens):
+            return False
+        sampling = slot.leg.sampling
+        token = next_token(self._read(content, stop), stop, sampling, self.vocabulary)
+        content.tokens.append(token)
+        return token == EOS and not sampling.ignore_eos
 
     # ------------------------------------------------------------ memory
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
-        owned = self.slots[key].blocks if key in self.slots else self.left[key]
+        owned = self.contents[key].blocks if key in self.contents else self.left[key]
         for place, block in zip(into, owned[start:stop], strict=True):
             place[:] = self.memory[block].reshape(-1).data
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
-        slot = self.slots[key]
-        for block, content in zip(slot.blocks[start : start + len(blocks)], blocks, strict=True):
+        owned = self.contents[key].blocks[start : start + len(blocks)]
+        for block, content in zip(owned, blocks, strict=True):
             self.memory[block] = np.frombuffer(content, np.uint8).reshape(self.memory.shape[1:])
 
     def close(self) -> None:
-        self.slots.clear()
+        for key in list(self.contents):
+            self.cancel(key)
 
-    def _grow(self, slot: Slot, tokens: int) -> bool:
-        need = blocks_for(tokens, self.capacity.block_tokens) - len(slot.blocks)
-        if need > len(self.free):
-            return False
-        slot.blocks += [self.free.pop() for _ in range(need)]
-        return True
+    def _fit(self, slot: Slot, tokens: int) -> None:
+        """As many ids as the leg has blocks; inside a run, as it will have after it for so many tokens."""
+        blocks = self.contents[slot.key].blocks
+        while len(blocks) * self.capacity.block_tokens < max(slot.room, tokens):
+            blocks.append(self.free.pop())
 
-    def _release(self, slot: Slot) -> None:
-        self.free += slot.blocks
-        slot.blocks = []
+    def _release(self, content: Content) -> None:
+        self.free += content.blocks
+        content.blocks = []
 
-    def _state(self, slot: Slot, done: int) -> bytes:
+    def _state(self, content: Content, done: int) -> bytes:
         """The rolling hash after `done` tokens, as it stands in memory."""
         if done == 0:
             return bytes(8)
         row, column = divmod(done - 1, self.capacity.block_tokens)
-        return self.memory[slot.blocks[row], column, :8].tobytes()
+        return self.memory[content.blocks[row], column, :8].tobytes()
 
-    def _read(self, slot: Slot) -> bytes:
-        """The KV bytes of all tokens computed, from the leg's own blocks."""
-        used = self.memory[slot.blocks].reshape(-1, self.token_bytes)[: slot.done]
+    def _read(self, content: Content, done: int) -> bytes:
+        """The KV bytes of the first `done` tokens, from the leg's own blocks."""
+        used = self.memory[content.blocks].reshape(-1, self.token_bytes)[:done]
         return used.tobytes()
 
 

@@ -53,8 +53,9 @@ class Plan:
 
     def seconds(self, steps: int) -> float:
         """How long the first so many passes take."""
-        decode = self.cost.decode_run_s(len(self.batch), self.context, steps)
-        return decode + self.cost.chunk_s((*self.again, *self.chunk)) if self.again or self.chunk else decode
+        if self.again or self.chunk:
+            return self.cost.step_s((*self.again, *self.chunk), len(self.batch), self.context)
+        return self.cost.decode_run_s(len(self.batch), self.context, steps)
 
     def boundary(self, seconds: float) -> int:
         """The pass that runs `seconds` after the start, counted from 1: a run that is interrupted then ends with
