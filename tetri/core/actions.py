@@ -3,10 +3,8 @@ simulator, carry the actions out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tetri.leg import Leg, StepDone
-from tetri.request import LengthRange, Sampling
+from tetri.request import LengthRange, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Handle, InboxMessage, LoadReport, WorkerEvent
@@ -21,38 +19,33 @@ class Broken(AssertionError):
 # ---------------------------------------------------------------- actions of every core
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Value, frozen=True):
     """To a peer's inbox, or to the broker's events. Best effort: nothing relies on one message arriving."""
 
     peer: str
     message: InboxMessage | WorkerEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Connect(Value, frozen=True):
     peer: str
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnect:
+class Disconnect(Value, frozen=True):
     peer: str
 
 
 # ---------------------------------------------------------------- actions of a broker
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Value, frozen=True):
     """To a client; when it cannot be delivered, `Undelivered` comes back."""
 
     client: bytes
     message: BrokerReply
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(Value, frozen=True):
     """Turn output tokens into text, in order; `Worded` comes back. `final`: nothing follows, release all."""
 
     rid: str
@@ -62,8 +55,7 @@ class Word:
     final: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Unword:
+class Unword(Value, frozen=True):
     """The request has ended: forget its text."""
 
     rid: str
@@ -72,40 +64,34 @@ class Unword:
 # ---------------------------------------------------------------- actions of a worker
 
 
-@dataclass(frozen=True, slots=True)
-class AddLeg:
+class AddLeg(Value, frozen=True):
     leg: Leg
 
 
-@dataclass(frozen=True, slots=True)
-class CancelLeg:
+class CancelLeg(Value, frozen=True):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class AdmitLeg:
+class AdmitLeg(Value, frozen=True):
     key: str
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Value, frozen=True):
     """Run the engine: one forward pass or, when only decodes run, up to `most` in one go, fewer when one of them
     ends, memory runs out or a message waits. `StepDone` comes back."""
 
     most: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class HoldLeg:
+class HoldLeg(Value, frozen=True):
     """Keep a prefill leg out of the coming steps, or let it in again. It keeps its blocks."""
 
     key: str
     held: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Predict:
+class Predict(Value, frozen=True):
     """Name a range for the output length of a request; `LengthKnown` comes back, perhaps much later."""
 
     key: str
@@ -113,15 +99,13 @@ class Predict:
     sampling: Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(Value, frozen=True):
     """To everyone who subscribes to this process. The last one wins; any may be lost."""
 
     message: LoadReport | ClusterView
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
+class Export(Value, frozen=True):
     """Copy a leg's blocks [start, stop) into the KV store; `Exported` comes back."""
 
     key: str
@@ -130,8 +114,7 @@ class Export:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class Adopt:
+class Adopt(Value, frozen=True):
     """Take a chunk out of the sender's store into a leg's blocks from `start` on; `Adopted` comes back."""
 
     key: str
@@ -141,15 +124,13 @@ class Adopt:
     digest: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Free:
+class Free(Value, frozen=True):
     """Give a chunk's slots in the own KV store back."""
 
     handle: Handle
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(Value, frozen=True):
     """A peer's store is gone: close what was opened of it."""
 
     segment: str
@@ -158,16 +139,14 @@ class Forget:
 # ---------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class FromClient:
+class FromClient(Value, frozen=True):
     """Any client message but Submit, which comes as `Submitted`."""
 
     client: bytes
     message: ClientMessage
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(Value, frozen=True):
     """A Submit whose prompt the edge has turned into token ids."""
 
     client: bytes
@@ -177,8 +156,7 @@ class Submitted:
     deadline_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Worded:
+class Worded(Value, frozen=True):
     """`text` may be shown. `counted`: a stop text was found, only so many output tokens count; else None."""
 
     rid: str
@@ -189,8 +167,7 @@ class Worded:
     final: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Undelivered:
+class Undelivered(Value, frozen=True):
     """A Reply was not taken. `gone`: the client has left; otherwise its queue is full."""
 
     client: bytes
@@ -198,24 +175,22 @@ class Undelivered:
     gone: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LegRejected:
+class LegRejected(Value, frozen=True):
     """The engine can never run this leg."""
 
     key: str
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class LengthKnown:
-    """What was predicted for the output of a request (all its output, earlier attempts included)."""
+class LengthKnown(Value, frozen=True):
+    """What was predicted for the output of a request (all its output, earlier attempts included); None when nobody
+    can say."""
 
     key: str
-    length: LengthRange
+    length: LengthRange | None
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(Value, frozen=True):
     key: str
     index: int
     start: int
@@ -224,8 +199,7 @@ class Exported:
     digest: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Adopted:
+class Adopted(Value, frozen=True):
     """`problem` is None when the chunk is in the engine's own memory with the right digest; else "corrupt" (the
     bytes are not what was announced) or "lost" (they are no longer there)."""
 
@@ -253,6 +227,6 @@ Action = (
     | Free
     | Forget
 )
-BrokerInput = FromClient | Submitted | Worded | Undelivered | PeerUp | PeerDown | WorkerEvent
+BrokerInput = FromClient | Submitted | Worded | Undelivered | PeerUp | PeerDown | WorkerEvent | ClusterView
 MonitorInput = LoadReport | PeerUp | PeerDown
 WorkerInput = InboxMessage | ClusterView | PeerUp | PeerDown | LegRejected | LengthKnown | Exported | Adopted | StepDone

@@ -29,6 +29,7 @@ class Limits:
 
 
 _STAGE_OF = {"cancelled": Stage.CANCELLED, "error": Stage.FAILED, "deadline": Stage.FAILED}
+_NAMES = [(stage, stage.value) for stage in Stage]
 
 
 class Desk:
@@ -47,7 +48,7 @@ class Desk:
             return "the prompt is empty: give at least one token"
         if prompt >= context:
             return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
-        if not all(0 <= token < self.limits.vocabulary for token in event.prompt):
+        if min(event.prompt) < 0 or max(event.prompt) >= self.limits.vocabulary:
             return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt + sampling.max_tokens > context:
             most = context - prompt
@@ -71,6 +72,7 @@ class Desk:
             now,
             Stage.QUEUED,
             now,
+            None if event.deadline_s is None else now + event.deadline_s,
         )
         self.table.add(row)
         return row, [Reply(event.client, _accepted(row))]
@@ -95,6 +97,9 @@ class Desk:
     def deliver(self, row: Row) -> list[Action]:
         if row.client is None or row.blocked:
             return []
+        if row.sent + 1 == len(row.letters):  # the usual case, for every token of everybody
+            row.sent += 1
+            return [Reply(row.client, row.letters[-1])]
         letters, row.sent = row.letters[row.sent :], len(row.letters)
         return [Reply(row.client, letter) for letter in letters]
 
@@ -120,7 +125,7 @@ class Desk:
         ids = list(event.ids)
         if event.counted is not None:
             del row.output[event.counted :]
-            ids = ids[: max(event.counted - event.start, 0)]
+            del ids[max(event.counted - event.start, 0) :]
             row.asked, row.reason = len(row.output), "stop"
         if ids or event.text:
             row.letters.append(Delta(rid=row.rid, start=event.start, ids=ids, text=event.text))
@@ -129,13 +134,12 @@ class Desk:
     def finish(self, row: Row, now: float) -> list[Action]:
         """Close the row: the Done is the last letter."""
         assert row.reason is not None
-        row.move(_STAGE_OF.get(row.reason, Stage.DONE), now)
-        self.table.open -= 1
+        self.table.move(row, _STAGE_OF.get(row.reason, Stage.DONE), now)
         done = Done(
             rid=row.rid,
             reason=row.reason,
             usage=Usage(prompt_tokens=len(row.prompt), completion_tokens=len(row.output)),
-            timeline={stage.value: row.spent[stage] for stage in Stage if stage in row.spent},
+            timeline={name: row.spent[stage] for stage, name in _NAMES if stage in row.spent},
             ttft_s=None if row.first_at is None else row.first_at - row.arrival,
             jct_s=now - row.arrival,
             receipt=row.receipt(),

@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 from tetri.core.actions import Action, Send
 from tetri.core.desk import Desk, Limits
 from tetri.core.registry import Registry
 from tetri.core.table import Row, Table
 from tetri.core.timers import Timers
+from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
-from tetri.policy.views import PrefillView
 from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Resend
 
+TOKEN_S = 1e-6  # per prompt token where the cost table is empty: queues are then compared by their tokens
 
 class Life:
-    """Works on the broker's own table, registry, timers and counters."""
+    """Works on the broker's own table, registry, timers and counters. A prefill instance is chosen by the predicted
+    seconds of all prefill that it was given and has not done; `cost` and `chunk_tokens` predict them."""
 
-    def __init__(self, limits: Limits, rules: Rules, table: Table, registry: Registry, desk: Desk) -> None:
-        self.limits, self.rules = limits, rules
+    def __init__(
+        self,
+        limits: Limits,
+        rules: Rules,
+        table: Table,
+        registry: Registry,
+        desk: Desk,
+        rng: Random,
+        cost: Cost,
+        chunk_tokens: int,
+    ) -> None:
+        self.limits, self.rng = limits, rng
         self.table, self.registry, self.desk = table, registry, desk
+        self.cost, self.chunk_tokens = cost, chunk_tokens
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
-        self._load: dict[str, int] = {}
-        self._load_at: float | None = None
+        self._route = PREFILL_ROUTES[rules.prefill_route]
 
     def place(self, row: Row, now: float) -> list[Action]:
-        able = self.registry.prefillers(len(row.prompt) + len(row.output))
-        load = self._outstanding(now) if able else {}
-        views = [PrefillView(peer.iid, load.get(peer.iid, 0)) for peer in able]
-        row.prefill = PREFILL_ROUTES[self.rules.prefill_route](views)
-        if row.prefill is None:
+        tokens = len(row.prompt) + len(row.output)
+        pool = self.registry.pool(tokens, self.table.work_ns)
+        work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
+        column = self._route(work_s, pool, self.rng) if pool.iids else None
+        if column is None:
             if ("patience", row.rid) not in self.timers:  # or whoever comes in vain would prolong it
                 self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []
-        load[row.prefill] = load.get(row.prefill, 0) + row.outstanding
+        pool.last = column
+        self.table.assign(row, pool.iids[column], round(1e9 * work_s))
         self.timers.clear(("patience", row.rid))
         return [self.assign(row, now)]
-
-    def _outstanding(self, now: float) -> dict[str, int]:
-        """Prompt tokens that each prefill instance has still to compute. Summed once for all rows that are placed
-        at the same moment: after the loss of a worker these may be thousands."""
-        if self._load_at != now:
-            self._load, self._load_at = {}, now
-            for row in self.table.active():
-                if row.prefill is not None:
-                    self._load[row.prefill] = self._load.get(row.prefill, 0) + row.outstanding
-        return self._load
 
     def assign(self, row: Row, now: float) -> Action:
         row.assigned_at = now
@@ -58,12 +62,13 @@ class Life:
             prompt=list(row.prompt),
             output=list(row.output),
             sampling=row.sampling,
+            deadline_s=row.left(now),
         )
         return Send(row.prefill, assign)
 
     def place_waiting(self, now: float) -> list[Action]:
-        rows = [row for row in self.table.active() if row.prefill is None and row.reason is None]
-        return [action for row in rows if row.stage is Stage.QUEUED for action in self.place(row, now)]
+        rows = [row for row in self.table.unplaced.values() if row.reason is None]
+        return [action for row in rows for action in self.place(row, now)]
 
     def restart(self, row: Row, why: str, now: float) -> list[Action]:
         """Begin another attempt, with the tokens so far: prefilled like the prompt, still counted as output."""
@@ -75,11 +80,7 @@ class Life:
         if row.attempt >= self.limits.max_attempts:
             return [*actions, *self.end(row, "error", now, f"given up after {row.attempt} attempts: {why}")]
         self.counters["restarts"] += 1
-        if self._load_at == now and row.prefill is not None:
-            self._load[row.prefill] = self._load.get(row.prefill, 0) - row.outstanding
-        row.attempt += 1
-        row.prefill = row.decode = row.finished = None
-        row.move(Stage.QUEUED, now)
+        self.table.start_over(row, now)
         return [*actions, *self.place(row, now)]
 
     def end(self, row: Row, reason: str, now: float, error: str | None = None) -> list[Action]:
@@ -100,7 +101,7 @@ class Life:
         return [self.assign(row, now)] if late else []  # it may still be on its way
 
     def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
-        return [a for row in self.table.held_by(iid) for a in self.restart(row, why, now)]
+        return [a for row in list(self.table.held_by(iid).values()) for a in self.restart(row, why, now)]
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
         """All KV has landed at `iid`: from now on it answers for the request, the prefill side may forget it."""
@@ -108,10 +109,10 @@ class Life:
         if stage.ended:  # only the broker ends a row
             return actions
         if stage in (Stage.WAITING, Stage.DECODE) and row.decode is None:
-            row.decode = iid
+            self.table.hand_over(row, iid)
             if row.prefill not in (None, iid):
                 actions.append(Send(row.prefill, Close(rid=row.rid, attempt=row.attempt)))
-        row.advance(stage, now)
+        self.table.advance(row, stage, now)
         return actions
 
     def resend(self, row: Row, iid: str) -> Action:

@@ -1,21 +1,26 @@
-"""The instances as the broker knows them: who is there, since when silent, and the view that it publishes."""
+"""The instances as the broker knows them: who is there, since when silent, which role each has, the roster that it
+publishes and the pools of prefill instances that it chooses from."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
-from tetri.request import Capacity, Fingerprint, blocks_for, difference
+from tetri.policy.views import PrefillPool
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, difference
 from tetri.wire.clients import InstanceStatus
-from tetri.wire.messages import Roster, FromWorker, InstanceEntry, Load, Ready
+from tetri.wire.messages import FromWorker, InstanceEntry, Load, Ready, Roster
 
 FORGET_S = 600.0  # a lost worker stays in the status for so long
-SILENCE_S = 0.8  # a worker that hears no view for `view_s`, 2 s, registers again
+SILENCE_S = 0.8  # a worker that hears no roster for `view_s`, 2 s, registers again
+NOBODY = PrefillPool()
 
 
 @dataclass(slots=True)
 class Peer:
-    """One worker. `lost` says why it is out, None while it is in."""
+    """One worker. `role` is the truth for whoever sends new work: the one asked for, from the moment of asking on.
+    `lost` says why it is out, None while it is in."""
 
     iid: str
     incarnation: int
@@ -29,20 +34,33 @@ class Peer:
     suspect: bool = False  # silent for longer than allowed, as far as was heard
     lost: str | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many its memory holds."""
+        return self.capacity.blocks * self.capacity.block_tokens
+
 
 class Registry:
-    """`peers` by iid, the lost ones included. `up`: to which of them a connection stands."""
+    """`peers` by iid, the lost ones included. `up`: to which of them a connection stands. Whatever changes either, or
+    a role, goes through a method: the roster and the pools follow from them."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.peers: dict[str, Peer] = {}
         self.up: dict[str, None] = {}
         self.number = 0
-        self._sent: list[InstanceEntry] = []
+        self._news = True  # the roster that was sent last is out of date
+        self._entries: list[InstanceEntry] = []
         self._sent_at = 0.0
+        self._sorted = False  # the pools are up to date
+        self._limits: list[int] = []  # ascending; pool i holds who computes prompts of at least limit i tokens
+        self._pools: list[PrefillPool] = []
+        self._rooms: dict[str, int] = {}  # phase -> tokens that the largest instance of it holds
 
-    def ready(self, message: Ready, now: float) -> tuple[list[Action], bool]:
-        """Enter a worker. True when it replaces another incarnation, whose requests are lost."""
+    # ------------------------------------------------------------ who is there
+
+    def ready(self, message: Ready, now: float) -> tuple[list[Action], Peer | None]:
+        """Enter a worker. The peer of the other incarnation that it replaces, whose requests are lost, if any."""
         old = self.peers.get(message.iid)
         self.peers[message.iid] = Peer(
             message.iid,
@@ -54,47 +72,58 @@ class Registry:
             message.load,
             now,
         )
+        self._changed()
         replaced = old is not None and old.incarnation != message.incarnation
-        return [Connect(message.iid, message.inbox)], replaced
+        return [Connect(message.iid, message.inbox)], old if replaced else None
 
     def known(self, message: FromWorker) -> Peer | None:
         """The peer that sent this, if this incarnation of it has registered."""
         peer = self.peers.get(message.iid)
         return peer if peer is not None and peer.incarnation == message.incarnation else None
 
-    def usable(self, role: str) -> list[Peer]:
-        return [p for p in self.peers.values() if p.role == role and p.lost is None and p.iid in self.up]
+    def connected(self, iid: str) -> None:
+        self.up[iid] = None
+        self._changed()
 
-    def prefillers(self, tokens: int) -> list[Peer]:
-        """Prefill instances that hold so many tokens and can hand their KV to somebody: to a decode instance that
-        is there or, while none is, to whoever comes."""
-        decoders = [peer.fingerprint for peer in self.peers.values() if peer.role == "decode" and peer.lost is None]
-        return [
-            peer
-            for peer in self.usable("prefill")
-            if blocks_for(tokens, peer.capacity.block_tokens) <= peer.capacity.blocks
-            and tokens < peer.capacity.context
-            and (not decoders or peer.fingerprint in decoders)
-        ]
+    def disconnected(self, iid: str) -> None:
+        self.up.pop(iid, None)
+        self._changed()
 
-    def publish(self, now: float) -> list[Action]:
-        """The next Roster, to everyone that can be reached."""
-        self.number += 1
-        self._sent, self._sent_at = self._instances(), now
-        view = Roster(epoch=self.epoch, number=self.number, instances=self._sent)
-        return [Send(iid, view) for iid in self.up]
+    def lose(self, peer: Peer, why: str | None) -> None:
+        """It is out, or with None in again."""
+        peer.lost = why
+        self._changed()
+
+    def turn(self, peer: Peer, role: str) -> None:
+        """From now on new work goes to it as to one of this role."""
+        peer.role = role
+        self._changed()
 
     def prune(self, now: float) -> list[Action]:
         """Give up the connections to workers that have been lost for long: they may never come back."""
         gone = [p.iid for p in self.peers.values() if p.lost is not None and now - p.seen > FORGET_S]
         for iid in gone:
             del self.peers[iid]
+            self._changed()
         return [Disconnect(iid) for iid in gone]
+
+    def _changed(self) -> None:
+        self._news, self._sorted = True, False
+
+    # ------------------------------------------------------------ rosters
+
+    def publish(self, now: float) -> list[Action]:
+        """The next Roster, to everyone that can be reached."""
+        self.number += 1
+        if self._news:
+            self._entries, self._news = self._instances(), False
+        self._sent_at = now
+        roster = Roster(epoch=self.epoch, number=self.number, instances=self._entries)
+        return [Send(iid, roster) for iid in self.up]
 
     def refresh(self, now: float) -> list[Action]:
         """A Roster when there is news, and now and then when there is none, so that silence means trouble."""
-        news = self._instances() != self._sent or now - self._sent_at >= SILENCE_S
-        return self.publish(now) if news else []
+        return self.publish(now) if self._news or now - self._sent_at >= SILENCE_S else []
 
     def _instances(self) -> list[InstanceEntry]:
         return [
@@ -110,14 +139,54 @@ class Registry:
             if peer.lost is None
         ]
 
+    # ------------------------------------------------------------ pools
+
+    def pool(self, tokens: int, work_ns: dict[str, int]) -> PrefillPool:
+        """The instances that may prefill so many tokens, each with the work that it has. They can be reached, hold
+        the tokens and can hand their KV to somebody: to a decode instance that is there or, while none is, to whoever
+        comes. The same object every time while nothing changes among the instances."""
+        if not self._sorted:
+            self._sort()
+        index = bisect_left(self._limits, tokens)
+        if index == len(self._limits):
+            return NOBODY
+        pool = self._pools[index]
+        pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) for iid in pool.iids]
+        return pool
+
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why a request of so many tokens fits into no instance that is there; None when one may take it."""
-        for role, tokens in (("prefill", prompt), ("decode", total)):
-            rooms = [p.capacity for p in self.peers.values() if p.role == role and p.lost is None]
-            if rooms and all(blocks_for(tokens, room.block_tokens) > room.blocks for room in rooms):
-                most = max(room.blocks * room.block_tokens for room in rooms)
-                return f"{tokens} tokens fit into no {role} instance: the largest holds {most}"
+        if not self._sorted:
+            self._sort()
+        for phase, tokens in (("prefill", prompt), ("decode", total)):
+            most = self._rooms[phase]
+            if 0 < most < tokens:
+                return f"{tokens} tokens fit into no {phase} instance: the largest holds {most}"
         return None
+
+    def _sort(self) -> None:
+        """Sort the instances into pools: once per change, not per request."""
+        there = [peer for peer in self.peers.values() if peer.lost is None]
+        decoders = [peer for peer in there if peer.role in TAKES_DECODE]
+        prefillers = [peer for peer in there if peer.role in TAKES_PREFILL]
+        self._rooms = {
+            "prefill": max((peer.tokens for peer in prefillers), default=0),
+            "decode": max((peer.tokens for peer in decoders), default=0),
+        }
+        speak = {peer.fingerprint: None for peer in decoders}
+        able = [
+            (min(peer.tokens, peer.capacity.context - 1), peer.iid)
+            for peer in prefillers
+            if peer.iid in self.up and (not decoders or peer.fingerprint in speak)
+        ]
+        self._limits = sorted({limit: None for limit, _ in able})
+        self._pools = []
+        for least in self._limits:
+            iids = [iid for limit, iid in able if limit >= least]
+            self._pools.append(PrefillPool(iids, [0.0] * len(iids)))
+        self._sorted = True
+
+    # ------------------------------------------------------------ status
 
     def status(self) -> list[InstanceStatus]:
         return [
@@ -137,10 +206,11 @@ class Registry:
         ]
 
     def _stranger(self, peer: Peer) -> str:
-        """Why KV can never move between this worker and one of the other role; empty when it can."""
-        others = [p for p in self.peers.values() if p.lost is None and p.role != peer.role]
-        for other in others:
-            why = difference(peer.fingerprint, other.fingerprint)
+        """Why KV can never move between this worker and one that it would have to move to or from; empty when it
+        can."""
+        for other in self.peers.values():
+            apart = peer.role == other.role and peer.role != "mixed"  # two of one phase never meet
+            why = None if apart or other.lost is not None else difference(peer.fingerprint, other.fingerprint)
             if why is not None:
                 return f"never paired with {other.iid}: {why}"
         return ""

@@ -1,0 +1,158 @@
+"""Changes of role (paper, section 3.5): asked for by a client or by the monitor's transition watcher, carried out by
+the broker alone.
+
+From the moment of asking the registry's role is the new one, so that nobody sends new work of the old role; the worker
+is told until a Beat or a Ready of it says the new role. A worker that restarts before that begins in the role that it
+is configured for, as does one that restarts later: a flip lives as long as the process that it was made in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tetri.core.actions import Action, Broken, Reply, Send
+from tetri.core.desk import refuse
+from tetri.core.registry import Peer, Registry
+from tetri.request import ROLES, TAKES_DECODE, TAKES_PREFILL
+from tetri.wire.clients import ChangeRole, Refused, RoleChanged
+from tetri.wire.messages import Flip, FlipWanted
+
+ANSWERS = 1000  # so many are kept for clients that ask again
+NAMED = 8  # instances, in an answer that says who is there
+
+
+@dataclass(slots=True)
+class Change:
+    """A flip under way: who asked for it, each with its key and the time."""
+
+    was: str
+    role: str
+    askers: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+
+
+class Flips:
+    """`changes`: those under way, by instance. Works on the broker's own registry and counters."""
+
+    def __init__(self, registry: Registry, counters: Counter[str]) -> None:
+        self.registry, self.counters = registry, counters
+        self.changes: dict[str, Change] = {}
+        self._answers: dict[str, Refused | RoleChanged] = {}  # by the client's key, oldest first
+
+    # ------------------------------------------------------------ asking
+
+    def ask(self, client: bytes, message: ChangeRole, now: float) -> list[Action]:
+        """A client wants it. The same key again is the same question: no second flip follows from it."""
+        key, iid, role = message.key, message.iid, message.role
+        if key in self._answers:
+            return [Reply(client, self._answers[key])]
+        for change in self.changes.values():
+            if key in change.askers:
+                change.askers[key] = (client, change.askers[key][1])  # the answer comes when there is one
+                return []
+        why = self._problem(iid, role)
+        if why is not None:
+            return [self._refuse(client, key, why)]
+        peer = self.registry.peers[iid]
+        under_way = self.changes.get(iid)
+        if under_way is None and peer.role == role:
+            return [self._answer(client, RoleChanged(key=key, iid=iid, role=role, was=role, took_s=0.0))]
+        if under_way is not None and under_way.role == role:
+            under_way.askers[key] = (client, now)
+            return []
+        actions = self._drop(iid, f"{iid} was asked to become {role} before it had answered")
+        self.changes[iid] = Change(peer.role, role, {key: (client, now)})
+        return [*actions, *self._turn(peer, role, now)]
+
+    def want(self, message: FlipWanted, now: float) -> list[Action]:
+        """The transition watcher wants it. What a person has asked for comes first; a wish that cannot be fulfilled
+        is counted, and comes again if it still stands."""
+        peer = self.registry.peers.get(message.iid)
+        if message.iid in self.changes or self._problem(message.iid, message.role) is not None:
+            self.counters["flips_refused"] += 1
+            return []
+        assert peer is not None  # or there was a problem
+        if peer.role == message.role:
+            return []
+        self.changes[message.iid] = Change(peer.role, message.role)
+        return self._turn(peer, message.role, now)
+
+    def _turn(self, peer: Peer, role: str, now: float) -> list[Action]:
+        """First everyone else learns it, then the worker: nobody sends it work of the old role any more."""
+        self.registry.turn(peer, role)
+        return [*self.registry.publish(now), Send(peer.iid, Flip(role=role))]
+
+    def _problem(self, iid: str, role: str) -> str | None:
+        """Why this cannot be, in one line that says what can."""
+        peers = self.registry.peers
+        if role not in ROLES:
+            return f"there is no role {role!r}: give {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+        if iid not in peers:
+            names = [*sorted(peers)[:NAMED], *(["..."] if len(peers) > NAMED else [])]
+            return f"there is no instance {iid!r}, only {', '.join(names)}" if names else "no instance is there"
+        peer = peers[iid]
+        if peer.lost is not None:
+            return f"{iid} is lost ({peer.lost}): only a live instance changes its role"
+        for phase, takes in (("prefill", TAKES_PREFILL), ("decode", TAKES_DECODE)):
+            if peer.role in takes and role not in takes and not self._others(peer, takes):
+                mixed = "leave it mixed" if peer.role == "mixed" else "make it mixed"
+                return f"{iid} is the last {phase} instance: flip another one to {phase} first, or {mixed}"
+        return None
+
+    def _others(self, peer: Peer, takes: tuple[str, ...]) -> bool:
+        """Whether another live instance takes such work; one that it can exchange KV with."""
+        return any(
+            other.role in takes
+            for other in self.registry.peers.values()
+            if other is not peer and other.lost is None and other.fingerprint == peer.fingerprint
+        )
+
+    def check(self) -> None:
+        for iid, change in self.changes.items():
+            peer = self.registry.peers.get(iid)
+            if peer is None or peer.lost is not None or peer.role != change.role:
+                raise Broken(f"{iid} is to become {change.role}, and is not there or counts as something else")
+
+    # ------------------------------------------------------------ answers
+
+    def heard(self, peer: Peer, role: str, now: float) -> list[Action]:
+        """A worker says its role. While it is asked to change, it is told again until that is the new one; else its
+        own word counts: it may have been flipped under an earlier broker, or while it was thought to be lost."""
+        change = self.changes.get(peer.iid)
+        if change is None:
+            if role != peer.role and role in ROLES:
+                self.registry.turn(peer, role)
+                return self.registry.publish(now)
+            return []
+        if role != change.role:
+            if peer.role != change.role:  # it has registered again
+                self.registry.turn(peer, change.role)
+            return [Send(peer.iid, Flip(role=change.role))]
+        del self.changes[peer.iid]
+        self.counters["flips"] += 1
+        return [
+            self._answer(
+                client, RoleChanged(key=key, iid=peer.iid, role=role, was=change.was, took_s=now - since)
+            )
+            for key, (client, since) in change.askers.items()
+        ]
+
+    def gone(self, iid: str, why: str) -> list[Action]:
+        """It was lost or restarted: nobody waits for its answer any more."""
+        return self._drop(iid, f"{iid} did not change its role: {why}")
+
+    def _drop(self, iid: str, why: str) -> list[Action]:
+        change = self.changes.pop(iid, None)
+        askers = change.askers.items() if change is not None else ()
+        return [self._refuse(client, key, why) for key, (client, _) in askers]
+
+    def _refuse(self, client: bytes, key: str, why: str) -> Reply:
+        reply = refuse(client, key, why)
+        assert isinstance(reply.message, Refused)
+        return self._answer(client, reply.message)
+
+    def _answer(self, client: bytes, answer: Refused | RoleChanged) -> Reply:
+        if len(self._answers) >= ANSWERS:
+            del self._answers[next(iter(self._answers))]
+        self._answers[answer.key] = answer
+        return Reply(client, answer)
