@@ -1,0 +1,1 @@
+"""Measurements: what drives a load, and what draws the outcome."""

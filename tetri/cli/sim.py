@@ -1,0 +1,231 @@
+"""tetri-cli sim: what a deployment would do, in virtual time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
+ELSEWHERE = ("paper", "replay")  # subcommands with a module of their own, sim_NAME
+
+
+class SimGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *ELSEWHERE]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command = importlib.import_module(f"tetri.cli.sim_{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group("sim", cls=SimGroup)
+def command() -> None:
+    """Simulate a deployment, with the very schedulers that serve live."""
+
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+#: name, type, default, help. A default of 0 is told by the help.
+OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("--trace", FILE, None, "CSV: TIMESTAMP,ContextTokens,GeneratedTokens."),
+    ("--speedup", float, 1.0, "Divides the times between the trace's requests."),
+    ("--requests", int, 0, "How many; a trace is repeated. 0: the whole trace, or 1000 drawn ones."),
+    ("--rate", float, 0.0, "Draw requests that come at so many a second; 0: all at once."),
+    ("--burstiness", float, 1.0, "Variation of the times between them; 1: Poisson."),
+    ("--prompt-tokens", str, "512", "N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
+    ("--output-tokens", str, "128", "As --prompt-tokens."),
+    ("--deadline", float, None, "Seconds that every request has."),
+    ("--prefill", int, 1, "Prefill instances."),
+    ("--decode", int, 1, "Decode instances."),
+    ("--mixed", int, 0, "Instances that do both."),
+    ("--cost", str, "v100-opt13b", "Name of a table in conf/cost, or a file."),
+    ("--link", str, "roce", "roce, nvlink or bytes a second."),
+    ("--transfer", str, "chunk", "KV leaves with every chunk, or with the whole request."),
+    ("--flip", str, "none", "When instances change their role."),
+    ("--chunk-tokens", int, 0, "Tokens of a step; 0: as the table says."),
+    ("--kv-tokens", int, 0, "KV of an instance, in tokens; 0: as the table says."),
+    ("--block-tokens", int, 16, "Tokens of a KV block."),
+    ("--max-batch", int, 256, "Most decodes of a step."),
+    ("--context", int, 0, "Most tokens of a request; 0: as many as --kv-tokens."),
+    ("--seed", int, 0, "Of all chance."),
+    ("--plot", FILE, None, "Draw TTFT, JCT and the instances into this PNG."),
+)
+
+
+def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
+    for name, kind, default, text in reversed(OPTIONS):
+        function = click.option(name, type=kind, default=default, show_default=default is not None, help=text)(function)
+    return function
+
+
+@command.command("run")
+@_listed
+@click.option("--policy", "policies", multiple=True, metavar="KEY=VALUE", help="A setting of [policy], repeatable.")
+@click.option("--monitor", "monitors", multiple=True, metavar="KEY=VALUE", help="A setting of [monitor], repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def run(**options: Any) -> None:
+    """Serve a trace or drawn requests, and say how long everything took.
+
+    The same arguments give the same result, to the last bit, but for the object "run" (wall time and memory).
+    """
+    from tetri.cost import CostError
+    from tetri.sim.setup import SimError
+    from tetri.sim.traces import TraceError
+
+    try:
+        made = simulated(options)
+    except (SimError, TraceError, CostError) as error:
+        raise click.UsageError(str(error)) from None
+    if options["as_json"]:
+        click.echo(json.dumps(made, ensure_ascii=False))
+    else:
+        from tetri.sim.report import table
+
+        click.echo(table(made))
+
+
+def simulated(options: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is printed. Raises SimError, TraceError, CostError or ConfigError."""
+    from tetri.sim.report import summary
+    from tetri.sim.world import World
+
+    started = perf_counter()
+    draw = _drawing(options["plot"])
+    arrivals, total = _arrivals(options)
+    setup = _setup(options)
+    with _progress(total) as progress:
+        result = World(setup, arrivals, progress).run()
+    made = summary(result)
+    if draw is not None:
+        draw(options["plot"], _times(result), {iid: use.spans or [] for iid, use in result.instances.items()})
+    return {**made, "run": {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}}
+
+
+def _setup(options: dict[str, Any]) -> Any:
+    from tetri import cost
+    from tetri.config.tables import Monitor, Policy
+    from tetri.policy.rules import Rules
+    from tetri.policy.views import FlipSettings
+    from tetri.sim.setup import Setup
+
+    monitor = _section(Monitor, "--monitor", options["monitors"])
+    direct = ("prefill", "decode", "mixed", "transfer", "chunk_tokens", "kv_tokens", "block_tokens", "max_batch")
+    return Setup(
+        cost=cost.load(options["cost"]),
+        rules=_picked(Rules, _section(Policy, "--policy", options["policies"])),
+        flip=options["flip"],
+        flip_settings=_picked(FlipSettings, monitor),
+        load_s=monitor.load_ms / 1000,
+        link_bytes_s=_bytes_s(options["link"]),
+        context=options["context"],
+        seed=options["seed"],
+        spans=options["plot"] is not None,
+        **{name: options[name] for name in direct},
+    )
+
+
+def _section(kind: type, option: str, pairs: Iterable[str]) -> Any:
+    """A section of the configuration, its defaults overridden."""
+    import tomllib
+
+    from tetri.strict import section
+
+    table: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise click.UsageError(f"{option} {pair!r}: write key=value")
+        try:
+            table[key] = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
+            table[key] = text  # a bare word
+    return section(kind, table, option, kind.__name__.lower())
+
+
+def _picked(kind: type, source: Any) -> Any:
+    """A `kind` from the fields of `source` that have the same names."""
+    from dataclasses import fields
+
+    return kind(**{field.name: getattr(source, field.name) for field in fields(kind)})
+
+
+def _bytes_s(link: str) -> float:
+    if link in LINKS:
+        return LINKS[link]
+    try:
+        return float(link)
+    except ValueError:
+        raise click.UsageError(f"--link must be {', '.join(LINKS)} or bytes a second, got {link!r}") from None
+
+
+def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
+    """The requests and, when it is known, how many."""
+    from tetri.sim.traces import Lengths, drawn, replayed, with_deadline
+
+    requests, trace = options["requests"], options["trace"]
+    arrivals: Iterable[Any]
+    if trace is not None:
+        if options["rate"]:
+            raise click.UsageError("--trace brings its own times: use --speedup, not --rate")
+        arrivals, total = replayed(trace, options["speedup"], requests), requests or None
+    else:
+        total = requests or 1000
+        prompt, output = Lengths.parsed(options["prompt_tokens"]), Lengths.parsed(options["output_tokens"])
+        arrivals = drawn(total, prompt, output, options["seed"], options["rate"], options["burstiness"])
+    if options["deadline"] is not None:
+        arrivals = with_deadline(arrivals, options["deadline"])
+    return arrivals, total
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[int], None] | None]:
+    """A bar on a terminal's stderr."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        step = max(1, (total or 100_000) // 200)
+
+        def told(answered: int) -> None:
+            if answered % step == 0:
+                bar.update(task, completed=answered)
+
+        yield told
+
+
+def _times(result: Any) -> dict[str, list[float]]:
+    """What CDFs are drawn of, by name."""
+    return {name: [getattr(o, f"{name.lower()}_s") for o in result.done()] for name in ("TTFT", "JCT")}
+
+
+def _drawing(plot: Path | None) -> Callable[[Path, Any, Any], None] | None:
+    """What draws, looked for before an hour of simulation, not after it."""
+    if plot is None:
+        return None
+    from tetri.bench.plots import PlotError, drawing
+
+    try:
+        return drawing()
+    except PlotError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _peak_rss_mb() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,130 @@
+"""Virtual links: messages arrive after a latency, KV bytes after as long as they take."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any, Protocol
+
+from tetri.core.actions import Adopt, Adopted, Export, Exported
+from tetri.sim.kernel import Kernel
+from tetri.wire.events import PeerUp
+from tetri.wire.messages import Chunk, Drop, Handle
+
+
+class Receiver(Protocol):
+    name: str
+
+    def receive(self, event: Any) -> None: ...
+
+
+class Wiring:
+    """All processes by name, and who hears what one of them publishes. A message takes `latency_s`. With `whole`, the
+    KV of a request leaves only when all of it is there, as in the paper (section 3.3.4); otherwise chunk by chunk."""
+
+    def __init__(self, kernel: Kernel, latency_s: float, whole: bool = False) -> None:
+        self.kernel, self.latency_s, self.whole = kernel, latency_s, whole
+        self.processes: dict[str, Receiver] = {}
+        self.subscribers: dict[str, list[Receiver]] = {}
+        self.sent = 0
+
+    def publish(self, who: str, message: Any) -> None:
+        self.kernel.at(self.kernel.now + self.latency_s, self._spread, (who, message))
+
+    def _spread(self, published: tuple[str, Any]) -> None:
+        who, message = published
+        hearers = self.subscribers.get(who, ())
+        self.sent += len(hearers)
+        for hearer in hearers:
+            hearer.receive(message)
+
+
+class Port:
+    """The network as one process has it: its connections by name of the peer, up or not."""
+
+    def __init__(self, wiring: Wiring, name: str) -> None:
+        self.wiring, self.name = wiring, name
+        self._peers: dict[str, Receiver] = {}
+        self._up: dict[str, Receiver] = {}
+        self._kept: dict[tuple[str, str, int, int], dict[int, Chunk]] = {}  # chunks before the last of their request
+
+    def send(self, peer: str, message: Any) -> None:
+        """Lost when no connection stands."""
+        to = self._up.get(peer)
+        if to is None:
+            return
+        if self.wiring.whole and isinstance(message, Chunk | Drop):
+            self._send_whole(to, message)
+        else:
+            self._send(to, message)
+
+    def _send(self, to: Receiver, message: Any) -> None:
+        wiring = self.wiring
+        wiring.sent += 1
+        wiring.kernel.at(wiring.kernel.now + wiring.latency_s, to.receive, message)
+
+    def _send_whole(self, to: Receiver, message: Chunk | Drop) -> None:
+        key = (to.name, message.rid, message.attempt, message.offer)
+        if isinstance(message, Drop):
+            self._kept.pop(key, None)
+            self._send(to, message)
+            return
+        kept = self._kept.setdefault(key, {})
+        kept[message.index] = message
+        if message.token is not None:
+            for chunk in self._kept.pop(key).values():
+                self._send(to, chunk)
+
+    def publish(self, message: Any) -> None:
+        self.wiring.publish(self.name, message)
+
+    def connect(self, peer: str, address: str) -> None:
+        """In the simulator a process's address is its name."""
+        if peer not in self._peers:
+            self._peers[peer] = self.wiring.processes[address]
+            self.wiring.kernel.at(self.wiring.kernel.now + self.wiring.latency_s, self._stands, peer)
+
+    def _stands(self, peer: str) -> None:
+        if peer in self._peers and peer not in self._up:
+            self._up[peer] = self._peers[peer]
+            self.wiring.processes[self.name].receive(PeerUp(peer))
+
+    def disconnect(self, peer: str) -> None:
+        self._peers.pop(peer, None)
+        self._up.pop(peer, None)
+
+
+class Memory:
+    """The KV store of one instance, without bytes, and the link over which it takes KV from others: one transfer
+    after the other, `bytes_s` each second. What it takes from itself takes no time."""
+
+    def __init__(self, kernel: Kernel, owner: Receiver, block_bytes: int, bytes_s: float) -> None:
+        self.kernel, self.owner, self.block_bytes, self.bytes_s = kernel, owner, block_bytes, bytes_s
+        self.kept = 0  # blocks in the store
+        self.moved_bytes = 0  # taken from others
+        self._busy_until = -inf
+
+    def export(self, action: Export) -> Exported:
+        count = action.stop - action.start
+        self.kept += count
+        zeros = [0] * count
+        handle = Handle(segment=self.owner.name, slots=zeros, generations=zeros, block_bytes=self.block_bytes)
+        return Exported(action.key, action.index, action.start, action.stop, handle, 0)
+
+    def free(self, handle: Handle) -> None:
+        self.kept -= len(handle.slots)
+
+    def forget(self, segment: str) -> None:
+        """Nothing was opened."""
+
+    def adopt(self, action: Adopt) -> Adopted | None:
+        done = Adopted(action.key, action.index)
+        if action.handle.segment == self.owner.name:
+            return done
+        size = len(action.handle.slots) * self.block_bytes
+        self.moved_bytes += size
+        seconds = size / self.bytes_s
+        if seconds == 0.0:
+            return done
+        self._busy_until = max(self._busy_until, self.kernel.now) + seconds
+        self.kernel.at(self._busy_until, self.owner.receive, done)
+        return None

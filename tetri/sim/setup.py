@@ -1,0 +1,105 @@
+"""What is simulated: instances, policies, hardware, links. Every wrong value is one line that says what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import inf, isfinite
+
+from tetri.cost import Cost
+from tetri.policy.rules import FLIPS, TABLES, Rules
+from tetri.policy.views import FlipSettings
+from tetri.request import Capacity
+
+
+class SimError(ValueError):
+    """It cannot be simulated, or the simulation broke a promise; one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Times in seconds, sizes in tokens or bytes. `kv_tokens`, `chunk_tokens`, `slots` (blocks of an instance's KV
+    store) and `context` may be 0: as in the cost table, then as many as the instance's KV holds.
+
+    transfer         "chunk": KV leaves with every chunk; "request": when the prompt is computed (paper, 3.3.4)
+    stream_interval  tokens between two messages with tokens of a request; its first and its last go at once
+    stall_s          so long no engine may compute while requests are open"""
+
+    cost: Cost
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    rules: Rules = Rules()
+    link_bytes_s: float = inf
+    link_latency_s: float = 0.0005
+    transfer: str = "chunk"
+    kv_tokens: int = 0
+    block_tokens: int = 16
+    chunk_tokens: int = 0
+    max_batch: int = 256
+    context: int = 0
+    slots: int = 0
+    reserve_share: float = 0.5
+    seed: int = 0
+    flip: str = "none"
+    flip_settings: FlipSettings = FlipSettings()
+    load_s: float = 0.1
+    beat_s: float = 5.0
+    stream_interval: int = 1 << 20
+    stall_s: float = 600.0
+    spans: bool = False  # keep the busy spans of every instance
+
+    def capacity(self) -> Capacity:
+        """Of every instance. Raises SimError."""
+        tokens = self.kv_tokens or self.cost.kv_tokens
+        blocks = tokens // self.block_tokens
+        if blocks < 1:
+            raise SimError(f"the KV of an instance holds {tokens} tokens: give kv_tokens, at least {self.block_tokens}")
+        return Capacity(
+            blocks=blocks,
+            block_tokens=self.block_tokens,
+            chunk_tokens=self.chunk_tokens or self.cost.chunk_tokens or 512,
+            max_batch=self.max_batch,
+            context=self.context or blocks * self.block_tokens,
+        )
+
+    def check(self) -> None:
+        """Raises SimError."""
+        problem = _problem(self)
+        if problem is not None:
+            raise SimError(problem)
+
+
+def _problem(setup: Setup) -> str | None:
+    for name, least in _LEAST.items():
+        value = getattr(setup, name)
+        if not value >= least or (not isfinite(value) and name != "link_bytes_s"):
+            return f"{name} must be at least {least:g}, got {value:g}"
+    if not setup.link_bytes_s > 0:
+        return f"link_bytes_s must be above 0, got {setup.link_bytes_s:g}"
+    for role in ("prefill", "decode"):
+        if not getattr(setup, role) + setup.mixed:
+            return f"there is no {role} instance: give {role} or mixed at least 1"
+    if not 0 < setup.reserve_share <= 1:
+        return f"reserve_share must be above 0 and at most 1, got {setup.reserve_share:g}"
+    if setup.transfer not in ("chunk", "request"):
+        return f"unknown transfer {setup.transfer!r}; known: chunk, request"
+    if setup.flip not in FLIPS:
+        return f"unknown flip {setup.flip!r}; known: {', '.join(FLIPS)}"
+    return rules_problem(setup.rules)
+
+
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("prefill", "decode", "mixed", "kv_tokens", "chunk_tokens", "context", "slots"), 0),
+    "link_latency_s": 0,
+    **dict.fromkeys(("block_tokens", "max_batch", "stream_interval"), 1),
+    **dict.fromkeys(("load_s", "beat_s", "stall_s"), 0.001),
+}
+
+
+def rules_problem(rules: Rules) -> str | None:
+    for field in fields(rules):
+        known = TABLES.get(field.name)
+        value = getattr(rules, field.name)
+        if known is not None and value not in known:
+            return f"unknown {field.name} {value!r}; known: {', '.join(known)}"
+    return None

@@ -1,0 +1,172 @@
+"""Requests to simulate: read from a trace, or drawn."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+_CLOCK = 19  # characters of "2023-11-16 18:15:46"
+
+
+class TraceError(ValueError):
+    """Requests cannot be read or drawn; one line that says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request: when it comes, tokens of its prompt and of its output, seconds from then to its deadline."""
+
+    at_s: float
+    prompt: int
+    output: int
+    deadline_s: float | None = None
+
+
+# ---------------------------------------------------------------- traces
+
+
+def replayed(path: str | Path, speedup: float = 1.0, requests: int = 0) -> Iterator[Arrival]:
+    """The requests of a file with the columns of `HEADER` (as the Azure LLM inference traces), the first at time 0,
+    the times between them divided by `speedup`. `requests` 0: each line once; else the first so many, the trace
+    repeated end to end, with the mean time between two requests between two rounds. Read as it is consumed. Raises
+    TraceError, with the number of a line that is wrong."""
+    if not (math.isfinite(speedup) and speedup > 0):
+        raise TraceError(f"the speedup must be above 0, got {speedup:g}")
+    if requests < 0:
+        raise TraceError(f"the number of requests must be at least 1, got {requests}")
+    endless = _repeated(Path(path), speedup)
+    return islice(endless, requests) if requests else _lines(Path(path), speedup)
+
+
+def _repeated(path: Path, speedup: float) -> Iterator[Arrival]:
+    shift = 0.0
+    while True:
+        count, last = 0, 0.0
+        for arrival in _lines(path, speedup):
+            count, last = count + 1, arrival.at_s
+            yield Arrival(shift + last, arrival.prompt, arrival.output) if shift else arrival
+        shift += last + (last / (count - 1) if count > 1 else 1.0)
+
+
+def _lines(path: Path, speedup: float) -> Iterator[Arrival]:
+    first = last = None
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.reader(file)
+            if next(rows, None) != HEADER:
+                raise TraceError(f"{path}:1: the first line must be {','.join(HEADER)}")
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                when, prompt, output = _parsed(row, where)
+                first = when if first is None else first
+                if last is not None and when < last:
+                    raise TraceError(f"{where}: {row[0]} lies before the line before it")
+                last = when
+                yield Arrival((when - first) / speedup, prompt, output)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: no table of text: {error}") from None
+    if last is None:
+        raise TraceError(f"{path}: the trace is empty: it needs at least one line of {','.join(HEADER)}")
+
+
+def _parsed(row: list[str], where: str) -> tuple[float, int, int]:
+    """(seconds, tokens of the prompt, tokens of the output) of one line."""
+    try:
+        when, prompt, output = row
+        tokens = int(prompt), int(output)
+        if min(tokens) < 1:
+            raise ValueError
+        return _seconds(when), *tokens
+    except ValueError:
+        shown = ",".join(row)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        raise TraceError(f"{where}: must be a time and two numbers of tokens from 1 on, got {shown!r}") from None
+
+
+def _seconds(text: str) -> float:
+    """Of "2023-11-16 18:15:46.6805900", with as many digits as there are."""
+    fraction = text[_CLOCK:]
+    if fraction and not (fraction[0] == "." and fraction[1:].isdigit()):
+        raise ValueError(text)
+    whole = datetime.fromisoformat(text[:_CLOCK]) - datetime(2000, 1, 1)
+    return whole.total_seconds() + float(f"0{fraction}" if fraction else 0)
+
+
+# ---------------------------------------------------------------- drawn requests
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of lengths in tokens, at least 1: always `a`, uniform from `a` to `b`, or lognormal with median
+    `a` and standard deviation `b` of the logarithm."""
+
+    kind: str
+    a: float
+    b: float = 0.0
+
+    @classmethod
+    def parsed(cls, text: str) -> Lengths:
+        """Of "512", "128-1024" or "lognormal:MEDIAN:SIGMA". Raises TraceError."""
+        try:
+            made = cls._read(text)
+        except ValueError:
+            made = None
+        if made is None or not (made.a >= 1 and math.isfinite(made.a) and 0 <= made.b < math.inf):
+            raise TraceError(f"lengths are N, LOW-HIGH or lognormal:MEDIAN:SIGMA, from 1 on, got {text!r}")
+        return made
+
+    @classmethod
+    def _read(cls, text: str) -> Lengths | None:
+        if text.startswith("lognormal:"):
+            _, median, sigma = text.split(":")
+            return cls("lognormal", float(median), float(sigma))
+        low, dash, high = text.partition("-")
+        made = cls("uniform", int(low), int(high)) if dash else cls("fixed", int(low))
+        return made if not dash or made.a <= made.b else None
+
+    def draw(self, rng: Random) -> int:
+        if self.kind == "uniform":
+            return rng.randint(int(self.a), int(self.b))
+        if self.kind == "lognormal":
+            return max(1, round(rng.lognormvariate(math.log(self.a), self.b)))
+        return int(self.a)
+
+
+def drawn(
+    requests: int, prompt: Lengths, output: Lengths, seed: int, rate: float = 0.0, burstiness: float = 1.0
+) -> Iterator[Arrival]:
+    """So many requests. `rate` 0: all at time 0 (a closed batch); else `rate` a second, the times between them
+    gamma-distributed with the coefficient of variation `burstiness` (1: a Poisson process). Raises TraceError."""
+    if requests < 1:
+        raise TraceError(f"the number of requests must be at least 1, got {requests}")
+    if not (math.isfinite(rate) and rate >= 0):
+        raise TraceError(f"the rate must be at least 0 requests a second, got {rate:g}")
+    if not (math.isfinite(burstiness) and burstiness > 0):
+        raise TraceError(f"the burstiness must be above 0, got {burstiness:g}")
+    return _drawn(requests, prompt, output, Random(f"requests {seed}"), rate, burstiness)
+
+
+def _drawn(
+    requests: int, prompt: Lengths, output: Lengths, rng: Random, rate: float, burstiness: float
+) -> Iterator[Arrival]:
+    shape, now = 1.0 / burstiness**2, 0.0
+    for _ in range(requests):
+        if rate:
+            now += rng.gammavariate(shape, 1.0 / (rate * shape))
+        yield Arrival(now, prompt.draw(rng), output.draw(rng))
+
+
+def with_deadline(arrivals: Iterable[Arrival], deadline_s: float) -> Iterator[Arrival]:
+    """The same requests, each with so many seconds."""
+    if not (math.isfinite(deadline_s) and deadline_s > 0):
+        raise TraceError(f"the deadline must be above 0 s, got {deadline_s:g}")
+    return (Arrival(each.at_s, each.prompt, each.output, deadline_s) for each in arrivals)
