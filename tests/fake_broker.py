@@ -99,4 +99,4 @@ def endless(message):
     return [{"type": "delta", "rid": "r1", "start": 2, "ids": [], "text": ""}]
 
 
-STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m"}
+STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m", "monitor": None}

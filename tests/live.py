@@ -57,6 +57,7 @@ class LiveCluster:
     def __enter__(self) -> Self:
         try:
             self.start("broker")
+            self.start("monitor")
             for worker in self.config.workers:
                 self.start(worker.iid)
             self.wait_ready(*(worker.iid for worker in self.config.workers))
@@ -66,11 +67,11 @@ class LiveCluster:
         return self
 
     def start(self, name: str, *extra: str) -> None:
-        """Start the broker, or the worker of this name, as its own program."""
-        module = "broker" if name == "broker" else "worker"
+        """Start the broker, the monitor, or the worker of this name, as its own program."""
+        module = name if name in ("broker", "monitor") else "worker"
         command = [sys.executable, "-c", f"from tetri.proc.{module} import main; main()", "--conf", str(self.conf)]
         command += [part for override in self.overrides for part in ("--set", override)]
-        command += [] if name == "broker" else ["--iid", name]
+        command += ["--iid", name] if module == "worker" else []
         with open(self.folder / f"{name}.log", "ab") as output:
             process = subprocess.Popen([*command, *extra], stdin=subprocess.DEVNULL, stderr=output, stdout=output)
         self.processes[name] = process

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from tests.wire.described import rows, structs
+from tetri.net import sockets
 from tetri.wire import codec
 from tetri.wire.clients import BrokerReply, ClientMessage
-from tetri.wire.messages import InboxMessage, WorkerEvent
+from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 TEXT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
-UNIONS = (ClientMessage, BrokerReply, WorkerEvent, InboxMessage)
+UNIONS = (ClientMessage, BrokerReply, WorkerEvent, InboxMessage, LoadReport, ClusterView)
 RECORDS = list(dict.fromkeys(record for union in UNIONS for record in structs(union)))
 UNION_OF = {
     record.__struct_config__.tag: union
@@ -23,6 +24,7 @@ UNION_OF = {
     if record.__struct_config__.tag is not None
 }
 MUST_HAVE_VECTORS = {"submit", "accepted", "refused", "delta", "done", "cancel", "tokens", "chunk"}
+MUST_HAVE_VECTORS |= {"load", "view", "change_role", "role_changed", "flip", "flip_wanted"}
 
 
 def sections() -> dict[str, str]:
@@ -63,7 +65,10 @@ def test_the_document_has_no_message_that_the_code_lacks():
 def test_the_limits_are_the_codes():
     assert "| a frame to the broker's clients socket | 4 MiB," in TEXT
     assert "| any other frame | 16 MiB |" in TEXT
-    assert [codec.limit(union) >> 20 for union in UNIONS] == [4, 16, 16, 16]
+    assert "| a LoadReport | 64 KiB |" in TEXT and "| a ClusterView | 4 MiB |" in TEXT
+    assert [codec.limit(union) >> 10 for union in UNIONS] == [4096, 16384, 16384, 16384, 64, 4096]
+    assert f"| {sockets.VIEWS_WAITING}, then it misses the next |" in TEXT
+    assert f"| {sockets.LOADS_WAITING} of each worker, then it misses the next |" in TEXT
     assert TEXT.startswith(f"# The tetri protocol, version {codec.VERSION}\n")
 
 

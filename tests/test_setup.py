@@ -132,7 +132,7 @@ def test_a_relative_cache_is_refused(checkout):
     assert "absolute path" in error_of(checkout.run(TETRI_CACHE="here"))
 
 
-@pytest.mark.parametrize("name", ["tetri-cli", "tetri-broker", "tetri-worker"])
+@pytest.mark.parametrize("name", ["tetri-cli", "tetri-broker", "tetri-monitor", "tetri-worker"])
 def test_launchers(checkout, name):
     assert error_of(checkout.run(f"bin/{name}")) == f"{name}: run bin/setup first"
     program = checkout.root / ".venv" / "bin" / name

@@ -182,6 +182,34 @@ def test_status(run, broker):
     assert row.split() == ["p0", "prefill", "ready", "9", "8", "1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("monitor", "line"),
+    [
+        ({"number": 1234, "age_s": 0.07, "flip": "balance"}, "view 1234, 0.1 s old, flip policy balance"),
+        ({"number": 7, "age_s": 9.0, "flip": "none"}, "silent for 9.0 s: requests are placed without news"),
+        (None, "silent since the broker's start: requests are placed without news"),
+    ],
+)
+def test_status_says_whether_the_monitor_is_heard(run, broker, monitor, line):
+    broker(lambda message: [{**STATUS, "monitor": monitor}])
+    assert f"monitor   {line}" in run("status")[1]
+    assert json.loads(run("status", "--json")[1])["monitor"] == monitor
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        (["prefill", "decode", "decode"], "on 1 prefill and 2 decode workers"),
+        (["mixed"], "on 1 mixed workers"),
+        (["prefill", "decode", "mixed"], "on 1 prefill, 1 decode and 1 mixed workers"),
+    ],
+)
+def test_up_counts_the_workers_by_role(run, monkeypatch, roles, says):
+    monkeypatch.setattr(launch, "up", lambda config, say, wait_s: config.run_dir)
+    workers = ",".join(f'{{iid="w{i}",role="{role}"}}' for i, role in enumerate(roles))
+    assert says in run("up", "--set", f"worker=[{workers}]")[1]
+
+
 def test_chat_keeps_the_history(run, broker):
     fake = broker()
     lines = b"first\n\nsecond\n/exit\nnever\n"

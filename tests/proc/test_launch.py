@@ -61,11 +61,11 @@ def test_up_serves_and_down_leaves_nothing(deployment):
     began = time.monotonic()
     run_dir = up(config, said)
     assert time.monotonic() - began < 15  # 1 s on a quiet machine
-    assert {"p0 (prefill) is ready", "d0 (decode) is ready"} < set(said)
+    assert {"p0 (prefill) is ready", "d0 (decode) is ready", "monitor (the loads of all) is ready"} < set(said)
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
     assert load(run_dir / "cluster.toml") == config
     state = json.loads((run_dir / "cluster.json").read_text())
-    assert set(state["pids"]) == {"supervisord", "broker", "p0", "d0"}
+    assert set(state["pids"]) == {"supervisord", "broker", "monitor", "p0", "d0"}
     with Client(address_in(run_dir), timeout=10) as client:
         assert len(client.generate("hello", max_tokens=3).token_ids) == 3
     with pytest.raises(
@@ -101,7 +101,7 @@ def test_down_finds_the_processes_of_a_killed_supervisord(deployment):
     run_dir = up(config)
     os.kill(Supervisor(run_dir).pid(), signal.SIGKILL)
     live.wait_until(lambda: Supervisor(run_dir).pid() is None, "supervisord lives")
-    assert len(Supervisor(run_dir).started()) == 3
+    assert len(Supervisor(run_dir).started()) == 4
     with pytest.raises(LaunchError, match="already up"):
         up(config)
     assert launch.down(run_dir) is True
@@ -191,7 +191,7 @@ def test_a_crash_loop_is_noticed_and_its_last_words_told(deployment, monkeypatch
 def test_what_is_never_ready_is_named(deployment, monkeypatch):
     programs(monkeypatch, broker="sleep 60", p0="sleep 60", d0="sleep 60")
     config = deployment()
-    with pytest.raises(LaunchError, match="not ready in time: p0, d0; logs are in"):
+    with pytest.raises(LaunchError, match="not ready in time: p0, d0, monitor; logs are in"):
         up(config, wait_s=0.5)
     nothing_left(config.run_dir, config.cluster.name)
 

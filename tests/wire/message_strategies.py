@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tetri.wire.clients import BrokerReply, ClientMessage
-from tetri.wire.messages import InboxMessage, WorkerEvent
+from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 UNIONS = {
     "ClientMessage": ClientMessage,
     "BrokerReply": BrokerReply,
     "WorkerEvent": WorkerEvent,
     "InboxMessage": InboxMessage,
+    "LoadReport": LoadReport,
+    "ClusterView": ClusterView,
 }
 
 _PLAIN: dict[Any, SearchStrategy[Any]] = {

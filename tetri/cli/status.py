@@ -11,6 +11,8 @@ import click
 from tetri.cli.options import conf_option, connect, set_option
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "note")
+SILENT_S = 5.0  # without a view
+_SILENT = "requests are placed without news of the load, and nobody flips by itself"
 
 
 @click.command("status")
@@ -21,18 +23,28 @@ _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running"
 )
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_json: bool) -> None:
-    """Show the workers and how many requests are open in which stage."""
+    """Show the workers, the monitor and how many requests are open in which stage."""
     with connect(conf, timeout, overrides) as client:
         status = client.status()
     if as_json:
         click.echo(json.dumps(status, ensure_ascii=False))
         return
     click.echo(f"model     {status['model']}")
+    click.echo(f"monitor   {_monitor(status.get('monitor'))}")
     click.echo(f"requests  {_counts(status['requests'])}")
     click.echo(f"counted   {_counts(status['counters'])}")
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in status["instances"]]
     for row in _aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]):
         click.echo(row)
+
+
+def _monitor(found: dict[str, Any] | None) -> str:
+    """What it says, or what its silence means: who is asked for a view is the broker, so this is as it heard it."""
+    if found is None:
+        return f"silent since the broker's start: {_SILENT}"
+    if found["age_s"] >= SILENT_S:
+        return f"silent for {found['age_s']:.1f} s: {_SILENT}"
+    return f"view {found['number']}, {found['age_s']:.1f} s old, flip policy {found['flip']}"
 
 
 def _counts(counts: dict[str, Any]) -> str:

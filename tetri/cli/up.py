@@ -25,7 +25,7 @@ from tetri.cli.options import conf_option, set_option
     help="Give up when not all workers are ready by then.",
 )
 def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> None:
-    """Start the broker and all workers, and wait until they are ready."""
+    """Start the broker, the monitor and all workers, and wait until they are ready."""
     from tetri.config import default_path, load
     from tetri.proc import launch
 
@@ -34,7 +34,9 @@ def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> Non
         run_dir = launch.up(config, say, wait_s)
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
-    click.echo(f"up: {model} on {roles.count('prefill')} prefill and {roles.count('decode')} decode workers")
+    counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
+    workers = " and ".join(", ".join(counts).rsplit(", ", 1))
+    click.echo(f"up: {model} on {workers} workers")
     click.echo(f"clients  {config.clients_address}")
     click.echo(f"logs     {run_dir}/log")
     click.echo("try      tetri-cli submit 'The capital of France is'   tetri-cli status   tetri-cli down")

@@ -167,7 +167,7 @@ _REPLIES: dict[str, dict[str, type | tuple[type, ...]]] = {
         **{"rid": str, "reason": str, "usage": dict, "timeline": dict, "ttft_s": _MAYBE_NUMBER},
         **{"jct_s": _NUMBER, "receipt": dict, "error": (str, type(None))},
     },
-    "status": {"instances": list, "requests": dict, "counters": dict, "model": str},
+    "status": {"instances": list, "requests": dict, "counters": dict, "model": str, "monitor": (dict, type(None))},
 }
 
 

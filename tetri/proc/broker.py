@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from random import Random
 
 import click
 
 from tetri import log
 from tetri.config import Config, default_path, load
 from tetri.core.actions import (
+    BROKER,
     Action,
     BrokerInput,
     Connect,
@@ -30,6 +30,7 @@ from tetri.core.actions import (
 )
 from tetri.core.broker import Broker
 from tetri.core.desk import Limits
+from tetri.cost import CostError
 from tetri.models import ModelError
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
@@ -37,17 +38,18 @@ from tetri.net.lock import hold
 from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 from tetri.proc import build
+from tetri.proc.recorder import BrokerStart, recorded
 from tetri.proc.worker import pin
 from tetri.strict import ConfigError
 from tetri.text import Stopper, TextError, Tokenizer
 from tetri.wire.clients import ClientMessage, Refused, Submit
 from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
-from tetri.wire.messages import WorkerEvent
+from tetri.wire.messages import ClusterView, WorkerEvent
 
 CHARS_A_TOKEN = 64  # a longer text is not worth the time, all others' time, that it takes to tokenise
 
-EXPECTED = (ConfigError, ModelError, NetError, TextError, log.LogError)
+EXPECTED = (ConfigError, CostError, ModelError, NetError, TextError, log.LogError)
 
 
 class Hands:
@@ -163,12 +165,27 @@ def serve(config: Config, logger: logging.Logger) -> None:
         leaving.callback(signals.restore)
         epoch = secrets.randbits(62)
         model = config.model.name if config.engine.kind != "emulated" else "emulated"
-        core = Broker(limits(config), build.rules(config), epoch, Random(epoch), time.monotonic(), model)
+        start = start_of(config, epoch, model)
+        core = recorded(start.core(), start, config, BROKER, epoch)
         hands = Hands(core, hub, tokenizer, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage)
+        hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
         run(core, hands.poll, hands.act, time.monotonic, signals.running)
+
+
+def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
+    return BrokerStart(
+        limits=limits(config),
+        rules=build.rules(config),
+        epoch=epoch,
+        seed=epoch,
+        now=time.monotonic(),
+        model=model,
+        cost=build.predicted(config),
+        chunk_tokens=config.engine.chunk_tokens,
+    )
 
 
 def limits(config: Config) -> Limits:

@@ -1,7 +1,9 @@
-"""From a configuration to the parts of a worker: its engine, its KV store, its identity."""
+"""From a configuration to the parts of a process: its engine, its KV store, its identity, its rules."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from tetri import cost
@@ -12,14 +14,20 @@ from tetri.kv import open_store
 from tetri.kv.base import KVStore
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
+from tetri.policy.views import FlipSettings
 from tetri.request import Capacity
 from tetri.text import ByteTokenizer, Tokenizer, load_tokenizer
 
+# What is predicted with when [engine] names no cost: nobody has measured this engine, so the seconds mean nothing, but
+#: those of a longer prompt or of a larger batch are more.
+UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
 
-def engine(config: Config) -> Engine:
-    """The engine that [engine] names. Raises EngineError, ModelError or CostError."""
+
+def engine(config: Config, wait: Callable[[float], bool] | None = None) -> Engine:
+    """The engine that [engine] names. `wait(seconds)` is how an emulated one spends its time: True when it should not
+    begin another step before its worker has read its messages. Raises EngineError, ModelError or CostError."""
     if config.engine.kind == "emulated":
-        return _emulated(config)
+        return _emulated(config, wait)
     from tetri.engine.vllm import VllmEngine
 
     folder = find(config.model.name)
@@ -35,11 +43,11 @@ def engine(config: Config) -> Engine:
     )
 
 
-def _emulated(config: Config) -> Engine:
+def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
     from tetri.engine.emulated import EmulatedEngine
 
     made = config.emulated
-    return EmulatedEngine(
+    built = EmulatedEngine(
         capacity=Capacity(
             blocks=made.blocks,
             block_tokens=config.engine.block_tokens,
@@ -52,6 +60,8 @@ def _emulated(config: Config) -> Engine:
         cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
         time_scale=made.time_scale,
     )
+    built.wait = wait or built.wait
+    return built
 
 
 def store(config: Config, iid: str, block_bytes: int) -> KVStore:
@@ -71,7 +81,9 @@ def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVSto
         transport=kv.transport,
         slots=kv.slots,
         rules=rules(config),
-        sched_batch=config.policy.sched_batch,
+        cost=predicted(config),
+        load_s=config.monitor.load_ms / 1000,
+        stream_interval=config.engine.stream_interval,
         reserve_share=config.transfer.reserve_share,
         beat_s=config.cluster.beat_s,
         offer_s=config.transfer.offer_s,
@@ -80,8 +92,17 @@ def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVSto
 
 
 def rules(config: Config) -> Rules:
-    policy = config.policy
-    return Rules(policy.prefill_route, policy.decode_route, policy.order, policy.chunk, policy.admit)
+    return Rules(**dataclasses.asdict(config.policy))
+
+
+def flip_settings(config: Config) -> FlipSettings:
+    made = config.monitor
+    return FlipSettings(**{f.name: getattr(made, f.name) for f in dataclasses.fields(FlipSettings)})
+
+
+def predicted(config: Config) -> cost.Cost:
+    """What everybody predicts with. Raises CostError."""
+    return cost.load(config.engine.cost) if config.engine.cost else UNMEASURED
 
 
 def tokenizer(config: Config) -> Tokenizer:

@@ -53,7 +53,7 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
         supervisor.write(commands(config, run_dir / CONF))
         try:
             supervisor.start()
-            say(f"started the broker and {len(config.workers)} workers")
+            say(f"started the broker, the monitor and {len(config.workers)} workers")
             _wait_ready(config, supervisor, say, time.monotonic() + wait_s)
             _write_state(config, supervisor)
         except BaseException:  # Ctrl-C too: half a deployment is of no use
@@ -178,22 +178,28 @@ def _check_port(config: Config) -> None:
 
 def _wait_ready(config: Config, supervisor: Supervisor, say: Say, until: float) -> None:
     watch = _Watch(supervisor)
-    waiting = {worker.iid: worker.role for worker in config.workers}
+    waiting = {**{worker.iid: worker.role for worker in config.workers}, "monitor": "the loads of all"}
     with Client(config.clients_address, timeout=0.3, resend_s=0.1) as client:
         while waiting:
             watch.look()
-            try:
-                instances = client.status()["instances"]
-            except Unreachable:
-                instances = []
-            for found in instances:
-                if found["state"] == "ready" and (role := waiting.pop(found["iid"], None)):
-                    say(f"{found['iid']} ({role}) is ready")
+            for iid in _ready(client):
+                if (role := waiting.pop(iid, None)) is not None:
+                    say(f"{iid} ({role}) is ready")
             if waiting and time.monotonic() > until:
                 raise LaunchError(
                     f"not ready in time: {', '.join(waiting)}; logs are in {supervisor.run_dir}/log"
                 )
             time.sleep(0.05)
+
+
+def _ready(client: Client) -> list[str]:
+    """The workers that are ready, and the monitor once a view of it was heard."""
+    try:
+        status = client.status()
+    except Unreachable:
+        return []
+    monitor = ["monitor"] if status.get("monitor") is not None else []
+    return [found["iid"] for found in status["instances"] if found["state"] == "ready"] + monitor
 
 
 class _Watch:

@@ -146,12 +146,12 @@ class Supervisor:
 
 
 def commands(config: Config, conf: Path) -> dict[str, list[str]]:
-    """What to run: the broker and every worker, from the environment's own programs. Raises LaunchError."""
+    """What to run: broker, monitor and every worker, from the environment's own programs. Raises LaunchError."""
     folder = Path(sys.executable).parent
-    for name in ("tetri-broker", "tetri-worker"):
+    for name in ("tetri-broker", "tetri-monitor", "tetri-worker"):
         if not (folder / name).exists():
             raise LaunchError(f"{folder / name} is missing: run bin/setup")
-    found = {"broker": [str(folder / "tetri-broker"), "--conf", str(conf)]}
+    found = {name: [str(folder / f"tetri-{name}"), "--conf", str(conf)] for name in ("broker", "monitor")}
     for worker in config.workers:
         found[worker.iid] = [str(folder / "tetri-worker"), "--conf", str(conf), "--iid", worker.iid]
     return found

@@ -7,19 +7,17 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import Any
 
 import click
 
 from tetri import log
 from tetri.config import Config, cpu_numbers, default_path, load
 from tetri.config import Worker as WorkerConfig
-from tetri.core.actions import BROKER, LengthKnown, Predict, WorkerInput
+from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker import Worker
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
@@ -30,42 +28,16 @@ from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.net.signals import StopSignals
+from tetri.policy.rules import LENGTHS
 from tetri.proc import build
+from tetri.proc.recorder import WorkerStart, recorded
+from tetri.proc.wires import Wires, polled
+from tetri.request import ROLES
 from tetri.strict import ConfigError
-from tetri.wire.codec import WireError
-from tetri.wire.events import Arrived
-from tetri.wire.messages import InboxMessage
+from tetri.wire.messages import ClusterView, InboxMessage
 
 EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, log.LogError)
-
-
-class Wires:
-    """The network of a worker: when a message is lost, timers and beats make up for it."""
-
-    def __init__(self, hub: Hub, logger: logging.Logger) -> None:
-        self.hub, self.log = hub, logger
-        self.disconnect = hub.disconnect
-
-    def send(self, peer: str, message: Any) -> None:
-        try:
-            self.hub.send(peer, message)
-        except WireError as error:
-            self.log.error("%s %s", error, log.fields(iid=peer))
-
-    def publish(self, message: Any) -> None:
-        """Nobody subscribes yet."""
-
-    def connect(self, peer: str, address: str) -> None:
-        try:
-            self.hub.connect(peer, address)
-        except NetError as error:  # the peer told a wrong address: it stays unreachable
-            self.log.error("%s %s", error, log.fields(iid=peer))
-
-
-def polled(hub: Hub, timeout: float | None) -> Iterable[WorkerInput]:
-    """What has come, as the core takes it."""
-    for event in hub.poll(timeout):
-        yield event.message if isinstance(event, Arrived) else event  # type: ignore[misc]
+RESERVED = (BROKER, "monitor", "supervisord")
 
 
 def hands_of(core: Worker, engine: Engine, store: KVStore, hub: Hub, logger: logging.Logger) -> WorkerHands:
@@ -75,11 +47,14 @@ def hands_of(core: Worker, engine: Engine, store: KVStore, hub: Hub, logger: log
         level = logging.WARNING if isinstance(error, KVLost) else logging.ERROR
         logger.log(level, "%s %s", error, log.fields(key=key, chunk=chunk))
 
-    def predict(wanted: Predict) -> LengthKnown | None:
-        raise NotImplementedError("no length predictor is configured")
+    rules, rng = core.own.rules, Random(core.own.incarnation)
+
+    def predict(wanted: Predict) -> LengthKnown:
+        named = LENGTHS[rules.length](len(wanted.prompt), wanted.sampling, rules, rng)
+        return LengthKnown(wanted.key, named)
 
     copies, wires = Copies(engine, store, note), Wires(hub, logger)
-    return WorkerHands(core, time.monotonic, engine, copies, wires, lambda most: engine.step(), predict)
+    return WorkerHands(core, time.monotonic, engine, copies, wires, engine.step, predict)
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
@@ -87,19 +62,22 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     which the broker takes workers' events."""
     pin(config.worker(iid).cpus)
     with ExitStack() as leaving:
-        engine = build.engine(config)  # seconds to minutes; a signal simply ends the process until here
+        hub = Hub(logger)
+        leaving.callback(hub.close)
+        engine = build.engine(config, hub.wait)  # seconds to minutes; a signal simply ends the process until here
         leaving.callback(engine.close)
         store = build.store(config, iid, engine.fingerprint.block_bytes)
         leaving.callback(store.close)
-        hub = Hub(logger)
-        leaving.callback(hub.close)
         signals = StopSignals(hub.wake_fd)
         leaving.callback(signals.restore)
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
-        core = Worker(own, Random(own.incarnation), time.monotonic())
+        start = WorkerStart(own, own.incarnation, time.monotonic())
+        core = recorded(start.core(), start, config, iid, own.incarnation)
         hands = hands_of(core, engine, store, hub, logger)
         hub.bind_inbox(own.inbox, InboxMessage)
         hub.connect(BROKER, broker)
+        hub.connect_publisher(config.loads_address)
+        hub.subscribe(config.views_address, ClusterView)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
         run(core, partial(polled, hub), hands.carry_out, time.monotonic, signals.running)
 
@@ -120,8 +98,8 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Conf
     known = {worker.iid: worker for worker in config.workers}
     if role is None and iid not in known:
         raise ConfigError(f"no [[worker]] is called {iid!r} (known: {', '.join(known)}): give --role as well")
-    if iid == BROKER:
-        raise ConfigError(f"no worker may be called {BROKER!r}: choose another --iid")
+    if iid in RESERVED:
+        raise ConfigError(f"no worker may be called {iid!r}: choose another --iid")
     worker = known.get(iid) or WorkerConfig(iid=iid, role=role or "")
     worker = replace(worker, role=role or worker.role, cpus=worker.cpus if cpus is None else cpus)
     return replace(config, workers=(*(w for w in config.workers if w.iid != iid), worker))
@@ -130,7 +108,7 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Conf
 @click.command()
 @click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
 @click.option("--iid", required=True, help="Which [[worker]] of the file to be, or a new one's name.")
-@click.option("--role", type=click.Choice(["prefill", "decode"]), help="Needed when the file has no such worker.")
+@click.option("--role", type=click.Choice(ROLES), help="Needed when the file has no such worker.")
 @click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1".')
 @click.option("--broker", help="Where the broker takes workers' events; the cluster's own by default.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")

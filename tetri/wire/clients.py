@@ -94,11 +94,20 @@ class InstanceStatus(Record, frozen=True):
     note: str = ""
 
 
+class MonitorStatus(Record, frozen=True):
+    """The newest view that the broker has heard from the monitor, and how long ago."""
+
+    number: Count
+    age_s: float
+    flip: str
+
+
 class Status(Record, tag="status", frozen=True):
     instances: list[InstanceStatus]
     requests: dict[str, int]  # stage -> how many rows are open in it
     counters: dict[str, int]
     model: str
+    monitor: MonitorStatus | None = None  # None: none was heard since the broker's start
 
 
 class RoleChanged(Record, tag="role_changed", frozen=True):

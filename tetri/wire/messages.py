@@ -144,11 +144,13 @@ class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 class ClusterView(Record, tag="view", frozen=True):
     """The load of all instances that report; a higher `number` replaces a lower one of the same `epoch` (a monitor's
-    incarnation). Sent every `load_ms` and at once when a role has changed."""
+    incarnation). Sent every `load_ms` and at once when a role has changed. `flip`: the policy by which the monitor
+    lets instances change their role."""
 
     epoch: int
     number: Count
     loads: list[InstanceLoad]
+    flip: str = "none"
 
 # ---- -> a worker's inbox
 

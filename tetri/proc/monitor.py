@@ -1,0 +1,88 @@
+"""The monitor process: hears every worker's load, publishes the cluster's view, and watches who should flip."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import click
+
+from tetri import log
+from tetri.config import Config, default_path, load
+from tetri.core.actions import BROKER, Action, Broken, Publish, Send
+from tetri.net.errors import NetError
+from tetri.net.hub import Hub
+from tetri.net.lock import hold
+from tetri.net.loop import run
+from tetri.net.signals import StopSignals
+from tetri.proc import build
+from tetri.proc.recorder import MonitorStart, recorded
+from tetri.proc.wires import Wires, polled
+from tetri.proc.worker import pin
+from tetri.strict import ConfigError
+from tetri.wire.messages import FlipWanted, LoadReport
+
+EXPECTED = (ConfigError, NetError, log.LogError)
+NAME = "monitor"
+
+
+def carry_out(wires: Wires, logger: logging.Logger, actions: Sequence[Action]) -> None:
+    for action in actions:
+        match action:
+            case Publish(message):
+                wires.publish(message)
+            case Send(peer, message):
+                if isinstance(message, FlipWanted):
+                    logger.info("%s should become %s: %s", message.iid, message.role, message.why)
+                wires.send(peer, message)
+            case _:
+                raise Broken(f"a monitor does no {action}")
+
+
+def serve(config: Config, logger: logging.Logger) -> None:
+    """The whole process: lock, bind, loop until a signal, leave nothing behind."""
+    pin(config.monitor.cpus)
+    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with hold(config.run_dir / "monitor.lock"), ExitStack() as leaving:
+        hub = Hub(logger)
+        leaving.callback(hub.close)
+        signals = StopSignals(hub.wake_fd)
+        leaving.callback(signals.restore)
+        start = start_of(config)
+        core = recorded(start.core(), start, config, NAME, start.epoch)
+        hub.bind_subscriber(config.loads_address, LoadReport)
+        hub.bind_publisher(config.views_address)
+        hub.connect(BROKER, config.events_address)
+        logger.info("watching with flip policy %s", config.monitor.flip)
+        act = partial(carry_out, Wires(hub, logger), logger)
+        run(core, partial(polled, hub), act, time.monotonic, signals.running)
+
+
+def start_of(config: Config) -> MonitorStart:
+    made = config.monitor
+    return MonitorStart(
+        flip=made.flip,
+        settings=build.flip_settings(config),
+        epoch=secrets.randbits(62),
+        load_s=made.load_ms / 1000,
+        stale_s=made.stale_s,
+        gone_s=made.gone_s,
+        now=time.monotonic(),
+    )
+
+
+@click.command()
+@click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+def main(conf: str | None, overrides: tuple[str, ...]) -> None:
+    """Run the monitor of a cluster: it publishes who has how much to do, and lets instances change their role."""
+    try:
+        serve(load(conf or default_path(), overrides), log.start(NAME))
+    except EXPECTED as error:
+        click.echo(f"tetri-monitor: {error}", err=True)
+        sys.exit(2)

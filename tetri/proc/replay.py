@@ -1,0 +1,88 @@
+"""The events of a record, fed to a fresh core: does it say what the first one said?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tetri.proc.recorder import Call, RecordError, raw, read, value
+
+SHOWN_CHARS = 400  # of one action, in a difference
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """`difference` is None when every action was the same; otherwise the first that was not, in a few lines."""
+
+    name: str
+    kind: str
+    events: int
+    ticks: int
+    actions: int
+    difference: str | None = None
+
+
+def replay(path: Path) -> Replayed:
+    """Feed one record to a fresh core, up to the first difference. Raises RecordError."""
+    start, calls = read(path)
+    try:
+        core: Any = start.core()
+    except (ValueError, LookupError) as error:  # policies that this version does not have
+        raise RecordError(f"{path}: no core can be made from it: {error}") from None
+    kind = type(core).__name__.lower()
+    events = ticks = actions = 0
+    for number, call in enumerate(calls, 1):
+        events, ticks = events + (call.verb == "handle"), ticks + (call.verb == "tick")
+        said = _say(core, call)
+        if isinstance(said, str):
+            return Replayed(path.stem, kind, events, ticks, actions, f"call {number}, {_told(call)}: {said}")
+        actions += len(said)
+        if said != call.actions:
+            found = _first(call.actions, said)
+            return Replayed(path.stem, kind, events, ticks, actions, f"call {number}, {_told(call)}: {found}")
+    return Replayed(path.stem, kind, events, ticks, actions)
+
+
+def _say(core: Any, call: Call) -> list[tuple[str, msgspec.Raw]] | str:
+    """What the core says to this call; a text that says what went wrong."""
+    try:
+        said = core.tick(call.now) if call.verb == "tick" else core.handle(value(call.event[0]), call.now)
+    except (RecordError, msgspec.MsgspecError) as error:
+        return f"the event cannot be read: {error}"
+    except (AssertionError, LookupError, ValueError, TypeError, AttributeError) as error:  # it never was there before
+        return f"the core fails: {error!r}"
+    return [raw(action) for action in said]
+
+
+def _first(was: list[tuple[str, msgspec.Raw]], now: list[tuple[str, msgspec.Raw]]) -> str:
+    for index, (old, new) in enumerate(zip_longest(was, now)):
+        if old != new:
+            return f"action {index + 1}\n  then {_shown(old)}\n  now  {_shown(new)}"
+    raise AssertionError("two lists that differ and do not")
+
+
+def _told(call: Call) -> str:
+    return f"{call.verb} {call.event[0][0]} at {call.now:.6f}" if call.event else f"{call.verb} at {call.now:.6f}"
+
+
+def _shown(pair: tuple[str, msgspec.Raw] | None) -> str:
+    if pair is None:
+        return "nothing"
+    name, data = pair
+    fields = json.dumps(msgspec.to_builtins(msgspec.msgpack.decode(data)), ensure_ascii=False, default=repr)
+    text = f"{name} {fields}"
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
+def records(folder: Path) -> list[Path]:
+    """The records in a folder, or in the `record` folder of a run directory. Raises RecordError."""
+    for place in (folder, folder / "record"):
+        found = sorted(place.glob("*.events"))
+        if found:
+            return found
+    raise RecordError(f"{folder}: no *.events there: start the cluster with --set cluster.record=true")
