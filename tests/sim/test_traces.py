@@ -1,0 +1,147 @@
+"""Requests from files and from chance."""
+
+from itertools import islice
+from statistics import fmean, pstdev
+
+import pytest
+
+from tetri.sim.traces import Arrival, Lengths, TraceError, drawn, replayed, with_deadline
+
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.fixture
+def trace(tmp_path):
+    def write(text):
+        path = tmp_path / "trace.csv"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+GOOD = HEAD + "2023-11-16 23:59:59.5,10,1\n2023-11-17 00:00:00.5000000,20,2\n2023-11-17 00:00:03.5,30,3\n"
+
+
+def test_a_trace_starts_at_time_0(trace):
+    assert list(replayed(trace(GOOD))) == [Arrival(0.0, 10, 1), Arrival(1.0, 20, 2), Arrival(4.0, 30, 3)]
+
+
+def test_a_speedup_divides_the_times(trace):
+    assert [each.at_s for each in replayed(trace(GOOD), speedup=4.0)] == [0.0, 0.25, 1.0]
+
+
+def test_fewer_requests_than_lines(trace):
+    assert [each.prompt for each in replayed(trace(GOOD), requests=2)] == [10, 20]
+
+
+def test_a_trace_is_repeated_end_to_end(trace):
+    made = list(replayed(trace(GOOD), requests=8))
+    assert [each.at_s for each in made] == [0.0, 1.0, 4.0, 6.0, 7.0, 10.0, 12.0, 13.0]
+    assert [each.output for each in made] == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_a_trace_of_one_line_is_repeated_every_second(trace):
+    one = trace(HEAD + "2023-11-16 00:00:00,10,1\n")
+    assert [each.at_s for each in replayed(one, requests=3)] == [0.0, 1.0, 2.0]
+
+
+def test_it_is_read_no_further_than_it_is_used(trace):
+    broken_later = trace(HEAD + "2023-11-16 00:00:00,10,1\nbroken\n")
+    assert next(replayed(broken_later)).prompt == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "csv:1: the first line must be"),
+        ("a,b\n", "csv:1: the first line must be"),
+        (HEAD, "the trace is empty"),
+        (HEAD + "2023-11-16 00:00:00,10,1\n2023-11-16 00:00:00,10\n", "csv:3: must be a time and two numbers"),
+        (HEAD + "noon,10,1\n", "csv:2: must be a time and two numbers"),
+        (HEAD + "2023-11-16 00:00:00x,10,1\n", "csv:2: must be a time"),
+        (HEAD + "2023-11-16 00:00:00,-1,1\n", "csv:2: must be a time"),
+        (HEAD + "2023-11-16 00:00:00,10,0\n", "csv:2: must be a time"),
+        (HEAD + "2023-11-16 00:00:01,10,1\n2023-11-16 00:00:00,10,1\n", "csv:3: 2023-11-16 00:00:00 lies before"),
+        (HEAD + "x" * 500 + "\n", "..."),
+    ],
+)
+def test_a_wrong_trace_is_one_line_that_names_the_line(trace, text, says):
+    path = trace(text)
+    with pytest.raises(TraceError) as error:
+        list(replayed(path))
+    assert says in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_trace_that_is_no_text_or_not_there(tmp_path):
+    (tmp_path / "trace.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TraceError, match="no table of text"):
+        list(replayed(tmp_path / "trace.csv"))
+    with pytest.raises(TraceError, match="cannot be read: No such file"):
+        list(replayed(tmp_path / "other.csv"))
+
+
+@pytest.mark.parametrize("speedup", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_speedup_is_positive(speedup):
+    with pytest.raises(TraceError, match="speedup must be above 0"):
+        replayed("any", speedup)
+
+
+FIXED = Lengths.parsed("7")
+
+
+def test_a_closed_batch_is_there_at_time_0():
+    made = list(drawn(3, FIXED, Lengths.parsed("2"), seed=1))
+    assert made == [Arrival(0.0, 7, 2)] * 3
+
+
+@pytest.mark.parametrize("burstiness", [0.5, 1.0, 2.0])
+def test_drawn_requests_have_the_rate_and_the_burstiness_asked_for(burstiness):
+    made = [each.at_s for each in drawn(20_000, FIXED, FIXED, seed=1, rate=5.0, burstiness=burstiness)]
+    gaps = [after - before for before, after in zip(made, made[1:], strict=False)]
+    assert made == sorted(made)
+    assert fmean(gaps) == pytest.approx(0.2, rel=0.05)
+    assert pstdev(gaps) / fmean(gaps) == pytest.approx(burstiness, rel=0.05)
+
+
+def test_lengths_have_the_distribution_asked_for():
+    lengths = [each.prompt for each in drawn(5000, Lengths.parsed("3-5"), FIXED, seed=1)]
+    assert {*lengths} == {3, 4, 5} and fmean(lengths) == pytest.approx(4.0, abs=0.1)
+    lognormal = sorted(each.output for each in drawn(5001, FIXED, Lengths.parsed("lognormal:100:0.5"), seed=1))
+    assert lognormal[2500] == pytest.approx(100, rel=0.05)
+    assert lognormal[4207] == pytest.approx(100 * 2.718281828**0.5, rel=0.05)  # one standard deviation above
+    assert all(each.prompt >= 1 for each in drawn(1000, Lengths.parsed("lognormal:1:3"), FIXED, seed=1))
+
+
+def test_the_same_seed_draws_the_same():
+    def draw(seed):
+        return list(drawn(50, Lengths.parsed("1-1000"), FIXED, seed, rate=1.0))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "x", "5-3", "1.5", "lognormal:1", "lognormal:0:1", "lognormal:5:nan"])
+def test_wrong_lengths(text):
+    with pytest.raises(TraceError, match="lengths are N, LOW-HIGH"):
+        Lengths.parsed(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"requests": 0}, "number of requests"),
+        ({"rate": -1.0}, "rate must be at least 0"),
+        ({"rate": float("inf")}, "rate must be"),
+        ({"burstiness": 0.0}, "burstiness must be above 0"),
+    ],
+)
+def test_wrong_numbers(change, says):
+    with pytest.raises(TraceError, match=says):
+        drawn(**{"requests": 1, "prompt": FIXED, "output": FIXED, "seed": 1, **change})
+
+
+def test_deadlines_are_given_to_all():
+    made = with_deadline(drawn(2, FIXED, FIXED, 1), 3.0)
+    assert [each.deadline_s for each in islice(made, 2)] == [3.0, 3.0]
+    with pytest.raises(TraceError, match="deadline must be above 0"):
+        with_deadline([], 0.0)
