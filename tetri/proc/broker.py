@@ -166,7 +166,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         epoch = secrets.randbits(62)
         model = config.model.name if config.engine.kind != "emulated" else "emulated"
         start = start_of(config, epoch, model)
-        core = recorded(start.core(), start, config, BROKER, epoch)
+        core = recorded(start.core(), start, config, BROKER, epoch, leaving)
         hands = Hands(core, hub, tokenizer, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage)

@@ -54,7 +54,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         signals = StopSignals(hub.wake_fd)
         leaving.callback(signals.restore)
         start = start_of(config)
-        core = recorded(start.core(), start, config, NAME, start.epoch)
+        core = recorded(start.core(), start, config, NAME, start.epoch, leaving)
         hub.bind_subscriber(config.loads_address, LoadReport)
         hub.bind_publisher(config.views_address)
         hub.connect(BROKER, config.events_address)

@@ -8,8 +8,11 @@ first record holds what the core was made from, the others one call each: its ve
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol, TypeVar, cast
@@ -114,10 +117,10 @@ class Recorder:
     """A core that writes down what it hears and says; whatever else is asked of it, the core inside answers."""
 
     def __init__(self, core: Verbs, start: Start, path: Path) -> None:
-        self._core = core
+        self._core, self._path = core, path
         path.parent.mkdir(mode=0o700, exist_ok=True)
         # Nothing is buffered here: what a killed process has heard is in the file.
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed with the process
+        self._file: FileIO | None = FileIO(path, "xb")
         self._file.write(MAGIC + framed(_encoder.encode(start)))
 
     def handle(self, event: Any, now: float) -> Sequence[Any]:
@@ -133,16 +136,34 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _write(self, call: Call) -> None:
-        self._file.write(framed(_encoder.encode(call)))
+        """What cannot be written ends the record, not the process: what is there is good so far."""
+        if self._file is None:
+            return
+        data = framed(_encoder.encode(call))
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            written, why = 0, error.strerror or str(error)
+        else:
+            why = "no room"
+        if written != len(data):
+            logging.getLogger("tetri.record").error("%s: nothing more is recorded: %s", self._path, why)
+            self.close()
 
 
-def recorded(core: C, start: Start, config: Config, name: str, incarnation: int) -> C:
+def recorded(core: C, start: Start, config: Config, name: str, incarnation: int, leaving: ExitStack) -> C:
     """`core`, with a recorder around it when the cluster is to be recorded."""
     if not config.cluster.record:
         return core
-    path = config.run_dir / "record" / f"{name}-{incarnation:016x}.events"
-    return cast(C, Recorder(cast(Verbs, core), start, path))
+    recorder = Recorder(cast(Verbs, core), start, config.run_dir / "record" / f"{name}-{incarnation:016x}.events")
+    leaving.callback(recorder.close)
+    return cast(C, recorder)
 
 
 def raw(value: Any) -> tuple[str, msgspec.Raw]:

@@ -72,7 +72,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         leaving.callback(signals.restore)
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
         start = WorkerStart(own, own.incarnation, time.monotonic())
-        core = recorded(start.core(), start, config, iid, own.incarnation)
+        core = recorded(start.core(), start, config, iid, own.incarnation, leaving)
         hands = hands_of(core, engine, store, hub, logger)
         hub.bind_inbox(own.inbox, InboxMessage)
         hub.connect(BROKER, broker)

@@ -1,0 +1,39 @@
+"""tetri-cli sim replay"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("replay")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def command(folder: Path, as_json: bool) -> int:
+    """Feed what a live cluster's cores heard to fresh cores: do they say the same?
+
+    FOLDER is a run directory, or its `record`, of a cluster that was started with --set cluster.record=true. Exit
+    status 1, and the first difference, when an action differs.
+    """
+    from tetri.proc.recorder import RecordError
+    from tetri.proc.replay import records, replay
+
+    try:
+        found = [replay(path) for path in records(folder)]
+    except RecordError as error:
+        raise click.UsageError(str(error)) from None
+    differ = [made for made in found if made.difference is not None]
+    if as_json:
+        sums = {name: sum(getattr(made, name) for made in found) for name in ("events", "ticks", "actions")}
+        rows = [dataclasses.asdict(made) for made in found]
+        click.echo(json.dumps({"cores": rows, **sums, "same": not differ}, ensure_ascii=False))
+    else:
+        for made in found:
+            counts = f"{made.events} events, {made.ticks} ticks, {made.actions} actions"
+            click.echo(f"{made.name}: {made.kind}, {counts}: {'same' if made.difference is None else 'DIFFERENT'}")
+            if made.difference is not None:
+                click.echo(f"  {made.difference}")
+    return 1 if differ else 0
