@@ -34,11 +34,12 @@ from tetri.core.actions import (
 )
 from tetri.core.broker import Broker
 from tetri.core.desk import Limits
+from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
-from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, Refused
+from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, MonitorStatus, Refused
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, FromWorker, Hold, Resend, Roster
+from tetri.wire.messages import Assign, Close, ClusterView, FromWorker, Hold, Resend, Roster
 
 RID = "00002a-1"  # of the first request
 LIMITS = Limits(
@@ -161,6 +162,50 @@ def test_drawn_tokens_get_a_seed_and_a_given_one_stays(served):
     served.tell(submit("a", temperature=1.0), submit("b", temperature=1.0, seed=5), submit("c"))
     seeds = [each.sampling.seed for each in served.core.table.rows.values()]
     assert seeds[0] is not None and seeds[1:] == [5, None]
+
+
+# ---------------------------------------------------------------- least loaded, in predicted seconds
+
+
+@pytest.fixture
+def priced():
+    """With p1 and p2: a chunk of four tokens takes a second, and as long again for every four before it."""
+    cost = Cost(prefill=((1.0, 1.0), (4.0, 1.0)), prefill_start_s=1 / 16)
+    told = WordingTold(Broker(LIMITS, Rules(), epoch=42, rng=Random(1), now=0.0, cost=cost, chunk_tokens=4))
+    for iid, role in (("p1", "prefill"), ("p2", "prefill"), ("d1", "decode")):
+        told.tell(ready(iid, role), PeerUp(iid))
+    yield told
+    told.core.check()
+
+
+def place_of(told, key, tokens_):
+    (send,) = [action for action in told.tell(submit(key, [1] * tokens_)) if isinstance(action, Send)]
+    return send.peer
+
+
+def test_one_long_prompt_weighs_more_than_as_many_tokens_in_short_ones(priced):
+    assert place_of(priced, "a", 8) == "p1"  # 1 + 2 s
+    assert [place_of(priced, key, 4) for key in "bc"] == ["p2", "p2"]  # 1 s each
+    assert priced.core.table.work_ns == {"p1": 3 * 10**9, "p2": 2 * 10**9}
+
+
+def test_what_is_computed_lost_or_over_is_no_work(priced):
+    for key in "abc":
+        place_of(priced, key, 4)
+    assert priced.core.table.work_ns == {"p1": 2 * 10**9, "p2": 10**9}
+    priced.tell(tokens("p1", "00002a-1", 0, 7))
+    assert priced.core.table.work_ns == {"p1": 10**9, "p2": 10**9}
+    priced.tell(cancel("00002a-3"))
+    assert priced.core.table.work_ns == {"p2": 10**9}
+    priced.tell(PeerDown("p2"))
+    assert priced.core.table.work_ns == {"p1": 10**9}
+
+
+def test_a_request_is_assigned_with_what_is_left_until_its_deadline(served):
+    first = served.tell(submit(deadline_s=3.0))
+    assert sent(first, "p1", Assign)[0].deadline_s == 3.0
+    served.now = 1.0
+    assert sent(served.tell(PeerDown("p1")), "p2", Assign)[0].deadline_s == 2.0
 
 
 # ---------------------------------------------------------------- the way of a request
@@ -563,6 +608,15 @@ def test_status_tells_who_is_there_and_who_can_never_be_paired(served):
     assert notes["p2"] == ("lost", "connection lost") and notes["d1"] == ("ready", "")
     assert notes["d2"] == ("ready", f"never paired with p1: dtype differs: f32 and {FINGERPRINT.dtype}")
     assert (status.requests, status.model, status.counters["accepted"]) == ({"queued": 1}, "m", 1)
+
+
+def test_status_tells_what_the_monitor_said_last_and_when(served):
+    (status,) = replies(served.tell(FromClient(b"c", Inspect())))
+    assert status.monitor is None
+    served.tell(ClusterView(epoch=1, number=7, loads=[], flip="idle"))
+    served.now = 0.5
+    (status,) = replies(served.tell(FromClient(b"c", Inspect())))
+    assert status.monitor == MonitorStatus(number=7, age_s=0.5, flip="idle")
 
 
 # ---------------------------------------------------------------- what must not be
