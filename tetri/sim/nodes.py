@@ -1,38 +1,17 @@
 """Virtual processes: each a real core with an inbox that is read between two turns of its loop, as in
-tetri/net/loop.py, and what of tetri/proc/ stands around it."""
+tetri/net/loop.py, and what of tetri/proc/ stands around it. A worker's is in instance.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from math import inf
-from random import Random
 from typing import Any, Protocol
 
-from tetri.core.actions import (
-    Action,
-    Connect,
-    Disconnect,
-    LengthKnown,
-    Predict,
-    Publish,
-    Reply,
-    Send,
-    Unword,
-    Word,
-    Worded,
-)
+from tetri.core.actions import Action, Connect, Disconnect, Publish, Reply, Send, Unword, Word, Worded
 from tetri.core.broker import Broker
 from tetri.core.monitor import Monitor
-from tetri.core.peers import Identity
-from tetri.core.worker import Worker
-from tetri.engine.paged import Paged
-from tetri.engine.plan import Plan
-from tetri.hands import WorkerHands
-from tetri.leg import StepDone
-from tetri.policy.rules import LENGTHS
 from tetri.sim.kernel import Kernel
-from tetri.sim.links import Memory, Port
+from tetri.sim.links import Port
 
 
 class Core(Protocol):
@@ -145,158 +124,3 @@ class MonitorNode(Node):
     def carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
             self._table[type(action)](action)
-
-
-@dataclass(slots=True)
-class Use:
-    """What an instance's engine did. `spans`: (start, stop, what) with what one of prefill, decode and mixed (both in
-    the same step), neighbours joined; kept only on demand. `roles`: (since, role)."""
-
-    busy_s: dict[str, float] = field(default_factory=dict)
-    first_s: float | None = None  # when it computed first
-    last_s: float | None = None  # until when it computed
-    steps: int = 0  # forward passes
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    preempted: int = 0
-    roles: list[tuple[float, str]] = field(default_factory=list)
-    spans: list[tuple[float, float, str]] | None = None
-
-    def add(self, start: float, stop: float, what: str) -> None:
-        self.busy_s[what] = self.busy_s.get(what, 0.0) + stop - start
-        self.first_s = start if self.first_s is None else self.first_s
-        self.last_s = stop
-        if self.spans is not None:
-            last = self.spans[-1] if self.spans else None
-            if last is not None and last[1] == start and last[2] == what:
-                self.spans[-1] = (last[0], stop, what)
-            else:
-                self.spans.append((start, stop, what))
-
-
-class Predictor:
-    """The length predictor of one instance: one prompt after the other, beside the main model. While it runs, the
-    engine takes `slowdown` times as long (paper, Figure 17)."""
-
-    def __init__(self, kernel: Kernel, own: Identity, seed: int, receive: Callable[[Any], None]) -> None:
-        self.kernel, self.own, self.seed, self.receive = kernel, own, seed, receive
-        self.rng = Random(0)
-        self.busy_until = -inf
-
-    def predict(self, wanted: Predict) -> LengthKnown | None:
-        """Of a request the same prediction comes in every run with this seed, whatever the policies do."""
-        rules, tokens = self.own.rules, len(wanted.prompt)
-        self.rng.seed(f"{self.seed} {wanted.key}")
-        length = LENGTHS[rules.length](tokens, wanted.sampling, rules, self.rng)
-        known = LengthKnown(wanted.key, length)
-        seconds = self.own.cost.predict_s(tokens)
-        if seconds == 0.0:
-            return known
-        self.busy_until = max(self.busy_until, self.kernel.now) + seconds
-        self.kernel.at(self.busy_until, self.receive, known)
-        return None
-
-    def stretched(self, start: float, seconds: float) -> float:
-        """How long a step from `start` on takes that would take `seconds` without any prediction."""
-        slowdown, beside = self.own.cost.predictor_slowdown, self.busy_until - start
-        if beside <= 0.0 or slowdown == 1.0:
-            return seconds
-        return min(seconds * slowdown, seconds + beside * (1.0 - 1.0 / slowdown))
-
-
-class WorkerNode(Node):
-    """A worker's process. While its engine computes nothing is read; what arrives ends a run of several passes after
-    the one that is under way."""
-
-    core: Worker
-
-    def __init__(self, kernel: Kernel, core: Worker, port: Port, bytes_s: float, seed: int) -> None:
-        own = core.own
-        super().__init__(kernel, own.iid, core)
-        self.port = port
-        self.engine = Paged(own.capacity, own.cost)
-        self.memory = Memory(kernel, self, own.fingerprint.block_bytes, bytes_s)
-        self.predictor = Predictor(kernel, own, seed, self.receive)
-        self.use = Use()
-        self._ids: dict[int, tuple[int, ...]] = {}
-        self._plan: Plan | None = None
-        self._started = 0.0
-        self._ends = (0.0, 0)  # the run's end, and its number of passes
-        self._cut = False  # it ends with the pass under way, whatever else arrives
-        hands = WorkerHands(
-            core, lambda: kernel.now, self.engine, self.memory, port, self.step, self.predictor.predict
-        )
-        self.carry_out = hands.carry_out  # type: ignore[method-assign]
-
-    # ------------------------------------------------------------ the loop
-
-    def receive(self, event: Any) -> None:
-        if self._plan is None:
-            super().receive(event)
-            return
-        self.inbox.append(event)
-        if not self._cut:
-            self._cut_short(self._plan)
-
-    def _turn(self, _: Any) -> None:
-        self._turn_set = False
-        if self._plan is None:
-            self.turn()
-
-    def awake(self) -> bool:
-        return self._plan is None and super().awake()
-
-    # ------------------------------------------------------------ the engine
-
-    def step(self, most: int) -> StepDone | None:
-        plan = self.engine.plan(most)
-        seconds = plan.seconds(plan.steps)
-        if seconds == 0.0:
-            return self._finish(plan, plan.steps)
-        self._plan, self._started, self._cut = plan, self.kernel.now, plan.steps == 1
-        self._end_at(plan.steps, seconds)
-        return None
-
-    def _end_at(self, steps: int, seconds: float) -> None:
-        self._ends = self._started + self.predictor.stretched(self._started, seconds), steps
-        self.kernel.at(max(self._ends[0], self.kernel.now), self._end, self._ends)
-
-    def _cut_short(self, plan: Plan) -> None:
-        """End the run after the pass under way."""
-        self._cut = True
-        low, high, passed = 1, self._ends[1], self.kernel.now - self._started
-        while low < high:
-            middle = (low + high) // 2
-            if self.predictor.stretched(self._started, plan.seconds(middle)) >= passed:
-                high = middle
-            else:
-                low = middle + 1
-        if low < self._ends[1]:
-            self._end_at(low, plan.seconds(low))
-
-    def _end(self, ends: tuple[float, int]) -> None:
-        if ends is not self._ends or self._plan is None:
-            return  # it was cut short
-        plan, self._plan = self._plan, None
-        what = "decode" if not plan.chunk else "mixed" if plan.batch else "prefill"
-        self.use.add(self._started, self.kernel.now, what)
-        done = self._finish(plan, ends[1])
-        self.carry_out(self.core.handle(done, self.kernel.now))
-        self.turn()
-
-    def _finish(self, plan: Plan, steps: int) -> StepDone:
-        batch = len(plan.batch)
-        done = self.engine.finish(plan, steps, self._make)
-        use = self.use
-        use.steps += steps
-        use.decode_tokens += batch * steps
-        use.prefill_tokens += sum([span.stop - span.start for span in plan.chunk])
-        use.preempted += len(done.preempted)
-        return done
-
-    def _make(self, key: str, count: int) -> tuple[int, ...]:
-        """Token ids that never end a request."""
-        ids = self._ids.get(count)
-        if ids is None:
-            ids = self._ids[count] = (1,) * count
-        return ids

@@ -8,7 +8,7 @@ from typing import Any
 
 from tetri.metrics import summarise
 from tetri.sim.clients import Outcome
-from tetri.sim.nodes import Use
+from tetri.sim.instance import Use
 
 METRICS = ("ttft", "jct", "tpot")
 SHARES = ("mean", "p50", "p90", "p99")

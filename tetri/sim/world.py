@@ -22,9 +22,10 @@ from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.request import Fingerprint
 from tetri.sim.clients import Clients, Outcome
+from tetri.sim.instance import WorkerNode
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
-from tetri.sim.nodes import BrokerNode, MonitorNode, WorkerNode
+from tetri.sim.nodes import BrokerNode, MonitorNode
 from tetri.sim.report import Result
 from tetri.sim.setup import Setup, SimError
 from tetri.sim.traces import Arrival
