@@ -1,26 +1,161 @@
 """Who enters the running batch."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tetri.policy.admit import greedy
-from tetri.policy.views import BatchView, WaitingSeat
+from tetri.policy.admit import greedy, peak, reserve_dynamic, reserve_static
+from tetri.policy.rules import ADMISSIONS
+from tetri.policy.views import BatchView, Member, WaitingSeat
+from tetri.request import blocks_for
 
-WAITING = [WaitingSeat("late", 2, 5), WaitingSeat("early", 1, 5)]
+ONE = (Member(1, 2),)
+
+
+def seat(key, landed, tokens, end, size=1):
+    return WaitingSeat(key, landed, blocks_for(tokens, size), tokens, end)
+
+
+def seats(*lengths, size=1):
+    """Of (tokens, end), in the order of landing, named a, b, c …"""
+    return [seat("abcdefgh"[place], place, *length, size) for place, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize(
-    "batch, admitted",
+    "running, max_batch, free_blocks, admitted",
     [
-        (BatchView(running=0, max_batch=4, free_blocks=0), ["early", "late"]),
-        (BatchView(running=3, max_batch=4, free_blocks=9), ["early"]),
-        (BatchView(running=4, max_batch=4, free_blocks=9), []),
-        (BatchView(running=5, max_batch=4, free_blocks=9), []),
-        (BatchView(running=0, max_batch=4, free_blocks=-1), []),
+        (0, 4, 0, ["early", "late"]),
+        (3, 4, 9, ["early"]),
+        (4, 4, 9, []),
+        (5, 4, 9, []),
+        (0, 4, -1, []),
     ],
 )
-def test_greedy_goes_by_landing_while_there_are_slots_and_memory_is_not_overdrawn(batch, admitted):
-    assert greedy(WAITING, batch) == admitted
+def test_greedy_goes_by_landing_while_there_are_slots_and_memory_is_not_overdrawn(
+    running, max_batch, free_blocks, admitted
+):
+    waiting = [WaitingSeat("late", 2, 5), WaitingSeat("early", 1, 5)]
+    assert greedy(waiting, BatchView(ONE * running, max_batch, free_blocks)) == admitted
 
 
-def test_greedy_with_nobody_waiting():
-    assert greedy([], BatchView(0, 4, 9)) == []
+@pytest.mark.parametrize("free, admitted", [(9, "abc"), (8, "ab"), (4, "ab"), (3, "a"), (2, "a"), (1, "")])
+def test_static_admits_what_fits_to_its_end_and_blocks_at_the_first_that_does_not(free, admitted):
+    """Growth of 2, 2 and 5; the running one's promise of 90 counts for nothing."""
+    waiting = seats((3, 5), (6, 8), (1, 6))
+    assert reserve_static(waiting, BatchView((Member(10, 100),), 8, free)) == list(admitted)
+
+
+def test_static_rounds_up_every_request_by_itself():
+    waiting = seats((15, 17), (15, 16), (16, 17), size=16)
+    assert reserve_static(waiting, BatchView((), 8, 1, 16)) == ["a", "b"]
+    assert reserve_static(waiting, BatchView((), 8, 2, 16)) == ["a", "b", "c"]
+
+
+def test_blocks_that_it_has_beyond_its_end_help_nobody_else():
+    rich = WaitingSeat("rich", 0, blocks=9, tokens=3, end=5)
+    assert reserve_static([rich, seat("poor", 1, 3, 5)], BatchView((), 8, 1)) == ["rich"]
+
+
+@pytest.mark.parametrize(
+    "running, waiting, free, admitted",
+    [
+        # After 2 steps the shortest gives 12 back and a has grown by 2: only its next token has to fit now.
+        ([(10, 12), (20, 90)], [(5, 90), (5, 90)], 0, ""),
+        ([(10, 12), (20, 90)], [(5, 90), (5, 90)], 1, "a"),
+        ([(10, 12), (20, 90)], [(5, 90), (5, 90)], 2, "ab"),
+        # After 1 step 4 + 5 are taken of the 1 + 3 + 4 that they have now: one must be spare then.
+        ([(1, 2), (3, 90)], [(4, 90)], 1, ""),
+        ([(1, 2), (3, 90)], [(4, 90)], 2, "a"),
+        # After 20 steps 30 + 25, of 10 + 10 + 5 now.
+        ([(10, 30), (10, 90)], [(5, 40)], 30, ""),
+        ([(10, 30), (10, 90)], [(5, 40)], 31, "a"),
+        # It ends first itself, after 1 step, when the others have 11 each; b has 6 then.
+        ([(10, 30), (10, 90)], [(5, 6), (5, 7)], 1, "a"),
+        ([(10, 30), (10, 90)], [(5, 6), (5, 7)], 2, "ab"),
+        # All end at once and leave nothing behind.
+        ([(10, 15), (20, 25)], [(5, 10)], 1, "a"),
+        ([], [(5, 10), (5, 10)], 2, "ab"),
+        # A member past its predicted end is taken to end with its next token.
+        ([(10, 10), (5, 90)], [(5, 90)], 1, "a"),
+    ],
+)
+def test_dynamic_looks_at_the_moment_when_the_shortest_ends(running, waiting, free, admitted):
+    batch = BatchView([Member(*lengths) for lengths in running], 8, free)
+    assert reserve_dynamic(seats(*waiting), batch) == list(admitted)
+
+
+@pytest.mark.parametrize("free, admitted", [(19, ""), (20, "a"), (34, "a"), (35, "ab")])
+def test_peak_counts_all_that_will_be_there_at_each_end(free, admitted):
+    """The running one has 20 steps left, `a` 10, `b` 22. With `a` most is taken after 10 steps: 20 + 15, of 10 + 5 now.
+    With `b` after 20: 30 + 22, of 10 + 5 + 2 now; after 10 it is 20 + 15 + 12."""
+    waiting = seats((5, 15), (2, 24))
+    assert peak(waiting, BatchView((Member(10, 30),), 8, free)) == list(admitted)
+
+
+def test_peak_rounds_up_every_request_by_itself():
+    waiting = seats((15, 17), (16, 18), size=16)
+    assert peak(waiting, BatchView((Member(30, 32),), 8, 1, 16)) == ["a"]
+    assert peak(waiting, BatchView((Member(30, 32),), 8, 2, 16)) == ["a", "b"]
+
+
+SIZES = st.integers(1, 5)
+LENGTHS = st.tuples(st.integers(1, 12), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+BATCH = st.lists(LENGTHS, max_size=7)
+WAITING = st.lists(LENGTHS, max_size=5)
+
+
+def most_ever(jobs, size):
+    """The largest memory of these (tokens, end), step by step."""
+    lives = [(tokens, max(end, tokens + 1)) for tokens, end in jobs]
+    longest = max((end - tokens for tokens, end in lives), default=0)
+    return max(
+        (
+            sum(blocks_for(tokens + step, size) for tokens, end in lives if tokens + step <= end)
+            for step in range(1, longest + 1)
+        ),
+        default=0,
+    )
+
+
+@settings(deadline=None, derandomize=True)
+@given(BATCH, WAITING, st.integers(-3, 40), SIZES)
+def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running, waiting, free, size):
+    batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
+    admitted = peak(seats(*waiting, size=size), batch)
+    room = free + sum(blocks_for(tokens, size) for tokens, _ in running)
+    fits = 0
+    for taken in range(1, len(waiting) + 1):
+        own = sum(blocks_for(tokens, size) for tokens, _ in waiting[:taken])
+        if most_ever([*running, *waiting[:taken]], size) > room + own:
+            break
+        fits = taken
+    assert admitted == list("abcde"[:fits])
+
+
+@settings(deadline=None, derandomize=True)
+@given(BATCH, WAITING, st.integers(-3, 40), SIZES)
+def test_dynamic_is_the_papers_rule_taken_one_by_one(running, waiting, free, size):
+    batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
+    room, jobs, right = free + sum(blocks_for(tokens, size) for tokens, _ in running), list(running), []
+    for key, (tokens, end) in zip("abcde", waiting, strict=False):
+        jobs.append((tokens, end))
+        room += blocks_for(tokens, size)
+        free -= blocks_for(tokens + 1, size) - blocks_for(tokens, size)
+        left = {place: max(end - tokens, 1) for place, (tokens, end) in enumerate(jobs)}
+        soon = min(left.values())
+        used = sum(blocks_for(jobs[place][0] + soon, size) for place, steps in left.items() if steps > soon)
+        if used >= room or free < 0:
+            break
+        right.append(key)
+    assert reserve_dynamic(seats(*waiting, size=size), batch) == right
+
+
+@settings(deadline=None, derandomize=True)
+@given(BATCH, WAITING, st.integers(-3, 40), st.integers(0, 9), st.sampled_from(sorted(ADMISSIONS)))
+def test_the_line_is_kept_and_so_are_the_slots(running, waiting, free, max_batch, name):
+    batch = BatchView([Member(*lengths) for lengths in running], max_batch, free)
+    line = seats(*waiting)
+    admitted = ADMISSIONS[name](line[::-1], batch)
+    assert admitted == [each.key for each in line[: len(admitted)]]
+    assert len(admitted) <= max(max_batch - len(running), 0)
+    assert not admitted or free >= 0

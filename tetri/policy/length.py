@@ -11,10 +11,10 @@ from typing import Protocol
 
 from tetri.request import LengthRange, Sampling
 
-#: Share of wrong labels that are the next bucket; each bucket further is that much rarer again. With 0.8 the paper's
-#: three accuracies agree with each other: what is 58.9 % right at 100 tokens, is then about 75 % right when buckets are
-#: merged to 200 and about 87 % at 400 (paper: 74.9 % and 85 %).
-NEAR = 0.8
+#: Share of wrong labels that are one bucket off; each bucket further is as much rarer again. With a half, and the
+#: answers of the paper's figure 1, its three accuracies follow from one another: 58.9 % right at 100 tokens is 74 %
+#: when buckets are merged to 200 (paper: 74.9 %), and 74.9 % at 200 is 85 % at 400 (paper: 85 %).
+NEAR = 0.5
 
 ENDS = ("low", "middle", "high")
 
@@ -42,9 +42,10 @@ def oracle(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng
 
 
 def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
-    """The right bucket with probability `length_accuracy`, else a wrong one: one further with probability `NEAR`, two
+    """The right bucket with probability `length_accuracy`, else a wrong one: one off with probability `NEAR`, two off
     with (1 - NEAR) x NEAR, and so on, as often below as above, and above where there is none below. The paper gives
-    accuracies and no matrix of confusion; this one fits all three of them. None where `oracle` knows nothing."""
+    accuracies and no matrix of confusion; this one agrees with all three of them. None where `oracle` knows nothing.
+    An accuracy of 1 is an ideal prediction of this granularity."""
     length = _fixed(sampling)
     if length is None:
         return None

@@ -39,6 +39,11 @@ PREFILL_ROUTES: dict[str, PrefillRoute] = {
 }
 DECODE_ROUTES: dict[str, DecodeRoute] = {
     "power_of_two": dispatch.power_of_two,
+    "power_of_two_ratio": dispatch.power_of_two_ratio,
+    "random": dispatch.random,
+    "round_robin": dispatch.round_robin,
+    "least_loaded": dispatch.least_loaded,
+    "imbalance": dispatch.imbalance,
     "first_fit": dispatch.first_fit,
 }
 ORDERS: dict[str, Order] = {
@@ -49,9 +54,14 @@ ORDERS: dict[str, Order] = {
     "deadline": Order(order.deadline, windowed=False),
 }
 CHUNKS: dict[str, ChunkPacking] = {"pack": chunk.pack}
-ADMISSIONS: dict[str, Admission] = {"greedy": admit.greedy}
+ADMISSIONS: dict[str, Admission] = {
+    "greedy": admit.greedy,
+    "reserve_static": admit.reserve_static,
+    "reserve_dynamic": admit.reserve_dynamic,
+    "peak": admit.peak,
+}
 LENGTHS: dict[str, LengthPrediction] = {"none": length.none, "oracle": length.oracle, "noisy": length.noisy}
-FLIPS: dict[str, FlipRule] = {"none": flip.none}
+FLIPS: dict[str, FlipRule] = {"none": flip.none, "idle": flip.idle, "below": flip.below, "balance": flip.balance}
 
 #: setting in [policy], or `flip` in [monitor] -> its table
 TABLES: dict[str, Mapping[str, Any]] = {

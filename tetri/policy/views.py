@@ -108,9 +108,10 @@ class BatchView:
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """An instance as the transition watcher sees it. `load`: share of time in which it computed, over the newest
-    reports. `idle_s`: how long it has had nothing to do. `low_s`: how long its load has been under the threshold.
-    `work_s`: predicted seconds of work in its queue (prefill) or until its requests have ended (decode)."""
+    """An instance as the transition watcher sees it. `idle_s`: how long it has had nothing to do. `low_s`: how long its
+    load, the share of time in which it computed, has been under the threshold. `work_s`: predicted seconds of work in
+    its queue (prefill) or until its requests have ended (decode). `queued` prompts; decodes `waiting` to run, and
+    `running`."""
 
     iid: str
     role: str
@@ -119,6 +120,7 @@ class InstanceState:
     work_s: float
     queued: int
     waiting: int
+    running: int = 0
 
 
 @dataclass(frozen=True, slots=True)

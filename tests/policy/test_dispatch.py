@@ -1,0 +1,158 @@
+"""Which decode instance a request goes to."""
+
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetri.policy import dispatch
+from tetri.policy.dispatch import (
+    first_fit,
+    imbalance,
+    least_loaded,
+    power_of_two,
+    power_of_two_ratio,
+    random,
+    round_robin,
+)
+from tetri.policy.rules import DECODE_ROUTES
+from tetri.policy.views import DecodePool, Need
+
+LIGHT, HEAVY = Need(4, 10, heavy=False), Need(4, 10, heavy=True)
+
+
+def pool(*columns, last=-1):
+    """Columns of (free, spare, heavy, light)."""
+    free, spare, heavy, light = (list(column) for column in zip(*columns, strict=True))
+    return DecodePool([f"d{number}" for number in range(len(free))], free, spare, heavy, light, last)
+
+
+def chosen(route, need, among, draws=200):
+    """How often each column is chosen."""
+    rng = Random(11)
+    return Counter(route(need, among, rng) for _ in range(draws))
+
+
+class Counted(list):
+    """Counts how many of its elements are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index):
+        Counted.looks += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        for element in super().__iter__():
+            Counted.looks += 1
+            yield element
+
+
+@pytest.mark.parametrize("need", [LIGHT, HEAVY])
+def test_of_two_the_one_with_fewer_heavy_decodes_and_of_equals_the_one_with_more_spare(need):
+    assert set(chosen(power_of_two, need, pool((20, 20, 3, 0), (20, 12, 2, 90)))) == {1}
+    assert set(chosen(power_of_two, need, pool((20, 12, 2, 1), (20, 13, 2, 90)))) == {1}
+
+
+@pytest.mark.parametrize(
+    "need, columns, right",
+    [
+        (HEAVY, [(20, 20, 1, 3), (20, 20, 1, 9)], 1),  # 2:3 and 2:9
+        (HEAVY, [(20, 20, 0, 0), (20, 20, 5, 1)], 1),  # 1:0 and 6:1
+        (LIGHT, [(20, 20, 0, 0), (20, 20, 5, 900)], 0),  # 0:1 and 5:901
+        (LIGHT, [(20, 20, 2, 1), (20, 21, 4, 3)], 1),  # 2:2 and 4:4
+        (HEAVY, [(20, 20, 3, 0), (20, 21, 1, 0)], 1),  # 4:0 and 2:0
+    ],
+)
+def test_the_lower_ratio_once_the_request_is_there(need, columns, right):
+    assert set(chosen(power_of_two_ratio, need, pool(*columns))) == {right}
+
+
+@pytest.mark.parametrize("route", [power_of_two, power_of_two_ratio])
+def test_alpha_has_room_to_the_end_and_goes_before_beta(route):
+    one_alpha = pool((9, 9, 0, 0), (10, 10, 9, 0), (50, 9, 0, 0))
+    assert set(chosen(route, LIGHT, one_alpha)) == {1}
+    promised = pool((9, 3, 0, 0), (5, 4, 9, 0), (3, 3, 0, 0), (4, 4, 0, 0), (9, -7, 0, 0))
+    assert set(chosen(route, LIGHT, promised)) == {1}  # of those with room now the one with most spare, the first
+    assert set(chosen(route, LIGHT, pool((9, -7, 0, 0), (8, -9, 0, 0)))) == {0}
+    left_out = pool((-1, 99, 0, 0), (9, 1, 9, 9))
+    assert set(chosen(route, LIGHT, left_out)) == {1}
+
+
+@pytest.mark.parametrize("route", [power_of_two, power_of_two_ratio])
+@pytest.mark.parametrize("others", [0, 100])
+def test_every_pair_of_alpha_is_as_likely(route, others):
+    """Among many others they are found by the pass, alone by drawing; the fewest heavy ones win their pairs."""
+    alpha = [(99, 99, number, 1) for number in range(4)]
+    counts = chosen(route, LIGHT, pool(*alpha, *[(1, 1, 0, 0)] * others), draws=6000)
+    assert sorted(counts) == [0, 1, 2]  # the last of four loses both pairs that it is in
+    for column, pairs in enumerate((3, 2, 1)):
+        assert counts[column] == pytest.approx(pairs * 1000, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01, 0.0])
+def test_drawing_and_testing_looks_at_few_columns_while_many_have_room(share):
+    columns = 1000
+    rooms = [99 if number < share * columns else 1 for number in range(columns)]
+    among = DecodePool([""] * columns, *(Counted(column) for column in (rooms, rooms, [0] * columns, [0] * columns)))
+    rng, looks = Random(3), []
+    for _ in range(500):
+        Counted.looks = 0
+        power_of_two(LIGHT, among, rng)
+        looks.append(Counted.looks)
+    assert max(looks) <= 2 * dispatch.DRAWS + 4 * columns  # once for each of: the most spare, alpha, beta and its room
+    if share == 1.0:
+        assert max(looks) <= 2 * dispatch.DRAWS + 8
+    if share == 0.5:
+        assert sum(looks) / len(looks) < columns / 8
+
+
+def test_the_first_that_has_room():
+    among = pool((3, 0, 0, 0), (5, 0, 0, 0), (9, 9, 0, 0))
+    assert [first_fit(Need(blocks, 99, False), among, Random(1)) for blocks in (3, 4, 9, 10)] == [0, 1, 2, None]
+
+
+@pytest.mark.parametrize("others", [0, 500])
+def test_random_takes_each_with_room_as_often(others):
+    counts = chosen(random, LIGHT, pool((4, 0, 9, 9), (3, 3, 0, 0), (9, 9, 0, 0), *[(0, 0, 0, 0)] * others), draws=2000)
+    assert sorted(counts) == [0, 2] and min(counts.values()) > 900
+
+
+def test_round_robin_goes_on_from_the_last_and_skips_who_has_no_room():
+    rooms = [(9, 9, 0, 0), (3, 3, 0, 0), (9, 9, 0, 0)]
+    assert [round_robin(LIGHT, pool(*rooms, last=last), Random(1)) for last in (-1, 0, 1, 2)] == [0, 2, 2, 0]
+
+
+def test_the_fewest_requests_and_of_equals_the_most_free():
+    assert least_loaded(HEAVY, pool((9, 9, 3, 1), (9, 9, 1, 2), (3, 3, 0, 0)), Random(1)) == 1
+    assert least_loaded(HEAVY, pool((8, 9, 3, 1), (9, 9, 1, 3)), Random(1)) == 1
+
+
+def test_the_worst_case_piles_heavy_decodes_up_and_keeps_light_ones_away():
+    among = pool((9, 9, 90, 0), (9, 9, 0, 0), (3, 3, 0, 0), (9, 9, 0, 0))
+    assert set(chosen(imbalance, HEAVY, among)) == {0}
+    assert set(chosen(imbalance, LIGHT, among)) == {1, 3}
+    assert set(chosen(imbalance, LIGHT, pool((9, 9, 0, 0)))) == {0}
+    assert set(chosen(imbalance, HEAVY, pool((3, 3, 0, 0), (9, 9, 0, 0)))) == {1}
+
+
+AMOUNT = st.integers(-3, 12)
+COUNT = st.integers(0, 5)
+ANY_COLUMN = st.tuples(AMOUNT, AMOUNT, COUNT, COUNT).map(lambda column: (column[0], min(column[:2]), *column[2:]))
+ANY_NEED = st.builds(lambda blocks, more, heavy: Need(blocks, blocks + more, heavy), COUNT, COUNT, st.booleans())
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(ANY_COLUMN, max_size=20), ANY_NEED, st.integers(0, 99), st.sampled_from(sorted(DECODE_ROUTES)))
+def test_whoever_is_chosen_has_room_and_nobody_only_when_nobody_has(columns, need, seed, name):
+    among = pool(*columns) if columns else DecodePool()
+    column = DECODE_ROUTES[name](need, among, Random(seed))
+    if column is None:
+        assert all(free < need.blocks for free in among.free)
+    else:
+        assert among.free[column] >= need.blocks
+        assert column == DECODE_ROUTES[name](need, among, Random(seed))  # nothing is remembered
+        alpha = [number for number, spare in enumerate(among.spare) if spare >= need.end_blocks]
+        assert column in alpha or not alpha or not name.startswith("power")

@@ -1,0 +1,131 @@
+"""What is known of a request's length, and what follows from it."""
+
+from collections import Counter
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetri.policy import length
+from tetri.policy.length import bucket, end_of, heavy, moved_up, noisy, oracle
+from tetri.policy.rules import LENGTHS, Rules
+from tetri.request import LengthRange, Sampling
+
+FIXED = Sampling(max_tokens=1000, ignore_eos=True)
+RANGES = st.tuples(st.integers(0, 500), st.integers(1, 300)).map(lambda pair: LengthRange(low=pair[0], high=sum(pair)))
+
+
+def labels(rules, tokens, draws, seed=5):
+    rng, sampling = Random(seed), Sampling(max_tokens=tokens, ignore_eos=True)
+    ranges = [noisy(9, sampling, rules, rng) for _ in range(draws)]
+    assert all(each.high - each.low == rules.length_granularity for each in ranges)
+    return [each.low // rules.length_granularity for each in ranges]
+
+
+def test_nobody_knows_more_than_the_request_says():
+    assert all(LENGTHS[name](9, Sampling(max_tokens=50), Rules(), Random(1)) is None for name in LENGTHS)
+    assert length.none(9, FIXED, Rules(), Random(1)) is None
+    assert oracle(9, FIXED, Rules(), Random(1)) == LengthRange(low=1000, high=1001)
+
+
+def test_a_label_is_the_floor_of_length_by_granularity():
+    assert set(labels(Rules(length_granularity=100, length_accuracy=1.0), 1000, 50)) == {10}
+    assert set(labels(Rules(length_granularity=100, length_accuracy=1.0), 999, 50)) == {9}
+    assert bucket(9, 100) == LengthRange(low=900, high=1000)
+
+
+def test_wrong_labels_are_the_nearer_the_likelier_on_both_sides():
+    draws = 20_000
+    counts = Counter(label - 50 for label in labels(Rules(length_granularity=20), 1000, draws))
+    assert counts[0] / draws == pytest.approx(0.749, abs=0.01)
+    wrong = draws - counts[0]
+    for far, share in ((1, 0.5), (2, 0.25), (3, 0.125)):
+        assert (counts[far] + counts[-far]) / wrong == pytest.approx(share, abs=0.015)
+    assert counts[1] == pytest.approx(counts[-1], rel=0.1)
+
+
+def test_never_below_zero():
+    counts = Counter(labels(Rules(length_accuracy=0.0), 20, 500))
+    assert min(counts) == 1  # zero is right, and below there is nothing
+
+
+ANSWERS = [(0, 1), (0.1, 9), (0.25, 23), (0.5, 117), (0.75, 319), (0.9, 577), (0.95, 768), (0.99, 1282), (1, 2100)]
+
+
+def answer(rng):
+    """Tokens of an answer in a conversation, by the quantiles of the paper's figure 1."""
+    share = rng.random()
+    (below, short), (above, long) = next(pair for pair in pairwise(ANSWERS) if share <= pair[1][0])
+    return int(short + (long - short) * (share - below) / (above - below))
+
+
+@pytest.mark.parametrize("granularity, accuracy, merged, right", [(100, 0.589, 200, 0.749), (200, 0.749, 400, 0.85)])
+def test_the_papers_accuracies_follow_from_one_another(granularity, accuracy, merged, right):
+    """Section 5.2.2: 58.9 % at 100 tokens, 74.9 % at 200, 85 % at 400. A prediction by small buckets is one by buckets
+    twice as large, too."""
+    rules, rng, hits, draws = Rules(length_granularity=granularity, length_accuracy=accuracy), Random(2), 0, 20_000
+    for _ in range(draws):
+        tokens = answer(rng)
+        guess = noisy(9, Sampling(max_tokens=tokens, ignore_eos=True), rules, rng)
+        hits += guess.low // merged == tokens // merged
+    assert hits / draws == pytest.approx(right, abs=0.015)
+
+
+def test_the_same_seed_predicts_the_same():
+    assert labels(Rules(), 700, 100) == labels(Rules(), 700, 100) != labels(Rules(), 700, 100, seed=6)
+
+
+@pytest.mark.parametrize(
+    "low, high, outputs, moved",
+    [
+        (0, 200, 199, (0, 200)),
+        (0, 200, 200, (200, 400)),
+        (0, 200, 399, (200, 400)),
+        (0, 200, 400, (400, 600)),
+        (200, 400, 1000, (1000, 1200)),
+        (7, 8, 12, (12, 13)),
+    ],
+)
+def test_a_request_that_outlives_its_range_is_moved_up(low, high, outputs, moved):
+    before = LengthRange(low=low, high=high)
+    after = moved_up(before, outputs)
+    assert (after.low, after.high) == moved
+    assert (after is before) == (moved == (low, high))
+
+
+@settings(deadline=None, derandomize=True)
+@given(RANGES, st.integers(0, 2000), st.integers(0, 50))
+def test_moving_up_in_steps_is_moving_up_at_once(before, outputs, more):
+    at_once = moved_up(before, outputs + more)
+    assert moved_up(moved_up(before, outputs), outputs + more) == at_once
+    assert at_once.high > outputs + more
+
+
+@pytest.mark.parametrize("end, tokens", [("low", 200), ("middle", 299), ("high", 399)])
+def test_the_ends_of_a_range(end, tokens):
+    assert end_of(LengthRange(low=200, high=400), end, 1000) == tokens
+    assert end_of(LengthRange(low=200, high=400), end, 50) == 50
+    assert end_of(LengthRange(low=300, high=301), end, 1000) == 300
+
+
+@pytest.mark.parametrize("end, tokens", [("low", 1), ("middle", 500), ("high", 1000)])
+def test_without_a_prediction_the_range_is_what_is_possible(end, tokens):
+    assert end_of(None, end, 1000) == tokens and end_of(None, end, 1) == 1
+
+
+def test_nobody_ends_before_the_first_token():
+    assert end_of(LengthRange(low=0, high=1), "high", 1000) == 1
+
+
+def test_an_end_that_does_not_exist():
+    with pytest.raises(KeyError, match="top"):
+        end_of(None, "top", 9)
+
+
+@pytest.mark.parametrize("label, is_heavy", [(0, False), (1, True), (4, True)])
+def test_heavy_by_the_middle_of_the_range(label, is_heavy):
+    assert heavy(bucket(label, 200), 128, most=2000) == is_heavy
+    assert not heavy(bucket(label, 200), 128, most=128) and not heavy(None, 128, most=2000)
+    assert heavy(LengthRange(low=129, high=130), 128, most=2000)
