@@ -24,8 +24,8 @@ UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02),
 
 
 def engine(config: Config, wait: Callable[[float], bool] | None = None) -> Engine:
-    """The engine that [engine] names. `wait(seconds)` is how an emulated one spends its time: True when it should not
-    begin another step before its worker has read its messages. Raises EngineError, ModelError or CostError."""
+    """The engine that [engine] names. `wait(seconds)` is how an emulated one spends its time: True when a message
+    waits, which ends a run of several passes. Raises EngineError, ModelError or CostError."""
     if config.engine.kind == "emulated":
         return _emulated(config, wait)
     from tetri.engine.vllm import VllmEngine
