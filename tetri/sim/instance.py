@@ -162,7 +162,7 @@ class WorkerNode(Node):
         batch = len(plan.batch)
         done = self.engine.finish(plan, steps, self._make)
         use = self.use
-        use.steps += steps
+        use.steps += 0 if plan.idle else steps
         use.decode_tokens += batch * steps
         use.prefill_tokens += sum([span.stop - span.start for span in plan.chunk])
         use.preempted += len(done.preempted)
