@@ -294,6 +294,59 @@ def test_status():
         assert client.status() == {k: v for k, v in STATUS.items() if k != "type"}
 
 
+def change(message, **changes):
+    fields = {"type": "role_changed", "role": message["role"], "was": "decode", "took_s": 0.004}
+    return {"key": message["key"], "iid": message["iid"], **fields, **changes}
+
+
+@pytest.fixture(params=["sync", "async"])
+def flip(request):
+    """Ask for another role with either client."""
+
+    def run(address, iid="d0", role="mixed"):
+        if request.param == "sync":
+            with tetri.Client(address, **FAST) as client:
+                return client.flip(iid, role)
+
+        async def main():
+            async with tetri.AsyncClient(address, **FAST) as client:
+                return await client.flip(iid, role)
+
+        return asyncio.run(main())
+
+    return run
+
+
+def test_a_flip_is_asked_for_with_one_key_until_it_is_answered(flip):
+    def wrong(message):
+        own = message["key"]
+        return [change(message, key="other"), accepted({"key": own}), change(message, took_s="soon")]
+
+    with FakeBroker(Scripted(change_role=[lambda m: [], wrong, lambda m: [change(m)]])) as broker:
+        assert flip(broker.address) == {"iid": "d0", "role": "mixed", "was": "decode", "took_s": 0.004}
+    assert len(broker.seen) >= 3 and len({message["key"] for message in broker.seen}) == 1
+    assert (broker.seen[0]["iid"], broker.seen[0]["role"]) == ("d0", "mixed")
+
+
+def test_a_flip_that_is_refused(flip):
+    def refuse(message):
+        return [{"type": "refused", "key": message["key"], "reason": "d0 is the last", "retry_after_s": None}]
+
+    with FakeBroker(refuse) as broker, pytest.raises(Refused, match="d0 is the last"):
+        flip(broker.address)
+
+
+@pytest.mark.parametrize(
+    "iid, role, why",
+    [("d0", "tea", "role must be prefill, decode or mixed, got 'tea'"), ("d" * 129, "mixed", "1 to 128 characters")],
+)
+def test_a_flip_that_makes_no_sense_is_not_asked_for(flip, iid, role, why):
+    with FakeBroker(answer) as broker:
+        with pytest.raises(BadRequest, match=why):
+            flip(broker.address, iid, role)
+        assert broker.seen == []
+
+
 def test_a_closed_client_says_so():
     with FakeBroker(endless) as broker:
         client = tetri.Client(broker.address, **FAST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, Session
+from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, RoleQuestion, Session
 from tetri.client.frames import Result, TetriError
 from tetri.client.place import find_address
 from tetri.client.sync import Messages, Prompt, dealer, new_request
@@ -77,6 +78,14 @@ class AsyncClient:
         await self._finish(call)
         assert call.status is not None  # or _finish had raised
         return call.status
+
+    async def flip(self, iid: str, role: str) -> dict[str, Any]:
+        """As Client.flip: iid, role, was, took_s, once the instance has taken its new role."""
+        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, time.monotonic())
+        self._start(call)
+        await self._finish(call)
+        assert call.change is not None  # or _finish had raised
+        return call.change
 
     async def close(self) -> None:
         self._session.fail(TetriError("the client was closed"))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, frame, parse
+from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, change_role, frame, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class Patience:
 
 class Call:
     """One question that is asked until it is answered."""
+
+    doubt = "is it up?"  # when nobody answers
 
     def __init__(self, patience: Patience, now: float) -> None:
         self.ended = False
@@ -50,7 +52,7 @@ class Call:
     def tick(self, now: float) -> bytes | None:
         """The question, when it is time to ask it."""
         if self._unanswered is not None and now - self._unanswered >= self._patience.timeout:
-            self.end(Unreachable(f"no answer from the broker for {self._patience.timeout:g} s: is it up?"))
+            self.end(Unreachable(f"no answer from the broker for {self._patience.timeout:g} s: {self.doubt}"))
         if self.ended or now < self._next:
             return None
         if self._unanswered is None:
@@ -207,6 +209,32 @@ class Inspection(Call):
             self.end()
             return True
         return False
+
+
+class RoleQuestion(Call):
+    """A ChangeRole; it is answered when the instance has taken its new role. Raises BadRequest."""
+
+    change: dict[str, Any] | None = None
+
+    def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self.doubt = f"is it up, and does {iid} compute, not hang?"
+        self._key, self._frame = key, change_role(key, iid, role)
+
+    def question(self) -> bytes:
+        return self._frame
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if reply.get("key") != self._key:
+            return False
+        if reply["type"] == "refused":
+            self.end(Refused(reply["reason"]))
+        elif reply["type"] == "role_changed":
+            self.change = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
+            self.end()
+        else:
+            return False
+        return True
 
 
 class Session:

@@ -8,11 +8,12 @@ from typing import Any
 
 import msgpack
 
-from tetri.request import Receipt, Sampling, Turn, Usage, sampling_problem
+from tetri.request import ROLES, Receipt, Sampling, Turn, Usage, sampling_problem
 
 VERSION = b"\x01"
 MAX_SENT = 4 << 20  # bytes: the broker drops a longer frame unread
 MAX_RECEIVED = 16 << 20
+MAX_NAME = 128  # characters; the broker drops a message with a longer one
 
 
 class TetriError(Exception):
@@ -95,6 +96,15 @@ def submit(
     return frame(body)
 
 
+def change_role(key: str, iid: str, role: str) -> bytes:
+    """The ChangeRole that asks an instance to take new work as this role. Raises BadRequest."""
+    if role not in ROLES:
+        raise BadRequest(f"role must be {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {role!r}")
+    if not isinstance(iid, str) or not 0 < len(iid) <= MAX_NAME:
+        raise BadRequest(f"an instance's name is a text of 1 to {MAX_NAME} characters")
+    return frame({"type": "change_role", "key": key, "iid": iid, "role": role})
+
+
 def frame(body: Mapping[str, Any]) -> bytes:
     """Raises BadRequest when the message cannot be sent."""
     try:
@@ -167,6 +177,7 @@ _REPLIES: dict[str, dict[str, type | tuple[type, ...]]] = {
         **{"rid": str, "reason": str, "usage": dict, "timeline": dict, "ttft_s": _MAYBE_NUMBER},
         **{"jct_s": _NUMBER, "receipt": dict, "error": (str, type(None))},
     },
+    "role_changed": {"key": str, "iid": str, "role": str, "was": str, "took_s": _NUMBER},
     "status": {"instances": list, "requests": dict, "counters": dict, "model": str, "monitor": (dict, type(None))},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, Session
+from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, RoleQuestion, Session
 from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
 from tetri.client.place import find_address
 from tetri.request import Turn
@@ -109,6 +109,14 @@ class Client:
         self._run(call)
         assert call.status is not None  # or _run had raised
         return call.status
+
+    def flip(self, iid: str, role: str) -> dict[str, Any]:
+        """Have an instance take new work as prefill, decode or mixed, and wait until it does: iid, role, what it was,
+        and took_s, the seconds. Raises Refused with the reason, BadRequest for a role that does not exist."""
+        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, time.monotonic())
+        self._run(call)
+        assert call.change is not None  # or _run had raised
+        return call.change
 
     def close(self) -> None:
         self._session.fail(TetriError("the client was closed"))
