@@ -29,6 +29,8 @@ def test_the_engines_cost_is_its_timing_and_everybodys_prediction(tmp_path):
     table.write_text("prefill = [[1, 0.01], [512, 0.2]]\ndecode = [[1, 0.01], [32, 0.03]]\n")
     config = load(EMULATED, [f"engine.cost={table}"])
     assert build.predicted(config).prompt_s(512, 0, 512) == pytest.approx(0.2)
+    slow = load(EMULATED, [f"engine.cost={table}", "emulated.time_scale=3"])
+    assert build.predicted(slow).prompt_s(512, 0, 512) == pytest.approx(0.6)
     waited = []
 
     def wait(seconds: float) -> bool:

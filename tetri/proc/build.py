@@ -102,7 +102,17 @@ def flip_settings(config: Config) -> FlipSettings:
 
 def predicted(config: Config) -> cost.Cost:
     """What everybody predicts with. Raises CostError."""
-    return cost.load(config.engine.cost) if config.engine.cost else UNMEASURED
+    measured = cost.load(config.engine.cost) if config.engine.cost else UNMEASURED
+    scale = config.emulated.time_scale
+    if config.engine.kind != "emulated" or not scale:
+        return measured
+    return dataclasses.replace(
+        measured,
+        prefill=tuple((x, seconds * scale) for x, seconds in measured.prefill),
+        decode=tuple((x, seconds * scale) for x, seconds in measured.decode),
+        prefill_start_s=measured.prefill_start_s * scale,
+        decode_context_s=measured.decode_context_s * scale,
+    )
 
 
 def tokenizer(config: Config) -> Tokenizer:
