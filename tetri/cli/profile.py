@@ -1,0 +1,233 @@
+"""tetri-cli profile"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetri.cli.options import conf_option, set_option
+
+if TYPE_CHECKING:
+    from tetri.config import Config
+    from tetri.cost import Cost
+    from tetri.engine.base import Engine
+    from tetri.profile.fit import Fit
+    from tetri.profile.measure import Point
+
+BUSY_SHARE = 0.97  # of the time that a core was ours; with less, others were at work on it
+
+
+@click.command("profile")
+@conf_option
+@set_option
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the cost table to this file.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout, with every measured point.")
+@click.option("--quick", is_flag=True, help="Fewer sizes and rounds: a rough table in a fifth of the time.")
+@click.option("--rounds", type=click.IntRange(1), metavar="N", help="Times that each point is measured (5; quick: 3).")
+@click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1" (default: those of the first worker).')
+def command(
+    conf: Path | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    quick: bool,
+    rounds: int | None,
+    cpus: str | None,
+) -> None:
+    """Measure the engine of the configuration, in this process, and fit a cost table: seconds of prefill by the size
+    and the start of a chunk, of decode by the batch and its contexts, and the chunk size worth using."""
+    from tetri.config import default_path, load
+    from tetri.cost import CostError, dump
+    from tetri.engine.base import EngineError
+    from tetri.profile.fit import fit
+    from tetri.profile.measure import ProfileError
+
+    if out and not out.absolute().parent.is_dir():
+        raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
+    config = load(conf or default_path(), overrides)
+    rounds = rounds or (3 if quick else 5)
+    try:
+        measured = _measured(config, cpus, quick, rounds)
+        made = fit(measured.points)
+    except (EngineError, CostError, ProfileError) as error:
+        raise click.ClickException(str(error)) from None
+    table = dataclasses.replace(
+        made.cost,
+        kv_token_bytes=measured.kv_token_bytes,
+        kv_tokens=measured.kv_tokens,
+        source=f"{measured.of}, {time.strftime('%Y-%m-%d')}, {rounds} rounds",
+    )
+    again = _command(conf, overrides, out, quick, rounds, cpus)
+    head = [f"Made by: {again}", *_summary(made, measured), "docs/cost.md says what each key means."]
+    if out:
+        _write(out, dump(table, head))
+    click.echo(json.dumps(_as_json(table, made, measured)) if as_json else "\n".join(_shown(table, made, measured)))
+    if out:
+        click.echo(f"written to {out}", err=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """`of`: engine and cores in words. `core_share`: how much of the measured time one pinned core worked for this
+    process; None where that says nothing."""
+
+    points: list[Point]
+    of: str
+    kv_token_bytes: int
+    kv_tokens: int
+    wall_s: float
+    core_share: float | None
+
+
+def _measured(config: Config, cpus: str | None, quick: bool, rounds: int) -> Measured:
+    from tetri.proc import build
+    from tetri.proc.worker import pin
+    from tetri.profile.measure import measure
+    from tetri.profile.scenes import scenes
+
+    pin(config.workers[0].cpus if cpus is None else cpus)
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.ExitStack() as leaving:
+        leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
+        click.echo(f"starting the {config.engine.kind} engine", err=True)
+        engine = build.engine(config)
+        leaving.callback(engine.close)
+        progress = leaving.enter_context(_progress(rounds))
+        wanted = scenes(engine.capacity, quick)
+        begin, work = time.perf_counter(), time.process_time()
+        points = measure(engine, wanted, rounds, time.perf_counter, Random(0), progress)
+        wall_s, work_s = time.perf_counter() - begin, time.process_time() - work
+        share = work_s / wall_s if cores == 1 and config.engine.kind == "vllm" else None
+        block_bytes, block_tokens = engine.fingerprint.block_bytes, engine.capacity.block_tokens
+        of, kv_tokens = _described(engine, config, cores), engine.capacity.blocks * block_tokens
+        return Measured(points, of, block_bytes // block_tokens, kv_tokens, wall_s, share)
+
+
+def _described(engine: Engine, config: Config, cores: int) -> str:
+    mark = engine.fingerprint
+    real = mark.engine == "vllm"
+    model = Path(config.model.name).name if real else mark.model
+    count = "1 core" if cores == 1 else f"{cores} cores"
+    return f"{'vLLM' if real else mark.engine} {mark.version}, {model} {mark.dtype}, {count} of {_cpu()} ({mark.isa})"
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return "an unknown CPU"
+
+
+def _command(
+    conf: Path | None, overrides: tuple[str, ...], out: Path | None, quick: bool, rounds: int, cpus: str | None
+) -> str:
+    words = ["tetri-cli", "profile"]
+    words += ["--conf", str(conf)] if conf else []
+    words += [word for override in overrides for word in ("--set", override)]
+    words += ["--quick"] if quick else []
+    words += ["--rounds", str(rounds)]
+    words += [] if cpus is None else ["--cpus", cpus]
+    words += ["--out", str(out)] if out else []
+    return shlex.join(words)
+
+
+@contextlib.contextmanager
+def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
+    """How far it is, on stderr: a bar on a terminal, a line after each round elsewhere."""
+    if not sys.stderr.isatty():
+
+        def say(done: int, total: int) -> None:
+            if not done * rounds % total:
+                click.echo(f"round {done * rounds // total} of {rounds} measured", err=True)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _write(out: Path, text: str) -> None:
+    """All of the file or nothing."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _summary(made: Fit, measured: Measured) -> list[str]:
+    """Sentences on how well the table fits, for its head and for the terminal."""
+    lines = []
+    for name, found in made.quality.items():
+        lines.append(
+            f"{name}: {found.points} points, error {found.mean:.1%} on average, {found.worst:.1%} at worst,"
+            f" R^2 {found.r2:.4f}"
+        )
+    lines.append(f"repeated steps differed by {made.spread:.1%} from their median, in the mean of all points")
+    if measured.core_share is not None and measured.core_share < BUSY_SHARE:
+        lines.append(
+            f"others were at work on this core: it was ours for {measured.core_share:.0%} of the time; measure again"
+        )
+    return [*lines, *(f"note: {note}" for note in made.notes)]
+
+
+def _shown(table: Cost, made: Fit, measured: Measured) -> list[str]:
+    lines = [table.source, "", f"{'chunk':>8} {'ms':>9} {'tokens/s':>9}"]
+    for tokens, seconds in table.prefill:
+        mark = "  the knee" if tokens == table.chunk_tokens else ""
+        lines.append(f"{tokens:8.0f} {seconds * 1e3:9.2f} {tokens / seconds:9.0f}{mark}")
+    lines += ["", f"{'batch':>8} {'ms':>9}"]
+    lines += [f"{batch:8.0f} {seconds * 1e3:9.2f}" for batch, seconds in table.decode]
+    lines += [
+        "",
+        f"prefill_start_s   {table.prefill_start_s:.3g}  (a chunk of {table.chunk_tokens} after as many tokens:"
+        f" {table.prefill_start_s * table.chunk_tokens**2 * 1e3:+.2f} ms)",
+        f"decode_context_s  {table.decode_context_s:.3g}  (1,000 tokens of context:"
+        f" {table.decode_context_s * 1e6:+.2f} ms)",
+        f"chunk_tokens      {table.chunk_tokens}  (proposed: the smallest chunk at 95 % of the best rate)",
+        "",
+    ]
+    return lines + _summary(made, measured)
+
+
+def _as_json(table: Cost, made: Fit, measured: Measured) -> dict[str, Any]:
+    from tetri.profile.fit import kind_of, predicted
+
+    points = [
+        {
+            "kind": kind_of(point),
+            **dataclasses.asdict(point.what),
+            "seconds": point.seconds,
+            "predicted_s": predicted(table, point),
+            "spread": point.spread,
+            "times": point.times,
+            "held_out": point.held_out,
+        }
+        for point in sorted(measured.points, key=lambda point: (kind_of(point), dataclasses.astuple(point.what)))
+    ]
+    return {
+        "cost": dataclasses.asdict(table),
+        "quality": {name: dataclasses.asdict(found) for name, found in made.quality.items()},
+        "spread": made.spread,
+        "notes": list(made.notes),
+        "points": points,
+        "run": {"wall_s": measured.wall_s, "core_share": measured.core_share},
+    }

@@ -1,0 +1,162 @@
+"""Running scenes on an engine, through its contract only, and timing each step.
+
+A step is known by what ran in it, not by what was asked for. Each is run several times, all scenes in turn, so that a
+disturbance of some seconds spoils one time of many points and not all times of one. A point's time is the lower
+quartile of its times (the second best of five): whatever else a machine does makes steps slower, hardly ever faster,
+and where a fifth of all steps is disturbed, every thirtieth median of seven is, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+
+from tetri.engine.base import Engine, Leg, Span, StepDone
+from tetri.profile.scenes import STEPS, Scene
+from tetri.request import Sampling, blocks_for
+
+WARM_EVERY = 8  # each so many of the scenes is run once before anything counts
+MOST_IDLE = 8  # passes in which an engine with work may run nothing
+TOKEN = 11  # every vocabulary has it; what the tokens are changes no time
+
+
+class ProfileError(ValueError):
+    """An engine cannot be measured; one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class What:
+    """All that ran in one step: [start, stop) of each prompt, requests that decoded, and the tokens of their
+    contexts together, those of the step included."""
+
+    chunk: tuple[tuple[int, int], ...] = ()
+    batch: int = 0
+    context: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the chunk."""
+        return sum(stop - start for start, stop in self.chunk)
+
+    @property
+    def pairs(self) -> int:
+        """Tokens of the chunk times the tokens before it."""
+        return sum((stop - start) * start for start, stop in self.chunk)
+
+    @property
+    def spans(self) -> list[Span]:
+        return [Span(str(index), start, stop) for index, (start, stop) in enumerate(self.chunk)]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """`seconds`: lower quartile of `times` steps. `spread`: their median distance from their median, as a share of
+    that."""
+
+    what: What
+    seconds: float
+    spread: float
+    times: int
+    held_out: bool
+
+
+def measure(
+    engine: Engine,
+    scenes: Sequence[Scene],
+    rounds: int,
+    clock: Callable[[], float],
+    rng: Random,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Point]:
+    """Run all scenes `rounds` times, in another order each round. `clock`: seconds, from any start. `progress` is
+    told how many of how many scenes are done. Raises ProfileError or EngineError."""
+    bench = _Bench(engine, clock)
+    for scene in scenes[::WARM_EVERY]:  # the first steps of a real engine load and choose what later ones find ready
+        bench.run(scene)
+    found: dict[What, list[float]] = {}
+    fitted: set[What] = set()
+    for number in range(rounds):
+        order = list(scenes)
+        rng.shuffle(order)
+        for index, scene in enumerate(order, 1):
+            for what, seconds in bench.run(scene):
+                found.setdefault(what, []).append(seconds)
+                if not scene.held_out:
+                    fitted.add(what)
+            progress(number * len(order) + index, rounds * len(order))
+    return [_point(what, times, what not in fitted) for what, times in found.items()]
+
+
+def _point(what: What, times: list[float], held_out: bool) -> Point:
+    middle = median(times)
+    spread = median(abs(time - middle) for time in times) / middle if middle else 0.0
+    return Point(what, sorted(times)[(len(times) - 1) // 4], spread, len(times), held_out)
+
+
+class _Bench:
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self.engine, self.clock = engine, clock
+        self.zeros = memoryview(bytes(engine.fingerprint.block_bytes))
+        self.count = 0
+
+    def run(self, scene: Scene) -> list[tuple[What, float]]:
+        """Every measured step of one scene: what ran and how long it took. No leg is left after it."""
+        decodes = self._admitted(scene.contexts)
+        if decodes:  # the step after an admission does what later ones need not
+            self._step(len(decodes))
+        prefills = [self._add("prefill", length, 1) for length in scene.prompts]
+        steps: list[tuple[What, float]] = []
+        left = sum(scene.prompts)
+        while left > 0 or (not scene.prompts and len(steps) < STEPS):
+            what, seconds = self._step(len(decodes), left > 0)
+            left -= what.tokens
+            steps.append((what, seconds))
+        for key in (*decodes, *prefills):
+            self.engine.cancel(key)
+        return steps
+
+    def _step(self, batch: int, prefills: bool = False) -> tuple[What, float]:
+        begin = self.clock()
+        done = self.engine.step()
+        seconds = self.clock() - begin
+        chunk = [span for span in done.spans if span.key.startswith("prefill")]
+        decodes = [span for span in done.spans if span.key.startswith("decode")]
+        if done.preempted or len(decodes) != batch or bool(chunk) != prefills:
+            raise ProfileError(_surprise(done, batch))
+        parts = tuple(sorted((span.start, span.stop) for span in chunk))
+        return What(parts, batch, sum(span.stop for span in decodes)), seconds
+
+    def _admitted(self, contexts: Sequence[int]) -> list[str]:
+        """Legs that decode from the next step on, as if their KV had come from elsewhere."""
+        keys = [self._add("decode", length, length_left(self.engine, length)) for length in contexts]
+        allocated: set[str] = set()
+        for _ in range(MOST_IDLE):
+            if len(allocated) == len(keys):
+                break
+            allocated.update(self.engine.step().allocated)
+        if len(allocated) < len(keys):
+            raise ProfileError(f"the engine gave blocks to {len(allocated)} of {len(keys)} requests, and no more")
+        for key, length in zip(keys, contexts, strict=True):
+            self.engine.adopt(key, 0, [self.zeros] * blocks_for(length, self.engine.capacity.block_tokens))
+            self.engine.admit(key, TOKEN)
+        return keys
+
+    def _add(self, phase: str, length: int, more: int) -> str:
+        self.count += 1
+        key = f"{phase}-{self.count}"
+        sampling = Sampling(max_tokens=more, ignore_eos=True)
+        self.engine.add(Leg(key, "decode" if phase == "decode" else "prefill", (TOKEN,) * length, length, sampling))
+        return key
+
+
+def length_left(engine: Engine, length: int) -> int:
+    """Output tokens of a request that must not end while it is measured."""
+    return min(engine.capacity.context - length, 1 << 20)
+
+
+def _surprise(done: StepDone, batch: int) -> str:
+    ran = ", ".join(f"{span.key} [{span.start}, {span.stop})" for span in done.spans) or "nothing"
+    again = f"; preempted: {', '.join(done.preempted)}" if done.preempted else ""
+    return f"a step that should have decoded {batch} requests ran {ran}{again}"

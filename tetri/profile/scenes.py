@@ -1,0 +1,103 @@
+"""What is run on an engine to measure it, by what the engine can hold.
+
+A chunk that starts deep in a prompt can only be had by running the chunks before it, which are as long as the engine
+makes them: its whole budget. So starts are multiples of that, and only the last chunk of a prompt has a free size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tetri.request import Capacity, blocks_for
+
+STEPS = 6  # decode steps of a scene that are measured; one more goes before them
+MARGIN = STEPS + 4  # tokens that a request may grow by while it is measured
+FINE_FROM = 64  # chunk sizes below this are powers of two only: rates are far from their peak there
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """`contexts`: requests that decode, by their tokens; then `prompts` are prefilled beside them, by theirs.
+    `held_out`: the fit does not see what only such scenes show; it is for testing it."""
+
+    prompts: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+    held_out: bool = False
+
+
+def scenes(capacity: Capacity, quick: bool = False) -> list[Scene]:
+    """Everything worth measuring that fits into `capacity`; fewer sizes when `quick`."""
+    chunk = min(capacity.chunk_tokens, longest_prompt(capacity))
+    wanted = [Scene((size,)) for size in sizes(chunk, quick)]
+    wanted += [Scene((length,)) for length in _long_prompts(capacity, chunk, quick)]
+    wanted += [Scene((), (length,) * batch) for batch in batches(capacity, quick) for length in _lengths(quick)]
+    wanted += _held_out(capacity, chunk, quick)
+    return list(dict.fromkeys(scene for scene in wanted if _fits(scene, capacity)))
+
+
+def longest_prompt(capacity: Capacity) -> int:
+    return min(capacity.context - 1, capacity.blocks * capacity.block_tokens)
+
+
+def sizes(chunk: int, quick: bool = False) -> list[int]:
+    """Chunk sizes up to the budget: powers of two, and from FINE_FROM on three between each two of them."""
+    found = {chunk}
+    size = 1
+    while size <= chunk:
+        found.add(size)
+        if not quick and size >= FINE_FROM:
+            found.update(size * part // 4 for part in (5, 6, 7))
+        size *= 4 if quick and size < FINE_FROM else 2
+    return sorted(size for size in found if size <= chunk)
+
+
+def batches(capacity: Capacity, quick: bool = False) -> list[int]:
+    """Decode batches: powers of two (of four when `quick`), and the largest."""
+    largest = min(capacity.max_batch, capacity.chunk_tokens)
+    found = {largest}
+    batch = 1
+    while batch < largest:
+        found.add(batch)
+        batch *= 4 if quick else 2
+    return sorted(found)
+
+
+def _lengths(quick: bool) -> tuple[int, ...]:
+    return (32, 512) if quick else (32, 512, 2048)
+
+
+def _long_prompts(capacity: Capacity, chunk: int, quick: bool) -> list[int]:
+    """Prompts of several chunks, the last of which has a size that is also measured at the start of a prompt."""
+    whole = min(longest_prompt(capacity) // chunk, 3 if quick else 4)
+    found = [whole * chunk] if whole > 1 else []
+    found += [chunk + chunk // 4, 2 * chunk + chunk // 2, 3 * chunk + chunk // 4][: 1 if quick else 3]
+    return [length for length in found if length <= longest_prompt(capacity)]
+
+
+def _held_out(capacity: Capacity, chunk: int, quick: bool) -> list[Scene]:
+    """Sizes, starts, batches and contexts between those of the fit, and what the fit knows nothing of: several prompts
+    in a chunk, contexts of unequal length, prefill beside decode."""
+    small = [3 << shift for shift in range(1, 5, 2 if quick else 1)]
+    large = [FINE_FROM * 11 // 8 << shift for shift in range(0, 14, 2 if quick else 1)]
+    prompts: list[tuple[int, ...]] = [(size,) for size in (*small, *large) if size < chunk]
+    prompts += [(chunk + chunk * 3 // 8,), (chunk // 4,) * 4, (chunk // 8, chunk // 2)]
+    largest = min(capacity.max_batch, capacity.chunk_tokens)
+    middle = [3 << shift for shift in range(0, 14, 2 if quick else 1) if 3 << shift < largest]
+    lengths = (200,) if quick else (200, 1000)
+    contexts: list[tuple[int, ...]] = [(length,) * batch for batch in middle for length in lengths]
+    contexts += [(40, 900) * (largest // 4)]
+    beside = [min(batch, largest, chunk // 2) for batch in (4, 16)]
+    mixed = [Scene((size - batch,), (256,) * batch, True) for batch in beside for size in (chunk // 4, chunk)]
+    return [
+        *(Scene(several, (), True) for several in prompts if min(several) > 0),
+        *(Scene((), several, True) for several in contexts if several),
+        *(scene for scene in mixed if scene.contexts and min(scene.prompts) > 0),
+    ]
+
+
+def _fits(scene: Scene, capacity: Capacity) -> bool:
+    """Nothing of it is too long, and nobody has to wait or to give blocks back."""
+    grown = [length + MARGIN for length in scene.contexts]
+    blocks = sum(blocks_for(length, capacity.block_tokens) for length in (*scene.prompts, *grown))
+    longest = max([*(length + 1 for length in scene.prompts), *grown])
+    return longest <= capacity.context and blocks <= capacity.blocks
