@@ -86,6 +86,7 @@ BAD = [
     ("[engine]\ncost='no-such'\n", "engine.cost: there is no file"),
     ("[emulated]\ncost='x'\n", "emulated.cost: unknown key"),
     ("[engine]\nmax_batch=512\n", "engine.max_batch: must be below chunk_tokens (512)"),
+    ("[engine]\nkind='emulated'\nblock_tokens=16\n[emulated]\nblocks=400\n", "emulated.blocks: must be at least 512"),
     ("[engine]\nstream_interval=0\n", "engine.stream_interval: must be a whole number from 1"),
     ("[monitor]\nflip='best'\n", "monitor.flip: must be one of: none, idle, below, balance"),
     ("[monitor]\nload_ms=0\n", "monitor.load_ms: must be a whole number from 1"),

@@ -30,7 +30,8 @@ def slow_cluster(*overrides: str) -> Iterator[LiveCluster]:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as table:
         table.write("prefill = [[1, 0.005], [512, 0.02]]\ndecode = [[1, 0.005], [32, 0.006]]\n")
         table.flush()
-        with LiveCluster(overrides=[f"engine.cost={table.name}", "emulated.blocks=400", *overrides]) as cluster:
+        made = [f"engine.cost={table.name}", "emulated.blocks=400", "emulated.context=6400"]
+        with LiveCluster(overrides=[*made, *overrides]) as cluster:
             yield cluster
 
 

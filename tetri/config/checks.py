@@ -42,6 +42,9 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.broker.clients:
         yield from _address_problem(config.broker.clients)
     own = (config.clients_address, config.events_address, config.loads_address, config.views_address)
+    made = config.emulated
+    if config.engine.kind == "emulated" and made.blocks * block < made.context:
+        yield f"emulated.blocks: must be at least {blocks_for(made.context, block)}, which hold one context"
     for address in (*own, *map(config.inbox_address, iids)):
         if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
             yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"

@@ -1,0 +1,152 @@
+"""Instances that change their role while requests are served: by hand, by the monitor's watcher, and without a monitor.
+
+What a flip takes is counted by the broker, from the wish to the worker's answer. A worker reads its messages between
+two engine steps, so the step that it is in is part of that; here steps take 2 to 4 ms, so that it can be told from a
+drain, which would take as long as the requests there: hundreds of milliseconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from live import LiveCluster, wait_until
+from raw_client import RawClient
+from traffic import Pressure
+
+# Each of them leaves both roles served; the last ones put back what was.
+FLIPS = [
+    ("p0", "decode"),
+    ("d0", "prefill"),
+    ("p0", "mixed"),
+    ("d0", "mixed"),
+    ("p1", "decode"),
+    ("d1", "prefill"),
+    ("p1", "prefill"),
+    ("d1", "decode"),
+    ("p0", "prefill"),
+    ("d0", "decode"),
+]
+
+
+@contextmanager
+def brisk_cluster(*overrides: str) -> Iterator[LiveCluster]:
+    """Two prefill and two decode workers whose steps take 2 to 4 ms."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as table:
+        table.write("prefill = [[1, 0.002], [256, 0.003]]\ndecode = [[1, 0.002], [32, 0.003]]\n")
+        table.flush()
+        with LiveCluster(overrides=[f"engine.cost={table.name}", "engine.chunk_tokens=256", *overrides]) as cluster:
+            yield cluster
+
+
+def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
+    """By a client that is not tetri's own."""
+    with RawClient(cluster.config.clients_address) as client:
+        key = uuid.uuid4().hex
+        client.send("change_role", key=key, iid=iid, role=role)
+        return client.receive(key=key)
+
+
+def roles(cluster: LiveCluster) -> dict[str, str]:
+    return {iid: instance["role"] for iid, instance in cluster.instances().items()}
+
+
+def monitor(cluster: LiveCluster) -> dict[str, Any]:
+    found = cluster.client().status()["monitor"]
+    return found if found is not None else {"number": 0, "age_s": float("inf"), "flip": ""}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LiveCluster]:
+    with brisk_cluster() as cluster:
+        yield cluster
+
+
+def test_ten_flips_under_load(cluster: LiveCluster) -> None:
+    """No request fails or changes, and each flip takes milliseconds."""
+    took: list[float] = []
+    pressure = Pressure(cluster)
+
+    def disturb() -> None:
+        pressure.more(12)
+        for iid, role in FLIPS:
+            changed = flip(cluster, iid, role)
+            assert changed["type"] == "role_changed" and changed["role"] == role != changed["was"]
+            assert roles(cluster)[iid] == role
+            took.append(changed["took_s"])
+            pressure.more(6)
+
+    results = pressure.run(disturb)
+    print(f"{len(results)} requests; flips took", [f"{1000 * t:.1f} ms" for t in took])
+    assert statistics.median(took) < 0.010
+    assert max(took) < 0.1  # nobody waited for requests to end, even on a machine that is busy
+    assert all(result.receipt.attempts == 1 for result in results)
+    used = {(r.receipt.prefill_instance, r.receipt.decode_instance) for r in results}
+    assert {prefill for prefill, _ in used} >= {"p0", "p1", "d0", "d1"}
+    assert {decode for _, decode in used} >= {"p0", "p1", "d0", "d1"}
+
+
+def test_an_idle_worker_flips_in_less_than_ten_milliseconds(cluster: LiveCluster) -> None:
+    took = [flip(cluster, "p1", role)["took_s"] for role in ("mixed", "prefill") * 3]
+    print("idle flips took", [f"{1000 * t:.2f} ms" for t in took])
+    assert statistics.median(took) < 0.010
+    assert flip(cluster, "p1", "prefill")["took_s"] == 0
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing(cluster: LiveCluster) -> None:
+    before = roles(cluster)
+    for iid, role, says in [
+        ("nobody", "decode", "nobody"),
+        ("p0", "both", "both"),
+    ]:
+        refused = flip(cluster, iid, role)
+        assert refused["type"] == "refused" and says in refused["reason"]
+    assert flip(cluster, "p0", "decode")["type"] == "role_changed"
+    refused = flip(cluster, "p1", "decode")
+    assert refused["type"] == "refused" and "last prefill" in refused["reason"]
+    assert flip(cluster, "p0", "prefill")["type"] == "role_changed"
+    assert roles(cluster) == before
+
+
+def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -> None:
+    """Requests go on, status says how old the view is, and views go on when it is back."""
+    pressure = Pressure(cluster)
+
+    def disturb() -> None:
+        pressure.more(12)
+        assert monitor(cluster)["age_s"] < 1
+        cluster.kill("monitor")
+        last = monitor(cluster)["number"]
+        pressure.more(24)
+        wait_until(lambda: monitor(cluster)["age_s"] > 1, "the view's age does not grow")
+        assert monitor(cluster)["number"] >= last
+        assert flip(cluster, "d1", "mixed")["type"] == "role_changed"  # needs no monitor
+        cluster.start("monitor")
+        wait_until(lambda: monitor(cluster)["age_s"] < 0.5, "no views of the new one")
+        assert flip(cluster, "d1", "decode")["type"] == "role_changed"
+        pressure.more(12)
+
+    assert all(result.receipt.attempts == 1 for result in pressure.run(disturb))
+
+
+@pytest.mark.parametrize("policy", ["balance", "idle"])
+def test_the_watcher_flips_where_the_work_is(policy: str) -> None:
+    """Long prompts and hardly any output: decode instances become prefill ones, and nobody's request is lost."""
+    settings = ["idle_s=0.3", "hold_s=0.5", "gain=1.5", "load_ms=20", f"flip={policy}"]
+    with brisk_cluster(*(f"monitor.{setting}" for setting in settings), "emulated.time_scale=8") as cluster:
+        pressure = Pressure(cluster, width=20, prompt=2500, output=2)
+
+        def disturb() -> None:
+            wait_until(lambda: list(roles(cluster).values()).count("prefill") == 3, "nobody flips")
+            pressure.more(6)
+            assert sum(role in ("decode", "mixed") for role in roles(cluster).values()) >= 1  # the floor
+            assert monitor(cluster)["flip"] == policy
+
+        results = pressure.run(disturb)
+        assert {result.receipt.prefill_instance for result in results} & {"d0", "d1"}
+        assert "should become prefill" in cluster.log("monitor")
