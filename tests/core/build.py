@@ -7,6 +7,7 @@ from typing import Any
 
 from tetri.core.actions import Action, Send, Word, Worded
 from tetri.core.peers import Identity
+from tetri.policy.rules import Rules
 from tetri.request import Capacity, Fingerprint, Sampling, blocks_for
 from tetri.wire.messages import (
     Assign,
@@ -51,6 +52,9 @@ FINGERPRINT = Fingerprint(
 CAPACITY = Capacity(blocks=10, block_tokens=BLOCK, chunk_tokens=8, max_batch=2, context=40)
 
 
+FIRST = Rules(decode_route="first_fit")  # so that a test can tell who is asked
+
+
 def capacity(**changes: int) -> Capacity:
     return Capacity(**{**{name: getattr(CAPACITY, name) for name in CAPACITY.__struct_fields__}, **changes})
 
@@ -67,7 +71,9 @@ def identity(iid: str, role: str, **changes: Any) -> Identity:
         "capacity": CAPACITY,
         "transport": "local",
         "slots": 8,
+        "rules": FIRST,
         "beat_s": 0.1,
+        "load_s": 1e6,  # tests of loads ask for them
         "offer_s": 1.0,
         "patience_s": 10.0,
         "view_s": 2.0,

@@ -16,8 +16,8 @@ from tests.core.build import (
     kinds,
     offer,
     only,
-    sent,
     roster,
+    sent,
 )
 from tetri.core.actions import BROKER, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, LegRejected, Step
 from tetri.core.worker import Worker
@@ -98,7 +98,7 @@ def test_an_offer_is_granted_and_its_blocks_reserved(decode):
     assert kinds(actions) == ["AddLeg", "Grant > p1"]
     (added,) = only(actions, AddLeg)
     assert (added.leg.key, added.leg.phase, len(added.leg.tokens), added.leg.output_from) == (KEY, "decode", 16, 14)
-    assert decode.core.ledger.free == 6 and decode.core.load().waiting == 1
+    assert decode.core.ledger.free == 6 and decode.core.presence.load().waiting == 1
 
 
 def test_the_same_offer_again_is_granted_again(decode):
@@ -299,7 +299,7 @@ def test_one_request_from_admission_to_its_end(decode):
     first = decode.step((KEY, 6, None))
     assert kinds(first) == ["AdmitLeg", "Staged > broker", "Step", "Tokens > broker"]
     assert only(first, AdmitLeg) == [AdmitLeg(KEY, 5)] and sent(first, kind=Staged)[0].stage == "decode"
-    assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.load().running) == (1, 1)
+    assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.presence.load().running) == (1, 1)
     assert [hold.stage for hold in decode.core.decode.holds()] == ["decode"]
     last = decode.step((KEY, 7, "length"))
     assert kinds(last) == ["Step", "Tokens > broker", "Finished > broker"]
@@ -407,7 +407,7 @@ def test_a_token_of_one_that_was_not_admitted_must_not_go_on(decode):
     "spoil, complaint",
     [
         (lambda half, seat: half._keys.clear(), "their index differ"),
-        (lambda half, seat: half.ledger.close(seat.key), "its account and its end differ"),
+        (lambda half, seat: half.ledger.close(seat.key), "has no account"),
         (lambda half, seat: setattr(seat, "landed_as", 0), "runs without its KV"),
         (lambda half, seat: seat.tokens.extend([1] * 8), "runs past max_tokens"),
     ],

@@ -10,7 +10,7 @@ from tetri.core.ledger import Ledger
 def ledger():
     made = Ledger(10, 0.5)
     yield made
-    made.check(())
+    made.audit()
 
 
 def test_accounts_are_taken_grown_and_closed(ledger):
@@ -63,4 +63,12 @@ def test_a_reservation_without_an_account_is_found():
     ledger.reserve("a", 1)
     ledger._blocks.clear()
     with pytest.raises(Broken, match="without an account"):
-        ledger.check(())
+        ledger.audit()
+
+
+def test_what_was_counted_wrong_is_found():
+    ledger = Ledger(10, 0.5)
+    ledger.reserve("a", 1)
+    ledger.free -= 1
+    with pytest.raises(Broken, match="8 blocks free and 1 reserved, counted 9 and 1"):
+        ledger.audit()

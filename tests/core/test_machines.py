@@ -1,5 +1,5 @@
-"""Each core alone under random events: dropped, repeated, out of order, late, of old attempts and incarnations. After
-every one `check()` must hold; what a client is told, and who is spoken to, is checked too."""
+"""The broker's core alone under random events: dropped, repeated, out of order, late, of old attempts and incarnations.
+After every one `check()` must hold; what a client is told, and who is spoken to, is checked too."""
 
 from random import Random
 
@@ -8,43 +8,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.core.build import (
-    CAPACITY,
-    FINGERPRINT,
-    assign,
     beat,
-    chunk,
-    drop,
     failed,
     finished,
-    grant,
-    handle,
-    identity,
-    instance,
-    landed,
-    offer,
     ready,
-    refuse,
     staged,
     tokens,
-    roster,
 )
 from tetri.core.actions import (
-    BROKER,
-    AddLeg,
-    AdmitLeg,
-    Adopt,
-    Adopted,
-    CancelLeg,
     Connect,
-    Disconnect,
-    Export,
-    Exported,
-    Free,
     FromClient,
-    LegRejected,
     Reply,
     Send,
-    Step,
     Submitted,
     Undelivered,
     Unword,
@@ -53,15 +28,11 @@ from tetri.core.actions import (
 )
 from tetri.core.broker import Broker
 from tetri.core.desk import Limits
-from tetri.core.worker import Worker
-from tetri.cost import Cost
-from tetri.engine.base import EngineError
-from tetri.engine.emulated import EmulatedEngine
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
 from tetri.wire.clients import Attach, Cancel, Delta, Done, Inspect
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Close, Hold, Resend
+from tetri.wire.messages import Hold
 
 WORKERS = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 iids = st.sampled_from(sorted(WORKERS))
@@ -255,203 +226,5 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.tell(Worded(word.rid, word.start, word.ids, "x" * len(word.ids), None, word.final))
 
 
-class WorkerUnderFire(RuleBasedStateMachine):
-    """Peers and the broker say anything; the engine is the emulated one, the store counts its slots."""
-
-    role = "prefill"
-
-    @initialize(slots=st.sampled_from([3, 5, 30]))
-    def begin(self, slots):
-        self.engine = EmulatedEngine(capacity=CAPACITY, token_bytes=8, vocabulary=64, cost=Cost())
-        own = identity("me", self.role, slots=slots, fingerprint=self.engine.fingerprint)
-        self.core, self.now = Worker(own, Random(1), now=0.0), 0.0
-        self.slots, self.free, self.number = slots, list(range(slots)), 0
-        self.legs, self.connected, self.done = {}, {BROKER: None}, None
-        self.offers, self.jobs = [], []
-
-    def act(self, actions):
-        for action in actions:
-            result = self.do(action)
-            if result is not None:
-                self.act(self.core.handle(result, self.now))
-
-    def do(self, action):
-        match action:
-            case Connect(peer, _):
-                self.connected[peer] = None
-            case Disconnect(peer):
-                del self.connected[peer]
-            case AddLeg(leg):
-                assert leg.key not in self.legs
-                try:
-                    self.engine.add(leg)
-                except EngineError as error:
-                    return LegRejected(leg.key, str(error))
-                self.legs[leg.key] = None
-            case CancelLeg(key):
-                self.engine.cancel(key)
-                self.legs.pop(key, None)
-            case AdmitLeg(key, token):
-                self.engine.admit(key, token)
-            case Step():
-                assert self.done is None
-                self.done = self.engine.step()
-            case Export(key, index, start, stop):
-                slots = [self.free.pop() for _ in range(stop - start)]
-                blocks = [memoryview(bytearray(self.engine.fingerprint.block_bytes)) for _ in slots]
-                self.engine.export(key, start, stop, blocks)
-                return Exported(key, index, start, stop, handle(*slots, segment="me"), 9)
-            case Adopt(key, index, start, taken, _):
-                problem = {7: "corrupt", 8: "lost"}.get(taken.slots[0])
-                if problem is None:
-                    block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
-                    self.engine.adopt(key, start, [block] * len(taken.slots))
-                return Adopted(key, index, problem)
-            case Free(freed):
-                assert not set(freed.slots) & set(self.free), "freed twice"
-                self.free += freed.slots
-            case Send(peer, message):
-                name = type(message).__name__
-                assert (peer == BROKER) == (name in ("Ready", "Beat", "Staged", "Tokens", "Finished", "Failed"))
-                if name == "Offer":
-                    self.offers.append(message)
-        return None
-
-    def tell(self, event):
-        """Messages are read between steps only."""
-        if self.done is not None:
-            done, self.done = self.done, None
-            for sampled in done.tokens:
-                if sampled.reason or sampled.key.startswith("p:"):
-                    self.legs.pop(sampled.key)
-            self.act(self.core.handle(done, self.now))
-        if event is not None:
-            self.act(self.core.handle(event, self.now))
-
-    # ------------------------------------------------------------ the broker and the views
-
-    @rule(
-        rid=st.sampled_from("abcd"), prompt=st.integers(0, 41), old=st.integers(0, 3), attempt=st.integers(1, 3),
-        most=st.integers(1, 9),
-    )
-    def assign(self, rid, prompt, old, attempt, most):
-        if self.slots < 30:  # what a rejected leg leaves to others may be more than a small store holds
-            old = min(old, most - 1)
-        self.tell(assign(rid, prompt, [2] * old, attempt, most))
-
-    @rule(rid=st.sampled_from("abcd"), attempt=st.integers(1, 3))
-    def close(self, rid, attempt):
-        self.tell(Close(rid=rid, attempt=attempt))
-
-    @rule(rid=st.sampled_from("abcd"), attempt=st.integers(1, 3), start=st.integers(0, 5))
-    def resend(self, rid, attempt, start):
-        self.tell(Resend(rid=rid, attempt=attempt, start=start))
-
-    @rule(there=st.lists(iids, unique=True), incarnation=st.integers(1, 2), free=st.sampled_from([3, 10]))
-    def roster(self, there, incarnation, free):
-        self.number += 1
-        same = {"fingerprint": self.engine.fingerprint}
-        others = [instance(iid, WORKERS[iid], incarnation, free, **same) for iid in there]
-        self.tell(roster(self.number, instance("me", self.role, **same), *others))
-
-    @rule(iid=iids)
-    def peer_up(self, iid):
-        if iid in self.connected:
-            self.tell(PeerUp(iid))
-
-    @rule(iid=st.sampled_from([*sorted(WORKERS), BROKER]))
-    def peer_down(self, iid):
-        self.tell(PeerDown(iid))
-
-    # ------------------------------------------------------------ decode instances answer, rightly or not
-
-    @rule(back=st.integers(0, 3), index=st.integers(0, 4), kind=st.sampled_from(["grant", "refuse", "landed"]))
-    @precondition(lambda self: self.offers)
-    def answer(self, back, index, kind):
-        asked = self.offers[-1 - min(back, len(self.offers) - 1)]
-        src = self.core.dispatcher.jobs.get(f"p:{asked.rid}:{asked.attempt}")
-        who = (asked.rid, asked.offer, src.flow.target if src is not None and src.flow.target else "d1", asked.attempt)
-        if kind == "landed":
-            self.tell(landed(who[0], index, *who[1:]))
-        else:
-            self.tell({"grant": grant, "refuse": refuse}[kind](*who))
-
-    @rule(rid=st.sampled_from("abcd"), number=st.integers(1, 4), src=st.sampled_from(["d1", "d2"]))
-    def odd_answer(self, rid, number, src):
-        for message in (grant(rid, number, src), landed(rid, 0, number, src), refuse(rid, number, src)):
-            self.tell(message)
-
-    # ------------------------------------------------------------ prefill instances ask
-
-    @rule(
-        rid=st.sampled_from("wxyz"), prompt=st.integers(0, 41), attempt=st.integers(1, 2), number=st.integers(1, 3),
-        src=st.sampled_from(["p1", "p2"]), fit=st.sampled_from([True, True, True, False]),
-    )
-    def offer(self, rid, prompt, attempt, number, src, fit):
-        if self.slots < 30:  # a prefill leg that waits for slots cannot be kept from stepping beside decodes
-            return
-        changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT}
-        self.tell(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
-
-    @rule(place=st.integers(0, 5), index=st.integers(0, 3), slot=st.sampled_from([1, 1, 1, 7, 8]))
-    @precondition(lambda self: self.core.decode.seats)
-    def chunk(self, place, index, slot):
-        """One of the chunks of a seat: two blocks each, the last has the token."""
-        seats = list(self.core.decode.seats.values())
-        seat = seats[place % len(seats)]
-        start = min(2 * index, max(seat.flow.blocks - 1, 0) // 2 * 2)
-        stop = min(start + 2, seat.flow.blocks)
-        made = handle(*range(slot, slot + stop - start), segment=seat.offer.src)
-        token = 5 if stop == seat.flow.blocks else None
-        who = {name: getattr(seat.offer, name) for name in ("src", "incarnation", "attempt", "offer")}
-        self.tell(chunk(seat.offer.rid, start // 2, start, stop, token, handle=made, **who))
-
-    @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3), start=st.integers(-1, 4))
-    def odd_chunk(self, rid, attempt, number, start):
-        self.tell(chunk(rid, 0, start, start + 2, attempt=attempt, offer=number, handle=handle(1, 2)))
-
-    @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3))
-    def drop(self, rid, attempt, number):
-        self.tell(drop(rid, attempt=attempt, offer=number))
-
-    # ------------------------------------------------------------ time
-
-    @rule(wait=seconds)
-    def tick(self, wait):
-        self.tell(None)
-        self.now += wait
-        self.act(self.core.tick(self.now))
-
-    @rule()
-    def work(self):
-        """Some turns of the loop without news."""
-        for _ in range(6):
-            self.tick(0.0)
-
-    @invariant()
-    def sound(self):
-        if not hasattr(self, "core"):
-            return
-        assert len(self.free) == self.slots - self.core.prefill.slots_taken
-        if self.done is None:
-            self.core.check()
-            assert len(self.legs) == len(self.core.ledger), "the engine and the ledger know the same legs"
-
-    def teardown(self):
-        """When all is closed, nothing is left."""
-        if not hasattr(self, "core"):
-            return
-        self.work()
-        for rid in "abcdwxyz":
-            self.tell(Close(rid=rid, attempt=9))
-        self.tell(None)
-        self.sound()
-        assert not self.legs and sorted(self.free) == list(range(self.slots))
-        assert len(self.core.ledger) == 0 and self.core.ledger.free == CAPACITY.blocks
-        assert not self.engine.contents and not self.core.dispatcher.offers and not self.core.prefill.raw
-
-
 TestBrokerUnderFire = BrokerUnderFire.TestCase
 TestBrokerUnderFire.settings = QUICK
-TestWorkerUnderFire = WorkerUnderFire.TestCase
-TestWorkerUnderFire.settings = QUICK

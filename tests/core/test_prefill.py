@@ -18,8 +18,9 @@ from tests.core.build import (
     offer,
     only,
     refuse,
-    sent,
     roster,
+    sent,
+    view,
 )
 from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected
 from tetri.core.worker import Worker
@@ -61,8 +62,10 @@ def start(decoders=("d1",), **changes):
 
 
 def see(told, number, *decoders, free_blocks=10):
-    others = [instance(iid, "decode", free_blocks=free_blocks) for iid in decoders]
-    actions = told.tell(roster(number, instance("p1", "prefill"), *others))
+    """The other instances as the broker and the monitor tell of them."""
+    others = [instance(iid, "decode") for iid in decoders]
+    actions = told.tell(view(number, **dict.fromkeys(decoders, free_blocks)))
+    actions += told.tell(roster(number, instance("p1", "prefill"), *others))
     new = [iid for iid in decoders if iid not in told.core.neighbours.up]
     return actions + told.tell(*[PeerUp(iid) for iid in new])
 
@@ -141,8 +144,8 @@ def test_chunks_wait_for_slots_of_the_store():
 def test_a_window_of_prompts_at_a_time_is_ordered(prefill):
     prefill.tell(*[assign(f"r{number}", prompt=1) for number in range(20)])
     prefill.later()
-    assert (len(prefill.core.prefill.line), len(prefill.core.prefill.raw)) == (16, 4)
-    assert prefill.core.load().queued == 20
+    assert (len(prefill.core.prefill.queue.line), len(prefill.core.prefill.queue.raw)) == (16, 4)
+    assert prefill.core.presence.load().queued == 20
 
 
 def test_the_same_assignment_again_changes_nothing(prefill):
@@ -422,14 +425,14 @@ def test_giving_way_before_anything_moved_only_takes_the_offer_back(prefill):
 
 def test_closing_before_it_was_started(prefill):
     prefill.tell(assign("a", prompt=4))
-    assert not prefill.tell(Close(rid="a", attempt=1)) and not prefill.core.prefill.raw
+    assert not prefill.tell(Close(rid="a", attempt=1)) and not prefill.core.prefill.queue.raw
 
 
 def test_closing_while_it_computes(prefill):
     prefill.tell(assign("a", prompt=12))
     prefill.step()
     assert kinds(prefill.tell(Close(rid="a", attempt=2))) == ["CancelLeg", "Drop > d1", "Free"]
-    assert not prefill.core.prefill.line and prefill.core.ledger.free == 10
+    assert not prefill.core.prefill.queue.line and prefill.core.ledger.free == 10
 
 
 def test_closing_while_it_moves(prefill):
@@ -458,7 +461,7 @@ def test_a_leg_that_was_planned_without_room_must_not_go_on(monkeypatch):
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda half, job: half.line.append(job.key), "still queued"),
+        (lambda half, job: half.queue.line.update({job.key: None}), "still queued"),
         (lambda half, job: setattr(job, "running", True), "accounts and legs differ"),
         (lambda half, job: setattr(job.flow, "exported", 0), "moved more blocks"),
         (lambda half, job: setattr(half, "slots_taken", 9), "9 of 8 slots"),
@@ -478,10 +481,10 @@ def test_check_finds_what_is_wrong(spoil, complaint):
 
 def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
     """Windows of two, shortest first: "c" is shorter than all, but of the second window; "d" joins it in time."""
-    told = start(rules=Rules(order="sjf"), sched_batch=2, capacity=capacity(max_batch=3))
+    told = start(rules=Rules(order="sjf", sched_batch=2), capacity=capacity(max_batch=3))
     told.tell(assign("a", 7), assign("b", 5), assign("c", 1))
     first = told.step(("b", 9, None))
-    assert told.core.prefill.line == ["p:a:1"] and told.core.prefill.raw == ["p:c:1"]
+    assert list(told.core.prefill.queue.line) == ["p:a:1"] and list(told.core.prefill.queue.raw) == ["p:c:1"]
     assert [action.leg.key for action in first if isinstance(action, AddLeg)] == ["p:b:1", "p:a:1"]
     told.tell(assign("d", 2))
     second = told.step(("a", 9, None), ("c", 9, None), ("d", 9, None))

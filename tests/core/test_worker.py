@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from tests.core.build import Told, assign, grant, identity, instance, kinds, landed, offer, ready, refuse, sent, roster
+from tests.core.build import Told, assign, grant, identity, instance, kinds, landed, offer, ready, refuse, roster, sent
 from tetri.core.actions import BROKER, Broken, LegRejected, Step
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone

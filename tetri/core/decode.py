@@ -1,4 +1,4 @@
-"""The decode half of a worker: offer -> reserve -> chunks land -> wait -> admit -> one token a step.
+"""The decode half of a worker: offer -> reserve -> chunks land -> wait -> admit -> tokens, step by step.
 
 A seat is kept, with its tokens, until the broker closes it: until then the broker can ask for them again.
 """
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, Send
+from tetri.core.batch import Batch
 from tetri.core.kvflow import Inflow
 from tetri.core.ledger import Ledger
+from tetri.core.outlook import Outlook
 from tetri.core.peers import Identity
 from tetri.core.seat import Seat, obstacle
 from tetri.leg import Leg, Sampled, Span
-from tetri.policy.rules import ADMISSIONS
-from tetri.policy.views import BatchView, WaitingSeat
-from tetri.request import Stage, blocks_for
+from tetri.request import Stage
 from tetri.wire.messages import (
     Chunk,
     Drop,
@@ -30,7 +30,6 @@ from tetri.wire.messages import (
     Staged,
     TokenItem,
     Tokens,
-    WorkerEvent,
 )
 
 ADOPT_TRIES = 3  # a chunk whose digest does not match is copied again so often, then the offer is refused
@@ -40,15 +39,18 @@ Answer = Grant | Refuse | Landed
 
 
 class Decode:
-    """`seats` by key, at most one per request."""
+    """`seats` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
+    the engine has no blocks yet."""
 
     def __init__(self, own: Identity, ledger: Ledger) -> None:
         self.own, self.ledger = own, ledger
+        self.outlook = Outlook(own)
+        self.batch = Batch(own, ledger, self.outlook)
         self.seats: dict[str, Seat] = {}
+        self.moving: dict[str, Seat] = {}
+        self.bare: dict[str, Seat] = {}
         self._keys: dict[str, str] = {}  # rid -> key
         self._segments: dict[str, dict[str, None]] = {}  # prefill instance -> its stores, as chunks named them
-        self._landings = 0
-        self._stuck = False  # the last step ran none of the batch: all are preempted, and wait for memory
 
     # ------------------------------------------------------------ the hand-over
 
@@ -69,8 +71,10 @@ class Decode:
         why = self.ledger.reserve(key, message.blocks)
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
-        self.seats[key] = Seat(key, message, Inflow(message.blocks))
+        seat = Seat(key, message, Inflow(message.blocks), message.length, blocks=message.blocks)
+        self.seats[key] = self.moving[key] = self.bare[key] = seat
         self._keys[message.rid] = key
+        self.outlook.enter(seat)
         tokens = (*message.prompt, *message.output)
         leg = Leg(key, "decode", tokens, len(message.prompt), message.sampling)
         return [*actions, AddLeg(leg), self._answer(Grant, message)]
@@ -104,13 +108,12 @@ class Decode:
         if flow.broken is not None:  # the engine must know the leg until the last copy is made
             refuse = self._answer(Refuse, seat.offer, why=flow.broken, spoilt=True)
             return [] if flow.taking else [refuse, *self._release(seat)]
-        seat.flow.land(event.index)
+        flow.land(event.index)
         actions: list[Action] = [self._answer(Landed, seat.offer, index=event.index)]
-        if seat.flow.complete:
-            self._landings += 1
-            seat.landed_as = self._landings
-            assert seat.flow.token is not None
-            seat.tokens.append(seat.flow.token)
+        if flow.complete:
+            assert flow.token is not None
+            del self.moving[seat.key]
+            self.batch.land(seat, flow.token)
             actions.append(self._stage(seat, Stage.WAITING))
         return actions
 
@@ -127,7 +130,7 @@ class Decode:
 
     def orphaned(self, src: str) -> list[Action]:
         """A prefill instance is gone: what it had not sent completely never comes."""
-        seats = [seat for seat in self.seats.values() if seat.offer.src == src and not seat.landed_as]
+        seats = [seat for seat in self.moving.values() if seat.offer.src == src]
         forget = [Forget(segment) for segment in self._segments.pop(src, {})]
         return [*(action for seat in seats for action in self._release(seat)), *forget]
 
@@ -142,7 +145,7 @@ class Decode:
     def remind(self) -> list[Action]:
         """Tell of the grants whose KV is not all there: a prefill instance that took its offer back, while it
         could not say so, says so now."""
-        return [self._answer(Grant, seat.offer) for seat in self.seats.values() if not seat.landed_as]
+        return [self._answer(Grant, seat.offer) for seat in self.moving.values()]
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         seat = self._seat_of(rid)
@@ -150,47 +153,35 @@ class Decode:
 
     def _release(self, seat: Seat, *, in_engine: bool = True) -> list[Action]:
         del self.seats[seat.key], self._keys[seat.offer.rid]
+        if seat.end is not None:
+            return []
+        self._leave(seat)
+        return [CancelLeg(seat.key)] if in_engine else []
+
+    def _leave(self, seat: Seat) -> None:
+        """It takes nothing here any more."""
+        self.moving.pop(seat.key, None)
+        self.bare.pop(seat.key, None)
+        self.batch.leave(seat)
+        self.outlook.leave(seat)
         self.ledger.close(seat.key)
-        return [CancelLeg(seat.key)] if in_engine and seat.end is None else []
 
     # ------------------------------------------------------------ running
 
-    def admit(self) -> list[Action]:
-        """Let landed seats into the batch. If nothing runs, the oldest goes whatever the policy says: the engine
-        can take the memory of those in the batch for another, but not of those that wait."""
-        waiting = self._landed()
-        if not waiting:
-            return []
-        running = self.running()
-        views = [WaitingSeat(seat.key, seat.landed_as, seat.flow.blocks) for seat in waiting]
-        batch = BatchView(running, self.own.capacity.max_batch, self.ledger.free)
-        keys = ADMISSIONS[self.own.rules.admit](views, batch)
-        if not keys and (running == 0 or self._stuck):
-            keys = [min(waiting, key=lambda seat: seat.landed_as).key]
-        return [action for key in keys for action in self._admit(self.seats[key])]
-
-    def _landed(self) -> list[Seat]:
-        return [s for s in self.seats.values() if s.landed_as and not s.running and not s.end]
-
-    def stuck(self) -> bool:
-        """Whether nothing runs until another seat is admitted."""
-        return self._stuck and bool(self._landed())
-
-    def _admit(self, seat: Seat) -> list[Action]:
-        seat.running = True
-        self.ledger.run(seat.key)
-        self._grow(seat)
-        return [AdmitLeg(seat.key, seat.tokens[0]), self._stage(seat, Stage.DECODE)]
-
-    def _grow(self, seat: Seat) -> None:
-        self.ledger.grow(seat.key, blocks_for(seat.length, self.own.capacity.block_tokens))
-
-    def running(self) -> int:
-        return sum(seat.running for seat in self.seats.values())
+    def admit(self, most: int) -> list[Action]:
+        """Let landed seats into a batch of up to `most`."""
+        actions: list[Action] = []
+        for seat in self.batch.admit(most):
+            actions += [AdmitLeg(seat.key, seat.tokens[0]), self._stage(seat, Stage.DECODE)]
+        return actions
 
     def steps(self) -> bool:
         """Whether the engine has something to do: a token to compute, or blocks to allocate."""
-        return any(seat.running or not seat.allocated for seat in self.seats.values())
+        return bool(self.batch.running or self.bare)
+
+    def stuck(self) -> bool:
+        """Whether nothing runs until another seat is admitted."""
+        return self.batch.stuck() and bool(self.batch.landed)
 
     def step_done(
         self,
@@ -198,46 +189,26 @@ class Decode:
         tokens: Sequence[Sampled],
         allocated: Sequence[str],
         preempted: Sequence[str],
+        steps: int,
     ) -> list[Action]:
         actions: list[Action] = []
-        self._stuck = not spans and self.running() > 0
         for key in allocated:
-            seat = self.seats[key]
+            seat = self.bare.pop(key)
             seat.allocated = True
             actions += [self._adopt(seat, chunk) for chunk in seat.flow.announced.values()]
-        for span in spans:
-            seat = self.seats[span.key]
-            seat.recomputed += max(min(span.stop, len(seat.offer.prompt)) - span.start, 0)
-        for key in preempted:
-            self.seats[key].preempted += 1
-        return [*self._take_tokens(tokens), *actions]
-
-    def _take_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:
-        items: list[TokenItem] = []
-        after: list[Action] = []
-        for sampled in tokens:
-            seat = self.seats[sampled.key]
-            if not seat.running:
-                raise Broken(f"a token for {seat.key}, which was not admitted")
-            start = len(seat.offer.output) + len(seat.tokens)
-            items.append(self._item(seat, start, list(sampled.ids), sampled.reason))
-            seat.tokens += sampled.ids
-            if sampled.reason is None:
-                self._grow(seat)
-            else:
-                after.append(self._finish(seat, sampled.reason))
-        return [self._tell(Tokens, items=items), *after] if items else []
+        items, ended = self.batch.step_done(spans, tokens, preempted, steps)
+        told = [self._tell(Tokens, items=items)] if items else []
+        return [*told, *(self._finish(seat, reason) for seat, reason in ended), *actions]
 
     def _finish(self, seat: Seat, reason: str) -> Action:
-        seat.running = False
-        self.ledger.close(seat.key)
+        self._leave(seat)
         seat.end = Finished(
             iid=self.own.iid,
             incarnation=self.own.incarnation,
             rid=seat.offer.rid,
             attempt=seat.offer.attempt,
             reason=reason,
-            outputs=len(seat.outputs()),
+            outputs=seat.written,
             receipt=seat.receipt(self.own.iid, self.own.transport),
         )
         return Send(BROKER, seat.end)
@@ -245,32 +216,34 @@ class Decode:
     # ------------------------------------------------------------ what it says of itself
 
     def resend(self, message: Resend) -> list[Action]:
+        """All that is known, also what would be told later."""
         seat = self._seat_of(message.rid)
         if seat is None or seat.offer.attempt != message.attempt:
             return []
-        ids = seat.outputs()[message.start :]
-        item = self._item(seat, message.start, ids, seat.end.reason if seat.end else None)
+        ids, reason = seat.outputs()[message.start :], seat.end.reason if seat.end else None
+        item = TokenItem(seat.offer.rid, seat.offer.attempt, message.start, ids, reason)
+        if seat.running:
+            self.batch.told(seat)
         tokens = [self._tell(Tokens, items=[item])] if ids else []
         return [*tokens, *([Send(BROKER, seat.end)] if seat.end else [])]
 
     def holds(self) -> list[Hold]:
+        """`outputs` are those that the broker was told of: it asks for what it then lacks, and for no more."""
         return [
-            Hold(seat.offer.rid, seat.offer.attempt, seat.stage, len(seat.outputs())) for seat in self.seats.values()
+            Hold(seat.offer.rid, seat.offer.attempt, seat.stage, len(seat.offer.output) + seat.sent)
+            for seat in self.seats.values()
         ]
 
     def waiting(self) -> int:
-        return sum(not seat.running and not seat.end for seat in self.seats.values())
+        return len(self.moving) + len(self.batch.landed)
 
     def _seat_of(self, rid: str) -> Seat | None:
         return self.seats[self._keys[rid]] if rid in self._keys else None
 
-    def _item(self, seat: Seat, start: int, ids: list[int], reason: str | None) -> TokenItem:
-        return TokenItem(seat.offer.rid, seat.offer.attempt, start, ids, reason)
-
     def _stage(self, seat: Seat, stage: Stage) -> Send:
         return self._tell(Staged, rid=seat.offer.rid, attempt=seat.offer.attempt, stage=stage, peer=seat.offer.src)
 
-    def _tell(self, kind: type[WorkerEvent], **fields: Any) -> Send:
+    def _tell(self, kind: type[Staged] | type[Tokens], **fields: Any) -> Send:
         return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
 
     def _answer(self, kind: type[Answer], to: Offer | Chunk, **fields: Any) -> Send:
@@ -278,12 +251,18 @@ class Decode:
         return Send(to.src, kind(**who, rid=to.rid, attempt=to.attempt, offer=to.offer, **fields))
 
     def check(self) -> None:
+        """Count everything again."""
         if {seat.offer.rid: key for key, seat in self.seats.items()} != self._keys:
             raise Broken(f"seats and their index differ: {self._keys}")
-        for seat in self.seats.values():
-            if (seat.key in self.ledger) != (seat.end is None):
-                raise Broken(f"{seat.key}: its account and its end differ")
-            if seat.running and not (seat.landed_as and seat.allocated):
-                raise Broken(f"{seat.key} runs without its KV")
-            if seat.running and len(seat.outputs()) >= seat.offer.sampling.max_tokens:
-                raise Broken(f"{seat.key} runs past max_tokens")
+        here = [seat for seat in self.seats.values() if seat.end is None]
+        for seat in here:
+            if seat.key not in self.ledger:
+                raise Broken(f"{seat.key} has no account")
+            places = [place for place in (self.moving, self.batch.landed, self.batch.running) if seat.key in place]
+            right = self.batch.running if seat.running else self.batch.landed if seat.landed_as else self.moving
+            if places != [right] or (seat.key in self.bare) == seat.allocated:
+                raise Broken(f"{seat.key} is not where a seat in {seat.stage} is")
+        if len(here) != len(self.moving) + len(self.batch.landed) + len(self.batch.running):
+            raise Broken("seats that are no more are still counted")
+        self.batch.check()
+        self.outlook.check(here)

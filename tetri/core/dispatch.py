@@ -3,55 +3,99 @@ asks another one when it is refused or the first is gone."""
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from tetri.core.actions import Action, Send
+from tetri.core.actions import Action, Broken, Send
 from tetri.core.job import Job
 from tetri.core.kvflow import Parcel
 from tetri.core.peers import Identity, Neighbours
+from tetri.core.pool import Pool
 from tetri.core.timers import Timers
-from tetri.policy.rules import DECODE_ROUTES
-from tetri.policy.views import DecodeView
-from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Grant, Offer
+from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Grant, Load, Offer
 
 
 class Dispatcher:
-    """`jobs` are the prefill half's, by key. Offers are numbered from 1 for the life of the process."""
+    """`jobs` are the prefill half's, by key. Offers are numbered from 1 for the life of the process. `home`: the own
+    load while this instance decodes too, else None."""
 
-    def __init__(self, own: Identity, neighbours: Neighbours, timers: Timers[str], rng: Random) -> None:
-        self.own, self.neighbours, self.timers, self.rng = own, neighbours, timers, rng
+    def __init__(
+        self,
+        own: Identity,
+        neighbours: Neighbours,
+        timers: Timers[str],
+        rng: Random,
+        home: Callable[[], Load | None],
+    ) -> None:
+        self.own, self.timers, self.rng = own, timers, rng
+        self.pool = Pool(own, neighbours, home)
+        self.neighbours = neighbours
         self.jobs: dict[str, Job] = {}
         self.offers: dict[int, str] = {}  # open offers -> job key
+        self.stranded: dict[str, Job] = {}  # no decode instance that is there could ever hold them
+        self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; whoever is placed or gone may still be in it
+        self._targets: dict[str, dict[int, None]] = {}  # instance -> open offers
+        self._refused: dict[str, dict[str, str]] = {}  # job key -> decode instance -> why, since the last view
+        self._judged = -1  # as of which version of the neighbours jobs were stranded
         self._number = 0
+
+    def started(self, job: Job) -> None:
+        """It wants a decode instance from now on."""
+        if job.unplaced:
+            self._wants(job)
+
+    def forgive(self) -> None:
+        """There is news of the loads: who refused may be asked again."""
+        self._refused.clear()
 
     def dispatch(self, now: float) -> list[Action]:
         """Ask a decode instance for every job that needs one, in the order in which they were started, up to the
         first for which there is none. None is overtaken: a granted job waits only for slots of the KV store that
-        granted jobs before it give back, so reservations always come to an end."""
+        granted jobs before it give back, so reservations always come to an end. For the same reason all wait for one
+        whose length is still being predicted."""
+        if not self._unplaced and not self.stranded:
+            return []
+        self.pool.refresh()
+        self._judge_again()
         actions: list[Action] = []
-        known = list(self.neighbours.decoders())
-        unplaced = sorted((job for job in self.jobs.values() if job.unplaced), key=lambda job: job.turn)
-        for job in unplaced:
-            able = [i for i in known if job.fits(i.capacity)]
-            job.stranded_at = None if able else now if job.stranded_at is None else job.stranded_at
-            if not able:
-                continue  # it may wait for an instance that comes, but nobody waits for it
-            views = [self._view(i.iid, self.neighbours.free_blocks(i)) for i in able if i.iid not in job.refused]
-            target = DECODE_ROUTES[self.own.rules.decode_route](job.flow.blocks, views, self.rng)
-            if target is None:
-                break
-            self._number += 1
-            job.flow.aim(self._number, target)
-            self.offers[self._number] = job.key
-            actions += self.repeat(job, now)
+        while self._unplaced:
+            turn, key = self._unplaced[0]
+            job = self.jobs.get(key)
+            if job is not None and job.turn == turn and job.unplaced:
+                if not self.pool.fits(job):
+                    self.stranded[key] = job
+                    job.stranded_at = now
+                elif not job.predicted or not self._place(job, now, actions):
+                    break
+            self._unplaced.pop(0)
         return actions
 
-    def _view(self, iid: str, free_blocks: int) -> DecodeView:
-        """A view may be older than what this dispatcher has offered since."""
-        jobs = (self.jobs[key] for key in self.offers.values())
-        on_offer = sum(j.flow.blocks for j in jobs if j.flow.target == iid and not j.flow.granted)
-        return DecodeView(iid, free_blocks - on_offer)
+    def _judge_again(self) -> None:
+        """Other instances are there: for some jobs there may be one now. Those that still have none may wait for an
+        instance that comes, but nobody waits for them."""
+        if self._judged == self.neighbours.version:
+            return
+        self._judged = self.neighbours.version
+        for key, job in list(self.stranded.items()):
+            if self.pool.fits(job):
+                del self.stranded[key]
+                job.stranded_at = None
+                self._wants(job)
+
+    def _place(self, job: Job, now: float, actions: list[Action]) -> bool:
+        need = job.need(self.own.rules, self.own.capacity.block_tokens)
+        target = self.pool.choose(job, need, self._refused.get(job.key, ()), self.rng)
+        if target is None:
+            return False
+        self._number += 1
+        job.flow.aim(self._number, target)
+        self.pool.claim(self._number, target, need)
+        self.offers[self._number] = job.key
+        self._targets.setdefault(target, {})[self._number] = None
+        actions += self.repeat(job, now)
+        return True
 
     def job_of(self, answer: BetweenWorkers) -> Job | None:
         """The job that this answers an offer for, None when the offer is an old one: perhaps of this instance's
@@ -60,6 +104,11 @@ class Dispatcher:
         if job is None or (job.rid, job.attempt, job.flow.target) != (answer.rid, answer.attempt, answer.src):
             return None
         return job
+
+    def granted(self, job: Job, now: float) -> None:
+        assert job.flow.offer is not None
+        job.flow.granted = True
+        self.pool.granted(job.flow.offer, now)
 
     def repeat(self, job: Job, now: float) -> list[Action]:
         """Say to the target all that it has not answered. What it knows already it answers again. When it has
@@ -85,7 +134,10 @@ class Dispatcher:
         return [Send(job.flow.target, chunk)]
 
     def refused(self, job: Job, why: str) -> None:
-        job.refused[job.flow.target] = why
+        """The target does not take it: another one must, or the same when there is news of its load."""
+        assert job.flow.offer is not None
+        self._refused.setdefault(job.key, {})[job.flow.target] = why
+        self.pool.refused(job.flow.offer)
         self._clear(job)
 
     def withdraw(self, job: Job, why: str) -> list[Action]:
@@ -93,8 +145,16 @@ class Dispatcher:
         if job.flow.offer is None:
             return []
         drop = [] if job.flow.complete else [Send(job.flow.target, Drop(**self._address(job), why=why))]
+        if drop:
+            self.pool.taken_back(job.flow.offer)
         self._clear(job)
         return [*drop]
+
+    def forget(self, job: Job, why: str) -> list[Action]:
+        """The job is no longer among the others."""
+        self.stranded.pop(job.key, None)
+        self._refused.pop(job.key, None)
+        return self.withdraw(job, why)
 
     def renounce(self, grant: Grant) -> Action:
         """Take back what was granted to an offer that is no more."""
@@ -110,14 +170,21 @@ class Dispatcher:
 
     def aimed_at(self, iid: str) -> list[Job]:
         """Jobs on offer to this instance, those included whose KV is all there: the broker may not know it yet."""
-        jobs = [self.jobs[key] for key in self.offers.values()]
-        return [job for job in jobs if job.flow.target == iid]
+        return [self.jobs[self.offers[number]] for number in self._targets.get(iid, ())]
+
+    def _wants(self, job: Job) -> None:
+        insort(self._unplaced, (job.turn, job.key))
 
     def _clear(self, job: Job) -> None:
-        assert job.flow.offer is not None
-        del self.offers[job.flow.offer]
+        number, target = job.flow.offer, job.flow.target
+        assert number is not None
+        del self.offers[number], self._targets[target][number]
+        if not self._targets[target]:
+            del self._targets[target]
         self.timers.clear(job.key)
         job.flow.clear_aim()
+        if job.key in self.jobs and job.unplaced:
+            self._wants(job)
 
     def _offer(self, job: Job) -> Send:
         offer = Offer(
@@ -127,6 +194,7 @@ class Dispatcher:
             output=list(job.output),
             sampling=job.sampling,
             blocks=job.flow.blocks,
+            length=job.length,
         )
         return Send(job.flow.target, offer)
 
@@ -138,3 +206,21 @@ class Dispatcher:
             "attempt": job.attempt,
             "offer": job.flow.offer,
         }
+
+    def check(self) -> None:
+        """Count everything again."""
+        wanting = {(job.turn, key) for key, job in self.jobs.items() if job.unplaced and key not in self.stranded}
+        if wanting - set(self._unplaced) or self._unplaced != sorted(self._unplaced):
+            raise Broken(f"of {wanting} not all are in the line for a decode instance: {self._unplaced}")
+        if any(self.jobs.get(key) is not job or not job.unplaced for key, job in self.stranded.items()):
+            raise Broken(f"stranded, and on offer or gone: {list(self.stranded)}")
+        targets = {iid: list(numbers) for iid, numbers in self._targets.items()}
+        aimed: dict[str, list[int]] = {}
+        for number, key in self.offers.items():
+            if self.jobs[key].flow.offer != number:
+                raise Broken(f"offer {number} is not what {key} is on offer as")
+            aimed.setdefault(self.jobs[key].flow.target, []).append(number)
+        if targets != aimed:
+            raise Broken(f"offers by instance are {targets}, counted {aimed}")
+        if any(claim.granted_at is None and number not in self.offers for number, claim in self.pool.claims.items()):
+            raise Broken(f"claims of offers that are no more: {list(self.pool.claims)}")

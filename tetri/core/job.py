@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tetri.core.kvflow import Outflow
-from tetri.request import Capacity, Sampling, Stage, blocks_for
+from tetri.policy.length import end_of, heavy
+from tetri.policy.rules import Rules
+from tetri.policy.views import Need, QueuedPrompt
+from tetri.request import Capacity, LengthRange, Sampling, Stage, blocks_for
 from tetri.wire.messages import Finished
 
 
@@ -19,19 +22,19 @@ class Job:
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     sampling: Sampling
-    arrival: int
+    queued: QueuedPrompt
     flow: Outflow
+    goal: int  # tokens of the prompt and of the output of earlier attempts
+    left_s: float = 0.0  # predicted seconds of the prefill that is still to be done
+    length: LengthRange | None = None
+    predicted: bool = True  # False while its length is being predicted
     done: int = 0  # tokens computed
     turn: int = 0  # its place in the order in which jobs were started; 0: not yet
     running: bool = False  # the engine has its leg
+    held: bool = False  # the engine was told to keep its leg out of the steps
     token: int | None = None  # the one that prefill yields
     end: Finished | None = None  # when that token ended the request
-    refused: dict[str, str] = field(default_factory=dict)  # decode instance -> why, since the last view
     stranded_at: float | None = None  # since when no decode instance exists for it
-
-    @property
-    def goal(self) -> int:
-        return len(self.prompt) + len(self.output)
 
     @property
     def decodes(self) -> bool:
@@ -47,6 +50,20 @@ class Job:
         """Whether an engine can hold the whole request, its longest output included."""
         tokens = len(self.prompt) + self.sampling.max_tokens
         return self.goal < capacity.context and blocks_for(tokens, capacity.block_tokens) <= capacity.blocks
+
+    def need(self, rules: Rules, block_tokens: int) -> Need:
+        """What it will take on a decode instance, by the end of its range that `rules.dispatch_end` names."""
+        most = self.sampling.max_tokens
+        end = max(end_of(self.length, rules.dispatch_end, most), len(self.output) + 2)  # one token more than the first
+        blocks = blocks_for(len(self.prompt) + end, block_tokens)
+        return Need(self.flow.blocks, blocks, heavy(self.length, rules.heavy_tokens, most))
+
+    def filled(self, done: int, block_tokens: int) -> int:
+        """Up to which block all are complete, or were exported, once `done` tokens are computed. None of a request
+        that its first token ends: nobody would take them out of the store."""
+        if not self.decodes:
+            return self.flow.exported
+        return max(self.flow.blocks if done == self.goal else done // block_tokens, self.flow.exported)
 
     @property
     def stage(self) -> Stage:

@@ -11,22 +11,19 @@ from tetri.core.actions import Broken
 class Ledger:
     """`capacity` blocks in all. Accounts of *reserved* legs (granted, not running yet) together take at most
     `reserve_share` of them, so that waiting prompts never starve running decodes; one reservation alone may be
-    larger, or a long prompt could never be served."""
+    larger, or a long prompt could never be served.
+
+    free       blocks in no account; negative while running legs have outgrown the engine: it preempts then
+    reserved   blocks in accounts of reserved legs
+    """
 
     def __init__(self, capacity: int, reserve_share: float) -> None:
         self.capacity = capacity
         self.reserve_limit = int(capacity * reserve_share)
+        self.free = capacity
+        self.reserved = 0
         self._blocks: dict[str, int] = {}
         self._reserved: dict[str, None] = {}
-
-    @property
-    def free(self) -> int:
-        """Blocks in no account. Negative while running legs have outgrown the engine: it preempts then."""
-        return self.capacity - sum(self._blocks.values())
-
-    @property
-    def reserved(self) -> int:
-        return sum(self._blocks[key] for key in self._reserved)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -41,34 +38,51 @@ class Ledger:
         if blocks > self.free:
             return False
         self._blocks[key] = blocks
+        self.free -= blocks
         return True
 
     def reserve(self, key: str, blocks: int) -> str | None:
         """Open an account for a leg that waits for its KV; None when done, else why not."""
-        reserved = self.reserved
-        if reserved and reserved + blocks > self.reserve_limit:
-            return f"{reserved} of {self.reserve_limit} blocks for waiting requests are taken"
+        if self.reserved and self.reserved + blocks > self.reserve_limit:
+            return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
         if not self.take(key, blocks):
             return f"{blocks} blocks needed, {self.free} free"
         self._reserved[key] = None
+        self.reserved += blocks
         return None
 
     def run(self, key: str) -> None:
         """A reserved leg runs now."""
         del self._reserved[key]
+        self.reserved -= self._blocks[key]
 
     def grow(self, key: str, blocks: int) -> None:
-        self._blocks[key] = max(self._blocks[key], blocks)
+        """A running leg has so many blocks from now on, or more if it had more."""
+        more = blocks - self._blocks[key]
+        if more > 0:
+            self._blocks[key] = blocks
+            self.free -= more
 
     def close(self, key: str) -> None:
         """Close an account; closing what is not open is no error."""
-        self._blocks.pop(key, None)
-        self._reserved.pop(key, None)
+        blocks = self._blocks.pop(key, 0)
+        self.free += blocks
+        if key in self._reserved:
+            del self._reserved[key]
+            self.reserved -= blocks
 
     def check(self, held: Iterable[tuple[str, int]]) -> None:
         """Compare with what the engine says it holds, leg by leg."""
+        accounts = self._blocks
         for key, blocks in held:
-            if blocks > self._blocks.get(key, 0):
-                raise Broken(f"the engine holds {blocks} blocks for {key}, the ledger {self._blocks.get(key, 0)}")
+            if blocks > accounts.get(key, 0):
+                raise Broken(f"the engine holds {blocks} blocks for {key}, the ledger {accounts.get(key, 0)}")
+
+    def audit(self) -> None:
+        """Count everything again."""
         if any(key not in self._blocks for key in self._reserved):
             raise Broken("a reservation without an account")
+        free = self.capacity - sum(self._blocks.values())
+        reserved = sum(self._blocks[key] for key in self._reserved)
+        if (free, reserved) != (self.free, self.reserved):
+            raise Broken(f"{self.free} blocks free and {self.reserved} reserved, counted {free} and {reserved}")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect
+from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import Capacity, Fingerprint, difference
-from tetri.wire.messages import ClusterView, InstanceEntry, Load, Roster
+from tetri.request import TAKES_DECODE, Capacity, Fingerprint
+from tetri.wire.messages import ClusterView, InstanceEntry, InstanceLoad, Roster
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who a worker is and by which rules it works. Times are in seconds; `slots` are the blocks that its own KV
-    store holds."""
+    store holds. `role` is the one it starts with; the broker may change it later. `cost` is what it predicts with.
+
+    `stream_interval`: output tokens of a request that a decode instance sends in one message. A step may advance by
+    as many, so a message may hold up to twice as many, less one."""
 
     iid: str
     incarnation: int
@@ -25,38 +28,45 @@ class Identity:
     transport: str
     slots: int
     rules: Rules = Rules()
-    sched_batch: int = 16  # prompts ordered together (paper, section 3.3.1: PrefillSchedBatch)
+    cost: Cost = Cost()
     reserve_share: float = 0.5
     beat_s: float = 0.2
+    load_s: float = 0.1
     offer_s: float = 1.0
     patience_s: float = 60.0
-    view_s: float = 2.0  # without a view for so long, the worker registers again
+    view_s: float = 2.0  # without a roster for so long, the worker registers again
+    stream_interval: int = 1
 
 
 @dataclass(slots=True)
 class Neighbours:
-    """The other instances of the newest Roster, and to which of them a connection stands."""
+    """The other instances of the newest Roster, their loads of the newest ClusterView, and to whom a connection
+    stands. `version` counts up with whatever changes who can be asked to decode, or what is known of their loads."""
 
     own: Identity
     instances: dict[str, InstanceEntry] = field(default_factory=dict)
     up: dict[str, None] = field(default_factory=dict)
     epoch: int = 0
     number: int = -1
-    loads: dict[str, Load] = field(default_factory=dict)
+    loads: dict[str, InstanceLoad] = field(default_factory=dict)
     seen: tuple[int, int] = (0, -1)  # epoch and number of the newest ClusterView
+    seen_at: float = 0.0
+    version: int = 0
+    _able: dict[str, InstanceEntry] = field(default_factory=dict)  # decode, and understand this engine's KV bytes
 
-    def see(self, view: ClusterView) -> bool:
+    def see(self, view: ClusterView, now: float) -> bool:
         """Take the loads over; False for an older view of the same monitor."""
         if view.epoch == self.seen[0] and view.number <= self.seen[1]:
             return False
-        self.seen = (view.epoch, view.number)
-        self.loads = {each.iid: each.load for each in view.loads}
+        self.seen, self.seen_at = (view.epoch, view.number), now
+        self.loads = {each.iid: each for each in view.loads}
+        self.version += 1
         return True
 
-    def free_blocks(self, instance: InstanceEntry) -> int:
-        """As last reported; all of them while nothing was: its Refuse corrects that."""
+    def load(self, instance: InstanceEntry) -> InstanceLoad | None:
+        """As last reported by this very process; None while it reported nothing."""
         load = self.loads.get(instance.iid)
-        return instance.capacity.blocks if load is None else load.free_blocks
+        return load if load is not None and load.incarnation == instance.incarnation else None
 
     def update(self, roster: Roster) -> tuple[list[Action], list[str]]:
         """Take a roster over. Returns the connections to change, and the instances that are gone: left out of it, or
@@ -64,7 +74,15 @@ class Neighbours:
         if roster.epoch == self.epoch and roster.number <= self.number:
             return [], []
         self.epoch, self.number = roster.epoch, roster.number
+        self.version += 1
         old, self.instances = self.instances, {i.iid: i for i in roster.instances if i.iid != self.own.iid}
+        if old == self.instances:
+            return [], []  # as most often: it only says that the broker is there
+        self._able = {
+            iid: instance
+            for iid, instance in self.instances.items()
+            if instance.role in TAKES_DECODE and instance.fingerprint == self.own.fingerprint
+        }
         gone = [iid for iid, was in old.items() if self._incarnation(iid) != was.incarnation]
         actions: list[Action] = [Disconnect(iid) for iid in gone]
         for iid in gone:
@@ -74,12 +92,21 @@ class Neighbours:
                 actions.append(Connect(iid, instance.inbox))
         return actions, gone
 
+    def changed(self) -> None:
+        """The own role is another one."""
+        self.version += 1
+
+    def connected(self, iid: str) -> None:
+        self.up[iid] = None
+        self.version += 1
+
+    def disconnected(self, iid: str) -> None:
+        self.up.pop(iid, None)
+        self.version += 1
+
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
 
-    def decoders(self) -> Iterator[InstanceEntry]:
-        """Reachable decode instances that understand this engine's KV bytes."""
-        for iid, instance in self.instances.items():
-            reachable = instance.role == "decode" and iid in self.up
-            if reachable and difference(self.own.fingerprint, instance.fingerprint) is None:
-                yield instance
+    def decoders(self) -> list[InstanceEntry]:
+        """Reachable instances that take new decode work and understand this engine's KV bytes."""
+        return [instance for iid, instance in self._able.items() if iid in self.up]

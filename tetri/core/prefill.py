@@ -5,68 +5,101 @@ A job is kept, with its first token, until the broker closes it: until then the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from tetri.core.actions import BROKER, Action, AddLeg, Broken, CancelLeg, Export, Exported, Free, Send
+from tetri.core.actions import (
+    BROKER,
+    Action,
+    AddLeg,
+    Broken,
+    CancelLeg,
+    Export,
+    Exported,
+    Free,
+    HoldLeg,
+    LengthKnown,
+    Predict,
+    Send,
+)
+from tetri.core.chunk import candidates, ran, within
 from tetri.core.dispatch import Dispatcher
 from tetri.core.job import Job
 from tetri.core.kvflow import Outflow, Parcel
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
+from tetri.core.queue import Queue
 from tetri.leg import Leg, Sampled, Span
-from tetri.policy.rules import CHUNKS, ORDERS
+from tetri.policy.length import moved_up
+from tetri.policy.rules import CHUNKS
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Receipt, Stage, blocks_for
-from tetri.wire.messages import Assign, Failed, Finished, Hold, Resend, Staged, TokenItem, Tokens, WorkerEvent
+from tetri.wire.messages import Assign, Failed, Finished, Hold, Resend, Staged, TokenItem, Tokens
+
+Said = Staged | Tokens | Failed
 
 
 class Prefill:
-    """`jobs` by key; `raw` in order of arrival, `line` in order of execution, both hold keys of `jobs` whose
-    tokens are not all computed."""
+    """`jobs` by key. `started`: those whose leg is in the engine. `expected`: the chunk that is planned."""
 
     def __init__(self, own: Identity, ledger: Ledger, dispatcher: Dispatcher) -> None:
         self.own, self.ledger, self.dispatcher = own, ledger, dispatcher
         self.jobs: dict[str, Job] = dispatcher.jobs
-        self.raw: list[str] = []
-        self.line: list[str] = []
+        self.queue = Queue(own)
+        self.started: dict[str, Job] = {}
         self.slots_taken = 0
         self.short = False  # the first in line waits for slots
         self.expected: list[Span] = []
+        self._room = 0  # tokens that the planned step leaves to prefill
+        self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its jobs
         self._arrivals = self._turns = 0
 
     # ------------------------------------------------------------ what comes in
 
-    def assign(self, message: Assign) -> list[Action]:
+    def assign(self, message: Assign, now: float) -> list[Action]:
         key = f"p:{message.rid}:{message.attempt}"
         if key in self.jobs:
             return []  # the broker was not sure that it had reached us
         actions = self.close(message.rid, message.attempt - 1)
-        tokens = len(message.prompt) + len(message.output)
-        blocks = blocks_for(tokens, self.own.capacity.block_tokens)
-        if not 0 < tokens < self.own.capacity.context or blocks > self.own.capacity.blocks:
-            why = f"{tokens} tokens do not fit into instance {self.own.iid}"
-            return [
-                *actions,
-                self._tell(Failed, rid=message.rid, attempt=message.attempt, why=why, retry=False),
-            ]
+        own, tokens = self.own, len(message.prompt) + len(message.output)
+        blocks = blocks_for(tokens, own.capacity.block_tokens)
+        if not 0 < tokens < own.capacity.context or blocks > own.capacity.blocks:
+            why = f"{tokens} tokens do not fit into instance {own.iid}"
+            return [*actions, self._tell(Failed, rid=message.rid, attempt=message.attempt, why=why, retry=False)]
         self._arrivals += 1
-        self.jobs[key] = Job(
+        work_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
+        due = None if message.deadline_s is None else now + message.deadline_s
+        job = Job(
             key,
             message.rid,
             message.attempt,
             tuple(message.prompt),
             tuple(message.output),
             message.sampling,
-            self._arrivals,
+            QueuedPrompt(key, self._arrivals, tokens, now, work_s, due),
             Outflow(blocks),
+            tokens,
+            work_s,
+            predicted=own.rules.length == "none",
         )
-        self.raw.append(key)
-        return actions
+        self.jobs[key] = job
+        self._attempts.setdefault(job.rid, {})[key] = None
+        self.queue.enter(job)
+        return actions if job.predicted else [*actions, Predict(key, job.prompt, job.sampling)]
+
+    def length_known(self, event: LengthKnown, now: float) -> list[Action]:
+        job = self.jobs.get(event.key)
+        if job is None:
+            return []
+        job.predicted = True
+        job.length = None if event.length is None else moved_up(event.length, len(job.output))
+        return self.dispatcher.dispatch(now)
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         """Let go of every attempt up to this one, in any stage."""
+        jobs = [self.jobs[key] for key in self._attempts.get(rid, ())]
         actions: list[Action] = []
-        for job in [job for job in self.jobs.values() if job.rid == rid and job.attempt <= attempt]:
+        for job in [job for job in jobs if job.attempt <= attempt]:
             actions += self._forget(job, "closed")
         return actions
 
@@ -74,8 +107,8 @@ class Prefill:
         """The engine cannot run this leg: the others of the chunk get its place."""
         job = self.jobs[key]
         others = [self.jobs[span.key] for span in self.expected if span.key != key]
-        self.expected = self._pack([Progress(other.key, other.done, other.goal) for other in others])
-        return [*self._forget(job, why), self._fail(job, why, retry=False)]
+        self._choose([Progress(other.key, other.done, other.goal) for other in others])
+        return [*self._forget(job, why), self._fail(job, why, retry=False), *self.holding()]
 
     def resend(self, message: Resend) -> list[Action]:
         job = self.jobs.get(f"p:{message.rid}:{message.attempt}")
@@ -89,83 +122,76 @@ class Prefill:
 
     # ------------------------------------------------------------ the next chunk
 
-    def plan(self, now: float) -> list[Action]:
-        """Choose the next chunk and hand the engine just the legs that fill it. `expected` is the chunk."""
-        self._fill_line()
-        self.expected = self._next_chunk()
+    def plan(self, room: int, now: float) -> list[Action]:
+        """Choose the next chunk, of up to `room` tokens, and hand the engine just the legs that fill it."""
+        self._room, own = room, self.own
+        self._choose(candidates(self.queue, self.jobs, room, self.ledger.free, own.capacity.max_batch))
         actions: list[Action] = []
         for job in [self.jobs[span.key] for span in self.expected]:
             if not job.running:
                 actions += self._start(job, now)
         return actions
 
-    def _fill_line(self) -> None:
-        """Order windows of the queue, no more than it takes to fill a chunk: whoever comes later is ordered with
-        more company. A window never goes before an earlier one, which bounds how long a prompt is passed over."""
-        tokens = sum(self.jobs[key].goal - self.jobs[key].done for key in self.line)
-        while self.raw and tokens < self.own.capacity.chunk_tokens:
-            window, self.raw = self.raw[: self.own.sched_batch], self.raw[self.own.sched_batch :]
-            prompts = [QueuedPrompt(key, self.jobs[key].arrival, self.jobs[key].goal) for key in window]
-            self.line += ORDERS[self.own.rules.order](prompts)
-            tokens += sum(prompt.tokens for prompt in prompts)
-
-    def _next_chunk(self) -> list[Span]:
-        spans = self._pack(self._candidates())
-        slots, self.short = self.own.slots - self.slots_taken, False
-        for place, span in enumerate(spans):
-            start, stop = self._filled(self.jobs[span.key], span.stop)
-            slots -= stop - start
-            if slots < 0:  # the KV of earlier chunks must leave first
-                self.short = place == 0
-                return spans[:place]
-        return spans
-
-    def _pack(self, prompts: list[Progress]) -> list[Span]:
-        return CHUNKS[self.own.rules.chunk](prompts, self.own.capacity.chunk_tokens)
-
-    def _candidates(self) -> list[Progress]:
-        """The prompts that may be in the next chunk: the engine has their leg, or there is room for it."""
-        free, prompts = self.ledger.free, []
-        for key in self.line[: self.own.capacity.max_batch]:
-            job = self.jobs[key]
-            free -= 0 if job.running else job.flow.blocks
-            if free < 0 and not job.running:
-                break
-            prompts.append(Progress(key, job.done, job.goal))
-        return prompts
-
-    def _filled(self, job: Job, done: int) -> tuple[int, int]:
-        """Blocks [start, stop) that are complete, and not exported, once `done` tokens are computed. None of a
-        request that its first token ends: nobody would take them out of the store."""
-        if not job.decodes:
-            return job.flow.exported, job.flow.exported
-        stop = job.flow.blocks if done == job.goal else done // self.own.capacity.block_tokens
-        return job.flow.exported, stop
+    def _choose(self, prompts: list[Progress]) -> None:
+        capacity, slots = self.own.capacity, self.own.slots - self.slots_taken
+        spans = CHUNKS[self.own.rules.chunk](prompts, self._room)
+        spare = capacity.chunk_tokens - self._room
+        self.expected = within(spans, self.jobs, slots, spare, capacity.block_tokens)
+        self.short = bool(spans) and not self.expected
 
     def _start(self, job: Job, now: float) -> list[Action]:
         if not self.ledger.take(job.key, job.flow.blocks):
             raise Broken(f"{job.key} was planned without room")
-        self._turns += 1
-        job.turn, job.running = self._turns, True
+        self.queue.start(job)
+        self.started[job.key] = job
+        job.running = True
         leg = Leg(job.key, "prefill", job.prompt + job.output, len(job.prompt), job.sampling)
+        if job.turn:  # it had to give its memory back, and begins again
+            return [AddLeg(leg)]
+        self._turns += 1
+        job.turn = self._turns
+        self.dispatcher.started(job)
         staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.PREFILL)
         return [AddLeg(leg), staged, *self.dispatcher.dispatch(now)]
 
+    def holding(self) -> list[Action]:
+        """Keep what is started and not in the planned chunk out of the step."""
+        planned = {span.key for span in self.expected}
+        actions: list[Action] = []
+        for key, job in self.started.items():
+            if job.held == (key in planned):
+                job.held = not job.held
+                actions.append(HoldLeg(key, job.held))
+        return actions
+
+    def retreat(self) -> list[Action]:
+        """Give the memory of the youngest leg back: decodes, here too, wait for it, and nothing else can go on. It
+        begins again when there is room; KV that was exported stays."""
+        job = self.started[next(reversed(self.started))]
+        self._stop(job)
+        self.queue.computed(job, 0)
+        return [CancelLeg(job.key)]
+
     # ------------------------------------------------------------ what the step did
 
-    def step_done(self, spans: list[Span], tokens: list[Sampled]) -> list[Action]:
-        """Tokens go out first, then the KV of the blocks that this chunk filled."""
-        if sorted(spans, key=_span_key) != sorted(self.expected, key=_span_key):
-            raise Broken(f"planned {self.expected}, the engine ran {spans}")
+    def step_done(
+        self, spans: Sequence[Span], tokens: Sequence[Sampled], preempted: Sequence[str], *, strained: bool
+    ) -> list[Action]:
+        """Tokens go out first, then the KV of the blocks that this chunk filled. `strained`: memory was short or the
+        engine computed a preempted decode again, so that it may have run other tokens than planned of the chunk."""
+        if not ran(self.expected, spans, self.jobs, strained=strained):
+            raise Broken(f"planned {self.expected}, the engine ran {list(spans)}")
         self.expected = []
         for span in spans:
-            self.jobs[span.key].done = span.stop
+            self.queue.computed(self.jobs[span.key], span.stop)
         actions = self._first_tokens(tokens)
         for span in spans:
             actions += self._export(self.jobs[span.key])
+        for key in preempted:
+            self.queue.computed(self.jobs[key], 0)
         return actions
 
-    def _first_tokens(self, tokens: list[Sampled]) -> list[Action]:
+    def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:
         items: list[TokenItem] = []
         after: list[Action] = []
         for sampled in tokens:
@@ -174,11 +200,17 @@ class Prefill:
                 raise Broken(f"a token for {job.key} at {job.done} of {job.goal}")
             reason = sampled.reason or (None if job.decodes else "length")
             items.append(TokenItem(job.rid, job.attempt, len(job.output), list(sampled.ids), reason))
-            job.token, job.running = sampled.token, False
-            self.line.remove(job.key)
-            self.ledger.close(job.key)
+            job.token = sampled.token
+            self._stop(job)
+            self.queue.leave(job)
             after += self._end(job, reason) if reason else self._move(job)
         return [self._tell(Tokens, items=items), *after] if items else []
+
+    def _stop(self, job: Job) -> None:
+        """Its leg is no longer in the engine."""
+        del self.started[job.key]
+        job.running = job.held = False
+        self.ledger.close(job.key)
 
     def _move(self, job: Job) -> list[Action]:
         staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.MOVING, peer=job.flow.target)
@@ -196,10 +228,10 @@ class Prefill:
             outputs=len(job.output) + 1,
             receipt=receipt,
         )
-        return [Send(BROKER, job.end), *self.dispatcher.withdraw(job, "finished"), *self._free(job)]
+        return [Send(BROKER, job.end), *self.dispatcher.forget(job, "finished"), *self._free(job)]
 
     def _export(self, job: Job) -> list[Action]:
-        start, stop = self._filled(job, job.done)
+        start, stop = job.flow.exported, job.filled(job.done, self.own.capacity.block_tokens)
         if stop == start:
             return []
         index = job.flow.chunks
@@ -238,7 +270,8 @@ class Prefill:
     def jammed(self) -> Job | None:
         """The first in line when it waits for slots which only requests keep that nobody takes, perhaps because
         of the very memory that it has been granted: no slot and no memory would ever come free."""
-        job = self.jobs[self.line[0]] if self.line and self.short else None
+        first = next(iter(self.queue.line), None)
+        job = self.jobs[first] if first is not None and self.short else None
         waits = job is not None and job.running and job.flow.offer is not None
         return job if waits and all(j.unplaced for j in self.jobs.values() if j.flow.parcels) else None
 
@@ -250,42 +283,40 @@ class Prefill:
         return [*self._forget(job, why), self._fail(job, why, retry=False)]
 
     def _forget(self, job: Job, why: str) -> list[Action]:
-        del self.jobs[job.key]
-        for queue in (self.raw, self.line):
-            if job.key in queue:
-                queue.remove(job.key)
-        self.ledger.close(job.key)
+        del self.jobs[job.key], self._attempts[job.rid][job.key]
+        if not self._attempts[job.rid]:
+            del self._attempts[job.rid]
+        if job.token is None:
+            self.queue.leave(job)
         cancel: list[Action] = [CancelLeg(job.key)] if job.running else []
-        return [*cancel, *self.dispatcher.withdraw(job, why), *self._free(job)]
+        if job.running:
+            self._stop(job)
+        return [*cancel, *self.dispatcher.forget(job, why), *self._free(job)]
 
     # ------------------------------------------------------------ what it says of itself
 
     def holds(self) -> list[Hold]:
         return [Hold(job.rid, job.attempt, job.stage, len(job.outputs())) for job in self.jobs.values()]
 
-    def queued_tokens(self) -> int:
-        return sum(self.jobs[key].goal - self.jobs[key].done for key in (*self.line, *self.raw))
-
     def _fail(self, job: Job, why: str, *, retry: bool) -> Action:
         return self._tell(Failed, rid=job.rid, attempt=job.attempt, why=why, retry=retry)
 
-    def _tell(self, kind: type[WorkerEvent], **fields: Any) -> Send:
+    def _tell(self, kind: type[Said], **fields: Any) -> Send:
         return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
 
     def check(self) -> None:
-        for key in (*self.raw, *self.line):
-            if self.jobs[key].token is not None:
-                raise Broken(f"{key} has its token and is still queued")
-        running = [job for job in self.jobs.values() if job.running]
+        """Count everything again."""
+        self.queue.check(self.jobs)
         if any((job.key in self.ledger) != job.running for job in self.jobs.values()):
-            raise Broken(f"accounts and legs differ: {running}")
+            raise Broken(f"accounts and legs differ: {[job.key for job in self.jobs.values() if job.running]}")
+        if {key: job for key, job in self.jobs.items() if job.running} != self.started:
+            raise Broken(f"started are {list(self.started)}, and others run")
+        attempts = {(job.rid, key) for key, job in self.jobs.items()}
+        if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
+            raise Broken(f"jobs and their index differ: {self._attempts}")
         for job in self.jobs.values():
             kept = sum(parcel.stop - parcel.start for parcel in job.flow.parcels.values())
             if job.end is None and kept + job.flow.landed > job.flow.exported:
                 raise Broken(f"{job.key} moved more blocks than it exported")
         if not 0 <= self.slots_taken <= self.own.slots:
             raise Broken(f"{self.slots_taken} of {self.own.slots} slots taken")
-
-
-def _span_key(span: Span) -> tuple[str, int]:
-    return span.key, span.start

@@ -5,24 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tetri.core.kvflow import Inflow
-from tetri.request import Capacity, Fingerprint, Receipt, Stage, blocks_for, difference
+from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
 from tetri.wire.messages import BetweenWorkers, Finished, Offer
+
+NEVER = 1 << 62
 
 
 @dataclass(slots=True)
 class Seat:
-    """One attempt of one request on the decode side. `tokens` produced here, the adopted first token included."""
+    """One attempt of one request on the decode side. `tokens` produced here, the adopted first token included; `sent`
+    of them were told to the broker.
+
+    What is predicted of it counts output tokens of all attempts together. It is looked at again when `tokens` are as
+    many as `due`, and anything of it is to be done when they are as many as `mark`: nothing before."""
 
     key: str
     offer: Offer
     flow: Inflow
+    length: LengthRange | None = None  # moved up as tokens come
     allocated: bool = False  # the engine has its blocks
     landed_as: int = 0  # place in the order of landing, 0: not all there
     running: bool = False
     tokens: list[int] = field(default_factory=list)
+    sent: int = 0
     end: Finished | None = None
     recomputed: int = 0
     preempted: int = 0
+
+    blocks: int = 0  # its account
+    dispatch_end: int = 0  # predicted output tokens, by the end of the range that the dispatcher reckons with
+    admit_end: int = 0  # the same by the one that admission reckons with
+    heavy: bool = False
+    growth: int = 0  # blocks that it is predicted to take in addition
+    due: int = 0
+    mark: int = 0
 
     @property
     def stage(self) -> Stage:
@@ -36,7 +52,13 @@ class Seat:
         return [*self.offer.output, *self.tokens]
 
     @property
-    def length(self) -> int:
+    def written(self) -> int:
+        """Output tokens, all attempts together."""
+        return len(self.offer.output) + len(self.tokens)
+
+    @property
+    def size(self) -> int:
+        """Tokens, prompt and output."""
         return len(self.offer.prompt) + len(self.offer.output) + len(self.tokens)
 
     def is_for(self, message: BetweenWorkers) -> bool:

@@ -1,4 +1,4 @@
-"""A worker's core: both halves over one engine and one ledger, the registration with the broker, the beats."""
+"""A worker's core: both halves over one engine and one ledger."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tetri.core.actions import (
     Broken,
     Exported,
     LegRejected,
+    LengthKnown,
     Send,
     Step,
     WorkerInput,
@@ -20,27 +21,28 @@ from tetri.core.dispatch import Dispatcher
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity, Neighbours
 from tetri.core.prefill import Prefill
+from tetri.core.presence import Presence
 from tetri.core.timers import Timers
 from tetri.leg import StepDone
+from tetri.request import ROLES, TAKES_DECODE
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import (
     Assign,
-    Beat,
     Chunk,
     Close,
     ClusterView,
     Drop,
+    Flip,
     Grant,
     Landed,
     Load,
     Offer,
-    Ready,
     Refuse,
     Resend,
     Roster,
 )
 
-BEAT, REGISTER = "beat", "register"
+BEAT, LOAD, REGISTER = "beat", "load", "register"
 
 
 class Worker:
@@ -52,46 +54,59 @@ class Worker:
         self.timers: Timers[str] = Timers()
         self.neighbours = Neighbours(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
-        self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng)
+        self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng, self._home)
         self.prefill = Prefill(own, self.ledger, self.dispatcher)
         self.decode = Decode(own, self.ledger)
         self.stepping = False
         self.idle = False
+        self.presence = Presence(own, self.ledger, self.prefill, self.decode, now)
+        self._step_at = now
+        self._fewer = False  # the batch has lost a leg since the step was planned
         self.timers.set(BEAT, now)
+        self.timers.set(LOAD, now)
 
     # ------------------------------------------------------------ the four verbs
 
     def handle(self, event: WorkerInput, now: float) -> list[Action]:
+        return self._hear_own(self._handle(event, now), now)
+
+    def _handle(self, event: WorkerInput, now: float) -> list[Action]:
         if isinstance(event, StepDone):
             return self._step_done(event, now)
         self.idle = False
         match event:
-            case Assign():
-                return self.prefill.assign(event)
-            case Close():
-                closed = self.prefill.close(event.rid, event.attempt)
-                return [*closed, *self.decode.close(event.rid, event.attempt)]
-            case Resend():
-                return [*self.prefill.resend(event), *self.decode.resend(event)]
-            case Offer():
-                return self.decode.offer(event)
             case Chunk():
                 return self.decode.chunk(event)
-            case Drop():
-                return self.decode.drop(event)
-            case Grant() | Refuse() | Landed():
-                return self._answered(event, now)
             case Exported():
                 return self.prefill.exported(event)
             case Adopted():
                 return self.decode.adopted(event)
+            case Offer():
+                return self.decode.offer(event)
+            case Grant() | Refuse() | Landed():
+                return self._answered(event, now)
+            case Assign():
+                return self.prefill.assign(event, now)
+            case Close():
+                closed = self.prefill.close(event.rid, event.attempt)
+                return [*closed, *self.decode.close(event.rid, event.attempt)]
+            case ClusterView():
+                return self._news(now) if self.neighbours.see(event, now) else []
+            case LengthKnown():
+                return self.prefill.length_known(event, now)
+            case Drop():
+                return self.decode.drop(event)
+            case Resend():
+                return [*self.prefill.resend(event), *self.decode.resend(event)]
             case LegRejected():
-                half = self.prefill if event.key in self.prefill.jobs else self.decode
-                return half.reject(event.key, event.why)
+                if event.key in self.prefill.jobs:
+                    return self.prefill.reject(event.key, event.why)
+                self._fewer = True
+                return self.decode.reject(event.key, event.why)
             case Roster():
                 return self._roster(event, now)
-            case ClusterView():
-                return self._view(event, now)
+            case Flip():
+                return self._flip(event.role, now)
             case PeerUp():
                 return self._up(event.peer, now)
             case PeerDown():
@@ -101,12 +116,15 @@ class Worker:
     def tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for key in self.timers.due(now):
-            if key == BEAT:
+            if key == LOAD:
+                actions.append(self._report(now))
+            elif key == BEAT:
                 actions += self._beat(now)
             elif key == REGISTER:
                 actions.append(self._register(now))
             else:
                 actions += self.dispatcher.repeat(self.prefill.jobs[key], now)
+        actions = self._hear_own(actions, now)
         return actions if self.stepping or self.idle else [*actions, *self._step(now)]
 
     def deadline(self) -> float | None:
@@ -115,40 +133,73 @@ class Worker:
         return self.timers.next() if self.idle else float("-inf")
 
     def check(self) -> None:
-        self.ledger.check(())
+        self.ledger.audit()
         self.prefill.check()
+        self.dispatcher.check()
         self.decode.check()
         accounts = sum(job.running for job in self.prefill.jobs.values())
         accounts += sum(seat.end is None for seat in self.decode.seats.values())
         if accounts != len(self.ledger):
             raise Broken(f"{len(self.ledger)} accounts for {accounts} legs")
 
+    def _hear_own(self, actions: list[Action], now: float) -> list[Action]:
+        """What this instance says to itself, while it does both, it hears at once: no message leaves for it."""
+        me, heard = self.own.iid, list[Action]()
+        for action in actions:
+            if isinstance(action, Send) and action.peer == me:
+                heard += self.handle(action.message, now)  # type: ignore[arg-type]  # not to the broker
+            else:
+                heard.append(action)
+        return heard
+
     # ------------------------------------------------------------ the engine
 
     def _step(self, now: float) -> list[Action]:
-        actions = [*self.prefill.plan(now), *self.decode.admit()]
-        if not self.prefill.expected and not self.decode.steps():
-            self.idle = True
-            return actions
-        self.stepping = True
-        return [*actions, Step()]
+        """Decodes go first and take one token of the step's budget each, a prefill chunk gets the rest. While prompts
+        wait, the batch therefore stays smaller than the budget."""
+        budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
+        batch, prefill, self._fewer = self.decode.batch, self.prefill, False
+        admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
+        decodes = len(batch.running) - len(batch.lapsed)
+        actions = admitted + self._hear_own(prefill.plan(budget - decodes, now), now)
+        if not prefill.expected:
+            if not self.decode.steps():
+                self.idle = True
+                return actions
+            if batch.stuck() and prefill.started and not admitted:
+                actions += prefill.retreat()
+        actions += prefill.holding()
+        timer = self.timers.next()
+        assert timer is not None  # of a beat
+        self.stepping, self._step_at = True, now
+        return [*actions, Step(1 if prefill.expected else batch.most(timer - now))]
 
     def _step_done(self, done: StepDone, now: float) -> list[Action]:
         self.stepping = False
-        self.ledger.check(done.held)
-        mine = self.prefill.jobs
-        prefill = self.prefill.step_done(
-            [span for span in done.spans if span.key in mine],
-            [token for token in done.tokens if token.key in mine],
-        )
-        decode = self.decode.step_done(
-            [span for span in done.spans if span.key not in mine],
-            [token for token in done.tokens if token.key not in mine],
-            done.allocated,
-            done.preempted,
-        )
-        self.idle = not (done.spans or done.allocated or self.decode.stuck())
-        return [*prefill, *decode]
+        self.presence.worked(now - self._step_at)
+        if done.steps == 1:
+            self.ledger.check(done.held)
+        legs, batch = self.prefill.started, self.decode.batch
+        spans, tokens, preempted = done.spans, done.tokens, done.preempted
+        actions: list[Action] = []
+        if legs:  # else all of it is the decode half's
+            mine = self.prefill.jobs
+            strained = self._fewer or bool(preempted) or self.ledger.free < 0
+            actions = self.prefill.step_done(
+                [span for span in spans if span.key in mine],
+                [token for token in tokens if token.key in mine],
+                [key for key in preempted if key in mine],
+                strained=strained or any(span.key in batch.lapsed for span in spans),
+            )
+            spans = tuple(span for span in spans if span.key not in mine)
+            tokens = tuple(token for token in tokens if token.key not in mine)
+            preempted = tuple(key for key in preempted if key not in mine)
+        actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
+        if done.steps > 1:
+            self.ledger.check(done.held)  # only now have the accounts grown by all of the tokens
+        way_out = self.decode.stuck() or (batch.stuck() and bool(legs))
+        self.idle = not (done.spans or done.allocated or way_out)
+        return actions
 
     # ------------------------------------------------------------ peers
 
@@ -156,21 +207,16 @@ class Worker:
         job = self.dispatcher.job_of(event)
         if job is None:  # of an offer that was taken back, which may not be known there
             return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
-        if isinstance(event, Grant):
-            job.flow.granted = True
-            return []
-        if isinstance(event, Landed):
-            return self.prefill.landed(job, event.index)
-        if event.spoilt or not job.flow.movable:
-            return self.prefill.lose(job, f"{event.src} cannot go on with the KV: {event.why}")
-        self.dispatcher.refused(job, event.why)
-        return self.dispatcher.dispatch(now)
+        if isinstance(event, Refuse):
+            if event.spoilt or not job.flow.movable:
+                return self.prefill.lose(job, f"{event.src} cannot go on with the KV: {event.why}")
+            self.dispatcher.refused(job, event.why)
+            return self.dispatcher.dispatch(now)
+        self.dispatcher.granted(job, now)  # or nothing could have landed
+        return self.prefill.landed(job, event.index) if isinstance(event, Landed) else []
 
-    def _view(self, view: ClusterView, now: float) -> list[Action]:
-        if not self.neighbours.see(view):
-            return []
-        for job in self.prefill.jobs.values():
-            job.refused.clear()
+    def _news(self, now: float) -> list[Action]:
+        self.dispatcher.forgive()
         return self.dispatcher.dispatch(now)
 
     def _roster(self, roster: Roster, now: float) -> list[Action]:
@@ -179,21 +225,19 @@ class Worker:
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
         for iid in gone:
             actions += self._lost(iid, now)
-        for job in self.prefill.jobs.values():
-            job.refused.clear()
-        return [*actions, *self.dispatcher.dispatch(now)]
+        return [*actions, *self._news(now)]
 
     def _up(self, peer: str, now: float) -> list[Action]:
         if peer == BROKER:
             return [self._register(now)]
-        self.neighbours.up[peer] = None
+        self.neighbours.connected(peer)
         again = [action for job in self.dispatcher.aimed_at(peer) for action in self.dispatcher.repeat(job, now)]
         return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
         if peer == BROKER:
             return []  # go on; it is told again when it is back
-        self.neighbours.up.pop(peer, None)
+        self.neighbours.disconnected(peer)
         return self._lost(peer, now)
 
     def _lost(self, iid: str, now: float) -> list[Action]:
@@ -205,49 +249,44 @@ class Worker:
                 actions += self.prefill.lose(job, f"{iid} was lost with part of the KV")
         return [*actions, *self.dispatcher.dispatch(now)]
 
-    # ------------------------------------------------------------ the broker
+    # ------------------------------------------------------------ from time to time
 
-    def load(self) -> Load:
-        return Load(
-            free_blocks=self.ledger.free,
-            queued=len(self.prefill.line) + len(self.prefill.raw),
-            queued_tokens=self.prefill.queued_tokens(),
-            waiting=self.decode.waiting(),
-            running=self.decode.running(),
-        )
+    @property
+    def role(self) -> str:
+        """Which new work others send. What comes is served whatever the role."""
+        return self.presence.role
+
+    def _flip(self, role: str, now: float) -> list[Action]:
+        """Take another role, with engine, weights and all that is here as they are. Said again when it has it already:
+        the broker may have missed that."""
+        if role in ROLES:
+            self.presence.role = role
+        self.neighbours.changed()
+        return [self.presence.beat(), self._report(now), *self.dispatcher.dispatch(now)]
+
+    def _home(self) -> Load | None:
+        """The own load while it takes new decode work: its own prompts may stay then."""
+        return self.presence.load() if self.role in TAKES_DECODE else None
+
+    def _report(self, now: float) -> Action:
+        self.timers.set(LOAD, now + self.own.load_s)
+        return self.presence.report(now)
 
     def _register(self, now: float) -> Action:
-        own = self.own
-        self.timers.set(REGISTER, now + own.view_s)
-        ready = Ready(
-            iid=own.iid,
-            incarnation=own.incarnation,
-            role=own.role,
-            inbox=own.inbox,
-            fingerprint=own.fingerprint,
-            capacity=own.capacity,
-            load=self.load(),
-        )
-        return Send(BROKER, ready)
+        self.timers.set(REGISTER, now + self.own.view_s)
+        return self.presence.ready()
 
     def _beat(self, now: float) -> list[Action]:
         self.timers.set(BEAT, now + self.own.beat_s)
         if self.idle:
             self.check()
-        holds = [*self.prefill.holds(), *self.decode.holds()]
-        beat = Beat(
-            iid=self.own.iid,
-            incarnation=self.own.incarnation,
-            role=self.own.role,
-            load=self.load(),
-            holds=holds,
-        )
+        beat = self.presence.beat()
         actions: list[Action] = []
-        for job in list(self.prefill.jobs.values()):
+        for job in list(self.dispatcher.stranded.values()):
             if job.stranded_at is not None and now - job.stranded_at > self.own.patience_s:
                 why = f"no decode instance could be reached for {self.own.patience_s:g} s"
                 actions += self.prefill.strand(job, why)
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)
-        return [*actions, *self.decode.remind(), Send(BROKER, beat)]
+        return [*actions, *self.decode.remind(), beat]

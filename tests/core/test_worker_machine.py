@@ -1,0 +1,319 @@
+"""The worker's core alone under random events: dropped, repeated, out of order, late, of old attempts and incarnations,
+in every role and between roles, under every policy. After every one `check()` must hold."""
+
+from random import Random
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.core.build import (
+    CAPACITY,
+    FINGERPRINT,
+    assign,
+    chunk,
+    drop,
+    grant,
+    handle,
+    identity,
+    instance,
+    landed,
+    offer,
+    refuse,
+    roster,
+)
+from tests.core.test_machines import QUICK, WORKERS, iids, seconds
+from tetri.core.actions import (
+    BROKER,
+    AddLeg,
+    AdmitLeg,
+    Adopt,
+    Adopted,
+    CancelLeg,
+    Connect,
+    Disconnect,
+    Export,
+    Exported,
+    Free,
+    HoldLeg,
+    LegRejected,
+    LengthKnown,
+    Predict,
+    Publish,
+    Send,
+    Step,
+)
+from tetri.core.worker import Worker
+from tetri.cost import Cost
+from tetri.engine.base import EngineError
+from tetri.engine.emulated import EmulatedEngine
+from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
+from tetri.request import ROLES, LengthRange
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import Close, ClusterView, Flip, InstanceLoad, Load, Resend
+
+COST = Cost(prefill=((0.0, 0.0), (8.0, 0.1)), decode=((1.0, 0.01), (2.0, 0.02)))
+ranges = st.one_of(st.none(), st.tuples(st.integers(0, 9), st.integers(1, 4)))
+
+
+def length(made):
+    return None if made is None else LengthRange(low=made[0], high=made[0] + made[1])
+
+
+class WorkerUnderFire(RuleBasedStateMachine):
+    """Peers and the broker say anything; the engine is the emulated one, the store counts its slots."""
+
+    @initialize(
+        slots=st.sampled_from([3, 5, 30]), role=st.sampled_from(ROLES), order=st.sampled_from(sorted(ORDERS)),
+        admit=st.sampled_from(sorted(ADMISSIONS)), predicted=st.booleans(), interval=st.sampled_from([1, 1, 3, 50]),
+        cost=st.sampled_from([Cost(), COST]),
+    )
+    def begin(self, slots, role, order, admit, predicted, interval, cost):
+        self.engine = EmulatedEngine(capacity=CAPACITY, token_bytes=8, vocabulary=64, cost=Cost())
+        rules = Rules(order=order, admit=admit, length="noisy" if predicted else "none", sched_batch=3)
+        own = identity(
+            "me", role, slots=slots, fingerprint=self.engine.fingerprint, rules=rules, cost=cost, load_s=0.05,
+            stream_interval=interval,
+        )
+        self.core, self.now = Worker(own, Random(1), now=0.0), 0.0
+        self.slots, self.free, self.number = slots, list(range(slots)), 0
+        self.legs, self.connected, self.done = {}, {BROKER: None}, None
+        self.offers, self.asked, self.told = [], [], {}
+
+    def act(self, actions):
+        for action in actions:
+            result = self.do(action)
+            if result is not None:
+                self.act(self.core.handle(result, self.now))
+
+    def do(self, action):
+        match action:
+            case Connect(peer, _):
+                self.connected[peer] = None
+            case Disconnect(peer):
+                del self.connected[peer]
+            case AddLeg(leg):
+                assert leg.key not in self.legs
+                try:
+                    self.engine.add(leg)
+                except EngineError as error:
+                    return LegRejected(leg.key, str(error))
+                self.legs[leg.key] = None
+            case CancelLeg(key):
+                self.engine.cancel(key)
+                self.legs.pop(key, None)
+            case AdmitLeg(key, token):
+                self.engine.admit(key, token)
+            case HoldLeg(key, held):
+                assert key in self.legs
+                self.engine.hold(key, held)
+            case Step(most):
+                assert self.done is None and 1 <= most <= self.core.own.stream_interval
+                self.done = self.engine.step(most)
+            case Predict(key):
+                assert key in self.core.prefill.jobs
+                self.asked.append(key)
+            case Publish(report):
+                load = report.load
+                assert report.role in ROLES and min(load.growth_blocks, load.heavy, load.queued) >= 0
+                assert load.heavy <= load.waiting + load.running and 0 <= load.busy <= 1 and load.decode_s >= 0
+                assert (load.queued_s > 0) == (load.queued_tokens > 0 and self.core.own.cost is COST)
+            case Export(key, index, start, stop):
+                slots = [self.free.pop() for _ in range(stop - start)]
+                blocks = [memoryview(bytearray(self.engine.fingerprint.block_bytes)) for _ in slots]
+                self.engine.export(key, start, stop, blocks)
+                return Exported(key, index, start, stop, handle(*slots, segment="me"), 9)
+            case Adopt(key, index, start, taken, _):
+                problem = {7: "corrupt", 8: "lost"}.get(taken.slots[0])
+                if problem is None:
+                    block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
+                    self.engine.adopt(key, start, [block] * len(taken.slots))
+                return Adopted(key, index, problem)
+            case Free(freed):
+                assert not set(freed.slots) & set(self.free), "freed twice"
+                self.free += freed.slots
+            case Send(peer, message):
+                self.send(peer, message)
+        return None
+
+    def send(self, peer, message):
+        name = type(message).__name__
+        assert (peer == BROKER) == (name in ("Ready", "Beat", "Staged", "Tokens", "Finished", "Failed"))
+        assert peer != "me"
+        match name:
+            case "Offer":
+                self.offers.append(message)
+            case "Tokens":
+                for item in message.items:
+                    told = self.told.get((item.rid, item.attempt), 0)
+                    assert item.ids
+                    self.told[item.rid, item.attempt] = max(told, item.start + len(item.ids))
+            case "Finished":
+                assert self.told[message.rid, message.attempt] == message.outputs, "all of it is told before the end"
+            case "Beat":
+                for hold in message.holds:
+                    job = self.core.prefill.jobs.get(f"p:{hold.rid}:{hold.attempt}")
+                    before = job.output if job is not None else self.core.decode._seat_of(hold.rid).offer.output
+                    told = self.told.get((hold.rid, hold.attempt), 0)
+                    assert hold.outputs <= max(told, len(before) + 1), "more than the broker was told"
+
+    def tell(self, event):
+        """Messages are read between steps only."""
+        if self.done is not None:
+            done, self.done = self.done, None
+            for sampled in done.tokens:
+                if sampled.reason or sampled.key.startswith("p:"):
+                    self.legs.pop(sampled.key)
+            self.act(self.core.handle(done, self.now))
+        if event is not None:
+            self.act(self.core.handle(event, self.now))
+
+    # ------------------------------------------------------------ the broker, the views, the predictor
+
+    @rule(
+        rid=st.sampled_from("abcd"), prompt=st.integers(0, 41), old=st.integers(0, 3), attempt=st.integers(1, 3),
+        most=st.integers(1, 9),
+    )
+    def assign(self, rid, prompt, old, attempt, most):
+        self.tell(assign(rid, prompt, [2] * old, attempt, most))
+
+    @rule(made=ranges)
+    @precondition(lambda self: self.asked)
+    def predicted(self, made):
+        self.tell(LengthKnown(self.asked.pop(0), length(made)))
+
+    @rule(role=st.sampled_from(ROLES))
+    def flip(self, role):
+        self.tell(Flip(role=role))
+        assert self.core.role == role
+
+    @rule(rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3))
+    def close(self, rid, attempt):
+        self.tell(Close(rid=rid, attempt=attempt))
+
+    @rule(rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3), start=st.integers(0, 5))
+    def resend(self, rid, attempt, start):
+        self.tell(Resend(rid=rid, attempt=attempt, start=start))
+
+    @rule(there=st.lists(iids, unique=True), incarnation=st.integers(1, 2))
+    def roster(self, there, incarnation):
+        self.number += 1
+        same = {"fingerprint": self.engine.fingerprint}
+        others = [instance(iid, WORKERS[iid], incarnation, **same) for iid in there]
+        self.tell(roster(self.number, instance("me", self.core.role, **same), *others))
+
+    @rule(there=st.lists(iids, unique=True), free=st.sampled_from([0, 3, 10]), age=st.sampled_from([0.0, 0.1, 5.0]))
+    def view(self, there, free, age):
+        self.number += 1
+        loads = [InstanceLoad(iid, 1, WORKERS[iid], age, Load(free_blocks=free, growth_blocks=2)) for iid in there]
+        self.tell(ClusterView(epoch=1, number=self.number, loads=loads))
+
+    @rule(iid=iids)
+    def peer_up(self, iid):
+        if iid in self.connected:
+            self.tell(PeerUp(iid))
+
+    @rule(iid=st.sampled_from([*sorted(WORKERS), BROKER]))
+    def peer_down(self, iid):
+        self.tell(PeerDown(iid))
+
+    # ------------------------------------------------------------ decode instances answer, rightly or not
+
+    @rule(back=st.integers(0, 3), index=st.integers(0, 4), kind=st.sampled_from(["grant", "refuse", "landed"]))
+    @precondition(lambda self: self.offers)
+    def answer(self, back, index, kind):
+        asked = self.offers[-1 - min(back, len(self.offers) - 1)]
+        job = self.core.dispatcher.jobs.get(f"p:{asked.rid}:{asked.attempt}")
+        target = job.flow.target if job is not None else ""
+        who = (asked.rid, asked.offer, target if target not in ("", "me") else "d1", asked.attempt)
+        if kind == "landed":
+            self.tell(landed(who[0], index, *who[1:]))
+        else:
+            self.tell({"grant": grant, "refuse": refuse}[kind](*who))
+
+    @rule(rid=st.sampled_from("abcd"), number=st.integers(1, 4), src=st.sampled_from(["d1", "d2"]))
+    def odd_answer(self, rid, number, src):
+        for message in (grant(rid, number, src), landed(rid, 0, number, src), refuse(rid, number, src)):
+            self.tell(message)
+
+    # ------------------------------------------------------------ prefill instances ask
+
+    @rule(
+        rid=st.sampled_from("wxyz"), prompt=st.integers(0, 41), attempt=st.integers(1, 2), number=st.integers(1, 3),
+        src=st.sampled_from(["p1", "p2"]), fit=st.sampled_from([True, True, True, False]), made=ranges,
+    )
+    def offer(self, rid, prompt, attempt, number, src, fit, made):
+        changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
+        self.tell(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
+
+    @rule(place=st.integers(0, 5), index=st.integers(0, 3), slot=st.sampled_from([1, 1, 1, 7, 8]))
+    @precondition(lambda self: self.core.decode.seats)
+    def chunk(self, place, index, slot):
+        """One of the chunks of a seat: two blocks each, the last has the token."""
+        seats = list(self.core.decode.seats.values())
+        seat = seats[place % len(seats)]
+        if seat.offer.src == "me":
+            return  # nobody else speaks for this instance
+        start = min(2 * index, max(seat.flow.blocks - 1, 0) // 2 * 2)
+        stop = min(start + 2, seat.flow.blocks)
+        made = handle(*range(slot, slot + stop - start), segment=seat.offer.src)
+        token = 5 if stop == seat.flow.blocks else None
+        who = {name: getattr(seat.offer, name) for name in ("src", "incarnation", "attempt", "offer")}
+        self.tell(chunk(seat.offer.rid, start // 2, start, stop, token, handle=made, **who))
+
+    @rule(rid=st.sampled_from("wxyz"), prompt=st.integers(1, 12), made=ranges)
+    def whole(self, rid, prompt, made):
+        """An offer and all of its KV."""
+        changes = {"fingerprint": self.engine.fingerprint, "length": length(made), "attempt": 2, "offer": 4}
+        self.tell(offer(rid, prompt, **changes))
+        blocks = -(-prompt // CAPACITY.block_tokens)
+        self.tell(chunk(rid, 0, 0, blocks, 5, handle=handle(*range(10, 10 + blocks)), attempt=2, offer=4))
+
+    @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3), start=st.integers(-1, 4))
+    def odd_chunk(self, rid, attempt, number, start):
+        self.tell(chunk(rid, 0, start, start + 2, attempt=attempt, offer=number, handle=handle(1, 2)))
+
+    @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3))
+    def drop(self, rid, attempt, number):
+        self.tell(drop(rid, attempt=attempt, offer=number))
+
+    # ------------------------------------------------------------ time
+
+    @rule(wait=seconds)
+    def tick(self, wait):
+        self.tell(None)
+        self.now += wait
+        self.act(self.core.tick(self.now))
+
+    @rule()
+    def work(self):
+        """Some turns of the loop without news."""
+        for _ in range(6):
+            self.tick(0.0)
+
+    @invariant()
+    def sound(self):
+        if not hasattr(self, "core"):
+            return
+        assert len(self.free) == self.slots - self.core.prefill.slots_taken
+        if self.done is None:
+            self.core.check()
+            assert len(self.legs) == len(self.core.ledger), "the engine and the ledger know the same legs"
+
+    def teardown(self):
+        """When all is closed, nothing is left."""
+        if not hasattr(self, "core"):
+            return
+        self.work()
+        for rid in "abcdwxyz":
+            self.tell(Close(rid=rid, attempt=9))
+        self.tell(None)
+        self.sound()
+        core = self.core
+        assert not self.legs and sorted(self.free) == list(range(self.slots))
+        assert len(core.ledger) == 0 and core.ledger.free == CAPACITY.blocks
+        assert not self.engine.contents and not core.dispatcher.offers and not len(core.prefill.queue)
+        assert not core.dispatcher.stranded and not core.decode.outlook.seats
+
+
+TestWorkerUnderFire = WorkerUnderFire.TestCase
+TestWorkerUnderFire.settings = QUICK

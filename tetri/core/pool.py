@@ -1,0 +1,162 @@
+"""The decode instances as one dispatcher sees them: their last reports, and what it has asked of them since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+
+from tetri.core.job import Job
+from tetri.core.peers import Identity, Neighbours
+from tetri.policy.rules import DECODE_ROUTES
+from tetri.policy.views import DecodePool, Need
+from tetri.request import Capacity, blocks_for
+from tetri.wire.messages import Load
+
+
+@dataclass(slots=True)
+class Claim:
+    """What one offer takes of an instance, as long as no report can contain it."""
+
+    iid: str
+    need: Need
+    granted_at: float | None = None
+
+
+class Pool:
+    """`columns` are built when they are first wanted after a new roster or view, and kept up to date from then on. The
+    paper does not say how stale loads are corrected between broadcasts: here by the dispatcher's own offers. An offer
+    counts until a report is seen that was made after its Grant came: the decode side had reserved its blocks by then.
+
+    `home` is this instance's own load while it decodes too, else None. It is never stale."""
+
+    def __init__(self, own: Identity, neighbours: Neighbours, home: Callable[[], Load | None]) -> None:
+        self.own, self.neighbours, self.home = own, neighbours, home
+        self.columns = DecodePool()
+        self.claims: dict[int, Claim] = {}  # by the offer's number
+        self._version = -1
+        self._place: dict[str, int] = {}  # iid -> column
+        self._capacities: list[Capacity] = []
+        self._least_blocks = self._least_context = 0  # of all columns but the own one
+        self._home_column: int | None = None
+
+    def refresh(self) -> None:
+        """Bring the columns up to date."""
+        load = self.home()
+        if self._version != self.neighbours.version or (load is None) != (self._home_column is None):
+            self._build(load)
+        elif load is not None and self._home_column is not None:
+            self._report(self._home_column, load)
+
+    def fits(self, job: Job) -> bool:
+        """Whether any instance could ever hold it."""
+        return len(self._unfit(job)) < len(self.columns.iids)
+
+    def choose(self, job: Job, need: Need, refused: Iterable[str], rng: Random) -> str | None:
+        """Where the policy lets it go; never to one that cannot hold it or has just refused it."""
+        out = dict.fromkeys(self._unfit(job))
+        out.update((self._place[iid], None) for iid in refused if iid in self._place)
+        pool, free = self.columns, self.columns.free
+        kept = [free[column] for column in out]
+        for column in out:
+            free[column] = -1
+        chosen = DECODE_ROUTES[self.own.rules.decode_route](need, pool, rng)
+        for column, blocks in zip(out, kept, strict=True):
+            free[column] = blocks
+        if chosen is None:
+            return None
+        pool.last = chosen
+        return pool.iids[chosen]
+
+    # ------------------------------------------------------------ own offers
+
+    def claim(self, number: int, iid: str, need: Need) -> None:
+        """Offer `number` asks this of an instance."""
+        self._count(iid, need, 1)
+        if iid != self.own.iid:
+            self.claims[number] = Claim(iid, need)
+
+    def granted(self, number: int, now: float) -> None:
+        claim = self.claims.get(number)
+        if claim is not None and claim.granted_at is None:
+            claim.granted_at = now
+
+    def taken_back(self, number: int) -> None:
+        claim = self.claims.pop(number, None)
+        if claim is not None:
+            self._count(claim.iid, claim.need, -1)
+
+    def refused(self, number: int) -> None:
+        """What has no room for this has none for as much again, until the next report says so."""
+        claim = self.claims.pop(number, None)
+        if claim is not None:
+            self._count(claim.iid, claim.need, -1)
+            column = self._place.get(claim.iid)
+            if column is not None:
+                most = claim.need.blocks - 1
+                self.columns.free[column] = min(self.columns.free[column], most)
+                self.columns.spare[column] = min(self.columns.spare[column], most)
+
+    # ------------------------------------------------------------ the columns
+
+    def _build(self, home: Load | None) -> None:
+        self._version = self.neighbours.version
+        last = self.columns.iids[self.columns.last] if self.columns.last >= 0 else ""
+        known = self.neighbours.decoders()
+        self.columns = DecodePool(iids=[instance.iid for instance in known])
+        self._capacities = [instance.capacity for instance in known]
+        self._least_blocks = min((capacity.blocks for capacity in self._capacities), default=0)
+        self._least_context = min((capacity.context for capacity in self._capacities), default=0)
+        made_at: dict[str, float] = {}
+        for instance in known:
+            told = self.neighbours.load(instance)
+            if told is not None:
+                made_at[instance.iid] = self.neighbours.seen_at - told.age_s
+            self._append(Load(free_blocks=instance.capacity.blocks) if told is None else told.load)
+        self._home_column = None
+        if home is not None:
+            self._home_column = len(known)
+            self.columns.iids.append(self.own.iid)
+            self._append(home)
+        self._place = {iid: column for column, iid in enumerate(self.columns.iids)}
+        self.columns.last = self._place.get(last, -1)
+        for number, claim in list(self.claims.items()):
+            if claim.granted_at is not None and claim.granted_at < made_at.get(claim.iid, float("inf")):
+                del self.claims[number]  # the report has it; of who never reports nothing is known anyway
+            else:
+                self._count(claim.iid, claim.need, 1)
+
+    def _append(self, load: Load) -> None:
+        for column in (self.columns.free, self.columns.spare, self.columns.heavy, self.columns.light):
+            column.append(0)
+        self._report(len(self.columns.free) - 1, load)
+
+    def _report(self, column: int, load: Load) -> None:
+        pool = self.columns
+        pool.free[column] = load.free_blocks
+        pool.spare[column] = load.free_blocks - load.growth_blocks
+        pool.heavy[column] = load.heavy
+        pool.light[column] = load.waiting + load.running - load.heavy
+
+    def _count(self, iid: str, need: Need, sign: int) -> None:
+        column, pool = self._place.get(iid), self.columns
+        if column is None:
+            return
+        pool.free[column] -= sign * need.blocks
+        pool.spare[column] -= sign * need.end_blocks
+        (pool.heavy if need.heavy else pool.light)[column] += sign
+
+    def _unfit(self, job: Job) -> list[int]:
+        """The columns of instances that can never hold it."""
+        blocks = blocks_for(len(job.prompt) + job.sampling.max_tokens, self.own.capacity.block_tokens)
+        unfit: list[int] = []
+        if blocks > self._least_blocks or job.goal >= self._least_context:
+            unfit = [column for column, capacity in enumerate(self._capacities) if not job.fits(capacity)]
+        if self._home_column is not None and not self._fits_at_home(job):
+            unfit.append(self._home_column)
+        return unfit
+
+    def _fits_at_home(self, job: Job) -> bool:
+        """Here its prefill has its blocks too, until all KV is in the store."""
+        own, blocks = self.own, job.flow.blocks
+        return job.fits(own.capacity) and (2 * blocks <= own.capacity.blocks or blocks <= own.slots)

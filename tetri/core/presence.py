@@ -1,0 +1,66 @@
+"""What a worker says of itself: its registration, its beats, its load."""
+
+from __future__ import annotations
+
+from tetri.core.actions import BROKER, Publish, Send
+from tetri.core.decode import Decode
+from tetri.core.ledger import Ledger
+from tetri.core.peers import Identity
+from tetri.core.prefill import Prefill
+from tetri.wire.messages import Beat, Load, LoadReport, Ready
+
+
+class Presence:
+    """`role` tells others which new work to send. `busy`: the share of the time in which the engine computed, as last
+    reported."""
+
+    def __init__(self, own: Identity, ledger: Ledger, prefill: Prefill, decode: Decode, now: float) -> None:
+        self.own, self.role = own, own.role
+        self.ledger, self.prefill, self.decode = ledger, prefill, decode
+        self.busy = 0.0
+        self._busy_s, self._since = 0.0, now
+
+    def worked(self, seconds: float) -> None:
+        """The engine computed for so long."""
+        self._busy_s += seconds
+
+    def load(self) -> Load:
+        queue, outlook = self.prefill.queue, self.decode.outlook
+        return Load(
+            free_blocks=self.ledger.free,
+            queued=len(queue),
+            queued_tokens=queue.tokens,
+            queued_s=max(queue.seconds, 0.0),
+            waiting=self.decode.waiting(),
+            running=len(self.decode.batch.running),
+            heavy=outlook.heavy,
+            growth_blocks=outlook.growth,
+            decode_s=outlook.decode_s(),
+            busy=self.busy,
+        )
+
+    def report(self, now: float) -> Publish:
+        """For the monitor. The time since the last report counts for `busy`."""
+        if now > self._since:
+            self.busy = min(self._busy_s / (now - self._since), 1.0)
+            self._busy_s, self._since = 0.0, now
+        own = self.own
+        return Publish(LoadReport(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load()))
+
+    def ready(self) -> Send:
+        own = self.own
+        ready = Ready(
+            iid=own.iid,
+            incarnation=own.incarnation,
+            role=self.role,
+            inbox=own.inbox,
+            fingerprint=own.fingerprint,
+            capacity=own.capacity,
+            load=self.load(),
+        )
+        return Send(BROKER, ready)
+
+    def beat(self) -> Send:
+        own, holds = self.own, [*self.prefill.holds(), *self.decode.holds()]
+        beat = Beat(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load(), holds=holds)
+        return Send(BROKER, beat)
