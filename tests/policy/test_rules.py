@@ -1,22 +1,45 @@
-"""The tables in which policies are looked up by name."""
+"""The tables in which policies are looked up by name, and docs/policies.md held against them."""
 
+import re
 from dataclasses import asdict
+from pathlib import Path
+
+import pytest
 
 from tetri.policy.length import ENDS
 from tetri.policy.rules import ORDERS, TABLES, Rules
+from tetri.policy.views import FlipSettings
+
+DOCS = (Path(__file__).parent.parent.parent / "docs" / "policies.md").read_text()
+ENDS_OF = {"dispatch_end", "admit_end"}
+
+
+def documented(heading):
+    """The first cells of the table rows below a heading, and which of them are marked as the default."""
+    (section,) = (part for part in DOCS.split("\n### ") if part.startswith(heading))
+    return {name: bool(star) for name, star in re.findall(r"^\| `(\w+)`( \*)? \|", section, re.MULTILINE)}
 
 
 def test_every_default_is_in_its_table_and_every_entry_is_named_after_its_function():
     rules = asdict(Rules())
     assert all(rules[setting] in table for setting, table in TABLES.items() if setting != "flip")
-    assert set(TABLES) - {"flip"} == {name for name, value in rules.items() if isinstance(value, str)} - _ENDS
+    assert set(TABLES) - {"flip"} == {name for name, value in rules.items() if isinstance(value, str)} - ENDS_OF
     functions = {setting: dict(table) for setting, table in TABLES.items()}
     functions["order"] = {name: order.rank for name, order in ORDERS.items()}
     assert all(entry.__name__ == name for table in functions.values() for name, entry in table.items())
 
 
 def test_ends_are_names_of_ends():
-    assert {asdict(Rules())[setting] for setting in _ENDS} <= set(ENDS)
+    assert {asdict(Rules())[setting] for setting in ENDS_OF} <= set(ENDS)
 
 
-_ENDS = {"dispatch_end", "admit_end"}
+@pytest.mark.parametrize("setting", TABLES)
+def test_every_policy_is_documented_and_so_is_the_default(setting):
+    default = "none" if setting == "flip" else getattr(Rules(), setting)
+    assert documented(f"`{setting}`") == {name: name == default for name in TABLES[setting]}
+
+
+def test_every_setting_is_documented_with_its_default():
+    settings = {name: value for name, value in asdict(Rules()).items() if name not in TABLES} | asdict(FlipSettings())
+    assert set(documented("Settings")) == set(settings)
+    assert all(f"| `{name}` | {value} |" in DOCS for name, value in settings.items())
