@@ -8,7 +8,7 @@ from math import inf, isfinite
 from tetri.cost import Cost
 from tetri.policy.rules import FLIPS, TABLES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Capacity
+from tetri.request import Capacity, blocks_for
 
 
 class SimError(ValueError):
@@ -79,6 +79,12 @@ def _problem(setup: Setup) -> str | None:
     for role in ("prefill", "decode"):
         if not getattr(setup, role) + setup.mixed:
             return f"there is no {role} instance: give {role} or mixed at least 1"
+    capacity = setup.capacity()
+    if capacity.max_batch >= capacity.chunk_tokens:
+        return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step has room for some of a prompt too"
+    least = blocks_for(capacity.chunk_tokens + capacity.block_tokens - 1, capacity.block_tokens)
+    if 0 < setup.slots < least:
+        return f"slots must be at least {least}, the blocks that one chunk may fill, got {setup.slots}"
     if not 0 < setup.reserve_share <= 1:
         return f"reserve_share must be above 0 and at most 1, got {setup.reserve_share:g}"
     if setup.transfer not in ("chunk", "request"):

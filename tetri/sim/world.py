@@ -108,6 +108,7 @@ class World:
             rules=setup.rules,
             reserve_share=setup.reserve_share,
             beat_s=setup.beat_s,
+            view_s=4 * setup.beat_s,  # the broker looks once a beat whether a roster is due
             offer_s=UNBOUNDED,  # nothing is lost
             patience_s=UNBOUNDED,
             cost=setup.cost,

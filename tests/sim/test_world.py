@@ -1,0 +1,229 @@
+"""The simulator as a whole: by hand computed runs, conservation, and that it has no scheduler of its own."""
+
+from dataclasses import replace
+
+import pytest
+
+from tetri.core.prefill import Prefill
+from tetri.cost import Cost
+from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
+from tetri.policy.views import FlipSettings
+from tetri.sim.setup import Setup, SimError
+from tetri.sim.traces import Arrival, Lengths, drawn
+from tetri.sim.world import World
+
+L = 0.001  # seconds that a message takes
+CHUNK_S, STEP_S, TWO_S = 0.1, 0.02, 0.03
+COST = Cost(prefill=((1.0, CHUNK_S), (512.0, CHUNK_S)), decode=((1.0, STEP_S), (2.0, TWO_S)), kv_token_bytes=1000)
+SETUP = Setup(COST, kv_tokens=16_000, link_latency_s=L, chunk_tokens=512)
+ONE = Arrival(0.0, 300, 5)
+BLOCKS = 19  # of 300 tokens
+
+
+def outcome(setup, *arrivals):
+    return World(setup, arrivals).run().outcomes[-1]
+
+
+# ---------------------------------------------------------------- computed by hand
+# L: Assign. CHUNK_S: prefill. L: the first token's way to the broker, and at the same time the chunk's to the decode
+# instance, which has granted meanwhile. Then four passes, and L for the last token.
+
+
+def test_one_request_on_one_instance_of_each_kind():
+    made = outcome(SETUP, ONE)
+    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
+    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + 4 * STEP_S)
+    assert made.tpot_s == pytest.approx((L + 4 * STEP_S) / 4)
+    assert (made.state, made.prefill, made.decode, made.attempts) == ("done", "p0", "d0", 1)
+
+
+def test_a_request_of_one_token_never_sees_a_decode_instance():
+    made = outcome(SETUP, Arrival(0.0, 300, 1))
+    assert made.ttft_s == made.jct_s == pytest.approx(2 * L + CHUNK_S)
+    assert made.tpot_s is None and made.decode is None
+
+
+def test_kv_takes_its_time_on_the_link():
+    made = outcome(replace(SETUP, link_bytes_s=1e7), ONE)
+    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
+    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + BLOCKS * 16_000 / 1e7 + 4 * STEP_S)
+
+
+@pytest.mark.parametrize(("transfer", "after"), [("chunk", BLOCKS - 12), ("request", BLOCKS)])
+def test_by_chunk_only_the_last_chunks_kv_is_waited_for(transfer, after):
+    """200 of the 300 tokens fill 12 blocks, which move while the next chunk computes, or with the last one."""
+    made = outcome(replace(SETUP, chunk_tokens=200, max_batch=10, link_bytes_s=1e7, transfer=transfer), ONE)
+    assert made.ttft_s == pytest.approx(2 * L + 2 * CHUNK_S)
+    assert made.jct_s == pytest.approx(3 * L + 2 * CHUNK_S + after * 16_000 / 1e7 + 4 * STEP_S)
+
+
+def test_two_requests_share_the_batch():
+    """Both have 9 passes to make. The second's KV lands during the first's fifth: four they share, and the second
+    makes its last five alone."""
+    cost = replace(COST, prefill=((1.0, 0.09),))
+    setup = replace(SETUP, cost=cost, chunk_tokens=300, max_batch=10)
+    first, second = World(setup, [Arrival(0.0, 300, 10), Arrival(0.0, 300, 10)]).run().outcomes
+    assert first.ttft_s == pytest.approx(2 * L + 0.09) and second.ttft_s == pytest.approx(2 * L + 0.18)
+    shared_until = 2 * L + 0.09 + 5 * STEP_S + 4 * TWO_S
+    assert first.jct_s == pytest.approx(shared_until + L)
+    assert second.jct_s == pytest.approx(shared_until + 5 * STEP_S + L)
+
+
+def test_a_mixed_instance_moves_no_kv_and_runs_decodes_beside_chunks():
+    setup = replace(SETUP, prefill=0, decode=0, mixed=1, link_bytes_s=1.0)
+    result = World(setup, [ONE]).run()
+    assert result.outcomes[0].jct_s == pytest.approx(2 * L + CHUNK_S + 4 * STEP_S)
+    assert result.counters["moved_bytes"] == 0
+
+
+def test_the_predictor_slows_the_prefill_that_it_runs_beside():
+    """It runs for half of CHUNK_S, in which the main model does the work of a quarter; the offer waits for it."""
+    cost = replace(COST, predictor_s=CHUNK_S / 2, predictor_slowdown=2.0)
+    made = outcome(replace(SETUP, cost=cost, rules=Rules(length="oracle")), ONE)
+    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S * 1.25)
+    assert made.jct_s == pytest.approx(3 * L + CHUNK_S * 1.25 + 4 * STEP_S)
+
+
+def test_a_prediction_that_takes_longer_than_the_prefill_delays_the_decode():
+    cost = replace(COST, predictor_s=3.0)
+    made = outcome(replace(SETUP, cost=cost, rules=Rules(length="oracle")), ONE)
+    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
+    assert made.jct_s == pytest.approx(L + 3.0 + 2 * L + 4 * STEP_S)
+
+
+# ---------------------------------------------------------------- many requests
+
+SOME = Lengths.parsed("lognormal:200:1"), Lengths.parsed("lognormal:60:0.8")
+
+
+def batch(requests=60, rate=40.0, seed=1):
+    return drawn(requests, *SOME, seed, rate)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prefill": 2, "decode": 3, "rules": Rules(length="noisy", order="sjf", admit="reserve_dynamic")},
+        {"prefill": 1, "decode": 1, "mixed": 1, "rules": Rules(length="oracle")},
+        {"mixed": 2, "prefill": 0, "decode": 0, "rules": Rules(order="ageing", length="noisy")},
+        {"transfer": "request", "link_bytes_s": 1e8},
+        {"slots": 40, "link_bytes_s": 1e7},
+        {"prefill": 2, "decode": 2, "flip": "idle", "flip_settings": FlipSettings(idle_s=0.2, hold_s=0.5)},
+        {"prefill": 2, "decode": 2, "flip": "balance", "flip_settings": FlipSettings(hold_s=0.2, gain=1.1)},
+        {"stream_interval": 1, "beat_s": 0.2},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)
+def test_what_goes_in_comes_out_and_everything_is_given_back(changes):
+    """`run` checks the tokens, the blocks, the slots, the rows and every core at the end."""
+    result = World(replace(SETUP, **changes), batch()).run()
+    assert [each.state for each in result.outcomes] == ["done"] * 60
+    assert result.counters["prefill_tokens"] == sum(each.arrival.prompt for each in result.outcomes)
+    for each in result.outcomes:
+        assert 0 < each.ttft_s <= each.jct_s
+
+
+@pytest.mark.parametrize("admit", [*ADMISSIONS])
+def test_memory_that_binds_is_given_back_too(admit):
+    """Two requests and a half fit at their ends; greedy preempts."""
+    setup = replace(SETUP, kv_tokens=2000, rules=Rules(length="oracle", admit=admit), reserve_share=1.0)
+    result = World(setup, drawn(40, Lengths.parsed("100"), Lengths.parsed("300-700"), 1)).run()
+    assert {each.state for each in result.outcomes} == {"done"}
+    assert (result.counters["preempted"] > 0) == (admit == "greedy")
+
+
+@pytest.mark.parametrize("order", [*ORDERS])
+def test_every_order_serves_everybody(order):
+    result = World(replace(SETUP, rules=Rules(order=order)), drawn(80, *SOME, 1)).run()
+    assert {each.state for each in result.outcomes} == {"done"}
+
+
+def test_a_request_that_cannot_fit_is_refused_and_counted():
+    result = World(SETUP, [ONE, Arrival(0.0, 15_990, 100), Arrival(0.5, 10, 2)]).run()
+    assert [each.state for each in result.outcomes] == ["done", "refused", "done"]
+    assert "context" in result.outcomes[1].why
+
+
+def test_a_deadline_ends_a_request():
+    result = World(SETUP, [Arrival(0.0, 300, 5000, deadline_s=1.0), ONE]).run()
+    assert [each.state for each in result.outcomes] == ["failed", "done"]
+    assert result.outcomes[0].why == "deadline" and result.outcomes[0].jct_s == pytest.approx(1.0)
+
+
+def test_the_same_setup_gives_the_same_result():
+    setup = replace(SETUP, prefill=2, decode=2, rules=Rules(length="noisy"))
+    first, second = World(setup, batch()).run(), World(setup, batch()).run()
+    assert first == second
+    assert first != World(replace(setup, seed=1), batch()).run()
+
+
+def test_progress_is_told():
+    heard = []
+    World(SETUP, batch(10), heard.append).run()
+    assert heard == list(range(1, 11))
+
+
+# ---------------------------------------------------------------- no second scheduler
+
+
+def test_without_the_prefill_core_nobody_is_served(monkeypatch):
+    monkeypatch.setattr(Prefill, "plan", lambda self, *arguments: [])
+    with pytest.raises(SimError, match="1 requests are not served: for 600 s no engine computed"):
+        World(SETUP, [ONE]).run()
+
+
+def test_another_order_in_the_policy_table_is_another_order_in_the_simulator(monkeypatch):
+    short, long = Arrival(0.0, 100, 2), Arrival(0.0, 2000, 2)
+
+    def ttft(order):
+        made = World(replace(SETUP, rules=Rules(order=order)), [long, short]).run().outcomes
+        return [each.ttft_s for each in made]
+
+    assert ttft("fcfs")[0] < ttft("fcfs")[1] and ttft("sjf")[0] > ttft("sjf")[1]
+    monkeypatch.setitem(ORDERS, "sjf", ORDERS["fcfs"])
+    assert ttft("sjf") == ttft("fcfs")
+
+
+# ---------------------------------------------------------------- wrong setups
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prefill": 0}, "there is no prefill instance"),
+        ({"decode": 0}, "there is no decode instance"),
+        ({"prefill": -1}, "prefill must be at least 0, got -1"),
+        ({"kv_tokens": 5}, "the KV of an instance holds 5 tokens"),
+        ({"kv_tokens": 0}, "the KV of an instance holds 0 tokens"),
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"max_batch": 512}, "max_batch must be below chunk_tokens"),
+        ({"link_bytes_s": 0.0}, "link_bytes_s must be above 0"),
+        ({"link_bytes_s": float("nan")}, "link_bytes_s must be above 0"),
+        ({"link_latency_s": float("inf")}, "link_latency_s must be at least 0"),
+        ({"reserve_share": 0.0}, "reserve_share must be above 0"),
+        ({"transfer": "never"}, "unknown transfer 'never'; known: chunk, request"),
+        ({"flip": "x"}, "unknown flip 'x'; known: none"),
+        ({"slots": 3}, "slots must be at least"),
+        ({"rules": Rules(order="x")}, "unknown order 'x'; known: fcfs"),
+    ],
+)
+def test_a_wrong_setup_is_one_line(changes, says):
+    with pytest.raises(SimError) as error:
+        World(replace(SETUP, **changes), [ONE])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "says"),
+    [
+        ([], "there are no requests"),
+        ([Arrival(1.0, 5, 5), Arrival(0.5, 5, 5)], "arrives before the request before it"),
+        ([Arrival(-1.0, 5, 5)], "arrives before"),
+        ([Arrival(float("nan"), 5, 5)], "arrives before"),
+        ([Arrival(0.0, 0, 5)], "has no prompt or no output"),
+    ],
+)
+def test_wrong_requests_are_one_line(arrivals, says):
+    with pytest.raises(SimError, match=says):
+        World(SETUP, arrivals).run()
