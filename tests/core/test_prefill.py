@@ -234,8 +234,7 @@ def test_a_request_that_its_first_token_ends_takes_no_slots():
 
 
 def test_what_was_exported_for_nobody_is_freed(prefill):
-    assert kinds(prefill.core.prefill.free([], Free(handle()))) == ["Free"]
-    prefill.core.prefill.slots_taken = 2
+    prefill.core.prefill.leaving.taken = 2
     assert only(prefill.tell(Exported("p:gone:1", 0, 0, 2, handle(0, 1), 9)), Free)
 
 
@@ -464,7 +463,7 @@ def test_a_leg_that_was_planned_without_room_must_not_go_on(monkeypatch):
         (lambda half, job: half.queue.line.update({job.key: None}), "still queued"),
         (lambda half, job: setattr(job, "running", True), "accounts and legs differ"),
         (lambda half, job: setattr(job.flow, "exported", 0), "moved more blocks"),
-        (lambda half, job: setattr(half, "slots_taken", 9), "9 of 8 slots"),
+        (lambda half, job: setattr(half.leaving, "taken", 9), "9 of 8 slots"),
     ],
 )
 def test_check_finds_what_is_wrong(spoil, complaint):

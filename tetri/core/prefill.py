@@ -14,9 +14,7 @@ from tetri.core.actions import (
     AddLeg,
     Broken,
     CancelLeg,
-    Export,
     Exported,
-    Free,
     HoldLeg,
     LengthKnown,
     Predict,
@@ -25,7 +23,8 @@ from tetri.core.actions import (
 from tetri.core.chunk import candidates, ran, within
 from tetri.core.dispatch import Dispatcher
 from tetri.core.job import Job
-from tetri.core.kvflow import Outflow, Parcel
+from tetri.core.kvflow import Outflow
+from tetri.core.leaving import Leaving
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
 from tetri.core.queue import Queue
@@ -47,12 +46,16 @@ class Prefill:
         self.jobs: dict[str, Job] = dispatcher.jobs
         self.queue = Queue(own)
         self.started: dict[str, Job] = {}
-        self.slots_taken = 0
+        self.leaving = Leaving(own, dispatcher)
         self.short = False  # the first in line waits for slots
         self.expected: list[Span] = []
         self._room = 0  # tokens that the planned step leaves to prefill
         self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its jobs
         self._arrivals = self._turns = 0
+
+    @property
+    def slots_taken(self) -> int:
+        return self.leaving.taken
 
     # ------------------------------------------------------------ what comes in
 
@@ -186,7 +189,7 @@ class Prefill:
             self.queue.computed(self.jobs[span.key], span.stop)
         actions = self._first_tokens(tokens)
         for span in spans:
-            actions += self._export(self.jobs[span.key])
+            actions += self.leaving.export(self.jobs[span.key])
         for key in preempted:
             self.queue.computed(self.jobs[key], 0)
         return actions
@@ -228,40 +231,15 @@ class Prefill:
             outputs=len(job.output) + 1,
             receipt=receipt,
         )
-        return [Send(BROKER, job.end), *self.dispatcher.forget(job, "finished"), *self._free(job)]
-
-    def _export(self, job: Job) -> list[Action]:
-        start, stop = job.flow.exported, job.filled(job.done, self.own.capacity.block_tokens)
-        if stop == start:
-            return []
-        index = job.flow.chunks
-        job.flow.chunks, job.flow.exported = index + 1, stop
-        self.slots_taken += stop - start
-        return [Export(job.key, index, start, stop)]
+        return [Send(BROKER, job.end), *self.dispatcher.forget(job, "finished"), *self.leaving.drain(job)]
 
     def exported(self, event: Exported) -> list[Action]:
-        job = self.jobs.get(event.key)
-        if job is None or job.end is not None:
-            return self.free(event.handle.slots, Free(event.handle))
-        token = job.token if event.stop == job.flow.blocks else None
-        parcel = Parcel(event.index, event.start, event.stop, event.handle, event.digest, token)
-        job.flow.put(parcel)
-        return self.dispatcher.announce(job, parcel)
+        return self.leaving.exported(self.jobs.get(event.key), event)
 
     # ------------------------------------------------------------ letting go
 
-    def free(self, slots: list[int], action: Free) -> list[Action]:
-        self.slots_taken -= len(slots)
-        return [action]
-
-    def _free(self, job: Job) -> list[Action]:
-        handles = job.flow.drain()
-        self.slots_taken -= sum(len(handle.slots) for handle in handles)
-        return [Free(handle) for handle in handles]
-
     def landed(self, job: Job, index: int) -> list[Action]:
-        handle = job.flow.land(index)
-        return [] if handle is None else self.free(handle.slots, Free(handle))
+        return self.leaving.landed(job, index)
 
     def lose(self, job: Job, why: str) -> list[Action]:
         """Part of its KV is gone with a decode instance: only another attempt helps."""
@@ -291,7 +269,7 @@ class Prefill:
         cancel: list[Action] = [CancelLeg(job.key)] if job.running else []
         if job.running:
             self._stop(job)
-        return [*cancel, *self.dispatcher.forget(job, why), *self._free(job)]
+        return [*cancel, *self.dispatcher.forget(job, why), *self.leaving.drain(job)]
 
     # ------------------------------------------------------------ what it says of itself
 
@@ -314,9 +292,4 @@ class Prefill:
         attempts = {(job.rid, key) for key, job in self.jobs.items()}
         if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
             raise Broken(f"jobs and their index differ: {self._attempts}")
-        for job in self.jobs.values():
-            kept = sum(parcel.stop - parcel.start for parcel in job.flow.parcels.values())
-            if job.end is None and kept + job.flow.landed > job.flow.exported:
-                raise Broken(f"{job.key} moved more blocks than it exported")
-        if not 0 <= self.slots_taken <= self.own.slots:
-            raise Broken(f"{self.slots_taken} of {self.own.slots} slots taken")
+        self.leaving.check(self.jobs.values())
