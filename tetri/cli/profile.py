@@ -47,7 +47,6 @@ def command(
 ) -> None:
     """Measure the engine of the configuration, in this process, and fit a cost table: seconds of prefill by the size
     and the start of a chunk, of decode by the batch and its contexts, and the chunk size worth using."""
-    from tetri.config import default_path, load
     from tetri.cost import CostError, dump
     from tetri.engine.base import EngineError
     from tetri.profile.fit import fit
@@ -55,10 +54,10 @@ def command(
 
     if out and not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
-    config = load(conf or default_path(), overrides)
+    config = _config(conf, overrides, cpus)
     rounds = rounds or (3 if quick else 5)
     try:
-        measured = _measured(config, cpus, quick, rounds)
+        measured = _measured(config, quick, rounds)
         made = fit(measured.points)
     except (EngineError, CostError, ProfileError) as error:
         raise click.ClickException(str(error)) from None
@@ -77,6 +76,18 @@ def command(
         click.echo(f"written to {out}", err=True)
 
 
+def _config(conf: Path | None, overrides: tuple[str, ...], cpus: str | None) -> Config:
+    """With `cpus` as those of the first worker, on which the engine runs."""
+    from tetri.config import default_path, load
+
+    config = load(conf or default_path(), overrides)
+    if cpus is not None:
+        config = load(conf or default_path(), [*overrides, f"worker.{config.workers[0].iid}.cpus={cpus}"])
+    if config.engine.kind == "emulated" and not config.engine.cost:
+        raise click.UsageError("an emulated engine without engine.cost takes no time: give it a cost table")
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """`of`: engine and cores in words. `core_share`: how much of the measured time one pinned core worked for this
@@ -90,13 +101,13 @@ class Measured:
     core_share: float | None
 
 
-def _measured(config: Config, cpus: str | None, quick: bool, rounds: int) -> Measured:
+def _measured(config: Config, quick: bool, rounds: int) -> Measured:
     from tetri.proc import build
     from tetri.proc.worker import pin
     from tetri.profile.measure import measure
     from tetri.profile.scenes import scenes
 
-    pin(config.workers[0].cpus if cpus is None else cpus)
+    pin(config.workers[0].cpus)
     cores = len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as leaving:
         leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there

@@ -87,7 +87,8 @@ def _held_out(capacity: Capacity, chunk: int, quick: bool) -> list[Scene]:
     contexts: list[tuple[int, ...]] = [(length,) * batch for batch in middle for length in lengths]
     contexts += [(40, 900) * (largest // 4)]
     beside = [min(batch, largest, chunk // 2) for batch in (4, 16)]
-    mixed = [Scene((size - batch,), (256,) * batch, True) for batch in beside for size in (chunk // 4, chunk)]
+    length = min(256, max(capacity.context // 4, 1))
+    mixed = [Scene((size - batch,), (length,) * batch, True) for batch in beside for size in (chunk // 4, chunk)]
     return [
         *(Scene(several, (), True) for several in prompts if min(several) > 0),
         *(Scene((), several, True) for several in contexts if several),

@@ -1,0 +1,129 @@
+"""tetri-cli profile, on an emulated engine that really waits, and once on vLLM."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tetri import cli, cost
+
+REPOSITORY = Path(__file__).parents[2]
+KNOWN = """
+prefill = [[1, 0.2], [8, 0.24], [16, 0.32], [32, 0.64]]
+decode = [[1, 0.2], [4, 0.4]]
+prefill_start_s = 1e-3
+decode_context_s = 1e-3
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Of a small engine that takes little time."""
+    (tmp_path / "known.toml").write_text(KNOWN)
+    settings = {
+        "engine.cost": tmp_path / "known.toml",
+        "engine.chunk_tokens": 32,
+        "engine.max_batch": 4,
+        "emulated.context": 130,
+        "emulated.blocks": 64,
+        "emulated.time_scale": 0.02,
+    }
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return ["profile", "--conf", str(REPOSITORY / "conf" / "emulated.toml"), *overrides]
+
+
+@pytest.fixture
+def run(arguments, capfd):
+    """Run tetri-cli in this process: (exit status, stdout, stderr)."""
+
+    def run_cli(*more):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*arguments, *more])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    return run_cli
+
+
+def test_a_table_is_shown_and_written(run, tmp_path):
+    path = tmp_path / "new.toml"
+    status, out, err = run("--quick", "--rounds", "2", "--out", str(path))
+    assert status == 0
+    assert "the knee" in out and "chunk_tokens      16" in out and "fitted: " in out and "held out: " in out
+    assert err.splitlines() == [
+        "starting the emulated engine",
+        *("round 1 of 2 measured", "round 2 of 2 measured"),
+        f"written to {path}",
+    ]
+    made = cost.load(path)
+    assert made.chunk_tokens == 16 and made.kv_token_bytes == 64 and made.kv_tokens == 64 * 16
+    assert made.source.startswith("emulated 1, rolling-hash u8, ") and made.source.endswith(", 2 rounds")
+    assert dict(made.prefill)[32] == pytest.approx(0.64 * 0.02, rel=0.25)  # it is a clock's time, on any machine
+    assert made.decode_context_s == pytest.approx(2e-5, rel=0.25)
+    head = path.read_text().splitlines()
+    assert head[0].startswith("# Made by: tetri-cli profile --conf ") and "--rounds 2 --out" in head[0]
+    assert any(line.startswith("# held out: ") for line in head)
+    assert [other.name for other in tmp_path.iterdir() if other.name.startswith(".")] == []
+
+
+def test_json_is_one_object_with_every_point(run):
+    status, out, _ = run("--quick", "--rounds", "1", "--json")
+    found = json.loads(out)
+    assert (status, out.count("\n")) == (0, 1)
+    assert list(found) == ["cost", "quality", "spread", "notes", "points", "run"]
+    assert found["cost"]["chunk_tokens"] == 16 and found["run"]["core_share"] is None
+    assert {point["kind"] for point in found["points"]} == {"prefill", "decode", "packed", "mixed"}
+    assert all(point["seconds"] > 0 and point["predicted_s"] > 0 for point in found["points"])
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "says"),
+    [
+        (["--rounds", "0"], 2, "--rounds"),
+        (["--out", "/no/such/folder/x.toml"], 2, "--out: there is no folder /no/such/folder"),
+        (["--out", "/"], 2, "is a directory"),
+        (["--set", "engine.cost="], 2, "give it a cost table"),
+        (["--set", "engine.teapot=1"], 2, "unknown key"),
+        (["--cpus", "9999"], 2, "this machine has no CPU 9999"),
+        (["--cpus", "zero"], 2, "CPU numbers such as"),
+        (["--conf", "/no/such.toml"], 2, "/no/such.toml"),
+        (["--set", "emulated.blocks=1"], 2, "blocks"),
+    ],
+)
+def test_what_is_wrong_is_one_line(run, more, status, says):
+    found, out, err = run("--quick", "--rounds", "1", *more)
+    assert (found, out) == (status, "")
+    assert says in err.splitlines()[-1] and err.splitlines()[-1].startswith("tetri-cli: ")
+
+
+def test_an_interrupt_leaves_nothing(arguments, tmp_path):
+    path = tmp_path / "new.toml"
+    command = [sys.executable, "-c", "from tetri.cli import main; main()", *arguments, "--rounds", "10000"]
+    process = subprocess.Popen([*command, "--quick", "--out", path], stderr=subprocess.PIPE, text=True)
+    lines = [process.stderr.readline() for _ in range(2)]
+    assert lines[1] == "round 1 of 10000 measured\n", lines
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 130 and rest.splitlines()[-1] == "tetri-cli: interrupted"
+    assert [other.name for other in tmp_path.iterdir()] == ["known.toml"]
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_vllm_is_measured(tmp_path):
+    path = tmp_path / "cpu.toml"
+    small = ["--set", "engine.chunk_tokens=256", "--set", "engine.max_batch=8", "--set", "engine.kv_mib=256"]
+    command = [sys.executable, "-c", "from tetri.cli import main; main()", "profile", "--quick", "--rounds", "2"]
+    done = subprocess.run([*command, *small, "--cpus", "0", "--out", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = cost.load(path)
+    assert made.source.startswith("vLLM 0.") and "smollm2-135m bfloat16, 1 core of " in made.source
+    assert [x for x, _ in made.prefill] == [1, 4, 16, 64, 128, 256] and [x for x, _ in made.decode] == [1, 4, 8]
+    assert made.chunk_tokens >= 64 and made.kv_token_bytes == 23040 and made.kv_tokens > 8192
+    assert 1.5 < made.prompt_s(256, 0, 256) / made.prompt_s(64, 0, 256) < 6, "a chunk four times as long"
+    assert made.prefill_start_s > 0 and made.decode_context_s > 0
+    assert "W1" not in done.stdout and "WARNING" not in done.stdout, "vLLM's log is not the result"
