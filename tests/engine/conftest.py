@@ -25,24 +25,27 @@ def model() -> Path:
     return find("smollm2-135m")  # not there: a failure, for a skip would hide that nothing was compared
 
 
-def start(model: Path, dtype: str, blocks: int) -> Iterator[Engines]:
-    made = [
-        EngineProcess("reference", **arguments(model, dtype, 20, max_batch=4)),
-        EngineProcess("tetri", **arguments(model, dtype, blocks)),
-        EngineProcess("tetri", **arguments(model, dtype, blocks)),
-    ]
+def started(*made: EngineProcess) -> Iterator[tuple[EngineProcess, ...]]:
     try:
         for engine in made:
             engine.wait_until_started()
-        yield Engines(*made, stop_ids=made[1].facts()[3])
+        yield made
     finally:
         for engine in made:
             engine.stop()
 
 
 @pytest.fixture(scope="session")
-def float32(model: Path) -> Iterator[Engines]:
-    yield from start(model, "float32", 181)
+def reference(model: Path) -> Iterator[EngineProcess]:
+    for (made,) in started(EngineProcess("reference", **arguments(model, "float32", 20, max_batch=4))):
+        yield made
+
+
+@pytest.fixture(scope="session")
+def float32(model: Path, reference: EngineProcess) -> Iterator[Engines]:
+    fields = arguments(model, "float32", 181)
+    for prefill, decode in started(EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
+        yield Engines(reference, prefill, decode, stop_ids=prefill.facts()[3])
 
 
 @pytest.fixture
@@ -57,7 +60,10 @@ def engine(float32: Engines) -> Iterator[EngineProcess]:
 
 @pytest.fixture
 def bfloat16(model: Path) -> Iterator[Engines]:
-    yield from start(model, "bfloat16", 60)
+    fields = arguments(model, "bfloat16", 60)
+    reference = EngineProcess("reference", **arguments(model, "bfloat16", 20, max_batch=4))
+    for made in started(reference, EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
+        yield Engines(*made, stop_ids=made[1].facts()[3])
 
 
 @pytest.fixture(scope="session")

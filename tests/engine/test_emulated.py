@@ -72,6 +72,17 @@ def test_blocks_are_really_paged(engine):
     assert set(first) < set(engine.contents["c"].blocks) and not set(engine.contents["b"].blocks) & set(first)
 
 
+def test_one_swapped_block_or_flipped_byte_changes_the_text(engine):
+    tokens = prompt(16)
+    right = reference(tokens, Sampling(max_tokens=8, ignore_eos=True), VOCABULARY, 8)
+    copies, first = prefill(engine, "p", tokens)
+    flipped = [bytearray(block) for block in copies]
+    flipped[1][0] ^= 1
+    for key, wrong in (("s", [copies[1], copies[0], *copies[2:]]), ("f", flipped)):
+        adopt(engine, key, tokens, wrong, first.token)
+        assert run(engine, key)[0][key] != right[1:]
+
+
 def test_missing_kv_changes_the_text(engine):
     copies, first = prefill(engine, "p", prompt(8))
     engine.memory[:] = 0

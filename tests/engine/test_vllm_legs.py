@@ -6,7 +6,7 @@ import pytest
 from handover import BLOCK, TEXT, TOKENS, Pair, Request, adopt_zeros, leg
 from vllm_process import BLOCK_BYTES, CONTEXT, EngineProcess, arguments
 
-from tetri.engine.base import EngineError, Span
+from tetri.engine.base import EngineError, Span, StepDone
 from tetri.engine.vllm import VllmEngine
 from tetri.request import Sampling
 
@@ -44,7 +44,7 @@ def test_what_is_wrong_without_loading_anything(model, tmp_path):
     for change, why in (
         ({"model": tmp_path / "nowhere"}, "unknown model"),
         ({"dtype": "float16"}, "dtype must be one of bfloat16, float32"),
-        ({"chunk_tokens": 16}, "at least max_batch"),
+        ({"chunk_tokens": 16}, "larger than max_batch"),
         ({"block_tokens": 100}, "multiple of 32"),
         ({"context": 1}, "context must be at least 2"),
         ({"max_batch": 0}, "max_batch must be at least 1"),
@@ -82,16 +82,16 @@ def test_a_chunk_holds_a_tail_and_heads_and_the_order_is_kept(engine):
     assert third.spans == (Span("c", 124, 300),)
     assert [token.key for token in (*first.tokens, *second.tokens, *third.tokens)] == ["a", "b", "c"]
     assert all(token.reason is None for token in second.tokens)
-    assert dict(first.held) == {"a": 4} and dict(second.held) == {"c": 1} and third.held == ()
+    assert dict(first.held) == {"a": 4} and dict(second.held) == {"c": 1}
 
 
 def test_nothing_to_do(engine):
     assert engine.step().spans == ()
     engine.add(leg("parked", "decode"))
-    assert engine.step().allocated == ("parked",)
+    done = engine.step()
+    assert (done.allocated, done.held) == (("parked",), (("parked", 6),))
     for _ in range(3):
-        done = engine.step()
-        assert (done.spans, done.allocated, done.held) == ((), (), (("parked", 6),))
+        assert engine.step() == StepDone()
     engine.cancel("parked")
 
 
@@ -100,16 +100,16 @@ def test_both_phases_in_one_engine(float32, engine):
     reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
     engine.add(leg("here", "prefill"))
     engine.add(leg("there", "decode"))
-    assert engine.step().allocated == ()  # the chunk took the whole budget of the step
-    (first,) = (done := engine.step()).tokens
-    assert done.allocated == ("there",)
+    done = engine.step()
+    assert done.allocated == ("there",) and done.spans == (Span("here", 0, 512),)  # blocks cost no tokens
+    (first,) = engine.step().tokens
     engine.adopt("there", 0, engine.export("here", 0, 6))
     engine.admit("there", first.token)
     engine.add(leg("next", "prefill", TOKENS[:600]))
     done = engine.step()
     assert done.spans == (Span("there", 700, 701), Span("next", 0, 511))  # the decode token is part of the budget
     ids = [first.token]
-    while "there" in dict(done.held) or not ids[1:]:
+    while not any(token.key == "there" and token.reason for token in done.tokens):
         ids += [token.token for token in done.tokens if token.key == "there"]
         done = engine.step()
     ids += [token.token for token in done.tokens if token.key == "there"]

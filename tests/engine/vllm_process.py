@@ -134,8 +134,11 @@ class _Watched:
     def admit(self, key: str, token: int) -> None:
         self.engine.admit(key, token)
 
-    def step(self) -> StepDone:
-        return self.engine.step()
+    def hold(self, key: str, held: bool) -> None:
+        self.engine.hold(key, held)
+
+    def step(self, most: int = 1) -> StepDone:
+        return self.engine.step(most)
 
     def export(self, key: str, start: int, stop: int) -> list[bytearray]:
         buffers = [bytearray(self.engine.block_bytes) for _ in range(start, stop)]
@@ -156,7 +159,7 @@ class _Watched:
     def zero_next(self, count: int) -> None:
         from reference import next_free_blocks, zero_blocks
 
-        zero_blocks(self.engine._caches, next_free_blocks(self.engine._scheduler.kv_cache_manager, count))
+        zero_blocks(self.engine._memory.caches, next_free_blocks(self.engine._scheduler.kv_cache_manager, count))
 
     def legs(self) -> int:
         return len(self.engine._legs) + len(self.engine._scheduler.requests)

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone
+from tetri.engine.vllm_memory import Memory
 from tetri.engine.vllm_sampler import GREEDY_BELOW, RowSampler
 from tetri.engine.vllm_setup import (
     VllmSettings,
@@ -87,7 +86,9 @@ class VllmEngine:
         self._start(settings, threads)
         self._legs: dict[str, _LiveLeg] = {}
         self._ended: dict[str, list[int]] = {}  # block ids of the legs that ended in the last step
+        self._told: dict[str, int] = {}  # how many blocks of each leg the last StepDone told
         self._parked = 0
+        self._added = 0
         # Loading leaves a million objects that live for ever: keep the collector from walking them in a step.
         gc.collect()
         gc.freeze()
@@ -104,10 +105,9 @@ class VllmEngine:
         self._scheduler = self._core.scheduler
         self._connector = self._scheduler.connector
         spec = check_layout(self._scheduler.kv_cache_config)
-        self._caches = [_block_rows(cache) for cache in get_kv_transfer_group().kv_caches.values()]
-        self._layer_bytes = self._caches[0].shape[1]
-        self.block_bytes = self._layer_bytes * len(self._caches)
-        self.fingerprint = make_fingerprint(settings, config, spec, len(self._caches), self.block_bytes)
+        self._memory = Memory(list(get_kv_transfer_group().kv_caches.values()))
+        self.block_bytes = self._memory.block_bytes
+        self.fingerprint = make_fingerprint(settings, config, spec, self._memory.layers, self.block_bytes)
         self._stop_ids = stop_ids(config)
         self._vocab = config.model_config.get_vocab_size()
         manager = self._scheduler.kv_cache_manager
@@ -125,7 +125,8 @@ class VllmEngine:
     def add(self, leg: Leg) -> None:
         """Raises EngineError when this leg can never run."""
         from vllm.sampling_params import SamplingParams
-        from vllm.v1.request import Request
+
+        from tetri.engine.vllm_scheduler import LegRequest
 
         if leg.key in self._legs:
             raise EngineError(f"leg {leg.key!r} is already there")
@@ -141,9 +142,10 @@ class VllmEngine:
             max_tokens=left - 1 if decode else 1,
             stop_token_ids=[] if leg.sampling.ignore_eos else list(self._stop_ids),
             detokenize=False,
-            extra_args={"kv_transfer_params": {"adopt": decode}, "tetri_sampler": make},
+            extra_args={"tetri_sampler": make},
         )
-        request = Request(leg.key, prompt, params, None)
+        self._added += 1
+        request = LegRequest(leg.phase, self._added, leg.key, prompt, params, None)
         self._ended.pop(leg.key, None)
         self._legs[leg.key] = _LiveLeg(leg, request, left)
         self._scheduler.add_request(request)
@@ -177,6 +179,7 @@ class VllmEngine:
         from vllm.v1.request import RequestStatus
 
         self._ended.pop(key, None)
+        self._told.pop(key, None)
         live = self._legs.pop(key, None)
         if live is None:
             return
@@ -203,10 +206,20 @@ class VllmEngine:
         live.parked = False
         self._parked -= 1
 
+    def hold(self, key: str, held: bool) -> None:
+        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error."""
+        live = self._legs.get(key)
+        if live is None:
+            return
+        if live.leg.phase != "prefill":
+            raise EngineError(f"leg {key!r} decodes: only a prefill leg can be held")
+        live.request.held = held
+
     # ------------------------------------------------------------ steps
 
-    def step(self) -> StepDone:
-        """One forward pass, or an idle pass that only allocates; nothing at all when every leg is parked."""
+    def step(self, most: int = 1) -> StepDone:
+        """One forward pass, however many are allowed, or an idle pass that only allocates; nothing at all when every
+        leg is parked."""
         self._ended.clear()
         if len(self._legs) == self._parked:
             return StepDone(held=self._held())
@@ -214,7 +227,9 @@ class VllmEngine:
         outputs, _ = self._core.step()
         for key in record.parked:
             self._park(key)
-        spans = tuple(Span(key, start, stop) for key, (start, stop) in record.computed.items())
+        decodes = {key for key in record.computed if self._legs[key].leg.phase == "decode"}
+        order = sorted(record.computed.items(), key=lambda item: item[0] not in decodes)  # stable: decodes first
+        spans = tuple(Span(key, start, stop) for key, (start, stop) in order)
         tokens = tuple(self._sampled(output) for output in outputs[0].outputs) if outputs else ()
         self._ended.update(record.freed)
         return StepDone(spans, tokens, tuple(record.parked), tuple(record.preempted), self._held())
@@ -231,6 +246,7 @@ class VllmEngine:
         if reason is None:
             return Sampled(key, (token,), None)
         live = self._legs.pop(key)
+        self._told.pop(key, None)
         ended = str(reason)
         if ended not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended leg {key!r} with {ended!r}")
@@ -240,18 +256,17 @@ class VllmEngine:
         return Sampled(key, (token,), ended)
 
     def _held(self) -> tuple[tuple[str, int], ...]:
-        blocks = self._req_to_blocks
-        return tuple((key, len(held)) for key in self._legs if (held := blocks.get(key)))
+        """What changed since it was last told."""
+        blocks, told = self._req_to_blocks, self._told
+        self._told = {key: len(blocks.get(key, ())) for key in self._legs}
+        return tuple((key, count) for key, count in self._told.items() if count != told.get(key, 0))
 
     # ------------------------------------------------------------ KV blocks
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
-        """Copy the leg's blocks [start, stop) out, one writable buffer of `block_bytes` each. Inside a block the
-        layers follow one another; what is inside a layer is vLLM's own."""
+        """Copy the leg's blocks [start, stop) out, one writable buffer of `block_bytes` each."""
         for block, buffer in zip(self._blocks(key, start, stop), into, strict=True):
-            target = self._layers_of(buffer)
-            for layer, cache in enumerate(self._caches):
-                target[layer] = cache[block]
+            self._memory.read(block, buffer)
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
         """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted."""
@@ -260,9 +275,7 @@ class VllmEngine:
             raise EngineError(f"leg {key!r} has no blocks that wait for KV")
         stop = start + len(blocks)
         for block, buffer in zip(self._blocks(key, start, stop), blocks, strict=True):
-            source = self._layers_of(buffer)
-            for layer, cache in enumerate(self._caches):
-                cache[block] = source[layer]
+            self._memory.write(block, buffer)
         live.missing.difference_update(range(start, stop))
 
     def _blocks(self, key: str, start: int, stop: int) -> list[int]:
@@ -275,24 +288,9 @@ class VllmEngine:
             raise EngineError(f"leg {key!r} has {len(ids)} blocks; [{start}, {stop}) was asked")
         return ids[start:stop]
 
-    def _layers_of(self, buffer: memoryview) -> np.ndarray:
-        flat = np.frombuffer(buffer, dtype=np.uint8)
-        if flat.size != self.block_bytes:
-            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {flat.size}")
-        return flat.reshape(len(self._caches), self._layer_bytes)
-
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._caches.clear()
+        self._memory.close()
         self._core.shutdown()
         cleanup_dist_env_and_memory()
-
-
-def _block_rows(cache: Any) -> np.ndarray:
-    """A layer's KV tensor as bytes, [blocks, bytes of a block]; shares its memory."""
-    import torch
-
-    if cache.device.type != "cpu" or not cache.is_contiguous():
-        raise EngineError(f"unsupported KV layout: {cache.device.type} tensor with strides {cache.stride()}")
-    return cache.view(cache.shape[0], -1).view(torch.uint8).numpy()

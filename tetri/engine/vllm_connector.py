@@ -1,9 +1,9 @@
 """What vLLM loads into itself: a KV connector and a logits processor. They know nothing of tetri's requests; the
 engine that owns them reads their fields between steps.
 
-vLLM builds the connector twice, once for its scheduler and once for its model runner. The scheduler's copy tells
-vLLM which requests wait for KV from outside and writes down what each step really scheduled; the runner's copy
-only keeps hold of the KV tensors. Bytes are moved by the engine between steps, never inside one.
+vLLM builds the connector twice, once for its scheduler and once for its model runner. The scheduler's copy writes
+down what each step really scheduled; the runner's copy only keeps hold of the KV tensors. Who waits for KV from
+outside is the scheduler's matter (vllm_scheduler.py). Bytes are moved by the engine between steps, never inside one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from tetri.engine.vllm_sampler import RowSampler
 
-# Keys in SamplingParams.extra_args; the first one is vLLM's own name.
-KV_PARAMS = "kv_transfer_params"
-SAMPLER = "tetri_sampler"
+SAMPLER = "tetri_sampler"  # key in SamplingParams.extra_args
 
 
 @dataclass
@@ -41,8 +39,7 @@ class StepRecord:
 
 
 class BlockConnector(KVConnectorBase_V1):
-    """A request with kv_transfer_params {"adopt": True} gets blocks for its whole prompt but the last token at
-    once, and is parked until the engine says that the KV is there."""
+    """Tells vLLM of no KV: when it asks, the KV that a decode leg adopted is in place, or gone by a preemption."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -57,14 +54,10 @@ class BlockConnector(KVConnectorBase_V1):
         return self.record
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        # After a preemption the adopted KV is gone, and nobody has it any more: compute it like any prompt.
-        if not request.kv_transfer_params["adopt"] or request.num_preemptions:
-            return 0, False
-        return request.num_prompt_tokens - 1, True
+        return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if num_external_tokens:
-            self.record.parked.append(request.request_id)
+        pass
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Called once per step, after all decisions and before any of the step's effects."""

@@ -38,10 +38,10 @@ class VllmSettings:
             raise EngineError(f"context must be at least 2 tokens, got {self.context}")
         if self.max_batch < 1:
             raise EngineError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.chunk_tokens < self.max_batch:
+        if self.chunk_tokens <= self.max_batch:
             raise EngineError(
-                f"chunk_tokens ({self.chunk_tokens}) is the token budget of a step: it must be at least max_batch "
-                f"({self.max_batch})"
+                f"chunk_tokens ({self.chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
+                f"({self.max_batch}), or a full batch would leave nothing for prefill"
             )
 
     @property
@@ -66,6 +66,7 @@ def engine_config(settings: VllmSettings) -> Any:
         enable_prefix_caching=False,  # exported blocks would start behind the cached part
         enable_chunked_prefill=True,
         async_scheduling=False,
+        scheduler_cls="tetri.engine.vllm_scheduler.LegScheduler",
         disable_hybrid_kv_cache_manager=True,
         max_num_batched_tokens=settings.chunk_tokens,
         max_num_seqs=settings.max_requests,

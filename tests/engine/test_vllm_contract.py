@@ -1,0 +1,72 @@
+"""vLLM keeps the contract of an engine, with small blocks and chunks, in float32, on the tokens of a vLLM alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from vllm_process import BLOCK_BYTES, EngineProcess, arguments
+
+from tests.engine.contract import CAPACITY, EngineContract
+from tetri.leg import StepDone
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
+
+
+class Near:
+    """An engine in another process, called as if it were here."""
+
+    def __init__(self, process: EngineProcess) -> None:
+        self.process = process
+        self.fingerprint, self.capacity, *_ = process.facts()
+        for name in ("add", "cancel", "admit", "hold"):
+            setattr(self, name, getattr(process, name))
+
+    def step(self, most: int = 1) -> StepDone:
+        return self.process.step(most)
+
+    def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
+        for place, block in zip(into, self.process.export(key, start, stop), strict=True):
+            place[:] = block
+
+    def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
+        self.process.adopt(key, start, [bytes(block) for block in blocks])
+
+
+@pytest.fixture(scope="module")
+def small(model) -> Iterator[EngineProcess]:
+    fields = {
+        **arguments(model, "float32", 20, max_batch=CAPACITY.max_batch),
+        "block_tokens": CAPACITY.block_tokens,
+        "chunk_tokens": CAPACITY.chunk_tokens,
+        "context": CAPACITY.context,
+        "kv_bytes": (CAPACITY.blocks + 1) * BLOCK_BYTES["float32"] * CAPACITY.block_tokens // 128,
+    }
+    made = EngineProcess("tetri", **fields)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict:
+    return {}
+
+
+class TestContract(EngineContract):
+    @pytest.fixture
+    def engine(self, small) -> Iterator[Near]:
+        made = Near(small)
+        assert made.capacity == CAPACITY
+        yield made
+        assert small.step() is not None
+        assert (small.free_blocks(), small.legs()) == (CAPACITY.blocks, 0), "a test leaves nothing behind"
+
+    @pytest.fixture(autouse=True)
+    def alone(self, reference, texts) -> None:
+        self.reference, self.texts = reference, texts
+
+    def right(self, tokens, sampling):
+        name = tokens, sampling.max_tokens
+        if name not in self.texts:
+            self.texts[name] = self.reference.generate(list(tokens), sampling, (2,)).ids
+        return self.texts[name]

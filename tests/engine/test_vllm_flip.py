@@ -1,0 +1,89 @@
+"""The prefill and the decode instance swap their roles while they serve the real model: the same tokens as without."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from live import VLLM, LiveCluster, wait_until
+from raw_client import RawClient
+
+from tetri.client import AsyncClient, Result
+from tetri.request import Sampling
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+
+TOKENS = 48
+GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
+CONF = ["model.dtype=float32", "model.context=2304", "engine.max_batch=48", "transfer.slab_blocks=24"]
+# One instance of each role: whoever changes first must do both for a moment.
+THERE = [("p0", "mixed"), ("d0", "prefill"), ("p0", "decode")]
+BACK = [("p0", "mixed"), ("d0", "decode"), ("p0", "prefill")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LiveCluster]:
+    cpus = sorted(os.sched_getaffinity(0))
+    pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
+    with LiveCluster(VLLM, [*CONF, *pins, "engine.kv_mib=1100"], 240.0) as cluster:
+        yield cluster
+        cluster.wait_idle()
+
+
+def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
+    with RawClient(cluster.config.clients_address, timeout=30) as client:
+        key = uuid.uuid4().hex
+        client.send("change_role", key=key, iid=iid, role=role)
+        answer = client.receive(key=key)
+    assert answer["type"] == "role_changed", answer
+    return answer
+
+
+def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -> None:
+    took = [flip(cluster, iid, role)["took_s"] for iid, role in [*THERE, *BACK]]
+    with capsys.disabled():
+        print(" flips took", [f"{1000 * t:.2f} ms" for t in took], end="")
+    assert statistics.median(took) < 0.010
+
+
+def test_roles_are_swapped_twice_under_load(cluster, prompts, float32, capsys) -> None:
+    chosen = sorted(prompts, key=len)[4::3]
+    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
+    texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in chosen]
+    answered: list[int] = []
+    took: list[float] = []
+
+    async def one(client: AsyncClient, index: int) -> Result:
+        await asyncio.sleep(0.15 * index)  # they keep coming while roles change
+        result = await client.generate(chosen[index], max_tokens=TOKENS, ignore_eos=True)
+        answered.append(index)
+        return result
+
+    def swap_twice() -> None:
+        for wanted, flips in ((1, THERE), (len(chosen) // 2, BACK)):
+            wait_until(lambda wanted=wanted: len(answered) >= wanted, "no answers", 120)
+            took.extend(flip(cluster, iid, role)["took_s"] for iid, role in flips)
+
+    async def run() -> list[Result]:
+        async with AsyncClient(cluster.config.clients_address, timeout=240) as client:
+            tasks = [asyncio.create_task(one(client, index)) for index in range(len(chosen))]
+            await asyncio.to_thread(swap_twice)
+            return await asyncio.gather(*tasks)
+
+    results = asyncio.run(run())
+    for text, result in zip(texts, results, strict=True):
+        assert result.receipt.attempts == 1 and result.finish_reason == "length"
+        if result.token_ids != text.ids:
+            at = next(i for i, pair in enumerate(zip(result.token_ids, text.ids, strict=True)) if pair[0] != pair[1])
+            assert text.gaps[at] < GAP
+    pairs = {(result.receipt.prefill_instance, result.receipt.decode_instance) for result in results}
+    with capsys.disabled():
+        equal = sum(result.token_ids == text.ids for text, result in zip(texts, results, strict=True))
+        print(f" {equal} of {len(chosen)} equal, {sorted(pairs)}, flips {[f'{1000 * t:.0f} ms' for t in took]}", end="")
+    assert {"p0", "d0"} <= {prefill for prefill, _ in pairs} and {"p0", "d0"} <= {decode for _, decode in pairs}
+    assert {iid: found["role"] for iid, found in cluster.instances().items()} == {"p0": "prefill", "d0": "decode"}
