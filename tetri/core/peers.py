@@ -41,32 +41,32 @@ class Identity:
 @dataclass(slots=True)
 class Neighbours:
     """The other instances of the newest Roster, their loads of the newest ClusterView, and to whom a connection
-    stands. `version` counts up with whatever changes who can be asked to decode, or what is known of their loads."""
+    stands. `members` counts up with whatever changes who can be asked to decode, `version` also with what is known of
+    their loads."""
 
     own: Identity
     instances: dict[str, InstanceEntry] = field(default_factory=dict)
     up: dict[str, None] = field(default_factory=dict)
     epoch: int = 0
     number: int = -1
-    loads: dict[str, InstanceLoad] = field(default_factory=dict)
     seen: tuple[int, int] = (0, -1)  # epoch and number of the newest ClusterView
     seen_at: float = 0.0
     version: int = 0
+    members: int = 0
+    _view: ClusterView | None = None
     _able: dict[str, InstanceEntry] = field(default_factory=dict)  # decode, and understand this engine's KV bytes
 
     def see(self, view: ClusterView, now: float) -> bool:
         """Take the loads over; False for an older view of the same monitor."""
         if view.epoch == self.seen[0] and view.number <= self.seen[1]:
             return False
-        self.seen, self.seen_at = (view.epoch, view.number), now
-        self.loads = {each.iid: each for each in view.loads}
+        self.seen, self.seen_at, self._view = (view.epoch, view.number), now, view
         self.version += 1
         return True
 
-    def load(self, instance: InstanceEntry) -> InstanceLoad | None:
-        """As last reported by this very process; None while it reported nothing."""
-        load = self.loads.get(instance.iid)
-        return load if load is not None and load.incarnation == instance.incarnation else None
+    def loads(self) -> dict[str, InstanceLoad]:
+        """The newest reports by instance, perhaps of an earlier incarnation."""
+        return {each.iid: each for each in self._view.loads} if self._view is not None else {}
 
     def update(self, roster: Roster) -> tuple[list[Action], list[str]]:
         """Take a roster over. Returns the connections to change, and the instances that are gone: left out of it, or
@@ -74,10 +74,11 @@ class Neighbours:
         if roster.epoch == self.epoch and roster.number <= self.number:
             return [], []
         self.epoch, self.number = roster.epoch, roster.number
-        self.version += 1
+        self.version += 1  # whoever refused may be asked again
         old, self.instances = self.instances, {i.iid: i for i in roster.instances if i.iid != self.own.iid}
         if old == self.instances:
             return [], []  # as most often: it only says that the broker is there
+        self.changed()
         self._able = {
             iid: instance
             for iid, instance in self.instances.items()
@@ -93,16 +94,17 @@ class Neighbours:
         return actions, gone
 
     def changed(self) -> None:
-        """The own role is another one."""
+        """Others can be asked than before, this instance perhaps among them."""
         self.version += 1
+        self.members += 1
 
     def connected(self, iid: str) -> None:
         self.up[iid] = None
-        self.version += 1
+        self.changed()
 
     def disconnected(self, iid: str) -> None:
         self.up.pop(iid, None)
-        self.version += 1
+        self.changed()
 
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None

@@ -10,8 +10,8 @@ from tetri.core.job import Job
 from tetri.core.peers import Identity, Neighbours
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import DecodePool, Need
-from tetri.request import Capacity, blocks_for
-from tetri.wire.messages import Load
+from tetri.request import blocks_for
+from tetri.wire.messages import InstanceEntry, Load
 
 
 @dataclass(slots=True)
@@ -34,9 +34,9 @@ class Pool:
         self.own, self.neighbours, self.home = own, neighbours, home
         self.columns = DecodePool()
         self.claims: dict[int, Claim] = {}  # by the offer's number
-        self._version = -1
+        self._version = self._members = -1  # of the neighbours, as of the columns
+        self._known: list[InstanceEntry] = []
         self._place: dict[str, int] = {}  # iid -> column
-        self._capacities: list[Capacity] = []
         self._least_blocks = self._least_context = 0  # of all columns but the own one
         self._home_column: int | None = None
 
@@ -101,35 +101,42 @@ class Pool:
 
     def _build(self, home: Load | None) -> None:
         self._version = self.neighbours.version
-        last = self.columns.iids[self.columns.last] if self.columns.last >= 0 else ""
-        known = self.neighbours.decoders()
-        self.columns = DecodePool(iids=[instance.iid for instance in known])
-        self._capacities = [instance.capacity for instance in known]
-        self._least_blocks = min((capacity.blocks for capacity in self._capacities), default=0)
-        self._least_context = min((capacity.context for capacity in self._capacities), default=0)
+        if self._members != self.neighbours.members or (home is None) != (self._home_column is None):
+            self._enter_all(home is not None)
+        reports = self.neighbours.loads()
         made_at: dict[str, float] = {}
-        for instance in known:
-            told = self.neighbours.load(instance)
-            if told is not None:
+        loads: list[Load] = []
+        for instance in self._known:
+            told = reports.get(instance.iid)
+            if told is None or told.incarnation != instance.incarnation:
+                loads.append(Load(free_blocks=instance.capacity.blocks))  # as if empty: its Refuse corrects that
+            else:
+                loads.append(told.load)
                 made_at[instance.iid] = self.neighbours.seen_at - told.age_s
-            self._append(Load(free_blocks=instance.capacity.blocks) if told is None else told.load)
-        self._home_column = None
         if home is not None:
-            self._home_column = len(known)
-            self.columns.iids.append(self.own.iid)
-            self._append(home)
-        self._place = {iid: column for column, iid in enumerate(self.columns.iids)}
-        self.columns.last = self._place.get(last, -1)
+            loads.append(home)
+        pool = self.columns
+        pool.free = [load.free_blocks for load in loads]
+        pool.spare = [load.free_blocks - load.growth_blocks for load in loads]
+        pool.heavy = [load.heavy for load in loads]
+        pool.light = [load.waiting + load.running - load.heavy for load in loads]
         for number, claim in list(self.claims.items()):
             if claim.granted_at is not None and claim.granted_at < made_at.get(claim.iid, float("inf")):
                 del self.claims[number]  # the report has it; of who never reports nothing is known anyway
             else:
                 self._count(claim.iid, claim.need, 1)
 
-    def _append(self, load: Load) -> None:
-        for column in (self.columns.free, self.columns.spare, self.columns.heavy, self.columns.light):
-            column.append(0)
-        self._report(len(self.columns.free) - 1, load)
+    def _enter_all(self, at_home: bool) -> None:
+        """Others are there than before."""
+        last = self.columns.iids[self.columns.last] if self.columns.last >= 0 else ""
+        self._members = self.neighbours.members
+        self._known = self.neighbours.decoders()
+        self._home_column = len(self._known) if at_home else None
+        iids = [instance.iid for instance in self._known] + [self.own.iid] * at_home
+        self._place = {iid: column for column, iid in enumerate(iids)}
+        self._least_blocks = min((instance.capacity.blocks for instance in self._known), default=0)
+        self._least_context = min((instance.capacity.context for instance in self._known), default=0)
+        self.columns.iids, self.columns.last = iids, self._place.get(last, -1)
 
     def _report(self, column: int, load: Load) -> None:
         pool = self.columns
@@ -151,7 +158,7 @@ class Pool:
         blocks = blocks_for(len(job.prompt) + job.sampling.max_tokens, self.own.capacity.block_tokens)
         unfit: list[int] = []
         if blocks > self._least_blocks or job.goal >= self._least_context:
-            unfit = [column for column, capacity in enumerate(self._capacities) if not job.fits(capacity)]
+            unfit = [column for column, instance in enumerate(self._known) if not job.fits(instance.capacity)]
         if self._home_column is not None and not self._fits_at_home(job):
             unfit.append(self._home_column)
         return unfit
