@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from heapq import heappop, heappush
 from typing import Generic, TypeVar
 
@@ -31,12 +31,19 @@ class Timers(Generic[Key]):
 
     def next(self) -> float | None:
         """The earliest due time, None when nothing is set."""
-        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
-            heappop(self._heap)  # was moved or cleared
-        return self._heap[0][0] if self._heap else None
+        heap, latest = self._heap, self._due
+        while heap:
+            when, _, key = heap[0]
+            if latest.get(key) == when:
+                return when
+            heappop(heap)  # was moved or cleared
+        return None
 
-    def due(self, now: float) -> Iterator[Key]:
-        """Take out the keys that are due, earliest first."""
+    def due(self, now: float) -> Iterable[Key]:
+        """Take out the keys that are due, earliest first; also those set meanwhile."""
+        return self._taken(now) if self._heap and self._heap[0][0] <= now else ()
+
+    def _taken(self, now: float) -> Iterator[Key]:
         while (when := self.next()) is not None and when <= now:
             key = heappop(self._heap)[2]
             del self._due[key]
