@@ -10,7 +10,7 @@ from tetri.core.actions import FromClient, Submitted
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 from tetri.text import Stopper
-from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Refused
+from tetri.wire.clients import Accepted, Attach, Cancel, ChangeRole, Delta, Done, Refused, RoleChanged
 
 if TYPE_CHECKING:
     from tests.core.cluster import Cluster
@@ -140,3 +140,25 @@ class Client:
         ended = released.stopped or (right[-1] == 0 and not self.sampling.ignore_eos)
         assert done.reason == ("stop" if ended else "length"), (done, right)
         assert done.error is None and done.receipt.prompt_tokens == len(self.prompt)
+
+
+@dataclass
+class Admin:
+    """Somebody who changes roles, and is told what became of it."""
+
+    world: Cluster
+    name: bytes = b"admin"
+    asked: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> instance and role
+    heard: list[Any] = field(default_factory=list)
+
+    def flip(self, iid: str, role: str) -> None:
+        key = f"flip-{len(self.asked)}"
+        self.asked[key] = (iid, role)
+        self.world.broker.receive(FromClient(self.name, ChangeRole(key=key, iid=iid, role=role)))
+
+    def hear(self, message: Any) -> str:
+        assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
+        if isinstance(message, RoleChanged):
+            assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
+        self.heard.append(message)
+        return "sent"

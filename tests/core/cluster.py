@@ -1,6 +1,6 @@
-"""A whole cluster in one process and in virtual time: the broker's core and workers' cores, each worker with the
-real emulated engine and a local KV store, joined by links that drop, repeat, delay and break. Everything that
-happens follows from the seed.
+"""A whole cluster in one process and in virtual time: the cores of the broker, the monitor and the workers, each
+worker with the real emulated engine and a local KV store, joined by links that drop, repeat, delay and break. Roles
+change all the time. Everything that happens follows from the seed.
 
     story = Cluster(seed=7, faults=Faults.some(seed=7)).run()
 
@@ -12,88 +12,17 @@ between processes is encoded and decoded as on the wire.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from tests.core.callers import Client
-from tests.core.nodes import VOCABULARY, BrokerNode, Link, Node, WorkerNode
-from tetri.core.actions import BROKER, Action, AddLeg, Send
+from tests.core.callers import Admin, Client
+from tests.core.nodes import VOCABULARY, BrokerNode, Link, MonitorNode, Node
+from tests.core.shapes import ROLES, Faults, Shape
+from tests.core.worker_node import WorkerNode
+from tetri.core.actions import BROKER, Action, AddLeg, Publish, Send
 from tetri.request import Sampling
 from tetri.wire.messages import Assign, Offer, Ready, Roster
-
-
-@dataclass(frozen=True)
-class Faults:
-    """Chances, per message or per second of virtual time and thing; all end at `until`."""
-
-    until: float = 1.0
-    drop: float = 0.0
-    repeat: float = 0.0
-    delay: float = 0.0  # of a message that takes up to `longest_delay`
-    longest_delay: float = 0.2
-    corrupt: float = 0.0  # of a chunk's copy
-    kills: float = 0.0
-    blips: float = 0.0  # of each link
-    away: float = 0.0  # of each client
-    stuck: float = 0.0  # of each client
-    cancels: float = 0.0  # of each request, in all
-
-    @classmethod
-    def some(cls, seed: int) -> Faults:
-        """Some kinds of faults, each hardly ever or often."""
-        rng = Random(f"faults {seed}")
-
-        def chance(*values: float) -> float:
-            return rng.choice((0.0, *values))
-
-        return cls(
-            drop=chance(0.02, 0.2),
-            repeat=chance(0.02, 0.2),
-            delay=chance(0.05, 0.3),
-            corrupt=chance(0.05, 0.4),
-            kills=chance(0.5, 2.0),
-            blips=chance(0.2, 1.0),
-            away=chance(0.5, 2.0),
-            stuck=chance(0.5, 2.0),
-            cancels=chance(0.1, 0.4),
-        )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How big everything is. Small, so that every limit is met."""
-
-    prefills: int = 2
-    decodes: int = 2
-    requests: int = 8
-    blocks: int = 16
-    block_tokens: int = 4
-    chunk_tokens: int = 8
-    max_batch: int = 4
-    context: int = 40
-    slots: int = 8
-    reserve_share: float = 0.5
-
-    @classmethod
-    def some(cls, seed: int) -> Shape:
-        rng = Random(f"shape {seed}")
-        block_tokens, chunk_tokens = rng.choice((1, 2, 4)), rng.choice((4, 8, 16))
-        fewest_slots = -(-(chunk_tokens + block_tokens - 1) // block_tokens)
-        context = rng.choice((16, 40))
-        return cls(
-            prefills=rng.choice((1, 2, 2, 3)),
-            decodes=rng.choice((1, 2, 2, 3)),
-            requests=rng.choice((3, 6, 10)),
-            blocks=-(-context // block_tokens) + rng.choice((0, 2, 8, 40)),
-            block_tokens=block_tokens,
-            chunk_tokens=chunk_tokens,
-            max_batch=rng.choice((1, 2, 4, 8)),
-            context=context,
-            slots=fewest_slots + rng.choice((0, 1, 4, 30)),
-            reserve_share=rng.choice((0.2, 0.5, 1.0)),
-        )
 
 
 class Cluster:
@@ -117,16 +46,21 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.broker = self.nodes[BROKER] = BrokerNode(self, self.shape)
         self.broker.wake(0.0)
+        self.monitor = self.nodes["monitor"] = MonitorNode(self, self.shape.flip)
+        self.monitor.subscribed(self.broker)
         self.workers: list[WorkerNode] = []
-        for role, count in (("prefill", self.shape.prefills), ("decode", self.shape.decodes)):
+        for role, count in zip(ROLES, (self.shape.prefills, self.shape.decodes, self.shape.mixed), strict=True):
             for number in range(count):
                 worker = WorkerNode(self, f"{role}-{number}", role, self.shape)
                 self.nodes[worker.name] = worker
                 self.workers.append(worker)
+                self.monitor.subscribed(worker)
+        self.admin = Admin(self)
+        self.callers: dict[bytes, Client | Admin] = {self.admin.name: self.admin}
         self.clients: dict[bytes, Client] = {}
         for number in range(self.shape.requests):
             client = self._client(number)
-            self.clients[client.name] = client
+            self.clients[client.name] = self.callers[client.name] = client
             self.at(self.rng.uniform(0.0, self.faults.until / 2), client.submit)
             self.at(self.rng.uniform(0.0, 0.4), client.watch)
         self._plan_faults()
@@ -149,6 +83,8 @@ class Cluster:
     def _plan_faults(self) -> None:
         faults, rng = self.faults, self.rng
         self._often(faults.kills * len(self.workers), self._kill)
+        self._often(faults.monitor_kills, self._kill_monitor)
+        self._often(faults.flips, lambda: self.admin.flip(rng.choice(self.workers).name, rng.choice(ROLES)))
         for client in self.clients.values():
             self._often(faults.away, client.leave)
             self._often(faults.stuck, client.choke)
@@ -166,6 +102,11 @@ class Cluster:
         if worker.alive:
             worker.kill()
             self.after(self.rng.uniform(0.01, 0.4), lambda: self._restart(worker))
+
+    def _kill_monitor(self) -> None:
+        if self.monitor.alive:
+            self.monitor.kill()
+            self.after(self.rng.uniform(0.01, 1.0), self.monitor.start)
 
     def _restart(self, worker: WorkerNode) -> None:
         worker.start()
@@ -221,13 +162,13 @@ class Cluster:
         return not any(self.unfinished().values())
 
     def unfinished(self) -> dict[str, list[str]]:
-        workers = [worker for worker in self.workers]
+        workers = self.workers
         return {
             "without a Done": [str(client.name) for client in self.clients.values() if client.done is None],
             "rows": [f"{row.rid} {row.stage}" for row in self.broker.core.table.active()],
             "jobs": [f"{w.name} {key}" for w in workers for key in w.core.prefill.jobs],
             "seats": [f"{w.name} {key}" for w in workers for key in w.core.decode.seats],
-            "dead": [w.name for w in workers if not w.alive],
+            "dead": [node.name for node in (*workers, self.monitor) if not node.alive],
         }
 
     def verify(self) -> None:
@@ -250,8 +191,10 @@ def _brief(thing: Any) -> str:
     match thing:
         case Send(peer, message):
             return f"to {peer}: {_brief(message)}"
+        case Publish(message):
+            return f"publishes {type(message).__name__}"
         case Roster():
-            there = ", ".join(i.iid for i in thing.instances)
+            there = ", ".join(f"{i.iid} {i.role}" for i in thing.instances)
             return f"roster {thing.number}: {there}"
         case Offer():
             return f"Offer({thing.src} {thing.rid} attempt {thing.attempt} offer {thing.offer}, {thing.blocks} blocks)"

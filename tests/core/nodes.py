@@ -10,21 +10,11 @@ from typing import TYPE_CHECKING, Any
 from tetri.core.actions import (
     BROKER,
     Action,
-    AddLeg,
-    AdmitLeg,
-    Adopt,
-    Adopted,
-    CancelLeg,
     Connect,
     Disconnect,
-    Export,
-    Exported,
-    Forget,
-    Free,
-    LegRejected,
+    Publish,
     Reply,
     Send,
-    Step,
     Undelivered,
     Unword,
     Word,
@@ -32,22 +22,16 @@ from tetri.core.actions import (
 )
 from tetri.core.broker import Broker
 from tetri.core.desk import Limits
-from tetri.core.peers import Identity
-from tetri.core.worker import Worker
-from tetri.cost import Cost
-from tetri.engine.base import EngineError
-from tetri.engine.emulated import EmulatedEngine
-from tetri.kv.base import KVCorrupt, KVLost
-from tetri.kv.local import LocalStore
-from tetri.policy.rules import Rules
-from tetri.request import Capacity
+from tetri.core.monitor import Monitor
+from tetri.policy.views import FlipSettings
 from tetri.text import ByteTokenizer, Stopper
 from tetri.wire.codec import decode, encode
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import InboxMessage, WorkerEvent
+from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 if TYPE_CHECKING:
-    from tests.core.cluster import Cluster, Shape
+    from tests.core.cluster import Cluster
+    from tests.core.shapes import Shape
 
 VOCABULARY, TOKEN_BYTES = 64, 8
 EDGE = ByteTokenizer()
@@ -105,6 +89,29 @@ class Link:
             self.life += 1  # what was under way is lost
 
 
+class Feed:
+    """What one process publishes, as one subscriber hears it: in order, any of it may be lost, and nobody is told."""
+
+    def __init__(self, world: Cluster, dst: Node, kind: Any) -> None:
+        self.world, self.dst, self.kind = world, dst, kind
+        self.busy = 0.0
+
+    def send(self, message: Any) -> None:
+        world = self.world
+        if world.happens(world.faults.drop):
+            return
+        if world.wire:
+            message = decode(encode(message), self.kind)
+        slow = world.happens(world.faults.delay)
+        took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
+        self.busy = max(self.busy, world.now + took)
+        world.at(self.busy, partial(self._arrive, message, self.dst.life))
+
+    def _arrive(self, message: Any, target: int) -> None:
+        if target == self.dst.life and self.dst.alive:
+            self.dst.receive(message)
+
+
 class Node:
     """A process: an inbox, read between two turns of its loop, and a core."""
 
@@ -117,6 +124,7 @@ class Node:
         self.alive, self.life = True, 0
         self.inbox: deque[Any] = deque()
         self.links: dict[str, Link] = {}
+        self.feeds: list[Feed] = []  # to the subscribers
         self._turn_at: float | None = None
 
     def receive(self, event: Any) -> None:
@@ -166,21 +174,47 @@ class Node:
     def do(self, action: Action) -> Any:
         match action:
             case Send(peer, message):
-                if peer in self.links:
-                    self.links[peer].send(message)
+                self.send(peer, message)
+            case Publish(message):
+                self.publish(message)
             case Connect(peer, address):
                 self.connect(peer, address)
             case Disconnect(peer):
-                if peer in self.links:
-                    self.links.pop(peer).close()
+                self.disconnect(peer)
             case _:
                 raise AssertionError(f"{self.name}: nobody can do {action}")
         return None
+
+    def send(self, peer: str, message: Any) -> None:
+        if peer in self.links:
+            self.links[peer].send(message)
+
+    def publish(self, message: Any) -> None:
+        for feed in self.feeds:
+            feed.send(message)
 
     def connect(self, peer: str, address: str) -> None:
         if peer not in self.links:
             self.links[peer] = Link(self.world, self, self.world.nodes[address], peer)
             self.links[peer].connect()
+
+    def disconnect(self, peer: str) -> None:
+        if peer in self.links:
+            self.links.pop(peer).close()
+
+    def kill(self) -> None:
+        """As kill -9: what it sent lately may still arrive or not, all that it had is gone."""
+        self.world.note(self.name, "killed", [])
+        self.alive = False
+        self.life += 1
+        self.inbox.clear()
+        for link in self.links.values():
+            link.close()
+        self.links = {}
+        self._turn_at = None
+        for link in self.world.links():
+            if link.dst is self:
+                self.world.after(self.world.rng.uniform(0.0, 0.03), link.broken)
 
 
 class BrokerNode(Node):
@@ -197,7 +231,10 @@ class BrokerNode(Node):
             patience_s=60.0,
             client_grace_s=2.5,
         )
-        self.core = Broker(limits, Rules(), epoch=world.rng.getrandbits(62), rng=Random(1), now=0.0)
+        epoch = world.rng.getrandbits(62)
+        self.core = Broker(
+            limits, shape.rules, epoch, Random(epoch), 0.0, cost=shape.cost, chunk_tokens=shape.chunk_tokens
+        )
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: dict[bytes, None] = {}
 
@@ -208,7 +245,7 @@ class BrokerNode(Node):
     def do(self, action: Action) -> Any:
         match action:
             case Reply(name, message):
-                heard = "full" if name in self.stuck else self.world.clients[name].hear(message)
+                heard = "full" if name in self.stuck else self.world.callers[name].hear(message)
                 if heard != "sent":
                     self.stuck[name] = None
                     return Undelivered(name, message, heard == "gone")
@@ -227,114 +264,24 @@ class BrokerNode(Node):
         return super().do(action)
 
 
-class WorkerNode(Node):
-    def __init__(self, world: Cluster, iid: str, role: str, shape: Shape) -> None:
-        super().__init__(world, iid)
-        self.role, self.shape = role, shape
-        self.busy_until = 0.0
+class MonitorNode(Node):
+    """The monitor, which may die and begin anew. `policy`: of its transition watcher."""
+
+    reads = LoadReport
+
+    def __init__(self, world: Cluster, policy: str) -> None:
+        super().__init__(world, "monitor")
+        self.policy = policy
         self.start()
 
     def start(self) -> None:
-        shape = self.shape
         self.alive = True
-        self.engine = EmulatedEngine(
-            capacity=Capacity(
-                blocks=shape.blocks,
-                block_tokens=shape.block_tokens,
-                chunk_tokens=shape.chunk_tokens,
-                max_batch=shape.max_batch,
-                context=shape.context,
-            ),
-            token_bytes=TOKEN_BYTES,
-            vocabulary=VOCABULARY,
-            cost=Cost(),
-        )
-        self.store = LocalStore(self.name, shape.slots, self.engine.fingerprint.block_bytes, self.world.segments)
-        own = Identity(
-            iid=self.name,
-            incarnation=self.world.rng.getrandbits(62),
-            role=self.role,
-            inbox=self.name,
-            fingerprint=self.engine.fingerprint,
-            capacity=self.engine.capacity,
-            transport="local",
-            slots=shape.slots,
-            reserve_share=shape.reserve_share,
-            beat_s=0.05,
-            offer_s=0.08,
-            patience_s=60.0,
-            view_s=1.2,
-        )
-        self.core = Worker(own, Random(own.incarnation), self.world.now)
-        if BROKER in self.world.nodes:
-            self.connect(BROKER, BROKER)
-        self.wake(self.world.now)
+        settings = FlipSettings(idle_s=0.05, low_s=0.1, hold_s=0.1, floor=1, gain=1.5)
+        epoch, now = self.world.rng.getrandbits(62), self.world.now
+        self.core = Monitor(self.policy, settings, epoch, 0.02, now, stale_s=0.1, gone_s=0.4)
+        self.connect(BROKER, BROKER)
+        self.wake(now)
 
-    def kill(self) -> None:
-        """As kill -9: what it sent lately may still arrive or not, all that it had is gone."""
-        self.world.note(self.name, "killed", [])
-        self.alive = False
-        self.life += 1
-        self.store.close()
-        self.inbox.clear()
-        for link in self.links.values():
-            link.close()
-        self.links = {}
-        self._turn_at, self.busy_until = None, 0.0
-        for link in self.world.links():
-            if link.dst is self:
-                self.world.after(self.world.rng.uniform(0.0, 0.03), link.broken)
-
-    def resting(self) -> bool:
-        return self.world.now < self.busy_until
-
-    def do(self, action: Action) -> Any:
-        match action:
-            case Step():
-                self.step()
-            case Export(key, index, start, stop):
-                handle, digest = self.store.put(
-                    stop - start, lambda into: self.engine.export(key, start, stop, into)
-                )
-                return Exported(key, index, start, stop, handle, digest)
-            case Adopt():
-                return self.adopt(action)
-            case AddLeg(leg):
-                try:
-                    self.engine.add(leg)
-                except EngineError as error:
-                    return LegRejected(leg.key, str(error))
-            case CancelLeg(key):
-                self.engine.cancel(key)
-            case AdmitLeg(key, token):
-                self.engine.admit(key, token)
-            case Free(handle):
-                self.store.free(handle)
-            case Forget(segment):
-                self.store.forget(segment)
-            case _:
-                return super().do(action)
-        return None
-
-    def step(self) -> None:
-        """The engine computes for a while, in which nothing is read."""
-        done, life = self.engine.step(), self.life
-        self.busy_until = self.world.now + self.world.rng.uniform(0.001, 0.008)
-
-        def finished() -> None:
-            if life == self.life:
-                self.handle(done)
-                self.wake(self.world.now)
-
-        self.world.at(self.busy_until, finished)
-
-    def adopt(self, action: Adopt) -> Adopted:
-        wrong = self.world.happens(self.world.faults.corrupt)
-        try:
-            blocks = self.store.take(action.handle, action.digest ^ wrong)
-        except KVCorrupt:
-            return Adopted(action.key, action.index, "corrupt")
-        except KVLost:
-            return Adopted(action.key, action.index, "lost")
-        self.engine.adopt(action.key, action.start, blocks)
-        return Adopted(action.key, action.index)
+    def subscribed(self, node: Node) -> None:
+        """This node hears the views."""
+        self.feeds.append(Feed(self.world, node, ClusterView))

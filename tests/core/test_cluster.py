@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from tests.core.cluster import Cluster, Faults, Shape
+from tests.core.cluster import Cluster
+from tests.core.shapes import Faults, Shape
 
 SEEDS = int(os.environ.get("TETRI_SEEDS", "300"))
 FIRST = int(os.environ.get("TETRI_FIRST_SEED", "0"))

@@ -1,0 +1,111 @@
+"""What a virtual cluster (tests/core/cluster.py) is made of, and what goes wrong in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tetri.cost import Cost
+from tetri.policy.rules import ADMISSIONS, DECODE_ROUTES, FLIPS, ORDERS, PREFILL_ROUTES, Rules
+
+ROLES = ("prefill", "decode", "mixed")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Chances, per message or per second of virtual time and thing; all end at `until`."""
+
+    until: float = 1.0
+    drop: float = 0.0
+    repeat: float = 0.0
+    delay: float = 0.0  # of a message that takes up to `longest_delay`
+    longest_delay: float = 0.2
+    corrupt: float = 0.0  # of a chunk's copy
+    kills: float = 0.0
+    blips: float = 0.0  # of each link
+    away: float = 0.0  # of each client
+    stuck: float = 0.0  # of each client
+    cancels: float = 0.0  # of each request, in all
+    flips: float = 0.0  # asked for by hand
+    monitor_kills: float = 0.0
+
+    @classmethod
+    def some(cls, seed: int) -> Faults:
+        """Some kinds of faults, each hardly ever or often."""
+        rng = Random(f"faults {seed}")
+
+        def chance(*values: float) -> float:
+            return rng.choice((0.0, *values))
+
+        return cls(
+            drop=chance(0.02, 0.2),
+            repeat=chance(0.02, 0.2),
+            delay=chance(0.05, 0.3),
+            corrupt=chance(0.05, 0.4),
+            kills=chance(0.5, 2.0),
+            blips=chance(0.2, 1.0),
+            away=chance(0.5, 2.0),
+            stuck=chance(0.5, 2.0),
+            cancels=chance(0.1, 0.4),
+            flips=chance(3.0, 15.0),
+            monitor_kills=chance(1.0, 3.0),
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How big everything is. Small, so that every limit is met."""
+
+    prefills: int = 2
+    decodes: int = 2
+    mixed: int = 0
+    requests: int = 8
+    blocks: int = 16
+    block_tokens: int = 4
+    chunk_tokens: int = 8
+    max_batch: int = 4
+    context: int = 40
+    slots: int = 8
+    reserve_share: float = 0.5
+    stream_interval: int = 1
+    rules: Rules = Rules()
+    flip: str = "none"
+    cost: Cost = Cost(prefill=((1.0, 0.001), (16.0, 0.002)), decode=((1.0, 0.001), (16.0, 0.002)))
+
+    @classmethod
+    def some(cls, seed: int) -> Shape:
+        rng = Random(f"shape {seed}")
+        block_tokens, chunk_tokens = rng.choice((1, 2, 4)), rng.choice((4, 8, 16))
+        fewest_slots = -(-(chunk_tokens + block_tokens - 1) // block_tokens)
+        context = rng.choice((16, 40))
+        return cls(
+            prefills=rng.choice((1, 2, 2, 3)),
+            decodes=rng.choice((1, 2, 2, 3)),
+            mixed=rng.choice((0, 0, 1)),
+            requests=rng.choice((3, 6, 10)),
+            blocks=-(-context // block_tokens) + rng.choice((0, 2, 8, 40)),
+            block_tokens=block_tokens,
+            chunk_tokens=chunk_tokens,
+            max_batch=min(rng.choice((1, 2, 4, 8)), chunk_tokens - 1),
+            context=context,
+            slots=fewest_slots + rng.choice((0, 1, 4, 30)),
+            reserve_share=rng.choice((0.2, 0.5, 1.0)),
+            stream_interval=rng.choice((1, 1, 3, 32)),
+            rules=_rules(rng),
+            flip=rng.choice((*FLIPS,)),
+        )
+
+
+def _rules(rng: Random) -> Rules:
+    """Any of the policies."""
+    return Rules(
+        prefill_route=rng.choice((*PREFILL_ROUTES,)),
+        decode_route=rng.choice((*DECODE_ROUTES,)),
+        order=rng.choice((*ORDERS,)),
+        admit=rng.choice((*ADMISSIONS,)),
+        length=rng.choice(("none", "noisy")),
+        sched_batch=rng.choice((1, 3, 16)),
+        dispatch_end=rng.choice(("low", "middle", "high")),
+        admit_end=rng.choice(("low", "middle", "high")),
+        heavy_tokens=8,
+    )
