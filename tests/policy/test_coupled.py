@@ -1,0 +1,69 @@
+"""What a coupled engine runs next."""
+
+import pytest
+
+from tetri.leg import Span
+from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, chunked, prefill_first, preempted
+from tetri.policy.views import Progress
+
+LIMITS = Limits(slots=4, step_tokens=100, kv_tokens=1000)
+
+
+def view(*prompts, started=None, decoding=0, free=1000):
+    return CoupledView(started, [Progress(str(i), 0, tokens) for i, tokens in enumerate(prompts)], decoding, free)
+
+
+def spans(*tokens):
+    return tuple(Span(str(i), 0, count) for i, count in enumerate(tokens))
+
+
+@pytest.mark.parametrize("rule", COUPLED)
+def test_with_nothing_to_prefill_all_decode(rule):
+    assert COUPLED[rule](view(decoding=3), LIMITS) == Iteration((), True)
+
+
+@pytest.mark.parametrize("rule", COUPLED)
+def test_no_prompt_starts_without_a_slot(rule):
+    assert COUPLED[rule](view(10, decoding=4), LIMITS) == Iteration((), True)
+    assert COUPLED[rule](view(10, 10, decoding=3), LIMITS).spans == spans(10)
+
+
+@pytest.mark.parametrize("rule", COUPLED)
+def test_no_prompt_starts_without_memory_for_all_of_it(rule):
+    assert COUPLED[rule](view(50, decoding=1, free=50), LIMITS) == Iteration((), True)
+    assert COUPLED[rule](view(50, 30, decoding=1, free=60), LIMITS).spans == spans(50)
+
+
+def test_prefill_first_takes_whole_prompts_while_the_decodes_stall():
+    assert prefill_first(view(40, 50, 20, decoding=1), LIMITS) == Iteration(spans(40, 50), False)
+
+
+def test_prefill_first_lets_a_prompt_beyond_the_budget_go_alone():
+    assert prefill_first(view(300, 10), LIMITS) == Iteration(spans(300), False)
+    assert prefill_first(view(10, 300), LIMITS).spans == spans(10)
+
+
+def test_chunked_gives_decodes_their_token_and_cuts_the_prompt_at_the_budget():
+    assert chunked(view(40, 90, decoding=2), LIMITS) == Iteration((Span("0", 0, 40), Span("1", 0, 58)), True)
+
+
+def test_chunked_goes_on_with_the_prompt_that_it_started():
+    started = Progress("started", 60, 90)
+    assert chunked(view(500, started=started, decoding=2, free=600), LIMITS).spans == (
+        Span("started", 60, 90),
+        Span("0", 0, 68),
+    )
+    assert chunked(view(10, started=started, decoding=3), LIMITS).spans == (Span("started", 60, 90),)  # no slot
+
+
+def test_chunked_prefills_nothing_when_the_decodes_fill_the_step():
+    limits = Limits(slots=200, step_tokens=100, kv_tokens=1000)
+    assert chunked(view(10, started=Progress("started", 1, 9), decoding=100), limits) == Iteration((), True)
+
+
+@pytest.mark.parametrize(
+    "held, free, out",
+    [([10, 10], 2, 0), ([10, 10], 1, 1), ([10, 20, 3], 0, 1), ([10, 2, 0], 0, 2), ([10], 0, 0), ([], 0, 0)],
+)
+def test_the_youngest_give_way_until_each_has_a_token(held, free, out):
+    assert preempted(held, free) == out

@@ -1,0 +1,104 @@
+"""Coupled engines in virtual time, against times computed by hand."""
+
+from itertools import pairwise
+from random import Random
+
+import pytest
+
+from tetri.cost import Cost
+from tetri.policy.coupled import COUPLED, Limits
+from tetri.sim import coupled
+from tetri.sim.traces import Arrival
+
+# A chunk takes 0.01 s a token, a decode step 1 s, a context token nothing.
+COST = Cost(prefill=((100.0, 1.0), (200.0, 2.0)), decode=((1.0, 1.0),))
+ROOMY = Limits(slots=16, step_tokens=400, kv_tokens=10_000)
+
+
+def batch(*lengths):
+    return [Arrival(0.0, prompt, output) for prompt, output in lengths]
+
+
+def times(outcome):
+    return [(round(job.ttft_s, 6), round(job.jct_s, 6)) for job in outcome.jobs]
+
+
+def test_prefill_first_merges_prompts_then_decodes():
+    outcome = coupled.run("prefill_first", ROOMY, COST, batch((100, 1), (200, 3), (100, 2)))
+    assert times(outcome) == [(4, 4), (4, 6), (4, 5)]
+    assert outcome.busy == (((0.0, 6.0),),)
+
+
+def test_a_free_slot_stalls_the_others_while_it_is_filled():
+    limits = Limits(slots=2, step_tokens=400, kv_tokens=10_000)
+    outcome = coupled.run("prefill_first", limits, COST, batch((100, 2), (100, 3), (200, 1)), join_s=0.5)
+    # two prompts: 2.5 s; one step: 3.5; the third prompt: 6.0, with no token for the second; one step: 7.0
+    assert times(outcome) == [(2.5, 3.5), (2.5, 7.0), (6.0, 6.0)]
+
+
+def test_chunked_decodes_beside_the_prompt():
+    limits = Limits(slots=16, step_tokens=101, kv_tokens=10_000)
+    arrivals = [Arrival(0.0, 100, 4), Arrival(0.5, 200, 1)]
+    outcome = coupled.run("chunked", limits, COST, arrivals)
+    # the first prompt to 1.0; then twice a chunk of 100 beside a decode: 1 + 1 s, of which 1 s is paid once
+    assert times(outcome) == [(1.0, 4.0), (2.5, 2.5)]
+
+
+def test_an_arrival_is_seen_at_the_next_step_of_a_long_decode():
+    outcome = coupled.run("prefill_first", ROOMY, COST, [Arrival(0.0, 100, 10), Arrival(3.5, 100, 1)])
+    assert times(outcome) == [(1.0, 11.0), (1.5, 1.5)]
+
+
+def test_the_youngest_is_preempted_and_computed_again():
+    limits = Limits(slots=16, step_tokens=400, kv_tokens=205)
+    outcome = coupled.run("prefill_first", limits, COST, batch((100, 6), (100, 4)))
+    # both prompts to 2.0, two steps to 4.0 hold 204 tokens; the third has no room for both. The first goes on and ends
+    # with 105 tokens at 7.0; 103 tokens are computed again to 8.03, and yield the fourth.
+    assert times(outcome) == [(2.0, 7.0), (2.0, 8.03)]
+    assert [job.preempted for job in outcome.jobs] == [0, 1]
+
+
+def test_replicas_share_the_requests():
+    outcome = coupled.run("chunked", ROOMY, COST, batch(*[(100, 5)] * 6), replicas=2)
+    assert [job.replica for job in outcome.jobs] == [0, 1, 0, 1, 0, 1]
+    assert len(outcome.busy) == 2 and outcome.busy[0] == outcome.busy[1]
+
+
+@pytest.mark.parametrize("rule", COUPLED)
+@pytest.mark.parametrize("seed", range(12))
+def test_every_request_ends_with_all_its_tokens_and_all_memory_comes_back(rule, seed):
+    rng = Random(f"{rule} {seed}")
+    limits = Limits(rng.choice((1, 3, 16)), rng.choice((50, 300)), rng.choice((130, 200, 5000)))
+    arrivals, at = [], 0.0
+    for _ in range(60):
+        at += rng.choice((0.0, 0.7, 30.0))
+        arrivals.append(Arrival(at, rng.randint(1, 70), rng.randint(1, 60)))
+    engine = coupled.Replica(rule, limits, COST)
+    jobs = [coupled.Job(each.at_s, each.prompt, each.output) for each in arrivals]
+    for job in jobs:
+        engine.advance(job.arrival_s)
+        engine.add(job)
+    engine.advance(float("inf"))
+    assert all(job.made == job.output and job.arrival_s < job.first_s <= job.end_s < float("inf") for job in jobs)
+    assert engine.open == 0 and engine._free == limits.kv_tokens
+    assert all(before[1] < after[0] for before, after in pairwise(engine.busy))  # neighbours are joined
+    if limits.kv_tokens == 5000:
+        assert sum(job.preempted for job in jobs) == 0
+    elif limits.slots > 1:
+        assert sum(job.preempted for job in jobs) > 0
+
+
+def test_fewer_slots_never_make_the_first_token_earlier():
+    arrivals = batch(*[(100, 20)] * 40)
+    means = []
+    for slots in (4, 16, 64):
+        jobs = coupled.run("prefill_first", Limits(slots, 400, 10_000), COST, arrivals).jobs
+        means.append(sum(job.ttft_s for job in jobs) / len(jobs))
+    assert means == sorted(means, reverse=True) and means[0] > 2 * means[2]
+
+
+@pytest.mark.parametrize("wrong", [Arrival(0.0, 0, 1), Arrival(0.0, 1, 0), Arrival(0.0, 9_999, 2), Arrival(-1.0, 1, 1)])
+def test_a_request_that_can_never_run_is_refused_in_one_line(wrong):
+    with pytest.raises(ValueError, match="request 1") as caught:
+        coupled.run("chunked", ROOMY, COST, [wrong])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,228 @@
+"""A coupled engine, prefill and decode on one instance, in virtual time: the baselines of the paper and of today.
+
+Drives a rule of tetri/policy/coupled.py over a cost table. Decodes advance in one go until their membership changes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from math import inf
+
+from tetri.cost import Cost
+from tetri.leg import Span
+from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, preempted
+from tetri.policy.views import Progress
+from tetri.sim.traces import Arrival
+
+MOST_STEPS = 1 << 20  # in one go
+
+
+@dataclass(slots=True)
+class Job:
+    """One request; times in seconds of virtual time. `ttft_s` and `jct_s` count from its arrival."""
+
+    arrival_s: float
+    prompt: int
+    output: int
+    replica: int = -1
+    first_s: float = inf
+    end_s: float = inf
+    preempted: int = 0
+    made: int = 0  # output tokens so far
+    done: int = 0  # tokens of `goal` whose KV is computed
+    goal: int = 0  # the prompt, after a preemption with the output so far
+    joined: int = 0  # the engine's decode steps when it began to decode
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_s - self.arrival_s
+
+    @property
+    def jct_s(self) -> float:
+        return self.end_s - self.arrival_s
+
+
+@dataclass(slots=True)
+class Replica:
+    """One coupled engine. `busy`: its spans of work (start, stop)."""
+
+    rule: str
+    limits: Limits
+    cost: Cost
+    join_s: float = 0.0
+    now: float = 0.0
+    busy: list[tuple[float, float]] = field(default_factory=list)
+    _waiting: deque[Job] = field(default_factory=deque)
+    _started: Job | None = None
+    _decoding: dict[str, Job] = field(default_factory=dict)  # the oldest first
+    _ends: list[tuple[int, str]] = field(default_factory=list)  # a heap: the step at which a job ends
+    _keys: int = 0
+    _steps: int = 0
+    _context: int = 0  # tokens of KV of all that decode
+    _reserved: int = 0  # tokens of KV of the prompts whose prefill is not over
+
+    @property
+    def open(self) -> int:
+        """Requests here that have not ended."""
+        return len(self._waiting) + len(self._decoding) + (self._started is not None)
+
+    def add(self, job: Job) -> None:
+        if not self.open:
+            self.now = max(self.now, job.arrival_s)
+        job.goal = job.prompt
+        self._waiting.append(job)
+
+    def advance(self, until: float) -> None:
+        """Run every iteration that begins before `until`."""
+        while self.open and self.now < until:
+            self._make_room()
+            plan = self._plan()
+            if plan.spans:
+                self._step(plan)
+            else:
+                self._decode(until)
+
+    @property
+    def _free(self) -> int:
+        return self.limits.kv_tokens - self._context - self._reserved
+
+    def _make_room(self) -> None:
+        if self._free >= len(self._decoding):
+            return
+        if self._started is not None:
+            self._give_up(self._started)
+            self._started = None
+        held = [self._tokens(job) for job in self._decoding.values()]
+        for _ in range(preempted(held, self._free)):
+            _, job = self._decoding.popitem()
+            self._context -= self._tokens(job)
+            job.made += self._steps - job.joined
+            self._give_up(job)
+
+    def _give_up(self, job: Job) -> None:
+        """Its KV is lost and will be computed again; it keeps the tokens that it has."""
+        if job is self._started:
+            self._reserved -= job.goal
+        job.preempted += 1
+        job.done, job.goal = 0, job.prompt + job.made
+        self._waiting.appendleft(job)
+
+    def _tokens(self, job: Job) -> int:
+        return job.goal + self._steps - job.joined
+
+    def _plan(self) -> Iteration:
+        slots = self.limits.slots - len(self._decoding) - (self._started is not None)
+        waiting = [Progress(str(i), 0, job.goal) for i, job in enumerate(islice(self._waiting, max(slots, 0)))]
+        job = self._started
+        started = None if job is None else Progress("started", job.done, job.goal)
+        return COUPLED[self.rule](CoupledView(started, waiting, len(self._decoding), self._free), self.limits)
+
+    def _step(self, plan: Iteration) -> None:
+        """One iteration with prompts in it, beside the decodes or instead of them."""
+        batch = len(self._decoding) if plan.decode else 0
+        self._spend(self.cost.step_s(plan.spans, batch, self._context) + self.join_s)
+        if batch:
+            self._decoded(1)
+        for span in plan.spans:
+            self._prefilled(span)
+
+    def _prefilled(self, span: Span) -> None:
+        if span.key == "started":
+            job = self._started
+            assert job is not None
+        else:
+            job = self._waiting.popleft()
+            self._reserved += job.goal
+        job.done = span.stop
+        self._started = job if job.done < job.goal else None
+        if self._started is None:
+            self._first(job)
+
+    def _first(self, job: Job) -> None:
+        """Its prefill is over and yields a token."""
+        self._reserved -= job.goal
+        job.made += 1
+        job.first_s = min(job.first_s, self.now)
+        if job.made == job.output:
+            job.end_s = self.now
+            return
+        self._keys += 1
+        key = f"{self._keys:012}"
+        job.joined = self._steps
+        self._decoding[key] = job
+        self._context += job.goal
+        heapq.heappush(self._ends, (self._steps + job.output - job.made, key))
+
+    def _decode(self, until: float) -> None:
+        """Decode steps alone, until somebody ends, memory is out, or one begins at `until` or later."""
+        batch = len(self._decoding)
+        if not batch:
+            raise ValueError("nothing can run: the oldest prompt does not fit into the memory")
+        while self._ends[0][1] not in self._decoding:  # preempted meanwhile
+            heapq.heappop(self._ends)
+        most = min(self._ends[0][0] - self._steps, self._free // batch, MOST_STEPS)
+        if until < inf:
+            took = self.cost.decode_run_s
+            most = bisect_left(range(1, most), until - self.now, key=lambda n: took(batch, self._context, n)) + 1
+        self._spend(self.cost.decode_run_s(batch, self._context, most))
+        self._decoded(most)
+
+    def _decoded(self, steps: int) -> None:
+        self._context += steps * len(self._decoding)
+        self._steps += steps
+        while self._ends and self._ends[0][0] <= self._steps:
+            _, key = heapq.heappop(self._ends)
+            job = self._decoding.pop(key, None)
+            if job is not None:
+                self._context -= self._tokens(job)
+                job.made, job.end_s = job.output, self.now
+
+    def _spend(self, seconds: float) -> None:
+        start, self.now = self.now, self.now + seconds
+        if self.busy and self.busy[-1][1] == start:
+            start = self.busy.pop()[0]
+        self.busy.append((start, self.now))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What happened: the requests in order of arrival, and when each replica worked."""
+
+    jobs: tuple[Job, ...]
+    busy: tuple[tuple[tuple[float, float], ...], ...]
+
+
+def run(
+    rule: str, limits: Limits, cost: Cost, requests: Iterable[Arrival], replicas: int = 1, join_s: float = 0.0
+) -> Outcome:
+    """Serve `requests`, sorted by arrival, each on the replica with the fewest open ones. `join_s`: what an iteration
+    with prompts takes in addition. Raises ValueError for a request that can never run, or times that go back."""
+    engines = [Replica(rule, limits, cost, join_s) for _ in range(replicas)]
+    jobs: list[Job] = []
+    for arrival in requests:
+        _check(arrival, limits, jobs)
+        for engine in engines:
+            engine.advance(arrival.at_s)
+        place = min(range(replicas), key=lambda i: engines[i].open)
+        job = Job(arrival.at_s, arrival.prompt, arrival.output, place)
+        jobs.append(job)
+        engines[job.replica].add(job)
+    for engine in engines:
+        engine.advance(inf)
+    return Outcome(tuple(jobs), tuple(tuple(engine.busy) for engine in engines))
+
+
+def _check(arrival: Arrival, limits: Limits, jobs: Sequence[Job]) -> None:
+    where = f"request {len(jobs) + 1}"
+    if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > limits.kv_tokens:
+        raise ValueError(
+            f"{where}: {arrival.prompt} + {arrival.output} tokens; each must be positive, both together at most"
+            f" {limits.kv_tokens}, the memory of one instance"
+        )
+    if arrival.at_s < (jobs[-1].arrival_s if jobs else 0.0):
+        raise ValueError(f"{where} arrives at {arrival.at_s:g} s, before the one that it follows")
