@@ -4,7 +4,7 @@ import math
 from itertools import accumulate
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri import cost
@@ -66,6 +66,7 @@ costs = st.builds(
 small = st.integers(0, 300)
 
 
+@settings(deadline=None, derandomize=True)
 @given(costs, small, small, st.integers(1, 64))
 def test_a_prompt_costs_the_sum_of_its_chunks(table, done, rest, chunk_tokens):
     tokens, total, at = done + rest, 0.0, done
@@ -80,12 +81,14 @@ def test_a_prompt_that_is_done_costs_nothing():
     assert MEASURED.prompt_s(100, 100, 32) == MEASURED.prompt_s(90, 100, 32) == 0.0
 
 
+@settings(deadline=None, derandomize=True)
 @given(costs, st.integers(0, 40), small, st.integers(0, 30))
 def test_a_run_of_decode_steps_costs_the_sum_of_them(table, batch, context, steps):
     total = sum(table.decode_s(batch, context + batch * i) for i in range(steps))
     assert table.decode_run_s(batch, context, steps) == pytest.approx(total, rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None, derandomize=True)
 @given(costs, st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 5000))
 def test_more_work_never_takes_less_time_and_none_takes_less_than_none(table, size, more, before):
     """Also far beyond the last measured point, where the line of the last two goes on."""
@@ -103,6 +106,7 @@ def test_more_work_never_takes_less_time_and_none_takes_less_than_none(table, si
         assert -1e-9 <= smaller <= larger * (1 + 1e-9) + 1e-9
 
 
+@settings(deadline=None, derandomize=True)
 @given(costs)
 def test_a_table_that_is_written_reads_back_equal(tmp_path_factory, table):
     path = tmp_path_factory.getbasetemp() / "written.toml"

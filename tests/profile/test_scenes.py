@@ -1,7 +1,7 @@
 """What is worth measuring, and that it fits."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri.profile.scenes import MARGIN, Scene, batches, scenes, sizes
@@ -49,6 +49,7 @@ def test_quick_is_much_less_work():
     assert 3 * work(True) < 5 * work(False) / 4  # with its own number of rounds
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.builds(Capacity, blocks=positive, block_tokens=positive, chunk_tokens=positive, max_batch=positive,
                  context=st.integers(2, 9000)), st.booleans())  # fmt: skip
 def test_nothing_is_asked_that_does_not_fit(capacity, quick):
