@@ -286,3 +286,21 @@ class EngineContract:
             assert again[0].start == 0 and sum(span.stop - span.start for span in again) > 128, "all of it again"
             assert held(steps[: number + 1], key)[-1] == 0
         assert all(sum(counts) <= CAPACITY.blocks for counts in zip(*(held(steps, key) for key in "abc"), strict=True))
+
+    def test_a_prefill_under_way_is_never_preempted(self, engine):
+        """Two decodes grow from 2 x 2 blocks to 2 x 5 while a prompt of 7 blocks stands half way, then goes on."""
+        prompts = {key: prompt(60, salt) for salt, key in enumerate("ab")}
+        outputs = {key: [token] for key, token in adopt_all(engine, prompts, max_tokens=80).items()}
+        engine.add(leg("long", "prefill", prompt(200)))
+        steps = []
+        while len(outputs["a"]) < 80 or len(outputs["b"]) < 80 or "long" not in outputs:
+            steps.append(engine.step())
+            self.collect(steps[-1], outputs)
+            engine.hold("long", 1 <= len(steps) <= 60)
+        spans = [span for step in steps for span in step.spans if span.key == "long"]
+        assert [span.start for span in spans] == [0, *[span.stop for span in spans[:-1]]] and spans[-1].stop == 200
+        assert {key for step in steps for key in step.preempted} == {"b"}
+        outputs["long"] = outputs["long"][:1]
+        for key, tokens in {**prompts, "long": prompt(200)}.items():
+            sampling = Sampling(max_tokens=len(outputs[key]), ignore_eos=True)
+            assert outputs[key] == self.right(tokens, sampling)

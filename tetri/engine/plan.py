@@ -56,12 +56,3 @@ class Plan:
         if self.again or self.chunk:
             return self.cost.step_s((*self.again, *self.chunk), len(self.batch), self.context)
         return self.cost.decode_run_s(len(self.batch), self.context, steps)
-
-    def boundary(self, seconds: float) -> int:
-        """The pass that runs `seconds` after the start, counted from 1: a run that is interrupted then ends with
-        it."""
-        low, high = 1, self.steps
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.seconds(middle) >= seconds else (middle + 1, high)
-        return low
