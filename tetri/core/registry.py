@@ -210,7 +210,6 @@ class Registry:
         can."""
         for other in self.peers.values():
             apart = peer.role == other.role and peer.role != "mixed"  # two of one phase never meet
-            why = None if apart or other.lost is not None else difference(peer.fingerprint, other.fingerprint)
-            if why is not None:
-                return f"never paired with {other.iid}: {why}"
+            if not apart and other.lost is None and other.fingerprint != peer.fingerprint:
+                return f"never paired with {other.iid}: {difference(peer.fingerprint, other.fingerprint)}"
         return ""
