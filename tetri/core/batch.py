@@ -10,7 +10,7 @@ from tetri.core.outlook import Outlook
 from tetri.core.peers import Identity
 from tetri.core.seat import NEVER, Seat
 from tetri.leg import Sampled, Span
-from tetri.policy.rules import ADMISSIONS
+from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchView, Member, WaitingSeat
 from tetri.request import blocks_for
 from tetri.wire.messages import TokenItem
@@ -74,14 +74,21 @@ class Batch:
         self._ask, self._until, self._asked = False, 0, (self.ledger.free, most)
         return [self.running[key] for key in keys]
 
-    def _policy(self, most: int) -> list[str]:
+    def kept_free(self) -> int:
+        """Blocks that no request may be granted: those in the batch were admitted because they will have them."""
+        kept = KEPT_FREE.get(self.own.rules.admit)
+        return 0 if kept is None else kept(self._view(self.own.capacity.max_batch))
+
+    def _view(self, most: int) -> BatchView:
         members = [_member(seat) for seat in self.running.values()]
+        return BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
+
+    def _policy(self, most: int) -> list[str]:
         waiting = [
             WaitingSeat(key, seat.landed_as, seat.flow.blocks, seat.size, _end(seat))
             for key, seat in self.landed.items()
         ]
-        view = BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
-        return ADMISSIONS[self.own.rules.admit](waiting, view)
+        return ADMISSIONS[self.own.rules.admit](waiting, self._view(most))
 
     def stuck(self) -> bool:
         """Whether none of the batch can run until somebody gives memory back."""
@@ -116,6 +123,7 @@ class Batch:
             self._ask = True
             if len(seat.tokens) > seat.sent:
                 items.append(self.news(seat))
+                self._mark(seat)
         if self.lapsed:
             for span in spans:
                 lapsed = self.lapsed.get(span.key)
