@@ -22,6 +22,7 @@ from tests.core.build import (
 from tetri.core.actions import BROKER, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, LegRejected, Step
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
+from tetri.policy.rules import Rules
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Beat, Close, Finished, Grant, Landed, Refuse, Resend, Staged, Tokens
@@ -156,6 +157,18 @@ def test_one_reservation_alone_may_be_larger_but_not_than_what_is_free(decode):
 
 def decode_key(rid, number=1):
     return f"d:{rid}:1:p1:{number}"
+
+
+@pytest.mark.parametrize("admit, most", [("peak", 3), ("greedy", 7)])
+def test_an_offer_leaves_to_the_batch_what_it_was_admitted_for(admit, most):
+    """Of 10 blocks the running one has 3, for 9 tokens, and will have 7, for 28."""
+    told = start(rules=Rules(admit=admit, admit_end="high"), reserve_share=1.0)
+    told.land("a", prompt=7, sampling=Sampling(max_tokens=21))
+    told.step((decode_key("a"), 6, None))
+    refused = told.tell(offer("b", prompt=4 * most + 1, offer=2))
+    assert why(refused).startswith(f"{most + 1} blocks needed, 7 free")
+    assert sent(told.tell(offer("b", prompt=4 * most, offer=3)), kind=Grant)
+    told.core.check()
 
 
 def test_an_offer_that_the_engine_rejects_is_refused(decode):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.policy.admit import greedy, peak, reserve_dynamic, reserve_static
+from tetri.policy.admit import greedy, growth_to_peak, peak, reserve_dynamic, reserve_static
 from tetri.policy.rules import ADMISSIONS
 from tetri.policy.views import BatchView, Member, WaitingSeat
 from tetri.request import blocks_for
@@ -130,6 +130,14 @@ def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running
             break
         fits = taken
     assert admitted == list("abcde"[:fits])
+
+
+@settings(deadline=None, derandomize=True)
+@given(BATCH, SIZES)
+def test_what_the_batch_will_take_at_its_peak_is_kept_free(running, size):
+    batch = BatchView([Member(*lengths) for lengths in running], 99, 5, size)
+    held = sum(blocks_for(tokens, size) for tokens, _ in running)
+    assert growth_to_peak(batch) == max(most_ever(running, size) - held, 0)
 
 
 @settings(deadline=None, derandomize=True)

@@ -68,7 +68,7 @@ class Decode:
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
-        why = self.ledger.reserve(key, message.blocks)
+        why = self.ledger.reserve(key, message.blocks, self.batch.kept_free())
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         seat = Seat(key, message, Inflow(message.blocks), message.length, blocks=message.blocks)

@@ -41,12 +41,12 @@ class Ledger:
         self.free -= blocks
         return True
 
-    def reserve(self, key: str, blocks: int) -> str | None:
-        """Open an account for a leg that waits for its KV; None when done, else why not."""
+    def reserve(self, key: str, blocks: int, kept: int = 0) -> str | None:
+        """Open an account for a leg that waits for its KV, `kept` blocks staying free; None when done, else why not."""
         if self.reserved and self.reserved + blocks > self.reserve_limit:
             return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
-        if not self.take(key, blocks):
-            return f"{blocks} blocks needed, {self.free} free"
+        if blocks + kept > self.free or not self.take(key, blocks):
+            return f"{blocks} blocks needed, {self.free} free" + (f", {kept} of them kept" if kept else "")
         self._reserved[key] = None
         self.reserved += blocks
         return None

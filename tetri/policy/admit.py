@@ -43,7 +43,7 @@ def reserve_dynamic(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[st
     must fit now. Blind to what happens later: when the long ones go on growing, memory may still run out."""
     size, free = batch.block_tokens, batch.free_blocks
     jobs = [(_left(member), member.tokens) for member in batch.running]
-    room = free + sum(blocks_for(tokens, size) for _, tokens in jobs)
+    room = free + _held(batch)
     first = min((left for left, _ in jobs), default=0)
     used = _used_at(first, jobs, size)
     keys = []
@@ -65,39 +65,55 @@ def reserve_dynamic(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[st
 def peak(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
     """Admit while the largest memory that the batch will ever take, by all its members' predicted ends, fits, the new
     one included. Not in the paper: it is the Past-Future scheduler's test (arXiv 2507.10150), with predicted lengths
-    instead of sampled ones. With true ends, and blocks that nobody else takes meanwhile, the engine never preempts.
+    instead of sampled ones. With true ends the engine never preempts: `growth_to_peak` keeps new grants out of what it
+    has counted on.
 
     Memory only grows until somebody ends, so its peaks are at the ends. Members are sorted by what they have left, once
-    a call; each candidate is inserted and costs one walk over the batch."""
+    a call; each candidate is inserted and costs one walk over the batch, none while all would fit at their ends."""
     size = batch.block_tokens
-    jobs = sorted((-_left(member), member.tokens) for member in batch.running)
-    room = batch.free_blocks + sum(blocks_for(tokens, size) for _, tokens in jobs)
+    jobs = _last_first(batch)
+    room = batch.free_blocks + _held(batch)
     at_ends = sum(blocks_for(tokens - less, size) for less, tokens in jobs)  # if all were at their ends at once
     keys = []
     for seat in _in_turn(waiting, batch):
         room += seat.blocks
         at_ends += blocks_for(_end(seat), size)
         insort(jobs, (-_left(seat), seat.tokens))
-        if at_ends > room and not _peaks_fit(jobs, size, room):
+        if at_ends > room and _largest(jobs, size) > room:
             break
         keys.append(seat.key)
     return keys
 
 
-def _peaks_fit(jobs: Iterable[tuple[int, int]], size: int, room: int) -> bool:
-    """Whether `room` blocks are enough at every end. `jobs` are (-steps left, tokens), those that end last first: at
-    the end of each, it and those before it are there. A job of t tokens takes ceil((t + steps) / size) blocks after so
+def growth_to_peak(batch: BatchView) -> int:
+    """Blocks that the running batch will take in addition to what it has, at its peak: no request may be granted them
+    meanwhile. What is kept free so is the other half of `peak`: without it, blocks for requests whose KV is only on
+    its way eat what the running ones were admitted against, and even with true ends many are preempted."""
+    return max(_largest(_last_first(batch), batch.block_tokens) - _held(batch), 0)
+
+
+def _last_first(batch: BatchView) -> list[tuple[int, int]]:
+    """The running ones as (-steps left, tokens), those that end last first."""
+    return sorted((-_left(member), member.tokens) for member in batch.running)
+
+
+def _held(batch: BatchView) -> int:
+    return sum(blocks_for(member.tokens, batch.block_tokens) for member in batch.running)
+
+
+def _largest(jobs: Iterable[tuple[int, int]], size: int) -> int:
+    """The most blocks that are taken at any end. `jobs` are (-steps left, tokens), those that end last first: at the
+    end of each, it and those before it are there. A job of t tokens takes ceil((t + steps) / size) blocks after so
     many steps. With t + size - 1 = whole x size + rest, and steps likewise, that is the sum of both wholes, and one
     more where both rests make up a block: so wholes are added up, and rests counted, and nothing is computed twice."""
-    wholes, rests = 0, [0] * size
+    most, wholes, rests = 0, 0, [0] * size
     for count, (less, tokens) in enumerate(jobs, 1):
         whole, rest = divmod(tokens + size - 1, size)
         steps, part = divmod(-less, size)
         wholes += whole
         rests[rest] += 1
-        if wholes + count * steps + sum(rests[size - part :]) > room:
-            return False
-    return True
+        most = max(most, wholes + count * steps + sum(rests[size - part :]))
+    return most
 
 
 def _used_at(moment: int, jobs: Iterable[tuple[int, int]], size: int) -> int:

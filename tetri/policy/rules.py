@@ -60,6 +60,8 @@ ADMISSIONS: dict[str, Admission] = {
     "reserve_dynamic": admit.reserve_dynamic,
     "peak": admit.peak,
 }
+#: admission policy -> blocks that no new request may be granted, since the running ones will take them; others: none
+KEPT_FREE: dict[str, Callable[[BatchView], int]] = {"peak": admit.growth_to_peak}
 LENGTHS: dict[str, LengthPrediction] = {"none": length.none, "oracle": length.oracle, "noisy": length.noisy}
 FLIPS: dict[str, FlipRule] = {"none": flip.none, "idle": flip.idle, "below": flip.below, "balance": flip.balance}
 
