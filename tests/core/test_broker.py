@@ -667,11 +667,11 @@ def test_thousands_that_wait_are_placed_at_once_when_a_worker_comes():
     core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
     for number in range(4000):
         core.handle(submit(f"k{number}"), 0.0)
-    start = time.perf_counter()
+    start = time.thread_time()
     core.handle(ready("d1", "decode"), 1.0)
     core.handle(ready("p1", "prefill"), 1.0)
     assert len(sent(core.handle(PeerUp("p1"), 1.0), "p1", Assign)) == 4000
-    assert time.perf_counter() - start < 2.0  # it took minutes when every row summed all others
+    assert time.thread_time() - start < 2.0  # it took minutes when every row summed all others
     core.check()
 
 

@@ -141,9 +141,9 @@ def test_a_place_among_many_is_found_fast(route):
     rows = list(core.table.active())[-500:]
     best = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()
         for row in rows:
             core.life.place(row, 1.0)
-        best = min(best, (time.perf_counter() - start) / len(rows))
+        best = min(best, (time.thread_time() - start) / len(rows))
     assert best < 100e-6
     core.check()
