@@ -64,6 +64,13 @@ def test_a_run_is_no_longer_than_asked():
     assert [step(engine, most).steps for most in (1, 2, 3)] == [1, 2, 3]
 
 
+def test_a_leg_that_was_admitted_in_vain_ends_at_once():
+    engine = paged()
+    decoding(engine, leg("a", "decode", prompt(3), max_tokens=1), leg("b", "decode", prompt(3)))
+    done = step(engine, most=5)
+    assert done.steps == 1 and done.tokens == (Sampled("a", (1,), "length"), Sampled("b", (1,), None))
+
+
 def test_a_run_ends_before_memory_does():
     engine = paged()
     decoding(engine, *[leg(key, "decode", prompt(11), max_tokens=20) for key in "abc"])

@@ -195,9 +195,9 @@ class Paged:
         return tuple(spans)
 
     def _passes(self) -> int:
-        """How many passes the batch can make until the first of it ends."""
+        """How many passes the batch can make until the first of it ends. Each that was admitted makes one."""
         if self._left <= 0:
-            self._left = min([slot.end - slot.known for slot in self._batch])
+            self._left = max(min([slot.end - slot.known for slot in self._batch]), 1)
         return self._left
 
     def _affordable(self, steps: int) -> int:
