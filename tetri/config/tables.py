@@ -101,7 +101,7 @@ class Policy:
 class Monitor:
     """How often loads and views are published, and who takes which role (the fields of `FlipSettings`)."""
 
-    load_ms: int = number(100, 1, 60_000)
+    load_ms: int = number(100, 1, 1000)
     stale_s: float = number(1.0, 0.01, 3600)  # a load that is older says less than nothing: the watcher waits
     gone_s: float = number(5.0, 0.01, 3600)  # an instance without a report for so long leaves the view
     flip: str = choice("none", *TABLES["flip"])

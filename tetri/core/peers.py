@@ -34,7 +34,7 @@ class Identity:
     load_s: float = 0.1
     offer_s: float = 1.0
     patience_s: float = 60.0
-    view_s: float = 2.0  # without a roster for so long, the worker registers again
+    view_s: float = 2.0  # without a roster for so long, the worker registers again; without a view, loads are unknown
     stream_interval: int = 1
 
 
@@ -63,6 +63,13 @@ class Neighbours:
         self.seen, self.seen_at, self._view = (view.epoch, view.number), now, view
         self.version += 1
         return True
+
+    def expire(self, now: float) -> None:
+        """Without a view for `view_s` the loads are forgotten, as if nobody had ever reported: what was offered since
+        can be held against no report, and would count for ever. Everyone then counts as empty until a Refuse."""
+        if self._view is not None and now - self.seen_at > self.own.view_s:
+            self._view = None
+            self.version += 1
 
     def loads(self) -> dict[str, InstanceLoad]:
         """The newest reports by instance, perhaps of an earlier incarnation."""

@@ -56,7 +56,7 @@ class Worker:
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng, self._home)
         self.prefill = Prefill(own, self.ledger, self.dispatcher)
-        self.decode = Decode(own, self.ledger)
+        self.decode = Decode(own, self.ledger, self._make_room)
         self.stepping = False
         self.idle = False
         self.presence = Presence(own, self.ledger, self.prefill, self.decode, now)
@@ -166,8 +166,9 @@ class Worker:
             if not self.decode.steps():
                 self.idle = True
                 return actions
-            if batch.stuck() and prefill.started and not admitted:
-                actions += prefill.retreat()
+            blocked = prefill.blocked()
+            if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
+                actions += self._hear_own(prefill.retreat(blocked, "its memory went to decodes"), now)
         actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # of a beat
@@ -197,7 +198,7 @@ class Worker:
         actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all of the tokens
-        way_out = self.decode.stuck() or (batch.stuck() and bool(legs))
+        way_out = self.decode.stuck() or (batch.stuck() and self.prefill.blocked() is not None)
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
 
@@ -221,6 +222,7 @@ class Worker:
 
     def _roster(self, roster: Roster, now: float) -> list[Action]:
         actions, gone = self.neighbours.update(roster)
+        self.neighbours.expire(now)
         listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in roster.instances)
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
         for iid in gone:
@@ -267,6 +269,10 @@ class Worker:
     def _home(self) -> Load | None:
         """The own load while it takes new decode work: its own prompts may stay then."""
         return self.presence.load() if self.role in TAKES_DECODE else None
+
+    def _make_room(self, rid: str, blocks: int) -> list[Action]:
+        """For an offer; not while the engine computes."""
+        return [] if self.stepping else self.prefill.make_room(rid, blocks)
 
     def _report(self, now: float) -> Action:
         self.timers.set(LOAD, now + self.own.load_s)
