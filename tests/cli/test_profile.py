@@ -66,7 +66,7 @@ def test_a_table_is_shown_and_written(run, tmp_path):
     assert [x for x, _ in made.prefill] == [1, 4, 16, 32] and [x for x, _ in made.decode] == [1, 4]
     assert 0.99 * 0.64 * 0.02 < dict(made.prefill)[32] < 10 and made.chunk_tokens in (4, 16, 32)
     head = path.read_text().splitlines()
-    assert head[0].startswith("# Made by: tetri-cli profile --conf ") and "--rounds 2 --out" in head[0]
+    assert head[0].startswith("# Made by: tetri-cli profile --set ") and f"--rounds 2 --out {path}" in head[0]
     assert any(line.startswith("# held out: ") for line in head)
     assert [other.name for other in tmp_path.iterdir() if other.name.startswith(".")] == []
 
@@ -90,6 +90,7 @@ def test_json_is_one_object_with_every_point(run):
         (["--set", "engine.cost="], 2, "give it a cost table"),
         (["--set", "engine.teapot=1"], 2, "unknown key"),
         (["--cpus", "9999"], 2, "this machine has no CPU 9999"),
+        (["--cpu-time"], 2, "--cpu-time is for vLLM on one core"),
         (["--cpus", "zero"], 2, "CPU numbers such as"),
         (["--conf", "/no/such.toml"], 2, "/no/such.toml"),
         (["--set", "emulated.blocks=1"], 2, "blocks"),
@@ -118,8 +119,9 @@ def test_an_interrupt_leaves_nothing(arguments, tmp_path):
 def test_vllm_is_measured(tmp_path):
     path = tmp_path / "cpu.toml"
     small = ["--set", "engine.chunk_tokens=256", "--set", "engine.max_batch=8", "--set", "engine.kv_mib=256"]
-    command = [sys.executable, "-c", "from tetri.cli import main; main()", "profile", "--quick", "--rounds", "2"]
-    done = subprocess.run([*command, *small, "--cpus", "0", "--out", path], capture_output=True, text=True)
+    small += ["--quick", "--rounds", "2", "--cpus", "0", "--cpu-time", "--out", str(path)]
+    command = [sys.executable, "-c", "from tetri.cli import main; main()", "profile"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = cost.load(path)
     assert made.source.startswith("vLLM 0.") and "smollm2-135m bfloat16, 1 core of " in made.source

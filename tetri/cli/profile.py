@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ BUSY_SHARE = 0.97  # of the time that a core was ours; with less, others were at
 @click.option("--quick", is_flag=True, help="Fewer sizes and rounds: a rough table in a fifth of the time.")
 @click.option("--rounds", type=click.IntRange(1), metavar="N", help="Times that each point is measured (5; quick: 3).")
 @click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1" (default: those of the first worker).')
+@click.option("--cpu-time", is_flag=True, help="Count this process's CPU time: for a single core that others use, too.")
 def command(
     conf: Path | None,
     overrides: tuple[str, ...],
@@ -44,6 +45,7 @@ def command(
     quick: bool,
     rounds: int | None,
     cpus: str | None,
+    cpu_time: bool,
 ) -> None:
     """Measure the engine of the configuration, in this process, and fit a cost table: seconds of prefill by the size
     and the start of a chunk, of decode by the batch and its contexts, and the chunk size worth using."""
@@ -57,7 +59,7 @@ def command(
     config = _config(conf, overrides, cpus)
     rounds = rounds or (3 if quick else 5)
     try:
-        measured = _measured(config, quick, rounds)
+        measured = _measured(config, quick, rounds, cpu_time)
         made = fit(measured.points)
     except (EngineError, CostError, ProfileError) as error:
         raise click.ClickException(str(error)) from None
@@ -65,10 +67,10 @@ def command(
         made.cost,
         kv_token_bytes=measured.kv_token_bytes,
         kv_tokens=measured.kv_tokens,
-        source=f"{measured.of}, {time.strftime('%Y-%m-%d')}, {rounds} rounds",
+        source=f"{measured.of}, {time.strftime('%Y-%m-%d')}, {rounds} rounds{', CPU time' if cpu_time else ''}",
     )
-    again = _command(conf, overrides, out, quick, rounds, cpus)
-    head = [f"Made by: {again}", *_summary(made, measured), "docs/cost.md says what each key means."]
+    made_by = f"Made by: {_command(click.get_current_context().params)}"
+    head = [made_by, *_summary(made, measured), "docs/cost.md says what each key means."]
     if out:
         _write(out, dump(table, head))
     click.echo(json.dumps(_as_json(table, made, measured)) if as_json else "\n".join(_shown(table, made, measured)))
@@ -101,7 +103,7 @@ class Measured:
     core_share: float | None
 
 
-def _measured(config: Config, quick: bool, rounds: int) -> Measured:
+def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measured:
     from tetri.proc import build
     from tetri.proc.worker import pin
     from tetri.profile.measure import measure
@@ -109,6 +111,10 @@ def _measured(config: Config, quick: bool, rounds: int) -> Measured:
 
     pin(config.workers[0].cpus)
     cores = len(os.sched_getaffinity(0))
+    if cpu_time and (cores > 1 or config.engine.kind != "vllm"):
+        # Only where a step is one thread's work from its begin to its end are CPU time and a free core's time equal.
+        raise click.UsageError("--cpu-time is for vLLM on one core: give it with --cpus N")
+    clock = time.process_time if cpu_time else time.perf_counter
     with contextlib.ExitStack() as leaving:
         leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
         click.echo(f"starting the {config.engine.kind} engine", err=True)
@@ -117,9 +123,9 @@ def _measured(config: Config, quick: bool, rounds: int) -> Measured:
         progress = leaving.enter_context(_progress(rounds))
         wanted = scenes(engine.capacity, quick)
         begin, work = time.perf_counter(), time.process_time()
-        points = measure(engine, wanted, rounds, time.perf_counter, Random(0), progress)
+        points = measure(engine, wanted, rounds, clock, Random(0), progress)
         wall_s, work_s = time.perf_counter() - begin, time.process_time() - work
-        share = work_s / wall_s if cores == 1 and config.engine.kind == "vllm" else None
+        share = work_s / wall_s if cores == 1 and config.engine.kind == "vllm" and not cpu_time else None
         block_bytes, block_tokens = engine.fingerprint.block_bytes, engine.capacity.block_tokens
         of, kv_tokens = _described(engine, config, cores), engine.capacity.blocks * block_tokens
         return Measured(points, of, block_bytes // block_tokens, kv_tokens, wall_s, share)
@@ -142,16 +148,13 @@ def _cpu() -> str:
     return "an unknown CPU"
 
 
-def _command(
-    conf: Path | None, overrides: tuple[str, ...], out: Path | None, quick: bool, rounds: int, cpus: str | None
-) -> str:
+def _command(given: Mapping[str, Any]) -> str:
+    """The command line that makes the same table."""
     words = ["tetri-cli", "profile"]
-    words += ["--conf", str(conf)] if conf else []
-    words += [word for override in overrides for word in ("--set", override)]
-    words += ["--quick"] if quick else []
-    words += ["--rounds", str(rounds)]
-    words += [] if cpus is None else ["--cpus", cpus]
-    words += ["--out", str(out)] if out else []
+    words += [word for override in given["overrides"] for word in ("--set", override)]
+    words += [f"--{flag.replace('_', '-')}" for flag in ("quick", "cpu_time") if given[flag]]
+    for name in ("conf", "rounds", "cpus", "out"):
+        words += [] if given[name] is None else [f"--{name}", str(given[name])]
     return shlex.join(words)
 
 
