@@ -42,13 +42,9 @@ def test_the_same_tokens(overrides: list[str], request: pytest.FixtureRequest) -
 
 def test_a_stream_interval_sends_fewer_and_longer_messages() -> None:
     """The first token, and the last ones, come at once all the same."""
-    deltas = {}
-    for interval in (1, 16):
-        with LiveCluster(overrides=[f"engine.stream_interval={interval}"]) as cluster:
-            client = cluster.client()
-            stream = client.stream([7] * 40, max_tokens=100)
-            pieces = list(stream)
-            assert stream.result is not None and len(stream.result.token_ids) == 100
-            assert "".join(pieces) == stream.result.text
-            deltas[interval] = len(pieces)
-    assert deltas[1] >= 50 and deltas[16] <= 12
+    with LiveCluster(overrides=["engine.stream_interval=16"]) as cluster:
+        stream = cluster.client().stream([7] * 40, max_tokens=100)
+        pieces = list(stream)
+        assert stream.result is not None and len(stream.result.token_ids) == 100
+        assert "".join(pieces) == stream.result.text
+        assert 2 < len(pieces) <= 12  # of a hundred
