@@ -1,0 +1,134 @@
+"""tetri-cli sim run: what it prints, the same for the same arguments, and one line for every wrong one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tetri import cli
+
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+SMALL = ("--requests", "30", "--rate", "5", "--prompt-tokens", "1-600", "--output-tokens", "lognormal:60:0.5")
+
+
+@pytest.fixture
+def run(capfd):
+    """Run `tetri-cli sim run` in this process: (exit status, stdout, stderr)."""
+
+    def run_cli(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["sim", "run", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    return run_cli
+
+
+def test_json_is_one_object_with_what_was_promised(run):
+    status, out, err = run(*SMALL, "--prefill", 2, "--decode", 2, "--json")
+    made = json.loads(out)
+    assert (status, err) == (0, "")
+    assert (made["requests"], made["failed"], made["refused"]) == (30, 0, 0)
+    for metric in ("ttft", "jct", "tpot"):
+        assert [*made[metric]] == ["mean", "p50", "p90", "p99"]
+        assert 0 < made[metric]["p50"] <= made[metric]["p90"] <= made[metric]["p99"]
+    assert [each["iid"] for each in made["instances"]] == ["p0", "p1", "d0", "d1"]
+    assert [*made["run"]] == ["wall_s", "peak_rss_mb"] and made["run"]["wall_s"] > 0
+    assert made["counters"]["prefill_tokens"] > 0
+
+
+def test_a_table_without_json(run):
+    status, out, _ = run(*SMALL)
+    assert status == 0
+    assert out.startswith("requests  30: 30 done, 0 failed, 0 refused\n") and "ttft" in out and "d0 " in out
+
+
+def test_the_same_arguments_give_the_same_bytes_whatever_the_hash_seed():
+    policies = ["--policy", "length=noisy", "--policy", "order=sjf", "--flip", "idle", "--monitor", "idle_s=0.5"]
+    command = [sys.executable, "-c", "from tetri.cli import main; main()", "sim", "run", *SMALL, *policies]
+    told = []
+    for seed in ("1", "2"):
+        shape = ["--prefill", "2", "--decode", "2", "--mixed", "1", "--json"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([*command, *shape], env=environment, capture_output=True, check=True, timeout=100)
+        head, _, run_object = done.stdout.partition(b', "run": ')
+        told.append(head)
+        assert json.loads(run_object.rstrip()[:-1])["wall_s"] > 0
+    assert told[0] == told[1]
+
+
+def test_a_trace_sped_up_and_repeated(run, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(HEAD + "2023-11-16 00:00:00,600,3\n2023-11-16 00:00:40,10,1\n", encoding="utf-8")
+    _, out, _ = run("--trace", trace, "--speedup", 2, "--requests", 4, "--json")
+    made = json.loads(out)
+    assert made["requests"] == 4 and made["counters"]["prefill_tokens"] == 1220
+    assert 60 < made["makespan_s"] < 61
+
+
+def test_prompts_beyond_the_context_are_refused_and_said(run, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(HEAD + "2023-11-16 00:00:00,3000,3\n2023-11-16 00:00:01,10,2\n", encoding="utf-8")
+    status, out, _ = run("--trace", trace, "--context", 2048)
+    assert status == 0 and "2: 1 done, 0 failed, 1 refused" in out
+    assert "1 x the prompt has 3000 tokens, the model's context holds 2048" in out
+
+
+def test_policies_and_roles_change_the_outcome(run):
+    arguments = ("--requests", 40, "--prompt-tokens", "1-2000", "--output-tokens", 20, "--json")
+    first, second = (json.loads(run(*arguments, "--policy", f"order={order}")[1]) for order in ("fcfs", "ljf"))
+    assert first["ttft"]["mean"] < second["ttft"]["mean"]
+    slow = json.loads(run(*arguments, "--link", "1e8")[1])
+    assert slow["jct"]["mean"] > first["jct"]["mean"] and slow["ttft"] == first["ttft"]
+
+
+def test_a_plot(run, tmp_path):
+    status, _, err = run(*SMALL, "--mixed", 1, "--plot", tmp_path / "run.png")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_an_error_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = run(*SMALL, "--plot", tmp_path / "run.png")
+    assert (status, out) == (2, "") and "pip install 'tetri[plot]'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rate", "-1"], "the rate must be at least 0 requests a second, got -1"),
+        (["--requests", "-5"], "number of requests must be at least 1, got -5"),
+        (["--burstiness", "0"], "the burstiness must be above 0"),
+        (["--prompt-tokens", "x"], "lengths are N, LOW-HIGH or lognormal:MEDIAN:SIGMA"),
+        (["--deadline", "0"], "the deadline must be above 0 s"),
+        (["--prefill", "0"], "there is no prefill instance: give prefill or mixed at least 1"),
+        (["--decode", "0"], "there is no decode instance"),
+        (["--cost", "nowhere"], "no cost table is called 'nowhere'; known:"),
+        (["--link", "fast"], "--link must be roce, nvlink or bytes a second, got 'fast'"),
+        (["--link", "-1"], "link_bytes_s must be above 0"),
+        (["--flip", "never"], "unknown flip 'never'; known: none"),
+        (["--transfer", "never"], "unknown transfer 'never'"),
+        (["--policy", "order=x"], 'policy.order: must be one of: fcfs, sjf, ljf, ageing, deadline, got "x"'),
+        (["--policy", "ordre=sjf"], "policy.ordre: unknown key; allowed: prefill_route"),
+        (["--policy", "order"], "--policy 'order': write key=value"),
+        (["--policy", "sched_batch=0"], "policy.sched_batch: must be a whole number from 1"),
+        (["--monitor", "idle_s=-1"], "monitor.idle_s: must be a number from 0"),
+        (["--kv-tokens", "8"], "the KV of an instance holds 8 tokens"),
+        (["--trace", "no.csv"], "no.csv: cannot be read: No such file or directory"),
+        (["--trace", "empty.csv"], "empty.csv: the trace is empty"),
+        (["--trace", "bad.csv"], "bad.csv:3: must be a time and two numbers of tokens from 1 on, got 'x,1,1'"),
+        (["--trace", "bad.csv", "--speedup", "0"], "the speedup must be above 0, got 0"),
+        (["--trace", "bad.csv", "--rate", "2"], "--trace brings its own times: use --speedup, not --rate"),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.csv").write_text(HEAD, encoding="utf-8")
+    (tmp_path / "bad.csv").write_text(HEAD + "2023-11-16 00:00:00,10,1\nx,1,1\n", encoding="utf-8")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert says in err and err.count("\n") == 1
