@@ -5,7 +5,7 @@ A seat is kept, with its tokens, until the broker closes it: until then the brok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, Send
@@ -40,10 +40,11 @@ Answer = Grant | Refuse | Landed
 
 class Decode:
     """`seats` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
-    the engine has no blocks yet."""
+    the engine has no blocks yet. `make_room` is asked when a request, by its id, finds too few blocks: what the other
+    half does to give it so many, nothing if it cannot."""
 
-    def __init__(self, own: Identity, ledger: Ledger) -> None:
-        self.own, self.ledger = own, ledger
+    def __init__(self, own: Identity, ledger: Ledger, make_room: Callable[[str, int], list[Action]]) -> None:
+        self.own, self.ledger, self.make_room = own, ledger, make_room
         self.outlook = Outlook(own)
         self.batch = Batch(own, ledger, self.outlook)
         self.seats: dict[str, Seat] = {}
@@ -68,7 +69,10 @@ class Decode:
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
-        why = self.ledger.reserve(key, message.blocks, self.batch.kept_free())
+        kept = self.batch.kept_free()
+        if self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks):
+            actions += self.make_room(message.rid, message.blocks + kept)
+        why = self.ledger.reserve(key, message.blocks, kept)
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         seat = Seat(key, message, Inflow(message.blocks), message.length, blocks=message.blocks)

@@ -46,6 +46,10 @@ class Job:
         """Started, to be decoded, and on offer nowhere."""
         return bool(self.turn) and self.flow.offer is None and self.decodes and not self.flow.complete
 
+    @property
+    def granted(self) -> bool:
+        return self.flow.offer is not None and self.flow.granted
+
     def fits(self, capacity: Capacity) -> bool:
         """Whether an engine can hold the whole request, its longest output included."""
         tokens = len(self.prompt) + self.sampling.max_tokens

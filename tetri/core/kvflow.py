@@ -35,6 +35,7 @@ class Outflow:
     landed: int = 0  # blocks landed, and so freed here
     exported: int = 0  # blocks put, landed ones included
     chunks: int = 0  # chunks put, the next index
+    awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks that are being put
     sent: list[Parcel] = field(default_factory=list)  # all that were put, landed ones included
 
     @property

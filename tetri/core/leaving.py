@@ -26,13 +26,15 @@ class Leaving:
             return []
         index = job.flow.chunks
         job.flow.chunks, job.flow.exported = index + 1, stop
+        job.flow.awaited[index] = (start, stop)
         self.taken += stop - start
         return [Export(job.key, index, start, stop)]
 
     def exported(self, job: Job | None, event: Exported) -> list[Action]:
-        """It is there: announce it, unless nobody wants it any more."""
-        if job is None or job.end is not None:
+        """It is there: announce it, unless nobody wants it any more: the job has begun again, perhaps."""
+        if job is None or job.end is not None or job.flow.awaited.get(event.index) != (event.start, event.stop):
             return [self._free(event.handle)]
+        del job.flow.awaited[event.index]
         token = job.token if event.stop == job.flow.blocks else None
         parcel = Parcel(event.index, event.start, event.stop, event.handle, event.digest, token)
         job.flow.put(parcel)

@@ -41,9 +41,13 @@ class Ledger:
         self.free -= blocks
         return True
 
+    def crowded(self, blocks: int) -> bool:
+        """Whether so many blocks more for a waiting leg would be too many of that kind."""
+        return self.reserved > 0 and self.reserved + blocks > self.reserve_limit
+
     def reserve(self, key: str, blocks: int, kept: int = 0) -> str | None:
         """Open an account for a leg that waits for its KV, `kept` blocks staying free; None when done, else why not."""
-        if self.reserved and self.reserved + blocks > self.reserve_limit:
+        if self.crowded(blocks):
             return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
         if blocks + kept > self.free or not self.take(key, blocks):
             return f"{blocks} blocks needed, {self.free} free" + (f", {kept} of them kept" if kept else "")

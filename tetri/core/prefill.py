@@ -149,8 +149,6 @@ class Prefill:
         self.started[job.key] = job
         job.running = True
         leg = Leg(job.key, "prefill", job.prompt + job.output, len(job.prompt), job.sampling)
-        if job.turn:  # it had to give its memory back, and begins again
-            return [AddLeg(leg)]
         self._turns += 1
         job.turn = self._turns
         self.dispatcher.started(job)
@@ -167,13 +165,32 @@ class Prefill:
                 actions.append(HoldLeg(key, job.held))
         return actions
 
-    def retreat(self) -> list[Action]:
-        """Give the memory of the youngest leg back: decodes, here too, wait for it, and nothing else can go on. It
-        begins again when there is room; KV that was exported stays."""
-        job = self.started[next(reversed(self.started))]
+    def blocked(self) -> Job | None:
+        """The one that holds memory and cannot go on: it waits for slots, and no decode instance has taken it."""
+        first = next(iter(self.queue.line), None)
+        job = self.jobs[first] if first is not None and self.short else None
+        return job if job is not None and job.running and not job.granted else None
+
+    def make_room(self, rid: str, blocks: int) -> list[Action]:
+        """Give the memory of the blocked leg to a request that asks for so many blocks to be decoded here. Else two
+        instances that do both could wait for each other's memory for ever. Of two requests that ask each other's
+        instances at the same time, the one with the lower id wins, on both."""
+        job = self.blocked()
+        if job is None or job.rid == rid or (job.flow.offer is not None and job.rid < rid):
+            return []
+        enough = self.ledger.free + job.flow.blocks >= blocks
+        return self.retreat(job, "its memory went to a request to be decoded") if enough else []
+
+    def retreat(self, job: Job, why: str) -> list[Action]:
+        """Give its memory back. It begins again, behind those that have started, when there is room."""
+        if not job.flow.movable:
+            return self.lose(job, why)
         self._stop(job)
         self.queue.computed(job, 0)
-        return [CancelLeg(job.key)]
+        job.turn = 0
+        actions = [CancelLeg(job.key), *self.dispatcher.forget(job, why), *self.leaving.drain(job)]
+        job.flow = Outflow(job.flow.blocks)
+        return actions
 
     # ------------------------------------------------------------ what the step did
 

@@ -25,9 +25,10 @@ class Presence:
         self._busy_s += seconds
 
     def load(self) -> Load:
-        queue, outlook = self.prefill.queue, self.decode.outlook
+        """Blocks that a blocked prompt would give back to a request to be decoded count as free."""
+        queue, outlook, blocked = self.prefill.queue, self.decode.outlook, self.prefill.blocked()
         return Load(
-            free_blocks=self.ledger.free,
+            free_blocks=self.ledger.free + (0 if blocked is None else blocked.flow.blocks),
             queued=len(queue),
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
