@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.policy.admit import greedy, growth_to_peak, peak, reserve_dynamic, reserve_static
+from tetri.policy.admit import MARGIN, greedy, growth_to_peak, peak, reserve_dynamic, reserve_static
 from tetri.policy.rules import ADMISSIONS
 from tetri.policy.views import BatchView, Member, WaitingSeat
 from tetri.request import blocks_for
@@ -92,6 +92,13 @@ def test_peak_counts_all_that_will_be_there_at_each_end(free, admitted):
     assert peak(waiting, BatchView((Member(10, 30),), 8, free)) == list(admitted)
 
 
+@pytest.mark.parametrize("free, admitted", [(60, ""), (61, "a")])
+def test_peak_leaves_a_margin(free, admitted):
+    """After 30 steps 60 + 30 are taken, the most at any time. Of 90 or 91, one is left alone."""
+    waiting = [WaitingSeat("a", 0, blocks=0, tokens=0, end=69)]
+    assert peak(waiting, BatchView((Member(30, 60),), 8, free)) == list(admitted)
+
+
 def test_peak_rounds_up_every_request_by_itself():
     waiting = seats((15, 17), (16, 18), size=16)
     assert peak(waiting, BatchView((Member(30, 32),), 8, 1, 16)) == ["a"]
@@ -123,6 +130,7 @@ def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running
     batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
     admitted = peak(seats(*waiting, size=size), batch)
     room = free + sum(blocks_for(tokens, size) for tokens, _ in running)
+    room -= int(max(room, 0) * MARGIN)
     fits = 0
     for taken in range(1, len(waiting) + 1):
         own = sum(blocks_for(tokens, size) for tokens, _ in waiting[:taken])
@@ -135,9 +143,10 @@ def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running
 @settings(deadline=None, derandomize=True)
 @given(BATCH, SIZES)
 def test_what_the_batch_will_take_at_its_peak_is_kept_free(running, size):
-    batch = BatchView([Member(*lengths) for lengths in running], 99, 5, size)
+    batch = BatchView([Member(*lengths) for lengths in running], 99, 95, size)
     held = sum(blocks_for(tokens, size) for tokens, _ in running)
-    assert growth_to_peak(batch) == max(most_ever(running, size) - held, 0)
+    margin = int((95 + held) * MARGIN)
+    assert growth_to_peak(batch) == (max(most_ever(running, size) - held + margin, 0) if running else 0)
 
 
 @settings(deadline=None, derandomize=True)

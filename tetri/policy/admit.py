@@ -17,6 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from tetri.policy.views import BatchView, Member, WaitingSeat
 from tetri.request import blocks_for
 
+#: Share of the memory that `peak` leaves alone, for those that outlive their prediction: nobody counted on what they
+#: take. Simulated with an accuracy of 74.9 %, high ends, and 256 requests of the paper's figure 1 that come at once, at
+#: two sizes of memory at which greedy admission preempts 10 and 20 % of them: without it peak preempts 1.7 and 1.0 %,
+#: with it 0.0 and 0.5 %, and the mean JCT is at most 0.7 % longer.
+MARGIN = 0.02
+
 
 def greedy(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
     """Admit while the batch has a slot and memory is not yet overdrawn (vLLM's way). Nothing is set aside for the
@@ -65,14 +71,14 @@ def reserve_dynamic(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[st
 def peak(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
     """Admit while the largest memory that the batch will ever take, by all its members' predicted ends, fits, the new
     one included. Not in the paper: it is the Past-Future scheduler's test (arXiv 2507.10150), with predicted lengths
-    instead of sampled ones. With true ends the engine never preempts: `growth_to_peak` keeps new grants out of what it
-    has counted on.
+    instead of sampled ones, and a `MARGIN`. With true ends the engine never preempts: `growth_to_peak` keeps new grants
+    out of what it has counted on. Needs the high end of the range to keep that up when ranges are all that is known.
 
     Memory only grows until somebody ends, so its peaks are at the ends. Members are sorted by what they have left, once
     a call; each candidate is inserted and costs one walk over the batch, none while all would fit at their ends."""
     size = batch.block_tokens
     jobs = _last_first(batch)
-    room = batch.free_blocks + _held(batch)
+    room = batch.free_blocks + _held(batch) - _margin(batch)
     at_ends = sum(blocks_for(tokens - less, size) for less, tokens in jobs)  # if all were at their ends at once
     keys = []
     for seat in _in_turn(waiting, batch):
@@ -88,8 +94,15 @@ def peak(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
 def growth_to_peak(batch: BatchView) -> int:
     """Blocks that the running batch will take in addition to what it has, at its peak: no request may be granted them
     meanwhile. What is kept free so is the other half of `peak`: without it, blocks for requests whose KV is only on
-    its way eat what the running ones were admitted against, and even with true ends many are preempted."""
-    return max(_largest(_last_first(batch), batch.block_tokens) - _held(batch), 0)
+    its way eat what the running ones were admitted against, and even with true ends many are preempted. 0 when nothing
+    runs: then whoever comes may have all."""
+    if not batch.running:
+        return 0
+    return max(_largest(_last_first(batch), batch.block_tokens) - _held(batch) + _margin(batch), 0)
+
+
+def _margin(batch: BatchView) -> int:
+    return int(MARGIN * max(batch.free_blocks + _held(batch), 0))
 
 
 def _last_first(batch: BatchView) -> list[tuple[int, int]]:
