@@ -56,6 +56,14 @@ def test_a_prompt_goes_only_where_it_fits():
     assert pool(made, 37) == []
 
 
+def test_what_only_its_own_prefill_instance_can_decode_must_fit_there_twice():
+    made = registry(("m0", "mixed"), ("p0", "prefill"))
+    assert pool(made, 20) == ["m0", "p0"] and pool(made, 21) == ["p0"]
+    made.turn(made.peers["p0"], "mixed")
+    assert pool(made, 21) == ["m0", "p0"]
+    assert pool(registry(("m0", "mixed")), 21) == ["m0"]  # its KV store may be large enough
+
+
 def test_only_those_whose_kv_somebody_takes():
     made = registry(("p0", "prefill"), ("p1", "prefill", {"fingerprint": OTHER}))
     assert pool(made) == ["p0", "p1"]  # whoever comes may take it

@@ -173,9 +173,11 @@ class Registry:
             "prefill": max((peer.tokens for peer in prefillers), default=0),
             "decode": max((peer.tokens for peer in decoders), default=0),
         }
-        speak = {peer.fingerprint: None for peer in decoders}
+        speak: dict[Fingerprint, list[Peer]] = {}
+        for peer in decoders:
+            speak.setdefault(peer.fingerprint, []).append(peer)
         able = [
-            (min(peer.tokens, peer.capacity.context - 1), peer.iid)
+            (min(_room(peer, speak.get(peer.fingerprint, []), prefillers), peer.capacity.context - 1), peer.iid)
             for peer in prefillers
             if peer.iid in self.up and (not decoders or peer.fingerprint in speak)
         ]
@@ -213,3 +215,10 @@ class Registry:
             if not apart and other.lost is None and other.fingerprint != peer.fingerprint:
                 return f"never paired with {other.iid}: {difference(peer.fingerprint, other.fingerprint)}"
         return ""
+
+
+def _room(peer: Peer, decoders: list[Peer], prefillers: list[Peer]) -> int:
+    """Tokens of a prompt that an instance may prefill. What only it can decode must fit twice, if another instance can
+    prefill it: here the prefill keeps its memory until all the KV has left for the KV store."""
+    alone = len(decoders) == 1 and decoders[0] is peer and len(prefillers) > 1
+    return peer.capacity.blocks // 2 * peer.capacity.block_tokens if alone else peer.tokens

@@ -289,9 +289,13 @@ class Worker:
         beat = self.presence.beat()
         actions: list[Action] = []
         for job in list(self.dispatcher.stranded.values()):
-            if job.stranded_at is not None and now - job.stranded_at > self.own.patience_s:
+            assert job.stranded_at is not None
+            waited = now - job.stranded_at
+            if waited > self.own.patience_s:
                 why = f"no decode instance could be reached for {self.own.patience_s:g} s"
                 actions += self.prefill.strand(job, why)
+            elif waited > self.own.view_s and self.role in TAKES_DECODE and job.fits(self.own.capacity):
+                actions += self.prefill.lose(job, "it can be decoded only here, and not beside its own prefill")
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)
