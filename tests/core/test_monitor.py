@@ -235,10 +235,17 @@ def test_when_the_last_of_a_role_is_gone_somebody_takes_it_over():
     assert live(told, 9.0, prefills[0], report("p1", "mixed")) == []
 
 
+def test_who_is_there_first_does_not_take_both_roles():
+    told = monitor("none", now=100.0, gone_s=5.0)
+    assert live(told, 59.5, report("d0", "decode")) == []  # the other's engine may take so long to start
+    assert live(told, 0.5, report("d0", "decode")) == [("d0", "mixed")]
+
+
 def test_a_monitor_that_has_just_started_waits_for_the_others():
     told = monitor("none", now=100.0, gone_s=5.0)
-    assert live(told, 4.5, report("d0", "decode")) == []
-    assert live(told, 0.5, report("d0", "decode")) == [("d0", "mixed")]
+    told.tell(report("p0", "prefill"), report("d0", "decode"), report("p0", "decode"))
+    assert live(told, 4.5, report("d0", "decode"), report("p0", "decode")) == []
+    assert live(told, 0.5, report("d0", "decode"), report("p0", "decode")) == [("p0", "mixed")]
 
 
 def test_with_nobody_there_nobody_is_asked():
@@ -248,6 +255,7 @@ def test_with_nobody_there_nobody_is_asked():
 @pytest.mark.parametrize("own, other", [("prefill", "decode"), ("decode", "prefill")])
 def test_who_took_a_second_role_gives_it_up_when_others_have_it(own, other):
     told = monitor("none")
+    told.tell(report("z", other))
     assert live(told, 5.5, report("a", own)) == [("a", "mixed")]
     assert live(told, 20.0, report("a", "mixed")) == []
     assert live(told, 9.5, report("a", "mixed"), report("b", other)) == []
@@ -258,6 +266,7 @@ def test_who_took_a_second_role_gives_it_up_when_others_have_it(own, other):
 @pytest.mark.parametrize("between", [{"role": "prefill"}, {"role": "prefill", "incarnation": 2}])
 def test_a_role_that_was_given_by_hand_or_by_configuration_stays(between):
     told = monitor("none")
+    told.tell(report("z", "decode"))
     live(told, 5.5, report("a", "prefill"))
     told.tell(report("a", "mixed"), report("a", **between), report("b", "decode"))
     now = {**between, "role": "mixed"}
@@ -266,6 +275,7 @@ def test_a_role_that_was_given_by_hand_or_by_configuration_stays(between):
 
 def test_who_was_to_help_and_is_gone_is_forgotten():
     told = monitor("none")
+    told.tell(report("z", "decode"))
     live(told, 5.5, report("a", "prefill"))
     assert told.core.rescued == {"a": "prefill"}
     told.later(6.0)

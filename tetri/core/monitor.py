@@ -22,8 +22,12 @@ from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, Load, LoadReport
 
 VIEW = "view"
+START_S = 60.0  # an engine with a model may take so long to start: a role that nobody has had yet is not missed before
 LOW = 0.1  # share of time computed under which an instance counts as hardly loaded (paper, section 3.5)
 WINDOW_S = 5.0  # that share is smoothed over so long: a step now and then is a low load, not a high one
+
+
+TAKES = {"prefill": TAKES_PREFILL, "decode": TAKES_DECODE}
 
 
 @dataclass(slots=True)
@@ -87,6 +91,8 @@ class Monitor:
         self.rescued: dict[str, str] = {}  # who took the other role too in need, and its own role
         self.quiet_until = now + settings.hold_s  # the watcher leaves all as it is
         self.rescue_at = now + gone_s  # before, not everybody who is there has been heard
+        self.started_at = now + START_S
+        self.served: dict[str, None] = {}  # roles that somebody has had
         self.flip, self._flip = flip, FLIPS[flip]
         self._watching = flip != "none"
         self.timers.set(VIEW, now)
@@ -135,6 +141,7 @@ class Monitor:
         if seen is not None and (seen.incarnation != report.incarnation or seen.role == "mixed"):
             self.rescued.pop(report.iid, None)  # it has begun anew, or has been changed since
         self.instances[report.iid] = Seen.of(report, now)
+        self.served.update({role: None for role, takes in TAKES.items() if report.role in takes})
         return [self._view(now)]
 
     def _view(self, now: float) -> Publish:
@@ -161,9 +168,11 @@ class Monitor:
         return [Send(BROKER, wanted)]
 
     def _rescue(self, now: float) -> FlipWanted | None:
-        """Nobody is left for a role: that cannot wait, but to be asked for again it takes `stale_s`."""
+        """Nobody is left for a role: that cannot wait, but to be asked for again it takes `stale_s`. A deployment
+        that is just starting is left alone: who is there first would take both roles."""
         roles = {seen.role for seen in self.instances.values()}
-        if now < self.rescue_at or not (roles.isdisjoint(TAKES_PREFILL) or roles.isdisjoint(TAKES_DECODE)):
+        lacking = [role for role, takes in TAKES.items() if roles.isdisjoint(takes)]
+        if now < self.rescue_at or not any(role in self.served or now >= self.started_at for role in lacking):
             return None
         change = rescue(self._states(now))
         if change is None:
