@@ -13,6 +13,7 @@ from tetri.sim.instance import Predictor, Use, WorkerNode
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import MonitorNode
+from tetri.wire.messages import Load, LoadReport
 
 COST = Cost(prefill=((1.0, 0.5),), decode=((1.0, 0.1), (2.0, 0.2)))
 
@@ -24,7 +25,9 @@ class Script:
         capacity = Capacity(blocks=100, block_tokens=4, chunk_tokens=16, max_batch=8, context=400)
         fingerprint = SimpleNamespace(block_bytes=0)
         rules = Rules(length="oracle")
-        self.own = SimpleNamespace(iid="w", capacity=capacity, cost=cost, fingerprint=fingerprint, rules=rules)
+        self.own = SimpleNamespace(
+            iid="w", role="decode", capacity=capacity, cost=cost, fingerprint=fingerprint, rules=rules
+        )
         self.heard, self.ticks = [], []
         self.due = None
         self.answers, self.next = {}, []
@@ -162,6 +165,20 @@ def test_prefill_is_told_apart_in_the_use(kernel):
     kernel.run()
     assert node.use.prefill_tokens == 30 and node.use.steps == 2
     assert node.use.spans == [(0.0, 1.0, "prefill")]
+
+
+def test_a_change_of_role_is_noted_once():
+    kernel = Kernel()
+    core, node = worker(kernel)
+    core.answers = {event: [Publish(report(role))] for event, role in (("a", "decode"), ("b", "mixed"), ("c", "mixed"))}
+    for when, event in enumerate("abc"):
+        kernel.at(when, node.receive, event)
+    kernel.run()
+    assert node.use.roles == [(0.0, "decode"), (1, "mixed")]
+
+
+def report(role):
+    return LoadReport(iid="w", incarnation=1, role=role, load=Load(free_blocks=1))
 
 
 def test_use_joins_spans_that_touch_and_are_alike():

@@ -126,11 +126,12 @@ def test_what_goes_in_comes_out_and_everything_is_given_back(changes):
 
 @pytest.mark.parametrize("admit", [*ADMISSIONS])
 def test_memory_that_binds_is_given_back_too(admit):
-    """Two requests and a half fit at their ends; greedy preempts."""
+    """Some three requests fit at their ends. Greedy preempts; with true lengths, peak never does."""
     setup = replace(SETUP, kv_tokens=2000, rules=Rules(length="oracle", admit=admit), reserve_share=1.0)
     result = World(setup, drawn(40, Lengths.parsed("100"), Lengths.parsed("300-700"), 1)).run()
     assert {each.state for each in result.outcomes} == {"done"}
-    assert (result.counters["preempted"] > 0) == (admit == "greedy")
+    assert result.counters["preempted"] > 0 or admit != "greedy"
+    assert result.counters["preempted"] == 0 or admit != "peak"
 
 
 @pytest.mark.parametrize("order", [*ORDERS])
@@ -156,6 +157,16 @@ def test_the_same_setup_gives_the_same_result():
     first, second = World(setup, batch()).run(), World(setup, batch()).run()
     assert first == second
     assert first != World(replace(setup, seed=1), batch()).run()
+
+
+def test_a_flip_shows_in_what_an_instance_was():
+    """The second prefill instance has nothing to do, so the watcher lets it decode."""
+    settings = FlipSettings(idle_s=0.5, hold_s=0.5)
+    setup = replace(SETUP, prefill=2, decode=1, flip="idle", flip_settings=settings, spans=True)
+    result = World(setup, [Arrival(0.2 * i, 100, 30) for i in range(50)]).run()
+    flipped = [use for use in result.instances.values() if len(use.roles) > 1]
+    assert flipped and all(use.roles[1][1] in ("decode", "prefill", "mixed") for use in flipped)
+    assert all(stop > start for use in result.instances.values() for start, stop, _ in use.spans)
 
 
 def test_progress_is_told():

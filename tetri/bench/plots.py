@@ -70,7 +70,7 @@ def _timeline(axes: Any, spans: Mapping[str, Sequence[Span]]) -> None:
     )
     axes.tick_params("y", labelsize=7 if len(spans) > 24 else 9)
     patches = [Patch(color=colour, label=what) for what, colour in COLOURS.items()]
-    axes.legend(handles=patches, loc="upper right", ncols=3, fontsize=8)
+    axes.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
 
 
 def joined(bars: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:

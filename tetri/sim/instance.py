@@ -8,7 +8,7 @@ from math import inf
 from random import Random
 from typing import Any
 
-from tetri.core.actions import LengthKnown, Predict
+from tetri.core.actions import LengthKnown, Predict, Publish
 from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.engine.paged import Paged
@@ -19,6 +19,7 @@ from tetri.policy.rules import LENGTHS
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Memory, Port
 from tetri.sim.nodes import Node
+from tetri.wire.messages import LoadReport
 
 
 @dataclass(slots=True)
@@ -91,7 +92,7 @@ class WorkerNode(Node):
         self.engine = Paged(own.capacity, own.cost)
         self.memory = Memory(kernel, self, own.fingerprint.block_bytes, bytes_s)
         self.predictor = Predictor(kernel, own, seed, self.receive)
-        self.use = Use()
+        self.use = Use(roles=[(max(kernel.now, 0.0), own.role)])
         self._ids: dict[int, tuple[int, ...]] = {}
         self._plan: Plan | None = None
         self._started = 0.0
@@ -100,6 +101,7 @@ class WorkerNode(Node):
         hands = WorkerHands(
             core, lambda: kernel.now, self.engine, self.memory, port, self.step, self.predictor.predict
         )
+        hands.table[Publish] = self.publish
         self.carry_out = hands.carry_out  # type: ignore[method-assign]
 
     # ------------------------------------------------------------ the loop
@@ -119,6 +121,12 @@ class WorkerNode(Node):
 
     def awake(self) -> bool:
         return self._plan is None and super().awake()
+
+    def publish(self, told: Publish) -> None:
+        report = told.message
+        if isinstance(report, LoadReport) and report.role != self.use.roles[-1][1]:
+            self.use.roles.append((self.kernel.now, report.role))
+        self.port.publish(report)
 
     # ------------------------------------------------------------ the engine
 

@@ -117,7 +117,6 @@ class World:
         )
         core = Worker(own, Random(own.incarnation), self.kernel.now)
         node = WorkerNode(self.kernel, core, self._port(iid), setup.link_bytes_s, setup.seed)
-        node.use.roles.append((0.0, role))
         if setup.spans:
             node.use.spans = []
         self.workers[iid] = node
