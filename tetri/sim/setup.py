@@ -81,7 +81,7 @@ def _problem(setup: Setup) -> str | None:
             return f"there is no {role} instance: give {role} or mixed at least 1"
     capacity = setup.capacity()
     if capacity.max_batch >= capacity.chunk_tokens:
-        return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step has room for some of a prompt too"
+        return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step has room for prompts too"
     least = blocks_for(capacity.chunk_tokens + capacity.block_tokens - 1, capacity.block_tokens)
     if 0 < setup.slots < least:
         return f"slots must be at least {least}, the blocks that one chunk may fill, got {setup.slots}"
