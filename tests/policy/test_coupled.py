@@ -3,7 +3,7 @@
 import pytest
 
 from tetri.leg import Span
-from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, chunked, prefill_first, preempted
+from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, chunked, preempted, prefill_first
 from tetri.policy.views import Progress
 
 LIMITS = Limits(slots=4, step_tokens=100, kv_tokens=1000)

@@ -1,0 +1,170 @@
+"""tetri-cli sim paper: the paper's evaluation, run again with the schedulers that serve live."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import click
+
+WORKLOADS = ("LPLD", "LPHD", "HPLD", "HPHD", "Mixed")
+MICRO_SEEDS = 5  # at most, of the microbenchmarks
+COST = "v100-opt13b"
+
+
+@click.command("paper")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=20, show_default=True, help="Draws of each workload.")
+@click.option("--only", type=click.Choice(WORKLOADS), multiple=True, help="A workload, repeatable; no microbenchmarks.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
+    """Run the paper's evaluation again, each result beside the paper's.
+
+    Five workloads on TetriInfer (one prefill and one decode instance) and on coupled baselines, then the
+    microbenchmarks of its Figures 3 to 5, 16, 18 and 19. Takes a few minutes. The same arguments give the same result,
+    to the last bit, but for the object "run".
+    """
+    from tetri.cost import CostError
+    from tetri.sim.setup import SimError
+    from tetri.sim.workloads import WorkloadError
+
+    started = perf_counter()
+    try:
+        made = evaluated(seeds, only or WORKLOADS, micro=not only)
+    except (CostError, SimError, WorkloadError) as error:
+        raise click.UsageError(str(error)) from None
+    made["run"] = {"wall_s": perf_counter() - started}
+    click.echo(json.dumps(made, ensure_ascii=False) if as_json else "\n".join(shown(made)))
+
+
+def evaluated(seeds: int, workloads: Sequence[str], micro: bool) -> dict[str, Any]:
+    """Everything that is printed."""
+    from tetri.sim.micro import cases
+    from tetri.sim.paper import SYSTEMS, ratios, rows
+
+    found = cases() if micro else []
+    tasks: list[tuple[Any, ...]] = [
+        (system, name, seed) for name in workloads for system in SYSTEMS for seed in range(seeds)
+    ]
+    tasks += [(number, seed) for number in range(len(found)) for seed in range(min(seeds, MICRO_SEEDS))]
+    results = dict(zip(tasks, _all(tasks), strict=True))
+    runs = {
+        (name, system): [results[system, name, seed] for seed in range(seeds)]
+        for name in workloads
+        for system in SYSTEMS
+    }
+    made: dict[str, Any] = {
+        "seeds": seeds,
+        "rows": [asdict(row) for row in rows(runs)],
+        "ratios": [{**asdict(ratio), "off": ratio.off, "same_side": ratio.same_side} for ratio in ratios(runs)],
+    }
+    if micro:
+        made["microbenchmarks"] = list(_points(results, min(seeds, MICRO_SEEDS)))
+    return made
+
+
+def _points(results: dict[tuple[Any, ...], Any], seeds: int) -> Iterator[dict[str, Any]]:
+    from statistics import fmean
+
+    from tetri.sim.interference import points
+    from tetri.sim.micro import cases
+
+    yield from (asdict(point) for point in points(_inputs()[1]))
+    for number, case in enumerate(cases()):
+        measured = [results[number, seed] for seed in range(seeds)]
+        for what in measured[0]:
+            value = fmean(each[what] for each in measured)
+            paper = None if what else case.paper
+            yield {"figure": case.figure, "point": f"{case.point} {what}".strip(), "value": value, "paper": paper}
+
+
+# ---------------------------------------------------------------- runs, on every core
+
+
+@cache
+def _inputs() -> tuple[Any, Any]:
+    from tetri import cost
+    from tetri.sim import workloads
+
+    return workloads.load(), cost.load(COST)
+
+
+def _task(task: tuple[Any, ...]) -> Any:
+    from tetri.sim import micro, paper
+
+    evaluation, cost = _inputs()
+    if len(task) == 2:
+        number, seed = task
+        return micro.cases()[number].run(evaluation, cost, seed)
+    system, name, seed = task
+    return paper.measure(system, evaluation, name, cost, seed)
+
+
+def _all(tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Results in the order of the tasks, whatever process was how fast."""
+    _inputs()  # what is wrong with them is said once, here
+    cores = len(os.sched_getaffinity(0))
+    with _progress(len(tasks)) as told:
+        results = []
+        if cores == 1 or len(tasks) < 20:
+            for task in tasks:
+                results.append(_task(task))
+                told()
+            return results
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+            for result in pool.map(_task, tasks, chunksize=2):
+                results.append(result)
+                told()
+        return results
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's stderr."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def shown(made: dict[str, Any]) -> Iterator[str]:
+    """The tables in lines: what was simulated, and in brackets what the paper shows."""
+    rows, metrics = made["rows"], list(dict.fromkeys(row["metric"] for row in made["rows"]))
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        yield f"{workload:15}" + "".join(f"{metric:>24}" for metric in metrics)
+        for system in dict.fromkeys(row["system"] for row in rows):
+            cells = {row["metric"]: row for row in rows if (row["workload"], row["system"]) == (workload, system)}
+            yield f"  {system:13}" + "".join(f"{_cell(cells[metric]):>24}" for metric in metrics)
+        yield ""
+    yield "tetri-nvlink / vllm16"
+    for ratio in made["ratios"]:
+        side = "" if ratio["same_side"] else ", on the other side of 1"
+        yield f"  {ratio['workload']:6}{ratio['metric']:12}{_cell(ratio):>18}{ratio['off']:+8.1%}{side}"
+    figure = None
+    for point in made.get("microbenchmarks", ()):
+        if point["figure"] != figure:
+            figure = point["figure"]
+            yield f"\n{figure}"
+        yield f"  {point['point']:42}{_cell(point):>20}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    paper = "" if row["paper"] is None else f" ({row['paper']:.4g})"
+    return f"{row['value']:.4g}{paper}"

@@ -1,0 +1,109 @@
+"""The paper's microbenchmarks of scheduling, with the live cores: prefill orders (Figure 16), decode admission against
+accuracy (Figure 18), dispatchers (Figure 19)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
+from statistics import fmean
+
+from tetri.cost import Cost
+from tetri.policy.rules import Rules
+from tetri.sim.figures import plotted
+from tetri.sim.paper import PAPER_RULES, measure
+from tetri.sim.setup import Setup
+from tetri.sim.traces import Arrival
+from tetri.sim.workloads import Evaluation
+from tetri.sim.world import World
+
+ORDERS = (("fcfs", 16), ("sjf", 16), ("ljf", 16), ("sjf", 32), ("sjf", 64), ("sjf", 128))
+ADMISSIONS = ("reserve_static", "reserve_dynamic", "peak")  # greedy needs no prediction
+ACCURACIES = (0.749, 1.0)
+ADMITTED = 256  # requests of Figure 18
+FEEDERS = 8  # its prefill instances: so many that the one decode instance is what limits, as with preloaded KV
+#: Its decode instance's KV. Fitted to the one curve of Figure 18 that is not TetriInfer's: greedy's mean JCT.
+ADMITTED_KV = 24_000
+DISPATCHERS = ("imbalance", "random", "power_of_two")
+PER_INSTANCE = 32  # requests of Figure 19, a quarter of them heavy
+#: Figure 19 does not give lengths. 32 heavy decodes took 13.9 s: 290 steps of the cost table at that batch. Light ones
+#: have 20 to 100 tokens in section 2.
+HEAVY_OUTPUT, LIGHT_OUTPUT, SHORT_PROMPT = 290, 60, 18
+
+
+Values = dict[str, float]  # what is measured -> its value; "" is what the figure plots
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One point of a figure: `run(evaluation, cost, seed)` measures it once; `paper` is what the paper plots."""
+
+    figure: str
+    point: str
+    paper: float | None
+    run: Callable[[Evaluation, Cost, int], Values]
+
+
+def vllm_ttft(evaluation: Evaluation, cost: Cost, seed: int) -> Values:
+    return {"": measure("vllm16", evaluation, "Mixed", cost, seed).ttft_mean}
+
+
+def prefill_ttft(order: str, sched_batch: int, evaluation: Evaluation, cost: Cost, seed: int) -> Values:
+    """Mean TTFT of Mixed on one prefill instance, which is all that runs: every request wants one token. Figure 16
+    measured ShareGPT; 128 requests of it took as many chunks as Mixed."""
+    batch = [Arrival(each.at_s, each.prompt, 1) for each in evaluation.workloads["Mixed"].draw(seed)]
+    setup = Setup(cost=cost, rules=Rules(order=order, sched_batch=sched_batch), seed=seed)
+    return {"": fmean(outcome.ttft_s or 0.0 for outcome in World(setup, batch).run().done())}
+
+
+def admitted(admit: str, accuracy: float, evaluation: Evaluation, cost: Cost, seed: int) -> Values:
+    """Mean JCT of 256 requests of Mixed on one decode instance, and the share that was preempted at least once.
+    Predictions are free, and right in `accuracy` of the cases; 1 is ideal: the very length."""
+    workload = evaluation.workloads["Mixed"]
+    rules = replace(PAPER_RULES, admit=admit, length_accuracy=accuracy, length="oracle" if accuracy == 1 else "noisy")
+    setup = Setup(
+        cost=_without_predictor(cost),
+        prefill=FEEDERS,
+        rules=rules,
+        context=workload.context,
+        kv_tokens=ADMITTED_KV,
+        seed=seed,
+    )
+    outcomes = World(setup, workload.draw(seed, ADMITTED)).run().done()
+    preempted = fmean(outcome.preempted > 0 for outcome in outcomes)
+    return {"": fmean(outcome.jct_s or 0.0 for outcome in outcomes), "preempted": preempted}
+
+
+def decode_time(dispatcher: str, instances: int, evaluation: Evaluation, cost: Cost, seed: int) -> Values:
+    """Seconds from the first decode on until the last of 32 requests per decode instance has ended."""
+    count = PER_INSTANCE * instances
+    outputs = [HEAVY_OUTPUT] * (count // 4) + [LIGHT_OUTPUT] * (count - count // 4)
+    Random(f"dispatch {seed}").shuffle(outputs)
+    rules = replace(PAPER_RULES, decode_route=dispatcher)
+    setup = Setup(cost=_without_predictor(cost), prefill=FEEDERS, decode=instances, rules=rules, seed=seed)
+    used = World(setup, [Arrival(0.0, SHORT_PROMPT, output) for output in outputs]).run().instances.values()
+    decoded = [use for use in used if use.decode_tokens]
+    return {"": max(use.last_s or 0.0 for use in decoded) - min(use.first_s or 0.0 for use in decoded)}
+
+
+def _without_predictor(cost: Cost) -> Cost:
+    return replace(cost, predictor_s=0.0, predictor_token_s=0.0)
+
+
+def cases() -> list[Case]:
+    paper = plotted()
+    made = [Case("figure16", "vllm16", paper["figure16"]["vllm16"], vllm_ttft)]
+    for order, window in ORDERS:
+        name = f"{order}-{window}"
+        made.append(Case("figure16", name, paper["figure16"][name], partial(prefill_ttft, order, window)))
+    made.append(Case("figure18", "greedy", paper["figure18"]["greedy"], partial(admitted, "greedy", 1.0)))
+    for admit in ADMISSIONS:
+        for accuracy in ACCURACIES:
+            name = f"{admit}-{accuracy:g}"
+            made.append(Case("figure18", name, paper["figure18"].get(name), partial(admitted, admit, accuracy)))
+    for dispatcher in DISPATCHERS:
+        for instances, shown in paper["figure19"][dispatcher]:
+            run = partial(decode_time, dispatcher, instances)
+            made.append(Case("figure19", f"{dispatcher} on {instances}", shown, run))
+    return made
