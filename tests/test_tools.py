@@ -86,7 +86,7 @@ def test_plain_vllm_is_told_what_the_live_engine_is_told(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(InterruptedError):
         engine_config(VllmSettings(Path("/m"), "bfloat16", 512, 32, 1 << 30, None, "w", 128))
-    for name in ("kv_transfer_config", "logits_processors"):
+    for name in ("kv_transfer_config", "logits_processors", "scheduler_cls"):
         del told[name]
     assert direct.engine_arguments("/m", "bfloat16", 0, 512, 32, 128, 1 << 30) == told
 
