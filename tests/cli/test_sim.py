@@ -85,6 +85,13 @@ def test_policies_and_roles_change_the_outcome(run):
     assert slow["jct"]["mean"] > first["jct"]["mean"] and slow["ttft"] == first["ttft"]
 
 
+@pytest.mark.parametrize("system", ["coupled16", "coupled"])
+def test_the_baselines_are_told_alike(run, system):
+    made = json.loads(run(*SMALL, "--system", system, "--json")[1])
+    assert made["done"] == 30 and [each["iid"] for each in made["instances"]] == ["c0", "c1"]
+    assert [*made] == [*json.loads(run(*SMALL, "--json")[1])]
+
+
 def test_a_plot(run, tmp_path):
     status, _, err = run(*SMALL, "--mixed", 1, "--plot", tmp_path / "run.png")
     assert (status, err) == (0, "")
@@ -112,6 +119,7 @@ def test_a_plot_without_matplotlib_is_an_error_before_the_work(run, tmp_path, mo
         (["--link", "-1"], "link_bytes_s must be above 0"),
         (["--flip", "never"], "unknown flip 'never'; known: none"),
         (["--transfer", "never"], "unknown transfer 'never'"),
+        (["--system", "never"], "'never' is not one of 'tetri', 'coupled16', 'coupled'"),
         (["--policy", "order=x"], 'policy.order: must be one of: fcfs, sjf, ljf, ageing, deadline, got "x"'),
         (["--policy", "ordre=sjf"], "policy.ordre: unknown key; allowed: prefill_route"),
         (["--policy", "order"], "--policy 'order': write key=value"),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
+SYSTEMS = ("tetri", "coupled16", "coupled")
 ELSEWHERE = ("paper", "replay")  # subcommands with a module of their own, sim_NAME
 
 
@@ -45,6 +46,7 @@ OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--prompt-tokens", str, "512", "N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
     ("--output-tokens", str, "128", "As --prompt-tokens."),
     ("--deadline", float, None, "Seconds that every request has."),
+    ("--system", click.Choice(SYSTEMS), "tetri", "coupled16, coupled: every instance runs both phases by itself."),
     ("--prefill", int, 1, "Prefill instances."),
     ("--decode", int, 1, "Decode instances."),
     ("--mixed", int, 0, "Instances that do both."),
@@ -96,6 +98,7 @@ def run(**options: Any) -> None:
 
 def simulated(options: dict[str, Any]) -> dict[str, Any]:
     """Everything that is printed. Raises SimError, TraceError, CostError or ConfigError."""
+    from tetri.sim.baselines import serve
     from tetri.sim.report import summary
     from tetri.sim.world import World
 
@@ -103,8 +106,11 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
     draw = _drawing(options["plot"])
     arrivals, total = _arrivals(options)
     setup = _setup(options)
-    with _progress(total) as progress:
-        result = World(setup, arrivals, progress).run()
+    if options["system"] == "tetri":
+        with _progress(total) as progress:
+            result = World(setup, arrivals, progress).run()
+    else:
+        result = serve(options["system"], setup, arrivals)
     made = summary(result)
     if draw is not None:
         draw(options["plot"], _times(result), {iid: use.spans or [] for iid, use in result.instances.items()})

@@ -1,0 +1,39 @@
+"""The coupled baselines on the same requests as a World."""
+
+import pytest
+
+from tetri.cost import Cost
+from tetri.sim.baselines import SYSTEMS, serve
+from tetri.sim.setup import Setup, SimError
+from tetri.sim.traces import Arrival
+
+COST = Cost(prefill=((1.0, 0.1),), decode=((1.0, 0.02), (2.0, 0.02)))
+SETUP = Setup(COST, kv_tokens=8000, chunk_tokens=512)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_instance_is_a_replica(system):
+    result = serve(system, SETUP, [Arrival(0.0, 100, 5), Arrival(0.0, 200, 1)])
+    first, second = result.outcomes
+    assert (first.prefill, second.prefill) == ("c0", "c1") and [*result.instances] == ["c0", "c1"]
+    assert second.tpot_s is None and second.jct_s == second.ttft_s == first.ttft_s
+    assert first.jct_s == pytest.approx(first.ttft_s + 4 * 0.02)
+    assert first.tpot_s == pytest.approx(0.02)
+    assert result.end_s == first.jct_s
+    assert result.counters == {"preempted": 0, "refused": 0, "prefill_tokens": 300, "decode_tokens": 4}
+    assert result.instances["c0"].busy_s == {"mixed": pytest.approx(first.jct_s)}
+
+
+def test_what_fits_nowhere_is_refused():
+    result = serve("coupled", SETUP, [Arrival(0.0, 8000, 5), Arrival(0.0, 10, 5)])
+    assert [each.state for each in result.outcomes] == ["refused", "done"]
+    assert result.outcomes[0].why == "8005 tokens do not fit: the context holds 8000"
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "says"),
+    [([], "there are no requests"), ([Arrival(1.0, 5, 5), Arrival(0.0, 5, 5)], "before the one that it follows")],
+)
+def test_wrong_requests_are_one_line(arrivals, says):
+    with pytest.raises(SimError, match=says):
+        serve("coupled", SETUP, arrivals)

@@ -1,0 +1,80 @@
+"""The coupled baselines as an answer to the same question as a `World`: the same requests on the same hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tetri.policy.coupled import Limits
+from tetri.sim import coupled
+from tetri.sim.clients import Outcome
+from tetri.sim.instance import Use
+from tetri.sim.report import Result
+from tetri.sim.setup import Setup, SimError
+from tetri.sim.traces import Arrival
+from tetri.sim.workloads import load
+
+TODAY = Limits(slots=256, step_tokens=2048, kv_tokens=0)  # vLLM V1's defaults when it serves
+SYSTEMS = ("coupled16", "coupled")  # the paper's baseline, with 16 slots; vLLM's defaults of today
+
+
+def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> Result:
+    """Every instance of `setup`, whatever its role, is a replica of a coupled engine that shares nothing with others;
+    a request goes to the one with the fewest open ones. A request that fits into none is refused. Raises SimError."""
+    setup.check()
+    capacity = setup.capacity()
+    kv_tokens = capacity.blocks * capacity.block_tokens
+    replicas = setup.prefill + setup.decode + setup.mixed
+    outcomes: list[Outcome] = []
+    taken = _taken(requests, min(kv_tokens, capacity.context), outcomes)
+    try:
+        if system == "coupled16":
+            baseline = load().baseline
+            limits = Limits(baseline.slots, baseline.step_tokens, kv_tokens)
+            made = coupled.run("prefill_first", limits, setup.cost, taken, replicas, baseline.join_s)
+        else:
+            limits = Limits(TODAY.slots, TODAY.step_tokens, kv_tokens)
+            made = coupled.run("chunked", limits, setup.cost, taken, replicas)
+    except ValueError as error:
+        raise SimError(str(error)) from None
+    if not outcomes:
+        raise SimError("there are no requests")
+    open_ones = [outcome for outcome in outcomes if outcome.state == "open"]
+    for outcome, job in zip(open_ones, made.jobs, strict=True):
+        _fill(outcome, job)
+    instances = {f"c{place}": _use(made, place, setup.spans) for place in range(replicas)}
+    counters = {
+        "preempted": sum(job.preempted for job in made.jobs),
+        "refused": len(outcomes) - len(open_ones),
+        **{name: sum(getattr(use, name) for use in instances.values()) for name in ("prefill_tokens", "decode_tokens")},
+    }
+    return Result(outcomes, instances, counters, max((job.end_s for job in made.jobs), default=0.0))
+
+
+def _taken(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> Iterator[Arrival]:
+    """Those that fit; all are noted."""
+    for arrival in requests:
+        tokens = arrival.prompt + arrival.output
+        fits = tokens <= most
+        why = "" if fits else f"{tokens} tokens do not fit: the context holds {most}"
+        outcomes.append(Outcome(arrival, "open" if fits else "refused", why=why))
+        if fits:
+            yield arrival
+
+
+def _fill(outcome: Outcome, job: coupled.Job) -> None:
+    outcome.state, outcome.ttft_s, outcome.jct_s = "done", job.ttft_s, job.jct_s
+    if job.output > 1:
+        outcome.tpot_s = (job.jct_s - job.ttft_s) / (job.output - 1)
+    outcome.prefill = outcome.decode = f"c{job.replica}"
+    outcome.preempted, outcome.attempts = job.preempted, 1
+
+
+def _use(made: coupled.Outcome, place: int, spans: bool) -> Use:
+    use = Use(roles=[(0.0, "coupled")], spans=[] if spans else None)
+    for start, stop in made.busy[place]:
+        use.add(start, stop, "mixed")
+    jobs = [job for job in made.jobs if job.replica == place]
+    use.prefill_tokens = sum(job.prompt for job in jobs)
+    use.decode_tokens = sum(job.output - 1 for job in jobs)
+    use.preempted = sum(job.preempted for job in jobs)
+    return use
