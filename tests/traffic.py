@@ -10,7 +10,31 @@ from live import LiveCluster, wait_until
 
 from tetri.client import AsyncClient, Result, TetriError
 from tetri.engine.emulated import reference
+from tetri.proc.recorder import read, value
 from tetri.request import Sampling
+
+
+def flip_seconds(cluster: LiveCluster) -> list[float]:
+    """Of every flip in the cluster's records: from the moment at which the worker read the Flip, between two engine
+    steps, to that at which the broker heard its Beat. All clocks are this machine's."""
+    read_at: list[tuple[float, str, str]] = []
+    heard_at: list[tuple[float, str, str]] = []
+    for path in (cluster.folder / "record").glob("*.events"):
+        iid = path.name.split("-")[0]
+        for call in read(path)[1]:
+            kind = call.event[0][0] if call.event else ""
+            if kind == "Flip":
+                read_at.append((call.now, iid, value(call.event[0]).role))
+            elif kind == "Beat" and iid == "broker":
+                beat = value(call.event[0])
+                heard_at.append((call.now, beat.iid, beat.role))
+    took: list[float] = []
+    last: dict[str, str] = {}
+    for start, iid, role in sorted(read_at):
+        if last.get(iid) != role:  # or it was only said again
+            took.append(min(now for now, who, said in heard_at if (who, said) == (iid, role) and now >= start) - start)
+        last[iid] = role
+    return took
 
 
 class Pressure:

@@ -2,7 +2,7 @@
 
 What a flip takes is counted by the broker, from the wish to the worker's answer. A worker reads its messages between
 two engine steps, so the step that it is in is part of that; here steps take 2 to 4 ms, so that it can be told from a
-drain, which would take as long as the requests there: hundreds of milliseconds.
+drain, which would take as long as the requests there: hundreds of milliseconds. The record tells the flip alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from live import LiveCluster, wait_until
 from raw_client import RawClient
-from traffic import Pressure
+from traffic import Pressure, flip_seconds
 
 # Each of them leaves both roles served; the last ones put back what was.
 FLIPS = [
@@ -63,7 +63,7 @@ def monitor(cluster: LiveCluster) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LiveCluster]:
-    with brisk_cluster() as cluster:
+    with brisk_cluster("cluster.record=true") as cluster:
         yield cluster
 
 
@@ -82,7 +82,10 @@ def test_ten_flips_under_load(cluster: LiveCluster) -> None:
             pressure.more(6)
 
     results = pressure.run(disturb)
+    alone = flip_seconds(cluster)
     print(f"{len(results)} requests; flips took", [f"{1000 * t:.1f} ms" for t in took])
+    print("without the step before", [f"{1000 * t:.1f} ms" for t in alone])
+    assert len(alone) == len(FLIPS) and statistics.median(alone) < 0.010
     assert statistics.median(took) < 0.010
     assert max(took) < 0.1  # nobody waited for requests to end, even on a machine that is busy
     assert all(result.receipt.attempts == 1 for result in results)
