@@ -1,0 +1,107 @@
+"""The queue of a prefill instance."""
+
+import pytest
+
+from tests.core.build import identity
+from tetri.core.actions import Broken
+from tetri.core.job import Job
+from tetri.core.kvflow import Outflow
+from tetri.core.queue import Queue
+from tetri.cost import Cost
+from tetri.policy.rules import Rules
+from tetri.policy.views import QueuedPrompt
+from tetri.request import Sampling
+
+COST = Cost(prefill=((0.0, 0.0), (100.0, 10.0)))  # a tenth of a second a token
+
+
+class Line:
+    """A queue, and its jobs by key."""
+
+    def __init__(self, order, **rules):
+        self.queue = Queue(identity("p1", "prefill", rules=Rules(order=order, **rules), cost=COST))
+        self.jobs = {}
+
+    def enter(self, key, tokens, since=0.0, due=None):
+        queued = QueuedPrompt(key, len(self.jobs) + 1, tokens, since, COST.prompt_s(tokens, 0, 8), due)
+        made = Job(key, key, 1, (1,) * tokens, (), Sampling(), queued, Outflow(1), tokens, queued.work_s)
+        self.jobs[key] = made
+        self.queue.enter(made)
+        self.check()
+
+    def first(self, tokens=1):
+        found = "".join(self.queue.first(tokens))
+        self.check()
+        return found
+
+    def leave(self, key):
+        self.queue.leave(self.jobs.pop(key))
+        self.check()
+
+    def check(self):
+        self.queue.check(self.jobs)
+
+
+def test_windows_are_ordered_when_they_are_wanted_and_never_mix():
+    line = Line("sjf", sched_batch=2)
+    for key, tokens in (("a", 7), ("b", 5), ("c", 1), ("d", 2)):
+        line.enter(key, tokens)
+    assert line.first(8) == "ba" and list(line.queue.raw) == ["c", "d"]
+    assert line.first(13) == "bacd" and len(line.queue) == 4
+    line.queue.start(line.jobs["b"])  # no news: it is in line already
+    line.leave("b")
+    assert line.first(8) == "acd"
+
+
+def test_without_windows_whoever_comes_with_a_lower_rank_goes_first_until_the_others_have_started():
+    line = Line("ageing", stretch=10.0)
+    line.enter("long", 30)
+    line.enter("short", 2)
+    assert line.first() == "shortlong" and not line.queue.line
+    line.queue.start(line.jobs["short"])
+    line.enter("shorter", 1)
+    assert line.first() == "shortshorterlong" and list(line.queue.line) == ["short"]
+    line.leave("long")
+    line.leave("short")
+    assert line.first() == "shorter"
+
+
+def test_the_earliest_deadline_goes_first():
+    line = Line("deadline")
+    line.enter("a", 4, due=9.0)
+    line.enter("b", 4, due=3.0)
+    assert line.first() == "ba"
+
+
+def test_work_is_counted_as_it_is_done():
+    line = Line("fcfs")
+    line.enter("a", 20)
+    line.enter("b", 4)
+    assert (line.queue.tokens, line.queue.seconds) == (24, pytest.approx(2.4))
+    line.first(20)
+    line.queue.computed(line.jobs["a"], 8)
+    line.check()
+    assert (line.queue.tokens, line.queue.seconds) == (16, pytest.approx(1.6))
+    line.queue.computed(line.jobs["a"], 0)  # it begins again
+    line.check()
+    line.leave("a")
+    line.leave("b")
+    assert (len(line.queue), line.queue.tokens, line.queue.seconds) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda line: setattr(line.jobs["a"], "token", 1), "has its token and is still queued"),
+        (lambda line: line.queue.raw.clear(), "not all jobs without a token are queued"),
+        (lambda line: setattr(line.queue, "tokens", 9), "9 tokens queued, 0 in line: counted 4, 0"),
+        (lambda line: setattr(line.queue, "seconds", 9.0), "9.0 seconds of work queued, counted 0.4"),
+        (lambda line: line.queue._ranked.clear(), "the ranks and the queue differ"),
+    ],
+)
+def test_check_finds_what_is_wrong(spoil, complaint):
+    line = Line("ageing")
+    line.enter("a", 4)
+    spoil(line)
+    with pytest.raises(Broken, match=complaint):
+        line.check()
