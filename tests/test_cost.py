@@ -1,6 +1,7 @@
 """What chunks and steps cost."""
 
 import math
+from dataclasses import fields
 from itertools import accumulate
 
 import pytest
@@ -208,3 +209,8 @@ def test_a_step_that_does_both_pays_the_fixed_part_once():
 
 def test_the_predictor_takes_its_time_by_the_prompt():
     assert Cost(predictor_s=0.5, predictor_token_s=0.01).predict_s(100) == pytest.approx(1.5)
+
+
+def test_the_page_on_cost_tables_names_every_key():
+    page = (cost.TABLES.parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert [field.name for field in fields(Cost) if f"`{field.name}`" not in page] == []
