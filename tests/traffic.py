@@ -39,7 +39,7 @@ def flip_seconds(cluster: LiveCluster) -> list[float]:
 
 class Pressure:
     """`width` requests are open at any time, until the disturbance has ended. `prompt` and `output`: the most tokens,
-    of which between half and all are drawn."""
+    of which between half and all are drawn. The output's length is fixed, so it can be predicted."""
 
     def __init__(self, cluster: LiveCluster, width: int = 12, prompt: int = 600, output: int = 60) -> None:
         self.cluster, self.width = cluster, width
@@ -58,7 +58,7 @@ class Pressure:
             index, (prompt, length) = len(self.asked), self.drawn()
             self.asked.append((prompt, length))
             try:
-                self.answers[index] = await client.generate(prompt, max_tokens=length)
+                self.answers[index] = await client.generate(prompt, max_tokens=length, ignore_eos=True)
             except TetriError as error:
                 self.answers[index] = error
 
@@ -78,7 +78,7 @@ class Pressure:
         for index, (prompt, length) in enumerate(self.asked):
             answer = self.answers[index]
             assert isinstance(answer, Result), f"request {index}: {answer!r}"
-            right = reference(prompt, Sampling(max_tokens=length), made.vocabulary, made.token_bytes)
+            right = reference(prompt, Sampling(max_tokens=length, ignore_eos=True), made.vocabulary, made.token_bytes)
             assert answer.token_ids == right, f"request {index}: {answer.receipt}"
         self.cluster.wait_idle()
         return [answer for answer in self.answers.values() if isinstance(answer, Result)]

@@ -15,10 +15,13 @@ from live import LiveCluster, wait_until
 from raw_client import RawClient
 from traffic import Pressure
 
+from tetri.proc.recorder import read, value
+
 OVERRIDES = [
     "cluster.record=true",
     "cluster.beat_s=0.1",
     "policy.length=noisy",
+    "policy.length_granularity=10",
     "policy.admit=reserve_dynamic",
     "policy.order=sjf",
     "emulated.blocks=400",
@@ -74,6 +77,9 @@ def test_fresh_cores_say_the_same_under_another_hash_seed(folder: Path, seed: in
     kinds = [core["kind"] for core in made["cores"]]
     assert (kinds.count("broker"), kinds.count("monitor"), kinds.count("worker")) == (1, 2, 6)
     assert made["events"] > 5000 and made["actions"] > 5000
+    heard = [pair for path in (folder / "record").glob("p0-*") for call in read(path)[1] for pair in call.event]
+    lengths = [value(pair).length for pair in heard if pair[0] == "LengthKnown"]
+    assert len(lengths) > 10 and None not in lengths
     print({name: made[name] for name in ("events", "ticks", "actions")})
 
 
