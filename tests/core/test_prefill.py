@@ -446,6 +446,13 @@ def test_closing_an_older_attempt_leaves_the_new_one(prefill):
     assert not prefill.tell(Close(rid="a", attempt=1)) and prefill.core.prefill.jobs
 
 
+def test_an_older_attempt_that_comes_late_is_closed_alone(prefill):
+    prefill.tell(assign("a", prompt=8, attempt=2), assign("a", prompt=8, attempt=1))
+    assert len(prefill.core.prefill.jobs) == 2
+    prefill.tell(Close(rid="a", attempt=1))
+    assert list(prefill.core.prefill.jobs) == ["p:a:2"]
+
+
 # ---------------------------------------------------------------- what must not be
 
 
@@ -464,6 +471,8 @@ def test_a_leg_that_was_planned_without_room_must_not_go_on(monkeypatch):
         (lambda half, job: setattr(job, "running", True), "accounts and legs differ"),
         (lambda half, job: setattr(job.flow, "exported", 0), "moved more blocks"),
         (lambda half, job: setattr(half.leaving, "taken", 9), "9 of 8 slots"),
+        (lambda half, job: half.started.update(x=job), "and others run"),
+        (lambda half, job: half._attempts.clear(), "their index differ"),
     ],
 )
 def test_check_finds_what_is_wrong(spoil, complaint):

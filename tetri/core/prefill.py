@@ -182,9 +182,8 @@ class Prefill:
         return self.retreat(job, "its memory went to a request to be decoded") if enough else []
 
     def retreat(self, job: Job, why: str) -> list[Action]:
-        """Give its memory back. It begins again, behind those that have started, when there is room."""
-        if not job.flow.movable:
-            return self.lose(job, why)
+        """Give the memory of one back whose KV is all here, since nobody has taken it. It begins again, behind those
+        that have started, when there is room."""
         self._stop(job)
         self.queue.computed(job, 0)
         job.turn = 0

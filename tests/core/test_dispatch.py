@@ -1,0 +1,46 @@
+"""The dispatcher's own books; what it says is told in test_prefill.py."""
+
+import pytest
+
+from tests.core.build import assign, view
+from tests.core.test_prefill import start
+from tetri.core.actions import Broken
+from tetri.core.pool import Claim
+from tetri.policy.views import Need
+
+KEY = "p:a:1"
+
+
+def offered(*decoders):
+    told = start(decoders)
+    told.tell(assign("a", prompt=8))
+    told.step(("a", 7, None))
+    told.core.dispatcher.check()
+    return told
+
+
+def test_an_older_view_is_no_news():
+    told = offered("d1")
+    told.tell(view(5, d1=3))
+    version = told.core.neighbours.version
+    told.tell(view(4, d1=9))
+    assert told.core.neighbours.version == version
+    told.tell(view(1, epoch=2, d1=9))  # of another monitor
+    assert told.core.neighbours.version > version
+
+
+@pytest.mark.parametrize(
+    "decoders, spoil, complaint",
+    [
+        (("d1",), lambda it: it._targets.clear(), "offers by instance are"),
+        (("d1",), lambda it: it.stranded.update({KEY: it.jobs[KEY]}), "stranded, and on offer or gone"),
+        (("d1",), lambda it: it.offers.update({9: KEY}), "offer 9 is not what p:a:1 is on offer as"),
+        (("d1",), lambda it: it.pool.claims.update({9: Claim("d1", Need(1, 1, False))}), "claims of offers"),
+        ((), lambda it: it.stranded.clear(), "not all are in the line"),
+    ],
+)
+def test_check_finds_what_is_wrong(decoders, spoil, complaint):
+    told = offered(*decoders)
+    spoil(told.core.dispatcher)
+    with pytest.raises(Broken, match=complaint):
+        told.core.dispatcher.check()
