@@ -115,7 +115,7 @@ def test_an_interrupt_leaves_nothing(arguments, tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_vllm_is_measured(tmp_path):
     path = tmp_path / "cpu.toml"
     small = ["--set", "engine.chunk_tokens=256", "--set", "engine.max_batch=8", "--set", "engine.kv_mib=256"]
