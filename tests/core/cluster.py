@@ -101,7 +101,8 @@ class Cluster:
         worker = self.rng.choice(self.workers)
         if worker.alive:
             worker.kill()
-            self.after(self.rng.uniform(0.01, 0.4), lambda: self._restart(worker))
+            away_s = self.rng.choice((0.4, 0.4, 1.5))  # the longest: the monitor finds another for its role
+            self.after(self.rng.uniform(0.01, away_s), lambda: self._restart(worker))
 
     def _kill_monitor(self) -> None:
         if self.monitor.alive:
