@@ -61,6 +61,9 @@ class LiveCluster:
             for worker in self.config.workers:
                 self.start(worker.iid)
             self.wait_ready(*(worker.iid for worker in self.config.workers))
+            # Where engines take a minute to start, the first takes both roles until the other has been there some time.
+            roles = {worker.iid: worker.role for worker in self.config.workers}
+            wait_until(lambda: self.roles() == roles, "other roles than configured", self.start_s)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -90,6 +93,9 @@ class LiveCluster:
     def instances(self) -> dict[str, dict[str, Any]]:
         with Client(self.config.clients_address) as client:
             return {instance["iid"]: instance for instance in client.status()["instances"]}
+
+    def roles(self) -> dict[str, str]:
+        return {iid: instance["role"] for iid, instance in self.instances().items()}
 
     def wait_ready(self, *iids: str) -> float:
         def ready() -> bool:

@@ -51,7 +51,8 @@ class Pressure:
 
     def drawn(self) -> tuple[list[int], int]:
         tokens = self.rng.randint(self.prompt // 2, self.prompt)
-        return [self.rng.randrange(1, 32000) for _ in range(tokens)], self.rng.randint(self.output // 2, self.output)
+        output = self.rng.randint(-(-self.output // 2), self.output)
+        return [self.rng.randrange(1, 32000) for _ in range(tokens)], output
 
     async def one_after_another(self, client: AsyncClient) -> None:
         while not self.ended:

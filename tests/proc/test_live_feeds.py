@@ -20,10 +20,7 @@ def cluster() -> Iterator[LiveCluster]:
     with LiveCluster(overrides=["monitor.load_ms=20"]) as cluster:
         yield cluster
         cluster.wait_idle()
-        assert {iid: found["role"] for iid, found in cluster.instances().items()} == {
-            **{"p0": "prefill", "p1": "prefill"},
-            **{"d0": "decode", "d1": "decode"},
-        }
+        assert cluster.roles() == {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
 
 
 def views_go_on(cluster: LiveCluster) -> None:

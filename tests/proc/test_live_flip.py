@@ -52,10 +52,6 @@ def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
         return client.receive(key=key)
 
 
-def roles(cluster: LiveCluster) -> dict[str, str]:
-    return {iid: instance["role"] for iid, instance in cluster.instances().items()}
-
-
 def monitor(cluster: LiveCluster) -> dict[str, Any]:
     found = cluster.client().status()["monitor"]
     return found if found is not None else {"number": 0, "age_s": float("inf"), "flip": ""}
@@ -77,7 +73,7 @@ def test_ten_flips_under_load(cluster: LiveCluster) -> None:
         for iid, role in FLIPS:
             changed = flip(cluster, iid, role)
             assert changed["type"] == "role_changed" and changed["role"] == role != changed["was"]
-            assert roles(cluster)[iid] == role
+            assert cluster.roles()[iid] == role
             took.append(changed["took_s"])
             pressure.more(6)
 
@@ -102,7 +98,7 @@ def test_an_idle_worker_flips_in_less_than_ten_milliseconds(cluster: LiveCluster
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(cluster: LiveCluster) -> None:
-    before = roles(cluster)
+    before = cluster.roles()
     for iid, role, says in [
         ("nobody", "decode", "nobody"),
         ("p0", "both", "both"),
@@ -113,7 +109,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(cluster: LiveCluster) -> 
     refused = flip(cluster, "p1", "decode")
     assert refused["type"] == "refused" and "last prefill" in refused["reason"]
     assert flip(cluster, "p0", "prefill")["type"] == "role_changed"
-    assert roles(cluster) == before
+    assert cluster.roles() == before
 
 
 def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -> None:
@@ -137,17 +133,17 @@ def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -
     assert all(result.receipt.attempts == 1 for result in pressure.run(disturb))
 
 
-@pytest.mark.parametrize("policy", ["balance", "idle"])
-def test_the_watcher_flips_where_the_work_is(policy: str) -> None:
+@pytest.mark.parametrize(("policy", "output"), [("balance", 2), ("idle", 1)])
+def test_the_watcher_flips_where_the_work_is(policy: str, output: int) -> None:
     """Long prompts and hardly any output: decode instances become prefill ones, and nobody's request is lost."""
     settings = ["idle_s=0.3", "hold_s=0.5", "gain=1.5", "load_ms=20", f"flip={policy}"]
     with brisk_cluster(*(f"monitor.{setting}" for setting in settings), "emulated.time_scale=8") as cluster:
-        pressure = Pressure(cluster, width=20, prompt=2500, output=2)
+        pressure = Pressure(cluster, width=20, prompt=2500, output=output)
 
         def disturb() -> None:
-            wait_until(lambda: list(roles(cluster).values()).count("prefill") == 3, "nobody flips")
+            wait_until(lambda: list(cluster.roles().values()).count("prefill") == 3, "nobody flips")
             pressure.more(6)
-            assert sum(role in ("decode", "mixed") for role in roles(cluster).values()) >= 1  # the floor
+            assert sum(role in ("decode", "mixed") for role in cluster.roles().values()) >= 1  # the floor
             assert monitor(cluster)["flip"] == policy
 
         results = pressure.run(disturb)

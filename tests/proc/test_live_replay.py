@@ -79,7 +79,7 @@ def test_fresh_cores_say_the_same_under_another_hash_seed(folder: Path, seed: in
     assert made["events"] > 5000 and made["actions"] > 5000
     heard = [pair for path in (folder / "record").glob("p0-*") for call in read(path)[1] for pair in call.event]
     lengths = [value(pair).length for pair in heard if pair[0] == "LengthKnown"]
-    assert len(lengths) > 10 and None not in lengths
+    assert sum(length is not None for length in lengths) > 10
     print({name: made[name] for name in ("events", "ticks", "actions")})
 
 
