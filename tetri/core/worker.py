@@ -286,7 +286,6 @@ class Worker:
         self.timers.set(BEAT, now + self.own.beat_s)
         if self.idle:
             self.check()
-        beat = self.presence.beat()
         actions: list[Action] = []
         for job in list(self.dispatcher.stranded.values()):
             assert job.stranded_at is not None
@@ -299,4 +298,4 @@ class Worker:
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)
-        return [*actions, *self.decode.remind(), beat]
+        return [*actions, *self.decode.remind(), self.presence.beat()]
