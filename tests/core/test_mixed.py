@@ -131,6 +131,17 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     assert not told.core.prefill.jobs and not told.core.decode.seats and told.core.ledger.free == 40
 
 
+def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_that_it_ends():
+    """The broker's Close of the earlier attempt was lost, and it runs on while the next one is offered at home."""
+    told = start()
+    key = decoding(told, "a", prompt=4)
+    told.tell(assign("a", prompt=16, attempt=2))
+    planned = told.later()
+    assert only(planned, CancelLeg) == [CancelLeg(key)] and told.core.prefill.expected == [Span("p:a:2", 0, 7)]
+    told.tell(StepDone((Span("p:a:2", 0, 8),), (), tuple(told.core.decode.bare)))
+    assert told.core.prefill.jobs["p:a:2"].done == 8
+
+
 def test_decodes_take_one_token_of_the_budget_each_and_the_chunk_the_rest():
     told = start(role="decode")
     decoding(told, "x", number=8)

@@ -169,6 +169,8 @@ class Worker:
             blocked = prefill.blocked()
             if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
                 actions += self._hear_own(prefill.retreat(blocked, "its memory went to decodes"), now)
+        if len(batch.running) - len(batch.lapsed) < decodes:  # an attempt that began anew at home took another's place
+            self._fewer = True
         actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # of a beat
