@@ -6,10 +6,10 @@ from random import Random
 import pytest
 
 from tests.core.build import capacity, fingerprint, ready
-from tetri.core.actions import Submitted
+from tetri.core.actions import Disconnect, Submitted
 from tetri.core.broker import Broker
 from tetri.core.desk import Limits
-from tetri.core.registry import Registry
+from tetri.core.registry import FORGET_S, Registry
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Sampling
@@ -119,6 +119,13 @@ def test_a_roster_is_made_when_there_is_news_or_silence():
     (send,) = made.refresh(1.2)
     assert [entry.role for entry in send.message.instances] == ["mixed"] and made.refresh(1.9) == []
     assert len(made.refresh(2.0)) == 1
+
+
+def test_whoever_is_given_up_is_no_longer_written_to():
+    made = registry(("p0", "prefill"), ("d0", "decode"))
+    made.lose(made.peers["d0"], "silent")  # its connection stands all the same
+    assert made.prune(FORGET_S + 1) == [Disconnect("d0")]
+    assert [send.peer for send in made.publish(FORGET_S + 1)] == ["p0"]
 
 
 def broker(route, workers, **options):

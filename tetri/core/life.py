@@ -16,6 +16,8 @@ from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Resend
 
 TOKEN_S = 1e-6  # per prompt token where the cost table is empty: queues are then compared by their tokens
+SHORT_S, LONG_S = 1e-9, 1e9  # what a cost table may say beyond these is no work that a sum of nanoseconds could count
+
 
 class Life:
     """Works on the broker's own table, registry, timers and counters. A prefill instance is chosen by the predicted
@@ -43,6 +45,7 @@ class Life:
         tokens = len(row.prompt) + len(row.output)
         pool = self.registry.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
+        work_s = min(max(work_s, SHORT_S), LONG_S)
         column = self._route(work_s, pool, self.rng) if pool.iids else None
         if column is None:
             if ("patience", row.rid) not in self.timers:  # or whoever comes in vain would prolong it

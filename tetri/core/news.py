@@ -66,7 +66,8 @@ class News:
         self.registry.lose(peer, why)
         self.life.counters["workers_lost"] += 1
         told = [*self.flips.gone(iid, why), *self.registry.publish(now)]
-        return [*told, *self.life.restart_all(iid, f"{iid}: {why}", now)]
+        restarted = self.life.restart_all(iid, f"{iid}: {why}", now)
+        return [*told, *restarted, *self.life.place_waiting(now)]  # who is left may take more than before
 
     # ------------------------------------------------------------ what they say
 

@@ -104,7 +104,7 @@ class Registry:
         gone = [p.iid for p in self.peers.values() if p.lost is not None and now - p.seen > FORGET_S]
         for iid in gone:
             del self.peers[iid]
-            self._changed()
+            self.disconnected(iid)
         return [Disconnect(iid) for iid in gone]
 
     def _changed(self) -> None:

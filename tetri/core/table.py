@@ -135,7 +135,7 @@ class Table:
             del self.keys[row.key]
 
     def assign(self, row: Row, iid: str, work_ns: int) -> None:
-        """A prefill instance is to compute it, which is so much work."""
+        """A prefill instance is to compute it, which is so much work, 1 ns at least."""
         self._count(row, None)
         row.prefill, row.work_ns = iid, work_ns
         self._list(row)
