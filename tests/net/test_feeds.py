@@ -331,3 +331,13 @@ def test_wait_lets_the_time_pass_and_says_whether_something_is_there(run_folder)
         assert worker.wait(-1.0) is False
         worker.wake()
         assert worker.wait(0) is True
+
+
+def test_what_is_published_is_nothing_to_wait_for(run_folder):
+    with hubs(2) as (worker, monitor):
+        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
+        worker.subscribe(monitor.bind_publisher(ipc(run_folder, "views")), ClusterView)
+        say(monitor, view(1), worker, bool)
+        monitor.publish(view(2))
+        assert worker.wait(0.2) is False  # time enough for it to arrive
+        assert events(worker, bool)[-1] == Arrived(view(2))

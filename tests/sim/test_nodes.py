@@ -13,7 +13,7 @@ from tetri.sim.instance import Predictor, Use, WorkerNode
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import MonitorNode
-from tetri.wire.messages import Load, LoadReport
+from tetri.wire.messages import ClusterView, Load, LoadReport
 
 COST = Cost(prefill=((1.0, 0.5),), decode=((1.0, 0.1), (2.0, 0.2)))
 
@@ -135,6 +135,16 @@ def test_a_message_ends_a_run_after_the_pass_under_way_and_is_read_then(kernel):
     assert [event for _, event in core.heard[-2:]] == ["first", "second"]
     assert core.heard[-1][0] == pytest.approx(1.3)
     assert node.use.decode_tokens == 3
+
+
+def test_a_view_ends_no_run_and_is_read_after_it(kernel):
+    core, node = worker(kernel)
+    decoding(core, node)
+    kernel.at(1.0, node.receive, "begin")
+    view = ClusterView(epoch=1, number=1, loads=[])
+    kernel.at(1.25, node.receive, view)
+    kernel.run()
+    assert steps(core)[1:] == [(pytest.approx(2.0), 10)] and core.heard[-1][1] == view
 
 
 def test_a_message_during_the_last_pass_changes_nothing(kernel):

@@ -234,9 +234,11 @@ class Hub:
         return arrived + news
 
     def wait(self, seconds: float) -> bool:
-        """Let so long pass, whatever happens; True when something is there for poll then. Reads nothing."""
+        """Let so long pass, whatever happens; True when something is there for poll then. Reads nothing. What others
+        publish for everybody does not count: it is news of what was, and nobody waits for an answer."""
         time.sleep(max(0.0, seconds))
-        return bool(self._poller.poll(0))
+        published = [link.socket for link in self._feeds]
+        return any(source not in published for source, _ in self._poller.poll(0))
 
     def wake(self) -> None:
         """End the present or the next poll at once. From any thread; `wake_fd` is for set_wakeup_fd."""

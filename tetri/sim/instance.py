@@ -19,7 +19,7 @@ from tetri.policy.rules import LENGTHS
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Memory, Port
 from tetri.sim.nodes import Node
-from tetri.wire.messages import LoadReport
+from tetri.wire.messages import ClusterView, LoadReport
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class Predictor:
 
 class WorkerNode(Node):
     """A worker's process. While its engine computes nothing is read; what arrives ends a run of several passes after
-    the one that is under way."""
+    the one that is under way, unless it was published for everybody."""
 
     core: Worker
 
@@ -111,7 +111,7 @@ class WorkerNode(Node):
             super().receive(event)
             return
         self.inbox.append(event)
-        if not self._cut:
+        if not self._cut and not isinstance(event, ClusterView):  # what is published can wait (net/hub.py)
             self._cut_short(self._plan)
 
     def _turn(self, _: Any) -> None:
