@@ -2,7 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri.config import Config, ConfigError, Monitor, Policy, Worker, cpu_numbers, default_path, dump, load
@@ -222,6 +222,7 @@ def test_cpu_numbers(text, cpus):
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
 
 
+@settings(deadline=None)
 @given(model=texts, beat=st.floats(0.01, 6), digest=st.booleans())
 def test_what_dump_writes_load_reads(tmp_path_factory, model, beat, digest):
     tmp = tmp_path_factory.mktemp("c")
