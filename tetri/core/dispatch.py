@@ -46,9 +46,10 @@ class Dispatcher:
         if job.unplaced:
             self._wants(job)
 
-    def forgive(self) -> None:
-        """There is news of the loads: who refused may be asked again."""
+    def forgive(self, now: float) -> list[Action]:
+        """There is news of the others: who refused may be asked again."""
         self._refused.clear()
+        return self.dispatch(now)
 
     def dispatch(self, now: float) -> list[Action]:
         """Ask a decode instance for every job that needs one, in the order in which they were started, up to the

@@ -8,7 +8,7 @@ from tetri.core.kvflow import Outflow
 from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
-from tetri.request import Capacity, LengthRange, Sampling, Stage, blocks_for
+from tetri.request import Capacity, LengthRange, Receipt, Sampling, Stage, blocks_for
 from tetri.wire.messages import Finished
 
 
@@ -77,3 +77,15 @@ class Job:
 
     def outputs(self) -> list[int]:
         return [*self.output, *([] if self.token is None else [self.token])]
+
+    def finished(self, iid: str, incarnation: int, reason: str) -> Finished:
+        """What is said when its first token ends it, on this instance."""
+        return Finished(
+            iid=iid,
+            incarnation=incarnation,
+            rid=self.rid,
+            attempt=self.attempt,
+            reason=reason,
+            outputs=len(self.output) + 1,
+            receipt=Receipt(prompt_tokens=len(self.prompt), prefill_instance=iid),
+        )

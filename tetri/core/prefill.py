@@ -32,8 +32,8 @@ from tetri.leg import Leg, Sampled, Span
 from tetri.policy.length import moved_up
 from tetri.policy.rules import CHUNKS
 from tetri.policy.views import Progress, QueuedPrompt
-from tetri.request import Receipt, Stage, blocks_for
-from tetri.wire.messages import Assign, Failed, Finished, Hold, Resend, Staged, TokenItem, Tokens
+from tetri.request import Stage, blocks_for
+from tetri.wire.messages import Assign, Failed, Hold, Resend, Staged, TokenItem, Tokens
 
 Said = Staged | Tokens | Failed
 
@@ -232,30 +232,17 @@ class Prefill:
         self.ledger.close(job.key)
 
     def _move(self, job: Job) -> list[Action]:
-        staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.MOVING, peer=job.flow.target)
-        return [staged]
+        return [self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.MOVING, peer=job.flow.target)]
 
     def _end(self, job: Job, reason: str) -> list[Action]:
         """The first token ends the request: no more KV moves."""
-        receipt = Receipt(prompt_tokens=len(job.prompt), prefill_instance=self.own.iid)
-        job.end = Finished(
-            iid=self.own.iid,
-            incarnation=self.own.incarnation,
-            rid=job.rid,
-            attempt=job.attempt,
-            reason=reason,
-            outputs=len(job.output) + 1,
-            receipt=receipt,
-        )
+        job.end = job.finished(self.own.iid, self.own.incarnation, reason)
         return [Send(BROKER, job.end), *self.dispatcher.forget(job, "finished"), *self.leaving.drain(job)]
 
     def exported(self, event: Exported) -> list[Action]:
         return self.leaving.exported(self.jobs.get(event.key), event)
 
     # ------------------------------------------------------------ letting go
-
-    def landed(self, job: Job, index: int) -> list[Action]:
-        return self.leaving.landed(job, index)
 
     def lose(self, job: Job, why: str) -> list[Action]:
         """Part of its KV is gone with a decode instance: only another attempt helps."""

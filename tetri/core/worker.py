@@ -88,10 +88,9 @@ class Worker:
             case Assign():
                 return self.prefill.assign(event, now)
             case Close():
-                closed = self.prefill.close(event.rid, event.attempt)
-                return [*closed, *self.decode.close(event.rid, event.attempt)]
+                return [*self.prefill.close(event.rid, event.attempt), *self.decode.close(event.rid, event.attempt)]
             case ClusterView():
-                return self._news(now) if self.neighbours.see(event, now) else []
+                return self.dispatcher.forgive(now) if self.neighbours.see(event, now) else []
             case LengthKnown():
                 return self.prefill.length_known(event, now)
             case Drop():
@@ -216,11 +215,7 @@ class Worker:
             self.dispatcher.refused(job, event.why)
             return self.dispatcher.dispatch(now)
         self.dispatcher.granted(job, now)  # or nothing could have landed
-        return self.prefill.landed(job, event.index) if isinstance(event, Landed) else []
-
-    def _news(self, now: float) -> list[Action]:
-        self.dispatcher.forgive()
-        return self.dispatcher.dispatch(now)
+        return self.prefill.leaving.landed(job, event.index) if isinstance(event, Landed) else []
 
     def _roster(self, roster: Roster, now: float) -> list[Action]:
         actions, gone = self.neighbours.update(roster)
@@ -229,7 +224,7 @@ class Worker:
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
         for iid in gone:
             actions += self._lost(iid, now)
-        return [*actions, *self._news(now)]
+        return [*actions, *self.dispatcher.forgive(now)]
 
     def _up(self, peer: str, now: float) -> list[Action]:
         if peer == BROKER:
