@@ -1,0 +1,46 @@
+"""tools/fit_workloads.py: its arithmetic, and that it finds again what a simulated run was made with."""
+
+import math
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tetri import cost
+from tetri.policy.coupled import Limits
+from tetri.sim import coupled, workloads
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
+import fit_workloads  # noqa: E402
+
+
+def test_a_digitised_cdf_becomes_samples():
+    # as the paper's: it begins at the smallest value, steps of 1/4, the last one is left out
+    points = [[1.0, 0.0], [1.0, 0.25], [2.0, 0.25], [2.0, 0.7501], [5.0, 0.7501]]
+    assert fit_workloads.samples({"points": points}, 4) == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_lone_prefills_are_those_that_follow_an_end():
+    firsts = [1.0, 1.0, 2.1, 3.3, 3.3, 4.2]
+    ends = [2.0, 3.0, 4.0]
+    assert fit_workloads.lone_prefill(firsts, ends) == pytest.approx(0.15)  # 2.1 and 4.2; two came at 3.3
+
+
+def test_the_fit_finds_the_means_of_a_simulated_run_again(monkeypatch):
+    monkeypatch.setattr(fit_workloads, "STEPS", 3)
+    evaluation, table = workloads.load(), cost.load("v100-opt13b")
+    baseline, name = evaluation.baseline, "LPHD"
+    file = tomllib.loads(workloads.default_file().read_text(encoding="utf-8"))
+    limits = Limits(baseline.slots, baseline.step_tokens, table.kv_tokens)
+    batch = evaluation.workloads[name].draw(1)
+    jobs = coupled.run("prefill_first", limits, table, batch, 1, baseline.join_s).jobs
+    wanted = fit_workloads.statistics([job.ttft_s for job in jobs], [job.jct_s for job in jobs])
+    prompt, output, prompt_off, output_off, least, evidence = fit_workloads.posterior(
+        name, wanted, file, baseline, table, draws=8
+    )
+    rows = file["workload"][name]
+    assert prompt == pytest.approx(rows["prompt_mean"], rel=0.3)
+    assert output == pytest.approx(rows["output_mean"], rel=0.15)
+    assert least < 8 and math.isfinite(evidence) and min(prompt_off, output_off) >= 0
