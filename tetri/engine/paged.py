@@ -221,14 +221,14 @@ class Paged:
         tokens: list[Sampled] = []
         ended = 0
         for slot in self._batch:
-            key, start, stop, known = slot.key, slot.done, slot.known + steps - 1, slot.known + steps
-            spans.append(Span(key, start, stop))
-            slot.done, slot.known = stop, known
+            key, known = slot.key, slot.known + steps
+            spans.append(Span(key, slot.done, known - 1))
+            slot.done, slot.known = known - 1, known
             new = ids(key, steps)
-            if stop > slot.room:
-                self._take(slot, stop)
             if known > slot.room:
-                self._short.append(slot)
+                self._take(slot, known - 1)
+                if known > slot.room:
+                    self._short.append(slot)
             if known >= slot.end or new[-1] == EOS:
                 sampled = self._sampled(slot, new)
                 ended += sampled.reason is not None
