@@ -17,6 +17,7 @@ from tetri.wire.messages import Assign, Beat, Flip, FlipWanted, FromWorker, Load
 
 LIMITS = Limits(context=40, vocabulary=100, beat_s=0.1, dead_s=5.0)
 RID = "00002a-1"
+FIRST = 43  # the number of the first Flip under epoch 42; they count up
 
 
 def ask(iid, role, key="f", client=b"c"):
@@ -27,8 +28,9 @@ def want(iid, role):
     return FlipWanted(iid=iid, role=role, why="idle")
 
 
-def beat(iid, role, *holds):
-    return Beat(iid=iid, incarnation=1, role=role, load=Load(free_blocks=7), holds=list(holds))
+def beat(iid, role, flip=FIRST):
+    """`flip`: the number of the one that it obeyed last."""
+    return Beat(iid=iid, incarnation=1, role=role, load=Load(free_blocks=7), holds=[], flip=flip)
 
 
 def submit(key="k"):
@@ -65,7 +67,7 @@ def told():
 @pytest.mark.parametrize("role", ["prefill", "mixed"])
 def test_everyone_learns_the_new_role_first_then_the_worker_and_its_beat_is_the_answer(told, role):
     actions = told.tell(ask("d1", role))
-    assert not answers(actions) and sent(actions)[-1] == Flip(role=role) and sent(actions, "d1", Flip)
+    assert not answers(actions) and sent(actions)[-1] == Flip(role=role, number=FIRST) and sent(actions, "d1", Flip)
     (roster,) = sent(actions, "p1", Roster)
     assert {entry.iid: entry.role for entry in roster.instances}["d1"] == role
     told.now = 0.004
@@ -79,7 +81,7 @@ def test_everyone_learns_the_new_role_first_then_the_worker_and_its_beat_is_the_
 def test_it_is_told_again_with_every_beat_that_says_otherwise(told):
     told.tell(ask("d1", "prefill"))
     for _ in range(3):
-        assert sent(told.tell(beat("d1", "decode"))) == [Flip(role="prefill")]
+        assert sent(told.tell(beat("d1", "decode", 0))) == [Flip(role="prefill", number=FIRST)]
     assert roles(told)["d1"] == "prefill"
     assert isinstance(answers(told.tell(beat("d1", "prefill")))[0], RoleChanged)
 
@@ -102,7 +104,7 @@ def test_one_that_decodes_now_gets_no_new_prompts_and_goes_on_with_its_old_ones(
 
 
 def test_the_monitors_wish_is_carried_out_without_an_answer(told):
-    assert sent(told.tell(want("d1", "prefill")), "d1", Flip) == [Flip(role="prefill")]
+    assert sent(told.tell(want("d1", "prefill")), "d1", Flip) == [Flip(role="prefill", number=FIRST)]
     told.tell(want("d1", "decode"))  # not while it is under way
     assert not told.tell(beat("d1", "prefill")) and roles(told)["d1"] == "prefill"
     assert not told.tell(want("d1", "prefill"))  # it is so
@@ -118,7 +120,7 @@ def test_the_same_key_gets_the_same_answer_and_no_second_flip(told):
     assert not told.tell(ask("d1", "prefill", client=b"again"))
     answer = told.tell(beat("d1", "prefill"))
     assert isinstance(answers(answer, b"again")[0], RoleChanged) and not answers(answer)
-    told.tell(ask("d1", "decode", "other"), beat("d1", "decode"))
+    told.tell(ask("d1", "decode", "other"), beat("d1", "decode", FIRST + 1))
     again = told.tell(ask("d1", "prefill"))
     assert answers(again) == answers(answer, b"again") and not sent(again) and roles(told)["d1"] == "decode"
 
@@ -156,10 +158,28 @@ def test_who_asks_otherwise_meanwhile_wins(told):
     actions = told.tell(ask("d1", "mixed", "b", b"b"))
     (refused,) = answers(actions, b"a")
     assert refused.reason == "d1 was asked to become mixed before it had answered"
-    assert sent(actions, "d1", Flip) == [Flip(role="mixed")]
-    assert sent(told.tell(beat("d1", "prefill")), "d1") == [Flip(role="mixed")]  # of the first
-    (changed,) = answers(told.tell(beat("d1", "mixed")), b"b")
+    second = Flip(role="mixed", number=FIRST + 1)
+    assert sent(actions, "d1", Flip) == [second]
+    assert sent(told.tell(beat("d1", "prefill")), "d1") == [second]  # it has obeyed the first
+    (changed,) = answers(told.tell(beat("d1", "mixed", FIRST + 1)), b"b")
     assert (changed.was, changed.role) == ("prefill", "mixed")
+
+
+def test_flipped_and_flipped_back_an_old_beat_is_no_answer(told):
+    """The first Flip has arrived, the second is lost, and a Beat from before both is still on its way."""
+    told.tell(ask("d1", "prefill", "a"), ask("d1", "decode", "b"))
+    second = Flip(role="decode", number=FIRST + 1)
+    for old in (beat("d1", "decode", 0), beat("d1", "prefill", FIRST), ready("d1", "decode")):
+        actions = told.tell(old)
+        assert sent(actions, "d1", Flip) == [second] and not answers(actions) and roles(told)["d1"] == "decode"
+    (changed,) = answers(told.tell(beat("d1", "decode", FIRST + 1)))
+    assert (changed.key, changed.role) == ("b", "decode")
+
+
+def test_the_flips_of_another_broker_have_other_numbers(told):
+    told.tell(ask("d1", "prefill"))
+    assert sent(told.tell(beat("d1", "prefill", 7)), "d1", Flip)  # obeyed under the one before
+    assert answers(told.tell(beat("d1", "prefill", FIRST)))
 
 
 # ---------------------------------------------------------------- refusals
@@ -193,10 +213,10 @@ def test_the_last_of_a_role_stays(told, first, last, role, phase):
     told.tell(ask(first, role), beat(first, role))
     why = f"{last} is the last {phase} instance: flip another one to {phase} first, or make it mixed"
     assert refusal(told.tell(ask(last, role, "g"))) == why
-    told.tell(ask(last, "mixed", "h"), beat(last, "mixed"))
+    told.tell(ask(last, "mixed", "h"), beat(last, "mixed", FIRST + 1))
     why = f"{last} is the last {phase} instance: flip another one to {phase} first, or leave it mixed"
     assert refusal(told.tell(ask(last, role, "i"))) == why
-    told.tell(ask(first, "mixed", "j"), beat(first, "mixed"))
+    told.tell(ask(first, "mixed", "j"), beat(first, "mixed", FIRST + 2))
     assert not answers(told.tell(ask(last, role, "k")))
 
 
@@ -239,7 +259,8 @@ def test_one_that_only_registers_again_is_told_again(told):
     told.tell(ask("d1", "prefill"))
     actions = told.tell(ready("d1", "decode"))
     assert sent(actions, "d1", Flip) and roles(told)["d1"] == "prefill"
-    assert answers(told.tell(ready("d1", "prefill")))[0].role == "prefill"
+    assert sent(told.tell(ready("d1", "prefill")), "d1", Flip)  # which says nothing of the Flip
+    assert answers(told.tell(beat("d1", "prefill")))[0].role == "prefill"
 
 
 def test_a_new_broker_learns_the_roles_of_flipped_workers_from_themselves():

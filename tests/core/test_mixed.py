@@ -274,20 +274,21 @@ def test_a_decode_that_the_engine_does_not_admit_leaves_its_place_to_the_chunk()
 
 def test_a_change_of_role_is_told_at_once():
     told = start(role="prefill")
-    actions = told.tell(Flip(role="decode"))
+    actions = told.tell(Flip(role="decode", number=8))
     (said,) = sent(actions, kind=Beat)
     (published,) = only(actions, Publish)
-    assert said.role == published.message.role == told.core.role == "decode"
+    assert said.role == published.message.role == told.core.role == "decode" and said.flip == 8
     assert isinstance(published.message, LoadReport)
-    assert sent(told.tell(Flip(role="decode")), kind=Beat)  # perhaps that was missed
-    assert sent(told.tell(Flip(role="king")), kind=Beat)[0].role == "decode"
+    assert sent(told.tell(Flip(role="decode", number=8)), kind=Beat)  # perhaps that was missed
+    (said,) = sent(told.tell(Flip(role="king", number=9)), kind=Beat)
+    assert (said.role, said.flip) == ("decode", 8)
 
 
 def test_what_is_here_is_finished_whatever_the_role():
     told = start(role="prefill", others=[("d1", "decode")])
     told.tell(assign("a", prompt=12))
     told.step()
-    told.tell(Flip(role="decode"), assign("b", prompt=4))
+    told.tell(Flip(role="decode", number=8), assign("b", prompt=4))
     assert {span.key for span in told.core.prefill.expected} == set()
     told.later()
     assert [span.key for span in told.core.prefill.expected] == ["p:a:1", "p:b:1"]
@@ -298,7 +299,7 @@ def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_deco
     told.tell(assign("a", prompt=8))
     told.step()
     assert "p:a:1" in told.core.dispatcher.stranded
-    actions = told.tell(Flip(role="decode"))
+    actions = told.tell(Flip(role="decode", number=8))
     assert told.core.prefill.jobs["p:a:1"].flow.target == "m1" and only(actions, AddLeg)
     assert not sent(actions, "m1") and not told.core.dispatcher.stranded
 

@@ -183,7 +183,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
 
     @rule(role=st.sampled_from(ROLES))
     def flip(self, role):
-        self.tell(Flip(role=role))
+        self.tell(Flip(role=role, number=1))
         assert self.core.role == role
 
     @rule(rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3))

@@ -87,7 +87,7 @@ def test_made_up_loads_and_wishes_harm_nobody(cluster: LiveCluster) -> None:
     inbox.connect(cluster.config.inbox_address("p0"))
     for iid, role in wishes:
         events.send(codec.encode(FlipWanted(iid=iid, role=role, why="so")))
-    inbox.send(codec.encode(Flip(role="nonsense")))
+    inbox.send(codec.encode(Flip(role="nonsense", number=1)))
     inbox.send(codec.encode(Close(rid="nobody", attempt=1)))
     for made in (events, inbox):
         made.close(2000)

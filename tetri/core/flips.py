@@ -2,8 +2,10 @@
 the broker alone.
 
 From the moment of asking the registry's role is the new one, so that nobody sends new work of the old role; the worker
-is told until a Beat or a Ready of it says the new role. A worker that restarts before that begins in the role that it
-is configured for, as does one that restarts later: a flip lives as long as the process that it was made in.
+is told until a Beat of it names the number of this very Flip. The role alone would not do: when an instance is flipped
+and flipped back, a Beat from before both says the right role, while a lost Flip leaves it in the wrong one. A worker
+that restarts before that begins in the role that it is configured for, as does one that restarts later: a flip lives as
+long as the process that it was made in.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ NAMED = 8  # instances, in an answer that says who is there
 
 @dataclass(slots=True)
 class Change:
-    """A flip under way: who asked for it, each with its key and the time."""
+    """A flip under way, of this number: who asked for it, each with its key and the time."""
 
+    number: int
     was: str
     role: str
     askers: dict[str, tuple[bytes, float]] = field(default_factory=dict)
@@ -38,6 +41,7 @@ class Flips:
         self.registry, self.counters = registry, counters
         self.changes: dict[str, Change] = {}
         self._answers: dict[str, Refused | RoleChanged] = {}  # by the client's key, oldest first
+        self._number = registry.epoch  # of the last Flip: not one that an earlier broker gave
 
     # ------------------------------------------------------------ asking
 
@@ -61,8 +65,7 @@ class Flips:
             under_way.askers[key] = (client, now)
             return []
         actions = self._drop(iid, f"{iid} was asked to become {role} before it had answered")
-        self.changes[iid] = Change(peer.role, role, {key: (client, now)})
-        return [*actions, *self._turn(peer, role, now)]
+        return [*actions, *self._turn(peer, role, now, {key: (client, now)})]
 
     def want(self, message: FlipWanted, now: float) -> list[Action]:
         """The transition watcher wants it. What a person has asked for comes first; a wish that cannot be fulfilled
@@ -74,13 +77,18 @@ class Flips:
         assert peer is not None  # or there was a problem
         if peer.role == message.role:
             return []
-        self.changes[message.iid] = Change(peer.role, message.role)
-        return self._turn(peer, message.role, now)
+        return self._turn(peer, message.role, now, {})
 
-    def _turn(self, peer: Peer, role: str, now: float) -> list[Action]:
+    def _turn(self, peer: Peer, role: str, now: float, askers: dict[str, tuple[bytes, float]]) -> list[Action]:
         """First everyone else learns it, then the worker: nobody sends it work of the old role any more."""
+        self._number += 1
+        self.changes[peer.iid] = Change(self._number, peer.role, role, askers)
         self.registry.turn(peer, role)
-        return [*self.registry.publish(now), Send(peer.iid, Flip(role=role))]
+        return [*self.registry.publish(now), self._tell(peer.iid)]
+
+    def _tell(self, iid: str) -> Send:
+        change = self.changes[iid]
+        return Send(iid, Flip(role=change.role, number=change.number))
 
     def _problem(self, iid: str, role: str) -> str | None:
         """Why this cannot be, in one line that says what can."""
@@ -115,19 +123,20 @@ class Flips:
 
     # ------------------------------------------------------------ answers
 
-    def heard(self, peer: Peer, role: str, now: float) -> list[Action]:
-        """A worker says its role. While it is asked to change, it is told again until that is the new one; else its
-        own word counts: it may have been flipped under an earlier broker, or while it was thought to be lost."""
+    def heard(self, peer: Peer, role: str, now: float, flip: int = 0) -> list[Action]:
+        """A worker says its role, and which Flip it obeyed last. While it is asked to change, it is told again until
+        that is the one; else its own word counts: it may have been flipped under an earlier broker, or while it was
+        thought to be lost."""
         change = self.changes.get(peer.iid)
         if change is None:
             if role != peer.role and role in ROLES:
                 self.registry.turn(peer, role)
                 return self.registry.publish(now)
             return []
-        if role != change.role:
+        if (role, flip) != (change.role, change.number):
             if peer.role != change.role:  # it has registered again
                 self.registry.turn(peer, change.role)
-            return [Send(peer.iid, Flip(role=change.role))]
+            return [self._tell(peer.iid)]
         del self.changes[peer.iid]
         self.counters["flips"] += 1
         return [

@@ -89,7 +89,7 @@ class News:
                 pass  # it may be dead already, and nobody would notice it again
             case Beat():
                 peer.load, peer.held = event.load, len(event.holds)
-                turned = self.flips.heard(peer, event.role, now)
+                turned = self.flips.heard(peer, event.role, now, event.flip)
                 actions += [*turned, *self.life.place_waiting(now)] if turned else ()
                 actions += self._reconcile(event, now)
             case Staged() | Finished() | Failed():

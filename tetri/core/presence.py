@@ -11,11 +11,11 @@ from tetri.wire.messages import Beat, Load, LoadReport, Ready
 
 
 class Presence:
-    """`role` tells others which new work to send. `busy`: the share of the time in which the engine computed, as last
-    reported."""
+    """`role` tells others which new work to send, `flip` is the number of the Flip that it came with. `busy`: the share
+    of the time in which the engine computed, as last reported."""
 
     def __init__(self, own: Identity, ledger: Ledger, prefill: Prefill, decode: Decode, now: float) -> None:
-        self.own, self.role = own, own.role
+        self.own, self.role, self.flip = own, own.role, 0
         self.ledger, self.prefill, self.decode = ledger, prefill, decode
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
@@ -63,5 +63,12 @@ class Presence:
 
     def beat(self) -> Send:
         own, holds = self.own, [*self.prefill.holds(), *self.decode.holds()]
-        beat = Beat(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load(), holds=holds)
+        beat = Beat(
+            iid=own.iid,
+            incarnation=own.incarnation,
+            role=self.role,
+            load=self.load(),
+            holds=holds,
+            flip=self.flip,
+        )
         return Send(BROKER, beat)

@@ -105,7 +105,7 @@ class Worker:
             case Roster():
                 return self._roster(event, now)
             case Flip():
-                return self._flip(event.role, now)
+                return self._flip(event, now)
             case PeerUp():
                 return self._up(event.peer, now)
             case PeerDown():
@@ -255,11 +255,11 @@ class Worker:
         """Which new work others send. What comes is served whatever the role."""
         return self.presence.role
 
-    def _flip(self, role: str, now: float) -> list[Action]:
+    def _flip(self, flip: Flip, now: float) -> list[Action]:
         """Take another role, with engine, weights and all that is here as they are. Said again when it has it already:
         the broker may have missed that."""
-        if role in ROLES:
-            self.presence.role = role
+        if flip.role in ROLES:
+            self.presence.role, self.presence.flip = flip.role, flip.number
         self.neighbours.changed()
         return [self.presence.beat(), self._report(now), *self.dispatcher.dispatch(now)]
 

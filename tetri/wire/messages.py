@@ -61,9 +61,12 @@ class Ready(FromWorker, tag="ready", frozen=True):
 
 
 class Beat(FromWorker, tag="beat", frozen=True):
+    """`flip`: the number of the last Flip that was obeyed, 0 before the first."""
+
     role: str
     load: Load
     holds: list[Hold]
+    flip: Count = 0
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
@@ -166,9 +169,11 @@ class Assign(Record, tag="assign", frozen=True):
 
 
 class Flip(Record, tag="flip", frozen=True):
-    """Take new work as this role from now on; what is here is finished. The answer is a Beat with the new role."""
+    """Take new work as this role from now on; what is here is finished. The answer is a Beat with this number: one that
+    only says the role may have been on its way before."""
 
     role: str
+    number: Count
 
 
 class Close(Record, tag="close", frozen=True):
