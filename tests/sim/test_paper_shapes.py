@@ -8,7 +8,7 @@ import pytest
 from tetri import cost
 from tetri.sim import micro, paper, workloads
 
-SEEDS = 3
+SEEDS = 2
 
 
 @cache
