@@ -106,7 +106,7 @@ def test_connections_say_nothing_that_reports_do_not():
 
 
 def states(told):
-    return {state.iid: state for state in told.core._states(told.now)}
+    return {state.iid: state for state in told.core._states(told.now, told.core.instances)}
 
 
 def test_idle_time_begins_with_the_last_work_and_ends_with_the_next():
@@ -145,7 +145,7 @@ def test_a_low_load_is_low_over_a_while():
     assert 0 < states(told)["d0"].low_s < 20.0
 
 
-@pytest.mark.parametrize("busy, share", [(-1.0, 0.0), (7.0, 1.0), (0.3, 0.3)])
+@pytest.mark.parametrize("busy, share", [(-1.0, 0.0), (7.0, 1.0), (0.3, 0.3), (float("nan"), 0.0), (float("inf"), 1.0)])
 def test_a_share_is_between_none_and_all(busy, share):
     told = monitor()
     told.tell(report("d0", "decode", busy=busy))
@@ -271,6 +271,25 @@ def test_a_role_that_was_given_by_hand_or_by_configuration_stays(between):
     told.tell(report("a", "mixed"), report("a", **between), report("b", "decode"))
     now = {**between, "role": "mixed"}
     assert live(told, 60.0, report("a", **now), report("b", "decode")) == [] and told.core.rescued == {}
+
+
+def test_one_whose_help_was_not_wanted_after_all_is_mixed_by_hand_later_and_stays_so():
+    told = monitor("none")
+    told.tell(report("z", "decode"))
+    assert live(told, 5.5, report("a", "prefill")) == [("a", "mixed")]  # the broker did not hear it
+    assert live(told, 30.0, report("a", "prefill"), report("z", "decode")) == [] and told.core.rescued == {}
+    assert live(told, 60.0, report("a", "mixed"), report("z", "decode")) == []
+
+
+def test_who_is_silent_is_asked_for_help_only_when_nobody_else_is_there():
+    told = monitor("none")
+    told.tell(report("z", "decode"), report("a", "prefill"), report("b", "prefill", **BUSY))
+    assert live(told, 4.5, report("a", "prefill"), report("b", "prefill", **BUSY)) == []
+    assert live(told, 1.5, report("b", "prefill", **BUSY)) == [("a", "mixed"), ("b", "mixed")]
+    alone = monitor("none")
+    alone.tell(report("z", "decode"))
+    live(alone, 4.9, report("a", "prefill"))
+    assert sent(alone.later(2.0), BROKER, FlipWanted)[0].iid == "a"
 
 
 def test_who_was_to_help_and_is_gone_is_forgotten():

@@ -45,7 +45,7 @@ class Seen:
     low_at: float | None = None
 
     def update(self, load: Load, now: float) -> None:
-        share = min(max(load.busy, 0.0), 1.0)
+        share = _share(load.busy)
         passed = now - self.at
         self.busy += (share - self.busy) * passed / (WINDOW_S + passed)
         self._take(load, now)
@@ -63,8 +63,7 @@ class Seen:
 
     @classmethod
     def of(cls, report: LoadReport, now: float) -> Seen:
-        busy = min(max(report.load.busy, 0.0), 1.0)
-        made = cls(report.incarnation, report.role, report.load, now, now, busy)
+        made = cls(report.incarnation, report.role, report.load, now, now, _share(report.load.busy))
         made._take(report.load, now)
         return made
 
@@ -174,7 +173,8 @@ class Monitor:
         lacking = [role for role, takes in TAKES.items() if roles.isdisjoint(takes)]
         if now < self.rescue_at or not any(role in self.served or now >= self.started_at for role in lacking):
             return None
-        change = rescue(self._states(now))
+        heard = {iid: seen for iid, seen in self.instances.items() if now - seen.at <= self.stale_s}
+        change = rescue(self._states(now, heard or self.instances))  # who is silent may be gone as well
         if change is None:
             return None
         self.rescue_at = now + self.stale_s
@@ -182,9 +182,12 @@ class Monitor:
         return FlipWanted(iid=change.iid, role=change.role, why=change.why)
 
     def _relieve(self, now: float) -> FlipWanted | None:
-        """Whoever took a second role in need gives it up when others have had that role for `hold_s`."""
+        """Whoever took a second role in need gives it up when others have had that role for `hold_s`. Whoever was asked
+        to, and has not by now, was not needed: it is not this watcher's business if somebody makes it mixed later."""
         if now < self.quiet_until:
             return None
+        if now >= self.rescue_at + self.gone_s:
+            self.rescued = {iid: own for iid, own in self.rescued.items() if self.instances[iid].role == "mixed"}
         for iid, role in self.rescued.items():
             takes, lacked = (TAKES_DECODE, "decode") if role == "prefill" else (TAKES_PREFILL, "prefill")
             others = [
@@ -200,11 +203,11 @@ class Monitor:
         """What the policy wants."""
         if now < self.quiet_until or not self._watching:
             return None
-        change = self._flip(self._states(now), self.settings)
+        change = self._flip(self._states(now, self.instances), self.settings)
         return None if change is None else FlipWanted(iid=change.iid, role=change.role, why=change.why)
 
-    def _states(self, now: float) -> list[InstanceState]:
-        """As the policies see them. Of an instance that is silent nobody knows that it is still idle: it may be in
+    def _states(self, now: float, instances: dict[str, Seen]) -> list[InstanceState]:
+        """As the policies see these. Of an instance that is silent nobody knows that it is still idle: it may be in
         the middle of a long step."""
         return [
             InstanceState(
@@ -217,9 +220,14 @@ class Monitor:
                 waiting=seen.load.waiting,
                 running=seen.load.running,
             )
-            for iid, seen in self.instances.items()
+            for iid, seen in instances.items()
         ]
 
     def _since(self, when: float | None, seen: Seen, now: float) -> float:
         stale = now - seen.at > self.stale_s
         return 0.0 if when is None or stale else now - when
+
+
+def _share(busy: float) -> float:
+    """A share of time, whatever a worker says; 0 for what is no number."""
+    return min(max(0.0, busy), 1.0)
