@@ -150,6 +150,7 @@ class Admin:
     name: bytes = b"admin"
     asked: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> instance and role
     heard: list[Any] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
     def flip(self, iid: str, role: str) -> None:
         key = f"flip-{len(self.asked)}"
@@ -160,5 +161,10 @@ class Admin:
         assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
         if isinstance(message, RoleChanged):
             assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
+            worker, known = self.world.nodes[message.iid], self.world.broker.core.registry.peers[message.iid]
+            there = worker.alive and worker.core.own.incarnation == known.incarnation
+            if there and message.key not in self.told:
+                assert worker.core.role == message.role, f"{message.iid} is {worker.core.role}, not {message.role}"
+            self.told.append(message.key)
         self.heard.append(message)
         return "sent"

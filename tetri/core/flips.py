@@ -46,7 +46,8 @@ class Flips:
     # ------------------------------------------------------------ asking
 
     def ask(self, client: bytes, message: ChangeRole, now: float) -> list[Action]:
-        """A client wants it. The same key again is the same question: no second flip follows from it."""
+        """A client wants it. The same key again is the same question: no second flip follows from it. A worker is asked
+        even if it has the role as far as is known here: a Flip that was given up may still be on its way to it."""
         key, iid, role = message.key, message.iid, message.role
         if key in self._answers:
             return [Reply(client, self._answers[key])]
@@ -59,8 +60,6 @@ class Flips:
             return [self._refuse(client, key, why)]
         peer = self.registry.peers[iid]
         under_way = self.changes.get(iid)
-        if under_way is None and peer.role == role:
-            return [self._answer(client, RoleChanged(key=key, iid=iid, role=role, was=role, took_s=0.0))]
         if under_way is not None and under_way.role == role:
             under_way.askers[key] = (client, now)
             return []
@@ -83,6 +82,8 @@ class Flips:
         """First everyone else learns it, then the worker: nobody sends it work of the old role any more."""
         self._number += 1
         self.changes[peer.iid] = Change(self._number, peer.role, role, askers)
+        if peer.role == role:
+            return [self._tell(peer.iid)]
         self.registry.turn(peer, role)
         return [*self.registry.publish(now), self._tell(peer.iid)]
 
