@@ -1,10 +1,11 @@
 """What a request is."""
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from tests.core.build import FINGERPRINT
-from tetri.request import Sampling, Stage, blocks_for, difference, sampling_problem, with_seed
+from tetri.request import LengthRange, Sampling, Stage, blocks_for, difference, sampling_problem, with_seed
 
 NAN = float("nan")
 
@@ -64,3 +65,11 @@ def test_fingerprints_differ_by_name():
 
 def test_three_stages_are_ends():
     assert [stage for stage in Stage if stage.ended] == [Stage.DONE, Stage.FAILED, Stage.CANCELLED]
+
+
+@pytest.mark.parametrize("low, high", [(200, 200), (5, 3), (1, 0)])
+def test_a_range_that_holds_no_length_is_none_and_no_message_has_one(low, high):
+    with pytest.raises(ValueError, match=f"no length is at least {low} and less than {high}"):
+        LengthRange(low=low, high=high)
+    with pytest.raises(msgspec.ValidationError, match="no length is"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode({"low": low, "high": high or 1}), type=LengthRange)

@@ -167,6 +167,10 @@ class LengthRange(Record, frozen=True):
     low: Count
     high: Positive
 
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"no length is at least {self.low} and less than {self.high}")
+
 
 class Capacity(Record, frozen=True):
     """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""

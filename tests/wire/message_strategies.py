@@ -11,6 +11,7 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from tetri.request import LengthRange
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
@@ -48,6 +49,9 @@ def values(kind: Any) -> SearchStrategy[Any]:
     if issubclass(kind, Enum):
         return st.sampled_from(kind)
     assert issubclass(kind, msgspec.Struct), kind
+    if kind is LengthRange:
+        ends = st.lists(st.integers(0, (1 << 64) - 1), min_size=2, max_size=2, unique=True).map(sorted)
+        return ends.map(lambda pair: LengthRange(low=pair[0], high=pair[1]))
     fields = msgspec.structs.fields(kind)
     return st.builds(kind, **{field.name: values(field.type) for field in fields})
 
