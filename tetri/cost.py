@@ -110,7 +110,7 @@ def load(table: str | Path) -> Cost:
 
 def dump(cost: Cost, comments: Sequence[str] = ()) -> str:
     """A table that `load` reads back as an equal Cost, with lines of comment at its head."""
-    lines = [f"# {line}".rstrip() for line in comments]
+    lines = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
     for field in fields(Cost):
         value = getattr(cost, field.name)
         if field.name in CURVES:

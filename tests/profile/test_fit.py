@@ -81,6 +81,19 @@ def test_points_that_make_no_table():
         fit([point(what) for what in CHUNKS])
 
 
+def test_times_that_leave_nothing_for_a_chunk_are_an_error():
+    """Chunks that start deep took so much longer than that of their size at a start that the slope eats up a size."""
+    seconds = {64: (0.302, 0.124, 0.676, 0.765), 256: (0.158, 2.218, 3.594, 6.317), 512: (1.783, 5.821, 18.306, 9.756)}
+    starts = (0, 500, 1000, 1500)
+    points = [
+        Point(chunk(size, start), took, 0.0, 3, False)
+        for size, times in seconds.items()
+        for start, took in zip(starts, times, strict=True)
+    ]
+    with pytest.raises(ProfileError, match=r"a chunk of 64 tokens would take no time .* measure again"):
+        fit([*points, *(point(what) for what in BATCHES)])
+
+
 def test_the_knee_is_the_smallest_chunk_near_the_best_rate():
     assert knee(((1, 1.0), (10, 5.3), (11, 5.75), (20, 10.0), (40, 21.0))) == 11
     assert knee(((1, 1.0), (10, 5.2), (20, 10.0), (40, 21.0))) == 10

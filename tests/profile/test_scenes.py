@@ -42,6 +42,15 @@ def test_every_kind_of_step_is_there_and_seen_by_the_fit_as_it_should(quick):
     assert alone and alone.isdisjoint(scene.prompts[0] for scene in fitted if scene.prompts)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("budget", [2, 3, 7, 48, 100, 500, 509, 768, 1000])
+def test_the_last_chunk_of_a_long_prompt_is_of_a_size_that_begins_one_too(budget, quick):
+    """Else the fit cannot use it. Here only one whole chunk and part of a second fit."""
+    made = scenes(Capacity(200, 16, budget, 2, 2 * budget), quick)
+    ends = [scene.prompts[0] - budget for scene in made if not scene.held_out and sum(scene.prompts) > budget]
+    assert ends and all(end in sizes(budget, quick) for end in ends)
+
+
 def test_quick_is_much_less_work():
     def work(quick):
         return sum(sum(scene.prompts) + sum(scene.contexts) for scene in scenes(CPU, quick))

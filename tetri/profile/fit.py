@@ -63,6 +63,9 @@ def fit(points: Sequence[Point]) -> Fit:
     if not chunks or not decodes:
         raise ProfileError("the engine's memory holds neither a chunk nor a batch to measure")
     prefill, start_s = curve_and_slope(chunks)
+    if prefill[0][1] <= 0:
+        least = f"a chunk of {prefill[0][0]:.0f} tokens would take no time"
+        raise ProfileError(f"{least} by the measured ones, which contradict one another: measure again, undisturbed")
     decode, context_s = curve_and_slope(decodes)
     cost = Cost(prefill, decode, start_s or 0.0, context_s or 0.0, chunk_tokens=knee(prefill))
     notes = list(_notes(cost, start_s, context_s))

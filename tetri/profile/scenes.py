@@ -70,7 +70,9 @@ def _long_prompts(capacity: Capacity, chunk: int, quick: bool) -> list[int]:
     """Prompts of several chunks, the last of which has a size that is also measured at the start of a prompt."""
     whole = min(longest_prompt(capacity) // chunk, 3 if quick else 4)
     found = [whole * chunk] if whole > 1 else []
-    found += [chunk + chunk // 4, 2 * chunk + chunk // 2, 3 * chunk + chunk // 4][: 1 if quick else 3]
+    known = sizes(chunk, quick)
+    quarter, half = (max((size for size in known if size <= chunk // part), default=1) for part in (4, 2))
+    found += [chunk + quarter, 2 * chunk + half, 3 * chunk + quarter][: 1 if quick else 3]
     return [length for length in found if length <= longest_prompt(capacity)]
 
 
