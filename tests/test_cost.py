@@ -111,7 +111,8 @@ def test_more_work_never_takes_less_time_and_none_takes_less_than_none(table, si
 @given(costs)
 def test_a_table_that_is_written_reads_back_equal(tmp_path_factory, table):
     path = tmp_path_factory.getbasetemp() / "written.toml"
-    path.write_text(cost.dump(table, ["made for a test", "", "[not a section]", "a\nprefill = 3\r= 4"]), encoding="utf-8")
+    comments = ["made for a test", "", "[not a section]", "a\nprefill = 3\r= 4"]
+    path.write_text(cost.dump(table, comments), encoding="utf-8")
     assert cost.load(path) == table
     assert path.read_text(encoding="utf-8").startswith("# made for a test\n#\n# [not a section]\n")
 
