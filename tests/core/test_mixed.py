@@ -425,13 +425,30 @@ def test_decodes_that_cannot_go_on_get_the_memory_of_a_prompt_that_cannot_either
 
 
 def test_a_prompt_that_only_its_own_instance_could_decode_but_not_beside_it_goes_elsewhere():
-    told = start(capacity=TIGHT, slots=3, view_s=2.0)
+    told = start(others=[("p1", "prefill")], capacity=TIGHT, slots=3, view_s=2.0)
     told.tell(assign("a", prompt=32, max_tokens=4))
     told.step()
     assert "p:a:1" in told.core.dispatcher.stranded
     assert not sent(told.later(1.9), kind=Failed)
     (failed,) = sent(told.later(0.2), kind=Failed)
     assert failed.retry and "not beside its own prefill" in failed.why
+
+
+@pytest.mark.parametrize("others", [(), [("d1", "decode")]])
+def test_with_nobody_else_to_prefill_it_such_a_prompt_waits_for_whoever_comes(others):
+    """Attempt after attempt here would use them all up long before the patience."""
+    told = start(capacity=TIGHT, slots=3, view_s=2.0, patience_s=10.0)
+    told.tell(assign("a", prompt=32, max_tokens=4))
+    told.step()
+    assert not sent(told.later(9.0), kind=Failed)
+    if others:
+        see(told, 2, *others)
+        assert told.core.prefill.jobs["p:a:1"].flow.target == "d1"
+        return
+    see(told, 2, ("p1", "prefill"))
+    told.core.stepping = False
+    (failed,) = sent(told.later(0.2), kind=Failed)
+    assert failed.retry
 
 
 def test_when_it_refuses_itself_others_are_asked():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tetri.core.actions import Action, Connect, Disconnect
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import TAKES_DECODE, Capacity, Fingerprint
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint
 from tetri.wire.messages import ClusterView, InstanceEntry, InstanceLoad, Roster
 
 
@@ -115,6 +115,16 @@ class Neighbours:
 
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
+
+    def prefills(self, tokens: int) -> bool:
+        """Whether another instance that is there could prefill so many tokens for this engine."""
+        return any(
+            each.role in TAKES_PREFILL
+            and each.fingerprint == self.own.fingerprint
+            and tokens <= each.capacity.blocks * each.capacity.block_tokens
+            and tokens < each.capacity.context
+            for each in self.instances.values()
+        )
 
     def decoders(self) -> list[InstanceEntry]:
         """Reachable instances that take new decode work and understand this engine's KV bytes."""

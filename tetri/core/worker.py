@@ -291,7 +291,8 @@ class Worker:
                 why = f"no decode instance could be reached for {self.own.patience_s:g} s"
                 actions += self.prefill.strand(job, why)
             elif waited > self.own.view_s and self.role in TAKES_DECODE and job.fits(self.own.capacity):
-                actions += self.prefill.lose(job, "it can be decoded only here, and not beside its own prefill")
+                if self.neighbours.prefills(job.goal):  # attempt after attempt here would only use them up
+                    actions += self.prefill.lose(job, "it can be decoded only here, and not beside its own prefill")
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)
