@@ -334,6 +334,42 @@ def test_a_request_is_offered_when_its_length_is_known_and_none_overtakes_it():
     assert second.length == LengthRange(low=2, high=4)  # three tokens are there already
 
 
+def unanswered(**changes):
+    """Two prompts are computed; nobody says how long their outputs will be."""
+    rules = Rules(length="noisy", decode_route="first_fit", length_wait_s=1.5)
+    told = start(role="prefill", others=[("d1", "decode")], rules=rules, view_s=60.0, **changes)
+    told.tell(assign("a", prompt=4), assign("b", prompt=4))
+    told.later(10.0)  # both start now: before, nobody waited for the predictions
+    told.core.stepping = False
+    return told
+
+
+def test_a_prediction_that_does_not_come_is_waited_for_only_so_long():
+    told = unanswered()
+    assert not sent(told.later(1.4), kind=Offer) and told.core.dispatcher.unpredicted == 0
+    told.core.stepping = False
+    offers = sent(told.later(0.2), "d1", Offer)
+    assert [(offer.rid, offer.length) for offer in offers] == [("a", None), ("b", None)]
+    assert told.core.dispatcher.unpredicted == 2
+    assert not told.tell(LengthKnown("p:a:1", LengthRange(low=0, high=2)))  # it is too late
+    assert told.core.prefill.jobs["p:a:1"].length is None
+
+
+def test_nobody_waits_for_a_prediction_any_more_when_it_is_there_or_of_no_use():
+    told = unanswered()
+    told.tell(LengthKnown("p:b:1", LengthRange(low=0, high=2)), Close(rid="a", attempt=1))
+    told.core.stepping = False
+    told.later(5.0)
+    assert told.core.dispatcher.unpredicted == 0 and told.core.prefill.jobs["p:b:1"].length is not None
+
+
+def test_a_request_that_is_not_decoded_waits_for_no_prediction():
+    told = start(role="prefill", rules=Rules(length="noisy"))
+    told.tell(assign("a", prompt=4, max_tokens=1))
+    told.later()
+    assert "p:a:1" not in told.core.timers
+
+
 # ---------------------------------------------------------------- memory that both want
 
 TIGHT = capacity(blocks=12, context=48)
@@ -434,13 +470,18 @@ def test_a_prompt_that_only_its_own_instance_could_decode_but_not_beside_it_goes
     assert failed.retry and "not beside its own prefill" in failed.why
 
 
-@pytest.mark.parametrize("others", [(), [("d1", "decode")]])
+@pytest.mark.parametrize("others", [(), [("d1", "decode")], None])
 def test_with_nobody_else_to_prefill_it_such_a_prompt_waits_for_whoever_comes(others):
     """Attempt after attempt here would use them all up long before the patience."""
     told = start(capacity=TIGHT, slots=3, view_s=2.0, patience_s=10.0)
     told.tell(assign("a", prompt=32, max_tokens=4))
     told.step()
     assert not sent(told.later(9.0), kind=Failed)
+    if others is None:
+        told.core.stepping = False
+        (failed,) = sent(told.later(1.5), kind=Failed)
+        assert not failed.retry and "8 KV blocks" in failed.why and "transfer.slab_blocks to 8" in failed.why
+        return
     if others:
         see(told, 2, *others)
         assert told.core.prefill.jobs["p:a:1"].flow.target == "d1"

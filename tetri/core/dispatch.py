@@ -14,12 +14,14 @@ from tetri.core.kvflow import Parcel
 from tetri.core.peers import Identity, Neighbours
 from tetri.core.pool import Pool
 from tetri.core.timers import Timers
+from tetri.policy.length import moved_up
+from tetri.request import LengthRange
 from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Grant, Load, Offer
 
 
 class Dispatcher:
     """`jobs` are the prefill half's, by key. Offers are numbered from 1 for the life of the process. `home`: the own
-    load while this instance decodes too, else None."""
+    load while this instance decodes too, else None. `unpredicted` counts jobs whose predicted length did not come."""
 
     def __init__(
         self,
@@ -40,11 +42,30 @@ class Dispatcher:
         self._refused: dict[str, dict[str, str]] = {}  # job key -> decode instance -> why, since the last view
         self._judged = -1  # as of which version of the neighbours jobs were stranded
         self._number = 0
+        self.unpredicted = 0
 
-    def started(self, job: Job) -> None:
-        """It wants a decode instance from now on."""
+    def started(self, job: Job, now: float) -> None:
+        """It wants a decode instance from now on, and waits for its predicted length only so long."""
         if job.unplaced:
             self._wants(job)
+            if not job.predicted:
+                self.timers.set(job.key, now + self.own.rules.length_wait_s)
+
+    def predicted(self, job: Job, length: LengthRange | None, now: float) -> list[Action]:
+        """So long it will be, as far as anybody can say. What comes after it was given up is of no use."""
+        if job.predicted:
+            return []
+        job.predicted = True
+        job.length = None if length is None else moved_up(length, len(job.output))
+        self.timers.clear(job.key)
+        return self.dispatch(now)
+
+    def due(self, job: Job, now: float) -> list[Action]:
+        """Its timer is due: it goes on without a prediction, or its offer is repeated."""
+        if job.predicted:
+            return self.repeat(job, now)
+        self.unpredicted += 1
+        return self.predicted(job, None, now)
 
     def forgive(self, now: float) -> list[Action]:
         """There is news of the others: who refused may be asked again."""
@@ -55,7 +76,7 @@ class Dispatcher:
         """Ask a decode instance for every job that needs one, in the order in which they were started, up to the
         first for which there is none. None is overtaken: a granted job waits only for slots of the KV store that
         granted jobs before it give back, so reservations always come to an end. For the same reason all wait for one
-        whose length is still being predicted."""
+        whose length is still being predicted, `length_wait_s` at most."""
         if not self._unplaced and not self.stranded:
             return []
         self.pool.refresh()
@@ -84,6 +105,26 @@ class Dispatcher:
                 del self.stranded[key]
                 job.stranded_at = None
                 self._wants(job)
+
+    def overdue(self, now: float) -> list[tuple[Job, str, bool]]:
+        """Stranded jobs that must not wait any longer: why, and whether another attempt, elsewhere, may do better."""
+        own, found, decodes = self.own, list[tuple[Job, str, bool]](), self.pool.home() is not None
+        for job in self.stranded.values():
+            assert job.stranded_at is not None
+            waited, blocks = now - job.stranded_at, job.flow.blocks
+            only_here = decodes and job.fits(own.capacity)
+            if waited > own.patience_s and only_here:
+                why = (
+                    f"only {own.iid} could decode its prompt of {blocks} KV blocks, and not beside its prefill: "
+                    f"set transfer.slab_blocks to {blocks} at least, or start another worker"
+                )
+                found.append((job, why, False))
+            elif waited > own.patience_s:
+                found.append((job, f"no decode instance could be reached for {own.patience_s:g} s", False))
+            elif waited > own.view_s and only_here and self.neighbours.prefills(job.goal):
+                # There only: attempt after attempt here would use them up.
+                found.append((job, "it can be decoded only here, and not beside its own prefill", True))
+        return found
 
     def _place(self, job: Job, now: float, actions: list[Action]) -> bool:
         need = job.need(self.own.rules, self.own.capacity.block_tokens)
@@ -155,6 +196,7 @@ class Dispatcher:
         """The job is no longer among the others."""
         self.stranded.pop(job.key, None)
         self._refused.pop(job.key, None)
+        self.timers.clear(job.key)
         return self.withdraw(job, why)
 
     def renounce(self, grant: Grant) -> Action:

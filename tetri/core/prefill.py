@@ -29,7 +29,6 @@ from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
 from tetri.core.queue import Queue
 from tetri.leg import Leg, Sampled, Span
-from tetri.policy.length import moved_up
 from tetri.policy.rules import CHUNKS
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
@@ -92,11 +91,7 @@ class Prefill:
 
     def length_known(self, event: LengthKnown, now: float) -> list[Action]:
         job = self.jobs.get(event.key)
-        if job is None:
-            return []
-        job.predicted = True
-        job.length = None if event.length is None else moved_up(event.length, len(job.output))
-        return self.dispatcher.dispatch(now)
+        return [] if job is None else self.dispatcher.predicted(job, event.length, now)
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         """Let go of every attempt up to this one, in any stage."""
@@ -111,7 +106,7 @@ class Prefill:
         job = self.jobs[key]
         others = [self.jobs[span.key] for span in self.expected if span.key != key]
         self._choose([Progress(other.key, other.done, other.goal) for other in others])
-        return [*self._forget(job, why), self._fail(job, why, retry=False), *self.holding()]
+        return [*self.give_up(job, why, retry=False), *self.holding()]
 
     def resend(self, message: Resend) -> list[Action]:
         job = self.jobs.get(f"p:{message.rid}:{message.attempt}")
@@ -151,7 +146,7 @@ class Prefill:
         leg = Leg(job.key, "prefill", job.prompt + job.output, len(job.prompt), job.sampling)
         self._turns += 1
         job.turn = self._turns
-        self.dispatcher.started(job)
+        self.dispatcher.started(job, now)
         staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.PREFILL)
         return [AddLeg(leg), staged, *self.dispatcher.dispatch(now)]
 
@@ -244,9 +239,9 @@ class Prefill:
 
     # ------------------------------------------------------------ letting go
 
-    def lose(self, job: Job, why: str) -> list[Action]:
-        """Part of its KV is gone with a decode instance: only another attempt helps."""
-        return [*self._forget(job, why), self._fail(job, why, retry=True)]
+    def give_up(self, job: Job, why: str, *, retry: bool = True) -> list[Action]:
+        """It cannot go on here, perhaps since part of its KV is gone with a decode instance; another attempt may."""
+        return [*self._forget(job, why), self._fail(job, why, retry=retry)]
 
     def jammed(self) -> Job | None:
         """The first in line when it waits for slots which only requests keep that nobody takes, perhaps because
@@ -258,10 +253,7 @@ class Prefill:
 
     def give_way(self, job: Job) -> list[Action]:
         why = "an older request goes first"
-        return self.dispatcher.withdraw(job, why) if job.flow.movable else self.lose(job, why)
-
-    def strand(self, job: Job, why: str) -> list[Action]:
-        return [*self._forget(job, why), self._fail(job, why, retry=False)]
+        return self.dispatcher.withdraw(job, why) if job.flow.movable else self.give_up(job, why)
 
     def _forget(self, job: Job, why: str) -> list[Action]:
         del self.jobs[job.key], self._attempts[job.rid][job.key]

@@ -122,7 +122,7 @@ class Worker:
             elif key == REGISTER:
                 actions.append(self._register(now))
             else:
-                actions += self.dispatcher.repeat(self.prefill.jobs[key], now)
+                actions += self.dispatcher.due(self.prefill.jobs[key], now)
         actions = self._hear_own(actions, now)
         return actions if self.stepping or self.idle else [*actions, *self._step(now)]
 
@@ -211,7 +211,7 @@ class Worker:
             return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
         if isinstance(event, Refuse):
             if event.spoilt or not job.flow.movable:
-                return self.prefill.lose(job, f"{event.src} cannot go on with the KV: {event.why}")
+                return self.prefill.give_up(job, f"{event.src} cannot go on with the KV: {event.why}")
             self.dispatcher.refused(job, event.why)
             return self.dispatcher.dispatch(now)
         self.dispatcher.granted(job, now)  # or nothing could have landed
@@ -245,7 +245,7 @@ class Worker:
             if job.flow.movable:
                 self.dispatcher.refused(job, "lost")
             else:
-                actions += self.prefill.lose(job, f"{iid} was lost with part of the KV")
+                actions += self.prefill.give_up(job, f"{iid} was lost with part of the KV")
         return [*actions, *self.dispatcher.dispatch(now)]
 
     # ------------------------------------------------------------ from time to time
@@ -284,15 +284,8 @@ class Worker:
         if self.idle:
             self.check()
         actions: list[Action] = []
-        for job in list(self.dispatcher.stranded.values()):
-            assert job.stranded_at is not None
-            waited = now - job.stranded_at
-            if waited > self.own.patience_s:
-                why = f"no decode instance could be reached for {self.own.patience_s:g} s"
-                actions += self.prefill.strand(job, why)
-            elif waited > self.own.view_s and self.role in TAKES_DECODE and job.fits(self.own.capacity):
-                if self.neighbours.prefills(job.goal):  # attempt after attempt here would only use them up
-                    actions += self.prefill.lose(job, "it can be decoded only here, and not beside its own prefill")
+        for job, why, retry in self.dispatcher.overdue(now):
+            actions += self.prefill.give_up(job, why, retry=retry)
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)

@@ -87,6 +87,7 @@ class Rules:
     heavy_tokens        a decode that is predicted to write more than so many tokens is heavy (paper, section 5.1)
     length_granularity  tokens of one predicted range
     length_accuracy     of `noisy`: how often its range is the right one
+    length_wait_s       seconds that a started prompt waits for the prediction of its length, and all behind it
     stretch             of `ageing`: seconds of waiting that weigh as much as one second of work
     """
 
@@ -102,4 +103,5 @@ class Rules:
     heavy_tokens: int = 128
     length_granularity: int = 200
     length_accuracy: float = 0.749
+    length_wait_s: float = 1.0
     stretch: float = 4.0
