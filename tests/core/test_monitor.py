@@ -304,6 +304,13 @@ def test_who_was_to_help_and_is_gone_is_forgotten():
 # ---------------------------------------------------------------- what must not be
 
 
+def test_a_report_of_a_role_that_does_not_exist_is_not_heard():
+    told = monitor("none")
+    assert not told.tell(report("z", "tea")) and not told.core.instances
+    told.tell(report("z", "prefill"))
+    assert not told.tell(report("z", "tea", queued=3)) and told.core.instances["z"].load.queued == 0
+
+
 def test_nonsense_is_refused():
     with pytest.raises(Broken, match="a monitor knows no"):
         monitor().core.handle(Beat(iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[]), 0.0)

@@ -17,7 +17,7 @@ from tetri.core.timers import Timers
 from tetri.policy.flip import rescue
 from tetri.policy.rules import FLIPS
 from tetri.policy.views import FlipSettings, InstanceState
-from tetri.request import TAKES_DECODE, TAKES_PREFILL
+from tetri.request import ROLES, TAKES_DECODE, TAKES_PREFILL
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, Load, LoadReport
 
@@ -131,6 +131,8 @@ class Monitor:
     # ------------------------------------------------------------ reports and views
 
     def _report(self, report: LoadReport, now: float) -> list[Action]:
+        if report.role not in ROLES:
+            return []  # nobody flips to it or from it
         seen = self.instances.get(report.iid)
         if seen is not None and (seen.incarnation, seen.role) == (report.incarnation, report.role):
             seen.update(report.load, now)
