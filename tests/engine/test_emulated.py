@@ -133,6 +133,8 @@ def test_any_width_of_a_token_gives_the_same_text_as_its_reference():
     right = reference(prompt(8), Sampling(max_tokens=8, ignore_eos=True), VOCABULARY, 24)
     assert [first.token, *run(engine, "d")[0]["d"]] == right
     assert engine.fingerprint.block_bytes == 4 * 24
+    with pytest.raises(EngineError, match=r"chunk_tokens \(8\) .* larger than max_batch \(8\)"):
+        emulated(Capacity(blocks=12, block_tokens=4, chunk_tokens=8, max_batch=8, context=32))
     with pytest.raises(EngineError, match="multiple of 8, got 12"):
         emulated(token_bytes=12)
 

@@ -129,7 +129,7 @@ def test_the_lower_quartile_of_the_rounds_counts():
 
 
 @pytest.mark.parametrize(
-    "capacity", [Capacity(2, 1, 1, 1, 2), Capacity(2, 16, 8, 64, 20), Capacity(50, 16, 2048, 4, 100)]
+    "capacity", [Capacity(2, 1, 2, 1, 2), Capacity(2, 16, 65, 64, 20), Capacity(50, 16, 2048, 4, 100)]
 )
 def test_a_tiny_engine_is_measured_as_far_as_it_goes(capacity):
     watch = Stopwatch()

@@ -91,6 +91,12 @@ def test_a_prediction_that_takes_longer_than_the_prefill_delays_the_decode():
     assert made.jct_s == pytest.approx(L + 3.0 + 2 * L + 4 * STEP_S)
 
 
+def test_a_prediction_is_waited_for_only_so_long():
+    cost, rules = replace(COST, predictor_s=3.0), Rules(length="oracle", length_wait_s=1.5)
+    made = outcome(replace(SETUP, cost=cost, rules=rules), ONE)
+    assert made.jct_s == pytest.approx(L + 1.5 + 2 * L + 4 * STEP_S)
+
+
 # ---------------------------------------------------------------- many requests
 
 SOME = Lengths.parsed("lognormal:200:1"), Lengths.parsed("lognormal:60:0.8")

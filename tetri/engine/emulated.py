@@ -56,6 +56,11 @@ class EmulatedEngine:
     ) -> None:
         if token_bytes % 8:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
+        if capacity.chunk_tokens <= capacity.max_batch:
+            raise EngineError(
+                f"chunk_tokens ({capacity.chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
+                f"({capacity.max_batch}), or a full batch would leave nothing for prefill"
+            )
         self.paged = Paged(capacity, cost)
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
         self.time_scale, self.wait, self.clock = time_scale, wait, clock
