@@ -171,6 +171,19 @@ def test_an_offer_leaves_to_the_batch_what_it_was_admitted_for(admit, most):
     told.core.check()
 
 
+def test_what_the_batch_has_taken_is_not_kept_for_it_any_more():
+    """It will have 7 of 10 blocks, of which it has 3, 5, and then none."""
+    told = start(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
+    told.land("a", prompt=7, sampling=Sampling(max_tokens=21))
+    told.step((decode_key("a"), 6, None))
+    assert told.core.decode.batch.kept_free() == 4
+    for _ in range(8):
+        told.step((decode_key("a"), 6, None))
+    assert told.core.decode.batch.kept_free() == 2
+    told.tell(Close(rid="a", attempt=1))
+    assert told.core.decode.batch.kept_free() == 0
+
+
 def test_an_offer_that_the_engine_rejects_is_refused(decode):
     decode.tell(offer("r", prompt=8))
     actions = decode.tell(LegRejected(KEY, "odd"))

@@ -32,6 +32,7 @@ class Batch:
         self._ask = False  # something has changed since the admission policy was last asked
         self._asked = (0, 0)  # free blocks then, and how large the batch might be
         self._until = 0  # steps until the first range is moved up, at most; 0: count again
+        self._kept: int | None = None  # blocks to be kept free; None: the batch has changed since they were counted
 
     # ------------------------------------------------------------ who is in it
 
@@ -50,7 +51,7 @@ class Batch:
         seat.running = False
         for place in (self.landed, self.running, self.lapsed):
             place.pop(seat.key, None)
-        self._ask, self._until = True, 0
+        self._ask, self._until, self._kept = True, 0, None
 
     def admit(self, most: int) -> list[Seat]:
         """Let landed seats into the batch of up to `most`. If nothing runs, the oldest goes whatever the policy says:
@@ -71,13 +72,16 @@ class Batch:
             self.ledger.run(key)
             self._grow(seat)
             self._mark(seat)
-        self._ask, self._until, self._asked = False, 0, (self.ledger.free, most)
+        self._ask, self._until, self._asked, self._kept = False, 0, (self.ledger.free, most), None
         return [self.running[key] for key in keys]
 
     def kept_free(self) -> int:
-        """Blocks that no request may be granted: those in the batch were admitted because they will have them."""
-        kept = KEPT_FREE.get(self.own.rules.admit)
-        return 0 if kept is None else kept(self._view(self.own.capacity.max_batch))
+        """Blocks that no request may be granted: those in the batch were admitted because they will have them. Counted
+        once between two steps, since many requests may ask meanwhile, and what they are granted was free."""
+        if self._kept is None:
+            kept = KEPT_FREE.get(self.own.rules.admit)
+            self._kept = 0 if kept is None else kept(self._view(self.own.capacity.max_batch))
+        return self._kept
 
     def _view(self, most: int) -> BatchView:
         members = [_member(seat) for seat in self.running.values()]
@@ -113,7 +117,7 @@ class Batch:
         self, spans: Sequence[Span], tokens: Sequence[Sampled], preempted: Sequence[str], steps: int
     ) -> tuple[list[TokenItem], Ended]:
         """What is to be told, and who has ended and why. Those still count as running."""
-        self._until -= steps
+        self._until, self._kept = self._until - steps, None
         self._stuck = not spans and bool(self.running)
         items: list[TokenItem] = []
         for key in preempted:  # it may wait for long: what it has is told
