@@ -103,5 +103,5 @@ class Rules:
     heavy_tokens: int = 128
     length_granularity: int = 200
     length_accuracy: float = 0.749
-    length_wait_s: float = 5.0
+    length_wait_s: float = 10.0
     stretch: float = 4.0
