@@ -143,13 +143,12 @@ class Worker:
 
     def _hear_own(self, actions: list[Action], now: float) -> list[Action]:
         """What this instance says to itself, while it does both, it hears at once: no message leaves for it."""
-        me, heard = self.own.iid, list[Action]()
-        for action in actions:
+        me = self.own.iid
+        for place, action in enumerate(actions):
             if isinstance(action, Send) and action.peer == me:
-                heard += self.handle(action.message, now)  # type: ignore[arg-type]  # not to the broker
-            else:
-                heard.append(action)
-        return heard
+                heard = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]  # not the broker's
+                return heard + self._hear_own(actions[place + 1 :], now)
+        return actions  # as most often
 
     # ------------------------------------------------------------ the engine
 
@@ -160,7 +159,9 @@ class Worker:
         batch, prefill, self._fewer = self.decode.batch, self.prefill, False
         admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
         decodes = len(batch.running) - len(batch.lapsed)
-        actions = admitted + self._hear_own(prefill.plan(budget - decodes, now), now)
+        actions = admitted
+        if len(prefill.queue):
+            actions = admitted + self._hear_own(prefill.plan(budget - decodes, now), now)
         if not prefill.expected:
             if not self.decode.steps():
                 self.idle = True
@@ -170,7 +171,8 @@ class Worker:
                 actions += self._hear_own(prefill.retreat(blocked, "its memory went to decodes"), now)
         if len(batch.running) - len(batch.lapsed) < decodes:  # an attempt that began anew at home took another's place
             self._fewer = True
-        actions += prefill.holding()
+        if prefill.started:
+            actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # of a beat
         self.stepping, self._step_at = True, now
