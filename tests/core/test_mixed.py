@@ -315,7 +315,7 @@ def test_loads_are_published_again_and_again():
     (report,) = [action.message for action in only(told.later(0.05), Publish)]
     load = report.load
     assert (load.queued, load.queued_tokens, load.queued_s) == (1, 13, pytest.approx(1.3))
-    assert (load.waiting, load.running, load.heavy, load.growth_blocks) == (1, 1, 0, 2 + 2)
+    assert (load.waiting, load.landed, load.running, load.heavy, load.growth_blocks) == (1, 0, 1, 0, 2 + 2)
     assert (load.decode_s, load.busy) == (pytest.approx(3.5), pytest.approx(0.8))  # 6 and 8 tokens
     assert only(told.later(0.25), Publish)
 

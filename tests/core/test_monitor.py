@@ -10,7 +10,7 @@ from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Beat, FlipWanted, Load, LoadReport
 
 SETTINGS = FlipSettings(idle_s=20.0, low_s=20.0, hold_s=10.0, floor=1, gain=2.0)
-BUSY = {"queued": 3, "waiting": 2, "running": 2, "busy": 1.0, "queued_s": 9.0, "decode_s": 9.0}
+BUSY = {"queued": 3, "waiting": 2, "landed": 2, "running": 2, "busy": 1.0, "queued_s": 9.0, "decode_s": 9.0}
 
 
 def monitor(flip="none", now=0.0, epoch=7, **changes):
@@ -162,6 +162,12 @@ def test_a_stale_report_is_no_sign_of_leisure_and_work_is_told_in_seconds():
     told.now = 1.1
     assert (states(told)["d0"].idle_s, states(told)["d0"].low_s) == (0.0, 0.0)
     assert (states(told)["p0"].work_s, states(told)["p0"].queued) == (2.0, 2)
+
+
+def test_who_waits_for_its_kv_is_told_apart_from_who_waits_for_a_place():
+    told = monitor()
+    told.tell(report("d0", "decode", waiting=5, landed=2, running=3), report("d1", "decode", waiting=1, landed=9))
+    assert [(each.waiting, each.running, each.moving) for each in states(told).values()] == [(2, 3, 3), (9, 0, 0)]
 
 
 def test_clocks_begin_anew_with_a_role_and_with_an_incarnation():

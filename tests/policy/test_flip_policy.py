@@ -11,8 +11,8 @@ from tetri.policy.views import FlipSettings, InstanceState, RoleChange
 SETTINGS = FlipSettings(idle_s=60.0, low_s=30.0, floor=1, gain=2.0)
 
 
-def state(iid, role, *, idle_s=0.0, low_s=0.0, work_s=0.0, queued=0, waiting=0, running=0):
-    return InstanceState(iid, role, idle_s, low_s, work_s, queued, waiting, running)
+def state(iid, role, *, idle_s=0.0, low_s=0.0, work_s=0.0, queued=0, waiting=0, running=0, moving=0):
+    return InstanceState(iid, role, idle_s, low_s, work_s, queued, waiting, running, moving)
 
 
 def resting(iid, role, seconds=90.0):
@@ -117,6 +117,21 @@ def test_decodes_that_run_make_nobody_wait():
     assert asked(balance, prefill("p0", 3.0), *many) == ("d0", "prefill")
     half = [decode("d0", 90.0, waiting=9, running=9), decode("d1", 90.0, waiting=9, running=9)]
     assert asked(balance, prefill("p0", 3.0), prefill("p1", 3.0), *half) == ("p0", "decode")
+
+
+@pytest.mark.parametrize("policy", ["idle", "below"])
+def test_a_request_whose_kv_is_on_its_way_calls_nobody(policy):
+    """One request is all that there is to do: while its prompt is computed, its decode instance has it granted."""
+    computing = state("p0", "prefill", work_s=0.3, queued=1)
+    taking = state("d0", "decode", work_s=20.0, moving=1)
+    states = [computing, resting("p1", "prefill"), taking, resting("d1", "decode", 9.0)]
+    assert FLIPS[policy](states, SETTINGS) is None
+
+
+def test_balance_counts_those_who_are_on_their_way():
+    crowded = state("d0", "decode", work_s=20.0, waiting=4, running=4, moving=12)
+    states = [state("p0", "prefill", work_s=0.3, queued=1), resting("p1", "prefill"), crowded]
+    assert balance(states, SETTINGS).why == "decode waits 16.0 s, prefill 0.1 s"
 
 
 def test_a_mixed_one_waits_for_what_it_has_of_a_role():

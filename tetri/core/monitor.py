@@ -219,8 +219,9 @@ class Monitor:
                 low_s=self._since(seen.low_at, seen, now),
                 work_s=seen.load.queued_s + seen.load.decode_s,
                 queued=seen.load.queued,
-                waiting=seen.load.waiting,
+                waiting=seen.load.landed,
                 running=seen.load.running,
+                moving=max(seen.load.waiting - seen.load.landed, 0),
             )
             for iid, seen in instances.items()
         ]

@@ -33,6 +33,7 @@ class Presence:
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
             waiting=self.decode.waiting(),
+            landed=len(self.decode.batch.landed),
             running=len(self.decode.batch.running),
             heavy=outlook.heavy,
             growth_blocks=outlook.growth,

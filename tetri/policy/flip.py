@@ -41,7 +41,8 @@ def balance(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChan
 
     The predicted queueing time of a pool is the mean over its instances of their predicted work, each times the share
     of its requests that wait for this role. A prefill instance has only such. Of decodes all but those that run: with
-    nobody waiting a new one starts at once, however long the others take."""
+    nobody waiting a new one starts at once, however long the others take. Those whose KV is on its way count, for they
+    tell what comes; without them next to nothing ever called an instance back from prefill."""
     for role, donor in OTHER.items():
         pool, giving = _serving(states, role), _serving(states, donor)
         if not pool or len(giving) <= settings.floor:
@@ -99,7 +100,10 @@ def _busy(states: Sequence[InstanceState], role: str) -> bool:
 def _wait_s(pool: Sequence[InstanceState], role: str) -> float:
     """Of a pool that is not empty."""
     return sum(
-        state.work_s * _queue(state, role) / max(state.queued + state.waiting + state.running, 1) for state in pool
+        state.work_s
+        * (_queue(state, role) + (state.moving if role == "decode" else 0))
+        / max(state.queued + state.waiting + state.running + state.moving, 1)
+        for state in pool
     ) / len(pool)
 
 

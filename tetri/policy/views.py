@@ -110,8 +110,8 @@ class BatchView:
 class InstanceState:
     """An instance as the transition watcher sees it. `idle_s`: how long it has had nothing to do. `low_s`: how long its
     load, the share of time in which it computed, has been under the threshold. `work_s`: predicted seconds of work in
-    its queue (prefill) or until its requests have ended (decode). `queued` prompts; decodes `waiting` to run, and
-    `running`."""
+    its queue (prefill) or until its requests have ended (decode). `queued` prompts; decodes `waiting` to run, with all
+    their KV there, `running`, and `moving`: those whose KV is on its way, who do not wait for this instance."""
 
     iid: str
     role: str
@@ -121,6 +121,7 @@ class InstanceState:
     queued: int
     waiting: int
     running: int = 0
+    moving: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Load(Record, frozen=True):
 
     queued_tokens   prompt tokens not yet computed, `queued_s` the predicted seconds for them
     waiting         requests granted and not yet in the batch; `running`: in the batch
+    landed          of those that wait, the ones whose KV is all here: they wait for a place, not for their KV
     heavy           of those two, predicted to write more than `heavy_tokens` output tokens
     growth_blocks   blocks that those two are predicted to take in addition until they end
     decode_s        predicted seconds until they have all ended
@@ -36,6 +37,7 @@ class Load(Record, frozen=True):
     queued_tokens: Count = 0
     queued_s: float = 0.0
     waiting: Count = 0
+    landed: Count = 0
     running: Count = 0
     heavy: Count = 0
     growth_blocks: Count = 0
