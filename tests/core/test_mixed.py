@@ -320,6 +320,15 @@ def test_loads_are_published_again_and_again():
     assert only(told.later(0.25), Publish)
 
 
+def test_a_load_tells_those_with_all_their_kv_from_those_that_wait_for_it():
+    told = start(role="decode")
+    told.tell(offer("x", prompt=8, offer=9, src="p9", sampling=LONG), offer("y", prompt=8, offer=8, src="p9"))
+    told.step()
+    told.tell(chunk("x", 0, 0, 2, token=5, offer=9, src="p9"))
+    load = told.core.presence.load()
+    assert (load.waiting, load.landed, load.running) == (2, 1, 0)
+
+
 # ---------------------------------------------------------------- predictions
 
 
