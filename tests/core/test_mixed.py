@@ -501,6 +501,19 @@ def test_with_nobody_else_to_prefill_it_such_a_prompt_waits_for_whoever_comes(ot
     assert failed.retry
 
 
+@pytest.mark.parametrize("behind", [assign("b", prompt=8, max_tokens=4), assign("b", prompt=32, max_tokens=1), None])
+def test_such_a_prompt_does_not_hold_up_those_that_can_go_on(behind):
+    """It has other attempts, behind them."""
+    told = start(capacity=TIGHT, slots=3, view_s=2.0, patience_s=10.0)
+    told.tell(assign("a", prompt=32, max_tokens=4), behind or assign("b", prompt=32, max_tokens=4))
+    told.step()
+    assert not told.later(1.9)[1:] and told.core.prefill.blocked() is not None
+    told.core.stepping = False
+    failed = sent(told.later(0.2), kind=Failed)
+    assert [(each.rid, each.retry) for each in failed] == [("a", True)] * (behind is not None)
+    assert (told.core.prefill.expected[:1] == [Span("p:b:1", 0, 8)]) == (behind is not None)
+
+
 def test_when_it_refuses_itself_others_are_asked():
     told = start(others=[("d1", "decode")], capacity=TIGHT, reserve_share=0.2)
     told.tell(view(1, d1=0), assign("a", prompt=16, max_tokens=8), assign("b", prompt=16, max_tokens=8))

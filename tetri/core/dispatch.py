@@ -67,6 +67,14 @@ class Dispatcher:
         self.unpredicted += 1
         return self.predicted(job, None, now)
 
+    def stalled(self) -> bool:
+        """Whether a prompt that has started, and all behind it, wait for a decode instance that takes it."""
+        for turn, key in self._unplaced:
+            job = self.jobs.get(key)
+            if job is not None and job.turn == turn and job.unplaced:
+                return job.predicted
+        return False
+
     def forgive(self, now: float) -> list[Action]:
         """There is news of the others: who refused may be asked again."""
         self._refused.clear()
@@ -106,24 +114,25 @@ class Dispatcher:
                 job.stranded_at = None
                 self._wants(job)
 
-    def overdue(self, now: float) -> list[tuple[Job, str, bool]]:
-        """Stranded jobs that must not wait any longer: why, and whether another attempt, elsewhere, may do better."""
+    def overdue(self, now: float, holds_up: Callable[[Job], bool]) -> list[tuple[Job, str, bool]]:
+        """Stranded jobs that must not wait any longer: why, and whether another attempt may do better: elsewhere, or
+        here behind those that it `holds_up`. With nobody else there, attempt after attempt here would use them up."""
         own, found, decodes = self.own, list[tuple[Job, str, bool]](), self.pool.home() is not None
         for job in self.stranded.values():
             assert job.stranded_at is not None
             waited, blocks = now - job.stranded_at, job.flow.blocks
             only_here = decodes and job.fits(own.capacity)
-            if waited > own.patience_s and only_here:
+            retry = waited <= own.patience_s
+            elsewhere = only_here and self.neighbours.prefills(job.goal)
+            if retry and (waited <= own.view_s or not (elsewhere or holds_up(job))):
+                continue
+            why = f"no decode instance could be reached for {min(waited, own.patience_s):.3g} s"
+            if only_here:
                 why = (
-                    f"only {own.iid} could decode its prompt of {blocks} KV blocks, and not beside its prefill: "
+                    f"only {own.iid} could decode its prompt of {blocks} KV blocks, and not beside its own prefill: "
                     f"set transfer.slab_blocks to {blocks} at least, or start another worker"
                 )
-                found.append((job, why, False))
-            elif waited > own.patience_s:
-                found.append((job, f"no decode instance could be reached for {own.patience_s:g} s", False))
-            elif waited > own.view_s and only_here and self.neighbours.prefills(job.goal):
-                # There only: attempt after attempt here would use them up.
-                found.append((job, "it can be decoded only here, and not beside its own prefill", True))
+            found.append((job, why, retry))
         return found
 
     def _place(self, job: Job, now: float, actions: list[Action]) -> bool:

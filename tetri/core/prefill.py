@@ -166,6 +166,13 @@ class Prefill:
         job = self.jobs[first] if first is not None and self.short else None
         return job if job is not None and job.running and not job.granted else None
 
+    def holds_up(self, job: Job) -> bool:
+        """Whether it waits for slots before others for which there is a decode instance."""
+        if self.blocked() is not job:
+            return False
+        others = [self.jobs[key] for key in (*self.queue.raw, *self.queue.line)]
+        return any(not other.decodes or self.dispatcher.pool.fits(other) for other in others)
+
     def make_room(self, rid: str, blocks: int) -> list[Action]:
         """Give the memory of the blocked leg to a request that asks for so many blocks to be decoded here. Else two
         instances that do both could wait for each other's memory for ever. Of two requests that ask each other's

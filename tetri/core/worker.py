@@ -286,8 +286,9 @@ class Worker:
         if self.idle:
             self.check()
         actions: list[Action] = []
-        for job, why, retry in self.dispatcher.overdue(now):
+        for job, why, retry in self.dispatcher.overdue(now, self.prefill.holds_up):
             actions += self.prefill.give_up(job, why, retry=retry)
+            self.idle = False  # others may have its place
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)
