@@ -2,10 +2,11 @@
 
 import pytest
 
-from tests.core.build import assign, view
+from tests.core.build import assign, refuse, view
 from tests.core.test_prefill import start
 from tetri.core.actions import Broken
 from tetri.core.pool import Claim
+from tetri.policy.rules import Rules
 from tetri.policy.views import Need
 
 KEY = "p:a:1"
@@ -27,6 +28,23 @@ def test_an_older_view_is_no_news():
     assert told.core.neighbours.version == version
     told.tell(view(1, epoch=2, d1=9))  # of another monitor
     assert told.core.neighbours.version > version
+
+
+def test_prompts_are_stalled_while_nobody_takes_the_first_of_them():
+    told = offered("d1")
+    core = told.core
+    assert not core.presence.load().stalled  # it is on offer
+    told.tell(refuse("a"))
+    assert core.presence.load().stalled
+    told.tell(view(9, d1=9))  # it is asked again
+    assert not core.presence.load().stalled
+
+
+def test_who_waits_for_a_prediction_is_not_stalled():
+    told = start(("d1",), rules=Rules(length="noisy"))
+    told.tell(assign("a", prompt=8))
+    told.later()
+    assert KEY in told.core.prefill.started and not told.core.presence.load().stalled
 
 
 @pytest.mark.parametrize(

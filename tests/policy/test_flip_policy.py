@@ -11,8 +11,8 @@ from tetri.policy.views import FlipSettings, InstanceState, RoleChange
 SETTINGS = FlipSettings(idle_s=60.0, low_s=30.0, floor=1, gain=2.0)
 
 
-def state(iid, role, *, idle_s=0.0, low_s=0.0, work_s=0.0, queued=0, waiting=0, running=0, moving=0):
-    return InstanceState(iid, role, idle_s, low_s, work_s, queued, waiting, running, moving)
+def state(iid, role, *, idle_s=0.0, low_s=0.0, work_s=0.0, **counts):
+    return InstanceState(iid, role, idle_s, low_s, work_s, **{"queued": 0, "waiting": 0, **counts})
 
 
 def resting(iid, role, seconds=90.0):
@@ -132,6 +132,16 @@ def test_balance_counts_those_who_are_on_their_way():
     crowded = state("d0", "decode", work_s=20.0, waiting=4, running=4, moving=12)
     states = [state("p0", "prefill", work_s=0.3, queued=1), resting("p1", "prefill"), crowded]
     assert balance(states, SETTINGS).why == "decode waits 16.0 s, prefill 0.1 s"
+
+
+def test_prompts_that_no_decode_instance_takes_wait_for_decode():
+    """Else balance would take from decode the instances that it lacks."""
+    held_up = [state(f"p{number}", "prefill", work_s=12.0, queued=20, stalled=True) for number in range(2)]
+    full = [state(f"d{number}", "decode", work_s=30.0, running=9) for number in range(3)]
+    assert balance([*held_up, *full], SETTINGS) == RoleChange("p0", "decode", "decode waits 8.0 s, prefill 0.0 s")
+    assert balance([held_up[0], *full], SETTINGS) is None  # the floor
+    held_up[1] = state("p1", "prefill", work_s=12.0, queued=20)  # nobody holds this one up
+    assert balance([*held_up, *full], SETTINGS) is None
 
 
 def test_a_mixed_one_waits_for_what_it_has_of_a_role():

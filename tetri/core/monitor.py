@@ -222,6 +222,7 @@ class Monitor:
                 waiting=seen.load.landed,
                 running=seen.load.running,
                 moving=max(seen.load.waiting - seen.load.landed, 0),
+                stalled=seen.load.stalled,
             )
             for iid, seen in instances.items()
         ]

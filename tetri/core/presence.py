@@ -39,6 +39,7 @@ class Presence:
             growth_blocks=outlook.growth,
             decode_s=outlook.decode_s(),
             busy=self.busy,
+            stalled=self.prefill.dispatcher.stalled(),
         )
 
     def report(self, now: float) -> Publish:

@@ -47,7 +47,7 @@ def balance(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChan
         pool, giving = _serving(states, role), _serving(states, donor)
         if not pool or len(giving) <= settings.floor:
             continue
-        long, short = _wait_s(pool, role), _wait_s(giving, donor)
+        long, short = _wait_s(states, role), _wait_s(states, donor)
         after = long * len(pool) / (len(pool) + 1), short * len(giving) / (len(giving) - 1)
         able = [state for state in giving if state.role == donor]
         if able and long > WORTH_S and long >= settings.gain * short and after[0] >= after[1]:
@@ -97,14 +97,18 @@ def _busy(states: Sequence[InstanceState], role: str) -> bool:
     return any(_queue(state, role) for state in pool) or all(state.idle_s == 0 for state in pool)
 
 
-def _wait_s(pool: Sequence[InstanceState], role: str) -> float:
-    """Of a pool that is not empty."""
-    return sum(
-        state.work_s
-        * (_queue(state, role) + (state.moving if role == "decode" else 0))
-        / max(state.queued + state.waiting + state.running + state.moving, 1)
-        for state in pool
-    ) / len(pool)
+def _wait_s(states: Sequence[InstanceState], role: str) -> float:
+    """Of the pool of this role, which is not empty. Prompts that no decode instance takes wait for decode, at least as
+    long as they will be computed: else the pool would be helped that can do nothing."""
+    pool = _serving(states, role)
+    stalled = [state.work_s for state in states if state.stalled] if role == "decode" else []
+    return (sum(stalled) + sum(_share(state, role) * state.work_s for state in pool)) / len(pool)
+
+
+def _share(state: InstanceState, role: str) -> float:
+    """Of an instance's requests, those that wait for this role."""
+    waiting = state.waiting + state.moving if role == "decode" else state.queued * (not state.stalled)
+    return waiting / max(state.queued + state.waiting + state.running + state.moving, 1)
 
 
 def _queue(state: InstanceState, role: str) -> int:

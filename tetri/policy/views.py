@@ -111,7 +111,8 @@ class InstanceState:
     """An instance as the transition watcher sees it. `idle_s`: how long it has had nothing to do. `low_s`: how long its
     load, the share of time in which it computed, has been under the threshold. `work_s`: predicted seconds of work in
     its queue (prefill) or until its requests have ended (decode). `queued` prompts; decodes `waiting` to run, with all
-    their KV there, `running`, and `moving`: those whose KV is on its way, who do not wait for this instance."""
+    their KV there, `running`, and `moving`: those whose KV is on its way, who do not wait for this instance. `stalled`:
+    its prompts wait for a decode instance that takes them."""
 
     iid: str
     role: str
@@ -122,6 +123,7 @@ class InstanceState:
     waiting: int
     running: int = 0
     moving: int = 0
+    stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

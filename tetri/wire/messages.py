@@ -30,6 +30,7 @@ class Load(Record, frozen=True):
     growth_blocks   blocks that those two are predicted to take in addition until they end
     decode_s        predicted seconds until they have all ended
     busy            share of the time since the last report in which the engine computed
+    stalled         whether the prompts wait for a decode instance that takes them, and not for this one
     """
 
     free_blocks: int
@@ -43,6 +44,7 @@ class Load(Record, frozen=True):
     growth_blocks: Count = 0
     decode_s: float = 0.0
     busy: float = 0.0
+    stalled: bool = False
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
