@@ -75,14 +75,6 @@ class Dispatcher:
                 return job.predicted
         return False
 
-    def stalled(self) -> bool:
-        """Whether a prompt that has started, and all behind it, wait for a decode instance that takes it."""
-        for turn, key in self._unplaced:
-            job = self.jobs.get(key)
-            if job is not None and job.turn == turn and job.unplaced:
-                return job.predicted
-        return False
-
     def forgive(self, now: float) -> list[Action]:
         """There is news of the others: who refused may be asked again."""
         self._refused.clear()
