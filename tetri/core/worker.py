@@ -155,6 +155,9 @@ class Worker:
     def _step(self, now: float) -> list[Action]:
         """Decodes go first and take one token of the step's budget each, a prefill chunk gets the rest. While prompts
         wait, the batch therefore stays smaller than the budget."""
+        if not len(self.prefill.queue) and not self.decode.outlook.seats:
+            self.idle = True
+            return []
         budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
         batch, prefill, self._fewer = self.decode.batch, self.prefill, False
         admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
