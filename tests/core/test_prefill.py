@@ -22,7 +22,7 @@ from tests.core.build import (
     sent,
     view,
 )
-from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected
+from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected, Step
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
@@ -407,6 +407,14 @@ def test_a_granted_job_gives_way_to_an_older_one_that_nobody_takes():
     assert (failed.rid, failed.retry, failed.why) == ("b", True, "an older request goes first")
     assert [each.rid for each in sent(see(told, 2, "d1"), kind=Offer)] == ["a"]
     told.core.check()
+
+
+def test_whoever_waited_behind_it_goes_on_at_once():
+    told = jam(parts=1)
+    told.tell(assign("c", prompt=4))
+    told.later()  # there is nothing to do
+    assert told.core.idle and isinstance(told.later(0.1)[-1], Step)
+    assert [span.key for span in told.core.prefill.expected] == ["p:c:1"]
 
 
 def test_a_granted_job_whose_own_kv_is_on_its_way_waits():

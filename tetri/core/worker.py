@@ -295,4 +295,5 @@ class Worker:
         jammed = self.prefill.jammed()
         if jammed is not None:
             actions += self.prefill.give_way(jammed)
+            self.idle = False
         return [*actions, *self.decode.remind(), self.presence.beat()]
