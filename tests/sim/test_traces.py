@@ -27,6 +27,14 @@ def test_a_trace_starts_at_time_0(trace):
     assert list(replayed(trace(GOOD))) == [Arrival(0.0, 10, 1), Arrival(1.0, 20, 2), Arrival(4.0, 30, 3)]
 
 
+WRITTEN = ("\ufeff" + GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n\n", GOOD.replace(".5,", ".5+00:00,"))
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_what_other_programs_write_is_read_alike(trace, text):
+    assert [each.at_s for each in replayed(trace(text))] == [0.0, 1.0, 4.0]
+
+
 def test_a_speedup_divides_the_times(trace):
     assert [each.at_s for each in replayed(trace(GOOD), speedup=4.0)] == [0.0, 0.25, 1.0]
 
@@ -64,6 +72,8 @@ def test_it_is_read_no_further_than_it_is_used(trace):
         (HEAD + "2023-11-16 00:00:00,10,0\n", "csv:2: must be a time"),
         (HEAD + "2023-11-16 00:00:01,10,1\n2023-11-16 00:00:00,10,1\n", "csv:3: 2023-11-16 00:00:00 lies before"),
         (HEAD + "x" * 500 + "\n", "..."),
+        (HEAD + "2023-11-16 00:00:00,99999999999,1\n", "two numbers of tokens from 1 to 10000000"),
+        (HEAD + "1900-01-01 00:00:00,1,1\n2023-11-16 00:00:00,1,1\n", "csv:3: 3.90908e+09 s after the first"),
     ],
 )
 def test_a_wrong_trace_is_one_line_that_names_the_line(trace, text, says):
@@ -110,6 +120,8 @@ def test_lengths_have_the_distribution_asked_for():
     lognormal = sorted(each.output for each in drawn(5001, FIXED, Lengths.parsed("lognormal:100:0.5"), seed=1))
     assert lognormal[2500] == pytest.approx(100, rel=0.05)
     assert lognormal[4207] == pytest.approx(100 * 2.718281828**0.5, rel=0.05)  # one standard deviation above
+    wild = {each.prompt for each in drawn(1000, Lengths.parsed("lognormal:500:1000"), FIXED, seed=1)}
+    assert (min(wild), max(wild)) == (1, 10_000_000)
     assert all(each.prompt >= 1 for each in drawn(1000, Lengths.parsed("lognormal:1:3"), FIXED, seed=1))
 
 
@@ -120,7 +132,9 @@ def test_the_same_seed_draws_the_same():
     assert draw(1) == draw(1) != draw(2)
 
 
-@pytest.mark.parametrize("text", ["", "0", "-3", "x", "5-3", "1.5", "lognormal:1", "lognormal:0:1", "lognormal:5:nan"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-3", "x", "5-3", "1.5", "lognormal:1", "lognormal:0:1", "lognormal:5:nan", "1-99999999999"]
+)
 def test_wrong_lengths(text):
     with pytest.raises(TraceError, match="lengths are N, LOW-HIGH"):
         Lengths.parsed(text)
@@ -132,7 +146,10 @@ def test_wrong_lengths(text):
         ({"requests": 0}, "number of requests"),
         ({"rate": -1.0}, "rate must be at least 0"),
         ({"rate": float("inf")}, "rate must be"),
-        ({"burstiness": 0.0}, "burstiness must be above 0"),
+        ({"rate": 1e-300}, "at a rate of 1e-300 a second 1 requests take more than 1e.09 s"),
+        ({"requests": 10**12}, "number of requests must be at least 1 and at most 100000000"),
+        ({"burstiness": 0.0}, "burstiness must be from 0.01"),
+        ({"burstiness": 1e300}, "burstiness must be from 0.01 to 100"),
     ],
 )
 def test_wrong_numbers(change, says):

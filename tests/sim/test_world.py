@@ -57,6 +57,13 @@ def test_by_chunk_only_the_last_chunks_kv_is_waited_for(transfer, after):
     assert made.jct_s == pytest.approx(3 * L + 2 * CHUNK_S + after * 16_000 / 1e7 + 4 * STEP_S)
 
 
+def test_nobody_takes_the_role_of_who_computes_long():
+    """Silent for a step of 10 s, an instance would be gone for a live monitor, and its role another's."""
+    slow = replace(SETUP, cost=replace(COST, prefill=((1.0, 10.0), (512.0, 10.0))))
+    made = World(slow, [Arrival(0.0, 512, 5), Arrival(8.0, 512, 5)]).run()
+    assert [[role for _, role in use.roles] for use in made.instances.values()] == [["prefill"], ["decode"]]
+
+
 def test_two_requests_share_the_batch():
     """Both have 9 passes to make. The second's KV lands during the first's fifth: four they share, and the second
     makes its last five alone."""

@@ -39,7 +39,12 @@ def _draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, 
     for axes, (name, values) in zip(above.subplots(1, len(times), squeeze=False)[0], times.items(), strict=True):
         _cdf(axes, name, values)
     _timeline(below.subplots(), spans)
-    figure.savefig(path, dpi=140, metadata={"Software": None})
+    part = path.with_name(f".{path.name}.part")  # all of the file or nothing
+    try:
+        figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _cdf(axes: Any, name: str, values: Sequence[float]) -> None:

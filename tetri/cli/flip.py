@@ -14,7 +14,7 @@ from tetri.request import ROLES
 
 @click.command("flip")
 @click.argument("iid")
-@click.argument("role", type=click.Choice(ROLES))
+@click.argument("role", type=click.Choice(ROLES), metavar="ROLE")
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 @conf_option
 @set_option

@@ -43,6 +43,7 @@ class Setup:
     flip: str = "none"
     flip_settings: FlipSettings = FlipSettings()
     load_s: float = 0.1
+    stale_s: float = 1.0
     beat_s: float = 5.0
     stream_interval: int = 1 << 20
     stall_s: float = 600.0
@@ -82,6 +83,9 @@ def _problem(setup: Setup) -> str | None:
     capacity = setup.capacity()
     if capacity.max_batch >= capacity.chunk_tokens:
         return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step has room for prompts too"
+    if capacity.context > capacity.blocks * capacity.block_tokens:
+        held = capacity.blocks * capacity.block_tokens
+        return f"context must be at most {held}, the KV tokens of an instance, got {capacity.context}"
     least = blocks_for(capacity.chunk_tokens + capacity.block_tokens - 1, capacity.block_tokens)
     if 0 < setup.slots < least:
         return f"slots must be at least {least}, the blocks that one chunk may fill, got {setup.slots}"
@@ -98,7 +102,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("prefill", "decode", "mixed", "kv_tokens", "chunk_tokens", "context", "slots"), 0),
     "link_latency_s": 0,
     **dict.fromkeys(("block_tokens", "max_batch", "stream_interval"), 1),
-    **dict.fromkeys(("load_s", "beat_s", "stall_s"), 0.001),
+    **dict.fromkeys(("load_s", "stale_s", "beat_s", "stall_s"), 0.001),
 }
 
 

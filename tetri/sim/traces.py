@@ -13,6 +13,9 @@ from random import Random
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 _CLOCK = 19  # characters of "2023-11-16 18:15:46"
+LONGEST = 10_000_000  # tokens of a prompt or an output
+MOST = 100_000_000  # requests of one run
+LAST_S = 1e9  # no request comes later: 30 years
 
 
 class TraceError(ValueError):
@@ -39,10 +42,15 @@ def replayed(path: str | Path, speedup: float = 1.0, requests: int = 0) -> Itera
     TraceError, with the number of a line that is wrong."""
     if not (math.isfinite(speedup) and speedup > 0):
         raise TraceError(f"the speedup must be above 0, got {speedup:g}")
-    if requests < 0:
-        raise TraceError(f"the number of requests must be at least 1, got {requests}")
+    if requests:
+        _check_number(requests)
     endless = _repeated(Path(path), speedup)
     return islice(endless, requests) if requests else _lines(Path(path), speedup)
+
+
+def _check_number(requests: int) -> None:
+    if not 1 <= requests <= MOST:
+        raise TraceError(f"the number of requests must be at least 1 and at most {MOST}, got {requests}")
 
 
 def _repeated(path: Path, speedup: float) -> Iterator[Arrival]:
@@ -58,17 +66,21 @@ def _repeated(path: Path, speedup: float) -> Iterator[Arrival]:
 def _lines(path: Path, speedup: float) -> Iterator[Arrival]:
     first = last = None
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
             if next(rows, None) != HEADER:
                 raise TraceError(f"{path}:1: the first line must be {','.join(HEADER)}")
             for row in rows:
+                if not row:
+                    continue  # an empty line, as editors leave one at the end
                 where = f"{path}:{rows.line_num}"
                 when, prompt, output = _parsed(row, where)
                 first = when if first is None else first
                 if last is not None and when < last:
                     raise TraceError(f"{where}: {row[0]} lies before the line before it")
                 last = when
+                if (when - first) / speedup > LAST_S:
+                    raise TraceError(f"{where}: {(when - first) / speedup:g} s after the first: give more speedup")
                 yield Arrival((when - first) / speedup, prompt, output)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
@@ -83,18 +95,20 @@ def _parsed(row: list[str], where: str) -> tuple[float, int, int]:
     try:
         when, prompt, output = row
         tokens = int(prompt), int(output)
-        if min(tokens) < 1:
+        if min(tokens) < 1 or max(tokens) > LONGEST:
             raise ValueError
         return _seconds(when), *tokens
     except ValueError:
         shown = ",".join(row)
         shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
-        raise TraceError(f"{where}: must be a time and two numbers of tokens from 1 on, got {shown!r}") from None
+        wanted = f"a time and two numbers of tokens from 1 to {LONGEST}"
+        raise TraceError(f"{where}: must be {wanted}, got {shown!r}") from None
 
 
 def _seconds(text: str) -> float:
-    """Of "2023-11-16 18:15:46.6805900", with as many digits as there are."""
-    fraction = text[_CLOCK:]
+    """Of "2023-11-16 18:15:46.6805900", with as many digits as there are, or with "+00:00" behind it (Azure's traces
+    of 2024)."""
+    fraction = text[_CLOCK:].removesuffix("+00:00")
     if fraction and not (fraction[0] == "." and fraction[1:].isdigit()):
         raise ValueError(text)
     whole = datetime.fromisoformat(text[:_CLOCK]) - datetime(2000, 1, 1)
@@ -106,8 +120,8 @@ def _seconds(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A distribution of lengths in tokens, at least 1: always `a`, uniform from `a` to `b`, or lognormal with median
-    `a` and standard deviation `b` of the logarithm."""
+    """A distribution of lengths in tokens: always `a`, uniform from `a` to `b`, or lognormal with median `a` and
+    standard deviation `b` of the logarithm, cut to 1 and `LONGEST`."""
 
     kind: str
     a: float
@@ -120,8 +134,8 @@ class Lengths:
             made = cls._read(text)
         except ValueError:
             made = None
-        if made is None or not (made.a >= 1 and math.isfinite(made.a) and 0 <= made.b < math.inf):
-            raise TraceError(f"lengths are N, LOW-HIGH or lognormal:MEDIAN:SIGMA, from 1 on, got {text!r}")
+        if made is None or not (1 <= made.a <= LONGEST and 0 <= made.b <= LONGEST):
+            raise TraceError(f"lengths are N, LOW-HIGH or lognormal:MEDIAN:SIGMA, from 1 to {LONGEST}, got {text!r}")
         return made
 
     @classmethod
@@ -137,7 +151,8 @@ class Lengths:
         if self.kind == "uniform":
             return rng.randint(int(self.a), int(self.b))
         if self.kind == "lognormal":
-            return max(1, round(rng.lognormvariate(math.log(self.a), self.b)))
+            logarithm = rng.normalvariate(math.log(self.a), self.b)
+            return max(1, round(math.exp(min(logarithm, math.log(LONGEST)))))
         return int(self.a)
 
 
@@ -146,12 +161,13 @@ def drawn(
 ) -> Iterator[Arrival]:
     """So many requests. `rate` 0: all at time 0 (a closed batch); else `rate` a second, the times between them
     gamma-distributed with the coefficient of variation `burstiness` (1: a Poisson process). Raises TraceError."""
-    if requests < 1:
-        raise TraceError(f"the number of requests must be at least 1, got {requests}")
+    _check_number(requests)
     if not (math.isfinite(rate) and rate >= 0):
         raise TraceError(f"the rate must be at least 0 requests a second, got {rate:g}")
-    if not (math.isfinite(burstiness) and burstiness > 0):
-        raise TraceError(f"the burstiness must be above 0, got {burstiness:g}")
+    if 0 < rate * LAST_S < requests:
+        raise TraceError(f"at a rate of {rate:g} a second {requests} requests take more than {LAST_S:g} s")
+    if not 0.01 <= burstiness <= 100:
+        raise TraceError(f"the burstiness must be from 0.01 to 100, got {burstiness:g}")
     return _drawn(requests, prompt, output, Random(f"requests {seed}"), rate, burstiness)
 
 

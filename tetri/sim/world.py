@@ -88,7 +88,9 @@ class World:
 
     def _monitor(self) -> MonitorNode:
         setup = self.setup
-        core = Monitor(setup.flip, setup.flip_settings, self.rng.getrandbits(62), setup.load_s, self.kernel.now)
+        epoch, now = self.rng.getrandbits(62), self.kernel.now
+        gone_s = UNBOUNDED  # as dead_s: else a step of seconds had others take the role of who computes it
+        core = Monitor(setup.flip, setup.flip_settings, epoch, setup.load_s, now, setup.stale_s, gone_s)
         node = MonitorNode(self.kernel, core, self._port(MONITOR))
         self.wiring.processes[MONITOR] = node
         self.wiring.subscribers[MONITOR] = [self.broker]
