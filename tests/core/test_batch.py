@@ -152,7 +152,7 @@ def asked(monkeypatch):
 
 
 def test_the_policy_sees_the_batch_with_its_predicted_ends(asked):
-    told = start(capacity=LARGE, rules=Rules(admit="asked"), reserve_share=1.0)
+    told = start(capacity=LARGE, rules=Rules(admit="asked", admit_end="low"), reserve_share=1.0)
     told.land("a", sampling=LONG, length=LengthRange(low=5, high=9))
     run(told, 1)
     land_beside(told, "b", 2, prompt=4)

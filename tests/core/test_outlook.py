@@ -53,9 +53,9 @@ def test_what_comes_and_goes_is_counted():
     [
         ({"dispatch_end": "low", "admit_end": "high"}, (10, 20), (10, 19)),
         ({"dispatch_end": "middle", "admit_end": "low"}, (10, 20), (14, 10)),
-        ({}, (30, 90), (40, 30)),  # no more than max_tokens
-        ({}, (None, None), (40, 1)),  # not predicted
-        ({"dispatch_end": "low"}, (0, 9), (8, 1)),  # two tokens at least: the first, and one that is decoded
+        ({"admit_end": "low"}, (30, 90), (40, 30)),  # no more than max_tokens
+        ({}, (None, None), (40, 40)),  # not predicted
+        ({"dispatch_end": "low", "admit_end": "low"}, (0, 9), (8, 1)),  # at least two: the first, and one decoded
     ],
 )
 def test_the_ends_of_the_range_that_the_rules_name(rules, length, ends):

@@ -6,7 +6,8 @@ Memory is counted in KV blocks, each request's rounded up. A waiting request's o
 were given to it when its prefill instance was granted the place, so that admission decides on growth alone. Before
 its turn they are in nobody's reckoning, neither free nor to come free.
 
-`end` of a request is its predicted end by `Rules.admit_end`: the paper uses the low end.
+`end` of a request is its predicted end by `Rules.admit_end`. The paper uses the low end; the default is the high one,
+which most requests do not pass.
 """
 
 from __future__ import annotations

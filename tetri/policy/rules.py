@@ -83,7 +83,7 @@ class Rules:
 
     sched_batch         prompts that are ordered together (paper, section 3.3.1: PrefillSchedBatch)
     dispatch_end        end of the predicted range that the dispatcher reckons with: low, middle or high
-    admit_end           the same for decode admission
+    admit_end           the same for decode admission (the paper: low)
     heavy_tokens        a decode that is predicted to write more than so many tokens is heavy (paper, section 5.1)
     length_granularity  tokens of one predicted range
     length_accuracy     of `noisy`: how often its range is the right one
@@ -99,7 +99,7 @@ class Rules:
     length: str = "none"
     sched_batch: int = 16
     dispatch_end: str = "high"
-    admit_end: str = "low"
+    admit_end: str = "high"
     heavy_tokens: int = 128
     length_granularity: int = 200
     length_accuracy: float = 0.749
