@@ -28,6 +28,7 @@ class Faults:
     cancels: float = 0.0  # of each request, in all
     flips: float = 0.0  # asked for by hand
     monitor_kills: float = 0.0
+    mute: float = 0.0  # of each prediction: it never comes
 
     @classmethod
     def some(cls, seed: int) -> Faults:
@@ -49,6 +50,7 @@ class Faults:
             cancels=chance(0.1, 0.4),
             flips=chance(3.0, 15.0),
             monitor_kills=chance(1.0, 3.0),
+            mute=chance(0.2, 1.0),
         )
 
 
@@ -108,4 +110,5 @@ def _rules(rng: Random) -> Rules:
         dispatch_end=rng.choice(("low", "middle", "high")),
         admit_end=rng.choice(("low", "middle", "high")),
         heavy_tokens=8,
+        length_wait_s=rng.choice((0.03, 0.2)),
     )

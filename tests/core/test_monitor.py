@@ -243,7 +243,7 @@ def test_when_the_last_of_a_role_is_gone_somebody_takes_it_over():
 
 def test_who_is_there_first_does_not_take_both_roles():
     told = monitor("none", now=100.0, gone_s=5.0)
-    assert live(told, 59.5, report("d0", "decode")) == []  # the other's engine may take so long to start
+    assert live(told, 44.5, report("d0", "decode")) == []  # the other's engine may take so long to start
     assert live(told, 0.5, report("d0", "decode")) == [("d0", "mixed")]
 
 

@@ -111,7 +111,7 @@ class WorkerNode(Node):
         self.world.at(self.busy_until, finished)
 
     def predict(self, wanted: Predict) -> LengthKnown | None:
-        """Sometimes nobody can say, sometimes it is far off, sometimes it takes a while."""
+        """Sometimes nobody can say, sometimes it is far off, sometimes it takes a while, or for ever."""
         rng, life = self.world.rng, self.life
         low = max(0, wanted.sampling.max_tokens + rng.randint(-8, 4))
         known = LengthKnown(wanted.key, rng.choice((None, LengthRange(low=low, high=low + rng.randint(1, 8)))))
@@ -122,7 +122,8 @@ class WorkerNode(Node):
             if life == self.life:
                 self.receive(known)
 
-        self.world.after(rng.uniform(0.0, 0.05), later)
+        if not self.world.happens(self.world.faults.mute):
+            self.world.after(rng.uniform(0.0, 0.05), later)
         return None
 
 

@@ -22,7 +22,9 @@ from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, Load, LoadReport
 
 VIEW = "view"
-START_S = 60.0  # an engine with a model may take so long to start: a role that nobody has had yet is not missed before
+# An engine with a model may take so long to start: a role that nobody has had yet is not missed before. But a monitor
+# that was restarted has not seen who had it, and requests wait for it no longer than a minute (`patience_s`).
+START_S = 45.0
 LOW = 0.1  # share of time computed under which an instance counts as hardly loaded (paper, section 3.5)
 WINDOW_S = 5.0  # that share is smoothed over so long: a step now and then is a low load, not a high one
 
