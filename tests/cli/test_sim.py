@@ -120,6 +120,8 @@ def test_a_plot_without_matplotlib_is_an_error_before_the_work(run, tmp_path, mo
         (["--flip", "never"], "unknown flip 'never'; known: none"),
         (["--transfer", "never"], "unknown transfer 'never'"),
         (["--system", "never"], "'never' is not one of 'tetri', 'coupled16', 'coupled'"),
+        (["--system", "coupled", "--policy", "order=sjf"], "schedules as vLLM does: leave out --policy"),
+        (["--system", "coupled", "--deadline", "3"], "leave out --deadline"),
         (["--policy", "order=x"], 'policy.order: must be one of: fcfs, sjf, ljf, ageing, deadline, got "x"'),
         (["--policy", "ordre=sjf"], "policy.ordre: unknown key; allowed: prefill_route"),
         (["--policy", "order"], "--policy 'order': write key=value"),

@@ -20,7 +20,7 @@ def test_every_instance_is_a_replica(system):
     assert first.jct_s == pytest.approx(first.ttft_s + 4 * 0.02)
     assert first.tpot_s == pytest.approx(0.02)
     assert result.end_s == first.jct_s
-    assert result.counters == {"preempted": 0, "refused": 0, "prefill_tokens": 300, "decode_tokens": 4}
+    assert result.counters == {"preempted": 0, "refused": 0, "steps": 6, "prefill_tokens": 300, "decode_tokens": 4}
     assert result.instances["c0"].busy_s == {"mixed": pytest.approx(first.jct_s)}
 
 

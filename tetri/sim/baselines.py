@@ -14,6 +14,7 @@ from tetri.sim.traces import Arrival
 from tetri.sim.workloads import load
 
 TODAY = Limits(slots=256, step_tokens=2048, kv_tokens=0)  # vLLM V1's defaults when it serves
+COUNTED = ("steps", "prefill_tokens", "decode_tokens")
 SYSTEMS = ("coupled16", "coupled")  # the paper's baseline, with 16 slots; vLLM's defaults of today
 
 
@@ -45,7 +46,7 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> Result:
     counters = {
         "preempted": sum(job.preempted for job in made.jobs),
         "refused": len(outcomes) - len(open_ones),
-        **{name: sum(getattr(use, name) for use in instances.values()) for name in ("prefill_tokens", "decode_tokens")},
+        **{name: sum(getattr(use, name) for use in instances.values()) for name in COUNTED},
     }
     return Result(outcomes, instances, counters, max((job.end_s for job in made.jobs), default=0.0))
 
@@ -74,6 +75,7 @@ def _use(made: coupled.Outcome, place: int, spans: bool) -> Use:
     for start, stop in made.busy[place]:
         use.add(start, stop, "mixed")
     jobs = [job for job in made.jobs if job.replica == place]
+    use.steps = made.passes[place]
     use.prefill_tokens = sum(job.prompt for job in jobs)
     use.decode_tokens = sum(job.output - 1 for job in jobs)
     use.preempted = sum(job.preempted for job in jobs)

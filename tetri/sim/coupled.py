@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(slots=True)
 class Replica:
-    """One coupled engine. `busy`: its spans of work (start, stop)."""
+    """One coupled engine. `busy`: its spans of work (start, stop); `passes`: its forward passes."""
 
     rule: str
     limits: Limits
@@ -57,12 +57,13 @@ class Replica:
     join_s: float = 0.0
     now: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
+    passes: int = 0
     _waiting: deque[Job] = field(default_factory=deque)
     _started: Job | None = None
     _decoding: dict[str, Job] = field(default_factory=dict)  # the oldest first
     _ends: list[tuple[int, str]] = field(default_factory=list)  # a heap: the step at which a job ends
     _keys: int = 0
-    _steps: int = 0
+    _steps: int = 0  # with decodes
     _context: int = 0  # tokens of KV of all that decode
     _reserved: int = 0  # tokens of KV of the prompts whose prefill is not over
 
@@ -125,7 +126,7 @@ class Replica:
     def _step(self, plan: Iteration) -> None:
         """One iteration with prompts in it, beside the decodes or instead of them."""
         batch = len(self._decoding) if plan.decode else 0
-        self._spend(self.cost.step_s(plan.spans, batch, self._context) + self.join_s)
+        self._spend(self.cost.step_s(plan.spans, batch, self._context) + self.join_s, 1)
         if batch:
             self._decoded(1)
         for span in plan.spans:
@@ -169,7 +170,7 @@ class Replica:
         if until < inf:
             took = self.cost.decode_run_s
             most = bisect_left(range(1, most), until - self.now, key=lambda n: took(batch, self._context, n)) + 1
-        self._spend(self.cost.decode_run_s(batch, self._context, most))
+        self._spend(self.cost.decode_run_s(batch, self._context, most), most)
         self._decoded(most)
 
     def _decoded(self, steps: int) -> None:
@@ -182,7 +183,8 @@ class Replica:
                 self._context -= self._tokens(job)
                 job.made, job.end_s = job.output, self.now
 
-    def _spend(self, seconds: float) -> None:
+    def _spend(self, seconds: float, passes: int) -> None:
+        self.passes += passes
         start, self.now = self.now, self.now + seconds
         if self.busy and self.busy[-1][1] == start:
             start = self.busy.pop()[0]
@@ -191,10 +193,12 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What happened: the requests in order of arrival, and when each replica worked."""
+    """What happened: the requests in order of arrival, and of each replica when it worked and in how many forward
+    passes."""
 
     jobs: tuple[Job, ...]
     busy: tuple[tuple[tuple[float, float], ...], ...]
+    passes: tuple[int, ...]
 
 
 def run(
@@ -214,7 +218,9 @@ def run(
         engines[job.replica].add(job)
     for engine in engines:
         engine.advance(inf)
-    return Outcome(tuple(jobs), tuple(tuple(engine.busy) for engine in engines))
+    return Outcome(
+        tuple(jobs), tuple(tuple(engine.busy) for engine in engines), tuple(engine.passes for engine in engines)
+    )
 
 
 def _check(arrival: Arrival, limits: Limits, jobs: Sequence[Job]) -> None:
