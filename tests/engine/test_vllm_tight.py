@@ -43,7 +43,8 @@ def test_preempted_decodes_come_back_beside_prompts(prompts, reference, capsys) 
     receipts = [result.receipt for result in results]
     again = [receipt for receipt in receipts if receipt.preempted]
     with capsys.disabled():
-        print(f" {equal} of {len(chosen)} equal, {len(again)} preempted, {len(unfinished)} steps too short for that, {len(both)} with prompts", end="")
+        print(f" {equal} of {len(chosen)} equal, {len(again)} preempted,", end="")
+        print(f" {len(unfinished)} steps too short for that, {len(both)} with prompts", end="")
     assert both and len(unfinished) >= 2, "one step was always enough"
     assert all(receipt.attempts == 1 and receipt.adopted == receipt.prompt_tokens for receipt in receipts)
     assert len(again) >= 2 and all(receipt.recomputed >= receipt.prompt_tokens for receipt in again)

@@ -58,8 +58,8 @@ class EmulatedEngine:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
         if capacity.chunk_tokens <= capacity.max_batch:
             raise EngineError(
-                f"chunk_tokens ({capacity.chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
-                f"({capacity.max_batch}), or a full batch would leave nothing for prefill"
+                f"chunk_tokens ({capacity.chunk_tokens}) is the token budget of a step: it must be larger than "
+                f"max_batch ({capacity.max_batch}), or a full batch would leave nothing for prefill"
             )
         self.paged = Paged(capacity, cost)
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
