@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 
 import pytest
-from live import LiveCluster
+from live import LiveCluster, wait_until
 from traffic import Pressure
+
+from tetri.client import Failed
 
 ALONE = "worker=[{iid='m0', role='mixed'}]"
 PAIR = "worker=[{iid='p0', role='prefill'}, {iid='m0', role='mixed'}]"
@@ -48,3 +50,15 @@ def test_a_stream_interval_sends_fewer_and_longer_messages() -> None:
         assert stream.result is not None and len(stream.result.token_ids) == 100
         assert "".join(pieces) == stream.result.text
         assert 2 < len(pieces) <= 12  # of a hundred
+
+
+def test_a_prompt_too_long_for_one_mixed_worker_gets_a_clear_error_and_stops_nobody() -> None:
+    """44 blocks: more than half of the memory, and more than the store has slots. No setting of the client helps."""
+    small = ["emulated.blocks=64", "emulated.context=1024", "engine.chunk_tokens=256", "transfer.slab_blocks=20"]
+    with LiveCluster(overrides=[ALONE, *small, "cluster.patience_s=2.5"]) as cluster:
+        stream = cluster.client().stream([7] * 700, max_tokens=20)
+        wait_until(lambda: cluster.instances()["m0"]["held"] == 1, "it does not come")
+        assert cluster.client().generate([8] * 400, max_tokens=20).finish_reason == "length"
+        with pytest.raises(Failed, match="44 KV blocks, .* set transfer.slab_blocks to 44 at least"):
+            stream.wait()
+        cluster.wait_idle()
