@@ -36,11 +36,11 @@ def test_reserve_static_is_behind_reserve_dynamic():
     assert measured("reserve_static")[0] > 1.04 * measured("reserve_dynamic")[0]
 
 
-def test_what_a_seed_draws_is_the_same_for_all_policies_and_times_are_divided(tmp_path):
+def test_what_a_seed_draws_is_the_same_for_all_policies_and_comes_at_the_rate(tmp_path):
     trace = tmp_path / "trace.csv"
     lines = [f"2024-01-01 00:00:{second:02},{100 + second},{7 + second}" for second in range(40)]
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]) + "\n")
-    load = Load(4000, 10, str(trace), speedup=0.5)
+    load = Load(4000, 10, str(trace), rate=0.5)
     window, longest = admission.arrivals_of(load, 3)
     assert window == admission.arrivals_of(load, 3)[0] and longest == 139 + 46
     assert [each.at_s for each in window] == [2.0 * step for step in range(10)]
@@ -54,8 +54,8 @@ def test_the_first_load_that_binds_is_taken():
     assert capacities == sorted(capacities, reverse=True) and capacities[0] == 2 * 39_000
     halves = loads_for("paper", 0.5, loads[3], "", 0)
     assert [load.kv_tokens for load in halves] == [loads[3].kv_tokens // 2]
-    speeds = [load.speedup for load in loads_for("trace", 2.0, None, "file", 50)]
-    assert speeds == sorted(speeds) and speeds[-1] > 5
+    rates = [load.rate for load in loads_for("trace", 2.0, None, "file", 50)]
+    assert rates == sorted(rates) and rates[-1] > 5
 
     def mapped(_, jobs):
         return [admission.Run(1.0, 1.0, 0.0 if load.kv_tokens > 40_000 else 0.07, 1.0) for load, *_ in jobs]
