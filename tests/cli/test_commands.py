@@ -123,6 +123,7 @@ def test_a_request_that_fails(run, broker, reply, status, says):
     ("arguments", "says"),
     [
         (["submit"], "Missing argument"),
+        (["flip", "d0"], "Missing argument 'ROLE'. Choose from: prefill, decode, mixed"),
         (["submit", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["submit", "x", "--max-tokens", "many"], "not a valid integer"),
         (["submit", "x", "--json", "--stream"], "exclude each other"),

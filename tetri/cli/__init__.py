@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = USAGE
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "tetri-cli"
-        status = _failed(f"{error.format_message().rstrip('.')} (see {where} --help)", USAGE)
+        message = " ".join(error.format_message().split()).rstrip(".")  # click lists choices in lines of their own
+        status = _failed(f"{message} (see {where} --help)", USAGE)
     except click.ClickException as error:
         status = _failed(error.format_message(), USAGE)
     except (ConfigError, ModelError, BadRequest) as error:
