@@ -98,6 +98,9 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 except EngineError as error:
                     return LegRejected(leg.key, str(error))
                 self.legs[leg.key] = None
+                if leg.phase == "decode":  # what an offer of other tokens was told of does not count
+                    _, rid, attempt, *_ = leg.key.split(":")
+                    self.told.pop((rid, int(attempt)), None)
             case CancelLeg(key):
                 self.engine.cancel(key)
                 self.legs.pop(key, None)
