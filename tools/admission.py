@@ -38,8 +38,7 @@ from tetri.sim.world import World
 COST = "v100-opt13b"
 CLOSED = 256  # requests of Figure 18
 FEEDERS = {"paper": 8, "trace": 2}  # prefill instances
-GRID = 2**0.25  # from one capacity, or rate, that is tried to the next
-TRIES = 24
+GRID, TRIES = 2**0.25, 24  # from one capacity, or rate, that is tried to the next; how many are
 SLOWEST = 0.9  # requests a second of the trace that are tried first
 #: Student's t, two-sided 95 %, by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -60,7 +59,8 @@ RIVALS = ("greedy", "reserve_dynamic")
 @dataclass(frozen=True, slots=True)
 class Load:
     """What a decode instance with `kv_tokens` is given. A `trace` is a file, of which `requests` in a row are taken,
-    the times between them all stretched alike, so that `rate` come a second; none: the closed batch."""
+    the times between them all stretched alike, so that `rate` average ones come a second: one that takes twice as
+    much `occupancy` as the trace's mean counts twice. None: the closed batch."""
 
     kv_tokens: int
     requests: int = CLOSED
@@ -91,9 +91,6 @@ class Interval:
     high: float
 
 
-# ---------------------------------------------------------------- one run
-
-
 def arrivals_of(load: Load, seed: int) -> tuple[list[Arrival], int]:
     """The requests, and the longest context that any may have."""
     if not load.trace:
@@ -105,9 +102,15 @@ def arrivals_of(load: Load, seed: int) -> tuple[list[Arrival], int]:
     start, lasts = window[0].at_s, window[-1].at_s - window[0].at_s
     if lasts <= 0:
         raise TraceError(f"{load.requests} requests of {load.trace} come at the same time: take more")
-    stretch = (load.requests - 1) / load.rate / lasts
+    heavier = fmean(map(occupancy, window)) / fmean(map(occupancy, whole))
+    stretch = (load.requests - 1) * heavier / load.rate / lasts
     longest = max(each.prompt + each.output for each in whole)
     return [Arrival((each.at_s - start) * stretch, each.prompt, each.output) for each in window], longest
+
+
+def occupancy(arrival: Arrival) -> float:
+    """What it takes of a decode instance's memory: tokens of KV x steps for which it has them."""
+    return arrival.output * (arrival.prompt + arrival.output / 2)
 
 
 @cache
@@ -141,13 +144,11 @@ def run(load: Load, reserve_share: float, rules: Rules, seed: int) -> Run:
     return Run(fmean(times), percentile(times, 0.99), preempted, result.end_s)
 
 
-# ---------------------------------------------------------------- many
+Job = tuple[Load, float, Rules, int]  # the arguments of `run`
+Mapped = Callable[[Callable[[Job], Run], Iterable[Job]], Any]
 
 
-Mapped = Callable[[Callable[[tuple[Load, float, Rules, int]], Run], Iterable[tuple[Load, float, Rules, int]]], Any]
-
-
-def _one(job: tuple[Load, float, Rules, int]) -> Run:
+def _one(job: Job) -> Run:
     return run(*job)
 
 
@@ -289,11 +290,9 @@ def table(point: dict[str, Any]) -> str:
     ]
     for name, row in point["systems"].items():
         jct = row["jct_mean"]
-        lines.append(
-            f"{name:22}{jct['mean']:12.2f}{jct['low']:10.2f} -{jct['high']:6.2f}"
-            f"{row['jct_over']['greedy']['mean']:13.3f}{row['jct_p99']:8.1f}{row['preempted']:11.2%}"
-            f"{row['makespan_s']:10.1f}"
-        )
+        more = f"{row['jct_over']['greedy']['mean']:13.3f}{row['jct_p99']:8.1f}{row['preempted']:11.2%}"
+        spread = f"{jct['mean']:12.2f}{jct['low']:10.2f} -{jct['high']:6.2f}"
+        lines.append(f"{name:22}{spread}{more}{row['makespan_s']:10.1f}")
     return "\n".join([*lines, "targets: " + json.dumps(point["targets"])])
 
 
