@@ -51,8 +51,8 @@ def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -
     assert sorted(took)[len(took) // 4] < 0.010
 
 
-def test_roles_are_swapped_twice_under_load(cluster, prompts, float32, capsys) -> None:
-    """Three requests are open at any time. A flip waits for the step that its instance is in, and for no request."""
+def test_roles_are_swapped_four_times_under_load(cluster, prompts, float32, capsys) -> None:
+    """Twelve flips; three requests are open at any time. A flip waits for the step that its instance is in, and for no request."""
     chosen = sorted(prompts, key=len)[3:39:2]
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
     texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in chosen]
@@ -63,15 +63,15 @@ def test_roles_are_swapped_twice_under_load(cluster, prompts, float32, capsys) -
         for index in waiting:
             results[index] = await client.generate(chosen[index], max_tokens=TOKENS, ignore_eos=True)
 
-    def swap_twice() -> None:
-        for wanted, flips in ((2, THERE), (len(chosen) // 2, BACK)):
+    def swap() -> None:
+        for wanted, flips in ((2, THERE), (5, BACK), (9, THERE), (12, BACK)):
             wait_until(lambda wanted=wanted: len(results) >= wanted, "no answers", 120)
             took.extend(flip(cluster, iid, role)["took_s"] for iid, role in flips)
 
     async def run() -> None:
         waiting = iter(range(len(chosen)))
         async with AsyncClient(cluster.config.clients_address, timeout=240) as client:
-            await asyncio.gather(asyncio.to_thread(swap_twice), *(caller(client, waiting) for _ in range(3)))
+            await asyncio.gather(asyncio.to_thread(swap), *(caller(client, waiting) for _ in range(3)))
 
     asyncio.run(run())
     equal = 0
