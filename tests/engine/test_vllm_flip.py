@@ -52,7 +52,8 @@ def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -
 
 
 def test_roles_are_swapped_four_times_under_load(cluster, prompts, float32, capsys) -> None:
-    """Twelve flips; three requests are open at any time. A flip waits for the step that its instance is in, and for no request."""
+    """Twelve flips; three requests are open at any time. A flip waits for the step that its instance is in, and for no
+    request."""
     chosen = sorted(prompts, key=len)[3:39:2]
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
     texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in chosen]
