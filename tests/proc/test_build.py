@@ -52,5 +52,5 @@ def test_without_a_table_longer_prompts_and_larger_batches_still_count_as_more()
 
 def test_a_monitor_is_made_from_the_configuration():
     start = start_of(load(EMULATED, ["monitor.flip=idle", "monitor.load_ms=250", "monitor.stale_s=2"]))
-    assert (start.flip, start.load_s, start.stale_s, start.gone_s) == ("idle", 0.25, 2.0, 5.0)
+    assert (start.flip, start.load_s, start.stale_s, start.gone_s) == ("idle", 0.25, 2.0, 20.0)
     assert start.core().load_s == 0.25

@@ -104,7 +104,7 @@ class Monitor:
 
     load_ms: int = number(100, 1, 1000)
     stale_s: float = number(1.0, 0.01, 3600)  # a load that is older says less than nothing: the watcher waits
-    gone_s: float = number(5.0, 0.01, 3600)  # an instance without a report for so long leaves the view
+    gone_s: float = number(20.0, 0.01, 3600)  # silent for so long it leaves the view; as dead_s, longer than any step
     flip: str = choice("none", *TABLES["flip"])
     idle_s: float = number(_FLIP.idle_s, 0, 86400)
     low_s: float = number(_FLIP.low_s, 0, 86400)
