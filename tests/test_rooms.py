@@ -70,7 +70,7 @@ INSIDE_FUNCTIONS = {  # slow to import, or not always installed
 # Time, chance and the world come in from outside: all of the standard library that decisions may use.
 PURE = {"core", "policy", "client/conversation", "engine/paged", "engine/plan"}
 PURE_LIBRARY = {
-    *("__future__", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
+    *("__future__", "abc", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
     *("bisect", "heapq", "math", "random"),  # of random: the class, to be given a seeded one
 }
 

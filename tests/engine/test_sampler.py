@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from tetri.engine.vllm_sampler import (  # noqa: E402
+from tetri.engine.vllm_sampler import (
     RowSampler,
     candidates,
     draw,

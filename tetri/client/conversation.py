@@ -6,6 +6,7 @@ while, Attach from the next token that is missing. Nothing relies on one message
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Patience:
     resend_s: float = 1.0
 
 
-class Call:
+class Call(ABC):
     """One question that is asked until it is answered."""
 
     doubt = "is it up?"  # when nobody answers
@@ -37,13 +38,13 @@ class Call:
         self._unanswered: float | None = None  # since when the present question is
         self._next = now  # when to ask (again)
 
+    @abstractmethod
     def question(self) -> bytes:
         """The frame that asks it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, reply: dict[str, Any], now: float) -> bool:
         """Whether this reply was for this call."""
-        raise NotImplementedError
 
     def deadline(self) -> float:
         given_up = self._next if self._unanswered is None else self._unanswered + self._patience.timeout

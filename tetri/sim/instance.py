@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from random import Random
 from typing import Any
 
-from tetri.core.actions import LengthKnown, Predict, Publish
+from tetri.core.actions import Action, LengthKnown, Predict, Publish
 from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.engine.paged import Paged
@@ -98,11 +98,13 @@ class WorkerNode(Node):
         self._started = 0.0
         self._ends = (0.0, 0)  # the run's end, and its number of passes
         self._cut = False  # it ends with the pass under way, whatever else arrives
-        hands = WorkerHands(
+        self.hands = WorkerHands(
             core, lambda: kernel.now, self.engine, self.memory, port, self.step, self.predictor.predict
         )
-        hands.table[Publish] = self.publish
-        self.carry_out = hands.carry_out  # type: ignore[method-assign]
+        self.hands.table[Publish] = self.publish
+
+    def carry_out(self, actions: Sequence[Action]) -> None:
+        self.hands.carry_out(actions)
 
     # ------------------------------------------------------------ the loop
 

@@ -3,6 +3,7 @@ tetri/net/loop.py, and what of tetri/proc/ stands around it. A worker's is in in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ class Core(Protocol):
     def check(self) -> None: ...
 
 
-class Node:
+class Node(ABC):
     """A process. What arrives at one moment is read in one turn; then comes `tick`, and the loop sleeps until
     something arrives or the core's deadline."""
 
@@ -34,8 +35,8 @@ class Node:
         self._turn_set = False  # a turn comes at this very time
         self._alarm = inf  # when the loop wakes by itself
 
-    def carry_out(self, actions: Sequence[Action]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def carry_out(self, actions: Sequence[Action]) -> None: ...
 
     def receive(self, event: Any) -> None:
         self.inbox.append(event)
