@@ -5,20 +5,33 @@ from typing import get_args
 import pytest
 
 from tetri.core import actions as said
-from tetri.core.actions import AddLeg, AdmitLeg, Adopt, Adopted, Export, Exported, LegRejected, Publish, Send, Step
+from tetri.core.actions import (
+    AddLeg,
+    AdmitLeg,
+    Adopt,
+    Adopted,
+    Export,
+    Exported,
+    Freed,
+    LegRejected,
+    Publish,
+    Send,
+    Step,
+)
 from tetri.engine.base import EngineError
 from tetri.hands import Copies, WorkerHands
-from tetri.kv.base import KVCorrupt, KVLost
+from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Taken, Wanted
 from tetri.leg import Leg, StepDone
-from tetri.request import LengthRange, Sampling
+from tetri.request import LengthRange, Reach, Sampling
 from tetri.wire.messages import Handle
 
 LEG = Leg("k", "prefill", (1, 2), 2, Sampling())
 HANDLE = Handle(segment="s", slots=[0], generations=[0], block_bytes=8)
+REACH = Reach(paths=["shm"], host="h", process=1, segment="s")
 FROM_A_WORKER = {  # one of each kind
     Send: Send("peer", "message"),
     Publish: Publish("report"),
-    said.Connect: said.Connect("peer", "address"),
+    said.Connect: said.Connect("peer", "address", REACH),
     said.Disconnect: said.Disconnect("peer"),
     Step: Step(3),
     AddLeg: AddLeg(LEG),
@@ -27,9 +40,8 @@ FROM_A_WORKER = {  # one of each kind
     said.HoldLeg: said.HoldLeg("k", True),
     said.Predict: said.Predict("k", (1,), Sampling()),
     Export: Export("k", 0, 0, 1),
-    Adopt: Adopt("k", 0, 0, HANDLE, 5),
+    Adopt: Adopt("k", 0, 0, HANDLE, 5, "p", "shm"),
     said.Free: said.Free(HANDLE),
-    said.Forget: said.Forget("s"),
 }
 FROM_A_BROKER = {said.Reply, said.Word, said.Unword}
 
@@ -84,7 +96,9 @@ def test_each_action_is_one_call():
         ("send", "peer", "message"),
         ("publish", "report"),
         ("connect", "peer", "address"),
+        ("meet", "peer", REACH),
         ("disconnect", "peer"),
+        ("part", "peer"),
         ("step", 3),
         ("add", LEG),
         ("cancel", "k"),
@@ -94,9 +108,14 @@ def test_each_action_is_one_call():
         ("export", FROM_A_WORKER[Export]),
         ("adopt", FROM_A_WORKER[Adopt]),
         ("free", HANDLE),
-        ("forget", "s"),
     ]
     assert core.heard == []
+
+
+def test_no_kv_is_ever_read_from_a_broker():
+    did = Everything()
+    hands(Core(), did).carry_out([said.Connect("broker", "address")])
+    assert did.calls == [("connect", "broker", "address")]
 
 
 def test_what_the_core_says_to_a_result_comes_before_the_next_action():
@@ -122,46 +141,103 @@ def test_what_the_engine_cannot_run_comes_back_as_an_event(action):
 # ---------------------------------------------------------------- copies
 
 
-class Store:
-    def __init__(self, error=None):
-        self.error = error
+ADOPT = Adopt("k", 3, 1, HANDLE, 5, "p", "shm")
+WANTED = Wanted(("k", 3), "p", "shm", HANDLE, 5)
 
-    def put(self, count, write):
-        write([f"view {i}" for i in range(count)])
+
+class Store:
+    """Takes a chunk at once, or when `arrive` is called."""
+
+    def __init__(self, problem=None, *, at_once=True):
+        self.problem, self.at_once = problem, at_once
+        self.wanted, self.arrived, self.came_free = [], [], 0
+
+    def put(self, count, write, owner=""):
+        write([f"{owner}'s block {i}" for i in range(count)])
         return HANDLE, 99
 
-    def take(self, handle, digest):
-        if self.error is not None:
-            raise self.error
-        return [f"{handle.segment} {digest}"]
+    def take(self, wanted):
+        self.wanted.append(wanted)
+        return self._taken(wanted) if self.at_once else None
+
+    def _taken(self, wanted):
+        return Taken(wanted.ticket, () if self.problem else ("block",), self.problem)
+
+    def arrive(self):
+        self.arrived.append(self._taken(self.wanted[len(self.arrived)]))
+
+    def taken(self):
+        while self.arrived:
+            yield self.arrived.pop(0)
 
     def free(self, handle):
+        self.came_free += len(handle.slots)
+
+    def freed(self):
+        count, self.came_free = self.came_free, 0
+        return count
+
+    def meet(self, peer, reach):
         pass
 
-    def forget(self, segment):
+    def part(self, peer):
         pass
+
+    def due(self):
+        return None
+
+
+def copies(engine, store):
+    noted = []
+    return Copies(engine, store, lambda *told: noted.append(told)), noted
 
 
 def test_a_chunk_is_put_into_the_store_and_taken_out_of_it():
-    engine, noted = Everything(), []
-    copies = Copies(engine, Store(), lambda *told: noted.append(told))
-    assert copies.export(Export("k", 3, 1, 3)) == Exported("k", 3, 1, 3, HANDLE, 99)
-    assert copies.adopt(Adopt("k", 3, 1, HANDLE, 5)) == Adopted("k", 3)
-    assert engine.calls == [("export", "k", 1, 3, ["view 0", "view 1"]), ("adopt", "k", 1, ["s 5"])]
+    engine, store = Everything(), Store()
+    kv, noted = copies(engine, store)
+    assert kv.export(Export("k", 3, 1, 3)) == Exported("k", 3, 1, 3, HANDLE, 99)
+    assert kv.adopt(ADOPT) == Adopted("k", 3)
+    assert store.wanted == [WANTED]
+    assert engine.calls == [("export", "k", 1, 3, ["k's block 0", "k's block 1"]), ("adopt", "k", 1, ("block",))]
     assert noted == []
 
 
+def test_a_chunk_that_takes_time_is_adopted_when_it_has_come():
+    engine, store = Everything(), Store(at_once=False)
+    kv, noted = copies(engine, store)
+    assert kv.adopt(ADOPT) is None and [*kv.events()] == [] and engine.calls == []
+    store.arrive()
+    assert [*kv.events()] == [Adopted("k", 3)]
+    assert engine.calls == [("adopt", "k", 1, ("block",))]
+    assert [*kv.events()] == [] and noted == []
+
+
+def test_slots_are_told_when_they_are_free_be_it_later():
+    store = Store()
+    kv, _ = copies(Everything(), store)
+    assert kv.free(HANDLE) == Freed(1)
+    store.came_free = 3  # what another owner has let go
+    assert [*kv.events()] == [Freed(3)] and [*kv.events()] == []
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "later"])
 @pytest.mark.parametrize(
     ("store_error", "engine_error", "problem"),
     [
         (KVCorrupt("bad digest"), None, "corrupt"),
+        (KVForeign("of another slab"), None, "foreign"),
         (KVLost("slot reused"), None, "lost"),
         (None, EngineError("no such leg"), "lost"),
     ],
 )
-def test_what_goes_wrong_with_a_copy_is_said_and_noted(store_error, engine_error, problem):
-    noted = []
+def test_what_goes_wrong_with_a_copy_is_said_and_noted(store_error, engine_error, problem, at_once):
     engine = Everything({"adopt": engine_error} if engine_error else None)
-    copies = Copies(engine, Store(store_error), lambda *told: noted.append(told))
-    assert copies.adopt(Adopt("k", 3, 1, HANDLE, 5)) == Adopted("k", 3, problem)
+    store = Store(store_error, at_once=at_once)
+    kv, noted = copies(engine, store)
+    adopted = kv.adopt(ADOPT)
+    if not at_once:
+        assert adopted is None
+        store.arrive()
+        (adopted,) = kv.events()
+    assert adopted == Adopted("k", 3, problem)
     assert noted == [(store_error or engine_error, "k", 3)]

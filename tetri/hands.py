@@ -3,7 +3,7 @@ process, the simulator and the virtual cluster of the tests share. They differ i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from tetri.core.actions import (
@@ -17,8 +17,8 @@ from tetri.core.actions import (
     Disconnect,
     Export,
     Exported,
-    Forget,
     Free,
+    Freed,
     HoldLeg,
     LegRejected,
     LengthKnown,
@@ -29,8 +29,9 @@ from tetri.core.actions import (
     WorkerInput,
 )
 from tetri.engine.base import EngineError, Leg
-from tetri.kv.base import KVCorrupt, KVLost
+from tetri.kv.base import Block, KVCorrupt, KVForeign, KVStore, Taken, Wanted
 from tetri.leg import StepDone
+from tetri.request import Reach
 from tetri.wire.messages import Handle
 
 
@@ -57,9 +58,11 @@ class KV(Protocol):
 
     def adopt(self, action: Adopt) -> Adopted | None: ...
 
-    def free(self, handle: Handle) -> None: ...
+    def free(self, handle: Handle) -> Freed | None: ...
 
-    def forget(self, segment: str) -> None: ...
+    def meet(self, peer: str, reach: Reach) -> None: ...
+
+    def part(self, peer: str) -> None: ...
 
 
 class Network(Protocol):
@@ -100,9 +103,8 @@ class WorkerHands:
             Predict: predict,
             Publish: lambda do: network.publish(do.message),
             Free: lambda do: kv.free(do.handle),
-            Forget: lambda do: kv.forget(do.segment),
-            Connect: lambda do: network.connect(do.peer, do.address),
-            Disconnect: lambda do: network.disconnect(do.peer),
+            Connect: lambda do: self.meet(network, kv, do),
+            Disconnect: lambda do: self.part(network, kv, do),
         }
 
     def carry_out(self, actions: Sequence[Action]) -> None:
@@ -111,6 +113,17 @@ class WorkerHands:
             result = self.table[type(action)](action)
             if result is not None:
                 self.carry_out(self.core.handle(result, self.clock()))
+
+    @staticmethod
+    def meet(network: Network, kv: KV, action: Connect) -> None:
+        network.connect(action.peer, action.address)
+        if action.reach is not None:
+            kv.meet(action.peer, action.reach)
+
+    @staticmethod
+    def part(network: Network, kv: KV, action: Disconnect) -> None:
+        network.disconnect(action.peer)
+        kv.part(action.peer)
 
     def add(self, action: AddLeg) -> LegRejected | None:
         try:
@@ -130,41 +143,62 @@ class WorkerHands:
 class Blocks(Protocol):
     """The part of an engine that copies KV bytes."""
 
-    def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None: ...
+    def export(self, key: str, start: int, stop: int, into: Sequence[Block]) -> None: ...
 
-    def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None: ...
-
-
-class Store(Protocol):
-    """What of tetri.kv.base.KVStore is needed to hand KV over."""
-
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]: ...
-
-    def take(self, handle: Handle, digest: int | None) -> Sequence[memoryview]: ...
-
-    def free(self, handle: Handle) -> None: ...
-
-    def forget(self, segment: str) -> None: ...
+    def adopt(self, key: str, start: int, blocks: Sequence[Block]) -> None: ...
 
 
 class Copies:
-    """KV by copying bytes, at once. `note` hears what went wrong: the error, the leg's key, the chunk's index."""
+    """KV between an engine and a KV store. What comes over a path that takes time, and slots that come free later, are
+    told by `events`. `note` hears what went wrong: the error, the leg's key, the chunk's index."""
 
-    def __init__(self, engine: Blocks, store: Store, note: Callable[[Exception, str, int], None]) -> None:
+    def __init__(self, engine: Blocks, store: KVStore, note: Callable[[Exception, str, int], None]) -> None:
         self.engine, self.store, self.note = engine, store, note
-        self.free, self.forget = store.free, store.forget
+        self.meet, self.part, self.due = store.meet, store.part, store.due
+        self._starts: dict[tuple[str, int], int] = {}  # what is on its way -> the first block of the leg that it is
 
     def export(self, action: Export) -> Exported:
         key, start, stop = action.key, action.start, action.stop
-        handle, digest = self.store.put(stop - start, lambda into: self.engine.export(key, start, stop, into))
+
+        def write(into: Sequence[Block]) -> None:
+            self.engine.export(key, start, stop, into)
+
+        handle, digest = self.store.put(stop - start, write, key)
         return Exported(key, action.index, start, stop, handle, digest)
 
-    def adopt(self, action: Adopt) -> Adopted:
-        problem = None
+    def free(self, handle: Handle) -> Freed | None:
+        self.store.free(handle)
+        return self._freed()
+
+    def _freed(self) -> Freed | None:
+        slots = self.store.freed()
+        return Freed(slots) if slots else None
+
+    def adopt(self, action: Adopt) -> Adopted | None:
+        ticket = (action.key, action.index)
+        self._starts[ticket] = action.start
+        taken = self.store.take(Wanted(ticket, action.peer, action.path, action.handle, action.digest))
+        return None if taken is None else self._adopted(taken)
+
+    def _adopted(self, taken: Taken) -> Adopted:
+        key, index = taken.ticket
+        start, error = self._starts.pop(taken.ticket), taken.problem
         try:
-            blocks = self.store.take(action.handle, action.digest)
-            self.engine.adopt(action.key, action.start, blocks)
-        except (KVCorrupt, KVLost, EngineError) as error:
-            problem = "corrupt" if isinstance(error, KVCorrupt) else "lost"
-            self.note(error, action.key, action.index)
-        return Adopted(action.key, action.index, problem)
+            if error is None:
+                self.engine.adopt(key, start, taken.blocks)
+        except EngineError as refusal:  # the leg has ended meanwhile
+            self.note(refusal, key, index)
+            return Adopted(key, index, "lost")
+        if error is None:
+            return Adopted(key, index)
+        self.note(error, key, index)
+        kinds = ((KVCorrupt, "corrupt"), (KVForeign, "foreign"))
+        return Adopted(key, index, next((name for kind, name in kinds if isinstance(error, kind)), "lost"))
+
+    def events(self) -> Iterator[Adopted | Freed]:
+        """What has happened since it was asked last."""
+        for taken in self.store.taken():
+            yield self._adopted(taken)
+        freed = self._freed()
+        if freed is not None:
+            yield freed

@@ -161,6 +161,27 @@ def difference(a: Fingerprint, b: Fingerprint) -> str | None:
     return None
 
 
+class Reach(Record, frozen=True):
+    """Where an instance's KV can be read, and from where it can read: `paths` are the transports that it has
+    (policy/pairing.py), `segment` names its slab, unique to this start of the process.
+
+    host      the same for all that share a machine, its shared memory and a user
+    process   the same for all in one process of that host
+    address   where it serves the path `stream`, else empty
+    device    UUID of the GPU that holds the slab, empty for host memory; `near`: those that this GPU can access
+    tickets   what other paths need to open the slab, by path
+    """
+
+    paths: list[str]
+    host: str
+    process: int
+    segment: str
+    address: str = ""
+    device: str = ""
+    near: list[str] = []
+    tickets: dict[str, bytes] = {}
+
+
 class LengthRange(Record, frozen=True):
     """Predicted output tokens of a request, all attempts together: at least `low`, less than `high`."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tetri.core.actions import Action, Send, Word, Worded
+from tetri.core.actions import Action, Free, Freed, Send, Word, Worded
 from tetri.core.peers import Identity
 from tetri.policy.rules import Rules
-from tetri.request import Capacity, Fingerprint, Sampling, blocks_for
+from tetri.request import Capacity, Fingerprint, Reach, Sampling, blocks_for
 from tetri.wire.messages import (
     Assign,
     Beat,
@@ -63,13 +63,18 @@ def fingerprint(**changes: Any) -> Fingerprint:
     return Fingerprint(**{**{name: getattr(FINGERPRINT, name) for name in FINGERPRINT.__struct_fields__}, **changes})
 
 
+def reach(iid: str, **changes: Any) -> Reach:
+    """As of a process on the one host that all share."""
+    return Reach(**{"paths": ["shm"], "host": "h", "process": 0, "segment": f"s-{iid}", **changes})
+
+
 def identity(iid: str, role: str, **changes: Any) -> Identity:
     fields: dict[str, Any] = {
         "incarnation": 1,
         "inbox": f"at-{iid}",
         "fingerprint": FINGERPRINT,
         "capacity": CAPACITY,
-        "transport": "local",
+        "reach": reach(iid),
         "slots": 8,
         "rules": FIRST,
         "beat_s": 0.1,
@@ -85,7 +90,13 @@ def identity(iid: str, role: str, **changes: Any) -> Identity:
 
 
 def ready(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Ready:
-    fields = {"inbox": f"at-{iid}", "fingerprint": FINGERPRINT, "capacity": CAPACITY, "load": Load(free_blocks=10)}
+    fields = {
+        "inbox": f"at-{iid}",
+        "fingerprint": FINGERPRINT,
+        "capacity": CAPACITY,
+        "reach": reach(iid),
+        "load": Load(free_blocks=10),
+    }
     return Ready(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
@@ -116,7 +127,7 @@ def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1) -> Failed:
 
 
 def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> InstanceEntry:
-    fields = {"inbox": f"at-{iid}", "fingerprint": FINGERPRINT, "capacity": CAPACITY}
+    fields = {"inbox": f"at-{iid}", "fingerprint": FINGERPRINT, "capacity": CAPACITY, "reach": reach(iid)}
     return InstanceEntry(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
@@ -218,7 +229,17 @@ class Told:
 
     def _follow(self, actions: list[Action]) -> list[Action]:
         """What the loop would do at once: its results go back into the core."""
-        return actions
+        followed: list[Action] = []
+        for action in actions:
+            followed.append(action)
+            result = self.result(action)
+            if result is not None:
+                followed += self._follow(self.core.handle(result, self.now))
+        return followed
+
+    def result(self, action: Action) -> Any:
+        """The event that an action has at once, if any."""
+        return Freed(len(action.handle.slots)) if isinstance(action, Free) else None
 
 
 class WordingTold(Told):
@@ -229,13 +250,8 @@ class WordingTold(Told):
         super().__init__(core)
         self.stops: dict[str, int] = {}
 
-    def _follow(self, actions: list[Action]) -> list[Action]:
-        all_actions: list[Action] = []
-        for action in actions:
-            all_actions.append(action)
-            if isinstance(action, Word):
-                text = "".join(chr(97 + token % 26) for token in action.ids)
-                counted = self.stops.get(action.rid)
-                worded = Worded(action.rid, action.start, action.ids, text, counted, action.final)
-                all_actions += self._follow(self.core.handle(worded, self.now))
-        return all_actions
+    def result(self, action: Action) -> Any:
+        if not isinstance(action, Word):
+            return None
+        text = "".join(chr(97 + token % 26) for token in action.ids)
+        return Worded(action.rid, action.start, action.ids, text, self.stops.get(action.rid), action.final)

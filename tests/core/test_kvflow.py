@@ -39,7 +39,7 @@ def test_giving_up_returns_what_is_still_here():
 
 
 def test_an_announced_chunk_is_new_once_and_the_token_may_come_with_any():
-    flow = Inflow(2)
+    flow = Inflow(2, "shm")
     assert flow.announce(chunk("r", 1, 1, 2, token=5)) and not flow.announce(chunk("r", 1, 1, 2, token=5))
     flow.land(1)
     assert not flow.announce(chunk("r", 1, 1, 2)) and flow.token == 5 and not flow.complete
@@ -49,19 +49,19 @@ def test_an_announced_chunk_is_new_once_and_the_token_may_come_with_any():
 
 
 def test_all_blocks_without_the_token_are_not_complete():
-    flow = Inflow(1)
+    flow = Inflow(1, "shm")
     flow.announce(chunk("r", 0, 0, 1))
     flow.land(0)
     assert not flow.complete
 
 
 def test_tries_are_counted_chunk_by_chunk():
-    flow = Inflow(2)
+    flow = Inflow(2, "shm")
     assert [flow.again(0, 3) for _ in range(3)] == [True, True, False] and flow.again(1, 3)
 
 
 def test_a_chunk_must_be_one_of_its_prompt():
-    flow = Inflow(4)
+    flow = Inflow(4, "shm")
     first, last = chunk("r", 0, 0, 2), chunk("r", 1, 2, 4, token=7)
     assert flow.fits(first) and flow.announce(first) and flow.fits(first)
     for wrong in (

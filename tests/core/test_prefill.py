@@ -43,15 +43,11 @@ class Prefilling(Told):
         held = tuple((span.key, blocks_for(span.stop, 4)) for span in spans)
         return planned + self.tell(StepDone(spans=spans, tokens=sampled, held=held))
 
-    def _follow(self, actions):
-        followed = []
-        for action in actions:
-            followed.append(action)
-            if isinstance(action, Export):
-                slots = handle(*range(action.start, action.stop))
-                exported = Exported(action.key, action.index, action.start, action.stop, slots, 9)
-                followed += self._follow(self.core.handle(exported, self.now))
-        return followed
+    def result(self, action):
+        if not isinstance(action, Export):
+            return super().result(action)
+        slots = handle(*range(action.start, action.stop))
+        return Exported(action.key, action.index, action.start, action.stop, slots, 9)
 
 
 def start(decoders=("d1",), **changes):
@@ -63,7 +59,7 @@ def start(decoders=("d1",), **changes):
 
 def see(told, number, *decoders, free_blocks=10):
     """The other instances as the broker and the monitor tell of them."""
-    others = [instance(iid, "decode") for iid in decoders]
+    others = [*(instance(iid, "decode") for iid in decoders), instance("p2", "prefill")]
     actions = told.tell(view(number, **dict.fromkeys(decoders, free_blocks)))
     actions += told.tell(roster(number, instance("p1", "prefill"), *others))
     new = [iid for iid in decoders if iid not in told.core.neighbours.up]

@@ -4,12 +4,26 @@ from random import Random
 
 import pytest
 
-from tests.core.build import Told, assign, grant, identity, instance, kinds, landed, offer, ready, refuse, roster, sent
+from tests.core.build import (
+    Told,
+    assign,
+    grant,
+    identity,
+    instance,
+    kinds,
+    landed,
+    offer,
+    ready,
+    refuse,
+    roster,
+    sent,
+    view,
+)
 from tetri.core.actions import BROKER, Broken, LegRejected, Step
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Beat, Close, Drop, Failed, Ready, Resend
+from tetri.wire.messages import Beat, Close, Drop, Failed, Offer, Ready, Resend
 
 NOTHING = StepDone()
 
@@ -20,6 +34,11 @@ def worker():
     yield told
     if not told.core.stepping:
         told.core.check()
+
+
+def see_p2(told, number=1):
+    """Another instance, whose offers can be taken."""
+    told.tell(roster(number, instance("p2", "prefill")))
 
 
 # ---------------------------------------------------------------- registering
@@ -82,11 +101,12 @@ def test_it_does_nothing_but_wait_while_the_engine_computes(worker):
 
 
 def test_it_rests_when_a_step_achieved_nothing(worker):
+    see_p2(worker)
     worker.tell(offer("r", prompt=8, src="p2"))
     assert kinds(worker.later())[-1] == "Step"
     worker.tell(NOTHING)
     assert worker.core.idle
-    worker.tell(roster(1))
+    see_p2(worker, 2)
     assert kinds(worker.later()) == ["Ready > broker", "Step"]
     worker.tell(StepDone(allocated=("d:r:1:p2:1",), held=(("d:r:1:p2:1", 2),)))
     assert not worker.core.idle
@@ -96,6 +116,7 @@ def test_it_rests_when_a_step_achieved_nothing(worker):
 
 
 def test_both_halves_share_one_engine_and_one_ledger(worker):
+    see_p2(worker)
     worker.tell(assign("a", prompt=8), offer("b", prompt=8, src="p2"))
     worker.later()
     both = (("p:a:1", 2), ("d:b:1:p2:1", 2))
@@ -126,6 +147,7 @@ def test_resending_what_is_unknown_says_nothing(worker):
 
 
 def test_a_rejected_leg_is_told_of_by_its_half(worker):
+    see_p2(worker)
     worker.tell(offer("b", prompt=8, src="p2"))
     assert kinds(worker.tell(LegRejected("d:b:1:p2:1", "no"))) == ["Refuse > p2"]
     worker.tell(assign("a", prompt=8))
@@ -150,3 +172,17 @@ def test_a_grant_for_an_offer_that_was_taken_back_is_given_back(worker):
     (message,) = sent(worker.tell(grant("r", number=3, src="d1")), "d1")
     assert isinstance(message, Drop) and (message.rid, message.offer) == ("r", 3)
     assert not worker.tell(landed("r", 0), refuse("r"))
+
+
+def test_without_a_monitor_whoever_refused_is_asked_again_by_the_own_clock():
+    """As when an offer has come before the roster that tells of its sender."""
+    told = Told(Worker(identity("p1", "prefill", load_s=0.1, beat_s=1e6), Random(1), now=0.0))
+    told.later()
+    told.tell(roster(1, instance("p1", "prefill"), instance("d1", "decode")), PeerUp("d1"), assign("r", prompt=8))
+    assert sent(told.later(), "d1", Offer)
+    told.tell(StepDone((Span("p:r:1", 0, 8),), (Sampled("p:r:1", (5,), None),)), refuse("r"))
+    assert not sent(told.later(0.09), "d1", Offer)
+    (again,) = sent(told.later(0.2), "d1", Offer)
+    assert again.offer == 2
+    told.tell(refuse("r", number=2), view(1, d1=9))
+    assert not sent(told.later(0.2), "d1", Offer)  # with views, not before the next one

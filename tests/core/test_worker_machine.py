@@ -34,6 +34,7 @@ from tetri.core.actions import (
     Export,
     Exported,
     Free,
+    Freed,
     HoldLeg,
     LegRejected,
     LengthKnown,
@@ -87,7 +88,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
 
     def do(self, action):
         match action:
-            case Connect(peer, _):
+            case Connect(peer):
                 self.connected[peer] = None
             case Disconnect(peer):
                 del self.connected[peer]
@@ -134,6 +135,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case Free(freed):
                 assert not set(freed.slots) & set(self.free), "freed twice"
                 self.free += freed.slots
+                return Freed(len(freed.slots))
             case Send(peer, message):
                 self.send(peer, message)
         return None

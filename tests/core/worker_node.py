@@ -13,8 +13,9 @@ from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
 from tetri.hands import Copies, WorkerHands
-from tetri.kv.local import LocalStore
-from tetri.request import Capacity, LengthRange
+from tetri.kv.local import LocalReader, LocalSlab
+from tetri.kv.store import Store
+from tetri.request import Capacity, LengthRange, Reach
 from tetri.wire.messages import LoadReport
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class SpoiltCopies(Copies):
     """Now and then a copy is not what was announced."""
 
-    def __init__(self, world: Cluster, engine: EmulatedEngine, store: LocalStore) -> None:
+    def __init__(self, world: Cluster, engine: EmulatedEngine, store: Store) -> None:
         super().__init__(engine, store, lambda error, key, chunk: world.note(key, f"chunk {chunk}: {error}", []))
         self.world = world
 
@@ -60,7 +61,10 @@ class WorkerNode(Node):
             wait=lambda seconds: world.rng.random() < 0.2,  # a message may wait after any pass
             clock=lambda: 0.0,
         )
-        self.store = LocalStore(self.name, shape.slots, self.engine.fingerprint.block_bytes, world.segments)
+        slab = LocalSlab(self.name, shape.slots, self.engine.fingerprint.block_bytes, world.segments)
+        reader = LocalReader(world.segments)
+        reach = Reach(paths=["local"], host="h", process=0, segment=slab.segment.name)
+        self.store = Store(slab, {"local": reader}, reach, reader)
         own = Identity(
             iid=self.name,
             incarnation=world.rng.getrandbits(62),
@@ -68,7 +72,7 @@ class WorkerNode(Node):
             inbox=self.name,
             fingerprint=self.engine.fingerprint,
             capacity=self.engine.capacity,
-            transport="local",
+            reach=reach,
             slots=shape.slots,
             rules=shape.rules,
             cost=shape.cost,

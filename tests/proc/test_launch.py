@@ -23,6 +23,7 @@ from tetri.models import ModelError
 from tetri.net.lock import hold
 from tetri.proc import launch
 from tetri.proc.supervise import LaunchError, Supervisor
+from tetri.strict import ConfigError
 
 PAIR = '[[worker]]\niid = "p0"\nrole = "prefill"\n[[worker]]\niid = "d0"\nrole = "decode"\n'
 
@@ -247,7 +248,7 @@ def test_a_port_in_use(deployment):
 
 
 def test_what_can_be_said_before_anything_starts(deployment):
-    with pytest.raises(LaunchError, match="inside one process only"):
+    with pytest.raises(ConfigError, match="transfer.transport: must be one of: auto, shm"):
         up(deployment("transfer.transport=local"))
     with pytest.raises(ModelError, match="unknown model"):
         up(deployment("model.name=/nowhere", text=""))

@@ -57,7 +57,7 @@ VALUES = [
     LengthKnown("a", None),
     LoadReport(iid="p0", incarnation=1 << 61, role="prefill", load=Load(free_blocks=-3)),
     actions.AddLeg(Leg("a", "prefill", (1, 2), 2, Sampling())),
-    actions.Adopt("a", 0, 0, HANDLE, None),
+    actions.Adopt("a", 0, 0, HANDLE, None, "p0", "shm"),
     Send("p0", Close(rid="r", attempt=1)),
 ]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tetri.core.actions import Adopt, Adopted, Export
+from tetri.core.actions import Adopt, Adopted, Export, Freed
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Memory, Port, Wiring
 from tetri.wire.events import PeerUp
@@ -108,20 +108,19 @@ def test_kv_is_taken_one_transfer_after_the_other_at_the_speed_of_the_link(kerne
     source, target = Memory(kernel, a, 10, 100.0), Memory(kernel, b, 10, 100.0)
     handle = source.export(Export("leg", 0, 2, 5)).handle
     assert (source.kept, len(handle.slots)) == (3, 3)
-    assert target.adopt(Adopt("leg", 0, 2, handle, 0)) is None
-    assert target.adopt(Adopt("leg", 1, 5, handle, 0)) is None
+    assert target.adopt(Adopt("leg", 0, 2, handle, 0, "a", "local")) is None
+    assert target.adopt(Adopt("leg", 1, 5, handle, 0, "a", "local")) is None
     kernel.run()
     assert b.heard == [(pytest.approx(0.3), Adopted("leg", 0)), (pytest.approx(0.6), Adopted("leg", 1))]
     assert target.moved_bytes == 60
-    source.free(handle)
-    assert source.kept == 0
+    assert source.free(handle) == Freed(3) and source.kept == 0
 
 
 def test_kv_that_needs_no_link_is_there_at_once(kernel):
     a, _ = pair(kernel)
     own, endless = Memory(kernel, a, 10, 1.0), Memory(kernel, a, 10, float("inf"))
     handle = own.export(Export("leg", 0, 0, 1)).handle
-    assert own.adopt(Adopt("leg", 0, 0, handle, 0)) == Adopted("leg", 0)
+    assert own.adopt(Adopt("leg", 0, 0, handle, 0, "a", "local")) == Adopted("leg", 0)
     assert own.moved_bytes == 0
     other = Handle(segment="b", slots=[0], generations=[0], block_bytes=10)
-    assert endless.adopt(Adopt("leg", 0, 0, other, 0)) == Adopted("leg", 0)
+    assert endless.adopt(Adopt("leg", 0, 0, other, 0, "b", "local")) == Adopted("leg", 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-_WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "nil"}
+_WORDS = {str: "string", bytes: "bytes", int: "integer", float: "number", bool: "boolean", type(None): "nil"}
 
 
 def described(kind: Any) -> str:

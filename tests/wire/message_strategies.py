@@ -26,6 +26,7 @@ UNIONS = {
 
 _PLAIN: dict[Any, SearchStrategy[Any]] = {
     str: st.text(max_size=12),
+    bytes: st.binary(max_size=12),
     int: st.integers(-(1 << 63), (1 << 64) - 1),  # what MessagePack can carry
     float: st.floats(allow_nan=False),
     bool: st.booleans(),

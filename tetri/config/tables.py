@@ -71,7 +71,8 @@ class Emulated:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    transport: str = choice("shm", "shm", "local")
+    transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
+    address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
     slab_blocks: int = number(64, 1, 1 << 20)
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy

@@ -4,7 +4,7 @@ simulator, carry the actions out."""
 from __future__ import annotations
 
 from tetri.leg import Leg, StepDone
-from tetri.request import LengthRange, Sampling, Value
+from tetri.request import LengthRange, Reach, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Handle, InboxMessage, LoadReport, WorkerEvent
@@ -29,6 +29,7 @@ class Send(Value, frozen=True):
 class Connect(Value, frozen=True):
     peer: str
     address: str
+    reach: Reach | None = None  # of another worker: how its KV can be read
 
 
 class Disconnect(Value, frozen=True):
@@ -115,25 +116,22 @@ class Export(Value, frozen=True):
 
 
 class Adopt(Value, frozen=True):
-    """Take a chunk out of the sender's store into a leg's blocks from `start` on; `Adopted` comes back."""
+    """Take a chunk out of the slab of `peer`, over this path, into a leg's blocks from `start` on; `Adopted` comes
+    back."""
 
     key: str
     index: int
     start: int
     handle: Handle
     digest: int | None
+    peer: str
+    path: str
 
 
 class Free(Value, frozen=True):
-    """Give a chunk's slots in the own KV store back."""
+    """Give a chunk's slots in the own KV store back; `Freed` comes when nobody reads or writes them any more."""
 
     handle: Handle
-
-
-class Forget(Value, frozen=True):
-    """A peer's store is gone: close what was opened of it."""
-
-    segment: str
 
 
 # ---------------------------------------------------------------- events
@@ -199,9 +197,16 @@ class Exported(Value, frozen=True):
     digest: int | None
 
 
+class Freed(Value, frozen=True):
+    """So many slots of the own KV store are free again."""
+
+    slots: int
+
+
 class Adopted(Value, frozen=True):
-    """`problem` is None when the chunk is in the engine's own memory with the right digest; else "corrupt" (the
-    bytes are not what was announced) or "lost" (they are no longer there)."""
+    """`problem` is None when the chunk is in the engine's own memory with the right digest; else "corrupt" (the bytes
+    are not what was announced), "foreign" (the handle is not of the sender's slab) or "lost" (they are no longer there,
+    or cannot be reached)."""
 
     key: str
     index: int
@@ -225,8 +230,18 @@ Action = (
     | Export
     | Adopt
     | Free
-    | Forget
 )
 BrokerInput = FromClient | Submitted | Worded | Undelivered | PeerUp | PeerDown | WorkerEvent | ClusterView
 MonitorInput = LoadReport | PeerUp | PeerDown
-WorkerInput = InboxMessage | ClusterView | PeerUp | PeerDown | LegRejected | LengthKnown | Exported | Adopted | StepDone
+WorkerInput = (
+    InboxMessage
+    | ClusterView
+    | PeerUp
+    | PeerDown
+    | LegRejected
+    | LengthKnown
+    | Exported
+    | Adopted
+    | Freed
+    | StepDone
+)

@@ -5,10 +5,11 @@ A seat is kept, with its tokens, until the broker closes it: until then the brok
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Forget, Send
+from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Send
 from tetri.core.batch import Batch
 from tetri.core.kvflow import Inflow
 from tetri.core.ledger import Ledger
@@ -41,17 +42,24 @@ Answer = Grant | Refuse | Landed
 class Decode:
     """`seats` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
     the engine has no blocks yet. `make_room` is asked when a request, by its id, finds too few blocks: what the other
-    half does to give it so many, nothing if it cannot."""
+    half does to give it so many, nothing if it cannot. `path` says over which path KV comes from an instance, by its
+    id and incarnation. `counters`: what happened to the KV that was taken."""
 
-    def __init__(self, own: Identity, ledger: Ledger, make_room: Callable[[str, int], list[Action]]) -> None:
-        self.own, self.ledger, self.make_room = own, ledger, make_room
+    def __init__(
+        self,
+        own: Identity,
+        ledger: Ledger,
+        make_room: Callable[[str, int], list[Action]],
+        path: Callable[[str, int], str | None],
+    ) -> None:
+        self.own, self.ledger, self.make_room, self.path = own, ledger, make_room, path
+        self.counters: Counter[str] = Counter()
         self.outlook = Outlook(own)
         self.batch = Batch(own, ledger, self.outlook)
         self.seats: dict[str, Seat] = {}
         self.moving: dict[str, Seat] = {}
         self.bare: dict[str, Seat] = {}
         self._keys: dict[str, str] = {}  # rid -> key
-        self._segments: dict[str, dict[str, None]] = {}  # prefill instance -> its stores, as chunks named them
 
     # ------------------------------------------------------------ the hand-over
 
@@ -66,7 +74,10 @@ class Decode:
             return [self._answer(Grant, message)]
         actions = self._release(seat) if seat else []
         why = obstacle(message, self.own.fingerprint, self.own.capacity)
-        if why is not None:
+        path = self.path(message.src, message.incarnation)
+        if why is None and path is None:
+            why = f"{self.own.iid} does not know this start of {message.src} yet, or no path to its KV"
+        if why is not None or path is None:
             return [*actions, self._answer(Refuse, message, why=why)]
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
         kept = self.batch.kept_free()
@@ -75,7 +86,7 @@ class Decode:
         why = self.ledger.reserve(key, message.blocks, kept)
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
-        seat = Seat(key, message, Inflow(message.blocks), message.length, blocks=message.blocks)
+        seat = Seat(key, message, Inflow(message.blocks, path), message.length, blocks=message.blocks)
         self.seats[key] = self.moving[key] = self.bare[key] = seat
         self._keys[message.rid] = key
         self.outlook.enter(seat)
@@ -95,9 +106,8 @@ class Decode:
         return [self._adopt(seat, message)] if new and seat.allocated else []
 
     def _adopt(self, seat: Seat, chunk: Chunk) -> Action:
-        self._segments.setdefault(chunk.src, {})[chunk.handle.segment] = None
         seat.flow.taking += 1
-        return Adopt(seat.key, chunk.index, chunk.start, chunk.handle, chunk.digest)
+        return Adopt(seat.key, chunk.index, chunk.start, chunk.handle, chunk.digest, chunk.src, seat.flow.path)
 
     def adopted(self, event: Adopted) -> list[Action]:
         seat = self.seats.get(event.key)
@@ -135,8 +145,7 @@ class Decode:
     def orphaned(self, src: str) -> list[Action]:
         """A prefill instance is gone: what it had not sent completely never comes."""
         seats = [seat for seat in self.moving.values() if seat.offer.src == src]
-        forget = [Forget(segment) for segment in self._segments.pop(src, {})]
-        return [*(action for seat in seats for action in self._release(seat)), *forget]
+        return [action for seat in seats for action in self._release(seat)]
 
     def repeat(self, src: str) -> list[Action]:
         """The connection to a prefill instance stands (again): repeat what it may have missed."""
@@ -213,7 +222,7 @@ class Decode:
             attempt=seat.offer.attempt,
             reason=reason,
             outputs=seat.written,
-            receipt=seat.receipt(self.own.iid, self.own.transport),
+            receipt=seat.receipt(self.own.iid),
         )
         return Send(BROKER, seat.end)
 

@@ -75,9 +75,10 @@ class Outflow:
 
 @dataclass(slots=True)
 class Inflow:
-    """The receiver's side: which chunks are announced, which are in own memory."""
+    """The receiver's side: which chunks are announced, which are in own memory. `path`: how they come."""
 
     blocks: int
+    path: str
     announced: dict[int, Chunk] = field(default_factory=dict)  # not landed yet
     landed: dict[int, int] = field(default_factory=dict)  # index -> blocks
     ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), both kinds

@@ -13,7 +13,7 @@ from tetri.wire.messages import Handle
 
 
 class Leaving:
-    """`taken` slots of the own store hold KV, or will when an `Export` is carried out."""
+    """`taken` slots of the own store hold KV, will when an `Export` is carried out, or are not yet free again."""
 
     def __init__(self, own: Identity, dispatcher: Dispatcher) -> None:
         self.own, self.dispatcher = own, dispatcher
@@ -49,8 +49,11 @@ class Leaving:
         return [self._free(handle) for handle in job.flow.drain()]
 
     def _free(self, handle: Handle) -> Free:
-        self.taken -= len(handle.slots)
         return Free(handle)
+
+    def freed(self, slots: int) -> None:
+        """Nobody reads or writes them any more."""
+        self.taken -= slots
 
     def check(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

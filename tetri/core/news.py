@@ -88,7 +88,7 @@ class News:
             case Beat() | Staged() if peer.lost is not None:
                 pass  # it may be dead already, and nobody would notice it again
             case Beat():
-                peer.load, peer.held = event.load, len(event.holds)
+                peer.load, peer.held, peer.counters = event.load, len(event.holds), event.counters
                 turned = self.flips.heard(peer, event.role, now, event.flip)
                 actions += [*turned, *self.life.place_waiting(now)] if turned else ()
                 actions += self._reconcile(event, now)

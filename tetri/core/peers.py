@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect
 from tetri.cost import Cost
+from tetri.policy import pairing
 from tetri.policy.rules import Rules
-from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, Reach
 from tetri.wire.messages import ClusterView, InstanceEntry, InstanceLoad, Roster
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who a worker is and by which rules it works. Times are in seconds; `slots` are the blocks that its own KV
-    store holds. `role` is the one it starts with; the broker may change it later. `cost` is what it predicts with.
+    store holds, `reach` is how others read it. `role` is the one it starts with; the broker may change it later. `cost`
+    is what it predicts with.
 
     `stream_interval`: output tokens of a request that a decode instance sends in one message. A step may advance by
     as many, so a message may hold up to twice as many, less one."""
@@ -25,7 +27,7 @@ class Identity:
     inbox: str
     fingerprint: Fingerprint
     capacity: Capacity
-    transport: str
+    reach: Reach
     slots: int
     rules: Rules = Rules()
     cost: Cost = Cost()
@@ -89,7 +91,7 @@ class Neighbours:
         self._able = {
             iid: instance
             for iid, instance in self.instances.items()
-            if instance.role in TAKES_DECODE and instance.fingerprint == self.own.fingerprint
+            if instance.role in TAKES_DECODE and self._speaks(instance)
         }
         gone = [iid for iid, was in old.items() if self._incarnation(iid) != was.incarnation]
         actions: list[Action] = [Disconnect(iid) for iid in gone]
@@ -97,7 +99,7 @@ class Neighbours:
             self.up.pop(iid, None)
         for iid, instance in self.instances.items():
             if iid not in old or iid in gone:
-                actions.append(Connect(iid, instance.inbox))
+                actions.append(Connect(iid, instance.inbox, instance.reach))
         return actions, gone
 
     def changed(self) -> None:
@@ -116,11 +118,25 @@ class Neighbours:
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
 
+    def path(self, iid: str, incarnation: int) -> str | None:
+        """Over which path KV comes from this instance; None when this start of it is not known (yet), or cannot be
+        reached. From here to here there is always one."""
+        if iid == self.own.iid:
+            return "local"
+        there = self.instances.get(iid)
+        known = there is not None and there.incarnation == incarnation
+        return pairing.path(self.own.reach, there.reach) if known and there is not None else None
+
+    def _speaks(self, other: InstanceEntry) -> bool:
+        """Whether KV can move between this engine and the other's."""
+        same = other.fingerprint == self.own.fingerprint
+        return same and pairing.path(self.own.reach, other.reach) is not None
+
     def prefills(self, tokens: int) -> bool:
         """Whether another instance that is there could prefill so many tokens for this engine."""
         return any(
             each.role in TAKES_PREFILL
-            and each.fingerprint == self.own.fingerprint
+            and self._speaks(each)
             and tokens <= each.capacity.blocks * each.capacity.block_tokens
             and tokens < each.capacity.context
             for each in self.instances.values()

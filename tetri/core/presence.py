@@ -59,6 +59,7 @@ class Presence:
             inbox=own.inbox,
             fingerprint=own.fingerprint,
             capacity=own.capacity,
+            reach=own.reach,
             load=self.load(),
         )
         return Send(BROKER, ready)
@@ -72,5 +73,6 @@ class Presence:
             load=self.load(),
             holds=holds,
             flip=self.flip,
+            counters=dict(self.decode.counters),
         )
         return Send(BROKER, beat)

@@ -4,11 +4,12 @@ publishes and the pools of prefill instances that it chooses from."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
+from tetri.policy.pairing import kin, path, stranger
 from tetri.policy.views import PrefillPool
-from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, difference
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, Reach
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, InstanceEntry, Load, Ready, Roster
 
@@ -28,9 +29,11 @@ class Peer:
     inbox: str
     fingerprint: Fingerprint
     capacity: Capacity
+    reach: Reach
     load: Load
     seen: float
     held: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
     suspect: bool = False  # silent for longer than allowed, as far as was heard
     lost: str | None = None
 
@@ -69,6 +72,7 @@ class Registry:
             message.inbox,
             message.fingerprint,
             message.capacity,
+            message.reach,
             message.load,
             now,
         )
@@ -134,6 +138,7 @@ class Registry:
                 inbox=peer.inbox,
                 fingerprint=peer.fingerprint,
                 capacity=peer.capacity,
+                reach=peer.reach,
             )
             for peer in self.peers.values()
             if peer.lost is None
@@ -173,13 +178,11 @@ class Registry:
             "prefill": max((peer.tokens for peer in prefillers), default=0),
             "decode": max((peer.tokens for peer in decoders), default=0),
         }
-        speak: dict[Fingerprint, list[Peer]] = {}
-        for peer in decoders:
-            speak.setdefault(peer.fingerprint, []).append(peer)
+        matches = _matches(prefillers, decoders)
         able = [
-            (min(_room(peer, speak.get(peer.fingerprint, []), prefillers), peer.capacity.context - 1), peer.iid)
+            (min(_room(peer, matches[_key(peer)], prefillers), peer.capacity.context - 1), peer.iid)
             for peer in prefillers
-            if peer.iid in self.up and (not decoders or peer.fingerprint in speak)
+            if peer.iid in self.up and (not decoders or matches[_key(peer)])
         ]
         self._limits = sorted({limit: None for limit, _ in able})
         self._pools = []
@@ -203,6 +206,8 @@ class Registry:
                 running=peer.load.running,
                 held=peer.held,
                 note=peer.lost or self._stranger(peer),
+                paths=self._paths(peer),
+                counters=peer.counters,
             )
             for peer in sorted(self.peers.values(), key=lambda peer: peer.iid)
         ]
@@ -210,11 +215,50 @@ class Registry:
     def _stranger(self, peer: Peer) -> str:
         """Why KV can never move between this worker and one that it would have to move to or from; empty when it
         can."""
-        for other in self.peers.values():
-            apart = peer.role == other.role and peer.role != "mixed"  # two of one phase never meet
-            if not apart and other.lost is None and other.fingerprint != peer.fingerprint:
-                return f"never paired with {other.iid}: {difference(peer.fingerprint, other.fingerprint)}"
+        for other in self._opposite(peer):
+            why = stranger(peer.fingerprint, other.fingerprint, peer.reach, other.reach)
+            if why is not None:
+                return f"never paired with {other.iid}: {why}"
         return ""
+
+    def _paths(self, peer: Peer) -> dict[str, str]:
+        found = {other.iid: path(peer.reach, other.reach) for other in self._opposite(peer)}
+        return {iid: name for iid, name in found.items() if name is not None}
+
+    def _opposite(self, peer: Peer) -> list[Peer]:
+        """Those that are there with which it would exchange KV: two of one phase never meet."""
+        return [
+            other
+            for other in self.peers.values()
+            if other is not peer and other.lost is None and (other.role != peer.role or peer.role == "mixed")
+        ]
+
+
+_Key = tuple[Fingerprint, tuple[object, ...]]
+
+
+def _key(peer: Peer) -> _Key:
+    """Instances with the same key can exchange KV with the same others."""
+    return peer.fingerprint, kin(peer.reach)
+
+
+def _matches(prefillers: list[Peer], decoders: list[Peer]) -> dict[_Key, list[Peer]]:
+    """The decode instances that understand the KV of each kind of prefill instance. One that does both is its own."""
+    kinds: dict[_Key, list[Peer]] = {}
+    for peer in decoders:
+        kinds.setdefault(_key(peer), []).append(peer)
+    found: dict[_Key, list[Peer]] = {}
+    for peer in prefillers:
+        mine = _key(peer)
+        if mine not in found:
+            found[mine] = [
+                other
+                for theirs, others in kinds.items()
+                if theirs[0] == mine[0]
+                for other in others
+                if theirs == mine or path(peer.reach, others[0].reach) is not None
+            ]
+    return found
 
 
 def _room(peer: Peer, decoders: list[Peer], prefillers: list[Peer]) -> int:

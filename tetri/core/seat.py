@@ -77,14 +77,14 @@ class Seat:
         same = (self.offer.attempt, self.offer.prompt, self.offer.output) == (offer.attempt, offer.prompt, offer.output)
         return bool(self.landed_as) and same
 
-    def receipt(self, iid: str, transport: str) -> Receipt:
+    def receipt(self, iid: str) -> Receipt:
         return Receipt(
             prompt_tokens=len(self.offer.prompt),
             adopted=len(self.offer.prompt),
             recomputed=self.recomputed,
             kv_bytes=self.flow.bytes,
             chunks=len(self.flow.landed),
-            transport=transport,
+            transport=self.flow.path,
             prefill_instance=self.offer.src,
             decode_instance=iid,
             preempted=self.preempted,

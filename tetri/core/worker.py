@@ -10,12 +10,14 @@ from tetri.core.actions import (
     Adopted,
     Broken,
     Exported,
+    Freed,
     LegRejected,
     LengthKnown,
     Send,
     Step,
     WorkerInput,
 )
+from tetri.core.contacts import Contacts
 from tetri.core.decode import Decode
 from tetri.core.dispatch import Dispatcher
 from tetri.core.ledger import Ledger
@@ -56,7 +58,8 @@ class Worker:
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng, self._home)
         self.prefill = Prefill(own, self.ledger, self.dispatcher)
-        self.decode = Decode(own, self.ledger, self._make_room)
+        self.decode = Decode(own, self.ledger, self._make_room, self.neighbours.path)
+        self.contacts = Contacts(self.neighbours, self.dispatcher, self.prefill, self.decode)
         self.stepping = False
         self.idle = False
         self.presence = Presence(own, self.ledger, self.prefill, self.decode, now)
@@ -81,10 +84,13 @@ class Worker:
                 return self.prefill.exported(event)
             case Adopted():
                 return self.decode.adopted(event)
+            case Freed():
+                self.prefill.leaving.freed(event.slots)
+                return []
             case Offer():
                 return self.decode.offer(event)
             case Grant() | Refuse() | Landed():
-                return self._answered(event, now)
+                return self.contacts.answered(event, now)
             case Assign():
                 return self.prefill.assign(event, now)
             case Close():
@@ -107,16 +113,18 @@ class Worker:
             case Flip():
                 return self._flip(event, now)
             case PeerUp():
-                return self._up(event.peer, now)
+                return [self._register(now)] if event.peer == BROKER else self.contacts.up(event.peer, now)
+            case PeerDown() if event.peer == BROKER:
+                return []  # go on; it is told again when it is back
             case PeerDown():
-                return self._down(event.peer, now)
+                return self.contacts.down(event.peer, now)
         raise Broken(f"a worker knows no {event}")
 
     def tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for key in self.timers.due(now):
             if key == LOAD:
-                actions.append(self._report(now))
+                actions += [self._report(now), *self._forgive(now)]
             elif key == BEAT:
                 actions += self._beat(now)
             elif key == REGISTER:
@@ -210,48 +218,10 @@ class Worker:
 
     # ------------------------------------------------------------ peers
 
-    def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
-        job = self.dispatcher.job_of(event)
-        if job is None:  # of an offer that was taken back, which may not be known there
-            return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
-        if isinstance(event, Refuse):
-            if event.spoilt or not job.flow.movable:
-                return self.prefill.give_up(job, f"{event.src} cannot go on with the KV: {event.why}")
-            self.dispatcher.refused(job, event.why)
-            return self.dispatcher.dispatch(now)
-        self.dispatcher.granted(job, now)  # or nothing could have landed
-        return self.prefill.leaving.landed(job, event.index) if isinstance(event, Landed) else []
-
     def _roster(self, roster: Roster, now: float) -> list[Action]:
-        actions, gone = self.neighbours.update(roster)
-        self.neighbours.expire(now)
         listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in roster.instances)
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
-        for iid in gone:
-            actions += self._lost(iid, now)
-        return [*actions, *self.dispatcher.forgive(now)]
-
-    def _up(self, peer: str, now: float) -> list[Action]:
-        if peer == BROKER:
-            return [self._register(now)]
-        self.neighbours.connected(peer)
-        again = [action for job in self.dispatcher.aimed_at(peer) for action in self.dispatcher.repeat(job, now)]
-        return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
-
-    def _down(self, peer: str, now: float) -> list[Action]:
-        if peer == BROKER:
-            return []  # go on; it is told again when it is back
-        self.neighbours.disconnected(peer)
-        return self._lost(peer, now)
-
-    def _lost(self, iid: str, now: float) -> list[Action]:
-        actions = self.decode.orphaned(iid)
-        for job in self.dispatcher.aimed_at(iid):
-            if job.flow.movable:
-                self.dispatcher.refused(job, "lost")
-            else:
-                actions += self.prefill.give_up(job, f"{iid} was lost with part of the KV")
-        return [*actions, *self.dispatcher.dispatch(now)]
+        return self.contacts.roster(roster, now)
 
     # ------------------------------------------------------------ from time to time
 
@@ -279,6 +249,13 @@ class Worker:
     def _report(self, now: float) -> Action:
         self.timers.set(LOAD, now + self.own.load_s)
         return self.presence.report(now)
+
+    def _forgive(self, now: float) -> list[Action]:
+        """With every view whoever refused is asked again. Without a monitor the own clock stands in."""
+        if not self.dispatcher.refusals or now - self.neighbours.seen_at < 2.5 * self.own.load_s:
+            return []
+        self.neighbours.version += 1  # what the Refuses said of memory is old
+        return self.dispatcher.forgive(now)
 
     def _register(self, now: float) -> Action:
         self.timers.set(REGISTER, now + self.own.view_s)

@@ -1,22 +1,93 @@
-"""KV stores: where a chunk's blocks lie between the sender's engine and the receiver's."""
+"""KV stores: where a chunk's blocks lie between the sender's engine and the receiver's, and how they are read there."""
 
 from __future__ import annotations
 
-from tetri.kv.base import KVError, KVStore
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetri.kv.base import KVError, KVStore, Reader
+from tetri.kv.slab import HostSlab
+from tetri.request import Reach
+
+PATHS = ("shm", "stream", "nixl", "cuda_ipc")
+
+EXPECTED_BLOCKS = 4  # of a chunk from a peer
 
 
-def open_store(
-    transport: str, deployment: str, iid: str, slots: int, block_bytes: int, digest: bool = True
-) -> KVStore:
-    """A store of `slots` blocks of `block_bytes`. Raises KVError: unknown transport, or no room for it."""
-    # Each transport may need what the others do not (a GPU's library), so it is imported on use.
-    if transport == "local":
-        from tetri.kv.local import LocalStore
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """A store of `slots` blocks of `block_bytes`. `transport` is auto or one path's name; `address` where to serve the
+    path `stream`, empty: not at all, or on this host alone when `stream` is asked for by name."""
 
-        return LocalStore(iid, slots, block_bytes, digest=digest)
-    if transport == "shm":
-        from tetri.kv.shm import ShmStore, sweep
+    deployment: str
+    iid: str
+    slots: int
+    block_bytes: int
+    transport: str = "auto"
+    address: str = ""
+    digest: bool = True
 
-        sweep(deployment, iid)  # what a killed predecessor left may be the memory that is needed now
-        return ShmStore(deployment, iid, slots, block_bytes, digest=digest)
-    raise KVError(f"unknown KV transport {transport[:80]!r}: use local or shm")
+
+def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None) -> KVStore:
+    """The slab and the readers that `settings` ask for. `wake` is called, from any thread, when something has come.
+    Raises KVError: no room, or what a path needs is not there."""
+    from tetri.kv.local import LocalReader
+    from tetri.kv.shm import ShmSlab, sweep
+    from tetri.kv.store import Store
+
+    made = settings
+    paths = enabled(made)
+    sweep(made.deployment, made.iid)  # what a killed predecessor left may be the memory that is needed now
+    slab = ShmSlab(made.deployment, made.iid, made.slots, made.block_bytes, digest=made.digest)
+    opened: dict[str, Opened] = {}
+    try:
+        for path in paths:
+            opened[path] = _open(path, made, slab, wake)
+    except BaseException:
+        for each in opened.values():
+            each.reader.close()
+        slab.close()
+        raise
+    name = slab.segment.name
+    reach = Reach(
+        paths=paths,
+        host=host(),
+        process=os.getpid(),
+        segment=name,
+        address="".join(each.address for each in opened.values()),
+        tickets={path: each.ticket for path, each in opened.items() if each.ticket},
+    )
+    readers = {path: each.reader for path, each in opened.items()}
+    return Store(slab, readers, reach, LocalReader({name: slab.segment}))
+
+
+def enabled(made: StoreSettings) -> list[str]:
+    """The paths that a worker has, the best first."""
+    return ["shm"] if made.transport == "auto" else [made.transport]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """One path, and what others must know to use it (`Reach`)."""
+
+    reader: Reader
+    address: str = ""
+    ticket: bytes = b""
+
+
+def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
+    """Each path may need what the others do not (a GPU's library), so it is imported on use."""
+    match path:
+        case "shm":
+            from tetri.kv.shm import ShmReader
+
+            return Opened(ShmReader(made.deployment, EXPECTED_BLOCKS * made.block_bytes))
+    raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(PATHS)}")
+
+
+def host() -> str:
+    """The same for all processes that share this machine, its /dev/shm and their user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}-{os.stat('/dev/shm').st_dev}-{os.geteuid()}"

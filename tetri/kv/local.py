@@ -1,30 +1,28 @@
-"""The store of one process: tests, the simulator's counterpart, and two engines in one program."""
+"""The path between stores of one process: tests, and two engines in one program."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
-from tetri.kv.base import KVLost
-from tetri.kv.slab import FIRST_GENERATION, Segment, Slab, Staging
-from tetri.wire.messages import Handle
+from tetri.kv.base import KVError, KVForeign, Taken, Wanted
+from tetri.kv.slab import FIRST_GENERATION, HostSlab, Segment
+from tetri.kv.staging import Staging
+from tetri.request import Reach
 
 Neighbours = dict[str, Segment]
 
 
-class LocalStore:
-    """Slots in this process's own memory. Stores see each other through the same `neighbours`, a dictionary
-    by segment name; by default all stores of the process share one."""
+class LocalSlab(HostSlab):
+    """Slots in this process's own memory, known to whoever shares `neighbours`: by default all of the process."""
 
-    transport = "local"
-    _process: ClassVar[Neighbours] = {}
+    process: ClassVar[Neighbours] = {}
 
     def __init__(
         self, iid: str, slots: int, block_bytes: int, neighbours: Neighbours | None = None, digest: bool = True
     ) -> None:
-        self.slots = slots
-        self._neighbours = self._process if neighbours is None else neighbours
+        self._neighbours = self.process if neighbours is None else neighbours
         segment = Segment(
             name=f"{iid}-{secrets.token_hex(8)}",
             slots=slots,
@@ -34,29 +32,40 @@ class LocalStore:
         )
         for slot in range(slots):
             segment.generations[slot] = FIRST_GENERATION
-        self._slab = Slab(segment, digest)
-        self._staging = Staging(0)
+        super().__init__(segment, digest)
         self._neighbours[segment.name] = segment
 
-    @property
-    def free_slots(self) -> int:
-        return self._slab.free_slots
+    def close(self) -> None:
+        """After it nobody can take from this slab; a second call does nothing."""
+        super().close()
+        self._neighbours.pop(self.segment.name, None)
 
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
-        return self._slab.put(count, write)
 
-    def take(self, handle: Handle, digest: int | None) -> Sequence[memoryview]:
-        segment = self._neighbours.get(handle.segment)
+class LocalReader:
+    """Takes from every slab in `neighbours`."""
+
+    def __init__(self, neighbours: Neighbours | None = None) -> None:
+        self._neighbours = LocalSlab.process if neighbours is None else neighbours
+        self._staging = Staging(0)
+
+    def meet(self, peer: str, reach: Reach) -> None:
+        """Nothing is opened."""
+
+    def part(self, peer: str) -> None:
+        """Nothing was opened."""
+
+    def take(self, wanted: Wanted) -> Taken:
+        segment = self._neighbours.get(wanted.handle.segment)
         if segment is None:
-            raise KVLost(f"no segment {handle.segment[:80]!r} in this process")
-        return self._staging.take(segment, handle, digest)
+            missing = KVForeign(f"no segment {wanted.handle.segment[:80]!r} in this process")
+            return Taken(wanted.ticket, problem=missing)
+        try:
+            return Taken(wanted.ticket, self._staging.take(segment, wanted.handle, wanted.digest))
+        except KVError as problem:
+            return Taken(wanted.ticket, problem=problem)
 
-    def free(self, handle: Handle) -> None:
-        self._slab.free(handle)
-
-    def forget(self, segment: str) -> None:
-        """Nothing is mapped, nothing to forget."""
+    def taken(self) -> Iterable[Taken]:
+        return ()
 
     def close(self) -> None:
-        """After it nobody can take from this store; a second call does nothing."""
-        self._neighbours.pop(self._slab.segment.name, None)
+        """Nothing was opened."""

@@ -1,8 +1,8 @@
 """Segment files in /dev/shm: a full one is an error when a file is made, a false file harms no reader.
 
-A file is: magic, u32 version, u32 offset of the blocks, u64 block bytes, u64 slots, one u64 generation per
-slot, and from the offset (a multiple of 4096) on the blocks; numbers in the machine's byte order. Its owner
-holds flock(LOCK_EX) on it as long as it lives, so a file that nobody has locked is a dead one's.
+A file is (docs/protocol.md, section 8): a header, a u64 generation and a mark for each slot, and at a multiple of 4096
+the blocks; numbers in the machine's byte order. Its owner holds flock(LOCK_EX) on it as long as it lives, so a file that
+nobody has locked is a dead one's.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import re
 import secrets
 import stat
 import struct
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
 from tetri.kv.base import KVError, KVLost
-from tetri.kv.slab import FIRST_GENERATION, Segment
+from tetri.kv.slab import FIRST_GENERATION, MARK, Segment
 
 MAGIC = b"tetri-kv"
-VERSION = 1
-_HEADER = struct.Struct("=8sIIQQ")
+VERSION = 2
+# magic, version, offset of slot 0, block bytes, slots, pid of the owner, bytes of the deployment's name, when made
+_HEADER = struct.Struct("=8sIIQQIIQ16x")
 _PAGE = 4096
 _WORD = re.compile(
     r"[A-Za-z0-9._-]{1,80}"
@@ -76,7 +78,8 @@ def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: i
     for slot in range(slots):
         segment.generations[slot] = FIRST_GENERATION
     # The header comes last: a file without its magic is not finished, and nobody reads from it.
-    _HEADER.pack_into(memory, 0, MAGIC, VERSION, _blocks_at(slots), block_bytes, slots)
+    facts = (_blocks_at(slots), block_bytes, slots, os.getpid(), len(deployment), time.monotonic_ns())
+    _HEADER.pack_into(memory, 0, MAGIC, VERSION, *facts)
     return Mapping(segment, memory, descriptor)
 
 
@@ -112,41 +115,60 @@ def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
         raise KVError(f"{directory}: cannot reserve {_megabytes(size)} ({error.strerror})") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a segment's file says of itself. `made` is CLOCK_MONOTONIC in nanoseconds."""
+
+    block_bytes: int
+    slots: int
+    pid: int
+    deployment_bytes: int
+    made: int
+
+
 def attach(directory: str, deployment: str, name: str) -> Mapping:
     """A peer's segment, read-only. Raises KVLost: no such segment, or a file that is not one of ours."""
     if not name.startswith(f"tetri-{deployment}-") or not _NAME.fullmatch(name):
         raise KVLost(f"{name[:80]!r} is no segment of this deployment")
-    path = os.path.join(directory, name)
+    descriptor = look_at(directory, name)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise KVLost(f"{path[:160]}: cannot be opened ({error.strerror})") from None
-    try:
-        return _read_only(descriptor, name)
+        return read_only(descriptor, name)[1]
     finally:
         os.close(descriptor)
 
 
-def _read_only(descriptor: int, name: str) -> Mapping:
+def look_at(directory: str, name: str) -> int:
+    """A descriptor of the file, whatever it is, to read from. Raises KVLost."""
+    path = os.path.join(directory, name)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise KVLost(f"{path[:160]}: cannot be opened ({error.strerror})") from None
+
+
+def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
+    """The segment in an open file. Raises KVLost when it is none."""
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         raise KVLost(f"{name}: not a file of this user")
-    if facts.st_size < _HEADER.size:
-        raise KVLost(f"{name}: {facts.st_size} bytes are too few for a segment")
-    magic, version, blocks_at, block_bytes, slots = _HEADER.unpack(os.pread(descriptor, _HEADER.size, 0))
-    if magic != MAGIC or version != VERSION:
-        raise KVLost(f"{name}: not a segment of version {VERSION}")
-    if (
-        not slots
-        or not block_bytes
-        or blocks_at != _blocks_at(slots)
-        or facts.st_size != blocks_at + slots * block_bytes
-    ):
+    header, blocks_at = _header(os.pread(descriptor, _HEADER.size, 0), name)
+    slots, size = header.slots, header.block_bytes
+    if not slots or not size or blocks_at != _blocks_at(slots) or facts.st_size != blocks_at + slots * size:
         raise KVLost(f"{name}: the header does not fit the file's {facts.st_size} bytes")
     # Not populated: for a large slab that takes tens of milliseconds at once, in the middle of serving. Read
     # faults bring in 16 pages each and come a chunk at a time.
     memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-    return Mapping(_segment(name, memory, slots, block_bytes), memory)
+    return header, Mapping(_segment(name, memory, slots, size), memory)
+
+
+def _header(start: bytes, name: str) -> tuple[Header, int]:
+    """And the offset of slot 0."""
+    if len(start) < _HEADER.size:
+        raise KVLost(f"{name}: {len(start)} bytes are too few for a segment")
+    magic, version, blocks_at, size, slots, pid, deployment_bytes, made = _HEADER.unpack(start)
+    if magic != MAGIC or version != VERSION:
+        raise KVLost(f"{name}: not a segment of version {VERSION}")
+    return Header(size, slots, pid, deployment_bytes, made), blocks_at
 
 
 def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") -> list[str]:
@@ -163,8 +185,8 @@ def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") 
 def _remove_dead(directory: str, name: str) -> bool:
     path = os.path.join(directory, name)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, PermissionError):
+        descriptor = look_at(directory, name)
+    except KVLost:
         return False  # removed by another sweep, or another user's
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,18 +199,19 @@ def _remove_dead(directory: str, name: str) -> bool:
 
 
 def _blocks_at(slots: int) -> int:
-    return -(-(_HEADER.size + 8 * slots) // _PAGE) * _PAGE
+    return -(-(_HEADER.size + (8 + MARK.size) * slots) // _PAGE) * _PAGE
 
 
 def _segment(name: str, memory: mmap.mmap, slots: int, block_bytes: int) -> Segment:
     whole = memoryview(memory)
-    start = _blocks_at(slots)
+    marks, start = _HEADER.size + 8 * slots, _blocks_at(slots)
     return Segment(
         name=name,
         slots=slots,
         block_bytes=block_bytes,
-        generations=whole[_HEADER.size : _HEADER.size + 8 * slots].cast("Q"),
+        generations=whole[_HEADER.size : marks].cast("Q"),
         blocks=whole[start : start + slots * block_bytes],
+        marks=whole[marks : marks + MARK.size * slots],
     )
 
 

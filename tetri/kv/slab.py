@@ -7,28 +7,33 @@ reader looks before its copy and after it. The digest over the copy is the last 
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Sequence
+import struct
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 from xxhash import xxh3_64
 
-from tetri.kv.base import KVCorrupt, KVError, KVLost
+from tetri.kv.base import KVError, Write
 from tetri.wire.messages import Handle
 
 FIRST_GENERATION = 1
-_PIECE = 256 << 10  # bytes copied and then digested while a core's own cache still has them: a quarter faster
+OWNER_BYTES = 56
+MARK = struct.Struct(f"=Q{OWNER_BYTES}s")  # CLOCK_MONOTONIC in ns when it was put, 0: unused; its owner in UTF-8
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Memory of `slots` blocks. `generations` is a view of u64, one a slot; `blocks` one of bytes."""
+    """Memory of `slots` blocks. `generations` is a view of u64, one a slot; `blocks` one of bytes; `marks` has a
+    MARK for each slot, or is empty: nobody looks."""
 
     name: str
     slots: int
     block_bytes: int
     generations: memoryview
     blocks: memoryview
+    marks: memoryview = memoryview(b"")
 
     def block(self, slot: int) -> memoryview:
         return self.blocks[slot * self.block_bytes : (slot + 1) * self.block_bytes]
@@ -37,34 +42,46 @@ class Segment:
         """Let go of the memory, so that what it belongs to can be closed."""
         self.generations.release()
         self.blocks.release()
+        self.marks.release()
 
 
-class Slab:
-    """The owner's side of a segment: which slots are free, and in which generation each is."""
+class HostSlab:
+    """The owner's side of a segment in host memory (`Slab` in base.py): which slots are free, and in which generation
+    each is. Each used slot is marked with its owner and the time, for who looks from outside (survey.py)."""
 
     def __init__(self, segment: Segment, digest: bool = True) -> None:
-        self.segment = segment
+        self.segment, self.slots = segment, segment.slots
         self._digest = digest
         # The slot freed last is used first: its memory is the likeliest to be in a cache.
         self._free = list(range(segment.slots - 1, -1, -1))
-        self._used = bytearray(segment.slots)
+        self._owned = bytearray(segment.slots)  # by a request
+        self._kept = [0] * segment.slots  # how many write it or send it on
+        self._freed = 0
+        self._closed = False
+        self._lock = Lock()
 
     @property
     def free_slots(self) -> int:
         return len(self._free)
 
-    def put(self, count: int, write: Callable[[Sequence[memoryview]], None]) -> tuple[Handle, int | None]:
-        """As KVStore.put. When `write` raises, the slots are free again and its error goes on."""
-        if not 0 <= count <= len(self._free):
-            raise KVError(f"{self.segment.name}: {count} slots asked, {len(self._free)} are free")
-        slots = [self._free.pop() for _ in range(count)]
-        for slot in slots:
-            self._used[slot] = 1
+    def put(self, count: int, write: Write, owner: str = "") -> tuple[Handle, int | None]:
+        """When `write` raises, the slots are free again and its error goes on."""
+        with self._lock:
+            if self._closed:
+                raise KVError(f"{self.segment.name}: is closed")
+            if not 0 <= count <= len(self._free):
+                raise KVError(f"{self.segment.name}: {count} slots asked, {len(self._free)} are free")
+            slots = [self._free.pop() for _ in range(count)]
+            for slot in slots:
+                self._owned[slot] = 1
+        _mark(self.segment, slots, owner)
         views = [self.segment.block(slot) for slot in slots]
         try:
             write(views)
         except BaseException:
-            self._give_back(slots)
+            with self._lock:
+                self._release(slots)
+                self._freed -= len(slots)  # nobody was told that they were taken
             raise
         digest = xxh3_64()
         for view in views if self._digest else ():
@@ -78,58 +95,84 @@ class Slab:
         ), digest.intdigest() if self._digest else None
 
     def free(self, handle: Handle) -> None:
-        """As KVStore.free; on an error nothing was freed."""
-        problem = shape_problem(self.segment, handle)
-        if problem is None and handle.segment != self.segment.name:
-            problem = f"the handle is of {handle.segment[:80]!r}"
-        if problem is not None:
-            raise KVError(f"{self.segment.name}: cannot free: {problem}")
-        for slot, generation in zip(handle.slots, handle.generations, strict=True):
-            if not self._used[slot] or self.segment.generations[slot] != generation:
-                raise KVError(f"{self.segment.name}: cannot free: slot {slot} was freed before")
-        self._give_back(handle.slots)
+        """On an error nothing was freed."""
+        with self._lock:
+            problem = self._not_held(handle)
+            if problem is not None:
+                raise KVError(f"{self.segment.name}: cannot free: {problem}")
+            self._release(handle.slots)
 
-    def _give_back(self, slots: Sequence[int]) -> None:
+    def _not_held(self, handle: Handle) -> str | None:
+        """Why no request holds what the handle names; None when one does."""
+        if self._closed:
+            return "it is closed"
+        problem = shape_problem(self.segment, handle)
+        if problem is not None:
+            return problem
+        for slot, generation in zip(handle.slots, handle.generations, strict=True):
+            if not self._owned[slot] or self.segment.generations[slot] != generation:
+                return f"slot {slot} was freed before"
+        return None
+
+    def _release(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self.segment.generations[slot] += 1
         for slot in slots:
-            self._used[slot] = 0
+            self._owned[slot] = 0
+            self._recycle(slot)
+
+    def _recycle(self, slot: int) -> None:
+        if not self._owned[slot] and not self._kept[slot]:
+            if not self._closed:
+                _unmark(self.segment, slot)
             self._free.append(slot)
+            self._freed += 1
+
+    def freed(self) -> int:
+        with self._lock:
+            count, self._freed = self._freed, 0
+        return count
+
+    def keep(self, handle: Handle) -> bool:
+        with self._lock:
+            if self._not_held(handle) is not None:
+                return False
+            for slot in handle.slots:
+                self._kept[slot] += 1
+        return True
+
+    def let_go(self, handle: Handle) -> None:
+        """Raises KVError, and lets nothing go, when nobody keeps one of the slots."""
+        with self._lock:
+            problem = shape_problem(self.segment, handle)
+            if problem is not None or not all(self._kept[slot] for slot in handle.slots):
+                raise KVError(f"{self.segment.name}: cannot let go: {problem or 'nobody keeps it'}")
+            for slot in handle.slots:
+                self._kept[slot] -= 1
+                self._recycle(slot)
+
+    def close(self) -> None:
+        """Nothing can be put, freed or kept from now on. The memory is its maker's. A second call does nothing."""
+        with self._lock:
+            self._closed = True
 
 
-class Staging:
-    """The receiver's own memory, reused by every take and grown when a chunk is larger than any before.
-    Sized for `size` bytes at once, so that the first chunk does not wait for the kernel's page faults."""
+def _mark(segment: Segment, slots: Sequence[int], owner: str) -> None:
+    if segment.marks:
+        name, now = owner.encode(errors="replace")[:OWNER_BYTES], time.monotonic_ns()
+        for slot in slots:
+            MARK.pack_into(segment.marks, slot * MARK.size, now, name)
 
-    def __init__(self, size: int) -> None:
-        self._memory = _touched(size)
 
-    def take(self, segment: Segment, handle: Handle, digest: int | None) -> Sequence[memoryview]:
-        """As KVStore.take, out of a segment whose slots the handle may or may not name rightly."""
-        problem = shape_problem(segment, handle)
-        if problem is not None:
-            raise KVLost(f"{segment.name}: {problem}")
-        _check_generations(segment, handle)
-        size = segment.block_bytes
-        if len(handle.slots) * size > len(self._memory):
-            self._memory = _touched(len(handle.slots) * size)
-        copies = [self._memory[at * size : (at + 1) * size] for at in range(len(handle.slots))]
-        copied = xxh3_64()
-        for copy, slot in zip(copies, handle.slots, strict=True):
-            source = segment.block(slot)
-            for start in range(0, size, _PIECE):
-                piece = copy[start : start + _PIECE]
-                piece[:] = source[start : start + _PIECE]
-                if digest is not None:
-                    copied.update(piece)
-        _check_generations(segment, handle)
-        if digest is not None and copied.intdigest() != digest:
-            raise KVCorrupt(f"{segment.name}: digest {copied.intdigest():016x}, announced {digest:016x}")
-        return copies
+def _unmark(segment: Segment, slot: int) -> None:
+    if segment.marks:
+        MARK.pack_into(segment.marks, slot * MARK.size, 0, b"")
 
 
 def shape_problem(segment: Segment, handle: Handle) -> str | None:
     """Why this handle cannot be of this segment, whatever the generations; None when it can."""
+    if handle.segment != segment.name:
+        return f"the handle is of {handle.segment[:80]!r}"
     if handle.block_bytes != segment.block_bytes:
         return f"blocks of {segment.block_bytes} bytes, the handle says {handle.block_bytes}"
     if len(handle.slots) != len(handle.generations):
@@ -138,16 +181,3 @@ def shape_problem(segment: Segment, handle: Handle) -> str | None:
         return "the handle names a slot twice"
     outside = next((slot for slot in handle.slots if not 0 <= slot < segment.slots), None)
     return None if outside is None else f"slot {outside} of {segment.slots}"
-
-
-def _check_generations(segment: Segment, handle: Handle) -> None:
-    for slot, generation in zip(handle.slots, handle.generations, strict=True):
-        present = segment.generations[slot]
-        if present != generation:
-            raise KVLost(f"{segment.name}: slot {slot} is in generation {present}, not {generation}")
-
-
-def _touched(size: int) -> memoryview:
-    """Private memory of at least `size` bytes, every page of it already there."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    return memoryview(mmap.mmap(-1, max(size, 1), flags=flags))

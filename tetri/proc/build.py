@@ -10,7 +10,7 @@ from tetri import cost
 from tetri.config import Config
 from tetri.core.peers import Identity
 from tetri.engine.base import Engine
-from tetri.kv import open_store
+from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVStore
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
@@ -64,10 +64,19 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
     return built
 
 
-def store(config: Config, iid: str, block_bytes: int) -> KVStore:
-    """The KV store that [transfer] names. Raises KVError."""
+def store(config: Config, iid: str, block_bytes: int, wake: Callable[[], None]) -> KVStore:
+    """The KV store that [transfer] names; `wake` ends the worker's wait when something has come. Raises KVError."""
     made = config.transfer
-    return open_store(made.transport, config.cluster.name, iid, made.slab_blocks, block_bytes, made.digest)
+    settings = StoreSettings(
+        deployment=config.cluster.name,
+        iid=iid,
+        slots=made.slab_blocks,
+        block_bytes=block_bytes,
+        transport=made.transport,
+        address=made.address,
+        digest=made.digest,
+    )
+    return open_store(settings, wake)
 
 
 def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore) -> Identity:
@@ -78,7 +87,7 @@ def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVSto
         inbox=config.inbox_address(iid),
         fingerprint=made.fingerprint,
         capacity=made.capacity,
-        transport=kv.transport,
+        reach=kv.reach,
         slots=kv.slots,
         rules=rules(config),
         cost=predicted(config),

@@ -135,8 +135,6 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 def _checked(config: Config) -> Config:
     """Whatever can be said before anything is started."""
-    if config.transfer.transport == "local":
-        raise LaunchError('transfer.transport = "local" works inside one process only: use "shm"')
     if config.engine.kind == "emulated":
         return config
     folder = models.find(config.model.name)

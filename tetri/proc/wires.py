@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from tetri import log
+from tetri.hands import Copies
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.wire.codec import WireError
@@ -43,3 +45,13 @@ def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:
     """What has come, as a core takes it that has no clients."""
     for event in hub.poll(timeout):
         yield event.message if isinstance(event, Arrived) else event
+
+
+def heard(hub: Hub, copies: Copies, timeout: float | None) -> Iterator[Any]:
+    """What has come for a worker: messages, then KV."""
+    due = copies.due()
+    if due is not None:
+        left = max(0.0, due - time.monotonic())
+        timeout = left if timeout is None else min(timeout, left)
+    yield from polled(hub, timeout)
+    yield from copies.events()

@@ -31,7 +31,7 @@ from tetri.net.signals import StopSignals
 from tetri.policy.rules import LENGTHS
 from tetri.proc import build
 from tetri.proc.recorder import WorkerStart, recorded
-from tetri.proc.wires import Wires, polled
+from tetri.proc.wires import Wires, heard
 from tetri.request import ROLES
 from tetri.strict import ConfigError
 from tetri.wire.messages import ClusterView, InboxMessage
@@ -40,21 +40,23 @@ EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, 
 RESERVED = (BROKER, "monitor", "supervisord")
 
 
-def hands_of(core: Worker, engine: Engine, store: KVStore, hub: Hub, logger: logging.Logger) -> WorkerHands:
-    """What the core says is done by this engine, this store and this hub."""
-
+def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
     def note(error: Exception, key: str, chunk: int) -> None:
         level = logging.WARNING if isinstance(error, KVLost) else logging.ERROR
         logger.log(level, "%s %s", error, log.fields(key=key, chunk=chunk))
 
+    return Copies(engine, store, note)
+
+
+def hands_of(core: Worker, engine: Engine, copies: Copies, hub: Hub, logger: logging.Logger) -> WorkerHands:
+    """What the core says is done by this engine, its copies and this hub."""
     rules, rng = core.own.rules, Random(core.own.incarnation)
 
     def predict(wanted: Predict) -> LengthKnown:
         named = LENGTHS[rules.length](len(wanted.prompt), wanted.sampling, rules, rng)
         return LengthKnown(wanted.key, named)
 
-    copies, wires = Copies(engine, store, note), Wires(hub, logger)
-    return WorkerHands(core, time.monotonic, engine, copies, wires, engine.step, predict)
+    return WorkerHands(core, time.monotonic, engine, copies, Wires(hub, logger), engine.step, predict)
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
@@ -66,20 +68,21 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         leaving.callback(hub.close)
         engine = build.engine(config, hub.wait)  # seconds to minutes; a signal simply ends the process until here
         leaving.callback(engine.close)
-        store = build.store(config, iid, engine.fingerprint.block_bytes)
+        store = build.store(config, iid, engine.fingerprint.block_bytes, hub.wake)
         leaving.callback(store.close)
         signals = StopSignals(hub.wake_fd)
         leaving.callback(signals.restore)
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, leaving)
-        hands = hands_of(core, engine, store, hub, logger)
+        copies = copies_of(engine, store, logger)
+        hands = hands_of(core, engine, copies, hub, logger)
         hub.bind_inbox(own.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
-        run(core, partial(polled, hub), hands.carry_out, time.monotonic, signals.running)
+        run(core, partial(heard, hub, copies), hands.carry_out, time.monotonic, signals.running)
 
 
 def pin(cpus: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import inf
 from typing import Any, Protocol
 
-from tetri.core.actions import Adopt, Adopted, Export, Exported
+from tetri.core.actions import Adopt, Adopted, Export, Exported, Freed
+from tetri.request import Reach
 from tetri.sim.kernel import Kernel
 from tetri.wire.events import PeerUp
 from tetri.wire.messages import Chunk, Drop, Handle
@@ -110,10 +111,14 @@ class Memory:
         handle = Handle(segment=self.owner.name, slots=zeros, generations=zeros, block_bytes=self.block_bytes)
         return Exported(action.key, action.index, action.start, action.stop, handle, 0)
 
-    def free(self, handle: Handle) -> None:
+    def free(self, handle: Handle) -> Freed:
         self.kept -= len(handle.slots)
+        return Freed(len(handle.slots))
 
-    def forget(self, segment: str) -> None:
+    def meet(self, peer: str, reach: Reach) -> None:
+        """Nothing is opened."""
+
+    def part(self, peer: str) -> None:
         """Nothing was opened."""
 
     def adopt(self, action: Adopt) -> Adopted | None:

@@ -20,7 +20,7 @@ from tetri.core.desk import Limits
 from tetri.core.monitor import Monitor
 from tetri.core.peers import Identity
 from tetri.core.worker import Worker
-from tetri.request import Fingerprint
+from tetri.request import Fingerprint, Reach
 from tetri.sim.clients import Clients, Outcome
 from tetri.sim.instance import WorkerNode
 from tetri.sim.kernel import Kernel
@@ -105,7 +105,7 @@ class World:
             inbox=iid,
             fingerprint=_fingerprint(setup),
             capacity=capacity,
-            transport="simulated",
+            reach=Reach(paths=["local"], host="", process=0, segment=iid),
             slots=setup.slots or capacity.blocks,
             rules=setup.rules,
             reserve_share=setup.reserve_share,

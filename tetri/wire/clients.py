@@ -92,6 +92,8 @@ class InstanceStatus(Record, frozen=True):
     running: Count
     held: int
     note: str = ""
+    paths: dict[str, str] = {}  # of the other instances, over which path KV moves to or from each
+    counters: dict[str, Count] = {}  # what happened to the KV that it took, since its process started
 
 
 class MonitorStatus(Record, frozen=True):

@@ -10,7 +10,19 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import Address, Capacity, Count, Fingerprint, LengthRange, Name, Receipt, Record, Sampling, Stage
+from tetri.request import (
+    Address,
+    Capacity,
+    Count,
+    Fingerprint,
+    LengthRange,
+    Name,
+    Reach,
+    Receipt,
+    Record,
+    Sampling,
+    Stage,
+)
 
 # ---- workers -> broker
 
@@ -61,16 +73,19 @@ class Ready(FromWorker, tag="ready", frozen=True):
     inbox: Address
     fingerprint: Fingerprint
     capacity: Capacity
+    reach: Reach
     load: Load
 
 
 class Beat(FromWorker, tag="beat", frozen=True):
-    """`flip`: the number of the last Flip that was obeyed, 0 before the first."""
+    """`flip`: the number of the last Flip that was obeyed, 0 before the first. `counters`: since the process started,
+    what happened to the KV that it took, by name."""
 
     role: str
     load: Load
     holds: list[Hold]
     flip: Count = 0
+    counters: dict[str, Count] = {}
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
@@ -204,6 +219,7 @@ class InstanceEntry(Record, frozen=True):
     inbox: Address
     fingerprint: Fingerprint
     capacity: Capacity
+    reach: Reach
 
 
 class Roster(Record, tag="roster", frozen=True):

@@ -1,0 +1,50 @@
+"""A worker's KV store: one slab, through which all of its chunks leave, and a reader for each path by which others'
+come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tetri.kv.base import KVLost, Reader, Slab, Taken, Wanted
+from tetri.request import Reach
+
+
+class Store:
+    """`readers` by path. `home` reads the own slab, for a worker that decodes what it has prefilled."""
+
+    def __init__(self, slab: Slab, readers: dict[str, Reader], reach: Reach, home: Reader) -> None:
+        self.slab, self.readers, self.reach = slab, {"local": home, **readers}, reach
+        self.slots = slab.slots
+        self.put, self.free, self.freed = slab.put, slab.free, slab.freed
+
+    @property
+    def free_slots(self) -> int:
+        return self.slab.free_slots
+
+    def meet(self, peer: str, reach: Reach) -> None:
+        for path, reader in self.readers.items():
+            if path in reach.paths:
+                reader.meet(peer, reach)
+
+    def part(self, peer: str) -> None:
+        for reader in self.readers.values():
+            reader.part(peer)
+
+    def take(self, wanted: Wanted) -> Taken | None:
+        reader = self.readers.get(wanted.path)
+        if reader is None:
+            return Taken(wanted.ticket, problem=KVLost(f"this worker has no KV path {wanted.path!r}"))
+        return reader.take(wanted)
+
+    def taken(self) -> Iterable[Taken]:
+        for reader in self.readers.values():
+            yield from reader.taken()
+
+    def due(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        """Close the readers, then the slab. A second call does nothing."""
+        for reader in self.readers.values():
+            reader.close()
+        self.slab.close()

@@ -1,0 +1,47 @@
+"""Over which path KV moves between two instances: the best one that both have."""
+
+from __future__ import annotations
+
+from tetri.request import Fingerprint, Reach, difference
+
+PATHS = ("local", "cuda_ipc", "shm", "nixl", "stream")  # the best first
+SAME_HOST = ("cuda_ipc", "shm")
+
+
+def path(a: Reach, b: Reach) -> str | None:
+    """The path that both use, None when there is none. It is the same whichever of the two is asked."""
+    return next((name for name in PATHS if name in a.paths and name in b.paths and _obstacle(name, a, b) is None), None)
+
+
+def apart(a: Reach, b: Reach) -> str:
+    """Why there is no path between two instances, in one line that says what to do."""
+    common = [name for name in PATHS if name in a.paths and name in b.paths]
+    if not common:
+        return f"no common KV path: {', '.join(a.paths)} and {', '.join(b.paths)}; set transfer.transport alike on both"
+    reasons = (f"{name} {_obstacle(name, a, b)}" for name in common if name != "local")
+    return "; ".join(reasons) or "local needs both in one process"
+
+
+def kin(reach: Reach) -> tuple[object, ...]:
+    """What `path` looks at: instances with the same kin have the same paths to all others."""
+    process = reach.process if "local" in reach.paths else 0
+    return (*reach.paths, reach.host, process, reach.device, *reach.near)
+
+
+def stranger(mine: Fingerprint, theirs: Fingerprint, a: Reach, b: Reach) -> str | None:
+    """Why KV can never move between two instances; None when it can."""
+    why = difference(mine, theirs)
+    if why is not None:
+        return why
+    return None if path(a, b) is not None else apart(a, b)
+
+
+def _obstacle(name: str, a: Reach, b: Reach) -> str | None:
+    """Why these two cannot use a path that both have."""
+    if name == "local" and (a.host, a.process) != (b.host, b.process):
+        return "needs both in one process"
+    if name in SAME_HOST and a.host != b.host:
+        return "needs both on one host"
+    if name == "cuda_ipc" and a.device != b.device and not (b.device in a.near and a.device in b.near):
+        return f"needs peer access between the GPUs {a.device} and {b.device}"
+    return None
