@@ -74,6 +74,8 @@ BAD = [
     ("[cluster]\ndead_s=0.3\n", "at least three times beat_s"),
     ("[transfer]\nslab_blocks=4\n", "slab_blocks: must be at least 5"),
     ("[transfer]\ndigest=1\n", "must be true or false"),
+    ("[transfer]\nfaults='dorp=0.1'\n", "transfer.faults: 'dorp=0.1' is no fault: use drop, duplicate"),
+    ("[transfer]\nfaults='drop=2'\n", "transfer.faults: drop must be from 0 to 1, got 2"),
     ("[model]\nname=3\n", "model.name: must be a text"),
     ("[model]\ndtype=1979-05-27\n", "model.dtype: must be a text"),
     ("[policy]\norder='best'\n", "policy.order: must be one of: fcfs"),

@@ -4,6 +4,7 @@ import time
 from random import Random
 
 import pytest
+from msgspec import structs
 
 from tests.core.build import (
     FINGERPRINT,
@@ -599,6 +600,14 @@ def test_views_are_numbered_and_leave_out_the_lost(served):
     assert served.core.deadline() == pytest.approx(served.now + 0.1)
     (later,) = [view for _ in range(8) for view in sent(served.later(0.1), "d1", Roster)]
     assert later.number > views[0].number and later.epoch == 42
+
+
+def test_status_tells_what_a_beat_counts(served):
+    said = structs.replace(beat("d1"), counters={"duplicate": 2}, slots_taken=5)
+    served.tell(said)
+    (status,) = replies(served.tell(FromClient(b"c", Inspect())))
+    found = {each.iid: (each.counters, each.slots_taken) for each in status.instances}
+    assert found["d1"] == ({"duplicate": 2}, 5) and found["d2"] == ({}, 0)
 
 
 def test_status_tells_who_is_there_and_who_can_never_be_paired(served):

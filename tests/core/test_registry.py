@@ -112,6 +112,13 @@ def test_strangers_are_named_where_kv_would_have_to_move(one, other, apart):
         assert notes[0].startswith("never paired with b: dtype differs")
 
 
+def test_a_worker_that_harms_its_kv_on_purpose_is_named():
+    made = registry(("p0", "prefill"), ("d0", "decode"))
+    made.peers["d0"].counters = {"injected_drop": 0}
+    made.peers["p0"].counters = {"duplicate": 3}
+    assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
+
+
 def test_a_roster_is_made_when_there_is_news_or_silence():
     made = registry(("p0", "prefill"))
     assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []

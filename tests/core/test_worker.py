@@ -82,6 +82,7 @@ def test_beats_come_regularly_and_list_what_is_held(worker):
     (second,) = sent(worker.later(0.1), kind=Beat)
     assert [hold.stage for hold in second.holds] == ["prefill"]
     assert (second.load.free_blocks, second.load.queued, second.load.queued_tokens) == (7, 1, 4)
+    assert (first.slots_taken, second.slots_taken) == (0, 2)
 
 
 def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(worker):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from tetri.config.tables import Config, cpu_numbers
+from tetri.faults import FaultsError, parse_faults
 from tetri.request import blocks_for
 
 IPC_BYTES = 100  # a Unix socket's path holds 108 bytes at most; ZeroMQ needs a few of them
@@ -35,6 +36,10 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if config.transfer.slab_blocks < (least := blocks_for(chunk + block - 1, block)):
         yield f"transfer.slab_blocks: must be at least {least}, the blocks that one chunk may fill"
+    try:
+        parse_faults(config.transfer.faults)
+    except FaultsError as error:
+        yield f"transfer.faults: {error}"
     pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]
     for place, cpus in [*pinned, *((f"worker {w.iid}.cpus", w.cpus) for w in config.workers)]:
         if cpus and not cpu_numbers(cpus):

@@ -77,6 +77,7 @@ class Transfer:
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy
     offer_s: float = number(1.0, 0.01, 60)  # an unanswered offer or chunk is sent again after this
+    faults: str = ""  # for rehearsals: what goes wrong on purpose, such as "drop=0.01,flip=0.01,seed=1"; "": nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,5 +74,6 @@ class Presence:
             holds=holds,
             flip=self.flip,
             counters=dict(self.decode.counters),
+            slots_taken=self.prefill.slots_taken,
         )
         return Send(BROKER, beat)

@@ -34,6 +34,7 @@ class Peer:
     seen: float
     held: int = 0
     counters: dict[str, int] = field(default_factory=dict)
+    slots_taken: int = 0
     suspect: bool = False  # silent for longer than allowed, as far as was heard
     lost: str | None = None
 
@@ -205,9 +206,10 @@ class Registry:
                 queued=peer.load.queued,
                 running=peer.load.running,
                 held=peer.held,
-                note=peer.lost or self._stranger(peer),
+                note=peer.lost or self._stranger(peer) or _rehearsal(peer),
                 paths=self._paths(peer),
                 counters=peer.counters,
+                slots_taken=peer.slots_taken,
             )
             for peer in sorted(self.peers.values(), key=lambda peer: peer.iid)
         ]
@@ -232,6 +234,12 @@ class Registry:
             for other in self.peers.values()
             if other is not peer and other.lost is None and (other.role != peer.role or peer.role == "mixed")
         ]
+
+
+def _rehearsal(peer: Peer) -> str:
+    """That a worker harms its KV on purpose: nobody may take that for service."""
+    injected = any(name.startswith("injected_") for name in peer.counters)
+    return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
 
 
 _Key = tuple[Fingerprint, tuple[object, ...]]

@@ -21,7 +21,8 @@ from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker import Worker
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
-from tetri.hands import Copies, WorkerHands
+from tetri.faults import parse_faults
+from tetri.hands import Copies, Network, WorkerHands
 from tetri.kv.base import KVError, KVLost, KVStore
 from tetri.models import ModelError
 from tetri.net.errors import NetError
@@ -30,6 +31,7 @@ from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 from tetri.policy.rules import LENGTHS
 from tetri.proc import build
+from tetri.proc.faults import FaultyNetwork, Poll, with_faults
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.proc.wires import Wires, heard
 from tetri.request import ROLES
@@ -48,15 +50,15 @@ def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
     return Copies(engine, store, note)
 
 
-def hands_of(core: Worker, engine: Engine, copies: Copies, hub: Hub, logger: logging.Logger) -> WorkerHands:
-    """What the core says is done by this engine, its copies and this hub."""
+def hands_of(core: Worker, engine: Engine, copies: Copies, network: Network) -> WorkerHands:
+    """What the core says is done by this engine, its copies and this network."""
     rules, rng = core.own.rules, Random(core.own.incarnation)
 
     def predict(wanted: Predict) -> LengthKnown:
         named = LENGTHS[rules.length](len(wanted.prompt), wanted.sampling, rules, rng)
         return LengthKnown(wanted.key, named)
 
-    return WorkerHands(core, time.monotonic, engine, copies, Wires(hub, logger), engine.step, predict)
+    return WorkerHands(core, time.monotonic, engine, copies, network, engine.step, predict)
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
@@ -75,14 +77,19 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, leaving)
+        network: Network = Wires(hub, logger)
+        if (faults := parse_faults(config.transfer.faults)) is not None:
+            store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)
         copies = copies_of(engine, store, logger)
-        hands = hands_of(core, engine, copies, hub, logger)
+        hands = hands_of(core, engine, copies, network)
         hub.bind_inbox(own.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
-        run(core, partial(heard, hub, copies), hands.carry_out, time.monotonic, signals.running)
+        poll: Poll = partial(heard, hub, copies)
+        poll = partial(network.heard, poll) if isinstance(network, FaultyNetwork) else poll
+        run(core, poll, hands.carry_out, time.monotonic, signals.running)
 
 
 def pin(cpus: str) -> None:

@@ -94,6 +94,7 @@ class InstanceStatus(Record, frozen=True):
     note: str = ""
     paths: dict[str, str] = {}  # of the other instances, over which path KV moves to or from each
     counters: dict[str, Count] = {}  # what happened to the KV that it took, since its process started
+    slots_taken: Count = 0  # of its KV store, those that are not free
 
 
 class MonitorStatus(Record, frozen=True):

@@ -79,13 +79,14 @@ class Ready(FromWorker, tag="ready", frozen=True):
 
 class Beat(FromWorker, tag="beat", frozen=True):
     """`flip`: the number of the last Flip that was obeyed, 0 before the first. `counters`: since the process started,
-    what happened to the KV that it took, by name."""
+    what happened to the KV that it took, by name. `slots_taken`: of its KV store, those that are not free."""
 
     role: str
     load: Load
     holds: list[Hold]
     flip: Count = 0
     counters: dict[str, Count] = {}
+    slots_taken: Count = 0
 
 
 class Staged(FromWorker, tag="staged", frozen=True):

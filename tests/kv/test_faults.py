@@ -1,0 +1,201 @@
+"""A store whose paths are bad: every fault changes the bytes or the time, and the digest's check is the store's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from tetri.faults import Chance, Faults
+from tetri.kv.base import KVCorrupt, KVLost, Taken, Wanted
+from tetri.kv.faults import FaultyStore
+from tetri.kv.local import LocalReader, LocalSlab
+from tetri.kv.store import Store
+from tetri.request import Reach
+
+BLOCK = 100  # bytes
+BLOCKS = [bytes([number]) * BLOCK for number in range(4)]
+
+
+
+def write(into) -> None:
+    for view, content in zip(into, BLOCKS, strict=True):
+        view[:] = content
+
+
+class Died(Exception):
+    pass
+
+
+def die(moment: str) -> None:
+    raise Died(moment)
+
+
+@dataclass
+class Clock:
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """A sender and a receiver in one process, both behind the same dice."""
+
+    def __init__(self, digest: bool = True, **faults: float) -> None:
+        segments = {}
+        self.clock, self.digest = Clock(), digest
+        self.chance = Chance(Faults(**faults), "x")
+        self.slab = LocalSlab("p0", 8, BLOCK, segments, digest=digest)
+        reach = Reach(paths=["local"], host="h", process=1, segment=self.slab.segment.name)
+        inner = Store(self.slab, {}, reach, LocalReader(segments))
+        self.store = FaultyStore(inner, self.chance, die, self.clock)
+
+    def put(self) -> Wanted:
+        handle, digest = self.store.put(4, write)
+        assert (digest is None) != self.digest
+        return Wanted(("d:r1", 0), "p0", "local", handle, digest)
+
+    def count(self, kind: str) -> int:
+        return self.chance.counts[kind]
+
+
+def content(taken: Taken) -> list[bytes]:
+    assert taken.problem is None
+    return [bytes(each) for each in taken.blocks]
+
+
+def test_without_faults_a_store_does_what_it_does() -> None:
+    bench = Bench()
+    wanted = bench.put()
+    assert content(bench.store.take(wanted)) == BLOCKS
+    assert list(bench.store.taken()) == [] and bench.store.due() is None
+    bench.store.free(wanted.handle)
+    assert bench.store.freed() == 4 and bench.store.free_slots == bench.store.slots == 8
+    assert bench.chance.counters() == {}
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate"])
+def test_what_is_damaged_on_its_way_the_digest_finds_and_the_next_copy_is_right(kind: str) -> None:
+    bench = Bench(**{kind: 0.5})
+    wanted, wrong = bench.put(), 0
+    for _ in range(60):
+        taken = bench.store.take(wanted)
+        if taken.problem is None:
+            assert content(taken) == BLOCKS
+        else:
+            assert isinstance(taken.problem, KVCorrupt) and not taken.blocks
+            wrong += 1
+    assert 0 < wrong == bench.count(kind) < 60
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate"])
+def test_without_a_digest_it_gets_through(kind: str) -> None:
+    """Which proves that the bytes really are damaged."""
+    bench = Bench(digest=False, **{kind: 1.0})
+    found = content(bench.store.take(bench.put()))
+    assert found != BLOCKS
+    if kind == "flip":
+        differ = [a ^ b for a, b in zip(b"".join(found), b"".join(BLOCKS), strict=True) if a != b]
+        assert len(differ) == 1 and differ[0].bit_count() == 1
+    else:
+        assert found == BLOCKS[: len(found)]
+
+
+def test_a_spoilt_slab_is_found_however_often_it_is_read() -> None:
+    bench = Bench(spoil=1.0)
+    wanted = bench.put()
+    for _ in range(3):
+        assert isinstance(bench.store.take(wanted).problem, KVCorrupt)
+    assert bench.count("spoil") == 1
+
+
+def test_a_lost_chunk_is_lost_at_once() -> None:
+    bench = Bench(lose=1.0)
+    assert isinstance(bench.store.take(bench.put()).problem, KVLost)
+    assert bench.count("lose") == 1 and bench.store.due() is None
+
+
+def test_a_late_chunk_is_taken_later_and_only_then() -> None:
+    bench = Bench(late=1.0, longest=0.5)
+    wanted = bench.put()
+    assert bench.store.take(wanted) is None
+    due = bench.store.due()
+    assert due is not None and 100.0 <= due <= 100.5
+    bench.clock.now = due - 1e-6
+    assert list(bench.store.taken()) == []
+    bench.clock.now = due
+    (taken,) = [(each.ticket, content(each)) for each in bench.store.taken()]
+    assert taken == (wanted.ticket, BLOCKS)
+    assert list(bench.store.taken()) == [] and bench.store.due() is None
+
+
+def test_late_means_that_the_slots_may_be_anothers_by_then() -> None:
+    bench = Bench(late=1.0)
+    wanted = bench.put()
+    assert bench.store.take(wanted) is None
+    bench.store.free(wanted.handle)
+    again = bench.put()
+    assert set(again.handle.slots) == set(wanted.handle.slots)
+    bench.clock.now += 1
+    (taken,) = bench.store.taken()
+    assert isinstance(taken.problem, KVLost)
+
+
+def test_what_is_late_of_a_peer_that_has_gone_is_lost_once() -> None:
+    bench = Bench(late=1.0)
+    assert bench.store.take(bench.put()) is None
+    bench.store.part("p1")
+    assert list(bench.store.taken()) == []
+    bench.store.part("p0")
+    assert bench.store.due() == 0.0
+    (taken,) = bench.store.taken()
+    assert isinstance(taken.problem, KVLost)
+    bench.clock.now += 1
+    assert list(bench.store.taken()) == [] and bench.store.due() is None
+
+
+def test_a_path_that_takes_time_is_as_bad() -> None:
+    """What comes by `taken` of a store passes the same hop."""
+    bench = Bench(flip=1.0)
+
+    class Slow(Store):
+        def take(self, wanted: Wanted) -> None:
+            self.waiting = wanted
+
+        def taken(self):
+            yield super().take(self.waiting)
+
+        def due(self) -> float:
+            return 3.0
+
+    inner = bench.store.store
+    bench.store = FaultyStore(
+        Slow(inner.slab, {}, inner.reach, inner.readers["local"]), bench.chance, die, bench.clock
+    )
+    assert bench.store.take(bench.put()) is None
+    (taken,) = bench.store.taken()
+    assert isinstance(taken.problem, KVCorrupt) and bench.store.due() == 3.0
+
+
+def test_a_process_dies_in_the_middle() -> None:
+    moments = {}
+    for seed in range(40):
+        bench = Bench(die=0.4, seed=seed)
+        try:
+            bench.store.take(bench.put())
+        except Died as death:
+            moments[str(death)] = None
+            assert bench.count("die") == 1
+    assert len(moments) == 3
+
+
+def test_what_a_write_raises_goes_on_and_leaves_nothing() -> None:
+    bench = Bench(spoil=1.0)
+
+    def fail(into: object) -> None:
+        raise ValueError("the engine")
+
+    with pytest.raises(ValueError, match="the engine"):
+        bench.store.put(4, fail)
+    assert bench.store.free_slots == 8 and bench.count("spoil") == 0

@@ -1,0 +1,157 @@
+"""A KV store on whose paths things go wrong: any store, wrapped. What is wrong is the bytes, and never what is said of
+them: that the digest finds it is the store's own doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from tetri.faults import Chance
+from tetri.kv.base import Block, KVLost, KVStore, Taken, Wanted, Write
+from tetri.kv.local import LocalReader, LocalSlab, Neighbours
+from tetri.wire.messages import Handle
+
+
+def kill_myself(moment: str) -> None:
+    """As the kernel does it to a process that is out of memory: nothing is tidied up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FaultyStore:
+    """`die` hears in which moment the process is to end."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        chance: Chance,
+        die: Callable[[str], None] = kill_myself,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store, self.chance, self.clock = store, chance, clock
+        self.slots, self.reach = store.slots, store.reach
+        self.free, self.freed, self.meet = store.free, store.freed, store.meet
+        self._die = die
+        self._relay = Relay(chance)
+        self._late: list[tuple[float, Wanted]] = []  # to be taken then
+        self._lost: list[Taken] = []  # to be told
+        self._bent: dict[tuple[str, int], Wanted] = {}  # on their way, to arrive with a wrong byte
+
+    @property
+    def free_slots(self) -> int:
+        return self.store.free_slots
+
+    def _dies(self, moment: str) -> None:
+        if self.chance.happens("die"):
+            self._die(moment)
+
+    # ------------------------------------------------------------ the sender's side
+
+    def put(self, count: int, write: Write, owner: str = "") -> tuple[Handle, int | None]:
+        written: list[Block] = []
+
+        def tapped(into: Sequence[Block]) -> None:
+            write(into)
+            written.extend(into)
+            self._dies("between the copy into its slab and the digest")
+
+        handle, digest = self.store.put(count, tapped, owner)
+        if written and self.chance.happens("spoil"):
+            flip(self.chance, written)
+        self._dies("between a put and its announcement")
+        return handle, digest
+
+    # ------------------------------------------------------------ the receiver's side
+
+    def take(self, wanted: Wanted) -> Taken | None:
+        if self.chance.happens("lose"):
+            return Taken(wanted.ticket, problem=KVLost("lost on its way: an injected fault"))
+        if self.chance.happens("late"):
+            self._late.append((self.clock() + self.chance.seconds(), wanted))
+            return None
+        return self._take(wanted)
+
+    def _take(self, wanted: Wanted) -> Taken | None:
+        handle = wanted.handle
+        if len(handle.slots) > 1 and self.chance.happens("truncate"):
+            left = self.chance.rng.randrange(1, len(handle.slots))
+            short = Handle(handle.segment, handle.slots[:left], handle.generations[:left], handle.block_bytes)
+            return self._arrived(self.store.take(replace(wanted, handle=short)))
+        if not self.chance.happens("flip"):
+            return self._arrived(self.store.take(wanted))
+        self._bent[wanted.ticket] = wanted
+        return self._arrived(self.store.take(wanted))
+
+    def _arrived(self, taken: Taken | None) -> Taken | None:
+        if taken is None:
+            return None
+        wanted = self._bent.pop(taken.ticket, None)
+        if wanted is not None and taken.problem is None:
+            taken = self._relay.pass_on(wanted, taken.blocks)
+        self._dies("between taking a chunk and its Landed")
+        return taken
+
+    def taken(self) -> Iterator[Taken]:
+        lost, self._lost = self._lost, []
+        yield from lost
+        now = self.clock()
+        due = [wanted for at, wanted in self._late if at <= now]
+        self._late = [(at, wanted) for at, wanted in self._late if at > now]
+        for wanted in due:
+            taken = self._take(wanted)
+            if taken is not None:
+                yield taken
+        for each in self.store.taken():
+            taken = self._arrived(each)
+            assert taken is not None  # nothing arrives twice
+            yield taken
+
+    def due(self) -> float | None:
+        mine = [at for at, _ in self._late] + [0.0] * bool(self._lost)
+        theirs = self.store.due()
+        return min(mine + ([] if theirs is None else [theirs]), default=None)
+
+    def part(self, peer: str) -> None:
+        gone = [wanted for _, wanted in self._late if wanted.peer == peer]
+        self._late = [(at, wanted) for at, wanted in self._late if wanted.peer != peer]
+        self._lost += [Taken(wanted.ticket, problem=KVLost(f"{peer} is gone")) for wanted in gone]
+        self.store.part(peer)
+
+    def close(self) -> None:
+        self._late.clear()
+        self._lost.clear()
+        self.store.close()
+
+
+class Relay:
+    """One more hop on a chunk's way, with bad memory: its bytes are taken out of it as out of any slab."""
+
+    def __init__(self, chance: Chance) -> None:
+        self.chance = chance
+        self._segments: Neighbours = {}
+        self._reader = LocalReader(self._segments)
+
+    def pass_on(self, wanted: Wanted, blocks: Sequence[Block]) -> Taken:
+        """What arrives of these blocks. Those in a device's memory pass unharmed."""
+        if not all(isinstance(block, memoryview) for block in blocks):
+            return Taken(wanted.ticket, blocks)
+        slab = LocalSlab("relay", len(blocks), wanted.handle.block_bytes, self._segments, digest=False)
+
+        def write(into: Sequence[Block]) -> None:
+            for place, block in zip(into, blocks, strict=True):
+                place[:] = block
+            flip(self.chance, into)
+
+        handle, _ = slab.put(len(blocks), write)
+        try:
+            return self._reader.take(replace(wanted, handle=handle))
+        finally:
+            slab.close()
+
+
+def flip(chance: Chance, blocks: Sequence[Block]) -> None:
+    """Change one bit of one byte."""
+    block = chance.rng.choice(blocks)
+    block[chance.rng.randrange(len(block))] ^= 1 << chance.rng.randrange(8)
