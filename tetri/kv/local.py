@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from tetri.kv.base import KVError, KVForeign, Taken, Wanted
-from tetri.kv.slab import FIRST_GENERATION, HostSlab, Segment
+from tetri.kv.slab import FIRST_GENERATION, MARK, HostSlab, Segment
 from tetri.kv.staging import Staging
 from tetri.request import Reach
 
@@ -29,6 +29,7 @@ class LocalSlab(HostSlab):
             block_bytes=block_bytes,
             generations=memoryview(bytearray(8 * slots)).cast("Q"),
             blocks=memoryview(bytearray(slots * block_bytes)),
+            marks=memoryview(bytearray(slots * MARK.size)),
         )
         for slot in range(slots):
             segment.generations[slot] = FIRST_GENERATION

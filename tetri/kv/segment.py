@@ -1,8 +1,8 @@
 """Segment files in /dev/shm: a full one is an error when a file is made, a false file harms no reader.
 
-A file is (docs/protocol.md, section 8): a header, a u64 generation and a mark for each slot, and at a multiple of 4096
-the blocks; numbers in the machine's byte order. Its owner holds flock(LOCK_EX) on it as long as it lives, so a file that
-nobody has locked is a dead one's.
+A file is (docs/protocol.md, section 8): a header, a u64 generation and a mark for each slot, and at a multiple of
+4096 the blocks; numbers in the machine's byte order. Its owner holds flock(LOCK_EX) on it as long as it lives, so a
+file that nobody has locked is a dead one's.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class ShmReader:
         if known is None:
             raise KVLost(f"no peer {wanted.peer} is known here")
         if known != wanted.handle.segment:
-            raise KVForeign(f"the slab of {wanted.peer} is {known[:80]!r}, the handle is of {wanted.handle.segment[:80]!r}")
+            other = wanted.handle.segment
+            raise KVForeign(f"the slab of {wanted.peer} is {known[:80]!r}, the handle is of {other[:80]!r}")
         if wanted.peer not in self._mappings:
             self._mappings[wanted.peer] = attach(self._directory, self._deployment, known)
         return self._mappings[wanted.peer]

@@ -75,24 +75,29 @@ class HostSlab:
             for slot in slots:
                 self._owned[slot] = 1
         _mark(self.segment, slots, owner)
-        views = [self.segment.block(slot) for slot in slots]
         try:
-            write(views)
+            digest = self._fill(slots, write)
         except BaseException:
             with self._lock:
                 self._release(slots)
                 self._freed -= len(slots)  # nobody was told that they were taken
             raise
-        digest = xxh3_64()
-        for view in views if self._digest else ():
-            digest.update(view)
         generations = [self.segment.generations[slot] for slot in slots]
-        return Handle(
-            segment=self.segment.name,
-            slots=slots,
-            generations=generations,
-            block_bytes=self.segment.block_bytes,
-        ), digest.intdigest() if self._digest else None
+        handle = Handle(
+            segment=self.segment.name, slots=slots, generations=generations, block_bytes=self.segment.block_bytes
+        )
+        return handle, digest
+
+    def _fill(self, slots: Sequence[int], write: Write) -> int | None:
+        """Let `write` fill the blocks of these slots; the digest over them."""
+        views = [self.segment.block(slot) for slot in slots]
+        write(views)
+        if not self._digest:
+            return None
+        digest = xxh3_64()
+        for view in views:
+            digest.update(view)
+        return digest.intdigest()
 
     def free(self, handle: Handle) -> None:
         """On an error nothing was freed."""

@@ -27,7 +27,7 @@ class Staging:
         problem = shape_problem(segment, handle)
         if problem is not None:
             raise KVForeign(f"{segment.name}: {problem}")
-        _check_generations(segment, handle)
+        check_generations(segment, handle)
         size = segment.block_bytes
         if len(handle.slots) * size > len(self._memory):
             self._memory = _touched(len(handle.slots) * size)
@@ -40,13 +40,14 @@ class Staging:
                 piece[:] = source[start : start + _PIECE]
                 if digest is not None:
                     copied.update(piece)
-        _check_generations(segment, handle)
+        check_generations(segment, handle)
         if digest is not None and copied.intdigest() != digest:
             raise KVCorrupt(f"{segment.name}: digest {copied.intdigest():016x}, announced {digest:016x}")
         return copies
 
 
-def _check_generations(segment: Segment, handle: Handle) -> None:
+def check_generations(segment: Segment, handle: Handle) -> None:
+    """Raises KVLost when a slot holds something else by now."""
     for slot, generation in zip(handle.slots, handle.generations, strict=True):
         present = segment.generations[slot]
         if present != generation:

@@ -1,0 +1,21 @@
+"""Fixtures that several tests of the KV room share."""
+
+import pytest
+
+from tests.kv.mapped import BLOCK, SLOTS, Peer
+from tetri.kv.shm import ShmSlab
+
+
+@pytest.fixture
+def peer(tmp_path):
+    peer = Peer(tmp_path)
+    yield peer
+    peer.reader.close()
+
+
+@pytest.fixture
+def slab(tmp_path):
+    """In a folder of its own; a real file system does for shared memory."""
+    slab = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
+    yield slab
+    slab.close()

@@ -1,0 +1,45 @@
+"""The contract of the KV paths, over the memory of one process."""
+
+import pytest
+
+from tests.kv.contract import StoreContract
+from tests.kv.parties import World, block
+from tetri.kv.local import LocalReader, LocalSlab
+from tetri.kv.store import Store
+from tetri.request import Reach
+
+
+class LocalWorld(World):
+    path = "local"
+
+    def __init__(self):
+        super().__init__()
+        self.neighbours = {}
+
+    def store(self, iid, wake, slots, block_bytes, digest):
+        slab = LocalSlab(iid, slots, block_bytes, self.neighbours, digest)
+        reach = Reach(paths=["local"], host="here", process=1, segment=slab.segment.name)
+        return Store(slab, {}, reach, LocalReader(self.neighbours))
+
+
+class TestLocal(StoreContract):
+    """Whoever shares the process's memory needs no introduction, and stays when parted from."""
+
+    @pytest.fixture
+    def world(self):
+        world = LocalWorld()
+        yield world
+        world.close()
+
+    def test_nothing_comes_from_who_was_never_met(self, world):
+        sender, receiver = world.open("p0"), world.open("d0")
+        assert receiver.take(sender.put(block(1))) == [block(1)]
+
+    def test_parted_from_each_take_is_answered_once_and_later_ones_are_lost(self, pair):
+        sender, receiver = pair
+        receiver.store.part("p0")
+        assert receiver.take(sender.put(block(1))) == [block(1)]
+
+    def test_another_peers_chunk_is_foreign_or_lost(self, pair):
+        sender, receiver = pair
+        assert receiver.take(sender.put(block(1)), peer="p1") == [block(1)], "the segment alone says whose it is"

@@ -1,0 +1,106 @@
+"""Mapping the segments of others: what is no segment harms no reader, and what is mapped is let go."""
+
+import os
+import struct
+
+import pytest
+
+from tests.kv.mapped import BLOCK, SLOTS, put
+from tests.kv.parties import block
+from tetri.kv.base import KVForeign, KVLost
+from tetri.kv.segment import VERSION
+from tetri.kv.shm import ShmSlab
+from tetri.wire.messages import Handle
+
+BLOCKS_AT = 4096
+
+
+def _header(magic=b"tetri-kv", version=VERSION, blocks_at=BLOCKS_AT, block_bytes=BLOCK, slots=SLOTS):
+    return struct.pack("=8sIIQQIIQ16x", magic, version, blocks_at, block_bytes, slots, 1, 4, 1)
+
+
+RIGHT_SIZE = BLOCKS_AT + SLOTS * BLOCK
+FALSE_SEGMENTS = {
+    "empty": b"",
+    "short": b"tetri-kv",
+    "cut header": _header()[:-1],
+    "not finished": bytes(RIGHT_SIZE),
+    "other magic": _header(magic=b"tetri-vk").ljust(RIGHT_SIZE, b"\0"),
+    "older version": _header(version=1).ljust(RIGHT_SIZE, b"\0"),
+    "newer version": _header(version=VERSION + 1).ljust(RIGHT_SIZE, b"\0"),
+    "too many slots": _header(slots=SLOTS + 1).ljust(RIGHT_SIZE, b"\0"),
+    "endless slots": _header(slots=(1 << 64) - 1).ljust(RIGHT_SIZE, b"\0"),
+    "endless blocks": _header(block_bytes=(1 << 64) - 1).ljust(RIGHT_SIZE, b"\0"),
+    "no slots": _header(slots=0).ljust(BLOCKS_AT, b"\0"),
+    "no bytes": _header(block_bytes=0).ljust(BLOCKS_AT, b"\0"),
+    "blocks over the header": _header(blocks_at=0).ljust(SLOTS * BLOCK, b"\0"),
+    "truncated": _header().ljust(RIGHT_SIZE - 1, b"\0"),
+}
+
+
+def handle_of(segment):
+    return Handle(segment=segment, slots=[0], generations=[0], block_bytes=BLOCK)
+
+
+def test_the_header_that_these_tests_forge_can_be_right(peer, tmp_path):
+    (tmp_path / "tetri-test-p0-right").write_bytes(_header().ljust(RIGHT_SIZE, b"\0"))
+    peer.meet("tetri-test-p0-right")
+    assert peer.take(handle_of("tetri-test-p0-right"), None) == [bytes(BLOCK)]
+
+
+@pytest.mark.parametrize("content", FALSE_SEGMENTS.values(), ids=FALSE_SEGMENTS.keys())
+def test_a_false_segment_is_lost_not_read(peer, tmp_path, content):
+    (tmp_path / "tetri-test-p0-false").write_bytes(content)
+    peer.meet("tetri-test-p0-false")
+    with pytest.raises(KVLost):
+        peer.take(handle_of("tetri-test-p0-false"), None)
+
+
+def test_a_segment_that_is_no_plain_file_is_lost(peer, slab, tmp_path):
+    (tmp_path / "tetri-test-link").symlink_to(tmp_path / slab.segment.name)
+    (tmp_path / "tetri-test-folder").mkdir()
+    os.mkfifo(tmp_path / "tetri-test-pipe")  # opening it must not wait for a writer
+    for name in ("tetri-test-link", "tetri-test-folder", "tetri-test-pipe"):
+        peer.meet(name)
+        with pytest.raises(KVLost):
+            peer.take(handle_of(name), None)
+
+
+_WORDS = ("", "x", "../x", "tetri-other-p0-1")
+_TAILS = ("/x", "\0", "\ud800", "x" * 9999)
+FALSE_NAMES = [*_WORDS, *(f"tetri-test-{tail}" for tail in _TAILS)]
+
+
+@pytest.mark.parametrize("name", FALSE_NAMES, ids=range(len(FALSE_NAMES)))
+def test_a_peer_that_says_it_has_a_segment_of_no_such_name_is_lost(peer, name):
+    peer.meet(name)
+    with pytest.raises(KVLost) as caught:
+        peer.take(handle_of(name), None)
+    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+def test_a_peer_is_mapped_once_read_only_and_until_parted_from(peer, slab):
+    peer.meet(slab.segment.name)
+    chunk = put(slab, block(1))
+    peer.take(*chunk)
+    mapping = peer.reader._mappings["p0"]
+    assert mapping.segment.blocks.readonly
+    peer.meet(slab.segment.name)
+    peer.take(*chunk)
+    assert peer.reader._mappings == {"p0": mapping}
+    peer.reader.part("p0")
+    assert peer.reader._mappings == {} and mapping.memory.closed
+
+
+def test_a_restarted_peers_old_segment_is_let_go(peer, tmp_path):
+    old = None
+    for _ in range(3):
+        slab = ShmSlab("test", "p1", SLOTS, BLOCK, directory=str(tmp_path))
+        peer.meet(slab.segment.name, "p1")
+        assert old is None or old.memory.closed
+        chunk = put(slab, block(1))
+        peer.take(*chunk, peer="p1")
+        old = peer.reader._mappings["p1"]
+        slab.close()
+    with pytest.raises(KVForeign):
+        peer.take(handle_of("tetri-test-p1-0123456789abcdef"), None, peer="p1")

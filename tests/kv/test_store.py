@@ -1,0 +1,71 @@
+"""A worker's store: its slab and the reader of each path (tests/kv/contract.py has what a path promises)."""
+
+import os
+
+import pytest
+
+from tests.kv.parties import block
+from tetri.kv import PATHS, StoreSettings, open_store
+from tetri.kv.base import KVError, KVLost, Wanted
+
+
+@pytest.fixture
+def store():
+    store = open_store(StoreSettings("test-store", "p0", 2, 100, "shm"))
+    yield store
+    store.close()
+
+
+def put(store):
+    return store.put(1, lambda views: views[0].__setitem__(slice(None), block(1)), "p:r1:1")
+
+
+def test_what_others_must_know_to_read_it(store):
+    assert store.reach.paths == ["shm"]
+    assert store.reach.process == os.getpid() and str(os.geteuid()) in store.reach.host
+    assert store.reach.segment.startswith("tetri-test-store-p0-")
+    assert (store.slots, store.free_slots, store.due()) == (2, 2, None)
+
+
+def test_a_worker_reads_its_own_slab_without_meeting_itself(store):
+    handle, digest = put(store)
+    taken = store.take(Wanted(("d", 0), "p0", "local", handle, digest))
+    assert [bytes(view) for view in taken.blocks] == [block(1)]
+
+
+def test_a_path_that_this_worker_has_not_is_lost(store):
+    handle, digest = put(store)
+    for path in ("nixl", "carrier pigeon", ""):
+        taken = store.take(Wanted(("d", 0), "p0", path, handle, digest))
+        assert isinstance(taken.problem, KVLost) and not taken.blocks
+
+
+def test_only_the_paths_that_both_have_are_met(store):
+    met = []
+
+    class Spy:
+        def meet(self, peer, reach):
+            met.append(peer)
+
+        def part(self, peer):
+            met.remove(peer)
+
+        def close(self):
+            pass
+
+    store.readers["other"] = Spy()
+    reach = store.reach
+    store.meet("p1", reach)
+    assert met == []
+    reach.paths.append("other")
+    store.meet("p1", reach)
+    assert met == ["p1"]
+    store.part("p1")
+    assert met == []
+
+
+def test_an_unknown_transport_is_one_line_that_names_the_known():
+    with pytest.raises(KVError, match="unknown KV transport 'carrier pigeon'") as caught:
+        open_store(StoreSettings("test-store", "p0", 2, 10, "carrier pigeon"))
+    assert all(path in str(caught.value) for path in PATHS)
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("tetri-test-store-")], "nothing is left"
