@@ -11,6 +11,7 @@ from tetri.config.tables import Config, cpu_numbers
 from tetri.faults import FaultsError, parse_faults
 from tetri.request import blocks_for
 
+STREAM_BLOCKS = 8192  # that one Fetch can ask for (wire/bulk.py)
 IPC_BYTES = 100  # a Unix socket's path holds 108 bytes at most; ZeroMQ needs a few of them
 
 
@@ -40,6 +41,7 @@ def contradictions(config: Config) -> Iterator[str]:
         parse_faults(config.transfer.faults)
     except FaultsError as error:
         yield f"transfer.faults: {error}"
+    yield from _transfer_problems(config)
     pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]
     for place, cpus in [*pinned, *((f"worker {w.iid}.cpus", w.cpus) for w in config.workers)]:
         if cpus and not cpu_numbers(cpus):
@@ -53,6 +55,38 @@ def contradictions(config: Config) -> Iterator[str]:
     for address in (*own, *map(config.inbox_address, iids)):
         if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
             yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"
+
+
+def _transfer_problems(config: Config) -> Iterator[str]:
+    made, key = config.transfer, config.cluster.key
+    if key and not os.path.isabs(key):
+        yield f"cluster.key: must be an absolute path, got {key!r}"
+    for name, address, port in (("address", made.address, r"\d{1,5}|\*"), ("announce", made.announce, r"\d{1,5}")):
+        parts = re.fullmatch(rf"tcp://(\d{{1,3}}(?:\.\d{{1,3}}){{3}}):({port})", address)
+        if not address:
+            continue
+        if not parts or not _is_ip(parts[1]) or not (parts[2] == "*" or 0 < int(parts[2]) < 65536):
+            yield f'transfer.{name}: must be "tcp://IPv4-ADDRESS:PORT" or "", got "{address}"'
+        elif not key and not _is_loopback(parts[1]):
+            yield (
+                f"transfer.{name}: {parts[1]} is not this machine's loopback, and between hosts KV must be encrypted:"
+                " make a key with tetri-cli keygen, give it to all, and set cluster.key"
+            )
+        elif parts[1] == "0.0.0.0" and not (name == "address" and made.announce):
+            yield f"transfer.{name}: nobody can connect to 0.0.0.0; set transfer.announce to what others see"
+    block = config.engine.block_tokens
+    most = blocks_for(config.engine.chunk_tokens + block - 1, block)
+    if (made.address or made.transport == "stream") and most > STREAM_BLOCKS:
+        yield f"engine.block_tokens: a chunk may fill {most} blocks, at most {STREAM_BLOCKS} go over `stream`"
+    if made.announce and not made.address:
+        yield "transfer.announce: says how others reach transfer.address, which is not set"
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        return bool(ipaddress.IPv4Address(host))
+    except ValueError:
+        return False
 
 
 def _address_problem(address: str) -> Iterator[str]:

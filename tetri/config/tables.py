@@ -26,6 +26,7 @@ def _cpus() -> Any:
 class Cluster:
     name: str = word("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
     run_dir: str = word("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
+    key: str = word("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same on all hosts
     beat_s: float = number(0.2, 0.01, 60)
     dead_s: float = number(20.0, 0.1, 3600)  # silence that means dead; longer than the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # how long a request may wait when no worker can take it
@@ -73,6 +74,8 @@ class Emulated:
 class Transfer:
     transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
     address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
+    announce: str = ""  # what other hosts connect to instead, where they see this one under another address
+    room_mib: int = number(64, 8, 1 << 20)  # of memory for KV on its way over `stream`; two usual chunks always fit
     slab_blocks: int = number(64, 1, 1 << 20)
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy

@@ -12,18 +12,23 @@ from tetri.net.errors import NetError
 # A Unix socket's path has room for 107 bytes; the rest is kept for what a tool may append.
 MAX_IPC_BYTES = 99
 _TCP = re.compile(r"tcp://(localhost|127(?:\.\d{1,3}){3}):(\d{1,5}|\*)")
+_TCP_NUMERIC = re.compile(r"tcp://\d{1,3}(?:\.\d{1,3}){3}:(\d{1,5}|\*)")
 _TCP_ELSEWHERE = re.compile(r"tcp://.*:(\d{1,5}|\*)")
 
 
-def check(address: str) -> str | None:
-    """Raise NetError unless `address` may be bound or connected to; the path of an `ipc://` address."""
+def check(address: str, encrypted: bool = False) -> str | None:
+    """Raise NetError unless `address` may be bound or connected to; the path of an `ipc://` address. What is encrypted
+    may go to other hosts."""
     if address.startswith("ipc://"):
         return _ipc_path(address)
-    if _TCP.fullmatch(address):
+    if _TCP.fullmatch(address) or (encrypted and _TCP_NUMERIC.fullmatch(address)):
         return None
+    if encrypted and _TCP_ELSEWHERE.fullmatch(address):
+        raise NetError(f"{_quoted(address)}: write the host as an IPv4 address, as in tcp://10.0.0.1:7000")
     if _TCP_ELSEWHERE.fullmatch(address):
         raise NetError(
-            f"{_quoted(address)}: between hosts the wire must be encrypted, which is to come: use 127.0.0.1"
+            f"{_quoted(address)}: between hosts the wire must be encrypted: use 127.0.0.1 here"
+            " (KV alone may go further, with cluster.key)"
         )
     raise NetError(f"{_quoted(address)} is no address: write ipc:///path or tcp://127.0.0.1:port")
 

@@ -28,7 +28,7 @@ HANDSHAKE_MS = 5000  # a connection that says nothing is given up
 def inbox(context: Context, union: codec.Messages) -> Socket:
     """A PULL that takes messages of `union`. libzmq itself cuts a peer that announces a larger frame, before
     any memory is given to it."""
-    socket = _plain(context, zmq.PULL)
+    socket = plain(context, zmq.PULL)
     socket.set(zmq.RCVHWM, INBOX_WAITING)
     socket.set(zmq.MAXMSGSIZE, codec.limit(union))
     return socket
@@ -36,7 +36,7 @@ def inbox(context: Context, union: codec.Messages) -> Socket:
 
 def clients(context: Context, union: codec.Messages) -> Socket:
     """A ROUTER that says when a client is gone or does not read (mandatory) instead of dropping a reply."""
-    socket = _plain(context, zmq.ROUTER)
+    socket = plain(context, zmq.ROUTER)
     socket.set(zmq.RCVHWM, SUBMITS_WAITING)
     socket.set(zmq.SNDHWM, REPLIES_WAITING)
     socket.set(zmq.MAXMSGSIZE, codec.limit(union))
@@ -46,36 +46,36 @@ def clients(context: Context, union: codec.Messages) -> Socket:
 
 def outbox(context: Context) -> Socket:
     """A PUSH to one peer. `immediate`: nothing queues for a peer that is not there."""
-    socket = _plain(context, zmq.PUSH)
+    socket = plain(context, zmq.PUSH)
     socket.set(zmq.SNDHWM, INBOX_WAITING)
     socket.set(zmq.RCVHWM, 1)  # nothing comes back over a PUSH; whoever sends all the same is held short
     socket.set(zmq.MAXMSGSIZE, 1024)
-    return _trying(socket)
+    return trying(socket)
 
 
 def publisher(context: Context) -> Socket:
     """A PUB: everyone who listens gets it, whoever is slow misses some."""
-    socket = _plain(context, zmq.PUB)
+    socket = plain(context, zmq.PUB)
     socket.set(zmq.SNDHWM, VIEWS_WAITING)
     socket.set(zmq.RCVHWM, 16)  # nothing but subscriptions comes back
     socket.set(zmq.MAXMSGSIZE, 1024)
-    return _trying(socket)
+    return trying(socket)
 
 
 def subscriber(context: Context, union: codec.Messages, *, newest: bool) -> Socket:
     """A SUB to everything. `newest`: only the newest message is kept, which is safe with one publisher alone: of
     several the last to speak would hide what the others said."""
-    socket = _plain(context, zmq.SUB)
+    socket = plain(context, zmq.SUB)
     socket.set(zmq.RCVHWM, LOADS_WAITING)
     socket.set(zmq.SNDHWM, 16)
     socket.set(zmq.MAXMSGSIZE, codec.limit(union))
     if newest:
         socket.set(zmq.CONFLATE, 1)
     socket.set(zmq.SUBSCRIBE, b"")
-    return _trying(socket)
+    return trying(socket)
 
 
-def _trying(socket: Socket) -> Socket:
+def trying(socket: Socket) -> Socket:
     """Connections are made again and again, and nothing waits for one that does not stand."""
     socket.set(zmq.IMMEDIATE, 1)
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -83,7 +83,8 @@ def _trying(socket: Socket) -> Socket:
     return socket
 
 
-def _plain(context: Context, kind: int) -> Socket:
+def plain(context: Context, kind: int) -> Socket:
+    """What all sockets have; high-water marks are still to be set."""
     socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.IPV6, 0)
@@ -94,9 +95,9 @@ def _plain(context: Context, kind: int) -> Socket:
 class Bound:
     """Where a socket listens. `address` is the real one (a port `*` is replaced)."""
 
-    def __init__(self, socket: Socket, address: str) -> None:
+    def __init__(self, socket: Socket, address: str, encrypted: bool = False) -> None:
         """Bind; raises NetError in one line when the address is wrong, in use or not ours to bind."""
-        self._path = check(address)
+        self._path = check(address, encrypted)
         self._inode = 0
         if self._path is not None:
             refuse_live_owner(self._path)

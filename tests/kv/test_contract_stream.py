@@ -1,0 +1,31 @@
+"""The contract of the KV paths, over ZeroMQ and TCP."""
+
+import pytest
+
+from tests.kv.contract import StoreContract
+from tests.kv.parties import World
+from tetri.kv.local import LocalReader, LocalSlab
+from tetri.kv.store import Store
+from tetri.kv.stream import Stream, StreamSettings
+from tetri.kv.stream_fetch import Patience
+from tetri.request import Reach
+
+
+class StreamWorld(World):
+    path = "stream"
+    settings = StreamSettings(patience=Patience(stall_s=1.0, lost_s=2.0))
+
+    def store(self, iid, wake, slots, block_bytes, digest):
+        slab = LocalSlab(iid, slots, block_bytes, {}, digest)
+        stream = Stream(slab, self.settings, wake)
+        name = slab.segment.name
+        reach = Reach(paths=["stream"], host=iid, process=1, segment=name, address=stream.address)
+        return Store(slab, {"stream": stream}, reach, LocalReader({name: slab.segment}))
+
+
+class TestStream(StoreContract):
+    @pytest.fixture
+    def world(self):
+        world = StreamWorld()
+        yield world
+        world.close()

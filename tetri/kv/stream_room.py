@@ -1,0 +1,32 @@
+"""The receiver's own memory for what comes over `stream`."""
+
+from __future__ import annotations
+
+import mmap
+
+_PAGE = 4096
+
+
+class Room:
+    """Lends buffers, and keeps those given back for the next: about `room` bytes of them. The kernel's page faults
+    would otherwise cost more than the copy."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._idle: list[memoryview] = []
+
+    def take(self, size: int) -> memoryview:
+        """At least `size` bytes, of the smallest buffer that is not far too large."""
+        fits = [buffer for buffer in self._idle if size <= len(buffer) <= 2 * max(size, _PAGE)]
+        if fits:
+            best = min(fits, key=len)
+            self._idle = [buffer for buffer in self._idle if buffer is not best]
+            return best
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        return memoryview(mmap.mmap(-1, max(-(-size // _PAGE), 1) * _PAGE, flags=flags))
+
+    def give(self, buffer: memoryview) -> None:
+        """Those that have lain there longest make room for it."""
+        self._idle.append(buffer)
+        while sum(map(len, self._idle)) > self._room:
+            self._idle.pop(0)

@@ -1,0 +1,107 @@
+"""The deployment's key: one CURVE key pair that all of its members hold, and that a server asks its clients for."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils import z85
+
+from tetri.net import sockets
+from tetri.net.errors import NetError
+
+_Z85_BYTES = 40
+_MOST_WAITING = 64  # handshakes that wait to be let in
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Both as ZeroMQ takes them, 40 characters of Z85."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+
+def generate(path: str) -> None:
+    """Make a new key file, readable by its owner alone. Raises NetError: it exists, or cannot be made."""
+    secret = zmq.curve_keypair()[1]
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise NetError(f"{path}: exists already, and a key is never overwritten: remove it or choose another") from None
+    except OSError as error:
+        raise NetError(f"{path}: cannot be made ({str(error.strerror).lower()})") from None
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, 0o600)  # whatever the umask took away or left
+        file.write(secret + b"\n")
+
+
+def load(path: str) -> Key:
+    """Raises NetError: no such file, not a key, or others can read it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        raise NetError(f"{path}: the key cannot be read ({reason}); make one with tetri-cli keygen") from None
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077:
+            raise NetError(f"{path}: others can read this key: chmod 600 it")
+        secret = file.read(_Z85_BYTES + 2).strip() if stat.S_ISREG(facts.st_mode) else b""
+    if len(secret) == _Z85_BYTES:
+        with suppress(ValueError, zmq.ZMQError):
+            return Key(zmq.curve_public(secret), secret)
+    raise NetError(f"{path}: is no key; make one with tetri-cli keygen")
+
+
+def guard(socket: sockets.Socket, key: Key) -> None:
+    """Before bind: only who holds the key gets in, provided that a Doorman stands in the same context."""
+    socket.set(zmq.CURVE_SERVER, 1)
+    socket.set(zmq.CURVE_SECRETKEY, key.secret)
+    socket.set(zmq.ZAP_DOMAIN, b"tetri")
+    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a doorman nobody gets in
+
+
+def introduce(socket: sockets.Socket, key: Key) -> None:
+    """Before connect: this side holds the key, and the other must too."""
+    socket.set(zmq.CURVE_SERVERKEY, key.public)
+    socket.set(zmq.CURVE_PUBLICKEY, key.public)
+    socket.set(zmq.CURVE_SECRETKEY, key.secret)
+
+
+class Doorman:
+    """Says who gets in (ZeroMQ's ZAP): clients whose public key is the deployment's. `socket` is to be polled."""
+
+    def __init__(self, context: sockets.Context, key: Key) -> None:
+        self._key = z85.decode(key.public)
+        self.refused = 0
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.set(zmq.LINGER, 0)
+        self.socket.set(zmq.RCVHWM, _MOST_WAITING)
+        self.socket.set(zmq.SNDHWM, _MOST_WAITING)
+        self.socket.bind("inproc://zeromq.zap.01")
+
+    def answer(self) -> None:
+        """All who wait."""
+        while True:
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if b"" not in frames:
+                continue
+            envelope, ask = frames[: frames.index(b"") + 1], frames[frames.index(b"") + 1 :]
+            if len(ask) < 2:
+                continue
+            # version, request, domain, address, identity, mechanism, credentials
+            known = len(ask) == 7 and ask[0] == b"1.0" and ask[5] == b"CURVE" and ask[6] == self._key
+            self.refused += not known
+            status = (b"200", b"OK") if known else (b"400", b"not a member of this deployment")
+            with suppress(zmq.Again):
+                self.socket.send_multipart([*envelope, b"1.0", ask[1], *status, b"", b""], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self.socket.close(0)
