@@ -1,4 +1,4 @@
-"""The real engine: vLLM on the CPU, in this process, driven at the level of its scheduler and model runner.
+"""The real engine: vLLM on the CPU or on a GPU, in this process, driven at the level of its scheduler and model runner.
 
 There can be one per process: vLLM keeps global state. Bytes enter and leave between steps only, straight from and
 to the KV tensors, whole blocks at a time.
@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone
-from tetri.engine.vllm_memory import Memory
 from tetri.engine.vllm_sampler import GREEDY_BELOW, RowSampler
 from tetri.engine.vllm_setup import (
     VllmSettings,
+    block_bytes_of,
     check_layout,
     engine_config,
     make_fingerprint,
+    memory_of,
     start_core,
     stop_ids,
 )
+from tetri.kv.cuda_runtime import Device
 from tetri.request import Capacity, blocks_for, sampling_problem
 
 
@@ -60,12 +62,11 @@ class _LiveLeg:
 
 
 class VllmEngine:
-    """Implements tetri.engine.base.Engine.
-
-    `dtype` is bfloat16 or float32, of weights and KV; `kv_bytes` the KV space in bytes; `context` the most tokens
-    of a request, prompt and output together (None: what the model allows); `weights` a hash of the checkpoint.
-    Raises EngineError, one line, when the checkpoint is unknown, its KV layout is unsupported or the KV space is
-    too small for one context.
+    """Implements tetri.engine.base.Engine. `dtype` is bfloat16 or float32, of weights and KV; `kv_bytes` the KV space
+    in bytes; `context` the most tokens of a request, prompt and output together (None: what the model allows);
+    `weights` a hash of the checkpoint. `gpu`: where it runs, else on the CPU. `reserve` is called with the bytes of a
+    KV block before vLLM takes any memory. Raises EngineError, one line, when the checkpoint is unknown, its KV layout
+    is unsupported or the KV space is too small for one context.
     """
 
     def __init__(
@@ -79,11 +80,14 @@ class VllmEngine:
         context: int | None,
         weights: str,
         block_tokens: int = 128,
+        gpu: Device | None = None,
+        reserve: Callable[[int], object] = lambda block_bytes: None,
     ) -> None:
-        settings = VllmSettings(Path(model), dtype, chunk_tokens, max_batch, kv_bytes, context, weights, block_tokens)
+        settings = VllmSettings(
+            Path(model), dtype, chunk_tokens, max_batch, kv_bytes, context, weights, block_tokens, gpu is not None
+        )
         settings.check()
-        threads = prepare_environment()
-        self._start(settings, threads)
+        self._start(settings, gpu, reserve)
         self._legs: dict[str, _LiveLeg] = {}
         self._ended: dict[str, list[int]] = {}  # block ids of the legs that ended in the last step
         self._told: dict[str, int] = {}  # how many blocks of each leg the last StepDone told
@@ -93,19 +97,21 @@ class VllmEngine:
         gc.collect()
         gc.freeze()
 
-    def _start(self, settings: VllmSettings, threads: int) -> None:
+    def _start(self, settings: VllmSettings, gpu: Device | None, reserve: Callable[[int], object]) -> None:
+        threads = prepare_environment()
         import torch
-        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+        from vllm.distributed.kv_transfer import has_kv_transfer_group
 
         if has_kv_transfer_group():
             raise EngineError("this process already runs a vLLM engine: start another process")
         torch.set_num_threads(threads)
         config = engine_config(settings)
+        reserve(block_bytes_of(settings, config))
         self._core = start_core(settings, config)
         self._scheduler = self._core.scheduler
         self._connector = self._scheduler.connector
         spec = check_layout(self._scheduler.kv_cache_config)
-        self._memory = Memory(list(get_kv_transfer_group().kv_caches.values()))
+        self._memory = memory_of(gpu, self._scheduler.kv_cache_config)
         self.block_bytes = self._memory.block_bytes
         self.fingerprint = make_fingerprint(settings, config, spec, self._memory.layers, self.block_bytes)
         self._stop_ids = stop_ids(config)
@@ -264,9 +270,8 @@ class VllmEngine:
     # ------------------------------------------------------------ KV blocks
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
-        """Copy the leg's blocks [start, stop) out, one writable buffer of `block_bytes` each."""
-        for block, buffer in zip(self._blocks(key, start, stop), into, strict=True):
-            self._memory.read(block, buffer)
+        """Copy the leg's blocks out, one writable buffer of `block_bytes` each."""
+        self._memory.read(self._blocks(key, start, stop), into)
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
         """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted."""
@@ -274,8 +279,7 @@ class VllmEngine:
         if live is None or not live.parked:
             raise EngineError(f"leg {key!r} has no blocks that wait for KV")
         stop = start + len(blocks)
-        for block, buffer in zip(self._blocks(key, start, stop), blocks, strict=True):
-            self._memory.write(block, buffer)
+        self._memory.write(self._blocks(key, start, stop), blocks)
         live.missing.difference_update(range(start, stop))
 
     def _blocks(self, key: str, start: int, stop: int) -> list[int]:

@@ -113,5 +113,9 @@ class SamplerPlugin(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         for index, (row, outputs) in self._rows.items():
-            row.apply(logits[index], outputs)
+            there = logits[index]
+            here = there.cpu()  # the very same on the CPU; from a GPU a copy, so that both draw alike
+            row.apply(here, outputs)
+            if here is not there:
+                there.copy_(here)
         return logits

@@ -20,17 +20,19 @@ class Memory:
         self.layer_bytes = self.caches[0].shape[1]
         self.block_bytes = self.layer_bytes * self.layers
 
-    def read(self, block: int, buffer: memoryview) -> None:
-        """Copy a block out, into a writable buffer of `block_bytes`."""
-        target = self._layers_of(buffer)
-        for layer, cache in enumerate(self.caches):
-            target[layer] = cache[block]
+    def read(self, blocks: Sequence[int], buffers: Sequence[memoryview]) -> None:
+        """Copy blocks out, each into a writable buffer of `block_bytes`."""
+        for block, buffer in zip(blocks, buffers, strict=True):
+            target = self._layers_of(buffer)
+            for layer, cache in enumerate(self.caches):
+                target[layer] = cache[block]
 
-    def write(self, block: int, buffer: memoryview) -> None:
-        """Copy `block_bytes` in."""
-        source = self._layers_of(buffer)
-        for layer, cache in enumerate(self.caches):
-            cache[block] = source[layer]
+    def write(self, blocks: Sequence[int], buffers: Sequence[memoryview]) -> None:
+        """Copy `block_bytes` into each block."""
+        for block, buffer in zip(blocks, buffers, strict=True):
+            source = self._layers_of(buffer)
+            for layer, cache in enumerate(self.caches):
+                cache[block] = source[layer]
 
     def close(self) -> None:
         """Let go of the tensors."""

@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from tetri.engine.base import EngineError
+from tetri.engine.vllm_memory import Memory
+from tetri.engine.vllm_memory_gpu import GpuMemory
+from tetri.kv.cuda_runtime import Device
 from tetri.request import Fingerprint, blocks_for
 
 DTYPES = ("bfloat16", "float32")
+#: vLLM refuses to start unless this share of the GPU is free; what it takes for KV is given in bytes instead.
+GPU_SHARE = 0.01
 
 
 @dataclass(frozen=True)
 class VllmSettings:
     """`dtype`: of weights and KV, one of DTYPES. `kv_bytes`: bytes of KV space. `context`: tokens, prompt and
-    output together; None is the model's own. `weights`: a hash of the checkpoint, for the fingerprint."""
+    output together; None is the model's own. `weights`: a hash of the checkpoint, for the fingerprint. `gpu`: on
+    GPU 0 of this process; else on the CPU."""
 
     model: Path
     dtype: str
@@ -25,6 +31,7 @@ class VllmSettings:
     context: int | None
     weights: str
     block_tokens: int = 128
+    gpu: bool = False
 
     def check(self) -> None:
         """Raises EngineError for what can be seen without loading anything."""
@@ -56,6 +63,7 @@ def engine_config(settings: VllmSettings) -> Any:
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    _check_build(settings.gpu)
     arguments = EngineArgs(
         model=str(settings.model),
         skip_tokenizer_init=True,  # text is the broker's business
@@ -72,6 +80,7 @@ def engine_config(settings: VllmSettings) -> Any:
         max_num_seqs=settings.max_requests,
         block_size=settings.block_tokens,
         kv_cache_memory_bytes=settings.kv_bytes,
+        **({"gpu_memory_utilization": GPU_SHARE} if settings.gpu else {}),
         generation_config="vllm",  # no sampling defaults from the checkpoint
         disable_log_stats=True,
         logits_processors=["tetri.engine.vllm_connector:SamplerPlugin"],
@@ -87,6 +96,16 @@ def engine_config(settings: VllmSettings) -> Any:
         raise EngineError(f"vLLM cannot serve {settings.model}: {_gist(error)}") from error
     _check_space(settings, config)
     return config
+
+
+def _check_build(gpu: bool) -> None:
+    """vLLM is built for one kind of device."""
+    from vllm.platforms import current_platform
+
+    if gpu and not current_platform.is_cuda():
+        raise EngineError(f"gpu is set, but this vLLM is built for {current_platform.device_type}: install tetri[vllm]")
+    if not gpu and not current_platform.is_cpu():
+        raise EngineError(f"this vLLM is built for {current_platform.device_type}: set gpu in each [[worker]]")
 
 
 def start_core(settings: VllmSettings, config: Any) -> Any:
@@ -108,16 +127,21 @@ def _gist(error: Exception) -> str:
     return text.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0]
 
 
-def _check_space(settings: VllmSettings, config: Any) -> None:
-    """vLLM would find out only after loading the weights."""
+def block_bytes_of(settings: VllmSettings, config: Any) -> int:
+    """Bytes of one KV block, all layers, before anything is loaded."""
     model, parallel = config.model_config, config.parallel_config
     item = {"bfloat16": 2, "float32": 4}[settings.dtype]
     token_bytes = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * item
-    block_bytes = token_bytes * settings.block_tokens
-    wanted = blocks_for(model.max_model_len, settings.block_tokens) + 1  # vLLM keeps one block, the null block
+    return int(token_bytes * settings.block_tokens)
+
+
+def _check_space(settings: VllmSettings, config: Any) -> None:
+    """vLLM would find out only after loading the weights."""
+    context, block_bytes = config.model_config.max_model_len, block_bytes_of(settings, config)
+    wanted = blocks_for(context, settings.block_tokens) + 1  # vLLM keeps one block, the null block
     if settings.kv_bytes // block_bytes < wanted:
         raise EngineError(
-            f"kv_bytes ({settings.kv_bytes}) is too small for one context of {model.max_model_len} tokens: "
+            f"kv_bytes ({settings.kv_bytes}) is too small for one context of {context} tokens: "
             f"it must be at least {wanted * block_bytes}"
         )
 
@@ -140,13 +164,25 @@ def check_layout(kv_cache_config: Any) -> Any:
     return spec
 
 
+def memory_of(gpu: Device | None, kv_cache_config: Any) -> Memory | GpuMemory:
+    """The KV tensors of the engine that this process has started."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    caches = list(get_kv_transfer_group().kv_caches.values())
+    if gpu is None:
+        return Memory(caches)
+    import torch
+
+    return GpuMemory(caches, kv_cache_config.num_blocks, gpu, lambda: int(torch.cuda.current_stream().cuda_stream))
+
+
 def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int, block_bytes: int) -> Fingerprint:
     from vllm.version import __version__
 
     return Fingerprint(
         engine="vllm",
         version=__version__,
-        isa=_instruction_set(config),
+        isa=_gpu_attention(config) if settings.gpu else _instruction_set(config),
         model=config.model_config.architecture,  # not the folder's name, which may differ between hosts
         weights=settings.weights,
         dtype=settings.dtype,
@@ -168,6 +204,18 @@ def _instruction_set(config: Any) -> str:
     if len(chosen) != 1:
         raise EngineError(f"unsupported KV layout: attention layers with instruction sets {sorted(chosen)}")
     return f"{chosen.pop()}/{torch.backends.cpu.get_cpu_capability()}"
+
+
+def _gpu_attention(config: Any) -> str:
+    """The attention backend, which lays out the KV, and the GPU's generation."""
+    import torch
+
+    layers = config.compilation_config.static_forward_context.values()
+    chosen = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    if len(chosen) != 1:
+        raise EngineError(f"unsupported KV layout: attention layers with backends {sorted(chosen)}")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{chosen.pop()}/sm{major}{minor}"
 
 
 def stop_ids(config: Any) -> tuple[int, ...]:
