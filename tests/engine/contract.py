@@ -229,6 +229,27 @@ class EngineContract:
         assert engine.step().allocated == ("b",)
         engine.cancel("b")
 
+    def test_kv_that_comes_for_a_leg_that_does_not_wait_for_it_is_refused(self, engine):
+        """A copy may be on its way while its leg ends, or goes on."""
+        copies, first = prefill(engine, "p", prompt(63))
+        blocks = [memoryview(block) for block in copies]
+        engine.add(leg("ended", "decode", prompt(63)))
+        engine.step()
+        engine.cancel("ended")
+        engine.add(leg("new", "decode", prompt(63)))
+        for key in ("never there", "ended", "new"):
+            with pytest.raises(EngineError):
+                engine.adopt(key, 0, blocks)
+        engine.step()
+        with pytest.raises(EngineError):
+            engine.adopt("new", 1, blocks)
+        engine.adopt("new", 0, blocks)
+        engine.admit("new", first.token)
+        with pytest.raises(EngineError):
+            engine.adopt("new", 0, blocks)
+        right = self.right(prompt(63), Sampling(max_tokens=8, ignore_eos=True))
+        assert run(engine, "new")[0]["new"] == right[1:]
+
     @pytest.mark.parametrize("state", ["new", "computing", "computed", "parked", "allocated", "admitted", "running"])
     def test_cancelling_in_every_state_gives_all_blocks_back(self, engine, state):
         tokens = prompt(160)

@@ -57,6 +57,7 @@ class Engine(Protocol):
         """Copy the leg's blocks [start, stop) out, one buffer of `block_bytes` each."""
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
-        """Copy bytes into the leg's blocks [start, start + len(blocks))."""
+        """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted. Raises
+        EngineError when there is none (any more)."""
 
     def close(self) -> None: ...

@@ -164,8 +164,13 @@ class EmulatedEngine:
             place[:] = self.memory[block].reshape(-1).data
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
-        owned = self.contents[key].blocks[start : start + len(blocks)]
-        for block, content in zip(owned, blocks, strict=True):
+        slot = self.paged.slots.get(key)
+        if slot is None or not slot.ready:
+            raise EngineError(f"leg {key!r} has no blocks that wait for KV")
+        owned, stop = self.contents[key].blocks, start + len(blocks)
+        if not 0 <= start <= stop <= len(owned):
+            raise EngineError(f"leg {key!r} has {len(owned)} blocks; [{start}, {stop}) was asked")
+        for block, content in zip(owned[start:stop], blocks, strict=True):
             self.memory[block] = np.frombuffer(content, np.uint8).reshape(self.memory.shape[1:])
 
     def close(self) -> None:
