@@ -174,8 +174,8 @@ def test_home_is_a_column_while_it_decodes_and_never_stale():
     assert [column[0] for column in world.columns()] == ["d1", "d2"]
 
 
-@pytest.mark.parametrize("slots, fits", [(5, False), (6, True)])
-def test_at_home_a_prompt_must_fit_twice_or_wholly_into_the_store(slots, fits):
+@pytest.mark.parametrize("slots, fits", [(8, False), (9, True)])  # three of them are the reserve
+def test_at_home_a_prompt_must_fit_twice_or_wholly_into_the_open_slots(slots, fits):
     world = World(instance("p2", "prefill"), slots=slots)
     world.home = Load(free_blocks=CAPACITY.blocks)
     world.pool.refresh()

@@ -22,7 +22,7 @@ from tests.core.build import (
     sent,
     view,
 )
-from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected, Step
+from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
@@ -128,7 +128,7 @@ def test_no_more_legs_than_the_engine_takes_at_once(prefill):
 
 
 def test_chunks_wait_for_slots_of_the_store():
-    told = start(slots=3)
+    told = start(slots=6)
     told.tell(assign("a", prompt=16))
     told.step()
     assert "Step" not in kinds(told.later()) and told.core.prefill.short
@@ -332,14 +332,16 @@ def test_a_decode_instance_lost_with_some_or_all_of_the_kv_needs_another_attempt
     assert failed.retry and "was lost with part of the KV" in failed.why
 
 
-def test_memory_on_offer_counts_before_the_next_view(two):
+def test_memory_on_offer_counts_before_the_next_view():
+    two = start(("d1", "d2"), slots=11)
     two.tell(assign("a", prompt=24), assign("b", prompt=24), assign("c", prompt=24))
     actions = two.step() + two.step() + two.step(("a", 7, None)) + two.step()
     assert [(each.rid, each.blocks) for each in sent(actions, kind=Offer)] == [("a", 6), ("b", 6)]
     assert sent(actions, "d1", Offer)[0].rid == "a" and sent(actions, "d2", Offer)[0].rid == "b"
 
 
-def test_none_overtakes_another_that_found_no_place(prefill):
+def test_none_overtakes_another_that_found_no_place():
+    prefill = start(slots=11)
     see(prefill, 2, "d1", free_blocks=4)
     prefill.tell(assign("a", prompt=20), assign("b", prompt=4))
     actions = prefill.step() + prefill.step() + prefill.step(("a", 7, None), ("b", 7, None))
@@ -378,49 +380,6 @@ def test_patience_begins_anew_when_one_was_there():
     see(told, 2, "d1", free_blocks=0)
     told.tell(PeerDown("d1"))
     assert not sent(told.later(5.0), kind=Failed)
-
-
-# ---------------------------------------------------------------- slots that only the unplaced keep
-
-
-def jam(parts):
-    """`b` was granted and waits for slots that `a` keeps, which nobody takes; `parts` of b have landed."""
-    told = start(slots=4)
-    told.tell(assign("a", prompt=12), assign("b", prompt=16))
-    told.step()
-    told.step(("a", 7, None))
-    told.tell(grant("b", number=2))
-    told.tell(*[landed("b", index, number=2) for index in range(parts)])
-    told.core.dispatcher.refused(told.core.prefill.jobs["p:a:1"], "full")
-    told.later(0.1)
-    return told
-
-
-def test_a_granted_job_gives_way_to_an_older_one_that_nobody_takes():
-    told = jam(parts=1)
-    assert told.core.prefill.short
-    (failed,) = sent(told.later(0.1), kind=Failed)
-    assert (failed.rid, failed.retry, failed.why) == ("b", True, "an older request goes first")
-    assert [each.rid for each in sent(see(told, 2, "d1"), kind=Offer)] == ["a"]
-    told.core.check()
-
-
-def test_whoever_waited_behind_it_goes_on_at_once():
-    told = jam(parts=1)
-    told.tell(assign("c", prompt=4))
-    told.later()  # there is nothing to do
-    assert told.core.idle and isinstance(told.later(0.1)[-1], Step)
-    assert [span.key for span in told.core.prefill.expected] == ["p:c:1"]
-
-
-def test_a_granted_job_whose_own_kv_is_on_its_way_waits():
-    assert jam(parts=0).core.prefill.jammed() is None
-
-
-def test_giving_way_before_anything_moved_only_takes_the_offer_back(prefill):
-    prefill.tell(assign("a", prompt=16))
-    prefill.step()
-    assert kinds(prefill.core.prefill.give_way(prefill.core.prefill.jobs["p:a:1"])) == ["Drop > d1"]
 
 
 # ---------------------------------------------------------------- closing
@@ -493,7 +452,7 @@ def test_check_finds_what_is_wrong(spoil, complaint):
 
 def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
     """Windows of two, shortest first: "c" is shorter than all, but of the second window; "d" joins it in time."""
-    told = start(rules=Rules(order="sjf", sched_batch=2), capacity=capacity(max_batch=3))
+    told = start(rules=Rules(order="sjf", sched_batch=2), capacity=capacity(max_batch=3), slots=11)
     told.tell(assign("a", 7), assign("b", 5), assign("c", 1))
     first = told.step(("b", 9, None))
     assert list(told.core.prefill.queue.line) == ["p:a:1"] and list(told.core.prefill.queue.raw) == ["p:c:1"]

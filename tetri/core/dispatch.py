@@ -69,11 +69,19 @@ class Dispatcher:
 
     def stalled(self) -> bool:
         """Whether a prompt that has started, and all behind it, wait for a decode instance that takes it."""
+        first = self._first()
+        return first is not None and first.predicted
+
+    def waiting(self) -> bool:
+        """Whether a prompt that has started is on offer nowhere yet, for whatever reason."""
+        return self._first() is not None
+
+    def _first(self) -> Job | None:
         for turn, key in self._unplaced:
             job = self.jobs.get(key)
             if job is not None and job.turn == turn and job.unplaced:
-                return job.predicted
-        return False
+                return job
+        return None
 
     @property
     def refusals(self) -> bool:
@@ -87,8 +95,7 @@ class Dispatcher:
 
     def dispatch(self, now: float) -> list[Action]:
         """Ask a decode instance for every job that needs one, in the order in which they were started, up to the
-        first for which there is none. None is overtaken: a granted job waits only for slots of the KV store that
-        granted jobs before it give back, so reservations always come to an end. For the same reason all wait for one
+        first for which there is none. None is overtaken, or a large one might never find memory; so all wait for one
         whose length is still being predicted, `length_wait_s` at most."""
         if not self._unplaced and not self.stranded:
             return []
@@ -133,9 +140,10 @@ class Dispatcher:
                 continue
             why = f"no decode instance could be reached for {min(waited, own.patience_s):.3g} s"
             if only_here:
+                least = blocks + own.slots - own.open_slots
                 why = (
                     f"only {own.iid} could decode its prompt of {blocks} KV blocks, and not beside its own prefill: "
-                    f"set transfer.slab_blocks to {blocks} at least, or start another worker"
+                    f"set transfer.slab_blocks to {least} at least, or start another worker"
                 )
             found.append((job, why, retry))
         return found
@@ -163,7 +171,7 @@ class Dispatcher:
 
     def granted(self, job: Job, now: float) -> None:
         assert job.flow.offer is not None
-        job.flow.granted = True
+        job.flow.grant()
         self.pool.granted(job.flow.offer, now)
 
     def repeat(self, job: Job, now: float) -> list[Action]:

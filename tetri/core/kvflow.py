@@ -31,6 +31,7 @@ class Outflow:
     offer: int | None = None
     target: str = ""
     granted: bool = False
+    forsaken: bool = False  # it was granted once, but is no more
     parcels: dict[int, Parcel] = field(default_factory=dict)  # put and not landed, by index
     landed: int = 0  # blocks landed, and so freed here
     exported: int = 0  # blocks put, landed ones included
@@ -43,6 +44,11 @@ class Outflow:
         return self.landed == self.blocks
 
     @property
+    def kept(self) -> int:
+        """Blocks in the sender's store, or on their way into it."""
+        return self.exported - self.landed
+
+    @property
     def movable(self) -> bool:
         """Whether another decode instance can still be asked."""
         return self.landed == 0
@@ -53,17 +59,21 @@ class Outflow:
 
     def land(self, index: int) -> Handle | None:
         """The receiver has this chunk; its handle is returned once, to be freed."""
-        self.granted = True  # or nothing could land: asking anew could be granted anew, without what landed
+        self.grant()  # or nothing could land: asking anew could be granted anew, without what landed
         parcel = self.parcels.pop(index, None)
         if parcel is None:
             return None
         self.landed += parcel.stop - parcel.start
         return parcel.handle
 
+    def grant(self) -> None:
+        self.granted, self.forsaken = True, False
+
     def aim(self, offer: int, target: str) -> None:
         self.offer, self.target, self.granted = offer, target, False
 
     def clear_aim(self) -> None:
+        self.forsaken = self.forsaken or self.granted
         self.offer, self.target, self.granted = None, "", False
 
     def drain(self) -> list[Handle]:

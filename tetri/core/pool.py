@@ -166,4 +166,4 @@ class Pool:
     def _fits_at_home(self, job: Job) -> bool:
         """Here its prefill has its blocks too, until all KV is in the store."""
         own, blocks = self.own, job.flow.blocks
-        return job.fits(own.capacity) and (2 * blocks <= own.capacity.blocks or blocks <= own.slots)
+        return job.fits(own.capacity) and (2 * blocks <= own.capacity.blocks or blocks <= own.open_slots)

@@ -20,7 +20,7 @@ from tetri.core.actions import (
     Predict,
     Send,
 )
-from tetri.core.chunk import candidates, ran, within
+from tetri.core.chunk import candidates, fill, ran
 from tetri.core.dispatch import Dispatcher
 from tetri.core.job import Job
 from tetri.core.kvflow import Outflow
@@ -29,7 +29,6 @@ from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
 from tetri.core.queue import Queue
 from tetri.leg import Leg, Sampled, Span
-from tetri.policy.rules import CHUNKS
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
 from tetri.wire.messages import Assign, Failed, Hold, Resend, Staged, TokenItem, Tokens
@@ -121,21 +120,23 @@ class Prefill:
     # ------------------------------------------------------------ the next chunk
 
     def plan(self, room: int, now: float) -> list[Action]:
-        """Choose the next chunk, of up to `room` tokens, and hand the engine just the legs that fill it."""
-        self._room, own = room, self.own
-        self._choose(candidates(self.queue, self.jobs, room, self.ledger.free, own.capacity.max_batch))
+        """Choose the next chunk, of up to `room` tokens, and hand the engine just the legs that fill it. If it is none
+        for want of slots, the first is offered all the same: the reserve is there for it once it is granted."""
+        self._room, most, free = room, self.own.capacity.max_batch, self.ledger.free
+        prompts = candidates(self.queue, self.jobs, self.started, room, free, most)
+        self._choose(prompts)
+        keys = [span.key for span in self.expected]
+        if self.short and not self.dispatcher.waiting():
+            keys = [prompts[0].key]
         actions: list[Action] = []
-        for job in [self.jobs[span.key] for span in self.expected]:
+        for job in map(self.jobs.__getitem__, keys):
             if not job.running:
                 actions += self._start(job, now)
         return actions
 
     def _choose(self, prompts: list[Progress]) -> None:
-        capacity, slots = self.own.capacity, self.own.slots - self.slots_taken
-        spans = CHUNKS[self.own.rules.chunk](prompts, self._room)
-        spare = capacity.chunk_tokens - self._room
-        self.expected = within(spans, self.jobs, slots, spare, capacity.block_tokens)
-        self.short = bool(spans) and not self.expected
+        self.expected = fill(self.own, self._room, prompts, self.jobs, self.started, self.leaving.spare())
+        self.short = bool(prompts) and not self.expected
 
     def _start(self, job: Job, now: float) -> list[Action]:
         if not self.ledger.take(job.key, job.flow.blocks):
@@ -162,9 +163,8 @@ class Prefill:
 
     def blocked(self) -> Job | None:
         """The one that holds memory and cannot go on: it waits for slots, and no decode instance has taken it."""
-        first = next(iter(self.queue.line), None)
-        job = self.jobs[first] if first is not None and self.short else None
-        return job if job is not None and job.running and not job.granted else None
+        job = next(iter(self.started.values()), None) if self.short else None
+        return None if job is None or job.granted else job
 
     def holds_up(self, job: Job) -> bool:
         """Whether it waits for slots before others for which there is a decode instance."""
@@ -251,16 +251,9 @@ class Prefill:
         return [*self._forget(job, why), self._fail(job, why, retry=retry)]
 
     def jammed(self) -> Job | None:
-        """The first in line when it waits for slots which only requests keep that nobody takes, perhaps because
-        of the very memory that it has been granted: no slot and no memory would ever come free."""
-        first = next(iter(self.queue.line), None)
-        job = self.jobs[first] if first is not None and self.short else None
-        waits = job is not None and job.running and job.flow.offer is not None
-        return job if waits and all(j.unplaced for j in self.jobs.values() if j.flow.parcels) else None
-
-    def give_way(self, job: Job) -> list[Action]:
-        why = "an older request goes first"
-        return self.dispatcher.withdraw(job, why) if job.flow.movable else self.give_up(job, why)
+        """One that must be given up: a granted one waits for its slots."""
+        waits = self.short and any(job.granted for job in self.started.values())
+        return self.leaving.jammed() if waits else None
 
     def _forget(self, job: Job, why: str) -> list[Action]:
         del self.jobs[job.key], self._attempts[job.rid][job.key]

@@ -271,6 +271,6 @@ class Worker:
             self.idle = False  # others may have its place
         jammed = self.prefill.jammed()
         if jammed is not None:
-            actions += self.prefill.give_way(jammed)
+            actions += self.prefill.give_up(jammed, "its decode instance let go, and others need its slots")
             self.idle = False
         return [*actions, *self.decode.remind(), self.presence.beat()]
