@@ -20,7 +20,7 @@ from tetri.core.actions import (
 )
 from tetri.engine.base import EngineError
 from tetri.hands import Copies, WorkerHands
-from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Taken, Wanted
+from tetri.kv.base import KVCorrupt, KVForeign, KVLost, KVShort, Taken, Wanted
 from tetri.leg import Leg, StepDone
 from tetri.request import LengthRange, Reach, Sampling
 from tetri.wire.messages import Handle
@@ -224,7 +224,8 @@ def test_slots_are_told_when_they_are_free_be_it_later():
 @pytest.mark.parametrize(
     ("store_error", "engine_error", "problem"),
     [
-        (KVCorrupt("bad digest"), None, "corrupt"),
+        (KVCorrupt("bad digest"), None, "flipped"),
+        (KVShort("3 of 8 bytes"), None, "truncated"),
         (KVForeign("of another slab"), None, "foreign"),
         (KVLost("slot reused"), None, "lost"),
         (None, EngineError("no such leg"), "lost"),
@@ -241,3 +242,22 @@ def test_what_goes_wrong_with_a_copy_is_said_and_noted(store_error, engine_error
         (adopted,) = kv.events()
     assert adopted == Adopted("k", 3, problem)
     assert noted == [(store_error or engine_error, "k", 3)]
+
+
+def test_fewer_blocks_than_announced_are_never_adopted():
+    engine, store = Everything(), Store()
+    kv, noted = copies(engine, store)
+    two = Handle(segment="s", slots=[0, 1], generations=[0, 0], block_bytes=8)
+    assert kv.adopt(Adopt("k", 3, 1, two, None, "p", "shm")) == Adopted("k", 3, "truncated")
+    assert engine.calls == [] and str(noted[0][0]) == "1 of 2 blocks have come"
+
+
+def test_a_chunk_that_comes_twice_is_heard_of_once():
+    """The core may wait for another one of the same key by then."""
+    engine, store = Everything(), Store(at_once=False)
+    kv, noted = copies(engine, store)
+    kv.adopt(ADOPT)
+    store.arrive()
+    store.arrived *= 2
+    assert [*kv.events()] == [Adopted("k", 3)]
+    assert len(engine.calls) == 1 and "nobody waits for this chunk" in str(noted[0][0])

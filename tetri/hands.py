@@ -29,7 +29,7 @@ from tetri.core.actions import (
     WorkerInput,
 )
 from tetri.engine.base import EngineError, Leg
-from tetri.kv.base import Block, KVCorrupt, KVForeign, KVStore, Taken, Wanted
+from tetri.kv.base import Block, KVCorrupt, KVError, KVForeign, KVShort, KVStore, Taken, Wanted
 from tetri.leg import StepDone
 from tetri.request import Reach
 from tetri.wire.messages import Handle
@@ -152,10 +152,12 @@ class Copies:
     """KV between an engine and a KV store. What comes over a path that takes time, and slots that come free later, are
     told by `events`. `note` hears what went wrong: the error, the leg's key, the chunk's index."""
 
+    PROBLEMS = ((KVShort, "truncated"), (KVCorrupt, "flipped"), (KVForeign, "foreign"))  # every other error: lost
+
     def __init__(self, engine: Blocks, store: KVStore, note: Callable[[Exception, str, int], None]) -> None:
         self.engine, self.store, self.note = engine, store, note
         self.meet, self.part, self.due = store.meet, store.part, store.due
-        self._starts: dict[tuple[str, int], int] = {}  # what is on its way -> the first block of the leg that it is
+        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}  # ticket -> first block of the leg, blocks
 
     def export(self, action: Export) -> Exported:
         key, start, stop = action.key, action.start, action.stop
@@ -176,29 +178,31 @@ class Copies:
 
     def adopt(self, action: Adopt) -> Adopted | None:
         ticket = (action.key, action.index)
-        self._starts[ticket] = action.start
+        self._awaited[ticket] = (action.start, len(action.handle.slots))
         taken = self.store.take(Wanted(ticket, action.peer, action.path, action.handle, action.digest))
         return None if taken is None else self._adopted(taken)
 
     def _adopted(self, taken: Taken) -> Adopted:
         key, index = taken.ticket
-        start, error = self._starts.pop(taken.ticket), taken.problem
+        start, count = self._awaited.pop(taken.ticket)
         try:
-            if error is None:
-                self.engine.adopt(key, start, taken.blocks)
-        except EngineError as refusal:  # the leg has ended meanwhile
-            self.note(refusal, key, index)
-            return Adopted(key, index, "lost")
-        if error is None:
-            return Adopted(key, index)
-        self.note(error, key, index)
-        kinds = ((KVCorrupt, "corrupt"), (KVForeign, "foreign"))
-        return Adopted(key, index, next((name for kind, name in kinds if isinstance(error, kind)), "lost"))
+            if taken.problem is not None:
+                raise taken.problem
+            if len(taken.blocks) != count:
+                raise KVShort(f"{len(taken.blocks)} of {count} blocks have come")
+            self.engine.adopt(key, start, taken.blocks)
+        except (KVError, EngineError) as error:  # the engine's: the leg has ended meanwhile
+            self.note(error, key, index)
+            return Adopted(key, index, next((name for kind, name in self.PROBLEMS if isinstance(error, kind)), "lost"))
+        return Adopted(key, index)
 
     def events(self) -> Iterator[Adopted | Freed]:
         """What has happened since it was asked last."""
         for taken in self.store.taken():
-            yield self._adopted(taken)
+            if taken.ticket in self._awaited:
+                yield self._adopted(taken)
+            else:  # the core must not hear of it: it may wait for another one of this key
+                self.note(KVError("nobody waits for this chunk: it has come twice"), *taken.ticket)
         freed = self._freed()
         if freed is not None:
             yield freed

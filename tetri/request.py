@@ -114,7 +114,8 @@ class Turn(Record, frozen=True):
 
 class Receipt(Record, frozen=True):
     """What really happened to a request's KV: `adopted` prompt tokens came as KV bytes, `recomputed` ones
-    were scheduled again by the decode engine itself (0 unless it was preempted).
+    were scheduled again by the decode engine itself (0 unless it was preempted). `refetched`: how often a chunk was
+    taken again since it had come out wrong.
     """
 
     prompt_tokens: int
@@ -127,6 +128,7 @@ class Receipt(Record, frozen=True):
     decode_instance: str | None = None
     preempted: int = 0
     attempts: int = 1
+    refetched: int = 0
 
 
 class Usage(Record, frozen=True):

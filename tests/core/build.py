@@ -167,7 +167,8 @@ def handle(*slots: int, segment: str = "s-p1") -> Handle:
 
 def chunk(rid: str, index: int, start: int, stop: int, token: int | None = None, **changes: Any) -> Chunk:
     """Blocks [start, stop), in the slots of the same numbers."""
-    fields = {"src": "p1", "incarnation": 1, "attempt": 1, "offer": 1, "handle": handle(*range(start, stop))}
+    made = handle(*range(start, stop), segment=f"s-{changes.get('src', 'p1')}")
+    fields = {"src": "p1", "incarnation": 1, "attempt": 1, "offer": 1, "handle": made}
     return Chunk(rid=rid, index=index, start=start, stop=stop, digest=9, token=token, **{**fields, **changes})
 
 

@@ -38,41 +38,40 @@ def test_giving_up_returns_what_is_still_here():
     assert flow.drain() == [handle(2)] and not flow.parcels
 
 
-def test_an_announced_chunk_is_new_once_and_the_token_may_come_with_any():
-    flow = Inflow(2, "shm")
-    assert flow.announce(chunk("r", 1, 1, 2, token=5)) and not flow.announce(chunk("r", 1, 1, 2, token=5))
+def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
+    flow = Inflow(2, "shm", "s-p1")
+    flow.announce(chunk("r", 1, 1, 2, token=5))
     flow.land(1)
-    assert not flow.announce(chunk("r", 1, 1, 2)) and flow.token == 5 and not flow.complete
+    assert flow.token == 5 and not flow.complete
     flow.announce(chunk("r", 0, 0, 1))
     flow.land(0)
     assert flow.complete and flow.bytes == 64
 
 
 def test_all_blocks_without_the_token_are_not_complete():
-    flow = Inflow(1, "shm")
+    flow = Inflow(1, "shm", "s-p1")
     flow.announce(chunk("r", 0, 0, 1))
     flow.land(0)
     assert not flow.complete
 
 
-def test_tries_are_counted_chunk_by_chunk():
-    flow = Inflow(2, "shm")
-    assert [flow.again(0, 3) for _ in range(3)] == [True, True, False] and flow.again(1, 3)
-
-
 def test_a_chunk_must_be_one_of_its_prompt():
-    flow = Inflow(4, "shm")
+    flow = Inflow(4, "shm", "s-p1")
     first, last = chunk("r", 0, 0, 2), chunk("r", 1, 2, 4, token=7)
-    assert flow.fits(first) and flow.announce(first) and flow.fits(first)
-    for wrong in (
-        chunk("r", 1, 0, 2),  # over the first
-        chunk("r", 1, 1, 3),
-        chunk("r", 1, 2, 3, token=7),  # not the last
-        chunk("r", 1, 2, 4),  # the last without the first token
-        chunk("r", 1, 3, 5, token=7),
-        chunk("r", 1, 3, 3),
+    assert flow.obstacle(first) is None
+    flow.announce(first)
+    for wrong, word in (
+        (chunk("r", 1, 0, 2), "misfit"),  # over the first
+        (chunk("r", 1, 1, 3), "misfit"),
+        (chunk("r", 1, 2, 3, token=7), "misfit"),  # not the last
+        (chunk("r", 1, 2, 4), "misfit"),  # the last without the first token
+        (chunk("r", 1, 3, 5, token=7), "misfit"),
+        (chunk("r", 1, 3, 3), "misfit"),
+        (chunk("r", 1, 2, 4, token=7, handle=handle(2, 3, 4)), "misfit"),
+        (chunk("r", 1, 2, 4, token=7, handle=handle(2)), "truncated"),
+        (chunk("r", 1, 2, 4, token=7, handle=handle(2, 3, segment="s-p2")), "foreign"),
     ):
-        assert not flow.fits(wrong)
-    assert flow.fits(last)
+        assert flow.obstacle(wrong)[0] == word
+    assert flow.obstacle(last) is None
     flow.land(0)
-    assert not flow.fits(chunk("r", 1, 0, 2)) and flow.fits(last)
+    assert flow.obstacle(chunk("r", 1, 0, 2))[0] == "misfit" and flow.obstacle(last) is None

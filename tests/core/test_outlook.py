@@ -22,7 +22,7 @@ def outlook(**rules):
 def seat(rid, low=None, high=None, prompt=8, output=(), most=40):
     length = None if low is None else LengthRange(low=low, high=high)
     made = offer(rid, prompt, output, sampling=Sampling(max_tokens=most))
-    return Seat(rid, made, Inflow(made.blocks, "shm"), length, blocks=made.blocks)
+    return Seat(rid, made, Inflow(made.blocks, "shm", "s-p1"), length, blocks=made.blocks)
 
 
 def write(view, made, tokens):

@@ -127,7 +127,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.engine.export(key, start, stop, blocks)
                 return Exported(key, index, start, stop, handle(*slots, segment="me"), 9)
             case Adopt(key, index, start, taken, _):
-                problem = {7: "corrupt", 8: "lost"}.get(taken.slots[0])
+                problem = {7: "flipped", 8: "lost"}.get(taken.slots[0])
                 if problem is None:
                     block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
                     self.engine.adopt(key, start, [block] * len(taken.slots))
@@ -260,7 +260,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             return  # nobody else speaks for this instance
         start = min(2 * index, max(seat.flow.blocks - 1, 0) // 2 * 2)
         stop = min(start + 2, seat.flow.blocks)
-        made = handle(*range(slot, slot + stop - start), segment=seat.offer.src)
+        made = handle(*range(slot, slot + stop - start), segment=f"s-{seat.offer.src}")
         token = 5 if stop == seat.flow.blocks else None
         who = {name: getattr(seat.offer, name) for name in ("src", "incarnation", "attempt", "offer")}
         self.tell(chunk(seat.offer.rid, start // 2, start, stop, token, handle=made, **who))

@@ -204,9 +204,9 @@ class Freed(Value, frozen=True):
 
 
 class Adopted(Value, frozen=True):
-    """`problem` is None when the chunk is in the engine's own memory with the right digest; else "corrupt" (the bytes
-    are not what was announced), "foreign" (the handle is not of the sender's slab) or "lost" (they are no longer there,
-    or cannot be reached)."""
+    """`problem` is None when the chunk is in the engine's own memory with the right digest; else "flipped" (the bytes
+    are not those of the digest), "truncated" (they are fewer than announced), "foreign" (the handle is not of the
+    sender's slab) or "lost" (they are no longer there, or cannot be reached)."""
 
     key: str
     index: int

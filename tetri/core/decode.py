@@ -5,13 +5,13 @@ A seat is kept, with its tokens, until the broker closes it: until then the brok
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, Send
+from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopted, Broken, CancelLeg, Send
 from tetri.core.batch import Batch
 from tetri.core.kvflow import Inflow
+from tetri.core.landing import Landing
 from tetri.core.ledger import Ledger
 from tetri.core.outlook import Outlook
 from tetri.core.peers import Identity
@@ -33,27 +33,24 @@ from tetri.wire.messages import (
     Tokens,
 )
 
-ADOPT_TRIES = 3  # a chunk whose digest does not match is copied again so often, then the offer is refused
-
-
 Answer = Grant | Refuse | Landed
 
 
 class Decode:
     """`seats` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
     the engine has no blocks yet. `make_room` is asked when a request, by its id, finds too few blocks: what the other
-    half does to give it so many, nothing if it cannot. `path` says over which path KV comes from an instance, by its
-    id and incarnation. `counters`: what happened to the KV that was taken."""
+    half does to give it so many, nothing if it cannot. `way` says over which path KV comes from an instance, by its
+    id and incarnation, and out of which segment."""
 
     def __init__(
         self,
         own: Identity,
         ledger: Ledger,
         make_room: Callable[[str, int], list[Action]],
-        path: Callable[[str, int], str | None],
+        way: Callable[[str, int], tuple[str, str] | None],
     ) -> None:
-        self.own, self.ledger, self.make_room, self.path = own, ledger, make_room, path
-        self.counters: Counter[str] = Counter()
+        self.own, self.ledger, self.make_room, self.way = own, ledger, make_room, way
+        self.landing = Landing()
         self.outlook = Outlook(own)
         self.batch = Batch(own, ledger, self.outlook)
         self.seats: dict[str, Seat] = {}
@@ -74,19 +71,21 @@ class Decode:
             return [self._answer(Grant, message)]
         actions = self._release(seat) if seat else []
         why = obstacle(message, self.own.fingerprint, self.own.capacity)
-        path = self.path(message.src, message.incarnation)
-        if why is None and path is None:
+        way = self.way(message.src, message.incarnation)
+        if why is None and way is None:
             why = f"{self.own.iid} does not know this start of {message.src} yet, or no path to its KV"
-        if why is not None or path is None:
-            return [*actions, self._answer(Refuse, message, why=why)]
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
+        if key in self.landing.taking:
+            why = "KV that it brought before is still on its way"
+        if why is not None or way is None:
+            return [*actions, self._answer(Refuse, message, why=why)]
         kept = self.batch.kept_free()
         if self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks):
             actions += self.make_room(message.rid, message.blocks + kept)
         why = self.ledger.reserve(key, message.blocks, kept)
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
-        seat = Seat(key, message, Inflow(message.blocks, path), message.length, blocks=message.blocks)
+        seat = Seat(key, message, Inflow(message.blocks, *way), message.length, blocks=message.blocks)
         self.seats[key] = self.moving[key] = self.bare[key] = seat
         self._keys[message.rid] = key
         self.outlook.enter(seat)
@@ -97,32 +96,27 @@ class Decode:
     def chunk(self, message: Chunk) -> list[Action]:
         seat = self._seat_of(message.rid)
         if seat is None or not seat.is_for(message):
+            self.landing.stray(message, seat)
             return [self._answer(Refuse, message, why="no such offer here")]
-        if message.index in seat.flow.landed or seat.landed_as:
-            return [self._answer(Landed, message, index=message.index)]
-        if not seat.flow.fits(message):
-            return [self._answer(Refuse, message, why="the chunk does not fit its offer"), *self._release(seat)]
-        new = seat.flow.announce(message)
-        return [self._adopt(seat, message)] if new and seat.allocated else []
+        if self.landing.again(message, seat):
+            here = seat.landed_as or message.index in seat.flow.landed
+            return [self._answer(Landed, message, index=message.index)] if here else []
+        why = self.landing.announced(message, seat)
+        if why is not None:
+            return [self._answer(Refuse, message, why=why), *self._release(seat)]
+        return [self.landing.take(message, seat)] if seat.allocated and seat.flow.broken is None else []
 
-    def _adopt(self, seat: Seat, chunk: Chunk) -> Action:
-        seat.flow.taking += 1
-        return Adopt(seat.key, chunk.index, chunk.start, chunk.handle, chunk.digest, chunk.src, seat.flow.path)
-
-    def adopted(self, event: Adopted) -> list[Action]:
+    def adopted(self, event: Adopted, now: float) -> list[Action]:
         seat = self.seats.get(event.key)
+        again = self.landing.adopted(event, seat, now)
         if seat is None:
             return []
         flow = seat.flow
-        flow.taking -= 1
-        if event.problem == "corrupt" and flow.broken is None and flow.again(event.index, ADOPT_TRIES):
-            return [self._adopt(seat, flow.announced[event.index])]
-        if event.problem is not None:
-            flow.broken = flow.broken or f"chunk {event.index} is {event.problem}"
         if flow.broken is not None:  # the engine must know the leg until the last copy is made
-            refuse = self._answer(Refuse, seat.offer, why=flow.broken, spoilt=True)
-            return [] if flow.taking else [refuse, *self._release(seat)]
-        flow.land(event.index)
+            refuse = self._answer(Refuse, seat.offer, why=flow.broken, spoilt=flow.spoilt)
+            return [] if seat.key in self.landing.taking else [refuse, *self._release(seat)]
+        if event.index not in flow.landed:
+            return [*again]
         actions: list[Action] = [self._answer(Landed, seat.offer, index=event.index)]
         if flow.complete:
             assert flow.token is not None
@@ -130,6 +124,11 @@ class Decode:
             self.batch.land(seat, flow.token)
             actions.append(self._stage(seat, Stage.WAITING))
         return actions
+
+    def take_again(self, now: float) -> list[Action]:
+        """Chunks that were lost, some time ago."""
+        places = [(self.seats[key], index) for key, index in self.landing.due(now)]
+        return [self.landing.take(seat.flow.announced[index], seat) for seat, index in places]
 
     def drop(self, message: Drop) -> list[Action]:
         seat = self._seat_of(message.rid)
@@ -173,6 +172,7 @@ class Decode:
 
     def _leave(self, seat: Seat) -> None:
         """It takes nothing here any more."""
+        self.landing.forget(seat)
         self.moving.pop(seat.key, None)
         self.bare.pop(seat.key, None)
         self.batch.leave(seat)
@@ -208,7 +208,7 @@ class Decode:
         for key in allocated:
             seat = self.bare.pop(key)
             seat.allocated = True
-            actions += [self._adopt(seat, chunk) for chunk in seat.flow.announced.values()]
+            actions += [self.landing.take(chunk, seat) for chunk in seat.flow.announced.values()]
         items, ended = self.batch.step_done(spans, tokens, preempted, steps)
         told = [self._tell(Tokens, items=items)] if items else []
         return [*told, *(self._finish(seat, reason) for seat, reason in ended), *actions]
@@ -277,5 +277,6 @@ class Decode:
                 raise Broken(f"{seat.key} is not where a seat in {seat.stage} is")
         if len(here) != len(self.moving) + len(self.batch.landed) + len(self.batch.running):
             raise Broken("seats that are no more are still counted")
+        self.landing.check(self.moving.values())
         self.batch.check()
         self.outlook.check(here)

@@ -125,14 +125,16 @@ class Neighbours:
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
 
-    def path(self, iid: str, incarnation: int) -> str | None:
-        """Over which path KV comes from this instance; None when this start of it is not known (yet), or cannot be
-        reached. From here to here there is always one."""
+    def way(self, iid: str, incarnation: int) -> tuple[str, str] | None:
+        """Over which path KV comes from this instance, and the segment that it comes out of; None when this start of
+        it is not known (yet), or cannot be reached. From here to here there is always one."""
         if iid == self.own.iid:
-            return "local"
+            return "local", self.own.reach.segment
         there = self.instances.get(iid)
-        known = there is not None and there.incarnation == incarnation
-        return pairing.path(self.own.reach, there.reach) if known and there is not None else None
+        if there is None or there.incarnation != incarnation:
+            return None
+        path = pairing.path(self.own.reach, there.reach)
+        return None if path is None else (path, there.reach.segment)
 
     def _speaks(self, other: InstanceEntry) -> bool:
         """Whether KV can move between this engine and the other's."""

@@ -73,7 +73,7 @@ class Presence:
             load=self.load(),
             holds=holds,
             flip=self.flip,
-            counters=dict(self.decode.counters),
+            counters=dict(self.decode.landing.counters),
             slots_taken=self.prefill.slots_taken,
         )
         return Send(BROKER, beat)

@@ -88,6 +88,7 @@ class Seat:
             prefill_instance=self.offer.src,
             decode_instance=iid,
             preempted=self.preempted,
+            refetched=self.flow.refetched,
         )
 
 

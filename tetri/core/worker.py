@@ -44,7 +44,7 @@ from tetri.wire.messages import (
     Roster,
 )
 
-BEAT, LOAD, REGISTER = "beat", "load", "register"
+BEAT, LOAD, REGISTER, TAKE_AGAIN = "beat", "load", "register", "take again"
 
 
 class Worker:
@@ -58,7 +58,7 @@ class Worker:
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng, self._home)
         self.prefill = Prefill(own, self.ledger, self.dispatcher)
-        self.decode = Decode(own, self.ledger, self._make_room, self.neighbours.path)
+        self.decode = Decode(own, self.ledger, self._make_room, self.neighbours.way)
         self.contacts = Contacts(self.neighbours, self.dispatcher, self.prefill, self.decode)
         self.stepping = False
         self.idle = False
@@ -83,7 +83,7 @@ class Worker:
             case Exported():
                 return self.prefill.exported(event)
             case Adopted():
-                return self.decode.adopted(event)
+                return self._adopted(event, now)
             case Freed():
                 self.prefill.leaving.freed(event.slots)
                 return []
@@ -129,6 +129,8 @@ class Worker:
                 actions += self._beat(now)
             elif key == REGISTER:
                 actions.append(self._register(now))
+            elif key == TAKE_AGAIN:
+                actions += self._take_again(now)
             else:
                 actions += self.dispatcher.due(self.prefill.jobs[key], now)
         actions = self._hear_own(actions, now)
@@ -215,6 +217,23 @@ class Worker:
         way_out = self.decode.stuck() or (batch.stuck() and self.prefill.blocked() is not None)
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
+
+    # ------------------------------------------------------------ KV that comes
+
+    def _adopted(self, event: Adopted, now: float) -> list[Action]:
+        actions = self.decode.adopted(event, now)
+        self._set_pause()
+        return actions
+
+    def _take_again(self, now: float) -> list[Action]:
+        actions = self.decode.take_again(now)
+        self._set_pause()
+        return actions
+
+    def _set_pause(self) -> None:
+        at = self.decode.landing.next()
+        if at is not None:
+            self.timers.set(TAKE_AGAIN, at)
 
     # ------------------------------------------------------------ peers
 

@@ -30,7 +30,11 @@ class KVLost(KVError):
 
 
 class KVCorrupt(KVError):
-    """The copy's digest is not the one announced, or it is too short."""
+    """The copy is not what was announced: its digest is another one."""
+
+
+class KVShort(KVCorrupt):
+    """The copy is shorter than what was announced."""
 
 
 class KVForeign(KVError):

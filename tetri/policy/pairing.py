@@ -6,6 +6,7 @@ from tetri.request import Fingerprint, Reach, difference
 
 PATHS = ("local", "cuda_ipc", "shm", "nixl", "stream")  # the best first
 SAME_HOST = ("cuda_ipc", "shm")
+FAR = ("nixl", "stream")  # between hosts too: what was lost over them may be had later
 
 
 def path(a: Reach, b: Reach) -> str | None:

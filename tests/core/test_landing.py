@@ -1,0 +1,287 @@
+"""Chunks on their way into a decode instance, told through the worker's core: what is taken, again, and counted."""
+
+from random import Random
+
+import pytest
+
+from tests.core.build import (
+    Told,
+    chunk,
+    drop,
+    handle,
+    identity,
+    instance,
+    kinds,
+    offer,
+    only,
+    reach,
+    roster,
+    sent,
+)
+from tetri.core.actions import BROKER, Adopt, Adopted, Broken
+from tetri.core.landing import COUNTED, LOST_PAUSE_S, TAKE_TRIES
+from tetri.core.worker import Worker
+from tetri.leg import Sampled, Span, StepDone
+from tetri.request import Sampling
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import Beat, Close, Finished, Grant, Landed, Refuse
+
+KEY = "d:r:1:p1:1"
+
+
+class Landing(Told):
+    """What is taken comes when the test says so: `come(index)`, or with a problem."""
+
+    def come(self, index, problem=None, key=KEY):
+        return self.tell(Adopted(key, index, problem))
+
+    @property
+    def counted(self):
+        """Those that are not 0."""
+        return {name: count for name, count in self.core.decode.landing.counters.items() if count}
+
+
+def start(path="stream", **changes):
+    told = Landing(Worker(identity("d1", "decode", reach=reach("d1", paths=[path]), **changes), Random(1), now=0.0))
+    told.later()
+    see(told, 1, path)
+    told.tell(PeerUp("p1"))
+    return told
+
+
+def see(told, number, path, incarnation=1):
+    others = [instance(iid, "prefill", incarnation, reach=reach(iid, paths=[path])) for iid in ("p1", "p2")]
+    told.tell(roster(number, *others))
+
+
+@pytest.fixture
+def told():
+    """Offer and three chunks of one request; its blocks are there, and all three are on their way."""
+    told = start()
+    begin(told)
+    yield told
+    told.core.check()
+
+
+def begin(told, **who):
+    told.tell(offer("r", prompt=12, **who))
+    told.later()
+    told.tell(StepDone(allocated=(f"d:r:{who.get('attempt', 1)}:p1:{who.get('offer', 1)}",)))
+    return told.tell(*(chunk("r", i, i, i + 1, token=7 if i == 2 else None, **who) for i in range(3)))
+
+
+def whys(actions):
+    return [(refused.why, refused.spoilt) for refused in sent(actions, kind=Refuse)]
+
+
+# ---------------------------------------------------------------- how chunks come
+
+
+def test_each_chunk_is_taken_once_and_lands_when_it_has_come(told):
+    assert kinds(told.come(1)) == ["Landed > p1"] and kinds(told.come(0)) == ["Landed > p1"]
+    assert kinds(told.come(2)) == ["Landed > p1", "Staged > broker"]
+    assert told.counted == {}
+
+
+def test_a_chunk_that_is_on_its_way_is_not_taken_twice(told):
+    assert not told.tell(chunk("r", 1, 1, 2))
+    told.come(1)
+    assert kinds(told.tell(chunk("r", 1, 1, 2))) == ["Landed > p1"]
+    assert told.counted == {"duplicate": 2}
+
+
+def test_chunks_out_of_order_are_taken_as_they_come():
+    told = start()
+    told.tell(offer("r", prompt=12))
+    told.tell(chunk("r", 1, 1, 2), chunk("r", 0, 0, 1), chunk("r", 2, 2, 3, token=7))
+    assert told.counted == {"reordered": 1}
+    told.later()
+    taken = only(told.tell(StepDone(allocated=(KEY,))), Adopt)
+    assert [(take.index, take.peer, take.path) for take in taken] == [(i, "p1", "stream") for i in (1, 0, 2)]
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"attempt": 1}, "old_attempt"),
+        ({"attempt": 2, "offer": 9}, "late"),
+        ({"attempt": 2, "incarnation": 2}, "late"),
+        ({"attempt": 3}, "late"),
+        ({"attempt": 2, "rid": "x"}, "late"),
+    ],
+)
+def test_a_chunk_of_another_offer_is_dropped(changes, name):
+    told = start()
+    begin(told, attempt=2)
+    stray = chunk(**{"rid": "r", "index": 0, "start": 0, "stop": 1, **changes})
+    assert kinds(told.tell(stray)) == ["Refuse > p1"] and told.counted == {name: 1}
+    assert len(told.core.decode.seats["d:r:2:p1:1"].flow.ranges) == 3
+
+
+@pytest.mark.parametrize(
+    "made, name",
+    [
+        (handle(0), "truncated"),
+        (handle(0, 1, 2), "misfit"),
+        (handle(0, 1, segment="s-p2"), "foreign"),
+    ],
+)
+def test_a_chunk_that_cannot_be_one_ends_its_offer(made, name):
+    told = start()
+    told.tell(offer("r", prompt=12))
+    actions = told.tell(chunk("r", 0, 0, 2, handle=made))
+    assert kinds(actions) == ["Refuse > p1", "CancelLeg"] and told.counted == {name: 1}
+    assert not only(actions, Adopt) and whys(actions)[0][0].startswith("the chunk does not fit its offer")
+
+
+# ---------------------------------------------------------------- what comes out wrong
+
+
+@pytest.mark.parametrize("problem", ["flipped", "truncated"])
+def test_a_wrong_copy_is_taken_again_at_once_and_heals(told, problem):
+    for _ in range(TAKE_TRIES - 1):
+        (again,) = told.come(1, problem)
+        assert isinstance(again, Adopt) and (again.index, again.start) == (1, 1)
+    assert kinds(told.come(1)) == ["Landed > p1"]
+    assert told.counted == {problem: TAKE_TRIES - 1, "refetched": TAKE_TRIES - 1, "healed": 1}
+
+
+def test_a_copy_that_stays_wrong_ends_the_attempt(told):
+    told.come(0)
+    told.come(2)
+    for _ in range(TAKE_TRIES - 1):
+        told.come(1, "flipped")
+    actions = told.come(1, "flipped")
+    assert whys(actions) == [("chunk 1 is flipped", True)] and kinds(actions)[1:] == ["CancelLeg"]
+    assert told.counted == {"flipped": TAKE_TRIES, "refetched": TAKE_TRIES - 1, "given_up": 1}
+
+
+def test_what_was_lost_on_a_far_path_is_taken_again_after_a_pause(told):
+    assert not told.come(1, "lost")
+    told.core.idle = True
+    assert told.core.deadline() <= told.now + LOST_PAUSE_S
+    assert not only(told.later(0.9 * LOST_PAUSE_S), Adopt)
+    (again,) = only(told.later(0.2 * LOST_PAUSE_S), Adopt)
+    assert again.index == 1
+    told.come(1, "lost")
+    assert not only(told.later(1.5 * LOST_PAUSE_S), Adopt)  # the second pause is longer
+    assert only(told.later(0.6 * LOST_PAUSE_S), Adopt)
+    assert kinds(told.come(1)) == ["Landed > p1"]
+    assert told.counted == {"lost": 2, "refetched": 2, "healed": 1}
+
+
+def test_what_stays_lost_on_a_far_path_may_be_had_by_another_instance(told):
+    for _ in range(TAKE_TRIES - 1):
+        told.come(1, "lost")
+        told.later(3 * LOST_PAUSE_S)
+    assert not told.come(1, "lost") and not told.come(0)
+    assert whys(told.come(2)) == [("chunk 1 is lost", False)]
+
+
+@pytest.mark.parametrize("problem", ["lost", "foreign"])
+def test_what_cannot_be_right_the_next_time_is_not_taken_again(problem):
+    told = start("shm")
+    begin(told)
+    told.come(0)
+    told.come(2)
+    assert whys(told.come(1, problem)) == [(f"chunk 1 is {problem}", True)]
+    assert told.counted == {problem: 1, "given_up": 1}
+
+
+def test_the_leg_stays_until_the_last_copy_has_come(told):
+    told.come(0, "foreign")
+    assert not told.come(1, "flipped") and not told.tell(chunk("r", 0, 0, 1))  # nothing more is taken
+    actions = told.come(2)
+    assert kinds(actions) == ["Refuse > p1", "CancelLeg"] and told.core.ledger.free == 10
+
+
+def test_a_pause_ends_with_its_offer(told):
+    told.come(1, "lost")
+    told.come(2, "foreign")
+    assert sent(told.come(0), kind=Refuse)
+    assert not only(told.later(5 * LOST_PAUSE_S), Adopt)
+
+
+# ---------------------------------------------------------------- the offer ends while copies are on their way
+
+
+@pytest.mark.parametrize("end", [Close(rid="r", attempt=1), drop("r"), PeerDown("p1")], ids=["close", "drop", "down"])
+def test_what_comes_for_a_leg_that_is_no_more_is_nothing(told, end):
+    assert kinds(told.tell(end)) == ["CancelLeg"]
+    assert not told.come(0) and not told.come(1, "lost") and not told.come(2, "flipped")
+    assert told.counted == {} and not told.core.decode.landing.taking
+
+
+def test_the_same_offer_again_waits_for_what_the_earlier_one_has_on_its_way(told):
+    """Its leg would have the same key, and its blocks must not get what was taken for others."""
+    told.tell(PeerDown("p1"))
+    told.come(0)
+    assert whys(told.tell(offer("r", prompt=12))) == [("KV that it brought before is still on its way", False)]
+    told.come(1)
+    told.come(2)
+    assert sent(told.tell(offer("r", prompt=12)), kind=Grant)
+
+
+def test_a_prefill_instance_that_restarts_in_the_middle_begins_anew(told):
+    see(told, 2, "stream", incarnation=2)
+    assert kinds(told.tell(chunk("r", 0, 0, 1))) == ["Refuse > p1"]
+    for index in range(3):
+        told.come(index, "lost")
+    actions = begin(told, attempt=2, incarnation=2)
+    assert len(only(actions, Adopt)) == 3 and told.counted == {"late": 1}
+    assert kinds(told.come(0, key="d:r:2:p1:1")) == ["Landed > p1"]
+
+
+def test_an_offer_under_another_number_takes_its_own_copies(told):
+    told.come(0)
+    assert len(only(begin(told, offer=2), Adopt)) == 3
+    assert not told.come(1)  # of the first offer
+    landed = sent(told.come(1, key="d:r:1:p1:2"), kind=Landed)
+    assert [(each.offer, each.index) for each in landed] == [(2, 1)]
+    assert not told.come(2, "flipped")
+
+
+def test_a_copy_that_nobody_took_must_not_go_on(told):
+    told.come(0)
+    told.come(1)
+    told.come(2)
+    with pytest.raises(Broken, match="nobody took chunk 2"):
+        told.come(2)
+
+
+# ---------------------------------------------------------------- what is told of it
+
+
+def test_beats_tell_all_that_is_counted(told):
+    told.come(1, "flipped")
+    (beat,) = sent(told.later(0.1), BROKER, Beat)
+    assert list(beat.counters) == list(COUNTED)
+    assert {name: count for name, count in beat.counters.items() if count} == {"flipped": 1, "refetched": 1}
+
+
+def test_the_receipt_tells_how_often_a_chunk_was_taken_again():
+    told = start()
+    told.tell(offer("r", prompt=4, sampling=Sampling(max_tokens=2)))
+    told.later()
+    told.tell(StepDone(allocated=(KEY,)), chunk("r", 0, 0, 1, token=7))
+    told.come(0, "flipped")
+    told.come(0)
+    told.later()
+    done = StepDone((Span(KEY, 4, 5),), (Sampled(KEY, (8,), "length"),))
+    (finished,) = sent(told.tell(done), BROKER, Finished)
+    assert (finished.receipt.refetched, finished.receipt.transport) == (1, "stream")
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda landing: landing.taking.clear(), "waits for 0 of 3 chunks"),
+        (lambda landing: landing.pauses.update({("d:x:1:p1:1", 0): 1.0}), "legs that are no more"),
+    ],
+)
+def test_check_finds_what_is_wrong(spoil, complaint):
+    told = start()
+    begin(told)
+    spoil(told.core.decode.landing)
+    with pytest.raises(Broken, match=complaint):
+        told.core.check()
