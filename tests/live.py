@@ -41,8 +41,10 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIEN
 
 class LiveCluster:
     def __init__(
-        self, conf: Path = EMULATED, overrides: Sequence[str] = (), start_s: float = PATIENCE_S
+        self, conf: Path = EMULATED, overrides: Sequence[str] = (), start_s: float = PATIENCE_S, prologue: str = ""
     ) -> None:
+        """`prologue`: statements that each program runs first, on one line."""
+        self.prologue = prologue
         self.start_s = start_s
         # pytest's own folders may have paths too long for a Unix socket
         self.folder = folder = Path(tempfile.mkdtemp(prefix="tetri-", dir="/tmp"))
@@ -72,7 +74,8 @@ class LiveCluster:
     def start(self, name: str, *extra: str) -> None:
         """Start the broker, the monitor, or the worker of this name, as its own program."""
         module = name if name in ("broker", "monitor") else "worker"
-        command = [sys.executable, "-c", f"from tetri.proc.{module} import main; main()", "--conf", str(self.conf)]
+        program = f"{self.prologue}from tetri.proc.{module} import main; main()"
+        command = [sys.executable, "-c", program, "--conf", str(self.conf)]
         command += [part for override in self.overrides for part in ("--set", override)]
         command += ["--iid", name] if module == "worker" else []
         with open(self.folder / f"{name}.log", "ab") as output:

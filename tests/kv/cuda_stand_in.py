@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.machinery
 import itertools
 import mmap
 import os
@@ -25,7 +26,7 @@ import numpy as np
 
 MEMORY, EVENT, HANDLE = b"memory", b"event", 64
 PAGE = 4096
-INVALID_VALUE, OUT_OF_MEMORY, NOT_READY, PEER_UNSUPPORTED = 1, 2, 600, 217
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_DEVICE, PEER_UNSUPPORTED, NOT_READY = 1, 2, 101, 217, 600
 #: What stands at the beginning of each file: device, freed or destroyed, bytes; of an event: recordings, done, when.
 STATE = struct.Struct("=QQQQQd")
 PATIENCE_S = 5.0  # then a stream that waits counts as hung
@@ -103,9 +104,10 @@ class Runtime:
     eventDisableTiming, eventInterprocess, streamNonBlocking, memcpyDefault = 2, 4, 1, 4
 
     def __init__(self, folder, devices=1, peers=(), total=1 << 30, lag_s=0.0):
-        self.folder, self.devices, self.peers, self.total, self.lag_s = Path(folder), devices, set(peers), total, lag_s
+        self.folder, self.peers, self.total, self.lag_s = Path(folder), set(peers), total, lag_s
+        self.visible = _visible(devices)
         self.process = f"{os.getpid()}.{next(_numbers)}"
-        self.device = 0
+        self.device = self.visible[0] if self.visible else -1
         self.memory = {}  # address -> (Shared, "own" | "peer")
         self.pinned = {}  # address -> array
         self.events = {}  # number -> (Shared, flags, "own" | "peer")
@@ -117,21 +119,24 @@ class Runtime:
     # ------------------------------------------------------------ devices
 
     def getDeviceCount(self):
-        return self.devices
+        return len(self.visible)
 
     def setDevice(self, index):
-        if not 0 <= index < self.devices:
-            raise CUDARuntimeError(101)
-        self.device = index
+        if not 0 <= index < len(self.visible):
+            raise CUDARuntimeError(INVALID_DEVICE)
+        self.device = self.visible[index]
 
     def getDeviceProperties(self, index):
-        return {"uuid": bytes([index + 1]) * 4}  # cut at a zero byte, as CuPy does
+        return {"uuid": bytes([self.visible[index] + 1]) * 4}  # cut at a zero byte, as CuPy does
 
     def deviceGetPCIBusId(self, index):
-        return f"0000:{index:02x}:00.0"
+        return f"0000:{self.visible[index]:02x}:00.0"
 
     def deviceCanAccessPeer(self, one, other):
-        return int((one, other) in self.peers or (other, one) in self.peers)
+        return int(self._reach(self.visible[one], self.visible[other]))
+
+    def _reach(self, one, other):
+        return (one, other) in self.peers or (other, one) in self.peers
 
     def memGetInfo(self):
         used = sum(each.size for each, kind in self.memory.values() if kind == "own" and not each.get().gone)
@@ -188,7 +193,7 @@ class Runtime:
         state = shared.get()
         if state.gone:
             raise Misuse(f"{path.name} is opened, but was freed")
-        if state.device != self.device and not self.deviceCanAccessPeer(self.device, state.device):
+        if state.device != self.device and not self._reach(self.device, state.device):
             raise CUDARuntimeError(PEER_UNSUPPORTED)
         lock = os.open(f"{path}.open-{self.process}", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -360,6 +365,13 @@ class StandIn(types.ModuleType):
         return array
 
 
+def _visible(devices):
+    """The GPUs that $CUDA_VISIBLE_DEVICES lets through, up to the first that is none."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = range(devices) if wanted is None else map(int, filter(None, wanted.split(",")))
+    return list(itertools.takewhile(lambda number: 0 <= number < devices, numbers))
+
+
 def _name(handle, kind):
     name = handle.rstrip(b"\0")
     if len(handle) != HANDLE or not name.startswith(kind + b"-") or b"/" in name:
@@ -381,6 +393,23 @@ def _locked(path):
         os.close(descriptor)
 
 
+class Finder:
+    """`import cupy` makes a stand-in, as late as CuPy itself would look for GPUs."""
+
+    def __init__(self, folder, **options):
+        self.made = folder, options
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name == "cupy" else None
+
+    def create_module(self, spec):
+        folder, options = self.made
+        return StandIn(folder, **options)
+
+    def exec_module(self, module):
+        """It is complete."""
+
+
 def install(folder, **options):
     """`import cupy` gives a stand-in from now on, in this process."""
-    sys.modules["cupy"] = StandIn(folder, **options)
+    sys.meta_path.insert(0, Finder(folder, **options))

@@ -128,6 +128,7 @@ class Worker:
     )
     role: str = choice(REQUIRED, "prefill", "decode", "mixed")
     cpus: str = _cpus()
+    gpu: int = number(-1, -1, 63)  # the GPU that it computes on, or that holds its KV slab; -1: none
 
 
 @dataclass(frozen=True, slots=True)

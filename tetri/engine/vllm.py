@@ -106,12 +106,12 @@ class VllmEngine:
             raise EngineError("this process already runs a vLLM engine: start another process")
         torch.set_num_threads(threads)
         config = engine_config(settings)
-        reserve(block_bytes_of(settings, config))
+        reserve(expected := block_bytes_of(settings, config))
         self._core = start_core(settings, config)
         self._scheduler = self._core.scheduler
         self._connector = self._scheduler.connector
         spec = check_layout(self._scheduler.kv_cache_config)
-        self._memory = memory_of(gpu, self._scheduler.kv_cache_config)
+        self._memory = memory_of(gpu, self._scheduler.kv_cache_config, expected)
         self.block_bytes = self._memory.block_bytes
         self.fingerprint = make_fingerprint(settings, config, spec, self._memory.layers, self.block_bytes)
         self._stop_ids = stop_ids(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,16 +165,21 @@ def check_layout(kv_cache_config: Any) -> Any:
     return spec
 
 
-def memory_of(gpu: Device | None, kv_cache_config: Any) -> Memory | GpuMemory:
-    """The KV tensors of the engine that this process has started."""
+def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Memory | GpuMemory:
+    """The KV tensors of the engine that this process has started. Raises EngineError for what is not supported."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     caches = list(get_kv_transfer_group().kv_caches.values())
-    if gpu is None:
-        return Memory(caches)
+    made = Memory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
+    if made.block_bytes != block_bytes:
+        raise EngineError(f"unsupported KV layout: blocks of {made.block_bytes} bytes, {block_bytes} were expected")
+    return made
+
+
+def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:
     import torch
 
-    return GpuMemory(caches, kv_cache_config.num_blocks, gpu, lambda: int(torch.cuda.current_stream().cuda_stream))
+    return GpuMemory(caches, blocks, gpu, lambda: int(torch.cuda.current_stream().cuda_stream))
 
 
 def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int, block_bytes: int) -> Fingerprint:

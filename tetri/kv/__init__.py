@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetri.kv.base import KVError, KVStore, Reader
+from tetri.kv.cuda_runtime import Device
 from tetri.kv.slab import HostSlab
 from tetri.request import Reach
 
@@ -19,7 +20,9 @@ EXPECTED_BLOCKS = 4  # of a chunk from a peer
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
     """A store of `slots` blocks of `block_bytes`. `transport` is auto or one path's name; `address` where to serve the
-    path `stream`, empty: not at all, or on this host alone when `stream` is asked for by name."""
+    path `stream`, empty: not at all, or on this host alone when `stream` is asked for by name; `announce` what others
+    connect to, where that is another address; `key` the file of the deployment's key; `room` the bytes of memory for
+    what comes over `stream`; `device` the worker's GPU, None: it has none; `on_host` where its engine's blocks are."""
 
     deployment: str
     iid: str
@@ -28,6 +31,11 @@ class StoreSettings:
     transport: str = "auto"
     address: str = ""
     digest: bool = True
+    announce: str = ""
+    key: str = ""
+    room: int = 64 << 20
+    device: Device | None = None
+    on_host: bool = True
 
 
 def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None) -> KVStore:
@@ -40,6 +48,8 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     made = settings
     paths = enabled(made)
     sweep(made.deployment, made.iid)  # what a killed predecessor left may be the memory that is needed now
+    if "cuda_ipc" in paths:
+        return _device_store(made)
     slab = ShmSlab(made.deployment, made.iid, made.slots, made.block_bytes, digest=made.digest)
     opened: dict[str, Opened] = {}
     try:
@@ -65,7 +75,35 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
 
 def enabled(made: StoreSettings) -> list[str]:
     """The paths that a worker has, the best first."""
-    return ["shm"] if made.transport == "auto" else [made.transport]
+    from tetri.kv import nixl_agent
+
+    if made.transport != "auto":
+        return [made.transport]
+    if made.device is not None:
+        return ["cuda_ipc"]
+    paths = ["shm"]
+    if made.address and nixl_agent.installed() and nixl_agent.has_rdma():
+        paths.append("nixl")
+    return [*paths, "stream"] if made.address else paths
+
+
+def _device_store(made: StoreSettings) -> KVStore:
+    """A slab in a GPU's memory, which no other path reads."""
+    from tetri.kv.cuda_ipc import open_device_store
+
+    if made.device is None:
+        raise KVError("transfer.transport = cuda_ipc: each [[worker]] needs a GPU, such as gpu = 0")
+    return open_device_store(
+        made.device,
+        made.deployment,
+        made.iid,
+        made.slots,
+        made.block_bytes,
+        host,
+        digest=made.digest,
+        on_host=made.on_host,
+        expected_blocks=EXPECTED_BLOCKS,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +122,16 @@ def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], Non
             from tetri.kv.shm import ShmReader
 
             return Opened(ShmReader(made.deployment, EXPECTED_BLOCKS * made.block_bytes))
+        case "nixl":
+            from tetri.kv.nixl import open_nixl
+
+            reader, ticket = open_nixl(slab, EXPECTED_BLOCKS * made.block_bytes, wake, everywhere=bool(made.address))
+            return Opened(reader, ticket=ticket)
+        case "stream":
+            from tetri.kv.stream import open_stream
+
+            stream = open_stream(made, slab, EXPECTED_BLOCKS * made.block_bytes, wake)
+            return Opened(stream, stream.address)
     raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(PATHS)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from tetri import cost
@@ -12,6 +13,7 @@ from tetri.core.peers import Identity
 from tetri.engine.base import Engine
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVStore
+from tetri.kv.cuda_runtime import Device, load, put_first
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
@@ -23,11 +25,45 @@ from tetri.text import ByteTokenizer, Tokenizer, load_tokenizer
 UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
 
 
-def engine(config: Config, wait: Callable[[float], bool] | None = None) -> Engine:
+def gpu(config: Config, iid: str) -> Device | None:
+    """The GPU that this worker is to use, which becomes number 0 of this process; None: it has none. Raises KVError."""
+    number = config.worker(iid).gpu
+    if number < 0:
+        return None
+    put_first(number)
+    return Device(load())
+
+
+def engine_and_store(
+    config: Config, iid: str, wait: Callable[[float], bool], wake: Callable[[], None], leaving: ExitStack
+) -> tuple[Engine, KVStore]:
+    """This worker's engine and its KV store, which `leaving` closes. The slab comes first, as soon as the engine knows
+    how large a block is: on a GPU whatever fits beside it must not depend on who was faster, and when it does not
+    fit, that is said before the weights are loaded. Raises what `engine`, `store` and `gpu` raise."""
+    device, opened = gpu(config, iid), list[KVStore]()
+
+    def reserve(block_bytes: int) -> None:
+        opened.append(store(config, iid, block_bytes, wake, device))
+        leaving.callback(opened[0].close)
+
+    made = engine(config, wait, device, reserve)
+    leaving.callback(made.close)
+    return made, opened[0]
+
+
+def engine(
+    config: Config,
+    wait: Callable[[float], bool] | None = None,
+    device: Device | None = None,
+    reserve: Callable[[int], None] = lambda block_bytes: None,
+) -> Engine:
     """The engine that [engine] names. `wait(seconds)` is how an emulated one spends its time: True when a message
-    waits, which ends a run of several passes. Raises EngineError, ModelError or CostError."""
+    waits, which ends a run of several passes. The real one computes on `device`, if there is one; `reserve` is called
+    with the bytes of a block before the engine takes its memory. Raises EngineError, ModelError or CostError."""
     if config.engine.kind == "emulated":
-        return _emulated(config, wait)
+        emulated = _emulated(config, wait)
+        reserve(emulated.fingerprint.block_bytes)
+        return emulated
     from tetri.engine.vllm import VllmEngine
 
     folder = find(config.model.name)
@@ -40,6 +76,8 @@ def engine(config: Config, wait: Callable[[float], bool] | None = None) -> Engin
         context=config.model.context or None,
         weights=weights_hash(folder),
         block_tokens=config.engine.block_tokens,
+        gpu=device,
+        reserve=reserve,
     )
 
 
@@ -64,8 +102,11 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
     return built
 
 
-def store(config: Config, iid: str, block_bytes: int, wake: Callable[[], None]) -> KVStore:
-    """The KV store that [transfer] names; `wake` ends the worker's wait when something has come. Raises KVError."""
+def store(
+    config: Config, iid: str, block_bytes: int, wake: Callable[[], None], device: Device | None = None
+) -> KVStore:
+    """The KV store that [transfer] names; `wake` ends the worker's wait when something has come. `device` is the
+    worker's GPU, if it has one. Raises KVError."""
     made = config.transfer
     settings = StoreSettings(
         deployment=config.cluster.name,
@@ -75,6 +116,11 @@ def store(config: Config, iid: str, block_bytes: int, wake: Callable[[], None]) 
         transport=made.transport,
         address=made.address,
         digest=made.digest,
+        device=device,
+        on_host=device is None or config.engine.kind == "emulated",
+        announce=made.announce,
+        key=config.cluster.key,
+        room=made.room_mib << 20,
     )
     return open_store(settings, wake)
 

@@ -68,10 +68,8 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     with ExitStack() as leaving:
         hub = Hub(logger)
         leaving.callback(hub.close)
-        engine = build.engine(config, hub.wait)  # seconds to minutes; a signal simply ends the process until here
-        leaving.callback(engine.close)
-        store = build.store(config, iid, engine.fingerprint.block_bytes, hub.wake)
-        leaving.callback(store.close)
+        # Seconds to minutes; a signal simply ends the process until here.
+        engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, leaving)
         signals = StopSignals(hub.wake_fd)
         leaving.callback(signals.restore)
         own = build.identity(config, iid, secrets.randbits(62), engine, store)
