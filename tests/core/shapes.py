@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from tetri.cost import Cost
@@ -95,6 +95,28 @@ class Shape:
             stream_interval=rng.choice((1, 1, 3, 32)),
             rules=_rules(rng),
             flip=rng.choice((*FLIPS,)),
+        )
+
+    @classmethod
+    def tight(cls, seed: int) -> Shape:
+        """Hardly more slots than one chunk may fill, hardly more memory than one request may take, and more prefill
+        instances than decode instances, or instances that do both. Those that would have to decode their own prompts,
+        with nobody else to do it, have slots for a whole one."""
+        rng, shape = Random(f"tight {seed}"), cls.some(seed)
+        chunk = -(-(shape.chunk_tokens + shape.block_tokens - 1) // shape.block_tokens)
+        whole = -(-shape.context // shape.block_tokens)
+        roles = ((2, 1, 0), (4, 1, 0), (3, 2, 0), (1, 0, 1), (0, 0, 1), (0, 0, 2), (2, 0, 2), (1, 1, 1), (4, 1, 1))
+        prefills, decodes, mixed = rng.choice(roles)
+        slots = chunk + rng.choice((0, 0, 1, 2, chunk, 3 * chunk))
+        return replace(
+            shape,
+            prefills=prefills,
+            decodes=decodes,
+            mixed=mixed,
+            requests=rng.choice((6, 12, 24)),
+            blocks=whole + rng.choice((0, 0, 1, 2, 4)),
+            slots=max(slots, chunk + whole) if mixed and decodes + mixed == 1 else slots,
+            flip="none",
         )
 
 
