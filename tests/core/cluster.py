@@ -11,16 +11,19 @@ between processes is encoded and decoded as on the wire.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
 from tests.core.callers import Admin, Client
-from tests.core.nodes import VOCABULARY, BrokerNode, Link, MonitorNode, Node
+from tests.core.links import Link
+from tests.core.nodes import VOCABULARY, BrokerNode, MonitorNode, Node
 from tests.core.shapes import ROLES, Faults, Shape
 from tests.core.worker_node import WorkerNode
 from tetri.core.actions import BROKER, Action, AddLeg, Publish, Send
+from tetri.kv.local import LocalSlab
 from tetri.request import Sampling
 from tetri.wire.messages import Assign, Offer, Ready, Roster
 
@@ -41,6 +44,8 @@ class Cluster:
         self.rng = Random(seed)
         self.now = 0.0
         self.segments: dict[str, Any] = {}
+        self.slabs: dict[str, LocalSlab] = {}  # of all that have ever been, by segment
+        self.said: dict[tuple[str, str], deque[Any]] = {}  # between two workers, lately
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
         self.nodes: dict[str, Node] = {}

@@ -1,12 +1,12 @@
-"""The processes of the virtual cluster (tests/core/cluster.py) and the links between them."""
+"""The processes of the virtual cluster (tests/core/cluster.py)."""
 
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from tests.core.links import Feed, Link
 from tetri.core.actions import (
     BROKER,
     Action,
@@ -25,8 +25,6 @@ from tetri.core.desk import Limits
 from tetri.core.monitor import Monitor
 from tetri.policy.views import FlipSettings
 from tetri.text import ByteTokenizer, Stopper
-from tetri.wire.codec import decode, encode
-from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 if TYPE_CHECKING:
@@ -35,81 +33,6 @@ if TYPE_CHECKING:
 
 VOCABULARY, TOKEN_BYTES = 64, 8
 EDGE = ByteTokenizer()
-
-
-class Link:
-    """One direction from `src` to `dst`: first in, first out. What is under way when it breaks is lost."""
-
-    def __init__(self, world: Cluster, src: Node, dst: Node, peer: str) -> None:
-        self.world, self.src, self.dst, self.peer = world, src, dst, peer
-        self.up, self.closed = False, False
-        self.life = 0  # counts connections
-        self.busy = 0.0  # when the last message arrives
-
-    def send(self, message: Any) -> None:
-        world = self.world
-        if not self.up or world.happens(world.faults.drop):
-            return
-        if world.wire:
-            message = decode(encode(message), self.dst.reads)
-        for _ in range(2 if world.happens(world.faults.repeat) else 1):
-            slow = world.happens(world.faults.delay)
-            took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
-            self.busy = max(self.busy, world.now + took)
-            world.at(self.busy, partial(self._arrive, message, self.life, self.dst.life))
-
-    def _arrive(self, message: Any, life: int, target: int) -> None:
-        if life == self.life and target == self.dst.life and self.dst.alive:
-            self.dst.receive(message)
-
-    def connect(self) -> None:
-        """After a while, if both are there then."""
-        life = self.src.life
-
-        def stands() -> None:
-            if self.closed or self.up or not self.dst.alive or not self.src.alive or self.src.life != life:
-                return
-            self.up = True
-            self.src.receive(PeerUp(self.peer))
-
-        self.world.after(self.world.rng.uniform(0.001, 0.02), stands)
-
-    def broken(self) -> None:
-        """The connection is lost: found out soon, made again when somebody is there."""
-        if not self.up:
-            return
-        self.up = False
-        self.life += 1
-        self.src.receive(PeerDown(self.peer))
-        self.connect()
-
-    def close(self) -> None:
-        self.closed, self.up = True, False
-        if self.world.happens(0.5):
-            self.life += 1  # what was under way is lost
-
-
-class Feed:
-    """What one process publishes, as one subscriber hears it: in order, any of it may be lost, and nobody is told."""
-
-    def __init__(self, world: Cluster, dst: Node, kind: Any) -> None:
-        self.world, self.dst, self.kind = world, dst, kind
-        self.busy = 0.0
-
-    def send(self, message: Any) -> None:
-        world = self.world
-        if world.happens(world.faults.drop):
-            return
-        if world.wire:
-            message = decode(encode(message), self.kind)
-        slow = world.happens(world.faults.delay)
-        took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
-        self.busy = max(self.busy, world.now + took)
-        world.at(self.busy, partial(self._arrive, message, self.dst.life))
-
-    def _arrive(self, message: Any, target: int) -> None:
-        if target == self.dst.life and self.dst.alive:
-            self.dst.receive(message)
 
 
 class Node:
@@ -144,8 +67,7 @@ class Node:
         self._turn_at = None
         if self.resting():
             return
-        while self.inbox:
-            self.handle(self.inbox.popleft())
+        self.listen()
         self.perform(self.core.tick(self.world.now), "tick")
         deadline = self.core.deadline()
         if deadline is not None:
@@ -153,6 +75,10 @@ class Node:
 
     def resting(self) -> bool:
         return False
+
+    def listen(self) -> None:
+        while self.inbox:
+            self.handle(self.inbox.popleft())
 
     def handle(self, event: Any) -> None:
         self.perform(self.core.handle(event, self.world.now), event)

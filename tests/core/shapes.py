@@ -29,6 +29,11 @@ class Faults:
     flips: float = 0.0  # asked for by hand
     monitor_kills: float = 0.0
     mute: float = 0.0  # of each prediction: it never comes
+    lose: float = 0.0  # of a chunk's copy
+    shorten: float = 0.0  # of a chunk's copy
+    replay: float = 0.0  # of a message between workers: an older one comes once more
+    overtake: float = 0.0  # of a message between workers: it comes early, and once more in its place
+    mangle: float = 0.0  # of a chunk that is announced
 
     @classmethod
     def some(cls, seed: int) -> Faults:
@@ -51,6 +56,11 @@ class Faults:
             flips=chance(3.0, 15.0),
             monitor_kills=chance(1.0, 3.0),
             mute=chance(0.2, 1.0),
+            lose=chance(0.05, 0.3),
+            shorten=chance(0.05, 0.3),
+            replay=chance(0.05, 0.4),
+            overtake=chance(0.05, 0.4),
+            mangle=chance(0.02, 0.1),
         )
 
 
@@ -70,6 +80,7 @@ class Shape:
     slots: int = 8
     reserve_share: float = 0.5
     stream_interval: int = 1
+    far: bool = False  # KV may come over a path that takes time
     rules: Rules = Rules()
     flip: str = "none"
     cost: Cost = Cost(prefill=((1.0, 0.001), (16.0, 0.002)), decode=((1.0, 0.001), (16.0, 0.002)))
@@ -95,6 +106,7 @@ class Shape:
             stream_interval=rng.choice((1, 1, 3, 32)),
             rules=_rules(rng),
             flip=rng.choice((*FLIPS,)),
+            far=rng.choice((False, True, True)),
         )
 
     @classmethod

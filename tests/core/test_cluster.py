@@ -2,11 +2,15 @@
 TETRI_FIRST_SEED for others."""
 
 import os
+import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from tests.core.cluster import Cluster
 from tests.core.shapes import Faults, Shape
+from tetri.core.landing import COUNTED
 
 SEEDS = int(os.environ.get("TETRI_SEEDS", "300"))
 FIRST = int(os.environ.get("TETRI_FIRST_SEED", "0"))
@@ -17,6 +21,20 @@ def test_without_faults_every_request_gets_its_tokens():
     for seed in range(10):
         story = Cluster(seed, Faults(), Shape.some(seed)).run()
         assert story.broker.core.life.counters["restarts"] == 0
+
+
+def test_every_kind_of_wrong_chunk_is_met():
+    """What the stories below are worth: each counter counts, and KV comes over both paths."""
+    counted, paths = Counter(), Counter()
+    for seed in range(12):
+        wrong = {"corrupt": 0.1, "lose": 0.1, "shorten": 0.1, "mangle": 0.05, "replay": 0.4, "overtake": 0.4}
+        faults = Faults(**wrong, delay=0.3, kills=1.0)
+        story = Cluster(seed, faults, replace(Shape.some(seed), far=True)).run()
+        for worker in story.workers:
+            counted.update(worker.core.decode.landing.counters)
+        paths.update(client.done.receipt.transport for client in story.clients.values())
+    assert all(counted[name] for name in COUNTED), dict(counted)
+    assert paths["local"] and paths["stream"]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -39,4 +57,4 @@ def test_a_seed_tells_the_same_story_again():
 
 def _anonymous(log):
     """Without the names of the stores, which are drawn from the system's own chance."""
-    return [line.split("segment='")[0] for line in log]
+    return [re.sub(r"-[0-9a-f]{16}\b", "", line).split("segment='")[0] for line in log]

@@ -5,17 +5,15 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import replace
-
-from tests.core.nodes import TOKEN_BYTES, VOCABULARY, Feed, Node
-from tetri.core.actions import BROKER, Action, Adopt, Adopted, LengthKnown, Predict
+from tests.core.links import Feed
+from tests.core.nodes import TOKEN_BYTES, VOCABULARY, Node
+from tests.core.worker_kv import SpoiltCopies, store
+from tetri.core.actions import BROKER, Action, LengthKnown, Predict
 from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
-from tetri.hands import Copies, WorkerHands
-from tetri.kv.local import LocalReader, LocalSlab
-from tetri.kv.store import Store
-from tetri.request import Capacity, LengthRange, Reach
+from tetri.hands import WorkerHands
+from tetri.request import Capacity, LengthRange
 from tetri.wire.messages import LoadReport
 
 if TYPE_CHECKING:
@@ -23,17 +21,7 @@ if TYPE_CHECKING:
     from tests.core.shapes import Shape
 
 
-class SpoiltCopies(Copies):
-    """Now and then a copy is not what was announced."""
-
-    def __init__(self, world: Cluster, engine: EmulatedEngine, store: Store) -> None:
-        super().__init__(engine, store, lambda error, key, chunk: world.note(key, f"chunk {chunk}: {error}", []))
-        self.world = world
-
-    def adopt(self, action: Adopt) -> Adopted:
-        if self.world.happens(self.world.faults.corrupt):
-            action = replace(action, digest=action.digest ^ 1)
-        return super().adopt(action)
+PATHS = (("stream",), ("stream",), ("local", "stream"))  # any two have one in common
 
 
 class WorkerNode(Node):
@@ -61,10 +49,8 @@ class WorkerNode(Node):
             wait=lambda seconds: world.rng.random() < 0.2,  # a message may wait after any pass
             clock=lambda: 0.0,
         )
-        slab = LocalSlab(self.name, shape.slots, self.engine.fingerprint.block_bytes, world.segments)
-        reader = LocalReader(world.segments)
-        reach = Reach(paths=["local"], host="h", process=0, segment=slab.segment.name)
-        self.store = Store(slab, {"local": reader}, reach, reader)
+        paths = world.rng.choice(PATHS) if shape.far else ("local",)
+        self.store = store(self, paths, shape.slots, self.engine.fingerprint.block_bytes)
         own = Identity(
             iid=self.name,
             incarnation=world.rng.getrandbits(62),
@@ -72,7 +58,7 @@ class WorkerNode(Node):
             inbox=self.name,
             fingerprint=self.engine.fingerprint,
             capacity=self.engine.capacity,
-            reach=reach,
+            reach=self.store.reach,
             slots=shape.slots,
             rules=shape.rules,
             cost=shape.cost,
@@ -85,11 +71,16 @@ class WorkerNode(Node):
             stream_interval=shape.stream_interval,
         )
         self.core = Worker(own, Random(own.incarnation), world.now)
-        copies = SpoiltCopies(world, self.engine, self.store)
+        self.copies = SpoiltCopies(world, self.engine, self.store)
         noted = NotedCore(self)
-        self.hands = WorkerHands(noted, lambda: world.now, self.engine, copies, self, self.step, self.predict)
+        self.hands = WorkerHands(noted, lambda: world.now, self.engine, self.copies, self, self.step, self.predict)
         self.connect(BROKER, BROKER)
         self.wake(world.now)
+
+    def listen(self) -> None:
+        super().listen()
+        for event in self.copies.events():
+            self.handle(event)
 
     def act(self, actions: list[Action]) -> None:
         self.hands.carry_out(actions)
