@@ -1,0 +1,117 @@
+"""What tools/bench_transfer measures: its arithmetic, its two processes, and the program."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tetri.bench import transfer
+from tetri.bench.transfer import Case, Memory, alternated, row
+from tetri.kv.base import KVError
+
+PROGRAM = Path(__file__).parent.parent.parent / "tools" / "bench_transfer"
+SMALL = Case("shm", blocks=3, block_bytes=10_000, memory=400_000, depth=2)
+
+
+def left_of(pid):
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-bench{pid}-")]
+
+
+def test_a_row_compares_medians_of_the_same_rounds():
+    case = Case("shm", blocks=4, block_bytes=1_000_000, memory=1 << 30)
+    found = row(case, 10, {"path": 0.02, "without": 0.016, "memcpy": 0.008, "pyzmq": 0.025})
+    assert found == {
+        "transport": "shm",
+        "chunk_mb": 4.0,
+        "gbps": 2.0,
+        "memcpy_gbps": 5.0,
+        "ratio": 0.4,
+        "digest_pct": 25.0,
+        "pyzmq_gbps": 1.6,
+        "pyzmq_ratio": 1.25,
+    }
+
+
+def test_the_rounds_alternate_and_the_first_does_not_count():
+    said, order = iter(range(100)), []
+
+    def run(name):
+        def taking(count):
+            order.append((name, count))
+            return next(said)
+
+        return taking
+
+    seconds = alternated({"a": run("a"), "b": run("b")}, 7, 2)
+    assert order == [("a", 7), ("b", 7)] * 3
+    assert seconds == {"a": [2, 4], "b": [3, 5]}
+
+
+def test_the_memory_is_given_out_in_turn_and_every_page_of_it_is_its_own():
+    memory = Memory(SMALL)
+    places = [memory.next() for _ in range(SMALL.places + 1)]
+    assert len(places) == 400_000 // 30_000 + 1
+    places[0][:] = b"x" * SMALL.chunk_bytes
+    assert bytes(places[-1]) == bytes(places[0]) and b"x" * 100 not in bytes(places[1])
+
+
+def test_chunks_really_go_to_another_process():
+    with transfer.senders(SMALL, [True, False]) as made:
+        for sender in made:
+            assert sender.run(20) > 0
+            assert not sender._sent
+        assert next(made[0]._numbers) == SMALL.places + 20
+    assert left_of(os.getpid()) == []
+
+
+def test_the_two_processes_are_on_two_cores_each_time():
+    before = os.sched_getaffinity(0)
+    for _ in range(2):
+        with transfer.senders(SMALL, [True]):
+            (child,) = multiprocessing.active_children()
+            cores = [os.sched_getaffinity(pid) for pid in (0, child.pid)]
+            assert [len(found) for found in cores] == [1, 1]
+            assert cores[0] != cores[1] or len(before) == 1
+        assert os.sched_getaffinity(0) == before
+
+
+def test_what_the_receiver_cannot_take_ends_the_measurement(monkeypatch):
+    with transfer.senders(SMALL, [True]) as (sender,):
+        put = sender.store.put
+        monkeypatch.setattr(sender.store, "put", lambda *arguments: (put(*arguments)[0], 12345))
+        with pytest.raises(KVError, match="digest"):
+            sender.run(1)
+    assert left_of(os.getpid()) == []
+
+
+def test_the_program_says_it_in_json_and_leaves_nothing():
+    command = [PROGRAM, "--json", "--sizes", "0.1,0.4", "--block-tokens", "2", "--memory-mb", "2", "--rounds", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    said = json.loads(output)
+    assert [found["chunk_mb"] for found in said["rows"]] == [0.09, 0.41]
+    for found in said["rows"]:
+        assert {"transport", "chunk_mb", "gbps", "memcpy_gbps", "ratio", "digest_pct"} == found.keys()
+        assert found["gbps"] > 0 and found["transport"] == "shm"
+    (found,) = said["alone"]
+    assert found["alone_ratio"] == pytest.approx(found["alone_ms"] / found["memcpy_ms"], rel=0.02)
+    assert found["chunk_mb"] == pytest.approx(12, abs=0.05)
+    assert left_of(process.pid) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--transport", "carrier pigeon"], "unknown transport 'carrier pigeon'"),
+        (["--sizes", "four"], "no list of numbers"),
+        (["--sizes", "0"], "above 0"),
+        (["--sizes", ","], "empty"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, says):
+    done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and says in done.stderr

@@ -1,0 +1,64 @@
+"""The receiver's process of a transfer that is measured (transfer.py)."""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.connection import Connection, wait
+
+from tetri.kv import StoreSettings, open_store
+from tetri.kv.base import KVError, KVStore, Taken, Wanted
+from tetri.wire.codec import decode, encode
+from tetri.wire.messages import Chunk, Drop, InboxMessage, Landed
+
+
+def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> None:
+    """Take what is announced until an empty message comes. First come the senders' names and reaches."""
+    os.sched_setaffinity(0, {core})
+    woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    settings = StoreSettings(f"bench{os.getppid()}", "receiver", 1, block_bytes, transport)
+    try:
+        store = open_store(settings, lambda: os.eventfd_write(woken, 1))
+    except KVError as error:
+        pipe.send(str(error))
+        return
+    try:
+        for iid, reach in pipe.recv():
+            store.meet(iid, reach)
+        pipe.send(store.reach)
+        _serve(pipe, store, transport, woken)
+    except EOFError:
+        pass  # the sender has ended, and with it the measurement
+    finally:
+        store.close()
+
+
+def _serve(pipe: Connection, store: KVStore, transport: str, woken: int) -> None:
+    while True:
+        due = store.due()
+        ready = wait([pipe, woken], None if due is None else max(due - time.monotonic(), 0.0))
+        if woken in ready:
+            os.eventfd_read(woken)
+        for taken in store.taken():
+            _answer(pipe, taken)
+        if pipe not in ready:
+            continue
+        data = pipe.recv_bytes()
+        if not data:
+            return
+        chunk = decode(data, InboxMessage)
+        assert isinstance(chunk, Chunk)
+        wanted = Wanted((chunk.src, chunk.index), chunk.src, transport, chunk.handle, chunk.digest)
+        answer = store.take(wanted)
+        if answer is not None:
+            _answer(pipe, answer)
+
+
+def _answer(pipe: Connection, taken: Taken) -> None:
+    src, problem = "receiver", taken.problem
+    if problem is None:
+        landed = Landed(src=src, incarnation=1, rid="bench", attempt=1, offer=1, index=taken.ticket[1])
+        pipe.send_bytes(encode(landed))
+    else:
+        drop = Drop(src=src, incarnation=1, rid="bench", attempt=1, offer=1, why=str(problem))
+        pipe.send_bytes(encode(drop))
