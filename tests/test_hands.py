@@ -1,9 +1,11 @@
 """What each action of a worker's core does: one table for the live process, the simulator and the virtual cluster."""
 
+from random import Random
 from typing import get_args
 
 import pytest
 
+from tests.core.build import CAPACITY, assign, identity
 from tetri.core import actions as said
 from tetri.core.actions import (
     AddLeg,
@@ -18,7 +20,10 @@ from tetri.core.actions import (
     Send,
     Step,
 )
+from tetri.core.worker import Worker
+from tetri.cost import Cost
 from tetri.engine.base import EngineError
+from tetri.engine.emulated import EmulatedEngine
 from tetri.hands import Copies, WorkerHands
 from tetri.kv.base import KVCorrupt, KVForeign, KVLost, KVShort, Taken, Wanted
 from tetri.leg import Leg, StepDone
@@ -82,6 +87,31 @@ def hands(core, all_of_it, **results):
         return results.get("predict")
 
     return WorkerHands(core, lambda: 4.5, all_of_it, all_of_it, all_of_it, step, predict)
+
+
+class Choosy(EmulatedEngine):
+    """Runs no leg of `a`."""
+
+    def add(self, leg):
+        if leg.key == "p:a:1":
+            raise EngineError("not a")
+        super().add(leg)
+
+
+def test_a_leg_that_the_engine_rejects_is_heard_of_when_the_others_are_there_and_before_the_step():
+    """`b` would get the place of `a` in the chunk, which takes more slots than it may have: it is held, and must be
+    in the engine before that."""
+    engine = Choosy(capacity=CAPACITY, token_bytes=8, vocabulary=64, cost=Cost())
+    core = Worker(identity("p1", "prefill", slots=4, fingerprint=engine.fingerprint), Random(1), 0.0)
+    did = Everything()
+    done = []
+    made = WorkerHands(core, lambda: 4.5, engine, did, did, lambda most: done.append(engine.step(most)), did.predict)
+    for rid, most in (("a", 1), ("b", 8)):
+        made.carry_out(core.handle(assign(rid, prompt=6, max_tokens=most), 0.0))
+    made.carry_out(core.tick(0.0))
+    (step,) = done
+    assert step.spans == () and not core.prefill.expected and core.prefill.started["p:b:1"].held
+    made.carry_out(core.handle(step, 0.0))
 
 
 def test_every_action_but_the_brokers_is_in_the_table():

@@ -108,11 +108,22 @@ class WorkerHands:
         }
 
     def carry_out(self, actions: Sequence[Action]) -> None:
-        """In order. What the core says to an action's result is done before the next action."""
+        """In order. What the core says to an action's result is done before the next action; what it says to legs that
+        the engine rejects, just before the step: others take their place, and must be in the engine by then."""
+        rejected: list[LegRejected] = []
         for action in actions:
+            if rejected and type(action) is Step:
+                self._tell(rejected)
             result = self.table[type(action)](action)
-            if result is not None:
-                self.carry_out(self.core.handle(result, self.clock()))
+            if isinstance(result, LegRejected):
+                rejected.append(result)
+            elif result is not None:
+                self._tell([result])
+        self._tell(rejected)
+
+    def _tell(self, results: list[Any]) -> None:
+        while results:
+            self.carry_out(self.core.handle(results.pop(0), self.clock()))
 
     @staticmethod
     def meet(network: Network, kv: KV, action: Connect) -> None:

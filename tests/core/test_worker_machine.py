@@ -81,10 +81,20 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.offers, self.asked, self.told = [], [], {}
 
     def act(self, actions):
+        rejected = []
         for action in actions:
+            if isinstance(action, Step):
+                self.hear(rejected)
             result = self.do(action)
-            if result is not None:
+            if isinstance(result, LegRejected):
+                rejected.append(result)
+            elif result is not None:
                 self.act(self.core.handle(result, self.now))
+        self.hear(rejected)
+
+    def hear(self, rejected):
+        while rejected:
+            self.act(self.core.handle(rejected.pop(0), self.now))
 
     def do(self, action):
         match action:

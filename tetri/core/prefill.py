@@ -104,8 +104,9 @@ class Prefill:
         """The engine cannot run this leg: the others of the chunk get its place."""
         job = self.jobs[key]
         others = [self.jobs[span.key] for span in self.expected if span.key != key]
+        actions = self.give_up(job, why, retry=False)
         self._choose([Progress(other.key, other.done, other.goal) for other in others])
-        return [*self.give_up(job, why, retry=False), *self.holding()]
+        return [*actions, *self.holding()]
 
     def resend(self, message: Resend) -> list[Action]:
         job = self.jobs.get(f"p:{message.rid}:{message.attempt}")
