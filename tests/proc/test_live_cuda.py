@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from live import REPOSITORY, LiveCluster, wait_until
 
+from tests.kv.gpus import machine
 from tetri.client import AsyncClient, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
@@ -20,7 +21,10 @@ from tetri.request import Sampling
 CONF = ["transfer.slab_blocks=96", "engine.block_tokens=16", "emulated.token_bytes=256"]
 
 
-def cluster_on(folder: Path, *overrides: str, gpus: int = 1, peers: object = ()) -> LiveCluster:
+def cluster_on(folder: Path | None, *overrides: str, gpus: int = 1, peers: object = ()) -> LiveCluster:
+    """On a stand-in in `folder`, or without one."""
+    if folder is None:
+        return LiveCluster(overrides=[*CONF, *overrides])
     prologue = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from tests.kv.cuda_stand_in import install; "
         f"install({str(folder)!r}, devices={gpus}, peers={peers!r}); "
@@ -81,4 +85,16 @@ def test_gpus_that_do_not_reach_each_other_are_never_paired_and_status_says_why(
     with cluster_on(folder, *gpus, gpus=2) as cluster:
         wait_until(lambda: "peer access" in str(cluster.instances()), "status does not say why")
         assert run_requests(cluster, 10, seed=4) == {"cuda_ipc"}
+        cluster.wait_idle()
+
+
+@pytest.mark.gpu
+def test_four_workers_on_the_first_gpu_of_this_machine(folder: Path) -> None:
+    made = machine()
+    with cluster_on(Path(made.stand_in) if made.stand_in else None, *all_on(0)) as cluster:
+        assert run_requests(cluster, 40, seed=1) == {"cuda_ipc"}
+        cluster.kill("d1")
+        cluster.start("d1")
+        cluster.wait_ready("d1")
+        assert run_requests(cluster, 40, seed=2) == {"cuda_ipc"}
         cluster.wait_idle()

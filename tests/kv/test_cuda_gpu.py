@@ -1,0 +1,117 @@
+"""`cuda_ipc` on the GPUs that are there. tools/gpu_check runs these, and prints what they report."""
+
+import statistics
+
+import pytest
+
+from tests.kv import gpus
+from tests.kv.contract import StoreContract
+from tests.kv.cuda_process import ProcessWorld, RemoteStore, StoreProcess
+from tests.kv.parties import BLOCK, SLOTS, Party, block
+from tetri.kv.base import KVLost, Wanted
+from tetri.kv.cuda_ipc import PATH
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+CHUNK_BLOCKS = 8
+
+
+def started(cuda, numbers):
+    made = [StoreProcess(cuda, number) for number in numbers]
+    yield made
+    for process in made:
+        process.stop()
+
+
+@pytest.fixture(scope="module")
+def on_one_gpu():
+    yield from started(gpus.machine(), [0] * 4)
+
+
+@pytest.fixture(scope="module")
+def on_two_gpus():
+    cuda = gpus.machine()
+    if gpus.count() < 2:
+        pytest.skip("this machine has one GPU")
+    yield from started(cuda, [0, 1] * 2)
+
+
+class TestOneGpu(StoreContract):
+    """Processes that share a GPU."""
+
+    @pytest.fixture
+    def world(self, tmp_path, on_one_gpu):
+        world = ProcessWorld(tmp_path, on_one_gpu)
+        yield world
+        world.close()
+
+
+class TestTwoGpus(StoreContract):
+    """Every other process is on the second GPU."""
+
+    @pytest.fixture
+    def world(self, tmp_path, on_two_gpus):
+        probe = ProcessWorld(tmp_path, on_two_gpus[:1])
+        near = probe.open("probe").store.reach.near
+        probe.close()
+        if not near:
+            pytest.skip("the first two GPUs have no peer access to each other")
+        world = ProcessWorld(tmp_path, on_two_gpus)
+        yield world
+        world.close()
+
+
+def test_a_killed_sender_is_lost_and_its_successor_is_read(tmp_path):
+    processes = [StoreProcess(gpus.machine(), 0) for _ in range(3)]
+    first, receiver, second = processes
+    world, folder = ProcessWorld(tmp_path, []), str(tmp_path)
+    try:
+        sender, reader, again = (
+            Party(world, iid, RemoteStore(process, SLOTS, BLOCK, iid, True, folder))
+            for iid, process in (("p0", first), ("d0", receiver), ("p0", second))
+        )
+        reader.meet(sender)
+        chunk = sender.put(block(1))
+        assert reader.take(chunk) == [block(1)]
+        first.kill()
+        with pytest.raises(KVLost):
+            reader.take(chunk)
+        reader.meet(again)
+        assert reader.take(again.put(block(2))) == [block(2)]
+    finally:
+        for process in (receiver, second):
+            process.close(), process.stop()
+
+
+def measured(tmp_path, processes, mib, digest, check):
+    size = (mib << 20) // CHUNK_BLOCKS
+    world = ProcessWorld(tmp_path, processes)
+    sender, receiver = (world.open(iid, CHUNK_BLOCKS, size, digest) for iid in ("p0", "d0"))
+    receiver.meet(sender)
+    chunk = sender.put(*(block(number, size) for number in range(CHUNK_BLOCKS)))
+    assert receiver.take(chunk) == list(chunk.blocks), "equal before anything is timed"
+    wanted = Wanted(("d", 0), "p0", PATH, chunk.handle, chunk.digest)
+    taken = statistics.median(receiver.store.process.time_takes(wanted, 30))
+    plain = statistics.median(receiver.store.process.time_copies(mib << 20, 30))
+    gpus.report(
+        check,
+        device=receiver.store.process.name(),
+        chunk_mb=round((mib << 20) / 1e6, 1),
+        digest=digest,
+        take_ms=round(taken * 1e3, 3),
+        gbps=round((mib << 20) / taken / 1e9, 2),
+        copy_gbps=round((mib << 20) / plain / 1e9, 2),
+        equal=True,
+    )
+    world.close()
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
+@pytest.mark.parametrize("mib", [1, 4, 12, 48])
+def test_bandwidth_on_one_gpu(tmp_path, on_one_gpu, mib, digest):
+    measured(tmp_path, on_one_gpu, mib, digest, "two processes, one GPU")
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
+@pytest.mark.parametrize("mib", [1, 4, 12, 48])
+def test_bandwidth_between_two_gpus(tmp_path, on_two_gpus, mib, digest):
+    measured(tmp_path, on_two_gpus, mib, digest, "two processes, two GPUs")

@@ -1,0 +1,310 @@
+"""The reader and the slab of `cuda_ipc`: what is opened when, what is closed when, and what goes wrong. Runs on the
+stand-in, which raises Misuse wherever CUDA would leave undefined what happens."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.kv.cuda_stand_in import Misuse, StandIn
+from tests.kv.cuda_world import CudaWorld
+from tests.kv.parties import BLOCK, SLOTS, block
+from tetri.kv import StoreSettings, enabled, open_store
+from tetri.kv.base import KVError, KVForeign, KVLost, Wanted
+from tetri.kv.cuda_ipc import PATH
+from tetri.kv.cuda_runtime import Device
+from tetri.kv.cuda_slab import TICKET, DeviceSlab
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = CudaWorld(tmp_path)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def pair(world):
+    sender, receiver = world.open("p0"), world.open("d0")
+    receiver.meet(sender)
+    return sender, receiver
+
+
+def cuda(party):
+    return party.store.slab._device.runtime
+
+
+def counted(party, name):
+    """How often a call of the runtime is made from now on."""
+    calls, before = [], getattr(cuda(party), name)
+    setattr(cuda(party), name, lambda *args: calls.append(args) or before(*args))
+    return calls
+
+
+# ------------------------------------------------------------ handles
+
+
+def test_a_peer_is_opened_once_and_its_events_too(pair):
+    sender, receiver = pair
+    opened, events = counted(receiver, "ipcOpenMemHandle"), counted(receiver, "ipcOpenEventHandle")
+    chunk = sender.put(block(1), block(2))
+    for _ in range(5):
+        receiver.take(chunk)
+    assert (len(opened), len(events)) == (1, 1)
+
+
+def test_nothing_is_opened_before_it_is_needed(world, pair):
+    assert not cuda(pair[1]).locks
+
+
+def test_what_was_opened_of_a_peer_is_closed_when_it_goes(pair):
+    sender, receiver = pair
+    receiver.take(sender.put(block(1)))
+    closed, destroyed = counted(receiver, "ipcCloseMemHandle"), counted(receiver, "eventDestroy")
+    receiver.store.part("p0")
+    assert (len(closed), len(destroyed)) == (1, 1) and not cuda(receiver).locks
+    receiver.store.part("p0")
+    assert len(closed) == 1
+
+
+def test_another_incarnation_closes_the_first_ones_slab(world, pair):
+    sender, receiver = pair
+    receiver.take(sender.put(block(1)))
+    sender.give_back()
+    sender.closed = True  # killed: it closes nothing
+    again = world.open("p0")
+    receiver.meet(again)
+    assert not cuda(receiver).locks
+    assert receiver.take(again.put(block(2))) == [block(2)]
+    sender.store.close()
+
+
+def test_told_again_what_is_known_nothing_is_closed(pair):
+    sender, receiver = pair
+    receiver.take(sender.put(block(1)))
+    closed = counted(receiver, "ipcCloseMemHandle")
+    receiver.meet(sender)
+    assert not closed
+
+
+def test_the_own_slab_is_read_directly_and_never_opened(world):
+    mixed = world.open("m0")
+    mixed.meet(mixed)
+    chunk = mixed.put(block(1), block(2))
+    taken = mixed.store.take(Wanted(("x", 0), "m0", "local", chunk.handle, chunk.digest))
+    assert [each.get().tobytes() for each in taken.blocks] == [block(1), block(2)]
+    with pytest.raises(KVForeign, match="path local"):
+        mixed.take(chunk)
+    assert not cuda(mixed).locks
+
+
+# ------------------------------------------------------------ lifetimes
+
+
+def test_memory_is_given_back_once_the_last_reader_has_closed_it(pair):
+    sender, receiver = pair
+    receiver.take(sender.put(block(1)))
+    receiver.store.part("p0")
+    freed = counted(sender, "free")
+    sender.close()
+    assert (sender.store.slab.memory.base,) in freed
+
+
+def test_memory_that_a_reader_has_open_is_left_until_the_process_ends(pair, caplog):
+    sender, receiver = pair
+    chunk = sender.put(block(1))
+    receiver.take(chunk)
+    freed, base = counted(sender, "free"), sender.store.slab.memory.base
+    sender.close()
+    assert (base,) not in freed and "still open in another process" in caplog.text
+    with pytest.raises(KVLost):  # and what is in it is no longer announced
+        receiver.take(chunk)
+
+
+def test_a_dead_owners_memory_is_not_read(pair):
+    """Killed, it gives nothing back; its lock on the card falls with it."""
+    sender, receiver = pair
+    chunk = sender.put(block(1))
+    receiver.take(chunk)
+    sender.store.slab._card.close()  # what the kernel does
+    sender.closed = True
+    with pytest.raises(KVLost, match="the process that owned it has ended"):
+        receiver.take(chunk)
+
+
+def test_a_slab_that_was_closed_before_it_was_ever_opened_is_lost(pair):
+    sender, receiver = pair
+    chunk = sender.put(block(1))
+    sender.close()
+    with pytest.raises(KVLost):
+        receiver.take(chunk)
+
+
+def test_everything_is_given_back(world, pair):
+    sender, receiver = pair
+    for count in (1, 5, 2):  # staging grows once
+        receiver.take(sender.put(*[block(1)] * count))
+        sender.give_back()
+    for party in (receiver, sender):
+        party.close()
+        runtime = cuda(party)
+        assert not runtime.pinned and not runtime.locks and not runtime.events
+        assert all(kind == "closed" or shared.get().gone for shared, kind in runtime.memory.values())
+
+
+# ------------------------------------------------------------ events
+
+
+def test_one_event_a_chunk_on_the_stream_of_the_gather(pair):
+    sender, _ = pair
+    recorded = counted(sender, "eventRecord")
+    chunk = sender.put(block(1), block(2), block(3))
+    slab = sender.store.slab
+    assert recorded == [(slab._events[chunk.handle.slots[0]], slab._device.stream)]
+
+
+def test_the_event_is_recorded_after_the_gather(world, pair):
+    sender, _ = pair
+    seen = []
+    recorded = counted(sender, "eventRecord")
+    handle, _ = sender.store.put(1, lambda views: seen.append(len(recorded)))
+    assert (seen, len(recorded)) == ([0], 1)
+    sender.store.free(handle)
+    assert sender.store.freed() == 1
+
+
+def test_the_stream_waits_for_the_event_before_anything_is_copied(pair):
+    sender, receiver = pair
+    order = []
+    for name in ("streamWaitEvent", "memcpyAsync", "streamSynchronize"):
+        before = getattr(cuda(receiver), name)
+        setattr(cuda(receiver), name, lambda *args, name=name, before=before: order.append(name) or before(*args))
+    chunk = sender.put(block(1))
+    receiver.take(chunk)
+    order.clear()  # the staging has its size now
+    receiver.take(chunk)
+    assert order == ["streamWaitEvent", "memcpyAsync", "memcpyAsync", "streamSynchronize"]
+
+
+def test_without_a_digest_the_sender_does_not_wait_and_nothing_goes_to_the_host(world):
+    sender, receiver = world.open("p0", digest=False), world.open("d0", digest=False)
+    receiver.meet(sender)
+    waits, copies = counted(sender, "streamSynchronize"), counted(receiver, "memcpyAsync")
+    chunk = sender.put(block(1), block(2))
+    assert not waits
+    assert receiver.take(chunk) == [block(1), block(2)]
+    assert len(copies) == 2
+
+
+def test_a_gather_that_never_ends_is_lost_and_hangs_nobody(tmp_path):
+    world = CudaWorld(tmp_path, event_s=0.05)
+    sender, receiver = world.open("p0", digest=False), world.open("d0", digest=False)
+    receiver.meet(sender)
+    cuda(sender).lag_s = 1e9
+    slow = sender.put(block(1))
+    with pytest.raises(KVLost, match="was not written within"):
+        receiver.take(slow)
+    cuda(sender).lag_s = 0.01
+    assert receiver.take(sender.put(block(2))) == [block(2)], "the receiver's stream is none the worse"
+    world.close()
+
+
+def test_more_slots_than_events_share_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("tetri.kv.cuda_slab.MOST_EVENTS", 3)
+    world = CudaWorld(tmp_path)
+    sender, receiver = world.open("p0"), world.open("d0")
+    receiver.meet(sender)
+    chunks = [sender.put(block(number)) for number in range(SLOTS)]
+    assert [receiver.take(chunk) for chunk in chunks] == [[block(number)] for number in range(SLOTS)]
+    world.close()
+
+
+# ------------------------------------------------------------ what peers say
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"tickets": {}}, "a ticket of 0 bytes"),
+        ({"tickets": {PATH: b"x" * (TICKET.size + 1)}}, "a ticket of"),
+        ({"tickets": {PATH: TICKET.pack(SLOTS + 1, BLOCK, bytes(64))}}, "slots, the ticket says"),
+        ({"tickets": {PATH: TICKET.pack(SLOTS, BLOCK, bytes(64))}}, "cannot be opened: cudaError"),
+        ({"device": "GPU-elsewhere"}, "no peer access"),
+        ({"segment": "tetri-test-p0-0123456789abcdef"}, "the handle is of"),
+    ],
+)
+def test_a_reach_that_is_wrong_is_lost_and_leaves_nothing_open(world, changed, says):
+    sender, receiver = world.open("p0"), world.open("d0")
+    receiver.store.meet("p0", msgspec.structs.replace(sender.store.reach, **changed))
+    with pytest.raises((KVLost, KVForeign), match=says):
+        receiver.take(sender.put(block(1)))
+    assert not cuda(receiver).locks
+
+
+def test_gpus_know_who_is_near(tmp_path):
+    devices = [Device(StandIn(tmp_path, devices=3, peers=[(0, 2)]), index) for index in range(3)]
+    assert [device.near for device in devices] == [[devices[2].uuid], [], [devices[0].uuid]]
+    assert len({device.uuid for device in devices}) == 3
+
+
+def test_the_reach_says_where_the_slab_is(world):
+    reach = world.open("p0").store.reach
+    assert (reach.paths, reach.device, reach.near) == ([PATH], world.device().uuid, [])
+    assert list(reach.tickets) == [PATH] and len(reach.tickets[PATH]) == TICKET.size
+
+
+# ------------------------------------------------------------ making it
+
+
+def test_no_room_is_one_line_and_leaves_nothing(tmp_path):
+    device = Device(StandIn(tmp_path / "gpu", total=8 << 20)) if (tmp_path / "gpu").mkdir() is None else None
+    (tmp_path / "cards").mkdir()
+    with pytest.raises(KVError, match=r"cannot have 10 MB of the GPU's memory for 10 slots .* \(8 of 8 MB are free\)"):
+        DeviceSlab(device, "test", "p0", 10, 1 << 20, directory=str(tmp_path / "cards"))
+    assert list((tmp_path / "cards").iterdir()) == []
+
+
+def test_slabs_are_allocations_of_their_own(tmp_path):
+    """The driver packs small ones together, and a handle would open the neighbours as well."""
+    device = Device(StandIn(tmp_path))
+    asked = []
+    before = device.runtime.malloc
+    device.runtime.malloc = lambda size: asked.append(size) or before(size)
+    DeviceSlab(device, "test", "p0", 3, 100, directory=str(tmp_path)).close()
+    assert asked == [2 << 20]
+
+
+def test_what_was_written_last_is_what_goes_when_the_slot_is_used_again(pair):
+    sender, receiver = pair
+    for number in range(3 * SLOTS):
+        chunk = sender.put(block(number))
+        assert receiver.take(chunk) == [block(number)]
+        sender.free(chunk)
+
+
+def test_a_write_after_close_is_misuse_that_the_stand_in_sees(pair):
+    sender, _ = pair
+    kept = []
+    handle, _ = sender.store.put(1, kept.extend)
+    sender.store.free(handle)
+    sender.store.freed()
+    sender.close()
+    with pytest.raises(Misuse):
+        kept[0][:] = np.zeros(BLOCK, np.uint8)
+
+
+def test_settings_with_a_gpu_mean_cuda_ipc(tmp_path):
+    device = Device(StandIn(tmp_path))
+    made = StoreSettings("test-cuda", "p0", 2, 100, device=device)
+    assert enabled(made) == [PATH]
+    assert enabled(StoreSettings("test-cuda", "p0", 2, 100, transport="shm", device=device)) == ["shm"]
+    store = open_store(made)
+    assert (store.reach.paths, store.reach.device) == ([PATH], device.uuid)
+    handle, digest = store.put(1, lambda views: views[0].__setitem__(slice(None), b"x" * 100))
+    assert digest is not None
+    store.free(handle)
+    store.close()
+
+
+def test_cuda_ipc_without_a_gpu_says_what_to_set():
+    with pytest.raises(KVError, match="gpu = 0"):
+        open_store(StoreSettings("test-cuda", "p0", 2, 100, transport="cuda_ipc"))

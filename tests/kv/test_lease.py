@@ -1,0 +1,81 @@
+"""Leases on a segment's file."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tetri.kv.base import KVLost
+from tetri.kv.lease import all_fallen, lease, owner_lives
+from tetri.kv.segment import create
+
+
+@pytest.fixture
+def card(tmp_path):
+    made = create(str(tmp_path), "test", "p0", 2, 64)
+    yield made, str(tmp_path / made.segment.name)
+    made.close()
+
+
+def test_the_owner_waits_for_the_last_lease(card):
+    made, path = card
+    held = [lease(path) for _ in range(2)]
+    assert not all_fallen(made.descriptor, 0.0)
+    os.close(held.pop())
+    threading.Timer(0.05, os.close, held).start()
+    start = time.monotonic()
+    assert all_fallen(made.descriptor, 20.0)
+    assert 0.04 < time.monotonic() - start < 10
+
+
+def test_once_the_owner_has_asked_there_is_no_new_lease(card):
+    made, path = card
+    assert all_fallen(made.descriptor, 0.0)
+    with pytest.raises(KVLost, match="was closed"):
+        lease(path)
+
+
+def test_there_is_no_lease_on_a_segment_without_a_name(card, monkeypatch):
+    """Its owner closed it between the reader's open and its lock."""
+    made, path = card
+    before = os.open
+    monkeypatch.setattr(os, "open", lambda *args: (before(*args), os.unlink(path))[0])
+    with pytest.raises(KVLost, match="was closed"):
+        lease(path)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "a\0b", "/" + "x" * 5000])
+def test_what_is_not_there_is_lost(path):
+    with pytest.raises(KVLost) as caught:
+        lease(path)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_lease_says_whether_the_owner_lives(card):
+    made, path = card
+    held = lease(path)
+    assert owner_lives(held)
+    assert owner_lives(held), "looking changes nothing"
+    made.close()
+    assert not owner_lives(held)
+    os.close(held)
+
+
+def test_a_lease_falls_with_a_process_that_is_killed(card):
+    made, path = card
+    code = f"from tetri.kv.lease import lease; lease({path!r}); print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert not all_fallen(made.descriptor, 0.0)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(10)
+        assert all_fallen(made.descriptor, 0.0)
+    finally:
+        holder.kill()
+        holder.wait(10)
+        holder.stdin.close(), holder.stdout.close()
