@@ -89,7 +89,8 @@ class SlowReader:
 
         def sent() -> None:
             sender.let_go(wanted.handle)
-            world.nodes[wanted.peer].wake(world.now)
+            if world.nodes[wanted.peer].alive:
+                world.nodes[wanted.peer].wake(world.now)
             self._answer(wanted, taken)
 
         world.after(world.rng.uniform(0.0, 0.01), sent)
