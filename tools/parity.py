@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,10 +51,12 @@ def configured(overrides: Sequence[str]) -> Config:
 
 
 def setup_of(config: Config, seed: int) -> Setup:
-    """The same deployment, to be simulated. Its KV is small: moving it takes no time."""
+    """The same deployment, to be simulated. Its KV is small: moving it takes no time but that of an emulated link."""
     roles = [worker.role for worker in config.workers]
+    link = build.link(config)
     return Setup(
-        cost=replace(build.predicted(config), kv_token_bytes=0),
+        cost=replace(build.predicted(config), kv_token_bytes=0 if link is None else config.emulated.token_bytes),
+        link_bytes_s=inf if link is None else link.bytes_s,
         **{role: roles.count(role) for role in ("prefill", "decode", "mixed")},
         rules=build.rules(config),
         kv_tokens=config.emulated.blocks * config.engine.block_tokens,

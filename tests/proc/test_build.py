@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import pytest
 from tetri.config import load
 from tetri.cost import Cost
 from tetri.engine.base import Leg
+from tetri.kv.base import Wanted
 from tetri.proc import build
 from tetri.proc.monitor import start_of
 from tetri.request import Sampling
+from tetri.strict import ConfigError
 
 EMULATED = Path(__file__).parents[2] / "conf" / "emulated.toml"
 
@@ -54,3 +58,73 @@ def test_a_monitor_is_made_from_the_configuration():
     start = start_of(load(EMULATED, ["monitor.flip=idle", "monitor.load_ms=250", "monitor.stale_s=2"]))
     assert (start.flip, start.load_s, start.stale_s, start.gone_s) == ("idle", 0.25, 2.0, 20.0)
     assert start.core().load_s == 0.25
+
+
+OPT13B = ["engine.cost=v100-opt13b.toml", "emulated.token_bytes=64"]  # 819,200 bytes of KV a token
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gbs", "latency_s"),
+    [
+        (["transfer.emulate=roce-200g", *OPT13B], 25 * 64 / 819200, 0),
+        (["transfer.emulate=nvlink", *OPT13B], 300 * 64 / 819200, 0),
+        (["transfer.emulate=nvlink", *OPT13B, "emulated.token_bytes=128"], 300 * 128 / 819200, 0),
+        (["transfer.emulate=nvlink", *OPT13B, "emulated.time_scale=3"], 100 * 64 / 819200, 0),
+        (["transfer.emulate=nvlink", "transfer.emulate_gbs=2", *OPT13B], 2 * 64 / 819200, 0),
+        (["transfer.emulate_gbs=2", "transfer.emulate_token_bytes=6400"], 2 * 64 / 6400, 0),
+        (["transfer.emulate_gbs=2", "transfer.emulate_token_bytes=6400", *OPT13B], 2 * 64 / 6400, 0),
+        (["transfer.emulate=nvlink", "transfer.emulate_latency_us=50", *OPT13B], 300 * 64 / 819200, 5e-5),
+        (["transfer.emulate=roce-200g", "engine.kind=vllm"], 25, 0),
+    ],
+)
+def test_an_emulated_link_takes_as_long_as_the_real_models_kv_would(overrides, gbs, latency_s):
+    link = build.link(load(EMULATED, overrides))
+    assert link.bytes_s == pytest.approx(gbs * 1e9) and link.latency_s == pytest.approx(latency_s)
+
+
+def test_no_link_is_emulated_unless_one_is_named():
+    assert build.link(load(EMULATED)) is None and build.link(load(EMULATED, OPT13B)) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["transfer.emulate=nvlink"], "cost table with kv_token_bytes"),
+        (["transfer.emulate=nvlink", *OPT13B, "emulated.time_scale=0"], "time_scale = 0"),
+        (["transfer.emulate_latency_us=5"], "name it by transfer.emulate or emulate_gbs"),
+        (["transfer.emulate_gbs=5", "transfer.emulate_token_bytes=5", "engine.kind=vllm"], "has its own KV"),
+    ],
+)
+def test_a_link_that_cannot_be_emulated_is_one_line(overrides, why):
+    with pytest.raises(ConfigError, match=why) as caught:
+        build.link(load(EMULATED, overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_several_passes_ends_when_something_is_due_in_the_store():
+    """Nobody wakes a worker for KV that has come over an emulated link."""
+    config = load(EMULATED, [*OPT13B, "transfer.emulate_gbs=1", "cluster.name=t-due"])
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        return False
+
+    with ExitStack() as leaving:
+        engine, store = build.engine_and_store(config, "d0", wait, lambda: None, leaving)
+        other = build.store(config, "p0", store.block_bytes, lambda: None)
+        leaving.callback(other.close)
+        store.meet("p0", other.reach)
+        engine.add(Leg("a", "decode", (5, 6, 7), 3, Sampling(max_tokens=200, ignore_eos=True)))
+        assert engine.step().allocated == ("a",)
+        engine.adopt("a", 0, [bytes(store.block_bytes)])
+        engine.admit("a", 1)
+        assert engine.step(8).steps == 8, "with nothing on its way a run is as long as it is asked to be"
+        handle, digest = other.put(1, lambda blocks: None)
+        assert store.take(Wanted(("a", 0), "p0", "shm", handle, digest)) is None
+        while time.monotonic() < store.due():
+            time.sleep(0.001)
+        assert engine.step(8).steps == 1
+        assert [taken.problem for taken in store.taken()] == [None]
+        assert engine.step(8).steps == 8
+        other.free(handle)

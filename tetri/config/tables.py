@@ -14,6 +14,7 @@ from tetri.strict import REQUIRED, ConfigError, choice, number, word
 _RULES = Rules()
 _FLIP = FlipSettings()
 CLUSTER_NAME = r"[a-z0-9-]{1,20}"
+LINKS = ("roce-200g", "nvlink")
 _CPUS = r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
 _ENDS = ("low", "middle", "high")
 
@@ -80,6 +81,11 @@ class Transfer:
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy
     offer_s: float = number(1.0, 0.01, 60)  # an unanswered offer or chunk is sent again after this
+    # A slower link than there is (docs/transfer.md): each worker takes KV from others as if over this one.
+    emulate: str = choice("", "", *LINKS)
+    emulate_gbs: float = number(0.0, 0, 1e6)  # its GB/s; 0: those of `emulate`, and if that is "" no limit
+    emulate_latency_us: float = number(0.0, 0, 1e9)
+    emulate_token_bytes: int = number(0, 0, 1 << 30)  # KV of a token of the emulated model; 0: as the cost table says
     faults: str = ""  # for rehearsals: what goes wrong on purpose, such as "drop=0.01,flip=0.01,seed=1"; "": nothing
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +15,12 @@ from tetri.engine.base import Engine
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVStore
 from tetri.kv.cuda_runtime import Device, load, put_first
+from tetri.kv.limit import LINKS, LimitedStore, Link
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.request import Capacity
+from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, Tokenizer, load_tokenizer
 
 # What is predicted with when [engine] names no cost: nobody has measured this engine, so the seconds mean nothing, but
@@ -39,14 +42,20 @@ def engine_and_store(
 ) -> tuple[Engine, KVStore]:
     """This worker's engine and its KV store, which `leaving` closes. The slab comes first, as soon as the engine knows
     how large a block is: on a GPU whatever fits beside it must not depend on who was faster, and when it does not
-    fit, that is said before the weights are loaded. Raises what `engine`, `store` and `gpu` raise."""
-    device, opened = gpu(config, iid), list[KVStore]()
+    fit, that is said before the weights are loaded. Raises what `engine`, `store`, `gpu` and `link` raise."""
+    slower, device, opened = link(config), gpu(config, iid), list[KVStore]()
 
     def reserve(block_bytes: int) -> None:
-        opened.append(store(config, iid, block_bytes, wake, device))
+        made = store(config, iid, block_bytes, wake, device)
+        opened.append(made if slower is None else LimitedStore(made, slower, block_bytes))
         leaving.callback(opened[0].close)
 
-    made = engine(config, wait, device, reserve)
+    def something_waits(seconds: float) -> bool:
+        """What the store has for the worker at a certain time wakes nobody, and ends a run as a message does."""
+        message, due = wait(seconds), opened[0].due()
+        return message or (due is not None and due <= time.monotonic())
+
+    made = engine(config, something_waits, device, reserve)
     leaving.callback(made.close)
     return made, opened[0]
 
@@ -123,6 +132,33 @@ def store(
         room=made.room_mib << 20,
     )
     return open_store(settings, wake)
+
+
+def link(config: Config) -> Link | None:
+    """The emulated link. An emulated engine's KV is small and its time may be stretched: its link is slower by as
+    much, so that a chunk takes as long as the KV of the model that the cost table was measured with, at the same pace.
+    Raises ConfigError or CostError."""
+    made, engine = config.transfer, config.engine
+    bytes_s = 1e9 * made.emulate_gbs or LINKS.get(made.emulate)
+    if bytes_s is None:
+        if made.emulate_latency_us or made.emulate_token_bytes:
+            raise ConfigError("transfer.emulate_* say more of a link: name it by transfer.emulate or emulate_gbs")
+        return None
+    if engine.kind != "emulated":
+        if made.emulate_token_bytes:
+            raise ConfigError("transfer.emulate_token_bytes is of an emulated engine: a real one has its own KV")
+        return Link(bytes_s, made.emulate_latency_us / 1e6)
+    token_bytes = made.emulate_token_bytes or (cost.load(engine.cost).kv_token_bytes if engine.cost else 0)
+    if not token_bytes:
+        raise ConfigError(
+            "transfer.emulate needs the size of the emulated model's KV: name an engine.cost table with kv_token_bytes,"
+            " or set transfer.emulate_token_bytes"
+        )
+    scale = config.emulated.time_scale
+    if not scale:
+        raise ConfigError("transfer.emulate takes time, emulated.time_scale = 0 wants none: set one of them")
+    slower = token_bytes / config.emulated.token_bytes * scale
+    return Link(bytes_s / slower, made.emulate_latency_us / 1e6 * scale)
 
 
 def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore) -> Identity:

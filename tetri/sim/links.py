@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any, Protocol
 
 from tetri.core.actions import Adopt, Adopted, Export, Exported, Freed
+from tetri.kv.limit import Link
 from tetri.request import Reach
 from tetri.sim.kernel import Kernel
 from tetri.wire.events import PeerUp
@@ -95,14 +95,14 @@ class Port:
 
 
 class Memory:
-    """The KV store of one instance, without bytes, and the link over which it takes KV from others: one transfer
-    after the other, `bytes_s` each second. What it takes from itself takes no time."""
+    """The KV store of one instance, without bytes, and the link over which it takes KV from others, the same as that of
+    a live worker that emulates one: one transfer after the other, `bytes_s` each second. What it takes from itself
+    takes no time."""
 
     def __init__(self, kernel: Kernel, owner: Receiver, block_bytes: int, bytes_s: float) -> None:
-        self.kernel, self.owner, self.block_bytes, self.bytes_s = kernel, owner, block_bytes, bytes_s
+        self.kernel, self.owner, self.block_bytes, self.link = kernel, owner, block_bytes, Link(bytes_s)
         self.kept = 0  # blocks in the store
         self.moved_bytes = 0  # taken from others
-        self._busy_until = -inf
 
     def export(self, action: Export) -> Exported:
         count = action.stop - action.start
@@ -127,9 +127,8 @@ class Memory:
             return done
         size = len(action.handle.slots) * self.block_bytes
         self.moved_bytes += size
-        seconds = size / self.bytes_s
-        if seconds == 0.0:
+        at = self.link.arrival(size, self.kernel.now)
+        if at <= self.kernel.now:
             return done
-        self._busy_until = max(self._busy_until, self.kernel.now) + seconds
-        self.kernel.at(self._busy_until, self.owner.receive, done)
+        self.kernel.at(at, self.owner.receive, done)
         return None

@@ -1,0 +1,183 @@
+"""Takes that come as fast as an emulated link would bring them: when, and what; and the paths' contract over it."""
+
+import random
+
+import pytest
+
+from tests.kv.contract import StoreContract
+from tests.kv.test_contract_shm import ShmWorld
+from tetri.config.tables import LINKS as NAMES
+from tetri.kv.base import KVLost, Taken, Wanted
+from tetri.kv.limit import LINKS, LimitedStore, Link
+from tetri.request import Reach
+from tetri.wire.messages import Handle
+
+
+@pytest.mark.parametrize(
+    ("asked", "arrivals"),
+    [
+        ([(0.0, 100)], [1.0]),
+        ([(0.0, 100), (0.0, 50), (0.0, 0)], [1.0, 1.5, 1.5]),  # one after the other
+        ([(0.0, 100), (3.0, 100)], [1.0, 4.0]),  # the link was idle in between
+        ([(0.0, 300), (1.0, 100), (2.0, 100)], [3.0, 4.0, 5.0]),
+        ([(7.0, 1)], [7.01]),
+    ],
+)
+def test_when_bytes_arrive(asked, arrivals):
+    link, far = Link(100.0), Link(100.0, latency_s=0.25)
+    assert [link.arrival(size, now) for now, size in asked] == pytest.approx(arrivals)
+    # A latency delays all bytes, and takes nothing from what the link can carry.
+    assert [far.arrival(size, now) for now, size in asked] == pytest.approx([at + 0.25 for at in arrivals])
+
+
+def test_a_link_of_no_end_takes_no_time():
+    assert Link(float("inf")).arrival(1 << 60, 3.0) == 3.0
+
+
+def test_the_papers_links():
+    """OPT-13B has 819,200 bytes of KV a token; 512 tokens take 16.8 ms at 200 Gb/s and 1.4 at 300 GB/s."""
+    assert set(LINKS) == set(NAMES)
+    assert Link(LINKS["roce-200g"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0168, rel=0.01)
+    assert Link(LINKS["nvlink"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0014, rel=0.01)
+
+
+# ------------------------------------------------------------ a store
+
+
+class Under:
+    """A store that writes down what it is asked for; it answers `later` what it has in `later`."""
+
+    slots, free_slots = 8, 5
+    reach = Reach(paths=["shm"], host="", process=0, segment="s")
+
+    def __init__(self):
+        self.asked, self.later, self.met, self.wakes = [], [], [], None
+        self.put = self.free = self.freed = self.meet = self.close = None
+
+    def take(self, wanted):
+        self.asked.append(wanted.ticket[1])
+        return None if wanted.path == "stream" else Taken(wanted.ticket, [b"block"])
+
+    def taken(self):
+        later, self.later = self.later, []
+        return later
+
+    def due(self):
+        return self.wakes
+
+    def part(self, peer):
+        self.met.append(peer)
+
+
+class Limited:
+    def __init__(self, bytes_s=100.0, latency_s=0.0):
+        self.now, self.under = 0.0, Under()
+        self.store = LimitedStore(self.under, Link(bytes_s, latency_s), 100, lambda: self.now)
+
+    def take(self, number, slots=(1,), path="shm", peer="p0", block_bytes=100):
+        handle = Handle("s", list(slots), [1] * len(slots), block_bytes)
+        return self.store.take(Wanted(("leg", number), peer, path, handle, None))
+
+    def at(self, now):
+        self.now = now
+        return [taken.ticket[1] for taken in self.store.taken()]
+
+
+def test_a_take_is_carried_out_when_its_bytes_would_have_come():
+    limited = Limited()
+    assert limited.store.due() is None
+    assert limited.take(1) is None and limited.take(2, slots=(2, 3)) is None
+    assert limited.store.due() == 1.0 and limited.under.asked == []
+    assert limited.at(0.99) == [] and limited.under.asked == []
+    assert limited.at(1.0) == [1] and limited.store.due() == 3.0
+    assert limited.take(3) is None  # asked at 1, but the link is busy until 3
+    assert limited.at(10.0) == [2, 3] and limited.store.due() is None
+    assert limited.under.asked == [1, 2, 3]
+
+
+def test_what_takes_longer_below_comes_later_and_in_its_own_time():
+    limited = Limited()
+    limited.take(1, path="stream")
+    assert limited.at(1.0) == [] and limited.under.asked == [1]
+    limited.under.wakes = 5.0
+    limited.take(2)
+    assert limited.store.due() == 2.0
+    limited.under.later = [Taken(("leg", 1), [b"block"])]
+    assert limited.at(2.0) == [2, 1] and limited.store.due() == 5.0
+
+
+def test_what_is_the_workers_own_crosses_no_link():
+    limited = Limited()
+    limited.take(1)
+    assert limited.take(2, path="local").ticket == ("leg", 2)
+    assert limited.store.due() == 1.0
+
+
+def test_a_link_of_no_end_answers_at_once():
+    assert Limited(bytes_s=float("inf")).take(1).blocks == [b"block"]
+
+
+def test_what_cannot_be_right_does_not_keep_the_link_busy():
+    limited = Limited()
+    limited.take(1, slots=[4] * 100_000)
+    assert limited.take(2, block_bytes=1 << 62) is not None
+    assert limited.store.due() == 1.0
+
+
+def test_parted_from_what_was_to_come_is_lost_once_and_now():
+    limited = Limited()
+    for number, peer in enumerate(("p0", "p1", "p0")):
+        limited.take(number, peer=peer)
+    limited.store.part("p0")
+    assert limited.under.met == ["p0"] and limited.store.due() == 0.0
+    lost = list(limited.store.taken())
+    assert [taken.ticket[1] for taken in lost] == [0, 2]
+    assert all(isinstance(taken.problem, KVLost) for taken in lost)
+    assert limited.at(9.0) == [1] and limited.under.asked == [1] and limited.store.due() is None
+
+
+def test_the_rest_is_the_stores_own():
+    limited = Limited()
+    assert (limited.store.slots, limited.store.free_slots, limited.store.reach) == (8, 5, Under.reach)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_more_comes_than_the_link_carries_and_it_never_idles(seed):
+    rng, limited = random.Random(seed), Limited(bytes_s=1000.0)
+    sizes, asked, came, now = [], [], [], 0.0
+    while len(came) < 300:
+        due = limited.store.due()
+        asking = now + rng.expovariate(3) if len(asked) < 300 else float("inf")
+        if due is not None and due <= asking:
+            now = due
+            came += [(now, number) for number in limited.at(now)]
+        else:
+            now = limited.now = asking
+            sizes.append(rng.randint(1, 5) * 100)
+            asked.append(now)
+            limited.take(len(asked) - 1, slots=range(sizes[-1] // 100))
+    assert [number for _, number in came] == list(range(300)), "in order, each once"
+    for first, (start, _) in enumerate(came):
+        for last in range(first + 1, 300):
+            carried = sum(sizes[first + 1 : last + 1]) / 1000
+            assert came[last][0] >= start + carried - 1e-9
+            if all(asked[number] <= came[number - 1][0] for number in range(first + 1, last + 1)):
+                assert came[last][0] == pytest.approx(start + carried)
+
+
+# ------------------------------------------------------------ the contract of the paths
+
+
+class LimitedWorld(ShmWorld):
+    """So slow that most chunks come later, and fast enough that nobody waits for long."""
+
+    def store(self, iid, wake, slots, block_bytes, digest):
+        return LimitedStore(super().store(iid, wake, slots, block_bytes, digest), Link(1e9, 2e-4), block_bytes)
+
+
+class TestLimited(StoreContract):
+    @pytest.fixture
+    def world(self, tmp_path):
+        world = LimitedWorld(tmp_path)
+        yield world
+        world.close()

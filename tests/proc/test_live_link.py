@@ -1,0 +1,61 @@
+"""Emulated links, live: a prompt's KV takes as long as the arithmetic says, and the simulator says the same."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from live import LiveCluster
+
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
+from tetri.sim.traces import Arrival
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+import parity  # noqa: E402
+
+TOKEN_BYTES = 819_200  # of OPT-13B's KV
+GBS = 2.0
+SLOW = (
+    f"transfer.emulate_gbs={GBS}",
+    f"transfer.emulate_token_bytes={TOKEN_BYTES}",
+    "transfer.slab_blocks=1024",
+    "transfer.offer_s=30",
+)
+
+
+def seconds(tokens: int) -> float:
+    """Of a prompt's KV, whole blocks of 16 tokens, over the link alone."""
+    return -(-tokens // 16) * 16 * TOKEN_BYTES / (GBS * 1e9)
+
+
+def test_a_prompts_kv_takes_as_long_as_its_bytes_over_the_link() -> None:
+    """The engine takes no time, so the link is what a request waits for."""
+    with LiveCluster(overrides=SLOW) as cluster:
+        client, made = cluster.client(), cluster.config.emulated
+        assert client.generate([1, 2, 3], max_tokens=2).timeline.get("moving", 0.0) < 0.5
+        for tokens in (1024, 4096):
+            prompt = [*range(1, tokens + 1)]
+            result = client.generate(prompt, max_tokens=5, ignore_eos=True)
+            wanted = reference(prompt, Sampling(max_tokens=5, ignore_eos=True), made.vocabulary, made.token_bytes)
+            assert result.token_ids == wanted and result.receipt.recomputed == 0
+            assert seconds(tokens) <= result.jct_s < 1.6 * seconds(tokens) + 0.3
+            assert result.timeline["moving"] > 0.9 * seconds(tokens) - 0.1
+        cluster.wait_idle()
+
+
+def test_the_simulator_says_the_same_of_a_link() -> None:
+    """Requests of which the link takes a good part of the time, so that one that is off or wrongly scaled is seen."""
+    config = parity.configured(["transfer.emulate_gbs=1.5", "transfer.slab_blocks=1024", "transfer.offer_s=30"])
+    try:
+        arrivals = [Arrival(0.4 * number, 200 + 150 * (number % 5), 3 + number % 4) for number in range(15)]
+        sent, live = parity.live(config, arrivals, lambda text: None)
+        told = parity.simulated(parity.setup_of(config, 1), sent)
+        made = parity.compared(live, told)
+        assert parity.within(made, 3.0), made
+        no_link = parity.simulated(parity.setup_of(parity.configured([]), 1), sent)
+        assert not parity.within(parity.compared(live, no_link), 3.0), "it would not be seen"
+    finally:
+        shutil.rmtree(config.run_dir, ignore_errors=True)
