@@ -56,12 +56,15 @@ class Pressure:
 
     async def one_after_another(self, client: AsyncClient) -> None:
         while not self.ended:
-            index, (prompt, length) = len(self.asked), self.drawn()
-            self.asked.append((prompt, length))
-            try:
-                self.answers[index] = await client.generate(prompt, max_tokens=length, ignore_eos=True)
-            except TetriError as error:
-                self.answers[index] = error
+            await self.one(client)
+
+    async def one(self, client: AsyncClient) -> None:
+        index, (prompt, length) = len(self.asked), self.drawn()
+        self.asked.append((prompt, length))
+        try:
+            self.answers[index] = await client.generate(prompt, max_tokens=length, ignore_eos=True)
+        except TetriError as error:
+            self.answers[index] = error
 
     async def _run(self, disturb: Callable[[], None]) -> None:
         async with AsyncClient(self.cluster.config.clients_address, timeout=30) as client:
