@@ -178,11 +178,12 @@ def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") 
     return [
         name
         for name in sorted(os.listdir(directory))
-        if pattern.fullmatch(name) and _remove_dead(directory, name)
+        if pattern.fullmatch(name) and remove_dead(directory, name)
     ]
 
 
-def _remove_dead(directory: str, name: str) -> bool:
+def remove_dead(directory: str, name: str) -> bool:
+    """Remove a segment whose owner is dead. False: it lives, or the file is gone or another user's."""
     path = os.path.join(directory, name)
     try:
         descriptor = look_at(directory, name)

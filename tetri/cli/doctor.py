@@ -1,0 +1,167 @@
+"""tetri-cli doctor"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetri.cli.options import conf_option, set_option
+
+if TYPE_CHECKING:
+    from tetri.kv.survey import Seen
+
+LEAK_S = 60.0  # a chunk lies in its slab until it has landed: milliseconds, or as long as a decode worker has no room
+_SHOWN = 16  # used slots of a segment that are shown without --pages
+
+
+@click.command("doctor")
+@conf_option
+@set_option
+@click.option("--all", "everything", is_flag=True, help="Every deployment of this user, not one alone.")
+@click.option("--sweep", is_flag=True, help="Remove the segments of dead owners (and of no others).")
+@click.option("--pages", is_flag=True, help=f"Every used slot; else the {_SHOWN} oldest of each segment.")
+@click.option(
+    "--leak-s",
+    type=click.FloatRange(0, min_open=True),
+    default=LEAK_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="A slot that is used for longer is suspected to be lost.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def command(
+    conf: Path | None,
+    overrides: tuple[str, ...],
+    everything: bool,
+    sweep: bool,
+    pages: bool,
+    leak_s: float,
+    as_json: bool,
+) -> int:
+    """Look for what is wrong on this host: KV slabs of dead workers, slots that nobody gives back, dead sockets.
+
+    Asks no process, so it also works where all are dead or stuck. Exit status 1 when something is wrong."""
+    from tetri.config import default_path, load
+    from tetri.kv.survey import remove, survey
+
+    config = load(conf or os.environ.get("TETRI_CONF") or default_path(), overrides)
+    deployment = None if everything else config.cluster.name
+    segments = survey(deployment)
+    removed = [seen.name for seen in segments if not seen.alive and remove(seen)] if sweep else []
+    segments = [seen for seen in segments if seen.name not in removed]
+    sockets = _sockets(config.run_dir)
+    sweeping = f"tetri-cli doctor{' --all' if everything else ''} --sweep"
+    wrong = [*_problems(segments, leak_s, sweeping), *(_dead_socket(path) for path, alive in sockets if not alive)]
+    if as_json:
+        click.echo(json.dumps(_record(deployment, segments, sockets, removed, wrong), ensure_ascii=False))
+    else:
+        for line in _report(segments, sockets, removed, wrong, None if pages else _SHOWN):
+            click.echo(line)
+    return 1 if wrong else 0
+
+
+def _sockets(run_dir: Path) -> list[tuple[str, bool]]:
+    """The sockets in the run directory, and whether somebody listens there."""
+    from tetri.net.address import refuse_live_owner
+    from tetri.net.errors import NetError
+
+    found = []
+    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
+        try:
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                continue
+            refuse_live_owner(str(path))
+        except FileNotFoundError:
+            continue  # its owner has ended meanwhile
+        except NetError:
+            found.append((str(path), True))
+        else:
+            found.append((str(path), False))
+    return found
+
+
+def _problems(segments: Sequence[Seen], leak_s: float, sweeping: str) -> Iterator[str]:
+    for seen in segments:
+        if not seen.alive:
+            owner = f"{seen.iid} (process {seen.pid})" if seen.iid else "its owner"
+            yield f"{seen.name}: {owner} is dead and left {_mb(seen.size)}: {sweeping} removes it"
+        elif seen.problem:
+            yield f"{seen.name}: {seen.problem}: its owner starts just now, or is of another version of tetri"
+        elif seen.oldest_s > leak_s:
+            old = [page for page in seen.pages if page.age_s > leak_s]
+            owners = sorted({page.owner or "?" for page in old})
+            yield (
+                f"{seen.name}: {len(old)} slots of {seen.iid} (process {seen.pid}) are used for more than {leak_s:g} s,"
+                f" the oldest for {seen.oldest_s:.0f} s, by {_some(owners)}: lost, or their decode workers have no room"
+            )
+
+
+def _dead_socket(path: str) -> str:
+    return f"{path}: nobody listens: its process is dead; start it again or remove the file"
+
+
+def _record(
+    deployment: str | None,
+    segments: Sequence[Seen],
+    sockets: Sequence[tuple[str, bool]],
+    removed: Sequence[str],
+    wrong: Sequence[str],
+) -> dict[str, Any]:
+    told = []
+    for seen in segments:
+        fields = dataclasses.asdict(seen)
+        fields["instance"] = fields.pop("iid")
+        told.append({**fields, "used": len(seen.pages), "oldest_s": seen.oldest_s})
+    return {
+        "deployment": deployment,
+        "segments": told,
+        "sockets": [{"path": path, "alive": alive} for path, alive in sockets],
+        "removed": list(removed),
+        "problems": list(wrong),
+    }
+
+
+def _report(
+    segments: Sequence[Seen],
+    sockets: Sequence[tuple[str, bool]],
+    removed: Sequence[str],
+    wrong: Sequence[str],
+    most: int | None,
+) -> Iterator[str]:
+    for seen in segments:
+        state = "alive" if seen.alive else "dead"
+        yield f"{seen.name}  {seen.iid or '?'}  process {seen.pid or '?'}  {state}  {_mb(seen.size)}" + (
+            f"  {len(seen.pages)} of {seen.slots} slots used, the oldest for {seen.oldest_s:.3f} s"
+            if not seen.problem
+            else f"  {seen.problem}"
+        )
+        for page in sorted(seen.pages, key=lambda page: -page.age_s)[:most]:
+            owner = page.owner or "?"
+            yield f"    slot {page.slot:>5}  generation {page.generation:>6}  {page.age_s:>10.3f} s  {owner}"
+        if most is not None and len(seen.pages) > most:
+            yield f"    and {len(seen.pages) - most} more (--pages shows all)"
+    for name in removed:
+        yield f"{name}  removed"
+    if sockets:
+        yield f"sockets: {sum(alive for _, alive in sockets)} of {len(sockets)} are listened to"
+    if not segments and not removed:
+        yield "no segments"
+    for problem in wrong:
+        yield f"PROBLEM  {problem}"
+    if not wrong:
+        yield "nothing is wrong"
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,133 @@
+"""What lies in shared memory, seen from outside: whose each segment is, whether its owner lives, and whose each used
+slot is since when. Reads only; a segment that is written meanwhile may be told as it was or as it will be."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import time
+from dataclasses import dataclass
+
+from tetri.kv.base import KVLost
+from tetri.kv.segment import Header, Mapping, look_at, read_only, remove_dead
+from tetri.kv.shm import DIRECTORY
+from tetri.kv.slab import MARK, Segment
+
+_NAME = re.compile(r"tetri-([A-Za-z0-9._-]+)-([0-9a-f]{16})")
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A used slot: its chunk's owner (a leg's key, cut to fit), and how many seconds it has been there."""
+
+    slot: int
+    owner: str
+    generation: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One segment. What only its header says is empty or 0 when `problem` says why that cannot be read."""
+
+    name: str
+    deployment: str
+    iid: str
+    alive: bool
+    size: int
+    pid: int = 0
+    slots: int = 0
+    block_bytes: int = 0
+    age_s: float = 0.0
+    pages: tuple[Page, ...] = ()
+    problem: str = ""
+
+    @property
+    def oldest_s(self) -> float:
+        return max((page.age_s for page in self.pages), default=0.0)
+
+
+def survey(deployment: str | None = None, directory: str = DIRECTORY) -> list[Seen]:
+    """The segments of a deployment, or of all deployments of this user, by name."""
+    found = (_seen(directory, name) for name in sorted(os.listdir(directory)) if _NAME.fullmatch(name))
+    return [seen for seen in found if seen is not None and _of(deployment, seen)]
+
+
+def remove(seen: Seen, directory: str = DIRECTORY) -> bool:
+    """Take away what a dead owner left. False: it lives, or is gone already."""
+    return remove_dead(directory, seen.name)
+
+
+def _of(deployment: str | None, seen: Seen) -> bool:
+    if deployment is None:
+        return True
+    if seen.deployment:
+        return seen.deployment == deployment
+    return seen.name.startswith(f"tetri-{deployment}-")
+
+
+def _seen(directory: str, name: str) -> Seen | None:
+    """None: gone meanwhile, or another user's."""
+    try:
+        descriptor = look_at(directory, name)
+    except KVLost:
+        return None
+    try:
+        facts = os.fstat(descriptor)
+        if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode):
+            return None
+        alive = _locked(descriptor)
+        try:
+            header, mapping = read_only(descriptor, name)
+        except KVLost as error:
+            problem = str(error).removeprefix(f"{name}: ")
+            return Seen(name, "", "", alive, facts.st_size, problem=problem)
+        return _told(name, alive, facts.st_size, header, mapping)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the owner lives. Asked with a shared lock, so that several may ask at once."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def _told(name: str, alive: bool, size: int, header: Header, mapping: Mapping) -> Seen:
+    now = time.monotonic_ns()
+    try:
+        pages = _pages(mapping.segment, now)
+    finally:
+        mapping.close()
+    words = name.removeprefix("tetri-")[: -len("-0123456789abcdef")]
+    return Seen(
+        name=name,
+        deployment=words[: header.deployment_bytes],
+        iid=words[header.deployment_bytes + 1 :],
+        alive=alive,
+        size=size,
+        pid=header.pid,
+        slots=header.slots,
+        block_bytes=header.block_bytes,
+        age_s=_seconds(now - header.made),
+        pages=pages,
+    )
+
+
+def _pages(segment: Segment, now: int) -> tuple[Page, ...]:
+    cells = (MARK.unpack_from(segment.marks, slot * MARK.size) for slot in range(segment.slots))
+    return tuple(
+        Page(slot, owner.rstrip(b"\0").decode(errors="ignore"), segment.generations[slot], _seconds(now - since))
+        for slot, (since, owner) in enumerate(cells)
+        if since
+    )
+
+
+def _seconds(nanoseconds: int) -> float:
+    return max(nanoseconds, 0) / 1e9
