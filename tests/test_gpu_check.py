@@ -64,7 +64,7 @@ def test_the_table_has_a_line_for_each_row():
     timed = {"chunk_mb": 12.6, "digest": True, "take_ms": 1.234, "gbps": 10.2, "copy_gbps": 500.0, "equal": True}
     rows = [{"check": "one GPU", "device": "H100", **timed}, {"check": "vLLM", "device": "H100", "equal": False}]
     head, first, second = gpu_check.table(rows)
-    assert first.split() == "one GPU H100 12.6 MB on 1.23 ms 10.2 GB/s 500.0 GB/s yes".split()
+    assert " ".join(first.split()) == "one GPU H100 12.6 MB on 1.23 ms 10.2 GB/s 500.0 GB/s yes"
     assert second.split() == ["vLLM", "H100", "NO"] and head.index("equal") == second.index("NO")
 
 

@@ -9,9 +9,13 @@ import sys
 
 import pytest
 from live import VLLM, LiveCluster
+from vllm_process import BLOCK_BYTES, arguments
 
 from tests.kv import gpus
+from tests.kv.cuda_stand_in import StandIn
 from tetri.client import Client
+from tetri.engine.base import EngineError
+from tetri.kv.cuda_runtime import Device
 
 TOKENS = 24
 REFERENCE = """
@@ -37,11 +41,42 @@ def torch_on_gpu():
     return torch
 
 
+@pytest.mark.model
+def test_the_slab_is_made_before_vllm_takes_memory(model, monkeypatch):
+    from tetri.engine import vllm
+
+    class Stop(Exception):
+        pass
+
+    started, asked = [], []
+    monkeypatch.setattr(vllm, "start_core", lambda *args: started.append(args))
+
+    def reserve(block_bytes):
+        asked.append(block_bytes)
+        raise Stop
+
+    with pytest.raises(Stop):
+        vllm.VllmEngine(**arguments(model, "float32", 20), reserve=reserve)
+    assert asked == [BLOCK_BYTES["float32"]] and not started
+
+
+@pytest.mark.model
+def test_a_gpu_for_a_vllm_that_is_built_for_the_cpu_is_one_line(model, tmp_path):
+    from vllm.platforms import current_platform
+
+    from tetri.engine.vllm import VllmEngine
+
+    if not current_platform.is_cpu():
+        pytest.skip(f"this vLLM is built for {current_platform.device_type}")
+    with pytest.raises(EngineError, match="gpu is set, but this vLLM is built for cpu"):
+        VllmEngine(**arguments(model, "float32", 20), gpu=Device(StandIn(tmp_path)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", [True, False], ids=["blocks first", "K before V"])
 def test_blocks_of_bfloat16_are_gathered_and_scattered(torch_on_gpu, first):
     from tetri.engine.vllm_memory_gpu import GpuMemory
-    from tetri.kv.cuda_runtime import Device, load
+    from tetri.kv.cuda_runtime import load
 
     torch, device = torch_on_gpu, Device(load())
     stream = torch.cuda.Stream()

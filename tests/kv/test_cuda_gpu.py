@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy
 import pytest
 
 from tests.kv import gpus
@@ -87,7 +88,7 @@ def measured(tmp_path, processes, mib, digest, check):
     world = ProcessWorld(tmp_path, processes)
     sender, receiver = (world.open(iid, CHUNK_BLOCKS, size, digest) for iid in ("p0", "d0"))
     receiver.meet(sender)
-    chunk = sender.put(*(block(number, size) for number in range(CHUNK_BLOCKS)))
+    chunk = sender.put(*(numpy.random.default_rng(number).bytes(size) for number in range(CHUNK_BLOCKS)))
     assert receiver.take(chunk) == list(chunk.blocks), "equal before anything is timed"
     wanted = Wanted(("d", 0), "p0", PATH, chunk.handle, chunk.digest)
     taken = statistics.median(receiver.store.process.time_takes(wanted, 30))

@@ -177,9 +177,9 @@ def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Mem
 
 
 def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:
-    import torch
+    from vllm.utils.torch_utils import current_stream  # the first call makes the stream that vLLM stays on
 
-    return GpuMemory(caches, blocks, gpu, lambda: int(torch.cuda.current_stream().cuda_stream))
+    return GpuMemory(caches, blocks, gpu, lambda: int(current_stream().cuda_stream))
 
 
 def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int, block_bytes: int) -> Fingerprint:

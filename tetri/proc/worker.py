@@ -101,7 +101,7 @@ def pin(cpus: str) -> None:
     os.sched_setaffinity(0, wanted)
 
 
-def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Config:
+def joined(config: Config, iid: str, role: str | None, cpus: str | None, gpu: int | None = None) -> Config:
     """The configuration with this worker in it: one that is started by hand need not stand in the file."""
     known = {worker.iid: worker for worker in config.workers}
     if role is None and iid not in known:
@@ -110,6 +110,7 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Conf
         raise ConfigError(f"no worker may be called {iid!r}: choose another --iid")
     worker = known.get(iid) or WorkerConfig(iid=iid, role=role or "")
     worker = replace(worker, role=role or worker.role, cpus=worker.cpus if cpus is None else cpus)
+    worker = replace(worker, gpu=worker.gpu if gpu is None else gpu)
     return replace(config, workers=(*(w for w in config.workers if w.iid != iid), worker))
 
 
@@ -118,14 +119,21 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None) -> Conf
 @click.option("--iid", required=True, help="Which [[worker]] of the file to be, or a new one's name.")
 @click.option("--role", type=click.Choice(ROLES), help="Needed when the file has no such worker.")
 @click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1".')
+@click.option("--gpu", type=click.IntRange(-1, 63), help="GPU to compute on, or to keep the KV slab on; -1: none.")
 @click.option("--broker", help="Where the broker takes workers' events; the cluster's own by default.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
 def main(
-    conf: str | None, iid: str, role: str | None, cpus: str | None, broker: str | None, overrides: tuple[str, ...]
+    conf: str | None,
+    iid: str,
+    role: str | None,
+    cpus: str | None,
+    gpu: int | None,
+    broker: str | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Run one worker. It registers with the broker of the cluster and takes work as its role says."""
     try:
-        config = joined(load(conf or default_path(), overrides), iid, role, cpus)
+        config = joined(load(conf or default_path(), overrides), iid, role, cpus, gpu)
         serve(config, iid, broker or config.events_address, log.start(f"worker-{iid}"))
     except EXPECTED as error:
         click.echo(f"tetri-worker: {error}", err=True)
