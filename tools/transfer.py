@@ -16,6 +16,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a clone that is not installed
 
 from bare_zmq import bare
+
 from tetri.bench.transfer import Case, Lane, alone, measure
 from tetri.kv import PATHS
 from tetri.kv.base import KVError

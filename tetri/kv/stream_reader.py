@@ -165,8 +165,8 @@ class SlabReader:
 
     def _cut(self, name: str, why: str) -> None:
         """Go on over another connection."""
-        self.counters["cut"] += 1
-        if self.counters["cut"] <= 3:
+        if self._fetching.peers[name].takes:  # one that ends while nothing is asked of it has every right to
+            self.counters["cut"] += 1
             self._log.warning("KV from %s: %s; connecting again", name, why)
         self._close(name)
 

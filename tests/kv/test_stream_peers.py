@@ -1,0 +1,269 @@
+"""The path `stream` towards its peers: turns and credit, counted at the server, and peers that are slow or rude."""
+
+import random
+import threading
+
+import pytest
+import zmq
+from live import wait_until
+from xxhash import xxh3_64_intdigest
+
+from tests.kv.parties import block
+from tests.kv.test_contract_stream import StreamWorld
+from tetri.kv.base import KVError, KVForeign, KVLost, Wanted
+from tetri.kv.local import LocalSlab
+from tetri.kv.stream import Stream, StreamSettings
+from tetri.kv.stream_fetch import Patience
+from tetri.net.bulk import BulkServer, context
+from tetri.request import Reach
+from tetri.wire import codec
+from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone, Piece
+from tetri.wire.messages import Handle
+
+MB = 1 << 20
+QUICK = Patience(stall_s=0.3, lost_s=1.0)
+
+
+@pytest.fixture
+def world():
+    world = StreamWorld()
+    yield world
+    world.close()
+
+
+# ---------------------------------------------------------------- fairness and credit, counted at the server
+
+
+class Counted:
+    """What a stream's server sends, as (peer, number, bytes); and the credit it has been granted."""
+
+    def __init__(self, party, monkeypatch):
+        serving = party.store.readers["stream"]._server._serving
+        self.sent, self.granted, self.most, sent, heard = [], {}, 0, serving.sent, serving.heard
+        gone = {}
+
+        def count_sent(due):
+            self.sent.append((due.peer, due.number, due.stop - due.start))
+            gone[due.peer] = gone.get(due.peer, 0) + due.stop - due.start
+            assert gone[due.peer] <= self.granted[due.peer]
+            sent(due)
+
+        def count_heard(peer, message):
+            self.granted[peer] = max(self.granted.get(peer, 0), message.credit)
+            self.most = max(self.most, message.credit - gone.get(peer, 0))
+            return heard(peer, message)
+
+        monkeypatch.setattr(serving, "sent", count_sent)
+        monkeypatch.setattr(serving, "heard", count_heard)
+
+
+def test_credit_is_never_exceeded(world, monkeypatch):
+    sender, receiver = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
+    receiver.meet(sender)
+    counted = Counted(sender, monkeypatch)
+    large, small = sender.put(*(block(at, MB) for at in range(48))), sender.put(block(99, MB))
+    first = receiver.ask(large)
+    wait_until(lambda: len(counted.sent) >= 4, "nothing goes")
+    before = len(counted.sent)
+    second = receiver.ask(small)
+    world.settle()
+    assert receiver.got(first) == list(large.blocks) and receiver.got(second) == list(small.blocks)
+    assert counted.most <= 8 * MB and before >= 4
+    assert sum(size for *_, size in counted.sent) == 49 * MB
+
+
+def test_another_requests_chunk_is_the_next_but_one_piece(world, monkeypatch):
+    sender, receiver = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
+    receiver.meet(sender)
+    counted = Counted(sender, monkeypatch)
+    large, small = sender.put(*(block(at, MB) for at in range(40))), sender.put(block(99, MB))
+    stream = receiver.store.readers["stream"]
+    heard_at = []
+    heard = sender.store.readers["stream"]._server._serving.heard
+
+    def note(peer, message):
+        if isinstance(message, Fetch) and message.handle == small.handle:
+            heard_at.append(len(counted.sent))
+        return heard(peer, message)
+
+    monkeypatch.setattr(sender.store.readers["stream"]._server._serving, "heard", note)
+    for key, chunk in (("large", large), ("small", small)):
+        receiver.waiting.add((key, 0))
+        stream.take(Wanted((key, 0), "p0", "stream", chunk.handle, chunk.digest))
+        wait_until(lambda: counted.sent, "nothing goes")
+    world.settle()
+    assert receiver.got(("small", 0)) == list(small.blocks)
+    place = next(at for at, (_, number, _) in enumerate(counted.sent) if number == 2)
+    assert place - heard_at[0] <= 1, "one piece of the other request at most"
+
+
+def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monkeypatch):
+    world.settings = StreamSettings(room=8 * MB)
+    sender, slow = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
+    other = world.open("d1", block_bytes=MB)
+    slow.meet(sender)
+    other.meet(sender)
+    counted = Counted(sender, monkeypatch)
+    chunks = [sender.put(*(block(10 * at + n, MB) for n in range(4))) for at in range(8)]
+    tickets = [slow.ask(chunk) for chunk in chunks]  # and its engine is busy: nobody asks for what came
+    wait_until(lambda: len(counted.sent) == 8, "two chunks fill its room")
+    for chunk in chunks:
+        stream, wanted = other.store.readers["stream"], Wanted(("o", 0), "p0", "stream", chunk.handle, chunk.digest)
+        stream.take(wanted)
+        other.waiting.add(("o", 0))
+        wait_until(lambda: other.hear() or ("o", 0) not in other.waiting, "held up by the slow one")
+    assert sum(peer == counted.sent[0][0] for peer, *_ in counted.sent) == 8
+    for chunk in chunks[2:]:
+        sender.free(chunk)  # a fetch that waits keeps nothing: its slots can be used again at once
+    assert sender.store.free_slots == 64 - 8
+    world.settle()
+    assert [isinstance(slow.answers[ticket], KVError) for ticket in tickets] == [False] * 2 + [True] * 6
+
+
+# ---------------------------------------------------------------- rude peers
+
+
+class RudeServer:
+    """Speaks the frames, and says to each Fetch what `answers` give: (header, payload) pairs, in a thread."""
+
+    def __init__(self, answers):
+        self.context, self.fetches, self.ending = context(), [], False
+        self.server = BulkServer(self.context, "tcp://127.0.0.1:*", None)
+        self.answers = answers
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while not self.ending:
+            if not self.server.socket.poll(20):
+                continue
+            peer, frame = self.server.receive()
+            message = codec.decode(frame, BulkRequest)
+            if isinstance(message, Fetch):
+                self.fetches.append(message)
+                for header, payload in self.answers(message, len(self.fetches)):
+                    data = header if isinstance(header, bytes) else codec.encode(header)
+                    self.server.send(peer, data, payload)
+
+    def close(self):
+        self.ending = True
+        self.thread.join(10)
+        self.server.close()
+        self.context.term()
+
+
+def pieces(fetch, data, start=None):
+    start = fetch.start if start is None else start
+    while start < len(data):
+        yield Piece(number=fetch.number, start=start), data[start : start + PIECE_BYTES]
+        start += PIECE_BYTES
+
+
+DATA = block(3, 2 * MB)
+RUDE = {
+    "garbage": lambda f: [(b"\xff\x00garbage", None)],
+    "nothing": lambda f: [(b"", None)],
+    "a request": lambda f: [(Credit(credit=5), None)],
+    "no payload": lambda f: [(Piece(number=f.number, start=f.start), None)],
+    "an empty payload": lambda f: [(Piece(number=f.number, start=f.start), b"")],
+    "a payload too long": lambda f: [(Piece(number=f.number, start=f.start), DATA[:PIECE_BYTES] + b"x" * MB)],
+    "a wrong place": lambda f: [(Piece(number=f.number, start=f.start + 7), DATA[:100])],
+    "a truncated piece": lambda f: [*pieces(f, DATA[: f.start + 100]), *pieces(f, DATA, f.start + PIECE_BYTES)],
+    "gone with a payload": lambda f: [(Gone(number=f.number, foreign=False, reason="x"), b"payload")],
+}
+HARMLESS = {
+    "an older ticket": lambda f: [(Piece(number=f.number + 1000, start=0), DATA[:PIECE_BYTES])] * 20,
+    "an unknown gone": lambda f: [(Gone(number=f.number + 1, foreign=True, reason="x"), None)],
+    "a sign of life": lambda f: [(Alive(), None)],
+    "surplus": lambda f: [*pieces(f, DATA), *pieces(f, DATA, 0), *pieces(f, DATA + bytes(MB), 2 * MB)],
+}
+
+
+class Reading:
+    """A stream that reads from a server of the test."""
+
+    def __init__(self, address, patience=QUICK):
+        self.woken = threading.Event()
+        self.stream = Stream(LocalSlab("d0", 1, 1, {}), StreamSettings(patience=patience), self.woken.set)
+        self.meet(address)
+
+    def meet(self, address):
+        self.stream.meet("p", Reach(paths=["stream"], host="x", process=1, segment="s", address=address))
+
+    def take(self, data, index=0, seconds=20.0):
+        handle = Handle(segment="s", slots=[0], generations=[1], block_bytes=len(data))
+        self.stream.take(Wanted(("r", index), "p", "stream", handle, xxh3_64_intdigest(data)))
+        found = []
+
+        def answered():
+            found.extend((t.problem, [bytes(b) for b in t.blocks]) for t in self.stream.taken())
+            return found
+
+        wait_until(answered, "no answer", seconds)
+        assert len(found) == 1
+        return found[0]
+
+
+@pytest.fixture
+def rude():
+    made = []
+
+    def make(answers):
+        server = RudeServer(answers)
+        reading = Reading(server.server.address)
+        made.extend((reading.stream, server))
+        return server, reading
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("answer", RUDE.values(), ids=RUDE.keys())
+def test_a_rude_answer_costs_a_connection_and_what_came_rightly_stays(rude, answer):
+    server, reading = rude(lambda fetch, times: answer(fetch) if times == 1 else pieces(fetch, DATA))
+    assert reading.take(DATA) == (None, [DATA])
+    assert len(server.fetches) == 2 and reading.stream.counters["read_cut"] == 1
+
+
+@pytest.mark.parametrize("answer", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_nobody_asked_for_is_dropped_and_harms_nothing(rude, answer):
+    server, reading = rude(lambda fetch, times: [*answer(fetch), *pieces(fetch, DATA)])
+    assert reading.take(DATA) == (None, [DATA]) and reading.take(DATA, 1) == (None, [DATA])
+    assert reading.stream.counters["read_cut"] == 0
+
+
+def test_one_who_is_always_rude_or_silent_is_lost(rude):
+    _, reading = rude(lambda fetch, times: [(b"garbage", None)])
+    assert isinstance(reading.take(DATA)[0], KVLost)
+    _, silent = rude(lambda fetch, times: [])
+    assert isinstance(silent.take(DATA)[0], KVLost)
+
+
+def test_gone_and_foreign_are_told_apart(rude):
+    _, reading = rude(lambda f, times: [(Gone(number=f.number, foreign=times == 2, reason="why"), None)])
+    first, second = reading.take(DATA)[0], reading.take(DATA, 1)[0]
+    assert type(first) is KVLost and type(second) is KVForeign and "why" in str(first)
+
+
+def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(world):
+    sender, receiver = world.open("p0", block_bytes=MB), world.open("d0", block_bytes=MB)
+    receiver.meet(sender)
+    with zmq.Context() as flooding, flooding.socket(zmq.DEALER) as socket:
+        socket.set(zmq.LINGER, 0)
+        socket.connect(sender.store.reach.address)
+        rng = random.Random(1)
+        for number in range(2000):
+            socket.send_multipart([rng.randbytes(rng.randint(0, 100)) for _ in range(1 + number % 3)])
+        chunk = sender.put(block(1, MB))
+        assert receiver.take(chunk) == [block(1, MB)]
+        counters = sender.store.readers["stream"]
+        wait_until(lambda: sum(n for name, n in counters.counters.items() if "garbage" in name) == 2000, "not counted")
+
+
+def test_an_address_that_is_none_is_lost_with_the_reason(rude):
+    _, reading = rude(lambda fetch, times: [])
+    for address, says in (("", "is no address"), ("tcp://10.0.0.1:1", "encrypted"), ("x" * 300, "is no address")):
+        reading.meet(address)
+        problem, _ = reading.take(DATA)
+        assert isinstance(problem, KVLost) and says in str(problem)

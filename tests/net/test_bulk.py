@@ -1,0 +1,244 @@
+"""The sockets of `stream`: who gets in, what a full, a gone and a rude peer do."""
+
+import stat
+import time
+from contextlib import contextmanager
+
+import pytest
+import zmq
+
+from tetri.net import NetError, keys
+from tetri.net.bulk import Bell, BulkLink, BulkServer, Watch, context
+from tetri.net.keys import Doorman
+from tetri.wire.bulk import PIECE_BYTES, REQUEST_BYTES
+
+HERE = "tcp://127.0.0.1:*"
+PATIENCE_S = 10.0
+
+
+class Ends:
+    """A server and its links, polled as their threads would."""
+
+    def __init__(self, key=None):
+        self.context, self.key, self.bell = context(), key, Bell()
+        self.doorman = Doorman(self.context, key) if key else None
+        self.server = BulkServer(self.context, HERE, key)
+        self.watch = Watch(self.bell)
+        self.watch.add(self.server.socket, *((self.doorman.socket,) if self.doorman else ()))
+        self.links = []
+
+    def link(self, key=None, address=None):
+        link = BulkLink(self.context, address or self.server.address, key)
+        self.links.append(link)
+        self.watch.add(link.socket, link.monitor)
+        return link
+
+    def until(self, condition, seconds=PATIENCE_S):
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline
+            self.watch.wait(0.05)
+            if self.doorman:
+                self.doorman.answer()
+            for link in self.links:
+                link.look()
+        return found
+
+    def up(self, link):
+        self.until(lambda: link.up)
+        return link
+
+    def heard(self, link, message=b"hello"):
+        """The server's name for a link."""
+        self.until(lambda: link.send(message))
+        return self.until(self.server.receive)
+
+    def close(self):
+        for link in self.links:
+            link.close()
+        self.server.close()
+        if self.doorman:
+            self.doorman.close()
+        self.context.term()
+        self.bell.close()
+
+
+@contextmanager
+def ends(key=None):
+    made = Ends(key)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def key(tmp_path):
+    keys.generate(str(tmp_path / "key"))
+    return keys.load(str(tmp_path / "key"))
+
+
+def test_a_piece_arrives_where_it_belongs_and_tells_its_whole_size():
+    with ends() as made:
+        link = made.up(made.link())
+        peer, message = made.heard(link)
+        assert message == b"hello"
+        source = memoryview(bytearray(range(256)) * 4096)
+        assert made.server.send(peer, b"header", source) is True
+        assert made.until(link.receive) == b"header" and link.more
+        target = memoryview(bytearray(1000))
+        assert link.receive_into(target) == 1 << 20
+        assert bytes(target) == bytes(source[:1000]) and not link.more
+
+
+def test_what_waits_for_a_receiver_is_a_view_of_the_memory_itself():
+    with ends() as made:
+        peer, _ = made.heard(made.up(made.link()))
+        source = bytearray(PIECE_BYTES)
+        view = memoryview(source)
+        for _ in range(40):  # more than the kernel's buffers take
+            made.server.send(peer, b"x", view[:])
+        with pytest.raises(BufferError):
+            source.clear()  # libzmq has it
+
+
+def test_a_receiver_that_does_not_read_is_full_and_one_that_left_is_gone():
+    with ends() as made:
+        link = made.up(made.link())
+        peer, _ = made.heard(link)
+        payload = bytes(PIECE_BYTES)
+        sent = 0
+        while made.server.send(peer, b"x", payload):
+            sent += 1
+            assert sent < 20_000
+        assert made.server.send(peer, b"x", payload) is False
+        made.links.remove(link)
+        made.watch.remove(link.socket, link.monitor)
+        link.close()
+        made.until(lambda: made.server.send(peer, b"x") is None)
+        assert made.server.send(b"nobody", b"x") is None
+
+
+def test_frames_over_the_limits_end_the_connection_and_more_frames_are_no_message():
+    with ends() as made:
+        link = made.up(made.link())
+        link.socket.send_multipart([b"a", b"b", b"c"])
+        assert made.until(made.server.receive)[1] == b""
+        peer, message = made.heard(link, b"x" * REQUEST_BYTES)
+        assert len(message) == REQUEST_BYTES
+        made.server.send(peer, b"h", bytes(PIECE_BYTES + 1))
+        made.until(lambda: link.broken)
+        second = made.up(made.link())
+        second.send(b"x" * (REQUEST_BYTES + 1))
+        made.until(lambda: second.broken)
+        assert made.heard(made.up(made.link()))[1] == b"hello"
+
+
+def test_nobody_there_is_no_error_and_a_break_is_seen_once_for_all():
+    with ends() as made:
+        link = made.link(address="tcp://127.0.0.1:9")
+        assert not link.send(b"x") and link.receive() is None
+        link.look()
+        assert not link.up and not link.broken
+        good = made.up(made.link())
+        assert good.drop() == 0
+        made.server.close()
+        made.until(lambda: good.broken)
+        assert not good.up
+
+
+def test_a_bell_wakes_from_any_number_of_rings_and_after_its_end_does_nothing():
+    bell = Bell()
+    watch = Watch(bell)
+    assert watch.wait(0) == []
+    for _ in range(3):
+        bell.ring()
+    assert watch.wait(None) == [bell.fd]
+    bell.hush()
+    assert watch.wait(0) == []
+    bell.hush()
+    bell.close()
+    bell.ring()
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_members_get_in(key):
+    with ends(key) as made:
+        link = made.up(made.link(key))
+        assert made.heard(link)[1] == b"hello" and made.doorman.refused == 0
+
+
+def test_nobody_else_gets_in(key, tmp_path):
+    keys.generate(str(tmp_path / "other"))
+    other = keys.load(str(tmp_path / "other"))
+    with ends(key) as made:
+        plain, stranger = made.link(), made.link(other)
+        made.until(lambda: stranger.broken)  # does not even know the server
+        # One who knows the server's public key, and has one of their own:
+        knows = made.context.socket(zmq.DEALER)
+        knows.set(zmq.LINGER, 0)
+        knows.set(zmq.CURVE_SERVERKEY, key.public)
+        knows.set(zmq.CURVE_PUBLICKEY, other.public)
+        knows.set(zmq.CURVE_SECRETKEY, other.secret)
+        knows.connect(made.server.address)
+        knows.send(b"let me in")
+        try:
+            made.until(lambda: made.doorman.refused > 0)
+            assert made.heard(made.up(made.link(key)))[1] == b"hello"
+            assert not plain.up and made.server.receive() is None
+        finally:
+            knows.close(0)
+
+
+def test_a_member_does_not_talk_to_a_server_without_the_key(key, tmp_path):
+    keys.generate(str(tmp_path / "other"))
+    with ends(keys.load(str(tmp_path / "other"))) as made:
+        link = made.link(key)
+        made.until(lambda: link.broken)
+        assert not link.up
+
+
+def test_only_what_is_encrypted_goes_to_other_hosts(key):
+    made = context()
+    try:
+        for address in ("tcp://10.0.0.1:1", "tcp://0.0.0.0:1"):
+            with pytest.raises(NetError, match="encrypted"):
+                BulkServer(made, address, None)
+            with pytest.raises(NetError, match="encrypted"):
+                BulkLink(made, address, None)
+        with pytest.raises(NetError, match="IPv4 address"):
+            BulkLink(made, "tcp://example.org:1", key)
+        with pytest.raises(NetError, match="cannot bind"):
+            BulkServer(made, "tcp://192.0.2.1:1", key)
+        BulkLink(made, "tcp://192.0.2.1:1", key).close()
+    finally:
+        made.term()
+
+
+def test_a_key_file_is_for_its_owner_alone_and_never_overwritten(tmp_path):
+    path = tmp_path / "key"
+    keys.generate(str(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    made = keys.load(str(path))
+    assert made.public == zmq.curve_public(made.secret) and made.secret.decode() not in repr(made)
+    with pytest.raises(NetError, match="exists already"):
+        keys.generate(str(path))
+    assert keys.load(str(path)) == made
+    path.chmod(0o640)
+    with pytest.raises(NetError, match="chmod 600"):
+        keys.load(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 40 + b"y", b"\x00" * 40, b"~" * 40, b"x" * 100_000])
+def test_what_is_no_key_is_said_in_one_line(tmp_path, content):
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(NetError, match=r"is no key; make one with tetri-cli keygen$"):
+        keys.load(str(path))
+    with pytest.raises(NetError, match="cannot be read"):
+        keys.load(str(tmp_path / "missing"))
+    with pytest.raises(NetError, match="is no key"):
+        keys.load("/dev/null")
