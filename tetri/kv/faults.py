@@ -37,7 +37,7 @@ class FaultyStore:
         self._relay = Relay(chance)
         self._late: list[tuple[float, Wanted]] = []  # to be taken then
         self._lost: list[Taken] = []  # to be told
-        self._bent: dict[tuple[str, int], Wanted] = {}  # on their way, to arrive with a wrong byte
+        self._harmed: dict[tuple[str, int], tuple[str, Wanted]] = {}  # on their way, and what will be wrong with them
 
     @property
     def free_slots(self) -> int:
@@ -74,21 +74,18 @@ class FaultyStore:
         return self._take(wanted)
 
     def _take(self, wanted: Wanted) -> Taken | None:
-        handle = wanted.handle
-        if len(handle.slots) > 1 and self.chance.happens("truncate"):
-            left = self.chance.rng.randrange(1, len(handle.slots))
-            short = Handle(handle.segment, handle.slots[:left], handle.generations[:left], handle.block_bytes)
-            return self._arrived(self.store.take(replace(wanted, handle=short)))
-        if not self.chance.happens("flip"):
-            return self._arrived(self.store.take(wanted))
-        self._bent[wanted.ticket] = wanted
+        kind = next((kind for kind in ("truncate", "flip") if self.chance.happens(kind)), None)
+        if kind is not None:
+            self._harmed[wanted.ticket] = (kind, wanted)
         return self._arrived(self.store.take(wanted))
 
     def _arrived(self, taken: Taken | None) -> Taken | None:
         if taken is None:
             return None
-        wanted = self._bent.pop(taken.ticket, None)
-        if wanted is not None and taken.problem is None:
+        kind, wanted = self._harmed.pop(taken.ticket, ("", None))
+        if taken.problem is None and kind == "truncate":
+            taken = replace(taken, blocks=taken.blocks[: self.chance.rng.randrange(len(taken.blocks))])
+        elif taken.problem is None and wanted is not None:
             taken = self._relay.pass_on(wanted, taken.blocks)
         self._dies("between taking a chunk and its Landed")
         return taken

@@ -1,0 +1,226 @@
+"""Thousands of requests while everything on the way of the KV goes wrong: messages lost, doubled, late, out of order
+and replayed, bytes flipped, chunks cut short, workers that kill themselves in the middle of a hand-over.
+
+    tools/chaos --requests 10000 --transport stream --seed 2
+
+Starts an emulated cluster of its own, small enough that requests are also refused for want of memory. Every answer is
+held against the one that its prompt must have. Exit status 0: no wrong token, no request that took longer than --bound,
+no memory and no slot that is not given back, and no process, socket or shared memory left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from chaos_traffic import WATCH_S, Told, Traffic
+
+from tetri.client import Client, TetriError
+from tetri.config import Config, ConfigError, load
+from tetri.proc import launch
+from tetri.proc.supervise import LaunchError, Supervisor
+
+REPOSITORY = Path(__file__).parent.parent
+FAULTS = (
+    "drop=0.01,duplicate=0.01,delay=0.02,reorder=0.01,replay=0.005,"
+    "flip=0.01,truncate=0.01,lose=0.003,late=0.02,spoil=0.002,die=0.0002"
+)
+SHAPE = (
+    "engine.chunk_tokens=64",
+    "engine.max_batch=16",
+    "engine.block_tokens=16",
+    "emulated.blocks=96",
+    "emulated.context=1024",
+    "transfer.slab_blocks=24",
+    "transfer.offer_s=0.1",
+)
+CURES = (  # a fault, the counters in which it shows (others may show in them too), and what makes up for it
+    ("drop", (), "the same is said again"),
+    ("duplicate", ("duplicate",), "the same is answered again"),
+    ("delay", ("late", "reordered"), "chunks land in any order"),
+    ("reorder", ("late", "reordered"), "chunks land in any order"),
+    ("replay", ("late", "old_attempt", "duplicate"), "names of attempt and offer"),
+    ("flip", ("flipped",), "taken again"),
+    ("truncate", ("truncated",), "taken again"),
+    ("lose", ("lost",), "taken again, or another attempt"),
+    ("late", ("lost",), "waited for, or another attempt"),
+    ("spoil", ("flipped", "given_up"), "another attempt"),
+    ("die", ("workers_lost",), "another attempt, a new process"),
+)
+START_S, KILLED = 60.0, "killing itself, as transfer.faults wants it"
+
+
+def configured(transport: str, faults: str, roles: tuple[int, int], overrides: tuple[str, ...]) -> Config:
+    """A deployment of emulated engines whose steps take no time, in a run directory of its own."""
+    folder = tempfile.mkdtemp(prefix="tetri-chaos-")
+    named = [("p", "prefill", roles[0]), ("d", "decode", roles[1])]
+    workers = [f"{{iid='{letter}{i}', role='{role}'}}" for letter, role, count in named for i in range(count)]
+    own = [f"cluster.run_dir={folder}", f"cluster.name=chaos-{os.getpid()}", f"worker=[{','.join(workers)}]"]
+    moved = [f"transfer.transport={transport}", f'transfer.faults="{faults}"']
+    try:
+        return load(REPOSITORY / "conf" / "emulated.toml", [*own, *SHAPE, *moved, *overrides])
+    except ConfigError:
+        shutil.rmtree(folder)
+        raise
+
+
+def left_over(config: Config, told: Told, wait_s: float) -> list[str]:
+    """What the living cluster has not given back after so long: open requests, blocks, slots, dead ones' segments."""
+    until = time.monotonic() + wait_s
+    with Client(config.clients_address) as client:
+        while True:
+            status = client.status()
+            told.hear(status)
+            found = [f"{count} requests {stage}" for stage, count in status["requests"].items() if count]
+            for instance in status["instances"]:
+                found += [f"{instance['iid']}: {problem}" for problem in _kept(instance)]
+            names = segments(config)
+            if len(names) > len(config.workers):
+                found.append(f"segments of dead workers: {', '.join(names)}")
+            if not found or time.monotonic() > until:
+                return found
+            time.sleep(WATCH_S)
+
+
+def _kept(instance: dict[str, Any]) -> list[str]:
+    if instance["state"] != "ready":
+        return [f"{instance['state']}: {instance['note']}"]
+    missing = instance["blocks"] - instance["free_blocks"]
+    kept = [f"{missing} blocks are not free"] * bool(missing)
+    kept += [f"{instance['slots_taken']} slots are not free"] * bool(instance["slots_taken"])
+    return kept + [f"{instance['held']} requests are held"] * bool(instance["held"])
+
+
+def segments(config: Config) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-{config.cluster.name}-")]
+
+
+def after_the_end(config: Config) -> list[str]:
+    """What is left of a cluster that was stopped."""
+    found = [f"process {pid}" for pid in Supervisor(config.run_dir).alive()]
+    found += [f"socket {path.name}" for path in config.run_dir.iterdir() if path.is_socket()]
+    return found + [f"segment {name}" for name in segments(config)]
+
+
+def logged(config: Config) -> str:
+    return "".join(path.read_text(errors="replace") for path in sorted((config.run_dir / "log").glob("*.log*")))
+
+
+def measured(config: Config, requests: int, seed: int, width: int, bound_s: float) -> dict[str, Any]:
+    """One run, and what is to be said of it."""
+    told = Told()
+    launch.up(config, lambda text: click.echo(text, err=True), START_S)
+    try:
+        start = time.monotonic()
+        asyncio.run(Traffic(config, seed, width, bound_s, told).run(requests))
+        seconds = time.monotonic() - start
+        leaked = left_over(config, told, bound_s)
+    finally:
+        launch.down(config.run_dir)
+    text = logged(config)
+    counters = told.counters()
+    injected = {name.removeprefix("injected_"): n for name, n in counters.items() if name.startswith("injected_")}
+    took = sorted(told.took)
+    return {
+        "requests": requests,
+        "seconds": round(seconds, 1),
+        "per_second": round(requests / seconds, 1),
+        "chunks": told.chunks,
+        "injected": {**injected, "die": text.count(KILLED)},
+        "seen": {name: count for name, count in counters.items() if not name.startswith("injected_")},
+        "broker": told.broker,
+        "attempts": dict(sorted(told.attempts.items())),
+        "latency_s": {"p50": took[len(took) // 2], "p99": took[int(0.99 * len(took))], "max": took[-1]},
+        "slowest": told.slowest,
+        "errors": dict(told.refused),
+        "wrong": told.wrong,
+        "hung": told.hung,
+        "leaked": leaked + after_the_end(config),
+        "crashes": text.count("Traceback (most recent call last)"),
+    }
+
+
+def good(run: dict[str, Any]) -> bool:
+    return not (run["wrong"] or run["hung"] or run["leaked"] or run["crashes"])
+
+
+def show(run: dict[str, Any]) -> None:
+    """For people."""
+    rate = f"{run['per_second']} a second, {run['chunks']} chunks"
+    click.echo(f"{run['requests']} requests over {run['transport']} in {run['seconds']} s, {rate}\n")
+    click.echo(f"{'fault':<10} {'injected':>8}  {'seen as':<40} healed by")
+    counted = {**run["seen"], **run["broker"]}
+    for name, signs, cure in CURES:
+        seen = ", ".join(f"{sign} {counted.get(sign, 0)}" for sign in signs) or "silence"
+        click.echo(f"{name:<10} {run['injected'].get(name, 0):>8}  {seen:<40} {cure}")
+    for name in ("seen", "broker", "attempts", "errors"):
+        told = ", ".join(f"{key} {value}" for key, value in run[name].items() if value)
+        click.echo(f"\n{name}: {told or 'none'}")
+    latency = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in run["latency_s"].items())
+    click.echo(f"\nlatency: {latency}; the slowest:")
+    for seconds, line in run["slowest"]:
+        click.echo(f"    {seconds:6.2f} s  {line}")
+    for name in ("wrong", "hung", "leaked"):
+        click.echo(f"{name}: {len(run[name])}")
+        for line in run[name][:10]:
+            click.echo(f"    {line}")
+    click.echo(f"crashes: {run['crashes']}")
+
+
+@click.command()
+@click.option("--requests", type=click.IntRange(1), default=10_000, show_default=True)
+@click.option("--transport", type=click.Choice(["auto", "shm", "stream", "nixl"]), default="shm", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--faults", default=FAULTS, show_default=True, help="As transfer.faults, without a seed.")
+@click.option("--width", type=click.IntRange(1), default=48, show_default=True, help="Requests open at a time.")
+@click.option("--workers", type=(click.IntRange(1), click.IntRange(1)), default=(2, 2), show_default=True)
+@click.option("--bound", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds: longer is a hang.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+@click.option("--keep", is_flag=True, help="Keep the run directory, with the logs.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def main(
+    requests: int,
+    transport: str,
+    seed: int,
+    faults: str,
+    width: int,
+    workers: tuple[int, int],
+    bound: float,
+    overrides: tuple[str, ...],
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Serve requests while faults are injected, and check every answer."""
+    try:
+        config = configured(transport, f"{faults},seed={seed}" if faults else "", workers, overrides)
+    except ConfigError as error:
+        click.echo(f"chaos: {error}", err=True)
+        sys.exit(2)
+    try:
+        run = measured(config, requests, seed, width, bound)
+    except (LaunchError, TetriError) as error:
+        click.echo(f"chaos: {error}", err=True)
+        sys.exit(2)
+    finally:
+        if keep:
+            click.echo(f"logs are in {config.run_dir}/log", err=True)
+        else:
+            shutil.rmtree(config.run_dir, ignore_errors=True)
+    run = {"transport": transport, "seed": seed, "workers": workers, "bound_s": bound, **run, "good": good(run)}
+    if as_json:
+        click.echo(json.dumps(run))
+    else:
+        show(run)
+    sys.exit(0 if run["good"] else 1)
+
+
+if __name__ == "__main__":
+    main()
