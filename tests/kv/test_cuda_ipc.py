@@ -1,6 +1,8 @@
 """The reader and the slab of `cuda_ipc`: what is opened when, what is closed when, and what goes wrong. Runs on the
 stand-in, which raises Misuse wherever CUDA would leave undefined what happens."""
 
+import threading
+
 import msgspec
 import numpy as np
 import pytest
@@ -127,8 +129,45 @@ def test_a_dead_owners_memory_is_not_read(pair):
     receiver.take(chunk)
     sender.store.slab._card.close()  # what the kernel does
     sender.closed = True
-    with pytest.raises(KVLost, match="the process that owned it has ended"):
+    with pytest.raises(KVLost, match="its owner has closed it, or has ended"):
         receiver.take(chunk)
+
+
+@pytest.mark.parametrize("ends", ["closes", "is killed"])
+def test_memory_that_is_wanted_back_is_closed_without_being_asked_for(world, pair, ends, monkeypatch):
+    """A worker that is started again needs the GPU's memory, perhaps before the broker misses the old one."""
+    monkeypatch.setattr("tetri.kv.cuda_ipc._BACK_S", 0.0)
+    sender, receiver = pair
+    other = world.open("p1")
+    receiver.meet(other)
+    kept = other.put(block(9))
+    receiver.take(sender.put(block(1)))
+    receiver.take(kept)
+    opened = counted(receiver, "ipcOpenMemHandle")
+    if ends == "closes":
+        sender.close()
+    else:
+        sender.store.slab._card.close()  # what the kernel does
+        sender.closed = True
+    receiver.hear()
+    assert len(cuda(receiver).locks) == 1
+    assert receiver.take(kept) == [block(9)] and not opened, "the other stays open"
+
+
+def test_a_closing_sender_waits_for_readers_that_hear(tmp_path):
+    world = CudaWorld(tmp_path, patience_s=20.0)
+    sender, receiver = world.open("p0"), world.open("d0")
+    receiver.meet(sender)
+    receiver.take(sender.put(block(1)))
+    freed, base = counted(sender, "free"), sender.store.slab.memory.base
+    receiver.hear()
+    later = threading.Timer(0.1, receiver.store.part, ["p0"])
+    later.start()
+    sender.give_back()
+    sender.close()
+    later.join()
+    assert (base,) in freed
+    world.close()
 
 
 def test_a_slab_that_was_closed_before_it_was_ever_opened_is_lost(pair):

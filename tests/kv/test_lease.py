@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tetri.kv.base import KVLost
-from tetri.kv.lease import all_fallen, lease, owner_lives
+from tetri.kv.lease import all_fallen, lease, wanted_back
 from tetri.kv.segment import create
 
 
@@ -55,13 +55,17 @@ def test_what_is_not_there_is_lost(path):
     assert len(str(caught.value)) < 700
 
 
-def test_a_lease_says_whether_the_owner_lives(card):
+@pytest.mark.parametrize("ends", ["closes", "is killed"])
+def test_a_lease_says_whether_the_memory_is_wanted_back(card, ends):
     made, path = card
     held = lease(path)
-    assert owner_lives(held)
-    assert owner_lives(held), "looking changes nothing"
-    made.close()
-    assert not owner_lives(held)
+    assert not wanted_back(held)
+    assert not wanted_back(held), "looking changes nothing"
+    if ends == "closes":
+        os.unlink(path)
+    else:
+        made.close()  # what the kernel does
+    assert wanted_back(held)
     os.close(held)
 
 

@@ -18,13 +18,14 @@ from functools import partial
 from tetri.kv.base import KVError, KVForeign, KVLost, Taken, Wanted
 from tetri.kv.cuda_runtime import Device
 from tetri.kv.cuda_slab import DIRECTORY, TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
-from tetri.kv.lease import lease, owner_lives
+from tetri.kv.lease import lease, wanted_back
 from tetri.kv.segment import Mapping, attach
 from tetri.kv.store import Store
 from tetri.request import Reach
 
 PATH = "cuda_ipc"
 _LOOK_S = 50e-6  # between two looks at an event
+_BACK_S = 0.5  # between two looks at whether memory that is open here is wanted back
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class CudaReader:
         self._directory, self._event_s = directory, event_s
         self._reaches: dict[str, Reach] = {}  # by peer
         self._opened: dict[str, Opened] = {}  # by peer
+        self._look_at = 0.0
 
     def meet(self, peer: str, reach: Reach) -> None:
         known = self._reaches.get(peer)
@@ -64,6 +66,9 @@ class CudaReader:
 
     def part(self, peer: str) -> None:
         self._reaches.pop(peer, None)
+        self._close(peer)
+
+    def _close(self, peer: str) -> None:
         opened = self._opened.pop(peer, None)
         if opened is None:
             return
@@ -94,8 +99,9 @@ class CudaReader:
         opened = self._opened.get(wanted.peer)
         if opened is None:
             opened = self._opened[wanted.peer] = self._map(reach)
-        if not owner_lives(opened.descriptor):
-            raise KVLost(f"{name}: the process that owned it has ended")
+        if wanted_back(opened.descriptor):
+            self._close(wanted.peer)
+            raise KVLost(f"{name}: its owner has closed it, or has ended")
         return opened
 
     def _map(self, reach: Reach) -> Opened:
@@ -137,6 +143,13 @@ class CudaReader:
         device.follow(event)
 
     def taken(self) -> Iterable[Taken]:
+        """Nothing: a take is answered at once. Asked often, it closes what is wanted back, so that a worker that is
+        started again finds the memory of its predecessor free before anybody says that this one is gone."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _BACK_S
+            for peer in [peer for peer, opened in self._opened.items() if wanted_back(opened.descriptor)]:
+                self._close(peer)
         return ()
 
     def close(self) -> None:
@@ -158,7 +171,7 @@ def open_device_store(
     on_host: bool = False,
     expected_blocks: int = 0,
     directory: str = DIRECTORY,
-    patience_s: float = 1.0,
+    patience_s: float = 2.0,
     event_s: float = 1.0,
 ) -> Store:
     """A worker's store in a GPU's memory; `cuda_ipc` is its only path. `host()` names the machine, for Reach. Raises

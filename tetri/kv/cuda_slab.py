@@ -58,7 +58,7 @@ class DeviceSlab(HostSlab):
         on_host: bool = False,
         expected_blocks: int = 0,
         directory: str = DIRECTORY,
-        patience_s: float = 1.0,
+        patience_s: float = 2.0,
     ) -> None:
         self._device, self._on_host, self._patience_s = device, on_host, patience_s
         self._events: list[int] = []

@@ -32,14 +32,17 @@ def lease(path: str) -> int:
     raise KVLost(f"{path[-160:]!r} was closed by its owner")
 
 
-def owner_lives(descriptor: int) -> bool:
-    """Whether the owner still holds its own lock on the segment's file (segment.py)."""
+def wanted_back(descriptor: int) -> bool:
+    """By the holder of a lease: whether the owner has closed the segment, or has ended. Its file has no name then, or
+    the owner no lock on it (segment.py)."""
+    if not os.fstat(descriptor).st_nlink:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return False
+    return True
 
 
 def all_fallen(descriptor: int, patience_s: float) -> bool:
