@@ -183,6 +183,18 @@ def test_status(run, broker):
     assert row.split() == ["p0", "prefill", "ready", "9", "8", "1", "2", "3"]
 
 
+def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, broker):
+    quiet = {**INSTANCE, "paths": {"shm": 2, "stream": 1}, "counters": {"late": 0, "flipped": 0}}
+    noted = {**quiet, "iid": "d0", "counters": {"late": 3, "flipped": 0, "healed": 12}}
+    broker(lambda message: [{**STATUS, "instances": [quiet, noted]}])
+    out = run("status")[1].splitlines()
+    assert out[-4].endswith("  shm 2, stream 1")
+    assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [["KV taken by", "counted"], ["d0", "late 3, healed 12"]]
+    assert json.loads(run("status", "--json")[1])["instances"] == [quiet, noted]
+    broker(lambda message: [{**STATUS, "instances": [quiet]}])
+    assert "KV taken by" not in run("status")[1]
+
+
 @pytest.mark.parametrize(
     ("monitor", "line"),
     [

@@ -10,7 +10,7 @@ import click
 
 from tetri.cli.options import conf_option, connect, set_option
 
-_COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "note")
+_COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "kv", "note")
 SILENT_S = 5.0  # without a view
 _SILENT = "requests are placed without news of the load, and nobody flips by itself"
 
@@ -33,9 +33,13 @@ def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_js
     click.echo(f"monitor   {_monitor(status.get('monitor'))}")
     click.echo(f"requests  {_counts(status['requests'])}")
     click.echo(f"counted   {_counts(status['counters'])}")
-    rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in status["instances"]]
+    instances = [{**instance, "kv": _counts(instance.get("paths", {}), "")} for instance in status["instances"]]
+    rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
     for row in _aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]):
         click.echo(row)
+    if taken := _kv(instances):
+        for row in _aligned([["KV taken by", "counted"], *taken]):
+            click.echo(row)
 
 
 def _monitor(found: dict[str, Any] | None) -> str:
@@ -47,8 +51,14 @@ def _monitor(found: dict[str, Any] | None) -> str:
     return f"view {found['number']}, {found['age_s']:.1f} s old, flip policy {found['flip']}"
 
 
-def _counts(counts: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+def _kv(instances: list[dict[str, Any]]) -> list[list[str]]:
+    """What happened to the KV that each took, of those to whom anything did."""
+    found = [(each["iid"], {name: n for name, n in each.get("counters", {}).items() if n}) for each in instances]
+    return [[iid, _counts(counters)] for iid, counters in found if counters]
+
+
+def _counts(counts: dict[str, Any], nothing: str = "none") -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or nothing
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

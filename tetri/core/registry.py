@@ -7,7 +7,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
-from tetri.policy.pairing import kin, path, stranger
+from tetri.core.company import Company, Found
 from tetri.policy.views import PrefillPool
 from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, Reach
 from tetri.wire.clients import InstanceStatus
@@ -16,6 +16,7 @@ from tetri.wire.messages import FromWorker, InstanceEntry, Load, Ready, Roster
 FORGET_S = 600.0  # a lost worker stays in the status for so long
 SILENCE_S = 0.8  # a worker that hears no roster for `view_s`, 2 s, registers again
 NOBODY = PrefillPool()
+NOTHING = Found({}, "")
 
 
 @dataclass(slots=True)
@@ -60,6 +61,7 @@ class Registry:
         self._limits: list[int] = []  # ascending; pool i holds who computes prompts of at least limit i tokens
         self._pools: list[PrefillPool] = []
         self._rooms: dict[str, int] = {}  # phase -> tokens that the largest instance of it holds
+        self._companies: dict[str, Company] = {}  # role -> those with which one of this role would exchange KV
 
     # ------------------------------------------------------------ who is there
 
@@ -179,12 +181,14 @@ class Registry:
             "prefill": max((peer.tokens for peer in prefillers), default=0),
             "decode": max((peer.tokens for peer in decoders), default=0),
         }
-        matches = _matches(prefillers, decoders)
-        able = [
-            (min(_room(peer, matches[_key(peer)], prefillers), peer.capacity.context - 1), peer.iid)
-            for peer in prefillers
-            if peer.iid in self.up and (not decoders or matches[_key(peer)])
-        ]
+        takers = Company(decoders)
+        self._companies = {"prefill": takers, "decode": Company(prefillers), "mixed": Company(there)}
+        able: list[tuple[int, str]] = []
+        for peer in prefillers:
+            choice = takers.of(peer).total
+            if peer.iid in self.up and (not decoders or choice):
+                alone = choice == 1 and peer.role in TAKES_DECODE and len(prefillers) > 1
+                able.append((min(_room(peer, alone), peer.capacity.context - 1), peer.iid))
         self._limits = sorted({limit: None for limit, _ in able})
         self._pools = []
         for least in self._limits:
@@ -206,34 +210,19 @@ class Registry:
                 queued=peer.load.queued,
                 running=peer.load.running,
                 held=peer.held,
-                note=peer.lost or self._stranger(peer) or _rehearsal(peer),
-                paths=self._paths(peer),
+                note=peer.lost or self._exchanges(peer).stranger or _rehearsal(peer),
+                paths=self._exchanges(peer).paths,
                 counters=peer.counters,
                 slots_taken=peer.slots_taken,
             )
             for peer in sorted(self.peers.values(), key=lambda peer: peer.iid)
         ]
 
-    def _stranger(self, peer: Peer) -> str:
-        """Why KV can never move between this worker and one that it would have to move to or from; empty when it
-        can."""
-        for other in self._opposite(peer):
-            why = stranger(peer.fingerprint, other.fingerprint, peer.reach, other.reach)
-            if why is not None:
-                return f"never paired with {other.iid}: {why}"
-        return ""
-
-    def _paths(self, peer: Peer) -> dict[str, str]:
-        found = {other.iid: path(peer.reach, other.reach) for other in self._opposite(peer)}
-        return {iid: name for iid, name in found.items() if name is not None}
-
-    def _opposite(self, peer: Peer) -> list[Peer]:
-        """Those that are there with which it would exchange KV: two of one phase never meet."""
-        return [
-            other
-            for other in self.peers.values()
-            if other is not peer and other.lost is None and (other.role != peer.role or peer.role == "mixed")
-        ]
+    def _exchanges(self, peer: Peer) -> Found:
+        """Of those that are there: over which paths KV moves to and from it. Two of one phase never meet."""
+        if not self._sorted:
+            self._sort()
+        return NOTHING if peer.lost is not None else self._companies[peer.role].others(peer)
 
 
 def _rehearsal(peer: Peer) -> str:
@@ -242,35 +231,7 @@ def _rehearsal(peer: Peer) -> str:
     return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
 
 
-_Key = tuple[Fingerprint, tuple[object, ...]]
-
-
-def _key(peer: Peer) -> _Key:
-    """Instances with the same key can exchange KV with the same others."""
-    return peer.fingerprint, kin(peer.reach)
-
-
-def _matches(prefillers: list[Peer], decoders: list[Peer]) -> dict[_Key, list[Peer]]:
-    """The decode instances that understand the KV of each kind of prefill instance. One that does both is its own."""
-    kinds: dict[_Key, list[Peer]] = {}
-    for peer in decoders:
-        kinds.setdefault(_key(peer), []).append(peer)
-    found: dict[_Key, list[Peer]] = {}
-    for peer in prefillers:
-        mine = _key(peer)
-        if mine not in found:
-            found[mine] = [
-                other
-                for theirs, others in kinds.items()
-                if theirs[0] == mine[0]
-                for other in others
-                if theirs == mine or path(peer.reach, others[0].reach) is not None
-            ]
-    return found
-
-
-def _room(peer: Peer, decoders: list[Peer], prefillers: list[Peer]) -> int:
+def _room(peer: Peer, alone: bool) -> int:
     """Tokens of a prompt that an instance may prefill. What only it can decode must fit twice, if another instance can
-    prefill it: here the prefill keeps its memory until all the KV has left for the KV store."""
-    alone = len(decoders) == 1 and decoders[0] is peer and len(prefillers) > 1
+    prefill it (`alone`): here the prefill keeps its memory until all the KV has left for the KV store."""
     return peer.capacity.blocks // 2 * peer.capacity.block_tokens if alone else peer.tokens

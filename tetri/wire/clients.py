@@ -92,7 +92,7 @@ class InstanceStatus(Record, frozen=True):
     running: Count
     held: int
     note: str = ""
-    paths: dict[str, str] = {}  # of the other instances, over which path KV moves to or from each
+    paths: dict[str, Count] = {}  # KV path -> instances to or from which KV moves over it
     counters: dict[str, Count] = {}  # what happened to the KV that it took, since its process started
     slots_taken: Count = 0  # of its KV store, those that are not free
 

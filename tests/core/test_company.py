@@ -1,0 +1,73 @@
+"""Who can exchange KV with whom, counted without looking at every pair."""
+
+import time
+from collections import Counter
+from random import Random
+
+import pytest
+
+from tests.core.build import FINGERPRINT, fingerprint, instance, reach, ready
+from tetri.core.company import Company
+from tetri.core.registry import Registry
+from tetri.policy.pairing import path, stranger
+
+PATHS = [["shm"], ["stream"], ["shm", "stream"], ["local", "shm"], ["cuda_ipc", "shm"], ["nixl", "stream"]]
+
+
+def drawn(rng, number):
+    made = reach(
+        f"i{number}",
+        paths=rng.choice(PATHS),
+        host=rng.choice("abc"),
+        process=rng.randrange(3),
+        device=rng.choice(["", "GPU-a", "GPU-b"]),
+        near=rng.choice([[], ["GPU-a", "GPU-b"]]),
+    )
+    return instance(f"i{number}", "mixed", reach=made, fingerprint=rng.choice([FINGERPRINT, fingerprint(model="x")]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_finds_what_a_look_at_every_pair_finds(seed):
+    rng = Random(seed)
+    everybody = [drawn(rng, number) for number in range(rng.randrange(1, 30))]
+    company = Company(everybody)
+    for one in everybody:
+        expected, odd = Counter(), []
+        for other in everybody:
+            why = stranger(one.fingerprint, other.fingerprint, one.reach, other.reach)
+            if other is one:
+                continue
+            if why is None:
+                expected[path(one.reach, other.reach)] += 1
+            else:
+                odd.append(f"never paired with {other.iid}: {why}")
+        found = company.others(one)
+        assert found.paths == expected and company.of(one).total == expected.total() + 1
+        assert found.stranger in odd if odd else found.stranger == ""
+
+
+def test_whoever_is_no_member_is_not_left_out():
+    company = Company([instance("d0", "decode"), instance("d1", "decode")])
+    assert company.others(instance("p0", "prefill")).paths == {"shm": 2}
+    assert company.others(instance("d0", "decode")).paths == {"shm": 1}
+
+
+@pytest.mark.parametrize("hosts, alike", [(1, True), (1000, True), (1000, False), (20, False)])
+def test_the_status_of_a_thousand_instances_takes_no_second(hosts, alike):
+    """Once per change, about 40 ms at the most; looking at every pair takes seconds."""
+    made = Registry(1)
+    for number in range(1000):
+        iid = f"i{number}"
+        at = reach(iid, host=f"h{number % hosts}", process=number, paths=["local", "shm", "stream"])
+        other = FINGERPRINT if alike or number else fingerprint(model="x")
+        made.ready(ready(iid, "prefill" if number % 2 else "decode", reach=at, fingerprint=other), 0.0)
+    took = []
+    for _ in range(3):
+        made.turn(made.peers["i5"], "prefill")  # news: all is made anew
+        start = time.perf_counter()
+        status = {each.iid: each for each in made.status()}
+        took.append(time.perf_counter() - start)
+    assert min(took) < 1.0
+    near = 500 if hosts == 1 else 0  # with several hosts, those of one have one phase
+    assert status["i1"].paths == Counter(shm=near, stream=500 - near - (not alike)) + Counter()
+    assert bool(status["i1"].note) == (not alike) and bool(status["i0"].note) == (not alike)

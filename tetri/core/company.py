@@ -1,0 +1,120 @@
+"""Which instances can exchange KV with which, and over which path: for a thousand of them without looking at every
+pair."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tetri.policy.pairing import FAR, kin, path, stranger
+from tetri.request import Fingerprint, Reach
+
+Kind = tuple[Fingerprint, tuple[Any, ...]]
+
+
+class Party(Protocol):
+    iid: str
+    fingerprint: Fingerprint
+    reach: Reach
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`paths`: with how many members one can exchange KV over each. `stranger`: one of the others, and why never with
+    that one; empty when there is none."""
+
+    paths: dict[str, int]
+    stranger: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.paths.values())
+
+
+Place = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Group:
+    """Members that are alike, seen from a distance, by the place where one would see them from nearer."""
+
+    size: int = 0
+    places: dict[Place, list[Party]] = field(default_factory=dict)
+
+    def but(self, place: Place) -> tuple[int, Party] | None:
+        """How many are elsewhere, and one of them."""
+        one = next((members[0] for where, members in self.places.items() if where != place), None)
+        return None if one is None else (self.size - len(self.places.get(place, ())), one)
+
+
+class Company:
+    """Instances, grouped by all that decides how KV moves to and from them: the farther away, the less that is, and
+    the fewer the groups."""
+
+    def __init__(self, members: Iterable[Party]) -> None:
+        self._iids: dict[str, None] = {}
+        self._groups: dict[Place, dict[Kind, Group]] = {}  # place -> what decides there -> who is there
+        self._found: dict[Kind, Found] = {}
+        for member in members:
+            self._iids[member.iid] = None
+            reach = member.reach
+            inner: Place = ("nowhere nearer",)
+            for place, facts in zip(_places(reach), _facts(reach), strict=True):
+                group = self._groups.setdefault(place, {}).setdefault((member.fingerprint, facts), Group())
+                group.size += 1
+                group.places.setdefault(inner, []).append(member)
+                inner = place
+
+    def of(self, party: Party) -> Found:
+        """What there is for an instance, itself included if it is a member: it can always exchange KV with itself."""
+        kind = _kind(party)
+        if kind not in self._found:
+            self._found[kind] = self._find(party)
+        return self._found[kind]
+
+    def others(self, party: Party) -> Found:
+        """The same without itself."""
+        found, own = self.of(party), path(party.reach, party.reach)
+        if party.iid not in self._iids or own is None:
+            return found
+        paths = {name: count - (name == own) for name, count in found.paths.items()}
+        return Found({name: count for name, count in paths.items() if count}, found.stranger)
+
+    def _find(self, party: Party) -> Found:
+        paths: Counter[str] = Counter()
+        odd = ""
+        inner: Place = ()  # nothing was seen from nearer
+        for place in _places(party.reach):
+            for group in self._groups.get(place, {}).values():
+                found = group.but(inner)
+                if found is None:
+                    continue
+                size, other = found
+                why = stranger(party.fingerprint, other.fingerprint, party.reach, other.reach)
+                name = path(party.reach, other.reach)
+                if why is None and name is not None:
+                    paths[name] += size
+                elif not odd:
+                    odd = f"never paired with {other.iid}: {why}"
+            inner = place
+        return Found(dict(paths), odd)
+
+
+def _kind(party: Party) -> Kind:
+    """Instances of one kind can exchange KV with the same others."""
+    return party.fingerprint, kin(party.reach)
+
+
+def _places(reach: Reach) -> tuple[Place, ...]:
+    """Where an instance is, seen from its process, from its host, and from anywhere."""
+    return (reach.host, reach.process), (reach.host,), ()
+
+
+def _facts(reach: Reach) -> Iterator[tuple[Any, ...]]:
+    """What decides about KV in each of these places."""
+    paths = tuple(reach.paths)
+    yield paths, reach.device, *reach.near
+    yield tuple(name for name in paths if name != "local"), reach.device, *reach.near
+    yield tuple(name for name in paths if name in FAR)
