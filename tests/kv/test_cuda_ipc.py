@@ -154,6 +154,16 @@ def test_memory_that_is_wanted_back_is_closed_without_being_asked_for(world, pai
     assert receiver.take(kept) == [block(9)] and not opened, "the other stays open"
 
 
+def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
+    """Its process may end before the copy does."""
+    sender, receiver = pair
+    chunk = sender.put(block(1))
+    before = cuda(receiver).streamWaitEvent
+    cuda(receiver).streamWaitEvent = lambda *args: before(*args) or sender.close()
+    with pytest.raises(KVLost, match="is in generation"):
+        receiver.take(chunk)
+
+
 def test_a_closing_sender_waits_for_readers_that_hear(tmp_path):
     world = CudaWorld(tmp_path, patience_s=20.0)
     sender, receiver = world.open("p0"), world.open("d0")
