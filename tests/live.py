@@ -71,15 +71,16 @@ class LiveCluster:
             raise
         return self
 
-    def start(self, name: str, *extra: str) -> None:
-        """Start the broker, the monitor, or the worker of this name, as its own program."""
+    def start(self, name: str, *extra: str, inside: Sequence[str] = ()) -> None:
+        """Start the broker, the monitor, or the worker of this name, as its own program; `inside` comes before."""
         module = name if name in ("broker", "monitor") else "worker"
         program = f"{self.prologue}from tetri.proc.{module} import main; main()"
         command = [sys.executable, "-c", program, "--conf", str(self.conf)]
         command += [part for override in self.overrides for part in ("--set", override)]
         command += ["--iid", name] if module == "worker" else []
         with open(self.folder / f"{name}.log", "ab") as output:
-            process = subprocess.Popen([*command, *extra], stdin=subprocess.DEVNULL, stderr=output, stdout=output)
+            whole = [*inside, *command, *extra]
+            process = subprocess.Popen(whole, stdin=subprocess.DEVNULL, stderr=output, stdout=output)
         self.processes[name] = process
 
     def kill(self, name: str) -> None:

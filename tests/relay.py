@@ -2,13 +2,18 @@
 process, or a program in a network namespace of its own:
 
     python tests/relay.py LISTEN_HOST:PORT TARGET_HOST:PORT [--delay S] [--rate BYTES_S] [--cut-every BYTES] [--seed N]
+
+The program says "ready", and at SIGTERM what it counted, as one line of JSON each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
+import signal
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -146,8 +151,13 @@ def main() -> None:
     made = parser.parse_args()
     weather = Weather(made.delay, made.rate, made.cut_every, rng=random.Random(made.seed))
     relay = Relay(made.target, made.listen, weather)
-    print("ready", flush=True)
-    relay.wait_for_ever()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print(json.dumps("ready"), flush=True)
+    try:
+        relay.wait_for_ever()
+    finally:
+        said = {"connections": relay.connections, "cuts": relay.cuts, "forwarded": relay.forwarded}
+        print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

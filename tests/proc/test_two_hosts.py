@@ -1,0 +1,76 @@
+"""Prefill on one host, decode on the other: KV over `stream`, encrypted, through a relay that delays and cuts. Tokens
+are those of one engine. Two network namespaces are the two hosts; needs root and iproute2."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from live import EMULATED, PATIENCE_S
+from two_hosts import TwoHostCluster, TwoHosts
+
+from tetri.client import AsyncClient, Result
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
+
+MB = 1_000_000
+PAIR = "worker=[{iid='p0',role='prefill'},{iid='d0',role='decode'}]"
+CONF = [PAIR, "emulated.token_bytes=1024", "emulated.blocks=2048", "transfer.slab_blocks=128"]
+PROMPTS = [[seed] * (40 + 131 * seed % 1900) for seed in range(32)]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[TwoHosts]:
+    with TwoHosts() as hosts:
+        yield hosts
+
+
+def all_at_once(cluster: TwoHostCluster) -> list[Result]:
+    async def run() -> list[Result]:
+        async with AsyncClient(cluster.config.clients_address, timeout=60) as client:
+            return await asyncio.gather(*(client.generate(prompt, max_tokens=12) for prompt in PROMPTS))
+
+    return asyncio.run(run())
+
+
+def check(cluster: TwoHostCluster, results: list[Result]) -> int:
+    """Tokens of one engine, every prompt token's KV moved; the bytes that moved."""
+    made, sampling = cluster.config.emulated, Sampling(max_tokens=12)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert result.token_ids == reference(prompt, sampling, made.vocabulary, made.token_bytes)
+        receipt = result.receipt
+        assert (receipt.transport, receipt.adopted, receipt.recomputed) == ("stream", len(prompt), 0)
+        assert (receipt.prefill_instance, receipt.decode_instance) == ("p0", "d0")
+    return sum(result.receipt.kv_bytes for result in results)
+
+
+def test_many_requests_through_a_network_that_delays_and_cuts(hosts: TwoHosts) -> None:
+    weather = ["--delay", "0.001", "--cut-every", str(4 * MB)]
+    with TwoHostCluster(hosts, EMULATED, CONF, weather, PATIENCE_S) as cluster:
+        moved = check(cluster, all_at_once(cluster))
+        cluster.wait_idle()
+        counted = cluster.relayed()
+    assert moved > 20 * MB and counted["forwarded"] >= moved, "it went another way"
+    assert counted["cuts"] >= 3 and counted["connections"] > counted["cuts"]
+
+
+def test_a_throttled_network_only_takes_longer(hosts: TwoHosts) -> None:
+    with TwoHostCluster(hosts, EMULATED, CONF, ["--rate", str(60 * MB)], PATIENCE_S) as cluster:
+        moved = check(cluster, all_at_once(cluster))
+        cluster.wait_idle()
+        assert cluster.relayed()["forwarded"] >= moved
+
+
+def test_the_prefill_host_dies_and_comes_back(hosts: TwoHosts) -> None:
+    with TwoHostCluster(hosts, EMULATED, CONF, ["--rate", str(20 * MB)], PATIENCE_S) as cluster:
+        streams = [cluster.client().stream(prompt, max_tokens=12) for prompt in PROMPTS[:24]]
+        next(streams[0])
+        cluster.kill("p0")
+        cluster.start("p0")
+        results = [stream.wait() for stream in streams]
+        made = cluster.config.emulated
+        for prompt, result in zip(PROMPTS, results, strict=False):
+            assert result.token_ids == reference(prompt, Sampling(max_tokens=12), made.vocabulary, made.token_bytes)
+        assert any(result.receipt.attempts > 1 for result in results)
+        cluster.wait_idle()
