@@ -292,4 +292,7 @@ class Worker:
         if jammed is not None:
             actions += self.prefill.give_up(jammed, "its decode instance let go, and others need its slots")
             self.idle = False
+        if self.neighbours.blind and self.dispatcher.waiting():
+            self.neighbours.version += 1  # who refused may have room again, and nobody would tell
+            actions += self.dispatcher.forgive(now)
         return [*actions, *self.decode.remind(), self.presence.beat()]
