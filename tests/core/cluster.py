@@ -150,8 +150,9 @@ class Cluster:
 
     # ------------------------------------------------------------ the story
 
-    def run(self, limit: float = 30.0) -> Cluster:
-        """Until all is over and tidied up. Raises AssertionError with the seed in it."""
+    def run(self, limit: float = 55.0) -> Cluster:
+        """Until all is over and tidied up. Raises AssertionError with the seed in it. A monitor that was restarted
+        when nobody was left for a role takes 45 s to give it to somebody."""
         try:
             while not self.over():
                 self.now, _, what = heappop(self._heap)
