@@ -116,7 +116,11 @@ class SlabContract:
         assert not any(slab.keep(wrong) for wrong in wrong_handles(handle))
         slab.free(handle)
         assert slab.free_slots == SLOTS
-        assert not slab.keep(handle)
+        generation = handle.generations[0] + 1
+        for gone in (handle, msgspec.structs.replace(handle, generations=[generation])):  # as it is, but nobody's
+            assert not slab.keep(gone)
+            with pytest.raises(KVError, match="cannot free"):
+                slab.free(gone)
 
     def test_letting_go_what_nobody_keeps_is_an_error(self, slab):
         handle, _ = slab.put(1, nothing)
@@ -132,6 +136,15 @@ class SlabContract:
         slab.free(handle)
         slab.free(other)
         assert (slab.free_slots, slab.freed()) == (SLOTS, 2)
+
+    def test_a_closed_slab_gives_and_takes_nothing(self, slab):
+        handle, _ = slab.put(1, nothing)
+        slab.close()
+        assert not slab.keep(handle)
+        with pytest.raises(KVError, match="closed"):
+            slab.put(1, nothing)
+        with pytest.raises(KVError, match="closed"):
+            slab.free(handle)
 
     def test_closing_twice_is_fine_and_what_is_kept_may_be_let_go_after_it(self, slab):
         handle, _ = slab.put(1, nothing)

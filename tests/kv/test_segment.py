@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 
 import pytest
 
@@ -60,10 +61,10 @@ def test_a_segment_that_is_no_plain_file_is_lost(peer, slab, tmp_path):
     (tmp_path / "tetri-test-link").symlink_to(tmp_path / slab.segment.name)
     (tmp_path / "tetri-test-folder").mkdir()
     os.mkfifo(tmp_path / "tetri-test-pipe")  # opening it must not wait for a writer
-    for name in ("tetri-test-link", "tetri-test-folder", "tetri-test-pipe"):
-        peer.meet(name)
-        with pytest.raises(KVLost):
-            peer.take(handle_of(name), None)
+    for name, says in (("link", "cannot be opened"), ("folder", "not a file"), ("pipe", "not a file")):
+        peer.meet(f"tetri-test-{name}")
+        with pytest.raises(KVLost, match=says):
+            peer.take(handle_of(f"tetri-test-{name}"), None)
 
 
 _WORDS = ("", "x", "../x", "tetri-other-p0-1")
@@ -104,3 +105,23 @@ def test_a_restarted_peers_old_segment_is_let_go(peer, tmp_path):
         slab.close()
     with pytest.raises(KVForeign):
         peer.take(handle_of("tetri-test-p1-0123456789abcdef"), None, peer="p1")
+
+
+def test_the_file_is_laid_out_as_the_protocol_says(slab, tmp_path):
+    """docs/protocol.md, section 8: read here by its offsets alone."""
+    before = time.monotonic_ns()
+    handle, _ = put(slab, block(1), block(2))
+    slab.keep(handle)
+    name = slab.segment.name
+    data = (tmp_path / name).read_bytes()
+    magic, version, start, size, slots, pid, words, made = struct.unpack_from("=8sIIQQIIQ", data)
+    assert (magic, version, size, slots, pid) == (b"tetri-kv", 2, BLOCK, SLOTS, os.getpid())
+    assert start == -(-(64 + 72 * slots) // 4096) * 4096 and len(data) == start + slots * size
+    assert name[len("tetri-") :][: words + 1] == "test-" and made <= before and data[48:64] == bytes(16)
+    generations = struct.unpack_from(f"={slots}Q", data, 64)
+    assert [generations[slot] for slot in handle.slots] == handle.generations
+    marks = [struct.unpack_from("=Q56s", data, 64 + 8 * slots + 64 * slot) for slot in range(slots)]
+    assert [slot for slot, (since, _) in enumerate(marks) if since >= before] == sorted(handle.slots)
+    found = [data[start + slot * size : start + (slot + 1) * size] for slot in handle.slots]
+    assert found == [block(1), block(2)]
+    slab.let_go(handle)

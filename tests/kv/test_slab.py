@@ -85,16 +85,6 @@ def test_memory_that_nobody_looks_at_needs_no_marks():
     assert slab.free_slots == SLOTS
 
 
-def test_a_closed_slab_gives_and_takes_nothing(slab):
-    handle, _ = slab.put(1, nothing)
-    slab.close()
-    assert not slab.keep(handle)
-    with pytest.raises(KVError, match="closed"):
-        slab.put(1, nothing)
-    with pytest.raises(KVError, match="closed"):
-        slab.free(handle)
-
-
 # ------------------------------------------------------------ taking from a mapping
 
 

@@ -65,6 +65,11 @@ def test_a_slot_that_is_sent_on_is_used_although_its_request_has_left(slab, tmp_
     assert survey("test", str(tmp_path))[0].pages == ()
 
 
+def test_a_slot_of_an_owner_without_a_name_is_used_too(slab, tmp_path):
+    slab.put(2, nothing)
+    assert [page.owner for page in survey("test", str(tmp_path))[0].pages] == ["", ""]
+
+
 def test_what_a_killed_owner_left_says_whose_it_was_and_can_be_removed(slab, dead, tmp_path):
     name, pid = dead
     seen = {seen.iid: seen for seen in survey("test", str(tmp_path))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from tetri.kv.base import KVError, KVForeign, KVLost, Taken, Wanted
+from tetri.kv.base import KVError, KVLost, Taken, Wanted
 from tetri.kv.segment import Mapping, attach, create, sweep
 from tetri.kv.slab import HostSlab
 from tetri.kv.staging import Staging
@@ -68,9 +68,6 @@ class ShmReader:
         known = self._segments.get(wanted.peer)
         if known is None:
             raise KVLost(f"no peer {wanted.peer} is known here")
-        if known != wanted.handle.segment:
-            other = wanted.handle.segment
-            raise KVForeign(f"the slab of {wanted.peer} is {known[:80]!r}, the handle is of {other[:80]!r}")
         if wanted.peer not in self._mappings:
             self._mappings[wanted.peer] = attach(self._directory, self._deployment, known)
         return self._mappings[wanted.peer]
