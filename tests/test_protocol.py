@@ -9,13 +9,16 @@ import msgspec
 import pytest
 
 from tests.wire.described import rows, structs
+from tetri.kv.stream_fetch import Patience
+from tetri.kv.stream_serve import MAX_FETCHES
 from tetri.net import sockets
-from tetri.wire import codec
+from tetri.wire import bulk, codec
+from tetri.wire.bulk import BulkReply, BulkRequest
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 TEXT = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
-UNIONS = (ClientMessage, BrokerReply, WorkerEvent, InboxMessage, LoadReport, ClusterView)
+UNIONS = (ClientMessage, BrokerReply, WorkerEvent, InboxMessage, LoadReport, ClusterView, BulkRequest, BulkReply)
 RECORDS = list(dict.fromkeys(record for union in UNIONS for record in structs(union)))
 UNION_OF = {
     record.__struct_config__.tag: union
@@ -24,7 +27,7 @@ UNION_OF = {
     if record.__struct_config__.tag is not None
 }
 MUST_HAVE_VECTORS = {"submit", "accepted", "refused", "delta", "done", "cancel", "tokens", "chunk"}
-MUST_HAVE_VECTORS |= {"load", "view", "change_role", "role_changed", "flip", "flip_wanted"}
+MUST_HAVE_VECTORS |= {"fetch", "piece", "load", "view", "change_role", "role_changed", "flip", "flip_wanted"}
 
 
 def sections() -> dict[str, str]:
@@ -66,7 +69,11 @@ def test_the_limits_are_the_codes():
     assert "| a frame to the broker's clients socket | 4 MiB," in TEXT
     assert "| any other frame | 16 MiB |" in TEXT
     assert "| a LoadReport | 64 KiB |" in TEXT and "| a ClusterView | 4 MiB |" in TEXT
-    assert [codec.limit(union) >> 10 for union in UNIONS] == [4096, 16384, 16384, 16384, 64, 4096]
+    assert [codec.limit(union) >> 10 for union in UNIONS] == [4096, 16384, 16384, 16384, 64, 4096, 256, 2]
+    assert "| a frame to the server of the KV stream | 256 KiB |" in TEXT and f"at most {bulk.MAX_SLOTS} slots" in TEXT
+    assert "| a frame from it | 2 KiB, a payload 1 MiB |" in TEXT and bulk.PIECE_BYTES == 1 << 20
+    assert f"| fetches of one receiver at one server | {MAX_FETCHES}, then Gone |" in TEXT
+    assert f"{Patience().stall_s:g} s; after {Patience().lost_s:g} s" in TEXT
     assert f"| {sockets.VIEWS_WAITING}, then it misses the next |" in TEXT
     assert f"| {sockets.LOADS_WAITING} of each worker, then it misses the next |" in TEXT
     assert TEXT.startswith(f"# The tetri protocol, version {codec.VERSION}\n")

@@ -11,6 +11,7 @@ from relay import Relay, Weather
 
 from tests.kv.parties import block
 from tests.kv.test_contract_stream import StreamWorld
+from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVCorrupt, KVError, KVLost
 from tetri.kv.local import LocalSlab
 from tetri.kv.stream import Stream, StreamSettings
@@ -201,3 +202,17 @@ def test_what_cannot_be_served_is_one_line(settings, says):
         Stream(LocalSlab("p0", 1, 1, {}), settings, lambda: None)
     assert str(caught.value).startswith("KV path stream: ") and "\n" not in str(caught.value)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("transport", "address", "paths"),
+    [("stream", "", ["stream"]), ("auto", "tcp://127.0.0.1:*", ["shm", "stream"]), ("auto", "", ["shm"])],
+)
+def test_a_worker_has_the_path_by_name_or_when_it_has_an_address(transport, address, paths):
+    settings = StoreSettings("t-stream", "p0", slots=2, block_bytes=100, transport=transport, address=address)
+    store = open_store(settings)
+    try:
+        assert [path for path in store.reach.paths if path != "nixl"] == paths
+        assert store.reach.address.startswith("tcp://127.0.0.1:") == ("stream" in paths)
+    finally:
+        store.close()

@@ -5,7 +5,8 @@ import xxhash
 
 from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Wanted
 from tetri.kv.stream_fetch import MAX_STARTED, Fetching, Patience
-from tetri.wire.bulk import MAX_SLOTS, Credit, Gone
+from tetri.wire import codec
+from tetri.wire.bulk import MAX_SLOTS, BulkReply, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.messages import Handle
 
 BLOCK = 1000
@@ -227,3 +228,11 @@ def test_one_that_is_passed_over_while_others_come_is_lost_in_the_end():
         arrive(made, second, bytes(10), now=float(at))
         lost += made.lost(float(at))
     assert [take.number for take, _ in lost] == [first]
+
+
+def test_the_longest_messages_are_within_their_limits():
+    handle = Handle(segment="x" * 128, slots=[1 << 62] * MAX_SLOTS, generations=[1 << 62] * MAX_SLOTS, block_bytes=1)
+    fetch = Fetch(number=1 << 62, lane=1 << 62, handle=handle, start=1 << 62, credit=1 << 62)
+    assert codec.decode(codec.encode(fetch), BulkRequest) == fetch
+    gone = Gone(number=1 << 62, foreign=True, reason="\U0001f600" * 300)
+    assert codec.decode(codec.encode(gone), BulkReply) == gone

@@ -20,7 +20,7 @@ class Room:
         """At least `size` bytes, of the smallest buffer that is not far too large."""
         fits = [buffer for buffer in self._idle if size <= len(buffer) <= 2 * max(size, _PAGE)]
         if fits:
-            best = min(fits, key=len)
+            best = min(reversed(fits), key=len)  # of equals the last used: it may still be in a cache
             self._idle = [buffer for buffer in self._idle if buffer is not best]
             return best
         return _touched(-(-max(size, 1) // _PAGE) * _PAGE)

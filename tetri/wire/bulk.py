@@ -14,7 +14,7 @@ PIECE_BYTES = 1 << 20  # of one piece's payload, at most
 LEAST_COST = 64 << 10
 MAX_SLOTS = 8192  # in one Fetch
 REQUEST_BYTES = 256 << 10  # a frame to the server, at most: a Fetch of MAX_SLOTS
-HEADER_BYTES = 1 << 10  # a Piece, or a Gone, without the payload
+HEADER_BYTES = 2 << 10  # a Piece, or a Gone, without the payload
 
 Reason = Annotated[str, Meta(max_length=300)]
 

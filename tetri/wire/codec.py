@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from tetri.wire.bulk import HEADER_BYTES, REQUEST_BYTES, BulkReply, BulkRequest
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
@@ -26,6 +27,8 @@ _LIMITS: dict[Messages, int] = {
     WorkerEvent: MAX_BYTES,
     InboxMessage: MAX_BYTES,
     LoadReport: 64 << 10,
+    BulkRequest: REQUEST_BYTES,
+    BulkReply: HEADER_BYTES,
     ClusterView: 4 * MEGABYTE,  # some ten thousand instances
 }
 _MAX_REASON = 160  # characters: a reason quotes what was sent, and that may be megabytes
