@@ -436,6 +436,26 @@ def test_a_waiting_request_goes_to_the_first_that_comes(broker):
     assert ("patience", RID) not in broker.core.life.timers
 
 
+@pytest.mark.parametrize("larger", [None, "lost"])
+def test_what_no_prefill_instance_could_begin_anew_fails_at_once(broker, larger):
+    """Ten tokens with its output: those that prefill hold eight. One that is lost may come back, and held more."""
+    for iid, role, blocks in (("p1", "prefill", 2), ("d1", "decode", 10), ("p2", "prefill", 10)):
+        if iid != "p2" or larger == "lost":
+            broker.tell(ready(iid, role, capacity=capacity(blocks=blocks)), PeerUp(iid))
+    if larger == "lost":
+        broker.tell(PeerDown("p2"))
+        broker.core.registry.lose(broker.core.registry.peers["p2"], "silent")
+    broker.tell(submit(prompt=range(1, 7), max_tokens=20), staged("p1", RID, Stage.PREFILL))
+    broker.tell(tokens("p1", RID, 0, 7), staged("d1", RID, Stage.WAITING), staged("d1", RID, Stage.DECODE))
+    broker.tell(tokens("d1", RID, 1, 8, 9, 10))
+    actions = broker.tell(PeerDown("d1"))
+    if larger == "lost":
+        assert row(broker).reason is None and ("patience", RID) in broker.core.life.timers
+        return
+    end = done(actions)
+    assert end.reason == "error" and "10 tokens, its output so far included, fit into no prefill instance" in end.error
+
+
 @pytest.mark.parametrize("stage", [Stage.QUEUED, Stage.PREFILL, Stage.MOVING])
 def test_a_lost_prefill_instance_is_replaced_by_another(served, stage):
     served.tell(submit(), staged("p1", RID, stage))

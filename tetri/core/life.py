@@ -48,6 +48,9 @@ class Life:
         work_s = min(max(work_s, SHORT_S), LONG_S)
         column = self._route(work_s, pool, self.rng) if pool.iids else None
         if column is None:
+            beyond = self.registry.beyond(tokens) if row.attempt > 1 else None
+            if beyond is not None:
+                return self.end(row, "error", now, beyond)
             if ("patience", row.rid) not in self.timers:  # or whoever comes in vain would prolong it
                 self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []

@@ -172,6 +172,14 @@ class Registry:
                 return f"{tokens} tokens fit into no {phase} instance: the largest holds {most}"
         return None
 
+    def beyond(self, tokens: int) -> str | None:
+        """Why so many tokens of a request that starts over can be prefilled nowhere, nor by one that may come back."""
+        rooms = [peer.tokens for peer in self.peers.values() if peer.role in TAKES_PREFILL]
+        most = max(rooms, default=tokens)
+        if tokens <= most:
+            return None
+        return f"{tokens} tokens, its output so far included, fit into no prefill instance: the largest holds {most}"
+
     def _sort(self) -> None:
         """Sort the instances into pools: once per change, not per request."""
         there = [peer for peer in self.peers.values() if peer.lost is None]
