@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ class TwoHosts:
     def __enter__(self) -> Self:
         if os.geteuid() != 0 or shutil.which("ip") is None:
             pytest.skip("network namespaces need root and iproute2")
+        self._sweep()
         try:
             self._make()
         except subprocess.CalledProcessError as error:
@@ -47,6 +49,14 @@ class TwoHosts:
             self.__exit__(None, None, None)
             raise
         return self
+
+    @staticmethod
+    def _sweep() -> None:
+        """What a test that was killed has left."""
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=20).stdout
+        for name, pid in re.findall(r"^(tetri-(\d+)-[pd])\b", listed, flags=re.M):
+            if not Path(f"/proc/{pid}").exists():
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
 
     def _make(self) -> None:
         ends = {"p0": f"tp{os.getpid()}", "d0": f"td{os.getpid()}"}

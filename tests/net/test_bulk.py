@@ -126,10 +126,10 @@ def test_frames_over_the_limits_end_the_connection_and_more_frames_are_no_messag
         assert made.until(made.server.receive)[1] == b""
         peer, message = made.heard(link, b"x" * REQUEST_BYTES)
         assert len(message) == REQUEST_BYTES
-        made.server.send(peer, b"h", bytes(PIECE_BYTES + 1))
+        made.server.send(peer, b"h", bytes(PIECE_BYTES + 65))
         made.until(lambda: link.broken)
         second = made.up(made.link())
-        second.send(b"x" * (REQUEST_BYTES + 1))
+        second.send(b"x" * (REQUEST_BYTES + 65))
         made.until(lambda: second.broken)
         assert made.heard(made.up(made.link()))[1] == b"hello"
 
@@ -167,7 +167,11 @@ def test_a_bell_wakes_from_any_number_of_rings_and_after_its_end_does_nothing():
 def test_members_get_in(key):
     with ends(key) as made:
         link = made.up(made.link(key))
-        assert made.heard(link)[1] == b"hello" and made.doorman.refused == 0
+        peer, message = made.heard(link, b"x" * REQUEST_BYTES)  # the longest there are
+        assert len(message) == REQUEST_BYTES and made.doorman.refused == 0
+        made.server.send(peer, b"header", bytes(PIECE_BYTES))
+        assert made.until(link.receive) == b"header"
+        assert link.receive_into(memoryview(bytearray(PIECE_BYTES))) == PIECE_BYTES
 
 
 def test_nobody_else_gets_in(key, tmp_path):

@@ -19,7 +19,7 @@ from tetri.request import Reach
 from tetri.wire import codec
 from tetri.wire.bulk import PIECE_BYTES, BulkReply, Gone, Piece
 
-AGAIN_S = 0.05  # between two tries to connect
+AGAIN_S, LONGEST_AGAIN_S = 0.025, 0.8  # between two tries to connect, twice as long each time
 _MOST_READ = 64  # messages of one connection before the others have their turn
 
 Command = Callable[[], None]
@@ -46,6 +46,7 @@ class SlabReader:
         self._addresses: dict[str, str] = {}  # by peer
         self._links: dict[str, BulkLink] = {}
         self._again: dict[str, float] = {}  # when to connect next
+        self._tries: dict[str, int] = {}  # since it brought something
         self._commands: deque[Command] = deque()
         self._bell = Bell()
         self._watch = Watch(self._bell)
@@ -84,6 +85,7 @@ class SlabReader:
         self._close(peer)
         self._addresses.pop(peer, None)
         self._again.pop(peer, None)
+        self._tries.pop(peer, None)
         for take in self._fetching.part(peer):
             self._end(take, KVLost(f"{peer} is gone"))
 
@@ -144,7 +146,8 @@ class SlabReader:
             self._cut(name, "does not read what it is asked")
 
     def _open(self, name: str, now: float) -> None:
-        self._again[name] = now + AGAIN_S
+        tries = self._tries[name] = self._tries.get(name, 0) + 1
+        self._again[name] = now + min(AGAIN_S * 2.0**tries, LONGEST_AGAIN_S)
         try:
             link = BulkLink(self._context, self._addresses[name], self._key)
         except NetError as error:
@@ -167,7 +170,8 @@ class SlabReader:
         """Go on over another connection."""
         if self._fetching.peers[name].takes:  # one that ends while nothing is asked of it has every right to
             self.counters["cut"] += 1
-            self._log.warning("KV from %s: %s; connecting again", name, why)
+            level = logging.DEBUG if self._tries.get(name, 0) > 1 else logging.WARNING
+            self._log.log(level, "KV from %s: %s; connecting again", name, why)
         self._close(name)
 
     def _end(self, take: Take, problem: KVError) -> None:
@@ -233,6 +237,7 @@ class SlabReader:
             self.counters["garbage_piece"] += 1
             return f"a piece of {size} bytes at {piece.start}, where one at {take.at} was due"
         take.add(place[:size])
+        self._tries[name] = 0
         if self._fetching.grew(name, take, time.monotonic()):
             problem = take.problem()
             if problem is None:

@@ -32,6 +32,7 @@ _KEEPALIVE = {  # seconds, seconds, probes
     zmq.TCP_KEEPALIVE_CNT: 3,
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_CURVE_BYTES = 64  # an encrypted frame is longer, and libzmq measures it as it comes
 _number = count()
 Bytes = bytes | memoryview
 
@@ -105,7 +106,7 @@ class BulkServer:
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
         self.socket.set(zmq.SNDHWM, PIECES_WAITING)
         self.socket.set(zmq.RCVHWM, REQUESTS_WAITING)
-        self.socket.set(zmq.MAXMSGSIZE, REQUEST_BYTES)
+        self.socket.set(zmq.MAXMSGSIZE, REQUEST_BYTES + _CURVE_BYTES)
         if key is not None:
             guard(self.socket, key)
         try:
@@ -158,7 +159,7 @@ class BulkLink:
         self.socket = sockets.trying(_socket(context, zmq.DEALER))
         self.socket.set(zmq.SNDHWM, REQUESTS_WAITING)
         self.socket.set(zmq.RCVHWM, PIECES_WAITING)
-        self.socket.set(zmq.MAXMSGSIZE, max(PIECE_BYTES, HEADER_BYTES))
+        self.socket.set(zmq.MAXMSGSIZE, max(PIECE_BYTES, HEADER_BYTES) + _CURVE_BYTES)
         if key is not None:
             introduce(self.socket, key)
         endpoint = f"inproc://bulk-{next(_number)}"
