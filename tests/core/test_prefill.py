@@ -349,17 +349,18 @@ def test_none_overtakes_another_that_found_no_place():
     assert [each.rid for each in sent(see(prefill, 3, "d1"), kind=Offer)] == ["a", "b"]
 
 
-def test_without_views_who_refused_is_asked_again_at_every_beat(prefill):
+def test_without_views_who_refused_is_asked_again_as_often_as_views_would_come():
     """Nothing else tells that there is room again; a roster comes more seldom."""
-    prefill.tell(assign("a", prompt=8))
-    prefill.step(("a", 7, None))
-    assert not sent(prefill.tell(refuse("a")), "d1") and not sent(prefill.later(0.1), "d1")
-    prefill.now += 2.0
-    prefill.tell(roster(2, instance("p1", "prefill"), instance("d1", "decode"), instance("p2", "prefill")))
-    number = prefill.core.prefill.jobs["p:a:1"].flow.offer
-    prefill.later()
-    assert not sent(prefill.tell(refuse("a", number)), "d1")
-    assert [each.offer for each in sent(prefill.later(0.1), "d1", Offer)] == [number + 1]
+    told = start(load_s=0.1)
+    told.tell(assign("a", prompt=8))
+    told.step(("a", 7, None))
+    assert not sent(told.tell(refuse("a")), "d1") and not sent(told.later(0.1), "d1")
+    told.now += 2.0
+    told.tell(roster(2, instance("p1", "prefill"), instance("d1", "decode"), instance("p2", "prefill")))
+    number = told.core.prefill.jobs["p:a:1"].flow.offer
+    told.later()
+    assert not sent(told.tell(refuse("a", number)), "d1")
+    assert [each.offer for each in sent(told.later(0.1), "d1", Offer)] == [number + 1]
 
 
 def test_only_reachable_decode_instances_of_the_same_kind_are_asked():

@@ -83,11 +83,6 @@ class Dispatcher:
                 return job
         return None
 
-    @property
-    def refusals(self) -> bool:
-        """Whether anybody has refused since there was news."""
-        return bool(self._refused)
-
     def forgive(self, now: float) -> list[Action]:
         """There is news of the others: who refused may be asked again."""
         self._refused.clear()

@@ -80,11 +80,6 @@ class Neighbours:
             self._view = None
             self.version += 1
 
-    @property
-    def blind(self) -> bool:
-        """Whether nothing is known of the loads."""
-        return self._view is None
-
     def loads(self) -> dict[str, InstanceLoad]:
         """The newest reports by instance, perhaps of an earlier incarnation."""
         return {each.iid: each for each in self._view.loads} if self._view is not None else {}

@@ -88,7 +88,7 @@ class Worker:
                 self.prefill.leaving.freed(event.slots)
                 return []
             case Offer():
-                return self.decode.offer(event)
+                return self.decode.offer(event, now)
             case Grant() | Refuse() | Landed():
                 return self.contacts.answered(event, now)
             case Assign():
@@ -271,7 +271,7 @@ class Worker:
 
     def _forgive(self, now: float) -> list[Action]:
         """With every view whoever refused is asked again. Without a monitor the own clock stands in."""
-        if not self.dispatcher.refusals or now - self.neighbours.seen_at < 2.5 * self.own.load_s:
+        if not self.dispatcher.waiting() or now - self.neighbours.seen_at < 2.5 * self.own.load_s:
             return []
         self.neighbours.version += 1  # what the Refuses said of memory is old
         return self.dispatcher.forgive(now)
@@ -292,7 +292,4 @@ class Worker:
         if jammed is not None:
             actions += self.prefill.give_up(jammed, "its decode instance let go, and others need its slots")
             self.idle = False
-        if self.neighbours.blind and self.dispatcher.waiting():
-            self.neighbours.version += 1  # who refused may have room again, and nobody would tell
-            actions += self.dispatcher.forgive(now)
         return [*actions, *self.decode.remind(), self.presence.beat()]
