@@ -58,7 +58,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, fake, says):
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     with pytest.raises(KVError) as caught:
         load()
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    sys.modules.pop("cupy", None)  # the false one; a true one comes back by itself
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
