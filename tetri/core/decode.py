@@ -16,6 +16,7 @@ from tetri.core.ledger import Ledger
 from tetri.core.outlook import Outlook
 from tetri.core.peers import Identity
 from tetri.core.seat import Seat, obstacle
+from tetri.core.turned_away import TurnedAway
 from tetri.leg import Leg, Sampled, Span
 from tetri.request import Stage
 from tetri.wire.messages import (
@@ -51,6 +52,7 @@ class Decode:
     ) -> None:
         self.own, self.ledger, self.make_room, self.way = own, ledger, make_room, way
         self.landing = Landing()
+        self.turned = TurnedAway(3 * max(own.load_s, own.beat_s))  # with every view and every beat they ask again
         self.outlook = Outlook(own)
         self.batch = Batch(own, ledger, self.outlook)
         self.seats: dict[str, Seat] = {}
@@ -60,7 +62,7 @@ class Decode:
 
     # ------------------------------------------------------------ the hand-over
 
-    def offer(self, message: Offer) -> list[Action]:
+    def offer(self, message: Offer, now: float) -> list[Action]:
         seat = self._seat_of(message.rid)
         if seat is not None and seat.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
@@ -80,11 +82,15 @@ class Decode:
         if why is not None or way is None:
             return [*actions, self._answer(Refuse, message, why=why)]
         kept = self.batch.kept_free()
-        if self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks):
-            actions += self.make_room(message.rid, message.blocks + kept)
-        why = self.ledger.reserve(key, message.blocks, kept)
+        why = self.turned.before(message.rid, message.blocks, self.ledger, kept, now)
+        if why is None:
+            if self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks):
+                actions += self.make_room(message.rid, message.blocks + kept)
+            why = self.ledger.reserve(key, message.blocks, kept)
         if why is not None:
+            self.turned.enter(message.rid, message.blocks, now)
             return [*actions, self._answer(Refuse, message, why=why)]
+        self.turned.leave(message.rid)
         seat = Seat(key, message, Inflow(message.blocks, *way), message.length, blocks=message.blocks)
         self.seats[key] = self.moving[key] = self.bare[key] = seat
         self._keys[message.rid] = key
@@ -160,6 +166,7 @@ class Decode:
         return [self._answer(Grant, seat.offer) for seat in self.moving.values()]
 
     def close(self, rid: str, attempt: int) -> list[Action]:
+        self.turned.leave(rid)
         seat = self._seat_of(rid)
         return self._release(seat) if seat is not None and seat.offer.attempt <= attempt else []
 
