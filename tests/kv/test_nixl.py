@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from tests.kv.parties import PATIENCE_S, Chunk, Party, World, block
-from tetri.kv import StoreSettings, enabled, nixl_agent, nixl_mover, open_store
-from tetri.kv.base import KVError, KVLost
+from tetri.kv import StoreSettings, nixl_mover, open_store
+from tetri.kv.base import KVLost
 from tetri.kv.nixl import Ticket
 from tetri.kv.shm import sweep
 from tetri.request import Reach
@@ -24,7 +24,7 @@ OWNER = f"""
 import sys
 from tests.kv.parties import block
 from tetri.kv import StoreSettings, open_store
-store = open_store(StoreSettings("nixl-{os.getpid()}", "p0", {SLOTS}, {BLOCK}, "nixl"))
+store = open_store(StoreSettings("nixl-{os.getpid()}", "p0", {SLOTS}, {BLOCK}, "nixl", sys.argv[2]))
 def write(views):
     for number, view in enumerate(views):
         view[:] = block(int(sys.argv[1]) + number, {BLOCK})
@@ -37,12 +37,15 @@ for line in sys.stdin:
 
 
 class Owner:
-    """Another process with four blocks in its slab."""
+    """Another process with four blocks in its slab. `inside`: what stands before its command."""
 
-    def __init__(self, number=1):
+    def __init__(self, number=1, address="", inside=()):
         self.blocks = [block(number + at, BLOCK) for at in range(4)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*inside, sys.executable, "-c", OWNER, str(number), address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         segment, ticket, *words = self.process.stdout.readline().split()
         self.digest, *places = map(int, words)
@@ -265,65 +268,3 @@ def test_more_chunks_than_there_is_memory_for_wait_for_the_worker(receiver, worl
         time.sleep(0.001)
     world.settle()
     assert all(receiver.got(ticket) == owner.blocks for ticket in tickets)
-
-
-# ------------------------------------------------------------ the choice
-
-
-def settings(**changed):
-    return StoreSettings("t", "p0", SLOTS, 100, **changed)
-
-
-def test_without_the_package_it_is_one_line_that_names_the_extra(monkeypatch):
-    monkeypatch.setattr(nixl_agent, "find_spec", lambda name: None)
-    with pytest.raises(KVError, match=r"pip install 'tetri\[nixl\]'") as caught:
-        open_store(settings(transport="nixl"))
-    assert "\n" not in str(caught.value)
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("tetri-t-p0-")]
-
-
-@pytest.mark.parametrize(
-    ("address", "installed", "rdma", "has"),
-    [
-        ("", True, True, False),
-        ("tcp://a:1", False, True, False),
-        ("tcp://a:1", True, False, False),
-        ("tcp://a:1", True, True, True),
-    ],
-)
-def test_auto_has_it_where_it_is_worth_its_while(monkeypatch, address, installed, rdma, has):
-    monkeypatch.setattr(nixl_agent, "installed", lambda: installed)
-    monkeypatch.setattr(nixl_agent, "has_rdma", lambda: rdma)
-    assert ("nixl" in enabled(settings(address=address))) == has
-    assert enabled(settings(address=address, transport="nixl")) == ["nixl"]
-
-
-def test_the_library_leaves_the_process_as_it_was():
-    """It would import torch, greet on standard output and silence the errors of every logger."""
-    code = (
-        "import logging, sys; from tetri.kv.nixl_agent import Agent; Agent('a', everywhere=False).close();"
-        "assert 'torch' not in sys.modules and logging.raiseExceptions"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-
-
-def test_without_an_address_it_listens_on_the_loopback_device_only():
-    """Over TCP whoever can connect can read: by default that is nobody outside."""
-    code = """if True:
-        import os
-        from tetri.kv.nixl_agent import Agent
-        agent = Agent("a", everywhere=False)
-        own = {os.readlink(f"/proc/self/fd/{fd}") for fd in range(256) if os.path.lexists(f"/proc/self/fd/{fd}")}
-        for line in list(open("/proc/self/net/tcp"))[1:]:
-            place, state, inode = (line.split()[at] for at in (1, 3, 9))
-            if state == "0A" and f"socket:[{inode}]" in own:
-                print(place.split(":")[0])
-    """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("UCX_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, env=environment, check=True
-    )
-    assert done.stdout.split() == ["0100007F"]

@@ -40,7 +40,8 @@ def library() -> Any:
     """The bindings. Raises KVError when there are none."""
     if not installed():
         raise KVError("the KV transport nixl needs the extra nixl: pip install 'tetri[nixl]', or set another transport")
-    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")  # otherwise it greets on standard output
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")  # otherwise it greets on standard output,
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # and UCX complains there
     # To find out which of its two wheels fits, `nixl` imports torch: a second and 200 MB in an emulated worker.
     wheels = [name for name in _WHEELS if find_spec(name) is not None]
     raising = logging.raiseExceptions
