@@ -61,7 +61,7 @@ def test_who_was_turned_away_for_long_is_next():
 def test_nobody_waits_for_one_that_does_not_ask_any_more(gone):
     crowd = Crowd()
     crowd.goes_on()
-    for _ in range(11):
+    for _ in range(round(LONG_S / ASK_S) + 1):
         assert not crowd.asks("large", LARGE)
         crowd.goes_on()
     crowd.inside, ended = [], crowd.inside
@@ -77,15 +77,16 @@ def test_nobody_waits_for_one_that_does_not_ask_any_more(gone):
 
 def test_who_fits_beside_it_need_not_wait():
     turned, ledger = TurnedAway(0.6), Ledger(20, 0.5)
-    for step in range(12):
-        turned.enter("large", 6, 0.1 * step)
-    turned.enter("later", 9, 1.1)
-    assert turned.before("small", 4, ledger, 0, 1.1) is None
-    assert turned.before("small", 5, ledger, 0, 1.1) == "a request of 6 blocks, turned away for 1.1 s, is next"
-    assert turned.before("large", 6, ledger, 0, 1.1) is None
-    assert turned.before("small", 4, ledger, 11, 1.1) is not None, "blocks that are kept are not free"
+    now = LONG_S + 0.1
+    for step in range(round(now / 0.5) + 1):
+        turned.enter("large", 6, 0.5 * step)
+    turned.enter("later", 9, now)
+    assert turned.before("small", 4, ledger, 0, now) is None
+    assert turned.before("small", 5, ledger, 0, now) == f"a request of 6 blocks, turned away for {now:.1f} s, is next"
+    assert turned.before("large", 6, ledger, 0, now) is None
+    assert turned.before("small", 4, ledger, 11, now) is not None, "blocks that are kept are not free"
     turned.leave("large")
-    assert turned.before("small", 5, ledger, 0, 1.1) is None
+    assert turned.before("small", 5, ledger, 0, now) is None
 
 
 def test_who_comes_back_after_a_while_begins_anew_and_the_gone_are_forgotten():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tetri.core.ledger import Ledger
 
-LONG_S = 1.0
+LONG_S = 5.0  # a shorter one would reorder what merely waits its turn under load
 
 
 @dataclass(slots=True)
