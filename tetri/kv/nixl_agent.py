@@ -58,6 +58,18 @@ def address(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
 
 
+@contextmanager
+def _defaults(settings: dict[str, str]) -> Iterator[None]:
+    """In the environment, unless they are set there; afterwards it is as before."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Memory that the agent knows."""
@@ -77,15 +89,13 @@ class Agent:
     Raises KVError."""
 
     def __init__(self, name: str, everywhere: bool) -> None:
-        if not everywhere:
-            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         self._nixl = nixl = library()
         self._errors = tuple(getattr(nixl, word) for word in dir(nixl) if word.endswith("Error"))
         made = nixl.nixlAgentConfig()
         made.useProgThread, made.pthrDelay = True, _PROGRESS_US
         made.useListenThread, made.captureTelemetry = False, False
         made.syncMode = nixl.NIXL_THREAD_SYNC_NONE
-        with self._said("cannot start its backend UCX"):
+        with self._said("cannot start its backend UCX"), _defaults({} if everywhere else {"UCX_NET_DEVICES": "lo"}):
             self._agent = nixl.nixlAgent(name, made)
             self._backends = [self._agent.createBackend("UCX", {})]
 
