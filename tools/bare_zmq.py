@@ -25,7 +25,8 @@ def pieces(case: Case) -> list[tuple[int, int]]:
 
 @contextmanager
 def bare(case: Case, copy: bool) -> Iterator[Run]:
-    """`copy`: the receiver has the bytes in memory of Python's own, as from recv(); else in libzmq's."""
+    """`copy`: as a program must whose engine will overwrite the bytes: the sender copies each chunk into memory that
+    stays, and the receiver has its own copy, as from recv(). Else nobody copies beside the kernel."""
     ours, theirs = get_context("spawn").Pipe()
     with pinned() as core, zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.set(zmq.LINGER, 0)
@@ -33,13 +34,17 @@ def bare(case: Case, copy: bool) -> Iterator[Run]:
         port = push.bind_to_random_port("tcp://127.0.0.1")
         child = get_context("spawn").Process(target=_receive, args=(theirs, port, core, copy), daemon=True)
         child.start()
-        sources, numbers = Memory(case), itertools.count()
+        sources, stays, numbers = Memory(case), Memory(case), itertools.count()
 
         def run(count: int) -> float:
             ours.send(count * len(pieces(case)))
             start = time.perf_counter()
             for _ in range(count):
                 chunk = sources.next()
+                if copy:
+                    slots = stays.next()
+                    slots[:] = chunk
+                    chunk = slots
                 for first, stop in pieces(case):
                     push.send(encode(Piece(number=next(numbers), start=first)), zmq.SNDMORE)
                     push.send(chunk[first:stop], copy=False)

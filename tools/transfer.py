@@ -24,10 +24,10 @@ from tetri.kv.base import KVError
 TOKEN_BYTES = 23_040  # of SmolLM2-135M's KV in bfloat16
 ALONE_MB = 12.0
 ALONE_ROUNDS = 40
-# transport -> what else is measured in the same rounds, by name. pyzmq: bare PUSH and PULL, received as pyzmq does by
-# default; pyzmq_uncopied: left where libzmq received it.
+# transport -> what else is measured in the same rounds, by name. pyzmq: bare PUSH and PULL, nothing copied by either
+# side; pyzmq_copied: one copy at each side, as KV needs it.
 OTHERS: dict[str, dict[str, Lane]] = {
-    "stream": {"pyzmq": partial(bare, copy=True), "pyzmq_uncopied": partial(bare, copy=False)}
+    "stream": {"pyzmq": partial(bare, copy=False), "pyzmq_copied": partial(bare, copy=True)}
 }
 
 

@@ -19,6 +19,7 @@ from tetri.wire import codec
 from tetri.wire.bulk import Alive, BulkRequest, Piece
 from tetri.wire.messages import Handle
 
+LET_GO_S = 0.02  # a slot that is free again waits so long at most for the news, where others are not yet
 _MOST_READ = 256  # requests between two rounds of sending
 _ALIVE = codec.encode(Alive())
 
@@ -78,7 +79,7 @@ class SlabServer:
             if self._doorman is not None:
                 watch.add(self._doorman.socket)
             while not self._ending:
-                watch.wait(None)
+                watch.wait(LET_GO_S if self._held else None)
                 self._bell.hush()
                 self._let_go()
                 if self._doorman is not None:
@@ -150,7 +151,8 @@ class SlabServer:
     def _release(self, view: weakref.ref[memoryview]) -> None:
         """In a thread of pyzmq, or wherever the last reference falls: so without any lock but the bell's."""
         self._released.append(id(view))
-        self._bell.ring()
+        if len(self._released) >= len(self._held):
+            self._bell.ring()  # the last; those before it are seen to when the thread is awake anyway
 
     def _let_go(self) -> None:
         free = self._slab.free_slots
