@@ -1,6 +1,7 @@
 """The path over nixl between two hosts: network namespaces whose link is cut and comes back, UCX over TCP."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from two_hosts import DECODE, PREFILL, TwoHosts, ip
 
 from tests.kv.test_nixl import BLOCK, Owner
+from tetri.kv.segment import sweep
 
 RECEIVER = f"""
 import json, sys
@@ -102,3 +104,5 @@ def test_a_link_that_is_cut_loses_what_is_asked_for_and_nothing_after(hosts):
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 pipe.close()
+        for deployment in (f"nixl-{os.getpid()}", "nixl-hosts"):
+            sweep(deployment)
