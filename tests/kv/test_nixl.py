@@ -14,7 +14,6 @@ from tetri.kv import StoreSettings, nixl_mover, open_store
 from tetri.kv.base import KVLost
 from tetri.kv.nixl import Ticket
 from tetri.kv.segment import sweep
-from tetri.kv.shm import sweep
 from tetri.request import Reach
 from tetri.wire.codec import VERSION, decode
 from tetri.wire.messages import Handle
@@ -94,7 +93,6 @@ def owners():
         if owner.process.poll() is None:
             owner.process.send_signal(signal.SIGCONT)
             owner.kill()
-    sweep(f"nixl-{os.getpid()}")
     sweep(f"nixl-{os.getpid()}")  # what killed owners leave
 
 
