@@ -18,6 +18,7 @@ from tests.core.build import (
     instance,
     landed,
     offer,
+    reach,
     refuse,
     roster,
 )
@@ -66,19 +67,20 @@ class WorkerUnderFire(RuleBasedStateMachine):
     @initialize(
         slots=st.sampled_from([3, 5, 30]), role=st.sampled_from(ROLES), order=st.sampled_from(sorted(ORDERS)),
         admit=st.sampled_from(sorted(ADMISSIONS)), predicted=st.booleans(), interval=st.sampled_from([1, 1, 3, 50]),
-        cost=st.sampled_from([Cost(), COST]),
+        cost=st.sampled_from([Cost(), COST]), path=st.sampled_from(["shm", "stream"]),
     )
-    def begin(self, slots, role, order, admit, predicted, interval, cost):
+    def begin(self, slots, role, order, admit, predicted, interval, cost, path):
         self.engine = EmulatedEngine(capacity=CAPACITY, token_bytes=8, vocabulary=64, cost=Cost())
         rules = Rules(order=order, admit=admit, length="noisy" if predicted else "none", sched_batch=3)
         own = identity(
             "me", role, slots=slots, fingerprint=self.engine.fingerprint, rules=rules, cost=cost, load_s=0.05,
-            stream_interval=interval,
+            stream_interval=interval, reach=reach("me", paths=[path]),
         )
+        self.path, self.under_way = path, []  # what a path that takes time has not brought yet
         self.core, self.now = Worker(own, Random(1), now=0.0), 0.0
         self.slots, self.free, self.number = slots, list(range(slots)), 0
         self.legs, self.connected, self.done = {}, {BROKER: None}, None
-        self.offers, self.asked, self.told = [], [], {}
+        self.offers, self.asked, self.told, self.assigned = [], [], {}, {}
 
     def act(self, actions):
         rejected = []
@@ -135,13 +137,14 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 slots = [self.free.pop() for _ in range(stop - start)]
                 blocks = [memoryview(bytearray(self.engine.fingerprint.block_bytes)) for _ in slots]
                 self.engine.export(key, start, stop, blocks)
-                return Exported(key, index, start, stop, handle(*slots, segment="me"), 9)
-            case Adopt(key, index, start, taken, _):
-                problem = {7: "flipped", 8: "lost"}.get(taken.slots[0])
-                if problem is None:
-                    block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
-                    self.engine.adopt(key, start, [block] * len(taken.slots))
-                return Adopted(key, index, problem)
+                return Exported(key, index, start, stop, handle(*slots, segment="s-me"), 9)
+            case Adopt(path=path):
+                assert path == ("local" if action.peer == "me" else self.path)
+                if path == "stream":
+                    assert all((other.key, other.index) != (action.key, action.index) for other in self.under_way)
+                    self.under_way.append(action)
+                    return None
+                return self.adopt(action, {7: "flipped", 8: "lost"}.get(action.handle.slots[0]))
             case Free(freed):
                 assert not set(freed.slots) & set(self.free), "freed twice"
                 self.free += freed.slots
@@ -149,6 +152,12 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case Send(peer, message):
                 self.send(peer, message)
         return None
+
+    def adopt(self, action, problem):
+        if problem is None and action.key in self.legs:  # else the leg has ended meanwhile, and its KV is nobody's
+            block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
+            self.engine.adopt(action.key, action.start, [block] * len(action.handle.slots))
+        return Adopted(action.key, action.index, problem)
 
     def send(self, peer, message):
         name = type(message).__name__
@@ -167,7 +176,10 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case "Beat":
                 for hold in message.holds:
                     job = self.core.prefill.jobs.get(f"p:{hold.rid}:{hold.attempt}")
-                    before = job.output if job is not None else self.core.decode._seat_of(hold.rid).offer.output
+                    seat = self.core.decode._seat_of(hold.rid)
+                    if job is None and seat is None:
+                        continue  # an offer that this instance made itself has taken its place since
+                    before = job.output if job is not None else seat.offer.output
                     told = self.told.get((hold.rid, hold.attempt), 0)
                     assert hold.outputs <= max(told, len(before) + 1), "more than the broker was told"
 
@@ -189,6 +201,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
         most=st.integers(1, 9),
     )
     def assign(self, rid, prompt, old, attempt, most):
+        """An attempt again in the same words."""
+        prompt, old, most = self.assigned.setdefault((rid, attempt), (prompt, old, most))
         self.tell(assign(rid, prompt, [2] * old, attempt, most))
 
     @rule(made=ranges)
@@ -213,7 +227,9 @@ class WorkerUnderFire(RuleBasedStateMachine):
     def roster(self, there, incarnation):
         self.number += 1
         same = {"fingerprint": self.engine.fingerprint}
-        others = [instance(iid, WORKERS[iid], incarnation, **same) for iid in there]
+        others = [
+            instance(iid, WORKERS[iid], incarnation, reach=reach(iid, paths=[self.path]), **same) for iid in there
+        ]
         self.tell(roster(self.number, instance("me", self.core.role, **same), *others))
 
     @rule(there=st.lists(iids, unique=True), free=st.sampled_from([0, 3, 10]), age=st.sampled_from([0.0, 0.1, 5.0]))
@@ -291,6 +307,13 @@ class WorkerUnderFire(RuleBasedStateMachine):
     def drop(self, rid, attempt, number):
         self.tell(drop(rid, attempt=attempt, offer=number))
 
+    @rule(place=st.integers(0, 9), problem=st.sampled_from([None, None, "flipped", "truncated", "foreign", "lost"]))
+    @precondition(lambda self: self.under_way)
+    def come(self, place, problem):
+        """Out of order, rightly or not, perhaps for a leg that is no more."""
+        self.tell(None)
+        self.tell(self.adopt(self.under_way.pop(place % len(self.under_way)), problem))
+
     # ------------------------------------------------------------ time
 
     @rule(wait=seconds)
@@ -312,6 +335,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
         assert len(self.free) == self.slots - self.core.prefill.slots_taken
         if self.done is None:
             self.core.check()
+            assert sum(self.core.decode.landing.taking.values()) == len(self.under_way)
             assert len(self.legs) == len(self.core.ledger), "the engine and the ledger know the same legs"
 
     def teardown(self):
@@ -323,7 +347,10 @@ class WorkerUnderFire(RuleBasedStateMachine):
             self.tell(Close(rid=rid, attempt=9))
         self.tell(None)
         self.sound()
+        for action in self.under_way:
+            self.tell(self.adopt(action, None))
         core = self.core
+        assert not core.decode.landing.taking and not core.decode.landing.pauses
         assert not self.legs and sorted(self.free) == list(range(self.slots))
         assert len(core.ledger) == 0 and core.ledger.free == CAPACITY.blocks
         assert not self.engine.contents and not core.dispatcher.offers and not len(core.prefill.queue)
