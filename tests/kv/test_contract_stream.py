@@ -1,5 +1,7 @@
 """The contract of the KV paths, over ZeroMQ and TCP."""
 
+import random
+
 import pytest
 
 from tests.kv.contract import StoreContract
@@ -11,9 +13,14 @@ from tetri.kv.stream_fetch import Patience
 from tetri.request import Reach
 
 
+def big(number, size=1 << 20):
+    """As `block`, for many megabytes."""
+    return random.Random(number).randbytes(size)
+
+
 class StreamWorld(World):
     path = "stream"
-    settings = StreamSettings(patience=Patience(stall_s=1.0, lost_s=2.0))
+    settings = StreamSettings(patience=Patience(stall_s=0.5, lost_s=1.0))
 
     def store(self, iid, wake, slots, block_bytes, digest):
         slab = LocalSlab(iid, slots, block_bytes, {}, digest)

@@ -10,7 +10,7 @@ from live import wait_until
 from relay import Relay, Weather
 
 from tests.kv.parties import block
-from tests.kv.test_contract_stream import StreamWorld
+from tests.kv.test_contract_stream import StreamWorld, big
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVCorrupt, KVError, KVLost
 from tetri.kv.local import LocalSlab
@@ -20,7 +20,7 @@ from tetri.net import keys
 from tetri.request import Reach
 
 MB = 1 << 20
-QUICK = Patience(stall_s=0.3, lost_s=1.0)
+QUICK = Patience(stall_s=0.2, lost_s=0.6)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def pair(world, blocks, **options):
 def test_a_transfer_that_is_cut_again_and_again_goes_on_where_it_was(world):
     sender, receiver, relay = pair(world, 24, weather=Weather(cut_every=6 * MB))
     with relay:
-        chunk = sender.put(*(block(number, MB) for number in range(24)))
+        chunk = sender.put(*(big(number) for number in range(24)))
         assert receiver.take(chunk) == list(chunk.blocks)
         assert relay.cuts >= 2 and relay.forwarded < 2 * 24 * MB, "what had come was not asked for again"
         sender.free(chunk)
@@ -58,7 +58,7 @@ def test_a_transfer_that_is_cut_again_and_again_goes_on_where_it_was(world):
 def test_many_requests_over_a_bad_network_are_right_or_lost(world):
     sender, receiver, relay = pair(world, 32, weather=Weather(cut_every=9 * MB, delay=0.0005))
     with relay:
-        chunks = [sender.put(*(block(10 * number + at, MB) for at in range(2))) for number in range(16)]
+        chunks = [sender.put(*(big(10 * number + at) for at in range(2))) for number in range(16)]
         tickets = [receiver.ask(chunk) for chunk in chunks]
         world.settle()
         assert [receiver.got(ticket) for ticket in tickets] == [list(chunk.blocks) for chunk in chunks]
@@ -69,20 +69,20 @@ def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
     world.settings = StreamSettings(patience=Patience(stall_s=0.3, lost_s=10.0))
     sender, receiver, relay = pair(world, 8)
     with relay:
-        assert receiver.take(sender.put(block(1, MB))) == [block(1, MB)]
+        assert receiver.take(sender.put(big(1))) == [big(1)]
         relay.weather.silent = True
-        ticket = receiver.ask(sender.put(block(2, MB)))
+        ticket = receiver.ask(sender.put(big(2)))
         wait_until(lambda: relay.connections > 1, "no other connection")
         relay.weather.silent = False
         relay.cut()
         world.settle()
-        assert receiver.got(ticket) == [block(2, MB)]
+        assert receiver.got(ticket) == [big(2)]
 
 
 def test_what_is_damaged_on_the_way_is_corrupt_and_right_the_next_time(world):
     sender, receiver, relay = pair(world, 8)
     with relay:
-        chunk = sender.put(*(block(number, MB) for number in range(8)))
+        chunk = sender.put(*(big(number) for number in range(8)))
         relay.weather.flip_at = 3 * MB
         with pytest.raises(KVCorrupt):
             receiver.take(chunk)
@@ -93,7 +93,7 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
     world.settings = StreamSettings(patience=QUICK)
     sender, receiver, relay = pair(world, 32, weather=Weather(rate=20 * MB))
     with relay:
-        tickets = [receiver.ask(sender.put(*(block(at, MB) for at in range(4)))) for _ in range(8)]
+        tickets = [receiver.ask(sender.put(*(big(at) for at in range(4)))) for _ in range(8)]
         wait_until(lambda: relay.forwarded > 2 * MB, "nothing comes")
         sender.close()
         start = time.monotonic()
@@ -102,7 +102,7 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
         assert all(isinstance(receiver.answers[ticket], KVLost) for ticket in tickets[-4:])
     again = world.open("p0", block_bytes=MB)
     receiver.meet(again)
-    assert receiver.take(again.put(block(5, MB))) == [block(5, MB)]
+    assert receiver.take(again.put(big(5))) == [big(5)]
 
 
 # ---------------------------------------------------------------- what is left
@@ -111,10 +111,10 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
 def test_a_thousand_fetches_leave_no_slot_no_descriptor_and_no_thread(world):
     sender, receiver = world.open("p0", slots=4, block_bytes=100_000), world.open("d0", block_bytes=100_000)
     receiver.meet(sender)
-    receiver.take(sender.put(block(0, 100_000)))
+    receiver.take(sender.put(big(0, 100_000)))
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for number in range(1000):
-        chunk = sender.put(block(number, 100_000), block(number + 1, 100_000))
+        chunk = sender.put(big(number, 100_000), big(number + 1, 100_000))
         assert receiver.take(chunk) == list(chunk.blocks)
         sender.free(chunk)
         world.wait(lambda: sender.store.free_slots == 3, "slots that libzmq does not let go of")
@@ -143,7 +143,7 @@ def test_closing_in_the_middle_ends_soon(world):
     sender, receiver, relay = pair(world, 40, weather=Weather(rate=5 * MB))
     with relay:
         for _ in range(10):
-            receiver.ask(sender.put(*(block(at, MB) for at in range(4))))
+            receiver.ask(sender.put(*(big(at) for at in range(4))))
         wait_until(lambda: relay.forwarded > MB, "nothing comes")
         for party in (sender, receiver):
             start = time.monotonic()
@@ -172,7 +172,7 @@ def test_with_a_key_members_exchange_and_others_are_lost(tmp_path, world):
         keys.generate(path)
     world.settings = StreamSettings(key=made[0], patience=QUICK)
     sender, receiver = world.open("p0", block_bytes=3 * MB), world.open("d0", block_bytes=3 * MB)
-    chunk = sender.put(block(1, 3 * MB), block(2, 3 * MB))
+    chunk = sender.put(big(1, 3 * MB), big(2, 3 * MB))
     receiver.meet(sender)
     assert receiver.take(chunk) == list(chunk.blocks)
     for key in ("", made[1]):

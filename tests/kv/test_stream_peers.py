@@ -8,8 +8,7 @@ import zmq
 from live import wait_until
 from xxhash import xxh3_64_intdigest
 
-from tests.kv.parties import block
-from tests.kv.test_contract_stream import StreamWorld
+from tests.kv.test_contract_stream import StreamWorld, big
 from tetri.kv.base import KVError, KVForeign, KVLost, Wanted
 from tetri.kv.local import LocalSlab
 from tetri.kv.stream import Stream, StreamSettings
@@ -21,7 +20,7 @@ from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.messages import Handle
 
 MB = 1 << 20
-QUICK = Patience(stall_s=0.3, lost_s=1.0)
+QUICK = Patience(stall_s=0.2, lost_s=0.6)
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_credit_is_never_exceeded(world, monkeypatch):
     sender, receiver = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
     receiver.meet(sender)
     counted = Counted(sender, monkeypatch)
-    large, small = sender.put(*(block(at, MB) for at in range(48))), sender.put(block(99, MB))
+    large, small = sender.put(*(big(at) for at in range(48))), sender.put(big(99))
     first = receiver.ask(large)
     wait_until(lambda: len(counted.sent) >= 4, "nothing goes")
     before = len(counted.sent)
@@ -76,7 +75,7 @@ def test_another_requests_chunk_is_the_next_but_one_piece(world, monkeypatch):
     sender, receiver = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
     receiver.meet(sender)
     counted = Counted(sender, monkeypatch)
-    large, small = sender.put(*(block(at, MB) for at in range(40))), sender.put(block(99, MB))
+    large, small = sender.put(*(big(at) for at in range(40))), sender.put(big(99))
     stream = receiver.store.readers["stream"]
     heard_at = []
     heard = sender.store.readers["stream"]._server._serving.heard
@@ -104,7 +103,7 @@ def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monke
     slow.meet(sender)
     other.meet(sender)
     counted = Counted(sender, monkeypatch)
-    chunks = [sender.put(*(block(10 * at + n, MB) for n in range(4))) for at in range(8)]
+    chunks = [sender.put(*(big(10 * at + n) for n in range(4))) for at in range(8)]
     tickets = [slow.ask(chunk) for chunk in chunks]  # and its engine is busy: nobody asks for what came
     wait_until(lambda: len(counted.sent) == 8, "two chunks fill its room")
     for chunk in chunks:
@@ -159,7 +158,7 @@ def pieces(fetch, data, start=None):
         start += PIECE_BYTES
 
 
-DATA = block(3, 2 * MB)
+DATA = big(3, 2 * MB)
 RUDE = {
     "garbage": lambda f: [(b"\xff\x00garbage", None)],
     "nothing": lambda f: [(b"", None)],
@@ -255,8 +254,8 @@ def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(worl
         rng = random.Random(1)
         for number in range(2000):
             socket.send_multipart([rng.randbytes(rng.randint(0, 100)) for _ in range(1 + number % 3)])
-        chunk = sender.put(block(1, MB))
-        assert receiver.take(chunk) == [block(1, MB)]
+        chunk = sender.put(big(1))
+        assert receiver.take(chunk) == [big(1)]
         counters = sender.store.readers["stream"]
         wait_until(lambda: sum(n for name, n in counters.counters.items() if "garbage" in name) == 2000, "not counted")
 

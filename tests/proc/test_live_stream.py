@@ -31,10 +31,3 @@ def test_sixty_four_requests_over_stream_and_senders_killed_in_the_middle() -> N
         assert all(result.receipt.recomputed == 0 for result in results)
         assert any(result.receipt.attempts > 1 for result in results)
         cluster.wait_idle()
-
-
-def test_one_host_prefers_shared_memory_to_a_stream_that_is_there_too() -> None:
-    with LiveCluster(overrides=["transfer.address=tcp://127.0.0.1:*"]) as cluster:
-        result = cluster.client().generate([7] * 600, max_tokens=5)
-        assert result.receipt.transport == "shm"
-        assert result.token_ids == reference([7] * 600, Sampling(max_tokens=5), 32000, 64)
