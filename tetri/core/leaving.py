@@ -15,8 +15,9 @@ to the next, and in the end each is granted. Whoever waits for its turn to take 
 (`Prefill.plan`), or with a small store, in which the first chunk fits into the reserve only, none would begin.
 
 Only a grant that comes to nothing breaks the rule: the decode instance is gone, or has let go. `Outflow.forsaken` marks
-such a request, whose slots may be more than the open ones, until it is granted again; `jammed` names one that must be
-given up when granted ones wait for them.
+such a request, whose slots may be more than the open ones, until it is granted again. If all memory that is left has
+been granted to one that waits for those very slots, nothing else would ever bring them back: `jammed` names one that
+must be given up then.
 """
 
 from __future__ import annotations
