@@ -163,6 +163,19 @@ def test_a_request_that_the_broker_forgot(generate):
         generate(broker.address)
 
 
+def test_an_end_that_cannot_be_read_is_spoken_of(generate):
+    """As when the broker is of a newer version: what it says of the end has a field that this client does not know."""
+    end = {**done(), "receipt": {"prompt_tokens": 2, "magic": 1}}
+    forgot = {"type": "refused", "key": "r1", "reason": "no such request", "retry_after_s": None}
+    script = Scripted(
+        submit=[lambda m: [accepted(m), *map(delta, range(3)), end]], attach=[lambda m: [end], lambda m: [forgot]]
+    )
+    with FakeBroker(script) as broker, pytest.raises(Refused) as caught:
+        generate(broker.address)
+    why = "(2 messages made no sense here: are this client and the broker of the same version?)"
+    assert str(caught.value) == f"no such request {why}"
+
+
 def test_a_failed_request_says_why_and_keeps_what_there_was(generate):
     fake = FakeBroker(lambda m: [accepted(m), delta(0), done(reason="error", tokens=1, error="d0 lost")])
     with fake as broker, pytest.raises(Failed, match="d0 lost") as caught:

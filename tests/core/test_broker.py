@@ -352,6 +352,16 @@ def test_an_ended_request_is_forgotten_after_the_grace(decoding):
     assert not decoding.core.table.rows and not decoding.core.table.keys
 
 
+@pytest.mark.parametrize("ask", [attach(0), submit()])
+def test_an_ended_request_is_kept_while_its_client_asks_but_not_for_ever(decoding, ask):
+    decoding.tell(cancel())
+    ended_at = decoding.now
+    while RID in decoding.core.table.rows and decoding.now < ended_at + 100.0:
+        assert isinstance(replies(decoding.tell(ask))[-1], Done)
+        decoding.later(1.5)
+    assert LIMITS.patience_s < decoding.now - ended_at <= LIMITS.patience_s + LIMITS.client_grace_s + 1.5
+
+
 def test_while_the_last_words_are_asked_for_nothing_else_ends_it_or_starts_it_over(decoding):
     core = decoding.core
     core.handle(cancel(), 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, RoleQuestion, Session
+from tetri.client.clock import Clock
+from tetri.client.conversation import Call, Patience, Request, Session
 from tetri.client.frames import Result, TetriError
 from tetri.client.place import find_address
+from tetri.client.questions import Cancellation, Inspection, RoleQuestion
 from tetri.client.sync import Messages, Prompt, dealer, new_request
 
 
@@ -32,6 +33,7 @@ class AsyncClient:
         self.address = address or find_address()
         self._patience = Patience(timeout, silence_s, resend_s)
         self._session = Session()
+        self._clock = Clock()
         self._socket = dealer(zmq.asyncio.Context.instance(), self.address)
         self._wake = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
@@ -56,7 +58,7 @@ class AsyncClient:
         **sampling: Any,
     ) -> AsyncStream:
         """An asynchronous iterator over the answer's text. Raises TetriError, now or while iterating."""
-        request = new_request(prompt, messages, deadline_s, sampling, self._patience)
+        request = new_request(prompt, messages, deadline_s, sampling, self._patience, self._clock.now())
         self._start(request)
         return AsyncStream(self, request)
 
@@ -67,13 +69,13 @@ class AsyncClient:
             self._cancel(request)
             await self._finish(request)
             return
-        cancellation = Cancellation(rid, self._patience, time.monotonic())
+        cancellation = Cancellation(rid, self._patience, self._clock.now())
         self._start(cancellation)
         await self._finish(cancellation)
 
     async def status(self) -> dict[str, Any]:
         """The cluster's Status: instances, requests, counters, model."""
-        call = Inspection(self._patience, time.monotonic())
+        call = Inspection(self._patience, self._clock.now())
         self._start(call)
         await self._finish(call)
         assert call.status is not None  # or _finish had raised
@@ -81,7 +83,7 @@ class AsyncClient:
 
     async def flip(self, iid: str, role: str) -> dict[str, Any]:
         """As Client.flip: iid, role, was, took_s, once the instance has taken its new role."""
-        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, time.monotonic())
+        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, self._clock.now())
         self._start(call)
         await self._finish(call)
         assert call.change is not None  # or _finish had raised
@@ -110,7 +112,7 @@ class AsyncClient:
             self._pump = asyncio.get_running_loop().create_task(self._run())
 
     def _cancel(self, request: Request) -> None:
-        request.cancel(time.monotonic())
+        request.cancel(self._clock.now())
         self._send()
         self._wake.set()
 
@@ -130,20 +132,23 @@ class AsyncClient:
             call.listeners.remove(news.set)
 
     async def _run(self) -> None:
-        """Move bytes while a call is open."""
+        """Move bytes while a call is open. All that is there is read before silence is judged: the loop may have
+        been busy with something else, and answered all the while."""
         receive = wake = None
         try:
             while self._session.calls:
-                self._send()
+                receive = receive or asyncio.ensure_future(self._socket.recv_multipart())  # done if there is one
+                wake = wake or asyncio.ensure_future(self._wake.wait())
+                if not receive.done():
+                    self._send()
                 deadline = self._session.deadline()
                 if deadline is None:
                     break
-                receive = receive or asyncio.ensure_future(self._socket.recv_multipart())
-                wake = wake or asyncio.ensure_future(self._wake.wait())
-                wait_s = max(0.0, deadline - time.monotonic())
+                wait_s = max(0.0, deadline - self._clock.now())
+                self._clock.listen(wait_s)
                 await asyncio.wait({receive, wake}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 if receive.done():
-                    self._session.receive(receive.result(), time.monotonic())
+                    self._session.receive(receive.result(), self._clock.now())
                     receive = None
                 if wake.done():
                     self._wake.clear()
@@ -157,7 +162,7 @@ class AsyncClient:
     def _send(self) -> None:
         if self._socket.closed:
             raise TetriError("the client was closed")
-        for frame in self._session.tick(time.monotonic()):
+        for frame in self._session.tick(self._clock.now()):
             # zmq.asyncio tries a non-blocking send at once. What nobody takes now will be asked again.
             error = self._socket.send(frame, zmq.NOBLOCK).exception()
             if error is not None and not isinstance(error, zmq.Again):

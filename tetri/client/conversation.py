@@ -1,4 +1,5 @@
-"""What a client knows of its requests and what it says next. No socket, no clock: `now` is seconds.
+"""What a client knows of its requests and what it says next. No socket, no clock: `now` is seconds for which the
+client has listened (tetri/client/clock.py).
 
 Every request asks until it is answered: Submit until Accepted or Refused; then, when nothing was heard for a
 while, Attach from the next token that is missing. Nothing relies on one message arriving, either way.
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, change_role, frame, parse
+from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, frame, parse
+
+DIFFERENT = "({} messages made no sense here: are this client and the broker of the same version?)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,11 @@ class Call(ABC):
         self._unanswered = None
         self._next = now + self._patience.silence_s
 
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended without the answer that there should have been."""
+        return isinstance(self.error, Unreachable)
+
     def end(self, error: TetriError | None = None) -> None:
         if not self.ended:
             self.ended, self.error = True, error
@@ -90,6 +98,10 @@ class Request(Call):
         self._tail_at = -1  # the token index at which a text without tokens came
         self.cancelling = False
         self._asked_for = (-1, 0.0)  # the token last missed, and when
+
+    @property
+    def lost(self) -> bool:
+        return super().lost or (self.rid is not None and isinstance(self.error, Refused))
 
     def question(self) -> bytes:
         if self.rid is None:
@@ -176,68 +188,6 @@ class Request(Call):
         self.end(Failed(why, self.result) if done["reason"] == "error" else None)
 
 
-class Cancellation(Call):
-    """A Cancel of a request that is not this client's own."""
-
-    def __init__(self, rid: str, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
-        self._rid = rid
-
-    def question(self) -> bytes:
-        return frame({"type": "cancel", "rid": self._rid})
-
-    def take(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "refused" and reply["key"] == self._rid:
-            self.end(Refused(reply["reason"]))
-        elif reply["type"] == "done" and reply["rid"] == self._rid:
-            self.end()
-        else:
-            return False
-        return True
-
-
-class Inspection(Call):
-    """A question for the cluster's Status."""
-
-    status: dict[str, Any] | None = None
-
-    def question(self) -> bytes:
-        return frame({"type": "inspect"})
-
-    def take(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "status":
-            self.status = {name: value for name, value in reply.items() if name != "type"}
-            self.end()
-            return True
-        return False
-
-
-class RoleQuestion(Call):
-    """A ChangeRole; it is answered when the instance has taken its new role. Raises BadRequest."""
-
-    change: dict[str, Any] | None = None
-
-    def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
-        self.doubt = f"is it up, and does {iid} compute, not hang?"
-        self._key, self._frame = key, change_role(key, iid, role)
-
-    def question(self) -> bytes:
-        return self._frame
-
-    def take(self, reply: dict[str, Any], now: float) -> bool:
-        if reply.get("key") != self._key:
-            return False
-        if reply["type"] == "refused":
-            self.end(Refused(reply["reason"]))
-        elif reply["type"] == "role_changed":
-            self.change = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
-            self.end()
-        else:
-            return False
-        return True
-
-
 class Session:
     """All open calls over one connection. `ignored` counts frames that meant nothing."""
 
@@ -291,4 +241,7 @@ class Session:
         for call in self.calls:
             if call.ended and isinstance(call, Request) and isinstance(call.error, Unreachable):
                 self._given_up.add(call.key)
+            if self.ignored and call.lost:  # perhaps its answer was among what meant nothing
+                assert call.error is not None
+                call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)
         self.calls = [call for call in self.calls if not call.ended]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import zmq
 
-from tetri.client.conversation import Call, Cancellation, Inspection, Patience, Request, RoleQuestion, Session
+from tetri.client.clock import Clock
+from tetri.client.conversation import Call, Patience, Request, Session
 from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
 from tetri.client.place import find_address
+from tetri.client.questions import Cancellation, Inspection, RoleQuestion
 from tetri.request import Turn
 
 Prompt = str | Sequence[int] | None
@@ -40,10 +41,11 @@ def new_request(
     deadline_s: float | None,
     sampling: Mapping[str, Any],
     patience: Patience,
+    now: float,
 ) -> Request:
     """Raises BadRequest."""
     key = secrets.token_hex(8)
-    return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, time.monotonic())
+    return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, now)
 
 
 class Client:
@@ -65,6 +67,7 @@ class Client:
         self.address = address or find_address()
         self._patience = Patience(timeout, silence_s, resend_s)
         self._session = Session()
+        self._clock = Clock()
         self._socket = dealer(zmq.Context.instance(), self.address)
         self._draining = False
 
@@ -88,7 +91,7 @@ class Client:
         **sampling: Any,
     ) -> Stream:
         """An iterator over the answer's text as it appears. Raises TetriError, now or while iterating."""
-        request = new_request(prompt, messages, deadline_s, sampling, self._patience)
+        request = new_request(prompt, messages, deadline_s, sampling, self._patience, self._clock.now())
         self._drain()
         self._session.calls.append(request)
         self._send()
@@ -98,14 +101,14 @@ class Client:
         """End a request, this client's or another's, and wait until the broker has said so."""
         request = self._session.request(rid)
         if request is not None:
-            request.cancel(time.monotonic())
+            request.cancel(self._clock.now())
             self._finish(request)
             return
-        self._run(Cancellation(rid, self._patience, time.monotonic()))
+        self._run(Cancellation(rid, self._patience, self._clock.now()))
 
     def status(self) -> dict[str, Any]:
         """The cluster's Status: instances, requests, counters, model."""
-        call = Inspection(self._patience, time.monotonic())
+        call = Inspection(self._patience, self._clock.now())
         self._run(call)
         assert call.status is not None  # or _run had raised
         return call.status
@@ -113,7 +116,7 @@ class Client:
     def flip(self, iid: str, role: str) -> dict[str, Any]:
         """Have an instance take new work as prefill, decode or mixed, and wait until it does: iid, role, what it was,
         and took_s, the seconds. Raises Refused with the reason, BadRequest for a role that does not exist."""
-        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, time.monotonic())
+        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, self._clock.now())
         self._run(call)
         assert call.change is not None  # or _run had raised
         return call.change
@@ -147,8 +150,12 @@ class Client:
         deadline = self._session.deadline()
         if came or deadline is None:
             return
-        if self._socket.poll(max(0, 1000 * (deadline - time.monotonic()) + 1)):
-            self._drain()
+        wait_s = max(0.0, deadline - self._clock.now())
+        self._clock.listen(wait_s)
+        self._socket.poll(1000 * wait_s + 1)
+        self._clock.now()
+        self._clock.listen(0)
+        self._drain()
 
     def _drain(self) -> bool:
         """Take all replies that are there; whether there was one. To be done before `_send`: the caller may have
@@ -157,7 +164,7 @@ class Client:
         came, self._draining = False, True
         try:
             while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
-                self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), time.monotonic())
+                self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), self._clock.now())
                 came = True
         finally:
             self._draining = False
@@ -165,7 +172,7 @@ class Client:
 
     def _send(self) -> None:
         self._check_open()
-        for frame in self._session.tick(time.monotonic()):
+        for frame in self._session.tick(self._clock.now()):
             try:
                 self._socket.send(frame, zmq.NOBLOCK)
             except zmq.Again:  # nobody takes it for now: it will be asked again
@@ -218,7 +225,7 @@ class Stream:
 
     def cancel_soon(self) -> None:
         """Ask for the end without waiting for it: iterate on. May be called by a signal handler."""
-        self._request.cancel(time.monotonic())
+        self._request.cancel(self._client._clock.now())
         if not self._client._draining:  # else this is a handler that came in between: the next turn sends it
             self._client._drain()
             self._client._send()

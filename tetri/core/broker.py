@@ -113,6 +113,7 @@ class Broker:
     def _submit(self, event: Submitted, now: float) -> list[Action]:
         again = self.desk.known(event)
         if again is not None:
+            self.life.remember(self.table.rows[self.table.keys[event.key]], now)
             return again
         why = self.desk.problem(event) or self.registry.too_long(
             len(event.prompt), len(event.prompt) + event.sampling.max_tokens
@@ -141,6 +142,7 @@ class Broker:
             return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
         if isinstance(message, Attach):
             self.life.timers.clear(("grace", row.rid))
+            self.life.remember(row, now)
             return self.desk.attach(row, event.client, message.start)
         if row.stage.ended:
             return [Reply(event.client, row.letters[-1])]
@@ -170,10 +172,10 @@ class Broker:
     def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
         match what:
             case "forget":
-                waits = row.client is not None and row.sent < len(row.letters)
-                if waits and now - row.stage_at < self.limits.patience_s:  # a slow reader, not a gone one
-                    self.life.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
-                    return []
+                if row.client is not None and row.sent < len(row.letters):  # a slow reader, not a gone one
+                    self.life.remember(row, now)
+                    if ("forget", row.rid) in self.life.timers:
+                        return []
                 for timer in ("grace", "retry"):
                     self.life.timers.clear((timer, row.rid))
                 self.table.forget(row.rid)

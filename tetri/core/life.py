@@ -128,6 +128,13 @@ class Life:
     def finish(self, row: Row, now: float) -> list[Action]:
         for what in ("deadline", "patience", "retry"):
             self.timers.clear((what, row.rid))
-        self.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
         self.counters[f"ended_{row.reason}"] += 1
-        return self.desk.finish(row, now)
+        actions = self.desk.finish(row, now)
+        self.remember(row, now)
+        return actions
+
+    def remember(self, row: Row, now: float) -> None:
+        """Keep an ended row for the grace from now on, as somebody has just been sent its end, which may get lost
+        as all messages may; but not for ever."""
+        if row.stage.ended and now - row.stage_at < self.limits.patience_s:
+            self.timers.set(("forget", row.rid), now + self.limits.client_grace_s)

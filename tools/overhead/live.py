@@ -116,7 +116,7 @@ class Talk:
 
     def ask(self, prompt: Prompt, tokens: int) -> None:
         sampling = {"max_tokens": tokens, "ignore_eos": True}
-        request = new_request(list(prompt), None, None, sampling, Patience())
+        request = new_request(list(prompt), None, None, sampling, Patience(), time.monotonic())
         self._session.calls.append(request)
         self.requests.append(request)
         self.arrivals.append([])

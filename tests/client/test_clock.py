@@ -1,0 +1,62 @@
+"""The clock by which a client judges silence. Pure: the real time is the test's."""
+
+import pytest
+
+from tetri.client.clock import SLACK_S, Clock
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def clock(time) -> Clock:
+    return Clock(time)
+
+
+def test_time_in_which_the_client_listens_counts_in_full(clock, time):
+    for seconds in (2.0, 0.0, 0.5):
+        before = clock.now()
+        clock.listen(seconds)
+        time.now += seconds / 4  # somebody else looks at the clock meanwhile
+        clock.now()
+        time.now += 3 * seconds / 4 + SLACK_S / 2  # nobody wakes to the moment
+        assert clock.now() - before == pytest.approx(seconds + SLACK_S / 2)
+
+
+def test_after_a_hold_up_there_is_a_moment_left_to_listen(clock, time):
+    before = clock.now()
+    clock.listen(2.0)
+    time.now += 60.0
+    assert clock.now() - before == pytest.approx(2.0 - SLACK_S)
+    clock.listen(SLACK_S)
+    time.now += SLACK_S
+    assert clock.now() - before == pytest.approx(2.0)
+
+
+def test_time_in_which_the_client_does_not_listen_hardly_counts(clock, time):
+    before = clock.now()
+    clock.listen(2.0)
+    time.now += 0.5  # something came
+    clock.now()
+    clock.listen(0)
+    time.now += 60.0  # its caller is busy with it
+    assert 0.5 < clock.now() - before < 0.5 + SLACK_S
+
+
+def test_it_stands_still_for_nobody_who_is_held_up_again_and_again(clock, time):
+    before = clock.now()
+    for _ in range(300):
+        clock.listen(SLACK_S / 100)
+        time.now += 1.0
+        clock.now()
+    assert clock.now() - before > 2.0

@@ -1,0 +1,70 @@
+"""What a client asks apart from completions: to end another's request, the Status, another role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tetri.client.conversation import Call, Patience
+from tetri.client.frames import Refused, change_role, frame
+
+
+class Cancellation(Call):
+    """A Cancel of a request that is not this client's own."""
+
+    def __init__(self, rid: str, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self._rid = rid
+
+    def question(self) -> bytes:
+        return frame({"type": "cancel", "rid": self._rid})
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if reply["type"] == "refused" and reply["key"] == self._rid:
+            self.end(Refused(reply["reason"]))
+        elif reply["type"] == "done" and reply["rid"] == self._rid:
+            self.end()
+        else:
+            return False
+        return True
+
+
+class Inspection(Call):
+    """A question for the cluster's Status."""
+
+    status: dict[str, Any] | None = None
+
+    def question(self) -> bytes:
+        return frame({"type": "inspect"})
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if reply["type"] == "status":
+            self.status = {name: value for name, value in reply.items() if name != "type"}
+            self.end()
+            return True
+        return False
+
+
+class RoleQuestion(Call):
+    """A ChangeRole; it is answered when the instance has taken its new role. Raises BadRequest."""
+
+    change: dict[str, Any] | None = None
+
+    def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self.doubt = f"is it up, and does {iid} compute, not hang?"
+        self._key, self._frame = key, change_role(key, iid, role)
+
+    def question(self) -> bytes:
+        return self._frame
+
+    def take(self, reply: dict[str, Any], now: float) -> bool:
+        if reply.get("key") != self._key:
+            return False
+        if reply["type"] == "refused":
+            self.end(Refused(reply["reason"]))
+        elif reply["type"] == "role_changed":
+            self.change = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
+            self.end()
+        else:
+            return False
+        return True
