@@ -156,11 +156,11 @@ def show(run: dict[str, Any]) -> None:
     """For people."""
     rate = f"{run['per_second']} a second, {run['chunks']} chunks"
     click.echo(f"{run['requests']} requests over {run['transport']} in {run['seconds']} s, {rate}\n")
-    click.echo(f"{'fault':<10} {'injected':>8}  {'seen as':<40} healed by")
+    click.echo(f"{'fault':<10} {'injected':>8}  {'seen as':<44} healed by")
     counted = {**run["seen"], **run["broker"]}
     for name, signs, cure in CURES:
         seen = ", ".join(f"{sign} {counted.get(sign, 0)}" for sign in signs) or "silence"
-        click.echo(f"{name:<10} {run['injected'].get(name, 0):>8}  {seen:<40} {cure}")
+        click.echo(f"{name:<10} {run['injected'].get(name, 0):>8}  {seen:<44} {cure}")
     for name in ("seen", "broker", "attempts", "errors"):
         told = ", ".join(f"{key} {value}" for key, value in run[name].items() if value)
         click.echo(f"\n{name}: {told or 'none'}")
