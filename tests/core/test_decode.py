@@ -21,6 +21,7 @@ from tests.core.build import (
     sent,
 )
 from tetri.core.actions import BROKER, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, LegRejected, Step
+from tetri.core.contacts import MOST_EARLY
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
@@ -113,11 +114,23 @@ def test_a_newer_offer_replaces_the_older(decode, newer):
 
 
 @pytest.mark.parametrize("unknown", [{"src": "p3"}, {"incarnation": 2}])
-def test_an_instance_that_no_roster_has_told_of_is_refused(decode, unknown):
-    """How its slab can be read is not known yet; it asks again."""
-    assert "d1 does not know this start of p" in why(decode.tell(offer("r", prompt=8, **unknown)))
-    decode.tell(roster(2, *(instance(iid, "prefill", unknown.get("incarnation", 1)) for iid in ("p1", "p3"))))
-    assert kinds(decode.tell(offer("r", prompt=8, **unknown)))[-1].startswith("Grant > ")
+def test_what_an_instance_says_that_no_roster_has_told_of_waits_for_the_next(decode, unknown):
+    """Where it is, and how its slab can be read, is not known yet: no answer would reach it."""
+    assert not decode.tell(offer("r", prompt=8, **unknown), chunk("r", 0, 0, 1, **unknown), offer("x", 4, **unknown))
+    assert not decode.tell(drop("x", **unknown))
+    assert not sent(decode.tell(roster(2, instance("p1", "prefill"))))
+    actions = decode.tell(roster(3, *(instance(iid, "prefill", unknown.get("incarnation", 1)) for iid in ("p1", "p3"))))
+    assert [type(each).__name__ for each in sent(actions)] == ["Grant", "Grant"]
+    (seat,) = decode.core.decode.seats.values()
+    assert seat.offer.rid == "r" and list(seat.flow.announced) == [0]  # the drop was heard too, and after its offer
+
+
+def test_of_too_many_early_messages_the_oldest_are_forgotten(decode):
+    for number in range(MOST_EARLY + 1):
+        decode.tell(offer(f"r{number}", prompt=4, src="p3", offer=number + 1))
+    answers = sent(decode.tell(roster(2, instance("p3", "prefill"))), "p3")
+    assert len(answers) == MOST_EARLY and answers[0].rid == "r1"
+    assert not sent(decode.tell(roster(3, instance("p3", "prefill"))), "p3")
 
 
 def test_an_instance_without_a_common_path_is_refused(decode):
@@ -230,7 +243,7 @@ def test_a_repeated_chunk_is_answered_again_or_waited_for(decode):
 
 
 @pytest.mark.parametrize(
-    "other", [{"rid": "x"}, {"offer": 2}, {"attempt": 2}, {"src": "p2"}, {"incarnation": 2}], ids=str
+    "other", [{"rid": "x"}, {"offer": 2}, {"attempt": 2}, {"src": "p2"}], ids=str
 )
 def test_a_chunk_of_no_offer_here_is_refused(decode, other):
     decode.tell(offer("r", prompt=8))

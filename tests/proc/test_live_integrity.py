@@ -109,3 +109,11 @@ def guarded():
         yield cluster
         cluster.wait_idle()
         assert "digest" in cluster.log("d0") and os.path.exists(cluster.folder)
+
+        def counted() -> dict[str, int]:
+            return dict(cluster.instances()["d0"]["counters"])
+
+        wait_until(lambda: counted()["given_up"] >= len(TAMPER), "no beat tells of the wrong chunks")
+        given_up = counted()["given_up"]  # each was wrong whenever it was taken
+        assert counted()["flipped"] >= 3 * given_up
+        assert (counted()["refetched"], counted()["healed"]) == (2 * given_up, 0)

@@ -7,7 +7,9 @@ from tetri.core.decode import Decode
 from tetri.core.dispatch import Dispatcher
 from tetri.core.peers import Neighbours
 from tetri.core.prefill import Prefill
-from tetri.wire.messages import Grant, Landed, Refuse, Roster
+from tetri.wire.messages import Chunk, Drop, Grant, Landed, Offer, Refuse, Roster
+
+MOST_EARLY = 256
 
 
 class Contacts:
@@ -15,6 +17,23 @@ class Contacts:
 
     def __init__(self, neighbours: Neighbours, dispatcher: Dispatcher, prefill: Prefill, decode: Decode) -> None:
         self.neighbours, self.dispatcher, self.prefill, self.decode = neighbours, dispatcher, prefill, decode
+        self._early: list[Offer | Chunk | Drop] = []
+
+    def early(self, message: Offer | Chunk | Drop) -> bool:
+        """Whether no roster has told of this start of its sender yet. No answer would reach it, and it would ask again
+        only in a second: what it says is heard with the next roster. Of too many, the oldest are forgotten."""
+        if self.neighbours.knows(message.src, message.incarnation):
+            return False
+        self._early.append(message)
+        del self._early[:-MOST_EARLY]
+        return True
+
+    def introduced(self) -> list[Offer | Chunk | Drop]:
+        """After a roster: what those said of whom it tells. The others have their chance at the next one."""
+        early, self._early = self._early, []
+        known = [self.neighbours.knows(message.src, message.incarnation) for message in early]
+        self._early = [message for message, heard in zip(early, known, strict=True) if not heard]
+        return [message for message, heard in zip(early, known, strict=True) if heard]
 
     def answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
         job = self.dispatcher.job_of(event)

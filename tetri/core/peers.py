@@ -125,6 +125,11 @@ class Neighbours:
     def _incarnation(self, iid: str) -> int | None:
         return self.instances[iid].incarnation if iid in self.instances else None
 
+    def knows(self, iid: str, incarnation: int) -> bool:
+        """Whether this start of an instance is in the newest roster."""
+        there = self.instances.get(iid)
+        return iid == self.own.iid or (there is not None and there.incarnation == incarnation)
+
     def way(self, iid: str, incarnation: int) -> tuple[str, str] | None:
         """Over which path KV comes from this instance, and the segment that it comes out of; None when this start of
         it is not known (yet), or cannot be reached. From here to here there is always one."""

@@ -78,6 +78,8 @@ class Worker:
             return self._step_done(event, now)
         self.idle = False
         match event:
+            case Chunk() | Offer() | Drop() if self.contacts.early(event):
+                return []
             case Chunk():
                 return self.decode.chunk(event)
             case Exported():
@@ -240,7 +242,10 @@ class Worker:
     def _roster(self, roster: Roster, now: float) -> list[Action]:
         listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in roster.instances)
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
-        return self.contacts.roster(roster, now)
+        actions = self.contacts.roster(roster, now)
+        for message in self.contacts.introduced():
+            actions += self._handle(message, now)
+        return actions
 
     # ------------------------------------------------------------ from time to time
 
