@@ -111,7 +111,7 @@ def guarded():
         assert "digest" in cluster.log("d0") and os.path.exists(cluster.folder)
 
         def counted() -> dict[str, int]:
-            return dict(cluster.instances()["d0"]["counters"])
+            return {"given_up": 0, **cluster.instances()["d0"]["counters"]}  # none before its first beat
 
         wait_until(lambda: counted()["given_up"] >= len(TAMPER), "no beat tells of the wrong chunks")
         given_up = counted()["given_up"]  # each was wrong whenever it was taken
