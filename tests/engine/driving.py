@@ -38,7 +38,8 @@ def adopt(engine, key, tokens, copies, token, output_from=None, **sampling):
     """Bring a decode leg into the running batch."""
     engine.add(leg(key, "decode", tokens, output_from, **sampling))
     assert key in engine.step().allocated
-    engine.adopt(key, 0, [memoryview(block) for block in copies])
+    blocks = [memoryview(block) for block in copies]
+    engine.adopt(key, 0, [blocks[0], *((block[:99], block[99:]) for block in blocks[1:])])  # the others in parts
     engine.admit(key, token)
 
 

@@ -56,17 +56,19 @@ def device_blocks(device, made, count):
     return [device.array(base + place * made.block_bytes, made.block_bytes) for place in range(count)]
 
 
-@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("where", ["device", "host", "host in parts"])
 def test_blocks_go_out_and_into_others_byte_for_byte(tmp_path, layout, dtype, where):
     caches, others = tensors(dtype, layout), [torch.zeros_like(each) for each in tensors(dtype, layout)]
     made, device = memory(caches, tmp_path)
     target, _ = memory(others, tmp_path)
     host = [memoryview(bytearray(made.block_bytes)) for _ in range(3)]
-    buffers = host if where == "host" else device_blocks(device, made, 3)
+    buffers = device_blocks(device, made, 3) if where == "device" else host
     made.read([7, 0, 11], buffers)
     for block, buffer in zip([7, 0, 11], buffers, strict=True):
         expected = b"".join(of_block(cache, block, layout) for cache in caches)
-        assert (bytes(buffer) if where == "host" else buffer.get().tobytes()) == expected
+        assert (buffer.get().tobytes() if where == "device" else bytes(buffer)) == expected
+    if where == "host in parts":
+        buffers = [host[0], (host[1][:5], host[1][5:]), (host[2][:100], host[2][100:700], host[2][700:])]
     target.write([2, 3, 5], buffers)
     for layer in range(LAYERS):
         for before, after in zip([7, 0, 11], [2, 3, 5], strict=True):

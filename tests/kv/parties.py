@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tetri.kv.base import KVError, KVStore, Taken, Wanted
+from tetri.kv.base import KVError, KVStore, Taken, Wanted, joined
 from tetri.wire.messages import Handle
 
 PATIENCE_S = 20.0  # for anything that should take milliseconds
@@ -43,7 +43,7 @@ class World:
         block[:] = data  # type: ignore[index]
 
     def read(self, block: object) -> bytes:
-        return bytes(block)  # type: ignore[call-overload, no-any-return]
+        return bytes(joined(block))
 
     def open(self, iid: str, slots: int = SLOTS, block_bytes: int = BLOCK, digest: bool = True) -> Party:
         party = Party(self, iid, self.store(iid, self.news.set, slots, block_bytes, digest))

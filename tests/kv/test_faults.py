@@ -96,6 +96,16 @@ def test_without_a_digest_it_gets_through() -> None:
     assert len(differ) == 1 and differ[0].bit_count() == 1
 
 
+def test_a_block_in_parts_is_damaged_too() -> None:
+    bench = Bench(digest=False, flip=1.0)
+    wanted = bench.put()
+    in_parts = tuple((memoryview(block)[:7], memoryview(block)[7:]) for block in BLOCKS)
+    bench.store.store.take = lambda wanted: Taken(wanted.ticket, in_parts)
+    found = content(bench.store.take(wanted))
+    differ = [a ^ b for a, b in zip(b"".join(found), b"".join(BLOCKS), strict=True) if a != b]
+    assert len(differ) == 1 and differ[0].bit_count() == 1
+
+
 def test_what_was_cut_short_is_the_beginning_and_the_next_copy_is_whole() -> None:
     bench = Bench(truncate=0.5)
     wanted, short = bench.put(), 0

@@ -1,15 +1,17 @@
 """What a receiver asks for, in which order, with how much credit, and what it gives up. No sockets, no clock."""
 
+import random
+
 import pytest
 import xxhash
 
-from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Wanted
-from tetri.kv.stream_fetch import MAX_STARTED, Fetching, Patience
+from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Wanted, joined, parts
+from tetri.kv.stream_fetch import MAX_STARTED, Fetching, Patience, Take
 from tetri.wire import codec
 from tetri.wire.bulk import MAX_SLOTS, BulkReply, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.messages import Handle
 
-BLOCK = 1000
+BLOCK, MB = 1000, 1 << 20
 CREDIT = 4 << 20
 
 
@@ -109,6 +111,35 @@ def test_the_digest_is_over_all_of_it():
         assert arrive(made, number, data[700:])
         assert isinstance(take.problem(), KVCorrupt) == (take.wanted.digest == 5)
         assert made.due("p", number) is None
+
+
+@pytest.mark.parametrize("lengths", [[3 * MB], [MB] * 3, [MB + 1, 7, 1, 100_000, 2 * MB], [MB // 3] * 9 + [3]])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 128])
+def test_the_blocks_are_the_pieces_themselves_cut_where_blocks_end(lengths, blocks):
+    data = memoryview(random.Random(1).randbytes(3 * MB))
+    take = Take(wanted(slots=[0] * blocks, block_bytes=3 * MB // blocks), 1, 1)
+    at = 0
+    for length in lengths:
+        take.add(data[at : at + length])
+        at += len(data[at : at + length])
+    size, found = 3 * MB // blocks, take.blocks()
+    assert [bytes(joined(block)) for block in found] == [data[n * size : (n + 1) * size] for n in range(blocks)]
+    whole = [part for block in found for part in parts(block) if part.obj is data.obj]
+    assert sum(map(len, whole)) == sum(length for length in lengths if length >= 64 << 10) - max(sum(lengths) - at, 0)
+
+
+def test_pieces_of_a_byte_each_lie_in_one_memory():
+    take = Take(wanted(blocks=2), 1, 1)
+    for at in range(2 * BLOCK):
+        take.add(memoryview(bytes([at % 251])))
+    assert len(take._parts) == 1
+    data = bytes(at % 251 for at in range(2 * BLOCK))
+    assert [bytes(block) for block in take.blocks()] == [data[:BLOCK], data[BLOCK:]]
+
+
+def test_blocks_of_no_bytes_and_no_blocks_are_as_many_as_asked():
+    assert [Take(wanted(blocks=count, block_bytes=0), 1, 1).blocks() for count in (0, 2)] == [(), (b"", b"")]
+    assert Take(wanted(blocks=0), 1, 1).blocks() == ()
 
 
 def test_a_new_connection_goes_on_where_the_old_one_was():

@@ -9,7 +9,7 @@ from live import wait_until
 from xxhash import xxh3_64_intdigest
 
 from tests.kv.test_contract_stream import StreamWorld, big
-from tetri.kv.base import KVError, KVForeign, KVLost, Wanted
+from tetri.kv.base import KVError, KVForeign, KVLost, Wanted, joined
 from tetri.kv.local import LocalSlab
 from tetri.kv.stream import Stream, StreamSettings
 from tetri.kv.stream_fetch import Patience
@@ -195,7 +195,7 @@ class Reading:
         found = []
 
         def answered():
-            found.extend((t.problem, [bytes(b) for b in t.blocks]) for t in self.stream.taken())
+            found.extend((t.problem, [bytes(joined(b)) for b in t.blocks]) for t in self.stream.taken())
             return found
 
         wait_until(answered, "no answer", seconds)

@@ -78,7 +78,7 @@ def key(tmp_path):
     return keys.load(str(tmp_path / "key"))
 
 
-def test_a_piece_arrives_where_it_belongs_and_tells_its_whole_size():
+def test_a_piece_arrives_in_memory_of_its_own():
     with ends() as made:
         link = made.up(made.link())
         peer, message = made.heard(link)
@@ -86,9 +86,16 @@ def test_a_piece_arrives_where_it_belongs_and_tells_its_whole_size():
         source = memoryview(bytearray(range(256)) * 4096)
         assert made.server.send(peer, b"header", source) is True
         assert made.until(link.receive) == b"header" and link.more
-        target = memoryview(bytearray(1000))
-        assert link.receive_into(target) == 1 << 20
-        assert bytes(target) == bytes(source[:1000]) and not link.more
+        piece = link.receive_frame()
+        assert piece == source and not link.more
+        piece[5] ^= 1  # the receiver's, and nobody else's
+        made.server.send(peer, b"next", source)
+        made.until(link.receive)
+        again = link.receive_frame()
+        made.links.remove(link)
+        made.watch.remove(link.socket, link.monitor)
+        link.close()
+        assert again == source and bytes(piece[:7]) == bytes([0, 1, 2, 3, 4, 4, 6]), "it stays when the connection ends"
 
 
 def test_what_waits_for_a_receiver_is_a_view_of_the_memory_itself():
@@ -171,7 +178,7 @@ def test_members_get_in(key):
         assert len(message) == REQUEST_BYTES and made.doorman.refused == 0
         made.server.send(peer, b"header", bytes(PIECE_BYTES))
         assert made.until(link.receive) == b"header"
-        assert link.receive_into(memoryview(bytearray(PIECE_BYTES))) == PIECE_BYTES
+        assert link.receive_frame() == bytes(PIECE_BYTES)
 
 
 def test_nobody_else_gets_in(key, tmp_path):

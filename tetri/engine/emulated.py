@@ -19,6 +19,7 @@ from tetri.cost import Cost
 from tetri.engine.base import EngineError, Leg, StepDone
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Plan, Slot
+from tetri.kv.base import joined
 from tetri.request import Capacity, Fingerprint, Sampling
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -171,7 +172,7 @@ class EmulatedEngine:
         if not 0 <= start <= stop <= len(owned):
             raise EngineError(f"leg {key!r} has {len(owned)} blocks; [{start}, {stop}) was asked")
         for block, content in zip(owned[start:stop], blocks, strict=True):
-            self.memory[block] = np.frombuffer(content, np.uint8).reshape(self.memory.shape[1:])
+            self.memory[block] = np.frombuffer(joined(content), np.uint8).reshape(self.memory.shape[1:])
 
     def close(self) -> None:
         for key in list(self.contents):

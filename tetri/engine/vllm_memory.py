@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tetri.engine.base import EngineError
+from tetri.kv.base import Block, parts
 
 
 class Memory:
@@ -27,12 +28,24 @@ class Memory:
             for layer, cache in enumerate(self.caches):
                 target[layer] = cache[block]
 
-    def write(self, blocks: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        """Copy `block_bytes` into each block."""
+    def write(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
+        """Copy `block_bytes` into each block, out of one memoryview or of several that follow one another."""
         for block, buffer in zip(blocks, buffers, strict=True):
-            source = self._layers_of(buffer)
-            for layer, cache in enumerate(self.caches):
-                cache[block] = source[layer]
+            sources = [np.frombuffer(part, np.uint8) for part in parts(buffer)]
+            self._check(sum(source.size for source in sources))
+            place = 0
+            for source in sources:
+                self._scatter(block, place, source)
+                place += source.size
+
+    def _scatter(self, block: int, place: int, source: np.ndarray) -> None:
+        """Copy bytes into a block from byte `place` of it on."""
+        layer, inside = divmod(place, self.layer_bytes)
+        at = 0
+        while at < source.size:
+            row = self.caches[layer][block, inside:][: source.size - at]
+            row[:] = source[at : at + row.size]
+            at, layer, inside = at + row.size, layer + 1, 0
 
     def close(self) -> None:
         """Let go of the tensors."""
@@ -40,9 +53,12 @@ class Memory:
 
     def _layers_of(self, buffer: memoryview) -> np.ndarray:
         flat = np.frombuffer(buffer, dtype=np.uint8)
-        if flat.size != self.block_bytes:
-            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {flat.size}")
+        self._check(flat.size)
         return flat.reshape(self.layers, self.layer_bytes)
+
+    def _check(self, size: int) -> None:
+        if size != self.block_bytes:
+            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {size}")
 
 
 def _block_rows(cache: Any) -> np.ndarray:

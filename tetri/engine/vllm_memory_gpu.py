@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tetri.engine.base import EngineError
-from tetri.kv.base import Block
+from tetri.kv.base import Block, joined
 from tetri.kv.cuda_runtime import Device
 
 
@@ -50,7 +50,7 @@ class GpuMemory:
 
     def write(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
         """Copy `block_bytes` into each block."""
-        count = self._paired(blocks, buffers)
+        count, buffers = self._paired(blocks, buffers), [joined(buffer) for buffer in buffers]
         with self._computing() as xp:
             ids = xp.asarray(np.array(blocks, np.int64))
             if any(map(_on_host, buffers)):

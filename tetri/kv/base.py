@@ -16,9 +16,20 @@ from typing import Any, Protocol
 from tetri.request import Reach
 from tetri.wire.messages import Handle
 
-# A block's bytes where an engine can read or write them: a memoryview, or on a GPU a device array of uint8.
+# A block's bytes where an engine can read or write them: a memoryview, or on a GPU a device array of uint8. One that
+# was taken may also be a tuple of memoryviews that follow one another: the parts in which it came.
 Block = Any
 Write = Callable[[Sequence[Block]], None]
+
+
+def parts(block: Block) -> tuple[Any, ...]:
+    """What the block lies in, in order; nothing is copied."""
+    return block if isinstance(block, tuple) else (block,)
+
+
+def joined(block: Block) -> Block:
+    """The block in one memoryview or device array: a copy if it lies in several parts, else the block itself."""
+    return memoryview(b"".join(block)) if isinstance(block, tuple) else block
 
 
 class KVError(RuntimeError):
@@ -56,7 +67,8 @@ class Wanted:
 @dataclass(frozen=True, slots=True)
 class Taken:
     """The receiver's own copy of what was wanted, digest checked over that copy and generations read again after it,
-    one block each; or the `problem`, and no blocks. Blocks are valid until the store is asked for anything else."""
+    one `Block` each, perhaps in parts; or the `problem`, and no blocks. Blocks are valid until the store is asked for
+    anything else."""
 
     ticket: tuple[str, int]
     blocks: Sequence[Block] = ()

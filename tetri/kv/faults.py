@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from tetri.faults import Chance
-from tetri.kv.base import Block, KVLost, KVStore, Taken, Wanted, Write
+from tetri.kv.base import Block, KVLost, KVStore, Taken, Wanted, Write, joined, parts
 from tetri.kv.local import LocalReader, LocalSlab, Neighbours
 from tetri.wire.messages import Handle
 
@@ -132,13 +132,13 @@ class Relay:
 
     def pass_on(self, wanted: Wanted, blocks: Sequence[Block]) -> Taken:
         """What arrives of these blocks. Those in a device's memory pass unharmed."""
-        if not all(isinstance(block, memoryview) for block in blocks):
+        if not all(isinstance(part, memoryview) for block in blocks for part in parts(block)):
             return Taken(wanted.ticket, blocks)
         slab = LocalSlab("relay", len(blocks), wanted.handle.block_bytes, self._segments, digest=False)
 
         def write(into: Sequence[Block]) -> None:
             for place, block in zip(into, blocks, strict=True):
-                place[:] = block
+                place[:] = joined(block)
             flip(self.chance, into)
 
         handle, _ = slab.put(len(blocks), write)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tetri.kv.base import Block, KVError, Taken, Wanted
+from tetri.kv.base import KVError, Taken, Wanted
 from tetri.kv.slab import HostSlab
 from tetri.kv.stream_fetch import Fetching, Patience, Take
 from tetri.kv.stream_reader import SlabReader
@@ -108,7 +108,7 @@ class Stream:
 
     def _answer(self, wanted: Wanted, take: Take | None, problem: KVError | None) -> None:
         """In the reader's thread."""
-        blocks = () if take is None else _blocks(take)
+        blocks = () if take is None else take.blocks()
         self._done.append((Taken(wanted.ticket, blocks, problem), take))
         self._wake()
 
@@ -126,10 +126,3 @@ class Stream:
         self._reader.close()
         self._server.close()
         self._context.term()
-
-
-def _blocks(take: Take) -> tuple[Block, ...]:
-    size, memory = take.wanted.handle.block_bytes, take.memory
-    if memory is None:
-        return ()
-    return tuple(memory[at * size : (at + 1) * size] for at in range(len(take.wanted.handle.slots)))

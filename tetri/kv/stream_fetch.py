@@ -16,17 +16,19 @@ nothing for `lost_s`, all that is asked of it is lost.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from xxhash import xxh3_64
 
-from tetri.kv.base import KVCorrupt, KVError, KVForeign, KVLost, Wanted
+from tetri.kv.base import Block, KVCorrupt, KVError, KVForeign, KVLost, Wanted
 from tetri.wire.bulk import MAX_SLOTS, Credit, Fetch, Gone, cost
 from tetri.wire.messages import Handle
 
 MAX_STARTED = 256  # of one peer
 _NEVER = float("inf")
 _PASSED_OVER = 4  # times lost_s
+_SHORT = 64 << 10  # a piece of fewer bytes is copied: small frames share libzmq's buffers, and each has its overhead
 _LOOK_S = 1.0
 
 
@@ -45,14 +47,31 @@ class Take:
         self.at = 0
         self.started = False
         self.clock = 0.0  # since when it has brought nothing
-        self.memory: memoryview | None = None
+        self._parts: list[memoryview | bytearray] = []  # what is here, in order
         self._digest = None if wanted.digest is None else xxh3_64()
 
     def add(self, piece: memoryview) -> None:
-        """The next bytes, in their place in the receiver's own memory."""
+        """The next bytes, in memory that is the take's from now on."""
         self.at += len(piece)
         if self._digest is not None:
             self._digest.update(piece)
+        if len(piece) >= _SHORT:
+            self._parts.append(piece)
+            return
+        last = self._parts[-1] if self._parts else None
+        if isinstance(last, bytearray):
+            last += piece
+        else:
+            self._parts.append(bytearray(piece))
+
+    def blocks(self) -> tuple[Block, ...]:
+        """When all is here: a memoryview for each block, or a tuple of them where it came in several parts."""
+        count, size = len(self.wanted.handle.slots), self.wanted.handle.block_bytes
+        return tuple(_cut(self._parts, size)) if size else (memoryview(b""),) * count
+
+    def drop(self) -> None:
+        """Let go of its memory."""
+        self._parts.clear()
 
     def problem(self) -> KVCorrupt | None:
         """When all is here."""
@@ -252,6 +271,21 @@ class Fetching:
 
     def _stalls(self, peer: Peer) -> float:
         return max(peer.clock, peer.up_at) + self.patience.stall_s if peer.up and peer.owes else _NEVER
+
+
+def _cut(parts: list[memoryview | bytearray], size: int) -> Iterator[Block]:
+    """Blocks of `size` bytes out of what lies in `parts`."""
+    block: list[memoryview] = []
+    missing = size
+    for whole in parts:
+        part, at = memoryview(whole), 0
+        while at < len(part):
+            piece = part[at : at + missing]
+            block.append(piece)
+            at, missing = at + len(piece), missing - len(piece)
+            if not missing:
+                yield block[0] if len(block) == 1 else tuple(block)
+                block, missing = [], size
 
 
 def _unaskable(handle: Handle) -> str | None:

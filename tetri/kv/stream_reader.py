@@ -10,7 +10,6 @@ from threading import Thread
 
 from tetri.kv.base import KVError, KVLost, Wanted
 from tetri.kv.stream_fetch import Fetching, Take
-from tetri.kv.stream_room import Room
 from tetri.net.bulk import Bell, BulkLink, Watch
 from tetri.net.errors import NetError
 from tetri.net.keys import Key
@@ -42,7 +41,6 @@ class SlabReader:
         self.counters: Counter[str] = Counter()
         self._context, self._fetching, self._key, self._log = context, fetching, key, log
         self._answer, self._crashed = answer, crashed
-        self._room = Room(fetching.room)
         self._addresses: dict[str, str] = {}  # by peer
         self._links: dict[str, BulkLink] = {}
         self._again: dict[str, float] = {}  # when to connect next
@@ -96,9 +94,7 @@ class SlabReader:
 
     def used(self, take: Take) -> None:
         self._fetching.used_up(take.size)
-        if take.memory is not None:
-            self._room.give(take.memory)
-            take.memory = None
+        take.drop()
 
     # ------------------------------------------------------------ the thread
 
@@ -227,16 +223,14 @@ class SlabReader:
             self.counters["late"] += 1
             self._top_up(name, link.drop())
             return None
-        if take.memory is None:
-            take.memory = self._room.take(take.size)
-        place = take.memory[take.at : min(take.at + PIECE_BYTES, take.size)]
-        size = link.receive_into(place)
+        payload = link.receive_frame()
+        size, due = len(payload), min(PIECE_BYTES, take.size - take.at)
         surplus = link.more
         self._top_up(name, size)
-        if surplus or piece.start != take.at or size > len(place) or (take.size and not size):
+        if surplus or piece.start != take.at or size > due or (take.size and not size):
             self.counters["garbage_piece"] += 1
             return f"a piece of {size} bytes at {piece.start}, where one at {take.at} was due"
-        take.add(place[:size])
+        take.add(payload)
         self._tries[name] = 0
         if self._fetching.grew(name, take, time.monotonic()):
             problem = take.problem()

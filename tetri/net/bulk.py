@@ -82,11 +82,11 @@ class Watch:
 
 def context() -> sockets.Context:
     """For one path's sockets; `term` it when they are all closed."""
-    _keep_freed_memory()
+    keep_freed_memory()
     return zmq.Context()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """libzmq takes the memory of each piece from malloc, and glibc gives it back to the kernel at nearly every free:
     the page faults for the next piece then cost as much as its copy (a third of the bandwidth, measured). So this
     process keeps up to 128 MB of what it has freed. Another C library than glibc stays as it is."""
@@ -204,9 +204,10 @@ class BulkLink:
         """Whether the message has another frame."""
         return bool(self.socket.get(zmq.RCVMORE))
 
-    def receive_into(self, memory: memoryview) -> int:
-        """The next frame's bytes, as many as fit; how many it has."""
-        return self.socket.recv_into(memory if len(memory) else bytearray(), flags=zmq.NOBLOCK)
+    def receive_frame(self) -> memoryview:
+        """The message's next frame, in the memory that libzmq received it into: nothing is copied. A long frame has it
+        to itself until the last view of it falls; short ones may share theirs."""
+        return self.socket.recv(zmq.NOBLOCK, copy=False).buffer
 
     def drop(self) -> int:
         """The rest of the message; how many bytes it has."""
