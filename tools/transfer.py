@@ -3,7 +3,10 @@
     tools/bench_transfer [--transport shm,stream] [--sizes MB,...] [--block-tokens N] [--json]
 
 Each row is one chunk size, pipelined, with the digest; `ratio` is its GB/s over that of a plain copy of as many bytes
-in the same rounds. Under it one chunk alone: from the begin of its put until it has landed on the other side."""
+in the same rounds. For `stream` the chunks lie in the slab already, as the messages of the bare pyzmq PUSH and PULL lie
+ready whose GB/s `bare_ratio` compares with (`bare_plain`: with malloc as it comes, see bare_zmq.py); `gbps_with_put` is
+the whole way, with the copy into the slab and its digest. Under it one chunk alone: from the begin of its put until it
+has landed on the other side."""
 
 import json
 import sys
@@ -24,10 +27,9 @@ from tetri.kv.base import KVError
 TOKEN_BYTES = 23_040  # of SmolLM2-135M's KV in bfloat16
 ALONE_MB = 12.0
 ALONE_ROUNDS = 40
-# transport -> what else is measured in the same rounds, by name. pyzmq: bare PUSH and PULL, nothing copied by either
-# side; pyzmq_copied: one copy at each side, as KV needs it.
+# transport -> what else is measured in the same rounds, by name
 OTHERS: dict[str, dict[str, Lane]] = {
-    "stream": {"pyzmq": partial(bare, copy=False), "pyzmq_copied": partial(bare, copy=True)}
+    "stream": {"bare": partial(bare, tuned=True), "bare_plain": partial(bare, tuned=False)}
 }
 
 

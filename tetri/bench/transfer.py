@@ -2,6 +2,10 @@
 
 Sender and receiver are two processes on two cores. What is timed is what a worker does: put (the copy into the slab,
 and the digest), announce, take (the copy out, and the digest over it), landed. Several chunks are on their way at once.
+Over `stream`, whose measure is what bare sockets do with messages that lie ready, the chunks lie in the slab before the
+clock starts and are fetched again and again: announce, fetch, the digest over what came, landed. The whole way, with
+put, is timed beside it.
+
 All that is compared is measured in the same rounds, one after the other, so that what disturbs the machine disturbs all
 of it; the figures are medians over the rounds."""
 
@@ -30,6 +34,7 @@ from tetri.wire.messages import Chunk, Handle, InboxMessage
 PATIENCE_S = 60.0  # with the other process, for one chunk
 POLL_S = 0.05  # a path whose slots come free later may not wake for that
 SPARE = 2  # chunks in the slab beside those on their way
+READY = ("stream",)  # paths that are timed with the chunks in the slab, and with put beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +108,33 @@ def memcpy(case: Case) -> Iterator[Run]:
     yield run
 
 
+Put = tuple[Handle, int | None]  # a chunk in the slab, and its digest
+
+
 class Sender:
     """Puts and announces chunks, and frees them late, so that the slab's slots rotate as the copies' targets do."""
 
     def __init__(self, case: Case, store: KVStore, iid: str, pipe: Connection, woken: int) -> None:
         self._case, self.store, self.iid, self._pipe, self._woken = case, store, iid, pipe, woken
         self._sources = Memory(case)
-        self._sent: dict[int, Handle] = {}
-        self._landed: deque[Handle] = deque()
+        self._sent: dict[int, Put] = {}
+        self._landed: deque[Put] = deque()
         self._numbers = itertools.count()
 
     def run(self, count: int, depth: int = 0) -> float:
         """Seconds from the first put to the last landed, with `depth` chunks on their way (0: the case's)."""
+        return self._run(count, depth or self._case.depth, self._room, self._put)
+
+    def again(self, count: int) -> float:
+        """Seconds from the first announcement to the last landed, of chunks that lie in the slab since they landed."""
+        return self._run(count, self._case.depth, lambda: bool(self._landed), self._landed.popleft)
+
+    def _run(self, count: int, depth: int, can: Callable[[], bool], chunk: Callable[[], Put]) -> float:
         start = heard = time.perf_counter()
         sent = 0
         while sent < count or self._sent:
-            if sent < count and len(self._sent) < (depth or self._case.depth) and self._room():
-                self._send()
+            if sent < count and len(self._sent) < depth and can():
+                self._announce(*chunk())
                 sent += 1
                 seconds = 0.0
             else:
@@ -132,18 +147,21 @@ class Sender:
 
     def _room(self) -> bool:
         while self.store.free_slots < self._case.blocks and self._landed:
-            self.store.free(self._landed.popleft())
+            self.store.free(self._landed.popleft()[0])
         return self.store.free_slots >= self._case.blocks
 
-    def _send(self) -> None:
-        source, size, index = self._sources.next(), self._case.block_bytes, next(self._numbers)
+    def _put(self) -> Put:
+        source, size = self._sources.next(), self._case.block_bytes
 
         def write(views: Sequence[Block]) -> None:
             for at, view in enumerate(views):
                 view[:] = source[at * size : (at + 1) * size]
 
-        handle, digest = self.store.put(self._case.blocks, write, f"p:bench:{index}")
-        self._sent[index] = handle
+        return self.store.put(self._case.blocks, write, "p:bench")
+
+    def _announce(self, handle: Handle, digest: int | None) -> None:
+        index = next(self._numbers)
+        self._sent[index] = handle, digest
         chunk = Chunk(
             src=self.iid,
             incarnation=1,
@@ -219,11 +237,14 @@ def _end(pipe: Connection) -> None:
 
 def measure(case: Case, rounds: int, round_bytes: int, others: Mapping[str, Lane]) -> dict[str, Any]:
     """One row: GB/s (10^9) of the path and of a plain copy, and of `others` by name. `digest_pct` is how much longer
-    the path takes with the digest than without."""
+    the path takes with the digest than without. Of READY paths also the whole way, with put, which the others have
+    always."""
     count = max(round_bytes // case.chunk_bytes, 2 * case.depth)
     with ExitStack() as stack:
         with_digest, without = stack.enter_context(senders(case, [True, False]))
         runs: dict[str, Run] = {"path": with_digest.run, "without": without.run}
+        if case.transport in READY:
+            runs = {"path": with_digest.again, "without": without.again, "with_put": with_digest.run}
         for name, lane in {"memcpy": memcpy, **others}.items():
             runs[name] = stack.enter_context(lane(case))
         seconds = alternated(runs, count, rounds)
@@ -251,7 +272,9 @@ def row(case: Case, count: int, seconds: Mapping[str, float]) -> dict[str, Any]:
         "ratio": round(gbps["path"] / gbps["memcpy"], 3),
         "digest_pct": round((seconds["path"] / seconds["without"] - 1) * 100, 1),
     }
-    for name in gbps.keys() - {"path", "memcpy", "without"}:
+    if "with_put" in gbps:
+        found["gbps_with_put"] = round(gbps["with_put"], 3)
+    for name in gbps.keys() - {"path", "memcpy", "without", "with_put"}:
         found |= {f"{name}_gbps": round(gbps[name], 3), f"{name}_ratio": round(gbps["path"] / gbps[name], 3)}
     return found
 
