@@ -109,7 +109,8 @@ def test_the_dead_are_named_with_what_to_do_and_swept_when_told(run, slab, dead)
     status, out = run()
     assert status == 1
     (problem,) = problems(out)
-    assert problem.startswith(f"{name}: p1 (process {pid}) is dead") and "tetri-cli doctor --sweep" in problem
+    assert problem.startswith(f"{name}: p1 (process {pid}) is dead")
+    assert f"tetri-cli doctor --set cluster.name={NAME} " in problem and " --sweep removes it" in problem
     status, out = run("--sweep")
     assert (status, problems(out)) == (0, []) and f"{name}  removed" in out
     assert not os.path.exists(f"/dev/shm/{name}") and os.path.exists(f"/dev/shm/{slab.segment.name}")
@@ -151,6 +152,19 @@ def test_other_deployments_are_shown_when_asked_for(run, slab):
         assert {(NAME, "p0"), (f"{NAME}-too", "p9")} <= names
     finally:
         other.close()
+
+
+def test_without_a_configuration_it_looks_at_what_up_started(capfd, monkeypatch, tmp_path, slab):
+    monkeypatch.delenv("TETRI_CONF", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    place = tmp_path / "tetri"
+    place.mkdir()
+    workers = "".join(f'[[worker]]\niid = "{role}1"\nrole = "{role}"\n' for role in ("prefill", "decode"))
+    (place / "cluster.toml").write_text(f'[cluster]\nname = "{NAME}"\nrun_dir = "{place}"\n{workers}')
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--json"])
+    told = json.loads(capfd.readouterr().out)
+    assert told["deployment"] == NAME and [seen["name"] for seen in told["segments"]] == [slab.segment.name]
 
 
 def test_a_socket_that_nobody_listens_to_is_told(run, tmp_path):

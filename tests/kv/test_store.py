@@ -7,6 +7,7 @@ import pytest
 from tests.kv.parties import block
 from tetri.kv import PATHS, StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost, Wanted
+from tetri.policy import pairing
 
 
 @pytest.fixture
@@ -25,6 +26,15 @@ def test_what_others_must_know_to_read_it(store):
     assert store.reach.process == os.getpid() and str(os.geteuid()) in store.reach.host
     assert store.reach.segment.startswith("tetri-test-store-p0-")
     assert (store.slots, store.free_slots, store.due()) == (2, 2, None)
+
+
+def test_workers_of_deployments_with_other_names_are_not_paired_over_shared_memory(store):
+    for name, common in (("test-store", "shm"), ("test-other", None)):
+        other = open_store(StoreSettings(name, "d0", 2, 100, "shm"))
+        try:
+            assert pairing.path(store.reach, other.reach) == common  # their readers refuse each other's segments
+        finally:
+            other.close()
 
 
 def test_a_worker_reads_its_own_slab_without_meeting_itself(store):

@@ -9,6 +9,7 @@ from tests.core.build import reach as made_by
 from tetri.policy.pairing import FAR, PATHS, SAME_HOST, apart, kin, path, stranger
 
 ALL = [*PATHS]
+ONE_HOST = "needs both on one host, of one user and with one cluster.name"
 GPU = {"device": "GPU-a", "paths": ["cuda_ipc", "shm", "stream"]}
 
 
@@ -50,7 +51,7 @@ def test_the_best_path_that_both_have(one, other, best):
     "one, other, says",
     [
         ({"paths": ["shm"]}, {"paths": ["stream"]}, "no common KV path: shm and stream; set transfer.transport alike"),
-        ({"paths": ["shm"]}, {"paths": ["shm"], "host": "b"}, "shm needs both on one host"),
+        ({"paths": ["shm"]}, {"paths": ["shm"], "host": "b"}, f"shm {ONE_HOST}"),
         ({"paths": ["local"]}, {"paths": ["local"], "process": 1}, "local needs both in one process"),
         (
             {"paths": ["cuda_ipc"], "device": "GPU-a"},
@@ -60,7 +61,7 @@ def test_the_best_path_that_both_have(one, other, best):
         (
             {"paths": ["local", "cuda_ipc", "shm"]},
             {"paths": ["local", "cuda_ipc", "shm"], "host": "b"},
-            "cuda_ipc needs both on one host; shm needs both on one host",
+            f"cuda_ipc {ONE_HOST}; shm {ONE_HOST}",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,16 +49,17 @@ def command(
     """Look for what is wrong on this host: KV slabs of dead workers, slots that nobody gives back, dead sockets.
 
     Asks no process, so it also works where all are dead or stuck. Exit status 1 when something is wrong."""
-    from tetri.config import default_path, load
+    from tetri.config import load
     from tetri.kv.survey import remove, survey
 
-    config = load(conf or os.environ.get("TETRI_CONF") or default_path(), overrides)
+    config = load(_configuration(conf, overrides), overrides)
     deployment = None if everything else config.cluster.name
     segments = survey(deployment)
     removed = [seen.name for seen in segments if not seen.alive and remove(seen)] if sweep else []
     segments = [seen for seen in segments if seen.name not in removed]
     sockets = _sockets(config.run_dir)
-    sweeping = f"tetri-cli doctor{' --all' if everything else ''} --sweep"
+    same = [*(["--conf", str(conf)] if conf else []), *(part for each in overrides for part in ("--set", each))]
+    sweeping = shlex.join(["tetri-cli", "doctor", *same, *(["--all"] if everything else []), "--sweep"])
     wrong = [*_problems(segments, leak_s, sweeping), *(_dead_socket(path) for path, alive in sockets if not alive)]
     if as_json:
         click.echo(json.dumps(_record(deployment, segments, sockets, removed, wrong), ensure_ascii=False))
@@ -65,6 +67,18 @@ def command(
         for line in _report(segments, sockets, removed, wrong, None if pages else _SHOWN):
             click.echo(line)
     return 1 if wrong else 0
+
+
+def _configuration(conf: Path | None, overrides: Sequence[str]) -> str | Path:
+    """What is asked for, or else what `up` started last: its run directory says so, also when all are dead."""
+    from tetri.config import default_path, default_run_dir
+    from tetri.proc.launch import CONF
+
+    named = conf or os.environ.get("TETRI_CONF")
+    started = default_run_dir() / CONF
+    if not named and not overrides and started.is_file():
+        return started
+    return named or default_path()
 
 
 def _sockets(run_dir: Path) -> list[tuple[str, bool]]:

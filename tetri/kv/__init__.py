@@ -63,7 +63,7 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     name = slab.segment.name
     reach = Reach(
         paths=paths,
-        host=host(),
+        host=host(made.deployment),
         process=os.getpid(),
         segment=name,
         address="".join(each.address for each in opened.values()),
@@ -99,7 +99,7 @@ def _device_store(made: StoreSettings) -> KVStore:
         made.iid,
         made.slots,
         made.block_bytes,
-        host,
+        lambda: host(made.deployment),
         digest=made.digest,
         on_host=made.on_host,
         expected_blocks=EXPECTED_BLOCKS,
@@ -135,7 +135,8 @@ def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], Non
     raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(PATHS)}")
 
 
-def host() -> str:
-    """The same for all processes that share this machine, its /dev/shm and their user."""
+def host(deployment: str) -> str:
+    """The same for all processes of a deployment that share this machine, its /dev/shm and their user: a reader takes
+    no segment of another deployment's."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}-{os.stat('/dev/shm').st_dev}-{os.geteuid()}"
+    return f"{boot}-{os.stat('/dev/shm').st_dev}-{os.geteuid()}-{deployment}"

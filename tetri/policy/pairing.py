@@ -42,7 +42,7 @@ def _obstacle(name: str, a: Reach, b: Reach) -> str | None:
     if name == "local" and (a.host, a.process) != (b.host, b.process):
         return "needs both in one process"
     if name in SAME_HOST and a.host != b.host:
-        return "needs both on one host"
+        return "needs both on one host, of one user and with one cluster.name"
     if name == "cuda_ipc" and a.device != b.device and not (b.device in a.near and a.device in b.near):
         return f"needs peer access between the GPUs {a.device} and {b.device}"
     return None
