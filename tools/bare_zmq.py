@@ -36,6 +36,7 @@ def bare(case: Case, tuned: bool) -> Iterator[Run]:
         port = push.bind_to_random_port("tcp://127.0.0.1")
         child = get_context("spawn").Process(target=_receive, args=(theirs, port, core, tuned), daemon=True)
         child.start()
+        theirs.close()  # so that its end is seen here
         sources, numbers = Memory(case), itertools.count()
 
         def run(count: int) -> float:
