@@ -53,8 +53,8 @@ def test_a_stream_interval_sends_fewer_and_longer_messages() -> None:
 
 
 def test_a_prompt_too_long_for_one_mixed_worker_gets_a_clear_error_and_stops_nobody() -> None:
-    """44 blocks: more than half of the memory, and more than the store keeps for those that nobody has taken. No setting
-    of the client helps."""
+    """44 blocks: more than half of the memory, and more than the store keeps for those that nobody has taken. No
+    setting of the client helps."""
     small = ["emulated.blocks=64", "emulated.context=1024", "engine.chunk_tokens=256", "transfer.slab_blocks=20"]
     with LiveCluster(overrides=[ALONE, *small, "cluster.patience_s=2.5"]) as cluster:
         stream = cluster.client().stream([7] * 700, max_tokens=20)
