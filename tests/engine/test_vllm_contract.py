@@ -8,6 +8,7 @@ import pytest
 from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
 from tests.engine.contract import CAPACITY, EngineContract
+from tetri.kv.base import Block, parts
 from tetri.leg import StepDone
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
@@ -29,8 +30,8 @@ class Near:
         for place, block in zip(into, self.process.export(key, start, stop), strict=True):
             place[:] = block
 
-    def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
-        self.process.adopt(key, start, [bytes(block) for block in blocks])
+    def adopt(self, key: str, start: int, blocks: Sequence[Block]) -> None:
+        self.process.adopt(key, start, [tuple(map(bytes, parts(block))) for block in blocks])
 
 
 @pytest.fixture(scope="module")

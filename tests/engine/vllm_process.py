@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.engine.base import EngineError, Leg, StepDone
+from tetri.kv.base import parts
 from tetri.models import weights_hash
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -145,8 +146,8 @@ class _Watched:
         self.engine.export(key, start, stop, [memoryview(buffer) for buffer in buffers])
         return buffers
 
-    def adopt(self, key: str, start: int, blocks: Sequence[bytes]) -> None:
-        self.engine.adopt(key, start, [memoryview(block) for block in blocks])
+    def adopt(self, key: str, start: int, blocks: Sequence[bytes | tuple[bytes, ...]]) -> None:
+        self.engine.adopt(key, start, [tuple(map(memoryview, parts(block))) for block in blocks])
 
     def digests(self, key: str, start: int, stop: int) -> list[str]:
         from reference import digest
