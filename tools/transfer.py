@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a clone that is not ins
 
 from bare_zmq import bare
 
+from tetri.bench.receiving import end_by_signal
 from tetri.bench.transfer import Case, Lane, alone, measure
 from tetri.kv import PATHS
 from tetri.kv.base import KVError
@@ -55,6 +56,7 @@ def main(
     transports: str, sizes: str, block_tokens: int, depth: int, rounds: int, memory_mb: int, as_json: bool
 ) -> None:
     """Bandwidth of the KV paths between two processes on two cores, and the time of one chunk alone."""
+    end_by_signal()
     named, megabytes = listed(transports, str), listed(sizes, float)
     unknown = next((name for name in named if name not in PATHS), None)
     if unknown is not None or min(megabytes) <= 0:

@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,25 @@ def test_the_program_says_it_in_json_and_leaves_nothing():
     assert found["alone_ratio"] == pytest.approx(found["alone_ms"] / found["memcpy_ms"], rel=0.02)
     assert found["chunk_mb"] == pytest.approx(12, abs=0.05)
     assert left_of(process.pid) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_by_a_signal_to_all_of_it_the_program_leaves_nothing(number):
+    """As timeout ends it, which signals the program twice: itself, and with its group."""
+    command = [PROGRAM, "--sizes", "3", "--rounds", "1000000", "--memory-mb", "16"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as program:
+        until = time.monotonic() + 60
+        while len(left_of(program.pid)) < 3 and program.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(left_of(program.pid)) == 3  # two senders' slabs and the receiver's
+        program.send_signal(number)
+        os.killpg(program.pid, number)
+        _, err = program.communicate(timeout=30)
+    assert program.returncode == 128 + number and "Traceback" not in err
+    until = time.monotonic() + 10
+    while left_of(program.pid) and time.monotonic() < until:  # the receiver may be a moment behind
+        time.sleep(0.01)
+    assert not left_of(program.pid)
 
 
 @pytest.mark.parametrize(
