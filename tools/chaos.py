@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -199,6 +200,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Serve requests while faults are injected, and check every answer."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped again
     try:
         config = configured(transport, f"{faults},seed={seed}" if faults else "", workers, overrides)
     except ConfigError as error:
