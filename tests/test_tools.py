@@ -79,8 +79,9 @@ def test_plain_vllm_is_told_what_the_live_engine_is_told(monkeypatch):
         def create_engine_config(self):
             raise InterruptedError
 
-    stand_in = {"EngineArgs": Arguments, "KVTransferConfig": dict}
-    for name in ("vllm", "vllm.config", "vllm.engine", "vllm.engine.arg_utils"):
+    cpu = types.SimpleNamespace(is_cpu=lambda: True, is_cuda=lambda: False, device_type="cpu")
+    stand_in = {"EngineArgs": Arguments, "KVTransferConfig": dict, "current_platform": cpu}
+    for name in ("vllm", "vllm.config", "vllm.engine", "vllm.engine.arg_utils", "vllm.platforms"):
         module = types.ModuleType(name)
         vars(module).update(stand_in)
         monkeypatch.setitem(sys.modules, name, module)

@@ -20,7 +20,7 @@ from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.messages import Handle
 
 MB = 1 << 20
-QUICK = Patience(stall_s=0.2, lost_s=0.6)
+QUICK = Patience(stall_s=1.0, lost_s=3.0)  # long enough for a busy machine
 
 
 @pytest.fixture
