@@ -84,6 +84,7 @@ BAD = [
     ("[transfer]\nannounce='tcp://127.0.0.1:1'\n", "transfer.address, which is not set"),
     ("[transfer]\ntransport='stream'\nslab_blocks=9000\n[engine]\nblock_tokens=1\nchunk_tokens=9000\n", "most 8192"),
     ("[cluster]\nkey='k'\n", "cluster.key: must be an absolute path"),
+    ("[transfer]\nemulate='fast'\n", 'transfer.emulate: must be one of: "", roce-200g, nvlink, got'),
     ("[transfer]\nfaults='dorp=0.1'\n", "transfer.faults: 'dorp=0.1' is no fault: use drop, duplicate"),
     ("[transfer]\nfaults='drop=2'\n", "transfer.faults: drop must be from 0 to 1, got 2"),
     ("[model]\nname=3\n", "model.name: must be a text"),

@@ -50,7 +50,9 @@ def parse_faults(text: str) -> Faults | None:
     found: dict[str, float] = {}
     for part in text.split(","):
         name, equals, number = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in known:
+        if name in known and not equals:
+            raise FaultsError(f"{name} needs a number, as in {_EXAMPLE}")
+        if name not in known:
             raise FaultsError(f"{part.strip()[:40]!r} is no fault: use {', '.join(known)}, as in {_EXAMPLE}")
         if name in found:
             raise FaultsError(f"{name} is given twice")

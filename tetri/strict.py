@@ -82,7 +82,8 @@ def _text_problem(f: dataclasses.Field[Any], value: Any) -> str | None:
         return "must be a text"
     names = f.metadata.get("names")
     if names is not None:
-        return None if value in names else f"must be one of: {', '.join(names)}"
+        shown = ", ".join(name or '""' for name in names)
+        return None if value in names else f"must be one of: {shown}"
     pattern = f.metadata.get("pattern")
     if pattern and not re.fullmatch(pattern, value):
         return f"must be {f.metadata['allowed']}"
