@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.kv.cuda_stand_in import StandIn
 from tetri.engine.base import EngineError
 from tetri.engine.vllm_memory_gpu import GpuMemory, by_block
 from tetri.kv.cuda_runtime import Device
-
-torch = pytest.importorskip("torch")
 
 BLOCKS, HEADS, TOKENS, WIDTH, LAYERS = 12, 3, 16, 8, 4
 

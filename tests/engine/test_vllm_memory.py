@@ -3,11 +3,10 @@
 import random
 
 import pytest
+import torch
 
 from tetri.engine.base import EngineError
 from tetri.engine.vllm_memory import Memory
-
-torch = pytest.importorskip("torch")
 
 BLOCKS, LAYERS, WIDTH = 6, 5, 24
 

@@ -22,7 +22,6 @@ class ShmSlab(HostSlab):
     def __init__(
         self, deployment: str, iid: str, slots: int, block_bytes: int, directory: str = DIRECTORY, digest: bool = True
     ) -> None:
-        self._path = ""
         self._own = create(directory, deployment, iid, slots, block_bytes)
         self._path = os.path.join(directory, self._own.segment.name)
         super().__init__(self._own.segment, digest)
