@@ -39,6 +39,13 @@ ROOMS = {
     "net": room("wire", "log", third=["zmq", "msgspec"]),
     "kv": room("request", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
     "engine": room("request", "leg", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]),
+    "predict": room(
+        "request",
+        "policy",
+        "text",
+        "log",
+        third=["numpy", "msgpack", "xxhash", "torch", "transformers", "safetensors"],
+    ),
     "profile": room("request", "cost", "engine", third=["numpy"]),
     "sim": room("request", "leg", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "hands"),
     "bench": room("request", "client", "kv", "wire", "metrics", "config", "log", third=["matplotlib"]),
@@ -50,9 +57,9 @@ ROOMS = {
 }
 # What only a few files of a room may import, and of the rooms that may import everything, what not.
 ONLY_IN = {
-    "torch": ("engine/vllm", "models"),
+    "torch": ("engine/vllm", "predict/", "models"),
     "vllm": ("engine/vllm",),
-    "transformers": ("models",),
+    "transformers": ("predict/", "models"),
     "accelerate": ("models",),
     "gguf": ("models",),
     "supervisor": ("proc/supervise",),

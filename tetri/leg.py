@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tetri.request import Record, Sampling
+from tetri.request import Odds, Record, Sampling
 
 Phase = Literal["prefill", "decode"]
 
@@ -50,6 +50,15 @@ class Sampled(Record, frozen=True, gc=False):
         return self.ids[-1]
 
 
+class Foretold(Record, frozen=True, gc=False):
+    """What the model's own hidden state says of a leg: the `odds` of how many output tokens follow after the `outputs`
+    that its request had when the state was computed, those of earlier attempts included."""
+
+    key: str
+    outputs: int
+    odds: Odds
+
+
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """What one step really did. `held`: the number of blocks, after the step, of each leg that is still there and whose
@@ -64,3 +73,4 @@ class StepDone:
     preempted: tuple[str, ...] = ()
     held: tuple[tuple[str, int], ...] = ()
     steps: int = 1
+    foretold: tuple[Foretold, ...] = ()  # prefill legs that have ended; decode legs every so many tokens

@@ -195,6 +195,30 @@ class LengthRange(Record, frozen=True):
             raise ValueError(f"no length is at least {self.low} and less than {self.high}")
 
 
+class Odds(Value, frozen=True):
+    """How likely each number of output tokens is: `shares[i]` for [i * width, (i + 1) * width), the last share for all
+    from there on. They are not negative and add up to 1."""
+
+    width: int
+    shares: tuple[float, ...]
+
+
+class Expected(Value, frozen=True):
+    """What a worker knows of output lengths before any traffic, from the training of its predictor.
+
+    kind    classifier, hidden or both; "prior": no predictor, the prior alone
+    prior   the lengths that the model wrote in training
+    levels  calibration: of the held-out texts, the share i / (len + 1) had at most `levels[i - 1]` of their predicted
+            odds at or below their true length (the quantiles of the probability integral transform), ascending
+    note    one line for `status`: which file, or why there is none
+    """
+
+    kind: str
+    prior: Odds
+    levels: tuple[float, ...] = ()
+    note: str = ""
+
+
 class Capacity(Record, frozen=True):
     """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
 

@@ -4,7 +4,7 @@ simulator, carry the actions out."""
 from __future__ import annotations
 
 from tetri.leg import Leg, StepDone
-from tetri.request import LengthRange, Reach, Sampling, Value
+from tetri.request import LengthRange, Odds, Reach, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Handle, InboxMessage, LoadReport, WorkerEvent
@@ -181,11 +181,12 @@ class LegRejected(Value, frozen=True):
 
 
 class LengthKnown(Value, frozen=True):
-    """What was predicted for the output of a request (all its output, earlier attempts included); None when nobody
-    can say."""
+    """What was predicted for the output of a request (all its output, earlier attempts included): a range as it is to
+    be used, or odds, from which the core makes one; neither when nobody can say."""
 
     key: str
     length: LengthRange | None
+    odds: Odds | None = None
 
 
 class Exported(Value, frozen=True):

@@ -8,7 +8,7 @@ from tetri.core.actions import Action, Connect, Disconnect
 from tetri.cost import Cost
 from tetri.policy import pairing
 from tetri.policy.rules import Rules
-from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, Reach, blocks_for
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Expected, Fingerprint, Reach, blocks_for
 from tetri.wire.messages import ClusterView, InstanceEntry, InstanceLoad, Roster
 
 
@@ -38,6 +38,7 @@ class Identity:
     patience_s: float = 60.0
     view_s: float = 2.0  # without a roster for so long, the worker registers again; without a view, loads are unknown
     stream_interval: int = 1
+    expected: Expected | None = None  # of output lengths, while rules.length is "trained"
 
     @property
     def open_slots(self) -> int:

@@ -59,9 +59,9 @@ class VllmSettings:
         return min(2 * self.max_batch + 16, self.chunk_tokens)
 
 
-def engine_config(settings: VllmSettings) -> Any:
-    """vLLM's configuration. Raises EngineError when the checkpoint cannot be served or the KV space is too small."""
-    from vllm.config import KVTransferConfig
+def engine_config(settings: VllmSettings, *, serving: bool = True) -> Any:
+    """vLLM's configuration; not `serving`: whole texts are written in one go, by vLLM's own scheduler. Raises
+    EngineError when the checkpoint cannot be served or the KV space is too small."""
     from vllm.engine.arg_utils import EngineArgs
 
     _check_build(settings.gpu)
@@ -75,7 +75,6 @@ def engine_config(settings: VllmSettings) -> Any:
         enable_prefix_caching=False,  # exported blocks would start behind the cached part
         enable_chunked_prefill=True,
         async_scheduling=False,
-        scheduler_cls="tetri.engine.vllm_scheduler.LegScheduler",
         disable_hybrid_kv_cache_manager=True,
         max_num_batched_tokens=settings.chunk_tokens,
         max_num_seqs=settings.max_requests,
@@ -85,11 +84,7 @@ def engine_config(settings: VllmSettings) -> Any:
         generation_config="vllm",  # no sampling defaults from the checkpoint
         disable_log_stats=True,
         logits_processors=["tetri.engine.vllm_connector:SamplerPlugin"],
-        kv_transfer_config=KVTransferConfig(
-            kv_connector="BlockConnector",
-            kv_connector_module_path="tetri.engine.vllm_connector",
-            kv_role="kv_both",
-        ),
+        **(_legs() if serving else {}),
     )
     try:
         config = arguments.create_engine_config()
@@ -97,6 +92,20 @@ def engine_config(settings: VllmSettings) -> Any:
         raise EngineError(f"vLLM cannot serve {settings.model}: {_gist(error)}") from error
     _check_space(settings, config)
     return config
+
+
+def _legs() -> dict[str, Any]:
+    """By which a request is served in two legs."""
+    from vllm.config import KVTransferConfig
+
+    return {
+        "scheduler_cls": "tetri.engine.vllm_scheduler.LegScheduler",
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="BlockConnector",
+            kv_connector_module_path="tetri.engine.vllm_connector",
+            kv_role="kv_both",
+        ),
+    }
 
 
 def _check_build(gpu: bool) -> None:
