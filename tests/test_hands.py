@@ -28,7 +28,7 @@ from tetri.hands import Copies, WorkerHands
 from tetri.kv.base import KVCorrupt, KVForeign, KVLost, KVShort, Taken, Wanted
 from tetri.leg import Leg, StepDone
 from tetri.request import LengthRange, Reach, Sampling
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 LEG = Leg("k", "prefill", (1, 2), 2, Sampling())
 HANDLE = Handle(segment="s", slots=[0], generations=[0], block_bytes=8)

@@ -32,7 +32,7 @@ from tetri.engine.base import EngineError, Leg
 from tetri.kv.base import Block, KVCorrupt, KVError, KVForeign, KVShort, KVStore, Taken, Wanted
 from tetri.leg import StepDone
 from tetri.request import Reach
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 
 class Core(Protocol):

@@ -219,6 +219,27 @@ class Expected(Value, frozen=True):
     note: str = ""
 
 
+class PredictorStatus(Record, frozen=True):
+    """How a worker's predictor of output lengths does. `on`: its answers are used, else the prior's are; `note`: which
+    file it came from, and why it is off.
+
+    predicted     requests that it named odds for; `late`: those that went on before it had
+    scored        of the predicted, the ones that have ended; of these:
+    right         their length was in the likeliest bucket; `prior_right`: in the likeliest one of the prior
+    inside        they ended below the high end of their range
+    """
+
+    kind: str
+    on: bool
+    note: str = ""
+    predicted: Count = 0
+    late: Count = 0
+    scored: Count = 0
+    right: Count = 0
+    prior_right: Count = 0
+    inside: Count = 0
+
+
 class Capacity(Record, frozen=True):
     """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
 

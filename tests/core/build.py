@@ -9,25 +9,19 @@ from tetri.core.actions import Action, Free, Freed, Send, Word, Worded
 from tetri.core.peers import Identity
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Fingerprint, Reach, Sampling, blocks_for
+from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Offer, Refuse
 from tetri.wire.messages import (
     Assign,
     Beat,
-    Chunk,
     ClusterView,
-    Drop,
     Failed,
     Finished,
-    Grant,
-    Handle,
     Hold,
     InstanceEntry,
     InstanceLoad,
-    Landed,
     Load,
-    Offer,
     Ready,
     Receipt,
-    Refuse,
     Roster,
     Staged,
     TokenItem,

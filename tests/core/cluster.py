@@ -25,7 +25,8 @@ from tests.core.worker_node import WorkerNode
 from tetri.core.actions import BROKER, Action, AddLeg, Publish, Send
 from tetri.kv.local import LocalSlab
 from tetri.request import Sampling
-from tetri.wire.messages import Assign, Offer, Ready, Roster
+from tetri.wire.handover import Offer
+from tetri.wire.messages import Assign, Ready, Roster
 
 
 class Cluster:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from tetri.wire.codec import decode, encode
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import BetweenWorkers, Chunk
+from tetri.wire.handover import BetweenWorkers, Chunk
 
 if TYPE_CHECKING:
     from tests.core.cluster import Cluster

@@ -27,7 +27,8 @@ from tetri.leg import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Beat, Close, Finished, Grant, Landed, Refuse, Resend, Staged, Tokens
+from tetri.wire.handover import Grant, Landed, Refuse
+from tetri.wire.messages import Beat, Close, Finished, Resend, Staged, Tokens
 
 
 class Decoding(Told):

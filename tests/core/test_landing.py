@@ -24,7 +24,8 @@ from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Beat, Close, Finished, Grant, Landed, Refuse
+from tetri.wire.handover import Grant, Landed, Refuse
+from tetri.wire.messages import Beat, Close, Finished
 
 KEY = "d:r:1:p1:1"
 

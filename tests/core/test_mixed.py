@@ -45,16 +45,8 @@ from tetri.leg import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import LengthRange, Sampling
 from tetri.wire.events import PeerUp
-from tetri.wire.messages import (
-    Beat,
-    Close,
-    Failed,
-    Flip,
-    Grant,
-    LoadReport,
-    Offer,
-    Staged,
-)
+from tetri.wire.handover import Grant, Offer
+from tetri.wire.messages import Beat, Close, Failed, Flip, LoadReport, Staged
 
 ROOMY = capacity(blocks=40, context=100, max_batch=4)
 LONG = Sampling(max_tokens=20)

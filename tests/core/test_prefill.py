@@ -28,7 +28,8 @@ from tetri.leg import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import blocks_for
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Chunk, Close, Drop, Failed, Finished, Offer, Resend, Staged, Tokens
+from tetri.wire.handover import Chunk, Drop, Offer
+from tetri.wire.messages import Close, Failed, Finished, Resend, Staged, Tokens
 
 
 class Prefilling(Told):

@@ -14,7 +14,8 @@ from tests.core.test_prefill import start
 from tetri.core.actions import AddLeg, Broken, HoldLeg
 from tetri.leg import Sampled, Span, StepDone
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Close, Failed, Offer
+from tetri.wire.handover import Offer
+from tetri.wire.messages import Close, Failed
 
 ROOMY = capacity(blocks=60, context=120, max_batch=4)
 SEEDS = int(os.environ.get("TETRI_SEEDS", "300")) // 8

@@ -8,7 +8,8 @@ from tests.core.build import Told, identity, instance, offer, roster, sent
 from tetri.core.ledger import Ledger
 from tetri.core.turned_away import LONG_S, TurnedAway
 from tetri.core.worker import Worker
-from tetri.wire.messages import Close, Grant
+from tetri.wire.handover import Grant
+from tetri.wire.messages import Close
 
 ASK_S = 0.1  # so often whoever was refused asks again
 SMALL, LARGE = 8, 16  # prompt tokens: 2 and 4 of the 5 blocks that may be reserved

@@ -23,7 +23,8 @@ from tetri.core.actions import BROKER, Broken, LegRejected, Step
 from tetri.core.worker import Worker
 from tetri.leg import Sampled, Span, StepDone
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Beat, Close, Drop, Failed, Offer, Ready, Resend
+from tetri.wire.handover import Drop, Offer
+from tetri.wire.messages import Beat, Close, Failed, Ready, Resend
 
 NOTHING = StepDone()
 

@@ -15,7 +15,7 @@ from tetri.kv.base import KVLost, Taken, Wanted
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
 from tetri.request import Reach
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 if TYPE_CHECKING:
     from tests.core.cluster import Cluster

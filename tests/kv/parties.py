@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tetri.kv.base import KVError, KVStore, Taken, Wanted, joined
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 PATIENCE_S = 20.0  # for anything that should take milliseconds
 SLOTS, BLOCK = 8, 100  # blocks in a slab, bytes in a block

@@ -10,7 +10,7 @@ from tetri.config.tables import LINKS as NAMES
 from tetri.kv.base import KVLost, Taken, Wanted
 from tetri.kv.limit import LINKS, LimitedStore, Link
 from tetri.request import Reach
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 
 @pytest.mark.parametrize(

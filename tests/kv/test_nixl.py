@@ -16,7 +16,7 @@ from tetri.kv.nixl import Ticket
 from tetri.kv.segment import sweep
 from tetri.request import Reach
 from tetri.wire.codec import VERSION, decode
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 SLOTS, BLOCK = 8, 300_000
 

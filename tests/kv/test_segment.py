@@ -11,7 +11,7 @@ from tests.kv.parties import block
 from tetri.kv.base import KVForeign, KVLost
 from tetri.kv.segment import VERSION
 from tetri.kv.shm import ShmSlab
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 BLOCKS_AT = 4096
 

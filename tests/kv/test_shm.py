@@ -13,7 +13,7 @@ from tests.kv.parties import block
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.shm import ShmSlab, sweep
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 OWNER = """
 import sys

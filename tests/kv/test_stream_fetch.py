@@ -9,7 +9,7 @@ from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Wanted, joined, parts
 from tetri.kv.stream_fetch import MAX_STARTED, Fetching, Patience, Take
 from tetri.wire import codec
 from tetri.wire.bulk import MAX_SLOTS, BulkReply, BulkRequest, Credit, Fetch, Gone
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 BLOCK, MB = 1000, 1 << 20
 CREDIT = 4 << 20

@@ -17,7 +17,7 @@ from tetri.net.bulk import BulkServer, context
 from tetri.request import Reach
 from tetri.wire import codec
 from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone, Piece
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 MB = 1 << 20
 QUICK = Patience(stall_s=1.0, lost_s=3.0)  # long enough for a busy machine

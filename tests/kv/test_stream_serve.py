@@ -9,7 +9,7 @@ from tetri.kv.local import LocalSlab
 from tetri.kv.slab import shape_problem
 from tetri.kv.stream_serve import MAX_FETCHES, MAX_PEERS, SMALL_BLOCK, Serving, cut, spans
 from tetri.wire.bulk import LEAST_COST, PIECE_BYTES, Credit, Fetch, cost
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 MB = 1 << 20
 ENDLESS = 1 << 60

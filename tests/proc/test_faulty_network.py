@@ -9,7 +9,8 @@ import pytest
 
 from tetri.faults import Chance, Faults
 from tetri.proc.faults import OVERTAKEN_S, FaultyNetwork
-from tetri.wire.messages import Beat, Chunk, Close, Drop, Grant, Handle, Landed, Load, Refuse, Resend
+from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Refuse
+from tetri.wire.messages import Beat, Close, Load, Resend
 
 MANY = 200
 

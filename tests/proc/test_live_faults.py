@@ -201,7 +201,8 @@ def test_garbage_and_huge_frames_on_every_socket(pairs: LiveCluster) -> None:
 def test_forged_messages_between_workers_harm_nobody(pairs: LiveCluster) -> None:
     """Well-formed messages with made-up contents: unknown requests, foreign segments, chunks out of range."""
     from tetri.wire import codec
-    from tetri.wire.messages import Chunk, Close, Grant, Handle, Landed, Refuse, Resend
+    from tetri.wire.handover import Chunk, Grant, Handle, Landed, Refuse
+    from tetri.wire.messages import Close, Resend
 
     names = {"src": "p0", "incarnation": 1, "rid": "nobody", "attempt": 1, "offer": 1}
     handle = Handle(segment="../../etc/passwd", slots=[1 << 40], generations=[3], block_bytes=1)

@@ -34,7 +34,8 @@ from tetri.proc.replay import records, replay
 from tetri.request import LengthRange, Sampling
 from tetri.wire.clients import Inspect
 from tetri.wire.events import PeerUp
-from tetri.wire.messages import Close, Handle, Load, LoadReport
+from tetri.wire.handover import Handle
+from tetri.wire.messages import Close, Load, LoadReport
 
 COST = Cost(prefill=((1.0, 0.01), (512.0, 0.2)), decode=((1.0, 0.01), (32.0, 0.03)))
 MONITOR = MonitorStart(

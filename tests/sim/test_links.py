@@ -6,7 +6,7 @@ from tetri.core.actions import Adopt, Adopted, Export, Freed
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Memory, Port, Wiring
 from tetri.wire.events import PeerUp
-from tetri.wire.messages import Chunk, Drop, Handle
+from tetri.wire.handover import Chunk, Drop, Handle
 
 
 class Process:

@@ -1,4 +1,4 @@
-"""The types of messages.py in the words of docs/protocol.md."""
+"""The types of tetri/wire/ in the words of docs/protocol.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for every message, made from the types that messages.py declares."""
+"""Hypothesis strategies for every message, made from the types that tetri/wire/ declares."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from types import FrameType
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVStore, Taken, Wanted
 from tetri.wire.codec import decode, encode
-from tetri.wire.messages import Chunk, Drop, InboxMessage, Landed
+from tetri.wire.handover import Chunk, Drop, Landed
+from tetri.wire.messages import InboxMessage
 
 
 def end_by_signal() -> None:

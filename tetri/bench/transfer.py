@@ -29,7 +29,8 @@ from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import Block, KVError, KVStore
 from tetri.request import Reach
 from tetri.wire.codec import decode, encode
-from tetri.wire.messages import Chunk, Handle, InboxMessage
+from tetri.wire.handover import Chunk, Handle
+from tetri.wire.messages import InboxMessage
 
 PATIENCE_S = 60.0  # with the other process, for one chunk
 POLL_S = 0.05  # a path whose slots come free later may not wake for that

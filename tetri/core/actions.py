@@ -7,7 +7,8 @@ from tetri.leg import Leg, StepDone
 from tetri.request import LengthRange, Odds, Reach, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, Handle, InboxMessage, LoadReport, WorkerEvent
+from tetri.wire.handover import Handle
+from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 BROKER = "broker"  # the broker's name as a peer
 

@@ -7,7 +7,8 @@ from tetri.core.decode import Decode
 from tetri.core.dispatch import Dispatcher
 from tetri.core.peers import Neighbours
 from tetri.core.prefill import Prefill
-from tetri.wire.messages import Chunk, Drop, Grant, Landed, Offer, Refuse, Roster
+from tetri.wire.handover import Chunk, Drop, Grant, Landed, Offer, Refuse
+from tetri.wire.messages import Roster
 
 MOST_EARLY = 256
 

@@ -19,20 +19,8 @@ from tetri.core.seat import Seat, obstacle
 from tetri.core.turned_away import TurnedAway
 from tetri.leg import Leg, Sampled, Span
 from tetri.request import Stage
-from tetri.wire.messages import (
-    Chunk,
-    Drop,
-    Finished,
-    Grant,
-    Hold,
-    Landed,
-    Offer,
-    Refuse,
-    Resend,
-    Staged,
-    TokenItem,
-    Tokens,
-)
+from tetri.wire.handover import Chunk, Drop, Grant, Landed, Offer, Refuse
+from tetri.wire.messages import Finished, Hold, Resend, Staged, TokenItem, Tokens
 
 Answer = Grant | Refuse | Landed
 

@@ -16,7 +16,8 @@ from tetri.core.pool import Pool
 from tetri.core.timers import Timers
 from tetri.policy.length import moved_up
 from tetri.request import LengthRange
-from tetri.wire.messages import BetweenWorkers, Chunk, Drop, Grant, Load, Offer
+from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Grant, Offer
+from tetri.wire.messages import Load
 
 
 class Dispatcher:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tetri.wire.messages import Chunk, Handle
+from tetri.wire.handover import Chunk, Handle
 
 
 @dataclass(slots=True)

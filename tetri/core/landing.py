@@ -8,7 +8,7 @@ from collections.abc import Collection
 from tetri.core.actions import Adopt, Adopted, Broken
 from tetri.core.seat import Seat
 from tetri.policy.pairing import FAR
-from tetri.wire.messages import Chunk
+from tetri.wire.handover import Chunk
 
 TAKE_TRIES = 3  # a chunk that comes out wrong is taken so often, then its offer is refused
 LOST_PAUSE_S = 0.2  # before a chunk is taken again that was lost over a path which may come back; then twice as long

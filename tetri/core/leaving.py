@@ -30,7 +30,7 @@ from tetri.core.dispatch import Dispatcher
 from tetri.core.job import Job
 from tetri.core.kvflow import Parcel
 from tetri.core.peers import Identity
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 
 @dataclass(frozen=True, slots=True)

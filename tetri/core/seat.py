@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from tetri.core.kvflow import Inflow
 from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
-from tetri.wire.messages import BetweenWorkers, Finished, Offer
+from tetri.wire.handover import BetweenWorkers, Offer
+from tetri.wire.messages import Finished
 
 NEVER = 1 << 62
 

@@ -28,21 +28,8 @@ from tetri.core.timers import Timers
 from tetri.leg import StepDone
 from tetri.request import ROLES, TAKES_DECODE
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import (
-    Assign,
-    Chunk,
-    Close,
-    ClusterView,
-    Drop,
-    Flip,
-    Grant,
-    Landed,
-    Load,
-    Offer,
-    Refuse,
-    Resend,
-    Roster,
-)
+from tetri.wire.handover import Chunk, Drop, Grant, Landed, Offer, Refuse
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Load, Resend, Roster
 
 BEAT, LOAD, REGISTER, TAKE_AGAIN = "beat", "load", "register", "take again"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tetri.request import Reach
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 # A block's bytes where an engine can read or write them: a memoryview, or on a GPU a device array of uint8. One that
 # was taken may also be a tuple of memoryviews that follow one another: the parts in which it came.

@@ -24,7 +24,7 @@ from tetri.kv.segment import create
 from tetri.kv.slab import HostSlab, Segment, shape_problem
 from tetri.kv.staging import check_generations
 from tetri.request import Reach
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 TICKET = struct.Struct(f"=QQ{HANDLE_BYTES}s")  # slots, bytes of a block, the memory's IPC handle
 MOST_EVENTS = 1000  # drivers fail somewhere above 20,000; PyTorch stops at 1,000 as well

@@ -12,7 +12,7 @@ from dataclasses import replace
 from tetri.faults import Chance
 from tetri.kv.base import Block, KVLost, KVStore, Taken, Wanted, Write, joined, parts
 from tetri.kv.local import LocalReader, LocalSlab, Neighbours
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 
 def kill_myself(moment: str) -> None:

@@ -16,7 +16,7 @@ from threading import Lock
 from xxhash import xxh3_64
 
 from tetri.kv.base import KVError, Write
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 FIRST_GENERATION = 1
 OWNER_BYTES = 56

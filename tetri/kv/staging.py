@@ -9,7 +9,7 @@ from xxhash import xxh3_64
 
 from tetri.kv.base import KVCorrupt, KVForeign, KVLost
 from tetri.kv.slab import Segment, shape_problem
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 _PIECE = 256 << 10  # bytes copied and then digested while a core's own cache still has them: a quarter faster
 

@@ -23,7 +23,7 @@ from xxhash import xxh3_64
 
 from tetri.kv.base import Block, KVCorrupt, KVError, KVForeign, KVLost, Wanted
 from tetri.wire.bulk import MAX_SLOTS, Credit, Fetch, Gone, cost
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 MAX_STARTED = 256  # of one peer
 _NEVER = float("inf")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tetri.wire.bulk import PIECE_BYTES, BulkRequest, Credit, Fetch, Gone, cost
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 SMALL_BLOCK = 64 << 10  # blocks below it are copied together into one piece: a frame each would cost more
 MAX_PEERS = 1024

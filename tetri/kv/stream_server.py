@@ -17,7 +17,7 @@ from tetri.net.keys import Doorman, Key
 from tetri.net.sockets import Context
 from tetri.wire import codec
 from tetri.wire.bulk import Alive, BulkRequest, Piece
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 LET_GO_S = 0.02  # a slot that is free again waits so long at most for the news, where others are not yet
 _MOST_READ = 256  # requests between two rounds of sending

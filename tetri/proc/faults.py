@@ -14,7 +14,8 @@ from tetri.faults import Chance, Faults
 from tetri.hands import Network
 from tetri.kv.base import KVStore
 from tetri.kv.faults import FaultyStore, kill_myself
-from tetri.wire.messages import Beat, BetweenWorkers
+from tetri.wire.handover import BetweenWorkers
+from tetri.wire.messages import Beat
 
 REMEMBERED = 512  # old messages that may come back
 OVERTAKEN_S = 0.05  # a message that nothing overtakes leaves after this all the same

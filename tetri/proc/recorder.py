@@ -30,7 +30,7 @@ from tetri.core.worker import Worker
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
-from tetri.wire import clients, events, messages
+from tetri.wire import clients, events, handover, messages
 
 MAGIC = b"tetri-events 1\n"
 MAX_BYTES = 64 << 20  # of one record
@@ -39,7 +39,7 @@ C = TypeVar("C")
 #: every type that an event or an action may have, by its name
 KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for module in (request, leg, messages, clients, events, actions)
+    for module in (request, leg, messages, handover, clients, events, actions)
     for kind in vars(module).values()
     if isinstance(kind, type) and kind.__module__ == module.__name__
 }

@@ -9,7 +9,7 @@ from tetri.kv.limit import Link
 from tetri.request import Reach
 from tetri.sim.kernel import Kernel
 from tetri.wire.events import PeerUp
-from tetri.wire.messages import Chunk, Drop, Handle
+from tetri.wire.handover import Chunk, Drop, Handle
 
 
 class Receiver(Protocol):

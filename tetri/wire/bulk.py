@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from tetri.request import Count, Record
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 
 PIECE_BYTES = 1 << 20  # of one piece's payload, at most
 # A piece costs its bytes of credit, but never less than this: so credit bounds how many pieces are under way, too.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetri.request import Count, Name, Receipt, Record, Sampling, Turn, Usage
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Turn, Usage
 
 # ---- clients -> broker
 
@@ -95,6 +95,7 @@ class InstanceStatus(Record, frozen=True):
     paths: dict[str, Count] = {}  # KV path -> instances to or from which KV moves over it
     counters: dict[str, Count] = {}  # what happened to the KV that it took, since its process started
     slots_taken: Count = 0  # of its KV store, those that are not free
+    predictor: PredictorStatus | None = None  # of output lengths; None: it learns nothing of them
 
 
 class MonitorStatus(Record, frozen=True):

@@ -1,5 +1,5 @@
-"""The protocol: one union of tagged records per receiver. Clients' messages stand in clients.py; no other
-message exists.
+"""The protocol: one union of tagged records per receiver. Clients' messages stand in clients.py, those between
+workers in handover.py; no other message exists.
 
 attempt      counted up by the broker each time a request starts over
 incarnation  random, drawn once per process start; tells a restarted worker from its predecessor
@@ -15,14 +15,15 @@ from tetri.request import (
     Capacity,
     Count,
     Fingerprint,
-    LengthRange,
     Name,
+    PredictorStatus,
     Reach,
     Receipt,
     Record,
     Sampling,
     Stage,
 )
+from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
 
 # ---- workers -> broker
 
@@ -79,7 +80,8 @@ class Ready(FromWorker, tag="ready", frozen=True):
 
 class Beat(FromWorker, tag="beat", frozen=True):
     """`flip`: the number of the last Flip that was obeyed, 0 before the first. `counters`: since the process started,
-    what happened to the KV that it took, by name. `slots_taken`: of its KV store, those that are not free."""
+    what happened to the KV that it took, by name. `slots_taken`: of its KV store, those that are not free.
+    `predictor`: None unless it predicts output lengths from what it has learnt."""
 
     role: str
     load: Load
@@ -87,6 +89,7 @@ class Beat(FromWorker, tag="beat", frozen=True):
     flip: Count = 0
     counters: dict[str, Count] = {}
     slots_taken: Count = 0
+    predictor: PredictorStatus | None = None
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
@@ -197,10 +200,13 @@ class Flip(Record, tag="flip", frozen=True):
 
 
 class Close(Record, tag="close", frozen=True):
-    """Nobody wants this request, up to this attempt, any more: stop it in any stage and forget it."""
+    """Nobody wants this request, up to this attempt, any more: stop it in any stage and forget it. Once it has ended by
+    itself, `reason` says how ("stop" or "length") and `outputs` how many tokens it wrote; otherwise "" and 0."""
 
     rid: Name
     attempt: Count
+    outputs: Count = 0
+    reason: str = ""
 
 
 class Resend(Record, tag="resend", frozen=True):
@@ -232,69 +238,6 @@ class Roster(Record, tag="roster", frozen=True):
     instances: list[InstanceEntry]
 
 
-class BetweenWorkers(Record, frozen=True):
-    """`src` is the sender's instance id, `incarnation` the sender's."""
-
-    src: Name
-    incarnation: int
-    rid: Name
-    attempt: Count
-    offer: Count
-
-
-class Handle(Record, frozen=True):
-    """Block i lies in slot `slots[i]` of `segment`, in generation `generations[i]`; a reused slot has another."""
-
-    segment: str
-    slots: list[Count]
-    generations: list[Count]
-    block_bytes: Count
-
-
-class Offer(BetweenWorkers, tag="offer", frozen=True):
-    """Will you decode this? Reserve `blocks` KV blocks for `prompt` + `output`; the answer is Grant or Refuse."""
-
-    fingerprint: Fingerprint
-    prompt: list[int]
-    output: list[int]
-    sampling: Sampling
-    blocks: Count
-    length: LengthRange | None = None  # None: not predicted
-
-
-class Grant(BetweenWorkers, tag="grant", frozen=True):
-    pass
-
-
-class Refuse(BetweenWorkers, tag="refuse", frozen=True):
-    """Also the answer to anything that names an offer which the receiver does not know. `spoilt`: the KV bytes are
-    not what was announced, so offering them again is of no use."""
-
-    why: str
-    spoilt: bool = False
-
-
-class Chunk(BetweenWorkers, tag="chunk", frozen=True):
-    """Blocks [start, stop) are ready at `handle`; `digest` is xxh3-64 over them. The last brings the first token."""
-
-    index: Count
-    start: Count
-    stop: Count
-    handle: Handle
-    digest: int | None
-    token: int | None = None
-
-
-class Landed(BetweenWorkers, tag="landed", frozen=True):
-    """This chunk is in my own memory with the right digest: the sender may free it."""
-
-    index: Count
-
-
-class Drop(BetweenWorkers, tag="drop", frozen=True):
-    """The sender takes the offer back: give the reservation up."""
-
-    why: str
-
-
-InboxMessage = Assign | Flip | Close | Resend | Roster | Offer | Grant | Refuse | Chunk | Landed | Drop
+InboxMessage = (
+    Assign | Flip | Close | Resend | Roster | Offer | Foreseen | Grant | Refuse | Chunk | Landed | Drop
+)
