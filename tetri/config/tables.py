@@ -103,6 +103,7 @@ class Policy:
     length: str = choice(_RULES.length, *TABLES["length"])
     length_granularity: int = number(_RULES.length_granularity, 1, 1 << 20)  # tokens of one range
     length_accuracy: float = number(_RULES.length_accuracy, 0, 1)  # of `noisy`
+    length_cover: float = number(_RULES.length_cover, 0, 0.999)  # of `trained`: share inside; 0: the likeliest bucket
     length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)  # for a prediction, once the prompt has started
     heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode of more output tokens is heavy
     dispatch_end: str = choice(_RULES.dispatch_end, *_ENDS)  # the end of the predicted range that is used

@@ -1,7 +1,8 @@
 """How many output tokens a request will have: predictors as policies, and what a predicted range means for the others.
 
 The paper's predictor classifies the length into buckets of `length_granularity` tokens (section 3.3.2): label =
-floor(length / granularity), range [label x granularity, (label + 1) x granularity).
+floor(length / granularity), range [label x granularity, (label + 1) x granularity). What follows from the odds of a
+trained one is in odds.py.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ def none(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: 
 def oracle(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
     """The true length, as a range of one token, where the request fixes it: it ignores the end of sequence and so
     writes `max_tokens`. None for any other."""
-    length = _fixed(sampling)
-    return None if length is None else LengthRange(low=length, high=length + 1)
+    return fixed(sampling)
 
 
 def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
@@ -46,10 +46,9 @@ def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng:
     with (1 - NEAR) x NEAR, and so on, as often below as above, and above where there is none below. The paper gives
     accuracies and no matrix of confusion; this one agrees with all three of them. None where `oracle` knows nothing.
     An accuracy of 1 is an ideal prediction of this granularity."""
-    length = _fixed(sampling)
-    if length is None:
+    if not sampling.ignore_eos:
         return None
-    label = length // settings.length_granularity
+    label = sampling.max_tokens // settings.length_granularity
     if rng.random() >= settings.length_accuracy:
         far = 1
         while rng.random() >= NEAR:
@@ -57,6 +56,12 @@ def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng:
         below = rng.random() < 0.5 and far <= label
         label += -far if below else far
     return bucket(label, settings.length_granularity)
+
+
+def trained(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
+    """A trained predictor says it, which reads more than is known here: its odds come with `LengthKnown` or with the
+    engine's steps, and core/foresight.py makes ranges of them. Here: what is known without it, as `oracle`."""
+    return fixed(sampling)
 
 
 def bucket(label: int, granularity: int) -> LengthRange:
@@ -92,5 +97,8 @@ def heavy(length: LengthRange | None, heavy_tokens: int, most: int) -> bool:
     return length is not None and end_of(length, "middle", most) > heavy_tokens
 
 
-def _fixed(sampling: Sampling) -> int | None:
-    return sampling.max_tokens if sampling.ignore_eos else None
+def fixed(sampling: Sampling, outputs: int = 0) -> LengthRange | None:
+    """The length of a request that ignores the end of sequence: `max_tokens`, and more than the `outputs` that it has.
+    None for any other."""
+    length = max(sampling.max_tokens, outputs + 1)
+    return LengthRange(low=length, high=length + 1) if sampling.ignore_eos else None

@@ -62,7 +62,12 @@ ADMISSIONS: dict[str, Admission] = {
 }
 #: admission policy -> blocks that no new request may be granted, since the running ones will take them; others: none
 KEPT_FREE: dict[str, Callable[[BatchView], int]] = {"peak": admit.growth_to_peak}
-LENGTHS: dict[str, LengthPrediction] = {"none": length.none, "oracle": length.oracle, "noisy": length.noisy}
+LENGTHS: dict[str, LengthPrediction] = {
+    "none": length.none,
+    "oracle": length.oracle,
+    "noisy": length.noisy,
+    "trained": length.trained,
+}
 FLIPS: dict[str, FlipRule] = {"none": flip.none, "idle": flip.idle, "below": flip.below, "balance": flip.balance}
 
 #: setting in [policy], or `flip` in [monitor] -> its table
@@ -87,6 +92,7 @@ class Rules:
     heavy_tokens        a decode that is predicted to write more than so many tokens is heavy (paper, section 5.1)
     length_granularity  tokens of one predicted range
     length_accuracy     of `noisy`: how often its range is the right one
+    length_cover        of `trained`: the share of requests that are to end inside their range; 0: the likeliest bucket
     length_wait_s       seconds that a started prompt waits for the prediction of its length, and all behind it
     stretch             of `ageing`: seconds of waiting that weigh as much as one second of work
     """
@@ -103,5 +109,6 @@ class Rules:
     heavy_tokens: int = 128
     length_granularity: int = 200
     length_accuracy: float = 0.749
-    length_wait_s: float = 10.0
+    length_cover: float = 0.0
+    length_wait_s: float = 0.25
     stretch: float = 4.0

@@ -1,0 +1,200 @@
+"""What a worker makes of a predictor's odds: ranges, corrected by the lengths that came, or the prior's ranges while
+these are better."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from tetri.core.peers import Identity
+from tetri.core.prior import Prior
+from tetri.core.track import Track
+from tetri.leg import Foretold
+from tetri.policy.length import fixed
+from tetri.policy.odds import (
+    Curve,
+    curve_of,
+    likeliest,
+    quantile,
+    range_of,
+    ranked_score,
+    share_below,
+    survivors,
+    usable,
+)
+from tetri.request import LengthRange, Odds, PredictorStatus, Sampling
+
+#: Requests of which it is remembered what was said of them, or that they have ended; the oldest are forgotten.
+MOST_OPEN = 4096
+#: Of each request one of its first so many re-estimates is scored: which one goes by turns, and not by its length.
+TURNS = 8
+
+
+@dataclass(slots=True)
+class Said:
+    """What was said of a request, at the time. `below` and `prior`: shares below each of `raw.tokens` but the last, as
+    corrected and by the prior."""
+
+    track: Track
+    raw: Curve
+    below: array[float]
+    prior: array[float]
+    label: int
+    prior_label: int
+    high: int
+
+
+@dataclass(slots=True)
+class Open:
+    """A request that has not ended. `turns`: re-estimates until the one that is scored."""
+
+    turns: int
+    said: list[Said] = field(default_factory=list)
+
+
+class Foresight:
+    """One per worker, in which both halves learn. `prior`: of all that end here. Three kinds of answers are corrected
+    and judged, each by itself: a classifier's, a hidden state's at the end of a prompt, and those during decode.
+
+    A request that ignores the end of sequence has the length that it asks for; nothing can be learned from it, and
+    nobody should tell of its end."""
+
+    def __init__(self, own: Identity) -> None:
+        assert own.expected is not None
+        self.rules, self.expected = own.rules, own.expected
+        self.prior = Prior(own.expected.prior, own.capacity.context)
+        levels = own.expected.levels
+        self.classifier = Track("the classifier", levels)
+        self.prompt = Track("the hidden state", levels)
+        self.later = Track("what is said during decode", levels)
+        self._open: dict[str, Open] = {}
+        self._ended: dict[str, None] = {}
+        self._turn = self._late = self._unusable = 0
+
+    # ------------------------------------------------------------ ranges
+
+    def unknown(self, sampling: Sampling, outputs: int) -> LengthRange:
+        """By the prior, of a request that has `outputs` tokens and goes on: a new one, or one that has outlived what
+        was said of it, by those who went on as far."""
+        known = fixed(sampling, outputs)
+        return known if known is not None else self._by_prior(self._expected(sampling, outputs))
+
+    def named(self, rid: str, odds: Odds, sampling: Sampling, outputs: int) -> LengthRange:
+        """By a classifier's odds of the whole output, of which `outputs` tokens are there."""
+        return self._said(self.classifier, rid, odds, sampling, outputs, whole=True)
+
+    def foretold(self, rid: str, told: Foretold, sampling: Sampling) -> LengthRange:
+        """By a hidden state's odds of what follows."""
+        track = self.later if told.outputs else self.prompt
+        return self._said(track, rid, told.odds, sampling, told.outputs, whole=False)
+
+    def _said(
+        self, track: Track, rid: str, odds: Odds, sampling: Sampling, outputs: int, *, whole: bool
+    ) -> LengthRange:
+        known = fixed(sampling, outputs)
+        if known is not None:
+            return known
+        expected = self._expected(sampling, outputs)
+        if not usable(odds):
+            self._unusable += 1
+            return self._by_prior(expected)
+        most = max(sampling.max_tokens, outputs + 1)
+        after = 0 if whole else outputs
+        raw = curve_of(odds, most, after=after, least=sampling.min_tokens, tail=expected)
+        if whole:
+            raw = survivors(raw, outputs)
+        corrected = track.calibration.corrected(raw)
+        length = self._range(raw, corrected, track) if track.on else self._by_prior(expected)
+        self._remember(rid, track, raw, corrected, expected, length.high)
+        return length
+
+    def _range(self, raw: Curve, corrected: Curve, track: Track) -> LengthRange:
+        cover, high = self.rules.length_cover, None
+        if cover:
+            high = quantile(raw, track.calibration.level(cover))
+        return range_of(corrected, self.rules.length_granularity, high)
+
+    def _remember(self, rid: str, track: Track, raw: Curve, corrected: Curve, expected: Curve, high: int) -> None:
+        waits = self._open.get(rid)
+        if waits is None:
+            self._turn += 1
+            waits = self._open[rid] = Open(self._turn % TURNS)
+            _keep(self._open)
+        if track is self.later:
+            waits.turns -= 1
+            if waits.turns != -1:
+                return
+        track.predicted += 1
+        places, granularity = raw.tokens[:-1], self.rules.length_granularity
+        same = places == expected.tokens[:-1]
+        prior = expected.below[:-1] if same else [share_below(expected, at) for at in places]
+        labels = likeliest(corrected, granularity), likeliest(expected, granularity)
+        waits.said = [said for said in waits.said if said.track is not track]
+        waits.said.append(Said(track, raw, array("d", corrected.below[:-1]), array("d", prior), *labels, high))
+
+    # ------------------------------------------------------------ ends
+
+    def ended(self, rid: str, outputs: int, reason: str) -> None:
+        """It has ended by itself with so many output tokens: "stop", or cut off by its "length". Told twice, it counts
+        once."""
+        if rid in self._ended:
+            return
+        self._ended[rid] = None
+        _keep(self._ended)
+        cut = reason == "length"
+        self.prior.learn(outputs, cut)
+        waits = self._open.pop(rid, None)
+        for said in waits.said if waits is not None else ():
+            self._score(said, outputs, cut)
+
+    def _score(self, said: Said, outputs: int, cut: bool) -> None:
+        track, granularity, tokens = said.track, self.rules.length_granularity, said.raw.tokens[:-1]
+        if cut:
+            track.calibration.passed(share_below(said.raw, outputs))
+        else:
+            track.calibration.came(share_below(said.raw, outputs + 0.5))
+        gain = ranked_score(tokens, said.prior, outputs) - ranked_score(tokens, said.below, outputs)
+        track.came(said.label, said.prior_label, outputs // granularity, outputs < said.high)
+        track.judge(gain)
+
+    def forget(self, rid: str) -> None:
+        """It is over, and nobody knows how long it would have been."""
+        self._open.pop(rid, None)
+
+    # ------------------------------------------------------------ what it says of itself
+
+    def late(self) -> None:
+        """A request went on before its prediction came."""
+        self._late += 1
+
+    def status(self) -> PredictorStatus:
+        """Of the answers that prompts got; on an instance without prompts, of those during decode."""
+        tracks = [track for track in (self.prompt, self.classifier, self.later) if track.predicted]
+        track = tracks[0] if tracks else self.prompt
+        notes = [self.expected.note, *(f"off: {track.why_off()}" for track in tracks if not track.on)]
+        if self._unusable:
+            notes.append(f"{self._unusable} answers were no odds")
+        return PredictorStatus(
+            kind=self.expected.kind,
+            on=track.on and self.expected.kind != "prior",
+            note="; ".join(filter(None, notes)),
+            predicted=track.predicted,
+            late=self._late,
+            scored=track.scored,
+            right=track.right,
+            prior_right=track.prior_right,
+            inside=track.inside,
+        )
+
+    def _expected(self, sampling: Sampling, outputs: int) -> Curve:
+        return self.prior.curve(outputs, sampling.min_tokens, max(sampling.max_tokens, outputs + 1))
+
+    def _by_prior(self, curve: Curve) -> LengthRange:
+        cover = self.rules.length_cover
+        return range_of(curve, self.rules.length_granularity, quantile(curve, cover) if cover else None)
+
+
+def _keep(known: dict[str, Any]) -> None:
+    while len(known) > MOST_OPEN:
+        del known[next(iter(known))]
