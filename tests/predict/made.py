@@ -1,0 +1,78 @@
+"""Predictors made by hand, for tests: a tiny head, a tiny encoder that transformers can load."""
+
+import json
+import string
+
+import numpy as np
+
+from tetri.predict.card import HEAD, Card, write_card
+from tetri.predict.encoder import load_encoder
+from tetri.predict.heads import Head, save_head
+from tetri.predict.model import PLACE
+
+BUCKETS, WIDTH = 5, 100
+
+
+def head(inputs, buckets=BUCKETS, seed=0):
+    rng = np.random.default_rng(seed)
+    first = (rng.normal(size=(4, inputs)).astype("f4"), np.zeros(4, "f4"))
+    last = (rng.normal(size=(buckets - 1, 4)).astype("f4"), np.zeros(buckets - 1, "f4"))
+    return Head(np.zeros(inputs, "f4"), np.ones(inputs, "f4"), ((first, last),), 1.5)
+
+
+def card(kind, digest, **more):
+    prior = (0.4, 0.3, 0.1, 0.1, 0.1)
+    return Card(kind, "tiny", "weights-of-tiny", WIDTH, prior, (0.25, 0.5, 0.75), digest, **more)
+
+
+def hidden(folder, hidden_size=6):
+    """A predictor of kind hidden in `folder`."""
+    place = folder / "hidden"
+    place.mkdir(parents=True)
+    write_card(card("hidden", save_head(head(hidden_size + PLACE), place / HEAD), layer=2, every=8), place)
+    return folder
+
+
+def classifier(folder):
+    """A predictor of kind classifier in `folder`, with an encoder of its own."""
+    place = folder / "classifier"
+    encoder(place / "encoder")
+    loaded = load_encoder("encoder", 8, 0, place)
+    made = card(
+        "classifier",
+        save_head(head(loaded.vector), place / HEAD),
+        encoder="encoder",
+        encoder_hash=loaded.digest,
+        cut=8,
+    )
+    write_card(made, place)
+    return folder
+
+
+def encoder(folder, kind="bert"):
+    """An untrained encoder (bert) or decoder (llama) of two layers that reads characters."""
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_letters, *string.digits, *"?.,:"]
+    sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    folder.mkdir(parents=True)
+    model = BertModel(BertConfig(**sizes)) if kind == "bert" else LlamaModel(LlamaConfig(**sizes))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(words)))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "model_max_length": 64})
+    )
+    return folder
+
+
+def _tokenizer(words):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return json.loads(made.to_str())

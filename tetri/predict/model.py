@@ -1,0 +1,101 @@
+"""A trained predictor as it is used: a folder with one sub-folder a kind, `classifier` or `hidden`, each with a card
+and a head (paper, section 3.3.2). Loading checks all of it, so that a worker finds out at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tetri.predict.card import HEAD, KINDS, Card, read_card
+from tetri.predict.encoder import Encoder, load_encoder
+from tetri.predict.heads import Array, Head, load_head
+from tetri.predict.lengths import PredictError
+from tetri.request import Expected, Odds
+
+SHIPPED = Path(__file__).parent / "shipped"
+PLACE = 3  # features that say how many output tokens are known
+
+
+@dataclass(frozen=True)
+class Loaded:
+    card: Card
+    head: Head
+    encoder: Encoder | None
+
+    @property
+    def layer(self) -> int:
+        return self.card.layer
+
+    @property
+    def every(self) -> int:
+        return self.card.every
+
+    def expected(self, note: str) -> Expected:
+        return Expected(self.card.kind, Odds(self.card.width, self.card.prior), self.card.levels, note)
+
+    def classify(self, texts: Sequence[str]) -> list[Odds]:
+        """The odds of each prompt's whole output; one batch, padded to its longest. Only a classifier can."""
+        if self.encoder is None:
+            raise PredictError("a predictor of kind hidden reads no text")
+        return self._odds(self.encoder.vectors(texts)) if texts else []
+
+    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
+        """`states`: float [n, hidden], after `layer` layers, at the last token of each text; `outputs`: how many output
+        tokens were known then, 0 at the prompt's end. The odds of how many tokens follow. Only a hidden one can."""
+        if self.encoder is not None:
+            raise PredictError("a predictor of kind classifier reads no hidden states")
+        rows = np.asarray(states, np.float32)
+        if rows.ndim != 2 or rows.shape[1] + PLACE != self.head.inputs or len(rows) != len(outputs):
+            raise PredictError(f"states of {self.head.inputs - PLACE} numbers are needed, these are {rows.shape}")
+        return self._odds(with_place(rows, outputs)) if len(rows) else []
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the encoder would read of each, if it did not cut."""
+        return [len(ids) for ids in self.encoder.ids(texts)] if self.encoder is not None and texts else []
+
+    def _odds(self, features: Array) -> list[Odds]:
+        return [Odds(self.card.width, tuple(map(float, row))) for row in self.head.odds(features)]
+
+
+def with_place(states: Array, outputs: Sequence[int]) -> Array:
+    """[n, hidden] -> [n, hidden + PLACE]."""
+    known = np.asarray(outputs, np.float32)[:, None]
+    place = [known == 0, np.log1p(known / 64.0), known / 1024.0]
+    return np.concatenate([states, *(one.astype(np.float32) for one in place)], axis=1)
+
+
+def load(folder: Path, kind: str, weights: str = "") -> Loaded:
+    """The predictor's part of that kind, for the model with these weights ("": for any). Raises PredictError, one line,
+    when it is missing, cut off, another model's, or of another version."""
+    if kind not in KINDS:
+        raise PredictError(f"there is no kind of predictor {kind!r}: {' or '.join(KINDS)}")
+    card = read_card(folder, kind)
+    if weights and card.weights != weights:
+        raise PredictError(f"{folder / kind} is for another model ({card.model}, weights {card.weights}): train one")
+    head = load_head(folder / kind / HEAD, card.head)
+    if head.buckets != len(card.prior):
+        raise PredictError(f"{folder / kind}: the head has {head.buckets} buckets, the card {len(card.prior)}")
+    if kind == "hidden":
+        return Loaded(card, head, None)
+    encoder = load_encoder(card.encoder, card.cut, card.depth, folder / kind)
+    if card.encoder_hash and encoder.digest != card.encoder_hash:
+        raise PredictError(f"{folder / kind} was trained with another encoder than {card.encoder} as it is here")
+    if encoder.vector != head.inputs:
+        raise PredictError(f"{folder / kind}: the head does not fit to encoder {card.encoder}: train again")
+    return Loaded(card, head, encoder)
+
+
+def shipped_for(weights: str) -> Path | None:
+    """The folder that tetri brings along for the model with these weights; None: there is none."""
+    for folder in sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else ():
+        for kind in KINDS:
+            try:
+                if read_card(folder, kind).weights == weights:
+                    return folder
+            except PredictError:
+                continue
+    return None
