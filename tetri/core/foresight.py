@@ -3,7 +3,6 @@ these are better."""
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from tetri.policy.odds import (
 from tetri.request import LengthRange, Odds, PredictorStatus, Sampling
 
 #: Requests of which it is remembered what was said of them, or that they have ended; the oldest are forgotten.
-MOST_OPEN = 4096
+MOST_OPEN = 2048
 #: Of each request one of its first so many re-estimates is scored: which one goes by turns, and not by its length.
 TURNS = 8
 
@@ -38,8 +37,8 @@ class Said:
 
     track: Track
     raw: Curve
-    below: array[float]
-    prior: array[float]
+    below: tuple[float, ...]
+    prior: tuple[float, ...]
     label: int
     prior_label: int
     high: int
@@ -128,10 +127,10 @@ class Foresight:
         track.predicted += 1
         places, granularity = raw.tokens[:-1], self.rules.length_granularity
         same = places == expected.tokens[:-1]
-        prior = expected.below[:-1] if same else [share_below(expected, at) for at in places]
+        prior = expected.below[:-1] if same else tuple(share_below(expected, at) for at in places)
         labels = likeliest(corrected, granularity), likeliest(expected, granularity)
         waits.said = [said for said in waits.said if said.track is not track]
-        waits.said.append(Said(track, raw, array("d", corrected.below[:-1]), array("d", prior), *labels, high))
+        waits.said.append(Said(track, raw, corrected.below[:-1], prior, *labels, high))
 
     # ------------------------------------------------------------ ends
 
