@@ -12,7 +12,7 @@ from tetri.core.seat import NEVER, Seat
 from tetri.leg import Sampled, Span
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchView, Member, WaitingSeat
-from tetri.request import blocks_for
+from tetri.request import LengthRange, blocks_for
 from tetri.wire.messages import TokenItem
 
 Ended = list[tuple[Seat, str]]
@@ -175,6 +175,14 @@ class Batch:
         self._grow(seat)
         if self.outlook.look(seat):
             self._ask, self._until = True, 0
+
+    def foreseen(self, seat: Seat, length: LengthRange) -> None:
+        """Its range is another from now on, whether it waits or runs."""
+        self.outlook.foreseen(seat, length)
+        self._ask = True
+        if seat.running:
+            self._until, self._kept = 0, None
+            self._mark(seat)
 
     def _grow(self, seat: Seat) -> None:
         blocks = blocks_for(seat.size, self.own.capacity.block_tokens)

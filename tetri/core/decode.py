@@ -10,6 +10,7 @@ from typing import Any
 
 from tetri.core.actions import BROKER, Action, AddLeg, AdmitLeg, Adopted, Broken, CancelLeg, Send
 from tetri.core.batch import Batch
+from tetri.core.foresight import Foresight
 from tetri.core.kvflow import Inflow
 from tetri.core.landing import Landing
 from tetri.core.ledger import Ledger
@@ -17,9 +18,9 @@ from tetri.core.outlook import Outlook
 from tetri.core.peers import Identity
 from tetri.core.seat import Seat, obstacle
 from tetri.core.turned_away import TurnedAway
-from tetri.leg import Leg, Sampled, Span
+from tetri.leg import Foretold, Leg, Sampled, Span
 from tetri.request import Stage
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, Offer, Refuse
+from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
 from tetri.wire.messages import Finished, Hold, Resend, Staged, TokenItem, Tokens
 
 Answer = Grant | Refuse | Landed
@@ -29,7 +30,7 @@ class Decode:
     """`seats` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
     the engine has no blocks yet. `make_room` is asked when a request, by its id, finds too few blocks: what the other
     half does to give it so many, nothing if it cannot. `way` says over which path KV comes from an instance, by its
-    id and incarnation, and out of which segment."""
+    id and incarnation, and out of which segment. `foresight` is that of the worker, where lengths are learned."""
 
     def __init__(
         self,
@@ -37,11 +38,13 @@ class Decode:
         ledger: Ledger,
         make_room: Callable[[str, int], list[Action]],
         way: Callable[[str, int], tuple[str, str] | None],
+        foresight: Foresight | None = None,
     ) -> None:
+        self.foresight = foresight
         self.own, self.ledger, self.make_room, self.way = own, ledger, make_room, way
         self.landing = Landing()
         self.turned = TurnedAway(3 * max(own.load_s, own.beat_s))  # with every view and every beat they ask again
-        self.outlook = Outlook(own)
+        self.outlook = Outlook(own, foresight)
         self.batch = Batch(own, ledger, self.outlook)
         self.seats: dict[str, Seat] = {}
         self.moving: dict[str, Seat] = {}
@@ -174,6 +177,23 @@ class Decode:
         self.outlook.leave(seat)
         self.ledger.close(seat.key)
 
+    # ------------------------------------------------------------ predicted lengths
+
+    def foreseen(self, message: Foreseen) -> list[Action]:
+        """The prefill side knows more of its length than when it was offered."""
+        seat = self._seat_of(message.rid)
+        if seat is not None and seat.is_for(message) and seat.end is None and not seat.foretold:
+            self.batch.foreseen(seat, message.length)
+        return []
+
+    def foretold(self, told: Foretold) -> None:
+        """Its own hidden state says how much follows; of no use when it has just ended, or its length is fixed."""
+        seat = self.batch.running.get(told.key)
+        assert self.foresight is not None
+        if seat is not None and not seat.offer.sampling.ignore_eos:
+            seat.foretold = True
+            self.batch.foreseen(seat, self.foresight.foretold(seat.offer.rid, told, seat.offer.sampling))
+
     # ------------------------------------------------------------ running
 
     def admit(self, most: int) -> list[Action]:
@@ -210,6 +230,8 @@ class Decode:
 
     def _finish(self, seat: Seat, reason: str) -> Action:
         self._leave(seat)
+        if self.foresight is not None and not seat.offer.sampling.ignore_eos:
+            self.foresight.ended(seat.offer.rid, seat.written, reason)
         seat.end = Finished(
             iid=self.own.iid,
             incarnation=self.own.incarnation,

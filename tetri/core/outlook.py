@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tetri.core.actions import Broken
+from tetri.core.foresight import Foresight
 from tetri.core.peers import Identity
 from tetri.core.seat import NEVER, Seat
 from tetri.policy.length import end_of, heavy, moved_up
-from tetri.request import blocks_for
+from tetri.request import LengthRange, blocks_for
 
 
 class Outlook:
@@ -18,10 +19,13 @@ class Outlook:
     growth    blocks that all are predicted to take in addition
     left      output tokens that all are predicted to write yet
     context   tokens, prompts and outputs
+
+    Who outlives its range gets another: with a `foresight` that of those who went on as far, else the next one of the
+    same width.
     """
 
-    def __init__(self, own: Identity) -> None:
-        self.own = own
+    def __init__(self, own: Identity, foresight: Foresight | None = None) -> None:
+        self.own, self.foresight = own, foresight
         self.seats = self.heavy = self.growth = self.left = self.context = 0
 
     def enter(self, seat: Seat) -> None:
@@ -46,6 +50,13 @@ class Outlook:
         self.growth -= seat.growth
         self._grow(seat)
         self.growth += seat.growth
+
+    def foreseen(self, seat: Seat, length: LengthRange) -> None:
+        """This is predicted of it from now on."""
+        self._count(seat, -1)
+        seat.length = length
+        self._predict(seat)
+        self._count(seat, 1)
 
     def look(self, seat: Seat) -> bool:
         """Predict again if it has outlived what was predicted. Whether its range was moved up."""
@@ -75,7 +86,10 @@ class Outlook:
         rules, most = self.own.rules, seat.offer.sampling.max_tokens
         least = max(seat.written, len(seat.offer.output) + 1) + 1
         if seat.length is not None:
-            seat.length = moved_up(seat.length, least - 1)
+            if self.foresight is None:
+                seat.length = moved_up(seat.length, least - 1)
+            elif seat.length.high < least:
+                seat.length = self.foresight.unknown(seat.offer.sampling, least - 1)
         end = end_of(seat.length, rules.dispatch_end, most)
         seat.dispatch_end = end if end >= least else max(end_of(seat.length, "high", most), least)
         seat.admit_end = end_of(seat.length, rules.admit_end, most)
@@ -104,6 +118,8 @@ class Outlook:
             again._count(seat, 1)
             if seat.tokens and not seat.written < seat.dispatch_end:
                 raise Broken(f"{seat.key} has outlived its prediction of {seat.dispatch_end} tokens")
+            if seat.tokens and seat.length is not None and not seat.written < seat.length.high:
+                raise Broken(f"{seat.key} has {seat.written} tokens and its range is {seat.length}")
         counted = (again.seats, again.heavy, again.growth, again.left, again.context)
         if now != counted:
             raise Broken(f"seats, heavy, growth, left, context are {now}, counted {counted}")

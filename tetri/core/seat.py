@@ -23,7 +23,8 @@ class Seat:
     key: str
     offer: Offer
     flow: Inflow
-    length: LengthRange | None = None  # moved up as tokens come
+    length: LengthRange | None = None  # moved up as tokens come, or replaced when more is known
+    foretold: bool = False  # by its own hidden state here: nobody elsewhere knows more
     allocated: bool = False  # the engine has its blocks
     landed_as: int = 0  # place in the order of landing, 0: not all there
     running: bool = False

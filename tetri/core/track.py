@@ -30,8 +30,9 @@ class Track:
         self.on = True
         self.predicted = self.scored = self.right = self.prior_right = self.inside = 0
         self.counts: dict[tuple[int, int], int] = {}
-        self._gains: deque[float] = deque(maxlen=WINDOW)
-        self.mean = self.error = 0.0  # of the gains
+        self._gains: deque[float] = deque()
+        self._sum = self._squares = 0.0  # of the gains
+        self.mean = self.error = 0.0  # of the gains, when they were judged last
 
     def came(self, label: int, prior_label: int, bucket: int, inside: bool) -> None:
         """A request that was said to end in the bucket `label` has ended in `bucket`."""
@@ -46,16 +47,19 @@ class Track:
         """Its score was less than the prior's, and so better, by `gain` tokens."""
         gains = self._gains
         gains.append(gain)
+        old = gains.popleft() if len(gains) > WINDOW else 0.0
+        self._sum += gain - old
+        self._squares += gain * gain - old * old
         count = len(gains)
         if count < LEAST:
             return
-        self.mean = sum(gains) / count
-        variance = sum([gain * gain for gain in gains]) / count - self.mean**2
-        self.error = sqrt(max(variance, 0.0) / count)
+        self.mean = self._sum / count
+        self.error = sqrt(max(self._squares / count - self.mean**2, 0.0) / (count - 1))
         worse = self.mean < -SURE * self.error if self.on else self.mean <= SURE * self.error
         if worse == self.on:
             self.on = not self.on
             gains.clear()
+            self._sum = self._squares = 0.0
 
     def why_off(self) -> str:
         return f"{self.name} did worse than the prior by {-self.mean:.3g} +- {self.error:.2g} tokens of ranked score"
