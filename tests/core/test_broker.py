@@ -291,7 +291,8 @@ def test_a_stop_text_found_in_the_last_tokens_is_the_reason(decoding):
 def test_a_first_token_that_ends_it_all(served):
     served.tell(submit(max_tokens=1))
     actions = served.tell(tokens("p1", RID, 0, 7, reason="length"), finished("p1", RID, 1))
-    assert done(actions).reason == "length" and sent(actions, kind=Close) == [Close(rid=RID, attempt=1)]
+    assert done(actions).reason == "length"
+    assert sent(actions, kind=Close) == [Close(rid=RID, attempt=1, outputs=1, reason="length")]
 
 
 def test_words_that_come_late_are_ignored(decoding):
@@ -311,7 +312,7 @@ def test_cancelling_while_nobody_has_it(broker):
 def test_cancelling_on_the_prefill_side(served, stage):
     served.tell(submit(), staged("p1", RID, stage))
     actions = served.tell(cancel())
-    assert sent(actions) == [Close(rid=RID, attempt=1)] and row(served).stage is Stage.CANCELLED
+    assert sent(actions) == [Close(rid=RID, attempt=1, reason="cancelled")] and row(served).stage is Stage.CANCELLED
     end = done(actions)
     assert (end.reason, end.ttft_s, end.receipt.prefill_instance) == ("cancelled", None, "p1")
 

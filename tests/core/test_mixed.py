@@ -323,7 +323,7 @@ def test_a_request_is_offered_when_its_length_is_known_and_none_overtakes_it():
     told = start(role="prefill", others=[("d1", "decode")], rules=Rules(length="noisy", decode_route="first_fit"))
     actions = told.tell(assign("a", prompt=4), assign("b", prompt=4, output=[1] * 3))
     assert [(ask.key, ask.prompt) for ask in only(actions, Predict)] == [("p:a:1", (1,) * 4), ("p:b:1", (1,) * 4)]
-    assert not sent(told.step(), kind=Offer)
+    assert not sent(told.later(), kind=Offer)
     assert not told.tell(LengthKnown("p:b:1", LengthRange(low=0, high=2)), LengthKnown("p:gone:1", None))
     first, second = sent(told.tell(LengthKnown("p:a:1", None)), "d1", Offer)
     assert (first.rid, first.length, second.rid) == ("a", None, "b")
@@ -342,11 +342,11 @@ def unanswered(**changes):
 
 def test_a_prediction_that_does_not_come_is_waited_for_only_so_long():
     told = unanswered()
-    assert not sent(told.later(1.4), kind=Offer) and told.core.dispatcher.unpredicted == 0
+    assert not sent(told.later(1.4), kind=Offer) and told.core.prefill.lengths.late == 0
     told.core.stepping = False
     offers = sent(told.later(0.2), "d1", Offer)
     assert [(offer.rid, offer.length) for offer in offers] == [("a", None), ("b", None)]
-    assert told.core.dispatcher.unpredicted == 2
+    assert told.core.prefill.lengths.late == 2
     assert not told.tell(LengthKnown("p:a:1", LengthRange(low=0, high=2)))  # it is too late
     assert told.core.prefill.jobs["p:a:1"].length is None
 
@@ -356,7 +356,7 @@ def test_nobody_waits_for_a_prediction_any_more_when_it_is_there_or_of_no_use():
     told.tell(LengthKnown("p:b:1", LengthRange(low=0, high=2)), Close(rid="a", attempt=1))
     told.core.stepping = False
     told.later(5.0)
-    assert told.core.dispatcher.unpredicted == 0 and told.core.prefill.jobs["p:b:1"].length is not None
+    assert told.core.prefill.lengths.late == 0 and told.core.prefill.jobs["p:b:1"].length is not None
 
 
 def test_a_request_that_is_not_decoded_waits_for_no_prediction():

@@ -1,4 +1,4 @@
-"""What a worker does when other instances come, go or answer its offers."""
+"""What a worker does when other instances come, go or answer its offers, and when a request is over."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from tetri.core.decode import Decode
 from tetri.core.dispatch import Dispatcher
 from tetri.core.peers import Neighbours
 from tetri.core.prefill import Prefill
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, Offer, Refuse
-from tetri.wire.messages import Roster
+from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
+from tetri.wire.messages import Close, Roster
 
 MOST_EARLY = 256
 
@@ -18,9 +18,9 @@ class Contacts:
 
     def __init__(self, neighbours: Neighbours, dispatcher: Dispatcher, prefill: Prefill, decode: Decode) -> None:
         self.neighbours, self.dispatcher, self.prefill, self.decode = neighbours, dispatcher, prefill, decode
-        self._early: list[Offer | Chunk | Drop] = []
+        self._early: list[Offer | Foreseen | Chunk | Drop] = []
 
-    def early(self, message: Offer | Chunk | Drop) -> bool:
+    def early(self, message: Offer | Foreseen | Chunk | Drop) -> bool:
         """Whether no roster has told of this start of its sender yet. No answer would reach it, and it would ask again
         only in a second: what it says is heard with the next roster. Of too many, the oldest are forgotten."""
         if self.neighbours.knows(message.src, message.incarnation):
@@ -29,7 +29,7 @@ class Contacts:
         del self._early[:-MOST_EARLY]
         return True
 
-    def introduced(self) -> list[Offer | Chunk | Drop]:
+    def introduced(self) -> list[Offer | Foreseen | Chunk | Drop]:
         """After a roster: what those said of whom it tells. The others have their chance at the next one."""
         early, self._early = self._early, []
         known = [self.neighbours.knows(message.src, message.incarnation) for message in early]
@@ -47,6 +47,11 @@ class Contacts:
             return self.dispatcher.dispatch(now)
         self.dispatcher.granted(job, now)  # or nothing could have landed
         return self.prefill.leaving.landed(job, event.index) if isinstance(event, Landed) else []
+
+    def closed(self, message: Close) -> list[Action]:
+        self.prefill.lengths.closed(message)
+        rid, attempt = message.rid, message.attempt
+        return [*self.prefill.close(rid, attempt), *self.decode.close(rid, attempt)]
 
     def roster(self, roster: Roster, now: float) -> list[Action]:
         actions, gone = self.neighbours.update(roster)

@@ -14,15 +14,14 @@ from tetri.core.kvflow import Parcel
 from tetri.core.peers import Identity, Neighbours
 from tetri.core.pool import Pool
 from tetri.core.timers import Timers
-from tetri.policy.length import moved_up
 from tetri.request import LengthRange
-from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Grant, Offer
+from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Foreseen, Grant, Offer
 from tetri.wire.messages import Load
 
 
 class Dispatcher:
     """`jobs` are the prefill half's, by key. Offers are numbered from 1 for the life of the process. `home`: the own
-    load while this instance decodes too, else None. `unpredicted` counts jobs whose predicted length did not come."""
+    load while this instance decodes too, else None."""
 
     def __init__(
         self,
@@ -43,7 +42,6 @@ class Dispatcher:
         self._refused: dict[str, dict[str, str]] = {}  # job key -> decode instance -> why, since the last view
         self._judged = -1  # as of which version of the neighbours jobs were stranded
         self._number = 0
-        self.unpredicted = 0
 
     def started(self, job: Job, now: float) -> None:
         """It wants a decode instance from now on, and waits for its predicted length only so long."""
@@ -52,21 +50,19 @@ class Dispatcher:
             if not job.predicted:
                 self.timers.set(job.key, now + self.own.rules.length_wait_s)
 
-    def predicted(self, job: Job, length: LengthRange | None, now: float) -> list[Action]:
-        """So long it will be, as far as anybody can say. What comes after it was given up is of no use."""
-        if job.predicted:
-            return []
-        job.predicted = True
-        job.length = None if length is None else moved_up(length, len(job.output))
+    def settle(self, job: Job, length: LengthRange | None) -> None:
+        """So long it will be, as far as anybody can say: it waits for that no longer."""
+        job.predicted, job.length = True, length
         self.timers.clear(job.key)
-        return self.dispatch(now)
 
-    def due(self, job: Job, now: float) -> list[Action]:
-        """Its timer is due: it goes on without a prediction, or its offer is repeated."""
-        if job.predicted:
-            return self.repeat(job, now)
-        self.unpredicted += 1
-        return self.predicted(job, None, now)
+    def correct(self, job: Job, length: LengthRange) -> list[Action]:
+        """More is known than when it was settled. Who has been asked is told; nobody waits for that to arrive."""
+        if length == job.length:
+            return []
+        job.length = length
+        if job.flow.offer is None:
+            return []
+        return [Send(job.flow.target, Foreseen(**self._address(job), length=length))]
 
     def stalled(self) -> bool:
         """Whether a prompt that has started, and all behind it, wait for a decode instance that takes it."""

@@ -8,13 +8,14 @@ from random import Random
 from tetri.core.actions import Action, Send
 from tetri.core.desk import Desk, Limits
 from tetri.core.registry import Registry
-from tetri.core.table import Row, Table
+from tetri.core.table import IDLE, Row, Table
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Resend
 
+BY_ITSELF = ("stop", "length")  # reasons of an end that is the text's own
 TOKEN_S = 1e-6  # per prompt token where the cost table is empty: queues are then compared by their tokens
 SHORT_S, LONG_S = 1e-9, 1e9  # what a cost table may say beyond these is no work that a sum of nanoseconds could count
 
@@ -83,8 +84,9 @@ class Life:
         if row.full:
             return self.end(row, row.last or "length", now)
         actions = self.close(row)
-        if row.attempt >= self.limits.max_attempts:
-            return [*actions, *self.end(row, "error", now, f"given up after {row.attempt} attempts: {why}")]
+        if row.attempt - row.spared >= self.limits.max_attempts:
+            spared = f" ({row.spared} lost while it only waited)" if row.spared else ""
+            return [*actions, *self.end(row, "error", now, f"given up after {row.attempt} attempts{spared}: {why}")]
         self.counters["restarts"] += 1
         self.table.start_over(row, now)
         return [*actions, *self.place(row, now)]
@@ -97,8 +99,13 @@ class Life:
         return [*self.close(row), *self.desk.word(row, final=True)]
 
     def close(self, row: Row) -> list[Action]:
+        """Both workers let go. When it is over, they learn from how much it wrote, unless that was what its request
+        fixed."""
         holders = dict.fromkeys(iid for iid in (row.prefill, row.decode) if iid is not None)
-        return [Send(iid, Close(rid=row.rid, attempt=row.attempt)) for iid in holders]
+        learn = row.reason in BY_ITSELF and not row.sampling.ignore_eos
+        outputs = len(row.output) if learn else 0
+        close = Close(rid=row.rid, attempt=row.attempt, outputs=outputs, reason=row.reason or "")
+        return [Send(iid, close) for iid in holders]
 
     def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
         if row.holder == row.decode or row.full:
@@ -107,7 +114,16 @@ class Life:
         return [self.assign(row, now)] if late else []  # it may still be on its way
 
     def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
-        return [a for row in list(self.table.held_by(iid).values()) for a in self.restart(row, why, now)]
+        """The worker is lost, and all that it held begins anew. It may have died of what it was working on; what only
+        waited there did nothing to it, and its attempt does not count. Where nothing is known to have been worked on,
+        the news of it may be lost: then all count, so that what kills at once does not do so for ever."""
+        rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
+        worked = any(row.stage not in IDLE for row in rows)
+        actions: list[Action] = []
+        for row in rows:
+            row.spared += worked and row.stage in IDLE
+            actions += self.restart(row, why, now)
+        return actions
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
         """All KV has landed at `iid`: from now on it answers for the request, the prefill side may forget it."""

@@ -89,7 +89,7 @@ class News:
                 pass  # it may be dead already, and nobody would notice it again
             case Beat():
                 peer.load, peer.held, peer.counters = event.load, len(event.holds), event.counters
-                peer.slots_taken = event.slots_taken
+                peer.slots_taken, peer.predictor = event.slots_taken, event.predictor
                 turned = self.flips.heard(peer, event.role, now, event.flip)
                 actions += [*turned, *self.life.place_waiting(now)] if turned else ()
                 actions += self._reconcile(event, now)

@@ -16,19 +16,19 @@ from tetri.core.actions import (
     CancelLeg,
     Exported,
     HoldLeg,
-    LengthKnown,
-    Predict,
     Send,
 )
 from tetri.core.chunk import candidates, fill, ran
 from tetri.core.dispatch import Dispatcher
+from tetri.core.foresight import Foresight
 from tetri.core.job import Job
 from tetri.core.kvflow import Outflow
 from tetri.core.leaving import Leaving
 from tetri.core.ledger import Ledger
+from tetri.core.lengths import Lengths
 from tetri.core.peers import Identity
 from tetri.core.queue import Queue
-from tetri.leg import Leg, Sampled, Span
+from tetri.leg import Foretold, Leg, Sampled, Span
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
 from tetri.wire.messages import Assign, Failed, Hold, Resend, Staged, TokenItem, Tokens
@@ -39,12 +39,15 @@ Said = Staged | Tokens | Failed
 class Prefill:
     """`jobs` by key. `started`: those whose leg is in the engine. `expected`: the chunk that is planned."""
 
-    def __init__(self, own: Identity, ledger: Ledger, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, own: Identity, ledger: Ledger, dispatcher: Dispatcher, foresight: Foresight | None = None
+    ) -> None:
         self.own, self.ledger, self.dispatcher = own, ledger, dispatcher
         self.jobs: dict[str, Job] = dispatcher.jobs
         self.queue = Queue(own)
         self.started: dict[str, Job] = {}
         self.leaving = Leaving(own, dispatcher)
+        self.lengths = Lengths(own, dispatcher, foresight)
         self.short = False  # the first in line waits for slots
         self.expected: list[Span] = []
         self._room = 0  # tokens that the planned step leaves to prefill
@@ -81,16 +84,11 @@ class Prefill:
             Outflow(blocks),
             tokens,
             work_s,
-            predicted=own.rules.length == "none",
         )
         self.jobs[key] = job
         self._attempts.setdefault(job.rid, {})[key] = None
         self.queue.enter(job)
-        return actions if job.predicted else [*actions, Predict(key, job.prompt, job.sampling)]
-
-    def length_known(self, event: LengthKnown, now: float) -> list[Action]:
-        job = self.jobs.get(event.key)
-        return [] if job is None else self.dispatcher.predicted(job, event.length, now)
+        return [*actions, *self.lengths.arrived(job)]
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         """Let go of every attempt up to this one, in any stage."""
@@ -148,6 +146,7 @@ class Prefill:
         leg = Leg(job.key, "prefill", job.prompt + job.output, len(job.prompt), job.sampling)
         self._turns += 1
         job.turn = self._turns
+        self.lengths.started(job, self.expected)
         self.dispatcher.started(job, now)
         staged = self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.PREFILL)
         return [AddLeg(leg), staged, *self.dispatcher.dispatch(now)]
@@ -197,16 +196,24 @@ class Prefill:
     # ------------------------------------------------------------ what the step did
 
     def step_done(
-        self, spans: Sequence[Span], tokens: Sequence[Sampled], preempted: Sequence[str], *, strained: bool
+        self,
+        spans: Sequence[Span],
+        tokens: Sequence[Sampled],
+        preempted: Sequence[str],
+        foretold: Sequence[Foretold],
+        now: float,
+        *,
+        strained: bool,
     ) -> list[Action]:
         """Tokens go out first, then the KV of the blocks that this chunk filled. `strained`: memory was short or the
         engine computed a preempted decode again, so that it may have run other tokens than planned of the chunk."""
-        if not ran(self.expected, spans, self.jobs, strained=strained):
-            raise Broken(f"planned {self.expected}, the engine ran {list(spans)}")
-        self.expected = []
+        planned, self.expected = self.expected, []
+        if not ran(planned, spans, self.jobs, strained=strained):
+            raise Broken(f"planned {planned}, the engine ran {list(spans)}")
         for span in spans:
             self.queue.computed(self.jobs[span.key], span.stop)
         actions = self._first_tokens(tokens)
+        actions += self.lengths.stepped(planned, foretold, now)
         for span in spans:
             actions += self.leaving.export(self.jobs[span.key])
         for key in preempted:

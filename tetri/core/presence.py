@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode import Decode
+from tetri.core.foresight import Foresight
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity
 from tetri.core.prefill import Prefill
@@ -14,9 +15,17 @@ class Presence:
     """`role` tells others which new work to send, `flip` is the number of the Flip that it came with. `busy`: the share
     of the time in which the engine computed, as last reported."""
 
-    def __init__(self, own: Identity, ledger: Ledger, prefill: Prefill, decode: Decode, now: float) -> None:
+    def __init__(
+        self,
+        own: Identity,
+        ledger: Ledger,
+        prefill: Prefill,
+        decode: Decode,
+        foresight: Foresight | None,
+        now: float,
+    ) -> None:
         self.own, self.role, self.flip = own, own.role, 0
-        self.ledger, self.prefill, self.decode = ledger, prefill, decode
+        self.ledger, self.prefill, self.decode, self.foresight = ledger, prefill, decode, foresight
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
 
@@ -75,5 +84,6 @@ class Presence:
             flip=self.flip,
             counters=dict(self.decode.landing.counters),
             slots_taken=self.prefill.slots_taken,
+            predictor=None if self.foresight is None else self.foresight.status(),
         )
         return Send(BROKER, beat)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.core.company import Company, Found
 from tetri.policy.views import PrefillPool
-from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, Reach
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, PredictorStatus, Reach
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, InstanceEntry, Load, Ready, Roster
 
@@ -36,6 +36,7 @@ class Peer:
     held: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     slots_taken: int = 0
+    predictor: PredictorStatus | None = None
     suspect: bool = False  # silent for longer than allowed, as far as was heard
     lost: str | None = None
 
@@ -222,6 +223,7 @@ class Registry:
                 paths=self._exchanges(peer).paths,
                 counters=peer.counters,
                 slots_taken=peer.slots_taken,
+                predictor=peer.predictor,
             )
             for peer in sorted(self.peers.values(), key=lambda peer: peer.iid)
         ]

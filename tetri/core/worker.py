@@ -20,6 +20,7 @@ from tetri.core.actions import (
 from tetri.core.contacts import Contacts
 from tetri.core.decode import Decode
 from tetri.core.dispatch import Dispatcher
+from tetri.core.foresight import Foresight
 from tetri.core.ledger import Ledger
 from tetri.core.peers import Identity, Neighbours
 from tetri.core.prefill import Prefill
@@ -28,7 +29,7 @@ from tetri.core.timers import Timers
 from tetri.leg import StepDone
 from tetri.request import ROLES, TAKES_DECODE
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, Offer, Refuse
+from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
 from tetri.wire.messages import Assign, Close, ClusterView, Flip, Load, Resend, Roster
 
 BEAT, LOAD, REGISTER, TAKE_AGAIN = "beat", "load", "register", "take again"
@@ -44,12 +45,13 @@ class Worker:
         self.neighbours = Neighbours(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng, self._home)
-        self.prefill = Prefill(own, self.ledger, self.dispatcher)
+        self.foresight = None if own.expected is None else Foresight(own)
+        self.prefill = Prefill(own, self.ledger, self.dispatcher, self.foresight)
         self.decode = Decode(own, self.ledger, self._make_room, self.neighbours.way)
         self.contacts = Contacts(self.neighbours, self.dispatcher, self.prefill, self.decode)
         self.stepping = False
         self.idle = False
-        self.presence = Presence(own, self.ledger, self.prefill, self.decode, now)
+        self.presence = Presence(own, self.ledger, self.prefill, self.decode, self.foresight, now)
         self._step_at = now
         self._fewer = False  # the batch has lost a leg since the step was planned
         self.timers.set(BEAT, now)
@@ -65,14 +67,14 @@ class Worker:
             return self._step_done(event, now)
         self.idle = False
         match event:
-            case Chunk() | Offer() | Drop() if self.contacts.early(event):
+            case Chunk() | Offer() | Foreseen() | Drop() if self.contacts.early(event):
                 return []
             case Chunk():
                 return self.decode.chunk(event)
             case Exported():
                 return self.prefill.exported(event)
             case Adopted():
-                return self._adopted(event, now)
+                return self._paused(self.decode.adopted(event, now))
             case Freed():
                 self.prefill.leaving.freed(event.slots)
                 return []
@@ -83,11 +85,11 @@ class Worker:
             case Assign():
                 return self.prefill.assign(event, now)
             case Close():
-                return [*self.prefill.close(event.rid, event.attempt), *self.decode.close(event.rid, event.attempt)]
+                return self.contacts.closed(event)
             case ClusterView():
                 return self.dispatcher.forgive(now) if self.neighbours.see(event, now) else []
             case LengthKnown():
-                return self.prefill.length_known(event, now)
+                return self.prefill.lengths.known(event, now)
             case Drop():
                 return self.decode.drop(event)
             case Resend():
@@ -119,9 +121,9 @@ class Worker:
             elif key == REGISTER:
                 actions.append(self._register(now))
             elif key == TAKE_AGAIN:
-                actions += self._take_again(now)
+                actions += self._paused(self.decode.take_again(now))
             else:
-                actions += self.dispatcher.due(self.prefill.jobs[key], now)
+                actions += self.prefill.lengths.due(self.prefill.jobs[key], now)
         actions = self._hear_own(actions, now)
         return actions if self.stepping or self.idle else [*actions, *self._step(now)]
 
@@ -186,7 +188,7 @@ class Worker:
         if done.steps == 1:
             self.ledger.check(done.held)
         legs, batch = self.prefill.started, self.decode.batch
-        spans, tokens, preempted = done.spans, done.tokens, done.preempted
+        spans, tokens, preempted, foretold = done.spans, done.tokens, done.preempted, done.foretold
         actions: list[Action] = []
         if legs:  # else all of it is the decode half's
             mine = self.prefill.jobs
@@ -195,11 +197,14 @@ class Worker:
                 [span for span in spans if span.key in mine],
                 [token for token in tokens if token.key in mine],
                 [key for key in preempted if key in mine],
+                [told for told in foretold if told.key in mine],
+                now,
                 strained=strained or any(span.key in batch.lapsed for span in spans),
             )
             spans = tuple(span for span in spans if span.key not in mine)
             tokens = tuple(token for token in tokens if token.key not in mine)
             preempted = tuple(key for key in preempted if key not in mine)
+            foretold = tuple(told for told in foretold if told.key not in mine)
         actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all of the tokens
@@ -207,22 +212,12 @@ class Worker:
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
 
-    # ------------------------------------------------------------ KV that comes
-
-    def _adopted(self, event: Adopted, now: float) -> list[Action]:
-        actions = self.decode.adopted(event, now)
-        self._set_pause()
-        return actions
-
-    def _take_again(self, now: float) -> list[Action]:
-        actions = self.decode.take_again(now)
-        self._set_pause()
-        return actions
-
-    def _set_pause(self) -> None:
+    def _paused(self, actions: list[Action]) -> list[Action]:
+        """A chunk that was lost is taken again after a while."""
         at = self.decode.landing.next()
         if at is not None:
             self.timers.set(TAKE_AGAIN, at)
+        return actions
 
     # ------------------------------------------------------------ peers
 

@@ -200,8 +200,10 @@ class Flip(Record, tag="flip", frozen=True):
 
 
 class Close(Record, tag="close", frozen=True):
-    """Nobody wants this request, up to this attempt, any more: stop it in any stage and forget it. Once it has ended by
-    itself, `reason` says how ("stop" or "length") and `outputs` how many tokens it wrote; otherwise "" and 0."""
+    """Nobody wants this request, up to this attempt, any more: stop it in any stage and forget it. `reason`: why the
+    request is over, as in Done; empty when it goes on elsewhere, or as another attempt. `outputs`: how many tokens it
+    wrote when it ended by itself, by "stop" or "length"; 0 for any other end, and for a length that its sampling fixed
+    (`ignore_eos`): from these nothing can be learnt."""
 
     rid: Name
     attempt: Count
