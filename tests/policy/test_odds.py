@@ -1,0 +1,259 @@
+"""What odds say of the length of one request."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetri.policy.odds import (
+    Curve,
+    by_bucket,
+    curve_of,
+    likeliest,
+    mean,
+    merged,
+    quantile,
+    raised,
+    range_of,
+    ranked_score,
+    share_below,
+    survivors,
+    usable,
+)
+from tetri.request import LengthRange, Odds
+
+FOUR = Odds(50, (0.1, 0.2, 0.3, 0.4))  # the last one from 150 on
+
+
+def close(numbers):
+    return pytest.approx(numbers, abs=1e-12)
+
+
+def pairs(curve):
+    return dict(zip(curve.tokens, curve.below, strict=True))
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    "granularity, shares", [(50, (0.1, 0.2, 0.3, 0.4)), (100, (0.3, 0.7)), (150, (0.6, 0.4)), (400, (1.0,))]
+)
+def test_merging(granularity, shares):
+    again = merged(FOUR, granularity)
+    assert again.width == granularity and again.shares == close(shares)
+
+
+def test_merging_to_what_is_no_multiple():
+    with pytest.raises(ValueError, match="50 tokens cannot be merged to 120: set a multiple"):
+        merged(FOUR, 120)
+
+
+@pytest.mark.parametrize(
+    "most, points",
+    [
+        (120, {1: 0, 50: 0.1, 100: 0.3, 120: 0.3 + 0.3 * 0.4, 121: 1}),
+        (100, {1: 0, 50: 0.1, 100: 0.3, 101: 1}),
+        (150, {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 151: 1}),
+        (500, {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 500: 0.6, 501: 1}),  # of the open bucket nobody knows more
+        (1, {1: 0, 2: 1}),
+        (2, {1: 0, 2: 0.1 / 49, 3: 1}),
+    ],
+)
+def test_who_would_write_more_than_max_tokens_is_cut_off_there(most, points):
+    curve = curve_of(FOUR, most)
+    assert list(pairs(curve)) == list(points) or most == 2
+    assert share_below(curve, most + 1) == 1 and curve.tokens[0] == 1
+    if most != 2:
+        assert pairs(curve) == close(points)
+
+
+def test_what_follows_after_some_tokens():
+    assert pairs(curve_of(FOUR, 1000, after=30)) == close({31: 0, 80: 0.1, 130: 0.3, 180: 0.6, 1000: 0.6, 1001: 1})
+    assert pairs(curve_of(FOUR, 90, after=30)) == close({31: 0, 80: 0.1, 90: 0.1 + 0.2 * 0.2, 91: 1})
+
+
+def test_min_tokens():
+    curve = curve_of(FOUR, 120, least=70)
+    assert pairs(curve) == close({70: 0, 100: 0.3, 120: 0.42, 121: 1})
+    assert pairs(curve_of(FOUR, 120, least=120)) == {120: 0, 121: 1}
+    assert raised(curve_of(FOUR, 120), 70) == curve and raised(curve, 60) is curve
+
+
+def test_a_tail_says_where_those_of_the_open_bucket_end():
+    tail = Curve((1, 150, 200, 300, 301), (0.0, 0.5, 0.75, 0.9, 1.0))
+    curve = curve_of(FOUR, 300, tail=tail)
+    assert pairs(curve) == close({1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 200: 0.8, 300: 0.92, 301: 1})
+
+
+def test_survivors_are_spread_as_all_were_beyond():
+    curve = survivors(curve_of(FOUR, 300, tail=None), 99)
+    assert pairs(curve) == close({100: 0, 150: 0.3 / 0.7, 300: 0.3 / 0.7, 301: 1})
+    inside = survivors(curve_of(FOUR, 300), 124)
+    assert pairs(inside) == close({125: 0, 150: 0.15 / 0.55, 300: 0.15 / 0.55, 301: 1})
+
+
+def test_survivors_of_whom_nothing_is_known():
+    short = Curve((1, 50, 300, 301), (0.0, 1.0, 1.0, 1.0))
+    assert survivors(short, 60) == Curve((61, 300, 301), (0.0, 0.0, 1.0))
+    assert survivors(short, 299) == Curve((300, 301), (0.0, 1.0))
+    assert survivors(short, 300) == Curve((301, 302), (0.0, 1.0))
+    assert survivors(short, 800) == Curve((801, 802), (0.0, 1.0))
+    assert survivors(short, 0) is short
+
+
+@pytest.mark.parametrize(
+    "share, tokens", [(0, 1), (0.1, 50), (0.2, 75), (0.3, 100), (0.42, 120), (0.43, 120 + 0.01 / 0.58), (1, 121)]
+)
+def test_quantiles(share, tokens):
+    assert quantile(curve_of(FOUR, 120), share) == pytest.approx(tokens)
+
+
+def test_mean():
+    assert mean(Curve((1, 11), (0.0, 1.0))) == 5.5  # of 1 to 10
+    assert mean(Curve((7, 8), (0.0, 1.0))) == 7
+    assert mean(Curve((1, 11, 20, 21), (0.0, 0.5, 0.5, 1.0))) == close(0.5 * 5.5 + 0.5 * 20)
+
+
+@pytest.mark.parametrize("granularity, label", [(50, 2), (100, 1), (200, 0), (60, 2)])
+def test_the_likeliest_bucket(granularity, label):
+    assert likeliest(curve_of(FOUR, 120), granularity) == label
+
+
+def test_by_bucket_begins_where_the_curve_does():
+    first, shares = by_bucket(survivors(curve_of(FOUR, 120), 99), 50)
+    assert first == 2 and shares == close([1.0])
+
+
+@pytest.mark.parametrize(
+    "curve, granularity, high, low_high",
+    [
+        (curve_of(FOUR, 120), 200, None, (0, 121)),
+        (curve_of(FOUR, 120), 50, None, (100, 121)),
+        (curve_of(FOUR, 1000), 200, None, (0, 200)),
+        (survivors(curve_of(FOUR, 1000), 210), 200, None, (1000, 1001)),
+        (survivors(curve_of(FOUR, 1000), 110), 100, None, (1000, 1001)),
+        (survivors(curve_of(FOUR, 180), 110), 200, None, (111, 181)),
+        (curve_of(FOUR, 180), 50, 180.2, (150, 181)),
+        (curve_of(FOUR, 180), 50, 120.2, (100, 121)),
+        (curve_of(FOUR, 180), 50, 100.0, (50, 100)),
+        (curve_of(FOUR, 180), 50, 1.0, (0, 2)),
+        (curve_of(FOUR, 180), 50, 900.0, (150, 181)),
+        (survivors(curve_of(FOUR, 180), 110), 100, 20.0, (111, 112)),
+    ],
+)
+def test_ranges(curve, granularity, high, low_high):
+    assert range_of(curve, granularity, high) == LengthRange(low=low_high[0], high=low_high[1])
+
+
+@pytest.mark.parametrize(
+    "shares", [(), (0.5, 0.4), (1.5, -0.5), (float("nan"), 0.5), (0.5, float("nan")), (float("inf"), 0.0)]
+)
+def test_what_is_no_odds(shares):
+    assert not usable(Odds(50, shares))
+
+
+def test_what_is():
+    assert usable(FOUR) and usable(Odds(50, (1.0,))) and not usable(Odds(0, (1.0,)))
+
+
+def test_the_score_is_the_less_the_nearer():
+    sure = [(10, 20, 30), (0.0, 1.0, 1.0)]
+    assert [ranked_score(*sure, length) for length in (12, 19, 25, 31)] == [0, 0, 10, 20]
+    unsure = [(10, 20, 30), (0.0, 0.5, 1.0)]
+    assert [ranked_score(*unsure, length) for length in (12, 25)] == [2.5, 2.5]
+
+
+# ---------------------------------------------------------------- whatever the odds
+
+
+def _odds(weights, width):
+    return Odds(width, tuple(weight / sum(weights) for weight in weights))
+
+
+ODDS = st.builds(
+    _odds,
+    st.lists(st.sampled_from([0, 0, 1, 2, 3, 7, 1000]), min_size=1, max_size=12).filter(any),
+    st.sampled_from([1, 2, 7, 50, 100]),
+)
+
+
+@st.composite
+def curves(draw):
+    odds, after, more = draw(ODDS), draw(st.integers(0, 300)), draw(st.integers(1, 900))
+    most = after + more
+    tail = None
+    if draw(st.booleans()):
+        tail = survivors(curve_of(draw(ODDS), most), after)
+    curve = curve_of(odds, most, after=after, least=draw(st.integers(0, most)), tail=tail)
+    if draw(st.booleans()):
+        curve = survivors(curve, draw(st.integers(after, most - 1)))
+    return curve
+
+
+def valid(curve):
+    assert len(curve.tokens) == len(curve.below) >= 2
+    assert all(before < after for before, after in pairwise(curve.tokens))
+    assert all(before <= after + 1e-12 for before, after in pairwise(curve.below))
+    assert (curve.below[0], curve.below[-1]) == (0.0, 1.0)
+
+
+many = settings(deadline=None, derandomize=True, max_examples=150)
+
+
+@many
+@given(curves(), st.integers(0, 1500), st.integers(1, 300))
+def test_curves_stay_curves(curve, written, granularity):
+    valid(curve)
+    valid(survivors(curve, written))
+    assert survivors(curve, written).tokens[0] > written or survivors(curve, written) is curve
+    first, shares = by_bucket(curve, granularity)
+    assert sum(shares) == close(1) and min(shares) >= -1e-12
+    assert first * granularity <= curve.tokens[0] < (first + 1) * granularity
+    assert (first + len(shares) - 1) * granularity < curve.tokens[-1] <= (first + len(shares)) * granularity
+    assert curve.tokens[0] <= mean(curve) <= curve.tokens[-1] - 1 + 1e-9
+
+
+@many
+@given(ODDS, st.integers(1, 6))
+def test_merging_keeps_all(odds, times):
+    again = merged(odds, odds.width * times)
+    assert sum(again.shares) == close(1) and len(again.shares) == -(-len(odds.shares) // times)
+    if len(odds.shares) > times:
+        assert again.shares[0] == close(sum(odds.shares[:times]))
+
+
+@many
+@given(curves(), st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_more_cover_is_never_a_lower_end(curve, shares):
+    ranges = [range_of(curve, 50, quantile(curve, share)) for share in sorted(shares)]
+    assert [each.high for each in ranges] == sorted(each.high for each in ranges)
+    for share, each in zip(sorted(shares), ranges, strict=True):
+        assert share_below(curve, each.high) >= share - 1e-6
+        assert curve.tokens[0] < each.high <= curve.tokens[-1] and each.low < each.high
+
+
+@many
+@given(curves(), st.integers(1, 300))
+def test_a_range_is_possible(curve, granularity):
+    length = range_of(curve, granularity)
+    assert length.high <= curve.tokens[-1] and length.high > curve.tokens[0]
+    assert length.high - length.low <= granularity
+    label = likeliest(curve, granularity)
+    assert label * granularity <= length.high - 1 < (label + 1) * granularity
+
+
+@many
+@given(curves(), st.floats(0, 1))
+def test_a_quantile_undoes_a_share(curve, share):
+    at = quantile(curve, share)
+    assert share_below(curve, at) == pytest.approx(share, abs=1e-9) or at in curve.tokens
+
+
+@many
+@given(curves(), st.integers(0, 1200), st.integers(0, 400))
+def test_surviving_twice_is_surviving_longer(curve, written, more):
+    twice, once = survivors(survivors(curve, written), written + more), survivors(curve, written + more)
+    for at in range(written + more, curve.tokens[-1] + 2, 37):
+        assert share_below(twice, at) == pytest.approx(share_below(once, at), abs=1e-6)
