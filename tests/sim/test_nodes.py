@@ -26,7 +26,7 @@ class Script:
         fingerprint = SimpleNamespace(block_bytes=0)
         rules = Rules(length="oracle")
         self.own = SimpleNamespace(
-            iid="w", role="decode", capacity=capacity, cost=cost, fingerprint=fingerprint, rules=rules
+            iid="w", role="decode", capacity=capacity, cost=cost, fingerprint=fingerprint, rules=rules, expected=None
         )
         self.heard, self.ticks = [], []
         self.due = None

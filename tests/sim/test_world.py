@@ -91,17 +91,21 @@ def test_the_predictor_slows_the_prefill_that_it_runs_beside():
     assert made.jct_s == pytest.approx(3 * L + CHUNK_S * 1.25 + 4 * STEP_S)
 
 
-def test_a_prediction_that_takes_longer_than_the_prefill_delays_the_decode():
+def test_a_prediction_that_takes_longer_than_the_prefill_delays_nothing():
+    """The prompt is on offer at its end at the latest; its KV leaves with the Offer."""
     cost = replace(COST, predictor_s=3.0)
     made = outcome(replace(SETUP, cost=cost, rules=Rules(length="oracle")), ONE)
     assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
-    assert made.jct_s == pytest.approx(L + 3.0 + 2 * L + 4 * STEP_S)
+    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + 4 * STEP_S)
 
 
-def test_a_prediction_is_waited_for_only_so_long():
-    cost, rules = replace(COST, predictor_s=3.0), Rules(length="oracle", length_wait_s=1.5)
-    made = outcome(replace(SETUP, cost=cost, rules=rules), ONE)
-    assert made.jct_s == pytest.approx(L + 1.5 + 2 * L + 4 * STEP_S)
+@pytest.mark.parametrize(("wait_s", "after"), [(CHUNK_S / 2, BLOCKS - 12), (10.0, BLOCKS)])
+def test_a_prediction_is_waited_for_only_so_long(wait_s, after):
+    """Of a prompt of two chunks the first one's KV moves beside the second, or after it when the offer has waited."""
+    cost, rules = replace(COST, predictor_s=3.0), Rules(length="oracle", length_wait_s=wait_s)
+    setup = replace(SETUP, cost=cost, rules=rules, chunk_tokens=200, max_batch=10, link_bytes_s=1e7)
+    made = outcome(setup, ONE)
+    assert made.jct_s == pytest.approx(3 * L + 2 * CHUNK_S + after * 16_000 / 1e7 + 4 * STEP_S)
 
 
 # ---------------------------------------------------------------- many requests

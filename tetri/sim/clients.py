@@ -11,6 +11,7 @@ from tetri.core.actions import Submitted
 from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
 from tetri.sim.setup import SimError
+from tetri.sim.texts import Text
 from tetri.sim.traces import Arrival
 from tetri.wire.clients import Done, Refused
 
@@ -79,9 +80,15 @@ class Clients:
             self.outcomes.append(Outcome(arrival))
             self._draw()
             sampling = Sampling(max_tokens=arrival.output, ignore_eos=True)
+            if arrival.text is not None:
+                sampling = Sampling(max_tokens=arrival.text.limit, seed=len(self.outcomes) - 1)
             self.submit(Submitted(name.encode(), name, (1,) * arrival.prompt, sampling, arrival.deadline_s))
         if self._next is not None:
             self.kernel.at(self._next.at_s, self._send)
+
+    def text_of(self, sampling: Sampling) -> Text | None:
+        """A request's seed names its text: as with a model, prompt and seed lead to one."""
+        return None if sampling.seed is None else self.outcomes[sampling.seed].arrival.text
 
     def hear(self, client: bytes, message: Any) -> None:
         if isinstance(message, Done):
@@ -99,7 +106,8 @@ class Clients:
     def _done(self, outcome: Outcome, done: Done) -> None:
         arrival, made, receipt = outcome.arrival, done.usage, done.receipt
         whole = (made.prompt_tokens, made.completion_tokens) == (arrival.prompt, arrival.output)
-        outcome.state = "done" if done.reason == "length" else "failed"
+        wanted = "length" if arrival.text is None else arrival.text.reason
+        outcome.state = "done" if done.reason == wanted else "failed"
         outcome.why = "" if outcome.state == "done" else done.error or done.reason
         if outcome.state == "done" and not whole:
             raise SimError(f"{arrival} was answered with {made.prompt_tokens} + {made.completion_tokens} tokens")

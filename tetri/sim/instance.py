@@ -11,14 +11,16 @@ from typing import Any
 from tetri.core.actions import Action, LengthKnown, Predict, Publish
 from tetri.core.peers import Identity
 from tetri.core.worker import Worker
-from tetri.engine.paged import Paged
 from tetri.engine.plan import Plan
 from tetri.hands import WorkerHands
 from tetri.leg import StepDone
 from tetri.policy.rules import LENGTHS
+from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Memory, Port
 from tetri.sim.nodes import Node
+from tetri.sim.scripted import Scripted, TextOf
+from tetri.sim.setup import SimError
 from tetri.wire.messages import ClusterView, LoadReport
 
 
@@ -49,27 +51,48 @@ class Use:
                 self.spans.append((start, stop, what))
 
 
+FORETELLS = ("hidden", "both")  # kinds of predictors that look at hidden states
+
+
+def no_text(sampling: Sampling) -> None:
+    """Every request writes as many tokens as it may."""
+
+
 class Predictor:
     """The length predictor of one instance: one prompt after the other, beside the main model. While it runs, the
-    engine takes `slowdown` times as long (paper, Figure 17)."""
+    engine takes `slowdown` times as long (paper, Figure 17). `text_of` as in `Scripted`."""
 
-    def __init__(self, kernel: Kernel, own: Identity, seed: int, receive: Callable[[Any], None]) -> None:
-        self.kernel, self.own, self.seed, self.receive = kernel, own, seed, receive
+    def __init__(
+        self, kernel: Kernel, own: Identity, seed: int, receive: Callable[[Any], None], text_of: TextOf = no_text
+    ) -> None:
+        self.kernel, self.own, self.seed, self.receive, self.text_of = kernel, own, seed, receive, text_of
         self.rng = Random(0)
         self.busy_until = -inf
 
     def predict(self, wanted: Predict) -> LengthKnown | None:
         """Of a request the same prediction comes in every run with this seed, whatever the policies do."""
-        rules, tokens = self.own.rules, len(wanted.prompt)
-        self.rng.seed(f"{self.seed} {wanted.key}")
-        length = LENGTHS[rules.length](tokens, wanted.sampling, rules, self.rng)
-        known = LengthKnown(wanted.key, length)
-        seconds = self.own.cost.predict_s(tokens)
+        known = self._trained(wanted) if self.own.rules.length == "trained" else self._pretended(wanted)
+        seconds = self.own.cost.predict_s(len(wanted.prompt))
         if seconds == 0.0:
             return known
         self.busy_until = max(self.busy_until, self.kernel.now) + seconds
         self.kernel.at(self.busy_until, self.receive, known)
         return None
+
+    def _trained(self, wanted: Predict) -> LengthKnown:
+        """What a classifier has said of this text. Raises SimError when none has."""
+        text = self.text_of(wanted.sampling)
+        if text is not None and text.classifier is None:
+            raise SimError(f"no classifier's odds are recorded of a text of {text.prompt} + {text.output} tokens")
+        return LengthKnown(wanted.key, None, None if text is None else text.classifier)
+
+    def _pretended(self, wanted: Predict) -> LengthKnown:
+        """By a policy that is told the truth."""
+        rules, sampling, text = self.own.rules, wanted.sampling, self.text_of(wanted.sampling)
+        if text is not None:
+            sampling = Sampling(max_tokens=text.output, ignore_eos=True)
+        self.rng.seed(f"{self.seed} {wanted.key}")
+        return LengthKnown(wanted.key, LENGTHS[rules.length](len(wanted.prompt), sampling, rules, self.rng))
 
     def stretched(self, start: float, seconds: float) -> float:
         """How long a step from `start` on takes that would take `seconds` without any prediction."""
@@ -85,15 +108,17 @@ class WorkerNode(Node):
 
     core: Worker
 
-    def __init__(self, kernel: Kernel, core: Worker, port: Port, bytes_s: float, seed: int) -> None:
+    def __init__(
+        self, kernel: Kernel, core: Worker, port: Port, bytes_s: float, seed: int, text_of: TextOf = no_text
+    ) -> None:
         own = core.own
         super().__init__(kernel, own.iid, core)
         self.port = port
-        self.engine = Paged(own.capacity, own.cost)
+        foretells = own.expected is not None and own.expected.kind in FORETELLS
+        self.engine = Scripted(own.capacity, own.cost, text_of, foretells=foretells)
         self.memory = Memory(kernel, self, own.fingerprint.block_bytes, bytes_s)
-        self.predictor = Predictor(kernel, own, seed, self.receive)
+        self.predictor = Predictor(kernel, own, seed, self.receive, text_of)
         self.use = Use(roles=[(max(kernel.now, 0.0), own.role)])
-        self._ids: dict[int, tuple[int, ...]] = {}
         self._plan: Plan | None = None
         self._started = 0.0
         self._ends = (0.0, 0)  # the run's end, and its number of passes
@@ -170,17 +195,10 @@ class WorkerNode(Node):
 
     def _finish(self, plan: Plan, steps: int) -> StepDone:
         batch = len(plan.batch)
-        done = self.engine.finish(plan, steps, self._make)
+        done = self.engine.run(plan, steps)
         use = self.use
         use.steps += 0 if plan.idle else steps
         use.decode_tokens += batch * steps
         use.prefill_tokens += sum([span.stop - span.start for span in plan.chunk])
         use.preempted += len(done.preempted)
         return done
-
-    def _make(self, key: str, count: int) -> tuple[int, ...]:
-        """Token ids that never end a request."""
-        ids = self._ids.get(count)
-        if ids is None:
-            ids = self._ids[count] = (1,) * count
-        return ids

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from tetri.cost import Cost
 from tetri.policy.rules import FLIPS, TABLES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Capacity, blocks_for
+from tetri.request import Capacity, Expected, blocks_for
 
 
 class SimError(ValueError):
@@ -22,13 +22,15 @@ class Setup:
 
     transfer         "chunk": KV leaves with every chunk; "request": when the prompt is computed (paper, 3.3.4)
     stream_interval  tokens between two messages with tokens of a request; its first and its last go at once
-    stall_s          so long no engine may compute while requests are open"""
+    stall_s          so long no engine may compute while requests are open
+    expected         what every worker knows of lengths before any traffic, for the length policy `trained`"""
 
     cost: Cost
     prefill: int = 1
     decode: int = 1
     mixed: int = 0
     rules: Rules = Rules()
+    expected: Expected | None = None
     link_bytes_s: float = inf
     link_latency_s: float = 0.0005
     transfer: str = "chunk"
@@ -93,6 +95,8 @@ def _problem(setup: Setup) -> str | None:
         return f"reserve_share must be above 0 and at most 1, got {setup.reserve_share:g}"
     if setup.transfer not in ("chunk", "request"):
         return f"unknown transfer {setup.transfer!r}; known: chunk, request"
+    if setup.rules.length == "trained" and setup.expected is None:
+        return "the length policy trained needs recorded predictions, as in tools/bench_prediction; else use noisy"
     if setup.flip not in FLIPS:
         return f"unknown flip {setup.flip!r}; known: {', '.join(FLIPS)}"
     return rules_problem(setup.rules)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from random import Random
+
+from tetri.sim.texts import Text
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 _CLOCK = 19  # characters of "2023-11-16 18:15:46"
@@ -24,12 +26,15 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: when it comes, tokens of its prompt and of its output, seconds from then to its deadline."""
+    """A request: when it comes, tokens of its prompt and of its output, seconds from then to its deadline. Without a
+    text it asks for so many tokens of output and for no end before; with one it may have `text.limit`, and nobody but
+    the model, or an oracle, knows that the text will end sooner."""
 
     at_s: float
     prompt: int
     output: int
     deadline_s: float | None = None
+    text: Text | None = None
 
 
 # ---------------------------------------------------------------- traces
@@ -161,6 +166,24 @@ def drawn(
 ) -> Iterator[Arrival]:
     """So many requests. `rate` 0: all at time 0 (a closed batch); else `rate` a second, the times between them
     gamma-distributed with the coefficient of variation `burstiness` (1: a Poisson process). Raises TraceError."""
+    _check_drawing(requests, rate, burstiness)
+    rng = Random(f"requests {seed}")
+    return (Arrival(now, prompt.draw(rng), output.draw(rng)) for now in _times(requests, rng, rate, burstiness))
+
+
+def resampled(
+    requests: int, texts: Sequence[Text], seed: int, rate: float = 0.0, burstiness: float = 1.0
+) -> Iterator[Arrival]:
+    """So many requests, each of them any of these texts, as likely as the others; when they come as in `drawn`. Raises
+    TraceError."""
+    _check_drawing(requests, rate, burstiness)
+    rng = Random(f"texts {seed}")
+    for now in _times(requests, rng, rate, burstiness):
+        text = rng.choice(texts)
+        yield Arrival(now, text.prompt, text.output, text=text)
+
+
+def _check_drawing(requests: int, rate: float, burstiness: float) -> None:
     _check_number(requests)
     if not (math.isfinite(rate) and rate >= 0):
         raise TraceError(f"the rate must be at least 0 requests a second, got {rate:g}")
@@ -168,21 +191,18 @@ def drawn(
         raise TraceError(f"at a rate of {rate:g} a second {requests} requests take more than {LAST_S:g} s")
     if not 0.01 <= burstiness <= 100:
         raise TraceError(f"the burstiness must be from 0.01 to 100, got {burstiness:g}")
-    return _drawn(requests, prompt, output, Random(f"requests {seed}"), rate, burstiness)
 
 
-def _drawn(
-    requests: int, prompt: Lengths, output: Lengths, rng: Random, rate: float, burstiness: float
-) -> Iterator[Arrival]:
+def _times(requests: int, rng: Random, rate: float, burstiness: float) -> Iterator[float]:
     shape, now = 1.0 / burstiness**2, 0.0
     for _ in range(requests):
         if rate:
             now += rng.gammavariate(shape, 1.0 / (rate * shape))
-        yield Arrival(now, prompt.draw(rng), output.draw(rng))
+        yield now
 
 
 def with_deadline(arrivals: Iterable[Arrival], deadline_s: float) -> Iterator[Arrival]:
     """The same requests, each with so many seconds."""
     if not (math.isfinite(deadline_s) and deadline_s > 0):
         raise TraceError(f"the deadline must be above 0 s, got {deadline_s:g}")
-    return (Arrival(each.at_s, each.prompt, each.output, deadline_s) for each in arrivals)
+    return (replace(each, deadline_s=deadline_s) for each in arrivals)

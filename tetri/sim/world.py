@@ -3,8 +3,9 @@
     result = World(Setup(cost, prefill=2, decode=2), arrivals).run()
 
 Nothing in here decides anything: requests are placed, ordered, packed, dispatched and admitted by the cores. Every
-request is a prompt of a given length whose output has a given length (`max_tokens` with `ignore_eos`), and the same
-setup with the same requests gives the same result, to the last bit.
+request is a prompt of a given length whose output has a given length: either it asks for just so many tokens
+(`max_tokens` with `ignore_eos`), or it has a recorded text that ends by itself. The same setup with the same requests
+gives the same result, to the last bit.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ class World:
             cost=setup.cost,
             load_s=setup.load_s,
             stream_interval=setup.stream_interval,
+            expected=setup.expected if setup.rules.length == "trained" else None,
         )
         core = Worker(own, Random(own.incarnation), self.kernel.now)
-        node = WorkerNode(self.kernel, core, self._port(iid), setup.link_bytes_s, setup.seed)
+        node = WorkerNode(self.kernel, core, self._port(iid), setup.link_bytes_s, setup.seed, self.clients.text_of)
         if setup.spans:
             node.use.spans = []
         self.workers[iid] = node

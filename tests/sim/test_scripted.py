@@ -1,0 +1,122 @@
+"""The engine whose requests write recorded texts: where they end, and what is told of their hidden states when."""
+
+import pytest
+
+from tetri.cost import Cost
+from tetri.leg import Leg
+from tetri.request import Capacity, Odds, Sampling
+from tetri.sim.scripted import Scripted
+from tetri.sim.texts import Text
+
+CAPACITY = Capacity(blocks=400, block_tokens=4, chunk_tokens=64, max_batch=8, context=1200)
+
+
+def odds(place):
+    return Odds(100, (1.0 - place / 1000, place / 1000))
+
+
+STATES = tuple((known, odds(known)) for known in (0, 64, 128))
+STOPS = Text(10, 200, 300, follows=STATES)
+CUT_OFF = Text(10, 300, 300)
+TEXTS = (STOPS, CUT_OFF, Text(10, 1, 300, follows=STATES[:1]))
+
+
+def engine(foretells=True):
+    def text_of(sampling):
+        return None if sampling.seed is None else TEXTS[sampling.seed]
+
+    return Scripted(CAPACITY, Cost(), text_of, foretells=foretells)
+
+
+def leg(phase, seed, key="x", outputs=0, most=300):
+    return Leg(key, phase, (1,) * (10 + outputs), 10, Sampling(max_tokens=most, seed=seed))
+
+
+def steps(paged, most=1, until=400):
+    """Of every step with tokens of a leg: (tokens, reason, foretold)."""
+    for _ in range(until):
+        plan = paged.plan(most)
+        done = paged.run(plan, plan.steps)
+        if done.allocated:
+            paged.admit(done.allocated[0], 1)
+        if done.tokens:
+            yield len(done.tokens[0].ids), done.tokens[0].ids[-1], done.tokens[0].reason, done.foretold
+        if not paged.slots:
+            break
+
+
+def decoded(paged, seed, most=1, outputs=0):
+    paged.add(leg("decode", seed, outputs=outputs))
+    made = list(steps(paged, most))
+    paged.check()
+    return made
+
+
+def test_a_text_stops_where_it_ended_and_by_the_limit_where_that_cut_it_off():
+    stopped, cut_off = decoded(engine(), 0), decoded(engine(), 1)
+    assert len(stopped) == 199 and stopped[-1][1:3] == (0, "stop")  # the first token came with the prefill
+    assert len(cut_off) == 299 and cut_off[-1][1:3] == (1, "length")
+    assert all(token == 1 and reason is None for _, token, reason, _ in stopped[:-1])
+
+
+def test_many_passes_in_one_go_end_at_the_same_token():
+    made = decoded(engine(), 0, most=64)
+    assert sum(count for count, *_ in made) == 199 and made[-1][1:3] == (0, "stop")
+
+
+def test_who_has_no_text_writes_all_that_it_may():
+    made = decoded(engine(), None)
+    assert len(made) == 299 and made[-1][2] == "length" and not any(told for *_, told in made)
+
+
+def test_a_leg_that_goes_on_ends_at_the_same_token():
+    assert len(decoded(engine(), 0, outputs=150)) == 200 - 151
+
+
+def test_the_state_of_a_decode_is_told_after_the_pass_that_computes_it():
+    """The pass that computes the 64th token's state gives the 65th."""
+    told = [(place + 2, *foretold) for place, (*_, foretold) in enumerate(decoded(engine(), 0)) if foretold]
+    assert [(place, one.key, one.outputs) for place, one in told] == [(65, "x", 64), (129, "x", 128)]
+    assert told[0][1].odds == odds(64)
+
+
+def test_of_many_passes_the_last_state_is_told():
+    told = [one.outputs for *_, foretold in decoded(engine(), 0, most=1000) for one in foretold]
+    assert told == []  # it ended with the run
+    paged = engine()
+    paged.add(leg("decode", 0))
+    made = steps(paged, 150)
+    assert [one.outputs for one in next(made)[3]] == [128]
+
+
+def test_a_leg_that_begins_later_is_told_of_what_comes_then():
+    told = [one.outputs for *_, foretold in decoded(engine(), 0, outputs=100) for one in foretold]
+    assert told == [128]
+
+
+@pytest.mark.parametrize(("seed", "reason"), [(0, None), (2, "stop")])
+def test_a_prompts_state_is_told_with_its_first_token(seed, reason):
+    paged = engine()
+    paged.add(leg("prefill", seed))
+    ((_, _, ended, told),) = steps(paged)
+    assert ended == reason and [(one.outputs, one.odds) for one in told] == [(0, odds(0))]
+
+
+def test_of_a_prompt_that_starts_over_only_what_is_recorded_is_told():
+    for outputs, known in ((64, [64]), (65, [])):
+        paged = engine()
+        paged.add(leg("prefill", 0, outputs=outputs))
+        ((*_, told),) = steps(paged)
+        assert [one.outputs for one in told] == known
+
+
+def test_nothing_is_told_when_nobody_looks_at_hidden_states():
+    assert not any(told for *_, told in decoded(engine(foretells=False), 0))
+
+
+def test_a_leg_that_is_cancelled_is_forgotten():
+    paged = engine()
+    paged.add(leg("decode", 0))
+    paged.cancel("x")
+    assert not paged._scripts
+    assert len(decoded(paged, 1)) == 299 and not paged._scripts

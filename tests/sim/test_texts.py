@@ -1,0 +1,72 @@
+"""Recorded texts: what a file of predictions says, and what is wrong with one."""
+
+import json
+
+import pytest
+
+from tetri.request import Odds
+from tetri.sim.texts import Text, TextError, read
+
+GOOD = {
+    "prompt_tokens": 40,
+    "tokens": 300,
+    "source": "here",
+    "width": 100,
+    "classifier": [0.2, 0.3, 0.5],
+    "hidden": [0.0, 0.25, 0.75],
+    "later": {"128": [0.5, 0.5], "64": [0.1, 0.9]},
+    "prompt": "kept by others",
+}
+
+
+def written(tmp_path, *rows):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_all_that_a_line_says(tmp_path):
+    short = {"prompt_tokens": 1, "tokens": 1024, "width": 50, "later": None}
+    first, second = read(written(tmp_path, GOOD, "", short))
+    assert (first.prompt, first.output, first.source, first.reason) == (40, 300, "here", "stop")
+    assert first.classifier == Odds(100, (0.2, 0.3, 0.5))
+    assert [known for known, _ in first.follows] == [0, 64, 128]
+    assert first.follows[0][1] == Odds(100, (0.0, 0.25, 0.75)) and first.follows[2][1] == Odds(100, (0.5, 0.5))
+    assert second == Text(1, 1024) and second.reason == "length"
+    assert read(written(tmp_path, short), 2048)[0].reason == "stop"
+
+
+def test_shares_that_were_rounded_add_up_again(tmp_path):
+    text = read(written(tmp_path, GOOD | {"classifier": [0.333, 0.333, 0.333]}))[0]
+    assert text.classifier.shares == pytest.approx([1 / 3] * 3) and sum(text.classifier.shares) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "not an object"),
+        (GOOD | {"tokens": 0}, "tokens must be a number from 1 on, got 0"),
+        (GOOD | {"tokens": 1025}, "1025 tokens, more than the limit of 1024"),
+        (GOOD | {"prompt_tokens": "5"}, "prompt_tokens must be"),
+        (GOOD | {"width": True}, "width must be"),
+        (GOOD | {"classifier": [0.5, 0.4]}, "add up to 1, got 0.9"),
+        (GOOD | {"classifier": [1.5, -0.5]}, "0 or more"),
+        (GOOD | {"hidden": ["a"]}, "no prediction of"),
+        (GOOD | {"hidden": []}, "no prediction of"),
+        (GOOD | {"later": {"x": [1.0]}}, "no prediction of"),
+        (GOOD | {"later": {"300": [1.0]}}, "of 300 tokens none can follow after 300"),
+        (GOOD | {"later": [1.0]}, "no prediction of"),
+    ],
+)
+def test_a_wrong_line_is_named_by_its_number(tmp_path, row, says):
+    with pytest.raises(TextError) as error:
+        read(written(tmp_path, GOOD, row))
+    assert "jsonl:2: " in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_file_and_no_text_are_one_line(tmp_path):
+    with pytest.raises(TextError, match="cannot be read: No such file"):
+        read(tmp_path / "none")
+    with pytest.raises(TextError, match="there is no text in it: write it with"):
+        read(written(tmp_path, ""))
