@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from vllm_process import EngineProcess, arguments
+from vllm_process import BLOCK_BYTES, WRITER_LAYERS, EngineProcess, arguments
 
 from tetri.models import find
 
@@ -56,6 +56,16 @@ def engine(float32: Engines) -> Iterator[EngineProcess]:
     assert made.free_blocks() == blocks
     yield made
     assert (made.free_blocks(), made.legs()) == (blocks, 0)
+
+
+@pytest.fixture(scope="session")
+def writer(model: Path) -> Iterator[EngineProcess]:
+    """A Writer that keeps the states behind WRITER_LAYERS every 4 tokens. It has room for six blocks."""
+    fields = {"model": model, "dtype": "float32", "kv_bytes": 7 * BLOCK_BYTES["float32"], "context": 640}
+    fields |= {"batch": 8, "chunk_tokens": 128, "layers": WRITER_LAYERS, "every": 4}
+    made = EngineProcess("writer", **fields)
+    yield made  # not waited for: others start beside it
+    made.stop()
 
 
 @pytest.fixture

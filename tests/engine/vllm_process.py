@@ -8,16 +8,21 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tetri.engine.base import EngineError, Leg, StepDone
+from tetri.engine.base import EngineError, HiddenStates, Leg, StepDone, Tap
 from tetri.kv.base import parts
 from tetri.models import weights_hash
+from tetri.request import Sampling
+
+if TYPE_CHECKING:
+    from tetri.engine.vllm_writer import Text
 
 CORES = sorted(os.sched_getaffinity(0))
 START_S = 240.0
 
 CONTEXT = 2304
+WRITER_LAYERS = (1, 16, 29)
 BLOCK_BYTES = {"bfloat16": 30 * 3 * 128 * 128 * 2, "float32": 30 * 3 * 128 * 128 * 4}
 
 
@@ -35,7 +40,8 @@ def arguments(model: Path, dtype: str, blocks: int, max_batch: int = 48) -> dict
 
 
 class EngineProcess:
-    """`kind` is "tetri" (VllmEngine, with what the tests want to see of it) or "reference" (tests' Reference)."""
+    """`kind` is "tetri" (VllmEngine, with what the tests want to see of it), "reference" (tests' Reference) or "writer"
+    (tetri.engine.vllm_writer)."""
 
     def __init__(self, kind: str, **arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -80,7 +86,7 @@ class EngineProcess:
 
 
 def _serve(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
-    os.sched_setaffinity(0, {CORES[0] if kind == "reference" else CORES[-1]})
+    os.sched_setaffinity(0, {CORES[-1] if kind == "tetri" else CORES[0]})
     try:
         engine = _make(kind, arguments)
     except EngineError as error:
@@ -104,11 +110,13 @@ def _serve(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
 
 
 def _make(kind: str, arguments: dict[str, Any]) -> Any:
-    from tetri.engine.vllm import prepare_environment
+    from tetri.engine.vllm_setup import prepare_environment
 
     prepare_environment()
     if kind == "tetri":
         return _Watched(arguments)
+    if kind == "writer":
+        return _Writing(arguments)
     from reference import Reference
 
     return Reference(**arguments)
@@ -121,6 +129,8 @@ class _Watched:
         from tetri.engine.vllm import VllmEngine
 
         self.engine = VllmEngine(**arguments)
+        self._tap: Tap | None = None
+        self._model = arguments["model"]
 
     def facts(self) -> tuple[Any, Any, int, tuple[int, ...]]:
         engine = self.engine
@@ -165,6 +175,34 @@ class _Watched:
     def legs(self) -> int:
         return len(self.engine._legs) + len(self.engine._scheduler.requests)
 
+    def tap(self, layers: Sequence[int], every: int) -> None:
+        self.untap()
+        self._tap = self.engine.tap(layers, every)
+
+    def taken(self) -> HiddenStates | None:
+        return self._tap.taken() if self._tap else None
+
+    def untap(self) -> None:
+        if self._tap:
+            self._tap.close()
+        self._tap = None
+
+    def refused_taps(self, changes: list[dict[str, Any]]) -> list[str]:
+        """What a tap says of a vLLM that is set up differently; not started."""
+        from vllm.engine.arg_utils import EngineArgs
+
+        from tetri.engine.vllm_tap import check
+
+        found = []
+        for change in changes:
+            arguments = {"enforce_eager": True, "distributed_executor_backend": "mp", **change}
+            config = EngineArgs(str(self._model), skip_tokenizer_init=True, max_model_len=256, **arguments)
+            try:
+                check(config.create_engine_config())
+            except EngineError as error:
+                found.append(str(error))
+        return found
+
     def refused_layouts(self) -> list[str]:
         """What check_layout says of KV cache configurations that cannot be moved."""
         from dataclasses import replace
@@ -199,3 +237,27 @@ class _Watched:
 
     def close(self) -> None:
         self.engine.close()
+
+
+class _Writing:
+    """tetri.engine.vllm_writer.Writer, that writes several texts at once to their ends."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from tetri.engine.vllm_writer import Writer
+
+        self.writer = Writer(**arguments)
+
+    def write(self, wanted: dict[str, tuple[list[int], Sampling]]) -> tuple[dict[str, Text], set[str]]:
+        """The texts, and which of them were preempted on the way."""
+        for key, (prompt, sampling) in wanted.items():
+            self.writer.add(key, prompt, sampling)
+        texts: dict[str, Text] = {}
+        preempted: set[str] = set()
+        while len(self.writer):
+            texts |= {text.key: text for text in self.writer.step()}
+            requests = self.writer._core.scheduler.requests
+            preempted |= {key for key, request in requests.items() if request.num_preemptions}
+        return texts, preempted
+
+    def add(self, key: str, prompt: list[int], sampling: Sampling) -> None:
+        self.writer.add(key, prompt, sampling)

@@ -19,12 +19,24 @@ that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from tetri.leg import Leg, Phase, Sampled, Span, StepDone
 from tetri.request import Capacity, Fingerprint
 
-__all__ = ["Engine", "EngineError", "Leg", "Phase", "Sampled", "Span", "StepDone"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "HiddenStates",
+    "Leg",
+    "Phase",
+    "Sampled",
+    "Span",
+    "StepDone",
+    "Tap",
+    "Tappable",
+]
 
 
 class EngineError(ValueError):
@@ -61,3 +73,34 @@ class Engine(Protocol):
         EngineError when there is none (any more)."""
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """`rows` float32 [n, layers, hidden]: row i is of the last token of leg `keys[i]` when its request had `outputs[i]`
+    output tokens, those of earlier attempts included."""
+
+    keys: tuple[str, ...]
+    outputs: tuple[int, ...]
+    rows: Any
+
+
+class Tap(Protocol):
+    hidden: int  # numbers in a state
+
+    def taken(self) -> HiddenStates | None:
+        """What the last step took, if this was not asked since; None: nothing."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+
+@runtime_checkable
+class Tappable(Protocol):
+    """What an engine may do besides, when there is a model in it: hand out hidden states that its steps compute
+    anyway."""
+
+    def tap(self, layers: Sequence[int], every: int) -> Tap:
+        """From the next step on keep the states behind the first so many layers, ascending: of prefill legs in the
+        step that ends them, of decode legs when their request has a multiple of `every` output tokens; also of a leg
+        that ends in that step. Raises EngineError, one line, where none would come."""

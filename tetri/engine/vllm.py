@@ -7,15 +7,14 @@ to the KV tensors, whole blocks at a time.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone
-from tetri.engine.vllm_sampler import GREEDY_BELOW, RowSampler
+from tetri.engine.base import EngineError, Leg, Sampled, Span, StepDone, Tap
+from tetri.engine.vllm_sampler import GREEDY_BELOW, vllm_params
 from tetri.engine.vllm_setup import (
     VllmSettings,
     block_bytes_of,
@@ -23,31 +22,12 @@ from tetri.engine.vllm_setup import (
     engine_config,
     make_fingerprint,
     memory_of,
+    prepare_environment,
     start_core,
     stop_ids,
 )
 from tetri.kv.cuda_runtime import Device
 from tetri.request import Capacity, blocks_for, sampling_problem
-
-
-def prepare_environment() -> int:
-    """All of vLLM's environment, in one place; must run before vLLM is imported. Returns the number of threads: one
-    per core that the parent left to this process."""
-    cores = len(os.sched_getaffinity(0))
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
-        VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
-        VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
-        VLLM_CPU_OMP_THREADS_BIND="nobind",  # pinned by the parent already
-        OMP_NUM_THREADS=str(cores),
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-    )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # vLLM's older way to say kv_cache_memory_bytes, which would override ours.
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return cores
 
 
 @dataclass(slots=True)
@@ -62,11 +42,11 @@ class _LiveLeg:
 
 
 class VllmEngine:
-    """Implements tetri.engine.base.Engine. `dtype` is bfloat16 or float32, of weights and KV; `kv_bytes` the KV space
-    in bytes; `context` the most tokens of a request, prompt and output together (None: what the model allows);
-    `weights` a hash of the checkpoint. `gpu`: where it runs, else on the CPU. `reserve` is called with the bytes of a
-    KV block before vLLM takes any memory. Raises EngineError, one line, when the checkpoint is unknown, its KV layout
-    is unsupported or the KV space is too small for one context.
+    """Implements Engine and Tappable of tetri.engine.base. `dtype` is bfloat16 or float32, of weights and KV;
+    `kv_bytes` the KV space in bytes; `context` the most tokens of a request, prompt and output together (None: what the
+    model allows); `weights` a hash of the checkpoint. `gpu`: where it runs, else on the CPU. `reserve` is called with
+    the bytes of a KV block before vLLM takes any memory. Raises EngineError, one line, when the checkpoint is unknown,
+    its KV layout is unsupported or the KV space is too small for one context.
     """
 
     def __init__(
@@ -130,8 +110,6 @@ class VllmEngine:
 
     def add(self, leg: Leg) -> None:
         """Raises EngineError when this leg can never run."""
-        from vllm.sampling_params import SamplingParams
-
         from tetri.engine.vllm_scheduler import LegRequest
 
         if leg.key in self._legs:
@@ -140,16 +118,7 @@ class VllmEngine:
         decode = leg.phase == "decode"
         # The last token of a decode leg's prompt is not known before `admit`: any valid id keeps its place.
         prompt = [*leg.tokens, leg.tokens[-1]] if decode else list(leg.tokens)
-        make = partial(
-            RowSampler, leg.sampling, output_from=leg.output_from, stop_ids=self._stop_ids, vocab=self._vocab
-        )
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=left - 1 if decode else 1,
-            stop_token_ids=[] if leg.sampling.ignore_eos else list(self._stop_ids),
-            detokenize=False,
-            extra_args={"tetri_sampler": make},
-        )
+        params = vllm_params(leg.sampling, leg.output_from, left - 1 if decode else 1, self._stop_ids, self._vocab)
         self._added += 1
         request = LegRequest(leg.phase, self._added, leg.key, prompt, params, None)
         self._ended.pop(leg.key, None)
@@ -266,6 +235,27 @@ class VllmEngine:
         blocks, told = self._req_to_blocks, self._told
         self._told = {key: len(blocks.get(key, ())) for key in self._legs}
         return tuple((key, count) for key, count in self._told.items() if count != told.get(key, 0))
+
+    # ------------------------------------------------------------ hidden states
+
+    def tap(self, layers: Sequence[int], every: int) -> Tap:
+        """See tetri.engine.base.Tappable."""
+        from tetri.engine.vllm_tap import LayerTap
+
+        if every < 1:
+            raise EngineError(f"hidden states can be taken every token or less often, not every {every}")
+        return LayerTap(self._core, layers, partial(self._tapped, every))
+
+    def _tapped(self, every: int) -> dict[str, int]:
+        """In the midst of a step: whose state is to be taken, and how many output tokens its request has."""
+        found: dict[str, int] = {}
+        for key, (_, stop) in self._connector.record.computed.items():
+            live = self._legs[key]
+            if stop == live.request.num_tokens:  # else another chunk of it follows
+                outputs = stop - live.leg.output_from
+                if live.leg.phase == "prefill" or outputs % every == 0:
+                    found[key] = outputs
+        return found
 
     # ------------------------------------------------------------ KV blocks
 

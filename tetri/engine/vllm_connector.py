@@ -21,9 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from tetri.engine.vllm_sampler import RowSampler
-
-SAMPLER = "tetri_sampler"  # key in SamplingParams.extra_args
+from tetri.engine.vllm_sampler import SAMPLER, RowSampler
 
 
 @dataclass

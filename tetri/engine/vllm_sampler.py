@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
 from tetri.request import Sampling
+
+SAMPLER = "tetri_sampler"  # key in vLLM's SamplingParams.extra_args
 
 # Below this a draw cannot be told from the argmax; also keeps (logits / temperature) away from overflow.
 GREEDY_BELOW = 1e-5
@@ -160,3 +163,17 @@ class RowSampler:
             self._seen[token] = True
             self._counts[token] += 1.0
         self._counted = len(outputs)
+
+
+def vllm_params(sampling: Sampling, output_from: int, most: int, stop_ids: Sequence[int], vocab: int) -> Any:
+    """What vLLM is told of the sampling of a request that may have `most` tokens more: when it ends, and how to make
+    its RowSampler. To vLLM it is greedy, for the sampler has drawn."""
+    from vllm.sampling_params import SamplingParams
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=most,
+        stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
+        detokenize=False,
+        extra_args={SAMPLER: partial(RowSampler, sampling, output_from=output_from, stop_ids=stop_ids, vocab=vocab)},
+    )

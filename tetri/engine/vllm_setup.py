@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,26 @@ from tetri.request import Fingerprint, blocks_for
 DTYPES = ("bfloat16", "float32")
 #: vLLM refuses to start unless this share of the GPU is free; what it takes for KV is given in bytes instead.
 GPU_SHARE = 0.01
+
+
+def prepare_environment() -> int:
+    """All of vLLM's environment, in one place; must run before vLLM is imported. Returns the number of threads: one
+    per core that the parent left to this process."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
+        VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
+        VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # pinned by the parent already
+        OMP_NUM_THREADS=str(cores),
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM's older way to say kv_cache_memory_bytes, which would override ours.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return cores
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tetri.engine.base import EngineError
-from tetri.engine.vllm_sampler import RowSampler
-from tetri.engine.vllm_setup import VllmSettings, engine_config, start_core, stop_ids
+from tetri.engine.vllm_sampler import vllm_params
+from tetri.engine.vllm_setup import VllmSettings, engine_config, prepare_environment, start_core, stop_ids
 from tetri.request import Sampling
 
 BLOCK_TOKENS = 128
@@ -45,12 +44,10 @@ class Writer:
         layers: Sequence[int] = (),
         every: int = 64,
     ) -> None:
-        from tetri.engine.vllm import prepare_environment
-
         threads = prepare_environment()
         import torch
 
-        from tetri.engine.vllm_tap import Tap
+        from tetri.engine.vllm_tap import LayerTap
 
         torch.set_num_threads(threads)
         settings = VllmSettings(model, dtype, chunk_tokens, batch, kv_bytes, context, "", BLOCK_TOKENS)
@@ -60,9 +57,8 @@ class Writer:
         self._stop_ids = stop_ids(config)
         self._vocab = config.model_config.get_vocab_size()
         self._every = every
-        runner = self._core.model_executor.driver_worker.worker.model_runner
-        self._tap = Tap(runner, layers) if layers else None
         self._texts: dict[str, Text] = {}
+        self._tap = LayerTap(self._core, layers, self._tapped) if layers else None
         self.context: int = config.model_config.max_model_len
 
     def __len__(self) -> int:
@@ -70,7 +66,6 @@ class Writer:
 
     def add(self, key: str, prompt: Sequence[int], sampling: Sampling) -> None:
         """Raises EngineError for a prompt that leaves no room for `max_tokens`."""
-        from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
         if not prompt or len(prompt) + sampling.max_tokens > self.context:
@@ -78,25 +73,17 @@ class Writer:
                 f"{len(prompt)} prompt tokens and up to {sampling.max_tokens} of output are not within"
                 f" {self.context} tokens of context"
             )
-        make = partial(RowSampler, sampling, output_from=len(prompt), stop_ids=self._stop_ids, vocab=self._vocab)
-        params = SamplingParams(
-            temperature=0.0,  # the sampler has drawn
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=[] if sampling.ignore_eos else list(self._stop_ids),
-            detokenize=False,
-            extra_args={"tetri_sampler": make},
-        )
+        params = vllm_params(sampling, len(prompt), sampling.max_tokens, self._stop_ids, self._vocab)
         self._texts[key] = Text(key)
         self._core.scheduler.add_request(Request(key, list(prompt), params, None))
 
     def step(self) -> list[Text]:
         """One forward pass; the texts that it has ended."""
-        if self._tap is not None:
-            self._tap.wanted = {key for key, text in self._texts.items() if len(text.ids) % self._every == 0}
         outputs, _ = self._core.step()
-        for key, state in self._tap.step_over().items() if self._tap is not None else ():
-            text = self._texts[key]
-            text.states[len(text.ids)] = state.numpy()  # of a prompt in several chunks the last one stays
+        states = self._tap.taken() if self._tap is not None else None
+        if states is not None:
+            for key, known, row in zip(states.keys, states.outputs, states.rows, strict=True):
+                self._texts[key].states[known] = row.copy()  # of a prompt in several chunks the last one stays
         ended: list[Text] = []
         for output in outputs[0].outputs if outputs else ():
             text = self._texts[output.request_id]
@@ -105,6 +92,10 @@ class Writer:
                 text.reason = str(output.finish_reason)
                 ended.append(self._texts.pop(text.key))
         return ended
+
+    def _tapped(self) -> dict[str, int]:
+        counts = {key: len(text.ids) for key, text in self._texts.items()}
+        return {key: count for key, count in counts.items() if count % self._every == 0}
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -84,7 +84,7 @@ def engine_arguments(
 
 def load(settings: dict[str, Any]) -> Any:
     """vLLM's core, in this process."""
-    from tetri.engine.vllm import prepare_environment
+    from tetri.engine.vllm_setup import prepare_environment
 
     threads = prepare_environment()  # environment variables only; before torch and vLLM are imported
     import torch
