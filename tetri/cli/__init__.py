@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import click
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("up", "down", "status", "doctor", "flip", "submit", "chat", "model", "profile", "sim", "predictor", "keygen")
+COMMANDS = (
+    *("up", "down", "status", "doctor", "flip", "submit", "chat", "model", "profile"),
+    *("sim", "predictor", "keygen"),
+)
 
 
 class LazyGroup(click.Group):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import mmap
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -20,16 +24,20 @@ from tetri.predict.lengths import (
     States,
     pack_states,
     read_lengths,
+    records,
     states_path,
-    whole_records,
 )
 from tetri.request import Sampling, Turn
+from tetri.text import TextError
+
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Plan:
     """How texts are written; kept beside the lengths, as FILE.json, so that no file is continued another way.
-    `weights`: the hash of the model's. `layers`, `every`: which hidden states are kept, see engine/vllm_writer.py."""
+    `weights`: the hash of the model's; `model` is what it was called. `layers`, `every`: which hidden states are kept,
+    see engine/vllm_writer.py."""
 
     model: str
     weights: str
@@ -38,6 +46,11 @@ class Plan:
     seed: int = 0
     layers: tuple[int, ...] = ()
     every: int = 64
+    dtype: str = "bfloat16"
+
+    def told(self) -> dict[str, Any]:
+        """What decides over the texts, and may not change within a file."""
+        return {name: value for name, value in asdict(self).items() if name != "model"}
 
 
 class Texts(Protocol):
@@ -58,75 +71,139 @@ class Job:
     sample: int
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         return self.prompt.key, self.sample
 
 
-def jobs_of(prompts: Sequence[Prompt], samples: int, lengths: Path) -> list[Job]:
-    """What is still to be written: the first text of every prompt, then the second of every one, and so on. Raises
-    PredictError."""
-    done = {length.key for length in read_lengths(lengths)[0]} if lengths.exists() else set[tuple[str, int]]()
+Chat = Callable[[Sequence[Turn]], list[int]]
+
+
+def fitting(prompts: Sequence[Prompt], chat: Chat, room: int) -> tuple[list[Prompt], list[str], int]:
+    """The prompts that the model takes, at most `room` tokens long in its chat template; why it does not take the
+    others, one line each; the tokens of the longest that it takes. Raises PredictError where it takes none at all."""
+    try:
+        ids_of(Prompt("hello"), chat)
+    except TextError as error:
+        raise PredictError(f"lengths cannot be collected from this model: {error}") from None
+    good: list[Prompt] = []
+    bad: list[str] = []
+    longest = 0
+    for prompt in prompts:
+        try:
+            count = len(ids_of(prompt, chat))
+        except TextError as error:
+            bad.append(f"line {prompt.line}: {error}")
+            continue
+        if count > room:
+            bad.append(f"line {prompt.line}: {count} prompt tokens, the model's context leaves room for {room}")
+            continue
+        good.append(prompt)
+        longest = max(longest, count)
+    return good, bad, longest
+
+
+def ids_of(prompt: Prompt, chat: Chat) -> list[int]:
+    """Raises TextError."""
+    return chat([Turn(role="user", content=prompt.text)])
+
+
+def jobs_of(prompts: Sequence[Prompt], samples: int, done: Mapping[Key, Length]) -> list[Job]:
+    """What is still to be written: the first text of every prompt, then the second of every one, and so on."""
     wanted = [Job(prompt, sample) for sample in range(samples) for prompt in prompts]
     return [job for job in wanted if job.key not in done]
 
 
-def check_plan(plan: Plan, lengths: Path) -> None:
-    """Whether the file, if it is there, was begun this way. Raises PredictError."""
-    path = plan_path(lengths)
-    now = json.loads(json.dumps(asdict(plan)))
-    if not lengths.exists() and not path.exists():
-        _write(path, json.dumps(now, indent=1) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise PredictError(f"{lengths} was not begun by collect, it has no {path.name}: give another --out") from None
-    different = [name for name in now if before.get(name) != now[name]]
-    if different:
-        told = ", ".join(f"{name} {before.get(name)}" for name in different)
-        raise PredictError(f"{lengths} was begun with {told}: give the same, or another --out")
+class Collected:
+    """A file of lengths with its states and its plan, held by this process alone until `close`. `done`: what was there
+    already, sound and whole; a run that was killed may have left half a line or record, which is cut off, or a line
+    whose states never came onto the disk, which does not count (`again`: how many of these).
 
+    A length is in its file as soon as `add` returns, behind its states. When they reach the disk is the system's
+    affair: of a power failure, the worst is that the last texts are written again. Raises PredictError for a file that
+    another process holds or that was begun another way, and OSError."""
 
-def plan_path(lengths: Path) -> Path:
-    return lengths.with_name(f"{lengths.name}.json")
+    def __init__(self, lengths: Path, plan: Plan) -> None:
+        self._lengths, self._plan = lengths, plan
+        if lengths.exists() and not lengths.is_file():
+            raise PredictError(f"{lengths} is no file: give another --out")
+        with ExitStack() as opened:
+            self._out = opened.enter_context(lengths.open("ab", buffering=0))
+            _lock(self._out, lengths)
+            self._began = _check(plan, lengths)
+            self._out.truncate(_whole_lines(self._out))
+            self._states: io.FileIO | None = None
+            kept = self._resumed_states(opened) if plan.layers else None
+            found = read_lengths(lengths)[0]
+            whole = (one for one in found if kept is None or kept.get(one.key) == -(-one.tokens // plan.every))
+            self.done: dict[Key, Length] = {one.key: one for one in whole}
+            self.again = len(found) - len(self.done)
+            self._files = opened.pop_all()
+
+    def _resumed_states(self, opened: ExitStack) -> dict[Key, int]:
+        """How many states of each text are there, the sound part of the file."""
+        path = states_path(self._lengths)
+        kept: dict[Key, int] = {}
+        end = 0
+        if path.exists() and self._began:
+            with suppress(PredictError):  # what a power failure left: nothing behind it can be found
+                for states, end in records(path):  # noqa: B007  the last end is wanted
+                    kept[states.key] = len(states.outputs)
+        self._states = opened.enter_context(path.open("ab", buffering=0))
+        self._states.truncate(end)
+        return kept
+
+    def add(self, made: Length, states: Mapping[int, Any]) -> None:
+        """`states` as of engine/vllm_writer.py. Raises OSError, after which there is nothing to do but to close."""
+        if not self._began:
+            _write(plan_path(self._lengths), json.dumps(asdict(self._plan), indent=1) + "\n")
+            self._began = True
+        if self._states is not None:  # before its line: a line says that all of it is there
+            packed = pack_states(States(made.key, tuple(states), np.stack(list(states.values()))))
+            _append(self._states, packed, states_path(self._lengths))
+        row = {name: value for name, value in asdict(made).items() if value != ""}
+        _append(self._out, json.dumps(row, ensure_ascii=False).encode() + b"\n", self._lengths)
+        self.done[made.key] = made
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> Collected:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def collect(
     jobs: Sequence[Job],
     plan: Plan,
-    lengths: Path,
+    collected: Collected,
     writer: Texts,
-    chat: Callable[[Sequence[Turn]], list[int]],
+    chat: Chat,
     batch: int,
-    progress: Callable[[Job, Length | str], None],
+    progress: Callable[[Length], None],
 ) -> None:
-    """Write the texts of `jobs`, `batch` at a time. Every length is in the file as soon as it is known. `progress`
-    hears of each job its length, or why it was skipped. Raises OSError when a file cannot be written."""
+    """Write the texts of `jobs`, whose prompts are `fitting`, `batch` at a time. `progress` hears of each length when
+    it is in the file. Raises OSError when a file cannot be written.
+
+    Whoever stops halfway has more of the short texts than of the long ones, which are under way longer: lengths are
+    fit for training when all jobs are done."""
     waiting = list(reversed(jobs))
     under_way: dict[str, tuple[Job, int]] = {}
-    with ExitStack() as files:
-        out = files.enter_context(_appended(lengths, _whole_lines))
-        states = files.enter_context(_appended(states_path(lengths), whole_records)) if plan.layers else None
-        while waiting or under_way:
-            while waiting and len(under_way) < batch:
-                job = waiting.pop()
-                prompt = chat([Turn(role="user", content=job.prompt.text)])
-                if len(prompt) + plan.max_tokens > writer.context:
-                    progress(job, f"{len(prompt)} prompt tokens leave no room for {plan.max_tokens} of output")
-                    continue
-                key = f"{job.prompt.key}-{job.sample}"
-                writer.add(key, prompt, sampling_of(job, plan))
-                under_way[key] = job, len(prompt)
-            for text in writer.step() if under_way else ():
-                job, count = under_way.pop(text.key)
-                made = Length(job.prompt.text, len(text.ids), job.sample, text.reason, count, job.prompt.source)
-                if states is not None:  # before its line: a line says that all of it is there
-                    rows = np.stack(list(text.states.values()))
-                    states.write(pack_states(States(job.key, tuple(text.states), rows)))
-                    states.flush()
-                out.write(json.dumps(_row(made), ensure_ascii=False).encode() + b"\n")
-                out.flush()
-                progress(job, made)
+    while waiting or under_way:
+        while waiting and len(under_way) < batch:
+            job = waiting.pop()
+            ids = ids_of(job.prompt, chat)
+            key = f"{job.prompt.key}-{job.sample}"
+            writer.add(key, ids, sampling_of(job, plan))
+            under_way[key] = job, len(ids)
+        for text in writer.step():
+            job, count = under_way.pop(text.key)
+            made = Length(job.prompt.text, len(text.ids), job.sample, text.reason, count, job.prompt.source)
+            collected.add(made, text.states)
+            progress(made)
 
 
 def sampling_of(job: Job, plan: Plan) -> Sampling:
@@ -135,22 +212,71 @@ def sampling_of(job: Job, plan: Plan) -> Sampling:
     return Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=seed)
 
 
-def _row(length: Length) -> dict[str, Any]:
-    return {name: value for name, value in asdict(length).items() if value != "" or name == "prompt"}
+def plan_path(lengths: Path) -> Path:
+    return lengths.with_name(f"{lengths.name}.json")
 
 
-def _appended(path: Path, sound: Callable[[Path], int]) -> BinaryIO:
-    """Opened for appending, behind its sound part: a run that was killed may have left half a line or record."""
-    file = path.open("ab")
-    file.truncate(sound(path))
-    return file
+def read_plan(lengths: Path) -> Plan | None:
+    """With which `lengths` was begun; None where that cannot be known."""
+    try:
+        found = json.loads(plan_path(lengths).read_bytes())
+        known = {field.name: found[field.name] for field in fields(Plan) if field.name in found}
+        return Plan(**{**known, "layers": tuple(known.get("layers", ()))})
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
-def _whole_lines(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1
+def _check(plan: Plan, lengths: Path) -> bool:
+    """Whether the file was begun, and this way; a run that ended before its first length began nothing. Raises
+    PredictError."""
+    before = read_plan(lengths)
+    if before is None:
+        for path in (lengths, plan_path(lengths), states_path(lengths)):
+            if path.exists() and path.stat().st_size:
+                raise PredictError(f"{path} is there and was not begun by collect: give another --out")
+        return False
+    was = before.told()
+    different = [name for name, value in plan.told().items() if was[name] != value]
+    if different and lengths.stat().st_size:
+        told = ", ".join(f"{name} {_worded(was[name])}" for name in different)
+        raise PredictError(f"{lengths} was begun with {told}: give the same, or another --out")
+    return not different
+
+
+def _worded(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _lock(file: io.FileIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PredictError(f"another collect is writing {path}: wait for its end, or give another --out") from None
+
+
+def _whole_lines(file: io.FileIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    if not os.fstat(file.fileno()).st_size:
+        return 0
+    with open(file.name, "rb") as again, mmap.mmap(again.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.rfind(b"\n") + 1
+
+
+def _append(file: io.FileIO, data: bytes, path: Path) -> None:
+    """Not buffered: what could not be written is not tried again at the end. Raises OSError that names the file."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """All of the file or nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ states    next to a file of lengths, as FILE.states: MessagePack records, append
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 import xxhash
 
 MOST_PROMPT_CHARS = 1 << 20
+LARGEST_STATE = float(np.finfo(np.float16).max)
+_LARGEST_RECORD = 1 << 31  # bytes of the hidden states of one text
 
 
 class PredictError(ValueError):
@@ -26,8 +29,11 @@ class PredictError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """`line`: where it first stands in its file; 0 where it comes from none."""
+
     text: str
     source: str = ""
+    line: int = 0
 
     @property
     def key(self) -> str:
@@ -65,30 +71,33 @@ def prompt_key(text: str) -> str:
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
-    """The prompts, each once, and what is wrong with the other lines, one line each."""
+    """The prompts, each once, and what is wrong with the other lines, one line each. Raises PredictError."""
     found: dict[str, Prompt] = {}
     bad: list[str] = []
     for number, row, problem in _rows(path):
-        text, source = row.get("prompt"), row.get("source")
-        if not problem and not (isinstance(text, str) and text.strip() and len(text) <= MOST_PROMPT_CHARS):
-            problem = f'"prompt" must be a text of 1 to {MOST_PROMPT_CHARS} characters'
+        text, source = row.get("prompt"), row.get("source", "")
+        problem = problem or _prompt_problem(text)
         if problem or not isinstance(text, str):
             bad.append(f"{path}:{number}: {problem}")
             continue
-        found.setdefault(text, Prompt(text, source if isinstance(source, str) else ""))
+        found.setdefault(text, Prompt(text, source if _is_text(source) else "", number))
     return list(found.values()), bad
 
 
 def read_lengths(path: Path) -> tuple[list[Length], list[str]]:
-    """As `read_prompts`. Of two lines for the same sample of a prompt the later one counts."""
+    """As `read_prompts`. A line without `sample` is one more text of its prompt; of two lines for the same sample the
+    later one counts. Raises PredictError."""
     found: dict[tuple[str, int], Length] = {}
     bad: list[str] = []
+    unnumbered: Counter[str] = Counter()
     for number, row, problem in _rows(path):
+        if not problem and "sample" not in row and isinstance(text := row.get("prompt"), str):
+            row["sample"] = unnumbered[text]
+            unnumbered[text] += 1
         length = None if problem else _length(row)
         if length is None:
-            bad.append(
-                f"{path}:{number}: {problem or 'an object with a text `prompt` and a number `tokens` is needed'}"
-            )
+            needed = "an object with a text `prompt` and a number `tokens` is needed"
+            bad.append(f"{path}:{number}: {problem or needed}")
         else:
             found[length.key] = length
     return list(found.values()), bad
@@ -97,18 +106,31 @@ def read_lengths(path: Path) -> tuple[list[Length], list[str]]:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
     """(line number, the object, what is wrong with the line or nothing). Raises PredictError."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):  # not UTF-8, not JSON, brackets without end
+                    yield number, {}, "not JSON"
+                    continue
+                yield number, row if isinstance(row, dict) else {}, "" if isinstance(row, dict) else "not an object"
     except OSError as error:
         raise PredictError(f"{path}: {error.strerror or error}") from None
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:  # not UTF-8, not JSON
-            yield number, {}, "not JSON"
-            continue
-        yield number, row if isinstance(row, dict) else {}, "" if isinstance(row, dict) else "not an object"
+
+
+def _prompt_problem(text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        return 'it needs a text "prompt"'
+    if len(text) > MOST_PROMPT_CHARS:
+        return f'"prompt" has {len(text)} characters: {MOST_PROMPT_CHARS} are allowed'
+    return "" if _is_text(text) else '"prompt" is no text: half a surrogate pair is in it'
+
+
+def _is_text(word: Any) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half a surrogate pair, which no file and no model takes."""
+    return isinstance(word, str) and not any("\ud800" <= char <= "\udfff" for char in set(word))
 
 
 def _length(row: dict[str, Any]) -> Length | None:
@@ -116,7 +138,7 @@ def _length(row: dict[str, Any]) -> Length | None:
     words = [row.get("prompt"), row.get("ended", "stop"), row.get("source", "")]
     if "tokens" not in row or not all(type(count) is int and count >= 0 for count in counts):
         return None
-    if not all(isinstance(word, str) for word in words) or words[1] not in ("stop", "length"):
+    if not all(map(_is_text, words)) or words[1] not in ("stop", "length"):
         return None
     tokens, sample, prompt_tokens = counts
     prompt, ended, source = map(str, words)
@@ -128,32 +150,28 @@ def states_path(lengths: Path) -> Path:
 
 
 def pack_states(states: States) -> bytes:
-    rows = np.ascontiguousarray(states.rows, dtype=np.float16)
+    rows = np.clip(states.rows, -LARGEST_STATE, LARGEST_STATE).astype(np.float16)  # some models' outliers are larger
     packed: bytes = msgpack.packb([*states.key, list(states.outputs), list(rows.shape[1:]), rows.tobytes()])
     return packed
-
-
-def whole_records(path: Path) -> int:
-    """Bytes of the states file up to the end of its last whole record."""
-    end = 0
-    with path.open("rb") as file:
-        records = msgpack.Unpacker(file, max_buffer_size=1 << 31)
-        for _ in records:
-            end = records.tell()
-    return end
 
 
 def read_states(path: Path) -> dict[tuple[str, int], States]:
     """Of two records of one text the later one counts; a record that was cut off, the last one, is left out. Raises
     PredictError."""
-    found: dict[tuple[str, int], States] = {}
     try:
-        with path.open("rb") as file:
-            for key, sample, outputs, shape, data in msgpack.Unpacker(file, max_buffer_size=1 << 31):
-                rows = np.frombuffer(data, np.float16).reshape(len(outputs), *shape)
-                found[key, sample] = States((key, sample), tuple(outputs), rows)
+        return {states.key: states for states, _ in records(path)}
     except OSError as error:
         raise PredictError(f"{path}: {error.strerror or error}") from None
+
+
+def records(path: Path) -> Iterator[tuple[States, int]]:
+    """The records of a file of states, each with the number of bytes up to its end. Raises PredictError where what
+    follows is no record, and OSError."""
+    try:
+        with path.open("rb") as file:
+            found = msgpack.Unpacker(file, max_buffer_size=_LARGEST_RECORD)
+            for key, sample, outputs, shape, data in found:
+                rows = np.frombuffer(data, np.float16).reshape(len(outputs), *shape)
+                yield States((key, sample), tuple(outputs), rows), found.tell()
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise PredictError(f"{path}: not a file of hidden states ({type(error).__name__}): collect again") from None
-    return found

@@ -1,0 +1,280 @@
+"""tetri-cli predictor collect: the lengths that a model really answers with."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from tetri.predict.collect import Collected, Job, Plan, Texts
+    from tetri.predict.lengths import Length, Prompt
+    from tetri.text import Tokenizer
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+LAYERS = (1 / 3, 16 / 30, 22 / 30)  # of the model's depth: 10, 16 and 22 of 30
+TOLD_LINES = 20  # of those that are wrong
+SAY_S = 10.0  # between two lines of progress
+
+
+@click.command("collect")
+@click.option("--prompts", type=FILE, required=True, help='JSONL: {"prompt": TEXT} a line; "source" is kept.')
+@click.option("--model", required=True, metavar="NAME|FOLDER", help="The model whose lengths are to be predicted.")
+@click.option("--out", type=FILE, required=True, help="Lengths; an interrupted run goes on with the same file.")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts of each prompt.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N prompts only.")
+@click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
+@click.option("--batch", type=click.IntRange(1, 1023), default=64, show_default=True, help="Texts written at a time.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawing of tokens.")
+@click.option("--layers", metavar="N,N|none", help="Keep the hidden states after these layers; by default three.")
+@click.option("--every", type=click.IntRange(1), default=64, show_default=True, help="Output tokens between states.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1" (default: all).')
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: int, as_json: bool, **how: Any) -> None:
+    """Let a model answer prompts, in its chat template, and write down how many tokens each answer has, with the
+    hidden states on the way: what `predictor train` learns from. Lines that cannot be used are named and skipped."""
+    from tetri.predict.lengths import PredictError
+
+    if not out.absolute().parent.is_dir():
+        raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
+    _stay_on(how["cpus"])
+    target = _target(how)
+    try:
+        asked = _asked(prompts, limit, samples, target)
+        with _collected(out, target.plan) as collected:
+            summary = _run(asked, collected, target, batch)
+    except PredictError as error:
+        raise click.ClickException(str(error)) from None
+    made = {"out": str(out), **summary}
+    click.echo(json.dumps(made, ensure_ascii=False) if as_json else _worded(made))
+    if made["left"]:
+        click.echo(f"interrupted: all that is written stays in {out}; the same command goes on from there", err=True)
+        click.get_current_context().exit(130)
+
+
+@dataclass(frozen=True)
+class Target:
+    folder: Path
+    tokenizer: Tokenizer
+    plan: Plan
+
+    @property
+    def context(self) -> int:
+        from tetri.models import shape
+
+        return shape(self.folder)[0]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`bad`: lines of the file of prompts that are not used. `longest`: tokens of the longest prompt."""
+
+    prompts: Sequence[Prompt]
+    samples: int
+    bad: int
+    longest: int
+
+
+def _target(how: dict[str, Any]) -> Target:
+    from tetri.models import find, weights_hash
+    from tetri.predict.collect import Plan
+    from tetri.text import TextError, load_tokenizer
+
+    folder = find(how["model"])
+    try:
+        tokenizer = load_tokenizer(folder)
+    except TextError as error:
+        raise click.UsageError(str(error)) from None
+    same = {name: how[name] for name in ("model", "temperature", "max_tokens", "seed", "every", "dtype")}
+    return Target(folder, tokenizer, Plan(weights=weights_hash(folder), layers=_layers(how["layers"], folder), **same))
+
+
+def _layers(text: str | None, folder: Path) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    depth = _depth(folder)
+    if text is None:
+        return tuple(sorted({max(1, round(share * depth)) for share in LAYERS}))
+    try:
+        layers = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise click.UsageError(f"--layers takes numbers such as 10,16,22, or none, not {text!r}") from None
+    if not 1 <= layers[0] <= layers[-1] <= depth:
+        raise click.UsageError(f"--layers {text}: the model has layers 1 to {depth}")
+    return layers
+
+
+def _depth(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise click.UsageError(f"{folder}/config.json does not tell num_hidden_layers: give --layers none") from None
+
+
+def _stay_on(cpus: str | None) -> None:
+    if cpus is not None:
+        from tetri.proc.worker import pin
+
+        pin(cpus)
+
+
+def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked:
+    """Raises PredictError, for a file that cannot be read too."""
+    from tetri.predict.collect import fitting
+    from tetri.predict.lengths import PredictError, read_prompts
+
+    room = target.context - target.plan.max_tokens
+    if room < 1:
+        raise PredictError(f"--max-tokens leaves no room for a prompt: the model's context is {target.context} tokens")
+    found, bad = read_prompts(path)
+    fit, unfit, longest = fitting(found[:limit], target.tokenizer.chat, room)
+    told = [*bad, *(f"{path}: {line}" for line in unfit)]
+    for line in told[:TOLD_LINES]:
+        click.echo(f"skipped: {line}", err=True)
+    if len(told) > TOLD_LINES:
+        click.echo(f"skipped: {len(told) - TOLD_LINES} more lines", err=True)
+    if not fit:
+        raise PredictError(f"{path} has no prompt that can be used")
+    return Asked(fit, samples, len(told), longest)
+
+
+def _collected(out: Path, plan: Plan) -> Collected:
+    from tetri.predict.collect import Collected
+
+    collected = Collected(out, plan)
+    if collected.again:
+        click.echo(f"{collected.again} texts are written again: their hidden states are not there", err=True)
+    return collected
+
+
+def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict[str, Any]:
+    """Collect what is still to be collected, and say what is there then."""
+    from tetri.predict.collect import collect, jobs_of
+
+    jobs = jobs_of(asked.prompts, asked.samples, collected.done)
+    wanted = len(asked.prompts) * asked.samples
+    written: list[Length] = []
+    began = time.perf_counter()
+    if jobs:
+        click.echo(f"{wanted - len(jobs)} of {wanted} texts are there; starting vLLM", err=True)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as leaving:
+            writer = _writer(target, batch, asked.longest, leaving)
+            began = time.perf_counter()
+            said = leaving.enter_context(_progress(len(jobs)))
+
+            def told(made: Length) -> None:
+                written.append(made)
+                said(made.tokens)
+
+            collect(jobs, target.plan, collected, writer, target.tokenizer.chat, batch, told)
+    seconds = time.perf_counter() - began
+    left = jobs_of(asked.prompts, asked.samples, collected.done)
+    return _summary(asked, collected, written, left, seconds)
+
+
+def _summary(
+    asked: Asked, collected: Collected, written: Sequence[Length], left: Sequence[Job], seconds: float
+) -> dict[str, Any]:
+    tokens = sum(made.tokens for made in written)
+    lengths = [made.tokens for made in collected.done.values()]
+    return {
+        "prompts": len(asked.prompts),
+        "skipped": asked.bad,
+        "texts": len(lengths),
+        "written": len(written),
+        "left": len(left),
+        "tokens": tokens,
+        "seconds": seconds,
+        "mean": sum(lengths) / len(lengths) if lengths else None,
+        "cut": sum(made.ended == "length" for made in collected.done.values()),
+    }
+
+
+def _worded(made: dict[str, Any]) -> str:
+    lines = [f"{made['out']}: {made['texts']} texts, {made['written']} of them new; {made['skipped']} lines skipped"]
+    if made["texts"]:
+        lines.append(f"{made['mean']:.0f} tokens on average; {made['cut']} were cut off by --max-tokens")
+    if made["written"]:
+        rate = made["tokens"] / made["seconds"]
+        lines.append(f"{made['tokens']} tokens in {made['seconds']:.0f} s, {rate:.0f} tokens/s")
+    if made["left"]:
+        lines.append(f"{made['left']} texts are left: what is there has too many short ones to train on")
+    return "\n".join(lines)
+
+
+def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitStack) -> Texts:
+    """vLLM, closed with `leaving`."""
+    from tetri.engine.base import EngineError
+    from tetri.engine.vllm_writer import Writer
+
+    plan = target.plan
+    leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
+    try:
+        writer = Writer(
+            target.folder,
+            dtype=plan.dtype,
+            batch=batch,
+            context=longest + plan.max_tokens,
+            layers=plan.layers,
+            every=plan.every,
+        )
+    except EngineError as error:
+        raise click.ClickException(str(error)) from None
+    leaving.callback(writer.close)
+    gc.collect()
+    gc.freeze()  # vLLM's million objects need not be looked through again and again
+    return writer
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Told the tokens of each text: a bar on a terminal's stderr, a line now and then elsewhere."""
+    began = said = time.monotonic()
+    texts = tokens = 0
+
+    def words() -> str:
+        spent = time.monotonic() - began
+        return f"{tokens / spent if spent else 0:.0f} tokens/s, {left_words(texts, total, spent)}"
+
+    if not sys.stderr.isatty():
+
+        def say(count: int) -> None:
+            nonlocal texts, tokens, said
+            texts, tokens = texts + 1, tokens + count
+            if texts == total or time.monotonic() - said >= SAY_S:
+                said = time.monotonic()
+                click.echo(f"{texts} of {total} texts, {words()}", err=True)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, words="")
+
+        def show(count: int) -> None:
+            nonlocal texts, tokens
+            texts, tokens = texts + 1, tokens + count
+            bar.update(task, completed=texts, words=words())
+
+        yield show
+
+
+def left_words(texts: int, total: int, spent_s: float) -> str:
+    """The time left, if texts go on ending as they have so far."""
+    left = spent_s / texts * (total - texts) if texts else 0.0
+    if left < 90:
+        return f"{left:.0f} s left"
+    return f"{left / 60:.0f} min left" if left < 5400 else f"{left / 3600:.1f} h left"
