@@ -12,6 +12,7 @@ from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import Finished
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
+IDLE = (Stage.QUEUED, Stage.WAITING)  # a worker has it and computes nothing of it
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 
 
@@ -32,6 +33,7 @@ class Row:
     stage_at: float
     deadline: float | None = None  # when it has to be over, as `arrival`; None: whenever
     attempt: int = 1
+    spared: int = 0  # attempts that do not count against it: a worker was lost while it only waited there
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0
