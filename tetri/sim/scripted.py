@@ -42,7 +42,8 @@ class Script:
 class Scripted(Paged):
     """`text_of` names the text to which a request's sampling leads, as prompt and seed lead a model to one; None for a
     request that writes tokens until its limit. With `foretells`, what is recorded of a text's hidden states is told
-    with the step that computes them: at the end of a prefill leg, and of a decode leg the last one of the step."""
+    with the step that computes them, also of a leg that ends in it: at the end of a prefill leg, and of a decode leg
+    the last one of the step."""
 
     def __init__(self, capacity: Capacity, cost: Cost, text_of: TextOf, *, foretells: bool) -> None:
         super().__init__(capacity, cost)
@@ -94,10 +95,7 @@ class Scripted(Paged):
             script = self._scripts.get(sampled.key)
             if script is None:
                 continue
-            leg = script.slot.leg
-            outputs = script.slot.known - leg.output_from
-            if outputs < script.due:
-                continue
-            known, odds = script.passed(outputs)
-            if sampled.reason is None or leg.phase == "prefill":
+            outputs = script.slot.known - script.slot.leg.output_from
+            if outputs >= script.due:
+                known, odds = script.passed(outputs)
                 yield Foretold(key=sampled.key, outputs=known, odds=odds)
