@@ -110,6 +110,13 @@ BAD = [
     ("[monitor]\ncpus='3-1'\n", "monitor.cpus: '3-1' names no CPU"),
     ("[policy]\nlength='guess'\n", "policy.length: must be one of: none"),
     ("[policy]\nlength_accuracy=1.5\n", "policy.length_accuracy: must be a number from 0 to 1"),
+    ("[policy]\nlength_cover=1\n", "policy.length_cover: must be a number from 0 to 0.999"),
+    ("[predictor]\nkind='best'\n", "predictor.kind: must be one of: auto, classifier, hidden, both, prior"),
+    ("[predictor]\nmode='late'\n", "predictor.mode: must be one of: parallel, sequential"),
+    ('[predictor]\nfolder="a\\u0000b"\n', "predictor.folder: must be a folder"),
+    ("[predictor]\nkind='prior'\nfolder='x'\n", 'predictor.folder: "prior" needs no predictor; leave the folder out'),
+    ("[predictor]\nkind='both'\n[engine]\nkind='emulated'\n", '"both" reads the hidden states of a model, and an em'),
+    ("[predictor]\nkind='hidden'\n[engine]\nkind='emulated'\n", '"hidden" reads the hidden states of a model'),
     ("[policy]\nadmit_end='top'\n", "policy.admit_end: must be one of: low, middle, high"),
     ("engine=3\n", "engine: must be a table"),
     ("[engine\n", "not a TOML file"),
@@ -155,6 +162,16 @@ def test_the_policies_settings_are_those_of_the_rules():
     assert dataclasses.asdict(Policy()) == dataclasses.asdict(Rules())
     shared = {f.name: getattr(Monitor(), f.name) for f in dataclasses.fields(FlipSettings)}
     assert FlipSettings(**shared) == FlipSettings()
+
+
+def test_the_predictors_folder_is_whole(write, monkeypatch, tmp_path):
+    """The programs run elsewhere than where it was named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load(write(PAIR)).predictor.folder == ""
+    assert load(write(PAIR), ["predictor.folder=mine"]).predictor.folder == str(tmp_path / "mine")
+    assert load(write(PAIR), ["predictor.folder=~/p"]).predictor.folder == "/home/me/p"
+    assert load(write(PAIR), ["predictor.folder=~nosuchuser/p"]).predictor.folder == str(tmp_path / "~nosuchuser/p")
 
 
 def test_a_single_worker_table_is_refused(write):

@@ -161,6 +161,20 @@ def test_what_the_core_says_to_a_result_comes_before_the_next_action():
     assert core.heard == [(StepDone(), 4.5), (known, 4.5)]
 
 
+def test_lengths_named_while_the_engine_computes_are_told_before_its_step_is():
+    known = said.LengthKnown("k", None)
+    core, did = Core({said.LengthKnown: [said.CancelLeg("b")]}), Everything()
+    named = []
+
+    def step(most):
+        named.append(known)  # by another thread, in the meantime
+        return StepDone()
+
+    made = WorkerHands(core, lambda: 4.5, did, did, did, step, did.predict, lambda: iter(named))
+    made.carry_out([Step()])
+    assert core.heard == [(known, 4.5), (StepDone(), 4.5)] and did.calls == [("cancel", "b")]
+
+
 @pytest.mark.parametrize("action", [AddLeg(LEG), AdmitLeg("k", 7)], ids=["add", "admit"])
 def test_what_the_engine_cannot_run_comes_back_as_an_event(action):
     core, did = Core(), Everything({"add": EngineError("too long"), "admit": EngineError("too long")})

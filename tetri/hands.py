@@ -78,7 +78,9 @@ class Network(Protocol):
 
 
 class WorkerHands:
-    """`step` runs the engine, `predict` names a length; both may answer None, and their event comes later."""
+    """`step` runs the engine, `predict` names a length; both may answer None, and their event comes later. `known`:
+    lengths that were named while the engine computed, told before its step is: with its last chunk a prompt stops
+    waiting for its own."""
 
     def __init__(
         self,
@@ -89,11 +91,12 @@ class WorkerHands:
         network: Network,
         step: Callable[[int], StepDone | None],
         predict: Callable[[Predict], LengthKnown | None],
+        known: Callable[[], Iterator[LengthKnown]] = lambda: iter(()),
     ) -> None:
         self.core, self.clock, self.engine = core, clock, engine
         self.table: dict[type[Any], Callable[[Any], WorkerInput | None]] = {
             Send: lambda do: network.send(do.peer, do.message),
-            Step: lambda do: step(do.most),
+            Step: lambda do: self._after(step(do.most), known),
             Export: kv.export,
             Adopt: kv.adopt,
             AddLeg: self.add,
@@ -120,6 +123,10 @@ class WorkerHands:
             elif result is not None:
                 self._tell([result])
         self._tell(rejected)
+
+    def _after(self, done: StepDone | None, known: Callable[[], Iterator[LengthKnown]]) -> StepDone | None:
+        self._tell([*known()])
+        return done
 
     def _tell(self, results: list[Any]) -> None:
         while results:

@@ -42,6 +42,7 @@ def contradictions(config: Config) -> Iterator[str]:
     except FaultsError as error:
         yield f"transfer.faults: {error}"
     yield from _transfer_problems(config)
+    yield from _predictor_problems(config)
     pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]
     for place, cpus in [*pinned, *((f"worker {w.iid}.cpus", w.cpus) for w in config.workers)]:
         if cpus and not cpu_numbers(cpus):
@@ -80,6 +81,14 @@ def _transfer_problems(config: Config) -> Iterator[str]:
         yield f"engine.block_tokens: a chunk may fill {most} blocks, at most {STREAM_BLOCKS} go over `stream`"
     if made.announce and not made.address:
         yield "transfer.announce: says how others reach transfer.address, which is not set"
+
+
+def _predictor_problems(config: Config) -> Iterator[str]:
+    kind, folder = config.predictor.kind, config.predictor.folder
+    if kind in ("hidden", "both") and config.engine.kind == "emulated":
+        yield f'predictor.kind: "{kind}" reads the hidden states of a model, and an emulated engine has none'
+    if kind == "prior" and folder:
+        yield 'predictor.folder: "prior" needs no predictor; leave the folder out or choose another predictor.kind'
 
 
 def _is_ip(host: str) -> bool:

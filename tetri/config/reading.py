@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(tables, override)
     config = _config(tables, where)
-    config = _with_cost_path(config, Path(path))
+    config = _with_whole_paths(config, Path(path))
     for problem in contradictions(config):
         raise ConfigError(f"{where}: {problem}")
     return config
@@ -103,7 +103,11 @@ def _config(tables: Mapping[str, Any], where: str) -> Config:
     return Config(**sections, workers=listed)
 
 
-def _with_cost_path(config: Config, path: Path) -> Config:
+def _with_whole_paths(config: Config, path: Path) -> Config:
+    """The programs run in another folder than the one that a relative path is meant from."""
+    if config.predictor.folder:
+        folder = os.path.abspath(os.path.expanduser(config.predictor.folder))
+        config = dataclasses.replace(config, predictor=dataclasses.replace(config.predictor, folder=folder))
     if not config.engine.cost:
         return config
     cost = (path.parent / "cost" / config.engine.cost).absolute()

@@ -111,6 +111,17 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Predictor:
+    """Of output lengths, while policy.length is "trained"."""
+
+    # "auto": what there is for this model, or else the prior, and `status` says why; any other one must be there.
+    kind: str = choice("auto", "auto", "classifier", "hidden", "both", "prior")
+    folder: str = word("", r"[^\0]*", "a folder")  # of tetri-cli predictor train; "": tetri's own for this model
+    # Of the classifier: beside the main model in a thread of its own, or in front of it.
+    mode: str = choice("parallel", "parallel", "sequential")
+
+
+@dataclass(frozen=True, slots=True)
 class Monitor:
     """How often loads and views are published, and who takes which role (the fields of `FlipSettings`)."""
 
@@ -149,6 +160,7 @@ class Config:
     emulated: Emulated = Emulated()
     transfer: Transfer = Transfer()
     policy: Policy = Policy()
+    predictor: Predictor = Predictor()
     monitor: Monitor = Monitor()
     workers: tuple[Worker, ...] = ()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tetri.predict.card import HEAD, KINDS, Card, read_card
-from tetri.predict.encoder import Encoder, load_encoder
+from tetri.predict.encoder import Encoder, find_encoder, load_encoder
 from tetri.predict.heads import Array, Head, load_head
 from tetri.predict.lengths import PredictError
 from tetri.request import Expected, Odds
@@ -68,9 +68,8 @@ def with_place(states: Array, outputs: Sequence[int]) -> Array:
     return np.concatenate([states, *(one.astype(np.float32) for one in place)], axis=1)
 
 
-def load(folder: Path, kind: str, weights: str = "") -> Loaded:
-    """The predictor's part of that kind, for the model with these weights ("": for any). Raises PredictError, one line,
-    when it is missing, cut off, another model's, or of another version."""
+def examine(folder: Path, kind: str, weights: str = "") -> tuple[Card, Head]:
+    """As much of `load` as takes no time: all but the encoder, of which it is only seen whether it is there."""
     if kind not in KINDS:
         raise PredictError(f"there is no kind of predictor {kind!r}: {' or '.join(KINDS)}")
     card = read_card(folder, kind)
@@ -79,6 +78,15 @@ def load(folder: Path, kind: str, weights: str = "") -> Loaded:
     head = load_head(folder / kind / HEAD, card.head)
     if head.buckets != len(card.prior):
         raise PredictError(f"{folder / kind}: the head has {head.buckets} buckets, the card {len(card.prior)}")
+    if kind == "classifier":
+        find_encoder(card.encoder, folder / kind)
+    return card, head
+
+
+def load(folder: Path, kind: str, weights: str = "") -> Loaded:
+    """The predictor's part of that kind, for the model with these weights ("": for any). Raises PredictError, one line,
+    when it is missing, cut off, another model's, or of another version."""
+    card, head = examine(folder, kind, weights)
     if kind == "hidden":
         return Loaded(card, head, None)
     encoder = load_encoder(card.encoder, card.cut, card.depth, folder / kind)

@@ -19,7 +19,7 @@ from tetri.kv.limit import LINKS, LimitedStore, Link
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Capacity
+from tetri.request import Capacity, Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -161,7 +161,10 @@ def link(config: Config) -> Link | None:
     return Link(bytes_s / slower, made.emulate_latency_us / 1e6 * scale)
 
 
-def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore) -> Identity:
+def identity(
+    config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore, expected: Expected | None = None
+) -> Identity:
+    """What the worker's core is; `expected`: what its predictor of output lengths knows before any traffic."""
     return Identity(
         iid=iid,
         incarnation=incarnation,
@@ -179,6 +182,7 @@ def identity(config: Config, iid: str, incarnation: int, made: Engine, kv: KVSto
         beat_s=config.cluster.beat_s,
         offer_s=config.transfer.offer_s,
         patience_s=config.cluster.patience_s,
+        expected=expected,
     )
 
 

@@ -29,6 +29,7 @@ from tetri.kv.shm import sweep
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
+from tetri.proc import predictor
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
 from tetri.strict import ConfigError
 
@@ -135,6 +136,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 def _checked(config: Config) -> Config:
     """Whatever can be said before anything is started."""
+    predictor.check(config)
     if config.engine.kind == "emulated":
         return config
     folder = models.find(config.model.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tetri import log
@@ -47,11 +47,15 @@ def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:
         yield event.message if isinstance(event, Arrived) else event
 
 
-def heard(hub: Hub, copies: Copies, timeout: float | None) -> Iterator[Any]:
-    """What has come for a worker: messages, then KV."""
+def heard(
+    hub: Hub, copies: Copies, others: Sequence[Callable[[], Iterator[Any]]], timeout: float | None
+) -> Iterator[Any]:
+    """What has come for a worker: messages, then KV, then what else it waits for, each of which wakes the hub."""
     due = copies.due()
     if due is not None:
         left = max(0.0, due - time.monotonic())
         timeout = left if timeout is None else min(timeout, left)
     yield from polled(hub, timeout)
     yield from copies.events()
+    for other in others:
+        yield from other()

@@ -32,13 +32,15 @@ from tetri.net.signals import StopSignals
 from tetri.policy.rules import LENGTHS
 from tetri.proc import build
 from tetri.proc.faults import FaultyNetwork, Poll, with_faults
+from tetri.proc.predictor import Serving, ToldNetwork, load_predictor, serving_of
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.proc.wires import Wires, heard
 from tetri.request import ROLES
 from tetri.strict import ConfigError
+from tetri.text import TextError
 from tetri.wire.messages import ClusterView, InboxMessage
 
-EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, log.LogError)
+EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, TextError, log.LogError)
 RESERVED = (BROKER, "monitor", "supervisord")
 
 
@@ -50,15 +52,20 @@ def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
     return Copies(engine, store, note)
 
 
-def hands_of(core: Worker, engine: Engine, copies: Copies, network: Network) -> WorkerHands:
-    """What the core says is done by this engine, its copies and this network."""
+def hands_of(core: Worker, engine: Engine, copies: Copies, network: Network, serving: Serving | None) -> WorkerHands:
+    """What the core says is done by this engine, its copies and this network; lengths are named by `serving`, or by
+    the policy alone."""
     rules, rng = core.own.rules, Random(core.own.incarnation)
 
-    def predict(wanted: Predict) -> LengthKnown:
+    def by_policy(wanted: Predict) -> LengthKnown:
         named = LENGTHS[rules.length](len(wanted.prompt), wanted.sampling, rules, rng)
         return LengthKnown(wanted.key, named)
 
-    return WorkerHands(core, time.monotonic, engine, copies, network, engine.step, predict)
+    if serving is None:
+        return WorkerHands(core, time.monotonic, engine, copies, network, engine.step, by_policy)
+    return WorkerHands(
+        core, time.monotonic, engine, copies, network, serving.step, serving.predict, serving.known
+    )
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
@@ -68,24 +75,29 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     with ExitStack() as leaving:
         hub = Hub(logger)
         leaving.callback(hub.close)
+        predictor = load_predictor(config, logger)
         # Seconds to minutes; a signal simply ends the process until here.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, leaving)
+        serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)
+        leaving.callback(serving.close if serving is not None else lambda: None)
         signals = StopSignals(hub.wake_fd)
         leaving.callback(signals.restore)
-        own = build.identity(config, iid, secrets.randbits(62), engine, store)
+        expected = None if serving is None else serving.expected
+        own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, leaving)
         network: Network = Wires(hub, logger)
+        network = network if serving is None else ToldNetwork(network, serving)
         if (faults := parse_faults(config.transfer.faults)) is not None:
             store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)
         copies = copies_of(engine, store, logger)
-        hands = hands_of(core, engine, copies, network)
+        hands = hands_of(core, engine, copies, network, serving)
         hub.bind_inbox(own.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
-        poll: Poll = partial(heard, hub, copies)
+        poll: Poll = partial(heard, hub, copies, () if serving is None else (serving.known,))
         poll = partial(network.heard, poll) if isinstance(network, FaultyNetwork) else poll
         run(core, poll, hands.carry_out, time.monotonic, signals.running)
 

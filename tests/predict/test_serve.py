@@ -1,0 +1,241 @@
+"""A classifier beside the main model and in front of it: batches, floods, and one that fails or hangs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from live import wait_until
+
+from tetri.predict.serve import (
+    BATCH,
+    NICE,
+    NONE,
+    QUEUE,
+    SILENT_S,
+    Parallel,
+    Reading,
+    Sequential,
+    Steady,
+    lower_priority,
+)
+from tetri.request import Odds
+
+LOG = logging.getLogger("tetri.test")
+
+
+class Lengths:
+    """A classifier to which the length of a text is all: its odds are a bucket of that width. `go` is when it may read
+    the next batch; `batches` are those that it began to read."""
+
+    def __init__(self, fails_at: str = "") -> None:
+        self.go = threading.Semaphore(0)
+        self.batches: list[list[str]] = []
+        self.fails_at, self.priority = fails_at, 0
+
+    def classify(self, texts: Sequence[str]) -> list[Odds]:
+        self.batches.append(list(texts))
+        self.priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        assert self.go.acquire(timeout=20)
+        if self.fails_at in texts and self.fails_at:
+            raise RuntimeError(f"no idea\nof {self.fails_at}")
+        return [Odds(len(text), (1.0,)) for text in texts]
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+
+class Clock:
+    now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def words(prompt: Sequence[int]) -> str:
+    return bytes(prompt).decode()
+
+
+def reading(classifier: Any, cut: int = 8) -> Reading:
+    return Reading(classifier, words, cut, LOG)
+
+
+@pytest.fixture
+def parallel() -> Iterator[Callable[..., Parallel]]:
+    made: list[tuple[Parallel, Lengths]] = []
+
+    def make(classifier: Lengths, **options: Any) -> Parallel:
+        beside = Parallel(reading(classifier), options.pop("wake", lambda: None), **options)
+        made.append((beside, classifier))
+        return beside
+
+    yield make
+    for beside, classifier in made:
+        classifier.go.release(1000)
+        beside.close()
+        beside.close()
+        assert not beside._thread.is_alive()
+
+
+def heard(beside: Parallel, count: int) -> list[tuple[str, Odds | None]]:
+    answers: list[tuple[str, Odds | None]] = []
+
+    def enough() -> bool:
+        answers.extend(beside.answers())
+        return len(answers) >= count
+
+    wait_until(enough, "not all questions are answered")
+    return answers
+
+
+def test_in_front_the_answer_comes_at_once() -> None:
+    classifier = Lengths()
+    classifier.go.release(2)
+    before = Sequential(reading(classifier))
+    assert before.ask("k", b"abc") == ("k", Odds(3, (1.0,)))
+    assert before.ask("l", b"abcdefghi") == ("l", Odds(9, (1.0,)))
+    assert [*before.answers()] == [] and before.trouble == ""
+    assert before.counters() == {"prompts_read": 2, "prompts_cut": 1}
+    before.close()
+
+
+def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    classifier = Lengths(fails_at="bad")
+    classifier.go.release(9)
+    before = Sequential(reading(classifier))
+    assert before.ask("k", b"bad") == ("k", None)
+    assert before.ask("l", b"good") == ("l", None)
+    assert before.trouble == "the classifier failed: no idea of bad"
+    (record,) = caplog.records
+    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test_ser")
+    assert classifier.batches == [["bad"]]
+
+
+def test_fewer_answers_than_questions_are_a_failure() -> None:
+    class Short(Lengths):
+        def classify(self, texts: Sequence[str]) -> list[Odds]:
+            return []
+
+    before = Sequential(reading(Short()))
+    assert before.ask("k", b"a") == ("k", None) and before.trouble == "the classifier failed: 0 answers to 1 prompts"
+
+
+def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> None:
+    woken = threading.Event()
+    classifier = Lengths()
+    beside = parallel(classifier, wake=woken.set)
+    assert beside.ask("k0", b"first") is None
+    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    assert not woken.is_set() and [*beside.answers()] == []
+    for number in range(1, 20):
+        assert beside.ask(f"k{number}", b"x" * number) is None
+    classifier.go.release(3)
+    answers = heard(beside, 20)
+    assert woken.is_set()
+    assert [len(batch) for batch in classifier.batches] == [1, BATCH, 3]
+    assert answers == [("k0", Odds(5, (1.0,))), *((f"k{n}", Odds(n, (1.0,))) for n in range(1, 20))]
+    assert beside.counters() == {"prompts_read": 20, "prompts_cut": 11, "prompts_given_up": 0}
+
+
+def test_the_thread_lets_others_go_first(parallel: Any) -> None:
+    began = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, began)
+    classifier = Lengths()
+    begun = threading.Event()
+    beside = parallel(classifier, begin=begun.set)
+    beside.ask("k", b"a")
+    classifier.go.release()
+    heard(beside, 1)
+    assert classifier.priority == min(19, before + NICE) and begun.is_set()
+    assert os.getpriority(os.PRIO_PROCESS, began) == before, "only its own"
+
+
+def test_elsewhere_than_on_linux_priorities_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: type("U", (), {"sysname": "Darwin"}))
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    lower_priority()
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_long_prompts_are_read_alone_where_nothing_cuts_them(parallel: Any) -> None:
+    classifier = Lengths()
+    beside = parallel(classifier, alone=4)
+    beside.ask("k", b"now")
+    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    for text in (b"a", b"b", b"longer", b"longest", b"c", b"d"):
+        beside.ask(words(text), text)
+    classifier.go.release(9)
+    heard(beside, 7)
+    assert classifier.batches == [["now"], ["a", "b"], ["longer"], ["longest"], ["c", "d"]]
+
+
+def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
+    classifier = Lengths()
+    beside = parallel(classifier)
+    beside.ask("under way", b"a")
+    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    assert [beside.ask(f"k{n}", b"a") for n in range(QUEUE)] == [None] * QUEUE
+    assert [beside.ask(f"l{n}", b"a") for n in range(3)] == [(f"k{n}", None) for n in range(3)]
+    classifier.go.release(99)
+    keys = [key for key, odds in heard(beside, QUEUE + 1) if odds is not None]
+    assert keys == ["under way", *(f"k{n}" for n in range(3, QUEUE)), *(f"l{n}" for n in range(3))]
+    assert beside.counters()["prompts_given_up"] == 3
+
+
+def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: pytest.LogCaptureFixture) -> None:
+    classifier = Lengths(fails_at="bad")
+    beside = parallel(classifier)
+    beside.ask("k", b"bad")
+    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    beside.ask("l", b"good")
+    classifier.go.release(9)
+    assert heard(beside, 2) == [("k", None), ("l", None)]
+    assert beside.trouble == "the classifier failed: no idea of bad"
+    assert beside.ask("m", b"good") == ("m", None)
+    assert len(caplog.records) == 1 and classifier.batches == [["bad"]]
+
+
+def test_one_that_hangs_is_not_asked_until_it_answers(parallel: Any) -> None:
+    clock = Clock()
+    classifier = Lengths()
+    beside = parallel(classifier, clock=clock)
+    beside.ask("k", b"a")
+    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    clock.now += SILENT_S
+    assert beside.trouble == "" and beside.ask("l", b"b") is None
+    clock.now += 5
+    assert beside.trouble == "the classifier has not answered for 15 s"
+    assert beside.ask("m", b"c") == ("m", None)
+    classifier.go.release(2)
+    assert [key for key, _ in heard(beside, 2)] == ["k", "l"]
+    wait_until(lambda: beside.trouble == "", "it is still in trouble")
+    assert beside.ask("n", b"d") is None
+
+
+class Head:
+    layer, every = 16, 64
+
+    def __init__(self, *results: Any) -> None:
+        self.results = list(results)
+
+    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return [result] * len(outputs)
+
+
+def test_a_head_may_fail_at_its_first_answer_only(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="other size"):
+        Steady(Head(ValueError("of another\nother size")), LOG).foretell(None, [0])
+    odds = Odds(100, (1.0,))
+    head = Steady(Head(odds, ValueError("NaN"), odds), LOG)
+    assert (head.layer, head.every) == (16, 64)
+    assert head.foretell(None, [0]) == [odds] and head.trouble == ""
+    assert head.foretell(None, [0, 0]) == [NONE, NONE]
+    assert head.trouble == "the hidden-state head failed: NaN"
+    assert head.foretell(None, [0]) == [NONE] and len(caplog.records) == 1

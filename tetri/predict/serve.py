@@ -1,0 +1,246 @@
+"""A classifier that serves: beside the main model, in a thread of its own, or in front of it (paper, section 3.3.1:
+parallel and sequential mode).
+
+In parallel mode prompts are read in batches of what waits. Nobody waits for the thread: `ask` returns at once, what
+comes too late comes too late, and of more prompts than it can read the oldest go without. The thread is one core's at
+most, and shares the GIL with the main model only between two operators.
+
+Whatever goes wrong inside a classifier ends the classifier, not the worker: it is logged once, from then on every
+question is answered with nothing, and `trouble` says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from tetri import log
+from tetri.request import Odds
+
+BATCH = 16  # prompts that are read together
+QUEUE = 64  # prompts that wait to be read; of more the oldest go without
+NICE = 5  # of the thread, above the worker's own: who computes the prompts goes first
+SILENT_S = 10.0  # a batch under way for so long: the predictor hangs
+LEAVE_S = 2.0  # at the end, for the batch under way
+
+NONE = Odds(0, ())  # odds that are none
+
+Answer = tuple[str, Odds | None]
+
+
+class Classifier(Protocol):
+    """The part of tetri.predict.model.Loaded that is used here."""
+
+    def classify(self, texts: Sequence[str]) -> list[Odds]:
+        """One batch; of longer texts the ends."""
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens it would read of each if it did not cut."""
+
+
+class Head(Protocol):
+    """The part of tetri.predict.model.Loaded, of kind hidden, that is used here."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def every(self) -> int: ...
+
+    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]: ...
+
+
+class Reading:
+    """A classifier that cannot fail. `read`: from a prompt's ids to its text; `cut`: tokens of a text that are read at
+    most. `counts`: prompts that were read, and those of them that were cut."""
+
+    def __init__(
+        self, classifier: Classifier, read: Callable[[Sequence[int]], str], cut: int, logger: logging.Logger
+    ) -> None:
+        self._classifier, self._read, self._cut, self._log = classifier, read, cut, logger
+        self.trouble = ""
+        self.counts = {"prompts_read": 0, "prompts_cut": 0}
+
+    def odds(self, prompts: Sequence[Sequence[int]]) -> list[Odds | None]:
+        """One each; None when there is no telling, for good from the first failure on."""
+        if self.trouble:
+            return [None] * len(prompts)
+        try:
+            texts = [self._read(prompt) for prompt in prompts]
+            cut = sum(count > self._cut for count in self._classifier.tokens(texts)) if self._cut else 0
+            found = self._classifier.classify(texts)
+            if len(found) != len(prompts):
+                raise ValueError(f"{len(found)} answers to {len(prompts)} prompts")
+        except Exception as error:  # of any kind: a broken predictor must not take the main model with it
+            self.trouble = _failed("classifier", error, self._log)
+            return [None] * len(prompts)
+        self.counts["prompts_read"] += len(prompts)
+        self.counts["prompts_cut"] += cut
+        return list(found)
+
+
+class Steady:
+    """A head that reads hidden states (tetri.predict.model.Loaded, of kind hidden), and cannot fail once it has
+    answered: its first answer is asked for at the start, when an error still helps."""
+
+    def __init__(self, head: Head, logger: logging.Logger) -> None:
+        self._head, self._log = head, logger
+        self.layer, self.every = head.layer, head.every
+        self._answered = False
+        self.trouble = ""
+
+    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
+        """Odds that are none from the first failure on; whoever uses them sees that."""
+        if not self.trouble:
+            try:
+                found = self._head.foretell(states, outputs)
+            except Exception as error:  # as above
+                if not self._answered:
+                    raise
+                self.trouble = _failed("hidden-state head", error, self._log)
+            else:
+                self._answered = True
+                return found
+        return [NONE] * len(outputs)
+
+
+def _failed(what: str, error: Exception, logger: logging.Logger) -> str:
+    """Logs it, and says it in one line."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(last.filename)}:{last.lineno}"
+    logger.error("the %s is off from now on %s", what, log.fields(why=reason, kind=type(error).__name__, at=where))
+    return f"the {what} failed: {reason}"
+
+
+class Sequential:
+    """In front of the main model: the answer comes at once, and everything waits for it."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+
+    def ask(self, key: str, prompt: Sequence[int]) -> Answer | None:
+        (odds,) = self._reading.odds([prompt])
+        return key, odds
+
+    def answers(self) -> Iterator[Answer]:
+        return iter(())
+
+    @property
+    def trouble(self) -> str:
+        return self._reading.trouble
+
+    def counters(self) -> dict[str, int]:
+        return dict(self._reading.counts)
+
+    def close(self) -> None: ...
+
+
+class Parallel:
+    """Beside the main model. `wake` is called from the thread when `answers` has something. `alone`: prompts of more
+    tokens than this are read by themselves, since the others of a batch would be as long as they; 0: none is, for all
+    are cut to the same length. `begin` is called in the thread first."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        wake: Callable[[], None],
+        alone: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._reading, self._wake, self._alone, self._clock = reading, wake, alone, clock
+        self._begin = begin
+        self._waiting: deque[tuple[str, Sequence[int]]] = deque()
+        self._answers: deque[Answer] = deque()
+        self._changed = threading.Condition()
+        self._since: float | None = None  # when the batch under way was begun
+        self._leaving = False
+        self._given_up = 0
+        # A daemon: when the thread hangs, the process can end all the same.
+        self._thread = threading.Thread(target=self._work, name="predictor", daemon=True)
+        self._thread.start()
+
+    def ask(self, key: str, prompt: Sequence[int]) -> Answer | None:
+        """Comes back with `answers`, perhaps much later; at once, with nothing, while the predictor is in trouble."""
+        if self.trouble:
+            return key, None
+        with self._changed:
+            oldest = self._waiting.popleft() if len(self._waiting) >= QUEUE else None
+            self._waiting.append((key, prompt))
+            self._changed.notify()
+        if oldest is None:
+            return None
+        self._given_up += 1
+        return oldest[0], None
+
+    def answers(self) -> Iterator[Answer]:
+        """What has come since it was asked last."""
+        while self._answers:
+            yield self._answers.popleft()
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing is predicted at present; empty: it is."""
+        since = self._since
+        if since is not None and (silent := self._clock() - since) > SILENT_S:
+            return f"the classifier has not answered for {silent:.0f} s"
+        return self._reading.trouble
+
+    def counters(self) -> dict[str, int]:
+        return {**self._reading.counts, "prompts_given_up": self._given_up}
+
+    def close(self) -> None:
+        """End the thread; one that hangs is left behind. A second call does nothing."""
+        with self._changed:
+            self._leaving = True
+            self._changed.notify()
+        self._thread.join(LEAVE_S)
+
+    # ------------------------------------------------------------ in the thread
+
+    def _work(self) -> None:
+        lower_priority()
+        self._begin()
+        while batch := self._next():
+            odds = self._reading.odds([prompt for _, prompt in batch])
+            self._since = None
+            self._answers.extend((key, each) for (key, _), each in zip(batch, odds, strict=True))
+            if not self._leaving:
+                self._wake()
+
+    def _next(self) -> list[tuple[str, Sequence[int]]]:
+        """What waits, as far as it is read together; nothing: the end."""
+        with self._changed:
+            while not (self._waiting or self._leaving):
+                self._changed.wait()
+            if self._leaving:
+                return []
+            batch = [self._waiting.popleft()]
+            while self._waiting and len(batch) < BATCH and not (self._long(batch[0]) or self._long(self._waiting[0])):
+                batch.append(self._waiting.popleft())
+            self._since = self._clock()
+            return batch
+
+    def _long(self, waiting: tuple[str, Sequence[int]]) -> bool:
+        return bool(self._alone) and len(waiting[1]) > self._alone
+
+
+def lower_priority(nice: int = NICE) -> None:
+    """Of the calling thread alone, which Linux can and others cannot: there all stays as it is."""
+    if os.uname().sysname == "Linux":
+        me = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, me, os.getpriority(os.PRIO_PROCESS, me) + nice)
+
+
+def one_core() -> None:
+    """Operators of the calling thread compute in it alone."""
+    import torch
+
+    torch.set_num_threads(1)
