@@ -111,7 +111,7 @@ def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCapture
     assert before.ask("l", b"good") == ("l", None)
     assert before.trouble == "the classifier failed: no idea of bad"
     (record,) = caplog.records
-    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test_ser")
+    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test")
     assert classifier.batches == [["bad"]]
 
 
