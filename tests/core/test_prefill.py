@@ -35,14 +35,14 @@ from tetri.wire.messages import Close, Failed, Finished, Resend, Staged, Tokens
 class Prefilling(Told):
     """Runs the engine's part: every step runs what was planned, exports get the slots of their blocks' numbers."""
 
-    def step(self, *tokens):
+    def step(self, *tokens, foretold=()):
         """Plan and run a step; `tokens` are (rid, token, reason) of the prompts that end in it."""
         planned = self.later()
         assert kinds(planned)[-1] == "Step", kinds(planned)
         spans = tuple(self.core.prefill.expected)
         sampled = tuple(Sampled(f"p:{rid}:1", (token,), reason) for rid, token, reason in tokens)
         held = tuple((span.key, blocks_for(span.stop, 4)) for span in spans)
-        return planned + self.tell(StepDone(spans=spans, tokens=sampled, held=held))
+        return planned + self.tell(StepDone(spans=spans, tokens=sampled, held=held, foretold=tuple(foretold)))
 
     def result(self, action):
         if not isinstance(action, Export):

@@ -47,7 +47,7 @@ class Worker:
         self.dispatcher = Dispatcher(own, self.neighbours, self.timers, rng, self._home)
         self.foresight = None if own.expected is None else Foresight(own)
         self.prefill = Prefill(own, self.ledger, self.dispatcher, self.foresight)
-        self.decode = Decode(own, self.ledger, self._make_room, self.neighbours.way)
+        self.decode = Decode(own, self.ledger, self._make_room, self.neighbours.way, self.foresight)
         self.contacts = Contacts(self.neighbours, self.dispatcher, self.prefill, self.decode)
         self.stepping = False
         self.idle = False
@@ -80,6 +80,8 @@ class Worker:
                 return []
             case Offer():
                 return self.decode.offer(event, now)
+            case Foreseen():
+                return self.decode.foreseen(event)
             case Grant() | Refuse() | Landed():
                 return self.contacts.answered(event, now)
             case Assign():
@@ -205,6 +207,8 @@ class Worker:
             tokens = tuple(token for token in tokens if token.key not in mine)
             preempted = tuple(key for key in preempted if key not in mine)
             foretold = tuple(told for told in foretold if told.key not in mine)
+        for told in foretold:  # also of those that end in this step: what was said of them is judged
+            self.decode.foretold(told)
         actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all of the tokens
