@@ -153,9 +153,8 @@ class Foresight:
             track.calibration.passed(share_below(said.raw, outputs))
         else:
             track.calibration.came(share_below(said.raw, outputs + 0.5))
-        gain = ranked_score(tokens, said.prior, outputs) - ranked_score(tokens, said.below, outputs)
         track.came(said.label, said.prior_label, outputs // granularity, outputs < said.high)
-        track.judge(gain)
+        track.judge(ranked_score(tokens, said.below, outputs), ranked_score(tokens, said.prior, outputs))
 
     def forget(self, rid: str) -> None:
         """It is over, and nobody knows how long it would have been."""

@@ -12,6 +12,8 @@ from tetri.core.calibration import Calibration
 WINDOW, LEAST = 256, 50
 #: Standard errors by which the mean difference must be off zero: about one time in 160 by chance.
 SURE = 2.5
+#: And by this share of the prior's own score, or two that are as good would take turns for ever.
+MATTERS = 0.01
 #: Labels that are told apart in the counts; the last one is for all from there on.
 LABELS = 16
 
@@ -19,7 +21,7 @@ LABELS = 16
 class Track:
     """`on`: the predictor's ranges are used, else the prior's; it is judged all the same. It is switched off when its
     ranked probability score has been worse than the prior's on the same requests, by more than the differences
-    scatter, and on when it has been better by as much, each time on ends since the last switch.
+    scatter and by enough to matter, and on when it has been better by as much, each time on ends since the last switch.
 
     predicted, scored, right, prior_right, inside    as in `PredictorStatus`
     counts                                           (likeliest bucket, bucket that came) -> how often"""
@@ -30,9 +32,9 @@ class Track:
         self.on = True
         self.predicted = self.scored = self.right = self.prior_right = self.inside = 0
         self.counts: dict[tuple[int, int], int] = {}
-        self._gains: deque[float] = deque()
-        self._sum = self._squares = 0.0  # of the gains
-        self.mean = self.error = 0.0  # of the gains, when they were judged last
+        self._scores: deque[tuple[float, float]] = deque()  # gain, and the prior's score
+        self._sums = (0.0, 0.0, 0.0)  # of the gains, their squares, the prior's scores
+        self._loss = self._error = 0.0  # by how much it was worse when it was switched off
 
     def came(self, label: int, prior_label: int, bucket: int, inside: bool) -> None:
         """A request that was said to end in the bucket `label` has ended in `bucket`."""
@@ -43,23 +45,27 @@ class Track:
         place = min(label, LABELS - 1), min(bucket, LABELS - 1)
         self.counts[place] = self.counts.get(place, 0) + 1
 
-    def judge(self, gain: float) -> None:
-        """Its score was less than the prior's, and so better, by `gain` tokens."""
-        gains = self._gains
-        gains.append(gain)
-        old = gains.popleft() if len(gains) > WINDOW else 0.0
-        self._sum += gain - old
-        self._squares += gain * gain - old * old
-        count = len(gains)
+    def judge(self, own: float, prior: float) -> None:
+        """The predictor's and the prior's score of one request, in tokens, the less the better."""
+        self._scores.append((prior - own, prior))
+        self._add(prior - own, prior, 1)
+        if len(self._scores) > WINDOW:
+            self._add(*self._scores.popleft(), -1)
+        count = len(self._scores)
         if count < LEAST:
             return
-        self.mean = self._sum / count
-        self.error = sqrt(max(self._squares / count - self.mean**2, 0.0) / (count - 1))
-        worse = self.mean < -SURE * self.error if self.on else self.mean <= SURE * self.error
-        if worse == self.on:
-            self.on = not self.on
-            gains.clear()
-            self._sum = self._squares = 0.0
+        total, squares, scores = self._sums
+        mean = total / count
+        error = sqrt(max(squares / count - mean**2, 0.0) / (count - 1))
+        margin = max(SURE * error, MATTERS * scores / count)
+        if mean < -margin if self.on else mean > margin:
+            self.on, self._loss, self._error = not self.on, -mean, error
+            self._scores.clear()
+            self._sums = (0.0, 0.0, 0.0)
+
+    def _add(self, gain: float, prior: float, sign: int) -> None:
+        total, squares, scores = self._sums
+        self._sums = (total + sign * gain, squares + sign * gain * gain, scores + sign * prior)
 
     def why_off(self) -> str:
-        return f"{self.name} did worse than the prior by {-self.mean:.3g} +- {self.error:.2g} tokens of ranked score"
+        return f"{self.name} did worse than the prior by {self._loss:.3g} +- {self._error:.2g} tokens of ranked score"
