@@ -227,6 +227,9 @@ class PredictorStatus(Record, frozen=True):
     scored        of the predicted, the ones that have ended; of these:
     right         their length was in the likeliest bucket; `prior_right`: in the likeliest one of the prior
     inside        they ended below the high end of their range
+
+    Of the prompts that a classifier was asked about, `cut`: it read the two ends alone; `unread`: it came to none of
+    it, since newer ones waited.
     """
 
     kind: str
@@ -238,6 +241,8 @@ class PredictorStatus(Record, frozen=True):
     right: Count = 0
     prior_right: Count = 0
     inside: Count = 0
+    cut: Count = 0
+    unread: Count = 0
 
 
 class Capacity(Record, frozen=True):

@@ -99,7 +99,7 @@ def test_in_front_the_answer_comes_at_once() -> None:
     assert before.ask("k", b"abc") == ("k", Odds(3, (1.0,)))
     assert before.ask("l", b"abcdefghi") == ("l", Odds(9, (1.0,)))
     assert [*before.answers()] == [] and before.trouble == ""
-    assert before.counters() == {"prompts_read": 2, "prompts_cut": 1}
+    assert (before.cut, before.unread) == (1, 0)
     before.close()
 
 
@@ -138,7 +138,7 @@ def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> N
     assert woken.is_set()
     assert [len(batch) for batch in classifier.batches] == [1, BATCH, 3]
     assert answers == [("k0", Odds(5, (1.0,))), *((f"k{n}", Odds(n, (1.0,))) for n in range(1, 20))]
-    assert beside.counters() == {"prompts_read": 20, "prompts_cut": 11, "prompts_given_up": 0}
+    assert (beside.cut, beside.unread) == (11, 0)
 
 
 def test_the_thread_lets_others_go_first(parallel: Any) -> None:
@@ -183,7 +183,7 @@ def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
     classifier.go.release(99)
     keys = [key for key, odds in heard(beside, QUEUE + 1) if odds is not None]
     assert keys == ["under way", *(f"k{n}" for n in range(3, QUEUE)), *(f"l{n}" for n in range(3))]
-    assert beside.counters()["prompts_given_up"] == 3
+    assert beside.unread == 3
 
 
 def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: pytest.LogCaptureFixture) -> None:

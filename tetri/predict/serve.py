@@ -57,15 +57,15 @@ class Head(Protocol):
 
 
 class Reading:
-    """A classifier that cannot fail. `read`: from a prompt's ids to its text; `cut`: tokens of a text that are read at
-    most. `counts`: prompts that were read, and those of them that were cut."""
+    """A classifier that cannot fail. `read`: from a prompt's ids to its text; `most`: tokens of a text that are read at
+    most; 0: all. `cut` counts the prompts of which only the ends were read."""
 
     def __init__(
-        self, classifier: Classifier, read: Callable[[Sequence[int]], str], cut: int, logger: logging.Logger
+        self, classifier: Classifier, read: Callable[[Sequence[int]], str], most: int, logger: logging.Logger
     ) -> None:
-        self._classifier, self._read, self._cut, self._log = classifier, read, cut, logger
+        self._classifier, self._read, self._most, self._log = classifier, read, most, logger
         self.trouble = ""
-        self.counts = {"prompts_read": 0, "prompts_cut": 0}
+        self.cut = 0
 
     def odds(self, prompts: Sequence[Sequence[int]]) -> list[Odds | None]:
         """One each; None when there is no telling, for good from the first failure on."""
@@ -73,15 +73,14 @@ class Reading:
             return [None] * len(prompts)
         try:
             texts = [self._read(prompt) for prompt in prompts]
-            cut = sum(count > self._cut for count in self._classifier.tokens(texts)) if self._cut else 0
+            cut = sum(count > self._most for count in self._classifier.tokens(texts)) if self._most else 0
             found = self._classifier.classify(texts)
             if len(found) != len(prompts):
                 raise ValueError(f"{len(found)} answers to {len(prompts)} prompts")
         except Exception as error:  # of any kind: a broken predictor must not take the main model with it
             self.trouble = _failed("classifier", error, self._log)
             return [None] * len(prompts)
-        self.counts["prompts_read"] += len(prompts)
-        self.counts["prompts_cut"] += cut
+        self.cut += cut
         return list(found)
 
 
@@ -122,6 +121,8 @@ def _failed(what: str, error: Exception, logger: logging.Logger) -> str:
 class Sequential:
     """In front of the main model: the answer comes at once, and everything waits for it."""
 
+    unread = 0
+
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
 
@@ -136,8 +137,9 @@ class Sequential:
     def trouble(self) -> str:
         return self._reading.trouble
 
-    def counters(self) -> dict[str, int]:
-        return dict(self._reading.counts)
+    @property
+    def cut(self) -> int:
+        return self._reading.cut
 
     def close(self) -> None: ...
 
@@ -145,7 +147,8 @@ class Sequential:
 class Parallel:
     """Beside the main model. `wake` is called from the thread when `answers` has something. `alone`: prompts of more
     tokens than this are read by themselves, since the others of a batch would be as long as they; 0: none is, for all
-    are cut to the same length. `begin` is called in the thread first."""
+    are cut to the same length. `begin` is called in the thread first. `unread` counts the prompts that it never came
+    to."""
 
     def __init__(
         self,
@@ -162,7 +165,7 @@ class Parallel:
         self._changed = threading.Condition()
         self._since: float | None = None  # when the batch under way was begun
         self._leaving = False
-        self._given_up = 0
+        self.unread = 0
         # A daemon: when the thread hangs, the process can end all the same.
         self._thread = threading.Thread(target=self._work, name="predictor", daemon=True)
         self._thread.start()
@@ -177,7 +180,7 @@ class Parallel:
             self._changed.notify()
         if oldest is None:
             return None
-        self._given_up += 1
+        self.unread += 1
         return oldest[0], None
 
     def answers(self) -> Iterator[Answer]:
@@ -193,8 +196,9 @@ class Parallel:
             return f"the classifier has not answered for {silent:.0f} s"
         return self._reading.trouble
 
-    def counters(self) -> dict[str, int]:
-        return {**self._reading.counts, "prompts_given_up": self._given_up}
+    @property
+    def cut(self) -> int:
+        return self._reading.cut
 
     def close(self) -> None:
         """End the thread; one that hangs is left behind. A second call does nothing."""

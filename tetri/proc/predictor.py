@@ -157,11 +157,15 @@ class Asked(Protocol):
     @property
     def trouble(self) -> str: ...
 
+    @property
+    def cut(self) -> int: ...
+
+    @property
+    def unread(self) -> int: ...
+
     def ask(self, key: str, prompt: tuple[int, ...]) -> Answer | None: ...
 
     def answers(self) -> Iterator[Answer]: ...
-
-    def counters(self) -> dict[str, int]: ...
 
     def close(self) -> None: ...
 
@@ -193,17 +197,19 @@ class Serving:
 
     def told(self, beat: Beat) -> Beat:
         """The beat, with what the core cannot know: whether the predictor works at all, and what it has read."""
-        if self._classifier is not None:
-            counters = {**beat.counters, **self._classifier.counters()}
-            beat = msgspec.structs.replace(beat, counters=counters)
-        parts = [part for part in (self._classifier, self._head) if part is not None]
-        troubles = [part.trouble for part in parts if part.trouble]
-        if not troubles or beat.predictor is None:
+        status, parts = beat.predictor, [part for part in (self._classifier, self._head) if part is not None]
+        if status is None or not parts:
             return beat
-        status = beat.predictor
-        on = status.on and len(troubles) < len(parts)
-        note = "; ".join(filter(None, [status.note, *troubles]))
-        return msgspec.structs.replace(beat, predictor=msgspec.structs.replace(status, on=on, note=note))
+        troubles = [part.trouble for part in parts if part.trouble]
+        asked = self._classifier
+        status = msgspec.structs.replace(
+            status,
+            on=status.on and len(troubles) < len(parts),
+            note="; ".join(filter(None, [status.note, *troubles])),
+            cut=0 if asked is None else asked.cut,
+            unread=0 if asked is None else asked.unread,
+        )
+        return msgspec.structs.replace(beat, predictor=status)
 
 
 def serving_of(
