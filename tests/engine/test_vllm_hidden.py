@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from handover import adopt_zeros, leg
+from states import FAR, NEAR, by_transformers, distance
 from vllm_process import WRITER_LAYERS, EngineProcess, arguments
 
 from tetri.engine.base import EngineError
@@ -19,9 +20,6 @@ LENGTHS = (5, 129, 400)  # 400: two chunks live, four of the writer's
 EVERY = 4
 TEXT = Sampling(max_tokens=10, temperature=0.7, seed=5, ignore_eos=True)
 BLOCKS = 9
-#: Of the difference of two rows, relative to the row: what other kernels and other chunk boundaries leave in float32
-#: (2e-5 was seen). The row of the token before is further than FAR.
-NEAR, FAR = 1e-4, 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +47,7 @@ def texts(prompts) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def right(model):
-    """Of tokens, transformers' states behind WRITER_LAYERS: [positions, layers, hidden]."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-    def states(tokens):
-        with torch.inference_mode():
-            found = whole.model(torch.tensor([list(tokens)]), output_hidden_states=True).hidden_states
-        return torch.stack([found[layer][0] for layer in WRITER_LAYERS], dim=1).numpy()
-
-    return states
+    return by_transformers(model, WRITER_LAYERS)
 
 
 @dataclass
@@ -101,11 +88,6 @@ class Live:
             for token in self.step().tokens:
                 self.ids[token.key[1:]].append(token.token)
                 running -= {token.key[1:]} if token.reason else set()
-
-
-def distance(row, other) -> float:
-    """The largest over the layers of |row - other| / |other|."""
-    return float(np.max(np.linalg.norm(row - other, axis=-1) / np.linalg.norm(other, axis=-1)))
 
 
 def test_states_are_those_of_transformers(engine, texts, right, capsys):

@@ -38,13 +38,14 @@ def foretelling(engine: Engine, head: Head) -> Callable[[int], StepDone]:
 
     def step(most: int = 1) -> StepDone:
         done = engine.step(most)
-        told = _foretold(tap, head)
+        told = foretold(tap, head)
         return dataclasses.replace(done, foretold=told) if told else done
 
     return step
 
 
-def _foretold(tap: Tap, head: Head) -> tuple[Foretold, ...]:
+def foretold(tap: Tap, head: Head) -> tuple[Foretold, ...]:
+    """What the head says of the states that the last step took."""
     states = tap.taken()
     if states is None:
         return ()
