@@ -9,13 +9,19 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from tetri.client import AsyncClient, Result, TetriError
+from tetri.client import AsyncClient, Failed, Result, TetriError
 from tetri.config import Config
+from tetri.core.desk import MAX_ATTEMPTS
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 
 CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests, and within how many seconds of their start
 WATCH_S, SLOWEST = 0.1, 8
+
+
+def gave_up(failure: Failed) -> bool:
+    """Whether the broker gave the request up, and not before it may."""
+    return str(failure).startswith("given up after") and failure.result.receipt.attempts >= MAX_ATTEMPTS
 
 
 @dataclass
@@ -29,7 +35,8 @@ class Told:
     attempts: Counter[int] = field(default_factory=Counter)
     chunks: int = 0
     slowest: list[tuple[float, str]] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)  # honest errors, by their text
+    tired: Counter[str] = field(default_factory=Counter)  # honest errors, by their text: begun so often, all in vain
+    refused: Counter[str] = field(default_factory=Counter)  # errors that no fault explains
     wrong: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
 
@@ -75,7 +82,8 @@ class Traffic:
             told.hung.append(f"request {number}: {len(prompt)} tokens, no end after {self.bound_s:g} s")
             return
         except TetriError as failure:
-            told.refused[str(failure)] += 1
+            kept = told.tired if isinstance(failure, Failed) and gave_up(failure) else told.refused
+            kept[str(failure)] += 1
             return
         finally:
             told.took.append(time.monotonic() - start)

@@ -13,11 +13,14 @@ import pytest
 from tetri.faults import KINDS
 
 CHAOS = Path(__file__).parents[2] / "tools" / "chaos"
+# What takes a whole attempt (lose, spoil, die) is so rare that no request meets it in all of its eight: measured, one
+# attempt in four of prompts of 13 chunks and more, which are three in a run. At two to three times these rates it is
+# more than half of those, and one run in eight has to give up a request.
 FAULTS = (
     "drop=0.03,duplicate=0.03,delay=0.03,reorder=0.03,replay=0.03,"
-    "flip=0.05,truncate=0.05,lose=0.02,late=0.05,spoil=0.03,die=0.003,longest=0.1"
+    "flip=0.05,truncate=0.05,lose=0.01,late=0.05,spoil=0.01,die=0.0015,longest=0.1"
 )
-REQUESTS = 200
+REQUESTS = 400
 
 
 def chaos(*options: str) -> tuple[dict[str, Any], int]:
@@ -36,7 +39,7 @@ def runs() -> dict[str, tuple[dict[str, Any], int]]:
 @pytest.mark.parametrize("path", ["shm", "stream"])
 def test_under_every_fault_all_answers_are_right_and_nothing_hangs_or_is_left(runs, path: str) -> None:
     run, status = runs[path]
-    for problem in ("wrong", "hung", "leaked", "errors"):
+    for problem in ("wrong", "hung", "leaked", "errors", "given_up"):
         assert not run[problem], run
     assert (run["crashes"], status) == (0, 0), run
     assert [kind for kind in KINDS if kind != "die" and not run["injected"][kind]] == [], "it never happened"

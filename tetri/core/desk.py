@@ -11,6 +11,7 @@ from tetri.request import Stage, Usage, sampling_problem, with_seed
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 
 MAX_DEADLINE_S = 1e6
+MAX_ATTEMPTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Limits:
     context: int
     vocabulary: int
     max_open: int = 4096
-    max_attempts: int = 8
+    max_attempts: int = MAX_ATTEMPTS  # that count (Life.restart_all)
     beat_s: float = 0.2
     dead_s: float = 20.0
     patience_s: float = 60.0
