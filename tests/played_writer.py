@@ -1,4 +1,5 @@
-"""In the place of tetri.engine.vllm_writer.Writer: a text's length is known beforehand, each step adds a token to all."""
+"""In the place of tetri.engine.vllm_writer.Writer: the length of a text is known beforehand, and each step adds a token
+to all of them."""
 
 from types import SimpleNamespace
 

@@ -244,6 +244,7 @@ def test_prompts_that_the_model_does_not_take_are_told_by_their_line():
         "line 21: 54 prompt tokens, the model's context leaves room for 40",
     ]
     assert longest == len(ids_of(PROMPTS[-1], CHAT))
+    assert [prompt.line for prompt in fitting(PROMPTS, chat, 40, 8)[0]] == [1, 2, 3, 4, 5, 6, 7, 9]
 
 
 def test_a_model_that_cannot_chat_is_one_error_not_one_for_each_line():

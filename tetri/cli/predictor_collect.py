@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ SAY_S = 10.0  # between two lines of progress
 @click.option("--model", required=True, metavar="NAME|FOLDER", help="The model whose lengths are to be predicted.")
 @click.option("--out", type=FILE, required=True, help="Lengths; an interrupted run goes on with the same file.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts of each prompt.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N prompts only.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N usable prompts only.")
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--batch", type=click.IntRange(1, 1023), default=64, show_default=True, help="Texts written at a time.")
@@ -137,7 +138,7 @@ def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked
     if room < 1:
         raise PredictError(f"--max-tokens leaves no room for a prompt: the model's context is {target.context} tokens")
     found, bad = read_prompts(path)
-    fit, unfit, longest = fitting(found[:limit], target.tokenizer.chat, room)
+    fit, unfit, longest = fitting(found, target.tokenizer.chat, room, limit)
     told = [*bad, *(f"{path}: {line}" for line in unfit)]
     for line in told[:TOLD_LINES]:
         click.echo(f"skipped: {line}", err=True)
@@ -164,7 +165,7 @@ def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict
     jobs = jobs_of(asked.prompts, asked.samples, collected.done)
     wanted = len(asked.prompts) * asked.samples
     written: list[Length] = []
-    began = time.perf_counter()
+    began = ended = time.perf_counter()
     if jobs:
         click.echo(f"{wanted - len(jobs)} of {wanted} texts are there; starting vLLM", err=True)
         with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as leaving:
@@ -177,9 +178,9 @@ def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict
                 said(made.tokens)
 
             collect(jobs, target.plan, collected, writer, target.tokenizer.chat, batch, told)
-    seconds = time.perf_counter() - began
+        ended = time.perf_counter()
     left = jobs_of(asked.prompts, asked.samples, collected.done)
-    return _summary(asked, collected, written, left, seconds)
+    return _summary(asked, collected, written, left, ended - began)
 
 
 def _summary(
@@ -218,6 +219,8 @@ def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitSt
     from tetri.engine.vllm_writer import Writer
 
     plan = target.plan
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # vLLM's bar, not ours
     leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
     try:
         writer = Writer(

@@ -78,9 +78,12 @@ class Job:
 Chat = Callable[[Sequence[Turn]], list[int]]
 
 
-def fitting(prompts: Sequence[Prompt], chat: Chat, room: int) -> tuple[list[Prompt], list[str], int]:
-    """The prompts that the model takes, at most `room` tokens long in its chat template; why it does not take the
-    others, one line each; the tokens of the longest that it takes. Raises PredictError where it takes none at all."""
+def fitting(
+    prompts: Sequence[Prompt], chat: Chat, room: int, most: int | None = None
+) -> tuple[list[Prompt], list[str], int]:
+    """The first `most` prompts that the model takes, at most `room` tokens long in its chat template; why it does not
+    take others before them, one line each; the tokens of the longest. Raises PredictError where it takes none at all.
+    """
     try:
         ids_of(Prompt("hello"), chat)
     except TextError as error:
@@ -89,6 +92,8 @@ def fitting(prompts: Sequence[Prompt], chat: Chat, room: int) -> tuple[list[Prom
     bad: list[str] = []
     longest = 0
     for prompt in prompts:
+        if len(good) == most:
+            break
         try:
             count = len(ids_of(prompt, chat))
         except TextError as error:

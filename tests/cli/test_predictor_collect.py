@@ -1,0 +1,307 @@
+"""tetri-cli predictor collect: with a played writer, and once with vLLM."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from played_writer import PlayedWriter
+
+from tetri import cli
+from tetri.cli import predictor_collect
+from tetri.predict.lengths import read_lengths, read_states, states_path
+
+REPOSITORY = Path(__file__).parents[2]
+TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint of thirty layers, as far as it is looked at before vLLM starts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("model")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        ["x"], trainers.BpeTrainer(vocab_size=300, special_tokens=["<e>"], initial_alphabet=alphabet)
+    )
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<e>", "chat_template": TEMPLATE}))
+    shape = {"max_position_embeddings": 80, "vocab_size": 300, "num_hidden_layers": 30}
+    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path):
+    """--prompts and --out."""
+    lines = [json.dumps({"prompt": f"number {i}", "source": "s"}) for i in range(12)]
+    lines[3:3] = ["nonsense", json.dumps({"prompt": "long" * 30})]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+
+
+@pytest.fixture
+def out(files):
+    return Path(files[3])
+
+
+@pytest.fixture
+def run(model, files, capfd, monkeypatch):
+    """Run the command in this process: (exit status, stdout, stderr). `run.writers` were asked for."""
+
+    def played(target, batch, longest, leaving):
+        writer = PlayedWriter(target.plan.max_tokens, target.plan.every, longest + target.plan.max_tokens)
+        run_cli.writers.append((target.plan, batch, writer))
+        return writer
+
+    def run_cli(*more):
+        arguments = ["predictor", "collect", *files, "--model", str(model), "--max-tokens", "40", *more]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    run_cli.writers = []
+    monkeypatch.setattr(predictor_collect, "_writer", played)
+    return run_cli
+
+
+def test_bad_lines_are_told_and_everything_else_is_collected(run, files, out):
+    status, said, err = run()
+    assert status == 0
+    assert err.splitlines() == [
+        f"skipped: {files[1]}:4: not JSON",
+        f"skipped: {files[1]}: line 5: 122 prompt tokens, the model's context leaves room for 40",
+        "0 of 12 texts are there; starting vLLM",
+        *[line for line in err.splitlines() if line.startswith("12 of 12 texts, ") and line.endswith(", 0 s left")],
+    ]
+    lengths, bad = read_lengths(out)
+    tokens = sum(length.tokens for length in lengths)
+    assert len(lengths) == 12 and bad == []
+    assert said.splitlines()[:2] == [
+        f"{out}: 12 texts, 12 of them new; 2 lines skipped",
+        f"{tokens / 12:.0f} tokens on average; {sum(x.ended == 'length' for x in lengths)} were cut off by --max-tokens",
+    ]
+    assert said.splitlines()[2].startswith(f"{tokens} tokens in 0 s, ")
+    assert run.writers[0][0].layers == (10, 16, 22) and run.writers[0][2].context == 11 + 40
+
+
+def test_json_is_one_object_and_a_second_run_has_nothing_to_do(run, out):
+    run("--limit", "5", "--samples", "2")
+    status, said, err = run("--limit", "5", "--samples", "2", "--json")
+    found = json.loads(said)
+    assert status == 0 and said.count("\n") == 1 and len(run.writers) == 1 and "starting" not in err
+    mean = found.pop("mean")
+    assert mean == sum(length.tokens for length in read_lengths(out)[0]) / 10
+    assert found.pop("cut") == sum(length.ended == "length" for length in read_lengths(out)[0])
+    assert found == {
+        **{"out": str(out), "prompts": 5, "skipped": 2, "texts": 10, "written": 0, "left": 0},
+        **{"tokens": 0, "seconds": 0.0},
+    }
+
+
+def test_options_reach_the_writer(run):
+    run(*"--layers 2,1 --every 5 --batch 3 --temperature 0 --seed 9 --dtype float32 --limit 6".split())
+    plan, batch, writer = run.writers[0]
+    assert (plan.layers, plan.every, plan.temperature, plan.seed, plan.dtype) == ((1, 2), 5, 0.0, 9, "float32")
+    assert batch == 3 == writer.most and len(writer.added) == 6
+    assert {sampling.temperature for _, sampling in writer.added.values()} == {0.0}
+
+
+def test_without_layers_no_states(run, out):
+    assert run("--layers", "none")[0] == 0
+    assert not states_path(out).exists() and run.writers[0][0].layers == ()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--layers", "ten"], "--layers takes numbers such as 10,16,22, or none"),
+        (["--layers", "31"], "the model has layers 1 to 30"),
+        (["--layers", "0,3"], "the model has layers 1 to 30"),
+        (["--max-tokens", "80"], "the model's context is 80 tokens"),
+        (["--max-tokens", "79"], "has no prompt that can be used"),
+        (["--model", "nothing"], "unknown model 'nothing'"),
+        (["--out", "/no/such/folder/x"], "--out: there is no folder /no/such/folder"),
+        (["--prompts", "/no/such"], "/no/such: No such file or directory"),
+        (["--cpus", "9999"], "this machine has no CPU 9999"),
+        (["--samples", "0"], "--samples"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--every", "0"], "--every"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_leave_nothing(run, out, more, says):
+    status, said, err = run(*more)
+    assert (status, said) == (2, "") and not run.writers
+    last = err.splitlines()[-1]
+    assert last.startswith("tetri-cli: ") and says in last
+    assert all(line.startswith("skipped: ") for line in err.splitlines()[:-1]) and not out.exists()
+
+
+def test_a_file_of_its_own_is_needed(run, files, out):
+    run()
+    status, _, err = run("--seed", "1")
+    assert status == 2 and f"{out} was begun with seed 0: give the same, or another --out" in err
+    before = Path(files[1]).read_bytes()
+    status, _, err = run("--out", files[1])
+    assert status == 2 and f"{files[1]} is there and was not begun by collect" in err
+    assert Path(files[1]).read_bytes() == before
+
+
+def test_many_bad_lines_are_counted(run, files):
+    with open(files[1], "a") as file:
+        file.write("\nbad" * 50)
+    err = run()[2].splitlines()
+    assert sum(line.startswith("skipped: ") for line in err) == 21 and "skipped: 32 more lines" in err
+
+
+def test_a_full_disk_is_one_line(run, out, monkeypatch):
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, most))
+    try:
+        status, said, err = run("--layers", "none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert (status, said) == (1, "") and err.splitlines()[-1] == f"tetri-cli: {out}: File too large"
+    assert run("--layers", "none")[0] == 0 and len(read_lengths(out)[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("texts", "total", "spent", "words"),
+    [(0, 9, 50, "0 s left"), (10, 20, 40, "40 s left"), (1, 3, 60, "2 min left"), (1, 201, 36, "2.0 h left")],
+)
+def test_the_time_left(texts, total, spent, words):
+    assert predictor_collect.left_words(texts, total, spent) == words
+
+
+PLAYED = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from played_writer import PlayedWriter
+from tetri import cli
+from tetri.cli import predictor_collect
+
+def step(number):
+    if number == int(os.environ["WAITS_AT"]):
+        os.write(1, b"waits\\n")  # not through a bar
+        time.sleep(60)
+
+predictor_collect._writer = lambda target, batch, longest, leaving: PlayedWriter(
+    target.plan.max_tokens, target.plan.every, longest + target.plan.max_tokens, at_step=step
+)
+cli.main()
+"""
+
+
+@pytest.fixture
+def command(model, files):
+    program = PLAYED.format(tests=str(REPOSITORY / "tests"))
+    arguments = ["predictor", "collect", *files, "--model", str(model), "--max-tokens", "40", "--batch", "3"]
+    return [sys.executable, "-c", program, *arguments]
+
+
+@pytest.fixture
+def started(command):
+    """Starts the command and waits until it is halfway."""
+    begun = []
+
+    def start(stderr):
+        environment = {**os.environ, "WAITS_AT": "60"}
+        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment))
+        assert begun[0].stdout.readline() == "waits\n"
+        return begun[0]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def test_an_interrupt_keeps_everything_and_the_same_command_goes_on(started, command, out):
+    process = started(subprocess.PIPE)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "WAITS_AT": "0"})
+    assert second.returncode == 2 and f"another collect is writing {out}: wait for its end" in second.stderr
+    process.send_signal(signal.SIGINT)
+    said, err = process.communicate(timeout=30)
+    there = len(read_lengths(out)[0])
+    assert process.returncode == 130 and 0 < there < 12
+    assert err.splitlines()[-1] == (
+        f"interrupted: all that is written stays in {out}; the same command goes on from there"
+    )
+    assert f"{12 - there} texts are left: what is there has too many short ones" in said
+    again = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "WAITS_AT": "0"})
+    assert again.returncode == 0 and f"12 texts, {12 - there} of them new" in again.stdout
+    assert len(read_lengths(out)[0]) == 12 == len(read_states(states_path(out)))
+
+
+def test_killed_it_leaves_sound_files_and_no_lock(started, command, out):
+    process = started(subprocess.DEVNULL)
+    process.kill()
+    process.communicate(timeout=30)
+    there = read_lengths(out)[0]
+    assert there and {length.key for length in there} <= set(read_states(states_path(out)))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "WAITS_AT": "0"})
+    assert again.returncode == 0 and len(read_lengths(out)[0]) == 12
+
+
+def test_a_terminal_gets_a_bar(started):
+    end, terminal = pty.openpty()
+    with ThreadPoolExecutor(1) as pool:
+        shown = pool.submit(everything, end)
+        process = started(terminal)
+        os.close(terminal)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        for part in ("collecting", "━", "tokens/s", " left"):
+            assert part in shown.result(timeout=30)
+
+
+def everything(end):
+    """That is written to the other end of a pseudo terminal until it is closed."""
+    pieces = []
+    with contextlib.suppress(OSError):  # closed
+        while piece := os.read(end, 4096):
+            pieces.append(piece)
+    os.close(end)
+    return b"".join(pieces).decode()
+
+
+@pytest.mark.model
+@pytest.mark.timeout(400)
+def test_vllm_is_interrupted_and_goes_on(tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Count up to {n}."}) + "\n" for n in range(2, 10)))
+    command = [sys.executable, "-c", "from tetri.cli import main; main()", "predictor", "collect"]
+    command += ["--prompts", prompts, "--out", out, "--model", "smollm2-135m", "--max-tokens", "16", "--every", "8"]
+    process = subprocess.Popen([*command, "--batch", "1"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    there, _ = read_lengths(out)
+    assert process.returncode == 130 and 0 < len(there) < 8, err
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert (found["texts"], found["written"], found["left"]) == (8, 8 - len(there), 0)
+    lengths, states = read_lengths(out)[0], read_states(states_path(out))
+    assert all(1 <= length.tokens <= 16 and length.prompt_tokens > 5 for length in lengths)
+    for length in lengths:
+        assert states[length.key].outputs == tuple(range(0, length.tokens, 8))
+        assert states[length.key].rows.shape[1:] == (3, 576)
+        assert 1 < abs(states[length.key].rows.astype("f4")).max() < 1e4
