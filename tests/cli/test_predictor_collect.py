@@ -89,11 +89,11 @@ def test_bad_lines_are_told_and_everything_else_is_collected(run, files, out):
         *[line for line in err.splitlines() if line.startswith("12 of 12 texts, ") and line.endswith(", 0 s left")],
     ]
     lengths, bad = read_lengths(out)
-    tokens = sum(length.tokens for length in lengths)
+    tokens, cut = sum(x.tokens for x in lengths), sum(x.ended == "length" for x in lengths)
     assert len(lengths) == 12 and bad == []
     assert said.splitlines()[:2] == [
         f"{out}: 12 texts, 12 of them new; 2 lines skipped",
-        f"{tokens / 12:.0f} tokens on average; {sum(x.ended == 'length' for x in lengths)} were cut off by --max-tokens",
+        f"{tokens / 12:.0f} tokens on average; {cut} were cut off by --max-tokens",
     ]
     assert said.splitlines()[2].startswith(f"{tokens} tokens in 0 s, ")
     assert run.writers[0][0].layers == (10, 16, 22) and run.writers[0][2].context == 11 + 40
@@ -114,7 +114,8 @@ def test_json_is_one_object_and_a_second_run_has_nothing_to_do(run, out):
 
 
 def test_options_reach_the_writer(run):
-    run(*"--layers 2,1 --every 5 --batch 3 --temperature 0 --seed 9 --dtype float32 --limit 6".split())
+    numbers = {"every": 5, "batch": 3, "temperature": 0, "seed": 9, "limit": 6}
+    run("--layers", "2,1", "--dtype", "float32", *(word for k, v in numbers.items() for word in (f"--{k}", str(v))))
     plan, batch, writer = run.writers[0]
     assert (plan.layers, plan.every, plan.temperature, plan.seed, plan.dtype) == ((1, 2), 5, 0.0, 9, "float32")
     assert batch == 3 == writer.most and len(writer.added) == 6
