@@ -8,6 +8,7 @@ import pytest
 from tests.core import test_mixed
 from tests.core.build import assign, grant, identity, instance, kinds, offer, only, refuse, roster, sent, view
 from tests.core.test_prefill import start
+from tetri.core import lengths
 from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker import Worker
 from tetri.leg import Foretold, Span, StepDone
@@ -262,12 +263,45 @@ def test_who_is_on_offer_nowhere_is_offered_with_what_is_known_then():
     assert offered(worker.tell(view(9, d1=9))) == [NAMED]
 
 
-def test_what_comes_when_it_is_over_is_not_heard():
+def test_who_is_handed_over_by_then_is_corrected_there():
     worker = begin("classifier")
     worker.tell(ask(6))
     worker.step(ENDS)
     worker.tell(Close(rid="a", attempt=1))
+    (message,) = sent(worker.tell(named()))
+    assert message == Foreseen(src="p1", incarnation=1, rid="a", attempt=1, offer=1, length=NAMED)
+    assert not worker.tell(named()), "it is said once"
+    worker.tell(Close(rid="a", attempt=1, outputs=5, reason="stop"))
+    assert (status(worker).predicted, status(worker).scored, status(worker).late) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "closes"),
+    [
+        ("classifier", [], [{"reason": "stop", "outputs": 3}]),
+        ("classifier", [], [{}, {"reason": "stop", "outputs": 3}]),
+        ("classifier", [], [{"reason": "cancelled"}]),
+        ("classifier", [named()], [{}]),  # it is the second one
+        ("both", [], [{}]),  # its hidden state has said more
+    ],
+)
+def test_what_comes_when_it_is_over_or_known_is_not_heard(kind, answers, closes):
+    worker = begin(kind)
+    worker.tell(ask(6), *answers)
+    worker.step(ENDS, foretold=[told()] if kind == "both" else [])
+    worker.tell(*(Close(rid="a", attempt=1, **close) for close in closes))
     assert not worker.tell(named())
+
+
+def test_of_those_that_were_handed_over_the_newest_are_remembered(monkeypatch):
+    monkeypatch.setattr(lengths, "MOST_PARTED", 2)
+    worker = begin("classifier")
+    for rid in ("a", "b", "c"):
+        worker.tell(ask(2, rid))
+        worker.step((rid, 7, None))
+        worker.tell(Close(rid=rid, attempt=1))
+    assert not worker.tell(named(key="p:a:1"))
+    assert foreseen(worker.tell(named(key="p:b:1"), named(key="p:c:1"))) == [NAMED, NAMED]
 
 
 def test_one_that_its_first_token_ends_was_predicted_and_is_offered_to_nobody():

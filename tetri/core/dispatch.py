@@ -62,7 +62,7 @@ class Dispatcher:
         job.length = length
         if job.flow.offer is None:
             return []
-        return [Send(job.flow.target, Foreseen(**self._address(job), length=length))]
+        return [Send(job.flow.target, Foreseen(**self.address(job), length=length))]
 
     def stalled(self) -> bool:
         """Whether a prompt that has started, and all behind it, wait for a decode instance that takes it."""
@@ -179,7 +179,7 @@ class Dispatcher:
         if job.flow.offer is None:
             return []
         chunk = Chunk(
-            **self._address(job),
+            **self.address(job),
             index=parcel.index,
             start=parcel.start,
             stop=parcel.stop,
@@ -200,7 +200,7 @@ class Dispatcher:
         """Take an offer back; the decode side keeps a request whose KV it has completely."""
         if job.flow.offer is None:
             return []
-        drop = [] if job.flow.complete else [Send(job.flow.target, Drop(**self._address(job), why=why))]
+        drop = [] if job.flow.complete else [Send(job.flow.target, Drop(**self.address(job), why=why))]
         if drop:
             self.pool.taken_back(job.flow.offer)
         self._clear(job)
@@ -245,7 +245,7 @@ class Dispatcher:
 
     def _offer(self, job: Job) -> Send:
         offer = Offer(
-            **self._address(job),
+            **self.address(job),
             fingerprint=self.own.fingerprint,
             prompt=list(job.prompt),
             output=list(job.output),
@@ -255,7 +255,8 @@ class Dispatcher:
         )
         return Send(job.flow.target, offer)
 
-    def _address(self, job: Job) -> dict[str, Any]:
+    def address(self, job: Job) -> dict[str, Any]:
+        """What the target knows its offer by."""
         return {
             "src": self.own.iid,
             "incarnation": self.own.incarnation,

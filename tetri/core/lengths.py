@@ -11,22 +11,38 @@ With `length = "trained"` the kind of predictor decides which answers there are:
 A prompt is put on offer with the best of them that is there, and waits for a better one only while that costs little:
 for the classifier `length_wait_s` at most and never past its last chunk; for its own hidden state when all of it is in
 the very next chunk, or a prompt of several chunks would lose the time in which its KV could already leave. What comes
-after the Offer corrects it (Foreseen).
+after the Offer corrects it (Foreseen), even when the prompt is long handed over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from tetri.core.actions import Action, LengthKnown, Predict
+from tetri.core.actions import Action, LengthKnown, Predict, Send
 from tetri.core.dispatch import Dispatcher
 from tetri.core.foresight import Foresight
 from tetri.core.job import Job
 from tetri.core.peers import Identity
 from tetri.leg import Foretold, Span
 from tetri.policy.length import moved_up
-from tetri.request import LengthRange
+from tetri.request import LengthRange, Sampling
+from tetri.wire.handover import Foreseen
 from tetri.wire.messages import Close
+
+#: Prompts that were handed over before their answer came; the oldest are forgotten.
+MOST_PARTED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """One that is decoded at `target` by now, which knows it by `address`; it had so many `outputs` before."""
+
+    target: str
+    address: dict[str, Any]
+    sampling: Sampling
+    outputs: int
 
 
 class Lengths:
@@ -43,6 +59,7 @@ class Lengths:
         self._asks = self._predicts and kind not in ("hidden", "prior")
         self._reads = kind in ("hidden", "both")
         self.late = 0
+        self._parted: dict[str, Parted] = {}
 
     # ------------------------------------------------------------ until it is on offer
 
@@ -97,8 +114,11 @@ class Lengths:
     def known(self, event: LengthKnown, now: float) -> list[Action]:
         """The answer to `Predict`."""
         job = self.dispatcher.jobs.get(event.key)
-        if job is None or job.told:
-            return []  # it is over, or its hidden state has said more
+        if job is None:
+            return self._known_of_parted(event)
+        job.answered = True
+        if job.told:
+            return []  # its hidden state has said more
         length = None if event.length is None else moved_up(event.length, len(job.output))
         if self.foresight is not None and event.odds is not None:
             length = self.foresight.named(job.rid, event.odds, job.sampling, len(job.output))
@@ -109,6 +129,14 @@ class Lengths:
         else:
             self.dispatcher.settle(job, length)
         return self.dispatcher.dispatch(now)
+
+    def _known_of_parted(self, event: LengthKnown) -> list[Action]:
+        """The answer comes after the prompt was handed over, and goes to whoever decodes it."""
+        parted = self._parted.pop(event.key, None)
+        if parted is None or self.foresight is None or event.odds is None:
+            return []
+        length = self.foresight.named(parted.address["rid"], event.odds, parted.sampling, parted.outputs)
+        return [Send(parted.target, Foreseen(**parted.address, length=length))]
 
     def _foretold(self, job: Job, told: Foretold) -> list[Action]:
         if self.foresight is None or job.sampling.ignore_eos:
@@ -122,12 +150,25 @@ class Lengths:
 
     def closed(self, message: Close) -> None:
         """A request is over: what it wrote, if it ended by itself, or nothing that could be learnt from."""
-        if self.foresight is None or not message.reason:
-            return  # it goes on elsewhere, or as another attempt
+        if self.foresight is None:
+            return
+        key = f"p:{message.rid}:{message.attempt}"
+        if not message.reason:  # it goes on elsewhere, or as another attempt
+            self._part(self.dispatcher.jobs.get(key))
+            return
+        self._parted.pop(key, None)
         if message.outputs:
             self.foresight.ended(message.rid, message.outputs, message.reason)
         else:
             self.foresight.forget(message.rid)
+
+    def _part(self, job: Job | None) -> None:
+        if job is None or job.answered or job.told or not self._asks or job.flow.offer is None:
+            return
+        address = self.dispatcher.address(job)
+        self._parted[job.key] = Parted(job.flow.target, address, job.sampling, len(job.output))
+        while len(self._parted) > MOST_PARTED:
+            del self._parted[next(iter(self._parted))]
 
     def _without(self, job: Job) -> LengthRange | None:
         """What is known of it without a prediction."""
