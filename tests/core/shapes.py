@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from tetri.cost import Cost
 from tetri.policy.rules import ADMISSIONS, DECODE_ROUTES, FLIPS, ORDERS, PREFILL_ROUTES, Rules
 
 ROLES = ("prefill", "decode", "mixed")
+PREDICTORS = ("classifier", "hidden", "both", "prior")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Shape:
     stream_interval: int = 1
     far: bool = False  # KV may come over a path that takes time
     rules: Rules = Rules()
+    expects: str = ""  # the kind of what predicts lengths, where these are learnt
     flip: str = "none"
     cost: Cost = Cost(prefill=((1.0, 0.001), (16.0, 0.002)), decode=((1.0, 0.001), (16.0, 0.002)))
 
@@ -91,7 +94,7 @@ class Shape:
         block_tokens, chunk_tokens = rng.choice((1, 2, 4)), rng.choice((4, 8, 16))
         fewest_slots = -(-(chunk_tokens + block_tokens - 1) // block_tokens)
         context = rng.choice((16, 40))
-        return cls(
+        shape = cls(
             prefills=rng.choice((1, 2, 2, 3)),
             decodes=rng.choice((1, 2, 2, 3)),
             mixed=rng.choice((0, 0, 1)),
@@ -108,6 +111,15 @@ class Shape:
             flip=rng.choice((*FLIPS,)),
             far=rng.choice((False, True, True)),
         )
+        rng = Random(f"lengths {seed}")
+        if rng.random() < 0.5:
+            return shape
+        return shape.learning(rng.choice(PREDICTORS), length_cover=rng.choice((0.0, 0.8)))
+
+    def learning(self, expects: str, **changes: Any) -> Shape:
+        """The same, where lengths are learnt, and predicted by this kind at first."""
+        rules = replace(self.rules, length="trained", length_granularity=4, **changes)
+        return replace(self, expects=expects, rules=rules)
 
     @classmethod
     def tight(cls, seed: int) -> Shape:

@@ -1,6 +1,7 @@
 """The worker's core alone under random events: dropped, repeated, out of order, late, of old attempts and incarnations,
 in every role and between roles, under every policy. After every one `check()` must hold."""
 
+import dataclasses
 from random import Random
 
 from hypothesis import strategies as st
@@ -48,12 +49,16 @@ from tetri.core.worker import Worker
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EmulatedEngine
+from tetri.leg import Foretold
 from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
-from tetri.request import ROLES, LengthRange
+from tetri.request import ROLES, Expected, LengthRange, Odds
 from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.handover import Foreseen
 from tetri.wire.messages import Close, ClusterView, Flip, InstanceLoad, Load, Resend
 
 COST = Cost(prefill=((0.0, 0.0), (8.0, 0.1)), decode=((1.0, 0.01), (2.0, 0.02)))
+PREDICTORS = ("classifier", "hidden", "both", "prior")
+some_odds = st.sampled_from([None, *(Odds(4, (rest, 0.5, 0.5 - rest)) for rest in (0.0, 0.2, 0.5))])
 ranges = st.one_of(st.none(), st.tuples(st.integers(0, 9), st.integers(1, 4)))
 
 
@@ -66,21 +71,27 @@ class WorkerUnderFire(RuleBasedStateMachine):
 
     @initialize(
         slots=st.sampled_from([3, 5, 30]), role=st.sampled_from(ROLES), order=st.sampled_from(sorted(ORDERS)),
-        admit=st.sampled_from(sorted(ADMISSIONS)), predicted=st.booleans(), interval=st.sampled_from([1, 1, 3, 50]),
+        admit=st.sampled_from(sorted(ADMISSIONS)), interval=st.sampled_from([1, 1, 3, 50]),
+        length=st.sampled_from(["none", "noisy", *PREDICTORS]),
         cost=st.sampled_from([Cost(), COST]), path=st.sampled_from(["shm", "stream"]),
     )
-    def begin(self, slots, role, order, admit, predicted, interval, cost, path):
+    def begin(self, slots, role, order, admit, length, interval, cost, path):
         self.engine = EmulatedEngine(capacity=CAPACITY, token_bytes=8, vocabulary=64, cost=Cost())
-        rules = Rules(order=order, admit=admit, length="noisy" if predicted else "none", sched_batch=3)
+        learns = length in PREDICTORS
+        rules = Rules(
+            order=order, admit=admit, length="trained" if learns else length, sched_batch=3, length_granularity=4
+        )
         own = identity(
             "me", role, slots=slots, fingerprint=self.engine.fingerprint, rules=rules, cost=cost, load_s=0.05,
             stream_interval=interval, reach=reach("me", paths=[path]),
+            expected=Expected(length, Odds(2, (0.25,) * 4)) if learns else None,
         )
         self.path, self.under_way = path, []  # what a path that takes time has not brought yet
         self.core, self.now = Worker(own, Random(1), now=0.0), 0.0
         self.slots, self.free, self.number = slots, list(range(slots)), 0
         self.legs, self.connected, self.done = {}, {BROKER: None}, None
         self.offers, self.asked, self.told, self.assigned = [], [], {}, {}
+        self.foretells, self.foretold = length in ("hidden", "both"), {}  # by phase: odds of what follows
 
     def act(self, actions):
         rejected = []
@@ -124,7 +135,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.engine.hold(key, held)
             case Step(most):
                 assert self.done is None and 1 <= most <= self.core.own.stream_interval
-                self.done = self.engine.step(most)
+                self.done = self.read(self.engine.step(most))
             case Predict(key):
                 assert key in self.core.prefill.jobs
                 self.asked.append(key)
@@ -152,6 +163,16 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case Send(peer, message):
                 self.send(peer, message)
         return None
+
+    def read(self, done):
+        """What hidden states say of those that have a new token: the same of all prompts, and of all decodes."""
+        core, told = self.core, []
+        for sampled in done.tokens if self.foretells else ():
+            job = core.prefill.jobs.get(sampled.key)
+            outputs = core.decode.seats[sampled.key].written if job is None else len(job.output)
+            if (odds := self.foretold.get(sampled.key[0])) is not None:
+                told.append(Foretold(sampled.key, outputs, odds))
+        return dataclasses.replace(done, foretold=tuple(told))
 
     def adopt(self, action, problem):
         if problem is None and action.key in self.legs:  # else the leg has ended meanwhile, and its KV is nobody's
@@ -205,19 +226,32 @@ class WorkerUnderFire(RuleBasedStateMachine):
         prompt, old, most = self.assigned.setdefault((rid, attempt), (prompt, old, most))
         self.tell(assign(rid, prompt, [2] * old, attempt, most))
 
-    @rule(made=ranges)
+    @rule(made=ranges, said=some_odds, meanwhile=st.booleans())
     @precondition(lambda self: self.asked)
-    def predicted(self, made):
-        self.tell(LengthKnown(self.asked.pop(0), length(made)))
+    def predicted(self, made, said, meanwhile):
+        """`meanwhile`: the engine computes, as of the step that is not told of yet."""
+        known = LengthKnown(self.asked.pop(0), length(made), said)
+        if meanwhile:
+            self.act(self.core.handle(known, self.now))
+        else:
+            self.tell(known)
+
+    @rule(phase=st.sampled_from("pd"), said=some_odds)
+    def foretell(self, phase, said):
+        """From now on."""
+        self.foretold[phase] = said
 
     @rule(role=st.sampled_from(ROLES))
     def flip(self, role):
         self.tell(Flip(role=role, number=1))
         assert self.core.role == role
 
-    @rule(rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3))
-    def close(self, rid, attempt):
-        self.tell(Close(rid=rid, attempt=attempt))
+    @rule(
+        rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3),
+        end=st.sampled_from([("", 0), ("stop", 3), ("length", 9), ("length", 0), ("cancelled", 0)]),
+    )
+    def close(self, rid, attempt, end):
+        self.tell(Close(rid=rid, attempt=attempt, reason=end[0], outputs=end[1]))
 
     @rule(rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3), start=st.integers(0, 5))
     def resend(self, rid, attempt, start):
@@ -302,6 +336,14 @@ class WorkerUnderFire(RuleBasedStateMachine):
     @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3), start=st.integers(-1, 4))
     def odd_chunk(self, rid, attempt, number, start):
         self.tell(chunk(rid, 0, start, start + 2, attempt=attempt, offer=number, handle=handle(1, 2)))
+
+    @rule(
+        rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 4),
+        low=st.integers(0, 12), more=st.integers(1, 9),
+    )
+    def foreseen(self, rid, attempt, number, low, more):
+        length = LengthRange(low=low, high=low + more)
+        self.tell(Foreseen(src="p1", incarnation=1, rid=rid, attempt=attempt, offer=number, length=length))
 
     @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3))
     def drop(self, rid, attempt, number):

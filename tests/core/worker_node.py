@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
 from tetri.hands import WorkerHands
-from tetri.request import Capacity, LengthRange
+from tetri.leg import Foretold, StepDone
+from tetri.request import Capacity, Expected, LengthRange, Odds
 from tetri.wire.messages import LoadReport
 
 if TYPE_CHECKING:
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
 
 
 PATHS = (("stream",), ("stream",), ("local", "stream"))  # any two have one in common
+
+
+WIDE = Odds(2, (0.1,) * 10)  # what is known of lengths before any has come
+
+
+def some_odds(rng: Random) -> Odds:
+    """Nearly sure of anything, or of nothing."""
+    bucket, sure = rng.randrange(5), rng.choice((0.9, 0.2))
+    return Odds(4, tuple(sure if place == bucket else (1.0 - sure) / 4 for place in range(5)))
 
 
 class WorkerNode(Node):
@@ -69,6 +80,7 @@ class WorkerNode(Node):
             patience_s=60.0,
             view_s=1.2,
             stream_interval=shape.stream_interval,
+            expected=Expected(shape.expects, WIDE) if shape.expects else None,
         )
         self.core = Worker(own, Random(own.incarnation), world.now)
         self.copies = SpoiltCopies(world, self.engine, self.store)
@@ -95,7 +107,7 @@ class WorkerNode(Node):
 
     def step(self, most: int) -> None:
         """The engine computes for a while, in which nothing is read."""
-        done, life = self.engine.step(most), self.life
+        done, life = self.foretold(self.engine.step(most)), self.life
         self.busy_until = self.world.now + done.steps * self.world.rng.uniform(0.001, 0.008)
 
         def finished() -> None:
@@ -105,11 +117,25 @@ class WorkerNode(Node):
 
         self.world.at(self.busy_until, finished)
 
+    def foretold(self, done: StepDone) -> StepDone:
+        """What hidden states say: mostly of prompts that have ended, now and then of decodes, anything at all."""
+        if self.shape.expects not in ("hidden", "both"):
+            return done
+        rng, core, told = self.world.rng, self.core, list[Foretold]()
+        for sampled in done.tokens:
+            job = core.prefill.jobs.get(sampled.key)
+            chance, outputs = (0.8, len(job.output)) if job else (0.2, core.decode.seats[sampled.key].written)
+            if rng.random() < chance and not self.world.happens(self.world.faults.mute):
+                told.append(Foretold(sampled.key, outputs, some_odds(rng)))
+        return dataclasses.replace(done, foretold=tuple(told))
+
     def predict(self, wanted: Predict) -> LengthKnown | None:
         """Sometimes nobody can say, sometimes it is far off, sometimes it takes a while, or for ever."""
         rng, life = self.world.rng, self.life
         low = max(0, wanted.sampling.max_tokens + rng.randint(-8, 4))
         known = LengthKnown(wanted.key, rng.choice((None, LengthRange(low=low, high=low + rng.randint(1, 8)))))
+        if self.shape.expects:
+            known = LengthKnown(wanted.key, None, rng.choice((None, some_odds(rng), some_odds(rng))))
         if rng.random() < 0.3:
             return known
 
