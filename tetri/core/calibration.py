@@ -10,9 +10,9 @@ from math import ceil
 from tetri.policy.odds import Curve
 
 #: Ends that count; the older ones are forgotten.
-WINDOW = 384
+WINDOW = 256
 #: As many of them are taken out of `Expected.levels` at the start.
-START = 96
+START = 64
 _GOLDEN = 0.6180339887498949  # its multiples, without their whole parts, are spread as evenly as can be
 
 
