@@ -195,6 +195,28 @@ def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, b
     assert "KV taken by" not in run("status")[1]
 
 
+def test_status_says_how_well_lengths_are_predicted(run, broker):
+    none = {"kind": "prior", "on": False, "note": "no predictor: tetri brings none", "predicted": 0, "late": 0}
+    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0}
+    works = {**none, "kind": "hidden", "on": True, "note": "", "predicted": 120, "late": 3}
+    works |= {"scored": 50, "right": 23, "prior_right": 20, "inside": 40}
+    worse = {**works, "on": False, "note": "off: worse than the prior"}
+    found = {"p0": none, "p1": works, "m0": worse, "d0": works, "d1": none, "d2": None}
+    roles = {"p": "prefill", "m": "mixed", "d": "decode"}
+    shown = [{**INSTANCE, "iid": iid, "role": roles[iid[0]], "predictor": each} for iid, each in found.items()]
+    broker(lambda message: [{**STATUS, "instances": shown}])
+    rows = [re.split(r"\s{2,}", line) for line in run("status")[1].splitlines()[-5:]]
+    shares = ["50", "46%", "40%", "80%"]
+    assert rows == [
+        ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"],
+        ["p0", "prior", "-", "0", "0", "0", "-", "-", "-", none["note"]],
+        ["p1", "hidden", "on", "120", "3", *shares],
+        ["m0", "hidden", "off", "120", "3", *shares, worse["note"]],
+        ["d0", "hidden", "on", "120", "3", *shares],
+    ]
+    assert json.loads(run("status", "--json")[1])["instances"] == shown
+
+
 @pytest.mark.parametrize(
     ("monitor", "line"),
     [

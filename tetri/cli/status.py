@@ -11,6 +11,7 @@ import click
 from tetri.cli.options import conf_option, connect, set_option
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "kv", "note")
+_LENGTHS = ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"]
 SILENT_S = 5.0  # without a view
 _SILENT = "requests are placed without news of the load, and nobody flips by itself"
 
@@ -40,6 +41,9 @@ def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_js
     if taken := _kv(instances):
         for row in _aligned([["KV taken by", "counted"], *taken]):
             click.echo(row)
+    if lengths := _lengths(instances):
+        for row in _aligned([_LENGTHS, *lengths]):
+            click.echo(row)
 
 
 def _monitor(found: dict[str, Any] | None) -> str:
@@ -55,6 +59,24 @@ def _kv(instances: list[dict[str, Any]]) -> list[list[str]]:
     """What happened to the KV that each took, of those to whom anything did."""
     found = [(each["iid"], {name: n for name, n in each.get("counters", {}).items() if n}) for each in instances]
     return [[iid, _counts(counters)] for iid, counters in found if counters]
+
+
+def _lengths(instances: list[dict[str, Any]]) -> list[list[str]]:
+    """How well those do that predict output lengths; of those that only decode, once they have."""
+    rows: list[list[str]] = []
+    for each in instances:
+        found = each.get("predictor")
+        if found is None or (each["role"] == "decode" and not found["predicted"]):
+            continue
+        state = "on" if found["on"] else "-" if found["kind"] == "prior" else "off"
+        counts = [str(found[name]) for name in ("predicted", "late", "scored")]
+        shares = [_share(found[name], found["scored"]) for name in ("right", "prior_right", "inside")]
+        rows.append([each["iid"], found["kind"], state, *counts, *shares, found["note"]])
+    return rows
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
 
 
 def _counts(counts: dict[str, Any], nothing: str = "none") -> str:

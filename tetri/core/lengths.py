@@ -163,7 +163,9 @@ class Lengths:
             self.foresight.forget(message.rid)
 
     def _part(self, job: Job | None) -> None:
-        if job is None or job.answered or job.told or not self._asks or job.flow.offer is None:
+        if job is None or job.answered or job.told or job.sampling.ignore_eos:
+            return
+        if not self._asks or job.flow.offer is None:
             return
         address = self.dispatcher.address(job)
         self._parted[job.key] = Parted(job.flow.target, address, job.sampling, len(job.output))
