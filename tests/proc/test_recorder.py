@@ -8,13 +8,14 @@ from random import Random
 import msgspec
 import pytest
 
-from tests.core.build import identity
+from tests.core.build import assign, identity
+from tests.core.test_prefill import Prefilling, see
 from tests.wire.message_strategies import UNIONS
 from tetri.core import actions
 from tetri.core.actions import Exported, FromClient, LengthKnown, Send, Submitted, Worded
 from tetri.core.desk import Limits
 from tetri.cost import Cost
-from tetri.leg import Leg, Sampled, Span, StepDone
+from tetri.leg import Foretold, Leg, Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.proc.recorder import (
@@ -31,10 +32,10 @@ from tetri.proc.recorder import (
     value,
 )
 from tetri.proc.replay import records, replay
-from tetri.request import LengthRange, Sampling
+from tetri.request import Expected, LengthRange, Odds, Sampling
 from tetri.wire.clients import Inspect
 from tetri.wire.events import PeerUp
-from tetri.wire.handover import Handle
+from tetri.wire.handover import Foreseen, Handle
 from tetri.wire.messages import Close, Load, LoadReport
 
 COST = Cost(prefill=((1.0, 0.01), (512.0, 0.2)), decode=((1.0, 0.01), (32.0, 0.03)))
@@ -45,6 +46,14 @@ BROKER = BrokerStart(
     limits=Limits(100, 1000), rules=Rules(), epoch=5, seed=5, now=10.0, model="m", cost=COST, chunk_tokens=8
 )
 WORKER = WorkerStart(own=identity("p0", "prefill", cost=COST), seed=9, now=10.0)
+ODDS = Odds(4, (0.1, 0.7, 0.2))
+LEARNING = WorkerStart(
+    own=identity(
+        "p1", "prefill", rules=Rules(length="trained", length_granularity=4), expected=Expected("both", ODDS, (0.5,))
+    ),
+    seed=9,
+    now=0.0,
+)
 HANDLE = Handle(segment="s", slots=[1], generations=[2], block_bytes=32)
 
 VALUES = [
@@ -56,6 +65,9 @@ VALUES = [
     Exported("a", 0, 0, 2, HANDLE, (1 << 64) - 1),
     LengthKnown("a", LengthRange(low=0, high=200)),
     LengthKnown("a", None),
+    LengthKnown("a", None, ODDS),
+    StepDone(foretold=(Foretold("a", 3, ODDS),)),
+    Send("d0", Foreseen(src="p0", incarnation=1, rid="r", attempt=1, offer=2, length=LengthRange(low=0, high=4))),
     LoadReport(iid="p0", incarnation=1 << 61, role="prefill", load=Load(free_blocks=-3)),
     actions.AddLeg(Leg("a", "prefill", (1, 2), 2, Sampling())),
     actions.Adopt("a", 0, 0, HANDLE, None, "p0", "shm"),
@@ -83,7 +95,7 @@ def test_what_is_no_event_is_refused():
         value(("Nothing", msgspec.Raw(b"\x80")))
 
 
-@pytest.mark.parametrize("start", [MONITOR, BROKER, WORKER], ids=lambda start: type(start).__name__)
+@pytest.mark.parametrize("start", [MONITOR, BROKER, WORKER, LEARNING], ids=lambda start: type(start).__name__)
 def test_a_fresh_core_is_made_from_the_file_alone(tmp_path: Path, start):
     Recorder(start.core(), start, tmp_path / "record" / "x.events").close()
     found, calls = read(tmp_path / "record" / "x.events")
@@ -113,6 +125,22 @@ def test_the_same_events_give_the_same_actions(record: Path):
     made = replay(record)
     assert (made.kind, made.events, made.ticks, made.difference) == ("monitor", 20, 20, None)
     assert made.actions > 10
+
+
+def test_what_was_learnt_of_lengths_is_learnt_again(tmp_path: Path):
+    path = tmp_path / "p1.events"
+    told = Prefilling(Recorder(LEARNING.core(), LEARNING, path))
+    told.later()
+    see(told, 1, "d1")
+    for turn in range(80):
+        rid = f"r{turn}"
+        told.tell(assign(rid, prompt=6, max_tokens=20), LengthKnown(f"p:{rid}:1", None, ODDS))
+        told.step((rid, 7, None), foretold=[Foretold(f"p:{rid}:1", 0, Odds(4, (0.2, turn / 100, 0.8 - turn / 100)))])
+        told.tell(Close(rid=rid, attempt=1, outputs=1 + turn % 13, reason="stop"))
+    assert told.core.foresight.status().scored == 80
+    told.core.close()
+    made = replay(path)
+    assert made.difference is None and made.actions > 400
 
 
 def frames(path: Path) -> list[bytes]:
