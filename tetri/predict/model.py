@@ -4,7 +4,7 @@ and a head (paper, section 3.3.2). Loading checks all of it, so that a worker fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,16 @@ def load(folder: Path, kind: str, weights: str = "") -> Loaded:
         raise PredictError(f"{folder / kind} was trained with another encoder than {card.encoder} as it is here")
     if encoder.vector != head.inputs:
         raise PredictError(f"{folder / kind}: the head does not fit to encoder {card.encoder}: train again")
-    return Loaded(card, head, encoder)
+    return Loaded(card, head, replace(encoder, model=_quick(encoder.model)))
+
+
+def _quick(model: Any) -> Any:
+    """In bfloat16 where this processor multiplies it: then a third of the time, and features that differ by a hundredth
+    of what they are."""
+    import torch
+
+    quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return model.to(torch.bfloat16) if quick else model
 
 
 def shipped_for(weights: str) -> Path | None:
