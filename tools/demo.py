@@ -82,15 +82,16 @@ def _run_dir() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def configure(conf: Path, folder: Path, cpus: Sequence[int]) -> Config:
-    """With sockets of its own beside any cluster that is up, and the workers each on a CPU of this machine."""
+def configure(conf: Path, folder: Path, cpus: Sequence[int], more: Sequence[str] = ()) -> Config:
+    """With sockets of its own beside any cluster that is up, the workers each on a CPU of this machine, and `more`
+    settings."""
     own = [f"cluster.run_dir={folder}", f"cluster.name=demo{os.getpid()}", "broker.clients="]
     pins = [f"broker.cpus={cpus[0]}"]
     for worker in load(conf, own).workers:
         pins.append(f"worker.{worker.iid}.cpus={cpus[0] if worker.role == 'prefill' else cpus[-1]}")
     if len(cpus) == 1:
         _say(f"one CPU only: prefill and decode share CPU {cpus[0]}")
-    return load(conf, [*own, *pins])
+    return load(conf, [*own, *pins, *more])
 
 
 def demonstrate(config: Config, console: Console) -> int:

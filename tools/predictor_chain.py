@@ -1,0 +1,250 @@
+"""The length predictor from its beginning to its end, for any model: some prompts are answered by the model, both kinds
+of predictor are trained on the answers' lengths and evaluated, and a cluster serves other prompts with them.
+
+    tools/predictor_chain --prompts FILE --count 200
+
+Exit status 0: every step was done, every request was answered, and each had a prediction. 1: a step failed, and which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+from demo import EXPECTED, configure
+
+from tetri.client import AsyncClient, Client, Result
+from tetri.config import Config, default_path
+from tetri.predict.lengths import PredictError, Prompt, read_prompts
+from tetri.proc import launch
+
+CLI = (sys.executable, "-c", "from tetri.cli import main; main()")
+KINDS = ("classifier", "hidden")
+WIDTH = 8  # requests that are open at a time
+START_S, ANSWER_S = 600.0, 300.0
+BEATS_S = 10.0  # within which the status must tell of everything
+
+
+class StepError(Exception):
+    """What went wrong in a step, in one line."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    prompts: Path
+    count: int
+    requests: int
+    model: str
+    seed: int
+
+
+@dataclass
+class Chain:
+    """`folder`: all that is made. `steps`: name, seconds and what came out, of those that are done."""
+
+    wanted: Wanted
+    folder: Path
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> Path:
+        return self.folder / "lengths.jsonl"
+
+    @property
+    def predictor(self) -> Path:
+        return self.folder / "predictor"
+
+    def run(self) -> None:
+        """Raises StepError."""
+        learnt, others = drawn(self.wanted)
+        write(self.folder / "prompts.jsonl", learnt)
+        self._step("collect", self._collect)
+        for kind in KINDS:
+            self._step(f"train {kind}", lambda kind=kind: self._train(kind))
+        self._step("evaluate", self._evaluate)
+        self._step("serve", lambda: serve(self, others))
+
+    def _step(self, name: str, work: Callable[[], str]) -> None:
+        began = time.monotonic()
+        try:
+            said = work()
+        except (StepError, *EXPECTED) as error:
+            raise StepError(f"{name}: {error}") from None
+        self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 1), "result": said})
+        click.echo(f"{name:<20} {self.steps[-1]['seconds']:7.1f} s  {said}", err=True)
+
+    def _collect(self) -> str:
+        model = ["--model", self.wanted.model, "--seed", str(self.wanted.seed)]
+        prompts = ["--prompts", str(self.folder / "prompts.jsonl")]
+        found = command("collect", *prompts, *model, "--out", str(self.lengths), "--json")
+        return f"{found['texts']} texts, {found['mean']:.0f} tokens in the mean, {found['cut']} cut off"
+
+    def _train(self, kind: str) -> str:
+        out = ["--out", str(self.predictor), "--seed", str(self.wanted.seed)]
+        found = command("train", "--lengths", str(self.lengths), "--kind", kind, *out, "--json")
+        return f"on {found['n']} held out, right at 100, 200, 400: {right(found['acc'])}; tau {found['tau']:.2f}"
+
+    def _evaluate(self) -> str:
+        of = ["--predictor", str(self.predictor), "--prompts", str(self.folder / "prompts.jsonl")]
+        found = command("eval", *of, "--lengths", str(self.lengths), "--json")
+        each = [f"{kind} {right(scores['acc'])}" for kind, scores in found["kinds"].items()]
+        return f"on {found['n']} held out: {', '.join(each)}; likeliest bucket {right(found['majority'])}"
+
+
+def right(shares: dict[str, float]) -> str:
+    return " / ".join(f"{shares[width]:.2f}" for width in ("100", "200", "400"))
+
+
+def drawn(wanted: Wanted) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and others to serve. Raises StepError."""
+    try:
+        prompts, bad = read_prompts(wanted.prompts)
+    except PredictError as error:
+        raise StepError(f"prompts: {error}") from None
+    if len(prompts) < wanted.count + wanted.requests:
+        needed = f"{wanted.count} to learn from and {wanted.requests} to serve are needed"
+        raise StepError(f"prompts: {wanted.prompts} has {len(prompts)}, {len(bad)} bad lines apart: {needed}")
+    found = Random(wanted.seed).sample(prompts, wanted.count + wanted.requests)
+    return found[: wanted.count], found[wanted.count :]
+
+
+def write(path: Path, prompts: Sequence[Prompt]) -> None:
+    lines = (json.dumps({"prompt": prompt.text, "source": prompt.source}) for prompt in prompts)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def command(name: str, *arguments: str) -> dict[str, Any]:
+    """What `tetri-cli predictor NAME` prints as JSON. Its progress goes where ours goes. Raises StepError."""
+    with subprocess.Popen([*CLI, "predictor", name, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            out, _ = process.communicate()
+        except BaseException:
+            process.send_signal(signal.SIGINT)  # what it has to put away takes it no time
+            raise
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise StepError(f"exit status {process.returncode}, see above")
+    made: dict[str, Any] = json.loads(out)
+    return made
+
+
+def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
+    """Start a cluster with the new predictor, ask it everything, and see that lengths were predicted. Raises
+    StepError."""
+    more = ["policy.length=trained", "predictor.kind=both", f"predictor.folder={chain.predictor}"]
+    more += [f"model.name={chain.wanted.model}"]
+    run_dir = chain.folder / "run"
+    run_dir.mkdir()
+    config = configure(default_path(), run_dir, sorted(os.sched_getaffinity(0)), more)
+    try:
+        launch.up(config, lambda text: click.echo(f"· {text}", err=True), START_S)
+        results = asyncio.run(answers(config, prompts, chain.wanted.seed))
+        return judged(results, told(config, len(prompts)))
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+        launch.down(config.run_dir)
+
+
+async def answers(config: Config, prompts: Sequence[Prompt], seed: int) -> list[Result]:
+    room = asyncio.Semaphore(WIDTH)
+    async with AsyncClient(config.clients_address, timeout=ANSWER_S) as client:
+
+        async def ask(number: int, prompt: Prompt) -> Result:
+            async with room:
+                return await client.generate(
+                    messages=[{"role": "user", "content": prompt.text}],
+                    max_tokens=1024,
+                    temperature=0.7,
+                    seed=seed + number,
+                )
+
+        return await asyncio.gather(*(ask(number, prompt) for number, prompt in enumerate(prompts)))
+
+
+def told(config: Config, requests: int) -> list[dict[str, Any]]:
+    """What each worker's predictor says of itself, once all of them together have seen so many requests end. Raises
+    StepError."""
+    until = time.monotonic() + BEATS_S
+    with Client(config.clients_address) as client:
+        while True:
+            found = [each.get("predictor") for each in client.status()["instances"] if each["role"] == "prefill"]
+            ours = [each for each in found if each]
+            if sum(each["scored"] for each in ours) >= requests:
+                break
+            if time.monotonic() > until:
+                raise StepError(f"of {requests} requests fewer were scored: {json.dumps(ours)}")
+            time.sleep(0.2)
+    subprocess.run([*CLI, "status", "--set", f"cluster.run_dir={config.run_dir}"], check=True, stdout=2)
+    return ours
+
+
+def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> str:
+    """Raises StepError when an answer or a prediction is missing."""
+    empty = [result.rid for result in results if not result.token_ids]
+    if empty:
+        raise StepError(f"{len(empty)} of {len(results)} requests were not answered, such as {empty[0]}")
+    counts = {name: sum(each[name] for each in predictors) for name in ("predicted", "late", "right", "inside")}
+    if counts["predicted"] < len(results):
+        raise StepError(f"{counts['predicted']} of {len(results)} requests had a prediction")
+    tokens = sum(len(result.token_ids) for result in results)
+    return f"{len(results)} requests, {tokens} tokens; {', '.join(f'{n} {name}' for name, n in counts.items())}"
+
+
+@click.command()
+@click.option(
+    "--prompts", type=click.Path(dir_okay=False, path_type=Path), required=True, help='JSONL, {"prompt": TEXT} a line.'
+)
+@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Prompts to learn from.")
+@click.option("--requests", type=click.IntRange(1), default=24, show_default=True, help="Other prompts, served.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="A known name, or a checkpoint's folder.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep lengths and predictor in this new folder.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
+    """Collect, train, evaluate and serve a length predictor, with the time that each step takes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped again
+    began, problem, status = time.monotonic(), "", 0
+    folder = Path(tempfile.mkdtemp(prefix=f"tetri-chain-{os.getpid()}-", dir="/tmp"))  # Unix sockets need a short path
+    chain = Chain(Wanted(**wanted), folder)
+    try:
+        chain.run()
+    except StepError as error:
+        problem, status = str(error), 1
+    except KeyboardInterrupt:
+        problem, status = "interrupted; everything is stopped", 130
+    finally:
+        if keep:
+            shutil.copytree(folder, keep, ignore=shutil.ignore_patterns("run"))
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = round(time.monotonic() - began, 1)
+    if as_json:
+        click.echo(json.dumps({"steps": chain.steps, "seconds": seconds, "problem": problem}))
+    else:
+        click.echo("\n".join(summary(chain.steps, seconds)))
+    if problem:
+        click.echo(f"predictor_chain: {problem}", err=True)
+    sys.exit(status)
+
+
+def summary(steps: Sequence[dict[str, Any]], seconds: float) -> list[str]:
+    lines = [f"{each['step']:<20} {each['seconds']:7.1f} s  {each['result']}" for each in steps]
+    return [*lines, f"{'all':<20} {seconds:7.1f} s"]
+
+
+if __name__ == "__main__":
+    main(prog_name="tools/predictor_chain")
