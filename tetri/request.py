@@ -227,6 +227,8 @@ class PredictorStatus(Record, frozen=True):
     scored        of the predicted, the ones that have ended; of these:
     right         their length was in the likeliest bucket; `prior_right`: in the likeliest one of the prior
     inside        they ended below the high end of their range
+    buckets       "2 3": how often bucket 2 of `length_granularity` tokens was the likeliest and bucket 3 came; the last
+                  label that is told apart stands for all beyond
 
     Of the prompts that a classifier was asked about, `cut`: it read the two ends alone; `unread`: it came to none of
     it, since newer ones waited.
@@ -241,6 +243,7 @@ class PredictorStatus(Record, frozen=True):
     right: Count = 0
     prior_right: Count = 0
     inside: Count = 0
+    buckets: dict[str, Count] = {}
     cut: Count = 0
     unread: Count = 0
 

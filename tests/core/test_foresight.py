@@ -86,7 +86,7 @@ def test_what_ends_is_counted_once():
     status = view.status()
     assert (status.predicted, status.scored, status.right, status.inside) == (2, 2, 1, 1)
     assert (status.kind, status.on, status.note, status.prior_right) == ("hidden", True, "made up", 0)
-    assert view.prompt.counts == {(3, 3): 1, (0, 4): 1}
+    assert status.buckets == {"0 4": 1, "3 3": 1}
 
 
 def test_the_first_of_two_natural_ends_teaches():

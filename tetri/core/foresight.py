@@ -183,6 +183,7 @@ class Foresight:
             right=track.right,
             prior_right=track.prior_right,
             inside=track.inside,
+            buckets={f"{said} {came}": count for (said, came), count in sorted(track.counts.items())},
         )
 
     def _expected(self, sampling: Sampling, outputs: int) -> Curve:
