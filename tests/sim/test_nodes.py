@@ -156,6 +156,18 @@ def test_a_message_during_the_last_pass_changes_nothing(kernel):
     assert steps(core)[1:] == [(pytest.approx(2.0), 10)]
 
 
+def test_a_length_that_was_named_during_a_step_is_told_before_it(kernel):
+    core, node = worker(kernel)
+    decoding(core, node)
+    kernel.at(1.0, node.receive, "begin")
+    named = LengthKnown("d", LengthRange(low=7, high=8))
+    for event in ("before", named, "after"):
+        kernel.at(1.25, node.receive, event)
+    kernel.run()
+    assert [event for _, event in core.heard if not isinstance(event, str)][1] == named
+    assert core.heard[-4:] == [(1.3, named), core.heard[-3], (1.3, "before"), (1.3, "after")]
+
+
 def test_while_the_engine_computes_no_timer_fires(kernel):
     core, node = worker(kernel)
     decoding(core, node)

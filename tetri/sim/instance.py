@@ -190,8 +190,18 @@ class WorkerNode(Node):
         what = "decode" if not plan.chunk else "mixed" if plan.batch else "prefill"
         self.use.add(self._started, self.kernel.now, what)
         done = self._finish(plan, ends[1])
+        self._hear_lengths()
         self.carry_out(self.core.handle(done, self.kernel.now))
         self.turn()
+
+    def _hear_lengths(self) -> None:
+        """Those that were named while the engine computed are told before its step is, as live."""
+        inbox = self.inbox
+        known = [event for event in inbox if isinstance(event, LengthKnown)] if inbox else ()
+        if known:
+            self.inbox = [event for event in inbox if not isinstance(event, LengthKnown)]
+            for event in known:
+                self.carry_out(self.core.handle(event, self.kernel.now))
 
     def _finish(self, plan: Plan, steps: int) -> StepDone:
         batch = len(plan.batch)

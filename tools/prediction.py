@@ -1,0 +1,238 @@
+"""Whether predicting output lengths pays, and with which policy: the live cores in the simulator.
+
+Requests are drawn, with replacement, from texts that a model wrote in answer to prompts that no predictor was trained
+on; --predictions is what `tetri-cli predictor eval` recorded of them, and --predictor the folder of that predictor, for
+what a worker knows before any traffic. A text ends by itself, 1,024 tokens is all that a request says of its length.
+
+Each row is a policy; each column what is predicted: `none` in seconds, the others as the difference to it in percent,
+paired seed by seed, in brackets its 95 % interval (Student). Classifier, both and noisy pay what the paper's
+predictor takes, beside the main model, by the cost table; a hidden state costs nothing there, nor does an oracle.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any
+
+import click
+from admission import interval
+from prediction_shown import KINDS, Row, draw, tables
+
+from tetri import cost
+from tetri.bench.plots import PlotError, drawing
+from tetri.metrics import percentile
+from tetri.policy.rules import Rules
+from tetri.predict.card import read_card
+from tetri.predict.lengths import PredictError
+from tetri.predict.model import SHIPPED
+from tetri.request import Expected, Odds, PredictorStatus
+from tetri.sim.setup import Setup, SimError
+from tetri.sim.texts import LIMIT, Text, TextError, read
+from tetri.sim.traces import resampled
+from tetri.sim.world import World
+
+COST = "v100-opt13b"
+TRAINED = ("prior", "classifier", "hidden", "both")
+PAID = ("classifier", "both", "noisy")
+ADMISSIONS = ("greedy", "reserve_static", "reserve_dynamic", "peak")
+DISPATCHERS = ("power_of_two", "power_of_two_ratio", "random", "round_robin", "least_loaded", "imbalance")
+SHARES = {"mean": None, "p50": 0.50, "p95": 0.95, "p99": 0.99}
+CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`policies` of the table `sweep` are compared, all else is as tetri's defaults. `kv_tokens`: of each instance.
+    `load` 0: all requests at once; else they come at so many times the rate that the decode instances can serve for
+    ever when their KV is full (`full_rate`)."""
+
+    name: str
+    sweep: str
+    policies: tuple[str, ...]
+    requests: int
+    kv_tokens: int
+    prefill: int
+    decode: int
+    load: float = 0.0
+
+
+#: The cost table's 39,000 tokens of KV halved, and with it what each simulated run takes. Four times that holds all.
+TIGHT, ROOMY = 20_000, 80_000
+SETTINGS = (
+    Setting("admission, at once", "admit", ADMISSIONS, 128, TIGHT, 2, 1),
+    Setting("admission, Poisson", "admit", ADMISSIONS, 200, TIGHT, 2, 1, load=1.1),
+    Setting("admission, at once, room for all", "admit", ("greedy", "peak"), 128, ROOMY, 2, 1),
+    Setting("dispatch, at once", "decode_route", DISPATCHERS, 256, TIGHT, 4, 4),
+    Setting("dispatch, Poisson", "decode_route", DISPATCHERS, 400, TIGHT, 4, 4, load=1.1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The two files, and what else all runs share."""
+
+    predictions: Path
+    predictor: Path
+    cover: float = 0.0
+    reserve_share: float = 0.5
+
+    def texts(self) -> list[Text]:
+        return _texts(self.predictions)
+
+    def expected(self, kind: str) -> Expected:
+        """As a live worker with a predictor of this kind. Raises PredictError."""
+        card = read_card(self.predictor, "classifier" if kind == "classifier" else "hidden")
+        return Expected(kind, Odds(card.width, card.prior), () if kind == "prior" else card.levels)
+
+
+@cache
+def _texts(path: Path) -> list[Text]:
+    return read(path)
+
+
+def full_rate(texts: Sequence[Text], table: cost.Cost, kv_tokens: int) -> float:
+    """Requests a second of one decode instance whose KV is full. A request takes prompt + output / 2 tokens of it on
+    average, for as many steps as it has tokens of output."""
+    steps = sum(text.output for text in texts)
+    held = sum(text.output * (text.prompt + text.output / 2) for text in texts) / steps
+    batch = kv_tokens / held
+    return batch / table.decode_s(round(batch), kv_tokens) / (steps / len(texts))
+
+
+Job = tuple[Source, Setting, str, str, int]
+
+
+def run(job: Job) -> dict[str, float]:
+    """One policy, one predictor, one seed. Raises SimError."""
+    source, setting, policy, kind, seed = job
+    table, texts = cost.load(COST), source.texts()
+    trained = kind in TRAINED
+    setup = Setup(
+        cost=table if kind in PAID else replace(table, predictor_s=0.0, predictor_token_s=0.0),
+        prefill=setting.prefill,
+        decode=setting.decode,
+        rules=Rules(length="trained" if trained else kind, length_cover=source.cover, **{setting.sweep: policy}),
+        expected=source.expected(kind) if trained else None,
+        kv_tokens=setting.kv_tokens,
+        context=CONTEXT,
+        reserve_share=source.reserve_share,
+        seed=seed,
+    )
+    rate = setting.load * setting.decode * full_rate(texts, table, setting.kv_tokens)
+    world = World(setup, resampled(setting.requests, texts, seed, rate))
+    result = world.run()
+    done = result.done()
+    if len(done) != setting.requests:
+        raise SimError(f"only {len(done)} of {setting.requests} requests were served")
+    made = {"preempted": fmean(each.preempted > 0 for each in done), "makespan_s": result.end_s}
+    for metric in ("jct", "ttft", "tpot"):
+        times = [seconds for each in done if (seconds := getattr(each, f"{metric}_s")) is not None]
+        for name, share in SHARES.items():
+            made[f"{metric}_{name}"] = fmean(times) if share is None else percentile(times, share)
+    return made | _counted(world)
+
+
+def _counted(world: World) -> dict[str, float]:
+    """What the prefill workers say of their predictors, as `status` does."""
+    learnt = [w.core.foresight for w in world.workers.values() if w.core.own.role == "prefill" and w.core.foresight]
+    said: list[PredictorStatus] = [each.status() for each in learnt]
+    if not said:
+        return {}
+    names = ("predicted", "late", "scored", "right", "prior_right", "inside")
+    return {"on": fmean(each.on for each in said), **{n: float(sum(getattr(each, n) for each in said)) for n in names}}
+
+
+# ---------------------------------------------------------------- many runs
+
+
+Mapped = Callable[[Callable[[Job], dict[str, float]], Iterable[Job]], Iterable[dict[str, float]]]
+
+
+def compared(source: Source, setting: Setting, seeds: int, mapped: Mapped) -> dict[str, Any]:
+    """All policies and predictors on the same requests."""
+    keys = [(policy, kind) for policy in setting.policies for kind in KINDS]
+    jobs = [(source, setting, policy, kind, seed) for policy, kind in keys for seed in range(seeds)]
+    runs = list(mapped(run, jobs))
+    by_key = {key: runs[at * seeds : (at + 1) * seeds] for at, key in enumerate(keys)}
+    rows = [_row(policy, kind, by_key[policy, kind], by_key[policy, "none"]) for policy, kind in keys]
+    rate = setting.load * setting.decode * full_rate(source.texts(), cost.load(COST), setting.kv_tokens)
+    return {**asdict(setting), "rate": rate, "seeds": seeds, "rows": rows}
+
+
+def _row(policy: str, kind: str, mine: Sequence[dict[str, float]], none: Sequence[dict[str, float]]) -> Row:
+    means = {name: fmean(each[name] for each in mine) for name in mine[0]}
+    timed = [name for name in none[0] if name not in ("preempted", "makespan_s")]
+    pairs = {name: [(a[name], b[name]) for a, b in zip(mine, none, strict=True)] for name in timed}
+    against = {
+        name: {
+            "seconds": asdict(interval([a - b for a, b in both])),
+            "share": asdict(interval([a / b - 1 for a, b in both])),
+        }
+        for name, both in pairs.items()
+    }
+    return {"policy": policy, "length": kind, **means, "against_none": {} if kind == "none" else against}
+
+
+# ---------------------------------------------------------------- the program
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command(epilog=" ".join((__doc__ or "").split("\n\n")[-1].split()))
+@click.option("--predictions", "--lengths", type=FILE, required=True, help="JSONL of `predictor eval`.")
+@click.option("--predictor", type=click.Path(file_okay=False, path_type=Path), default=SHIPPED / "smollm2-135m",
+              help="Folder with the cards of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
+@click.option("--setting", "names", multiple=True, type=click.Choice([each.name for each in SETTINGS]),
+              help="Which, repeatable; all by default.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Draws of the requests.")
+@click.option("--cover", type=click.FloatRange(0, 1, max_open=True), default=Rules().length_cover, show_default=True,
+              help="length_cover of the trained ones: 0, the likeliest range.")  # fmt: skip
+@click.option("--reserve-share", type=click.FloatRange(0.01, 1), default=0.5, show_default=True,
+              help="Share of the KV for requests that do not run yet.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="3 seeds, half of the requests and of the KV.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
+@click.option("--plot", type=FILE, help="PNG of the differences.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def main(
+    predictions: Path, predictor: Path, names: Sequence[str], seeds: int, cover: float, reserve_share: float,
+    quick: bool, workers: int, plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Simulate what each length predictor gains with each admission policy and each dispatcher. All but the object
+    "run" depends on the arguments only."""
+    started = perf_counter()
+    source, made = Source(predictions, predictor, cover, reserve_share), []
+    settings = [each for each in SETTINGS if not names or each.name in names]
+    if quick:
+        seeds = 3
+        settings = [replace(s, requests=s.requests // 2, kv_tokens=s.kv_tokens // 2) for s in settings]
+    try:
+        if plot is not None:
+            drawing()  # before all the work: whether anything can draw
+        texts = source.texts()
+        for kind in TRAINED:
+            source.expected(kind)
+        with get_context("spawn").Pool(workers) as pool:
+            for setting in settings:
+                made.append(compared(source, setting, seeds, pool.imap))
+                print(f"{setting.name}: {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    except (SimError, TextError, PredictError, PlotError, cost.CostError) as error:
+        raise click.UsageError(str(error)) from None
+    if plot is not None:
+        draw(plot, made)
+    told = {"texts": len(texts), "limit": LIMIT, "cover": cover, "reserve_share": reserve_share, "settings": made}
+    if as_json:
+        print(json.dumps(told | {"run": {"wall_s": perf_counter() - started}}))
+    else:
+        print("\n\n".join(map(tables, made)))
+
+
+if __name__ == "__main__":
+    main(prog_name="bench_prediction")
