@@ -11,7 +11,7 @@ from tests.core.test_prefill import start
 from tetri.core import lengths
 from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker import Worker
-from tetri.leg import Foretold, Span, StepDone
+from tetri.leg import Foretold, Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthRange, Odds, Sampling
 from tetri.wire.handover import Chunk, Foreseen, Offer
@@ -198,6 +198,21 @@ def test_an_answer_while_the_engine_computes_is_heard():
     assert worker.core.stepping and offered(worker.tell(named())) == [NAMED]
 
 
+def test_one_that_its_first_token_ends_was_not_late():
+    worker = begin("classifier")
+    worker.tell(ask(6))
+    assert not sent(worker.step(("a", 7, "stop")), "d1") and status(worker).late == 0
+    assert not worker.tell(named()) and status(worker).predicted == 1
+
+
+def test_who_has_its_answer_and_no_place_is_not_offered_by_the_timer_of_the_wait():
+    worker = begin("classifier")
+    worker.tell(view(9, d1=0), ask(12))
+    worker.step()
+    assert not worker.tell(named())
+    assert not sent(worker.later(1.0), kind=Offer) and status(worker).late == 0
+
+
 # ---------------------------------------------------------------- what comes later
 
 
@@ -333,6 +348,31 @@ def test_at_home_a_correction_is_heard_at_once():
     assert seat.length == PRIOR
     assert not sent(worker.tell(named()))
     assert seat.length == NAMED
+
+
+def decode_step(worker, key, bucket, outputs, reason=None):
+    worker.later()
+    odd = told(bucket, key, outputs)
+    worker.tell(StepDone((Span(key, 50, 51),), (Sampled(key, (6,), reason),), foretold=(odd,)))
+
+
+def test_what_is_said_during_decode_goes_to_the_decode_half():
+    worker = test_mixed.start(role="decode", **learnt("hidden"))
+    key = test_mixed.decoding(worker)
+    seat = worker.core.decode.seats[key]
+    decode_step(worker, key, bucket=1, outputs=seat.written)
+    assert (seat.length, seat.written) == (tokens(4), 3)  # two and 4 to 7 more
+    worker.tell(Foreseen(src="p9", incarnation=1, rid="x", attempt=1, offer=9, length=PRIOR))
+    assert seat.length == tokens(4)  # the prefill side knows less
+
+
+def test_what_is_said_in_the_very_step_that_ends_it_is_judged():
+    """Or only those would be judged that went on after what was said."""
+    worker = test_mixed.start(role="decode", **learnt("hidden"))
+    for number in range(8):  # of so many one is judged
+        key = test_mixed.decoding(worker, f"x{number}", number=20 + number)
+        decode_step(worker, key, bucket=0, outputs=2, reason="stop")
+    assert (status(worker).predicted, status(worker).scored) == (1, 1)
 
 
 # ---------------------------------------------------------------- ends, and what is said of it

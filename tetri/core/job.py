@@ -28,7 +28,7 @@ class Job:
     left_s: float = 0.0  # predicted seconds of the prefill that is still to be done
     length: LengthRange | None = None
     predicted: bool = True  # False while its length is being predicted
-    answered: bool = False  # what `Predict` asked for has come
+    answered: bool = True  # False from `Predict` until its answer has come
     told: bool = False  # by its own hidden state, and nobody knows better
     done: int = 0  # tokens computed
     turn: int = 0  # its place in the order in which jobs were started; 0: not yet

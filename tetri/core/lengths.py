@@ -71,7 +71,8 @@ class Lengths:
             self.dispatcher.settle(job, self._without(job))
         else:
             job.predicted = False
-        return [Predict(job.key, job.prompt, job.sampling)] if self._asks and not job.predicted else []
+        job.answered = job.predicted or not self._asks
+        return [] if job.answered else [Predict(job.key, job.prompt, job.sampling)]
 
     def started(self, job: Job, planned: Iterable[Span]) -> None:
         """Its leg goes to the engine, for the next chunk as `planned`, if there is room for it."""
@@ -139,7 +140,7 @@ class Lengths:
         return [Send(parted.target, Foreseen(**parted.address, length=length))]
 
     def _foretold(self, job: Job, told: Foretold) -> list[Action]:
-        if self.foresight is None or job.sampling.ignore_eos:
+        if self.foresight is None:
             return []
         job.told = True
         length = self.foresight.foretold(job.rid, told, job.sampling)
@@ -163,9 +164,8 @@ class Lengths:
             self.foresight.forget(message.rid)
 
     def _part(self, job: Job | None) -> None:
-        if job is None or job.answered or job.told or job.sampling.ignore_eos:
-            return
-        if not self._asks or job.flow.offer is None:
+        """Remember it, if its answer is still to come and may be of use to whoever decodes it."""
+        if job is None or job.answered or job.told or job.flow.offer is None:
             return
         address = self.dispatcher.address(job)
         self._parted[job.key] = Parted(job.flow.target, address, job.sampling, len(job.output))
