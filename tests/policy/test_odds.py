@@ -11,8 +11,6 @@ from tetri.policy.odds import (
     by_bucket,
     curve_of,
     likeliest,
-    mean,
-    merged,
     quantile,
     raised,
     range_of,
@@ -35,19 +33,6 @@ def pairs(curve):
 
 
 # ---------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize(
-    "granularity, shares", [(50, (0.1, 0.2, 0.3, 0.4)), (100, (0.3, 0.7)), (150, (0.6, 0.4)), (400, (1.0,))]
-)
-def test_merging(granularity, shares):
-    again = merged(FOUR, granularity)
-    assert again.width == granularity and again.shares == close(shares)
-
-
-def test_merging_to_what_is_no_multiple():
-    with pytest.raises(ValueError, match="50 tokens cannot be merged to 120: set a multiple"):
-        merged(FOUR, 120)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +93,6 @@ def test_survivors_of_whom_nothing_is_known():
 )
 def test_quantiles(share, tokens):
     assert quantile(curve_of(FOUR, 120), share) == pytest.approx(tokens)
-
-
-def test_mean():
-    assert mean(Curve((1, 11), (0.0, 1.0))) == 5.5  # of 1 to 10
-    assert mean(Curve((7, 8), (0.0, 1.0))) == 7
-    assert mean(Curve((1, 11, 20, 21), (0.0, 0.5, 0.5, 1.0))) == close(0.5 * 5.5 + 0.5 * 20)
 
 
 @pytest.mark.parametrize("granularity, label", [(50, 2), (100, 1), (200, 0), (60, 2)])
@@ -212,16 +191,6 @@ def test_curves_stay_curves(curve, written, granularity):
     assert sum(shares) == close(1) and min(shares) >= -1e-12
     assert first * granularity <= curve.tokens[0] < (first + 1) * granularity
     assert (first + len(shares) - 1) * granularity < curve.tokens[-1] <= (first + len(shares)) * granularity
-    assert curve.tokens[0] <= mean(curve) <= curve.tokens[-1] - 1 + 1e-9
-
-
-@many
-@given(ODDS, st.integers(1, 6))
-def test_merging_keeps_all(odds, times):
-    again = merged(odds, odds.width * times)
-    assert sum(again.shares) == close(1) and len(again.shares) == -(-len(odds.shares) // times)
-    if len(odds.shares) > times:
-        assert again.shares[0] == close(sum(odds.shares[:times]))
 
 
 @many

@@ -27,14 +27,6 @@ class Curve(Value, frozen=True):
     below: tuple[float, ...]
 
 
-def merged(odds: Odds, granularity: int) -> Odds:
-    """The same in buckets of `granularity` tokens, a multiple of the width. Raises ValueError for another."""
-    if granularity % odds.width:
-        raise ValueError(f"buckets of {odds.width} tokens cannot be merged to {granularity}: set a multiple")
-    each = granularity // odds.width
-    return Odds(granularity, tuple(sum(odds.shares[at : at + each]) for at in range(0, len(odds.shares), each)))
-
-
 def usable(odds: Odds) -> bool:
     """Whether these are odds at all; a head with a NaN in it yields none."""
     return odds.width > 0 and min(odds.shares, default=-1.0) >= 0 and abs(sum(odds.shares) - 1) < 1e-3
@@ -118,12 +110,6 @@ def survivors(curve: Curve, written: int) -> Curve:
         return Curve((least, last - 1, last), (0.0, 0.0, 1.0))
     rest = [(share - gone) / left for share in curve.below[first:-1]]
     return Curve((least, *curve.tokens[first:]), (0.0, *rest, 1.0))
-
-
-def mean(curve: Curve) -> float:
-    """The mean length."""
-    steps = zip(curve.tokens, curve.tokens[1:], curve.below, curve.below[1:], strict=False)
-    return sum((after - before) * (since + to - 1) / 2 for since, to, before, after in steps)
 
 
 def by_bucket(curve: Curve, granularity: int) -> tuple[int, list[float]]:
