@@ -5,8 +5,10 @@ on; --predictions is what `tetri-cli predictor eval` recorded of them, and --pre
 what a worker knows before any traffic. A text ends by itself, 1,024 tokens is all that a request says of its length.
 
 Each row is a policy; each column what is predicted: `none` in seconds, the others as the difference to it in percent,
-paired seed by seed, in brackets its 95 % interval (Student). Classifier, both and noisy pay what the paper's
-predictor takes, beside the main model, by the cost table; a hidden state costs nothing there, nor does an oracle.
+paired seed by seed, in brackets its 95 % interval (Student), bold where that holds no zero. A second table compares
+all with the first policy, tetri's default, and no prediction: what policy and prediction gain together. Classifier,
+both and noisy pay what the paper's predictor takes, beside the main model, by the cost table; a hidden state costs
+nothing there, nor does an oracle.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ PAID = ("classifier", "both", "noisy")
 ADMISSIONS = ("greedy", "reserve_static", "reserve_dynamic", "peak")
 DISPATCHERS = ("power_of_two", "power_of_two_ratio", "random", "round_robin", "least_loaded", "imbalance")
 SHARES = {"mean": None, "p50": 0.50, "p95": 0.95, "p99": 0.99}
+COUNTS = ("predicted", "late", "scored", "right", "prior_right", "inside")
 CONTEXT = 4096
 
 
@@ -146,8 +149,7 @@ def _counted(world: World) -> dict[str, float]:
     said: list[PredictorStatus] = [each.status() for each in learnt]
     if not said:
         return {}
-    names = ("predicted", "late", "scored", "right", "prior_right", "inside")
-    return {"on": fmean(each.on for each in said), **{n: float(sum(getattr(each, n) for each in said)) for n in names}}
+    return {"on": fmean(each.on for each in said), **{n: float(sum(getattr(each, n) for each in said)) for n in COUNTS}}
 
 
 # ---------------------------------------------------------------- many runs
@@ -162,23 +164,37 @@ def compared(source: Source, setting: Setting, seeds: int, mapped: Mapped) -> di
     jobs = [(source, setting, policy, kind, seed) for policy, kind in keys for seed in range(seeds)]
     runs = list(mapped(run, jobs))
     by_key = {key: runs[at * seeds : (at + 1) * seeds] for at, key in enumerate(keys)}
-    rows = [_row(policy, kind, by_key[policy, kind], by_key[policy, "none"]) for policy, kind in keys]
+    plain = by_key[setting.policies[0], "none"]
+    rows = [_row(policy, kind, by_key[policy, kind], by_key[policy, "none"], plain) for policy, kind in keys]
     rate = setting.load * setting.decode * full_rate(source.texts(), cost.load(COST), setting.kv_tokens)
     return {**asdict(setting), "rate": rate, "seeds": seeds, "rows": rows}
 
 
-def _row(policy: str, kind: str, mine: Sequence[dict[str, float]], none: Sequence[dict[str, float]]) -> Row:
+Runs = Sequence[dict[str, float]]  # one a seed
+
+
+def _row(policy: str, kind: str, mine: Runs, none: Runs, plain: Runs) -> Row:
+    """`none`: the same policy without a prediction; `plain`: tetri's default policy without one."""
     means = {name: fmean(each[name] for each in mine) for name in mine[0]}
-    timed = [name for name in none[0] if name not in ("preempted", "makespan_s")]
-    pairs = {name: [(a[name], b[name]) for a, b in zip(mine, none, strict=True)] for name in timed}
-    against = {
+    return {
+        "policy": policy,
+        "length": kind,
+        **means,
+        "against_none": {} if kind == "none" else _against(mine, none),
+        "against_plain": {} if mine is plain else _against(mine, plain),
+    }
+
+
+def _against(mine: Runs, other: Runs) -> dict[str, Any]:
+    timed = [name for name in other[0] if name not in ("preempted", "makespan_s", *COUNTS)]
+    pairs = {name: [(a[name], b[name]) for a, b in zip(mine, other, strict=True)] for name in timed}
+    return {
         name: {
             "seconds": asdict(interval([a - b for a, b in both])),
             "share": asdict(interval([a / b - 1 for a, b in both])),
         }
         for name, both in pairs.items()
     }
-    return {"policy": policy, "length": kind, **means, "against_none": {} if kind == "none" else against}
 
 
 # ---------------------------------------------------------------- the program

@@ -12,9 +12,9 @@ SHOWN = ("jct_mean", "jct_p50", "jct_p95", "jct_p99", "ttft_p99", "tpot_p95")
 Row = dict[str, Any]
 
 
-def verdict(row: Row, metric: str) -> str:
+def verdict(row: Row, metric: str, against: str = "against_none") -> str:
     """Whether a prediction pays: "pays", "costs", or "" when the interval holds no difference too."""
-    found = row["against_none"].get(metric)
+    found = row[against].get(metric)
     if found is None:
         return ""
     return "pays" if found["share"]["high"] < 0 else "costs" if found["share"]["low"] > 0 else ""
@@ -27,22 +27,24 @@ def tables(point: dict[str, Any], metrics: Sequence[str] = SHOWN) -> str:
         f"### {point['name']}\n\n{point['requests']} requests, {speed}; {point['prefill']} prefill and"
         f" {point['decode']} decode instances with {point['kv_tokens']} tokens of KV; {point['seeds']} seeds."
     )
-    return "\n\n".join([head, *(_table(point, metric) for metric in metrics), _beside(point)])
+    together = [_table(point, metric, "against_plain") for metric in ("jct_mean", "jct_p99")]
+    return "\n\n".join([head, *(_table(point, metric) for metric in metrics), *together, _beside(point)])
 
 
-def _table(point: dict[str, Any], metric: str) -> str:
-    lines = [f"| {metric} | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+def _table(point: dict[str, Any], metric: str, against: str = "against_none") -> str:
+    plain = f", all against {point['policies'][0]} and none" if against == "against_plain" else ""
+    lines = [f"| {metric}{plain} | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
     for policy in point["policies"]:
         rows = [row for row in point["rows"] if row["policy"] == policy]
-        lines.append(f"| {policy} | " + " | ".join(_cell(row, metric) for row in rows) + " |")
+        lines.append(f"| {policy} | " + " | ".join(_cell(row, metric, against) for row in rows) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: Row, metric: str) -> str:
-    if row["length"] == "none":
+def _cell(row: Row, metric: str, against: str) -> str:
+    if not row[against]:
         return f"{row[metric]:.4g} s"
-    share = row["against_none"][metric]["share"]
-    bold = "**" if verdict(row, metric) else ""
+    share = row[against][metric]["share"]
+    bold = "**" if verdict(row, metric, against) else ""
     shown = [f"{100 * share[name]:+.1f}" for name in ("mean", "low", "high")]
     return f"{bold}{shown[0]}{bold} [{shown[1]}, {shown[2]}]"
 

@@ -59,6 +59,7 @@ def test_every_policy_has_every_predictor_beside_none(point):
     ]
     for each in point["rows"]:
         assert bool(each["against_none"]) == (each["length"] != "none")
+        assert each["against_plain"] == each["against_none"]  # with one policy
         assert ("right" in each) == (each["length"] in prediction.TRAINED)
 
 
