@@ -37,16 +37,13 @@ class Lengths:
         self.batches: list[list[str]] = []
         self.fails_at, self.priority = fails_at, 0
 
-    def classify(self, texts: Sequence[str]) -> list[Odds]:
+    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
         self.batches.append(list(texts))
         self.priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         assert self.go.acquire(timeout=20)
         if self.fails_at in texts and self.fails_at:
             raise RuntimeError(f"no idea\nof {self.fails_at}")
-        return [Odds(len(text), (1.0,)) for text in texts]
-
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(text) for text in texts]
+        return [Odds(len(text), (1.0,)) for text in texts], [len(text) for text in texts]
 
 
 class Clock:
@@ -117,8 +114,8 @@ def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCapture
 
 def test_fewer_answers_than_questions_are_a_failure() -> None:
     class Short(Lengths):
-        def classify(self, texts: Sequence[str]) -> list[Odds]:
-            return []
+        def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+            return [], []
 
     before = Sequential(reading(Short()))
     assert before.ask("k", b"a") == ("k", None) and before.trouble == "the classifier failed: 0 answers to 1 prompts"
@@ -157,7 +154,7 @@ def test_the_thread_lets_others_go_first(parallel: Any) -> None:
 def test_elsewhere_than_on_linux_priorities_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: type("U", (), {"sysname": "Darwin"}))
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    lower_priority()
+    lower_priority(3)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 

@@ -233,17 +233,14 @@ class Texts:
     card = made.card("classifier", "", cut=4)
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.read: list[str] = []
+        self.texts: list[str] = []
         self.error = error
 
-    def classify(self, texts: Sequence[str]) -> list[Odds]:
-        self.read += texts
+    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+        self.texts += texts
         if self.error is not None:
             raise self.error
-        return [Odds(100, (1.0,))] * len(texts)
-
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(text) for text in texts]
+        return [Odds(100, (1.0,))] * len(texts), [len(text) for text in texts]
 
 
 def serving_with(texts: Texts, mode: str, wake: Any = lambda: None) -> predictor.Serving:
@@ -260,7 +257,7 @@ def test_in_front_of_the_model_the_answer_is_the_actions_result() -> None:
     texts = Texts()
     serving = serving_with(texts, "sequential")
     assert serving.predict(ASKED) == NAMED and [*serving.known()] == []
-    assert texts.read == ["hello"]
+    assert texts.texts == ["hello"]
     serving.close()
 
 

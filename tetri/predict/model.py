@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from tetri.predict.card import HEAD, KINDS, Card, read_card
-from tetri.predict.encoder import Encoder, find_encoder, load_encoder
+from tetri.predict.encoder import SHAPE, Encoder, find_encoder, load_encoder
 from tetri.predict.heads import Array, Head, load_head
 from tetri.predict.lengths import PredictError
+from tetri.predict.quick import quick
 from tetri.request import Expected, Odds
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -39,9 +40,17 @@ class Loaded:
 
     def classify(self, texts: Sequence[str]) -> list[Odds]:
         """The odds of each prompt's whole output; one batch, padded to its longest. Only a classifier can."""
+        return self.read(texts)[0]
+
+    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+        """As `classify`, and how many of the encoder's tokens each text has, of which it reads `card.cut` at most."""
         if self.encoder is None:
             raise PredictError("a predictor of kind hidden reads no text")
-        return self._odds(self.encoder.vectors(texts)) if texts else []
+        if not texts:
+            return [], []
+        vectors = self.encoder.vectors(texts)
+        counts = np.rint(np.expm1(vectors[:, -SHAPE].astype(np.float64)))  # it is the first of what `shape` says
+        return self._odds(vectors), [int(count) for count in counts]
 
     def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
         """`states`: float [n, hidden], after `layer` layers, at the last token of each text; `outputs`: how many output
@@ -94,16 +103,7 @@ def load(folder: Path, kind: str, weights: str = "") -> Loaded:
         raise PredictError(f"{folder / kind} was trained with another encoder than {card.encoder} as it is here")
     if encoder.vector != head.inputs:
         raise PredictError(f"{folder / kind}: the head does not fit to encoder {card.encoder}: train again")
-    return Loaded(card, head, replace(encoder, model=_quick(encoder.model)))
-
-
-def _quick(model: Any) -> Any:
-    """In bfloat16 where this processor multiplies it: then a third of the time, and features that differ by a hundredth
-    of what they are."""
-    import torch
-
-    quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return model.to(torch.bfloat16) if quick else model
+    return Loaded(card, head, replace(encoder, model=quick(encoder.model)))
 
 
 def shipped_for(weights: str) -> Path | None:

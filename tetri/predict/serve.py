@@ -37,11 +37,8 @@ Answer = tuple[str, Odds | None]
 class Classifier(Protocol):
     """The part of tetri.predict.model.Loaded that is used here."""
 
-    def classify(self, texts: Sequence[str]) -> list[Odds]:
-        """One batch; of longer texts the ends."""
-
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens it would read of each if it did not cut."""
+    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+        """One batch, of longer texts the ends; and how many tokens each text has."""
 
 
 class Head(Protocol):
@@ -57,13 +54,13 @@ class Head(Protocol):
 
 
 class Reading:
-    """A classifier that cannot fail. `read`: from a prompt's ids to its text; `most`: tokens of a text that are read at
+    """A classifier that cannot fail. `text`: from a prompt's ids to its text; `most`: tokens of a text that are read at
     most; 0: all. `cut` counts the prompts of which only the ends were read."""
 
     def __init__(
-        self, classifier: Classifier, read: Callable[[Sequence[int]], str], most: int, logger: logging.Logger
+        self, classifier: Classifier, text: Callable[[Sequence[int]], str], most: int, logger: logging.Logger
     ) -> None:
-        self._classifier, self._read, self._most, self._log = classifier, read, most, logger
+        self._classifier, self._text, self._most, self._log = classifier, text, most, logger
         self.trouble = ""
         self.cut = 0
 
@@ -72,15 +69,13 @@ class Reading:
         if self.trouble:
             return [None] * len(prompts)
         try:
-            texts = [self._read(prompt) for prompt in prompts]
-            cut = sum(count > self._most for count in self._classifier.tokens(texts)) if self._most else 0
-            found = self._classifier.classify(texts)
+            found, tokens = self._classifier.read([self._text(prompt) for prompt in prompts])
             if len(found) != len(prompts):
                 raise ValueError(f"{len(found)} answers to {len(prompts)} prompts")
         except Exception as error:  # of any kind: a broken predictor must not take the main model with it
             self.trouble = _failed("classifier", error, self._log)
             return [None] * len(prompts)
-        self.cut += cut
+        self.cut += sum(count > self._most for count in tokens) if self._most else 0
         return list(found)
 
 
@@ -157,9 +152,10 @@ class Parallel:
         alone: int = 0,
         clock: Callable[[], float] = time.monotonic,
         begin: Callable[[], None] = lambda: None,
+        nice: int = NICE,
     ) -> None:
         self._reading, self._wake, self._alone, self._clock = reading, wake, alone, clock
-        self._begin = begin
+        self._begin, self._nice = begin, nice
         self._waiting: deque[tuple[str, Sequence[int]]] = deque()
         self._answers: deque[Answer] = deque()
         self._changed = threading.Condition()
@@ -210,7 +206,7 @@ class Parallel:
     # ------------------------------------------------------------ in the thread
 
     def _work(self) -> None:
-        lower_priority()
+        lower_priority(self._nice)
         self._begin()
         while batch := self._next():
             odds = self._reading.odds([prompt for _, prompt in batch])
@@ -236,7 +232,7 @@ class Parallel:
         return bool(self._alone) and len(waiting[1]) > self._alone
 
 
-def lower_priority(nice: int = NICE) -> None:
+def lower_priority(nice: int) -> None:
     """Of the calling thread alone, which Linux can and others cannot: there all stays as it is."""
     if os.uname().sysname == "Linux":
         me = threading.get_native_id()
