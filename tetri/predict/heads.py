@@ -8,7 +8,8 @@ neighbouring buckets keep their order without a label for each. The odds are the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ FURTHEST = 8.0  # standard deviations; a feature that is further out than any in
 @dataclass(frozen=True)
 class Head:
     """`mean`, `scale`: of each feature in training. `networks`: of each the layers, (weight [out, in], bias [out]),
-    ReLU between them. `temperature`: what the last layer's logits are divided by."""
+    ReLU between them. `temperature`: what the last layer's logits are divided by. `seen`: of the hash of each prompt
+    that it learnt from, 32 bits."""
 
     mean: Array
     scale: Array
     networks: tuple[tuple[tuple[Array, Array], ...], ...]
     temperature: float = 1.0
+    seen: frozenset[int] = field(default=frozenset(), repr=False)
+
+    def has_seen(self, key: str) -> bool:
+        return _short(key) in self.seen
 
     @property
     def inputs(self) -> int:
@@ -66,8 +72,8 @@ def shares(logits: Array) -> npt.NDArray[np.float64]:
     return np.concatenate([before * ends, lives[:, -1:]], axis=1)
 
 
-def save_head(head: Head, path: Path) -> str:
-    """Weights as float16. Returns the file's hash."""
+def save_head(head: Head, path: Path, keys: Sequence[str] = ()) -> str:
+    """Weights as float16. `keys`: of the prompts that it learnt from. Returns the file's hash."""
     from safetensors.numpy import save
 
     tensors: dict[str, Any] = {"mean": head.mean, "scale": head.scale}
@@ -76,9 +82,14 @@ def save_head(head: Head, path: Path) -> str:
         for depth, (weight, bias) in enumerate(network):
             tensors[f"{number}.{depth}.weight"] = weight.astype(np.float16)
             tensors[f"{number}.{depth}.bias"] = bias.astype(np.float16)
+    tensors["seen"] = np.array(sorted({_short(key) for key in keys}), np.uint32)
     data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     path.write_bytes(data)
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def _short(key: str) -> int:
+    return int(key[:8], 16)
 
 
 def load_head(path: Path, digest: str) -> Head:
@@ -94,20 +105,21 @@ def load_head(path: Path, digest: str) -> Head:
     if xxhash.xxh3_128_hexdigest(data) != digest:
         raise PredictError(f"{path} is cut off or not the one its card is about: train again")
     try:
-        tensors = {name: np.asarray(value, np.float32) for name, value in load(data).items()}
-        head = _head(tensors)
+        tensors = load(data)
+        seen = frozenset(map(int, tensors.pop("seen")))
+        head = _head({name: np.asarray(value, np.float32) for name, value in tensors.items()}, seen)
     except (KeyError, ValueError, IndexError) as error:
         raise PredictError(f"{path} is no trained head ({error}): train again") from None
     return head
 
 
-def _head(tensors: dict[str, Array]) -> Head:
+def _head(tensors: dict[str, Array], seen: frozenset[int]) -> Head:
     networks: list[tuple[tuple[Array, Array], ...]] = []
     while f"{len(networks)}.0.weight" in tensors:
         layers: list[tuple[Array, Array]] = []
         while (name := f"{len(networks)}.{len(layers)}") and f"{name}.weight" in tensors:
             layers.append((tensors[f"{name}.weight"], tensors[f"{name}.bias"]))
         networks.append(tuple(layers))
-    head = Head(tensors["mean"], tensors["scale"], tuple(networks), float(tensors["temperature"][0]))
+    head = Head(tensors["mean"], tensors["scale"], tuple(networks), float(tensors["temperature"][0]), seen)
     head.odds(head.mean[None])  # the shapes fit
     return head

@@ -1,0 +1,63 @@
+"""What `predictor train` and `predictor eval` show of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+TOLD_LINES = 20
+GRANULARITIES = ("100", "200", "400")
+
+
+def told_bad(lines: Sequence[str]) -> None:
+    for line in lines[:TOLD_LINES]:
+        click.echo(f"skipped: {line}", err=True)
+    if len(lines) > TOLD_LINES:
+        click.echo(f"skipped: {len(lines) - TOLD_LINES} more lines", err=True)
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    """The scores as a table, each beside what needs no predictor."""
+    lines = [f"{found['n']} prompts that were not learnt from", ""]
+    lines.append(f"{'':24} {'acc 100':>8} {'200':>6} {'400':>6} {'MAE':>6} {'tau':>6} {'ECE':>6} {'RPS':>6}")
+    for name in ("majority", "by_source", "by_length"):
+        lines.append(_row(_SAID[name], found[name]))
+    for kind, of in found["kinds"].items():
+        lines.append(_row(kind, of["acc"] | {name: of[name] for name in ("mae", "tau", "ece", "rps")}))
+    for name in ("another", "others", "at_most"):
+        if found.get("ceiling"):
+            lines.append(_row(_SAID[name], found["ceiling"][name]))
+    for kind, of in found["kinds"].items():
+        if bound := of.get("bound"):
+            said = f"{bound['inside']:.1%} of the texts end below it, it is {bound['tokens']} tokens on average"
+            lines += ["", f"upper bound for {bound['share']:.0%} by {kind}: {said}"]
+    if later := found.get("later"):
+        lines += ["", "what remains after so many output tokens, by the hidden state then:"]
+        lines.append(f"{'tokens':>8} {'texts':>6} {'acc 200':>8} {'MAE':>6} {'of the median':>14} {'tau':>6}")
+        for known, of in later.items():
+            lines.append(
+                f"{known:>8} {of['n']:6} {of['acc']['200']:8.3f} {of['mae']:6.0f} {of['mae_of_the_median']:14.0f}"
+                f" {of['tau']:6.2f}"
+            )
+    return "\n".join(lines + ([f"\nwritten to {found['out']}"] if "out" in found else []))
+
+
+_SAID = {
+    "majority": "likeliest bucket",
+    "by_source": "likeliest of its source",
+    "by_length": "regression on its length",
+    "another": "one text by another",
+    "others": "one text by the others",
+    "at_most": "no predictor above",
+}
+
+
+def _row(name: str, of: Mapping[str, Any]) -> str:
+    cells = [f"{of[g]:{8 if g == '100' else 6}.3f}" for g in GRANULARITIES]
+    cells += [f"{of[key]:6.{digits}f}" if key in of else " " * 6 for key, digits in _DIGITS]
+    return " ".join([f"{name:24}", *cells]).rstrip()
+
+
+_DIGITS = (("mae", 0), ("tau", 2), ("ece", 3), ("rps", 1))

@@ -1,0 +1,208 @@
+"""Judges predictors on texts that they have not learnt from, beside what needs no predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tetri.predict.examples import Texts, layer_at
+from tetri.predict.lengths import Length, prompt_key
+from tetri.predict.model import Loaded
+from tetri.predict.scores import GRANULARITIES, Doubles, Ints, ceiling, guessed, quantiles, scores
+from tetri.request import Odds
+
+BATCH = 32
+FEWEST = 30  # texts that the baselines are fitted to, when they are others than the judged ones
+FOLDS = 5
+BOUND = 0.9
+Odds_ = Mapping[str, Doubles]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`odds` by kind, [n, buckets] of `width`, of the whole output of each of `lengths`. `later`: by known output
+    tokens, (rows in `lengths`, odds of what follows)."""
+
+    lengths: list[Length]
+    odds: dict[str, Doubles]
+    later: dict[int, tuple[Ints, Doubles]]
+    width: int
+    limit: int
+
+    @property
+    def tokens(self) -> Ints:
+        return np.array([length.tokens for length in self.lengths])
+
+
+def judge(
+    predictors: Mapping[str, Loaded], texts: Texts, lengths: Sequence[Length], say: Callable[[str], None]
+) -> Judged:
+    """Asks each of `predictors`, by kind, for all of `lengths`. Raises PredictError."""
+    odds: dict[str, Doubles] = {}
+    later: dict[int, tuple[Ints, Doubles]] = {}
+    width = next(iter(predictors.values())).card.width
+    for kind, predictor in predictors.items():
+        say(f"{kind}: {len(lengths)} prompts")
+        if kind == "hidden":
+            odds[kind], later = foretold(predictor, texts, lengths)
+        else:
+            odds[kind] = classified(predictor, [length.prompt for length in lengths])
+    if len(odds) == 2:
+        odds["both"] = together(odds["classifier"], odds["hidden"])
+    return Judged(list(lengths), odds, later, width, texts.limit)
+
+
+def classified(predictor: Loaded, prompts: Sequence[str]) -> Doubles:
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    found: dict[int, Odds] = {}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        found |= zip(batch, predictor.classify([prompts[at] for at in batch]), strict=True)
+    return np.array([found[at].shares for at in range(len(prompts))])
+
+
+def foretold(
+    predictor: Loaded, texts: Texts, lengths: Sequence[Length]
+) -> tuple[Doubles, dict[int, tuple[Ints, Doubles]]]:
+    """(odds at the prompts' ends, those at later positions by known tokens, which are capped at the limit)."""
+    at = layer_at(texts, predictor.layer)
+    by_known: dict[int, list[tuple[int, Any]]] = {}
+    for number, length in enumerate(lengths):
+        kept = texts.states[length.key]
+        for known, row in zip(kept.outputs, kept.rows, strict=True):
+            if known < length.tokens:
+                by_known.setdefault(known, []).append((number, row[at]))
+    found = {}
+    for known, rows in sorted(by_known.items()):
+        states = np.array([state for _, state in rows], np.float32)
+        odds = np.array([one.shares for one in predictor.foretell(states, [known] * len(rows))])
+        found[known] = np.array([number for number, _ in rows]), odds
+    return found.pop(0)[1], found
+
+
+def together(one: Doubles, other: Doubles) -> Doubles:
+    """Both answers as one: their geometric mean."""
+    product = np.sqrt(np.maximum(one, 1e-12) * np.maximum(other, 1e-12))
+    return np.asarray(product / product.sum(axis=1, keepdims=True))
+
+
+def report(judged: Judged, others: Sequence[Length], predictors: Mapping[str, Loaded]) -> dict[str, Any]:
+    """`others`: texts that are not judged, to which the baselines are fitted; with too few of them, to the judged ones
+    in five parts. What counts at the top is of the best kind: hidden, or else classifier."""
+    tokens, kinds = judged.tokens, list(judged.odds)
+    of = {kind: scores(odds, tokens, judged.width, judged.limit) for kind, odds in judged.odds.items()}
+    for kind, predictor in predictors.items():
+        of[kind]["bound"] = _bound(judged, kind, predictor)
+    lead = "hidden" if "hidden" in kinds else kinds[0]
+    made: dict[str, Any] = {**of[lead], "kind": lead, **_baselines(judged, others), "kinds": of}
+    if "hidden" in predictors:
+        made["later"] = {str(known): _later(judged, known) for known in judged.later}
+    return made
+
+
+def ceiling_of(texts: Texts) -> dict[str, Any]:
+    """From the prompts with several texts; {} without such."""
+    samples: dict[str, list[int]] = {}
+    for length in texts.lengths:
+        samples.setdefault(prompt_key(length.prompt), []).append(length.tokens)
+    return ceiling(samples, texts.limit)
+
+
+def _baselines(judged: Judged, others: Sequence[Length]) -> dict[str, Any]:
+    """Each for every judged text, from texts that it is not among."""
+    lengths, tokens, count = judged.lengths, judged.tokens, len(judged.lengths)
+    parts = [(np.arange(count), list(others))]
+    if len(others) < FEWEST:
+        fold = np.arange(count) % min(FOLDS, count)
+        all_parts = [(np.flatnonzero(fold == one), np.flatnonzero(fold != one)) for one in range(min(FOLDS, count))]
+        parts = [(mine, [lengths[at] for at in rest] or list(lengths)) for mine, rest in all_parts]
+    guesses = {name: np.zeros((count, 1 + len(GRANULARITIES))) for name in ("majority", "by_source", "by_length")}
+    for mine, rest in parts:
+        of = np.array([length.tokens for length in rest])
+        sources = np.array([length.source for length in rest])
+        guesses["majority"][mine] = _best(of, judged.limit)
+        for at in mine:
+            same = of[sources == lengths[at].source]
+            guesses["by_source"][at] = _best(same if len(same) else of, judged.limit)
+        line = _regression(np.array([_size(length) for length in rest]), of)
+        guesses["by_length"][mine] = line(np.array([_size(lengths[at]) for at in mine]))[:, None]
+    return {name: _guess_scores(guess, tokens, judged.limit) for name, guess in guesses.items()}
+
+
+def _best(tokens: Ints, limit: int) -> Doubles:
+    """[median, then for each granularity the middle of the likeliest bucket]."""
+    found = [float(np.median(tokens))]
+    for g in GRANULARITIES:
+        found.append((int(np.bincount(np.minimum(tokens // g, (limit - 1) // g)).argmax()) + 0.5) * g)
+    return np.array(found)
+
+
+def _guess_scores(guess: Doubles, tokens: Ints, limit: int) -> dict[str, Any]:
+    found = guessed(guess[:, 0], tokens, limit)
+    for column, g in enumerate(GRANULARITIES, start=1):
+        found[str(g)] = guessed(guess[:, column], tokens, limit)[str(g)]
+    return found
+
+
+def _size(length: Length) -> float:
+    """Of a prompt, as a logarithm: its characters, which are always known."""
+    return float(np.log1p(len(length.prompt)))
+
+
+def _regression(sizes: Doubles, tokens: Ints) -> Callable[[Doubles], Doubles]:
+    """The parabola over the prompt's size with the least absolute error: least squares, weighted again and again."""
+    middle = sizes.mean()
+
+    def powers(x: Doubles) -> Doubles:
+        return np.stack([np.ones_like(x), x - middle, (x - middle) ** 2], axis=1)
+
+    weights = np.ones(len(sizes))
+    for _ in range(30):
+        of = powers(sizes) * weights[:, None]
+        factors = np.linalg.lstsq(of, tokens * weights, rcond=None)[0]
+        weights = 1.0 / np.sqrt(np.maximum(np.abs(powers(sizes) @ factors - tokens), 1.0))
+    return lambda x: np.asarray(np.maximum(powers(x) @ factors, 0.0))
+
+
+def _bound(judged: Judged, kind: str, predictor: Loaded) -> dict[str, Any]:
+    """The conformal upper bound: how many texts end below it, and how high it is on average."""
+    levels = predictor.card.levels
+    share = float(np.interp(BOUND, np.arange(1, len(levels) + 1) / (len(levels) + 1), levels)) if levels else BOUND
+    high = quantiles(judged.odds[kind], judged.width, min(share, 1.0), judged.limit + 1)
+    inside = float((judged.tokens < high).mean())
+    return {"share": BOUND, "inside": round(inside, 4), "tokens": round(float(high.mean()))}
+
+
+def _later(judged: Judged, known: int) -> dict[str, Any]:
+    """Of the texts that go on then, beside the median of all that do."""
+    rows, odds = judged.later[known]
+    rest = judged.tokens[rows] - known
+    limit = judged.limit - known
+    found = scores(capped(odds, judged.width, limit), rest, judged.width, limit)
+    return found | {"mae_of_the_median": round(float(np.abs(np.median(rest) - rest).mean()), 1)}
+
+
+def capped(odds: Doubles, width: int, limit: int) -> Doubles:
+    """What is at or above the limit goes into the limit's bucket."""
+    last = min(limit // width, odds.shape[1] - 1)
+    return np.concatenate([odds[:, :last], odds[:, last:].sum(axis=1, keepdims=True)], axis=1)
+
+
+def predictions(judged: Judged) -> list[dict[str, Any]]:
+    """Of each text what a simulator needs: how long it is, and what was said of it when."""
+    rows: list[dict[str, Any]] = []
+    for number, length in enumerate(judged.lengths):
+        row: dict[str, Any] = {"prompt_tokens": length.prompt_tokens, "tokens": length.tokens, "source": length.source}
+        row |= {kind: _rounded(odds[number]) for kind, odds in judged.odds.items() if kind != "both"}
+        rows.append(row | {"width": judged.width})
+    for known, (places, odds) in judged.later.items():
+        for number, one in zip(places, odds, strict=True):
+            rows[number].setdefault("later", {})[str(known)] = _rounded(one)
+    return rows
+
+
+def _rounded(odds: Doubles) -> list[float]:
+    return [round(float(share), 5) for share in odds]

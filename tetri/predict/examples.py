@@ -1,0 +1,161 @@
+"""What a predictor learns from, and on what it is judged: texts that the target model wrote, split by their prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tetri.predict.collect import plan_path
+from tetri.predict.heads import Array
+from tetri.predict.lengths import Length, PredictError, States, prompt_key, read_lengths, read_states, states_path
+
+HELD_OUT = 0.15  # of the prompts
+FOLDS = 4  # parts of the rest: each calibrates what was learnt from the others
+FEWEST = 40  # prompts
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All texts of some files. `plan`: what the files say of how they were written, {} when nothing; `bad`: what is
+    wrong with some of their lines."""
+
+    lengths: list[Length]
+    states: dict[tuple[str, int], States] = field(repr=False)
+    plan: dict[str, Any]
+    bad: list[str]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.plan.get("layers", ()))
+
+    @property
+    def limit(self) -> int:
+        """Output tokens at which a text was cut off."""
+        longest = max((length.tokens for length in self.lengths), default=1)
+        return int(self.plan.get("max_tokens", longest))
+
+    def first(self) -> list[Length]:
+        """The first text of each prompt."""
+        found: dict[str, Length] = {}
+        for length in sorted(self.lengths, key=lambda length: length.sample):
+            found.setdefault(prompt_key(length.prompt), length)
+        return list(found.values())
+
+
+def read_texts(files: Sequence[Path], *, states: bool) -> Texts:
+    """`states`: the hidden states, too. Raises PredictError, also when the files were written in different ways."""
+    lengths: dict[tuple[str, int], Length] = {}
+    found: dict[tuple[str, int], States] = {}
+    plans, bad = [], []
+    for file in files:
+        rows, wrong = read_lengths(file)
+        lengths |= {row.key: row for row in rows if row.tokens > 0}
+        bad += wrong + [f"{file}: a text of no tokens" for row in rows if not row.tokens]
+        plans.append(_plan(plan_path(file)))
+        if states:
+            if not states_path(file).exists():
+                raise PredictError(f"{file} has no hidden states beside it: collect with --layers")
+            found |= read_states(states_path(file))
+    if not lengths:
+        raise PredictError(f"no lengths in {', '.join(map(str, files))}: collect some first")
+    if different := [file for file, plan in zip(files, plans, strict=True) if plan != plans[0]]:
+        raise PredictError(f"{different[0]} was written in another way than {files[0]}: give files of one kind")
+    kept = [row for key, row in lengths.items() if not states or key in found]
+    if not kept:
+        raise PredictError("none of the texts has hidden states: collect with --layers")
+    return Texts(kept, found, plans[0], bad)
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise PredictError(f"{path} cannot be read: {error}") from None
+    return row if isinstance(row, dict) else {}
+
+
+def place(key: str, seed: int) -> float:
+    """Where the prompt with this key is in the split, 0 to 1: the same in any file."""
+    return float(xxhash.xxh3_64_intdigest(f"{seed} {key}".encode()) / 2**64)
+
+
+def is_held_out(length: Length, seed: int) -> bool:
+    return place(prompt_key(length.prompt), seed) < HELD_OUT
+
+
+@dataclass(frozen=True)
+class Rows:
+    """To learn from, one a row: `features`; `tokens` that follow, at least so many where `open`; `fold`, the same for
+    all rows of a prompt; `weight`; `known` output tokens, 0 at the prompt's end."""
+
+    features: Array
+    tokens: Ints
+    open: npt.NDArray[np.bool_]
+    fold: Ints
+    weight: Array
+    known: Ints
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def chosen(self, which: npt.NDArray[np.bool_]) -> Rows:
+        """Some of them, without their features."""
+        nothing = np.empty((int(which.sum()), 0), np.float32)
+        columns = self.open[which], self.fold[which], self.weight[which], self.known[which]
+        return Rows(nothing, self.tokens[which], *columns)
+
+
+def folds_of(lengths: Sequence[Length], seed: int) -> Ints:
+    """Parts of nearly equal size."""
+    keys = [prompt_key(length.prompt) for length in lengths]
+    order = sorted(set(keys), key=lambda key: place(key, seed))
+    fold = {key: number % FOLDS for number, key in enumerate(order)}
+    return np.array([fold[key] for key in keys])
+
+
+def weights_of(lengths: Sequence[Length]) -> Array:
+    """Every prompt counts the same, however many texts it has."""
+    keys = [prompt_key(length.prompt) for length in lengths]
+    counts = {key: 0 for key in keys}
+    for key in keys:
+        counts[key] += 1
+    return np.array([1.0 / counts[key] for key in keys], np.float32)
+
+
+LATER = 0.25  # how much a later position counts beside the prompt's end
+
+
+def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> tuple[Array, Rows]:
+    """(states [n, hidden] after `layer` layers, rows without features) at every position of these texts. Raises
+    PredictError when the layer was not kept."""
+    at = layer_at(texts, layer)
+    folds, weights = folds_of(lengths, seed), weights_of(lengths)
+    states, rows = [], []
+    for length, fold, weight in zip(lengths, folds, weights, strict=True):
+        kept = texts.states[length.key]
+        for known, row in zip(kept.outputs, kept.rows, strict=True):
+            if known < length.tokens:
+                states.append(row[at])
+                cut = length.ended == "length"
+                rows.append((length.tokens - known, cut, fold, weight * (LATER if known else 1.0), known))
+    tokens, cuts, fold_, weight_, known_ = (np.array(column) for column in zip(*rows, strict=True))
+    features = np.array(states, np.float32)
+    return features, Rows(np.empty((0, 0), np.float32), tokens, cuts, fold_, weight_.astype(np.float32), known_)
+
+
+def layer_at(texts: Texts, layer: int) -> int:
+    if layer not in texts.layers:
+        kept = ", ".join(map(str, texts.layers)) or "none"
+        raise PredictError(f"layer {layer} was not kept when the lengths were collected, but {kept}")
+    return texts.layers.index(layer)

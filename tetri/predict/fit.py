@@ -1,0 +1,174 @@
+"""Trains a head (heads.py) on features: a small network for each part of the examples that is left out in turn, which
+says when to stop and how sure the odds may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tetri.predict.examples import FOLDS, Ints, Rows
+from tetri.predict.heads import Array, Head, shares
+
+SIZE, DROPOUT, DECAY, RATE = 64, 0.5, 1.0, 1e-3
+STEPS, BATCH, LOOK = 600, 128, 25  # a look at the left-out part every so many steps
+LEVELS = 39  # that are kept of the calibration
+
+Doubles = npt.NDArray[np.float64]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """`left_out`: of each row the odds [n, buckets] by the network that has not seen it; `loss`: at prompts' ends, the
+    mean negative log of the odds of what came."""
+
+    head: Head
+    left_out: Doubles
+    loss: float
+
+
+def buckets_of(limit: int, width: int) -> int:
+    """So many that only texts near the limit are in the open one."""
+    return max((limit - 1) // width + 1, 2)
+
+
+def fit(rows: Rows, width: int, buckets: int, seed: int, say: Say) -> Fitted:
+    mean, scale = moments(rows.features, rows.weight)
+    plain = Head(mean, scale, ())
+    normed = plain.normed(rows.features)
+    left_out = np.zeros((len(rows), buckets - 1), np.float32)
+    networks = []
+    for fold in range(FOLDS):
+        out = rows.fold == fold
+        network, logits = _network(normed, rows, out, width, buckets, seed + fold)
+        networks.append(network)
+        left_out[out] = logits
+        say(f"network {fold + 1} of {FOLDS}")
+    temperature = temperature_of(left_out, rows, width)
+    odds = shares(left_out / temperature)
+    ends = rows.known == 0
+    head = Head(mean, scale, tuple(networks), temperature)
+    return Fitted(head, odds, float(np.average(surprise(odds, rows, width)[ends], weights=rows.weight[ends])))
+
+
+def moments(features: Array, weight: Array) -> tuple[Array, Array]:
+    mean = np.average(features, axis=0, weights=weight)
+    scale = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=weight))
+    return mean.astype(np.float32), (scale + 1e-5).astype(np.float32)
+
+
+def surprise(odds: Doubles, rows: Rows, width: int) -> Doubles:
+    """Negative log of the odds of what came; of a text that was cut off, of all that may have come."""
+    bucket = np.minimum(rows.tokens // width, odds.shape[1] - 1)
+    here = odds[np.arange(len(odds)), bucket]
+    beyond = np.cumsum(odds[:, ::-1], axis=1)[:, ::-1][np.arange(len(odds)), bucket]
+    return np.asarray(-np.log(np.maximum(np.where(rows.open, beyond, here), 1e-9)))
+
+
+def temperature_of(logits: Array, rows: Rows, width: int) -> float:
+    """By which the logits are divided so that the odds surprise least."""
+    tried = np.geomspace(0.6, 2.0, 29)
+    losses = [np.average(surprise(shares(logits / one), rows, width), weights=rows.weight) for one in tried]
+    return round(float(tried[int(np.argmin(losses))]), 4)
+
+
+def transform(odds: Doubles, tokens: Ints, width: int) -> Doubles:
+    """The share of the odds that lies at or below the true length, evenly spread within a bucket."""
+    bucket = np.minimum(tokens // width, odds.shape[1] - 1)
+    sums = np.concatenate([np.zeros((len(odds), 1)), np.cumsum(odds, axis=1)], axis=1)
+    row = np.arange(len(odds))
+    inside = np.clip((tokens + 1 - bucket * width) / width, 0.0, 1.0)
+    return np.asarray(sums[row, bucket] + (sums[row, bucket + 1] - sums[row, bucket]) * inside)
+
+
+def levels_of(odds: Doubles, tokens: Ints, width: int) -> tuple[float, ...]:
+    """The calibration, as tetri.request.Expected has it."""
+    if not len(tokens):
+        return ()
+    at = np.quantile(transform(odds, tokens, width), np.arange(1, LEVELS + 1) / (LEVELS + 1))
+    return tuple(round(float(min(max(level, 0.0), 1.0)), 4) for level in at)
+
+
+def loss_of(logits: Any, bucket: Any, open_: Any) -> Any:
+    """Of discrete hazards: a text lives through the buckets before its own, and ends in it unless it was cut off."""
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    place = torch.arange(logits.shape[1])[None]
+    lives = place < bucket[:, None]
+    ends = (place == bucket[:, None]) & ~open_[:, None]
+    return -(logsigmoid(-logits) * lives + logsigmoid(logits) * ends).sum(1)
+
+
+def first_guess(rows: Rows, width: int, buckets: int) -> Array:
+    """The logits of the hazards of all rows together."""
+    bucket, place = rows.tokens // width, np.arange(buckets - 1)
+    alive = (bucket[:, None] >= place).sum(0)
+    ends = ((bucket[:, None] == place) & ~rows.open[:, None]).sum(0)
+    hazard = (ends + 0.5) / (alive + 1.0)
+    return np.asarray(np.log(hazard / (1.0 - hazard)), np.float32)
+
+
+def fresh(inputs: int, guess: Array) -> Any:
+    """An untrained network that says `guess`, nearly."""
+    import torch
+    from torch import nn
+
+    outputs = nn.Linear(SIZE, len(guess))
+    with torch.no_grad():
+        outputs.bias.copy_(torch.tensor(guess))
+        outputs.weight.mul_(0.1)
+    return nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(inputs, SIZE), nn.ReLU(), nn.Dropout(DROPOUT), outputs)
+
+
+def layers(network: Any) -> tuple[tuple[Array, Array], ...]:
+    return tuple(
+        (network[at].weight.detach().float().numpy().copy(), network[at].bias.detach().float().numpy().copy())
+        for at in (1, 4)
+    )
+
+
+def _network(
+    normed: Array, rows: Rows, out: npt.NDArray[np.bool_], width: int, buckets: int, seed: int
+) -> tuple[tuple[tuple[Array, Array], ...], Array]:
+    """(layers, logits of the left-out rows), of when these surprised least."""
+    import torch
+
+    torch.set_num_threads(1)  # the batches are small: a second thread costs more than it does
+    torch.manual_seed(seed)
+    network = fresh(normed.shape[1], first_guess(rows, width, buckets))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    features, weight = torch.tensor(normed[~out]), torch.tensor(rows.weight[~out])
+    bucket, open_ = torch.tensor(rows.tokens[~out] // width), torch.tensor(rows.open[~out])
+    watched = torch.tensor(normed[out])
+    judged = rows.chosen(out)
+    best: tuple[float, Any, Any] = (np.inf, None, None)
+    for step, batch in enumerate(_batches(len(features)), start=1):
+        network.train()
+        losses = loss_of(network(features[batch]), bucket[batch], open_[batch])
+        loss = (losses * weight[batch]).sum() / weight[batch].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % LOOK == 0:
+            network.eval()
+            with torch.inference_mode():
+                logits = network(watched).numpy()
+            now = float(np.average(surprise(shares(logits), judged, width), weights=judged.weight))
+            best = min(best, (now, layers(network), logits), key=lambda one: one[0])
+    return best[1], best[2]
+
+
+def _batches(count: int) -> Iterator[Any]:
+    import torch
+
+    left: list[Any] = []
+    for _ in range(STEPS):
+        left = left or list(torch.randperm(count).split(BATCH))
+        yield left.pop()

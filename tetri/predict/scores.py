@@ -1,0 +1,153 @@
+"""How good odds of lengths are: what they got right, how far off they were, how honest and how well ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+GRANULARITIES = (100, 200, 400)
+BINS = 10  # of confidence
+
+
+def merged(odds: Doubles, width: int, granularity: int) -> Doubles:
+    """[n, buckets] of `width` -> of `granularity`, a multiple."""
+    starts = np.arange(0, odds.shape[1], granularity // width)
+    return np.asarray(np.add.reduceat(odds, starts, axis=1))
+
+
+def labels(tokens: Ints, granularity: int, buckets: int) -> Ints:
+    return np.minimum(tokens // granularity, buckets - 1)
+
+
+def accuracy(odds: Doubles, tokens: Ints, width: int, granularity: int) -> float:
+    wide = merged(odds, width, granularity)
+    return float(np.mean(wide.argmax(axis=1) == labels(tokens, granularity, wide.shape[1])))
+
+
+def quantiles(odds: Doubles, width: int, share: float, limit: int) -> Doubles:
+    """The tokens below which this share of the odds lies; what is in the open bucket is at `limit`."""
+    below = np.cumsum(odds, axis=1)
+    bucket = np.minimum((below < share).sum(axis=1), odds.shape[1] - 1)
+    row = np.arange(len(odds))
+    before = np.where(bucket > 0, below[row, bucket - 1], 0.0)
+    inside = np.clip((share - before) / np.maximum(odds[row, bucket], 1e-12), 0.0, 1.0)
+    return np.asarray(np.where(bucket == odds.shape[1] - 1, limit, np.minimum((bucket + inside) * width, limit)))
+
+
+def means(odds: Doubles, width: int, limit: int) -> Doubles:
+    middle = (np.arange(odds.shape[1]) + 0.5) * width
+    middle[-1] = max(limit, middle[-1])
+    return np.asarray(odds @ middle)
+
+
+def calibration_error(odds: Doubles, tokens: Ints, width: int, granularity: int) -> float:
+    """Expected calibration error: between how sure the likeliest bucket was and how often it was right."""
+    wide = merged(odds, width, granularity)
+    sure = wide.max(axis=1)
+    right = wide.argmax(axis=1) == labels(tokens, granularity, wide.shape[1])
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    gaps = [abs(float((right[bins == one] - sure[bins == one]).sum())) for one in range(BINS)]
+    return sum(gaps) / len(tokens)
+
+
+def tau(guess: Doubles, tokens: Ints) -> float:
+    """Kendall's tau-b of two orders; 0 where one of them has none."""
+    same, tied_guess, tied_tokens, count = 0, 0, 0, len(tokens)
+    for at in range(count - 1):  # a row at a time: memory for one
+        up = np.sign(guess[at + 1 :] - guess[at])
+        real = np.sign(tokens[at + 1 :] - tokens[at])
+        same += int((up * real).sum())
+        tied_guess += int((up == 0).sum())
+        tied_tokens += int((real == 0).sum())
+    pairs = count * (count - 1) // 2
+    of = float((pairs - tied_guess) * (pairs - tied_tokens)) ** 0.5
+    return same / of if of else 0.0
+
+
+def ranked(odds: Doubles, tokens: Ints, width: int) -> float:
+    """The ranked probability score, in tokens: how far the shares below each bucket's end were from what came, squared
+    and summed. Less is better."""
+    below = np.cumsum(odds, axis=1)[:, :-1]
+    ends = (np.arange(odds.shape[1] - 1) + 1) * width
+    return float(np.mean((((tokens[:, None] < ends) - below) ** 2).sum(axis=1)) * width)
+
+
+def scores(odds: Doubles, tokens: Ints, width: int, limit: int) -> dict[str, Any]:
+    """All of it; `n` texts."""
+    return {
+        "n": len(tokens),
+        "acc": {str(g): _short(accuracy(odds, tokens, width, g)) for g in GRANULARITIES},
+        "mae": round(float(np.abs(quantiles(odds, width, 0.5, limit) - tokens).mean()), 1),
+        "ece": _short(calibration_error(odds, tokens, width, 200)),
+        "tau": _short(tau(means(odds, width, limit), tokens)),
+        "rps": round(ranked(odds, tokens, width), 1),
+    }
+
+
+def guessed(guess: Doubles, tokens: Ints, limit: int) -> dict[str, Any]:
+    """The same of a plain number of tokens for each."""
+    found: dict[str, Any] = {}
+    for g in GRANULARITIES:
+        last = (limit - 1) // g
+        right = np.minimum(np.maximum(guess, 0) // g, last) == np.minimum(tokens // g, last)
+        found[str(g)] = _short(float(right.mean()))
+    return found | {"mae": round(float(np.abs(guess - tokens).mean()), 1), "tau": _short(tau(guess, tokens))}
+
+
+def ceiling(samples: Mapping[str, list[int]], limit: int) -> dict[str, Any]:
+    """How well the length of one text of a prompt can be told from others of the same prompt: no predictor that knows
+    only the prompt gets far past that. `samples`: lengths by prompt, of those with several.
+
+    another  by one other text
+    others   by all the others: the likeliest bucket, the median
+    at_most  by all of them, itself included: more than any predictor can reach
+    """
+    many = {key: np.array(tokens) for key, tokens in samples.items() if len(tokens) > 1}
+    if not many:
+        return {}
+    found: dict[str, Any] = {"prompts": len(many), "texts": sum(map(len, many.values()))}
+    for name in ("another", "others", "at_most"):
+        found[name] = {str(g): _short(_agreement(name, many, g, (limit - 1) // g)) for g in GRANULARITIES}
+    rows = [(key, i, j) for key, of in many.items() for i in range(len(of)) for j in range(len(of)) if i != j]
+    one, other = (np.array([many[row[0]][row[at]] for row in rows]) for at in (1, 2))
+    found["another"] |= {"mae": round(float(np.abs(one - other).mean()), 1)}
+    firsts, seconds = (np.array([of[at] for of in many.values()]) for at in (0, 1))
+    found["another"] |= {"tau": _short(tau(firsts.astype(np.float64), seconds))}
+    rest = [(np.median(np.delete(of, at)), of[at]) for of in many.values() for at in range(len(of))]
+    guess, real = (np.array(column) for column in zip(*rest, strict=True))
+    found["others"] |= {"mae": round(float(np.abs(guess - real).mean()), 1)}
+    return found
+
+
+def _agreement(name: str, many: Mapping[str, Ints], granularity: int, last: int) -> float:
+    shares = []
+    for tokens in many.values():
+        counts = np.bincount(np.minimum(tokens // granularity, last), minlength=last + 1)
+        each, size = counts[counts > 0], len(tokens)
+        if name == "another":
+            shares.append(float((each * (each - 1)).sum() / (size * (size - 1))))
+        elif name == "at_most":
+            shares.append(float(each.max() / size))
+        else:
+            shares.append(_by_others(counts, size))
+    return float(np.mean(shares))
+
+
+def _by_others(counts: Ints, size: int) -> float:
+    """Each text guessed as the likeliest bucket of the others; of equals any, with the same chance."""
+    right = 0.0
+    for bucket in np.flatnonzero(counts):
+        rest = counts.copy()
+        rest[bucket] -= 1
+        if rest[bucket] == rest.max():
+            right += counts[bucket] / (rest == rest.max()).sum()
+    return float(right / size)
+
+
+def _short(number: float) -> float:
+    return round(number, 4)

@@ -1,0 +1,200 @@
+"""Trains a predictor and writes its folder: card, head and, when it was tuned, the encoder (paper, section 3.3.2)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tetri.predict import examples
+from tetri.predict.card import HEAD, Card, write_card
+from tetri.predict.encoder import CUT, DEFAULT, Encoder, load_encoder
+from tetri.predict.evaluate import ceiling_of, judge, report
+from tetri.predict.examples import FEWEST, FOLDS, HELD_OUT, Rows, Texts
+from tetri.predict.fit import Fitted, buckets_of, fit, levels_of
+from tetri.predict.heads import Array, save_head
+from tetri.predict.lengths import Length, PredictError
+from tetri.predict.model import load, with_place
+
+WIDTH = 50
+NOTES = (
+    "No prompt is in this folder: the head keeps 32 bits of the hash of each that it learnt from.",
+    "The 58.9 / 74.9 / 85 % at 100 / 200 / 400 tokens of the paper belong to another model (OPT-13B), other prompts"
+    " (75 thousand of ShareGPT) and another predictor (OPT-125M); they say nothing of this one.",
+)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`layer`: 0: the best of those that were kept; `depth`: 0: two thirds of the encoder."""
+
+    kind: str
+    out: Path
+    model: str
+    weights: str
+    encoder: str = DEFAULT
+    full: bool = False
+    cut: int = CUT
+    depth: int = 0
+    layer: int = 0
+    seed: int = 0
+    epochs: int = 4
+    date: str = ""
+
+
+def train(texts: Texts, wanted: Wanted, say: Say) -> dict[str, Any]:
+    """What `report` says of the held-out part. Raises PredictError, one line; OSError."""
+    learnt, held = _parts(texts, wanted.seed)
+    started = time.monotonic()
+    folder = wanted.out / wanted.kind
+    part = wanted.out / f".{wanted.kind}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    (part / wanted.kind).mkdir(parents=True)
+    try:
+        make = _hidden if wanted.kind == "hidden" else _classifier
+        card = make(texts, learnt, wanted, part / wanted.kind, say)
+        write_card(card, part / wanted.kind)
+        loaded = {wanted.kind: load(part, wanted.kind, wanted.weights)}
+        found = report(judge(loaded, texts, _first(held), say), learnt, loaded)
+        extra = {"train_seconds": round(time.monotonic() - started)}
+        write_card(replace(card, scores=found, split=card.split | extra), part / wanted.kind)
+        shutil.rmtree(folder, ignore_errors=True)
+        (part / wanted.kind).rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return found | {"out": str(folder), "ceiling": card.ceiling}
+
+
+def _parts(texts: Texts, seed: int) -> tuple[list[Length], list[Length]]:
+    """(to learn from, held out)"""
+    held = [length for length in texts.lengths if examples.is_held_out(length, seed)]
+    learnt = [length for length in texts.lengths if not examples.is_held_out(length, seed)]
+    prompts = len(_first(learnt))
+    if prompts < FEWEST or not held:
+        raise PredictError(f"{prompts} prompts to learn from are too few, {FEWEST} are needed: collect more")
+    return learnt, held
+
+
+def _first(lengths: Sequence[Length]) -> list[Length]:
+    return Texts(list(lengths), {}, {}, []).first()
+
+
+def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, say: Say) -> Card:
+    layers = (wanted.layer,) if wanted.layer else texts.layers
+    if not layers:
+        raise PredictError("the lengths have no hidden states: collect with --layers")
+    buckets = buckets_of(texts.limit, WIDTH)
+    best: tuple[float, int, Fitted, Rows] | None = None
+    tried = {}
+    for layer in layers:
+        states, rows = examples.state_rows(texts, learnt, layer, wanted.seed)
+        rows = replace(rows, features=with_place(states, rows.known.tolist()))
+        say(f"layer {layer}: {len(rows)} states")
+        fitted = fit(rows, WIDTH, buckets, wanted.seed, say)
+        tried[str(layer)] = round(fitted.loss, 4)
+        if best is None or fitted.loss < best[0]:
+            best = (fitted.loss, layer, fitted, rows)
+    assert best is not None
+    _, layer, fitted, rows = best
+    card = _card(texts, learnt, wanted, fitted, rows, folder)
+    split = card.split | {"loss_by_layer": tried}
+    return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split)
+
+
+def _classifier(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, say: Say) -> Card:
+    encoder = load_encoder(wanted.encoder, wanted.cut, wanted.depth)
+    rows = _rows(learnt, wanted.seed)
+    buckets = buckets_of(texts.limit, WIDTH)
+    name, digest = wanted.encoder, encoder.digest
+    if wanted.full:
+        from tetri.predict.tune import tune
+
+        encoder, fitted, rows = tune(encoder, learnt, rows, WIDTH, buckets, wanted.epochs, wanted.seed, say)
+        name, digest = "encoder", encoder.save(folder / "encoder")
+    else:
+        rows = replace(rows, features=_vectors(encoder, [length.prompt for length in learnt], say))
+        fitted = fit(rows, WIDTH, buckets, wanted.seed, say)
+    card = _card(texts, learnt, wanted, fitted, rows, folder)
+    return replace(card, encoder=name, encoder_hash=digest, cut=wanted.cut, depth=encoder.depth)
+
+
+def _rows(lengths: Sequence[Length], seed: int) -> Rows:
+    """Without features."""
+    return Rows(
+        np.empty((0, 0), np.float32),
+        np.array([length.tokens for length in lengths]),
+        np.array([length.ended == "length" for length in lengths]),
+        examples.folds_of(lengths, seed),
+        examples.weights_of(lengths),
+        np.zeros(len(lengths), np.int64),
+    )
+
+
+BATCH = 32
+
+
+def _vectors(encoder: Encoder, prompts: Sequence[str], say: Say) -> Array:
+    """Of each text, one computation a prompt."""
+    different = sorted(set(prompts), key=len)
+    found: dict[str, Array] = {}
+    for start in range(0, len(different), BATCH):
+        batch = different[start : start + BATCH]
+        found |= zip(batch, encoder.vectors(batch), strict=True)
+        if start // BATCH % 20 == 0:
+            say(f"encoder: {start} of {len(different)} prompts")
+    return np.stack([found[prompt] for prompt in prompts])
+
+
+def _card(
+    texts: Texts, learnt: Sequence[Length], wanted: Wanted, fitted: Fitted, rows: Rows, folder: Path
+) -> Card:
+    """Saves the head."""
+    ends = rows.known == 0
+    # The calibration of the prompt's end: of --full only the part that was not learnt from.
+    judged = ends & np.isfinite(fitted.left_out[:, 0])
+    levels = levels_of(fitted.left_out[judged], rows.tokens[judged], WIDTH)
+    counts = np.bincount(
+        np.minimum(rows.tokens[ends] // WIDTH, fitted.head.buckets - 1), rows.weight[ends], fitted.head.buckets
+    )
+    prior = (counts + 0.5) / (counts + 0.5).sum()
+    keys = [length.key[0] for length in learnt]
+    return Card(
+        wanted.kind,
+        wanted.model,
+        wanted.weights,
+        WIDTH,
+        tuple(round(float(share), 6) for share in prior),
+        levels,
+        save_head(fitted.head, folder / HEAD, keys),
+        data=_data(texts),
+        split={
+            "seed": wanted.seed,
+            "held_out": HELD_OUT,
+            "by": "xxh3 of the seed and the prompt's hash",
+            "prompts_learnt": len(set(keys)),
+            "networks": len(fitted.head.networks),
+            "left_out_of_each": 1 / FOLDS,
+            "temperature": fitted.head.temperature,
+            "loss": round(fitted.loss, 4),
+            "full": wanted.full,
+        },
+        ceiling=ceiling_of(texts),
+        notes=NOTES,
+        date=wanted.date,
+    )
+
+
+def _data(texts: Texts) -> dict[str, Any]:
+    first = texts.first()
+    found: dict[str, Any] = {"prompts": len(first), "texts": len(texts.lengths), "limit": texts.limit}
+    found |= {name: texts.plan[name] for name in ("temperature", "seed") if name in texts.plan}
+    found["cut_off_by_the_limit"] = round(float(np.mean([length.ended == "length" for length in first])), 4)
+    found["sources"] = dict(Counter(length.source or "unknown" for length in first).most_common())
+    return found
