@@ -31,8 +31,8 @@ Step = Callable[[], StepDone]
 class Bench:
     """`head` is asked with the states of `layer`."""
 
-    def __init__(self, engine: VllmEngine, head: Any) -> None:
-        self.engine, self.head, self.rng = engine, head, Random(7)
+    def __init__(self, engine: VllmEngine, head: Any, clock: Callable[[], float]) -> None:
+        self.engine, self.head, self.clock, self.rng = engine, head, clock, Random(7)
 
     def leg(self, key: str, phase: Phase, tokens: Sequence[int], outputs: int) -> Leg:
         return Leg(key, phase, tuple(tokens), len(tokens), Sampling(max_tokens=outputs, ignore_eos=True))
@@ -45,11 +45,11 @@ class Bench:
         tap = self.engine.tap([self.head.layer], every)
         if not on:
             tap.close()
-        start = time.perf_counter()
+        start = self.clock()
         self.engine.step()
         if on:
             foretold(tap, self.head)
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         tap.close()
         return seconds
 
@@ -63,18 +63,21 @@ class Bench:
         return compared(found[True], found[False])
 
     def decodes(self, batch: int, outputs: int) -> None:
-        """Bring so many decodes into the running batch."""
+        """Bring so many decodes into the running batch, all at once."""
+        ready = {}
         for number in range(batch):
-            key, tokens = f"d{number}", self.tokens(PROMPT)
+            tokens = self.tokens(PROMPT)
             self.engine.add(self.leg("p", "prefill", tokens, outputs))
             (first,) = self.engine.step().tokens
             blocks = [bytearray(self.engine.block_bytes) for _ in range(blocks_for(PROMPT, BLOCK))]
             self.engine.export("p", 0, len(blocks), list(map(memoryview, blocks)))
+            ready[f"d{number}"] = tokens, blocks, first.token
+        for key, (tokens, _, _) in ready.items():
             self.engine.add(self.leg(key, "decode", tokens, outputs))
-            while key not in self.engine.step().allocated:
-                pass
+        self.engine.step()
+        for key, (_, blocks, token) in ready.items():
             self.engine.adopt(key, 0, list(map(memoryview, blocks)))
-            self.engine.admit(key, first.token)
+            self.engine.admit(key, token)
 
     def prompt(self, count: int) -> None:
         self.engine.add(self.leg("p", "prefill", self.tokens(count), 2))
@@ -91,12 +94,12 @@ def compared(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:
     return {"step_ms": step, "more_ms": median(more), "low": low, "high": high, "percent": 100 * median(more) / step}
 
 
-def measure(engine: VllmEngine, head: Any, count: int, batch: int, prompt: int) -> dict[str, Any]:
-    bench = Bench(engine, head)
+def measure(bench: Bench, count: int, batch: int, prompt: int) -> dict[str, Any]:
+    head = bench.head
     found: dict[str, Any] = {}
     bench.pairs(2, 1, lambda: bench.prompt(prompt))  # warm
     found[f"prefill of {prompt}, taken"] = bench.pairs(max(10, count // 8), 1, lambda: bench.prompt(prompt))
-    bench.decodes(batch, engine.capacity.context - PROMPT)
+    bench.decodes(batch, bench.engine.capacity.context - PROMPT)
     found[f"decode of {batch}, none taken"] = none = bench.pairs(count, NEVER)
     found[f"decode of {batch}, all taken"] = whole = bench.pairs(count, 1)
     spread = none["more_ms"] + (whole["more_ms"] - none["more_ms"]) / head.every
@@ -115,9 +118,14 @@ def measure(engine: VllmEngine, head: Any, count: int, batch: int, prompt: int) 
 @click.option("--batch", default=16, show_default=True)
 @click.option("--prompt", default=512, show_default=True, help="Tokens of a prompt.")
 @click.option("--cpu", default=-1, show_default=True, help="Core to run on; -1: the last one.")
+@click.option("--busy", is_flag=True, help="Count CPU seconds: for a machine that does other things as well.")
 @click.option("--json", "as_json", is_flag=True)
-def main(model: str, predictor: str | None, count: int, batch: int, prompt: int, cpu: int, as_json: bool) -> None:
+def main(
+    model: str, predictor: str | None, count: int, batch: int, prompt: int, cpu: int, busy: bool, as_json: bool
+) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if cpu < 0 else cpu})
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to stdout
     try:
         folder = find(model)
         weights = weights_hash(folder)
@@ -125,7 +133,7 @@ def main(model: str, predictor: str | None, count: int, batch: int, prompt: int,
         if chosen is None:
             raise PredictError(f"no predictor is shipped for {model}: give --predictor")
         head = load(chosen, "hidden", weights)
-        context = PROMPT + 6 * count + 64
+        context = max(PROMPT + 6 * count, prompt) + 64
         blocks = 1 + batch * (blocks_for(context, BLOCK) + 1)
         engine = VllmEngine(
             folder,
@@ -139,12 +147,13 @@ def main(model: str, predictor: str | None, count: int, batch: int, prompt: int,
     except (EngineError, ModelError, PredictError) as error:
         click.echo(f"bench_tap: {error}", err=True)
         sys.exit(2)
-    found = measure(engine, head, count, batch, prompt)
+    found = measure(Bench(engine, head, time.process_time if busy else time.perf_counter), count, batch, prompt)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(found, indent=1), answers)
     for name, row in found.items() if not as_json else ():
         sure = f" ({row['low']:+.3f} to {row['high']:+.3f})" if "low" in row else ""
-        click.echo(f"{name:32} {row['step_ms']:8.2f} ms {row['more_ms']:+8.3f} ms{sure:22} {row['percent']:+6.2f} %")
+        more = f"{row['more_ms']:+8.3f} ms{sure:22} {row['percent']:+6.2f} %"
+        click.echo(f"{name:36} {row['step_ms']:8.2f} ms {more}", answers)
 
 
 if __name__ == "__main__":
