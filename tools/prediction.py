@@ -71,10 +71,10 @@ class Setting:
 TIGHT, ROOMY = 20_000, 80_000
 SETTINGS = (
     Setting("admission, at once", "admit", ADMISSIONS, 128, TIGHT, 2, 1),
-    Setting("admission, Poisson", "admit", ADMISSIONS, 200, TIGHT, 2, 1, load=1.1),
+    Setting("admission, Poisson", "admit", ADMISSIONS, 240, TIGHT, 2, 1, load=1.15),
     Setting("admission, at once, room for all", "admit", ("greedy", "peak"), 128, ROOMY, 2, 1),
     Setting("dispatch, at once", "decode_route", DISPATCHERS, 256, TIGHT, 4, 4),
-    Setting("dispatch, Poisson", "decode_route", DISPATCHERS, 400, TIGHT, 4, 4, load=1.1),
+    Setting("dispatch, Poisson", "decode_route", DISPATCHERS, 400, TIGHT, 4, 4, load=1.15),
 )
 
 
@@ -208,7 +208,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
               help="Folder with the cards of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
 @click.option("--setting", "names", multiple=True, type=click.Choice([each.name for each in SETTINGS]),
               help="Which, repeatable; all by default.")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Draws of the requests.")
+@click.option("--seeds", type=click.IntRange(2), default=6, show_default=True, help="Draws of the requests.")
 @click.option("--cover", type=click.FloatRange(0, 1, max_open=True), default=Rules().length_cover, show_default=True,
               help="length_cover of the trained ones: 0, the likeliest range.")  # fmt: skip
 @click.option("--reserve-share", type=click.FloatRange(0.01, 1), default=0.5, show_default=True,
