@@ -84,20 +84,24 @@ class Bench:
         seconds = time.perf_counter() - start
         if tap is not None:
             tap.close()
-        heard = self._drained(way)
+        heard = self._drained(way, tokens)
         return seconds, told or answered or heard
 
     def _ask(self, way: str, key: str, prompt: Sequence[int]) -> bool:
         if way == "sequential" and self.before is not None:
             answer = self.before.ask(key, prompt)
             return answer is not None and answer[1] is not None
-        if way in ("parallel", "both") and self.beside is not None:
+        if self._beside(way, len(prompt)) and self.beside is not None:
             self.beside.ask(key, prompt)
         return False
 
-    def _drained(self, way: str) -> bool:
+    def _beside(self, way: str, tokens: int) -> bool:
+        """Whether the thread is asked: of both kinds the classifier is not where one chunk computes the prompt."""
+        return way == "parallel" or (way == "both" and tokens > self.engine.capacity.chunk_tokens)
+
+    def _drained(self, way: str, tokens: int) -> bool:
         """What the thread has left to do must not fall on the next prompt. Whether it was done already."""
-        if way not in ("parallel", "both") or self.beside is None:
+        if self.beside is None or not self._beside(way, tokens):
             return False
         if any(odds is not None for _, odds in self.beside.answers()):
             return True

@@ -83,7 +83,8 @@ ENDS = ("a", 7, None)  # the prompt ends in this step, and goes on to be decoded
         ("hidden", 9, False, [PRIOR]),  # its KV leaves before
         ("classifier", 6, True, []),
         ("classifier", 12, True, []),
-        ("both", 6, True, []),
+        ("both", 6, False, []),
+        ("both", 8, False, []),
         ("both", 12, True, []),
     ],
 )

@@ -5,7 +5,7 @@ With `length = "trained"` the kind of predictor decides which answers there are:
 
     classifier  is asked when the prompt comes, and answers some time later
     hidden      the model's own state at the end of the prompt: it comes with the step that computes the last chunk
-    both        the classifier's answer until that step, then the better one
+    both        as hidden; but a prompt of several chunks has the classifier's answer until the last one is computed
     prior       nobody: the lengths of all that ended here
 
 A prompt is put on offer with the best of them that is there, and waits for a better one only while that costs little:
@@ -58,6 +58,7 @@ class Lengths:
         self._predicts = own.rules.length != "none"
         self._asks = self._predicts and kind not in ("hidden", "prior")
         self._reads = kind in ("hidden", "both")
+        self._chunk = own.capacity.chunk_tokens
         self.late = 0
         self._parted: dict[str, Parted] = {}
 
@@ -71,12 +72,16 @@ class Lengths:
             self.dispatcher.settle(job, self._without(job))
         else:
             job.predicted = False
-        job.answered = job.predicted or not self._asks
+        job.answered = job.predicted or not self._asked(job)
         return [] if job.answered else [Predict(job.key, job.prompt, job.sampling)]
+
+    def _asked(self, job: Job) -> bool:
+        """Of both kinds the classifier is asked of those alone whose own state comes too late for the offer."""
+        return self._asks and not (self._reads and job.goal <= self._chunk)
 
     def started(self, job: Job, planned: Iterable[Span]) -> None:
         """Its leg goes to the engine, for the next chunk as `planned`, if there is room for it."""
-        if job.predicted or self._asks:
+        if job.predicted or self._asked(job):
             return
         if self._reads and any(span.key == job.key and span.stop == job.goal for span in planned):
             return
@@ -105,7 +110,7 @@ class Lengths:
                 continue
             if job.token is not None:
                 self._late(job)
-            elif not self._asks:
+            elif not self._asked(job):
                 self.dispatcher.settle(job, self._without(job))
             waited |= job.predicted
         return [*actions, *self.dispatcher.dispatch(now)] if waited else actions
