@@ -260,6 +260,8 @@ def main(
 ) -> None:
     """Measure what a predictor of output lengths costs. Takes some minutes and wants a machine on which nothing else
     runs."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM logs to stdout
     try:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if cpu is None else cpu})
         with built(model, predictor, chunk, max(lengths), nice) as bench:
@@ -267,7 +269,7 @@ def main(
     except (EngineError, ModelError, PredictError, OSError) as error:
         click.echo(f"bench_predictor: {error}", err=True)
         sys.exit(2)
-    click.echo(json.dumps(found) if as_json else table(found))
+    click.echo(json.dumps(found) if as_json else table(found), file=out)
 
 
 if __name__ == "__main__":
