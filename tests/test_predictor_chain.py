@@ -29,7 +29,7 @@ def prompts(tmp_path):
 
 
 def wanted(prompts, count=20, requests=10, seed=0):
-    return Wanted(prompts, count, requests, "smollm2-135m", seed)
+    return Wanted(prompts, count, requests, "smollm2-135m", 1024, seed)
 
 
 def test_what_is_served_is_not_what_is_learnt_from(prompts):
@@ -61,14 +61,16 @@ def test_an_answer_or_a_prediction_that_is_missing_fails():
 def test_each_step_hands_its_files_on_and_the_failing_one_is_named(prompts, tmp_path, monkeypatch):
     calls = []
 
-    def command(name, *arguments):
-        calls.append((name, dict(zip(arguments[::2], arguments[1::2], strict=False))))
-        if name == "eval":
+    def commands(*lines):
+        calls.append([(line[0], list(zip(line[1::2], line[2::2], strict=True))) for line in lines])
+        if lines[0][0] == "eval":
             raise StepError("exit status 2, see above")
         acc = {"100": 0.3, "200": 0.456, "400": 0.7}
-        return {"texts": 20, "mean": 300.0, "cut": 1} if name == "collect" else {"n": 3, "acc": acc, "tau": 0.4}
+        collected = [{"texts": 20 * n, "mean": 300.0 * n, "cut": n} for n in (1, 2)]
+        return collected[: len(lines)] if lines[0][0] == "collect" else [{"n": 3, "acc": acc, "tau": 0.4}]
 
-    monkeypatch.setattr(predictor_chain, "command", command)
+    monkeypatch.setattr(predictor_chain, "commands", commands)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 5})
     folder = tmp_path / "made"
     folder.mkdir()
     chain = Chain(wanted(prompts), folder)
@@ -76,13 +78,23 @@ def test_each_step_hands_its_files_on_and_the_failing_one_is_named(prompts, tmp_
         chain.run()
     names = ["collect", *(f"train {kind}" for kind in predictor_chain.KINDS)]
     assert [step["step"] for step in chain.steps] == names
-    assert chain.steps[0]["result"] == "20 texts, 300 tokens in the mean, 1 cut off"
+    assert chain.steps[0]["result"] == "60 texts, 500 tokens in the mean, 3 cut off"
     assert chain.steps[1]["result"] == "on 3 held out, right at 100, 200, 400: 0.30 / 0.46 / 0.70; tau 0.40"
-    collect, train = calls[0][1], calls[1][1]
-    assert train["--lengths"] == collect["--out"] and collect["--model"] == "smollm2-135m"
-    assert calls[-1][1]["--predictor"] == train["--out"]
-    learnt = [json.loads(line)["prompt"] for line in Path(collect["--prompts"]).read_text().splitlines()]
-    assert learnt == [prompt.text for prompt in predictor_chain.drawn(wanted(prompts))[0]]
+    parts, train = [dict(options) for _, options in calls[0]], calls[1][0][1]
+    assert [value for name, value in train if name == "--lengths"] == [part["--out"] for part in parts]
+    assert [part["--cpus"] for part in parts] == ["1,5", "2"]
+    assert dict(calls[-1][0][1])["--predictor"] == dict(train)["--out"]
+    learnt = [json.loads(line)["prompt"] for part in parts for line in Path(part["--prompts"]).read_text().splitlines()]
+    assert sorted(learnt) == sorted(prompt.text for prompt in predictor_chain.drawn(wanted(prompts))[0])
+
+
+def test_the_last_line_of_a_failed_command_is_told(tmp_path, capfd):
+    missing = ["eval", "--lengths", str(tmp_path / "nothing")]
+    with pytest.raises(StepError, match="exit status 2, see above"):
+        predictor_chain.commands(missing)
+    assert "nothing: No such file" in capfd.readouterr().err
+    with pytest.raises(StepError, match="exit status 2: tetri-cli: .*nothing: No such file"):
+        predictor_chain.commands(["eval", "--help"], missing)
 
 
 def ended(process):

@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import IO, Any
 
 import click
 from demo import EXPECTED, configure
@@ -48,6 +49,7 @@ class Wanted:
     count: int
     requests: int
     model: str
+    max_tokens: int
     seed: int
 
 
@@ -58,10 +60,7 @@ class Chain:
     wanted: Wanted
     folder: Path
     steps: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def lengths(self) -> Path:
-        return self.folder / "lengths.jsonl"
+    lengths: list[Path] = field(default_factory=list)
 
     @property
     def predictor(self) -> Path:
@@ -87,21 +86,35 @@ class Chain:
         click.echo(f"{name:<20} {self.steps[-1]['seconds']:7.1f} s  {said}", err=True)
 
     def _collect(self) -> str:
-        model = ["--model", self.wanted.model, "--seed", str(self.wanted.seed)]
-        prompts = ["--prompts", str(self.folder / "prompts.jsonl")]
-        found = command("collect", *prompts, *model, "--out", str(self.lengths), "--json")
-        return f"{found['texts']} texts, {found['mean']:.0f} tokens in the mean, {found['cut']} cut off"
+        """In two processes, each with half of the CPUs: one with two threads waits for them again and again."""
+        model = ["--model", self.wanted.model, "--max-tokens", str(self.wanted.max_tokens), "--kv-mib", "1024"]
+        prompts = read_prompts(self.folder / "prompts.jsonl")[0]
+        cpus = sorted(os.sched_getaffinity(0))
+        lines = []
+        for part in range(min(2, len(cpus))):
+            file = self.folder / f"prompts{part}.jsonl"
+            write(file, prompts[part :: min(2, len(cpus))])
+            self.lengths.append(self.folder / f"lengths{part}.jsonl")
+            mine = ",".join(map(str, cpus[part::2] if len(cpus) > 1 else cpus))
+            lines.append(["collect", "--prompts", str(file), *model, "--cpus", mine, "--out", str(self.lengths[part])])
+        found = commands(*lines)
+        texts = sum(each["texts"] for each in found)
+        mean = sum(each["mean"] * each["texts"] for each in found) / texts
+        return f"{texts} texts, {mean:.0f} tokens in the mean, {sum(each['cut'] for each in found)} cut off"
 
     def _train(self, kind: str) -> str:
         out = ["--out", str(self.predictor), "--seed", str(self.wanted.seed)]
-        found = command("train", "--lengths", str(self.lengths), "--kind", kind, *out, "--json")
+        (found,) = commands(["train", *self._from_lengths(), "--kind", kind, *out])
         return f"on {found['n']} held out, right at 100, 200, 400: {right(found['acc'])}; tau {found['tau']:.2f}"
 
     def _evaluate(self) -> str:
         of = ["--predictor", str(self.predictor), "--prompts", str(self.folder / "prompts.jsonl")]
-        found = command("eval", *of, "--lengths", str(self.lengths), "--json")
+        (found,) = commands(["eval", *of, *self._from_lengths()])
         each = [f"{kind} {right(scores['acc'])}" for kind, scores in found["kinds"].items()]
         return f"on {found['n']} held out: {', '.join(each)}; likeliest bucket {right(found['majority'])}"
+
+    def _from_lengths(self) -> list[str]:
+        return [word for path in self.lengths for word in ("--lengths", str(path))]
 
 
 def right(shares: dict[str, float]) -> str:
@@ -126,20 +139,37 @@ def write(path: Path, prompts: Sequence[Prompt]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def command(name: str, *arguments: str) -> dict[str, Any]:
-    """What `tetri-cli predictor NAME` prints as JSON. Its progress goes where ours goes. Raises StepError."""
-    with subprocess.Popen([*CLI, "predictor", name, *arguments], stdout=subprocess.PIPE, text=True) as process:
+def commands(*lines: Sequence[str]) -> list[dict[str, Any]]:
+    """What `tetri-cli predictor` prints as JSON for each of `lines`, which run side by side. The progress of the first
+    goes where ours goes. Raises StepError."""
+    with ExitStack() as stack:
+        running: list[tuple[subprocess.Popen[str], IO[str] | None]] = []
+        for line in lines:
+            log = stack.enter_context(tempfile.TemporaryFile("w+")) if running else None
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log}
+            process = stack.enter_context(subprocess.Popen([*CLI, "predictor", *line, "--json"], text=True, **pipes))
+            running.append((process, log))
+        outs = []
         try:
-            out, _ = process.communicate()
+            for process, log in running:
+                outs.append(process.communicate()[0])
+                if process.returncode == 130:
+                    raise KeyboardInterrupt
+                if process.returncode:
+                    raise StepError(f"exit status {process.returncode}{_last_line(log)}")
         except BaseException:
-            process.send_signal(signal.SIGINT)  # what it has to put away takes it no time
+            for process, _ in running:
+                process.kill()  # what it makes is sound at any time, and thrown away
+                process.wait()
             raise
-    if process.returncode == 130:
-        raise KeyboardInterrupt
-    if process.returncode:
-        raise StepError(f"exit status {process.returncode}, see above")
-    made: dict[str, Any] = json.loads(out)
-    return made
+    return [json.loads(out) for out in outs]
+
+
+def _last_line(log: IO[str] | None) -> str:
+    if log is None:
+        return ", see above"
+    log.seek(0)
+    return f": {log.read().strip().rpartition(chr(10))[2]}"
 
 
 def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
@@ -152,7 +182,7 @@ def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
     config = configure(default_path(), run_dir, sorted(os.sched_getaffinity(0)), more)
     try:
         launch.up(config, lambda text: click.echo(f"· {text}", err=True), START_S)
-        results = asyncio.run(answers(config, prompts, chain.wanted.seed))
+        results = asyncio.run(answers(config, prompts, chain.wanted))
         return judged(results, told(config, len(prompts)))
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -160,7 +190,7 @@ def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
         launch.down(config.run_dir)
 
 
-async def answers(config: Config, prompts: Sequence[Prompt], seed: int) -> list[Result]:
+async def answers(config: Config, prompts: Sequence[Prompt], wanted: Wanted) -> list[Result]:
     room = asyncio.Semaphore(WIDTH)
     async with AsyncClient(config.clients_address, timeout=ANSWER_S) as client:
 
@@ -168,9 +198,9 @@ async def answers(config: Config, prompts: Sequence[Prompt], seed: int) -> list[
             async with room:
                 return await client.generate(
                     messages=[{"role": "user", "content": prompt.text}],
-                    max_tokens=1024,
+                    max_tokens=wanted.max_tokens,
                     temperature=0.7,
-                    seed=seed + number,
+                    seed=wanted.seed + number,
                 )
 
         return await asyncio.gather(*(ask(number, prompt) for number, prompt in enumerate(prompts)))
@@ -212,6 +242,7 @@ def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> s
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Prompts to learn from.")
 @click.option("--requests", type=click.IntRange(1), default=24, show_default=True, help="Other prompts, served.")
 @click.option("--model", default="smollm2-135m", show_default=True, help="A known name, or a checkpoint's folder.")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep lengths and predictor in this new folder.")
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")

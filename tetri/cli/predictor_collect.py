@@ -39,6 +39,7 @@ SAY_S = 10.0  # between two lines of progress
 @click.option("--layers", metavar="N,N|none", help="Keep the hidden states after these layers; by default three.")
 @click.option("--every", type=click.IntRange(1), default=64, show_default=True, help="Output tokens between states.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--kv-mib", type=click.IntRange(1), default=3072, show_default=True, help="KV cache, in MiB.")
 @click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1" (default: all).')
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: int, as_json: bool, **how: Any) -> None:
@@ -68,6 +69,7 @@ class Target:
     folder: Path
     tokenizer: Tokenizer
     plan: Plan
+    kv_mib: int
 
     @property
     def context(self) -> int:
@@ -97,7 +99,8 @@ def _target(how: dict[str, Any]) -> Target:
     except TextError as error:
         raise click.UsageError(str(error)) from None
     same = {name: how[name] for name in ("model", "temperature", "max_tokens", "seed", "every", "dtype")}
-    return Target(folder, tokenizer, Plan(weights=weights_hash(folder), layers=_layers(how["layers"], folder), **same))
+    plan = Plan(weights=weights_hash(folder), layers=_layers(how["layers"], folder), **same)
+    return Target(folder, tokenizer, plan, how["kv_mib"])
 
 
 def _layers(text: str | None, folder: Path) -> tuple[int, ...]:
@@ -220,7 +223,6 @@ def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitSt
 
     plan = target.plan
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # vLLM's bar, not ours
     leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
     try:
         writer = Writer(
@@ -228,6 +230,7 @@ def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitSt
             dtype=plan.dtype,
             batch=batch,
             context=longest + plan.max_tokens,
+            kv_bytes=target.kv_mib << 20,
             layers=plan.layers,
             every=plan.every,
         )
