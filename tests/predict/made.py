@@ -8,6 +8,7 @@ import numpy as np
 from tetri.predict.card import HEAD, Card, write_card
 from tetri.predict.encoder import load_encoder
 from tetri.predict.heads import Head, save_head
+from tetri.predict.lengths import States, pack_states, prompt_key, states_path
 from tetri.predict.model import PLACE
 
 BUCKETS, WIDTH = 5, 100
@@ -80,3 +81,28 @@ def _tokenizer(words):
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return json.loads(made.to_str())
+
+
+def lengths(path, count, layers=(), samples=1, limit=256, seed=0):
+    """A file as `collect` writes it: long answers to prompts that ask for a story, short ones to the others. Of the
+    state's 6 numbers the first says which, the second how much is left."""
+    dice = np.random.default_rng(seed)
+    plan = {"model": "tiny", "weights": "weights-of-tiny", "temperature": 0.7, "max_tokens": limit, "seed": 0}
+    path.with_name(f"{path.name}.json").write_text(json.dumps(plan | {"layers": list(layers), "every": 32}))
+    lines, records = [], []
+    for sample in range(samples):
+        for number in range(count):
+            story = number % 2
+            prompt = f"tell a long story about {number}" if story else f"what is {number} and {number}?"
+            tokens = int(min(max(dice.normal(200 if story else 40, 25), 1), limit))
+            row = {"prompt": prompt, "tokens": tokens, "sample": sample, "prompt_tokens": 9}
+            row["ended"] = "length" if tokens == limit else "stop"
+            lines.append(json.dumps(row | {"source": "stories" if story else "sums"}))
+            known = tuple(range(0, tokens, 32))
+            rows = dice.normal(size=(len(known), len(layers), 6))
+            rows[:, -1:, 0], rows[:, -1:, 1] = story, (tokens - np.array(known)[:, None]) / 100
+            records.append(pack_states(States((prompt_key(prompt), sample), known, rows)))
+    path.write_text("\n".join(lines) + "\n")
+    if layers:
+        states_path(path).write_bytes(b"".join(records))
+    return path

@@ -151,7 +151,8 @@ def test_a_decoder_is_read_at_its_last_token(tmp_path):
 
 def test_fewer_layers(tmp_path):
     folder = str(made.encoder(tmp_path / "bert"))
-    half, whole = load_encoder(folder, 16, depth=1), load_encoder(folder, 16)
+    half, whole = load_encoder(folder, 16, depth=1), load_encoder(folder, 16, depth=2)
+    assert load_encoder(folder, 16).depth == 1  # two thirds
     assert not np.allclose(half.vectors(["abc"]), whole.vectors(["abc"]))
 
 

@@ -74,7 +74,7 @@ class Encoder:
         with torch.inference_mode():
             pooled = self.pooled(*self.padded([self.short(one) for one in whole]))
         shapes = np.array([shape(text, len(one)) for text, one in zip(texts, whole, strict=True)], np.float32)
-        return np.concatenate([pooled.float().cpu().numpy(), shapes], axis=1)
+        return np.concatenate([pooled.cpu().numpy(), shapes], axis=1)
 
     def padded(self, ids: Sequence[list[int]]) -> tuple[Any, Any]:
         """(token ids, mask), int64 [texts, longest], on the right."""
@@ -93,11 +93,11 @@ class Encoder:
         import torch
 
         states = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-        weights = mask.unsqueeze(-1).to(states[0].dtype)
+        weights = mask.unsqueeze(-1).float()
         weights = weights / weights.sum(1, keepdim=True)
-        found = [(states[at] * weights).sum(1) for at in (0, self.depth // 2, self.depth)]
+        found = [(states[at].float() * weights).sum(1) for at in (0, self.depth // 2, self.depth)]
         if self.causal:
-            found.append(states[self.depth][torch.arange(len(mask)), mask.sum(1) - 1])
+            found.append(states[self.depth][torch.arange(len(mask)), mask.sum(1) - 1].float())
         return torch.cat(found, dim=1)
 
     def save(self, folder: Path) -> str:

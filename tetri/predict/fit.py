@@ -16,6 +16,7 @@ from tetri.predict.heads import Array, Head, shares
 SIZE, DROPOUT, DECAY, RATE = 64, 0.5, 1.0, 1e-3
 STEPS, BATCH, LOOK = 600, 128, 25  # a look at the left-out part every so many steps
 LEVELS = 39  # that are kept of the calibration
+GOLDEN = 0.6180339887498949  # its multiples, without their whole parts, are spread as evenly as can be
 
 Doubles = npt.NDArray[np.float64]
 Say = Callable[[str], None]
@@ -76,20 +77,23 @@ def temperature_of(logits: Array, rows: Rows, width: int) -> float:
     return round(float(tried[int(np.argmin(losses))]), 4)
 
 
-def transform(odds: Doubles, tokens: Ints, width: int) -> Doubles:
-    """The share of the odds that lies at or below the true length, evenly spread within a bucket."""
+def transform(odds: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> Doubles:
+    """The share of the odds that lies at or below the true length, evenly spread within a bucket. Of texts that were
+    cut off, or are in the last bucket, some place in what lies beyond: together they are spread evenly over it."""
     bucket = np.minimum(tokens // width, odds.shape[1] - 1)
     sums = np.concatenate([np.zeros((len(odds), 1)), np.cumsum(odds, axis=1)], axis=1)
     row = np.arange(len(odds))
-    inside = np.clip((tokens + 1 - bucket * width) / width, 0.0, 1.0)
-    return np.asarray(sums[row, bucket] + (sums[row, bucket + 1] - sums[row, bucket]) * inside)
+    inside = np.clip((tokens + 0.5 - bucket * width) / width, 0.0, 1.0)
+    here = sums[row, bucket] + odds[row, bucket] * inside
+    last = bucket == odds.shape[1] - 1
+    beyond = np.where(last, sums[row, bucket], here)
+    spread = beyond + (1.0 - beyond) * (((row + 1) * GOLDEN) % 1.0)
+    return np.asarray(np.where(last | open_, spread, here))
 
 
-def levels_of(odds: Doubles, tokens: Ints, width: int) -> tuple[float, ...]:
+def levels_of(odds: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> tuple[float, ...]:
     """The calibration, as tetri.request.Expected has it."""
-    if not len(tokens):
-        return ()
-    at = np.quantile(transform(odds, tokens, width), np.arange(1, LEVELS + 1) / (LEVELS + 1))
+    at = np.quantile(transform(odds, tokens, open_, width), np.arange(1, LEVELS + 1) / (LEVELS + 1))
     return tuple(round(float(min(max(level, 0.0), 1.0)), 4) for level in at)
 
 

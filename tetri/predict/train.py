@@ -159,7 +159,7 @@ def _card(
     ends = rows.known == 0
     # The calibration of the prompt's end: of --full only the part that was not learnt from.
     judged = ends & np.isfinite(fitted.left_out[:, 0])
-    levels = levels_of(fitted.left_out[judged], rows.tokens[judged], WIDTH)
+    levels = levels_of(fitted.left_out[judged], rows.tokens[judged], rows.open[judged], WIDTH)
     counts = np.bincount(
         np.minimum(rows.tokens[ends] // WIDTH, fitted.head.buckets - 1), rows.weight[ends], fitted.head.buckets
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from tetri.predict.encoder import Encoder, shape
 from tetri.predict.examples import Ints, Rows
 from tetri.predict.fit import RATE, Fitted, first_guess, fresh, layers, loss_of, moments, surprise, temperature_of
-from tetri.predict.heads import Array, Head, shares
+from tetri.predict.heads import FURTHEST, Array, Head, shares
 from tetri.predict.lengths import Length
 
 BATCH = 32
@@ -21,6 +21,14 @@ APART = 8  # batches that are sorted by length together, so that little is paddi
 LEFT_OUT = 0  # this fold of the rows is not learnt from
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the encoder reads: the ids, cut, of each row's prompt; `shapes` as encoder.shape says."""
+
+    ids: list[list[int]]
+    shapes: Array
 
 
 def tune(
@@ -32,72 +40,79 @@ def tune(
 
     torch.manual_seed(seed)
     whole = encoder.ids([length.prompt for length in lengths])
-    ids = [encoder.short(one) for one in whole]
     shapes = np.array([shape(length.prompt, len(one)) for length, one in zip(lengths, whole, strict=True)], np.float32)
-    learnt = np.flatnonzero(rows.fold != LEFT_OUT)
-    mean, scale = moments(_features(encoder, ids, shapes)[learnt], rows.weight[learnt])
-    head = fresh(encoder.vector, first_guess(rows, width, buckets))
-    train_all(encoder, head, (mean, scale), ids, shapes, rows, learnt, width, epochs, seed, say)
-    rows = replace(rows, features=_features(encoder, ids, shapes))
-    made = Head(mean, scale, (layers(head.eval()),))
-    out = rows.fold == LEFT_OUT
+    prompts = Prompts([encoder.short(one) for one in whole], shapes)
+    learnt = rows.fold != LEFT_OUT
+    mean, scale = moments(_features(encoder, prompts)[learnt], rows.weight[learnt])
+    plain = Head(mean, scale, ())
+    network = fresh(encoder.vector, first_guess(rows.chosen(learnt), width, buckets))
+    _learn(encoder, network, plain, prompts, rows, width, epochs, seed, say)
+    rows = replace(rows, features=_features(encoder, prompts))
     with torch.inference_mode():
-        logits = head(torch.tensor(made.normed(rows.features))).numpy()
-    left_out = rows.chosen(out)
-    temperature = temperature_of(logits[out], left_out, width)
+        logits = network(torch.tensor(plain.normed(rows.features))).numpy()
+    left_out = rows.chosen(~learnt)
+    temperature = temperature_of(logits[~learnt], left_out, width)
     odds = np.full((len(rows), buckets), np.nan)
-    odds[out] = shares(logits[out] / temperature)
-    loss = float(np.average(surprise(odds[out], left_out, width), weights=left_out.weight))
-    return encoder, Fitted(replace(made, temperature=temperature), odds, loss), rows
+    odds[~learnt] = shares(logits[~learnt] / temperature)
+    loss = float(np.average(surprise(odds[~learnt], left_out, width), weights=left_out.weight))
+    return encoder, Fitted(Head(mean, scale, (layers(network),), temperature), odds, loss), rows
 
 
-def train_all(
+def _learn(
     encoder: Encoder,
-    head: Any,
-    normal: tuple[Array, Array],
-    ids: Sequence[list[int]],
-    shapes: Array,
+    network: Any,
+    plain: Head,
+    prompts: Prompts,
     rows: Rows,
-    learnt: Ints,
     width: int,
     epochs: int,
     seed: int,
     say: Say,
 ) -> None:
+    """Both the encoder and the network, from all rows but those left out."""
     import torch
 
-    mean, scale = (torch.tensor(one) for one in normal)
+    mean, scale = torch.tensor(plain.mean), torch.tensor(plain.scale)
     bucket, open_ = torch.tensor(rows.tokens // width), torch.tensor(rows.open)
-    model = encoder.model
+    learnt, dice = np.flatnonzero(rows.fold != LEFT_OUT), np.random.default_rng(seed)
+    optimizer, rate = _optimizer(encoder.model, network, epochs * math.ceil(len(learnt) / BATCH))
+    for epoch in range(epochs):
+        encoder.model.train()
+        network.train()
+        lost = 0.0
+        batches = _batches(learnt, prompts.ids, dice)
+        for number, batch in enumerate(batches, start=1):
+            vectors = encoder.pooled(*encoder.padded([prompts.ids[at] for at in batch]))
+            vectors = torch.cat([vectors, torch.tensor(prompts.shapes[batch])], dim=1)
+            normed = ((vectors - mean) / scale).clamp(-FURTHEST, FURTHEST)
+            loss = loss_of(network(normed), bucket[batch], open_[batch]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+            lost += float(loss.detach())
+            if number % 20 == 0 or number == len(batches):
+                say(f"epoch {epoch + 1} of {epochs}: {number} of {len(batches)} batches, loss {lost / number:.3f}")
+    encoder.model.eval()
+    network.eval()
+
+
+def _optimizer(model: Any, network: Any, steps: int) -> tuple[Any, Any]:
+    """(optimizer, its rate: up for a tenth of the steps, then down to nothing)"""
+    import torch
+
     optimizer = torch.optim.AdamW(
         [
             {"params": list(model.parameters()), "lr": ENCODER_RATE, "weight_decay": 0.01},
-            {"params": list(head.parameters()), "lr": RATE, "weight_decay": 1.0},
+            {"params": list(network.parameters()), "lr": RATE, "weight_decay": 1.0},
         ]
     )
-    total = epochs * math.ceil(len(learnt) / BATCH)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (WARM * total + 1)) * max(0.0, 1.0 - step / total)
-    )
-    dice = np.random.default_rng(seed)
-    for epoch in range(epochs):
-        model.train()
-        head.train()
-        lost = 0.0
-        batches = _batches(learnt, ids, dice)
-        for number, batch in enumerate(batches, start=1):
-            vectors = encoder.pooled(*encoder.padded([ids[at] for at in batch]))
-            vectors = torch.cat([vectors, torch.tensor(shapes[batch])], dim=1)
-            loss = loss_of(head(((vectors - mean) / scale).clamp(-8, 8)), bucket[batch], open_[batch]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
-            lost += float(loss)
-            if number % 20 == 0 or number == len(batches):
-                say(f"epoch {epoch + 1} of {epochs}: {number} of {len(batches)} batches, loss {lost / number:.3f}")
-    model.eval()
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / (WARM * steps + 1)) * max(0.0, 1.0 - step / steps)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _batches(learnt: Ints, ids: Sequence[list[int]], dice: np.random.Generator) -> list[Any]:
@@ -109,14 +124,15 @@ def _batches(learnt: Ints, ids: Sequence[list[int]], dice: np.random.Generator) 
     return [found[at] for at in dice.permutation(len(found))]
 
 
-def _features(encoder: Encoder, ids: Sequence[list[int]], shapes: Array) -> Array:
+def _features(encoder: Encoder, prompts: Prompts) -> Array:
     import torch
 
+    ids, size = prompts.ids, prompts.shapes.shape[1]
     found = np.zeros((len(ids), encoder.vector), np.float32)
     order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         with torch.inference_mode():
-            found[batch, : -shapes.shape[1]] = encoder.pooled(*encoder.padded([ids[at] for at in batch])).numpy()
-    found[:, -shapes.shape[1] :] = shapes
+            found[batch, :-size] = encoder.pooled(*encoder.padded([ids[at] for at in batch])).numpy()
+    found[:, -size:] = prompts.shapes
     return found
