@@ -6,7 +6,10 @@ import pytest
 
 from tetri.bench.predicted import PlotError, drawing
 
-SAID = {"hidden": [(10.0, 50.0, 200.0), (300.0, 500.0, 1024.0)], "classifier": [(0.0, 90.0, 400.0), (20.0, 90.0, 900.0)]}
+SAID = {
+    "hidden": [(10.0, 50.0, 200.0), (300.0, 500.0, 1024.0)],
+    "classifier": [(0.0, 90.0, 400.0), (20.0, 90.0, 900.0)],
+}
 
 
 def test_it_draws_a_png_the_same_each_time(tmp_path):

@@ -56,6 +56,8 @@ def test_hidden(hidden):
     assert (card.every, card.weights, card.scores["acc"]) == (32, "weights-of-tiny", found["acc"])
     assert card.ceiling["prompts"] == COUNT and card.data["sources"] == {"sums": 60, "stories": 60}
     assert card.split["prompts_learnt"] == COUNT - len(held)
+    left_out = card.scores["left_out"]
+    assert left_out["n"] == COUNT - len(held) and left_out["acc"]["100"] > left_out["by_source"]["100"] - 0.2
     assert sum(card.prior) == pytest.approx(1.0, abs=1e-3) and list(card.levels) == sorted(card.levels)
     assert any("OPT-13B" in note for note in card.notes)
     assert sorted(path.name for path in (out / "hidden").iterdir()) == [CARD, HEAD]

@@ -29,6 +29,9 @@ def shown(found: Mapping[str, Any]) -> str:
     for name in ("another", "others", "at_most"):
         if found.get("ceiling"):
             lines.append(_row(_SAID[name], found["ceiling"][name]))
+    if left_out := found.get("left_out"):
+        told = f"{left_out['n']} prompts, each by the network that has not seen it"
+        lines += ["", *(_row(name, of) for name, of in _left_out_rows(left_out)), f"  ({told})"]
     for kind, of in found["kinds"].items():
         if bound := of.get("bound"):
             said = f"{bound['inside']:.1%} of the texts end below it, it is {bound['tokens']} tokens on average"
@@ -42,6 +45,11 @@ def shown(found: Mapping[str, Any]) -> str:
                 f" {of['tau']:6.2f}"
             )
     return "\n".join(lines + ([f"\nwritten to {found['out']}"] if "out" in found else []))
+
+
+def _left_out_rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    own = found["acc"] | {name: found[name] for name in ("mae", "tau", "ece", "rps")}
+    return [(_SAID["by_source"], found["by_source"]), (found["kind"], own)]
 
 
 _SAID = {

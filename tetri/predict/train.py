@@ -15,12 +15,13 @@ import numpy as np
 from tetri.predict import examples
 from tetri.predict.card import HEAD, Card, write_card
 from tetri.predict.encoder import CUT, DEFAULT, Encoder, load_encoder
-from tetri.predict.evaluate import ceiling_of, judge, report
+from tetri.predict.evaluate import Judged, ceiling_of, judge, report
 from tetri.predict.examples import FEWEST, FOLDS, HELD_OUT, Rows, Texts
 from tetri.predict.fit import Fitted, buckets_of, fit, levels_of
 from tetri.predict.heads import Array, save_head
 from tetri.predict.lengths import Length, PredictError
 from tetri.predict.model import load, with_place
+from tetri.predict.scores import Doubles
 
 WIDTH = 50
 NOTES = (
@@ -62,7 +63,8 @@ def train(texts: Texts, wanted: Wanted, say: Say) -> dict[str, Any]:
         card = make(texts, learnt, wanted, part / wanted.kind, say)
         write_card(card, part / wanted.kind)
         loaded = {wanted.kind: load(part, wanted.kind, wanted.weights)}
-        found = report(judge(loaded, texts, _first(held), say), learnt, loaded)
+        found = report(judge(loaded, texts, _first(held), say), _first(learnt), loaded)
+        found["left_out"] = card.scores
         extra = {"train_seconds": round(time.monotonic() - started)}
         write_card(replace(card, scores=found, split=card.split | extra), part / wanted.kind)
         shutil.rmtree(folder, ignore_errors=True)
@@ -174,6 +176,7 @@ def _card(
         levels,
         save_head(fitted.head, folder / HEAD, keys),
         data=_data(texts),
+        scores=_left_out(texts, learnt, wanted.kind, fitted.left_out[ends]),
         split={
             "seed": wanted.seed,
             "held_out": HELD_OUT,
@@ -189,6 +192,14 @@ def _card(
         notes=NOTES,
         date=wanted.date,
     )
+
+
+def _left_out(texts: Texts, learnt: Sequence[Length], kind: str, odds: Doubles) -> dict[str, Any]:
+    """More prompts than the held-out ones, each judged by the network that has not seen it; it was chosen by these."""
+    known = np.flatnonzero(np.isfinite(odds[:, 0]))
+    first = [at for at in known if learnt[at].sample == 0]
+    judged = Judged([learnt[at] for at in first], {kind: odds[first]}, {}, WIDTH, texts.limit)
+    return report(judged, [], {})
 
 
 def _data(texts: Texts) -> dict[str, Any]:
