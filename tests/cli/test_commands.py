@@ -197,10 +197,10 @@ def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, b
 
 def test_status_says_how_well_lengths_are_predicted(run, broker):
     none = {"kind": "prior", "on": False, "note": "no predictor: tetri brings none", "predicted": 0, "late": 0}
-    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0}
+    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0, "cut": 0, "unread": 0}
     works = {**none, "kind": "hidden", "on": True, "note": "", "predicted": 120, "late": 3}
     works |= {"scored": 50, "right": 23, "prior_right": 20, "inside": 40}
-    worse = {**works, "on": False, "note": "off: worse than the prior"}
+    worse = {**works, "on": False, "note": "off: worse than the prior", "cut": 7, "unread": 2}
     found = {"p0": none, "p1": works, "m0": worse, "d0": works, "d1": none, "d2": None}
     roles = {"p": "prefill", "m": "mixed", "d": "decode"}
     shown = [{**INSTANCE, "iid": iid, "role": roles[iid[0]], "predictor": each} for iid, each in found.items()]
@@ -211,7 +211,7 @@ def test_status_says_how_well_lengths_are_predicted(run, broker):
         ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"],
         ["p0", "prior", "-", "0", "0", "0", "-", "-", "-", none["note"]],
         ["p1", "hidden", "on", "120", "3", *shares],
-        ["m0", "hidden", "off", "120", "3", *shares, worse["note"]],
+        ["m0", "hidden", "off", "120", "3", *shares, "off: worse than the prior; 7 prompts cut; 2 prompts unread"],
         ["d0", "hidden", "on", "120", "3", *shares],
     ]
     assert json.loads(run("status", "--json")[1])["instances"] == shown

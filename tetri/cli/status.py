@@ -71,7 +71,9 @@ def _lengths(instances: list[dict[str, Any]]) -> list[list[str]]:
         state = "on" if found["on"] else "-" if found["kind"] == "prior" else "off"
         counts = [str(found[name]) for name in ("predicted", "late", "scored")]
         shares = [_share(found[name], found["scored"]) for name in ("right", "prior_right", "inside")]
-        rows.append([each["iid"], found["kind"], state, *counts, *shares, found["note"]])
+        short = [f"{found[name]} prompts {name}" for name in ("cut", "unread") if found[name]]
+        note = "; ".join(filter(None, [found["note"], *short]))
+        rows.append([each["iid"], found["kind"], state, *counts, *shares, note])
     return rows
 
 
