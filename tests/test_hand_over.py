@@ -91,6 +91,7 @@ def test_what_cannot_be_measured_is_one_line(arguments, why):
 
 
 @pytest.mark.model
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_the_real_models_hand_over_does_not_grow_with_the_prompt(tmp_path):
     command = [TOOL, "--json", "--rounds", "2", "--plot", tmp_path / "way.png"]

@@ -182,6 +182,7 @@ def test_the_demo_runs_with_the_real_model():
 
 
 @pytest.mark.model
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_the_benchmark_runs_with_the_real_model():
     command = [REPOSITORY / "tools" / "bench_overhead", "--json", "--rounds", "1", "--tokens", "96"]

@@ -115,6 +115,7 @@ def test_an_interrupt_leaves_nothing(arguments, tmp_path):
 
 
 @pytest.mark.model
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_vllm_is_measured(tmp_path):
     path = tmp_path / "cpu.toml"

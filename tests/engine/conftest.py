@@ -1,23 +1,18 @@
-"""Real engines for the tests marked `model`: started once, one process each."""
+"""Real engines for the tests marked `model`: started once for each file, one process each."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from handover import Engines
+from plain import Plain
 from vllm_process import BLOCK_BYTES, WRITER_LAYERS, EngineProcess, arguments
 
 from tetri.models import find
-
-
-class Engines(NamedTuple):
-    reference: EngineProcess
-    prefill: EngineProcess
-    decode: EngineProcess
-    stop_ids: tuple[int, ...]
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +30,35 @@ def started(*made: EngineProcess) -> Iterator[tuple[EngineProcess, ...]]:
             engine.stop()
 
 
-@pytest.fixture(scope="session")
-def reference(model: Path) -> Iterator[EngineProcess]:
-    for (made,) in started(EngineProcess("reference", **arguments(model, "float32", 20, max_batch=4))):
-        yield made
+def plain_vllm(factory: pytest.TempPathFactory, model: Path, dtype: str) -> Iterator[Plain]:
+    """Its texts lie where all processes of this run of the tests find them."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"texts-{dtype}"
+    folder.mkdir(exist_ok=True)
+    made = Plain(folder, **arguments(model, dtype, 20, max_batch=4))
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")
-def float32(model: Path, reference: EngineProcess) -> Iterator[Engines]:
+def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
+    """Plain vLLM in float32."""
+    yield from plain_vllm(tmp_path_factory, model, "float32")
+
+
+@pytest.fixture(scope="module")  # not of the session: they take 5 GB, and other files start their own
+def float32(model: Path, reference: Plain) -> Iterator[Engines]:
     fields = arguments(model, "float32", 181)
     for prefill, decode in started(EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
         yield Engines(reference, prefill, decode, stop_ids=prefill.facts()[3])
+
+
+@pytest.fixture(scope="module")
+def bfloat16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    fields = arguments(model, "bfloat16", 60)
+    for reference in plain_vllm(tmp_path_factory, model, "bfloat16"):
+        for made in started(EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
+            yield Engines(reference, *made, stop_ids=made[0].facts()[3])
 
 
 @pytest.fixture
@@ -66,14 +79,6 @@ def writer(model: Path) -> Iterator[EngineProcess]:
     made = EngineProcess("writer", **fields)
     yield made  # not waited for: others start beside it
     made.stop()
-
-
-@pytest.fixture
-def bfloat16(model: Path) -> Iterator[Engines]:
-    fields = arguments(model, "bfloat16", 60)
-    reference = EngineProcess("reference", **arguments(model, "bfloat16", 20, max_batch=4))
-    for made in started(reference, EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
-        yield Engines(*made, stop_ids=made[1].facts()[3])
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from plain import Plain, Text
 from vllm_process import EngineProcess
 
 from tetri.engine.base import Leg, Phase, StepDone
@@ -39,6 +41,13 @@ class Request:
     def leg(self, phase: Phase) -> Leg:
         start = len(self.tokens) if self.output_from < 0 else self.output_from
         return Leg(self.key, phase, tuple(self.tokens), start, self.sampling)
+
+
+class Engines(NamedTuple):
+    reference: Plain
+    prefill: EngineProcess
+    decode: EngineProcess
+    stop_ids: tuple[int, ...]
 
 
 class Pair:
@@ -111,6 +120,29 @@ class Pair:
         for token in done.tokens:
             by_key[token.key].ids.append(token.token)
             by_key[token.key].reason = token.reason
+
+
+def carry_alone(
+    engines: Engines, key: str, tokens: Sequence[int], sampling: Sampling, tamper: Tamper | None = None
+) -> Request:
+    """Slots of the last block that hold no token are compared too: they are made zero on both sides (the reference does
+    the same for itself), and nothing but a token's K and V can differ."""
+    engines.prefill.zero_next(blocks_for(len(tokens), BLOCK))
+    request = Request(key, tokens, sampling)
+    Pair(engines.prefill, engines.decode, tamper).carry(request)
+    return request
+
+
+def differences(right: Text, request: Request) -> list[str]:
+    """What is not as plain vLLM wrote it, in words."""
+    found = []
+    for name, digests in (("sent", request.sent), ("arrived", request.arrived)):
+        wrong = [i for i, (a, b) in enumerate(zip(right.digests, digests, strict=True)) if a != b]
+        if wrong:
+            found.append(f"{request.key}: KV blocks {wrong} {name} differ")
+    if request.ids != right.ids:
+        found.append(f"{request.key}: tokens {request.ids}, not {right.ids}")
+    return found
 
 
 def leg(

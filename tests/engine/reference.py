@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
+from plain import Text
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
@@ -21,15 +22,6 @@ from vllm.v1.request import Request
 from tetri.engine.vllm_connector import SamplerPlugin
 from tetri.engine.vllm_sampler import RowSampler
 from tetri.request import Sampling
-
-
-class Text(NamedTuple):
-    """`gaps`: per output token, by how much its raw logprob beats the runner-up's; `digests`: of the prompt's KV
-    blocks, all layers of a block in order, taken before the second token was computed."""
-
-    ids: list[int]
-    gaps: list[float]
-    digests: list[str]
 
 
 class RecordingSampler(SamplerPlugin):

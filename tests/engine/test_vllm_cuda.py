@@ -10,16 +10,15 @@ import tempfile
 import pytest
 from live import REPOSITORY, VLLM, LiveCluster
 
-from tetri.request import Sampling, blocks_for
+from tetri.request import blocks_for
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 TOKENS = 12
 
 
-def test_a_hand_over_through_a_slab_in_a_gpus_memory(float32, prompts):
+def test_a_hand_over_through_a_slab_in_a_gpus_memory(reference, prompts):
     chosen = prompts[:12]
-    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
-    right = [float32.reference.generate(prompt, sampling, float32.stop_ids).ids for prompt in chosen]
+    right = [reference.text(prompt, TOKENS).ids for prompt in chosen]
     folder = tempfile.mkdtemp(prefix="tetri-cuda-", dir="/dev/shm")
     prologue = (
         f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests' / 'engine')!r}]; "

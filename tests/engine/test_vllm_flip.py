@@ -14,11 +14,10 @@ from raw_client import RawClient
 from traffic import flip_seconds
 
 from tetri.client import AsyncClient, Result
-from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-TOKENS = 48
+TOKENS = 24
 GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
 CONF = ["model.dtype=float32", "model.context=2304", "engine.max_batch=48", "transfer.slab_blocks=24"]
 # One instance of each role: whoever changes first must do both for a moment.
@@ -51,12 +50,11 @@ def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -
     assert sorted(took)[len(took) // 4] < 0.010
 
 
-def test_roles_are_swapped_four_times_under_load(cluster, prompts, float32, capsys) -> None:
+def test_roles_are_swapped_four_times_under_load(cluster, prompts, reference, capsys) -> None:
     """Twelve flips; three requests are open at any time. A flip waits for the step that its instance is in, and for no
     request."""
     chosen = sorted(prompts, key=len)[3:39:2]
-    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
-    texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in chosen]
+    texts = [reference.text(prompt, TOKENS) for prompt in chosen]
     results: dict[int, Result] = {}
     took: list[float] = []
 

@@ -1,5 +1,5 @@
 """The whole live path on the real model: broker, prefill worker, shared memory, decode worker. The same tokens as
-plain vLLM in one engine, one at a time, all at once, under preemption, and after the decode worker was killed."""
+plain vLLM in one engine, one at a time, all at once, and after the decode worker was killed."""
 
 from __future__ import annotations
 
@@ -16,28 +16,24 @@ from tetri.request import Sampling, blocks_for
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 TOKENS = 24
+ALONE = 12  # of a request that has the cluster to itself, so that each takes a step of its own
 GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
 CONF = ["model.dtype=float32", "model.context=2304", "engine.max_batch=48", "transfer.slab_blocks=24"]
 START_S = 240.0
 
 
-def cluster_with(kv_mib: int, *overrides: str) -> LiveCluster:
-    cpus = sorted(os.sched_getaffinity(0))
-    pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
-    return LiveCluster(VLLM, [*CONF, *pins, f"engine.kv_mib={kv_mib}", *overrides], START_S)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LiveCluster]:
-    with cluster_with(1100) as cluster:
+    cpus = sorted(os.sched_getaffinity(0))
+    pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
+    with LiveCluster(VLLM, [*CONF, *pins, "engine.kv_mib=1100"], START_S) as cluster:
         yield cluster
         cluster.wait_idle()
 
 
 @pytest.fixture(scope="module")
-def texts(float32, prompts):
-    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
-    return [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in prompts]
+def texts(reference, prompts):
+    return [reference.text(prompt, TOKENS) for prompt in prompts]
 
 
 def check_receipt(cluster: LiveCluster, prompt: list[int], result: Result) -> None:
@@ -50,8 +46,8 @@ def check_receipt(cluster: LiveCluster, prompt: list[int], result: Result) -> No
 def test_one_at_a_time(cluster, prompts, texts) -> None:
     client = cluster.client(timeout=120)
     for prompt, text in zip(prompts, texts, strict=True):
-        result = client.generate(prompt, max_tokens=TOKENS, ignore_eos=True)
-        assert result.token_ids == text.ids
+        result = client.generate(prompt, max_tokens=ALONE, ignore_eos=True)
+        assert result.token_ids == text.ids[:ALONE]
         assert result.receipt.chunks == -(-len(prompt) // cluster.config.engine.chunk_tokens)
         check_receipt(cluster, prompt, result)
 
@@ -77,45 +73,23 @@ def test_all_at_once(cluster, prompts, texts, capsys) -> None:
     assert equal >= 39
 
 
-def test_a_drawn_text_of_a_long_prompt_is_the_same_every_time(cluster, prompts, float32) -> None:
+def test_a_drawn_text_of_a_long_prompt_is_the_same_every_time(cluster, prompts, reference) -> None:
     """Handed to vLLM's own generator, such a request would take the engine down."""
     prompt = next(prompt for prompt in prompts if len(prompt) == 1025)
     sampling = {"max_tokens": TOKENS, "temperature": 1.0, "seed": 42, "ignore_eos": True}
-    text = float32.reference.generate(prompt, Sampling(**sampling), float32.stop_ids)
+    text = reference.generate(prompt, Sampling(**sampling), ())
     for _ in range(2):
         assert cluster.client(timeout=60).generate(prompt, **sampling).token_ids == text.ids
 
 
-def test_a_decode_engine_that_preempts(prompts, float32) -> None:
-    """A KV space of 20 blocks, all of which may be reserved, for six requests that grow from 3 to 4 blocks each."""
-    long = next(prompt for prompt in prompts if len(prompt) == 2000)
-    batch = [long[start : start + 340 + start // 7] for start in range(0, 42, 7)]
-    length = 150
-    sampling = Sampling(max_tokens=length, ignore_eos=True)
-    texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in batch]
-
-    async def run(address: str) -> list[Result]:
-        async with AsyncClient(address, timeout=240) as client:
-            calls = (client.generate(p, max_tokens=length, ignore_eos=True) for p in batch)
-            return await asyncio.gather(*calls)
-
-    with cluster_with(119, "transfer.reserve_share=1.0") as cluster:
-        results = asyncio.run(run(cluster.config.clients_address))
-        cluster.wait_idle()
-    assert [result.token_ids for result in results] == [text.ids for text in texts]
-    preempted = [result.receipt for result in results if result.receipt.preempted]
-    assert preempted and all(receipt.recomputed > 0 for receipt in preempted)
-    assert all(result.receipt.recomputed == 0 for result in results if not result.receipt.preempted)
-
-
-def test_kill_9_of_the_decode_worker(cluster, prompts, float32) -> None:
+def test_kill_9_of_the_decode_worker(cluster, prompts, reference) -> None:
     """The stream goes on with no token lost, repeated or changed, for greedy and for drawn text."""
     prompt = next(prompt for prompt in prompts if len(prompt) == 640)
     samplings = [
-        {"max_tokens": 120, "ignore_eos": True},
-        {"max_tokens": 120, "ignore_eos": True, "temperature": 0.8, "seed": 3},
+        {"max_tokens": 90, "ignore_eos": True},
+        {"max_tokens": 90, "ignore_eos": True, "temperature": 0.8, "seed": 3},
     ]
-    texts = [float32.reference.generate(prompt, Sampling(**s), float32.stop_ids) for s in samplings]
+    texts = [reference.generate(prompt, Sampling(**s), ()) for s in samplings]
 
     async def run() -> list[Result]:
         async with AsyncClient(cluster.config.clients_address, timeout=240) as client:

@@ -1,6 +1,5 @@
-"""One worker that does both on the real model, with far too little memory: decodes are preempted and computed again,
-over several steps, beside chunks of prompts. What the engine does then must be what the worker's core takes for right.
-"""
+"""The real model with far too little memory: decodes are preempted and computed again. One worker that does both needs
+several steps for that, beside chunks of prompts; what its engine does then must be what its core takes for right."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from live import VLLM, LiveCluster
 from tetri.client import AsyncClient, Result
 from tetri.leg import StepDone
 from tetri.proc.recorder import read, value
-from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
@@ -29,8 +27,7 @@ def test_preempted_decodes_come_back_beside_prompts(prompts, reference, capsys) 
     source = next(prompt for prompt in prompts if len(prompt) == 2000)
     lengths = [250, 378, 380, 251, 379, 252, 381, 120, 505, 253, 377, 254, 376, 378, 250, 122]
     chosen = [source[start : start + length] for start, length in zip(range(0, 160, 10), lengths, strict=True)]
-    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
-    texts = [reference.generate(prompt, sampling, ()) for prompt in chosen]
+    texts = [reference.text(prompt, TOKENS) for prompt in chosen]
     results, steps = asyncio.run(serve(chosen))
     equal = 0
     for text, result in zip(texts, results, strict=True):
@@ -69,3 +66,27 @@ async def serve(prompts: list[list[int]]) -> tuple[list[Result], list[StepDone]]
         (record,) = (cluster.folder / "record").glob("m0-*.events")
         events = [value(call.event[0]) for call in read(record)[1] if call.event and call.event[0][0] == "StepDone"]
     return results, events
+
+
+def test_a_decode_engine_that_preempts(prompts, reference) -> None:
+    """A KV space of 9 blocks, all of which may be reserved, for four requests that soon grow from 2 to 3 blocks."""
+    long = next(prompt for prompt in prompts if len(prompt) == 2000)
+    batch = [long[start : start + 250 + start // 7] for start in range(0, 28, 7)]
+    length = 80  # the first must still be there when the last comes
+    texts = [reference.text(prompt, length) for prompt in batch]
+
+    async def run(address: str) -> list[Result]:
+        async with AsyncClient(address, timeout=240) as client:
+            calls = (client.generate(p, max_tokens=length, ignore_eos=True) for p in batch)
+            return await asyncio.gather(*calls)
+
+    cpus = sorted(os.sched_getaffinity(0))
+    settings = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}", "model.dtype=float32", "model.context=512"]
+    settings += ["engine.kv_mib=57", "transfer.slab_blocks=24", "transfer.reserve_share=1.0"]
+    with LiveCluster(VLLM, settings, 240.0) as cluster:
+        results = asyncio.run(run(cluster.config.clients_address))
+        cluster.wait_idle()
+    assert [result.token_ids for result in results] == [text.ids for text in texts]
+    preempted = [result.receipt for result in results if result.receipt.preempted]
+    assert preempted and all(receipt.recomputed > 0 for receipt in preempted)
+    assert all(result.receipt.recomputed == 0 for result in results if not result.receipt.preempted)

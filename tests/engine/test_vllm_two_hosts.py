@@ -9,8 +9,6 @@ import pytest
 from live import VLLM
 from two_hosts import TwoHostCluster, TwoHosts
 
-from tetri.request import Sampling
-
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 TOKENS = 16
@@ -19,11 +17,11 @@ CONF = ["model.dtype=float32", "model.context=2304", "transfer.slab_blocks=24", 
 WEATHER = ["--delay", "0.0005", "--cut-every", str(60 * MB)]
 
 
-def test_two_hosts_write_what_one_engine_writes(float32, prompts) -> None:
-    sampling, cpus = Sampling(max_tokens=TOKENS, ignore_eos=True), sorted(os.sched_getaffinity(0))
+def test_two_hosts_write_what_one_engine_writes(reference, prompts) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
     pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
     some = prompts[::3]
-    texts = [float32.reference.generate(prompt, sampling, float32.stop_ids) for prompt in some]
+    texts = [reference.text(prompt, TOKENS) for prompt in some]
     with TwoHosts() as hosts, TwoHostCluster(hosts, VLLM, [*CONF, *pins], WEATHER, 240.0) as cluster:
         client = cluster.client(timeout=240)
         moved = 0
