@@ -8,16 +8,17 @@ from typing import Any
 
 KINDS = ("none", "prior", "classifier", "hidden", "both", "noisy", "oracle")
 SHOWN = ("jct_mean", "jct_p50", "jct_p95", "jct_p99", "ttft_p99", "tpot_p95")
+SEEN = 0.0005  # a share that is shown as 0.1 %: less is what sums of floats differ by
 
 Row = dict[str, Any]
 
 
 def verdict(row: Row, metric: str, against: str = "against_none") -> str:
-    """Whether a prediction pays: "pays", "costs", or "" when the interval holds no difference too."""
+    """Whether a prediction pays: "pays", "costs", or "" when the interval holds none or hardly any difference too."""
     found = row[against].get(metric)
     if found is None:
         return ""
-    return "pays" if found["share"]["high"] < 0 else "costs" if found["share"]["low"] > 0 else ""
+    return "pays" if found["share"]["high"] < -SEEN else "costs" if found["share"]["low"] > SEEN else ""
 
 
 def tables(point: dict[str, Any], metrics: Sequence[str] = SHOWN) -> str:

@@ -102,7 +102,7 @@ def test_the_rate_fills_the_kv(source):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "says"), [(-0.2, -0.1, "pays"), (0.1, 0.2, "costs"), (-0.1, 0.1, ""), (0.0, 0.0, "")]
+    ("low", "high", "says"), [(-0.2, -0.1, "pays"), (0.1, 0.2, "costs"), (-0.1, 0.1, ""), (1e-12, 1e-11, "")]
 )
 def test_the_verdict_is_the_intervals(low, high, says):
     share = {"mean": (low + high) / 2, "low": low, "high": high}
