@@ -178,7 +178,8 @@ def test_a_full_disk_is_one_line(run, out, monkeypatch):
         status, said, err = run("--layers", "none")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    assert (status, said) == (1, "") and err.splitlines()[-1] == f"tetri-cli: {out}: File too large"
+    advice = "what is written stays; make room, and the same command goes on"
+    assert (status, said) == (1, "") and err.splitlines()[-1] == f"tetri-cli: {out}: File too large; {advice}"
     assert run("--layers", "none")[0] == 0 and len(read_lengths(out)[0]) == 12
 
 

@@ -274,7 +274,8 @@ def _append(file: io.FileIO, data: bytes, path: Path) -> None:
         while rest:
             rest = rest[file.write(rest) :]
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        advice = "what is written stays; make room, and the same command goes on"
+        raise OSError(error.errno, f"{error.strerror}; {advice}", str(path)) from None
 
 
 def _write(path: Path, text: str) -> None:
