@@ -10,7 +10,7 @@ from tests.predict import made
 from tetri.cli.predictor_eval import command as eval_command
 from tetri.cli.predictor_train import command as train_command
 from tetri.predict import fit
-from tetri.predict.card import CARD, HEAD
+from tetri.predict.card import CARD, HEAD, LATER
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.sim.texts import read
 
@@ -130,7 +130,7 @@ def test_a_predictor_of_another_model(folder, tmp_path):
 
 def test_a_head_that_was_cut_off(folder, tmp_path):
     (tmp_path / "hidden").mkdir()
-    for name in (CARD, HEAD):
+    for name in (CARD, HEAD, LATER):
         (tmp_path / "hidden" / name).write_bytes((folder / "p" / "hidden" / name).read_bytes())
     path = tmp_path / "hidden" / HEAD
     path.write_bytes(path.read_bytes()[:-5])

@@ -7,7 +7,7 @@ import pytest
 
 from tests.predict import made
 from tetri.predict import evaluate, fit
-from tetri.predict.card import CARD, HEAD, read_card
+from tetri.predict.card import CARD, HEAD, LATER, read_card
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import load
@@ -60,7 +60,7 @@ def test_hidden(hidden):
     assert left_out["n"] == COUNT - len(held) and left_out["acc"]["100"] > left_out["by_source"]["100"] - 0.2
     assert sum(card.prior) == pytest.approx(1.0, abs=1e-3) and list(card.levels) == sorted(card.levels)
     assert any("OPT-13B" in note for note in card.notes)
-    assert sorted(path.name for path in (out / "hidden").iterdir()) == [CARD, HEAD]
+    assert sorted(path.name for path in (out / "hidden").iterdir()) == [CARD, HEAD, LATER]
     assert "story" not in (out / "hidden" / CARD).read_text()  # no prompt is copied
 
 
@@ -72,6 +72,10 @@ def test_what_remains_is_told_while_it_is_written(hidden):
     state[:, 0], state[:, 1] = 1, (2.0, 0.3)  # as made.lengths writes what is left
     more, less = (np.dot(odds.shares, np.arange(len(odds.shares))) for odds in loaded.foretell(state, [32, 160]))
     assert more > less + 1
+    (out / "hidden" / LATER).rename(out / "hidden" / "away")
+    with pytest.raises(PredictError, match="later.safetensors: No such file"):
+        load(out, "hidden")
+    (out / "hidden" / "away").rename(out / "hidden" / LATER)
 
 
 def test_the_head_knows_from_what_it_learnt(hidden):

@@ -13,7 +13,7 @@ from tetri.predict.lengths import PredictError
 
 VERSION = 1
 KINDS = ("classifier", "hidden")
-CARD, HEAD = "card.json", "head.safetensors"
+CARD, HEAD, LATER = "card.json", "head.safetensors", "later.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Card:
     prior         how the output lengths of training were spread over the buckets
     levels        calibration, see tetri.request.Expected
     head          xxh3 of head.safetensors
+    later         hidden: xxh3 of later.safetensors, the head for the positions after the prompt's end; "": the same one
     encoder       classifier: name or path of the encoder, a path within the card's own folder first; `encoder_hash`: of
                   its weights
     cut           classifier: of a longer prompt the encoder reads the first and the last cut / 2 tokens
@@ -46,6 +47,7 @@ class Card:
     encoder_hash: str = ""
     cut: int = 0
     depth: int = 0
+    later: str = ""
     layer: int = 0
     every: int = 0
     data: dict[str, Any] = field(default_factory=dict)

@@ -110,10 +110,10 @@ class Rows:
         return len(self.tokens)
 
     def chosen(self, which: npt.NDArray[np.bool_]) -> Rows:
-        """Some of them, without their features."""
-        nothing = np.empty((int(which.sum()), 0), np.float32)
+        """Some of them, with their features if they have any."""
+        features = self.features[which] if len(self.features) else self.features
         columns = self.open[which], self.fold[which], self.weight[which], self.known[which]
-        return Rows(nothing, self.tokens[which], *columns)
+        return Rows(features, self.tokens[which], *columns)
 
 
 def folds_of(lengths: Sequence[Length], seed: int) -> Ints:
@@ -133,9 +133,6 @@ def weights_of(lengths: Sequence[Length]) -> Array:
     return np.array([1.0 / counts[key] for key in keys], np.float32)
 
 
-LATER = 0.25  # how much a later position counts beside the prompt's end
-
-
 def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> tuple[Array, Rows]:
     """(states [n, hidden] after `layer` layers, rows without features) at every position of these texts. Raises
     PredictError when the layer was not kept."""
@@ -148,7 +145,7 @@ def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -
             if known < length.tokens:
                 states.append(row[at])
                 cut = length.ended == "length"
-                rows.append((length.tokens - known, cut, fold, weight * (LATER if known else 1.0), known))
+                rows.append((length.tokens - known, cut, fold, weight, known))
     tokens, cuts, fold_, weight_, known_ = (np.array(column) for column in zip(*rows, strict=True))
     features = np.array(states, np.float32)
     return features, Rows(np.empty((0, 0), np.float32), tokens, cuts, fold_, weight_.astype(np.float32), known_)

@@ -24,8 +24,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Fitted:
-    """`left_out`: of each row the odds [n, buckets] by the network that has not seen it; `loss`: at prompts' ends, the
-    mean negative log of the odds of what came."""
+    """`left_out`: of each row the odds [n, buckets] by the network that has not seen it, NaN where all have. `loss`:
+    the mean negative log of the odds of what came."""
 
     head: Head
     left_out: Doubles
@@ -37,23 +37,23 @@ def buckets_of(limit: int, width: int) -> int:
     return max((limit - 1) // width + 1, 2)
 
 
-def fit(rows: Rows, width: int, buckets: int, seed: int, say: Say) -> Fitted:
+def fit(rows: Rows, width: int, buckets: int, seed: int, say: Say, *, networks: int = FOLDS) -> Fitted:
     mean, scale = moments(rows.features, rows.weight)
     plain = Head(mean, scale, ())
     normed = plain.normed(rows.features)
-    left_out = np.zeros((len(rows), buckets - 1), np.float32)
-    networks = []
-    for fold in range(FOLDS):
+    left_out = np.full((len(rows), buckets - 1), np.nan, np.float32)
+    made = []
+    for fold in range(networks):
         out = rows.fold == fold
-        network, logits = _network(normed, rows, out, width, buckets, seed + fold)
-        networks.append(network)
-        left_out[out] = logits
-        say(f"network {fold + 1} of {FOLDS}")
-    temperature = temperature_of(left_out, rows, width)
+        network, left_out[out] = _network(normed, rows, out, width, buckets, seed + fold)
+        made.append(network)
+        say(f"network {fold + 1} of {networks}")
+    judged = rows.fold < networks
+    some = rows.chosen(judged)
+    temperature = temperature_of(left_out[judged], some, width)
     odds = shares(left_out / temperature)
-    ends = rows.known == 0
-    head = Head(mean, scale, tuple(networks), temperature)
-    return Fitted(head, odds, float(np.average(surprise(odds, rows, width)[ends], weights=rows.weight[ends])))
+    loss = np.average(surprise(odds[judged], some, width), weights=some.weight)
+    return Fitted(Head(mean, scale, tuple(made), temperature), odds, float(loss))
 
 
 def moments(features: Array, weight: Array) -> tuple[Array, Array]:

@@ -27,13 +27,14 @@ FURTHEST = 8.0  # standard deviations; a feature that is further out than any in
 class Head:
     """`mean`, `scale`: of each feature in training. `networks`: of each the layers, (weight [out, in], bias [out]),
     ReLU between them. `temperature`: what the last layer's logits are divided by. `seen`: of the hash of each prompt
-    that it learnt from, 32 bits."""
+    that it learnt from, 32 bits. `later`: the head for the positions after the prompt's end; None: the same one."""
 
     mean: Array
     scale: Array
     networks: tuple[tuple[tuple[Array, Array], ...], ...]
     temperature: float = 1.0
     seen: frozenset[int] = field(default=frozenset(), repr=False)
+    later: Head | None = field(default=None, repr=False)
 
     def has_seen(self, key: str) -> bool:
         return _short(key) in self.seen

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tetri.predict.card import HEAD, KINDS, Card, read_card
+from tetri.predict.card import HEAD, KINDS, LATER, Card, read_card
 from tetri.predict.encoder import SHAPE, Encoder, find_encoder, load_encoder
 from tetri.predict.heads import Array, Head, load_head
 from tetri.predict.lengths import PredictError
@@ -60,14 +61,24 @@ class Loaded:
         rows = np.asarray(states, np.float32)
         if rows.ndim != 2 or rows.shape[1] + PLACE != self.head.inputs or len(rows) != len(outputs):
             raise PredictError(f"states of {self.head.inputs - PLACE} numbers are needed, these are {rows.shape}")
-        return self._odds(with_place(rows, outputs)) if len(rows) else []
+        if not len(rows):
+            return []
+        features, known = with_place(rows, outputs), np.asarray(outputs)
+        odds = np.empty((len(rows), self.head.buckets))
+        for head, which in ((self.head, known == 0), (self.head.later or self.head, known > 0)):
+            if which.any():
+                odds[which] = head.odds(features[which])
+        return self._made(odds)
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens the encoder would read of each, if it did not cut."""
         return [len(ids) for ids in self.encoder.ids(texts)] if self.encoder is not None and texts else []
 
     def _odds(self, features: Array) -> list[Odds]:
-        return [Odds(self.card.width, tuple(map(float, row))) for row in self.head.odds(features)]
+        return self._made(self.head.odds(features))
+
+    def _made(self, odds: npt.NDArray[np.float64]) -> list[Odds]:
+        return [Odds(self.card.width, tuple(map(float, row))) for row in odds]
 
 
 def with_place(states: Array, outputs: Sequence[int]) -> Array:
@@ -89,6 +100,8 @@ def examine(folder: Path, kind: str, weights: str = "") -> tuple[Card, Head]:
         raise PredictError(f"{folder / kind}: the head has {head.buckets} buckets, the card {len(card.prior)}")
     if kind == "classifier":
         find_encoder(card.encoder, folder / kind)
+    if card.later:
+        head = replace(head, later=load_head(folder / kind / LATER, card.later))
     return card, head
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tetri.predict import examples
-from tetri.predict.card import HEAD, Card, write_card
+from tetri.predict.card import HEAD, LATER, Card, write_card
 from tetri.predict.encoder import CUT, DEFAULT, Encoder, load_encoder
 from tetri.predict.evaluate import Judged, ceiling_of, judge, report
 from tetri.predict.examples import FEWEST, FOLDS, HELD_OUT, Rows, Texts
@@ -96,18 +96,28 @@ def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, sa
     best: tuple[float, int, Fitted, Rows] | None = None
     tried = {}
     for layer in layers:
-        states, rows = examples.state_rows(texts, learnt, layer, wanted.seed)
-        rows = replace(rows, features=with_place(states, rows.known.tolist()))
-        say(f"layer {layer}: {len(rows)} states")
-        fitted = fit(rows, WIDTH, buckets, wanted.seed, say)
+        rows = _positions(texts, learnt, layer, wanted.seed)
+        ends = rows.chosen(rows.known == 0)
+        say(f"layer {layer}: {len(ends)} ends of prompts")
+        fitted = fit(ends, WIDTH, buckets, wanted.seed, say)
         tried[str(layer)] = round(fitted.loss, 4)
         if best is None or fitted.loss < best[0]:
             best = (fitted.loss, layer, fitted, rows)
     assert best is not None
     _, layer, fitted, rows = best
-    card = _card(texts, learnt, wanted, fitted, rows, folder)
-    split = card.split | {"loss_by_layer": tried}
-    return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split)
+    card = _card(texts, learnt, wanted, fitted, rows.chosen(rows.known == 0), folder)
+    after = rows.chosen(rows.known > 0)
+    say(f"layer {layer}: {len(after)} later positions")
+    later = ""
+    if len(after) >= FEWEST and (after.fold == 0).any():  # one network: its examples are many, its file is to be small
+        later = save_head(fit(after, WIDTH, buckets, wanted.seed, say, networks=1).head, folder / LATER)
+    split = card.split | {"loss_by_layer": tried, "later_positions": len(after)}
+    return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split, later=later)
+
+
+def _positions(texts: Texts, learnt: list[Length], layer: int, seed: int) -> Rows:
+    states, rows = examples.state_rows(texts, learnt, layer, seed)
+    return replace(rows, features=with_place(states, rows.known.tolist()))
 
 
 def _classifier(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, say: Say) -> Card:
@@ -158,12 +168,10 @@ def _card(
     texts: Texts, learnt: Sequence[Length], wanted: Wanted, fitted: Fitted, rows: Rows, folder: Path
 ) -> Card:
     """Saves the head."""
-    ends = rows.known == 0
-    # The calibration of the prompt's end: of --full only the part that was not learnt from.
-    judged = ends & np.isfinite(fitted.left_out[:, 0])
+    judged = np.isfinite(fitted.left_out[:, 0])  # with --full only the part that was not learnt from
     levels = levels_of(fitted.left_out[judged], rows.tokens[judged], rows.open[judged], WIDTH)
     counts = np.bincount(
-        np.minimum(rows.tokens[ends] // WIDTH, fitted.head.buckets - 1), rows.weight[ends], fitted.head.buckets
+        np.minimum(rows.tokens // WIDTH, fitted.head.buckets - 1), rows.weight, fitted.head.buckets
     )
     prior = (counts + 0.5) / (counts + 0.5).sum()
     keys = [length.key[0] for length in learnt]
@@ -176,7 +184,7 @@ def _card(
         levels,
         save_head(fitted.head, folder / HEAD, keys),
         data=_data(texts),
-        scores=_left_out(texts, learnt, wanted.kind, fitted.left_out[ends]),
+        scores=_left_out(texts, learnt, wanted.kind, fitted.left_out),
         split={
             "seed": wanted.seed,
             "held_out": HELD_OUT,
