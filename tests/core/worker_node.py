@@ -40,6 +40,7 @@ class WorkerNode(Node):
         super().__init__(world, iid)
         self.role, self.shape = role, shape
         self.busy_until = 0.0
+        self.named: list[LengthKnown] = []  # while the engine computed
         self.feeds = [Feed(world, world.monitor, LoadReport)]
         self.start()
 
@@ -101,18 +102,21 @@ class WorkerNode(Node):
         super().kill()
         self.store.close()
         self.busy_until = 0.0
+        self.named = []
 
     def resting(self) -> bool:
         return self.world.now < self.busy_until
 
     def step(self, most: int) -> None:
-        """The engine computes for a while, in which nothing is read."""
+        """The engine computes for a while, in which nothing is read but what the predictor says."""
         done, life = self.foretold(self.engine.step(most)), self.life
         self.busy_until = self.world.now + done.steps * self.world.rng.uniform(0.001, 0.008)
 
         def finished() -> None:
             if life == self.life:
-                self.handle(done)
+                named, self.named = self.named, []
+                for event in (*named, done):
+                    self.handle(event)
                 self.wake(self.world.now)
 
         self.world.at(self.busy_until, finished)
@@ -140,7 +144,9 @@ class WorkerNode(Node):
             return known
 
         def later() -> None:
-            if life == self.life:
+            if life == self.life and self.resting():
+                self.named.append(known)
+            elif life == self.life:
                 self.receive(known)
 
         if not self.world.happens(self.world.faults.mute):

@@ -54,6 +54,7 @@ class Worker:
         self.presence = Presence(own, self.ledger, self.prefill, self.decode, self.foresight, now)
         self._step_at = now
         self._fewer = False  # the batch has lost a leg since the step was planned
+        self._unheard: list[Action] = []  # said to itself while the engine computed
         self.timers.set(BEAT, now)
         self.timers.set(LOAD, now)
 
@@ -145,10 +146,14 @@ class Worker:
             raise Broken(f"{len(self.ledger)} accounts for {accounts} legs")
 
     def _hear_own(self, actions: list[Action], now: float) -> list[Action]:
-        """What this instance says to itself, while it does both, it hears at once: no message leaves for it."""
+        """What this instance says to itself, while it does both, it hears at once, as all messages not while the engine
+        computes: no message leaves for it."""
         me = self.own.iid
         for place, action in enumerate(actions):
             if isinstance(action, Send) and action.peer == me:
+                if self.stepping:
+                    self._unheard.append(action)
+                    return actions[:place] + self._hear_own(actions[place + 1 :], now)
                 heard = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]  # not the broker's
                 return heard + self._hear_own(actions[place + 1 :], now)
         return actions  # as most often
@@ -191,11 +196,11 @@ class Worker:
             self.ledger.check(done.held)
         legs, batch = self.prefill.started, self.decode.batch
         spans, tokens, preempted, foretold = done.spans, done.tokens, done.preempted, done.foretold
-        actions: list[Action] = []
+        actions, self._unheard = self._unheard, []
         if legs:  # else all of it is the decode half's
             mine = self.prefill.jobs
             strained = self._fewer or bool(preempted) or self.ledger.free < 0
-            actions = self.prefill.step_done(
+            actions += self.prefill.step_done(
                 [span for span in spans if span.key in mine],
                 [token for token in tokens if token.key in mine],
                 [key for key in preempted if key in mine],
