@@ -7,7 +7,7 @@ from tests.predict import made
 from tetri.predict.card import CARD, HEAD, read_card, write_card
 from tetri.predict.encoder import load_encoder
 from tetri.predict.lengths import PredictError
-from tetri.predict.model import load, shipped_for
+from tetri.predict.model import SHIPPED, examine, load, shipped_for
 from tetri.request import Expected, Odds
 
 
@@ -158,3 +158,19 @@ def test_fewer_layers(tmp_path):
 
 def test_nothing_is_shipped_for_an_unknown_model():
     assert shipped_for("no such weights") is None
+
+
+def test_what_is_shipped_for_smollm2():
+    folder = shipped_for(read_card(SHIPPED / "smollm2-135m", "hidden").weights)
+    assert folder == SHIPPED / "smollm2-135m"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1 << 20
+    for kind in ("classifier", "hidden"):
+        card, head = examine(folder, kind)
+        assert (card.width, len(card.prior), head.buckets) == (50, 21, 21) and len(card.levels) == 39
+        assert card.scores["acc"]["200"] >= card.scores["by_source"]["200"] + 0.03
+        assert card.scores["mae"] < card.scores["by_length"]["mae"]
+        assert card.scores["tau"] > card.scores["by_length"]["tau"] and card.ceiling["prompts"] > 400
+        assert any("OPT-13B" in note for note in card.notes)
+    found = load(folder, "hidden")
+    odds = found.foretell(np.zeros((2, 576), "f4"), [0, 64])
+    assert [sum(one.shares) for one in odds] == pytest.approx([1.0, 1.0]) and odds[0] != odds[1]
