@@ -117,6 +117,27 @@ def test_what_is_said_of_another_offer_changes_nothing(other):
     assert seat(told).length == tokens(0, 10)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_offer_that_is_sent_again_brings_the_range_of_a_lost_foreseen(number):
+    told = learning()
+    told.land("r", sampling=LONG, length=tokens(0, 10))
+    for _ in range(2):
+        told.tell(offer("r", 8, offer=number, sampling=LONG, length=tokens(40, 50)))
+        assert seat(told).length == tokens(40, 50) and seat(told).offer.offer == number
+    walk(told, 1)
+    foretell(told, 2, label=1)
+    told.tell(offer("r", 8, offer=3, sampling=LONG, length=tokens(50, 60)))
+    assert seat(told).length == tokens(10, 20) and seat(told).foretold
+
+
+def test_an_offer_again_after_the_end_changes_nothing():
+    told = learning()
+    told.land("r", sampling=LONG, length=tokens(0, 10))
+    run(told, 1, (decode_key("r"), 1, "stop"))
+    told.tell(offer("r", 8, sampling=LONG, length=tokens(40, 50)))
+    assert seat(told).length == tokens(0, 10)
+
+
 def test_what_comes_after_the_end_changes_nothing():
     told = learning()
     told.land("r", sampling=LONG, length=tokens(0, 10))

@@ -19,7 +19,7 @@ from tetri.core.peers import Identity
 from tetri.core.seat import Seat, obstacle
 from tetri.core.turned_away import TurnedAway
 from tetri.leg import Foretold, Leg, Sampled, Span
-from tetri.request import Stage
+from tetri.request import LengthRange, Stage
 from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
 from tetri.wire.messages import Finished, Hold, Resend, Staged, TokenItem, Tokens
 
@@ -57,10 +57,10 @@ class Decode:
         seat = self._seat_of(message.rid)
         if seat is not None and seat.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
-        if seat is not None and seat.is_for(message):
-            return [self._answer(Grant, message)]
-        if seat is not None and seat.has_all_of(message):
-            seat.offer = message  # the same under another number
+        if seat is not None and (seat.is_for(message) or seat.has_all_of(message)):
+            if message.length is not None and message.length != seat.offer.length:
+                self._correct(seat, message.length)  # a Foreseen may have been lost
+            seat.offer = seat.offer if seat.is_for(message) else message  # the same under another number
             return [self._answer(Grant, message)]
         actions = self._release(seat) if seat else []
         why = obstacle(message, self.own.fingerprint, self.own.capacity)
@@ -129,9 +129,7 @@ class Decode:
 
     def drop(self, message: Drop) -> list[Action]:
         seat = self._seat_of(message.rid)
-        if seat is None or not seat.is_for(message) or seat.landed_as:
-            return []
-        return self._release(seat)
+        return self._release(seat) if seat is not None and seat.is_for(message) and not seat.landed_as else []
 
     def reject(self, key: str, why: str) -> list[Action]:
         """The engine cannot run this leg."""
@@ -140,8 +138,7 @@ class Decode:
 
     def orphaned(self, src: str) -> list[Action]:
         """A prefill instance is gone: what it had not sent completely never comes."""
-        seats = [seat for seat in self.moving.values() if seat.offer.src == src]
-        return [action for seat in seats for action in self._release(seat)]
+        return [action for seat in [*self.moving.values()] if seat.offer.src == src for action in self._release(seat)]
 
     def repeat(self, src: str) -> list[Action]:
         """The connection to a prefill instance stands (again): repeat what it may have missed."""
@@ -182,9 +179,13 @@ class Decode:
     def foreseen(self, message: Foreseen) -> list[Action]:
         """The prefill side knows more of its length than when it was offered."""
         seat = self._seat_of(message.rid)
-        if seat is not None and seat.is_for(message) and seat.end is None and not seat.foretold:
-            self.batch.foreseen(seat, message.length)
+        if seat is not None and seat.is_for(message):
+            self._correct(seat, message.length)
         return []
+
+    def _correct(self, seat: Seat, length: LengthRange) -> None:
+        if seat.end is None and not seat.foretold:
+            self.batch.foreseen(seat, length)
 
     def foretold(self, told: Foretold) -> None:
         """Its own hidden state says how much follows; of no use when it has just ended, or its length is fixed."""
