@@ -43,10 +43,13 @@ def _scatter(axes: Any, kind: str, ranges: Said, tokens: Sequence[int]) -> None:
     low, middle, high = zip(*ranges, strict=True) if ranges else ((), (), ())
     top = max([*tokens, *high], default=1) * 1.03
     axes.vlines(tokens, low, high, colors="#2a6fbb", alpha=0.12, linewidth=1.5)
-    axes.scatter(tokens, middle, s=9, color="#2a6fbb", label="median; line: 10 to 90 %")
+    axes.scatter(tokens, middle, s=9, color="#2a6fbb")
     axes.plot([0, top], [0, top], color="#555555", linewidth=0.8, linestyle="--")
     axes.set(
-        xlabel="output tokens", ylabel="predicted", xlim=(0, top), ylim=(0, top), title=f"{kind}, {len(tokens)} texts"
+        xlabel="output tokens",
+        ylabel="predicted: median, 10 to 90 %",
+        xlim=(0, top),
+        ylim=(0, top),
+        title=f"{kind}, {len(tokens)} texts",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
