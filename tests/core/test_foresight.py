@@ -3,6 +3,7 @@
 import pytest
 
 from tests.core.build import capacity, identity
+from tetri.core.desk import Limits
 from tetri.core.foresight import MOST_OPEN, TURNS, Foresight
 from tetri.core.track import LEAST
 from tetri.leg import Foretold
@@ -168,13 +169,31 @@ def test_the_prior_alone():
     assert (view.status().kind, view.status().on, view.status().predicted) == ("prior", False, 0)
 
 
+def test_another_attempt_is_the_same_request():
+    view = foresight()
+    for _ in range(3):
+        view.foretold("a", told(at(6)), SAMPLING)
+    view.ended("a", 320, "stop")
+    assert view.status().predicted == view.status().scored == 1
+
+
+def test_as_many_as_a_broker_has_open_are_all_judged():
+    """Also when all of them wait before the first one ends."""
+    view, many = foresight("classifier"), Limits(context=2000, vocabulary=1).max_open
+    for number in range(many):
+        view.named(str(number), at(1), SAMPLING, 0)
+    for number in range(many):
+        view.ended(str(number), 70, "stop")
+    assert view.status().scored == many
+
+
 def test_memory_is_bounded():
     view = foresight()
-    for number in range(2 * MOST_OPEN):
+    for number in range(MOST_OPEN + 9):
         view.foretold(f"open {number}", told(at(1)), SAMPLING)
         view.ended(f"ended {number}", 30, "stop")
     assert len(view._open) == len(view._ended) == MOST_OPEN
     view.ended("open 0", 30, "stop")
     assert view.status().scored == 0
-    view.ended(f"open {2 * MOST_OPEN - 1}", 30, "stop")
+    view.ended(f"open {MOST_OPEN + 8}", 30, "stop")
     assert view.status().scored == 1

@@ -24,8 +24,10 @@ from tetri.policy.odds import (
 )
 from tetri.request import LengthRange, Odds, PredictorStatus, Sampling
 
-#: Requests of which it is remembered what was said of them, or that they have ended; the oldest are forgotten.
-MOST_OPEN = 2048
+#: Requests of which it is remembered what was said of them, or that they have ended; the oldest are forgotten. Twice
+#: what a broker has open at most by default: those that wait are among them, and with room for fewer than wait none
+#: would be remembered until its end.
+MOST_OPEN = 8192
 #: Of each request one of its first so many re-estimates is scored: which one goes by turns, and not by its length.
 TURNS = 8
 
@@ -124,13 +126,13 @@ class Foresight:
             waits.turns -= 1
             if waits.turns != -1:
                 return
-        track.predicted += 1
+        others = [said for said in waits.said if said.track is not track]
+        track.predicted += len(others) == len(waits.said)  # another attempt is the same request
         places, granularity = raw.tokens[:-1], self.rules.length_granularity
         same = places == expected.tokens[:-1]
         prior = expected.below[:-1] if same else tuple(share_below(expected, at) for at in places)
         labels = likeliest(corrected, granularity), likeliest(expected, granularity)
-        waits.said = [said for said in waits.said if said.track is not track]
-        waits.said.append(Said(track, raw, corrected.below[:-1], prior, *labels, high))
+        waits.said = [*others, Said(track, raw, corrected.below[:-1], prior, *labels, high)]
 
     # ------------------------------------------------------------ ends
 
