@@ -92,8 +92,10 @@ class Rules:
     heavy_tokens        a decode that is predicted to write more than so many tokens is heavy (paper, section 5.1)
     length_granularity  tokens of one predicted range
     length_accuracy     of `noisy`: how often its range is the right one
-    length_cover        of `trained`: the share of requests that are to end inside their range; 0: the likeliest bucket
-    length_wait_s       seconds that a started prompt waits for the prediction of its length, and all behind it
+    length_cover        of `trained`: the share of requests that are to end below the high end of their range; 0: the
+                        range is the likeliest bucket
+    length_wait_s       seconds that a started prompt waits for the prediction of its length, and all behind it, at most
+                        and never past its last chunk
     stretch             of `ageing`: seconds of waiting that weigh as much as one second of work
     """
 
