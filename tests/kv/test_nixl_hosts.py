@@ -19,7 +19,7 @@ from tests.kv.parties import Chunk
 from tests.kv.test_nixl import NixlWorld
 from tetri.kv import StoreSettings, nixl_mover, open_store
 from tetri.request import Reach
-from tetri.wire.messages import Handle
+from tetri.wire.handover import Handle
 nixl_mover.TIMEOUT_S = 1.0
 class Here(NixlWorld):
     def store(self, iid, wake, slots, block_bytes, digest):

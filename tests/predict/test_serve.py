@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from tetri.predict.serve import (
     Sequential,
     Steady,
     lower_priority,
+    still_reading,
 )
 from tetri.request import Odds
 
@@ -194,6 +197,46 @@ def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: 
     assert beside.trouble == "the classifier failed: no idea of bad"
     assert beside.ask("m", b"good") == ("m", None)
     assert len(caplog.records) == 1 and classifier.batches == [["bad"]]
+
+
+def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    def begin() -> None:
+        raise OSError("no right to do so")
+
+    beside = Parallel(reading(Lengths()), lambda: None, begin=begin)
+    try:
+        wait_until(lambda: beside.trouble != "", "it is not noticed")
+        assert beside.trouble == "the classifier failed: no right to do so"
+        assert beside.ask("a", b"prompt") == ("a", None)
+    finally:
+        beside.close()
+    assert not still_reading()
+
+
+ENDS_INSIDE = """
+import logging, os, sys, threading, torch
+from tetri.predict import serve
+serve.LEAVE_S = 0.01
+inside = threading.Event()
+class Slow:
+    def read(self, texts):
+        inside.set()
+        ones = torch.ones(1500, 1500)
+        while True:
+            ones = (ones @ ones).clamp(0, 1)
+beside = serve.Parallel(serve.Reading(Slow(), str, 0, logging.getLogger()), lambda: None, begin=serve.one_core)
+beside.ask("a", [1])
+inside.wait()
+beside.close()
+assert serve.still_reading()
+os._exit(0)
+"""
+
+
+def test_a_worker_can_tell_that_its_end_would_abort_the_process() -> None:
+    """As tetri/proc/worker.py ends then."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_INSIDE], capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_one_that_hangs_is_not_asked_until_it_answers(parallel: Any) -> None:

@@ -43,6 +43,8 @@ def ask(cluster: LiveCluster, *numbers: int, output: int = OUTPUT) -> list[Resul
 
 
 def status(cluster: LiveCluster, iid: str = "p0") -> dict[str, Any]:
+    """What its newest beat says; before the first one nothing is known of its predictor."""
+    wait_until(lambda: cluster.instances()[iid]["predictor"] is not None, "no beat has told of the predictor")
     found = cluster.instances()[iid]["predictor"]
     assert isinstance(found, dict)
     return found

@@ -101,7 +101,10 @@ def examine(folder: Path, kind: str, weights: str = "") -> tuple[Card, Head]:
     if kind == "classifier":
         find_encoder(card.encoder, folder / kind)
     if card.later:
-        head = replace(head, later=load_head(folder / kind / LATER, card.later))
+        later = load_head(folder / kind / LATER, card.later)
+        if (later.inputs, later.buckets) != (head.inputs, head.buckets):
+            raise PredictError(f"{folder / kind}: {LATER} does not fit to {HEAD}: train again")
+        head = replace(head, later=later)
     return card, head
 
 

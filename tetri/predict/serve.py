@@ -29,6 +29,8 @@ NICE = 5  # of the thread, above the worker's own: who computes the prompts goes
 SILENT_S = 10.0  # a batch under way for so long: the predictor hangs
 LEAVE_S = 2.0  # at the end, for the batch under way
 
+THREAD = "predictor"
+
 NONE = Odds(0, ())  # odds that are none
 
 Answer = tuple[str, Odds | None]
@@ -63,6 +65,14 @@ class Reading:
         self._classifier, self._text, self._most, self._log = classifier, text, most, logger
         self.trouble = ""
         self.cut = 0
+
+    def prepare(self, *steps: Callable[[], None]) -> None:
+        """What is to be done first, in the thread that reads; a failure there is one of the classifier."""
+        try:
+            for step in steps:
+                step()
+        except Exception as error:  # as below
+            self.trouble = _failed("classifier", error, self._log)
 
     def odds(self, prompts: Sequence[Sequence[int]]) -> list[Odds | None]:
         """One each; None when there is no telling, for good from the first failure on."""
@@ -163,7 +173,7 @@ class Parallel:
         self._leaving = False
         self.unread = 0
         # A daemon: when the thread hangs, the process can end all the same.
-        self._thread = threading.Thread(target=self._work, name="predictor", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
         self._thread.start()
 
     def ask(self, key: str, prompt: Sequence[int]) -> Answer | None:
@@ -206,8 +216,7 @@ class Parallel:
     # ------------------------------------------------------------ in the thread
 
     def _work(self) -> None:
-        lower_priority(self._nice)
-        self._begin()
+        self._reading.prepare(lambda: lower_priority(self._nice), self._begin)
         while batch := self._next():
             odds = self._reading.odds([prompt for _, prompt in batch])
             self._since = None
@@ -230,6 +239,12 @@ class Parallel:
 
     def _long(self, waiting: tuple[str, Sequence[int]]) -> bool:
         return bool(self._alone) and len(waiting[1]) > self._alone
+
+
+def still_reading() -> bool:
+    """Whether the thread of a `Parallel` that was closed goes on with its last batch. Python must not end under it: the
+    process would be aborted."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def lower_priority(nice: int) -> None:

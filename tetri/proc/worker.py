@@ -30,6 +30,7 @@ from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 from tetri.policy.rules import LENGTHS
+from tetri.predict.serve import still_reading
 from tetri.proc import build
 from tetri.proc.faults import FaultyNetwork, Poll, with_faults
 from tetri.proc.predictor import Serving, ToldNetwork, load_predictor, serving_of
@@ -150,3 +151,6 @@ def main(
     except EXPECTED as error:
         click.echo(f"tetri-worker: {error}", err=True)
         sys.exit(2)
+    if still_reading():
+        logging.shutdown()
+        os._exit(0)
