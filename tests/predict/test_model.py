@@ -1,13 +1,15 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.predict import made
-from tetri.predict.card import CARD, HEAD, read_card, write_card
+from tetri.predict.card import CARD, HEAD, LATER, read_card, write_card
 from tetri.predict.encoder import load_encoder
+from tetri.predict.heads import save_head
 from tetri.predict.lengths import PredictError
-from tetri.predict.model import SHIPPED, examine, load, shipped_for
+from tetri.predict.model import PLACE, SHIPPED, examine, load, shipped_for
 from tetri.request import Expected, Odds
 
 
@@ -101,6 +103,13 @@ def test_cut_off(tmp_path, file, share):
 def test_a_missing_head(tmp_path):
     (made.hidden(tmp_path) / "hidden" / HEAD).unlink()
     says(tmp_path, "hidden", HEAD, "No such file")
+
+
+def test_a_head_of_later_positions_that_does_not_fit(tmp_path):
+    kind = made.hidden(tmp_path) / "hidden"
+    digest = save_head(made.head(6 + PLACE, buckets=made.BUCKETS + 2), kind / LATER)
+    write_card(replace(read_card(tmp_path, "hidden"), later=digest), kind)
+    says(tmp_path, "hidden", LATER, "train again")
 
 
 @pytest.mark.parametrize(
