@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 
@@ -29,17 +31,34 @@ def end_by_signal() -> None:
         signal.signal(each, end)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Both signals wait until the end: in the middle of opening a store nobody would give its slab back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> None:
     """Take what is announced until an empty message comes. First come the senders' names and reaches."""
     end_by_signal()
     os.sched_setaffinity(0, {core})
     woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     settings = StoreSettings(f"bench{os.getppid()}", "receiver", 1, block_bytes, transport)
-    try:
-        store = open_store(settings, lambda: os.eventfd_write(woken, 1))
-    except KVError as error:
-        pipe.send(str(error))
-        return
+    with ExitStack() as leaving:
+        try:
+            with undisturbed():
+                store = open_store(settings, lambda: os.eventfd_write(woken, 1))
+                leaving.callback(store.close)
+        except KVError as error:
+            pipe.send(str(error))
+            return
+        _meet_and_serve(pipe, store, transport, woken)
+
+
+def _meet_and_serve(pipe: Connection, store: KVStore, transport: str, woken: int) -> None:
     try:
         for iid, reach in pipe.recv():
             store.meet(iid, reach)
@@ -47,8 +66,6 @@ def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> No
         _serve(pipe, store, transport, woken)
     except EOFError:
         pass  # the sender has ended, and with it the measurement
-    finally:
-        store.close()
 
 
 def _serve(pipe: Connection, store: KVStore, transport: str, woken: int) -> None:

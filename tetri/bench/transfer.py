@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from tetri.bench.receiving import receive
+from tetri.bench.receiving import receive, undisturbed
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import Block, KVError, KVStore
 from tetri.request import Reach
@@ -225,7 +225,8 @@ def _sender(case: Case, digest: bool, pipe: Connection, stack: ExitStack) -> Sen
     iid, slots = f"sender-{'with' if digest else 'without'}", case.places * case.blocks
     deployment = f"bench{os.getpid()}"
     settings = StoreSettings(deployment, iid, slots, case.block_bytes, case.transport, digest=digest)
-    store = stack.enter_context(closing(open_store(settings, lambda: os.eventfd_write(woken, 1))))
+    with undisturbed():
+        store = stack.enter_context(closing(open_store(settings, lambda: os.eventfd_write(woken, 1))))
     return Sender(case, store, iid, pipe, woken)
 
 
