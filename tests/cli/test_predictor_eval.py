@@ -14,8 +14,6 @@ from tetri.predict.card import CARD, HEAD, LATER
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.sim.texts import read
 
-pytest.importorskip("torch")
-
 
 def run(command, *arguments, fails=False):
     found = CliRunner().invoke(command, [str(one) for one in arguments])

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tetri.predict import fit
 from tetri.predict.examples import FOLDS, Rows
 from tetri.predict.heads import load_head, save_head, shares
 
-torch = pytest.importorskip("torch")
 WIDTH, BUCKETS = 50, 9  # the last from 400 on
 
 

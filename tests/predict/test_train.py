@@ -13,7 +13,6 @@ from tetri.predict.lengths import PredictError
 from tetri.predict.model import load
 from tetri.predict.train import Wanted, train
 
-pytest.importorskip("torch")
 COUNT = 120
 
 

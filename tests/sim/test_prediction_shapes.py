@@ -115,7 +115,6 @@ def test_tables_and_picture(point, tmp_path):
     shown = prediction_shown.tables(point)
     assert "### small" in shown and "| peak | " in shown and "24 requests, all at once" in shown
     assert all(len(line.split("|")) == len(prediction_shown.KINDS) + 3 for line in shown.splitlines() if "|" in line)
-    pytest.importorskip("matplotlib")
     prediction_shown.draw(tmp_path / "x.png", [point])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
