@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tetri.bench.plots import save
+
 KINDS = ("none", "prior", "classifier", "hidden", "both", "noisy", "oracle")
 SHOWN = ("jct_mean", "jct_p50", "jct_p95", "jct_p99", "ttft_p99", "tpot_p95")
 SEEN = 0.0005  # a share that is shown as 0.1 %: less is what sums of floats differ by
@@ -83,4 +85,4 @@ def draw(path: Path, points: Sequence[dict[str, Any]]) -> None:
             axes.set(title=point["name"], ylabel=f"{metric} against none, %")
             axes.grid(axis="y", alpha=0.3)
     grid[0, 0].legend(fontsize="small")
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    save(figure, path)

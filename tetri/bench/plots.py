@@ -30,6 +30,16 @@ def drawing() -> Drawing:
     return _draw
 
 
+def save(figure: Any, path: Path) -> None:
+    """As a PNG: all of the file or nothing."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, Sequence[Span]]) -> None:
     from matplotlib.figure import Figure
 
@@ -39,12 +49,7 @@ def _draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, 
     for axes, (name, values) in zip(above.subplots(1, len(times), squeeze=False)[0], times.items(), strict=True):
         _cdf(axes, name, values)
     _timeline(below.subplots(), spans)
-    part = path.with_name(f".{path.name}.part")  # all of the file or nothing
-    try:
-        figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _cdf(axes: Any, name: str, values: Sequence[float]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetri.bench.plots import PlotError
+from tetri.bench.plots import PlotError, save
 
 __all__ = ["PlotError", "drawing"]
 
@@ -31,12 +31,7 @@ def _draw(path: Path, said: Mapping[str, Said], tokens: Sequence[int]) -> None:
     figure: Any = Figure(figsize=(5.5 * len(said), 5.5), layout="constrained")
     for axes, (kind, ranges) in zip(figure.subplots(1, len(said), squeeze=False)[0], said.items(), strict=True):
         _scatter(axes, kind, ranges, tokens)
-    part = path.with_name(f".{path.name}.part")  # all of the file or nothing
-    try:
-        figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _scatter(axes: Any, kind: str, ranges: Said, tokens: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stages import Interval, Move
 
-from tetri.bench.plots import PlotError
+from tetri.bench.plots import PlotError, save
 
 Drawing = Callable[[Path, Move], None]
 
@@ -47,12 +47,7 @@ def _draw(path: Path, move: Move) -> None:
     _panel(end, move, last.computed.ended - NEAR_S / 4, move.first_step.begun + NEAR_S / 2)
     end.set_title(f"The end: the first decode step begins {1000 * move.seconds:.1f} ms after the last pass ended")
     end.set_xlabel("ms since the first pass began")
-    part = path.with_name(f".{path.name}.part")  # all of the file or nothing
-    try:
-        figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _panel(axes: Any, move: Move, start: float, stop: float) -> None:
