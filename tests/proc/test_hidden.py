@@ -42,10 +42,14 @@ class Engine(EmulatedEngine):
     """The emulated engine with states: [3] and the number of output tokens, of each leg that has run."""
 
     hidden = HIDDEN
+    untapped = False
 
     def tap(self, layers, every):
         self.tapped, self.states = (list(layers), every), None
         return self
+
+    def close(self):
+        self.untapped = True
 
     def taken(self):
         states, self.states = self.states, None
@@ -91,8 +95,10 @@ def test_a_head_for_a_model_of_another_size_is_refused_at_start():
     class Wide(Engine):
         hidden = 5
 
+    engine = made(Wide)
     with pytest.raises(PredictError, match="states of 3 numbers"):
-        foretelling(made(Wide), Head())
+        foretelling(engine, Head())
+    assert engine.untapped, "auto goes on with this engine"
 
 
 def test_without_a_head_nothing_is_tapped():

@@ -34,7 +34,11 @@ def foretelling(engine: Engine, head: Head) -> Callable[[int], StepDone]:
             "set engine.kind = 'vllm' or another predictor.kind"
         )
     tap = engine.tap([head.layer], head.every)
-    head.foretell([[0.0] * tap.hidden], [0])  # here, and not in the first step, it may fail
+    try:
+        head.foretell([[0.0] * tap.hidden], [0])  # here, and not in the first step, it may fail
+    except BaseException:
+        tap.close()  # `auto` goes on with the engine
+        raise
 
     def step(most: int = 1) -> StepDone:
         done = engine.step(most)
