@@ -115,20 +115,23 @@ class Turn(Record, frozen=True):
 class Receipt(Record, frozen=True):
     """What really happened to a request's KV: `adopted` prompt tokens came as KV bytes, `recomputed` ones
     were scheduled again by the decode engine itself (0 unless it was preempted). `refetched`: how often a chunk was
-    taken again since it had come out wrong.
+    taken again since it had come out wrong. `transport`: "none" if no KV moved.
+
+    Only the worker that ended the request knows these. They are None, all of them, where no worker did: it was
+    cancelled, failed, ran out of time, or a stop text was found before.
     """
 
     prompt_tokens: int
-    adopted: int = 0
-    recomputed: int = 0
-    kv_bytes: int = 0
-    chunks: int = 0
-    transport: str = "none"
+    adopted: int | None = None
+    recomputed: int | None = None
+    kv_bytes: int | None = None
+    chunks: int | None = None
+    transport: str | None = None
     prefill_instance: str | None = None
     decode_instance: str | None = None
-    preempted: int = 0
+    preempted: int | None = None
     attempts: int = 1
-    refetched: int = 0
+    refetched: int | None = None
 
 
 class Usage(Record, frozen=True):

@@ -99,12 +99,14 @@ class Traffic:
             right = right[: len(result.token_ids)]
         if result.token_ids != right:
             told.wrong.append(f"request {number}: {result.token_ids} is not {right}: {receipt}")
+        if result.finish_reason == "length" and receipt.adopted is None:
+            told.wrong.append(f"request {number}: its worker did not say what became of its KV, {receipt}")
         if receipt.decode_instance and receipt.chunks:
             silent = receipt.recomputed and not receipt.preempted
             if silent or (receipt.adopted, receipt.prompt_tokens) != (len(prompt), len(prompt)):
                 told.wrong.append(f"request {number}: computed again, {receipt}")
         told.attempts[receipt.attempts] += 1
-        told.chunks += receipt.chunks
+        told.chunks += receipt.chunks or 0
 
     async def watch(self, client: AsyncClient) -> None:
         while True:

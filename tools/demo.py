@@ -132,6 +132,8 @@ def problems(result: Result, chunks: int) -> list[str]:
     receipt, found = result.receipt, []
     if not result.token_ids:
         found.append(f"request {result.rid} was not answered: {result.finish_reason}")
+    if receipt.adopted is None or receipt.chunks is None:
+        return [*found, f"request {result.rid}: no worker said what became of its KV"]
     if receipt.adopted != receipt.prompt_tokens:
         found.append(f"request {result.rid}: {receipt.adopted} of {receipt.prompt_tokens} prompt tokens were adopted")
     if receipt.recomputed:
@@ -162,14 +164,19 @@ def _facts(result: Result) -> dict[str, str]:
         "JCT": _ms(result.jct_s),
         "output tokens": str(result.usage.completion_tokens),
         "tokens/s": f"{rate:.1f}",
-        "chunks": str(receipt.chunks),
-        "KV bytes moved": f"{receipt.kv_bytes:,}",
+        "chunks": _count(receipt.chunks),
+        "KV bytes moved": _count(receipt.kv_bytes, ","),
         "prompt tokens": str(receipt.prompt_tokens),
-        "adopted": str(receipt.adopted),
-        "recomputed": str(receipt.recomputed),
+        "adopted": _count(receipt.adopted),
+        "recomputed": _count(receipt.recomputed),
         "prefill on": receipt.prefill_instance or "-",
         "decode on": receipt.decode_instance or "-",
     }
+
+
+def _count(number: int | None, form: str = "") -> str:
+    """What no worker said is not known, and not 0."""
+    return "unknown" if number is None else format(number, form)
 
 
 def _ms(seconds: float | None) -> str:

@@ -14,8 +14,8 @@ from tetri.wire.messages import (
     Assign,
     Beat,
     ClusterView,
+    End,
     Failed,
-    Finished,
     Hold,
     InstanceEntry,
     InstanceLoad,
@@ -103,14 +103,10 @@ def staged(iid: str, rid: str, stage: Any, attempt: int = 1) -> Staged:
 
 
 def tokens(iid: str, rid: str, start: int, *ids: int, attempt: int = 1, reason: str | None = None) -> Tokens:
-    return Tokens(iid=iid, incarnation=1, items=[TokenItem(rid, attempt, start, list(ids), reason)])
-
-
-def finished(iid: str, rid: str, outputs: int, reason: str = "length", attempt: int = 1) -> Finished:
+    """The last of them ended the request if there is a reason."""
     receipt = Receipt(prompt_tokens=3, adopted=3, prefill_instance="p1", decode_instance=iid)
-    return Finished(
-        iid=iid, incarnation=1, rid=rid, attempt=attempt, reason=reason, outputs=outputs, receipt=receipt
-    )
+    end = End(reason=reason, receipt=receipt) if reason else None
+    return Tokens(iid=iid, incarnation=1, items=[TokenItem(rid, attempt, start, list(ids), end)])
 
 
 def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1) -> Failed:

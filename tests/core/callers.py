@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tests.core.nodes import EDGE, TOKEN_BYTES, VOCABULARY
 from tetri.core.actions import FromClient, Submitted
 from tetri.engine.emulated import reference
-from tetri.request import Sampling
+from tetri.request import Receipt, Sampling
 from tetri.text import Stopper
 from tetri.wire.clients import Accepted, Attach, Cancel, ChangeRole, Delta, Done, Refused, RoleChanged
 
@@ -140,6 +140,15 @@ class Client:
         ended = released.stopped or (right[-1] == 0 and not self.sampling.ignore_eos)
         assert done.reason == ("stop" if ended else "length"), (done, right)
         assert done.error is None and done.receipt.prompt_tokens == len(self.prompt)
+        if not released.stopped:  # else the broker may have ended it
+            self._verify_receipt(done.receipt)
+
+    def _verify_receipt(self, receipt: Receipt) -> None:
+        """Its worker said what became of the KV, whoever died when."""
+        if receipt.decode_instance is None:  # the first token of an attempt was its last
+            assert (receipt.adopted, receipt.transport) == (0, "none"), receipt
+        else:
+            assert receipt.adopted == len(self.prompt) and receipt.transport in ("local", "stream"), receipt
 
 
 @dataclass

@@ -108,14 +108,14 @@ class Cluster:
         if worker.alive:
             worker.kill()
             away_s = self.rng.choice((0.4, 0.4, 1.5))  # the longest: the monitor finds another for its role
-            self.after(self.rng.uniform(0.01, away_s), lambda: self._restart(worker))
+            self.after(self.rng.uniform(0.01, away_s), lambda: self.restart(worker))
 
     def _kill_monitor(self) -> None:
         if self.monitor.alive:
             self.monitor.kill()
             self.after(self.rng.uniform(0.01, 1.0), self.monitor.start)
 
-    def _restart(self, worker: WorkerNode) -> None:
+    def restart(self, worker: WorkerNode) -> None:
         worker.start()
         for link in self.links():
             if link.dst is worker:

@@ -13,7 +13,6 @@ from tests.core.build import (
     capacity,
     failed,
     fingerprint,
-    finished,
     kinds,
     only,
     ready,
@@ -37,7 +36,7 @@ from tetri.core.broker import Broker
 from tetri.core.desk import Limits
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import Sampling, Stage
+from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, MonitorStatus, Refused
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Assign, Close, ClusterView, FromWorker, Hold, Resend, Roster
@@ -224,12 +223,12 @@ def test_one_request_from_queue_to_done(served):
     assert kinds(served.tell(staged("d1", RID, Stage.WAITING))) == ["Close > p1"]
     assert not served.tell(staged("d1", RID, Stage.DECODE))
     served.now = 6.0
-    last = served.tell(tokens("d1", RID, 1, 8, 9, reason="length"), finished("d1", RID, 3))
-    assert kinds(last) == ["Word", "Reply", "Close > p1", "Close > d1", "Word", "Reply", "Unword"]
+    last = served.tell(tokens("d1", RID, 1, 8, 9, reason="length"))
+    assert kinds(last) == ["Word", "Reply", "Close > p1", "Close > d1", "Reply", "Unword"]
     end = done(last)
     assert (end.reason, end.usage.completion_tokens, end.ttft_s, end.jct_s) == ("length", 3, 3.0, 6.0)
     assert end.timeline == {"queued": 1.0, "prefill": 2.0, "moving": 1.0, "waiting": 0.0, "decode": 2.0}
-    assert end.receipt.decode_instance == "d1" and end.receipt.attempts == 1
+    assert (end.receipt.decode_instance, end.receipt.adopted, end.receipt.attempts) == ("d1", 3, 1)
     assert served.core.table.open == 0
 
 
@@ -238,10 +237,26 @@ def test_an_instance_that_did_both_phases_keeps_it(served):
     assert not served.tell(staged("p1", RID, Stage.WAITING)) and row(served).decode == "p1"
 
 
-def test_the_end_before_the_tokens_waits_for_them(decoding):
-    early = decoding.tell(finished("d1", RID, 4))
+def test_an_end_beyond_a_gap_waits_for_the_tokens_before_it(decoding):
+    early = decoding.tell(tokens("d1", RID, 3, 10, reason="stop"))
     assert early == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
-    assert done(decoding.tell(tokens("d1", RID, 1, 8, 9, 10))).reason == "length"
+    end = done(decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="stop")))
+    assert (end.reason, end.usage.completion_tokens, end.receipt.adopted) == ("stop", 4, 3)
+
+
+def test_an_end_whose_tokens_are_all_here_ends_it(decoding):
+    """A Beat said that it has ended; the answer to the Resend has no token that is not known."""
+    decoding.tell(tokens("d1", RID, 1, 8))
+    assert decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 2))) == [Send("d1", Resend(rid=RID, attempt=1, start=2))]
+    end = done(decoding.tell(tokens("d1", RID, 2, reason="stop")))
+    assert (end.reason, end.usage.completion_tokens, end.receipt.adopted) == ("stop", 2, 3)
+
+
+def test_all_tokens_without_a_word_of_the_end_are_the_end_and_the_receipt_says_so(decoding):
+    """No worker should; one that does must not hold the request up, nor have a receipt invented."""
+    end = done(decoding.tell(tokens("d1", RID, 1, 8, 9, 10)))
+    assert (end.reason, end.usage.completion_tokens) == ("length", 4)
+    assert end.receipt == Receipt(prompt_tokens=3, prefill_instance="p1", decode_instance="d1")
 
 
 def test_a_gap_is_asked_for_and_what_is_known_ignored(decoding):
@@ -252,8 +267,9 @@ def test_a_gap_is_asked_for_and_what_is_known_ignored(decoding):
 
 
 def test_more_tokens_than_asked_are_cut(decoding):
-    decoding.tell(tokens("d1", RID, 1, 8, 9, 10, 11, reason="length"))
-    assert row(decoding).output == [7, 8, 9, 10] and row(decoding).last is None and row(decoding).full
+    actions = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, 11, reason="length"))
+    assert replies(actions)[0] == Delta(rid=RID, start=1, ids=[8, 9, 10], text="ijk")
+    assert (done(actions).reason, done(actions).usage.completion_tokens) == ("length", 4)
 
 
 def test_a_first_token_without_news_of_its_stage_moves_the_row_on(served):
@@ -265,8 +281,7 @@ def test_older_attempts_and_unknown_requests_are_ignored(decoding):
     decoding.tell(PeerDown("d1"))
     assert row(decoding).attempt == 2
     assert not decoding.tell(
-        tokens("p1", RID, 1, 8),
-        finished("p1", RID, 1),
+        tokens("p1", RID, 1, 8, reason="stop"),
         failed("p1", RID, retry=True),
         staged("p2", RID, Stage.DECODE),
         tokens("p1", "nobody", 0, 1),
@@ -283,14 +298,16 @@ def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(decoding):
 
 
 def test_a_stop_text_found_in_the_last_tokens_is_the_reason(decoding):
-    decoding.tell(finished("d1", RID, 3))
     decoding.stops[RID] = 2
-    assert done(decoding.tell(tokens("d1", RID, 1, 8, 9, reason="length"))).reason == "stop"
+    actions = decoding.tell(tokens("d1", RID, 1, 8, 9, reason="length"))
+    end = done(actions)
+    assert (end.reason, end.usage.completion_tokens, end.receipt.adopted) == ("stop", 2, 3)
+    assert sent(actions, kind=Close) == [Close(rid=RID, attempt=1, outputs=2, reason="stop")] * 2
 
 
 def test_a_first_token_that_ends_it_all(served):
     served.tell(submit(max_tokens=1))
-    actions = served.tell(tokens("p1", RID, 0, 7, reason="length"), finished("p1", RID, 1))
+    actions = served.tell(tokens("p1", RID, 0, 7, reason="length"))
     assert done(actions).reason == "length"
     assert sent(actions, kind=Close) == [Close(rid=RID, attempt=1, outputs=1, reason="length")]
 
@@ -319,7 +336,8 @@ def test_cancelling_on_the_prefill_side(served, stage):
 
 def test_cancelling_while_it_decodes_and_once_more(decoding):
     actions = decoding.tell(cancel())
-    assert kinds(actions) == ["Close > p1", "Close > d1", "Word", "Reply", "Unword"]
+    assert kinds(actions) == ["Word", "Close > p1", "Close > d1", "Reply", "Unword"]
+    assert done(actions).receipt == Receipt(prompt_tokens=3, prefill_instance="p1", decode_instance="d1")
     assert replies(decoding.tell(cancel())) == [done(actions)]
     assert not decoding.tell(tokens("d1", RID, 1, 8))
 
@@ -423,10 +441,10 @@ def test_attaching_sends_what_is_missing_or_a_sign_of_life(decoding):
 
 
 def test_text_without_tokens_at_the_end_is_sent_again(decoding):
-    decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
-    decoding.core.desk.worded(row(decoding), Worded(RID, 4, (), "tail", None, True))
-    tail = Delta(rid=RID, start=4, ids=[], text="tail")
-    assert replies(decoding.tell(attach(4))) == [tail]
+    decoding.core.handle(cancel(), 0.0)
+    decoding.core.handle(Worded(RID, 1, (), "tail", None, True), 0.0)
+    tail, end = replies(decoding.tell(attach(1)))
+    assert tail == Delta(rid=RID, start=1, ids=[], text="tail") and end.reason == "cancelled"
 
 
 # ---------------------------------------------------------------- workers that are lost
@@ -489,17 +507,6 @@ def test_a_lost_decode_instance_keeps_the_output_and_goes_on(served, stage):
 def test_a_decode_instance_lost_after_the_prefill_instance_let_go(decoding):
     assert not sent(decoding.tell(PeerDown("p1")), kind=Assign)
     assert row(decoding).attempt == 1
-
-
-@pytest.mark.parametrize("reason", ["stop", "length"])
-def test_a_request_with_its_last_token_ends_though_its_end_was_lost(decoding, reason):
-    decoding.tell(tokens("d1", RID, 1, 8, 9, reason=reason))
-    assert done(decoding.tell(PeerDown("d1"))).reason == reason
-
-
-def test_a_full_request_without_a_reason_ends_by_its_length(decoding):
-    decoding.tell(tokens("d1", RID, 1, 8, 9, 10, 11))
-    assert done(decoding.tell(PeerDown("d1"))).reason == "length"
 
 
 def test_giving_up_after_many_attempts(served):
@@ -590,11 +597,6 @@ def test_what_the_decode_instance_lost_starts_over(decoding):
     assert sent(decoding.tell(beat("d1")), kind=Assign)[0].attempt == 2
 
 
-def test_a_full_request_that_nobody_holds_ends(served):
-    served.tell(submit(max_tokens=1), tokens("p1", RID, 0, 7, reason="length"))
-    assert done(served.tell(beat("p1"))).reason == "length"
-
-
 def test_lost_news_of_the_stage_come_with_the_beat(served):
     served.tell(submit(), tokens("p1", RID, 0, 7))
     actions = served.tell(beat("d1", Hold(RID, 1, Stage.WAITING, 1)))
@@ -611,9 +613,9 @@ def test_a_reservation_elsewhere_is_closed_once_it_decodes(decoding):
 def test_lost_tokens_and_a_lost_end_are_asked_for(decoding):
     more = decoding.tell(beat("d1", Hold(RID, 1, Stage.DECODE, 3)))
     assert more == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
-    decoding.tell(tokens("d1", RID, 1, 8, 9, 10))
+    decoding.tell(tokens("d1", RID, 1, 8, 9))
     end = decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 4)))
-    assert end == [Send("d1", Resend(rid=RID, attempt=1, start=4))]
+    assert end == [Send("d1", Resend(rid=RID, attempt=1, start=3))]
 
 
 def test_a_worker_that_keeps_an_ended_request_is_told_again(decoding):
@@ -716,7 +718,7 @@ def test_thousands_that_wait_are_placed_at_once_when_a_worker_comes():
 
 
 def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
-    ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10), finished("d1", RID, 4))
+    ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
     delta = replies(ended)[0]
     decoding.tell(Undelivered(b"c", delta, gone=False), Undelivered(b"c", replies(ended)[1], gone=False))
     decoding.core.life.timers.clear(("retry", RID))
@@ -728,7 +730,7 @@ def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
 
 
 def test_a_slow_reader_is_not_waited_for_for_ever(decoding):
-    ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10), finished("d1", RID, 4))
+    ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
     decoding.tell(Undelivered(b"c", replies(ended)[0], gone=False))
     decoding.core.life.timers.clear(("retry", RID))
     for _ in range(7):

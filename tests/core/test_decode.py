@@ -28,7 +28,7 @@ from tetri.policy.rules import Rules
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Landed, Refuse
-from tetri.wire.messages import Beat, Close, Finished, Resend, Staged, Tokens
+from tetri.wire.messages import Beat, Close, Resend, Staged, TokenItem, Tokens
 
 
 class Decoding(Told):
@@ -352,10 +352,11 @@ def test_one_request_from_admission_to_its_end(decode):
     assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.presence.load().running) == (1, 1)
     assert [hold.stage for hold in decode.core.decode.holds()] == ["decode"]
     last = decode.step((KEY, 7, "length"))
-    assert kinds(last) == ["Step", "Tokens > broker", "Finished > broker"]
-    assert sent(last, kind=Tokens)[0].items[0].reason == "length"
-    end = sent(last, kind=Finished)[0]
-    assert (end.outputs, end.reason, end.receipt.adopted, end.receipt.recomputed) == (3, "length", 8, 0)
+    assert kinds(last) == ["Step", "Tokens > broker"]
+    (item,) = sent(last, kind=Tokens)[0].items
+    end = item.end
+    assert (item.start, item.ids) == (2, [7])
+    assert (end.reason, end.receipt.adopted, end.receipt.recomputed, end.receipt.preempted) == ("length", 8, 0, 0)
     assert (end.receipt.kv_bytes, end.receipt.chunks, end.receipt.prefill_instance) == (64, 1, "p1")
     assert decode.core.ledger.free == 10 and [hold.stage for hold in decode.core.decode.holds()] == ["done"]
     assert "Step" not in kinds(decode.later())
@@ -427,7 +428,7 @@ def test_preemption_shows_in_the_receipt(decode):
     decode.step(spans=(), preempted=[KEY])
     decode.tell(PeerUp("p2"))  # anything may have made room
     decode.step((KEY, 7, None), spans=[Span(KEY, 0, 10)])
-    end = sent(decode.step((KEY, 8, "length")), kind=Finished)[0]
+    end = sent(decode.step((KEY, 8, "length")), kind=Tokens)[0].items[0].end
     assert (end.receipt.preempted, end.receipt.recomputed) == (1, 8)
 
 
@@ -435,12 +436,13 @@ def test_tokens_are_sent_again(decode):
     decode.land("r", prompt=8)
     decode.step((KEY, 6, None))
     (again,) = sent(decode.tell(Resend(rid="r", attempt=1, start=0)))
-    assert (again.items[0].start, again.items[0].ids, again.items[0].reason) == (0, [5, 6], None)
+    assert again.items == [TokenItem("r", 1, 0, [5, 6])]
     assert not decode.tell(Resend(rid="r", attempt=1, start=2), Resend(rid="r", attempt=2, start=0))
-    decode.step((KEY, 7, "stop"))
-    tokens, end = sent(decode.tell(Resend(rid="r", attempt=1, start=1)))
-    assert (tokens.items[0].ids, tokens.items[0].reason, end.outputs) == ([6, 7], "stop", 3)
-    assert kinds(decode.tell(Resend(rid="r", attempt=1, start=3))) == ["Finished > broker"]
+    (last,) = sent(decode.step((KEY, 7, "stop")), kind=Tokens)[0].items
+    (again,) = sent(decode.tell(Resend(rid="r", attempt=1, start=1)))
+    assert last.end.reason == "stop" and again.items == [TokenItem("r", 1, 1, [6, 7], last.end)]
+    (again,) = sent(decode.tell(Resend(rid="r", attempt=1, start=3)))
+    assert again.items == [TokenItem("r", 1, 3, [], last.end)]
 
 
 # ---------------------------------------------------------------- what must not be

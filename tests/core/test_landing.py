@@ -25,7 +25,7 @@ from tetri.leg import Sampled, Span, StepDone
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Landed, Refuse
-from tetri.wire.messages import Beat, Close, Finished
+from tetri.wire.messages import Beat, Close, Tokens
 
 KEY = "d:r:1:p1:1"
 
@@ -268,8 +268,9 @@ def test_the_receipt_tells_how_often_a_chunk_was_taken_again():
     told.come(0)
     told.later()
     done = StepDone((Span(KEY, 4, 5),), (Sampled(KEY, (8,), "length"),))
-    (finished,) = sent(told.tell(done), BROKER, Finished)
-    assert (finished.receipt.refetched, finished.receipt.transport) == (1, "stream")
+    (last,) = sent(told.tell(done), BROKER, Tokens)
+    receipt = last.items[0].end.receipt
+    assert (receipt.refetched, receipt.transport) == (1, "stream")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_times_too_short_or_too_long_to_count_are_counted_all_the_same(seconds):
     work = told.core.table.work_ns["p1"]
     assert work >= 2
     ended = told.tell(tokens("p1", "00002a-1", 0, 7, reason="length"))
-    assert told.core.table.work_ns["p1"] == work // 2 and not only(ended, Unword)
+    assert told.core.table.work_ns["p1"] == work // 2 and only(ended, Unword)
     told.tell(tokens("p1", "00002a-2", 0, 7, reason="length"))
     assert not told.core.table.work_ns
 

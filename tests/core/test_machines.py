@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.core.build import (
     beat,
     failed,
-    finished,
     ready,
     staged,
     tokens,
@@ -173,12 +172,6 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def tokens(self, iid, number, attempt, start, size, reason):
         ids = range(start, start + size)  # every attempt yields the same ones
         self.tell(tokens(iid, self.rid(number), start, *ids, attempt=attempt, reason=reason))
-
-    @rule(iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), outputs=st.integers(0, 6))
-    def finished(self, iid, number, attempt, outputs):
-        row = self.core.table.rows.get(self.rid(number))
-        if row is not None and outputs >= len(row.output):
-            self.tell(finished(iid, self.rid(number), outputs, attempt=attempt))
 
     @rule(iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), retry=st.booleans())
     def failed(self, iid, number, attempt, retry):

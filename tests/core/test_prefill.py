@@ -29,7 +29,7 @@ from tetri.policy.rules import Rules
 from tetri.request import blocks_for
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Drop, Offer
-from tetri.wire.messages import Close, Failed, Finished, Resend, Staged, Tokens
+from tetri.wire.messages import Close, Failed, Resend, Staged, TokenItem, Tokens
 
 
 class Prefilling(Told):
@@ -213,9 +213,11 @@ def test_a_first_token_that_ends_the_request_moves_no_more(prefill, max_tokens, 
     prefill.tell(assign("a", prompt=12, max_tokens=max_tokens))
     prefill.step()
     actions = prefill.step(("a", 7, reason))
-    item = sent(actions, kind=Tokens)[0].items[0]
-    end = sent(actions, kind=Finished)[0]
-    assert item.reason == end.reason == (reason or "length") and end.outputs == 1
+    (item,) = sent(actions, kind=Tokens)[0].items
+    end = item.end
+    assert (item.start, item.ids, end.reason) == (0, [7], reason or "length")
+    assert (end.receipt.adopted, end.receipt.kv_bytes, end.receipt.transport) == (0, 0, "none")
+    assert (end.receipt.prefill_instance, end.receipt.decode_instance) == ("p1", None)
     assert not only(actions, Export) and prefill.core.prefill.slots_taken == 0
     dropped = max_tokens > 1
     assert bool(sent(actions, "d1", Drop)) == dropped and bool(only(actions, Free)) == dropped
@@ -239,11 +241,13 @@ def test_tokens_are_sent_again(prefill):
     prefill.tell(assign("a", prompt=2, output=[5]), assign("b", prompt=2, max_tokens=1))
     prefill.step(("a", 7, None), ("b", 8, "length"))
     (again,) = sent(prefill.tell(Resend(rid="a", attempt=1, start=0)), BROKER)
-    assert (again.items[0].start, again.items[0].ids, again.items[0].reason) == (0, [5, 7], None)
-    tokens, end = sent(prefill.tell(Resend(rid="b", attempt=1, start=0)), BROKER)
-    assert tokens.items[0].reason == "length" and isinstance(end, Finished)
+    assert again.items == [TokenItem("a", 1, 0, [5, 7])]
+    (again,) = sent(prefill.tell(Resend(rid="b", attempt=1, start=0)), BROKER)
+    end = again.items[0].end
+    assert again.items == [TokenItem("b", 1, 0, [8], end)] and end.reason == "length"
     assert not prefill.tell(Resend(rid="a", attempt=1, start=2), Resend(rid="a", attempt=2, start=0))
-    assert kinds(prefill.tell(Resend(rid="b", attempt=1, start=1))) == ["Finished > broker"]
+    (again,) = sent(prefill.tell(Resend(rid="b", attempt=1, start=1)), BROKER)
+    assert again.items == [TokenItem("b", 1, 1, [], end)]
 
 
 def test_a_token_too_early_or_twice_must_not_go_on(prefill):

@@ -5,7 +5,7 @@ import pytest
 from tetri.core.actions import Broken
 from tetri.core.table import Row, Table
 from tetri.request import Receipt, Sampling, Stage
-from tetri.wire.messages import Finished
+from tetri.wire.messages import End
 
 
 def row(number=1, **changes):
@@ -94,26 +94,22 @@ def test_stages_add_up_and_news_never_lead_back(table):
     assert made.spent == {Stage.QUEUED: 4.0, Stage.PREFILL: 2.0, Stage.MOVING: 1.0}
 
 
-def test_it_is_full_by_its_last_token_or_its_length():
-    assert not row(output=[1, 2, 3]).full
-    assert row(output=[1, 2, 3, 4]).full and row(output=[1], last="stop").full
-
-
 def test_what_is_left_until_its_deadline():
     assert row().left(1.0) is None
     assert row(deadline=3.0).left(1.0) == 2.0 and row(deadline=3.0).left(4.0) == 0.0
 
 
-def test_a_receipt_without_an_end_says_what_is_known():
+def test_a_receipt_without_an_end_says_what_is_known_and_that_the_rest_is_not():
     receipt = row(prefill="p1", attempt=3).receipt()
-    assert (receipt.prompt_tokens, receipt.prefill_instance, receipt.attempts) == (2, "p1", 3)
+    assert receipt == Receipt(prompt_tokens=2, prefill_instance="p1", attempts=3)
+    unknown = ("adopted", "recomputed", "kv_bytes", "chunks", "transport", "preempted", "refetched")
+    assert [getattr(receipt, name) for name in unknown] == [None] * 7
 
 
 @pytest.mark.parametrize("attempt", [1, 3])
 def test_a_receipt_of_the_worker_gets_the_attempts(attempt):
     made = Receipt(prompt_tokens=2, adopted=2, kv_bytes=7)
-    end = Finished(iid="d1", incarnation=1, rid="r1", attempt=attempt, reason="stop", outputs=1, receipt=made)
-    receipt = row(finished=end, attempt=attempt).receipt()
+    receipt = row(end=End(reason="stop", receipt=made), attempt=attempt).receipt()
     assert (receipt.attempts, receipt.adopted, receipt.kv_bytes) == (attempt, 2, 7)
 
 

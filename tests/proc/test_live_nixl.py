@@ -26,7 +26,11 @@ def check(cluster: LiveCluster, prompt: list[int], result: Result, output: int) 
     made = cluster.config.emulated
     assert result.token_ids == reference(prompt, Sampling(max_tokens=output), made.vocabulary, made.token_bytes)
     receipt = result.receipt
-    assert (receipt.adopted, receipt.recomputed, receipt.transport) == (len(prompt), 0, "nixl")
+    if receipt.decode_instance is None:  # a decode worker died before the last token, which the prefill worker wrote
+        assert receipt.attempts > 1
+        assert (receipt.adopted, receipt.recomputed, receipt.transport) == (0, 0, "none")
+    else:
+        assert (receipt.adopted, receipt.recomputed, receipt.transport) == (len(prompt), 0, "nixl")
 
 
 def ask_many(cluster: LiveCluster, seed: int, count: int, victim: str = "") -> None:

@@ -13,9 +13,9 @@ from tetri.leg import Sampled, Span
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchView, Member, WaitingSeat
 from tetri.request import LengthRange, blocks_for
-from tetri.wire.messages import TokenItem
+from tetri.wire.messages import End, TokenItem
 
-Ended = list[tuple[Seat, str]]
+Ended = list[tuple[Seat, End]]
 
 
 class Batch:
@@ -116,7 +116,7 @@ class Batch:
     def step_done(
         self, spans: Sequence[Span], tokens: Sequence[Sampled], preempted: Sequence[str], steps: int
     ) -> tuple[list[TokenItem], Ended]:
-        """What is to be told, and who has ended and why. Those still count as running."""
+        """What is to be told, and who has ended and how. Those still count as running."""
         self._until, self._kept = self._until - steps, None
         self._stuck = not spans and bool(self.running)
         items: list[TokenItem] = []
@@ -145,8 +145,9 @@ class Batch:
             mine += ids
             count += len(ids)
             if sampled.reason is not None:
-                items.append(self.news(seat, sampled.reason))
-                ended.append((seat, sampled.reason))
+                end = End(reason=sampled.reason, receipt=seat.receipt(self.own.iid))
+                items.append(self.news(seat, end))
+                ended.append((seat, end))
             elif len(mine) >= seat.mark:
                 if len(mine) >= seat.due:
                     self._look(seat)
@@ -159,11 +160,11 @@ class Batch:
                 self.lapsed.pop(sampled.key, None)
         return ended
 
-    def news(self, seat: Seat, reason: str | None = None) -> TokenItem:
+    def news(self, seat: Seat, end: End | None = None) -> TokenItem:
         """Its tokens that were not told yet."""
         offer, sent = seat.offer, seat.sent
         seat.sent = len(seat.tokens)
-        return TokenItem(offer.rid, offer.attempt, len(offer.output) + sent, seat.tokens[sent:], reason)
+        return TokenItem(offer.rid, offer.attempt, len(offer.output) + sent, seat.tokens[sent:], end)
 
     def told(self, seat: Seat) -> None:
         """All its tokens were sent."""

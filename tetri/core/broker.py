@@ -156,11 +156,8 @@ class Broker:
             return []
         ending = row.reason is not None
         actions = self.desk.worded(row, event)
-        if row.reason is None:
-            return actions
-        if not ending:  # a stop text
-            actions += self.life.close(row)
-        return [*actions, *self.life.finish(row, now)] if event.final or not ending else actions
+        found = row.reason is not None and not ending  # a stop text
+        return [*actions, *self.life.finish(row, now)] if found or event.final else actions
 
     def _undelivered(self, event: Undelivered, now: float) -> list[Action]:
         row = self.desk.undelivered(event)

@@ -21,7 +21,7 @@ from tetri.core.turned_away import TurnedAway
 from tetri.leg import Foretold, Leg, Sampled, Span
 from tetri.request import LengthRange, Stage
 from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
-from tetri.wire.messages import Finished, Hold, Resend, Staged, TokenItem, Tokens
+from tetri.wire.messages import End, Hold, Resend, Staged, TokenItem, Tokens
 
 Answer = Grant | Refuse | Landed
 
@@ -226,23 +226,15 @@ class Decode:
             seat.allocated = True
             actions += [self.landing.take(chunk, seat) for chunk in seat.flow.announced.values()]
         items, ended = self.batch.step_done(spans, tokens, preempted, steps)
-        told = [self._tell(Tokens, items=items)] if items else []
-        return [*told, *(self._finish(seat, reason) for seat, reason in ended), *actions]
+        for seat, end in ended:
+            self._finish(seat, end)
+        return [self._tell(Tokens, items=items), *actions] if items else actions
 
-    def _finish(self, seat: Seat, reason: str) -> Action:
+    def _finish(self, seat: Seat, end: End) -> None:
         self._leave(seat)
         if self.foresight is not None and not seat.offer.sampling.ignore_eos:
-            self.foresight.ended(seat.offer.rid, seat.written, reason)
-        seat.end = Finished(
-            iid=self.own.iid,
-            incarnation=self.own.incarnation,
-            rid=seat.offer.rid,
-            attempt=seat.offer.attempt,
-            reason=reason,
-            outputs=seat.written,
-            receipt=seat.receipt(self.own.iid),
-        )
-        return Send(BROKER, seat.end)
+            self.foresight.ended(seat.offer.rid, seat.written, end.reason)
+        seat.end = end
 
     # ------------------------------------------------------------ what it says of itself
 
@@ -251,12 +243,11 @@ class Decode:
         seat = self._seat_of(message.rid)
         if seat is None or seat.offer.attempt != message.attempt:
             return []
-        ids, reason = seat.outputs()[message.start :], seat.end.reason if seat.end else None
-        item = TokenItem(seat.offer.rid, seat.offer.attempt, message.start, ids, reason)
+        ids = seat.outputs()[message.start :]
+        item = TokenItem(seat.offer.rid, seat.offer.attempt, message.start, ids, seat.end)
         if seat.running:
             self.batch.told(seat)
-        tokens = [self._tell(Tokens, items=[item])] if ids else []
-        return [*tokens, *([Send(BROKER, seat.end)] if seat.end else [])]
+        return [self._tell(Tokens, items=[item])] if ids or seat.end else []
 
     def holds(self) -> list[Hold]:
         """`outputs` are those that the broker was told of: it asks for what it then lacks, and for no more."""

@@ -9,7 +9,7 @@ from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
 from tetri.request import Capacity, LengthRange, Receipt, Sampling, Stage, blocks_for
-from tetri.wire.messages import Finished
+from tetri.wire.messages import End
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class Job:
     running: bool = False  # the engine has its leg
     held: bool = False  # the engine was told to keep its leg out of the steps
     token: int | None = None  # the one that prefill yields
-    end: Finished | None = None  # when that token ended the request
+    end: End | None = None  # when that token ended the request
     stranded_at: float | None = None  # since when no decode instance exists for it
 
     @property
@@ -80,14 +80,16 @@ class Job:
     def outputs(self) -> list[int]:
         return [*self.output, *([] if self.token is None else [self.token])]
 
-    def finished(self, iid: str, incarnation: int, reason: str) -> Finished:
-        """What is said when its first token ends it, on this instance."""
-        return Finished(
-            iid=iid,
-            incarnation=incarnation,
-            rid=self.rid,
-            attempt=self.attempt,
-            reason=reason,
-            outputs=len(self.output) + 1,
-            receipt=Receipt(prompt_tokens=len(self.prompt), prefill_instance=iid),
+    def receipt(self, iid: str) -> Receipt:
+        """Of a request that its first token ends on this instance: nobody used the KV that may have left already."""
+        return Receipt(
+            prompt_tokens=len(self.prompt),
+            adopted=0,
+            recomputed=0,
+            kv_bytes=0,
+            chunks=0,
+            transport="none",
+            prefill_instance=iid,
+            preempted=0,
+            refetched=0,
         )

@@ -81,8 +81,6 @@ class Life:
         """Begin another attempt, with the tokens so far: prefilled like the prompt, still counted as output."""
         if row.reason is not None:
             return []
-        if row.full:
-            return self.end(row, row.last or "length", now)
         actions = self.close(row)
         if row.attempt - row.spared >= self.limits.max_attempts:
             spared = f" ({row.spared} lost while it only waited)" if row.spared else ""
@@ -92,11 +90,12 @@ class Life:
         return [*actions, *self.place(row, now)]
 
     def end(self, row: Row, reason: str, now: float, error: str | None = None) -> list[Action]:
-        """The request is over: workers let go, the last words are asked for, `_worded` closes the row."""
+        """The request is over: the last words are asked for, in which a stop text may still be found; once they are
+        here, `finish` closes the row."""
         if row.reason is not None or row.stage.ended:
             return []
         row.reason, row.error = reason, error
-        return [*self.close(row), *self.desk.word(row, final=True)]
+        return self.desk.word(row, final=True)
 
     def close(self, row: Row) -> list[Action]:
         """Both workers let go. When it is over, they learn from how much it wrote, unless that was what its request
@@ -108,7 +107,7 @@ class Life:
         return [Send(iid, close) for iid in holders]
 
     def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
-        if row.holder == row.decode or row.full:
+        if row.holder == row.decode:
             return self.restart(row, f"{iid} does not hold it any more", now)
         late = now - row.assigned_at > 2 * self.limits.beat_s
         return [self.assign(row, now)] if late else []  # it may still be on its way
@@ -142,10 +141,11 @@ class Life:
         return Send(iid, Resend(rid=row.rid, attempt=row.attempt, start=len(row.output)))
 
     def finish(self, row: Row, now: float) -> list[Action]:
+        """Workers let go, the client gets its Done."""
         for what in ("deadline", "patience", "retry"):
             self.timers.clear((what, row.rid))
         self.counters[f"ended_{row.reason}"] += 1
-        actions = self.desk.finish(row, now)
+        actions = [*self.close(row), *self.desk.finish(row, now)]
         self.remember(row, now)
         return actions
 

@@ -9,7 +9,7 @@ from tetri.core.life import Life
 from tetri.core.registry import Registry
 from tetri.core.table import BEFORE_TOKENS, ON_DECODER, Row, Table
 from tetri.request import Stage
-from tetri.wire.messages import Beat, Close, Failed, Finished, FromWorker, Ready, Staged, TokenItem, Tokens
+from tetri.wire.messages import Beat, Close, Failed, FromWorker, Ready, Staged, TokenItem, Tokens
 
 
 class News:
@@ -93,7 +93,7 @@ class News:
                 turned = self.flips.heard(peer, event.role, now, event.flip)
                 actions += [*turned, *self.life.place_waiting(now)] if turned else ()
                 actions += self._reconcile(event, now)
-            case Staged() | Finished() | Failed():
+            case Staged() | Failed():
                 row = self._row(event.rid, event.attempt)
                 actions += () if row is None else self._row_event(row, event, now)
         return actions
@@ -103,7 +103,7 @@ class News:
         row = self.table.rows.get(rid)
         return row if row and row.attempt == attempt and row.reason is None and row.prefill else None
 
-    def _row_event(self, row: Row, event: Staged | Finished | Failed, now: float) -> list[Action]:
+    def _row_event(self, row: Row, event: Staged | Failed, now: float) -> list[Action]:
         match event:
             case Staged():
                 return self.life.stage(row, event.stage, event.iid, now)
@@ -111,10 +111,7 @@ class News:
                 return []  # another instance has it all by now
             case Failed(retry=True):
                 return self.life.restart(row, event.why, now)
-            case Failed():
-                return self.life.end(row, "error", now, event.why)
-        row.finished = event
-        return self._ended(row, event.iid, now)
+        return self.life.end(row, "error", now, event.why)
 
     def _tokens(self, item: TokenItem, iid: str, now: float, actions: list[Action]) -> None:
         """Appends to `actions`: this runs for every token of everybody."""
@@ -127,24 +124,20 @@ class News:
             return
         if start != have or have + len(ids) > row.sampling.max_tokens:
             ids = ids[have - start :][: row.sampling.max_tokens - have]
-        if not ids:
+        if not ids and item.end is None:
             return
         row.output += ids
-        row.last = item.reason if len(row.output) == start + len(item.ids) else None
-        if row.first_at is None:
+        if ids and row.first_at is None:
             row.first_at = now
         if row.decode is None and row.stage in BEFORE_TOKENS:
             self.table.advance(row, Stage.MOVING, now)
-        actions += self.desk.word(row, final=False)
-        if row.finished is not None:
-            actions += self._ended(row, iid, now)
-
-    def _ended(self, row: Row, iid: str, now: float) -> list[Action]:
-        """It has finished: with all its tokens here it is over."""
-        assert row.finished is not None
-        if len(row.output) < row.finished.outputs:
-            return [self.life.resend(row, iid)]
-        return self.life.end(row, row.finished.reason, now)
+        if item.end is not None:
+            row.end = item.end
+            actions += self.life.end(row, item.end.reason, now)
+        elif len(row.output) == row.sampling.max_tokens:  # its worker should have said so
+            actions += self.life.end(row, "length", now)
+        else:
+            actions += self.desk.word(row, final=False)
 
     def _reconcile(self, beat: Beat, now: float) -> list[Action]:
         """What a worker holds against what the table says it holds."""
@@ -161,7 +154,7 @@ class News:
                 actions += self.life.stage(row, hold.stage, iid, now)
             if row.decode is not None and row.decode != iid and hold.stage is not Stage.DONE:
                 actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
-            elif hold.outputs > len(row.output) or (hold.stage is Stage.DONE and row.finished is None):
+            elif hold.outputs > len(row.output) or hold.stage is Stage.DONE:
                 actions.append(self.life.resend(row, iid))
         missing = [row for rid, row in self.table.held_by(iid).items() if rid not in held and row.reason is None]
         for row in missing:

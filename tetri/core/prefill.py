@@ -31,7 +31,7 @@ from tetri.core.queue import Queue
 from tetri.leg import Foretold, Leg, Sampled, Span
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
-from tetri.wire.messages import Assign, Failed, Hold, Resend, Staged, TokenItem, Tokens
+from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, TokenItem, Tokens
 
 Said = Staged | Tokens | Failed
 
@@ -110,11 +110,9 @@ class Prefill:
         job = self.jobs.get(f"p:{message.rid}:{message.attempt}")
         if job is None:
             return []
-        actions: list[Action] = []
-        if ids := job.outputs()[message.start :]:
-            item = TokenItem(job.rid, job.attempt, message.start, ids, job.end.reason if job.end else None)
-            actions.append(self._tell(Tokens, items=[item]))
-        return [*actions, *([Send(BROKER, job.end)] if job.end else [])]
+        ids = job.outputs()[message.start :]
+        item = TokenItem(job.rid, job.attempt, message.start, ids, job.end)
+        return [self._tell(Tokens, items=[item])] if ids or job.end else []
 
     # ------------------------------------------------------------ the next chunk
 
@@ -228,11 +226,12 @@ class Prefill:
             if job.done != job.goal or job.token is not None:
                 raise Broken(f"a token for {job.key} at {job.done} of {job.goal}")
             reason = sampled.reason or (None if job.decodes else "length")
-            items.append(TokenItem(job.rid, job.attempt, len(job.output), list(sampled.ids), reason))
+            end = End(reason=reason, receipt=job.receipt(self.own.iid)) if reason else None
+            items.append(TokenItem(job.rid, job.attempt, len(job.output), list(sampled.ids), end))
             job.token = sampled.token
             self._stop(job)
             self.queue.leave(job)
-            after += self._end(job, reason) if reason else self._move(job)
+            after += self._end(job, end) if end else self._move(job)
         return [self._tell(Tokens, items=items), *after] if items else []
 
     def _stop(self, job: Job) -> None:
@@ -244,10 +243,10 @@ class Prefill:
     def _move(self, job: Job) -> list[Action]:
         return [self._tell(Staged, rid=job.rid, attempt=job.attempt, stage=Stage.MOVING, peer=job.flow.target)]
 
-    def _end(self, job: Job, reason: str) -> list[Action]:
+    def _end(self, job: Job, end: End) -> list[Action]:
         """The first token ends the request: no more KV moves."""
-        job.end = job.finished(self.own.iid, self.own.incarnation, reason)
-        return [Send(BROKER, job.end), *self.dispatcher.forget(job, "finished"), *self.leaving.drain(job)]
+        job.end = end
+        return [*self.dispatcher.forget(job, "finished"), *self.leaving.drain(job)]
 
     def exported(self, event: Exported) -> list[Action]:
         return self.leaving.exported(self.jobs.get(event.key), event)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tetri.core.kvflow import Inflow
 from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
 from tetri.wire.handover import BetweenWorkers, Offer
-from tetri.wire.messages import Finished
+from tetri.wire.messages import End
 
 NEVER = 1 << 62
 
@@ -30,7 +30,7 @@ class Seat:
     running: bool = False
     tokens: list[int] = field(default_factory=list)
     sent: int = 0
-    end: Finished | None = None
+    end: End | None = None
     recomputed: int = 0
     preempted: int = 0
 

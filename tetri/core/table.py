@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from tetri.core.actions import Broken
 from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.clients import Delta, Done
-from tetri.wire.messages import Finished
+from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
 IDLE = (Stage.QUEUED, Stage.WAITING)  # a worker has it and computes nothing of it
@@ -46,8 +48,7 @@ class Row:
     watchers: list[bytes] = field(default_factory=list)  # other clients that asked for its end
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
-    last: str | None = None  # why the last token of `output` ended it, as its worker said
-    finished: Finished | None = None
+    end: End | None = None  # as its worker said with the last token; None while there is none, or nobody did
     reason: str | None = None  # why it ends; set before the last words are back
     error: str | None = None
     listed: str | None = None  # the instance under which the table has it
@@ -59,11 +60,6 @@ class Row:
         return self.decode if self.stage in ON_DECODER else self.prefill
 
     @property
-    def full(self) -> bool:
-        """Whether it has all its tokens, whether or not the `Finished` has come."""
-        return self.last is not None or len(self.output) >= self.sampling.max_tokens
-
-    @property
     def computing(self) -> str | None:
         """The prefill instance that has still to compute it, as far as the table knows."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
@@ -73,12 +69,9 @@ class Row:
         return None if self.deadline is None else max(0.0, self.deadline - now)
 
     def receipt(self) -> Receipt:
-        if self.finished is not None:
-            made = self.finished.receipt
-            if made.attempts == self.attempt:
-                return made
-            fields = {name: getattr(made, name) for name in Receipt.__struct_fields__}
-            return Receipt(**{**fields, "attempts": self.attempt})
+        """What its worker said of its KV with the end or, if no worker did, that this is not known."""
+        if self.end is not None:
+            return replace(self.end.receipt, attempts=self.attempt)
         return Receipt(
             prompt_tokens=len(self.prompt),
             prefill_instance=self.prefill,
@@ -150,7 +143,7 @@ class Table:
     def start_over(self, row: Row, now: float) -> None:
         """Another attempt, of which nobody has anything."""
         row.attempt += 1
-        row.prefill = row.decode = row.finished = None
+        row.prefill = row.decode = None
         self.move(row, Stage.QUEUED, now)
 
     def move(self, row: Row, stage: Stage, now: float) -> None:

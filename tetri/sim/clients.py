@@ -115,4 +115,4 @@ class Clients:
         if done.ttft_s is not None and made.completion_tokens > 1:
             outcome.tpot_s = (done.jct_s - done.ttft_s) / (made.completion_tokens - 1)
         outcome.prefill, outcome.decode = receipt.prefill_instance, receipt.decode_instance
-        outcome.preempted, outcome.attempts = receipt.preempted, receipt.attempts
+        outcome.preempted, outcome.attempts = receipt.preempted or 0, receipt.attempts

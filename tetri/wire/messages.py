@@ -101,31 +101,29 @@ class Staged(FromWorker, tag="staged", frozen=True):
     peer: str = ""
 
 
+class End(Record, frozen=True):
+    """A worker's end of a request; `reason` is stop or length."""
+
+    reason: str
+    receipt: Receipt
+
+
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `reason`:
-    why the last of them ended the request (a Finished may be lost with its worker), None while it goes on."""
+    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `end`: the last
+    of them ended the request, None while it goes on. It travels with these tokens: a message of its own could be lost
+    with its worker when the tokens were not, and the receipt with it."""
 
     rid: Name
     attempt: Count
     start: Count
     ids: list[int]
-    reason: str | None = None
+    end: End | None = None
 
 
 class Tokens(FromWorker, tag="tokens", frozen=True):
     """All tokens of one engine step."""
 
     items: list[TokenItem]
-
-
-class Finished(FromWorker, tag="finished", frozen=True):
-    """A worker ended a request after `outputs` output tokens in all; `reason` is stop or length."""
-
-    rid: Name
-    attempt: Count
-    reason: str
-    outputs: Count
-    receipt: Receipt
 
 
 class Failed(FromWorker, tag="failed", frozen=True):
@@ -145,7 +143,7 @@ class FlipWanted(Record, tag="flip_wanted", frozen=True):
     why: str
 
 
-WorkerEvent = Ready | Beat | Staged | Tokens | Finished | Failed | FlipWanted
+WorkerEvent = Ready | Beat | Staged | Tokens | Failed | FlipWanted
 
 # ---- workers -> monitor (published)
 
@@ -212,7 +210,7 @@ class Close(Record, tag="close", frozen=True):
 
 
 class Resend(Record, tag="resend", frozen=True):
-    """Send the tokens of this request again from output index `start` on, and its end if it has ended."""
+    """Send the tokens of this request again from output index `start` on, with its end if it has ended."""
 
     rid: Name
     attempt: Count
