@@ -27,11 +27,12 @@ ROOMS = {
     "instance": room("request", third=["msgspec"]),  # crosses the wire too
     "leg": room("request"),
     "strict": room(),
+    "atomic": room(),
     "faults": room(),
     "metrics": room(),
     "log": room(),
     "text": room("request", third=["tokenizers", "jinja2"]),
-    "models": room(third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
+    "models": room("atomic", third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
     "policy": room("request", "leg", "cost"),
     "wire": room("request", "instance", third=["msgspec"]),
     "cost": room("request", "leg"),
@@ -42,6 +43,7 @@ ROOMS = {
     "engine": room("request", "leg", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]),
     "predict": room(
         "request",
+        "atomic",
         "policy",
         "text",
         "log",
@@ -51,7 +53,7 @@ ROOMS = {
     "sim": room(
         *("request", "instance", "leg", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "hands")
     ),
-    "bench": room("request", "client", "kv", "wire", "metrics", "config", "log", third=["matplotlib"]),
+    "bench": room("request", "atomic", "client", "kv", "wire", "metrics", "config", "log", third=["matplotlib"]),
     "hands": room("core", "engine", "kv", "leg", "request", "wire"),
     "client": room("request", "config", "strict", third=["zmq", "msgpack"]),
     "proc": (EVERYTHING, frozenset({"click", "msgspec", "supervisor"})),
