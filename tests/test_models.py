@@ -54,7 +54,7 @@ def test_fetch_makes_one_complete_folder_and_keeps_it(cache, conversions):
 
 def test_a_killed_run_leaves_nothing_that_is_taken_for_a_model(cache, conversions, monkeypatch):
     folder = cache / "models" / f"{NAME}-r1"
-    killed = folder.parent / f".{folder.name}-abc"
+    killed = folder.parent / f".{folder.name}.part"
     killed.mkdir(parents=True)
     (killed / "config.json").write_text("{")
     assert "tetri-cli model fetch" in error_of(models.find, NAME)

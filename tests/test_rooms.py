@@ -24,31 +24,36 @@ def room(*rooms, third=()):
 # room -> the rooms and the third-party packages that it may import
 ROOMS = {
     "request": room(third=["msgspec"]),  # its records cross the wire
+    "instance": room("request", third=["msgspec"]),  # crosses the wire too
     "leg": room("request"),
     "strict": room(),
+    "atomic": room(),
     "faults": room(),
     "metrics": room(),
     "log": room(),
     "text": room("request", third=["tokenizers", "jinja2"]),
-    "models": room(third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
+    "models": room("atomic", third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
     "policy": room("request", "leg", "cost"),
-    "wire": room("request", third=["msgspec"]),
+    "wire": room("request", "instance", third=["msgspec"]),
     "cost": room("request", "leg"),
     "config": room("request", "policy", "strict", "faults"),
-    "core": room("request", "leg", "cost", "policy", "wire"),
+    "core": room("request", "instance", "leg", "cost", "policy", "wire"),
     "net": room("wire", "log", third=["zmq", "msgspec"]),
     "kv": room("request", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
     "engine": room("request", "leg", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]),
     "predict": room(
         "request",
+        "atomic",
         "policy",
         "text",
         "log",
         third=["numpy", "msgpack", "xxhash", "torch", "transformers", "safetensors"],
     ),
     "profile": room("request", "cost", "engine", third=["numpy"]),
-    "sim": room("request", "leg", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "hands"),
-    "bench": room("request", "client", "kv", "wire", "metrics", "config", "log", third=["matplotlib"]),
+    "sim": room(
+        *("request", "instance", "leg", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "hands")
+    ),
+    "bench": room("request", "atomic", "client", "kv", "wire", "metrics", "config", "log", third=["matplotlib"]),
     "hands": room("core", "engine", "kv", "leg", "request", "wire"),
     "client": room("request", "config", "strict", third=["zmq", "msgpack"]),
     "proc": (EVERYTHING, frozenset({"click", "msgspec", "supervisor"})),

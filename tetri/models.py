@@ -10,12 +10,12 @@ import fcntl
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tetri import atomic
 
 HASH_FILE = "weights.xxh3"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -132,23 +132,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare(package: GgufPackage, folder: Path) -> None:
-    # Under the lock every unfinished folder is a dead run's; the rename shows the result whole or not at all.
-    unfinished = f".{folder.name}-"
-    for leftover in folder.parent.glob(f"{unfinished}*"):
-        shutil.rmtree(leftover)
-    work = Path(tempfile.mkdtemp(prefix=unfinished, dir=folder.parent))
-    try:
+    with atomic.folder(folder) as work:  # under the lock: nobody else makes this one
         _convert(package, work)
         (work / HASH_FILE).write_text(f"{_hash_weights(work)} {_weights_size(work)}\n")
         if missing := _missing(work):
             raise ModelError(f"converting {package.file} made no {missing[0]}: run bin/setup")
         for path in (work, *work.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _convert(package: GgufPackage, target: Path) -> None:

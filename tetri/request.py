@@ -260,6 +260,11 @@ class Capacity(Record, frozen=True):
     max_batch: Positive
     context: Positive  # tokens, prompt and output together
 
+    @property
+    def tokens(self) -> int:
+        """How many the memory holds."""
+        return self.blocks * self.block_tokens
+
 
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """Blocks that hold `tokens` tokens."""

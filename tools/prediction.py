@@ -145,7 +145,8 @@ def run(job: Job) -> dict[str, float]:
 
 def _counted(world: World) -> dict[str, float]:
     """What the prefill workers say of their predictors, as `status` does."""
-    learnt = [w.core.foresight for w in world.workers.values() if w.core.own.role == "prefill" and w.core.foresight]
+    prefillers = [w.core for w in world.workers.values() if w.core.own.instance.role == "prefill"]
+    learnt = [core.foresight for core in prefillers if core.foresight]
     said: list[PredictorStatus] = [each.status() for each in learnt]
     if not said:
         return {}

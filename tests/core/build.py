@@ -7,6 +7,7 @@ from typing import Any
 
 from tetri.core.actions import Action, Free, Freed, Send, Word, Worded
 from tetri.core.peers import Identity
+from tetri.instance import Instance
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Fingerprint, Reach, Sampling, blocks_for
 from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Offer, Refuse
@@ -17,7 +18,6 @@ from tetri.wire.messages import (
     End,
     Failed,
     Hold,
-    InstanceEntry,
     InstanceLoad,
     Load,
     Ready,
@@ -44,8 +44,7 @@ FINGERPRINT = Fingerprint(
     head_dim=8,
 )
 CAPACITY = Capacity(blocks=10, block_tokens=BLOCK, chunk_tokens=8, max_batch=2, context=40)
-
-
+IDLE = Load(free_blocks=10)
 FIRST = Rules(decode_route="first_fit")  # so that a test can tell who is asked
 
 
@@ -63,12 +62,9 @@ def reach(iid: str, **changes: Any) -> Reach:
 
 
 def identity(iid: str, role: str, **changes: Any) -> Identity:
+    """`changes` are of the settings or of the instance."""
+    of_instance = {name: changes.pop(name) for name in list(changes) if name in Instance.__struct_fields__}
     fields: dict[str, Any] = {
-        "incarnation": 1,
-        "inbox": f"at-{iid}",
-        "fingerprint": FINGERPRINT,
-        "capacity": CAPACITY,
-        "reach": reach(iid),
         "slots": 8,
         "rules": FIRST,
         "beat_s": 0.1,
@@ -77,21 +73,14 @@ def identity(iid: str, role: str, **changes: Any) -> Identity:
         "patience_s": 10.0,
         "view_s": 2.0,
     }
-    return Identity(iid=iid, role=role, **{**fields, **changes})
+    return Identity(instance(iid, role, **of_instance), **{**fields, **changes})
 
 
 # ---------------------------------------------------------------- from workers
 
 
-def ready(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Ready:
-    fields = {
-        "inbox": f"at-{iid}",
-        "fingerprint": FINGERPRINT,
-        "capacity": CAPACITY,
-        "reach": reach(iid),
-        "load": Load(free_blocks=10),
-    }
-    return Ready(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
+def ready(iid: str, role: str, incarnation: int = 1, load: Load = IDLE, **changes: Any) -> Ready:
+    return Ready(instance=instance(iid, role, incarnation, **changes), load=load)
 
 
 def beat(iid: str, *holds: Hold, incarnation: int = 1) -> Beat:
@@ -116,12 +105,12 @@ def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1) -> Failed:
 # ---------------------------------------------------------------- to workers
 
 
-def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> InstanceEntry:
+def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Instance:
     fields = {"inbox": f"at-{iid}", "fingerprint": FINGERPRINT, "capacity": CAPACITY, "reach": reach(iid)}
-    return InstanceEntry(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
+    return Instance(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
-def roster(number: int, *instances: InstanceEntry, epoch: int = 1) -> Roster:
+def roster(number: int, *instances: Instance, epoch: int = 1) -> Roster:
     return Roster(epoch=epoch, number=number, instances=list(instances))
 
 

@@ -211,7 +211,7 @@ def _brief(thing: Any) -> str:
         case Sampling():
             return f"max {thing.max_tokens} stop {thing.stop}"
         case Ready():
-            return f"Ready({thing.iid} {thing.incarnation})"
+            return f"Ready({thing.instance.iid} {thing.instance.incarnation})"
         case AddLeg(leg):
             return f"AddLeg({leg.key}, {len(leg.tokens)} tokens)"
     return str(thing)

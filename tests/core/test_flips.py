@@ -291,7 +291,7 @@ def test_check_finds_a_change_that_cannot_be(told, spoil):
     elif spoil == "lost":
         peer.lost = "away"
     else:
-        peer.role = "decode"
+        peer.instance = peer.instance.in_role("decode")
     with pytest.raises(Broken, match="d1 is to become prefill"):
         core.check()
     core.flips.changes.clear()

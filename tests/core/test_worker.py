@@ -47,7 +47,7 @@ def see_p2(told, number=1):
 
 def test_it_registers_when_the_broker_is_there(worker):
     (sent_ready,) = sent(worker.tell(PeerUp(BROKER)), BROKER)
-    assert isinstance(sent_ready, Ready) and (sent_ready.role, sent_ready.load.free_blocks) == ("prefill", 10)
+    assert isinstance(sent_ready, Ready) and (sent_ready.instance.role, sent_ready.load.free_blocks) == ("prefill", 10)
     assert not worker.tell(PeerDown(BROKER))
 
 

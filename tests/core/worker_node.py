@@ -14,6 +14,7 @@ from tetri.core.peers import Identity
 from tetri.core.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
 from tetri.hands import WorkerHands
+from tetri.instance import Instance
 from tetri.leg import Foretold, StepDone
 from tetri.request import Capacity, Expected, LengthRange, Odds
 from tetri.wire.messages import LoadReport
@@ -63,7 +64,7 @@ class WorkerNode(Node):
         )
         paths = world.rng.choice(PATHS) if shape.far else ("local",)
         self.store = store(self, paths, shape.slots, self.engine.fingerprint.block_bytes)
-        own = Identity(
+        instance = Instance(
             iid=self.name,
             incarnation=world.rng.getrandbits(62),
             role=self.role,
@@ -71,6 +72,9 @@ class WorkerNode(Node):
             fingerprint=self.engine.fingerprint,
             capacity=self.engine.capacity,
             reach=self.store.reach,
+        )
+        own = Identity(
+            instance,
             slots=shape.slots,
             rules=shape.rules,
             cost=shape.cost,

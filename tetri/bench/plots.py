@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tetri import atomic
+
 Span = tuple[float, float, str]  # start, stop, what: prefill, decode or mixed
 Drawing = Callable[[Path, Mapping[str, Sequence[float]], Mapping[str, Sequence[Span]]], None]
 
@@ -32,12 +34,8 @@ def drawing() -> Drawing:
 
 def save(figure: Any, path: Path) -> None:
     """As a PNG: all of the file or nothing."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with atomic.file(path) as part:
         figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, Sequence[Span]]) -> None:

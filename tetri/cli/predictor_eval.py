@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from tetri import atomic
 from tetri.cli.predictor_scores import shown, told_bad
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def command(
         raise click.ClickException(str(error)) from None
     found = report(judged, others, predictors) | {"not_judged": len(others), "ceiling": ceiling_of(texts)}
     if predictions:
-        _write(predictions, "".join(json.dumps(row) + "\n" for row in rows_of(judged)))
+        atomic.write_text(predictions, "".join(json.dumps(row) + "\n" for row in rows_of(judged)))
     if plot and draw:
         draw(plot, _points(judged), judged.tokens.tolist())
     click.echo(json.dumps(found) if as_json else shown(found))
@@ -132,9 +132,3 @@ def _points(judged: Judged) -> dict[str, list[tuple[float, float, float]]]:
         low, middle, high = (quantiles(odds, judged.width, share, judged.limit).tolist() for share in (0.1, 0.5, 0.9))
         found[kind] = list(zip(low, middle, high, strict=True))
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")  # all of the file or nothing
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

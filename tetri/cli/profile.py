@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetri import atomic
 from tetri.cli.options import conf_option, set_option
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def command(
     made_by = f"Made by: {_command(click.get_current_context().params)}"
     head = [made_by, *_summary(made, measured), "docs/cost.md says what each key means."]
     if out:
-        _write(out, dump(table, head))
+        atomic.write_text(out, dump(table, head))
     click.echo(json.dumps(_as_json(table, made, measured)) if as_json else "\n".join(_shown(table, made, measured)))
     if out:
         click.echo(f"written to {out}", err=True)
@@ -175,16 +176,6 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _write(out: Path, text: str) -> None:
-    """All of the file or nothing."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _summary(made: Fit, measured: Measured) -> list[str]:

@@ -6,18 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from tetri.instance import Instance
 from tetri.policy.pairing import FAR, kin, path, stranger
 from tetri.request import Fingerprint, Reach
 
 Kind = tuple[Fingerprint, tuple[Any, ...]]
-
-
-class Party(Protocol):
-    iid: str
-    fingerprint: Fingerprint
-    reach: Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +36,9 @@ class Group:
     """Members that are alike, seen from a distance, by the place where one would see them from nearer."""
 
     size: int = 0
-    places: dict[Place, list[Party]] = field(default_factory=dict)
+    places: dict[Place, list[Instance]] = field(default_factory=dict)
 
-    def but(self, place: Place) -> tuple[int, Party] | None:
+    def but(self, place: Place) -> tuple[int, Instance] | None:
         """How many are elsewhere, and one of them."""
         one = next((members[0] for where, members in self.places.items() if where != place), None)
         return None if one is None else (self.size - len(self.places.get(place, ())), one)
@@ -53,7 +48,7 @@ class Company:
     """Instances, grouped by all that decides how KV moves to and from them: the farther away, the less that is, and
     the fewer the groups."""
 
-    def __init__(self, members: Iterable[Party]) -> None:
+    def __init__(self, members: Iterable[Instance]) -> None:
         self._iids: dict[str, None] = {}
         self._groups: dict[Place, dict[Kind, Group]] = {}  # place -> what decides there -> who is there
         self._found: dict[Kind, Found] = {}
@@ -67,33 +62,33 @@ class Company:
                 group.places.setdefault(inner, []).append(member)
                 inner = place
 
-    def of(self, party: Party) -> Found:
+    def of(self, instance: Instance) -> Found:
         """What there is for an instance, itself included if it is a member: it can always exchange KV with itself."""
-        kind = _kind(party)
+        kind = _kind(instance)
         if kind not in self._found:
-            self._found[kind] = self._find(party)
+            self._found[kind] = self._find(instance)
         return self._found[kind]
 
-    def others(self, party: Party) -> Found:
+    def others(self, instance: Instance) -> Found:
         """The same without itself."""
-        found, own = self.of(party), path(party.reach, party.reach)
-        if party.iid not in self._iids or own is None:
+        found, own = self.of(instance), path(instance.reach, instance.reach)
+        if instance.iid not in self._iids or own is None:
             return found
         paths = {name: count - (name == own) for name, count in found.paths.items()}
         return Found({name: count for name, count in paths.items() if count}, found.stranger)
 
-    def _find(self, party: Party) -> Found:
+    def _find(self, instance: Instance) -> Found:
         paths: Counter[str] = Counter()
         odd = ""
         inner: Place = ()  # nothing was seen from nearer
-        for place in _places(party.reach):
+        for place in _places(instance.reach):
             for group in self._groups.get(place, {}).values():
                 found = group.but(inner)
                 if found is None:
                     continue
                 size, other = found
-                why = stranger(party.fingerprint, other.fingerprint, party.reach, other.reach)
-                name = path(party.reach, other.reach)
+                why = stranger(instance.fingerprint, other.fingerprint, instance.reach, other.reach)
+                name = path(instance.reach, other.reach)
                 if why is None and name is not None:
                     paths[name] += size
                 elif not odd:
@@ -102,9 +97,9 @@ class Company:
         return Found(dict(paths), odd)
 
 
-def _kind(party: Party) -> Kind:
+def _kind(instance: Instance) -> Kind:
     """Instances of one kind can exchange KV with the same others."""
-    return party.fingerprint, kin(party.reach)
+    return instance.fingerprint, kin(instance.reach)
 
 
 def _places(reach: Reach) -> tuple[Place, ...]:

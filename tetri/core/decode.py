@@ -63,7 +63,7 @@ class Decode:
             seat.offer = seat.offer if seat.is_for(message) else message  # the same under another number
             return [self._answer(Grant, message)]
         actions = self._release(seat) if seat else []
-        why = obstacle(message, self.own.fingerprint, self.own.capacity)
+        why = obstacle(message, self.own.instance.fingerprint, self.own.capacity)
         way = self.way(message.src, message.incarnation)
         if why is None and way is None:
             why = f"{self.own.iid} does not know this start of {message.src} yet, or no path to its KV"

@@ -246,7 +246,7 @@ class Dispatcher:
     def _offer(self, job: Job) -> Send:
         offer = Offer(
             **self.address(job),
-            fingerprint=self.own.fingerprint,
+            fingerprint=self.own.instance.fingerprint,
             prompt=list(job.prompt),
             output=list(job.output),
             sampling=job.sampling,

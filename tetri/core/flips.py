@@ -113,7 +113,7 @@ class Flips:
         return any(
             other.role in takes
             for other in self.registry.peers.values()
-            if other is not peer and other.lost is None and other.fingerprint == peer.fingerprint
+            if other is not peer and other.lost is None and other.instance.fingerprint == peer.instance.fingerprint
         )
 
     def check(self) -> None:

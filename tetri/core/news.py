@@ -24,15 +24,16 @@ class News:
     # ------------------------------------------------------------ who is there
 
     def ready(self, event: Ready, now: float) -> list[Action]:
-        if event.iid == BROKER:
+        iid = event.instance.iid
+        if iid == BROKER:
             return []  # others would take it for this process
         actions, replaced = self.registry.ready(event, now)
-        self.life.timers.set(("silence", event.iid), now + self.limits.dead_s)
+        self.life.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.life.counters["workers_replaced"] += 1
-            why = f"{event.iid} was restarted"
-            actions += [*self.flips.gone(event.iid, why), *self.life.restart_all(event.iid, why, now)]
-        actions += self.flips.heard(self.registry.peers[event.iid], event.role, now)
+            why = f"{iid} was restarted"
+            actions += [*self.flips.gone(iid, why), *self.life.restart_all(iid, why, now)]
+        actions += self.flips.heard(self.registry.peers[iid], event.instance.role, now)
         return [*actions, *self.registry.publish(now), *self.life.place_waiting(now)]
 
     def up(self, iid: str, now: float) -> list[Action]:

@@ -6,28 +6,23 @@ from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect
 from tetri.cost import Cost
+from tetri.instance import Instance
 from tetri.policy import pairing
 from tetri.policy.rules import Rules
-from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Expected, Fingerprint, Reach, blocks_for
-from tetri.wire.messages import ClusterView, InstanceEntry, InstanceLoad, Roster
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Expected, blocks_for
+from tetri.wire.messages import ClusterView, InstanceLoad, Roster
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who a worker is and by which rules it works. Times are in seconds; `slots` are the blocks that its own KV
-    store holds, `reach` is how others read it. `role` is the one it starts with; the broker may change it later. `cost`
-    is what it predicts with.
+    store holds. `instance` is what it says of itself, in the role that it starts with; the broker may change that
+    later. `cost` is what it predicts with.
 
     `stream_interval`: output tokens of a request that a decode instance sends in one message. A step may advance by
     as many, so a message may hold up to twice as many, less one."""
 
-    iid: str
-    incarnation: int
-    role: str
-    inbox: str
-    fingerprint: Fingerprint
-    capacity: Capacity
-    reach: Reach
+    instance: Instance
     slots: int
     rules: Rules = Rules()
     cost: Cost = Cost()
@@ -39,6 +34,18 @@ class Identity:
     view_s: float = 2.0  # without a roster for so long, the worker registers again; without a view, loads are unknown
     stream_interval: int = 1
     expected: Expected | None = None  # of output lengths, while rules.length is "trained"
+
+    @property
+    def iid(self) -> str:
+        return self.instance.iid
+
+    @property
+    def incarnation(self) -> int:
+        return self.instance.incarnation
+
+    @property
+    def capacity(self) -> Capacity:
+        return self.instance.capacity
 
     @property
     def open_slots(self) -> int:
@@ -55,7 +62,7 @@ class Neighbours:
     their loads."""
 
     own: Identity
-    instances: dict[str, InstanceEntry] = field(default_factory=dict)
+    instances: dict[str, Instance] = field(default_factory=dict)
     up: dict[str, None] = field(default_factory=dict)
     epoch: int = 0
     number: int = -1
@@ -64,7 +71,7 @@ class Neighbours:
     version: int = 0
     members: int = 0
     _view: ClusterView | None = None
-    _able: dict[str, InstanceEntry] = field(default_factory=dict)  # decode, and understand this engine's KV bytes
+    _able: dict[str, Instance] = field(default_factory=dict)  # decode, and understand this engine's KV bytes
 
     def see(self, view: ClusterView, now: float) -> bool:
         """Take the loads over; False for an older view of the same monitor."""
@@ -135,28 +142,28 @@ class Neighbours:
         """Over which path KV comes from this instance, and the segment that it comes out of; None when this start of
         it is not known (yet), or cannot be reached. From here to here there is always one."""
         if iid == self.own.iid:
-            return "local", self.own.reach.segment
+            return "local", self.own.instance.reach.segment
         there = self.instances.get(iid)
         if there is None or there.incarnation != incarnation:
             return None
-        path = pairing.path(self.own.reach, there.reach)
+        path = pairing.path(self.own.instance.reach, there.reach)
         return None if path is None else (path, there.reach.segment)
 
-    def _speaks(self, other: InstanceEntry) -> bool:
+    def _speaks(self, other: Instance) -> bool:
         """Whether KV can move between this engine and the other's."""
-        same = other.fingerprint == self.own.fingerprint
-        return same and pairing.path(self.own.reach, other.reach) is not None
+        same = other.fingerprint == self.own.instance.fingerprint
+        return same and pairing.path(self.own.instance.reach, other.reach) is not None
 
     def prefills(self, tokens: int) -> bool:
         """Whether another instance that is there could prefill so many tokens for this engine."""
         return any(
             each.role in TAKES_PREFILL
             and self._speaks(each)
-            and tokens <= each.capacity.blocks * each.capacity.block_tokens
+            and tokens <= each.capacity.tokens
             and tokens < each.capacity.context
             for each in self.instances.values()
         )
 
-    def decoders(self) -> list[InstanceEntry]:
+    def decoders(self) -> list[Instance]:
         """Reachable instances that take new decode work and understand this engine's KV bytes."""
         return [instance for iid, instance in self._able.items() if iid in self.up]

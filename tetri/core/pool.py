@@ -8,10 +8,11 @@ from random import Random
 
 from tetri.core.job import Job
 from tetri.core.peers import Identity, Neighbours
+from tetri.instance import Instance
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import DecodePool, Need
 from tetri.request import blocks_for
-from tetri.wire.messages import InstanceEntry, Load
+from tetri.wire.messages import Load
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ class Pool:
         self.columns = DecodePool()
         self.claims: dict[int, Claim] = {}  # by the offer's number
         self._version = self._members = -1  # of the neighbours, as of the columns
-        self._known: list[InstanceEntry] = []
+        self._known: list[Instance] = []
         self._place: dict[str, int] = {}  # iid -> column
         self._least_blocks = self._least_context = 0  # of all columns but the own one
         self._home_column: int | None = None

@@ -24,7 +24,7 @@ class Presence:
         foresight: Foresight | None,
         now: float,
     ) -> None:
-        self.own, self.role, self.flip = own, own.role, 0
+        self.own, self.role, self.flip = own, own.instance.role, 0
         self.ledger, self.prefill, self.decode, self.foresight = ledger, prefill, decode, foresight
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
@@ -60,18 +60,7 @@ class Presence:
         return Publish(LoadReport(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load()))
 
     def ready(self) -> Send:
-        own = self.own
-        ready = Ready(
-            iid=own.iid,
-            incarnation=own.incarnation,
-            role=self.role,
-            inbox=own.inbox,
-            fingerprint=own.fingerprint,
-            capacity=own.capacity,
-            reach=own.reach,
-            load=self.load(),
-        )
-        return Send(BROKER, ready)
+        return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
 
     def beat(self) -> Send:
         own, holds = self.own, [*self.prefill.holds(), *self.decode.holds()]

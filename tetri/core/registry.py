@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.core.company import Company, Found
+from tetri.instance import Instance
 from tetri.policy.views import PrefillPool
-from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, Fingerprint, PredictorStatus, Reach
+from tetri.request import TAKES_DECODE, TAKES_PREFILL, Capacity, PredictorStatus
 from tetri.wire.clients import InstanceStatus
-from tetri.wire.messages import FromWorker, InstanceEntry, Load, Ready, Roster
+from tetri.wire.messages import FromWorker, Load, Ready, Roster
 
 FORGET_S = 600.0  # a lost worker stays in the status for so long
 SILENCE_S = 0.8  # a worker that hears no roster for `view_s`, 2 s, registers again
@@ -24,13 +25,7 @@ class Peer:
     """One worker. `role` is the truth for whoever sends new work: the one asked for, from the moment of asking on.
     `lost` says why it is out, None while it is in."""
 
-    iid: str
-    incarnation: int
-    role: str
-    inbox: str
-    fingerprint: Fingerprint
-    capacity: Capacity
-    reach: Reach
+    instance: Instance
     load: Load
     seen: float
     held: int = 0
@@ -41,9 +36,12 @@ class Peer:
     lost: str | None = None
 
     @property
-    def tokens(self) -> int:
-        """How many its memory holds."""
-        return self.capacity.blocks * self.capacity.block_tokens
+    def iid(self) -> str:
+        return self.instance.iid
+
+    @property
+    def role(self) -> str:
+        return self.instance.role
 
 
 class Registry:
@@ -56,7 +54,7 @@ class Registry:
         self.up: dict[str, None] = {}
         self.number = 0
         self._news = True  # the roster that was sent last is out of date
-        self._entries: list[InstanceEntry] = []
+        self._entries: list[Instance] = []
         self._sent_at = 0.0
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds who computes prompts of at least limit i tokens
@@ -68,26 +66,17 @@ class Registry:
 
     def ready(self, message: Ready, now: float) -> tuple[list[Action], Peer | None]:
         """Enter a worker. The peer of the other incarnation that it replaces, whose requests are lost, if any."""
-        old = self.peers.get(message.iid)
-        self.peers[message.iid] = Peer(
-            message.iid,
-            message.incarnation,
-            message.role,
-            message.inbox,
-            message.fingerprint,
-            message.capacity,
-            message.reach,
-            message.load,
-            now,
-        )
+        instance = message.instance
+        old = self.peers.get(instance.iid)
+        self.peers[instance.iid] = Peer(instance, message.load, now)
         self._changed()
-        replaced = old is not None and old.incarnation != message.incarnation
-        return [Connect(message.iid, message.inbox)], old if replaced else None
+        replaced = old is not None and old.instance.incarnation != instance.incarnation
+        return [Connect(instance.iid, instance.inbox)], old if replaced else None
 
     def known(self, message: FromWorker) -> Peer | None:
         """The peer that sent this, if this incarnation of it has registered."""
         peer = self.peers.get(message.iid)
-        return peer if peer is not None and peer.incarnation == message.incarnation else None
+        return peer if peer is not None and peer.instance.incarnation == message.incarnation else None
 
     def connected(self, iid: str) -> None:
         self.up[iid] = None
@@ -104,7 +93,7 @@ class Registry:
 
     def turn(self, peer: Peer, role: str) -> None:
         """From now on new work goes to it as to one of this role."""
-        peer.role = role
+        peer.instance = peer.instance.in_role(role)
         self._changed()
 
     def prune(self, now: float) -> list[Action]:
@@ -124,7 +113,7 @@ class Registry:
         """The next Roster, to everyone that can be reached."""
         self.number += 1
         if self._news:
-            self._entries, self._news = self._instances(), False
+            self._entries, self._news = [peer.instance for peer in self._there()], False
         self._sent_at = now
         roster = Roster(epoch=self.epoch, number=self.number, instances=self._entries)
         return [Send(iid, roster) for iid in self.up]
@@ -133,20 +122,8 @@ class Registry:
         """A Roster when there is news, and now and then when there is none, so that silence means trouble."""
         return self.publish(now) if self._news or now - self._sent_at >= SILENCE_S else []
 
-    def _instances(self) -> list[InstanceEntry]:
-        return [
-            InstanceEntry(
-                iid=peer.iid,
-                incarnation=peer.incarnation,
-                role=peer.role,
-                inbox=peer.inbox,
-                fingerprint=peer.fingerprint,
-                capacity=peer.capacity,
-                reach=peer.reach,
-            )
-            for peer in self.peers.values()
-            if peer.lost is None
-        ]
+    def _there(self) -> list[Peer]:
+        return [peer for peer in self.peers.values() if peer.lost is None]
 
     # ------------------------------------------------------------ pools
 
@@ -175,7 +152,7 @@ class Registry:
 
     def beyond(self, tokens: int) -> str | None:
         """Why so many tokens of a request that starts over can be prefilled nowhere, nor by one that may come back."""
-        rooms = [peer.tokens for peer in self.peers.values() if peer.role in TAKES_PREFILL]
+        rooms = [peer.instance.capacity.tokens for peer in self.peers.values() if peer.role in TAKES_PREFILL]
         most = max(rooms, default=tokens)
         if tokens <= most:
             return None
@@ -183,21 +160,21 @@ class Registry:
 
     def _sort(self) -> None:
         """Sort the instances into pools: once per change, not per request."""
-        there = [peer for peer in self.peers.values() if peer.lost is None]
-        decoders = [peer for peer in there if peer.role in TAKES_DECODE]
-        prefillers = [peer for peer in there if peer.role in TAKES_PREFILL]
+        there = [peer.instance for peer in self._there()]
+        decoders = [instance for instance in there if instance.role in TAKES_DECODE]
+        prefillers = [instance for instance in there if instance.role in TAKES_PREFILL]
         self._rooms = {
-            "prefill": max((peer.tokens for peer in prefillers), default=0),
-            "decode": max((peer.tokens for peer in decoders), default=0),
+            "prefill": max((instance.capacity.tokens for instance in prefillers), default=0),
+            "decode": max((instance.capacity.tokens for instance in decoders), default=0),
         }
         takers = Company(decoders)
         self._companies = {"prefill": takers, "decode": Company(prefillers), "mixed": Company(there)}
         able: list[tuple[int, str]] = []
-        for peer in prefillers:
-            choice = takers.of(peer).total
-            if peer.iid in self.up and (not decoders or choice):
-                alone = choice == 1 and peer.role in TAKES_DECODE and len(prefillers) > 1
-                able.append((min(_room(peer, alone), peer.capacity.context - 1), peer.iid))
+        for instance in prefillers:
+            choice = takers.of(instance).total
+            if instance.iid in self.up and (not decoders or choice):
+                alone = choice == 1 and instance.role in TAKES_DECODE and len(prefillers) > 1
+                able.append((min(_room(instance.capacity, alone), instance.capacity.context - 1), instance.iid))
         self._limits = sorted({limit: None for limit, _ in able})
         self._pools = []
         for least in self._limits:
@@ -213,8 +190,8 @@ class Registry:
                 iid=peer.iid,
                 role=peer.role,
                 state="ready" if peer.lost is None and peer.iid in self.up else "lost",
-                incarnation=peer.incarnation,
-                blocks=peer.capacity.blocks,
+                incarnation=peer.instance.incarnation,
+                blocks=peer.instance.capacity.blocks,
                 free_blocks=peer.load.free_blocks,
                 queued=peer.load.queued,
                 running=peer.load.running,
@@ -232,7 +209,7 @@ class Registry:
         """Of those that are there: over which paths KV moves to and from it. Two of one phase never meet."""
         if not self._sorted:
             self._sort()
-        return NOTHING if peer.lost is not None else self._companies[peer.role].others(peer)
+        return NOTHING if peer.lost is not None else self._companies[peer.role].others(peer.instance)
 
 
 def _rehearsal(peer: Peer) -> str:
@@ -241,7 +218,7 @@ def _rehearsal(peer: Peer) -> str:
     return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
 
 
-def _room(peer: Peer, alone: bool) -> int:
+def _room(capacity: Capacity, alone: bool) -> int:
     """Tokens of a prompt that an instance may prefill. What only it can decode must fit twice, if another instance can
     prefill it (`alone`): here the prefill keeps its memory until all the KV has left for the KV store."""
-    return peer.capacity.blocks // 2 * peer.capacity.block_tokens if alone else peer.tokens
+    return capacity.blocks // 2 * capacity.block_tokens if alone else capacity.tokens

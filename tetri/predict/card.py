@@ -4,11 +4,11 @@ too."""
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tetri import atomic
 from tetri.predict.lengths import PredictError
 
 VERSION = 1
@@ -60,10 +60,7 @@ class Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    path = folder / CARD
-    part = path.with_name(f".{path.name}.{os.getpid()}")  # all of the file or nothing
-    part.write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    atomic.write_text(folder / CARD, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: Path, kind: str) -> Card:

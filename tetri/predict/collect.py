@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from tetri import atomic
 from tetri.predict.lengths import (
     Length,
     PredictError,
@@ -160,7 +161,7 @@ class Collected:
     def add(self, made: Length, states: Mapping[int, Any]) -> None:
         """`states` as of engine/vllm_writer.py. Raises OSError, after which there is nothing to do but to close."""
         if not self._began:
-            _write(plan_path(self._lengths), json.dumps(asdict(self._plan), indent=1) + "\n")
+            atomic.write_text(plan_path(self._lengths), json.dumps(asdict(self._plan), indent=1) + "\n")
             self._began = True
         if self._states is not None:  # before its line: a line says that all of it is there
             packed = pack_states(States(made.key, tuple(states), np.stack(list(states.values()))))
@@ -276,13 +277,3 @@ def _append(file: io.FileIO, data: bytes, path: Path) -> None:
     except OSError as error:
         advice = "what is written stays; make room, and the same command goes on"
         raise OSError(error.errno, f"{error.strerror}; {advice}", str(path)) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file or nothing."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tetri import atomic
 from tetri.predict import examples
 from tetri.predict.card import HEAD, LATER, Card, write_card
 from tetri.predict.encoder import CUT, DEFAULT, Encoder, load_encoder
@@ -55,22 +55,15 @@ def train(texts: Texts, wanted: Wanted, say: Say) -> dict[str, Any]:
     learnt, held = _parts(texts, wanted.seed)
     started = time.monotonic()
     folder = wanted.out / wanted.kind
-    part = wanted.out / f".{wanted.kind}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    (part / wanted.kind).mkdir(parents=True)
-    try:
+    with atomic.folder(folder) as part:
         make = _hidden if wanted.kind == "hidden" else _classifier
-        card = make(texts, learnt, wanted, part / wanted.kind, say)
-        write_card(card, part / wanted.kind)
-        loaded = {wanted.kind: load(part, wanted.kind, wanted.weights)}
+        card = make(texts, learnt, wanted, part, say)
+        write_card(card, part)
+        loaded = {wanted.kind: load(part.parent, wanted.kind, wanted.weights)}
         found = report(judge(loaded, texts, _first(held), say), _first(learnt), loaded)
         found["left_out"] = card.scores
         extra = {"train_seconds": round(time.monotonic() - started)}
-        write_card(replace(card, scores=found, split=card.split | extra), part / wanted.kind)
-        shutil.rmtree(folder, ignore_errors=True)
-        (part / wanted.kind).rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        write_card(replace(card, scores=found, split=card.split | extra), part)
     return found | {"out": str(folder), "ceiling": card.ceiling}
 
 

@@ -12,6 +12,7 @@ from tetri import cost
 from tetri.config import Config
 from tetri.core.peers import Identity
 from tetri.engine.base import Engine
+from tetri.instance import Instance
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVStore
 from tetri.kv.cuda_runtime import Device, load, put_first
@@ -165,7 +166,7 @@ def identity(
     config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore, expected: Expected | None = None
 ) -> Identity:
     """What the worker's core is; `expected`: what its predictor of output lengths knows before any traffic."""
-    return Identity(
+    instance = Instance(
         iid=iid,
         incarnation=incarnation,
         role=config.worker(iid).role,
@@ -173,6 +174,9 @@ def identity(
         fingerprint=made.fingerprint,
         capacity=made.capacity,
         reach=kv.reach,
+    )
+    return Identity(
+        instance,
         slots=kv.slots,
         rules=rules(config),
         cost=predicted(config),

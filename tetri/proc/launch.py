@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tetri import models
+from tetri import atomic, models
 from tetri.client import Client, Unreachable
 from tetri.config import CLUSTER_NAME, Config, dump, load
 from tetri.kv.shm import sweep
@@ -50,7 +50,7 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
-        _write(run_dir / CONF, dump(config))
+        atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
         try:
             supervisor.start()
@@ -246,11 +246,4 @@ def _write_state(config: Config, supervisor: Supervisor) -> None:
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write(supervisor.run_dir / STATE, json.dumps(state, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    half = path.with_name(f"{path.name}.new")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
+    atomic.write_text(supervisor.run_dir / STATE, json.dumps(state, indent=2) + "\n")

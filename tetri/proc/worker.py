@@ -93,11 +93,11 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
             store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)
         copies = copies_of(engine, store, logger)
         hands = hands_of(core, engine, copies, network, serving)
-        hub.bind_inbox(own.inbox, InboxMessage)
+        hub.bind_inbox(own.instance.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
-        logger.info("ready to serve as %s %s", own.role, log.fields(iid=iid, blocks=own.capacity.blocks))
+        logger.info("ready to serve as %s %s", own.instance.role, log.fields(iid=iid, blocks=own.capacity.blocks))
         poll: Poll = partial(heard, hub, copies, () if serving is None else (serving.known,))
         poll = partial(network.heard, poll) if isinstance(network, FaultyNetwork) else poll
         run(core, poll, hands.carry_out, time.monotonic, signals.running)

@@ -116,9 +116,9 @@ class WorkerNode(Node):
         self.port = port
         foretells = own.expected is not None and own.expected.kind in FORETELLS
         self.engine = Scripted(own.capacity, own.cost, text_of, foretells=foretells)
-        self.memory = Memory(kernel, self, own.fingerprint.block_bytes, bytes_s)
+        self.memory = Memory(kernel, self, own.instance.fingerprint.block_bytes, bytes_s)
         self.predictor = Predictor(kernel, own, seed, self.receive, text_of)
-        self.use = Use(roles=[(max(kernel.now, 0.0), own.role)])
+        self.use = Use(roles=[(max(kernel.now, 0.0), own.instance.role)])
         self._plan: Plan | None = None
         self._started = 0.0
         self._ends = (0.0, 0)  # the run's end, and its number of passes

@@ -21,6 +21,7 @@ from tetri.core.desk import Limits
 from tetri.core.monitor import Monitor
 from tetri.core.peers import Identity
 from tetri.core.worker import Worker
+from tetri.instance import Instance
 from tetri.request import Fingerprint, Reach
 from tetri.sim.clients import Clients, Outcome
 from tetri.sim.instance import WorkerNode
@@ -99,7 +100,7 @@ class World:
 
     def _add_worker(self, iid: str, role: str) -> None:
         setup, capacity = self.setup, self.setup.capacity()
-        own = Identity(
+        instance = Instance(
             iid=iid,
             incarnation=self.rng.getrandbits(62),
             role=role,
@@ -107,6 +108,9 @@ class World:
             fingerprint=_fingerprint(setup),
             capacity=capacity,
             reach=Reach(paths=["local"], host="", process=0, segment=iid),
+        )
+        own = Identity(
+            instance,
             slots=setup.slots or capacity.blocks,
             rules=setup.rules,
             reserve_share=setup.reserve_share,

@@ -10,19 +10,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import (
-    Address,
-    Capacity,
-    Count,
-    Fingerprint,
-    Name,
-    PredictorStatus,
-    Reach,
-    Receipt,
-    Record,
-    Sampling,
-    Stage,
-)
+from tetri.instance import Instance
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage
 from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
 
 # ---- workers -> broker
@@ -69,12 +58,8 @@ class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     outputs: Count
 
 
-class Ready(FromWorker, tag="ready", frozen=True):
-    role: str
-    inbox: Address
-    fingerprint: Fingerprint
-    capacity: Capacity
-    reach: Reach
+class Ready(Record, tag="ready", frozen=True):
+    instance: Instance
     load: Load
 
 
@@ -217,25 +202,13 @@ class Resend(Record, tag="resend", frozen=True):
     start: Count
 
 
-class InstanceEntry(Record, frozen=True):
-    """One instance as others know it."""
-
-    iid: Name
-    incarnation: int
-    role: str
-    inbox: Address
-    fingerprint: Fingerprint
-    capacity: Capacity
-    reach: Reach
-
-
 class Roster(Record, tag="roster", frozen=True):
     """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation). Also
     the answer to Ready: a worker that does not find itself in it, or hears none for a while, says Ready again."""
 
     epoch: int
     number: Count
-    instances: list[InstanceEntry]
+    instances: list[Instance]
 
 
 InboxMessage = (

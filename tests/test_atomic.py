@@ -1,0 +1,83 @@
+"""What is written whole or not at all."""
+
+import errno
+
+import pytest
+
+from tetri import atomic
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_replaces_the_one_that_is_there(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("first\n", "zweite ü\n"):
+        atomic.write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_that_does_not_get_ready_changes_nothing(tmp_path, error, there):
+    path = tmp_path / "a.txt"
+    if there:
+        path.write_text("old")
+    with pytest.raises(type(error)) as raised, atomic.file(path) as part:
+        part.write_text("half of the ne")
+        assert not there or path.read_text() == "old"
+        raise error
+    assert raised.value is error
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * there
+
+
+def test_a_file_in_no_folder_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file or directory") as raised:
+        atomic.write_text(tmp_path / "none" / "a.txt", "text")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_where_a_folder_is_leaves_the_folder(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        atomic.write_text(tmp_path / "a", "text")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["b"]
+
+
+def test_a_folder_replaces_the_one_that_is_there(tmp_path):
+    path = tmp_path / "new" / "made"
+    for name in ("first", "second"):
+        with atomic.folder(path) as part:
+            assert part.name == "made" and names(part) == []
+            (part / name).write_text(name)
+        assert names(path) == [name]
+    assert names(path.parent) == ["made"]
+
+
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_does_not_get_ready_changes_nothing(tmp_path, error, there):
+    path = tmp_path / "made"
+    if there:
+        path.mkdir()
+        (path / "old").touch()
+    with pytest.raises(type(error)) as raised, atomic.folder(path) as part:
+        (part / "half").touch()
+        assert not there or names(path) == ["old"]
+        raise error
+    assert raised.value is error
+    assert names(tmp_path) == ["made"] * there
+    assert not there or names(path) == ["old"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes(tmp_path):
+    killed = atomic.folder(tmp_path / "made")
+    (killed.__enter__() / "half").touch()
+    with atomic.folder(tmp_path / "made") as part:
+        assert names(part) == []
+        (part / "whole").touch()
+    assert names(tmp_path) == ["made"] and names(tmp_path / "made") == ["whole"]
