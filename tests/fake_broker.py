@@ -81,9 +81,7 @@ class Scripted:
     """Call the next function of a list for every message of a type; the last one again and again."""
 
     def __init__(self, **scripts):
-        self._scripts = {
-            kind: itertools.chain(list(s), itertools.repeat(s[-1])) for kind, s in scripts.items()
-        }
+        self._scripts = {kind: itertools.chain(list(s), itertools.repeat(s[-1])) for kind, s in scripts.items()}
 
     def __call__(self, message):
         script = self._scripts.get(message["type"])

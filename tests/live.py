@@ -135,9 +135,7 @@ class LiveCluster:
         for name in list(self.processes):
             self.kill(name)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for client in self.clients:
             client.close()
         try:

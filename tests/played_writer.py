@@ -1,4 +1,4 @@
-"""In the place of tetri.engine.vllm_writer.Writer: the length of a text is known beforehand, and each step adds a token
+"""In the place of tetri.engine.vllm.writer.Writer: the length of a text is known beforehand, and each step adds a token
 to all of them."""
 
 from types import SimpleNamespace

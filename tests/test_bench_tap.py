@@ -9,14 +9,14 @@ import pytest
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.append(str(TOOLS))  # behind this folder's own modules
 
-import tap  # noqa: E402
+import hook  # noqa: E402
 
 
 def test_the_cost_is_the_median_of_what_neighbouring_steps_differ_by():
     off = [0.040 + 0.001 * (number % 7) for number in range(201)]  # whatever the machine does falls on both
     on = [seconds + 0.0002 + 0.00001 * (number % 3) for number, seconds in enumerate(off)]
     on[5] += 1.0
-    found = tap.compared(on, off)
+    found = hook.compared(on, off)
     assert found["step_ms"] == pytest.approx(43)
     assert found["more_ms"] == pytest.approx(0.21) and found["percent"] == pytest.approx(0.21 / 43 * 100)
     assert found["low"] <= found["more_ms"] <= found["high"] < 0.23

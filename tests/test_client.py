@@ -154,9 +154,7 @@ def test_refused(generate):
 
 def test_a_request_that_the_broker_forgot(generate):
     def forgot(message):
-        return [
-            {"type": "refused", "key": message["rid"], "reason": "no such request", "retry_after_s": None}
-        ]
+        return [{"type": "refused", "key": message["rid"], "reason": "no such request", "retry_after_s": None}]
 
     fake = FakeBroker(Scripted(submit=[lambda m: [accepted(m)]], attach=[forgot]))
     with fake as broker, pytest.raises(Refused, match="no such request"):
@@ -280,9 +278,7 @@ def test_deltas_missed_before_a_cancel_are_asked_for_after_the_end():
 
 def test_cancelling_before_the_broker_has_answered():
     script = Scripted(submit=[lambda m: [], lambda m: [accepted(m)]], cancel=[lambda m: [], endless])
-    broker = FakeBroker(
-        lambda m: script(m) if m["type"] != "cancel" else [done(reason="cancelled", tokens=0)]
-    )
+    broker = FakeBroker(lambda m: script(m) if m["type"] != "cancel" else [done(reason="cancelled", tokens=0)])
     with broker, tetri.Client(broker.address, **FAST) as client:
         assert client.stream("hi").cancel().finish_reason == "cancelled"
 
@@ -291,9 +287,7 @@ def test_cancelling_a_request_of_someone_else():
     def reply(message):
         if message["rid"] == "r9":
             return [done("r9", "cancelled")]
-        return [
-            {"type": "refused", "key": message["rid"], "reason": "no such request", "retry_after_s": None}
-        ]
+        return [{"type": "refused", "key": message["rid"], "reason": "no such request", "retry_after_s": None}]
 
     with FakeBroker(reply) as broker, tetri.Client(broker.address, **FAST) as client:
         client.cancel("r9")

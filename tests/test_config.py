@@ -41,9 +41,7 @@ def test_addresses_follow_the_run_directory(write, tmp_path):
     assert config.loads_address == f"ipc://{tmp_path}/loads"
     assert config.views_address == f"ipc://{tmp_path}/views"
     assert config.inbox_address("p0") == f"ipc://{tmp_path}/inbox-p0"
-    assert (
-        load(write(PAIR), ["broker.clients=tcp://127.0.0.1:5555"]).clients_address == "tcp://127.0.0.1:5555"
-    )
+    assert load(write(PAIR), ["broker.clients=tcp://127.0.0.1:5555"]).clients_address == "tcp://127.0.0.1:5555"
 
 
 def test_the_default_run_directory(monkeypatch):
@@ -68,13 +66,13 @@ BAD = [
     ("[engine]\nchunk_tokens=true\n", "engine.chunk_tokens: must be a whole number"),
     ("[engine]\nchunk_tokens=0\n", "got 0"),
     ("[engine]\nkind='gpu'\n", "must be one of: vllm, emulated"),
-    ("[cluster]\nbeat_s=nan\n", "cluster.beat_s: must be a number"),
-    ("[cluster]\nbeat_s=inf\n", "cluster.beat_s: must be a number"),
+    ("[cluster]\nbeat_s=nan\n", "cluster.heartbeat_s: must be a number"),
+    ("[cluster]\nbeat_s=inf\n", "cluster.heartbeat_s: must be a number"),
     ("[cluster]\nname='Too Big'\n", "1 to 20 of a-z"),
-    ("[cluster]\ndead_s=0.3\n", "at least three times beat_s"),
+    ("[cluster]\ndead_s=0.3\n", "at least three times heartbeat_s"),
     ("[transfer]\nslab_blocks=4\n", "slab_blocks: must be at least 5"),
     ("[transfer]\ndigest=1\n", "must be true or false"),
-    ("[transfer]\naddress='tcp://10.0.0.1'\n", "transfer.address: must be \"tcp://IPv4-ADDRESS:PORT\""),
+    ("[transfer]\naddress='tcp://10.0.0.1'\n", 'transfer.address: must be "tcp://IPv4-ADDRESS:PORT"'),
     ("[transfer]\naddress='tcp://10.0.0.1:0'\n", "transfer.address: must be"),
     ("[transfer]\naddress='tcp://10.0.0.256:1'\n", "transfer.address: must be"),
     ("[transfer]\naddress='tcp://example.org:1'\n", "transfer.address: must be"),
@@ -130,7 +128,7 @@ BAD = [
     ("[[worker]]\niid='supervisord'\nrole='prefill'\n", "not broker, monitor or supervisord"),
     ("[broker]\nclients='tcp://[::1]:5555'\n", "not this machine's IPv4 loopback"),
     ('[cluster]\nrun_dir="a\\u0000b"\n', "cluster.run_dir: must be a folder"),
-    (f"[cluster]\nbeat_s={'9' * 400}\n", "cluster.beat_s: must be a number"),
+    (f"[cluster]\nbeat_s={'9' * 400}\n", "cluster.heartbeat_s: must be a number"),
     (f"[engine]\nkv_mib={'9' * 400}\n", "engine.kv_mib: must be a whole number"),
     (f"[engine]\nkv_mib={'9' * 5000}\n", "not a TOML file"),
     (f"[engine]\nkv_mib={'[' * 5000}{']' * 5000}\n", "not a TOML file"),
@@ -194,14 +192,14 @@ def test_bytes_that_are_not_text(tmp_path):
 def test_overrides_take_toml_or_bare_words(write):
     sets = [
         "engine.kind=emulated",
-        "cluster.beat_s = 1",
+        "cluster.heartbeat_s = 1",
         'cluster.name="x"',
         "worker.p0.cpus=0",
         "transfer.digest=false",
     ]
     config = load(write(PAIR), sets)
     assert config.engine.kind == "emulated" and config.cluster.name == "x" and not config.transfer.digest
-    assert config.cluster.beat_s == 1.0 and isinstance(config.cluster.beat_s, float)
+    assert config.cluster.heartbeat_s == 1.0 and isinstance(config.cluster.heartbeat_s, float)
     assert config.worker("p0") == Worker("p0", "prefill", cpus="0")
 
 
@@ -242,9 +240,7 @@ def test_cost_files_lie_beside_the_configuration(write, tmp_path):
     assert config.engine.cost == str(tmp_path / "cost" / "h100.toml")
 
 
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("0,2-3", {0, 2, 3})]
-)
+@pytest.mark.parametrize(("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("0,2-3", {0, 2, 3})])
 def test_cpu_numbers(text, cpus):
     assert cpu_numbers(text) == cpus
 
@@ -253,13 +249,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 @settings(deadline=None)
-@given(model=texts, beat=st.floats(0.01, 6), digest=st.booleans())
-def test_what_dump_writes_load_reads(tmp_path_factory, model, beat, digest):
+@given(model=texts, heartbeat=st.floats(0.01, 6), digest=st.booleans())
+def test_what_dump_writes_load_reads(tmp_path_factory, model, heartbeat, digest):
     tmp = tmp_path_factory.mktemp("c")
     (tmp / "a.toml").write_text(PAIR)
     config = load(tmp / "a.toml", ["cluster.run_dir=/tmp/r"])
     model_section = dataclasses.replace(config.model, name=model)
-    cluster = dataclasses.replace(config.cluster, beat_s=beat)
+    cluster = dataclasses.replace(config.cluster, heartbeat_s=heartbeat)
     transfer = dataclasses.replace(config.transfer, digest=digest)
     config = dataclasses.replace(config, model=model_section, cluster=cluster, transfer=transfer)
     (tmp / "b.toml").write_text(dump(config), encoding="utf-8")

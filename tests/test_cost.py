@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tetri import cost
 from tetri.cost import Cost, CostError
-from tetri.leg import Span
+from tetri.engine_request import Span
 
 MEASURED = Cost(
     prefill=((10.0, 1.0), (20.0, 1.5), (40.0, 3.5)),

@@ -35,8 +35,8 @@ def test_the_fit_finds_the_means_of_a_simulated_run_again(monkeypatch):
     file = tomllib.loads(workloads.default_file().read_text(encoding="utf-8"))
     limits = Limits(baseline.slots, baseline.step_tokens, table.kv_tokens)
     batch = evaluation.workloads[name].draw(1)
-    jobs = coupled.run("prefill_first", limits, table, batch, 1, baseline.join_s).jobs
-    wanted = fit_workloads.statistics([job.ttft_s for job in jobs], [job.jct_s for job in jobs])
+    requests = coupled.run("prefill_first", limits, table, batch, 1, baseline.join_s).requests
+    wanted = fit_workloads.statistics([request.ttft_s for request in requests], [request.jct_s for request in requests])
     prompt, output, prompt_off, output_off, least, evidence = fit_workloads.posterior(
         name, wanted, file, baseline, table, draws=8
     )

@@ -8,29 +8,29 @@ import pytest
 from tests.core.build import CAPACITY, assign, identity
 from tetri.core import actions as said
 from tetri.core.actions import (
-    AddLeg,
-    AdmitLeg,
+    AddRequest,
+    AdmitRequest,
     Adopt,
     Adopted,
     Export,
     Exported,
     Freed,
-    LegRejected,
     Publish,
+    RequestRejected,
     Send,
     Step,
 )
-from tetri.core.worker import Worker
+from tetri.core.worker.worker import Worker
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EmulatedEngine
-from tetri.hands import Copies, WorkerHands
-from tetri.kv.base import KVCorrupt, KVForeign, KVLost, KVShort, Taken, Wanted
-from tetri.leg import Leg, StepDone
+from tetri.engine_request import EngineRequest, StepDone
+from tetri.executor import Copies, WorkerExecutor
+from tetri.kv.base import Fetched, KVCorrupt, KVForeign, KVLost, KVShort, Wanted
 from tetri.request import LengthRange, Reach, Sampling
 from tetri.wire.handover import Handle
 
-LEG = Leg("k", "prefill", (1, 2), 2, Sampling())
+LEG = EngineRequest("k", "prefill", (1, 2), 2, Sampling())
 HANDLE = Handle(segment="s", slots=[0], generations=[0], block_bytes=8)
 REACH = Reach(paths=["shm"], host="h", process=1, segment="s")
 FROM_A_WORKER = {  # one of each kind
@@ -39,16 +39,16 @@ FROM_A_WORKER = {  # one of each kind
     said.Connect: said.Connect("peer", "address", REACH),
     said.Disconnect: said.Disconnect("peer"),
     Step: Step(3),
-    AddLeg: AddLeg(LEG),
-    said.CancelLeg: said.CancelLeg("k"),
-    AdmitLeg: AdmitLeg("k", 7),
-    said.HoldLeg: said.HoldLeg("k", True),
+    AddRequest: AddRequest(LEG),
+    said.CancelRequest: said.CancelRequest("k"),
+    AdmitRequest: AdmitRequest("k", 7),
+    said.HoldRequest: said.HoldRequest("k", True),
     said.Predict: said.Predict("k", (1,), Sampling()),
     Export: Export("k", 0, 0, 1),
     Adopt: Adopt("k", 0, 0, HANDLE, 5, "p", "shm"),
     said.Free: said.Free(HANDLE),
 }
-FROM_A_BROKER = {said.Reply, said.Word, said.Unword}
+FROM_A_BROKER = {said.Reply, said.Detokenize, said.Release}
 
 
 class Everything:
@@ -77,7 +77,7 @@ class Core:
         return self.answers.get(type(event), [])
 
 
-def hands(core, all_of_it, **results):
+def executor(core, all_of_it, **results):
     def step(most):
         all_of_it.calls.append(("step", most))
         return results.get("step")
@@ -86,16 +86,16 @@ def hands(core, all_of_it, **results):
         all_of_it.calls.append(("predict", wanted))
         return results.get("predict")
 
-    return WorkerHands(core, lambda: 4.5, all_of_it, all_of_it, all_of_it, step, predict)
+    return WorkerExecutor(core, lambda: 4.5, all_of_it, all_of_it, all_of_it, step, predict)
 
 
 class Choosy(EmulatedEngine):
     """Runs no leg of `a`."""
 
-    def add(self, leg):
-        if leg.key == "p:a:1":
+    def add(self, request):
+        if request.key == "p:a:1":
             raise EngineError("not a")
-        super().add(leg)
+        super().add(request)
 
 
 def test_a_leg_that_the_engine_rejects_is_heard_of_when_the_others_are_there_and_before_the_step():
@@ -105,7 +105,7 @@ def test_a_leg_that_the_engine_rejects_is_heard_of_when_the_others_are_there_and
     core = Worker(identity("p1", "prefill", slots=4, fingerprint=engine.fingerprint), Random(1), 0.0)
     did = Everything()
     done = []
-    made = WorkerHands(core, lambda: 4.5, engine, did, did, lambda most: done.append(engine.step(most)), did.predict)
+    made = WorkerExecutor(core, lambda: 4.5, engine, did, did, lambda most: done.append(engine.step(most)), did.predict)
     for rid, most in (("a", 1), ("b", 8)):
         made.carry_out(core.handle(assign(rid, prompt=6, max_tokens=most), 0.0))
     made.carry_out(core.tick(0.0))
@@ -116,12 +116,12 @@ def test_a_leg_that_the_engine_rejects_is_heard_of_when_the_others_are_there_and
 
 def test_every_action_but_the_brokers_is_in_the_table():
     assert {*get_args(said.Action)} - FROM_A_BROKER == {*FROM_A_WORKER}
-    assert {*hands(Core(), Everything()).table} == {*FROM_A_WORKER}
+    assert {*executor(Core(), Everything()).table} == {*FROM_A_WORKER}
 
 
 def test_each_action_is_one_call():
     core, did = Core(), Everything()
-    hands(core, did).carry_out([*FROM_A_WORKER.values()])
+    executor(core, did).carry_out([*FROM_A_WORKER.values()])
     assert did.calls == [
         ("send", "peer", "message"),
         ("publish", "report"),
@@ -144,14 +144,14 @@ def test_each_action_is_one_call():
 
 def test_no_kv_is_ever_read_from_a_broker():
     did = Everything()
-    hands(Core(), did).carry_out([said.Connect("broker", "address")])
+    executor(Core(), did).carry_out([said.Connect("broker", "address")])
     assert did.calls == [("connect", "broker", "address")]
 
 
 def test_what_the_core_says_to_a_result_comes_before_the_next_action():
     known = said.LengthKnown("k", LengthRange(low=1, high=2))
-    core, did = Core({StepDone: [said.CancelLeg("a")], said.LengthKnown: [said.CancelLeg("b")]}), Everything()
-    hands(core, did, step=StepDone(), predict=known).carry_out([Step(), FROM_A_WORKER[said.Predict], Send("p", "m")])
+    core, did = Core({StepDone: [said.CancelRequest("a")], said.LengthKnown: [said.CancelRequest("b")]}), Everything()
+    executor(core, did, step=StepDone(), predict=known).carry_out([Step(), FROM_A_WORKER[said.Predict], Send("p", "m")])
     assert [call[0:2] for call in did.calls if call[0] != "predict"] == [
         ("step", 1),
         ("cancel", "a"),
@@ -163,23 +163,23 @@ def test_what_the_core_says_to_a_result_comes_before_the_next_action():
 
 def test_lengths_named_while_the_engine_computes_are_told_before_its_step_is():
     known = said.LengthKnown("k", None)
-    core, did = Core({said.LengthKnown: [said.CancelLeg("b")]}), Everything()
+    core, did = Core({said.LengthKnown: [said.CancelRequest("b")]}), Everything()
     named = []
 
     def step(most):
         named.append(known)  # by another thread, in the meantime
         return StepDone()
 
-    made = WorkerHands(core, lambda: 4.5, did, did, did, step, did.predict, lambda: iter(named))
+    made = WorkerExecutor(core, lambda: 4.5, did, did, did, step, did.predict, lambda: iter(named))
     made.carry_out([Step()])
     assert core.heard == [(known, 4.5), (StepDone(), 4.5)] and did.calls == [("cancel", "b")]
 
 
-@pytest.mark.parametrize("action", [AddLeg(LEG), AdmitLeg("k", 7)], ids=["add", "admit"])
+@pytest.mark.parametrize("action", [AddRequest(LEG), AdmitRequest("k", 7)], ids=["add", "admit"])
 def test_what_the_engine_cannot_run_comes_back_as_an_event(action):
     core, did = Core(), Everything({"add": EngineError("too long"), "admit": EngineError("too long")})
-    hands(core, did).carry_out([action])
-    assert core.heard == [(LegRejected("k", "too long"), 4.5)]
+    executor(core, did).carry_out([action])
+    assert core.heard == [(RequestRejected("k", "too long"), 4.5)]
 
 
 # ---------------------------------------------------------------- copies
@@ -200,17 +200,17 @@ class Store:
         write([f"{owner}'s block {i}" for i in range(count)])
         return HANDLE, 99
 
-    def take(self, wanted):
+    def fetch(self, wanted):
         self.wanted.append(wanted)
-        return self._taken(wanted) if self.at_once else None
+        return self._fetched(wanted) if self.at_once else None
 
-    def _taken(self, wanted):
-        return Taken(wanted.ticket, () if self.problem else ("block",), self.problem)
+    def _fetched(self, wanted):
+        return Fetched(wanted.ticket, () if self.problem else ("block",), self.problem)
 
     def arrive(self):
-        self.arrived.append(self._taken(self.wanted[len(self.arrived)]))
+        self.arrived.append(self._fetched(self.wanted[len(self.arrived)]))
 
-    def taken(self):
+    def fetched(self):
         while self.arrived:
             yield self.arrived.pop(0)
 

@@ -12,9 +12,7 @@ numbers = st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50)
 
 @given(numbers, st.floats(0, 1))
 def test_percentiles_are_numpys(values, share):
-    assert math.isclose(
-        percentile(values, share), np.percentile(values, share * 100), rel_tol=1e-9, abs_tol=1e-6
-    )
+    assert math.isclose(percentile(values, share), np.percentile(values, share * 100), rel_tol=1e-9, abs_tol=1e-6)
 
 
 def test_a_summary():
@@ -27,13 +25,7 @@ def test_a_summary():
 def test_a_summary_is_ordered(values):
     found = summarise(values)
     slack = 1e-6
-    assert (
-        found.least
-        <= found.p50 + slack
-        <= found.p90 + 2 * slack
-        <= found.p99 + 3 * slack
-        <= found.most + 4 * slack
-    )
+    assert found.least <= found.p50 + slack <= found.p90 + 2 * slack <= found.p99 + 3 * slack <= found.most + 4 * slack
     assert found.least - slack <= found.mean <= found.most + slack
 
 

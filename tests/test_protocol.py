@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from tests.wire.described import rows, structs
-from tetri.kv.stream_fetch import Patience
-from tetri.kv.stream_serve import MAX_FETCHES
+from tetri.kv.stream.fetch import Patience
+from tetri.kv.stream.serve import MAX_FETCHES
 from tetri.net import sockets
 from tetri.wire import bulk, codec
 from tetri.wire.bulk import BulkReply, BulkRequest

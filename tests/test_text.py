@@ -11,9 +11,7 @@ from tetri.request import Turn
 from tetri.text import ByteTokenizer, Stopper, TextError, decode, load_tokenizer
 
 BYTES = ByteTokenizer()
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<e>\n{% endfor %}<s>assistant{{ '\n' }}"
-)
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<e>\n{% endfor %}<s>assistant{{ '\n' }}"
 CORPUS = [
     "the cat sat on the mat and then the other cat",
     "naïve café 日本語 🙂 ",
@@ -179,8 +177,8 @@ def run(tokenizer, ids, stop, cuts=(), output=0):
     return shown + last.text, last.stopped, last.counted
 
 
-letters = st.text(st.sampled_from("ab\n"), min_size=1, max_size=5)
-stops = st.lists(letters, max_size=3)
+outbox = st.text(st.sampled_from("ab\n"), min_size=1, max_size=5)
+stops = st.lists(outbox, max_size=3)
 cuts = st.lists(st.integers(0, 60), max_size=6)
 
 

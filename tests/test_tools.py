@@ -68,7 +68,7 @@ def test_the_summary_has_the_medians():
 
 
 def test_plain_vllm_is_told_what_the_live_engine_is_told(monkeypatch):
-    from tetri.engine.vllm_setup import VllmSettings, engine_config
+    from tetri.engine.vllm.setup import VllmSettings, engine_config
 
     told = {}
 

@@ -16,7 +16,7 @@ from tetri.request import Sampling
 
 def flip_seconds(cluster: LiveCluster) -> list[float]:
     """Of every flip in the cluster's records: from the moment at which the worker read the Flip, between two engine
-    steps, to that at which the broker heard its Beat. All clocks are this machine's."""
+    steps, to that at which the broker heard its Heartbeat. All clocks are this machine's."""
     read_at: list[tuple[float, str, str]] = []
     heard_at: list[tuple[float, str, str]] = []
     for path in (cluster.folder / "record").glob("*.events"):
@@ -25,9 +25,9 @@ def flip_seconds(cluster: LiveCluster) -> list[float]:
             kind = call.event[0][0] if call.event else ""
             if kind == "Flip":
                 read_at.append((call.now, iid, value(call.event[0]).role))
-            elif kind == "Beat" and iid == "broker":
-                beat = value(call.event[0])
-                heard_at.append((call.now, beat.iid, beat.role))
+            elif kind == "Heartbeat" and iid == "broker":
+                heartbeat = value(call.event[0])
+                heard_at.append((call.now, heartbeat.iid, heartbeat.role))
     took: list[float] = []
     last: dict[str, str] = {}
     for start, iid, role in sorted(read_at):

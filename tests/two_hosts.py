@@ -73,9 +73,7 @@ class TwoHosts:
         """What to put before a command."""
         return ["ip", "netns", "exec", self.names[iid]]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for name in self.names.values():  # the veth pair goes with them
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
 
@@ -130,9 +128,7 @@ class TwoHostCluster(LiveCluster):
             self.relay.communicate(timeout=20)
         shutil.rmtree(self.key_folder, ignore_errors=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             super().__exit__(kind, error, at)
         finally:

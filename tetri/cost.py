@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tetri.leg import Span
+from tetri.engine_request import Span
 
 Curve = tuple[tuple[float, float], ...]  # (tokens or batch, seconds); the first ascend, the second never fall
 TABLES = Path(__file__).parent.parent / "conf" / "cost"  # where a table is looked for by its name alone

@@ -78,13 +78,15 @@ class Chance:
     def __init__(self, faults: Faults, who: str) -> None:
         self.faults = faults
         self.rng = Random(f"{faults.seed} {who}")
-        self._odds = {kind: getattr(faults, kind) for kind in KINDS}
-        self.counts: Counter[str] = Counter({kind: 0 for kind, odds in self._odds.items() if odds})
+        self._distribution = {kind: getattr(faults, kind) for kind in KINDS}
+        self.counts: Counter[str] = Counter(
+            {kind: 0 for kind, distribution in self._distribution.items() if distribution}
+        )
 
     def happens(self, kind: str) -> bool:
         """Cast them. What happens is counted."""
-        odds = self._odds[kind]
-        if not odds or self.rng.random() >= odds:
+        distribution = self._distribution[kind]
+        if not distribution or self.rng.random() >= distribution:
             return False
         self.counts[kind] += 1
         return True

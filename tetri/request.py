@@ -18,8 +18,8 @@ Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 
 ROLES = ("prefill", "decode", "mixed")  # which new work an instance takes; mixed takes both
-TAKES_PREFILL = ("prefill", "mixed")
-TAKES_DECODE = ("decode", "mixed")
+PREFILL_ROLES = ("prefill", "mixed")
+DECODE_ROLES = ("decode", "mixed")
 
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,11 +87,11 @@ def sampling_problem(s: Sampling) -> str | None:
         value = getattr(s, name)
         if not low <= value <= high:  # also catches NaN
             bound = f"at least {low:g}" if value < low else f"from {low:g} to {high:g}"
-            return f"{name} must be {bound}, got {_told(value)}"
+            return f"{name} must be {bound}, got {_described(value)}"
     if not 0.0 < s.top_p <= 1.0:
-        return f"top_p must be above 0 and at most 1, got {_told(s.top_p)}"
+        return f"top_p must be above 0 and at most 1, got {_described(s.top_p)}"
     if s.seed is not None and not 0 <= s.seed < 1 << 63:
-        return f"seed must be from 0 to 2^63 - 1, got {s.seed if abs(s.seed) < _LARGE else _told(s.seed)}"
+        return f"seed must be from 0 to 2^63 - 1, got {s.seed if abs(s.seed) < _LARGE else _described(s.seed)}"
     if s.min_tokens > s.max_tokens:
         return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({s.max_tokens})"
     if len(s.stop) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in s.stop):
@@ -99,7 +99,7 @@ def sampling_problem(s: Sampling) -> str | None:
     return None
 
 
-def _told(value: float) -> str:
+def _described(value: float) -> str:
     if isinstance(value, int) and abs(value) >= _LARGE:
         return "a number of many digits"  # which Python would refuse to write
     return f"{value:g}"
@@ -198,7 +198,7 @@ class LengthRange(Record, frozen=True):
             raise ValueError(f"no length is at least {self.low} and less than {self.high}")
 
 
-class Odds(Value, frozen=True):
+class LengthDistribution(Value, frozen=True):
     """How likely each number of output tokens is: `shares[i]` for [i * width, (i + 1) * width), the last share for all
     from there on. They are not negative and add up to 1."""
 
@@ -217,7 +217,7 @@ class Expected(Value, frozen=True):
     """
 
     kind: str
-    prior: Odds
+    prior: LengthDistribution
     levels: tuple[float, ...] = ()
     note: str = ""
 

@@ -24,7 +24,7 @@ def number(default: float, low: float, high: float) -> Any:
     return field(default=default, metadata={"range": (low, high)})
 
 
-def word(default: Any, pattern: str, allowed: str) -> Any:
+def text(default: Any, pattern: str, allowed: str) -> Any:
     return field(default=default, metadata={"pattern": pattern, "allowed": allowed, "type": str})
 
 
@@ -70,11 +70,11 @@ def _problem(f: dataclasses.Field[Any], kind: type, value: Any) -> str | None:
     if kind is str:
         return _text_problem(f, value)
     low, high = f.metadata["range"]
-    word = "a whole number" if kind is int else "a number"
+    text = "a whole number" if kind is int else "a number"
     fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     if fits and low <= value <= high:  # never true for NaN
         return None
-    return f"must be {word} from {low} to {high}"
+    return f"must be {text} from {low} to {high}"
 
 
 def _text_problem(f: dataclasses.Field[Any], value: Any) -> str | None:

@@ -82,13 +82,13 @@ class ModelTokenizer:
         return known
 
     def _spell(self, token: int) -> bytes:
-        word = None if token in self._silent or not 0 <= token < 1 << 32 else self._inner.id_to_token(token)
-        if word is None:  # padding of the vocabulary has no text either
+        piece = None if token in self._silent or not 0 <= token < 1 << 32 else self._inner.id_to_token(token)
+        if piece is None:  # padding of the vocabulary has no text either
             return b""
         try:
-            return bytes(_byte_of()[char] for char in word)
+            return bytes(_byte_of()[char] for char in piece)
         except KeyError:  # an added token: spelt as it is written
-            return bytes(word.encode())
+            return bytes(piece.encode())
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

@@ -144,12 +144,12 @@ def run(load: Load, reserve_share: float, rules: Rules, seed: int) -> Run:
     return Run(fmean(times), percentile(times, 0.99), preempted, result.end_s)
 
 
-Job = tuple[Load, float, Rules, int]  # the arguments of `run`
-Mapped = Callable[[Callable[[Job], Run], Iterable[Job]], Any]
+PrefillRequest = tuple[Load, float, Rules, int]  # the arguments of `run`
+Mapped = Callable[[Callable[[PrefillRequest], Run], Iterable[PrefillRequest]], Any]
 
 
-def _one(job: Job) -> Run:
-    return run(*job)
+def _one(request: PrefillRequest) -> Run:
+    return run(*request)
 
 
 def binding(loads: Iterable[Load], seeds: int, least: float, share: float, mapped: Mapped, say: Any) -> Load:
@@ -165,9 +165,9 @@ def binding(loads: Iterable[Load], seeds: int, least: float, share: float, mappe
 
 def compare(load: Load, seeds: int, share: float, mapped: Mapped, say: Any) -> dict[str, Any]:
     """All systems on the same requests and predictions."""
-    jobs = [(load, share, rules, seed) for rules in SYSTEMS.values() for seed in range(seeds)]
+    prefill_requests = [(load, share, rules, seed) for rules in SYSTEMS.values() for seed in range(seeds)]
     runs: list[Run] = []
-    for made in mapped(_one, jobs):
+    for made in mapped(_one, prefill_requests):
         runs.append(made)
         if len(runs) % seeds == 0:
             say(f"{load.name}, {load.kv_tokens} tokens of KV: {len(runs) // seeds} of {len(SYSTEMS)} policies")

@@ -64,7 +64,7 @@ def configured(transport: str, faults: str, roles: tuple[int, int], overrides: t
     """A deployment of emulated engines whose steps take no time, in a run directory of its own."""
     folder = tempfile.mkdtemp(prefix="tetri-chaos-")
     named = [("p", "prefill", roles[0]), ("d", "decode", roles[1])]
-    workers = [f"{{iid='{letter}{i}', role='{role}'}}" for letter, role, count in named for i in range(count)]
+    workers = [f"{{iid='{message}{i}', role='{role}'}}" for message, role, count in named for i in range(count)]
     own = [f"cluster.run_dir={folder}", f"cluster.name=chaos-{os.getpid()}", f"worker=[{','.join(workers)}]"]
     moved = [f"transfer.transport={transport}", f'transfer.faults="{faults}"']
     try:
@@ -97,7 +97,7 @@ def _kept(instance: dict[str, Any]) -> list[str]:
         return [f"{instance['state']}: {instance['note']}"]
     missing = instance["blocks"] - instance["free_blocks"]
     kept = [f"{missing} blocks are not free"] * bool(missing)
-    kept += [f"{instance['slots_taken']} slots are not free"] * bool(instance["slots_taken"])
+    kept += [f"{instance['slots_used']} slots are not free"] * bool(instance["slots_used"])
     return kept + [f"{instance['held']} requests are held"] * bool(instance["held"])
 
 

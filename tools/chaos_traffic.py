@@ -11,7 +11,7 @@ from typing import Any
 
 from tetri.client import AsyncClient, Failed, Result, TetriError
 from tetri.config import Config
-from tetri.core.desk import MAX_ATTEMPTS
+from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 

@@ -60,8 +60,14 @@ def chi_squared(workload, wanted, baseline, table, draws):
     limits = Limits(baseline.slots, baseline.step_tokens, table.kv_tokens)
     rows = []
     for seed in range(draws):
-        jobs = coupled.run("prefill_first", limits, table, workload.draw(5000 + seed), 1, baseline.join_s).jobs
-        rows.append(statistics([job.ttft_s for job in jobs], [job.jct_s for job in jobs]))
+        prefill_requests = coupled.run(
+            "prefill_first", limits, table, workload.draw(5000 + seed), 1, baseline.join_s
+        ).requests
+        rows.append(
+            statistics(
+                [request.ttft_s for request in prefill_requests], [request.jct_s for request in prefill_requests]
+            )
+        )
     return sum(
         ((fmean(column) - value) / max(stdev(column), LEAST_SPREAD)) ** 2
         for column, value in zip(zip(*rows, strict=True), wanted, strict=True)

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from tetri.kv.base import KVError
-from tetri.kv.cuda_runtime import load
+from tetri.kv.cuda.runtime import load
 
 REPOSITORY = Path(__file__).parent.parent
 STAND_IN, ROWS = "TETRI_CUDA_STAND_IN", "TETRI_GPU_ROWS"  # tests/kv/gpus.py

@@ -31,7 +31,7 @@ from tetri.config import Config, load
 from tetri.metrics import summarise
 from tetri.proc import build, launch
 from tetri.sim.setup import Setup
-from tetri.sim.traces import Arrival, Lengths, drawn
+from tetri.sim.traces import Arrival, LengthWait, drawn
 from tetri.sim.world import World
 
 BOUNDS = {"mean": 0.05, "p99": 0.10}
@@ -70,7 +70,7 @@ def setup_of(config: Config, seed: int) -> Setup:
         flip=config.monitor.flip,
         flip_settings=build.flip_settings(config),
         load_s=config.monitor.load_ms / 1000,
-        beat_s=config.cluster.beat_s,
+        heartbeat_s=config.cluster.heartbeat_s,
         stream_interval=config.engine.stream_interval,
     )
 
@@ -125,7 +125,12 @@ def within(run: dict[str, Any], slack: float = 1.0) -> bool:
 
 
 def measured(
-    config: Config, requests: int, rate: float, lengths: tuple[Lengths, Lengths], seed: int, say: Callable[[str], None]
+    config: Config,
+    requests: int,
+    rate: float,
+    lengths: tuple[LengthWait, LengthWait],
+    seed: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """One run, live and simulated."""
     arrivals = list(drawn(requests, *lengths, seed, rate))
@@ -149,7 +154,7 @@ def main(
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    lengths = Lengths.parsed(prompt_tokens), Lengths.parsed(output_tokens)
+    lengths = LengthWait.parsed(prompt_tokens), LengthWait.parsed(output_tokens)
     try:
         made = [measured(config, requests, rate, lengths, seed + number, say) for number in range(runs)]
     finally:

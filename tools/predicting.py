@@ -18,15 +18,15 @@ from typing import Any
 
 import click
 
-from tetri.engine.base import EngineError, Leg
-from tetri.engine.vllm import VllmEngine
+from tetri.engine.base import EngineError, EngineRequest
+from tetri.engine.vllm.engine import VllmEngine
 from tetri.models import ModelError, find, weights_hash
 from tetri.predict import serve
 from tetri.predict.card import KINDS
 from tetri.predict.inputs import reader
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import Loaded, load, shipped_for
-from tetri.proc.hidden import foretold
+from tetri.proc.hidden import estimates
 from tetri.request import Sampling
 from tetri.text import Tokenizer, load_tokenizer
 
@@ -72,18 +72,18 @@ class Bench:
         """Seconds from the request to its first token, and whether its length was foretold by then."""
         self.number += 1
         key, prompt = f"r{self.number}", self.prompt(tokens)
-        leg = Leg(key, "prefill", tuple(prompt), tokens, Sampling(max_tokens=2))
+        request = EngineRequest(key, "prefill", tuple(prompt), tokens, Sampling(max_tokens=2))
         head = self.parts["hidden"] if way in ("hidden", "both") else None
-        tap = self.engine.tap([head.layer], head.every) if head is not None else None
+        hook = self.engine.hook_hidden_states([head.layer], head.every) if head is not None else None
         start = time.perf_counter()
         answered = self._ask(way, key, prompt)
-        self.engine.add(leg)
+        self.engine.add(request)
         while not self.engine.step().tokens:
             pass
-        told = bool(tap is not None and head is not None and foretold(tap, head))
+        told = bool(hook is not None and head is not None and estimates(hook, head))
         seconds = time.perf_counter() - start
-        if tap is not None:
-            tap.close()
+        if hook is not None:
+            hook.close()
         heard = self._drained(way, tokens)
         return seconds, told or answered or heard
 
@@ -103,7 +103,7 @@ class Bench:
         """What the thread has left to do must not fall on the next prompt. Whether it was done already."""
         if self.beside is None or not self._beside(way, tokens):
             return False
-        if any(odds is not None for _, odds in self.beside.answers()):
+        if any(distribution is not None for _, distribution in self.beside.answers()):
             return True
         until = time.monotonic() + ANSWER_S
         while not any(True for _ in self.beside.answers()):
@@ -199,15 +199,15 @@ class Asked:
     ways: tuple[str, ...]
 
 
-def measured(bench: Bench, asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
+def measured(bench: Bench, asked: Asked, progress: Callable[[str], None]) -> dict[str, Any]:
     ways = [way for way in asked.ways if _parts(way) <= set(bench.parts)]
     found: dict[str, Any] = {"cpu": sorted(os.sched_getaffinity(0)), "rounds": asked.rounds, "batch": None}
     if "classifier" in bench.parts:
-        say("batches of 16 prompts")
+        progress("batches of 16 prompts")
         found["batch"] = {**bench.batches(asked.rounds), "limit_ms": BATCH_MS}
     found["prefill"] = {}
     for tokens in asked.lengths:
-        say(f"prompts of {tokens} tokens, {', '.join(ways)}")
+        progress(f"prompts of {tokens} tokens, {', '.join(ways)}")
         made = bench.compare(ways, tokens, asked.rounds)
         found["prefill"][str(tokens)] = {**made, "limit_percent": limit_percent(tokens)}
     return found

@@ -35,7 +35,7 @@ from tetri.policy.rules import Rules
 from tetri.predict.card import read_card
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED
-from tetri.request import Expected, Odds, PredictorStatus
+from tetri.request import Expected, LengthDistribution, PredictorStatus
 from tetri.sim.setup import Setup, SimError
 from tetri.sim.texts import LIMIT, Text, TextError, read
 from tetri.sim.traces import resampled
@@ -93,7 +93,7 @@ class Source:
     def expected(self, kind: str) -> Expected:
         """As a live worker with a predictor of this kind. Raises PredictError."""
         card = read_card(self.predictor, "classifier" if kind == "classifier" else "hidden")
-        return Expected(kind, Odds(card.width, card.prior), () if kind == "prior" else card.levels)
+        return Expected(kind, LengthDistribution(card.width, card.prior), () if kind == "prior" else card.levels)
 
 
 @cache
@@ -110,12 +110,12 @@ def full_rate(texts: Sequence[Text], table: cost.Cost, kv_tokens: int) -> float:
     return batch / table.decode_s(round(batch), kv_tokens) / (steps / len(texts))
 
 
-Job = tuple[Source, Setting, str, str, int]
+TextTask = tuple[Source, Setting, str, str, int]
 
 
-def run(job: Job) -> dict[str, float]:
+def run(task: TextTask) -> dict[str, float]:
     """One policy, one predictor, one seed. Raises SimError."""
-    source, setting, policy, kind, seed = job
+    source, setting, policy, kind, seed = task
     table, texts = cost.load(COST), source.texts()
     trained = kind in TRAINED
     setup = Setup(
@@ -146,7 +146,7 @@ def run(job: Job) -> dict[str, float]:
 def _counted(world: World) -> dict[str, float]:
     """What the prefill workers say of their predictors, as `status` does."""
     prefillers = [w.core for w in world.workers.values() if w.core.own.instance.role == "prefill"]
-    learnt = [core.foresight for core in prefillers if core.foresight]
+    learnt = [core.estimator for core in prefillers if core.estimator]
     said: list[PredictorStatus] = [each.status() for each in learnt]
     if not said:
         return {}
@@ -156,14 +156,14 @@ def _counted(world: World) -> dict[str, float]:
 # ---------------------------------------------------------------- many runs
 
 
-Mapped = Callable[[Callable[[Job], dict[str, float]], Iterable[Job]], Iterable[dict[str, float]]]
+Mapped = Callable[[Callable[[TextTask], dict[str, float]], Iterable[TextTask]], Iterable[dict[str, float]]]
 
 
 def compared(source: Source, setting: Setting, seeds: int, mapped: Mapped) -> dict[str, Any]:
     """All policies and predictors on the same requests."""
     keys = [(policy, kind) for policy in setting.policies for kind in KINDS]
-    jobs = [(source, setting, policy, kind, seed) for policy, kind in keys for seed in range(seeds)]
-    runs = list(mapped(run, jobs))
+    tasks = [(source, setting, policy, kind, seed) for policy, kind in keys for seed in range(seeds)]
+    runs = list(mapped(run, tasks))
     by_key = {key: runs[at * seeds : (at + 1) * seeds] for at, key in enumerate(keys)}
     plain = by_key[setting.policies[0], "none"]
     rows = [_row(policy, kind, by_key[policy, kind], by_key[policy, "none"], plain) for policy, kind in keys]

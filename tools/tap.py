@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 
-from tetri.engine.base import EngineError, Leg, Phase
-from tetri.engine.vllm import VllmEngine
-from tetri.leg import StepDone
+from tetri.engine.base import EngineError, EngineRequest, Phase
+from tetri.engine.vllm.engine import VllmEngine
+from tetri.engine_request import StepDone
 from tetri.models import ModelError, find, weights_hash
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import load, shipped_for
-from tetri.proc.hidden import foretold
+from tetri.proc.hidden import estimates
 from tetri.request import Sampling, blocks_for
 
 BLOCK, PROMPT, NEVER = 128, 64, 1 << 30
@@ -34,23 +34,23 @@ class Bench:
     def __init__(self, engine: VllmEngine, head: Any, clock: Callable[[], float]) -> None:
         self.engine, self.head, self.clock, self.rng = engine, head, clock, Random(7)
 
-    def leg(self, key: str, phase: Phase, tokens: Sequence[int], outputs: int) -> Leg:
-        return Leg(key, phase, tuple(tokens), len(tokens), Sampling(max_tokens=outputs, ignore_eos=True))
+    def request(self, key: str, phase: Phase, tokens: Sequence[int], outputs: int) -> EngineRequest:
+        return EngineRequest(key, phase, tuple(tokens), len(tokens), Sampling(max_tokens=outputs, ignore_eos=True))
 
     def tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(3, 40000) for _ in range(count)]
 
     def timed(self, on: bool, every: int) -> float:
         """Seconds of one step. The tap is made either way: its making is not what is measured."""
-        tap = self.engine.tap([self.head.layer], every)
+        hook = self.engine.hook_hidden_states([self.head.layer], every)
         if not on:
-            tap.close()
+            hook.close()
         start = self.clock()
         self.engine.step()
         if on:
-            foretold(tap, self.head)
+            estimates(hook, self.head)
         seconds = self.clock() - start
-        tap.close()
+        hook.close()
         return seconds
 
     def pairs(self, count: int, every: int, before: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -67,20 +67,20 @@ class Bench:
         ready = {}
         for number in range(batch):
             tokens = self.tokens(PROMPT)
-            self.engine.add(self.leg("p", "prefill", tokens, outputs))
+            self.engine.add(self.request("p", "prefill", tokens, outputs))
             (first,) = self.engine.step().tokens
             blocks = [bytearray(self.engine.block_bytes) for _ in range(blocks_for(PROMPT, BLOCK))]
             self.engine.export("p", 0, len(blocks), list(map(memoryview, blocks)))
             ready[f"d{number}"] = tokens, blocks, first.token
         for key, (tokens, _, _) in ready.items():
-            self.engine.add(self.leg(key, "decode", tokens, outputs))
+            self.engine.add(self.request(key, "decode", tokens, outputs))
         self.engine.step()
         for key, (_, blocks, token) in ready.items():
             self.engine.adopt(key, 0, list(map(memoryview, blocks)))
             self.engine.admit(key, token)
 
     def prompt(self, count: int) -> None:
-        self.engine.add(self.leg("p", "prefill", self.tokens(count), 2))
+        self.engine.add(self.request("p", "prefill", self.tokens(count), 2))
 
 
 def compared(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:

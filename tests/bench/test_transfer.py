@@ -42,11 +42,11 @@ def test_the_rounds_alternate_and_the_first_does_not_count():
     said, order = iter(range(100)), []
 
     def run(name):
-        def taking(count):
+        def fetching(count):
             order.append((name, count))
             return next(said)
 
-        return taking
+        return fetching
 
     seconds = alternated({"a": run("a"), "b": run("b")}, 7, 2)
     assert order == [("a", 7), ("b", 7)] * 3

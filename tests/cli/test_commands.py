@@ -69,9 +69,7 @@ def test_options_reach_the_broker(run, broker):
     fake = broker()
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 --stop a --stop b"
     run("submit", "hi", "--chat", "--deadline", "5", *options.split())
-    assert (
-        fake.seen[0]["messages"] == [{"role": "user", "content": "hi"}] and fake.seen[0]["deadline_s"] == 5.0
-    )
+    assert fake.seen[0]["messages"] == [{"role": "user", "content": "hi"}] and fake.seen[0]["deadline_s"] == 5.0
     assert fake.seen[0]["sampling"] == {
         **{"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 7},
         "stop": ["a", "b"],
@@ -139,9 +137,7 @@ def test_a_request_that_fails(run, broker, reply, status, says):
 def test_wrong_arguments_are_one_line(run, broker, arguments, says):
     broker()
     status, out, err = run(*arguments)
-    assert (
-        status == 2 and out == "" and says in err and err.count("\n") == 1 and err.startswith("tetri-cli: ")
-    )
+    assert status == 2 and out == "" and says in err and err.count("\n") == 1 and err.startswith("tetri-cli: ")
 
 
 def test_nothing_up(run, place):

@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_line(run, out, monkeypatch):
     [(0, 9, 50, "0 s left"), (10, 20, 40, "40 s left"), (1, 3, 60, "2 min left"), (1, 201, 36, "2.0 h left")],
 )
 def test_the_time_left(texts, total, spent, words):
-    assert predictor_collect.left_words(texts, total, spent) == words
+    assert predictor_collect.time_left(texts, total, spent) == words
 
 
 PLAYED = """

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tetri.core.actions import Action, Free, Freed, Send, Word, Worded
-from tetri.core.peers import Identity
+from tetri.core.actions import Action, Detokenize, Detokenized, Free, Freed, Send
+from tetri.core.instance.peers import Identity
 from tetri.instance import Instance
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Fingerprint, Reach, Sampling, blocks_for
 from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Offer, Refuse
 from tetri.wire.messages import (
     Assign,
-    Beat,
     ClusterView,
     End,
     Failed,
+    Heartbeat,
     Hold,
     InstanceLoad,
     Load,
+    Membership,
     Ready,
     Receipt,
-    Roster,
     Staged,
     TokenItem,
     Tokens,
@@ -67,7 +67,7 @@ def identity(iid: str, role: str, **changes: Any) -> Identity:
     fields: dict[str, Any] = {
         "slots": 8,
         "rules": FIRST,
-        "beat_s": 0.1,
+        "heartbeat_s": 0.1,
         "load_s": 1e6,  # tests of loads ask for them
         "offer_s": 1.0,
         "patience_s": 10.0,
@@ -83,8 +83,8 @@ def ready(iid: str, role: str, incarnation: int = 1, load: Load = IDLE, **change
     return Ready(instance=instance(iid, role, incarnation, **changes), load=load)
 
 
-def beat(iid: str, *holds: Hold, incarnation: int = 1) -> Beat:
-    return Beat(iid=iid, incarnation=incarnation, role="any", load=Load(free_blocks=7), holds=list(holds))
+def heartbeat(iid: str, *holds: Hold, incarnation: int = 1) -> Heartbeat:
+    return Heartbeat(iid=iid, incarnation=incarnation, role="any", load=Load(free_blocks=7), holds=list(holds))
 
 
 def staged(iid: str, rid: str, stage: Any, attempt: int = 1) -> Staged:
@@ -110,8 +110,8 @@ def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Insta
     return Instance(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
-def roster(number: int, *instances: Instance, epoch: int = 1) -> Roster:
-    return Roster(epoch=epoch, number=number, instances=list(instances))
+def membership(number: int, *instances: Instance, epoch: int = 1) -> Membership:
+    return Membership(epoch=epoch, number=number, instances=list(instances))
 
 
 def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:
@@ -178,9 +178,7 @@ def sent(actions: Iterable[Action], peer: str | None = None, kind: type | None =
 
 def kinds(actions: Iterable[Action]) -> list[str]:
     """What each action is, in a word; of what is sent, the message and to whom."""
-    return [
-        f"{type(a.message).__name__} > {a.peer}" if isinstance(a, Send) else type(a).__name__ for a in actions
-    ]
+    return [f"{type(a.message).__name__} > {a.peer}" if isinstance(a, Send) else type(a).__name__ for a in actions]
 
 
 def only(actions: Iterable[Action], kind: type) -> list[Any]:
@@ -231,7 +229,7 @@ class WordingTold(Told):
         self.stops: dict[str, int] = {}
 
     def result(self, action: Action) -> Any:
-        if not isinstance(action, Word):
+        if not isinstance(action, Detokenize):
             return None
         text = "".join(chr(97 + token % 26) for token in action.ids)
-        return Worded(action.rid, action.start, action.ids, text, self.stops.get(action.rid), action.final)
+        return Detokenized(action.rid, action.start, action.ids, text, self.stops.get(action.rid), action.final)

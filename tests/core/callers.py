@@ -170,7 +170,7 @@ class Admin:
         assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
         if isinstance(message, RoleChanged):
             assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
-            worker, known = self.world.nodes[message.iid], self.world.broker.core.registry.peers[message.iid]
+            worker, known = self.world.nodes[message.iid], self.world.broker.core.members.by_iid[message.iid]
             there = worker.alive and worker.core.own.incarnation == known.instance.incarnation
             if there and message.key not in self.told:
                 assert worker.core.role == message.role, f"{message.iid} is {worker.core.role}, not {message.role}"

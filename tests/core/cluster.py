@@ -22,11 +22,11 @@ from tests.core.links import Link
 from tests.core.nodes import VOCABULARY, BrokerNode, MonitorNode, Node
 from tests.core.shapes import ROLES, Faults, Shape
 from tests.core.worker_node import WorkerNode
-from tetri.core.actions import BROKER, Action, AddLeg, Publish, Send
+from tetri.core.actions import BROKER, Action, AddRequest, Publish, Send
 from tetri.kv.local import LocalSlab
 from tetri.request import Sampling
 from tetri.wire.handover import Offer
-from tetri.wire.messages import Assign, Ready, Roster
+from tetri.wire.messages import Assign, Membership, Ready
 
 
 class Cluster:
@@ -174,8 +174,8 @@ class Cluster:
         return {
             "without a Done": [str(client.name) for client in self.clients.values() if client.done is None],
             "rows": [f"{row.rid} {row.stage}" for row in self.broker.core.table.active()],
-            "jobs": [f"{w.name} {key}" for w in workers for key in w.core.prefill.jobs],
-            "seats": [f"{w.name} {key}" for w in workers for key in w.core.decode.seats],
+            "jobs": [f"{w.name} {key}" for w in workers for key in w.core.prefill.requests],
+            "seats": [f"{w.name} {key}" for w in workers for key in w.core.decode.requests],
             "dead": [node.name for node in (*workers, self.monitor) if not node.alive],
         }
 
@@ -189,7 +189,7 @@ class Cluster:
         for worker in self.workers:
             core, engine = worker.core, worker.engine
             assert len(core.ledger) == 0 and core.ledger.free == worker.shape.blocks
-            assert core.prefill.slots_taken == 0 and worker.store.free_slots == worker.shape.slots
+            assert core.prefill.slots_used == 0 and worker.store.free_slots == worker.shape.slots
             assert not engine.contents and sorted(engine.free) == list(range(worker.shape.blocks))
             assert not core.dispatcher.offers
 
@@ -201,7 +201,7 @@ def _brief(thing: Any) -> str:
             return f"to {peer}: {_brief(message)}"
         case Publish(message):
             return f"publishes {type(message).__name__}"
-        case Roster():
+        case Membership():
             there = ", ".join(f"{i.iid} {i.role}" for i in thing.instances)
             return f"roster {thing.number}: {there}"
         case Offer():
@@ -212,8 +212,8 @@ def _brief(thing: Any) -> str:
             return f"max {thing.max_tokens} stop {thing.stop}"
         case Ready():
             return f"Ready({thing.instance.iid} {thing.instance.incarnation})"
-        case AddLeg(leg):
-            return f"AddLeg({leg.key}, {len(leg.tokens)} tokens)"
+        case AddRequest(request):
+            return f"AddRequest({request.key}, {len(request.tokens)} tokens)"
     return str(thing)
 
 

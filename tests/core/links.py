@@ -23,7 +23,7 @@ class Link:
     def __init__(self, world: Cluster, src: Node, dst: Node, peer: str) -> None:
         self.world, self.src, self.dst, self.peer = world, src, dst, peer
         self.up, self.closed = False, False
-        self.life = 0  # counts connections
+        self.lifecycle = 0  # counts connections
         self.busy = 0.0  # when the last message arrives
 
     def send(self, message: Any) -> None:
@@ -38,7 +38,7 @@ class Link:
             slow = world.happens(world.faults.delay)
             took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
             self.busy = max(self.busy, world.now + took)
-            world.at(self.busy, partial(self._arrive, message, self.life, self.dst.life))
+            world.at(self.busy, partial(self._arrive, message, self.lifecycle, self.dst.lifecycle))
 
     def _mixed_up(self, message: BetweenWorkers) -> BetweenWorkers:
         """What no connection does, and a broken sender might: old messages come again, also of its earlier life, later
@@ -47,10 +47,12 @@ class Link:
         old = world.said.setdefault((self.src.name, self.dst.name), deque(maxlen=40))
         if old and world.happens(faults.replay):
             again = world.rng.choice(old)
-            world.after(world.rng.uniform(0.0, 0.05), partial(self._arrive, again, self.life, self.dst.life))
+            world.after(world.rng.uniform(0.0, 0.05), partial(self._arrive, again, self.lifecycle, self.dst.lifecycle))
         old.append(message)
         if world.happens(faults.overtake):
-            world.after(world.rng.uniform(0.0, 0.02), partial(self._arrive, message, self.life, self.dst.life))
+            world.after(
+                world.rng.uniform(0.0, 0.02), partial(self._arrive, message, self.lifecycle, self.dst.lifecycle)
+            )
         return self._mangled(message) if isinstance(message, Chunk) and world.happens(faults.mangle) else message
 
     def _mangled(self, chunk: Chunk) -> Chunk:
@@ -62,16 +64,16 @@ class Link:
                 return replace(chunk, handle=replace(handle, segment=rng.choice(list(self.world.slabs))))
         return replace(chunk, handle=replace(handle, slots=handle.slots[1:], generations=handle.generations[1:]))
 
-    def _arrive(self, message: Any, life: int, target: int) -> None:
-        if life == self.life and target == self.dst.life and self.dst.alive:
+    def _arrive(self, message: Any, lifecycle: int, target: int) -> None:
+        if lifecycle == self.lifecycle and target == self.dst.lifecycle and self.dst.alive:
             self.dst.receive(message)
 
     def connect(self) -> None:
         """After a while, if both are there then."""
-        life = self.src.life
+        lifecycle = self.src.lifecycle
 
         def stands() -> None:
-            if self.closed or self.up or not self.dst.alive or not self.src.alive or self.src.life != life:
+            if self.closed or self.up or not self.dst.alive or not self.src.alive or self.src.lifecycle != lifecycle:
                 return
             self.up = True
             self.src.receive(PeerUp(self.peer))
@@ -83,14 +85,14 @@ class Link:
         if not self.up:
             return
         self.up = False
-        self.life += 1
+        self.lifecycle += 1
         self.src.receive(PeerDown(self.peer))
         self.connect()
 
     def close(self) -> None:
         self.closed, self.up = True, False
         if self.world.happens(0.5):
-            self.life += 1  # what was under way is lost
+            self.lifecycle += 1  # what was under way is lost
 
 
 class Feed:
@@ -109,8 +111,8 @@ class Feed:
         slow = world.happens(world.faults.delay)
         took = world.rng.uniform(0.0, world.faults.longest_delay if slow else 0.002)
         self.busy = max(self.busy, world.now + took)
-        world.at(self.busy, partial(self._arrive, message, self.dst.life))
+        world.at(self.busy, partial(self._arrive, message, self.dst.lifecycle))
 
     def _arrive(self, message: Any, target: int) -> None:
-        if target == self.dst.life and self.dst.alive:
+        if target == self.dst.lifecycle and self.dst.alive:
             self.dst.receive(message)

@@ -11,17 +11,17 @@ from tetri.core.actions import (
     BROKER,
     Action,
     Connect,
+    Detokenize,
+    Detokenized,
     Disconnect,
     Publish,
+    Release,
     Reply,
     Send,
     Undelivered,
-    Unword,
-    Word,
-    Worded,
 )
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
 from tetri.core.monitor import Monitor
 from tetri.policy.views import FlipSettings
 from tetri.text import ByteTokenizer, Stopper
@@ -44,7 +44,7 @@ class Node:
 
     def __init__(self, world: Cluster, name: str) -> None:
         self.world, self.name = world, name
-        self.alive, self.life = True, 0
+        self.alive, self.lifecycle = True, 0
         self.inbox: deque[Any] = deque()
         self.links: dict[str, Link] = {}
         self.feeds: list[Feed] = []  # to the subscribers
@@ -58,11 +58,11 @@ class Node:
         if self._turn_at is not None and self._turn_at <= when:
             return
         self._turn_at = when
-        life = self.life
-        self.world.at(when, lambda: self._turn(when, life))
+        lifecycle = self.lifecycle
+        self.world.at(when, lambda: self._turn(when, lifecycle))
 
-    def _turn(self, when: float, life: int) -> None:
-        if self._turn_at != when or not self.alive or life != self.life:
+    def _turn(self, when: float, lifecycle: int) -> None:
+        if self._turn_at != when or not self.alive or lifecycle != self.lifecycle:
             return
         self._turn_at = None
         if self.resting():
@@ -132,7 +132,7 @@ class Node:
         """As kill -9: what it sent lately may still arrive or not, all that it had is gone."""
         self.world.note(self.name, "killed", [])
         self.alive = False
-        self.life += 1
+        self.lifecycle += 1
         self.inbox.clear()
         for link in self.links.values():
             link.close()
@@ -152,7 +152,7 @@ class BrokerNode(Node):
             context=shape.context,
             vocabulary=VOCABULARY,
             max_attempts=1000,
-            beat_s=0.05,
+            heartbeat_s=0.05,
             dead_s=0.6,
             patience_s=60.0,
             client_grace_s=2.5,
@@ -176,15 +176,15 @@ class BrokerNode(Node):
                     self.stuck[name] = None
                     return Undelivered(name, message, heard == "gone")
                 return None
-            case Word(rid, start, ids, stop, final):
+            case Detokenize(rid, start, ids, stop, final):
                 stopper = self.stoppers.setdefault(rid, Stopper(EDGE, stop))
                 released = stopper.feed(ids)
                 text = released.text
                 if final and not released.stopped:
                     released = stopper.finish()
                     text += released.text
-                return Worded(rid, start, ids, text, released.counted if released.stopped else None, final)
-            case Unword(rid):
+                return Detokenized(rid, start, ids, text, released.counted if released.stopped else None, final)
+            case Release(rid):
                 del self.stoppers[rid]
                 return None
         return super().do(action)

@@ -4,12 +4,12 @@ import pytest
 
 from tests.core.build import capacity, chunk, kinds, offer, only, sent
 from tests.core.test_decode import KEY, decode_key, start
-from tetri.core.actions import BROKER, AdmitLeg, Broken, Step
+from tetri.core.actions import BROKER, AdmitRequest, Broken, Step
 from tetri.cost import Cost
-from tetri.leg import Sampled, Span, StepDone
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy import rules as tables
 from tetri.policy.rules import Rules
-from tetri.policy.views import Member, WaitingSeat
+from tetri.policy.views import Member, WaitingRequest
 from tetri.request import LengthRange, Sampling
 from tetri.wire.messages import Close, Resend, Tokens
 
@@ -42,9 +42,9 @@ def land_beside(told, rid, number, **changes):
     told.tell(offer(rid, offer=number, sampling=LONG, **changes))
     told.later()
     spans = tuple(Span(key, 90, 91) for key in told.core.decode.batch.running)
-    seat = told.core.decode.seats[decode_key(rid, number)]
-    told.tell(StepDone(spans=spans, allocated=(seat.key,)))
-    told.tell(chunk(rid, 0, 0, seat.flow.blocks, token=5, offer=number))
+    request = told.core.decode.requests[decode_key(rid, number)]
+    told.tell(StepDone(spans=spans, allocated=(request.key,)))
+    told.tell(chunk(rid, 0, 0, request.flow.blocks, token=5, offer=number))
 
 
 def items(actions):
@@ -64,7 +64,7 @@ def test_a_step_ends_where_the_first_range_is_moved_up():
     told = start(stream_interval=50, capacity=LARGE, rules=Rules(length="noisy"), reserve_share=1.0)
     told.land("a", sampling=LONG, length=LengthRange(low=4, high=8))
     told.land("b", number=2, sampling=LONG, length=LengthRange(low=0, high=30))
-    assert run(told, 7)[-2:] != [] and told.core.decode.seats[decode_key("a")].length == LengthRange(low=8, high=12)
+    assert run(told, 7)[-2:] != [] and told.core.decode.requests[decode_key("a")].length == LengthRange(low=8, high=12)
     assert told.later()[-1] == Step(4)
 
 
@@ -110,9 +110,9 @@ def test_what_is_preempted_tells_what_it_has():
     actions = run(told, 1, keys=[decode_key("a")], preempted=[decode_key("b", 2)])
     assert items(actions) == [("b", 1, 2, None)]
     run(told, 1, keys=[decode_key("a")], preempted=[decode_key("b", 2)])
-    assert list(told.core.decode.batch.lapsed) == [decode_key("b", 2)]
+    assert list(told.core.decode.batch.preempted) == [decode_key("b", 2)]
     run(told, 1)
-    assert not told.core.decode.batch.lapsed
+    assert not told.core.decode.batch.preempted
 
 
 def test_asking_again_gets_all_and_nothing_is_told_twice():
@@ -141,7 +141,7 @@ class Asked:
 
     def __call__(self, waiting, batch):
         self.calls.append((list(waiting), batch))
-        return [seat.key for seat in waiting if seat.key in self.answer]
+        return [request.key for request in waiting if request.key in self.answer]
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_the_policy_sees_the_batch_with_its_predicted_ends(asked):
     land_beside(told, "b", 2, prompt=4)
     told.later()
     ((waiting, batch),) = asked.calls[1:]
-    assert waiting == [WaitingSeat(decode_key("b", 2), 2, 1, 5, 4 + 2)]
+    assert waiting == [WaitingRequest(decode_key("b", 2), 2, 1, 5, 4 + 2)]
     assert batch.running == [Member(8 + 2, 8 + 5)] and (batch.max_batch, batch.block_tokens) == (4, 4)
     assert batch.free_blocks == told.core.ledger.free
 
@@ -174,7 +174,7 @@ def test_the_policy_is_asked_again_only_when_something_has_changed(asked):
     assert len(asked.calls) == before + 1  # what runs grows as was predicted
     asked.answer = [decode_key("b", 2)]
     told.tell(Close(rid="a", attempt=1))
-    assert only(told.later(), AdmitLeg) == [AdmitLeg(decode_key("b", 2), 5)]
+    assert only(told.later(), AdmitRequest) == [AdmitRequest(decode_key("b", 2), 5)]
 
 
 def test_the_policy_is_asked_again_when_there_is_more_memory(asked):
@@ -209,11 +209,11 @@ def test_a_full_batch_asks_nobody(asked):
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda batch, seat: setattr(seat, "allocated", False), "runs without its KV"),
-        (lambda batch, seat: seat.tokens.extend([1] * 60), "runs past max_tokens"),
-        (lambda batch, seat: setattr(seat, "mark", 9), "is to be looked at when it has 9"),
-        (lambda batch, seat: batch.landed.update(x=seat), "wait for admission"),
-        (lambda batch, seat: batch.lapsed.update(x=seat), "are in the batch"),
+        (lambda batch, request: setattr(request, "allocated", False), "runs without its KV"),
+        (lambda batch, request: request.tokens.extend([1] * 60), "runs past max_tokens"),
+        (lambda batch, request: setattr(request, "mark", 9), "is to be looked at when it has 9"),
+        (lambda batch, request: batch.landed.update(x=request), "wait for admission"),
+        (lambda batch, request: batch.preempted.update(x=request), "are in the batch"),
     ],
 )
 def test_check_finds_what_is_wrong(spoil, complaint):
@@ -229,12 +229,12 @@ def test_check_finds_what_is_wrong(spoil, complaint):
 def test_a_seat_that_is_not_where_it_should_be_is_found():
     told = running("r")
     half = told.core.decode
-    seat = half.seats[KEY]
-    half.moving[KEY] = seat
+    request = half.requests[KEY]
+    half.moving[KEY] = request
     with pytest.raises(Broken, match="is not where a seat in waiting is"):
         half.check()
     del half.moving[KEY]
-    half.moving["gone"] = seat
+    half.moving["gone"] = request
     with pytest.raises(Broken, match="seats that are no more are still counted"):
         half.check()
 

@@ -9,10 +9,10 @@ from msgspec import structs
 from tests.core.build import (
     FINGERPRINT,
     WordingTold,
-    beat,
     capacity,
     failed,
     fingerprint,
+    heartbeat,
     kinds,
     only,
     ready,
@@ -22,24 +22,24 @@ from tests.core.build import (
 )
 from tetri.core.actions import (
     Broken,
+    Detokenize,
+    Detokenized,
     Disconnect,
     FromClient,
+    Release,
     Reply,
     Send,
     Submitted,
     Undelivered,
-    Unword,
-    Word,
-    Worded,
 )
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.clients import Accepted, Attach, Cancel, Delta, Done, Inspect, MonitorStatus, Refused
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, ClusterView, FromWorker, Hold, Resend, Roster
+from tetri.wire.messages import Assign, Close, ClusterView, FromWorker, Hold, Membership, Resend
 
 RID = "00002a-1"  # of the first request
 LIMITS = Limits(
@@ -47,7 +47,7 @@ LIMITS = Limits(
     vocabulary=100,
     max_open=3,
     max_attempts=3,
-    beat_s=0.1,
+    heartbeat_s=0.1,
     dead_s=5.0,
     patience_s=10.0,
     client_grace_s=2.0,
@@ -131,7 +131,7 @@ def test_what_can_never_be_served_is_refused_with_the_reason(served, wrong, reas
     actions = served.tell(submit(**wrong))
     (refused,) = replies(actions)
     assert isinstance(refused, Refused) and reason in refused.reason and refused.retry_after_s is None
-    assert kinds(actions) == ["Reply"] and served.core.life.counters["refused"] == 1
+    assert kinds(actions) == ["Reply"] and served.core.lifecycle.counters["refused"] == 1
 
 
 def test_what_fits_into_no_instance_is_refused(broker):
@@ -224,7 +224,7 @@ def test_one_request_from_queue_to_done(served):
     assert not served.tell(staged("d1", RID, Stage.DECODE))
     served.now = 6.0
     last = served.tell(tokens("d1", RID, 1, 8, 9, reason="length"))
-    assert kinds(last) == ["Word", "Reply", "Close > p1", "Close > d1", "Reply", "Unword"]
+    assert kinds(last) == ["Detokenize", "Reply", "Close > p1", "Close > d1", "Reply", "Release"]
     end = done(last)
     assert (end.reason, end.usage.completion_tokens, end.ttft_s, end.jct_s) == ("length", 3, 3.0, 6.0)
     assert end.timeline == {"queued": 1.0, "prefill": 2.0, "moving": 1.0, "waiting": 0.0, "decode": 2.0}
@@ -245,9 +245,11 @@ def test_an_end_beyond_a_gap_waits_for_the_tokens_before_it(decoding):
 
 
 def test_an_end_whose_tokens_are_all_here_ends_it(decoding):
-    """A Beat said that it has ended; the answer to the Resend has no token that is not known."""
+    """A Heartbeat said that it has ended; the answer to the Resend has no token that is not known."""
     decoding.tell(tokens("d1", RID, 1, 8))
-    assert decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 2))) == [Send("d1", Resend(rid=RID, attempt=1, start=2))]
+    assert decoding.tell(heartbeat("d1", Hold(RID, 1, Stage.DONE, 2))) == [
+        Send("d1", Resend(rid=RID, attempt=1, start=2))
+    ]
     end = done(decoding.tell(tokens("d1", RID, 2, reason="stop")))
     assert (end.reason, end.usage.completion_tokens, end.receipt.adopted) == ("stop", 2, 3)
 
@@ -263,7 +265,7 @@ def test_a_gap_is_asked_for_and_what_is_known_ignored(decoding):
     assert decoding.tell(tokens("d1", RID, 2, 9)) == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
     assert not decoding.tell(tokens("d1", RID, 0, 7))
     assert replies(decoding.tell(tokens("d1", RID, 0, 7, 8, 9))) == [Delta(rid=RID, start=1, ids=[8, 9], text="ij")]
-    assert decoding.core.life.counters["resends"] == 1
+    assert decoding.core.lifecycle.counters["resends"] == 1
 
 
 def test_more_tokens_than_asked_are_cut(decoding):
@@ -292,7 +294,7 @@ def test_older_attempts_and_unknown_requests_are_ignored(decoding):
 def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(decoding):
     decoding.stops[RID] = 2
     actions = decoding.tell(tokens("d1", RID, 1, 8, 9))
-    assert kinds(actions) == ["Word", "Reply", "Close > p1", "Close > d1", "Reply", "Unword"]
+    assert kinds(actions) == ["Detokenize", "Reply", "Close > p1", "Close > d1", "Reply", "Release"]
     assert replies(actions)[0] == Delta(rid=RID, start=1, ids=[8], text="ij")
     assert (done(actions).reason, done(actions).usage.completion_tokens) == ("stop", 2)
 
@@ -314,7 +316,7 @@ def test_a_first_token_that_ends_it_all(served):
 
 def test_words_that_come_late_are_ignored(decoding):
     decoding.tell(cancel())
-    assert not decoding.tell(Worded(RID, 1, (8,), "i", None, False), Worded("nobody", 0, (), "", None, True))
+    assert not decoding.tell(Detokenized(RID, 1, (8,), "i", None, False), Detokenized("nobody", 0, (), "", None, True))
 
 
 # ---------------------------------------------------------------- ends
@@ -336,7 +338,7 @@ def test_cancelling_on_the_prefill_side(served, stage):
 
 def test_cancelling_while_it_decodes_and_once_more(decoding):
     actions = decoding.tell(cancel())
-    assert kinds(actions) == ["Word", "Close > p1", "Close > d1", "Reply", "Unword"]
+    assert kinds(actions) == ["Detokenize", "Close > p1", "Close > d1", "Reply", "Release"]
     assert done(actions).receipt == Receipt(prompt_tokens=3, prefill_instance="p1", decode_instance="d1")
     assert replies(decoding.tell(cancel())) == [done(actions)]
     assert not decoding.tell(tokens("d1", RID, 1, 8))
@@ -366,7 +368,7 @@ def test_a_deadline_after_the_end_is_nothing(decoding):
 
 def test_an_ended_request_is_forgotten_after_the_grace(decoding):
     decoding.tell(cancel())
-    decoding.tell(Undelivered(b"c", row(decoding).letters[-1], gone=False))
+    decoding.tell(Undelivered(b"c", row(decoding).outbox[-1], gone=False))
     decoding.later(2.1)
     assert not decoding.core.table.rows and not decoding.core.table.keys
 
@@ -387,7 +389,7 @@ def test_while_the_last_words_are_asked_for_nothing_else_ends_it_or_starts_it_ov
     assert not core.handle(cancel(), 0.0)
     assert not sent(core.handle(PeerDown("d1"), 0.0), kind=Assign)
     core.check()
-    assert done(core.handle(Worded(RID, 1, (), "", None, True), 0.0)).reason == "cancelled"
+    assert done(core.handle(Detokenized(RID, 1, (), "", None, True), 0.0)).reason == "cancelled"
 
 
 # ---------------------------------------------------------------- clients that are not there
@@ -426,7 +428,7 @@ def test_a_client_that_stays_away_cancels_its_request(decoding):
 
 
 def test_what_is_undelivered_to_others_or_is_no_letter_changes_nothing(decoding):
-    delta = row(decoding).letters[0]
+    delta = row(decoding).outbox[0]
     decoding.tell(
         Undelivered(b"other", delta, gone=True),
         Undelivered(b"c", Accepted(key="k", rid=RID, prompt_tokens=3), gone=True),
@@ -436,13 +438,13 @@ def test_what_is_undelivered_to_others_or_is_no_letter_changes_nothing(decoding)
 
 
 def test_attaching_sends_what_is_missing_or_a_sign_of_life(decoding):
-    assert replies(decoding.tell(attach(0))) == [row(decoding).letters[0]]
+    assert replies(decoding.tell(attach(0))) == [row(decoding).outbox[0]]
     assert replies(decoding.tell(attach(1))) == [Delta(rid=RID, start=1, ids=[], text="")]
 
 
 def test_text_without_tokens_at_the_end_is_sent_again(decoding):
     decoding.core.handle(cancel(), 0.0)
-    decoding.core.handle(Worded(RID, 1, (), "tail", None, True), 0.0)
+    decoding.core.handle(Detokenized(RID, 1, (), "tail", None, True), 0.0)
     tail, end = replies(decoding.tell(attach(1)))
     assert tail == Delta(rid=RID, start=1, ids=[], text="tail") and end.reason == "cancelled"
 
@@ -462,7 +464,7 @@ def test_a_waiting_request_goes_to_the_first_that_comes(broker):
     broker.tell(submit(), ready("p1", "prefill"))
     assert row(broker).prefill is None  # no connection yet
     assert sent(broker.tell(PeerUp("p1")), "p1", Assign)
-    assert ("patience", RID) not in broker.core.life.timers
+    assert ("patience", RID) not in broker.core.lifecycle.timers
 
 
 @pytest.mark.parametrize("larger", [None, "lost"])
@@ -473,13 +475,13 @@ def test_what_no_prefill_instance_could_begin_anew_fails_at_once(broker, larger)
             broker.tell(ready(iid, role, capacity=capacity(blocks=blocks)), PeerUp(iid))
     if larger == "lost":
         broker.tell(PeerDown("p2"))
-        broker.core.registry.lose(broker.core.registry.peers["p2"], "silent")
+        broker.core.members.lose(broker.core.members.by_iid["p2"], "silent")
     broker.tell(submit(prompt=range(1, 7), max_tokens=20), staged("p1", RID, Stage.PREFILL))
     broker.tell(tokens("p1", RID, 0, 7), staged("d1", RID, Stage.WAITING), staged("d1", RID, Stage.DECODE))
     broker.tell(tokens("d1", RID, 1, 8, 9, 10))
     actions = broker.tell(PeerDown("d1"))
     if larger == "lost":
-        assert row(broker).reason is None and ("patience", RID) in broker.core.life.timers
+        assert row(broker).reason is None and ("patience", RID) in broker.core.lifecycle.timers
         return
     end = done(actions)
     assert end.reason == "error" and "10 tokens, its output so far included, fit into no prefill instance" in end.error
@@ -529,12 +531,12 @@ def test_the_failure_of_one_that_holds_it_no_more_is_ignored(decoding):
 
 def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
     served.later(4.0)
-    served.tell(beat("p1"))
+    served.tell(heartbeat("p1"))
     served.later(2.0)  # it may have been the broker that did not listen
-    assert served.core.life.counters["workers_lost"] == 0
+    assert served.core.lifecycle.counters["workers_lost"] == 0
     served.later(0.2)
-    lost = [status.iid for status in served.core.registry.status() if status.state == "lost"]
-    assert lost == ["d1", "d2", "p2"] and served.core.life.counters["workers_lost"] == 3
+    lost = [status.iid for status in served.core.members.status() if status.state == "lost"]
+    assert lost == ["d1", "d2", "p2"] and served.core.lifecycle.counters["workers_lost"] == 3
 
 
 def test_a_restarted_worker_loses_what_it_had(served):
@@ -542,7 +544,7 @@ def test_a_restarted_worker_loses_what_it_had(served):
     actions = served.tell(ready("p1", "prefill", incarnation=2))
     assert sent(actions, "p1", Assign) and row(served).attempt == 2
     assert not served.tell(staged("p1", RID, Stage.PREFILL))  # by the old one
-    assert served.core.life.counters["workers_replaced"] == 1
+    assert served.core.lifecycle.counters["workers_replaced"] == 1
 
 
 def test_registering_again_loses_nothing(served):
@@ -551,28 +553,28 @@ def test_registering_again_loses_nothing(served):
 
 
 def test_a_lost_worker_gets_nothing_until_it_is_heard_over_a_new_connection(served):
-    served.tell(PeerDown("p1"), PeerDown("p2"), submit(), beat("p1"))
+    served.tell(PeerDown("p1"), PeerDown("p2"), submit(), heartbeat("p1"))
     assert row(served).prefill is None
     served.tell(PeerUp("p1"))
     assert row(served).prefill is None
-    assert sent(served.tell(beat("p1")), "p1", Assign)
+    assert sent(served.tell(heartbeat("p1")), "p1", Assign)
 
 
 def test_late_words_of_a_lost_worker_do_not_give_it_the_request(served):
     served.tell(submit(), tokens("p1", RID, 0, 7), PeerDown("d1"))
-    served.tell(staged("d1", RID, Stage.WAITING), beat("d1", Hold(RID, 1, Stage.DECODE, 1)))
+    served.tell(staged("d1", RID, Stage.WAITING), heartbeat("d1", Hold(RID, 1, Stage.DECODE, 1)))
     assert row(served).holder == "p1"
-    served.tell(PeerUp("d1"), beat("d1", Hold(RID, 1, Stage.DECODE, 1)))
+    served.tell(PeerUp("d1"), heartbeat("d1", Hold(RID, 1, Stage.DECODE, 1)))
     assert row(served).holder == "d1"
 
 
 def test_unknown_workers_are_not_heard(broker):
-    assert not broker.tell(beat("p9"), tokens("p9", RID, 0, 1)) and not broker.tell(PeerDown("p9"))
+    assert not broker.tell(heartbeat("p9"), tokens("p9", RID, 0, 1)) and not broker.tell(PeerDown("p9"))
 
 
 def test_any_word_of_a_worker_brings_it_back(served):
     served.tell(PeerDown("p1"), PeerUp("p1"), FromWorker(iid="p1", incarnation=1))
-    assert served.core.registry.peers["p1"].lost is None
+    assert served.core.members.by_iid["p1"].lost is None
 
 
 # ---------------------------------------------------------------- beats
@@ -580,66 +582,66 @@ def test_any_word_of_a_worker_brings_it_back(served):
 
 def test_what_nobody_wants_is_closed(served):
     served.tell(submit())
-    actions = served.tell(beat("p1", Hold(RID, 1, Stage.QUEUED, 0), Hold("old", 3, Stage.DECODE, 5)))
+    actions = served.tell(heartbeat("p1", Hold(RID, 1, Stage.QUEUED, 0), Hold("old", 3, Stage.DECODE, 5)))
     assert actions == [Send("p1", Close(rid="old", attempt=3))]
 
 
 def test_what_was_assigned_and_is_not_held_is_assigned_again(served):
     served.tell(submit())
-    assert not served.tell(beat("p1"))  # it may be on its way
+    assert not served.tell(heartbeat("p1"))  # it may be on its way
     served.now = 0.3
-    (assign,) = sent(served.tell(beat("p1")), "p1", Assign)
+    (assign,) = sent(served.tell(heartbeat("p1")), "p1", Assign)
     assert assign.attempt == 1
-    assert not served.tell(beat("p1"))
+    assert not served.tell(heartbeat("p1"))
 
 
 def test_what_the_decode_instance_lost_starts_over(decoding):
-    assert sent(decoding.tell(beat("d1")), kind=Assign)[0].attempt == 2
+    assert sent(decoding.tell(heartbeat("d1")), kind=Assign)[0].attempt == 2
 
 
 def test_lost_news_of_the_stage_come_with_the_beat(served):
     served.tell(submit(), tokens("p1", RID, 0, 7))
-    actions = served.tell(beat("d1", Hold(RID, 1, Stage.WAITING, 1)))
+    actions = served.tell(heartbeat("d1", Hold(RID, 1, Stage.WAITING, 1)))
     assert actions == [Send("p1", Close(rid=RID, attempt=1))] and row(served).holder == "d1"
-    again = served.tell(beat("p1", Hold(RID, 1, Stage.MOVING, 1)))
+    again = served.tell(heartbeat("p1", Hold(RID, 1, Stage.MOVING, 1)))
     assert again == [Send("p1", Close(rid=RID, attempt=1))]
 
 
 def test_a_reservation_elsewhere_is_closed_once_it_decodes(decoding):
-    actions = decoding.tell(beat("d2", Hold(RID, 1, Stage.MOVING, 0)))
+    actions = decoding.tell(heartbeat("d2", Hold(RID, 1, Stage.MOVING, 0)))
     assert actions == [Send("d2", Close(rid=RID, attempt=1))]
 
 
 def test_lost_tokens_and_a_lost_end_are_asked_for(decoding):
-    more = decoding.tell(beat("d1", Hold(RID, 1, Stage.DECODE, 3)))
+    more = decoding.tell(heartbeat("d1", Hold(RID, 1, Stage.DECODE, 3)))
     assert more == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
     decoding.tell(tokens("d1", RID, 1, 8, 9))
-    end = decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 4)))
+    end = decoding.tell(heartbeat("d1", Hold(RID, 1, Stage.DONE, 4)))
     assert end == [Send("d1", Resend(rid=RID, attempt=1, start=3))]
 
 
 def test_a_worker_that_keeps_an_ended_request_is_told_again(decoding):
     decoding.tell(cancel())
-    assert decoding.tell(beat("d1", Hold(RID, 1, Stage.DONE, 4))) == [Send("d1", Close(rid=RID, attempt=1))]
+    assert decoding.tell(heartbeat("d1", Hold(RID, 1, Stage.DONE, 4))) == [Send("d1", Close(rid=RID, attempt=1))]
 
 
 # ---------------------------------------------------------------- views and status
 
 
 def test_views_are_numbered_and_leave_out_the_lost(served):
-    views = sent(served.tell(PeerDown("p1")), "d1", Roster)
+    views = sent(served.tell(PeerDown("p1")), "d1", Membership)
     assert [each.iid for each in views[0].instances] == ["p2", "d1", "d2"]
-    assert sent(served.later(0.1), "d1", Roster) == []  # nothing is new
+    assert sent(served.later(0.1), "d1", Membership) == []  # nothing is new
     assert served.core.deadline() == pytest.approx(served.now + 0.1)
-    (later,) = [view for _ in range(8) for view in sent(served.later(0.1), "d1", Roster)]
+    (later,) = [view for _ in range(8) for view in sent(served.later(0.1), "d1", Membership)]
     assert later.number > views[0].number and later.epoch == 42
 
 
 def test_status_tells_what_a_beat_counts(served):
-    said = structs.replace(beat("d1"), counters={"duplicate": 2}, slots_taken=5)
+    said = structs.replace(heartbeat("d1"), counters={"duplicate": 2}, slots_used=5)
     served.tell(said)
     (status,) = replies(served.tell(FromClient(b"c", Inspect())))
-    found = {each.iid: (each.counters, each.slots_taken) for each in status.instances}
+    found = {each.iid: (each.counters, each.slots_used) for each in status.instances}
     assert found["d1"] == ({"duplicate": 2}, 5) and found["d2"] == ({}, 0)
 
 
@@ -665,11 +667,11 @@ def test_status_tells_what_the_monitor_said_last_and_when(served):
 
 
 def test_nonsense_is_refused(broker):
-    for wrong in (object(), Unword("x")):
+    for wrong in (object(), Release("x")):
         with pytest.raises(Broken):
             broker.core.handle(wrong, 0.0)
     broker.tell(submit())
-    broker.core.life.timers.set(("tea", RID), 0.0)
+    broker.core.lifecycle.timers.set(("tea", RID), 0.0)
     with pytest.raises(Broken):
         broker.core.tick(0.0)
 
@@ -683,7 +685,7 @@ def test_check_finds_a_request_held_by_one_who_is_not_there(served):
 
 
 def test_words_are_asked_for_in_order(decoding):
-    words = only(decoding.tell(tokens("d1", RID, 1, 8), tokens("d1", RID, 2, 9), cancel()), Word)
+    words = only(decoding.tell(tokens("d1", RID, 1, 8), tokens("d1", RID, 2, 9), cancel()), Detokenize)
     assert [(word.start, word.ids, word.final) for word in words] == [(1, (8,), False), (2, (9,), False), (3, (), True)]
 
 
@@ -721,7 +723,7 @@ def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
     ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
     delta = replies(ended)[0]
     decoding.tell(Undelivered(b"c", delta, gone=False), Undelivered(b"c", replies(ended)[1], gone=False))
-    decoding.core.life.timers.clear(("retry", RID))
+    decoding.core.lifecycle.timers.clear(("retry", RID))
     decoding.later(2.1)
     assert RID in decoding.core.table.rows
     assert isinstance(replies(decoding.tell(attach(1)))[-1], Done)
@@ -732,7 +734,7 @@ def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
 def test_a_slow_reader_is_not_waited_for_for_ever(decoding):
     ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
     decoding.tell(Undelivered(b"c", replies(ended)[0], gone=False))
-    decoding.core.life.timers.clear(("retry", RID))
+    decoding.core.lifecycle.timers.clear(("retry", RID))
     for _ in range(7):
         decoding.later(2.1)
     assert RID not in decoding.core.table.rows
@@ -742,7 +744,7 @@ def test_a_worker_lost_for_long_is_given_up(served):
     served.tell(PeerDown("p2"))
     assert not only(served.later(599.0), Disconnect)
     assert [action.peer for action in only(served.later(2.0), Disconnect)] == ["p2"]
-    assert "p2" not in {status.iid for status in served.core.registry.status()}
+    assert "p2" not in {status.iid for status in served.core.members.status()}
 
 
 def test_no_worker_ends_a_row_by_its_stage(decoding):
@@ -750,4 +752,4 @@ def test_no_worker_ends_a_row_by_its_stage(decoding):
 
 
 def test_no_worker_takes_the_brokers_name(broker):
-    assert broker.tell(ready("broker", "decode")) == [] and broker.core.registry.peers == {}
+    assert broker.tell(ready("broker", "decode")) == [] and broker.core.members.by_iid == {}

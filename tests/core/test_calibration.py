@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.core.calibration import START, WINDOW, Calibration
-from tetri.policy.odds import Curve
+from tetri.core.length.calibration import START, WINDOW, Calibration
+from tetri.policy.distribution import Curve
 
 GRID = [step / 20 for step in range(21)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.core.cluster import Cluster
 from tests.core.shapes import PREDICTORS, Faults, Shape
-from tetri.core.landing import COUNTED
+from tetri.core.decode.kv_receive import COUNTED
 
 SEEDS = int(os.environ.get("TETRI_SEEDS", "300"))
 FIRST = int(os.environ.get("TETRI_FIRST_SEED", "0"))
@@ -20,7 +20,7 @@ PARTS = 8  # a failure leaves the other parts to tell more
 def test_without_faults_every_request_gets_its_tokens():
     for seed in range(10):
         story = Cluster(seed, Faults(), Shape.some(seed)).run()
-        assert story.broker.core.life.counters["restarts"] == 0
+        assert story.broker.core.lifecycle.counters["restarts"] == 0
 
 
 def test_every_kind_of_wrong_chunk_is_met():
@@ -31,7 +31,7 @@ def test_every_kind_of_wrong_chunk_is_met():
         faults = Faults(**wrong, delay=0.3, kills=0.5)
         story = Cluster(seed, faults, replace(Shape.some(seed), far=True, decodes=1)).run()
         for worker in story.workers:
-            counted.update(worker.core.decode.landing.counters)
+            counted.update(worker.core.decode.kv_receive.counters)
         paths.update(client.done.receipt.transport for client in story.clients.values())
     assert all(counted[name] for name in COUNTED), dict(counted)
     assert paths["local"] and paths["stream"]
@@ -51,8 +51,8 @@ def test_predictions_that_come_in_time_late_or_never_hold_nobody_up(expects):
         faults = replace(Faults.some(seed), mute=(0.0, 0.5, 1.0)[seed % 3])
         log: list[str] = []
         story = Cluster(seed, faults, Shape.some(seed).learning(expects, length_wait_s=0.01), log).run()
-        counted["foreseen"] += sum(": Foreseen(" in line for line in log)
-        for status in [worker.core.foresight.status() for worker in story.workers]:
+        counted["foreseen"] += sum(": LengthUpdate(" in line for line in log)
+        for status in [worker.core.estimator.status() for worker in story.workers]:
             assert status.kind == expects and status.right <= status.scored <= status.predicted
             counted.update(late=status.late, predicted=status.predicted, scored=status.scored)
     none = {"late", "predicted", "scored", "foreseen"} if expects == "prior" else set()

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 
 from tests.core.build import FINGERPRINT, fingerprint, instance, reach, ready
-from tetri.core.company import Company
-from tetri.core.registry import Registry
-from tetri.policy.pairing import path, stranger
+from tetri.core.broker.compatibility import Compatibility
+from tetri.core.broker.membership import Members
+from tetri.policy.pairing import incompatibility, path
 
 PATHS = [["shm"], ["stream"], ["shm", "stream"], ["local", "shm"], ["cuda_ipc", "shm"], ["nixl", "stream"]]
 
@@ -30,32 +30,32 @@ def drawn(rng, number):
 def test_it_finds_what_a_look_at_every_pair_finds(seed):
     rng = Random(seed)
     everybody = [drawn(rng, number) for number in range(rng.randrange(1, 30))]
-    company = Company(everybody)
+    compatibility = Compatibility(everybody)
     for one in everybody:
         expected, odd = Counter(), []
         for other in everybody:
-            why = stranger(one.fingerprint, other.fingerprint, one.reach, other.reach)
+            why = incompatibility(one.fingerprint, other.fingerprint, one.reach, other.reach)
             if other is one:
                 continue
             if why is None:
                 expected[path(one.reach, other.reach)] += 1
             else:
                 odd.append(f"never paired with {other.iid}: {why}")
-        found = company.others(one)
-        assert found.paths == expected and company.of(one).total == expected.total() + 1
-        assert found.stranger in odd if odd else found.stranger == ""
+        found = compatibility.others(one)
+        assert found.paths == expected and compatibility.of(one).total == expected.total() + 1
+        assert found.incompatibility in odd if odd else found.incompatibility == ""
 
 
 def test_whoever_is_no_member_is_not_left_out():
-    company = Company([instance("d0", "decode"), instance("d1", "decode")])
-    assert company.others(instance("p0", "prefill")).paths == {"shm": 2}
-    assert company.others(instance("d0", "decode")).paths == {"shm": 1}
+    compatibility = Compatibility([instance("d0", "decode"), instance("d1", "decode")])
+    assert compatibility.others(instance("p0", "prefill")).paths == {"shm": 2}
+    assert compatibility.others(instance("d0", "decode")).paths == {"shm": 1}
 
 
 @pytest.mark.parametrize("hosts, alike", [(1, True), (1000, True), (1000, False), (20, False)])
 def test_the_status_of_a_thousand_instances_takes_no_second(hosts, alike):
     """Once per change, about 40 ms at the most; looking at every pair takes seconds."""
-    made = Registry(1)
+    made = Members(1)
     for number in range(1000):
         iid = f"i{number}"
         at = reach(iid, host=f"h{number % hosts}", process=number, paths=["local", "shm", "stream"])
@@ -63,7 +63,7 @@ def test_the_status_of_a_thousand_instances_takes_no_second(hosts, alike):
         made.ready(ready(iid, "prefill" if number % 2 else "decode", reach=at, fingerprint=other), 0.0)
     took = []
     for _ in range(3):
-        made.turn(made.peers["i5"], "prefill")  # news: all is made anew
+        made.turn(made.by_iid["i5"], "prefill")  # news: all is made anew
         start = time.perf_counter()
         status = {each.iid: each for each in made.status()}
         took.append(time.perf_counter() - start)

@@ -14,21 +14,31 @@ from tests.core.build import (
     identity,
     instance,
     kinds,
+    membership,
     offer,
     only,
     reach,
-    roster,
     sent,
 )
-from tetri.core.actions import BROKER, AddLeg, AdmitLeg, Adopt, Adopted, Broken, CancelLeg, LegRejected, Step
-from tetri.core.contacts import MOST_EARLY
-from tetri.core.worker import Worker
-from tetri.leg import Sampled, Span, StepDone
+from tetri.core.actions import (
+    BROKER,
+    AddRequest,
+    AdmitRequest,
+    Adopt,
+    Adopted,
+    Broken,
+    CancelRequest,
+    RequestRejected,
+    Step,
+)
+from tetri.core.worker.peer_events import MOST_EARLY
+from tetri.core.worker.worker import Worker
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Landed, Refuse
-from tetri.wire.messages import Beat, Close, Resend, Staged, TokenItem, Tokens
+from tetri.wire.messages import Close, Heartbeat, Resend, Staged, TokenItem, Tokens
 
 
 class Decoding(Told):
@@ -52,9 +62,9 @@ class Decoding(Told):
     def land(self, rid, prompt=8, number=1, **changes):
         """Offer, allocate and hand over `prompt` tokens and the first token 5."""
         self.tell(offer(rid, prompt, offer=number, **changes))
-        seat = self.core.decode.seats[f"d:{rid}:1:p1:{number}"]
-        self.allocate(seat.key)
-        return self.tell(chunk(rid, 0, 0, seat.flow.blocks, token=5, offer=number))
+        request = self.core.decode.requests[f"d:{rid}:1:p1:{number}"]
+        self.allocate(request.key)
+        return self.tell(chunk(rid, 0, 0, request.flow.blocks, token=5, offer=number))
 
     def step(self, *tokens, spans=None, preempted=()):
         """Plan and run a step that yields (key, token, reason)."""
@@ -69,7 +79,7 @@ class Decoding(Told):
 def start(**changes):
     told = Decoding(Worker(identity("d1", "decode", **changes), Random(1), now=0.0))
     told.later()
-    told.tell(roster(1, instance("p1", "prefill"), instance("p2", "prefill"), instance("d1", "decode")))
+    told.tell(membership(1, instance("p1", "prefill"), instance("p2", "prefill"), instance("d1", "decode")))
     told.tell(PeerUp("p1"))
     told.later()
     return told
@@ -95,10 +105,15 @@ def why(actions):
 
 def test_an_offer_is_granted_and_its_blocks_reserved(decode):
     actions = decode.tell(offer("r", prompt=14, output=[5, 6]))
-    assert kinds(actions) == ["AddLeg", "Grant > p1"]
-    (added,) = only(actions, AddLeg)
-    assert (added.leg.key, added.leg.phase, len(added.leg.tokens), added.leg.output_from) == (KEY, "decode", 16, 14)
-    assert decode.core.ledger.free == 6 and decode.core.presence.load().waiting == 1
+    assert kinds(actions) == ["AddRequest", "Grant > p1"]
+    (added,) = only(actions, AddRequest)
+    assert (added.request.key, added.request.phase, len(added.request.tokens), added.request.output_from) == (
+        KEY,
+        "decode",
+        16,
+        14,
+    )
+    assert decode.core.ledger.free == 6 and decode.core.reporter.load().waiting == 1
 
 
 def test_the_same_offer_again_is_granted_again(decode):
@@ -110,8 +125,8 @@ def test_the_same_offer_again_is_granted_again(decode):
 def test_a_newer_offer_replaces_the_older(decode, newer):
     decode.tell(offer("r", prompt=8))
     actions = decode.tell(offer("r", prompt=8, **newer))
-    assert [kind.split(" > ")[0] for kind in kinds(actions)] == ["CancelLeg", "AddLeg", "Grant"]
-    assert len(decode.core.decode.seats) == 1 and decode.core.ledger.free == 8
+    assert [kind.split(" > ")[0] for kind in kinds(actions)] == ["CancelRequest", "AddRequest", "Grant"]
+    assert len(decode.core.decode.requests) == 1 and decode.core.ledger.free == 8
 
 
 @pytest.mark.parametrize("unknown", [{"src": "p3"}, {"incarnation": 2}])
@@ -119,23 +134,27 @@ def test_what_an_instance_says_that_no_roster_has_told_of_waits_for_the_next(dec
     """Where it is, and how its slab can be read, is not known yet: no answer would reach it."""
     assert not decode.tell(offer("r", prompt=8, **unknown), chunk("r", 0, 0, 1, **unknown), offer("x", 4, **unknown))
     assert not decode.tell(drop("x", **unknown))
-    assert not sent(decode.tell(roster(2, instance("p1", "prefill"))))
-    actions = decode.tell(roster(3, *(instance(iid, "prefill", unknown.get("incarnation", 1)) for iid in ("p1", "p3"))))
+    assert not sent(decode.tell(membership(2, instance("p1", "prefill"))))
+    actions = decode.tell(
+        membership(3, *(instance(iid, "prefill", unknown.get("incarnation", 1)) for iid in ("p1", "p3")))
+    )
     assert [type(each).__name__ for each in sent(actions)] == ["Grant", "Grant"]
-    (seat,) = decode.core.decode.seats.values()
-    assert seat.offer.rid == "r" and list(seat.flow.announced) == [0]  # the drop was heard too, and after its offer
+    (request,) = decode.core.decode.requests.values()
+    assert request.offer.rid == "r" and list(request.flow.announced) == [
+        0
+    ]  # the drop was heard too, and after its offer
 
 
 def test_of_too_many_early_messages_the_oldest_are_forgotten(decode):
     for number in range(MOST_EARLY + 1):
         decode.tell(offer(f"r{number}", prompt=4, src="p3", offer=number + 1))
-    answers = sent(decode.tell(roster(2, instance("p3", "prefill"))), "p3")
+    answers = sent(decode.tell(membership(2, instance("p3", "prefill"))), "p3")
     assert len(answers) == MOST_EARLY and answers[0].rid == "r1"
-    assert not sent(decode.tell(roster(3, instance("p3", "prefill"))), "p3")
+    assert not sent(decode.tell(membership(3, instance("p3", "prefill"))), "p3")
 
 
 def test_an_instance_without_a_common_path_is_refused(decode):
-    decode.tell(roster(2, instance("p1", "prefill", reach=reach("p1", host="elsewhere"))))
+    decode.tell(membership(2, instance("p1", "prefill", reach=reach("p1", host="elsewhere"))))
     assert "no path to its KV" in why(decode.tell(offer("r", prompt=8)))
 
 
@@ -169,14 +188,14 @@ def test_what_can_never_run_here_is_refused(decode, wrong, reason):
 def test_reservations_take_at_most_their_share(decode):
     decode.tell(offer("a", prompt=12))
     assert why(decode.tell(offer("b", prompt=12))) == "3 of 5 blocks for waiting requests are taken"
-    assert kinds(decode.tell(offer("b", prompt=8, offer=2))) == ["AddLeg", "Grant > p1"]
+    assert kinds(decode.tell(offer("b", prompt=8, offer=2))) == ["AddRequest", "Grant > p1"]
 
 
 def test_one_reservation_alone_may_be_larger_but_not_than_what_is_free(decode):
     decode.land("a", prompt=12)
     decode.step((decode_key("a"), 6, None))
     assert why(decode.tell(offer("b", prompt=28))) == "7 blocks needed, 6 free"
-    assert kinds(decode.tell(offer("b", prompt=24, offer=2))) == ["AddLeg", "Grant > p1"]
+    assert kinds(decode.tell(offer("b", prompt=24, offer=2))) == ["AddRequest", "Grant > p1"]
 
 
 def decode_key(rid, number=1):
@@ -210,7 +229,7 @@ def test_what_the_batch_has_taken_is_not_kept_for_it_any_more():
 
 def test_an_offer_that_the_engine_rejects_is_refused(decode):
     decode.tell(offer("r", prompt=8))
-    actions = decode.tell(LegRejected(KEY, "odd"))
+    actions = decode.tell(RequestRejected(KEY, "odd"))
     assert kinds(actions) == ["Refuse > p1"] and why(actions) == "odd" and decode.core.ledger.free == 10
 
 
@@ -243,20 +262,18 @@ def test_a_repeated_chunk_is_answered_again_or_waited_for(decode):
     assert kinds(decode.tell(chunk("r", 0, 0, 1))) == ["Landed > p1"]
 
 
-@pytest.mark.parametrize(
-    "other", [{"rid": "x"}, {"offer": 2}, {"attempt": 2}, {"src": "p2"}], ids=str
-)
+@pytest.mark.parametrize("other", [{"rid": "x"}, {"offer": 2}, {"attempt": 2}, {"src": "p2"}], ids=str)
 def test_a_chunk_of_no_offer_here_is_refused(decode, other):
     decode.tell(offer("r", prompt=8))
     assert why(decode.tell(chunk(**{"rid": "r", "index": 0, "start": 0, "stop": 1, **other}))) == "no such offer here"
-    assert decode.core.decode.seats
+    assert decode.core.decode.requests
 
 
 @pytest.mark.parametrize("start_, stop, slots", [(0, 3, 3), (1, 1, 0), (-1, 1, 2), (0, 2, 1)])
 def test_a_chunk_that_does_not_fit_its_offer_is_refused(decode, start_, stop, slots):
     decode.tell(offer("r", prompt=8))
     actions = decode.tell(chunk("r", 0, start_, stop, handle=handle(*range(slots))))
-    assert why(actions).startswith("the chunk does not fit its offer") and not decode.core.decode.seats
+    assert why(actions).startswith("the chunk does not fit its offer") and not decode.core.decode.requests
 
 
 def test_a_corrupt_chunk_is_copied_again(decode):
@@ -267,7 +284,7 @@ def test_a_corrupt_chunk_is_copied_again(decode):
 def test_a_chunk_that_stays_corrupt_is_refused(decode):
     decode.trouble = {0: ["flipped"] * 3}
     actions = decode.land("r")
-    assert kinds(actions) == ["Adopt"] * 3 + ["Refuse > p1", "CancelLeg"] and why(actions) == "chunk 0 is flipped"
+    assert kinds(actions) == ["Adopt"] * 3 + ["Refuse > p1", "CancelRequest"] and why(actions) == "chunk 0 is flipped"
     assert decode.core.ledger.free == 10
 
 
@@ -281,7 +298,7 @@ def test_the_leg_stays_until_the_last_copy_is_made(decode):
     decode.tell(offer("r", prompt=12), chunk("r", 0, 0, 1), chunk("r", 1, 1, 2), chunk("r", 2, 2, 3, token=5))
     actions = decode.allocate(KEY)
     # one Adopt after the other, as the loop does it: none of them may meet a leg that is gone
-    assert kinds(actions) == ["Adopt"] * 3 + ["Refuse > p1", "CancelLeg"] and why(actions) == "chunk 0 is lost"
+    assert kinds(actions) == ["Adopt"] * 3 + ["Refuse > p1", "CancelRequest"] and why(actions) == "chunk 0 is lost"
 
 
 def test_a_copy_that_nobody_made_must_not_go_on(decode):
@@ -295,21 +312,21 @@ def test_a_copy_that_nobody_made_must_not_go_on(decode):
 def test_a_dropped_offer_gives_its_blocks_back(decode):
     decode.tell(offer("r", prompt=8))
     assert not decode.tell(drop("r", offer=2), drop("x"))
-    assert kinds(decode.tell(drop("r"))) == ["CancelLeg"] and decode.core.ledger.free == 10
+    assert kinds(decode.tell(drop("r"))) == ["CancelRequest"] and decode.core.ledger.free == 10
 
 
 def test_what_has_all_landed_cannot_be_dropped(decode):
     decode.land("r")
-    assert not decode.tell(drop("r")) and decode.core.decode.seats
+    assert not decode.tell(drop("r")) and decode.core.decode.requests
 
 
-@pytest.mark.parametrize("gone", [PeerDown("p1"), roster(2, instance("p2", "prefill"), instance("d1", "decode"))])
+@pytest.mark.parametrize("gone", [PeerDown("p1"), membership(2, instance("p2", "prefill"), instance("d1", "decode"))])
 def test_a_lost_prefill_instance_takes_what_it_had_not_sent_along(decode, gone):
     decode.land("a", prompt=4)
     decode.tell(offer("b", prompt=4, offer=2), offer("c", prompt=4, src="p2"))
     actions = decode.tell(gone)
-    assert [action.key for action in only(actions, CancelLeg)] == [decode_key("b", 2)]
-    assert len(decode.core.decode.seats) == 2
+    assert [action.key for action in only(actions, CancelRequest)] == [decode_key("b", 2)]
+    assert len(decode.core.decode.requests) == 2
 
 
 def test_a_prefill_instance_that_is_back_hears_all_again(decode):
@@ -323,7 +340,10 @@ def test_beats_remind_of_grants_whose_kv_is_not_all_there(decode):
     decode.tell(offer("b", prompt=4, offer=2))
     actions = decode.later(0.1)
     assert [grant.rid for grant in sent(actions, "p1", Grant)] == ["b"]
-    assert [(hold.rid, hold.stage) for hold in sent(actions, kind=Beat)[0].holds] == [("a", "waiting"), ("b", "moving")]
+    assert [(hold.rid, hold.stage) for hold in sent(actions, kind=Heartbeat)[0].holds] == [
+        ("a", "waiting"),
+        ("b", "moving"),
+    ]
     decode.tell(StepDone(allocated=(decode_key("b", 2),)))
 
 
@@ -337,8 +357,8 @@ def test_closing_in_every_stage(decode, until):
         decode.step((KEY, 6, "stop" if until == "ended" else None))
     assert not decode.tell(Close(rid="r", attempt=0))
     actions = decode.tell(Close(rid="r", attempt=1))
-    assert kinds(actions) == ([] if until == "ended" else ["CancelLeg"])
-    assert decode.core.ledger.free == 10 and not decode.core.decode.seats
+    assert kinds(actions) == ([] if until == "ended" else ["CancelRequest"])
+    assert decode.core.ledger.free == 10 and not decode.core.decode.requests
 
 
 # ---------------------------------------------------------------- running
@@ -347,9 +367,9 @@ def test_closing_in_every_stage(decode, until):
 def test_one_request_from_admission_to_its_end(decode):
     decode.land("r", prompt=8, sampling=Sampling(max_tokens=3))
     first = decode.step((KEY, 6, None))
-    assert kinds(first) == ["AdmitLeg", "Staged > broker", "Step", "Tokens > broker"]
-    assert only(first, AdmitLeg) == [AdmitLeg(KEY, 5)] and sent(first, kind=Staged)[0].stage == "decode"
-    assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.presence.load().running) == (1, 1)
+    assert kinds(first) == ["AdmitRequest", "Staged > broker", "Step", "Tokens > broker"]
+    assert only(first, AdmitRequest) == [AdmitRequest(KEY, 5)] and sent(first, kind=Staged)[0].stage == "decode"
+    assert (sent(first, kind=Tokens)[0].items[0].start, decode.core.reporter.load().running) == (1, 1)
     assert [hold.stage for hold in decode.core.decode.holds()] == ["decode"]
     last = decode.step((KEY, 7, "length"))
     assert kinds(last) == ["Step", "Tokens > broker"]
@@ -381,8 +401,8 @@ def test_the_batch_takes_no_more_than_it_has_slots_for(decode):
     for number, rid in enumerate("abc", 1):
         decode.tell(chunk(rid, 0, 0, 1, token=5, offer=number))
     actions = decode.step((decode_key("a"), 6, "stop"), (decode_key("b", 2), 6, None))
-    assert [action.key for action in only(actions, AdmitLeg)] == [decode_key("a"), decode_key("b", 2)]
-    assert [action.key for action in only(decode.later(), AdmitLeg)] == [decode_key("c", 3)]
+    assert [action.key for action in only(actions, AdmitRequest)] == [decode_key("a"), decode_key("b", 2)]
+    assert [action.key for action in only(decode.later(), AdmitRequest)] == [decode_key("c", 3)]
     decode.tell(StepDone(spans=(Span(decode_key("c", 3), 4, 5),)))
 
 
@@ -401,23 +421,23 @@ def overdrawn(**changes):
 def test_nobody_is_admitted_while_memory_is_overdrawn():
     told = overdrawn()
     assert told.core.ledger.free == -1
-    assert not only(told.step((decode_key("a"), 8, None)), AdmitLeg)
+    assert not only(told.step((decode_key("a"), 8, None)), AdmitRequest)
     told.core.check()
 
 
 def test_if_nothing_runs_the_oldest_goes_whatever_the_policy_says(decode):
     decode.land("a", prompt=20)
-    decode.core.ledger.take("others", 7)
-    assert [action.key for action in only(decode.step((decode_key("a"), 6, None)), AdmitLeg)] == [decode_key("a")]
+    decode.core.ledger.allocate("others", 7)
+    assert [action.key for action in only(decode.step((decode_key("a"), 6, None)), AdmitRequest)] == [decode_key("a")]
     decode.core.ledger.close("others")
 
 
 def test_if_all_that_run_are_preempted_the_oldest_that_waits_gives_its_memory():
     told = overdrawn()
-    assert not only(told.step(spans=(), preempted=[decode_key("a")]), AdmitLeg)
+    assert not only(told.step(spans=(), preempted=[decode_key("a")]), AdmitRequest)
     assert told.core.decode.stuck() and not told.core.idle
     actions = told.step((decode_key("a"), 8, None), preempted=[decode_key("b", 2)])
-    assert [action.key for action in only(actions, AdmitLeg)] == [decode_key("b", 2)]
+    assert [action.key for action in only(actions, AdmitRequest)] == [decode_key("b", 2)]
     assert not told.core.decode.stuck()
     told.core.check()
 
@@ -458,16 +478,16 @@ def test_a_token_of_one_that_was_not_admitted_must_not_go_on(decode):
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda half, seat: half._keys.clear(), "their index differ"),
-        (lambda half, seat: half.ledger.close(seat.key), "has no account"),
-        (lambda half, seat: setattr(seat, "landed_as", 0), "runs without its KV"),
-        (lambda half, seat: seat.tokens.extend([1] * 8), "runs past max_tokens"),
+        (lambda half, request: half._keys.clear(), "their index differ"),
+        (lambda half, request: half.ledger.close(request.key), "has no account"),
+        (lambda half, request: setattr(request, "landed_as", 0), "runs without its KV"),
+        (lambda half, request: request.tokens.extend([1] * 8), "runs past max_tokens"),
     ],
 )
 def test_check_finds_what_is_wrong(spoil, complaint):
     told = start()
     told.land("r", prompt=8)
     told.step((KEY, 6, None))
-    spoil(told.core.decode, told.core.decode.seats[KEY])
+    spoil(told.core.decode, told.core.decode.requests[KEY])
     with pytest.raises(Broken, match=complaint):
         told.core.decode.check()

@@ -7,16 +7,16 @@ import pytest
 from tests.core.build import Told, chunk, offer
 from tests.core.test_batch import LARGE, LONG, Asked, run
 from tests.core.test_decode import decode_key, start
-from tetri.core.actions import AdmitLeg, Step
+from tetri.core.actions import AdmitRequest, Step
 from tetri.cost import Cost
-from tetri.leg import Foretold, Sampled, Span, StepDone
+from tetri.engine_request import HiddenStateEstimate, Sampled, Span, StepDone
 from tetri.policy import rules as tables
 from tetri.policy.rules import Rules
-from tetri.request import Expected, LengthRange, Odds, Sampling
-from tetri.wire.handover import Foreseen
+from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
+from tetri.wire.handover import LengthUpdate
 from tetri.wire.messages import Close
 
-PRIOR = Odds(10, (0.6, 0.25, 0.01, 0.01, 0.12, 0.01))
+PRIOR = LengthDistribution(10, (0.6, 0.25, 0.01, 0.01, 0.12, 0.01))
 STEP_S = 1e-4
 COST = Cost(decode=((1.0, STEP_S), (4.0, STEP_S)))
 
@@ -38,16 +38,16 @@ def tokens(low, high):
 
 
 def sure(label):
-    return Odds(10, (*[0.0] * label, 1.0, 0.0))
+    return LengthDistribution(10, (*[0.0] * label, 1.0, 0.0))
 
 
-def foreseen(rid, length, number=1, **changes):
+def update_length(rid, length, number=1, **changes):
     fields = {"src": "p1", "incarnation": 1, "attempt": 1, "offer": number, **changes}
-    return Foreseen(rid=rid, length=length, **fields)
+    return LengthUpdate(rid=rid, length=length, **fields)
 
 
-def seat(told, rid="r", number=1):
-    return told.core.decode.seats[decode_key(rid, number)]
+def request(told, rid="r", number=1):
+    return told.core.decode.requests[decode_key(rid, number)]
 
 
 def walk(told, steps):
@@ -55,7 +55,7 @@ def walk(told, steps):
         run(told, 1)
 
 
-def foretell(told, outputs, label, steps=1, rid="r", reason=None):
+def estimate(told, outputs, label, steps=1, rid="r", reason=None):
     """A step in which its hidden state says that it ends in so many tens of tokens more."""
     key = decode_key(rid)
     assert isinstance(told.later()[-1], Step)
@@ -64,7 +64,7 @@ def foretell(told, outputs, label, steps=1, rid="r", reason=None):
             spans=(Span(key, 90, 90 + steps),),
             tokens=(Sampled(key, (7,) * steps, reason),),
             steps=steps,
-            foretold=(Foretold(key, outputs, sure(label)),),
+            estimates=(HiddenStateEstimate(key, outputs, sure(label)),),
         )
     )
     told.core.check()
@@ -82,11 +82,11 @@ def test_a_better_range_replaces_the_one_of_the_offer(stage):
         told.land("r", sampling=LONG, length=tokens(0, 10))
     if stage == "running":
         walk(told, 2)
-    load = told.core.presence.load()
-    assert not told.tell(foreseen("r", tokens(40, 50)))
+    load = told.core.reporter.load()
+    assert not told.tell(update_length("r", tokens(40, 50)))
     told.core.check()
-    now = told.core.presence.load()
-    assert seat(told).length == tokens(40, 50) and seat(told).dispatch_end == 49
+    now = told.core.reporter.load()
+    assert request(told).length == tokens(40, 50) and request(told).dispatch_end == 49
     assert (load.heavy, now.heavy) == (0, 1)
     assert now.growth_blocks == load.growth_blocks + 10 and now.decode_s == pytest.approx(load.decode_s + 40 * STEP_S)
 
@@ -95,26 +95,26 @@ def test_a_range_that_is_shorter_after_all():
     told = learning()
     told.land("r", sampling=LONG, length=tokens(40, 50))
     walk(told, 2)
-    told.tell(foreseen("r", tokens(10, 20)))
+    told.tell(update_length("r", tokens(10, 20)))
     told.core.check()
-    assert told.core.presence.load().heavy == 0 and seat(told).length == tokens(10, 20)
+    assert told.core.reporter.load().heavy == 0 and request(told).length == tokens(10, 20)
 
 
 def test_a_range_that_it_has_outlived_already_is_the_survivors():
     told = learning()
     told.land("r", sampling=LONG, length=tokens(40, 50))
     walk(told, 25)
-    told.tell(foreseen("r", tokens(10, 20)))
+    told.tell(update_length("r", tokens(10, 20)))
     told.core.check()
-    assert seat(told).length == tokens(40, 50)
+    assert request(told).length == tokens(40, 50)
 
 
 @pytest.mark.parametrize("other", [{"rid": "x"}, {"number": 2}, {"src": "p2"}, {"attempt": 2}])
 def test_what_is_said_of_another_offer_changes_nothing(other):
     told = learning()
     told.land("r", sampling=LONG, length=tokens(0, 10))
-    assert not told.tell(foreseen(**{"rid": "r", "length": tokens(40, 50), **other}))
-    assert seat(told).length == tokens(0, 10)
+    assert not told.tell(update_length(**{"rid": "r", "length": tokens(40, 50), **other}))
+    assert request(told).length == tokens(0, 10)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -123,11 +123,11 @@ def test_an_offer_that_is_sent_again_brings_the_range_of_a_lost_foreseen(number)
     told.land("r", sampling=LONG, length=tokens(0, 10))
     for _ in range(2):
         told.tell(offer("r", 8, offer=number, sampling=LONG, length=tokens(40, 50)))
-        assert seat(told).length == tokens(40, 50) and seat(told).offer.offer == number
+        assert request(told).length == tokens(40, 50) and request(told).offer.offer == number
     walk(told, 1)
-    foretell(told, 2, label=1)
+    estimate(told, 2, label=1)
     told.tell(offer("r", 8, offer=3, sampling=LONG, length=tokens(50, 60)))
-    assert seat(told).length == tokens(10, 20) and seat(told).foretold
+    assert request(told).length == tokens(10, 20) and request(told).estimates
 
 
 def test_an_offer_again_after_the_end_changes_nothing():
@@ -135,14 +135,14 @@ def test_an_offer_again_after_the_end_changes_nothing():
     told.land("r", sampling=LONG, length=tokens(0, 10))
     run(told, 1, (decode_key("r"), 1, "stop"))
     told.tell(offer("r", 8, sampling=LONG, length=tokens(40, 50)))
-    assert seat(told).length == tokens(0, 10)
+    assert request(told).length == tokens(0, 10)
 
 
 def test_what_comes_after_the_end_changes_nothing():
     told = learning()
     told.land("r", sampling=LONG, length=tokens(0, 10))
     run(told, 1, (decode_key("r"), 1, "stop"))
-    assert not told.tell(foreseen("r", tokens(40, 50)))
+    assert not told.tell(update_length("r", tokens(40, 50)))
     told.core.check()
 
 
@@ -150,7 +150,7 @@ def test_a_run_of_several_passes_ends_where_the_new_range_does():
     told = learning(interval=50)
     told.land("r", sampling=LONG, length=tokens(40, 50))
     run(told, 2)
-    told.tell(foreseen("r", tokens(10, 20)))
+    told.tell(update_length("r", tokens(10, 20)))
     assert told.later()[-1] == Step(20 - 3)
 
 
@@ -168,9 +168,9 @@ def test_the_admission_policy_is_asked_again_when_a_range_has_changed(monkeypatc
     before = len(policy.calls)
     run(told, 1)
     assert len(policy.calls) == before
-    told.tell(foreseen("r", tokens(0, 10)))
+    told.tell(update_length("r", tokens(0, 10)))
     policy.answer = [decode_key("w", 2)]
-    assert [action for action in told.later() if isinstance(action, AdmitLeg)]
+    assert [action for action in told.later() if isinstance(action, AdmitRequest)]
     ((_, batch),) = policy.calls[before:]
     assert [member.end for member in batch.running] == [8 + 9]
 
@@ -182,20 +182,20 @@ def test_what_follows_is_added_to_what_is_written():
     told = learning()
     told.land("r", sampling=LONG, length=tokens(0, 10))
     walk(told, 4)
-    foretell(told, 5, label=3)
-    assert seat(told).length == tokens(30, 40) and told.core.presence.load().heavy == 1
-    told.tell(foreseen("r", tokens(0, 10)))  # said before, come late
-    assert seat(told).length == tokens(30, 40)
-    foretell(told, 6, label=0)
-    assert seat(told).length == tokens(10, 20)  # 7 to 15, so rather from 10 on
-    assert told.core.presence.load().heavy == 0
+    estimate(told, 5, label=3)
+    assert request(told).length == tokens(30, 40) and told.core.reporter.load().heavy == 1
+    told.tell(update_length("r", tokens(0, 10)))  # said before, come late
+    assert request(told).length == tokens(30, 40)
+    estimate(told, 6, label=0)
+    assert request(told).length == tokens(10, 20)  # 7 to 15, so rather from 10 on
+    assert told.core.reporter.load().heavy == 0
 
 
 def test_in_a_run_of_several_passes_what_is_written_meanwhile_counts():
     told = learning(interval=50)
     told.land("r", sampling=LONG, length=tokens(40, 60))
-    foretell(told, 3, label=0, steps=25)  # 3 + 10 at most, and it has 26 in the end
-    assert seat(told).written == 26 and seat(told).length == tokens(40, 50)
+    estimate(told, 3, label=0, steps=25)  # 3 + 10 at most, and it has 26 in the end
+    assert request(told).written == 26 and request(told).length == tokens(40, 50)
     assert told.later()[-1] == Step(50 - 26)
 
 
@@ -204,18 +204,18 @@ def test_of_one_that_ends_in_the_same_step_it_is_only_judged():
     for number in range(8):  # one of them is the one whose first re-estimate is scored
         rid = f"r{number}"
         told.land(rid, number=1, sampling=LONG)
-        foretell(told, 1, label=0, rid=rid, reason="stop")
-    status = told.core.foresight.status()
+        estimate(told, 1, label=0, rid=rid, reason="stop")
+    status = told.core.estimator.status()
     assert (status.predicted, status.scored, status.right) == (1, 1, 1)
-    assert told.core.decode.outlook.seats == 0
+    assert told.core.decode.forecast.requests == 0
 
 
 def test_a_fixed_length_is_not_foretold():
     told = learning()
     fixed = Sampling(max_tokens=30, ignore_eos=True)
     told.land("r", sampling=fixed, length=tokens(30, 31))
-    foretell(told, 1, label=1)
-    assert seat(told).length == tokens(30, 31)
+    estimate(told, 1, label=1)
+    assert request(told).length == tokens(30, 31)
 
 
 # ---------------------------------------------------------------- the survivors
@@ -225,18 +225,18 @@ def test_who_outlives_its_range_has_as_much_left_as_those_who_went_on_as_far():
     told = learning()
     told.land("r", sampling=LONG, length=tokens(10, 20))
     walk(told, 18)
-    assert seat(told).length == tokens(10, 20)
+    assert request(told).length == tokens(10, 20)
     run(told, 1)
     told.core.check()
-    assert seat(told).written == 20 and seat(told).length == tokens(40, 50)
-    assert told.core.presence.load().heavy == 1
+    assert request(told).written == 20 and request(told).length == tokens(40, 50)
+    assert told.core.reporter.load().heavy == 1
 
 
 def test_with_nothing_to_learn_from_it_is_the_next_range():
     told = start(capacity=LARGE, reserve_share=1.0, rules=Rules(length="noisy"), stream_interval=50)
     told.land("r", sampling=LONG, length=tokens(10, 20))
     run(told, 19)
-    assert seat(told).length == tokens(20, 30)
+    assert request(told).length == tokens(20, 30)
 
 
 def test_past_all_that_is_known_it_is_cut_off_in_the_end():
@@ -244,14 +244,14 @@ def test_past_all_that_is_known_it_is_cut_off_in_the_end():
     told.land("r", sampling=LONG, length=tokens(40, 50))
     run(told, 49)
     told.core.check()
-    assert seat(told).length.high <= 61 and seat(told).length.high > 50
+    assert request(told).length.high <= 61 and request(told).length.high > 50
 
 
 # ---------------------------------------------------------------- learning
 
 
 def shares(told: Told):
-    return told.core.foresight.prior.curve(0, 0, 60)
+    return told.core.estimator.prior.curve(0, 0, 60)
 
 
 def test_a_natural_end_teaches_once():
@@ -259,10 +259,10 @@ def test_a_natural_end_teaches_once():
     told.land("r", sampling=LONG)
     run(told, 1, (decode_key("r"), 1, "stop"))
     told.tell(Close(rid="r", attempt=1, outputs=2, reason="stop"))
-    twin.core.foresight.ended("r", 2, "stop")
+    twin.core.estimator.ended("r", 2, "stop")
     for view in (told, twin):
         for number in range(200):  # so that the table is counted again
-            view.core.foresight.ended(str(number), 15, "stop")
+            view.core.estimator.ended(str(number), 15, "stop")
     assert shares(told) == shares(twin)
 
 
@@ -282,7 +282,7 @@ def test_an_end_that_says_nothing_of_lengths_teaches_nothing(sampling, close):
     told.tell(close)
     for view in (told, twin):
         for number in range(200):
-            view.core.foresight.ended(str(number), 15, "stop")
+            view.core.estimator.ended(str(number), 15, "stop")
     assert shares(told) == shares(twin)
 
 

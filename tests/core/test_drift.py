@@ -11,45 +11,47 @@ from statistics import NormalDist, mean
 import pytest
 
 from tests.core.build import capacity, identity
-from tetri.core.foresight import Foresight
-from tetri.leg import Foretold
-from tetri.policy.odds import quantile
+from tetri.core.length.estimator import LengthEstimator
+from tetri.engine_request import HiddenStateEstimate
+from tetri.policy.distribution import quantile
 from tetri.policy.rules import Rules
-from tetri.request import Expected, Odds, Sampling
+from tetri.request import Expected, LengthDistribution, Sampling
 
 WIDTH, BUCKETS, LIVE = 50, 22, 32
 MIDDLE, KNOWN, UNKNOWN = log(200), 0.8, 0.6
 UNIT = NormalDist()
 
 
-def odds(middle, spread):
+def distribution(middle, spread):
     sums = [UNIT.cdf((log(place * WIDTH) - middle) / spread) for place in range(1, BUCKETS)]
-    return Odds(WIDTH, tuple(after - before for before, after in zip([0.0, *sums], [*sums, 1.0], strict=True)))
+    return LengthDistribution(
+        WIDTH, tuple(after - before for before, after in zip([0.0, *sums], [*sums, 1.0], strict=True))
+    )
 
 
 def honest(known, rng):
-    return odds(MIDDLE + known, UNKNOWN)
+    return distribution(MIDDLE + known, UNKNOWN)
 
 
 def of_another(known, rng):
     """Odds that are right for some other prompt."""
-    return odds(MIDDLE + rng.gauss(0, KNOWN), UNKNOWN)
+    return distribution(MIDDLE + rng.gauss(0, KNOWN), UNKNOWN)
 
 
 def too_sure(known, rng):
-    return odds(MIDDLE + rng.gauss(0, 1), 0.1)
+    return distribution(MIDDLE + rng.gauss(0, 1), 0.1)
 
 
 def always_long(known, rng):
-    return odds(MIDDLE + 2, 0.2)
+    return distribution(MIDDLE + 2, 0.2)
 
 
 def upside_down(known, rng):
-    return odds(MIDDLE - known, UNKNOWN)
+    return distribution(MIDDLE - known, UNKNOWN)
 
 
 def no_better(known, rng):
-    return odds(MIDDLE, 1.0)
+    return distribution(MIDDLE, 1.0)
 
 
 class Traffic:
@@ -58,9 +60,9 @@ class Traffic:
 
     def __init__(self, seed, cover=0.0):
         rules = Rules(length="trained", length_cover=cover)
-        expected = Expected("hidden", odds(MIDDLE, 1.0))
+        expected = Expected("hidden", distribution(MIDDLE, 1.0))
         own = identity("p1", "prefill", rules=rules, expected=expected, capacity=capacity(context=8192))
-        self.view, self.rng, self.names, self.now = Foresight(own), Random(seed), 0, 0.0
+        self.view, self.rng, self.names, self.now = LengthEstimator(own), Random(seed), 0, 0.0
         self.running, self.inside, self.switches, self.medians = [], [], [], []
 
     def run(self, ends, says=honest, scale=1.0, most=4096):
@@ -73,7 +75,9 @@ class Traffic:
             self.names += 1
             known = self.rng.gauss(0, KNOWN)
             length = min(max(int(scale * exp(MIDDLE + known + self.rng.gauss(0, UNKNOWN))), 1), most)
-            high = self.view.foretold(str(self.names), Foretold("key", 0, says(known, self.rng)), sampling).high
+            high = self.view.estimates(
+                str(self.names), HiddenStateEstimate("key", 0, says(known, self.rng)), sampling
+            ).high
             heappush(self.running, (self.now + length, self.names, length, high, most))
         return self.inside
 

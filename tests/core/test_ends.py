@@ -7,22 +7,22 @@ from random import Random
 
 import pytest
 
-from tests.core.build import WordingTold, beat, failed, only, ready, sent, staged, tokens
+from tests.core.build import WordingTold, failed, heartbeat, only, ready, sent, staged, tokens
 from tests.core.cluster import Cluster
 from tests.core.nodes import TOKEN_BYTES, VOCABULARY
 from tests.core.shapes import Faults, Shape
 from tetri.core.actions import FromClient, Reply, Submitted
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
 from tetri.engine.emulated import reference
 from tetri.policy.rules import Rules
 from tetri.request import PredictorStatus, Receipt, Sampling, Stage
 from tetri.wire.clients import Cancel, Done
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Beat, Close, Hold, Load, Ready
+from tetri.wire.messages import Assign, Close, Heartbeat, Hold, Load, Ready
 
 RID = "00002a-1"
-LIMITS = Limits(context=40, vocabulary=100, beat_s=0.1, dead_s=5.0, patience_s=10.0, max_attempts=3)
+LIMITS = Limits(context=40, vocabulary=100, heartbeat_s=0.1, dead_s=5.0, patience_s=10.0, max_attempts=3)
 
 
 def close(outputs=0, reason="", attempt=1):
@@ -73,7 +73,7 @@ def test_nothing_is_learnt_from_a_deadline():
 def test_after_the_hand_over_and_after_a_restart_it_goes_on():
     """Whoever has predicted it keeps that until the end."""
     told = begin()
-    assert closes(told.tell(beat("p1", Hold(RID, 1, Stage.MOVING, 1)))) == [("p1", close())]
+    assert closes(told.tell(heartbeat("p1", Hold(RID, 1, Stage.MOVING, 1)))) == [("p1", close())]
     again = told.tell(failed("d1", RID, retry=True))
     assert closes(again) == [("p1", close()), ("d1", close())]
     prefill = told.core.table.rows[RID].prefill
@@ -94,7 +94,7 @@ def test_the_status_has_what_a_beat_said_of_the_predictor():
     told = begin()
     status = PredictorStatus(kind="hidden", on=True, predicted=5, late=1)
     load = Load(free_blocks=1)
-    told.tell(Beat(iid="p1", incarnation=1, role="prefill", load=load, holds=[], predictor=status))
+    told.tell(Heartbeat(iid="p1", incarnation=1, role="prefill", load=load, holds=[], predictor=status))
     found = {each.iid: each.predictor for each in told.core.status(0.0).instances}
     assert found == {"d1": None, "d2": None, "p1": status, "p2": None}
 
@@ -170,8 +170,8 @@ class Story:
     def send(self, worker, deliver, peer, message):
         if worker is self.mute:
             return  # its loop has still to carry out what the core said: nothing of that leaves
-        now = self.sent == self.at and not isinstance(message, Beat | Ready)
-        self.sent += not isinstance(message, Beat | Ready)
+        now = self.sent == self.at and not isinstance(message, Heartbeat | Ready)
+        self.sent += not isinstance(message, Heartbeat | Ready)
         if not (now and self.fault in ("lost", "lost with its sender")):
             deliver(peer, message)
         if now and self.fault != "lost":

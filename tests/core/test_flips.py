@@ -7,16 +7,16 @@ from msgspec.structs import replace
 
 from tests.core.build import WordingTold, fingerprint, only, ready, sent, staged, tokens
 from tetri.core.actions import Broken, FromClient, Reply, Submitted
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
-from tetri.core.flips import ANSWERS
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
+from tetri.core.broker.roles import ANSWERS
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
 from tetri.wire.clients import ChangeRole, Inspect, Refused, RoleChanged
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Beat, Flip, FlipWanted, FromWorker, Load, Roster
+from tetri.wire.messages import Assign, Flip, FlipWanted, FromWorker, Heartbeat, Load, Membership
 
-LIMITS = Limits(context=40, vocabulary=100, beat_s=0.1, dead_s=5.0)
+LIMITS = Limits(context=40, vocabulary=100, heartbeat_s=0.1, dead_s=5.0)
 RID = "00002a-1"
 FIRST = 43  # the number of the first Flip under epoch 42; they count up
 
@@ -29,9 +29,9 @@ def want(iid, role):
     return FlipWanted(iid=iid, role=role, why="idle")
 
 
-def beat(iid, role, flip=FIRST):
+def heartbeat(iid, role, flip=FIRST):
     """`flip`: the number of the one that it obeyed last."""
-    return Beat(iid=iid, incarnation=1, role=role, load=Load(free_blocks=7), holds=[], flip=flip)
+    return Heartbeat(iid=iid, incarnation=1, role=role, load=Load(free_blocks=7), holds=[], flip=flip)
 
 
 def submit(key="k"):
@@ -49,7 +49,7 @@ def refusal(actions):
 
 
 def roles(told):
-    return {peer.iid: peer.role for peer in told.core.registry.peers.values()}
+    return {peer.iid: peer.role for peer in told.core.members.by_iid.values()}
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def told():
 def test_everyone_learns_the_new_role_first_then_the_worker_and_its_beat_is_the_answer(told, role):
     actions = told.tell(ask("d1", role))
     assert not answers(actions) and sent(actions)[-1] == Flip(role=role, number=FIRST) and sent(actions, "d1", Flip)
-    (roster,) = sent(actions, "p1", Roster)
-    assert {entry.iid: entry.role for entry in roster.instances}["d1"] == role
+    (membership,) = sent(actions, "p1", Membership)
+    assert {entry.iid: entry.role for entry in membership.instances}["d1"] == role
     told.now = 0.004
-    confirmed = told.tell(beat("d1", role))
+    confirmed = told.tell(heartbeat("d1", role))
     assert answers(confirmed) == [RoleChanged(key="f", iid="d1", role=role, was="decode", took_s=0.004)]
-    assert told.core.life.counters["flips"] == 1 and not told.tell(beat("d1", role))
+    assert told.core.lifecycle.counters["flips"] == 1 and not told.tell(heartbeat("d1", role))
     (status,) = answers(told.tell(FromClient(b"c", Inspect())))
     assert {each.iid: each.role for each in status.instances}["d1"] == role
 
@@ -82,9 +82,9 @@ def test_everyone_learns_the_new_role_first_then_the_worker_and_its_beat_is_the_
 def test_it_is_told_again_with_every_beat_that_says_otherwise(told):
     told.tell(ask("d1", "prefill"))
     for _ in range(3):
-        assert sent(told.tell(beat("d1", "decode", 0))) == [Flip(role="prefill", number=FIRST)]
+        assert sent(told.tell(heartbeat("d1", "decode", 0))) == [Flip(role="prefill", number=FIRST)]
     assert roles(told)["d1"] == "prefill"
-    assert isinstance(answers(told.tell(beat("d1", "prefill")))[0], RoleChanged)
+    assert isinstance(answers(told.tell(heartbeat("d1", "prefill")))[0], RoleChanged)
 
 
 def test_a_new_prefill_instance_gets_what_waits_and_all_that_comes():
@@ -107,10 +107,10 @@ def test_one_that_decodes_now_gets_no_new_prompts_and_goes_on_with_its_old_ones(
 def test_the_monitors_wish_is_carried_out_without_an_answer(told):
     assert sent(told.tell(want("d1", "prefill")), "d1", Flip) == [Flip(role="prefill", number=FIRST)]
     told.tell(want("d1", "decode"))  # not while it is under way
-    assert not told.tell(beat("d1", "prefill")) and roles(told)["d1"] == "prefill"
+    assert not told.tell(heartbeat("d1", "prefill")) and roles(told)["d1"] == "prefill"
     assert not told.tell(want("d1", "prefill"))  # it is so
     assert not told.tell(want("d2", "prefill"), want("nobody", "decode"), want("p1", "tea"))
-    assert (told.core.life.counters["flips"], told.core.life.counters["flips_refused"]) == (1, 4)
+    assert (told.core.lifecycle.counters["flips"], told.core.lifecycle.counters["flips_refused"]) == (1, 4)
 
 
 # ---------------------------------------------------------------- asking again, asking otherwise
@@ -119,9 +119,9 @@ def test_the_monitors_wish_is_carried_out_without_an_answer(told):
 def test_the_same_key_gets_the_same_answer_and_no_second_flip(told):
     told.tell(ask("d1", "prefill"))
     assert not told.tell(ask("d1", "prefill", client=b"again"))
-    answer = told.tell(beat("d1", "prefill"))
+    answer = told.tell(heartbeat("d1", "prefill"))
     assert isinstance(answers(answer, b"again")[0], RoleChanged) and not answers(answer)
-    told.tell(ask("d1", "decode", "other"), beat("d1", "decode", FIRST + 1))
+    told.tell(ask("d1", "decode", "other"), heartbeat("d1", "decode", FIRST + 1))
     again = told.tell(ask("d1", "prefill"))
     assert answers(again) == answers(answer, b"again") and not sent(again) and roles(told)["d1"] == "decode"
 
@@ -143,7 +143,7 @@ def test_the_role_that_it_has_is_confirmed_by_the_worker_and_nobody_else_hears_o
     told.tell(ask("p1", "decode", "a"), ready("p1", "prefill", incarnation=2))
     actions = told.tell(ask("p1", "prefill"))
     assert sent(actions) == [Flip(role="prefill", number=FIRST + 1)] and not answers(actions)
-    late = Beat(iid="p1", incarnation=2, role="decode", load=Load(free_blocks=7), holds=[], flip=FIRST)
+    late = Heartbeat(iid="p1", incarnation=2, role="decode", load=Load(free_blocks=7), holds=[], flip=FIRST)
     assert sent(told.tell(late)) == [Flip(role="prefill", number=FIRST + 1)] and roles(told)["p1"] == "prefill"
     told.now = 0.5
     actions = told.tell(replace(late, role="prefill", flip=FIRST + 1))
@@ -155,9 +155,9 @@ def test_two_who_want_the_same_are_both_told_each_with_its_own_time(told):
     told.now = 1.0
     assert not told.tell(ask("d1", "prefill", "b", b"b"))
     told.now = 1.5
-    actions = told.tell(beat("d1", "prefill"))
+    actions = told.tell(heartbeat("d1", "prefill"))
     assert [each.took_s for client in (b"a", b"b") for each in answers(actions, client)] == [1.5, 0.5]
-    assert told.core.life.counters["flips"] == 1
+    assert told.core.lifecycle.counters["flips"] == 1
 
 
 def test_who_asks_otherwise_meanwhile_wins(told):
@@ -167,26 +167,26 @@ def test_who_asks_otherwise_meanwhile_wins(told):
     assert refused.reason == "d1 was asked to become mixed before it had answered"
     second = Flip(role="mixed", number=FIRST + 1)
     assert sent(actions, "d1", Flip) == [second]
-    assert sent(told.tell(beat("d1", "prefill")), "d1") == [second]  # it has obeyed the first
-    (changed,) = answers(told.tell(beat("d1", "mixed", FIRST + 1)), b"b")
+    assert sent(told.tell(heartbeat("d1", "prefill")), "d1") == [second]  # it has obeyed the first
+    (changed,) = answers(told.tell(heartbeat("d1", "mixed", FIRST + 1)), b"b")
     assert (changed.was, changed.role) == ("prefill", "mixed")
 
 
 def test_flipped_and_flipped_back_an_old_beat_is_no_answer(told):
-    """The first Flip has arrived, the second is lost, and a Beat from before both is still on its way."""
+    """The first Flip has arrived, the second is lost, and a Heartbeat from before both is still on its way."""
     told.tell(ask("d1", "prefill", "a"), ask("d1", "decode", "b"))
     second = Flip(role="decode", number=FIRST + 1)
-    for old in (beat("d1", "decode", 0), beat("d1", "prefill", FIRST), ready("d1", "decode")):
+    for old in (heartbeat("d1", "decode", 0), heartbeat("d1", "prefill", FIRST), ready("d1", "decode")):
         actions = told.tell(old)
         assert sent(actions, "d1", Flip) == [second] and not answers(actions) and roles(told)["d1"] == "decode"
-    (changed,) = answers(told.tell(beat("d1", "decode", FIRST + 1)))
+    (changed,) = answers(told.tell(heartbeat("d1", "decode", FIRST + 1)))
     assert (changed.key, changed.role) == ("b", "decode")
 
 
 def test_the_flips_of_another_broker_have_other_numbers(told):
     told.tell(ask("d1", "prefill"))
-    assert sent(told.tell(beat("d1", "prefill", 7)), "d1", Flip)  # obeyed under the one before
-    assert answers(told.tell(beat("d1", "prefill", FIRST)))
+    assert sent(told.tell(heartbeat("d1", "prefill", 7)), "d1", Flip)  # obeyed under the one before
+    assert answers(told.tell(heartbeat("d1", "prefill", FIRST)))
 
 
 # ---------------------------------------------------------------- refusals
@@ -217,13 +217,13 @@ def test_among_many_instances_only_some_are_named_and_among_none_none(told):
     "first, last, role, phase", [("d1", "d2", "prefill", "decode"), ("p1", "p2", "decode", "prefill")]
 )
 def test_the_last_of_a_role_stays(told, first, last, role, phase):
-    told.tell(ask(first, role), beat(first, role))
+    told.tell(ask(first, role), heartbeat(first, role))
     why = f"{last} is the last {phase} instance: flip another one to {phase} first, or make it mixed"
     assert refusal(told.tell(ask(last, role, "g"))) == why
-    told.tell(ask(last, "mixed", "h"), beat(last, "mixed", FIRST + 1))
+    told.tell(ask(last, "mixed", "h"), heartbeat(last, "mixed", FIRST + 1))
     why = f"{last} is the last {phase} instance: flip another one to {phase} first, or leave it mixed"
     assert refusal(told.tell(ask(last, role, "i"))) == why
-    told.tell(ask(first, "mixed", "j"), beat(first, "mixed", FIRST + 2))
+    told.tell(ask(first, "mixed", "j"), heartbeat(first, "mixed", FIRST + 2))
     assert not answers(told.tell(ask(last, role, "k")))
 
 
@@ -245,12 +245,12 @@ def test_a_worker_that_is_lost_meanwhile_is_waited_for_no_longer(told):
     told.tell(ask("d1", "prefill"))
     assert refusal(told.tell(PeerDown("d1"))) == "d1 did not change its role: connection lost"
     told.tell(PeerUp("d1"), FromWorker(iid="d1", incarnation=1))
-    actions = told.tell(beat("d1", "decode"))  # it never heard of it: its own word counts
-    assert roles(told)["d1"] == "decode" and sent(actions, "p1", Roster)
+    actions = told.tell(heartbeat("d1", "decode"))  # it never heard of it: its own word counts
+    assert roles(told)["d1"] == "decode" and sent(actions, "p1", Membership)
 
 
 def test_a_worker_that_restarts_begins_in_the_role_that_it_says(told):
-    told.tell(ask("d1", "prefill"), beat("d1", "prefill"))
+    told.tell(ask("d1", "prefill"), heartbeat("d1", "prefill"))
     told.tell(ready("d1", "decode", incarnation=2))
     assert roles(told)["d1"] == "decode" and not told.core.flips.changes
 
@@ -267,7 +267,7 @@ def test_one_that_only_registers_again_is_told_again(told):
     actions = told.tell(ready("d1", "decode"))
     assert sent(actions, "d1", Flip) and roles(told)["d1"] == "prefill"
     assert sent(told.tell(ready("d1", "prefill")), "d1", Flip)  # which says nothing of the Flip
-    assert answers(told.tell(beat("d1", "prefill")))[0].role == "prefill"
+    assert answers(told.tell(heartbeat("d1", "prefill")))[0].role == "prefill"
 
 
 def test_a_new_broker_learns_the_roles_of_flipped_workers_from_themselves():
@@ -277,17 +277,17 @@ def test_a_new_broker_learns_the_roles_of_flipped_workers_from_themselves():
 
 
 def test_a_role_that_nobody_asked_for_is_believed_unless_there_is_no_such_role(told):
-    actions = told.tell(beat("d1", "mixed"))
-    assert roles(told)["d1"] == "mixed" and sent(actions, "p1", Roster)
-    assert not told.tell(beat("d1", "tea")) and roles(told)["d1"] == "mixed"
+    actions = told.tell(heartbeat("d1", "mixed"))
+    assert roles(told)["d1"] == "mixed" and sent(actions, "p1", Membership)
+    assert not told.tell(heartbeat("d1", "tea")) and roles(told)["d1"] == "mixed"
 
 
 @pytest.mark.parametrize("spoil", ["gone", "lost", "other"])
 def test_check_finds_a_change_that_cannot_be(told, spoil):
     told.tell(ask("d1", "prefill"))
-    core, peer = told.core, told.core.registry.peers["d1"]
+    core, peer = told.core, told.core.members.by_iid["d1"]
     if spoil == "gone":
-        del core.registry.peers["d1"]
+        del core.members.by_iid["d1"]
     elif spoil == "lost":
         peer.lost = "away"
     else:

@@ -3,31 +3,31 @@
 import pytest
 
 from tests.core.build import capacity, identity
-from tetri.core.desk import Limits
-from tetri.core.foresight import MOST_OPEN, TURNS, Foresight
-from tetri.core.track import LEAST
-from tetri.leg import Foretold
+from tetri.core.broker.delivery import Limits
+from tetri.core.length.accuracy import LEAST
+from tetri.core.length.estimator import MOST_OPEN, TURNS, LengthEstimator
+from tetri.engine_request import HiddenStateEstimate
 from tetri.policy.rules import Rules
-from tetri.request import Expected, LengthRange, Odds, Sampling
+from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
 
 WIDTH, BUCKETS = 50, 20
-PRIOR = Odds(WIDTH, (0.2, 0.2, 0.2, 0.2, *[0.2 / 16] * 16))
+PRIOR = LengthDistribution(WIDTH, (0.2, 0.2, 0.2, 0.2, *[0.2 / 16] * 16))
 SAMPLING = Sampling(max_tokens=900)
 
 
 def at(*labels, width=WIDTH):
     """Odds that are sure of these buckets."""
-    return Odds(width, tuple(labels.count(label) / len(labels) for label in range(BUCKETS)))
+    return LengthDistribution(width, tuple(labels.count(label) / len(labels) for label in range(BUCKETS)))
 
 
-def foresight(kind="hidden", levels=(), prior=PRIOR, **rules):
+def estimator(kind="hidden", levels=(), prior=PRIOR, **rules):
     rules = Rules(length="trained", **{"length_granularity": 100, **rules})
     expected = Expected(kind, prior, levels, "made up")
-    return Foresight(identity("p1", "prefill", rules=rules, expected=expected, capacity=capacity(context=2000)))
+    return LengthEstimator(identity("p1", "prefill", rules=rules, expected=expected, capacity=capacity(context=2000)))
 
 
-def told(odds, outputs=0):
-    return Foretold("key", outputs, odds)
+def told(distribution, outputs=0):
+    return HiddenStateEstimate("key", outputs, distribution)
 
 
 def span(length):
@@ -35,18 +35,18 @@ def span(length):
 
 
 def test_the_likeliest_bucket_of_whoever_says_it():
-    view = foresight()
+    view = estimator()
     assert span(view.named("a", at(6, 6, 6, 2), SAMPLING, 0)) == (300, 400)
-    assert span(view.foretold("a", told(at(6, 6, 6, 2)), SAMPLING)) == (300, 400)
-    assert span(view.foretold("a", told(at(6, 6, 6, 2), 210), SAMPLING)) == (500, 600)
+    assert span(view.estimates("a", told(at(6, 6, 6, 2)), SAMPLING)) == (300, 400)
+    assert span(view.estimates("a", told(at(6, 6, 6, 2), 210), SAMPLING)) == (500, 600)
     assert span(view.named("a", at(6, 6, 6, 2), SAMPLING, 360)) == (900, 901)  # nobody knew of more than 350
     assert span(view.unknown(SAMPLING, 0)) == (0, 100)
 
 
 def test_max_tokens_min_tokens_and_what_is_written():
-    view = foresight()
-    assert span(view.foretold("a", told(at(6)), Sampling(max_tokens=128))) == (100, 129)
-    assert span(view.foretold("a", told(at(1)), Sampling(max_tokens=900, min_tokens=400))) == (400, 500)
+    view = estimator()
+    assert span(view.estimates("a", told(at(6)), Sampling(max_tokens=128))) == (100, 129)
+    assert span(view.estimates("a", told(at(1)), Sampling(max_tokens=900, min_tokens=400))) == (400, 500)
     assert span(view.unknown(Sampling(max_tokens=120), 119)) == (120, 121)
     assert span(view.unknown(Sampling(max_tokens=120), 500)) == (501, 502)
     assert view.unknown(SAMPLING, 450).low >= 400 and view.unknown(SAMPLING, 450).high > 451
@@ -54,34 +54,34 @@ def test_max_tokens_min_tokens_and_what_is_written():
 
 @pytest.mark.parametrize("outputs, length", [(0, 300), (299, 300), (300, 301)])
 def test_who_ignores_the_end_of_sequence_has_a_fixed_length(outputs, length):
-    view, sampling = foresight(), Sampling(max_tokens=300, ignore_eos=True)
+    view, sampling = estimator(), Sampling(max_tokens=300, ignore_eos=True)
     exact = LengthRange(low=length, high=length + 1)
     assert view.unknown(sampling, outputs) == view.named("a", at(1), sampling, outputs) == exact
-    assert view.foretold("a", told(at(1), outputs), sampling) == exact
+    assert view.estimates("a", told(at(1), outputs), sampling) == exact
     view.ended("a", 300, "length")
     assert view.status().scored == view.status().predicted == 0
 
 
 def test_cover_asks_for_a_high_end_that_is_rarely_passed():
     wide = at(*range(10))
-    ends = [foresight(length_cover=cover).foretold("a", told(wide), SAMPLING).high for cover in (0.5, 0.8, 0.95)]
+    ends = [estimator(length_cover=cover).estimates("a", told(wide), SAMPLING).high for cover in (0.5, 0.8, 0.95)]
     assert ends == pytest.approx([250, 400, 475], abs=15)
-    assert foresight(length_cover=0.7).unknown(SAMPLING, 0).high == pytest.approx(175, abs=10)
+    assert estimator(length_cover=0.7).unknown(SAMPLING, 0).high == pytest.approx(175, abs=10)
 
 
 def test_levels_of_training_correct_from_the_start():
     """In training three of four texts were longer than what the odds called the median, and half were beyond 0.7."""
     told_short = at(0, 0, 1, 2, 3)
-    assert span(foresight().foretold("a", told(told_short), SAMPLING)) == (0, 100)
-    assert span(foresight(levels=(0.5, 0.7, 0.9)).foretold("a", told(told_short), SAMPLING)) == (100, 200)
-    covered = foresight(levels=(0.5, 0.7, 0.9), length_cover=0.5).foretold("a", told(told_short), SAMPLING)
+    assert span(estimator().estimates("a", told(told_short), SAMPLING)) == (0, 100)
+    assert span(estimator(levels=(0.5, 0.7, 0.9)).estimates("a", told(told_short), SAMPLING)) == (100, 200)
+    covered = estimator(levels=(0.5, 0.7, 0.9), length_cover=0.5).estimates("a", told(told_short), SAMPLING)
     assert covered.high == pytest.approx(125, abs=5)
 
 
 def test_what_ends_is_counted_once():
-    view = foresight(length_cover=0.9)
-    view.foretold("a", told(at(6)), SAMPLING)
-    view.foretold("b", told(at(0)), SAMPLING)
+    view = estimator(length_cover=0.9)
+    view.estimates("a", told(at(6)), SAMPLING)
+    view.estimates("b", told(at(0)), SAMPLING)
     for rid, outputs in (("a", 320), ("b", 480), ("a", 320), ("stranger", 70)):
         view.ended(rid, outputs, "stop")
     status = view.status()
@@ -91,7 +91,7 @@ def test_what_ends_is_counted_once():
 
 
 def test_the_first_of_two_natural_ends_teaches():
-    view, twin = foresight(), foresight()
+    view, twin = estimator(), estimator()
     for number in range(300):
         view.ended(str(number), 777, "stop")
         view.ended(str(number), 777, "stop")
@@ -101,8 +101,8 @@ def test_the_first_of_two_natural_ends_teaches():
 
 
 def test_who_is_forgotten_is_not_scored():
-    view = foresight()
-    view.foretold("a", told(at(6)), SAMPLING)
+    view = estimator()
+    view.estimates("a", told(at(6)), SAMPLING)
     view.forget("a")
     view.forget("nobody")
     view.ended("a", 320, "stop")
@@ -110,29 +110,29 @@ def test_who_is_forgotten_is_not_scored():
 
 
 def test_one_that_is_worse_than_the_prior_is_switched_off_and_says_so():
-    view = foresight()
+    view = estimator()
     for number in range(200):  # lengths that it cannot tell apart, and is sure of: each time the other one
         label = (number % 2) * 6 + 1
-        view.foretold(str(number), told(at(label)), SAMPLING)
+        view.estimates(str(number), told(at(label)), SAMPLING)
         view.ended(str(number), 370 if label == 1 else 70, "stop")
     status = view.status()
     assert not status.on and status.note.startswith("made up; off: the hidden state did worse than the prior by ")
-    assert view.foretold("x", told(at(10)), SAMPLING) == view.unknown(SAMPLING, 0)
+    assert view.estimates("x", told(at(10)), SAMPLING) == view.unknown(SAMPLING, 0)
     before = status.predicted
     for number in range(200, 500):
         label = (number % 2) * 6 + 1
-        view.foretold(str(number), told(at(label)), SAMPLING)
+        view.estimates(str(number), told(at(label)), SAMPLING)
         view.ended(str(number), 370 if label == 7 else 70, "stop")
     assert view.status().on and view.status().predicted == before + 301
-    assert view.foretold("y", told(at(7)), SAMPLING) != view.unknown(SAMPLING, 0)
+    assert view.estimates("y", told(at(7)), SAMPLING) != view.unknown(SAMPLING, 0)
 
 
 def test_each_kind_of_answer_is_judged_by_itself():
-    view = foresight("both")
+    view = estimator("both")
     for number in range(2 * LEAST):
         short = number % 2
         view.named(str(number), at(1 if short else 7), SAMPLING, 0)
-        view.foretold(str(number), told(at(7 if short else 1)), SAMPLING)
+        view.estimates(str(number), told(at(7 if short else 1)), SAMPLING)
         view.ended(str(number), 370 if short else 70, "stop")
     assert view.classifier.scored == view.prompt.scored == 2 * LEAST
     assert not view.classifier.on and view.prompt.on
@@ -141,45 +141,45 @@ def test_each_kind_of_answer_is_judged_by_itself():
 
 def test_of_the_re_estimates_one_is_scored_by_turns():
     """Which one does not depend on how many there are, or the long ones would be scored by other odds."""
-    view = foresight()
+    view = estimator()
     for number in range(4 * TURNS):
         for turn in range(number % 5):
-            view.foretold(str(number), told(at(1), 50 * (turn + 1)), SAMPLING)
+            view.estimates(str(number), told(at(1), 50 * (turn + 1)), SAMPLING)
         view.ended(str(number), 250, "stop")
     assert 0 < view.later.scored < 4 * TURNS and view.prompt.scored == 0
     assert view.status().scored == view.later.scored
 
 
 def test_what_is_no_odds_is_said_and_not_used():
-    view = foresight()
-    assert view.named("a", Odds(50, (float("nan"),) * 4), SAMPLING, 0) == view.unknown(SAMPLING, 0)
+    view = estimator()
+    assert view.named("a", LengthDistribution(50, (float("nan"),) * 4), SAMPLING, 0) == view.unknown(SAMPLING, 0)
     assert view.status().note == "made up; 1 answers were no odds" and view.status().predicted == 0
 
 
 def test_late_ones_are_counted():
-    view = foresight("classifier")
+    view = estimator("classifier")
     view.late()
     view.late()
     assert view.status().late == 2
 
 
 def test_the_prior_alone():
-    view = foresight("prior")
+    view = estimator("prior")
     view.ended("a", 30, "stop")
     assert (view.status().kind, view.status().on, view.status().predicted) == ("prior", False, 0)
 
 
 def test_another_attempt_is_the_same_request():
-    view = foresight()
+    view = estimator()
     for _ in range(3):
-        view.foretold("a", told(at(6)), SAMPLING)
+        view.estimates("a", told(at(6)), SAMPLING)
     view.ended("a", 320, "stop")
     assert view.status().predicted == view.status().scored == 1
 
 
 def test_as_many_as_a_broker_has_open_are_all_judged():
     """Also when all of them wait before the first one ends."""
-    view, many = foresight("classifier"), Limits(context=2000, vocabulary=1).max_open
+    view, many = estimator("classifier"), Limits(context=2000, vocabulary=1).max_open
     for number in range(many):
         view.named(str(number), at(1), SAMPLING, 0)
     for number in range(many):
@@ -188,9 +188,9 @@ def test_as_many_as_a_broker_has_open_are_all_judged():
 
 
 def test_memory_is_bounded():
-    view = foresight()
+    view = estimator()
     for number in range(MOST_OPEN + 9):
-        view.foretold(f"open {number}", told(at(1)), SAMPLING)
+        view.estimates(f"open {number}", told(at(1)), SAMPLING)
         view.ended(f"ended {number}", 30, "stop")
     assert len(view._open) == len(view._ended) == MOST_OPEN
     view.ended("open 0", 30, "stop")

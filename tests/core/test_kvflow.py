@@ -1,18 +1,18 @@
 """Chunks on their way, seen from both sides."""
 
 from tests.core.build import chunk, handle
-from tetri.core.kvflow import Inflow, Outflow, Parcel
+from tetri.core.kvflow import KVChunk, KVInflow, KVOutflow
 
 
-def parcel(index, start, stop):
-    return Parcel(index, start, stop, handle(*range(start, stop)), 9, None)
+def kv_chunk(index, start, stop):
+    return KVChunk(index, start, stop, handle(*range(start, stop)), 9, None)
 
 
 def test_what_was_put_lands_once_and_is_complete_in_the_end():
-    flow = Outflow(3)
+    flow = KVOutflow(3)
     flow.aim(1, "d1")
-    flow.put(parcel(0, 0, 2))
-    flow.put(parcel(1, 2, 3))
+    flow.put(kv_chunk(0, 0, 2))
+    flow.put(kv_chunk(1, 2, 3))
     assert flow.movable and not flow.granted
     assert flow.land(1) == handle(2) and flow.land(1) is None and flow.land(7) is None
     assert not flow.movable and not flow.complete and flow.granted
@@ -21,7 +21,7 @@ def test_what_was_put_lands_once_and_is_complete_in_the_end():
 
 
 def test_aiming_elsewhere_asks_anew():
-    flow = Outflow(1)
+    flow = KVOutflow(1)
     flow.aim(1, "d1")
     flow.granted = True
     flow.clear_aim()
@@ -31,15 +31,15 @@ def test_aiming_elsewhere_asks_anew():
 
 
 def test_giving_up_returns_what_is_still_here():
-    flow = Outflow(3)
-    flow.put(parcel(0, 0, 2))
-    flow.put(parcel(1, 2, 3))
+    flow = KVOutflow(3)
+    flow.put(kv_chunk(0, 0, 2))
+    flow.put(kv_chunk(1, 2, 3))
     flow.land(0)
-    assert flow.drain() == [handle(2)] and not flow.parcels
+    assert flow.drain() == [handle(2)] and not flow.in_flight
 
 
 def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
-    flow = Inflow(2, "shm", "s-p1")
+    flow = KVInflow(2, "shm", "s-p1")
     flow.announce(chunk("r", 1, 1, 2, token=5))
     flow.land(1)
     assert flow.token == 5 and not flow.complete
@@ -49,14 +49,14 @@ def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
 
 
 def test_all_blocks_without_the_token_are_not_complete():
-    flow = Inflow(1, "shm", "s-p1")
+    flow = KVInflow(1, "shm", "s-p1")
     flow.announce(chunk("r", 0, 0, 1))
     flow.land(0)
     assert not flow.complete
 
 
 def test_a_chunk_must_be_one_of_its_prompt():
-    flow = Inflow(4, "shm", "s-p1")
+    flow = KVInflow(4, "shm", "s-p1")
     first, last = chunk("r", 0, 0, 2), chunk("r", 1, 2, 4, token=7)
     assert flow.obstacle(first) is None
     flow.announce(first)

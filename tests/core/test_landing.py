@@ -12,25 +12,25 @@ from tests.core.build import (
     identity,
     instance,
     kinds,
+    membership,
     offer,
     only,
     reach,
-    roster,
     sent,
 )
 from tetri.core.actions import BROKER, Adopt, Adopted, Broken
-from tetri.core.landing import COUNTED, LOST_PAUSE_S, TAKE_TRIES
-from tetri.core.worker import Worker
-from tetri.leg import Sampled, Span, StepDone
+from tetri.core.decode.kv_receive import COUNTED, FETCH_TRIES, LOST_PAUSE_S
+from tetri.core.worker.worker import Worker
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.request import Sampling
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Landed, Refuse
-from tetri.wire.messages import Beat, Close, Tokens
+from tetri.wire.messages import Close, Heartbeat, Tokens
 
 KEY = "d:r:1:p1:1"
 
 
-class Landing(Told):
+class KVReceive(Told):
     """What is taken comes when the test says so: `come(index)`, or with a problem."""
 
     def come(self, index, problem=None, key=KEY):
@@ -39,11 +39,11 @@ class Landing(Told):
     @property
     def counted(self):
         """Those that are not 0."""
-        return {name: count for name, count in self.core.decode.landing.counters.items() if count}
+        return {name: count for name, count in self.core.decode.kv_receive.counters.items() if count}
 
 
 def start(path="stream", **changes):
-    told = Landing(Worker(identity("d1", "decode", reach=reach("d1", paths=[path]), **changes), Random(1), now=0.0))
+    told = KVReceive(Worker(identity("d1", "decode", reach=reach("d1", paths=[path]), **changes), Random(1), now=0.0))
     told.later()
     see(told, 1, path)
     told.tell(PeerUp("p1"))
@@ -52,7 +52,7 @@ def start(path="stream", **changes):
 
 def see(told, number, path, incarnation=1):
     others = [instance(iid, "prefill", incarnation, reach=reach(iid, paths=[path])) for iid in ("p1", "p2")]
-    told.tell(roster(number, *others))
+    told.tell(membership(number, *others))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def begin(told, **who):
 
 
 def whys(actions):
-    return [(refused.why, refused.spoilt) for refused in sent(actions, kind=Refuse)]
+    return [(refused.why, refused.corrupt) for refused in sent(actions, kind=Refuse)]
 
 
 # ---------------------------------------------------------------- how chunks come
@@ -115,7 +115,7 @@ def test_a_chunk_of_another_offer_is_dropped(changes, name):
     begin(told, attempt=2)
     stray = chunk(**{"rid": "r", "index": 0, "start": 0, "stop": 1, **changes})
     assert kinds(told.tell(stray)) == ["Refuse > p1"] and told.counted == {name: 1}
-    assert len(told.core.decode.seats["d:r:2:p1:1"].flow.ranges) == 3
+    assert len(told.core.decode.requests["d:r:2:p1:1"].flow.ranges) == 3
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_chunk_that_cannot_be_one_ends_its_offer(made, name):
     told = start()
     told.tell(offer("r", prompt=12))
     actions = told.tell(chunk("r", 0, 0, 2, handle=made))
-    assert kinds(actions) == ["Refuse > p1", "CancelLeg"] and told.counted == {name: 1}
+    assert kinds(actions) == ["Refuse > p1", "CancelRequest"] and told.counted == {name: 1}
     assert not only(actions, Adopt) and whys(actions)[0][0].startswith("the chunk does not fit its offer")
 
 
@@ -139,21 +139,21 @@ def test_a_chunk_that_cannot_be_one_ends_its_offer(made, name):
 
 @pytest.mark.parametrize("problem", ["flipped", "truncated"])
 def test_a_wrong_copy_is_taken_again_at_once_and_heals(told, problem):
-    for _ in range(TAKE_TRIES - 1):
+    for _ in range(FETCH_TRIES - 1):
         (again,) = told.come(1, problem)
         assert isinstance(again, Adopt) and (again.index, again.start) == (1, 1)
     assert kinds(told.come(1)) == ["Landed > p1"]
-    assert told.counted == {problem: TAKE_TRIES - 1, "refetched": TAKE_TRIES - 1, "healed": 1}
+    assert told.counted == {problem: FETCH_TRIES - 1, "refetched": FETCH_TRIES - 1, "healed": 1}
 
 
 def test_a_copy_that_stays_wrong_ends_the_attempt(told):
     told.come(0)
     told.come(2)
-    for _ in range(TAKE_TRIES - 1):
+    for _ in range(FETCH_TRIES - 1):
         told.come(1, "flipped")
     actions = told.come(1, "flipped")
-    assert whys(actions) == [("chunk 1 is flipped", True)] and kinds(actions)[1:] == ["CancelLeg"]
-    assert told.counted == {"flipped": TAKE_TRIES, "refetched": TAKE_TRIES - 1, "given_up": 1}
+    assert whys(actions) == [("chunk 1 is flipped", True)] and kinds(actions)[1:] == ["CancelRequest"]
+    assert told.counted == {"flipped": FETCH_TRIES, "refetched": FETCH_TRIES - 1, "given_up": 1}
 
 
 def test_what_was_lost_on_a_far_path_is_taken_again_after_a_pause(told):
@@ -171,7 +171,7 @@ def test_what_was_lost_on_a_far_path_is_taken_again_after_a_pause(told):
 
 
 def test_what_stays_lost_on_a_far_path_may_be_had_by_another_instance(told):
-    for _ in range(TAKE_TRIES - 1):
+    for _ in range(FETCH_TRIES - 1):
         told.come(1, "lost")
         told.later(3 * LOST_PAUSE_S)
     assert not told.come(1, "lost") and not told.come(0)
@@ -192,7 +192,7 @@ def test_the_leg_stays_until_the_last_copy_has_come(told):
     told.come(0, "foreign")
     assert not told.come(1, "flipped") and not told.tell(chunk("r", 0, 0, 1))  # nothing more is taken
     actions = told.come(2)
-    assert kinds(actions) == ["Refuse > p1", "CancelLeg"] and told.core.ledger.free == 10
+    assert kinds(actions) == ["Refuse > p1", "CancelRequest"] and told.core.ledger.free == 10
 
 
 def test_a_pause_ends_with_its_offer(told):
@@ -207,9 +207,9 @@ def test_a_pause_ends_with_its_offer(told):
 
 @pytest.mark.parametrize("end", [Close(rid="r", attempt=1), drop("r"), PeerDown("p1")], ids=["close", "drop", "down"])
 def test_what_comes_for_a_leg_that_is_no_more_is_nothing(told, end):
-    assert kinds(told.tell(end)) == ["CancelLeg"]
+    assert kinds(told.tell(end)) == ["CancelRequest"]
     assert not told.come(0) and not told.come(1, "lost") and not told.come(2, "flipped")
-    assert told.counted == {} and not told.core.decode.landing.taking
+    assert told.counted == {} and not told.core.decode.kv_receive.fetching
 
 
 def test_the_same_offer_again_waits_for_what_the_earlier_one_has_on_its_way(told):
@@ -254,9 +254,9 @@ def test_a_copy_that_nobody_took_must_not_go_on(told):
 
 def test_beats_tell_all_that_is_counted(told):
     told.come(1, "flipped")
-    (beat,) = sent(told.later(0.1), BROKER, Beat)
-    assert list(beat.counters) == list(COUNTED)
-    assert {name: count for name, count in beat.counters.items() if count} == {"flipped": 1, "refetched": 1}
+    (heartbeat,) = sent(told.later(0.1), BROKER, Heartbeat)
+    assert list(heartbeat.counters) == list(COUNTED)
+    assert {name: count for name, count in heartbeat.counters.items() if count} == {"flipped": 1, "refetched": 1}
 
 
 def test_the_receipt_tells_how_often_a_chunk_was_taken_again():
@@ -276,13 +276,13 @@ def test_the_receipt_tells_how_often_a_chunk_was_taken_again():
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda landing: landing.taking.clear(), "waits for 0 of 3 chunks"),
-        (lambda landing: landing.pauses.update({("d:x:1:p1:1", 0): 1.0}), "legs that are no more"),
+        (lambda kv_receive: kv_receive.fetching.clear(), "waits for 0 of 3 chunks"),
+        (lambda kv_receive: kv_receive.pauses.update({("d:x:1:p1:1", 0): 1.0}), "legs that are no more"),
     ],
 )
 def test_check_finds_what_is_wrong(spoil, complaint):
     told = start()
     begin(told)
-    spoil(told.core.decode.landing)
+    spoil(told.core.decode.kv_receive)
     with pytest.raises(Broken, match=complaint):
         told.core.check()

@@ -3,7 +3,7 @@
 import pytest
 
 from tetri.core.actions import Broken
-from tetri.core.ledger import Ledger
+from tetri.core.instance.ledger import Ledger
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def ledger():
 
 
 def test_accounts_are_taken_grown_and_closed(ledger):
-    assert ledger.take("a", 4) and ledger.free == 6 and "a" in ledger and len(ledger) == 1
+    assert ledger.allocate("a", 4) and ledger.free == 6 and "a" in ledger and len(ledger) == 1
     ledger.grow("a", 5)
     ledger.grow("a", 2)  # an engine does not give blocks of a running leg back
     assert ledger.free == 5
@@ -24,14 +24,14 @@ def test_accounts_are_taken_grown_and_closed(ledger):
 
 
 def test_there_is_no_room_beyond_the_capacity(ledger):
-    assert ledger.take("a", 10) and not ledger.take("b", 1) and len(ledger) == 1
+    assert ledger.allocate("a", 10) and not ledger.allocate("b", 1) and len(ledger) == 1
     assert ledger.reserve("b", 1) == "1 blocks needed, 0 free"
 
 
 def test_an_account_opened_twice_must_not_go_on(ledger):
-    ledger.take("a", 1)
+    ledger.allocate("a", 1)
     with pytest.raises(Broken, match="opened twice"):
-        ledger.take("a", 1)
+        ledger.allocate("a", 1)
 
 
 def test_reservations_share_a_part_of_it_but_one_alone_may_be_larger(ledger):
@@ -44,20 +44,20 @@ def test_reservations_share_a_part_of_it_but_one_alone_may_be_larger(ledger):
 
 
 def test_what_running_ones_will_take_is_kept_free(ledger):
-    ledger.take("a", 4)
+    ledger.allocate("a", 4)
     assert ledger.reserve("b", 3, kept=4) == "3 blocks needed, 6 free, 4 of them kept"
     assert "b" not in ledger and ledger.free == 6
     assert ledger.reserve("b", 2, kept=4) is None and ledger.free == 4
 
 
 def test_running_legs_may_outgrow_the_engine(ledger):
-    ledger.take("a", 10)
+    ledger.allocate("a", 10)
     ledger.grow("a", 12)
-    assert ledger.free == -2 and not ledger.take("b", 0)
+    assert ledger.free == -2 and not ledger.allocate("b", 0)
 
 
 def test_the_engine_may_hold_less_but_never_more(ledger):
-    ledger.take("a", 3)
+    ledger.allocate("a", 3)
     ledger.check([("a", 2)])
     with pytest.raises(Broken, match="the engine holds 4 blocks for a, the ledger 3"):
         ledger.check([("a", 4)])

@@ -6,24 +6,24 @@ from random import Random
 import pytest
 
 from tests.core import test_mixed
-from tests.core.build import assign, grant, identity, instance, kinds, offer, only, refuse, roster, sent, view
+from tests.core.build import assign, grant, identity, instance, kinds, membership, offer, only, refuse, sent, view
 from tests.core.test_prefill import start
-from tetri.core import lengths
 from tetri.core.actions import BROKER, LengthKnown, Predict
-from tetri.core.worker import Worker
-from tetri.leg import Foretold, Sampled, Span, StepDone
+from tetri.core.prefill import length_wait as lengths
+from tetri.core.worker.worker import Worker
+from tetri.engine_request import HiddenStateEstimate, Sampled, Span, StepDone
 from tetri.policy.rules import Rules
-from tetri.request import Expected, LengthRange, Odds, Sampling
-from tetri.wire.handover import Chunk, Foreseen, Offer
+from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
+from tetri.wire.handover import Chunk, LengthUpdate, Offer
 from tetri.wire.messages import Assign, Close, Tokens
 
 KEY = "p:a:1"
 MOST = 20
 
 
-def odds(bucket):
+def distribution(bucket):
     """All of it in one bucket, but for a little in the last one."""
-    return Odds(4, tuple(0.9 if place == bucket else 0.1 if place == 4 else 0.0 for place in range(5)))
+    return LengthDistribution(4, tuple(0.9 if place == bucket else 0.1 if place == 4 else 0.0 for place in range(5)))
 
 
 def tokens(low):
@@ -35,7 +35,7 @@ PRIOR, NAMED, TOLD = tokens(8), tokens(4), tokens(12)  # what comes of odds(2), 
 
 def learnt(kind, wait_s=0.25):
     rules = Rules(length="trained", decode_route="first_fit", length_granularity=4, length_wait_s=wait_s)
-    return {"rules": rules, "expected": Expected(kind, odds(2), note="made for a test")}
+    return {"rules": rules, "expected": Expected(kind, distribution(2), note="made for a test")}
 
 
 def begin(kind, **changes):
@@ -48,23 +48,23 @@ def ask(prompt, rid="a", **sampling):
 
 
 def named(bucket=1, key=KEY):
-    return LengthKnown(key, None, odds(bucket))
+    return LengthKnown(key, None, distribution(bucket))
 
 
 def told(bucket=3, key=KEY, outputs=0):
-    return Foretold(key, outputs, odds(bucket))
+    return HiddenStateEstimate(key, outputs, distribution(bucket))
 
 
 def offered(actions):
     return [offer.length for offer in sent(actions, "d1", Offer)]
 
 
-def foreseen(actions):
-    return [message.length for message in sent(actions, "d1", Foreseen)]
+def update_length(actions):
+    return [message.length for message in sent(actions, "d1", LengthUpdate)]
 
 
 def status(worker):
-    return worker.core.foresight.status()
+    return worker.core.estimator.status()
 
 
 ENDS = ("a", 7, None)  # the prompt ends in this step, and goes on to be decoded
@@ -102,7 +102,7 @@ def test_a_length_that_the_request_fixes_is_not_predicted(kind, prompt):
     assert not only(worker.tell(ask(prompt, max_tokens=5, ignore_eos=True)), Predict)
     assert offered(worker.later()) == [LengthRange(low=5, high=6)]
     worker.core.stepping = False
-    assert not foreseen(worker.tell(StepDone(spans=(Span(KEY, 0, min(prompt, 8)),), foretold=(told(),))))
+    assert not update_length(worker.tell(StepDone(spans=(Span(KEY, 0, min(prompt, 8)),), estimates=(told(),))))
     assert (status(worker).predicted, status(worker).late) == (0, 0)
 
 
@@ -179,7 +179,7 @@ def test_without_what_was_learnt_the_last_chunk_ends_the_wait_too():
     worker.tell(assign("a", prompt=6))
     assert offered(worker.step(ENDS)) == [None] and worker.core.prefill.lengths.late == 1
     assert not worker.tell(LengthKnown(KEY, NAMED))  # of no use any more
-    assert worker.core.prefill.jobs[KEY].length is None
+    assert worker.core.prefill.requests[KEY].length is None
 
 
 def test_a_prompt_that_was_to_be_one_chunk_and_is_not_waits_no_longer():
@@ -220,8 +220,8 @@ def test_who_has_its_answer_and_no_place_is_not_offered_by_the_timer_of_the_wait
 def test_what_its_own_state_says_goes_with_the_offer_of_a_short_prompt():
     worker = begin("hidden")
     worker.tell(ask(6))
-    said = worker.step(ENDS, foretold=[told()])
-    assert offered(said) == [TOLD] and not foreseen(said) and status(worker).predicted == 1
+    said = worker.step(ENDS, estimates=[told()])
+    assert offered(said) == [TOLD] and not update_length(said) and status(worker).predicted == 1
     assert isinstance(sent(said)[-1], Chunk) and status(worker).late == 0
 
 
@@ -230,10 +230,10 @@ def test_what_its_own_state_says_goes_before_the_last_chunk_of_a_long_prompt(kin
     worker = begin(kind)
     worker.tell(ask(12), *[named()] * (kind == "both"))
     assert offered(worker.step()) == [PRIOR if kind == "hidden" else NAMED]
-    said = worker.step(ENDS, foretold=[told()])
+    said = worker.step(ENDS, estimates=[told()])
     messages = sent(said, "d1")
-    assert [type(message) for message in messages] == [Foreseen, Chunk] and messages[1].token == 7
-    assert foreseen(said) == [TOLD] and worker.core.prefill.jobs[KEY].length == TOLD
+    assert [type(message) for message in messages] == [LengthUpdate, Chunk] and messages[1].token == 7
+    assert update_length(said) == [TOLD] and worker.core.prefill.requests[KEY].length == TOLD
 
 
 @pytest.mark.parametrize("prompt", [6, 12])
@@ -242,8 +242,8 @@ def test_after_its_own_state_the_classifier_is_not_heard(prompt):
     worker.tell(ask(prompt))
     if prompt > 8:
         worker.step()
-    assert offered(worker.step(ENDS, foretold=[told()])) == [TOLD]
-    assert not worker.tell(named()) and worker.core.prefill.jobs[KEY].length == TOLD
+    assert offered(worker.step(ENDS, estimates=[told()])) == [TOLD]
+    assert not worker.tell(named()) and worker.core.prefill.requests[KEY].length == TOLD
 
 
 def test_an_answer_that_comes_too_late_corrects():
@@ -251,7 +251,7 @@ def test_an_answer_that_comes_too_late_corrects():
     worker.tell(ask(6))
     worker.step(ENDS)
     (message,) = sent(worker.tell(named()))
-    assert message == Foreseen(src="p1", incarnation=1, rid="a", attempt=1, offer=1, length=NAMED)
+    assert message == LengthUpdate(src="p1", incarnation=1, rid="a", attempt=1, offer=1, length=NAMED)
     assert offered(worker.later(1.0)) == [NAMED]  # the Offer is repeated, as it is now
 
 
@@ -260,14 +260,14 @@ def test_who_was_granted_and_has_all_its_kv_is_corrected_too():
     worker.tell(ask(6))
     worker.step(ENDS)
     worker.tell(grant("a"))
-    assert foreseen(worker.tell(named())) == [NAMED]
+    assert update_length(worker.tell(named())) == [NAMED]
 
 
 def test_the_same_again_is_not_said():
     worker = begin("both")
     worker.tell(ask(12), named())
     worker.step()
-    assert not foreseen(worker.step(ENDS, foretold=[told(1)]))
+    assert not update_length(worker.step(ENDS, estimates=[told(1)]))
 
 
 def test_who_is_on_offer_nowhere_is_offered_with_what_is_known_then():
@@ -285,7 +285,7 @@ def test_who_is_handed_over_by_then_is_corrected_there():
     worker.step(ENDS)
     worker.tell(Close(rid="a", attempt=1))
     (message,) = sent(worker.tell(named()))
-    assert message == Foreseen(src="p1", incarnation=1, rid="a", attempt=1, offer=1, length=NAMED)
+    assert message == LengthUpdate(src="p1", incarnation=1, rid="a", attempt=1, offer=1, length=NAMED)
     assert not worker.tell(named()), "it is said once"
     worker.tell(Close(rid="a", attempt=1, outputs=5, reason="stop"))
     assert (status(worker).predicted, status(worker).scored, status(worker).late) == (1, 1, 1)
@@ -304,7 +304,7 @@ def test_who_is_handed_over_by_then_is_corrected_there():
 def test_what_comes_when_it_is_over_or_known_is_not_heard(kind, answers, closes):
     worker = begin(kind)
     worker.tell(ask(6), *answers)
-    worker.step(ENDS, foretold=[told()] if kind == "both" else [])
+    worker.step(ENDS, estimates=[told()] if kind == "both" else [])
     worker.tell(*(Close(rid="a", attempt=1, **close) for close in closes))
     assert not worker.tell(named())
 
@@ -317,13 +317,13 @@ def test_of_those_that_were_handed_over_the_newest_are_remembered(monkeypatch):
         worker.step((rid, 7, None))
         worker.tell(Close(rid=rid, attempt=1))
     assert not worker.tell(named(key="p:a:1"))
-    assert foreseen(worker.tell(named(key="p:b:1"), named(key="p:c:1"))) == [NAMED, NAMED]
+    assert update_length(worker.tell(named(key="p:b:1"), named(key="p:c:1"))) == [NAMED, NAMED]
 
 
 def test_one_that_its_first_token_ends_was_predicted_and_is_offered_to_nobody():
     worker = begin("hidden")
     worker.tell(ask(6))
-    said = worker.step(("a", 7, "stop"), foretold=[told()])
+    said = worker.step(("a", 7, "stop"), estimates=[told()])
     assert not sent(said, "d1") and len(sent(said, BROKER, Tokens)) == 1 and status(worker).predicted == 1
 
 
@@ -336,8 +336,8 @@ def test_another_attempt_goes_on_from_its_output():
     worker.tell(StepDone((Span("p:a:2", 0, 8),)))
     worker.later()
     spans = (Span("p:a:2", 8, 11),)
-    actions = worker.tell(StepDone(spans, foretold=(told(1, "p:a:2", outputs=9),)))
-    assert foreseen(actions) == [tokens(12)]  # 9 and four to seven more are mostly in that bucket
+    actions = worker.tell(StepDone(spans, estimates=(told(1, "p:a:2", outputs=9),)))
+    assert update_length(actions) == [tokens(12)]  # 9 and four to seven more are mostly in that bucket
 
 
 def test_at_home_a_correction_is_heard_at_once():
@@ -345,26 +345,26 @@ def test_at_home_a_correction_is_heard_at_once():
     worker.tell(ask(12))
     worker.step()
     worker.step()
-    (seat,) = worker.core.decode.seats.values()
-    assert seat.length == PRIOR
+    (request,) = worker.core.decode.requests.values()
+    assert request.length == PRIOR
     assert not sent(worker.tell(named()))
-    assert seat.length == NAMED
+    assert request.length == NAMED
 
 
 def decode_step(worker, key, bucket, outputs, reason=None):
     worker.later()
     odd = told(bucket, key, outputs)
-    worker.tell(StepDone((Span(key, 50, 51),), (Sampled(key, (6,), reason),), foretold=(odd,)))
+    worker.tell(StepDone((Span(key, 50, 51),), (Sampled(key, (6,), reason),), estimates=(odd,)))
 
 
 def test_what_is_said_during_decode_goes_to_the_decode_half():
     worker = test_mixed.start(role="decode", **learnt("hidden"))
     key = test_mixed.decoding(worker)
-    seat = worker.core.decode.seats[key]
-    decode_step(worker, key, bucket=1, outputs=seat.written)
-    assert (seat.length, seat.written) == (tokens(4), 3)  # two and 4 to 7 more
-    worker.tell(Foreseen(src="p9", incarnation=1, rid="x", attempt=1, offer=9, length=PRIOR))
-    assert seat.length == tokens(4)  # the prefill side knows less
+    request = worker.core.decode.requests[key]
+    decode_step(worker, key, bucket=1, outputs=request.written)
+    assert (request.length, request.written) == (tokens(4), 3)  # two and 4 to 7 more
+    worker.tell(LengthUpdate(src="p9", incarnation=1, rid="x", attempt=1, offer=9, length=PRIOR))
+    assert request.length == tokens(4)  # the prefill side knows less
 
 
 def test_what_is_said_in_the_very_step_that_ends_it_is_judged():
@@ -382,7 +382,7 @@ def test_what_is_said_in_the_very_step_that_ends_it_is_judged():
 def ended(*closes):
     worker = begin("hidden")
     worker.tell(ask(6))
-    worker.step(ENDS, foretold=[told()])
+    worker.step(ENDS, estimates=[told()])
     worker.tell(*(Close(rid="a", attempt=1, **close) for close in closes))
     return worker
 
@@ -406,9 +406,9 @@ def test_what_was_said_is_held_against_what_came(closes, scored):
 
 def test_the_beat_says_how_the_predictor_does():
     worker = ended({"reason": "stop", "outputs": 13})
-    assert worker.core.presence.beat().message.predictor == status(worker)
+    assert worker.core.reporter.heartbeat().message.predictor == status(worker)
     assert (status(worker).kind, status(worker).note) == ("hidden", "made for a test")
-    assert start().core.presence.beat().message.predictor is None
+    assert start().core.reporter.heartbeat().message.predictor is None
 
 
 def test_what_ends_elsewhere_teaches_the_prior():
@@ -424,9 +424,9 @@ def test_an_end_is_counted_once_though_both_halves_hear_of_it():
     key = test_mixed.decoding(worker)
     worker.step(reason="stop")
     assert key not in worker.core.decode.batch.running
-    before = repr(vars(worker.core.foresight.prior))
+    before = repr(vars(worker.core.estimator.prior))
     worker.tell(Close(rid="x", attempt=1, reason="stop", outputs=3))
-    assert repr(vars(worker.core.foresight.prior)) == before
+    assert repr(vars(worker.core.estimator.prior)) == before
 
 
 def test_to_learn_one_must_know_from_what():
@@ -437,7 +437,7 @@ def test_to_learn_one_must_know_from_what():
 def test_a_correction_that_comes_before_its_sender_is_known_waits_with_its_offer():
     worker = test_mixed.start(role="decode", **learnt("prior"))
     of = {"src": "p7", "incarnation": 3, "attempt": 1, "offer": 1}
-    assert not worker.tell(offer("x", 8, length=PRIOR, **of), Foreseen(rid="x", length=NAMED, **of))
-    worker.tell(roster(2, instance("m1", "decode"), instance("p7", "prefill", incarnation=3)))
-    (seat,) = worker.core.decode.seats.values()
-    assert seat.length == NAMED
+    assert not worker.tell(offer("x", 8, length=PRIOR, **of), LengthUpdate(rid="x", length=NAMED, **of))
+    worker.tell(membership(2, instance("m1", "decode"), instance("p7", "prefill", incarnation=3)))
+    (request,) = worker.core.decode.requests.values()
+    assert request.length == NAMED

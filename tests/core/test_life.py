@@ -4,10 +4,10 @@ from random import Random
 
 import pytest
 
-from tests.core.build import WordingTold, beat, capacity, only, ready, sent, staged, tokens
-from tetri.core.actions import Reply, Submitted, Unword
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tests.core.build import WordingTold, capacity, heartbeat, only, ready, sent, staged, tokens
+from tetri.core.actions import Release, Reply, Submitted
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
@@ -15,7 +15,7 @@ from tetri.wire.clients import Done
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Assign
 
-LIMITS = Limits(context=40, vocabulary=100, beat_s=0.1, dead_s=5.0, patience_s=10.0)
+LIMITS = Limits(context=40, vocabulary=100, heartbeat_s=0.1, dead_s=5.0, patience_s=10.0)
 
 
 def submit(key, prompt=3, max_tokens=1):
@@ -37,7 +37,7 @@ def test_times_too_short_or_too_long_to_count_are_counted_all_the_same(seconds):
     work = told.core.table.work_ns["p1"]
     assert work >= 2
     ended = told.tell(tokens("p1", "00002a-1", 0, 7, reason="length"))
-    assert told.core.table.work_ns["p1"] == work // 2 and only(ended, Unword)
+    assert told.core.table.work_ns["p1"] == work // 2 and only(ended, Release)
     told.tell(tokens("p1", "00002a-2", 0, 7, reason="length"))
     assert not told.core.table.work_ns
 
@@ -59,7 +59,7 @@ def rows(told):
 
 def lose(told, iid):
     """It dies and comes back: the errors with which requests ended."""
-    actions = told.tell(PeerDown(iid), PeerUp(iid), beat(iid))
+    actions = told.tell(PeerDown(iid), PeerUp(iid), heartbeat(iid))
     return [reply.message.error for reply in only(actions, Reply) if isinstance(reply.message, Done)]
 
 
@@ -71,7 +71,7 @@ def begin(told, *keys):
 
 
 def counted(told):
-    return {key: row.attempt - row.spared for key, row in rows(told).items()}
+    return {key: row.attempt - row.not_counted for key, row in rows(told).items()}
 
 
 @pytest.fixture

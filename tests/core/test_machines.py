@@ -8,25 +8,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.core.build import (
-    beat,
     failed,
+    heartbeat,
     ready,
     staged,
     tokens,
 )
 from tetri.core.actions import (
     Connect,
+    Detokenize,
+    Detokenized,
     FromClient,
+    Release,
     Reply,
     Send,
     Submitted,
     Undelivered,
-    Unword,
-    Word,
-    Worded,
 )
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
 from tetri.wire.clients import Attach, Cancel, Delta, Done, Inspect
@@ -50,7 +50,13 @@ class BrokerUnderFire(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         limits = Limits(
-            context=40, vocabulary=99, max_open=4, max_attempts=4, beat_s=0.1, dead_s=2.0, patience_s=5.0,
+            context=40,
+            vocabulary=99,
+            max_open=4,
+            max_attempts=4,
+            heartbeat_s=0.1,
+            dead_s=2.0,
+            patience_s=5.0,
             client_grace_s=1.0,
         )
         self.core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
@@ -69,9 +75,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
                     self.connected[peer] = None
                 case Send(peer, _):
                     assert peer in self.connected, f"{peer} was never connected"
-                case Word():
+                case Detokenize():
                     self.slow.append(action)
-                case Unword(rid):
+                case Release(rid):
                     assert rid not in self.ended, "ended twice"
                     self.ended[rid] = None
                 case Reply(client, message):
@@ -138,12 +144,12 @@ class BrokerUnderFire(RuleBasedStateMachine):
         """The edge does them in order."""
         word = self.slow.pop(0)
         counted = word.start + 1 if stop and word.ids else None
-        self.tell(Worded(word.rid, word.start, word.ids, "x" * len(word.ids), counted, word.final))
+        self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), counted, word.final))
         if counted is not None:  # from now on all words of it say so
             self.slow = [each for each in self.slow if each.rid != word.rid]
             row = self.core.table.rows.get(word.rid)
             if row is not None and not row.stage.ended:
-                self.tell(Worded(word.rid, row.asked, (), "", counted, True))
+                self.tell(Detokenized(word.rid, row.asked, (), "", counted, True))
 
     # ------------------------------------------------------------ workers
 
@@ -166,7 +172,11 @@ class BrokerUnderFire(RuleBasedStateMachine):
             self.tell(staged(iid, self.rid(number), stage, attempt))
 
     @rule(
-        iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), start=st.integers(0, 4), size=st.integers(0, 4),
+        iid=iids,
+        number=st.integers(1, 6),
+        attempt=st.integers(1, 3),
+        start=st.integers(0, 4),
+        size=st.integers(0, 4),
         reason=st.sampled_from([None, None, "stop", "length"]),
     )
     def tokens(self, iid, number, attempt, start, size, reason):
@@ -178,12 +188,13 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.tell(failed(iid, self.rid(number), retry=retry, attempt=attempt))
 
     @rule(
-        iid=iids, incarnation=st.integers(1, 2),
+        iid=iids,
+        incarnation=st.integers(1, 2),
         holds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), stages, st.integers(0, 5)), max_size=3),
     )
-    def beat(self, iid, incarnation, holds):
+    def heartbeat(self, iid, incarnation, holds):
         held = [Hold(self.rid(number), attempt, stage, outputs) for number, attempt, stage, outputs in holds]
-        self.tell(beat(iid, *held, incarnation=incarnation))
+        self.tell(heartbeat(iid, *held, incarnation=incarnation))
 
     @rule(wait=seconds)
     def tick(self, wait):
@@ -216,7 +227,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
 
     def _word(self):
         word = self.slow.pop(0)
-        self.tell(Worded(word.rid, word.start, word.ids, "x" * len(word.ids), None, word.final))
+        self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), None, word.final))
 
 
 TestBrokerUnderFire = BrokerUnderFire.TestCase

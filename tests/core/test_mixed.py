@@ -15,38 +15,38 @@ from tests.core.build import (
     instance,
     kinds,
     landed,
+    membership,
     offer,
     only,
     refuse,
-    roster,
     sent,
     view,
 )
 from tetri.core.actions import (
-    AddLeg,
-    AdmitLeg,
+    AddRequest,
+    AdmitRequest,
     Adopt,
     Adopted,
     Broken,
-    CancelLeg,
+    CancelRequest,
     Export,
     Exported,
     Free,
-    HoldLeg,
-    LegRejected,
+    HoldRequest,
     LengthKnown,
     Predict,
     Publish,
+    RequestRejected,
     Step,
 )
-from tetri.core.worker import Worker
+from tetri.core.worker.worker import Worker
 from tetri.cost import Cost
-from tetri.leg import Sampled, Span, StepDone
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import LengthRange, Sampling
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Grant, Offer
-from tetri.wire.messages import Beat, Close, Failed, Flip, LoadReport, Staged
+from tetri.wire.messages import Close, Failed, Flip, Heartbeat, LoadReport, Staged
 
 ROOMY = capacity(blocks=40, context=100, max_batch=4)
 LONG = Sampling(max_tokens=20)
@@ -70,7 +70,7 @@ class Both(Told):
         assert isinstance(planned[-1], Step), kinds(planned)
         core = self.core
         spans = list(core.prefill.expected) if spans is None else spans
-        ended = [span.key for span in spans if span.stop == core.prefill.jobs[span.key].goal]
+        ended = [span.key for span in spans if span.stop == core.prefill.requests[span.key].goal]
         running = [key for key in core.decode.batch.running if key not in preempted] if decodes is None else decodes
         tokens = [Sampled(key, (5,), None) for key in ended] + [Sampled(key, (6,), reason) for key in running]
         spans = [*spans, *(Span(key, 50, 51) for key in running)]
@@ -88,7 +88,7 @@ def start(role="mixed", others=(), **changes):
 def see(told, number, *others):
     """`others` are (iid, role)."""
     entries = [instance(iid, role) for iid, role in (*others, *ELSEWHERE)]
-    told.tell(roster(number, instance("m1", told.core.role), *entries), *[PeerUp(iid) for iid, _ in others])
+    told.tell(membership(number, instance("m1", told.core.role), *entries), *[PeerUp(iid) for iid, _ in others])
 
 
 def decoding(told, rid="x", prompt=8, number=9, **changes):
@@ -109,13 +109,16 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     told = start()
     told.tell(assign("a", prompt=12, max_tokens=3))
     actions = told.step() + told.step() + told.step()
-    assert not sent(actions, "m1") and [leg.leg.phase for leg in only(actions, AddLeg)] == ["prefill", "decode"]
+    assert not sent(actions, "m1") and [request.request.phase for request in only(actions, AddRequest)] == [
+        "prefill",
+        "decode",
+    ]
     actions += told.step(reason="length")
     assert [message.stage for message in sent(actions, kind=Staged)] == ["prefill", "moving", "waiting", "decode"]
-    assert only(actions, AdmitLeg) and len(only(actions, Free)) == 2
-    assert [hold.stage for hold in sent(told.later(0.1), kind=Beat)[0].holds] == ["moving", "done"]
+    assert only(actions, AdmitRequest) and len(only(actions, Free)) == 2
+    assert [hold.stage for hold in sent(told.later(0.1), kind=Heartbeat)[0].holds] == ["moving", "done"]
     told.tell(Close(rid="a", attempt=1))
-    assert not told.core.prefill.jobs and not told.core.decode.seats and told.core.ledger.free == 40
+    assert not told.core.prefill.requests and not told.core.decode.requests and told.core.ledger.free == 40
 
 
 def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_that_it_ends():
@@ -124,9 +127,9 @@ def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_
     key = decoding(told, "a", prompt=4)
     told.tell(assign("a", prompt=16, attempt=2))
     planned = told.later()
-    assert only(planned, CancelLeg) == [CancelLeg(key)] and told.core.prefill.expected == [Span("p:a:2", 0, 7)]
+    assert only(planned, CancelRequest) == [CancelRequest(key)] and told.core.prefill.expected == [Span("p:a:2", 0, 7)]
     told.tell(StepDone((Span("p:a:2", 0, 8),), (), tuple(told.core.decode.bare)))
-    assert told.core.prefill.jobs["p:a:2"].done == 8
+    assert told.core.prefill.requests["p:a:2"].done == 8
 
 
 def test_decodes_take_one_token_of_the_budget_each_and_the_chunk_the_rest():
@@ -145,7 +148,7 @@ def test_while_prompts_wait_the_batch_stays_smaller_than_the_budget():
     told.step()
     told.tell(chunk("y", 0, 0, 2, token=5, offer=9, src="p9"))
     told.step()
-    assert len(told.core.decode.batch.running) == 1 and told.core.prefill.jobs["p:a:1"].done == 2
+    assert len(told.core.decode.batch.running) == 1 and told.core.prefill.requests["p:a:1"].done == 2
     told.tell(Close(rid="a", attempt=1))
     told.later()
     assert len(told.core.decode.batch.running) == 2  # nobody waits any more
@@ -166,10 +169,10 @@ def test_a_prompt_that_waits_for_slots_is_held_while_others_step():
     told.step()
     told.step()
     waits = told.step()
-    assert only(waits, HoldLeg) == [HoldLeg("p:a:1", True)] and told.core.prefill.short
-    assert not only(told.step(), HoldLeg)
+    assert only(waits, HoldRequest) == [HoldRequest("p:a:1", True)] and told.core.prefill.short
+    assert not only(told.step(), HoldRequest)
     told.tell(grant("a"), landed("a", 0))
-    assert only(told.step(), HoldLeg) == [HoldLeg("p:a:1", False)]
+    assert only(told.step(), HoldRequest) == [HoldRequest("p:a:1", False)]
 
 
 # ---------------------------------------------------------------- what the engine may do otherwise
@@ -203,7 +206,7 @@ def test_a_chunk_may_be_another_only_when_a_decode_was_preempted(spans, preempte
     allowed = preempted and spans in ([Span("p:a:1", 7, 15)], [Span("p:a:1", 7, 9)], [])
     if allowed:
         told.step(spans=spans, preempted=[key])
-        assert told.core.prefill.jobs["p:a:1"].done == (spans[0].stop if spans else 7)
+        assert told.core.prefill.requests["p:a:1"].done == (spans[0].stop if spans else 7)
     else:
         with pytest.raises(Broken, match="planned"):
             told.step(spans=spans, preempted=[key] if preempted else [])
@@ -218,7 +221,7 @@ def test_a_decode_that_is_computed_again_takes_its_share_of_the_budget():
     told.tell(done)  # half of it is computed again, and there is no token yet
     told.later()
     told.tell(StepDone((Span(key, 4, 10), Span("p:a:1", 19, 20)), (Sampled(key, (6,), None),)))
-    assert not told.core.decode.batch.lapsed and told.core.decode.seats[key].recomputed == 8
+    assert not told.core.decode.batch.preempted and told.core.decode.requests[key].recomputed == 8
 
 
 def test_none_of_a_chunk_need_run_while_memory_is_overdrawn():
@@ -227,9 +230,9 @@ def test_none_of_a_chunk_need_run_while_memory_is_overdrawn():
     told.tell(assign("a", prompt=16))
     while told.core.ledger.free >= 0:
         told.step()
-    done = told.core.prefill.jobs["p:a:1"].done
+    done = told.core.prefill.requests["p:a:1"].done
     told.step(spans=[])
-    assert 0 < told.core.prefill.jobs["p:a:1"].done == done < 16
+    assert 0 < told.core.prefill.requests["p:a:1"].done == done < 16
 
 
 def test_a_prefill_leg_that_the_engine_preempts_begins_again():
@@ -238,7 +241,7 @@ def test_a_prefill_leg_that_the_engine_preempts_begins_again():
     told.step()
     told.later()
     told.tell(StepDone(preempted=("p:a:1",)))
-    assert told.core.prefill.jobs["p:a:1"].done == 0 and told.core.prefill.queue.tokens == 20
+    assert told.core.prefill.requests["p:a:1"].done == 0 and told.core.prefill.queue.tokens == 20
     told.tell(PeerUp("d1"))
     actions = told.step()
     assert not only(actions, Export)  # its blocks are there already
@@ -250,10 +253,10 @@ def test_a_decode_that_the_engine_does_not_admit_leaves_its_place_to_the_chunk()
     told.tell(offer("x", 8, offer=9, src="p9", sampling=LONG), assign("a", prompt=20))
     told.step()
     told.tell(chunk("x", 0, 0, 2, token=5, offer=9, src="p9"))
-    assert only(told.later(), AdmitLeg) and told.core.prefill.expected == [Span("p:a:1", 8, 15)]
-    told.tell(LegRejected("d:x:1:p9:9", "odd"))
+    assert only(told.later(), AdmitRequest) and told.core.prefill.expected == [Span("p:a:1", 8, 15)]
+    told.tell(RequestRejected("d:x:1:p9:9", "odd"))
     told.tell(StepDone((Span("p:a:1", 8, 16),)))
-    assert told.core.prefill.jobs["p:a:1"].done == 16
+    assert told.core.prefill.requests["p:a:1"].done == 16
 
 
 # ---------------------------------------------------------------- roles
@@ -262,12 +265,12 @@ def test_a_decode_that_the_engine_does_not_admit_leaves_its_place_to_the_chunk()
 def test_a_change_of_role_is_told_at_once():
     told = start(role="prefill")
     actions = told.tell(Flip(role="decode", number=8))
-    (said,) = sent(actions, kind=Beat)
+    (said,) = sent(actions, kind=Heartbeat)
     (published,) = only(actions, Publish)
     assert said.role == published.message.role == told.core.role == "decode" and said.flip == 8
     assert isinstance(published.message, LoadReport)
-    assert sent(told.tell(Flip(role="decode", number=8)), kind=Beat)  # perhaps that was missed
-    (said,) = sent(told.tell(Flip(role="king", number=9)), kind=Beat)
+    assert sent(told.tell(Flip(role="decode", number=8)), kind=Heartbeat)  # perhaps that was missed
+    (said,) = sent(told.tell(Flip(role="king", number=9)), kind=Heartbeat)
     assert (said.role, said.flip) == ("decode", 8)
 
 
@@ -285,10 +288,10 @@ def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_deco
     told = start(role="prefill")
     told.tell(assign("a", prompt=8))
     told.step()
-    assert "p:a:1" in told.core.dispatcher.stranded
+    assert "p:a:1" in told.core.dispatcher.unplaceable
     actions = told.tell(Flip(role="decode", number=8))
-    assert told.core.prefill.jobs["p:a:1"].flow.target == "m1" and only(actions, AddLeg)
-    assert not sent(actions, "m1") and not told.core.dispatcher.stranded
+    assert told.core.prefill.requests["p:a:1"].flow.target == "m1" and only(actions, AddRequest)
+    assert not sent(actions, "m1") and not told.core.dispatcher.unplaceable
 
 
 def test_loads_are_published_again_and_again():
@@ -312,7 +315,7 @@ def test_a_load_tells_those_with_all_their_kv_from_those_that_wait_for_it():
     told.tell(offer("x", prompt=8, offer=9, src="p9", sampling=LONG), offer("y", prompt=8, offer=8, src="p9"))
     told.step()
     told.tell(chunk("x", 0, 0, 2, token=5, offer=9, src="p9"))
-    load = told.core.presence.load()
+    load = told.core.reporter.load()
     assert (load.waiting, load.landed, load.running) == (2, 1, 0)
 
 
@@ -348,7 +351,7 @@ def test_a_prediction_that_does_not_come_is_waited_for_only_so_long():
     assert [(offer.rid, offer.length) for offer in offers] == [("a", None), ("b", None)]
     assert told.core.prefill.lengths.late == 2
     assert not told.tell(LengthKnown("p:a:1", LengthRange(low=0, high=2)))  # it is too late
-    assert told.core.prefill.jobs["p:a:1"].length is None
+    assert told.core.prefill.requests["p:a:1"].length is None
 
 
 def test_nobody_waits_for_a_prediction_any_more_when_it_is_there_or_of_no_use():
@@ -356,7 +359,7 @@ def test_nobody_waits_for_a_prediction_any_more_when_it_is_there_or_of_no_use():
     told.tell(LengthKnown("p:b:1", LengthRange(low=0, high=2)), Close(rid="a", attempt=1))
     told.core.stepping = False
     told.later(5.0)
-    assert told.core.prefill.lengths.late == 0 and told.core.prefill.jobs["p:b:1"].length is not None
+    assert told.core.prefill.lengths.late == 0 and told.core.prefill.requests["p:b:1"].length is not None
 
 
 def test_a_request_that_is_not_decoded_waits_for_no_prediction():
@@ -381,17 +384,17 @@ def blocked(others=(("d1", "decode"),)):
 
 def test_a_prompt_that_nobody_takes_gives_its_memory_to_a_request_to_be_decoded():
     told = blocked()
-    number = told.core.prefill.jobs["p:a:1"].flow.offer
+    number = told.core.prefill.requests["p:a:1"].flow.offer
     told.tell(refuse("a", number))
     told.later()
-    assert told.core.prefill.blocked() is not None and told.core.presence.load().free_blocks == 12
+    assert told.core.prefill.blocked() is not None and told.core.reporter.load().free_blocks == 12
     actions = told.tell(offer("x", prompt=32, offer=9, src="p9"))
-    assert kinds(actions) == ["CancelLeg", "Free", "AddLeg", "Grant > p9"]
-    job = told.core.prefill.jobs["p:a:1"]
-    assert (job.done, job.turn, job.running, job.flow.exported) == (0, 0, False, 0)
-    assert not told.core.prefill.expected and told.core.prefill.slots_taken == 0
+    assert kinds(actions) == ["CancelRequest", "Free", "AddRequest", "Grant > p9"]
+    request = told.core.prefill.requests["p:a:1"]
+    assert (request.done, request.turn, request.running, request.flow.exported) == (0, 0, False, 0)
+    assert not told.core.prefill.expected and told.core.prefill.slots_used == 0
     told.tell(Close(rid="x", attempt=1))
-    assert kinds(told.step())[:2] == ["AddLeg", "Staged > broker"]  # it begins again
+    assert kinds(told.step())[:2] == ["AddRequest", "Staged > broker"]  # it begins again
 
 
 @pytest.mark.parametrize("rid, yields", [("Z", True), ("b", False)])
@@ -400,19 +403,19 @@ def test_of_two_that_ask_each_others_instances_the_lower_id_wins(rid, yields):
     told.later()
     (answer,) = sent(told.tell(offer(rid, prompt=32, offer=9, src="p9")), "p9")
     assert isinstance(answer, Grant) == yields
-    assert (told.core.prefill.jobs["p:a:1"].flow.offer is None) == yields
+    assert (told.core.prefill.requests["p:a:1"].flow.offer is None) == yields
 
 
 def test_memory_is_not_given_up_when_that_is_not_enough_or_to_the_same_request():
     told = blocked()
     told.later()
-    assert not told.core.prefill.make_room("Z", 13) and not told.core.prefill.make_room("a", 8)
+    assert not told.core.prefill.free_memory("Z", 13) and not told.core.prefill.free_memory("a", 8)
 
 
 def test_a_prompt_that_was_taken_gives_nothing_up():
     told = blocked()
     told.later()
-    told.tell(grant("a", told.core.prefill.jobs["p:a:1"].flow.offer))
+    told.tell(grant("a", told.core.prefill.requests["p:a:1"].flow.offer))
     assert kinds(told.tell(offer("Z", prompt=32, offer=9, src="p9"))) == ["Refuse > p9"]
 
 
@@ -420,7 +423,7 @@ def test_no_memory_is_given_up_while_the_engine_computes():
     told = blocked()
     told.later()
     told.core.stepping = True
-    assert not told.core._make_room("Z", 8)
+    assert not told.core._free_memory("Z", 8)
     told.core.stepping = False
 
 
@@ -428,9 +431,9 @@ def test_kv_that_was_exported_before_it_began_again_is_freed():
     told = blocked()
     told.later()
     told.tell(offer("Z", prompt=32, offer=9, src="p9"))
-    told.core.prefill.leaving.taken += 2  # an export that took its time
+    told.core.prefill.kv_send.used += 2  # an export that took its time
     late = Exported("p:a:1", 0, 0, 2, handle(0, 1, segment="s-m1"), 9)
-    assert only(told.tell(late), Free) and told.core.prefill.slots_taken == 0
+    assert only(told.tell(late), Free) and told.core.prefill.slots_used == 0
 
 
 def stuck():
@@ -440,9 +443,9 @@ def stuck():
     told.tell(assign("a", prompt=28, max_tokens=4))
     told.step()
     told.step()
-    job = told.core.prefill.jobs["p:a:1"]
+    request = told.core.prefill.requests["p:a:1"]
     told.later()
-    told.core.dispatcher.refused(job, "full")
+    told.core.dispatcher.refused(request, "full")
     told.tell(StepDone(preempted=(key,)))
     return told, key
 
@@ -451,7 +454,7 @@ def test_decodes_that_cannot_go_on_get_the_memory_of_a_prompt_that_cannot_either
     told, key = stuck()
     assert told.core.decode.batch.stuck() and not told.core.idle
     actions = told.later()
-    assert only(actions, CancelLeg) == [CancelLeg("p:a:1")] and isinstance(actions[-1], Step)
+    assert only(actions, CancelRequest) == [CancelRequest("p:a:1")] and isinstance(actions[-1], Step)
     assert told.core.ledger.free == 12 - 4
     told.tell(StepDone((Span(key, 0, 14),), (Sampled(key, (6,), None),)))
 
@@ -460,7 +463,7 @@ def test_a_prompt_that_only_its_own_instance_could_decode_but_not_beside_it_goes
     told = start(others=[("p1", "prefill")], capacity=TIGHT, slots=6, view_s=2.0)
     told.tell(assign("a", prompt=32, max_tokens=4))
     told.step()
-    assert "p:a:1" in told.core.dispatcher.stranded
+    assert "p:a:1" in told.core.dispatcher.unplaceable
     assert not sent(told.later(1.9), kind=Failed)
     (failed,) = sent(told.later(0.2), kind=Failed)
     assert failed.retry and "not beside its own prefill" in failed.why
@@ -480,7 +483,7 @@ def test_with_nobody_else_to_prefill_it_such_a_prompt_waits_for_whoever_comes(ot
         return
     if others:
         see(told, 2, *others)
-        assert told.core.prefill.jobs["p:a:1"].flow.target == "d1"
+        assert told.core.prefill.requests["p:a:1"].flow.target == "d1"
         return
     see(told, 2, ("p1", "prefill"))
     told.core.stepping = False
@@ -507,6 +510,9 @@ def test_when_it_refuses_itself_others_are_asked():
     told.tell(view(1, d1=0), assign("a", prompt=16, max_tokens=8), assign("b", prompt=16, max_tokens=8))
     for _ in range(4):
         told.step()
-    jobs = told.core.prefill.jobs
-    assert (jobs["p:a:1"].flow.target, jobs["p:b:1"].flow.target) == ("m1", "")  # reservations take their share only
+    requests = told.core.prefill.requests
+    assert (requests["p:a:1"].flow.target, requests["p:b:1"].flow.target) == (
+        "m1",
+        "",
+    )  # reservations take their share only
     assert [each.rid for each in sent(told.tell(view(2, d1=10)), "d1", Offer)] == ["b"]

@@ -3,7 +3,7 @@
 from tests.core.build import assign, capacity, sent
 from tests.core.test_lengths import NAMED, learnt, named
 from tests.core.test_mixed import decoding, start
-from tetri.leg import Sampled, Span, StepDone
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.wire.handover import Grant, Offer
 
 ROOMY = capacity(blocks=60, context=100, max_batch=4, chunk_tokens=8)
@@ -26,9 +26,9 @@ def test_an_answer_during_a_step_takes_nobody_out_of_that_step():
     assert key in told.core.decode.batch.running
     spans = (*told.core.prefill.expected, Span(key, 50, 51))
     told.tell(StepDone(spans, (Sampled(key, (6,), None),)))
-    (seat,) = told.core.decode.seats.values()
-    assert (seat.offer.attempt, seat.length) == (2, NAMED) and told.core.prefill.jobs["p:x:2"].granted
-    assert told.core.foresight.status().late == 0
+    (request,) = told.core.decode.requests.values()
+    assert (request.offer.attempt, request.length) == (2, NAMED) and told.core.prefill.requests["p:x:2"].granted
+    assert told.core.estimator.status().late == 0
 
 
 def test_an_answer_during_a_step_goes_to_others_at_once():

@@ -7,7 +7,7 @@ from tetri.core.actions import BROKER, Broken, Publish
 from tetri.core.monitor import LOW, Monitor
 from tetri.policy.views import FlipSettings
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Beat, FlipWanted, Load, LoadReport
+from tetri.wire.messages import FlipWanted, Heartbeat, Load, LoadReport
 
 SETTINGS = FlipSettings(idle_s=20.0, low_s=20.0, hold_s=10.0, floor=1, gain=2.0)
 BUSY = {"queued": 3, "waiting": 2, "landed": 2, "running": 2, "busy": 1.0, "queued_s": 9.0, "decode_s": 9.0}
@@ -319,7 +319,9 @@ def test_a_report_of_a_role_that_does_not_exist_is_not_heard():
 
 def test_nonsense_is_refused():
     with pytest.raises(Broken, match="a monitor knows no"):
-        monitor().core.handle(Beat(iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[]), 0.0)
+        monitor().core.handle(
+            Heartbeat(iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[]), 0.0
+        )
 
 
 @pytest.mark.parametrize("wrong", [{"idle_at": 9.0}, {"low_at": 9.0}, {"since": 9.0}, {"busy": 1.5}])

@@ -4,9 +4,9 @@ import pytest
 
 from tests.core.build import BLOCK, capacity, identity, offer
 from tetri.core.actions import Broken
-from tetri.core.kvflow import Inflow
-from tetri.core.outlook import Outlook
-from tetri.core.seat import NEVER, Seat
+from tetri.core.decode.load_forecast import LoadForecast
+from tetri.core.decode.request import NEVER, DecodeRequest
+from tetri.core.kvflow import KVInflow
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import LengthRange, Sampling
@@ -14,15 +14,15 @@ from tetri.request import LengthRange, Sampling
 COST = Cost(decode=((1.0, 0.01), (11.0, 0.11)), decode_context_s=0.001)
 
 
-def outlook(**rules):
+def forecast(**rules):
     rules = Rules(**{"heavy_tokens": 10, **rules})
-    return Outlook(identity("d1", "decode", rules=rules, cost=COST, capacity=capacity(max_batch=2)))
+    return LoadForecast(identity("d1", "decode", rules=rules, cost=COST, capacity=capacity(max_batch=2)))
 
 
-def seat(rid, low=None, high=None, prompt=8, output=(), most=40):
+def request(rid, low=None, high=None, prompt=8, output=(), most=40):
     length = None if low is None else LengthRange(low=low, high=high)
     made = offer(rid, prompt, output, sampling=Sampling(max_tokens=most))
-    return Seat(rid, made, Inflow(made.blocks, "shm", "s-p1"), length, blocks=made.blocks)
+    return DecodeRequest(rid, made, KVInflow(made.blocks, "shm", "s-p1"), length, blocks=made.blocks)
 
 
 def write(view, made, tokens):
@@ -31,12 +31,12 @@ def write(view, made, tokens):
 
 
 def test_what_comes_and_goes_is_counted():
-    view = outlook()
-    one, two = seat("a", 10, 20), seat("b", 2, 4, prompt=4)
+    view = forecast()
+    one, two = request("a", 10, 20), request("b", 2, 4, prompt=4)
     for each in (one, two):
         view.enter(each)
-        view.check([one, two][: view.seats])
-    assert (view.seats, view.heavy, view.context) == (2, 1, 12)
+        view.check([one, two][: view.requests])
+    assert (view.requests, view.heavy, view.context) == (2, 1, 12)
     assert view.left == 19 + 3  # the last token inside each range
     assert (one.growth, two.growth, view.growth) == (-(-27 // BLOCK) - 2, 1, 5 + 1)
     write(view, one, 3)
@@ -45,7 +45,7 @@ def test_what_comes_and_goes_is_counted():
     assert view.growth == 5
     view.leave(one)
     view.leave(two)
-    assert (view.seats, view.heavy, view.growth, view.left, view.context) == (0, 0, 0, 0, 0)
+    assert (view.requests, view.heavy, view.growth, view.left, view.context) == (0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_what_comes_and_goes_is_counted():
     ],
 )
 def test_the_ends_of_the_range_that_the_rules_name(rules, length, ends):
-    view, made = outlook(**rules), seat("a", *length)
+    view, made = forecast(**rules), request("a", *length)
     view.enter(made)
     assert (made.dispatch_end, made.admit_end) == ends
 
 
 def test_a_range_that_is_outlived_moves_up_and_may_turn_heavy():
-    view, made = outlook(), seat("a", 4, 8)
+    view, made = forecast(), request("a", 4, 8)
     view.enter(made)
     assert (made.due, view.until_moved(made), made.heavy) == (1, 8, False)  # its account has room for the prompt only
     write(view, made, 6)
@@ -80,7 +80,7 @@ def test_a_range_that_is_outlived_moves_up_and_may_turn_heavy():
 
 
 def test_one_that_outlives_the_low_end_is_predicted_by_the_high_end():
-    view, made = outlook(dispatch_end="low"), seat("a", 5, 20)
+    view, made = forecast(dispatch_end="low"), request("a", 5, 20)
     view.enter(made)
     write(view, made, 5)
     assert not view.look(made) and made.dispatch_end == 19
@@ -88,28 +88,28 @@ def test_one_that_outlives_the_low_end_is_predicted_by_the_high_end():
 
 
 def test_output_of_earlier_attempts_counts():
-    view, made = outlook(), seat("a", 4, 8, prompt=6, output=[1] * 8)
+    view, made = forecast(), request("a", 4, 8, prompt=6, output=[1] * 8)
     view.enter(made)
     assert made.length == LengthRange(low=8, high=12) and made.dispatch_end == 11 and made.due == 3
 
 
 def test_one_without_a_range_is_never_moved():
-    view, made = outlook(), seat("a")
+    view, made = forecast(), request("a")
     view.enter(made)
     assert view.until_moved(made) == NEVER and not made.heavy
 
 
 def test_seconds_until_all_have_ended():
     """Three seats of 6, 6 and 12 tokens left in a batch of two: twelve steps with two thirds of the context."""
-    view = outlook()
+    view = forecast()
     assert view.decode_s() == 0.0
     for rid, end in (("a", 6), ("b", 6), ("c", 12)):
-        view.enter(seat(rid, 1, end + 1))
+        view.enter(request(rid, 1, end + 1))
     assert view.decode_s() == pytest.approx(COST.decode_run_s(2, 16, 12))
 
 
 def test_check_finds_what_is_wrong():
-    view, made = outlook(), seat("a", 2, 4)
+    view, made = forecast(), request("a", 2, 4)
     view.enter(made)
     view.left += 1
     with pytest.raises(Broken, match="counted"):

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.core.build import fingerprint, identity, instance, reach, roster
+from tests.core.build import fingerprint, identity, instance, membership, reach
 from tetri.core.actions import Connect, Disconnect
-from tetri.core.peers import Neighbours
+from tetri.core.instance.peers import Peers
 
 
-def neighbours(*instances, mine=("shm",)):
-    made = Neighbours(identity("p1", "prefill", reach=reach("p1", paths=list(mine))))
-    made.update(roster(1, instance("p1", "prefill"), *instances))
+def peers(*instances, mine=("shm",)):
+    made = Peers(identity("p1", "prefill", reach=reach("p1", paths=list(mine))))
+    made.update(membership(1, instance("p1", "prefill"), *instances))
     for each in instances:
         made.connected(each.iid)
     return made
@@ -30,25 +30,25 @@ def neighbours(*instances, mine=("shm",)):
 )
 def test_only_those_are_asked_to_which_kv_can_move(changes, able):
     other = instance(**{"iid": "d1", "role": "decode", **changes})
-    assert [each.iid for each in neighbours(other).decoders()] == ["d1"] * able
+    assert [each.iid for each in peers(other).decoders()] == ["d1"] * able
 
 
 def test_the_way_of_kv_is_known_of_this_very_start_only():
-    known = neighbours(instance("d1", "decode", 7, reach=reach("d1", paths=["stream", "shm"], segment="slab-7")))
+    known = peers(instance("d1", "decode", 7, reach=reach("d1", paths=["stream", "shm"], segment="slab-7")))
     assert known.way("d1", 7) == ("shm", "slab-7")
     assert known.way("d1", 6) is None and known.way("d2", 7) is None
     assert known.way("p1", 1) == ("local", "s-p1")  # to itself, whichever start is named: no message crosses a start
 
 
 def test_a_restarted_instance_is_read_anew():
-    made = neighbours(instance("d1", "decode"))
+    made = peers(instance("d1", "decode"))
     again = instance("d1", "decode", 2, reach=reach("d1", segment="new"))
-    actions, gone = made.update(roster(2, again))
+    actions, gone = made.update(membership(2, again))
     assert actions == [Disconnect("d1"), Connect("d1", "at-d1", again.reach)] and gone == ["d1"]
     assert made.way("d1", 2) == ("shm", "new") and made.decoders() == []
 
 
 def test_prompts_go_elsewhere_only_where_their_kv_is_understood():
-    assert neighbours(instance("p2", "prefill")).prefills(8)
-    assert not neighbours(instance("p2", "prefill", reach=reach("p2", host="elsewhere"))).prefills(8)
-    assert not neighbours(instance("p2", "prefill", fingerprint=fingerprint(dtype="f32"))).prefills(8)
+    assert peers(instance("p2", "prefill")).prefills(8)
+    assert not peers(instance("p2", "prefill", reach=reach("p2", host="elsewhere"))).prefills(8)
+    assert not peers(instance("p2", "prefill", fingerprint=fingerprint(dtype="f32"))).prefills(8)

@@ -4,11 +4,11 @@ from random import Random
 
 import pytest
 
-from tests.core.build import CAPACITY, capacity, fingerprint, identity, instance, roster
-from tetri.core.job import Job
-from tetri.core.kvflow import Outflow
-from tetri.core.peers import Neighbours
-from tetri.core.pool import Pool
+from tests.core.build import CAPACITY, capacity, fingerprint, identity, instance, membership
+from tetri.core.instance.peers import Peers
+from tetri.core.kvflow import KVOutflow
+from tetri.core.prefill.decode_pool import Pool
+from tetri.core.prefill.request import PrefillRequest
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
 from tetri.request import Sampling
@@ -20,21 +20,21 @@ class World:
 
     def __init__(self, *decoders, **changes):
         own = identity("p1", "prefill", **{"rules": Rules(decode_route="first_fit"), **changes})
-        self.neighbours, self.home, self.number = Neighbours(own), None, 0
-        self.pool = Pool(own, self.neighbours, lambda: self.home)
-        self.roster(*(decoders or (instance("d1", "decode"), instance("d2", "decode"))))
+        self.peers, self.home, self.number = Peers(own), None, 0
+        self.pool = Pool(own, self.peers, lambda: self.home)
+        self.membership(*(decoders or (instance("d1", "decode"), instance("d2", "decode"))))
 
-    def roster(self, *instances):
+    def membership(self, *instances):
         self.number += 1
-        self.neighbours.update(roster(self.number, *instances))
+        self.peers.update(membership(self.number, *instances))
         for each in instances:
-            self.neighbours.connected(each.iid)
+            self.peers.connected(each.iid)
         self.pool.refresh()
 
     def view(self, now, age=0.0, incarnation=1, **loads):
         self.number += 1
         told = [InstanceLoad(iid, incarnation, "decode", age, load) for iid, load in loads.items()]
-        self.neighbours.see(ClusterView(epoch=1, number=self.number, loads=told), now)
+        self.peers.see(ClusterView(epoch=1, number=self.number, loads=told), now)
         self.pool.refresh()
 
     def columns(self):
@@ -44,12 +44,14 @@ class World:
     def choose(self, blocks=1, refused=(), tokens=4, most=8):
         sampling = Sampling(max_tokens=most)
         prompt = (1,) * tokens
-        job = Job("p:a:1", "a", 1, prompt, (), sampling, QueuedPrompt("p:a:1", 1, tokens), Outflow(blocks), tokens)
-        assert self.pool.fits(job) == bool(set(self.pool.columns.iids) - set(self._unfit(job)))
-        return self.pool.choose(job, Need(blocks, blocks, False), refused, Random(1))
+        request = PrefillRequest(
+            "p:a:1", "a", 1, prompt, (), sampling, QueuedPrompt("p:a:1", 1, tokens), KVOutflow(blocks), tokens
+        )
+        assert self.pool.fits(request) == bool(set(self.pool.columns.iids) - set(self._unfit(request)))
+        return self.pool.choose(request, Need(blocks, blocks, False), refused, Random(1))
 
-    def _unfit(self, job):
-        return [self.pool.columns.iids[column] for column in self.pool._unfit(job)]
+    def _unfit(self, request):
+        return [self.pool.columns.iids[column] for column in self.pool._unfit(request)]
 
 
 def test_who_has_not_reported_counts_as_empty_and_an_earlier_incarnation_is_another():
@@ -63,11 +65,13 @@ def test_who_has_not_reported_counts_as_empty_and_an_earlier_incarnation_is_anot
 
 def test_only_those_that_decode_can_be_reached_and_speak_the_same():
     world = World(
-        instance("d1", "decode"), instance("m1", "mixed"), instance("p2", "prefill"),
+        instance("d1", "decode"),
+        instance("m1", "mixed"),
+        instance("p2", "prefill"),
         instance("x1", "decode", fingerprint=fingerprint(dtype="f32")),
     )
     assert [column[0] for column in world.columns()] == ["d1", "m1"]
-    world.neighbours.disconnected("d1")
+    world.peers.disconnected("d1")
     world.pool.refresh()
     assert [column[0] for column in world.columns()] == ["m1"]
 
@@ -75,7 +79,7 @@ def test_only_those_that_decode_can_be_reached_and_speak_the_same():
 def test_columns_are_kept_until_there_is_news():
     world = World()
     free = world.pool.columns.free
-    world.pool.claim(1, "d1", Need(2, 3, False))
+    world.pool.reserve(1, "d1", Need(2, 3, False))
     world.pool.refresh()
     assert world.pool.columns.free is free and world.columns()[0] == ("d1", 8, 7, 0, 1)
 
@@ -87,19 +91,19 @@ def test_columns_are_kept_until_there_is_news():
 )
 def test_an_own_offer_counts_until_a_report_was_made_after_its_grant(granted_at, age, counted):
     world = World()
-    world.pool.claim(1, "d1", Need(2, 3, True))
+    world.pool.reserve(1, "d1", Need(2, 3, True))
     if granted_at is not None:
         world.pool.granted(1, granted_at)
         world.pool.granted(1, 9.0)  # said again
     world.view(2.0, age=age, d1=Load(free_blocks=9, heavy=0))
     assert world.columns()[0] == (("d1", 7, 6, 1, 0) if counted else ("d1", 9, 9, 0, 0))
-    assert bool(world.pool.claims) == counted
+    assert bool(world.pool.reservations) == counted
     world.pool.granted(7, 1.0)  # of an offer that no longer counts
 
 
 def test_what_is_granted_by_one_who_never_reports_is_forgotten_at_the_next_news():
     world = World()
-    world.pool.claim(1, "d1", Need(2, 3, False))
+    world.pool.reserve(1, "d1", Need(2, 3, False))
     world.pool.granted(1, 1.0)
     world.view(2.0, d2=Load(free_blocks=9))
     assert world.columns()[0] == ("d1", 10, 10, 0, 0)
@@ -107,15 +111,15 @@ def test_what_is_granted_by_one_who_never_reports_is_forgotten_at_the_next_news(
 
 def test_what_is_taken_back_no_longer_counts():
     world = World()
-    world.pool.claim(1, "d1", Need(2, 3, True))
-    world.pool.taken_back(1)
-    world.pool.taken_back(1)
+    world.pool.reserve(1, "d1", Need(2, 3, True))
+    world.pool.withdrawn(1)
+    world.pool.withdrawn(1)
     assert world.columns()[0] == ("d1", 10, 10, 0, 0)
 
 
 def test_who_refused_has_no_room_for_as_much_until_the_next_report():
     world = World()
-    world.pool.claim(1, "d1", Need(4, 6, False))
+    world.pool.reserve(1, "d1", Need(4, 6, False))
     world.pool.refused(1)
     world.pool.refused(1)
     assert world.columns()[0] == ("d1", 3, 3, 0, 0)
@@ -127,11 +131,11 @@ def test_who_refused_has_no_room_for_as_much_until_the_next_report():
 def test_an_offer_to_one_that_is_gone_changes_nothing():
     world = World()
     for number in (1, 2):
-        world.pool.claim(number, "d1", Need(2, 3, True))
-    world.roster(instance("d2", "decode"))
-    world.pool.taken_back(1)
+        world.pool.reserve(number, "d1", Need(2, 3, True))
+    world.membership(instance("d2", "decode"))
+    world.pool.withdrawn(1)
     world.pool.refused(2)
-    assert world.columns() == [("d2", 10, 10, 0, 0)] and not world.pool.claims
+    assert world.columns() == [("d2", 10, 10, 0, 0)] and not world.pool.reservations
 
 
 def test_who_refused_this_job_is_left_out_for_it_alone():
@@ -151,9 +155,9 @@ def test_who_can_never_hold_a_job_is_left_out():
 def test_the_last_choice_is_kept_for_round_robin_while_it_is_there():
     world = World(rules=Rules(decode_route="round_robin"))
     assert [world.choose() for _ in range(3)] == ["d1", "d2", "d1"]
-    world.roster(instance("d0", "decode"), instance("d1", "decode"), instance("d2", "decode"))
+    world.membership(instance("d0", "decode"), instance("d1", "decode"), instance("d2", "decode"))
     assert world.choose() == "d2"
-    world.roster(instance("d0", "decode"), instance("d1", "decode"))
+    world.membership(instance("d0", "decode"), instance("d1", "decode"))
     assert world.choose() == "d0"
 
 
@@ -165,8 +169,8 @@ def test_home_is_a_column_while_it_decodes_and_never_stale():
     world.home = Load(free_blocks=6, growth_blocks=1, waiting=1)
     world.pool.refresh()
     assert world.columns()[-1] == ("p1", 6, 5, 0, 1)
-    world.pool.claim(1, "p1", Need(2, 3, True))
-    assert world.columns()[-1] == ("p1", 4, 2, 1, 1) and not world.pool.claims
+    world.pool.reserve(1, "p1", Need(2, 3, True))
+    assert world.columns()[-1] == ("p1", 4, 2, 1, 1) and not world.pool.reservations
     world.pool.refresh()
     assert world.columns()[-1] == ("p1", 6, 5, 0, 1)  # as it says itself, the offer included once it is granted
     world.home = None

@@ -15,16 +15,16 @@ from tests.core.build import (
     instance,
     kinds,
     landed,
+    membership,
     offer,
     only,
     refuse,
-    roster,
     sent,
     view,
 )
-from tetri.core.actions import BROKER, AddLeg, Broken, CancelLeg, Export, Exported, Free, LegRejected
-from tetri.core.worker import Worker
-from tetri.leg import Sampled, Span, StepDone
+from tetri.core.actions import BROKER, AddRequest, Broken, CancelRequest, Export, Exported, Free, RequestRejected
+from tetri.core.worker.worker import Worker
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import blocks_for
 from tetri.wire.events import PeerDown, PeerUp
@@ -35,14 +35,14 @@ from tetri.wire.messages import Close, Failed, Resend, Staged, TokenItem, Tokens
 class Prefilling(Told):
     """Runs the engine's part: every step runs what was planned, exports get the slots of their blocks' numbers."""
 
-    def step(self, *tokens, foretold=()):
+    def step(self, *tokens, estimates=()):
         """Plan and run a step; `tokens` are (rid, token, reason) of the prompts that end in it."""
         planned = self.later()
         assert kinds(planned)[-1] == "Step", kinds(planned)
         spans = tuple(self.core.prefill.expected)
         sampled = tuple(Sampled(f"p:{rid}:1", (token,), reason) for rid, token, reason in tokens)
         held = tuple((span.key, blocks_for(span.stop, 4)) for span in spans)
-        return planned + self.tell(StepDone(spans=spans, tokens=sampled, held=held, foretold=tuple(foretold)))
+        return planned + self.tell(StepDone(spans=spans, tokens=sampled, held=held, estimates=tuple(estimates)))
 
     def result(self, action):
         if not isinstance(action, Export):
@@ -62,8 +62,8 @@ def see(told, number, *decoders, free_blocks=10):
     """The other instances as the broker and the monitor tell of them."""
     others = [*(instance(iid, "decode") for iid in decoders), instance("p2", "prefill")]
     actions = told.tell(view(number, **dict.fromkeys(decoders, free_blocks)))
-    actions += told.tell(roster(number, instance("p1", "prefill"), *others))
-    new = [iid for iid in decoders if iid not in told.core.neighbours.up]
+    actions += told.tell(membership(number, instance("p1", "prefill"), *others))
+    new = [iid for iid in decoders if iid not in told.core.peers.up]
     return actions + told.tell(*[PeerUp(iid) for iid in new])
 
 
@@ -96,8 +96,8 @@ def test_a_chunk_holds_the_tail_of_one_prompt_and_the_heads_of_others():
     prefill.tell(StepDone(spans=(Span("p:a:1", 0, 8),), held=(("p:a:1", 3),)))
     actions = prefill.later()
     assert spans(prefill) == [("p:a:1", 8, 10), ("p:b:1", 0, 3), ("p:c:1", 0, 3)]
-    assert [action.leg.key for action in only(actions, AddLeg)] == ["p:b:1", "p:c:1"]
-    prefill.tell(LegRejected("p:c:1", "no"))  # the engine has room for the others only
+    assert [action.request.key for action in only(actions, AddRequest)] == ["p:b:1", "p:c:1"]
+    prefill.tell(RequestRejected("p:c:1", "no"))  # the engine has room for the others only
     assert spans(prefill) == [("p:a:1", 8, 10), ("p:b:1", 0, 3)]
 
 
@@ -105,7 +105,7 @@ def test_a_leg_that_the_engine_rejects_leaves_its_place_to_the_others(prefill):
     prefill.tell(assign("a", prompt=6), assign("b", prompt=6))
     prefill.later()
     assert spans(prefill) == [("p:a:1", 0, 6), ("p:b:1", 0, 2)]
-    actions = prefill.tell(LegRejected("p:a:1", "too odd"))
+    actions = prefill.tell(RequestRejected("p:a:1", "too odd"))
     assert sent(actions, BROKER) == [Failed(iid="p1", incarnation=1, rid="a", attempt=1, why="too odd", retry=False)]
     assert spans(prefill) == [("p:b:1", 0, 6)]
     prefill.tell(StepDone(spans=(Span("p:b:1", 0, 6),), tokens=(Sampled("p:b:1", (5,), None),)))
@@ -142,20 +142,20 @@ def test_a_window_of_prompts_at_a_time_is_ordered(prefill):
     prefill.tell(*[assign(f"r{number}", prompt=1) for number in range(20)])
     prefill.later()
     assert (len(prefill.core.prefill.queue.line), len(prefill.core.prefill.queue.raw)) == (16, 4)
-    assert prefill.core.presence.load().queued == 20
+    assert prefill.core.reporter.load().queued == 20
 
 
 def test_the_same_assignment_again_changes_nothing(prefill):
     prefill.tell(assign("a", prompt=4))
-    assert not prefill.tell(assign("a", prompt=4)) and len(prefill.core.prefill.jobs) == 1
+    assert not prefill.tell(assign("a", prompt=4)) and len(prefill.core.prefill.requests) == 1
 
 
 def test_a_later_attempt_replaces_an_older_one(prefill):
     prefill.tell(assign("a", prompt=12), grant("a"))
     prefill.step()
     actions = prefill.tell(assign("a", prompt=12, output=[5], attempt=2))
-    assert kinds(actions) == ["CancelLeg", "Drop > d1", "Free"]
-    assert list(prefill.core.prefill.jobs) == ["p:a:2"]
+    assert kinds(actions) == ["CancelRequest", "Drop > d1", "Free"]
+    assert list(prefill.core.prefill.requests) == ["p:a:2"]
 
 
 @pytest.mark.parametrize("prompt", [0, 40, 41])
@@ -175,7 +175,7 @@ def test_what_is_larger_than_the_engine_fails_for_good():
 def test_one_request_from_assign_to_landed(prefill):
     prefill.tell(assign("a", prompt=14))
     first = prefill.step()
-    assert kinds(first) == ["AddLeg", "Staged > broker", "Offer > d1", "Step", "Export", "Chunk > d1"]
+    assert kinds(first) == ["AddRequest", "Staged > broker", "Offer > d1", "Step", "Export", "Chunk > d1"]
     assert sent(first, kind=Offer)[0].blocks == 4 and sent(first, kind=Staged)[0].stage == "prefill"
     (chunk,) = sent(first, kind=Chunk)
     assert (chunk.index, chunk.start, chunk.stop, chunk.token) == (0, 0, 2, None)
@@ -185,7 +185,7 @@ def test_one_request_from_assign_to_landed(prefill):
     assert (chunk.index, chunk.start, chunk.stop, chunk.token) == (1, 2, 4, 7)
     assert not prefill.tell(grant("a"))
     assert kinds(prefill.tell(landed("a", 0), landed("a", 0), landed("a", 1))) == ["Free", "Free"]
-    assert prefill.core.prefill.slots_taken == 0
+    assert prefill.core.prefill.slots_used == 0
     assert not prefill.tell(Close(rid="a", attempt=1)) and not prefill.core.dispatcher.offers
 
 
@@ -203,8 +203,8 @@ def test_blocks_that_a_chunk_does_not_fill_leave_with_the_next(prefill):
 def test_tokens_of_earlier_attempts_are_prefilled_and_still_count_as_output(prefill):
     prefill.tell(assign("a", prompt=4, output=[5, 6], max_tokens=4))
     actions = prefill.step(("a", 7, None))
-    (leg,) = only(actions, AddLeg)
-    assert (leg.leg.tokens, leg.leg.output_from) == ((1, 1, 1, 1, 5, 6), 4)
+    (request,) = only(actions, AddRequest)
+    assert (request.request.tokens, request.request.output_from) == ((1, 1, 1, 1, 5, 6), 4)
     assert sent(actions, kind=Tokens)[0].items[0].start == 2
 
 
@@ -218,7 +218,7 @@ def test_a_first_token_that_ends_the_request_moves_no_more(prefill, max_tokens, 
     assert (item.start, item.ids, end.reason) == (0, [7], reason or "length")
     assert (end.receipt.adopted, end.receipt.kv_bytes, end.receipt.transport) == (0, 0, "none")
     assert (end.receipt.prefill_instance, end.receipt.decode_instance) == ("p1", None)
-    assert not only(actions, Export) and prefill.core.prefill.slots_taken == 0
+    assert not only(actions, Export) and prefill.core.prefill.slots_used == 0
     dropped = max_tokens > 1
     assert bool(sent(actions, "d1", Drop)) == dropped and bool(only(actions, Free)) == dropped
     assert [hold.stage for hold in prefill.core.prefill.holds()] == ["done"]
@@ -233,7 +233,7 @@ def test_a_request_that_its_first_token_ends_takes_no_slots():
 
 
 def test_what_was_exported_for_nobody_is_freed(prefill):
-    prefill.core.prefill.leaving.taken = 2
+    prefill.core.prefill.kv_send.used = 2
     assert only(prefill.tell(Exported("p:gone:1", 0, 0, 2, handle(0, 1), 9)), Free)
 
 
@@ -284,7 +284,7 @@ def test_what_is_complete_is_asked_for_until_the_broker_closes_it(prefill):
     assert [kind for kind in kinds(prefill.later(1.0)) if "d1" in kind] == ["Chunk > d1"]
     assert not prefill.tell(landed("a", 0))
     (failed,) = sent(prefill.tell(refuse("a")), BROKER)
-    assert failed.retry and not prefill.core.prefill.jobs
+    assert failed.retry and not prefill.core.prefill.requests
     assert not sent(prefill.later(1.0), "d1")
 
 
@@ -309,7 +309,7 @@ def test_old_answers_and_answers_to_others_are_ignored(two):
     two.tell(refuse("a"))
     for old in (refuse("a"), landed("a", 0), landed("x", 0, number=2, src="d2"), refuse("a", 2, "d2", attempt=9)):
         assert not two.tell(old)
-    assert two.core.prefill.jobs["p:a:1"].flow.target == "d2"
+    assert two.core.prefill.requests["p:a:1"].flow.target == "d2"
 
 
 def test_a_refusal_after_something_moved_needs_another_attempt(prefill):
@@ -317,10 +317,10 @@ def test_a_refusal_after_something_moved_needs_another_attempt(prefill):
     prefill.step()
     prefill.tell(grant("a"), landed("a", 0))
     actions = prefill.tell(refuse("a"))
-    assert kinds(actions) == ["CancelLeg", "Drop > d1", "Failed > broker"] and sent(actions, BROKER)[0].retry
+    assert kinds(actions) == ["CancelRequest", "Drop > d1", "Failed > broker"] and sent(actions, BROKER)[0].retry
 
 
-@pytest.mark.parametrize("loss", [PeerDown("d1"), roster(2, instance("p1", "prefill"), instance("d2", "decode"))])
+@pytest.mark.parametrize("loss", [PeerDown("d1"), membership(2, instance("p1", "prefill"), instance("d2", "decode"))])
 def test_a_lost_decode_instance_is_replaced_if_nothing_moved(two, loss):
     two.tell(assign("a", prompt=8))
     two.step(("a", 7, None))
@@ -361,8 +361,8 @@ def test_without_views_who_refused_is_asked_again_as_often_as_views_would_come()
     told.step(("a", 7, None))
     assert not sent(told.tell(refuse("a")), "d1") and not sent(told.later(0.1), "d1")
     told.now += 2.0
-    told.tell(roster(2, instance("p1", "prefill"), instance("d1", "decode"), instance("p2", "prefill")))
-    number = told.core.prefill.jobs["p:a:1"].flow.offer
+    told.tell(membership(2, instance("p1", "prefill"), instance("d1", "decode"), instance("p2", "prefill")))
+    number = told.core.prefill.requests["p:a:1"].flow.offer
     told.later()
     assert not sent(told.tell(refuse("a", number)), "d1")
     assert [each.offer for each in sent(told.later(0.1), "d1", Offer)] == [number + 1]
@@ -371,7 +371,7 @@ def test_without_views_who_refused_is_asked_again_as_often_as_views_would_come()
 def test_only_reachable_decode_instances_of_the_same_kind_are_asked():
     told = start(())
     strange = instance("d1", "decode", fingerprint=fingerprint(dtype="f32"))
-    told.tell(roster(2, strange, instance("d2", "decode"), instance("p2", "prefill")), PeerUp("d1"), PeerUp("p2"))
+    told.tell(membership(2, strange, instance("d2", "decode"), instance("p2", "prefill")), PeerUp("d1"), PeerUp("p2"))
     told.tell(assign("a", prompt=4))
     assert not sent(told.step(("a", 7, None)), kind=Offer)
     assert sent(told.tell(PeerUp("d2")), "d2", Offer)
@@ -412,7 +412,7 @@ def test_closing_before_it_was_started(prefill):
 def test_closing_while_it_computes(prefill):
     prefill.tell(assign("a", prompt=12))
     prefill.step()
-    assert kinds(prefill.tell(Close(rid="a", attempt=2))) == ["CancelLeg", "Drop > d1", "Free"]
+    assert kinds(prefill.tell(Close(rid="a", attempt=2))) == ["CancelRequest", "Drop > d1", "Free"]
     assert not prefill.core.prefill.queue.line and prefill.core.ledger.free == 10
 
 
@@ -420,19 +420,19 @@ def test_closing_while_it_moves(prefill):
     prefill.tell(assign("a", prompt=8))
     prefill.step(("a", 7, None))
     actions = prefill.tell(Close(rid="a", attempt=1))
-    assert kinds(actions) == ["Drop > d1", "Free"] and not only(actions, CancelLeg)
+    assert kinds(actions) == ["Drop > d1", "Free"] and not only(actions, CancelRequest)
 
 
 def test_closing_an_older_attempt_leaves_the_new_one(prefill):
     prefill.tell(assign("a", prompt=8, attempt=2))
-    assert not prefill.tell(Close(rid="a", attempt=1)) and prefill.core.prefill.jobs
+    assert not prefill.tell(Close(rid="a", attempt=1)) and prefill.core.prefill.requests
 
 
 def test_an_older_attempt_that_comes_late_is_closed_alone(prefill):
     prefill.tell(assign("a", prompt=8, attempt=2), assign("a", prompt=8, attempt=1))
-    assert len(prefill.core.prefill.jobs) == 2
+    assert len(prefill.core.prefill.requests) == 2
     prefill.tell(Close(rid="a", attempt=1))
-    assert list(prefill.core.prefill.jobs) == ["p:a:2"]
+    assert list(prefill.core.prefill.requests) == ["p:a:2"]
 
 
 # ---------------------------------------------------------------- what must not be
@@ -441,7 +441,7 @@ def test_an_older_attempt_that_comes_late_is_closed_alone(prefill):
 def test_a_leg_that_was_planned_without_room_must_not_go_on(monkeypatch):
     told = start()
     told.tell(assign("a", prompt=8))
-    monkeypatch.setattr(told.core.ledger, "take", lambda key, blocks: False)
+    monkeypatch.setattr(told.core.ledger, "allocate", lambda key, blocks: False)
     with pytest.raises(Broken, match="p:a:1 was planned without room"):
         told.core.tick(0.0)
 
@@ -449,19 +449,19 @@ def test_a_leg_that_was_planned_without_room_must_not_go_on(monkeypatch):
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda half, job: half.queue.line.update({job.key: None}), "still queued"),
-        (lambda half, job: setattr(job, "running", True), "accounts and legs differ"),
-        (lambda half, job: setattr(job.flow, "exported", 0), "moved more blocks"),
-        (lambda half, job: setattr(half.leaving, "taken", 9), "9 of 8 slots"),
-        (lambda half, job: half.started.update(x=job), "and others run"),
-        (lambda half, job: half._attempts.clear(), "their index differ"),
+        (lambda half, request: half.queue.line.update({request.key: None}), "still queued"),
+        (lambda half, request: setattr(request, "running", True), "accounts and legs differ"),
+        (lambda half, request: setattr(request.flow, "exported", 0), "moved more blocks"),
+        (lambda half, request: setattr(half.kv_send, "used", 9), "9 of 8 slots"),
+        (lambda half, request: half.started.update(x=request), "and others run"),
+        (lambda half, request: half._attempts.clear(), "their index differ"),
     ],
 )
 def test_check_finds_what_is_wrong(spoil, complaint):
     told = start()
     told.tell(assign("a", prompt=8))
     told.step(("a", 7, None))
-    spoil(told.core.prefill, told.core.prefill.jobs["p:a:1"])
+    spoil(told.core.prefill, told.core.prefill.requests["p:a:1"])
     with pytest.raises(Broken, match=complaint):
         told.core.check()
 
@@ -475,10 +475,10 @@ def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
     told.tell(assign("a", 7), assign("b", 5), assign("c", 1))
     first = told.step(("b", 9, None))
     assert list(told.core.prefill.queue.line) == ["p:a:1"] and list(told.core.prefill.queue.raw) == ["p:c:1"]
-    assert [action.leg.key for action in first if isinstance(action, AddLeg)] == ["p:b:1", "p:a:1"]
+    assert [action.request.key for action in first if isinstance(action, AddRequest)] == ["p:b:1", "p:a:1"]
     told.tell(assign("d", 2))
     second = told.step(("a", 9, None), ("c", 9, None), ("d", 9, None))
-    assert [action.leg.key for action in second if isinstance(action, AddLeg)] == ["p:c:1", "p:d:1"]
+    assert [action.request.key for action in second if isinstance(action, AddRequest)] == ["p:c:1", "p:d:1"]
     told.core.check()
 
 
@@ -488,7 +488,7 @@ def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
 def test_what_fits_nowhere_fails_in_time_and_holds_nobody_up():
     """The only decode instance left is too small for "a": whoever comes after it goes on."""
     told = start(())
-    told.tell(roster(2, instance("p1", "prefill"), instance("d1", "decode", capacity=capacity(blocks=2))))
+    told.tell(membership(2, instance("p1", "prefill"), instance("d1", "decode", capacity=capacity(blocks=2))))
     told.tell(PeerUp("d1"))
     told.tell(assign("a", prompt=7, max_tokens=20), assign("b", prompt=1, max_tokens=4))
     actions = told.step(("a", 7, None), ("b", 8, None))

@@ -4,12 +4,12 @@ from random import Random
 
 import pytest
 
-from tetri.core.prior import MEMORY, MOST, START, Prior
-from tetri.policy.odds import likeliest, quantile, share_below
-from tetri.request import Odds
+from tetri.core.length.prior import MEMORY, MOST, START, Prior
+from tetri.policy.distribution import likeliest, quantile, share_below
+from tetri.request import LengthDistribution
 
-FLAT = Odds(50, (0.2, 0.2, 0.2, 0.2, 0.2))  # the last one from 200 on
-NOTHING = Odds(50, (1.0,))
+FLAT = LengthDistribution(50, (0.2, 0.2, 0.2, 0.2, 0.2))  # the last one from 200 on
+NOTHING = LengthDistribution(50, (1.0,))
 
 
 def ends(prior, lengths, most=None):
@@ -115,7 +115,7 @@ def test_for_ever():
 
 
 def test_what_was_known_fades():
-    prior = Prior(Odds(50, (1.0, 0.0)), 1000)
+    prior = Prior(LengthDistribution(50, (1.0, 0.0)), 1000)
     ends(prior, [120] * START)
     assert 0.35 < share_below(prior.curve(0, 0, 900), 100) < 0.6
     ends(prior, [120] * 4 * MEMORY)

@@ -4,9 +4,9 @@ import pytest
 
 from tests.core.build import identity
 from tetri.core.actions import Broken
-from tetri.core.job import Job
-from tetri.core.kvflow import Outflow
-from tetri.core.queue import Queue
+from tetri.core.kvflow import KVOutflow
+from tetri.core.prefill.queue import Queue
+from tetri.core.prefill.request import PrefillRequest
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
@@ -20,12 +20,12 @@ class Line:
 
     def __init__(self, order, **rules):
         self.queue = Queue(identity("p1", "prefill", rules=Rules(order=order, **rules), cost=COST))
-        self.jobs = {}
+        self.requests = {}
 
     def enter(self, key, tokens, since=0.0, due=None):
-        queued = QueuedPrompt(key, len(self.jobs) + 1, tokens, since, COST.prompt_s(tokens, 0, 8), due)
-        made = Job(key, key, 1, (1,) * tokens, (), Sampling(), queued, Outflow(1), tokens, queued.work_s)
-        self.jobs[key] = made
+        queued = QueuedPrompt(key, len(self.requests) + 1, tokens, since, COST.prompt_s(tokens, 0, 8), due)
+        made = PrefillRequest(key, key, 1, (1,) * tokens, (), Sampling(), queued, KVOutflow(1), tokens, queued.work_s)
+        self.requests[key] = made
         self.queue.enter(made)
         self.check()
 
@@ -35,11 +35,11 @@ class Line:
         return found
 
     def leave(self, key):
-        self.queue.leave(self.jobs.pop(key))
+        self.queue.leave(self.requests.pop(key))
         self.check()
 
     def check(self):
-        self.queue.check(self.jobs)
+        self.queue.check(self.requests)
 
 
 def test_windows_are_ordered_when_they_are_wanted_and_never_mix():
@@ -48,7 +48,7 @@ def test_windows_are_ordered_when_they_are_wanted_and_never_mix():
         line.enter(key, tokens)
     assert line.first(8) == "ba" and list(line.queue.raw) == ["c", "d"]
     assert line.first(13) == "bacd" and len(line.queue) == 4
-    line.queue.start(line.jobs["b"])  # no news: it is in line already
+    line.queue.start(line.requests["b"])  # no news: it is in line already
     line.leave("b")
     assert line.first(8) == "acd"
 
@@ -58,7 +58,7 @@ def test_without_windows_whoever_comes_with_a_lower_rank_goes_first_until_the_ot
     line.enter("long", 30)
     line.enter("short", 2)
     assert line.first() == "shortlong" and not line.queue.line
-    line.queue.start(line.jobs["short"])
+    line.queue.start(line.requests["short"])
     line.enter("shorter", 1)
     assert line.first() == "shortshorterlong" and list(line.queue.line) == ["short"]
     line.leave("long")
@@ -79,10 +79,10 @@ def test_work_is_counted_as_it_is_done():
     line.enter("b", 4)
     assert (line.queue.tokens, line.queue.seconds) == (24, pytest.approx(2.4))
     line.first(20)
-    line.queue.computed(line.jobs["a"], 8)
+    line.queue.computed(line.requests["a"], 8)
     line.check()
     assert (line.queue.tokens, line.queue.seconds) == (16, pytest.approx(1.6))
-    line.queue.computed(line.jobs["a"], 0)  # it begins again
+    line.queue.computed(line.requests["a"], 0)  # it begins again
     line.check()
     line.leave("a")
     line.leave("b")
@@ -92,7 +92,7 @@ def test_work_is_counted_as_it_is_done():
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda line: setattr(line.jobs["a"], "token", 1), "has its token and is still queued"),
+        (lambda line: setattr(line.requests["a"], "token", 1), "has its token and is still queued"),
         (lambda line: line.queue.raw.clear(), "not all jobs without a token are queued"),
         (lambda line: setattr(line.queue, "tokens", 9), "9 tokens queued, 0 in line: counted 4, 0"),
         (lambda line: setattr(line.queue, "seconds", 9.0), "9.0 seconds of work queued, counted 0.4"),

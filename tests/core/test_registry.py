@@ -7,9 +7,9 @@ import pytest
 
 from tests.core.build import capacity, fingerprint, ready
 from tetri.core.actions import Disconnect, Submitted
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
-from tetri.core.registry import FORGET_S, Registry
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
+from tetri.core.broker.membership import FORGET_S, Members
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Sampling
@@ -18,9 +18,9 @@ from tetri.wire.events import PeerUp
 OTHER = fingerprint(dtype="f32")
 
 
-def registry(*workers):
+def members(*workers):
     """Of (iid, role, changes of the Ready), all connected."""
-    made = Registry(1)
+    made = Members(1)
     for iid, role, *changes in workers:
         made.ready(ready(iid, role, **(changes[0] if changes else {})), 0.0)
         made.connected(iid)
@@ -32,20 +32,20 @@ def pool(made, tokens=1, work=None):
 
 
 def test_a_pool_takes_prefill_and_mixed_instances_that_can_be_reached():
-    made = registry(("p0", "prefill"), ("m0", "mixed"), ("d0", "decode"), ("p1", "prefill"))
+    made = members(("p0", "prefill"), ("m0", "mixed"), ("d0", "decode"), ("p1", "prefill"))
     assert pool(made) == ["p0", "m0", "p1"]
     made.disconnected("p0")
-    made.lose(made.peers["p1"], "gone")
+    made.lose(made.by_iid["p1"], "gone")
     assert pool(made) == ["m0"]
     made.connected("p0")
-    made.lose(made.peers["p1"], None)
-    made.turn(made.peers["m0"], "decode")
+    made.lose(made.by_iid["p1"], None)
+    made.turn(made.by_iid["m0"], "decode")
     assert pool(made) == ["p0", "p1"]
 
 
 def test_a_prompt_goes_only_where_it_fits():
     """By memory, and by the context that the engine knows."""
-    made = registry(
+    made = members(
         ("small", "prefill", {"capacity": capacity(blocks=2)}),
         ("large", "prefill", {"capacity": capacity(blocks=9)}),
         ("short", "prefill", {"capacity": capacity(context=12)}),
@@ -57,15 +57,15 @@ def test_a_prompt_goes_only_where_it_fits():
 
 
 def test_what_only_its_own_prefill_instance_can_decode_must_fit_there_twice():
-    made = registry(("m0", "mixed"), ("p0", "prefill"))
+    made = members(("m0", "mixed"), ("p0", "prefill"))
     assert pool(made, 20) == ["m0", "p0"] and pool(made, 21) == ["p0"]
-    made.turn(made.peers["p0"], "mixed")
+    made.turn(made.by_iid["p0"], "mixed")
     assert pool(made, 21) == ["m0", "p0"]
-    assert pool(registry(("m0", "mixed")), 21) == ["m0"]  # its KV store may be large enough
+    assert pool(members(("m0", "mixed")), 21) == ["m0"]  # its KV store may be large enough
 
 
 def test_only_those_whose_kv_somebody_takes():
-    made = registry(("p0", "prefill"), ("p1", "prefill", {"fingerprint": OTHER}))
+    made = members(("p0", "prefill"), ("p1", "prefill", {"fingerprint": OTHER}))
     assert pool(made) == ["p0", "p1"]  # whoever comes may take it
     made.ready(ready("d0", "decode"), 0.0)  # not connected yet, and there all the same
     assert pool(made) == ["p0"]
@@ -75,7 +75,7 @@ def test_only_those_whose_kv_somebody_takes():
 
 
 def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
-    made = registry(("p0", "prefill"), ("p1", "prefill"))
+    made = members(("p0", "prefill"), ("p1", "prefill"))
     first = made.pool(1, {"p1": 2_500_000_000})
     assert first.queued_s == [0.0, 2.5]
     first.last = 1
@@ -84,13 +84,13 @@ def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
 
 def test_what_fits_nowhere_counts_mixed_instances_for_both_phases():
     four, three = ({"capacity": capacity(blocks=blocks)} for blocks in (4, 3))
-    made = registry(("m0", "mixed", four), ("d0", "decode", three))
+    made = members(("m0", "mixed", four), ("d0", "decode", three))
     assert made.too_long(16, 16) is None
     assert made.too_long(17, 17) == "17 tokens fit into no prefill instance: the largest holds 16"
     assert made.too_long(16, 17) == "17 tokens fit into no decode instance: the largest holds 16"
-    made.turn(made.peers["m0"], "prefill")
+    made.turn(made.by_iid["m0"], "prefill")
     assert made.too_long(12, 13) == "13 tokens fit into no decode instance: the largest holds 12"
-    made.lose(made.peers["d0"], "gone")
+    made.lose(made.by_iid["d0"], "gone")
     assert made.too_long(12, 13) is None
 
 
@@ -105,7 +105,7 @@ def test_what_fits_nowhere_counts_mixed_instances_for_both_phases():
     ],
 )
 def test_strangers_are_named_where_kv_would_have_to_move(one, other, apart):
-    made = registry(("a", one), ("b", other, {"fingerprint": OTHER}))
+    made = members(("a", one), ("b", other, {"fingerprint": OTHER}))
     notes = [status.note for status in made.status()]
     assert [bool(note) for note in notes] == [apart, apart]
     if apart:
@@ -113,24 +113,24 @@ def test_strangers_are_named_where_kv_would_have_to_move(one, other, apart):
 
 
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():
-    made = registry(("p0", "prefill"), ("d0", "decode"))
-    made.peers["d0"].counters = {"injected_drop": 0}
-    made.peers["p0"].counters = {"duplicate": 3}
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.by_iid["d0"].counters = {"injected_drop": 0}
+    made.by_iid["p0"].counters = {"duplicate": 3}
     assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
 
 
 def test_a_roster_is_made_when_there_is_news_or_silence():
-    made = registry(("p0", "prefill"))
+    made = members(("p0", "prefill"))
     assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []
-    made.turn(made.peers["p0"], "mixed")
+    made.turn(made.by_iid["p0"], "mixed")
     (send,) = made.refresh(1.2)
     assert [entry.role for entry in send.message.instances] == ["mixed"] and made.refresh(1.9) == []
     assert len(made.refresh(2.0)) == 1
 
 
 def test_whoever_is_given_up_is_no_longer_written_to():
-    made = registry(("p0", "prefill"), ("d0", "decode"))
-    made.lose(made.peers["d0"], "silent")  # its connection stands all the same
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.lose(made.by_iid["d0"], "silent")  # its connection stands all the same
     assert made.prune(FORGET_S + 1) == [Disconnect("d0")]
     assert [send.peer for send in made.publish(FORGET_S + 1)] == ["p0"]
 
@@ -165,7 +165,7 @@ def test_a_place_among_many_is_found_fast(route):
     for _ in range(3):
         start = time.thread_time()
         for row in rows:
-            core.life.place(row, 1.0)
+            core.lifecycle.place(row, 1.0)
         best = min(best, (time.thread_time() - start) / len(rows))
     assert best < 100e-6
     core.check()

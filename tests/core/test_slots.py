@@ -7,12 +7,12 @@ import os
 import pytest
 
 from tests.core import test_mixed
-from tests.core.build import assign, capacity, grant, instance, kinds, landed, only, refuse, roster, sent, view
+from tests.core.build import assign, capacity, grant, instance, kinds, landed, membership, only, refuse, sent, view
 from tests.core.cluster import Cluster
 from tests.core.shapes import Faults, Shape
 from tests.core.test_prefill import start
-from tetri.core.actions import AddLeg, Broken, HoldLeg
-from tetri.leg import Sampled, Span, StepDone
+from tetri.core.actions import AddRequest, Broken, HoldRequest
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Offer
 from tetri.wire.messages import Close, Failed
@@ -31,12 +31,14 @@ def begin(*decoders, slots=7, **changes):
 
 def see(told, number, *decoders):
     others = [instance(iid, "decode", capacity=ROOMY) for iid in decoders]
-    actions = told.tell(view(number, **dict.fromkeys(decoders, 60)), roster(number, instance("p1", "prefill"), *others))
-    return actions + told.tell(*[PeerUp(iid) for iid in decoders if iid not in told.core.neighbours.up])
+    actions = told.tell(
+        view(number, **dict.fromkeys(decoders, 60)), membership(number, instance("p1", "prefill"), *others)
+    )
+    return actions + told.tell(*[PeerUp(iid) for iid in decoders if iid not in told.core.peers.up])
 
 
-def job(told, rid):
-    return told.core.prefill.jobs[f"p:{rid}:1"]
+def request(told, rid):
+    return told.core.prefill.requests[f"p:{rid}:1"]
 
 
 def run(told):
@@ -46,28 +48,28 @@ def run(told):
     if not spans:
         assert "Step" not in kinds(actions)
         return []
-    ended = [Sampled(span.key, (7,), None) for span in spans if span.stop == told.core.prefill.jobs[span.key].goal]
+    ended = [Sampled(span.key, (7,), None) for span in spans if span.stop == told.core.prefill.requests[span.key].goal]
     told.tell(StepDone(spans, tuple(ended)))
     return [(span.key.split(":")[1], span.start, span.stop) for span in spans]
 
 
 def answer(told, made, rid):
     """A decode instance grants or refuses what is on offer."""
-    flow = job(told, rid).flow
+    flow = request(told, rid).flow
     return told.tell(made(rid, flow.offer, flow.target))
 
 
 def land(told, rid):
     """All that was announced is taken."""
-    flow = job(told, rid).flow
-    return told.tell(*[landed(rid, index, flow.offer, flow.target) for index in list(flow.parcels)])
+    flow = request(told, rid).flow
+    return told.tell(*[landed(rid, index, flow.offer, flow.target) for index in list(flow.in_flight)])
 
 
 def finish(told, rid):
     """A granted one goes on to its end, whatever the others wait for."""
     for _ in range(20):
         land(told, rid)
-        if job(told, rid).flow.complete:
+        if request(told, rid).flow.complete:
             return
         assert rid in [span[0] for span in run(told)]
     raise AssertionError(f"{rid} does not end")
@@ -80,9 +82,9 @@ def test_requests_that_nobody_has_taken_leave_the_reserve_alone():
     told = begin()
     told.tell(assign("a", prompt=40))
     assert [run(told), run(told), run(told)] == [[("a", 0, 8)], [("a", 8, 16)], []]
-    assert told.core.prefill.slots_taken == 4 and told.core.prefill.short
+    assert told.core.prefill.slots_used == 4 and told.core.prefill.short
     answer(told, grant, "a")
-    assert run(told) == [("a", 16, 24)] and told.core.prefill.slots_taken == 6
+    assert run(told) == [("a", 16, 24)] and told.core.prefill.slots_used == 6
     finish(told, "a")
 
 
@@ -92,7 +94,7 @@ def test_a_granted_request_may_fill_all_slots():
     told.later()
     told.core.stepping = False
     answer(told, grant, "a")
-    assert [run(told) for _ in range(4)][-1] == [] and told.core.prefill.slots_taken == 6
+    assert [run(told) for _ in range(4)][-1] == [] and told.core.prefill.slots_used == 6
 
 
 def test_the_reserve_does_not_stop_prompts_from_being_packed():
@@ -105,7 +107,7 @@ def test_what_needs_no_slots_is_computed_whatever_is_taken():
     told = begin()
     told.tell(assign("a", prompt=16, max_tokens=4), assign("b", prompt=20, max_tokens=1))
     run(told), run(told)
-    assert told.core.prefill.leaving.spare().open == 0
+    assert told.core.prefill.kv_send.spare().open == 0
     assert [run(told), run(told), run(told)] == [[("b", 0, 8)], [("b", 8, 16)], [("b", 16, 20)]]
 
 
@@ -120,7 +122,7 @@ def test_one_that_is_granted_goes_on_while_an_older_one_waits_for_its_memory():
     answer(told, refuse, "a")
     answer(told, grant, "b")
     land(told, "b")
-    assert job(told, "a").unplaced and job(told, "b").flow.landed
+    assert request(told, "a").unplaced and request(told, "b").flow.landed
     finish(told, "b")
     assert [each.rid for each in sent(see(told, 3, "d1"), kind=Offer)] == ["a"]
 
@@ -130,7 +132,7 @@ def test_one_that_is_granted_late_goes_on():
     told = begin()
     told.tell(assign("a", prompt=12), assign("b", prompt=60))
     run(told), run(told)
-    assert run(told) == [] and not job(told, "b").granted
+    assert run(told) == [] and not request(told, "b").granted
     answer(told, refuse, "a")
     assert run(told) == []
     answer(told, grant, "b")
@@ -142,8 +144,8 @@ def test_one_that_finds_no_open_slot_is_offered_all_the_same():
     told = begin(slots=3)
     told.tell(assign("a", prompt=16))
     actions = told.later()
-    assert kinds(actions) == ["AddLeg", "Staged > broker", "Offer > d1"] and not told.core.prefill.expected
-    assert told.core.prefill.blocked() is job(told, "a")
+    assert kinds(actions) == ["AddRequest", "Staged > broker", "Offer > d1"] and not told.core.prefill.expected
+    assert told.core.prefill.blocked() is request(told, "a")
     answer(told, grant, "a")
     finish(told, "a")
 
@@ -153,9 +155,9 @@ def test_not_while_another_is_on_offer_nowhere():
     told = begin("d1", slots=6)
     told.tell(view(9, d1=0), assign("a", prompt=12), assign("b", prompt=16))
     assert [run(told), run(told), run(told)] == [[("a", 0, 8)], [("a", 8, 12)], []]
-    assert not job(told, "b").turn
+    assert not request(told, "b").turn
     see(told, 10, "d1")
-    assert [leg.leg.key for leg in only(told.later(), AddLeg)] == ["p:b:1"]
+    assert [request.request.key for request in only(told.later(), AddRequest)] == ["p:b:1"]
 
 
 def test_those_that_fit_nowhere_do_not_keep_the_others_from_being_offered():
@@ -164,12 +166,12 @@ def test_those_that_fit_nowhere_do_not_keep_the_others_from_being_offered():
     told.tell(assign("a", prompt=12, max_tokens=8))
     run(told), run(told)
     told.tell(PeerDown("d1"))
-    assert list(told.core.dispatcher.stranded) == ["p:a:1"]
+    assert list(told.core.dispatcher.unplaceable) == ["p:a:1"]
     told.tell(assign("b", prompt=4, max_tokens=1), assign("c", prompt=16))
     assert run(told) == [("b", 0, 4)]
     told.core.dispatcher.pool.fits = lambda each: each.rid == "c"
     told.later()
-    assert job(told, "c").turn and job(told, "c").running
+    assert request(told, "c").turn and request(told, "c").running
 
 
 def test_slots_come_back_when_the_broker_closes_those_who_keep_them():
@@ -187,12 +189,12 @@ def test_slots_that_somebody_still_writes_are_waited_for():
     told.tell(assign("a", prompt=60))
     run(told), run(told)
     answer(told, grant, "a")
-    told.core.prefill.leaving.taken += 3  # let go by their request, not by the writer
+    told.core.prefill.kv_send.used += 3  # let go by their request, not by the writer
     assert run(told) == []
-    told.core.prefill.leaving.freed(3)
+    told.core.prefill.kv_send.freed(3)
     told.core.idle = False
     assert run(told) == [("a", 16, 24)]
-    told.core.prefill.leaving.check(told.core.prefill.jobs.values())
+    told.core.prefill.kv_send.check(told.core.prefill.requests.values())
 
 
 def test_kv_of_a_prompt_that_its_first_token_ends_makes_room():
@@ -204,7 +206,7 @@ def test_kv_of_a_prompt_that_its_first_token_ends_makes_room():
     spans = tuple(told.core.prefill.expected)
     assert spans[0] == Span("p:a:1", 16, 20) and len(spans) == 2
     told.tell(StepDone(spans, (Sampled("p:a:1", (7,), "stop"),)))
-    assert told.core.prefill.slots_taken == 1 and run(told) == [("b", 4, 12)]
+    assert told.core.prefill.slots_used == 1 and run(told) == [("b", 4, 12)]
 
 
 def two_started():
@@ -219,7 +221,7 @@ def two_started():
     told.later()
     assert spans(told) == [("a", 2, 8), ("b", 0, 1)]
     told.tell(StepDone(preempted=(running,)), PeerDown("d1"))
-    assert [job(told, rid).flow.target for rid in "kab"] == ["d2", "", "d2"] and job(told, "k").flow.forsaken
+    assert [request(told, rid).flow.target for rid in "kab"] == ["d2", "", "d2"] and request(told, "k").flow.grant_lost
     return told
 
 
@@ -233,7 +235,7 @@ def test_a_granted_one_goes_past_one_that_waits_for_slots():
     assert spans(told) == []
     told.core.stepping = False
     answer(told, grant, "b")
-    assert only(told.later(), HoldLeg) == [HoldLeg("p:b:1", False)] and spans(told) == [("b", 0, 8)]
+    assert only(told.later(), HoldRequest) == [HoldRequest("p:b:1", False)] and spans(told) == [("b", 0, 8)]
 
 
 # ---------------------------------------------------------------- grants that come to nothing
@@ -248,12 +250,12 @@ def lost():
     answer(told, grant, "k")
     told.tell(assign("a", prompt=12), assign("b", prompt=24))
     run(told), run(told), run(told)
-    assert run(told) == [] and job(told, "b").running
+    assert run(told) == [] and request(told, "b").running
     told.tell(view(5, d1=0, d2=0))
     for rid in "ab":
-        told.core.dispatcher.refused(job(told, rid), "full")
+        told.core.dispatcher.refused(request(told, rid), "full")
     told.tell(PeerDown("d1"))
-    assert [job(told, rid).unplaced for rid in "kab"] == [True] * 3
+    assert [request(told, rid).unplaced for rid in "kab"] == [True] * 3
     return told
 
 
@@ -283,7 +285,7 @@ def test_it_is_kept_while_nobody_needs_its_slots():
     told = lost()
     assert failures(told) == []
     granted(told, "k")
-    assert failures(told) == [] and not job(told, "k").flow.forsaken
+    assert failures(told) == [] and not request(told, "k").flow.grant_lost
     land(told, "k")
     assert run(told) == []
     see(told, 7, "d2")
@@ -295,24 +297,24 @@ def test_it_is_kept_while_it_is_on_offer_or_slots_come_back():
     told = lost()
     granted(told, "b")
     see(told, 7, "d2")
-    assert job(told, "k").flow.offer is not None
+    assert request(told, "k").flow.offer is not None
     assert failures(told) == []
     answer(told, refuse, "k")
-    told.core.prefill.leaving.keeping["p:b:1"] = job(told, "b")
-    assert told.core.prefill.jammed() is None
-    del told.core.prefill.leaving.keeping["p:b:1"]
-    assert told.core.prefill.jammed() is job(told, "k")
+    told.core.prefill.kv_send.keeping["p:b:1"] = request(told, "b")
+    assert told.core.prefill.slot_deadlock() is None
+    del told.core.prefill.kv_send.keeping["p:b:1"]
+    assert told.core.prefill.slot_deadlock() is request(told, "k")
 
 
 def test_check_finds_slots_that_should_have_been_left():
     told = begin()
     told.tell(assign("a", prompt=16))
     run(told), run(told)
-    job(told, "a").flow.exported += 1
+    request(told, "a").flow.exported += 1
     with pytest.raises(Broken, match="5 slots are kept for whom nobody takes yet, 4 may be"):
         told.core.check()
-    job(told, "a").flow.exported -= 1
-    told.core.prefill.leaving.keeping.clear()
+    request(told, "a").flow.exported -= 1
+    told.core.prefill.kv_send.keeping.clear()
     with pytest.raises(Broken, match="slots are kept for others than"):
         told.core.check()
 
@@ -325,7 +327,7 @@ def test_with_little_of_both_and_no_faults_nothing_is_computed_twice(part):
     for seed in range(FIRST + part, FIRST + SEEDS, 2):
         story = Cluster(seed, Faults(), Shape.tight(seed)).run()
         broker, limit = story.broker.core, 5.0
-        assert broker.life.counters["restarts"] == 0 and story.now < limit, f"seed {seed}: {story.now} s"
+        assert broker.lifecycle.counters["restarts"] == 0 and story.now < limit, f"seed {seed}: {story.now} s"
 
 
 def test_with_little_of_both_and_faults_everything_ends():

@@ -3,7 +3,7 @@
 import pytest
 
 from tetri.core.actions import Broken
-from tetri.core.table import Row, Table
+from tetri.core.broker.requests import Row, Table
 from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.messages import End
 

@@ -2,16 +2,16 @@
 
 from random import Random
 
-from tetri.core.track import LABELS, LEAST, WINDOW, Track
+from tetri.core.length.accuracy import LABELS, LEAST, WINDOW, AccuracyRecord
 
 
-def judged(track, gains, prior=100.0):
+def judged(accuracy, gains, prior=100.0):
     """After how many it switched, for each time that it did."""
     switched = []
     for number, gain in enumerate(gains, start=1):
-        before = track.on
-        track.judge(prior - gain, prior)
-        if track.on != before:
+        before = accuracy.on
+        accuracy.judge(prior - gain, prior)
+        if accuracy.on != before:
             switched.append(number)
     return switched
 
@@ -22,41 +22,41 @@ def noisy(mean, spread, count, seed=1):
 
 
 def test_it_is_off_when_it_is_worse_and_on_when_it_is_better():
-    track = Track("it", ())
-    assert judged(track, noisy(20, 60, 500)) == [] and track.on
-    (off,) = judged(track, noisy(-20, 60, 500))
-    assert LEAST < off < 2 * WINDOW and not track.on
-    assert track.why_off().startswith("it did worse than the prior by ")
-    (on,) = judged(track, noisy(20, 60, 500))
-    assert LEAST < on < 2 * WINDOW and track.on
+    accuracy = AccuracyRecord("it", ())
+    assert judged(accuracy, noisy(20, 60, 500)) == [] and accuracy.on
+    (off,) = judged(accuracy, noisy(-20, 60, 500))
+    assert LEAST < off < 2 * WINDOW and not accuracy.on
+    assert accuracy.why_off().startswith("it did worse than the prior by ")
+    (on,) = judged(accuracy, noisy(20, 60, 500))
+    assert LEAST < on < 2 * WINDOW and accuracy.on
 
 
 def test_a_few_ends_say_nothing():
-    track = Track("it", ())
-    assert judged(track, [-50.0] * (LEAST - 1)) == [] and judged(track, [-50.0]) == [1]
+    accuracy = AccuracyRecord("it", ())
+    assert judged(accuracy, [-50.0] * (LEAST - 1)) == [] and judged(accuracy, [-50.0]) == [1]
 
 
 def test_what_may_be_chance_switches_nothing():
-    assert judged(Track("it", ()), noisy(-2, 400, 200)) == []
+    assert judged(AccuracyRecord("it", ()), noisy(-2, 400, 200)) == []
 
 
 def test_what_does_not_matter_switches_nothing():
-    track = Track("it", ())
-    assert judged(track, [-0.9] * 1000) == []
-    assert judged(track, [-1.1] * 1000) and judged(track, [0.9] * 1000) == []
+    accuracy = AccuracyRecord("it", ())
+    assert judged(accuracy, [-0.9] * 1000) == []
+    assert judged(accuracy, [-1.1] * 1000) and judged(accuracy, [0.9] * 1000) == []
 
 
 def test_it_is_judged_by_the_last_ends_alone():
     for before in (WINDOW, 20 * WINDOW):
-        track = Track("it", ())
-        judged(track, [30.0] * before)
-        (off,) = judged(track, [-30.0] * WINDOW)
+        accuracy = AccuracyRecord("it", ())
+        judged(accuracy, [30.0] * before)
+        (off,) = judged(accuracy, [-30.0] * WINDOW)
         assert WINDOW / 2 < off < WINDOW
 
 
 def test_counts():
-    track = Track("it", ())
+    accuracy = AccuracyRecord("it", ())
     for label, prior, bucket, inside in ((1, 0, 1, True), (0, 0, 0, True), (0, 2, 2, False), (99, 0, 40, True)):
-        track.came(label, prior, bucket, inside)
-    assert (track.scored, track.right, track.prior_right, track.inside) == (4, 2, 2, 3)
-    assert track.counts == {(1, 1): 1, (0, 0): 1, (0, 2): 1, (LABELS - 1, LABELS - 1): 1}
+        accuracy.came(label, prior, bucket, inside)
+    assert (accuracy.scored, accuracy.right, accuracy.prior_right, accuracy.inside) == (4, 2, 2, 3)
+    assert accuracy.counts == {(1, 1): 1, (0, 0): 1, (0, 2): 1, (LABELS - 1, LABELS - 1): 1}

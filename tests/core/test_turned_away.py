@@ -4,10 +4,10 @@ from random import Random
 
 import pytest
 
-from tests.core.build import Told, identity, instance, offer, roster, sent
-from tetri.core.ledger import Ledger
-from tetri.core.turned_away import LONG_S, TurnedAway
-from tetri.core.worker import Worker
+from tests.core.build import Told, identity, instance, membership, offer, sent
+from tetri.core.decode.starvation_guard import LONG_S, StarvationGuard
+from tetri.core.instance.ledger import Ledger
+from tetri.core.worker.worker import Worker
 from tetri.wire.handover import Grant
 from tetri.wire.messages import Close
 
@@ -21,7 +21,7 @@ class Crowd:
     def __init__(self) -> None:
         self.told = Told(Worker(identity("d1", "decode"), Random(1), now=0.0))
         self.told.later()
-        self.told.tell(roster(1, instance("p1", "prefill"), instance("d1", "decode")))
+        self.told.tell(membership(1, instance("p1", "prefill"), instance("d1", "decode")))
         self.number = 0
         self.inside: list[str] = []
         self.outside: list[str] = []
@@ -72,12 +72,12 @@ def test_nobody_waits_for_one_that_does_not_ask_any_more(gone):
     if gone == "closed":
         crowd.told.tell(Close(rid="large", attempt=1))
     else:
-        crowd.told.later(crowd.told.core.decode.turned.gone_s + 0.01)
+        crowd.told.later(crowd.told.core.decode.starvation_guard.gone_s + 0.01)
     assert crowd.asks("a", SMALL)
 
 
 def test_who_fits_beside_it_need_not_wait():
-    turned, ledger = TurnedAway(0.6), Ledger(20, 0.5)
+    turned, ledger = StarvationGuard(0.6), Ledger(20, 0.5)
     now = LONG_S + 0.1
     for step in range(round(now / 0.5) + 1):
         turned.enter("large", 6, 0.5 * step)
@@ -91,10 +91,10 @@ def test_who_fits_beside_it_need_not_wait():
 
 
 def test_who_comes_back_after_a_while_begins_anew_and_the_gone_are_forgotten():
-    turned, ledger = TurnedAway(0.6), Ledger(20, 0.5)
+    turned, ledger = StarvationGuard(0.6), Ledger(20, 0.5)
     turned.enter("a", 9, 0.0)
     turned.enter("b", 9, 1.0)
-    assert list(turned.turned) == ["b"]
+    assert list(turned.waiting) == ["b"]
     turned.enter("a", 9, 1.3)
     assert turned.before("c", 9, ledger, 0, 1.4) is None
-    assert turned.turned["a"].since == 1.3
+    assert turned.waiting["a"].since == 1.3

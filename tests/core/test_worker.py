@@ -12,19 +12,19 @@ from tests.core.build import (
     instance,
     kinds,
     landed,
+    membership,
     offer,
     ready,
     refuse,
-    roster,
     sent,
     view,
 )
-from tetri.core.actions import BROKER, Broken, LegRejected, Step
-from tetri.core.worker import Worker
-from tetri.leg import Sampled, Span, StepDone
+from tetri.core.actions import BROKER, Broken, RequestRejected, Step
+from tetri.core.worker.worker import Worker
+from tetri.engine_request import Sampled, Span, StepDone
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
-from tetri.wire.messages import Beat, Close, Failed, Ready, Resend
+from tetri.wire.messages import Close, Failed, Heartbeat, Ready, Resend
 
 NOTHING = StepDone()
 
@@ -39,7 +39,7 @@ def worker():
 
 def see_p2(told, number=1):
     """Another instance, whose offers can be taken."""
-    told.tell(roster(number, instance("p2", "prefill")))
+    told.tell(membership(number, instance("p2", "prefill")))
 
 
 # ---------------------------------------------------------------- registering
@@ -59,17 +59,17 @@ def test_it_registers_again_when_it_hears_no_view(worker):
 
 
 def test_it_registers_at_once_when_a_view_leaves_it_out(worker):
-    worker.tell(roster(1, instance("p1", "prefill", incarnation=9)))
+    worker.tell(membership(1, instance("p1", "prefill", incarnation=9)))
     assert sent(worker.later(), kind=Ready)
-    worker.tell(roster(2, instance("p1", "prefill")))
+    worker.tell(membership(2, instance("p1", "prefill")))
     assert not sent(worker.later(0.1), kind=Ready)
 
 
 def test_views_connect_and_disconnect(worker):
-    assert kinds(worker.tell(roster(1, instance("p1", "prefill"), instance("d1", "decode")))) == ["Connect"]
-    assert not worker.tell(roster(1), roster(0))  # older ones
-    assert kinds(worker.tell(roster(2, instance("d1", "decode", incarnation=2)))) == ["Disconnect", "Connect"]
-    assert kinds(worker.tell(roster(1, epoch=2))) == ["Disconnect"]
+    assert kinds(worker.tell(membership(1, instance("p1", "prefill"), instance("d1", "decode")))) == ["Connect"]
+    assert not worker.tell(membership(1), membership(0))  # older ones
+    assert kinds(worker.tell(membership(2, instance("d1", "decode", incarnation=2)))) == ["Disconnect", "Connect"]
+    assert kinds(worker.tell(membership(1, epoch=2))) == ["Disconnect"]
 
 
 # ---------------------------------------------------------------- beats and rest
@@ -77,19 +77,19 @@ def test_views_connect_and_disconnect(worker):
 
 def test_beats_come_regularly_and_list_what_is_held(worker):
     worker.tell(assign("r", prompt=12))
-    (first,) = sent(worker.later(), kind=Beat)
+    (first,) = sent(worker.later(), kind=Heartbeat)
     assert [(hold.rid, hold.stage) for hold in first.holds] == [("r", "queued")]
     worker.tell(StepDone(spans=(Span("p:r:1", 0, 8),), held=(("p:r:1", 3),)))
-    (second,) = sent(worker.later(0.1), kind=Beat)
+    (second,) = sent(worker.later(0.1), kind=Heartbeat)
     assert [hold.stage for hold in second.holds] == ["prefill"]
     assert (second.load.free_blocks, second.load.queued, second.load.queued_tokens) == (7, 1, 4)
-    assert (first.slots_taken, second.slots_taken) == (0, 2)
+    assert (first.slots_used, second.slots_used) == (0, 2)
 
 
 def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(worker):
     worker.later()
     assert worker.core.idle and worker.core.deadline() == pytest.approx(0.1)
-    worker.tell(roster(1))
+    worker.tell(membership(1))
     assert worker.core.deadline() == float("-inf")
     worker.later()
     assert worker.core.idle
@@ -151,10 +151,10 @@ def test_resending_what_is_unknown_says_nothing(worker):
 def test_a_rejected_leg_is_told_of_by_its_half(worker):
     see_p2(worker)
     worker.tell(offer("b", prompt=8, src="p2"))
-    assert kinds(worker.tell(LegRejected("d:b:1:p2:1", "no"))) == ["Refuse > p2"]
+    assert kinds(worker.tell(RequestRejected("d:b:1:p2:1", "no"))) == ["Refuse > p2"]
     worker.tell(assign("a", prompt=8))
     worker.later()
-    assert isinstance(sent(worker.tell(LegRejected("p:a:1", "no")), BROKER)[0], Failed)
+    assert isinstance(sent(worker.tell(RequestRejected("p:a:1", "no")), BROKER)[0], Failed)
     worker.tell(NOTHING)
 
 
@@ -164,7 +164,7 @@ def test_nonsense_is_refused(worker):
 
 
 def test_check_finds_an_account_without_a_leg(worker):
-    worker.core.ledger.take("lost", 1)
+    worker.core.ledger.allocate("lost", 1)
     with pytest.raises(Broken, match="1 accounts for 0 legs"):
         worker.core.check()
     worker.core.ledger.close("lost")
@@ -178,9 +178,9 @@ def test_a_grant_for_an_offer_that_was_taken_back_is_given_back(worker):
 
 def test_without_a_monitor_whoever_refused_is_asked_again_by_the_own_clock():
     """As when an offer has come before the roster that tells of its sender."""
-    told = Told(Worker(identity("p1", "prefill", load_s=0.1, beat_s=1e6), Random(1), now=0.0))
+    told = Told(Worker(identity("p1", "prefill", load_s=0.1, heartbeat_s=1e6), Random(1), now=0.0))
     told.later()
-    told.tell(roster(1, instance("p1", "prefill"), instance("d1", "decode")), PeerUp("d1"), assign("r", prompt=8))
+    told.tell(membership(1, instance("p1", "prefill"), instance("d1", "decode")), PeerUp("d1"), assign("r", prompt=8))
     assert sent(told.later(), "d1", Offer)
     told.tell(StepDone((Span("p:r:1", 0, 8),), (Sampled("p:r:1", (5,), None),)), refuse("r"))
     assert not sent(told.later(0.09), "d1", Offer)

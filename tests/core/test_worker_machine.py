@@ -18,47 +18,47 @@ from tests.core.build import (
     identity,
     instance,
     landed,
+    membership,
     offer,
     reach,
     refuse,
-    roster,
 )
 from tests.core.test_machines import QUICK, WORKERS, iids, seconds
 from tetri.core.actions import (
     BROKER,
-    AddLeg,
-    AdmitLeg,
+    AddRequest,
+    AdmitRequest,
     Adopt,
     Adopted,
-    CancelLeg,
+    CancelRequest,
     Connect,
     Disconnect,
     Export,
     Exported,
     Free,
     Freed,
-    HoldLeg,
-    LegRejected,
+    HoldRequest,
     LengthKnown,
     Predict,
     Publish,
+    RequestRejected,
     Send,
     Step,
 )
-from tetri.core.worker import Worker
+from tetri.core.worker.worker import Worker
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EmulatedEngine
-from tetri.leg import Foretold
+from tetri.engine_request import HiddenStateEstimate
 from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
-from tetri.request import ROLES, Expected, LengthRange, Odds
+from tetri.request import ROLES, Expected, LengthDistribution, LengthRange
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.handover import Foreseen
+from tetri.wire.handover import LengthUpdate
 from tetri.wire.messages import Close, ClusterView, Flip, InstanceLoad, Load, Resend
 
 COST = Cost(prefill=((0.0, 0.0), (8.0, 0.1)), decode=((1.0, 0.01), (2.0, 0.02)))
 PREDICTORS = ("classifier", "hidden", "both", "prior")
-some_odds = st.sampled_from([None, *(Odds(4, (rest, 0.5, 0.5 - rest)) for rest in (0.0, 0.2, 0.5))])
+some_odds = st.sampled_from([None, *(LengthDistribution(4, (rest, 0.5, 0.5 - rest)) for rest in (0.0, 0.2, 0.5))])
 ranges = st.one_of(st.none(), st.tuples(st.integers(0, 9), st.integers(1, 4)))
 
 
@@ -70,10 +70,14 @@ class WorkerUnderFire(RuleBasedStateMachine):
     """Peers and the broker say anything; the engine is the emulated one, the store counts its slots."""
 
     @initialize(
-        slots=st.sampled_from([3, 5, 30]), role=st.sampled_from(ROLES), order=st.sampled_from(sorted(ORDERS)),
-        admit=st.sampled_from(sorted(ADMISSIONS)), interval=st.sampled_from([1, 1, 3, 50]),
+        slots=st.sampled_from([3, 5, 30]),
+        role=st.sampled_from(ROLES),
+        order=st.sampled_from(sorted(ORDERS)),
+        admit=st.sampled_from(sorted(ADMISSIONS)),
+        interval=st.sampled_from([1, 1, 3, 50]),
         length=st.sampled_from(["none", "noisy", *PREDICTORS]),
-        cost=st.sampled_from([Cost(), COST]), path=st.sampled_from(["shm", "stream"]),
+        cost=st.sampled_from([Cost(), COST]),
+        path=st.sampled_from(["shm", "stream"]),
     )
     def begin(self, slots, role, order, admit, length, interval, cost, path):
         self.engine = EmulatedEngine(capacity=CAPACITY, token_bytes=8, vocabulary=64, cost=Cost())
@@ -82,16 +86,23 @@ class WorkerUnderFire(RuleBasedStateMachine):
             order=order, admit=admit, length="trained" if learns else length, sched_batch=3, length_granularity=4
         )
         own = identity(
-            "me", role, slots=slots, fingerprint=self.engine.fingerprint, rules=rules, cost=cost, load_s=0.05,
-            stream_interval=interval, reach=reach("me", paths=[path]),
-            expected=Expected(length, Odds(2, (0.25,) * 4)) if learns else None,
+            "me",
+            role,
+            slots=slots,
+            fingerprint=self.engine.fingerprint,
+            rules=rules,
+            cost=cost,
+            load_s=0.05,
+            stream_interval=interval,
+            reach=reach("me", paths=[path]),
+            expected=Expected(length, LengthDistribution(2, (0.25,) * 4)) if learns else None,
         )
         self.path, self.under_way = path, []  # what a path that takes time has not brought yet
         self.core, self.now = Worker(own, Random(1), now=0.0), 0.0
         self.slots, self.free, self.number = slots, list(range(slots)), 0
-        self.legs, self.connected, self.done = {}, {BROKER: None}, None
+        self.requests, self.connected, self.done = {}, {BROKER: None}, None
         self.offers, self.asked, self.told, self.assigned = [], [], {}, {}
-        self.foretells, self.foretold = length in ("hidden", "both"), {}  # by phase: odds of what follows
+        self.estimates_lengths, self.estimates = length in ("hidden", "both"), {}  # by phase: odds of what follows
 
     def act(self, actions):
         rejected = []
@@ -99,7 +110,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             if isinstance(action, Step):
                 self.hear(rejected)
             result = self.do(action)
-            if isinstance(result, LegRejected):
+            if isinstance(result, RequestRejected):
                 rejected.append(result)
             elif result is not None:
                 self.act(self.core.handle(result, self.now))
@@ -115,29 +126,29 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.connected[peer] = None
             case Disconnect(peer):
                 del self.connected[peer]
-            case AddLeg(leg):
-                assert leg.key not in self.legs
+            case AddRequest(request):
+                assert request.key not in self.requests
                 try:
-                    self.engine.add(leg)
+                    self.engine.add(request)
                 except EngineError as error:
-                    return LegRejected(leg.key, str(error))
-                self.legs[leg.key] = None
-                if leg.phase == "decode":  # what an offer of other tokens was told of does not count
-                    _, rid, attempt, *_ = leg.key.split(":")
+                    return RequestRejected(request.key, str(error))
+                self.requests[request.key] = None
+                if request.phase == "decode":  # what an offer of other tokens was told of does not count
+                    _, rid, attempt, *_ = request.key.split(":")
                     self.told.pop((rid, int(attempt)), None)
-            case CancelLeg(key):
+            case CancelRequest(key):
                 self.engine.cancel(key)
-                self.legs.pop(key, None)
-            case AdmitLeg(key, token):
+                self.requests.pop(key, None)
+            case AdmitRequest(key, token):
                 self.engine.admit(key, token)
-            case HoldLeg(key, held):
-                assert key in self.legs
+            case HoldRequest(key, held):
+                assert key in self.requests
                 self.engine.hold(key, held)
             case Step(most):
                 assert self.done is None and 1 <= most <= self.core.own.stream_interval
                 self.done = self.read(self.engine.step(most))
             case Predict(key):
-                assert key in self.core.prefill.jobs
+                assert key in self.core.prefill.requests
                 self.asked.append(key)
             case Publish(report):
                 load = report.load
@@ -167,22 +178,22 @@ class WorkerUnderFire(RuleBasedStateMachine):
     def read(self, done):
         """What hidden states say of those that have a new token: the same of all prompts, and of all decodes."""
         core, told = self.core, []
-        for sampled in done.tokens if self.foretells else ():
-            job = core.prefill.jobs.get(sampled.key)
-            outputs = core.decode.seats[sampled.key].written if job is None else len(job.output)
-            if (odds := self.foretold.get(sampled.key[0])) is not None:
-                told.append(Foretold(sampled.key, outputs, odds))
-        return dataclasses.replace(done, foretold=tuple(told))
+        for sampled in done.tokens if self.estimates_lengths else ():
+            request = core.prefill.requests.get(sampled.key)
+            outputs = core.decode.requests[sampled.key].written if request is None else len(request.output)
+            if (distribution := self.estimates.get(sampled.key[0])) is not None:
+                told.append(HiddenStateEstimate(sampled.key, outputs, distribution))
+        return dataclasses.replace(done, estimates=tuple(told))
 
     def adopt(self, action, problem):
-        if problem is None and action.key in self.legs:  # else the leg has ended meanwhile, and its KV is nobody's
+        if problem is None and action.key in self.requests:  # else the leg has ended meanwhile, and its KV is nobody's
             block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
             self.engine.adopt(action.key, action.start, [block] * len(action.handle.slots))
         return Adopted(action.key, action.index, problem)
 
     def send(self, peer, message):
         name = type(message).__name__
-        assert (peer == BROKER) == (name in ("Ready", "Beat", "Staged", "Tokens", "Failed"))
+        assert (peer == BROKER) == (name in ("Ready", "Heartbeat", "Staged", "Tokens", "Failed"))
         assert peer != "me"
         match name:
             case "Offer":
@@ -193,13 +204,13 @@ class WorkerUnderFire(RuleBasedStateMachine):
                     assert item.ids or item.end
                     assert item.end is None or item.start + len(item.ids) >= told, "it ended before its last tokens"
                     self.told[item.rid, item.attempt] = max(told, item.start + len(item.ids))
-            case "Beat":
+            case "Heartbeat":
                 for hold in message.holds:
-                    job = self.core.prefill.jobs.get(f"p:{hold.rid}:{hold.attempt}")
-                    seat = self.core.decode._seat_of(hold.rid)
-                    if job is None and seat is None:
+                    request = self.core.prefill.requests.get(f"p:{hold.rid}:{hold.attempt}")
+                    request = self.core.decode._request_of(hold.rid)
+                    if request is None and request is None:
                         continue  # an offer that this instance made itself has taken its place since
-                    before = job.output if job is not None else seat.offer.output
+                    before = request.output if request is not None else request.offer.output
                     told = self.told.get((hold.rid, hold.attempt), 0)
                     assert hold.outputs <= max(told, len(before) + 1), "more than the broker was told"
 
@@ -209,7 +220,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             done, self.done = self.done, None
             for sampled in done.tokens:
                 if sampled.reason or sampled.key.startswith("p:"):
-                    self.legs.pop(sampled.key)
+                    self.requests.pop(sampled.key)
             self.act(self.core.handle(done, self.now))
         if event is not None:
             self.act(self.core.handle(event, self.now))
@@ -217,7 +228,10 @@ class WorkerUnderFire(RuleBasedStateMachine):
     # ------------------------------------------------------------ the broker, the views, the predictor
 
     @rule(
-        rid=st.sampled_from("abcd"), prompt=st.integers(0, 41), old=st.integers(0, 3), attempt=st.integers(1, 3),
+        rid=st.sampled_from("abcd"),
+        prompt=st.integers(0, 41),
+        old=st.integers(0, 3),
+        attempt=st.integers(1, 3),
         most=st.integers(1, 9),
     )
     def assign(self, rid, prompt, old, attempt, most):
@@ -236,9 +250,9 @@ class WorkerUnderFire(RuleBasedStateMachine):
             self.tell(known)
 
     @rule(phase=st.sampled_from("pd"), said=some_odds)
-    def foretell(self, phase, said):
+    def estimate(self, phase, said):
         """From now on."""
-        self.foretold[phase] = said
+        self.estimates[phase] = said
 
     @rule(role=st.sampled_from(ROLES))
     def flip(self, role):
@@ -246,7 +260,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
         assert self.core.role == role
 
     @rule(
-        rid=st.sampled_from("abcdwxyz"), attempt=st.integers(1, 3),
+        rid=st.sampled_from("abcdwxyz"),
+        attempt=st.integers(1, 3),
         end=st.sampled_from([("", 0), ("stop", 3), ("length", 9), ("length", 0), ("cancelled", 0)]),
     )
     def close(self, rid, attempt, end):
@@ -257,13 +272,13 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.tell(Resend(rid=rid, attempt=attempt, start=start))
 
     @rule(there=st.lists(iids, unique=True), incarnation=st.integers(1, 2))
-    def roster(self, there, incarnation):
+    def membership(self, there, incarnation):
         self.number += 1
         same = {"fingerprint": self.engine.fingerprint}
         others = [
             instance(iid, WORKERS[iid], incarnation, reach=reach(iid, paths=[self.path]), **same) for iid in there
         ]
-        self.tell(roster(self.number, instance("me", self.core.role, **same), *others))
+        self.tell(membership(self.number, instance("me", self.core.role, **same), *others))
 
     @rule(there=st.lists(iids, unique=True), free=st.sampled_from([0, 3, 10]), age=st.sampled_from([0.0, 0.1, 5.0]))
     def view(self, there, free, age):
@@ -286,8 +301,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
     @precondition(lambda self: self.offers)
     def answer(self, back, index, kind):
         asked = self.offers[-1 - min(back, len(self.offers) - 1)]
-        job = self.core.dispatcher.jobs.get(f"p:{asked.rid}:{asked.attempt}")
-        target = job.flow.target if job is not None else ""
+        request = self.core.dispatcher.requests.get(f"p:{asked.rid}:{asked.attempt}")
+        target = request.flow.target if request is not None else ""
         who = (asked.rid, asked.offer, target if target not in ("", "me") else "d1", asked.attempt)
         if kind == "landed":
             self.tell(landed(who[0], index, *who[1:]))
@@ -302,27 +317,32 @@ class WorkerUnderFire(RuleBasedStateMachine):
     # ------------------------------------------------------------ prefill instances ask
 
     @rule(
-        rid=st.sampled_from("wxyz"), prompt=st.integers(0, 41), attempt=st.integers(1, 2), number=st.integers(1, 3),
-        src=st.sampled_from(["p1", "p2"]), fit=st.sampled_from([True, True, True, False]), made=ranges,
+        rid=st.sampled_from("wxyz"),
+        prompt=st.integers(0, 41),
+        attempt=st.integers(1, 2),
+        number=st.integers(1, 3),
+        src=st.sampled_from(["p1", "p2"]),
+        fit=st.sampled_from([True, True, True, False]),
+        made=ranges,
     )
     def offer(self, rid, prompt, attempt, number, src, fit, made):
         changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
         self.tell(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
 
     @rule(place=st.integers(0, 5), index=st.integers(0, 3), slot=st.sampled_from([1, 1, 1, 7, 8]))
-    @precondition(lambda self: self.core.decode.seats)
+    @precondition(lambda self: self.core.decode.requests)
     def chunk(self, place, index, slot):
         """One of the chunks of a seat: two blocks each, the last has the token."""
-        seats = list(self.core.decode.seats.values())
-        seat = seats[place % len(seats)]
-        if seat.offer.src == "me":
+        requests = list(self.core.decode.requests.values())
+        request = requests[place % len(requests)]
+        if request.offer.src == "me":
             return  # nobody else speaks for this instance
-        start = min(2 * index, max(seat.flow.blocks - 1, 0) // 2 * 2)
-        stop = min(start + 2, seat.flow.blocks)
-        made = handle(*range(slot, slot + stop - start), segment=f"s-{seat.offer.src}")
-        token = 5 if stop == seat.flow.blocks else None
-        who = {name: getattr(seat.offer, name) for name in ("src", "incarnation", "attempt", "offer")}
-        self.tell(chunk(seat.offer.rid, start // 2, start, stop, token, handle=made, **who))
+        start = min(2 * index, max(request.flow.blocks - 1, 0) // 2 * 2)
+        stop = min(start + 2, request.flow.blocks)
+        made = handle(*range(slot, slot + stop - start), segment=f"s-{request.offer.src}")
+        token = 5 if stop == request.flow.blocks else None
+        who = {name: getattr(request.offer, name) for name in ("src", "incarnation", "attempt", "offer")}
+        self.tell(chunk(request.offer.rid, start // 2, start, stop, token, handle=made, **who))
 
     @rule(rid=st.sampled_from("wxyz"), prompt=st.integers(1, 12), made=ranges)
     def whole(self, rid, prompt, made):
@@ -337,12 +357,15 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.tell(chunk(rid, 0, start, start + 2, attempt=attempt, offer=number, handle=handle(1, 2)))
 
     @rule(
-        rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 4),
-        low=st.integers(0, 12), more=st.integers(1, 9),
+        rid=st.sampled_from("wxyz"),
+        attempt=st.integers(1, 2),
+        number=st.integers(1, 4),
+        low=st.integers(0, 12),
+        more=st.integers(1, 9),
     )
-    def foreseen(self, rid, attempt, number, low, more):
+    def update_length(self, rid, attempt, number, low, more):
         length = LengthRange(low=low, high=low + more)
-        self.tell(Foreseen(src="p1", incarnation=1, rid=rid, attempt=attempt, offer=number, length=length))
+        self.tell(LengthUpdate(src="p1", incarnation=1, rid=rid, attempt=attempt, offer=number, length=length))
 
     @rule(rid=st.sampled_from("wxyz"), attempt=st.integers(1, 2), number=st.integers(1, 3))
     def drop(self, rid, attempt, number):
@@ -373,11 +396,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
     def sound(self):
         if not hasattr(self, "core"):
             return
-        assert len(self.free) == self.slots - self.core.prefill.slots_taken
+        assert len(self.free) == self.slots - self.core.prefill.slots_used
         if self.done is None:
             self.core.check()
-            assert sum(self.core.decode.landing.taking.values()) == len(self.under_way)
-            assert len(self.legs) == len(self.core.ledger), "the engine and the ledger know the same legs"
+            assert sum(self.core.decode.kv_receive.fetching.values()) == len(self.under_way)
+            assert len(self.requests) == len(self.core.ledger), "the engine and the ledger know the same legs"
 
     def teardown(self):
         """When all is closed, nothing is left."""
@@ -391,11 +414,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
         for action in self.under_way:
             self.tell(self.adopt(action, None))
         core = self.core
-        assert not core.decode.landing.taking and not core.decode.landing.pauses
-        assert not self.legs and sorted(self.free) == list(range(self.slots))
+        assert not core.decode.kv_receive.fetching and not core.decode.kv_receive.pauses
+        assert not self.requests and sorted(self.free) == list(range(self.slots))
         assert len(core.ledger) == 0 and core.ledger.free == CAPACITY.blocks
         assert not self.engine.contents and not core.dispatcher.offers and not len(core.prefill.queue)
-        assert not core.dispatcher.stranded and not core.decode.outlook.seats
+        assert not core.dispatcher.unplaceable and not core.decode.forecast.requests
 
 
 TestWorkerUnderFire = WorkerUnderFire.TestCase

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 
 from tetri.core.actions import Adopt, Adopted
 from tetri.engine.emulated import EmulatedEngine
-from tetri.hands import Copies
-from tetri.kv.base import KVLost, Taken, Wanted
+from tetri.executor import Copies
+from tetri.kv.base import Fetched, KVLost, Wanted
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
 from tetri.request import Reach
@@ -38,10 +38,10 @@ class SpoiltCopies(Copies):
             action = replace(action, handle=gone)
         return super().adopt(action)
 
-    def _adopted(self, taken: Taken) -> Adopted:
-        if taken.problem is None and self.world.happens(self.world.faults.shorten):
-            taken = Taken(taken.ticket, taken.blocks[:-1])
-        return super()._adopted(taken)
+    def _adopted(self, fetched: Fetched) -> Adopted:
+        if fetched.problem is None and self.world.happens(self.world.faults.shorten):
+            fetched = Fetched(fetched.ticket, fetched.blocks[:-1])
+        return super()._adopted(fetched)
 
 
 def _fields(handle: Handle) -> dict[str, Any]:
@@ -53,11 +53,11 @@ class SlowReader:
     slots. Every take is answered once."""
 
     def __init__(self, node: WorkerNode) -> None:
-        self.node, self.world, self.life = node, node.world, node.life
+        self.node, self.world, self.lifecycle = node, node.world, node.lifecycle
         self.way = LocalReader(self.world.segments)
         self.peers: dict[str, str] = {}  # -> segment
         self.asked: list[Wanted] = []
-        self.come: list[Taken] = []
+        self.come: list[Fetched] = []
 
     def meet(self, peer: str, reach: Reach) -> None:
         self.peers[peer] = reach.segment
@@ -65,12 +65,12 @@ class SlowReader:
     def part(self, peer: str) -> None:
         self.peers.pop(peer, None)
         for wanted in [wanted for wanted in self.asked if wanted.peer == peer]:
-            self._answer(wanted, Taken(wanted.ticket, problem=KVLost(f"{peer} is gone")))
+            self._answer(wanted, Fetched(wanted.ticket, problem=KVLost(f"{peer} is gone")))
 
-    def take(self, wanted: Wanted) -> Taken | None:
+    def fetch(self, wanted: Wanted) -> Fetched | None:
         world = self.world
         if wanted.peer not in self.peers:
-            return Taken(wanted.ticket, problem=KVLost(f"no peer {wanted.peer} is known here"))
+            return Fetched(wanted.ticket, problem=KVLost(f"no peer {wanted.peer} is known here"))
         assert all(other.ticket != wanted.ticket for other in self.asked), f"{wanted.ticket} is on its way already"
         self.asked.append(wanted)
         longest = world.faults.longest_delay if world.happens(world.faults.delay) else 0.01
@@ -81,27 +81,27 @@ class SlowReader:
         """The request is at the sender."""
         world, sender = self.world, self.world.slabs.get(wanted.handle.segment)
         if sender is None or not sender.keep(wanted.handle):
-            self._answer(wanted, Taken(wanted.ticket, problem=KVLost("it is not there any more")))
+            self._answer(wanted, Fetched(wanted.ticket, problem=KVLost("it is not there any more")))
             return
-        taken = self.way.take(wanted)
-        if taken.problem is None:
-            taken = Taken(taken.ticket, [bytes(block) for block in taken.blocks])
+        fetched = self.way.fetch(wanted)
+        if fetched.problem is None:
+            fetched = Fetched(fetched.ticket, [bytes(block) for block in fetched.blocks])
 
         def sent() -> None:
             sender.let_go(wanted.handle)
             if world.nodes[wanted.peer].alive:
                 world.nodes[wanted.peer].wake(world.now)
-            self._answer(wanted, taken)
+            self._answer(wanted, fetched)
 
         world.after(world.rng.uniform(0.0, 0.01), sent)
 
-    def _answer(self, wanted: Wanted, taken: Taken) -> None:
-        if wanted in self.asked and self.life == self.node.life:
+    def _answer(self, wanted: Wanted, fetched: Fetched) -> None:
+        if wanted in self.asked and self.lifecycle == self.node.lifecycle:
             self.asked.remove(wanted)
-            self.come.append(taken)
+            self.come.append(fetched)
             self.node.wake(self.world.now)
 
-    def taken(self) -> Iterator[Taken]:
+    def fetched(self) -> Iterator[Fetched]:
         while self.come:
             yield self.come.pop(0)
 

@@ -10,13 +10,13 @@ from tests.core.links import Feed
 from tests.core.nodes import TOKEN_BYTES, VOCABULARY, Node
 from tests.core.worker_kv import SpoiltCopies, store
 from tetri.core.actions import BROKER, Action, LengthKnown, Predict
-from tetri.core.peers import Identity
-from tetri.core.worker import Worker
+from tetri.core.instance.peers import Identity
+from tetri.core.worker.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
-from tetri.hands import WorkerHands
+from tetri.engine_request import HiddenStateEstimate, StepDone
+from tetri.executor import WorkerExecutor
 from tetri.instance import Instance
-from tetri.leg import Foretold, StepDone
-from tetri.request import Capacity, Expected, LengthRange, Odds
+from tetri.request import Capacity, Expected, LengthDistribution, LengthRange
 from tetri.wire.messages import LoadReport
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 PATHS = (("stream",), ("stream",), ("local", "stream"))  # any two have one in common
 
 
-WIDE = Odds(2, (0.1,) * 10)  # what is known of lengths before any has come
+WIDE = LengthDistribution(2, (0.1,) * 10)  # what is known of lengths before any has come
 
 
-def some_odds(rng: Random) -> Odds:
+def some_odds(rng: Random) -> LengthDistribution:
     """Nearly sure of anything, or of nothing."""
     bucket, sure = rng.randrange(5), rng.choice((0.9, 0.2))
-    return Odds(4, tuple(sure if place == bucket else (1.0 - sure) / 4 for place in range(5)))
+    return LengthDistribution(4, tuple(sure if place == bucket else (1.0 - sure) / 4 for place in range(5)))
 
 
 class WorkerNode(Node):
@@ -79,7 +79,7 @@ class WorkerNode(Node):
             rules=shape.rules,
             cost=shape.cost,
             reserve_share=shape.reserve_share,
-            beat_s=0.05,
+            heartbeat_s=0.05,
             load_s=0.02,
             offer_s=0.08,
             patience_s=60.0,
@@ -90,7 +90,9 @@ class WorkerNode(Node):
         self.core = Worker(own, Random(own.incarnation), world.now)
         self.copies = SpoiltCopies(world, self.engine, self.store)
         noted = NotedCore(self)
-        self.hands = WorkerHands(noted, lambda: world.now, self.engine, self.copies, self, self.step, self.predict)
+        self.executor = WorkerExecutor(
+            noted, lambda: world.now, self.engine, self.copies, self, self.step, self.predict
+        )
         self.connect(BROKER, BROKER)
         self.wake(world.now)
 
@@ -100,7 +102,7 @@ class WorkerNode(Node):
             self.handle(event)
 
     def act(self, actions: list[Action]) -> None:
-        self.hands.carry_out(actions)
+        self.executor.carry_out(actions)
 
     def kill(self) -> None:
         super().kill()
@@ -113,11 +115,11 @@ class WorkerNode(Node):
 
     def step(self, most: int) -> None:
         """The engine computes for a while, in which nothing is read but what the predictor says."""
-        done, life = self.foretold(self.engine.step(most)), self.life
+        done, lifecycle = self.estimates(self.engine.step(most)), self.lifecycle
         self.busy_until = self.world.now + done.steps * self.world.rng.uniform(0.001, 0.008)
 
         def finished() -> None:
-            if life == self.life:
+            if lifecycle == self.lifecycle:
                 named, self.named = self.named, []
                 for event in (*named, done):
                     self.handle(event)
@@ -125,21 +127,23 @@ class WorkerNode(Node):
 
         self.world.at(self.busy_until, finished)
 
-    def foretold(self, done: StepDone) -> StepDone:
+    def estimates(self, done: StepDone) -> StepDone:
         """What hidden states say: mostly of prompts that have ended, now and then of decodes, anything at all."""
         if self.shape.expects not in ("hidden", "both"):
             return done
-        rng, core, told = self.world.rng, self.core, list[Foretold]()
+        rng, core, told = self.world.rng, self.core, list[HiddenStateEstimate]()
         for sampled in done.tokens:
-            job = core.prefill.jobs.get(sampled.key)
-            chance, outputs = (0.8, len(job.output)) if job else (0.2, core.decode.seats[sampled.key].written)
+            request = core.prefill.requests.get(sampled.key)
+            chance, outputs = (
+                (0.8, len(request.output)) if request else (0.2, core.decode.requests[sampled.key].written)
+            )
             if rng.random() < chance and not self.world.happens(self.world.faults.mute):
-                told.append(Foretold(sampled.key, outputs, some_odds(rng)))
-        return dataclasses.replace(done, foretold=tuple(told))
+                told.append(HiddenStateEstimate(sampled.key, outputs, some_odds(rng)))
+        return dataclasses.replace(done, estimates=tuple(told))
 
     def predict(self, wanted: Predict) -> LengthKnown | None:
         """Sometimes nobody can say, sometimes it is far off, sometimes it takes a while, or for ever."""
-        rng, life = self.world.rng, self.life
+        rng, lifecycle = self.world.rng, self.lifecycle
         low = max(0, wanted.sampling.max_tokens + rng.randint(-8, 4))
         known = LengthKnown(wanted.key, rng.choice((None, LengthRange(low=low, high=low + rng.randint(1, 8)))))
         if self.shape.expects:
@@ -148,9 +152,9 @@ class WorkerNode(Node):
             return known
 
         def later() -> None:
-            if life == self.life and self.resting():
+            if lifecycle == self.lifecycle and self.resting():
                 self.named.append(known)
-            elif life == self.life:
+            elif lifecycle == self.lifecycle:
                 self.receive(known)
 
         if not self.world.happens(self.world.faults.mute):

@@ -68,7 +68,7 @@ def engine(float32: Engines) -> Iterator[EngineProcess]:
     blocks = made.facts()[1].blocks
     assert made.free_blocks() == blocks
     yield made
-    assert (made.free_blocks(), made.legs()) == (blocks, 0)
+    assert (made.free_blocks(), made.requests()) == (blocks, 0)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from plain import Plain, Text
 from vllm_process import EngineProcess
 
-from tetri.engine.base import Leg, Phase, StepDone
+from tetri.engine.base import EngineRequest, Phase, StepDone
 from tetri.request import Sampling, blocks_for
 
 BLOCK = 128
@@ -38,9 +38,9 @@ class Request:
     recomputed: int = 0
     preempted: int = 0
 
-    def leg(self, phase: Phase) -> Leg:
+    def engine_request(self, phase: Phase) -> EngineRequest:
         start = len(self.tokens) if self.output_from < 0 else self.output_from
-        return Leg(self.key, phase, tuple(self.tokens), start, self.sampling)
+        return EngineRequest(self.key, phase, tuple(self.tokens), start, self.sampling)
 
 
 class Engines(NamedTuple):
@@ -58,8 +58,8 @@ class Pair:
         """Run requests that arrive at the same moment to their ends."""
         by_key = {request.key: request for request in requests}
         for request in requests:
-            self.decode.add(request.leg("decode"))
-            self.prefill.add(request.leg("prefill"))
+            self.decode.add(request.request("decode"))
+            self.prefill.add(request.request("prefill"))
         self.allocate(by_key)
         prefilling, running = set(by_key), set(by_key)
         while running:
@@ -145,14 +145,14 @@ def differences(right: Text, request: Request) -> list[str]:
     return found
 
 
-def leg(
+def engine_request(
     key: str,
     phase: Phase,
     tokens: Sequence[int] = TOKENS,
     sampling: Sampling = TEXT,
     output_from: int | None = None,
-) -> Leg:
-    return Leg(key, phase, tuple(tokens), len(tokens) if output_from is None else output_from, sampling)
+) -> EngineRequest:
+    return EngineRequest(key, phase, tuple(tokens), len(tokens) if output_from is None else output_from, sampling)
 
 
 def adopt_zeros(engine: EngineProcess, key: str, tokens: Sequence[int] = TOKENS) -> None:
@@ -165,6 +165,6 @@ def fill(engine: EngineProcess, leave: int) -> list[str]:
     while (free := engine.free_blocks() - leave) > 0:
         keys.append(f"ballast-{len(keys)}")
         # One token less than the blocks hold: vLLM wants room for the next token before it gives any.
-        engine.add(leg(keys[-1], "decode", [5] * (min(free, 16) * BLOCK - 1), Sampling(max_tokens=2)))
+        engine.add(engine_request(keys[-1], "decode", [5] * (min(free, 16) * BLOCK - 1), Sampling(max_tokens=2)))
         assert engine.step().allocated == (keys[-1],)
     return keys

@@ -4,8 +4,8 @@ GPU runs on the real model's KV, only CUDA and the attention kernels are not the
 from __future__ import annotations
 
 from tests.kv.cuda_stand_in import install
-from tetri.engine import vllm_setup
-from tetri.engine.vllm_memory_gpu import GpuMemory
+from tetri.engine.vllm import setup as vllm_setup
+from tetri.engine.vllm.gpu_memory import GpuMemory
 
 
 def play(folder: str) -> None:

@@ -19,8 +19,8 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
-from tetri.engine.vllm_connector import SamplerPlugin
-from tetri.engine.vllm_sampler import RowSampler
+from tetri.engine.vllm.connector import SamplerPlugin
+from tetri.engine.vllm.sampler import RowSampler
 from tetri.request import Sampling
 
 

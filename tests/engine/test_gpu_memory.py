@@ -6,8 +6,8 @@ import torch
 
 from tests.kv.cuda_stand_in import StandIn
 from tetri.engine.base import EngineError
-from tetri.engine.vllm_memory_gpu import GpuMemory, by_block
-from tetri.kv.cuda_runtime import Device
+from tetri.engine.vllm.gpu_memory import GpuMemory, by_block
+from tetri.kv.cuda.runtime import Device
 
 BLOCKS, HEADS, TOKENS, WIDTH, LAYERS = 12, 3, 16, 8, 4
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tetri.engine.vllm_sampler import (
+from tetri.engine.vllm.sampler import (
     RowSampler,
     candidates,
     draw,
@@ -52,7 +52,7 @@ def test_noise_is_finite_and_follows_the_gumbel_distribution():
 
 
 def test_noise_of_neighbours_is_unrelated():
-    """Neighbours in token id, in position and in seed."""
+    """Peers in token id, in position and in seed."""
     base = gumbel(11, 500, all_ids(49152))
     others = [base.roll(1), base.roll(2), gumbel(11, 501, all_ids(49152)), gumbel(12, 500, all_ids(49152))]
     for other in others:
@@ -141,9 +141,7 @@ SAMPLINGS = {
     "penalties": Sampling(
         max_tokens=32, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.6, min_tokens=20
     ),
-    "everything": Sampling(
-        max_tokens=32, temperature=1.1, seed=2**62, top_p=0.8, frequency_penalty=1.0, min_tokens=25
-    ),
+    "everything": Sampling(max_tokens=32, temperature=1.1, seed=2**62, top_p=0.8, frequency_penalty=1.0, min_tokens=25),
 }
 
 

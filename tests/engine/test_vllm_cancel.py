@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from handover import TEXT, TOKENS, Pair, Request, adopt_zeros, fill, leg
+from handover import TEXT, TOKENS, Pair, Request, adopt_zeros, engine_request, fill
 
 from tetri.engine.base import Span
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 
 def waiting(engine) -> None:
-    engine.add(leg("x", "prefill"))
+    engine.add(engine_request("x", "prefill"))
 
 
 def half_done(engine) -> None:
@@ -25,7 +25,7 @@ def finished(engine) -> None:
 
 
 def decode_waiting(engine) -> None:
-    engine.add(leg("x", "decode"))
+    engine.add(engine_request("x", "decode"))
 
 
 def parked(engine) -> None:
@@ -57,7 +57,7 @@ STATES = (waiting, half_done, finished, decode_waiting, parked, adopted, admitte
 def test_cancel_frees_every_block_at_once(engine, state, alone):
     blocks = engine.facts()[1].blocks
     if not alone:
-        engine.add(leg("other", "decode", TOKENS[:300]))
+        engine.add(engine_request("other", "decode", TOKENS[:300]))
         engine.step()
         adopt_zeros(engine, "other", TOKENS[:300])
     others = 0 if alone else 3
@@ -77,7 +77,7 @@ def test_cancel_of_a_preempted_leg(engine):
     blocks = engine.facts()[1].blocks
     ballast = fill(engine, leave=3)
     for key in ("first", "x"):
-        engine.add(leg(key, "decode", TOKENS[:127]))
+        engine.add(engine_request(key, "decode", TOKENS[:127]))
         engine.step()
         adopt_zeros(engine, key, TOKENS[:127])
         engine.admit(key, 5)

@@ -8,8 +8,8 @@ import pytest
 from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
 from tests.engine.contract import CAPACITY, EngineContract
+from tetri.engine_request import StepDone
 from tetri.kv.base import Block, parts
-from tetri.leg import StepDone
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
@@ -60,7 +60,7 @@ class TestContract(EngineContract):
         assert made.capacity == CAPACITY
         yield made
         assert small.step() is not None
-        assert (small.free_blocks(), small.legs()) == (CAPACITY.blocks, 0), "a test leaves nothing behind"
+        assert (small.free_blocks(), small.requests()) == (CAPACITY.blocks, 0), "a test leaves nothing behind"
 
     @pytest.fixture(autouse=True)
     def alone(self, reference, texts) -> None:

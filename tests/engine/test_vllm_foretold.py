@@ -19,7 +19,7 @@ from tetri.predict.card import HEAD, write_card
 from tetri.predict.heads import save_head
 from tetri.predict.model import PLACE, load
 from tetri.proc.recorder import read, value
-from tetri.request import Odds
+from tetri.request import LengthDistribution
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
@@ -55,9 +55,9 @@ def test_both_workers_hear_what_the_head_says_of_the_models_own_states(model, pr
     for prompt, ids in zip(chosen, results, strict=True):
         rows = states([*prompt, *ids])[:, 0]
         for (_, outputs), told in heard.items():
-            (right,) = head.foretell(rows[len(prompt) + outputs - 1][None], [outputs])
-            worst = max(worst, min(apart(right, odds) for odds in told))
-    different = {odds.shares for told in heard.values() for odds in told}
+            (right,) = head.estimate(rows[len(prompt) + outputs - 1][None], [outputs])
+            worst = max(worst, min(apart(right, distribution) for distribution in told))
+    different = {distribution.shares for told in heard.values() for distribution in told}
     with capsys.disabled():
         print(f" {worst:.1e} apart ", end="")
     assert worst < 1e-3 and len(different) == 9
@@ -65,7 +65,7 @@ def test_both_workers_hear_what_the_head_says_of_the_models_own_states(model, pr
     assert status["p0"].predicted == len(chosen) and status["p0"].late == 0
 
 
-def apart(one: Odds, other: Odds) -> float:
+def apart(one: LengthDistribution, other: LengthDistribution) -> float:
     return max(abs(a - b) for a, b in zip(one.shares, other.shares, strict=True))
 
 
@@ -83,10 +83,10 @@ async def serve(prompts, folder):
             iid = path.name[:2]
             for call in read(path)[1]:
                 for pair in call.event:
-                    for told in value(pair).foretold if pair[0] == "StepDone" else ():
-                        heard.setdefault((iid, told.outputs), []).append(told.odds)
+                    for told in value(pair).estimates if pair[0] == "StepDone" else ():
+                        heard.setdefault((iid, told.outputs), []).append(told.distribution)
                 for name, data in call.actions:
                     message = value((name, data)).message if name == "Send" else None
-                    if type(message).__name__ == "Beat":
+                    if type(message).__name__ == "Heartbeat":
                         status[iid] = message.predictor
     return [result.token_ids for result in results], heard, status

@@ -15,7 +15,7 @@ from tests.kv import gpus
 from tests.kv.cuda_stand_in import StandIn
 from tetri.client import Client
 from tetri.engine.base import EngineError
-from tetri.kv.cuda_runtime import Device
+from tetri.kv.cuda.runtime import Device
 
 TOKENS = 24
 REFERENCE = """
@@ -43,7 +43,7 @@ def torch_on_gpu():
 
 @pytest.mark.model
 def test_the_slab_is_made_before_vllm_takes_memory(model, monkeypatch):
-    from tetri.engine import vllm
+    from tetri.engine.vllm import engine as vllm
 
     class Stop(Exception):
         pass
@@ -64,7 +64,7 @@ def test_the_slab_is_made_before_vllm_takes_memory(model, monkeypatch):
 def test_a_gpu_for_a_vllm_that_is_built_for_the_cpu_is_one_line(model, tmp_path):
     from vllm.platforms import current_platform
 
-    from tetri.engine.vllm import VllmEngine
+    from tetri.engine.vllm.engine import VllmEngine
 
     if not current_platform.is_cpu():
         pytest.skip(f"this vLLM is built for {current_platform.device_type}")
@@ -75,8 +75,8 @@ def test_a_gpu_for_a_vllm_that_is_built_for_the_cpu_is_one_line(model, tmp_path)
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", [True, False], ids=["blocks first", "K before V"])
 def test_blocks_of_bfloat16_are_gathered_and_scattered(torch_on_gpu, first):
-    from tetri.engine.vllm_memory_gpu import GpuMemory
-    from tetri.kv.cuda_runtime import load
+    from tetri.engine.vllm.gpu_memory import GpuMemory
+    from tetri.kv.cuda.runtime import load
 
     torch, device = torch_on_gpu, Device(load())
     stream = torch.cuda.Stream()

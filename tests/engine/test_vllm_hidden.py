@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from handover import adopt_zeros, leg
+from handover import adopt_zeros, request
 from states import FAR, NEAR, by_transformers, distance
 from vllm_process import WRITER_LAYERS, EngineProcess, arguments
 
@@ -32,11 +32,11 @@ def made(model, writer) -> Iterator[EngineProcess]:
 
 @pytest.fixture
 def engine(made) -> Iterator[EngineProcess]:
-    made.tap(WRITER_LAYERS, EVERY)
+    made.hook(WRITER_LAYERS, EVERY)
     yield made
     made.step()
     made.untap()
-    assert (made.free_blocks(), made.legs()) == (BLOCKS, 0)
+    assert (made.free_blocks(), made.requests()) == (BLOCKS, 0)
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +60,25 @@ class Live:
 
     def step(self):
         done = self.engine.step()
-        if (taken := self.engine.taken()) is not None:
-            for key, outputs, row in zip(taken.keys, taken.outputs, taken.rows, strict=True):
+        if (collect := self.engine.collect()) is not None:
+            for key, outputs, row in zip(collect.keys, collect.outputs, collect.rows, strict=True):
                 assert (key, outputs) not in self.states, "told twice"
                 self.states[key, outputs] = row
-        assert self.engine.taken() is None, "once"
+        assert self.engine.collect() is None, "once"
         return done
 
     def serve(self, given: dict[str, list[int]], output_from=None, sampling=TEXT):
         """All of `given` at once. A request's two legs are called by its key, with p and d before it."""
         copies = {}
         for key, tokens in given.items():
-            self.engine.add(leg(f"p{key}", "prefill", tokens, sampling, output_from))
+            self.engine.add(request(f"p{key}", "prefill", tokens, sampling, output_from))
         while len(copies) < len(given):
             for token in self.step().tokens:
                 key = token.key[1:]
                 self.ids[key] = [token.token]
                 copies[key] = self.engine.export(token.key, 0, blocks_for(len(given[key]), 128))
         for key, tokens in given.items():
-            self.engine.add(leg(f"d{key}", "decode", tokens, sampling, output_from))
+            self.engine.add(request(f"d{key}", "decode", tokens, sampling, output_from))
         assert len(self.step().allocated) == len(given)
         for key in given:
             self.engine.adopt(f"d{key}", 0, copies[key])
@@ -94,7 +94,7 @@ def test_states_are_those_of_transformers(engine, texts, right, capsys):
     """Three prompts batched with each other, one of them in two chunks, then their decodes in one batch."""
     live = Live(engine)
     live.serve({str(place): tokens for place, tokens in enumerate(texts)})
-    assert set(live.states) == {(f"{leg}{n}", k) for n in range(3) for leg, k in (("p", 0), ("d", 4), ("d", 8))}
+    assert set(live.states) == {(f"{request}{n}", k) for n in range(3) for request, k in (("p", 0), ("d", 4), ("d", 8))}
     worst = 0.0
     for place, tokens in enumerate(texts):
         rows = right([*tokens, *live.ids[str(place)]])
@@ -139,12 +139,12 @@ def test_output_of_an_earlier_attempt_counts(engine, texts, right):
 def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right):
     """Two legs of one block each and one free block: who wants another one second is preempted, and computed again
     when the other has gone."""
-    engine.tap(WRITER_LAYERS, 1)
+    engine.hook_hidden_states(WRITER_LAYERS, 1)
     prompt, live = texts[2][:127], Live(engine)
-    engine.add(leg("ballast", "decode", [5] * 767, Sampling(max_tokens=2)))
+    engine.add(request("ballast", "decode", [5] * 767, Sampling(max_tokens=2)))
     assert engine.step().allocated == ("ballast",) and engine.free_blocks() == 3
     for key in ("first", "x"):
-        engine.add(leg(key, "decode", prompt, TEXT))
+        engine.add(request(key, "decode", prompt, TEXT))
         engine.step()
         adopt_zeros(engine, key, prompt)
         engine.admit(key, 5)
@@ -154,7 +154,7 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
     before = {outputs for key, outputs in live.states if key == "x"}
     engine.cancel("ballast")
     steps.append(live.step())
-    while engine.legs():
+    while engine.requests():
         steps.append(live.step())
     ids = [5, *(token.token for step in steps for token in step.tokens if token.key == "x")]
     assert any(span.key == "x" and span.start == 0 for step in steps for span in step.spans), "computed again"
@@ -168,30 +168,30 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
 
 def test_a_leg_that_ends_by_its_first_token_or_is_cancelled(engine, texts, right):
     live = Live(engine)
-    engine.add(leg("one", "prefill", texts[0], Sampling(max_tokens=1, ignore_eos=True)))
-    engine.add(leg("gone", "prefill", texts[1]))
-    engine.add(leg("half", "prefill", texts[2]))
+    engine.add(request("one", "prefill", texts[0], Sampling(max_tokens=1, ignore_eos=True)))
+    engine.add(request("gone", "prefill", texts[1]))
+    engine.add(request("half", "prefill", texts[2]))
     engine.step()
     engine.cancel("gone")
     engine.cancel("half")
-    taken = engine.taken()
-    assert taken.keys == ("one", "gone") and taken.outputs == (0, 0), "a chunk that is not the last tells nothing"
-    assert distance(taken.rows[0], right(texts[0])[-1]) < NEAR
-    engine.add(leg("gone", "prefill", texts[0]))
+    collect = engine.collect()
+    assert collect.keys == ("one", "gone") and collect.outputs == (0, 0), "a chunk that is not the last tells nothing"
+    assert distance(collect.rows[0], right(texts[0])[-1]) < NEAR
+    engine.add(request("gone", "prefill", texts[0]))
     live.step()
     assert distance(live.states["gone", 0], right(texts[0])[-1]) < NEAR and len(live.states) == 1
 
 
 def test_held_and_idle_steps_tell_nothing_and_a_closed_tap_neither(engine, texts):
     engine.step()
-    assert engine.taken() is None
-    engine.add(leg("x", "prefill", texts[0]))
+    assert engine.collect() is None
+    engine.add(request("x", "prefill", texts[0]))
     engine.hold("x", True)
     engine.step()
-    assert engine.taken() is None
+    assert engine.collect() is None
     engine.untap()
     engine.hold("x", False)
-    assert engine.step().tokens and engine.taken() is None
+    assert engine.step().tokens and engine.collect() is None
 
 
 def test_where_no_states_would_come_it_is_said_in_one_line(engine):
@@ -201,7 +201,7 @@ def test_where_no_states_would_come_it_is_said_in_one_line(engine):
         ([16], 0, "not every 0"),
     ):
         with pytest.raises(EngineError, match=why) as caught:
-            engine.tap(layers, every)
+            engine.hook_hidden_states(layers, every)
         assert "\n" not in str(caught.value)
     compiled, ranks = engine.refused_taps([{"enforce_eager": False}, {}, {"tensor_parallel_size": 3}])
     assert "compiled model (mode " in compiled and "on 3 ranks" in ranks

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from handover import BLOCK, TEXT, TOKENS, Pair, Request, adopt_zeros, leg
+from handover import BLOCK, TEXT, TOKENS, Pair, Request, adopt_zeros, engine_request
 from vllm_process import BLOCK_BYTES, CONTEXT, EngineProcess, arguments
 
 from tetri.engine.base import EngineError, Span, StepDone
-from tetri.engine.vllm import VllmEngine
+from tetri.engine.vllm.engine import VllmEngine
 from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
@@ -75,7 +75,7 @@ def test_what_vllm_refuses_is_one_line(model, tmp_path):
 
 def test_a_chunk_holds_a_tail_and_heads_and_the_order_is_kept(engine):
     for key, count in (("a", 700), ("b", 200), ("c", 300)):
-        engine.add(leg(key, "prefill", TOKENS[:count]))
+        engine.add(engine_request(key, "prefill", TOKENS[:count]))
     first, second, third = engine.step(), engine.step(), engine.step()
     assert first.spans == (Span("a", 0, 512),)
     assert second.spans == (Span("a", 512, 700), Span("b", 0, 200), Span("c", 0, 124))
@@ -87,7 +87,7 @@ def test_a_chunk_holds_a_tail_and_heads_and_the_order_is_kept(engine):
 
 def test_nothing_to_do(engine):
     assert engine.step().spans == ()
-    engine.add(leg("parked", "decode"))
+    engine.add(engine_request("parked", "decode"))
     done = engine.step()
     assert (done.allocated, done.held) == (("parked",), (("parked", 6),))
     for _ in range(3):
@@ -98,14 +98,14 @@ def test_nothing_to_do(engine):
 def test_both_phases_in_one_engine(float32, engine):
     """A prefill leg joins the steps of a decode leg, and its KV can be adopted without leaving the engine."""
     reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
-    engine.add(leg("here", "prefill"))
-    engine.add(leg("there", "decode"))
+    engine.add(engine_request("here", "prefill"))
+    engine.add(engine_request("there", "decode"))
     done = engine.step()
     assert done.allocated == ("there",) and done.spans == (Span("here", 0, 512),)  # blocks cost no tokens
     (first,) = engine.step().tokens
     engine.adopt("there", 0, engine.export("here", 0, 6))
     engine.admit("there", first.token)
-    engine.add(leg("next", "prefill", TOKENS[:600]))
+    engine.add(engine_request("next", "prefill", TOKENS[:600]))
     done = engine.step()
     assert done.spans == (Span("there", 700, 701), Span("next", 0, 511))  # the decode token is part of the budget
     ids = [first.token]
@@ -117,8 +117,8 @@ def test_both_phases_in_one_engine(float32, engine):
 
 
 def test_a_prefill_leg_says_whether_the_request_ended(engine):
-    engine.add(leg("one", "prefill", sampling=Sampling(max_tokens=1, ignore_eos=True)))
-    engine.add(leg("more", "prefill", TOKENS[:30]))
+    engine.add(engine_request("one", "prefill", sampling=Sampling(max_tokens=1, ignore_eos=True)))
+    engine.add(engine_request("more", "prefill", TOKENS[:30]))
     found = {}
     while len(found) < 2:
         found |= {token.key: token.reason for token in engine.step().tokens}
@@ -146,17 +146,17 @@ def test_end_of_sequence(float32, engine):
 
 
 BAD = {
-    "empty": (leg("bad", "prefill", ()), "at least one token"),
-    "vocabulary": (leg("bad", "prefill", (1, 49152)), "0 to 49151"),
-    "negative": (leg("bad", "decode", (1, -1)), "0 to 49151"),
-    "context": (leg("bad", "prefill", [1] * CONTEXT), "exceed the context"),
-    "output": (leg("bad", "decode", [1] * (CONTEXT - 5)), "exceed the context"),
-    "max_tokens": (leg("bad", "prefill", sampling=Sampling(max_tokens=0)), "max_tokens must be at least 1"),
-    "used up": (leg("bad", "prefill", TOKENS, output_from=694), "leaves nothing to compute"),
-    "nothing after the first": (leg("bad", "decode", TOKENS, output_from=695), "leaves nothing to compute"),
-    "output_from": (leg("bad", "prefill", TOKENS, output_from=701), "output_from must be from 0 to 700"),
-    "no seed": (leg("bad", "prefill", sampling=Sampling(temperature=0.5)), "needs a seed"),
-    "top_p": (leg("bad", "prefill", sampling=Sampling(top_p=0.0)), "top_p must be above 0"),
+    "empty": (engine_request("bad", "prefill", ()), "at least one token"),
+    "vocabulary": (engine_request("bad", "prefill", (1, 49152)), "0 to 49151"),
+    "negative": (engine_request("bad", "decode", (1, -1)), "0 to 49151"),
+    "context": (engine_request("bad", "prefill", [1] * CONTEXT), "exceed the context"),
+    "output": (engine_request("bad", "decode", [1] * (CONTEXT - 5)), "exceed the context"),
+    "max_tokens": (engine_request("bad", "prefill", sampling=Sampling(max_tokens=0)), "max_tokens must be at least 1"),
+    "used up": (engine_request("bad", "prefill", TOKENS, output_from=694), "leaves nothing to compute"),
+    "nothing after the first": (engine_request("bad", "decode", TOKENS, output_from=695), "leaves nothing to compute"),
+    "output_from": (engine_request("bad", "prefill", TOKENS, output_from=701), "output_from must be from 0 to 700"),
+    "no seed": (engine_request("bad", "prefill", sampling=Sampling(temperature=0.5)), "needs a seed"),
+    "top_p": (engine_request("bad", "prefill", sampling=Sampling(top_p=0.0)), "top_p must be above 0"),
 }
 
 
@@ -170,7 +170,7 @@ def test_a_leg_that_cannot_run_is_refused_and_nothing_else_happens(engine, name)
 
 
 def test_the_longest_leg_that_fits_runs(engine):
-    engine.add(leg("longest", "prefill", [7] * (CONTEXT - 1), Sampling(max_tokens=1)))
+    engine.add(engine_request("longest", "prefill", [7] * (CONTEXT - 1), Sampling(max_tokens=1)))
     spans = []
     while not (done := engine.step()).tokens:
         spans += done.spans
@@ -182,11 +182,11 @@ def test_wrong_order_is_refused(engine):
         engine.admit("nobody", 5)
     with pytest.raises(EngineError, match="no blocks that wait"):
         engine.adopt("nobody", 0, [])
-    engine.add(leg("early", "decode"))
+    engine.add(engine_request("early", "decode"))
     with pytest.raises(EngineError, match="does not wait for admission"):
         engine.admit("early", 5)
     with pytest.raises(EngineError, match="already there"):
-        engine.add(leg("early", "decode"))
+        engine.add(engine_request("early", "decode"))
     engine.step()
     with pytest.raises(EngineError, match="6 of its blocks were not adopted"):
         engine.admit("early", 5)
@@ -198,7 +198,7 @@ def test_wrong_order_is_refused(engine):
     with pytest.raises(EngineError, match="0 to 49151"):
         engine.admit("early", 49152)
     engine.cancel("early")
-    engine.add(leg("done", "prefill", TOKENS[:10]))
+    engine.add(engine_request("done", "prefill", TOKENS[:10]))
     engine.step()
     assert len(engine.export("done", 0, 1)) == 1
     engine.step()

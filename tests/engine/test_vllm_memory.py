@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tetri.engine.base import EngineError
-from tetri.engine.vllm_memory import Memory
+from tetri.engine.vllm.memory import Memory
 
 BLOCKS, LAYERS, WIDTH = 6, 5, 24
 

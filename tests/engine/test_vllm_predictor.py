@@ -24,9 +24,10 @@ OUTPUT = 70  # more than the first re-estimate needs
 def test_both_kinds_reach_the_decode_side() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
-    with LiveCluster(VLLM, [*CONF, *WANTED, *pins], START_S) as cluster, Client(
-        cluster.config.clients_address, timeout=120
-    ) as client:
+    with (
+        LiveCluster(VLLM, [*CONF, *WANTED, *pins], START_S) as cluster,
+        Client(cluster.config.clients_address, timeout=120) as client,
+    ):
         for text in [*SHORT, LONG]:
             client.generate(messages=[{"role": "user", "content": text}], max_tokens=OUTPUT, temperature=0.7, seed=1)
         wait_until(lambda: cluster.instances()["p0"]["predictor"]["scored"] == 4, "the ends are not told")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tetri.engine.base import EngineError
-from tetri.engine.vllm_tap import LayerTap
+from tetri.engine.vllm.hidden_states import LayerHook
 
 HIDDEN = 4
 
@@ -52,8 +52,8 @@ class Core:
         self.model_executor = SimpleNamespace(driver_worker=worker)
         self.vllm_config = configured(**config)
 
-    def tap(self, *layers):
-        return LayerTap(self, layers, lambda: self.wanted)
+    def hook(self, *layers):
+        return LayerHook(self, layers, lambda: self.wanted)
 
     def step(self, counts, wanted):
         self.wanted = wanted
@@ -78,49 +78,49 @@ def configured(ranks=1, mode="NONE", graphs="NONE", second=False, drafts=None):
 @pytest.mark.parametrize("halves", [True, False], ids=["hidden and residual", "hidden alone"])
 def test_the_last_row_of_each_that_is_wanted_behind_each_layer(halves):
     core = Core(Model(halves=halves))
-    tap = core.tap(1, 3)
+    hook = core.hook(1, 3)
     core.step({"a": 3, "b": 1, "c": 5}, {"c": 0, "a": 64, "waits": 128})
-    taken = tap.taken()
-    assert (taken.keys, taken.outputs) == (("a", "c"), (64, 0))
-    assert taken.rows.shape == (2, 2, HIDDEN) and taken.rows.dtype.name == "float32"
-    assert taken.rows[:, :, 0].tolist() == [[3.0, 113.0], [9.0, 119.0]]  # tokens 2 and 8; + 1, + 1 + 10 + 100
-    assert tap.taken() is None
+    collect = hook.collect()
+    assert (collect.keys, collect.outputs) == (("a", "c"), (64, 0))
+    assert collect.rows.shape == (2, 2, HIDDEN) and collect.rows.dtype.name == "float32"
+    assert collect.rows[:, :, 0].tolist() == [[3.0, 113.0], [9.0, 119.0]]  # tokens 2 and 8; + 1, + 1 + 10 + 100
+    assert hook.collect() is None
 
 
 def test_a_step_in_which_nobody_is_wanted_takes_nothing():
     core = Core(Model())
-    tap = core.tap(2)
+    hook = core.hook(2)
     for wanted in ({}, {"waits": 0}):
         core.step({"a": 2}, wanted)
-        assert tap.taken() is None
+        assert hook.collect() is None
 
 
 def test_what_nobody_asked_for_gives_way_to_the_next_step():
     core = Core(Model())
-    tap = core.tap(2)
+    hook = core.hook(2)
     core.step({"a": 2}, {"a": 0})
     core.step({"b": 1}, {"b": 0})
-    assert tap.taken().keys == ("b",)
+    assert hook.collect().keys == ("b",)
     core.step({"a": 2}, {"a": 0})
     core.step({"b": 1}, {})
-    assert tap.taken() is None
+    assert hook.collect() is None
 
 
 def test_a_closed_tap_leaves_no_hook():
     core = Core(Model())
-    tap, other = core.tap(1, 2), core.tap(3)
-    tap.close()
+    hook, other = core.hook(1, 2), core.hook(3)
+    hook.close()
     core.step({"a": 2}, {"a": 0})
-    assert tap.taken() is None and other.taken().keys == ("a",)
-    assert tap.hidden == HIDDEN
+    assert hook.collect() is None and other.collect().keys == ("a",)
+    assert hook.hidden == HIDDEN
 
 
 def test_layers_in_layers_are_not_the_models():
     model = Model()
     model.model.layers[1].layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(9))
-    assert Core(model).tap(3).hidden == HIDDEN
+    assert Core(model).hook(3).hidden == HIDDEN
     with pytest.raises(EngineError, match="layers 1 to 3 of this model, not 4$"):
-        Core(model).tap(4)
+        Core(model).hook(4)
 
 
 @pytest.mark.parametrize(
@@ -138,5 +138,5 @@ def test_layers_in_layers_are_not_the_models():
 )
 def test_where_no_states_would_come_it_says_so(core, why):
     with pytest.raises(EngineError, match=why) as caught:
-        core().tap(9)
+        core().hook(9)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 from live import VLLM, LiveCluster
 
 from tetri.client import AsyncClient, Result
-from tetri.leg import StepDone
+from tetri.engine_request import StepDone
 from tetri.proc.recorder import read, value
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]

@@ -10,13 +10,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetri.engine.base import EngineError, HiddenStates, Leg, StepDone, Tap
+from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, HiddenStates, StepDone
 from tetri.kv.base import parts
 from tetri.models import weights_hash
 from tetri.request import Sampling
 
 if TYPE_CHECKING:
-    from tetri.engine.vllm_writer import Text
+    from tetri.engine.vllm.writer import Text
 
 CORES = sorted(os.sched_getaffinity(0))
 START_S = 240.0
@@ -41,7 +41,7 @@ def arguments(model: Path, dtype: str, blocks: int, max_batch: int = 48) -> dict
 
 class EngineProcess:
     """`kind` is "tetri" (VllmEngine, with what the tests want to see of it), "reference" (tests' Reference) or "writer"
-    (tetri.engine.vllm_writer)."""
+    (tetri.engine.vllm.writer)."""
 
     def __init__(self, kind: str, **arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -110,7 +110,7 @@ def _serve(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
 
 
 def _make(kind: str, arguments: dict[str, Any]) -> Any:
-    from tetri.engine.vllm_setup import prepare_environment
+    from tetri.engine.vllm.setup import prepare_environment
 
     prepare_environment()
     if kind == "tetri":
@@ -126,18 +126,18 @@ class _Watched:
     """VllmEngine with bytes for memoryviews, and with what only a test asks."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        from tetri.engine.vllm import VllmEngine
+        from tetri.engine.vllm.engine import VllmEngine
 
         self.engine = VllmEngine(**arguments)
-        self._tap: Tap | None = None
+        self._hook: HiddenStateHook | None = None
         self._model = arguments["model"]
 
     def facts(self) -> tuple[Any, Any, int, tuple[int, ...]]:
         engine = self.engine
         return engine.fingerprint, engine.capacity, engine.block_bytes, engine._stop_ids
 
-    def add(self, leg: Leg) -> None:
-        self.engine.add(leg)
+    def add(self, engine_request: EngineRequest) -> None:
+        self.engine.add(engine_request)
 
     def cancel(self, key: str) -> None:
         self.engine.cancel(key)
@@ -172,26 +172,26 @@ class _Watched:
 
         zero_blocks(self.engine._memory.caches, next_free_blocks(self.engine._scheduler.kv_cache_manager, count))
 
-    def legs(self) -> int:
-        return len(self.engine._legs) + len(self.engine._scheduler.requests)
+    def engine_requests(self) -> int:
+        return len(self.engine._requests) + len(self.engine._scheduler.requests)
 
-    def tap(self, layers: Sequence[int], every: int) -> None:
+    def hook_hidden_states(self, layers: Sequence[int], every: int) -> None:
         self.untap()
-        self._tap = self.engine.tap(layers, every)
+        self._hook = self.engine.hook_hidden_states(layers, every)
 
     def taken(self) -> HiddenStates | None:
-        return self._tap.taken() if self._tap else None
+        return self._hook.taken() if self._hook else None
 
     def untap(self) -> None:
-        if self._tap:
-            self._tap.close()
-        self._tap = None
+        if self._hook:
+            self._hook.close()
+        self._hook = None
 
     def refused_taps(self, changes: list[dict[str, Any]]) -> list[str]:
         """What a tap says of a vLLM that is set up differently; not started."""
         from vllm.engine.arg_utils import EngineArgs
 
-        from tetri.engine.vllm_tap import check
+        from tetri.engine.vllm.hidden_states import check
 
         found = []
         for change in changes:
@@ -209,14 +209,12 @@ class _Watched:
 
         from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-        from tetri.engine.vllm_setup import check_layout
+        from tetri.engine.vllm.setup import check_layout
 
         config = self.engine._scheduler.kv_cache_config
         group = config.kv_cache_groups[0]
         spec = group.kv_cache_spec
-        window = SlidingWindowSpec(
-            block_size=128, num_kv_heads=3, head_size=64, dtype=spec.dtype, sliding_window=512
-        )
+        window = SlidingWindowSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=spec.dtype, sliding_window=512)
         groups = [
             [group, group],
             [replace(group, kv_cache_spec=window)],
@@ -231,7 +229,7 @@ class _Watched:
         return found
 
     def start_another(self, arguments: dict[str, Any]) -> None:
-        from tetri.engine.vllm import VllmEngine
+        from tetri.engine.vllm.engine import VllmEngine
 
         VllmEngine(**arguments)
 
@@ -240,10 +238,10 @@ class _Watched:
 
 
 class _Writing:
-    """tetri.engine.vllm_writer.Writer, that writes several texts at once to their ends."""
+    """tetri.engine.vllm.writer.Writer, that writes several texts at once to their ends."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        from tetri.engine.vllm_writer import Writer
+        from tetri.engine.vllm.writer import Writer
 
         self.writer = Writer(**arguments)
 

@@ -55,7 +55,7 @@ class StoreContract:
         chunk = sender.put(block(1), block(2), block(3))
         assert chunk.digest == xxhash.xxh3_64_intdigest(block(1) + block(2) + block(3))
         assert sender.store.free_slots == SLOTS - 3
-        assert receiver.take(chunk) == [block(1), block(2), block(3)]
+        assert receiver.fetch(chunk) == [block(1), block(2), block(3)]
 
     def test_a_chunk_can_be_taken_again_and_by_others(self, world, pair):
         sender, receiver = pair
@@ -70,7 +70,7 @@ class StoreContract:
     def test_no_blocks_at_all_are_a_chunk_too(self, pair):
         sender, receiver = pair
         chunk = sender.put()
-        assert receiver.take(chunk) == []
+        assert receiver.fetch(chunk) == []
         sender.free(chunk)
 
     @pytest.mark.parametrize("size", [1, 4096, 1_000_000, 2_500_001])
@@ -79,13 +79,13 @@ class StoreContract:
         receiver.meet(sender)
         for numbers in ([1], [2, 3, 4], [5]):  # of fewer, more and fewer blocks than before
             blocks = [block(number, size) for number in numbers]
-            assert receiver.take(sender.put(*blocks)) == blocks
+            assert receiver.fetch(sender.put(*blocks)) == blocks
 
     def test_a_chunk_may_fill_the_slab_of_a_peer_that_is_larger_than_the_own(self, world):
         sender, receiver = world.open("p0", slots=64, block_bytes=1000), world.open("d0", slots=1)
         receiver.meet(sender)
         blocks = [block(number, 1000) for number in range(64)]
-        assert receiver.take(sender.put(*blocks)) == blocks
+        assert receiver.fetch(sender.put(*blocks)) == blocks
 
     def test_chunks_in_flight_do_not_mix(self, world, pair):
         sender, receiver = pair
@@ -111,21 +111,21 @@ class StoreContract:
             sender.put(*(block(at) for at in range(2, 2 + sender.store.free_slots)))
 
         receiver.before_reading = reuse
-        assert receiver.take(chunk) == [block(1)]
+        assert receiver.fetch(chunk) == [block(1)]
 
     # ------------------------------------------------------------ what is not there any more
 
     def test_a_freed_or_reused_slot_is_lost(self, pair):
         sender, receiver = pair
         chunk = sender.put(block(1))
-        assert receiver.take(chunk) == [block(1)]
+        assert receiver.fetch(chunk) == [block(1)]
         sender.free(chunk)
         with pytest.raises(GONE):
-            receiver.take(chunk)
+            receiver.fetch(chunk)
         full = sender.put(*[block(1)] * sender.store.free_slots)
         with pytest.raises(KVLost):  # even with the same bytes in it
-            receiver.take(chunk)
-        assert receiver.take(full) == [block(1)] * len(full.handle.slots)
+            receiver.fetch(chunk)
+        assert receiver.fetch(full) == [block(1)] * len(full.handle.slots)
 
     def test_freed_while_it_is_taken_it_is_right_or_lost(self, world, pair):
         sender, receiver = pair
@@ -151,7 +151,7 @@ class StoreContract:
             answer = receiver.answers[ticket]
             assert isinstance(answer, GONE) or answer == list(chunk.blocks)
         try:  # what is mapped may still be read
-            assert receiver.take(chunks[0]) == [block(0)]
+            assert receiver.fetch(chunks[0]) == [block(0)]
         except GONE:
             pass
 
@@ -170,38 +170,38 @@ class StoreContract:
         sender, receiver = pair
         chunk = sender.put(block(1))
         with pytest.raises(KVCorrupt):
-            receiver.take(chunk, digest=chunk.digest ^ 1)
-        assert receiver.take(chunk) == [block(1)]
+            receiver.fetch(chunk, digest=chunk.digest ^ 1)
+        assert receiver.fetch(chunk) == [block(1)]
 
     def test_swapped_blocks_are_corrupt(self, pair):
         sender, receiver = pair
         chunk = sender.put(block(1), block(2))
         slots, generations = chunk.handle.slots[::-1], chunk.handle.generations[::-1]
         with pytest.raises(KVCorrupt):
-            receiver.take(chunk, handle=msgspec.structs.replace(chunk.handle, slots=slots, generations=generations))
+            receiver.fetch(chunk, handle=msgspec.structs.replace(chunk.handle, slots=slots, generations=generations))
 
     def test_without_a_digest_there_is_none(self, world):
         sender, receiver = world.open("p0", digest=False), world.open("d0", digest=False)
         receiver.meet(sender)
         chunk = sender.put(block(1), block(2))
         assert chunk.digest is None
-        assert receiver.take(chunk) == [block(1), block(2)]
+        assert receiver.fetch(chunk) == [block(1), block(2)]
 
     @pytest.mark.parametrize("fields", FORGED.values(), ids=FORGED.keys())
     def test_a_forged_handle_is_foreign_or_lost(self, pair, fields):
         sender, receiver = pair
         chunk = sender.put(block(1))
         with pytest.raises(GONE) as caught:
-            receiver.take(chunk, handle=msgspec.structs.replace(chunk.handle, **fields))
+            receiver.fetch(chunk, handle=msgspec.structs.replace(chunk.handle, **fields))
         assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
-        assert receiver.take(chunk) == [block(1)]
+        assert receiver.fetch(chunk) == [block(1)]
 
     def test_a_slot_that_holds_nothing_is_an_error(self, pair):
         sender, receiver = pair
         chunk = sender.put(block(1))
         (slot,) = {*range(SLOTS)} - {*sender.put(*[block(2)] * (SLOTS - 2)).handle.slots, *chunk.handle.slots}
         with pytest.raises((*GONE, KVCorrupt)):
-            receiver.take(chunk, handle=msgspec.structs.replace(chunk.handle, slots=[slot]))
+            receiver.fetch(chunk, handle=msgspec.structs.replace(chunk.handle, slots=[slot]))
 
     def test_another_peers_chunk_is_foreign_or_lost(self, world, pair):
         sender, receiver = pair
@@ -210,15 +210,15 @@ class StoreContract:
         chunks = sender.put(block(1)), other.put(block(2))
         for chunk, wrong in zip(chunks, ("p1", "p0"), strict=True):
             with pytest.raises(GONE):
-                receiver.take(chunk, peer=wrong)
-        assert [receiver.take(chunk) for chunk in chunks] == [[block(1)], [block(2)]]
+                receiver.fetch(chunk, peer=wrong)
+        assert [receiver.fetch(chunk) for chunk in chunks] == [[block(1)], [block(2)]]
 
     # ------------------------------------------------------------ who is there
 
     def test_nothing_comes_from_who_was_never_met(self, world):
         sender, receiver = world.open("p0"), world.open("d0")
         with pytest.raises(KVLost):
-            receiver.take(sender.put(block(1)))
+            receiver.fetch(sender.put(block(1)))
         receiver.store.part("p0")
 
     def test_parted_from_each_take_is_answered_once_and_later_ones_are_lost(self, world, pair):
@@ -231,15 +231,15 @@ class StoreContract:
             answer = receiver.answers[ticket]
             assert isinstance(answer, KVLost) or answer == list(chunk.blocks)
         with pytest.raises(KVLost):
-            receiver.take(chunks[0])
+            receiver.fetch(chunks[0])
         receiver.store.part("p0")
         receiver.meet(sender)
-        assert receiver.take(chunks[0]) == [block(0)]
+        assert receiver.fetch(chunks[0]) == [block(0)]
 
     def test_another_incarnation_is_another_slab(self, world, pair):
         sender, receiver = pair
         old = sender.put(block(1))
-        assert receiver.take(old) == [block(1)]
+        assert receiver.fetch(old) == [block(1)]
         pending = receiver.ask(old)
         sender.close()
         again = world.open("p0")
@@ -247,11 +247,11 @@ class StoreContract:
         world.settle()
         assert isinstance(receiver.answers[pending], GONE) or receiver.answers[pending] == [block(1)]
         new = again.put(block(2))
-        assert receiver.take(new) == [block(2)]
+        assert receiver.fetch(new) == [block(2)]
         with pytest.raises(GONE):
-            receiver.take(old)
+            receiver.fetch(old)
         receiver.meet(again)  # told again what is known
-        assert receiver.take(new) == [block(2)]
+        assert receiver.fetch(new) == [block(2)]
 
     # ------------------------------------------------------------ all of it
 

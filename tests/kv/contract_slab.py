@@ -270,8 +270,8 @@ class _Histories(RuleBasedStateMachine):
 
     @invariant()
     def slots_add_up(self):
-        taken = {slot for handle in (*self.owned, *self.kept) for slot in handle.slots}
-        assert self.slab.free_slots == SLOTS - len(taken)
+        fetched = {slot for handle in (*self.owned, *self.kept) for slot in handle.slots}
+        assert self.slab.free_slots == SLOTS - len(fetched)
 
 
 def slab_histories(make):

@@ -15,9 +15,9 @@ import numpy as np
 
 from tests.kv.cuda_stand_in import install
 from tests.kv.parties import PATIENCE_S, World
-from tetri.kv.base import KVError, Taken, Wanted
-from tetri.kv.cuda_ipc import open_device_store
-from tetri.kv.cuda_runtime import Device, load
+from tetri.kv.base import Fetched, KVError, Wanted
+from tetri.kv.cuda.ipc import open_device_store
+from tetri.kv.cuda.runtime import Device, load
 
 START_S = 60.0  # a CUDA context takes seconds
 
@@ -91,10 +91,10 @@ class RemoteStore:
         write(views)
         return self.process.put([bytes(view) for view in views], owner)
 
-    def take(self, wanted: Wanted) -> Taken:
-        return Taken(wanted.ticket, *self.process.take(wanted))
+    def fetch(self, wanted: Wanted) -> Fetched:
+        return Fetched(wanted.ticket, *self.process.fetch(wanted))
 
-    def taken(self):
+    def fetched(self):
         return ()
 
     def due(self):
@@ -156,19 +156,19 @@ class _Served:
 
         return self.store.put(len(blocks), write, owner)
 
-    def take(self, wanted):
-        taken = self.store.take(wanted)
+    def fetch(self, wanted):
+        fetched = self.store.fetch(wanted)
         with self.device.computing() as xp:
-            return [xp.asnumpy(block).tobytes() for block in taken.blocks], taken.problem
+            return [xp.asnumpy(block).tobytes() for block in fetched.blocks], fetched.problem
 
     def time_takes(self, wanted, times):
         """Seconds of each take."""
-        return [self._seconds(lambda: self._good(self.store.take(wanted))) for _ in range(times)]
+        return [self._seconds(lambda: self._good(self.store.fetch(wanted))) for _ in range(times)]
 
     @staticmethod
-    def _good(taken):
-        if taken.problem is not None:
-            raise taken.problem
+    def _good(fetched):
+        if fetched.problem is not None:
+            raise fetched.problem
 
     def time_copies(self, size, times):
         """Seconds of each plain copy inside the GPU's memory."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from tests.kv.cuda_stand_in import StandIn
 from tests.kv.parties import World
-from tetri.kv.cuda_ipc import open_device_store
-from tetri.kv.cuda_runtime import Device
+from tetri.kv.cuda.ipc import open_device_store
+from tetri.kv.cuda.runtime import Device
 
 
 class CudaWorld(World):

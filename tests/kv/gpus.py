@@ -11,7 +11,7 @@ import pytest
 
 from tests.kv.cuda_process import Cuda
 from tetri.kv.base import KVError
-from tetri.kv.cuda_runtime import load
+from tetri.kv.cuda.runtime import load
 
 STAND_IN, ROWS = "TETRI_CUDA_STAND_IN", "TETRI_GPU_ROWS"
 PLAYED = 2  # GPUs, when it is a stand-in

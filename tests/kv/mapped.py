@@ -16,7 +16,7 @@ def put(slab, *blocks):
 
 
 class Peer:
-    """A reader as a worker has it: `take` gives the blocks' bytes, or raises the problem."""
+    """A reader as a worker has it: `fetch` gives the blocks' bytes, or raises the problem."""
 
     def __init__(self, folder):
         self.reader = ShmReader("test", 0, str(folder))
@@ -24,8 +24,8 @@ class Peer:
     def meet(self, segment, peer="p0"):
         self.reader.meet(peer, Reach(paths=["shm"], host="here", process=1, segment=segment))
 
-    def take(self, handle, digest, peer="p0"):
-        taken = self.reader.take(Wanted(("d", 0), peer, "shm", handle, digest))
-        if taken.problem is not None:
-            raise taken.problem
-        return [bytes(view) for view in taken.blocks]
+    def fetch(self, handle, digest, peer="p0"):
+        fetched = self.reader.fetch(Wanted(("d", 0), peer, "shm", handle, digest))
+        if fetched.problem is not None:
+            raise fetched.problem
+        return [bytes(view) for view in fetched.blocks]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tetri.kv.base import KVError, KVStore, Taken, Wanted, joined
+from tetri.kv.base import Fetched, KVError, KVStore, Wanted, joined
 from tetri.wire.handover import Handle
 
 PATIENCE_S = 20.0  # for anything that should take milliseconds
@@ -34,9 +34,7 @@ class World:
         self.parties: list[Party] = []
         self.news = threading.Event()
 
-    def store(
-        self, iid: str, wake: Callable[[], None], slots: int, block_bytes: int, digest: bool
-    ) -> KVStore:
+    def store(self, iid: str, wake: Callable[[], None], slots: int, block_bytes: int, digest: bool) -> KVStore:
         raise NotImplementedError
 
     def fill(self, block: object, data: bytes) -> None:
@@ -115,12 +113,12 @@ class Party:
         ticket = (f"d:{chunk.sender}", self.asked)
         fields = {"peer": chunk.sender, "handle": chunk.handle, "digest": chunk.digest, **changed}
         self.waiting.add(ticket)
-        taken = self.store.take(Wanted(ticket=ticket, path=self.world.path, **fields))  # type: ignore[arg-type]
-        if taken is not None:
-            self._answered(taken)
+        fetched = self.store.fetch(Wanted(ticket=ticket, path=self.world.path, **fields))  # type: ignore[arg-type]
+        if fetched is not None:
+            self._answered(fetched)
         return ticket
 
-    def take(self, chunk: Chunk, **changed: object) -> list[bytes]:
+    def fetch(self, chunk: Chunk, **changed: object) -> list[bytes]:
         """A whole take: the bytes. Raises its problem."""
         ticket = self.ask(chunk, **changed)
         self.world.wait(lambda: ticket not in self.waiting, "a take without an answer")
@@ -135,16 +133,16 @@ class Party:
     def hear(self) -> None:
         if self.closed:
             return
-        for taken in self.store.taken():
-            self._answered(taken)
+        for fetched in self.store.fetched():
+            self._answered(fetched)
         self.came_free += self.store.freed()
 
-    def _answered(self, taken: Taken) -> None:
-        assert taken.ticket in self.waiting, f"a second answer, or one that nobody asked for: {taken.ticket}"
-        self.waiting.remove(taken.ticket)
+    def _answered(self, fetched: Fetched) -> None:
+        assert fetched.ticket in self.waiting, f"a second answer, or one that nobody asked for: {fetched.ticket}"
+        self.waiting.remove(fetched.ticket)
         self.before_reading()
-        assert taken.problem is None or not taken.blocks
-        self.answers[taken.ticket] = taken.problem or [self.world.read(block) for block in taken.blocks]
+        assert fetched.problem is None or not fetched.blocks
+        self.answers[fetched.ticket] = fetched.problem or [self.world.read(block) for block in fetched.blocks]
 
     def give_back(self) -> None:
         while self.live and not self.closed:

@@ -7,8 +7,8 @@ from tests.kv.contract_slab import SlabContract, slab_histories
 from tests.kv.cuda_stand_in import StandIn
 from tests.kv.cuda_world import CudaWorld
 from tests.kv.parties import BLOCK, SLOTS
-from tetri.kv.cuda_runtime import Device
-from tetri.kv.cuda_slab import DeviceSlab
+from tetri.kv.cuda.runtime import Device
+from tetri.kv.cuda.slab import DeviceSlab
 
 
 class TestCuda(StoreContract):

@@ -7,7 +7,7 @@ import pytest
 from tests.kv.contract import StoreContract
 from tests.kv.parties import World
 from tetri.kv.local import LocalReader
-from tetri.kv.nixl import open_nixl
+from tetri.kv.nixl.reader import open_nixl
 from tetri.kv.shm import ShmSlab
 from tetri.kv.store import Store
 from tetri.request import Reach

@@ -8,8 +8,8 @@ from tests.kv.contract import StoreContract
 from tests.kv.parties import World
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
-from tetri.kv.stream import Stream, StreamSettings
-from tetri.kv.stream_fetch import Patience
+from tetri.kv.stream.fetch import Patience
+from tetri.kv.stream.stream import Stream, StreamSettings
 from tetri.request import Reach
 
 

@@ -10,7 +10,7 @@ from tests.kv.contract import StoreContract
 from tests.kv.cuda_process import ProcessWorld, RemoteStore, StoreProcess
 from tests.kv.parties import BLOCK, SLOTS, Party, block
 from tetri.kv.base import KVLost, Wanted
-from tetri.kv.cuda_ipc import PATH
+from tetri.kv.cuda.ipc import PATH
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 CHUNK_BLOCKS = 8
@@ -72,12 +72,12 @@ def test_a_killed_sender_is_lost_and_its_successor_is_read(tmp_path):
         )
         reader.meet(sender)
         chunk = sender.put(block(1))
-        assert reader.take(chunk) == [block(1)]
+        assert reader.fetch(chunk) == [block(1)]
         first.kill()
         with pytest.raises(KVLost):
-            reader.take(chunk)
+            reader.fetch(chunk)
         reader.meet(again)
-        assert reader.take(again.put(block(2))) == [block(2)]
+        assert reader.fetch(again.put(block(2))) == [block(2)]
     finally:
         for process in (receiver, second):
             process.close(), process.stop()
@@ -89,17 +89,17 @@ def measured(tmp_path, processes, mib, digest, check):
     sender, receiver = (world.open(iid, CHUNK_BLOCKS, size, digest) for iid in ("p0", "d0"))
     receiver.meet(sender)
     chunk = sender.put(*(numpy.random.default_rng(number).bytes(size) for number in range(CHUNK_BLOCKS)))
-    assert receiver.take(chunk) == list(chunk.blocks), "equal before anything is timed"
+    assert receiver.fetch(chunk) == list(chunk.blocks), "equal before anything is timed"
     wanted = Wanted(("d", 0), "p0", PATH, chunk.handle, chunk.digest)
-    taken = statistics.median(receiver.store.process.time_takes(wanted, 30))
+    fetched = statistics.median(receiver.store.process.time_takes(wanted, 30))
     plain = statistics.median(receiver.store.process.time_copies(mib << 20, 30))
     gpus.report(
         check,
         device=receiver.store.process.name(),
         chunk_mb=round((mib << 20) / 1e6, 1),
         digest=digest,
-        take_ms=round(taken * 1e3, 3),
-        gbps=round((mib << 20) / taken / 1e9, 2),
+        take_ms=round(fetched * 1e3, 3),
+        gbps=round((mib << 20) / fetched / 1e9, 2),
         copy_gbps=round((mib << 20) / plain / 1e9, 2),
         equal=True,
     )

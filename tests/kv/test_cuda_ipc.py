@@ -12,9 +12,9 @@ from tests.kv.cuda_world import CudaWorld
 from tests.kv.parties import BLOCK, SLOTS, block
 from tetri.kv import StoreSettings, enabled, open_store
 from tetri.kv.base import KVError, KVForeign, KVLost, Wanted
-from tetri.kv.cuda_ipc import PATH
-from tetri.kv.cuda_runtime import Device
-from tetri.kv.cuda_slab import TICKET, DeviceSlab
+from tetri.kv.cuda.ipc import PATH
+from tetri.kv.cuda.runtime import Device
+from tetri.kv.cuda.slab import TICKET, DeviceSlab
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_peer_is_opened_once_and_its_events_too(pair):
     opened, events = counted(receiver, "ipcOpenMemHandle"), counted(receiver, "ipcOpenEventHandle")
     chunk = sender.put(block(1), block(2))
     for _ in range(5):
-        receiver.take(chunk)
+        receiver.fetch(chunk)
     assert (len(opened), len(events)) == (1, 1)
 
 
@@ -60,7 +60,7 @@ def test_nothing_is_opened_before_it_is_needed(world, pair):
 
 def test_what_was_opened_of_a_peer_is_closed_when_it_goes(pair):
     sender, receiver = pair
-    receiver.take(sender.put(block(1)))
+    receiver.fetch(sender.put(block(1)))
     closed, destroyed = counted(receiver, "ipcCloseMemHandle"), counted(receiver, "eventDestroy")
     receiver.store.part("p0")
     assert (len(closed), len(destroyed)) == (1, 1) and not cuda(receiver).locks
@@ -70,19 +70,19 @@ def test_what_was_opened_of_a_peer_is_closed_when_it_goes(pair):
 
 def test_another_incarnation_closes_the_first_ones_slab(world, pair):
     sender, receiver = pair
-    receiver.take(sender.put(block(1)))
+    receiver.fetch(sender.put(block(1)))
     sender.give_back()
     sender.closed = True  # killed: it closes nothing
     again = world.open("p0")
     receiver.meet(again)
     assert not cuda(receiver).locks
-    assert receiver.take(again.put(block(2))) == [block(2)]
+    assert receiver.fetch(again.put(block(2))) == [block(2)]
     sender.store.close()
 
 
 def test_told_again_what_is_known_nothing_is_closed(pair):
     sender, receiver = pair
-    receiver.take(sender.put(block(1)))
+    receiver.fetch(sender.put(block(1)))
     closed = counted(receiver, "ipcCloseMemHandle")
     receiver.meet(sender)
     assert not closed
@@ -92,10 +92,10 @@ def test_the_own_slab_is_read_directly_and_never_opened(world):
     mixed = world.open("m0")
     mixed.meet(mixed)
     chunk = mixed.put(block(1), block(2))
-    taken = mixed.store.take(Wanted(("x", 0), "m0", "local", chunk.handle, chunk.digest))
-    assert [each.get().tobytes() for each in taken.blocks] == [block(1), block(2)]
+    fetched = mixed.store.fetch(Wanted(("x", 0), "m0", "local", chunk.handle, chunk.digest))
+    assert [each.get().tobytes() for each in fetched.blocks] == [block(1), block(2)]
     with pytest.raises(KVForeign, match="path local"):
-        mixed.take(chunk)
+        mixed.fetch(chunk)
     assert not cuda(mixed).locks
 
 
@@ -104,7 +104,7 @@ def test_the_own_slab_is_read_directly_and_never_opened(world):
 
 def test_memory_is_given_back_once_the_last_reader_has_closed_it(pair):
     sender, receiver = pair
-    receiver.take(sender.put(block(1)))
+    receiver.fetch(sender.put(block(1)))
     receiver.store.part("p0")
     freed = counted(sender, "free")
     sender.close()
@@ -114,44 +114,44 @@ def test_memory_is_given_back_once_the_last_reader_has_closed_it(pair):
 def test_memory_that_a_reader_has_open_is_left_until_the_process_ends(pair, caplog):
     sender, receiver = pair
     chunk = sender.put(block(1))
-    receiver.take(chunk)
+    receiver.fetch(chunk)
     freed, base = counted(sender, "free"), sender.store.slab.memory.base
     sender.close()
     assert (base,) not in freed and "still open in another process" in caplog.text
     with pytest.raises(KVLost):  # and what is in it is no longer announced
-        receiver.take(chunk)
+        receiver.fetch(chunk)
 
 
 def test_a_dead_owners_memory_is_not_read(pair):
     """Killed, it gives nothing back; its lock on the card falls with it."""
     sender, receiver = pair
     chunk = sender.put(block(1))
-    receiver.take(chunk)
-    sender.store.slab._card.close()  # what the kernel does
+    receiver.fetch(chunk)
+    sender.store.slab._metadata.close()  # what the kernel does
     sender.closed = True
     with pytest.raises(KVLost, match="its owner has closed it, or has ended"):
-        receiver.take(chunk)
+        receiver.fetch(chunk)
 
 
 @pytest.mark.parametrize("ends", ["closes", "is killed"])
 def test_memory_that_is_wanted_back_is_closed_without_being_asked_for(world, pair, ends, monkeypatch):
     """A worker that is started again needs the GPU's memory, perhaps before the broker misses the old one."""
-    monkeypatch.setattr("tetri.kv.cuda_ipc._BACK_S", 0.0)
+    monkeypatch.setattr("tetri.kv.cuda.ipc._BACK_S", 0.0)
     sender, receiver = pair
     other = world.open("p1")
     receiver.meet(other)
     kept = other.put(block(9))
-    receiver.take(sender.put(block(1)))
-    receiver.take(kept)
+    receiver.fetch(sender.put(block(1)))
+    receiver.fetch(kept)
     opened = counted(receiver, "ipcOpenMemHandle")
     if ends == "closes":
         sender.close()
     else:
-        sender.store.slab._card.close()  # what the kernel does
+        sender.store.slab._metadata.close()  # what the kernel does
         sender.closed = True
     receiver.hear()
     assert len(cuda(receiver).locks) == 1
-    assert receiver.take(kept) == [block(9)] and not opened, "the other stays open"
+    assert receiver.fetch(kept) == [block(9)] and not opened, "the other stays open"
 
 
 def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
@@ -161,14 +161,14 @@ def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
     before = cuda(receiver).streamWaitEvent
     cuda(receiver).streamWaitEvent = lambda *args: before(*args) or sender.close()
     with pytest.raises(KVLost, match="is in generation"):
-        receiver.take(chunk)
+        receiver.fetch(chunk)
 
 
 def test_a_closing_sender_waits_for_readers_that_hear(tmp_path):
     world = CudaWorld(tmp_path, patience_s=20.0)
     sender, receiver = world.open("p0"), world.open("d0")
     receiver.meet(sender)
-    receiver.take(sender.put(block(1)))
+    receiver.fetch(sender.put(block(1)))
     freed, base = counted(sender, "free"), sender.store.slab.memory.base
     receiver.hear()
     later = threading.Timer(0.1, receiver.store.part, ["p0"])
@@ -185,13 +185,13 @@ def test_a_slab_that_was_closed_before_it_was_ever_opened_is_lost(pair):
     chunk = sender.put(block(1))
     sender.close()
     with pytest.raises(KVLost):
-        receiver.take(chunk)
+        receiver.fetch(chunk)
 
 
 def test_everything_is_given_back(world, pair):
     sender, receiver = pair
     for count in (1, 5, 2):  # staging grows once
-        receiver.take(sender.put(*[block(1)] * count))
+        receiver.fetch(sender.put(*[block(1)] * count))
         sender.give_back()
     for party in (receiver, sender):
         party.close()
@@ -228,9 +228,9 @@ def test_the_stream_waits_for_the_event_before_anything_is_copied(pair):
         before = getattr(cuda(receiver), name)
         setattr(cuda(receiver), name, lambda *args, name=name, before=before: order.append(name) or before(*args))
     chunk = sender.put(block(1))
-    receiver.take(chunk)
+    receiver.fetch(chunk)
     order.clear()  # the staging has its size now
-    receiver.take(chunk)
+    receiver.fetch(chunk)
     assert order == ["streamWaitEvent", "memcpyAsync", "memcpyAsync", "streamSynchronize"]
 
 
@@ -240,7 +240,7 @@ def test_without_a_digest_the_sender_does_not_wait_and_nothing_goes_to_the_host(
     waits, copies = counted(sender, "streamSynchronize"), counted(receiver, "memcpyAsync")
     chunk = sender.put(block(1), block(2))
     assert not waits
-    assert receiver.take(chunk) == [block(1), block(2)]
+    assert receiver.fetch(chunk) == [block(1), block(2)]
     assert len(copies) == 2
 
 
@@ -251,19 +251,19 @@ def test_a_gather_that_never_ends_is_lost_and_hangs_nobody(tmp_path):
     cuda(sender).lag_s = 1e9
     slow = sender.put(block(1))
     with pytest.raises(KVLost, match="was not written within"):
-        receiver.take(slow)
+        receiver.fetch(slow)
     cuda(sender).lag_s = 0.01
-    assert receiver.take(sender.put(block(2))) == [block(2)], "the receiver's stream is none the worse"
+    assert receiver.fetch(sender.put(block(2))) == [block(2)], "the receiver's stream is none the worse"
     world.close()
 
 
 def test_more_slots_than_events_share_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("tetri.kv.cuda_slab.MOST_EVENTS", 3)
+    monkeypatch.setattr("tetri.kv.cuda.slab.MOST_EVENTS", 3)
     world = CudaWorld(tmp_path)
     sender, receiver = world.open("p0"), world.open("d0")
     receiver.meet(sender)
     chunks = [sender.put(block(number)) for number in range(SLOTS)]
-    assert [receiver.take(chunk) for chunk in chunks] == [[block(number)] for number in range(SLOTS)]
+    assert [receiver.fetch(chunk) for chunk in chunks] == [[block(number)] for number in range(SLOTS)]
     world.close()
 
 
@@ -285,7 +285,7 @@ def test_a_reach_that_is_wrong_is_lost_and_leaves_nothing_open(world, changed, s
     sender, receiver = world.open("p0"), world.open("d0")
     receiver.store.meet("p0", msgspec.structs.replace(sender.store.reach, **changed))
     with pytest.raises((KVLost, KVForeign), match=says):
-        receiver.take(sender.put(block(1)))
+        receiver.fetch(sender.put(block(1)))
     assert not cuda(receiver).locks
 
 
@@ -326,7 +326,7 @@ def test_what_was_written_last_is_what_goes_when_the_slot_is_used_again(pair):
     sender, receiver = pair
     for number in range(3 * SLOTS):
         chunk = sender.put(block(number))
-        assert receiver.take(chunk) == [block(number)]
+        assert receiver.fetch(chunk) == [block(number)]
         sender.free(chunk)
 
 

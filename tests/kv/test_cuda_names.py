@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.kv.cuda_stand_in import CUDARuntimeError, Runtime, StandIn
-from tetri.kv.cuda_runtime import Device
+from tetri.kv.cuda.runtime import Device
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: pip install 'tetri[cuda]'")
 METHODS = [name for name, value in vars(Runtime).items() if inspect.isfunction(value)]

@@ -42,13 +42,13 @@ def test_what_a_killed_sender_put_is_lost_and_its_successor_is_read(tmp_path, cu
         reader = Party(world, "d0", RemoteStore(receiver, SLOTS, BLOCK, "d0", True, folder))
         reader.meet(sender)
         chunk = sender.put(block(1), block(2))
-        assert reader.take(chunk) == [block(1), block(2)]
+        assert reader.fetch(chunk) == [block(1), block(2)]
         first.kill()
         with pytest.raises(KVLost, match="or has ended"):
-            reader.take(chunk)
+            reader.fetch(chunk)
         again = Party(world, "p0", RemoteStore(second, SLOTS, BLOCK, "p0", True, folder))
         reader.meet(again)
-        assert reader.take(again.put(block(3))) == [block(3)]
+        assert reader.fetch(again.put(block(3))) == [block(3)]
     finally:
         for process in (receiver, second):
             process.close(), process.stop()
@@ -60,7 +60,7 @@ def test_a_killed_reader_keeps_no_memory_open(tmp_path, cuda):
     world = ProcessWorld(tmp_path, processes)
     sender, receiver = world.open("p0"), world.open("d0")
     receiver.meet(sender)
-    assert receiver.take(sender.put(block(1))) == [block(1)]
+    assert receiver.fetch(sender.put(block(1))) == [block(1)]
     processes[1].kill()
     sender.give_back()
     sender.close()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.kv.cuda_stand_in import StandIn
 from tetri.kv.base import KVError
-from tetri.kv.cuda_runtime import Buffer, Device, load, put_first
+from tetri.kv.cuda.runtime import Buffer, Device, load, put_first
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, fake, says):
 
 
 def test_cupy_is_not_imported_before_it_is_needed():
-    code = "import sys, tetri.kv, tetri.kv.cuda_ipc, tetri.proc.build, tetri.proc.worker; print('cupy' in sys.modules)"
+    code = "import sys, tetri.kv, tetri.kv.cuda.ipc, tetri.proc.build, tetri.proc.worker; print('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

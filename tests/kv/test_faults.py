@@ -7,15 +7,14 @@ from dataclasses import dataclass
 import pytest
 
 from tetri.faults import Chance, Faults
-from tetri.kv.base import KVCorrupt, KVLost, Taken, Wanted
-from tetri.kv.faults import FaultyStore
+from tetri.kv.base import Fetched, KVCorrupt, KVLost, Wanted
+from tetri.kv.faulty_store import FaultyStore
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
 from tetri.request import Reach
 
 BLOCK = 100  # bytes
 BLOCKS = [bytes([number]) * BLOCK for number in range(4)]
-
 
 
 def write(into) -> None:
@@ -60,16 +59,16 @@ class Bench:
         return self.chance.counts[kind]
 
 
-def content(taken: Taken) -> list[bytes]:
-    assert taken.problem is None
-    return [bytes(each) for each in taken.blocks]
+def content(fetched: Fetched) -> list[bytes]:
+    assert fetched.problem is None
+    return [bytes(each) for each in fetched.blocks]
 
 
 def test_without_faults_a_store_does_what_it_does() -> None:
     bench = Bench()
     wanted = bench.put()
-    assert content(bench.store.take(wanted)) == BLOCKS
-    assert list(bench.store.taken()) == [] and bench.store.due() is None
+    assert content(bench.store.fetch(wanted)) == BLOCKS
+    assert list(bench.store.fetched()) == [] and bench.store.due() is None
     bench.store.free(wanted.handle)
     assert bench.store.freed() == 4 and bench.store.free_slots == bench.store.slots == 8
     assert bench.chance.counters() == {}
@@ -79,11 +78,11 @@ def test_a_flipped_byte_the_digest_finds_and_the_next_copy_is_right() -> None:
     bench = Bench(flip=0.5)
     wanted, wrong = bench.put(), 0
     for _ in range(60):
-        taken = bench.store.take(wanted)
-        if taken.problem is None:
-            assert content(taken) == BLOCKS
+        fetched = bench.store.fetch(wanted)
+        if fetched.problem is None:
+            assert content(fetched) == BLOCKS
         else:
-            assert isinstance(taken.problem, KVCorrupt) and not taken.blocks
+            assert isinstance(fetched.problem, KVCorrupt) and not fetched.blocks
             wrong += 1
     assert 0 < wrong == bench.count("flip") < 60
 
@@ -91,7 +90,7 @@ def test_a_flipped_byte_the_digest_finds_and_the_next_copy_is_right() -> None:
 def test_without_a_digest_it_gets_through() -> None:
     """Which proves that the bytes really are damaged."""
     bench = Bench(digest=False, flip=1.0)
-    found = content(bench.store.take(bench.put()))
+    found = content(bench.store.fetch(bench.put()))
     differ = [a ^ b for a, b in zip(b"".join(found), b"".join(BLOCKS), strict=True) if a != b]
     assert len(differ) == 1 and differ[0].bit_count() == 1
 
@@ -100,8 +99,8 @@ def test_a_block_in_parts_is_damaged_too() -> None:
     bench = Bench(digest=False, flip=1.0)
     wanted = bench.put()
     in_parts = tuple((memoryview(block)[:7], memoryview(block)[7:]) for block in BLOCKS)
-    bench.store.store.take = lambda wanted: Taken(wanted.ticket, in_parts)
-    found = content(bench.store.take(wanted))
+    bench.store.store.fetch = lambda wanted: Fetched(wanted.ticket, in_parts)
+    found = content(bench.store.fetch(wanted))
     differ = [a ^ b for a, b in zip(b"".join(found), b"".join(BLOCKS), strict=True) if a != b]
     assert len(differ) == 1 and differ[0].bit_count() == 1
 
@@ -110,7 +109,7 @@ def test_what_was_cut_short_is_the_beginning_and_the_next_copy_is_whole() -> Non
     bench = Bench(truncate=0.5)
     wanted, short = bench.put(), 0
     for _ in range(60):
-        found = content(bench.store.take(wanted))
+        found = content(bench.store.fetch(wanted))
         assert found == BLOCKS[: len(found)]
         short += len(found) < len(BLOCKS)
     assert 0 < short == bench.count("truncate") < 60
@@ -120,76 +119,74 @@ def test_a_spoilt_slab_is_found_however_often_it_is_read() -> None:
     bench = Bench(spoil=1.0)
     wanted = bench.put()
     for _ in range(3):
-        assert isinstance(bench.store.take(wanted).problem, KVCorrupt)
+        assert isinstance(bench.store.fetch(wanted).problem, KVCorrupt)
     assert bench.count("spoil") == 1
 
 
 def test_a_lost_chunk_is_lost_at_once() -> None:
     bench = Bench(lose=1.0)
-    assert isinstance(bench.store.take(bench.put()).problem, KVLost)
+    assert isinstance(bench.store.fetch(bench.put()).problem, KVLost)
     assert bench.count("lose") == 1 and bench.store.due() is None
 
 
 def test_a_late_chunk_is_taken_later_and_only_then() -> None:
     bench = Bench(late=1.0, longest=0.5)
     wanted = bench.put()
-    assert bench.store.take(wanted) is None
+    assert bench.store.fetch(wanted) is None
     due = bench.store.due()
     assert due is not None and 100.0 <= due <= 100.5
     bench.clock.now = due - 1e-6
-    assert list(bench.store.taken()) == []
+    assert list(bench.store.fetched()) == []
     bench.clock.now = due
-    (taken,) = [(each.ticket, content(each)) for each in bench.store.taken()]
-    assert taken == (wanted.ticket, BLOCKS)
-    assert list(bench.store.taken()) == [] and bench.store.due() is None
+    (fetched,) = [(each.ticket, content(each)) for each in bench.store.fetched()]
+    assert fetched == (wanted.ticket, BLOCKS)
+    assert list(bench.store.fetched()) == [] and bench.store.due() is None
 
 
 def test_late_means_that_the_slots_may_be_anothers_by_then() -> None:
     bench = Bench(late=1.0)
     wanted = bench.put()
-    assert bench.store.take(wanted) is None
+    assert bench.store.fetch(wanted) is None
     bench.store.free(wanted.handle)
     again = bench.put()
     assert set(again.handle.slots) == set(wanted.handle.slots)
     bench.clock.now += 1
-    (taken,) = bench.store.taken()
-    assert isinstance(taken.problem, KVLost)
+    (fetched,) = bench.store.fetched()
+    assert isinstance(fetched.problem, KVLost)
 
 
 def test_what_is_late_of_a_peer_that_has_gone_is_lost_once() -> None:
     bench = Bench(late=1.0)
-    assert bench.store.take(bench.put()) is None
+    assert bench.store.fetch(bench.put()) is None
     bench.store.part("p1")
-    assert list(bench.store.taken()) == []
+    assert list(bench.store.fetched()) == []
     bench.store.part("p0")
     assert bench.store.due() == 0.0
-    (taken,) = bench.store.taken()
-    assert isinstance(taken.problem, KVLost)
+    (fetched,) = bench.store.fetched()
+    assert isinstance(fetched.problem, KVLost)
     bench.clock.now += 1
-    assert list(bench.store.taken()) == [] and bench.store.due() is None
+    assert list(bench.store.fetched()) == [] and bench.store.due() is None
 
 
 def test_a_path_that_takes_time_is_as_bad() -> None:
-    """What comes by `taken` of a store passes the same hop."""
+    """What comes by `fetched` of a store passes the same hop."""
     bench = Bench(flip=1.0)
 
     class Slow(Store):
-        def take(self, wanted: Wanted) -> None:
+        def fetch(self, wanted: Wanted) -> None:
             self.waiting = wanted
 
-        def taken(self):
-            yield super().take(self.waiting)
+        def fetched(self):
+            yield super().fetch(self.waiting)
 
         def due(self) -> float:
             return 3.0
 
     inner = bench.store.store
-    bench.store = FaultyStore(
-        Slow(inner.slab, {}, inner.reach, inner.readers["local"]), bench.chance, die, bench.clock
-    )
-    assert bench.store.take(bench.put()) is None
-    (taken,) = bench.store.taken()
-    assert isinstance(taken.problem, KVCorrupt) and bench.store.due() == 3.0
+    bench.store = FaultyStore(Slow(inner.slab, {}, inner.reach, inner.readers["local"]), bench.chance, die, bench.clock)
+    assert bench.store.fetch(bench.put()) is None
+    (fetched,) = bench.store.fetched()
+    assert isinstance(fetched.problem, KVCorrupt) and bench.store.due() == 3.0
 
 
 def test_a_process_dies_in_the_middle() -> None:
@@ -197,7 +194,7 @@ def test_a_process_dies_in_the_middle() -> None:
     for seed in range(40):
         bench = Bench(die=0.4, seed=seed)
         try:
-            bench.store.take(bench.put())
+            bench.store.fetch(bench.put())
         except Died as death:
             moments[str(death)] = None
             assert bench.count("die") == 1

@@ -7,7 +7,7 @@ import pytest
 from tests.kv.contract import StoreContract
 from tests.kv.test_contract_shm import ShmWorld
 from tetri.config.tables import LINKS as NAMES
-from tetri.kv.base import KVLost, Taken, Wanted
+from tetri.kv.base import Fetched, KVLost, Wanted
 from tetri.kv.limit import LINKS, LimitedStore, Link
 from tetri.request import Reach
 from tetri.wire.handover import Handle
@@ -54,11 +54,11 @@ class Under:
         self.asked, self.later, self.met, self.wakes = [], [], [], None
         self.put = self.free = self.freed = self.meet = self.close = None
 
-    def take(self, wanted):
+    def fetch(self, wanted):
         self.asked.append(wanted.ticket[1])
-        return None if wanted.path == "stream" else Taken(wanted.ticket, [b"block"])
+        return None if wanted.path == "stream" else Fetched(wanted.ticket, [b"block"])
 
-    def taken(self):
+    def fetched(self):
         later, self.later = self.later, []
         return later
 
@@ -74,65 +74,65 @@ class Limited:
         self.now, self.under = 0.0, Under()
         self.store = LimitedStore(self.under, Link(bytes_s, latency_s), 100, lambda: self.now)
 
-    def take(self, number, slots=(1,), path="shm", peer="p0", block_bytes=100):
+    def fetch(self, number, slots=(1,), path="shm", peer="p0", block_bytes=100):
         handle = Handle("s", list(slots), [1] * len(slots), block_bytes)
-        return self.store.take(Wanted(("leg", number), peer, path, handle, None))
+        return self.store.fetch(Wanted(("leg", number), peer, path, handle, None))
 
     def at(self, now):
         self.now = now
-        return [taken.ticket[1] for taken in self.store.taken()]
+        return [fetched.ticket[1] for fetched in self.store.fetched()]
 
 
 def test_a_take_is_carried_out_when_its_bytes_would_have_come():
     limited = Limited()
     assert limited.store.due() is None
-    assert limited.take(1) is None and limited.take(2, slots=(2, 3)) is None
+    assert limited.fetch(1) is None and limited.fetch(2, slots=(2, 3)) is None
     assert limited.store.due() == 1.0 and limited.under.asked == []
     assert limited.at(0.99) == [] and limited.under.asked == []
     assert limited.at(1.0) == [1] and limited.store.due() == 3.0
-    assert limited.take(3) is None  # asked at 1, but the link is busy until 3
+    assert limited.fetch(3) is None  # asked at 1, but the link is busy until 3
     assert limited.at(10.0) == [2, 3] and limited.store.due() is None
     assert limited.under.asked == [1, 2, 3]
 
 
 def test_what_takes_longer_below_comes_later_and_in_its_own_time():
     limited = Limited()
-    limited.take(1, path="stream")
+    limited.fetch(1, path="stream")
     assert limited.at(1.0) == [] and limited.under.asked == [1]
     limited.under.wakes = 5.0
-    limited.take(2)
+    limited.fetch(2)
     assert limited.store.due() == 2.0
-    limited.under.later = [Taken(("leg", 1), [b"block"])]
+    limited.under.later = [Fetched(("leg", 1), [b"block"])]
     assert limited.at(2.0) == [2, 1] and limited.store.due() == 5.0
 
 
 def test_what_is_the_workers_own_crosses_no_link():
     limited = Limited()
-    limited.take(1)
-    assert limited.take(2, path="local").ticket == ("leg", 2)
+    limited.fetch(1)
+    assert limited.fetch(2, path="local").ticket == ("leg", 2)
     assert limited.store.due() == 1.0
 
 
 def test_a_link_of_no_end_answers_at_once():
-    assert Limited(bytes_s=float("inf")).take(1).blocks == [b"block"]
+    assert Limited(bytes_s=float("inf")).fetch(1).blocks == [b"block"]
 
 
 def test_what_cannot_be_right_does_not_keep_the_link_busy():
     limited = Limited()
-    limited.take(1, slots=[4] * 100_000)
-    assert limited.take(2, block_bytes=1 << 62) is not None
+    limited.fetch(1, slots=[4] * 100_000)
+    assert limited.fetch(2, block_bytes=1 << 62) is not None
     assert limited.store.due() == 1.0
 
 
 def test_parted_from_what_was_to_come_is_lost_once_and_now():
     limited = Limited()
     for number, peer in enumerate(("p0", "p1", "p0")):
-        limited.take(number, peer=peer)
+        limited.fetch(number, peer=peer)
     limited.store.part("p0")
     assert limited.under.met == ["p0"] and limited.store.due() == 0.0
-    lost = list(limited.store.taken())
-    assert [taken.ticket[1] for taken in lost] == [0, 2]
-    assert all(isinstance(taken.problem, KVLost) for taken in lost)
+    lost = list(limited.store.fetched())
+    assert [fetched.ticket[1] for fetched in lost] == [0, 2]
+    assert all(isinstance(fetched.problem, KVLost) for fetched in lost)
     assert limited.at(9.0) == [1] and limited.under.asked == [1] and limited.store.due() is None
 
 
@@ -155,7 +155,7 @@ def test_no_more_comes_than_the_link_carries_and_it_never_idles(seed):
             now = limited.now = asking
             sizes.append(rng.randint(1, 5) * 100)
             asked.append(now)
-            limited.take(len(asked) - 1, slots=range(sizes[-1] // 100))
+            limited.fetch(len(asked) - 1, slots=range(sizes[-1] // 100))
     assert [number for _, number in came] == list(range(300)), "in order, each once"
     for first, (start, _) in enumerate(came):
         for last in range(first + 1, 300):

@@ -12,7 +12,7 @@ import pytest
 from tests.kv.parties import PATIENCE_S, Chunk, Party, World, block
 from tetri.kv import StoreSettings, nixl_mover, open_store
 from tetri.kv.base import KVLost
-from tetri.kv.nixl import Ticket
+from tetri.kv.nixl.reader import Ticket
 from tetri.kv.segment import sweep
 from tetri.request import Reach
 from tetri.wire.codec import VERSION, decode
@@ -70,7 +70,7 @@ class NixlWorld(World):
     def store(self, iid, wake, slots, block_bytes, digest):
         return open_store(StoreSettings(f"nixl-{os.getpid()}", iid, slots, block_bytes, "nixl", digest=digest), wake)
 
-    def take(self, receiver: Party, owner, **changed):
+    def fetch(self, receiver: Party, owner, **changed):
         ticket = self.ask(receiver, owner, **changed)
         self.wait(lambda: ticket not in receiver.waiting, "a take without an answer")
         return receiver.got(ticket)
@@ -125,13 +125,13 @@ def test_blocks_of_another_process(world, receiver, owners):
     owner = owners()
     meet(receiver, owner)
     for _ in range(3):
-        assert world.take(receiver, owner) == owner.blocks
+        assert world.fetch(receiver, owner) == owner.blocks
     owner.say("free")
     with pytest.raises(KVLost, match="is in generation 2, not 1"):
-        world.take(receiver, owner)
+        world.fetch(receiver, owner)
     owner.say("close")
     with pytest.raises(KVLost):
-        world.take(receiver, owner)
+        world.fetch(receiver, owner)
 
 
 @BOTH
@@ -139,7 +139,7 @@ def test_a_killed_peer_is_lost_and_others_go_on(world, receiver, owners):
     owner, other = owners(), owners(50)
     meet(receiver, owner)
     receiver.store.meet("p1", other.reach)
-    assert world.take(receiver, owner) == owner.blocks
+    assert world.fetch(receiver, owner) == owner.blocks
     tickets = [world.ask(receiver, owner) for _ in range(20)]
     owner.kill()
     tickets += [world.ask(receiver, owner) for _ in range(20)]
@@ -151,8 +151,8 @@ def test_a_killed_peer_is_lost_and_others_go_on(world, receiver, owners):
         assert isinstance(answer, KVLost) or answer == owner.blocks
     for _ in range(3):
         with pytest.raises(KVLost):
-            world.take(receiver, owner)
-        assert world.take(receiver, other, peer="p1") == other.blocks
+            world.fetch(receiver, owner)
+        assert world.fetch(receiver, other, peer="p1") == other.blocks
 
 
 @BOTH
@@ -161,7 +161,7 @@ def test_a_restarted_peer_is_read_anew_and_its_old_agent_does_no_harm(world, rec
     for number in range(2):
         owner = owners(10 * number)
         meet(receiver, owner)
-        assert world.take(receiver, owner) == owner.blocks
+        assert world.fetch(receiver, owner) == owner.blocks
         old = world.ask(receiver, owner)
         owner.kill()
         again = owners(10 * number + 5)
@@ -179,26 +179,26 @@ def test_a_peer_that_hangs_is_given_up_and_what_it_sends_late_harms_nothing(worl
     owner, other = owners(), owners(50)
     meet(receiver, owner)
     receiver.store.meet("p1", other.reach)
-    assert world.take(receiver, owner) == owner.blocks
+    assert world.fetch(receiver, owner) == owner.blocks
     owner.process.send_signal(signal.SIGSTOP)
     tickets = [world.ask(receiver, owner) for _ in range(3)]
     world.settle()
     assert all(isinstance(receiver.answers[ticket], KVLost) for ticket in tickets)
     with pytest.raises(KVLost, match=r"waited 0.5 s for its turn"):
-        world.take(receiver, owner)  # its connection is not used again before the hanging reads have ended
+        world.fetch(receiver, owner)  # its connection is not used again before the hanging reads have ended
     for _ in range(10):
-        assert world.take(receiver, other, peer="p1") == other.blocks
+        assert world.fetch(receiver, other, peer="p1") == other.blocks
     owner.process.send_signal(signal.SIGCONT)
     for _ in range(10):
-        assert world.take(receiver, other, peer="p1") == other.blocks
+        assert world.fetch(receiver, other, peer="p1") == other.blocks
     monkeypatch.setattr(nixl_mover, "TIMEOUT_S", PATIENCE_S / 2)
-    assert world.take(receiver, owner) == owner.blocks, "one that hung once is not lost for ever"
+    assert world.fetch(receiver, owner) == owner.blocks, "one that hung once is not lost for ever"
 
 
 def test_nothing_burns_a_core_while_nothing_moves(world, receiver, owners):
     owner = owners()
     meet(receiver, owner)
-    assert world.take(receiver, owner) == owner.blocks
+    assert world.fetch(receiver, owner) == owner.blocks
     before = time.process_time()
     time.sleep(0.5)  # measures, does not wait for anything
     assert time.process_time() - before < 0.1
@@ -224,7 +224,7 @@ def test_a_ticket_that_cannot_be_read_or_lies_is_lost(world, receiver, owners):
         with pytest.raises(KVLost):
             take_with(world, receiver, other, lying(short, metadata=short.metadata[:-10]))
     meet(receiver, owner)
-    assert world.take(receiver, owner) == owner.blocks
+    assert world.fetch(receiver, owner) == owner.blocks
 
 
 def lying(ticket, **lies):
@@ -235,7 +235,7 @@ def take_with(world, receiver, owner, ticket):
     receiver.store.part("p0")
     receiver.store.meet("p0", Reach(**{**fields(owner.reach), "tickets": {"nixl": ticket}}))
     try:
-        return world.take(receiver, owner)
+        return world.fetch(receiver, owner)
     finally:
         receiver.store.part("p0")
 

@@ -41,20 +41,18 @@ def test_auto_has_it_where_it_is_worth_its_while(monkeypatch, address, installed
 def test_the_library_leaves_the_process_as_it_was():
     """It would import torch, greet on standard output and silence the errors of every logger."""
     code = (
-        "import logging, sys; from tetri.kv.nixl_agent import Agent; Agent('a', everywhere=False).close();"
+        "import logging, sys; from tetri.kv.nixl.agent import Agent; Agent('a', everywhere=False).close();"
         "assert 'torch' not in sys.modules and logging.raiseExceptions"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-
-
 def test_without_an_address_it_listens_on_the_loopback_device_only():
     """Over TCP whoever can connect can read: by default that is nobody outside."""
     code = """if True:
         import os
-        from tetri.kv.nixl_agent import Agent
+        from tetri.kv.nixl.agent import Agent
         agent = Agent("a", everywhere=False)
         own = {os.readlink(f"/proc/self/fd/{fd}") for fd in range(256) if os.path.lexists(f"/proc/self/fd/{fd}")}
         for line in list(open("/proc/self/net/tcp"))[1:]:

@@ -56,7 +56,7 @@ class Receiver:
         self.process.stdin.write(verb + "\n")
         self.process.stdin.flush()
 
-    def take(self):
+    def fetch(self):
         """Whether the right bytes came; else why not."""
         self.say("take")
         answer = json.loads(self.process.stdout.readline())
@@ -81,19 +81,19 @@ def test_a_link_that_is_cut_loses_what_is_asked_for_and_nothing_after(hosts):
 
     def comes_back():
         """UCX's connection sends again within seconds; until then a take is lost by its time limit."""
-        assert any(receiver.take() is True for _ in range(15))
-        assert [receiver.take() for _ in range(5)] == [True] * 5
+        assert any(receiver.fetch() is True for _ in range(15))
+        assert [receiver.fetch() for _ in range(5)] == [True] * 5
 
     try:
         receiver.say("meet")
-        assert [receiver.take() for _ in range(3)] == [True] * 3
+        assert [receiver.fetch() for _ in range(3)] == [True] * 3
         link("down")
-        assert "waited 1 s" in receiver.take()
+        assert "waited 1 s" in receiver.fetch()
         link("up")
         comes_back()
         link("down")
         receiver.say("meet")  # as after a restart: it has to connect anew, and cannot
-        assert "cannot" in receiver.take() or "waited" in receiver.take()
+        assert "cannot" in receiver.fetch() or "waited" in receiver.fetch()
         link("up")
         comes_back()
         receiver.process.stdin.close()

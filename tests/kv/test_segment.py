@@ -46,7 +46,7 @@ def handle_of(segment):
 def test_the_header_that_these_tests_forge_can_be_right(peer, tmp_path):
     (tmp_path / "tetri-test-p0-right").write_bytes(_header().ljust(RIGHT_SIZE, b"\0"))
     peer.meet("tetri-test-p0-right")
-    assert peer.take(handle_of("tetri-test-p0-right"), None) == [bytes(BLOCK)]
+    assert peer.fetch(handle_of("tetri-test-p0-right"), None) == [bytes(BLOCK)]
 
 
 @pytest.mark.parametrize("content", FALSE_SEGMENTS.values(), ids=FALSE_SEGMENTS.keys())
@@ -54,7 +54,7 @@ def test_a_false_segment_is_lost_not_read(peer, tmp_path, content):
     (tmp_path / "tetri-test-p0-false").write_bytes(content)
     peer.meet("tetri-test-p0-false")
     with pytest.raises(KVLost):
-        peer.take(handle_of("tetri-test-p0-false"), None)
+        peer.fetch(handle_of("tetri-test-p0-false"), None)
 
 
 def test_a_segment_that_is_no_plain_file_is_lost(peer, slab, tmp_path):
@@ -64,7 +64,7 @@ def test_a_segment_that_is_no_plain_file_is_lost(peer, slab, tmp_path):
     for name, says in (("link", "cannot be opened"), ("folder", "not a file"), ("pipe", "not a file")):
         peer.meet(f"tetri-test-{name}")
         with pytest.raises(KVLost, match=says):
-            peer.take(handle_of(f"tetri-test-{name}"), None)
+            peer.fetch(handle_of(f"tetri-test-{name}"), None)
 
 
 _WORDS = ("", "x", "../x", "tetri-other-p0-1")
@@ -76,18 +76,18 @@ FALSE_NAMES = [*_WORDS, *(f"tetri-test-{tail}" for tail in _TAILS)]
 def test_a_peer_that_says_it_has_a_segment_of_no_such_name_is_lost(peer, name):
     peer.meet(name)
     with pytest.raises(KVLost) as caught:
-        peer.take(handle_of(name), None)
+        peer.fetch(handle_of(name), None)
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
 
 
 def test_a_peer_is_mapped_once_read_only_and_until_parted_from(peer, slab):
     peer.meet(slab.segment.name)
     chunk = put(slab, block(1))
-    peer.take(*chunk)
+    peer.fetch(*chunk)
     mapping = peer.reader._mappings["p0"]
     assert mapping.segment.blocks.readonly
     peer.meet(slab.segment.name)
-    peer.take(*chunk)
+    peer.fetch(*chunk)
     assert peer.reader._mappings == {"p0": mapping}
     peer.reader.part("p0")
     assert peer.reader._mappings == {} and mapping.memory.closed
@@ -100,11 +100,11 @@ def test_a_restarted_peers_old_segment_is_let_go(peer, tmp_path):
         peer.meet(slab.segment.name, "p1")
         assert old is None or old.memory.closed
         chunk = put(slab, block(1))
-        peer.take(*chunk, peer="p1")
+        peer.fetch(*chunk, peer="p1")
         old = peer.reader._mappings["p1"]
         slab.close()
     with pytest.raises(KVForeign):
-        peer.take(handle_of("tetri-test-p1-0123456789abcdef"), None, peer="p1")
+        peer.fetch(handle_of("tetri-test-p1-0123456789abcdef"), None, peer="p1")
 
 
 def test_the_file_is_laid_out_as_the_protocol_says(slab, tmp_path):

@@ -64,24 +64,24 @@ def kill(child):
 def test_blocks_of_another_process(peer, owner):
     child, handle, digest = owner
     peer.meet(handle.segment)
-    assert peer.take(handle, digest) == [block(0), block(1), block(2)]
+    assert peer.fetch(handle, digest) == [block(0), block(1), block(2)]
     say(child)
     assert child.stdout.readline() == "freed\n"
     with pytest.raises(KVLost, match="generation 2"):
-        peer.take(handle, digest)
+        peer.fetch(handle, digest)
 
 
 def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(peer, owner, tmp_path):
     child, handle, digest = owner
     peer.meet(handle.segment)
-    peer.take(handle, digest)
+    peer.fetch(handle, digest)
     kill(child)
     assert sweep("test", directory=str(tmp_path)) == [handle.segment]
-    assert peer.take(handle, digest)[0] == block(0)
+    assert peer.fetch(handle, digest)[0] == block(0)
     peer.reader.part("p0")
     peer.meet(handle.segment)
     with pytest.raises(KVLost, match="cannot be opened"):
-        peer.take(handle, digest)
+        peer.fetch(handle, digest)
 
 
 def test_sweep_removes_the_dead_and_only_them(slab, owner, tmp_path):

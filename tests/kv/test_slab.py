@@ -111,11 +111,11 @@ def test_a_slot_reused_during_the_copy_is_lost_not_corrupt(slab, monkeypatch):
 
     monkeypatch.setattr(staging, "xxh3_64", Slow)
     with pytest.raises(KVLost, match="generation 2, not 1"):
-        Staging(0).take(slab.segment, handle, digest)
+        Staging(0).fetch(slab.segment, handle, digest)
 
 
 def test_a_chunk_larger_than_any_before_grows_the_staging(slab):
-    room = Staging(BLOCK)
+    buffer = Staging(BLOCK)
     for count in (1, SLOTS, 2):
         blocks = [block(number) for number in range(count)]
 
@@ -124,11 +124,11 @@ def test_a_chunk_larger_than_any_before_grows_the_staging(slab):
                 view[:] = data
 
         handle, digest = slab.put(count, write)
-        assert [bytes(view) for view in room.take(slab.segment, handle, digest)] == blocks
+        assert [bytes(view) for view in buffer.fetch(slab.segment, handle, digest)] == blocks
         slab.free(handle)
 
 
 def test_the_same_bytes_under_another_digest_are_told_with_both(slab):
     handle, digest = slab.put(1, nothing)
     with pytest.raises(KVError, match=f"{digest:016x}, announced {digest ^ 1:016x}"):
-        Staging(0).take(slab.segment, handle, digest ^ 1)
+        Staging(0).fetch(slab.segment, handle, digest ^ 1)

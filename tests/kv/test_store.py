@@ -39,15 +39,15 @@ def test_workers_of_deployments_with_other_names_are_not_paired_over_shared_memo
 
 def test_a_worker_reads_its_own_slab_without_meeting_itself(store):
     handle, digest = put(store)
-    taken = store.take(Wanted(("d", 0), "p0", "local", handle, digest))
-    assert [bytes(view) for view in taken.blocks] == [block(1)]
+    fetched = store.fetch(Wanted(("d", 0), "p0", "local", handle, digest))
+    assert [bytes(view) for view in fetched.blocks] == [block(1)]
 
 
 def test_a_path_that_this_worker_has_not_is_lost(store):
     handle, digest = put(store)
     for path in ("nixl", "carrier pigeon", ""):
-        taken = store.take(Wanted(("d", 0), "p0", path, handle, digest))
-        assert isinstance(taken.problem, KVLost) and not taken.blocks
+        fetched = store.fetch(Wanted(("d", 0), "p0", path, handle, digest))
+        assert isinstance(fetched.problem, KVLost) and not fetched.blocks
 
 
 def test_only_the_paths_that_both_have_are_met(store):

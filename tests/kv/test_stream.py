@@ -14,8 +14,8 @@ from tests.kv.test_contract_stream import StreamWorld, big
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVCorrupt, KVError, KVLost
 from tetri.kv.local import LocalSlab
-from tetri.kv.stream import Stream, StreamSettings
-from tetri.kv.stream_fetch import Patience
+from tetri.kv.stream.fetch import Patience
+from tetri.kv.stream.stream import Stream, StreamSettings
 from tetri.net import keys
 from tetri.request import Reach
 
@@ -50,7 +50,7 @@ def test_a_transfer_that_is_cut_again_and_again_goes_on_where_it_was(world):
     sender, receiver, relay = pair(world, 24, weather=Weather(cut_every=6 * MB))
     with relay:
         chunk = sender.put(*(big(number) for number in range(24)))
-        assert receiver.take(chunk) == list(chunk.blocks)
+        assert receiver.fetch(chunk) == list(chunk.blocks)
         assert relay.cuts >= 2 and relay.forwarded < 2 * 24 * MB, "what had come was not asked for again"
         sender.free(chunk)
 
@@ -69,7 +69,7 @@ def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
     world.settings = StreamSettings(patience=Patience(stall_s=0.3, lost_s=10.0))
     sender, receiver, relay = pair(world, 8)
     with relay:
-        assert receiver.take(sender.put(big(1))) == [big(1)]
+        assert receiver.fetch(sender.put(big(1))) == [big(1)]
         relay.weather.silent = True
         ticket = receiver.ask(sender.put(big(2)))
         wait_until(lambda: relay.connections > 1, "no other connection")
@@ -85,8 +85,8 @@ def test_what_is_damaged_on_the_way_is_corrupt_and_right_the_next_time(world):
         chunk = sender.put(*(big(number) for number in range(8)))
         relay.weather.flip_at = 3 * MB
         with pytest.raises(KVCorrupt):
-            receiver.take(chunk)
-        assert receiver.take(chunk) == list(chunk.blocks)
+            receiver.fetch(chunk)
+        assert receiver.fetch(chunk) == list(chunk.blocks)
 
 
 def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
@@ -102,7 +102,7 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
         assert all(isinstance(receiver.answers[ticket], KVLost) for ticket in tickets[-4:])
     again = world.open("p0", block_bytes=MB)
     receiver.meet(again)
-    assert receiver.take(again.put(big(5))) == [big(5)]
+    assert receiver.fetch(again.put(big(5))) == [big(5)]
 
 
 # ---------------------------------------------------------------- what is left
@@ -111,11 +111,11 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
 def test_a_thousand_fetches_leave_no_slot_no_descriptor_and_no_thread(world):
     sender, receiver = world.open("p0", slots=4, block_bytes=100_000), world.open("d0", block_bytes=100_000)
     receiver.meet(sender)
-    receiver.take(sender.put(big(0, 100_000)))
+    receiver.fetch(sender.put(big(0, 100_000)))
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for number in range(1000):
         chunk = sender.put(big(number, 100_000), big(number + 1, 100_000))
-        assert receiver.take(chunk) == list(chunk.blocks)
+        assert receiver.fetch(chunk) == list(chunk.blocks)
         sender.free(chunk)
         world.wait(lambda: sender.store.free_slots == 3, "slots that libzmq does not let go of")
     assert len(os.listdir("/proc/self/fd")) == descriptors and threading.active_count() == threads
@@ -127,7 +127,7 @@ def test_streams_that_end_leave_nothing_open():
         world = StreamWorld()
         sender, receiver = world.open("p0"), world.open("d0")
         receiver.meet(sender)
-        receiver.take(sender.put(block(1)))
+        receiver.fetch(sender.put(block(1)))
         world.close()
 
     once()
@@ -158,7 +158,7 @@ def test_a_thread_that_dies_takes_the_worker_with_it(world, monkeypatch):
     stream._reader.do(lambda: 1 / 0)
     wait_until(lambda: stream._crash is not None, "the thread lives")
     with pytest.raises(ZeroDivisionError):
-        list(stream.taken())
+        list(stream.fetched())
     world.parties.clear()
     stream.close()
 
@@ -174,13 +174,13 @@ def test_with_a_key_members_exchange_and_others_are_lost(tmp_path, world):
     sender, receiver = world.open("p0", block_bytes=3 * MB), world.open("d0", block_bytes=3 * MB)
     chunk = sender.put(big(1, 3 * MB), big(2, 3 * MB))
     receiver.meet(sender)
-    assert receiver.take(chunk) == list(chunk.blocks)
+    assert receiver.fetch(chunk) == list(chunk.blocks)
     for key in ("", made[1]):
         world.settings = StreamSettings(key=key, patience=QUICK)
-        stranger = world.open(f"x{len(key)}")
-        stranger.meet(sender)
+        incompatibility = world.open(f"x{len(key)}")
+        incompatibility.meet(sender)
         with pytest.raises(KVLost):
-            stranger.take(chunk)
+            incompatibility.fetch(chunk)
 
 
 def test_what_is_announced_is_what_others_connect_to(world):

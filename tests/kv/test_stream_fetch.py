@@ -6,7 +6,7 @@ import pytest
 import xxhash
 
 from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Wanted, joined, parts
-from tetri.kv.stream_fetch import MAX_STARTED, Fetching, Patience, Take
+from tetri.kv.stream.fetch import MAX_STARTED, ChunkFetch, Fetching, Patience
 from tetri.wire import codec
 from tetri.wire.bulk import MAX_SLOTS, BulkReply, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.handover import Handle
@@ -20,8 +20,8 @@ def wanted(key="a", index=0, blocks=1, peer="p", segment="s", digest=None, **cha
     return Wanted((key, index), peer, "stream", Handle(**{**fields, **changed}), digest)
 
 
-def fetching(room=10 * BLOCK, up=True):
-    made = Fetching(room, CREDIT, Patience(stall_s=5.0, lost_s=15.0))
+def fetching(buffer=10 * BLOCK, up=True):
+    made = Fetching(buffer, CREDIT, Patience(stall_s=5.0, lost_s=15.0))
     made.meet("p", "s")
     if up:
         made.up("p", 0.0)
@@ -33,10 +33,10 @@ def started(made, now=0.0):
 
 
 def arrive(made, number, data, now=0.0, peer="p"):
-    take = made.due(peer, number)
+    fetch = made.due(peer, number)
     made.came(peer, len(data))
-    take.add(memoryview(data))
-    return made.grew(peer, take, now)
+    fetch.add(memoryview(data))
+    return made.grew(peer, fetch, now)
 
 
 def test_what_is_asked_names_its_request_and_grants_credit():
@@ -51,7 +51,7 @@ def test_what_is_asked_names_its_request_and_grants_credit():
 
 
 def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever():
-    made = fetching(room=4 * BLOCK)
+    made = fetching(buffer=4 * BLOCK)
     for index in range(3):
         made.want(wanted("long", index, blocks=2), 0.0)
     made.want(wanted("short"), 0.0)
@@ -73,7 +73,7 @@ def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever(
 
 
 def test_a_take_larger_than_the_memory_starts_alone():
-    made = fetching(room=BLOCK)
+    made = fetching(buffer=BLOCK)
     made.want(wanted(blocks=5), 0.0)
     made.want(wanted("b"), 0.0)
     assert len(started(made)) == 1 and made.used == 5 * BLOCK
@@ -82,7 +82,7 @@ def test_a_take_larger_than_the_memory_starts_alone():
 
 
 def test_so_many_at_once_and_no_more():
-    made = fetching(room=1 << 40)
+    made = fetching(buffer=1 << 40)
     for index in range(MAX_STARTED + 5):
         made.want(wanted(f"r{index}"), 0.0)
     numbers = started(made)
@@ -92,7 +92,7 @@ def test_so_many_at_once_and_no_more():
 
 
 def test_credit_is_topped_up_by_what_was_taken_out():
-    made = fetching(room=1 << 40)
+    made = fetching(buffer=1 << 40)
     made.want(wanted(blocks=8000), 0.0)
     started(made)
     assert made.came("p", 1 << 20) == Credit(credit=CREDIT + (1 << 20))
@@ -106,10 +106,10 @@ def test_the_digest_is_over_all_of_it():
     made.want(wanted(blocks=2, digest=xxhash.xxh3_64_intdigest(data)), 0.0)
     made.want(wanted("b", blocks=2, digest=5), 0.0)
     for number in started(made):
-        take = made.due("p", number)
+        fetch = made.due("p", number)
         assert not arrive(made, number, data[:700])
         assert arrive(made, number, data[700:])
-        assert isinstance(take.problem(), KVCorrupt) == (take.wanted.digest == 5)
+        assert isinstance(fetch.problem(), KVCorrupt) == (fetch.wanted.digest == 5)
         assert made.due("p", number) is None
 
 
@@ -117,29 +117,29 @@ def test_the_digest_is_over_all_of_it():
 @pytest.mark.parametrize("blocks", [1, 2, 3, 128])
 def test_the_blocks_are_the_pieces_themselves_cut_where_blocks_end(lengths, blocks):
     data = memoryview(random.Random(1).randbytes(3 * MB))
-    take = Take(wanted(slots=[0] * blocks, block_bytes=3 * MB // blocks), 1, 1)
+    fetch = ChunkFetch(wanted(slots=[0] * blocks, block_bytes=3 * MB // blocks), 1, 1)
     at = 0
     for length in lengths:
-        take.add(data[at : at + length])
+        fetch.add(data[at : at + length])
         at += len(data[at : at + length])
-    size, found = 3 * MB // blocks, take.blocks()
+    size, found = 3 * MB // blocks, fetch.blocks()
     assert [bytes(joined(block)) for block in found] == [data[n * size : (n + 1) * size] for n in range(blocks)]
     whole = [part for block in found for part in parts(block) if part.obj is data.obj]
     assert sum(map(len, whole)) == sum(length for length in lengths if length >= 64 << 10) - max(sum(lengths) - at, 0)
 
 
 def test_pieces_of_a_byte_each_lie_in_one_memory():
-    take = Take(wanted(blocks=2), 1, 1)
+    fetch = ChunkFetch(wanted(blocks=2), 1, 1)
     for at in range(2 * BLOCK):
-        take.add(memoryview(bytes([at % 251])))
-    assert len(take._parts) == 1
+        fetch.add(memoryview(bytes([at % 251])))
+    assert len(fetch._parts) == 1
     data = bytes(at % 251 for at in range(2 * BLOCK))
-    assert [bytes(block) for block in take.blocks()] == [data[:BLOCK], data[BLOCK:]]
+    assert [bytes(block) for block in fetch.blocks()] == [data[:BLOCK], data[BLOCK:]]
 
 
 def test_blocks_of_no_bytes_and_no_blocks_are_as_many_as_asked():
-    assert [Take(wanted(blocks=count, block_bytes=0), 1, 1).blocks() for count in (0, 2)] == [(), (b"", b"")]
-    assert Take(wanted(blocks=0), 1, 1).blocks() == ()
+    assert [ChunkFetch(wanted(blocks=count, block_bytes=0), 1, 1).blocks() for count in (0, 2)] == [(), (b"", b"")]
+    assert ChunkFetch(wanted(blocks=0), 1, 1).blocks() == ()
 
 
 def test_a_new_connection_goes_on_where_the_old_one_was():
@@ -178,22 +178,22 @@ def test_gone_is_lost_or_foreign_and_counts_once():
     for key in ("a", "b"):
         made.want(wanted(key), 0.0)
     first, second = started(made)
-    take, problem = made.gone("p", Gone(number=first, foreign=False, reason="freed\n\x1b"), 0.0)
-    assert take.number == first and type(problem) is KVLost and str(problem).isprintable()
+    fetch, problem = made.gone("p", Gone(number=first, foreign=False, reason="freed\n\x1b"), 0.0)
+    assert fetch.number == first and type(problem) is KVLost and str(problem).isprintable()
     assert type(made.gone("p", Gone(number=second, foreign=True, reason=""), 0.0)[1]) is KVForeign
     assert made.gone("p", Gone(number=first, foreign=False, reason=""), 0.0) is None
     assert made.gone("p", Gone(number=99, foreign=False, reason=""), 0.0) is None
 
 
 def test_another_slab_ends_what_was_asked_of_the_old_one():
-    made = fetching(room=BLOCK)
+    made = fetching(buffer=BLOCK)
     for key in ("a", "b", "c"):
         made.want(wanted(key), 0.0)
     (number,) = started(made)
     assert made.meet("p", "s") == []
     lost = made.meet("p", "new")
-    assert [take.wanted.ticket[0] for take in lost] == ["a", "b", "c"]
-    assert [take.started for take in lost] == [True, False, False]
+    assert [fetch.wanted.ticket[0] for fetch in lost] == ["a", "b", "c"]
+    assert [fetch.started for fetch in lost] == [True, False, False]
     assert made.due("p", number) is None and made.part("unknown") == [] and started(made) == []
     assert isinstance(made.want(wanted(), 0.0), KVForeign)
 
@@ -213,8 +213,8 @@ def test_silence_means_another_connection_then_lost():
     assert made.deadline() == 21.0
     arrive(made, number, bytes(10), now=20.0)
     assert made.deadline() == 25.0 and made.lost(34.9) == []
-    ((take, problem),) = made.lost(35.0)
-    assert take.number == number and isinstance(problem, KVLost) and made.deadline() is None
+    ((fetch, problem),) = made.lost(35.0)
+    assert fetch.number == number and isinstance(problem, KVLost) and made.deadline() is None
 
 
 def test_who_is_not_reached_is_lost_with_all_that_waits():
@@ -228,7 +228,7 @@ def test_who_is_not_reached_is_lost_with_all_that_waits():
 
 
 def test_waiting_for_memory_is_not_the_peers_silence():
-    made = fetching(room=BLOCK)
+    made = fetching(buffer=BLOCK)
     for key in ("a", "b"):
         made.want(wanted(key), 0.0)
     (first,) = started(made)
@@ -250,7 +250,7 @@ def test_a_connection_that_breaks_again_and_again_without_a_byte_is_lost_in_time
 
 
 def test_one_that_is_passed_over_while_others_come_is_lost_in_the_end():
-    made = fetching(room=1 << 40)
+    made = fetching(buffer=1 << 40)
     made.want(wanted("a"), 0.0)
     made.want(wanted("b", blocks=4000), 0.0)
     first, second = started(made)
@@ -258,7 +258,7 @@ def test_one_that_is_passed_over_while_others_come_is_lost_in_the_end():
     for at in range(1, 62):
         arrive(made, second, bytes(10), now=float(at))
         lost += made.lost(float(at))
-    assert [take.number for take, _ in lost] == [first]
+    assert [fetch.number for fetch, _ in lost] == [first]
 
 
 def test_the_longest_messages_are_within_their_limits():

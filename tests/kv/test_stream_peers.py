@@ -11,8 +11,8 @@ from xxhash import xxh3_64_intdigest
 from tests.kv.test_contract_stream import StreamWorld, big
 from tetri.kv.base import KVError, KVForeign, KVLost, Wanted, joined
 from tetri.kv.local import LocalSlab
-from tetri.kv.stream import Stream, StreamSettings
-from tetri.kv.stream_fetch import Patience
+from tetri.kv.stream.fetch import Patience
+from tetri.kv.stream.stream import Stream, StreamSettings
 from tetri.net.bulk import BulkServer, context
 from tetri.request import Reach
 from tetri.wire import codec
@@ -88,7 +88,7 @@ def test_another_requests_chunk_is_the_next_but_one_piece(world, monkeypatch):
     monkeypatch.setattr(sender.store.readers["stream"]._server._serving, "heard", note)
     for key, chunk in (("large", large), ("small", small)):
         receiver.waiting.add((key, 0))
-        stream.take(Wanted((key, 0), "p0", "stream", chunk.handle, chunk.digest))
+        stream.fetch(Wanted((key, 0), "p0", "stream", chunk.handle, chunk.digest))
         wait_until(lambda: counted.sent, "nothing goes")
     world.settle()
     assert receiver.got(("small", 0)) == list(small.blocks)
@@ -97,7 +97,7 @@ def test_another_requests_chunk_is_the_next_but_one_piece(world, monkeypatch):
 
 
 def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monkeypatch):
-    world.settings = StreamSettings(room=8 * MB)
+    world.settings = StreamSettings(buffer=8 * MB)
     sender, slow = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
     other = world.open("d1", block_bytes=MB)
     slow.meet(sender)
@@ -108,7 +108,7 @@ def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monke
     wait_until(lambda: len(counted.sent) == 8, "two chunks fill its room")
     for chunk in chunks:
         stream, wanted = other.store.readers["stream"], Wanted(("o", 0), "p0", "stream", chunk.handle, chunk.digest)
-        stream.take(wanted)
+        stream.fetch(wanted)
         other.waiting.add(("o", 0))
         wait_until(lambda: other.hear() or ("o", 0) not in other.waiting, "held up by the slow one")
     assert sum(peer == counted.sent[0][0] for peer, *_ in counted.sent) == 8
@@ -189,13 +189,13 @@ class Reading:
     def meet(self, address):
         self.stream.meet("p", Reach(paths=["stream"], host="x", process=1, segment="s", address=address))
 
-    def take(self, data, index=0, seconds=20.0):
+    def fetch(self, data, index=0, seconds=20.0):
         handle = Handle(segment="s", slots=[0], generations=[1], block_bytes=len(data))
-        self.stream.take(Wanted(("r", index), "p", "stream", handle, xxh3_64_intdigest(data)))
+        self.stream.fetch(Wanted(("r", index), "p", "stream", handle, xxh3_64_intdigest(data)))
         found = []
 
         def answered():
-            found.extend((t.problem, [bytes(joined(b)) for b in t.blocks]) for t in self.stream.taken())
+            found.extend((t.problem, [bytes(joined(b)) for b in t.blocks]) for t in self.stream.fetched())
             return found
 
         wait_until(answered, "no answer", seconds)
@@ -221,27 +221,27 @@ def rude():
 @pytest.mark.parametrize("answer", RUDE.values(), ids=RUDE.keys())
 def test_a_rude_answer_costs_a_connection_and_what_came_rightly_stays(rude, answer):
     server, reading = rude(lambda fetch, times: answer(fetch) if times == 1 else pieces(fetch, DATA))
-    assert reading.take(DATA) == (None, [DATA])
+    assert reading.fetch(DATA) == (None, [DATA])
     assert len(server.fetches) == 2 and reading.stream.counters["read_cut"] == 1
 
 
 @pytest.mark.parametrize("answer", HARMLESS.values(), ids=HARMLESS.keys())
 def test_what_nobody_asked_for_is_dropped_and_harms_nothing(rude, answer):
     server, reading = rude(lambda fetch, times: [*answer(fetch), *pieces(fetch, DATA)])
-    assert reading.take(DATA) == (None, [DATA]) and reading.take(DATA, 1) == (None, [DATA])
+    assert reading.fetch(DATA) == (None, [DATA]) and reading.fetch(DATA, 1) == (None, [DATA])
     assert reading.stream.counters["read_cut"] == 0
 
 
 def test_one_who_is_always_rude_or_silent_is_lost(rude):
     _, reading = rude(lambda fetch, times: [(b"garbage", None)])
-    assert isinstance(reading.take(DATA)[0], KVLost)
+    assert isinstance(reading.fetch(DATA)[0], KVLost)
     _, silent = rude(lambda fetch, times: [])
-    assert isinstance(silent.take(DATA)[0], KVLost)
+    assert isinstance(silent.fetch(DATA)[0], KVLost)
 
 
 def test_gone_and_foreign_are_told_apart(rude):
     _, reading = rude(lambda f, times: [(Gone(number=f.number, foreign=times == 2, reason="why"), None)])
-    first, second = reading.take(DATA)[0], reading.take(DATA, 1)[0]
+    first, second = reading.fetch(DATA)[0], reading.fetch(DATA, 1)[0]
     assert type(first) is KVLost and type(second) is KVForeign and "why" in str(first)
 
 
@@ -255,7 +255,7 @@ def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(worl
         for number in range(2000):
             socket.send_multipart([rng.randbytes(rng.randint(0, 100)) for _ in range(1 + number % 3)])
         chunk = sender.put(big(1))
-        assert receiver.take(chunk) == [big(1)]
+        assert receiver.fetch(chunk) == [big(1)]
         counters = sender.store.readers["stream"]
         wait_until(lambda: sum(n for name, n in counters.counters.items() if "garbage" in name) == 2000, "not counted")
 
@@ -264,5 +264,5 @@ def test_an_address_that_is_none_is_lost_with_the_reason(rude):
     _, reading = rude(lambda fetch, times: [])
     for address, says in (("", "is no address"), ("tcp://10.0.0.1:1", "encrypted"), ("x" * 300, "is no address")):
         reading.meet(address)
-        problem, _ = reading.take(DATA)
+        problem, _ = reading.fetch(DATA)
         assert isinstance(problem, KVLost) and says in str(problem)

@@ -7,7 +7,7 @@ import pytest
 
 from tetri.kv.local import LocalSlab
 from tetri.kv.slab import shape_problem
-from tetri.kv.stream_serve import MAX_FETCHES, MAX_PEERS, SMALL_BLOCK, Serving, cut, spans
+from tetri.kv.stream.serve import MAX_FETCHES, MAX_PEERS, SMALL_BLOCK, Serving, cut, spans
 from tetri.wire.bulk import LEAST_COST, PIECE_BYTES, Credit, Fetch, cost
 from tetri.wire.handover import Handle
 

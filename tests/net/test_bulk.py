@@ -8,8 +8,8 @@ import pytest
 import zmq
 
 from tetri.net import NetError, keys
-from tetri.net.bulk import Bell, BulkLink, BulkServer, Watch, context
-from tetri.net.keys import Doorman
+from tetri.net.bulk import BulkLink, BulkServer, Waker, Watch, context
+from tetri.net.keys import ZapHandler
 from tetri.wire.bulk import PIECE_BYTES, REQUEST_BYTES
 
 HERE = "tcp://127.0.0.1:*"
@@ -20,11 +20,11 @@ class Ends:
     """A server and its links, polled as their threads would."""
 
     def __init__(self, key=None):
-        self.context, self.key, self.bell = context(), key, Bell()
-        self.doorman = Doorman(self.context, key) if key else None
+        self.context, self.key, self.waker = context(), key, Waker()
+        self.zap_handler = ZapHandler(self.context, key) if key else None
         self.server = BulkServer(self.context, HERE, key)
-        self.watch = Watch(self.bell)
-        self.watch.add(self.server.socket, *((self.doorman.socket,) if self.doorman else ()))
+        self.watch = Watch(self.waker)
+        self.watch.add(self.server.socket, *((self.zap_handler.socket,) if self.zap_handler else ()))
         self.links = []
 
     def link(self, key=None, address=None):
@@ -38,8 +38,8 @@ class Ends:
         while not (found := condition()):
             assert time.monotonic() < deadline
             self.watch.wait(0.05)
-            if self.doorman:
-                self.doorman.answer()
+            if self.zap_handler:
+                self.zap_handler.answer()
             for link in self.links:
                 link.look()
         return found
@@ -57,10 +57,10 @@ class Ends:
         for link in self.links:
             link.close()
         self.server.close()
-        if self.doorman:
-            self.doorman.close()
+        if self.zap_handler:
+            self.zap_handler.close()
         self.context.term()
-        self.bell.close()
+        self.waker.close()
 
 
 @contextmanager
@@ -155,17 +155,17 @@ def test_nobody_there_is_no_error_and_a_break_is_seen_once_for_all():
 
 
 def test_a_bell_wakes_from_any_number_of_rings_and_after_its_end_does_nothing():
-    bell = Bell()
-    watch = Watch(bell)
+    waker = Waker()
+    watch = Watch(waker)
     assert watch.wait(0) == []
     for _ in range(3):
-        bell.ring()
-    assert watch.wait(None) == [bell.fd]
-    bell.hush()
+        waker.ring()
+    assert watch.wait(None) == [waker.fd]
+    waker.hush()
     assert watch.wait(0) == []
-    bell.hush()
-    bell.close()
-    bell.ring()
+    waker.hush()
+    waker.close()
+    waker.ring()
 
 
 # ---------------------------------------------------------------- keys
@@ -175,7 +175,7 @@ def test_members_get_in(key):
     with ends(key) as made:
         link = made.up(made.link(key))
         peer, message = made.heard(link, b"x" * REQUEST_BYTES)  # the longest there are
-        assert len(message) == REQUEST_BYTES and made.doorman.refused == 0
+        assert len(message) == REQUEST_BYTES and made.zap_handler.refused == 0
         made.server.send(peer, b"header", bytes(PIECE_BYTES))
         assert made.until(link.receive) == b"header"
         assert link.receive_frame() == bytes(PIECE_BYTES)
@@ -185,8 +185,8 @@ def test_nobody_else_gets_in(key, tmp_path):
     keys.generate(str(tmp_path / "other"))
     other = keys.load(str(tmp_path / "other"))
     with ends(key) as made:
-        plain, stranger = made.link(), made.link(other)
-        made.until(lambda: stranger.broken)  # does not even know the server
+        plain, incompatibility = made.link(), made.link(other)
+        made.until(lambda: incompatibility.broken)  # does not even know the server
         # One who knows the server's public key, and has one of their own:
         knows = made.context.socket(zmq.DEALER)
         knows.set(zmq.LINGER, 0)
@@ -196,7 +196,7 @@ def test_nobody_else_gets_in(key, tmp_path):
         knows.connect(made.server.address)
         knows.send(b"let me in")
         try:
-            made.until(lambda: made.doorman.refused > 0)
+            made.until(lambda: made.zap_handler.refused > 0)
             assert made.heard(made.up(made.link(key)))[1] == b"hello"
             assert not plain.up and made.server.receive() is None
         finally:

@@ -170,36 +170,36 @@ def test_a_flood_of_loads_is_bounded_and_leaves_other_sockets_their_turn(run_fol
 def target(request, run_folder, context):
     """(hub that hears, socket of a stranger that it hears, a good message)"""
     with hubs(1) as (hub,):
-        stranger = context.socket(zmq.PUB)
-        stranger.linger = 0
+        incompatibility = context.socket(zmq.PUB)
+        incompatibility.linger = 0
         if request.param == "loads":
-            stranger.connect(hub.bind_subscriber(ipc(run_folder, "s"), LoadReport))
+            incompatibility.connect(hub.bind_subscriber(ipc(run_folder, "s"), LoadReport))
             good = report()
         else:
-            stranger.bind(ipc(run_folder, "s"))
+            incompatibility.bind(ipc(run_folder, "s"))
             hub.subscribe(ipc(run_folder, "s"), ClusterView)
             good = view(1)
-        still_hears(hub, stranger, good)
-        yield hub, stranger, good
+        still_hears(hub, incompatibility, good)
+        yield hub, incompatibility, good
 
 
-def still_hears(hub, stranger, good):
+def still_hears(hub, incompatibility, good):
     end = time.monotonic() + PATIENCE
     while good not in [event.message for event in hub.poll(0.01)]:
         assert time.monotonic() < end
-        stranger.send(codec.encode(good))
+        incompatibility.send(codec.encode(good))
     while hub.poll(0.02):  # what was sent in vain
         pass
 
 
 @pytest.mark.parametrize(("frames", "counted"), GARBAGE)
 def test_garbage_is_counted_logged_once_and_dropped(target, caplog, frames, counted):
-    hub, stranger, good = target
+    hub, incompatibility, good = target
     with caplog.at_level(logging.WARNING):
         for times in range(1, 4):
-            stranger.send_multipart(frames)
+            incompatibility.send_multipart(frames)
             until(lambda times=times: hub.poll(0.01) == [] and sum(garbage(hub).values()) >= times)
-        still_hears(hub, stranger, good)
+        still_hears(hub, incompatibility, good)
     kinds = garbage(hub)
     if isinstance(good, LoadReport):
         assert kinds == {f"garbage_{counted}": 3}
@@ -214,21 +214,21 @@ def garbage(hub):
 
 
 def test_a_message_for_another_receiver_is_garbage(target):
-    hub, stranger, good = target
+    hub, incompatibility, good = target
     other = view(1) if isinstance(good, LoadReport) else report()
-    stranger.send(codec.encode(other))
+    incompatibility.send(codec.encode(other))
     until(lambda: hub.poll(0.01) == [] and hub.counters["garbage_unexpected"] == 1)
-    still_hears(hub, stranger, good)
+    still_hears(hub, incompatibility, good)
 
 
 def test_a_frame_over_the_limit_ends_the_connection_and_not_the_process(target):
-    hub, stranger, good = target
-    cut = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    stranger.send(bytes(codec.limit(type(good)) + 1))
+    hub, incompatibility, good = target
+    cut = incompatibility.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    incompatibility.send(bytes(codec.limit(type(good)) + 1))
     assert hub.poll(0.05) == []
     assert cut.poll(PATIENCE * 1000), "the connection was not cut"
-    still_hears(hub, stranger, good)  # it comes back by itself
-    stranger.disable_monitor()
+    still_hears(hub, incompatibility, good)  # it comes back by itself
+    incompatibility.disable_monitor()
     cut.close(0)
 
 
@@ -240,9 +240,9 @@ def test_bytes_that_are_no_zeromq_at_all(run_folder, context, noise):
         with plain(loads) as one, plain(views) as other:
             one.sendall(noise)
             other.sendall(noise)
-            stranger = context.socket(zmq.PUB)
-            stranger.connect(loads)
-            still_hears(monitor, stranger, report())
+            incompatibility = context.socket(zmq.PUB)
+            incompatibility.connect(loads)
+            still_hears(monitor, incompatibility, report())
             with hubs(1) as (worker,):
                 worker.subscribe(views, ClusterView)
                 say(monitor, view(1), worker, bool)

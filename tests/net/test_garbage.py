@@ -54,7 +54,7 @@ def target(request, run_folder):
         yield hub, request.param, bind(ipc(run_folder, "s"), union)
 
 
-def stranger(context, kind, address):
+def incompatibility(context, kind, address):
     socket = context.socket(SENDER[kind])
     socket.linger = 0
     socket.connect(address)
@@ -83,7 +83,7 @@ GARBAGE = [
 @pytest.mark.parametrize(("frames", "counted"), GARBAGE)
 def test_garbage_is_counted_logged_once_and_dropped(target, context, caplog, frames, counted):
     hub, kind, address = target
-    socket = stranger(context, kind, address)
+    socket = incompatibility(context, kind, address)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             socket.send_multipart(frames)
@@ -96,7 +96,7 @@ def test_garbage_is_counted_logged_once_and_dropped(target, context, caplog, fra
 
 def test_a_message_for_another_receiver_is_garbage(target, context):
     hub, kind, address = target
-    socket = stranger(context, kind, address)
+    socket = incompatibility(context, kind, address)
     other = {"inbox": "clients", "clients": "inbox"}[kind]
     socket.send(codec.encode(GOOD[other]))
     still_serves(hub, kind, socket)
@@ -110,7 +110,7 @@ def test_an_identity_without_a_frame_is_garbage(run_folder, context):
         request = context.socket(zmq.REQ)
         request.connect(address)
         request.send(b"")
-        socket = stranger(context, "clients", address)
+        socket = incompatibility(context, "clients", address)
         events(hub, lambda seen: hub.counters["garbage_frames"] == 1)
         still_serves(hub, "clients", socket)
 
@@ -119,7 +119,7 @@ def test_inventing_identities_does_not_fill_memory_or_the_log(run_folder, contex
     with hubs(1) as (hub,):
         address = hub.bind_clients(ipc(run_folder, "s"), ClientMessage)
         for start in range(0, 600, 50):
-            crowd = [stranger(context, "clients", address) for _ in range(50)]
+            crowd = [incompatibility(context, "clients", address) for _ in range(50)]
             for socket in crowd:
                 socket.send(b"junk")
             events(hub, lambda seen, start=start: hub.counters["garbage_version"] == start + 50)
@@ -131,9 +131,9 @@ def test_inventing_identities_does_not_fill_memory_or_the_log(run_folder, contex
 def test_a_frame_over_the_limit_cuts_the_peer_and_not_the_others(target, context):
     hub, kind, address = target
     limit = codec.limit({"inbox": InboxMessage, "clients": ClientMessage}[kind])
-    bystander = stranger(context, kind, address)
+    bystander = incompatibility(context, kind, address)
     still_serves(hub, kind, bystander)
-    offender = stranger(context, kind, address)
+    offender = incompatibility(context, kind, address)
     cut = offender.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     offender.send(bytes(limit + 1))
     assert cut.poll(PATIENCE * 1000), "the connection was not cut"
@@ -158,7 +158,7 @@ socket.disable_monitor(); cut.close(); socket.close(); context.term()
 
 def test_a_hundred_megabytes_are_never_held_in_memory(target, context):
     hub, kind, address = target
-    bystander = stranger(context, kind, address)
+    bystander = incompatibility(context, kind, address)
     still_serves(hub, kind, bystander)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with subprocess.Popen(
@@ -176,12 +176,7 @@ NOT_ZMTP = [
     b"GET / HTTP/1.1\r\n\r\n",
     b"\x00" * 64,
     b"\xff" * 64,
-    b"\xff"
-    + b"\0" * 8
-    + b"\x7f\x03\x00NULL"
-    + b"\0" * 48
-    + b"\x04\xff"
-    + b"\xff" * 8,  # a greeting, then 2^64
+    b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 48 + b"\x04\xff" + b"\xff" * 8,  # a greeting, then 2^64
     b"\x01\x00" + b"\x0c\x00" + b"z" * 11,  # the protocol of ZeroMQ 2
     os.urandom(500),
 ]
@@ -198,8 +193,8 @@ def test_bytes_that_are_no_zeromq_at_all(target, context, noise):
     hub, kind, address = target
     with plain(address) as socket:
         socket.sendall(noise)
-        still_serves(hub, kind, stranger(context, kind, address))
-    still_serves(hub, kind, stranger(context, kind, address))
+        still_serves(hub, kind, incompatibility(context, kind, address))
+    still_serves(hub, kind, incompatibility(context, kind, address))
 
 
 @pytest.mark.parametrize("again", ["connect", "send"])
@@ -258,7 +253,7 @@ def test_a_listener_of_another_pattern_takes_nothing(run_folder, context):
 def test_the_default_log_is_named_after_the_room(run_folder, context, caplog):
     hub = Hub()
     try:
-        socket = stranger(context, "inbox", hub.bind_inbox(ipc(run_folder, "e"), WorkerEvent))
+        socket = incompatibility(context, "inbox", hub.bind_inbox(ipc(run_folder, "e"), WorkerEvent))
         socket.send(b"")
         until(lambda: not hub.poll(0) and hub.counters["garbage_empty"] == 1)
     finally:

@@ -6,19 +6,19 @@ from hypothesis import strategies as st
 
 from tetri.policy.admit import MARGIN, greedy, growth_to_peak, peak, reserve_dynamic, reserve_static
 from tetri.policy.rules import ADMISSIONS
-from tetri.policy.views import BatchView, Member, WaitingSeat
+from tetri.policy.views import BatchView, Member, WaitingRequest
 from tetri.request import blocks_for
 
 ONE = (Member(1, 2),)
 
 
-def seat(key, landed, tokens, end, size=1):
-    return WaitingSeat(key, landed, blocks_for(tokens, size), tokens, end)
+def request(key, landed, tokens, end, size=1):
+    return WaitingRequest(key, landed, blocks_for(tokens, size), tokens, end)
 
 
-def seats(*lengths, size=1):
+def requests(*lengths, size=1):
     """Of (tokens, end), in the order of landing, named a, b, c …"""
-    return [seat("abcdefgh"[place], place, *length, size) for place, length in enumerate(lengths)]
+    return [request("abcdefgh"[place], place, *length, size) for place, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize(
@@ -34,26 +34,26 @@ def seats(*lengths, size=1):
 def test_greedy_goes_by_landing_while_there_are_slots_and_memory_is_not_overdrawn(
     running, max_batch, free_blocks, admitted
 ):
-    waiting = [WaitingSeat("late", 2, 5), WaitingSeat("early", 1, 5)]
+    waiting = [WaitingRequest("late", 2, 5), WaitingRequest("early", 1, 5)]
     assert greedy(waiting, BatchView(ONE * running, max_batch, free_blocks)) == admitted
 
 
 @pytest.mark.parametrize("free, admitted", [(9, "abc"), (8, "ab"), (4, "ab"), (3, "a"), (2, "a"), (1, "")])
 def test_static_admits_what_fits_to_its_end_and_blocks_at_the_first_that_does_not(free, admitted):
     """Growth of 2, 2 and 5; the running one's promise of 90 counts for nothing."""
-    waiting = seats((3, 5), (6, 8), (1, 6))
+    waiting = requests((3, 5), (6, 8), (1, 6))
     assert reserve_static(waiting, BatchView((Member(10, 100),), 8, free)) == list(admitted)
 
 
 def test_static_rounds_up_every_request_by_itself():
-    waiting = seats((15, 17), (15, 16), (16, 17), size=16)
+    waiting = requests((15, 17), (15, 16), (16, 17), size=16)
     assert reserve_static(waiting, BatchView((), 8, 1, 16)) == ["a", "b"]
     assert reserve_static(waiting, BatchView((), 8, 2, 16)) == ["a", "b", "c"]
 
 
 def test_blocks_that_it_has_beyond_its_end_help_nobody_else():
-    rich = WaitingSeat("rich", 0, blocks=9, tokens=3, end=5)
-    assert reserve_static([rich, seat("poor", 1, 3, 5)], BatchView((), 8, 1)) == ["rich"]
+    rich = WaitingRequest("rich", 0, blocks=9, tokens=3, end=5)
+    assert reserve_static([rich, request("poor", 1, 3, 5)], BatchView((), 8, 1)) == ["rich"]
 
 
 @pytest.mark.parametrize(
@@ -81,26 +81,26 @@ def test_blocks_that_it_has_beyond_its_end_help_nobody_else():
 )
 def test_dynamic_looks_at_the_moment_when_the_shortest_ends(running, waiting, free, admitted):
     batch = BatchView([Member(*lengths) for lengths in running], 8, free)
-    assert reserve_dynamic(seats(*waiting), batch) == list(admitted)
+    assert reserve_dynamic(requests(*waiting), batch) == list(admitted)
 
 
 @pytest.mark.parametrize("free, admitted", [(19, ""), (20, "a"), (34, "a"), (35, "ab")])
 def test_peak_counts_all_that_will_be_there_at_each_end(free, admitted):
     """The running one has 20 steps left, `a` 10, `b` 22. With `a` most is taken after 10 steps: 20 + 15, of 10 + 5 now.
     With `b` after 20: 30 + 22, of 10 + 5 + 2 now; after 10 it is 20 + 15 + 12."""
-    waiting = seats((5, 15), (2, 24))
+    waiting = requests((5, 15), (2, 24))
     assert peak(waiting, BatchView((Member(10, 30),), 8, free)) == list(admitted)
 
 
 @pytest.mark.parametrize("free, admitted", [(60, ""), (61, "a")])
 def test_peak_leaves_a_margin(free, admitted):
     """After 30 steps 60 + 30 are taken, the most at any time. Of 90 or 91, one is left alone."""
-    waiting = [WaitingSeat("a", 0, blocks=0, tokens=0, end=69)]
+    waiting = [WaitingRequest("a", 0, blocks=0, tokens=0, end=69)]
     assert peak(waiting, BatchView((Member(30, 60),), 8, free)) == list(admitted)
 
 
 def test_peak_rounds_up_every_request_by_itself():
-    waiting = seats((15, 17), (16, 18), size=16)
+    waiting = requests((15, 17), (16, 18), size=16)
     assert peak(waiting, BatchView((Member(30, 32),), 8, 1, 16)) == ["a"]
     assert peak(waiting, BatchView((Member(30, 32),), 8, 2, 16)) == ["a", "b"]
 
@@ -111,9 +111,9 @@ BATCH = st.lists(LENGTHS, max_size=7)
 WAITING = st.lists(LENGTHS, max_size=5)
 
 
-def most_ever(jobs, size):
+def most_ever(requests, size):
     """The largest memory of these (tokens, end), step by step."""
-    lives = [(tokens, max(end, tokens + 1)) for tokens, end in jobs]
+    lives = [(tokens, max(end, tokens + 1)) for tokens, end in requests]
     longest = max((end - tokens for tokens, end in lives), default=0)
     return max(
         (
@@ -128,7 +128,7 @@ def most_ever(jobs, size):
 @given(BATCH, WAITING, st.integers(-3, 40), SIZES)
 def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running, waiting, free, size):
     batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
-    admitted = peak(seats(*waiting, size=size), batch)
+    admitted = peak(requests(*waiting, size=size), batch)
     room = free + sum(blocks_for(tokens, size) for tokens, _ in running)
     room -= int(max(room, 0) * MARGIN)
     fits = 0
@@ -153,25 +153,25 @@ def test_what_the_batch_will_take_at_its_peak_is_kept_free(running, size):
 @given(BATCH, WAITING, st.integers(-3, 40), SIZES)
 def test_dynamic_is_the_papers_rule_taken_one_by_one(running, waiting, free, size):
     batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
-    room, jobs, right = free + sum(blocks_for(tokens, size) for tokens, _ in running), list(running), []
+    room, requests, right = free + sum(blocks_for(tokens, size) for tokens, _ in running), list(running), []
     for key, (tokens, end) in zip("abcde", waiting, strict=False):
-        jobs.append((tokens, end))
+        requests.append((tokens, end))
         room += blocks_for(tokens, size)
         free -= blocks_for(tokens + 1, size) - blocks_for(tokens, size)
-        left = {place: max(end - tokens, 1) for place, (tokens, end) in enumerate(jobs)}
+        left = {place: max(end - tokens, 1) for place, (tokens, end) in enumerate(requests)}
         soon = min(left.values())
-        used = sum(blocks_for(jobs[place][0] + soon, size) for place, steps in left.items() if steps > soon)
+        used = sum(blocks_for(requests[place][0] + soon, size) for place, steps in left.items() if steps > soon)
         if used >= room or free < 0:
             break
         right.append(key)
-    assert reserve_dynamic(seats(*waiting, size=size), batch) == right
+    assert reserve_dynamic(requests(*waiting, size=size), batch) == right
 
 
 @settings(deadline=None, derandomize=True)
 @given(BATCH, WAITING, st.integers(-3, 40), st.integers(0, 9), st.sampled_from(sorted(ADMISSIONS)))
 def test_the_line_is_kept_and_so_are_the_slots(running, waiting, free, max_batch, name):
     batch = BatchView([Member(*lengths) for lengths in running], max_batch, free)
-    line = seats(*waiting)
+    line = requests(*waiting)
     admitted = ADMISSIONS[name](line[::-1], batch)
     assert admitted == [each.key for each in line[: len(admitted)]]
     assert len(admitted) <= max(max_batch - len(running), 0)

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.policy.chunk import pack
 from tetri.policy.views import Progress
 

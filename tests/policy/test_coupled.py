@@ -2,7 +2,7 @@
 
 import pytest
 
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, chunked, preempted, prefill_first
 from tetri.policy.views import Progress
 

@@ -123,8 +123,8 @@ def test_decodes_that_run_make_nobody_wait():
 def test_a_request_whose_kv_is_on_its_way_calls_nobody(policy):
     """One request is all that there is to do: while its prompt is computed, its decode instance has it granted."""
     computing = state("p0", "prefill", work_s=0.3, queued=1)
-    taking = state("d0", "decode", work_s=20.0, moving=1)
-    states = [computing, resting("p1", "prefill"), taking, resting("d1", "decode", 9.0)]
+    fetching = state("d0", "decode", work_s=20.0, moving=1)
+    states = [computing, resting("p1", "prefill"), fetching, resting("d1", "decode", 9.0)]
     assert FLIPS[policy](states, SETTINGS) is None
 
 

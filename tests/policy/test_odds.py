@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.policy.odds import (
+from tetri.policy.distribution import (
     Curve,
     by_bucket,
     curve_of,
@@ -19,9 +19,9 @@ from tetri.policy.odds import (
     survivors,
     usable,
 )
-from tetri.request import LengthRange, Odds
+from tetri.request import LengthDistribution, LengthRange
 
-FOUR = Odds(50, (0.1, 0.2, 0.3, 0.4))  # the last one from 150 on
+FOUR = LengthDistribution(50, (0.1, 0.2, 0.3, 0.4))  # the last one from 150 on
 
 
 def close(numbers):
@@ -130,11 +130,11 @@ def test_ranges(curve, granularity, high, low_high):
     "shares", [(), (0.5, 0.4), (1.5, -0.5), (float("nan"), 0.5), (0.5, float("nan")), (float("inf"), 0.0)]
 )
 def test_what_is_no_odds(shares):
-    assert not usable(Odds(50, shares))
+    assert not usable(LengthDistribution(50, shares))
 
 
 def test_what_is():
-    assert usable(FOUR) and usable(Odds(50, (1.0,))) and not usable(Odds(0, (1.0,)))
+    assert usable(FOUR) and usable(LengthDistribution(50, (1.0,))) and not usable(LengthDistribution(0, (1.0,)))
 
 
 def test_the_score_is_the_less_the_nearer():
@@ -147,12 +147,12 @@ def test_the_score_is_the_less_the_nearer():
 # ---------------------------------------------------------------- whatever the odds
 
 
-def _odds(weights, width):
-    return Odds(width, tuple(weight / sum(weights) for weight in weights))
+def _distribution(weights, width):
+    return LengthDistribution(width, tuple(weight / sum(weights) for weight in weights))
 
 
 ODDS = st.builds(
-    _odds,
+    _distribution,
     st.lists(st.sampled_from([0, 0, 1, 2, 3, 7, 1000]), min_size=1, max_size=12).filter(any),
     st.sampled_from([1, 2, 7, 50, 100]),
 )
@@ -160,12 +160,12 @@ ODDS = st.builds(
 
 @st.composite
 def curves(draw):
-    odds, after, more = draw(ODDS), draw(st.integers(0, 300)), draw(st.integers(1, 900))
+    distribution, after, more = draw(ODDS), draw(st.integers(0, 300)), draw(st.integers(1, 900))
     most = after + more
     tail = None
     if draw(st.booleans()):
         tail = survivors(curve_of(draw(ODDS), most), after)
-    curve = curve_of(odds, most, after=after, least=draw(st.integers(0, most)), tail=tail)
+    curve = curve_of(distribution, most, after=after, least=draw(st.integers(0, most)), tail=tail)
     if draw(st.booleans()):
         curve = survivors(curve, draw(st.integers(after, most - 1)))
     return curve

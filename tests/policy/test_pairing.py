@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.build import FINGERPRINT, fingerprint
 from tests.core.build import reach as made_by
-from tetri.policy.pairing import FAR, PATHS, SAME_HOST, apart, kin, path, stranger
+from tetri.policy.pairing import FAR, PATHS, SAME_HOST, apart, compatibility_key, incompatibility, path
 
 ALL = [*PATHS]
 ONE_HOST = "needs both on one host, of one user and with one cluster.name"
@@ -44,7 +44,7 @@ def reach(**changes):
 def test_the_best_path_that_both_have(one, other, best):
     a, b = reach(**one), reach(**other)
     assert path(a, b) == path(b, a) == best
-    assert (stranger(FINGERPRINT, FINGERPRINT, a, b) is None) == (best is not None)
+    assert (incompatibility(FINGERPRINT, FINGERPRINT, a, b) is None) == (best is not None)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_the_best_path_that_both_have(one, other, best):
 def test_why_there_is_none(one, other, says):
     a, b = reach(**one), reach(**other)
     assert apart(a, b).startswith(says) and "\n" not in apart(a, b)
-    assert stranger(FINGERPRINT, FINGERPRINT, a, b) == apart(a, b)
+    assert incompatibility(FINGERPRINT, FINGERPRINT, a, b) == apart(a, b)
 
 
 def test_another_model_or_layout_is_named_first():
     a, b = reach(paths=["shm"]), reach(paths=["stream"])
-    assert stranger(fingerprint(model="a"), fingerprint(model="b"), a, b) == "model differs: a and b"
-    layout = stranger(FINGERPRINT, fingerprint(block_tokens=16), a, a)
+    assert incompatibility(fingerprint(model="a"), fingerprint(model="b"), a, b) == "model differs: a and b"
+    layout = incompatibility(FINGERPRINT, fingerprint(block_tokens=16), a, a)
     assert layout == f"block_tokens differs: {FINGERPRINT.block_tokens} and 16"
 
 
@@ -83,14 +83,12 @@ def test_instances_of_one_kin_have_the_same_paths_to_all_others():
     devices = [("", ()), ("GPU-a", ("GPU-b",)), ("GPU-b", ("GPU-a",))]
     several = [
         reach(paths=list(names), host=host, process=process, device=device, near=list(near), segment=str(number))
-        for number, (names, host, process, (device, near)) in enumerate(
-            itertools.product(paths, "ab", (0, 1), devices)
-        )
+        for number, (names, host, process, (device, near)) in enumerate(itertools.product(paths, "ab", (0, 1), devices))
     ]
     for one, other in itertools.combinations(several, 2):
-        if kin(one) == kin(other):
+        if compatibility_key(one) == compatibility_key(other):
             assert [path(one, each) for each in several] == [path(other, each) for each in several]
-    assert len({kin(each) for each in several}) < len(several)  # or nothing is gained by it
+    assert len({compatibility_key(each) for each in several}) < len(several)  # or nothing is gained by it
 
 
 def test_every_path_needs_one_host_or_reaches_beyond_it():

@@ -9,15 +9,15 @@ from played_writer import PlayedWriter
 
 from tetri.predict.collect import (
     Collected,
-    Job,
     Plan,
+    TextTask,
     collect,
     fitting,
     ids_of,
-    jobs_of,
     plan_path,
     read_plan,
     sampling_of,
+    tasks_of,
 )
 from tetri.predict.lengths import PredictError, Prompt, read_lengths, read_states, states_path
 from tetri.text import ByteTokenizer, TextError
@@ -35,10 +35,10 @@ def out(tmp_path):
 def run(out, plan=PLAN, prompts=PROMPTS, samples=1, writer=None, batch=4, progress=lambda made: None):
     """How many texts were still to be written."""
     with Collected(out, plan) as collected:
-        jobs = jobs_of(prompts, samples, collected.done)
+        tasks = tasks_of(prompts, samples, collected.done)
         writer = PlayedWriter(every=plan.every) if writer is None else writer
-        collect(jobs, plan, collected, writer, CHAT, batch, progress)
-        return len(jobs)
+        collect(tasks, plan, collected, writer, CHAT, batch, progress)
+        return len(tasks)
 
 
 def agree(out, every=PLAN.every):
@@ -54,10 +54,10 @@ def agree(out, every=PLAN.every):
 
 
 def test_every_text_is_in_the_files_with_its_states(out):
-    told, writer = [], PlayedWriter()
-    assert run(out, writer=writer, samples=2, progress=told.append) == 40
+    described, writer = [], PlayedWriter()
+    assert run(out, writer=writer, samples=2, progress=described.append) == 40
     lengths = agree(out)
-    assert lengths == told and len({length.key for length in lengths}) == 40 and writer.most == 4
+    assert lengths == described and len({length.key for length in lengths}) == 40 and writer.most == 4
     assert len({length.tokens for length in lengths}) > 10
     first = next(length for length in lengths if length.prompt == "number 0")
     assert first.source == "s" and first.prompt_tokens == len(ids_of(PROMPTS[0], CHAT))
@@ -66,9 +66,9 @@ def test_every_text_is_in_the_files_with_its_states(out):
 
 
 def test_two_samples_of_a_prompt_have_seeds_of_their_own_that_only_prompt_and_sample_decide():
-    one, two = (sampling_of(Job(PROMPTS[0], sample), PLAN) for sample in (0, 1))
-    assert one.seed != two.seed and one == sampling_of(Job(Prompt("number 0", "other"), 0), PLAN)
-    assert sampling_of(Job(PROMPTS[0], 0), Plan("tiny", "w", seed=1)).seed != one.seed
+    one, two = (sampling_of(TextTask(PROMPTS[0], sample), PLAN) for sample in (0, 1))
+    assert one.seed != two.seed and one == sampling_of(TextTask(Prompt("number 0", "other"), 0), PLAN)
+    assert sampling_of(TextTask(PROMPTS[0], 0), Plan("tiny", "w", seed=1)).seed != one.seed
     assert (one.temperature, one.max_tokens) == (0.7, 40) and 0 <= one.seed < 1 << 63
 
 
@@ -77,8 +77,8 @@ def test_first_samples_come_first_and_more_can_be_asked_for_later(out):
     assert run(out) == 0
     assert run(out, samples=3, prompts=[*PROMPTS, Prompt("one more")]) == 43
     assert sorted(length.sample for length in agree(out)) == [0] * 21 + [1] * 21 + [2] * 21
-    jobs = jobs_of(PROMPTS, 3, {("x", 0): agree(out)[0]})
-    assert [job.sample for job in jobs] == [0] * 20 + [1] * 20 + [2] * 20
+    tasks = tasks_of(PROMPTS, 3, {("x", 0): agree(out)[0]})
+    assert [task.sample for task in tasks] == [0] * 20 + [1] * 20 + [2] * 20
 
 
 def test_a_run_stopped_at_any_step_is_taken_up_and_gives_the_same(out, tmp_path):
@@ -115,7 +115,7 @@ def test_cut_off_anywhere_both_files_are_taken_up(out):
         out.write_bytes(lengths)
         states_path(out).write_bytes(states[:cut])
         with Collected(out, PLAN) as collected:
-            assert collected.again == len(jobs_of(PROMPTS[:3], 1, collected.done)) >= 1
+            assert collected.again == len(tasks_of(PROMPTS[:3], 1, collected.done)) >= 1
         run(out, prompts=PROMPTS[:3])
         assert len(agree(out)) == 3
 

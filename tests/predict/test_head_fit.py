@@ -38,9 +38,9 @@ def fitted():
 
 
 def test_it_learns(fitted):
-    odds = fitted.head.odds(np.array([[0.0, 0.0], [1.0, 0.0]], "f4"))
-    assert odds.shape == (2, BUCKETS) and odds.sum(axis=1) == pytest.approx([1.0, 1.0])
-    assert odds[0, :4].sum() > 0.8 and odds[1, 4:].sum() > 0.8
+    distribution = fitted.head.distribution(np.array([[0.0, 0.0], [1.0, 0.0]], "f4"))
+    assert distribution.shape == (2, BUCKETS) and distribution.sum(axis=1) == pytest.approx([1.0, 1.0])
+    assert distribution[0, :4].sum() > 0.8 and distribution[1, 4:].sum() > 0.8
     prior = fit.surprise(np.full((400, BUCKETS), 1 / BUCKETS), rows(), WIDTH).mean()
     assert fitted.loss < prior - 0.3
 
@@ -60,7 +60,7 @@ def test_a_head_comes_back_from_its_file(fitted, tmp_path):
     digest = save_head(fitted.head, tmp_path / "head", ["0123456789abcdef"])
     back = load_head(tmp_path / "head", digest)
     features = rows(50, seed=9).features
-    assert back.odds(features) == pytest.approx(fitted.head.odds(features), abs=5e-3)
+    assert back.distribution(features) == pytest.approx(fitted.head.distribution(features), abs=5e-3)
     assert back.has_seen("0123456789abcdef") and not back.has_seen("1123456789abcdef")
 
 
@@ -71,25 +71,27 @@ def test_cut_off_texts_teach_that_they_got_so_far():
     tokens = np.where(cut, 100, 300)
     features = np.random.default_rng(0).normal(size=(count, 2)).astype("f4")
     given = Rows(features, tokens, cut, np.arange(count) % FOLDS, np.ones(count, "f4"), np.zeros(count, np.int64))
-    odds = fit.fit(given, WIDTH, BUCKETS, 0, lambda line: None).head.odds(features).mean(axis=0)
-    assert odds[6] > 0.85 and odds[2] < 0.05
+    distribution = fit.fit(given, WIDTH, BUCKETS, 0, lambda line: None).head.distribution(features).mean(axis=0)
+    assert distribution[6] > 0.85 and distribution[2] < 0.05
 
 
 def test_the_loss_is_that_of_the_odds():
     logits = np.random.default_rng(2).normal(size=(3, BUCKETS - 1)).astype("f4")
-    odds = shares(logits)
+    distribution = shares(logits)
     bucket = np.array([0, 4, BUCKETS - 1])
     ended = fit.loss_of(torch.tensor(logits), torch.tensor(bucket), torch.tensor([False] * 3)).numpy()
-    assert ended == pytest.approx(-np.log(odds[np.arange(3), bucket]), rel=1e-4)
+    assert ended == pytest.approx(-np.log(distribution[np.arange(3), bucket]), rel=1e-4)
     cut = fit.loss_of(torch.tensor(logits), torch.tensor(bucket), torch.tensor([True] * 3)).numpy()
-    assert cut == pytest.approx([-np.log(odds[row, at:].sum()) for row, at in enumerate(bucket)], rel=1e-4, abs=1e-6)
+    assert cut == pytest.approx(
+        [-np.log(distribution[row, at:].sum()) for row, at in enumerate(bucket)], rel=1e-4, abs=1e-6
+    )
 
 
 def test_the_first_guess_is_what_all_texts_are_like():
     given = rows(4000)
-    odds = shares(fit.first_guess(given, WIDTH, BUCKETS)[None])[0]
+    distribution = shares(fit.first_guess(given, WIDTH, BUCKETS)[None])[0]
     real = np.bincount(np.minimum(given.tokens // WIDTH, BUCKETS - 1), minlength=BUCKETS) / 4000
-    assert odds == pytest.approx(real, abs=0.01)
+    assert distribution == pytest.approx(real, abs=0.01)
 
 
 def test_temperature_undoes_overconfidence():
@@ -104,11 +106,11 @@ def test_temperature_undoes_overconfidence():
 
 
 def test_places_of_texts_that_were_cut_off_are_spread_over_what_lies_beyond():
-    odds = np.array([[0.5, 0.25, 0.25]] * 100)
-    places = fit.transform(odds, np.full(100, 50), np.full(100, True), 50)
+    distribution = np.array([[0.5, 0.25, 0.25]] * 100)
+    places = fit.transform(distribution, np.full(100, 50), np.full(100, True), 50)
     assert places.min() == pytest.approx(0.5, abs=0.02) and places.max() == pytest.approx(1.0, abs=0.02)
     assert places.mean() == pytest.approx(0.75, abs=0.01)
-    assert fit.transform(odds[:1], np.array([25]), np.array([False]), 50) == pytest.approx([0.255])
+    assert fit.transform(distribution[:1], np.array([25]), np.array([False]), 50) == pytest.approx([0.255])
 
 
 @pytest.mark.parametrize(("limit", "width", "count"), [(1024, 50, 21), (1000, 50, 20), (256, 50, 6), (30, 50, 2)])

@@ -10,7 +10,7 @@ from tetri.predict.encoder import load_encoder
 from tetri.predict.heads import save_head
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import PLACE, SHIPPED, examine, load, shipped_for
-from tetri.request import Expected, Odds
+from tetri.request import Expected, LengthDistribution
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +22,20 @@ def test_hidden_states_to_odds_of_what_follows(folder):
     found = load(folder, "hidden", "weights-of-tiny")
     assert (found.layer, found.every) == (2, 8)
     states = np.random.default_rng(1).normal(size=(3, 6)).astype("f4")
-    odds = found.foretell(states, [0, 0, 640])
-    assert [len(one.shares) for one in odds] == [made.BUCKETS] * 3 and odds[0].width == made.WIDTH
-    assert [sum(one.shares) for one in odds] == pytest.approx([1.0] * 3)
-    assert found.foretell(states[2:], [0]) != odds[2:]  # how many are known matters
-    (alone,) = found.foretell(states[:1], [0])
-    assert alone.shares == pytest.approx(odds[0].shares, abs=1e-6)  # a batch changes nothing
-    assert found.foretell(states[:0], []) == []
+    distribution = found.estimate(states, [0, 0, 640])
+    assert [len(one.shares) for one in distribution] == [made.BUCKETS] * 3 and distribution[0].width == made.WIDTH
+    assert [sum(one.shares) for one in distribution] == pytest.approx([1.0] * 3)
+    assert found.estimate(states[2:], [0]) != distribution[2:]  # how many are known matters
+    (alone,) = found.estimate(states[:1], [0])
+    assert alone.shares == pytest.approx(distribution[0].shares, abs=1e-6)  # a batch changes nothing
+    assert found.estimate(states[:0], []) == []
 
 
 def test_a_state_out_of_all_bounds_still_has_odds(folder):
     found = load(folder, "hidden")
     states = np.array([[np.inf, -np.inf, np.nan, 1e30, 0, 0]], "f4")
-    (odds,) = found.foretell(states, [0])
-    assert sum(odds.shares) == pytest.approx(1.0) and min(odds.shares) >= 0
+    (distribution,) = found.estimate(states, [0])
+    assert sum(distribution.shares) == pytest.approx(1.0) and min(distribution.shares) >= 0
 
 
 def test_texts_to_odds(folder):
@@ -61,16 +61,16 @@ def test_of_a_long_prompt_the_middle_is_not_read(folder):
 
 def test_what_a_worker_expects(folder):
     found = load(folder, "hidden").expected("file x")
-    assert found == Expected("hidden", Odds(100, (0.4, 0.3, 0.1, 0.1, 0.1)), (0.25, 0.5, 0.75), "file x")
+    assert found == Expected("hidden", LengthDistribution(100, (0.4, 0.3, 0.1, 0.1, 0.1)), (0.25, 0.5, 0.75), "file x")
 
 
 def test_each_kind_does_its_own_work(folder):
     with pytest.raises(PredictError, match="reads no text"):
         load(folder, "hidden").classify(["x"])
     with pytest.raises(PredictError, match="reads no hidden states"):
-        load(folder, "classifier").foretell(np.zeros((1, 6)), [0])
+        load(folder, "classifier").estimate(np.zeros((1, 6)), [0])
     with pytest.raises(PredictError, match="states of 6 numbers"):
-        load(folder, "hidden").foretell(np.zeros((1, 7)), [0])
+        load(folder, "hidden").estimate(np.zeros((1, 7)), [0])
 
 
 def says(folder, kind, *words, weights="weights-of-tiny"):
@@ -181,5 +181,5 @@ def test_what_is_shipped_for_smollm2():
         assert card.scores["tau"] > card.scores["by_length"]["tau"] and card.ceiling["prompts"] > 400
         assert any("OPT-13B" in note for note in card.notes)
     found = load(folder, "hidden")
-    odds = found.foretell(np.zeros((2, 576), "f4"), [0, 64])
-    assert [sum(one.shares) for one in odds] == pytest.approx([1.0, 1.0]) and odds[0] != odds[1]
+    distribution = found.estimate(np.zeros((2, 576), "f4"), [0, 64])
+    assert [sum(one.shares) for one in distribution] == pytest.approx([1.0, 1.0]) and distribution[0] != distribution[1]

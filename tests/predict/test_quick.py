@@ -48,6 +48,6 @@ def test_a_processor_without_bfloat16_computes_it_as_it_is(tmp_path, monkeypatch
 def test_what_is_read_is_counted_before_it_is_cut(tmp_path):
     loaded = load(made.classifier(tmp_path), "classifier")
     texts = ["a", "a" * 5, "a" * 6, "ab" * 2500, ""]
-    odds, counts = loaded.read(texts)
+    distribution, counts = loaded.read(texts)
     assert counts == loaded.tokens(texts) == [3, 7, 8, 5002, 2]
-    assert odds == loaded.classify(texts) and loaded.read([]) == ([], [])
+    assert distribution == loaded.classify(texts) and loaded.read([]) == ([], [])

@@ -26,12 +26,12 @@ from tetri.predict.serve import (
     lower_priority,
     still_reading,
 )
-from tetri.request import Odds
+from tetri.request import LengthDistribution
 
 LOG = logging.getLogger("tetri.test")
 
 
-class Lengths:
+class LengthWait:
     """A classifier to which the length of a text is all: its odds are a bucket of that width. `go` is when it may read
     the next batch; `batches` are those that it began to read."""
 
@@ -40,13 +40,13 @@ class Lengths:
         self.batches: list[list[str]] = []
         self.fails_at, self.priority = fails_at, 0
 
-    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+    def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         self.batches.append(list(texts))
         self.priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         assert self.go.acquire(timeout=20)
         if self.fails_at in texts and self.fails_at:
             raise RuntimeError(f"no idea\nof {self.fails_at}")
-        return [Odds(len(text), (1.0,)) for text in texts], [len(text) for text in texts]
+        return [LengthDistribution(len(text), (1.0,)) for text in texts], [len(text) for text in texts]
 
 
 class Clock:
@@ -66,9 +66,9 @@ def reading(classifier: Any, cut: int = 8) -> Reading:
 
 @pytest.fixture
 def parallel() -> Iterator[Callable[..., Parallel]]:
-    made: list[tuple[Parallel, Lengths]] = []
+    made: list[tuple[Parallel, LengthWait]] = []
 
-    def make(classifier: Lengths, **options: Any) -> Parallel:
+    def make(classifier: LengthWait, **options: Any) -> Parallel:
         beside = Parallel(reading(classifier), options.pop("wake", lambda: None), **options)
         made.append((beside, classifier))
         return beside
@@ -81,8 +81,8 @@ def parallel() -> Iterator[Callable[..., Parallel]]:
         assert not beside._thread.is_alive()
 
 
-def heard(beside: Parallel, count: int) -> list[tuple[str, Odds | None]]:
-    answers: list[tuple[str, Odds | None]] = []
+def heard(beside: Parallel, count: int) -> list[tuple[str, LengthDistribution | None]]:
+    answers: list[tuple[str, LengthDistribution | None]] = []
 
     def enough() -> bool:
         answers.extend(beside.answers())
@@ -93,18 +93,18 @@ def heard(beside: Parallel, count: int) -> list[tuple[str, Odds | None]]:
 
 
 def test_in_front_the_answer_comes_at_once() -> None:
-    classifier = Lengths()
+    classifier = LengthWait()
     classifier.go.release(2)
     before = Sequential(reading(classifier))
-    assert before.ask("k", b"abc") == ("k", Odds(3, (1.0,)))
-    assert before.ask("l", b"abcdefghi") == ("l", Odds(9, (1.0,)))
+    assert before.ask("k", b"abc") == ("k", LengthDistribution(3, (1.0,)))
+    assert before.ask("l", b"abcdefghi") == ("l", LengthDistribution(9, (1.0,)))
     assert [*before.answers()] == [] and before.trouble == ""
     assert (before.cut, before.unread) == (1, 0)
     before.close()
 
 
 def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCaptureFixture) -> None:
-    classifier = Lengths(fails_at="bad")
+    classifier = LengthWait(fails_at="bad")
     classifier.go.release(9)
     before = Sequential(reading(classifier))
     assert before.ask("k", b"bad") == ("k", None)
@@ -116,8 +116,8 @@ def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCapture
 
 
 def test_fewer_answers_than_questions_are_a_failure() -> None:
-    class Short(Lengths):
-        def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+    class Short(LengthWait):
+        def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
             return [], []
 
     before = Sequential(reading(Short()))
@@ -126,7 +126,7 @@ def test_fewer_answers_than_questions_are_a_failure() -> None:
 
 def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> None:
     woken = threading.Event()
-    classifier = Lengths()
+    classifier = LengthWait()
     beside = parallel(classifier, wake=woken.set)
     assert beside.ask("k0", b"first") is None
     wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
@@ -137,14 +137,17 @@ def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> N
     answers = heard(beside, 20)
     assert woken.is_set()
     assert [len(batch) for batch in classifier.batches] == [1, BATCH, 3]
-    assert answers == [("k0", Odds(5, (1.0,))), *((f"k{n}", Odds(n, (1.0,))) for n in range(1, 20))]
+    assert answers == [
+        ("k0", LengthDistribution(5, (1.0,))),
+        *((f"k{n}", LengthDistribution(n, (1.0,))) for n in range(1, 20)),
+    ]
     assert (beside.cut, beside.unread) == (11, 0)
 
 
 def test_the_thread_lets_others_go_first(parallel: Any) -> None:
     began = threading.get_native_id()
     before = os.getpriority(os.PRIO_PROCESS, began)
-    classifier = Lengths()
+    classifier = LengthWait()
     begun = threading.Event()
     beside = parallel(classifier, begin=begun.set)
     beside.ask("k", b"a")
@@ -162,7 +165,7 @@ def test_elsewhere_than_on_linux_priorities_stay(monkeypatch: pytest.MonkeyPatch
 
 
 def test_long_prompts_are_read_alone_where_nothing_cuts_them(parallel: Any) -> None:
-    classifier = Lengths()
+    classifier = LengthWait()
     beside = parallel(classifier, alone=4)
     beside.ask("k", b"now")
     wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
@@ -174,20 +177,20 @@ def test_long_prompts_are_read_alone_where_nothing_cuts_them(parallel: Any) -> N
 
 
 def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
-    classifier = Lengths()
+    classifier = LengthWait()
     beside = parallel(classifier)
     beside.ask("under way", b"a")
     wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
     assert [beside.ask(f"k{n}", b"a") for n in range(QUEUE)] == [None] * QUEUE
     assert [beside.ask(f"l{n}", b"a") for n in range(3)] == [(f"k{n}", None) for n in range(3)]
     classifier.go.release(99)
-    keys = [key for key, odds in heard(beside, QUEUE + 1) if odds is not None]
+    keys = [key for key, distribution in heard(beside, QUEUE + 1) if distribution is not None]
     assert keys == ["under way", *(f"k{n}" for n in range(3, QUEUE)), *(f"l{n}" for n in range(3))]
     assert beside.unread == 3
 
 
 def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: pytest.LogCaptureFixture) -> None:
-    classifier = Lengths(fails_at="bad")
+    classifier = LengthWait(fails_at="bad")
     beside = parallel(classifier)
     beside.ask("k", b"bad")
     wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
@@ -203,7 +206,7 @@ def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixtur
     def begin() -> None:
         raise OSError("no right to do so")
 
-    beside = Parallel(reading(Lengths()), lambda: None, begin=begin)
+    beside = Parallel(reading(LengthWait()), lambda: None, begin=begin)
     try:
         wait_until(lambda: beside.trouble != "", "it is not noticed")
         assert beside.trouble == "the classifier failed: no right to do so"
@@ -241,7 +244,7 @@ def test_a_worker_can_tell_that_its_end_would_abort_the_process() -> None:
 
 def test_one_that_hangs_is_not_asked_until_it_answers(parallel: Any) -> None:
     clock = Clock()
-    classifier = Lengths()
+    classifier = LengthWait()
     beside = parallel(classifier, clock=clock)
     beside.ask("k", b"a")
     wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
@@ -262,7 +265,7 @@ class Head:
     def __init__(self, *results: Any) -> None:
         self.results = list(results)
 
-    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
+    def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
         result = self.results.pop(0)
         if isinstance(result, Exception):
             raise result
@@ -271,11 +274,11 @@ class Head:
 
 def test_a_head_may_fail_at_its_first_answer_only(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="other size"):
-        Steady(Head(ValueError("of another\nother size")), LOG).foretell(None, [0])
-    odds = Odds(100, (1.0,))
-    head = Steady(Head(odds, ValueError("NaN"), odds), LOG)
+        Steady(Head(ValueError("of another\nother size")), LOG).estimate(None, [0])
+    distribution = LengthDistribution(100, (1.0,))
+    head = Steady(Head(distribution, ValueError("NaN"), distribution), LOG)
     assert (head.layer, head.every) == (16, 64)
-    assert head.foretell(None, [0]) == [odds] and head.trouble == ""
-    assert head.foretell(None, [0, 0]) == [NONE, NONE]
+    assert head.estimate(None, [0]) == [distribution] and head.trouble == ""
+    assert head.estimate(None, [0, 0]) == [NONE, NONE]
     assert head.trouble == "the hidden-state head failed: NaN"
-    assert head.foretell(None, [0]) == [NONE] and len(caplog.records) == 1
+    assert head.estimate(None, [0]) == [NONE] and len(caplog.records) == 1

@@ -69,7 +69,10 @@ def test_what_remains_is_told_while_it_is_written(hidden):
     loaded = load(out, "hidden", "weights-of-tiny")
     state = np.zeros((2, 6), "f4")
     state[:, 0], state[:, 1] = 1, (2.0, 0.3)  # as made.lengths writes what is left
-    more, less = (np.dot(odds.shares, np.arange(len(odds.shares))) for odds in loaded.foretell(state, [32, 160]))
+    more, less = (
+        np.dot(distribution.shares, np.arange(len(distribution.shares)))
+        for distribution in loaded.estimate(state, [32, 160])
+    )
     assert more > less + 1
     (out / "hidden" / LATER).rename(out / "hidden" / "away")
     with pytest.raises(PredictError, match="later.safetensors: No such file"):
@@ -92,8 +95,8 @@ def test_a_classifier_with_an_encoder_of_ones_own(file, tmp_path):
     assert found["acc"]["100"] > found["majority"]["100"] + 0.2
     card = read_card(tmp_path / "out", "classifier")
     assert (card.cut, card.depth, card.encoder) == (32, 1, str(encoder))
-    odds = load(tmp_path / "out", "classifier").classify(["tell a long story about 7", "what is 8 and 8?"])
-    likeliest = [int(np.argmax(one.shares)) for one in odds]
+    distribution = load(tmp_path / "out", "classifier").classify(["tell a long story about 7", "what is 8 and 8?"])
+    likeliest = [int(np.argmax(one.shares)) for one in distribution]
     assert likeliest[0] >= 3 and likeliest[1] <= 1
 
 
@@ -160,9 +163,9 @@ def test_predictions_for_the_simulator(hidden):
 
 
 def test_what_is_beyond_the_limit_counts_as_the_limit():
-    odds = np.array([[0.1, 0.2, 0.3, 0.4]])
-    assert evaluate.capped(odds, 50, 60) == pytest.approx(np.array([[0.1, 0.9]]))
-    assert evaluate.capped(odds, 50, 1000) == pytest.approx(odds)
+    distribution = np.array([[0.1, 0.2, 0.3, 0.4]])
+    assert evaluate.capped(distribution, 50, 60) == pytest.approx(np.array([[0.1, 0.9]]))
+    assert evaluate.capped(distribution, 50, 1000) == pytest.approx(distribution)
 
 
 def test_two_answers_as_one():

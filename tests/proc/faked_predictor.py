@@ -16,7 +16,7 @@ from tetri.predict.card import HEAD, Card, write_card
 from tetri.predict.heads import save_head
 from tetri.predict.model import examine
 from tetri.proc import predictor
-from tetri.request import Expected, Odds
+from tetri.request import Expected, LengthDistribution
 
 SLOW_S = 0.3  # more than a prompt waits
 BUCKETS = 10
@@ -50,12 +50,12 @@ def install(temper: str) -> None:
     predictor.one_core = lambda: None  # there is no torch
 
 
-def odds_of(text: str) -> Odds:
+def odds_of(text: str) -> LengthDistribution:
     """Nine tenths for the bucket of the first number in it."""
     found = re.search(r"\d+", text)
     bucket = min(int(found[0]) // made.WIDTH, BUCKETS - 1) if found else 0
     rest = (1 - SURE) / (BUCKETS - 1)
-    return Odds(made.WIDTH, tuple(SURE if each == bucket else rest for each in range(BUCKETS)))
+    return LengthDistribution(made.WIDTH, tuple(SURE if each == bucket else rest for each in range(BUCKETS)))
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Faked:
     temper: str
 
     def expected(self, note: str) -> Expected:
-        return Expected(self.card.kind, Odds(self.card.width, self.card.prior), self.card.levels, note)
+        return Expected(self.card.kind, LengthDistribution(self.card.width, self.card.prior), self.card.levels, note)
 
-    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+    def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         if self.temper == "slow":
             time.sleep(SLOW_S)
         if self.temper == "never":

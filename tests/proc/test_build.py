@@ -11,7 +11,7 @@ import pytest
 
 from tetri.config import load
 from tetri.cost import Cost
-from tetri.engine.base import Leg
+from tetri.engine.base import EngineRequest
 from tetri.kv.base import Wanted
 from tetri.proc import build
 from tetri.proc.monitor import start_of
@@ -42,7 +42,7 @@ def test_the_engines_cost_is_its_timing_and_everybodys_prediction(tmp_path):
         return False
 
     engine = build.engine(config, wait)
-    engine.add(Leg("a", "prefill", tuple(range(100)), 100, Sampling()))
+    engine.add(EngineRequest("a", "prefill", tuple(range(100)), 100, Sampling()))
     engine.step()
     assert 0.01 < sum(waited) < 0.2
 
@@ -115,7 +115,7 @@ def test_a_run_of_several_passes_ends_when_something_is_due_in_the_store():
         other = build.store(config, "p0", store.block_bytes, lambda: None)
         leaving.callback(other.close)
         store.meet("p0", other.reach)
-        engine.add(Leg("a", "decode", (5, 6, 7), 3, Sampling(max_tokens=200, ignore_eos=True)))
+        engine.add(EngineRequest("a", "decode", (5, 6, 7), 3, Sampling(max_tokens=200, ignore_eos=True)))
         assert engine.step().allocated == ("a",)
         engine.adopt("a", 0, [bytes(store.block_bytes)])
         engine.admit("a", 1)

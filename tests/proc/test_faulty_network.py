@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tetri.faults import Chance, Faults
-from tetri.proc.faults import OVERTAKEN_S, FaultyNetwork
+from tetri.proc.faulty_network import OVERTAKEN_S, FaultyNetwork
 from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Refuse
-from tetri.wire.messages import Beat, Close, Load, Resend
+from tetri.wire.messages import Close, Heartbeat, Load, Resend
 
 MANY = 200
 
@@ -118,13 +118,15 @@ def test_what_is_no_hand_over_goes_through_and_beats_tell_what_was_injected() ->
     messages = [Close(rid="r", attempt=1), Resend(rid="r", attempt=1, start=0)]
     for message in messages:
         bench.bad.send("broker", message)
-    beat = Beat(iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[], counters={"late": 2})
-    bench.bad.send("broker", beat)
+    heartbeat = Heartbeat(
+        iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[], counters={"late": 2}
+    )
+    bench.bad.send("broker", heartbeat)
     bench.bad.publish(messages[0])
     assert [message for _, message in bench.network.sent[:2]] == messages
     told = bench.network.sent[2][1]
     assert told.counters == {"late": 2, **bench.chance.counters()} and told.counters["injected_drop"] == 1
-    assert beat.counters == {"late": 2} and bench.network.sent[3] == ("everybody", messages[0])
+    assert heartbeat.counters == {"late": 2} and bench.network.sent[3] == ("everybody", messages[0])
 
 
 def test_every_message_between_workers_can_be_hit() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.driving import leg, prompt, run
+from tests.engine.driving import prompt, request, run
 from tetri.cost import Cost
 from tetri.engine.base import EngineError, HiddenStates
 from tetri.engine.emulated import EmulatedEngine
-from tetri.leg import Foretold, StepDone
+from tetri.engine_request import HiddenStateEstimate, StepDone
 from tetri.predict.lengths import PredictError
-from tetri.proc.hidden import foretelling
-from tetri.request import Capacity, Odds
+from tetri.proc.hidden import estimating
+from tetri.request import Capacity, LengthDistribution
 
 HIDDEN = 3
 CAPACITY = Capacity(blocks=12, block_tokens=32, chunk_tokens=64, max_batch=4, context=256)
@@ -26,16 +26,16 @@ class Head:
     def __init__(self):
         self.asked = []
 
-    def foretell(self, states, outputs):
+    def estimate(self, states, outputs):
         states = np.asarray(states)
         if states.shape[1] != HIDDEN:
             raise PredictError(f"states of {HIDDEN} numbers are needed")
         self.asked.append((states.tolist(), list(outputs)))
-        return [odds(row[0]) for row in states]
+        return [distribution(row[0]) for row in states]
 
 
-def odds(count):
-    return Odds(100, tuple(float(bucket == count) for bucket in range(4)))
+def distribution(count):
+    return LengthDistribution(100, tuple(float(bucket == count) for bucket in range(4)))
 
 
 class Engine(EmulatedEngine):
@@ -44,14 +44,14 @@ class Engine(EmulatedEngine):
     hidden = HIDDEN
     untapped = False
 
-    def tap(self, layers, every):
-        self.tapped, self.states = (list(layers), every), None
+    def hook_hidden_states(self, layers, every):
+        self.observed, self.states = (list(layers), every), None
         return self
 
     def close(self):
         self.untapped = True
 
-    def taken(self):
+    def collect(self):
         states, self.states = self.states, None
         return states
 
@@ -70,25 +70,28 @@ def made(kind=Engine):
 
 def test_what_is_foretold_comes_with_the_step_that_took_it():
     engine, head = made(), Head()
-    step = foretelling(engine, head)
-    assert engine.tapped == ([16], 64) and len(head.asked) == 1, "tried once"
+    step = estimating(engine, head)
+    assert engine.observed == ([16], 64) and len(head.asked) == 1, "tried once"
     for key in "ab":
-        engine.add(leg(key, "prefill", prompt(20), max_tokens=1))
+        engine.add(request(key, "prefill", prompt(20), max_tokens=1))
     done = step(1)
-    assert done.foretold == (Foretold("a", 0, odds(3)), Foretold("b", 64, odds(1)))
+    assert done.estimates == (
+        HiddenStateEstimate("a", 0, distribution(3)),
+        HiddenStateEstimate("b", 64, distribution(1)),
+    )
     assert [token.key for token in done.tokens] == ["a", "b"] and len(done.spans) == 2, "and all else that it says"
     assert head.asked[1] == ([[3, 0, 0], [1, 0, 0]], [0, 64])
 
 
 def test_a_step_that_took_nothing_asks_nobody():
     engine, head = made(), Head()
-    step = foretelling(engine, head)
+    step = estimating(engine, head)
     assert step() == StepDone() and len(head.asked) == 1
 
 
 def test_an_engine_without_a_model_is_refused():
     with pytest.raises(EngineError, match="^an engine of kind emulated has no hidden states.*engine.kind = 'vllm'"):
-        foretelling(made(EmulatedEngine), Head())
+        estimating(made(EmulatedEngine), Head())
 
 
 def test_a_head_for_a_model_of_another_size_is_refused_at_start():
@@ -97,11 +100,11 @@ def test_a_head_for_a_model_of_another_size_is_refused_at_start():
 
     engine = made(Wide)
     with pytest.raises(PredictError, match="states of 3 numbers"):
-        foretelling(engine, Head())
+        estimating(engine, Head())
     assert engine.untapped, "auto goes on with this engine"
 
 
 def test_without_a_head_nothing_is_tapped():
     engine = made()
-    engine.add(leg("a", "prefill", prompt(20), max_tokens=1))
-    assert run(engine, "a")[2][0].foretold == () and not hasattr(engine, "tapped")
+    engine.add(request("a", "prefill", prompt(20), max_tokens=1))
+    assert run(engine, "a")[2][0].estimates == () and not hasattr(engine, "tapped")

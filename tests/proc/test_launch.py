@@ -58,7 +58,7 @@ def nothing_left(run_dir, name):
 
 
 def test_up_serves_and_down_leaves_nothing(deployment):
-    config, said = deployment("cluster.beat_s=0.1"), []
+    config, said = deployment("cluster.heartbeat_s=0.1"), []
     began = time.monotonic()
     run_dir = up(config, said)
     assert time.monotonic() - began < 15  # 1 s on a quiet machine
@@ -69,9 +69,7 @@ def test_up_serves_and_down_leaves_nothing(deployment):
     assert set(state["pids"]) == {"supervisord", "broker", "monitor", "p0", "d0"}
     with Client(address_in(run_dir), timeout=10) as client:
         assert len(client.generate("hello", max_tokens=3).token_ids) == 3
-    with pytest.raises(
-        LaunchError, match=rf"already up \(pid {state['pids']['supervisord']}\), run tetri-cli down"
-    ):
+    with pytest.raises(LaunchError, match=rf"already up \(pid {state['pids']['supervisord']}\), run tetri-cli down"):
         up(config)
     assert launch.down(run_dir) is True
     nothing_left(run_dir, config.cluster.name)
@@ -86,9 +84,7 @@ def test_a_killed_worker_comes_back_under_supervisord(deployment):
     with Client(address_in(run_dir), timeout=10) as client:
 
         def incarnation():
-            return {
-                i["iid"]: i["incarnation"] for i in client.status()["instances"] if i["state"] == "ready"
-            }.get("d0")
+            return {i["iid"]: i["incarnation"] for i in client.status()["instances"] if i["state"] == "ready"}.get("d0")
 
         first = incarnation()
         os.kill(pids["d0"], signal.SIGKILL)

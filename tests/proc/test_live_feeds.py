@@ -50,8 +50,8 @@ def test_garbage_on_the_loads(cluster: LiveCluster) -> None:
     huge = bytes(100 << 20)
     good = codec.encode(LoadReport(iid="x", incarnation=1, role="prefill", load=Load(free_blocks=1)))
     for frames in ([b""], [b"\x01"], [b"\x02\x80"], [os.urandom(300)], [b"a", b"b"], [good, good], [huge]):
-        with publisher(cluster.config.loads_address) as stranger:
-            stranger.send_multipart(frames)
+        with publisher(cluster.config.loads_address) as incompatibility:
+            incompatibility.send_multipart(frames)
     wait_until(lambda: cluster.log("monitor").count("dropped a message") >= 3, "nothing was dropped")
     views_go_on(cluster)
 
@@ -77,9 +77,9 @@ def test_made_up_loads_and_wishes_harm_nobody(cluster: LiveCluster) -> None:
         for role in ("prefill", "decode", "mixed", "nonsense")
         for load in loads
     ]
-    with publisher(cluster.config.loads_address) as stranger:
+    with publisher(cluster.config.loads_address) as incompatibility:
         for report in reports:
-            stranger.send(codec.encode(report))
+            incompatibility.send(codec.encode(report))
     wishes = [("ghost", "decode"), ("p0", "nonsense"), ("", ""), ("p0", "prefill")]
     context = zmq.Context()
     events, inbox = context.socket(zmq.PUSH), context.socket(zmq.PUSH)
@@ -98,10 +98,10 @@ def test_made_up_loads_and_wishes_harm_nobody(cluster: LiveCluster) -> None:
 def test_a_flood_of_loads_holds_nobody_up(cluster: LiveCluster) -> None:
     report = codec.encode(LoadReport(iid="flood", incarnation=1, role="decode", load=Load(free_blocks=1)))
     stream = cluster.client().stream([5] * 900, max_tokens=200)
-    with publisher(cluster.config.loads_address) as stranger:
-        stranger.linger = 0
+    with publisher(cluster.config.loads_address) as incompatibility:
+        incompatibility.linger = 0
         for _ in range(20_000):
             with contextlib.suppress(zmq.Again):
-                stranger.send(report, zmq.NOBLOCK)
+                incompatibility.send(report, zmq.NOBLOCK)
     assert stream.wait().finish_reason == "length"
     views_go_on(cluster)

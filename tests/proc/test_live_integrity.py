@@ -42,11 +42,11 @@ TAMPER = [flip_a_byte, swap_two_blocks, lose_a_chunk]
 
 def kv_blocks(cluster: LiveCluster) -> list[bytes]:
     """The bytes of the prompt's blocks, as an engine of its own computes them."""
-    from tetri.engine.base import Leg
+    from tetri.engine.base import EngineRequest
     from tetri.proc import build
 
     engine = build.engine(cluster.config)
-    engine.add(Leg("x", "prefill", tuple(PROMPT), len(PROMPT), SAMPLING))
+    engine.add(EngineRequest("x", "prefill", tuple(PROMPT), len(PROMPT), SAMPLING))
     engine.step()
     size = engine.fingerprint.block_bytes
     blocks = [bytearray(size) for _ in range(len(PROMPT) // cluster.config.engine.block_tokens)]

@@ -21,7 +21,7 @@ from tetri.request import Sampling
 
 TETRI = Path(__file__).parents[2] / "tetri"
 ONE_EACH = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
-QUICK = ("cluster.beat_s=0.05", "cluster.dead_s=0.5")  # silence that means dead passes several times in a test
+QUICK = ("cluster.heartbeat_s=0.05", "cluster.dead_s=0.5")  # silence that means dead passes several times in a test
 LEAVERS = 60
 
 
@@ -106,7 +106,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing(pair: LiveCluster) -> No
     reasons = asyncio.run(all_leave())
     start = time.monotonic()
     pair.wait_idle()
-    wait_until(lambda: not any(each["slots_taken"] for each in pair.instances().values()), "slots are left", 5)
+    wait_until(lambda: not any(each["slots_used"] for each in pair.instances().values()), "slots are left", 5)
     print(f"reclaimed after {time.monotonic() - start:.3f} s")
     assert reasons.count("cancelled") > LEAVERS // 4 and len(reasons) == LEAVERS
     ask(pair)

@@ -28,7 +28,7 @@ def test_the_same_tokens(overrides: list[str], request: pytest.FixtureRequest) -
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as table:
         table.write("prefill = [[1, 0.001], [256, 0.002]]\ndecode = [[1, 0.001], [32, 0.002]]\n")
         table.flush()
-        short = ["emulated.blocks=160", "emulated.context=2048", "engine.chunk_tokens=256", "cluster.beat_s=0.1"]
+        short = ["emulated.blocks=160", "emulated.context=2048", "engine.chunk_tokens=256", "cluster.heartbeat_s=0.1"]
         with LiveCluster(overrides=[f"engine.cost={table.name}", *short, *overrides]) as cluster:
             blind = "without a monitor" in request.node.name  # goes on, but slowly
             if blind:

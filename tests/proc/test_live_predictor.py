@@ -18,7 +18,7 @@ from tetri.client import Result
 from tetri.proc.recorder import read, value
 from tetri.proc.replay import replay
 from tetri.request import LengthRange
-from tetri.wire.handover import Foreseen, Offer
+from tetri.wire.handover import LengthUpdate, Offer
 
 PAIR = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
 COSTS = "prefill = [[1, 0.01], [512, 0.05]]\ndecode = [[1, 0.0015], [32, 0.002]]\n"
@@ -30,7 +30,7 @@ LONG = 900  # which take more than a second: time for corrections
 def predicting(place: Path, temper: str, *more: str) -> Iterator[LiveCluster]:
     (place / "costs.toml").write_text(COSTS)
     own = ["policy.length=trained", "predictor.kind=classifier", f"predictor.folder={folder(place)}", PAIR]
-    own += ["cluster.record=true", f"engine.cost={place}/costs.toml", "cluster.beat_s=0.1", *more]
+    own += ["cluster.record=true", f"engine.cost={place}/costs.toml", "cluster.heartbeat_s=0.1", *more]
     with LiveCluster(overrides=own, prologue=prologue(temper)) as cluster:
         yield cluster
 
@@ -84,7 +84,7 @@ def test_a_slow_one_is_not_waited_for_and_corrects_the_offer(tmp_path: Path) -> 
         ask(cluster, 720, 320, 720, output=LONG)
         prior = {offer.length for offer in heard(cluster, "d0", Offer)}
         assert prior == {LengthRange(low=0, high=100)}, "the prior's likeliest bucket"
-        later = [foreseen.length for foreseen in heard(cluster, "d0", Foreseen)]
+        later = [update_length.length for update_length in heard(cluster, "d0", LengthUpdate)]
         assert {length.low // 100 for length in later} == {3, 7}
         told = status(cluster)
         assert (told["late"], told["predicted"], told["on"]) == (3, 3, True)

@@ -52,7 +52,7 @@ class Seen:
     def of(cls, status: dict[str, Any]) -> Seen:
         prefills = [instance for instance in status["instances"] if instance["role"] == "prefill"]
         queued = {instance["iid"]: instance["queued"] for instance in prefills}
-        return cls(status["requests"], queued, {each["iid"]: each["slots_taken"] for each in prefills})
+        return cls(status["requests"], queued, {each["iid"]: each["slots_used"] for each in prefills})
 
     def begun(self) -> int:
         """Prompts that are computed, in part or wholly, and whose KV is not all at the decode instance."""

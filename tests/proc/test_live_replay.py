@@ -19,7 +19,7 @@ from tetri.proc.recorder import read, value
 
 OVERRIDES = [
     "cluster.record=true",
-    "cluster.beat_s=0.1",
+    "cluster.heartbeat_s=0.1",
     "policy.length=noisy",
     "policy.length_granularity=10",
     "policy.admit=reserve_dynamic",

@@ -16,14 +16,14 @@ from tests.predict import made
 from tetri.config import Config, load
 from tetri.core.actions import LengthKnown, Predict
 from tetri.engine.base import EngineError
-from tetri.leg import StepDone
+from tetri.engine_request import StepDone
 from tetri.predict import serve
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import Loaded, examine
 from tetri.proc import launch, predictor
-from tetri.request import Odds, PredictorStatus, Sampling
+from tetri.request import LengthDistribution, PredictorStatus, Sampling
 from tetri.strict import ConfigError
-from tetri.wire.messages import Beat, Close, Load
+from tetri.wire.messages import Close, Heartbeat, Load
 
 CONF = Path(__file__).parents[2] / "conf"
 LOG = logging.getLogger("tetri.test")
@@ -81,7 +81,7 @@ def test_what_is_asked_for_by_name_is_taken(kind: str, tmp_path: Path, loaded: l
     assert loaded == []
     found = predictor.load_predictor(config, LOG)
     assert found is not None and found.expected.kind == kind
-    assert found.expected.prior == Odds(100, PRIOR) and found.expected.levels == (0.25, 0.5, 0.75)
+    assert found.expected.prior == LengthDistribution(100, PRIOR) and found.expected.levels == (0.25, 0.5, 0.75)
     assert found.expected.note == f"from {tmp_path}"
     assert (found.classifier is None, found.hidden is None) == (kind == "hidden", kind == "classifier")
 
@@ -160,7 +160,7 @@ def test_auto_goes_on_with_the_prior_and_says_why(
     said = says.format(kind="hidden", folder=tmp_path)
     assert found.expected.note.startswith("no predictor: ") and said in found.expected.note
     knows = breaks in (no_head, cut_head)  # the card is there: the lengths of training are known
-    assert found.expected.prior == (Odds(100, PRIOR) if knows else predictor.NOBODY_KNOWS)
+    assert found.expected.prior == (LengthDistribution(100, PRIOR) if knows else predictor.NOBODY_KNOWS)
     assert said in caplog.text
 
 
@@ -185,7 +185,10 @@ def test_the_prior_when_it_is_asked_for(tmp_path: Path, loaded: list[str], monke
     monkeypatch.setattr(predictor, "shipped_for", lambda weights: hidden(tmp_path))
     found = predictor.load_predictor(configured("prior"), LOG)
     assert found is not None and found.expected.kind == "prior" and loaded == []
-    assert found.expected.prior == Odds(100, PRIOR) and found.expected.note == "as the configuration wants it"
+    assert (
+        found.expected.prior == LengthDistribution(100, PRIOR)
+        and found.expected.note == "as the configuration wants it"
+    )
 
 
 def test_an_emulated_engine_takes_a_classifier_of_any_model(
@@ -236,21 +239,21 @@ class Texts:
         self.texts: list[str] = []
         self.error = error
 
-    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+    def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         self.texts += texts
         if self.error is not None:
             raise self.error
-        return [Odds(100, (1.0,))] * len(texts), [len(text) for text in texts]
+        return [LengthDistribution(100, (1.0,))] * len(texts), [len(text) for text in texts]
 
 
 def serving_with(texts: Texts, mode: str, wake: Any = lambda: None) -> predictor.Serving:
     config = load(CONF / "emulated.toml", [f"predictor.mode={mode}"])
-    found = predictor.Predictor(predictor.Expected("classifier", Odds(100, PRIOR)), texts)
+    found = predictor.Predictor(predictor.Expected("classifier", LengthDistribution(100, PRIOR)), texts)
     return predictor.serving_of(found, Engine(), config, wake, LOG)
 
 
 ASKED = Predict("p:r:1", tuple(b"user: hello\nassistant: "), Sampling())
-NAMED = LengthKnown("p:r:1", None, Odds(100, (1.0,)))
+NAMED = LengthKnown("p:r:1", None, LengthDistribution(100, (1.0,)))
 
 
 def test_in_front_of_the_model_the_answer_is_the_actions_result() -> None:
@@ -273,7 +276,7 @@ def test_beside_the_model_the_answer_wakes_the_worker() -> None:
 
 
 def test_of_nobody_who_could_be_asked_there_is_an_answer_too() -> None:
-    serving = predictor.Serving(predictor.Expected("prior", Odds(100, PRIOR)), Engine().step)
+    serving = predictor.Serving(predictor.Expected("prior", LengthDistribution(100, PRIOR)), Engine().step)
     assert serving.predict(ASKED) == LengthKnown("p:r:1", None) and [*serving.known()] == []
 
 
@@ -286,25 +289,25 @@ class Wire:
         self.sent.append(message)
 
 
-def beat(on: bool = True) -> Beat:
+def heartbeat(on: bool = True) -> Heartbeat:
     status = PredictorStatus(kind="classifier", on=on, note="from x", predicted=3)
-    return Beat(iid="p0", incarnation=1, role="prefill", load=LOAD, holds=[], predictor=status)
+    return Heartbeat(iid="p0", incarnation=1, role="prefill", load=LOAD, holds=[], predictor=status)
 
 
 def test_beats_tell_what_was_read_and_why_nothing_is() -> None:
     texts = Texts()
     serving = serving_with(texts, "sequential")
     wire = Wire()
-    network = predictor.ToldNetwork(wire, serving)
+    network = predictor.StatusNetwork(wire, serving)
     serving.predict(ASKED)
     close = Close(rid="r", attempt=1)
-    for message in (beat(), close):
+    for message in (heartbeat(), close):
         network.send("broker", message)
     said = wire.sent[0].predictor
     assert wire.sent[1] is close and (said.on, said.note, said.predicted, said.cut) == (True, "from x", 3, 1)
     texts.error = PredictError("out of order")
     serving.predict(ASKED)
-    network.send("broker", beat())
+    network.send("broker", heartbeat())
     status = wire.sent[-1].predictor
     assert (status.on, status.predicted) == (False, 3)
     assert status.note == "from x; the classifier failed: out of order"
@@ -314,11 +317,13 @@ def test_of_two_kinds_the_other_one_goes_on() -> None:
     texts = Texts(EngineError("no"))
     classifier = serve.Sequential(serve.Reading(texts, lambda ids: "", 0, LOG))
     head = serve.Steady(made_head(), LOG)
-    serving = predictor.Serving(predictor.Expected("both", Odds(100, PRIOR)), Engine().step, classifier, head)
+    serving = predictor.Serving(
+        predictor.Expected("both", LengthDistribution(100, PRIOR)), Engine().step, classifier, head
+    )
     assert serving.predict(ASKED) == LengthKnown("p:r:1", None)
-    assert serving.told(beat()).predictor.on
+    assert serving.told(heartbeat()).predictor.on
     head.trouble = "the hidden-state head failed: NaN"
-    status = serving.told(beat()).predictor
+    status = serving.told(heartbeat()).predictor
     assert not status.on and status.note.endswith("failed: no; the hidden-state head failed: NaN")
 
 

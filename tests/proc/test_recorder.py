@@ -12,10 +12,10 @@ from tests.core.build import assign, identity
 from tests.core.test_prefill import Prefilling, see
 from tests.wire.message_strategies import UNIONS
 from tetri.core import actions
-from tetri.core.actions import Exported, FromClient, LengthKnown, Send, Submitted, Worded
-from tetri.core.desk import Limits
+from tetri.core.actions import Detokenized, Exported, FromClient, LengthKnown, Send, Submitted
+from tetri.core.broker.delivery import Limits
 from tetri.cost import Cost
-from tetri.leg import Foretold, Leg, Sampled, Span, StepDone
+from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.proc.recorder import (
@@ -32,21 +32,19 @@ from tetri.proc.recorder import (
     value,
 )
 from tetri.proc.replay import records, replay
-from tetri.request import Expected, LengthRange, Odds, Sampling
+from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
 from tetri.wire.clients import Inspect
 from tetri.wire.events import PeerUp
-from tetri.wire.handover import Foreseen, Handle
+from tetri.wire.handover import Handle, LengthUpdate
 from tetri.wire.messages import Close, Load, LoadReport
 
 COST = Cost(prefill=((1.0, 0.01), (512.0, 0.2)), decode=((1.0, 0.01), (32.0, 0.03)))
-MONITOR = MonitorStart(
-    flip="idle", settings=FlipSettings(), epoch=3, load_s=0.1, stale_s=1.0, gone_s=5.0, now=10.0
-)
+MONITOR = MonitorStart(flip="idle", settings=FlipSettings(), epoch=3, load_s=0.1, stale_s=1.0, gone_s=5.0, now=10.0)
 BROKER = BrokerStart(
     limits=Limits(100, 1000), rules=Rules(), epoch=5, seed=5, now=10.0, model="m", cost=COST, chunk_tokens=8
 )
 WORKER = WorkerStart(own=identity("p0", "prefill", cost=COST), seed=9, now=10.0)
-ODDS = Odds(4, (0.1, 0.7, 0.2))
+ODDS = LengthDistribution(4, (0.1, 0.7, 0.2))
 LEARNING = WorkerStart(
     own=identity(
         "p1", "prefill", rules=Rules(length="trained", length_granularity=4), expected=Expected("both", ODDS, (0.5,))
@@ -60,16 +58,16 @@ VALUES = [
     PeerUp("p0"),
     Submitted(b"\xff\x00", "k", (1, 2), Sampling(temperature=0.5), 2.0),
     FromClient(b"c", Inspect()),
-    Worded("r", 0, (1,), "é", None, True),
+    Detokenized("r", 0, (1,), "é", None, True),
     StepDone((Span("a", 0, 4),), (Sampled("a", (7, 8), "length"),), ("b",), (), (("a", 2),), 2),
     Exported("a", 0, 0, 2, HANDLE, (1 << 64) - 1),
     LengthKnown("a", LengthRange(low=0, high=200)),
     LengthKnown("a", None),
     LengthKnown("a", None, ODDS),
-    StepDone(foretold=(Foretold("a", 3, ODDS),)),
-    Send("d0", Foreseen(src="p0", incarnation=1, rid="r", attempt=1, offer=2, length=LengthRange(low=0, high=4))),
+    StepDone(estimates=(HiddenStateEstimate("a", 3, ODDS),)),
+    Send("d0", LengthUpdate(src="p0", incarnation=1, rid="r", attempt=1, offer=2, length=LengthRange(low=0, high=4))),
     LoadReport(iid="p0", incarnation=1 << 61, role="prefill", load=Load(free_blocks=-3)),
-    actions.AddLeg(Leg("a", "prefill", (1, 2), 2, Sampling())),
+    actions.AddRequest(EngineRequest("a", "prefill", (1, 2), 2, Sampling())),
     actions.Adopt("a", 0, 0, HANDLE, None, "p0", "shm"),
     Send("p0", Close(rid="r", attempt=1)),
 ]
@@ -135,9 +133,14 @@ def test_what_was_learnt_of_lengths_is_learnt_again(tmp_path: Path):
     for turn in range(80):
         rid = f"r{turn}"
         told.tell(assign(rid, prompt=6, max_tokens=20), LengthKnown(f"p:{rid}:1", None, ODDS))
-        told.step((rid, 7, None), foretold=[Foretold(f"p:{rid}:1", 0, Odds(4, (0.2, turn / 100, 0.8 - turn / 100)))])
+        told.step(
+            (rid, 7, None),
+            estimates=[
+                HiddenStateEstimate(f"p:{rid}:1", 0, LengthDistribution(4, (0.2, turn / 100, 0.8 - turn / 100)))
+            ],
+        )
         told.tell(Close(rid=rid, attempt=1, outputs=1 + turn % 13, reason="stop"))
-    assert told.core.foresight.status().scored == 80
+    assert told.core.estimator.status().scored == 80
     told.core.close()
     made = replay(path)
     assert made.difference is None and made.actions > 400

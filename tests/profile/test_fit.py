@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri.cost import Cost
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.profile.fit import curve_and_slope, fit, isotonic, kind_of, knee, quality
 from tetri.profile.measure import Point, ProfileError, What
 

@@ -7,7 +7,7 @@ import pytest
 
 from tetri.cost import Cost
 from tetri.engine.emulated import EmulatedEngine
-from tetri.leg import Span, StepDone
+from tetri.engine_request import Span, StepDone
 from tetri.profile.fit import fit, kind_of, predicted
 from tetri.profile.measure import ProfileError, What, measure
 from tetri.profile.scenes import Scene, scenes

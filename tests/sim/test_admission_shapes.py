@@ -60,8 +60,8 @@ def test_the_first_load_that_binds_is_taken():
     rates = [load.rate for load in loads_for("trace", 2.0, None, "file", 50)]
     assert rates == sorted(rates) and rates[-1] > 5
 
-    def mapped(_, jobs):
-        return [admission.Run(1.0, 1.0, 0.0 if load.kv_tokens > 40_000 else 0.07, 1.0) for load, *_ in jobs]
+    def mapped(_, prefill_requests):
+        return [admission.Run(1.0, 1.0, 0.0 if load.kv_tokens > 40_000 else 0.07, 1.0) for load, *_ in prefill_requests]
 
     said = []
     assert binding(loads, 2, 0.06, 0.5, mapped, said.append).kv_tokens == 39_000

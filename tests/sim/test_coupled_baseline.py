@@ -20,7 +20,7 @@ def batch(*lengths):
 
 
 def times(outcome):
-    return [(round(job.ttft_s, 6), round(job.jct_s, 6)) for job in outcome.jobs]
+    return [(round(request.ttft_s, 6), round(request.jct_s, 6)) for request in outcome.served]
 
 
 def test_prefill_first_merges_prompts_then_decodes():
@@ -55,12 +55,12 @@ def test_the_youngest_is_preempted_and_computed_again():
     # both prompts to 2.0, two steps to 4.0 hold 204 tokens; the third has no room for both. The first goes on and ends
     # with 105 tokens at 7.0; 103 tokens are computed again to 8.03, and yield the fourth.
     assert times(outcome) == [(2.0, 7.0), (2.0, 8.03)]
-    assert [job.preempted for job in outcome.jobs] == [0, 1]
+    assert [request.preempted for request in outcome.served] == [0, 1]
 
 
 def test_replicas_share_the_requests():
     outcome = coupled.run("chunked", ROOMY, COST, batch(*[(100, 5)] * 6), replicas=2)
-    assert [job.replica for job in outcome.jobs] == [0, 1, 0, 1, 0, 1]
+    assert [request.replica for request in outcome.served] == [0, 1, 0, 1, 0, 1]
     assert len(outcome.busy) == 2 and outcome.busy[0] == outcome.busy[1]
 
 
@@ -74,26 +74,29 @@ def test_every_request_ends_with_all_its_tokens_and_all_memory_comes_back(rule, 
         at += rng.choice((0.0, 0.7, 30.0))
         arrivals.append(Arrival(at, rng.randint(1, 70), rng.randint(1, 60)))
     engine = coupled.Replica(rule, limits, COST)
-    jobs = [coupled.Job(each.at_s, each.prompt, each.output) for each in arrivals]
-    for job in jobs:
-        engine.advance(job.arrival_s)
-        engine.add(job)
+    served = [coupled.CoupledRequest(each.at_s, each.prompt, each.output) for each in arrivals]
+    for request in served:
+        engine.advance(request.arrival_s)
+        engine.add(request)
     engine.advance(float("inf"))
-    assert all(job.made == job.output and job.arrival_s < job.first_s <= job.end_s < float("inf") for job in jobs)
+    assert all(
+        request.made == request.output and request.arrival_s < request.first_s <= request.end_s < float("inf")
+        for request in served
+    )
     assert engine.open == 0 and engine._free == limits.kv_tokens
     assert all(before[1] < after[0] for before, after in pairwise(engine.busy))  # neighbours are joined
     if limits.kv_tokens == 5000:
-        assert sum(job.preempted for job in jobs) == 0
+        assert sum(request.preempted for request in served) == 0
     elif limits.slots > 1:
-        assert sum(job.preempted for job in jobs) > 0
+        assert sum(request.preempted for request in served) > 0
 
 
 def test_fewer_slots_never_make_the_first_token_earlier():
     arrivals = batch(*[(100, 20)] * 40)
     means = []
     for slots in (4, 16, 64):
-        jobs = coupled.run("prefill_first", Limits(slots, 400, 10_000), COST, arrivals).jobs
-        means.append(sum(job.ttft_s for job in jobs) / len(jobs))
+        served = coupled.run("prefill_first", Limits(slots, 400, 10_000), COST, arrivals).served
+        means.append(sum(request.ttft_s for request in served) / len(served))
     assert means == sorted(means, reverse=True) and means[0] > 2 * means[2]
 
 

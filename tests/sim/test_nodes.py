@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tetri.core.actions import AddLeg, AdmitLeg, LengthKnown, Predict, Publish, Send, Step
+from tetri.core.actions import AddRequest, AdmitRequest, LengthKnown, Predict, Publish, Send, Step
 from tetri.cost import Cost
-from tetri.leg import Leg, StepDone
+from tetri.engine_request import EngineRequest, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, LengthRange, Sampling
 from tetri.sim.instance import Predictor, Use, WorkerNode
@@ -105,10 +105,10 @@ def worker(kernel, cost=COST):
 
 def decoding(core, node, tokens=100):
     """A worker whose engine runs one decode, and is about to make up to 10 passes."""
-    leg = Leg("d", "decode", (1, 1, 1, 1), 4, Sampling(max_tokens=tokens, ignore_eos=True))
-    core.next = [AddLeg(leg), Step()]
+    request = EngineRequest("d", "decode", (1, 1, 1, 1), 4, Sampling(max_tokens=tokens, ignore_eos=True))
+    core.next = [AddRequest(request), Step()]
     node.start()
-    core.next = [AdmitLeg("d", 1), Step(10)]
+    core.next = [AdmitRequest("d", 1), Step(10)]
 
 
 def steps(core):
@@ -180,8 +180,8 @@ def test_while_the_engine_computes_no_timer_fires(kernel):
 def test_prefill_is_told_apart_in_the_use(kernel):
     core, node = worker(kernel)
     node.use.spans = []
-    leg = Leg("p", "prefill", (1,) * 30, 30, Sampling(max_tokens=5, ignore_eos=True))
-    core.next = [AddLeg(leg), Step()]
+    request = EngineRequest("p", "prefill", (1,) * 30, 30, Sampling(max_tokens=5, ignore_eos=True))
+    core.next = [AddRequest(request), Step()]
     node.start()
     core.next = [Step()]
     kernel.run()

@@ -3,33 +3,33 @@
 import pytest
 
 from tetri.cost import Cost
-from tetri.leg import Leg
-from tetri.request import Capacity, Odds, Sampling
+from tetri.engine_request import EngineRequest
+from tetri.request import Capacity, LengthDistribution, Sampling
 from tetri.sim.scripted import Scripted
 from tetri.sim.texts import Text
 
 CAPACITY = Capacity(blocks=400, block_tokens=4, chunk_tokens=64, max_batch=8, context=1200)
 
 
-def odds(place):
-    return Odds(100, (1.0 - place / 1000, place / 1000))
+def distribution(place):
+    return LengthDistribution(100, (1.0 - place / 1000, place / 1000))
 
 
-STATES = tuple((known, odds(known)) for known in (0, 64, 128))
+STATES = tuple((known, distribution(known)) for known in (0, 64, 128))
 STOPS = Text(10, 200, 300, follows=STATES)
 CUT_OFF = Text(10, 300, 300)
 TEXTS = (STOPS, CUT_OFF, Text(10, 1, 300, follows=STATES[:1]))
 
 
-def engine(foretells=True):
+def engine(estimates_lengths=True):
     def text_of(sampling):
         return None if sampling.seed is None else TEXTS[sampling.seed]
 
-    return Scripted(CAPACITY, Cost(), text_of, foretells=foretells)
+    return Scripted(CAPACITY, Cost(), text_of, estimates_lengths=estimates_lengths)
 
 
-def leg(phase, seed, key="x", outputs=0, most=300):
-    return Leg(key, phase, (1,) * (10 + outputs), 10, Sampling(max_tokens=most, seed=seed))
+def request(phase, seed, key="x", outputs=0, most=300):
+    return EngineRequest(key, phase, (1,) * (10 + outputs), 10, Sampling(max_tokens=most, seed=seed))
 
 
 def steps(paged, most=1, until=400):
@@ -40,13 +40,13 @@ def steps(paged, most=1, until=400):
         if done.allocated:
             paged.admit(done.allocated[0], 1)
         if done.tokens:
-            yield len(done.tokens[0].ids), done.tokens[0].ids[-1], done.tokens[0].reason, done.foretold
+            yield len(done.tokens[0].ids), done.tokens[0].ids[-1], done.tokens[0].reason, done.estimates
         if not paged.slots:
             break
 
 
 def decoded(paged, seed, most=1, outputs=0):
-    paged.add(leg("decode", seed, outputs=outputs))
+    paged.add(request("decode", seed, outputs=outputs))
     made = list(steps(paged, most))
     paged.check()
     return made
@@ -75,48 +75,48 @@ def test_a_leg_that_goes_on_ends_at_the_same_token():
 
 def test_the_state_of_a_decode_is_told_after_the_pass_that_computes_it():
     """The pass that computes the 64th token's state gives the 65th."""
-    told = [(place + 2, *foretold) for place, (*_, foretold) in enumerate(decoded(engine(), 0)) if foretold]
+    told = [(place + 2, *estimates) for place, (*_, estimates) in enumerate(decoded(engine(), 0)) if estimates]
     assert [(place, one.key, one.outputs) for place, one in told] == [(65, "x", 64), (129, "x", 128)]
-    assert told[0][1].odds == odds(64)
+    assert told[0][1].distribution == distribution(64)
 
 
 def test_of_many_passes_the_last_state_is_told():
-    told = [one.outputs for *_, foretold in decoded(engine(), 0, most=1000) for one in foretold]
+    told = [one.outputs for *_, estimates in decoded(engine(), 0, most=1000) for one in estimates]
     assert told == [128]
     paged = engine()
-    paged.add(leg("decode", 0))
+    paged.add(request("decode", 0))
     made = steps(paged, 100)
-    assert [[one.outputs for one in foretold] for *_, foretold in made] == [[64], [128]]
+    assert [[one.outputs for one in estimates] for *_, estimates in made] == [[64], [128]]
 
 
 def test_a_leg_that_begins_later_is_told_of_what_comes_then():
-    told = [one.outputs for *_, foretold in decoded(engine(), 0, outputs=100) for one in foretold]
+    told = [one.outputs for *_, estimates in decoded(engine(), 0, outputs=100) for one in estimates]
     assert told == [128]
 
 
 @pytest.mark.parametrize(("seed", "reason"), [(0, None), (2, "stop")])
 def test_a_prompts_state_is_told_with_its_first_token(seed, reason):
     paged = engine()
-    paged.add(leg("prefill", seed))
+    paged.add(request("prefill", seed))
     ((_, _, ended, told),) = steps(paged)
-    assert ended == reason and [(one.outputs, one.odds) for one in told] == [(0, odds(0))]
+    assert ended == reason and [(one.outputs, one.distribution) for one in told] == [(0, distribution(0))]
 
 
 def test_of_a_prompt_that_starts_over_only_what_is_recorded_is_told():
     for outputs, known in ((64, [64]), (65, [])):
         paged = engine()
-        paged.add(leg("prefill", 0, outputs=outputs))
+        paged.add(request("prefill", 0, outputs=outputs))
         ((*_, told),) = steps(paged)
         assert [one.outputs for one in told] == known
 
 
 def test_nothing_is_told_when_nobody_looks_at_hidden_states():
-    assert not any(told for *_, told in decoded(engine(foretells=False), 0))
+    assert not any(told for *_, told in decoded(engine(estimates_lengths=False), 0))
 
 
 def test_a_leg_that_is_cancelled_is_forgotten():
     paged = engine()
-    paged.add(leg("decode", 0))
+    paged.add(request("decode", 0))
     paged.cancel("x")
     assert not paged._scripts
     assert len(decoded(paged, 1)) == 299 and not paged._scripts

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tetri.request import Odds
+from tetri.request import LengthDistribution
 from tetri.sim.texts import Text, TextError, read
 
 GOOD = {
@@ -29,9 +29,11 @@ def test_all_that_a_line_says(tmp_path):
     short = {"prompt_tokens": 1, "tokens": 1024, "width": 50, "later": None}
     first, second = read(written(tmp_path, GOOD, "", short))
     assert (first.prompt, first.output, first.source, first.reason) == (40, 300, "here", "stop")
-    assert first.classifier == Odds(100, (0.2, 0.3, 0.5))
+    assert first.classifier == LengthDistribution(100, (0.2, 0.3, 0.5))
     assert [known for known, _ in first.follows] == [0, 64, 128]
-    assert first.follows[0][1] == Odds(100, (0.0, 0.25, 0.75)) and first.follows[2][1] == Odds(100, (0.5, 0.5))
+    assert first.follows[0][1] == LengthDistribution(100, (0.0, 0.25, 0.75)) and first.follows[2][
+        1
+    ] == LengthDistribution(100, (0.5, 0.5))
     assert second == Text(1, 1024) and second.reason == "length"
     assert read(written(tmp_path, short), 2048)[0].reason == "stop"
 

@@ -7,7 +7,7 @@ import pytest
 
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import Expected, Odds
+from tetri.request import Expected, LengthDistribution
 from tetri.sim.setup import Setup, SimError
 from tetri.sim.texts import Text
 from tetri.sim.traces import Arrival, resampled
@@ -21,7 +21,7 @@ WIDTH, BUCKETS = 50, 11
 def sure(tokens):
     """Odds that name the right bucket."""
     label = min(tokens // WIDTH, BUCKETS - 1)
-    return Odds(WIDTH, tuple(0.9 if place == label else 0.01 for place in range(BUCKETS)))
+    return LengthDistribution(WIDTH, tuple(0.9 if place == label else 0.01 for place in range(BUCKETS)))
 
 
 def texts(count=40):
@@ -34,7 +34,7 @@ def texts(count=40):
 
 
 TEXTS = texts()
-PRIOR = Odds(WIDTH, (1 / BUCKETS,) * BUCKETS)
+PRIOR = LengthDistribution(WIDTH, (1 / BUCKETS,) * BUCKETS)
 
 
 def world(kind, requests=60, rate=6.0, seed=1, texts=TEXTS, **changes):
@@ -87,8 +87,8 @@ def test_who_is_told_the_truth_does_as_when_requests_fix_their_lengths(admit):
     ]
 
 
-def foresight(made, name="p0"):
-    return made.workers[name].core.foresight.status()
+def estimator(made, name="p0"):
+    return made.workers[name].core.estimator.status()
 
 
 @pytest.mark.parametrize("kind", ["classifier", "hidden", "both"])
@@ -96,7 +96,7 @@ def test_the_record_reaches_the_prefill_workers(kind):
     """With odds that are right, most ranges are, and the prior's are not."""
     made = world(kind)
     made.run()
-    said = foresight(made)
+    said = estimator(made)
     assert said.kind == kind and said.on and said.predicted == said.scored > 20
     assert said.right > 0.8 * said.scored > 2 * said.prior_right
 
@@ -105,7 +105,7 @@ def test_the_record_reaches_the_prefill_workers(kind):
 def test_only_hidden_states_are_told_during_decode(kind, told):
     made = world(kind)
     made.run()
-    assert (made.workers["d0"].core.foresight.later.predicted > 0) == told
+    assert (made.workers["d0"].core.estimator.later.predicted > 0) == told
 
 
 def test_a_classifier_takes_its_time_and_the_hidden_state_none():

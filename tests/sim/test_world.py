@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from tetri.core.prefill import Prefill
+from tetri.core.prefill.scheduler import Prefill
 from tetri.cost import Cost
 from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
 from tetri.policy.views import FlipSettings
 from tetri.sim.setup import Setup, SimError
-from tetri.sim.traces import Arrival, Lengths, drawn
+from tetri.sim.traces import Arrival, LengthWait, drawn
 from tetri.sim.world import World
 
 L = 0.001  # seconds that a message takes
@@ -110,7 +110,7 @@ def test_a_prediction_is_waited_for_only_so_long(wait_s, after):
 
 # ---------------------------------------------------------------- many requests
 
-SOME = Lengths.parsed("lognormal:200:1"), Lengths.parsed("lognormal:60:0.8")
+SOME = LengthWait.parsed("lognormal:200:1"), LengthWait.parsed("lognormal:60:0.8")
 
 
 def batch(requests=60, rate=40.0, seed=1):
@@ -128,7 +128,7 @@ def batch(requests=60, rate=40.0, seed=1):
         {"slots": 40, "link_bytes_s": 1e7},
         {"prefill": 2, "decode": 2, "flip": "idle", "flip_settings": FlipSettings(idle_s=0.2, hold_s=0.5)},
         {"prefill": 2, "decode": 2, "flip": "balance", "flip_settings": FlipSettings(hold_s=0.2, gain=1.1)},
-        {"stream_interval": 1, "beat_s": 0.2},
+        {"stream_interval": 1, "heartbeat_s": 0.2},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -145,7 +145,7 @@ def test_what_goes_in_comes_out_and_everything_is_given_back(changes):
 def test_memory_that_binds_is_given_back_too(admit):
     """Some three requests fit at their ends. Greedy preempts; with true lengths, peak never does."""
     setup = replace(SETUP, kv_tokens=2000, rules=Rules(length="oracle", admit=admit), reserve_share=1.0)
-    result = World(setup, drawn(40, Lengths.parsed("100"), Lengths.parsed("300-700"), 1)).run()
+    result = World(setup, drawn(40, LengthWait.parsed("100"), LengthWait.parsed("300-700"), 1)).run()
     assert {each.state for each in result.outcomes} == {"done"}
     assert result.counters["preempted"] > 0 or admit != "greedy"
     assert result.counters["preempted"] == 0 or admit != "peak"

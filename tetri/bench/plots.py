@@ -54,9 +54,7 @@ def _cdf(axes: Any, name: str, values: Sequence[float]) -> None:
     ordered = sorted(values)
     shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
     axes.step(ordered, shares, where="post", color="#2a6fbb")
-    axes.set(
-        xlabel=f"{name} (s)", ylabel="share of requests", ylim=(0, 1.02), title=f"{name}, {len(ordered)} requests"
-    )
+    axes.set(xlabel=f"{name} (s)", ylabel="share of requests", ylim=(0, 1.02), title=f"{name}, {len(ordered)} requests")
     axes.grid(alpha=0.3)
 
 
@@ -73,16 +71,14 @@ def _timeline(axes: Any, spans: Mapping[str, Sequence[Span]]) -> None:
             axes.broken_barh(
                 [(start, stop - start) for start, stop in bars], (place - 0.4, 0.8), facecolors=colour, linewidth=0
             )
-    axes.set(
-        xlabel="time (s)", yticks=range(len(spans)), yticklabels=list(spans), ylim=(len(spans) - 0.4, -0.6)
-    )
+    axes.set(xlabel="time (s)", yticks=range(len(spans)), yticklabels=list(spans), ylim=(len(spans) - 0.4, -0.6))
     axes.tick_params("y", labelsize=7 if len(spans) > 24 else 9)
     patches = [Patch(color=colour, label=what) for what, colour in COLOURS.items()]
     axes.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
 
 
 def joined(bars: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
-    """Neighbours that lie at most `gap` apart as one."""
+    """Peers that lie at most `gap` apart as one."""
     made: list[tuple[float, float]] = []
     for start, stop in bars:
         if made and start - made[-1][1] <= gap:

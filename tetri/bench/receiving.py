@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 
 from tetri.kv import StoreSettings, open_store
-from tetri.kv.base import KVError, KVStore, Taken, Wanted
+from tetri.kv.base import Fetched, KVError, KVStore, Wanted
 from tetri.wire.codec import decode, encode
 from tetri.wire.handover import Chunk, Drop, Landed
 from tetri.wire.messages import InboxMessage
@@ -47,11 +47,11 @@ def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> No
     os.sched_setaffinity(0, {core})
     woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     settings = StoreSettings(f"bench{os.getppid()}", "receiver", 1, block_bytes, transport)
-    with ExitStack() as leaving:
+    with ExitStack() as stack:
         try:
             with undisturbed():
                 store = open_store(settings, lambda: os.eventfd_write(woken, 1))
-                leaving.callback(store.close)
+                stack.callback(store.close)
         except KVError as error:
             pipe.send(str(error))
             return
@@ -74,8 +74,8 @@ def _serve(pipe: Connection, store: KVStore, transport: str, woken: int) -> None
         ready = wait([pipe, woken], None if due is None else max(due - time.monotonic(), 0.0))
         if woken in ready:
             os.eventfd_read(woken)
-        for taken in store.taken():
-            _answer(pipe, taken)
+        for fetched in store.fetched():
+            _answer(pipe, fetched)
         if pipe not in ready:
             continue
         data = pipe.recv_bytes()
@@ -84,15 +84,15 @@ def _serve(pipe: Connection, store: KVStore, transport: str, woken: int) -> None
         chunk = decode(data, InboxMessage)
         assert isinstance(chunk, Chunk)
         wanted = Wanted((chunk.src, chunk.index), chunk.src, transport, chunk.handle, chunk.digest)
-        answer = store.take(wanted)
+        answer = store.fetch(wanted)
         if answer is not None:
             _answer(pipe, answer)
 
 
-def _answer(pipe: Connection, taken: Taken) -> None:
-    src, problem = "receiver", taken.problem
+def _answer(pipe: Connection, fetched: Fetched) -> None:
+    src, problem = "receiver", fetched.problem
     if problem is None:
-        landed = Landed(src=src, incarnation=1, rid="bench", attempt=1, offer=1, index=taken.ticket[1])
+        landed = Landed(src=src, incarnation=1, rid="bench", attempt=1, offer=1, index=fetched.ticket[1])
         pipe.send_bytes(encode(landed))
     else:
         drop = Drop(src=src, incarnation=1, rid="bench", attempt=1, offer=1, why=str(problem))

@@ -32,9 +32,7 @@ class LazyGroup(click.Group):
         return command
 
 
-@click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tetri", prog_name="tetri-cli")
 def group() -> None:
     """Serve a language model with prefill and decode on separate instances."""
@@ -66,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _failed(str(error), FAILED)
     except (KeyboardInterrupt, click.Abort):
         status = _failed("interrupted", INTERRUPTED)
-    except (
-        BrokenPipeError
-    ):  # whoever read the output has seen enough; Python must not complain at exit either
+    except BrokenPipeError:  # whoever read the output has seen enough; Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
     except OSError as error:  # no room or no right to write a file

@@ -20,9 +20,7 @@ from tetri.cli.options import conf_option, connect, sampling_options, set_option
 @conf_option
 @set_option
 @timeout_option
-def command(
-    system: str | None, conf: Path | None, overrides: tuple[str, ...], timeout: float, **sampling: Any
-) -> int:
+def command(system: str | None, conf: Path | None, overrides: tuple[str, ...], timeout: float, **sampling: Any) -> int:
     """Talk to the model. Ctrl-C ends an answer, /exit or Ctrl-D the conversation."""
     sampling["stop"] = list(sampling["stop"]) or None
     history = [{"role": "system", "content": system}] if system else []

@@ -128,14 +128,14 @@ def _record(
     removed: Sequence[str],
     wrong: Sequence[str],
 ) -> dict[str, Any]:
-    told = []
+    rows = []
     for seen in segments:
         fields = dataclasses.asdict(seen)
         fields["instance"] = fields.pop("iid")
-        told.append({**fields, "used": len(seen.pages), "oldest_s": seen.oldest_s})
+        rows.append({**fields, "used": len(seen.pages), "oldest_s": seen.oldest_s})
     return {
         "deployment": deployment,
-        "segments": told,
+        "segments": rows,
         "sockets": [{"path": path, "alive": alive} for path, alive in sockets],
         "removed": list(removed),
         "problems": list(wrong),
@@ -173,8 +173,8 @@ def _report(
         yield "nothing is wrong"
 
 
-def _some(words: Sequence[str]) -> str:
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _mb(size: int) -> str:

@@ -19,9 +19,7 @@ from tetri.request import ROLES
 @conf_option
 @set_option
 @timeout_option
-def command(
-    iid: str, role: str, as_json: bool, conf: Path | None, overrides: tuple[str, ...], timeout: float
-) -> None:
+def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: tuple[str, ...], timeout: float) -> None:
     """Have worker IID take new work as ROLE: prefill, decode or mixed (both).
 
     What it has already it finishes beside the new; engine and weights stay. The last worker of a role is not

@@ -34,17 +34,13 @@ def sampling_options(max_tokens: int) -> Decorator:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
-            click.option(
-                "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
-            ),
+            click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
             click.option("--seed", type=int, help="Makes a drawn text repeatable."),
             click.option("--min-p", type=float, help="Least share of the likeliest token's probability."),
             click.option("--top-k", type=int, help="Draw from so many tokens only; 0: all."),
             click.option("--top-p", type=float, help="Draw from this much probability only."),
             click.option("--temperature", type=float, help="0: always the likeliest token."),
-            click.option(
-                "--max-tokens", type=int, default=max_tokens, show_default=True, help="Longest answer."
-            ),
+            click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Longest answer."),
         ):
             function = option(function)
         return function

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tetri.predict.collect import Collected, Job, Plan, Texts
+    from tetri.predict.collect import Collected, Plan, Texts, TextTask
     from tetri.predict.lengths import Length, Prompt
     from tetri.text import Tokenizer
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 LAYERS = (1 / 3, 16 / 30, 22 / 30)  # of the model's depth: 10, 16 and 22 of 30
-TOLD_LINES = 20  # of those that are wrong
-SAY_S = 10.0  # between two lines of progress
+BAD_LINES = 20  # of those that are wrong
+REPORT_S = 10.0  # between two lines of progress
 
 
 @click.command("collect")
@@ -58,7 +58,7 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
     except PredictError as error:
         raise click.ClickException(str(error)) from None
     made = {"out": str(out), **summary}
-    click.echo(json.dumps(made, ensure_ascii=False) if as_json else _worded(made))
+    click.echo(json.dumps(made, ensure_ascii=False) if as_json else _shown(made))
     if made["left"]:
         click.echo(f"interrupted: all that is written stays in {out}; the same command goes on from there", err=True)
         click.get_current_context().exit(130)
@@ -110,7 +110,7 @@ def _layers(text: str | None, folder: Path) -> tuple[int, ...]:
     if text is None:
         return tuple(sorted({max(1, round(share * depth)) for share in LAYERS}))
     try:
-        layers = tuple(sorted({int(word) for word in text.split(",")}))
+        layers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise click.UsageError(f"--layers takes numbers such as 10,16,22, or none, not {text!r}") from None
     if not 1 <= layers[0] <= layers[-1] <= depth:
@@ -137,19 +137,19 @@ def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked
     from tetri.predict.collect import fitting
     from tetri.predict.lengths import PredictError, read_prompts
 
-    room = target.context - target.plan.max_tokens
-    if room < 1:
+    prompt_limit = target.context - target.plan.max_tokens
+    if prompt_limit < 1:
         raise PredictError(f"--max-tokens leaves no room for a prompt: the model's context is {target.context} tokens")
     found, bad = read_prompts(path)
-    fit, unfit, longest = fitting(found, target.tokenizer.chat, room, limit)
-    told = [*bad, *(f"{path}: {line}" for line in unfit)]
-    for line in told[:TOLD_LINES]:
+    fit, unfit, longest = fitting(found, target.tokenizer.chat, prompt_limit, limit)
+    problems = [*bad, *(f"{path}: {line}" for line in unfit)]
+    for line in problems[:BAD_LINES]:
         click.echo(f"skipped: {line}", err=True)
-    if len(told) > TOLD_LINES:
-        click.echo(f"skipped: {len(told) - TOLD_LINES} more lines", err=True)
+    if len(problems) > BAD_LINES:
+        click.echo(f"skipped: {len(problems) - BAD_LINES} more lines", err=True)
     if not fit:
         raise PredictError(f"{path} has no prompt that can be used")
-    return Asked(fit, samples, len(told), longest)
+    return Asked(fit, samples, len(problems), longest)
 
 
 def _collected(out: Path, plan: Plan) -> Collected:
@@ -163,31 +163,31 @@ def _collected(out: Path, plan: Plan) -> Collected:
 
 def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict[str, Any]:
     """Collect what is still to be collected, and say what is there then."""
-    from tetri.predict.collect import collect, jobs_of
+    from tetri.predict.collect import collect, tasks_of
 
-    jobs = jobs_of(asked.prompts, asked.samples, collected.done)
+    tasks = tasks_of(asked.prompts, asked.samples, collected.done)
     wanted = len(asked.prompts) * asked.samples
     written: list[Length] = []
     began = ended = time.perf_counter()
-    if jobs:
-        click.echo(f"{wanted - len(jobs)} of {wanted} texts are there; starting vLLM", err=True)
-        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as leaving:
-            writer = _writer(target, batch, asked.longest, leaving)
+    if tasks:
+        click.echo(f"{wanted - len(tasks)} of {wanted} texts are there; starting vLLM", err=True)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+            writer = _writer(target, batch, asked.longest, stack)
             began = time.perf_counter()
-            said = leaving.enter_context(_progress(len(jobs)))
+            reported_at = stack.enter_context(_progress(len(tasks)))
 
-            def told(made: Length) -> None:
+            def problems(made: Length) -> None:
                 written.append(made)
-                said(made.tokens)
+                reported_at(made.tokens)
 
-            collect(jobs, target.plan, collected, writer, target.tokenizer.chat, batch, told)
+            collect(tasks, target.plan, collected, writer, target.tokenizer.chat, batch, problems)
         ended = time.perf_counter()
-    left = jobs_of(asked.prompts, asked.samples, collected.done)
+    left = tasks_of(asked.prompts, asked.samples, collected.done)
     return _summary(asked, collected, written, left, ended - began)
 
 
 def _summary(
-    asked: Asked, collected: Collected, written: Sequence[Length], left: Sequence[Job], seconds: float
+    asked: Asked, collected: Collected, written: Sequence[Length], left: Sequence[TextTask], seconds: float
 ) -> dict[str, Any]:
     tokens = sum(made.tokens for made in written)
     lengths = [made.tokens for made in collected.done.values()]
@@ -204,7 +204,7 @@ def _summary(
     }
 
 
-def _worded(made: dict[str, Any]) -> str:
+def _shown(made: dict[str, Any]) -> str:
     lines = [f"{made['out']}: {made['texts']} texts, {made['written']} of them new; {made['skipped']} lines skipped"]
     if made["texts"]:
         lines.append(f"{made['mean']:.0f} tokens on average; {made['cut']} were cut off by --max-tokens")
@@ -216,14 +216,14 @@ def _worded(made: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitStack) -> Texts:
+def _writer(target: Target, batch: int, longest: int, stack: contextlib.ExitStack) -> Texts:
     """vLLM, closed with `leaving`."""
     from tetri.engine.base import EngineError
-    from tetri.engine.vllm_writer import Writer
+    from tetri.engine.vllm.writer import Writer
 
     plan = target.plan
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
+    stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
     try:
         writer = Writer(
             target.folder,
@@ -236,7 +236,7 @@ def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitSt
         )
     except EngineError as error:
         raise click.ClickException(str(error)) from None
-    leaving.callback(writer.close)
+    stack.callback(writer.close)
     gc.collect()
     gc.freeze()  # vLLM's million objects need not be looked through again and again
     return writer
@@ -245,40 +245,40 @@ def _writer(target: Target, batch: int, longest: int, leaving: contextlib.ExitSt
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """Told the tokens of each text: a bar on a terminal's stderr, a line now and then elsewhere."""
-    began = said = time.monotonic()
+    began = reported_at = time.monotonic()
     texts = tokens = 0
 
-    def words() -> str:
+    def text() -> str:
         spent = time.monotonic() - began
-        return f"{tokens / spent if spent else 0:.0f} tokens/s, {left_words(texts, total, spent)}"
+        return f"{tokens / spent if spent else 0:.0f} tokens/s, {time_left(texts, total, spent)}"
 
     if not sys.stderr.isatty():
 
-        def say(count: int) -> None:
-            nonlocal texts, tokens, said
+        def report(count: int) -> None:
+            nonlocal texts, tokens, reported_at
             texts, tokens = texts + 1, tokens + count
-            if texts == total or time.monotonic() - said >= SAY_S:
-                said = time.monotonic()
-                click.echo(f"{texts} of {total} texts, {words()}", err=True)
+            if texts == total or time.monotonic() - reported_at >= REPORT_S:
+                reported_at = time.monotonic()
+                click.echo(f"{texts} of {total} texts, {text()}", err=True)
 
-        yield say
+        yield report
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, words="")
+        task = bar.add_task("", total=total, text="")
 
         def show(count: int) -> None:
             nonlocal texts, tokens
             texts, tokens = texts + 1, tokens + count
-            bar.update(task, completed=texts, words=words())
+            bar.update(task, completed=texts, text=text())
 
         yield show
 
 
-def left_words(texts: int, total: int, spent_s: float) -> str:
+def time_left(texts: int, total: int, spent_s: float) -> str:
     """The time left, if texts go on ending as they have so far."""
     left = spent_s / texts * (total - texts) if texts else 0.0
     if left < 90:

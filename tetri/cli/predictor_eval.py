@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import atomic
-from tetri.cli.predictor_scores import shown, told_bad
+from tetri.cli.predictor_scores import report_bad, shown
 
 if TYPE_CHECKING:
     from tetri.predict.evaluate import Judged
@@ -59,7 +59,7 @@ def command(
         draw = drawing() if plot else None
         has_states = all(states_path(file).exists() for file in lengths)
         texts = read_texts(lengths, states=has_states and kind != "classifier")
-        told_bad(texts.bad)
+        report_bad(texts.bad)
         predictors = _predictors(predictor, kind, texts)
         judged_on, others = _chosen(texts, prompts, predictors, seen_too)
         judged = judge(predictors, texts, judged_on, lambda line: click.echo(line, err=True))
@@ -104,7 +104,7 @@ def _chosen(
     sources: dict[str, str] | None = None
     if prompts:
         found, bad = read_prompts(prompts)
-        told_bad(bad)
+        report_bad(bad)
         sources = {prompt.key: prompt.source for prompt in found}
     judged: list[Length] = []
     others: list[Length] = []
@@ -128,7 +128,9 @@ def _points(judged: Judged) -> dict[str, list[tuple[float, float, float]]]:
     from tetri.predict.scores import quantiles
 
     found = {}
-    for kind, odds in judged.odds.items():
-        low, middle, high = (quantiles(odds, judged.width, share, judged.limit).tolist() for share in (0.1, 0.5, 0.9))
+    for kind, distribution in judged.distribution.items():
+        low, middle, high = (
+            quantiles(distribution, judged.width, share, judged.limit).tolist() for share in (0.1, 0.5, 0.9)
+        )
         found[kind] = list(zip(low, middle, high, strict=True))
     return found

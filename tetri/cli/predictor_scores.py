@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-TOLD_LINES = 20
+BAD_LINES = 20
 GRANULARITIES = ("100", "200", "400")
 
 
-def told_bad(lines: Sequence[str]) -> None:
-    for line in lines[:TOLD_LINES]:
+def report_bad(lines: Sequence[str]) -> None:
+    for line in lines[:BAD_LINES]:
         click.echo(f"skipped: {line}", err=True)
-    if len(lines) > TOLD_LINES:
-        click.echo(f"skipped: {len(lines) - TOLD_LINES} more lines", err=True)
+    if len(lines) > BAD_LINES:
+        click.echo(f"skipped: {len(lines) - BAD_LINES} more lines", err=True)
 
 
 def shown(found: Mapping[str, Any]) -> str:
@@ -23,19 +23,19 @@ def shown(found: Mapping[str, Any]) -> str:
     lines = [f"{found['n']} prompts that were not learnt from", ""]
     lines.append(f"{'':24} {'acc 100':>8} {'200':>6} {'400':>6} {'MAE':>6} {'tau':>6} {'ECE':>6} {'RPS':>6}")
     for name in ("majority", "by_source", "by_length"):
-        lines.append(_row(_SAID[name], found[name]))
+        lines.append(_row(_LABELS[name], found[name]))
     for kind, of in found["kinds"].items():
         lines.append(_row(kind, of["acc"] | {name: of[name] for name in ("mae", "tau", "ece", "rps")}))
     for name in ("another", "others", "at_most"):
         if found.get("ceiling"):
-            lines.append(_row(_SAID[name], found["ceiling"][name]))
+            lines.append(_row(_LABELS[name], found["ceiling"][name]))
     if left_out := found.get("left_out"):
-        told = f"{left_out['n']} prompts, each by the network that has not seen it"
-        lines += ["", *(_row(name, of) for name, of in _left_out_rows(left_out)), f"  ({told})"]
+        left_out_note = f"{left_out['n']} prompts, each by the network that has not seen it"
+        lines += ["", *(_row(name, of) for name, of in _left_out_rows(left_out)), f"  ({left_out_note})"]
     for kind, of in found["kinds"].items():
         if bound := of.get("bound"):
-            said = f"{bound['inside']:.1%} of the texts end below it, it is {bound['tokens']} tokens on average"
-            lines += ["", f"upper bound for {bound['share']:.0%} by {kind}: {said}"]
+            bound_note = f"{bound['inside']:.1%} of the texts end below it, it is {bound['tokens']} tokens on average"
+            lines += ["", f"upper bound for {bound['share']:.0%} by {kind}: {bound_note}"]
     if later := found.get("later"):
         lines += ["", "what remains after so many output tokens, by the hidden state then:"]
         lines.append(f"{'tokens':>8} {'texts':>6} {'acc 200':>8} {'MAE':>6} {'of the median':>14} {'tau':>6}")
@@ -49,10 +49,10 @@ def shown(found: Mapping[str, Any]) -> str:
 
 def _left_out_rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     own = found["acc"] | {name: found[name] for name in ("mae", "tau", "ece", "rps")}
-    return [(_SAID["by_source"], found["by_source"]), (found["kind"], own)]
+    return [(_LABELS["by_source"], found["by_source"]), (found["kind"], own)]
 
 
-_SAID = {
+_LABELS = {
     "majority": "likeliest bucket",
     "by_source": "likeliest of its source",
     "by_length": "regression on its length",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tetri.cli.predictor_scores import shown, told_bad
+from tetri.cli.predictor_scores import report_bad, shown
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -42,7 +42,7 @@ def command(lengths: tuple[Path, ...], out: Path, as_json: bool, **how: Any) -> 
     _check(how)
     try:
         texts = read_texts(lengths, states=how["kind"] == "hidden")
-        told_bad(texts.bad)
+        report_bad(texts.bad)
         out.mkdir(parents=True, exist_ok=True)
         found = train(texts, _wanted(texts.plan, out, how), lambda line: click.echo(line, err=True))
     except PredictError as error:

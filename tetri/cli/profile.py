@@ -116,12 +116,12 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
         # Only where a step is one thread's work from its begin to its end are CPU time and a free core's time equal.
         raise click.UsageError("--cpu-time is for vLLM on one core: give it with --cpus N")
     clock = time.process_time if cpu_time else time.perf_counter
-    with contextlib.ExitStack() as leaving:
-        leaving.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
         click.echo(f"starting the {config.engine.kind} engine", err=True)
         engine = build.engine(config)
-        leaving.callback(engine.close)
-        progress = leaving.enter_context(_progress(rounds))
+        stack.callback(engine.close)
+        progress = stack.enter_context(_progress(rounds))
         wanted = scenes(engine.capacity, quick)
         begin, work = time.perf_counter(), time.process_time()
         points = measure(engine, wanted, rounds, clock, Random(0), progress)
@@ -151,12 +151,12 @@ def _cpu() -> str:
 
 def _command(given: Mapping[str, Any]) -> str:
     """The command line that makes the same table."""
-    words = ["tetri-cli", "profile"]
-    words += [word for override in given["overrides"] for word in ("--set", override)]
-    words += [f"--{flag.replace('_', '-')}" for flag in ("quick", "cpu_time") if given[flag]]
+    arguments = ["tetri-cli", "profile"]
+    arguments += [argument for override in given["overrides"] for argument in ("--set", override)]
+    arguments += [f"--{flag.replace('_', '-')}" for flag in ("quick", "cpu_time") if given[flag]]
     for name in ("conf", "rounds", "cpus", "out"):
-        words += [] if given[name] is None else [f"--{name}", str(given[name])]
-    return shlex.join(words)
+        arguments += [] if given[name] is None else [f"--{name}", str(given[name])]
+    return shlex.join(arguments)
 
 
 @contextlib.contextmanager
@@ -164,11 +164,11 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
     """How far it is, on stderr: a bar on a terminal, a line after each round elsewhere."""
     if not sys.stderr.isatty():
 
-        def say(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if not done * rounds % total:
                 click.echo(f"round {done * rounds // total} of {rounds} measured", err=True)
 
-        yield say
+        yield report
         return
     from rich.console import Console
     from rich.progress import Progress

@@ -195,7 +195,7 @@ def _bytes_s(link: str) -> float:
 
 def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
     """The requests and, when it is known, how many."""
-    from tetri.sim.traces import Lengths, drawn, replayed, with_deadline
+    from tetri.sim.traces import LengthWait, drawn, replayed, with_deadline
 
     requests, trace = options["requests"], options["trace"]
     arrivals: Iterable[Any]
@@ -205,7 +205,7 @@ def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
         arrivals, total = replayed(trace, options["speedup"], requests), requests or None
     else:
         total = requests or 1000
-        prompt, output = Lengths.parsed(options["prompt_tokens"]), Lengths.parsed(options["output_tokens"])
+        prompt, output = LengthWait.parsed(options["prompt_tokens"]), LengthWait.parsed(options["output_tokens"])
         arrivals = drawn(total, prompt, output, options["seed"], options["rate"], options["burstiness"])
     if options["deadline"] is not None:
         arrivals = with_deadline(arrivals, options["deadline"])
@@ -226,11 +226,11 @@ def _progress(total: int | None) -> Iterator[Callable[[int], None] | None]:
         task = bar.add_task("", total=total)
         step = max(1, (total or 100_000) // 200)
 
-        def told(answered: int) -> None:
+        def advance(answered: int) -> None:
             if answered % step == 0:
                 bar.update(task, completed=answered)
 
-        yield told
+        yield advance
 
 
 def _times(result: Any) -> dict[str, list[float]]:

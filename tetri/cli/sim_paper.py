@@ -112,17 +112,17 @@ def _all(tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Results in the order of the tasks, whatever process was how fast."""
     _inputs()  # what is wrong with them is said once, here
     cores = len(os.sched_getaffinity(0))
-    with _progress(len(tasks)) as told:
+    with _progress(len(tasks)) as advance:
         results = []
         if cores == 1 or len(tasks) < 20:
             for task in tasks:
                 results.append(_task(task))
-                told()
+                advance()
             return results
         with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
             for result in pool.map(_task, tasks, chunksize=2):
                 results.append(result)
-                told()
+                advance()
         return results
 
 

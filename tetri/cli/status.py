@@ -19,9 +19,7 @@ _SILENT = "requests are placed without news of the load, and nobody flips by its
 @click.command("status")
 @conf_option
 @set_option
-@click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="SECONDS"
-)
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="SECONDS")
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_json: bool) -> None:
     """Show the workers, the monitor and how many requests are open in which stage."""
@@ -38,8 +36,8 @@ def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_js
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
     for row in _aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]):
         click.echo(row)
-    if taken := _kv(instances):
-        for row in _aligned([["KV taken by", "counted"], *taken]):
+    if fetched := _kv(instances):
+        for row in _aligned([["KV taken by", "counted"], *fetched]):
             click.echo(row)
     if lengths := _lengths(instances):
         for row in _aligned([_LENGTHS, *lengths]):

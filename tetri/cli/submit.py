@@ -17,13 +17,9 @@ from tetri.cli.options import conf_option, connect, sampling_options, set_option
 @click.command("submit")
 @click.argument("text")
 @sampling_options(max_tokens=128)
-@click.option(
-    "--chat", is_flag=True, help="Put the text into the model's chat template, as the user's message."
-)
+@click.option("--chat", is_flag=True, help="Put the text into the model's chat template, as the user's message.")
 @click.option("--deadline", type=float, metavar="SECONDS", help="Give up when the answer takes longer.")
-@click.option(
-    "--stream/--no-stream", default=None, help="Show text as it appears (default, but with --json)."
-)
+@click.option("--stream/--no-stream", default=None, help="Show text as it appears (default, but with --json).")
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 @conf_option
 @set_option

@@ -30,8 +30,8 @@ def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> Non
     from tetri.proc import launch
 
     config = load(conf or default_path(), overrides)
-    with _progress() as say:
-        run_dir = launch.up(config, say, wait_s)
+    with _progress() as report:
+        run_dir = launch.up(config, report, wait_s)
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
     counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
@@ -54,8 +54,8 @@ def _progress() -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True, highlight=False)
     with console.status("starting") as spinner:
 
-        def say(text: str) -> None:
+        def report(text: str) -> None:
             console.print(f"[green]·[/] {escape(text)}")
             spinner.update("stopping" if text == "stopping" else "waiting for the workers")
 
-        yield say
+        yield report

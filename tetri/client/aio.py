@@ -122,14 +122,14 @@ class AsyncClient:
             raise call.error
 
     async def _wait(self, call: Call, done: Callable[[], object]) -> None:
-        news = asyncio.Event()
-        call.listeners.append(news.set)
+        changed = asyncio.Event()
+        call.listeners.append(changed.set)
         try:
             while not done():
-                news.clear()
-                await news.wait()
+                changed.clear()
+                await changed.wait()
         finally:
-            call.listeners.remove(news.set)
+            call.listeners.remove(changed.set)
 
     async def _run(self) -> None:
         """Move bytes while a call is open. All that is there is read before silence is judged: the loop may have
@@ -191,7 +191,7 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> str:
-        await self._news(lambda: self._request.pieces or self._request.ended)
+        await self._changed(lambda: self._request.pieces or self._request.ended)
         if self._request.pieces:
             return self._request.pieces.popleft()
         if self._request.error:
@@ -200,7 +200,7 @@ class AsyncStream:
 
     async def wait(self) -> Result:
         """Run to the end and give the result."""
-        await self._news(lambda: self._request.ended)
+        await self._changed(lambda: self._request.ended)
         if self._request.error:
             raise self._request.error
         assert self._request.result is not None  # one of the two is there at the end
@@ -220,7 +220,7 @@ class AsyncStream:
         if not (self._request.ended or self._request.cancelling):
             await self.cancel()
 
-    async def _news(self, done: Callable[[], object]) -> None:
+    async def _changed(self, done: Callable[[], object]) -> None:
         try:
             await self._client._wait(self._request, done)
         except asyncio.CancelledError:

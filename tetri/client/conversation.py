@@ -46,7 +46,7 @@ class Call(ABC):
         """The frame that asks it."""
 
     @abstractmethod
-    def take(self, reply: dict[str, Any], now: float) -> bool:
+    def receive(self, reply: dict[str, Any], now: float) -> bool:
         """Whether this reply was for this call."""
 
     def deadline(self) -> float:
@@ -64,7 +64,7 @@ class Call(ABC):
         self._next = now + self._patience.resend_s
         return self.question()
 
-    def heard(self, now: float) -> None:
+    def mark_alive(self, now: float) -> None:
         self._unanswered = None
         self._next = now + self._patience.silence_s
 
@@ -116,7 +116,7 @@ class Request(Call):
         if self.rid is not None:
             self._next = now
 
-    def take(self, reply: dict[str, Any], now: float) -> bool:
+    def receive(self, reply: dict[str, Any], now: float) -> bool:
         if (reply.get("key") or reply.get("rid")) not in (self.key, self.rid or self.key):
             return False
         match reply["type"]:
@@ -130,20 +130,20 @@ class Request(Call):
                 self._finish(reply, now)
         return True
 
-    def heard(self, now: float) -> None:
-        super().heard(now)
+    def mark_alive(self, now: float) -> None:
+        super().mark_alive(now)
         if self.cancelling:  # only the end answers a Cancel
             self._next = now + self._patience.resend_s
 
     def _accept(self, reply: dict[str, Any], now: float) -> None:
         first = self.rid is None
         self.rid = self.rid or reply["rid"]
-        self.heard(now)
+        self.mark_alive(now)
         if first and self.cancelling:
             self._next = now
 
     def _extend(self, delta: dict[str, Any], now: float) -> None:
-        self.heard(now)
+        self.mark_alive(now)
         start, ids, known = delta["start"], delta["ids"], len(self.ids)
         if start + len(ids) < known or (start < known and start + len(ids) == known):
             return  # seen before
@@ -168,7 +168,7 @@ class Request(Call):
             self._next = now
 
     def _finish(self, done: dict[str, Any], now: float) -> None:
-        self.heard(now)
+        self.mark_alive(now)
         if len(self.ids) < done["usage"].completion_tokens:
             self.cancelling = False  # it has ended: what is missing is to be had by Attach only
             self._miss(now)
@@ -209,9 +209,7 @@ class Session:
         reply = parse(frames[0]) if len(frames) == 1 else None
         if reply is None:
             self.ignored += 1
-        elif (
-            not self._dispatch(reply, now) and reply["type"] == "accepted" and reply["key"] in self._given_up
-        ):
+        elif not self._dispatch(reply, now) and reply["type"] == "accepted" and reply["key"] in self._given_up:
             self._given_up.discard(reply["key"])
             self._outbox.append(frame({"type": "cancel", "rid": reply["rid"]}))
 
@@ -233,7 +231,7 @@ class Session:
         self.calls.clear()
 
     def _dispatch(self, reply: dict[str, Any], now: float) -> bool:
-        found = [call.take(reply, now) for call in self.calls]  # all: a Status answers everyone who asked
+        found = [call.receive(reply, now) for call in self.calls]  # all: a Status answers everyone who asked
         self._sweep()
         return any(found)
 

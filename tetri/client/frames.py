@@ -136,11 +136,9 @@ def _checked(sampling: Mapping[str, Any]) -> dict[str, Any]:
         given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"])
     for name, value in given.items():
         if name not in _KINDS:
-            raise BadRequest(
-                f"{name!r} is no sampling setting; known: {', '.join(Sampling.__struct_fields__)}"
-            )
+            raise BadRequest(f"{name!r} is no sampling setting; known: {', '.join(Sampling.__struct_fields__)}")
         if not _is(value, _KINDS[name]):
-            raise BadRequest(f"{name} must be {_WORDS[_KINDS[name]]}, got {value!r}")
+            raise BadRequest(f"{name} must be {_KIND_NAMES[_KINDS[name]]}, got {value!r}")
         if _KINDS[name] is float:
             given[name] = _float(name, value)
     problem = sampling_problem(Sampling(**given))
@@ -156,7 +154,7 @@ def _float(name: str, value: float) -> float:
         raise BadRequest(f"{name} is far too large") from None
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
 
 
 def _is(value: Any, kind: type) -> bool:

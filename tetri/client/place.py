@@ -31,8 +31,6 @@ def address_in(run_dir: Path) -> str:
     try:
         return str(json.loads(path.read_text())["clients"])
     except FileNotFoundError:
-        raise Unreachable(
-            f"nothing is up in {run_dir}: run tetri-cli up, or give the broker's address"
-        ) from None
+        raise Unreachable(f"nothing is up in {run_dir}: run tetri-cli up, or give the broker's address") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TetriError(f"{path} cannot be used ({error}): run tetri-cli down, then tetri-cli up") from None

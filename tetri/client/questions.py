@@ -18,7 +18,7 @@ class Cancellation(Call):
     def question(self) -> bytes:
         return frame({"type": "cancel", "rid": self._rid})
 
-    def take(self, reply: dict[str, Any], now: float) -> bool:
+    def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "refused" and reply["key"] == self._rid:
             self.end(Refused(reply["reason"]))
         elif reply["type"] == "done" and reply["rid"] == self._rid:
@@ -36,7 +36,7 @@ class Inspection(Call):
     def question(self) -> bytes:
         return frame({"type": "inspect"})
 
-    def take(self, reply: dict[str, Any], now: float) -> bool:
+    def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "status":
             self.status = {name: value for name, value in reply.items() if name != "type"}
             self.end()
@@ -57,7 +57,7 @@ class RoleQuestion(Call):
     def question(self) -> bytes:
         return self._frame
 
-    def take(self, reply: dict[str, Any], now: float) -> bool:
+    def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply.get("key") != self._key:
             return False
         if reply["type"] == "refused":

@@ -23,8 +23,8 @@ def contradictions(config: Config) -> Iterator[str]:
     for role in ("prefill", "decode"):
         if not {role, "mixed"} & {worker.role for worker in config.workers}:
             yield f'worker: at least one [[worker]] with role = "{role}" or "mixed" is needed'
-    if config.cluster.dead_s < 3 * config.cluster.beat_s:
-        yield f"cluster.dead_s: must be at least three times beat_s ({config.cluster.beat_s:g} s)"
+    if config.cluster.dead_s < 3 * config.cluster.heartbeat_s:
+        yield f"cluster.dead_s: must be at least three times heartbeat_s ({config.cluster.heartbeat_s:g} s)"
     if config.monitor.gone_s < config.monitor.stale_s:
         yield f"monitor.gone_s: must be at least stale_s ({config.monitor.stale_s:g} s)"
     if 1000 * config.monitor.stale_s < 2 * config.monitor.load_ms:

@@ -15,9 +15,7 @@ from tetri.config.checks import contradictions
 from tetri.config.tables import Config, Worker
 from tetri.strict import ConfigError, section, types
 
-_SECTIONS: dict[str, type] = {
-    f.name: type(f.default) for f in dataclasses.fields(Config) if f.name != "workers"
-}
+_SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config) if f.name != "workers"}
 
 
 def default_path() -> Path:

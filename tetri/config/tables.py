@@ -9,7 +9,7 @@ from typing import Any
 
 from tetri.policy.rules import TABLES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.strict import REQUIRED, ConfigError, choice, number, word
+from tetri.strict import REQUIRED, ConfigError, choice, number, text
 
 _RULES = Rules()
 _FLIP = FlipSettings()
@@ -20,15 +20,15 @@ _ENDS = ("low", "middle", "high")
 
 
 def _cpus() -> Any:
-    return word("", _CPUS, 'CPU numbers such as "0", "0-1" or "0,2"; "" pins nothing')
+    return text("", _CPUS, 'CPU numbers such as "0", "0-1" or "0,2"; "" pins nothing')
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    name: str = word("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
-    run_dir: str = word("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
-    key: str = word("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same on all hosts
-    beat_s: float = number(0.2, 0.01, 60)
+    name: str = text("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
+    run_dir: str = text("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
+    key: str = text("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same on all hosts
+    heartbeat_s: float = number(0.2, 0.01, 60)
     dead_s: float = number(20.0, 0.1, 3600)  # silence that means dead; longer than the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # how long a request may wait when no worker can take it
     record: bool = False  # write what every core heard and said to <run_dir>/record, for tetri-cli sim replay
@@ -44,7 +44,7 @@ class Broker:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    name: str = word("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
+    name: str = text("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
     dtype: str = choice("bfloat16", "bfloat16", "float32")
     context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's own
 
@@ -76,7 +76,7 @@ class Transfer:
     transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
     address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
     announce: str = ""  # what other hosts connect to instead, where they see this one under another address
-    room_mib: int = number(64, 8, 1 << 20)  # of memory for KV on its way over `stream`; two usual chunks always fit
+    buffer_mib: int = number(64, 8, 1 << 20)  # of memory for KV on its way over `stream`; two usual chunks always fit
     slab_blocks: int = number(64, 1, 1 << 20)
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy
@@ -116,7 +116,7 @@ class Predictor:
 
     # "auto": what there is for this model, or else the prior, and `status` says why; any other one must be there.
     kind: str = choice("auto", "auto", "classifier", "hidden", "both", "prior")
-    folder: str = word("", r"[^\0]*", "a folder")  # of tetri-cli predictor train; "": tetri's own for this model
+    folder: str = text("", r"[^\0]*", "a folder")  # of tetri-cli predictor train; "": tetri's own for this model
     # Of the classifier: beside the main model in a thread of its own, or in front of it.
     mode: str = choice("parallel", "parallel", "sequential")
 
@@ -139,7 +139,7 @@ class Monitor:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    iid: str = word(  # logs and programs bear its name beside those three
+    iid: str = text(  # logs and programs bear its name beside those three
         REQUIRED,
         r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}",
         "1 to 16 of a-z and 0-9, not broker, monitor or supervisord",

@@ -3,8 +3,8 @@ simulator, carry the actions out."""
 
 from __future__ import annotations
 
-from tetri.leg import Leg, StepDone
-from tetri.request import LengthRange, Odds, Reach, Sampling, Value
+from tetri.engine_request import EngineRequest, StepDone
+from tetri.request import LengthDistribution, LengthRange, Reach, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle
@@ -47,8 +47,8 @@ class Reply(Value, frozen=True):
     message: BrokerReply
 
 
-class Word(Value, frozen=True):
-    """Turn output tokens into text, in order; `Worded` comes back. `final`: nothing follows, release all."""
+class Detokenize(Value, frozen=True):
+    """Turn output tokens into text, in order; `Detokenized` comes back. `final`: nothing follows, release all."""
 
     rid: str
     start: int
@@ -57,7 +57,7 @@ class Word(Value, frozen=True):
     final: bool
 
 
-class Unword(Value, frozen=True):
+class Release(Value, frozen=True):
     """The request has ended: forget its text."""
 
     rid: str
@@ -66,15 +66,15 @@ class Unword(Value, frozen=True):
 # ---------------------------------------------------------------- actions of a worker
 
 
-class AddLeg(Value, frozen=True):
-    leg: Leg
+class AddRequest(Value, frozen=True):
+    request: EngineRequest
 
 
-class CancelLeg(Value, frozen=True):
+class CancelRequest(Value, frozen=True):
     key: str
 
 
-class AdmitLeg(Value, frozen=True):
+class AdmitRequest(Value, frozen=True):
     key: str
     token: int
 
@@ -86,7 +86,7 @@ class Step(Value, frozen=True):
     most: int = 1
 
 
-class HoldLeg(Value, frozen=True):
+class HoldRequest(Value, frozen=True):
     """Keep a prefill leg out of the coming steps, or let it in again. It keeps its blocks."""
 
     key: str
@@ -155,7 +155,7 @@ class Submitted(Value, frozen=True):
     deadline_s: float | None = None
 
 
-class Worded(Value, frozen=True):
+class Detokenized(Value, frozen=True):
     """`text` may be shown. `counted`: a stop text was found, only so many output tokens count; else None."""
 
     rid: str
@@ -174,7 +174,7 @@ class Undelivered(Value, frozen=True):
     gone: bool
 
 
-class LegRejected(Value, frozen=True):
+class RequestRejected(Value, frozen=True):
     """The engine can never run this leg."""
 
     key: str
@@ -187,7 +187,7 @@ class LengthKnown(Value, frozen=True):
 
     key: str
     length: LengthRange | None
-    odds: Odds | None = None
+    distribution: LengthDistribution | None = None
 
 
 class Exported(Value, frozen=True):
@@ -220,27 +220,27 @@ Action = (
     | Connect
     | Disconnect
     | Reply
-    | Word
-    | Unword
-    | AddLeg
-    | CancelLeg
-    | AdmitLeg
+    | Detokenize
+    | Release
+    | AddRequest
+    | CancelRequest
+    | AdmitRequest
     | Step
-    | HoldLeg
+    | HoldRequest
     | Predict
     | Publish
     | Export
     | Adopt
     | Free
 )
-BrokerInput = FromClient | Submitted | Worded | Undelivered | PeerUp | PeerDown | WorkerEvent | ClusterView
+BrokerInput = FromClient | Submitted | Detokenized | Undelivered | PeerUp | PeerDown | WorkerEvent | ClusterView
 MonitorInput = LoadReport | PeerUp | PeerDown
 WorkerInput = (
     InboxMessage
     | ClusterView
     | PeerUp
     | PeerDown
-    | LegRejected
+    | RequestRejected
     | LengthKnown
     | Exported
     | Adopted

@@ -1,4 +1,4 @@
-"""KV on its way: the chunks of one attempt, seen from the sender (`Outflow`) and from the receiver (`Inflow`).
+"""KV on its way: the chunks of one attempt, seen from the sender (`KVOutflow`) and from the receiver (`KVInflow`).
 
 offered -> granted -> every chunk announced and landed. The sender announces without waiting for the Grant and
 keeps a chunk until its Landed; after a Refuse the same slots are offered elsewhere, unless a chunk was freed.
@@ -12,7 +12,7 @@ from tetri.wire.handover import Chunk, Handle
 
 
 @dataclass(slots=True)
-class Parcel:
+class KVChunk:
     """One chunk in the sender's store: blocks [start, stop), one slot each."""
 
     index: int
@@ -24,20 +24,20 @@ class Parcel:
 
 
 @dataclass(slots=True)
-class Outflow:
+class KVOutflow:
     """The sender's side. `offer` numbers the current try, None while nobody is asked."""
 
     blocks: int  # of the whole prompt
     offer: int | None = None
     target: str = ""
     granted: bool = False
-    forsaken: bool = False  # it was granted once, but is no more
-    parcels: dict[int, Parcel] = field(default_factory=dict)  # put and not landed, by index
+    grant_lost: bool = False  # it was granted once, but is no more
+    in_flight: dict[int, KVChunk] = field(default_factory=dict)  # put and not landed, by index
     landed: int = 0  # blocks landed, and so freed here
     exported: int = 0  # blocks put, landed ones included
     chunks: int = 0  # chunks put, the next index
     awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks that are being put
-    sent: list[Parcel] = field(default_factory=list)  # all that were put, landed ones included
+    sent: list[KVChunk] = field(default_factory=list)  # all that were put, landed ones included
 
     @property
     def complete(self) -> bool:
@@ -53,38 +53,38 @@ class Outflow:
         """Whether another decode instance can still be asked."""
         return self.landed == 0
 
-    def put(self, parcel: Parcel) -> None:
-        self.parcels[parcel.index] = parcel
-        self.sent.append(parcel)
+    def put(self, kv_chunk: KVChunk) -> None:
+        self.in_flight[kv_chunk.index] = kv_chunk
+        self.sent.append(kv_chunk)
 
     def land(self, index: int) -> Handle | None:
         """The receiver has this chunk; its handle is returned once, to be freed."""
         self.grant()  # or nothing could land: asking anew could be granted anew, without what landed
-        parcel = self.parcels.pop(index, None)
-        if parcel is None:
+        kv_chunk = self.in_flight.pop(index, None)
+        if kv_chunk is None:
             return None
-        self.landed += parcel.stop - parcel.start
-        return parcel.handle
+        self.landed += kv_chunk.stop - kv_chunk.start
+        return kv_chunk.handle
 
     def grant(self) -> None:
-        self.granted, self.forsaken = True, False
+        self.granted, self.grant_lost = True, False
 
     def aim(self, offer: int, target: str) -> None:
         self.offer, self.target, self.granted = offer, target, False
 
     def clear_aim(self) -> None:
-        self.forsaken = self.forsaken or self.granted
+        self.grant_lost = self.grant_lost or self.granted
         self.offer, self.target, self.granted = None, "", False
 
     def drain(self) -> list[Handle]:
         """Give everything up: the handles to free."""
-        handles = [parcel.handle for parcel in self.parcels.values()]
-        self.parcels.clear()
+        handles = [kv_chunk.handle for kv_chunk in self.in_flight.values()]
+        self.in_flight.clear()
         return handles
 
 
 @dataclass(slots=True)
-class Inflow:
+class KVInflow:
     """The receiver's side: which chunks are announced, which are in own memory. `path`: how they come; `segment`: the
     sender's slab."""
 
@@ -96,7 +96,7 @@ class Inflow:
     ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), both kinds
     tries: dict[int, int] = field(default_factory=dict)  # of chunks that were taken more than once: how often
     broken: str | None = None  # why the offer is refused as soon as nothing more is on its way
-    spoilt: bool = False  # and nobody else need be asked
+    corrupt: bool = False  # and nobody else need be asked
     bytes: int = 0
     token: int | None = None
 

@@ -17,7 +17,7 @@ from tetri.core.timers import Timers
 from tetri.policy.flip import rescue
 from tetri.policy.rules import FLIPS
 from tetri.policy.views import FlipSettings, InstanceState
-from tetri.request import ROLES, TAKES_DECODE, TAKES_PREFILL
+from tetri.request import DECODE_ROLES, PREFILL_ROLES, ROLES
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, Load, LoadReport
 
@@ -29,11 +29,11 @@ LOW = 0.1  # share of time computed under which an instance counts as hardly loa
 WINDOW_S = 5.0  # that share is smoothed over so long: a step now and then is a low load, not a high one
 
 
-TAKES = {"prefill": TAKES_PREFILL, "decode": TAKES_DECODE}
+ROLES_OF = {"prefill": PREFILL_ROLES, "decode": DECODE_ROLES}
 
 
 @dataclass(slots=True)
-class Seen:
+class Observed:
     """What the newest report of an instance said, and since when things have been so. `since`: when it was first heard
     of in this role. `idle_at`, `low_at`: since when it has had nothing to do, a low load; None while it is not so."""
 
@@ -50,9 +50,9 @@ class Seen:
         share = _share(load.busy)
         passed = now - self.at
         self.busy += (share - self.busy) * passed / (WINDOW_S + passed)
-        self._take(load, now)
+        self._record(load, now)
 
-    def _take(self, load: Load, now: float) -> None:
+    def _record(self, load: Load, now: float) -> None:
         self.load, self.at = load, now
         if load.queued or load.waiting or load.running:
             self.idle_at = None
@@ -64,9 +64,9 @@ class Seen:
             self.low_at = now
 
     @classmethod
-    def of(cls, report: LoadReport, now: float) -> Seen:
+    def of(cls, report: LoadReport, now: float) -> Observed:
         made = cls(report.incarnation, report.role, report.load, now, now, _share(report.load.busy))
-        made._take(report.load, now)
+        made._record(report.load, now)
         return made
 
 
@@ -86,7 +86,7 @@ class Monitor:
     ) -> None:
         self.settings, self.epoch = settings, epoch
         self.load_s, self.stale_s, self.gone_s = load_s, stale_s, gone_s
-        self.instances: dict[str, Seen] = {}
+        self.instances: dict[str, Observed] = {}
         self.number = 0
         self.timers: Timers[str] = Timers()
         self.rescued: dict[str, str] = {}  # who took the other role too in need, and its own role
@@ -122,10 +122,10 @@ class Monitor:
     def check(self) -> None:
         if VIEW not in self.timers:
             raise Broken("no next view is due")
-        for iid, seen in self.instances.items():
-            since = [when for when in (seen.idle_at, seen.low_at, seen.since) if when is not None]
-            if any(when > seen.at for when in since) or not 0 <= seen.busy <= 1:
-                raise Broken(f"{iid} has been so since after its last report, or its load is none: {seen}")
+        for iid, observed in self.instances.items():
+            since = [when for when in (observed.idle_at, observed.low_at, observed.since) if when is not None]
+            if any(when > observed.at for when in since) or not 0 <= observed.busy <= 1:
+                raise Broken(f"{iid} has been so since after its last report, or its load is none: {observed}")
         strange = [iid for iid in self.rescued if iid not in self.instances]
         if strange:
             raise Broken(f"{strange[0]} is held in both roles and unknown")
@@ -135,28 +135,28 @@ class Monitor:
     def _report(self, report: LoadReport, now: float) -> list[Action]:
         if report.role not in ROLES:
             return []  # nobody flips to it or from it
-        seen = self.instances.get(report.iid)
-        if seen is not None and (seen.incarnation, seen.role) == (report.incarnation, report.role):
-            seen.update(report.load, now)
+        observed = self.instances.get(report.iid)
+        if observed is not None and (observed.incarnation, observed.role) == (report.incarnation, report.role):
+            observed.update(report.load, now)
             return []
-        if seen is not None and seen.role != report.role:
+        if observed is not None and observed.role != report.role:
             self.quiet_until = now + self.settings.hold_s
-        if seen is not None and (seen.incarnation != report.incarnation or seen.role == "mixed"):
+        if observed is not None and (observed.incarnation != report.incarnation or observed.role == "mixed"):
             self.rescued.pop(report.iid, None)  # it has begun anew, or has been changed since
-        self.instances[report.iid] = Seen.of(report, now)
-        self.served.update({role: None for role, takes in TAKES.items() if report.role in takes})
+        self.instances[report.iid] = Observed.of(report, now)
+        self.served.update({role: None for role, serving in ROLES_OF.items() if report.role in serving})
         return [self._view(now)]
 
     def _view(self, now: float) -> Publish:
         self.number += 1
         loads = [
-            InstanceLoad(iid, seen.incarnation, seen.role, now - seen.at, seen.load)
-            for iid, seen in self.instances.items()
+            InstanceLoad(iid, observed.incarnation, observed.role, now - observed.at, observed.load)
+            for iid, observed in self.instances.items()
         ]
         return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip))
 
     def _leave_out(self, now: float) -> None:
-        gone = [iid for iid, seen in self.instances.items() if now - seen.at >= self.gone_s]
+        gone = [iid for iid, observed in self.instances.items() if now - observed.at >= self.gone_s]
         for iid in gone:
             del self.instances[iid]
             self.rescued.pop(iid, None)
@@ -173,12 +173,12 @@ class Monitor:
     def _rescue(self, now: float) -> FlipWanted | None:
         """Nobody is left for a role: that cannot wait, but to be asked for again it takes `stale_s`. A deployment
         that is just starting is left alone: who is there first would take both roles."""
-        roles = {seen.role for seen in self.instances.values()}
-        lacking = [role for role, takes in TAKES.items() if roles.isdisjoint(takes)]
+        roles = {observed.role for observed in self.instances.values()}
+        lacking = [role for role, serving in ROLES_OF.items() if roles.isdisjoint(serving)]
         if now < self.rescue_at or not any(role in self.served or now >= self.started_at for role in lacking):
             return None
-        heard = {iid: seen for iid, seen in self.instances.items() if now - seen.at <= self.stale_s}
-        change = rescue(self._states(now, heard or self.instances))  # who is silent may be gone as well
+        recent = {iid: observed for iid, observed in self.instances.items() if now - observed.at <= self.stale_s}
+        change = rescue(self._states(now, recent or self.instances))  # who is silent may be gone as well
         if change is None:
             return None
         self.rescue_at = now + self.stale_s
@@ -193,11 +193,11 @@ class Monitor:
         if now >= self.rescue_at + self.gone_s:
             self.rescued = {iid: own for iid, own in self.rescued.items() if self.instances[iid].role == "mixed"}
         for iid, role in self.rescued.items():
-            takes, lacked = (TAKES_DECODE, "decode") if role == "prefill" else (TAKES_PREFILL, "prefill")
+            serving, lacked = (DECODE_ROLES, "decode") if role == "prefill" else (PREFILL_ROLES, "prefill")
             others = [
                 other
                 for name, other in self.instances.items()
-                if name not in self.rescued and other.role in takes and now - other.since >= self.settings.hold_s
+                if name not in self.rescued and other.role in serving and now - other.since >= self.settings.hold_s
             ]
             if self.instances[iid].role == "mixed" and len(others) >= max(self.settings.floor, 1):
                 return FlipWanted(iid=iid, role=role, why=f"{lacked} has its own instances again")
@@ -210,27 +210,27 @@ class Monitor:
         change = self._flip(self._states(now, self.instances), self.settings)
         return None if change is None else FlipWanted(iid=change.iid, role=change.role, why=change.why)
 
-    def _states(self, now: float, instances: dict[str, Seen]) -> list[InstanceState]:
+    def _states(self, now: float, instances: dict[str, Observed]) -> list[InstanceState]:
         """As the policies see these. Of an instance that is silent nobody knows that it is still idle: it may be in
         the middle of a long step."""
         return [
             InstanceState(
                 iid=iid,
-                role=seen.role,
-                idle_s=self._since(seen.idle_at, seen, now),
-                low_s=self._since(seen.low_at, seen, now),
-                work_s=seen.load.queued_s + seen.load.decode_s,
-                queued=seen.load.queued,
-                waiting=seen.load.landed,
-                running=seen.load.running,
-                moving=max(seen.load.waiting - seen.load.landed, 0),
-                stalled=seen.load.stalled,
+                role=observed.role,
+                idle_s=self._since(observed.idle_at, observed, now),
+                low_s=self._since(observed.low_at, observed, now),
+                work_s=observed.load.queued_s + observed.load.decode_s,
+                queued=observed.load.queued,
+                waiting=observed.load.landed,
+                running=observed.load.running,
+                moving=max(observed.load.waiting - observed.load.landed, 0),
+                stalled=observed.load.stalled,
             )
-            for iid, seen in instances.items()
+            for iid, observed in instances.items()
         ]
 
-    def _since(self, when: float | None, seen: Seen, now: float) -> float:
-        stale = now - seen.at > self.stale_s
+    def _since(self, when: float | None, observed: Observed, now: float) -> float:
+        stale = now - observed.at > self.stale_s
         return 0.0 if when is None or stale else now - when
 
 

@@ -41,9 +41,9 @@ class Timers(Generic[Key]):
 
     def due(self, now: float) -> Iterable[Key]:
         """Take out the keys that are due, earliest first; also those set meanwhile."""
-        return self._taken(now) if self._heap and self._heap[0][0] <= now else ()
+        return self._expired(now) if self._heap and self._heap[0][0] <= now else ()
 
-    def _taken(self, now: float) -> Iterator[Key]:
+    def _expired(self, now: float) -> Iterator[Key]:
         while (when := self.next()) is not None and when <= now:
             key = heappop(self._heap)[2]
             del self._due[key]

@@ -22,20 +22,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from tetri.leg import Leg, Phase, Sampled, Span, StepDone
+from tetri.engine_request import EngineRequest, Phase, Sampled, Span, StepDone
 from tetri.request import Capacity, Fingerprint
 
 __all__ = [
     "Engine",
     "EngineError",
     "HiddenStates",
-    "Leg",
+    "EngineRequest",
     "Phase",
     "Sampled",
     "Span",
     "StepDone",
-    "Tap",
-    "Tappable",
+    "HiddenStateHook",
+    "SupportsHiddenStates",
 ]
 
 
@@ -47,7 +47,7 @@ class Engine(Protocol):
     fingerprint: Fingerprint
     capacity: Capacity
 
-    def add(self, leg: Leg) -> None:
+    def add(self, request: EngineRequest) -> None:
         """Raises EngineError when this leg can never run."""
 
     def cancel(self, key: str) -> None:
@@ -85,10 +85,10 @@ class HiddenStates:
     rows: Any
 
 
-class Tap(Protocol):
+class HiddenStateHook(Protocol):
     hidden: int  # numbers in a state
 
-    def taken(self) -> HiddenStates | None:
+    def collect(self) -> HiddenStates | None:
         """What the last step took, if this was not asked since; None: nothing."""
 
     def close(self) -> None:
@@ -96,11 +96,11 @@ class Tap(Protocol):
 
 
 @runtime_checkable
-class Tappable(Protocol):
+class SupportsHiddenStates(Protocol):
     """What an engine may do besides, when there is a model in it: hand out hidden states that its steps compute
     anyway."""
 
-    def tap(self, layers: Sequence[int], every: int) -> Tap:
+    def hook_hidden_states(self, layers: Sequence[int], every: int) -> HiddenStateHook:
         """From the next step on keep the states behind the first so many layers, ascending: of prefill legs in the
         step that ends them, of decode legs when their request has a multiple of `every` output tokens; also of a leg
         that ends in that step. Raises EngineError, one line, where none would come."""

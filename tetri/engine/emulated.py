@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from tetri.cost import Cost
-from tetri.engine.base import EngineError, Leg, StepDone
+from tetri.engine.base import EngineError, EngineRequest, StepDone
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Plan, Slot
 from tetri.kv.base import joined
@@ -86,11 +86,11 @@ class EmulatedEngine:
 
     # ------------------------------------------------------------ legs
 
-    def add(self, leg: Leg) -> None:
-        if not all(0 <= token < self.vocabulary for token in leg.tokens):
+    def add(self, request: EngineRequest) -> None:
+        if not all(0 <= token < self.vocabulary for token in request.tokens):
             raise EngineError(f"a token is outside the vocabulary of {self.vocabulary}")
-        self.paged.add(leg)
-        self.contents[leg.key] = Content(list(leg.tokens))
+        self.paged.add(request)
+        self.contents[request.key] = Content(list(request.tokens))
 
     def cancel(self, key: str) -> None:
         self.paged.cancel(key)
@@ -152,7 +152,7 @@ class EmulatedEngine:
             self.memory[content.blocks[row], column] = np.frombuffer(state * (self.token_bytes // 8), np.uint8)
         if stop < len(content.tokens):
             return False
-        sampling = slot.leg.sampling
+        sampling = slot.request.sampling
         token = next_token(self._read(content, stop), stop, sampling, self.vocabulary)
         content.tokens.append(token)
         return token == EOS and not sampling.ignore_eos
@@ -181,7 +181,7 @@ class EmulatedEngine:
     def _fit(self, slot: Slot, tokens: int) -> None:
         """As many ids as the leg has blocks; inside a run, as it will have after it for so many tokens."""
         blocks = self.contents[slot.key].blocks
-        while len(blocks) * self.capacity.block_tokens < max(slot.room, tokens):
+        while len(blocks) * self.capacity.block_tokens < max(slot.held_tokens, tokens):
             blocks.append(self.free.pop())
 
     def _release(self, content: Content) -> None:

@@ -25,7 +25,7 @@ from bisect import insort
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.plan import EOS, Ids, Plan, Slot
-from tetri.leg import Leg, Sampled, Span, StepDone
+from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.request import Capacity, blocks_for
 
 
@@ -54,19 +54,19 @@ class Paged:
 
     # ------------------------------------------------------------ legs
 
-    def add(self, leg: Leg) -> None:
+    def add(self, request: EngineRequest) -> None:
         """Raises EngineError when this leg can never run here."""
-        count = len(leg.tokens)
-        left = leg.sampling.max_tokens - (count - leg.output_from)
+        count = len(request.tokens)
+        left = request.sampling.max_tokens - (count - request.output_from)
         if not count or left < 1 or count + 1 > self.capacity.context:
             raise EngineError(f"{count} tokens and {left} more do not fit into the context")
-        if leg.key in self.slots:
-            raise EngineError(f"leg {leg.key} is already here")
+        if request.key in self.slots:
+            raise EngineError(f"leg {request.key} is already here")
         self._added += 1
-        slot = Slot(leg, leg.key, self._added, count, min(count + left, self.capacity.context))
-        self.slots[leg.key] = slot
-        if leg.phase == "decode":
-            self._parked[leg.key] = slot
+        slot = Slot(request, request.key, self._added, count, min(count + left, self.capacity.context))
+        self.slots[request.key] = slot
+        if request.phase == "decode":
+            self._parked[request.key] = slot
         else:
             self._prefills.append(slot)
 
@@ -100,7 +100,7 @@ class Paged:
         slot = self.slots.get(key)
         if slot is None or slot.held == held:
             return
-        if slot.leg.phase != "prefill":
+        if slot.request.phase != "prefill":
             raise EngineError(f"leg {key} decodes: only a prefill leg can be held")
         slot.held = held
         if held:
@@ -134,13 +134,13 @@ class Paged:
         held: tuple[tuple[str, int], ...] = ()
         if self._resized:
             size = self.capacity.block_tokens
-            held = tuple([(key, slot.room // size) for key, slot in self._resized.items()])
+            held = tuple([(key, slot.held_tokens // size) for key, slot in self._resized.items()])
             self._resized = {}
         return StepDone((*spans, *plan.chunk), tuple(tokens), plan.allocated, plan.preempted, held, steps)
 
     def check(self) -> None:
         """Count everything again. Raises AssertionError when a counter is wrong."""
-        held = sum(slot.room // self.capacity.block_tokens for slot in self.slots.values())
+        held = sum(slot.held_tokens // self.capacity.block_tokens for slot in self.slots.values())
         context = sum(slot.known for slot in self._batch)
         if held + self.free != self.capacity.blocks or self.free < 0 or context != self._context:
             raise AssertionError(f"{held} + {self.free} of {self.capacity.blocks} blocks, {context} tokens running")
@@ -152,7 +152,7 @@ class Paged:
     def _allocate(self) -> tuple[str, ...]:
         found = []
         for key, slot in self._parked.items():
-            if not self._take(slot, slot.known):
+            if not self._extend(slot, slot.known):
                 break
             slot.ready = True
             found.append(key)
@@ -164,7 +164,7 @@ class Paged:
         """A block for each that has filled its last one, oldest first; the keys of those preempted for it."""
         preempted = []
         for slot in self._short:
-            while slot.running and not self._take(slot, slot.known):
+            while slot.running and not self._extend(slot, slot.known):
                 victim = self._batch.pop()
                 self._leave(victim)
                 self._release(victim)
@@ -177,7 +177,7 @@ class Paged:
 
     def _resume(self) -> tuple[Span, ...]:
         again = []
-        while self._preempted and self._take(self._preempted[0], self._preempted[0].known):
+        while self._preempted and self._extend(self._preempted[0], self._preempted[0].known):
             slot = self._preempted.pop(0)
             self._join(slot)
             again.append(Span(slot.key, 0, slot.known))
@@ -187,7 +187,7 @@ class Paged:
         budget = self.capacity.chunk_tokens - len(self._batch) - sum(span.stop - 1 for span in again)
         spans = []
         for slot in self._prefills:
-            if budget <= 0 or not self._take(slot, slot.known):
+            if budget <= 0 or not self._extend(slot, slot.known):
                 break
             stop = min(slot.done + budget, slot.known)
             spans.append(Span(slot.key, slot.done, stop))
@@ -205,11 +205,11 @@ class Paged:
         size = self.capacity.block_tokens
         if len(self._batch) * blocks_for(steps - 1, size) <= self.free:
             return steps
-        rooms = [slot.room - slot.known for slot in self._batch]
+        spares = [slot.held_tokens - slot.known for slot in self._batch]
         low, high = 1, steps
         while low < high:
             middle = (low + high + 1) // 2
-            need = sum([blocks_for(middle - 1 - room, size) for room in rooms if room < middle - 1])
+            need = sum([blocks_for(middle - 1 - spare, size) for spare in spares if spare < middle - 1])
             low, high = (middle, high) if need <= self.free else (low, middle - 1)
         return low
 
@@ -225,9 +225,9 @@ class Paged:
             spans.append(Span(key, slot.done, known - 1))
             slot.done, slot.known = known - 1, known
             new = ids(key, steps)
-            if known > slot.room:
-                self._take(slot, known - 1)
-                if known > slot.room:
+            if known > slot.held_tokens:
+                self._extend(slot, known - 1)
+                if known > slot.held_tokens:
                     self._short.append(slot)
             if known >= slot.end or new[-1] == EOS:
                 sampled = self._sampled(slot, new)
@@ -244,34 +244,34 @@ class Paged:
         return spans, tokens
 
     def _sampled(self, slot: Slot, ids: tuple[int, ...]) -> Sampled:
-        reason = "stop" if ids[-1] == EOS and not slot.leg.sampling.ignore_eos else None
+        reason = "stop" if ids[-1] == EOS and not slot.request.sampling.ignore_eos else None
         if reason is None and slot.known >= slot.end:
             reason = "length"
-        if slot.leg.phase == "prefill":
+        if slot.request.phase == "prefill":
             self._prefills.remove(slot)
-        if reason or slot.leg.phase == "prefill":
+        if reason or slot.request.phase == "prefill":
             del self.slots[slot.key]
             self._release(slot)
         return Sampled(slot.key, ids, reason)
 
     # ------------------------------------------------------------ memory and the batch
 
-    def _take(self, slot: Slot, tokens: int) -> bool:
+    def _extend(self, slot: Slot, tokens: int) -> bool:
         """Blocks for so many tokens, all or none."""
-        if tokens <= slot.room:
+        if tokens <= slot.held_tokens:
             return True
         size = self.capacity.block_tokens
-        blocks = (tokens - slot.room + size - 1) // size
+        blocks = (tokens - slot.held_tokens + size - 1) // size
         if blocks > self.free:
             return False
         self.free -= blocks
-        slot.room += blocks * size
+        slot.held_tokens += blocks * size
         self._resized[slot.key] = slot
         return True
 
     def _release(self, slot: Slot) -> None:
-        self.free += slot.room // self.capacity.block_tokens
-        slot.room = 0
+        self.free += slot.held_tokens // self.capacity.block_tokens
+        slot.held_tokens = 0
         self._resized.pop(slot.key, None)
 
     def _join(self, slot: Slot) -> None:
@@ -279,7 +279,7 @@ class Paged:
         self._batch.append(slot)
         self._context += slot.known
         self._left = 0
-        if slot.known > slot.room:
+        if slot.known > slot.held_tokens:
             self._short.append(slot)
 
     def _leave(self, slot: Slot) -> None:

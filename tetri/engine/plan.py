@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tetri.cost import Cost
-from tetri.leg import Leg, Span
+from tetri.engine_request import EngineRequest, Span
 
 EOS = 0  # the one id that ends a sequence
 
@@ -16,15 +16,15 @@ Ids = Callable[[str, int], tuple[int, ...]]  # (key, how many) -> the tokens tha
 @dataclass(slots=True, eq=False)
 class Slot:
     """A leg in the engine. `known`: its tokens, those sampled included; KV exists for [0, done). `end`: it ends when
-    so many are known. `room`: tokens for which it has blocks."""
+    so many are known. `buffer`: tokens for which it has blocks."""
 
-    leg: Leg
+    request: EngineRequest
     key: str
     number: int  # in the order of addition
     known: int
     end: int
     done: int = 0
-    room: int = 0
+    held_tokens: int = 0
     ready: bool = False  # a decode leg that has its blocks and waits to be admitted
     running: bool = False
     held: bool = False

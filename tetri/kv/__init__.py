@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetri.kv.base import KVError, KVStore, Reader
-from tetri.kv.cuda_runtime import Device
+from tetri.kv.cuda.runtime import Device
 from tetri.kv.slab import HostSlab
 from tetri.request import Reach
 
@@ -21,7 +21,7 @@ EXPECTED_BLOCKS = 4  # of a chunk from a peer
 class StoreSettings:
     """A store of `slots` blocks of `block_bytes`. `transport` is auto or one path's name; `address` where to serve the
     path `stream`, empty: not at all, or on this host alone when `stream` is asked for by name; `announce` what others
-    connect to, where that is another address; `key` the file of the deployment's key; `room` the bytes of memory for
+    connect to, where that is another address; `key` the file of the deployment's key; `buffer` the bytes of memory for
     what comes over `stream`; `device` the worker's GPU, None: it has none; `on_host` where its engine's blocks are."""
 
     deployment: str
@@ -33,7 +33,7 @@ class StoreSettings:
     digest: bool = True
     announce: str = ""
     key: str = ""
-    room: int = 64 << 20
+    buffer: int = 64 << 20
     device: Device | None = None
     on_host: bool = True
 
@@ -75,7 +75,7 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
 
 def enabled(made: StoreSettings) -> list[str]:
     """The paths that a worker has, the best first."""
-    from tetri.kv import nixl_agent
+    from tetri.kv.nixl import agent as nixl_agent
 
     if made.transport != "auto":
         return [made.transport]
@@ -89,7 +89,7 @@ def enabled(made: StoreSettings) -> list[str]:
 
 def _device_store(made: StoreSettings) -> KVStore:
     """A slab in a GPU's memory, which no other path reads."""
-    from tetri.kv.cuda_ipc import open_device_store
+    from tetri.kv.cuda.ipc import open_device_store
 
     if made.device is None:
         raise KVError("transfer.transport = cuda_ipc: each [[worker]] needs a GPU, such as gpu = 0")
@@ -123,12 +123,12 @@ def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], Non
 
             return Opened(ShmReader(made.deployment, EXPECTED_BLOCKS * made.block_bytes))
         case "nixl":
-            from tetri.kv.nixl import open_nixl
+            from tetri.kv.nixl.reader import open_nixl
 
             reader, ticket = open_nixl(slab, EXPECTED_BLOCKS * made.block_bytes, wake, everywhere=bool(made.address))
             return Opened(reader, ticket=ticket)
         case "stream":
-            from tetri.kv.stream import open_stream
+            from tetri.kv.stream.stream import open_stream
 
             stream = open_stream(made, slab, EXPECTED_BLOCKS * made.block_bytes, wake)
             return Opened(stream, stream.address)

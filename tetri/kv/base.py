@@ -65,7 +65,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Fetched:
     """The receiver's own copy of what was wanted, digest checked over that copy and generations read again after it,
     one `Block` each, perhaps in parts; or the `problem`, and no blocks. Blocks are valid until the store is asked for
     anything else."""
@@ -107,7 +107,7 @@ class Slab(Protocol):
 
 class Reader(Protocol):
     """One way to read the slabs of others. Belongs to the worker's thread; it may have threads of its own. Every
-    `take` is answered by one Taken, whatever happens to the peer."""
+    `fetch` is answered by one Taken, whatever happens to the peer."""
 
     def meet(self, peer: str, reach: Reach) -> None:
         """This is how `peer` can be read from now on, perhaps another incarnation of it. Never waits, never raises."""
@@ -116,10 +116,10 @@ class Reader(Protocol):
         """The peer is gone: close what is open of it; what is on its way is answered as lost. Unknown peers are
         fine."""
 
-    def take(self, wanted: Wanted) -> Taken | None:
-        """None when it comes later, by `taken`."""
+    def fetch(self, wanted: Wanted) -> Fetched | None:
+        """None when it comes later, by `fetched`."""
 
-    def taken(self) -> Iterable[Taken]:
+    def fetched(self) -> Iterable[Fetched]:
         """What has come. Each Taken is used before the next is asked for."""
 
     def close(self) -> None: ...
@@ -146,12 +146,12 @@ class KVStore(Protocol):
 
     def part(self, peer: str) -> None: ...
 
-    def take(self, wanted: Wanted) -> Taken | None: ...
+    def fetch(self, wanted: Wanted) -> Fetched | None: ...
 
-    def taken(self) -> Iterable[Taken]: ...
+    def fetched(self) -> Iterable[Fetched]: ...
 
     def due(self) -> float | None:
-        """When `taken` must be asked although nothing wakes the worker, in seconds of time.monotonic(); None: never.
+        """When `fetched` must be asked although nothing wakes the worker, in seconds of time.monotonic(); None: never.
         0.0: there is something already."""
 
     def close(self) -> None: ...

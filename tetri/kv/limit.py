@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import inf
 
-from tetri.kv.base import KVLost, KVStore, Taken, Wanted
+from tetri.kv.base import Fetched, KVLost, KVStore, Wanted
 
 # Bytes a second of the paper's two settings (section 4.1): 200 Gb/s from NIC to NIC, 300 GB/s from GPU to GPU.
 LINKS = {"roce-200g": 25e9, "nvlink": 300e9}
@@ -41,33 +41,33 @@ class LimitedStore:
         self.slots, self.reach = store.slots, store.reach
         self.put, self.free, self.freed, self.meet = store.put, store.free, store.freed, store.meet
         self._coming: deque[tuple[float, Wanted]] = deque()  # by when they are there
-        self._lost: list[Taken] = []  # to be told
+        self._lost: list[Fetched] = []  # to be told
 
     @property
     def free_slots(self) -> int:
         return self.store.free_slots
 
-    def take(self, wanted: Wanted) -> Taken | None:
+    def fetch(self, wanted: Wanted) -> Fetched | None:
         # What cannot be right is refused by the store, and must not keep the link busy until then: blocks of another
         # size, a slot that is named twice.
         if wanted.path == "local" or wanted.handle.block_bytes != self.block_bytes:
-            return self.store.take(wanted)
+            return self.store.fetch(wanted)
         size, now = len(set(wanted.handle.slots)) * self.block_bytes, self.clock()
         at = self.link.arrival(size, now)
         if at <= now:
-            return self.store.take(wanted)
+            return self.store.fetch(wanted)
         self._coming.append((at, wanted))
         return None
 
-    def taken(self) -> Iterator[Taken]:
+    def fetched(self) -> Iterator[Fetched]:
         lost, self._lost = self._lost, []
         yield from lost
         now = self.clock()
         while self._coming and self._coming[0][0] <= now:
-            taken = self.store.take(self._coming.popleft()[1])
-            if taken is not None:
-                yield taken
-        yield from self.store.taken()
+            fetched = self.store.fetch(self._coming.popleft()[1])
+            if fetched is not None:
+                yield fetched
+        yield from self.store.fetched()
 
     def due(self) -> float | None:
         mine = 0.0 if self._lost else self._coming[0][0] if self._coming else None
@@ -77,7 +77,7 @@ class LimitedStore:
     def part(self, peer: str) -> None:
         gone = [wanted for _, wanted in self._coming if wanted.peer == peer]
         self._coming = deque((at, wanted) for at, wanted in self._coming if wanted.peer != peer)
-        self._lost += [Taken(wanted.ticket, problem=KVLost(f"{peer} is gone")) for wanted in gone]
+        self._lost += [Fetched(wanted.ticket, problem=KVLost(f"{peer} is gone")) for wanted in gone]
         self.store.part(peer)
 
     def close(self) -> None:

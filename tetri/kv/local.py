@@ -6,23 +6,21 @@ import secrets
 from collections.abc import Iterable
 from typing import ClassVar
 
-from tetri.kv.base import KVError, KVForeign, Taken, Wanted
+from tetri.kv.base import Fetched, KVError, KVForeign, Wanted
 from tetri.kv.slab import FIRST_GENERATION, MARK, HostSlab, Segment
 from tetri.kv.staging import Staging
 from tetri.request import Reach
 
-Neighbours = dict[str, Segment]
+Peers = dict[str, Segment]
 
 
 class LocalSlab(HostSlab):
-    """Slots in this process's own memory, known to whoever shares `neighbours`: by default all of the process."""
+    """Slots in this process's own memory, known to whoever shares `peers`: by default all of the process."""
 
-    process: ClassVar[Neighbours] = {}
+    process: ClassVar[Peers] = {}
 
-    def __init__(
-        self, iid: str, slots: int, block_bytes: int, neighbours: Neighbours | None = None, digest: bool = True
-    ) -> None:
-        self._neighbours = self.process if neighbours is None else neighbours
+    def __init__(self, iid: str, slots: int, block_bytes: int, peers: Peers | None = None, digest: bool = True) -> None:
+        self._neighbours = self.process if peers is None else peers
         segment = Segment(
             name=f"{iid}-{secrets.token_hex(8)}",
             slots=slots,
@@ -43,10 +41,10 @@ class LocalSlab(HostSlab):
 
 
 class LocalReader:
-    """Takes from every slab in `neighbours`."""
+    """Takes from every slab in `peers`."""
 
-    def __init__(self, neighbours: Neighbours | None = None) -> None:
-        self._neighbours = LocalSlab.process if neighbours is None else neighbours
+    def __init__(self, peers: Peers | None = None) -> None:
+        self._neighbours = LocalSlab.process if peers is None else peers
         self._staging = Staging(0)
 
     def meet(self, peer: str, reach: Reach) -> None:
@@ -55,17 +53,17 @@ class LocalReader:
     def part(self, peer: str) -> None:
         """Nothing was opened."""
 
-    def take(self, wanted: Wanted) -> Taken:
+    def fetch(self, wanted: Wanted) -> Fetched:
         segment = self._neighbours.get(wanted.handle.segment)
         if segment is None:
             missing = KVForeign(f"no segment {wanted.handle.segment[:80]!r} in this process")
-            return Taken(wanted.ticket, problem=missing)
+            return Fetched(wanted.ticket, problem=missing)
         try:
-            return Taken(wanted.ticket, self._staging.take(segment, wanted.handle, wanted.digest))
+            return Fetched(wanted.ticket, self._staging.fetch(segment, wanted.handle, wanted.digest))
         except KVError as problem:
-            return Taken(wanted.ticket, problem=problem)
+            return Fetched(wanted.ticket, problem=problem)
 
-    def taken(self) -> Iterable[Taken]:
+    def fetched(self) -> Iterable[Fetched]:
         return ()
 
     def close(self) -> None:

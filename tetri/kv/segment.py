@@ -27,9 +27,7 @@ VERSION = 2
 # magic, version, offset of slot 0, block bytes, slots, pid of the owner, bytes of the deployment's name, when made
 _HEADER = struct.Struct("=8sIIQQIIQ16x")
 _PAGE = 4096
-_WORD = re.compile(
-    r"[A-Za-z0-9._-]{1,80}"
-)  # a deployment or an instance, so that a name stays under 255 bytes
+_LABEL = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a deployment or an instance, so that a name stays under 255 bytes
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _MEGABYTE = 1 << 20
 
@@ -55,11 +53,9 @@ class Mapping:
 
 def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: int) -> Mapping:
     """A new segment, locked, with all of its memory there. Raises KVError that says what is missing."""
-    for word in (deployment, iid):
-        if not _WORD.fullmatch(word):
-            raise KVError(
-                f"{word[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'"
-            )
+    for label in (deployment, iid):
+        if not _LABEL.fullmatch(label):
+            raise KVError(f"{label[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'")
     if slots < 1 or block_bytes < 1:
         raise KVError(f"a slab of {slots} slots of {block_bytes} bytes cannot be: both must be at least 1")
     name, descriptor = _locked_file(directory, f"tetri-{deployment}-{iid}-")
@@ -99,8 +95,8 @@ def _locked_file(directory: str, prefix: str) -> tuple[str, int]:
 
 def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
     """Give the file its memory now: a write into memory that is not there would be a SIGBUS later."""
-    room = os.statvfs(directory)
-    free = room.f_bavail * room.f_frsize
+    filesystem = os.statvfs(directory)
+    free = filesystem.f_bavail * filesystem.f_frsize
     full = KVError(
         f"{directory} is too small for {what}: {_megabytes(size)} needed, {_megabytes(free)} free;"
         " use fewer slots, or enlarge it (docker: --shm-size)"
@@ -175,11 +171,7 @@ def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") 
     """Remove the segments of a deployment (or of one instance) whose owner is dead; the names removed."""
     owner = r"[A-Za-z0-9._-]+" if iid is None else re.escape(iid)
     pattern = re.compile(rf"tetri-{re.escape(deployment)}-{owner}-[0-9a-f]{{16}}")
-    return [
-        name
-        for name in sorted(os.listdir(directory))
-        if pattern.fullmatch(name) and remove_dead(directory, name)
-    ]
+    return [name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name) and remove_dead(directory, name)]
 
 
 def remove_dead(directory: str, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from tetri.kv.base import KVError, KVLost, Taken, Wanted
+from tetri.kv.base import Fetched, KVError, KVLost, Wanted
 from tetri.kv.segment import Mapping, attach, create, sweep
 from tetri.kv.slab import HostSlab
 from tetri.kv.staging import Staging
@@ -56,12 +56,12 @@ class ShmReader:
         if mapping is not None:
             mapping.close()
 
-    def take(self, wanted: Wanted) -> Taken:
+    def fetch(self, wanted: Wanted) -> Fetched:
         try:
             segment = self._mapping(wanted).segment
-            return Taken(wanted.ticket, self._staging.take(segment, wanted.handle, wanted.digest))
+            return Fetched(wanted.ticket, self._staging.fetch(segment, wanted.handle, wanted.digest))
         except KVError as problem:
-            return Taken(wanted.ticket, problem=problem)
+            return Fetched(wanted.ticket, problem=problem)
 
     def _mapping(self, wanted: Wanted) -> Mapping:
         known = self._segments.get(wanted.peer)
@@ -71,7 +71,7 @@ class ShmReader:
             self._mappings[wanted.peer] = attach(self._directory, self._deployment, known)
         return self._mappings[wanted.peer]
 
-    def taken(self) -> Iterable[Taken]:
+    def fetched(self) -> Iterable[Fetched]:
         return ()
 
     def close(self) -> None:

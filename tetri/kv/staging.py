@@ -21,7 +21,7 @@ class Staging:
     def __init__(self, size: int) -> None:
         self._memory = _touched(size)
 
-    def take(self, segment: Segment, handle: Handle, digest: int | None) -> Sequence[memoryview]:
+    def fetch(self, segment: Segment, handle: Handle, digest: int | None) -> Sequence[memoryview]:
         """The blocks copied out of a segment whose slots the handle may or may not name rightly. Raises KVForeign,
         KVLost or KVCorrupt."""
         problem = shape_problem(segment, handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tetri.kv.base import KVLost, Reader, Slab, Taken, Wanted
+from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
 from tetri.request import Reach
 
 
@@ -30,15 +30,15 @@ class Store:
         for reader in self.readers.values():
             reader.part(peer)
 
-    def take(self, wanted: Wanted) -> Taken | None:
+    def fetch(self, wanted: Wanted) -> Fetched | None:
         reader = self.readers.get(wanted.path)
         if reader is None:
-            return Taken(wanted.ticket, problem=KVLost(f"this worker has no KV path {wanted.path!r}"))
-        return reader.take(wanted)
+            return Fetched(wanted.ticket, problem=KVLost(f"this worker has no KV path {wanted.path!r}"))
+        return reader.fetch(wanted)
 
-    def taken(self) -> Iterable[Taken]:
+    def fetched(self) -> Iterable[Fetched]:
         for reader in self.readers.values():
-            yield from reader.taken()
+            yield from reader.fetched()
 
     def due(self) -> float | None:
         return None

@@ -84,7 +84,7 @@ def _seen(directory: str, name: str) -> Seen | None:
         except KVLost as error:
             problem = str(error).removeprefix(f"{name}: ")
             return Seen(name, "", "", alive, facts.st_size, problem=problem)
-        return _told(name, alive, facts.st_size, header, mapping)
+        return _described(name, alive, facts.st_size, header, mapping)
     finally:
         os.close(descriptor)
 
@@ -99,17 +99,17 @@ def _locked(descriptor: int) -> bool:
     return False
 
 
-def _told(name: str, alive: bool, size: int, header: Header, mapping: Mapping) -> Seen:
+def _described(name: str, alive: bool, size: int, header: Header, mapping: Mapping) -> Seen:
     now = time.monotonic_ns()
     try:
         pages = _pages(mapping.segment, now)
     finally:
         mapping.close()
-    words = name.removeprefix("tetri-")[: -len("-0123456789abcdef")]
+    labels = name.removeprefix("tetri-")[: -len("-0123456789abcdef")]
     return Seen(
         name=name,
-        deployment=words[: header.deployment_bytes],
-        iid=words[header.deployment_bytes + 1 :],
+        deployment=labels[: header.deployment_bytes],
+        iid=labels[header.deployment_bytes + 1 :],
         alive=alive,
         size=size,
         pid=header.pid,

@@ -39,9 +39,7 @@ def _ipc_path(address: str) -> str:
     if not path.startswith("/") or "\0" in path:
         raise NetError(f"{_quoted(address)}: an ipc address needs an absolute path, as in ipc:///run/name")
     if size > MAX_IPC_BYTES:
-        raise NetError(
-            f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: shorten it"
-        )
+        raise NetError(f"{_quoted(address)}: the path has {size} bytes, at most {MAX_IPC_BYTES} fit: shorten it")
     return path
 
 
@@ -61,9 +59,7 @@ def refuse_live_owner(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise NetError(
-            f"ipc://{path}: a file that is no socket lies there; remove it or choose another address"
-        )
+        raise NetError(f"ipc://{path}: a file that is no socket lies there; remove it or choose another address")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

@@ -37,7 +37,7 @@ _number = count()
 Bytes = bytes | memoryview
 
 
-class Bell:
+class Waker:
     """Wakes the thread that polls `fd`. Any thread may ring, also after it was closed."""
 
     def __init__(self) -> None:
@@ -62,9 +62,9 @@ class Bell:
 class Watch:
     """Waits for a bell and for sockets."""
 
-    def __init__(self, bell: Bell) -> None:
+    def __init__(self, waker: Waker) -> None:
         self._poller = zmq.Poller()
-        self._poller.register(bell.fd, zmq.POLLIN)
+        self._poller.register(waker.fd, zmq.POLLIN)
 
     def add(self, *watched: sockets.Socket) -> None:
         for socket in watched:

@@ -220,7 +220,7 @@ class Hub:
         """
         self._retry_feeds()
         arrived: list[NetEvent] = []
-        news: list[PeerUp | PeerDown] = []
+        events: list[PeerUp | PeerDown] = []
         if any(link.given_up for link in self._feeds):
             timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
         for source, _ in self._poller.poll(_milliseconds(timeout)):
@@ -228,10 +228,10 @@ class Hub:
                 arrived += self._intakes[source].read()
             elif source in self._monitors:
                 link = self._monitors[source]
-                news += link.news() if link.peer else link.news()[:0]
+                events += link.events() if link.peer else link.events()[:0]
             else:
                 _empty(self._wake_read)
-        return arrived + news
+        return arrived + events
 
     def wait(self, seconds: float) -> bool:
         """Let so long pass, whatever happens; True when something is there for poll then. Reads nothing. What others
@@ -268,9 +268,7 @@ class Hub:
 def _milliseconds(timeout: float | None) -> int | None:
     if timeout is None:
         return None
-    return min(
-        max(0, math.ceil(timeout * 1000)), _LONGEST_MS
-    )  # rounded up: 0.4 ms must not become a busy loop
+    return min(max(0, math.ceil(timeout * 1000)), _LONGEST_MS)  # rounded up: 0.4 ms must not become a busy loop
 
 
 def _empty(pipe: int) -> None:

@@ -58,7 +58,7 @@ def load(path: str) -> Key:
 
 
 def guard(socket: sockets.Socket, key: Key) -> None:
-    """Before bind: only who holds the key gets in, provided that a Doorman stands in the same context."""
+    """Before bind: only who holds the key gets in, provided that a ZapHandler stands in the same context."""
     socket.set(zmq.CURVE_SERVER, 1)
     socket.set(zmq.CURVE_SECRETKEY, key.secret)
     socket.set(zmq.ZAP_DOMAIN, b"tetri")
@@ -72,7 +72,7 @@ def introduce(socket: sockets.Socket, key: Key) -> None:
     socket.set(zmq.CURVE_SECRETKEY, key.secret)
 
 
-class Doorman:
+class ZapHandler:
     """Says who gets in (ZeroMQ's ZAP): clients whose public key is the deployment's. `socket` is to be polled."""
 
     def __init__(self, context: sockets.Context, key: Key) -> None:

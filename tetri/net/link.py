@@ -73,7 +73,7 @@ class Link:
         except zmq.Again:
             return False
 
-    def news(self) -> list[PeerUp | PeerDown]:
+    def events(self) -> list[PeerUp | PeerDown]:
         """What the monitor saw since the last call, in order. An attempt that never stood is no news."""
         seen: list[PeerUp | PeerDown] = []
         while _ready(self.monitor, zmq.POLLIN):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 
-from tetri.policy.views import BatchView, Member, WaitingSeat
+from tetri.policy.views import BatchView, Member, WaitingRequest
 from tetri.request import blocks_for
 
 #: Share of the memory that `peak` leaves alone, for those that outlive their prediction: nobody counted on what they
@@ -25,51 +25,51 @@ from tetri.request import blocks_for
 MARGIN = 0.02
 
 
-def greedy(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
+def greedy(waiting: Sequence[WaitingRequest], batch: BatchView) -> list[str]:
     """Admit while the batch has a slot and memory is not yet overdrawn (vLLM's way). Nothing is set aside for the
     output to come, so the engine may have to preempt."""
-    return [] if batch.free_blocks < 0 else [seat.key for seat in _in_turn(waiting, batch)]
+    return [] if batch.free_blocks < 0 else [request.key for request in _in_turn(waiting, batch)]
 
 
-def reserve_static(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
+def reserve_static(waiting: Sequence[WaitingRequest], batch: BatchView) -> list[str]:
     """Admit while what a request will take in addition until its end is free now. What running requests were promised
     is not subtracted, since the paper compares with "the memory available in the current iteration"; what those were
     promised that this call admits is, or a burst would be admitted against the same blocks."""
     keys, free = [], batch.free_blocks
-    for seat in _in_turn(waiting, batch):
-        free -= max(blocks_for(_end(seat), batch.block_tokens) - seat.blocks, 0)
+    for request in _in_turn(waiting, batch):
+        free -= max(blocks_for(_end(request), batch.block_tokens) - request.blocks, 0)
         if free < 0:
             break
-        keys.append(seat.key)
+        keys.append(request.key)
     return keys
 
 
-def reserve_dynamic(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
+def reserve_dynamic(waiting: Sequence[WaitingRequest], batch: BatchView) -> list[str]:
     """Admit while at least one block would be spare at the moment at which the shortest job of the batch ends, the new
     one included: all that are left have grown until then, and what ends then has given its blocks back. Its next token
     must fit now. Blind to what happens later: when the long ones go on growing, memory may still run out."""
     size, free = batch.block_tokens, batch.free_blocks
-    jobs = [(_left(member), member.tokens) for member in batch.running]
-    room = free + _held(batch)
-    first = min((left for left, _ in jobs), default=0)
-    used = _used_at(first, jobs, size)
+    requests = [(_left(member), member.tokens) for member in batch.running]
+    budget = free + _held(batch)
+    first = min((left for left, _ in requests), default=0)
+    used = _used_at(first, requests, size)
     keys = []
-    for seat in _in_turn(waiting, batch):
-        room += seat.blocks
-        free -= max(blocks_for(seat.tokens + 1, size) - seat.blocks, 0)
-        jobs.append((_left(seat), seat.tokens))
-        if len(jobs) == 1 or _left(seat) < first:
-            first = _left(seat)
-            used = _used_at(first, jobs, size)
-        elif _left(seat) > first:
-            used += blocks_for(seat.tokens + first, size)
-        if free < 0 or used >= room:
+    for request in _in_turn(waiting, batch):
+        budget += request.blocks
+        free -= max(blocks_for(request.tokens + 1, size) - request.blocks, 0)
+        requests.append((_left(request), request.tokens))
+        if len(requests) == 1 or _left(request) < first:
+            first = _left(request)
+            used = _used_at(first, requests, size)
+        elif _left(request) > first:
+            used += blocks_for(request.tokens + first, size)
+        if free < 0 or used >= budget:
             break
-        keys.append(seat.key)
+        keys.append(request.key)
     return keys
 
 
-def peak(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
+def peak(waiting: Sequence[WaitingRequest], batch: BatchView) -> list[str]:
     """Admit while the largest memory that the batch will ever take, by all its members' predicted ends, fits, the new
     one included. Not in the paper: it is the Past-Future scheduler's test (arXiv 2507.10150), with predicted lengths
     instead of sampled ones, and a `MARGIN`. With true ends the engine never preempts: `growth_to_peak` keeps new grants
@@ -78,17 +78,17 @@ def peak(waiting: Sequence[WaitingSeat], batch: BatchView) -> list[str]:
     Memory only grows until somebody ends, so its peaks are at the ends. Members are sorted by what they have left, once
     a call; each candidate is inserted and costs one walk over the batch, none while all would fit at their ends."""
     size = batch.block_tokens
-    jobs = _last_first(batch)
-    room = batch.free_blocks + _held(batch) - _margin(batch)
-    at_ends = sum(blocks_for(tokens - less, size) for less, tokens in jobs)  # if all were at their ends at once
+    requests = _last_first(batch)
+    budget = batch.free_blocks + _held(batch) - _margin(batch)
+    at_ends = sum(blocks_for(tokens - less, size) for less, tokens in requests)  # if all were at their ends at once
     keys = []
-    for seat in _in_turn(waiting, batch):
-        room += seat.blocks
-        at_ends += blocks_for(_end(seat), size)
-        insort(jobs, (-_left(seat), seat.tokens))
-        if at_ends > room and _largest(jobs, size) > room:
+    for request in _in_turn(waiting, batch):
+        budget += request.blocks
+        at_ends += blocks_for(_end(request), size)
+        insort(requests, (-_left(request), request.tokens))
+        if at_ends > budget and _largest(requests, size) > budget:
             break
-        keys.append(seat.key)
+        keys.append(request.key)
     return keys
 
 
@@ -115,13 +115,13 @@ def _held(batch: BatchView) -> int:
     return sum(blocks_for(member.tokens, batch.block_tokens) for member in batch.running)
 
 
-def _largest(jobs: Iterable[tuple[int, int]], size: int) -> int:
-    """The most blocks that are taken at any end. `jobs` are (-steps left, tokens), those that end last first: at the
+def _largest(requests: Iterable[tuple[int, int]], size: int) -> int:
+    """The most blocks that are taken at any end. `requests` are (-steps left, tokens), those that end last first: at the
     end of each, it and those before it are there. A job of t tokens takes ceil((t + steps) / size) blocks after so
     many steps. With t + size - 1 = whole x size + rest, and steps likewise, that is the sum of both wholes, and one
     more where both rests make up a block: so wholes are added up, and rests counted, and nothing is computed twice."""
     most, wholes, rests = 0, 0, [0] * size
-    for count, (less, tokens) in enumerate(jobs, 1):
+    for count, (less, tokens) in enumerate(requests, 1):
         whole, rest = divmod(tokens + size - 1, size)
         steps, part = divmod(-less, size)
         wholes += whole
@@ -130,21 +130,21 @@ def _largest(jobs: Iterable[tuple[int, int]], size: int) -> int:
     return most
 
 
-def _used_at(moment: int, jobs: Iterable[tuple[int, int]], size: int) -> int:
+def _used_at(moment: int, requests: Iterable[tuple[int, int]], size: int) -> int:
     """Blocks of the (steps left, tokens) that go on after so many steps."""
-    return sum(blocks_for(tokens + moment, size) for left, tokens in jobs if left > moment)
+    return sum(blocks_for(tokens + moment, size) for left, tokens in requests if left > moment)
 
 
-def _in_turn(waiting: Sequence[WaitingSeat], batch: BatchView) -> Iterator[WaitingSeat]:
+def _in_turn(waiting: Sequence[WaitingRequest], batch: BatchView) -> Iterator[WaitingRequest]:
     """In the order of landing, as many as there are slots for."""
     slots = max(batch.max_batch - len(batch.running), 0)
-    return iter(sorted(waiting, key=lambda seat: seat.landed)[:slots])
+    return iter(sorted(waiting, key=lambda request: request.landed)[:slots])
 
 
-def _left(job: Member | WaitingSeat) -> int:
+def _left(request: Member | WaitingRequest) -> int:
     """Steps until its predicted end, at least one: it would have ended otherwise."""
-    return max(job.end - job.tokens, 1)
+    return max(request.end - request.tokens, 1)
 
 
-def _end(job: Member | WaitingSeat) -> int:
-    return job.tokens + _left(job)
+def _end(request: Member | WaitingRequest) -> int:
+    return request.tokens + _left(request)

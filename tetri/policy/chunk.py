@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.policy.views import Progress
 
 
@@ -15,11 +15,11 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
 
     A chunk that the prompts do not fill runs as it is. The paper pads it with zeros, and leaves open whether it could
     wait for the next prompts: an engine with paged memory computes any number of tokens, so both only cost time."""
-    spans, room = [], chunk_tokens
+    spans, budget = [], chunk_tokens
     for prompt in prompts:
-        if room == 0:
+        if budget == 0:
             break
-        take = min(room, prompt.goal - prompt.done)
-        spans.append(Span(prompt.key, prompt.done, prompt.done + take))
-        room -= take
+        count = min(budget, prompt.goal - prompt.done)
+        spans.append(Span(prompt.key, prompt.done, prompt.done + count))
+        budget -= count
     return spans

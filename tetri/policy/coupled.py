@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.policy.views import Progress
 
 
@@ -43,13 +43,13 @@ def prefill_first(view: CoupledView, limits: Limits) -> Iteration:
     """vLLM of 2023, the paper's baseline: while a slot is free and a prompt waits, an iteration prefills whole prompts
     in order, as many as fit `step_tokens`, and the decodes stall; a longer prompt goes alone. Otherwise all decode."""
     spans: list[Span] = []
-    room, free = limits.step_tokens, view.free
+    budget, free = limits.step_tokens, view.free
     for prompt in view.waiting[: max(limits.slots - view.decoding, 0)]:
         tokens = prompt.goal - prompt.done
-        if tokens + 1 > free or (tokens > room and spans):
+        if tokens + 1 > free or (tokens > budget and spans):
             break
         spans.append(Span(prompt.key, prompt.done, prompt.goal))
-        room, free = room - tokens, free - tokens - 1
+        budget, free = budget - tokens, free - tokens - 1
     return Iteration(tuple(spans), decode=not spans)
 
 
@@ -57,22 +57,22 @@ def chunked(view: CoupledView, limits: Limits) -> Iteration:
     """vLLM of today: every decoding request takes one token of `step_tokens` first, and prompts, cut where it ends,
     fill the rest. A prompt starts when memory for all of it is there."""
     spans: list[Span] = []
-    room, free = limits.step_tokens - view.decoding, view.free - view.decoding
+    budget, free = limits.step_tokens - view.decoding, view.free - view.decoding
     slots = limits.slots - view.decoding
     if view.started is not None:
-        room -= _take(view.started, room, spans)
+        budget -= _fill(view.started, budget, spans)
         slots -= 1
     for prompt in view.waiting[: max(slots, 0)]:
         tokens = prompt.goal - prompt.done
-        if room <= 0 or tokens + 1 > free:
+        if budget <= 0 or tokens + 1 > free:
             break
-        room -= _take(prompt, room, spans)
+        budget -= _fill(prompt, budget, spans)
         free -= tokens + 1
     return Iteration(tuple(spans), decode=view.decoding > 0)
 
 
-def _take(prompt: Progress, room: int, spans: list[Span]) -> int:
-    tokens = min(prompt.goal - prompt.done, max(room, 0))
+def _fill(prompt: Progress, budget: int, spans: list[Span]) -> int:
+    tokens = min(prompt.goal - prompt.done, max(budget, 0))
     if tokens:
         spans.append(Span(prompt.key, prompt.done, prompt.done + tokens))
     return tokens

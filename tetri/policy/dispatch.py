@@ -24,7 +24,7 @@ def power_of_two(need: Need, pool: DecodePool, rng: Random) -> int | None:
     The paper wants "the lowest average ratio of heavy to light decodes", so that heavy ones are spread evenly, and
     compares instances with equally many requests, where that is the fewest heavy ones. Where numbers differ the ratio
     itself prefers a full instance with many light ones to an empty one: see `power_of_two_ratio`."""
-    pair = _two_with_room(need, pool, rng)
+    pair = _two_fitting(need, pool, rng)
     if not pair:
         return _most_spare(need, pool)
     return min(pair, key=lambda column: (pool.heavy[column], -pool.spare[column]))
@@ -34,7 +34,7 @@ def power_of_two_ratio(need: Need, pool: DecodePool, rng: Random) -> int | None:
     """As `power_of_two`, but of the two the one with the lower heavy : light ratio once the request is there (no light
     one: above any other), among equals the one with more spare. The paper's sentence to the letter, kept to be
     measured: with open arrivals it piles requests onto the instance that has most light ones."""
-    pair = _two_with_room(need, pool, rng)
+    pair = _two_fitting(need, pool, rng)
     if len(pair) < 2:
         return pair[0] if pair else _most_spare(need, pool)
     (heavy_a, light_a), (heavy_b, light_b) = (
@@ -57,7 +57,7 @@ def random(need: Need, pool: DecodePool, rng: Random) -> int | None:
         column = drawn(len(pool.free), rng)
         if pool.free[column] >= need.blocks:
             return column
-    return _any(_with_room(need, pool), rng)
+    return _any(_fitting(need, pool), rng)
 
 
 def round_robin(need: Need, pool: DecodePool, rng: Random) -> int | None:
@@ -71,7 +71,7 @@ def least_loaded(need: Need, pool: DecodePool, rng: Random) -> int | None:
     """Of the instances with room the one with the fewest requests, however long; among equals the one with more free
     blocks. Looks at all instances: it shows what power of two gives up by looking at two."""
     return min(
-        _with_room(need, pool),
+        _fitting(need, pool),
         key=lambda column: (pool.heavy[column] + pool.light[column], -pool.free[column]),
         default=None,
     )
@@ -82,11 +82,11 @@ def imbalance(need: Need, pool: DecodePool, rng: Random) -> int | None:
     ones to any other with room. To the first one too when it is all there is."""
     if need.heavy:
         return first_fit(need, pool, rng)
-    fits = _with_room(need, pool)
+    fits = _fitting(need, pool)
     return _any([column for column in fits if column != 0] or fits, rng)
 
 
-def _two_with_room(need: Need, pool: DecodePool, rng: Random) -> list[int]:
+def _two_fitting(need: Need, pool: DecodePool, rng: Random) -> list[int]:
     """Two different columns of alpha, each pair as likely; fewer when alpha has fewer. Columns are drawn and tested
     until two are found; after a few draws alpha is small, and is written down in one pass."""
     blocks, end_blocks, free, spare = need.blocks, need.end_blocks, pool.free, pool.spare
@@ -111,7 +111,7 @@ def _most_spare(need: Need, pool: DecodePool) -> int | None:
     return best
 
 
-def _with_room(need: Need, pool: DecodePool) -> list[int]:
+def _fitting(need: Need, pool: DecodePool) -> list[int]:
     return [column for column, free in enumerate(pool.free) if free >= need.blocks]
 
 

@@ -60,7 +60,7 @@ def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng:
 
 def trained(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
     """A trained predictor says it, which reads more than is known here: its odds come with `LengthKnown` or with the
-    engine's steps, and core/foresight.py makes ranges of them. Here: what is known without it, as `oracle`."""
+    engine's steps, and core/length/estimator.py makes ranges of them. Here: what is known without it, as `oracle`."""
     return fixed(sampling)
 
 

@@ -23,13 +23,13 @@ def apart(a: Reach, b: Reach) -> str:
     return "; ".join(reasons) or "local needs both in one process"
 
 
-def kin(reach: Reach) -> tuple[object, ...]:
+def compatibility_key(reach: Reach) -> tuple[object, ...]:
     """What `path` looks at: instances with the same kin have the same paths to all others."""
     process = reach.process if "local" in reach.paths else 0
     return (*reach.paths, reach.host, process, reach.device, *reach.near)
 
 
-def stranger(mine: Fingerprint, theirs: Fingerprint, a: Reach, b: Reach) -> str | None:
+def incompatibility(mine: Fingerprint, theirs: Fingerprint, a: Reach, b: Reach) -> str | None:
     """Why KV can never move between two instances; None when it can."""
     why = difference(mine, theirs)
     if why is not None:

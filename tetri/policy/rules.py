@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.policy import admit, chunk, dispatch, flip, length, order, route
 from tetri.policy.length import LengthSettings
 from tetri.policy.order import Order
@@ -21,14 +21,14 @@ from tetri.policy.views import (
     PrefillPool,
     Progress,
     RoleChange,
-    WaitingSeat,
+    WaitingRequest,
 )
 from tetri.request import LengthRange, Sampling
 
 PrefillRoute = Callable[[float, PrefillPool, Random], int | None]
 DecodeRoute = Callable[[Need, DecodePool, Random], int | None]
 ChunkPacking = Callable[[Sequence[Progress], int], list[Span]]
-Admission = Callable[[Sequence[WaitingSeat], BatchView], list[str]]
+Admission = Callable[[Sequence[WaitingRequest], BatchView], list[str]]
 LengthPrediction = Callable[[int, Sampling, LengthSettings, Random], LengthRange | None]
 FlipRule = Callable[[Sequence[InstanceState], FlipSettings], RoleChange | None]
 

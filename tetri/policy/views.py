@@ -84,7 +84,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class WaitingSeat:
+class WaitingRequest:
     """A request whose KV has landed and which wants to run: `blocks` are its own already. `tokens` and `end` as of a
     Member; `landed` is its place in the order of landing."""
 

@@ -38,7 +38,7 @@ Key = tuple[str, int]
 class Plan:
     """How texts are written; kept beside the lengths, as FILE.json, so that no file is continued another way.
     `weights`: the hash of the model's; `model` is what it was called. `layers`, `every`: which hidden states are kept,
-    see engine/vllm_writer.py."""
+    see engine/vllm/writer.py."""
 
     model: str
     weights: str
@@ -49,13 +49,13 @@ class Plan:
     every: int = 64
     dtype: str = "bfloat16"
 
-    def told(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """What decides over the texts, and may not change within a file."""
         return {name: value for name, value in asdict(self).items() if name != "model"}
 
 
 class Texts(Protocol):
-    """What writes texts: engine/vllm_writer.py."""
+    """What writes texts: engine/vllm/writer.py."""
 
     context: int
 
@@ -67,7 +67,7 @@ class Texts(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class TextTask:
     prompt: Prompt
     sample: int
 
@@ -80,9 +80,9 @@ Chat = Callable[[Sequence[Turn]], list[int]]
 
 
 def fitting(
-    prompts: Sequence[Prompt], chat: Chat, room: int, most: int | None = None
+    prompts: Sequence[Prompt], chat: Chat, prompt_limit: int, most: int | None = None
 ) -> tuple[list[Prompt], list[str], int]:
-    """The first `most` prompts that the model takes, at most `room` tokens long in its chat template; why it does not
+    """The first `most` prompts that the model takes, at most `buffer` tokens long in its chat template; why it does not
     take others before them, one line each; the tokens of the longest. Raises PredictError where it takes none at all.
     """
     try:
@@ -100,8 +100,8 @@ def fitting(
         except TextError as error:
             bad.append(f"line {prompt.line}: {error}")
             continue
-        if count > room:
-            bad.append(f"line {prompt.line}: {count} prompt tokens, the model's context leaves room for {room}")
+        if count > prompt_limit:
+            bad.append(f"line {prompt.line}: {count} prompt tokens, the model's context leaves room for {prompt_limit}")
             continue
         good.append(prompt)
         longest = max(longest, count)
@@ -113,10 +113,10 @@ def ids_of(prompt: Prompt, chat: Chat) -> list[int]:
     return chat([Turn(role="user", content=prompt.text)])
 
 
-def jobs_of(prompts: Sequence[Prompt], samples: int, done: Mapping[Key, Length]) -> list[Job]:
+def tasks_of(prompts: Sequence[Prompt], samples: int, done: Mapping[Key, Length]) -> list[TextTask]:
     """What is still to be written: the first text of every prompt, then the second of every one, and so on."""
-    wanted = [Job(prompt, sample) for sample in range(samples) for prompt in prompts]
-    return [job for job in wanted if job.key not in done]
+    wanted = [TextTask(prompt, sample) for sample in range(samples) for prompt in prompts]
+    return [task for task in wanted if task.key not in done]
 
 
 class Collected:
@@ -159,7 +159,7 @@ class Collected:
         return kept
 
     def add(self, made: Length, states: Mapping[int, Any]) -> None:
-        """`states` as of engine/vllm_writer.py. Raises OSError, after which there is nothing to do but to close."""
+        """`states` as of engine/vllm/writer.py. Raises OSError, after which there is nothing to do but to close."""
         if not self._began:
             atomic.write_text(plan_path(self._lengths), json.dumps(asdict(self._plan), indent=1) + "\n")
             self._began = True
@@ -183,7 +183,7 @@ class Collected:
 
 
 def collect(
-    jobs: Sequence[Job],
+    tasks: Sequence[TextTask],
     plan: Plan,
     collected: Collected,
     writer: Texts,
@@ -191,30 +191,30 @@ def collect(
     batch: int,
     progress: Callable[[Length], None],
 ) -> None:
-    """Write the texts of `jobs`, whose prompts are `fitting`, `batch` at a time. `progress` hears of each length when
+    """Write the texts of `requests`, whose prompts are `fitting`, `batch` at a time. `progress` hears of each length when
     it is in the file. Raises OSError when a file cannot be written.
 
     Whoever stops halfway has more of the short texts than of the long ones, which are under way longer: lengths are
     fit for training when all jobs are done."""
-    waiting = list(reversed(jobs))
-    under_way: dict[str, tuple[Job, int]] = {}
+    waiting = list(reversed(tasks))
+    under_way: dict[str, tuple[TextTask, int]] = {}
     while waiting or under_way:
         while waiting and len(under_way) < batch:
-            job = waiting.pop()
-            ids = ids_of(job.prompt, chat)
-            key = f"{job.prompt.key}-{job.sample}"
-            writer.add(key, ids, sampling_of(job, plan))
-            under_way[key] = job, len(ids)
+            task = waiting.pop()
+            ids = ids_of(task.prompt, chat)
+            key = f"{task.prompt.key}-{task.sample}"
+            writer.add(key, ids, sampling_of(task, plan))
+            under_way[key] = task, len(ids)
         for text in writer.step():
-            job, count = under_way.pop(text.key)
-            made = Length(job.prompt.text, len(text.ids), job.sample, text.reason, count, job.prompt.source)
+            task, count = under_way.pop(text.key)
+            made = Length(task.prompt.text, len(text.ids), task.sample, text.reason, count, task.prompt.source)
             collected.add(made, text.states)
             progress(made)
 
 
-def sampling_of(job: Job, plan: Plan) -> Sampling:
+def sampling_of(task: TextTask, plan: Plan) -> Sampling:
     """Each text has a seed of its own, that depends on nothing but the prompt and the sample's number."""
-    seed = xxhash.xxh3_64_intdigest(f"{plan.seed} {job.sample} {job.prompt.key}".encode()) >> 1
+    seed = xxhash.xxh3_64_intdigest(f"{plan.seed} {task.sample} {task.prompt.key}".encode()) >> 1
     return Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=seed)
 
 
@@ -241,15 +241,15 @@ def _check(plan: Plan, lengths: Path) -> bool:
             if path.exists() and path.stat().st_size:
                 raise PredictError(f"{path} is there and was not begun by collect: give another --out")
         return False
-    was = before.told()
-    different = [name for name, value in plan.told().items() if was[name] != value]
+    was = before.described()
+    different = [name for name, value in plan.described().items() if was[name] != value]
     if different and lengths.stat().st_size:
-        told = ", ".join(f"{name} {_worded(was[name])}" for name in different)
-        raise PredictError(f"{lengths} was begun with {told}: give the same, or another --out")
+        described = ", ".join(f"{name} {_shown(was[name])}" for name in different)
+        raise PredictError(f"{lengths} was begun with {described}: give the same, or another --out")
     return not different
 
 
-def _worded(value: Any) -> str:
+def _shown(value: Any) -> str:
     return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 

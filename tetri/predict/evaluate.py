@@ -12,22 +12,22 @@ from tetri.predict.examples import Texts, layer_at
 from tetri.predict.lengths import Length, prompt_key
 from tetri.predict.model import Loaded
 from tetri.predict.scores import GRANULARITIES, Doubles, Ints, ceiling, guessed, quantiles, scores
-from tetri.request import Odds
+from tetri.request import LengthDistribution
 
 BATCH = 32
 FEWEST = 30  # texts that the baselines are fitted to, when they are others than the judged ones
 FOLDS = 5
 BOUND = 0.9
-Odds_ = Mapping[str, Doubles]
+Distributions = Mapping[str, Doubles]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """`odds` by kind, [n, buckets] of `width`, of the whole output of each of `lengths`. `later`: by known output
+    """`distribution` by kind, [n, buckets] of `width`, of the whole output of each of `lengths`. `later`: by known output
     tokens, (rows in `lengths`, odds of what follows)."""
 
     lengths: list[Length]
-    odds: dict[str, Doubles]
+    distribution: dict[str, Doubles]
     later: dict[int, tuple[Ints, Doubles]]
     width: int
     limit: int
@@ -38,33 +38,33 @@ class Judged:
 
 
 def judge(
-    predictors: Mapping[str, Loaded], texts: Texts, lengths: Sequence[Length], say: Callable[[str], None]
+    predictors: Mapping[str, Loaded], texts: Texts, lengths: Sequence[Length], report_progress: Callable[[str], None]
 ) -> Judged:
     """Asks each of `predictors`, by kind, for all of `lengths`. Raises PredictError."""
-    odds: dict[str, Doubles] = {}
+    distribution: dict[str, Doubles] = {}
     later: dict[int, tuple[Ints, Doubles]] = {}
     width = next(iter(predictors.values())).card.width
     for kind, predictor in predictors.items():
-        say(f"{kind}: {len(lengths)} prompts")
+        report_progress(f"{kind}: {len(lengths)} prompts")
         if kind == "hidden":
-            odds[kind], later = foretold(predictor, texts, lengths)
+            distribution[kind], later = estimates_of(predictor, texts, lengths)
         else:
-            odds[kind] = classified(predictor, [length.prompt for length in lengths])
-    if len(odds) == 2:
-        odds["both"] = together(odds["classifier"], odds["hidden"])
-    return Judged(list(lengths), odds, later, width, texts.limit)
+            distribution[kind] = classified(predictor, [length.prompt for length in lengths])
+    if len(distribution) == 2:
+        distribution["both"] = together(distribution["classifier"], distribution["hidden"])
+    return Judged(list(lengths), distribution, later, width, texts.limit)
 
 
 def classified(predictor: Loaded, prompts: Sequence[str]) -> Doubles:
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-    found: dict[int, Odds] = {}
+    found: dict[int, LengthDistribution] = {}
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         found |= zip(batch, predictor.classify([prompts[at] for at in batch]), strict=True)
     return np.array([found[at].shares for at in range(len(prompts))])
 
 
-def foretold(
+def estimates_of(
     predictor: Loaded, texts: Texts, lengths: Sequence[Length]
 ) -> tuple[Doubles, dict[int, tuple[Ints, Doubles]]]:
     """(odds at the prompts' ends, those at later positions by known tokens, which are capped at the limit)."""
@@ -78,8 +78,8 @@ def foretold(
     found = {}
     for known, rows in sorted(by_known.items()):
         states = np.array([state for _, state in rows], np.float32)
-        odds = np.array([one.shares for one in predictor.foretell(states, [known] * len(rows))])
-        found[known] = np.array([number for number, _ in rows]), odds
+        distribution = np.array([one.shares for one in predictor.estimate(states, [known] * len(rows))])
+        found[known] = np.array([number for number, _ in rows]), distribution
     return found.pop(0)[1], found
 
 
@@ -92,8 +92,11 @@ def together(one: Doubles, other: Doubles) -> Doubles:
 def report(judged: Judged, others: Sequence[Length], predictors: Mapping[str, Loaded]) -> dict[str, Any]:
     """`others`: texts that are not judged, to which the baselines are fitted; with too few of them, to the judged ones
     in five parts. What counts at the top is of the best kind: hidden, or else classifier."""
-    tokens, kinds = judged.tokens, list(judged.odds)
-    of = {kind: scores(odds, tokens, judged.width, judged.limit) for kind, odds in judged.odds.items()}
+    tokens, kinds = judged.tokens, list(judged.distribution)
+    of = {
+        kind: scores(distribution, tokens, judged.width, judged.limit)
+        for kind, distribution in judged.distribution.items()
+    }
     for kind, predictor in predictors.items():
         of[kind]["bound"] = _bound(judged, kind, predictor)
     lead = "hidden" if "hidden" in kinds else kinds[0]
@@ -171,24 +174,24 @@ def _bound(judged: Judged, kind: str, predictor: Loaded) -> dict[str, Any]:
     """The conformal upper bound: how many texts end below it, and how high it is on average."""
     levels = predictor.card.levels
     share = float(np.interp(BOUND, np.arange(1, len(levels) + 1) / (len(levels) + 1), levels)) if levels else BOUND
-    high = quantiles(judged.odds[kind], judged.width, min(share, 1.0), judged.limit + 1)
+    high = quantiles(judged.distribution[kind], judged.width, min(share, 1.0), judged.limit + 1)
     inside = float((judged.tokens < high).mean())
     return {"share": BOUND, "inside": round(inside, 4), "tokens": round(float(high.mean()))}
 
 
 def _later(judged: Judged, known: int) -> dict[str, Any]:
     """Of the texts that go on then, beside the median of all that do."""
-    rows, odds = judged.later[known]
+    rows, distribution = judged.later[known]
     rest = judged.tokens[rows] - known
     limit = judged.limit - known
-    found = scores(capped(odds, judged.width, limit), rest, judged.width, limit)
+    found = scores(capped(distribution, judged.width, limit), rest, judged.width, limit)
     return found | {"mae_of_the_median": round(float(np.abs(np.median(rest) - rest).mean()), 1)}
 
 
-def capped(odds: Doubles, width: int, limit: int) -> Doubles:
+def capped(distribution: Doubles, width: int, limit: int) -> Doubles:
     """What is at or above the limit goes into the limit's bucket."""
-    last = min(limit // width, odds.shape[1] - 1)
-    return np.concatenate([odds[:, :last], odds[:, last:].sum(axis=1, keepdims=True)], axis=1)
+    last = min(limit // width, distribution.shape[1] - 1)
+    return np.concatenate([distribution[:, :last], distribution[:, last:].sum(axis=1, keepdims=True)], axis=1)
 
 
 def predictions(judged: Judged) -> list[dict[str, Any]]:
@@ -196,13 +199,15 @@ def predictions(judged: Judged) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, length in enumerate(judged.lengths):
         row: dict[str, Any] = {"prompt_tokens": length.prompt_tokens, "tokens": length.tokens, "source": length.source}
-        row |= {kind: _rounded(odds[number]) for kind, odds in judged.odds.items() if kind != "both"}
+        row |= {
+            kind: _rounded(distribution[number]) for kind, distribution in judged.distribution.items() if kind != "both"
+        }
         rows.append(row | {"width": judged.width})
-    for known, (places, odds) in judged.later.items():
-        for number, one in zip(places, odds, strict=True):
+    for known, (places, distribution) in judged.later.items():
+        for number, one in zip(places, distribution, strict=True):
             rows[number].setdefault("later", {})[str(known)] = _rounded(one)
     return rows
 
 
-def _rounded(odds: Doubles) -> list[float]:
-    return [round(float(share), 5) for share in odds]
+def _rounded(distribution: Doubles) -> list[float]:
+    return [round(float(share), 5) for share in distribution]

@@ -19,7 +19,7 @@ LEVELS = 39  # that are kept of the calibration
 GOLDEN = 0.6180339887498949  # its multiples, without their whole parts, are spread as evenly as can be
 
 Doubles = npt.NDArray[np.float64]
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def buckets_of(limit: int, width: int) -> int:
     return max((limit - 1) // width + 1, 2)
 
 
-def fit(rows: Rows, width: int, buckets: int, seed: int, say: Say, *, networks: int = FOLDS) -> Fitted:
+def fit(rows: Rows, width: int, buckets: int, seed: int, progress: Progress, *, networks: int = FOLDS) -> Fitted:
     mean, scale = moments(rows.features, rows.weight)
     plain = Head(mean, scale, ())
     normed = plain.normed(rows.features)
@@ -47,13 +47,13 @@ def fit(rows: Rows, width: int, buckets: int, seed: int, say: Say, *, networks: 
         out = rows.fold == fold
         network, left_out[out] = _network(normed, rows, out, width, buckets, seed + fold)
         made.append(network)
-        say(f"network {fold + 1} of {networks}")
+        progress(f"network {fold + 1} of {networks}")
     judged = rows.fold < networks
     some = rows.chosen(judged)
     temperature = temperature_of(left_out[judged], some, width)
-    odds = shares(left_out / temperature)
-    loss = np.average(surprise(odds[judged], some, width), weights=some.weight)
-    return Fitted(Head(mean, scale, tuple(made), temperature), odds, float(loss))
+    distribution = shares(left_out / temperature)
+    loss = np.average(surprise(distribution[judged], some, width), weights=some.weight)
+    return Fitted(Head(mean, scale, tuple(made), temperature), distribution, float(loss))
 
 
 def moments(features: Array, weight: Array) -> tuple[Array, Array]:
@@ -62,11 +62,11 @@ def moments(features: Array, weight: Array) -> tuple[Array, Array]:
     return mean.astype(np.float32), (scale + 1e-5).astype(np.float32)
 
 
-def surprise(odds: Doubles, rows: Rows, width: int) -> Doubles:
+def surprise(distribution: Doubles, rows: Rows, width: int) -> Doubles:
     """Negative log of the odds of what came; of a text that was cut off, of all that may have come."""
-    bucket = np.minimum(rows.tokens // width, odds.shape[1] - 1)
-    here = odds[np.arange(len(odds)), bucket]
-    beyond = np.cumsum(odds[:, ::-1], axis=1)[:, ::-1][np.arange(len(odds)), bucket]
+    bucket = np.minimum(rows.tokens // width, distribution.shape[1] - 1)
+    here = distribution[np.arange(len(distribution)), bucket]
+    beyond = np.cumsum(distribution[:, ::-1], axis=1)[:, ::-1][np.arange(len(distribution)), bucket]
     return np.asarray(-np.log(np.maximum(np.where(rows.open, beyond, here), 1e-9)))
 
 
@@ -77,23 +77,23 @@ def temperature_of(logits: Array, rows: Rows, width: int) -> float:
     return round(float(tried[int(np.argmin(losses))]), 4)
 
 
-def transform(odds: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> Doubles:
+def transform(distribution: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> Doubles:
     """The share of the odds that lies at or below the true length, evenly spread within a bucket. Of texts that were
     cut off, or are in the last bucket, some place in what lies beyond: together they are spread evenly over it."""
-    bucket = np.minimum(tokens // width, odds.shape[1] - 1)
-    sums = np.concatenate([np.zeros((len(odds), 1)), np.cumsum(odds, axis=1)], axis=1)
-    row = np.arange(len(odds))
+    bucket = np.minimum(tokens // width, distribution.shape[1] - 1)
+    sums = np.concatenate([np.zeros((len(distribution), 1)), np.cumsum(distribution, axis=1)], axis=1)
+    row = np.arange(len(distribution))
     inside = np.clip((tokens + 0.5 - bucket * width) / width, 0.0, 1.0)
-    here = sums[row, bucket] + odds[row, bucket] * inside
-    last = bucket == odds.shape[1] - 1
+    here = sums[row, bucket] + distribution[row, bucket] * inside
+    last = bucket == distribution.shape[1] - 1
     beyond = np.where(last, sums[row, bucket], here)
     spread = beyond + (1.0 - beyond) * (((row + 1) * GOLDEN) % 1.0)
     return np.asarray(np.where(last | open_, spread, here))
 
 
-def levels_of(odds: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> tuple[float, ...]:
+def levels_of(distribution: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> tuple[float, ...]:
     """The calibration, as tetri.request.Expected has it."""
-    at = np.quantile(transform(odds, tokens, open_, width), np.arange(1, LEVELS + 1) / (LEVELS + 1))
+    at = np.quantile(transform(distribution, tokens, open_, width), np.arange(1, LEVELS + 1) / (LEVELS + 1))
     return tuple(round(float(min(max(level, 0.0), 1.0)), 4) for level in at)
 
 

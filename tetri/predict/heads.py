@@ -51,7 +51,7 @@ class Head:
         near = np.nan_to_num((features - self.mean) / self.scale, nan=0.0, posinf=FURTHEST, neginf=-FURTHEST)
         return np.asarray(np.clip(near, -FURTHEST, FURTHEST), np.float32)
 
-    def odds(self, features: Array) -> npt.NDArray[np.float64]:
+    def distribution(self, features: Array) -> npt.NDArray[np.float64]:
         """[n, inputs] -> [n, buckets], each row adding up to 1."""
         normed = self.normed(features)
         every = [shares(_logits(network, normed) / self.temperature) for network in self.networks]
@@ -122,5 +122,5 @@ def _head(tensors: dict[str, Array], seen: frozenset[int]) -> Head:
             layers.append((tensors[f"{name}.weight"], tensors[f"{name}.bias"]))
         networks.append(tuple(layers))
     head = Head(tensors["mean"], tensors["scale"], tuple(networks), float(tensors["temperature"][0]), seen)
-    head.odds(head.mean[None])  # the shapes fit
+    head.distribution(head.mean[None])  # the shapes fit
     return head

@@ -128,20 +128,20 @@ def _prompt_problem(text: Any) -> str:
     return "" if _is_text(text) else '"prompt" is no text: half a surrogate pair is in it'
 
 
-def _is_text(word: Any) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether it can be written as UTF-8: JSON can spell half a surrogate pair, which no file and no model takes."""
-    return isinstance(word, str) and not any("\ud800" <= char <= "\udfff" for char in set(word))
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in set(value))
 
 
 def _length(row: dict[str, Any]) -> Length | None:
     counts = [row.get(name, 0) for name in ("tokens", "sample", "prompt_tokens")]
-    words = [row.get("prompt"), row.get("ended", "stop"), row.get("source", "")]
+    values = [row.get("prompt"), row.get("ended", "stop"), row.get("source", "")]
     if "tokens" not in row or not all(type(count) is int and count >= 0 for count in counts):
         return None
-    if not all(map(_is_text, words)) or words[1] not in ("stop", "length"):
+    if not all(map(_is_text, values)) or values[1] not in ("stop", "length"):
         return None
     tokens, sample, prompt_tokens = counts
-    prompt, ended, source = map(str, words)
+    prompt, ended, source = map(str, values)
     return Length(prompt, tokens, sample, ended, prompt_tokens, source)
 
 

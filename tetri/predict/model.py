@@ -16,7 +16,7 @@ from tetri.predict.encoder import SHAPE, Encoder, find_encoder, load_encoder
 from tetri.predict.heads import Array, Head, load_head
 from tetri.predict.lengths import PredictError
 from tetri.predict.quick import quick
-from tetri.request import Expected, Odds
+from tetri.request import Expected, LengthDistribution
 
 SHIPPED = Path(__file__).parent / "shipped"
 PLACE = 3  # features that say how many output tokens are known
@@ -37,13 +37,13 @@ class Loaded:
         return self.card.every
 
     def expected(self, note: str) -> Expected:
-        return Expected(self.card.kind, Odds(self.card.width, self.card.prior), self.card.levels, note)
+        return Expected(self.card.kind, LengthDistribution(self.card.width, self.card.prior), self.card.levels, note)
 
-    def classify(self, texts: Sequence[str]) -> list[Odds]:
+    def classify(self, texts: Sequence[str]) -> list[LengthDistribution]:
         """The odds of each prompt's whole output; one batch, padded to its longest. Only a classifier can."""
         return self.read(texts)[0]
 
-    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+    def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         """As `classify`, and how many of the encoder's tokens each text has, of which it reads `card.cut` at most."""
         if self.encoder is None:
             raise PredictError("a predictor of kind hidden reads no text")
@@ -51,9 +51,9 @@ class Loaded:
             return [], []
         vectors = self.encoder.vectors(texts)
         counts = np.rint(np.expm1(vectors[:, -SHAPE].astype(np.float64)))  # it is the first of what `shape` says
-        return self._odds(vectors), [int(count) for count in counts]
+        return self._distribution(vectors), [int(count) for count in counts]
 
-    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
+    def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
         """`states`: float [n, hidden], after `layer` layers, at the last token of each text; `outputs`: how many output
         tokens were known then, 0 at the prompt's end. The odds of how many tokens follow. Only a hidden one can."""
         if self.encoder is not None:
@@ -64,21 +64,21 @@ class Loaded:
         if not len(rows):
             return []
         features, known = with_place(rows, outputs), np.asarray(outputs)
-        odds = np.empty((len(rows), self.head.buckets))
+        distribution = np.empty((len(rows), self.head.buckets))
         for head, which in ((self.head, known == 0), (self.head.later or self.head, known > 0)):
             if which.any():
-                odds[which] = head.odds(features[which])
-        return self._made(odds)
+                distribution[which] = head.distribution(features[which])
+        return self._made(distribution)
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens the encoder would read of each, if it did not cut."""
         return [len(ids) for ids in self.encoder.ids(texts)] if self.encoder is not None and texts else []
 
-    def _odds(self, features: Array) -> list[Odds]:
-        return self._made(self.head.odds(features))
+    def _distribution(self, features: Array) -> list[LengthDistribution]:
+        return self._made(self.head.distribution(features))
 
-    def _made(self, odds: npt.NDArray[np.float64]) -> list[Odds]:
-        return [Odds(self.card.width, tuple(map(float, row))) for row in odds]
+    def _made(self, distribution: npt.NDArray[np.float64]) -> list[LengthDistribution]:
+        return [LengthDistribution(self.card.width, tuple(map(float, row))) for row in distribution]
 
 
 def with_place(states: Array, outputs: Sequence[int]) -> Array:

@@ -14,40 +14,42 @@ GRANULARITIES = (100, 200, 400)
 BINS = 10  # of confidence
 
 
-def merged(odds: Doubles, width: int, granularity: int) -> Doubles:
+def merged(distribution: Doubles, width: int, granularity: int) -> Doubles:
     """[n, buckets] of `width` -> of `granularity`, a multiple."""
-    starts = np.arange(0, odds.shape[1], granularity // width)
-    return np.asarray(np.add.reduceat(odds, starts, axis=1))
+    starts = np.arange(0, distribution.shape[1], granularity // width)
+    return np.asarray(np.add.reduceat(distribution, starts, axis=1))
 
 
 def labels(tokens: Ints, granularity: int, buckets: int) -> Ints:
     return np.minimum(tokens // granularity, buckets - 1)
 
 
-def accuracy(odds: Doubles, tokens: Ints, width: int, granularity: int) -> float:
-    wide = merged(odds, width, granularity)
+def accuracy(distribution: Doubles, tokens: Ints, width: int, granularity: int) -> float:
+    wide = merged(distribution, width, granularity)
     return float(np.mean(wide.argmax(axis=1) == labels(tokens, granularity, wide.shape[1])))
 
 
-def quantiles(odds: Doubles, width: int, share: float, limit: int) -> Doubles:
+def quantiles(distribution: Doubles, width: int, share: float, limit: int) -> Doubles:
     """The tokens below which this share of the odds lies; what is in the open bucket is at `limit`."""
-    below = np.cumsum(odds, axis=1)
-    bucket = np.minimum((below < share).sum(axis=1), odds.shape[1] - 1)
-    row = np.arange(len(odds))
+    below = np.cumsum(distribution, axis=1)
+    bucket = np.minimum((below < share).sum(axis=1), distribution.shape[1] - 1)
+    row = np.arange(len(distribution))
     before = np.where(bucket > 0, below[row, bucket - 1], 0.0)
-    inside = np.clip((share - before) / np.maximum(odds[row, bucket], 1e-12), 0.0, 1.0)
-    return np.asarray(np.where(bucket == odds.shape[1] - 1, limit, np.minimum((bucket + inside) * width, limit)))
+    inside = np.clip((share - before) / np.maximum(distribution[row, bucket], 1e-12), 0.0, 1.0)
+    return np.asarray(
+        np.where(bucket == distribution.shape[1] - 1, limit, np.minimum((bucket + inside) * width, limit))
+    )
 
 
-def means(odds: Doubles, width: int, limit: int) -> Doubles:
-    middle = (np.arange(odds.shape[1]) + 0.5) * width
+def means(distribution: Doubles, width: int, limit: int) -> Doubles:
+    middle = (np.arange(distribution.shape[1]) + 0.5) * width
     middle[-1] = max(limit, middle[-1])
-    return np.asarray(odds @ middle)
+    return np.asarray(distribution @ middle)
 
 
-def calibration_error(odds: Doubles, tokens: Ints, width: int, granularity: int) -> float:
+def calibration_error(distribution: Doubles, tokens: Ints, width: int, granularity: int) -> float:
     """Expected calibration error: between how sure the likeliest bucket was and how often it was right."""
-    wide = merged(odds, width, granularity)
+    wide = merged(distribution, width, granularity)
     sure = wide.max(axis=1)
     right = wide.argmax(axis=1) == labels(tokens, granularity, wide.shape[1])
     bins = np.minimum((sure * BINS).astype(int), BINS - 1)
@@ -69,23 +71,23 @@ def tau(guess: Doubles, tokens: Ints) -> float:
     return same / of if of else 0.0
 
 
-def ranked(odds: Doubles, tokens: Ints, width: int) -> float:
+def ranked(distribution: Doubles, tokens: Ints, width: int) -> float:
     """The ranked probability score, in tokens: how far the shares below each bucket's end were from what came, squared
     and summed. Less is better."""
-    below = np.cumsum(odds, axis=1)[:, :-1]
-    ends = (np.arange(odds.shape[1] - 1) + 1) * width
+    below = np.cumsum(distribution, axis=1)[:, :-1]
+    ends = (np.arange(distribution.shape[1] - 1) + 1) * width
     return float(np.mean((((tokens[:, None] < ends) - below) ** 2).sum(axis=1)) * width)
 
 
-def scores(odds: Doubles, tokens: Ints, width: int, limit: int) -> dict[str, Any]:
+def scores(distribution: Doubles, tokens: Ints, width: int, limit: int) -> dict[str, Any]:
     """All of it; `n` texts."""
     return {
         "n": len(tokens),
-        "acc": {str(g): _short(accuracy(odds, tokens, width, g)) for g in GRANULARITIES},
-        "mae": round(float(np.abs(quantiles(odds, width, 0.5, limit) - tokens).mean()), 1),
-        "ece": _short(calibration_error(odds, tokens, width, 200)),
-        "tau": _short(tau(means(odds, width, limit), tokens)),
-        "rps": round(ranked(odds, tokens, width), 1),
+        "acc": {str(g): _short(accuracy(distribution, tokens, width, g)) for g in GRANULARITIES},
+        "mae": round(float(np.abs(quantiles(distribution, width, 0.5, limit) - tokens).mean()), 1),
+        "ece": _short(calibration_error(distribution, tokens, width, 200)),
+        "tau": _short(tau(means(distribution, width, limit), tokens)),
+        "rps": round(ranked(distribution, tokens, width), 1),
     }
 
 

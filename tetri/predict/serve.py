@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from tetri import log
-from tetri.request import Odds
+from tetri.request import LengthDistribution
 
 BATCH = 16  # prompts that are read together
 QUEUE = 64  # prompts that wait to be read; of more the oldest go without
@@ -31,15 +31,15 @@ LEAVE_S = 2.0  # at the end, for the batch under way
 
 THREAD = "predictor"
 
-NONE = Odds(0, ())  # odds that are none
+NONE = LengthDistribution(0, ())  # odds that are none
 
-Answer = tuple[str, Odds | None]
+Answer = tuple[str, LengthDistribution | None]
 
 
 class Classifier(Protocol):
     """The part of tetri.predict.model.Loaded that is used here."""
 
-    def read(self, texts: Sequence[str]) -> tuple[list[Odds], list[int]]:
+    def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         """One batch, of longer texts the ends; and how many tokens each text has."""
 
 
@@ -52,7 +52,7 @@ class Head(Protocol):
     @property
     def every(self) -> int: ...
 
-    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]: ...
+    def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]: ...
 
 
 class Reading:
@@ -74,7 +74,7 @@ class Reading:
         except Exception as error:  # as below
             self.trouble = _failed("classifier", error, self._log)
 
-    def odds(self, prompts: Sequence[Sequence[int]]) -> list[Odds | None]:
+    def distribution(self, prompts: Sequence[Sequence[int]]) -> list[LengthDistribution | None]:
         """One each; None when there is no telling, for good from the first failure on."""
         if self.trouble:
             return [None] * len(prompts)
@@ -99,11 +99,11 @@ class Steady:
         self._answered = False
         self.trouble = ""
 
-    def foretell(self, states: Any, outputs: Sequence[int]) -> list[Odds]:
+    def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
         """Odds that are none from the first failure on; whoever uses them sees that."""
         if not self.trouble:
             try:
-                found = self._head.foretell(states, outputs)
+                found = self._head.estimate(states, outputs)
             except Exception as error:  # as above
                 if not self._answered:
                     raise
@@ -132,8 +132,8 @@ class Sequential:
         self._reading = reading
 
     def ask(self, key: str, prompt: Sequence[int]) -> Answer | None:
-        (odds,) = self._reading.odds([prompt])
-        return key, odds
+        (distribution,) = self._reading.distribution([prompt])
+        return key, distribution
 
     def answers(self) -> Iterator[Answer]:
         return iter(())
@@ -170,7 +170,7 @@ class Parallel:
         self._answers: deque[Answer] = deque()
         self._changed = threading.Condition()
         self._since: float | None = None  # when the batch under way was begun
-        self._leaving = False
+        self._closing = False
         self.unread = 0
         # A daemon: when the thread hangs, the process can end all the same.
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
@@ -209,7 +209,7 @@ class Parallel:
     def close(self) -> None:
         """End the thread; one that hangs is left behind. A second call does nothing."""
         with self._changed:
-            self._leaving = True
+            self._closing = True
             self._changed.notify()
         self._thread.join(LEAVE_S)
 
@@ -218,18 +218,18 @@ class Parallel:
     def _work(self) -> None:
         self._reading.prepare(lambda: lower_priority(self._nice), self._begin)
         while batch := self._next():
-            odds = self._reading.odds([prompt for _, prompt in batch])
+            distribution = self._reading.distribution([prompt for _, prompt in batch])
             self._since = None
-            self._answers.extend((key, each) for (key, _), each in zip(batch, odds, strict=True))
-            if not self._leaving:
+            self._answers.extend((key, each) for (key, _), each in zip(batch, distribution, strict=True))
+            if not self._closing:
                 self._wake()
 
     def _next(self) -> list[tuple[str, Sequence[int]]]:
         """What waits, as far as it is read together; nothing: the end."""
         with self._changed:
-            while not (self._waiting or self._leaving):
+            while not (self._waiting or self._closing):
                 self._changed.wait()
-            if self._leaving:
+            if self._closing:
                 return []
             batch = [self._waiting.popleft()]
             while self._waiting and len(batch) < BATCH and not (self._long(batch[0]) or self._long(self._waiting[0])):

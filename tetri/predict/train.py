@@ -29,7 +29,7 @@ NOTES = (
     "The 58.9 / 74.9 / 85 % at 100 / 200 / 400 tokens of the paper belong to another model (OPT-13B), other prompts"
     " (75 thousand of ShareGPT) and another predictor (OPT-125M); they say nothing of this one.",
 )
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Wanted:
     date: str = ""
 
 
-def train(texts: Texts, wanted: Wanted, say: Say) -> dict[str, Any]:
+def train(texts: Texts, wanted: Wanted, progress: Progress) -> dict[str, Any]:
     """What `report` says of the held-out part. Raises PredictError, one line; OSError."""
     learnt, held = _parts(texts, wanted.seed)
     started = time.monotonic()
     folder = wanted.out / wanted.kind
     with atomic.folder(folder) as part:
         make = _hidden if wanted.kind == "hidden" else _classifier
-        card = make(texts, learnt, wanted, part, say)
+        card = make(texts, learnt, wanted, part, progress)
         write_card(card, part)
         loaded = {wanted.kind: load(part.parent, wanted.kind, wanted.weights)}
-        found = report(judge(loaded, texts, _first(held), say), _first(learnt), loaded)
+        found = report(judge(loaded, texts, _first(held), progress), _first(learnt), loaded)
         found["left_out"] = card.scores
         extra = {"train_seconds": round(time.monotonic() - started)}
         write_card(replace(card, scores=found, split=card.split | extra), part)
@@ -81,7 +81,7 @@ def _first(lengths: Sequence[Length]) -> list[Length]:
     return Texts(list(lengths), {}, {}, []).first()
 
 
-def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, say: Say) -> Card:
+def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, progress: Progress) -> Card:
     layers = (wanted.layer,) if wanted.layer else texts.layers
     if not layers:
         raise PredictError("the lengths have no hidden states: collect with --layers")
@@ -91,8 +91,8 @@ def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, sa
     for layer in layers:
         rows = _positions(texts, learnt, layer, wanted.seed)
         ends = rows.chosen(rows.known == 0)
-        say(f"layer {layer}: {len(ends)} ends of prompts")
-        fitted = fit(ends, WIDTH, buckets, wanted.seed, say)
+        progress(f"layer {layer}: {len(ends)} ends of prompts")
+        fitted = fit(ends, WIDTH, buckets, wanted.seed, progress)
         tried[str(layer)] = round(fitted.loss, 4)
         if best is None or fitted.loss < best[0]:
             best = (fitted.loss, layer, fitted, rows)
@@ -100,10 +100,10 @@ def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, sa
     _, layer, fitted, rows = best
     card = _card(texts, learnt, wanted, fitted, rows.chosen(rows.known == 0), folder)
     after = rows.chosen(rows.known > 0)
-    say(f"layer {layer}: {len(after)} later positions")
+    progress(f"layer {layer}: {len(after)} later positions")
     later = ""
     if len(after) >= FEWEST and (after.fold == 0).any():  # one network: its examples are many, its file is to be small
-        later = save_head(fit(after, WIDTH, buckets, wanted.seed, say, networks=1).head, folder / LATER)
+        later = save_head(fit(after, WIDTH, buckets, wanted.seed, progress, networks=1).head, folder / LATER)
     split = card.split | {"loss_by_layer": tried, "later_positions": len(after)}
     return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split, later=later)
 
@@ -113,7 +113,7 @@ def _positions(texts: Texts, learnt: list[Length], layer: int, seed: int) -> Row
     return replace(rows, features=with_place(states, rows.known.tolist()))
 
 
-def _classifier(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, say: Say) -> Card:
+def _classifier(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, progress: Progress) -> Card:
     encoder = load_encoder(wanted.encoder, wanted.cut, wanted.depth)
     rows = _rows(learnt, wanted.seed)
     buckets = buckets_of(texts.limit, WIDTH)
@@ -121,11 +121,11 @@ def _classifier(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path
     if wanted.full:
         from tetri.predict.tune import tune
 
-        encoder, fitted, rows = tune(encoder, learnt, rows, WIDTH, buckets, wanted.epochs, wanted.seed, say)
+        encoder, fitted, rows = tune(encoder, learnt, rows, WIDTH, buckets, wanted.epochs, wanted.seed, progress)
         name, digest = "encoder", encoder.save(folder / "encoder")
     else:
-        rows = replace(rows, features=_vectors(encoder, [length.prompt for length in learnt], say))
-        fitted = fit(rows, WIDTH, buckets, wanted.seed, say)
+        rows = replace(rows, features=_vectors(encoder, [length.prompt for length in learnt], progress))
+        fitted = fit(rows, WIDTH, buckets, wanted.seed, progress)
     card = _card(texts, learnt, wanted, fitted, rows, folder)
     return replace(card, encoder=name, encoder_hash=digest, cut=wanted.cut, depth=encoder.depth)
 
@@ -145,7 +145,7 @@ def _rows(lengths: Sequence[Length], seed: int) -> Rows:
 BATCH = 32
 
 
-def _vectors(encoder: Encoder, prompts: Sequence[str], say: Say) -> Array:
+def _vectors(encoder: Encoder, prompts: Sequence[str], progress: Progress) -> Array:
     """Of each text, one computation a prompt."""
     different = sorted(set(prompts), key=len)
     found: dict[str, Array] = {}
@@ -153,19 +153,15 @@ def _vectors(encoder: Encoder, prompts: Sequence[str], say: Say) -> Array:
         batch = different[start : start + BATCH]
         found |= zip(batch, encoder.vectors(batch), strict=True)
         if start // BATCH % 20 == 0:
-            say(f"encoder: {start} of {len(different)} prompts")
+            progress(f"encoder: {start} of {len(different)} prompts")
     return np.stack([found[prompt] for prompt in prompts])
 
 
-def _card(
-    texts: Texts, learnt: Sequence[Length], wanted: Wanted, fitted: Fitted, rows: Rows, folder: Path
-) -> Card:
+def _card(texts: Texts, learnt: Sequence[Length], wanted: Wanted, fitted: Fitted, rows: Rows, folder: Path) -> Card:
     """Saves the head."""
     judged = np.isfinite(fitted.left_out[:, 0])  # with --full only the part that was not learnt from
     levels = levels_of(fitted.left_out[judged], rows.tokens[judged], rows.open[judged], WIDTH)
-    counts = np.bincount(
-        np.minimum(rows.tokens // WIDTH, fitted.head.buckets - 1), rows.weight, fitted.head.buckets
-    )
+    counts = np.bincount(np.minimum(rows.tokens // WIDTH, fitted.head.buckets - 1), rows.weight, fitted.head.buckets)
     prior = (counts + 0.5) / (counts + 0.5).sum()
     keys = [length.key[0] for length in learnt]
     return Card(
@@ -195,11 +191,11 @@ def _card(
     )
 
 
-def _left_out(texts: Texts, learnt: Sequence[Length], kind: str, odds: Doubles) -> dict[str, Any]:
+def _left_out(texts: Texts, learnt: Sequence[Length], kind: str, distribution: Doubles) -> dict[str, Any]:
     """More prompts than the held-out ones, each judged by the network that has not seen it; it was chosen by these."""
-    known = np.flatnonzero(np.isfinite(odds[:, 0]))
+    known = np.flatnonzero(np.isfinite(distribution[:, 0]))
     first = [at for at in known if learnt[at].sample == 0]
-    judged = Judged([learnt[at] for at in first], {kind: odds[first]}, {}, WIDTH, texts.limit)
+    judged = Judged([learnt[at] for at in first], {kind: distribution[first]}, {}, WIDTH, texts.limit)
     return report(judged, [], {})
 
 

@@ -20,7 +20,7 @@ ENCODER_RATE, WARM = 1e-4, 0.1
 APART = 8  # batches that are sorted by length together, so that little is padding
 LEFT_OUT = 0  # this fold of the rows is not learnt from
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,14 @@ class Prompts:
 
 
 def tune(
-    encoder: Encoder, lengths: Sequence[Length], rows: Rows, width: int, buckets: int, epochs: int, seed: int, say: Say
+    encoder: Encoder,
+    lengths: Sequence[Length],
+    rows: Rows,
+    width: int,
+    buckets: int,
+    epochs: int,
+    seed: int,
+    progress: Progress,
 ) -> tuple[Encoder, Fitted, Rows]:
     """(the encoder, changed in place; the head; the rows with its features). What was learnt from has NaN as its odds
     that were left out."""
@@ -46,16 +53,16 @@ def tune(
     mean, scale = moments(_features(encoder, prompts)[learnt], rows.weight[learnt])
     plain = Head(mean, scale, ())
     network = fresh(encoder.vector, first_guess(rows.chosen(learnt), width, buckets))
-    _learn(encoder, network, plain, prompts, rows, width, epochs, seed, say)
+    _learn(encoder, network, plain, prompts, rows, width, epochs, seed, progress)
     rows = replace(rows, features=_features(encoder, prompts))
     with torch.inference_mode():
         logits = network(torch.tensor(plain.normed(rows.features))).numpy()
     left_out = rows.chosen(~learnt)
     temperature = temperature_of(logits[~learnt], left_out, width)
-    odds = np.full((len(rows), buckets), np.nan)
-    odds[~learnt] = shares(logits[~learnt] / temperature)
-    loss = float(np.average(surprise(odds[~learnt], left_out, width), weights=left_out.weight))
-    return encoder, Fitted(Head(mean, scale, (layers(network),), temperature), odds, loss), rows
+    distribution = np.full((len(rows), buckets), np.nan)
+    distribution[~learnt] = shares(logits[~learnt] / temperature)
+    loss = float(np.average(surprise(distribution[~learnt], left_out, width), weights=left_out.weight))
+    return encoder, Fitted(Head(mean, scale, (layers(network),), temperature), distribution, loss), rows
 
 
 def _learn(
@@ -67,7 +74,7 @@ def _learn(
     width: int,
     epochs: int,
     seed: int,
-    say: Say,
+    progress: Progress,
 ) -> None:
     """Both the encoder and the network, from all rows but those left out."""
     import torch
@@ -93,7 +100,7 @@ def _learn(
             rate.step()
             lost += float(loss.detach())
             if number % 20 == 0 or number == len(batches):
-                say(f"epoch {epoch + 1} of {epochs}: {number} of {len(batches)} batches, loss {lost / number:.3f}")
+                progress(f"epoch {epoch + 1} of {epochs}: {number} of {len(batches)} batches, loss {lost / number:.3f}")
     encoder.model.eval()
     network.eval()
 

@@ -18,18 +18,18 @@ from tetri.core.actions import (
     Action,
     BrokerInput,
     Connect,
+    Detokenize,
+    Detokenized,
     Disconnect,
     FromClient,
+    Release,
     Reply,
     Send,
     Submitted,
     Undelivered,
-    Unword,
-    Word,
-    Worded,
 )
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
 from tetri.cost import CostError
 from tetri.models import ModelError
 from tetri.net.errors import NetError
@@ -52,7 +52,7 @@ CHARS_A_TOKEN = 64  # a longer text is not worth the time, all others' time, tha
 EXPECTED = (ConfigError, CostError, ModelError, NetError, TextError, log.LogError)
 
 
-class Hands:
+class ActionExecutor:
     """Carries out what the broker's core says, and is its edge to text: prompts become token ids before the
     core sees them, output becomes text before a client does."""
 
@@ -112,9 +112,9 @@ class Hands:
         match action:
             case Reply():
                 return self.reply(action)
-            case Word():
-                return self.word(action)
-            case Unword(rid):
+            case Detokenize():
+                return self.detokenize(action)
+            case Release(rid):
                 self.stoppers.pop(rid, None)
             case Send(peer, message):
                 try:
@@ -134,7 +134,7 @@ class Hands:
         self.stuck.add(action.client)
         return Undelivered(action.client, action.message, sent == "gone")
 
-    def word(self, action: Word) -> Worded:
+    def detokenize(self, action: Detokenize) -> Detokenized:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(self.tokenizer, action.stop)
@@ -144,7 +144,7 @@ class Hands:
             released = stopper.finish()
             text += released.text
         counted = released.counted if released.stopped else None
-        return Worded(action.rid, action.start, action.ids, text, counted, action.final)
+        return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
     def connect(self, peer: str, address: str) -> None:
         try:
@@ -158,21 +158,21 @@ def serve(config: Config, logger: logging.Logger) -> None:
     pin(config.broker.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     tokenizer = build.tokenizer(config)
-    with hold(config.run_dir / "broker.lock"), ExitStack() as leaving:
+    with hold(config.run_dir / "broker.lock"), ExitStack() as stack:
         hub = Hub(logger)
-        leaving.callback(hub.close)
+        stack.callback(hub.close)
         signals = StopSignals(hub.wake_fd)
-        leaving.callback(signals.restore)
+        stack.callback(signals.restore)
         epoch = secrets.randbits(62)
         model = config.model.name if config.engine.kind != "emulated" else "emulated"
         start = start_of(config, epoch, model)
-        core = recorded(start.core(), start, config, BROKER, epoch, leaving)
-        hands = Hands(core, hub, tokenizer, logger)
+        core = recorded(start.core(), start, config, BROKER, epoch, stack)
+        executor = ActionExecutor(core, hub, tokenizer, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
-        run(core, hands.poll, hands.act, time.monotonic, signals.running)
+        run(core, executor.poll, executor.act, time.monotonic, signals.running)
 
 
 def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
@@ -194,7 +194,7 @@ def limits(config: Config) -> Limits:
         context=context,
         vocabulary=vocabulary,
         max_open=config.broker.max_open,
-        beat_s=config.cluster.beat_s,
+        heartbeat_s=config.cluster.heartbeat_s,
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,
         client_grace_s=config.broker.client_grace_s,

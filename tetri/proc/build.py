@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tetri import cost
 from tetri.config import Config
-from tetri.core.peers import Identity
+from tetri.core.instance.peers import Identity
 from tetri.engine.base import Engine
 from tetri.instance import Instance
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVStore
-from tetri.kv.cuda_runtime import Device, load, put_first
+from tetri.kv.cuda.runtime import Device, load, put_first
 from tetri.kv.limit import LINKS, LimitedStore, Link
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
@@ -39,7 +39,7 @@ def gpu(config: Config, iid: str) -> Device | None:
 
 
 def engine_and_store(
-    config: Config, iid: str, wait: Callable[[float], bool], wake: Callable[[], None], leaving: ExitStack
+    config: Config, iid: str, wait: Callable[[float], bool], wake: Callable[[], None], stack: ExitStack
 ) -> tuple[Engine, KVStore]:
     """This worker's engine and its KV store, which `leaving` closes. The slab comes first, as soon as the engine knows
     how large a block is: on a GPU whatever fits beside it must not depend on who was faster, and when it does not
@@ -49,7 +49,7 @@ def engine_and_store(
     def reserve(block_bytes: int) -> None:
         made = store(config, iid, block_bytes, wake, device)
         opened.append(made if slower is None else LimitedStore(made, slower, block_bytes))
-        leaving.callback(opened[0].close)
+        stack.callback(opened[0].close)
 
     def something_waits(seconds: float) -> bool:
         """What the store has for the worker at a certain time wakes nobody, and ends a run as a message does."""
@@ -57,7 +57,7 @@ def engine_and_store(
         return message or (due is not None and due <= time.monotonic())
 
     made = engine(config, something_waits, device, reserve)
-    leaving.callback(made.close)
+    stack.callback(made.close)
     return made, opened[0]
 
 
@@ -74,7 +74,7 @@ def engine(
         emulated = _emulated(config, wait)
         reserve(emulated.fingerprint.block_bytes)
         return emulated
-    from tetri.engine.vllm import VllmEngine
+    from tetri.engine.vllm.engine import VllmEngine
 
     folder = find(config.model.name)
     return VllmEngine(
@@ -130,7 +130,7 @@ def store(
         on_host=device is None or config.engine.kind == "emulated",
         announce=made.announce,
         key=config.cluster.key,
-        room=made.room_mib << 20,
+        buffer=made.buffer_mib << 20,
     )
     return open_store(settings, wake)
 
@@ -183,7 +183,7 @@ def identity(
         load_s=config.monitor.load_ms / 1000,
         stream_interval=config.engine.stream_interval,
         reserve_share=config.transfer.reserve_share,
-        beat_s=config.cluster.beat_s,
+        heartbeat_s=config.cluster.heartbeat_s,
         offer_s=config.transfer.offer_s,
         patience_s=config.cluster.patience_s,
         expected=expected,

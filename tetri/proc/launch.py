@@ -33,13 +33,13 @@ from tetri.proc import predictor
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
 from tetri.strict import ConfigError
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 CONF, STATE = "cluster.toml", "cluster.json"
 LOG_LINES = 8  # of a program that keeps dying, as part of the error
 CONFIG_EXIT = 2  # with which a program says that starting it again is of no use
 
 
-def up(config: Config, say: Say, wait_s: float) -> Path:
+def up(config: Config, report: Report, wait_s: float) -> Path:
     """Start everything and return the run directory. When a program keeps dying, or not all is ready after
     `wait_s` seconds, everything is stopped again. Raises LaunchError and ModelError."""
     config = _checked(config)
@@ -54,30 +54,30 @@ def up(config: Config, say: Say, wait_s: float) -> Path:
         supervisor.write(commands(config, run_dir / CONF))
         try:
             supervisor.start()
-            say(f"started the broker, the monitor and {len(config.workers)} workers")
-            _wait_ready(config, supervisor, say, time.monotonic() + wait_s)
+            report(f"started the broker, the monitor and {len(config.workers)} workers")
+            _wait_ready(config, supervisor, report, time.monotonic() + wait_s)
             _write_state(config, supervisor)
         except BaseException:  # Ctrl-C too: half a deployment is of no use
             try:
-                say("stopping")
+                report("stopping")
             finally:  # nobody may be there to hear it
-                _end(run_dir, say)
+                _end(run_dir, report)
             raise
     return run_dir
 
 
-def down(run_dir: Path, say: Say = lambda text: None) -> bool:
+def down(run_dir: Path, report: Report = lambda text: None) -> bool:
     """Stop what runs there, leave nothing but the logs, tell whether anything ran. Raises LaunchError."""
     if not run_dir.is_dir():
         return False
     with _locked(run_dir):
         supervisor = Supervisor(run_dir)
         ran = supervisor.pid() is not None or bool(supervisor.alive())
-        _end(run_dir, say)
+        _end(run_dir, report)
     return ran
 
 
-def _end(run_dir: Path, say: Say) -> None:
+def _end(run_dir: Path, report: Report) -> None:
     Supervisor(run_dir).stop()
     name, clients = _written(run_dir / CONF)  # read last: a file that went bad must not keep anything running
     if name:
@@ -91,7 +91,7 @@ def _end(run_dir: Path, say: Say) -> None:
                 refuse_live_owner(str(path))
                 path.unlink(missing_ok=True)
             except NetError:
-                say(f"{path} is still in use: a program that was started by hand runs on")
+                report(f"{path} is still in use: a program that was started by hand runs on")
 
 
 def _written(conf: Path) -> tuple[str, str]:
@@ -176,7 +176,7 @@ def _check_port(config: Config) -> None:
             ) from None
 
 
-def _wait_ready(config: Config, supervisor: Supervisor, say: Say, until: float) -> None:
+def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: float) -> None:
     watch = _Watch(supervisor)
     waiting = {**{worker.iid: worker.role for worker in config.workers}, "monitor": "the loads of all"}
     with Client(config.clients_address, timeout=0.3, resend_s=0.1) as client:
@@ -184,11 +184,9 @@ def _wait_ready(config: Config, supervisor: Supervisor, say: Say, until: float) 
             watch.look()
             for iid in _ready(client):
                 if (role := waiting.pop(iid, None)) is not None:
-                    say(f"{iid} ({role}) is ready")
+                    report(f"{iid} ({role}) is ready")
             if waiting and time.monotonic() > until:
-                raise LaunchError(
-                    f"not ready in time: {', '.join(waiting)}; logs are in {supervisor.run_dir}/log"
-                )
+                raise LaunchError(f"not ready in time: {', '.join(waiting)}; logs are in {supervisor.run_dir}/log")
             time.sleep(0.05)
 
 
@@ -215,9 +213,7 @@ class _Watch:
         programs = self._supervisor.programs()
         self._silent = self._silent + 1 if programs is None else 0
         if self._silent > 20:
-            raise LaunchError(
-                f"supervisord does not answer; its log is {self._supervisor.log('supervisord')}"
-            )
+            raise LaunchError(f"supervisord does not answer; its log is {self._supervisor.log('supervisord')}")
         for program in programs or []:
             starts = self._starts.setdefault(program.name, set())
             starts |= {program.started} - {0}
@@ -228,11 +224,9 @@ class _Watch:
     def _give_up(self, program: Program) -> None:
         path = self._supervisor.log(program.name)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        said = [line for line in lines if line.strip()][-LOG_LINES:] or ["it did not say why"]
-        before = [line for line in said if line != said[-1]]  # the same twice says no more
-        raise LaunchError(
-            "\n    ".join([f"{program.name} does not start: {said[-1]}", *before, f"log: {path}"])
-        )
+        output = [line for line in lines if line.strip()][-LOG_LINES:] or ["it did not say why"]
+        before = [line for line in output if line != output[-1]]  # the same twice says no more
+        raise LaunchError("\n    ".join([f"{program.name} does not start: {output[-1]}", *before, f"log: {path}"]))
 
 
 def _write_state(config: Config, supervisor: Supervisor) -> None:

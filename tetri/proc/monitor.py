@@ -21,8 +21,8 @@ from tetri.net.lock import hold
 from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 from tetri.proc import build
+from tetri.proc.network import HubNetwork, polled
 from tetri.proc.recorder import MonitorStart, recorded
-from tetri.proc.wires import Wires, polled
 from tetri.proc.worker import pin
 from tetri.strict import ConfigError
 from tetri.wire.messages import FlipWanted, LoadReport
@@ -31,15 +31,15 @@ EXPECTED = (ConfigError, NetError, log.LogError)
 NAME = "monitor"
 
 
-def carry_out(wires: Wires, logger: logging.Logger, actions: Sequence[Action]) -> None:
+def carry_out(network: HubNetwork, logger: logging.Logger, actions: Sequence[Action]) -> None:
     for action in actions:
         match action:
             case Publish(message):
-                wires.publish(message)
+                network.publish(message)
             case Send(peer, message):
                 if isinstance(message, FlipWanted):
                     logger.info("%s should become %s: %s", message.iid, message.role, message.why)
-                wires.send(peer, message)
+                network.send(peer, message)
             case _:
                 raise Broken(f"a monitor does no {action}")
 
@@ -48,18 +48,18 @@ def serve(config: Config, logger: logging.Logger) -> None:
     """The whole process: lock, bind, loop until a signal, leave nothing behind."""
     pin(config.monitor.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with hold(config.run_dir / "monitor.lock"), ExitStack() as leaving:
+    with hold(config.run_dir / "monitor.lock"), ExitStack() as stack:
         hub = Hub(logger)
-        leaving.callback(hub.close)
+        stack.callback(hub.close)
         signals = StopSignals(hub.wake_fd)
-        leaving.callback(signals.restore)
+        stack.callback(signals.restore)
         start = start_of(config)
-        core = recorded(start.core(), start, config, NAME, start.epoch, leaving)
+        core = recorded(start.core(), start, config, NAME, start.epoch, stack)
         hub.bind_subscriber(config.loads_address, LoadReport)
         hub.bind_publisher(config.views_address)
         hub.connect(BROKER, config.events_address)
         logger.info("watching with flip policy %s", config.monitor.flip)
-        act = partial(carry_out, Wires(hub, logger), logger)
+        act = partial(carry_out, HubNetwork(hub, logger), logger)
         run(core, partial(polled, hub), act, time.monotonic, signals.running)
 
 

@@ -14,9 +14,9 @@ from tetri import log
 from tetri.config import Config
 from tetri.core.actions import LengthKnown, Predict
 from tetri.engine.base import Engine, EngineError
-from tetri.engine.vllm_setup import prepare_environment
-from tetri.hands import Network
-from tetri.leg import StepDone
+from tetri.engine.vllm.setup import prepare_environment
+from tetri.engine_request import StepDone
+from tetri.executor import Network
 from tetri.models import find, weights_hash
 from tetri.predict.card import KINDS, Card, read_card
 from tetri.predict.inputs import reader
@@ -24,16 +24,16 @@ from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED, Loaded, examine, load, shipped_for
 from tetri.predict.serve import Answer, Parallel, Reading, Sequential, Steady, one_core
 from tetri.proc import build
-from tetri.proc.hidden import foretelling
-from tetri.request import Expected, Odds
+from tetri.proc.hidden import estimating
+from tetri.request import Expected, LengthDistribution
 from tetri.strict import ConfigError
-from tetri.wire.messages import Beat
+from tetri.wire.messages import Heartbeat
 
 #: What `auto` takes, the first that is there; an emulated engine has no hidden states.
 AUTO = {"vllm": (("hidden",), ("classifier",)), "emulated": (("classifier",),)}
 #: Where no training tells how long outputs are: every 100 tokens a quarter of those that are left ends, 400 in the
 #: mean. A few dozen ends of real requests outweigh it.
-NOBODY_KNOWS = Odds(100, tuple(0.25 * 0.75**bucket for bucket in range(31)) + (0.75**31,))
+NOBODY_KNOWS = LengthDistribution(100, tuple(0.25 * 0.75**bucket for bucket in range(31)) + (0.75**31,))
 Part = TypeVar("Part")
 ALONE_TOKENS = 512  # prompts of more, for a classifier that cuts nothing, are read by themselves
 
@@ -86,7 +86,7 @@ def _fallen_back(config: Config, logger: logging.Logger, why: str) -> Predictor:
     return Predictor(_prior(config, f"no predictor: {why}"))
 
 
-def _named(config: Config, take: Callable[[Path, str, str], Part]) -> tuple[Path, dict[str, Part]]:
+def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path, dict[str, Part]]:
     """The parts of the predictor that was asked for. Raises ConfigError."""
     kind = config.predictor.kind
     folder, weights = _place(config)
@@ -96,18 +96,18 @@ def _named(config: Config, take: Callable[[Path, str, str], Part]) -> tuple[Path
             " tetri-cli predictor train and set predictor.folder, or set another kind"
         )
     try:
-        return folder, {each: take(folder, each, weights) for each in (KINDS if kind == "both" else (kind,))}
+        return folder, {each: load(folder, each, weights) for each in (KINDS if kind == "both" else (kind,))}
     except PredictError as error:
         raise ConfigError(f'predictor.kind = "{kind}": {error}') from None
 
 
-def _together(taken: dict[str, Loaded], folder: Path, *whys: str) -> Predictor:
+def _together(loaded: dict[str, Loaded], folder: Path, *whys: str) -> Predictor:
     """Of both the hidden states' prior and calibration are used: theirs is the last word. `whys`: why not another."""
-    one = taken.get("hidden") or taken["classifier"]
-    kind = "both" if len(taken) == len(KINDS) else one.card.kind
+    one = loaded.get("hidden") or loaded["classifier"]
+    kind = "both" if len(loaded) == len(KINDS) else one.card.kind
     trained = f", trained {one.card.date}" if one.card.date else ""
     expected = one.expected("; ".join([f"from {_name(folder)}{trained}", *whys]))
-    return Predictor(msgspec.structs.replace(expected, kind=kind), taken.get("classifier"), taken.get("hidden"))
+    return Predictor(msgspec.structs.replace(expected, kind=kind), loaded.get("classifier"), loaded.get("hidden"))
 
 
 def _place(config: Config) -> tuple[Path | None, str]:
@@ -127,7 +127,7 @@ def _prior(config: Config, note: str) -> Expected:
     card = _any_card(config)
     if card is None:
         return Expected("prior", NOBODY_KNOWS, (), f"{note}; nothing is known of this model's lengths yet")
-    return Expected("prior", Odds(card.width, card.prior), (), note)
+    return Expected("prior", LengthDistribution(card.width, card.prior), (), note)
 
 
 def _any_card(config: Config) -> Card | None:
@@ -195,11 +195,11 @@ class Serving:
         """What was named since it was asked last."""
         return map(_known, self._classifier.answers()) if self._classifier is not None else iter(())
 
-    def told(self, beat: Beat) -> Beat:
+    def with_status(self, heartbeat: Heartbeat) -> Heartbeat:
         """The beat, with what the core cannot know: whether the predictor works at all, and what it has read."""
-        status, parts = beat.predictor, [part for part in (self._classifier, self._head) if part is not None]
+        status, parts = heartbeat.predictor, [part for part in (self._classifier, self._head) if part is not None]
         if status is None or not parts:
-            return beat
+            return heartbeat
         troubles = [part.trouble for part in parts if part.trouble]
         asked = self._classifier
         status = msgspec.structs.replace(
@@ -209,7 +209,7 @@ class Serving:
             cut=0 if asked is None else asked.cut,
             unread=0 if asked is None else asked.unread,
         )
-        return msgspec.structs.replace(beat, predictor=status)
+        return msgspec.structs.replace(heartbeat, predictor=status)
 
 
 def serving_of(
@@ -223,7 +223,7 @@ def serving_of(
     if predictor.hidden is not None:
         head = Steady(predictor.hidden, logger)
         try:
-            step = foretelling(engine, head)
+            step = estimating(engine, head)
         except (EngineError, PredictError) as error:
             if config.predictor.kind != "auto":
                 raise ConfigError(f'predictor.kind = "{config.predictor.kind}": {error}') from None
@@ -242,11 +242,11 @@ def asked(classifier: Loaded, config: Config, wake: Callable[[], None], logger: 
 
 
 def _known(answer: Answer) -> LengthKnown:
-    key, odds = answer
-    return LengthKnown(key, None, odds)
+    key, distribution = answer
+    return LengthKnown(key, None, distribution)
 
 
-class ToldNetwork:
+class StatusNetwork:
     """A worker's network, over which beats go with the predictor's own part."""
 
     def __init__(self, network: Network, serving: Serving) -> None:
@@ -254,4 +254,4 @@ class ToldNetwork:
         self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
 
     def send(self, peer: str, message: Any) -> None:
-        self.network.send(peer, self.serving.told(message) if isinstance(message, Beat) else message)
+        self.network.send(peer, self.serving.with_status(message) if isinstance(message, Heartbeat) else message)

@@ -19,14 +19,15 @@ from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
-from tetri import leg, request
+from tetri import engine_request as engine_request
+from tetri import request
 from tetri.config import Config
 from tetri.core import actions
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
+from tetri.core.instance.peers import Identity
 from tetri.core.monitor import Monitor
-from tetri.core.peers import Identity
-from tetri.core.worker import Worker
+from tetri.core.worker.worker import Worker
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
@@ -39,7 +40,7 @@ C = TypeVar("C")
 #: every type that an event or an action may have, by its name
 KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for module in (request, leg, messages, handover, clients, events, actions)
+    for module in (request, engine_request, messages, handover, clients, events, actions)
     for kind in vars(module).values()
     if isinstance(kind, type) and kind.__module__ == module.__name__
 }
@@ -124,14 +125,14 @@ class Recorder:
         self._file.write(MAGIC + framed(_encoder.encode(start)))
 
     def handle(self, event: Any, now: float) -> Sequence[Any]:
-        said = self._core.handle(event, now)
-        self._write(Call("handle", now, [raw(event)], list(map(raw, said))))
-        return said
+        answered = self._core.handle(event, now)
+        self._write(Call("handle", now, [raw(event)], list(map(raw, answered))))
+        return answered
 
     def tick(self, now: float) -> Sequence[Any]:
-        said = self._core.tick(now)
-        self._write(Call("tick", now, [], list(map(raw, said))))
-        return said
+        answered = self._core.tick(now)
+        self._write(Call("tick", now, [], list(map(raw, answered))))
+        return answered
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
@@ -157,12 +158,12 @@ class Recorder:
             self.close()
 
 
-def recorded(core: C, start: Start, config: Config, name: str, incarnation: int, leaving: ExitStack) -> C:
+def recorded(core: C, start: Start, config: Config, name: str, incarnation: int, stack: ExitStack) -> C:
     """`core`, with a recorder around it when the cluster is to be recorded."""
     if not config.cluster.record:
         return core
     recorder = Recorder(cast(Verbs, core), start, config.run_dir / "record" / f"{name}-{incarnation:016x}.events")
-    leaving.callback(recorder.close)
+    stack.callback(recorder.close)
     return cast(C, recorder)
 
 

@@ -38,25 +38,25 @@ def replay(path: Path) -> Replayed:
     events = ticks = actions = 0
     for number, call in enumerate(calls, 1):
         events, ticks = events + (call.verb == "handle"), ticks + (call.verb == "tick")
-        said = _say(core, call)
-        if isinstance(said, str):
-            return Replayed(path.stem, kind, events, ticks, actions, f"call {number}, {_told(call)}: {said}")
-        actions += len(said)
-        if said != call.actions:
-            found = _first(call.actions, said)
-            return Replayed(path.stem, kind, events, ticks, actions, f"call {number}, {_told(call)}: {found}")
+        answered = _play(core, call)
+        if isinstance(answered, str):
+            return Replayed(path.stem, kind, events, ticks, actions, f"call {number}, {_described(call)}: {answered}")
+        actions += len(answered)
+        if answered != call.actions:
+            found = _first(call.actions, answered)
+            return Replayed(path.stem, kind, events, ticks, actions, f"call {number}, {_described(call)}: {found}")
     return Replayed(path.stem, kind, events, ticks, actions)
 
 
-def _say(core: Any, call: Call) -> list[tuple[str, msgspec.Raw]] | str:
+def _play(core: Any, call: Call) -> list[tuple[str, msgspec.Raw]] | str:
     """What the core says to this call; a text that says what went wrong."""
     try:
-        said = core.tick(call.now) if call.verb == "tick" else core.handle(value(call.event[0]), call.now)
+        answered = core.tick(call.now) if call.verb == "tick" else core.handle(value(call.event[0]), call.now)
     except (RecordError, msgspec.MsgspecError) as error:
         return f"the event cannot be read: {error}"
     except (AssertionError, LookupError, ValueError, TypeError, AttributeError) as error:  # it never was there before
         return f"the core fails: {error!r}"
-    return [raw(action) for action in said]
+    return [raw(action) for action in answered]
 
 
 def _first(was: list[tuple[str, msgspec.Raw]], now: list[tuple[str, msgspec.Raw]]) -> str:
@@ -66,7 +66,7 @@ def _first(was: list[tuple[str, msgspec.Raw]], now: list[tuple[str, msgspec.Raw]
     raise AssertionError("two lists that differ and do not")
 
 
-def _told(call: Call) -> str:
+def _described(call: Call) -> str:
     return f"{call.verb} {call.event[0][0]} at {call.now:.6f}" if call.event else f"{call.verb} at {call.now:.6f}"
 
 

@@ -70,8 +70,8 @@ class Supervisor:
             command, cwd=self.run_dir, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            said = (done.stdout + done.stderr).strip().splitlines() or ["it did not say why"]
-            raise LaunchError(f"supervisord does not start: {said[0]}")
+            output = (done.stdout + done.stderr).strip().splitlines() or ["it did not say why"]
+            raise LaunchError(f"supervisord does not start: {output[0]}")
 
     def pid(self) -> int | None:
         """Of the supervisord that answers; None when none does."""
@@ -102,9 +102,7 @@ class Supervisor:
         # Whoever is left was not reached, or supervisord died before its programs; it first: it starts them again.
         left = [*_end_all(self.chiefs), *_end_all(self.started)]
         if left:
-            raise LaunchError(
-                f"processes {', '.join(map(str, sorted(left)))} cannot be stopped: end them by hand"
-            )
+            raise LaunchError(f"processes {', '.join(map(str, sorted(left)))} cannot be stopped: end them by hand")
 
     def alive(self) -> list[int]:
         """The pids of all that lives of this deployment, supervisord first."""
@@ -223,13 +221,13 @@ def _alive(pid: int) -> bool:
 def _end_all(find: Callable[[], list[int]]) -> list[int]:
     """End what `find` finds until it finds nothing more; those that nothing could end."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        told: set[int] = set()
+        reported: set[int] = set()
         until = time.monotonic() + STOP_S
         while (left := find()) and time.monotonic() < until:
-            for pid in set(left) - told:
+            for pid in set(left) - reported:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            told.update(left)
+            reported.update(left)
             time.sleep(0.02)
     return find()
 

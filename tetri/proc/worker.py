@@ -18,11 +18,11 @@ from tetri import log
 from tetri.config import Config, cpu_numbers, default_path, load
 from tetri.config import Worker as WorkerConfig
 from tetri.core.actions import BROKER, LengthKnown, Predict
-from tetri.core.worker import Worker
+from tetri.core.worker.worker import Worker
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
+from tetri.executor import Copies, Network, WorkerExecutor
 from tetri.faults import parse_faults
-from tetri.hands import Copies, Network, WorkerHands
 from tetri.kv.base import KVError, KVLost, KVStore
 from tetri.models import ModelError
 from tetri.net.errors import NetError
@@ -32,10 +32,10 @@ from tetri.net.signals import StopSignals
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
 from tetri.proc import build
-from tetri.proc.faults import FaultyNetwork, Poll, with_faults
-from tetri.proc.predictor import Serving, ToldNetwork, load_predictor, serving_of
+from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
+from tetri.proc.network import HubNetwork, received
+from tetri.proc.predictor import Serving, StatusNetwork, load_predictor, serving_of
 from tetri.proc.recorder import WorkerStart, recorded
-from tetri.proc.wires import Wires, heard
 from tetri.request import ROLES
 from tetri.strict import ConfigError
 from tetri.text import TextError
@@ -53,7 +53,9 @@ def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
     return Copies(engine, store, note)
 
 
-def hands_of(core: Worker, engine: Engine, copies: Copies, network: Network, serving: Serving | None) -> WorkerHands:
+def executor_of(
+    core: Worker, engine: Engine, copies: Copies, network: Network, serving: Serving | None
+) -> WorkerExecutor:
     """What the core says is done by this engine, its copies and this network; lengths are named by `serving`, or by
     the policy alone."""
     rules, rng = core.own.rules, Random(core.own.incarnation)
@@ -63,44 +65,42 @@ def hands_of(core: Worker, engine: Engine, copies: Copies, network: Network, ser
         return LengthKnown(wanted.key, named)
 
     if serving is None:
-        return WorkerHands(core, time.monotonic, engine, copies, network, engine.step, by_policy)
-    return WorkerHands(
-        core, time.monotonic, engine, copies, network, serving.step, serving.predict, serving.known
-    )
+        return WorkerExecutor(core, time.monotonic, engine, copies, network, engine.step, by_policy)
+    return WorkerExecutor(core, time.monotonic, engine, copies, network, serving.step, serving.predict, serving.known)
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
     """The whole process: build, register, loop until a signal, leave nothing behind. `broker` is the address at
     which the broker takes workers' events."""
     pin(config.worker(iid).cpus)
-    with ExitStack() as leaving:
+    with ExitStack() as stack:
         hub = Hub(logger)
-        leaving.callback(hub.close)
+        stack.callback(hub.close)
         predictor = load_predictor(config, logger)
         # Seconds to minutes; a signal simply ends the process until here.
-        engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, leaving)
+        engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
         serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)
-        leaving.callback(serving.close if serving is not None else lambda: None)
+        stack.callback(serving.close if serving is not None else lambda: None)
         signals = StopSignals(hub.wake_fd)
-        leaving.callback(signals.restore)
+        stack.callback(signals.restore)
         expected = None if serving is None else serving.expected
         own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
-        core = recorded(start.core(), start, config, iid, own.incarnation, leaving)
-        network: Network = Wires(hub, logger)
-        network = network if serving is None else ToldNetwork(network, serving)
+        core = recorded(start.core(), start, config, iid, own.incarnation, stack)
+        network: Network = HubNetwork(hub, logger)
+        network = network if serving is None else StatusNetwork(network, serving)
         if (faults := parse_faults(config.transfer.faults)) is not None:
             store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)
         copies = copies_of(engine, store, logger)
-        hands = hands_of(core, engine, copies, network, serving)
+        executor = executor_of(core, engine, copies, network, serving)
         hub.bind_inbox(own.instance.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("ready to serve as %s %s", own.instance.role, log.fields(iid=iid, blocks=own.capacity.blocks))
-        poll: Poll = partial(heard, hub, copies, () if serving is None else (serving.known,))
-        poll = partial(network.heard, poll) if isinstance(network, FaultyNetwork) else poll
-        run(core, poll, hands.carry_out, time.monotonic, signals.running)
+        poll: Poll = partial(received, hub, copies, () if serving is None else (serving.known,))
+        poll = partial(network.received, poll) if isinstance(network, FaultyNetwork) else poll
+        run(core, poll, executor.carry_out, time.monotonic, signals.running)
 
 
 def pin(cpus: str) -> None:

@@ -26,32 +26,32 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> Result:
     kv_tokens = capacity.blocks * capacity.block_tokens
     replicas = setup.prefill + setup.decode + setup.mixed
     outcomes: list[Outcome] = []
-    taken = _taken(requests, min(kv_tokens, capacity.context), outcomes)
+    accepted = _accepted(requests, min(kv_tokens, capacity.context), outcomes)
     try:
         if system == "coupled16":
             baseline = load().baseline
             limits = Limits(baseline.slots, baseline.step_tokens, kv_tokens)
-            made = coupled.run("prefill_first", limits, setup.cost, taken, replicas, baseline.join_s)
+            made = coupled.run("prefill_first", limits, setup.cost, accepted, replicas, baseline.join_s)
         else:
             limits = Limits(TODAY.slots, TODAY.step_tokens, kv_tokens)
-            made = coupled.run("chunked", limits, setup.cost, taken, replicas)
+            made = coupled.run("chunked", limits, setup.cost, accepted, replicas)
     except ValueError as error:
         raise SimError(str(error)) from None
     if not outcomes:
         raise SimError("there are no requests")
     open_ones = [outcome for outcome in outcomes if outcome.state == "open"]
-    for outcome, job in zip(open_ones, made.jobs, strict=True):
-        _fill(outcome, job)
+    for outcome, request in zip(open_ones, made.served, strict=True):
+        _fill(outcome, request)
     instances = {f"c{place}": _use(made, place, setup.spans) for place in range(replicas)}
     counters = {
-        "preempted": sum(job.preempted for job in made.jobs),
+        "preempted": sum(request.preempted for request in made.served),
         "refused": len(outcomes) - len(open_ones),
         **{name: sum(getattr(use, name) for use in instances.values()) for name in COUNTED},
     }
-    return Result(outcomes, instances, counters, max((job.end_s for job in made.jobs), default=0.0))
+    return Result(outcomes, instances, counters, max((request.end_s for request in made.served), default=0.0))
 
 
-def _taken(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> Iterator[Arrival]:
+def _accepted(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> Iterator[Arrival]:
     """Those that fit; all are noted."""
     for arrival in requests:
         tokens = arrival.prompt + arrival.output
@@ -62,21 +62,21 @@ def _taken(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> I
             yield arrival
 
 
-def _fill(outcome: Outcome, job: coupled.Job) -> None:
-    outcome.state, outcome.ttft_s, outcome.jct_s = "done", job.ttft_s, job.jct_s
-    if job.output > 1:
-        outcome.tpot_s = (job.jct_s - job.ttft_s) / (job.output - 1)
-    outcome.prefill = outcome.decode = f"c{job.replica}"
-    outcome.preempted, outcome.attempts = job.preempted, 1
+def _fill(outcome: Outcome, request: coupled.CoupledRequest) -> None:
+    outcome.state, outcome.ttft_s, outcome.jct_s = "done", request.ttft_s, request.jct_s
+    if request.output > 1:
+        outcome.tpot_s = (request.jct_s - request.ttft_s) / (request.output - 1)
+    outcome.prefill = outcome.decode = f"c{request.replica}"
+    outcome.preempted, outcome.attempts = request.preempted, 1
 
 
 def _use(made: coupled.Outcome, place: int, spans: bool) -> Use:
     use = Use(roles=[(0.0, "coupled")], spans=[] if spans else None)
     for start, stop in made.busy[place]:
         use.add(start, stop, "mixed")
-    jobs = [job for job in made.jobs if job.replica == place]
+    served = [request for request in made.served if request.replica == place]
     use.steps = made.passes[place]
-    use.prefill_tokens = sum(job.prompt for job in jobs)
-    use.decode_tokens = sum(job.output - 1 for job in jobs)
-    use.preempted = sum(job.preempted for job in jobs)
+    use.prefill_tokens = sum(request.prompt for request in served)
+    use.decode_tokens = sum(request.output - 1 for request in served)
+    use.preempted = sum(request.preempted for request in served)
     return use

@@ -90,7 +90,7 @@ class Clients:
         """A request's seed names its text: as with a model, prompt and seed lead to one."""
         return None if sampling.seed is None else self.outcomes[sampling.seed].arrival.text
 
-    def hear(self, client: bytes, message: Any) -> None:
+    def receive_reply(self, client: bytes, message: Any) -> None:
         if isinstance(message, Done):
             self._done(self.outcomes[int(client)], message)
         elif isinstance(message, Refused):

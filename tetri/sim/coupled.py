@@ -14,7 +14,7 @@ from itertools import islice
 from math import inf
 
 from tetri.cost import Cost
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, preempted
 from tetri.policy.views import Progress
 from tetri.sim.traces import Arrival
@@ -23,7 +23,7 @@ MOST_STEPS = 1 << 20  # in one go
 
 
 @dataclass(slots=True)
-class Job:
+class CoupledRequest:
     """One request; times in seconds of virtual time. `ttft_s` and `jct_s` count from its arrival."""
 
     arrival_s: float
@@ -58,9 +58,9 @@ class Replica:
     now: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
     passes: int = 0
-    _waiting: deque[Job] = field(default_factory=deque)
-    _started: Job | None = None
-    _decoding: dict[str, Job] = field(default_factory=dict)  # the oldest first
+    _waiting: deque[CoupledRequest] = field(default_factory=deque)
+    _started: CoupledRequest | None = None
+    _decoding: dict[str, CoupledRequest] = field(default_factory=dict)  # the oldest first
     _ends: list[tuple[int, str]] = field(default_factory=list)  # a heap: the step at which a job ends
     _keys: int = 0
     _steps: int = 0  # with decodes
@@ -72,16 +72,16 @@ class Replica:
         """Requests here that have not ended."""
         return len(self._waiting) + len(self._decoding) + (self._started is not None)
 
-    def add(self, job: Job) -> None:
+    def add(self, request: CoupledRequest) -> None:
         if not self.open:
-            self.now = max(self.now, job.arrival_s)
-        job.goal = job.prompt
-        self._waiting.append(job)
+            self.now = max(self.now, request.arrival_s)
+        request.goal = request.prompt
+        self._waiting.append(request)
 
     def advance(self, until: float) -> None:
         """Run every iteration that begins before `until`."""
         while self.open and self.now < until:
-            self._make_room()
+            self._free_memory()
             plan = self._plan()
             if plan.spans:
                 self._step(plan)
@@ -92,35 +92,35 @@ class Replica:
     def _free(self) -> int:
         return self.limits.kv_tokens - self._context - self._reserved
 
-    def _make_room(self) -> None:
+    def _free_memory(self) -> None:
         if self._free >= len(self._decoding):
             return
         if self._started is not None:
             self._give_up(self._started)
             self._started = None
-        held = [self._tokens(job) for job in self._decoding.values()]
+        held = [self._tokens(request) for request in self._decoding.values()]
         for _ in range(preempted(held, self._free)):
-            _, job = self._decoding.popitem()
-            self._context -= self._tokens(job)
-            job.made += self._steps - job.joined
-            self._give_up(job)
+            _, request = self._decoding.popitem()
+            self._context -= self._tokens(request)
+            request.made += self._steps - request.joined
+            self._give_up(request)
 
-    def _give_up(self, job: Job) -> None:
+    def _give_up(self, request: CoupledRequest) -> None:
         """Its KV is lost and will be computed again; it keeps the tokens that it has."""
-        if job is self._started:
-            self._reserved -= job.goal
-        job.preempted += 1
-        job.done, job.goal = 0, job.prompt + job.made
-        self._waiting.appendleft(job)
+        if request is self._started:
+            self._reserved -= request.goal
+        request.preempted += 1
+        request.done, request.goal = 0, request.prompt + request.made
+        self._waiting.appendleft(request)
 
-    def _tokens(self, job: Job) -> int:
-        return job.goal + self._steps - job.joined
+    def _tokens(self, request: CoupledRequest) -> int:
+        return request.goal + self._steps - request.joined
 
     def _plan(self) -> Iteration:
         slots = self.limits.slots - len(self._decoding) - (self._started is not None)
-        waiting = [Progress(str(i), 0, job.goal) for i, job in enumerate(islice(self._waiting, max(slots, 0)))]
-        job = self._started
-        started = None if job is None else Progress("started", job.done, job.goal)
+        waiting = [Progress(str(i), 0, request.goal) for i, request in enumerate(islice(self._waiting, max(slots, 0)))]
+        request = self._started
+        started = None if request is None else Progress("started", request.done, request.goal)
         return COUPLED[self.rule](CoupledView(started, waiting, len(self._decoding), self._free), self.limits)
 
     def _step(self, plan: Iteration) -> None:
@@ -134,30 +134,30 @@ class Replica:
 
     def _prefilled(self, span: Span) -> None:
         if span.key == "started":
-            job = self._started
-            assert job is not None
+            request = self._started
+            assert request is not None
         else:
-            job = self._waiting.popleft()
-            self._reserved += job.goal
-        job.done = span.stop
-        self._started = job if job.done < job.goal else None
+            request = self._waiting.popleft()
+            self._reserved += request.goal
+        request.done = span.stop
+        self._started = request if request.done < request.goal else None
         if self._started is None:
-            self._first(job)
+            self._first(request)
 
-    def _first(self, job: Job) -> None:
+    def _first(self, request: CoupledRequest) -> None:
         """Its prefill is over and yields a token."""
-        self._reserved -= job.goal
-        job.made += 1
-        job.first_s = min(job.first_s, self.now)
-        if job.made == job.output:
-            job.end_s = self.now
+        self._reserved -= request.goal
+        request.made += 1
+        request.first_s = min(request.first_s, self.now)
+        if request.made == request.output:
+            request.end_s = self.now
             return
         self._keys += 1
         key = f"{self._keys:012}"
-        job.joined = self._steps
-        self._decoding[key] = job
-        self._context += job.goal
-        heapq.heappush(self._ends, (self._steps + job.output - job.made, key))
+        request.joined = self._steps
+        self._decoding[key] = request
+        self._context += request.goal
+        heapq.heappush(self._ends, (self._steps + request.output - request.made, key))
 
     def _decode(self, until: float) -> None:
         """Decode steps alone, until somebody ends, memory is out, or one begins at `until` or later."""
@@ -168,8 +168,8 @@ class Replica:
             heapq.heappop(self._ends)
         most = min(self._ends[0][0] - self._steps, self._free // batch, MOST_STEPS)
         if until < inf:
-            took = self.cost.decode_run_s
-            most = bisect_left(range(1, most), until - self.now, key=lambda n: took(batch, self._context, n)) + 1
+            run_s = self.cost.decode_run_s
+            most = bisect_left(range(1, most), until - self.now, key=lambda n: run_s(batch, self._context, n)) + 1
         self._spend(self.cost.decode_run_s(batch, self._context, most), most)
         self._decoded(most)
 
@@ -178,10 +178,10 @@ class Replica:
         self._steps += steps
         while self._ends and self._ends[0][0] <= self._steps:
             _, key = heapq.heappop(self._ends)
-            job = self._decoding.pop(key, None)
-            if job is not None:
-                self._context -= self._tokens(job)
-                job.made, job.end_s = job.output, self.now
+            request = self._decoding.pop(key, None)
+            if request is not None:
+                self._context -= self._tokens(request)
+                request.made, request.end_s = request.output, self.now
 
     def _spend(self, seconds: float, passes: int) -> None:
         self.passes += passes
@@ -196,7 +196,7 @@ class Outcome:
     """What happened: the requests in order of arrival, and of each replica when it worked and in how many forward
     passes."""
 
-    jobs: tuple[Job, ...]
+    served: tuple[CoupledRequest, ...]
     busy: tuple[tuple[tuple[float, float], ...], ...]
     passes: tuple[int, ...]
 
@@ -207,28 +207,28 @@ def run(
     """Serve `requests`, sorted by arrival, each on the replica with the fewest open ones. `join_s`: what an iteration
     with prompts takes in addition. Raises ValueError for a request that can never run, or times that go back."""
     engines = [Replica(rule, limits, cost, join_s) for _ in range(replicas)]
-    jobs: list[Job] = []
+    served: list[CoupledRequest] = []
     for arrival in requests:
-        _check(arrival, limits, jobs)
+        _check(arrival, limits, served)
         for engine in engines:
             engine.advance(arrival.at_s)
         place = min(range(replicas), key=lambda i: engines[i].open)
-        job = Job(arrival.at_s, arrival.prompt, arrival.output, place)
-        jobs.append(job)
-        engines[job.replica].add(job)
+        request = CoupledRequest(arrival.at_s, arrival.prompt, arrival.output, place)
+        served.append(request)
+        engines[request.replica].add(request)
     for engine in engines:
         engine.advance(inf)
     return Outcome(
-        tuple(jobs), tuple(tuple(engine.busy) for engine in engines), tuple(engine.passes for engine in engines)
+        tuple(served), tuple(tuple(engine.busy) for engine in engines), tuple(engine.passes for engine in engines)
     )
 
 
-def _check(arrival: Arrival, limits: Limits, jobs: Sequence[Job]) -> None:
-    where = f"request {len(jobs) + 1}"
+def _check(arrival: Arrival, limits: Limits, served: Sequence[CoupledRequest]) -> None:
+    where = f"request {len(served) + 1}"
     if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > limits.kv_tokens:
         raise ValueError(
             f"{where}: {arrival.prompt} + {arrival.output} tokens; each must be positive, both together at most"
             f" {limits.kv_tokens}, the memory of one instance"
         )
-    if arrival.at_s < (jobs[-1].arrival_s if jobs else 0.0):
+    if arrival.at_s < (served[-1].arrival_s if served else 0.0):
         raise ValueError(f"{where} arrives at {arrival.at_s:g} s, before the one that it follows")

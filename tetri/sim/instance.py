@@ -9,11 +9,11 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import Action, LengthKnown, Predict, Publish
-from tetri.core.peers import Identity
-from tetri.core.worker import Worker
+from tetri.core.instance.peers import Identity
+from tetri.core.worker.worker import Worker
 from tetri.engine.plan import Plan
-from tetri.hands import WorkerHands
-from tetri.leg import StepDone
+from tetri.engine_request import StepDone
+from tetri.executor import WorkerExecutor
 from tetri.policy.rules import LENGTHS
 from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
@@ -114,8 +114,8 @@ class WorkerNode(Node):
         own = core.own
         super().__init__(kernel, own.iid, core)
         self.port = port
-        foretells = own.expected is not None and own.expected.kind in FORETELLS
-        self.engine = Scripted(own.capacity, own.cost, text_of, foretells=foretells)
+        estimates_lengths = own.expected is not None and own.expected.kind in FORETELLS
+        self.engine = Scripted(own.capacity, own.cost, text_of, estimates_lengths=estimates_lengths)
         self.memory = Memory(kernel, self, own.instance.fingerprint.block_bytes, bytes_s)
         self.predictor = Predictor(kernel, own, seed, self.receive, text_of)
         self.use = Use(roles=[(max(kernel.now, 0.0), own.instance.role)])
@@ -123,13 +123,13 @@ class WorkerNode(Node):
         self._started = 0.0
         self._ends = (0.0, 0)  # the run's end, and its number of passes
         self._cut = False  # it ends with the pass under way, whatever else arrives
-        self.hands = WorkerHands(
+        self.executor = WorkerExecutor(
             core, lambda: kernel.now, self.engine, self.memory, port, self.step, self.predictor.predict
         )
-        self.hands.table[Publish] = self.publish
+        self.executor.table[Publish] = self.publish
 
     def carry_out(self, actions: Sequence[Action]) -> None:
-        self.hands.carry_out(actions)
+        self.executor.carry_out(actions)
 
     # ------------------------------------------------------------ the loop
 
@@ -149,8 +149,8 @@ class WorkerNode(Node):
     def awake(self) -> bool:
         return self._plan is None and super().awake()
 
-    def publish(self, told: Publish) -> None:
-        report = told.message
+    def publish(self, action: Publish) -> None:
+        report = action.message
         if isinstance(report, LoadReport) and report.role != self.use.roles[-1][1]:
             self.use.roles.append((self.kernel.now, report.role))
         self.port.publish(report)
@@ -190,11 +190,11 @@ class WorkerNode(Node):
         what = "decode" if not plan.chunk else "mixed" if plan.batch else "prefill"
         self.use.add(self._started, self.kernel.now, what)
         done = self._finish(plan, ends[1])
-        self._hear_lengths()
+        self._receive_lengths()
         self.carry_out(self.core.handle(done, self.kernel.now))
         self.turn()
 
-    def _hear_lengths(self) -> None:
+    def _receive_lengths(self) -> None:
         """Those that were named while the engine computed are told before its step is, as live."""
         inbox = self.inbox
         known = [event for event in inbox if isinstance(event, LengthKnown)] if inbox else ()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from tetri.cost import Cost
-from tetri.leg import Span
+from tetri.engine_request import Span
 from tetri.sim.figures import Point, plotted
 
 LIGHT, HEAVY = 18, 512  # prompt tokens (paper, section 2)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Protocol
 
-from tetri.core.actions import Action, Connect, Disconnect, Publish, Reply, Send, Unword, Word, Worded
-from tetri.core.broker import Broker
+from tetri.core.actions import Action, Connect, Detokenize, Detokenized, Disconnect, Publish, Release, Reply, Send
+from tetri.core.broker.broker import Broker
 from tetri.core.monitor import Monitor
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port
@@ -93,13 +93,13 @@ class BrokerNode(Node):
 
     core: Broker
 
-    def __init__(self, kernel: Kernel, core: Broker, port: Port, hear: Callable[[bytes, Any], None]) -> None:
+    def __init__(self, kernel: Kernel, core: Broker, port: Port, receive_reply: Callable[[bytes, Any], None]) -> None:
         super().__init__(kernel, port.name, core)
         self._table: dict[type[Any], Callable[[Any], Any]] = {
             Send: lambda do: port.send(do.peer, do.message),
-            Reply: lambda do: hear(do.client, do.message),
-            Word: lambda do: Worded(do.rid, do.start, do.ids, "", None, do.final),
-            Unword: lambda do: None,
+            Reply: lambda do: receive_reply(do.client, do.message),
+            Detokenize: lambda do: Detokenized(do.rid, do.start, do.ids, "", None, do.final),
+            Release: lambda do: None,
             Connect: lambda do: port.connect(do.peer, do.address),
             Disconnect: lambda do: port.disconnect(do.peer),
         }

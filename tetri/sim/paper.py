@@ -125,12 +125,14 @@ def _coupled(batch: Sequence[Arrival], system: str, baseline: Baseline, cost: Co
     replicas = COUPLED[system]
     if system == "vllm16":
         limits = Limits(baseline.slots, baseline.step_tokens, cost.kv_tokens)
-        jobs = coupled.run("prefill_first", limits, cost, batch, replicas, baseline.join_s).jobs
+        served = coupled.run("prefill_first", limits, cost, batch, replicas, baseline.join_s).served
     else:
         limits = Limits(TODAY.slots, TODAY.step_tokens, cost.kv_tokens)
-        jobs = coupled.run("chunked", limits, cost, batch, replicas).jobs
-    ends = [max((job.jct_s for job in jobs if job.replica == place), default=0.0) for place in range(replicas)]
-    means = fmean(job.ttft_s for job in jobs), fmean(job.jct_s for job in jobs)
+        served = coupled.run("chunked", limits, cost, batch, replicas).served
+    ends = [
+        max((request.jct_s for request in served if request.replica == place), default=0.0) for place in range(replicas)
+    ]
+    means = fmean(request.ttft_s for request in served), fmean(request.jct_s for request in served)
     return Measured(*means, sum(ends), max(ends), len(batch), replicas)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from tetri.cost import Cost
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Plan, Slot
-from tetri.leg import Foretold, Leg, StepDone
-from tetri.request import Capacity, Odds, Sampling
+from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
+from tetri.request import Capacity, LengthDistribution, Sampling
 from tetri.sim.texts import Text
 
 TextOf = Callable[[Sampling], Text | None]
@@ -33,7 +33,7 @@ class Script:
             self.place += 1
         self.due = follows[self.place][0] + 1 if self.place < len(follows) else NEVER
 
-    def passed(self, outputs: int) -> tuple[int, Odds]:
+    def passed(self, outputs: int) -> tuple[int, LengthDistribution]:
         """The last state that was computed to get so many tokens."""
         self.move_to(outputs)
         return self.text.follows[self.place - 1]
@@ -45,22 +45,24 @@ class Scripted(Paged):
     with the step that computes them, also of a leg that ends in it: at the end of a prefill leg, and of a decode leg
     the last one of the step."""
 
-    def __init__(self, capacity: Capacity, cost: Cost, text_of: TextOf, *, foretells: bool) -> None:
+    def __init__(self, capacity: Capacity, cost: Cost, text_of: TextOf, *, estimates_lengths: bool) -> None:
         super().__init__(capacity, cost)
-        self.text_of, self.foretells = text_of, foretells
+        self.text_of, self.estimates_lengths = text_of, estimates_lengths
         self._scripts: dict[str, Script] = {}
         self._ones: dict[int, tuple[int, ...]] = {}
 
-    def add(self, leg: Leg) -> None:
-        super().add(leg)
-        text = self.text_of(leg.sampling)
+    def add(self, request: EngineRequest) -> None:
+        super().add(request)
+        text = self.text_of(request.sampling)
         if text is None:
             return
-        slot = self.slots[leg.key]
-        slot.end = min(slot.end, leg.output_from + text.output)
-        script = self._scripts[leg.key] = Script(text, slot)
-        if self.foretells:
-            script.move_to(len(leg.tokens) - leg.output_from + (leg.phase == "decode"))  # admitted with one more
+        slot = self.slots[request.key]
+        slot.end = min(slot.end, request.output_from + text.output)
+        script = self._scripts[request.key] = Script(text, slot)
+        if self.estimates_lengths:
+            script.move_to(
+                len(request.tokens) - request.output_from + (request.phase == "decode")
+            )  # admitted with one more
 
     def cancel(self, key: str) -> None:
         super().cancel(key)
@@ -71,11 +73,11 @@ class Scripted(Paged):
         done = self.finish(plan, steps, self._ids)
         if not self._scripts:
             return done
-        foretold = tuple(self._foretold(done)) if self.foretells else ()
+        estimates = tuple(self._estimated(done)) if self.estimates_lengths else ()
         for sampled in done.tokens:
             if sampled.key not in self.slots:
                 self._scripts.pop(sampled.key, None)
-        return replace(done, foretold=foretold) if foretold else done
+        return replace(done, estimates=estimates) if estimates else done
 
     def _ids(self, key: str, count: int) -> tuple[int, ...]:
         script = self._scripts.get(key)
@@ -90,12 +92,12 @@ class Scripted(Paged):
             ids = self._ones[count] = (1,) * count
         return ids
 
-    def _foretold(self, done: StepDone) -> Iterator[Foretold]:
+    def _estimated(self, done: StepDone) -> Iterator[HiddenStateEstimate]:
         for sampled in done.tokens:
             script = self._scripts.get(sampled.key)
             if script is None:
                 continue
-            outputs = script.slot.known - script.slot.leg.output_from
+            outputs = script.slot.known - script.slot.request.output_from
             if outputs >= script.due:
-                known, odds = script.passed(outputs)
-                yield Foretold(key=sampled.key, outputs=known, odds=odds)
+                known, distribution = script.passed(outputs)
+                yield HiddenStateEstimate(key=sampled.key, outputs=known, distribution=distribution)

@@ -46,7 +46,7 @@ class Setup:
     flip_settings: FlipSettings = FlipSettings()
     load_s: float = 0.1
     stale_s: float = 1.0
-    beat_s: float = 5.0
+    heartbeat_s: float = 5.0
     stream_interval: int = 1 << 20
     stall_s: float = 600.0
     spans: bool = False  # keep the busy spans of every instance
@@ -106,7 +106,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("prefill", "decode", "mixed", "kv_tokens", "chunk_tokens", "context", "slots"), 0),
     "link_latency_s": 0,
     **dict.fromkeys(("block_tokens", "max_batch", "stream_interval"), 1),
-    **dict.fromkeys(("load_s", "stale_s", "beat_s", "stall_s"), 0.001),
+    **dict.fromkeys(("load_s", "stale_s", "heartbeat_s", "stall_s"), 0.001),
 }
 
 

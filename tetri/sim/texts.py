@@ -21,7 +21,7 @@ from math import fsum, isfinite
 from pathlib import Path
 from typing import Any
 
-from tetri.request import Odds
+from tetri.request import LengthDistribution
 
 LIMIT = 1024  # output tokens at which the model was cut off, unless the reader is told
 ROUNDED = 0.01  # shares are written with a few digits: they may add up to 1 within so much
@@ -40,8 +40,8 @@ class Text:
     output: int
     limit: int = LIMIT
     source: str = ""
-    classifier: Odds | None = None
-    follows: tuple[tuple[int, Odds], ...] = ()
+    classifier: LengthDistribution | None = None
+    follows: tuple[tuple[int, LengthDistribution], ...] = ()
 
     @property
     def reason(self) -> str:
@@ -74,10 +74,10 @@ def _text(row: Any, limit: int) -> Text:
     prompt, output, width = (_count(row, name) for name in ("prompt_tokens", "tokens", "width"))
     if output > limit:
         raise ValueError(f"{output} tokens, more than the limit of {limit}")
-    classifier = _odds(row["classifier"], width) if row.get("classifier") is not None else None
-    follows = {int(known): _odds(shares, width) for known, shares in (row.get("later") or {}).items()}
+    classifier = _distribution(row["classifier"], width) if row.get("classifier") is not None else None
+    follows = {int(known): _distribution(shares, width) for known, shares in (row.get("later") or {}).items()}
     if row.get("hidden") is not None:
-        follows[0] = _odds(row["hidden"], width)
+        follows[0] = _distribution(row["hidden"], width)
     if follows and not 0 <= min(follows) <= max(follows) < output:
         raise ValueError(f"of {output} tokens none can follow after {max(follows)}, or after {min(follows)}")
     states = tuple((known, follows[known]) for known in sorted(follows))
@@ -91,9 +91,9 @@ def _count(row: dict[str, Any], name: str) -> int:
     return value
 
 
-def _odds(shares: Sequence[float], width: int) -> Odds:
+def _distribution(shares: Sequence[float], width: int) -> LengthDistribution:
     """Made to add up to 1 exactly as far as numbers can."""
     whole = fsum(shares)
     if not (isfinite(whole) and abs(whole - 1) <= ROUNDED and min(shares) >= 0):
         raise ValueError(f"shares must be 0 or more and add up to 1, got {whole:g}")
-    return Odds(width, tuple(share / whole for share in shares))
+    return LengthDistribution(width, tuple(share / whole for share in shares))

@@ -124,7 +124,7 @@ def _seconds(text: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class LengthWait:
     """A distribution of lengths in tokens: always `a`, uniform from `a` to `b`, or lognormal with median `a` and
     standard deviation `b` of the logarithm, cut to 1 and `LONGEST`."""
 
@@ -133,7 +133,7 @@ class Lengths:
     b: float = 0.0
 
     @classmethod
-    def parsed(cls, text: str) -> Lengths:
+    def parsed(cls, text: str) -> LengthWait:
         """Of "512", "128-1024" or "lognormal:MEDIAN:SIGMA". Raises TraceError."""
         try:
             made = cls._read(text)
@@ -144,7 +144,7 @@ class Lengths:
         return made
 
     @classmethod
-    def _read(cls, text: str) -> Lengths | None:
+    def _read(cls, text: str) -> LengthWait | None:
         if text.startswith("lognormal:"):
             _, median, sigma = text.split(":")
             return cls("lognormal", float(median), float(sigma))
@@ -162,7 +162,7 @@ class Lengths:
 
 
 def drawn(
-    requests: int, prompt: Lengths, output: Lengths, seed: int, rate: float = 0.0, burstiness: float = 1.0
+    requests: int, prompt: LengthWait, output: LengthWait, seed: int, rate: float = 0.0, burstiness: float = 1.0
 ) -> Iterator[Arrival]:
     """So many requests. `rate` 0: all at time 0 (a closed batch); else `rate` a second, the times between them
     gamma-distributed with the coefficient of variation `burstiness` (1: a Poisson process). Raises TraceError."""

@@ -16,11 +16,11 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import BROKER
-from tetri.core.broker import Broker
-from tetri.core.desk import Limits
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
+from tetri.core.instance.peers import Identity
 from tetri.core.monitor import Monitor
-from tetri.core.peers import Identity
-from tetri.core.worker import Worker
+from tetri.core.worker.worker import Worker
 from tetri.instance import Instance
 from tetri.request import Fingerprint, Reach
 from tetri.sim.clients import Clients, Outcome
@@ -70,7 +70,7 @@ class World:
             context=capacity.context,
             vocabulary=2,
             max_open=UNBOUNDED,
-            beat_s=setup.beat_s,
+            heartbeat_s=setup.heartbeat_s,
             dead_s=UNBOUNDED,  # nobody dies, however long a step takes
             patience_s=UNBOUNDED,
         )
@@ -84,7 +84,9 @@ class World:
             cost=setup.cost,
             chunk_tokens=capacity.chunk_tokens,
         )
-        node = BrokerNode(self.kernel, core, self._port(BROKER), lambda who, what: self.clients.hear(who, what))
+        node = BrokerNode(
+            self.kernel, core, self._port(BROKER), lambda who, what: self.clients.receive_reply(who, what)
+        )
         self.wiring.processes[BROKER] = node
         return node
 
@@ -114,8 +116,8 @@ class World:
             slots=setup.slots or capacity.blocks,
             rules=setup.rules,
             reserve_share=setup.reserve_share,
-            beat_s=setup.beat_s,
-            view_s=4 * setup.beat_s,  # the broker looks once a beat whether a roster is due
+            heartbeat_s=setup.heartbeat_s,
+            view_s=4 * setup.heartbeat_s,  # the broker looks once a beat whether a roster is due
             offer_s=UNBOUNDED,  # nothing is lost
             patience_s=UNBOUNDED,
             cost=setup.cost,
@@ -176,9 +178,9 @@ class World:
 
     def _unfinished(self) -> list[str]:
         return [
-            f"{iid} has {len(worker.core.prefill.jobs)} jobs and {len(worker.core.decode.seats)} seats"
+            f"{iid} has {len(worker.core.prefill.requests)} jobs and {len(worker.core.decode.requests)} seats"
             for iid, worker in self.workers.items()
-            if worker.core.prefill.jobs or worker.core.decode.seats
+            if worker.core.prefill.requests or worker.core.decode.requests
         ]
 
     # ------------------------------------------------------------ the promises
@@ -194,7 +196,7 @@ class World:
             core, engine, blocks = worker.core, worker.engine, worker.core.own.capacity.blocks
             engine.check()
             left = [len(core.ledger), blocks - core.ledger.free, blocks - engine.free, len(engine.slots)]
-            left += [worker.memory.kept, core.prefill.slots_taken]
+            left += [worker.memory.kept, core.prefill.slots_used]
             if any(left):
                 raise SimError(f"{iid} has not given everything back: {left}")
         self._check_tokens()
@@ -216,7 +218,7 @@ class World:
         return sum(arrival.prompt for arrival in done), sum(arrival.output - 1 for arrival in done)
 
     def _counters(self) -> dict[str, int]:
-        counts: Counter[str] = Counter(self.broker.core.life.counters)
+        counts: Counter[str] = Counter(self.broker.core.lifecycle.counters)
         for worker in self.workers.values():
             counts["steps"] += worker.use.steps
             counts["prefill_tokens"] += worker.use.prefill_tokens

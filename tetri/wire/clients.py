@@ -6,6 +6,7 @@ from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Samplin
 
 # ---- clients -> broker
 
+
 class Submit(Record, tag="submit", frozen=True):
     """Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is given. The same `key`, drawn by
     the client, is the same request, not a second one."""
@@ -43,6 +44,7 @@ class ChangeRole(Record, tag="change_role", frozen=True):
 ClientMessage = Submit | Cancel | Attach | Inspect | ChangeRole
 
 # ---- broker -> clients
+
 
 class Accepted(Record, tag="accepted", frozen=True):
     key: Name
@@ -94,7 +96,7 @@ class InstanceStatus(Record, frozen=True):
     note: str = ""
     paths: dict[str, Count] = {}  # KV path -> instances to or from which KV moves over it
     counters: dict[str, Count] = {}  # what happened to the KV that it took, since its process started
-    slots_taken: Count = 0  # of its KV store, those that are not free
+    slots_used: Count = 0  # of its KV store, those that are not free
     predictor: PredictorStatus | None = None  # of output lengths; None: it learns nothing of them
 
 

@@ -54,9 +54,7 @@ def encode(message: msgspec.Struct) -> bytes:
     """A message as it goes into one frame. Raises WireError when no receiver would take it for its size."""
     data = b"".join((_VERSION_BYTE, _encoder.encode(message)))
     if len(data) > MAX_BYTES:
-        raise WireError(
-            "oversize", f"{type(message).__name__} has {len(data)} bytes, at most {MAX_BYTES} are allowed"
-        )
+        raise WireError("oversize", f"{type(message).__name__} has {len(data)} bytes, at most {MAX_BYTES} are allowed")
     return data
 
 

@@ -35,9 +35,9 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     length: LengthRange | None = None  # None: not predicted
 
 
-class Foreseen(BetweenWorkers, tag="foreseen", frozen=True):
+class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):
     """More is known of the length than when it was offered: this range replaces the Offer's. Best effort, no answer: a
-    request whose Foreseen was lost goes on by what was said before."""
+    request whose LengthUpdate was lost goes on by what was said before."""
 
     length: LengthRange
 
@@ -47,11 +47,11 @@ class Grant(BetweenWorkers, tag="grant", frozen=True):
 
 
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):
-    """Also the answer to anything that names an offer which the receiver does not know. `spoilt`: the KV bytes are
+    """Also the answer to anything that names an offer which the receiver does not know. `corrupt`: the KV bytes are
     not what was announced, so offering them again is of no use."""
 
     why: str
-    spoilt: bool = False
+    corrupt: bool = False
 
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):

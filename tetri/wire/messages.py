@@ -12,9 +12,10 @@ from msgspec import Struct
 
 from tetri.instance import Instance
 from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage
-from tetri.wire.handover import Chunk, Drop, Foreseen, Grant, Landed, Offer, Refuse
+from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 
 # ---- workers -> broker
+
 
 class FromWorker(Record, frozen=True):
     iid: Name
@@ -63,9 +64,9 @@ class Ready(Record, tag="ready", frozen=True):
     load: Load
 
 
-class Beat(FromWorker, tag="beat", frozen=True):
+class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     """`flip`: the number of the last Flip that was obeyed, 0 before the first. `counters`: since the process started,
-    what happened to the KV that it took, by name. `slots_taken`: of its KV store, those that are not free.
+    what happened to the KV that it took, by name. `slots_used`: of its KV store, those that are not free.
     `predictor`: None unless it predicts output lengths from what it has learnt."""
 
     role: str
@@ -73,7 +74,7 @@ class Beat(FromWorker, tag="beat", frozen=True):
     holds: list[Hold]
     flip: Count = 0
     counters: dict[str, Count] = {}
-    slots_taken: Count = 0
+    slots_used: Count = 0
     predictor: PredictorStatus | None = None
 
 
@@ -128,9 +129,10 @@ class FlipWanted(Record, tag="flip_wanted", frozen=True):
     why: str
 
 
-WorkerEvent = Ready | Beat | Staged | Tokens | Failed | FlipWanted
+WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | FlipWanted
 
 # ---- workers -> monitor (published)
+
 
 class LoadReport(FromWorker, tag="load", frozen=True):
     """Every `load_ms`, and at once when the role has changed."""
@@ -140,6 +142,7 @@ class LoadReport(FromWorker, tag="load", frozen=True):
 
 
 # ---- monitor -> prefill workers, broker (published)
+
 
 class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One instance's newest report; `age_s` seconds old when the view was made."""
@@ -161,7 +164,9 @@ class ClusterView(Record, tag="view", frozen=True):
     loads: list[InstanceLoad]
     flip: str = "none"
 
+
 # ---- -> a worker's inbox
+
 
 class Assign(Record, tag="assign", frozen=True):
     """Prefill this. `output`, from earlier attempts, is prefilled like the prompt and keeps counting as output."""
@@ -175,7 +180,7 @@ class Assign(Record, tag="assign", frozen=True):
 
 
 class Flip(Record, tag="flip", frozen=True):
-    """Take new work as this role from now on; what is here is finished. The answer is a Beat with this number: one that
+    """Take new work as this role from now on; what is here is finished. The answer is a Heartbeat with this number: one that
     only says the role may have been on its way before."""
 
     role: str
@@ -202,7 +207,7 @@ class Resend(Record, tag="resend", frozen=True):
     start: Count
 
 
-class Roster(Record, tag="roster", frozen=True):
+class Membership(Record, tag="membership", frozen=True):
     """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation). Also
     the answer to Ready: a worker that does not find itself in it, or hears none for a while, says Ready again."""
 
@@ -212,5 +217,5 @@ class Roster(Record, tag="roster", frozen=True):
 
 
 InboxMessage = (
-    Assign | Flip | Close | Resend | Roster | Offer | Foreseen | Grant | Refuse | Chunk | Landed | Drop
+    Assign | Flip | Close | Resend | Membership | Offer | LengthUpdate | Grant | Refuse | Chunk | Landed | Drop
 )

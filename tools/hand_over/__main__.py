@@ -145,9 +145,7 @@ def table(found: dict[str, Any]) -> str:
     for state in ("idle", "busy"):
         for length, taken in found[state]["lengths"].items():
             parts = "".join(f"{taken['stages_ms'][name]:>8.1f}" for name in names)
-            lines.append(
-                f"{state:15}{length:>8}{taken['median_ms']:>6.1f} ms{taken['max_ms']:>6.1f} ms   {parts}"
-            )
+            lines.append(f"{state:15}{length:>8}{taken['median_ms']:>6.1f} ms{taken['max_ms']:>6.1f} ms   {parts}")
     for state, what in (("idle", "idle"), ("busy", f"beside {found['batch']} decodes")):
         taken = found[state]
         lines.append(

@@ -143,43 +143,43 @@ class _Side:
         return asked, Interval(max(asked, self.copied), now)
 
 
-def _legs(call: Call) -> list[Any]:
-    return [value(action).leg for action in call.actions if action[0] == "AddLeg"]
+def _requests(call: Call) -> list[Any]:
+    return [value(action).request for action in call.actions if action[0] == "AddRequest"]
 
 
 def _sent(path: Path) -> dict[str, _Sent]:
     """By request id."""
-    legs: dict[str, _Sent] = {}
+    requests: dict[str, _Sent] = {}
     side = _Side()
     for call, kind, event in side.follow(path, "Export", "Exported"):
-        for leg in _legs(call):
-            if leg.phase == "prefill":
-                legs[leg.key] = _Sent(len(leg.tokens))
+        for request in _requests(call):
+            if request.phase == "prefill":
+                requests[request.key] = _Sent(len(request.tokens))
         if kind == "StepDone":
             for span in event.spans:
-                if span.key in legs:
-                    legs[span.key].passes.append(side.steps[-1])
-        elif kind == "Exported" and event.key in legs:
-            leg = legs[event.key]
-            leg.exports[event.index] = (leg.passes[-1], side.copy(event, call.now)[1])
-    return {key.split(":", 1)[1].rpartition(":")[0]: leg for key, leg in legs.items()}
+                if span.key in requests:
+                    requests[span.key].passes.append(side.steps[-1])
+        elif kind == "Exported" and event.key in requests:
+            request = requests[event.key]
+            request.exports[event.index] = (request.passes[-1], side.copy(event, call.now)[1])
+    return {key.split(":", 1)[1].rpartition(":")[0]: request for key, request in requests.items()}
 
 
 def _taken(path: Path) -> tuple[dict[str, _Taken], Sequence[Interval]]:
     """By request id; and all steps of this worker."""
-    legs: dict[str, _Taken] = {}
+    requests: dict[str, _Taken] = {}
     side = _Side()
     for call, kind, event in side.follow(path, "Adopt", "Adopted"):
         if kind == "Offer":
-            for leg in _legs(call):
-                legs[leg.key] = _Taken(event.rid)
+            for request in _requests(call):
+                requests[request.key] = _Taken(event.rid)
         elif kind == "StepDone":
             for span in event.spans:
-                if span.key in legs and legs[span.key].first_step is None:
-                    legs[span.key].first_step = side.steps[-1]
-        elif kind == "Adopted" and event.key in legs and event.problem is None:
-            legs[event.key].copies[event.index] = side.copy(event, call.now)
-    return {leg.rid: leg for leg in legs.values()}, side.steps
+                if span.key in requests and requests[span.key].first_step is None:
+                    requests[span.key].first_step = side.steps[-1]
+        elif kind == "Adopted" and event.key in requests and event.problem is None:
+            requests[event.key].copies[event.index] = side.copy(event, call.now)
+    return {request.rid: request for request in requests.values()}, side.steps
 
 
 def moves(prefill: Path, decode: Path) -> list[Move]:
@@ -188,12 +188,17 @@ def moves(prefill: Path, decode: Path) -> list[Move]:
     sent = _sent(prefill)
     taken, steps = _taken(decode)
     found = []
-    for rid, leg in taken.items():
+    for rid, request in taken.items():
         here = sent.get(rid)
-        if here is None or leg.first_step is None or not here.exports or leg.copies.keys() != here.exports.keys():
+        if (
+            here is None
+            or request.first_step is None
+            or not here.exports
+            or request.copies.keys() != here.exports.keys()
+        ):
             continue
-        chunks = tuple(Chunk(index, *here.exports[index], *leg.copies[index]) for index in sorted(here.exports))
+        chunks = tuple(Chunk(index, *here.exports[index], *request.copies[index]) for index in sorted(here.exports))
         announced = chunks[-1].exported.ended
         held_up = next((step.ended - announced for step in steps if step.begun <= announced < step.ended), 0.0)
-        found.append(Move(rid, here.tokens, tuple(here.passes), chunks, held_up, leg.first_step))
+        found.append(Move(rid, here.tokens, tuple(here.passes), chunks, held_up, request.first_step))
     return found

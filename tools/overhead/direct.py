@@ -61,7 +61,7 @@ class Direct:
 def engine_arguments(
     model: str, dtype: str, context: int, chunk_tokens: int, max_batch: int, block_tokens: int, kv_bytes: int
 ) -> dict[str, Any]:
-    """As tetri/engine/vllm_setup.py has them for the live workers, without the connector and the sampler plug-in."""
+    """As tetri/engine/vllm/setup.py has them for the live workers, without the connector and the sampler plug-in."""
     return {
         "model": model,
         "skip_tokenizer_init": True,
@@ -84,7 +84,7 @@ def engine_arguments(
 
 def load(settings: dict[str, Any]) -> Any:
     """vLLM's core, in this process."""
-    from tetri.engine.vllm_setup import prepare_environment
+    from tetri.engine.vllm.setup import prepare_environment
 
     threads = prepare_environment()  # environment variables only; before torch and vLLM are imported
     import torch

@@ -1,0 +1,203 @@
+"""The broker's core: owns the life of every request, places it on a prefill instance, relays its tokens, and
+starts it over when a worker is lost; it carries out every change of role. Nothing relies on one message arriving:
+beats say what workers hold and are, and make both sides agree again.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from tetri.core.actions import (
+    Action,
+    Broken,
+    BrokerInput,
+    Detokenized,
+    FromClient,
+    Reply,
+    Submitted,
+    Undelivered,
+)
+from tetri.core.broker.delivery import Delivery, Limits, refuse
+from tetri.core.broker.lifecycle import Lifecycle
+from tetri.core.broker.membership import Members
+from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.roles import Flips
+from tetri.core.broker.worker_events import WorkerEvents
+from tetri.cost import Cost
+from tetri.policy.rules import Rules
+from tetri.wire.clients import Attach, Cancel, ChangeRole, Inspect, MonitorStatus, Status
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import ClusterView, FlipWanted, FromWorker, Ready
+
+VIEW = ("view", "")
+EMPTY = Cost()
+
+
+class Broker:
+    def __init__(
+        self,
+        limits: Limits,
+        rules: Rules,
+        epoch: int,
+        rng: Random,
+        now: float,
+        model: str = "",
+        cost: Cost = EMPTY,
+        chunk_tokens: int = 512,
+    ) -> None:
+        """`cost` and `chunk_tokens` predict how long a prompt takes to prefill on any of the instances."""
+        self.limits, self.model = limits, model
+        self.table = Table()
+        self.members = Members(epoch)
+        self.delivery = Delivery(self.table, limits, epoch, rng)
+        self.lifecycle = Lifecycle(limits, rules, self.table, self.members, self.delivery, rng, cost, chunk_tokens)
+        self.flips = Flips(self.members, self.lifecycle.counters)
+        self.worker_events = WorkerEvents(limits, self.table, self.members, self.delivery, self.lifecycle, self.flips)
+        self.seen: tuple[ClusterView, float] | None = None  # the monitor's newest view, and when it came
+        self.lifecycle.timers.set(VIEW, now)
+
+    # ------------------------------------------------------------ the four verbs
+
+    def handle(self, event: BrokerInput, now: float) -> list[Action]:
+        match event:  # the most frequent first
+            case Detokenized():
+                return self._detokenized(event, now)
+            case Ready():
+                return self.worker_events.ready(event, now)
+            case FromWorker():
+                return self.worker_events.received(event, now)
+            case Submitted():
+                return self._submit(event, now)
+            case FromClient():
+                return self._client(event, now)
+            case Undelivered():
+                return self._undelivered(event, now)
+            case FlipWanted():
+                return [*self.flips.want(event, now), *self.lifecycle.place_waiting(now)]
+            case ClusterView():
+                self.seen = (event, now)
+                return []
+            case PeerUp():
+                return self.worker_events.up(event.peer, now)
+            case PeerDown():
+                return self.worker_events.down(event.peer, now)
+        raise Broken(f"a broker knows no {event}")
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for what, who in self.lifecycle.timers.due(now):
+            if what == "view":
+                self.lifecycle.timers.set(VIEW, now + self.limits.heartbeat_s)
+                if not self.table.open:
+                    self.check()
+                actions += [*self.members.prune(now), *self.members.refresh(now)]
+            elif what == "silence":
+                actions += self.worker_events.silent(who, now)
+            else:
+                actions += self._row_timer(what, self.table.rows[who], now)
+        return actions
+
+    def deadline(self) -> float | None:
+        return self.lifecycle.timers.next()
+
+    def check(self) -> None:
+        self.table.check()
+        self.flips.check()
+        for row in self.table.active():
+            placed = self.members.by_iid.get(row.holder) if row.holder else None
+            if row.reason is None and row.holder is not None and (placed is None or placed.lost is not None):
+                raise Broken(f"{row.rid} is held by {row.holder}, which is not there")
+
+    # ------------------------------------------------------------ clients
+
+    def _submit(self, event: Submitted, now: float) -> list[Action]:
+        again = self.delivery.known(event)
+        if again is not None:
+            self.lifecycle.remember(self.table.rows[self.table.keys[event.key]], now)
+            return again
+        why = self.delivery.problem(event) or self.members.too_long(
+            len(event.prompt), len(event.prompt) + event.sampling.max_tokens
+        )
+        if why is not None:
+            self.lifecycle.counters["refused"] += 1
+            return [refuse(event.client, event.key, why)]
+        if self.table.open >= self.limits.max_open:
+            self.lifecycle.counters["refused"] += 1
+            return [refuse(event.client, event.key, f"{self.table.open} requests are open, try later", 1.0)]
+        self.lifecycle.counters["accepted"] += 1
+        row, actions = self.delivery.admit(event, now)
+        if row.deadline is not None:
+            self.lifecycle.timers.set(("deadline", row.rid), row.deadline)
+        return [*actions, *self.lifecycle.place(row, now)]
+
+    def _client(self, event: FromClient, now: float) -> list[Action]:
+        message = event.message
+        if isinstance(message, Inspect):
+            return [Reply(event.client, self.status(now))]
+        if isinstance(message, ChangeRole):
+            return [*self.flips.ask(event.client, message, now), *self.lifecycle.place_waiting(now)]
+        assert isinstance(message, Cancel | Attach)
+        row = self.table.rows.get(message.rid)
+        if row is None:
+            return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
+        if isinstance(message, Attach):
+            self.lifecycle.timers.clear(("grace", row.rid))
+            self.lifecycle.remember(row, now)
+            return self.delivery.attach(row, event.client, message.start)
+        if row.stage.ended:
+            return [Reply(event.client, row.outbox[-1])]
+        if event.client != row.client:
+            row.watchers.append(event.client)
+        return self.lifecycle.end(row, "cancelled", now)
+
+    def _detokenized(self, event: Detokenized, now: float) -> list[Action]:
+        row = self.table.rows.get(event.rid)
+        if row is None or row.stage.ended:
+            return []
+        ending = row.reason is not None
+        actions = self.delivery.detokenized(row, event)
+        found = row.reason is not None and not ending  # a stop text
+        return [*actions, *self.lifecycle.finish(row, now)] if found or event.final else actions
+
+    def _undelivered(self, event: Undelivered, now: float) -> list[Action]:
+        row = self.delivery.undelivered(event)
+        if row is not None:
+            what, wait = ("grace", self.limits.client_grace_s) if event.gone else ("retry", self.limits.retry_s)
+            self.lifecycle.timers.set((what, row.rid), now + wait)
+        return []
+
+    def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
+        match what:
+            case "forget":
+                if row.client is not None and row.sent < len(row.outbox):  # a slow reader, not a gone one
+                    self.lifecycle.remember(row, now)
+                    if ("forget", row.rid) in self.lifecycle.timers:
+                        return []
+                for timer in ("grace", "retry"):
+                    self.lifecycle.timers.clear((timer, row.rid))
+                self.table.forget(row.rid)
+                return []
+            case "retry":
+                row.blocked = False
+                return self.delivery.deliver(row)
+            case "grace":
+                return self.lifecycle.end(row, "cancelled", now) if row.client is None else []
+            case "deadline":
+                return self.lifecycle.end(row, "deadline", now)
+            case "patience":
+                return self.lifecycle.end(row, "error", now, f"no prefill instance for {self.limits.patience_s:g} s")
+        raise Broken(f"a timer for {what}")
+
+    def status(self, now: float) -> Status:
+        counters = dict(sorted(self.lifecycle.counters.items()))
+        monitor = None
+        if self.seen is not None:
+            view, at = self.seen
+            monitor = MonitorStatus(number=view.number, age_s=now - at, flip=view.flip)
+        return Status(
+            instances=self.members.status(),
+            requests=self.table.counts(),
+            counters=counters,
+            model=self.model,
+            monitor=monitor,
+        )

@@ -1,0 +1,246 @@
+"""The request table: the only place that knows where a request is. Every change of place or stage goes through a
+`Table`, which keeps its indices: whose requests these are, what waits for a place, how much prefill is assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from tetri.core.actions import Broken
+from tetri.request import Receipt, Sampling, Stage
+from tetri.wire.clients import Delta, Done
+from tetri.wire.messages import End
+
+ON_DECODER = (Stage.WAITING, Stage.DECODE)
+IDLE = (Stage.QUEUED, Stage.WAITING)  # a worker has it and computes nothing of it
+BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
+
+
+@dataclass(slots=True)
+class Row:
+    """One request. `prefill` and `decode` are the instances of the current attempt, None while there is none;
+    `work_ns` is the predicted prefill time of that attempt, in nanoseconds so that sums stay exact.
+    Tokens pass three points: `output` came from workers, `asked` of them went to be worded, and of the
+    `outbox` (deltas and the Done at their end) `sent` were handed to the client."""
+
+    rid: str
+    key: str
+    client: bytes | None
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    arrival: float
+    stage: Stage
+    stage_at: float
+    deadline: float | None = None  # when it has to be over, as `arrival`; None: whenever
+    attempt: int = 1
+    not_counted: int = 0  # attempts that do not count against it: a worker was lost while it only waited there
+    prefill: str | None = None
+    decode: str | None = None
+    work_ns: int = 0
+    assigned_at: float = 0.0
+    output: list[int] = field(default_factory=list)
+    asked: int = 0  # output tokens handed over to be worded
+    outbox: list[Delta | Done] = field(default_factory=list)
+    sent: int = 0
+    blocked: bool = False  # the client's queue is full: nothing is sent before the retry
+    watchers: list[bytes] = field(default_factory=list)  # other clients that asked for its end
+    first_at: float | None = None
+    spent: dict[Stage, float] = field(default_factory=dict)
+    end: End | None = None  # as its worker said with the last token; None while there is none, or nobody did
+    reason: str | None = None  # why it ends; set before the last words are back
+    error: str | None = None
+    listed: str | None = None  # the instance under which the table has it
+    counted: str | None = None  # the instance to whose work the table has added it
+
+    @property
+    def holder(self) -> str | None:
+        """The instance that must have it now: the prefill one until all KV has landed at the decode one."""
+        return self.decode if self.stage in ON_DECODER else self.prefill
+
+    @property
+    def computing(self) -> str | None:
+        """The prefill instance that has still to compute it, as far as the table knows."""
+        return self.prefill if self.stage in BEFORE_TOKENS else None
+
+    def left(self, now: float) -> float | None:
+        """Seconds until its deadline; None without one."""
+        return None if self.deadline is None else max(0.0, self.deadline - now)
+
+    def receipt(self) -> Receipt:
+        """What its worker said of its KV with the end or, if no worker did, that this is not known."""
+        if self.end is not None:
+            return replace(self.end.receipt, attempts=self.attempt)
+        return Receipt(
+            prompt_tokens=len(self.prompt),
+            prefill_instance=self.prefill,
+            decode_instance=self.decode,
+            attempts=self.attempt,
+        )
+
+
+_RANK = {stage: rank for rank, stage in enumerate(Stage)}
+
+
+class Table:
+    """Open rows by rid and, until forgotten, ended ones, so that a client may ask again.
+
+    `unplaced`: open rows without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
+    nanoseconds of prefill by instance, of all rows assigned to it that have no token of this attempt yet; an
+    instance without such work is not in it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self.keys: dict[str, str] = {}  # client's key -> rid
+        self.unplaced: dict[str, Row] = {}
+        self.work_ns: dict[str, int] = {}
+        self._active: dict[str, Row] = {}
+        self._held: dict[str, dict[str, Row]] = {}
+        self._stages = dict.fromkeys(Stage, 0)
+
+    @property
+    def open(self) -> int:
+        return len(self._active)
+
+    def active(self) -> Iterable[Row]:
+        """The open rows, in order of arrival. Not to be changed meanwhile."""
+        return self._active.values()
+
+    def held_by(self, iid: str) -> dict[str, Row]:
+        """The open rows that this instance must have, by rid. Not to be changed, nor kept: it changes."""
+        return self._held.get(iid, _NONE)
+
+    def counts(self) -> dict[str, int]:
+        """Open rows by stage."""
+        return {stage.value: count for stage, count in self._stages.items() if count}
+
+    # ------------------------------------------------------------ changes
+
+    def add(self, row: Row) -> None:
+        self.rows[row.rid] = row
+        self.keys[row.key] = row.rid
+        self._active[row.rid] = row
+        self._stages[row.stage] += 1
+        self._list(row)
+
+    def forget(self, rid: str) -> None:
+        row = self.rows.pop(rid)
+        if self.keys.get(row.key) == rid:
+            del self.keys[row.key]
+
+    def assign(self, row: Row, iid: str, work_ns: int) -> None:
+        """A prefill instance is to compute it, which is so much work, 1 ns at least."""
+        self._count(row, None)
+        row.prefill, row.work_ns = iid, work_ns
+        self._list(row)
+
+    def hand_over(self, row: Row, iid: str) -> None:
+        """This instance is to decode it."""
+        row.decode = iid
+        self._list(row)
+
+    def start_over(self, row: Row, now: float) -> None:
+        """Another attempt, of which nobody has anything."""
+        row.attempt += 1
+        row.prefill = row.decode = None
+        self.move(row, Stage.QUEUED, now)
+
+    def move(self, row: Row, stage: Stage, now: float) -> None:
+        """Enter a stage; what was spent in the one before is kept, over all attempts."""
+        row.spent[row.stage] = row.spent.get(row.stage, 0.0) + now - row.stage_at
+        self._stages[row.stage] -= 1
+        row.stage, row.stage_at = stage, now
+        if stage.ended:
+            del self._active[row.rid]
+        else:
+            self._stages[stage] += 1
+        self._list(row)
+
+    def advance(self, row: Row, stage: Stage, now: float) -> None:
+        """As `move`, but never backwards: the news of two workers may overtake one another."""
+        if _RANK[stage] > _RANK[row.stage]:
+            self.move(row, stage, now)
+
+    def _list(self, row: Row) -> None:
+        """Enter the row under its instances, and take it out where it was."""
+        holder, computing, unplaced = _places(row)
+        if holder != row.listed:
+            if row.listed is not None:
+                rows = self._held[row.listed]
+                del rows[row.rid]
+                if not rows:
+                    del self._held[row.listed]
+            if holder is not None:
+                self._held.setdefault(holder, {})[row.rid] = row
+            row.listed = holder
+        if computing != row.counted:
+            self._count(row, computing)
+        if unplaced:
+            self.unplaced[row.rid] = row
+        else:
+            self.unplaced.pop(row.rid, None)
+
+    def _count(self, row: Row, iid: str | None) -> None:
+        """Count its work to this instance, and to none other."""
+        if row.counted is not None:
+            self.work_ns[row.counted] -= row.work_ns
+            if not self.work_ns[row.counted]:
+                del self.work_ns[row.counted]
+        if iid is not None:
+            self.work_ns[iid] = self.work_ns.get(iid, 0) + row.work_ns
+        row.counted = iid
+
+    # ------------------------------------------------------------ invariants
+
+    def check(self) -> None:
+        for key, rid in self.keys.items():
+            if self.rows[rid].key != key:
+                raise Broken(f"key {key} leads to {rid}, which has another")
+        active = {rid: row for rid, row in self.rows.items() if not row.stage.ended}
+        self._check_indices(active)
+        for row in active.values():
+            if row.stage in ON_DECODER and row.decode is None:
+                raise Broken(f"{row.rid} is in {row.stage} nowhere")
+            if row.prefill is None and row.stage in (Stage.PREFILL, Stage.MOVING):
+                raise Broken(f"{row.rid} is in {row.stage} nowhere")
+            if len(row.output) > row.sampling.max_tokens or row.asked > len(row.output):
+                raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} worded")
+            if row.sent > len(row.outbox):
+                raise Broken(f"{row.rid} sent more than it had")
+
+    def _check_indices(self, active: dict[str, Row]) -> None:
+        """The indices against what a scan of all rows finds."""
+        if active != self._active:
+            raise Broken(f"{self.open} rows counted as open, {len(active)} are")
+        held: dict[str, dict[str, Row]] = {}
+        work: dict[str, int] = {}
+        stages = dict.fromkeys(Stage, 0)
+        unplaced = {}
+        for rid, row in active.items():
+            holder, computing, homeless = _places(row)
+            stages[row.stage] += 1
+            if holder is not None:
+                held.setdefault(holder, {})[rid] = row
+            if computing is not None:
+                work[computing] = work.get(computing, 0) + row.work_ns
+            if homeless:
+                unplaced[rid] = row
+        for name, kept, found in (
+            ("rows by instance", self._held, held),
+            ("prefill work by instance", self.work_ns, {iid: ns for iid, ns in work.items() if ns}),
+            ("rows by stage", self._stages, stages),
+            ("rows without a place", self.unplaced, unplaced),
+        ):
+            if kept != found:
+                raise Broken(f"the table's {name} are out of date")
+
+
+_NONE: dict[str, Row] = {}
+
+
+def _places(row: Row) -> tuple[str | None, str | None, bool]:
+    """Under which instance a row belongs, to whose work it counts, and whether it waits for a place."""
+    if row.stage.ended:
+        return None, None, False
+    return row.holder, row.computing, row.prefill is None

@@ -1,0 +1,92 @@
+"""The one owner of an engine's KV blocks. Prefill and decode are its tenants: each leg has an account, the engine
+never holds more for a leg than its account says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tetri.core.actions import Broken
+
+
+class Ledger:
+    """`capacity` blocks in all. Accounts of *reserved* legs (granted, not running yet) together take at most
+    `reserve_share` of them, so that waiting prompts never starve running decodes; one reservation alone may be
+    larger, or a long prompt could never be served.
+
+    free       blocks in no account; negative while running legs have outgrown the engine: it preempts then
+    reserved   blocks in accounts of reserved legs
+    """
+
+    def __init__(self, capacity: int, reserve_share: float) -> None:
+        self.capacity = capacity
+        self.reserve_limit = int(capacity * reserve_share)
+        self.free = capacity
+        self.reserved = 0
+        self._blocks: dict[str, int] = {}
+        self._reserved: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._blocks
+
+    def allocate(self, key: str, blocks: int) -> bool:
+        """Open an account for a leg that will run; False when there is no room."""
+        if key in self._blocks:
+            raise Broken(f"account {key} opened twice")
+        if blocks > self.free:
+            return False
+        self._blocks[key] = blocks
+        self.free -= blocks
+        return True
+
+    def crowded(self, blocks: int) -> bool:
+        """Whether so many blocks more for a waiting leg would be too many of that kind."""
+        return self.reserved > 0 and self.reserved + blocks > self.reserve_limit
+
+    def reserve(self, key: str, blocks: int, kept: int = 0) -> str | None:
+        """Open an account for a leg that waits for its KV, `kept` blocks staying free; None when done, else why not."""
+        if self.crowded(blocks):
+            return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
+        if blocks + kept > self.free or not self.allocate(key, blocks):
+            return f"{blocks} blocks needed, {self.free} free" + (f", {kept} of them kept" if kept else "")
+        self._reserved[key] = None
+        self.reserved += blocks
+        return None
+
+    def run(self, key: str) -> None:
+        """A reserved leg runs now."""
+        del self._reserved[key]
+        self.reserved -= self._blocks[key]
+
+    def grow(self, key: str, blocks: int) -> None:
+        """A running leg has so many blocks from now on, or more if it had more."""
+        more = blocks - self._blocks[key]
+        if more > 0:
+            self._blocks[key] = blocks
+            self.free -= more
+
+    def close(self, key: str) -> None:
+        """Close an account; closing what is not open is no error."""
+        blocks = self._blocks.pop(key, 0)
+        self.free += blocks
+        if key in self._reserved:
+            del self._reserved[key]
+            self.reserved -= blocks
+
+    def check(self, held: Iterable[tuple[str, int]]) -> None:
+        """Compare with what the engine says it holds, leg by leg."""
+        accounts = self._blocks
+        for key, blocks in held:
+            if blocks > accounts.get(key, 0):
+                raise Broken(f"the engine holds {blocks} blocks for {key}, the ledger {accounts.get(key, 0)}")
+
+    def audit(self) -> None:
+        """Count everything again."""
+        if any(key not in self._blocks for key in self._reserved):
+            raise Broken("a reservation without an account")
+        free = self.capacity - sum(self._blocks.values())
+        reserved = sum(self._blocks[key] for key in self._reserved)
+        if (free, reserved) != (self.free, self.reserved):
+            raise Broken(f"{self.free} blocks free and {self.reserved} reserved, counted {free} and {reserved}")

@@ -1,0 +1,306 @@
+"""The prefill half of a worker: queue -> order -> chunk -> offer -> first token -> KV leaves, chunk by chunk.
+
+A job is kept, with its first token, until the broker closes it: until then the broker can ask for it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tetri.core.actions import (
+    BROKER,
+    Action,
+    AddRequest,
+    Broken,
+    CancelRequest,
+    Exported,
+    HoldRequest,
+    Send,
+)
+from tetri.core.instance.ledger import Ledger
+from tetri.core.instance.peers import Identity
+from tetri.core.kvflow import KVOutflow
+from tetri.core.length.estimator import LengthEstimator
+from tetri.core.prefill.chunk import candidates, fill, ran
+from tetri.core.prefill.dispatcher import Dispatcher
+from tetri.core.prefill.kv_send import KVSend
+from tetri.core.prefill.length_wait import LengthWait
+from tetri.core.prefill.queue import Queue
+from tetri.core.prefill.request import PrefillRequest
+from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span
+from tetri.policy.views import Progress, QueuedPrompt
+from tetri.request import Stage, blocks_for
+from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, TokenItem, Tokens
+
+Report = Staged | Tokens | Failed
+
+
+class Prefill:
+    """`requests` by key. `started`: those whose leg is in the engine. `expected`: the chunk that is planned."""
+
+    def __init__(
+        self, own: Identity, ledger: Ledger, dispatcher: Dispatcher, estimator: LengthEstimator | None = None
+    ) -> None:
+        self.own, self.ledger, self.dispatcher = own, ledger, dispatcher
+        self.requests: dict[str, PrefillRequest] = dispatcher.requests
+        self.queue = Queue(own)
+        self.started: dict[str, PrefillRequest] = {}
+        self.kv_send = KVSend(own, dispatcher)
+        self.lengths = LengthWait(own, dispatcher, estimator)
+        self.short = False  # the first in line waits for slots
+        self.expected: list[Span] = []
+        self._budget = 0  # tokens that the planned step leaves to prefill
+        self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its jobs
+        self._arrivals = self._turns = 0
+
+    @property
+    def slots_used(self) -> int:
+        return self.kv_send.used
+
+    # ------------------------------------------------------------ what comes in
+
+    def assign(self, message: Assign, now: float) -> list[Action]:
+        key = f"p:{message.rid}:{message.attempt}"
+        if key in self.requests:
+            return []  # the broker was not sure that it had reached us
+        actions = self.close(message.rid, message.attempt - 1)
+        own, tokens = self.own, len(message.prompt) + len(message.output)
+        blocks = blocks_for(tokens, own.capacity.block_tokens)
+        if not 0 < tokens < own.capacity.context or blocks > own.capacity.blocks:
+            why = f"{tokens} tokens do not fit into instance {own.iid}"
+            return [*actions, self._report(Failed, rid=message.rid, attempt=message.attempt, why=why, retry=False)]
+        self._arrivals += 1
+        work_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
+        due = None if message.deadline_s is None else now + message.deadline_s
+        request = PrefillRequest(
+            key,
+            message.rid,
+            message.attempt,
+            tuple(message.prompt),
+            tuple(message.output),
+            message.sampling,
+            QueuedPrompt(key, self._arrivals, tokens, now, work_s, due),
+            KVOutflow(blocks),
+            tokens,
+            work_s,
+        )
+        self.requests[key] = request
+        self._attempts.setdefault(request.rid, {})[key] = None
+        self.queue.enter(request)
+        return [*actions, *self.lengths.arrived(request)]
+
+    def close(self, rid: str, attempt: int) -> list[Action]:
+        """Let go of every attempt up to this one, in any stage."""
+        requests = [self.requests[key] for key in self._attempts.get(rid, ())]
+        actions: list[Action] = []
+        for request in [request for request in requests if request.attempt <= attempt]:
+            actions += self._forget(request, "closed")
+        return actions
+
+    def reject(self, key: str, why: str) -> list[Action]:
+        """The engine cannot run this leg: the others of the chunk get its place."""
+        request = self.requests[key]
+        others = [self.requests[span.key] for span in self.expected if span.key != key]
+        actions = self.give_up(request, why, retry=False)
+        self._choose([Progress(other.key, other.done, other.goal) for other in others])
+        return [*actions, *self.holding()]
+
+    def resend(self, message: Resend) -> list[Action]:
+        request = self.requests.get(f"p:{message.rid}:{message.attempt}")
+        if request is None:
+            return []
+        ids = request.outputs()[message.start :]
+        item = TokenItem(request.rid, request.attempt, message.start, ids, request.end)
+        return [self._report(Tokens, items=[item])] if ids or request.end else []
+
+    # ------------------------------------------------------------ the next chunk
+
+    def plan(self, budget: int, now: float) -> list[Action]:
+        """Choose the next chunk, of up to `buffer` tokens, and hand the engine just the legs that fill it. If it is none
+        for want of slots, the first is offered all the same: the reserve is there for it once it is granted."""
+        self._budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
+        prompts = candidates(self.queue, self.requests, self.started, budget, free, most)
+        self._choose(prompts)
+        keys = [span.key for span in self.expected]
+        if self.short and not self.dispatcher.waiting():
+            keys = [prompts[0].key]
+        actions: list[Action] = []
+        for request in map(self.requests.__getitem__, keys):
+            if not request.running:
+                actions += self._start(request, now)
+        return actions
+
+    def _choose(self, prompts: list[Progress]) -> None:
+        self.expected = fill(self.own, self._budget, prompts, self.requests, self.started, self.kv_send.spare())
+        self.short = bool(prompts) and not self.expected
+
+    def _start(self, request: PrefillRequest, now: float) -> list[Action]:
+        if not self.ledger.allocate(request.key, request.flow.blocks):
+            raise Broken(f"{request.key} was planned without room")
+        self.queue.start(request)
+        self.started[request.key] = request
+        request.running = True
+        engine_request = EngineRequest(
+            request.key, "prefill", request.prompt + request.output, len(request.prompt), request.sampling
+        )
+        self._turns += 1
+        request.turn = self._turns
+        self.lengths.started(request, self.expected)
+        self.dispatcher.started(request, now)
+        staged = self._report(Staged, rid=request.rid, attempt=request.attempt, stage=Stage.PREFILL)
+        return [AddRequest(engine_request), staged, *self.dispatcher.dispatch(now)]
+
+    def holding(self) -> list[Action]:
+        """Keep what is started and not in the planned chunk out of the step."""
+        planned = {span.key for span in self.expected}
+        actions: list[Action] = []
+        for key, request in self.started.items():
+            if request.held == (key in planned):
+                request.held = not request.held
+                actions.append(HoldRequest(key, request.held))
+        return actions
+
+    def blocked(self) -> PrefillRequest | None:
+        """The one that holds memory and cannot go on: it waits for slots, and no decode instance has taken it."""
+        request = next(iter(self.started.values()), None) if self.short else None
+        return None if request is None or request.granted else request
+
+    def holds_up(self, request: PrefillRequest) -> bool:
+        """Whether it waits for slots before others for which there is a decode instance."""
+        if self.blocked() is not request:
+            return False
+        others = [self.requests[key] for key in (*self.queue.raw, *self.queue.line)]
+        return any(not other.decodes or self.dispatcher.pool.fits(other) for other in others)
+
+    def free_memory(self, rid: str, blocks: int) -> list[Action]:
+        """Give the memory of the blocked leg to a request that asks for so many blocks to be decoded here. Else two
+        instances that do both could wait for each other's memory for ever. Of two requests that ask each other's
+        instances at the same time, the one with the lower id wins, on both."""
+        request = self.blocked()
+        if request is None or request.rid == rid or (request.flow.offer is not None and request.rid < rid):
+            return []
+        enough = self.ledger.free + request.flow.blocks >= blocks
+        return self.retreat(request, "its memory went to a request to be decoded") if enough else []
+
+    def retreat(self, request: PrefillRequest, why: str) -> list[Action]:
+        """Give the memory of one back whose KV is all here, since nobody has taken it. It begins again, behind those
+        that have started, when there is room."""
+        self._stop(request)
+        self.queue.computed(request, 0)
+        request.turn = 0
+        actions = [CancelRequest(request.key), *self.dispatcher.forget(request, why), *self.kv_send.drain(request)]
+        request.flow = KVOutflow(request.flow.blocks)
+        return actions
+
+    # ------------------------------------------------------------ what the step did
+
+    def step_done(
+        self,
+        spans: Sequence[Span],
+        tokens: Sequence[Sampled],
+        preempted: Sequence[str],
+        estimates: Sequence[HiddenStateEstimate],
+        now: float,
+        *,
+        strained: bool,
+    ) -> list[Action]:
+        """Tokens go out first, then the KV of the blocks that this chunk filled. `strained`: memory was short or the
+        engine computed a preempted decode again, so that it may have run other tokens than planned of the chunk."""
+        planned, self.expected = self.expected, []
+        if not ran(planned, spans, self.requests, strained=strained):
+            raise Broken(f"planned {planned}, the engine ran {list(spans)}")
+        for span in spans:
+            self.queue.computed(self.requests[span.key], span.stop)
+        actions = self._first_tokens(tokens)
+        actions += self.lengths.stepped(planned, estimates, now)
+        for span in spans:
+            actions += self.kv_send.export(self.requests[span.key])
+        for key in preempted:
+            self.queue.computed(self.requests[key], 0)
+        return actions
+
+    def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:
+        items: list[TokenItem] = []
+        after: list[Action] = []
+        for sampled in tokens:
+            request = self.requests[sampled.key]
+            if request.done != request.goal or request.token is not None:
+                raise Broken(f"a token for {request.key} at {request.done} of {request.goal}")
+            reason = sampled.reason or (None if request.decodes else "length")
+            end = End(reason=reason, receipt=request.receipt(self.own.iid)) if reason else None
+            items.append(TokenItem(request.rid, request.attempt, len(request.output), list(sampled.ids), end))
+            request.token = sampled.token
+            self._stop(request)
+            self.queue.leave(request)
+            after += self._end(request, end) if end else self._move(request)
+        return [self._report(Tokens, items=items), *after] if items else []
+
+    def _stop(self, request: PrefillRequest) -> None:
+        """Its leg is no longer in the engine."""
+        del self.started[request.key]
+        request.running = request.held = False
+        self.ledger.close(request.key)
+
+    def _move(self, request: PrefillRequest) -> list[Action]:
+        return [
+            self._report(Staged, rid=request.rid, attempt=request.attempt, stage=Stage.MOVING, peer=request.flow.target)
+        ]
+
+    def _end(self, request: PrefillRequest, end: End) -> list[Action]:
+        """The first token ends the request: no more KV moves."""
+        request.end = end
+        return [*self.dispatcher.forget(request, "finished"), *self.kv_send.drain(request)]
+
+    def exported(self, event: Exported) -> list[Action]:
+        return self.kv_send.exported(self.requests.get(event.key), event)
+
+    # ------------------------------------------------------------ letting go
+
+    def give_up(self, request: PrefillRequest, why: str, *, retry: bool = True) -> list[Action]:
+        """It cannot go on here, perhaps since part of its KV is gone with a decode instance; another attempt may."""
+        return [*self._forget(request, why), self._fail(request, why, retry=retry)]
+
+    def slot_deadlock(self) -> PrefillRequest | None:
+        """One that must be given up: a granted one waits for its slots."""
+        waits = self.short and any(request.granted for request in self.started.values())
+        return self.kv_send.slot_deadlock() if waits else None
+
+    def _forget(self, request: PrefillRequest, why: str) -> list[Action]:
+        del self.requests[request.key], self._attempts[request.rid][request.key]
+        if not self._attempts[request.rid]:
+            del self._attempts[request.rid]
+        if request.token is None:
+            self.queue.leave(request)
+        cancel: list[Action] = [CancelRequest(request.key)] if request.running else []
+        if request.running:
+            self._stop(request)
+        return [*cancel, *self.dispatcher.forget(request, why), *self.kv_send.drain(request)]
+
+    # ------------------------------------------------------------ what it says of itself
+
+    def holds(self) -> list[Hold]:
+        return [
+            Hold(request.rid, request.attempt, request.stage, len(request.outputs()))
+            for request in self.requests.values()
+        ]
+
+    def _fail(self, request: PrefillRequest, why: str, *, retry: bool) -> Action:
+        return self._report(Failed, rid=request.rid, attempt=request.attempt, why=why, retry=retry)
+
+    def _report(self, kind: type[Report], **fields: Any) -> Send:
+        return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
+
+    def check(self) -> None:
+        """Count everything again."""
+        self.queue.check(self.requests)
+        if any((request.key in self.ledger) != request.running for request in self.requests.values()):
+            raise Broken(
+                f"accounts and legs differ: {[request.key for request in self.requests.values() if request.running]}"
+            )
+        if {key: request for key, request in self.requests.items() if request.running} != self.started:
+            raise Broken(f"started are {list(self.started)}, and others run")
+        attempts = {(request.rid, key) for key, request in self.requests.items()}
+        if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
+            raise Broken(f"jobs and their index differ: {self._attempts}")
+        self.kv_send.check(self.requests.values())

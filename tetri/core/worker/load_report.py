@@ -1,0 +1,78 @@
+"""What a worker says of itself: its registration, its beats, its load."""
+
+from __future__ import annotations
+
+from tetri.core.actions import BROKER, Publish, Send
+from tetri.core.decode.scheduler import Decode
+from tetri.core.instance.ledger import Ledger
+from tetri.core.instance.peers import Identity
+from tetri.core.length.estimator import LengthEstimator
+from tetri.core.prefill.scheduler import Prefill
+from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
+
+
+class LoadReporter:
+    """`role` tells others which new work to send, `flip` is the number of the Flip that it came with. `busy`: the share
+    of the time in which the engine computed, as last reported."""
+
+    def __init__(
+        self,
+        own: Identity,
+        ledger: Ledger,
+        prefill: Prefill,
+        decode: Decode,
+        estimator: LengthEstimator | None,
+        now: float,
+    ) -> None:
+        self.own, self.role, self.flip = own, own.instance.role, 0
+        self.ledger, self.prefill, self.decode, self.estimator = ledger, prefill, decode, estimator
+        self.busy = 0.0
+        self._busy_s, self._since = 0.0, now
+
+    def worked(self, seconds: float) -> None:
+        """The engine computed for so long."""
+        self._busy_s += seconds
+
+    def load(self) -> Load:
+        """Blocks that a blocked prompt would give back to a request to be decoded count as free."""
+        queue, forecast, blocked = self.prefill.queue, self.decode.forecast, self.prefill.blocked()
+        return Load(
+            free_blocks=self.ledger.free + (0 if blocked is None else blocked.flow.blocks),
+            queued=len(queue),
+            queued_tokens=queue.tokens,
+            queued_s=max(queue.seconds, 0.0),
+            waiting=self.decode.waiting(),
+            landed=len(self.decode.batch.landed),
+            running=len(self.decode.batch.running),
+            heavy=forecast.heavy,
+            growth_blocks=forecast.growth,
+            decode_s=forecast.decode_s(),
+            busy=self.busy,
+            stalled=self.prefill.dispatcher.stalled(),
+        )
+
+    def report(self, now: float) -> Publish:
+        """For the monitor. The time since the last report counts for `busy`."""
+        if now > self._since:
+            self.busy = min(self._busy_s / (now - self._since), 1.0)
+            self._busy_s, self._since = 0.0, now
+        own = self.own
+        return Publish(LoadReport(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load()))
+
+    def ready(self) -> Send:
+        return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
+
+    def heartbeat(self) -> Send:
+        own, holds = self.own, [*self.prefill.holds(), *self.decode.holds()]
+        heartbeat = Heartbeat(
+            iid=own.iid,
+            incarnation=own.incarnation,
+            role=self.role,
+            load=self.load(),
+            holds=holds,
+            flip=self.flip,
+            counters=dict(self.decode.kv_receive.counters),
+            slots_used=self.prefill.slots_used,
+            predictor=None if self.estimator is None else self.estimator.status(),
+        )
+        return Send(BROKER, heartbeat)

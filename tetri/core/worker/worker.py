@@ -1,0 +1,293 @@
+"""A worker's core: both halves over one engine and one ledger."""
+
+from __future__ import annotations
+
+from random import Random
+
+from tetri.core.actions import (
+    BROKER,
+    Action,
+    Adopted,
+    Broken,
+    Exported,
+    Freed,
+    LengthKnown,
+    RequestRejected,
+    Send,
+    Step,
+    WorkerInput,
+)
+from tetri.core.decode.scheduler import Decode
+from tetri.core.instance.ledger import Ledger
+from tetri.core.instance.peers import Identity, Peers
+from tetri.core.length.estimator import LengthEstimator
+from tetri.core.prefill.dispatcher import Dispatcher
+from tetri.core.prefill.scheduler import Prefill
+from tetri.core.timers import Timers
+from tetri.core.worker.load_report import LoadReporter
+from tetri.core.worker.peer_events import PeerEvents
+from tetri.engine_request import StepDone
+from tetri.request import DECODE_ROLES, ROLES
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Load, Membership, Resend
+
+HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
+
+
+class Worker:
+    """`stepping` while the engine computes: messages are read, and the next step planned, only between steps.
+    `idle` when nothing could be planned, or the last pass achieved nothing: until the next event."""
+
+    def __init__(self, own: Identity, rng: Random, now: float) -> None:
+        self.own = own
+        self.timers: Timers[str] = Timers()
+        self.peers = Peers(own)
+        self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
+        self.dispatcher = Dispatcher(own, self.peers, self.timers, rng, self._home)
+        self.estimator = None if own.expected is None else LengthEstimator(own)
+        self.prefill = Prefill(own, self.ledger, self.dispatcher, self.estimator)
+        self.decode = Decode(own, self.ledger, self._free_memory, self.peers.way, self.estimator)
+        self.peer_events = PeerEvents(self.peers, self.dispatcher, self.prefill, self.decode)
+        self.stepping = False
+        self.idle = False
+        self.reporter = LoadReporter(own, self.ledger, self.prefill, self.decode, self.estimator, now)
+        self._step_at = now
+        self._fewer = False  # the batch has lost a leg since the step was planned
+        self._queued_own: list[Action] = []  # said to itself while the engine computed
+        self.timers.set(HEARTBEAT, now)
+        self.timers.set(LOAD, now)
+
+    # ------------------------------------------------------------ the four verbs
+
+    def handle(self, event: WorkerInput, now: float) -> list[Action]:
+        return self._deliver_own(self._handle(event, now), now)
+
+    def _handle(self, event: WorkerInput, now: float) -> list[Action]:
+        if isinstance(event, StepDone):
+            return self._step_done(event, now)
+        self.idle = False
+        match event:
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self.peer_events.early(event):
+                return []
+            case Chunk():
+                return self.decode.chunk(event)
+            case Exported():
+                return self.prefill.exported(event)
+            case Adopted():
+                return self._paused(self.decode.adopted(event, now))
+            case Freed():
+                self.prefill.kv_send.freed(event.slots)
+                return []
+            case Offer():
+                return self.decode.offer(event, now)
+            case LengthUpdate():
+                return self.decode.update_length(event)
+            case Grant() | Refuse() | Landed():
+                return self.peer_events.answered(event, now)
+            case Assign():
+                return self.prefill.assign(event, now)
+            case Close():
+                return self.peer_events.closed(event)
+            case ClusterView():
+                return self.dispatcher.allow_retry(now) if self.peers.see(event, now) else []
+            case LengthKnown():
+                return self.prefill.lengths.known(event, now)
+            case Drop():
+                return self.decode.drop(event)
+            case Resend():
+                return [*self.prefill.resend(event), *self.decode.resend(event)]
+            case RequestRejected():
+                if event.key in self.prefill.requests:
+                    return self.prefill.reject(event.key, event.why)
+                self._fewer = True
+                return self.decode.reject(event.key, event.why)
+            case Membership():
+                return self._membership(event, now)
+            case Flip():
+                return self._flip(event, now)
+            case PeerUp():
+                return [self._register(now)] if event.peer == BROKER else self.peer_events.up(event.peer, now)
+            case PeerDown() if event.peer == BROKER:
+                return []  # go on; it is told again when it is back
+            case PeerDown():
+                return self.peer_events.down(event.peer, now)
+        raise Broken(f"a worker knows no {event}")
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for key in self.timers.due(now):
+            if key == LOAD:
+                actions += [self._report(now), *self._allow_retry(now)]
+            elif key == HEARTBEAT:
+                actions += self._heartbeat(now)
+            elif key == REGISTER:
+                actions.append(self._register(now))
+            elif key == FETCH_AGAIN:
+                actions += self._paused(self.decode.fetch_again(now))
+            else:
+                actions += self.prefill.lengths.due(self.prefill.requests[key], now)
+        actions = self._deliver_own(actions, now)
+        return actions if self.stepping or self.idle else [*actions, *self._step(now)]
+
+    def deadline(self) -> float | None:
+        if self.stepping:
+            return None
+        return self.timers.next() if self.idle else float("-inf")
+
+    def check(self) -> None:
+        self.ledger.audit()
+        self.prefill.check()
+        self.dispatcher.check()
+        self.decode.check()
+        accounts = sum(request.running for request in self.prefill.requests.values())
+        accounts += sum(request.end is None for request in self.decode.requests.values())
+        if accounts != len(self.ledger):
+            raise Broken(f"{len(self.ledger)} accounts for {accounts} legs")
+
+    def _deliver_own(self, actions: list[Action], now: float) -> list[Action]:
+        """What this instance says to itself, while it does both, it hears at once, as all messages not while the engine
+        computes: no message leaves for it."""
+        me = self.own.iid
+        for place, action in enumerate(actions):
+            if isinstance(action, Send) and action.peer == me:
+                if self.stepping:
+                    self._queued_own.append(action)
+                    return actions[:place] + self._deliver_own(actions[place + 1 :], now)
+                handled = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]  # not the broker's
+                return handled + self._deliver_own(actions[place + 1 :], now)
+        return actions  # as most often
+
+    # ------------------------------------------------------------ the engine
+
+    def _step(self, now: float) -> list[Action]:
+        """Decodes go first and take one token of the step's budget each, a prefill chunk gets the rest. While prompts
+        wait, the batch therefore stays smaller than the budget."""
+        if not len(self.prefill.queue) and not self.decode.forecast.requests:
+            self.idle = True
+            return []
+        budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
+        batch, prefill, self._fewer = self.decode.batch, self.prefill, False
+        admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
+        decodes = len(batch.running) - len(batch.preempted)
+        actions = admitted
+        if len(prefill.queue):
+            actions = admitted + self._deliver_own(prefill.plan(budget - decodes, now), now)
+        if not prefill.expected:
+            if not self.decode.steps():
+                self.idle = True
+                return actions
+            blocked = prefill.blocked()
+            if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
+                actions += self._deliver_own(prefill.retreat(blocked, "its memory went to decodes"), now)
+        if (
+            len(batch.running) - len(batch.preempted) < decodes
+        ):  # an attempt that began anew at home took another's place
+            self._fewer = True
+        if prefill.started:
+            actions += prefill.holding()
+        timer = self.timers.next()
+        assert timer is not None  # of a beat
+        self.stepping, self._step_at = True, now
+        return [*actions, Step(1 if prefill.expected else batch.most(timer - now))]
+
+    def _step_done(self, done: StepDone, now: float) -> list[Action]:
+        self.stepping = False
+        self.reporter.worked(now - self._step_at)
+        if done.steps == 1:
+            self.ledger.check(done.held)
+        requests, batch = self.prefill.started, self.decode.batch
+        spans, tokens, preempted, estimates = done.spans, done.tokens, done.preempted, done.estimates
+        actions, self._queued_own = self._queued_own, []
+        if requests:  # else all of it is the decode half's
+            mine = self.prefill.requests
+            strained = self._fewer or bool(preempted) or self.ledger.free < 0
+            actions += self.prefill.step_done(
+                [span for span in spans if span.key in mine],
+                [token for token in tokens if token.key in mine],
+                [key for key in preempted if key in mine],
+                [estimate for estimate in estimates if estimate.key in mine],
+                now,
+                strained=strained or any(span.key in batch.preempted for span in spans),
+            )
+            spans = tuple(span for span in spans if span.key not in mine)
+            tokens = tuple(token for token in tokens if token.key not in mine)
+            preempted = tuple(key for key in preempted if key not in mine)
+            estimates = tuple(estimate for estimate in estimates if estimate.key not in mine)
+        for estimate in estimates:  # also of those that end in this step: what was said of them is judged
+            self.decode.estimates(estimate)
+        actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
+        if done.steps > 1:
+            self.ledger.check(done.held)  # only now have the accounts grown by all of the tokens
+        way_out = self.decode.stuck() or (batch.stuck() and self.prefill.blocked() is not None)
+        self.idle = not (done.spans or done.allocated or way_out)
+        return actions
+
+    def _paused(self, actions: list[Action]) -> list[Action]:
+        """A chunk that was lost is taken again after a while."""
+        at = self.decode.kv_receive.next()
+        if at is not None:
+            self.timers.set(FETCH_AGAIN, at)
+        return actions
+
+    # ------------------------------------------------------------ peers
+
+    def _membership(self, membership: Membership, now: float) -> list[Action]:
+        listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in membership.instances)
+        self.timers.set(REGISTER, now + self.own.view_s if listed else now)
+        actions = self.peer_events.membership(membership, now)
+        for message in self.peer_events.introduced():
+            actions += self._handle(message, now)
+        return actions
+
+    # ------------------------------------------------------------ from time to time
+
+    @property
+    def role(self) -> str:
+        """Which new work others send. What comes is served whatever the role."""
+        return self.reporter.role
+
+    def _flip(self, flip: Flip, now: float) -> list[Action]:
+        """Take another role, with engine, weights and all that is here as they are. Said again when it has it already:
+        the broker may have missed that."""
+        if flip.role in ROLES:
+            self.reporter.role, self.reporter.flip = flip.role, flip.number
+        self.peers.changed()
+        return [self.reporter.heartbeat(), self._report(now), *self.dispatcher.dispatch(now)]
+
+    def _home(self) -> Load | None:
+        """The own load while it takes new decode work: its own prompts may stay then."""
+        return self.reporter.load() if self.role in DECODE_ROLES else None
+
+    def _free_memory(self, rid: str, blocks: int) -> list[Action]:
+        """For an offer; not while the engine computes."""
+        return [] if self.stepping else self.prefill.free_memory(rid, blocks)
+
+    def _report(self, now: float) -> Action:
+        self.timers.set(LOAD, now + self.own.load_s)
+        return self.reporter.report(now)
+
+    def _allow_retry(self, now: float) -> list[Action]:
+        """With every view whoever refused is asked again. Without a monitor the own clock stands in."""
+        if not self.dispatcher.waiting() or now - self.peers.seen_at < 2.5 * self.own.load_s:
+            return []
+        self.peers.version += 1  # what the Refuses said of memory is old
+        return self.dispatcher.allow_retry(now)
+
+    def _register(self, now: float) -> Action:
+        self.timers.set(REGISTER, now + self.own.view_s)
+        return self.reporter.ready()
+
+    def _heartbeat(self, now: float) -> list[Action]:
+        self.timers.set(HEARTBEAT, now + self.own.heartbeat_s)
+        if self.idle:
+            self.check()
+        actions: list[Action] = []
+        for request, why, retry in self.dispatcher.overdue(now, self.prefill.holds_up):
+            actions += self.prefill.give_up(request, why, retry=retry)
+            self.idle = False  # others may have its place
+        slot_deadlock = self.prefill.slot_deadlock()
+        if slot_deadlock is not None:
+            actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
+            self.idle = False
+        return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]

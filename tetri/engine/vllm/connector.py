@@ -1,0 +1,119 @@
+"""What vLLM loads into itself: a KV connector and a logits processor. They know nothing of tetri's requests; the
+engine that owns them reads their fields between steps.
+
+vLLM builds the connector twice, once for its scheduler and once for its model runner. The scheduler's copy writes
+down what each step really scheduled; the runner's copy only keeps hold of the KV tensors. Who waits for KV from
+outside is the scheduler's matter (vllm_scheduler.py). Bytes are moved by the engine between steps, never inside one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from tetri.engine.vllm.sampler import SAMPLER, RowSampler
+
+
+@dataclass
+class StepRecord:
+    """What one step of vLLM did, by request id: `computed` the token positions [start, stop) of its forward pass,
+    `parked` who was given blocks for KV from outside, `freed` the block ids that an ended request had just before
+    they were freed."""
+
+    computed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parked: list[str] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    freed: dict[str, list[int]] = field(default_factory=dict)
+
+
+class BlockConnector(KVConnectorBase_V1):
+    """Tells vLLM of no KV: when it asks, the KV that a decode leg adopted is in place, or gone by a preemption."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.record = StepRecord()
+        self.kv_caches: dict[str, torch.Tensor] = {}
+
+    # ------------------------------------------------------------ scheduler side
+
+    def begin_step(self) -> StepRecord:
+        """A fresh record, filled by the step that follows."""
+        self.record = StepRecord()
+        return self.record
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """Called once per step, after all decisions and before any of the step's effects."""
+        record, scheduled = self.record, scheduler_output.num_scheduled_tokens
+        cached = scheduler_output.scheduled_cached_reqs
+        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for new in scheduler_output.scheduled_new_reqs:
+            starts[new.req_id] = new.num_computed_tokens
+        for request_id, count in scheduled.items():
+            start = starts[request_id]
+            record.computed[request_id] = (start, start + count)
+        record.preempted.extend(sorted(scheduler_output.preempted_req_ids))
+        return KVConnectorMetadata()
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self.record.freed[request.request_id] = block_ids
+        return False, None
+
+    # ------------------------------------------------------------ runner side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self.kv_caches = kv_caches
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+
+class SamplerPlugin(LogitsProcessor):
+    """Runs the request's own RowSampler on its row of logits; vLLM then takes the argmax."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._rows: dict[int, tuple[RowSampler, list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._rows, batch_update, self._row)
+
+    @staticmethod
+    def _row(params: Any, prompt: list[int] | None, outputs: list[int]) -> tuple[RowSampler, list[int]] | None:
+        row = params.extra_args[SAMPLER](prompt)
+        return None if row.idle else (row, outputs)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for index, (row, outputs) in self._rows.items():
+            there = logits[index]
+            here = there.cpu()  # the very same on the CPU; from a GPU a copy, so that both draw alike
+            row.apply(here, outputs)
+            if here is not there:
+                there.copy_(here)
+        return logits

@@ -1,0 +1,294 @@
+"""The real engine: vLLM on the CPU or on a GPU, in this process, driven at the level of its scheduler and model runner.
+
+There can be one per process: vLLM keeps global state. Bytes enter and leave between steps only, straight from and
+to the KV tensors, whole blocks at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, Sampled, Span, StepDone
+from tetri.engine.vllm.sampler import GREEDY_BELOW, vllm_params
+from tetri.engine.vllm.setup import (
+    VllmSettings,
+    block_bytes_of,
+    check_layout,
+    engine_config,
+    make_fingerprint,
+    memory_of,
+    prepare_environment,
+    start_core,
+    stop_ids,
+)
+from tetri.kv.cuda.runtime import Device
+from tetri.request import Capacity, blocks_for, sampling_problem
+
+
+@dataclass(slots=True)
+class _LiveRequest:
+    """A leg that vLLM holds as `request`. `missing`: blocks of a decode leg whose KV has not come yet."""
+
+    engine_request: EngineRequest
+    request: Any
+    outputs_left: int  # of the whole request, this leg's first one included
+    parked: bool = False  # a decode leg that has its blocks and is not admitted
+    missing: set[int] = field(default_factory=set)
+
+
+class VllmEngine:
+    """Implements Engine and SupportsHiddenStates of tetri.engine.base. `dtype` is bfloat16 or float32, of weights and KV;
+    `kv_bytes` the KV space in bytes; `context` the most tokens of a request, prompt and output together (None: what the
+    model allows); `weights` a hash of the checkpoint. `gpu`: where it runs, else on the CPU. `reserve` is called with
+    the bytes of a KV block before vLLM takes any memory. Raises EngineError, one line, when the checkpoint is unknown,
+    its KV layout is unsupported or the KV space is too small for one context.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        dtype: str,
+        chunk_tokens: int,
+        max_batch: int,
+        kv_bytes: int,
+        context: int | None,
+        weights: str,
+        block_tokens: int = 128,
+        gpu: Device | None = None,
+        reserve: Callable[[int], object] = lambda block_bytes: None,
+    ) -> None:
+        settings = VllmSettings(
+            Path(model), dtype, chunk_tokens, max_batch, kv_bytes, context, weights, block_tokens, gpu is not None
+        )
+        settings.check()
+        self._start(settings, gpu, reserve)
+        self._requests: dict[str, _LiveRequest] = {}
+        self._ended: dict[str, list[int]] = {}  # block ids of the legs that ended in the last step
+        self._reported: dict[str, int] = {}  # how many blocks of each leg the last StepDone told
+        self._parked = 0
+        self._added = 0
+        # Loading leaves a million objects that live for ever: keep the collector from walking them in a step.
+        gc.collect()
+        gc.freeze()
+
+    def _start(self, settings: VllmSettings, gpu: Device | None, reserve: Callable[[int], object]) -> None:
+        threads = prepare_environment()
+        import torch
+        from vllm.distributed.kv_transfer import has_kv_transfer_group
+
+        if has_kv_transfer_group():
+            raise EngineError("this process already runs a vLLM engine: start another process")
+        torch.set_num_threads(threads)
+        config = engine_config(settings)
+        reserve(expected := block_bytes_of(settings, config))
+        self._core = start_core(settings, config)
+        self._scheduler = self._core.scheduler
+        self._connector = self._scheduler.connector
+        spec = check_layout(self._scheduler.kv_cache_config)
+        self._memory = memory_of(gpu, self._scheduler.kv_cache_config, expected)
+        self.block_bytes = self._memory.block_bytes
+        self.fingerprint = make_fingerprint(settings, config, spec, self._memory.layers, self.block_bytes)
+        self._stop_ids = stop_ids(config)
+        self._vocab = config.model_config.get_vocab_size()
+        manager = self._scheduler.kv_cache_manager
+        self._req_to_blocks = manager.coordinator.single_type_managers[0].req_to_blocks
+        self.capacity = Capacity(
+            blocks=manager.block_pool.get_num_free_blocks(),  # without the null block
+            block_tokens=spec.block_size,
+            chunk_tokens=self._scheduler.max_num_scheduled_tokens,
+            max_batch=settings.max_batch,
+            context=config.model_config.max_model_len,
+        )
+
+    # ------------------------------------------------------------ legs
+
+    def add(self, engine_request: EngineRequest) -> None:
+        """Raises EngineError when this leg can never run."""
+        from tetri.engine.vllm.scheduler import VllmRequest
+
+        if engine_request.key in self._requests:
+            raise EngineError(f"leg {engine_request.key!r} is already there")
+        left = self._outputs_left(engine_request)
+        decode = engine_request.phase == "decode"
+        # The last token of a decode leg's prompt is not known before `admit`: any valid id keeps its place.
+        prompt = [*engine_request.tokens, engine_request.tokens[-1]] if decode else list(engine_request.tokens)
+        params = vllm_params(
+            engine_request.sampling, engine_request.output_from, left - 1 if decode else 1, self._stop_ids, self._vocab
+        )
+        self._added += 1
+        request = VllmRequest(engine_request.phase, self._added, engine_request.key, prompt, params, None)
+        self._ended.pop(engine_request.key, None)
+        self._requests[engine_request.key] = _LiveRequest(engine_request, request, left)
+        self._scheduler.add_request(request)
+
+    def _outputs_left(self, engine_request: EngineRequest) -> int:
+        """How many output tokens the request of this leg may still get. Raises EngineError for a leg that
+        cannot run."""
+        count, sampling = len(engine_request.tokens), engine_request.sampling
+        if not engine_request.tokens:
+            raise EngineError("a leg needs at least one token")
+        if not 0 <= min(engine_request.tokens) <= max(engine_request.tokens) < self._vocab:
+            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}")
+        if not 0 <= engine_request.output_from <= count:
+            raise EngineError(f"output_from must be from 0 to {count}, got {engine_request.output_from}")
+        if problem := sampling_problem(sampling):
+            raise EngineError(problem)
+        if sampling.temperature >= GREEDY_BELOW and sampling.seed is None:
+            raise EngineError("a temperature above 0 needs a seed")
+        left = sampling.max_tokens - (count - engine_request.output_from)
+        needed = 2 if engine_request.phase == "decode" else 1  # a decode leg's first output token comes with `admit`
+        if left < needed:
+            raise EngineError(
+                f"max_tokens ({sampling.max_tokens}) leaves nothing to compute in this {engine_request.phase} leg"
+            )
+        if count + left > self.capacity.context:
+            raise EngineError(
+                f"{count} tokens and up to {left} of output exceed the context of {self.capacity.context} tokens"
+            )
+        return left
+
+    def cancel(self, key: str) -> None:
+        """End a leg in any state and free its blocks at once; an unknown key is no error."""
+        from vllm.v1.request import RequestStatus
+
+        self._ended.pop(key, None)
+        self._reported.pop(key, None)
+        live = self._requests.pop(key, None)
+        if live is None:
+            return
+        if live.parked:
+            # vLLM keeps the blocks of a parked request until its KV has arrived: nothing is under way here.
+            self._scheduler.finished_recving_kv_req_ids.add(key)
+            self._parked -= 1
+        self._scheduler.finish_requests(key, RequestStatus.FINISHED_ABORTED)
+        self._connector.record.freed.pop(key, None)
+
+    def admit(self, key: str, token: int) -> None:
+        """Let a decode leg run from the next step on. Raises EngineError unless all of its blocks were adopted."""
+        live = self._requests.get(key)
+        if live is None or not live.parked:
+            raise EngineError(f"leg {key!r} does not wait for admission")
+        if live.missing:
+            raise EngineError(f"leg {key!r} cannot be admitted: {len(live.missing)} of its blocks were not adopted")
+        if not 0 <= token < self._vocab:
+            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}, got {token}")
+        live.request.prompt_token_ids[-1] = token
+        live.request._all_token_ids[-1] = token
+        # What vLLM does when a connector reports the KV as received, but without waiting for one more step.
+        self._scheduler.finished_recving_kv_req_ids.add(key)
+        live.parked = False
+        self._parked -= 1
+
+    def hold(self, key: str, held: bool) -> None:
+        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error."""
+        live = self._requests.get(key)
+        if live is None:
+            return
+        if live.engine_request.phase != "prefill":
+            raise EngineError(f"leg {key!r} decodes: only a prefill leg can be held")
+        live.request.held = held
+
+    # ------------------------------------------------------------ steps
+
+    def step(self, most: int = 1) -> StepDone:
+        """One forward pass, however many are allowed, or an idle pass that only allocates; nothing at all when every
+        leg is parked."""
+        self._ended.clear()
+        if len(self._requests) == self._parked:
+            return StepDone(held=self._held())
+        record = self._connector.begin_step()
+        outputs, _ = self._core.step()
+        for key in record.parked:
+            self._park(key)
+        decodes = {key for key in record.computed if self._requests[key].engine_request.phase == "decode"}
+        order = sorted(record.computed.items(), key=lambda item: item[0] not in decodes)  # stable: decodes first
+        spans = tuple(Span(key, start, stop) for key, (start, stop) in order)
+        tokens = tuple(self._sampled(output) for output in outputs[0].outputs) if outputs else ()
+        self._ended.update(record.freed)
+        return StepDone(spans, tokens, tuple(record.parked), tuple(record.preempted), self._held())
+
+    def _park(self, key: str) -> None:
+        live = self._requests[key]
+        live.parked = True
+        live.missing = set(range(blocks_for(len(live.engine_request.tokens), self.capacity.block_tokens)))
+        self._parked += 1
+
+    def _sampled(self, output: Any) -> Sampled:
+        key, reason = output.request_id, output.finish_reason
+        (token,) = output.new_token_ids
+        if reason is None:
+            return Sampled(key, (token,), None)
+        live = self._requests.pop(key)
+        self._reported.pop(key, None)
+        ended = str(reason)
+        if ended not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended leg {key!r} with {ended!r}")
+        # vLLM ends every prefill leg after its one token; whether the request goes on is the request's matter.
+        if live.engine_request.phase == "prefill" and ended == "length" and live.outputs_left > 1:
+            return Sampled(key, (token,), None)
+        return Sampled(key, (token,), ended)
+
+    def _held(self) -> tuple[tuple[str, int], ...]:
+        """What changed since it was last told."""
+        blocks, reported = self._req_to_blocks, self._reported
+        self._reported = {key: len(blocks.get(key, ())) for key in self._requests}
+        return tuple((key, count) for key, count in self._reported.items() if count != reported.get(key, 0))
+
+    # ------------------------------------------------------------ hidden states
+
+    def hook_hidden_states(self, layers: Sequence[int], every: int) -> HiddenStateHook:
+        """See tetri.engine.base.SupportsHiddenStates."""
+        from tetri.engine.vllm.hidden_states import LayerHook
+
+        if every < 1:
+            raise EngineError(f"hidden states can be taken every token or less often, not every {every}")
+        return LayerHook(self._core, layers, partial(self._hooked, every))
+
+    def _hooked(self, every: int) -> dict[str, int]:
+        """In the midst of a step: whose state is to be taken, and how many output tokens its request has."""
+        found: dict[str, int] = {}
+        for key, (_, stop) in self._connector.record.computed.items():
+            live = self._requests[key]
+            if stop == live.request.num_tokens:  # else another chunk of it follows
+                outputs = stop - live.engine_request.output_from
+                if live.engine_request.phase == "prefill" or outputs % every == 0:
+                    found[key] = outputs
+        return found
+
+    # ------------------------------------------------------------ KV blocks
+
+    def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
+        """Copy the leg's blocks out, one writable buffer of `block_bytes` each."""
+        self._memory.read(self._blocks(key, start, stop), into)
+
+    def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
+        """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted."""
+        live = self._requests.get(key)
+        if live is None or not live.parked:
+            raise EngineError(f"leg {key!r} has no blocks that wait for KV")
+        stop = start + len(blocks)
+        self._memory.write(self._blocks(key, start, stop), blocks)
+        live.missing.difference_update(range(start, stop))
+
+    def _blocks(self, key: str, start: int, stop: int) -> list[int]:
+        """Block ids of the leg's blocks [start, stop), from what vLLM says now or said when the leg ended."""
+        if key in self._requests:
+            ids = [block.block_id for block in self._req_to_blocks.get(key, ())]
+        else:
+            ids = self._ended.get(key, [])
+        if not 0 <= start <= stop <= len(ids):
+            raise EngineError(f"leg {key!r} has {len(ids)} blocks; [{start}, {stop}) was asked")
+        return ids[start:stop]
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._memory.close()
+        self._core.shutdown()
+        cleanup_dist_env_and_memory()

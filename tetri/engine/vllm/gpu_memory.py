@@ -1,0 +1,104 @@
+"""The KV tensors of a vLLM engine on a GPU as blocks of bytes: the gather and the scatter between vLLM's paged blocks
+and the slab are device kernels, a few for each layer, however many blocks. The same lines run on numpy.
+
+CuPy has no bfloat16: whatever the type, the tensors are taken as uint8, through DLPack, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tetri.engine.base import EngineError
+from tetri.kv.base import Block, joined
+from tetri.kv.cuda.runtime import Device
+
+
+class GpuMemory:
+    """As Memory. `caches`: a tensor for each layer, of `blocks` blocks. Buffers are device arrays of uint8, or on the
+    host: then there is one copy of the chunk between the two.
+
+    All runs on vLLM's own stream, `stream()`, in order with its kernels: an export reads what the last step wrote, and
+    what is adopted is there before the next. So the KV store of this process goes over to that stream too."""
+
+    def __init__(self, caches: Sequence[Any], blocks: int, device: Device, stream: Callable[[], int]) -> None:
+        self._device, self._stream = device, stream
+        device.stream = stream()
+        with device.computing() as xp:
+            self.caches = [xp.from_dlpack(by_block(cache, blocks)) for cache in caches]
+        self.layers = len(self.caches)
+        self.layer_bytes = self.caches[0][0].size
+        self.block_bytes = self.layer_bytes * self.layers
+
+    def read(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
+        """Copy blocks out, each into a writable buffer of `block_bytes`."""
+        count = self._paired(blocks, buffers)
+        with self._computing() as xp:
+            ids = xp.asarray(np.array(blocks, np.int64))
+            chunk = xp.empty((count, self.layers, self.layer_bytes), xp.uint8)
+            for layer, cache in enumerate(self.caches):
+                chunk[:, layer] = cache[ids].reshape(count, self.layer_bytes)
+            host = xp.asnumpy(chunk) if any(map(_on_host, buffers)) else None
+            for place, buffer in enumerate(buffers):
+                if host is None:
+                    self._sized(buffer, buffer.size)[:] = chunk[place].reshape(-1)
+                else:
+                    target = np.frombuffer(buffer, np.uint8)
+                    self._sized(target, target.size)[:] = host[place].reshape(-1)
+
+    def write(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
+        """Copy `block_bytes` into each block."""
+        count, buffers = self._paired(blocks, buffers), [joined(buffer) for buffer in buffers]
+        with self._computing() as xp:
+            ids = xp.asarray(np.array(blocks, np.int64))
+            if any(map(_on_host, buffers)):
+                host = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+                chunk = xp.asarray(np.concatenate([self._sized(each, each.size) for each in host]))
+            else:
+                chunk = xp.empty((count, self.block_bytes), xp.uint8)
+                for place, buffer in enumerate(buffers):
+                    chunk[place] = self._sized(buffer, buffer.size)
+            rows = chunk.reshape(count, self.layers, self.layer_bytes)
+            for layer, cache in enumerate(self.caches):
+                cache[ids] = rows[:, layer].reshape(count, *cache.shape[1:])
+
+    def _computing(self) -> Any:
+        if self._stream() != self._device.stream:
+            raise RuntimeError("vLLM computes on another stream than when it started: KV would be copied out of order")
+        return self._device.computing()
+
+    @staticmethod
+    def _paired(blocks: Sequence[int], buffers: Sequence[Block]) -> int:
+        if len(blocks) != len(buffers):
+            raise ValueError(f"{len(blocks)} blocks and {len(buffers)} buffers")
+        return len(blocks)
+
+    def _sized(self, buffer: Any, size: int) -> Any:
+        if size != self.block_bytes:
+            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {size}")
+        return buffer
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self.caches.clear()
+
+
+def _on_host(buffer: Block) -> bool:
+    return isinstance(buffer, memoryview | bytes | bytearray)
+
+
+def by_block(cache: Any, blocks: int) -> Any:
+    """A layer's KV tensor as bytes, the blocks first; shares its memory. What is inside a block may lie in several
+    pieces, as where all K come before all V. Raises EngineError that names the layout."""
+    import torch
+
+    shape, strides = tuple(cache.shape), cache.stride()
+    if shape[0] != blocks and shape[:2] == (2, blocks):
+        cache = cache.movedim(1, 0)
+    elif shape[0] != blocks:
+        raise EngineError(f"unsupported KV layout: a tensor of shape {shape} for {blocks} blocks")
+    if strides[-1] != 1:
+        raise EngineError(f"unsupported KV layout: a tensor of shape {shape} with strides {strides}")
+    return cache.view(torch.uint8)

@@ -1,0 +1,177 @@
+"""Drawing the next token: one function of the logits, the request's sampling, its tokens and its seed.
+
+All of sampling happens here, none of it in vLLM, for two reasons. A request that goes on in another engine must
+draw what the first engine would have drawn: the noise is a hash of (seed, absolute position, token id), so
+there is no generator whose state would have to travel. And the tokens that a hand-over turns into prompt (the
+first output token, or the output of an earlier attempt) must keep counting as output: `output_from` says where
+output begins.
+
+Order: penalties, min_tokens, temperature, min-p, top-k, top-p, Gumbel noise, argmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from tetri.request import Sampling
+
+SAMPLER = "tetri_sampler"  # key in vLLM's SamplingParams.extra_args
+
+# Below this a draw cannot be told from the argmax; also keeps (logits / temperature) away from overflow.
+GREEDY_BELOW = 1e-5
+
+_FORBIDDEN = float("-inf")
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def stream_key(seed: int, position: int) -> int:
+    """A 32-bit key for the noise of one token position of one request (splitmix64 of both, high half)."""
+    state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (state ^ (state >> 31)) >> 32
+
+
+def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise for token `ids` (int32 [n]) at one absolute position: float32 [n].
+
+    A counter-based hash, not a generator: the noise of a token does not depend on which other tokens are still
+    candidates, nor on the version of torch. Integers of 32 bits, in place: this runs over the whole vocabulary
+    for every drawn token.
+    """
+    bits = ids ^ _signed32(stream_key(seed, position))
+    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier)
+    bits.bitwise_xor_((bits >> 15).bitwise_and_((1 << 17) - 1)).bitwise_and_(0x7FFFFFFF)
+    # u in (0, 1). -log1p(-u) keeps all its precision where u is small, and that is where the winners are.
+    u = bits.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def _signed32(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, sampling: Sampling) -> None:
+    """Change one row of float32 logits [vocab] in place. `seen` bool [vocab]: the token is in the prompt or the
+    output; `counts` float32 [vocab]: how often it is in the output."""
+    if (repetition := sampling.repetition_penalty) != 1.0:
+        logits.copy_(torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits))
+    if sampling.frequency_penalty != 0.0:
+        logits.sub_(counts, alpha=sampling.frequency_penalty)
+    if sampling.presence_penalty != 0.0:
+        logits.sub_((counts > 0).to(logits.dtype), alpha=sampling.presence_penalty)
+
+
+def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that may be drawn from one row of logits [vocab]: (ids int32 [n], values float32 [n]), the values
+    being logits over temperature, shifted so that the largest is 0. n is at least 1."""
+    values = (logits - logits.max()).div_(sampling.temperature)
+    ids = _all_ids(values.numel())
+    if sampling.min_p > 0.0:
+        ids, values = _pick(ids, values, (values >= math.log(sampling.min_p)).nonzero().squeeze(1))
+    if 0 < sampling.top_k < values.numel():
+        ids, values = _pick(ids, values, values.topk(sampling.top_k).indices)
+    if sampling.top_p < 1.0:
+        ids, values = _pick(ids, values, nucleus(values, sampling.top_p))
+    return ids, values
+
+
+def nucleus(values: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Indices into `values` (logits, [n]) of the fewest most likely entries that hold the mass `top_p`, by falling
+    probability. Sorts only as many as it takes: most texts need few."""
+    total = torch.logsumexp(values, 0)
+    size = min(128, values.numel())
+    while True:
+        head, indices = values.topk(size)
+        mass = torch.exp(head - total)
+        before = mass.cumsum(0) - mass
+        keep = max(1, int((before < top_p).sum()))
+        if keep < size or size == values.numel():
+            return indices[:keep]
+        size = min(16 * size, values.numel())
+
+
+def _pick(ids: torch.Tensor, values: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return ids[where], values[where]
+
+
+@lru_cache(maxsize=4)
+def _all_ids(vocab: int) -> torch.Tensor:
+    return torch.arange(vocab, dtype=torch.int32)
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """One token id from one row of float32 logits [vocab] by the Gumbel-max rule, for one absolute position."""
+    if sampling.seed is None:
+        raise ValueError("drawing a token needs a seed")
+    ids, values = candidates(logits, sampling)
+    score = gumbel(sampling.seed, position, ids).add_(values)
+    return int(ids[(score == score.max()).nonzero()[0, 0]])  # several times as fast as argmax
+
+
+class RowSampler:
+    """The sampling of one request. `tokens` is everything that vLLM calls its prompt, `output_from` the index in it
+    at which output begins, `stop_ids` the ids that end a text."""
+
+    def __init__(
+        self, sampling: Sampling, tokens: Sequence[int], output_from: int, stop_ids: Sequence[int], vocab: int
+    ) -> None:
+        self.sampling = sampling
+        self._length = len(tokens)
+        self._known_outputs = len(tokens) - output_from
+        self._draws = sampling.temperature >= GREEDY_BELOW
+        self._min_tokens = 0 if sampling.ignore_eos or not stop_ids else sampling.min_tokens
+        self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
+        self._penalizes = (
+            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        )
+        if self._penalizes:
+            everything = torch.tensor(list(tokens), dtype=torch.int64)
+            self._seen = torch.zeros(vocab, dtype=torch.bool)
+            self._seen[everything] = True
+            self._counts = torch.bincount(everything[output_from:], minlength=vocab).to(torch.float32)
+            self._counted = 0
+
+    @property
+    def idle(self) -> bool:
+        """True when the argmax of the raw logits is the answer at every position: nothing needs to be done."""
+        return not (self._draws or self._penalizes or self._min_tokens > self._known_outputs)
+
+    def apply(self, logits: torch.Tensor, outputs: Sequence[int]) -> None:
+        """Change one row of float32 logits [vocab] in place such that its argmax is the token to emit after
+        `tokens` and `outputs` (this engine's own). A drawn token is the row's only finite entry."""
+        if self._penalizes:
+            self._count(outputs)
+            penalize(logits, self._seen, self._counts, self.sampling)
+        if self._known_outputs + len(outputs) < self._min_tokens:
+            logits[self._stop_ids] = _FORBIDDEN
+        if self._draws:
+            token = draw(logits, self.sampling, self._length + len(outputs))
+            logits.fill_(_FORBIDDEN)
+            logits[token] = 0.0
+
+    def _count(self, outputs: Sequence[int]) -> None:
+        for token in outputs[self._counted :]:
+            self._seen[token] = True
+            self._counts[token] += 1.0
+        self._counted = len(outputs)
+
+
+def vllm_params(sampling: Sampling, output_from: int, most: int, stop_ids: Sequence[int], vocab: int) -> Any:
+    """What vLLM is told of the sampling of a request that may have `most` tokens more: when it ends, and how to make
+    its RowSampler. To vLLM it is greedy, for the sampler has drawn."""
+    from vllm.sampling_params import SamplingParams
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=most,
+        stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
+        detokenize=False,
+        extra_args={SAMPLER: partial(RowSampler, sampling, output_from=output_from, stop_ids=stop_ids, vocab=vocab)},
+    )

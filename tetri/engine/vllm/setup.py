@@ -1,0 +1,264 @@
+"""Starting vLLM inside this process: what it is told, what is refused, and what came out (the fingerprint)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetri.engine.base import EngineError
+from tetri.engine.vllm.gpu_memory import GpuMemory
+from tetri.engine.vllm.memory import Memory
+from tetri.kv.cuda.runtime import Device
+from tetri.request import Fingerprint, blocks_for
+
+DTYPES = ("bfloat16", "float32")
+#: vLLM refuses to start unless this share of the GPU is free; what it takes for KV is given in bytes instead.
+GPU_SHARE = 0.01
+
+
+def prepare_environment() -> int:
+    """All of vLLM's environment, in one place; must run before vLLM is imported. Returns the number of threads: one
+    per core that the parent left to this process."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
+        VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
+        VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # pinned by the parent already
+        OMP_NUM_THREADS=str(cores),
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM's older way to say kv_cache_memory_bytes, which would override ours.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return cores
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """`dtype`: of weights and KV, one of DTYPES. `kv_bytes`: bytes of KV space. `context`: tokens, prompt and
+    output together; None is the model's own. `weights`: a hash of the checkpoint, for the fingerprint. `gpu`: on
+    GPU 0 of this process; else on the CPU."""
+
+    model: Path
+    dtype: str
+    chunk_tokens: int
+    max_batch: int
+    kv_bytes: int
+    context: int | None
+    weights: str
+    block_tokens: int = 128
+    gpu: bool = False
+
+    def check(self) -> None:
+        """Raises EngineError for what can be seen without loading anything."""
+        if not (self.model / "config.json").is_file():
+            raise EngineError(f"unknown model {str(self.model)!r}: not a folder with a config.json")
+        if self.dtype not in DTYPES:
+            raise EngineError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.block_tokens < 32 or self.block_tokens % 32:
+            raise EngineError(f"block_tokens must be a multiple of 32, got {self.block_tokens}")
+        if self.context is not None and self.context < 2:
+            raise EngineError(f"context must be at least 2 tokens, got {self.context}")
+        if self.max_batch < 1:
+            raise EngineError(f"max_batch must be at least 1, got {self.max_batch}")
+        if self.chunk_tokens <= self.max_batch:
+            raise EngineError(
+                f"chunk_tokens ({self.chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
+                f"({self.max_batch}), or a full batch would leave nothing for prefill"
+            )
+
+    @property
+    def max_requests(self) -> int:
+        """vLLM stops giving blocks to parked requests when this many run: well above the batch that the core
+        wants, but not above the token budget (vLLM refuses that)."""
+        return min(2 * self.max_batch + 16, self.chunk_tokens)
+
+
+def engine_config(settings: VllmSettings, *, serving: bool = True) -> Any:
+    """vLLM's configuration; not `serving`: whole texts are written in one go, by vLLM's own scheduler. Raises
+    EngineError when the checkpoint cannot be served or the KV space is too small."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    _check_build(settings.gpu)
+    arguments = EngineArgs(
+        model=str(settings.model),
+        skip_tokenizer_init=True,  # text is the broker's business
+        dtype=settings.dtype,
+        max_model_len=settings.context,
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        enable_prefix_caching=False,  # exported blocks would start behind the cached part
+        enable_chunked_prefill=True,
+        async_scheduling=False,
+        disable_hybrid_kv_cache_manager=True,
+        max_num_batched_tokens=settings.chunk_tokens,
+        max_num_seqs=settings.max_requests,
+        block_size=settings.block_tokens,
+        kv_cache_memory_bytes=settings.kv_bytes,
+        **({"gpu_memory_utilization": GPU_SHARE} if settings.gpu else {}),
+        generation_config="vllm",  # no sampling defaults from the checkpoint
+        disable_log_stats=True,
+        logits_processors=["tetri.engine.vllm.connector:SamplerPlugin"],
+        **(_requests() if serving else {}),
+    )
+    try:
+        config = arguments.create_engine_config()
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise EngineError(f"vLLM cannot serve {settings.model}: {_gist(error)}") from error
+    _check_space(settings, config)
+    return config
+
+
+def _requests() -> dict[str, Any]:
+    """By which a request is served in two legs."""
+    from vllm.config import KVTransferConfig
+
+    return {
+        "scheduler_cls": "tetri.engine.vllm.scheduler.PlanScheduler",
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="BlockConnector",
+            kv_connector_module_path="tetri.engine.vllm.connector",
+            kv_role="kv_both",
+        ),
+    }
+
+
+def _check_build(gpu: bool) -> None:
+    """vLLM is built for one kind of device."""
+    from vllm.platforms import current_platform
+
+    if gpu and not current_platform.is_cuda():
+        raise EngineError(f"gpu is set, but this vLLM is built for {current_platform.device_type}: install tetri[vllm]")
+    if not gpu and not current_platform.is_cpu():
+        raise EngineError(f"this vLLM is built for {current_platform.device_type}: set gpu in each [[worker]]")
+
+
+def start_core(settings: VllmSettings, config: Any) -> Any:
+    """vLLM's EngineCore: loads the weights and allocates the KV space. Raises EngineError when it cannot."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor import Executor
+
+    try:
+        return EngineCore(config, Executor.get_class(config), log_stats=False)
+    except (ValueError, RuntimeError) as error:  # no weights, not enough memory
+        raise EngineError(f"vLLM cannot start on {settings.model}: {_gist(error)}") from error
+
+
+def _gist(error: Exception) -> str:
+    """The first sentence of what vLLM says; pydantic wraps it in lines of its own."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    details = [line for line in lines if line and not line.startswith("For further information")]
+    text = details[-1] if details else type(error).__name__
+    return text.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0]
+
+
+def block_bytes_of(settings: VllmSettings, config: Any) -> int:
+    """Bytes of one KV block, all layers, before anything is loaded."""
+    model, parallel = config.model_config, config.parallel_config
+    item = {"bfloat16": 2, "float32": 4}[settings.dtype]
+    token_bytes = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * item
+    return int(token_bytes * settings.block_tokens)
+
+
+def _check_space(settings: VllmSettings, config: Any) -> None:
+    """vLLM would find out only after loading the weights."""
+    context, block_bytes = config.model_config.max_model_len, block_bytes_of(settings, config)
+    wanted = blocks_for(context, settings.block_tokens) + 1  # vLLM keeps one block, the null block
+    if settings.kv_bytes // block_bytes < wanted:
+        raise EngineError(
+            f"kv_bytes ({settings.kv_bytes}) is too small for one context of {context} tokens: "
+            f"it must be at least {wanted * block_bytes}"
+        )
+
+
+def check_layout(kv_cache_config: Any) -> Any:
+    """The one KV cache spec of a supported model. Raises EngineError that names what is not supported."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
+        raise EngineError(f"unsupported KV layout: {len(groups)} KV cache groups ({kinds}); only one can be moved")
+    spec = groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec:
+        raise EngineError(f"unsupported KV layout: {type(spec).__name__}; only full attention can be moved")
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        raise EngineError("unsupported KV layout: a sliding window or chunks; only full attention can be moved")
+    if spec.head_size != spec.head_size_v or spec.kv_quant_mode.name != "NONE":
+        raise EngineError("unsupported KV layout: quantised KV or different head sizes of K and V")
+    return spec
+
+
+def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Memory | GpuMemory:
+    """The KV tensors of the engine that this process has started. Raises EngineError for what is not supported."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    caches = list(get_kv_transfer_group().kv_caches.values())
+    made = Memory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
+    if made.block_bytes != block_bytes:
+        raise EngineError(f"unsupported KV layout: blocks of {made.block_bytes} bytes, {block_bytes} were expected")
+    return made
+
+
+def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:
+    from vllm.utils.torch_utils import current_stream  # the first call makes the stream that vLLM stays on
+
+    return GpuMemory(caches, blocks, gpu, lambda: int(current_stream().cuda_stream))
+
+
+def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int, block_bytes: int) -> Fingerprint:
+    from vllm.version import __version__
+
+    return Fingerprint(
+        engine="vllm",
+        version=__version__,
+        isa=_gpu_attention(config) if settings.gpu else _instruction_set(config),
+        model=config.model_config.architecture,  # not the folder's name, which may differ between hosts
+        weights=settings.weights,
+        dtype=settings.dtype,
+        kv_dtype=str(spec.dtype).removeprefix("torch."),
+        block_tokens=spec.block_size,
+        block_bytes=block_bytes,
+        layers=layers,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+    )
+
+
+def _instruction_set(config: Any) -> str:
+    """What the CPU attention backend chose: K and V are laid out differently inside a block for each."""
+    import torch
+
+    layers = config.compilation_config.static_forward_context.values()
+    chosen = {layer.isa for layer in layers if hasattr(layer, "isa")}
+    if len(chosen) != 1:
+        raise EngineError(f"unsupported KV layout: attention layers with instruction sets {sorted(chosen)}")
+    return f"{chosen.pop()}/{torch.backends.cpu.get_cpu_capability()}"
+
+
+def _gpu_attention(config: Any) -> str:
+    """The attention backend, which lays out the KV, and the GPU's generation."""
+    import torch
+
+    layers = config.compilation_config.static_forward_context.values()
+    chosen = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    if len(chosen) != 1:
+        raise EngineError(f"unsupported KV layout: attention layers with backends {sorted(chosen)}")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{chosen.pop()}/sm{major}{minor}"
+
+
+def stop_ids(config: Any) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json first, as vLLM does, then config.json."""
+    model = config.model_config
+    ids: set[int] = set()
+    for source in (model.try_get_generation_config(), model.hf_config.to_dict()):
+        found = source.get("eos_token_id")
+        ids.update([found] if isinstance(found, int) else found or [])
+    return tuple(sorted(ids))

@@ -1,0 +1,226 @@
+"""What each action of a worker's core does to its engine, its KV store and the network: the one table that the live
+process, the simulator and the virtual cluster of the tests share. They differ in what they hand in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from tetri.core.actions import (
+    Action,
+    AddRequest,
+    AdmitRequest,
+    Adopt,
+    Adopted,
+    CancelRequest,
+    Connect,
+    Disconnect,
+    Export,
+    Exported,
+    Free,
+    Freed,
+    HoldRequest,
+    LengthKnown,
+    Predict,
+    Publish,
+    RequestRejected,
+    Send,
+    Step,
+    WorkerInput,
+)
+from tetri.engine.base import EngineError, EngineRequest
+from tetri.engine_request import StepDone
+from tetri.kv.base import Block, Fetched, KVCorrupt, KVError, KVForeign, KVShort, KVStore, Wanted
+from tetri.request import Reach
+from tetri.wire.handover import Handle
+
+
+class Core(Protocol):
+    def handle(self, event: Any, now: float) -> Sequence[Action]: ...
+
+
+class RequestEngine(Protocol):
+    """The part of an engine that knows no bytes. `add`, `admit` and `hold` raise EngineError."""
+
+    def add(self, request: EngineRequest) -> None: ...
+
+    def cancel(self, key: str) -> None: ...
+
+    def admit(self, key: str, token: int) -> None: ...
+
+    def hold(self, key: str, held: bool) -> None: ...
+
+
+class KV(Protocol):
+    """Moves KV between an engine and the stores. What takes time answers None, and its event comes later."""
+
+    def export(self, action: Export) -> Exported | None: ...
+
+    def adopt(self, action: Adopt) -> Adopted | None: ...
+
+    def free(self, handle: Handle) -> Freed | None: ...
+
+    def meet(self, peer: str, reach: Reach) -> None: ...
+
+    def part(self, peer: str) -> None: ...
+
+
+class Network(Protocol):
+    """Best effort: what cannot be sent is lost, and nothing here raises."""
+
+    def send(self, peer: str, message: Any) -> None: ...
+
+    def publish(self, message: Any) -> None: ...
+
+    def connect(self, peer: str, address: str) -> None: ...
+
+    def disconnect(self, peer: str) -> None: ...
+
+
+class WorkerExecutor:
+    """`step` runs the engine, `predict` names a length; both may answer None, and their event comes later. `known`:
+    lengths that were named while the engine computed, told before its step is: with its last chunk a prompt stops
+    waiting for its own."""
+
+    def __init__(
+        self,
+        core: Core,
+        clock: Callable[[], float],
+        engine: RequestEngine,
+        kv: KV,
+        network: Network,
+        step: Callable[[int], StepDone | None],
+        predict: Callable[[Predict], LengthKnown | None],
+        known: Callable[[], Iterator[LengthKnown]] = lambda: iter(()),
+    ) -> None:
+        self.core, self.clock, self.engine = core, clock, engine
+        self.table: dict[type[Any], Callable[[Any], WorkerInput | None]] = {
+            Send: lambda do: network.send(do.peer, do.message),
+            Step: lambda do: self._after(step(do.most), known),
+            Export: kv.export,
+            Adopt: kv.adopt,
+            AddRequest: self.add,
+            CancelRequest: lambda do: engine.cancel(do.key),
+            AdmitRequest: self.admit,
+            HoldRequest: lambda do: engine.hold(do.key, do.held),
+            Predict: predict,
+            Publish: lambda do: network.publish(do.message),
+            Free: lambda do: kv.free(do.handle),
+            Connect: lambda do: self.meet(network, kv, do),
+            Disconnect: lambda do: self.part(network, kv, do),
+        }
+
+    def carry_out(self, actions: Sequence[Action]) -> None:
+        """In order. What the core says to an action's result is done before the next action; what it says to legs that
+        the engine rejects, just before the step: others take their place, and must be in the engine by then."""
+        rejected: list[RequestRejected] = []
+        for action in actions:
+            if rejected and type(action) is Step:
+                self._handle(rejected)
+            result = self.table[type(action)](action)
+            if isinstance(result, RequestRejected):
+                rejected.append(result)
+            elif result is not None:
+                self._handle([result])
+        self._handle(rejected)
+
+    def _after(self, done: StepDone | None, known: Callable[[], Iterator[LengthKnown]]) -> StepDone | None:
+        self._handle([*known()])
+        return done
+
+    def _handle(self, results: list[Any]) -> None:
+        while results:
+            self.carry_out(self.core.handle(results.pop(0), self.clock()))
+
+    @staticmethod
+    def meet(network: Network, kv: KV, action: Connect) -> None:
+        network.connect(action.peer, action.address)
+        if action.reach is not None:
+            kv.meet(action.peer, action.reach)
+
+    @staticmethod
+    def part(network: Network, kv: KV, action: Disconnect) -> None:
+        network.disconnect(action.peer)
+        kv.part(action.peer)
+
+    def add(self, action: AddRequest) -> RequestRejected | None:
+        try:
+            self.engine.add(action.request)
+        except EngineError as error:
+            return RequestRejected(action.request.key, str(error))
+        return None
+
+    def admit(self, action: AdmitRequest) -> RequestRejected | None:
+        try:
+            self.engine.admit(action.key, action.token)
+        except EngineError as error:
+            return RequestRejected(action.key, str(error))
+        return None
+
+
+class Blocks(Protocol):
+    """The part of an engine that copies KV bytes."""
+
+    def export(self, key: str, start: int, stop: int, into: Sequence[Block]) -> None: ...
+
+    def adopt(self, key: str, start: int, blocks: Sequence[Block]) -> None: ...
+
+
+class Copies:
+    """KV between an engine and a KV store. What comes over a path that takes time, and slots that come free later, are
+    told by `events`. `note` hears what went wrong: the error, the leg's key, the chunk's index."""
+
+    PROBLEMS = ((KVShort, "truncated"), (KVCorrupt, "flipped"), (KVForeign, "foreign"))  # every other error: lost
+
+    def __init__(self, engine: Blocks, store: KVStore, note: Callable[[Exception, str, int], None]) -> None:
+        self.engine, self.store, self.note = engine, store, note
+        self.meet, self.part, self.due = store.meet, store.part, store.due
+        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}  # ticket -> first block of the leg, blocks
+
+    def export(self, action: Export) -> Exported:
+        key, start, stop = action.key, action.start, action.stop
+
+        def write(into: Sequence[Block]) -> None:
+            self.engine.export(key, start, stop, into)
+
+        handle, digest = self.store.put(stop - start, write, key)
+        return Exported(key, action.index, start, stop, handle, digest)
+
+    def free(self, handle: Handle) -> Freed | None:
+        self.store.free(handle)
+        return self._freed()
+
+    def _freed(self) -> Freed | None:
+        slots = self.store.freed()
+        return Freed(slots) if slots else None
+
+    def adopt(self, action: Adopt) -> Adopted | None:
+        ticket = (action.key, action.index)
+        self._awaited[ticket] = (action.start, len(action.handle.slots))
+        fetched = self.store.fetch(Wanted(ticket, action.peer, action.path, action.handle, action.digest))
+        return None if fetched is None else self._adopted(fetched)
+
+    def _adopted(self, fetched: Fetched) -> Adopted:
+        key, index = fetched.ticket
+        start, count = self._awaited.pop(fetched.ticket)
+        try:
+            if fetched.problem is not None:
+                raise fetched.problem
+            if len(fetched.blocks) != count:
+                raise KVShort(f"{len(fetched.blocks)} of {count} blocks have come")
+            self.engine.adopt(key, start, fetched.blocks)
+        except (KVError, EngineError) as error:  # the engine's: the leg has ended meanwhile
+            self.note(error, key, index)
+            return Adopted(key, index, next((name for kind, name in self.PROBLEMS if isinstance(error, kind)), "lost"))
+        return Adopted(key, index)
+
+    def events(self) -> Iterator[Adopted | Freed]:
+        """What has happened since it was asked last."""
+        for fetched in self.store.fetched():
+            if fetched.ticket in self._awaited:
+                yield self._adopted(fetched)
+            else:  # the core must not hear of it: it may wait for another one of this key
+                self.note(KVError("nobody waits for this chunk: it has come twice"), *fetched.ticket)
+        freed = self._freed()
+        if freed is not None:
+            yield freed

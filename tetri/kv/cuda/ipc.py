@@ -1,0 +1,207 @@
+"""The path between GPUs of one host, and between processes on one GPU: the reader of peers' slabs.
+
+A take is done when it returns, as with `shm`. On the device a copy of 12 MB takes 10 to 500 us, so there is little
+to win by coming back for it, and a thread would give the device's stream two users. What could take long is the
+sender's event, if the sender dies before its gather is done; so the event is asked, for a while, before the
+stream is made to wait for it: a stream that waits for a dead process cannot be used again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from tetri.kv.base import Fetched, KVError, KVForeign, KVLost, Wanted
+from tetri.kv.cuda.runtime import Device
+from tetri.kv.cuda.slab import DIRECTORY, TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
+from tetri.kv.lease import lease, wanted_back
+from tetri.kv.segment import Mapping, attach
+from tetri.kv.store import Store
+from tetri.request import Reach
+
+PATH = "cuda_ipc"
+_LOOK_S = 50e-6  # between two looks at an event
+_BACK_S = 0.5  # between two looks at whether memory that is open here is wanted back
+
+
+@dataclass(slots=True)
+class Opened:
+    """A peer's slab in this process. `events` by their handle."""
+
+    memory: DeviceSegment
+    metadata: Mapping
+    descriptor: int  # the lease
+    events: dict[bytes, int] = field(default_factory=dict)
+
+
+class CudaReader:
+    """`own` is the name of this worker's slab, which is not to be opened. `event_s`: how long a sender's gather may
+    take."""
+
+    def __init__(
+        self,
+        device: Device,
+        deployment: str,
+        own: str,
+        staging: DeviceStaging,
+        *,
+        directory: str = DIRECTORY,
+        event_s: float = 1.0,
+    ) -> None:
+        self._device, self._deployment, self._own, self._staging = device, deployment, own, staging
+        self._directory, self._event_s = directory, event_s
+        self._reaches: dict[str, Reach] = {}  # by peer
+        self._opened: dict[str, Opened] = {}  # by peer
+        self._look_at = 0.0
+
+    def meet(self, peer: str, reach: Reach) -> None:
+        known = self._reaches.get(peer)
+        if known is None or known.segment != reach.segment:
+            self.part(peer)
+            self._reaches[peer] = reach
+
+    def part(self, peer: str) -> None:
+        self._reaches.pop(peer, None)
+        self._close(peer)
+
+    def _close(self, peer: str) -> None:
+        opened = self._opened.pop(peer, None)
+        if opened is None:
+            return
+        for event in opened.events.values():
+            self._device.drop_event(event)
+        self._device.runtime.ipcCloseMemHandle(opened.memory.base)
+        opened.metadata.close()
+        os.close(opened.descriptor)  # last: the owner may give the memory back from now on
+
+    def fetch(self, wanted: Wanted) -> Fetched:
+        """Waits for the copy."""
+        try:
+            opened = self._open(wanted)
+            follow = partial(self._follow, opened)
+            return Fetched(wanted.ticket, self._staging.fetch(opened.memory, wanted.handle, wanted.digest, follow))
+        except KVError as problem:
+            return Fetched(wanted.ticket, problem=problem)
+
+    def _open(self, wanted: Wanted) -> Opened:
+        reach = self._reaches.get(wanted.peer)
+        if reach is None:
+            raise KVLost(f"no peer {wanted.peer} is known here")
+        name, asked = reach.segment, wanted.handle.segment
+        if name != asked:
+            raise KVForeign(f"the slab of {wanted.peer} is {name}, the handle is of {asked[:80]!r}")
+        if name == self._own:
+            raise KVForeign(f"{name} is this worker's own: it is read over the path local")
+        opened = self._opened.get(wanted.peer)
+        if opened is None:
+            opened = self._opened[wanted.peer] = self._map(reach)
+        if wanted_back(opened.descriptor):
+            self._close(wanted.peer)
+            raise KVLost(f"{name}: its owner has closed it, or has ended")
+        return opened
+
+    def _map(self, reach: Reach) -> Opened:
+        """Open a peer's slab. Raises KVLost."""
+        device, name, ticket = self._device, reach.segment, reach.tickets.get(PATH, b"")
+        if reach.device not in (device.uuid, *device.near):
+            raise KVLost(f"{name} is on {reach.device[:80]!r}, which {device.uuid} has no peer access to")
+        if len(ticket) != TICKET.size:
+            raise KVLost(f"{name}: a ticket of {len(ticket)} bytes, not {TICKET.size}")
+        slots, block_bytes, handle = TICKET.unpack(ticket)
+        metadata = attach(self._directory, self._deployment, name)
+        with ExitStack() as undo:
+            undo.callback(metadata.close)
+            if slots != metadata.segment.slots:
+                raise KVLost(f"{name}: {metadata.segment.slots} slots, the ticket says {slots}")
+            descriptor = lease(os.path.join(self._directory, name))
+            undo.callback(os.close, descriptor)
+            with device.explained(f"{name}: cannot be opened", KVLost):
+                base: int = device.runtime.ipcOpenMemHandle(handle)
+            undo.pop_all()
+        own_size = replace(metadata.segment, block_bytes=block_bytes, blocks=memoryview(b""))
+        return Opened(DeviceSegment(own_size, base), metadata, descriptor)
+
+    def _follow(self, opened: Opened, slot: int) -> None:
+        """What is given to the stream from now on comes after the sender's gather of the chunk that has `slot`. Raises
+        KVLost."""
+        device, name, record = self._device, opened.memory.metadata.name, bytes(opened.metadata.segment.block(slot))
+        if not any(record):
+            raise KVLost(f"{name}: nothing was ever written to slot {slot}")
+        event = opened.events.get(record)
+        if event is None:
+            with device.explained(f"{name}: its event cannot be opened", KVLost):
+                event = opened.events[record] = device.runtime.ipcOpenEventHandle(record)
+        deadline = time.monotonic() + self._event_s
+        while not device.done(event):
+            if time.monotonic() > deadline:
+                raise KVLost(f"{name}: slot {slot} was not written within {self._event_s:g} s")
+            time.sleep(_LOOK_S)
+        device.follow(event)
+
+    def fetched(self) -> Iterable[Fetched]:
+        """Nothing: a take is answered at once. Asked often, it closes what is wanted back, so that a worker that is
+        started again finds the memory of its predecessor free before anybody says that this one is gone."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _BACK_S
+            for peer in [peer for peer, opened in self._opened.items() if wanted_back(opened.descriptor)]:
+                self._close(peer)
+        return ()
+
+    def close(self) -> None:
+        """Close all, and give the staging back."""
+        for peer in list(self._reaches):
+            self.part(peer)
+        self._staging.close()
+
+
+def open_device_store(
+    device: Device,
+    deployment: str,
+    iid: str,
+    slots: int,
+    block_bytes: int,
+    host: Callable[[], str],
+    *,
+    digest: bool = True,
+    on_host: bool = False,
+    expected_blocks: int = 0,
+    directory: str = DIRECTORY,
+    patience_s: float = 2.0,
+    event_s: float = 1.0,
+) -> Store:
+    """A worker's store in a GPU's memory; `cuda_ipc` is its only path. `host()` names the machine, for Reach. Raises
+    KVError: no room."""
+    slab = DeviceSlab(
+        device,
+        deployment,
+        iid,
+        slots,
+        block_bytes,
+        digest=digest,
+        on_host=on_host,
+        expected_blocks=expected_blocks,
+        directory=directory,
+        patience_s=patience_s,
+    )
+    try:
+        staging = DeviceStaging(device, expected_blocks * block_bytes, on_host)
+    except KVError:
+        slab.close()
+        raise
+    name = slab.segment.name
+    reader = CudaReader(device, deployment, name, staging, directory=directory, event_s=event_s)
+    reach = Reach(
+        paths=[PATH],
+        host=host(),
+        process=os.getpid(),
+        segment=name,
+        device=device.uuid,
+        near=device.near,
+        tickets={PATH: slab.ticket},
+    )
+    return Store(slab, {PATH: reader}, reach, HomeReader(slab, staging))

@@ -1,0 +1,204 @@
+"""The sender's slab in a GPU's memory, and the receiver's copy out of one.
+
+A slab is one raw allocation, exported once. Its *card*, a segment in shared host memory (segment.py), bears its name,
+the generations, which reader and owner look at as they do with `shm`, and in place of a block the IPC handle of the
+event that was recorded on the owner's stream when the slot's chunk was written.
+
+An engine on the GPU writes and reads device arrays. One on the host (`on_host`) gets pinned memory, which is copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from xxhash import xxh3_64
+
+from tetri.kv.base import Block, Fetched, KVCorrupt, KVError, KVForeign, Wanted, Write
+from tetri.kv.cuda.runtime import HANDLE_BYTES, Buffer, Device
+from tetri.kv.lease import all_fallen
+from tetri.kv.segment import create
+from tetri.kv.slab import HostSlab, Segment, shape_problem
+from tetri.kv.staging import check_generations
+from tetri.request import Reach
+from tetri.wire.handover import Handle
+
+TICKET = struct.Struct(f"=QQ{HANDLE_BYTES}s")  # slots, bytes of a block, the memory's IPC handle
+MOST_EVENTS = 1000  # drivers fail somewhere above 20,000; PyTorch stops at 1,000 as well
+DIRECTORY = "/dev/shm"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSegment:
+    """A slab as this process can read it: `card` with the slab's own block size, and where its memory begins here."""
+
+    metadata: Segment
+    base: int
+
+    def at(self, slot: int) -> int:
+        return self.base + slot * self.metadata.block_bytes
+
+
+class DeviceSlab(HostSlab):
+    """`slots` blocks of `block_bytes` each in the memory of `device`. `patience_s`: how long `close` waits for those
+    who have it open. Raises KVError when there is no room."""
+
+    def __init__(
+        self,
+        device: Device,
+        deployment: str,
+        iid: str,
+        slots: int,
+        block_bytes: int,
+        *,
+        digest: bool = True,
+        on_host: bool = False,
+        expected_blocks: int = 0,
+        directory: str = DIRECTORY,
+        patience_s: float = 2.0,
+    ) -> None:
+        self._device, self._on_host, self._patience_s = device, on_host, patience_s
+        self._events: list[int] = []
+        self._metadata = create(directory, deployment, iid, slots, HANDLE_BYTES)
+        self._path = os.path.join(directory, self._metadata.segment.name)
+        try:
+            base = device.allocate(slots * block_bytes, f"{slots} slots of {block_bytes} bytes")
+        except KVError:
+            os.unlink(self._path)
+            self._metadata.close()
+            raise
+        # A slab with more slots shares events: one that was recorded later says no less, as all are on one stream.
+        self._events = [device.new_event() for _ in range(min(slots, MOST_EVENTS))]
+        self._records = [device.runtime.ipcGetEventHandle(event) for event in self._events]
+        own = replace(self._metadata.segment, block_bytes=block_bytes, blocks=memoryview(b""))
+        self.memory = DeviceSegment(own, base)
+        self._pinned = Buffer(device, expected_blocks * block_bytes, "a chunk that leaves", pinned=True)
+        self.ticket = TICKET.pack(slots, block_bytes, device.runtime.ipcGetMemHandle(base))
+        super().__init__(own, digest)
+
+    def _fill(self, slots: Sequence[int], write: Write) -> int | None:
+        """The gather, and the event behind it. The digest costs a copy to the host, which is waited for."""
+        device, size = self._device, self.segment.block_bytes
+        hosted = self._on_host or self._digest
+        if hosted:
+            self._pinned.fit(len(slots) * size)
+        views = [self._pinned.view(place * size, size) for place in range(len(slots))] if hosted else []
+        if self._on_host:
+            write(views)
+            for place, slot in enumerate(slots):
+                device.copy(self.memory.at(slot), self._pinned.pointer + place * size, size)
+        else:
+            write([device.array(self.memory.at(slot), size) for slot in slots])
+        self._written(slots)
+        if self._digest and not self._on_host:
+            for place, slot in enumerate(slots):
+                device.copy(self._pinned.pointer + place * size, self.memory.at(slot), size)
+        if hosted:
+            device.wait()  # for the digest; and the next chunk uses the same pinned memory
+        if not self._digest:
+            return None
+        digest = xxh3_64()
+        for view in views:
+            digest.update(view)
+        return digest.intdigest()
+
+    def _written(self, slots: Sequence[int]) -> None:
+        """Record the event of the chunk's first slot, and let all of its slots name it."""
+        if slots:
+            chosen = slots[0] % len(self._events)
+            self._device.record(self._events[chosen])
+            for slot in slots:
+                self._metadata.segment.block(slot)[:] = self._records[chosen]
+
+    def close(self) -> None:
+        """Nobody can open it from now on, and what readers have on its way is lost. The memory is given back once no
+        reader has it open; if one does after `patience_s`, when this process ends. A second call does nothing."""
+        if self._metadata.descriptor < 0:
+            return
+        super().close()
+        for slot in range(self.slots):
+            self.segment.generations[slot] += 1
+        os.unlink(self._path)
+        self._device.wait()
+        self._pinned.close()
+        if all_fallen(self._metadata.descriptor, self._patience_s):
+            for event in self._events:
+                self._device.drop_event(event)
+            self._device.release(self.memory.base)
+        else:
+            message = "%s is still open in another process after %.1f s: the GPU's memory comes back when this one ends"
+            logging.getLogger("tetri").warning(message, self.segment.name, self._patience_s)
+        self.segment.release()
+        self._metadata.close()
+
+
+class DeviceStaging:
+    """The receiver's own memory on its GPU, and pinned memory for the digest, used by every take. `size`: bytes that a
+    chunk is expected to have; a larger one only makes its first take slower."""
+
+    def __init__(self, device: Device, size: int, on_host: bool) -> None:
+        self._device, self._on_host = device, on_host
+        self._copies = Buffer(device, size, "a chunk that arrives", pinned=False)
+        self._pinned = Buffer(device, size, "a chunk that arrives", pinned=True)
+
+    def fetch(
+        self, source: DeviceSegment, handle: Handle, digest: int | None, follow: Callable[[int], None] | None = None
+    ) -> list[Block]:
+        """The blocks. `follow` makes the device's stream wait until the chunk that has this slot is written. Raises
+        KVForeign, KVLost or KVCorrupt."""
+        metadata, count = source.metadata, len(handle.slots)
+        problem = shape_problem(metadata, handle)
+        if problem is not None:
+            raise KVForeign(f"{metadata.name}: {problem}")
+        check_generations(metadata, handle)
+        size, device, hosted = metadata.block_bytes, self._device, self._on_host or digest is not None
+        self._copies.fit(count * size)
+        if hosted:
+            self._pinned.fit(count * size)
+        if follow is not None and count:
+            follow(handle.slots[0])
+        for place, slot in enumerate(handle.slots):
+            device.copy(self._copies.pointer + place * size, source.at(slot), size)
+        if hosted and count:
+            device.copy(self._pinned.pointer, self._copies.pointer, count * size)
+        device.wait()
+        check_generations(metadata, handle)
+        if digest is not None:
+            copied = xxh3_64(self._pinned.view(0, count * size)).intdigest()
+            if copied != digest:
+                raise KVCorrupt(f"{metadata.name}: digest {copied:016x}, announced {digest:016x}")
+        views = self._pinned if self._on_host else self._copies
+        return [views.view(place * size, size) for place in range(count)]
+
+    def close(self) -> None:
+        self._copies.close()
+        self._pinned.close()
+
+
+class HomeReader:
+    """Reads the slab of its own process, for a worker that decodes what it has prefilled. All is on one stream, so no
+    event is needed; and CUDA opens no handle in the process that made it."""
+
+    def __init__(self, slab: DeviceSlab, staging: DeviceStaging) -> None:
+        self._slab, self._staging = slab, staging
+
+    def meet(self, peer: str, reach: Reach) -> None:
+        """Nothing is opened."""
+
+    def part(self, peer: str) -> None:
+        """Nothing was opened."""
+
+    def fetch(self, wanted: Wanted) -> Fetched:
+        try:
+            return Fetched(wanted.ticket, self._staging.fetch(self._slab.memory, wanted.handle, wanted.digest))
+        except KVError as problem:
+            return Fetched(wanted.ticket, problem=problem)
+
+    def fetched(self) -> tuple[Fetched, ...]:
+        return ()
+
+    def close(self) -> None:
+        """The staging is closed by the reader of peers, which shares it."""

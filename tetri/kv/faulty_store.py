@@ -1,0 +1,154 @@
+"""A KV store on whose paths things go wrong: any store, wrapped. What is wrong is the bytes, and never what is said of
+them: that the digest finds it is the store's own doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from tetri.faults import Chance
+from tetri.kv.base import Block, Fetched, KVLost, KVStore, Wanted, Write, joined, parts
+from tetri.kv.local import LocalReader, LocalSlab, Peers
+from tetri.wire.handover import Handle
+
+
+def kill_myself(moment: str) -> None:
+    """As the kernel does it to a process that is out of memory: nothing is tidied up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FaultyStore:
+    """`die` hears in which moment the process is to end."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        chance: Chance,
+        die: Callable[[str], None] = kill_myself,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store, self.chance, self.clock = store, chance, clock
+        self.slots, self.reach = store.slots, store.reach
+        self.free, self.freed, self.meet = store.free, store.freed, store.meet
+        self._die = die
+        self._relay = Relay(chance)
+        self._late: list[tuple[float, Wanted]] = []  # to be taken then
+        self._lost: list[Fetched] = []  # to be told
+        self._harmed: dict[tuple[str, int], tuple[str, Wanted]] = {}  # on their way, and what will be wrong with them
+
+    @property
+    def free_slots(self) -> int:
+        return self.store.free_slots
+
+    def _dies(self, moment: str) -> None:
+        if self.chance.happens("die"):
+            self._die(moment)
+
+    # ------------------------------------------------------------ the sender's side
+
+    def put(self, count: int, write: Write, owner: str = "") -> tuple[Handle, int | None]:
+        written: list[Block] = []
+
+        def observed(into: Sequence[Block]) -> None:
+            write(into)
+            written.extend(into)
+            self._dies("between the copy into its slab and the digest")
+
+        handle, digest = self.store.put(count, observed, owner)
+        if written and self.chance.happens("spoil"):
+            flip(self.chance, written)
+        self._dies("between a put and its announcement")
+        return handle, digest
+
+    # ------------------------------------------------------------ the receiver's side
+
+    def fetch(self, wanted: Wanted) -> Fetched | None:
+        if self.chance.happens("lose"):
+            return Fetched(wanted.ticket, problem=KVLost("lost on its way: an injected fault"))
+        if self.chance.happens("late"):
+            self._late.append((self.clock() + self.chance.seconds(), wanted))
+            return None
+        return self._fetch_one(wanted)
+
+    def _fetch_one(self, wanted: Wanted) -> Fetched | None:
+        kind = next((kind for kind in ("truncate", "flip") if self.chance.happens(kind)), None)
+        if kind is not None:
+            self._harmed[wanted.ticket] = (kind, wanted)
+        return self._arrived(self.store.fetch(wanted))
+
+    def _arrived(self, fetched: Fetched | None) -> Fetched | None:
+        if fetched is None:
+            return None
+        kind, wanted = self._harmed.pop(fetched.ticket, ("", None))
+        if fetched.problem is None and kind == "truncate":
+            fetched = replace(fetched, blocks=fetched.blocks[: self.chance.rng.randrange(len(fetched.blocks))])
+        elif fetched.problem is None and wanted is not None:
+            fetched = self._relay.pass_on(wanted, fetched.blocks)
+        self._dies("between taking a chunk and its Landed")
+        return fetched
+
+    def fetched(self) -> Iterator[Fetched]:
+        lost, self._lost = self._lost, []
+        yield from lost
+        now = self.clock()
+        due = [wanted for at, wanted in self._late if at <= now]
+        self._late = [(at, wanted) for at, wanted in self._late if at > now]
+        for wanted in due:
+            fetched = self._fetch_one(wanted)
+            if fetched is not None:
+                yield fetched
+        for each in self.store.fetched():
+            fetched = self._arrived(each)
+            assert fetched is not None  # nothing arrives twice
+            yield fetched
+
+    def due(self) -> float | None:
+        mine = [at for at, _ in self._late] + [0.0] * bool(self._lost)
+        theirs = self.store.due()
+        return min(mine + ([] if theirs is None else [theirs]), default=None)
+
+    def part(self, peer: str) -> None:
+        gone = [wanted for _, wanted in self._late if wanted.peer == peer]
+        self._late = [(at, wanted) for at, wanted in self._late if wanted.peer != peer]
+        self._lost += [Fetched(wanted.ticket, problem=KVLost(f"{peer} is gone")) for wanted in gone]
+        self.store.part(peer)
+
+    def close(self) -> None:
+        self._late.clear()
+        self._lost.clear()
+        self.store.close()
+
+
+class Relay:
+    """One more hop on a chunk's way, with bad memory: its bytes are taken out of it as out of any slab."""
+
+    def __init__(self, chance: Chance) -> None:
+        self.chance = chance
+        self._segments: Peers = {}
+        self._reader = LocalReader(self._segments)
+
+    def pass_on(self, wanted: Wanted, blocks: Sequence[Block]) -> Fetched:
+        """What arrives of these blocks. Those in a device's memory pass unharmed."""
+        if not all(isinstance(part, memoryview) for block in blocks for part in parts(block)):
+            return Fetched(wanted.ticket, blocks)
+        slab = LocalSlab("relay", len(blocks), wanted.handle.block_bytes, self._segments, digest=False)
+
+        def write(into: Sequence[Block]) -> None:
+            for place, block in zip(into, blocks, strict=True):
+                place[:] = joined(block)
+            flip(self.chance, into)
+
+        handle, _ = slab.put(len(blocks), write)
+        try:
+            return self._reader.fetch(replace(wanted, handle=handle))
+        finally:
+            slab.close()
+
+
+def flip(chance: Chance, blocks: Sequence[Block]) -> None:
+    """Change one bit of one byte."""
+    block = chance.rng.choice(blocks)
+    block[chance.rng.randrange(len(block))] ^= 1 << chance.rng.randrange(8)

@@ -1,0 +1,300 @@
+"""The thread that reads from peers by nixl: every call of the agent is made here, so that the worker never waits.
+
+A chunk takes three reads, one after the other: the generations, the blocks, the generations again. Reads end without a
+sign, so the thread asks for them, with pauses that grow to a millisecond, and sleeps when there are none.
+
+A read that hangs cannot be called back: UCX was seen to go on writing long after the request was released, and even
+after the peer's agent was removed. So its chunk is answered as lost, and its memory and its peer's agent are kept until
+it has ended.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+from xxhash import xxh3_64
+
+from tetri.kv.base import Fetched, KVCorrupt, KVError, KVLost, Wanted
+from tetri.kv.nixl.agent import Agent, Region, Span, Unreachable
+
+TIMEOUT_S = 10.0  # of one chunk's reads; before them, of waiting for memory to read into
+MOST_AREAS = 8  # chunks that are under way or not yet adopted
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _IDLE_PAUSE_S = 20e-6, 1e-3, 20e-3
+_GENERATION = 8  # bytes of a generation
+
+Answer = Callable[[Fetched, Region | None], None]
+Reads = Iterator[tuple[list[Span], list[Span]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A peer's slab: its name, which is its agent's as well, and where its generations and its blocks begin."""
+
+    name: str
+    metadata: bytes
+    generations: int
+    blocks: int
+
+
+@dataclass(slots=True)
+class Link:
+    """The peer's agent as this one knows it. A stale one is removed as soon as no read uses it."""
+
+    met: bool = False
+    stale: bool = False
+    reading: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """One chunk on its way. `read` is the one under way."""
+
+    wanted: Wanted
+    source: Source
+    deadline: float
+    area: Region | None = None
+    reads: Reads = field(default=iter(()))
+    read: int | None = None
+
+
+class Mover(threading.Thread):
+    """`answer` is called once for each `fetch`, from this thread, with memory to give back by `recycle`."""
+
+    def __init__(self, agent: Agent, staging: int, answer: Answer) -> None:
+        super().__init__(name="kv-nixl", daemon=True)
+        self._agent, self._answer = agent, answer
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._areas = [agent.allocate(staging)]
+        self._made = 1
+        self._links: dict[str, Link] = {}
+        self._waiting: deque[Move] = deque()
+        self._moving: list[Move] = []
+        self._lost: list[Move] = []  # answered, but their reads hang
+        self._running = True
+
+    # ------------------------------------------------------------ of any thread
+
+    def fetch(self, wanted: Wanted, source: Source) -> None:
+        move = Move(wanted, source, time.monotonic() + TIMEOUT_S)
+        self._inbox.put(lambda: self._waiting.append(move))
+
+    def part(self, name: str) -> None:
+        """What is under way from this slab is answered as lost."""
+        self._inbox.put(lambda: self._part(name))
+
+    def recycle(self, area: Region) -> None:
+        self._inbox.put(lambda: self._areas.append(area))
+
+    def stop(self) -> None:
+        """What is under way is not answered any more."""
+        self._inbox.put(self._stop)
+        self.join()
+        for move in (*self._moving, *self._lost):
+            self._release(move)
+
+    # ------------------------------------------------------------ the thread
+
+    def run(self) -> None:
+        """Every take is owed an answer, even when there is a mistake in here."""
+        try:
+            self._serve()
+        except Exception as mistake:
+            traceback.print_exc()
+            while self._running:
+                self._end(KVLost(f"the thread that reads by nixl has failed: {mistake!r}"))
+                self._receive(None)
+
+    def _end(self, why: KVLost) -> None:
+        moves, self._moving = [*self._waiting, *self._moving], []
+        self._waiting.clear()
+        for move in moves:
+            self._answer(Fetched(move.wanted.ticket, problem=why), None)
+
+    def _serve(self) -> None:
+        pause = _FIRST_PAUSE_S
+        while self._running:
+            busy = self._moving or self._waiting or self._lost
+            received = self._receive(pause if busy else None)
+            moved = self._advance(time.monotonic())
+            longest = _LONGEST_PAUSE_S if self._moving else _IDLE_PAUSE_S
+            pause = _FIRST_PAUSE_S if received or moved else min(2 * pause, longest)
+
+    def _receive(self, timeout: float | None) -> bool:
+        received = False
+        try:
+            self._inbox.get(timeout=timeout)()
+            received = True
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            return received
+
+    def _stop(self) -> None:
+        self._running = False
+
+    def _part(self, name: str) -> None:
+        gone = KVLost(f"the peer of {name} has gone")
+        for move in [move for move in (*self._waiting, *self._moving) if move.source.name == name]:
+            self._fail(move, gone)
+        link = self._links.get(name)
+        if link is not None:
+            link.stale = True
+            self._tidy(name, link)
+
+    def _advance(self, now: float) -> bool:
+        """Begin what can begin, go on with what has ended; whether there was anything."""
+        begun = [move for move in tuple(self._waiting) if self._begin(move, now)]
+        ended = [move for move in tuple(self._moving) if self._go_on(move)]
+        for move in (*self._waiting, *self._moving):
+            if now > move.deadline:
+                what = "its turn" if move.read is None else "the bytes"
+                self._fail(move, KVLost(f"{move.source.name}: waited {TIMEOUT_S:g} s for {what}"))
+        for move in [move for move in self._lost if self._over(move)]:
+            self._lost.remove(move)
+            self._give_back(move)
+        return bool(begun or ended)
+
+    # ------------------------------------------------------------ a move
+
+    def _begin(self, move: Move, now: float) -> bool:
+        link = self._links.setdefault(move.source.name, Link())
+        if link.stale:
+            return False  # its reads under way end, or this one's time does
+        area = self._area(len(move.wanted.handle.slots) * (move.wanted.handle.block_bytes + _GENERATION))
+        if area is None:
+            return False
+        self._waiting.remove(move)
+        self._moving.append(move)
+        link.reading += 1
+        move.area, move.deadline, move.reads = area, now + TIMEOUT_S, self._reads(move, area)
+        try:
+            if not link.met:
+                self._agent.meet(move.source.name, move.source.metadata)
+                link.met = True
+        except Unreachable as problem:
+            link.stale = True
+            self._fail(move, problem)
+        return True
+
+    def _go_on(self, move: Move) -> bool:
+        """Read on as far as it goes without waiting; whether anything has ended."""
+        moved = False
+        try:
+            while move.read is None or self._agent.ended(move.read):
+                moved = True
+                self._release(move)
+                into, what = next(move.reads)
+                move.read = self._agent.read(move.source.name, into, what)
+        except StopIteration:
+            self._arrived(move)
+        except KVError as problem:
+            self._links[move.source.name].stale |= isinstance(problem, Unreachable)
+            self._release(move)
+            self._fail(move, problem)
+            return True
+        return moved
+
+    def _reads(self, move: Move, area: Region) -> Reads:
+        """What to read where, one step after the other; checks in between. Raises KVLost or KVCorrupt."""
+        handle, source = move.wanted.handle, move.source
+        count, size = len(handle.slots), handle.block_bytes
+        generations_at = area.address + count * size
+        generations = (
+            [(generations_at + _GENERATION * at, _GENERATION) for at in range(count)],
+            [(source.generations + _GENERATION * slot, _GENERATION) for slot in handle.slots],
+        )
+        yield generations
+        self._check(move, area)
+        yield (
+            [(area.address + at * size, size) for at in range(count)],
+            [(source.blocks + slot * size, size) for slot in handle.slots],
+        )
+        yield generations
+        self._check(move, area)
+        digest = move.wanted.digest
+        copied = xxh3_64(area.view[: count * size]).intdigest() if digest is not None else None
+        if copied is not None and digest is not None and copied != digest:
+            raise KVCorrupt(f"{source.name}: digest {copied:016x}, announced {digest:016x}")
+
+    @staticmethod
+    def _check(move: Move, area: Region) -> None:
+        handle = move.wanted.handle
+        count = len(handle.slots)
+        present = struct.unpack_from(f"={count}Q", area.view, count * handle.block_bytes)
+        for slot, generation, wanted in zip(handle.slots, present, handle.generations, strict=True):
+            if generation != wanted:
+                raise KVLost(f"{move.source.name}: slot {slot} is in generation {generation}, not {wanted}")
+
+    def _release(self, move: Move) -> None:
+        if move.read is not None:
+            read, move.read = move.read, None
+            self._agent.release(read)
+
+    def _arrived(self, move: Move) -> None:
+        self._moving.remove(move)
+        area, move.area = move.area, None
+        assert area is not None
+        size = move.wanted.handle.block_bytes
+        blocks = [area.view[at * size : (at + 1) * size] for at in range(len(move.wanted.handle.slots))]
+        self._give_back(move)
+        self._answer(Fetched(move.wanted.ticket, blocks), area)
+
+    def _fail(self, move: Move, problem: KVError) -> None:
+        """Answer; keep what a read that has not ended may still write to."""
+        if move in self._waiting:
+            self._waiting.remove(move)
+        else:
+            self._moving.remove(move)
+            if move.read is None:
+                self._give_back(move)
+            else:
+                self._links[move.source.name].stale = True
+                self._lost.append(move)
+        self._answer(Fetched(move.wanted.ticket, problem=problem), None)
+
+    def _over(self, move: Move) -> bool:
+        """A hanging read has ended after all."""
+        try:
+            if move.read is not None and not self._agent.ended(move.read):
+                return False
+        except Unreachable:
+            pass  # its connection has ended: the last that could have written
+        self._release(move)
+        return True
+
+    # ------------------------------------------------------------ memory and peers
+
+    def _area(self, size: int) -> Region | None:
+        """Memory of at least `size` bytes; None when there is none now."""
+        fits = [area for area in self._areas if len(area.view) >= size]
+        if fits:
+            self._areas.remove(fits[0])
+            return fits[0]
+        if self._made < MOST_AREAS:
+            self._made += 1
+        elif self._areas:
+            self._agent.unregister(self._areas.pop())
+        else:
+            return None
+        return self._agent.allocate(size)
+
+    def _give_back(self, move: Move) -> None:
+        """A move needs its peer no more, nor its memory unless that was handed on."""
+        if move.area is not None:
+            self._areas.append(move.area)
+            move.area = None
+        link = self._links[move.source.name]
+        link.reading -= 1
+        self._tidy(move.source.name, link)
+
+    def _tidy(self, name: str, link: Link) -> None:
+        if link.stale and not link.reading:
+            self._agent.part(name)
+            del self._links[name]

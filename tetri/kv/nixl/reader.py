@@ -1,0 +1,136 @@
+"""The path over nixl: one-sided reads of a peer's slab, by RDMA where the machines have it, by shared memory or TCP
+elsewhere. The peer's worker takes no part in a read.
+
+Each worker's agent registers its slab, and what another needs to read it goes into its `Reach`: the agent's metadata
+and two addresses. Who reads is not checked by nixl, and over TCP not even what: whoever can connect to an agent can
+read its process. Use it in a network where only workers are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from xxhash import xxh3_64
+
+from tetri.kv.base import Fetched, KVCorrupt, KVError, KVForeign, KVLost, Wanted
+from tetri.kv.nixl.agent import Agent, Region, address, installed
+from tetri.kv.nixl.mover import Mover, Source
+from tetri.kv.slab import HostSlab, Segment, shape_problem
+from tetri.request import Reach, Record
+from tetri.wire.codec import WireError, decode, encode
+
+__all__ = ["NixlReader", "installed", "open_nixl"]
+PATH = "nixl"
+_NOTHING = memoryview(b"")
+_END = 1 << 63
+
+
+class Ticket(Record, frozen=True):
+    """What a peer needs to read a slab: its agent's metadata, and where in that process generations and blocks lie."""
+
+    metadata: bytes
+    generations: int
+    blocks: int
+    slots: int
+    block_bytes: int
+
+    def __post_init__(self) -> None:
+        if min(self.generations, self.blocks, self.slots, self.block_bytes) < 0:
+            raise ValueError("a negative address or size")
+        if max(self.generations + 8 * self.slots, self.blocks + self.slots * self.block_bytes) >= _END:
+            raise ValueError("beyond the end of memory")
+
+
+def open_nixl(
+    slab: HostSlab, staging: int, wake: Callable[[], None] = lambda: None, everywhere: bool = True
+) -> tuple[NixlReader, bytes]:
+    """A reader, and the ticket to the own slab. Chunks are expected to have `staging` bytes. Without `everywhere` only
+    processes of this host can connect. Raises KVError."""
+    segment = slab.segment
+    agent = Agent(segment.name, everywhere)
+    for view in (segment.generations.cast("B"), segment.blocks):
+        agent.register(view)
+    ticket = Ticket(
+        metadata=agent.metadata(),
+        generations=address(segment.generations.cast("B")),
+        blocks=address(segment.blocks),
+        slots=segment.slots,
+        block_bytes=segment.block_bytes,
+    )
+    return NixlReader(agent, staging, wake), encode(ticket)
+
+
+class NixlReader:
+    """What a worker's thread sees of it: nothing here waits."""
+
+    def __init__(self, agent: Agent, staging: int, wake: Callable[[], None]) -> None:
+        self._agent, self._wake = agent, wake
+        self._peers: dict[str, tuple[Segment, Source] | KVLost] = {}
+        self._answers: deque[tuple[Fetched, Region | None]] = deque()
+        self._mover = Mover(agent, staging, self._answered)
+        self._mover.start()
+        self._closed = False
+
+    def _answered(self, fetched: Fetched, area: Region | None) -> None:
+        self._answers.append((fetched, area))
+        self._wake()
+
+    def meet(self, peer: str, reach: Reach) -> None:
+        known = self._peers.get(peer)
+        if isinstance(known, tuple) and known[1].name == reach.segment:
+            return
+        self.part(peer)
+        try:
+            ticket = decode(reach.tickets.get(PATH, b""), Ticket)
+        except WireError as error:
+            self._peers[peer] = KVLost(f"what {peer} says of its slab for nixl cannot be read: {error}")
+            return
+        assert isinstance(ticket, Ticket)
+        shape = Segment(reach.segment, ticket.slots, ticket.block_bytes, _NOTHING, _NOTHING)
+        self._peers[peer] = shape, Source(reach.segment, ticket.metadata, ticket.generations, ticket.blocks)
+
+    def part(self, peer: str) -> None:
+        known = self._peers.pop(peer, None)
+        if isinstance(known, tuple):
+            self._mover.part(known[1].name)
+
+    def fetch(self, wanted: Wanted) -> Fetched | None:
+        problem = self._problem(wanted)
+        if problem is not None:
+            return Fetched(wanted.ticket, problem=problem)
+        if not wanted.handle.slots:
+            right = wanted.digest in (None, xxh3_64().intdigest())
+            wrong = KVCorrupt(f"no blocks, but a digest of {wanted.digest}")
+            return Fetched(wanted.ticket, problem=None if right else wrong)
+        known = self._peers[wanted.peer]
+        assert isinstance(known, tuple)
+        self._mover.fetch(wanted, known[1])
+        return None
+
+    def _problem(self, wanted: Wanted) -> KVError | None:
+        known = self._peers.get(wanted.peer)
+        if known is None:
+            return KVLost(f"no peer {wanted.peer} is known here")
+        if isinstance(known, KVLost):
+            return known
+        why = shape_problem(known[0], wanted.handle)
+        if why is not None:
+            return KVForeign(f"{known[0].name}: {why}")
+        return None
+
+    def fetched(self) -> Iterable[Fetched]:
+        while self._answers:
+            fetched, area = self._answers.popleft()
+            try:
+                yield fetched
+            finally:
+                if area is not None:
+                    self._mover.recycle(area)
+
+    def close(self) -> None:
+        """Ends all threads. What is under way is not answered any more. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._mover.stop()
+            self._agent.close()

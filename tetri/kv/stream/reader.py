@@ -1,0 +1,246 @@
+"""The thread that takes chunks out of others' slabs over `stream`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from threading import Thread
+
+from tetri.kv.base import KVError, KVLost, Wanted
+from tetri.kv.stream.fetch import ChunkFetch, Fetching
+from tetri.net.bulk import BulkLink, Waker, Watch
+from tetri.net.errors import NetError
+from tetri.net.keys import Key
+from tetri.net.sockets import Context
+from tetri.request import Reach
+from tetri.wire import codec
+from tetri.wire.bulk import PIECE_BYTES, BulkReply, Gone, Piece
+
+AGAIN_S, LONGEST_AGAIN_S = 0.025, 0.8  # between two tries to connect, twice as long each time
+_MOST_READ = 64  # messages of one connection before the others have their turn
+
+Command = Callable[[], None]
+Answer = Callable[[Wanted, ChunkFetch | None, KVError | None], None]
+
+
+class SlabReader:
+    """Belongs to its thread but for `start`, `do` and `close`. `answer` is called once for each take; a Take that it
+    gets is to be given back by `used`. `crashed` is called with what ended the thread before its time."""
+
+    def __init__(
+        self,
+        context: Context,
+        fetching: Fetching,
+        key: Key | None,
+        answer: Answer,
+        crashed: Callable[[BaseException], None],
+        log: logging.Logger,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._context, self._fetching, self._key, self._log = context, fetching, key, log
+        self._answer, self._crashed = answer, crashed
+        self._addresses: dict[str, str] = {}  # by peer
+        self._links: dict[str, BulkLink] = {}
+        self._again: dict[str, float] = {}  # when to connect next
+        self._tries: dict[str, int] = {}  # since it brought something
+        self._commands: deque[Command] = deque()
+        self._waker = Waker()
+        self._watch = Watch(self._waker)
+        self._ending = False
+        self._thread = Thread(target=self._run, name="kv-read", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def do(self, command: Command) -> None:
+        """Have the thread call it. Any thread."""
+        self._commands.append(command)
+        self._waker.ring()
+
+    def close(self) -> None:
+        """What is under way is dropped without an answer. A second call does nothing."""
+        if not self._ending:
+            self._ending = True
+            self._waker.ring()
+            if self._thread.ident is not None:
+                self._thread.join()
+            for link in self._links.values():
+                link.close()
+            self._waker.close()
+
+    # ------------------------------------------------------------ commands, in the thread
+
+    def meet(self, peer: str, reach: Reach) -> None:
+        known = self._fetching.peers.get(peer)
+        if known is None or known.segment != reach.segment or self._addresses[peer] != reach.address:
+            self.part(peer)
+            self._fetching.meet(peer, reach.segment)
+            self._addresses[peer] = reach.address
+
+    def part(self, peer: str) -> None:
+        self._close(peer)
+        self._addresses.pop(peer, None)
+        self._again.pop(peer, None)
+        self._tries.pop(peer, None)
+        for fetch in self._fetching.part(peer):
+            self._end(fetch, KVLost(f"{peer} is gone"))
+
+    def want(self, wanted: Wanted) -> None:
+        problem = self._fetching.want(wanted, time.monotonic())
+        if problem is not None:
+            self._answer(wanted, None, problem)
+
+    def used(self, fetch: ChunkFetch) -> None:
+        self._fetching.used_up(fetch.size)
+        fetch.drop()
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._ending:
+                ready = set(self._watch.wait(self._timeout()))
+                self._waker.hush()
+                while self._commands:
+                    self._commands.popleft()()
+                for name, link in list(self._links.items()):
+                    if link.monitor in ready or link.socket in ready:
+                        self._look(name, link)
+                self._time(time.monotonic())
+                self._ask()
+        except BaseException as error:
+            self._crashed(error)
+
+    def _timeout(self) -> float | None:
+        times = [self._again[name] for name in self._again if name not in self._links]
+        deadline = self._fetching.deadline()
+        if deadline is not None:
+            times.append(deadline)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _time(self, now: float) -> None:
+        for name in self._fetching.stalled(now):
+            self.counters["stalled"] += 1
+            self._close(name)
+        for fetch, problem in self._fetching.lost(now):
+            self._end(fetch, problem)
+        for name, peer in list(self._fetching.peers.items()):
+            if not peer.fetches:
+                self._again.pop(name, None)
+            elif name not in self._links and now >= self._again.get(name, 0.0):
+                self._open(name, now)
+
+    def _ask(self) -> None:
+        for name, fetch in self._fetching.start(time.monotonic()):
+            self._send(name, codec.encode(fetch))
+
+    def _send(self, name: str, frame: bytes) -> None:
+        link = self._links.get(name)
+        if link is not None and not link.send(frame):
+            self._cut(name, "does not read what it is asked")
+
+    def _open(self, name: str, now: float) -> None:
+        tries = self._tries[name] = self._tries.get(name, 0) + 1
+        self._again[name] = now + min(AGAIN_S * 2.0**tries, LONGEST_AGAIN_S)
+        try:
+            link = BulkLink(self._context, self._addresses[name], self._key)
+        except NetError as error:
+            segment = self._fetching.peers[name].segment
+            for fetch in self._fetching.part(name):
+                self._end(fetch, KVLost(f"{name}: {error}"))
+            self._fetching.meet(name, segment)
+            return
+        self._links[name] = link
+        self._watch.add(link.socket, link.monitor)
+
+    def _close(self, name: str) -> None:
+        link = self._links.pop(name, None)
+        if link is not None:
+            self._watch.remove(link.socket, link.monitor)
+            link.close()
+            self._fetching.down(name, time.monotonic())
+
+    def _cut(self, name: str, why: str) -> None:
+        """Go on over another connection."""
+        if self._fetching.peers[name].fetches:  # one that ends while nothing is asked of it has every right to
+            self.counters["cut"] += 1
+            level = logging.DEBUG if self._tries.get(name, 0) > 1 else logging.WARNING
+            self._log.log(level, "KV from %s: %s; connecting again", name, why)
+        self._close(name)
+
+    def _end(self, fetch: ChunkFetch, problem: KVError) -> None:
+        if fetch.started:
+            self.used(fetch)
+        self._answer(fetch.wanted, None, problem)
+
+    # ------------------------------------------------------------ one connection
+
+    def _look(self, name: str, link: BulkLink) -> None:
+        was = link.up
+        link.look()
+        if link.up and not was:
+            for fetch in self._fetching.up(name, time.monotonic()):
+                self.counters["resumed"] += 1
+                self._send(name, codec.encode(fetch))
+        for _ in range(_MOST_READ):  # also of a broken one: what came before it broke is good
+            header = link.receive() if self._links.get(name) is link else None
+            if header is None:
+                break
+            problem = self._message(name, link, header)
+            if problem is not None:
+                self._cut(name, problem)
+        else:
+            return  # the rest is read when the others had their turn
+        if link.broken and self._links.get(name) is link:
+            self._cut(name, "refuses this worker's key" if link.refused else "the connection broke")
+
+    def _message(self, name: str, link: BulkLink, header: bytes) -> str | None:
+        """What is wrong with it, and so with the connection."""
+        try:
+            message = codec.decode(header, BulkReply)
+        except codec.WireError as error:
+            self.counters[f"garbage_{error.kind}"] += 1
+            return f"garbage: {error}"
+        if isinstance(message, Piece):
+            return self._piece(name, link, message)
+        if link.more:
+            self.counters["garbage_frames"] += 1
+            return "more frames than a message has"
+        if isinstance(message, Gone):
+            ended = self._fetching.gone(name, message, time.monotonic())
+            if ended is not None:
+                self._end(*ended)
+        return None
+
+    def _piece(self, name: str, link: BulkLink, piece: Piece) -> str | None:
+        if not link.more:
+            self.counters["garbage_frames"] += 1
+            return "a piece without its bytes"
+        fetch = self._fetching.due(name, piece.number)
+        if fetch is None:
+            self.counters["late"] += 1
+            self._top_up(name, link.drop())
+            return None
+        payload = link.receive_frame()
+        size, due = len(payload), min(PIECE_BYTES, fetch.size - fetch.at)
+        surplus = link.more
+        self._top_up(name, size)
+        if surplus or piece.start != fetch.at or size > due or (fetch.size and not size):
+            self.counters["garbage_piece"] += 1
+            return f"a piece of {size} bytes at {piece.start}, where one at {fetch.at} was due"
+        fetch.add(payload)
+        self._tries[name] = 0
+        if self._fetching.grew(name, fetch, time.monotonic()):
+            problem = fetch.problem()
+            if problem is None:
+                self._answer(fetch.wanted, fetch, None)
+            else:
+                self._end(fetch, problem)
+        return None
+
+    def _top_up(self, name: str, size: int) -> None:
+        credit = self._fetching.came(name, size)
+        if credit is not None:
+            self._send(name, codec.encode(credit))

@@ -1,0 +1,169 @@
+"""The thread that serves the own slab over `stream` while the worker computes."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from threading import Thread
+from typing import Any
+
+from tetri.kv.slab import HostSlab, shape_problem
+from tetri.kv.stream.serve import Due, Serving, spans
+from tetri.net.bulk import BulkServer, Waker, Watch
+from tetri.net.keys import Key, ZapHandler
+from tetri.net.sockets import Context
+from tetri.wire import codec
+from tetri.wire.bulk import Alive, BulkRequest, Piece
+from tetri.wire.handover import Handle
+
+LET_GO_S = 0.02  # a slot that is free again waits so long at most for the news, where others are not yet
+_MOST_READ = 256  # requests between two rounds of sending
+_ALIVE = codec.encode(Alive())
+
+
+class SlabServer:
+    """Belongs to its thread but for `start`, `close`. `wake` is called when a slot has come free because libzmq let go
+    of it; `crashed` with what ended the thread before its time."""
+
+    def __init__(
+        self,
+        context: Context,
+        slab: HostSlab,
+        address: str,
+        key: Key | None,
+        wake: Callable[[], None],
+        crashed: Callable[[BaseException], None],
+        log: logging.Logger,
+    ) -> None:
+        """Raises NetError."""
+        self.counters: Counter[str] = Counter()
+        self._slab, self._wake, self._crashed, self._log = slab, wake, crashed, log
+        self._serving = Serving(partial(shape_problem, slab.segment))
+        self._zap_handler = None if key is None else ZapHandler(context, key)
+        try:
+            self._server = BulkServer(context, address, key)
+        except BaseException:
+            if self._zap_handler is not None:
+                self._zap_handler.close()
+            raise
+        self.address = self._server.address
+        self._waker = Waker()
+        self._ending = False
+        # What libzmq has not let go of: views of the slab, and whose slots they are.
+        self._held: dict[int, tuple[weakref.ref[memoryview], Handle]] = {}
+        self._released: deque[int] = deque()
+        self._thread = Thread(target=self._run, name="kv-serve", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """What is under way is dropped. A second call does nothing."""
+        if not self._ending:
+            self._ending = True
+            self._waker.ring()
+            if self._thread.ident is not None:
+                self._thread.join()
+            self._server.close()
+            if self._zap_handler is not None:
+                self._zap_handler.close()
+            self._waker.close()
+
+    def _run(self) -> None:
+        try:
+            watch = Watch(self._waker)
+            watch.add(self._server.socket)
+            if self._zap_handler is not None:
+                watch.add(self._zap_handler.socket)
+            while not self._ending:
+                watch.wait(LET_GO_S if self._held else None)
+                self._waker.hush()
+                self._let_go()
+                if self._zap_handler is not None:
+                    self._zap_handler.answer()
+                self._read()
+                while (due := self._serving.next()) is not None:
+                    self._send(due)
+        except BaseException as error:
+            self._crashed(error)
+
+    def _read(self) -> None:
+        for _ in range(_MOST_READ):
+            received = self._server.receive()
+            if received is None:
+                return
+            peer, frame = received
+            try:
+                message: Any = codec.decode(frame, BulkRequest)
+            except codec.WireError as error:
+                self._complain(error.kind, str(error))
+                continue
+            if peer not in self._serving.peers:
+                self._look_who_is_left()
+            answer = self._serving.received(peer, message)
+            if answer is not None:
+                self.counters["refused"] += 1
+                self._server.send(peer, codec.encode(answer))
+
+    def _look_who_is_left(self) -> None:
+        """A new connection is often an old one's successor: forget who is gone."""
+        for peer in list(self._serving.peers):
+            if self._server.send(peer, _ALIVE) is None:
+                self._serving.forget(peer)
+
+    def _complain(self, kind: str, reason: str) -> None:
+        self.counters[f"garbage_{kind}"] += 1
+        if self.counters[f"garbage_{kind}"] == 1:
+            self._log.warning("%s: dropped a message: %s", self.address, reason)
+
+    def _send(self, due: Due) -> None:
+        if not self._slab.keep(due.slots):
+            self.counters["gone"] += 1
+            self._server.send(due.peer, codec.encode(self._serving.gone(due)))
+            return
+        header = codec.encode(Piece(number=due.number, start=due.start))
+        sent = self._server.send(due.peer, header, self._payload(due))
+        if sent:
+            self._serving.sent(due)
+            self.counters["pieces"] += 1
+            self.counters["bytes"] += due.stop - due.start
+        elif sent is None:
+            self._serving.forget(due.peer)
+        else:
+            self._serving.full(due.peer)
+
+    def _payload(self, due: Due) -> bytes | memoryview:
+        """The bytes as they lie in the slab, whose slots are let go of when the last reference to them falls; or their
+        copy, with the slots let go of already."""
+        blocks = self._slab.segment.blocks
+        parts = [blocks[first : first + size] for first, size in spans(due.slots, *_inside(due))]
+        if len(parts) != 1:
+            copy = b"".join(parts)
+            self._slab.let_go(due.slots)
+            return copy
+        view = weakref.ref(parts[0], self._release)
+        self._held[id(view)] = (view, due.slots)
+        return parts[0]
+
+    def _release(self, view: weakref.ref[memoryview]) -> None:
+        """In a thread of pyzmq, or wherever the last reference falls: so without any lock but the bell's."""
+        self._released.append(id(view))
+        if len(self._released) >= len(self._held):
+            self._waker.ring()  # the last; those before it are seen to when the thread is awake anyway
+
+    def _let_go(self) -> None:
+        free = self._slab.free_slots
+        while self._released:
+            self._slab.let_go(self._held.pop(self._released.popleft())[1])
+        if self._slab.free_slots > free:
+            self._wake()
+
+
+def _inside(due: Due) -> tuple[int, int]:
+    """Where the piece starts and stops in the blocks that it touches."""
+    size = due.slots.block_bytes
+    start = due.start % size if due.slots.slots else 0
+    return start, start + due.stop - due.start

@@ -1,0 +1,61 @@
+"""The network as a core's actions and events name it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tetri import log
+from tetri.executor import Copies
+from tetri.net.errors import NetError
+from tetri.net.hub import Hub
+from tetri.wire.codec import WireError
+from tetri.wire.events import Arrived
+
+
+class HubNetwork:
+    """Best effort, nothing raises: when a message is lost, timers and beats make up for it."""
+
+    def __init__(self, hub: Hub, logger: logging.Logger) -> None:
+        self.hub, self.log = hub, logger
+        self.disconnect = hub.disconnect
+
+    def send(self, peer: str, message: Any) -> None:
+        try:
+            self.hub.send(peer, message)
+        except WireError as error:
+            self.log.error("%s %s", error, log.fields(iid=peer))
+
+    def publish(self, message: Any) -> None:
+        try:
+            self.hub.publish(message)
+        except WireError as error:
+            self.log.error("%s", error)
+
+    def connect(self, peer: str, address: str) -> None:
+        try:
+            self.hub.connect(peer, address)
+        except NetError as error:  # the peer told a wrong address: it stays unreachable, and status says so
+            self.log.error("%s %s", error, log.fields(iid=peer))
+
+
+def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:
+    """What has come, as a core takes it that has no clients."""
+    for event in hub.poll(timeout):
+        yield event.message if isinstance(event, Arrived) else event
+
+
+def received(
+    hub: Hub, copies: Copies, others: Sequence[Callable[[], Iterator[Any]]], timeout: float | None
+) -> Iterator[Any]:
+    """What has come for a worker: messages, then KV, then what else it waits for, each of which wakes the hub."""
+    due = copies.due()
+    if due is not None:
+        left = max(0.0, due - time.monotonic())
+        timeout = left if timeout is None else min(timeout, left)
+    yield from polled(hub, timeout)
+    yield from copies.events()
+    for other in others:
+        yield from other()
