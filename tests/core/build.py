@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Free, Freed, Send
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.instance import Instance
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Fingerprint, Reach, Sampling, blocks_for

@@ -1,7 +1,7 @@
 """Chunks on their way, seen from both sides."""
 
 from tests.core.build import chunk, handle
-from tetri.core.kvflow import KVChunk, KVInflow, KVOutflow
+from tetri.core.prefill.request import KVChunk, KVInflow, KVOutflow
 
 
 def kv_chunk(index, start, stop):

@@ -5,8 +5,7 @@ import pytest
 from tests.core.build import BLOCK, capacity, identity, offer
 from tetri.core.actions import Broken
 from tetri.core.decode.load_forecast import LoadForecast
-from tetri.core.decode.request import NEVER, DecodeRequest
-from tetri.core.kvflow import KVInflow
+from tetri.core.decode.request import NEVER, DecodeRequest, KVInflow
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import LengthRange, Sampling

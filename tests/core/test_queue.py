@@ -4,9 +4,8 @@ import pytest
 
 from tests.core.build import identity
 from tetri.core.actions import Broken
-from tetri.core.kvflow import KVOutflow
 from tetri.core.prefill.queue import Queue
-from tetri.core.prefill.request import PrefillRequest
+from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt

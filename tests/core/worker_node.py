@@ -10,7 +10,7 @@ from tests.core.links import Feed
 from tests.core.nodes import TOKEN_BYTES, VOCABULARY, Node
 from tests.core.worker_kv import SpoiltCopies, store
 from tetri.core.actions import BROKER, Action, LengthKnown, Predict
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.worker.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
 from tetri.engine_request import HiddenStateEstimate, StepDone

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tetri import cost
 from tetri.config import Config
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.engine.base import Engine
 from tetri.instance import Instance
 from tetri.kv import StoreSettings, open_store

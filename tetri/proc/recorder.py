@@ -25,7 +25,7 @@ from tetri.config import Config
 from tetri.core import actions
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.monitor import Monitor
 from tetri.core.worker.worker import Worker
 from tetri.cost import Cost

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import Action, LengthKnown, Predict, Publish
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.worker.worker import Worker
 from tetri.engine.plan import Plan
 from tetri.engine_request import StepDone

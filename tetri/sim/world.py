@@ -18,7 +18,7 @@ from typing import Any
 from tetri.core.actions import BROKER
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.monitor import Monitor
 from tetri.core.worker.worker import Worker
 from tetri.instance import Instance

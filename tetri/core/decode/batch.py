@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tetri.core.actions import Broken
 from tetri.core.decode.load_forecast import LoadForecast
 from tetri.core.decode.request import NEVER, DecodeRequest
+from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
-from tetri.core.instance.peers import Identity
 from tetri.engine_request import Sampled, Span
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchView, Member, WaitingRequest

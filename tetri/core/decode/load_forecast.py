@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tetri.core.actions import Broken
 from tetri.core.decode.request import NEVER, DecodeRequest
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.length.estimator import LengthEstimator
 from tetri.policy.length import end_of, heavy, moved_up
 from tetri.request import LengthRange, blocks_for

@@ -1,15 +1,66 @@
-"""One attempt of one request on the decode side."""
+"""One attempt of one request on the decode side, and its KV on the way in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tetri.core.kvflow import KVInflow
 from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
-from tetri.wire.handover import BetweenWorkers, Offer
+from tetri.wire.handover import BetweenWorkers, Chunk, Offer
 from tetri.wire.messages import End
 
 NEVER = 1 << 62
+
+
+@dataclass(slots=True)
+class KVInflow:
+    """The receiver's side: which chunks are announced, which are in own memory. `path`: how they come; `segment`: the
+    sender's slab."""
+
+    blocks: int
+    path: str
+    segment: str
+    announced: dict[int, Chunk] = field(default_factory=dict)  # not landed yet
+    landed: dict[int, int] = field(default_factory=dict)  # index -> blocks
+    ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), both kinds
+    tries: dict[int, int] = field(default_factory=dict)  # of chunks that were taken more than once: how often
+    broken: str | None = None  # why the offer is refused as soon as nothing more is on its way
+    corrupt: bool = False  # and nobody else need be asked
+    bytes: int = 0
+    token: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.token is not None and sum(self.landed.values()) == self.blocks
+
+    @property
+    def refetched(self) -> int:
+        """How often a chunk was taken again."""
+        return sum(self.tries.values()) - len(self.tries)
+
+    def obstacle(self, chunk: Chunk) -> tuple[str, str] | None:
+        """Why a new chunk cannot be one of this prompt's, in a word and in a line: it is of the sender's slab, within
+        the prompt, over no other chunk, a slot a block, and with the first token exactly when it is the last."""
+        if chunk.handle.segment != self.segment:
+            return "foreign", f"the chunk does not fit its offer: it lies in {chunk.handle.segment[:80]!r}"
+        spread = chunk.stop - chunk.start
+        if len(chunk.handle.slots) < spread:
+            return "truncated", f"the chunk does not fit its offer: {spread} blocks in {len(chunk.handle.slots)} slots"
+        inside = 0 <= chunk.start < chunk.stop <= self.blocks and len(chunk.handle.slots) == spread
+        alone = all(chunk.stop <= start or stop <= chunk.start for start, stop in self.ranges.values())
+        if inside and alone and (chunk.token is not None) == (chunk.stop == self.blocks):
+            return None
+        return "misfit", "the chunk does not fit its offer"
+
+    def announce(self, chunk: Chunk) -> None:
+        if chunk.token is not None:
+            self.token = chunk.token
+        self.announced[chunk.index] = chunk
+        self.ranges[chunk.index] = (chunk.start, chunk.stop)
+
+    def land(self, index: int) -> None:
+        chunk = self.announced.pop(index)
+        self.landed[index] = chunk.stop - chunk.start
+        self.bytes += len(chunk.handle.slots) * chunk.handle.block_bytes
 
 
 @dataclass(slots=True)

@@ -12,11 +12,10 @@ from tetri.core.actions import BROKER, Action, AddRequest, AdmitRequest, Adopted
 from tetri.core.decode.batch import Batch
 from tetri.core.decode.kv_receive import KVReceive
 from tetri.core.decode.load_forecast import LoadForecast
-from tetri.core.decode.request import DecodeRequest, obstacle
+from tetri.core.decode.request import DecodeRequest, KVInflow, obstacle
 from tetri.core.decode.starvation_guard import StarvationGuard
+from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
-from tetri.core.instance.peers import Identity
-from tetri.core.kvflow import KVInflow
 from tetri.core.length.estimator import LengthEstimator
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span
 from tetri.request import LengthRange, Stage

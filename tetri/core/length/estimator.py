@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.length.accuracy import AccuracyRecord
 from tetri.core.length.prior import Prior
 from tetri.engine_request import HiddenStateEstimate

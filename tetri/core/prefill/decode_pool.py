@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
-from tetri.core.instance.peers import Identity, Peers
+from tetri.core.instance.identity import Identity
+from tetri.core.instance.peers import Peers
 from tetri.core.prefill.request import PrefillRequest
 from tetri.instance import Instance
 from tetri.policy.rules import DECODE_ROUTES

@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import Action, Broken, Send
-from tetri.core.instance.peers import Identity, Peers
-from tetri.core.kvflow import KVChunk
+from tetri.core.instance.identity import Identity
+from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import Pool
-from tetri.core.prefill.request import PrefillRequest
+from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.request import LengthRange
 from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Grant, LengthUpdate, Offer

@@ -26,10 +26,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from tetri.core.actions import Action, Broken, Export, Exported, Free
-from tetri.core.instance.peers import Identity
-from tetri.core.kvflow import KVChunk
+from tetri.core.instance.identity import Identity
 from tetri.core.prefill.dispatcher import Dispatcher
-from tetri.core.prefill.request import PrefillRequest
+from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.wire.handover import Handle
 
 

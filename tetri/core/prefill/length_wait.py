@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tetri.core.actions import Action, LengthKnown, Predict, Send
-from tetri.core.instance.peers import Identity
+from tetri.core.instance.identity import Identity
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.request import PrefillRequest

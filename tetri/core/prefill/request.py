@@ -1,15 +1,91 @@
-"""One attempt of one request on the prefill side."""
+"""One attempt of one request on the prefill side, and its KV on the way out.
+
+offered -> granted -> every chunk announced and landed. The prefill instance announces chunks without waiting for the
+Grant and keeps each until its Landed; after a Refuse the same slots are offered elsewhere, unless one was freed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tetri.core.kvflow import KVOutflow
 from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
 from tetri.request import Capacity, LengthRange, Receipt, Sampling, Stage, blocks_for
+from tetri.wire.handover import Handle
 from tetri.wire.messages import End
+
+
+@dataclass(slots=True)
+class KVChunk:
+    """One chunk in the sender's store: blocks [start, stop), one slot each."""
+
+    index: int
+    start: int
+    stop: int
+    handle: Handle
+    digest: int | None
+    token: int | None
+
+
+@dataclass(slots=True)
+class KVOutflow:
+    """The sender's side. `offer` numbers the current try, None while nobody is asked."""
+
+    blocks: int  # of the whole prompt
+    offer: int | None = None
+    target: str = ""
+    granted: bool = False
+    grant_lost: bool = False  # it was granted once, but is no more
+    in_flight: dict[int, KVChunk] = field(default_factory=dict)  # put and not landed, by index
+    landed: int = 0  # blocks landed, and so freed here
+    exported: int = 0  # blocks put, landed ones included
+    chunks: int = 0  # chunks put, the next index
+    awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks that are being put
+    sent: list[KVChunk] = field(default_factory=list)  # all that were put, landed ones included
+
+    @property
+    def complete(self) -> bool:
+        return self.landed == self.blocks
+
+    @property
+    def kept(self) -> int:
+        """Blocks in the sender's store, or on their way into it."""
+        return self.exported - self.landed
+
+    @property
+    def movable(self) -> bool:
+        """Whether another decode instance can still be asked."""
+        return self.landed == 0
+
+    def put(self, kv_chunk: KVChunk) -> None:
+        self.in_flight[kv_chunk.index] = kv_chunk
+        self.sent.append(kv_chunk)
+
+    def land(self, index: int) -> Handle | None:
+        """The receiver has this chunk; its handle is returned once, to be freed."""
+        self.grant()  # or nothing could land: asking anew could be granted anew, without what landed
+        kv_chunk = self.in_flight.pop(index, None)
+        if kv_chunk is None:
+            return None
+        self.landed += kv_chunk.stop - kv_chunk.start
+        return kv_chunk.handle
+
+    def grant(self) -> None:
+        self.granted, self.grant_lost = True, False
+
+    def aim(self, offer: int, target: str) -> None:
+        self.offer, self.target, self.granted = offer, target, False
+
+    def clear_aim(self) -> None:
+        self.grant_lost = self.grant_lost or self.granted
+        self.offer, self.target, self.granted = None, "", False
+
+    def drain(self) -> list[Handle]:
+        """Give everything up: the handles to free."""
+        handles = [kv_chunk.handle for kv_chunk in self.in_flight.values()]
+        self.in_flight.clear()
+        return handles
 
 
 @dataclass(slots=True)

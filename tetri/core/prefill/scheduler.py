@@ -18,16 +18,14 @@ from tetri.core.actions import (
     HoldRequest,
     Send,
 )
+from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
-from tetri.core.instance.peers import Identity
-from tetri.core.kvflow import KVOutflow
 from tetri.core.length.estimator import LengthEstimator
-from tetri.core.prefill.chunk import candidates, fill, ran
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.kv_send import KVSend
 from tetri.core.prefill.length_wait import LengthWait
-from tetri.core.prefill.queue import Queue
-from tetri.core.prefill.request import PrefillRequest
+from tetri.core.prefill.queue import Queue, candidates, fill, ran
+from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for

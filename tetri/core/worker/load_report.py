@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.scheduler import Decode
+from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
-from tetri.core.instance.peers import Identity
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import Prefill
 from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready

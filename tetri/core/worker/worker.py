@@ -18,8 +18,9 @@ from tetri.core.actions import (
     WorkerInput,
 )
 from tetri.core.decode.scheduler import Decode
+from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
-from tetri.core.instance.peers import Identity, Peers
+from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.scheduler import Prefill
