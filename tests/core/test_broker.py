@@ -131,7 +131,7 @@ def test_what_can_never_be_served_is_refused_with_the_reason(served, wrong, reas
     actions = served.tell(submit(**wrong))
     (refused,) = replies(actions)
     assert isinstance(refused, Refused) and reason in refused.reason and refused.retry_after_s is None
-    assert kinds(actions) == ["Reply"] and served.core.lifecycle.counters["refused"] == 1
+    assert kinds(actions) == ["Reply"] and served.core.counters["refused"] == 1
 
 
 def test_what_fits_into_no_instance_is_refused(broker):
@@ -265,7 +265,7 @@ def test_a_gap_is_asked_for_and_what_is_known_ignored(decoding):
     assert decoding.tell(tokens("d1", RID, 2, 9)) == [Send("d1", Resend(rid=RID, attempt=1, start=1))]
     assert not decoding.tell(tokens("d1", RID, 0, 7))
     assert replies(decoding.tell(tokens("d1", RID, 0, 7, 8, 9))) == [Delta(rid=RID, start=1, ids=[8, 9], text="ij")]
-    assert decoding.core.lifecycle.counters["resends"] == 1
+    assert decoding.core.counters["resends"] == 1
 
 
 def test_more_tokens_than_asked_are_cut(decoding):
@@ -464,7 +464,7 @@ def test_a_waiting_request_goes_to_the_first_that_comes(broker):
     broker.tell(submit(), ready("p1", "prefill"))
     assert row(broker).prefill is None  # no connection yet
     assert sent(broker.tell(PeerUp("p1")), "p1", Assign)
-    assert ("patience", RID) not in broker.core.lifecycle.timers
+    assert ("patience", RID) not in broker.core.timers
 
 
 @pytest.mark.parametrize("larger", [None, "lost"])
@@ -481,7 +481,7 @@ def test_what_no_prefill_instance_could_begin_anew_fails_at_once(broker, larger)
     broker.tell(tokens("d1", RID, 1, 8, 9, 10))
     actions = broker.tell(PeerDown("d1"))
     if larger == "lost":
-        assert row(broker).reason is None and ("patience", RID) in broker.core.lifecycle.timers
+        assert row(broker).reason is None and ("patience", RID) in broker.core.timers
         return
     end = done(actions)
     assert end.reason == "error" and "10 tokens, its output so far included, fit into no prefill instance" in end.error
@@ -533,10 +533,10 @@ def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
     served.later(4.0)
     served.tell(heartbeat("p1"))
     served.later(2.0)  # it may have been the broker that did not listen
-    assert served.core.lifecycle.counters["workers_lost"] == 0
+    assert served.core.counters["workers_lost"] == 0
     served.later(0.2)
     lost = [status.iid for status in served.core.members.status() if status.state == "lost"]
-    assert lost == ["d1", "d2", "p2"] and served.core.lifecycle.counters["workers_lost"] == 3
+    assert lost == ["d1", "d2", "p2"] and served.core.counters["workers_lost"] == 3
 
 
 def test_a_restarted_worker_loses_what_it_had(served):
@@ -544,7 +544,7 @@ def test_a_restarted_worker_loses_what_it_had(served):
     actions = served.tell(ready("p1", "prefill", incarnation=2))
     assert sent(actions, "p1", Assign) and row(served).attempt == 2
     assert not served.tell(staged("p1", RID, Stage.PREFILL))  # by the old one
-    assert served.core.lifecycle.counters["workers_replaced"] == 1
+    assert served.core.counters["workers_replaced"] == 1
 
 
 def test_registering_again_loses_nothing(served):
@@ -671,7 +671,7 @@ def test_nonsense_is_refused(broker):
         with pytest.raises(Broken):
             broker.core.handle(wrong, 0.0)
     broker.tell(submit())
-    broker.core.lifecycle.timers.set(("tea", RID), 0.0)
+    broker.core.timers.set(("tea", RID), 0.0)
     with pytest.raises(Broken):
         broker.core.tick(0.0)
 
@@ -723,7 +723,7 @@ def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
     ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
     delta = replies(ended)[0]
     decoding.tell(Undelivered(b"c", delta, gone=False), Undelivered(b"c", replies(ended)[1], gone=False))
-    decoding.core.lifecycle.timers.clear(("retry", RID))
+    decoding.core.timers.clear(("retry", RID))
     decoding.later(2.1)
     assert RID in decoding.core.table.rows
     assert isinstance(replies(decoding.tell(attach(1)))[-1], Done)
@@ -734,7 +734,7 @@ def test_a_slow_reader_gets_its_end_after_the_grace(decoding):
 def test_a_slow_reader_is_not_waited_for_for_ever(decoding):
     ended = decoding.tell(tokens("d1", RID, 1, 8, 9, 10, reason="length"))
     decoding.tell(Undelivered(b"c", replies(ended)[0], gone=False))
-    decoding.core.lifecycle.timers.clear(("retry", RID))
+    decoding.core.timers.clear(("retry", RID))
     for _ in range(7):
         decoding.later(2.1)
     assert RID not in decoding.core.table.rows

@@ -20,7 +20,7 @@ PARTS = 8  # a failure leaves the other parts to tell more
 def test_without_faults_every_request_gets_its_tokens():
     for seed in range(10):
         story = Cluster(seed, Faults(), Shape.some(seed)).run()
-        assert story.broker.core.lifecycle.counters["restarts"] == 0
+        assert story.broker.core.counters["restarts"] == 0
 
 
 def test_every_kind_of_wrong_chunk_is_met():

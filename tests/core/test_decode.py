@@ -3,6 +3,7 @@
 from random import Random
 
 import pytest
+from tetri.core.worker.peer_events import MOST_EARLY
 
 from tests.core.build import (
     Told,
@@ -31,7 +32,6 @@ from tetri.core.actions import (
     RequestRejected,
     Step,
 )
-from tetri.core.worker.peer_events import MOST_EARLY
 from tetri.core.worker.worker import Worker
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy.rules import Rules

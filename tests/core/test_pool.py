@@ -6,7 +6,6 @@ import pytest
 
 from tests.core.build import CAPACITY, capacity, fingerprint, identity, instance, membership
 from tetri.core.instance.peers import Peers
-from tetri.core.prefill.decode_pool import Pool
 from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt

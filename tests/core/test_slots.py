@@ -327,7 +327,7 @@ def test_with_little_of_both_and_no_faults_nothing_is_computed_twice(part):
     for seed in range(FIRST + part, FIRST + SEEDS, 2):
         story = Cluster(seed, Faults(), Shape.tight(seed)).run()
         broker, limit = story.broker.core, 5.0
-        assert broker.lifecycle.counters["restarts"] == 0 and story.now < limit, f"seed {seed}: {story.now} s"
+        assert broker.counters["restarts"] == 0 and story.now < limit, f"seed {seed}: {story.now} s"
 
 
 def test_with_little_of_both_and_faults_everything_ends():

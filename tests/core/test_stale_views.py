@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tests.core.build import CAPACITY, identity, instance, membership, view
 from tetri.core.instance.peers import Peers
-from tetri.core.prefill.decode_pool import Pool
 from tetri.policy.views import Need
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tetri.core.prefill.scheduler import Prefill
+from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.cost import Cost
 from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
 from tetri.policy.views import FlipSettings
@@ -196,7 +196,7 @@ def test_progress_is_told():
 
 
 def test_without_the_prefill_core_nobody_is_served(monkeypatch):
-    monkeypatch.setattr(Prefill, "plan", lambda self, *arguments: [])
+    monkeypatch.setattr(PrefillScheduler, "plan", lambda self, *arguments: [])
     with pytest.raises(SimError, match="1 requests are not served: for 600 s no engine computed"):
         World(SETUP, [ONE]).run()
 

@@ -218,7 +218,7 @@ class World:
         return sum(arrival.prompt for arrival in done), sum(arrival.output - 1 for arrival in done)
 
     def _counters(self) -> dict[str, int]:
-        counts: Counter[str] = Counter(self.broker.core.lifecycle.counters)
+        counts: Counter[str] = Counter(self.broker.core.counters)
         for worker in self.workers.values():
             counts["steps"] += worker.use.steps
             counts["prefill_tokens"] += worker.use.prefill_tokens

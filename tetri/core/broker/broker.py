@@ -5,9 +5,11 @@ beats say what workers hold and are, and make both sides agree again.
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 from tetri.core.actions import (
+    BROKER,
     Action,
     Broken,
     BrokerInput,
@@ -22,12 +24,12 @@ from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
 from tetri.core.broker.requests import Row, Table
 from tetri.core.broker.roles import Flips
-from tetri.core.broker.worker_events import WorkerEvents
+from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.wire.clients import Attach, Cancel, ChangeRole, Inspect, MonitorStatus, Status
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, FlipWanted, FromWorker, Ready
+from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, Ready, Staged, Tokens
 
 VIEW = ("view", "")
 EMPTY = Cost()
@@ -50,11 +52,23 @@ class Broker:
         self.table = Table()
         self.members = Members(epoch)
         self.delivery = Delivery(self.table, limits, epoch, rng)
-        self.lifecycle = Lifecycle(limits, rules, self.table, self.members, self.delivery, rng, cost, chunk_tokens)
-        self.flips = Flips(self.members, self.lifecycle.counters)
-        self.worker_events = WorkerEvents(limits, self.table, self.members, self.delivery, self.lifecycle, self.flips)
+        self.timers: Timers[tuple[str, str]] = Timers()
+        self.counters: Counter[str] = Counter()
+        self.lifecycle = Lifecycle(
+            limits,
+            rules,
+            self.table,
+            self.members,
+            self.delivery,
+            rng,
+            cost,
+            chunk_tokens,
+            self.timers,
+            self.counters,
+        )
+        self.flips = Flips(self.members, self.counters)
         self.seen: tuple[ClusterView, float] | None = None  # the monitor's newest view, and when it came
-        self.lifecycle.timers.set(VIEW, now)
+        self.timers.set(VIEW, now)
 
     # ------------------------------------------------------------ the four verbs
 
@@ -63,9 +77,9 @@ class Broker:
             case Detokenized():
                 return self._detokenized(event, now)
             case Ready():
-                return self.worker_events.ready(event, now)
+                return self._ready(event, now)
             case FromWorker():
-                return self.worker_events.received(event, now)
+                return self._received(event, now)
             case Submitted():
                 return self._submit(event, now)
             case FromClient():
@@ -78,27 +92,27 @@ class Broker:
                 self.seen = (event, now)
                 return []
             case PeerUp():
-                return self.worker_events.up(event.peer, now)
+                return self._up(event.peer, now)
             case PeerDown():
-                return self.worker_events.down(event.peer, now)
+                return self._down(event.peer, now)
         raise Broken(f"a broker knows no {event}")
 
     def tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for what, who in self.lifecycle.timers.due(now):
+        for what, who in self.timers.due(now):
             if what == "view":
-                self.lifecycle.timers.set(VIEW, now + self.limits.heartbeat_s)
+                self.timers.set(VIEW, now + self.limits.heartbeat_s)
                 if not self.table.open:
                     self.check()
                 actions += [*self.members.prune(now), *self.members.refresh(now)]
             elif what == "silence":
-                actions += self.worker_events.silent(who, now)
+                actions += self._silent(who, now)
             else:
                 actions += self._row_timer(what, self.table.rows[who], now)
         return actions
 
     def deadline(self) -> float | None:
-        return self.lifecycle.timers.next()
+        return self.timers.next()
 
     def check(self) -> None:
         self.table.check()
@@ -107,6 +121,81 @@ class Broker:
             placed = self.members.by_iid.get(row.holder) if row.holder else None
             if row.reason is None and row.holder is not None and (placed is None or placed.lost is not None):
                 raise Broken(f"{row.rid} is held by {row.holder}, which is not there")
+
+    # ------------------------------------------------------------ workers
+
+    def _ready(self, event: Ready, now: float) -> list[Action]:
+        iid = event.instance.iid
+        if iid == BROKER:
+            return []  # others would take it for this process
+        actions, replaced = self.members.ready(event, now)
+        self.timers.set(("silence", iid), now + self.limits.dead_s)
+        if replaced is not None:
+            self.counters["workers_replaced"] += 1
+            why = f"{iid} was restarted"
+            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(iid, why, now)]
+        actions += self.flips.role_reported(self.members.by_iid[iid], event.instance.role, now)
+        return [*actions, *self.members.publish(now), *self.lifecycle.place_waiting(now)]
+
+    def _up(self, iid: str, now: float) -> list[Action]:
+        self.members.connected(iid)
+        return [*self.members.publish(now), *self.lifecycle.place_waiting(now)]
+
+    def _down(self, iid: str, now: float) -> list[Action]:
+        self.members.disconnected(iid)
+        return self._lose(iid, "connection lost", now)
+
+    def _silent(self, iid: str, now: float) -> list[Action]:
+        """Its timer is due. A first time it may be the broker that did not listen: what waits in its sockets is heard
+        before the worker counts as lost."""
+        member = self.members.by_iid.get(iid)
+        if member is None or member.lost is not None:
+            return []
+        silent_at = member.seen + self.limits.dead_s
+        if now < silent_at:
+            self.timers.set(("silence", iid), silent_at)
+            return []
+        if member.suspect:
+            return self._lose(iid, f"silent for {self.limits.dead_s:g} s", now)
+        member.suspect = True
+        self.timers.set(("silence", iid), now + self.limits.heartbeat_s)
+        return []
+
+    def _lose(self, iid: str, why: str, now: float) -> list[Action]:
+        member = self.members.by_iid.get(iid)
+        if member is None or member.lost is not None:
+            return []
+        self.members.lose(member, why)
+        self.counters["workers_lost"] += 1
+        announced = [*self.flips.gone(iid, why), *self.members.publish(now)]
+        restarted = self.lifecycle.restart_all(iid, f"{iid}: {why}", now)
+        return [*announced, *restarted, *self.lifecycle.place_waiting(now)]  # who is left may take more than before
+
+    def _received(self, event: FromWorker, now: float) -> list[Action]:
+        member = self.members.known(event)
+        if member is None:
+            return []  # it registers again when it hears of no membership
+        member.seen, member.suspect = now, False
+        actions: list[Action] = []
+        if member.lost is not None and member.iid in self.members.up:
+            self.members.lose(member, None)
+            self.timers.set(("silence", member.iid), now + self.limits.dead_s)
+            actions += self.lifecycle.place_waiting(now)
+        match event:
+            case Tokens():
+                for item in event.items:
+                    self.lifecycle.tokens(item, event.iid, now, actions)
+            case Heartbeat() | Staged() if member.lost is not None:
+                pass  # it may be dead already, and nobody would notice it again
+            case Heartbeat():
+                member.load, member.held, member.counters = event.load, len(event.holds), event.counters
+                member.slots_used, member.predictor = event.slots_used, event.predictor
+                flipped = self.flips.role_reported(member, event.role, now, event.flip)
+                actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
+                actions += self.lifecycle.reconcile(event, now)
+            case Staged() | Failed():
+                actions += self.lifecycle.moved(event, now)
+        return actions
 
     # ------------------------------------------------------------ clients
 
@@ -119,15 +208,15 @@ class Broker:
             len(event.prompt), len(event.prompt) + event.sampling.max_tokens
         )
         if why is not None:
-            self.lifecycle.counters["refused"] += 1
+            self.counters["refused"] += 1
             return [refuse(event.client, event.key, why)]
         if self.table.open >= self.limits.max_open:
-            self.lifecycle.counters["refused"] += 1
+            self.counters["refused"] += 1
             return [refuse(event.client, event.key, f"{self.table.open} requests are open, try later", 1.0)]
-        self.lifecycle.counters["accepted"] += 1
+        self.counters["accepted"] += 1
         row, actions = self.delivery.admit(event, now)
         if row.deadline is not None:
-            self.lifecycle.timers.set(("deadline", row.rid), row.deadline)
+            self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
 
     def _client(self, event: FromClient, now: float) -> list[Action]:
@@ -141,7 +230,7 @@ class Broker:
         if row is None:
             return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
         if isinstance(message, Attach):
-            self.lifecycle.timers.clear(("grace", row.rid))
+            self.timers.clear(("grace", row.rid))
             self.lifecycle.remember(row, now)
             return self.delivery.attach(row, event.client, message.start)
         if row.stage.ended:
@@ -163,7 +252,7 @@ class Broker:
         row = self.delivery.undelivered(event)
         if row is not None:
             what, wait = ("grace", self.limits.client_grace_s) if event.gone else ("retry", self.limits.retry_s)
-            self.lifecycle.timers.set((what, row.rid), now + wait)
+            self.timers.set((what, row.rid), now + wait)
         return []
 
     def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
@@ -171,10 +260,10 @@ class Broker:
             case "forget":
                 if row.client is not None and row.sent < len(row.outbox):  # a slow reader, not a gone one
                     self.lifecycle.remember(row, now)
-                    if ("forget", row.rid) in self.lifecycle.timers:
+                    if ("forget", row.rid) in self.timers:
                         return []
                 for timer in ("grace", "retry"):
-                    self.lifecycle.timers.clear((timer, row.rid))
+                    self.timers.clear((timer, row.rid))
                 self.table.forget(row.rid)
                 return []
             case "retry":
@@ -189,7 +278,7 @@ class Broker:
         raise Broken(f"a timer for {what}")
 
     def status(self, now: float) -> Status:
-        counters = dict(sorted(self.lifecycle.counters.items()))
+        counters = dict(sorted(self.counters.items()))
         monitor = None
         if self.seen is not None:
             view, at = self.seen

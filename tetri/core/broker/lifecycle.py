@@ -8,12 +8,12 @@ from random import Random
 from tetri.core.actions import Action, Send
 from tetri.core.broker.delivery import Delivery, Limits
 from tetri.core.broker.membership import Members
-from tetri.core.broker.requests import IDLE, Row, Table
+from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row, Table
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
-from tetri.wire.messages import Assign, Close, Resend
+from tetri.wire.messages import Assign, Close, Failed, Heartbeat, Resend, Staged, TokenItem
 
 BY_ITSELF = ("stop", "length")  # reasons of an end that is the text's own
 TOKEN_S = 1e-6  # per prompt token where the cost table is empty: queues are then compared by their tokens
@@ -21,7 +21,7 @@ SHORT_S, LONG_S = 1e-9, 1e9  # what a cost table may say beyond these is no work
 
 
 class Lifecycle:
-    """Works on the broker's own table, registry, timers and counters. A prefill instance is chosen by the predicted
+    """Shares the broker's request table, members, delivery, timers and counters. A prefill instance is chosen by the predicted
     seconds of all prefill that it was given and has not done; `cost` and `chunk_tokens` predict them."""
 
     def __init__(
@@ -34,12 +34,12 @@ class Lifecycle:
         rng: Random,
         cost: Cost,
         chunk_tokens: int,
+        timers: Timers[tuple[str, str]],
+        counters: Counter[str],
     ) -> None:
-        self.limits, self.rng = limits, rng
+        self.limits, self.rng, self.timers, self.counters = limits, rng, timers, counters
         self.table, self.members, self.delivery = table, members, delivery
         self.cost, self.chunk_tokens = cost, chunk_tokens
-        self.timers: Timers[tuple[str, str]] = Timers()
-        self.counters: Counter[str] = Counter()
         self._route = PREFILL_ROUTES[rules.prefill_route]
 
     def place(self, row: Row, now: float) -> list[Action]:
@@ -157,3 +157,73 @@ class Lifecycle:
         as all messages may; but not for ever."""
         if row.stage.ended and now - row.stage_at < self.limits.patience_s:
             self.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
+
+    # ------------------------------------------------------------ what workers report
+
+    def tokens(self, item: TokenItem, iid: str, now: float, actions: list[Action]) -> None:
+        """Add the output tokens that `iid` reports to their row. Appends to `actions`, since this runs for every token
+        of every request."""
+        row = self._row(item.rid, item.attempt)
+        if row is None:
+            return
+        have, ids, start = len(row.output), item.ids, item.start
+        if start > have:
+            actions.append(self.resend(row, iid))
+            return
+        if start != have or have + len(ids) > row.sampling.max_tokens:
+            ids = ids[have - start :][: row.sampling.max_tokens - have]
+        if not ids and item.end is None:
+            return
+        row.output += ids
+        if ids and row.first_at is None:
+            row.first_at = now
+        if row.decode is None and row.stage in BEFORE_TOKENS:
+            self.table.advance(row, Stage.MOVING, now)
+        if item.end is not None:
+            row.end = item.end
+            actions += self.end(row, item.end.reason, now)
+        elif len(row.output) == row.sampling.max_tokens:  # its worker should have said so
+            actions += self.end(row, "length", now)
+        else:
+            actions += self.delivery.detokenize(row, final=False)
+
+    def moved(self, event: Staged | Failed, now: float) -> list[Action]:
+        """A worker reports that a request has entered a stage, or cannot go on there."""
+        row = self._row(event.rid, event.attempt)
+        match event:
+            case _ if row is None:
+                return []
+            case Staged():
+                return self.stage(row, event.stage, event.iid, now)
+            case Failed() if row.holder != event.iid:
+                return []  # another instance has it all by now
+            case Failed(retry=True):
+                return self.restart(row, event.why, now)
+        return self.end(row, "error", now, event.why)
+
+    def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
+        """Compare what a worker holds with what the request table says it holds, and make both sides agree."""
+        actions: list[Action] = []
+        iid = heartbeat.iid
+        held: dict[str, None] = {}
+        for hold in heartbeat.holds:
+            row = self._row(hold.rid, hold.attempt)
+            if row is None:
+                actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
+                continue
+            held[hold.rid] = None
+            if hold.stage in ON_DECODER and hold.stage is not row.stage:
+                actions += self.stage(row, hold.stage, iid, now)
+            if row.decode is not None and row.decode != iid and hold.stage is not Stage.DONE:
+                actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
+            elif hold.outputs > len(row.output) or hold.stage is Stage.DONE:
+                actions.append(self.resend(row, iid))
+        missing = [row for rid, row in self.table.held_by(iid).items() if rid not in held and row.reason is None]
+        for row in missing:
+            actions += self.not_held(row, iid, now)
+        return actions
+
+    def _row(self, rid: str, attempt: int) -> Row | None:
+        """The open row that a worker speaks of, None when it is over, this attempt is, or nobody can have it."""
+        row = self.table.rows.get(rid)
+        return row if row and row.attempt == attempt and row.reason is None and row.prefill else None

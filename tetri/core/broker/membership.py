@@ -75,8 +75,8 @@ class Members:
 
     def known(self, message: FromWorker) -> Member | None:
         """The peer that sent this, if this incarnation of it has registered."""
-        peer = self.by_iid.get(message.iid)
-        return peer if peer is not None and peer.instance.incarnation == message.incarnation else None
+        member = self.by_iid.get(message.iid)
+        return member if member is not None and member.instance.incarnation == message.incarnation else None
 
     def connected(self, iid: str) -> None:
         self.up[iid] = None
@@ -86,14 +86,14 @@ class Members:
         self.up.pop(iid, None)
         self._changed()
 
-    def lose(self, peer: Member, why: str | None) -> None:
+    def lose(self, member: Member, why: str | None) -> None:
         """It is out, or with None in again."""
-        peer.lost = why
+        member.lost = why
         self._changed()
 
-    def turn(self, peer: Member, role: str) -> None:
+    def turn(self, member: Member, role: str) -> None:
         """From now on new work goes to it as to one of this role."""
-        peer.instance = peer.instance.in_role(role)
+        member.instance = member.instance.in_role(role)
         self._changed()
 
     def prune(self, now: float) -> list[Action]:
@@ -113,7 +113,7 @@ class Members:
         """The next Membership, to everyone that can be reached."""
         self.number += 1
         if self._outdated:
-            self._entries, self._outdated = [peer.instance for peer in self._there()], False
+            self._entries, self._outdated = [member.instance for member in self._there()], False
         self._sent_at = now
         membership = Membership(epoch=self.epoch, number=self.number, instances=self._entries)
         return [Send(iid, membership) for iid in self.up]
@@ -123,7 +123,7 @@ class Members:
         return self.publish(now) if self._outdated or now - self._sent_at >= SILENCE_S else []
 
     def _there(self) -> list[Member]:
-        return [peer for peer in self.by_iid.values() if peer.lost is None]
+        return [member for member in self.by_iid.values() if member.lost is None]
 
     # ------------------------------------------------------------ pools
 
@@ -152,7 +152,7 @@ class Members:
 
     def beyond(self, tokens: int) -> str | None:
         """Why so many tokens of a request that starts over can be prefilled nowhere, nor by one that may come back."""
-        sizes = [peer.instance.capacity.tokens for peer in self.by_iid.values() if peer.role in PREFILL_ROLES]
+        sizes = [member.instance.capacity.tokens for member in self.by_iid.values() if member.role in PREFILL_ROLES]
         most = max(sizes, default=tokens)
         if tokens <= most:
             return None
@@ -160,7 +160,7 @@ class Members:
 
     def _sort(self) -> None:
         """Sort the instances into pools: once per change, not per request."""
-        there = [peer.instance for peer in self._there()]
+        there = [member.instance for member in self._there()]
         decoders = [instance for instance in there if instance.role in DECODE_ROLES]
         prefillers = [instance for instance in there if instance.role in PREFILL_ROLES]
         self._largest = {
@@ -187,34 +187,34 @@ class Members:
     def status(self) -> list[InstanceStatus]:
         return [
             InstanceStatus(
-                iid=peer.iid,
-                role=peer.role,
-                state="ready" if peer.lost is None and peer.iid in self.up else "lost",
-                incarnation=peer.instance.incarnation,
-                blocks=peer.instance.capacity.blocks,
-                free_blocks=peer.load.free_blocks,
-                queued=peer.load.queued,
-                running=peer.load.running,
-                held=peer.held,
-                note=peer.lost or self._exchanges(peer).incompatibility or _rehearsal(peer),
-                paths=self._exchanges(peer).paths,
-                counters=peer.counters,
-                slots_used=peer.slots_used,
-                predictor=peer.predictor,
+                iid=member.iid,
+                role=member.role,
+                state="ready" if member.lost is None and member.iid in self.up else "lost",
+                incarnation=member.instance.incarnation,
+                blocks=member.instance.capacity.blocks,
+                free_blocks=member.load.free_blocks,
+                queued=member.load.queued,
+                running=member.load.running,
+                held=member.held,
+                note=member.lost or self._exchanges(member).incompatibility or _rehearsal(member),
+                paths=self._exchanges(member).paths,
+                counters=member.counters,
+                slots_used=member.slots_used,
+                predictor=member.predictor,
             )
-            for peer in sorted(self.by_iid.values(), key=lambda peer: peer.iid)
+            for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]
 
-    def _exchanges(self, peer: Member) -> Found:
+    def _exchanges(self, member: Member) -> Found:
         """Of those that are there: over which paths KV moves to and from it. Two of one phase never meet."""
         if not self._sorted:
             self._sort()
-        return NOTHING if peer.lost is not None else self._compatible[peer.role].others(peer.instance)
+        return NOTHING if member.lost is not None else self._compatible[member.role].others(member.instance)
 
 
-def _rehearsal(peer: Member) -> str:
+def _rehearsal(member: Member) -> str:
     """That a worker harms its KV on purpose: nobody may take that for service."""
-    injected = any(name.startswith("injected_") for name in peer.counters)
+    injected = any(name.startswith("injected_") for name in member.counters)
     return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
 
 

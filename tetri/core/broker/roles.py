@@ -58,34 +58,34 @@ class Flips:
         why = self._problem(iid, role)
         if why is not None:
             return [self._refuse(client, key, why)]
-        peer = self.members.by_iid[iid]
+        member = self.members.by_iid[iid]
         under_way = self.changes.get(iid)
         if under_way is not None and under_way.role == role:
             under_way.askers[key] = (client, now)
             return []
         actions = self._drop(iid, f"{iid} was asked to become {role} before it had answered")
-        return [*actions, *self._turn(peer, role, now, {key: (client, now)})]
+        return [*actions, *self._turn(member, role, now, {key: (client, now)})]
 
     def want(self, message: FlipWanted, now: float) -> list[Action]:
         """The transition watcher wants it. What a person has asked for comes first; a wish that cannot be fulfilled
         is counted, and comes again if it still stands."""
-        peer = self.members.by_iid.get(message.iid)
+        member = self.members.by_iid.get(message.iid)
         if message.iid in self.changes or self._problem(message.iid, message.role) is not None:
             self.counters["flips_refused"] += 1
             return []
-        assert peer is not None  # or there was a problem
-        if peer.role == message.role:
+        assert member is not None  # or there was a problem
+        if member.role == message.role:
             return []
-        return self._turn(peer, message.role, now, {})
+        return self._turn(member, message.role, now, {})
 
-    def _turn(self, peer: Member, role: str, now: float, askers: dict[str, tuple[bytes, float]]) -> list[Action]:
+    def _turn(self, member: Member, role: str, now: float, askers: dict[str, tuple[bytes, float]]) -> list[Action]:
         """First everyone else learns it, then the worker: nobody sends it work of the old role any more."""
         self._number += 1
-        self.changes[peer.iid] = Change(self._number, peer.role, role, askers)
-        if peer.role == role:
-            return [self._send(peer.iid)]
-        self.members.turn(peer, role)
-        return [*self.members.publish(now), self._send(peer.iid)]
+        self.changes[member.iid] = Change(self._number, member.role, role, askers)
+        if member.role == role:
+            return [self._send(member.iid)]
+        self.members.turn(member, role)
+        return [*self.members.publish(now), self._send(member.iid)]
 
     def _send(self, iid: str) -> Send:
         change = self.changes[iid]
@@ -93,55 +93,55 @@ class Flips:
 
     def _problem(self, iid: str, role: str) -> str | None:
         """Why this cannot be, in one line that says what can."""
-        peers = self.members.by_iid
+        members = self.members.by_iid
         if role not in ROLES:
             return f"there is no role {role!r}: give {', '.join(ROLES[:-1])} or {ROLES[-1]}"
-        if iid not in peers:
-            names = [*sorted(peers)[:NAMED], *(["..."] if len(peers) > NAMED else [])]
+        if iid not in members:
+            names = [*sorted(members)[:NAMED], *(["..."] if len(members) > NAMED else [])]
             return f"there is no instance {iid!r}, only {', '.join(names)}" if names else "no instance is there"
-        peer = peers[iid]
-        if peer.lost is not None:
-            return f"{iid} is lost ({peer.lost}): only a live instance changes its role"
+        member = members[iid]
+        if member.lost is not None:
+            return f"{iid} is lost ({member.lost}): only a live instance changes its role"
         for phase, serving in (("prefill", PREFILL_ROLES), ("decode", DECODE_ROLES)):
-            if peer.role in serving and role not in serving and not self._others(peer, serving):
-                mixed = "leave it mixed" if peer.role == "mixed" else "make it mixed"
+            if member.role in serving and role not in serving and not self._others(member, serving):
+                mixed = "leave it mixed" if member.role == "mixed" else "make it mixed"
                 return f"{iid} is the last {phase} instance: flip another one to {phase} first, or {mixed}"
         return None
 
-    def _others(self, peer: Member, serving: tuple[str, ...]) -> bool:
+    def _others(self, member: Member, serving: tuple[str, ...]) -> bool:
         """Whether another live instance takes such work; one that it can exchange KV with."""
         return any(
             other.role in serving
             for other in self.members.by_iid.values()
-            if other is not peer and other.lost is None and other.instance.fingerprint == peer.instance.fingerprint
+            if other is not member and other.lost is None and other.instance.fingerprint == member.instance.fingerprint
         )
 
     def check(self) -> None:
         for iid, change in self.changes.items():
-            peer = self.members.by_iid.get(iid)
-            if peer is None or peer.lost is not None or peer.role != change.role:
+            member = self.members.by_iid.get(iid)
+            if member is None or member.lost is not None or member.role != change.role:
                 raise Broken(f"{iid} is to become {change.role}, and is not there or counts as something else")
 
     # ------------------------------------------------------------ answers
 
-    def role_reported(self, peer: Member, role: str, now: float, flip: int = 0) -> list[Action]:
+    def role_reported(self, member: Member, role: str, now: float, flip: int = 0) -> list[Action]:
         """A worker says its role, and which Flip it obeyed last. While it is asked to change, it is told again until
         that is the one; else its own word counts: it may have been flipped under an earlier broker, or while it was
         thought to be lost."""
-        change = self.changes.get(peer.iid)
+        change = self.changes.get(member.iid)
         if change is None:
-            if role != peer.role and role in ROLES:
-                self.members.turn(peer, role)
+            if role != member.role and role in ROLES:
+                self.members.turn(member, role)
                 return self.members.publish(now)
             return []
         if (role, flip) != (change.role, change.number):
-            if peer.role != change.role:  # it has registered again
-                self.members.turn(peer, change.role)
-            return [self._send(peer.iid)]
-        del self.changes[peer.iid]
+            if member.role != change.role:  # it has registered again
+                self.members.turn(member, change.role)
+            return [self._send(member.iid)]
+        del self.changes[member.iid]
         self.counters["flips"] += 1
         return [
-            self._answer(client, RoleChanged(key=key, iid=peer.iid, role=role, was=change.was, took_s=now - since))
+            self._answer(client, RoleChanged(key=key, iid=member.iid, role=role, was=change.was, took_s=now - since))
             for key, (client, since) in change.askers.items()
         ]
 

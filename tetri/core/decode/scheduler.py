@@ -25,7 +25,7 @@ from tetri.wire.messages import End, Hold, Resend, Staged, TokenItem, Tokens
 Answer = Grant | Refuse | Landed
 
 
-class Decode:
+class DecodeScheduler:
     """`requests` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
     the engine has no blocks yet. `free_memory` is asked when a request, by its id, finds too few blocks: what the other
     half does to give it so many, nothing if it cannot. `way` says over which path KV comes from an instance, by its

@@ -45,6 +45,10 @@ class Peers:
             self._view = None
             self.version += 1
 
+    def outdate(self) -> None:
+        """Count the loads as changed, although no view has come: whoever refused may be asked again."""
+        self.version += 1
+
     def loads(self) -> dict[str, InstanceLoad]:
         """The newest reports by instance, perhaps of an earlier incarnation."""
         return {each.iid: each for each in self._view.loads} if self._view is not None else {}

@@ -25,15 +25,16 @@ class Reservation:
     granted_at: float | None = None
 
 
-class Pool:
+class LivePool:
     """`columns` are built when they are first wanted after a new roster or view, and kept up to date from then on. The
     paper does not say how stale loads are corrected between broadcasts: here by the dispatcher's own offers. An offer
     counts until a report is seen that was made after its Grant came: the decode side had reserved its blocks by then.
 
-    `home` is this instance's own load while it decodes too, else None. It is never stale."""
+    `home` returns this instance's own load while it decodes too, else None. That load is never stale."""
 
-    def __init__(self, own: Identity, peers: Peers, home: Callable[[], Load | None]) -> None:
-        self.own, self.peers, self.home = own, peers, home
+    def __init__(self, own: Identity, peers: Peers) -> None:
+        self.own, self.peers = own, peers
+        self.home: Callable[[], Load | None] = lambda: None
         self.columns = DecodePool()
         self.reservations: dict[int, Reservation] = {}  # by the offer's number
         self._version = self._member_version = -1  # of the neighbours, as of the columns

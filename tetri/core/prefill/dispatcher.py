@@ -11,30 +11,22 @@ from typing import Any
 from tetri.core.actions import Action, Broken, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
-from tetri.core.prefill.decode_pool import Pool
+from tetri.core.prefill.decode_pool import LivePool
 from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.request import LengthRange
 from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Grant, LengthUpdate, Offer
-from tetri.wire.messages import Load
 
 
 class Dispatcher:
-    """`requests` are the prefill half's, by key. Offers are numbered from 1 for the life of the process. `home`: the own
-    load while this instance decodes too, else None."""
+    """Shares the prefill scheduler's `requests`, by key. Offers are numbered from 1 for the life of the process."""
 
     def __init__(
-        self,
-        own: Identity,
-        peers: Peers,
-        timers: Timers[str],
-        rng: Random,
-        home: Callable[[], Load | None],
+        self, own: Identity, requests: dict[str, PrefillRequest], peers: Peers, timers: Timers[str], rng: Random
     ) -> None:
-        self.own, self.timers, self.rng = own, timers, rng
-        self.pool = Pool(own, peers, home)
+        self.own, self.requests, self.timers, self.rng = own, requests, timers, rng
+        self.pool = LivePool(own, peers)
         self.peers = peers
-        self.requests: dict[str, PrefillRequest] = {}
         self.offers: dict[int, str] = {}  # open offers -> job key
         self.unplaceable: dict[str, PrefillRequest] = {}  # no decode instance that is there could ever hold them
         self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; whoever is placed or gone may still be in it

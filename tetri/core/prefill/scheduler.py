@@ -6,6 +6,7 @@ A job is kept, with its first token, until the broker closes it: until then the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 from tetri.core.actions import (
@@ -20,12 +21,14 @@ from tetri.core.actions import (
 )
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
+from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.kv_send import KVSend
 from tetri.core.prefill.length_wait import LengthWait
 from tetri.core.prefill.queue import Queue, candidates, fill, ran
 from tetri.core.prefill.request import KVOutflow, PrefillRequest
+from tetri.core.timers import Timers
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
@@ -34,18 +37,25 @@ from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, Token
 Report = Staged | Tokens | Failed
 
 
-class Prefill:
+class PrefillScheduler:
     """`requests` by key. `started`: those whose leg is in the engine. `expected`: the chunk that is planned."""
 
     def __init__(
-        self, own: Identity, ledger: Ledger, dispatcher: Dispatcher, estimator: LengthEstimator | None = None
+        self,
+        own: Identity,
+        ledger: Ledger,
+        peers: Peers,
+        timers: Timers[str],
+        rng: Random,
+        estimator: LengthEstimator | None = None,
     ) -> None:
-        self.own, self.ledger, self.dispatcher = own, ledger, dispatcher
-        self.requests: dict[str, PrefillRequest] = dispatcher.requests
+        self.own, self.ledger = own, ledger
+        self.requests: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
         self.started: dict[str, PrefillRequest] = {}
-        self.kv_send = KVSend(own, dispatcher)
-        self.lengths = LengthWait(own, dispatcher, estimator)
+        self.dispatcher = Dispatcher(own, self.requests, peers, timers, rng)
+        self.kv_send = KVSend(own, self.dispatcher)
+        self.lengths = LengthWait(own, self.dispatcher, estimator)
         self.short = False  # the first in line waits for slots
         self.expected: list[Span] = []
         self._budget = 0  # tokens that the planned step leaves to prefill

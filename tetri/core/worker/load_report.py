@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from tetri.core.actions import BROKER, Publish, Send
-from tetri.core.decode.scheduler import Decode
+from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.length.estimator import LengthEstimator
-from tetri.core.prefill.scheduler import Prefill
+from tetri.core.prefill.scheduler import PrefillScheduler
+from tetri.request import DECODE_ROLES
 from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
 
 
@@ -19,8 +20,8 @@ class LoadReporter:
         self,
         own: Identity,
         ledger: Ledger,
-        prefill: Prefill,
-        decode: Decode,
+        prefill: PrefillScheduler,
+        decode: DecodeScheduler,
         estimator: LengthEstimator | None,
         now: float,
     ) -> None:
@@ -50,6 +51,10 @@ class LoadReporter:
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
         )
+
+    def home(self) -> Load | None:
+        """The own load while this instance takes new decode work: its own prompts may stay then."""
+        return self.load() if self.role in DECODE_ROLES else None
 
     def report(self, now: float) -> Publish:
         """For the monitor. The time since the last report counts for `busy`."""

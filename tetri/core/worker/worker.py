@@ -17,23 +17,22 @@ from tetri.core.actions import (
     Step,
     WorkerInput,
 )
-from tetri.core.decode.scheduler import Decode
+from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
-from tetri.core.prefill.dispatcher import Dispatcher
-from tetri.core.prefill.scheduler import Prefill
+from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
 from tetri.core.worker.load_report import LoadReporter
-from tetri.core.worker.peer_events import PeerEvents
 from tetri.engine_request import StepDone
-from tetri.request import DECODE_ROLES, ROLES
+from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
-from tetri.wire.messages import Assign, Close, ClusterView, Flip, Load, Membership, Resend
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
+MOST_UNKNOWN = 256  # messages that are kept from senders of whom no membership tells yet
 
 
 class Worker:
@@ -45,16 +44,17 @@ class Worker:
         self.timers: Timers[str] = Timers()
         self.peers = Peers(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
-        self.dispatcher = Dispatcher(own, self.peers, self.timers, rng, self._home)
         self.estimator = None if own.expected is None else LengthEstimator(own)
-        self.prefill = Prefill(own, self.ledger, self.dispatcher, self.estimator)
-        self.decode = Decode(own, self.ledger, self._free_memory, self.peers.way, self.estimator)
-        self.peer_events = PeerEvents(self.peers, self.dispatcher, self.prefill, self.decode)
+        self.prefill = PrefillScheduler(own, self.ledger, self.peers, self.timers, rng, self.estimator)
+        self.dispatcher = self.prefill.dispatcher
+        self.decode = DecodeScheduler(own, self.ledger, self._free_memory, self.peers.way, self.estimator)
         self.stepping = False
         self.idle = False
         self.reporter = LoadReporter(own, self.ledger, self.prefill, self.decode, self.estimator, now)
+        self.dispatcher.pool.home = self.reporter.home
         self._step_at = now
         self._fewer = False  # the batch has lost a leg since the step was planned
+        self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders of whom no membership tells yet
         self._queued_own: list[Action] = []  # said to itself while the engine computed
         self.timers.set(HEARTBEAT, now)
         self.timers.set(LOAD, now)
@@ -69,7 +69,7 @@ class Worker:
             return self._step_done(event, now)
         self.idle = False
         match event:
-            case Chunk() | Offer() | LengthUpdate() | Drop() if self.peer_events.early(event):
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self._early(event):
                 return []
             case Chunk():
                 return self.decode.chunk(event)
@@ -85,11 +85,11 @@ class Worker:
             case LengthUpdate():
                 return self.decode.update_length(event)
             case Grant() | Refuse() | Landed():
-                return self.peer_events.answered(event, now)
+                return self._answered(event, now)
             case Assign():
                 return self.prefill.assign(event, now)
             case Close():
-                return self.peer_events.closed(event)
+                return self._closed(event)
             case ClusterView():
                 return self.dispatcher.allow_retry(now) if self.peers.see(event, now) else []
             case LengthKnown():
@@ -108,11 +108,11 @@ class Worker:
             case Flip():
                 return self._flip(event, now)
             case PeerUp():
-                return [self._register(now)] if event.peer == BROKER else self.peer_events.up(event.peer, now)
+                return [self._register(now)] if event.peer == BROKER else self._up(event.peer, now)
             case PeerDown() if event.peer == BROKER:
                 return []  # go on; it is told again when it is back
             case PeerDown():
-                return self.peer_events.down(event.peer, now)
+                return self._down(event.peer, now)
         raise Broken(f"a worker knows no {event}")
 
     def tick(self, now: float) -> list[Action]:
@@ -236,10 +236,67 @@ class Worker:
     def _membership(self, membership: Membership, now: float) -> list[Action]:
         listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in membership.instances)
         self.timers.set(REGISTER, now + self.own.view_s if listed else now)
-        actions = self.peer_events.membership(membership, now)
-        for message in self.peer_events.introduced():
+        actions, gone = self.peers.update(membership)
+        self.peers.expire(now)
+        for iid in gone:
+            actions += self._lost(iid, now)
+        actions += self.dispatcher.allow_retry(now)
+        for message in self._introduced():
             actions += self._handle(message, now)
         return actions
+
+    def _early(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
+        """Whether no roster has told of this start of its sender yet. No answer would reach it, and it would ask again
+        only in a second: what it says is heard with the next roster. Of too many, the oldest are forgotten."""
+        if self.peers.knows(message.src, message.incarnation):
+            return False
+        self._unknown.append(message)
+        del self._unknown[:-MOST_UNKNOWN]
+        return True
+
+    def _introduced(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
+        """After a roster: what those said of whom it tells. The others have their chance at the next one."""
+        early, self._unknown = self._unknown, []
+        known = [self.peers.knows(message.src, message.incarnation) for message in early]
+        self._unknown = [message for message, is_known in zip(early, known, strict=True) if not is_known]
+        return [message for message, is_known in zip(early, known, strict=True) if is_known]
+
+    def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
+        request = self.dispatcher.request_of(event)
+        if request is None:  # of an offer that was taken back, which may not be known there
+            return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
+        if isinstance(event, Refuse):
+            if event.corrupt or not request.flow.movable:
+                return self.prefill.give_up(request, f"{event.src} cannot go on with the KV: {event.why}")
+            self.dispatcher.refused(request, event.why)
+            return self.dispatcher.dispatch(now)
+        self.dispatcher.granted(request, now)  # or nothing could have landed
+        return self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
+
+    def _closed(self, message: Close) -> list[Action]:
+        self.prefill.lengths.closed(message)
+        rid, attempt = message.rid, message.attempt
+        return [*self.prefill.close(rid, attempt), *self.decode.close(rid, attempt)]
+
+    def _up(self, peer: str, now: float) -> list[Action]:
+        self.peers.connected(peer)
+        again = [
+            action for request in self.dispatcher.aimed_at(peer) for action in self.dispatcher.repeat(request, now)
+        ]
+        return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
+
+    def _down(self, peer: str, now: float) -> list[Action]:
+        self.peers.disconnected(peer)
+        return self._lost(peer, now)
+
+    def _lost(self, iid: str, now: float) -> list[Action]:
+        actions = self.decode.orphaned(iid)
+        for request in self.dispatcher.aimed_at(iid):
+            if request.flow.movable:
+                self.dispatcher.refused(request, "lost")
+            else:
+                actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV")
+        return [*actions, *self.dispatcher.dispatch(now)]
 
     # ------------------------------------------------------------ from time to time
 
@@ -256,10 +313,6 @@ class Worker:
         self.peers.changed()
         return [self.reporter.heartbeat(), self._report(now), *self.dispatcher.dispatch(now)]
 
-    def _home(self) -> Load | None:
-        """The own load while it takes new decode work: its own prompts may stay then."""
-        return self.reporter.load() if self.role in DECODE_ROLES else None
-
     def _free_memory(self, rid: str, blocks: int) -> list[Action]:
         """For an offer; not while the engine computes."""
         return [] if self.stepping else self.prefill.free_memory(rid, blocks)
@@ -272,7 +325,7 @@ class Worker:
         """With every view whoever refused is asked again. Without a monitor the own clock stands in."""
         if not self.dispatcher.waiting() or now - self.peers.seen_at < 2.5 * self.own.load_s:
             return []
-        self.peers.version += 1  # what the Refuses said of memory is old
+        self.peers.outdate()  # what the Refuses said of memory is old
         return self.dispatcher.allow_retry(now)
 
     def _register(self, now: float) -> Action:
