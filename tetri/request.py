@@ -273,3 +273,8 @@ def blocks_for(tokens: int, block_tokens: int) -> int:
 
 def with_seed(sampling: Sampling, seed: int) -> Sampling:
     return replace(sampling, seed=seed)
+
+
+def with_attempts(receipt: Receipt, attempts: int) -> Receipt:
+    """The same receipt for so many attempts: a worker knows of its own one only."""
+    return replace(receipt, attempts=attempts)

@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from msgspec.structs import replace
-
 from tetri.core.actions import Broken
-from tetri.request import Receipt, Sampling, Stage
+from tetri.request import Receipt, Sampling, Stage, with_attempts
 from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
 
@@ -71,7 +69,7 @@ class Row:
     def receipt(self) -> Receipt:
         """What its worker said of its KV with the end or, if no worker did, that this is not known."""
         if self.end is not None:
-            return replace(self.end.receipt, attempts=self.attempt)
+            return with_attempts(self.end.receipt, self.attempt)
         return Receipt(
             prompt_tokens=len(self.prompt),
             prefill_instance=self.prefill,

@@ -1,0 +1,272 @@
+"""The packages: who may import whom, how long a file and a function may be, and where the test of a file is. Reads
+source only.
+
+To change who may import what, change PACKAGES or WALLS: that is a decision about the design, not about a test.
+"""
+
+import ast
+import sys
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tetri"
+FILE_LINES, FUNCTION_LINES = 450, 50
+EVERYTHING = None
+
+
+def package(*packages, third=()):
+    return frozenset(packages), frozenset(third)
+
+
+# package or module directly below tetri/ -> those, and the third-party packages, that it may import
+PACKAGES = {
+    "request": package(third=["msgspec"]),  # its records cross the wire
+    "instance": package("request", third=["msgspec"]),  # crosses the wire too
+    "engine_request": package("request"),
+    "strict": package(),
+    "atomic": package(),
+    "faults": package(),
+    "metrics": package(),
+    "log": package(),
+    "text": package("request", third=["tokenizers", "jinja2"]),
+    "models": package("atomic", third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
+    "policy": package("request", "engine_request", "cost"),
+    "wire": package("request", "instance", third=["msgspec"]),
+    "cost": package("request", "engine_request"),
+    "config": package("request", "policy", "strict", "faults"),
+    "core": package("request", "instance", "engine_request", "cost", "policy", "wire"),
+    "net": package("wire", "log", third=["zmq", "msgspec"]),
+    "kv": package("request", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
+    "engine": package("request", "engine_request", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]),
+    "predict": package(
+        "request",
+        "atomic",
+        "policy",
+        "text",
+        "log",
+        third=["numpy", "msgpack", "xxhash", "torch", "transformers", "safetensors"],
+    ),
+    "profile": package("request", "cost", "engine", third=["numpy"]),
+    "sim": package(
+        *("request", "instance", "engine_request", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "executor")
+    ),
+    "bench": (EVERYTHING, frozenset({"click", "rich", "matplotlib", "zmq", "torch", "vllm"})),
+    "executor": package("core", "engine", "kv", "engine_request", "request", "wire"),
+    "client": package("request", "config", "strict", third=["zmq", "msgpack"]),
+    "proc": (EVERYTHING, frozenset({"click", "msgspec", "supervisor"})),
+    "cli": (EVERYTHING, frozenset({"click", "rich"})),
+    "__init__": package("client"),
+}
+# Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each
+# other: only the worker knows both.
+WALLS = {
+    "core/actions": (),
+    "core/timers": (),
+    "core/monitor": ("core/actions", "core/timers"),
+    "core/instance": ("core/actions",),
+    "core/length": ("core/instance",),
+    "core/broker": ("core/actions", "core/timers"),
+    "core/prefill": ("core/actions", "core/timers", "core/instance", "core/length"),
+    "core/decode": ("core/actions", "core/timers", "core/instance", "core/length"),
+    "core/worker": ("core/",),
+    "kv/stream": ("kv/base", "kv/slab"),
+    "kv/cuda": ("kv/base", "kv/lease", "kv/segment", "kv/slab", "kv/staging", "kv/store"),
+    "kv/nixl": ("kv/base", "kv/segment", "kv/slab", "kv/staging"),
+    "engine/base": (),
+    "engine/plan": (),
+    "engine/paged": ("engine/base", "engine/plan"),
+    "engine/emulated": ("engine/base", "engine/paged", "engine/plan"),
+    "engine/vllm": ("engine/base",),
+}
+# What only a few files of a room may import, and of the rooms that may import everything, what not.
+ONLY_IN = {
+    "torch": ("engine/vllm", "predict/", "models", "bench/overhead/direct"),
+    "vllm": ("engine/vllm", "bench/overhead/direct"),
+    "transformers": ("predict/", "models"),
+    "accelerate": ("models",),
+    "gguf": ("models",),
+    "supervisor": ("proc/supervise",),
+    "cupy": ("kv/cuda", "engine/vllm/"),
+    "nixl": ("kv/nixl",),
+    "tetri.config": ("client/place", "config/", "proc/", "cli/", "bench/"),
+    "tetri.strict": ("client/place", "config", "proc/", "cli/", "bench/"),
+    "tetri.kv": ("kv/", "bench/", "engine/", "executor", "sim/", "proc/", "cli/"),
+    "tetri.cli": ("cli/",),
+    "tetri.proc": ("proc/", "cli/", "bench/"),
+    "tetri.bench": ("bench/", "cli/"),  # of tetri-cli: for pictures
+}
+INSIDE_FUNCTIONS = {  # slow to import, or not always installed
+    "models": {"torch", "transformers", "accelerate", "gguf", "xxhash"},
+    "text": {"tokenizers", "jinja2"},
+    "bench": {"rich", "matplotlib", "torch", "vllm"},
+    "cli": {"rich", "tetri.bench", "tetri.client", "tetri.proc", "tetri.config", "tetri.models", "tetri.strict"},
+    "__init__": {"tetri.client"},
+}
+# Time, chance and the world come in from outside: all of the standard library that decisions may use.
+PURE = {"core", "policy", "client/conversation", "engine/paged", "engine/plan"}
+PURE_LIBRARY = {
+    *("__future__", "abc", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
+    *("bisect", "heapq", "math", "random"),  # of random: the class, to be given a seeded one
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # the full name of what is imported
+    line: int
+    deferred: bool  # inside a function or for type checking only
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    path: Path
+    tree: ast.Module
+    lines: int
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+    @property
+    def package(self) -> str:
+        return self.name.split("/")[0]
+
+    def imports(self):
+        yield from _imports(self.tree, deferred=False)
+
+
+def _imports(node, deferred):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, deferred)
+        elif isinstance(child, ast.ImportFrom):
+            names = tuple(alias.name for alias in child.names)
+            # "from tetri import log" names packages, "from tetri.log import start" names one
+            modules = [f"tetri.{name}" for name in names] if child.module == "tetri" else [child.module]
+            for module in modules:
+                yield Import("." * child.level + (module or ""), child.lineno, deferred, names)
+        inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _types_only(child)
+        yield from _imports(child, deferred or inner)
+
+
+def _types_only(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def sources():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        yield Source(path, ast.parse(text, str(path)), len(text.splitlines()))
+
+
+SOURCES = list(sources())
+every_file = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+
+
+def problems(source):
+    """Every import that the tables above do not allow, as `file:line: what`."""
+    packages, third = PACKAGES[source.package]
+    for found in source.imports():
+        parts = found.module.split(".")
+        top = parts[0]
+        key = ".".join(parts[:2]) if top == "tetri" else top
+        where = f"tetri/{source.name}.py:{found.line}"
+        if not top:
+            yield f"{where}: relative import"
+            continue
+        if top == "tetri":
+            target = parts[1] if len(parts) > 1 else "__init__"
+            if target != source.package and packages is not EVERYTHING and target not in packages:
+                yield f"{where}: {source.package} may not import {found.module}"
+        elif top not in sys.stdlib_module_names and top not in third:
+            yield f"{where}: {source.package} may not import {top}"
+        walled = next((inside for inside in WALLS if f"{source.name}/".startswith(f"{inside}/")), None)
+        if walled is not None and top == "tetri" and parts[1:2] == [source.package]:
+            inside = "/".join(parts[1:])
+            if inside != source.package and not inside.startswith((walled, *WALLS[walled])):
+                yield f"{where}: {walled} may not import {found.module}"
+        if key in ONLY_IN and not source.name.startswith(ONLY_IN[key]):
+            yield f"{where}: {key} is for {', '.join(ONLY_IN[key])} only"
+        if key in INSIDE_FUNCTIONS.get(source.package, ()) and not found.deferred:
+            yield f"{where}: {key} must be imported inside the function that needs it"
+        pure = PURE & {source.package, source.name} and top in sys.stdlib_module_names
+        if pure and (top not in PURE_LIBRARY or (top == "random" and found.names != ("Random",))):
+            yield f"{where}: {found.module} has no place where things are only decided"
+
+
+@every_file
+def test_imports(source):
+    assert source.package in PACKAGES, f"{source.name}: give this package a line in PACKAGES"
+    assert list(problems(source)) == []
+
+
+@every_file
+def test_sizes(source):
+    assert source.lines <= FILE_LINES, f"{source.name} has {source.lines} lines"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            length = node.end_lineno - first + 1
+            assert length <= FUNCTION_LINES, f"{source.name}: {node.name} has {length} lines"
+
+
+# Files without a test of their name, and where they are tested.
+TESTED_ELSEWHERE: dict[str, str] = {}
+
+
+def test_every_file_has_a_test_of_its_name():
+    tests = PACKAGE.parent / "tests"
+    names = {path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
+    missing = []
+    for source in SOURCES:
+        folder, _, name = source.name.rpartition("/")
+        expected = f"{folder}/test_{name}.py" if folder else f"test_{name}.py"
+        if name != "__init__" and expected not in names and source.name not in TESTED_ELSEWHERE:
+            missing.append(source.name)
+    assert missing == []
+    assert len(TESTED_ELSEWHERE) <= 15 and all((tests / path).exists() for path in TESTED_ELSEWHERE.values())
+
+
+def test_no_package_imports_itself_in_a_circle():
+    graph = {}
+    for source in SOURCES:
+        for found in source.imports():
+            parts = found.module.split(".")
+            if parts[0] == "tetri" and parts[1:2] not in ([], [source.package]):
+                graph.setdefault(source.package, set()).add(parts[1])
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"packages import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("core/x", "import time", "only decided"),
+        ("core/prefill/x", "from tetri.core.decode.batch import Batch", "core/prefill may not import"),
+        ("core/worker/x", "from tetri.core.decode.batch import Batch", None),
+        ("kv/cuda/x", "from tetri.kv.nixl.agent import Agent", "kv/cuda may not import"),
+        ("core/x", "from random import choice", "only decided"),
+        ("core/x", "from random import Random", None),
+        ("policy/x", "def f():\n    import zmq", "may not import zmq"),
+        ("core/x", "from tetri import config", "may not import tetri.config"),
+        ("wire/x", "from tetri.core.broker.requests import Row", "may not import tetri.core"),
+        ("engine/emulated", "import torch", "torch is for"),
+        ("engine/vllm", "import torch", None),
+        ("models", "import torch", "inside the function"),
+        ("models", "def f():\n    import torch", None),
+        ("cli/x", "from tetri.client import Client", "inside the function"),
+        ("proc/x", "from tetri.cli import main", "tetri.cli is for"),
+        ("kv/x", "from . import slab", "relative import"),
+        ("client/x", "import msgspec", "may not import msgspec"),
+    ],
+)
+def test_the_test_can_fail(name, text, says):
+    found = list(problems(Source(PACKAGE / f"{name}.py", ast.parse(text), 1)))
+    assert (found == []) if says is None else (len(found) >= 1 and says in found[0])
