@@ -28,7 +28,7 @@ UNION_OF = {
 }
 MUST_HAVE_VECTORS = {"submit", "accepted", "refused", "delta", "done", "cancel", "tokens", "chunk"}
 MUST_HAVE_VECTORS |= {"fetch", "piece", "load", "view", "change_role", "role_changed", "flip", "flip_wanted"}
-MUST_HAVE_VECTORS |= {"foreseen", "close"}
+MUST_HAVE_VECTORS |= {"length_update", "close"}
 
 
 def sections() -> dict[str, str]:
