@@ -20,15 +20,18 @@ class ConfigError(ValueError):
     """The configuration cannot be used; one line that names the place and says what is allowed."""
 
 
-def number(default: float, low: float, high: float) -> Any:
-    return field(default=default, metadata={"range": (low, high)})
+def number(default: float, low: float, high: float, was: str = "") -> Any:
+    """A field for a number from `low` to `high`, whole when `default` is. `was`: its earlier name, if it had one."""
+    return field(default=default, metadata={"range": (low, high), "was": was})
 
 
 def text(default: Any, pattern: str, allowed: str) -> Any:
+    """A field for a text that matches `pattern` as a whole; `allowed` describes such texts in errors."""
     return field(default=default, metadata={"pattern": pattern, "allowed": allowed, "type": str})
 
 
 def choice(default: Any, *names: str) -> Any:
+    """A field for one of these names."""
     return field(default=default, metadata={"names": names, "type": str})
 
 
@@ -39,6 +42,9 @@ def section(kind: type, table: Any, where: str, name: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in table.items():
         place = f"{where}: {name}.{key}"
+        renamed = next((f.name for f in fields.values() if f.metadata.get("was") == key), None)
+        if renamed is not None:
+            raise ConfigError(f"{place}: is called {renamed} now: rename it")
         if key not in fields:
             raise ConfigError(f"{place}: unknown key; allowed: {', '.join(fields)}")
         problem = _problem(fields[key], types(kind)[key], value)

@@ -28,7 +28,7 @@ class Cluster:
     name: str = text("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
     run_dir: str = text("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
     key: str = text("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same on all hosts
-    heartbeat_s: float = number(0.2, 0.01, 60)
+    heartbeat_s: float = number(0.2, 0.01, 60, was="beat_s")
     dead_s: float = number(20.0, 0.1, 3600)  # silence that means dead; longer than the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # how long a request may wait when no worker can take it
     record: bool = False  # write what every core heard and said to <run_dir>/record, for tetri-cli sim replay
@@ -76,7 +76,7 @@ class Transfer:
     transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
     address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
     announce: str = ""  # what other hosts connect to instead, where they see this one under another address
-    buffer_mib: int = number(64, 8, 1 << 20)  # of memory for KV on its way over `stream`; two usual chunks always fit
+    buffer_mib: int = number(64, 8, 1 << 20, was="room_mib")  # of memory for KV on its way over `stream`; two usual chunks always fit
     slab_blocks: int = number(64, 1, 1 << 20)
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy
