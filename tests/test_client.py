@@ -9,7 +9,7 @@ import pytest
 from fake_broker import STATUS, WORDS, FakeBroker, Scripted, accepted, answer, delta, done, endless, pack
 
 import tetri
-from tetri.client import BadRequest, Failed, Refused, TetriError, Unreachable
+from tetri.client import BadRequest, RequestFailed, RequestRefused, TetriError, Unreachable
 from tetri.client.conversation import Patience, Request, Session
 from tetri.client.frames import parse, submit
 
@@ -147,7 +147,7 @@ def test_refused(generate):
     def refuse(message):
         return [{"type": "refused", "key": message["key"], "reason": "full", "retry_after_s": 2.5}]
 
-    with FakeBroker(refuse) as broker, pytest.raises(Refused, match=r"full \(retry in 2.5 s\)") as caught:
+    with FakeBroker(refuse) as broker, pytest.raises(RequestRefused, match=r"full \(retry in 2.5 s\)") as caught:
         generate(broker.address)
     assert caught.value.retry_after_s == 2.5
 
@@ -157,7 +157,7 @@ def test_a_request_that_the_broker_forgot(generate):
         return [{"type": "refused", "key": message["rid"], "reason": "no such request", "retry_after_s": None}]
 
     fake = FakeBroker(Scripted(submit=[lambda m: [accepted(m)]], attach=[forgot]))
-    with fake as broker, pytest.raises(Refused, match="no such request"):
+    with fake as broker, pytest.raises(RequestRefused, match="no such request"):
         generate(broker.address)
 
 
@@ -168,7 +168,7 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
     script = Scripted(
         submit=[lambda m: [accepted(m), *map(delta, range(3)), end]], attach=[lambda m: [end], lambda m: [forgot]]
     )
-    with FakeBroker(script) as broker, pytest.raises(Refused) as caught:
+    with FakeBroker(script) as broker, pytest.raises(RequestRefused) as caught:
         generate(broker.address)
     why = "(2 messages made no sense here: are this client and the broker of the same version?)"
     assert str(caught.value) == f"no such request {why}"
@@ -176,7 +176,7 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
 
 def test_a_failed_request_says_why_and_keeps_what_there_was(generate):
     fake = FakeBroker(lambda m: [accepted(m), delta(0), done(reason="error", tokens=1, error="d0 lost")])
-    with fake as broker, pytest.raises(Failed, match="d0 lost") as caught:
+    with fake as broker, pytest.raises(RequestFailed, match="d0 lost") as caught:
         generate(broker.address)
     assert caught.value.result.text == "one "
 
@@ -291,7 +291,7 @@ def test_cancelling_a_request_of_someone_else():
 
     with FakeBroker(reply) as broker, tetri.Client(broker.address, **FAST) as client:
         client.cancel("r9")
-        with pytest.raises(Refused, match="no such request"):
+        with pytest.raises(RequestRefused, match="no such request"):
             client.cancel("r8")
 
 
@@ -339,7 +339,7 @@ def test_a_flip_that_is_refused(flip):
     def refuse(message):
         return [{"type": "refused", "key": message["key"], "reason": "d0 is the last", "retry_after_s": None}]
 
-    with FakeBroker(refuse) as broker, pytest.raises(Refused, match="d0 is the last"):
+    with FakeBroker(refuse) as broker, pytest.raises(RequestRefused, match="d0 is the last"):
         flip(broker.address)
 
 

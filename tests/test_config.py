@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.config import Config, ConfigError, Monitor, Policy, Worker, cpu_numbers, default_path, dump, load
+from tetri.config import (
+    Config,
+    ConfigError,
+    MonitorConfig,
+    PolicyConfig,
+    WorkerConfig,
+    cpu_numbers,
+    default_path,
+    dump,
+    load,
+)
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 
@@ -157,8 +167,8 @@ def test_a_mixed_worker_is_enough(write):
 
 
 def test_the_policies_settings_are_those_of_the_rules():
-    assert dataclasses.asdict(Policy()) == dataclasses.asdict(Rules())
-    shared = {f.name: getattr(Monitor(), f.name) for f in dataclasses.fields(FlipSettings)}
+    assert dataclasses.asdict(PolicyConfig()) == dataclasses.asdict(Rules())
+    shared = {f.name: getattr(MonitorConfig(), f.name) for f in dataclasses.fields(FlipSettings)}
     assert FlipSettings(**shared) == FlipSettings()
 
 
@@ -200,7 +210,7 @@ def test_overrides_take_toml_or_bare_words(write):
     config = load(write(PAIR), sets)
     assert config.engine.kind == "emulated" and config.cluster.name == "x" and not config.transfer.digest
     assert config.cluster.heartbeat_s == 1.0 and isinstance(config.cluster.heartbeat_s, float)
-    assert config.worker("p0") == Worker("p0", "prefill", cpus="0")
+    assert config.worker("p0") == WorkerConfig("p0", "prefill", cpus="0")
 
 
 def test_an_override_can_replace_the_workers(write):

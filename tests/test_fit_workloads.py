@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tetri import cost
-from tetri.policy.coupled import Limits
+from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled, workloads
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
@@ -33,7 +33,7 @@ def test_the_fit_finds_the_means_of_a_simulated_run_again(monkeypatch):
     evaluation, table = workloads.load(), cost.load("v100-opt13b")
     baseline, name = evaluation.baseline, "LPHD"
     file = tomllib.loads(workloads.default_file().read_text(encoding="utf-8"))
-    limits = Limits(baseline.slots, baseline.step_tokens, table.kv_tokens)
+    limits = CoupledLimits(baseline.slots, baseline.step_tokens, table.kv_tokens)
     batch = evaluation.workloads[name].draw(1)
     requests = coupled.run("prefill_first", limits, table, batch, 1, baseline.join_s).requests
     wanted = fit_workloads.statistics([request.ttft_s for request in requests], [request.jct_s for request in requests])

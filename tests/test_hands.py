@@ -92,10 +92,10 @@ def executor(core, all_of_it, **results):
 class Choosy(EmulatedEngine):
     """Runs no leg of `a`."""
 
-    def add(self, request):
-        if request.key == "p:a:1":
+    def add(self, engine_request):
+        if engine_request.key == "p:a:1":
             raise EngineError("not a")
-        super().add(request)
+        super().add(engine_request)
 
 
 def test_a_leg_that_the_engine_rejects_is_heard_of_when_the_others_are_there_and_before_the_step():

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.wire.described import rows, structs
-from tetri.kv.stream.fetch import Patience
+from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.serve import MAX_FETCHES
 from tetri.net import sockets
 from tetri.wire import bulk, codec
@@ -74,7 +74,7 @@ def test_the_limits_are_the_codes():
     assert "| a frame to the server of the KV stream | 256 KiB |" in TEXT and f"at most {bulk.MAX_SLOTS} slots" in TEXT
     assert "| a frame from it | 2 KiB, a payload 1 MiB |" in TEXT and bulk.PIECE_BYTES == 1 << 20
     assert f"| fetches of one receiver at one server | {MAX_FETCHES}, then Gone |" in TEXT
-    assert f"{Patience().stall_s:g} s; after {Patience().lost_s:g} s" in TEXT
+    assert f"{StreamPatience().stall_s:g} s; after {StreamPatience().lost_s:g} s" in TEXT
     assert f"| {sockets.VIEWS_WAITING}, then it misses the next |" in TEXT
     assert f"| {sockets.LOADS_WAITING} of each worker, then it misses the next |" in TEXT
     assert TEXT.startswith(f"# The tetri protocol, version {codec.VERSION}\n")

@@ -35,7 +35,7 @@ from tetri.request import Reach
 from tetri.wire.handover import Handle
 
 
-class Core(Protocol):
+class Handler(Protocol):
     def handle(self, event: Any, now: float) -> Sequence[Action]: ...
 
 
@@ -84,7 +84,7 @@ class WorkerExecutor:
 
     def __init__(
         self,
-        core: Core,
+        core: Handler,
         clock: Callable[[], float],
         engine: RequestEngine,
         kv: KV,

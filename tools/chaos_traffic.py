@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from tetri.client import AsyncClient, Failed, Result, TetriError
+from tetri.client import AsyncClient, RequestFailed, Result, TetriError
 from tetri.config import Config
 from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.engine.emulated import reference
@@ -19,7 +19,7 @@ CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests, and within how many se
 WATCH_S, SLOWEST = 0.1, 8
 
 
-def gave_up(failure: Failed) -> bool:
+def gave_up(failure: RequestFailed) -> bool:
     """Whether the broker gave the request up, and not before it may."""
     return str(failure).startswith("given up after") and failure.result.receipt.attempts >= MAX_ATTEMPTS
 
@@ -82,7 +82,7 @@ class Traffic:
             told.hung.append(f"request {number}: {len(prompt)} tokens, no end after {self.bound_s:g} s")
             return
         except TetriError as failure:
-            kept = told.tired if isinstance(failure, Failed) and gave_up(failure) else told.refused
+            kept = told.tired if isinstance(failure, RequestFailed) and gave_up(failure) else told.refused
             kept[str(failure)] += 1
             return
         finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 from tetri import cost
-from tetri.policy.coupled import Limits
+from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled, workloads
 
 STEPS, WIDTH = 11, 0.3  # of the grid around the file's means, and how far it reaches
@@ -57,7 +57,7 @@ def lone_prefill(firsts, ends):
 
 
 def chi_squared(workload, wanted, baseline, table, draws):
-    limits = Limits(baseline.slots, baseline.step_tokens, table.kv_tokens)
+    limits = CoupledLimits(baseline.slots, baseline.step_tokens, table.kv_tokens)
     rows = []
     for seed in range(draws):
         prefill_requests = coupled.run(

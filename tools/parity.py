@@ -31,7 +31,7 @@ from tetri.config import Config, load
 from tetri.metrics import summarise
 from tetri.proc import build, launch
 from tetri.sim.setup import Setup
-from tetri.sim.traces import Arrival, LengthWait, drawn
+from tetri.sim.traces import Arrival, TokenCounts, drawn
 from tetri.sim.world import World
 
 BOUNDS = {"mean": 0.05, "p99": 0.10}
@@ -128,7 +128,7 @@ def measured(
     config: Config,
     requests: int,
     rate: float,
-    lengths: tuple[LengthWait, LengthWait],
+    lengths: tuple[TokenCounts, TokenCounts],
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def main(
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    lengths = LengthWait.parsed(prompt_tokens), LengthWait.parsed(output_tokens)
+    lengths = TokenCounts.parsed(prompt_tokens), TokenCounts.parsed(output_tokens)
     try:
         made = [measured(config, requests, rate, lengths, seed + number, say) for number in range(runs)]
     finally:

@@ -37,7 +37,7 @@ from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED
 from tetri.request import Expected, LengthDistribution, PredictorStatus
 from tetri.sim.setup import Setup, SimError
-from tetri.sim.texts import LIMIT, Text, TextError, read
+from tetri.sim.texts import LIMIT, RecordedText, RecordedTextError, read
 from tetri.sim.traces import resampled
 from tetri.sim.world import World
 
@@ -87,7 +87,7 @@ class Source:
     cover: float = 0.0
     reserve_share: float = 0.5
 
-    def texts(self) -> list[Text]:
+    def texts(self) -> list[RecordedText]:
         return _texts(self.predictions)
 
     def expected(self, kind: str) -> Expected:
@@ -97,11 +97,11 @@ class Source:
 
 
 @cache
-def _texts(path: Path) -> list[Text]:
+def _texts(path: Path) -> list[RecordedText]:
     return read(path)
 
 
-def full_rate(texts: Sequence[Text], table: cost.Cost, kv_tokens: int) -> float:
+def full_rate(texts: Sequence[RecordedText], table: cost.Cost, kv_tokens: int) -> float:
     """Requests a second of one decode instance whose KV is full. A request takes prompt + output / 2 tokens of it on
     average, for as many steps as it has tokens of output."""
     steps = sum(text.output for text in texts)
@@ -243,7 +243,7 @@ def main(
                 if as_json:
                     print(tables(made[-1]), file=sys.stderr)
                 sys.stderr.flush()
-    except (SimError, TextError, PredictError, PlotError, cost.CostError) as error:
+    except (SimError, RecordedTextError, PredictError, PlotError, cost.CostError) as error:
         raise click.UsageError(str(error)) from None
     if plot is not None:
         draw(plot, made)

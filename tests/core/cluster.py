@@ -212,8 +212,8 @@ def _brief(thing: Any) -> str:
             return f"max {thing.max_tokens} stop {thing.stop}"
         case Ready():
             return f"Ready({thing.instance.iid} {thing.instance.incarnation})"
-        case AddRequest(request):
-            return f"AddRequest({request.key}, {len(request.tokens)} tokens)"
+        case AddRequest(engine_request):
+            return f"AddRequest({engine_request.key}, {len(engine_request.tokens)} tokens)"
     return str(thing)
 
 

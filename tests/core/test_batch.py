@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy import rules as tables
 from tetri.policy.rules import Rules
-from tetri.policy.views import Member, WaitingRequest
+from tetri.policy.views import BatchMember, WaitingRequest
 from tetri.request import LengthRange, Sampling
 from tetri.wire.messages import Close, Resend, Tokens
 
@@ -159,7 +159,7 @@ def test_the_policy_sees_the_batch_with_its_predicted_ends(asked):
     told.later()
     ((waiting, batch),) = asked.calls[1:]
     assert waiting == [WaitingRequest(decode_key("b", 2), 2, 1, 5, 4 + 2)]
-    assert batch.running == [Member(8 + 2, 8 + 5)] and (batch.max_batch, batch.block_tokens) == (4, 4)
+    assert batch.running == [BatchMember(8 + 2, 8 + 5)] and (batch.max_batch, batch.block_tokens) == (4, 4)
     assert batch.free_blocks == told.core.ledger.free
 
 

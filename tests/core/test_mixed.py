@@ -109,10 +109,9 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     told = start()
     told.tell(assign("a", prompt=12, max_tokens=3))
     actions = told.step() + told.step() + told.step()
-    assert not sent(actions, "m1") and [request.request.phase for request in only(actions, AddRequest)] == [
-        "prefill",
-        "decode",
-    ]
+    assert not sent(actions, "m1") and [
+        engine_request.request.phase for engine_request in only(actions, AddRequest)
+    ] == ["prefill", "decode"]
     actions += told.step(reason="length")
     assert [message.stage for message in sent(actions, kind=Staged)] == ["prefill", "moving", "waiting", "decode"]
     assert only(actions, AdmitRequest) and len(only(actions, Free)) == 2

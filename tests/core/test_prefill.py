@@ -203,8 +203,8 @@ def test_blocks_that_a_chunk_does_not_fill_leave_with_the_next(prefill):
 def test_tokens_of_earlier_attempts_are_prefilled_and_still_count_as_output(prefill):
     prefill.tell(assign("a", prompt=4, output=[5, 6], max_tokens=4))
     actions = prefill.step(("a", 7, None))
-    (request,) = only(actions, AddRequest)
-    assert (request.request.tokens, request.request.output_from) == ((1, 1, 1, 1, 5, 6), 4)
+    (engine_request,) = only(actions, AddRequest)
+    assert (engine_request.request.tokens, engine_request.request.output_from) == ((1, 1, 1, 1, 5, 6), 4)
     assert sent(actions, kind=Tokens)[0].items[0].start == 2
 
 

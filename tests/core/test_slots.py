@@ -157,7 +157,7 @@ def test_not_while_another_is_on_offer_nowhere():
     assert [run(told), run(told), run(told)] == [[("a", 0, 8)], [("a", 8, 12)], []]
     assert not request(told, "b").turn
     see(told, 10, "d1")
-    assert [request.request.key for request in only(told.later(), AddRequest)] == ["p:b:1"]
+    assert [engine_request.request.key for engine_request in only(told.later(), AddRequest)] == ["p:b:1"]
 
 
 def test_those_that_fit_nowhere_do_not_keep_the_others_from_being_offered():

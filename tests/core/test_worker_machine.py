@@ -126,15 +126,15 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.connected[peer] = None
             case Disconnect(peer):
                 del self.connected[peer]
-            case AddRequest(request):
-                assert request.key not in self.requests
+            case AddRequest(engine_request):
+                assert engine_request.key not in self.requests
                 try:
-                    self.engine.add(request)
+                    self.engine.add(engine_request)
                 except EngineError as error:
-                    return RequestRejected(request.key, str(error))
-                self.requests[request.key] = None
-                if request.phase == "decode":  # what an offer of other tokens was told of does not count
-                    _, rid, attempt, *_ = request.key.split(":")
+                    return RequestRejected(engine_request.key, str(error))
+                self.requests[engine_request.key] = None
+                if engine_request.phase == "decode":  # what an offer of other tokens was told of does not count
+                    _, rid, attempt, *_ = engine_request.key.split(":")
                     self.told.pop((rid, int(attempt)), None)
             case CancelRequest(key):
                 self.engine.cancel(key)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.driving import adopt, adopt_all, computed, export, held, prefill, prompt, request, run
+from tests.engine.driving import adopt, adopt_all, computed, engine_request, export, held, prefill, prompt, run
 from tetri.engine.base import EngineError
 from tetri.engine_request import Span, StepDone
 from tetri.request import Capacity, Sampling, blocks_for
@@ -22,9 +22,9 @@ class EngineContract:
     # ------------------------------------------------------------ prefill
 
     def test_prompts_are_cut_into_chunks_in_the_order_in_which_they_came(self, engine):
-        engine.add(request("a", "prefill", prompt(80)))
-        engine.add(request("b", "prefill", prompt(24)))
-        engine.add(request("c", "prefill", prompt(72)))
+        engine.add(engine_request("a", "prefill", prompt(80)))
+        engine.add(engine_request("b", "prefill", prompt(24)))
+        engine.add(engine_request("c", "prefill", prompt(72)))
         steps = [engine.step() for _ in range(3)]
         assert [list(step.spans) for step in steps] == [
             [Span("a", 0, 64)],
@@ -49,14 +49,14 @@ class EngineContract:
         assert early == late
 
     def test_what_can_never_run_is_refused(self, engine):
-        good = request("a", "prefill", prompt(32))
+        good = engine_request("a", "prefill", prompt(32))
         engine.add(good)
         for bad in (
             good,
-            request("b", "prefill", ()),
-            request("b", "prefill", prompt(256)),
-            request("b", "prefill", [10**9]),
-            request("b", "prefill", prompt(32), output_from=30, max_tokens=2),
+            engine_request("b", "prefill", ()),
+            engine_request("b", "prefill", prompt(256)),
+            engine_request("b", "prefill", [10**9]),
+            engine_request("b", "prefill", prompt(32), output_from=30, max_tokens=2),
         ):
             with pytest.raises(EngineError):
                 engine.add(bad)
@@ -77,7 +77,7 @@ class EngineContract:
     def test_output_of_an_earlier_attempt_is_prefilled_and_counts(self, engine):
         tokens = prompt(62)
         right = self.right(tokens, Sampling(max_tokens=8, ignore_eos=True))
-        engine.add(request("p", "prefill", (*tokens, *right[:3]), output_from=62))
+        engine.add(engine_request("p", "prefill", (*tokens, *right[:3]), output_from=62))
         engine.step()
         (sampled,) = engine.step().tokens
         copies = export(engine, "p", 0, 3)
@@ -111,10 +111,10 @@ class EngineContract:
     def test_decodes_come_first_and_no_prefill_delays_them(self, engine):
         tokens = prompt(40)
         copies, first = prefill(engine, "p", tokens)
-        engine.add(request("long", "prefill", prompt(200)))
+        engine.add(engine_request("long", "prefill", prompt(200)))
         assert computed(engine.step()) == {"long": 64}
         for key in "ab":
-            engine.add(request(key, "decode", tokens))
+            engine.add(engine_request(key, "decode", tokens))
         step = engine.step()
         assert step.allocated == ("a", "b") and computed(step) == {"long": 64}, "blocks beside a full chunk"
         for key in "ab":
@@ -139,14 +139,14 @@ class EngineContract:
         right = [self.right(tokens, Sampling(max_tokens=8, ignore_eos=True)) for tokens in waiting]
         outputs, copies, mixed = {}, {}, 0
         for number, tokens in enumerate(waiting):
-            engine.add(request(f"p{number}", "prefill", tokens))
+            engine.add(engine_request(f"p{number}", "prefill", tokens))
             while f"p{number}" not in outputs:
                 step = engine.step()
                 mixed += len({sampled.key[0] for sampled in step.tokens} | {span.key[0] for span in step.spans}) == 2
                 self.collect(step, outputs)
             copies[number] = export(engine, f"p{number}", 0, blocks_for(len(tokens), 32))
             (first,) = outputs[f"p{number}"]
-            engine.add(request(f"d{number}", "decode", tokens))
+            engine.add(engine_request(f"d{number}", "decode", tokens))
             self.collect(engine.step(), outputs)
             engine.adopt(f"d{number}", 0, [memoryview(block) for block in copies[number]])
             engine.admit(f"d{number}", first)
@@ -160,8 +160,8 @@ class EngineContract:
 
     def test_a_held_leg_computes_nothing_and_keeps_its_blocks_and_its_place(self, engine):
         tokens = prompt(150)
-        engine.add(request("a", "prefill", tokens))
-        engine.add(request("b", "prefill", prompt(100, salt=1)))
+        engine.add(engine_request("a", "prefill", tokens))
+        engine.add(engine_request("b", "prefill", prompt(100, salt=1)))
         first = engine.step()
         early = export(engine, "a", 0, 2)
         engine.hold("a", True)
@@ -170,7 +170,7 @@ class EngineContract:
         assert [computed(step) for step in steps] == [{"b": 64}, {"b": 36}]
         assert engine.step() == StepDone(), "nothing but a held leg is there"
         assert held([first, *steps], "a")[-1] >= 2 and export(engine, "a", 0, 2) == early
-        engine.add(request("c", "prefill", prompt(10)))
+        engine.add(engine_request("c", "prefill", prompt(10)))
         engine.hold("a", False)
         assert [computed(engine.step()) for _ in range(1)] == [{"a": 64}], "it is older than c"
         step = engine.step()
@@ -179,7 +179,7 @@ class EngineContract:
 
     def test_a_leg_can_be_held_before_its_first_chunk(self, engine):
         for key in "ab":
-            engine.add(request(key, "prefill", prompt(40)))
+            engine.add(engine_request(key, "prefill", prompt(40)))
         engine.hold("a", True)
         engine.hold("never there", True)
         assert computed(engine.step()) == {"b": 40}
@@ -187,7 +187,7 @@ class EngineContract:
         assert computed(engine.step()) == {"a": 40}
 
     def test_a_held_leg_can_be_cancelled(self, engine):
-        engine.add(request("x", "prefill", prompt(160)))
+        engine.add(engine_request("x", "prefill", prompt(160)))
         engine.step()
         engine.hold("x", True)
         engine.step()
@@ -195,7 +195,7 @@ class EngineContract:
         self.expect_all_blocks(engine)
 
     def test_only_a_prefill_leg_can_be_held(self, engine):
-        engine.add(request("d", "decode", prompt(10)))
+        engine.add(engine_request("d", "decode", prompt(10)))
         with pytest.raises(EngineError, match="only a prefill leg can be held"):
             engine.hold("d", True)
         engine.cancel("d")
@@ -204,7 +204,7 @@ class EngineContract:
 
     def test_blocks_are_reported_leg_by_leg_and_come_back(self, engine):
         copies, first = prefill(engine, "p", prompt(63))
-        engine.add(request("d", "decode", prompt(63), max_tokens=4))
+        engine.add(engine_request("d", "decode", prompt(63), max_tokens=4))
         allocated = engine.step()
         engine.adopt("d", 0, [memoryview(block) for block in copies])
         engine.admit("d", first.token)
@@ -221,8 +221,8 @@ class EngineContract:
             assert run(engine, f"d{number}")[0][f"d{number}"] == right[1:]
 
     def test_a_decode_leg_waits_for_its_blocks(self, engine):
-        engine.add(request("a", "decode", prompt(240)))
-        engine.add(request("b", "decode", prompt(220)))
+        engine.add(engine_request("a", "decode", prompt(240)))
+        engine.add(engine_request("b", "decode", prompt(220)))
         assert engine.step().allocated == ("a",)
         assert not engine.step().allocated
         engine.cancel("a")
@@ -233,10 +233,10 @@ class EngineContract:
         """A copy may be on its way while its leg ends, or goes on."""
         copies, first = prefill(engine, "p", prompt(63))
         blocks = [memoryview(block) for block in copies]
-        engine.add(request("ended", "decode", prompt(63)))
+        engine.add(engine_request("ended", "decode", prompt(63)))
         engine.step()
         engine.cancel("ended")
-        engine.add(request("new", "decode", prompt(63)))
+        engine.add(engine_request("new", "decode", prompt(63)))
         for key in ("never there", "ended", "new"):
             with pytest.raises(EngineError):
                 engine.adopt(key, 0, blocks)
@@ -254,11 +254,11 @@ class EngineContract:
     def test_cancelling_in_every_state_gives_all_blocks_back(self, engine, state):
         tokens = prompt(160)
         if state in ("new", "computing", "computed"):
-            engine.add(request("x", "prefill", tokens))
+            engine.add(engine_request("x", "prefill", tokens))
             for _ in range({"new": 0, "computing": 1, "computed": 3}[state]):
                 engine.step()
         elif state in ("parked", "allocated"):
-            engine.add(request("x", "decode", tokens))
+            engine.add(engine_request("x", "decode", tokens))
             if state == "allocated":
                 engine.step()
         else:
@@ -275,7 +275,7 @@ class EngineContract:
         """Nobody is here: 8 + 4 blocks, every block there is, can be had at once."""
         keys = ("all", "0", "1", "2", "3")
         for key in keys:
-            engine.add(request(key, "decode", prompt(248 if key == "all" else 24)))
+            engine.add(engine_request(key, "decode", prompt(248 if key == "all" else 24)))
         assert engine.step().allocated == keys
         for key in keys:
             engine.cancel(key)
@@ -312,7 +312,7 @@ class EngineContract:
         """Two decodes grow from 2 x 2 blocks to 2 x 5 while a prompt of 7 blocks stands half way, then goes on."""
         prompts = {key: prompt(60, salt) for salt, key in enumerate("ab")}
         outputs = {key: [token] for key, token in adopt_all(engine, prompts, max_tokens=80).items()}
-        engine.add(request("long", "prefill", prompt(200)))
+        engine.add(engine_request("long", "prefill", prompt(200)))
         steps = []
         while len(outputs["a"]) < 80 or len(outputs["b"]) < 80 or "long" not in outputs:
             steps.append(engine.step())

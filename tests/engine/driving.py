@@ -10,14 +10,14 @@ def prompt(length, salt=0):
     return tuple((7 * position + salt) % 50 + 3 for position in range(length))
 
 
-def request(key, phase, tokens, output_from=None, **sampling):
+def engine_request(key, phase, tokens, output_from=None, **sampling):
     sampling = Sampling(**{"max_tokens": 8, "ignore_eos": True, **sampling})
     return EngineRequest(key, phase, tuple(tokens), len(tokens) if output_from is None else output_from, sampling)
 
 
 def prefill(engine, key, tokens, **sampling):
     """Run a prefill leg alone: the copies of its blocks, taken as each chunk fills them, and its token."""
-    engine.add(request(key, "prefill", tokens, **sampling))
+    engine.add(engine_request(key, "prefill", tokens, **sampling))
     copies, done = [], 0
     while done < len(tokens):
         step = engine.step()
@@ -36,7 +36,7 @@ def export(engine, key, start, stop):
 
 def adopt(engine, key, tokens, copies, token, output_from=None, **sampling):
     """Bring a decode leg into the running batch."""
-    engine.add(request(key, "decode", tokens, output_from, **sampling))
+    engine.add(engine_request(key, "decode", tokens, output_from, **sampling))
     assert key in engine.step().allocated
     blocks = [memoryview(block) for block in copies]
     engine.adopt(key, 0, [blocks[0], *((block[:99], block[99:]) for block in blocks[1:])])  # the others in parts
@@ -47,7 +47,7 @@ def adopt_all(engine, prompts, **sampling):
     """Prefill prompts one by one, then bring all of them into the batch at once: their first tokens by key."""
     ready = {key: prefill(engine, f"p{key}", tokens, **sampling) for key, tokens in prompts.items()}
     for key, tokens in prompts.items():
-        engine.add(request(key, "decode", tokens, **sampling))
+        engine.add(engine_request(key, "decode", tokens, **sampling))
     assert engine.step().allocated == tuple(prompts)
     for key, (copies, first) in ready.items():
         engine.adopt(key, 0, [memoryview(block) for block in copies])

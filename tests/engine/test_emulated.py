@@ -3,7 +3,7 @@
 import pytest
 
 from tests.engine.contract import CAPACITY, EngineContract
-from tests.engine.driving import adopt, prefill, prompt, request, run
+from tests.engine.driving import adopt, engine_request, prefill, prompt, run
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, next_token, reference
@@ -62,12 +62,12 @@ def engine():
 
 def test_blocks_are_really_paged(engine):
     """Blocks of two legs lie between each other, and a freed one is the next to be used."""
-    engine.add(request("a", "decode", prompt(8)))
-    engine.add(request("b", "decode", prompt(8)))
+    engine.add(engine_request("a", "decode", prompt(8)))
+    engine.add(engine_request("b", "decode", prompt(8)))
     engine.step()
     first = engine.contents["a"].blocks
     engine.cancel("a")
-    engine.add(request("c", "decode", prompt(12)))
+    engine.add(engine_request("c", "decode", prompt(12)))
     engine.step()
     assert set(first) < set(engine.contents["c"].blocks) and not set(engine.contents["b"].blocks) & set(first)
 
@@ -160,12 +160,12 @@ def test_steps_take_the_time_that_the_table_says():
 def test_what_the_hashes_take_is_part_of_the_step():
     watch = Watch()
     engine = timed(watch)
-    engine.add(request("p", "prefill", prompt(8)))
+    engine.add(engine_request("p", "prefill", prompt(8)))
     moments = iter((0.0, 3.0))
     engine.clock = lambda: next(moments)
     engine.step()
     assert watch.waited == [8.0 - 3.0]
-    engine.add(request("q", "prefill", prompt(8)))
+    engine.add(engine_request("q", "prefill", prompt(8)))
     moments = iter((0.0, 30.0))
     engine.step()
     assert watch.waited[1:] == [0.0], "late already"
@@ -213,10 +213,10 @@ def test_an_end_of_sequence_ends_a_run():
 
 def test_one_too_large_for_the_memory_left_waits_alone(engine):
     """The youngest gives its blocks back; the last one that remains waits when others hold the rest."""
-    engine.add(request("parked", "decode", prompt(28)))
+    engine.add(engine_request("parked", "decode", prompt(28)))
     copies, first = prefill(engine, "p", prompt(16))
     adopt(engine, "d", prompt(16), copies, first.token)
-    engine.add(request("more", "decode", prompt(4)))
+    engine.add(engine_request("more", "decode", prompt(4)))
     step = engine.step()
     assert step.allocated == ("more",) and step.preempted == ("d",) and not step.spans
     assert not engine.step().preempted, "it has nothing to give any more"
@@ -226,11 +226,11 @@ def test_one_too_large_for_the_memory_left_waits_alone(engine):
 
 
 def test_a_prefill_that_has_no_memory_waits(engine):
-    engine.add(request("parked", "decode", prompt(31)))
-    engine.add(request("other", "decode", prompt(8)))
+    engine.add(engine_request("parked", "decode", prompt(31)))
+    engine.add(engine_request("other", "decode", prompt(8)))
     engine.step()
-    engine.add(request("a", "prefill", prompt(12)))
-    engine.add(request("b", "prefill", prompt(1)))
+    engine.add(engine_request("a", "prefill", prompt(12)))
+    engine.add(engine_request("b", "prefill", prompt(1)))
     assert not engine.step().spans, "nor does the next overtake it"
     engine.cancel("parked")
     assert [span.key for span in engine.step().spans] == ["a"]

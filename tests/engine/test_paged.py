@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.engine.driving import prompt, request
+from tests.engine.driving import engine_request, prompt
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.paged import Paged
@@ -31,12 +31,12 @@ def step(engine, most=1, ids=ones):
     return done
 
 
-def decoding(engine, *requests):
+def decoding(engine, *engine_requests):
     """Bring decode legs into the batch."""
-    for made in requests:
+    for made in engine_requests:
         engine.add(made)
-    assert step(engine).allocated == tuple(made.key for made in requests)
-    for made in requests:
+    assert step(engine).allocated == tuple(made.key for made in engine_requests)
+    for made in engine_requests:
         engine.admit(made.key, 1)
 
 
@@ -49,7 +49,11 @@ def names(done):
 
 def test_a_run_ends_with_the_first_leg_that_ends():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3), max_tokens=6), request("b", "decode", prompt(5), max_tokens=4))
+    decoding(
+        engine,
+        engine_request("a", "decode", prompt(3), max_tokens=6),
+        engine_request("b", "decode", prompt(5), max_tokens=4),
+    )
     done = step(engine, most=10)
     assert done.steps == 3 and done.spans == (Span("a", 3, 6), Span("b", 5, 8))
     assert done.tokens == (Sampled("a", (1, 1, 1), None), Sampled("b", (1, 1, 1), "length"))
@@ -60,21 +64,21 @@ def test_a_run_ends_with_the_first_leg_that_ends():
 
 def test_a_run_is_no_longer_than_asked():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3)))
+    decoding(engine, engine_request("a", "decode", prompt(3)))
     assert [step(engine, most).steps for most in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_a_leg_that_was_admitted_in_vain_ends_at_once():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3), max_tokens=1), request("b", "decode", prompt(3)))
+    decoding(engine, engine_request("a", "decode", prompt(3), max_tokens=1), engine_request("b", "decode", prompt(3)))
     done = step(engine, most=5)
     assert done.steps == 1 and done.tokens == (Sampled("a", (1,), "length"), Sampled("b", (1,), None))
 
 
 def test_a_run_ends_before_memory_does():
     engine = paged()
-    decoding(engine, *[request(key, "decode", prompt(11), max_tokens=20) for key in "abc"])
-    engine.add(request("parked", "decode", prompt(5)))
+    decoding(engine, *[engine_request(key, "decode", prompt(11), max_tokens=20) for key in "abc"])
+    engine.add(engine_request("parked", "decode", prompt(5)))
     assert step(engine).allocated == ("parked",), "11 of 12 blocks, a last one for one of three"
     assert step(engine, most=20).preempted == ("c",), "all three have filled their third block"
     assert step(engine, most=20).steps == 7 and engine.free == 0, "a and b fill the 2 + 2 blocks that c gave back"
@@ -82,20 +86,20 @@ def test_a_run_ends_before_memory_does():
 
 def test_prefill_memory_and_hand_overs_make_a_run_one_pass():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3), max_tokens=20))
-    engine.add(request("p", "prefill", prompt(9)))
+    decoding(engine, engine_request("a", "decode", prompt(3), max_tokens=20))
+    engine.add(engine_request("p", "prefill", prompt(9)))
     assert [step(engine, most=5).steps for _ in range(3)] == [1, 1, 5], "two chunks beside the decode"
-    engine.add(request("d", "decode", prompt(3)))
+    engine.add(engine_request("d", "decode", prompt(3)))
     assert [step(engine, most=5).steps for _ in range(2)] == [1, 5], "the core must hear of the blocks"
 
 
 def test_an_idle_leg_does_not_shorten_a_run():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3)), request("waits", "decode", prompt(20)))
+    decoding(engine, engine_request("a", "decode", prompt(3)), engine_request("waits", "decode", prompt(20)))
     engine.cancel("waits")
-    engine.add(request("held", "prefill", prompt(9)))
+    engine.add(engine_request("held", "prefill", prompt(9)))
     engine.hold("held", True)
-    engine.add(request("reserved", "decode", prompt(31)))
+    engine.add(engine_request("reserved", "decode", prompt(31)))
     step(engine)
     assert step(engine, most=5).steps == 5
 
@@ -130,9 +134,9 @@ def lifecycle(seed, length):
 def disturb(engine, rng, key):
     drawn = rng.random()
     if drawn < 0.6:
-        engine.add(request(key, "decode", prompt(rng.randint(1, 9)), max_tokens=rng.randint(2, 20)))
+        engine.add(engine_request(key, "decode", prompt(rng.randint(1, 9)), max_tokens=rng.randint(2, 20)))
     elif drawn < 0.8:
-        engine.add(request(key, "prefill", prompt(rng.randint(1, 20))))
+        engine.add(engine_request(key, "prefill", prompt(rng.randint(1, 20))))
         engine.hold(key, rng.random() < 0.5)
     elif engine.slots:
         engine.cancel(rng.choice(list(engine.slots)))
@@ -141,7 +145,11 @@ def disturb(engine, rng, key):
 def test_such_lives_see_preemptions():
     lives = [lifecycle(seed, lambda rng: 6) for seed in range(20)]
     assert any(
-        entry[0] == "preempted" for told in lives for request in told.values() for entry in request if entry != 1
+        entry[0] == "preempted"
+        for told in lives
+        for engine_request in told.values()
+        for entry in engine_request
+        if entry != 1
     )
 
 
@@ -151,7 +159,7 @@ def test_such_lives_see_preemptions():
 def test_seconds_of_a_run_are_those_of_its_passes():
     one, many = paged(), paged()
     for engine in (one, many):
-        decoding(engine, request("a", "decode", prompt(3)), request("b", "decode", prompt(6)))
+        decoding(engine, engine_request("a", "decode", prompt(3)), engine_request("b", "decode", prompt(6)))
     plan = many.plan(4)
     singles = []
     for _ in range(4):
@@ -164,7 +172,7 @@ def test_seconds_of_a_run_are_those_of_its_passes():
 
 def test_a_run_may_end_before_its_plan_does():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3), max_tokens=20))
+    decoding(engine, engine_request("a", "decode", prompt(3), max_tokens=20))
     done = engine.finish(engine.plan(4), 2, ones)
     assert done.steps == 2 and done.spans == (Span("a", 3, 5),) and done.tokens[0].ids == (1, 1)
     engine.check()
@@ -173,20 +181,20 @@ def test_a_run_may_end_before_its_plan_does():
 
 def test_a_mixed_step_costs_its_chunk_and_its_decodes():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(3)))
-    engine.add(request("p", "prefill", prompt(20)))
+    decoding(engine, engine_request("a", "decode", prompt(3)))
+    engine.add(engine_request("p", "prefill", prompt(20)))
     plan = engine.plan()
     assert plan.chunk == (Span("p", 0, 7),) and plan.seconds(1) == COST.step_s(plan.chunk, 1, 4)
 
 
 def test_what_is_computed_again_costs_and_counts_like_a_chunk():
     engine = paged(chunk_tokens=16)
-    decoding(engine, request("a", "decode", prompt(20), max_tokens=20), request("b", "decode", prompt(3)))
-    engine.add(request("parked", "decode", prompt(20)))
+    decoding(engine, engine_request("a", "decode", prompt(20), max_tokens=20), engine_request("b", "decode", prompt(3)))
+    engine.add(engine_request("parked", "decode", prompt(20)))
     step(engine)
     assert step(engine).preempted == ("b",)
     engine.cancel("parked")
-    engine.add(request("p", "prefill", prompt(12)))
+    engine.add(engine_request("p", "prefill", prompt(12)))
     plan = engine.plan()
     assert plan.again == (Span("b", 0, 5),) and plan.chunk == (Span("p", 0, 16 - 1 - 5),)
     assert plan.seconds(1) == COST.step_s([Span("b", 0, 5), Span("p", 0, 10)], 2, 23 + 5)
@@ -198,15 +206,15 @@ def test_what_is_computed_again_costs_and_counts_like_a_chunk():
 
 def test_decodes_leave_nothing_for_prefill():
     engine = paged(chunk_tokens=2)
-    decoding(engine, *[request(key, "decode", prompt(2), max_tokens=2) for key in "ab"])
-    engine.add(request("p", "prefill", prompt(3)))
+    decoding(engine, *[engine_request(key, "decode", prompt(2), max_tokens=2) for key in "ab"])
+    engine.add(engine_request("p", "prefill", prompt(3)))
     assert names(step(engine)) == ["a", "b"] and names(step(engine)) == ["p"]
 
 
 def test_a_held_leg_keeps_its_place():
     engine = paged()
     for key in "abc":
-        engine.add(request(key, "prefill", prompt(6)))
+        engine.add(engine_request(key, "prefill", prompt(6)))
     engine.hold("a", True)
     assert names(step(engine)) == ["b", "c"]
     engine.hold("a", False)
@@ -215,11 +223,11 @@ def test_a_held_leg_keeps_its_place():
 
 def test_a_preempted_leg_comes_back_for_nobody_elses_blocks():
     engine = paged()
-    decoding(engine, request("a", "decode", prompt(16)), request("b", "decode", prompt(16)))
-    engine.add(request("parked", "decode", prompt(12)))
+    decoding(engine, engine_request("a", "decode", prompt(16)), engine_request("b", "decode", prompt(16)))
+    engine.add(engine_request("parked", "decode", prompt(12)))
     done = step(engine)
     assert done.allocated == ("parked",) and done.preempted == ("b",) and names(done) == ["a"]
-    decoding(engine, request("c", "decode", prompt(4)))
+    decoding(engine, engine_request("c", "decode", prompt(4)))
     assert names(step(engine)) == ["a", "c"] and engine.free == 2, "b needs 5 blocks, and c is younger"
     engine.cancel("parked")
     assert step(engine).spans[-1] == Span("b", 0, 17)
@@ -227,7 +235,7 @@ def test_a_preempted_leg_comes_back_for_nobody_elses_blocks():
 
 def test_what_is_told_of_blocks_is_what_changed():
     engine = paged()
-    engine.add(request("a", "decode", prompt(4)))
+    engine.add(engine_request("a", "decode", prompt(4)))
     assert step(engine).held == (("a", 1),)
     assert step(engine).held == ()
     engine.admit("a", 1)
@@ -240,7 +248,9 @@ def test_an_end_of_sequence_ends_a_run():
 
     engine = paged()
     decoding(
-        engine, request("a", "decode", prompt(3), ignore_eos=False), request("b", "decode", prompt(3), ignore_eos=False)
+        engine,
+        engine_request("a", "decode", prompt(3), ignore_eos=False),
+        engine_request("b", "decode", prompt(3), ignore_eos=False),
     )
     done = engine.finish(engine.plan(2), 2, ending)
     assert [sampled.reason for sampled in done.tokens] == ["stop", None] and list(engine.slots) == ["b"]
@@ -250,7 +260,7 @@ def test_misuse_is_refused():
     engine = paged()
     with pytest.raises(EngineError, match="too few for one context of 49 tokens"):
         paged(context=49)
-    decoding(engine, request("a", "decode", prompt(3)))
+    decoding(engine, engine_request("a", "decode", prompt(3)))
     for call in (lambda: engine.hold("a", True), lambda: engine.admit("a", 1), lambda: engine.admit("x", 1)):
         with pytest.raises(EngineError):
             call()

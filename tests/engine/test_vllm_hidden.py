@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from handover import adopt_zeros, request
+from handover import adopt_zeros, engine_request
 from states import FAR, NEAR, by_transformers, distance
 from vllm_process import WRITER_LAYERS, EngineProcess, arguments
 
@@ -71,14 +71,14 @@ class Live:
         """All of `given` at once. A request's two legs are called by its key, with p and d before it."""
         copies = {}
         for key, tokens in given.items():
-            self.engine.add(request(f"p{key}", "prefill", tokens, sampling, output_from))
+            self.engine.add(engine_request(f"p{key}", "prefill", tokens, sampling, output_from))
         while len(copies) < len(given):
             for token in self.step().tokens:
                 key = token.key[1:]
                 self.ids[key] = [token.token]
                 copies[key] = self.engine.export(token.key, 0, blocks_for(len(given[key]), 128))
         for key, tokens in given.items():
-            self.engine.add(request(f"d{key}", "decode", tokens, sampling, output_from))
+            self.engine.add(engine_request(f"d{key}", "decode", tokens, sampling, output_from))
         assert len(self.step().allocated) == len(given)
         for key in given:
             self.engine.adopt(f"d{key}", 0, copies[key])
@@ -94,7 +94,9 @@ def test_states_are_those_of_transformers(engine, texts, right, capsys):
     """Three prompts batched with each other, one of them in two chunks, then their decodes in one batch."""
     live = Live(engine)
     live.serve({str(place): tokens for place, tokens in enumerate(texts)})
-    assert set(live.states) == {(f"{request}{n}", k) for n in range(3) for request, k in (("p", 0), ("d", 4), ("d", 8))}
+    assert set(live.states) == {
+        (f"{engine_request}{n}", k) for n in range(3) for engine_request, k in (("p", 0), ("d", 4), ("d", 8))
+    }
     worst = 0.0
     for place, tokens in enumerate(texts):
         rows = right([*tokens, *live.ids[str(place)]])
@@ -141,10 +143,10 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
     when the other has gone."""
     engine.hook_hidden_states(WRITER_LAYERS, 1)
     prompt, live = texts[2][:127], Live(engine)
-    engine.add(request("ballast", "decode", [5] * 767, Sampling(max_tokens=2)))
+    engine.add(engine_request("ballast", "decode", [5] * 767, Sampling(max_tokens=2)))
     assert engine.step().allocated == ("ballast",) and engine.free_blocks() == 3
     for key in ("first", "x"):
-        engine.add(request(key, "decode", prompt, TEXT))
+        engine.add(engine_request(key, "decode", prompt, TEXT))
         engine.step()
         adopt_zeros(engine, key, prompt)
         engine.admit(key, 5)
@@ -168,16 +170,16 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
 
 def test_a_leg_that_ends_by_its_first_token_or_is_cancelled(engine, texts, right):
     live = Live(engine)
-    engine.add(request("one", "prefill", texts[0], Sampling(max_tokens=1, ignore_eos=True)))
-    engine.add(request("gone", "prefill", texts[1]))
-    engine.add(request("half", "prefill", texts[2]))
+    engine.add(engine_request("one", "prefill", texts[0], Sampling(max_tokens=1, ignore_eos=True)))
+    engine.add(engine_request("gone", "prefill", texts[1]))
+    engine.add(engine_request("half", "prefill", texts[2]))
     engine.step()
     engine.cancel("gone")
     engine.cancel("half")
     collect = engine.collect()
     assert collect.keys == ("one", "gone") and collect.outputs == (0, 0), "a chunk that is not the last tells nothing"
     assert distance(collect.rows[0], right(texts[0])[-1]) < NEAR
-    engine.add(request("gone", "prefill", texts[0]))
+    engine.add(engine_request("gone", "prefill", texts[0]))
     live.step()
     assert distance(live.states["gone", 0], right(texts[0])[-1]) < NEAR and len(live.states) == 1
 
@@ -185,7 +187,7 @@ def test_a_leg_that_ends_by_its_first_token_or_is_cancelled(engine, texts, right
 def test_held_and_idle_steps_tell_nothing_and_a_closed_tap_neither(engine, texts):
     engine.step()
     assert engine.collect() is None
-    engine.add(request("x", "prefill", texts[0]))
+    engine.add(engine_request("x", "prefill", texts[0]))
     engine.hold("x", True)
     engine.step()
     assert engine.collect() is None

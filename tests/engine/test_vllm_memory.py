@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tetri.engine.base import EngineError
-from tetri.engine.vllm.memory import Memory
+from tetri.engine.vllm.memory import HostMemory
 
 BLOCKS, LAYERS, WIDTH = 6, 5, 24
 
@@ -30,7 +30,7 @@ def read(memory, blocks):
 
 @pytest.mark.parametrize("places", ["none", "in layers", "between layers", "each byte", *range(20)])
 def test_a_block_in_parts_is_written_as_if_it_were_in_one(places):
-    source, target = Memory(caches(1)), Memory(caches(2))
+    source, target = HostMemory(caches(1)), HostMemory(caches(2))
     size, layer = source.block_bytes, source.layer_bytes
     chosen = {
         "none": [],
@@ -47,7 +47,7 @@ def test_a_block_in_parts_is_written_as_if_it_were_in_one(places):
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_parts_of_another_size_are_an_error_and_nothing_is_written(change):
-    memory = Memory(caches(1))
+    memory = HostMemory(caches(1))
     before = read(memory, list(range(BLOCKS)))
     with pytest.raises(EngineError, match="a KV block has"):
         memory.write([1], [(memoryview(b"x" * 100), memoryview(b"y" * (memory.block_bytes - 100 + change)))])

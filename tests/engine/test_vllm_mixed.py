@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from handover import BLOCK, request
+from handover import BLOCK, engine_request
 from vllm_process import EngineProcess
 
 from tetri.engine.base import StepDone
@@ -44,7 +44,7 @@ class Mixed:
 
     def fill(self) -> None:
         while self.next < len(self.prompts) and len(self.prefilling) < UNDER_WAY:
-            self.engine.add(request(f"p{self.next}", "prefill", self.prompts[self.next], TEXT))
+            self.engine.add(engine_request(f"p{self.next}", "prefill", self.prompts[self.next], TEXT))
             self.prefilling.append(self.next)
             self.next += 1
 
@@ -69,7 +69,7 @@ class Mixed:
                 self.prefilling.remove(number)
                 blocks = blocks_for(len(self.prompts[number]), BLOCK)
                 self.moving[number] = self.engine.export(token.key, 0, blocks)
-                self.engine.add(request(f"d{number}", "decode", self.prompts[number], TEXT))
+                self.engine.add(engine_request(f"d{number}", "decode", self.prompts[number], TEXT))
             elif token.reason:
                 self.running.remove(number)
         for key in done.allocated:

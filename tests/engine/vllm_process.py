@@ -16,7 +16,7 @@ from tetri.models import weights_hash
 from tetri.request import Sampling
 
 if TYPE_CHECKING:
-    from tetri.engine.vllm.writer import Text
+    from tetri.engine.vllm.writer import WrittenText
 
 CORES = sorted(os.sched_getaffinity(0))
 START_S = 240.0
@@ -245,11 +245,11 @@ class _Writing:
 
         self.writer = Writer(**arguments)
 
-    def write(self, wanted: dict[str, tuple[list[int], Sampling]]) -> tuple[dict[str, Text], set[str]]:
+    def write(self, wanted: dict[str, tuple[list[int], Sampling]]) -> tuple[dict[str, WrittenText], set[str]]:
         """The texts, and which of them were preempted on the way."""
         for key, (prompt, sampling) in wanted.items():
             self.writer.add(key, prompt, sampling)
-        texts: dict[str, Text] = {}
+        texts: dict[str, WrittenText] = {}
         preempted: set[str] = set()
         while len(self.writer):
             texts |= {text.key: text for text in self.writer.step()}

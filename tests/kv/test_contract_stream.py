@@ -8,8 +8,8 @@ from tests.kv.contract import StoreContract
 from tests.kv.parties import World
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
-from tetri.kv.stream.fetch import Patience
-from tetri.kv.stream.stream import Stream, StreamSettings
+from tetri.kv.stream.fetch import StreamPatience
+from tetri.kv.stream.stream import StreamReader, StreamSettings
 from tetri.request import Reach
 
 
@@ -20,11 +20,11 @@ def big(number, size=1 << 20):
 
 class StreamWorld(World):
     path = "stream"
-    settings = StreamSettings(patience=Patience(stall_s=0.5, lost_s=1.0))
+    settings = StreamSettings(patience=StreamPatience(stall_s=0.5, lost_s=1.0))
 
     def store(self, iid, wake, slots, block_bytes, digest):
         slab = LocalSlab(iid, slots, block_bytes, {}, digest)
-        stream = Stream(slab, self.settings, wake)
+        stream = StreamReader(slab, self.settings, wake)
         name = slab.segment.name
         reach = Reach(paths=["stream"], host=iid, process=1, segment=name, address=stream.address)
         return Store(slab, {"stream": stream}, reach, LocalReader({name: slab.segment}))

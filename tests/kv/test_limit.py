@@ -8,7 +8,7 @@ from tests.kv.contract import StoreContract
 from tests.kv.test_contract_shm import ShmWorld
 from tetri.config.tables import LINKS as NAMES
 from tetri.kv.base import Fetched, KVLost, Wanted
-from tetri.kv.limit import LINKS, LimitedStore, Link
+from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.request import Reach
 from tetri.wire.handover import Handle
 
@@ -24,21 +24,21 @@ from tetri.wire.handover import Handle
     ],
 )
 def test_when_bytes_arrive(asked, arrivals):
-    link, far = Link(100.0), Link(100.0, latency_s=0.25)
+    link, far = LimitedLink(100.0), LimitedLink(100.0, latency_s=0.25)
     assert [link.arrival(size, now) for now, size in asked] == pytest.approx(arrivals)
     # A latency delays all bytes, and takes nothing from what the link can carry.
     assert [far.arrival(size, now) for now, size in asked] == pytest.approx([at + 0.25 for at in arrivals])
 
 
 def test_a_link_of_no_end_takes_no_time():
-    assert Link(float("inf")).arrival(1 << 60, 3.0) == 3.0
+    assert LimitedLink(float("inf")).arrival(1 << 60, 3.0) == 3.0
 
 
 def test_the_papers_links():
     """OPT-13B has 819,200 bytes of KV a token; 512 tokens take 16.8 ms at 200 Gb/s and 1.4 at 300 GB/s."""
     assert set(LINKS) == set(NAMES)
-    assert Link(LINKS["roce-200g"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0168, rel=0.01)
-    assert Link(LINKS["nvlink"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0014, rel=0.01)
+    assert LimitedLink(LINKS["roce-200g"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0168, rel=0.01)
+    assert LimitedLink(LINKS["nvlink"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0014, rel=0.01)
 
 
 # ------------------------------------------------------------ a store
@@ -72,7 +72,7 @@ class Under:
 class Limited:
     def __init__(self, bytes_s=100.0, latency_s=0.0):
         self.now, self.under = 0.0, Under()
-        self.store = LimitedStore(self.under, Link(bytes_s, latency_s), 100, lambda: self.now)
+        self.store = LimitedStore(self.under, LimitedLink(bytes_s, latency_s), 100, lambda: self.now)
 
     def fetch(self, number, slots=(1,), path="shm", peer="p0", block_bytes=100):
         handle = Handle("s", list(slots), [1] * len(slots), block_bytes)
@@ -172,7 +172,7 @@ class LimitedWorld(ShmWorld):
     """So slow that most chunks come later, and fast enough that nobody waits for long."""
 
     def store(self, iid, wake, slots, block_bytes, digest):
-        return LimitedStore(super().store(iid, wake, slots, block_bytes, digest), Link(1e9, 2e-4), block_bytes)
+        return LimitedStore(super().store(iid, wake, slots, block_bytes, digest), LimitedLink(1e9, 2e-4), block_bytes)
 
 
 class TestLimited(StoreContract):

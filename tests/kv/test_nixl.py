@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from tests.kv.parties import PATIENCE_S, Chunk, Party, World, block
-from tetri.kv import StoreSettings, nixl_mover, open_store
+from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVLost
+from tetri.kv.nixl import mover as nixl_mover
 from tetri.kv.nixl.reader import Ticket
 from tetri.kv.segment import sweep
 from tetri.request import Reach

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from tetri.kv import StoreSettings, enabled, nixl_agent, open_store
+from tetri.kv import StoreSettings, enabled, open_store
 from tetri.kv.base import KVError
+from tetri.kv.nixl import agent as nixl_agent
 
 
 def settings(**changed):

@@ -17,7 +17,8 @@ import json, sys
 import msgspec
 from tests.kv.parties import Chunk
 from tests.kv.test_nixl import NixlWorld
-from tetri.kv import StoreSettings, nixl_mover, open_store
+from tetri.kv import StoreSettings, open_store
+from tetri.kv.nixl import mover as nixl_mover
 from tetri.request import Reach
 from tetri.wire.handover import Handle
 nixl_mover.TIMEOUT_S = 1.0

@@ -14,13 +14,13 @@ from tests.kv.test_contract_stream import StreamWorld, big
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVCorrupt, KVError, KVLost
 from tetri.kv.local import LocalSlab
-from tetri.kv.stream.fetch import Patience
-from tetri.kv.stream.stream import Stream, StreamSettings
+from tetri.kv.stream.fetch import StreamPatience
+from tetri.kv.stream.stream import StreamReader, StreamSettings
 from tetri.net import keys
 from tetri.request import Reach
 
 MB = 1 << 20
-QUICK = Patience(stall_s=0.2, lost_s=0.6)
+QUICK = StreamPatience(stall_s=0.2, lost_s=0.6)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_many_requests_over_a_bad_network_are_right_or_lost(world):
 
 
 def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
-    world.settings = StreamSettings(patience=Patience(stall_s=0.3, lost_s=10.0))
+    world.settings = StreamSettings(patience=StreamPatience(stall_s=0.3, lost_s=10.0))
     sender, receiver, relay = pair(world, 8)
     with relay:
         assert receiver.fetch(sender.put(big(1))) == [big(1)]
@@ -199,7 +199,7 @@ def test_what_is_announced_is_what_others_connect_to(world):
 def test_what_cannot_be_served_is_one_line(settings, says):
     before = threading.active_count()
     with pytest.raises(KVError, match=says) as caught:
-        Stream(LocalSlab("p0", 1, 1, {}), settings, lambda: None)
+        StreamReader(LocalSlab("p0", 1, 1, {}), settings, lambda: None)
     assert str(caught.value).startswith("KV path stream: ") and "\n" not in str(caught.value)
     assert threading.active_count() == before
 

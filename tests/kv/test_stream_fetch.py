@@ -6,7 +6,7 @@ import pytest
 import xxhash
 
 from tetri.kv.base import KVCorrupt, KVForeign, KVLost, Wanted, joined, parts
-from tetri.kv.stream.fetch import MAX_STARTED, ChunkFetch, Fetching, Patience
+from tetri.kv.stream.fetch import MAX_STARTED, ChunkFetch, Fetching, StreamPatience
 from tetri.wire import codec
 from tetri.wire.bulk import MAX_SLOTS, BulkReply, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.handover import Handle
@@ -21,7 +21,7 @@ def wanted(key="a", index=0, blocks=1, peer="p", segment="s", digest=None, **cha
 
 
 def fetching(buffer=10 * BLOCK, up=True):
-    made = Fetching(buffer, CREDIT, Patience(stall_s=5.0, lost_s=15.0))
+    made = Fetching(buffer, CREDIT, StreamPatience(stall_s=5.0, lost_s=15.0))
     made.meet("p", "s")
     if up:
         made.up("p", 0.0)

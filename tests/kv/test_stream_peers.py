@@ -11,8 +11,8 @@ from xxhash import xxh3_64_intdigest
 from tests.kv.test_contract_stream import StreamWorld, big
 from tetri.kv.base import KVError, KVForeign, KVLost, Wanted, joined
 from tetri.kv.local import LocalSlab
-from tetri.kv.stream.fetch import Patience
-from tetri.kv.stream.stream import Stream, StreamSettings
+from tetri.kv.stream.fetch import StreamPatience
+from tetri.kv.stream.stream import StreamReader, StreamSettings
 from tetri.net.bulk import BulkServer, context
 from tetri.request import Reach
 from tetri.wire import codec
@@ -20,7 +20,7 @@ from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone
 from tetri.wire.handover import Handle
 
 MB = 1 << 20
-QUICK = Patience(stall_s=1.0, lost_s=3.0)  # long enough for a busy machine
+QUICK = StreamPatience(stall_s=1.0, lost_s=3.0)  # long enough for a busy machine
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ class Reading:
 
     def __init__(self, address, patience=QUICK):
         self.woken = threading.Event()
-        self.stream = Stream(LocalSlab("d0", 1, 1, {}), StreamSettings(patience=patience), self.woken.set)
+        self.stream = StreamReader(LocalSlab("d0", 1, 1, {}), StreamSettings(patience=patience), self.woken.set)
         self.meet(address)
 
     def meet(self, address):

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from tetri.policy.admit import MARGIN, greedy, growth_to_peak, peak, reserve_dynamic, reserve_static
 from tetri.policy.rules import ADMISSIONS
-from tetri.policy.views import BatchView, Member, WaitingRequest
+from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import blocks_for
 
-ONE = (Member(1, 2),)
+ONE = (BatchMember(1, 2),)
 
 
 def request(key, landed, tokens, end, size=1):
@@ -42,7 +42,7 @@ def test_greedy_goes_by_landing_while_there_are_slots_and_memory_is_not_overdraw
 def test_static_admits_what_fits_to_its_end_and_blocks_at_the_first_that_does_not(free, admitted):
     """Growth of 2, 2 and 5; the running one's promise of 90 counts for nothing."""
     waiting = requests((3, 5), (6, 8), (1, 6))
-    assert reserve_static(waiting, BatchView((Member(10, 100),), 8, free)) == list(admitted)
+    assert reserve_static(waiting, BatchView((BatchMember(10, 100),), 8, free)) == list(admitted)
 
 
 def test_static_rounds_up_every_request_by_itself():
@@ -80,7 +80,7 @@ def test_blocks_that_it_has_beyond_its_end_help_nobody_else():
     ],
 )
 def test_dynamic_looks_at_the_moment_when_the_shortest_ends(running, waiting, free, admitted):
-    batch = BatchView([Member(*lengths) for lengths in running], 8, free)
+    batch = BatchView([BatchMember(*lengths) for lengths in running], 8, free)
     assert reserve_dynamic(requests(*waiting), batch) == list(admitted)
 
 
@@ -89,20 +89,20 @@ def test_peak_counts_all_that_will_be_there_at_each_end(free, admitted):
     """The running one has 20 steps left, `a` 10, `b` 22. With `a` most is taken after 10 steps: 20 + 15, of 10 + 5 now.
     With `b` after 20: 30 + 22, of 10 + 5 + 2 now; after 10 it is 20 + 15 + 12."""
     waiting = requests((5, 15), (2, 24))
-    assert peak(waiting, BatchView((Member(10, 30),), 8, free)) == list(admitted)
+    assert peak(waiting, BatchView((BatchMember(10, 30),), 8, free)) == list(admitted)
 
 
 @pytest.mark.parametrize("free, admitted", [(60, ""), (61, "a")])
 def test_peak_leaves_a_margin(free, admitted):
     """After 30 steps 60 + 30 are taken, the most at any time. Of 90 or 91, one is left alone."""
     waiting = [WaitingRequest("a", 0, blocks=0, tokens=0, end=69)]
-    assert peak(waiting, BatchView((Member(30, 60),), 8, free)) == list(admitted)
+    assert peak(waiting, BatchView((BatchMember(30, 60),), 8, free)) == list(admitted)
 
 
 def test_peak_rounds_up_every_request_by_itself():
     waiting = requests((15, 17), (16, 18), size=16)
-    assert peak(waiting, BatchView((Member(30, 32),), 8, 1, 16)) == ["a"]
-    assert peak(waiting, BatchView((Member(30, 32),), 8, 2, 16)) == ["a", "b"]
+    assert peak(waiting, BatchView((BatchMember(30, 32),), 8, 1, 16)) == ["a"]
+    assert peak(waiting, BatchView((BatchMember(30, 32),), 8, 2, 16)) == ["a", "b"]
 
 
 SIZES = st.integers(1, 5)
@@ -127,7 +127,7 @@ def most_ever(requests, size):
 @settings(deadline=None, derandomize=True)
 @given(BATCH, WAITING, st.integers(-3, 40), SIZES)
 def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running, waiting, free, size):
-    batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
+    batch = BatchView([BatchMember(*lengths) for lengths in running], 99, free, size)
     admitted = peak(requests(*waiting, size=size), batch)
     room = free + sum(blocks_for(tokens, size) for tokens, _ in running)
     room -= int(max(room, 0) * MARGIN)
@@ -143,7 +143,7 @@ def test_peak_admits_as_many_as_never_overflow_when_all_end_as_predicted(running
 @settings(deadline=None, derandomize=True)
 @given(BATCH, SIZES)
 def test_what_the_batch_will_take_at_its_peak_is_kept_free(running, size):
-    batch = BatchView([Member(*lengths) for lengths in running], 99, 95, size)
+    batch = BatchView([BatchMember(*lengths) for lengths in running], 99, 95, size)
     held = sum(blocks_for(tokens, size) for tokens, _ in running)
     margin = int((95 + held) * MARGIN)
     assert growth_to_peak(batch) == (max(most_ever(running, size) - held + margin, 0) if running else 0)
@@ -152,7 +152,7 @@ def test_what_the_batch_will_take_at_its_peak_is_kept_free(running, size):
 @settings(deadline=None, derandomize=True)
 @given(BATCH, WAITING, st.integers(-3, 40), SIZES)
 def test_dynamic_is_the_papers_rule_taken_one_by_one(running, waiting, free, size):
-    batch = BatchView([Member(*lengths) for lengths in running], 99, free, size)
+    batch = BatchView([BatchMember(*lengths) for lengths in running], 99, free, size)
     room, requests, right = free + sum(blocks_for(tokens, size) for tokens, _ in running), list(running), []
     for key, (tokens, end) in zip("abcde", waiting, strict=False):
         requests.append((tokens, end))
@@ -170,7 +170,7 @@ def test_dynamic_is_the_papers_rule_taken_one_by_one(running, waiting, free, siz
 @settings(deadline=None, derandomize=True)
 @given(BATCH, WAITING, st.integers(-3, 40), st.integers(0, 9), st.sampled_from(sorted(ADMISSIONS)))
 def test_the_line_is_kept_and_so_are_the_slots(running, waiting, free, max_batch, name):
-    batch = BatchView([Member(*lengths) for lengths in running], max_batch, free)
+    batch = BatchView([BatchMember(*lengths) for lengths in running], max_batch, free)
     line = requests(*waiting)
     admitted = ADMISSIONS[name](line[::-1], batch)
     assert admitted == [each.key for each in line[: len(admitted)]]

@@ -3,10 +3,10 @@
 import pytest
 
 from tetri.engine_request import Span
-from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, chunked, preempted, prefill_first
+from tetri.policy.coupled import COUPLED, CoupledLimits, CoupledView, Iteration, chunked, preempted, prefill_first
 from tetri.policy.views import Progress
 
-LIMITS = Limits(slots=4, step_tokens=100, kv_tokens=1000)
+LIMITS = CoupledLimits(slots=4, step_tokens=100, kv_tokens=1000)
 
 
 def view(*prompts, started=None, decoding=0, free=1000):
@@ -57,7 +57,7 @@ def test_chunked_goes_on_with_the_prompt_that_it_started():
 
 
 def test_chunked_prefills_nothing_when_the_decodes_fill_the_step():
-    limits = Limits(slots=200, step_tokens=100, kv_tokens=1000)
+    limits = CoupledLimits(slots=200, step_tokens=100, kv_tokens=1000)
     assert chunked(view(10, started=Progress("started", 1, 9), decoding=100), limits) == Iteration((), True)
 
 

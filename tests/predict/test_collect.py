@@ -9,7 +9,7 @@ from played_writer import PlayedWriter
 
 from tetri.predict.collect import (
     Collected,
-    Plan,
+    CollectPlan,
     TextTask,
     collect,
     fitting,
@@ -22,7 +22,7 @@ from tetri.predict.collect import (
 from tetri.predict.lengths import PredictError, Prompt, read_lengths, read_states, states_path
 from tetri.text import ByteTokenizer, TextError
 
-PLAN = Plan("tiny", "w", max_tokens=40, every=8, layers=(1, 2, 3))
+PLAN = CollectPlan("tiny", "w", max_tokens=40, every=8, layers=(1, 2, 3))
 PROMPTS = [Prompt(f"number {i}", "s", i + 1) for i in range(20)]
 CHAT = ByteTokenizer().chat
 
@@ -68,7 +68,7 @@ def test_every_text_is_in_the_files_with_its_states(out):
 def test_two_samples_of_a_prompt_have_seeds_of_their_own_that_only_prompt_and_sample_decide():
     one, two = (sampling_of(TextTask(PROMPTS[0], sample), PLAN) for sample in (0, 1))
     assert one.seed != two.seed and one == sampling_of(TextTask(Prompt("number 0", "other"), 0), PLAN)
-    assert sampling_of(TextTask(PROMPTS[0], 0), Plan("tiny", "w", seed=1)).seed != one.seed
+    assert sampling_of(TextTask(PROMPTS[0], 0), CollectPlan("tiny", "w", seed=1)).seed != one.seed
     assert (one.temperature, one.max_tokens) == (0.7, 40) and 0 <= one.seed < 1 << 63
 
 
@@ -130,7 +130,7 @@ def test_what_a_power_failure_left_of_the_states_is_written_again(out):
 
 
 def test_without_layers_there_are_no_states(out):
-    plan = Plan("tiny", "w", max_tokens=40)
+    plan = CollectPlan("tiny", "w", max_tokens=40)
     run(out, plan)
     assert len(read_lengths(out)[0]) == 20 and not states_path(out).exists()
     assert run(out, plan) == 0
@@ -151,14 +151,16 @@ def test_a_file_goes_on_only_as_it_was_begun(out, change, says):
     run(out)
     before = out.read_bytes(), states_path(out).read_bytes()
     with pytest.raises(PredictError, match=f"was begun with {says}: give the same, or another --out"):
-        Collected(out, Plan(**{**vars(PLAN), **change}))
+        Collected(out, CollectPlan(**{**vars(PLAN), **change}))
     assert (out.read_bytes(), states_path(out).read_bytes()) == before
-    run(out, Plan(**{**vars(PLAN), "model": "another/path/to/it"}))
+    run(out, CollectPlan(**{**vars(PLAN), "model": "another/path/to/it"}))
 
 
 def test_settings_that_led_to_no_length_bind_nobody(out):
     with pytest.raises(KeyboardInterrupt):
-        run(out, Plan("tiny", "w", max_tokens=40, layers=(9,)), writer=PlayedWriter(at_step=partial(_stop_at, 1)))
+        run(
+            out, CollectPlan("tiny", "w", max_tokens=40, layers=(9,)), writer=PlayedWriter(at_step=partial(_stop_at, 1))
+        )
     assert run(out) == 20 and read_plan(out) == PLAN
     assert len(agree(out)) == 20
 
@@ -179,7 +181,7 @@ def test_a_second_collect_is_refused_until_the_first_ends(out):
         Collected(out, PLAN)
     with pytest.raises(PredictError, match="was begun"):
         run(out)
-        Collected(out, Plan("tiny", "v"))
+        Collected(out, CollectPlan("tiny", "v"))
     Collected(out, PLAN).close()  # a refusal holds nothing
 
 
@@ -193,7 +195,7 @@ def small_disk():
 
 @pytest.mark.parametrize("full", ["out.jsonl", "out.jsonl.states"])
 def test_a_full_disk_leaves_sound_files(out, small_disk, full):
-    plan = Plan("tiny", "w", max_tokens=40, every=2, layers=(1, 2, 3) if full.endswith("states") else ())
+    plan = CollectPlan("tiny", "w", max_tokens=40, every=2, layers=(1, 2, 3) if full.endswith("states") else ())
     run(out, plan)
     size = out.with_name(full).stat().st_size  # the larger of the files that there are
     for path in out.parent.iterdir():

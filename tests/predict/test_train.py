@@ -11,7 +11,7 @@ from tetri.predict.card import CARD, HEAD, LATER, read_card
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import load
-from tetri.predict.train import Wanted, train
+from tetri.predict.train import TrainSettings, train
 
 COUNT = 120
 
@@ -41,7 +41,7 @@ def file(tmp_path_factory):
 def hidden(file, tmp_path_factory):
     out = tmp_path_factory.mktemp("hidden")
     texts = read_texts([file], states=True)
-    return out, train(texts, Wanted("hidden", out, "tiny", "weights-of-tiny"), quiet), texts
+    return out, train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny"), quiet), texts
 
 
 def test_hidden(hidden):
@@ -89,7 +89,7 @@ def test_the_head_knows_from_what_it_learnt(hidden):
 def test_a_classifier_with_an_encoder_of_ones_own(file, tmp_path):
     encoder = made.encoder(tmp_path / "bert")
     texts = read_texts([file], states=False)
-    wanted = Wanted("classifier", tmp_path / "out", "tiny", "weights-of-tiny", encoder=str(encoder), cut=32)
+    wanted = TrainSettings("classifier", tmp_path / "out", "tiny", "weights-of-tiny", encoder=str(encoder), cut=32)
     (tmp_path / "out").mkdir()
     found = train(texts, wanted, quiet)
     assert found["acc"]["100"] > found["majority"]["100"] + 0.2
@@ -106,7 +106,7 @@ def test_the_encoder_too(file, tmp_path, kind):
     texts = read_texts([file], states=False)
     (tmp_path / "out").mkdir()
     how = dict(encoder=str(encoder), cut=32, depth=2, full=True, epochs=12)
-    found = train(texts, Wanted("classifier", tmp_path / "out", "tiny", "weights-of-tiny", **how), quiet)
+    found = train(texts, TrainSettings("classifier", tmp_path / "out", "tiny", "weights-of-tiny", **how), quiet)
     card = read_card(tmp_path / "out", "classifier")
     assert card.encoder == "encoder" and card.split["networks"] == 1 and card.levels
     loaded = load(tmp_path / "out", "classifier")  # with the encoder that lies in the folder
@@ -119,7 +119,7 @@ def test_the_encoder_too(file, tmp_path, kind):
 def test_too_few_prompts(tmp_path):
     texts = read_texts([made.lengths(tmp_path / "a.jsonl", 20)], states=False)
     with pytest.raises(PredictError, match="too few, 40 are needed"):
-        train(texts, Wanted("classifier", tmp_path, "tiny", "w"), quiet)
+        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), quiet)
     assert not (tmp_path / "classifier").exists()
 
 
@@ -128,7 +128,7 @@ def test_a_failure_leaves_the_predictor_that_was_there(hidden, tmp_path, monkeyp
     before = (out / "hidden" / CARD).read_text()
     monkeypatch.setattr("tetri.predict.train.write_card", broken)
     with pytest.raises(OSError, match="full"):
-        train(texts, Wanted("hidden", out, "tiny", "weights-of-tiny", layer=2), quiet)
+        train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny", layer=2), quiet)
     assert (out / "hidden" / CARD).read_text() == before
     assert [path.name for path in out.iterdir()] == ["hidden"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.driving import prompt, request, run
+from tests.engine.driving import engine_request, prompt, run
 from tetri.cost import Cost
 from tetri.engine.base import EngineError, HiddenStates
 from tetri.engine.emulated import EmulatedEngine
@@ -73,7 +73,7 @@ def test_what_is_foretold_comes_with_the_step_that_took_it():
     step = estimating(engine, head)
     assert engine.observed == ([16], 64) and len(head.asked) == 1, "tried once"
     for key in "ab":
-        engine.add(request(key, "prefill", prompt(20), max_tokens=1))
+        engine.add(engine_request(key, "prefill", prompt(20), max_tokens=1))
     done = step(1)
     assert done.estimates == (
         HiddenStateEstimate("a", 0, distribution(3)),
@@ -106,5 +106,5 @@ def test_a_head_for_a_model_of_another_size_is_refused_at_start():
 
 def test_without_a_head_nothing_is_tapped():
     engine = made()
-    engine.add(request("a", "prefill", prompt(20), max_tokens=1))
+    engine.add(engine_request("a", "prefill", prompt(20), max_tokens=1))
     assert run(engine, "a")[2][0].estimates == () and not hasattr(engine, "tapped")

@@ -14,7 +14,7 @@ import pytest
 import zmq
 from live import LiveCluster, wait_until
 
-from tetri.client import AsyncClient, Failed, Refused, Result, TetriError
+from tetri.client import AsyncClient, RequestFailed, RequestRefused, Result, TetriError
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 
@@ -161,7 +161,7 @@ def test_kill_9_of_the_only_worker_for_good() -> None:
         for victim in ("d0", "p0"):
             cluster.kill(victim)
             start = time.monotonic()
-            with pytest.raises(Failed, match="instance") as failure:
+            with pytest.raises(RequestFailed, match="instance") as failure:
                 cluster.client().generate("hello", max_tokens=LENGTH)
             assert time.monotonic() - start < 5
             assert "\n" not in str(failure.value)
@@ -232,7 +232,7 @@ def test_a_broker_that_was_killed_comes_back(pair: LiveCluster) -> None:
     next(stream)
     pair.kill("broker")
     pair.start("broker")
-    with pytest.raises(Refused, match="no request"):
+    with pytest.raises(RequestRefused, match="no request"):
         stream.wait()
     wait_until(lambda: len(pair.instances()) >= 2, "the workers do not come back")
     pair.wait_ready("p0", "d0")
@@ -272,7 +272,7 @@ def test_more_than_may_be_open_is_refused_with_a_time_to_come_back() -> None:
 
     with slow_cluster(ONE_EACH, "broker.max_open=8") as cluster:
         results = asyncio.run(run(cluster.config.clients_address))
-        refused = [result for result in results if isinstance(result, Refused)]
+        refused = [result for result in results if isinstance(result, RequestRefused)]
         assert len(refused) == 32 and all(error.retry_after_s for error in refused)
         assert sum(isinstance(result, Result) for result in results) == 8
         cluster.wait_idle()

@@ -10,7 +10,7 @@ import pytest
 from live import LiveCluster, wait_until
 from raw_client import RawClient
 
-from tetri.client import AsyncClient, Refused, Result
+from tetri.client import AsyncClient, RequestRefused, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 from tetri.text import ByteTokenizer, decode
@@ -119,7 +119,7 @@ def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
 def test_what_can_never_be_served_is_refused(
     cluster: LiveCluster, prompt: list[int], sampling: dict[str, int], why: str
 ) -> None:
-    with pytest.raises(Refused, match=why):
+    with pytest.raises(RequestRefused, match=why):
         cluster.client().generate(prompt, **sampling)
 
 

@@ -8,7 +8,7 @@ import pytest
 from live import LiveCluster, wait_until
 from traffic import Pressure
 
-from tetri.client import Failed
+from tetri.client import RequestFailed
 
 ALONE = "worker=[{iid='m0', role='mixed'}]"
 PAIR = "worker=[{iid='p0', role='prefill'}, {iid='m0', role='mixed'}]"
@@ -60,6 +60,6 @@ def test_a_prompt_too_long_for_one_mixed_worker_gets_a_clear_error_and_stops_nob
         stream = cluster.client().stream([7] * 700, max_tokens=20)
         wait_until(lambda: cluster.instances()["m0"]["held"] == 1, "it does not come")
         assert cluster.client().generate([8] * 400, max_tokens=20).finish_reason == "length"
-        with pytest.raises(Failed, match="44 KV blocks, .* set transfer.slab_blocks to 61 at least"):
+        with pytest.raises(RequestFailed, match="44 KV blocks, .* set transfer.slab_blocks to 61 at least"):
             stream.wait()
         cluster.wait_idle()

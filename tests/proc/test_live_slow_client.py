@@ -11,7 +11,7 @@ import sys
 import pytest
 from live import LiveCluster, wait_until
 
-from tetri.client import Client, Refused
+from tetri.client import Client, RequestRefused
 
 REQUESTS, TOKENS = 3, 400
 PROGRAM = """
@@ -47,7 +47,7 @@ def forgotten(cluster: LiveCluster, rid: str) -> bool:
     with Client(cluster.config.clients_address) as client:
         try:
             client.cancel(rid)
-        except Refused:
+        except RequestRefused:
             return True
     return False
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tetri.sim.traces import Arrival, LengthWait
+from tetri.sim.traces import Arrival, TokenCounts
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
@@ -24,7 +24,7 @@ def config():
 
 
 def test_live_and_simulated_agree(config):
-    lengths = LengthWait.parsed("50-600"), LengthWait.parsed("2-20")
+    lengths = TokenCounts.parsed("50-600"), TokenCounts.parsed("2-20")
     made = parity.measured(config, 20, 2.5, lengths, 1, lambda text: None)
     assert parity.within(made, BUSY), made
     assert made["ttft_mean"]["live_s"] > 0.1 and made["jct_mean"]["live_s"] > 0.5

@@ -246,9 +246,9 @@ class Texts:
         return [LengthDistribution(100, (1.0,))] * len(texts), [len(text) for text in texts]
 
 
-def serving_with(texts: Texts, mode: str, wake: Any = lambda: None) -> predictor.Serving:
+def serving_with(texts: Texts, mode: str, wake: Any = lambda: None) -> predictor.PredictorServing:
     config = load(CONF / "emulated.toml", [f"predictor.mode={mode}"])
-    found = predictor.Predictor(predictor.Expected("classifier", LengthDistribution(100, PRIOR)), texts)
+    found = predictor.LoadedPredictor(predictor.Expected("classifier", LengthDistribution(100, PRIOR)), texts)
     return predictor.serving_of(found, Engine(), config, wake, LOG)
 
 
@@ -276,7 +276,7 @@ def test_beside_the_model_the_answer_wakes_the_worker() -> None:
 
 
 def test_of_nobody_who_could_be_asked_there_is_an_answer_too() -> None:
-    serving = predictor.Serving(predictor.Expected("prior", LengthDistribution(100, PRIOR)), Engine().step)
+    serving = predictor.PredictorServing(predictor.Expected("prior", LengthDistribution(100, PRIOR)), Engine().step)
     assert serving.predict(ASKED) == LengthKnown("p:r:1", None) and [*serving.known()] == []
 
 
@@ -317,7 +317,7 @@ def test_of_two_kinds_the_other_one_goes_on() -> None:
     texts = Texts(EngineError("no"))
     classifier = serve.Sequential(serve.Reading(texts, lambda ids: "", 0, LOG))
     head = serve.Steady(made_head(), LOG)
-    serving = predictor.Serving(
+    serving = predictor.PredictorServing(
         predictor.Expected("both", LengthDistribution(100, PRIOR)), Engine().step, classifier, head
     )
     assert serving.predict(ASKED) == LengthKnown("p:r:1", None)

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from tetri.cost import Cost
 from tetri.engine_request import Span
 from tetri.profile.fit import curve_and_slope, fit, isotonic, kind_of, knee, quality
-from tetri.profile.measure import Point, ProfileError, What
+from tetri.profile.measure import MeasuredPoint, ProfileError, What
 
 TRUE = Cost(((1.0, 0.02), (100.0, 0.12), (200.0, 0.3)), ((1.0, 0.01), (8.0, 0.02)), 1e-6, 2e-6)
 
 
 def point(what, cost=TRUE, factor=1.0, held_out=False):
-    return Point(what, cost.step_s(what.spans, what.batch, what.context) * factor, 0.0, 3, held_out)
+    return MeasuredPoint(what, cost.step_s(what.spans, what.batch, what.context) * factor, 0.0, 3, held_out)
 
 
 def chunk(size, start=0):
@@ -86,7 +86,7 @@ def test_times_that_leave_nothing_for_a_chunk_are_an_error():
     seconds = {64: (0.302, 0.124, 0.676, 0.765), 256: (0.158, 2.218, 3.594, 6.317), 512: (1.783, 5.821, 18.306, 9.756)}
     starts = (0, 500, 1000, 1500)
     points = [
-        Point(chunk(size, start), took, 0.0, 3, False)
+        MeasuredPoint(chunk(size, start), took, 0.0, 3, False)
         for size, times in seconds.items()
         for start, took in zip(starts, times, strict=True)
     ]

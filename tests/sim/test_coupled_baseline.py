@@ -6,13 +6,13 @@ from random import Random
 import pytest
 
 from tetri.cost import Cost
-from tetri.policy.coupled import COUPLED, Limits
+from tetri.policy.coupled import COUPLED, CoupledLimits
 from tetri.sim import coupled
 from tetri.sim.traces import Arrival
 
 # A chunk takes 0.01 s a token, a decode step 1 s, a context token nothing.
 COST = Cost(prefill=((100.0, 1.0), (200.0, 2.0)), decode=((1.0, 1.0),))
-ROOMY = Limits(slots=16, step_tokens=400, kv_tokens=10_000)
+ROOMY = CoupledLimits(slots=16, step_tokens=400, kv_tokens=10_000)
 
 
 def batch(*lengths):
@@ -30,14 +30,14 @@ def test_prefill_first_merges_prompts_then_decodes():
 
 
 def test_a_free_slot_stalls_the_others_while_it_is_filled():
-    limits = Limits(slots=2, step_tokens=400, kv_tokens=10_000)
+    limits = CoupledLimits(slots=2, step_tokens=400, kv_tokens=10_000)
     outcome = coupled.run("prefill_first", limits, COST, batch((100, 2), (100, 3), (200, 1)), join_s=0.5)
     # two prompts: 2.5 s; one step: 3.5; the third prompt: 6.0, with no token for the second; one step: 7.0
     assert times(outcome) == [(2.5, 3.5), (2.5, 7.0), (6.0, 6.0)]
 
 
 def test_chunked_decodes_beside_the_prompt():
-    limits = Limits(slots=16, step_tokens=101, kv_tokens=10_000)
+    limits = CoupledLimits(slots=16, step_tokens=101, kv_tokens=10_000)
     arrivals = [Arrival(0.0, 100, 4), Arrival(0.5, 200, 1)]
     outcome = coupled.run("chunked", limits, COST, arrivals)
     # the first prompt to 1.0; then twice a chunk of 100 beside a decode: 1 + 1 s, of which 1 s is paid once
@@ -50,7 +50,7 @@ def test_an_arrival_is_seen_at_the_next_step_of_a_long_decode():
 
 
 def test_the_youngest_is_preempted_and_computed_again():
-    limits = Limits(slots=16, step_tokens=400, kv_tokens=205)
+    limits = CoupledLimits(slots=16, step_tokens=400, kv_tokens=205)
     outcome = coupled.run("prefill_first", limits, COST, batch((100, 6), (100, 4)))
     # both prompts to 2.0, two steps to 4.0 hold 204 tokens; the third has no room for both. The first goes on and ends
     # with 105 tokens at 7.0; 103 tokens are computed again to 8.03, and yield the fourth.
@@ -68,7 +68,7 @@ def test_replicas_share_the_requests():
 @pytest.mark.parametrize("seed", range(12))
 def test_every_request_ends_with_all_its_tokens_and_all_memory_comes_back(rule, seed):
     rng = Random(f"{rule} {seed}")
-    limits = Limits(rng.choice((1, 3, 16)), rng.choice((50, 300)), rng.choice((130, 200, 5000)))
+    limits = CoupledLimits(rng.choice((1, 3, 16)), rng.choice((50, 300)), rng.choice((130, 200, 5000)))
     arrivals, at = [], 0.0
     for _ in range(60):
         at += rng.choice((0.0, 0.7, 30.0))
@@ -95,7 +95,7 @@ def test_fewer_slots_never_make_the_first_token_earlier():
     arrivals = batch(*[(100, 20)] * 40)
     means = []
     for slots in (4, 16, 64):
-        served = coupled.run("prefill_first", Limits(slots, 400, 10_000), COST, arrivals).served
+        served = coupled.run("prefill_first", CoupledLimits(slots, 400, 10_000), COST, arrivals).served
         means.append(sum(request.ttft_s for request in served) / len(served))
     assert means == sorted(means, reverse=True) and means[0] > 2 * means[2]
 

@@ -4,7 +4,7 @@ import pytest
 
 from tetri.core.actions import Adopt, Adopted, Export, Freed
 from tetri.sim.kernel import Kernel
-from tetri.sim.links import Memory, Port, Wiring
+from tetri.sim.links import Port, SimulatedKV, Wiring
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Chunk, Drop, Handle
 
@@ -105,7 +105,7 @@ def test_request_level_transfer_forgets_the_chunks_of_an_offer_that_is_taken_bac
 
 def test_kv_is_taken_one_transfer_after_the_other_at_the_speed_of_the_link(kernel):
     a, b = pair(kernel)
-    source, target = Memory(kernel, a, 10, 100.0), Memory(kernel, b, 10, 100.0)
+    source, target = SimulatedKV(kernel, a, 10, 100.0), SimulatedKV(kernel, b, 10, 100.0)
     handle = source.export(Export("leg", 0, 2, 5)).handle
     assert (source.kept, len(handle.slots)) == (3, 3)
     assert target.adopt(Adopt("leg", 0, 2, handle, 0, "a", "local")) is None
@@ -118,7 +118,7 @@ def test_kv_is_taken_one_transfer_after_the_other_at_the_speed_of_the_link(kerne
 
 def test_kv_that_needs_no_link_is_there_at_once(kernel):
     a, _ = pair(kernel)
-    own, endless = Memory(kernel, a, 10, 1.0), Memory(kernel, a, 10, float("inf"))
+    own, endless = SimulatedKV(kernel, a, 10, 1.0), SimulatedKV(kernel, a, 10, float("inf"))
     handle = own.export(Export("leg", 0, 0, 1)).handle
     assert own.adopt(Adopt("leg", 0, 0, handle, 0, "a", "local")) == Adopted("leg", 0)
     assert own.moved_bytes == 0

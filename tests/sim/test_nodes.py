@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, LengthRange, Sampling
-from tetri.sim.instance import Predictor, Use, WorkerNode
+from tetri.sim.instance import SimulatedPredictor, Use, WorkerNode
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import MonitorNode
@@ -105,8 +105,8 @@ def worker(kernel, cost=COST):
 
 def decoding(core, node, tokens=100):
     """A worker whose engine runs one decode, and is about to make up to 10 passes."""
-    request = EngineRequest("d", "decode", (1, 1, 1, 1), 4, Sampling(max_tokens=tokens, ignore_eos=True))
-    core.next = [AddRequest(request), Step()]
+    engine_request = EngineRequest("d", "decode", (1, 1, 1, 1), 4, Sampling(max_tokens=tokens, ignore_eos=True))
+    core.next = [AddRequest(engine_request), Step()]
     node.start()
     core.next = [AdmitRequest("d", 1), Step(10)]
 
@@ -180,8 +180,8 @@ def test_while_the_engine_computes_no_timer_fires(kernel):
 def test_prefill_is_told_apart_in_the_use(kernel):
     core, node = worker(kernel)
     node.use.spans = []
-    request = EngineRequest("p", "prefill", (1,) * 30, 30, Sampling(max_tokens=5, ignore_eos=True))
-    core.next = [AddRequest(request), Step()]
+    engine_request = EngineRequest("p", "prefill", (1,) * 30, 30, Sampling(max_tokens=5, ignore_eos=True))
+    core.next = [AddRequest(engine_request), Step()]
     node.start()
     core.next = [Step()]
     kernel.run()
@@ -224,7 +224,7 @@ def predict(key, tokens):
 def test_predictions_run_one_after_the_other(kernel):
     heard = []
     own = SimpleNamespace(rules=Rules(length="oracle"), cost=SLOW)
-    predictor = Predictor(kernel, own, 0, lambda event: heard.append((kernel.now, event)))
+    predictor = SimulatedPredictor(kernel, own, 0, lambda event: heard.append((kernel.now, event)))
     assert predictor.predict(predict("a", 10)) is None
     assert predictor.predict(predict("b", 20)) is None
     kernel.run()
@@ -234,13 +234,15 @@ def test_predictions_run_one_after_the_other(kernel):
 
 def test_a_prediction_that_costs_nothing_is_there_at_once(kernel):
     own = SimpleNamespace(rules=Rules(length="oracle"), cost=COST)
-    predictor = Predictor(kernel, own, 0, print)
+    predictor = SimulatedPredictor(kernel, own, 0, print)
     assert predictor.predict(predict("a", 10)) == LengthKnown("a", LengthRange(low=7, high=8))
     assert predictor.stretched(0.0, 1.0) == 1.0
 
 
 def test_the_engine_is_slower_only_beside_a_prediction(kernel):
-    predictor = Predictor(kernel, SimpleNamespace(rules=Rules(length="oracle"), cost=SLOW), 0, lambda event: None)
+    predictor = SimulatedPredictor(
+        kernel, SimpleNamespace(rules=Rules(length="oracle"), cost=SLOW), 0, lambda event: None
+    )
     predictor.predict(predict("a", 10))  # busy until 2.0
     assert predictor.stretched(0.0, 0.5) == 1.0  # all of it beside the prediction
     assert predictor.stretched(0.0, 3.0) == 4.0  # two seconds beside it do the work of one
@@ -251,7 +253,7 @@ def test_the_engine_is_slower_only_beside_a_prediction(kernel):
 def test_a_requests_prediction_is_the_same_whoever_asks_and_when(kernel):
     def named(seed, keys):
         own = SimpleNamespace(rules=Rules(length="noisy", length_granularity=2), cost=COST)
-        predictor = Predictor(kernel, own, seed, print)
+        predictor = SimulatedPredictor(kernel, own, seed, print)
         return {key: predictor.predict(predict(key, 5)).length for key in keys}
 
     keys = [str(i) for i in range(30)]

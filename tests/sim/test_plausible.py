@@ -11,7 +11,7 @@ from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.sim.setup import Setup
-from tetri.sim.traces import Arrival, LengthWait, drawn
+from tetri.sim.traces import Arrival, TokenCounts, drawn
 from tetri.sim.world import World
 
 L = 0.0005
@@ -24,7 +24,7 @@ COST = Cost(
     chunk_tokens=512,
 )
 SETUP = Setup(COST, link_latency_s=L, max_batch=64)
-PROMPT, ONE = LengthWait.parsed("512"), LengthWait.parsed("1")
+PROMPT, ONE = TokenCounts.parsed("512"), TokenCounts.parsed("1")
 
 
 def served(setup, arrivals):
@@ -53,7 +53,7 @@ def test_one_prefill_instance_is_an_m_d_1_queue(load):
 
 
 def test_an_instance_is_busy_as_long_as_its_work_takes():
-    arrivals = list(drawn(500, PROMPT, LengthWait.parsed("2-40"), seed=1, rate=4.0))
+    arrivals = list(drawn(500, PROMPT, TokenCounts.parsed("2-40"), seed=1, rate=4.0))
     made = served(SETUP, arrivals)
     assert sum(made.instances["p0"].busy_s.values()) == pytest.approx(500 * S)
     assert sum(made.instances["d0"].busy_s.values()) < made.end_s
@@ -150,8 +150,8 @@ def test_deadline_order_meets_more_deadlines():
 
 def test_flips_follow_a_workload_that_shifts():
     """Half a minute of long prompts, then of long outputs."""
-    first = list(drawn(300, LengthWait.parsed("2048"), LengthWait.parsed("4"), seed=1, rate=10.0))
-    then = drawn(600, LengthWait.parsed("32"), LengthWait.parsed("200"), seed=2, rate=25.0)
+    first = list(drawn(300, TokenCounts.parsed("2048"), TokenCounts.parsed("4"), seed=1, rate=10.0))
+    then = drawn(600, TokenCounts.parsed("32"), TokenCounts.parsed("200"), seed=2, rate=25.0)
     arrivals = [*first, *(replace(each, at_s=each.at_s + first[-1].at_s) for each in then)]
     settings = FlipSettings(hold_s=2.0)
     jct = {}

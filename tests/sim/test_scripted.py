@@ -6,7 +6,7 @@ from tetri.cost import Cost
 from tetri.engine_request import EngineRequest
 from tetri.request import Capacity, LengthDistribution, Sampling
 from tetri.sim.scripted import Scripted
-from tetri.sim.texts import Text
+from tetri.sim.texts import RecordedText
 
 CAPACITY = Capacity(blocks=400, block_tokens=4, chunk_tokens=64, max_batch=8, context=1200)
 
@@ -16,9 +16,9 @@ def distribution(place):
 
 
 STATES = tuple((known, distribution(known)) for known in (0, 64, 128))
-STOPS = Text(10, 200, 300, follows=STATES)
-CUT_OFF = Text(10, 300, 300)
-TEXTS = (STOPS, CUT_OFF, Text(10, 1, 300, follows=STATES[:1]))
+STOPS = RecordedText(10, 200, 300, follows=STATES)
+CUT_OFF = RecordedText(10, 300, 300)
+TEXTS = (STOPS, CUT_OFF, RecordedText(10, 1, 300, follows=STATES[:1]))
 
 
 def engine(estimates_lengths=True):
@@ -28,7 +28,7 @@ def engine(estimates_lengths=True):
     return Scripted(CAPACITY, Cost(), text_of, estimates_lengths=estimates_lengths)
 
 
-def request(phase, seed, key="x", outputs=0, most=300):
+def engine_request(phase, seed, key="x", outputs=0, most=300):
     return EngineRequest(key, phase, (1,) * (10 + outputs), 10, Sampling(max_tokens=most, seed=seed))
 
 
@@ -46,7 +46,7 @@ def steps(paged, most=1, until=400):
 
 
 def decoded(paged, seed, most=1, outputs=0):
-    paged.add(request("decode", seed, outputs=outputs))
+    paged.add(engine_request("decode", seed, outputs=outputs))
     made = list(steps(paged, most))
     paged.check()
     return made
@@ -84,7 +84,7 @@ def test_of_many_passes_the_last_state_is_told():
     told = [one.outputs for *_, estimates in decoded(engine(), 0, most=1000) for one in estimates]
     assert told == [128]
     paged = engine()
-    paged.add(request("decode", 0))
+    paged.add(engine_request("decode", 0))
     made = steps(paged, 100)
     assert [[one.outputs for one in estimates] for *_, estimates in made] == [[64], [128]]
 
@@ -97,7 +97,7 @@ def test_a_leg_that_begins_later_is_told_of_what_comes_then():
 @pytest.mark.parametrize(("seed", "reason"), [(0, None), (2, "stop")])
 def test_a_prompts_state_is_told_with_its_first_token(seed, reason):
     paged = engine()
-    paged.add(request("prefill", seed))
+    paged.add(engine_request("prefill", seed))
     ((_, _, ended, told),) = steps(paged)
     assert ended == reason and [(one.outputs, one.distribution) for one in told] == [(0, distribution(0))]
 
@@ -105,7 +105,7 @@ def test_a_prompts_state_is_told_with_its_first_token(seed, reason):
 def test_of_a_prompt_that_starts_over_only_what_is_recorded_is_told():
     for outputs, known in ((64, [64]), (65, [])):
         paged = engine()
-        paged.add(request("prefill", 0, outputs=outputs))
+        paged.add(engine_request("prefill", 0, outputs=outputs))
         ((*_, told),) = steps(paged)
         assert [one.outputs for one in told] == known
 
@@ -116,7 +116,7 @@ def test_nothing_is_told_when_nobody_looks_at_hidden_states():
 
 def test_a_leg_that_is_cancelled_is_forgotten():
     paged = engine()
-    paged.add(request("decode", 0))
+    paged.add(engine_request("decode", 0))
     paged.cancel("x")
     assert not paged._scripts
     assert len(decoded(paged, 1)) == 299 and not paged._scripts

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tetri.request import LengthDistribution
-from tetri.sim.texts import Text, TextError, read
+from tetri.sim.texts import RecordedText, RecordedTextError, read
 
 GOOD = {
     "prompt_tokens": 40,
@@ -34,7 +34,7 @@ def test_all_that_a_line_says(tmp_path):
     assert first.follows[0][1] == LengthDistribution(100, (0.0, 0.25, 0.75)) and first.follows[2][
         1
     ] == LengthDistribution(100, (0.5, 0.5))
-    assert second == Text(1, 1024) and second.reason == "length"
+    assert second == RecordedText(1, 1024) and second.reason == "length"
     assert read(written(tmp_path, short), 2048)[0].reason == "stop"
 
 
@@ -62,13 +62,13 @@ def test_shares_that_were_rounded_add_up_again(tmp_path):
     ],
 )
 def test_a_wrong_line_is_named_by_its_number(tmp_path, row, says):
-    with pytest.raises(TextError) as error:
+    with pytest.raises(RecordedTextError) as error:
         read(written(tmp_path, GOOD, row))
     assert "jsonl:2: " in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_file_and_no_text_are_one_line(tmp_path):
-    with pytest.raises(TextError, match="cannot be read: No such file"):
+    with pytest.raises(RecordedTextError, match="cannot be read: No such file"):
         read(tmp_path / "none")
-    with pytest.raises(TextError, match="there is no text in it: write it with"):
+    with pytest.raises(RecordedTextError, match="there is no text in it: write it with"):
         read(written(tmp_path, ""))

@@ -5,7 +5,7 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from tetri.sim.traces import Arrival, LengthWait, TraceError, drawn, replayed, with_deadline
+from tetri.sim.traces import Arrival, TokenCounts, TraceError, drawn, replayed, with_deadline
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -97,11 +97,11 @@ def test_a_speedup_is_positive(speedup):
         replayed("any", speedup)
 
 
-FIXED = LengthWait.parsed("7")
+FIXED = TokenCounts.parsed("7")
 
 
 def test_a_closed_batch_is_there_at_time_0():
-    made = list(drawn(3, FIXED, LengthWait.parsed("2"), seed=1))
+    made = list(drawn(3, FIXED, TokenCounts.parsed("2"), seed=1))
     assert made == [Arrival(0.0, 7, 2)] * 3
 
 
@@ -115,19 +115,19 @@ def test_drawn_requests_have_the_rate_and_the_burstiness_asked_for(burstiness):
 
 
 def test_lengths_have_the_distribution_asked_for():
-    lengths = [each.prompt for each in drawn(5000, LengthWait.parsed("3-5"), FIXED, seed=1)]
+    lengths = [each.prompt for each in drawn(5000, TokenCounts.parsed("3-5"), FIXED, seed=1)]
     assert {*lengths} == {3, 4, 5} and fmean(lengths) == pytest.approx(4.0, abs=0.1)
-    lognormal = sorted(each.output for each in drawn(5001, FIXED, LengthWait.parsed("lognormal:100:0.5"), seed=1))
+    lognormal = sorted(each.output for each in drawn(5001, FIXED, TokenCounts.parsed("lognormal:100:0.5"), seed=1))
     assert lognormal[2500] == pytest.approx(100, rel=0.05)
     assert lognormal[4207] == pytest.approx(100 * 2.718281828**0.5, rel=0.05)  # one standard deviation above
-    wild = {each.prompt for each in drawn(1000, LengthWait.parsed("lognormal:500:1000"), FIXED, seed=1)}
+    wild = {each.prompt for each in drawn(1000, TokenCounts.parsed("lognormal:500:1000"), FIXED, seed=1)}
     assert (min(wild), max(wild)) == (1, 10_000_000)
-    assert all(each.prompt >= 1 for each in drawn(1000, LengthWait.parsed("lognormal:1:3"), FIXED, seed=1))
+    assert all(each.prompt >= 1 for each in drawn(1000, TokenCounts.parsed("lognormal:1:3"), FIXED, seed=1))
 
 
 def test_the_same_seed_draws_the_same():
     def draw(seed):
-        return list(drawn(50, LengthWait.parsed("1-1000"), FIXED, seed, rate=1.0))
+        return list(drawn(50, TokenCounts.parsed("1-1000"), FIXED, seed, rate=1.0))
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -137,7 +137,7 @@ def test_the_same_seed_draws_the_same():
 )
 def test_wrong_lengths(text):
     with pytest.raises(TraceError, match="lengths are N, LOW-HIGH"):
-        LengthWait.parsed(text)
+        TokenCounts.parsed(text)
 
 
 @pytest.mark.parametrize(

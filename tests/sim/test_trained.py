@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution
 from tetri.sim.setup import Setup, SimError
-from tetri.sim.texts import Text
+from tetri.sim.texts import RecordedText
 from tetri.sim.traces import Arrival, resampled
 from tetri.sim.world import World
 
@@ -29,7 +29,7 @@ def texts(count=40):
     for _ in range(count):
         prompt, output = rng.randint(5, 400), rng.choice((rng.randint(2, 60), rng.randint(200, 450), 500))
         follows = tuple((known, sure(output - known)) for known in range(0, output, 64))
-        made.append(Text(prompt, output, 500, classifier=sure(output), follows=follows))
+        made.append(RecordedText(prompt, output, 500, classifier=sure(output), follows=follows))
     return made
 
 

@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
 from tetri.policy.views import FlipSettings
 from tetri.sim.setup import Setup, SimError
-from tetri.sim.traces import Arrival, LengthWait, drawn
+from tetri.sim.traces import Arrival, TokenCounts, drawn
 from tetri.sim.world import World
 
 L = 0.001  # seconds that a message takes
@@ -110,7 +110,7 @@ def test_a_prediction_is_waited_for_only_so_long(wait_s, after):
 
 # ---------------------------------------------------------------- many requests
 
-SOME = LengthWait.parsed("lognormal:200:1"), LengthWait.parsed("lognormal:60:0.8")
+SOME = TokenCounts.parsed("lognormal:200:1"), TokenCounts.parsed("lognormal:60:0.8")
 
 
 def batch(requests=60, rate=40.0, seed=1):
@@ -145,7 +145,7 @@ def test_what_goes_in_comes_out_and_everything_is_given_back(changes):
 def test_memory_that_binds_is_given_back_too(admit):
     """Some three requests fit at their ends. Greedy preempts; with true lengths, peak never does."""
     setup = replace(SETUP, kv_tokens=2000, rules=Rules(length="oracle", admit=admit), reserve_share=1.0)
-    result = World(setup, drawn(40, LengthWait.parsed("100"), LengthWait.parsed("300-700"), 1)).run()
+    result = World(setup, drawn(40, TokenCounts.parsed("100"), TokenCounts.parsed("300-700"), 1)).run()
     assert {each.state for each in result.outcomes} == {"done"}
     assert result.counters["preempted"] > 0 or admit != "greedy"
     assert result.counters["preempted"] == 0 or admit != "peak"

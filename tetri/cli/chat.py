@@ -34,12 +34,12 @@ def command(system: str | None, conf: Path | None, overrides: tuple[str, ...], t
 
 def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[str, Any]) -> int:
     """One question and its answer; both become part of `history`, unless there was no answer."""
-    from tetri.client import BadRequest, Failed, Refused
+    from tetri.client import BadRequest, RequestFailed, RequestRefused
 
     history.append({"role": "user", "content": line})
     try:
         result = _answer(client, history, sampling)
-    except (BadRequest, Failed, Refused) as error:  # the conversation can go on
+    except (BadRequest, RequestFailed, RequestRefused) as error:  # the conversation can go on
         history.pop()
         click.echo(f"tetri-cli: {error}", err=True)
         return FAILED
@@ -50,14 +50,14 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
 
 def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]) -> Any:
     """The Result. Oldest turns that the context has no room for leave `history`; what the system said stays."""
-    from tetri.client import Refused
+    from tetri.client import RequestRefused
 
     kept, first = list(history), history[0]["role"] == "system"
     while True:
         try:
             result = play(client.stream(messages=kept, **sampling), show=True)
             break
-        except Refused as error:
+        except RequestRefused as error:
             # The protocol has no code for it, but every such reason names the context.
             if "context" not in str(error) or len(kept) < first + 3:
                 raise

@@ -25,12 +25,12 @@ def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: tu
     What it has already it finishes beside the new; engine and weights stay. The last worker of a role is not
     flipped away from it. With a policy other than "none" in [monitor] the monitor may flip it again later.
     """
-    from tetri.client import Refused
+    from tetri.client import RequestRefused
 
     with connect(conf, timeout, overrides) as client:
         try:
             change = client.flip(iid, role)
-        except Refused as error:
+        except RequestRefused as error:
             if _unknown(client, iid):
                 raise click.UsageError(str(error)) from None
             raise

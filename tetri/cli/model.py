@@ -15,9 +15,9 @@ def command() -> None:
 def fetch(name: str | None) -> None:
     """Prepare a known model (the configuration's default when no NAME is given) and print its folder."""
     from tetri import models
-    from tetri.config import Model
+    from tetri.config import ModelConfig
 
-    name = name or Model().name
+    name = name or ModelConfig().name
     if name in models.KNOWN:
         click.echo(f"preparing {name}", err=True)
     click.echo(models.fetch(name))

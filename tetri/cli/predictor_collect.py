@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tetri.predict.collect import Collected, Plan, Texts, TextTask
+    from tetri.predict.collect import Collected, CollectPlan, TextTask, TextWriter
     from tetri.predict.lengths import Length, Prompt
     from tetri.text import Tokenizer
 
@@ -68,7 +68,7 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
 class Target:
     folder: Path
     tokenizer: Tokenizer
-    plan: Plan
+    plan: CollectPlan
     kv_mib: int
 
     @property
@@ -90,7 +90,7 @@ class Asked:
 
 def _target(how: dict[str, Any]) -> Target:
     from tetri.models import find, weights_hash
-    from tetri.predict.collect import Plan
+    from tetri.predict.collect import CollectPlan
     from tetri.text import TextError, load_tokenizer
 
     folder = find(how["model"])
@@ -99,7 +99,7 @@ def _target(how: dict[str, Any]) -> Target:
     except TextError as error:
         raise click.UsageError(str(error)) from None
     same = {name: how[name] for name in ("model", "temperature", "max_tokens", "seed", "every", "dtype")}
-    plan = Plan(weights=weights_hash(folder), layers=_layers(how["layers"], folder), **same)
+    plan = CollectPlan(weights=weights_hash(folder), layers=_layers(how["layers"], folder), **same)
     return Target(folder, tokenizer, plan, how["kv_mib"])
 
 
@@ -152,7 +152,7 @@ def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked
     return Asked(fit, samples, len(problems), longest)
 
 
-def _collected(out: Path, plan: Plan) -> Collected:
+def _collected(out: Path, plan: CollectPlan) -> Collected:
     from tetri.predict.collect import Collected
 
     collected = Collected(out, plan)
@@ -216,7 +216,7 @@ def _shown(made: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _writer(target: Target, batch: int, longest: int, stack: contextlib.ExitStack) -> Texts:
+def _writer(target: Target, batch: int, longest: int, stack: contextlib.ExitStack) -> TextWriter:
     """vLLM, closed with `leaving`."""
     from tetri.engine.base import EngineError
     from tetri.engine.vllm.writer import Writer

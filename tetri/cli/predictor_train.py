@@ -61,7 +61,7 @@ def _check(how: dict[str, Any]) -> None:
 def _wanted(plan: dict[str, Any], out: Path, how: dict[str, Any]) -> Any:
     from tetri.models import find, weights_hash
     from tetri.predict.encoder import CUT, DEFAULT
-    from tetri.predict.train import Wanted
+    from tetri.predict.train import TrainSettings
 
     name, weights = str(plan.get("model", "")), str(plan.get("weights", ""))
     if how["model"]:
@@ -71,7 +71,7 @@ def _wanted(plan: dict[str, Any], out: Path, how: dict[str, Any]) -> Any:
         name, weights = how["model"], given
     if not weights:
         raise click.UsageError("the lengths do not say whose they are: give --model")
-    return Wanted(
+    return TrainSettings(
         how["kind"],
         out,
         Path(name).name,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tetri.cost import Cost
     from tetri.engine.base import Engine
     from tetri.profile.fit import Fit
-    from tetri.profile.measure import Point
+    from tetri.profile.measure import MeasuredPoint
 
 BUSY_SHARE = 0.97  # of the time that a core was ours; with less, others were at work on it
 
@@ -92,11 +92,11 @@ def _config(conf: Path | None, overrides: tuple[str, ...], cpus: str | None) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredEngine:
     """`of`: engine and cores in words. `core_share`: how much of the measured time one pinned core worked for this
     process; None where that says nothing."""
 
-    points: list[Point]
+    points: list[MeasuredPoint]
     of: str
     kv_token_bytes: int
     kv_tokens: int
@@ -104,7 +104,7 @@ class Measured:
     core_share: float | None
 
 
-def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measured:
+def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> MeasuredEngine:
     from tetri.proc import build
     from tetri.proc.worker import pin
     from tetri.profile.measure import measure
@@ -129,7 +129,7 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
         share = work_s / wall_s if cores == 1 and config.engine.kind == "vllm" and not cpu_time else None
         block_bytes, block_tokens = engine.fingerprint.block_bytes, engine.capacity.block_tokens
         of, kv_tokens = _described(engine, config, cores), engine.capacity.blocks * block_tokens
-        return Measured(points, of, block_bytes // block_tokens, kv_tokens, wall_s, share)
+        return MeasuredEngine(points, of, block_bytes // block_tokens, kv_tokens, wall_s, share)
 
 
 def _described(engine: Engine, config: Config, cores: int) -> str:
@@ -178,7 +178,7 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _summary(made: Fit, measured: Measured) -> list[str]:
+def _summary(made: Fit, measured: MeasuredEngine) -> list[str]:
     """Sentences on how well the table fits, for its head and for the terminal."""
     lines = []
     for name, found in made.quality.items():
@@ -194,7 +194,7 @@ def _summary(made: Fit, measured: Measured) -> list[str]:
     return [*lines, *(f"note: {note}" for note in made.notes)]
 
 
-def _shown(table: Cost, made: Fit, measured: Measured) -> list[str]:
+def _shown(table: Cost, made: Fit, measured: MeasuredEngine) -> list[str]:
     lines = [table.source, "", f"{'chunk':>8} {'ms':>9} {'tokens/s':>9}"]
     for tokens, seconds in table.prefill:
         mark = "  the knee" if tokens == table.chunk_tokens else ""
@@ -213,7 +213,7 @@ def _shown(table: Cost, made: Fit, measured: Measured) -> list[str]:
     return lines + _summary(made, measured)
 
 
-def _as_json(table: Cost, made: Fit, measured: Measured) -> dict[str, Any]:
+def _as_json(table: Cost, made: Fit, measured: MeasuredEngine) -> dict[str, Any]:
     from tetri.profile.fit import kind_of, predicted
 
     points = [

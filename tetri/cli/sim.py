@@ -135,16 +135,16 @@ def _check_coupled(options: dict[str, Any]) -> None:
 
 def _setup(options: dict[str, Any]) -> Any:
     from tetri import cost
-    from tetri.config.tables import Monitor, Policy
+    from tetri.config.tables import MonitorConfig, PolicyConfig
     from tetri.policy.rules import Rules
     from tetri.policy.views import FlipSettings
     from tetri.sim.setup import Setup
 
-    monitor = _section(Monitor, "--monitor", options["monitors"], NOT_SIMULATED)
+    monitor = _section(MonitorConfig, "--monitor", options["monitors"], NOT_SIMULATED)
     direct = ("prefill", "decode", "mixed", "transfer", "chunk_tokens", "kv_tokens", "block_tokens", "max_batch")
     return Setup(
         cost=cost.load(options["cost"]),
-        rules=_picked(Rules, _section(Policy, "--policy", options["policies"])),
+        rules=_picked(Rules, _section(PolicyConfig, "--policy", options["policies"])),
         flip=options["flip"],
         flip_settings=_picked(FlipSettings, monitor),
         load_s=monitor.load_ms / 1000,
@@ -195,7 +195,7 @@ def _bytes_s(link: str) -> float:
 
 def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
     """The requests and, when it is known, how many."""
-    from tetri.sim.traces import LengthWait, drawn, replayed, with_deadline
+    from tetri.sim.traces import TokenCounts, drawn, replayed, with_deadline
 
     requests, trace = options["requests"], options["trace"]
     arrivals: Iterable[Any]
@@ -205,7 +205,7 @@ def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
         arrivals, total = replayed(trace, options["speedup"], requests), requests or None
     else:
         total = requests or 1000
-        prompt, output = LengthWait.parsed(options["prompt_tokens"]), LengthWait.parsed(options["output_tokens"])
+        prompt, output = TokenCounts.parsed(options["prompt_tokens"]), TokenCounts.parsed(options["output_tokens"])
         arrivals = drawn(total, prompt, output, options["seed"], options["rate"], options["burstiness"])
     if options["deadline"] is not None:
         arrivals = with_deadline(arrivals, options["deadline"])

@@ -7,7 +7,7 @@
 """
 
 from tetri.client.aio import AsyncClient, AsyncStream
-from tetri.client.frames import BadRequest, Failed, Refused, Result, TetriError, Unreachable
+from tetri.client.frames import BadRequest, RequestFailed, RequestRefused, Result, TetriError, Unreachable
 from tetri.client.place import find_address
 from tetri.client.sync import Client, Stream
 
@@ -16,8 +16,8 @@ __all__ = [
     "AsyncStream",
     "BadRequest",
     "Client",
-    "Failed",
-    "Refused",
+    "RequestFailed",
+    "RequestRefused",
     "Result",
     "Stream",
     "TetriError",

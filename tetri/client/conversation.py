@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tetri.client.frames import Failed, Refused, Result, TetriError, Unreachable, frame, parse
+from tetri.client.frames import RequestFailed, RequestRefused, Result, TetriError, Unreachable, frame, parse
 
 DIFFERENT = "({} messages made no sense here: are this client and the broker of the same version?)"
 
@@ -101,7 +101,7 @@ class Request(Call):
 
     @property
     def lost(self) -> bool:
-        return super().lost or (self.rid is not None and isinstance(self.error, Refused))
+        return super().lost or (self.rid is not None and isinstance(self.error, RequestRefused))
 
     def question(self) -> bytes:
         if self.rid is None:
@@ -123,7 +123,7 @@ class Request(Call):
             case "accepted":
                 self._accept(reply, now)
             case "refused":
-                self.end(Refused(reply["reason"], reply["retry_after_s"]))
+                self.end(RequestRefused(reply["reason"], reply["retry_after_s"]))
             case "delta":
                 self._extend(reply, now)
             case "done":
@@ -185,7 +185,7 @@ class Request(Call):
             receipt=done["receipt"],
         )
         why = done["error"] or "the request failed and the broker did not say why"
-        self.end(Failed(why, self.result) if done["reason"] == "error" else None)
+        self.end(RequestFailed(why, self.result) if done["reason"] == "error" else None)
 
 
 class Session:

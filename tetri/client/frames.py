@@ -24,7 +24,7 @@ class BadRequest(TetriError):
     """The request makes no sense; nothing was sent."""
 
 
-class Refused(TetriError):
+class RequestRefused(TetriError):
     """The broker will not take the request. `retry_after_s`: when to try again, if that may help."""
 
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
@@ -36,7 +36,7 @@ class Unreachable(TetriError):
     """No broker answers."""
 
 
-class Failed(TetriError):
+class RequestFailed(TetriError):
     """The request was taken and failed; `result` is what it had produced."""
 
     def __init__(self, reason: str, result: Result) -> None:

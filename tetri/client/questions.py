@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tetri.client.conversation import Call, Patience
-from tetri.client.frames import Refused, change_role, frame
+from tetri.client.frames import RequestRefused, change_role, frame
 
 
 class Cancellation(Call):
@@ -20,7 +20,7 @@ class Cancellation(Call):
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "refused" and reply["key"] == self._rid:
-            self.end(Refused(reply["reason"]))
+            self.end(RequestRefused(reply["reason"]))
         elif reply["type"] == "done" and reply["rid"] == self._rid:
             self.end()
         else:
@@ -61,7 +61,7 @@ class RoleQuestion(Call):
         if reply.get("key") != self._key:
             return False
         if reply["type"] == "refused":
-            self.end(Refused(reply["reason"]))
+            self.end(RequestRefused(reply["reason"]))
         elif reply["type"] == "role_changed":
             self.change = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
             self.end()

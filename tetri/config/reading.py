@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.config.checks import contradictions
-from tetri.config.tables import Config, Worker
+from tetri.config.tables import Config, WorkerConfig
 from tetri.strict import ConfigError, section, types
 
 _SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config) if f.name != "workers"}
@@ -70,7 +70,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
         return
     kind: type
     if len(parts) == 3 and parts[0] == "worker":
-        table, kind = _worker_table(tables, parts[1], key), Worker
+        table, kind = _worker_table(tables, parts[1], key), WorkerConfig
     elif len(parts) == 2 and parts[0] in _SECTIONS:
         table, kind = tables.setdefault(parts[0], {}), _SECTIONS[parts[0]]
     else:
@@ -97,7 +97,7 @@ def _config(tables: Mapping[str, Any], where: str) -> Config:
     workers = tables.get("worker", [])
     if not isinstance(workers, list):
         raise ConfigError(f"{where}: worker: must be a list of tables, written as [[worker]]")
-    listed = tuple(section(Worker, table, where, f"worker {i}") for i, table in enumerate(workers, 1))
+    listed = tuple(section(WorkerConfig, table, where, f"worker {i}") for i, table in enumerate(workers, 1))
     return Config(**sections, workers=listed)
 
 

@@ -24,7 +24,7 @@ def _cpus() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class ClusterConfig:
     name: str = text("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
     run_dir: str = text("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
     key: str = text("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same on all hosts
@@ -35,7 +35,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
-class Broker:
+class BrokerConfig:
     clients: str = ""  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
     max_open: int = number(4096, 1, 1 << 20)
     client_grace_s: float = number(5.0, 0, 3600)
@@ -43,14 +43,14 @@ class Broker:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelConfig:
     name: str = text("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
     dtype: str = choice("bfloat16", "bfloat16", "float32")
     context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's own
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineConfig:
     kind: str = choice("vllm", "vllm", "emulated")
     chunk_tokens: int = number(512, 1, 1 << 20)  # tokens of one step: one for each decode, the rest prefill
     max_batch: int = number(32, 1, 1 << 14)
@@ -63,7 +63,7 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class Emulated:
+class EmulatedConfig:
     blocks: int = number(4096, 1, 1 << 24)
     token_bytes: int = number(64, 1, 1 << 20)
     vocabulary: int = number(32000, 257, 1 << 24)  # more than 256: ids below that are bytes
@@ -72,7 +72,7 @@ class Emulated:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class TransferConfig:
     transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
     address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
     announce: str = ""  # what other hosts connect to instead, where they see this one under another address
@@ -90,7 +90,7 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class PolicyConfig:
     """The fields of `Rules`, under the same names and with the same defaults."""
 
     prefill_route: str = choice(_RULES.prefill_route, *TABLES["prefill_route"])
@@ -111,7 +111,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Predictor:
+class PredictorConfig:
     """Of output lengths, while policy.length is "trained"."""
 
     # "auto": what there is for this model, or else the prior, and `status` says why; any other one must be there.
@@ -122,7 +122,7 @@ class Predictor:
 
 
 @dataclass(frozen=True, slots=True)
-class Monitor:
+class MonitorConfig:
     """How often loads and views are published, and who takes which role (the fields of `FlipSettings`)."""
 
     load_ms: int = number(100, 1, 1000)
@@ -138,7 +138,7 @@ class Monitor:
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class WorkerConfig:
     iid: str = text(  # logs and programs bear its name beside those three
         REQUIRED,
         r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}",
@@ -153,16 +153,16 @@ class Worker:
 class Config:
     """One deployment. `workers` is the list of [[worker]] tables, in order."""
 
-    cluster: Cluster = Cluster()
-    broker: Broker = Broker()
-    model: Model = Model()
-    engine: Engine = Engine()
-    emulated: Emulated = Emulated()
-    transfer: Transfer = Transfer()
-    policy: Policy = Policy()
-    predictor: Predictor = Predictor()
-    monitor: Monitor = Monitor()
-    workers: tuple[Worker, ...] = ()
+    cluster: ClusterConfig = ClusterConfig()
+    broker: BrokerConfig = BrokerConfig()
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    emulated: EmulatedConfig = EmulatedConfig()
+    transfer: TransferConfig = TransferConfig()
+    policy: PolicyConfig = PolicyConfig()
+    predictor: PredictorConfig = PredictorConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    workers: tuple[WorkerConfig, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -190,7 +190,7 @@ class Config:
     def inbox_address(self, iid: str) -> str:
         return f"ipc://{self.run_dir}/inbox-{iid}"
 
-    def worker(self, iid: str) -> Worker:
+    def worker(self, iid: str) -> WorkerConfig:
         """The [[worker]] table of `iid`; a ConfigError that lists the known ones otherwise."""
         for worker in self.workers:
             if worker.iid == iid:

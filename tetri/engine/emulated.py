@@ -18,7 +18,7 @@ import xxhash
 from tetri.cost import Cost
 from tetri.engine.base import EngineError, EngineRequest, StepDone
 from tetri.engine.paged import Paged
-from tetri.engine.plan import EOS, Plan, Slot
+from tetri.engine.plan import EOS, Slot, StepPlan
 from tetri.kv.base import joined
 from tetri.request import Capacity, Fingerprint, Sampling
 
@@ -124,7 +124,7 @@ class EmulatedEngine:
                 self._release(content)
         return done
 
-    def _run(self, plan: Plan) -> int:
+    def _run(self, plan: StepPlan) -> int:
         """Compute pass after pass, each for as long as the table says; how many there were."""
         start, slots = self.clock(), self.paged.slots
         for span in plan.chunk:

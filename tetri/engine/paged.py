@@ -24,7 +24,7 @@ from bisect import insort
 
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
-from tetri.engine.plan import EOS, Ids, Plan, Slot
+from tetri.engine.plan import EOS, Ids, Slot, StepPlan
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.request import Capacity, blocks_for
 
@@ -110,7 +110,7 @@ class Paged:
 
     # ------------------------------------------------------------ a step
 
-    def plan(self, most: int = 1) -> Plan:
+    def plan(self, most: int = 1) -> StepPlan:
         """Take the blocks for the next pass, and say what runs in it and in up to `most` in all."""
         allocated = self._allocate() if self._parked else ()
         preempted = self._grow() if self._short else ()
@@ -119,9 +119,9 @@ class Paged:
         steps = 1
         if most > 1 and self._batch and not (allocated or preempted or again or chunk):
             steps = self._affordable(min(most, self._passes()))
-        return Plan(self.cost, steps, self._batch, self._context, chunk, again, allocated, preempted)
+        return StepPlan(self.cost, steps, self._batch, self._context, chunk, again, allocated, preempted)
 
-    def finish(self, plan: Plan, steps: int, ids: Ids) -> StepDone:
+    def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
         """The first `steps` passes of the plan are done, and gave the tokens that `ids` names; of one pass for a leg
         whose prefill ends. A leg that gets EOS must get it last."""
         spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])

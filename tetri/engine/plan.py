@@ -31,7 +31,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """What the next step runs: `batch`, one token each and `again` of them after a preemption, and `chunk`.
 
     `steps`: how many forward passes it may advance in one go. More than 1 only when nothing but the batch runs and

@@ -17,7 +17,7 @@ from tetri.kv.base import Fetched, KVLost, KVStore, Wanted
 LINKS = {"roce-200g": 25e9, "nvlink": 300e9}
 
 
-class Link:
+class LimitedLink:
     """A link of `bytes_s`, whose bytes arrive `latency_s` after they were sent."""
 
     def __init__(self, bytes_s: float, latency_s: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class LimitedStore:
     What a worker takes from itself crosses no link."""
 
     def __init__(
-        self, store: KVStore, link: Link, block_bytes: int, clock: Callable[[], float] = time.monotonic
+        self, store: KVStore, link: LimitedLink, block_bytes: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.store, self.link, self.block_bytes, self.clock = store, link, block_bytes, clock
         self.slots, self.reach = store.slots, store.reach

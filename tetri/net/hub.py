@@ -18,7 +18,7 @@ import zmq
 from tetri.net import sockets
 from tetri.net.errors import NetError
 from tetri.net.intake import Intake
-from tetri.net.link import Link
+from tetri.net.link import PeerLink
 from tetri.wire import codec
 from tetri.wire.codec import Messages
 from tetri.wire.events import NetEvent, PeerDown, PeerUp
@@ -44,10 +44,10 @@ class Hub:
         self._intakes: dict[sockets.Socket, Intake] = {}
         self._bounds: list[sockets.Bound] = []
         self._router: sockets.Socket | None = None
-        self._outlet: sockets.Socket | Link | None = None  # where publish() goes
-        self._feeds: list[Link] = []  # PUB or SUB sockets that connect
-        self._links: dict[str, Link] = {}
-        self._monitors: dict[sockets.Socket, Link] = {}
+        self._outlet: sockets.Socket | PeerLink | None = None  # where publish() goes
+        self._feeds: list[PeerLink] = []  # PUB or SUB sockets that connect
+        self._links: dict[str, PeerLink] = {}
+        self._monitors: dict[sockets.Socket, PeerLink] = {}
         self._wake_read, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller.register(self._wake_read, zmq.POLLIN)
 
@@ -108,7 +108,7 @@ class Hub:
         if self._outlet is None:
             raise NetError("publish without bind_publisher or connect_publisher")
         data = codec.encode(message)
-        socket = self._outlet.socket if isinstance(self._outlet, Link) else self._outlet
+        socket = self._outlet.socket if isinstance(self._outlet, PeerLink) else self._outlet
         with suppress(zmq.Again):
             socket.send(data, zmq.NOBLOCK)
         self.counters["published"] += 1
@@ -121,8 +121,8 @@ class Hub:
         link = self._feed(address, make)
         self._read_from(link.socket, address, union, identities=False)
 
-    def _feed(self, address: str, make: Callable[[sockets.Context], sockets.Socket]) -> Link:
-        link = Link(self._context, "", address, make)
+    def _feed(self, address: str, make: Callable[[sockets.Context], sockets.Socket]) -> PeerLink:
+        link = PeerLink(self._context, "", address, make)
         self._feeds.append(link)
         self._watch(link)
         return link
@@ -131,7 +131,7 @@ class Hub:
         for at, old in enumerate(self._feeds):
             if not old.given_up_for(RETRY_S):
                 continue
-            new = self._feeds[at] = Link(self._context, "", old.address, old.make)
+            new = self._feeds[at] = PeerLink(self._context, "", old.address, old.make)
             self._unwatch(old)
             self._watch(new)
             intake = self._intakes.pop(old.socket, None)
@@ -143,11 +143,11 @@ class Hub:
             self._outlet = new if self._outlet is old else self._outlet
             old.close()
 
-    def _watch(self, link: Link) -> None:
+    def _watch(self, link: PeerLink) -> None:
         self._monitors[link.monitor] = link
         self._poller.register(link.monitor, zmq.POLLIN)
 
-    def _unwatch(self, link: Link) -> None:
+    def _unwatch(self, link: PeerLink) -> None:
         self._poller.unregister(link.monitor)
         del self._monitors[link.monitor]
 
@@ -161,7 +161,7 @@ class Hub:
         self._open(peer, address)
 
     def _open(self, peer: str, address: str) -> None:
-        link = Link(self._context, peer, address)
+        link = PeerLink(self._context, peer, address)
         self.disconnect(peer)
         self._links[peer] = link
         self._watch(link)

@@ -18,7 +18,7 @@ from tetri.wire.events import PeerDown, PeerUp
 _monitor_number = count()
 
 
-class Link:
+class PeerLink:
     """A connection to `peer` that is made again whenever it breaks. `monitor` is to be polled; when it is
     readable, `news()` says what happened."""
 

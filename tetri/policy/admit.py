@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 
-from tetri.policy.views import BatchView, Member, WaitingRequest
+from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import blocks_for
 
 #: Share of the memory that `peak` leaves alone, for those that outlive their prediction: nobody counted on what they
@@ -141,10 +141,10 @@ def _in_turn(waiting: Sequence[WaitingRequest], batch: BatchView) -> Iterator[Wa
     return iter(sorted(waiting, key=lambda request: request.landed)[:slots])
 
 
-def _left(request: Member | WaitingRequest) -> int:
+def _left(request: BatchMember | WaitingRequest) -> int:
     """Steps until its predicted end, at least one: it would have ended otherwise."""
     return max(request.end - request.tokens, 1)
 
 
-def _end(request: Member | WaitingRequest) -> int:
+def _end(request: BatchMember | WaitingRequest) -> int:
     return request.tokens + _left(request)

@@ -11,7 +11,7 @@ from tetri.policy.views import Progress
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CoupledLimits:
     """`slots` requests may hold memory at once; an iteration computes at most `step_tokens` tokens; `kv_tokens` of
     memory in all."""
 
@@ -39,7 +39,7 @@ class Iteration:
     decode: bool
 
 
-def prefill_first(view: CoupledView, limits: Limits) -> Iteration:
+def prefill_first(view: CoupledView, limits: CoupledLimits) -> Iteration:
     """vLLM of 2023, the paper's baseline: while a slot is free and a prompt waits, an iteration prefills whole prompts
     in order, as many as fit `step_tokens`, and the decodes stall; a longer prompt goes alone. Otherwise all decode."""
     spans: list[Span] = []
@@ -53,7 +53,7 @@ def prefill_first(view: CoupledView, limits: Limits) -> Iteration:
     return Iteration(tuple(spans), decode=not spans)
 
 
-def chunked(view: CoupledView, limits: Limits) -> Iteration:
+def chunked(view: CoupledView, limits: CoupledLimits) -> Iteration:
     """vLLM of today: every decoding request takes one token of `step_tokens` first, and prompts, cut where it ends,
     fill the rest. A prompt starts when memory for all of it is there."""
     spans: list[Span] = []
@@ -89,4 +89,7 @@ def preempted(held: Sequence[int], free: int) -> int:
 
 
 #: name -> rule
-COUPLED: dict[str, Callable[[CoupledView, Limits], Iteration]] = {"prefill_first": prefill_first, "chunked": chunked}
+COUPLED: dict[str, Callable[[CoupledView, CoupledLimits], Iteration]] = {
+    "prefill_first": prefill_first,
+    "chunked": chunked,
+}

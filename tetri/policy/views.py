@@ -75,7 +75,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class BatchMember:
     """A request in the running batch: it holds KV of `tokens` tokens and is predicted to end with `end`; at least one
     more than it has."""
 
@@ -100,7 +100,7 @@ class BatchView:
     """The running batch of a decode instance and its memory. `free_blocks` are in no account, waiting requests' own
     blocks not included; it may be negative, since greedy admission overcommits."""
 
-    running: Sequence[Member]
+    running: Sequence[BatchMember]
     max_batch: int
     free_blocks: int
     block_tokens: int = 1

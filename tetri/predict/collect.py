@@ -35,7 +35,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectPlan:
     """How texts are written; kept beside the lengths, as FILE.json, so that no file is continued another way.
     `weights`: the hash of the model's; `model` is what it was called. `layers`, `every`: which hidden states are kept,
     see engine/vllm/writer.py."""
@@ -54,7 +54,7 @@ class Plan:
         return {name: value for name, value in asdict(self).items() if name != "model"}
 
 
-class Texts(Protocol):
+class TextWriter(Protocol):
     """What writes texts: engine/vllm/writer.py."""
 
     context: int
@@ -128,7 +128,7 @@ class Collected:
     affair: of a power failure, the worst is that the last texts are written again. Raises PredictError for a file that
     another process holds or that was begun another way, and OSError."""
 
-    def __init__(self, lengths: Path, plan: Plan) -> None:
+    def __init__(self, lengths: Path, plan: CollectPlan) -> None:
         self._lengths, self._plan = lengths, plan
         if lengths.exists() and not lengths.is_file():
             raise PredictError(f"{lengths} is no file: give another --out")
@@ -184,9 +184,9 @@ class Collected:
 
 def collect(
     tasks: Sequence[TextTask],
-    plan: Plan,
+    plan: CollectPlan,
     collected: Collected,
-    writer: Texts,
+    writer: TextWriter,
     chat: Chat,
     batch: int,
     progress: Callable[[Length], None],
@@ -212,7 +212,7 @@ def collect(
             progress(made)
 
 
-def sampling_of(task: TextTask, plan: Plan) -> Sampling:
+def sampling_of(task: TextTask, plan: CollectPlan) -> Sampling:
     """Each text has a seed of its own, that depends on nothing but the prompt and the sample's number."""
     seed = xxhash.xxh3_64_intdigest(f"{plan.seed} {task.sample} {task.prompt.key}".encode()) >> 1
     return Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=seed)
@@ -222,17 +222,17 @@ def plan_path(lengths: Path) -> Path:
     return lengths.with_name(f"{lengths.name}.json")
 
 
-def read_plan(lengths: Path) -> Plan | None:
+def read_plan(lengths: Path) -> CollectPlan | None:
     """With which `lengths` was begun; None where that cannot be known."""
     try:
         found = json.loads(plan_path(lengths).read_bytes())
-        known = {field.name: found[field.name] for field in fields(Plan) if field.name in found}
-        return Plan(**{**known, "layers": tuple(known.get("layers", ()))})
+        known = {field.name: found[field.name] for field in fields(CollectPlan) if field.name in found}
+        return CollectPlan(**{**known, "layers": tuple(known.get("layers", ()))})
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
-def _check(plan: Plan, lengths: Path) -> bool:
+def _check(plan: CollectPlan, lengths: Path) -> bool:
     """Whether the file was begun, and this way; a run that ended before its first length began nothing. Raises
     PredictError."""
     before = read_plan(lengths)

@@ -43,7 +43,7 @@ class Classifier(Protocol):
         """One batch, of longer texts the ends; and how many tokens each text has."""
 
 
-class Head(Protocol):
+class EstimatorHead(Protocol):
     """The part of tetri.predict.model.Loaded, of kind hidden, that is used here."""
 
     @property
@@ -93,7 +93,7 @@ class Steady:
     """A head that reads hidden states (tetri.predict.model.Loaded, of kind hidden), and cannot fail once it has
     answered: its first answer is asked for at the start, when an error still helps."""
 
-    def __init__(self, head: Head, logger: logging.Logger) -> None:
+    def __init__(self, head: EstimatorHead, logger: logging.Logger) -> None:
         self._head, self._log = head, logger
         self.layer, self.every = head.layer, head.every
         self._answered = False

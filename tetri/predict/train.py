@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TrainSettings:
     """`layer`: 0: the best of those that were kept; `depth`: 0: two thirds of the encoder."""
 
     kind: str
@@ -50,7 +50,7 @@ class Wanted:
     date: str = ""
 
 
-def train(texts: Texts, wanted: Wanted, progress: Progress) -> dict[str, Any]:
+def train(texts: Texts, wanted: TrainSettings, progress: Progress) -> dict[str, Any]:
     """What `report` says of the held-out part. Raises PredictError, one line; OSError."""
     learnt, held = _parts(texts, wanted.seed)
     started = time.monotonic()
@@ -81,7 +81,7 @@ def _first(lengths: Sequence[Length]) -> list[Length]:
     return Texts(list(lengths), {}, {}, []).first()
 
 
-def _hidden(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, progress: Progress) -> Card:
+def _hidden(texts: Texts, learnt: list[Length], wanted: TrainSettings, folder: Path, progress: Progress) -> Card:
     layers = (wanted.layer,) if wanted.layer else texts.layers
     if not layers:
         raise PredictError("the lengths have no hidden states: collect with --layers")
@@ -113,7 +113,7 @@ def _positions(texts: Texts, learnt: list[Length], layer: int, seed: int) -> Row
     return replace(rows, features=with_place(states, rows.known.tolist()))
 
 
-def _classifier(texts: Texts, learnt: list[Length], wanted: Wanted, folder: Path, progress: Progress) -> Card:
+def _classifier(texts: Texts, learnt: list[Length], wanted: TrainSettings, folder: Path, progress: Progress) -> Card:
     encoder = load_encoder(wanted.encoder, wanted.cut, wanted.depth)
     rows = _rows(learnt, wanted.seed)
     buckets = buckets_of(texts.limit, WIDTH)
@@ -157,7 +157,9 @@ def _vectors(encoder: Encoder, prompts: Sequence[str], progress: Progress) -> Ar
     return np.stack([found[prompt] for prompt in prompts])
 
 
-def _card(texts: Texts, learnt: Sequence[Length], wanted: Wanted, fitted: Fitted, rows: Rows, folder: Path) -> Card:
+def _card(
+    texts: Texts, learnt: Sequence[Length], wanted: TrainSettings, fitted: Fitted, rows: Rows, folder: Path
+) -> Card:
     """Saves the head."""
     judged = np.isfinite(fitted.left_out[:, 0])  # with --full only the part that was not learnt from
     levels = levels_of(fitted.left_out[judged], rows.tokens[judged], rows.open[judged], WIDTH)

@@ -16,7 +16,7 @@ from tetri.instance import Instance
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVStore
 from tetri.kv.cuda.runtime import Device, load, put_first
-from tetri.kv.limit import LINKS, LimitedStore, Link
+from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.models import find, weights_hash
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
@@ -135,7 +135,7 @@ def store(
     return open_store(settings, wake)
 
 
-def link(config: Config) -> Link | None:
+def link(config: Config) -> LimitedLink | None:
     """The emulated link. An emulated engine's KV is small and its time may be stretched: its link is slower by as
     much, so that a chunk takes as long as the KV of the model that the cost table was measured with, at the same pace.
     Raises ConfigError or CostError."""
@@ -148,7 +148,7 @@ def link(config: Config) -> Link | None:
     if engine.kind != "emulated":
         if made.emulate_token_bytes:
             raise ConfigError("transfer.emulate_token_bytes is of an emulated engine: a real one has its own KV")
-        return Link(bytes_s, made.emulate_latency_us / 1e6)
+        return LimitedLink(bytes_s, made.emulate_latency_us / 1e6)
     token_bytes = made.emulate_token_bytes or (cost.load(engine.cost).kv_token_bytes if engine.cost else 0)
     if not token_bytes:
         raise ConfigError(
@@ -159,7 +159,7 @@ def link(config: Config) -> Link | None:
     if not scale:
         raise ConfigError("transfer.emulate takes time, emulated.time_scale = 0 wants none: set one of them")
     slower = token_bytes / config.emulated.token_bytes * scale
-    return Link(bytes_s / slower, made.emulate_latency_us / 1e6 * scale)
+    return LimitedLink(bytes_s / slower, made.emulate_latency_us / 1e6 * scale)
 
 
 def identity(

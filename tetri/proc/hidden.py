@@ -12,7 +12,7 @@ from tetri.engine_request import HiddenStateEstimate, StepDone
 from tetri.request import LengthDistribution
 
 
-class Head(Protocol):
+class Estimator(Protocol):
     """tetri.predict.model.Loaded, of kind hidden."""
 
     @property
@@ -25,7 +25,7 @@ class Head(Protocol):
         """`states` [n, hidden]; raises PredictError when they are of another model."""
 
 
-def estimating(engine: Engine, head: Head) -> Callable[[int], StepDone]:
+def estimating(engine: Engine, head: Estimator) -> Callable[[int], StepDone]:
     """The engine's `step`, from now on with `StepDone.foretold`. Raises EngineError, one line, when the engine gives no
     hidden states, and PredictError when the head is for a model of another size."""
     if not isinstance(engine, SupportsHiddenStates):
@@ -48,7 +48,7 @@ def estimating(engine: Engine, head: Head) -> Callable[[int], StepDone]:
     return step
 
 
-def estimates(hook: HiddenStateHook, head: Head) -> tuple[HiddenStateEstimate, ...]:
+def estimates(hook: HiddenStateHook, head: Estimator) -> tuple[HiddenStateEstimate, ...]:
     """What the head says of the states that the last step took."""
     states = hook.collect()
     if states is None:

@@ -39,7 +39,7 @@ ALONE_TOKENS = 512  # prompts of more, for a classifier that cuts nothing, are r
 
 
 @dataclass(frozen=True, slots=True)
-class Predictor:
+class LoadedPredictor:
     """What there is for this worker. `expected` says it to the core."""
 
     expected: Expected
@@ -55,7 +55,7 @@ def check(config: Config) -> None:
         _named(config, examine)
 
 
-def load_predictor(config: Config, logger: logging.Logger) -> Predictor | None:
+def load_predictor(config: Config, logger: logging.Logger) -> LoadedPredictor | None:
     """None unless lengths are predicted by what was learnt. Asked for by its name a predictor must be there; `auto`
     goes on with the prior, and says why. Raises ConfigError and ModelError, one line."""
     if config.policy.length != "trained":
@@ -64,14 +64,14 @@ def load_predictor(config: Config, logger: logging.Logger) -> Predictor | None:
         prepare_environment()  # before anything imports torch
     kind = config.predictor.kind
     if kind == "prior":
-        return Predictor(_prior(config, "as the configuration wants it"))
+        return LoadedPredictor(_prior(config, "as the configuration wants it"))
     if kind != "auto":
         named, parts = _named(config, load)
         return _together(parts, named)
     folder, weights = _place(config)
     if folder is None:
         model = "an emulated engine" if config.engine.kind == "emulated" else f"model {config.model.name}"
-        return Predictor(_prior(config, f"no predictor: tetri brings none for {model}"))
+        return LoadedPredictor(_prior(config, f"no predictor: tetri brings none for {model}"))
     whys: list[str] = []
     for kinds in AUTO[config.engine.kind]:
         try:
@@ -81,9 +81,9 @@ def load_predictor(config: Config, logger: logging.Logger) -> Predictor | None:
     return _fallen_back(config, logger, whys[0])
 
 
-def _fallen_back(config: Config, logger: logging.Logger, why: str) -> Predictor:
+def _fallen_back(config: Config, logger: logging.Logger, why: str) -> LoadedPredictor:
     logger.warning("lengths are predicted by the prior alone %s", log.fields(why=why))
-    return Predictor(_prior(config, f"no predictor: {why}"))
+    return LoadedPredictor(_prior(config, f"no predictor: {why}"))
 
 
 def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path, dict[str, Part]]:
@@ -101,13 +101,13 @@ def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path
         raise ConfigError(f'predictor.kind = "{kind}": {error}') from None
 
 
-def _together(loaded: dict[str, Loaded], folder: Path, *whys: str) -> Predictor:
+def _together(loaded: dict[str, Loaded], folder: Path, *whys: str) -> LoadedPredictor:
     """Of both the hidden states' prior and calibration are used: theirs is the last word. `whys`: why not another."""
     one = loaded.get("hidden") or loaded["classifier"]
     kind = "both" if len(loaded) == len(KINDS) else one.card.kind
     trained = f", trained {one.card.date}" if one.card.date else ""
     expected = one.expected("; ".join([f"from {_name(folder)}{trained}", *whys]))
-    return Predictor(msgspec.structs.replace(expected, kind=kind), loaded.get("classifier"), loaded.get("hidden"))
+    return LoadedPredictor(msgspec.structs.replace(expected, kind=kind), loaded.get("classifier"), loaded.get("hidden"))
 
 
 def _place(config: Config) -> tuple[Path | None, str]:
@@ -151,7 +151,7 @@ def _name(folder: Path) -> str:
 # ---------------------------------------------------------------- at work
 
 
-class Asked(Protocol):
+class AskedPrompts(Protocol):
     """A classifier that serves: tetri.predict.serve.Parallel or Sequential."""
 
     @property
@@ -170,7 +170,7 @@ class Asked(Protocol):
     def close(self) -> None: ...
 
 
-class Serving:
+class PredictorServing:
     """The predictor of one worker, as its core's actions and its beats know it. `expected` says to the core what to
     expect of it; `step` is the engine's, with what its hidden states foretell if they are read."""
 
@@ -178,7 +178,7 @@ class Serving:
         self,
         expected: Expected,
         step: Callable[[int], StepDone],
-        classifier: Asked | None = None,
+        classifier: AskedPrompts | None = None,
         head: Steady | None = None,
     ) -> None:
         self.expected, self.step = expected, step
@@ -213,8 +213,8 @@ class Serving:
 
 
 def serving_of(
-    predictor: Predictor, engine: Engine, config: Config, wake: Callable[[], None], logger: logging.Logger
-) -> Serving:
+    predictor: LoadedPredictor, engine: Engine, config: Config, wake: Callable[[], None], logger: logging.Logger
+) -> PredictorServing:
     """`wake` ends the worker's wait, from any thread. Raises EngineError and ConfigError when the engine shows no
     hidden states to one that reads them, unless `auto` has chosen it: then it is the prior's turn. Also ModelError and
     TextError, of the tokeniser."""
@@ -227,12 +227,12 @@ def serving_of(
         except (EngineError, PredictError) as error:
             if config.predictor.kind != "auto":
                 raise ConfigError(f'predictor.kind = "{config.predictor.kind}": {error}') from None
-            return Serving(_fallen_back(config, logger, str(error)).expected, engine.step)
+            return PredictorServing(_fallen_back(config, logger, str(error)).expected, engine.step)
     classifier = None if predictor.classifier is None else asked(predictor.classifier, config, wake, logger)
-    return Serving(predictor.expected, step, classifier, head)
+    return PredictorServing(predictor.expected, step, classifier, head)
 
 
-def asked(classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger) -> Asked:
+def asked(classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger) -> AskedPrompts:
     """Ready to be asked. Raises ModelError and TextError."""
     cut = classifier.card.cut
     reading = Reading(classifier, reader(build.tokenizer(config)), cut, logger)
@@ -249,7 +249,7 @@ def _known(answer: Answer) -> LengthKnown:
 class StatusNetwork:
     """A worker's network, over which beats go with the predictor's own part."""
 
-    def __init__(self, network: Network, serving: Serving) -> None:
+    def __init__(self, network: Network, serving: PredictorServing) -> None:
         self.network, self.serving = network, serving
         self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
 

@@ -99,7 +99,7 @@ class MonitorStart(msgspec.Struct, frozen=True, tag="monitor"):
 Start = BrokerStart | WorkerStart | MonitorStart
 
 
-class Call(msgspec.Struct, frozen=True, array_like=True):
+class RecordedCall(msgspec.Struct, frozen=True, array_like=True):
     """One call of a core: `verb` is handle or tick; `event` is empty for a tick. Values are (type's name, fields)."""
 
     verb: str
@@ -126,12 +126,12 @@ class Recorder:
 
     def handle(self, event: Any, now: float) -> Sequence[Any]:
         answered = self._core.handle(event, now)
-        self._write(Call("handle", now, [raw(event)], list(map(raw, answered))))
+        self._write(RecordedCall("handle", now, [raw(event)], list(map(raw, answered))))
         return answered
 
     def tick(self, now: float) -> Sequence[Any]:
         answered = self._core.tick(now)
-        self._write(Call("tick", now, [], list(map(raw, answered))))
+        self._write(RecordedCall("tick", now, [], list(map(raw, answered))))
         return answered
 
     def __getattr__(self, name: str) -> Any:
@@ -142,7 +142,7 @@ class Recorder:
             self._file.close()
             self._file = None
 
-    def _write(self, call: Call) -> None:
+    def _write(self, call: RecordedCall) -> None:
         """What cannot be written ends the record, not the process: what is there is good so far."""
         if self._file is None:
             return
@@ -186,7 +186,7 @@ def framed(data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + data
 
 
-def read(path: Path) -> tuple[Start, Iterator[Call]]:
+def read(path: Path) -> tuple[Start, Iterator[RecordedCall]]:
     """What the core was made from, and its calls in order. A last record that is cut off (its process was killed
     while it wrote) is left out. Raises RecordError, the iterator too."""
     try:
@@ -199,8 +199,8 @@ def read(path: Path) -> tuple[Start, Iterator[Call]]:
     return start, _calls(path, records)
 
 
-def _calls(path: Path, records: Iterator[bytes]) -> Iterator[Call]:
-    decoder = msgspec.msgpack.Decoder(Call)
+def _calls(path: Path, records: Iterator[bytes]) -> Iterator[RecordedCall]:
+    decoder = msgspec.msgpack.Decoder(RecordedCall)
     for number, record in enumerate(records, 1):
         try:
             yield decoder.decode(record)

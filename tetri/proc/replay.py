@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tetri.proc.recorder import Call, RecordError, raw, read, value
+from tetri.proc.recorder import RecordedCall, RecordError, raw, read, value
 
 SHOWN_CHARS = 400  # of one action, in a difference
 
@@ -48,7 +48,7 @@ def replay(path: Path) -> Replayed:
     return Replayed(path.stem, kind, events, ticks, actions)
 
 
-def _play(core: Any, call: Call) -> list[tuple[str, msgspec.Raw]] | str:
+def _play(core: Any, call: RecordedCall) -> list[tuple[str, msgspec.Raw]] | str:
     """What the core says to this call; a text that says what went wrong."""
     try:
         answered = core.tick(call.now) if call.verb == "tick" else core.handle(value(call.event[0]), call.now)
@@ -66,7 +66,7 @@ def _first(was: list[tuple[str, msgspec.Raw]], now: list[tuple[str, msgspec.Raw]
     raise AssertionError("two lists that differ and do not")
 
 
-def _described(call: Call) -> str:
+def _described(call: RecordedCall) -> str:
     return f"{call.verb} {call.event[0][0]} at {call.now:.6f}" if call.event else f"{call.verb} at {call.now:.6f}"
 
 

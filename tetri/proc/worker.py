@@ -15,8 +15,7 @@ from random import Random
 import click
 
 from tetri import log
-from tetri.config import Config, cpu_numbers, default_path, load
-from tetri.config import Worker as WorkerConfig
+from tetri.config import Config, WorkerConfig, cpu_numbers, default_path, load
 from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker.worker import Worker
 from tetri.cost import CostError
@@ -34,7 +33,7 @@ from tetri.predict.serve import still_reading
 from tetri.proc import build
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
-from tetri.proc.predictor import Serving, StatusNetwork, load_predictor, serving_of
+from tetri.proc.predictor import PredictorServing, StatusNetwork, load_predictor, serving_of
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.request import ROLES
 from tetri.strict import ConfigError
@@ -54,7 +53,7 @@ def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
 
 
 def executor_of(
-    core: Worker, engine: Engine, copies: Copies, network: Network, serving: Serving | None
+    core: Worker, engine: Engine, copies: Copies, network: Network, serving: PredictorServing | None
 ) -> WorkerExecutor:
     """What the core says is done by this engine, its copies and this network; lengths are named by `serving`, or by
     the policy alone."""

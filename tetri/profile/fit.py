@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tetri.cost import Cost, Curve
-from tetri.profile.measure import Point, ProfileError
+from tetri.profile.measure import MeasuredPoint, ProfileError
 
 KINDS = ("prefill", "decode", "packed", "mixed")
 PEAK_SHARE = 0.95  # of the best prefill rate, at the knee
@@ -48,7 +48,7 @@ class Fit:
     notes: tuple[str, ...]
 
 
-def fit(points: Sequence[Point]) -> Fit:
+def fit(points: Sequence[MeasuredPoint]) -> Fit:
     """Raises ProfileError when the points cannot make a table."""
     if not points or min(point.seconds for point in points) <= 0:
         raise ProfileError("steps that take no time cannot be measured: give the emulated engine a cost table")
@@ -72,7 +72,7 @@ def fit(points: Sequence[Point]) -> Fit:
     return Fit(cost, _qualities(cost, points), float(np.mean([p.spread for p in points])), tuple(notes))
 
 
-def kind_of(point: Point) -> str:
+def kind_of(point: MeasuredPoint) -> str:
     """prefill: a chunk of one prompt. packed: of several. decode: a decode step. mixed: both in one step."""
     if point.what.batch:
         return "mixed" if point.what.chunk else "decode"
@@ -132,12 +132,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def predicted(cost: Cost, point: Point) -> float:
+def predicted(cost: Cost, point: MeasuredPoint) -> float:
     return cost.step_s(point.what.spans, point.what.batch, point.what.context)
 
 
-def _qualities(cost: Cost, points: Sequence[Point]) -> dict[str, Quality]:
-    groups: dict[str, list[Point]] = {"fitted": [], "held out": []}
+def _qualities(cost: Cost, points: Sequence[MeasuredPoint]) -> dict[str, Quality]:
+    groups: dict[str, list[MeasuredPoint]] = {"fitted": [], "held out": []}
     for kind in KINDS:
         groups |= {kind: [], f"{kind}, held out": []}
     for point in points:
@@ -147,7 +147,7 @@ def _qualities(cost: Cost, points: Sequence[Point]) -> dict[str, Quality]:
     return {name: quality(cost, group) for name, group in groups.items() if group}
 
 
-def quality(cost: Cost, points: Sequence[Point]) -> Quality:
+def quality(cost: Cost, points: Sequence[MeasuredPoint]) -> Quality:
     seconds = np.array([point.seconds for point in points])
     errors = np.array([predicted(cost, point) for point in points]) - seconds
     relative = np.abs(errors) / seconds

@@ -51,7 +51,7 @@ class What:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class MeasuredPoint:
     """`seconds`: lower quartile of `times` steps. `spread`: their median distance from their median, as a share of
     that."""
 
@@ -69,7 +69,7 @@ def measure(
     clock: Callable[[], float],
     rng: Random,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Point]:
+) -> list[MeasuredPoint]:
     """Run all scenes `rounds` times, in another order each round. `clock`: seconds, from any start. `progress` is
     told how many of how many scenes are done. Raises ProfileError or EngineError."""
     bench = _Bench(engine, clock)
@@ -89,10 +89,10 @@ def measure(
     return [_point(what, times, what not in fitted) for what, times in found.items()]
 
 
-def _point(what: What, times: list[float], held_out: bool) -> Point:
+def _point(what: What, times: list[float], held_out: bool) -> MeasuredPoint:
     middle = median(times)
     spread = median(abs(time - middle) for time in times) / middle if middle else 0.0
-    return Point(what, sorted(times)[(len(times) - 1) // 4], spread, len(times), held_out)
+    return MeasuredPoint(what, sorted(times)[(len(times) - 1) // 4], spread, len(times), held_out)
 
 
 class _Bench:

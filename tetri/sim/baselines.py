@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from tetri.policy.coupled import Limits
+from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled
 from tetri.sim.clients import Outcome
 from tetri.sim.instance import Use
-from tetri.sim.report import Result
+from tetri.sim.report import SimResult
 from tetri.sim.setup import Setup, SimError
 from tetri.sim.traces import Arrival
 from tetri.sim.workloads import load
 
-TODAY = Limits(slots=256, step_tokens=2048, kv_tokens=0)  # vLLM V1's defaults when it serves
+TODAY = CoupledLimits(slots=256, step_tokens=2048, kv_tokens=0)  # vLLM V1's defaults when it serves
 COUNTED = ("steps", "prefill_tokens", "decode_tokens")
 SYSTEMS = ("coupled16", "coupled")  # the paper's baseline, with 16 slots; vLLM's defaults of today
 
 
-def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> Result:
+def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> SimResult:
     """Every instance of `setup`, whatever its role, is a replica of a coupled engine that shares nothing with others;
     a request goes to the one with the fewest open ones. A request that fits into none is refused. Raises SimError."""
     setup.check()
@@ -30,10 +30,10 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> Result:
     try:
         if system == "coupled16":
             baseline = load().baseline
-            limits = Limits(baseline.slots, baseline.step_tokens, kv_tokens)
+            limits = CoupledLimits(baseline.slots, baseline.step_tokens, kv_tokens)
             made = coupled.run("prefill_first", limits, setup.cost, accepted, replicas, baseline.join_s)
         else:
-            limits = Limits(TODAY.slots, TODAY.step_tokens, kv_tokens)
+            limits = CoupledLimits(TODAY.slots, TODAY.step_tokens, kv_tokens)
             made = coupled.run("chunked", limits, setup.cost, accepted, replicas)
     except ValueError as error:
         raise SimError(str(error)) from None
@@ -48,7 +48,7 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> Result:
         "refused": len(outcomes) - len(open_ones),
         **{name: sum(getattr(use, name) for use in instances.values()) for name in COUNTED},
     }
-    return Result(outcomes, instances, counters, max((request.end_s for request in made.served), default=0.0))
+    return SimResult(outcomes, instances, counters, max((request.end_s for request in made.served), default=0.0))
 
 
 def _accepted(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> Iterator[Arrival]:
@@ -70,7 +70,7 @@ def _fill(outcome: Outcome, request: coupled.CoupledRequest) -> None:
     outcome.preempted, outcome.attempts = request.preempted, 1
 
 
-def _use(made: coupled.Outcome, place: int, spans: bool) -> Use:
+def _use(made: coupled.CoupledOutcome, place: int, spans: bool) -> Use:
     use = Use(roles=[(0.0, "coupled")], spans=[] if spans else None)
     for start, stop in made.busy[place]:
         use.add(start, stop, "mixed")

@@ -11,7 +11,7 @@ from tetri.core.actions import Submitted
 from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
 from tetri.sim.setup import SimError
-from tetri.sim.texts import Text
+from tetri.sim.texts import RecordedText
 from tetri.sim.traces import Arrival
 from tetri.wire.clients import Done, Refused
 
@@ -86,7 +86,7 @@ class Clients:
         if self._next is not None:
             self.kernel.at(self._next.at_s, self._send)
 
-    def text_of(self, sampling: Sampling) -> Text | None:
+    def text_of(self, sampling: Sampling) -> RecordedText | None:
         """A request's seed names its text: as with a model, prompt and seed lead to one."""
         return None if sampling.seed is None else self.outcomes[sampling.seed].arrival.text
 

@@ -15,7 +15,7 @@ from math import inf
 
 from tetri.cost import Cost
 from tetri.engine_request import Span
-from tetri.policy.coupled import COUPLED, CoupledView, Iteration, Limits, preempted
+from tetri.policy.coupled import COUPLED, CoupledLimits, CoupledView, Iteration, preempted
 from tetri.policy.views import Progress
 from tetri.sim.traces import Arrival
 
@@ -52,7 +52,7 @@ class Replica:
     """One coupled engine. `busy`: its spans of work (start, stop); `passes`: its forward passes."""
 
     rule: str
-    limits: Limits
+    limits: CoupledLimits
     cost: Cost
     join_s: float = 0.0
     now: float = 0.0
@@ -192,7 +192,7 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CoupledOutcome:
     """What happened: the requests in order of arrival, and of each replica when it worked and in how many forward
     passes."""
 
@@ -202,8 +202,8 @@ class Outcome:
 
 
 def run(
-    rule: str, limits: Limits, cost: Cost, requests: Iterable[Arrival], replicas: int = 1, join_s: float = 0.0
-) -> Outcome:
+    rule: str, limits: CoupledLimits, cost: Cost, requests: Iterable[Arrival], replicas: int = 1, join_s: float = 0.0
+) -> CoupledOutcome:
     """Serve `requests`, sorted by arrival, each on the replica with the fewest open ones. `join_s`: what an iteration
     with prompts takes in addition. Raises ValueError for a request that can never run, or times that go back."""
     engines = [Replica(rule, limits, cost, join_s) for _ in range(replicas)]
@@ -218,12 +218,12 @@ def run(
         engines[request.replica].add(request)
     for engine in engines:
         engine.advance(inf)
-    return Outcome(
+    return CoupledOutcome(
         tuple(served), tuple(tuple(engine.busy) for engine in engines), tuple(engine.passes for engine in engines)
     )
 
 
-def _check(arrival: Arrival, limits: Limits, served: Sequence[CoupledRequest]) -> None:
+def _check(arrival: Arrival, limits: CoupledLimits, served: Sequence[CoupledRequest]) -> None:
     where = f"request {len(served) + 1}"
     if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > limits.kv_tokens:
         raise ValueError(

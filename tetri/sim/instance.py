@@ -11,13 +11,13 @@ from typing import Any
 from tetri.core.actions import Action, LengthKnown, Predict, Publish
 from tetri.core.instance.identity import Identity
 from tetri.core.worker.worker import Worker
-from tetri.engine.plan import Plan
+from tetri.engine.plan import StepPlan
 from tetri.engine_request import StepDone
 from tetri.executor import WorkerExecutor
 from tetri.policy.rules import LENGTHS
 from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
-from tetri.sim.links import Memory, Port
+from tetri.sim.links import Port, SimulatedKV
 from tetri.sim.nodes import Node
 from tetri.sim.scripted import Scripted, TextOf
 from tetri.sim.setup import SimError
@@ -58,7 +58,7 @@ def no_text(sampling: Sampling) -> None:
     """Every request writes as many tokens as it may."""
 
 
-class Predictor:
+class SimulatedPredictor:
     """The length predictor of one instance: one prompt after the other, beside the main model. While it runs, the
     engine takes `slowdown` times as long (paper, Figure 17). `text_of` as in `Scripted`."""
 
@@ -116,10 +116,10 @@ class WorkerNode(Node):
         self.port = port
         estimates_lengths = own.expected is not None and own.expected.kind in FORETELLS
         self.engine = Scripted(own.capacity, own.cost, text_of, estimates_lengths=estimates_lengths)
-        self.memory = Memory(kernel, self, own.instance.fingerprint.block_bytes, bytes_s)
-        self.predictor = Predictor(kernel, own, seed, self.receive, text_of)
+        self.memory = SimulatedKV(kernel, self, own.instance.fingerprint.block_bytes, bytes_s)
+        self.predictor = SimulatedPredictor(kernel, own, seed, self.receive, text_of)
         self.use = Use(roles=[(max(kernel.now, 0.0), own.instance.role)])
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._started = 0.0
         self._ends = (0.0, 0)  # the run's end, and its number of passes
         self._cut = False  # it ends with the pass under way, whatever else arrives
@@ -170,7 +170,7 @@ class WorkerNode(Node):
         self._ends = self._started + self.predictor.stretched(self._started, seconds), steps
         self.kernel.at(max(self._ends[0], self.kernel.now), self._end, self._ends)
 
-    def _cut_short(self, plan: Plan) -> None:
+    def _cut_short(self, plan: StepPlan) -> None:
         """End the run after the pass under way."""
         self._cut = True
         low, high, passed = 1, self._ends[1], self.kernel.now - self._started
@@ -203,7 +203,7 @@ class WorkerNode(Node):
             for event in known:
                 self.carry_out(self.core.handle(event, self.kernel.now))
 
-    def _finish(self, plan: Plan, steps: int) -> StepDone:
+    def _finish(self, plan: StepPlan, steps: int) -> StepDone:
         batch = len(plan.batch)
         done = self.engine.run(plan, steps)
         use = self.use

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tetri.core.actions import Adopt, Adopted, Export, Exported, Freed
-from tetri.kv.limit import Link
+from tetri.kv.limit import LimitedLink
 from tetri.request import Reach
 from tetri.sim.kernel import Kernel
 from tetri.wire.events import PeerUp
@@ -94,13 +94,13 @@ class Port:
         self._up.pop(peer, None)
 
 
-class Memory:
+class SimulatedKV:
     """The KV store of one instance, without bytes, and the link over which it takes KV from others, the same as that of
     a live worker that emulates one: one transfer after the other, `bytes_s` each second. What it takes from itself
     takes no time."""
 
     def __init__(self, kernel: Kernel, owner: Receiver, block_bytes: int, bytes_s: float) -> None:
-        self.kernel, self.owner, self.block_bytes, self.link = kernel, owner, block_bytes, Link(bytes_s)
+        self.kernel, self.owner, self.block_bytes, self.link = kernel, owner, block_bytes, LimitedLink(bytes_s)
         self.kept = 0  # blocks in the store
         self.moved_bytes = 0  # taken from others
 

@@ -38,7 +38,7 @@ Values = dict[str, float]  # what is measured -> its value; "" is what the figur
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class MicroCase:
     """One point of a figure: `run(evaluation, cost, seed)` measures it once; `paper` is what the paper plots."""
 
     figure: str
@@ -99,19 +99,19 @@ def _without_predictor(cost: Cost) -> Cost:
     return replace(cost, predictor_s=0.0, predictor_token_s=0.0)
 
 
-def cases() -> list[Case]:
+def cases() -> list[MicroCase]:
     paper = plotted()
-    made = [Case("figure16", "vllm16", paper["figure16"]["vllm16"], vllm_ttft)]
+    made = [MicroCase("figure16", "vllm16", paper["figure16"]["vllm16"], vllm_ttft)]
     for order, window in ORDERS:
         name = f"{order}-{window}"
-        made.append(Case("figure16", name, paper["figure16"][name], partial(prefill_ttft, order, window)))
-    made.append(Case("figure18", "greedy", paper["figure18"]["greedy"], partial(admitted, "greedy", 1.0)))
+        made.append(MicroCase("figure16", name, paper["figure16"][name], partial(prefill_ttft, order, window)))
+    made.append(MicroCase("figure18", "greedy", paper["figure18"]["greedy"], partial(admitted, "greedy", 1.0)))
     for admit in ADMISSIONS:
         for accuracy in ACCURACIES:
             name = f"{admit}-{accuracy:g}"
-            made.append(Case("figure18", name, paper["figure18"].get(name), partial(admitted, admit, accuracy)))
+            made.append(MicroCase("figure18", name, paper["figure18"].get(name), partial(admitted, admit, accuracy)))
     for dispatcher in DISPATCHERS:
         for instances, shown in paper["figure19"][dispatcher]:
             run = partial(decode_time, dispatcher, instances)
-            made.append(Case("figure19", f"{dispatcher} on {instances}", shown, run))
+            made.append(MicroCase("figure19", f"{dispatcher} on {instances}", shown, run))
     return made

@@ -15,7 +15,7 @@ from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port
 
 
-class Core(Protocol):
+class AnyCore(Protocol):
     def handle(self, event: Any, now: float) -> Sequence[Action]: ...
 
     def tick(self, now: float) -> Sequence[Action]: ...
@@ -29,7 +29,7 @@ class Node(ABC):
     """A process. What arrives at one moment is read in one turn; then comes `tick`, and the loop sleeps until
     something arrives or the core's deadline."""
 
-    def __init__(self, kernel: Kernel, name: str, core: Core) -> None:
+    def __init__(self, kernel: Kernel, name: str, core: AnyCore) -> None:
         self.kernel, self.name, self.core = kernel, name, core
         self.inbox: list[Any] = []
         self._turn_set = False  # a turn comes at this very time

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tetri.cost import Cost
-from tetri.policy.coupled import Limits
+from tetri.policy.coupled import CoupledLimits
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.sim import coupled
@@ -22,7 +22,7 @@ from tetri.sim.workloads import Baseline, Evaluation
 from tetri.sim.world import World
 
 LINKS = {"tetri-roce": 25e9, "tetri-nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (section 4.1)
-TODAY = Limits(slots=256, step_tokens=2048, kv_tokens=0)  # vLLM V1's defaults when it serves
+TODAY = CoupledLimits(slots=256, step_tokens=2048, kv_tokens=0)  # vLLM V1's defaults when it serves
 COUPLED = {"vllm16": 1, "vllm-today": 1, "vllm-today-x2": 2}  # system -> replicas
 SYSTEMS = ("vllm16", "tetri-roce", "tetri-nvlink", "vllm-today", "vllm-today-x2")
 METRICS = ("ttft_mean", "jct_mean", "resource_s", "perf_per_dollar", "requests_per_instance_s")
@@ -60,7 +60,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PaperRow:
     """`paper` is None where the paper shows nothing."""
 
     workload: str
@@ -124,10 +124,10 @@ def _tetri(batch: Sequence[Arrival], setup: Setup) -> Measured:
 def _coupled(batch: Sequence[Arrival], system: str, baseline: Baseline, cost: Cost) -> Measured:
     replicas = COUPLED[system]
     if system == "vllm16":
-        limits = Limits(baseline.slots, baseline.step_tokens, cost.kv_tokens)
+        limits = CoupledLimits(baseline.slots, baseline.step_tokens, cost.kv_tokens)
         served = coupled.run("prefill_first", limits, cost, batch, replicas, baseline.join_s).served
     else:
-        limits = Limits(TODAY.slots, TODAY.step_tokens, cost.kv_tokens)
+        limits = CoupledLimits(TODAY.slots, TODAY.step_tokens, cost.kv_tokens)
         served = coupled.run("chunked", limits, cost, batch, replicas).served
     ends = [
         max((request.jct_s for request in served if request.replica == place), default=0.0) for place in range(replicas)
@@ -139,14 +139,14 @@ def _coupled(batch: Sequence[Arrival], system: str, baseline: Baseline, cost: Co
 Runs = dict[tuple[str, str], list[Measured]]  # (workload, system) -> one a seed
 
 
-def rows(runs: Runs) -> list[Row]:
+def rows(runs: Runs) -> list[PaperRow]:
     """Means over the seeds. Every workload needs the runs of "vllm16", which the paper's perf/$ compares with."""
     made = []
     for (workload, system), measured in runs.items():
         base = runs[workload, "vllm16"]
         for metric in METRICS:
             value = _per_dollar(measured, base) if metric == "perf_per_dollar" else _mean(measured, metric)
-            made.append(Row(workload, system, metric, value, _paper(workload, system, metric)))
+            made.append(PaperRow(workload, system, metric, value, _paper(workload, system, metric)))
     return made
 
 

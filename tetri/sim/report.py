@@ -15,7 +15,7 @@ SHARES = ("mean", "p50", "p90", "p99")
 
 
 @dataclass(slots=True)
-class Result:
+class SimResult:
     """One run: `outcomes` in order of arrival, `instances` by name, `counters` summed over all of them. `end_s`: when
     the last answer was given."""
 
@@ -28,7 +28,7 @@ class Result:
         return [outcome for outcome in self.outcomes if outcome.state == "done"]
 
 
-def summary(result: Result) -> dict[str, Any]:
+def summary(result: SimResult) -> dict[str, Any]:
     """Seconds and tokens; a metric that no request has is null."""
     states, done = [outcome.state for outcome in result.outcomes], result.done()
     lasted = result.end_s - result.outcomes[0].arrival.at_s

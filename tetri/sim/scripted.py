@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from tetri.cost import Cost
 from tetri.engine.paged import Paged
-from tetri.engine.plan import EOS, Plan, Slot
+from tetri.engine.plan import EOS, Slot, StepPlan
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
 from tetri.request import Capacity, LengthDistribution, Sampling
-from tetri.sim.texts import Text
+from tetri.sim.texts import RecordedText
 
-TextOf = Callable[[Sampling], Text | None]
+TextOf = Callable[[Sampling], RecordedText | None]
 NEVER = 1 << 62
 
 
@@ -21,7 +21,7 @@ class Script:
     """A leg and the text of its request. `due`: so many output tokens are known after the pass in which the state at
     `text.follows[place]` is computed."""
 
-    text: Text
+    text: RecordedText
     slot: Slot
     place: int = 0
     due: int = NEVER
@@ -68,7 +68,7 @@ class Scripted(Paged):
         super().cancel(key)
         self._scripts.pop(key, None)
 
-    def run(self, plan: Plan, steps: int) -> StepDone:
+    def run(self, plan: StepPlan, steps: int) -> StepDone:
         """The first `steps` passes of the plan are done."""
         done = self.finish(plan, steps, self._ids)
         if not self._scripts:

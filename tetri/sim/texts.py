@@ -27,12 +27,12 @@ LIMIT = 1024  # output tokens at which the model was cut off, unless the reader 
 ROUNDED = 0.01  # shares are written with a few digits: they may add up to 1 within so much
 
 
-class TextError(ValueError):
+class RecordedTextError(ValueError):
     """Texts cannot be read; one line that says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class RecordedText:
     """`prompt` and `output` tokens; the model was cut off at `limit`. `classifier`: odds of the whole output.
     `follows`: (output tokens that were known, odds of those that follow), ascending; 0 is the end of the prompt."""
 
@@ -49,12 +49,12 @@ class Text:
         return "length" if self.output == self.limit else "stop"
 
 
-def read(path: Path, limit: int = LIMIT) -> list[Text]:
+def read(path: Path, limit: int = LIMIT) -> list[RecordedText]:
     """Raises TextError, with the number of the first line that is wrong."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise TextError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise RecordedTextError(f"{path}: cannot be read: {error.strerror or error}") from None
     texts = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
@@ -62,13 +62,13 @@ def read(path: Path, limit: int = LIMIT) -> list[Text]:
         try:
             texts.append(_text(json.loads(line), limit))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise TextError(f"{path}:{number}: no prediction of `predictor eval`: {error}") from None
+            raise RecordedTextError(f"{path}:{number}: no prediction of `predictor eval`: {error}") from None
     if not texts:
-        raise TextError(f"{path}: there is no text in it: write it with `tetri-cli predictor eval`")
+        raise RecordedTextError(f"{path}: there is no text in it: write it with `tetri-cli predictor eval`")
     return texts
 
 
-def _text(row: Any, limit: int) -> Text:
+def _text(row: Any, limit: int) -> RecordedText:
     if not isinstance(row, dict):
         raise ValueError("not an object")
     prompt, output, width = (_count(row, name) for name in ("prompt_tokens", "tokens", "width"))
@@ -81,7 +81,7 @@ def _text(row: Any, limit: int) -> Text:
     if follows and not 0 <= min(follows) <= max(follows) < output:
         raise ValueError(f"of {output} tokens none can follow after {max(follows)}, or after {min(follows)}")
     states = tuple((known, follows[known]) for known in sorted(follows))
-    return Text(prompt, output, limit, str(row.get("source", "")), classifier, states)
+    return RecordedText(prompt, output, limit, str(row.get("source", "")), classifier, states)
 
 
 def _count(row: dict[str, Any], name: str) -> int:

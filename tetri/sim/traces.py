@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from tetri.sim.texts import Text
+from tetri.sim.texts import RecordedText
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 _CLOCK = 19  # characters of "2023-11-16 18:15:46"
@@ -34,7 +34,7 @@ class Arrival:
     prompt: int
     output: int
     deadline_s: float | None = None
-    text: Text | None = None
+    text: RecordedText | None = None
 
 
 # ---------------------------------------------------------------- traces
@@ -124,7 +124,7 @@ def _seconds(text: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class LengthWait:
+class TokenCounts:
     """A distribution of lengths in tokens: always `a`, uniform from `a` to `b`, or lognormal with median `a` and
     standard deviation `b` of the logarithm, cut to 1 and `LONGEST`."""
 
@@ -133,7 +133,7 @@ class LengthWait:
     b: float = 0.0
 
     @classmethod
-    def parsed(cls, text: str) -> LengthWait:
+    def parsed(cls, text: str) -> TokenCounts:
         """Of "512", "128-1024" or "lognormal:MEDIAN:SIGMA". Raises TraceError."""
         try:
             made = cls._read(text)
@@ -144,7 +144,7 @@ class LengthWait:
         return made
 
     @classmethod
-    def _read(cls, text: str) -> LengthWait | None:
+    def _read(cls, text: str) -> TokenCounts | None:
         if text.startswith("lognormal:"):
             _, median, sigma = text.split(":")
             return cls("lognormal", float(median), float(sigma))
@@ -162,7 +162,7 @@ class LengthWait:
 
 
 def drawn(
-    requests: int, prompt: LengthWait, output: LengthWait, seed: int, rate: float = 0.0, burstiness: float = 1.0
+    requests: int, prompt: TokenCounts, output: TokenCounts, seed: int, rate: float = 0.0, burstiness: float = 1.0
 ) -> Iterator[Arrival]:
     """So many requests. `rate` 0: all at time 0 (a closed batch); else `rate` a second, the times between them
     gamma-distributed with the coefficient of variation `burstiness` (1: a Poisson process). Raises TraceError."""
@@ -172,7 +172,7 @@ def drawn(
 
 
 def resampled(
-    requests: int, texts: Sequence[Text], seed: int, rate: float = 0.0, burstiness: float = 1.0
+    requests: int, texts: Sequence[RecordedText], seed: int, rate: float = 0.0, burstiness: float = 1.0
 ) -> Iterator[Arrival]:
     """So many requests, each of them any of these texts, as likely as the others; when they come as in `drawn`. Raises
     TraceError."""

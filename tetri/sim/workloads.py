@@ -26,7 +26,7 @@ class WorkloadError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class LengthWait:
+class LengthMix:
     """A distribution of lengths in tokens: `below[i]` is the share of lengths up to `low` + i."""
 
     low: int
@@ -50,8 +50,8 @@ class Workload:
     name: str
     requests: int
     context: int
-    prompt: LengthWait
-    output: LengthWait
+    prompt: LengthMix
+    output: LengthMix
 
     def draw(self, seed: int, requests: int = 0) -> list[Arrival]:
         """The batch in order of arrival; `requests` 0: as many as the paper's."""
@@ -63,7 +63,7 @@ class Workload:
         return drawn
 
 
-def tilted(quantiles: Quantiles, low: int, high: int, mean: float) -> LengthWait:
+def tilted(quantiles: Quantiles, low: int, high: int, mean: float) -> LengthMix:
     """The distribution with these quantiles between `low` and `high` tokens, tilted to `mean`. Raises WorkloadError
     when no tilt reaches it."""
     shares = [_share(quantiles, x) - _share(quantiles, x - 1) for x in range(low, high + 1)]
@@ -77,7 +77,7 @@ def tilted(quantiles: Quantiles, low: int, high: int, mean: float) -> LengthWait
             least = tilt
         else:
             most = tilt
-    return LengthWait(low, tuple(accumulate(weights)))
+    return LengthMix(low, tuple(accumulate(weights)))
 
 
 def _weights(shares: Sequence[float], tilt: float) -> list[float]:

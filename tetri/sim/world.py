@@ -28,7 +28,7 @@ from tetri.sim.instance import WorkerNode
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import BrokerNode, MonitorNode
-from tetri.sim.report import Result
+from tetri.sim.report import SimResult
 from tetri.sim.setup import Setup, SimError
 from tetri.sim.traces import Arrival
 
@@ -136,7 +136,7 @@ class World:
 
     # ------------------------------------------------------------ the run
 
-    def run(self) -> Result:
+    def run(self) -> SimResult:
         """Until every request is answered and everybody has let go. Raises SimError, or Broken, when a promise is
         broken."""
         self.broker.start()
@@ -150,7 +150,7 @@ class World:
         self.kernel.at(self.setup.stall_s, self._watch)
         self.kernel.run()
         self.check()
-        return Result(
+        return SimResult(
             self.clients.outcomes,
             {iid: worker.use for iid, worker in self.workers.items()},
             self._counters(),

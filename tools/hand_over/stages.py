@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tetri.proc.recorder import Call, read, value
+from tetri.proc.recorder import RecordedCall, read, value
 
 
 class Interval(NamedTuple):
@@ -121,7 +121,7 @@ class _Side:
         self.copied = 0.0  # when the copy before was done
         self.steps: list[Interval] = []
 
-    def follow(self, path: Path, copy: str, copied: str) -> Iterable[tuple[Call, str, Any]]:
+    def follow(self, path: Path, copy: str, copied: str) -> Iterable[tuple[RecordedCall, str, Any]]:
         """Each call with its event, None where it is of no use. `copy` and `copied`: the action and its event."""
         for call in read(path)[1]:
             kind = call.event[0][0] if call.event else ""
@@ -143,7 +143,7 @@ class _Side:
         return asked, Interval(max(asked, self.copied), now)
 
 
-def _requests(call: Call) -> list[Any]:
+def _requests(call: RecordedCall) -> list[Any]:
     return [value(action).request for action in call.actions if action[0] == "AddRequest"]
 
 

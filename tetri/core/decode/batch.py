@@ -11,7 +11,7 @@ from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.engine_request import Sampled, Span
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
-from tetri.policy.views import BatchView, Member, WaitingRequest
+from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, blocks_for
 from tetri.wire.messages import End, TokenItem
 
@@ -213,8 +213,8 @@ class Batch:
             raise Broken(f"not all of {list(self.preempted)} are in the batch")
 
 
-def _member(request: DecodeRequest) -> Member:
-    return Member(request.size, _end(request))
+def _member(request: DecodeRequest) -> BatchMember:
+    return BatchMember(request.size, _end(request))
 
 
 def _end(request: DecodeRequest) -> int:

@@ -11,7 +11,7 @@ from tetri.engine.base import EngineError
 from tetri.kv.base import Block, parts
 
 
-class Memory:
+class HostMemory:
     """`caches`: a tensor per layer, [blocks, ...], whose memory is used in place. Inside a block of bytes the layers
     follow one another; what is inside a layer is vLLM's own."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tetri.engine.base import EngineError
 from tetri.engine.vllm.gpu_memory import GpuMemory
-from tetri.engine.vllm.memory import Memory
+from tetri.engine.vllm.memory import HostMemory
 from tetri.kv.cuda.runtime import Device
 from tetri.request import Fingerprint, blocks_for
 
@@ -195,12 +195,12 @@ def check_layout(kv_cache_config: Any) -> Any:
     return spec
 
 
-def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Memory | GpuMemory:
+def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> HostMemory | GpuMemory:
     """The KV tensors of the engine that this process has started. Raises EngineError for what is not supported."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     caches = list(get_kv_transfer_group().kv_caches.values())
-    made = Memory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
+    made = HostMemory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
     if made.block_bytes != block_bytes:
         raise EngineError(f"unsupported KV layout: blocks of {made.block_bytes} bytes, {block_bytes} were expected")
     return made

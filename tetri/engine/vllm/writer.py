@@ -17,7 +17,7 @@ BLOCK_TOKENS = 128
 
 
 @dataclass(slots=True)
-class Text:
+class WrittenText:
     """What the model wrote: `ids`, and why it ended, "stop" or "length". `states`: output tokens known -> hidden state
     of the last token then, float32 [layers, hidden]; 0 is the end of the prompt."""
 
@@ -57,7 +57,7 @@ class Writer:
         self._stop_ids = stop_ids(config)
         self._vocab = config.model_config.get_vocab_size()
         self._every = every
-        self._texts: dict[str, Text] = {}
+        self._texts: dict[str, WrittenText] = {}
         self._hook = LayerHook(self._core, layers, self._hooked) if layers else None
         self.context: int = config.model_config.max_model_len
 
@@ -74,17 +74,17 @@ class Writer:
                 f" {self.context} tokens of context"
             )
         params = vllm_params(sampling, len(prompt), sampling.max_tokens, self._stop_ids, self._vocab)
-        self._texts[key] = Text(key)
+        self._texts[key] = WrittenText(key)
         self._core.scheduler.add_request(Request(key, list(prompt), params, None))
 
-    def step(self) -> list[Text]:
+    def step(self) -> list[WrittenText]:
         """One forward pass; the texts that it has ended."""
         outputs, _ = self._core.step()
         states = self._hook.collect() if self._hook is not None else None
         if states is not None:
             for key, known, row in zip(states.keys, states.outputs, states.rows, strict=True):
                 self._texts[key].states[known] = row.copy()  # of a prompt in several chunks the last one stays
-        ended: list[Text] = []
+        ended: list[WrittenText] = []
         for output in outputs[0].outputs if outputs else ():
             text = self._texts[output.request_id]
             text.ids += output.new_token_ids

@@ -29,7 +29,7 @@ _BACK_S = 0.5  # between two looks at whether memory that is open here is wanted
 
 
 @dataclass(slots=True)
-class Opened:
+class OpenedSlab:
     """A peer's slab in this process. `events` by their handle."""
 
     memory: DeviceSegment
@@ -55,7 +55,7 @@ class CudaReader:
         self._device, self._deployment, self._own, self._staging = device, deployment, own, staging
         self._directory, self._event_s = directory, event_s
         self._reaches: dict[str, Reach] = {}  # by peer
-        self._opened: dict[str, Opened] = {}  # by peer
+        self._opened: dict[str, OpenedSlab] = {}  # by peer
         self._look_at = 0.0
 
     def meet(self, peer: str, reach: Reach) -> None:
@@ -87,7 +87,7 @@ class CudaReader:
         except KVError as problem:
             return Fetched(wanted.ticket, problem=problem)
 
-    def _open(self, wanted: Wanted) -> Opened:
+    def _open(self, wanted: Wanted) -> OpenedSlab:
         reach = self._reaches.get(wanted.peer)
         if reach is None:
             raise KVLost(f"no peer {wanted.peer} is known here")
@@ -104,7 +104,7 @@ class CudaReader:
             raise KVLost(f"{name}: its owner has closed it, or has ended")
         return opened
 
-    def _map(self, reach: Reach) -> Opened:
+    def _map(self, reach: Reach) -> OpenedSlab:
         """Open a peer's slab. Raises KVLost."""
         device, name, ticket = self._device, reach.segment, reach.tickets.get(PATH, b"")
         if reach.device not in (device.uuid, *device.near):
@@ -123,9 +123,9 @@ class CudaReader:
                 base: int = device.runtime.ipcOpenMemHandle(handle)
             undo.pop_all()
         own_size = replace(metadata.segment, block_bytes=block_bytes, blocks=memoryview(b""))
-        return Opened(DeviceSegment(own_size, base), metadata, descriptor)
+        return OpenedSlab(DeviceSegment(own_size, base), metadata, descriptor)
 
-    def _follow(self, opened: Opened, slot: int) -> None:
+    def _follow(self, opened: OpenedSlab, slot: int) -> None:
         """What is given to the stream from now on comes after the sender's gather of the chunk that has `slot`. Raises
         KVLost."""
         device, name, record = self._device, opened.memory.metadata.name, bytes(opened.metadata.segment.block(slot))

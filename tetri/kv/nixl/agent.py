@@ -79,7 +79,7 @@ class Region:
     registration: Any
 
 
-class Unreachable(KVLost):
+class PeerUnreachable(KVLost):
     """The connection to a peer, or the backend itself, is not what it should be."""
 
 
@@ -107,7 +107,7 @@ class Agent:
         try:
             yield
         except self._errors as error:
-            raise Unreachable(f"nixl {what}: {error}") from None
+            raise PeerUnreachable(f"nixl {what}: {error}") from None
 
     def allocate(self, size: int) -> Region:
         """Own memory, every page of it there."""
@@ -138,7 +138,7 @@ class Agent:
             found = self._agent.loadRemoteMD(metadata).decode(errors="replace")
             if found != name:
                 self._agent.invalidateRemoteMD(found)
-                raise Unreachable(f"nixl met {found[:80]!r} in the place of {name}")
+                raise PeerUnreachable(f"nixl met {found[:80]!r} in the place of {name}")
 
     def part(self, name: str) -> None:
         """Only when no read from it is under way: what is under way goes on writing into the memory here."""
@@ -157,7 +157,7 @@ class Agent:
         try:
             with self._explained(f"cannot read from {name}"):
                 self._agent.postXferReq(read, b"")
-        except Unreachable:
+        except PeerUnreachable:
             self.release(read)
             raise
         return read

@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from xxhash import xxh3_64
 
 from tetri.kv.base import Fetched, KVCorrupt, KVError, KVLost, Wanted
-from tetri.kv.nixl.agent import Agent, Region, Span, Unreachable
+from tetri.kv.nixl.agent import Agent, PeerUnreachable, Region, Span
 
 TIMEOUT_S = 10.0  # of one chunk's reads; before them, of waiting for memory to read into
 MOST_AREAS = 8  # chunks that are under way or not yet adopted
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(slots=True)
-class Link:
+class PeerState:
     """The peer's agent as this one knows it. A stale one is removed as soon as no read uses it."""
 
     met: bool = False
@@ -73,7 +73,7 @@ class Mover(threading.Thread):
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._areas = [agent.allocate(staging)]
         self._made = 1
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, PeerState] = {}
         self._waiting: deque[Move] = deque()
         self._moving: list[Move] = []
         self._lost: list[Move] = []  # answered, but their reads hang
@@ -164,7 +164,7 @@ class Mover(threading.Thread):
     # ------------------------------------------------------------ a move
 
     def _begin(self, move: Move, now: float) -> bool:
-        link = self._links.setdefault(move.source.name, Link())
+        link = self._links.setdefault(move.source.name, PeerState())
         if link.stale:
             return False  # its reads under way end, or this one's time does
         area = self._area(len(move.wanted.handle.slots) * (move.wanted.handle.block_bytes + _GENERATION))
@@ -178,7 +178,7 @@ class Mover(threading.Thread):
             if not link.met:
                 self._agent.meet(move.source.name, move.source.metadata)
                 link.met = True
-        except Unreachable as problem:
+        except PeerUnreachable as problem:
             link.stale = True
             self._fail(move, problem)
         return True
@@ -195,7 +195,7 @@ class Mover(threading.Thread):
         except StopIteration:
             self._arrived(move)
         except KVError as problem:
-            self._links[move.source.name].stale |= isinstance(problem, Unreachable)
+            self._links[move.source.name].stale |= isinstance(problem, PeerUnreachable)
             self._release(move)
             self._fail(move, problem)
             return True
@@ -264,7 +264,7 @@ class Mover(threading.Thread):
         try:
             if move.read is not None and not self._agent.ended(move.read):
                 return False
-        except Unreachable:
+        except PeerUnreachable:
             pass  # its connection has ended: the last that could have written
         self._release(move)
         return True
@@ -294,7 +294,7 @@ class Mover(threading.Thread):
         link.reading -= 1
         self._tidy(move.source.name, link)
 
-    def _tidy(self, name: str, link: Link) -> None:
+    def _tidy(self, name: str, link: PeerState) -> None:
         if link.stale and not link.reading:
             self._agent.part(name)
             del self._links[name]

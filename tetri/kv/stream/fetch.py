@@ -33,7 +33,7 @@ _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class StreamPatience:
     stall_s: float = 5.0  # with a piece of 1 MB at least so often, a connection is alive
     lost_s: float = 15.0
 
@@ -103,7 +103,7 @@ class Peer:
 class Fetching:
     """`buffer` is the memory for all takes, `credit` what one connection may have under way, both in bytes."""
 
-    def __init__(self, buffer: int, credit: int, patience: Patience) -> None:
+    def __init__(self, buffer: int, credit: int, patience: StreamPatience) -> None:
         self.buffer, self.credit, self.patience = buffer, credit, patience
         self.peers: dict[str, Peer] = {}
         self.used = 0  # bytes of takes that have started and are not given back

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tetri.kv.base import Fetched, KVError, Wanted
 from tetri.kv.slab import HostSlab
-from tetri.kv.stream.fetch import ChunkFetch, Fetching, Patience
+from tetri.kv.stream.fetch import ChunkFetch, Fetching, StreamPatience
 from tetri.kv.stream.reader import SlabReader
 from tetri.kv.stream.server import SlabServer
 from tetri.net import keys
@@ -40,18 +40,18 @@ class StreamSettings:
     key: str = ""
     buffer: int = LEAST_BUFFER
     usual: int = 0
-    patience: Patience = Patience()
+    patience: StreamPatience = StreamPatience()
 
 
-def open_stream(made: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> Stream:
+def open_stream(made: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> StreamReader:
     """As a worker's settings ask for it. Raises KVError."""
     settings = StreamSettings(
         address=made.address or ANYWHERE_HERE, announce=made.announce, key=made.key, buffer=made.buffer, usual=usual
     )
-    return Stream(slab, settings, wake)
+    return StreamReader(slab, settings, wake)
 
 
-class Stream:
+class StreamReader:
     """Serves `slab`, and reads the slabs of others (`Reader` in base.py). `address` is for Reach. `counters`:
     read_<what> and served_<what>."""
 
