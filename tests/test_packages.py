@@ -40,7 +40,9 @@ PACKAGES = {
     "core": package("request", "instance", "engine_request", "cost", "policy", "wire"),
     "net": package("wire", "log", third=["zmq", "msgspec"]),
     "kv": package("request", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
-    "engine": package("request", "engine_request", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]),
+    "engine": package(
+        "request", "engine_request", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]
+    ),
     "predict": package(
         "request",
         "atomic",
@@ -51,7 +53,20 @@ PACKAGES = {
     ),
     "profile": package("request", "cost", "engine", third=["numpy"]),
     "sim": package(
-        *("request", "instance", "engine_request", "cost", "config", "metrics", "policy", "wire", "core", "engine", "kv", "executor")
+        *(
+            "request",
+            "instance",
+            "engine_request",
+            "cost",
+            "config",
+            "metrics",
+            "policy",
+            "wire",
+            "core",
+            "engine",
+            "kv",
+            "executor",
+        )
     ),
     "bench": (EVERYTHING, frozenset({"click", "rich", "matplotlib", "zmq", "torch", "vllm"})),
     "executor": package("core", "engine", "kv", "engine_request", "request", "wire"),

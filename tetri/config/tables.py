@@ -76,7 +76,9 @@ class TransferConfig:
     transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
     address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
     announce: str = ""  # what other hosts connect to instead, where they see this one under another address
-    buffer_mib: int = number(64, 8, 1 << 20, was="room_mib")  # of memory for KV on its way over `stream`; two usual chunks always fit
+    buffer_mib: int = number(
+        64, 8, 1 << 20, was="room_mib"
+    )  # of memory for KV on its way over `stream`; two usual chunks always fit
     slab_blocks: int = number(64, 1, 1 << 20)
     reserve_share: float = number(0.5, 0.01, 1)
     digest: bool = True  # of every chunk, checked over the receiver's own copy
