@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
-MESSAGES = ("drop", "duplicate", "delay", "reorder", "replay")  # faults of a message between two workers
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _EXAMPLE = "drop=0.01,flip=0.01,seed=1"
 

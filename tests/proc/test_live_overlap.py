@@ -3,17 +3,14 @@ takes as long for a long prompt as for a short one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live import REPOSITORY, LiveCluster
+from live import LiveCluster
 
-sys.path.append(str(REPOSITORY / "tools" / "hand_over"))
-
-from stages import moves, overlap  # noqa: E402
+from tetri.bench.handover.stages import moves, overlap
 
 SHORT, LONG, ROUNDS = 512, 4096, 5
 CHUNKS = LONG // 512

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tetri import atomic
 
 Span = tuple[float, float, str]  # start, stop, what: prefill, decode or mixed
-Drawing = Callable[[Path, Mapping[str, Sequence[float]], Mapping[str, Sequence[Span]]], None]
 
 COLOURS = {"prefill": "#2a6fbb", "decode": "#d9822b", "mixed": "#7a4fa3"}
 ROW_INCHES, MOST_INCHES = 0.22, 24.0
@@ -21,15 +20,18 @@ class PlotError(RuntimeError):
     """Nothing can be drawn; one line that says what to do."""
 
 
-def drawing() -> Drawing:
-    """The function that draws (file, values by name, spans by instance) into a PNG. Raises PlotError when matplotlib
-    is not installed."""
+def ready(path: Path | None = None) -> None:
+    """To be asked before all the work. Raises PlotError when matplotlib is not installed, or when `path` is no PNG in a
+    folder that exists."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise PlotError(f"--plot draws a PNG: call it FILE.png, not {str(path)!r}")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise PlotError(f"--plot: there is no folder {path.absolute().parent}")
     try:
         import matplotlib
     except ImportError:
         raise PlotError("drawing needs matplotlib: pip install 'tetri[plot]'") from None
     matplotlib.use("Agg")
-    return _draw
 
 
 def save(figure: Any, path: Path) -> None:
@@ -38,7 +40,8 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
 
 
-def _draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, Sequence[Span]]) -> None:
+def draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, Sequence[Span]]) -> None:
+    """Values by name, in seconds, as cumulative shares; below them the spans of each instance. A PNG."""
     from matplotlib.figure import Figure
 
     rows = min(max(len(spans) * ROW_INCHES, 1.5), MOST_INCHES)

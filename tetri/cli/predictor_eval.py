@@ -49,27 +49,27 @@ def command(
     """Judge a predictor: accuracy in buckets of 100, 200 and 400 tokens, absolute error of the median, expected
     calibration error, Kendall's tau, beside the likeliest bucket, that of the prompt's source, and a regression on the
     prompt's length; from several texts a prompt also the ceiling. Hidden states lie beside the lengths."""
-    from tetri.bench.predicted import PlotError, drawing
+    from tetri.bench import length_plot, plots
     from tetri.predict.evaluate import ceiling_of, judge, report
     from tetri.predict.evaluate import predictions as rows_of
     from tetri.predict.examples import read_texts
     from tetri.predict.lengths import PredictError, states_path
 
     try:
-        draw = drawing() if plot else None
-        has_states = all(states_path(file).exists() for file in lengths)
-        texts = read_texts(lengths, states=has_states and kind != "classifier")
+        if plot:
+            plots.ready()  # before all the work
+        texts = read_texts(lengths, states=kind != "classifier" and all(states_path(file).exists() for file in lengths))
         report_bad(texts.bad)
         predictors = _predictors(predictor, kind, texts)
         judged_on, others = _chosen(texts, prompts, predictors, seen_too)
         judged = judge(predictors, texts, judged_on, lambda line: click.echo(line, err=True))
-    except (PredictError, PlotError) as error:
+    except (PredictError, plots.PlotError) as error:
         raise click.ClickException(str(error)) from None
     found = report(judged, others, predictors) | {"not_judged": len(others), "ceiling": ceiling_of(texts)}
     if predictions:
         atomic.write_text(predictions, "".join(json.dumps(row) + "\n" for row in rows_of(judged)))
-    if plot and draw:
-        draw(plot, _points(judged), judged.tokens.tolist())
+    if plot:
+        length_plot.draw(plot, _points(judged), judged.tokens.tolist())
     click.echo(json.dumps(found) if as_json else shown(found))
 
 

@@ -242,16 +242,13 @@ def _drawing(plot: Path | None) -> Callable[[Path, Any, Any], None] | None:
     """What draws, looked for before an hour of simulation, not after it."""
     if plot is None:
         return None
-    if plot.suffix.lower() != ".png":
-        raise click.UsageError(f"--plot draws a PNG: call it FILE.png, not {str(plot)!r}")
-    if not plot.absolute().parent.is_dir():
-        raise click.UsageError(f"--plot: there is no folder {plot.absolute().parent}")
-    from tetri.bench.plots import PlotError, drawing
+    from tetri.bench.plots import PlotError, draw, ready
 
     try:
-        return drawing()
+        ready(plot)
     except PlotError as error:
         raise click.UsageError(str(error)) from None
+    return draw
 
 
 def _peak_rss_mb() -> float:

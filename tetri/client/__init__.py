@@ -3,7 +3,8 @@
     client = Client()
     print(client.generate("The capital of France is", max_tokens=8).text)
 
-`frames` is bytes, `conversation` what the client knows and asks next (pure), `sync` and `aio` move the bytes.
+`frames` is bytes, `conversation` what the client knows and asks next (pure), `sync` and `aio` move the
+bytes, `facade` is what those two share.
 """
 
 from tetri.client.aio import AsyncClient, AsyncStream

@@ -5,38 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
 
-from tetri.client.clock import Clock
-from tetri.client.conversation import Call, Patience, Request, Session
+from tetri.client.conversation import Call, Request
+from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
 from tetri.client.frames import Result, TetriError
-from tetri.client.place import find_address
-from tetri.client.questions import Cancellation, Inspection, RoleQuestion
-from tetri.client.sync import Messages, Prompt, dealer, new_request
+from tetri.client.questions import Inspection, RoleQuestion
+
+T = TypeVar("T")
 
 
-class AsyncClient:
+class AsyncClient(BaseClient["AsyncStream"]):
     """Like `Client`. Make and use it inside one event loop; cancelling a task cancels its request."""
-
-    def __init__(
-        self,
-        address: str | None = None,
-        timeout: float = 30.0,
-        *,
-        silence_s: float = 2.0,
-        resend_s: float = 1.0,
-    ) -> None:
-        self.address = address or find_address()
-        self._patience = Patience(timeout, silence_s, resend_s)
-        self._session = Session()
-        self._clock = Clock()
-        self._socket = dealer(zmq.asyncio.Context.instance(), self.address)
-        self._wake = asyncio.Event()
-        self._pump: asyncio.Task[None] | None = None
 
     async def generate(
         self,
@@ -49,45 +32,17 @@ class AsyncClient:
         """The whole answer to a prompt (text or token ids) or to a conversation. Raises TetriError."""
         return await self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
-    def stream(
-        self,
-        prompt: Prompt = None,
-        *,
-        messages: Messages = None,
-        deadline_s: float | None = None,
-        **sampling: Any,
-    ) -> AsyncStream:
-        """An asynchronous iterator over the answer's text. Raises TetriError, now or while iterating."""
-        request = new_request(prompt, messages, deadline_s, sampling, self._patience, self._clock.now())
-        self._start(request)
-        return AsyncStream(self, request)
-
     async def cancel(self, rid: str) -> None:
         """End a request, this client's or another's, and wait until the broker has said so."""
-        request = self._session.request(rid)
-        if request is not None:
-            self._cancel(request)
-            await self._finish(request)
-            return
-        cancellation = Cancellation(rid, self._patience, self._clock.now())
-        self._start(cancellation)
-        await self._finish(cancellation)
+        await self._finish(self._cancellation(rid))
 
     async def status(self) -> dict[str, Any]:
         """The cluster's Status: instances, requests, counters, model."""
-        call = Inspection(self._patience, self._clock.now())
-        self._start(call)
-        await self._finish(call)
-        assert call.status is not None  # or _finish had raised
-        return call.status
+        return await self._finish(self._ask(Inspection))
 
     async def flip(self, iid: str, role: str) -> dict[str, Any]:
         """As Client.flip: iid, role, was, took_s, once the instance has taken its new role."""
-        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, self._clock.now())
-        self._start(call)
-        await self._finish(call)
-        assert call.change is not None  # or _finish had raised
-        return call.change
+        return await self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     async def close(self) -> None:
         self._session.fail(TetriError("the client was closed"))
@@ -99,12 +54,18 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    def _start(self, call: Call) -> None:
+    def _connect(self) -> None:
+        self._socket = dealer(zmq.asyncio.Context.instance(), self.address)
+        self._wake = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+
+    def _streaming(self, request: Request) -> AsyncStream:
+        return AsyncStream(self, request)
+
+    def _start(self, call: Call[Any]) -> None:
         self._session.calls.append(call)
         self._send()
         self._wake.set()  # the pump waits for what was due before
@@ -116,12 +77,11 @@ class AsyncClient:
         self._send()
         self._wake.set()
 
-    async def _finish(self, call: Call) -> None:
+    async def _finish(self, call: Call[T]) -> T:
         await self._wait(call, lambda: call.ended)
-        if call.error:
-            raise call.error
+        return call.outcome()
 
-    async def _wait(self, call: Call, done: Callable[[], object]) -> None:
+    async def _wait(self, call: Call[Any], done: Callable[[], object]) -> None:
         changed = asyncio.Event()
         call.listeners.append(changed.set)
         try:
@@ -160,8 +120,7 @@ class AsyncClient:
             self._session.fail(TetriError("the client stopped"))
 
     def _send(self) -> None:
-        if self._socket.closed:
-            raise TetriError("the client was closed")
+        self._check_open()
         for frame in self._session.tick(self._clock.now()):
             # zmq.asyncio tries a non-blocking send at once. What nobody takes now will be asked again.
             error = self._socket.send(frame, zmq.NOBLOCK).exception()
@@ -169,42 +128,24 @@ class AsyncClient:
                 raise error
 
 
-class AsyncStream:
+class AsyncStream(BaseStream[AsyncClient]):
     """Iterate over the pieces of text with `async for`; then `result`. Leaving an `async with` early cancels the
     request."""
-
-    def __init__(self, client: AsyncClient, request: Request) -> None:
-        self._client = client
-        self._request = request
-
-    @property
-    def rid(self) -> str | None:
-        """The request's id, once the broker has accepted it."""
-        return self._request.rid
-
-    @property
-    def result(self) -> Result | None:
-        """What there is to know at the end; None before."""
-        return self._request.result
 
     def __aiter__(self) -> AsyncStream:
         return self
 
     async def __anext__(self) -> str:
-        await self._changed(lambda: self._request.pieces or self._request.ended)
-        if self._request.pieces:
-            return self._request.pieces.popleft()
-        if self._request.error:
-            raise self._request.error
-        raise StopAsyncIteration
+        await self._changed(self._ready)
+        piece = self._piece()
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
 
     async def wait(self) -> Result:
         """Run to the end and give the result."""
         await self._changed(lambda: self._request.ended)
-        if self._request.error:
-            raise self._request.error
-        assert self._request.result is not None  # one of the two is there at the end
-        return self._request.result
+        return self._request.outcome()
 
     async def cancel(self) -> Result:
         """Ask for the end and wait for it; the result holds what there was."""
@@ -214,10 +155,8 @@ class AsyncStream:
     async def __aenter__(self) -> AsyncStream:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if not (self._request.ended or self._request.cancelling):
+    async def __aexit__(self, *error: object) -> None:
+        if self._wanted():
             await self.cancel()
 
     async def _changed(self, done: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from tetri.client.frames import RequestFailed, RequestRefused, Result, TetriError, Unreachable, frame, parse
 
@@ -28,13 +28,17 @@ class Patience:
     resend_s: float = 1.0
 
 
-class Call(ABC):
-    """One question that is asked until it is answered."""
+A = TypeVar("A")
+
+
+class Call(ABC, Generic[A]):
+    """One question that is asked until it is answered. `answer` is there at the end, unless `error` is."""
 
     doubt = "is it up?"  # when nobody answers
 
     def __init__(self, patience: Patience, now: float) -> None:
         self.ended = False
+        self.answer: A | None = None
         self.error: TetriError | None = None
         self.listeners: list[Callable[[], None]] = []  # called when there is news
         self._patience = patience
@@ -78,12 +82,18 @@ class Call(ABC):
             self.ended, self.error = True, error
             self.notify()
 
+    def outcome(self) -> A:
+        """The answer, once it has ended. Raises its error."""
+        if self.error is not None:
+            raise self.error
+        return cast(A, self.answer)
+
     def notify(self) -> None:
         for listener in self.listeners:
             listener()
 
 
-class Request(Call):
+class Request(Call[Result]):
     """One completion. `pieces` is text not yet taken by the caller."""
 
     def __init__(self, key: str, submit: bytes, patience: Patience, now: float) -> None:
@@ -92,7 +102,6 @@ class Request(Call):
         self.rid: str | None = None
         self.ids: list[int] = []
         self.pieces: deque[str] = deque()
-        self.result: Result | None = None
         self._submit = submit
         self._text: list[str] = []
         self._tail_at = -1  # the token index at which a text without tokens came
@@ -173,7 +182,7 @@ class Request(Call):
             self.cancelling = False  # it has ended: what is missing is to be had by Attach only
             self._miss(now)
             return
-        self.result = Result(
+        self.answer = Result(
             rid=done["rid"],
             text="".join(self._text),
             token_ids=self.ids,
@@ -185,14 +194,14 @@ class Request(Call):
             receipt=done["receipt"],
         )
         why = done["error"] or "the request failed and the broker did not say why"
-        self.end(RequestFailed(why, self.result) if done["reason"] == "error" else None)
+        self.end(RequestFailed(why, self.answer) if done["reason"] == "error" else None)
 
 
 class Session:
     """All open calls over one connection. `ignored` counts frames that meant nothing."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Call[Any]] = []
         self.ignored = 0
         self._given_up: set[str] = set()  # keys of Submits that the broker may still take
         self._outbox: list[bytes] = []

@@ -8,7 +8,7 @@ from tetri.client.conversation import Call, Patience
 from tetri.client.frames import RequestRefused, change_role, frame
 
 
-class Cancellation(Call):
+class Cancellation(Call[None]):
     """A Cancel of a request that is not this client's own."""
 
     def __init__(self, rid: str, patience: Patience, now: float) -> None:
@@ -28,26 +28,22 @@ class Cancellation(Call):
         return True
 
 
-class Inspection(Call):
+class Inspection(Call[dict[str, Any]]):
     """A question for the cluster's Status."""
-
-    status: dict[str, Any] | None = None
 
     def question(self) -> bytes:
         return frame({"type": "inspect"})
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "status":
-            self.status = {name: value for name, value in reply.items() if name != "type"}
+            self.answer = {name: value for name, value in reply.items() if name != "type"}
             self.end()
             return True
         return False
 
 
-class RoleQuestion(Call):
+class RoleQuestion(Call[dict[str, Any]]):
     """A ChangeRole; it is answered when the instance has taken its new role. Raises BadRequest."""
-
-    change: dict[str, Any] | None = None
 
     def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
@@ -63,7 +59,7 @@ class RoleQuestion(Call):
         if reply["type"] == "refused":
             self.end(RequestRefused(reply["reason"]))
         elif reply["type"] == "role_changed":
-            self.change = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
+            self.answer = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
             self.end()
         else:
             return False

@@ -3,73 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import zmq
 
-from tetri.client.clock import Clock
-from tetri.client.conversation import Call, Patience, Request, Session
-from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
-from tetri.client.place import find_address
-from tetri.client.questions import Cancellation, Inspection, RoleQuestion
-from tetri.request import Turn
+from tetri.client.conversation import Call, Request
+from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
+from tetri.client.frames import Result, TetriError
+from tetri.client.questions import Inspection, RoleQuestion
 
-Prompt = str | Sequence[int] | None
-Messages = Sequence[Turn | Mapping[str, str]] | None
-LINGER_MS = 200  # on close: long enough for a last Cancel to leave
+T = TypeVar("T")
 
 
-def dealer(context: zmq.Context[Any], address: str) -> Any:
-    """A socket towards the broker, which need not be there yet. Raises TetriError for a bad address."""
-    socket = context.socket(zmq.DEALER)
-    socket.linger = LINGER_MS
-    socket.sndhwm = socket.rcvhwm = 1000
-    socket.maxmsgsize = MAX_RECEIVED
-    try:
-        socket.connect(address)
-    except zmq.ZMQError as error:
-        socket.close(0)
-        raise TetriError(f"{address!r} is no address to connect to: {error.strerror}") from None
-    return socket
-
-
-def new_request(
-    prompt: Prompt,
-    messages: Messages,
-    deadline_s: float | None,
-    sampling: Mapping[str, Any],
-    patience: Patience,
-    now: float,
-) -> Request:
-    """Raises BadRequest."""
-    key = secrets.token_hex(8)
-    return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, now)
-
-
-class Client:
+class Client(BaseClient["Stream"]):
     """One connection to a broker. Not for several threads at once: make one each.
 
     `address`: the broker's; found through the run directory when not given. `timeout`: seconds without an
     answer after which every method raises Unreachable. Settings of a request are those of
     `tetri.request.Sampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, ...
     """
-
-    def __init__(
-        self,
-        address: str | None = None,
-        timeout: float = 30.0,
-        *,
-        silence_s: float = 2.0,
-        resend_s: float = 1.0,
-    ) -> None:
-        self.address = address or find_address()
-        self._patience = Patience(timeout, silence_s, resend_s)
-        self._session = Session()
-        self._clock = Clock()
-        self._socket = dealer(zmq.Context.instance(), self.address)
-        self._draining = False
 
     def generate(
         self,
@@ -82,44 +35,18 @@ class Client:
         """The whole answer to a prompt (text or token ids) or to a conversation. Raises TetriError."""
         return self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
-    def stream(
-        self,
-        prompt: Prompt = None,
-        *,
-        messages: Messages = None,
-        deadline_s: float | None = None,
-        **sampling: Any,
-    ) -> Stream:
-        """An iterator over the answer's text as it appears. Raises TetriError, now or while iterating."""
-        request = new_request(prompt, messages, deadline_s, sampling, self._patience, self._clock.now())
-        self._drain()
-        self._session.calls.append(request)
-        self._send()
-        return Stream(self, request)
-
     def cancel(self, rid: str) -> None:
         """End a request, this client's or another's, and wait until the broker has said so."""
-        request = self._session.request(rid)
-        if request is not None:
-            request.cancel(self._clock.now())
-            self._finish(request)
-            return
-        self._run(Cancellation(rid, self._patience, self._clock.now()))
+        self._finish(self._cancellation(rid))
 
     def status(self) -> dict[str, Any]:
         """The cluster's Status: instances, requests, counters, model."""
-        call = Inspection(self._patience, self._clock.now())
-        self._run(call)
-        assert call.status is not None  # or _run had raised
-        return call.status
+        return self._finish(self._ask(Inspection))
 
     def flip(self, iid: str, role: str) -> dict[str, Any]:
         """Have an instance take new work as prefill, decode or mixed, and wait until it does: iid, role, what it was,
         and took_s, the seconds. Raises Refused with the reason, BadRequest for a role that does not exist."""
-        call = RoleQuestion(secrets.token_hex(8), iid, role, self._patience, self._clock.now())
-        self._run(call)
-        assert call.change is not None  # or _run had raised
-        return call.change
+        return self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     def close(self) -> None:
         self._session.fail(TetriError("the client was closed"))
@@ -128,18 +55,31 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _run(self, call: Call) -> None:
-        self._session.calls.append(call)
-        self._finish(call)
+    def _connect(self) -> None:
+        self._socket = dealer(zmq.Context.instance(), self.address)
+        self._draining = False
 
-    def _finish(self, call: Call) -> None:
+    def _streaming(self, request: Request) -> Stream:
+        return Stream(self, request)
+
+    def _start(self, call: Call[Any]) -> None:
+        self._drain()
+        self._session.calls.append(call)
+        self._send()
+
+    def _cancel(self, request: Request) -> None:
+        request.cancel(self._clock.now())
+        if not self._draining:  # else this is a handler that came in between: the next turn sends it
+            self._drain()
+            self._send()
+
+    def _finish(self, call: Call[T]) -> T:
         while not call.ended:
             self._turn()
-        if call.error:
-            raise call.error
+        return call.outcome()
 
     def _turn(self) -> None:
         """Take what has come, send what is due; if nothing had come, wait for the next reply or deadline."""
@@ -176,45 +116,24 @@ class Client:
             except zmq.Again:  # nobody takes it for now: it will be asked again
                 return
 
-    def _check_open(self) -> None:
-        if self._socket.closed:
-            raise TetriError("the client was closed")
 
-
-class Stream:
+class Stream(BaseStream[Client]):
     """Iterate over the pieces of text; then `result`. Leaving a `with` early cancels the request."""
-
-    def __init__(self, client: Client, request: Request) -> None:
-        self._client = client
-        self._request = request
-
-    @property
-    def rid(self) -> str | None:
-        """The request's id, once the broker has accepted it."""
-        return self._request.rid
-
-    @property
-    def result(self) -> Result | None:
-        """What there is to know at the end; None before."""
-        return self._request.result
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        while not self._request.pieces and not self._request.ended:
+        while not self._ready():
             self._client._turn()
-        if self._request.pieces:
-            return self._request.pieces.popleft()
-        if self._request.error:
-            raise self._request.error
-        raise StopIteration
+        piece = self._piece()
+        if piece is None:
+            raise StopIteration
+        return piece
 
     def wait(self) -> Result:
         """Run to the end and give the result."""
-        self._client._finish(self._request)
-        assert self._request.result is not None  # or _finish had raised
-        return self._request.result
+        return self._client._finish(self._request)
 
     def cancel(self) -> Result:
         """Ask for the end and wait for it; the result holds what there was."""
@@ -223,14 +142,11 @@ class Stream:
 
     def cancel_soon(self) -> None:
         """Ask for the end without waiting for it: iterate on. May be called by a signal handler."""
-        self._request.cancel(self._client._clock.now())
-        if not self._client._draining:  # else this is a handler that came in between: the next turn sends it
-            self._client._drain()
-            self._client._send()
+        self._client._cancel(self._request)
 
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not (self._request.ended or self._request.cancelling):
+    def __exit__(self, *error: object) -> None:
+        if self._wanted():
             self.cancel()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetri.policy.length import ENDS
 from tetri.policy.rules import TABLES, Rules
 from tetri.policy.views import FlipSettings
 from tetri.strict import REQUIRED, ConfigError, choice, number, text
@@ -16,7 +17,6 @@ _FLIP = FlipSettings()
 CLUSTER_NAME = r"[a-z0-9-]{1,20}"
 LINKS = ("roce-200g", "nvlink")
 _CPUS = r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
-_ENDS = ("low", "middle", "high")
 
 
 def _cpus() -> Any:
@@ -108,8 +108,8 @@ class PolicyConfig:
     length_cover: float = number(_RULES.length_cover, 0, 0.999)  # of `trained`: share inside; 0: the likeliest bucket
     length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)  # for a prediction, once the prompt has started
     heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode of more output tokens is heavy
-    dispatch_end: str = choice(_RULES.dispatch_end, *_ENDS)  # the end of the predicted range that is used
-    admit_end: str = choice(_RULES.admit_end, *_ENDS)
+    dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)  # the end of the predicted range that is used
+    admit_end: str = choice(_RULES.admit_end, *ENDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 from xxhash import xxh3_64
 
@@ -21,6 +22,14 @@ from tetri.wire.handover import Handle
 FIRST_GENERATION = 1
 OWNER_BYTES = 56
 MARK = struct.Struct(f"=Q{OWNER_BYTES}s")  # CLOCK_MONOTONIC in ns when it was put, 0: unused; its owner in UTF-8
+
+
+def digest_of(blocks: Iterable[Any]) -> int:
+    """Of their bytes in order: xxh3-64, seed 0."""
+    digest = xxh3_64()
+    for block in blocks:
+        digest.update(block)
+    return digest.intdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +101,7 @@ class HostSlab:
         """Let `write` fill the blocks of these slots; the digest over them."""
         views = [self.segment.block(slot) for slot in slots]
         write(views)
-        if not self._digest:
-            return None
-        digest = xxh3_64()
-        for view in views:
-            digest.update(view)
-        return digest.intdigest()
+        return digest_of(views) if self._digest else None
 
     def free(self, handle: Handle) -> None:
         """On an error nothing was freed."""

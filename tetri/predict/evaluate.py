@@ -18,7 +18,6 @@ BATCH = 32
 FEWEST = 30  # texts that the baselines are fitted to, when they are others than the judged ones
 FOLDS = 5
 BOUND = 0.9
-Distributions = Mapping[str, Doubles]
 
 
 @dataclass(frozen=True)

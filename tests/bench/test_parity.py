@@ -1,0 +1,40 @@
+"""The simulator against the live system: a short form of tools/parity, with room for a machine that is busy."""
+
+import pytest
+
+from tetri.bench import parity
+from tetri.bench.deployment import own_folder
+from tetri.sim.traces import Arrival, TokenCounts
+
+BUSY = 4.0  # this machine may have other work: so many times the bounds of tools/parity
+SLOW = ("emulated.time_scale=4",)  # steps of 106 ms and more, of which what a busy machine adds is a small part
+
+
+@pytest.fixture
+def config():
+    with own_folder("parity") as folder:
+        yield parity.deployment(folder, SLOW)
+
+
+def test_live_and_simulated_agree(config):
+    lengths = TokenCounts.parsed("50-600"), TokenCounts.parsed("2-20")
+    made = parity.measured(config, 20, 2.5, lengths, 1, lambda text: None)
+    assert parity.within(made, BUSY), made
+    assert made["ttft_mean"]["live_s"] > 0.1 and made["jct_mean"]["live_s"] > 0.5
+
+
+def test_the_simulated_deployment_is_the_configured_one(config):
+    setup = parity.setup_of(config, 7)
+    assert (setup.prefill, setup.decode, setup.mixed, setup.seed) == (2, 2, 0, 7)
+    assert setup.cost.decode_s(1, 0) == pytest.approx(4 * 0.0266)
+    assert (setup.slots, setup.max_batch, setup.chunk_tokens) == (64, 32, 512)
+    assert len(parity.simulated(setup, [Arrival(0.0, 100, 3), Arrival(0.1, 50, 1)])) == 2
+
+
+def test_a_difference_is_seen():
+    true = [(0.1, 1.0)] * 99 + [(0.2, 2.0)]
+    same = parity.compared(true, true)
+    assert parity.within(same) and all(made["off"] == 0 for made in same.values())
+    later = parity.compared(true, [(ttft, jct * 1.06) for ttft, jct in true])
+    assert not parity.within(later) and parity.within(later, 2.0)
+    assert later["jct_mean"]["off"] == pytest.approx(0.06) and later["ttft_p99"]["off"] == 0

@@ -1,0 +1,1 @@
+"""chaos: traffic under injected faults, every answer checked."""

@@ -1,0 +1,200 @@
+"""chaos: thousands of requests while everything on the way of the KV goes wrong: messages lost, doubled, late, out of
+order and replayed, bytes flipped, chunks cut short, workers that kill themselves in the middle of a hand-over.
+
+    tools/chaos --requests 10000 --transport stream --seed 2
+
+Starts an emulated cluster of its own, small enough that requests are also refused for want of memory. Every answer is
+held against the one that its prompt must have. Exit status 0: no wrong token, no request that took longer than --bound,
+no memory and no slot that is not given back, and no process, socket or shared memory left. No error either but one: a
+request whose attempts all met a fault is given up, and counted apart; at the standard rates there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from typing import Any
+
+import click
+
+from tetri.bench.chaos.traffic import WATCH_S, Told, Traffic
+from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, polled, running
+from tetri.bench.report import as_json, give, one_line, overrides, say, spread, table
+from tetri.client import Client
+from tetri.config import Config
+from tetri.proc.supervise import Supervisor
+
+FAULTS = (
+    "drop=0.01,duplicate=0.01,delay=0.02,reorder=0.01,replay=0.005,"
+    "flip=0.01,truncate=0.01,lose=0.003,late=0.02,spoil=0.002,die=0.0002"
+)
+SHAPE = (
+    "engine.chunk_tokens=64",
+    "engine.max_batch=16",
+    "engine.block_tokens=16",
+    "emulated.blocks=96",
+    "emulated.context=1024",
+    "transfer.slab_blocks=24",
+    "transfer.offer_s=0.1",
+)
+CURES = (  # a fault, the counters in which it shows (others may show in them too), and what makes up for it
+    ("drop", (), "the same is said again"),
+    ("duplicate", ("duplicate",), "the same is answered again"),
+    ("delay", ("late", "reordered"), "chunks land in any order"),
+    ("reorder", ("late", "reordered"), "chunks land in any order"),
+    ("replay", ("late", "old_attempt", "duplicate"), "names of attempt and offer"),
+    ("flip", ("flipped",), "taken again"),
+    ("truncate", ("truncated",), "taken again"),
+    ("lose", ("lost",), "taken again, or another attempt"),
+    ("late", ("lost",), "waited for, or another attempt"),
+    ("spoil", ("flipped", "given_up"), "another attempt"),
+    ("die", ("workers_lost",), "another attempt, a new process"),
+)
+KILLED = "killing itself, as transfer.faults wants it"
+
+
+def settings(transport: str, faults: str, roles: tuple[int, int]) -> list[str]:
+    """Of emulated engines whose steps take no time."""
+    named = [("p", "prefill", roles[0]), ("d", "decode", roles[1])]
+    workers = [f"{{iid='{message}{i}', role='{role}'}}" for message, role, count in named for i in range(count)]
+    moved = [f"transfer.transport={transport}", f'transfer.faults="{faults}"']
+    return [f"worker=[{','.join(workers)}]", *SHAPE, *moved]
+
+
+def left_over(config: Config, told: Told, wait_s: float) -> list[str]:
+    """What the living cluster has not given back after so long: open requests, blocks, slots, dead ones' segments."""
+    with Client(config.clients_address) as client:
+
+        def read() -> list[str]:
+            status = client.status()
+            told.hear(status)
+            found = [f"{count} requests {stage}" for stage, count in status["requests"].items() if count]
+            for instance in status["instances"]:
+                found += [f"{instance['iid']}: {problem}" for problem in _kept(instance)]
+            names = segments(config)
+            if len(names) > len(config.workers):
+                found.append(f"segments of dead workers: {', '.join(names)}")
+            return found
+
+        return polled(read, lambda found: not found, wait_s, WATCH_S)
+
+
+def _kept(instance: dict[str, Any]) -> list[str]:
+    if instance["state"] != "ready":
+        return [f"{instance['state']}: {instance['note']}"]
+    missing = instance["blocks"] - instance["free_blocks"]
+    kept = [f"{missing} blocks are not free"] * bool(missing)
+    kept += [f"{instance['slots_used']} slots are not free"] * bool(instance["slots_used"])
+    return kept + [f"{instance['held']} requests are held"] * bool(instance["held"])
+
+
+def segments(config: Config) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-{config.cluster.name}-")]
+
+
+def after_the_end(config: Config) -> list[str]:
+    """What is left of a cluster that was stopped."""
+    found = [f"process {pid}" for pid in Supervisor(config.run_dir).alive()]
+    found += [f"socket {path.name}" for path in config.run_dir.iterdir() if path.is_socket()]
+    return found + [f"segment {name}" for name in segments(config)]
+
+
+def logged(config: Config) -> str:
+    return "".join(path.read_text(errors="replace") for path in sorted((config.run_dir / "log").glob("*.log*")))
+
+
+def measured(config: Config, requests: int, seed: int, width: int, bound_s: float) -> dict[str, Any]:
+    """One run, and what is to be said of it."""
+    told = Told()
+    with running(config, say, START_S):
+        start = time.monotonic()
+        asyncio.run(Traffic(config, seed, width, bound_s, told).run(requests))
+        seconds = time.monotonic() - start
+        leaked = left_over(config, told, bound_s)
+    text = logged(config)
+    counters = told.counters()
+    injected = {name.removeprefix("injected_"): n for name, n in counters.items() if name.startswith("injected_")}
+    return {
+        "requests": requests,
+        "seconds": round(seconds, 1),
+        "per_second": round(requests / seconds, 1),
+        "chunks": told.chunks,
+        "injected": {**injected, "die": text.count(KILLED)},
+        "seen": {name: count for name, count in counters.items() if not name.startswith("injected_")},
+        "broker": told.broker,
+        "attempts": dict(sorted(told.attempts.items())),
+        "latency_s": spread(told.took),
+        "slowest": told.slowest,
+        "given_up": dict(told.tired),
+        "errors": dict(told.refused),
+        "wrong": told.wrong,
+        "hung": told.hung,
+        "leaked": leaked + after_the_end(config),
+        "crashes": text.count("Traceback (most recent call last)"),
+    }
+
+
+def good(run: dict[str, Any]) -> bool:
+    return not any(run[problem] for problem in ("wrong", "hung", "leaked", "errors", "crashes"))
+
+
+def shown(run: dict[str, Any]) -> str:
+    """For people."""
+    rate = f"{run['per_second']} a second, {run['chunks']} chunks"
+    counted = {**run["seen"], **run["broker"]}
+    rows = []
+    for name, signs, cure in CURES:
+        seen = ", ".join(f"{sign} {counted.get(sign, 0)}" for sign in signs) or "silence"
+        rows.append([name, str(run["injected"].get(name, 0)), seen, cure])
+    lines = [f"{run['requests']} requests over {run['transport']} in {run['seconds']} s, {rate}", ""]
+    lines.append(table(("fault", "injected", "seen as", "healed by"), rows))
+    for name in ("seen", "broker", "attempts", "given_up", "errors"):
+        told = ", ".join(f"{key} {value}" for key, value in run[name].items() if value)
+        lines += ["", f"{name}: {told or 'none'}"]
+    latency = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in run["latency_s"].items())
+    lines += ["", f"latency: {latency}; the slowest:"]
+    lines += [f"    {seconds:6.2f} s  {line}" for seconds, line in run["slowest"]]
+    for name in ("wrong", "hung", "leaked"):
+        lines.append(f"{name}: {len(run[name])}")
+        lines += [f"    {line}" for line in run[name][:10]]
+    return "\n".join([*lines, f"crashes: {run['crashes']}"])
+
+
+@click.command()
+@click.option("--requests", type=click.IntRange(1), default=10_000, show_default=True)
+@click.option("--transport", type=click.Choice(["auto", "shm", "stream", "nixl"]), default="shm", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--faults", default=FAULTS, show_default=True, help="As transfer.faults, without a seed.")
+@click.option("--width", type=click.IntRange(1), default=48, show_default=True, help="Requests open at a time.")
+@click.option("--workers", type=(click.IntRange(1), click.IntRange(1)), default=(2, 2), show_default=True)
+@click.option("--bound", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds: longer is a hang.")
+@overrides
+@click.option("--keep", is_flag=True, help="Keep the run directory, with the logs.")
+@as_json
+def main(
+    requests: int,
+    transport: str,
+    seed: int,
+    faults: str,
+    width: int,
+    workers: tuple[int, int],
+    bound: float,
+    overrides: tuple[str, ...],
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Serve requests while faults are injected, and check every answer."""
+    injected = f"{faults},seed={seed}" if faults else ""
+    with one_line("chaos", *EXPECTED, status=2), own_folder("chaos", keep) as folder:
+        more = [*settings(transport, injected, workers), *overrides]
+        config = configured(EMULATED, folder, "chaos", more)
+        run = measured(config, requests, seed, width, bound)
+    run = {"transport": transport, "seed": seed, "workers": workers, "limit_s": bound, **run, "ok": good(run)}
+    give(run, shown(run), as_json)
+    sys.exit(0 if run["ok"] else 1)
+
+
+if __name__ == "__main__":
+    main(prog_name="chaos")

@@ -1,0 +1,127 @@
+"""The requests of chaos: what is asked, whether the answers are right, and what the cluster tells meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from tetri.client import AsyncClient, RequestFailed, Result, TetriError
+from tetri.config import Config
+from tetri.core.broker.delivery import MAX_ATTEMPTS
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
+
+CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests, and within how many seconds of their start
+WATCH_S, SLOWEST = 0.1, 8
+
+
+def gave_up(failure: RequestFailed) -> bool:
+    """Whether the broker gave the request up, and not before it may."""
+    return str(failure).startswith("given up after") and failure.result.receipt.attempts >= MAX_ATTEMPTS
+
+
+@dataclass
+class Told:
+    """What the workers have counted, each in all of its lives, as far as it was told: what a worker counted in the
+    beat's time before its death is gone with it. `took`: how long each request was open, in seconds."""
+
+    lives: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    broker: dict[str, int] = field(default_factory=dict)
+    took: list[float] = field(default_factory=list)
+    attempts: Counter[int] = field(default_factory=Counter)
+    chunks: int = 0
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+    tired: Counter[str] = field(default_factory=Counter)  # honest errors, by their text: begun so often, all in vain
+    refused: Counter[str] = field(default_factory=Counter)  # errors that no fault explains
+    wrong: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+
+    def hear(self, status: dict[str, Any]) -> None:
+        self.broker = status["counters"]
+        for instance in status["instances"]:
+            self.lives[instance["iid"], instance["incarnation"]] = instance.get("counters", {})
+
+    def counters(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for counters in self.lives.values():
+            total.update(counters)
+        return dict(total)
+
+
+class Traffic:
+    """`width` requests are open at any time. Most prompts fill a few chunks, some nearly all of a worker's memory; some
+    requests are cancelled, in whatever stage they are."""
+
+    def __init__(self, config: Config, seed: int, width: int, bound_s: float, told: Told) -> None:
+        self.config, self.width, self.bound_s, self.told = config, width, bound_s, told
+        self.rng = Random(seed)
+
+    def drawn(self) -> tuple[list[int], Sampling]:
+        rng, context = self.rng, self.config.emulated.context
+        tokens = rng.randint(400, context - 100) if rng.random() < 0.03 else rng.randint(1, 200)
+        prompt = [rng.randrange(1, self.config.emulated.vocabulary) for _ in range(tokens)]
+        temperature = rng.choice((0.0, 0.0, 0.7))
+        seed = rng.getrandbits(40) if temperature else None
+        length = rng.randint(1, 24)
+        return prompt, Sampling(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=rng.random() < 0.5)
+
+    async def ask(self, client: AsyncClient, number: int) -> None:
+        prompt, sampling = self.drawn()
+        asked = {name: getattr(sampling, name) for name in ("max_tokens", "temperature", "seed", "ignore_eos")}
+        start, told, cancelled = time.monotonic(), self.told, self.rng.random() < CANCELLED
+        stream = client.stream(prompt, **asked)
+        try:
+            if cancelled:
+                await asyncio.sleep(self.rng.uniform(0.0, CANCEL_S))
+            result = await asyncio.wait_for(stream.cancel() if cancelled else stream.wait(), self.bound_s)
+        except TimeoutError:
+            told.hung.append(f"request {number}: {len(prompt)} tokens, no end after {self.bound_s:g} s")
+            return
+        except TetriError as failure:
+            kept = told.tired if isinstance(failure, RequestFailed) and gave_up(failure) else told.refused
+            kept[str(failure)] += 1
+            return
+        finally:
+            told.took.append(time.monotonic() - start)
+        self.check(number, prompt, sampling, result)
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timeline.items() if seconds >= 0.01)
+        line = f"{len(prompt)} + {len(result.token_ids)} tokens, attempts {result.receipt.attempts}: {stages}"
+        told.slowest = sorted([*told.slowest, (round(told.took[-1], 2), line)], reverse=True)[:SLOWEST]
+
+    def check(self, number: int, prompt: list[int], sampling: Sampling, result: Result) -> None:
+        made, told, receipt = self.config.emulated, self.told, result.receipt
+        right = reference(prompt, sampling, made.vocabulary, made.token_bytes)
+        if result.finish_reason == "cancelled":
+            right = right[: len(result.token_ids)]
+        if result.token_ids != right:
+            told.wrong.append(f"request {number}: {result.token_ids} is not {right}: {receipt}")
+        if result.finish_reason == "length" and receipt.adopted is None:
+            told.wrong.append(f"request {number}: its worker did not say what became of its KV, {receipt}")
+        if receipt.decode_instance and receipt.chunks:
+            silent = receipt.recomputed and not receipt.preempted
+            if silent or (receipt.adopted, receipt.prompt_tokens) != (len(prompt), len(prompt)):
+                told.wrong.append(f"request {number}: computed again, {receipt}")
+        told.attempts[receipt.attempts] += 1
+        told.chunks += receipt.chunks or 0
+
+    async def watch(self, client: AsyncClient) -> None:
+        while True:
+            self.told.hear(await client.status())
+            await asyncio.sleep(WATCH_S)
+
+    async def run(self, count: int) -> None:
+        numbers = iter(range(count))
+
+        async def one_after_another(client: AsyncClient) -> None:
+            for number in numbers:
+                await self.ask(client, number)
+
+        async with AsyncClient(self.config.clients_address, timeout=self.bound_s) as client:
+            watch = asyncio.create_task(self.watch(client))
+            await asyncio.gather(*(one_after_another(client) for _ in range(min(self.width, count))))
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)

@@ -1,0 +1,153 @@
+"""What bin/demo runs after the set-up: a cluster of its own, two prompts, a table, and nothing left behind.
+
+Exit status 0: both were answered, and the decode worker took over every prompt token's KV and computed none again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, own_folder, pinned, running
+from tetri.bench.report import FILE, one_line, say
+from tetri.client import Client, Result
+from tetri.config import Config, default_path
+from tetri.request import Stage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+LICENCE = REPOSITORY / "LICENSE"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    title: str
+    shown: str  # the text itself may be long
+    text: str
+    max_tokens: int
+    chunks: int = 1  # in which it must come in, at least
+
+
+def prompts() -> list[Prompt]:
+    short = "Explain in two sentences why the sky is blue."
+    sections = LICENCE.read_text(encoding="utf-8").partition("5. Submission")[0].rstrip()  # 1,400 tokens
+    question = "What is this text about? Answer in one sentence."
+    return [
+        Prompt("short", short, short, 96),
+        Prompt("long", f"(sections 1 to 4 of LICENSE) {question}", f"{sections}\n\n{question}", 64, chunks=2),
+    ]
+
+
+@click.command()
+@click.option("--conf", type=FILE, help="Configuration to start.")
+def main(conf: Path | None) -> None:
+    """Start a small cluster, ask it two things, show where the time went, stop it."""
+    from rich.console import Console
+
+    console, status = Console(), 1
+    try:
+        with one_line("bin/demo", *EXPECTED), own_folder("demo") as folder:
+            config = pinned(conf or default_path(), folder, "demo", sorted(os.sched_getaffinity(0)))
+            status = demonstrate(config, console)
+    except BrokenPipeError:  # whoever read this has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        click.echo("bin/demo: interrupted; everything is stopped", err=True)
+        status = 130
+    sys.exit(status)
+
+
+def demonstrate(config: Config, console: Console) -> int:
+    """The exit status."""
+    for worker in config.workers:
+        say(f"{worker.iid}: {worker.role} worker on CPU {worker.cpus}")
+    with running(config, say, LOAD_S), Client(config.clients_address, timeout=60.0) as client:
+        results = [_answer(client, prompt, console) for prompt in prompts()]
+    say("stopped")
+    console.print(table([prompt.title for prompt in prompts()], results))
+    answered = zip(prompts(), results, strict=True)
+    found = [problem for prompt, result in answered for problem in problems(result, prompt.chunks)]
+    for problem in found:
+        click.echo(f"bin/demo: {problem}", err=True)
+    return 1 if found else 0
+
+
+def _answer(client: Client, prompt: Prompt, console: Console) -> Result:
+    console.print(f"\n[bold]> {prompt.shown}[/]", highlight=False)
+    with client.stream(messages=[{"role": "user", "content": prompt.text}], max_tokens=prompt.max_tokens) as answer:
+        for piece in answer:
+            console.out(piece, end="", highlight=False)
+            console.file.flush()
+    console.out("\n")
+    assert answer.result is not None  # iterating raises when there is none
+    return answer.result
+
+
+def problems(result: Result, chunks: int) -> list[str]:
+    """What keeps an answer from showing what the demo is about."""
+    receipt, found = result.receipt, []
+    if not result.token_ids:
+        found.append(f"request {result.rid} was not answered: {result.finish_reason}")
+    if receipt.adopted is None or receipt.chunks is None:
+        return [*found, f"request {result.rid}: no worker said what became of its KV"]
+    if receipt.adopted != receipt.prompt_tokens:
+        found.append(f"request {result.rid}: {receipt.adopted} of {receipt.prompt_tokens} prompt tokens were adopted")
+    if receipt.recomputed:
+        found.append(f"request {result.rid}: {receipt.recomputed} prompt tokens were computed again")
+    if receipt.chunks < chunks:
+        found.append(f"request {result.rid}: its KV came in {receipt.chunks} chunks, not in {chunks} or more")
+    return found
+
+
+def table(titles: Sequence[str], results: Sequence[Result]) -> Table:
+    from rich.table import Table
+
+    shown = Table("", *titles, title="where the time went, and what moved")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    columns = [_facts(result) for result in results]
+    for name in columns[0]:
+        last = name in ("decode", "tokens/s", "recomputed")  # of its section
+        shown.add_row(name, *(column[name] for column in columns), end_section=last)
+    return shown
+
+
+def _facts(result: Result) -> dict[str, str]:
+    stages = [stage for stage in Stage if not stage.ended]
+    receipt, decode_s = result.receipt, result.timeline.get(Stage.DECODE, 0.0)
+    rate = (result.usage.completion_tokens - 1) / decode_s if decode_s else 0.0
+    return {
+        **{stage.value: _ms(result.timeline.get(stage, 0.0)) for stage in stages},
+        "TTFT": _ms(result.ttft_s),
+        "JCT": _ms(result.jct_s),
+        "output tokens": str(result.usage.completion_tokens),
+        "tokens/s": f"{rate:.1f}",
+        "chunks": _count(receipt.chunks),
+        "KV bytes moved": _count(receipt.kv_bytes, ","),
+        "prompt tokens": str(receipt.prompt_tokens),
+        "adopted": _count(receipt.adopted),
+        "recomputed": _count(receipt.recomputed),
+        "prefill on": receipt.prefill_instance or "-",
+        "decode on": receipt.decode_instance or "-",
+    }
+
+
+def _count(number: int | None, form: str = "") -> str:
+    """What no worker said is not known, and not 0."""
+    return "unknown" if number is None else format(number, form)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"
+
+
+if __name__ == "__main__":
+    main(prog_name="bin/demo")

@@ -1,0 +1,147 @@
+"""bench_handover: how long after the end of a prompt's prefill its first decode step begins, for a short and a long
+prompt, on an idle decode worker and beside a running batch; and whether the copies of a long prompt overlap with its
+prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+
+from tetri.bench.deployment import EXPECTED, configured, own_folder
+from tetri.bench.handover.drive import Group, Load, cluster, run
+from tetri.bench.handover.picture import draw
+from tetri.bench.handover.stages import Move, moves, overlap
+from tetri.bench.plots import PlotError, ready
+from tetri.bench.report import FILE, BenchError, as_json, conf, give, one_line, overrides, say, spread, table
+from tetri.config import default_path
+from tetri.proc.recorder import RecordError
+
+LIMIT_MS = 15.0  # by which the long prompt's first decode step may come later than the short one's
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Of each length and load.")
+@click.option("--short", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the short prompts.")
+@click.option("--long", type=click.IntRange(2), default=4000, show_default=True, help="Tokens of the long prompts.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Requests that decode beside.")
+@click.option("--plot", type=FILE, help="Draw one long prompt's way, a PNG.")
+@conf
+@overrides
+@as_json
+def main(
+    rounds: int,
+    short: int,
+    long: int,
+    batch: int,
+    plot: Path | None,
+    conf: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure the hand-over from a prefill to a decode worker, stage by stage. Takes some minutes and wants a machine
+    on which nothing else runs."""
+    with one_line("bench_handover", *EXPECTED, PlotError, RecordError), own_folder("handover") as folder:
+        if short >= long:
+            raise BenchError(f"--short ({short}) must be less than --long ({long})")
+        if plot:
+            ready(plot)  # before all the work
+        config = configured(conf or default_path(), folder, "handover", ["cluster.record=true", *overrides])
+        with cluster(config, say) as live:
+            groups = run(live, Load((short, long), rounds, batch), say)
+            found = moves(live.record(live.prefill), live.record(live.decode))
+        by_group = grouped(found, groups)
+        if plot:
+            draw(plot, typical(by_group["idle", long]))
+    summary = summarised(by_group, short, long, batch)
+    give(summary, shown(summary), as_json)
+
+
+def grouped(found: Sequence[Move], groups: dict[Group, list[str]]) -> dict[Group, list[Move]]:
+    """Raises BenchError when a request's way is not wholly in the records."""
+    by_rid = {move.rid: move for move in found}
+    missing = [rid for rids in groups.values() for rid in rids if rid not in by_rid]
+    if missing:
+        raise BenchError(f"the records do not show how {len(missing)} requests were handed over, {missing[0]} for one")
+    return {group: [by_rid[rid] for rid in rids] for group, rids in groups.items()}
+
+
+def typical(taken: Sequence[Move]) -> Move:
+    """The one in the middle."""
+    return sorted(taken, key=lambda move: move.seconds)[len(taken) // 2]
+
+
+def summarised(by_group: dict[Group, list[Move]], short: int, long: int, batch: int) -> dict[str, Any]:
+    """`difference_ms`: how much later the long prompt's first decode step comes than that of a short prompt on an idle
+    decode worker, medians; `limit_ms`: how much it may."""
+    loads: dict[str, Any] = {}
+    base = _ms(move.seconds for move in by_group["idle", short])
+    for state in ("idle", "busy"):
+        taken = [move for length in (short, long) for move in by_group[state, length]]
+        step = _ms(move.first_step.ended - move.first_step.begun for move in taken)
+        lengths = {str(length): _lengths(by_group[state, length]) for length in (short, long)}
+        difference = lengths[str(long)]["ms"]["median"] - base
+        limit = LIMIT_MS if state == "idle" else LIMIT_MS + step
+        loads[state] = {
+            "lengths": lengths,
+            "step_ms": step,
+            "difference_ms": difference,
+            "limit_ms": limit,
+            "ok": difference <= limit,
+        }
+    seen = {state: overlap(by_group[state, long]) for state in ("idle", "busy")}
+    return {
+        "short": short,
+        "long": long,
+        "batch": batch,
+        "rounds": len(by_group["idle", long]),
+        **loads,
+        "overlap": {
+            "chunks": seen["idle"].chunks,
+            "inside": seen["idle"].inside,
+            "early_ms": _ms(seen["idle"].early_s) if seen["idle"].early_s else None,
+            "busy": {"chunks": seen["busy"].chunks, "inside": seen["busy"].inside},
+        },
+    }
+
+
+def _lengths(taken: Sequence[Move]) -> dict[str, Any]:
+    stages = [move.stages() for move in taken]
+    return {
+        "ms": spread((move.seconds for move in taken), 1000),
+        "stages_ms": {name: _ms(stage[name] for stage in stages) for name in stages[0]},
+        "samples_ms": [1000 * move.seconds for move in taken],
+    }
+
+
+def _ms(seconds: Iterable[float]) -> float:
+    return 1000 * median(seconds)
+
+
+def shown(found: dict[str, Any]) -> str:
+    names = list(found["idle"]["lengths"][str(found["short"])]["stages_ms"])
+    rows = []
+    for state in ("idle", "busy"):
+        for length, taken in found[state]["lengths"].items():
+            times = [taken["ms"]["median"], taken["ms"]["worst"], *(taken["stages_ms"][name] for name in names)]
+            rows.append([state, length, *(f"{time:.1f}" for time in times)])
+    lines = [table(("decode worker", "prompt", "median ms", "worst ms", *names), rows)]
+    for state, what in (("idle", "idle"), ("busy", f"beside {found['batch']} decodes")):
+        taken = found[state]
+        lines.append(
+            f"{found['long']} tokens, {what}: {taken['difference_ms']:+.1f} ms against {found['short']} tokens, idle"
+            f" (at most {taken['limit_ms']:.1f} wanted; a decode step takes {taken['step_ms']:.1f})"
+        )
+    seen = found["overlap"]
+    lines.append(
+        f"copies inside the next chunk's forward pass: {seen['inside']} of {seen['chunks']} (idle),"
+        f" {seen['busy']['inside']} of {seen['busy']['chunks']} (busy)"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(prog_name="bench_handover")

@@ -1,0 +1,130 @@
+"""The live cluster, recorded, and the requests whose hand-overs are looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tetri.bench.deployment import check_straight, running
+from tetri.bench.report import BenchError, Say
+from tetri.client import AsyncClient
+from tetri.config import Config
+
+GIVE_UP_S = 300.0
+OUTPUT = 4  # tokens of a request whose hand-over is looked at
+PAUSE_S = 0.2  # before each of them, at most: several steps, so that they end prefill at any point of one
+TOGETHER = 4  # rounds beside the same running batch
+BATCH_PROMPT, BATCH_OUTPUT = 64, 2000  # tokens of each request of that batch
+POLL_S = 0.05
+VOCABULARY = 256, 4096  # ids that every model here has and that are no special ones
+
+Group = tuple[str, int]  # idle or busy, and the prompts' tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`rounds` of one prompt of each length, and the same again beside a running batch of so many requests."""
+
+    lengths: Sequence[int]
+    rounds: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What runs; `prefill` and `decode` are the two workers' names."""
+
+    config: Config
+    prefill: str
+    decode: str
+
+    def record(self, iid: str) -> Path:
+        """What this worker has heard and said. Raises BenchError when it had to be started again."""
+        found = sorted((self.config.run_dir / "record").glob(f"{iid}-*.events"))
+        if len(found) != 1:
+            raise BenchError(f"worker {iid} left {len(found)} records, not 1: it was started again")
+        return found[0]
+
+
+@contextmanager
+def cluster(config: Config, say: Say) -> Iterator[Cluster]:
+    """Everything started, and stopped at the end. Raises LaunchError, BenchError."""
+    roles = sorted(worker.role for worker in config.workers)
+    if roles != ["decode", "prefill"]:
+        raise BenchError(f"one prefill and one decode worker are wanted, the configuration has {', '.join(roles)}")
+    by_role = {worker.role: worker.iid for worker in config.workers}
+    with running(config, say, GIVE_UP_S):
+        yield Cluster(config, by_role["prefill"], by_role["decode"])
+
+
+def run(cluster: Cluster, load: Load, say: Say) -> dict[Group, list[str]]:
+    """All requests; their ids by group."""
+    return asyncio.run(_Run(cluster, load, say).all())
+
+
+class _Run:
+    def __init__(self, cluster: Cluster, load: Load, say: Say) -> None:
+        self._cluster, self._load, self._say = cluster, load, say
+        self._rng = Random(4)
+        self._rids: dict[Group, list[str]] = {}
+
+    async def all(self) -> dict[Group, list[str]]:
+        load, rounds = self._load, self._load.rounds
+        async with AsyncClient(self._cluster.config.clients_address, timeout=GIVE_UP_S) as client:
+            self._client = client
+            for length in load.lengths:
+                await self._one("warm", length)
+            for number in range(1, rounds + 1):
+                await self._round("idle", number)
+            for first in range(1, rounds + 1, TOGETHER):
+                async with self._batch():
+                    for number in range(first, min(first + TOGETHER, rounds + 1)):
+                        await self._round("busy", number)
+        self._rids = {group: rids for group, rids in self._rids.items() if group[0] != "warm"}
+        return self._rids
+
+    async def _round(self, state: str, number: int) -> None:
+        for length in self._load.lengths:
+            await asyncio.sleep(self._rng.uniform(0.0, PAUSE_S))
+            await self._one(state, length)
+        self._say(f"decode worker {state}: round {number} of {self._load.rounds}")
+
+    async def _one(self, state: str, length: int) -> None:
+        result = await self._client.generate(self._prompt(length), max_tokens=OUTPUT, ignore_eos=True)
+        check_straight(result.receipt)
+        self._rids.setdefault((state, length), []).append(result.rid)
+
+    def _prompt(self, length: int) -> list[int]:
+        return [self._rng.randrange(*VOCABULARY) for _ in range(length)]
+
+    @asynccontextmanager
+    async def _batch(self) -> AsyncIterator[None]:
+        """Requests that decode together meanwhile. Raises BenchError when one of them ends before."""
+        prompts = [self._prompt(BATCH_PROMPT) for _ in range(self._load.batch)]
+        calls = [self._client.generate(each, max_tokens=BATCH_OUTPUT, ignore_eos=True) for each in prompts]
+        tasks = [asyncio.create_task(call) for call in calls]
+        try:
+            await self._running(len(tasks))
+            yield
+            if any(task.done() for task in tasks):
+                raise BenchError("a request of the batch ended before the last hand-over beside it")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._running(0)
+
+    async def _running(self, count: int) -> None:
+        """Until so many decode."""
+        end = time.monotonic() + GIVE_UP_S
+        while time.monotonic() < end:
+            status = await self._client.status()
+            if any(each["iid"] == self._cluster.decode and each["running"] == count for each in status["instances"]):
+                return
+            await asyncio.sleep(POLL_S)
+        raise BenchError(f"after {GIVE_UP_S:.0f} s {self._cluster.decode} does not decode {count} requests")

@@ -1,0 +1,36 @@
+"""One vLLM engine and one length predictor in the benchmark's own process, on one core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from tetri.bench.report import claim_stdout, one_line
+from tetri.engine.base import EngineError
+from tetri.models import ModelError, find, weights_hash
+from tetri.predict.lengths import PredictError
+from tetri.predict.model import shipped_for
+
+
+@contextmanager
+def on_one_core(program: str, cpu: int | None) -> Iterator[TextIO]:
+    """This process on `cpu`, on the last one that it may use by default; gives where the result goes. What an engine
+    or a predictor lacks ends the program with one line and exit status 2."""
+    out = claim_stdout()
+    with one_line(program, EngineError, ModelError, PredictError, OSError, status=2):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if cpu is None else cpu})
+        yield out
+
+
+def model_and_predictor(model: str, folder: Path | None) -> tuple[Path, str, Path]:
+    """The model's folder, the hash of its weights and the predictor's folder: the one given, or the shipped one.
+    Raises ModelError and PredictError."""
+    place = find(model)
+    weights = weights_hash(place)
+    folder = folder or shipped_for(weights)
+    if folder is None:
+        raise PredictError(f"tetri brings no predictor for {model}: give one with --predictor")
+    return place, weights, folder

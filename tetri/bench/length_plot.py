@@ -1,0 +1,37 @@
+"""A picture of predicted against real output lengths. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tetri.bench.plots import save
+
+Said = Sequence[tuple[float, float, float]]  # of each text: below it 10, 50 and 90 % of the odds are
+
+
+def draw(path: Path, said: Mapping[str, Said], tokens: Sequence[int]) -> None:
+    """What each kind of predictor said of each text, over the text's real length. A PNG."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(5.5 * len(said), 5.5), layout="constrained")
+    for axes, (kind, ranges) in zip(figure.subplots(1, len(said), squeeze=False)[0], said.items(), strict=True):
+        _scatter(axes, kind, ranges, tokens)
+    save(figure, path)
+
+
+def _scatter(axes: Any, kind: str, ranges: Said, tokens: Sequence[int]) -> None:
+    low, middle, high = zip(*ranges, strict=True) if ranges else ((), (), ())
+    top = max([*tokens, *high], default=1) * 1.03
+    axes.vlines(tokens, low, high, colors="#2a6fbb", alpha=0.12, linewidth=1.5)
+    axes.scatter(tokens, middle, s=9, color="#2a6fbb")
+    axes.plot([0, top], [0, top], color="#555555", linewidth=0.8, linestyle="--")
+    axes.set(
+        xlabel="output tokens",
+        ylabel="predicted: median, 10 to 90 %",
+        xlim=(0, top),
+        ylim=(0, top),
+        title=f"{kind}, {len(tokens)} texts",
+    )
+    axes.grid(alpha=0.3)

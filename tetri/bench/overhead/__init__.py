@@ -1,0 +1,1 @@
+"""bench_overhead: the live system against plain vLLM."""

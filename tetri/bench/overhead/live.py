@@ -1,0 +1,172 @@
+"""The live cluster, and a client that notes when each token arrives."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from random import Random
+from statistics import median
+from typing import Any
+
+import zmq
+
+from tetri.bench.deployment import check_straight
+from tetri.bench.overhead.measure import Run, cpu_seconds, stopped
+from tetri.bench.report import BenchError, Say
+from tetri.client.conversation import Patience, Request, Session
+from tetri.client.facade import dealer, new_request
+from tetri.config import Config
+from tetri.proc import launch
+
+Prompt = Sequence[int]
+STEPS_AFTER = 8  # tokens of a request whose hand-over is looked at
+SETTLE_S = 1.0  # after a stop, until all beats have been heard again
+PAUSE_S = 0.2  # at most, before each of them: several steps
+GIVE_UP_S = 300.0
+
+
+class Live:
+    """Starts everything and stops it again. The client's side is this process. Raises LaunchError."""
+
+    def __init__(self, config: Config, say: Say) -> None:
+        self._say = say
+        self._enough = 0  # output tokens of a background that has lasted
+        self._run_dir = launch.up(config, say, GIVE_UP_S)
+        self._socket = dealer(zmq.Context.instance(), config.clients_address)
+        pids = json.loads((self._run_dir / launch.STATE).read_text())["pids"]
+        decode = next(worker.iid for worker in config.workers if worker.role == "decode")
+        self._cpu = lambda: cpu_seconds(pids[decode])
+        self._pids = [pids[name] for name in ("broker", *(worker.iid for worker in config.workers))]
+
+    def close(self) -> None:
+        self._socket.close(0)
+        launch.down(self._run_dir)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Not even beating."""
+        with stopped(self._pids):
+            yield
+        time.sleep(SETTLE_S)
+
+    def run(self, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
+        """All prompts at once, streamed to the end."""
+        talk = Talk(self._socket)
+        for prompt in prompts:
+            talk.ask(prompt, tokens)
+        run = Run(talk.arrivals, tokens, self._cpu)
+        while talk.open(0):
+            talk.turn()
+            run.look()
+        talk.check()
+        return run.plain([request.ids for request in talk.requests])
+
+    def idle_handovers(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
+        """One request after the other: the time from the first to the second token, and of a step after it."""
+        found = []
+        for prompt in prompts:
+            times = self.run([prompt], STEPS_AFTER)["arrivals"][0]
+            found.append(_handover(prompt, times, _step(times[1:])))
+        return found
+
+    def busy_handovers(
+        self, background: Sequence[Prompt], tokens: int, most: int, prompts: Sequence[Prompt]
+    ) -> list[dict[str, float]]:
+        """As `idle_handovers`, while the background decodes; the step is the background's.
+
+        The background asks for `tokens` output tokens each and, where prefill is so slow that it ends before the last
+        hand-over, for twice as many, up to `most`. Raises BenchError when that is not enough."""
+        tokens = min(max(tokens, self._enough), most)
+        while (found := self._while_busy(background, tokens, prompts)) is None:
+            if tokens == most:
+                raise BenchError(f"the background ended before the last hand-over, with {most} tokens, all it may have")
+            tokens = min(2 * tokens, most)
+            self._say(f"the background ended before the last hand-over: once more, with {tokens} tokens")
+        self._enough = tokens
+        return found
+
+    def _while_busy(
+        self, background: Sequence[Prompt], tokens: int, prompts: Sequence[Prompt]
+    ) -> list[dict[str, float]] | None:
+        """None when the background ended before the last hand-over."""
+        talk, chance = Talk(self._socket), Random(7)
+        for prompt in background:
+            talk.ask(prompt, tokens)
+        while min(map(len, talk.arrivals)) < 2:
+            talk.turn()
+        begun = len(talk.arrivals[0])
+        for prompt in prompts:
+            # The request before ended with a step: without a pause all would arrive at the same point of one.
+            until = time.monotonic() + chance.uniform(0.0, PAUSE_S)
+            while time.monotonic() < until:
+                talk.turn()
+            talk.ask(prompt, STEPS_AFTER)
+            while talk.open(len(background)):
+                talk.turn()
+            if any(request.ended for request in talk.requests[: len(background)]):
+                break
+        lasted = not any(request.ended for request in talk.requests[: len(background)])
+        steps, handed = talk.arrivals[0][begun:], talk.arrivals[len(background) :]
+        for request in talk.requests[: len(background)]:
+            if not request.ended:
+                request.cancel(time.monotonic())
+        while talk.open(0):
+            talk.turn()
+        talk.check()
+        if not lasted:
+            return None
+        return [_handover(prompt, times, _step(steps)) for prompt, times in zip(prompts, handed, strict=True)]
+
+
+def _step(times: Sequence[float]) -> float:
+    return median(b - a for a, b in pairwise(times))
+
+
+def _handover(prompt: Prompt, times: Sequence[float], step_s: float) -> dict[str, float]:
+    return {"prompt_tokens": len(prompt), "ms": 1000 * (times[1] - times[0]), "step_ms": 1000 * step_s}
+
+
+class Talk:
+    """Requests over one connection: `tetri.Client` without its iterators, for these hide when a token came.
+    `arrivals` are the moments of each request's tokens."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket, self._session = socket, Session()
+        self.requests: list[Request] = []
+        self.arrivals: list[list[float]] = []
+
+    def ask(self, prompt: Prompt, tokens: int) -> None:
+        sampling = {"max_tokens": tokens, "ignore_eos": True}
+        request = new_request(list(prompt), None, None, sampling, Patience(), time.monotonic())
+        self._session.calls.append(request)
+        self.requests.append(request)
+        self.arrivals.append([])
+        self._send()
+
+    def open(self, first: int) -> bool:
+        """Whether a request from the `first` one on has not ended."""
+        return not all(request.ended for request in self.requests[first:])
+
+    def turn(self) -> None:
+        """Take one message, or let a deadline pass."""
+        self._send()
+        wait_s = max(0.0, (self._session.deadline() or 0.0) - time.monotonic())
+        if not self._socket.poll(1000 * wait_s + 1):
+            return
+        now = time.monotonic()
+        self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), now)
+        for request, times in zip(self.requests, self.arrivals, strict=True):
+            times += [now] * (len(request.ids) - len(times))
+
+    def _send(self) -> None:
+        for frame in self._session.tick(time.monotonic()):
+            self._socket.send(frame)
+
+    def check(self) -> None:
+        for request in self.requests:
+            if request.error is not None:
+                raise BenchError(f"a request failed: {request.error}")
+            check_straight(request.outcome().receipt)

@@ -1,0 +1,164 @@
+"""parity: whether the simulator tells the truth: the same requests, live on emulated engines and simulated by the same
+cores.
+
+Both are asked for what the broker saw of every request: its time to the first token and to the end. The simulator is
+given the moments at which the live requests were really sent, so that only the serving is compared.
+
+    tools/parity --runs 3 --requests 1000
+
+Exit status 1 when a mean differs by more than 5 % or a 99th percentile by more than 10 %.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+
+from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, running
+from tetri.bench.report import Say, as_json, give, one_line, overrides, say, table
+from tetri.client import AsyncClient
+from tetri.config import Config
+from tetri.metrics import summarise
+from tetri.proc import build
+from tetri.sim.setup import Setup
+from tetri.sim.traces import Arrival, TokenCounts, drawn
+from tetri.sim.world import World
+
+LIMITS = {"mean": 0.05, "p99": 0.10}  # by what share the simulator may be off
+LEAD_S = 0.5  # before the first request
+
+Times = Sequence[tuple[float, float]]  # (TTFT, JCT) of each request, seconds
+
+
+def deployment(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Of emulated engines with steps of 27 ms and more. Raises ConfigError."""
+    steps = ["engine.cost=v100-opt13b.toml", "emulated.context=4096"]
+    return configured(EMULATED, folder, "parity", [*steps, *overrides])
+
+
+def setup_of(config: Config, seed: int) -> Setup:
+    """The same deployment, to be simulated. Its KV is small: moving it takes no time but that of an emulated link."""
+    roles = [worker.role for worker in config.workers]
+    link = build.link(config)
+    return Setup(
+        cost=replace(build.predicted(config), kv_token_bytes=0 if link is None else config.emulated.token_bytes),
+        link_bytes_s=inf if link is None else link.bytes_s,
+        prefill=roles.count("prefill"),
+        decode=roles.count("decode"),
+        mixed=roles.count("mixed"),
+        rules=build.rules(config),
+        kv_tokens=config.emulated.blocks * config.engine.block_tokens,
+        block_tokens=config.engine.block_tokens,
+        chunk_tokens=config.engine.chunk_tokens,
+        max_batch=config.engine.max_batch,
+        context=config.emulated.context,
+        slots=config.transfer.slab_blocks,
+        reserve_share=config.transfer.reserve_share,
+        seed=seed,
+        flip=config.monitor.flip,
+        flip_settings=build.flip_settings(config),
+        load_s=config.monitor.load_ms / 1000,
+        heartbeat_s=config.cluster.heartbeat_s,
+        stream_interval=config.engine.stream_interval,
+    )
+
+
+def live(config: Config, arrivals: Sequence[Arrival], say: Say) -> tuple[list[Arrival], Times]:
+    """Serve them for real. The arrivals as they really were, and the times."""
+    with running(config, say, START_S):
+        return asyncio.run(_served(config, arrivals))
+
+
+async def _served(config: Config, arrivals: Sequence[Arrival]) -> tuple[list[Arrival], Times]:
+    rng, start = Random(0), time.monotonic() + LEAD_S
+    vocabulary = config.emulated.vocabulary
+    sent: list[Arrival] = []
+
+    async def ask(client: AsyncClient, arrival: Arrival, prompt: list[int]) -> Any:
+        return await client.generate(prompt, max_tokens=arrival.output, ignore_eos=True)
+
+    async with AsyncClient(config.clients_address, timeout=START_S) as client:
+        tasks = []
+        for arrival in arrivals:
+            prompt = [rng.randrange(1, vocabulary) for _ in range(arrival.prompt)]
+            await asyncio.sleep(max(0.0, start + arrival.at_s - time.monotonic()))
+            sent.append(replace(arrival, at_s=time.monotonic() - start))
+            tasks.append(asyncio.create_task(ask(client, arrival, prompt)))
+        results = await asyncio.gather(*tasks)
+    return sent, [(result.ttft_s, result.jct_s) for result in results]
+
+
+def simulated(setup: Setup, arrivals: Sequence[Arrival]) -> Times:
+    outcomes = World(setup, arrivals).run().outcomes
+    return [(outcome.ttft_s or 0.0, outcome.jct_s or 0.0) for outcome in outcomes]
+
+
+def compared(true: Times, told: Times) -> dict[str, Any]:
+    """Mean and p99 of both, and by what share the simulator is off."""
+    made: dict[str, Any] = {}
+    for place, metric in enumerate(("ttft", "jct")):
+        sides = [summarise(times[place] for times in side) for side in (true, told)]
+        for share in LIMITS:
+            right, wrong = (getattr(side, share) for side in sides)
+            made[f"{metric}_{share}"] = {"live_s": right, "simulated_s": wrong, "off": wrong / right - 1}
+    return made
+
+
+def within(run: dict[str, Any], slack: float = 1.0) -> bool:
+    """Whether every figure is within its bound, times `slack`."""
+    return all(abs(made["off"]) <= slack * LIMITS[name.split("_")[1]] for name, made in run.items())
+
+
+def measured(
+    config: Config, requests: int, rate: float, lengths: tuple[TokenCounts, TokenCounts], seed: int, say: Say
+) -> dict[str, Any]:
+    """One run, live and simulated."""
+    arrivals = list(drawn(requests, *lengths, seed, rate))
+    sent, true = live(config, arrivals, say)
+    return compared(true, simulated(setup_of(config, seed), sent))
+
+
+@click.command()
+@click.option("--requests", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=6.0, show_default=True, help="Per second.")
+@click.option("--prompt-tokens", default="lognormal:250:0.7", show_default=True)
+@click.option("--output-tokens", default="lognormal:30:0.6", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first run; the next ones count up.")
+@overrides
+@as_json
+def main(
+    requests: int, runs: int, rate: float, prompt_tokens: str, output_tokens: str, seed: int,
+    overrides: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Serve the same requests live and simulated, and compare their times."""
+    lengths = TokenCounts.parsed(prompt_tokens), TokenCounts.parsed(output_tokens)
+    with one_line("parity", *EXPECTED, status=2), own_folder("parity") as folder:
+        config = deployment(folder, overrides)
+        made = [measured(config, requests, rate, lengths, seed + number, say) for number in range(runs)]
+    ok = all(map(within, made))
+    settings = {"requests": requests, "rate": rate, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    give({**settings, "limit": LIMITS, "ok": ok, "runs": made}, shown(made), as_json)
+    sys.exit(0 if ok else 1)
+
+
+def shown(runs: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [f"run {number}", name, f"{each['live_s']:.3f}", f"{each['simulated_s']:.3f}", f"{100 * each['off']:+.2f}"]
+        for number, run in enumerate(runs, 1)
+        for name, each in run.items()
+    ]
+    return table(("", "", "live s", "simulated s", "off %"), rows)
+
+
+if __name__ == "__main__":
+    main(prog_name="parity")

@@ -1,0 +1,1 @@
+"""bench_prediction: whether predicting output lengths pays, simulated."""

@@ -1,0 +1,275 @@
+"""predictor_chain: the length predictor from its beginning to its end, for any model: some prompts are answered by the
+model, both kinds of predictor are trained on the answers' lengths and evaluated, and a cluster serves other prompts
+with them.
+
+    tools/predictor_chain --prompts FILE --count 200
+
+Exit status 0: every step was done, every request was answered, and each had a prediction. 1: a step failed, and which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import IO, Any
+
+import click
+
+from tetri.bench.deployment import EXPECTED, LOAD_S, own_folder, pinned, polled, running
+from tetri.bench.report import as_json, give, say, table
+from tetri.client import AsyncClient, Client, Result
+from tetri.config import Config, default_path
+from tetri.predict.lengths import PredictError, Prompt, read_prompts
+
+CLI = (sys.executable, "-c", "from tetri.cli import main; main()")
+KINDS = ("classifier", "hidden")
+WIDTH = 8  # requests that are open at a time
+ANSWER_S = 300.0
+BEATS_S = 10.0  # within which the status must tell of everything
+
+
+class StepError(Exception):
+    """What went wrong in a step, in one line."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    prompts: Path
+    count: int
+    requests: int
+    model: str
+    max_tokens: int
+    seed: int
+
+
+@dataclass
+class Chain:
+    """`folder`: all that is made. `steps`: name, seconds and what came out, of those that are done."""
+
+    wanted: Wanted
+    folder: Path
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    lengths: list[Path] = field(default_factory=list)
+
+    @property
+    def predictor(self) -> Path:
+        return self.folder / "predictor"
+
+    def run(self) -> None:
+        """Raises StepError."""
+        learnt, others = drawn(self.wanted)
+        write(self.folder / "prompts.jsonl", learnt)
+        self._step("collect", self._collect)
+        for kind in KINDS:
+            self._step(f"train {kind}", partial(self._train, kind))
+        self._step("evaluate", self._evaluate)
+        self._step("serve", lambda: serve(self, others))
+
+    def _step(self, name: str, work: Callable[[], str]) -> None:
+        began = time.monotonic()
+        try:
+            said = work()
+        except (StepError, *EXPECTED) as error:
+            raise StepError(f"{name}: {error}") from None
+        self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 1), "result": said})
+        say(f"{name:<20} {self.steps[-1]['seconds']:7.1f} s  {said}")
+
+    def _collect(self) -> str:
+        """In two processes, each with half of the CPUs: one with two threads waits for them again and again."""
+        model = ["--model", self.wanted.model, "--max-tokens", str(self.wanted.max_tokens), "--kv-mib", "1024"]
+        prompts = read_prompts(self.folder / "prompts.jsonl")[0]
+        cpus = sorted(os.sched_getaffinity(0))
+        lines = []
+        for part in range(min(2, len(cpus))):
+            file = self.folder / f"prompts{part}.jsonl"
+            write(file, prompts[part :: min(2, len(cpus))])
+            self.lengths.append(self.folder / f"lengths{part}.jsonl")
+            mine = ",".join(map(str, cpus[part::2] if len(cpus) > 1 else cpus))
+            lines.append(["collect", "--prompts", str(file), *model, "--cpus", mine, "--out", str(self.lengths[part])])
+        found = commands(*lines)
+        texts = sum(each["texts"] for each in found)
+        mean = sum(each["mean"] * each["texts"] for each in found) / texts
+        return f"{texts} texts, {mean:.0f} tokens in the mean, {sum(each['cut'] for each in found)} cut off"
+
+    def _train(self, kind: str) -> str:
+        out = ["--out", str(self.predictor), "--seed", str(self.wanted.seed)]
+        (found,) = commands(["train", *self._from_lengths(), "--kind", kind, *out])
+        return f"on {found['n']} held out, right at 100, 200, 400: {right(found['acc'])}; tau {found['tau']:.2f}"
+
+    def _evaluate(self) -> str:
+        of = ["--predictor", str(self.predictor), "--prompts", str(self.folder / "prompts.jsonl")]
+        (found,) = commands(["eval", *of, *self._from_lengths()])
+        each = [f"{kind} {right(scores['acc'])}" for kind, scores in found["kinds"].items()]
+        return f"on {found['n']} held out: {', '.join(each)}; likeliest bucket {right(found['majority'])}"
+
+    def _from_lengths(self) -> list[str]:
+        return [word for path in self.lengths for word in ("--lengths", str(path))]
+
+
+def right(shares: dict[str, float]) -> str:
+    return " / ".join(f"{shares[width]:.2f}" for width in ("100", "200", "400"))
+
+
+def drawn(wanted: Wanted) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and others to serve. Raises StepError."""
+    try:
+        prompts, bad = read_prompts(wanted.prompts)
+    except PredictError as error:
+        raise StepError(f"prompts: {error}") from None
+    if len(prompts) < wanted.count + wanted.requests:
+        needed = f"{wanted.count} to learn from and {wanted.requests} to serve are needed"
+        raise StepError(f"prompts: {wanted.prompts} has {len(prompts)}, {len(bad)} bad lines apart: {needed}")
+    found = Random(wanted.seed).sample(prompts, wanted.count + wanted.requests)
+    return found[: wanted.count], found[wanted.count :]
+
+
+def write(path: Path, prompts: Sequence[Prompt]) -> None:
+    lines = (json.dumps({"prompt": prompt.text, "source": prompt.source}) for prompt in prompts)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def commands(*lines: Sequence[str]) -> list[dict[str, Any]]:
+    """What `tetri-cli predictor` prints as JSON for each of `lines`, which run side by side. The progress of the first
+    goes where ours goes. Raises StepError."""
+    with ExitStack() as stack:
+        running: list[tuple[subprocess.Popen[str], IO[str] | None]] = []
+        for line in lines:
+            log: IO[str] | None = stack.enter_context(tempfile.TemporaryFile("w+")) if running else None
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log}
+            process = stack.enter_context(subprocess.Popen([*CLI, "predictor", *line, "--json"], text=True, **pipes))
+            running.append((process, log))
+        outs = []
+        try:
+            for process, log in running:
+                outs.append(process.communicate()[0])
+                if process.returncode == 130:
+                    raise KeyboardInterrupt
+                if process.returncode:
+                    raise StepError(f"exit status {process.returncode}{_last_line(log)}")
+        except BaseException:
+            for process, _ in running:
+                process.kill()  # what it makes is sound at any time, and thrown away
+                process.wait()
+            raise
+    return [json.loads(out) for out in outs]
+
+
+def _last_line(log: IO[str] | None) -> str:
+    if log is None:
+        return ", see above"
+    log.seek(0)
+    return f": {log.read().strip().rpartition(chr(10))[2]}"
+
+
+def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
+    """Start a cluster with the new predictor, ask it everything, and see that lengths were predicted. Raises
+    StepError."""
+    more = ["policy.length=trained", "predictor.kind=both", f"predictor.folder={chain.predictor}"]
+    more += [f"model.name={chain.wanted.model}"]
+    run_dir = chain.folder / "run"
+    run_dir.mkdir()
+    config = pinned(default_path(), run_dir, "chain", sorted(os.sched_getaffinity(0)), more)
+    with running(config, say, LOAD_S):
+        results = asyncio.run(answers(config, prompts, chain.wanted))
+        return judged(results, told(config, len(prompts)))
+
+
+async def answers(config: Config, prompts: Sequence[Prompt], wanted: Wanted) -> list[Result]:
+    room = asyncio.Semaphore(WIDTH)
+    async with AsyncClient(config.clients_address, timeout=ANSWER_S) as client:
+
+        async def ask(number: int, prompt: Prompt) -> Result:
+            async with room:
+                return await client.generate(
+                    messages=[{"role": "user", "content": prompt.text}],
+                    max_tokens=wanted.max_tokens,
+                    temperature=0.7,
+                    seed=wanted.seed + number,
+                )
+
+        return await asyncio.gather(*(ask(number, prompt) for number, prompt in enumerate(prompts)))
+
+
+def told(config: Config, requests: int) -> list[dict[str, Any]]:
+    """What each worker's predictor says of itself, once all of them together have seen so many requests end. Raises
+    StepError."""
+    with Client(config.clients_address) as client:
+
+        def read() -> list[dict[str, Any]]:
+            found = [each.get("predictor") for each in client.status()["instances"] if each["role"] == "prefill"]
+            return [each for each in found if each]
+
+        def enough(ours: list[dict[str, Any]]) -> bool:
+            return bool(sum(each["scored"] for each in ours) >= requests)
+
+        ours = polled(read, enough, BEATS_S, 0.2)
+    if not enough(ours):
+        raise StepError(f"of {requests} requests fewer were scored: {json.dumps(ours)}")
+    subprocess.run([*CLI, "status", "--set", f"cluster.run_dir={config.run_dir}"], check=True, stdout=2)
+    return ours
+
+
+def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> str:
+    """Raises StepError when an answer or a prediction is missing."""
+    empty = [result.rid for result in results if not result.token_ids]
+    if empty:
+        raise StepError(f"{len(empty)} of {len(results)} requests were not answered, such as {empty[0]}")
+    counts = {name: sum(each[name] for each in predictors) for name in ("predicted", "late", "right", "inside")}
+    if counts["predicted"] < len(results):
+        raise StepError(f"{counts['predicted']} of {len(results)} requests had a prediction")
+    tokens = sum(len(result.token_ids) for result in results)
+    return f"{len(results)} requests, {tokens} tokens; {', '.join(f'{n} {name}' for name, n in counts.items())}"
+
+
+@click.command()
+@click.option(
+    "--prompts", type=click.Path(dir_okay=False, path_type=Path), required=True, help='JSONL, {"prompt": TEXT} a line.'
+)
+@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Prompts to learn from.")
+@click.option("--requests", type=click.IntRange(1), default=24, show_default=True, help="Other prompts, served.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="A known name, or a checkpoint's folder.")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep lengths and predictor in this new folder.")
+@as_json
+def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
+    """Collect, train, evaluate and serve a length predictor, with the time that each step takes."""
+    began, problem, status = time.monotonic(), "", 0
+    with own_folder("chain") as folder:
+        chain = Chain(Wanted(**wanted), folder)
+        try:
+            chain.run()
+        except StepError as error:
+            problem, status = str(error), 1
+        except KeyboardInterrupt:
+            problem, status = "interrupted; everything is stopped", 130
+        finally:
+            if keep:
+                shutil.copytree(folder, keep, ignore=shutil.ignore_patterns("run"))
+    seconds = round(time.monotonic() - began, 1)
+    found = {"steps": chain.steps, "seconds": seconds, "problem": problem, "ok": not problem}
+    give(found, summary(chain.steps, seconds), as_json)
+    if problem:
+        say(f"predictor_chain: {problem}")
+    sys.exit(status)
+
+
+def summary(steps: Sequence[dict[str, Any]], seconds: float) -> str:
+    rows = [[each["step"], f"{each['seconds']:.1f}", each["result"]] for each in steps]
+    return table(("step", "seconds", "result"), [*rows, ["all", f"{seconds:.1f}", ""]])
+
+
+if __name__ == "__main__":
+    main(prog_name="predictor_chain")

@@ -1,0 +1,1 @@
+"""bench_transfer: bandwidth of the KV paths."""

@@ -1,0 +1,151 @@
+"""What both clients are, apart from how they move bytes and wait."""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import zmq
+
+from tetri.client.clock import Clock
+from tetri.client.conversation import Call, Patience, Request, Session
+from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
+from tetri.client.place import find_address
+from tetri.client.questions import Cancellation
+from tetri.request import Turn
+
+Prompt = str | Sequence[int] | None
+Messages = Sequence[Turn | Mapping[str, str]] | None
+LINGER_MS = 200  # on close: long enough for a last Cancel to leave
+
+StreamT = TypeVar("StreamT")
+ClientT = TypeVar("ClientT")
+CallT = TypeVar("CallT", bound=Call[Any])
+
+
+def dealer(context: zmq.Context[Any], address: str) -> Any:
+    """A socket towards the broker, which need not be there yet. Raises TetriError for a bad address."""
+    socket = context.socket(zmq.DEALER)
+    socket.linger = LINGER_MS
+    socket.sndhwm = socket.rcvhwm = 1000
+    socket.maxmsgsize = MAX_RECEIVED
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise TetriError(f"{address!r} is no address to connect to: {error.strerror}") from None
+    return socket
+
+
+def new_request(
+    prompt: Prompt,
+    messages: Messages,
+    deadline_s: float | None,
+    sampling: Mapping[str, Any],
+    patience: Patience,
+    now: float,
+) -> Request:
+    """Raises BadRequest."""
+    key = secrets.token_hex(8)
+    return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, now)
+
+
+class BaseClient(ABC, Generic[StreamT]):
+    """One connection to a broker, and the calls that are open over it."""
+
+    _socket: Any
+
+    def __init__(
+        self,
+        address: str | None = None,
+        timeout: float = 30.0,
+        *,
+        silence_s: float = 2.0,
+        resend_s: float = 1.0,
+    ) -> None:
+        self.address = address or find_address()
+        self._patience = Patience(timeout, silence_s, resend_s)
+        self._session = Session()
+        self._clock = Clock()
+        self._connect()
+
+    def stream(
+        self,
+        prompt: Prompt = None,
+        *,
+        messages: Messages = None,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> StreamT:
+        """An iterator over the answer's text as it appears, an asynchronous one of an `AsyncClient`. Raises TetriError,
+        now or while iterating."""
+        return self._streaming(self._ask(new_request, prompt, messages, deadline_s, sampling))
+
+    def _ask(self, kind: Callable[..., CallT], *what: object) -> CallT:
+        """Open a call."""
+        call = kind(*what, self._patience, self._clock.now())
+        self._start(call)
+        return call
+
+    def _cancellation(self, rid: str) -> Call[Any]:
+        """The call that ends when this request does."""
+        request = self._session.request(rid)
+        if request is None:
+            return self._ask(Cancellation, rid)
+        self._cancel(request)
+        return request
+
+    def _check_open(self) -> None:
+        if self._socket.closed:
+            raise TetriError("the client was closed")
+
+    @abstractmethod
+    def _connect(self) -> None:
+        """Make the socket. Raises TetriError."""
+
+    @abstractmethod
+    def _streaming(self, request: Request) -> StreamT:
+        """What iterates over this request's text."""
+
+    @abstractmethod
+    def _start(self, call: Call[Any]) -> None:
+        """Ask it, from now on, until it is answered."""
+
+    @abstractmethod
+    def _cancel(self, request: Request) -> None:
+        """Ask for its end at once."""
+
+
+class BaseStream(Generic[ClientT]):
+    """The answer to one request, piece by piece."""
+
+    def __init__(self, client: ClientT, request: Request) -> None:
+        self._client = client
+        self._request = request
+
+    @property
+    def rid(self) -> str | None:
+        """The request's id, once the broker has accepted it."""
+        return self._request.rid
+
+    @property
+    def result(self) -> Result | None:
+        """What there is to know at the end; None before."""
+        return self._request.answer
+
+    def _ready(self) -> bool:
+        """Whether there is a piece, or none will come."""
+        return bool(self._request.pieces) or self._request.ended
+
+    def _piece(self) -> str | None:
+        """The next one once it is ready, None at the end. Raises TetriError."""
+        if self._request.pieces:
+            return self._request.pieces.popleft()
+        self._request.outcome()
+        return None
+
+    def _wanted(self) -> bool:
+        """Whether it goes on and nobody has asked for its end."""
+        return not (self._request.ended or self._request.cancelling)
