@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import click
 
 from tetri import cost
-from tetri.bench.report import Say, as_json, give, interval, say, table
+from tetri.bench.report import Progress, as_json, give, interval, progress, table
 from tetri.metrics import percentile
 from tetri.policy.rules import Rules
 from tetri.sim import workloads
@@ -141,25 +141,27 @@ def _one(request: PrefillRequest) -> Run:
     return run(*request)
 
 
-def binding(loads: Iterable[Load], seeds: int, least: float, share: float, mapped: Mapped, say: Say) -> Load:
+def binding(loads: Iterable[Load], seeds: int, least: float, share: float, mapped: Mapped, progress: Progress) -> Load:
     """The first of `loads` at which greedy admission preempts so many. Raises SimError when none does."""
     for load in loads:
         runs = mapped(_one, [(load, share, SYSTEMS["greedy"], seed) for seed in range(seeds)])
         preempted = fmean(each.preempted for each in runs)
-        say(f"{load.name}, {load.kv_tokens} tokens of KV, {load.rate:.3g} a second: greedy preempts {preempted:.1%}")
+        progress(
+            f"{load.name}, {load.kv_tokens} tokens of KV, {load.rate:.3g} a second: greedy preempts {preempted:.1%}"
+        )
         if preempted >= least:
             return load
     raise SimError(f"greedy admission never preempts {least:.0%} of the requests")
 
 
-def compare(load: Load, seeds: int, share: float, mapped: Mapped, say: Say) -> dict[str, Any]:
+def compare(load: Load, seeds: int, share: float, mapped: Mapped, progress: Progress) -> dict[str, Any]:
     """All systems on the same requests and predictions."""
     prefill_requests = [(load, share, rules, seed) for rules in SYSTEMS.values() for seed in range(seeds)]
     runs: list[Run] = []
     for made in mapped(_one, prefill_requests):
         runs.append(made)
         if len(runs) % seeds == 0:
-            say(f"{load.name}, {load.kv_tokens} tokens of KV: {len(runs) // seeds} of {len(SYSTEMS)} policies")
+            progress(f"{load.name}, {load.kv_tokens} tokens of KV: {len(runs) // seeds} of {len(SYSTEMS)} policies")
     by_name = {name: runs[place * seeds : (place + 1) * seeds] for place, name in enumerate(SYSTEMS)}
     rows = {name: _row(mine, {rival: by_name[rival] for rival in RIVALS}) for name, mine in by_name.items()}
     settings = {**asdict(load), "trace": Path(load.trace).name}
@@ -208,17 +210,17 @@ def loads_for(workload: str, scale: float, found: Load | None, trace: str, reque
 
 def points(
     names: Sequence[str], trace: str, requests: int, scales: Sequence[float], seeds: int, probes: int, least: float,
-    share: float, mapped: Mapped, say: Say,
+    share: float, mapped: Mapped, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    search = partial(binding, seeds=probes, share=share, mapped=mapped, say=say)
+    search = partial(binding, seeds=probes, share=share, mapped=mapped, progress=progress)
     made = []
     for workload in names:
         found = search(loads_for(workload, 1.0, None, trace, requests), least=least) if workload == "paper" else None
         for scale in scales:
             at_any = 0.0 if workload == "paper" else least
             load = search(loads_for(workload, scale, found, trace, requests), least=at_any)
-            made.append({"scale": scale, **compare(load, seeds, share, mapped, say)})
-            say(shown(made[-1]))
+            made.append({"scale": scale, **compare(load, seeds, share, mapped, progress)})
+            progress(shown(made[-1]))
     return made
 
 
@@ -251,7 +253,7 @@ def main(
             raise click.UsageError(f"{trace} has {len(_trace(trace))} requests: give --requests at most so many")
         with get_context("spawn").Pool(workers) as pool:
             names = [name for name in workload if name == "paper" or trace]
-            made = points(names, trace or "", requests, scale, seeds, probes, binds, reserve_share, pool.imap, say)
+            made = points(names, trace or "", requests, scale, seeds, probes, binds, reserve_share, pool.imap, progress)
     except (SimError, TraceError, cost.CostError) as error:
         raise click.UsageError(str(error)) from None
     found = {"reserve_share": reserve_share, "points": made, "run": {"wall_s": perf_counter() - started}}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, own_folder, pinned, running
-from tetri.bench.report import FILE, one_line, say
+from tetri.bench.report import FILE, one_line, progress
 from tetri.client import Client, Result
 from tetri.config import Config, default_path
 from tetri.request import Stage
@@ -68,10 +68,10 @@ def main(conf: Path | None) -> None:
 def demonstrate(config: Config, console: Console) -> int:
     """The exit status."""
     for worker in config.workers:
-        say(f"{worker.iid}: {worker.role} worker on CPU {worker.cpus}")
-    with running(config, say, LOAD_S), Client(config.clients_address, timeout=60.0) as client:
+        progress(f"{worker.iid}: {worker.role} worker on CPU {worker.cpus}")
+    with running(config, progress, LOAD_S), Client(config.clients_address, timeout=60.0) as client:
         results = [_answer(client, prompt, console) for prompt in prompts()]
-    say("stopped")
+    progress("stopped")
     console.print(table([prompt.title for prompt in prompts()], results))
     answered = zip(prompts(), results, strict=True)
     found = [problem for prompt, result in answered for problem in problems(result, prompt.chunks)]

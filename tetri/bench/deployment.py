@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from tetri.bench.report import BenchError, Say, say
+from tetri.bench.report import BenchError, Progress, progress
 from tetri.client import TetriError
 from tetri.config import Config, load
 from tetri.models import ModelError
@@ -43,7 +43,7 @@ def own_folder(name: str, keep: bool = False) -> Iterator[Path]:
         yield folder
     finally:
         if keep:
-            say(f"logs are in {folder}/log")
+            progress(f"logs are in {folder}/log")
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -61,16 +61,16 @@ def pinned(conf: Path, folder: Path, name: str, cpus: Sequence[int], more: Seque
     for worker in configured(conf, folder, name, own).workers:
         pins.append(f"worker.{worker.iid}.cpus={cpus[0] if worker.role == 'prefill' else cpus[-1]}")
     if len(cpus) == 1:
-        say(f"one CPU only: prefill and decode share CPU {cpus[0]}")
+        progress(f"one CPU only: prefill and decode share CPU {cpus[0]}")
     return configured(conf, folder, name, [*own, *pins, *more])
 
 
 @contextmanager
-def running(config: Config, say: Say, wait_s: float) -> Iterator[Path]:
+def running(config: Config, progress: Progress, wait_s: float) -> Iterator[Path]:
     """The run directory of the deployment, which runs until the end of this context. A second Ctrl-C must not leave
     half of it running. Raises LaunchError and ModelError."""
     try:
-        yield launch.up(config, say, wait_s)
+        yield launch.up(config, progress, wait_s)
     finally:
         before = {number: signal.getsignal(number) for number in SIGNALS if _may_set()}
         for number in before:

@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 from tetri import cost
-from tetri.bench.report import FILE, as_json, give, say
+from tetri.bench.report import FILE, as_json, give, progress
 from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled, workloads
 from tetri.sim.workloads import Baseline, Workload
@@ -139,7 +139,7 @@ def main(figures: Path, join: float | None, only: str | None, draws: int, as_jso
         if only in (None, name):
             sides = [samples(curves[name][metric]["vLLM"], rows["requests"]) for metric in ("TTFT", "JCT")]
             found[name] = asdict(posterior(name, statistics(*sides), file, baseline, table, draws))
-            say(shown(name, found[name]))
+            progress(shown(name, found[name]))
     evidence = sum(each["log_evidence"] for each in found.values())
     text = [shown(name, each) for name, each in found.items()]
     text.append(f"join_s {baseline.join_s}: log evidence {evidence:.2f}")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from tetri.bench.report import claim_stdout, one_line
+from tetri.bench.report import one_line, own_stdout
 from tetri.engine.base import EngineError
 from tetri.models import ModelError, find, weights_hash
 from tetri.predict.lengths import PredictError
@@ -19,7 +19,7 @@ from tetri.predict.model import shipped_for
 def on_one_core(program: str, cpu: int | None) -> Iterator[TextIO]:
     """This process on `cpu`, on the last one that it may use by default; gives where the result goes. What an engine
     or a predictor lacks ends the program with one line and exit status 2."""
-    out = claim_stdout()
+    out = own_stdout()
     with one_line(program, EngineError, ModelError, PredictError, OSError, status=2):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if cpu is None else cpu})
         yield out

@@ -8,20 +8,20 @@ from typing import Any
 
 from tetri.bench.plots import save
 
-Said = Sequence[tuple[float, float, float]]  # of each text: below it 10, 50 and 90 % of the odds are
+Ranges = Sequence[tuple[float, float, float]]  # of each text: below it 10, 50 and 90 % of the odds are
 
 
-def draw(path: Path, said: Mapping[str, Said], tokens: Sequence[int]) -> None:
+def draw(path: Path, by_kind: Mapping[str, Ranges], tokens: Sequence[int]) -> None:
     """What each kind of predictor said of each text, over the text's real length. A PNG."""
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(5.5 * len(said), 5.5), layout="constrained")
-    for axes, (kind, ranges) in zip(figure.subplots(1, len(said), squeeze=False)[0], said.items(), strict=True):
+    figure: Any = Figure(figsize=(5.5 * len(by_kind), 5.5), layout="constrained")
+    for axes, (kind, ranges) in zip(figure.subplots(1, len(by_kind), squeeze=False)[0], by_kind.items(), strict=True):
         _scatter(axes, kind, ranges, tokens)
     save(figure, path)
 
 
-def _scatter(axes: Any, kind: str, ranges: Said, tokens: Sequence[int]) -> None:
+def _scatter(axes: Any, kind: str, ranges: Ranges, tokens: Sequence[int]) -> None:
     low, middle, high = zip(*ranges, strict=True) if ranges else ((), (), ())
     top = max([*tokens, *high], default=1) * 1.03
     axes.vlines(tokens, low, high, colors="#2a6fbb", alpha=0.12, linewidth=1.5)

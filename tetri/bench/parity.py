@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, running
-from tetri.bench.report import Say, as_json, give, one_line, overrides, say, table
+from tetri.bench.report import Progress, as_json, give, one_line, overrides, progress, table
 from tetri.client import AsyncClient
 from tetri.config import Config
 from tetri.metrics import summarise
@@ -72,9 +72,9 @@ def setup_of(config: Config, seed: int) -> Setup:
     )
 
 
-def live(config: Config, arrivals: Sequence[Arrival], say: Say) -> tuple[list[Arrival], Times]:
+def live(config: Config, arrivals: Sequence[Arrival], progress: Progress) -> tuple[list[Arrival], Times]:
     """Serve them for real. The arrivals as they really were, and the times."""
-    with running(config, say, START_S):
+    with running(config, progress, START_S):
         return asyncio.run(_served(config, arrivals))
 
 
@@ -102,11 +102,11 @@ def simulated(setup: Setup, arrivals: Sequence[Arrival]) -> Times:
     return [(outcome.ttft_s or 0.0, outcome.jct_s or 0.0) for outcome in outcomes]
 
 
-def compared(true: Times, told: Times) -> dict[str, Any]:
+def compared(true: Times, simulated: Times) -> dict[str, Any]:
     """Mean and p99 of both, and by what share the simulator is off."""
     made: dict[str, Any] = {}
     for place, metric in enumerate(("ttft", "jct")):
-        sides = [summarise(times[place] for times in side) for side in (true, told)]
+        sides = [summarise(times[place] for times in side) for side in (true, simulated)]
         for share in LIMITS:
             right, wrong = (getattr(side, share) for side in sides)
             made[f"{metric}_{share}"] = {"live_s": right, "simulated_s": wrong, "off": wrong / right - 1}
@@ -119,11 +119,11 @@ def within(run: dict[str, Any], slack: float = 1.0) -> bool:
 
 
 def measured(
-    config: Config, requests: int, rate: float, lengths: tuple[TokenCounts, TokenCounts], seed: int, say: Say
+    config: Config, requests: int, rate: float, lengths: tuple[TokenCounts, TokenCounts], seed: int, progress: Progress
 ) -> dict[str, Any]:
     """One run, live and simulated."""
     arrivals = list(drawn(requests, *lengths, seed, rate))
-    sent, true = live(config, arrivals, say)
+    sent, true = live(config, arrivals, progress)
     return compared(true, simulated(setup_of(config, seed), sent))
 
 
@@ -144,7 +144,7 @@ def main(
     lengths = TokenCounts.parsed(prompt_tokens), TokenCounts.parsed(output_tokens)
     with one_line("parity", *EXPECTED, status=2), own_folder("parity") as folder:
         config = deployment(folder, overrides)
-        made = [measured(config, requests, rate, lengths, seed + number, say) for number in range(runs)]
+        made = [measured(config, requests, rate, lengths, seed + number, progress) for number in range(runs)]
     ok = all(map(within, made))
     settings = {"requests": requests, "rate": rate, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
     give({**settings, "limit": LIMITS, "ok": ok, "runs": made}, shown(made), as_json)

@@ -28,7 +28,7 @@ from typing import IO, Any
 import click
 
 from tetri.bench.deployment import EXPECTED, LOAD_S, own_folder, pinned, polled, running
-from tetri.bench.report import as_json, give, say, table
+from tetri.bench.report import as_json, give, progress, table
 from tetri.client import AsyncClient, Client, Result
 from tetri.config import Config, default_path
 from tetri.predict.lengths import PredictError, Prompt, read_prompts
@@ -37,7 +37,7 @@ CLI = (sys.executable, "-c", "from tetri.cli import main; main()")
 KINDS = ("classifier", "hidden")
 WIDTH = 8  # requests that are open at a time
 ANSWER_S = 300.0
-BEATS_S = 10.0  # within which the status must tell of everything
+HEARTBEATS_S = 10.0  # within which the status must tell of everything
 
 
 class StepError(Exception):
@@ -80,11 +80,11 @@ class Chain:
     def _step(self, name: str, work: Callable[[], str]) -> None:
         began = time.monotonic()
         try:
-            said = work()
+            result = work()
         except (StepError, *EXPECTED) as error:
             raise StepError(f"{name}: {error}") from None
-        self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 1), "result": said})
-        say(f"{name:<20} {self.steps[-1]['seconds']:7.1f} s  {said}")
+        self.steps.append({"step": name, "seconds": round(time.monotonic() - began, 1), "result": result})
+        progress(f"{name:<20} {self.steps[-1]['seconds']:7.1f} s  {result}")
 
     def _collect(self) -> str:
         """In two processes, each with half of the CPUs: one with two threads waits for them again and again."""
@@ -115,7 +115,7 @@ class Chain:
         return f"on {found['n']} held out: {', '.join(each)}; likeliest bucket {right(found['majority'])}"
 
     def _from_lengths(self) -> list[str]:
-        return [word for path in self.lengths for word in ("--lengths", str(path))]
+        return [argument for path in self.lengths for argument in ("--lengths", str(path))]
 
 
 def right(shares: dict[str, float]) -> str:
@@ -181,17 +181,17 @@ def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
     run_dir = chain.folder / "run"
     run_dir.mkdir()
     config = pinned(default_path(), run_dir, "chain", sorted(os.sched_getaffinity(0)), more)
-    with running(config, say, LOAD_S):
+    with running(config, progress, LOAD_S):
         results = asyncio.run(answers(config, prompts, chain.wanted))
-        return judged(results, told(config, len(prompts)))
+        return judged(results, reported(config, len(prompts)))
 
 
 async def answers(config: Config, prompts: Sequence[Prompt], wanted: Wanted) -> list[Result]:
-    room = asyncio.Semaphore(WIDTH)
+    in_flight = asyncio.Semaphore(WIDTH)
     async with AsyncClient(config.clients_address, timeout=ANSWER_S) as client:
 
         async def ask(number: int, prompt: Prompt) -> Result:
-            async with room:
+            async with in_flight:
                 return await client.generate(
                     messages=[{"role": "user", "content": prompt.text}],
                     max_tokens=wanted.max_tokens,
@@ -202,7 +202,7 @@ async def answers(config: Config, prompts: Sequence[Prompt], wanted: Wanted) -> 
         return await asyncio.gather(*(ask(number, prompt) for number, prompt in enumerate(prompts)))
 
 
-def told(config: Config, requests: int) -> list[dict[str, Any]]:
+def reported(config: Config, requests: int) -> list[dict[str, Any]]:
     """What each worker's predictor says of itself, once all of them together have seen so many requests end. Raises
     StepError."""
     with Client(config.clients_address) as client:
@@ -214,7 +214,7 @@ def told(config: Config, requests: int) -> list[dict[str, Any]]:
         def enough(ours: list[dict[str, Any]]) -> bool:
             return bool(sum(each["scored"] for each in ours) >= requests)
 
-        ours = polled(read, enough, BEATS_S, 0.2)
+        ours = polled(read, enough, HEARTBEATS_S, 0.2)
     if not enough(ours):
         raise StepError(f"of {requests} requests fewer were scored: {json.dumps(ours)}")
     subprocess.run([*CLI, "status", "--set", f"cluster.run_dir={config.run_dir}"], check=True, stdout=2)
@@ -262,7 +262,7 @@ def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
     found = {"steps": chain.steps, "seconds": seconds, "problem": problem, "ok": not problem}
     give(found, summary(chain.steps, seconds), as_json)
     if problem:
-        say(f"predictor_chain: {problem}")
+        progress(f"predictor_chain: {problem}")
     sys.exit(status)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from tetri.bench.in_process import model_and_predictor, on_one_core
-from tetri.bench.report import Say, as_json, give, say, spread, table
+from tetri.bench.report import Progress, as_json, give, progress, spread, table
 from tetri.engine.base import EngineRequest
 from tetri.engine.vllm.engine import VllmEngine
 from tetri.predict import serve
@@ -53,7 +53,7 @@ class Bench:
 
     def __init__(self, engine: VllmEngine, tokenizer: Tokenizer, parts: dict[str, Loaded], nice: int) -> None:
         self.engine, self.tokenizer, self.parts = engine, tokenizer, parts
-        self.rng, self.number, self.words = Random(7), 0, TEXT.split()
+        self.rng, self.number, self.vocabulary = Random(7), 0, TEXT.split()
         logger = logging.getLogger("bench_predictor")
         self.beside: serve.Parallel | None = None
         self.before: serve.Sequential | None = None
@@ -68,7 +68,7 @@ class Bench:
 
     def prompt(self, tokens: int) -> list[int]:
         """English words, so many of the model's tokens."""
-        text = " ".join(self.rng.choice(self.words) for _ in range(tokens + 8))
+        text = " ".join(self.rng.choice(self.vocabulary) for _ in range(tokens + 8))
         return self.tokenizer.encode(text)[:tokens]
 
     def timed(self, way: str, tokens: int) -> tuple[float, bool]:
@@ -83,12 +83,12 @@ class Bench:
         self.engine.add(request)
         while not self.engine.step().tokens:
             pass
-        told = bool(hook is not None and head is not None and estimates(hook, head))
+        estimated = bool(hook is not None and head is not None and estimates(hook, head))
         seconds = time.perf_counter() - start
         if hook is not None:
             hook.close()
-        heard = self._drained(way, tokens)
-        return seconds, told or answered or heard
+        classified = self._drained(way, tokens)
+        return seconds, estimated or answered or classified
 
     def _ask(self, way: str, key: str, prompt: Sequence[int]) -> bool:
         if way == "sequential" and self.before is not None:
@@ -124,15 +124,15 @@ class Bench:
             start = time.perf_counter()
             classifier.classify(texts)
             found.append(1000 * (time.perf_counter() - start))
-        taken = spread(found[2:])
-        ok = taken["median"] <= BATCH_MS
-        return {"prompts": BATCH_PROMPTS, "tokens": BATCH_TOKENS, "ms": taken, "limit_ms": BATCH_MS, "ok": ok}
+        samples = spread(found[2:])
+        ok = samples["median"] <= BATCH_MS
+        return {"prompts": BATCH_PROMPTS, "tokens": BATCH_TOKENS, "ms": samples, "limit_ms": BATCH_MS, "ok": ok}
 
     def _text(self, classifier: Loaded) -> str:
-        words = [self.rng.choice(self.words) for _ in range(BATCH_TOKENS)]
-        while classifier.read([" ".join(words)])[1][0] > BATCH_TOKENS:
-            words.pop()
-        return " ".join(words)
+        vocabulary = [self.rng.choice(self.vocabulary) for _ in range(BATCH_TOKENS)]
+        while classifier.read([" ".join(vocabulary)])[1][0] > BATCH_TOKENS:
+            vocabulary.pop()
+        return " ".join(vocabulary)
 
     def compare(self, ways: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
         """Each round computes a prompt without a predictor and one in each way, in an order that changes."""
@@ -140,11 +140,11 @@ class Bench:
         in_time = dict.fromkeys(ways, 0)
         for number in range(rounds + 1):
             for way in self.rng.sample(list(seconds), len(seconds)):
-                took, told = self.timed(way, tokens)
+                elapsed, estimated = self.timed(way, tokens)
                 if number:  # the first round warms up
-                    seconds[way].append(took)
+                    seconds[way].append(elapsed)
                     if way in in_time:
-                        in_time[way] += told
+                        in_time[way] += estimated
         without = median(seconds["without"])
         return {
             "without_ms": 1000 * without,
@@ -153,16 +153,16 @@ class Bench:
         }
 
 
-def compared(taken: Sequence[float], without: Sequence[float], in_time: int) -> dict[str, Any]:
+def compared(samples: Sequence[float], without: Sequence[float], in_time: int) -> dict[str, Any]:
     """Seconds of the same rounds with a predictor and without, and how often its answer was there in time."""
     base = median(without)
-    differences = sorted(a - b for a, b in zip(taken, without, strict=True))
+    differences = sorted(a - b for a, b in zip(samples, without, strict=True))
     low, high = differences[len(differences) // 4], differences[-1 - len(differences) // 4]
     return {
-        "ms": 1000 * median(taken),
-        "percent": 100 * (median(taken) - base) / base,
+        "ms": 1000 * median(samples),
+        "percent": 100 * (median(samples) - base) / base,
         "paired": {"median": 100 * median(differences) / base, "low": 100 * low / base, "high": 100 * high / base},
-        "in_time": in_time / len(taken),
+        "in_time": in_time / len(samples),
     }
 
 
@@ -199,15 +199,15 @@ class Asked:
     ways: tuple[str, ...]
 
 
-def measured(bench: Bench, asked: Asked, say: Say) -> dict[str, Any]:
+def measured(bench: Bench, asked: Asked, progress: Progress) -> dict[str, Any]:
     ways = [way for way in asked.ways if _parts(way) <= set(bench.parts)]
     found: dict[str, Any] = {"cpu": sorted(os.sched_getaffinity(0)), "rounds": asked.rounds, "batch": None}
     if "classifier" in bench.parts:
-        say("batches of 16 prompts")
+        progress("batches of 16 prompts")
         found["batch"] = bench.batches(asked.rounds)
     found["prefill"] = {}
     for tokens in asked.lengths:
-        say(f"prompts of {tokens} tokens, {', '.join(ways)}")
+        progress(f"prompts of {tokens} tokens, {', '.join(ways)}")
         found["prefill"][str(tokens)] = bench.compare(ways, tokens, asked.rounds)
     return found
 
@@ -259,7 +259,7 @@ def main(
     """Measure what a predictor of output lengths costs. Takes some minutes and wants a machine on which nothing else
     runs."""
     with on_one_core("bench_predictor", cpu) as out, built(model, predictor, chunk, max(lengths), nice) as bench:
-        found = measured(bench, Asked(lengths, rounds, ways), say)
+        found = measured(bench, Asked(lengths, rounds, ways), progress)
     give(found, shown(found), as_json, out)
 
 

@@ -31,7 +31,7 @@ from tetri.metrics import summarise
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 FILE = click.Path(dir_okay=False, path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 conf = click.option("--conf", type=FILE, help="Configuration to measure.")
@@ -90,7 +90,7 @@ def give(found: Mapping[str, Any], text: str, as_json: bool, out: TextIO | None 
     click.echo(json.dumps(found) if as_json else text, file=out)
 
 
-def say(text: str) -> None:
+def progress(text: str) -> None:
     """Progress, on stderr."""
     click.echo(text, err=True)
 
@@ -106,7 +106,7 @@ def one_line(program: str, *errors: type[Exception], status: int = 1) -> Iterato
         sys.exit(status)
 
 
-def claim_stdout() -> TextIO:
+def own_stdout() -> TextIO:
     """Where results go; from now on whatever else is written to stdout goes to stderr, as vLLM's log does."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tetri.bench.report import as_json, give, say, spread, table
+from tetri.bench.report import as_json, give, progress, spread, table
 from tetri.policy.rules import DECODE_ROUTES, Rules
 from tetri.policy.views import DecodePool, Need
 
@@ -50,13 +50,13 @@ def main(policy: str, instances: int, calls: int, seed: int, limit_us: float | N
         nowhere, spent, worked = measure(policy, case, instances, calls, seed)
         loads.append({"case": case.name, "nowhere": nowhere})
         times[case.name] = {"us": spread(spent, 1e-3, 2), "cpu_us": spread(worked, 1e-3, 2)}
-    name, slowest = max(((name, took["us"]["p99"]) for name, took in times.items()), key=lambda item: item[1])
+    name, slowest = max(((name, measured["us"]["p99"]) for name, measured in times.items()), key=lambda item: item[1])
     ok = limit_us is None or slowest <= limit_us
     settings = {"policy": policy, "instances": instances, "calls": calls, "seed": seed}
     found = {**settings, "loads": loads, "limit_us": limit_us, "run": {"loads": times, "ok": ok}}
     give(found, shown(found), as_json)
     if not ok:
-        say(f"bench_route: {name}: 99th percentile {slowest} us, limit {limit_us:g} us")
+        progress(f"bench_route: {name}: 99th percentile {slowest} us, limit {limit_us:g} us")
         sys.exit(1)
 
 
@@ -97,8 +97,8 @@ def a_pool(case: Case, instances: int, rng: Random) -> DecodePool:
 def shown(found: dict[str, Any]) -> str:
     rows = []
     for load in found["loads"]:
-        took = found["run"]["loads"][load["case"]]
-        times = [took["us"]["median"], took["us"]["p99"], took["cpu_us"]["p99"], took["us"]["worst"]]
+        measured = found["run"]["loads"][load["case"]]
+        times = [measured["us"]["median"], measured["us"]["p99"], measured["cpu_us"]["p99"], measured["us"]["worst"]]
         rows.append([load["case"], *(f"{time:.2f}" for time in times), str(load["nowhere"])])
     head = f"{found['policy']} among {found['instances']} instances, {found['calls']} decisions at each load, us:"
     return f"{head}\n{table(('', 'median', 'p99', 'cpu p99', 'worst', 'nowhere'), rows)}"

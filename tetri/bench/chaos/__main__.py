@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
-from tetri.bench.chaos.traffic import WATCH_S, Told, Traffic
+from tetri.bench.chaos.traffic import WATCH_S, Findings, Traffic
 from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, polled, running
-from tetri.bench.report import as_json, give, one_line, overrides, say, spread, table
+from tetri.bench.report import as_json, give, one_line, overrides, progress, spread, table
 from tetri.client import Client
 from tetri.config import Config
 from tetri.proc.supervise import Supervisor
@@ -63,13 +63,13 @@ def settings(transport: str, faults: str, roles: tuple[int, int]) -> list[str]:
     return [f"worker=[{','.join(workers)}]", *SHAPE, *moved]
 
 
-def left_over(config: Config, told: Told, wait_s: float) -> list[str]:
+def left_over(config: Config, findings: Findings, wait_s: float) -> list[str]:
     """What the living cluster has not given back after so long: open requests, blocks, slots, dead ones' segments."""
     with Client(config.clients_address) as client:
 
         def read() -> list[str]:
             status = client.status()
-            told.hear(status)
+            findings.add_status(status)
             found = [f"{count} requests {stage}" for stage, count in status["requests"].items() if count]
             for instance in status["instances"]:
                 found += [f"{instance['iid']}: {problem}" for problem in _kept(instance)]
@@ -107,30 +107,30 @@ def logged(config: Config) -> str:
 
 def measured(config: Config, requests: int, seed: int, width: int, bound_s: float) -> dict[str, Any]:
     """One run, and what is to be said of it."""
-    told = Told()
-    with running(config, say, START_S):
+    findings = Findings()
+    with running(config, progress, START_S):
         start = time.monotonic()
-        asyncio.run(Traffic(config, seed, width, bound_s, told).run(requests))
+        asyncio.run(Traffic(config, seed, width, bound_s, findings).run(requests))
         seconds = time.monotonic() - start
-        leaked = left_over(config, told, bound_s)
+        leaked = left_over(config, findings, bound_s)
     text = logged(config)
-    counters = told.counters()
+    counters = findings.counters()
     injected = {name.removeprefix("injected_"): n for name, n in counters.items() if name.startswith("injected_")}
     return {
         "requests": requests,
         "seconds": round(seconds, 1),
         "per_second": round(requests / seconds, 1),
-        "chunks": told.chunks,
+        "chunks": findings.chunks,
         "injected": {**injected, "die": text.count(KILLED)},
         "seen": {name: count for name, count in counters.items() if not name.startswith("injected_")},
-        "broker": told.broker,
-        "attempts": dict(sorted(told.attempts.items())),
-        "latency_s": spread(told.took),
-        "slowest": told.slowest,
-        "given_up": dict(told.tired),
-        "errors": dict(told.refused),
-        "wrong": told.wrong,
-        "hung": told.hung,
+        "broker": findings.broker,
+        "attempts": dict(sorted(findings.attempts.items())),
+        "latency_s": spread(findings.seconds),
+        "slowest": findings.slowest,
+        "given_up": dict(findings.tired),
+        "errors": dict(findings.refused),
+        "wrong": findings.wrong,
+        "hung": findings.hung,
         "leaked": leaked + after_the_end(config),
         "crashes": text.count("Traceback (most recent call last)"),
     }
@@ -151,8 +151,8 @@ def shown(run: dict[str, Any]) -> str:
     lines = [f"{run['requests']} requests over {run['transport']} in {run['seconds']} s, {rate}", ""]
     lines.append(table(("fault", "injected", "seen as", "healed by"), rows))
     for name in ("seen", "broker", "attempts", "given_up", "errors"):
-        told = ", ".join(f"{key} {value}" for key, value in run[name].items() if value)
-        lines += ["", f"{name}: {told or 'none'}"]
+        findings = ", ".join(f"{key} {value}" for key, value in run[name].items() if value)
+        lines += ["", f"{name}: {findings or 'none'}"]
     latency = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in run["latency_s"].items())
     lines += ["", f"latency: {latency}; the slowest:"]
     lines += [f"    {seconds:6.2f} s  {line}" for seconds, line in run["slowest"]]

@@ -25,13 +25,13 @@ def gave_up(failure: RequestFailed) -> bool:
 
 
 @dataclass
-class Told:
+class Findings:
     """What the workers have counted, each in all of its lives, as far as it was told: what a worker counted in the
     beat's time before its death is gone with it. `took`: how long each request was open, in seconds."""
 
     lives: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     broker: dict[str, int] = field(default_factory=dict)
-    took: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     attempts: Counter[int] = field(default_factory=Counter)
     chunks: int = 0
     slowest: list[tuple[float, str]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Told:
     wrong: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
 
-    def hear(self, status: dict[str, Any]) -> None:
+    def add_status(self, status: dict[str, Any]) -> None:
         self.broker = status["counters"]
         for instance in status["instances"]:
             self.lives[instance["iid"], instance["incarnation"]] = instance.get("counters", {})
@@ -56,8 +56,8 @@ class Traffic:
     """`width` requests are open at any time. Most prompts fill a few chunks, some nearly all of a worker's memory; some
     requests are cancelled, in whatever stage they are."""
 
-    def __init__(self, config: Config, seed: int, width: int, bound_s: float, told: Told) -> None:
-        self.config, self.width, self.bound_s, self.told = config, width, bound_s, told
+    def __init__(self, config: Config, seed: int, width: int, bound_s: float, findings: Findings) -> None:
+        self.config, self.width, self.bound_s, self.findings = config, width, bound_s, findings
         self.rng = Random(seed)
 
     def drawn(self) -> tuple[list[int], Sampling]:
@@ -72,45 +72,45 @@ class Traffic:
     async def ask(self, client: AsyncClient, number: int) -> None:
         prompt, sampling = self.drawn()
         asked = {name: getattr(sampling, name) for name in ("max_tokens", "temperature", "seed", "ignore_eos")}
-        start, told, cancelled = time.monotonic(), self.told, self.rng.random() < CANCELLED
+        start, findings, cancelled = time.monotonic(), self.findings, self.rng.random() < CANCELLED
         stream = client.stream(prompt, **asked)
         try:
             if cancelled:
                 await asyncio.sleep(self.rng.uniform(0.0, CANCEL_S))
             result = await asyncio.wait_for(stream.cancel() if cancelled else stream.wait(), self.bound_s)
         except TimeoutError:
-            told.hung.append(f"request {number}: {len(prompt)} tokens, no end after {self.bound_s:g} s")
+            findings.hung.append(f"request {number}: {len(prompt)} tokens, no end after {self.bound_s:g} s")
             return
         except TetriError as failure:
-            kept = told.tired if isinstance(failure, RequestFailed) and gave_up(failure) else told.refused
+            kept = findings.tired if isinstance(failure, RequestFailed) and gave_up(failure) else findings.refused
             kept[str(failure)] += 1
             return
         finally:
-            told.took.append(time.monotonic() - start)
+            findings.seconds.append(time.monotonic() - start)
         self.check(number, prompt, sampling, result)
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timeline.items() if seconds >= 0.01)
         line = f"{len(prompt)} + {len(result.token_ids)} tokens, attempts {result.receipt.attempts}: {stages}"
-        told.slowest = sorted([*told.slowest, (round(told.took[-1], 2), line)], reverse=True)[:SLOWEST]
+        findings.slowest = sorted([*findings.slowest, (round(findings.seconds[-1], 2), line)], reverse=True)[:SLOWEST]
 
     def check(self, number: int, prompt: list[int], sampling: Sampling, result: Result) -> None:
-        made, told, receipt = self.config.emulated, self.told, result.receipt
+        made, findings, receipt = self.config.emulated, self.findings, result.receipt
         right = reference(prompt, sampling, made.vocabulary, made.token_bytes)
         if result.finish_reason == "cancelled":
             right = right[: len(result.token_ids)]
         if result.token_ids != right:
-            told.wrong.append(f"request {number}: {result.token_ids} is not {right}: {receipt}")
+            findings.wrong.append(f"request {number}: {result.token_ids} is not {right}: {receipt}")
         if result.finish_reason == "length" and receipt.adopted is None:
-            told.wrong.append(f"request {number}: its worker did not say what became of its KV, {receipt}")
+            findings.wrong.append(f"request {number}: its worker did not say what became of its KV, {receipt}")
         if receipt.decode_instance and receipt.chunks:
             silent = receipt.recomputed and not receipt.preempted
             if silent or (receipt.adopted, receipt.prompt_tokens) != (len(prompt), len(prompt)):
-                told.wrong.append(f"request {number}: computed again, {receipt}")
-        told.attempts[receipt.attempts] += 1
-        told.chunks += receipt.chunks or 0
+                findings.wrong.append(f"request {number}: computed again, {receipt}")
+        findings.attempts[receipt.attempts] += 1
+        findings.chunks += receipt.chunks or 0
 
     async def watch(self, client: AsyncClient) -> None:
         while True:
-            self.told.hear(await client.status())
+            self.findings.add_status(await client.status())
             await asyncio.sleep(WATCH_S)
 
     async def run(self, count: int) -> None:

@@ -16,7 +16,7 @@ from tetri.bench.handover.drive import Group, Load, cluster, run
 from tetri.bench.handover.picture import draw
 from tetri.bench.handover.stages import Move, moves, overlap
 from tetri.bench.plots import PlotError, ready
-from tetri.bench.report import FILE, BenchError, as_json, conf, give, one_line, overrides, say, spread, table
+from tetri.bench.report import FILE, BenchError, as_json, conf, give, one_line, overrides, progress, spread, table
 from tetri.config import default_path
 from tetri.proc.recorder import RecordError
 
@@ -50,8 +50,8 @@ def main(
         if plot:
             ready(plot)  # before all the work
         config = configured(conf or default_path(), folder, "handover", ["cluster.record=true", *overrides])
-        with cluster(config, say) as live:
-            groups = run(live, Load((short, long), rounds, batch), say)
+        with cluster(config, progress) as live:
+            groups = run(live, Load((short, long), rounds, batch), progress)
             found = moves(live.record(live.prefill), live.record(live.decode))
         by_group = grouped(found, groups)
         if plot:
@@ -69,9 +69,9 @@ def grouped(found: Sequence[Move], groups: dict[Group, list[str]]) -> dict[Group
     return {group: [by_rid[rid] for rid in rids] for group, rids in groups.items()}
 
 
-def typical(taken: Sequence[Move]) -> Move:
+def typical(samples: Sequence[Move]) -> Move:
     """The one in the middle."""
-    return sorted(taken, key=lambda move: move.seconds)[len(taken) // 2]
+    return sorted(samples, key=lambda move: move.seconds)[len(samples) // 2]
 
 
 def summarised(by_group: dict[Group, list[Move]], short: int, long: int, batch: int) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def summarised(by_group: dict[Group, list[Move]], short: int, long: int, batch: 
     loads: dict[str, Any] = {}
     base = _ms(move.seconds for move in by_group["idle", short])
     for state in ("idle", "busy"):
-        taken = [move for length in (short, long) for move in by_group[state, length]]
-        step = _ms(move.first_step.ended - move.first_step.begun for move in taken)
+        samples = [move for length in (short, long) for move in by_group[state, length]]
+        step = _ms(move.first_step.ended - move.first_step.begun for move in samples)
         lengths = {str(length): _lengths(by_group[state, length]) for length in (short, long)}
         difference = lengths[str(long)]["ms"]["median"] - base
         limit = LIMIT_MS if state == "idle" else LIMIT_MS + step
@@ -108,12 +108,12 @@ def summarised(by_group: dict[Group, list[Move]], short: int, long: int, batch: 
     }
 
 
-def _lengths(taken: Sequence[Move]) -> dict[str, Any]:
-    stages = [move.stages() for move in taken]
+def _lengths(samples: Sequence[Move]) -> dict[str, Any]:
+    stages = [move.stages() for move in samples]
     return {
-        "ms": spread((move.seconds for move in taken), 1000),
+        "ms": spread((move.seconds for move in samples), 1000),
         "stages_ms": {name: _ms(stage[name] for stage in stages) for name in stages[0]},
-        "samples_ms": [1000 * move.seconds for move in taken],
+        "samples_ms": [1000 * move.seconds for move in samples],
     }
 
 
@@ -125,15 +125,15 @@ def shown(found: dict[str, Any]) -> str:
     names = list(found["idle"]["lengths"][str(found["short"])]["stages_ms"])
     rows = []
     for state in ("idle", "busy"):
-        for length, taken in found[state]["lengths"].items():
-            times = [taken["ms"]["median"], taken["ms"]["worst"], *(taken["stages_ms"][name] for name in names)]
+        for length, samples in found[state]["lengths"].items():
+            times = [samples["ms"]["median"], samples["ms"]["worst"], *(samples["stages_ms"][name] for name in names)]
             rows.append([state, length, *(f"{time:.1f}" for time in times)])
     lines = [table(("decode worker", "prompt", "median ms", "worst ms", *names), rows)]
     for state, what in (("idle", "idle"), ("busy", f"beside {found['batch']} decodes")):
-        taken = found[state]
+        samples = found[state]
         lines.append(
-            f"{found['long']} tokens, {what}: {taken['difference_ms']:+.1f} ms against {found['short']} tokens, idle"
-            f" (at most {taken['limit_ms']:.1f} wanted; a decode step takes {taken['step_ms']:.1f})"
+            f"{found['long']} tokens, {what}: {samples['difference_ms']:+.1f} ms against {found['short']} tokens, idle"
+            f" (at most {samples['limit_ms']:.1f} wanted; a decode step takes {samples['step_ms']:.1f})"
         )
     seen = found["overlap"]
     lines.append(

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from tetri.bench.deployment import check_straight, running
-from tetri.bench.report import BenchError, Say
+from tetri.bench.report import BenchError, Progress
 from tetri.client import AsyncClient
 from tetri.config import Config
 
@@ -52,24 +52,24 @@ class Cluster:
 
 
 @contextmanager
-def cluster(config: Config, say: Say) -> Iterator[Cluster]:
+def cluster(config: Config, progress: Progress) -> Iterator[Cluster]:
     """Everything started, and stopped at the end. Raises LaunchError, BenchError."""
     roles = sorted(worker.role for worker in config.workers)
     if roles != ["decode", "prefill"]:
         raise BenchError(f"one prefill and one decode worker are wanted, the configuration has {', '.join(roles)}")
     by_role = {worker.role: worker.iid for worker in config.workers}
-    with running(config, say, GIVE_UP_S):
+    with running(config, progress, GIVE_UP_S):
         yield Cluster(config, by_role["prefill"], by_role["decode"])
 
 
-def run(cluster: Cluster, load: Load, say: Say) -> dict[Group, list[str]]:
+def run(cluster: Cluster, load: Load, progress: Progress) -> dict[Group, list[str]]:
     """All requests; their ids by group."""
-    return asyncio.run(_Run(cluster, load, say).all())
+    return asyncio.run(_Run(cluster, load, progress).all())
 
 
 class _Run:
-    def __init__(self, cluster: Cluster, load: Load, say: Say) -> None:
-        self._cluster, self._load, self._say = cluster, load, say
+    def __init__(self, cluster: Cluster, load: Load, progress: Progress) -> None:
+        self._cluster, self._load, self._progress = cluster, load, progress
         self._rng = Random(4)
         self._rids: dict[Group, list[str]] = {}
 
@@ -92,7 +92,7 @@ class _Run:
         for length in self._load.lengths:
             await asyncio.sleep(self._rng.uniform(0.0, PAUSE_S))
             await self._one(state, length)
-        self._say(f"decode worker {state}: round {number} of {self._load.rounds}")
+        self._progress(f"decode worker {state}: round {number} of {self._load.rounds}")
 
     async def _one(self, state: str, length: int) -> None:
         result = await self._client.generate(self._prompt(length), max_tokens=OUTPUT, ignore_eos=True)

@@ -29,7 +29,7 @@ class Chunk:
     index: int
     computed: Interval
     exported: Interval
-    heard: float
+    reported: float
     copied: Interval
 
 
@@ -104,7 +104,7 @@ class _Sent:
 
 
 @dataclass(slots=True)
-class _Taken:
+class _DecodeSide:
     """One decode leg: `copies` by the chunk's index, with the time at which each could begin."""
 
     rid: str
@@ -165,14 +165,14 @@ def _sent(path: Path) -> dict[str, _Sent]:
     return {key.split(":", 1)[1].rpartition(":")[0]: request for key, request in requests.items()}
 
 
-def _taken(path: Path) -> tuple[dict[str, _Taken], Sequence[Interval]]:
+def _decode_side(path: Path) -> tuple[dict[str, _DecodeSide], Sequence[Interval]]:
     """By request id; and all steps of this worker."""
-    requests: dict[str, _Taken] = {}
+    requests: dict[str, _DecodeSide] = {}
     side = _Side()
     for call, kind, event in side.follow(path, "Adopt", "Adopted"):
         if kind == "Offer":
             for request in _requests(call):
-                requests[request.key] = _Taken(event.rid)
+                requests[request.key] = _DecodeSide(event.rid)
         elif kind == "StepDone":
             for span in event.spans:
                 if span.key in requests and requests[span.key].first_step is None:
@@ -186,9 +186,9 @@ def moves(prefill: Path, decode: Path) -> list[Move]:
     """What was handed from one worker to the other, in the order of the records. What did not get as far as its first
     decode step, or lacks a chunk in one of the records, is left out. Raises RecordError."""
     sent = _sent(prefill)
-    taken, steps = _taken(decode)
+    samples, steps = _decode_side(decode)
     found = []
-    for rid, request in taken.items():
+    for rid, request in samples.items():
         here = sent.get(rid)
         if (
             here is None

@@ -18,7 +18,7 @@ from tetri.bench.deployment import EXPECTED, REPOSITORY, configured, own_folder
 from tetri.bench.overhead.direct import Direct
 from tetri.bench.overhead.live import Live
 from tetri.bench.overhead.measure import steady, summary
-from tetri.bench.report import BenchError, as_json, conf, give, one_line, overrides, say, table
+from tetri.bench.report import BenchError, as_json, conf, give, one_line, overrides, progress, table
 from tetri.config import Config, cpu_numbers, default_path
 from tetri.models import find
 from tetri.proc.build import limits_of_model
@@ -84,22 +84,22 @@ def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
     most = limits_of_model(config)[0] - work.prompt_tokens
     prompts = [ids[(start := 16 * i) : start + work.prompt_tokens] for i in range(work.requests)]
     with ExitStack() as stack:
-        say(f"loading plain vLLM on CPU {decode.cpus} and the live cluster")
+        progress(f"loading plain vLLM on CPU {decode.cpus} and the live cluster")
         direct = Direct(settings(config, model), int(decode.cpus), folder / "direct.log")
         stack.callback(direct.close)
-        live = Live(config, say)
+        live = Live(config, progress)
         stack.callback(live.close)
         direct.wait_ready()
         if prefill.cpus:
             os.sched_setaffinity(0, cpu_numbers(prefill.cpus))  # the client's place
         direct.run(prompts, 16)  # warm-up
         live.run(prompts, 16)
-        taken = []
+        measured = []
         for number in range(1, work.rounds + 1):
-            taken.append(one_round(direct, live, prompts, work.tokens, most, [ids[:n] for n in HANDOVER_TOKENS]))
-            rates = {name: f"{taken[-1][name]['tok_s']:.1f} tokens/s" for name in ("direct", "live")}
-            say(f"round {number} of {work.rounds}: direct {rates['direct']}, live {rates['live']}")
-    return summary(taken)
+            measured.append(one_round(direct, live, prompts, work.tokens, most, [ids[:n] for n in HANDOVER_TOKENS]))
+            rates = {name: f"{measured[-1][name]['tok_s']:.1f} tokens/s" for name in ("direct", "live")}
+            progress(f"round {number} of {work.rounds}: direct {rates['direct']}, live {rates['live']}")
+    return summary(measured)
 
 
 def settings(config: Config, model: Path) -> dict[str, Any]:
@@ -134,16 +134,16 @@ def one_round(
 
 def shown(found: dict[str, Any]) -> str:
     rows = []
-    for number, (taken, ratio) in enumerate(zip(found["rounds"], found["ratios"], strict=True), 1):
-        direct, live = taken["direct"], taken["live"]
+    for number, (measured, ratio) in enumerate(zip(found["rounds"], found["ratios"], strict=True), 1):
+        direct, live = measured["direct"], measured["live"]
         rates = [f"{direct['tok_s']:.1f}", f"{live['tok_s']:.1f}", f"{ratio:.3f}"]
         rows.append([f"round {number}", *rates, *(f"{side['step_ms']['median']:.1f}" for side in (direct, live))])
     lines = [table(("", "direct tok/s", "live tok/s", "ratio", "direct step ms", "live step ms"), rows)]
     lines.append(f"median ratio {found['ratio']:.3f}; of CPU time a step {found['cpu_ratio']:.3f}")
-    for state, taken in found["handover"].items():
+    for state, measured in found["handover"].items():
         lines.append(
-            f"hand-over, decode worker {state}: {taken['ms']['median']:.0f} ms (at most {taken['ms']['worst']:.0f});"
-            f" two steps + 10 ms are {taken['limit_ms']:.0f} ms"
+            f"hand-over, decode worker {state}: {measured['ms']['median']:.0f} ms (at most {measured['ms']['worst']:.0f});"
+            f" two steps + 10 ms are {measured['limit_ms']:.0f} ms"
         )
     return "\n".join(lines)
 

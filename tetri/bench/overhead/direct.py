@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.bench.overhead.measure import Run, stopped
-from tetri.bench.report import BenchError, claim_stdout
+from tetri.bench.report import BenchError, own_stdout
 
 
 class Direct:
@@ -49,8 +49,8 @@ class Direct:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            said = self._log.read_text(errors="replace").strip().splitlines() or ["it did not say why"]
-            raise BenchError(f"plain vLLM ended: {said[-1]}")
+            output = self._log.read_text(errors="replace").strip().splitlines() or ["it did not say why"]
+            raise BenchError(f"plain vLLM ended: {output[-1]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -123,7 +123,7 @@ def generate(core: Any, prompts: Sequence[Sequence[int]], tokens: int) -> dict[s
 
 def main() -> None:
     os.sched_setaffinity(0, {int(sys.argv[1])})  # before any library counts the CPUs
-    answers = claim_stdout()
+    answers = own_stdout()
     core = load(json.loads(sys.argv[2]))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

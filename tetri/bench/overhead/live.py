@@ -15,7 +15,7 @@ import zmq
 
 from tetri.bench.deployment import check_straight
 from tetri.bench.overhead.measure import Run, cpu_seconds, stopped
-from tetri.bench.report import BenchError, Say
+from tetri.bench.report import BenchError, Progress
 from tetri.client.conversation import Patience, Request, Session
 from tetri.client.facade import dealer, new_request
 from tetri.config import Config
@@ -31,10 +31,10 @@ GIVE_UP_S = 300.0
 class Live:
     """Starts everything and stops it again. The client's side is this process. Raises LaunchError."""
 
-    def __init__(self, config: Config, say: Say) -> None:
-        self._say = say
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self._progress = progress
         self._enough = 0  # output tokens of a background that has lasted
-        self._run_dir = launch.up(config, say, GIVE_UP_S)
+        self._run_dir = launch.up(config, progress, GIVE_UP_S)
         self._socket = dealer(zmq.Context.instance(), config.clients_address)
         pids = json.loads((self._run_dir / launch.STATE).read_text())["pids"]
         decode = next(worker.iid for worker in config.workers if worker.role == "decode")
@@ -84,7 +84,7 @@ class Live:
             if tokens == most:
                 raise BenchError(f"the background ended before the last hand-over, with {most} tokens, all it may have")
             tokens = min(2 * tokens, most)
-            self._say(f"the background ended before the last hand-over: once more, with {tokens} tokens")
+            self._progress(f"the background ended before the last hand-over: once more, with {tokens} tokens")
         self._enough = tokens
         return found
 

@@ -79,14 +79,14 @@ def steady(run: dict[str, Any]) -> dict[str, float]:
 
 def handover(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
     """`samples` of {"prompt_tokens", "ms" from the first to the second token, "step_ms" of a decode step then}."""
-    took = spread(sample["ms"] for sample in samples)
+    times = spread(sample["ms"] for sample in samples)
     step = median(sample["step_ms"] for sample in samples)
     limit = 2 * step + 10
     return {
-        "ms": took,
+        "ms": times,
         "step_ms": step,
         "limit_ms": limit,
-        "ok": took["median"] <= limit,
+        "ok": times["median"] <= limit,
         "samples": list(samples),
     }
 

@@ -25,7 +25,7 @@ from tetri import cost
 from tetri.bench.plots import PlotError, ready
 from tetri.bench.prediction.simulate import SETTINGS, TRAINED, Setting, Source, compared
 from tetri.bench.prediction.tables import draw, tables
-from tetri.bench.report import FILE, as_json, give, say
+from tetri.bench.report import FILE, as_json, give, progress
 from tetri.policy.rules import Rules
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED
@@ -66,9 +66,9 @@ def main(
         with get_context("spawn").Pool(workers) as pool:
             for setting in settings:
                 made.append(compared(source, setting, seeds, pool.imap))
-                say(f"{setting.name}: {perf_counter() - started:.0f} s")
+                progress(f"{setting.name}: {perf_counter() - started:.0f} s")
                 if as_json:
-                    say(tables(made[-1]))
+                    progress(tables(made[-1]))
     except (SimError, RecordedTextError, PredictError, PlotError, cost.CostError) as error:
         raise click.UsageError(str(error)) from None
     if plot is not None:

@@ -128,10 +128,13 @@ def _counted(world: World) -> dict[str, float]:
     """What the prefill workers say of their predictors, as `status` does."""
     prefillers = [w.core for w in world.workers.values() if w.core.own.instance.role == "prefill"]
     learnt = [core.estimator for core in prefillers if core.estimator]
-    said: list[PredictorStatus] = [each.status() for each in learnt]
-    if not said:
+    statuses: list[PredictorStatus] = [each.status() for each in learnt]
+    if not statuses:
         return {}
-    return {"on": fmean(each.on for each in said), **{n: float(sum(getattr(each, n) for each in said)) for n in COUNTS}}
+    return {
+        "on": fmean(each.on for each in statuses),
+        **{n: float(sum(getattr(each, n) for each in statuses)) for n in COUNTS},
+    }
 
 
 # ---------------------------------------------------------------- many runs

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from tetri.bench.report import as_json, give, one_line, records, say
+from tetri.bench.report import as_json, give, one_line, progress, records
 from tetri.bench.transfer.bare_zmq import bare
 from tetri.bench.transfer.measure import Case, Lane, alone, measure
 from tetri.bench.transfer.receiver import end_by_signal
@@ -69,9 +69,9 @@ def main(
         for transport in named:
             for size in megabytes:
                 found["rows"].append(measure(case(transport, size), rounds, memory, OTHERS.get(transport, {})))
-                say(line(found["rows"][-1]))
+                progress(line(found["rows"][-1]))
             found["alone"].append(alone(case(transport, ALONE_MB), ALONE_ROUNDS))
-            say(line(found["alone"][-1]))
+            progress(line(found["alone"][-1]))
     give(found, f"{records(found['rows'])}\n\n{records(found['alone'])}", as_json)
 
 

@@ -124,14 +124,14 @@ class Sender:
 
     def run(self, count: int, depth: int = 0) -> float:
         """Seconds from the first put to the last landed, with `depth` chunks on their way (0: the case's)."""
-        return self._run(count, depth or self._case.depth, self._room, self._put)
+        return self._run(count, depth or self._case.depth, self._has_credit, self._put)
 
     def again(self, count: int) -> float:
         """Seconds from the first announcement to the last landed, of chunks that lie in the slab since they landed."""
         return self._run(count, self._case.depth, lambda: bool(self._landed), self._landed.popleft)
 
     def _run(self, count: int, depth: int, can: Callable[[], bool], chunk: Callable[[], Put]) -> float:
-        start = heard = time.perf_counter()
+        start = received = time.perf_counter()
         sent = 0
         while sent < count or self._sent:
             if sent < count and len(self._sent) < depth and can():
@@ -140,13 +140,13 @@ class Sender:
                 seconds = 0.0
             else:
                 seconds = POLL_S
-            if self._hear(seconds) or not seconds:
-                heard = time.perf_counter()
-            elif time.perf_counter() - heard > PATIENCE_S:
+            if self._receive(seconds) or not seconds:
+                received = time.perf_counter()
+            elif time.perf_counter() - received > PATIENCE_S:
                 raise KVError(f"{self._case.transport}: no chunk landed for {PATIENCE_S:g} s")
         return time.perf_counter() - start
 
-    def _room(self) -> bool:
+    def _has_credit(self) -> bool:
         while self.store.free_slots < self._case.blocks and self._landed:
             self.store.free(self._landed.popleft()[0])
         return self.store.free_slots >= self._case.blocks
@@ -177,7 +177,7 @@ class Sender:
         )
         self._pipe.send_bytes(encode(chunk))
 
-    def _hear(self, seconds: float) -> bool:
+    def _receive(self, seconds: float) -> bool:
         """What landed and what came free; wait for the first for `seconds`. False: nothing has happened."""
         ready = wait([self._pipe, self._woken], seconds)
         if self._woken in ready:
@@ -258,14 +258,14 @@ def alternated(runs: Mapping[str, Run], count: int, rounds: int) -> dict[str, li
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            took = run(count)
+            elapsed = run(count)
             if number:
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
     return seconds
 
 
 def row(case: Case, count: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-    gbps = {name: count * case.chunk_bytes / took / 1e9 for name, took in seconds.items()}
+    gbps = {name: count * case.chunk_bytes / elapsed / 1e9 for name, elapsed in seconds.items()}
     found = {
         "transport": case.transport,
         "chunk_mb": round(case.chunk_bytes / 1e6, 2),

@@ -47,11 +47,11 @@ def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> No
     os.sched_setaffinity(0, {core})
     woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     settings = StoreSettings(f"bench{os.getppid()}", "receiver", 1, block_bytes, transport)
-    with ExitStack() as leaving:
+    with ExitStack() as stack:
         try:
             with undisturbed():
                 store = open_store(settings, lambda: os.eventfd_write(woken, 1))
-                leaving.callback(store.close)
+                stack.callback(store.close)
         except KVError as error:
             pipe.send(str(error))
             return
