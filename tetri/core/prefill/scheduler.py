@@ -43,7 +43,7 @@ class PrefillScheduler:
     requests   all that the broker has not closed, by key
     started    those whose engine request is in the engine, by key
     expected   the planned chunk
-    short      whether the first prompt in the queue waiting_for_slots for slots
+    short      whether the first prompt in the queue waits for slots
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class PrefillScheduler:
         return None if request is None or request.granted else request
 
     def holds_up(self, request: PrefillRequest) -> bool:
-        """Return whether the request waiting_for_slots for slots ahead of others that a decode instance could hold."""
+        """Return whether the request waits for slots ahead of others that a decode instance could hold."""
         if self.blocked() is not request:
             return False
         others = [self.requests[key] for key in (*self.queue.raw, *self.queue.line)]
