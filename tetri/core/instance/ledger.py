@@ -46,7 +46,7 @@ class Ledger:
         return self.reserved > 0 and self.reserved + blocks > self.reserve_limit
 
     def reserve(self, key: str, blocks: int, kept: int = 0) -> str | None:
-        """Open an account for a request that waits for its KV, with `kept` blocks left free. Return why not, or None."""
+        """Open an account for a request that waits for its KV, if `kept` blocks stay free. Return why not, or None."""
         if self.crowded(blocks):
             return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
         if blocks + kept > self.free or not self.allocate(key, blocks):

@@ -30,9 +30,7 @@ class Calibration:
         self._sorted: list[float] = []
         self._turn = 0
         quantiles = [0.0, *levels, 1.0]
-        for number in range(
-            1, START + 1
-        ):  # the window drops the oldest first, so each stretch of it must be spread evenly
+        for number in range(1, START + 1):  # the oldest are dropped first, so each stretch must be spread evenly
             at = (number * _GOLDEN % 1.0) * (len(quantiles) - 1)
             whole = int(at)
             self._add(quantiles[whole] + (at - whole) * (quantiles[whole + 1] - quantiles[whole]))
