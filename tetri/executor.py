@@ -71,13 +71,17 @@ class KV(Protocol):
 class Network(Protocol):
     """Connections to peers. Best effort: a message that cannot be sent is lost, and no method raises."""
 
-    def send(self, peer: str, message: Any) -> None: ...
+    def send(self, peer: str, message: Any) -> None:
+        """Send a message to a connected peer."""
 
-    def publish(self, message: Any) -> None: ...
+    def publish(self, message: Any) -> None:
+        """Send a message to all subscribers."""
 
-    def connect(self, peer: str, address: str) -> None: ...
+    def connect(self, peer: str, address: str) -> None:
+        """Connect to the inbox of a peer."""
 
-    def disconnect(self, peer: str) -> None: ...
+    def disconnect(self, peer: str) -> None:
+        """Close the connection to a peer."""
 
 
 class WorkerExecutor:
