@@ -28,7 +28,7 @@ COUNTED = (
     "healed",
     "given_up",
 )
-AGAIN = ("flipped", "truncated")  # problems that another fetch may solve
+RETRYABLE = ("flipped", "truncated")  # problems that another fetch may solve
 
 
 class KVReceive:
@@ -102,7 +102,7 @@ class KVReceive:
         flow = request.flow
         far = problem == "lost" and flow.path in FAR
         tries = flow.tries[index] = flow.tries.get(index, 1) + 1
-        if tries > FETCH_TRIES or not (far or problem in AGAIN):
+        if tries > FETCH_TRIES or not (far or problem in RETRYABLE):
             flow.tries[index] -= 1
             self.counters["given_up"] += 1
             flow.broken, flow.corrupt = f"chunk {index} is {problem}", not far

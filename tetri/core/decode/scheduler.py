@@ -66,15 +66,14 @@ class DecodeScheduler:
         if request is not None and (request.is_for(message) or request.has_all_of(message)):
             if message.length is not None and message.length != request.offer.length:
                 self._correct(request, message.length)  # a LengthUpdate may have been lost
-            request.offer = (
-                request.offer if request.is_for(message) else message
-            )  # the same KV under another offer number
+            if not request.is_for(message):
+                request.offer = message  # the same KV under another offer number
             return [self._answer(Grant, message)]
         actions = self._release(request) if request else []
         why = obstacle(message, self.own.instance.fingerprint, self.own.capacity)
         way = self.way(message.src, message.incarnation)
         if why is None and way is None:
-            why = f"{self.own.iid} does not know this start of {message.src} yet, or no path to its KV"
+            why = f"{self.own.iid} does not know this incarnation of {message.src} yet, or has no path to its KV"
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
         if key in self.kv_receive.fetching:
             why = "KV that it brought before is still on its way"
@@ -140,9 +139,9 @@ class DecodeScheduler:
     def drop(self, message: Drop) -> list[Action]:
         """Release a request whose offer is withdrawn, unless all its KV has landed."""
         request = self._request_of(message.rid)
-        return (
-            self._release(request) if request is not None and request.is_for(message) and not request.landed_as else []
-        )
+        if request is None or request.landed_as or not request.is_for(message):
+            return []
+        return self._release(request)
 
     def reject(self, key: str, why: str) -> list[Action]:
         """Refuse a request that the engine can never run."""
@@ -212,9 +211,8 @@ class DecodeScheduler:
         assert self.estimator is not None
         if request is not None and not request.offer.sampling.ignore_eos:
             request.estimated = True
-            self.batch.update_length(
-                request, self.estimator.estimates(request.offer.rid, estimate, request.offer.sampling)
-            )
+            length = self.estimator.estimates(request.offer.rid, estimate, request.offer.sampling)
+            self.batch.update_length(request, length)
 
     # ------------------------------------------------------------ running
 
@@ -301,7 +299,7 @@ class DecodeScheduler:
     def check(self) -> None:
         """Raise Broken when requests, ledger, indexes and forecast disagree."""
         if {request.offer.rid: key for key, request in self.requests.items()} != self._keys:
-            raise Broken(f"seats and their index differ: {self._keys}")
+            raise Broken(f"requests and their index differ: {self._keys}")
         here = [request for request in self.requests.values() if request.end is None]
         for request in here:
             if request.key not in self.ledger:

@@ -29,7 +29,7 @@ class Dispatcher:
         self.pool = LivePool(own, peers)
         self.peers = peers
         self.offers: dict[int, str] = {}  # open offer -> request key
-        self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every known decode instance
+        self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every connected decode instance
         self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; may contain requests that are placed or gone
         self._targets: dict[str, dict[int, None]] = {}  # instance -> open offers
         self._refused: dict[str, dict[str, str]] = {}  # request key -> decode instance -> why, since the last view
@@ -80,8 +80,8 @@ class Dispatcher:
 
     def dispatch(self, now: float) -> list[Action]:
         """Offer the unplaced requests to decode instances in the order in which they started, up to the first for
-        which no instance is free. No request overtakes another, otherwise a large one might never find memory. So all
-        wait for a request whose length is being predicted, `length_wait_s` at most."""
+        which the policy finds no instance. No request overtakes another, otherwise a large one might never find memory.
+        So all wait for a request whose length is being predicted, `length_wait_s` at most."""
         if not self._unplaced and not self.unplaceable:
             return []
         self.pool.refresh()
@@ -129,7 +129,7 @@ class Dispatcher:
             if only_here:
                 least = blocks + own.slots - own.open_slots
                 why = (
-                    f"only {own.iid} could decode its prompt of {blocks} KV blocks, and not beside its own prefill: "
+                    f"only {own.iid} could decode the prompt of {blocks} KV blocks, but not beside its own prefill: "
                     f"set transfer.slab_blocks to {least} at least, or start another worker"
                 )
             found.append((request, why, retry))
@@ -152,13 +152,10 @@ class Dispatcher:
         """Return the request that `answer` is about, or None when its offer is closed. An offer of this instance's
         earlier incarnation may have the same number, so request and attempt are compared too."""
         request = self.requests.get(self.offers.get(answer.offer, ""))
-        if request is None or (request.rid, request.attempt, request.flow.target) != (
-            answer.rid,
-            answer.attempt,
-            answer.src,
-        ):
+        if request is None:
             return None
-        return request
+        known = (request.rid, request.attempt, request.flow.target)
+        return request if known == (answer.rid, answer.attempt, answer.src) else None
 
     def granted(self, request: PrefillRequest, now: float) -> None:
         """Record that the decode instance has reserved memory for the request."""
@@ -223,7 +220,7 @@ class Dispatcher:
             rid=grant.rid,
             attempt=grant.attempt,
             offer=grant.offer,
-            why="no such offer any more",
+            why="the offer is closed",
         )
         return Send(grant.src, drop)
 

@@ -88,9 +88,9 @@ class Queue:
             del self.line[request.key]
             self._line_tokens -= request.goal - request.done
         self.tokens -= request.goal - request.done
-        self.seconds = (
-            self.seconds - request.left_s if self.tokens else 0.0
-        )  # exactly 0, without the rounding error of the sums
+        self.seconds -= request.left_s
+        if not self.tokens:
+            self.seconds = 0.0  # without the rounding error of the sums
 
     def _unrank(self, request: PrefillRequest) -> None:
         del self.raw[request.key]

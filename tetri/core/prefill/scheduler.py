@@ -201,7 +201,7 @@ class PrefillScheduler:
         if request is None or request.rid == rid or (request.flow.offer is not None and request.rid < rid):
             return []
         enough = self.ledger.free + request.flow.blocks >= blocks
-        return self.retreat(request, "its memory went to a request to be decoded") if enough else []
+        return self.retreat(request, "its memory was given to a request that decodes here") if enough else []
 
     def retreat(self, request: PrefillRequest, why: str) -> list[Action]:
         """Free the KV blocks and slots of a started request that no decode instance has granted. It starts again later,
@@ -326,5 +326,5 @@ class PrefillScheduler:
             raise Broken(f"started are {list(self.started)}, and others run")
         attempts = {(request.rid, key) for key, request in self.requests.items()}
         if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
-            raise Broken(f"jobs and their index differ: {self._attempts}")
+            raise Broken(f"requests and their index differ: {self._attempts}")
         self.kv_send.check(self.requests.values())
