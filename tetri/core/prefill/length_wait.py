@@ -94,7 +94,7 @@ class LengthWait:
         """Handle the request's timer: offer it without a prediction, or repeat its offer."""
         if request.predicted:
             return self.dispatcher.repeat(request, now)
-        self._late(request)
+        self._settle_late(request)
         return self.dispatcher.dispatch(now)
 
     def stepped(self, planned: Sequence[Span], estimates: Sequence[HiddenStateEstimate], now: float) -> list[Action]:
@@ -106,13 +106,13 @@ class LengthWait:
         for estimate in estimates:
             if estimate.key in requests:
                 waited |= not requests[estimate.key].predicted
-                actions += self._estimated(requests[estimate.key], estimate)
+                actions += self._apply_estimate(requests[estimate.key], estimate)
         for span in planned:
             request = requests.get(span.key)
             if request is None or request.predicted or not request.decodes:
                 continue
             if request.token is not None:
-                self._late(request)
+                self._settle_late(request)
             elif not self._asks(request):
                 self.dispatcher.settle(request, self._unpredicted(request))
             waited |= request.predicted
@@ -134,7 +134,7 @@ class LengthWait:
         if request.predicted:  # the offer did not wait for this answer
             return [] if length is None or self.estimator is None else self.dispatcher.correct(request, length)
         if length is None and self.estimator is not None:
-            self._late(request)
+            self._settle_late(request)
         else:
             self.dispatcher.settle(request, length)
         return self.dispatcher.dispatch(now)
@@ -149,7 +149,7 @@ class LengthWait:
         )
         return [Send(handed_over.target, LengthUpdate(**handed_over.address, length=length))]
 
-    def _estimated(self, request: PrefillRequest, estimate: HiddenStateEstimate) -> list[Action]:
+    def _apply_estimate(self, request: PrefillRequest, estimate: HiddenStateEstimate) -> list[Action]:
         if self.estimator is None:
             return []
         request.estimated = True
@@ -186,7 +186,7 @@ class LengthWait:
         """Return the length range without a prediction: the prior's, or None (unknown)."""
         return None if self.estimator is None else self.estimator.unknown(request.sampling, len(request.output))
 
-    def _late(self, request: PrefillRequest) -> None:
+    def _settle_late(self, request: PrefillRequest) -> None:
         self.late += 1
         if self.estimator is not None:
             self.estimator.late()

@@ -9,16 +9,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from tetri.core.actions import (
-    BROKER,
-    Action,
-    AddRequest,
-    Broken,
-    CancelRequest,
-    Exported,
-    HoldRequest,
-    Send,
-)
+from tetri.core.actions import BROKER, Action, AddRequest, Broken, CancelRequest, Exported, HoldRequest, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
