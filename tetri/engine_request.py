@@ -1,6 +1,6 @@
-"""A leg, and what a step of an engine says of it: the words that cores, policies and engines share.
+"""Engine requests and the results of engine steps: the types that cores, policies and engines share.
 
-A *leg* is one phase of one request on one engine (tetri/engine/base.py tells its life).
+An engine request is one phase of one request on one engine. tetri/engine/base.py describes its lifecycle.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """`tokens` is the prompt and the output of earlier attempts; `output_from` the index in it at which output
-    begins (penalties, min_tokens and max_tokens count from there). `key` is unique per engine."""
+    """One phase of one request on one engine.
+
+    key           unique per engine
+    tokens        token ids of the prompt and of the output of earlier attempts
+    output_from   index in `tokens` where output begins; penalties, min_tokens and max_tokens count from there
+    """
 
     key: str
     phase: Phase
@@ -25,11 +29,11 @@ class EngineRequest:
     sampling: Sampling
 
 
-# Records, for they are made by the million: a dataclass takes six times as long.
+# Records, because millions of them are made: a dataclass takes six times as long to create.
 
 
 class Span(Record, frozen=True, gc=False):
-    """Token positions [start, stop) of one leg, computed in one step."""
+    """Token positions [start, stop) of one engine request, computed in one step."""
 
     key: str
     start: int
@@ -37,8 +41,8 @@ class Span(Record, frozen=True, gc=False):
 
 
 class Sampled(Record, frozen=True, gc=False):
-    """The new tokens of one leg, one per forward pass. `reason` is None, or why the leg ended with the last of them:
-    "stop" (end of sequence) or "length"."""
+    """The new tokens of one engine request, one per forward pass. `reason`: why it ended with the last of them, "stop"
+    (end of sequence) or "length"; None if it continues."""
 
     key: str
     ids: tuple[int, ...]
@@ -46,13 +50,13 @@ class Sampled(Record, frozen=True, gc=False):
 
     @property
     def token(self) -> int:
-        """The last one; a prefill leg has no other."""
+        """The last token; the only one of a prefill request."""
         return self.ids[-1]
 
 
 class HiddenStateEstimate(Record, frozen=True, gc=False):
-    """What the model's own hidden state says of a leg: the `distribution` of how many output tokens follow after the `outputs`
-    that its request had when the state was computed, those of earlier attempts included."""
+    """Length prediction from the model's hidden state: the `distribution` of the number of output tokens that follow.
+    `outputs`: output tokens of the request when the state was computed, those of earlier attempts included."""
 
     key: str
     outputs: int
@@ -61,16 +65,22 @@ class HiddenStateEstimate(Record, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """What one step really did. `held`: the number of blocks, after the step, of each leg that is still there and whose
-    number changed since the last one (0: preempted); who is not named holds what was said last.
+    """The result of one engine step.
 
-    A decode batch whose members stay the same may advance by several forward passes in one go: `steps` of them, each
-    running leg then has `steps` tokens and a span of as many positions. With prefill spans in it, `steps` is 1."""
+    spans       what was computed
+    tokens      new output tokens
+    allocated   decode requests whose KV blocks are allocated now, ready for `adopt`
+    preempted   requests that lost their blocks
+    held        KV blocks after the step, of each request whose number has changed since the last step (0: preempted)
+    steps       forward passes. A decode batch may run several in one go; each request then has `steps` tokens and a
+                span of as many positions. 1 with prefill spans
+    estimates   of prefill requests that have ended, and of decode requests every so many tokens
+    """
 
     spans: tuple[Span, ...] = ()
     tokens: tuple[Sampled, ...] = ()
-    allocated: tuple[str, ...] = ()  # decode legs whose blocks are now there, ready for `adopt`
+    allocated: tuple[str, ...] = ()
     preempted: tuple[str, ...] = ()
     held: tuple[tuple[str, int], ...] = ()
     steps: int = 1
-    estimates: tuple[HiddenStateEstimate, ...] = ()  # prefill legs that have ended; decode legs every so many tokens
+    estimates: tuple[HiddenStateEstimate, ...] = ()

@@ -1,5 +1,5 @@
-"""What each action of a worker's core does to its engine, its KV store and the network: the one table that the live
-process, the simulator and the virtual cluster of the tests share. They differ in what they hand in."""
+"""The action executor of a worker: carries out the core's actions on the engine, the KV store and the network. The live
+process, the simulator and the virtual cluster of the tests share it, with different engines, stores and networks."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ from tetri.wire.handover import Handle
 
 
 class Handler(Protocol):
-    def handle(self, event: Any, now: float) -> Sequence[Action]: ...
+    """The part of a worker's core that the executor uses."""
+
+    def handle(self, event: Any, now: float) -> Sequence[Action]:
+        """Handle an event at time `now`, in seconds, and return the actions to carry out."""
 
 
 class RequestEngine(Protocol):
-    """The part of an engine that knows no bytes. `add`, `admit` and `hold` raise EngineError."""
+    """The part of an engine that schedules requests. `add`, `admit` and `hold` raise EngineError."""
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -52,7 +55,7 @@ class RequestEngine(Protocol):
 
 
 class KV(Protocol):
-    """Moves KV between an engine and the stores. What takes time answers None, and its event comes later."""
+    """Moves KV between an engine and the stores. A method returns None when its event follows later."""
 
     def export(self, action: Export) -> Exported | None: ...
 
@@ -66,21 +69,29 @@ class KV(Protocol):
 
 
 class Network(Protocol):
-    """Best effort: what cannot be sent is lost, and nothing here raises."""
+    """Connections to peers. Best effort: a message that cannot be sent is lost, and no method raises."""
 
-    def send(self, peer: str, message: Any) -> None: ...
+    def send(self, peer: str, message: Any) -> None:
+        """Send a message to a connected peer."""
 
-    def publish(self, message: Any) -> None: ...
+    def publish(self, message: Any) -> None:
+        """Send a message to all subscribers."""
 
-    def connect(self, peer: str, address: str) -> None: ...
+    def connect(self, peer: str, address: str) -> None:
+        """Connect to the inbox of a peer."""
 
-    def disconnect(self, peer: str) -> None: ...
+    def disconnect(self, peer: str) -> None:
+        """Close the connection to a peer."""
 
 
 class WorkerExecutor:
-    """`step` runs the engine, `predict` names a length; both may answer None, and their event comes later. `known`:
-    lengths that were named while the engine computed, told before its step is: with its last chunk a prompt stops
-    waiting for its own."""
+    """Carries out the actions of a worker's core.
+
+    step      runs the engine for up to so many steps; None when the event follows later
+    predict   predicts a length; None when the event follows later
+    known     the lengths that became known while the engine computed. The core receives them before StepDone, because a
+              prompt stops waiting for its length when its last chunk is computed
+    """
 
     def __init__(
         self,
@@ -111,8 +122,9 @@ class WorkerExecutor:
         }
 
     def carry_out(self, actions: Sequence[Action]) -> None:
-        """In order. What the core says to an action's result is done before the next action; what it says to legs that
-        the engine rejects, just before the step: others take their place, and must be in the engine by then."""
+        """Carry out actions in order. The result of an action goes to the core before the next action. Rejected
+        requests go to the core just before the step, so that the requests that replace them are in the engine by
+        then."""
         rejected: list[RequestRejected] = []
         for action in actions:
             if rejected and type(action) is Step:
@@ -134,16 +146,19 @@ class WorkerExecutor:
 
     @staticmethod
     def meet(network: Network, kv: KV, action: Connect) -> None:
+        """Connect to a peer, and prepare to read its KV."""
         network.connect(action.peer, action.address)
         if action.reach is not None:
             kv.meet(action.peer, action.reach)
 
     @staticmethod
     def part(network: Network, kv: KV, action: Disconnect) -> None:
+        """Disconnect from a peer, and stop reading its KV."""
         network.disconnect(action.peer)
         kv.part(action.peer)
 
     def add(self, action: AddRequest) -> RequestRejected | None:
+        """Add an engine request, or return why the engine rejects it."""
         try:
             self.engine.add(action.request)
         except EngineError as error:
@@ -151,6 +166,7 @@ class WorkerExecutor:
         return None
 
     def admit(self, action: AdmitRequest) -> RequestRejected | None:
+        """Let a decode request run, or return why the engine rejects it."""
         try:
             self.engine.admit(action.key, action.token)
         except EngineError as error:
@@ -167,15 +183,17 @@ class Blocks(Protocol):
 
 
 class Copies:
-    """KV between an engine and a KV store. What comes over a path that takes time, and slots that come free later, are
-    told by `events`. `note` hears what went wrong: the error, the leg's key, the chunk's index."""
+    """Copies KV between an engine and a KV store. `events` reports fetches that take time and slots that become free
+    later. `note(error, key, index)` is called for each failed fetch."""
 
-    PROBLEMS = ((KVShort, "truncated"), (KVCorrupt, "flipped"), (KVForeign, "foreign"))  # every other error: lost
+    PROBLEMS = ((KVShort, "truncated"), (KVCorrupt, "flipped"), (KVForeign, "foreign"))  # any other error: "lost"
 
     def __init__(self, engine: Blocks, store: KVStore, note: Callable[[Exception, str, int], None]) -> None:
         self.engine, self.store, self.note = engine, store, note
         self.meet, self.part, self.due = store.meet, store.part, store.due
-        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}  # ticket -> first block of the leg, blocks
+        self._awaited: dict[
+            tuple[str, int], tuple[int, int]
+        ] = {}  # ticket -> first block of the request, number of blocks
 
     def export(self, action: Export) -> Exported:
         key, start, stop = action.key, action.start, action.stop
@@ -209,17 +227,17 @@ class Copies:
             if len(fetched.blocks) != count:
                 raise KVShort(f"{len(fetched.blocks)} of {count} blocks have come")
             self.engine.adopt(key, start, fetched.blocks)
-        except (KVError, EngineError) as error:  # the engine's: the leg has ended meanwhile
+        except (KVError, EngineError) as error:  # EngineError: the request has ended meanwhile
             self.note(error, key, index)
             return Adopted(key, index, next((name for kind, name in self.PROBLEMS if isinstance(error, kind)), "lost"))
         return Adopted(key, index)
 
     def events(self) -> Iterator[Adopted | Freed]:
-        """What has happened since it was asked last."""
+        """Yield the fetches that have ended and the slots that were freed since the last call."""
         for fetched in self.store.fetched():
             if fetched.ticket in self._awaited:
                 yield self._adopted(fetched)
-            else:  # the core must not hear of it: it may wait for another one of this key
+            else:  # not for the core: it may await another chunk with this key
                 self.note(KVError("nobody waits for this chunk: it has come twice"), *fetched.ticket)
         freed = self._freed()
         if freed is not None:

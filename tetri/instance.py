@@ -1,4 +1,4 @@
-"""What an instance is, as a worker says it of itself and everybody else knows it."""
+"""The record of an instance, as a worker announces it and all other processes know it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from tetri.request import Address, Capacity, Fingerprint, Name, Reach, Record
 
 
 class Instance(Record, frozen=True):
-    """One start of one worker. `incarnation` is random, drawn once per start: it tells a restarted worker from its
-    predecessor. `role`: which new work it takes; the only field that changes while the process lives. `inbox`: the
-    address of its PULL socket. `reach`: how others read its KV."""
+    """One start of one worker.
+
+    incarnation   random number, drawn once per start: distinguishes a restarted worker from its predecessor
+    role          which new work it takes; the only field that changes while the process runs
+    inbox         address of its PULL socket
+    fingerprint   of the KV bytes of its engine: KV moves only between equal ones
+    reach         how other workers read its KV
+    """
 
     iid: Name
     incarnation: int
@@ -21,4 +26,5 @@ class Instance(Record, frozen=True):
     reach: Reach
 
     def in_role(self, role: str) -> Instance:
+        """Return the same instance in another role."""
         return replace(self, role=role)

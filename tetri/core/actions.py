@@ -1,5 +1,5 @@
-"""What a core says (actions) and what it is told beside messages (events). The loops in proc/, and the
-simulator, carry the actions out."""
+"""The actions that a core returns, and the events that it receives besides messages. The loops in proc/ and the
+simulator carry the actions out."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ BROKER = "broker"  # the broker's name as a peer
 
 
 class Broken(AssertionError):
-    """An invariant does not hold: the process must not go on."""
+    """An invariant does not hold. The process must stop."""
 
 
 # ---------------------------------------------------------------- actions of every core
 
 
 class Send(Value, frozen=True):
-    """To a peer's inbox, or to the broker's events. Best effort: nothing relies on one message arriving."""
+    """Send a message to a worker's inbox, or a worker event to the broker. Best effort: any message may be lost."""
 
     peer: str
     message: InboxMessage | WorkerEvent
 
 
 class Connect(Value, frozen=True):
+    """Open a connection to a peer. `reach`: how the KV of another worker can be read; None for the broker."""
+
     peer: str
     address: str
-    reach: Reach | None = None  # of another worker: how its KV can be read
+    reach: Reach | None = None
 
 
 class Disconnect(Value, frozen=True):
+    """Close the connection to a peer."""
+
     peer: str
 
 
@@ -41,14 +45,15 @@ class Disconnect(Value, frozen=True):
 
 
 class Reply(Value, frozen=True):
-    """To a client; when it cannot be delivered, `Undelivered` comes back."""
+    """Send a message to a client. If it cannot be delivered, an `Undelivered` event follows."""
 
     client: bytes
     message: BrokerReply
 
 
 class Detokenize(Value, frozen=True):
-    """Turn output tokens into text, in order; `Detokenized` comes back. `final`: nothing follows, release all."""
+    """Turn output tokens into text; a `Detokenized` event follows. `start`: index of the first token in the output.
+    `stop`: texts that end the request. `final`: no more tokens follow, so hold no text back."""
 
     rid: str
     start: int
@@ -58,7 +63,7 @@ class Detokenize(Value, frozen=True):
 
 
 class Release(Value, frozen=True):
-    """The request has ended: forget its text."""
+    """Forget the text of a request that has ended."""
 
     rid: str
 
@@ -67,34 +72,40 @@ class Release(Value, frozen=True):
 
 
 class AddRequest(Value, frozen=True):
+    """Add an engine request to the engine. A `RequestRejected` event follows if the engine can never run it."""
+
     request: EngineRequest
 
 
 class CancelRequest(Value, frozen=True):
+    """Remove an engine request and its KV blocks from the engine."""
+
     key: str
 
 
 class AdmitRequest(Value, frozen=True):
+    """Let a decode request whose KV has landed run. `token`: its first output token."""
+
     key: str
     token: int
 
 
 class Step(Value, frozen=True):
-    """Run the engine: one forward pass or, when only decodes run, up to `most` in one go, fewer when one of them
-    ends, memory runs out or a message waits. `StepDone` comes back."""
+    """Run the engine; a `StepDone` event follows. One forward pass, or up to `most` in one go when only decodes run:
+    fewer when a request ends, memory runs out or a message waits."""
 
     most: int = 1
 
 
 class HoldRequest(Value, frozen=True):
-    """Keep a prefill leg out of the coming steps, or let it in again. It keeps its blocks."""
+    """Keep a prefill request out of the next steps, or let it run again. It keeps its KV blocks."""
 
     key: str
     held: bool
 
 
 class Predict(Value, frozen=True):
-    """Name a range for the output length of a request; `LengthKnown` comes back, perhaps much later."""
+    """Predict the output length of a request; a `LengthKnown` event follows, perhaps much later."""
 
     key: str
     prompt: tuple[int, ...]
@@ -102,13 +113,13 @@ class Predict(Value, frozen=True):
 
 
 class Publish(Value, frozen=True):
-    """To everyone who subscribes to this process. The last one wins; any may be lost."""
+    """Publish a message to all subscribers of this process. A newer one replaces it; any may be lost."""
 
     message: LoadReport | ClusterView
 
 
 class Export(Value, frozen=True):
-    """Copy a leg's blocks [start, stop) into the KV store; `Exported` comes back."""
+    """Copy the KV blocks [start, stop) of an engine request into the slab, as chunk `index`. `Exported` follows."""
 
     key: str
     index: int
@@ -117,8 +128,8 @@ class Export(Value, frozen=True):
 
 
 class Adopt(Value, frozen=True):
-    """Take a chunk out of the slab of `peer`, over this path, into a leg's blocks from `start` on; `Adopted` comes
-    back."""
+    """Fetch KV chunk `index` from the slab of `peer` over `path`, into the blocks of an engine request from `start` on.
+    An `Adopted` event follows."""
 
     key: str
     index: int
@@ -130,7 +141,7 @@ class Adopt(Value, frozen=True):
 
 
 class Free(Value, frozen=True):
-    """Give a chunk's slots in the own KV store back; `Freed` comes when nobody reads or writes them any more."""
+    """Free the slots of a chunk in the own slab. `Freed` follows when they are no longer read or written."""
 
     handle: Handle
 
@@ -139,14 +150,14 @@ class Free(Value, frozen=True):
 
 
 class FromClient(Value, frozen=True):
-    """Any client message but Submit, which comes as `Submitted`."""
+    """A client message, except Submit: that one arrives as `Submitted`."""
 
     client: bytes
     message: ClientMessage
 
 
 class Submitted(Value, frozen=True):
-    """A Submit whose prompt the edge has turned into token ids."""
+    """A Submit whose prompt is tokenized. `key` is drawn by the client: the same key means the same request."""
 
     client: bytes
     key: str
@@ -156,7 +167,8 @@ class Submitted(Value, frozen=True):
 
 
 class Detokenized(Value, frozen=True):
-    """`text` may be shown. `counted`: a stop text was found, only so many output tokens count; else None."""
+    """The text of output tokens, ready for the client. `counted`: number of output tokens that count, when a stop text
+    was found; else None."""
 
     rid: str
     start: int
@@ -167,7 +179,7 @@ class Detokenized(Value, frozen=True):
 
 
 class Undelivered(Value, frozen=True):
-    """A Reply was not taken. `gone`: the client has left; otherwise its queue is full."""
+    """A Reply could not be delivered. `gone`: the client has disconnected; otherwise its queue is full."""
 
     client: bytes
     message: BrokerReply
@@ -175,15 +187,15 @@ class Undelivered(Value, frozen=True):
 
 
 class RequestRejected(Value, frozen=True):
-    """The engine can never run this leg."""
+    """The engine can never run this engine request."""
 
     key: str
     why: str
 
 
 class LengthKnown(Value, frozen=True):
-    """What was predicted for the output of a request (all its output, earlier attempts included): a range as it is to
-    be used, or odds, from which the core makes one; neither when nobody can say."""
+    """The predicted output length of a request, earlier attempts included: either a range to use as it is, or a
+    distribution from which the core makes one. Neither: no prediction is possible."""
 
     key: str
     length: LengthRange | None
@@ -191,6 +203,8 @@ class LengthKnown(Value, frozen=True):
 
 
 class Exported(Value, frozen=True):
+    """The KV blocks [start, stop) are in the slab. `digest` is None when the store computes none."""
+
     key: str
     index: int
     start: int
@@ -200,15 +214,15 @@ class Exported(Value, frozen=True):
 
 
 class Freed(Value, frozen=True):
-    """So many slots of the own KV store are free again."""
+    """Number of slots of the own slab that have become free."""
 
     slots: int
 
 
 class Adopted(Value, frozen=True):
-    """`problem` is None when the chunk is in the engine's own memory with the right digest; else "flipped" (the bytes
-    are not those of the digest), "truncated" (they are fewer than announced), "foreign" (the handle is not of the
-    sender's slab) or "lost" (they are no longer there, or cannot be reached)."""
+    """The result of a fetch. `problem` is None when the chunk is in the engine's blocks and its digest is right.
+    Otherwise it is "flipped" (the digest is wrong), "truncated" (fewer bytes than announced), "foreign" (the handle is
+    not from the sender's slab) or "lost" (the bytes are gone or unreachable)."""
 
     key: str
     index: int

@@ -1,11 +1,11 @@
-"""The monitor's core: the load of every instance in one numbered view, and the transition watcher, which decides when
+"""The monitor: collects the load of every instance in numbered cluster views, and its transition watcher decides when
 an instance changes its role (paper, sections 3.2 and 3.5).
 
-It knows an instance from its first report on; another incarnation replaces it. An instance that is silent stays in the
-view, with its report's age, until it counts as gone. The watcher asks the broker, which carries a flip out, and sees it
-in the reports; a wish that nobody fulfils comes again. After a role change seen or wished it leaves all as it is for
-`hold_s`. Whatever the policy: when nobody is left for a role, somebody of the other takes both, and gives that up
-when the missing role has its own instances again.
+An instance is known from its first load report on; another incarnation replaces it. A silent instance stays in the
+view, with the age of its report, until it counts as gone. The watcher sends a flip request to the broker, which carries
+the flip out, and sees the result in the load reports; a request without effect is repeated. After each flip, requested
+or seen, the watcher requests no other for `hold_s`. Whatever the policy, when no instance is left for a role, one of
+the other role becomes mixed (a rescue), and returns to its own role when the missing role has instances again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, Load, LoadReport
 
 VIEW = "view"
-# An engine with a model may take so long to start: a role that nobody has had yet is not missed before. But a monitor
-# that was restarted has not seen who had it, and requests wait for it no longer than a minute (`patience_s`).
+# An engine with a model may take so long to start, so a role that no instance has had yet is not rescued before. The
+# time must be shorter than `patience_s`: a restarted monitor does not know which roles were served, and requests wait.
 START_S = 45.0
-LOW = 0.1  # share of time computed under which an instance counts as hardly loaded (paper, section 3.5)
-WINDOW_S = 5.0  # that share is smoothed over so long: a step now and then is a low load, not a high one
+LOW = 0.1  # an instance with a lower share of busy time counts as lightly loaded (paper, section 3.5)
+WINDOW_S = 5.0  # that share is smoothed over so long, so that a single step does not count as a high load
 
 
 ROLES_OF = {"prefill": PREFILL_ROLES, "decode": DECODE_ROLES}
@@ -34,8 +34,14 @@ ROLES_OF = {"prefill": PREFILL_ROLES, "decode": DECODE_ROLES}
 
 @dataclass(slots=True)
 class Observed:
-    """What the newest report of an instance said, and since when things have been so. `since`: when it was first heard
-    of in this role. `idle_at`, `low_at`: since when it has had nothing to do, a low load; None while it is not so."""
+    """The newest load report of an instance, and its history. Times are in seconds of the monitor's clock.
+
+    at        when the newest report arrived
+    since     when the first report in this role arrived
+    busy      smoothed share of time that the engine computes, 0 to 1
+    idle_at   since when it has had no work; None while it has some
+    low_at    since when its load has been low; None while it is not
+    """
 
     incarnation: int
     role: str
@@ -47,6 +53,7 @@ class Observed:
     low_at: float | None = None
 
     def update(self, load: Load, now: float) -> None:
+        """Apply a newer report of the same incarnation and role."""
         share = _share(load.busy)
         passed = now - self.at
         self.busy += (share - self.busy) * passed / (WINDOW_S + passed)
@@ -56,7 +63,7 @@ class Observed:
         self.load, self.at = load, now
         if load.queued or load.waiting or load.running:
             self.idle_at = None
-        elif self.idle_at is None or load.busy > 0:  # it has computed since the report before
+        elif self.idle_at is None or load.busy > 0:  # it has computed since its last report
             self.idle_at = now
         if self.busy >= LOW:
             self.low_at = None
@@ -65,14 +72,20 @@ class Observed:
 
     @classmethod
     def of(cls, report: LoadReport, now: float) -> Observed:
+        """Make the record of an instance from its first report in a role."""
         made = cls(report.incarnation, report.role, report.load, now, now, _share(report.load.busy))
         made._record(report.load, now)
         return made
 
 
 class Monitor:
-    """`flip` names the policy of the watcher. `load_s`: between two views. Without a report for `stale_s` nobody knows
-    what an instance does, so it does not count as idle; without one for `gone_s` it is left out."""
+    """The monitor's core.
+
+    flip       name of the watcher's policy; "none" disables it, except for rescues
+    load_s     seconds between two views
+    stale_s    an instance without a report for so long no longer counts as idle: its state is unknown
+    gone_s     an instance without a report for so long is removed
+    """
 
     def __init__(
         self,
@@ -89,11 +102,11 @@ class Monitor:
         self.instances: dict[str, Observed] = {}
         self.number = 0
         self.timers: Timers[str] = Timers()
-        self.rescued: dict[str, str] = {}  # who took the other role too in need, and its own role
-        self.quiet_until = now + settings.hold_s  # the watcher leaves all as it is
-        self.rescue_at = now + gone_s  # before, not everybody who is there has been heard
+        self.rescued: dict[str, str] = {}  # instances that became mixed in a rescue -> their own role
+        self.quiet_until = now + settings.hold_s  # no flip before, except a rescue
+        self.rescue_at = now + gone_s  # no rescue before: some instances have not reported yet
         self.started_at = now + START_S
-        self.served: dict[str, None] = {}  # roles that somebody has had
+        self.served: dict[str, None] = {}  # roles that an instance has had
         self.flip, self._flip = flip, FLIPS[flip]
         self._watching = flip != "none"
         self.timers.set(VIEW, now)
@@ -101,40 +114,44 @@ class Monitor:
     # ------------------------------------------------------------ the four verbs
 
     def handle(self, event: MonitorInput, now: float) -> list[Action]:
+        """Handle an event. Raise Broken for one that a monitor never receives."""
         match event:
             case LoadReport():
                 return self._report(event, now)
             case PeerUp() | PeerDown():
-                return []  # reports, or their absence, tell all that counts
+                return []  # the monitor relies on load reports only
         raise Broken(f"a monitor knows no {event}")
 
     def tick(self, now: float) -> list[Action]:
+        """Publish a view and run the watcher, when they are due."""
         actions: list[Action] = []
         for _ in self.timers.due(now):
             self.timers.set(VIEW, now + self.load_s)
-            self._leave_out(now)
+            self._remove_gone(now)
             actions += [self._view(now), *self._watch(now)]
         return actions
 
     def deadline(self) -> float | None:
+        """Return when to call `tick` next."""
         return self.timers.next()
 
     def check(self) -> None:
+        """Raise Broken when an invariant does not hold."""
         if VIEW not in self.timers:
             raise Broken("no next view is due")
         for iid, observed in self.instances.items():
             since = [when for when in (observed.idle_at, observed.low_at, observed.since) if when is not None]
             if any(when > observed.at for when in since) or not 0 <= observed.busy <= 1:
                 raise Broken(f"{iid} has been so since after its last report, or its load is none: {observed}")
-        strange = [iid for iid in self.rescued if iid not in self.instances]
-        if strange:
-            raise Broken(f"{strange[0]} is held in both roles and unknown")
+        unknown = [iid for iid in self.rescued if iid not in self.instances]
+        if unknown:
+            raise Broken(f"{unknown[0]} is held in both roles and unknown")
 
     # ------------------------------------------------------------ reports and views
 
     def _report(self, report: LoadReport, now: float) -> list[Action]:
         if report.role not in ROLES:
-            return []  # nobody flips to it or from it
+            return []  # an unknown role takes no part in flips
         observed = self.instances.get(report.iid)
         if observed is not None and (observed.incarnation, observed.role) == (report.incarnation, report.role):
             observed.update(report.load, now)
@@ -142,7 +159,7 @@ class Monitor:
         if observed is not None and observed.role != report.role:
             self.quiet_until = now + self.settings.hold_s
         if observed is not None and (observed.incarnation != report.incarnation or observed.role == "mixed"):
-            self.rescued.pop(report.iid, None)  # it has begun anew, or has been changed since
+            self.rescued.pop(report.iid, None)  # it has restarted, or was flipped after the rescue
         self.instances[report.iid] = Observed.of(report, now)
         self.served.update({role: None for role, serving in ROLES_OF.items() if report.role in serving})
         return [self._view(now)]
@@ -155,7 +172,7 @@ class Monitor:
         ]
         return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip))
 
-    def _leave_out(self, now: float) -> None:
+    def _remove_gone(self, now: float) -> None:
         gone = [iid for iid, observed in self.instances.items() if now - observed.at >= self.gone_s]
         for iid in gone:
             del self.instances[iid]
@@ -164,61 +181,61 @@ class Monitor:
     # ------------------------------------------------------------ the transition watcher
 
     def _watch(self, now: float) -> list[Action]:
-        wanted = self._rescue(now) or self._relieve(now) or self._change(now)
+        wanted = self._rescue(now) or self._end_rescue(now) or self._apply_policy(now)
         if wanted is None:
             return []
         self.quiet_until = now + self.settings.hold_s
         return [Send(BROKER, wanted)]
 
     def _rescue(self, now: float) -> FlipWanted | None:
-        """Nobody is left for a role: that cannot wait, but to be asked for again it takes `stale_s`. A deployment
-        that is just starting is left alone: who is there first would take both roles."""
+        """Return a flip to mixed when no instance is left for a role. This ignores `hold_s`, but is repeated only after
+        `stale_s`. While a deployment starts there is no rescue, otherwise its first instance would become mixed."""
         roles = {observed.role for observed in self.instances.values()}
-        lacking = [role for role, serving in ROLES_OF.items() if roles.isdisjoint(serving)]
-        if now < self.rescue_at or not any(role in self.served or now >= self.started_at for role in lacking):
+        missing = [role for role, serving in ROLES_OF.items() if roles.isdisjoint(serving)]
+        if now < self.rescue_at or not any(role in self.served or now >= self.started_at for role in missing):
             return None
         recent = {iid: observed for iid, observed in self.instances.items() if now - observed.at <= self.stale_s}
-        change = rescue(self._states(now, recent or self.instances))  # who is silent may be gone as well
+        change = rescue(self._states(now, recent or self.instances))  # a silent instance may be gone
         if change is None:
             return None
         self.rescue_at = now + self.stale_s
         self.rescued[change.iid] = self.instances[change.iid].role
         return FlipWanted(iid=change.iid, role=change.role, why=change.why)
 
-    def _relieve(self, now: float) -> FlipWanted | None:
-        """Whoever took a second role in need gives it up when others have had that role for `hold_s`. Whoever was asked
-        to, and has not by now, was not needed: it is not this watcher's business if somebody makes it mixed later."""
+    def _end_rescue(self, now: float) -> FlipWanted | None:
+        """Return a flip that ends a rescue, when other instances have had the missing role for `hold_s`. An instance
+        that has not become mixed `gone_s` after the request is no longer part of a rescue: if it becomes mixed later,
+        that was not requested here."""
         if now < self.quiet_until:
             return None
         if now >= self.rescue_at + self.gone_s:
             self.rescued = {iid: own for iid, own in self.rescued.items() if self.instances[iid].role == "mixed"}
         for iid, role in self.rescued.items():
-            serving, lacked = (DECODE_ROLES, "decode") if role == "prefill" else (PREFILL_ROLES, "prefill")
+            serving, missing = (DECODE_ROLES, "decode") if role == "prefill" else (PREFILL_ROLES, "prefill")
             others = [
                 other
                 for name, other in self.instances.items()
                 if name not in self.rescued and other.role in serving and now - other.since >= self.settings.hold_s
             ]
             if self.instances[iid].role == "mixed" and len(others) >= max(self.settings.floor, 1):
-                return FlipWanted(iid=iid, role=role, why=f"{lacked} has its own instances again")
+                return FlipWanted(iid=iid, role=role, why=f"{missing} has its own instances again")
         return None
 
-    def _change(self, now: float) -> FlipWanted | None:
-        """What the policy wants."""
+    def _apply_policy(self, now: float) -> FlipWanted | None:
+        """Return the flip that the policy chooses, if any."""
         if now < self.quiet_until or not self._watching:
             return None
         change = self._flip(self._states(now, self.instances), self.settings)
         return None if change is None else FlipWanted(iid=change.iid, role=change.role, why=change.why)
 
     def _states(self, now: float, instances: dict[str, Observed]) -> list[InstanceState]:
-        """As the policies see these. Of an instance that is silent nobody knows that it is still idle: it may be in
-        the middle of a long step."""
+        """Return the input of the flip policies. A silent instance does not count as idle: it may be in a long step."""
         return [
             InstanceState(
                 iid=iid,
                 role=observed.role,
-                idle_s=self._since(observed.idle_at, observed, now),
-                low_s=self._since(observed.low_at, observed, now),
+                idle_s=self._elapsed(observed.idle_at, observed, now),
+                low_s=self._elapsed(observed.low_at, observed, now),
                 work_s=observed.load.queued_s + observed.load.decode_s,
                 queued=observed.load.queued,
                 waiting=observed.load.landed,
@@ -229,11 +246,11 @@ class Monitor:
             for iid, observed in instances.items()
         ]
 
-    def _since(self, when: float | None, observed: Observed, now: float) -> float:
+    def _elapsed(self, when: float | None, observed: Observed, now: float) -> float:
         stale = now - observed.at > self.stale_s
         return 0.0 if when is None or stale else now - when
 
 
 def _share(busy: float) -> float:
-    """A share of time, whatever a worker says; 0 for what is no number."""
+    """Clamp a reported share of time to 0..1; NaN becomes 0."""
     return min(max(0.0, busy), 1.0)

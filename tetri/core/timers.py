@@ -1,4 +1,4 @@
-"""Timers of a core: when to look at what. One due time per key; setting a key again moves it."""
+"""Timers of a core, one due time per key."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Timers(Generic[Key]):
+    """Due times in seconds by key. Equal times fire in the order in which they were set."""
+
     def __init__(self) -> None:
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
-        self._serial = 0  # equal times fire in the order in which they were set
+        self._serial = 0
 
     def set(self, key: Key, when: float) -> None:
+        """Set or move the due time of a key."""
         self._due[key] = when
         self._serial += 1
         heappush(self._heap, (when, self._serial, key))
-        if len(self._heap) > 2 * len(self._due) + 64:  # mostly what was moved or cleared
+        if len(self._heap) > 2 * len(self._due) + 64:  # most entries are outdated: their keys were moved or cleared
             latest = {entry[2]: entry for entry in sorted(self._heap) if self._due.get(entry[2]) == entry[0]}
             self._heap = sorted(latest.values())
 
@@ -27,20 +30,21 @@ class Timers(Generic[Key]):
         return key in self._due
 
     def clear(self, key: Key) -> None:
+        """Remove a key, if it is set."""
         self._due.pop(key, None)
 
     def next(self) -> float | None:
-        """The earliest due time, None when nothing is set."""
+        """Return the earliest due time, or None when no timer is set."""
         heap, latest = self._heap, self._due
         while heap:
             when, _, key = heap[0]
             if latest.get(key) == when:
                 return when
-            heappop(heap)  # was moved or cleared
+            heappop(heap)  # outdated: the key was moved or cleared
         return None
 
     def due(self, now: float) -> Iterable[Key]:
-        """Take out the keys that are due, earliest first; also those set meanwhile."""
+        """Remove and yield the keys that are due, earliest first, including those set during the iteration."""
         return self._expired(now) if self._heap and self._heap[0][0] <= now else ()
 
     def _expired(self, now: float) -> Iterator[Key]:

@@ -1,4 +1,4 @@
-"""KV on its way into a decode instance: chunks are announced, taken, again when they come out wrong, and counted."""
+"""KV receive: fetches the announced KV chunks of decode requests, retries failed fetches and counts failures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tetri.core.decode.request import DecodeRequest
 from tetri.policy.pairing import FAR
 from tetri.wire.handover import Chunk
 
-FETCH_TRIES = 3  # a chunk that comes out wrong is taken so often, then its offer is refused
-LOST_PAUSE_S = 0.2  # before a chunk is taken again that was lost over a path which may come back; then twice as long
+FETCH_TRIES = 3  # fetches of one chunk; when the last one fails, its offer is refused
+LOST_PAUSE_S = 0.2  # before the first retry over a path that may come back; doubles with each retry
 
-# What is counted, in the order in which it is shown; docs/protocol.md (Heartbeat) says what each is.
+# Names of the counters, in the order of the status output; docs/protocol.md (Heartbeat) explains each.
 COUNTED = (
     "late",
     "old_attempt",
@@ -28,12 +28,16 @@ COUNTED = (
     "healed",
     "given_up",
 )
-AGAIN = ("flipped", "truncated")  # the next copy may be right
+RETRYABLE = ("flipped", "truncated")  # problems that another fetch may solve
 
 
 class KVReceive:
-    """`fetching`: takes under way by leg, also of legs that are no more: what they bring must never be taken for a
-    chunk of another leg of the same key. `pauses`: when a chunk is to be taken again."""
+    """Fetches KV chunks.
+
+    fetching   pending fetches by request key, also of requests that have ended: their results must never count for
+               another request with the same key
+    pauses     (request key, chunk index) -> when to fetch the chunk again
+    """
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
@@ -43,17 +47,17 @@ class KVReceive:
     # ------------------------------------------------------------ announced
 
     def stray(self, chunk: Chunk, request: DecodeRequest | None) -> None:
-        """A chunk of no offer that is here; `seat` is what is here of its request."""
+        """Count a chunk whose offer is not open here. `request`: the open attempt of the same request, if any."""
         self.counters["old_attempt" if request is not None and request.offer.attempt > chunk.attempt else "late"] += 1
 
-    def again(self, chunk: Chunk, request: DecodeRequest) -> bool:
-        """Whether it says nothing new."""
-        known = bool(request.landed_as) or chunk.index in request.flow.ranges
-        self.counters["duplicate"] += known
-        return known
+    def is_duplicate(self, chunk: Chunk, request: DecodeRequest) -> bool:
+        """Return whether the chunk was announced before, and count it if so."""
+        duplicate = bool(request.landed_as) or chunk.index in request.flow.ranges
+        self.counters["duplicate"] += duplicate
+        return duplicate
 
     def announced(self, chunk: Chunk, request: DecodeRequest) -> str | None:
-        """Take a new chunk in. Why it cannot be one of its offer's, if it cannot."""
+        """Add a new chunk to its request. Return why it cannot belong to the offer, or None."""
         flow = request.flow
         wrong = flow.obstacle(chunk)
         if wrong is not None:
@@ -64,14 +68,16 @@ class KVReceive:
         flow.announce(chunk)
         return None
 
-    # ------------------------------------------------------------ taken
+    # ------------------------------------------------------------ fetches
 
     def fetch(self, chunk: Chunk, request: DecodeRequest) -> Adopt:
+        """Start to copy a chunk into the blocks of its request."""
         self.fetching[request.key] = self.fetching.get(request.key, 0) + 1
         return Adopt(request.key, chunk.index, chunk.start, chunk.handle, chunk.digest, chunk.src, request.flow.path)
 
     def adopted(self, event: Adopted, request: DecodeRequest | None, now: float) -> list[Adopt]:
-        """Enter what a take has brought: the chunk has landed, or is taken again, or its flow is broken."""
+        """Handle the result of a fetch: the chunk has landed, or is fetched again (the returned actions), or the whole
+        KV receive has failed (`flow.broken`). Raise Broken when no such fetch is pending."""
         left = self.fetching.get(event.key, 0) - 1
         if left < 0:
             raise Broken(f"nobody took chunk {event.index} of {event.key}")
@@ -89,14 +95,14 @@ class KVReceive:
             self.counters["healed"] += event.index in flow.tries
             flow.land(event.index)
             return []
-        return self._wrong(event.index, problem, request, now)
+        return self._retry(event.index, problem, request, now)
 
-    def _wrong(self, index: int, problem: str, request: DecodeRequest, now: float) -> list[Adopt]:
-        """A take has brought nothing: take it again, now or after a pause, or break the flow."""
+    def _retry(self, index: int, problem: str, request: DecodeRequest, now: float) -> list[Adopt]:
+        """Retry a failed fetch, now or after a pause, or give the KV receive up."""
         flow = request.flow
         far = problem == "lost" and flow.path in FAR
         tries = flow.tries[index] = flow.tries.get(index, 1) + 1
-        if tries > FETCH_TRIES or not (far or problem in AGAIN):
+        if tries > FETCH_TRIES or not (far or problem in RETRYABLE):
             flow.tries[index] -= 1
             self.counters["given_up"] += 1
             flow.broken, flow.corrupt = f"chunk {index} is {problem}", not far
@@ -111,23 +117,23 @@ class KVReceive:
     # ------------------------------------------------------------ pauses
 
     def due(self, now: float) -> list[tuple[str, int]]:
-        """The chunks whose pause is over, by leg and index; their pauses end."""
-        over = [place for place, until in self.pauses.items() if until <= now]
-        for place in over:
+        """Return request key and index of the chunks to fetch again now, and end their pauses."""
+        due = [place for place, until in self.pauses.items() if until <= now]
+        for place in due:
             del self.pauses[place]
-        return over
+        return due
 
     def next(self) -> float | None:
-        """When the next pause is over."""
+        """Return when the next pause ends, or None."""
         return min(self.pauses.values(), default=None)
 
     def forget(self, request: DecodeRequest) -> None:
-        """Nothing more of it is taken."""
+        """Cancel the retries of a request."""
         for place in [place for place in self.pauses if place[0] == request.key]:
             del self.pauses[place]
 
     def check(self, moving: Collection[DecodeRequest]) -> None:
-        """Count everything again."""
+        """Raise Broken when the pending fetches disagree with the requests in `moving`."""
         for request in moving:
             paused = sum(key == request.key for key, _ in self.pauses)
             awaited = self.fetching.get(request.key, 0) + paused
@@ -135,4 +141,4 @@ class KVReceive:
                 raise Broken(f"{request.key} waits for {awaited} of {len(request.flow.announced)} chunks")
         keys = [request.key for request in moving]
         if any(key not in keys for key, _ in self.pauses):
-            raise Broken(f"takes of legs that are no more: {list(self.pauses)}")
+            raise Broken(f"fetches of legs that are no more: {list(self.pauses)}")

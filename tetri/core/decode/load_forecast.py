@@ -1,4 +1,4 @@
-"""What the requests at a decode instance are predicted to take until they have ended."""
+"""The load forecast of a decode instance: the memory and time that its requests need until they end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from tetri.request import LengthRange, blocks_for
 
 
 class LoadForecast:
-    """Sums over the seats that wait or run, kept as these come, grow and go, so that a load report costs nothing.
+    """Sums over all open decode requests. They are updated with every change, so that a load report costs nothing.
 
-    heavy     those predicted to be heavy decodes
-    growth    blocks that all are predicted to take in addition
-    left      output tokens that all are predicted to write yet
-    context   tokens, prompts and outputs
+    requests  open requests
+    heavy     requests that are predicted to be heavy decodes
+    growth    blocks that all requests are predicted to need in addition
+    left      output tokens that all requests are predicted to write from now on
+    context   tokens of all prompts and outputs
 
-    Who outlives its range gets another: with a `estimator` that of those who went on as far, else the next one of the
-    same width.
+    A request that writes more than its length range gets a new one: with an `estimator`, from requests that got at
+    least this far, otherwise the next range of the same width.
     """
 
     def __init__(self, own: Identity, estimator: LengthEstimator | None = None) -> None:
@@ -29,60 +30,62 @@ class LoadForecast:
         self.requests = self.heavy = self.growth = self.left = self.context = 0
 
     def enter(self, request: DecodeRequest) -> None:
+        """Add a request and predict it."""
         self.requests += 1
         self.context += request.size
         self._predict(request)
-        self._count(request, 1)
+        self._add(request, 1)
 
     def leave(self, request: DecodeRequest) -> None:
-        self._count(request, -1)
+        """Remove a request."""
+        self._add(request, -1)
         self.context -= request.size
         self.requests -= 1
 
     def wrote(self, tokens: int) -> None:
-        """So many more tokens, of any of them."""
+        """Count new output tokens, of whichever requests."""
         self.context += tokens
         self.left -= tokens
 
     def grown(self, request: DecodeRequest, blocks: int) -> None:
-        """Its account has so many blocks now."""
+        """Record that the account of a request has `blocks` blocks now."""
         request.blocks = blocks
         self.growth -= request.growth
-        self._grow(request)
+        self._set_growth(request)
         self.growth += request.growth
 
     def update_length(self, request: DecodeRequest, length: LengthRange) -> None:
-        """This is predicted of it from now on."""
-        self._count(request, -1)
+        """Set a new length range of a request."""
+        self._add(request, -1)
         request.length = length
         self._predict(request)
-        self._count(request, 1)
+        self._add(request, 1)
 
     def look(self, request: DecodeRequest) -> bool:
-        """Predict again if it has outlived what was predicted. Whether its range was moved up."""
+        """Predict a request again if it has written as much as predicted. Return whether its length range changed."""
         if request.written < request.dispatch_end and (request.length is None or request.written < request.length.high):
             return False
         before = request.length
-        self._count(request, -1)
+        self._add(request, -1)
         self._predict(request)
-        self._count(request, 1)
+        self._add(request, 1)
         return request.length is not before
 
     def until_moved(self, request: DecodeRequest) -> int:
-        """Tokens that it writes until its range is moved up."""
+        """Return how many tokens a request may write before its length range ends."""
         return NEVER if request.length is None else request.length.high - request.written
 
     def decode_s(self) -> float:
-        """Predicted seconds until all have ended, as if they ended together: the tokens that are left, shared by the
-        batch that they make now. Not the longest one's, for the question is when there is room for more."""
+        """Return the predicted seconds until all requests have ended, as if they shared the remaining tokens evenly.
+        The longest request alone does not matter: callers ask when this instance can serve more requests."""
         batch = min(self.requests, self.own.capacity.max_batch)
         if not batch:
             return 0.0
         return self.own.cost.decode_run_s(batch, self.context * batch // self.requests, -(-self.left // batch))
 
     def _predict(self, request: DecodeRequest) -> None:
-        """A request that goes on writes one more token at least. One that outlives the end of its range that the
-        dispatcher reckons with is predicted by the high end from then on."""
+        """Set the predicted ends of a request, at least one token from now. Once it has written more than the end
+        that `rules.dispatch_end` names, predict it by the high end of its range."""
         rules, most = self.own.rules, request.offer.sampling.max_tokens
         least = max(request.written, len(request.offer.output) + 1) + 1
         if request.length is not None:
@@ -94,32 +97,32 @@ class LoadForecast:
         request.dispatch_end = end if end >= least else max(end_of(request.length, "high", most), least)
         request.admit_end = end_of(request.length, rules.admit_end, most)
         request.heavy = heavy(request.length, rules.heavy_tokens, most)
-        self._grow(request)
+        self._set_growth(request)
 
-    def _grow(self, request: DecodeRequest) -> None:
+    def _set_growth(self, request: DecodeRequest) -> None:
         blocks = blocks_for(len(request.offer.prompt) + request.dispatch_end, self.own.capacity.block_tokens)
         request.growth = max(blocks - request.blocks, 0)
         high = NEVER if request.length is None else request.length.high
         account_tokens = request.blocks * self.own.capacity.block_tokens - len(request.offer.prompt) + 1
         request.due = min(high, request.dispatch_end, account_tokens) - len(request.offer.output)
 
-    def _count(self, request: DecodeRequest, sign: int) -> None:
+    def _add(self, request: DecodeRequest, sign: int) -> None:
         self.heavy += sign * request.heavy
         self.growth += sign * request.growth
         self.left += sign * (request.dispatch_end - request.written)
 
     def check(self, requests: Iterable[DecodeRequest]) -> None:
-        """Count everything again."""
+        """Raise Broken when a sum is wrong or a request has written more than predicted."""
         now = (self.requests, self.heavy, self.growth, self.left, self.context)
-        again = LoadForecast(self.own)
+        fresh = LoadForecast(self.own)
         for request in requests:
-            again.requests += 1
-            again.context += request.size
-            again._count(request, 1)
+            fresh.requests += 1
+            fresh.context += request.size
+            fresh._add(request, 1)
             if request.tokens and not request.written < request.dispatch_end:
                 raise Broken(f"{request.key} has outlived its prediction of {request.dispatch_end} tokens")
             if request.tokens and request.length is not None and not request.written < request.length.high:
                 raise Broken(f"{request.key} has {request.written} tokens and its range is {request.length}")
-        counted = (again.requests, again.heavy, again.growth, again.left, again.context)
+        counted = (fresh.requests, fresh.heavy, fresh.growth, fresh.left, fresh.context)
         if now != counted:
-            raise Broken(f"seats, heavy, growth, left, context are {now}, counted {counted}")
+            raise Broken(f"requests, heavy, growth, left, context are {now}, counted {counted}")

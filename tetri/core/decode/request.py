@@ -1,4 +1,4 @@
-"""One attempt of one request on the decode side, and its KV on the way in."""
+"""A request in its decode phase, and its KV on the way from the prefill instance."""
 
 from __future__ import annotations
 
@@ -13,51 +13,56 @@ NEVER = 1 << 62
 
 @dataclass(slots=True)
 class KVInflow:
-    """The receiver's side: which chunks are announced, which are in own memory. `path`: how they come; `segment`: the
-    sender's slab."""
+    """State of the KV receive of one request. `blocks`: of the whole prompt. `path`: over which its KV is read.
+    `segment`: the sender's slab."""
 
     blocks: int
     path: str
     segment: str
-    announced: dict[int, Chunk] = field(default_factory=dict)  # not landed yet
-    landed: dict[int, int] = field(default_factory=dict)  # index -> blocks
-    ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), both kinds
-    tries: dict[int, int] = field(default_factory=dict)  # of chunks that were taken more than once: how often
-    broken: str | None = None  # why the offer is refused as soon as nothing more is on its way
-    corrupt: bool = False  # and nobody else need be asked
+    announced: dict[int, Chunk] = field(default_factory=dict)  # chunks not landed yet, by index
+    landed: dict[int, int] = field(default_factory=dict)  # index -> number of blocks
+    ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), landed or not
+    tries: dict[int, int] = field(default_factory=dict)  # index -> fetches, of chunks fetched more than once
+    broken: str | None = None  # why to refuse the offer, once no fetch is pending
+    corrupt: bool = False  # the KV itself is wrong, so no other instance need be asked
     bytes: int = 0
     token: int | None = None
 
     @property
     def complete(self) -> bool:
+        """Whether all KV of the prompt has landed."""
         return self.token is not None and sum(self.landed.values()) == self.blocks
 
     @property
     def refetched(self) -> int:
-        """How often a chunk was taken again."""
+        """How many fetches were repeated."""
         return sum(self.tries.values()) - len(self.tries)
 
     def obstacle(self, chunk: Chunk) -> tuple[str, str] | None:
-        """Why a new chunk cannot be one of this prompt's, in a word and in a line: it is of the sender's slab, within
-        the prompt, over no other chunk, a slot a block, and with the first token exactly when it is the last."""
+        """Return the counter and the reason why a new chunk cannot belong to this prompt, or None.
+
+        A valid chunk lies in the sender's slab and within the prompt, overlaps no other chunk, has one slot per block,
+        and carries the first token exactly when it is the last chunk."""
         if chunk.handle.segment != self.segment:
             return "foreign", f"the chunk does not fit its offer: it lies in {chunk.handle.segment[:80]!r}"
-        spread = chunk.stop - chunk.start
-        if len(chunk.handle.slots) < spread:
-            return "truncated", f"the chunk does not fit its offer: {spread} blocks in {len(chunk.handle.slots)} slots"
-        inside = 0 <= chunk.start < chunk.stop <= self.blocks and len(chunk.handle.slots) == spread
+        blocks = chunk.stop - chunk.start
+        if len(chunk.handle.slots) < blocks:
+            return "truncated", f"the chunk does not fit its offer: {blocks} blocks in {len(chunk.handle.slots)} slots"
+        inside = 0 <= chunk.start < chunk.stop <= self.blocks and len(chunk.handle.slots) == blocks
         alone = all(chunk.stop <= start or stop <= chunk.start for start, stop in self.ranges.values())
         if inside and alone and (chunk.token is not None) == (chunk.stop == self.blocks):
             return None
         return "misfit", "the chunk does not fit its offer"
 
     def announce(self, chunk: Chunk) -> None:
+        """Add a chunk that the sender has announced."""
         if chunk.token is not None:
             self.token = chunk.token
         self.announced[chunk.index] = chunk
         self.ranges[chunk.index] = (chunk.start, chunk.stop)
 
     def land(self, index: int) -> None:
+        """Record that an announced chunk is in the engine's blocks."""
         chunk = self.announced.pop(index)
         self.landed[index] = chunk.stop - chunk.start
         self.bytes += len(chunk.handle.slots) * chunk.handle.block_bytes
@@ -65,19 +70,19 @@ class KVInflow:
 
 @dataclass(slots=True)
 class DecodeRequest:
-    """One attempt of one request on the decode side. `tokens` produced here, the adopted first token included; `sent`
-    of them were told to the broker.
+    """One attempt of one request on the decode instance. `tokens`: the output tokens of this attempt, the first one,
+    from the prefill instance, included. `sent`: how many of them the broker was sent.
 
-    What is predicted of it counts output tokens of all attempts together. It is looked at again when `tokens` are as
-    many as `due`, and anything of it is to be done when they are as many as `mark`: nothing before."""
+    Predictions count the output tokens of all attempts. `due` and `mark` are numbers of `tokens`: at `due` the
+    prediction or the account is updated; before `mark` there is nothing to update or send."""
 
     key: str
     offer: Offer
     flow: KVInflow
-    length: LengthRange | None = None  # moved up as tokens come, or replaced when more is known
-    estimates: bool = False  # by its own hidden state here: nobody elsewhere knows more
-    allocated: bool = False  # the engine has its blocks
-    landed_as: int = 0  # place in the order of landing, 0: not all there
+    length: LengthRange | None = None  # replaced when the output outgrows it or a better prediction arrives
+    estimated: bool = False  # `length` is the estimate of its own hidden state here, the best there is
+    allocated: bool = False  # the engine has allocated its blocks
+    landed_as: int = 0  # place in the order of landing; 0: not all KV has landed
     running: bool = False
     tokens: list[int] = field(default_factory=list)
     sent: int = 0
@@ -85,16 +90,17 @@ class DecodeRequest:
     recomputed: int = 0
     preempted: int = 0
 
-    blocks: int = 0  # its account
-    dispatch_end: int = 0  # predicted output tokens, by the end of the range that the dispatcher reckons with
-    admit_end: int = 0  # the same by the one that admission reckons with
+    blocks: int = 0  # size of its account in the ledger
+    dispatch_end: int = 0  # predicted output tokens, by `rules.dispatch_end`
+    admit_end: int = 0  # the same by `rules.admit_end`
     heavy: bool = False
-    growth: int = 0  # blocks that it is predicted to take in addition
+    growth: int = 0  # blocks that it is predicted to need in addition
     due: int = 0
     mark: int = 0
 
     @property
     def stage(self) -> Stage:
+        """The stage that a heartbeat reports."""
         if self.end:
             return Stage.DONE
         if self.running:
@@ -102,20 +108,21 @@ class DecodeRequest:
         return Stage.WAITING if self.landed_as else Stage.MOVING
 
     def outputs(self) -> list[int]:
+        """Return the output tokens of all attempts."""
         return [*self.offer.output, *self.tokens]
 
     @property
     def written(self) -> int:
-        """Output tokens, all attempts together."""
+        """Number of output tokens of all attempts."""
         return len(self.offer.output) + len(self.tokens)
 
     @property
     def size(self) -> int:
-        """Tokens, prompt and output."""
+        """Number of tokens, prompt and output together."""
         return len(self.offer.prompt) + len(self.offer.output) + len(self.tokens)
 
     def is_for(self, message: BetweenWorkers) -> bool:
-        """Whether a message speaks of the very offer that this seat was granted for."""
+        """Return whether a message is about the very offer that this request was granted for."""
         mine, other = self.offer, message
         return (mine.src, mine.incarnation, mine.rid, mine.attempt, mine.offer) == (
             other.src,
@@ -126,11 +133,12 @@ class DecodeRequest:
         )
 
     def has_all_of(self, offer: Offer) -> bool:
-        """Whether the KV of this very attempt has landed, for whichever offer."""
+        """Return whether all KV of the same attempt has landed, under whichever offer."""
         same = (self.offer.attempt, self.offer.prompt, self.offer.output) == (offer.attempt, offer.prompt, offer.output)
         return bool(self.landed_as) and same
 
     def receipt(self, iid: str) -> Receipt:
+        """Return the receipt of the request on this instance `iid`."""
         return Receipt(
             prompt_tokens=len(self.offer.prompt),
             adopted=len(self.offer.prompt),
@@ -146,7 +154,7 @@ class DecodeRequest:
 
 
 def obstacle(offer: Offer, fingerprint: Fingerprint, capacity: Capacity) -> str | None:
-    """Why an engine can never take this offer, None when it may."""
+    """Return why an engine of this `fingerprint` and `capacity` can never serve the offer, or None."""
     why = difference(fingerprint, offer.fingerprint)
     if why is not None:
         return why

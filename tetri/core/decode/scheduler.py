@@ -1,6 +1,6 @@
-"""The decode half of a worker: offer -> reserve -> chunks land -> wait -> admit -> tokens, step by step.
+"""The decode scheduler of a worker: offer -> reserve -> chunks land -> wait -> admit -> tokens, step by step.
 
-A seat is kept, with its tokens, until the broker closes it: until then the broker can ask for them again.
+It keeps a request, with its tokens, until the broker closes it: until then the broker can ask for them again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ Answer = Grant | Refuse | Landed
 
 
 class DecodeScheduler:
-    """`requests` by key, at most one per request. `moving`: those whose KV has not all landed. `bare`: those for which
-    the engine has no blocks yet. `free_memory` is asked when a request, by its id, finds too few blocks: what the other
-    half does to give it so many, nothing if it cannot. `way` says over which path KV comes from an instance, by its
-    id and incarnation, and out of which segment. `estimator` is that of the worker, where lengths are learned."""
+    """Schedules the decode phase.
+
+    requests      all that the broker has not closed, by key; at most one attempt of each request
+    moving        those whose KV has not all landed
+    unallocated   those for which the engine has no blocks yet
+
+    `free_memory(rid, blocks)` returns the actions by which the prefill scheduler frees memory for an offer; empty if
+    it cannot free enough. `way(iid, incarnation)` returns the path and the segment from which the KV of an instance is
+    read, None if there is no path. `estimator` is the worker's, None unless lengths are "trained"."""
 
     def __init__(
         self,
@@ -42,32 +47,33 @@ class DecodeScheduler:
         self.estimator = estimator
         self.own, self.ledger, self.free_memory, self.way = own, ledger, free_memory, way
         self.kv_receive = KVReceive()
-        self.starvation_guard = StarvationGuard(
-            3 * max(own.load_s, own.heartbeat_s)
-        )  # with every view and every beat they ask again
+        gone_s = 3 * max(own.load_s, own.heartbeat_s)  # prefill instances repeat offers with every view and heartbeat
+        self.starvation_guard = StarvationGuard(gone_s)
         self.forecast = LoadForecast(own, estimator)
         self.batch = Batch(own, ledger, self.forecast)
         self.requests: dict[str, DecodeRequest] = {}
         self.moving: dict[str, DecodeRequest] = {}
-        self.bare: dict[str, DecodeRequest] = {}
+        self.unallocated: dict[str, DecodeRequest] = {}
         self._keys: dict[str, str] = {}  # rid -> key
 
     # ------------------------------------------------------------ the hand-over
 
     def offer(self, message: Offer, now: float) -> list[Action]:
+        """Reserve memory for a request and grant it, or refuse it. A new offer replaces an older one of the request."""
         request = self._request_of(message.rid)
         if request is not None and request.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
         if request is not None and (request.is_for(message) or request.has_all_of(message)):
             if message.length is not None and message.length != request.offer.length:
                 self._correct(request, message.length)  # a LengthUpdate may have been lost
-            request.offer = request.offer if request.is_for(message) else message  # the same under another number
+            if not request.is_for(message):
+                request.offer = message  # the same KV under another offer number
             return [self._answer(Grant, message)]
         actions = self._release(request) if request else []
         why = obstacle(message, self.own.instance.fingerprint, self.own.capacity)
         way = self.way(message.src, message.incarnation)
         if why is None and way is None:
-            why = f"{self.own.iid} does not know this start of {message.src} yet, or no path to its KV"
+            why = f"{self.own.iid} does not know this incarnation of {message.src} yet, or has no path to its KV"
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
         if key in self.kv_receive.fetching:
             why = "KV that it brought before is still on its way"
@@ -84,7 +90,7 @@ class DecodeScheduler:
             return [*actions, self._answer(Refuse, message, why=why)]
         self.starvation_guard.leave(message.rid)
         request = DecodeRequest(key, message, KVInflow(message.blocks, *way), message.length, blocks=message.blocks)
-        self.requests[key] = self.moving[key] = self.bare[key] = request
+        self.requests[key] = self.moving[key] = self.unallocated[key] = request
         self._keys[message.rid] = key
         self.forecast.enter(request)
         tokens = (*message.prompt, *message.output)
@@ -92,11 +98,12 @@ class DecodeScheduler:
         return [*actions, AddRequest(engine_request), self._answer(Grant, message)]
 
     def chunk(self, message: Chunk) -> list[Action]:
+        """Fetch an announced chunk, once the engine has the request's blocks."""
         request = self._request_of(message.rid)
         if request is None or not request.is_for(message):
             self.kv_receive.stray(message, request)
             return [self._answer(Refuse, message, why="no such offer here")]
-        if self.kv_receive.again(message, request):
+        if self.kv_receive.is_duplicate(message, request):
             here = request.landed_as or message.index in request.flow.landed
             return [self._answer(Landed, message, index=message.index)] if here else []
         why = self.kv_receive.announced(message, request)
@@ -105,16 +112,17 @@ class DecodeScheduler:
         return [self.kv_receive.fetch(message, request)] if request.allocated and request.flow.broken is None else []
 
     def adopted(self, event: Adopted, now: float) -> list[Action]:
+        """Handle the result of a fetch. When all KV has landed, the request waits for admission."""
         request = self.requests.get(event.key)
-        again = self.kv_receive.adopted(event, request, now)
+        retries = self.kv_receive.adopted(event, request, now)
         if request is None:
             return []
         flow = request.flow
-        if flow.broken is not None:  # the engine must know the leg until the last copy is made
+        if flow.broken is not None:  # the engine must keep its blocks until no fetch is pending
             refuse = self._answer(Refuse, request.offer, why=flow.broken, corrupt=flow.corrupt)
             return [] if request.key in self.kv_receive.fetching else [refuse, *self._release(request)]
         if event.index not in flow.landed:
-            return [*again]
+            return [*retries]
         actions: list[Action] = [self._answer(Landed, request.offer, index=event.index)]
         if flow.complete:
             assert flow.token is not None
@@ -124,23 +132,24 @@ class DecodeScheduler:
         return actions
 
     def fetch_again(self, now: float) -> list[Action]:
-        """Chunks that were lost, some time ago."""
+        """Fetch lost chunks again after their pause."""
         places = [(self.requests[key], index) for key, index in self.kv_receive.due(now)]
         return [self.kv_receive.fetch(request.flow.announced[index], request) for request, index in places]
 
     def drop(self, message: Drop) -> list[Action]:
+        """Release a request whose offer is withdrawn, unless all its KV has landed."""
         request = self._request_of(message.rid)
-        return (
-            self._release(request) if request is not None and request.is_for(message) and not request.landed_as else []
-        )
+        if request is None or request.landed_as or not request.is_for(message):
+            return []
+        return self._release(request)
 
     def reject(self, key: str, why: str) -> list[Action]:
-        """The engine cannot run this leg."""
+        """Refuse a request that the engine can never run."""
         request = self.requests[key]
         return [self._answer(Refuse, request.offer, why=why), *self._release(request, in_engine=False)]
 
     def orphaned(self, src: str) -> list[Action]:
-        """A prefill instance is gone: what it had not sent completely never comes."""
+        """Release the requests whose KV was still moving from a prefill instance that has disappeared."""
         return [
             action
             for request in [*self.moving.values()]
@@ -149,7 +158,7 @@ class DecodeScheduler:
         ]
 
     def repeat(self, src: str) -> list[Action]:
-        """The connection to a prefill instance stands (again): repeat what it may have missed."""
+        """Send again what a prefill instance may have missed before its connection was (re)established."""
         actions: list[Action] = []
         for request in [request for request in self.requests.values() if request.offer.src == src and not request.end]:
             actions.append(self._answer(Grant, request.offer))
@@ -157,11 +166,12 @@ class DecodeScheduler:
         return actions
 
     def resend_grants(self) -> list[Action]:
-        """Tell of the grants whose KV is not all there: a prefill instance that took its offer back, while it
-        could not say so, says so now."""
+        """Send the grants of moving requests again. A prefill instance that has withdrawn the offer, and whose Drop was
+        lost, answers with another Drop."""
         return [self._answer(Grant, request.offer) for request in self.moving.values()]
 
     def close(self, rid: str, attempt: int) -> list[Action]:
+        """Forget a request up to this attempt, in any stage."""
         self.starvation_guard.leave(rid)
         request = self._request_of(rid)
         return self._release(request) if request is not None and request.offer.attempt <= attempt else []
@@ -174,10 +184,10 @@ class DecodeScheduler:
         return [CancelRequest(request.key)] if in_engine else []
 
     def _leave(self, request: DecodeRequest) -> None:
-        """It takes nothing here any more."""
+        """Free everything that a request uses here."""
         self.kv_receive.forget(request)
         self.moving.pop(request.key, None)
-        self.bare.pop(request.key, None)
+        self.unallocated.pop(request.key, None)
         self.batch.leave(request)
         self.forecast.leave(request)
         self.ledger.close(request.key)
@@ -185,41 +195,40 @@ class DecodeScheduler:
     # ------------------------------------------------------------ predicted lengths
 
     def update_length(self, message: LengthUpdate) -> list[Action]:
-        """The prefill side knows more of its length than when it was offered."""
+        """Set a better length range that the prefill instance has sent."""
         request = self._request_of(message.rid)
         if request is not None and request.is_for(message):
             self._correct(request, message.length)
         return []
 
     def _correct(self, request: DecodeRequest, length: LengthRange) -> None:
-        if request.end is None and not request.estimates:
+        if request.end is None and not request.estimated:
             self.batch.update_length(request, length)
 
     def estimates(self, estimate: HiddenStateEstimate) -> None:
-        """Its own hidden state says how much follows; of no use when it has just ended, or its length is fixed."""
+        """Update the length range of a running request from its hidden state, unless its length is fixed."""
         request = self.batch.running.get(estimate.key)
         assert self.estimator is not None
         if request is not None and not request.offer.sampling.ignore_eos:
-            request.estimates = True
-            self.batch.update_length(
-                request, self.estimator.estimates(request.offer.rid, estimate, request.offer.sampling)
-            )
+            request.estimated = True
+            length = self.estimator.estimates(request.offer.rid, estimate, request.offer.sampling)
+            self.batch.update_length(request, length)
 
     # ------------------------------------------------------------ running
 
     def admit(self, most: int) -> list[Action]:
-        """Let landed seats into a batch of up to `most`."""
+        """Admit landed requests to the batch, up to `most` in all."""
         actions: list[Action] = []
         for request in self.batch.admit(most):
             actions += [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
         return actions
 
     def steps(self) -> bool:
-        """Whether the engine has something to do: a token to compute, or blocks to allocate."""
-        return bool(self.batch.running or self.bare)
+        """Return whether the engine has a token to compute or blocks to allocate."""
+        return bool(self.batch.running or self.unallocated)
 
     def stuck(self) -> bool:
-        """Whether nothing runs until another seat is admitted."""
+        """Return whether no request can run, while a landed one could be admitted."""
         return self.batch.stuck() and bool(self.batch.landed)
 
     def step_done(
@@ -230,9 +239,10 @@ class DecodeScheduler:
         preempted: Sequence[str],
         steps: int,
     ) -> list[Action]:
+        """Report the tokens of a step, and fetch the chunks of requests that have their blocks now (`allocated`)."""
         actions: list[Action] = []
         for key in allocated:
-            request = self.bare.pop(key)
+            request = self.unallocated.pop(key)
             request.allocated = True
             actions += [self.kv_receive.fetch(chunk, request) for chunk in request.flow.announced.values()]
         items, ended = self.batch.step_done(spans, tokens, preempted, steps)
@@ -246,10 +256,10 @@ class DecodeScheduler:
             self.estimator.ended(request.offer.rid, request.written, end.reason)
         request.end = end
 
-    # ------------------------------------------------------------ what it says of itself
+    # ------------------------------------------------------------ reports
 
     def resend(self, message: Resend) -> list[Action]:
-        """All that is known, also what would be told later."""
+        """Send the output tokens from index `message.start` on again, also those that were not due yet."""
         request = self._request_of(message.rid)
         if request is None or request.offer.attempt != message.attempt:
             return []
@@ -260,13 +270,15 @@ class DecodeScheduler:
         return [self._report(Tokens, items=[item])] if ids or request.end else []
 
     def holds(self) -> list[Hold]:
-        """`outputs` are those that the broker was told of: it asks for what it then lacks, and for no more."""
+        """Return the requests for the heartbeat. `outputs` counts sent tokens only, so that the broker asks again only
+        for lost ones."""
         return [
             Hold(request.offer.rid, request.offer.attempt, request.stage, len(request.offer.output) + request.sent)
             for request in self.requests.values()
         ]
 
     def waiting(self) -> int:
+        """Return the number of requests that do not run yet."""
         return len(self.moving) + len(self.batch.landed)
 
     def _request_of(self, rid: str) -> DecodeRequest | None:
@@ -281,20 +293,22 @@ class DecodeScheduler:
         return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
 
     def _answer(self, kind: type[Answer], to: Offer | Chunk, **fields: Any) -> Send:
-        who: dict[str, Any] = {"src": self.own.iid, "incarnation": self.own.incarnation}
-        return Send(to.src, kind(**who, rid=to.rid, attempt=to.attempt, offer=to.offer, **fields))
+        sender: dict[str, Any] = {"src": self.own.iid, "incarnation": self.own.incarnation}
+        return Send(to.src, kind(**sender, rid=to.rid, attempt=to.attempt, offer=to.offer, **fields))
 
     def check(self) -> None:
-        """Count everything again."""
+        """Raise Broken when requests, ledger, indexes and forecast disagree."""
         if {request.offer.rid: key for key, request in self.requests.items()} != self._keys:
-            raise Broken(f"seats and their index differ: {self._keys}")
+            raise Broken(f"requests and their index differ: {self._keys}")
         here = [request for request in self.requests.values() if request.end is None]
         for request in here:
             if request.key not in self.ledger:
                 raise Broken(f"{request.key} has no account")
             places = [place for place in (self.moving, self.batch.landed, self.batch.running) if request.key in place]
-            right = self.batch.running if request.running else self.batch.landed if request.landed_as else self.moving
-            if places != [right] or (request.key in self.bare) == request.allocated:
+            expected = (
+                self.batch.running if request.running else self.batch.landed if request.landed_as else self.moving
+            )
+            if places != [expected] or (request.key in self.unallocated) == request.allocated:
                 raise Broken(f"{request.key} is not where a seat in {request.stage} is")
         if len(here) != len(self.moving) + len(self.batch.landed) + len(self.batch.running):
             raise Broken("seats that are no more are still counted")

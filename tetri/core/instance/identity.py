@@ -1,4 +1,4 @@
-"""A worker's own identity: what others know of it, and the settings it works by."""
+"""A worker's own identity: its instance record and its settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ from tetri.request import Capacity, Expected, blocks_for
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a worker is and by which rules it works. Times are in seconds; `slots` are the blocks that its own KV
-    store holds. `instance` is what it says of itself, in the role that it starts with; the broker may change that
-    later. `cost` is what it predicts with.
+    """Identity and settings of a worker. All times are in seconds.
 
-    `stream_interval`: output tokens of a request that a decode instance sends in one message. A step may advance by
-    as many, so a message may hold up to twice as many, less one."""
+    instance          what other processes know of it, in its initial role (flips change the role later)
+    slots             KV blocks that its own slab holds
+    rules, cost       its policies, and the cost table of its predictions
+    reserve_share     share of the KV blocks that reservations may hold
+    heartbeat_s       between two heartbeats
+    load_s            between two load reports
+    offer_s           after which an unanswered offer is repeated
+    patience_s        that a request waits for a decode instance that can hold it
+    view_s            without a Membership for so long, the worker registers again; without a ClusterView for so long,
+                      it forgets the loads
+    stream_interval   output tokens of a request per message. A step may produce as many, so a message has at most
+                      twice as many, less one
+    expected          expected output lengths, set while `rules.length` is "trained"
+    """
 
     instance: Instance
     slots: int
@@ -28,25 +38,28 @@ class Identity:
     load_s: float = 0.1
     offer_s: float = 1.0
     patience_s: float = 60.0
-    view_s: float = 2.0  # without a roster for so long, the worker registers again; without a view, loads are unknown
+    view_s: float = 2.0
     stream_interval: int = 1
-    expected: Expected | None = None  # of output lengths, while rules.length is "trained"
+    expected: Expected | None = None
 
     @property
     def iid(self) -> str:
+        """The instance's id."""
         return self.instance.iid
 
     @property
     def incarnation(self) -> int:
+        """Which start of the instance this is."""
         return self.instance.incarnation
 
     @property
     def capacity(self) -> Capacity:
+        """What its engine can hold."""
         return self.instance.capacity
 
     @property
     def open_slots(self) -> int:
-        """Slots for the KV of requests that no decode instance has taken yet; the rest, the blocks that one chunk may
-        fill, are for the others (core/prefill/kv_send.py)."""
+        """Slots that requests without a grant may use. The rest, as many blocks as one chunk may fill, is reserved for
+        granted requests (core/prefill/kv_send.py)."""
         block = self.capacity.block_tokens
         return max(self.slots - blocks_for(self.capacity.chunk_tokens + block - 1, block), 0)

@@ -1,5 +1,5 @@
-"""The one owner of an engine's KV blocks. Prefill and decode are its tenants: each leg has an account, the engine
-never holds more for a leg than its account says."""
+"""The ledger of an engine's KV blocks, shared by prefill and decode. Each engine request has an account; the engine
+never holds more blocks for it than the account contains."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tetri.core.actions import Broken
 
 
 class Ledger:
-    """`capacity` blocks in all. Accounts of *reserved* legs (granted, not running yet) together take at most
-    `reserve_share` of them, so that waiting prompts never starve running decodes; one reservation alone may be
-    larger, or a long prompt could never be served.
+    """`capacity` blocks in all. *Reserved* requests (granted, not running yet) together hold at most `reserve_share` of
+    them, so that waiting prompts never starve running decodes. A single reservation may be larger, otherwise a long
+    prompt could never be served.
 
-    free       blocks in no account; negative while running legs have outgrown the engine: it preempts then
-    reserved   blocks in accounts of reserved legs
+    free       blocks in no account; negative when running requests need more than the engine has, which then preempts
+    reserved   blocks in accounts of reserved requests
     """
 
     def __init__(self, capacity: int, reserve_share: float) -> None:
@@ -32,7 +32,7 @@ class Ledger:
         return key in self._blocks
 
     def allocate(self, key: str, blocks: int) -> bool:
-        """Open an account for a leg that will run; False when there is no room."""
+        """Open an account for an engine request that will run. Return False when too few blocks are free."""
         if key in self._blocks:
             raise Broken(f"account {key} opened twice")
         if blocks > self.free:
@@ -42,11 +42,11 @@ class Ledger:
         return True
 
     def crowded(self, blocks: int) -> bool:
-        """Whether so many blocks more for a waiting leg would be too many of that kind."""
+        """Return whether a reservation of `blocks` would exceed the share of reserved requests."""
         return self.reserved > 0 and self.reserved + blocks > self.reserve_limit
 
     def reserve(self, key: str, blocks: int, kept: int = 0) -> str | None:
-        """Open an account for a leg that waits for its KV, `kept` blocks staying free; None when done, else why not."""
+        """Open an account for a request that waits for its KV, if `kept` blocks stay free. Return why not, or None."""
         if self.crowded(blocks):
             return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
         if blocks + kept > self.free or not self.allocate(key, blocks):
@@ -56,19 +56,19 @@ class Ledger:
         return None
 
     def run(self, key: str) -> None:
-        """A reserved leg runs now."""
+        """Turn a reservation into the account of a running request."""
         del self._reserved[key]
         self.reserved -= self._blocks[key]
 
     def grow(self, key: str, blocks: int) -> None:
-        """A running leg has so many blocks from now on, or more if it had more."""
+        """Increase an account to `blocks`; a larger one stays as it is."""
         more = blocks - self._blocks[key]
         if more > 0:
             self._blocks[key] = blocks
             self.free -= more
 
     def close(self, key: str) -> None:
-        """Close an account; closing what is not open is no error."""
+        """Close an account, if it is open."""
         blocks = self._blocks.pop(key, 0)
         self.free += blocks
         if key in self._reserved:
@@ -76,14 +76,14 @@ class Ledger:
             self.reserved -= blocks
 
     def check(self, held: Iterable[tuple[str, int]]) -> None:
-        """Compare with what the engine says it holds, leg by leg."""
+        """Raise Broken when the engine holds more blocks for a request than its account contains."""
         accounts = self._blocks
         for key, blocks in held:
             if blocks > accounts.get(key, 0):
                 raise Broken(f"the engine holds {blocks} blocks for {key}, the ledger {accounts.get(key, 0)}")
 
     def audit(self) -> None:
-        """Count everything again."""
+        """Raise Broken when `free` or `reserved` disagrees with the accounts."""
         if any(key not in self._blocks for key in self._reserved):
             raise Broken("a reservation without an account")
         free = self.capacity - sum(self._blocks.values())

@@ -1,4 +1,4 @@
-"""The other instances as a worker knows them."""
+"""The other instances: their membership, loads and connections."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from tetri.wire.messages import ClusterView, InstanceLoad, Membership
 
 @dataclass(slots=True)
 class Peers:
-    """The other instances of the newest Membership, their loads of the newest ClusterView, and to whom a connection
-    stands. `members` counts up with whatever changes who can be asked to decode, `version` also with what is known of
-    their loads."""
+    """The instances of the newest Membership, their loads in the newest ClusterView, and the open connections.
+
+    instances        all instances but this one, by id
+    up               ids of connected instances
+    epoch, number    of the newest Membership
+    seen, seen_at    epoch and number of the newest ClusterView, and when it arrived
+    member_version   increases when the set of usable decode instances may have changed
+    version          increases then too, and when the loads have changed
+    """
 
     own: Identity
     instances: dict[str, Instance] = field(default_factory=dict)
     up: dict[str, None] = field(default_factory=dict)
     epoch: int = 0
     number: int = -1
-    seen: tuple[int, int] = (0, -1)  # epoch and number of the newest ClusterView
+    seen: tuple[int, int] = (0, -1)
     seen_at: float = 0.0
     version: int = 0
     member_version: int = 0
     _view: ClusterView | None = None
-    _able: dict[str, Instance] = field(default_factory=dict)  # decode, and understand this engine's KV bytes
+    _decoders: dict[str, Instance] = field(default_factory=dict)  # those that take decode work and are KV compatible
 
     def see(self, view: ClusterView, now: float) -> bool:
-        """Take the loads over; False for an older view of the same monitor."""
+        """Apply a new view. Return False for an older one of the same monitor."""
         if view.epoch == self.seen[0] and view.number <= self.seen[1]:
             return False
         self.seen, self.seen_at, self._view = (view.epoch, view.number), now, view
@@ -39,37 +45,37 @@ class Peers:
         return True
 
     def expire(self, now: float) -> None:
-        """Without a view for `view_s` the loads are forgotten, as if nobody had ever reported: what was offered since
-        can be held against no report, and would count for ever. Everyone then counts as empty until a Refuse."""
+        """Forget the loads when no view has arrived for `view_s`. Without new reports, reservations would count for
+        ever; without loads, each instance counts as empty until it refuses."""
         if self._view is not None and now - self.seen_at > self.own.view_s:
             self._view = None
             self.version += 1
 
     def outdate(self) -> None:
-        """Count the loads as changed, although no view has come: whoever refused may be asked again."""
+        """Count the loads as changed without a new view, so that instances that refused are asked again."""
         self.version += 1
 
     def loads(self) -> dict[str, InstanceLoad]:
-        """The newest reports by instance, perhaps of an earlier incarnation."""
+        """Return the newest reports by instance, perhaps of an earlier incarnation."""
         return {each.iid: each for each in self._view.loads} if self._view is not None else {}
 
     def update(self, membership: Membership) -> tuple[list[Action], list[str]]:
-        """Take a roster over. Returns the connections to change, and the instances that are gone: left out of it, or
-        restarted under another incarnation. An older roster of the same broker is ignored."""
+        """Apply a new membership; ignore an older one of the same broker. Return the connections to change, and the
+        instances that have disappeared: missing, or restarted under another incarnation."""
         if membership.epoch == self.epoch and membership.number <= self.number:
             return [], []
         self.epoch, self.number = membership.epoch, membership.number
-        self.version += 1  # whoever refused may be asked again
+        self.version += 1  # instances that refused may be asked again
         old, self.instances = self.instances, {i.iid: i for i in membership.instances if i.iid != self.own.iid}
         if old == self.instances:
-            return [], []  # as most often: it only says that the broker is there
+            return [], []  # the usual case: it only shows that the broker is alive
         self.changed()
-        self._able = {
+        self._decoders = {
             iid: instance
             for iid, instance in self.instances.items()
-            if instance.role in DECODE_ROLES and self._speaks(instance)
+            if instance.role in DECODE_ROLES and self._compatible(instance)
         }
-        gone = [iid for iid, was in old.items() if self._incarnation(iid) != was.incarnation]
+        gone = [iid for iid, before in old.items() if self._incarnation(iid) != before.incarnation]
         actions: list[Action] = [Disconnect(iid) for iid in gone]
         for iid in gone:
             self.up.pop(iid, None)
@@ -79,15 +85,17 @@ class Peers:
         return actions, gone
 
     def changed(self) -> None:
-        """Others can be asked than before, this instance perhaps among them."""
+        """Count the set of usable decode instances as changed, this instance included."""
         self.version += 1
         self.member_version += 1
 
     def connected(self, iid: str) -> None:
+        """Record that a connection to an instance is up."""
         self.up[iid] = None
         self.changed()
 
     def disconnected(self, iid: str) -> None:
+        """Record that the connection to an instance is down."""
         self.up.pop(iid, None)
         self.changed()
 
@@ -95,36 +103,36 @@ class Peers:
         return self.instances[iid].incarnation if iid in self.instances else None
 
     def knows(self, iid: str, incarnation: int) -> bool:
-        """Whether this start of an instance is in the newest roster."""
-        there = self.instances.get(iid)
-        return iid == self.own.iid or (there is not None and there.incarnation == incarnation)
+        """Return whether this incarnation of an instance is in the newest membership."""
+        instance = self.instances.get(iid)
+        return iid == self.own.iid or (instance is not None and instance.incarnation == incarnation)
 
     def way(self, iid: str, incarnation: int) -> tuple[str, str] | None:
-        """Over which path KV comes from this instance, and the segment that it comes out of; None when this start of
-        it is not known (yet), or cannot be reached. From here to here there is always one."""
+        """Return the path and the segment from which this incarnation of an instance can be read, or None when it is
+        not known (yet) or has no common path. This instance can always read its own KV."""
         if iid == self.own.iid:
             return "local", self.own.instance.reach.segment
-        there = self.instances.get(iid)
-        if there is None or there.incarnation != incarnation:
+        instance = self.instances.get(iid)
+        if instance is None or instance.incarnation != incarnation:
             return None
-        path = pairing.path(self.own.instance.reach, there.reach)
-        return None if path is None else (path, there.reach.segment)
+        path = pairing.path(self.own.instance.reach, instance.reach)
+        return None if path is None else (path, instance.reach.segment)
 
-    def _speaks(self, other: Instance) -> bool:
-        """Whether KV can move between this engine and the other's."""
+    def _compatible(self, other: Instance) -> bool:
+        """Return whether KV can move between this instance and another one."""
         same = other.fingerprint == self.own.instance.fingerprint
         return same and pairing.path(self.own.instance.reach, other.reach) is not None
 
     def prefills(self, tokens: int) -> bool:
-        """Whether another instance that is there could prefill so many tokens for this engine."""
+        """Return whether another instance could prefill so many tokens for this one."""
         return any(
             each.role in PREFILL_ROLES
-            and self._speaks(each)
+            and self._compatible(each)
             and tokens <= each.capacity.tokens
             and tokens < each.capacity.context
             for each in self.instances.values()
         )
 
     def decoders(self) -> list[Instance]:
-        """Reachable instances that take new decode work and understand this engine's KV bytes."""
-        return [instance for iid, instance in self._able.items() if iid in self.up]
+        """Return the connected, KV compatible instances that take new decode work."""
+        return [instance for iid, instance in self._decoders.items() if iid in self.up]

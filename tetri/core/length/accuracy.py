@@ -1,4 +1,4 @@
-"""Whether one kind of a predictor's answers is worth using: its record against the prior's."""
+"""The accuracy record of one kind of length predictions: compares them with the prior and switches them on or off."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from math import sqrt
 
 from tetri.core.length.calibration import Calibration
 
-#: Ends that are compared, and how many of them are needed to say anything.
+#: Ended requests that are compared at most, and how many are needed for a decision.
 WINDOW, LEAST = 256, 50
-#: Standard errors by which the mean difference must be off zero: about one time in 160 by chance.
+#: Standard errors by which the mean difference must exceed zero: by chance about one time in 160.
 SURE = 2.5
-#: And by this share of the prior's own score, or two that are as good would take turns for ever.
+#: And by this share of the prior's score, otherwise two equally good predictors would alternate for ever.
 MATTERS = 0.01
-#: Labels that are told apart in the counts; the last one is for all from there on.
+#: Buckets in `counts`; the last one includes all longer outputs.
 LABELS = 16
 
 
 class AccuracyRecord:
-    """`on`: the predictor's ranges are used, else the prior's; it is judged all the same. It is switched off when its
-    ranked probability score has been worse than the prior's on the same requests, by more than the differences
-    scatter and by enough to matter, and on when it has been better by as much, each time on ends since the last switch.
+    """The record of a predictor against the prior, on the same requests.
 
+    It is switched off when its ranked probability score is worse than the prior's, by more than `SURE` standard errors
+    and more than `MATTERS`. It is switched on again when it is better by as much. Each decision counts only requests
+    that ended since the last switch; a predictor that is off is still scored.
+
+    on                                               whether its ranges are used, instead of the prior's
     predicted, scored, right, prior_right, inside    as in `PredictorStatus`
-    counts                                           (likeliest bucket, bucket that came) -> how often"""
+    counts                                           (likeliest bucket, actual bucket) -> requests"""
 
     def __init__(self, name: str, levels: Sequence[float]) -> None:
         self.name = name
@@ -32,12 +35,13 @@ class AccuracyRecord:
         self.on = True
         self.predicted = self.scored = self.right = self.prior_right = self.inside = 0
         self.counts: dict[tuple[int, int], int] = {}
-        self._scores: deque[tuple[float, float]] = deque()  # gain, and the prior's score
-        self._sums = (0.0, 0.0, 0.0)  # of the gains, their squares, the prior's scores
-        self._loss = self._error = 0.0  # by how much it was worse when it was switched off
+        self._scores: deque[tuple[float, float]] = deque()  # gain over the prior, the prior's score
+        self._sums = (0.0, 0.0, 0.0)  # of gains, squared gains and prior scores in `_scores`
+        self._loss = self._error = 0.0  # mean difference and its error when it was switched off
 
     def came(self, label: int, prior_label: int, bucket: int, inside: bool) -> None:
-        """A request that was said to end in the bucket `label` has ended in `bucket`."""
+        """Count a request that ended in `bucket`. `label`, `prior_label`: the predicted buckets; `inside`: whether the
+        length was below the high end of its range."""
         self.scored += 1
         self.right += label == bucket
         self.prior_right += prior_label == bucket
@@ -46,7 +50,7 @@ class AccuracyRecord:
         self.counts[place] = self.counts.get(place, 0) + 1
 
     def judge(self, own: float, prior: float) -> None:
-        """The predictor's and the prior's score of one request, in tokens, the less the better."""
+        """Add the predictor's and the prior's score of a request, in tokens (lower is better). Switch on or off."""
         self._scores.append((prior - own, prior))
         self._add(prior - own, prior, 1)
         if len(self._scores) > WINDOW:
@@ -68,4 +72,5 @@ class AccuracyRecord:
         self._sums = (total + sign * gain, squares + sign * gain * gain, scores + sign * prior)
 
     def why_off(self) -> str:
+        """Return why the predictor was switched off, for the status output."""
         return f"{self.name} did worse than the prior by {self._loss:.3g} +- {self._error:.2g} tokens of ranked score"

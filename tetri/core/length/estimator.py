@@ -1,5 +1,5 @@
-"""What a worker makes of a predictor's odds: ranges, corrected by the lengths that came, or the prior's ranges while
-these are better."""
+"""The length estimator of a worker: turns a predictor's distributions into length ranges, calibrated by actual
+lengths, or uses the prior while that is better."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ from tetri.policy.distribution import (
 from tetri.policy.length import fixed
 from tetri.request import LengthDistribution, LengthRange, PredictorStatus, Sampling
 
-#: Requests of which it is remembered what was said of them, or that they have ended; the oldest are forgotten. Twice
-#: what a broker has open at most by default: those that wait are among them, and with room for fewer than wait none
-#: would be remembered until its end.
+#: Open requests whose predictions are remembered, and ended ones, at most; the oldest are forgotten. Twice the default
+#: limit of open requests of a broker: if more requests waited than this, none would be remembered until its end.
 MOST_OPEN = 8192
-#: Of each request one of its first so many re-estimates is scored: which one goes by turns, and not by its length.
+#: One of the first so many re-estimates of each request is scored. Requests take turns, whatever their length.
 TURNS = 8
 
 
 @dataclass(slots=True)
 class Prediction:
-    """What was said of a request, at the time. `below` and `prior`: shares below each of `raw.tokens` but the last, as
-    corrected and by the prior."""
+    """A prediction to score when its request ends.
+
+    raw                  the predictor's distribution, before calibration
+    below, prior         shares below each of `raw.tokens` but the last: calibrated, and by the prior
+    label, prior_label   likeliest buckets
+    high                 high end of the range that was used
+    """
 
     accuracy: AccuracyRecord
     raw: Curve
@@ -47,19 +51,20 @@ class Prediction:
 
 
 @dataclass(slots=True)
-class Open:
-    """A request that has not ended. `turns`: re-estimates until the one that is scored."""
+class OpenRequest:
+    """A predicted request that has not ended. `turns`: re-estimates before the one that is scored."""
 
     turns: int
     predictions: list[Prediction] = field(default_factory=list)
 
 
 class LengthEstimator:
-    """One per worker, in which both halves learn. `prior`: of all that end here. Three kinds of answers are corrected
-    and judged, each by itself: a classifier's, a hidden state's at the end of a prompt, and those during decode.
+    """One per worker, shared by prefill and decode. `prior` learns from all requests that end here. Three kinds of
+    predictions are calibrated and judged separately: a classifier's, hidden-state estimates at the end of a prompt, and
+    those during decode.
 
-    A request that ignores the end of sequence has the length that it asks for; nothing can be learned from it, and
-    nobody should tell of its end."""
+    A request that ignores the end of sequence has a fixed length. Nothing can be learned from it, so callers must not
+    pass its end to `ended`."""
 
     def __init__(self, own: Identity) -> None:
         assert own.expected is not None
@@ -68,25 +73,25 @@ class LengthEstimator:
         levels = own.expected.levels
         self.classifier = AccuracyRecord("the classifier", levels)
         self.prompt = AccuracyRecord("the hidden state", levels)
-        self.later = AccuracyRecord("what is said during decode", levels)
-        self._open: dict[str, Open] = {}
+        self.later = AccuracyRecord("the hidden state during decode", levels)
+        self._open: dict[str, OpenRequest] = {}
         self._ended: dict[str, None] = {}
         self._turn = self._late = self._unusable = 0
 
     # ------------------------------------------------------------ ranges
 
     def unknown(self, sampling: Sampling, outputs: int) -> LengthRange:
-        """By the prior, of a request that has `outputs` tokens and goes on: a new one, or one that has outlived what
-        was said of it, by those who went on as far."""
+        """Return the range by the prior, of a request that has `outputs` tokens and continues: from requests that got
+        at least this far."""
         known = fixed(sampling, outputs)
         return known if known is not None else self._by_prior(self._expected(sampling, outputs))
 
     def named(self, rid: str, distribution: LengthDistribution, sampling: Sampling, outputs: int) -> LengthRange:
-        """By a classifier's odds of the whole output, of which `outputs` tokens are there."""
+        """Return the range by a classifier's distribution of the whole output, of which `outputs` tokens are there."""
         return self._predict(self.classifier, rid, distribution, sampling, outputs, whole=True)
 
     def estimates(self, rid: str, estimate: HiddenStateEstimate, sampling: Sampling) -> LengthRange:
-        """By a hidden state's odds of what follows."""
+        """Return the range by a hidden-state estimate of the remaining output."""
         accuracy = self.later if estimate.outputs else self.prompt
         return self._predict(accuracy, rid, estimate.distribution, sampling, estimate.outputs, whole=False)
 
@@ -114,7 +119,7 @@ class LengthEstimator:
             raw = survivors(raw, outputs)
         corrected = accuracy.calibration.corrected(raw)
         length = self._range(raw, corrected, accuracy) if accuracy.on else self._by_prior(expected)
-        self._remember(rid, accuracy, raw, corrected, expected, length.high)
+        self._record(rid, accuracy, raw, corrected, expected, length.high)
         return length
 
     def _range(self, raw: Curve, corrected: Curve, accuracy: AccuracyRecord) -> LengthRange:
@@ -123,39 +128,39 @@ class LengthEstimator:
             high = quantile(raw, accuracy.calibration.level(cover))
         return range_of(corrected, self.rules.length_granularity, high)
 
-    def _remember(
+    def _record(
         self, rid: str, accuracy: AccuracyRecord, raw: Curve, corrected: Curve, expected: Curve, high: int
     ) -> None:
-        waits = self._open.get(rid)
-        if waits is None:
+        request = self._open.get(rid)
+        if request is None:
             self._turn += 1
-            waits = self._open[rid] = Open(self._turn % TURNS)
-            _keep(self._open)
+            request = self._open[rid] = OpenRequest(self._turn % TURNS)
+            _drop_oldest(self._open)
         if accuracy is self.later:
-            waits.turns -= 1
-            if waits.turns != -1:
+            request.turns -= 1
+            if request.turns != -1:
                 return
-        others = [prediction for prediction in waits.predictions if prediction.accuracy is not accuracy]
-        accuracy.predicted += len(others) == len(waits.predictions)  # another attempt is the same request
+        others = [prediction for prediction in request.predictions if prediction.accuracy is not accuracy]
+        accuracy.predicted += len(others) == len(request.predictions)  # another attempt does not count again
         places, granularity = raw.tokens[:-1], self.rules.length_granularity
         same = places == expected.tokens[:-1]
         prior = expected.below[:-1] if same else tuple(share_below(expected, at) for at in places)
         labels = likeliest(corrected, granularity), likeliest(expected, granularity)
-        waits.predictions = [*others, Prediction(accuracy, raw, corrected.below[:-1], prior, *labels, high)]
+        request.predictions = [*others, Prediction(accuracy, raw, corrected.below[:-1], prior, *labels, high)]
 
     # ------------------------------------------------------------ ends
 
     def ended(self, rid: str, outputs: int, reason: str) -> None:
-        """It has ended by itself with so many output tokens: "stop", or cut off by its "length". Told twice, it counts
-        once."""
+        """Learn from a request that has ended with `outputs` tokens; `reason` is "stop", or "length" when it was cut
+        off. A second call for the same request has no effect."""
         if rid in self._ended:
             return
         self._ended[rid] = None
-        _keep(self._ended)
+        _drop_oldest(self._ended)
         cut = reason == "length"
         self.prior.learn(outputs, cut)
-        waits = self._open.pop(rid, None)
-        for prediction in waits.predictions if waits is not None else ():
+        request = self._open.pop(rid, None)
+        for prediction in request.predictions if request is not None else ():
             self._score(prediction, outputs, cut)
 
     def _score(self, prediction: Prediction, outputs: int, cut: bool) -> None:
@@ -168,17 +173,17 @@ class LengthEstimator:
         accuracy.judge(ranked_score(tokens, prediction.below, outputs), ranked_score(tokens, prediction.prior, outputs))
 
     def forget(self, rid: str) -> None:
-        """It is over, and nobody knows how long it would have been."""
+        """Forget a request that was cancelled or has failed: its length is unknown."""
         self._open.pop(rid, None)
 
-    # ------------------------------------------------------------ what it says of itself
+    # ------------------------------------------------------------ status
 
     def late(self) -> None:
-        """A request went on before its prediction came."""
+        """Count a request that was offered before its prediction arrived."""
         self._late += 1
 
     def status(self) -> PredictorStatus:
-        """Of the answers that prompts got; on an instance without prompts, of those during decode."""
+        """Return the status of the predictions of prompts; without any, of those during decode."""
         records = [accuracy for accuracy in (self.prompt, self.classifier, self.later) if accuracy.predicted]
         accuracy = records[0] if records else self.prompt
         notes = [self.expected.note, *(f"off: {accuracy.why_off()}" for accuracy in records if not accuracy.on)]
@@ -205,6 +210,6 @@ class LengthEstimator:
         return range_of(curve, self.rules.length_granularity, quantile(curve, cover) if cover else None)
 
 
-def _keep(known: dict[str, Any]) -> None:
+def _drop_oldest(known: dict[str, Any]) -> None:
     while len(known) > MOST_OPEN:
         del known[next(iter(known))]

@@ -1,4 +1,4 @@
-"""The lengths of all requests that end here, whatever their prompt: what is said of one that nobody predicted."""
+"""The prior: the distribution of output lengths over all requests that end here, whatever their prompt."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from itertools import accumulate
 from tetri.policy.distribution import Curve, bounded, raised, survivors
 from tetri.request import LengthDistribution, blocks_for
 
-#: Requests that what was known before any traffic counts for.
+#: Weight of the initial distribution, in requests.
 START = 64
-#: Ends after which an end has lost all but 1 / e of its weight. The share of a bucket is then as exact as that of
-#: 2 x MEMORY texts: within 2 % of all.
+#: Ended requests after which the weight of an older one falls to 1 / e. The shares are then as exact as those of
+#: 2 x MEMORY requests: within 2 % of the total.
 MEMORY = 256
-#: Buckets; lengths beyond the last one are all alike.
+#: Buckets at most; the last one includes all longer outputs.
 MOST = 256
 _HEAVY = 1e12
 
 
 class Prior:
-    """A table of hazards: of those that reach a bucket, the share that ends in it. So a request that was cut off by
-    its own `max_tokens` counts as far as it came, and tells nothing of where it would have ended."""
+    """A table of hazards: of the requests that reach a bucket, the share that ends in it. A request that was cut off by
+    its own `max_tokens` counts for the buckets that it reached, and for no end."""
 
     def __init__(self, known: LengthDistribution, context: int) -> None:
         self.width = known.width
@@ -29,14 +29,14 @@ class Prior:
             self._ended[min(place, size - 1)] += START * share
         if known.shares:
             self._cut[min(len(known.shares), size) - 1] += START * known.shares[-1]
-        self._weight = 1.0  # of the next end: it grows, instead of all the others shrinking
+        self._weight = 1.0  # of the next ended request: it grows, which is cheaper than shrinking all the others
         self._new = 0.0
         self._below: list[float] = []
         self._tail = 0.0
-        self._count()
+        self._refresh()
 
     def learn(self, outputs: int, cut: bool) -> None:
-        """A request had so many output tokens in the end; `cut`: it would have gone on."""
+        """Add a request that ended with `outputs` tokens. `cut`: it was cut off, its true length is greater."""
         place, last = outputs // self.width, len(self._ended) - 1
         weight = self._weight
         if place >= last:
@@ -54,9 +54,10 @@ class Prior:
             self._new, self._weight = self._new / self._weight, 1.0
 
     def curve(self, written: int, least: int, most: int) -> Curve:
-        """The lengths of those that have `written` tokens and go on, to `most` at most, which is more."""
+        """Return the length distribution of requests that have `written` tokens and continue, from `least` to `most`
+        tokens. `most` must exceed `written`."""
         if self._new > self._weight * MEMORY / 64:
-            self._count()
+            self._refresh()
         need = most // self.width + 2
         below = self._below[:need]
         while len(below) < min(need, MOST + 1):
@@ -64,8 +65,8 @@ class Prior:
         tokens = range(0, len(below) * self.width, self.width)
         return raised(survivors(bounded(tokens, below, 1, most), written), least)
 
-    def _count(self) -> None:
-        """The shares below the end of each bucket that anybody reached."""
+    def _refresh(self) -> None:
+        """Compute the shares of lengths below the end of each bucket that any request has reached."""
         self._new = 0.0
         both = [ended + cut for ended, cut in zip(self._ended, self._cut, strict=True)]
         reached = list(accumulate(reversed(both)))[::-1]

@@ -1,4 +1,4 @@
-"""The decode instances as one dispatcher sees them: their last reports, and what it has asked of them since."""
+"""Load of the decode instances: the newest reports, corrected by the dispatcher's own reservations since then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tetri.wire.messages import Load
 
 @dataclass(slots=True)
 class Reservation:
-    """What one offer takes of an instance, as long as no report can contain it."""
+    """Load that one offer adds to an instance, until a load report includes it."""
 
     iid: str
     need: Need
@@ -26,45 +26,48 @@ class Reservation:
 
 
 class LivePool:
-    """`columns` are built when they are first wanted after a new roster or view, and kept up to date from then on. The
-    paper does not say how stale loads are corrected between broadcasts: here by the dispatcher's own offers. An offer
-    counts until a report is seen that was made after its Grant came: the decode side had reserved its blocks by then.
+    """The loads that the dispatch policy reads, one column per decode instance.
 
-    `home` returns this instance's own load while it decodes too, else None. That load is never stale."""
+    `refresh` rebuilds `columns` after a new Membership or ClusterView; reservations update them in between. The paper
+    does not say how loads are corrected between two broadcasts. Here, an offer counts as a reservation until a report
+    arrives that was made after its Grant: by then the decode instance had reserved the blocks itself.
+
+    `home` returns the load of this instance while it also decodes, else None. That load is never stale."""
 
     def __init__(self, own: Identity, peers: Peers) -> None:
         self.own, self.peers = own, peers
         self.home: Callable[[], Load | None] = lambda: None
         self.columns = DecodePool()
-        self.reservations: dict[int, Reservation] = {}  # by the offer's number
-        self._version = self._member_version = -1  # of the neighbours, as of the columns
-        self._known: list[Instance] = []
-        self._place: dict[str, int] = {}  # iid -> column
-        self._least_blocks = self._least_context = 0  # of all columns but the own one
+        self.reservations: dict[int, Reservation] = {}  # by offer number
+        self._version = self._member_version = -1  # of `peers`, when the columns were built
+        self._instances: list[Instance] = []
+        self._column: dict[str, int] = {}  # iid -> column
+        self._smallest_blocks = self._smallest_context = 0  # smallest capacity of the other instances
         self._home_column: int | None = None
 
     def refresh(self) -> None:
-        """Bring the columns up to date."""
+        """Update the columns from the newest membership, reports and own load."""
         load = self.home()
         if self._version != self.peers.version or (load is None) != (self._home_column is None):
             self._build(load)
         elif load is not None and self._home_column is not None:
-            self._report(self._home_column, load)
+            self._set_load(self._home_column, load)
 
     def fits(self, request: PrefillRequest) -> bool:
-        """Whether any instance could ever hold it."""
-        return len(self._unfit(request)) < len(self.columns.iids)
+        """Return whether any instance is large enough for the request, whatever its load."""
+        return len(self._too_small(request)) < len(self.columns.iids)
 
     def choose(self, request: PrefillRequest, need: Need, refused: Iterable[str], rng: Random) -> str | None:
-        """Where the policy lets it go; never to one that cannot hold it or has just refused it."""
-        out = dict.fromkeys(self._unfit(request))
-        out.update((self._place[iid], None) for iid in refused if iid in self._place)
+        """Return the instance that the dispatch policy chooses, or None. Instances that are too small, and those in
+        `refused`, are excluded."""
+        excluded = dict.fromkeys(self._too_small(request))
+        excluded.update((self._column[iid], None) for iid in refused if iid in self._column)
         pool, free = self.columns, self.columns.free
-        kept = [free[column] for column in out]
-        for column in out:
+        saved = [free[column] for column in excluded]
+        for column in excluded:
             free[column] = -1
         chosen = DECODE_ROUTES[self.own.rules.decode_route](need, pool, rng)
-        for column, blocks in zip(out, kept, strict=True):
+        for column, blocks in zip(excluded, saved, strict=True):
             free[column] = blocks
         if chosen is None:
             return None
@@ -74,27 +77,29 @@ class LivePool:
     # ------------------------------------------------------------ own offers
 
     def reserve(self, number: int, iid: str, need: Need) -> None:
-        """Offer `number` asks this of an instance."""
-        self._count(iid, need, 1)
+        """Count the load of offer `number`. The own instance needs no reservation: its load is read directly."""
+        self._add_load(iid, need, 1)
         if iid != self.own.iid:
             self.reservations[number] = Reservation(iid, need)
 
     def granted(self, number: int, now: float) -> None:
+        """Record when offer `number` was granted. Later reports of the instance include it."""
         reservation = self.reservations.get(number)
         if reservation is not None and reservation.granted_at is None:
             reservation.granted_at = now
 
     def withdrawn(self, number: int) -> None:
+        """Remove the reservation of offer `number`."""
         reservation = self.reservations.pop(number, None)
         if reservation is not None:
-            self._count(reservation.iid, reservation.need, -1)
+            self._add_load(reservation.iid, reservation.need, -1)
 
     def refused(self, number: int) -> None:
-        """What has no room for this has none for as much again, until the next report says so."""
+        """Remove the reservation. Until the next report, assume fewer free blocks there than the offer needed."""
         reservation = self.reservations.pop(number, None)
         if reservation is not None:
-            self._count(reservation.iid, reservation.need, -1)
-            column = self._place.get(reservation.iid)
+            self._add_load(reservation.iid, reservation.need, -1)
+            column = self._column.get(reservation.iid)
             if column is not None:
                 most = reservation.need.blocks - 1
                 self.columns.free[column] = min(self.columns.free[column], most)
@@ -105,14 +110,14 @@ class LivePool:
     def _build(self, home: Load | None) -> None:
         self._version = self.peers.version
         if self._member_version != self.peers.member_version or (home is None) != (self._home_column is None):
-            self._enter_all(home is not None)
+            self._replace_columns(home is not None)
         reports = self.peers.loads()
         made_at: dict[str, float] = {}
         loads: list[Load] = []
-        for instance in self._known:
+        for instance in self._instances:
             report = reports.get(instance.iid)
             if report is None or report.incarnation != instance.incarnation:
-                loads.append(Load(free_blocks=instance.capacity.blocks))  # as if empty: its Refuse corrects that
+                loads.append(Load(free_blocks=instance.capacity.blocks))  # assume it is empty; a Refuse corrects that
             else:
                 loads.append(report.load)
                 made_at[instance.iid] = self.peers.seen_at - report.age_s
@@ -127,48 +132,51 @@ class LivePool:
             if reservation.granted_at is not None and reservation.granted_at < made_at.get(
                 reservation.iid, float("inf")
             ):
-                del self.reservations[number]  # the report has it; of who never reports nothing is known anyway
+                del self.reservations[number]  # the report includes it
             else:
-                self._count(reservation.iid, reservation.need, 1)
+                self._add_load(reservation.iid, reservation.need, 1)
 
-    def _enter_all(self, at_home: bool) -> None:
-        """Others are there than before."""
+    def _replace_columns(self, decodes_here: bool) -> None:
+        """Replace the columns after the set of decode instances has changed."""
         last = self.columns.iids[self.columns.last] if self.columns.last >= 0 else ""
         self._member_version = self.peers.member_version
-        self._known = self.peers.decoders()
-        self._home_column = len(self._known) if at_home else None
-        iids = [instance.iid for instance in self._known] + [self.own.iid] * at_home
-        self._place = {iid: column for column, iid in enumerate(iids)}
-        self._least_blocks = min((instance.capacity.blocks for instance in self._known), default=0)
-        self._least_context = min((instance.capacity.context for instance in self._known), default=0)
-        self.columns.iids, self.columns.last = iids, self._place.get(last, -1)
+        self._instances = self.peers.decoders()
+        self._home_column = len(self._instances) if decodes_here else None
+        iids = [instance.iid for instance in self._instances] + [self.own.iid] * decodes_here
+        self._column = {iid: column for column, iid in enumerate(iids)}
+        self._smallest_blocks = min((instance.capacity.blocks for instance in self._instances), default=0)
+        self._smallest_context = min((instance.capacity.context for instance in self._instances), default=0)
+        self.columns.iids, self.columns.last = iids, self._column.get(last, -1)
 
-    def _report(self, column: int, load: Load) -> None:
+    def _set_load(self, column: int, load: Load) -> None:
         pool = self.columns
         pool.free[column] = load.free_blocks
         pool.spare[column] = load.free_blocks - load.growth_blocks
         pool.heavy[column] = load.heavy
         pool.light[column] = load.waiting + load.running - load.heavy
 
-    def _count(self, iid: str, need: Need, sign: int) -> None:
-        column, pool = self._place.get(iid), self.columns
+    def _add_load(self, iid: str, need: Need, sign: int) -> None:
+        column, pool = self._column.get(iid), self.columns
         if column is None:
             return
         pool.free[column] -= sign * need.blocks
         pool.spare[column] -= sign * need.end_blocks
         (pool.heavy if need.heavy else pool.light)[column] += sign
 
-    def _unfit(self, request: PrefillRequest) -> list[int]:
-        """The columns of instances that can never hold it."""
+    def _too_small(self, request: PrefillRequest) -> list[int]:
+        """Return the columns of the instances that are too small for the request."""
         blocks = blocks_for(len(request.prompt) + request.sampling.max_tokens, self.own.capacity.block_tokens)
-        unfit: list[int] = []
-        if blocks > self._least_blocks or request.goal >= self._least_context:
-            unfit = [column for column, instance in enumerate(self._known) if not request.fits(instance.capacity)]
-        if self._home_column is not None and not self._fits_at_home(request):
-            unfit.append(self._home_column)
-        return unfit
+        too_small: list[int] = []
+        if blocks > self._smallest_blocks or request.goal >= self._smallest_context:
+            too_small = [
+                column for column, instance in enumerate(self._instances) if not request.fits(instance.capacity)
+            ]
+        if self._home_column is not None and not self._fits_here(request):
+            too_small.append(self._home_column)
+        return too_small
 
-    def _fits_at_home(self, request: PrefillRequest) -> bool:
-        """Here its prefill has its blocks too, until all KV is in the store."""
+    def _fits_here(self, request: PrefillRequest) -> bool:
+        """Return whether this instance can decode the request too: its prefill keeps its blocks until all KV is in the
+        slab."""
         own, blocks = self.own, request.flow.blocks
         return request.fits(own.capacity) and (2 * blocks <= own.capacity.blocks or blocks <= own.open_slots)

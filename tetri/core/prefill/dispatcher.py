@@ -1,5 +1,5 @@
-"""The dispatcher of a prefill worker: asks a decode instance to take a request, announces its chunks to it, and
-asks another one when it is refused or the first is gone."""
+"""The dispatcher of a prefill instance: offers a request to a decode instance, announces its KV chunks, and offers
+it to another instance when the first one refuses or disappears."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Grant, LengthUpdate
 
 
 class Dispatcher:
-    """Shares the prefill scheduler's `requests`, by key. Offers are numbered from 1 for the life of the process."""
+    """Places requests on decode instances. Shares the prefill scheduler's `requests`, by key. Offers are numbered from
+    1 for the life of the process."""
 
     def __init__(
         self, own: Identity, requests: dict[str, PrefillRequest], peers: Peers, timers: Timers[str], rng: Random
@@ -27,28 +28,28 @@ class Dispatcher:
         self.own, self.requests, self.timers, self.rng = own, requests, timers, rng
         self.pool = LivePool(own, peers)
         self.peers = peers
-        self.offers: dict[int, str] = {}  # open offers -> job key
-        self.unplaceable: dict[str, PrefillRequest] = {}  # no decode instance that is there could ever hold them
-        self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; whoever is placed or gone may still be in it
+        self.offers: dict[int, str] = {}  # open offer -> request key
+        self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every connected decode instance
+        self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; may contain requests that are placed or gone
         self._targets: dict[str, dict[int, None]] = {}  # instance -> open offers
-        self._refused: dict[str, dict[str, str]] = {}  # job key -> decode instance -> why, since the last view
-        self._judged = -1  # as of which version of the neighbours jobs were stranded
+        self._refused: dict[str, dict[str, str]] = {}  # request key -> decode instance -> why, since the last view
+        self._checked_version = -1  # version of `peers` at the last check of `unplaceable`
         self._number = 0
 
     def started(self, request: PrefillRequest, now: float) -> None:
-        """It wants a decode instance from now on, and waits for its predicted length only so long."""
+        """Queue a started request for a decode instance. Its length prediction may take `length_wait_s` at most."""
         if request.unplaced:
-            self._wants(request)
+            self._add_unplaced(request)
             if not request.predicted:
                 self.timers.set(request.key, now + self.own.rules.length_wait_s)
 
     def settle(self, request: PrefillRequest, length: LengthRange | None) -> None:
-        """So long it will be, as far as anybody can say: it waits for that no longer."""
+        """Set the predicted length (None: unknown), so that the request waits no longer for a prediction."""
         request.predicted, request.length = True, length
         self.timers.clear(request.key)
 
     def correct(self, request: PrefillRequest, length: LengthRange) -> list[Action]:
-        """More is known than when it was settled. Who has been asked is told; nobody waits for that to arrive."""
+        """Replace the length that `settle` set. If the request is on offer, send its decode instance a LengthUpdate."""
         if length == request.length:
             return []
         request.length = length
@@ -57,15 +58,15 @@ class Dispatcher:
         return [Send(request.flow.target, LengthUpdate(**self.address(request), length=length))]
 
     def stalled(self) -> bool:
-        """Whether a prompt that has started, and all behind it, wait for a decode instance that takes it."""
-        first = self._first()
+        """Return whether the first unplaced request, and all behind it, wait for a decode instance."""
+        first = self._first_unplaced()
         return first is not None and first.predicted
 
     def waiting(self) -> bool:
-        """Whether a prompt that has started is on offer nowhere yet, for whatever reason."""
-        return self._first() is not None
+        """Return whether a started request is on offer to no instance, for whatever reason."""
+        return self._first_unplaced() is not None
 
-    def _first(self) -> PrefillRequest | None:
+    def _first_unplaced(self) -> PrefillRequest | None:
         for turn, key in self._unplaced:
             request = self.requests.get(key)
             if request is not None and request.turn == turn and request.unplaced:
@@ -73,18 +74,18 @@ class Dispatcher:
         return None
 
     def allow_retry(self, now: float) -> list[Action]:
-        """There is news of the others: who refused may be asked again."""
+        """Dispatch again after a new membership or view: instances that refused may accept now."""
         self._refused.clear()
         return self.dispatch(now)
 
     def dispatch(self, now: float) -> list[Action]:
-        """Ask a decode instance for every job that needs one, in the order in which they were started, up to the
-        first for which there is none. None is overtaken, or a large one might never find memory; so all wait for one
-        whose length is still being predicted, `length_wait_s` at most."""
+        """Offer the unplaced requests to decode instances in the order in which they started, up to the first for
+        which the policy finds no instance. No request overtakes another, otherwise a large one might never find memory.
+        So all wait for a request whose length is being predicted, `length_wait_s` at most."""
         if not self._unplaced and not self.unplaceable:
             return []
         self.pool.refresh()
-        self._judge_again()
+        self._recheck_unplaceable()
         actions: list[Action] = []
         while self._unplaced:
             turn, key = self._unplaced[0]
@@ -98,21 +99,23 @@ class Dispatcher:
             self._unplaced.pop(0)
         return actions
 
-    def _judge_again(self) -> None:
-        """Other instances are there: for some jobs there may be one now. Those that still have none may wait for an
-        instance that comes, but nobody waits for them."""
-        if self._judged == self.peers.version:
+    def _recheck_unplaceable(self) -> None:
+        """After a change of peers, queue the requests again for which a decode instance is large enough now. The rest
+        wait for a new instance, and hold up no other request."""
+        if self._checked_version == self.peers.version:
             return
-        self._judged = self.peers.version
+        self._checked_version = self.peers.version
         for key, request in list(self.unplaceable.items()):
             if self.pool.fits(request):
                 del self.unplaceable[key]
                 request.unplaceable_since = None
-                self._wants(request)
+                self._add_unplaced(request)
 
     def overdue(self, now: float, holds_up: Callable[[PrefillRequest], bool]) -> list[tuple[PrefillRequest, str, bool]]:
-        """Stranded jobs that must not wait any longer: why, and whether another attempt may do better: elsewhere, or
-        here behind those that it `holds_up`. With nobody else there, attempt after attempt here would use them up."""
+        """Return the unplaceable requests that must not wait any longer, each with the reason and whether to retry.
+
+        A retry helps on another prefill instance, or here behind the requests that this one `holds_up`. Otherwise the
+        request waits for `patience_s`: retries on this instance would only use up its attempts."""
         own, found, decodes = self.own, list[tuple[PrefillRequest, str, bool]](), self.pool.home() is not None
         for request in self.unplaceable.values():
             assert request.unplaceable_since is not None
@@ -126,7 +129,7 @@ class Dispatcher:
             if only_here:
                 least = blocks + own.slots - own.open_slots
                 why = (
-                    f"only {own.iid} could decode its prompt of {blocks} KV blocks, and not beside its own prefill: "
+                    f"only {own.iid} could decode the prompt of {blocks} KV blocks, but not beside its own prefill: "
                     f"set transfer.slab_blocks to {least} at least, or start another worker"
                 )
             found.append((request, why, retry))
@@ -146,32 +149,32 @@ class Dispatcher:
         return True
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:
-        """The job that this answers an offer for, None when the offer is an old one: perhaps of this instance's
-        earlier incarnation, which numbered its offers from 1 too."""
+        """Return the request that `answer` is about, or None when its offer is closed. An offer of this instance's
+        earlier incarnation may have the same number, so request and attempt are compared too."""
         request = self.requests.get(self.offers.get(answer.offer, ""))
-        if request is None or (request.rid, request.attempt, request.flow.target) != (
-            answer.rid,
-            answer.attempt,
-            answer.src,
-        ):
+        if request is None:
             return None
-        return request
+        known = (request.rid, request.attempt, request.flow.target)
+        return request if known == (answer.rid, answer.attempt, answer.src) else None
 
     def granted(self, request: PrefillRequest, now: float) -> None:
+        """Record that the decode instance has reserved memory for the request."""
         assert request.flow.offer is not None
         request.flow.grant()
         self.pool.granted(request.flow.offer, now)
 
     def repeat(self, request: PrefillRequest, now: float) -> list[Action]:
-        """Say to the target all that it has not answered. What it knows already it answers again. When it has
-        all, ask by the same words whether it still has: until the broker closes the job, nobody else knows. Of
-        what it lost, the handles are old ones, and it refuses."""
+        """Send the offer and the chunks that the decode instance has not answered; it answers duplicates again.
+
+        After the hand-over, announce all chunks again until the broker closes the request. This checks that the decode
+        instance still has the KV: one that has lost it finds stale handles, and refuses."""
         self.timers.set(request.key, now + self.own.offer_s)
         offer = [] if request.flow.granted else [self._offer(request)]
         in_flight = request.flow.sent if request.flow.complete else request.flow.in_flight.values()
         return [*offer, *(action for kv_chunk in in_flight for action in self.announce(request, kv_chunk))]
 
     def announce(self, request: PrefillRequest, kv_chunk: KVChunk) -> list[Action]:
+        """Send a Chunk message to the decode instance that the request is on offer to, if there is one."""
         if request.flow.offer is None:
             return []
         chunk = Chunk(
@@ -186,14 +189,14 @@ class Dispatcher:
         return [Send(request.flow.target, chunk)]
 
     def refused(self, request: PrefillRequest, why: str) -> None:
-        """The target does not take it: another one must, or the same when there is news of its load."""
+        """Close a refused offer and queue the request again. Ask that instance again only after a new view."""
         assert request.flow.offer is not None
         self._refused.setdefault(request.key, {})[request.flow.target] = why
         self.pool.refused(request.flow.offer)
         self._clear(request)
 
     def withdraw(self, request: PrefillRequest, why: str) -> list[Action]:
-        """Take an offer back; the decode side keeps a request whose KV it has completely."""
+        """Close the offer. Send a Drop unless the decode instance has all KV: then it keeps the request."""
         if request.flow.offer is None:
             return []
         drop = [] if request.flow.complete else [Send(request.flow.target, Drop(**self.address(request), why=why))]
@@ -203,29 +206,29 @@ class Dispatcher:
         return [*drop]
 
     def forget(self, request: PrefillRequest, why: str) -> list[Action]:
-        """The job is no longer among the others."""
+        """Remove a request that has ended or is given up, and withdraw its offer."""
         self.unplaceable.pop(request.key, None)
         self._refused.pop(request.key, None)
         self.timers.clear(request.key)
         return self.withdraw(request, why)
 
     def renounce(self, grant: Grant) -> Action:
-        """Take back what was granted to an offer that is no more."""
+        """Return a Drop for a grant whose offer is closed, so that the decode instance frees its memory."""
         drop = Drop(
             src=self.own.iid,
             incarnation=self.own.incarnation,
             rid=grant.rid,
             attempt=grant.attempt,
             offer=grant.offer,
-            why="no such offer any more",
+            why="the offer is closed",
         )
         return Send(grant.src, drop)
 
     def aimed_at(self, iid: str) -> list[PrefillRequest]:
-        """Jobs on offer to this instance, those included whose KV is all there: the broker may not know it yet."""
+        """Return the requests on offer to an instance, also those handed over: the broker may not know that yet."""
         return [self.requests[self.offers[number]] for number in self._targets.get(iid, ())]
 
-    def _wants(self, request: PrefillRequest) -> None:
+    def _add_unplaced(self, request: PrefillRequest) -> None:
         insort(self._unplaced, (request.turn, request.key))
 
     def _clear(self, request: PrefillRequest) -> None:
@@ -237,7 +240,7 @@ class Dispatcher:
         self.timers.clear(request.key)
         request.flow.clear_aim()
         if request.key in self.requests and request.unplaced:
-            self._wants(request)
+            self._add_unplaced(request)
 
     def _offer(self, request: PrefillRequest) -> Send:
         offer = Offer(
@@ -252,7 +255,7 @@ class Dispatcher:
         return Send(request.flow.target, offer)
 
     def address(self, request: PrefillRequest) -> dict[str, Any]:
-        """What the target knows its offer by."""
+        """Return the fields that identify the current offer in messages to the decode instance."""
         return {
             "src": self.own.iid,
             "incarnation": self.own.incarnation,
@@ -262,26 +265,26 @@ class Dispatcher:
         }
 
     def check(self) -> None:
-        """Count everything again."""
-        wanting = {
+        """Raise Broken when the indexes of offers and unplaced requests disagree with the requests."""
+        waiting = {
             (request.turn, key)
             for key, request in self.requests.items()
             if request.unplaced and key not in self.unplaceable
         }
-        if wanting - set(self._unplaced) or self._unplaced != sorted(self._unplaced):
-            raise Broken(f"of {wanting} not all are in the line for a decode instance: {self._unplaced}")
+        if waiting - set(self._unplaced) or self._unplaced != sorted(self._unplaced):
+            raise Broken(f"of {waiting} not all are in the line for a decode instance: {self._unplaced}")
         if any(
             self.requests.get(key) is not request or not request.unplaced for key, request in self.unplaceable.items()
         ):
             raise Broken(f"stranded, and on offer or gone: {list(self.unplaceable)}")
         targets = {iid: list(numbers) for iid, numbers in self._targets.items()}
-        aimed: dict[str, list[int]] = {}
+        counted: dict[str, list[int]] = {}
         for number, key in self.offers.items():
             if self.requests[key].flow.offer != number:
                 raise Broken(f"offer {number} is not what {key} is on offer as")
-            aimed.setdefault(self.requests[key].flow.target, []).append(number)
-        if targets != aimed:
-            raise Broken(f"offers by instance are {targets}, counted {aimed}")
+            counted.setdefault(self.requests[key].flow.target, []).append(number)
+        if targets != counted:
+            raise Broken(f"offers by instance are {targets}, counted {counted}")
         if any(
             reservation.granted_at is None and number not in self.offers
             for number, reservation in self.pool.reservations.items()

@@ -1,23 +1,23 @@
-"""KV on its way out of a prefill instance: through slots of its own store, chunk by chunk, until it has landed.
+"""KV send: exports the KV of prefill requests into slots of the own slab, chunk by chunk, until it has landed.
 
-Why requests and slots cannot wait for each other in a circle (the banker's argument). A request is *granted* when a
-decode instance has reserved memory for its whole prompt. What is in slots of a granted request is taken out whatever
-happens, and those slots come back; what is in slots of any other request waits for memory of a decode instance, which
-may be the very memory that was granted to one that waits for slots here. Therefore:
+Why requests and slots cannot deadlock (the banker's argument). A request is *granted* when a decode instance has
+reserved memory for its whole prompt. KV of a granted request is always fetched, so its slots come back. KV of any other
+request waits for memory of a decode instance, and that memory may be reserved for a request that waits for slots here.
+Therefore:
 
-    Requests that are not granted together keep at most `slots - reserve` slots (`Identity.open_slots`), where `reserve`
-    are the blocks that one chunk may fill. Granted ones may take every slot.
+    Requests without a grant together keep at most `slots - reserve` slots (`Identity.open_slots`), where `reserve` is
+    the number of blocks that one chunk may fill. Granted requests may use every slot.
 
-So a granted request always finds slots for its next chunk: those of the reserve are free, or another granted request
-has them and gives them back. Nor does it wait for another's memory: its own has been reserved on both sides, and it
-goes past those that may not go on (core/prefill/scheduler.py). So every granted request ends, on every instance, its memory goes
-to the next, and in the end each is granted. Whoever waits for its turn to take slots is asked for all the same
-(`Prefill.plan`), or with a small store, in which the first chunk fits into the reserve only, none would begin.
+So a granted request always finds slots for its next chunk: the slots of the reserve are free, or another granted
+request holds them and returns them. It does not wait for memory either: that is reserved on both sides, and it
+overtakes requests that must not go on (`queue.fill`). So every granted request ends, on every instance; its memory goes
+to the next, and in the end each is granted. A request that waits for slots is offered all the same
+(`PrefillScheduler.plan`). Otherwise none would begin with a small slab, where a first chunk fits only into the reserve.
 
-Only a grant that comes to nothing breaks the rule: the decode instance is gone, or has let go. `KVOutflow.forsaken` marks
-such a request, whose slots may be more than the open ones, until it is granted again. If all memory that is left has
-been granted to one that waits for those very slots, nothing else would ever bring them back: `slot_deadlock` names one that
-must be given up then.
+Only a lost grant breaks the rule: the decode instance has disappeared, or has dropped the request.
+`KVOutflow.grant_lost` marks such a request until it is granted again; its slots may be more than `open_slots`. If all
+remaining memory is granted to a request that waits for those very slots, nothing else brings them back:
+`KVSend.slot_deadlock` returns the request to give up then.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from tetri.core.actions import Action, Broken, Export, Exported, Free
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.request import KVChunk, PrefillRequest
-from tetri.wire.handover import Handle
 
 
 @dataclass(frozen=True, slots=True)
 class Spare:
-    """Slots for the next chunk: `free` for granted requests, no more than `open` of them for others."""
+    """Slots for the next chunk: `free` of them for granted requests, at most `open` of those for others."""
 
     free: int
     open: int
 
 
 class KVSend:
-    """`fetched` slots of the own store hold KV, will when an `Export` is carried out, or are not yet free again.
-    `keeping`: the jobs that they are taken for, by key."""
+    """Accounts for the slots of the own slab.
+
+    used       slots that hold KV, are reserved for a pending `Export`, or are not free again yet
+    keeping    the requests that these slots belong to, by key
+    """
 
     def __init__(self, own: Identity, dispatcher: Dispatcher) -> None:
         self.own, self.dispatcher = own, dispatcher
@@ -50,11 +52,12 @@ class KVSend:
         self.used = 0
 
     def spare(self) -> Spare:
+        """Return the slots that the next chunk may use."""
         kept = sum(request.flow.kept for request in self.keeping.values() if not request.granted)
         return Spare(self.own.slots - self.used, self.own.open_slots - kept)
 
     def slot_deadlock(self) -> PrefillRequest | None:
-        """The youngest of those whose grants came to nothing and that nobody takes, when no slots will come back."""
+        """Return the youngest unplaced request whose grant was lost, unless a granted request will return slots."""
         keeping = self.keeping.values()
         if any(request.granted for request in keeping):
             return None
@@ -62,7 +65,7 @@ class KVSend:
         return max(grant_lost, key=lambda request: request.turn, default=None)
 
     def export(self, request: PrefillRequest) -> list[Action]:
-        """Put what a step has completed of its blocks into the store."""
+        """Export the blocks that the last step has completed, as one chunk."""
         start, stop = request.flow.exported, request.filled(request.done, self.own.capacity.block_tokens)
         if stop == start:
             return []
@@ -74,13 +77,13 @@ class KVSend:
         return [Export(request.key, index, start, stop)]
 
     def exported(self, request: PrefillRequest | None, event: Exported) -> list[Action]:
-        """It is there: announce it, unless nobody wants it any more: the job has begun again, perhaps."""
+        """Announce a chunk that is in the slab now. Free it if the request has ended or started again meanwhile."""
         if (
             request is None
             or request.end is not None
             or request.flow.awaited.get(event.index) != (event.start, event.stop)
         ):
-            return [self._free(event.handle)]
+            return [Free(event.handle)]
         del request.flow.awaited[event.index]
         token = request.token if event.stop == request.flow.blocks else None
         chunk = KVChunk(event.index, event.start, event.stop, event.handle, event.digest, token)
@@ -88,24 +91,23 @@ class KVSend:
         return self.dispatcher.announce(request, chunk)
 
     def landed(self, request: PrefillRequest, index: int) -> list[Action]:
+        """Free the slots of a chunk that the decode instance has copied."""
         handle = request.flow.land(index)
         if not request.flow.kept:
             self.keeping.pop(request.key, None)
-        return [] if handle is None else [self._free(handle)]
+        return [] if handle is None else [Free(handle)]
 
     def drain(self, request: PrefillRequest) -> list[Action]:
-        """Give all of it up."""
+        """Free all slots of the request."""
         self.keeping.pop(request.key, None)
-        return [self._free(handle) for handle in request.flow.drain()]
-
-    def _free(self, handle: Handle) -> Free:
-        return Free(handle)
+        return [Free(handle) for handle in request.flow.drain()]
 
     def freed(self, slots: int) -> None:
-        """Nobody reads or writes them any more."""
+        """Count `slots` as free: no reader and no writer uses them any more."""
         self.used -= slots
 
     def check(self, requests: Collection[PrefillRequest]) -> None:
+        """Raise Broken when the slots disagree with the requests, or too many belong to requests without a grant."""
         for request in requests:
             kept = sum(chunk.stop - chunk.start for chunk in request.flow.in_flight.values())
             if request.end is None and kept + request.flow.landed > request.flow.exported:
@@ -120,4 +122,4 @@ class KVSend:
         if waiting > self.own.open_slots:
             raise Broken(f"{waiting} slots are kept for whom nobody takes yet, {self.own.open_slots} may be")
         if not 0 <= self.used <= self.own.slots:
-            raise Broken(f"{self.used} of {self.own.slots} slots taken")
+            raise Broken(f"{self.used} of {self.own.slots} slots are used")

@@ -1,4 +1,4 @@
-"""The queue of a prefill instance: the order of its prompts, how much work they are, and the next chunk of them."""
+"""The queue of a prefill instance: orders the prompts, sums their remaining work and packs the next chunk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Requests = Mapping[str, PrefillRequest]
 
 
 class Queue:
-    """Jobs whose tokens are not all computed, by key: `raw` in order of arrival, `line` in order of execution.
+    """Keys of the requests whose tokens are not all computed: `raw` in order of arrival, `line` in order of execution.
 
-    With a windowed order, windows of `raw` move into `line` when a chunk wants them. Without windows `line` holds only
-    what was started, and the rest of the order is made anew for each chunk: whoever comes with a lower rank goes first.
+    With a windowed order, a window of `raw` moves to `line` when a chunk needs more prompts. Otherwise `line` holds
+    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first.
 
-    tokens, seconds   what is still to be computed of all of them, predicted by the cost table
+    tokens    tokens that are still to be computed
+    seconds   the time that this takes, predicted by the cost table
     """
 
     def __init__(self, own: Identity) -> None:
@@ -35,12 +36,13 @@ class Queue:
         self.tokens = 0
         self.seconds = 0.0
         self._line_tokens = 0
-        self._ranked: list[tuple[Rank, str]] = []  # `raw` by rank, unless windows are ranked
+        self._ranked: list[tuple[Rank, str]] = []  # `raw` by rank; empty with a windowed order
 
     def __len__(self) -> int:
         return len(self.raw) + len(self.line)
 
     def enter(self, request: PrefillRequest) -> None:
+        """Add a new request."""
         self.raw[request.key] = request.queued
         self.tokens += request.goal
         self.seconds += request.left_s
@@ -48,9 +50,10 @@ class Queue:
             insort(self._ranked, self._rank(request.queued))
 
     def first(self, tokens: int) -> Iterator[str]:
-        """Keys in order of execution, at least as many as have so many tokens, if there are. With windows no more of
-        them are ordered than that takes: whoever comes later is ordered with more company. A window never goes before
-        an earlier one, which bounds how long a prompt is passed over."""
+        """Yield keys in order of execution: enough for a chunk of `tokens`, if there are as many.
+
+        With a windowed order, no more windows are sorted than that takes, so that later arrivals are sorted together
+        with more prompts. A window never overtakes an earlier one, which bounds how long a prompt waits."""
         rules = self.own.rules
         while self.order.windowed and self.raw and self._line_tokens < tokens:
             window = list(islice(self.raw.values(), rules.sched_batch))
@@ -62,14 +65,14 @@ class Queue:
             yield key
 
     def start(self, request: PrefillRequest) -> None:
-        """The engine has its leg: from now on nobody goes before it."""
+        """Move a request to `line` when its engine request starts: no other request overtakes it from then on."""
         if request.key in self.raw:
             self._unrank(request)
             self.line[request.key] = None
             self._line_tokens += request.goal
 
     def computed(self, request: PrefillRequest, done: int) -> None:
-        """One in line has `done` tokens computed."""
+        """Record that `done` tokens of a request in `line` are computed; fewer than before after a preemption."""
         fewer = done - request.done
         left_s = self.own.cost.prompt_s(request.goal, done, self.own.capacity.chunk_tokens)
         self.tokens -= fewer
@@ -78,14 +81,16 @@ class Queue:
         request.done, request.left_s = done, left_s
 
     def leave(self, request: PrefillRequest) -> None:
-        """All of it is computed, or nobody wants it any more."""
+        """Remove a request that is completely computed, or given up."""
         if request.key in self.raw:
             self._unrank(request)
         else:
             del self.line[request.key]
             self._line_tokens -= request.goal - request.done
         self.tokens -= request.goal - request.done
-        self.seconds = self.seconds - request.left_s if self.tokens else 0.0  # without what rounding leaves
+        self.seconds -= request.left_s
+        if not self.tokens:
+            self.seconds = 0.0  # without the rounding error of the sums
 
     def _unrank(self, request: PrefillRequest) -> None:
         del self.raw[request.key]
@@ -96,7 +101,7 @@ class Queue:
         return self.order.rank(prompt, self.own.rules.stretch), prompt.key
 
     def check(self, requests: Mapping[str, PrefillRequest]) -> None:
-        """Count everything again."""
+        """Raise Broken when the queue and its sums disagree with the requests."""
         for key in (*self.raw, *self.line):
             if requests[key].token is not None:
                 raise Broken(f"{key} has its token and is still queued")
@@ -120,9 +125,9 @@ class Queue:
 def candidates(
     queue: Queue, requests: Requests, started: Requests, budget: int, free: int, most: int
 ) -> list[Progress]:
-    """The prompts that may be in a chunk of `buffer` tokens, in the order in which the engine runs them, up to `most` and
-    until it is full: those whose leg it has, and those for which the `free` blocks are enough."""
-    prompts, size = list[Progress](), budget
+    """Return the prompts for a chunk of up to `budget` tokens, `most` at most, in the order in which the engine runs
+    them: first the started ones, then those for which the `free` KV blocks suffice."""
+    prompts, chunk_tokens = list[Progress](), budget
     if budget <= 0:
         return prompts
     for request in started.values():
@@ -130,7 +135,7 @@ def candidates(
             return prompts
         prompts.append(_progress(request))
         budget -= request.goal - request.done
-    for key in queue.first(size):
+    for key in queue.first(chunk_tokens):
         request = requests[key]
         if request.running:
             continue
@@ -149,23 +154,24 @@ def _progress(request: PrefillRequest) -> Progress:
 def fill(
     own: Identity, budget: int, prompts: list[Progress], requests: Requests, started: Requests, slots: Spare
 ) -> list[Span]:
-    """The next chunk of up to `buffer` tokens. Where one must wait for slots those behind it wait too, except for granted
-    ones: what they keep comes back, and what they wait for is there."""
+    """Return the next chunk, of up to `budget` tokens. When a request must wait for slots, the requests behind it wait
+    too, except granted ones: the decode instance has memory for their KV, so their slots come back."""
     spans = CHUNKS[own.rules.chunk](prompts, budget)
     chosen = _within(spans, requests, slots, budget, own)
     if len(chosen) == len(spans) or not any(request.granted for request in started.values()):
         return chosen
     first = {span.key for span in chosen}
-    passing = [_progress(request) for key, request in started.items() if key in first or request.granted]
+    overtaking = [_progress(request) for key, request in started.items() if key in first or request.granted]
     unstarted = [prompt for prompt in prompts[: len(chosen)] if prompt.key not in started]
-    again = CHUNKS[own.rules.chunk]((passing + unstarted)[: own.capacity.max_batch], budget)
+    again = CHUNKS[own.rules.chunk]((overtaking + unstarted)[: own.capacity.max_batch], budget)
     return _within(again, requests, slots, budget, own)
 
 
 def _within(spans: list[Span], requests: Requests, slots: Spare, budget: int, own: Identity) -> list[Span]:
-    """The first spans, as many as the store has `slots` for the KV that leaves with them; the KV of earlier chunks must
-    leave before the rest is computed. When decodes that the engine preempts leave it tokens, it may run so many more of
-    one than planned: up to the chunk's full size, not only `buffer`."""
+    """Return the leading spans whose KV the free `slots` can hold; the rest waits until earlier KV has left.
+
+    When the engine preempts decodes, it may use their tokens for more of a prompt than planned: up to the full chunk
+    size instead of `budget`. The slots must suffice for that too."""
     block, spare = own.capacity.block_tokens, own.capacity.chunk_tokens - budget
     free, free_open = slots.free, slots.open
     for place, span in enumerate(spans):
@@ -179,14 +185,14 @@ def _within(spans: list[Span], requests: Requests, slots: Spare, budget: int, ow
 
 
 def ran(planned: Sequence[Span], spans: Sequence[Span], requests: Requests, *, strained: bool) -> bool:
-    """Whether the engine ran what was planned. `strained`: it may have run more or less of each prompt, or left some
-    out, but nothing else."""
+    """Return whether the engine ran the planned spans. `strained`: it may have run more or fewer tokens of each prompt,
+    or none, but no other prompt."""
     left = {span.key: span for span in planned}
     for span in spans:
         wanted = left.pop(span.key, None)
         if wanted is None:
             return False
-        other = strained and wanted.start == span.start < span.stop <= requests[span.key].goal
-        if span != wanted and not other:
+        resized = strained and wanted.start == span.start < span.stop <= requests[span.key].goal
+        if span != wanted and not resized:
             return False
     return strained or not left

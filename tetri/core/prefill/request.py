@@ -1,7 +1,8 @@
-"""One attempt of one request on the prefill side, and its KV on the way out.
+"""A request in its prefill phase, and its KV on the way to a decode instance.
 
 offered -> granted -> every chunk announced and landed. The prefill instance announces chunks without waiting for the
-Grant and keeps each until its Landed; after a Refuse the same slots are offered elsewhere, unless one was freed.
+Grant, and keeps each chunk until its Landed. After a Refuse it offers the same slots to another instance, unless a
+chunk has landed already.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from tetri.wire.messages import End
 
 @dataclass(slots=True)
 class KVChunk:
-    """One chunk in the sender's store: blocks [start, stop), one slot each."""
+    """One KV chunk in the sender's slab: blocks [start, stop), one slot each. `token`: the first output token, with the
+    last chunk only."""
 
     index: int
     start: int
@@ -30,67 +32,72 @@ class KVChunk:
 
 @dataclass(slots=True)
 class KVOutflow:
-    """The sender's side. `offer` numbers the current try, None while nobody is asked."""
+    """State of the KV send of one request. `offer`: number of the open offer, None while there is none."""
 
     blocks: int  # of the whole prompt
     offer: int | None = None
     target: str = ""
     granted: bool = False
-    grant_lost: bool = False  # it was granted once, but is no more
-    in_flight: dict[int, KVChunk] = field(default_factory=dict)  # put and not landed, by index
-    landed: int = 0  # blocks landed, and so freed here
-    exported: int = 0  # blocks put, landed ones included
-    chunks: int = 0  # chunks put, the next index
-    awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks that are being put
-    sent: list[KVChunk] = field(default_factory=list)  # all that were put, landed ones included
+    grant_lost: bool = False  # an earlier grant came to nothing
+    in_flight: dict[int, KVChunk] = field(default_factory=dict)  # exported and not landed, by index
+    landed: int = 0  # blocks that have landed; their slots here are freed
+    exported: int = 0  # blocks exported, landed ones included
+    chunks: int = 0  # chunks exported; the index of the next one
+    awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # pending exports: index -> [start, stop)
+    sent: list[KVChunk] = field(default_factory=list)  # all exported chunks, landed ones included
 
     @property
     def complete(self) -> bool:
+        """Whether the decode instance has all KV of the prompt."""
         return self.landed == self.blocks
 
     @property
     def kept(self) -> int:
-        """Blocks in the sender's store, or on their way into it."""
+        """Blocks in the sender's slab, pending exports included."""
         return self.exported - self.landed
 
     @property
     def movable(self) -> bool:
-        """Whether another decode instance can still be asked."""
+        """Whether another decode instance can still be asked: no chunk has landed."""
         return self.landed == 0
 
-    def put(self, kv_chunk: KVChunk) -> None:
-        self.in_flight[kv_chunk.index] = kv_chunk
-        self.sent.append(kv_chunk)
+    def put(self, chunk: KVChunk) -> None:
+        """Add a chunk that is in the slab now."""
+        self.in_flight[chunk.index] = chunk
+        self.sent.append(chunk)
 
     def land(self, index: int) -> Handle | None:
-        """The receiver has this chunk; its handle is returned once, to be freed."""
-        self.grant()  # or nothing could land: asking anew could be granted anew, without what landed
-        kv_chunk = self.in_flight.pop(index, None)
-        if kv_chunk is None:
+        """Record that a chunk has landed. Return its handle, to be freed; None when it had landed before."""
+        self.grant()  # a chunk lands only after a grant; another offer would reserve memory again, without that chunk
+        chunk = self.in_flight.pop(index, None)
+        if chunk is None:
             return None
-        self.landed += kv_chunk.stop - kv_chunk.start
-        return kv_chunk.handle
+        self.landed += chunk.stop - chunk.start
+        return chunk.handle
 
     def grant(self) -> None:
+        """Record that the decode instance has reserved memory for the prompt."""
         self.granted, self.grant_lost = True, False
 
     def aim(self, offer: int, target: str) -> None:
+        """Set the open offer and its decode instance."""
         self.offer, self.target, self.granted = offer, target, False
 
     def clear_aim(self) -> None:
+        """Forget the open offer; a grant that it had is lost."""
         self.grant_lost = self.grant_lost or self.granted
         self.offer, self.target, self.granted = None, "", False
 
     def drain(self) -> list[Handle]:
-        """Give everything up: the handles to free."""
-        handles = [kv_chunk.handle for kv_chunk in self.in_flight.values()]
+        """Give up all chunks, and return the handles to free."""
+        handles = [chunk.handle for chunk in self.in_flight.values()]
         self.in_flight.clear()
         return handles
 
 
 @dataclass(slots=True)
 class PrefillRequest:
-    """One attempt of one request on the prefill side. `tokens` is prompt + output of earlier attempts."""
+    """One attempt of one request on the prefill instance. `output`: output tokens of earlier attempts."""
 
     key: str
     rid: str
@@ -101,63 +108,68 @@ class PrefillRequest:
     queued: QueuedPrompt
     flow: KVOutflow
     goal: int  # tokens of the prompt and of the output of earlier attempts
-    left_s: float = 0.0  # predicted seconds of the prefill that is still to be done
+    left_s: float = 0.0  # predicted seconds of the remaining prefill
     length: LengthRange | None = None
-    predicted: bool = True  # False while its length is being predicted
-    answered: bool = True  # False from `Predict` until its answer has come
-    estimated: bool = False  # by its own hidden state, and nobody knows better
+    predicted: bool = True  # False while its offer waits for a length prediction
+    answered: bool = True  # False from `Predict` until `LengthKnown`
+    estimated: bool = False  # `length` is the estimate of its own hidden state, the best there is
     done: int = 0  # tokens computed
-    turn: int = 0  # its place in the order in which jobs were started; 0: not yet
-    running: bool = False  # the engine has its leg
-    held: bool = False  # the engine was told to keep its leg out of the steps
-    token: int | None = None  # the one that prefill yields
-    end: End | None = None  # when that token ended the request
-    unplaceable_since: float | None = None  # since when no decode instance exists for it
+    turn: int = 0  # place in the order of starts; 0: not started
+    running: bool = False  # its engine request is in the engine
+    held: bool = False  # the engine keeps it out of the steps (HoldRequest)
+    token: int | None = None  # the first output token, once computed
+    end: End | None = None  # set when that token ended the request
+    unplaceable_since: float | None = None  # since when no decode instance is large enough for it
 
     @property
     def decodes(self) -> bool:
-        """Whether anything may follow the first token."""
+        """Whether more output may follow the first token."""
         return self.end is None and len(self.output) + 1 < self.sampling.max_tokens
 
     @property
     def unplaced(self) -> bool:
-        """Started, to be decoded, and on offer nowhere."""
+        """Whether it has started, needs a decode instance, and is on offer to none."""
         return bool(self.turn) and self.flow.offer is None and self.decodes and not self.flow.complete
 
     @property
     def granted(self) -> bool:
+        """Whether the decode instance of its open offer has reserved memory for it."""
         return self.flow.offer is not None and self.flow.granted
 
     def fits(self, capacity: Capacity) -> bool:
-        """Whether an engine can hold the whole request, its longest output included."""
+        """Return whether an engine can hold the whole request, its longest possible output included."""
         tokens = len(self.prompt) + self.sampling.max_tokens
         return self.goal < capacity.context and blocks_for(tokens, capacity.block_tokens) <= capacity.blocks
 
     def need(self, rules: Rules, block_tokens: int) -> Need:
-        """What it will take on a decode instance, by the end of its range that `rules.dispatch_end` names."""
+        """Return the load that it adds to a decode instance, from the end of its length range that `rules.dispatch_end`
+        names."""
         most = self.sampling.max_tokens
         end = max(end_of(self.length, rules.dispatch_end, most), len(self.output) + 2)  # one token more than the first
         blocks = blocks_for(len(self.prompt) + end, block_tokens)
         return Need(self.flow.blocks, blocks, heavy(self.length, rules.heavy_tokens, most))
 
     def filled(self, done: int, block_tokens: int) -> int:
-        """Up to which block all are complete, or were exported, once `done` tokens are computed. None of a request
-        that its first token ends: nobody would take them out of the store."""
+        """Return how many leading blocks are complete, or were exported, once `done` tokens are computed. A request
+        that ends with its first token exports no more blocks: no instance would fetch them."""
         if not self.decodes:
             return self.flow.exported
         return max(self.flow.blocks if done == self.goal else done // block_tokens, self.flow.exported)
 
     @property
     def stage(self) -> Stage:
+        """The stage that a heartbeat reports."""
         if self.token is not None:
             return Stage.DONE if self.end else Stage.MOVING
         return Stage.PREFILL if self.running else Stage.QUEUED
 
     def outputs(self) -> list[int]:
+        """Return the output tokens of all attempts."""
         return [*self.output, *([] if self.token is None else [self.token])]
 
     def receipt(self, iid: str) -> Receipt:
-        """Of a request that its first token ends on this instance: nobody used the KV that may have left already."""
+        """Return the receipt of a request that ends with its first token, on this instance `iid`. KV that was sent
+        already does not count: no instance used it."""
         return Receipt(
             prompt_tokens=len(self.prompt),
             adopted=0,

@@ -1,6 +1,6 @@
-"""The prefill half of a worker: queue -> order -> chunk -> offer -> first token -> KV leaves, chunk by chunk.
+"""The prefill scheduler of a worker: queue -> order -> chunk -> offer -> first token, with a KV send after each chunk.
 
-A job is kept, with its first token, until the broker closes it: until then the broker can ask for it again.
+It keeps a request, with its first token, until the broker closes it: until then the broker can ask for it again.
 """
 
 from __future__ import annotations
@@ -9,16 +9,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from tetri.core.actions import (
-    BROKER,
-    Action,
-    AddRequest,
-    Broken,
-    CancelRequest,
-    Exported,
-    HoldRequest,
-    Send,
-)
+from tetri.core.actions import BROKER, Action, AddRequest, Broken, CancelRequest, Exported, HoldRequest, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -38,7 +29,13 @@ Report = Staged | Tokens | Failed
 
 
 class PrefillScheduler:
-    """`requests` by key. `started`: those whose leg is in the engine. `expected`: the chunk that is planned."""
+    """Schedules the prefill phase.
+
+    requests   all that the broker has not closed, by key
+    started    those whose engine request is in the engine, by key
+    expected   the planned chunk
+    short      whether the first prompt in the queue waits for slots
+    """
 
     def __init__(
         self,
@@ -56,22 +53,24 @@ class PrefillScheduler:
         self.dispatcher = Dispatcher(own, self.requests, peers, timers, rng)
         self.kv_send = KVSend(own, self.dispatcher)
         self.lengths = LengthWait(own, self.dispatcher, estimator)
-        self.short = False  # the first in line waits for slots
+        self.short = False
         self.expected: list[Span] = []
-        self._budget = 0  # tokens that the planned step leaves to prefill
-        self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its jobs
+        self._budget = 0  # tokens of the planned step that prefill may use
+        self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its attempts here
         self._arrivals = self._turns = 0
 
     @property
     def slots_used(self) -> int:
+        """Slots of the own slab that are not free."""
         return self.kv_send.used
 
-    # ------------------------------------------------------------ what comes in
+    # ------------------------------------------------------------ messages
 
     def assign(self, message: Assign, now: float) -> list[Action]:
+        """Queue a request, and forget its earlier attempts. Report Failed when it can never fit."""
         key = f"p:{message.rid}:{message.attempt}"
         if key in self.requests:
-            return []  # the broker was not sure that it had reached us
+            return []  # a resent Assign
         actions = self.close(message.rid, message.attempt - 1)
         own, tokens = self.own, len(message.prompt) + len(message.output)
         blocks = blocks_for(tokens, own.capacity.block_tokens)
@@ -99,7 +98,7 @@ class PrefillScheduler:
         return [*actions, *self.lengths.arrived(request)]
 
     def close(self, rid: str, attempt: int) -> list[Action]:
-        """Let go of every attempt up to this one, in any stage."""
+        """Forget every attempt of a request up to `attempt`, in any stage."""
         requests = [self.requests[key] for key in self._attempts.get(rid, ())]
         actions: list[Action] = []
         for request in [request for request in requests if request.attempt <= attempt]:
@@ -107,7 +106,7 @@ class PrefillScheduler:
         return actions
 
     def reject(self, key: str, why: str) -> list[Action]:
-        """The engine cannot run this leg: the others of the chunk get its place."""
+        """Fail a request that the engine can never run, and give its part of the chunk to the others."""
         request = self.requests[key]
         others = [self.requests[span.key] for span in self.expected if span.key != key]
         actions = self.give_up(request, why, retry=False)
@@ -115,6 +114,7 @@ class PrefillScheduler:
         return [*actions, *self.holding()]
 
     def resend(self, message: Resend) -> list[Action]:
+        """Send the output tokens from index `message.start` on again."""
         request = self.requests.get(f"p:{message.rid}:{message.attempt}")
         if request is None:
             return []
@@ -125,8 +125,10 @@ class PrefillScheduler:
     # ------------------------------------------------------------ the next chunk
 
     def plan(self, budget: int, now: float) -> list[Action]:
-        """Choose the next chunk, of up to `buffer` tokens, and hand the engine just the legs that fill it. If it is none
-        for want of slots, the first is offered all the same: the reserve is there for it once it is granted."""
+        """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
+
+        If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
+        may use the reserve."""
         self._budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
         prompts = candidates(self.queue, self.requests, self.started, budget, free, most)
         self._choose(prompts)
@@ -160,7 +162,7 @@ class PrefillScheduler:
         return [AddRequest(engine_request), staged, *self.dispatcher.dispatch(now)]
 
     def holding(self) -> list[Action]:
-        """Keep what is started and not in the planned chunk out of the step."""
+        """Hold the started requests that are not in the planned chunk, and release those that are."""
         planned = {span.key for span in self.expected}
         actions: list[Action] = []
         for key, request in self.started.items():
@@ -170,30 +172,31 @@ class PrefillScheduler:
         return actions
 
     def blocked(self) -> PrefillRequest | None:
-        """The one that holds memory and cannot go on: it waits for slots, and no decode instance has taken it."""
+        """Return the request that holds KV blocks and cannot go on: it waits for slots, and no decode instance has
+        granted it. None if there is none."""
         request = next(iter(self.started.values()), None) if self.short else None
         return None if request is None or request.granted else request
 
     def holds_up(self, request: PrefillRequest) -> bool:
-        """Whether it waits for slots before others for which there is a decode instance."""
+        """Return whether the request waits for slots ahead of others that a decode instance could hold."""
         if self.blocked() is not request:
             return False
         others = [self.requests[key] for key in (*self.queue.raw, *self.queue.line)]
         return any(not other.decodes or self.dispatcher.pool.fits(other) for other in others)
 
     def free_memory(self, rid: str, blocks: int) -> list[Action]:
-        """Give the memory of the blocked leg to a request that asks for so many blocks to be decoded here. Else two
-        instances that do both could wait for each other's memory for ever. Of two requests that ask each other's
-        instances at the same time, the one with the lower id wins, on both."""
+        """Free the KV blocks of the blocked request for request `rid`, which needs `blocks` to decode here. Otherwise
+        two mixed instances could wait for each other's memory for ever. When two requests are on offer to each other's
+        instances, the one with the lower id wins on both."""
         request = self.blocked()
         if request is None or request.rid == rid or (request.flow.offer is not None and request.rid < rid):
             return []
         enough = self.ledger.free + request.flow.blocks >= blocks
-        return self.retreat(request, "its memory went to a request to be decoded") if enough else []
+        return self.retreat(request, "its memory was given to a request that decodes here") if enough else []
 
     def retreat(self, request: PrefillRequest, why: str) -> list[Action]:
-        """Give the memory of one back whose KV is all here, since nobody has taken it. It begins again, behind those
-        that have started, when there is room."""
+        """Free the KV blocks and slots of a started request that no decode instance has granted. It starts again later,
+        behind the started ones."""
         self._stop(request)
         self.queue.computed(request, 0)
         request.turn = 0
@@ -213,8 +216,10 @@ class PrefillScheduler:
         *,
         strained: bool,
     ) -> list[Action]:
-        """Tokens go out first, then the KV of the blocks that this chunk filled. `strained`: memory was short or the
-        engine computed a preempted decode again, so that it may have run other tokens than planned of the chunk."""
+        """Report first tokens, then export the KV blocks that this chunk completed.
+
+        `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
+        tokens of the chunk than planned. Raise Broken when the engine ran anything else."""
         planned, self.expected = self.expected, []
         if not ran(planned, spans, self.requests, strained=strained):
             raise Broken(f"planned {planned}, the engine ran {list(spans)}")
@@ -245,7 +250,7 @@ class PrefillScheduler:
         return [self._report(Tokens, items=items), *after] if items else []
 
     def _stop(self, request: PrefillRequest) -> None:
-        """Its leg is no longer in the engine."""
+        """Record that its engine request is no longer in the engine."""
         del self.started[request.key]
         request.running = request.held = False
         self.ledger.close(request.key)
@@ -256,23 +261,24 @@ class PrefillScheduler:
         ]
 
     def _end(self, request: PrefillRequest, end: End) -> list[Action]:
-        """The first token ends the request: no more KV moves."""
+        """End a request with its first token: no more KV is sent."""
         request.end = end
         return [*self.dispatcher.forget(request, "finished"), *self.kv_send.drain(request)]
 
     def exported(self, event: Exported) -> list[Action]:
+        """Announce a chunk that is in the slab now."""
         return self.kv_send.exported(self.requests.get(event.key), event)
 
-    # ------------------------------------------------------------ letting go
+    # ------------------------------------------------------------ giving up
 
     def give_up(self, request: PrefillRequest, why: str, *, retry: bool = True) -> list[Action]:
-        """It cannot go on here, perhaps since part of its KV is gone with a decode instance; another attempt may."""
+        """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed."""
         return [*self._forget(request, why), self._fail(request, why, retry=retry)]
 
     def slot_deadlock(self) -> PrefillRequest | None:
-        """One that must be given up: a granted one waits for its slots."""
-        waits = self.short and any(request.granted for request in self.started.values())
-        return self.kv_send.slot_deadlock() if waits else None
+        """Return the request to give up because a granted one waits for its slots; None without a deadlock."""
+        waiting_for_slots = self.short and any(request.granted for request in self.started.values())
+        return self.kv_send.slot_deadlock() if waiting_for_slots else None
 
     def _forget(self, request: PrefillRequest, why: str) -> list[Action]:
         del self.requests[request.key], self._attempts[request.rid][request.key]
@@ -285,9 +291,10 @@ class PrefillScheduler:
             self._stop(request)
         return [*cancel, *self.dispatcher.forget(request, why), *self.kv_send.drain(request)]
 
-    # ------------------------------------------------------------ what it says of itself
+    # ------------------------------------------------------------ reports
 
     def holds(self) -> list[Hold]:
+        """Return the requests for the heartbeat."""
         return [
             Hold(request.rid, request.attempt, request.stage, len(request.outputs()))
             for request in self.requests.values()
@@ -300,7 +307,7 @@ class PrefillScheduler:
         return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
 
     def check(self) -> None:
-        """Count everything again."""
+        """Raise Broken when requests, engine requests, ledger and indexes disagree."""
         self.queue.check(self.requests)
         if any((request.key in self.ledger) != request.running for request in self.requests.values()):
             raise Broken(
@@ -310,5 +317,5 @@ class PrefillScheduler:
             raise Broken(f"started are {list(self.started)}, and others run")
         attempts = {(request.rid, key) for key, request in self.requests.items()}
         if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
-            raise Broken(f"jobs and their index differ: {self._attempts}")
+            raise Broken(f"requests and their index differ: {self._attempts}")
         self.kv_send.check(self.requests.values())
