@@ -1,11 +1,28 @@
-"""Makes the helper modules of this folder importable (`import live`) from every test below it."""
+"""What every test has: helper modules that can be imported (`import live`), groups of tests that share what is dear to
+start, and a count of the engines that were started."""
+
+from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import starts
+from groups import Shared, group_of
 
 # Whoever runs the tests in the background may have these ignored; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Groups that take longest, in the order in which they begin: two processes that share the tests end together then.
+LONGEST = (
+    *("float32", "live", "tests/engine/test_vllm_tight.py", "tests/engine/test_vllm_bfloat16.py"),
+    *("tests/proc/test_launch.py", "tests/core/test_cluster.py", "tests/proc/test_live_chaos.py"),
+    *("tests/kv/test_nixl.py", "tests/proc/test_live_faults.py", "tests/proc/test_live_link.py"),
+    *("tests/proc/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),
+)
 
 
 def pytest_addoption(parser):
@@ -19,3 +36,51 @@ def pytest_configure(config):
     if worker and config.getoption("--core-each"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+# ---------------------------------------------------------------- groups
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places: dict[str, int] = {}
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        places.setdefault(group_of(item), len(places))
+    places |= {name: number - len(LONGEST) for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places[group_of(item)])
+
+
+SHARED = pytest.StashKey[Shared]()
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config) -> Shared:
+    return pytestconfig.stash.setdefault(SHARED, Shared())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if SHARED in item.config.stash and (nextitem is None or group_of(nextitem) != group_of(item)):
+        item.config.stash[SHARED].close()
+
+
+# ---------------------------------------------------------------- engines that were started
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of xdist tells the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["engines"] = starts.engines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    starts.engines += getattr(node, "workeroutput", {}).get("engines", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if starts.engines:
+        terminalreporter.write_line(f"vLLM engines started: {starts.engines}")

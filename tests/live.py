@@ -20,6 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import starts
+from forks import Program
+
 from tetri.client import Client
 from tetri.config import Config, load
 
@@ -52,7 +55,7 @@ class LiveCluster:
         self.overrides = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", *overrides]
         self.conf = conf
         self.config: Config = load(conf, self.overrides)
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes] | Program] = {}
         self.clients: list[Client] = []
         self.killed: list[str] = []
 
@@ -74,14 +77,19 @@ class LiveCluster:
     def start(self, name: str, *extra: str, inside: Sequence[str] = ()) -> None:
         """Start the broker, the monitor, or the worker of this name, as its own program; `inside` comes before."""
         module = name if name in ("broker", "monitor") else "worker"
+        arguments = ["--conf", str(self.conf)]
+        arguments += [part for override in self.overrides for part in ("--set", override)]
+        arguments += ["--iid", name] if module == "worker" else []
+        arguments += extra
+        output = self.folder / f"{name}.log"
+        if self.config.engine.kind == "emulated" and not inside:
+            self.processes[name] = Program(module, arguments, self.prologue, output)
+            return
         program = f"{self.prologue}from tetri.proc.{module} import main; main()"
-        command = [sys.executable, "-c", program, "--conf", str(self.conf)]
-        command += [part for override in self.overrides for part in ("--set", override)]
-        command += ["--iid", name] if module == "worker" else []
-        with open(self.folder / f"{name}.log", "ab") as output:
-            whole = [*inside, *command, *extra]
-            process = subprocess.Popen(whole, stdin=subprocess.DEVNULL, stderr=output, stdout=output)
-        self.processes[name] = process
+        command = [*inside, sys.executable, "-c", program, *arguments]
+        with output.open("ab") as file:
+            self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=file, stdout=file)
+        starts.engines += module == "worker" and self.config.engine.kind == "vllm"
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until the process is gone."""

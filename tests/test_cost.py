@@ -186,11 +186,6 @@ def test_bytes_that_are_no_text(tmp_path):
         cost.load(tmp_path / "table.toml")
 
 
-def test_a_table_that_is_not_there(tmp_path):
-    with pytest.raises(CostError, match="no cost table"):
-        cost.load(tmp_path / "none.toml")
-
-
 def test_a_table_that_is_made_is_checked_as_well():
     with pytest.raises(CostError, match=r"^decode: its seconds must not fall"):
         Cost(decode=((1.0, 2.0), (2.0, 1.0)))

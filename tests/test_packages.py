@@ -66,7 +66,9 @@ PACKAGES = {
             "engine",
             "kv",
             "executor",
-        )
+        ),
+        *("text", "faults"),  # with faults it detokenizes, and draws chances as a live deployment does
+        third=["msgspec"],
     ),
     "bench": (EVERYTHING, frozenset({"click", "rich", "matplotlib", "zmq", "torch", "vllm"})),
     "executor": package("core", "engine", "kv", "engine_request", "request", "wire"),

@@ -53,12 +53,11 @@ class Checkout:
         (self.stub / "fail").write_text(word)
         (self.stub / "says").write_text(saying)
 
-    def run(self, program: str = "bin/setup", **environment: str) -> subprocess.CompletedProcess:
+    def run(self, program: str = "bin/setup", *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         (self.stub / "calls").write_text("")
         settings = {"PATH": str(self.stub / "bin"), "STUB": str(self.stub), "HOME": str(self.stub)}
-        return subprocess.run(
-            [self.root / program], env=settings | environment, capture_output=True, text=True, cwd="/", timeout=60
-        )
+        command = [self.root / program, *arguments]
+        return subprocess.run(command, env=settings | environment, capture_output=True, text=True, cwd="/", timeout=60)
 
     def steps(self) -> list[str]:
         """The pip and model calls of the last run, each by what tells it apart."""
@@ -142,3 +141,58 @@ def test_launchers(checkout, name):
     link = checkout.stub / "elsewhere"
     link.symlink_to(os.path.relpath(checkout.root / "bin" / name, checkout.stub))
     assert subprocess.run([link, "a", "b c"], capture_output=True, text=True).stdout == "ran with a b c\n"
+
+
+# ---------------------------------------------------------------- bin/test
+
+
+@pytest.fixture
+def tested(checkout):
+    """Runs bin/test over stubs: what it says, its exit status, and pytest's arguments for each group."""
+    for folder in ("tests/core/prefill", "tests/sim", *(f"tetri/{each}" for each in ("core/prefill", "core/decode"))):
+        (checkout.root / folder).mkdir(parents=True)
+    for file in ("tests/test_text.py", "tests/core/test_decode.py", "tetri/text.py", "tetri/wire.py", "tetri/sim.py"):
+        (checkout.root / file).write_text("")
+    for name in ("setup", "check"):
+        path = checkout.root / "bin" / name
+        path.write_text(f'#!/bin/sh\necho "{name}" >>"$STUB/calls"\n')
+    python = checkout.root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def run(*arguments):
+        done = checkout.run("bin/test", *arguments)
+        calls = (checkout.stub / "calls").read_text().splitlines()
+        return done, [call.partition(" -m not model and not gpu ")[2] or call for call in calls]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("package", "place"),
+    [
+        ("core", "tests/core"),
+        ("core/prefill", "tests/core/prefill"),
+        ("core/decode", "tests/core/test_decode.py"),
+        ("sim", "tests/sim"),
+        ("text", "tests/test_text.py"),
+    ],
+)
+def test_a_package_is_tested_alone_and_nothing_is_checked(tested, package, place):
+    done, calls = tested(package, "-k", "word")
+    assert done.returncode == 0 and calls == ["setup", f"{place} -k word"]
+
+
+def test_without_a_package_all_is_checked_and_arguments_are_those_of_pytest(tested):
+    for arguments in ((), ("-k", "core"), ("tests/sim", "-x"), ("tests/test_text.py::test_one",)):
+        done, calls = tested("--fast", *arguments)
+        assert done.returncode == 0 and calls[:2] == ["setup", "check"]
+        assert calls[2].endswith(" ".join(arguments)) and len(calls) == 3
+    assert len(tested("tests/sim")[1]) == 5
+
+
+@pytest.mark.parametrize(("name", "says"), [("cor", "tetri has no package 'cor'"), ("wire", "no tests of the package")])
+def test_a_package_that_is_not_there_is_one_line(tested, name, says):
+    done, calls = tested(name)
+    assert done.returncode == 2 and says in error_of(done) and done.stderr.count("\n") == 1 and calls == []

@@ -1,5 +1,5 @@
 """The action executor of a worker: carries out the core's actions on the engine, the KV store and the network. The live
-process, the simulator and the virtual cluster of the tests share it, with different engines, stores and networks."""
+process and the simulator, with faults or without, share it, with different engines, stores and networks."""
 
 from __future__ import annotations
 

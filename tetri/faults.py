@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -45,18 +46,8 @@ def parse_faults(text: str) -> Faults | None:
     """`name=number` of every fault that is wanted, joined by commas; None for "". Raises FaultsError."""
     if not text.strip():
         return None
-    known = [f.name for f in dataclasses.fields(Faults)]
     found: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
-        if name in known and not equals:
-            raise FaultsError(f"{name} needs a number, as in {_EXAMPLE}")
-        if name not in known:
-            raise FaultsError(f"{part.strip()[:40]!r} is no fault: use {', '.join(known)}, as in {_EXAMPLE}")
-        if name in found:
-            raise FaultsError(f"{name} is given twice")
-        if not _NUMBER.fullmatch(number):
-            raise FaultsError(f"{name} must be a plain number, got {number[:40]!r}")
+    for name, number in parsed_pairs(text, [f.name for f in dataclasses.fields(Faults)], _EXAMPLE):
         if name == "seed" and "." in number:
             raise FaultsError(f"seed must be a whole number, got {number}")
         found[name] = float(number)
@@ -68,6 +59,23 @@ def parse_faults(text: str) -> Faults | None:
         raise FaultsError(f'nothing would go wrong: give a fault a chance above 0, as in {_EXAMPLE}, or write ""')
     seed = int(found.pop("seed", 0))
     return Faults(**found, seed=seed)
+
+
+def parsed_pairs(text: str, known: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
+    """Each name, one of the known ones, with its plain number, from "name=number,name=number". Raises FaultsError."""
+    seen: set[str] = set()
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        if name in known and not equals:
+            raise FaultsError(f"{name} needs a number, as in {example}")
+        if name not in known:
+            raise FaultsError(f"{part.strip()[:40]!r} is no fault: use {', '.join(known)}, as in {example}")
+        if name in seen:
+            raise FaultsError(f"{name} is given twice")
+        if not _NUMBER.fullmatch(number):
+            raise FaultsError(f"{name} must be a plain number, got {number[:40]!r}")
+        seen.add(name)
+        yield name, number
 
 
 class Chance:

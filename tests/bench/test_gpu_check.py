@@ -11,11 +11,11 @@ from tetri.bench import gpu_check
 REPOSITORY = Path(__file__).parents[2]
 # What takes long: on the stand-in the run is to show that the check works, not that the path does.
 LEFT_OUT = [
-    "tests/kv/test_cuda_gpu.py::TestOneGpu",
-    "tests/kv/test_cuda_gpu.py::TestTwoGpus",
-    "tests/kv/test_cuda_gpu.py::test_bandwidth_between_two_gpus",
-    "tests/kv/test_cuda_gpu.py::test_bandwidth_on_one_gpu[48-digest]",
-    "tests/kv/test_cuda_gpu.py::test_bandwidth_on_one_gpu[48-no digest]",
+    "tests/kv/cuda/test_gpu.py::TestOneGpu",
+    "tests/kv/cuda/test_gpu.py::TestTwoGpus",
+    "tests/kv/cuda/test_gpu.py::test_bandwidth_between_two_gpus",
+    "tests/kv/cuda/test_gpu.py::test_bandwidth_on_one_gpu[48-digest]",
+    "tests/kv/cuda/test_gpu.py::test_bandwidth_on_one_gpu[48-no digest]",
     "tests/proc/test_live_cuda.py",
 ]
 

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from tetri import cli
+from tetri.sim.faulty.chance import Faults
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 SMALL = ("--requests", "30", "--rate", "5", "--prompt-tokens", "1-600", "--output-tokens", "lognormal:60:0.5")
@@ -104,6 +106,43 @@ def test_a_plot_without_matplotlib_is_an_error_before_the_work(run, tmp_path, mo
     assert (status, out) == (2, "") and "pip install 'tetri[plot]'" in err
 
 
+FAULTS = "drop=0.02,duplicate=0.02,kill=0.02,freeze=0.02,disconnect=0.01,until=20"
+
+
+def test_faults_are_injected_counted_and_survived(run):
+    """The same bytes again, and what was asked for is told with how often it happened."""
+    arguments = (*SMALL, "--prefill", 2, "--decode", 2, "--faults", FAULTS, "--json")
+    status, out, err = run(*arguments)
+    made = json.loads(out)
+    assert (status, err, made["done"], made["requests"]) == (0, "", 30, 30)
+    assert made["faults"]["promises"] == "held"
+    assert [*made["faults"]["injected"]] == ["drop", "duplicate", "kill", "freeze", "disconnect"]
+    assert made["faults"]["injected"]["drop"] > 10
+    assert run(*arguments)[1].partition(', "run": ')[0] == out.partition(', "run": ')[0]
+    assert "promises: all held" in run(*arguments[:-1])[1]
+
+
+def test_a_run_without_faults_tells_of_none(run):
+    assert "faults" not in json.loads(run(*SMALL, "--json")[1])
+
+
+def test_a_broken_promise_is_one_line_with_the_seed_and_the_time(run, monkeypatch):
+    def wrong(kv, position, sampling, vocabulary):
+        return position % vocabulary
+
+    monkeypatch.setattr("tetri.engine.emulated.next_token", wrong)
+    monkeypatch.setattr("tetri.sim.faulty.clients.reference", lambda *_: [1])
+    status, out, err = run(*SMALL, "--seed", 7, "--faults", "drop=0.01,until=5")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "a promise is broken: seed 7, " in err and " s: client 0 has [" in err
+
+
+def test_the_help_explains_every_fault(run):
+    _, out, _ = run("--help")
+    kinds = [field.name for field in fields(Faults)]
+    assert [kind for kind in kinds if f"\n  {kind} " not in out] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -132,6 +171,15 @@ def test_a_plot_without_matplotlib_is_an_error_before_the_work(run, tmp_path, mo
         (["--plot", "nowhere/run.png"], "--plot: there is no folder"),
         (["--monitor", "idle_s=-1"], "monitor.idle_s: must be a number from 0"),
         (["--kv-tokens", "8"], "the KV of an instance holds 8 tokens"),
+        (["--faults", "dorp=0.1"], "--faults: 'dorp=0.1' is no fault: use drop, duplicate, delay"),
+        (["--faults", "drop=x"], "--faults: drop must be a plain number, got 'x'"),
+        (["--faults", "drop=1.5"], "--faults: drop must be from 0 to 1, got 1.5"),
+        (["--faults", "kill=1001"], "--faults: kill must be from 0 to 1000 a second, got 1001"),
+        (["--faults", "drop=0.1,down=2000000"], "--faults: down must be from 0 to 1e+06 seconds, got 2000000"),
+        (["--faults", "drop=0.1,drop=0.2"], "--faults: drop is given twice"),
+        (["--faults", "until=3"], "--faults: nothing would go wrong: give a fault a number above 0"),
+        (["--faults", ""], "--faults: '' is no fault"),
+        (["--system", "coupled", "--faults", "drop=0.1"], "leave out --faults"),
         (["--trace", "no.csv"], "no.csv: cannot be read: No such file or directory"),
         (["--trace", "empty.csv"], "empty.csv: the trace is empty"),
         (["--trace", "bad.csv"], "bad.csv:3: must be a time and two numbers of tokens from 1 to 10000000, got 'x,1,1'"),

@@ -1,28 +1,35 @@
-"""Small makers of what cores are told, and of what they say in short: tests read as lists of events and actions."""
+"""Small makers of what cores hear, and of what they say in short: tests read as lists of events and actions. How a
+message or an identity is made stands here alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from tetri.core.actions import Action, Detokenize, Detokenized, Free, Freed, Send
+from tetri.core.decode.request import DecodeRequest, KVInflow
 from tetri.core.instance.identity import Identity
+from tetri.core.prefill.request import KVOutflow, PrefillRequest
+from tetri.cost import Cost
 from tetri.instance import Instance
 from tetri.policy.rules import Rules
-from tetri.request import Capacity, Fingerprint, Reach, Sampling, blocks_for
-from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Offer, Refuse
+from tetri.policy.views import QueuedPrompt
+from tetri.request import Capacity, Fingerprint, LengthRange, Reach, Receipt, Sampling, blocks_for
+from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import (
     Assign,
+    Close,
     ClusterView,
     End,
     Failed,
+    Flip,
     Heartbeat,
     Hold,
     InstanceLoad,
     Load,
+    LoadReport,
     Membership,
     Ready,
-    Receipt,
+    Resend,
     Staged,
     TokenItem,
     Tokens,
@@ -45,6 +52,9 @@ FINGERPRINT = Fingerprint(
 )
 CAPACITY = Capacity(blocks=10, block_tokens=BLOCK, chunk_tokens=8, max_batch=2, context=40)
 IDLE = Load(free_blocks=10)
+
+
+PHASES = {"p": "prefill", "d": "decode", "m": "mixed"}  # by the first letter of an instance here
 FIRST = Rules(decode_route="first_fit")  # so that a test can tell who is asked
 
 
@@ -83,8 +93,13 @@ def ready(iid: str, role: str, incarnation: int = 1, load: Load = IDLE, **change
     return Ready(instance=instance(iid, role, incarnation, **changes), load=load)
 
 
-def heartbeat(iid: str, *holds: Hold, incarnation: int = 1) -> Heartbeat:
-    return Heartbeat(iid=iid, incarnation=incarnation, role="any", load=Load(free_blocks=7), holds=list(holds))
+def heartbeat(iid: str, *holds: Hold, role: str = "any", incarnation: int = 1, **changes: Any) -> Heartbeat:
+    load = Load(free_blocks=7)
+    return Heartbeat(iid=iid, incarnation=incarnation, role=role, load=load, holds=list(holds), **changes)
+
+
+def report(iid: str, role: str, incarnation: int = 1, **load: Any) -> LoadReport:
+    return LoadReport(iid=iid, incarnation=incarnation, role=role, load=Load(**{"free_blocks": 10, **load}))
 
 
 def staged(iid: str, rid: str, stage: Any, attempt: int = 1) -> Staged:
@@ -96,6 +111,11 @@ def tokens(iid: str, rid: str, start: int, *ids: int, attempt: int = 1, reason: 
     receipt = Receipt(prompt_tokens=3, adopted=3, prefill_instance="p1", decode_instance=iid)
     end = End(reason=reason, receipt=receipt) if reason else None
     return Tokens(iid=iid, incarnation=1, items=[TokenItem(rid, attempt, start, list(ids), end)])
+
+
+def ending(iid: str, rid: str, start: int, *ids: int, reason: str = "length", attempt: int = 1) -> list[Any]:
+    """The last tokens of a request, with its end."""
+    return [tokens(iid, rid, start, *ids, reason=reason, attempt=attempt)]
 
 
 def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1) -> Failed:
@@ -120,13 +140,15 @@ def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:
     return ClusterView(epoch=epoch, number=number, loads=loads)
 
 
-def assign(rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8) -> Assign:
-    """A request of `prompt` tokens."""
-    sampling = Sampling(max_tokens=max_tokens)
+def assign(
+    rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8, **changes: Any
+) -> Assign:
+    """A request of `prompt` tokens; `changes` of its sampling."""
+    sampling = Sampling(max_tokens=max_tokens, **changes)
     return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling)
 
 
-def offer(rid: str, prompt: int, output: Iterable[int] = (), **changes: Any) -> Offer:
+def offer(rid: str, prompt: int, output: Iterable[int] = (), max_tokens: int = 8, **changes: Any) -> Offer:
     output = list(output)
     fields = {
         "src": "p1",
@@ -134,7 +156,7 @@ def offer(rid: str, prompt: int, output: Iterable[int] = (), **changes: Any) -> 
         "attempt": 1,
         "offer": 1,
         "fingerprint": FINGERPRINT,
-        "sampling": Sampling(max_tokens=8),
+        "sampling": Sampling(max_tokens=max_tokens),
         "blocks": blocks_for(prompt + len(output), BLOCK),
     }
     return Offer(rid=rid, prompt=[1] * prompt, output=output, **{**fields, **changes})
@@ -155,6 +177,22 @@ def drop(rid: str, **changes: Any) -> Drop:
     return Drop(rid=rid, why="no", **{"src": "p1", "incarnation": 1, "attempt": 1, "offer": 1, **changes})
 
 
+def close(rid: str, attempt: int = 1, reason: str = "", outputs: int = 0) -> Close:
+    return Close(rid=rid, attempt=attempt, reason=reason, outputs=outputs)
+
+
+def resend(rid: str, start: int, attempt: int = 1) -> Resend:
+    return Resend(rid=rid, attempt=attempt, start=start)
+
+
+def flip(role: str, number: int = 8) -> Flip:
+    return Flip(role=role, number=number)
+
+
+def update_length(rid: str, length: LengthRange, **changes: Any) -> LengthUpdate:
+    return LengthUpdate(rid=rid, length=length, **{"src": "p1", "incarnation": 1, "attempt": 1, "offer": 1, **changes})
+
+
 def grant(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Grant:
     return Grant(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
 
@@ -167,69 +205,20 @@ def landed(rid: str, index: int, number: int = 1, src: str = "d1", attempt: int 
     return Landed(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number, index=index)
 
 
-# ---------------------------------------------------------------- reading actions
+# ---------------------------------------------------------------- requests as the two phases keep them
 
 
-def sent(actions: Iterable[Action], peer: str | None = None, kind: type | None = None) -> list[Any]:
-    """The messages sent, to one peer, of one kind."""
-    messages = [a for a in actions if isinstance(a, Send) and peer in (None, a.peer)]
-    return [a.message for a in messages if kind is None or isinstance(a.message, kind)]
+def prefill_request(
+    made: Assign, arrival: int = 1, cost: Cost | None = None, since: float = 0.0, due: float | None = None
+) -> PrefillRequest:
+    """Of one that was assigned, by its id as key."""
+    tokens = len(made.prompt) + len(made.output)
+    work_s = (cost or Cost()).prompt_s(tokens, 0, 8)
+    queued = QueuedPrompt(made.rid, arrival, tokens, since, work_s, due)
+    prompt, output, flow = tuple(made.prompt), tuple(made.output), KVOutflow(blocks_for(tokens, BLOCK))
+    return PrefillRequest(made.rid, made.rid, made.attempt, prompt, output, made.sampling, queued, flow, tokens, work_s)
 
 
-def kinds(actions: Iterable[Action]) -> list[str]:
-    """What each action is, in a word; of what is sent, the message and to whom."""
-    return [f"{type(a.message).__name__} > {a.peer}" if isinstance(a, Send) else type(a).__name__ for a in actions]
-
-
-def only(actions: Iterable[Action], kind: type) -> list[Any]:
-    return [action for action in actions if isinstance(action, kind)]
-
-
-class Told:
-    """A core that is told events at a time that tests move on. `check()` after every one."""
-
-    def __init__(self, core: Any) -> None:
-        self.core, self.now = core, 0.0
-
-    def tell(self, *events: Any) -> list[Action]:
-        actions: list[Action] = []
-        for event in events:
-            actions += self._follow(self.core.handle(event, self.now))
-            self.core.check()
-        return actions
-
-    def later(self, seconds: float = 0.0) -> list[Action]:
-        """Time goes on, and the loop ticks."""
-        self.now += seconds
-        actions = self._follow(self.core.tick(self.now))
-        self.core.check()
-        return actions
-
-    def _follow(self, actions: list[Action]) -> list[Action]:
-        """What the loop would do at once: its results go back into the core."""
-        followed: list[Action] = []
-        for action in actions:
-            followed.append(action)
-            result = self.result(action)
-            if result is not None:
-                followed += self._follow(self.core.handle(result, self.now))
-        return followed
-
-    def result(self, action: Action) -> Any:
-        """The event that an action has at once, if any."""
-        return Freed(len(action.handle.slots)) if isinstance(action, Free) else None
-
-
-class WordingTold(Told):
-    """A broker's core with an edge: token n reads as the n-th letter; `stops` names the rids whose stop text
-    is found, and how many of their tokens count then."""
-
-    def __init__(self, core: Any) -> None:
-        super().__init__(core)
-        self.stops: dict[str, int] = {}
-
-    def result(self, action: Action) -> Any:
-        if not isinstance(action, Detokenize):
-            return None
-        text = "".join(chr(97 + token % 26) for token in action.ids)
-        return Detokenized(action.rid, action.start, action.ids, text, self.stops.get(action.rid), action.final)
+def decode_request(made: Offer) -> DecodeRequest:
+    """Of one that was offered, by its id as key. Its KV comes through shared memory."""
+    return DecodeRequest(made.rid, made, KVInflow(made.blocks, "shm", f"s-{made.src}"), made.length, blocks=made.blocks)

@@ -2,33 +2,27 @@
 
 import pytest
 
-from tests.core.build import Told, only, sent
+from tests.core.build import heartbeat, report
+from tests.core.reading import Told, only, sent
 from tetri.core.actions import BROKER, Broken, Publish
-from tetri.core.monitor import LOW, Monitor
+from tetri.core.monitor import Monitor
+from tetri.policy import rules as tables
 from tetri.policy.views import FlipSettings
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import FlipWanted, Heartbeat, Load, LoadReport
+from tetri.wire.messages import FlipWanted
 
 SETTINGS = FlipSettings(idle_s=20.0, low_s=20.0, hold_s=10.0, floor=1, gain=2.0)
 BUSY = {"queued": 3, "waiting": 2, "landed": 2, "running": 2, "busy": 1.0, "queued_s": 9.0, "decode_s": 9.0}
 
 
-def monitor(flip="none", now=0.0, epoch=7, **changes):
-    told = Told(Monitor(flip, SETTINGS, epoch=epoch, load_s=0.1, now=now, **changes))
+def monitor(flip="none", now=0.0, epoch=7, settings=SETTINGS, load_s=0.1, **changes):
+    told = Told(Monitor(flip, settings, epoch=epoch, load_s=load_s, now=now, **changes))
     told.now = now
     return told
 
 
-def report(iid, role, incarnation=1, **load):
-    return LoadReport(iid=iid, incarnation=incarnation, role=role, load=Load(**{"free_blocks": 10, **load}))
-
-
 def views(actions):
     return [action.message for action in only(actions, Publish)]
-
-
-def wishes(actions):
-    return [(wish.iid, wish.role) for wish in sent(actions, BROKER, FlipWanted)]
 
 
 def live(told, seconds, *reports):
@@ -99,192 +93,178 @@ def test_a_restarted_monitor_begins_a_new_epoch_and_learns_everything_from_repor
 def test_connections_say_nothing_that_reports_do_not():
     told = monitor()
     told.tell(report("d0", "decode"))
-    assert not told.tell(PeerUp(BROKER), PeerDown("d0"), PeerDown(BROKER)) and "d0" in told.core.instances
+    assert not told.tell(PeerUp(BROKER), PeerDown("d0"), PeerDown(BROKER))
+    assert [load.iid for load in views(told.later())[0].loads] == ["d0"]
 
 
 # ---------------------------------------------------------------- what the policies see
 
 
-def states(told):
-    return {state.iid: state for state in told.core._states(told.now, told.core.instances)}
+class Watched(Told):
+    """A monitor whose policy notes what it sees, and wants nothing."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        monkeypatch.setitem(tables.FLIPS, "watched", lambda states, settings: self.seen.append(states))
+        settings = FlipSettings(idle_s=20.0, low_s=20.0, hold_s=0.0, floor=1, gain=2.0)
+        super().__init__(Monitor("watched", settings, epoch=7, load_s=1e-9, now=0.0, stale_s=1.0))
+
+    def states(self):
+        self.later(1e-6)
+        return {state.iid: state for state in self.seen[-1]}
+
+    def idle_s(self, iid="d0"):
+        return pytest.approx(self.states()[iid].idle_s, abs=1e-4)
+
+    def low_s(self, iid="d0"):
+        return pytest.approx(self.states()[iid].low_s, abs=1e-4)
+
+    def hear(self, after, *reports):
+        self.now += after
+        self.tell(*reports)
 
 
-def test_idle_time_begins_with_the_last_work_and_ends_with_the_next():
-    told = monitor()
-    told.tell(report("d0", "decode", running=1, busy=1.0))
-    assert states(told)["d0"].idle_s == 0
-    told.now = 1.0
-    told.tell(report("d0", "decode", busy=0.5))  # it has ended its last request in between
-    told.now = 1.5
-    told.tell(report("d0", "decode"))
-    assert states(told)["d0"].idle_s == 0.5
-    told.tell(report("d0", "decode", busy=0.1))  # and had a short one that nobody saw
-    assert states(told)["d0"].idle_s == 0
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def test_idle_time_begins_with_the_last_work_and_ends_with_the_next(watched):
+    watched.hear(0.0, report("d0", "decode", running=1, busy=1.0))
+    assert watched.idle_s() == 0
+    watched.hear(1.0, report("d0", "decode", busy=0.5))  # it has ended its last request in between
+    watched.hear(0.5, report("d0", "decode"))
+    assert watched.idle_s() == 0.5
+    watched.hear(0.0, report("d0", "decode", busy=0.1))  # and had a short one that nobody saw
+    assert watched.idle_s() == 0
     for work in ("queued", "waiting", "running"):
-        told.now += 1.0
-        told.tell(report("d0", "decode"))
-        assert states(told)["d0"].idle_s >= 0
-        told.tell(report("d0", "decode", **{work: 1}))
-        assert states(told)["d0"].idle_s == 0
+        watched.hear(0.9, report("d0", "decode"))
+        watched.hear(0.0, report("d0", "decode", **{work: 1}))
+        assert watched.idle_s() == 0
 
 
-def test_a_low_load_is_low_over_a_while():
-    told = monitor()
-    told.tell(report("d0", "decode", busy=0.05))
+def test_a_low_load_is_low_over_a_while(watched):
+    watched.hear(0.0, report("d0", "decode", busy=0.05))
     for step in range(40):  # a step of half a tenth, once a second: 5 %
-        told.now += 0.1
-        told.tell(report("d0", "decode", busy=0.5 if step % 10 == 0 else 0.0))
-    assert states(told)["d0"].low_s == pytest.approx(4.0) and told.core.instances["d0"].busy < LOW
+        watched.hear(0.1, report("d0", "decode", busy=0.5 if step % 10 == 0 else 0.0))
+    assert watched.low_s() == 4.0
     for _ in range(40):
-        told.now += 0.1
-        told.tell(report("d0", "decode", busy=0.9))
-    assert states(told)["d0"].low_s == 0 and told.core.instances["d0"].busy > LOW
+        watched.hear(0.1, report("d0", "decode", busy=0.9))
+    assert watched.low_s() == 0
     for _ in range(200):
-        told.now += 0.1
-        told.tell(report("d0", "decode", busy=0.0))
-    assert 0 < states(told)["d0"].low_s < 20.0
+        watched.hear(0.1, report("d0", "decode", busy=0.0))
+    assert 0 < watched.states()["d0"].low_s < 20.0
 
 
-@pytest.mark.parametrize("busy, share", [(-1.0, 0.0), (7.0, 1.0), (0.3, 0.3), (float("nan"), 0.0), (float("inf"), 1.0)])
-def test_a_share_is_between_none_and_all(busy, share):
-    told = monitor()
-    told.tell(report("d0", "decode", busy=busy))
-    told.now = 1.0
-    told.tell(report("d0", "decode", busy=busy))
-    assert told.core.instances["d0"].busy == pytest.approx(share)
+@pytest.mark.parametrize("busy, low", [(-1.0, True), (7.0, False), (0.3, False), (float("nan"), True), (0.05, True)])
+def test_a_share_is_between_none_and_all(watched, busy, low):
+    for _ in range(2):
+        watched.hear(0.5, report("d0", "decode", busy=busy))
+    assert watched.low_s() == (0.5 if low else 0.0)
 
 
-def test_a_stale_report_is_no_sign_of_leisure_and_work_is_told_in_seconds():
-    told = monitor(stale_s=1.0)
-    told.tell(report("p0", "prefill", queued=2, queued_s=1.5, decode_s=0.5), report("d0", "decode"))
-    told.now = 1.0
-    assert (states(told)["d0"].idle_s, states(told)["d0"].low_s) == (1.0, 1.0)
-    told.now = 1.1
-    assert (states(told)["d0"].idle_s, states(told)["d0"].low_s) == (0.0, 0.0)
-    assert (states(told)["p0"].work_s, states(told)["p0"].queued) == (2.0, 2)
+def test_a_stale_report_is_no_sign_of_leisure_and_work_is_told_in_seconds(watched):
+    watched.hear(0.0, report("p0", "prefill", queued=2, queued_s=1.5, decode_s=0.5), report("d0", "decode"))
+    watched.now = 0.99
+    assert (watched.idle_s(), watched.low_s()) == (0.99, 0.99)
+    watched.now = 1.1
+    assert (watched.idle_s(), watched.low_s()) == (0.0, 0.0)
+    assert (watched.states()["p0"].work_s, watched.states()["p0"].queued) == (2.0, 2)
 
 
-def test_who_waits_for_its_kv_is_told_apart_from_who_waits_for_a_place():
-    told = monitor()
-    told.tell(report("d0", "decode", waiting=5, landed=2, running=3), report("d1", "decode", waiting=1, landed=9))
-    assert [(each.waiting, each.running, each.moving) for each in states(told).values()] == [(2, 3, 3), (9, 0, 0)]
+def test_who_waits_for_its_kv_is_told_apart_from_who_waits_for_a_place(watched):
+    loads = [{"waiting": 5, "landed": 2, "running": 3}, {"waiting": 1, "landed": 9}]
+    watched.hear(0.0, report("d0", "decode", **loads[0]), report("d1", "decode", **loads[1]))
+    assert [(s.waiting, s.running, s.moving) for s in watched.states().values()] == [(2, 3, 3), (9, 0, 0)]
 
 
-def test_clocks_begin_anew_with_a_role_and_with_an_incarnation():
-    told = monitor()
-    told.tell(report("d0", "decode"))
+def test_clocks_begin_anew_with_a_role_and_with_an_incarnation(watched):
+    watched.hear(0.0, report("d0", "decode"))
     for changes in ({"role": "prefill"}, {"role": "prefill", "incarnation": 2}):
-        told.now += 5.0
-        told.tell(report("d0", **changes))
-        assert states(told)["d0"].idle_s == 0
+        watched.hear(0.9, report("d0", **changes))
+        assert watched.idle_s() == 0
 
 
 # ---------------------------------------------------------------- flips
 
 
-IDLE = [report("p0", "prefill", **BUSY), report("d0", "decode"), report("d1", "decode", **BUSY)]
+P0, P1, D0 = report("p0", "prefill"), report("p1", "prefill"), report("d0", "decode")
+BUSY_P0, BUSY_D1 = report("p0", "prefill", **BUSY), report("d1", "decode", **BUSY)
+IDLE = [BUSY_P0, D0, BUSY_D1]
+FLIPPED = [P0, report("d0", "prefill"), BUSY_D1]
+BY_HAND = [BUSY_P0, D0, report("d1", "mixed", **BUSY)]
+QUEUE = [report("p0", "prefill", **{**BUSY, "queued_s": 60.0}), *(report(f"d{i}", "decode") for i in range(3))]
+HELP, GIVE = [("p1", "mixed")], [("d0", "prefill")]
 
 
-def test_the_policy_decides_from_the_reports():
-    told = monitor("idle")
-    assert live(told, 19.5, *IDLE) == [] and live(told, 1.0, *IDLE) == [("d0", "prefill")]
+def mixed(iid, **changes):
+    return report(iid, "mixed", **changes)
 
 
-def test_without_a_policy_nobody_flips():
-    assert live(monitor("none"), 60.0, *IDLE) == []
-
-
-def test_the_floor_of_a_role_stays():
-    assert live(monitor("idle"), 60.0, report("p0", "prefill", **BUSY), report("d0", "decode")) == []
-
-
-def test_a_flip_that_nobody_carries_out_is_wished_again_after_the_hold():
-    told = monitor("idle")
-    live(told, 21.0, *IDLE)
-    assert live(told, 8.5, *IDLE) == [] and live(told, 1.0, *IDLE) == [("d0", "prefill")]
-
-
-def test_after_a_flip_nobody_flips_for_a_while():
-    told = monitor("idle")
-    live(told, 21.0, *IDLE)
-    told.tell(report("d0", "prefill"))  # confirmed
-    was = told.now
-    back = [report("p0", "prefill"), report("d0", "prefill"), report("d1", "decode", **BUSY)]
-    assert live(told, 10.0, *back) == [] and told.core.quiet_until == was + SETTINGS.hold_s
-    assert live(told, 15.0, *back) == [("p0", "decode")]  # p0, idle for longer than d0 in its new role
-
-
-def test_a_flip_by_hand_is_left_alone_as_well():
-    told = monitor("idle")
-    live(told, 19.0, *IDLE)
-    told.tell(report("d1", "mixed", **BUSY))
-    assert live(told, 9.5, *IDLE[:2], report("d1", "mixed", **BUSY)) == []
-    assert live(told, 1.0, *IDLE[:2], report("d1", "mixed", **BUSY)) == [("d0", "prefill")]
-
-
-def test_a_new_monitor_watches_before_it_flips():
-    told = monitor("balance", now=100.0)
-    queue = [report("p0", "prefill", **{**BUSY, "queued_s": 60.0}), *(report(f"d{i}", "decode") for i in range(3))]
-    assert live(told, 9.5, *queue) == [] and live(told, 1.0, *queue) == [("d0", "prefill")]
-
-
-# ---------------------------------------------------------------- rescue
-
-
-def test_when_the_last_of_a_role_is_gone_somebody_takes_it_over():
-    told = monitor("none")
-    told.tell(report("p0", "prefill", **BUSY), report("p1", "prefill"), report("d0", "decode"))
-    prefills = [report("p0", "prefill", **BUSY), report("p1", "prefill")]
-    assert live(told, 4.0, *prefills) == []  # d0 may come back
-    assert live(told, 1.0, *prefills) == [("p1", "mixed")]
-    assert live(told, 1.5, *prefills) == [("p1", "mixed")]  # not yet carried out: wished again
-    assert live(told, 9.0, prefills[0], report("p1", "mixed")) == []
-
-
-def test_who_is_there_first_does_not_take_both_roles():
-    told = monitor("none", now=100.0, gone_s=5.0)
-    assert live(told, 44.5, report("d0", "decode")) == []  # the other's engine may take so long to start
-    assert live(told, 0.5, report("d0", "decode")) == [("d0", "mixed")]
-
-
-def test_a_monitor_that_has_just_started_waits_for_the_others():
-    told = monitor("none", now=100.0, gone_s=5.0)
-    told.tell(report("p0", "prefill"), report("d0", "decode"), report("p0", "decode"))
-    assert live(told, 4.5, report("d0", "decode"), report("p0", "decode")) == []
-    assert live(told, 0.5, report("d0", "decode"), report("p0", "decode")) == [("p0", "mixed")]
-
-
-def test_with_nobody_there_nobody_is_asked():
-    assert live(monitor("idle"), 30.0) == []
-
-
-@pytest.mark.parametrize("own, other", [("prefill", "decode"), ("decode", "prefill")])
-def test_who_took_a_second_role_gives_it_up_when_others_have_it(own, other):
-    told = monitor("none")
-    told.tell(report("z", other))
-    assert live(told, 5.5, report("a", own)) == [("a", "mixed")]
-    assert live(told, 20.0, report("a", "mixed")) == []
-    assert live(told, 9.5, report("a", "mixed"), report("b", other)) == []
-    assert live(told, 1.5, report("a", "mixed"), report("b", other)) == [("a", own)]
-    assert live(told, 30.0, report("a", own), report("b", other)) == [] and told.core.rescued == {}
-
-
-@pytest.mark.parametrize("between", [{"role": "prefill"}, {"role": "prefill", "incarnation": 2}])
-def test_a_role_that_was_given_by_hand_or_by_configuration_stays(between):
-    told = monitor("none")
-    told.tell(report("z", "decode"))
-    live(told, 5.5, report("a", "prefill"))
-    told.tell(report("a", "mixed"), report("a", **between), report("b", "decode"))
-    now = {**between, "role": "mixed"}
-    assert live(told, 60.0, report("a", **now), report("b", "decode")) == [] and told.core.rescued == {}
-
-
-def test_one_whose_help_was_not_wanted_after_all_is_mixed_by_hand_later_and_stays_so():
-    told = monitor("none")
-    told.tell(report("z", "decode"))
-    assert live(told, 5.5, report("a", "prefill")) == [("a", "mixed")]  # the broker did not hear it
-    assert live(told, 30.0, report("a", "prefill"), report("z", "decode")) == [] and told.core.rescued == {}
-    assert live(told, 60.0, report("a", "mixed"), report("z", "decode")) == []
+@pytest.mark.parametrize(
+    "flip, story",
+    [
+        pytest.param("idle", [(19.5, IDLE, []), (1.0, IDLE, GIVE)], id="the policy decides from the reports"),
+        pytest.param("none", [(60.0, IDLE, [])], id="without a policy nobody flips"),
+        pytest.param("idle", [(60.0, [BUSY_P0, D0], [])], id="the floor of a role stays"),
+        pytest.param("idle", [(21.0, IDLE, GIVE), (8.5, IDLE, []), (1.0, IDLE, GIVE)], id="a wish comes again"),
+        pytest.param(  # p0 at last, idle for longer than d0 in its new role
+            "idle", [(21.0, IDLE, GIVE), (10.0, FLIPPED, []), (15.0, FLIPPED, [("p0", "decode")])], id="after a flip"
+        ),
+        pytest.param("idle", [(19.0, IDLE, []), (9.5, BY_HAND, []), (1.0, BY_HAND, GIVE)], id="after one by hand"),
+        pytest.param("balance", [(9.5, QUEUE, []), (1.0, QUEUE, GIVE)], id="a new monitor watches before it flips"),
+        pytest.param("idle", [(30.0, [], [])], id="with nobody there nobody is asked"),
+        pytest.param(  # d0 may come back; a wish that is not carried out comes again
+            "none",
+            [(0.0, [D0], []), (4.0, [BUSY_P0, P1], []), (1.0, [BUSY_P0, P1], HELP), (1.5, [BUSY_P0, P1], HELP)]
+            + [(9.0, [BUSY_P0, mixed("p1")], [])],
+            id="the last of a role is gone",
+        ),
+        pytest.param("none", [(44.5, [D0], []), (0.5, [D0], [("d0", "mixed")])], id="an engine may take so long"),
+        pytest.param(  # it has just started, and waits for the others
+            "none",
+            [(0.0, [P0, D0, report("p0", "decode")], []), (4.5, [D0, report("p0", "decode")], [])]
+            + [(0.5, [D0, report("p0", "decode")], [("p0", "mixed")])],
+            id="a restarted monitor",
+        ),
+        *(
+            pytest.param(
+                "none",
+                [(0.0, [report("z", other)], []), (5.5, [report("a", own)], [("a", "mixed")]), (20.0, [mixed("a")], [])]
+                + [(9.5, [mixed("a"), report("b", other)], []), (1.5, [mixed("a"), report("b", other)], [("a", own)])]
+                + [(30.0, [report("a", own), report("b", other)], [])],
+                id=f"{own} gives decode up" if own == "prefill" else f"{own} gives prefill up",
+            )
+            for own, other in (("prefill", "decode"), ("decode", "prefill"))
+        ),
+        *(
+            pytest.param(
+                "none",
+                [(0.0, [D0], []), (5.5, [P1], HELP), (0.0, [mixed("p1"), report("p1", "prefill", incarnation), D0], [])]
+                + [(60.0, [mixed("p1", incarnation=incarnation), D0], [])],
+                id=f"given by hand or by configuration {incarnation}",
+            )
+            for incarnation in (1, 2)
+        ),
+        pytest.param(  # the broker did not hear it
+            "none",
+            [(0.0, [D0], []), (5.5, [P1], HELP), (30.0, [P1, D0], []), (60.0, [mixed("p1"), D0], [])],
+            id="its help was not wanted after all",
+        ),
+        pytest.param(  # or it would be asked to give up a role that it was given since
+            "none",
+            [(0.0, [D0], []), (5.5, [P1], HELP), (0.0, [mixed("p1")], []), (6.0, [], [])]
+            + [(30.0, [D0, mixed("p1"), P0], [])],
+            id="who was to help and is gone is forgotten",
+        ),
+    ],
+)
+@pytest.mark.parametrize("now", [0.0, 100.0])
+def test_who_is_asked_to_change_its_role(now, flip, story):
+    told = monitor(flip, now=now)
+    for seconds, reports, wanted in story:
+        told.tell(*reports)
+        assert live(told, seconds, *reports) == wanted, f"{told.now} s"
 
 
 def test_who_is_silent_is_asked_for_help_only_when_nobody_else_is_there():
@@ -298,48 +278,14 @@ def test_who_is_silent_is_asked_for_help_only_when_nobody_else_is_there():
     assert sent(alone.later(2.0), BROKER, FlipWanted)[0].iid == "a"
 
 
-def test_who_was_to_help_and_is_gone_is_forgotten():
-    told = monitor("none")
-    told.tell(report("z", "decode"))
-    live(told, 5.5, report("a", "prefill"))
-    assert told.core.rescued == {"a": "prefill"}
-    told.later(6.0)
-    assert told.core.rescued == {} and told.core.instances == {}
-
-
-# ---------------------------------------------------------------- what must not be
-
-
 def test_a_report_of_a_role_that_does_not_exist_is_not_heard():
     told = monitor("none")
-    assert not told.tell(report("z", "tea")) and not told.core.instances
+    assert not told.tell(report("z", "tea"))
     told.tell(report("z", "prefill"))
-    assert not told.tell(report("z", "tea", queued=3)) and told.core.instances["z"].load.queued == 0
+    assert not told.tell(report("z", "tea", queued=3))
+    assert [(each.role, each.load.queued) for each in views(told.later())[0].loads] == [("prefill", 0)]
 
 
 def test_nonsense_is_refused():
     with pytest.raises(Broken, match="a monitor knows no"):
-        monitor().core.handle(
-            Heartbeat(iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[]), 0.0
-        )
-
-
-@pytest.mark.parametrize("wrong", [{"idle_at": 9.0}, {"low_at": 9.0}, {"since": 9.0}, {"busy": 1.5}])
-def test_check_finds_an_impossible_state(wrong):
-    told = monitor()
-    told.tell(report("d0", "decode"))
-    for name, value in wrong.items():
-        setattr(told.core.instances["d0"], name, value)
-    with pytest.raises(Broken, match="d0 has been so"):
-        told.core.check()
-
-
-def test_check_finds_a_stranger_that_was_rescued_and_a_view_that_never_comes():
-    told = monitor()
-    told.core.rescued["x"] = "decode"
-    with pytest.raises(Broken, match="x is held in both roles"):
-        told.core.check()
-    told.core.rescued.clear()
-    told.core.timers.clear("view")
-    with pytest.raises(Broken, match="no next view"):
-        told.core.check()
+        monitor().tell(heartbeat("d0"))

@@ -1,16 +1,20 @@
-"""Real engines for the tests marked `model`: started once for each file, one process each."""
+"""Real engines for the tests marked `model`, one process each: started once for all files of a group."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from groups import Shared
 from handover import Engines
+from live import VLLM, LiveCluster
 from plain import Plain
-from vllm_process import BLOCK_BYTES, WRITER_LAYERS, EngineProcess, arguments
+from vllm_process import BLOCK_BYTES, START_S, WRITER_LAYERS, EngineProcess, arguments
 
 from tetri.models import find
 
@@ -20,45 +24,53 @@ def model() -> Path:
     return find("smollm2-135m")  # not there: a failure, for a skip would hide that nothing was compared
 
 
-def started(*made: EngineProcess) -> Iterator[tuple[EngineProcess, ...]]:
-    try:
-        for engine in made:
-            engine.wait_until_started()
-        yield made
-    finally:
-        for engine in made:
-            engine.stop()
-
-
-def plain_vllm(factory: pytest.TempPathFactory, model: Path, dtype: str) -> Iterator[Plain]:
+def plain_vllm(factory: pytest.TempPathFactory, model: Path, dtype: str) -> Plain:
     """Its texts lie where all processes of this run of the tests find them."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"texts-{dtype}"
     folder.mkdir(exist_ok=True)
-    made = Plain(folder, **arguments(model, dtype, 20, max_batch=4))
-    yield made
-    made.stop()
+    return Plain(folder, **arguments(model, dtype, 20, max_batch=4))
 
 
 @pytest.fixture(scope="session")
 def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
     """Plain vLLM in float32."""
-    yield from plain_vllm(tmp_path_factory, model, "float32")
+    with contextlib.closing(plain_vllm(tmp_path_factory, model, "float32")) as made:
+        yield made
 
 
-@pytest.fixture(scope="module")  # not of the session: they take 5 GB, and other files start their own
-def float32(model: Path, reference: Plain) -> Iterator[Engines]:
-    fields = arguments(model, "float32", 181)
-    for prefill, decode in started(EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
-        yield Engines(reference, prefill, decode, stop_ids=prefill.facts()[3])
+def pair(shared: Shared, fields: dict[str, Any]) -> list[EngineProcess]:
+    """Two engines of these settings, which start at the same time, for all tests of a group: they take 5 GB."""
+
+    def start(number: int) -> EngineProcess:
+        settings = (number, *sorted(fields.items()))
+        return shared.get(settings, lambda: contextlib.closing(EngineProcess("tetri", **fields)))
+
+    return [start(number) for number in range(2)]
 
 
-@pytest.fixture(scope="module")
-def bfloat16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    fields = arguments(model, "bfloat16", 60)
-    for reference in plain_vllm(tmp_path_factory, model, "bfloat16"):
-        for made in started(EngineProcess("tetri", **fields), EngineProcess("tetri", **fields)):
-            yield Engines(reference, *made, stop_ids=made[0].facts()[3])
+@pytest.fixture
+def float32(shared: Shared, model: Path, reference: Plain) -> Engines:
+    prefill, decode = pair(shared, arguments(model, "float32", 181))
+    return Engines(reference, prefill, decode, stop_ids=prefill.facts()[3])
+
+
+@pytest.fixture
+def bfloat16(shared: Shared, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    plain = shared.get("bfloat16", lambda: contextlib.closing(plain_vllm(tmp_path_factory, model, "bfloat16")))
+    prefill, decode = pair(shared, arguments(model, "bfloat16", 60))
+    return Engines(plain, prefill, decode, stop_ids=prefill.facts()[3])
+
+
+@pytest.fixture
+def cluster(shared: Shared) -> LiveCluster:
+    """One worker of each role with the real model, whose events are recorded."""
+    cpus = sorted(os.sched_getaffinity(0))
+    settings = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}", "model.dtype=float32", "model.context=2304"]
+    settings += ["engine.max_batch=48", "engine.kv_mib=1100", "transfer.slab_blocks=24", "cluster.record=true"]
+    made = shared.get("cluster", lambda: LiveCluster(VLLM, settings, START_S))
+    made.wait_idle()
+    return made
 
 
 @pytest.fixture
@@ -71,14 +83,13 @@ def engine(float32: Engines) -> Iterator[EngineProcess]:
     assert (made.free_blocks(), made.requests()) == (blocks, 0)
 
 
-@pytest.fixture(scope="session")
-def writer(model: Path) -> Iterator[EngineProcess]:
+@pytest.fixture
+def writer(shared: Shared, model: Path) -> EngineProcess:
     """A Writer that keeps the states behind WRITER_LAYERS every 4 tokens. It has room for six blocks."""
     fields = {"model": model, "dtype": "float32", "kv_bytes": 7 * BLOCK_BYTES["float32"], "context": 640}
     fields |= {"batch": 8, "chunk_tokens": 128, "layers": WRITER_LAYERS, "every": 4}
-    made = EngineProcess("writer", **fields)
-    yield made  # not waited for: others start beside it
-    made.stop()
+    # Not waited for: others start beside it.
+    return shared.get("writer", lambda: contextlib.closing(EngineProcess("writer", **fields)))
 
 
 @pytest.fixture(scope="session")

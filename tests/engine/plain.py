@@ -52,6 +52,6 @@ class Plain:
             self._engine = EngineProcess("reference", **self.arguments)
         return self._engine.generate(tokens, sampling, stop_ids)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._engine is not None:
-            self._engine.stop()
+            self._engine.close()

@@ -3,7 +3,7 @@ GPU runs on the real model's KV, only CUDA and the attention kernels are not the
 
 from __future__ import annotations
 
-from tests.kv.cuda_stand_in import install
+from tests.kv.cuda.stand_in import install
 from tetri.engine.vllm import setup as vllm_setup
 from tetri.engine.vllm.gpu_memory import GpuMemory
 

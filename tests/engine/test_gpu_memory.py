@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kv.cuda_stand_in import StandIn
+from tests.kv.cuda.stand_in import StandIn
 from tetri.engine.base import EngineError
 from tetri.engine.vllm.gpu_memory import GpuMemory, by_block
 from tetri.kv.cuda.runtime import Device

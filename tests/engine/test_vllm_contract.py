@@ -45,7 +45,7 @@ def small(model) -> Iterator[EngineProcess]:
     }
     made = EngineProcess("tetri", **fields)
     yield made
-    made.stop()
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from live import VLLM, LiveCluster, wait_until
+from live import LiveCluster, wait_until
 from raw_client import RawClient
 from traffic import flip_seconds
 
 from tetri.client import AsyncClient, Result
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.xdist_group("live")]
 
 TOKENS = 24
 GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
-CONF = ["model.dtype=float32", "model.context=2304", "engine.max_batch=48", "transfer.slab_blocks=24"]
 # One instance of each role: whoever changes first must do both for a moment.
 THERE = [("p0", "mixed"), ("d0", "prefill"), ("p0", "decode")]
 BACK = [("p0", "mixed"), ("d0", "decode"), ("p0", "prefill")]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LiveCluster]:
-    cpus = sorted(os.sched_getaffinity(0))
-    pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
-    with LiveCluster(VLLM, [*CONF, *pins, "engine.kv_mib=1100", "cluster.record=true"], 240.0) as cluster:
-        yield cluster
-        cluster.wait_idle()
 
 
 def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pytest
 from live import VLLM, LiveCluster
 from vllm_process import BLOCK_BYTES, arguments
 
-from tests.kv import gpus
-from tests.kv.cuda_stand_in import StandIn
+from tests.kv.cuda import gpus
+from tests.kv.cuda.stand_in import StandIn
 from tetri.client import Client
 from tetri.engine.base import EngineError
 from tetri.kv.cuda.runtime import Device

@@ -7,36 +7,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from handover import adopt_zeros, engine_request
+from handover import adopt_zeros, engine_request, fill
 from states import FAR, NEAR, by_transformers, distance
-from vllm_process import WRITER_LAYERS, EngineProcess, arguments
+from vllm_process import WRITER_LAYERS, EngineProcess
 
 from tetri.engine.base import EngineError
 from tetri.request import Sampling, blocks_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
 
-LENGTHS = (5, 129, 400)  # 400: two chunks live, four of the writer's
+LENGTHS = (5, 129, 600)  # 600: two chunks live, five of the writer's
 EVERY = 4
 TEXT = Sampling(max_tokens=10, temperature=0.7, seed=5, ignore_eos=True)
-BLOCKS = 9
-
-
-@pytest.fixture(scope="module")
-def made(model, writer) -> Iterator[EngineProcess]:
-    fields = arguments(model, "float32", BLOCKS + 1, max_batch=8)
-    made = EngineProcess("tetri", **fields | {"chunk_tokens": 256, "context": 896})
-    yield made
-    made.stop()
 
 
 @pytest.fixture
-def engine(made) -> Iterator[EngineProcess]:
-    made.hook(WRITER_LAYERS, EVERY)
-    yield made
-    made.step()
-    made.untap()
-    assert (made.free_blocks(), made.requests()) == (BLOCKS, 0)
+def engine(engine) -> Iterator[EngineProcess]:
+    engine.hook_hidden_states(WRITER_LAYERS, EVERY)
+    yield engine
+    engine.step()
+    engine.untap()
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +133,7 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
     when the other has gone."""
     engine.hook_hidden_states(WRITER_LAYERS, 1)
     prompt, live = texts[2][:127], Live(engine)
-    engine.add(engine_request("ballast", "decode", [5] * 767, Sampling(max_tokens=2)))
-    assert engine.step().allocated == ("ballast",) and engine.free_blocks() == 3
+    ballast = fill(engine, leave=3)
     for key in ("first", "x"):
         engine.add(engine_request(key, "decode", prompt, TEXT))
         engine.step()
@@ -154,7 +143,8 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
     while not steps[-1].preempted:
         steps.append(live.step())
     before = {outputs for key, outputs in live.states if key == "x"}
-    engine.cancel("ballast")
+    for key in ballast:
+        engine.cancel(key)
     steps.append(live.step())
     while engine.requests():
         steps.append(live.step())

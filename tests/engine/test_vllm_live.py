@@ -4,31 +4,18 @@ plain vLLM in one engine, one at a time, all at once, and after the decode worke
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Iterator
 
 import pytest
-from live import VLLM, LiveCluster, wait_until
+from live import LiveCluster, wait_until
 
 from tetri.client import AsyncClient, Result
 from tetri.request import Sampling, blocks_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.xdist_group("live")]
 
 TOKENS = 24
 ALONE = 12  # of a request that has the cluster to itself, so that each takes a step of its own
 GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
-CONF = ["model.dtype=float32", "model.context=2304", "engine.max_batch=48", "transfer.slab_blocks=24"]
-START_S = 240.0
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LiveCluster]:
-    cpus = sorted(os.sched_getaffinity(0))
-    pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
-    with LiveCluster(VLLM, [*CONF, *pins, "engine.kv_mib=1100"], START_S) as cluster:
-        yield cluster
-        cluster.wait_idle()
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 
 import pytest
-from live import VLLM, LiveCluster
+from live import VLLM, LiveCluster, wait_until
 
 from tetri.client import AsyncClient, Result
 from tetri.engine_request import StepDone
@@ -18,17 +19,50 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 TOKENS = 20
 KV_MIB = 74  # 13 blocks of 128 tokens, the null block among them; one context is 8
 GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
-ONE = "worker=[{{iid='m0', role='mixed', cpus='{cpu}'}}]"
 
 
-def test_preempted_decodes_come_back_beside_prompts(prompts, reference, capsys) -> None:
-    """Prompts that end just before a block does, so that all of them want another block at the same time. A step has
-    room for a third of one that comes back."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LiveCluster]:
+    """One worker of each role."""
+    cpus = sorted(os.sched_getaffinity(0))
+    settings = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}", "model.dtype=float32", "model.context=1024"]
+    settings += ["engine.chunk_tokens=128", "engine.max_batch=16", f"engine.kv_mib={KV_MIB}"]
+    settings += ["transfer.slab_blocks=12", "transfer.reserve_share=1.0", "cluster.record=true"]
+    with LiveCluster(VLLM, settings, 240.0) as cluster:
+        yield cluster
+
+
+def test_a_decode_engine_that_preempts(cluster, prompts, reference) -> None:
+    """Six requests that take all of its memory and soon grow from 2 to 3 blocks: it is too small for five of them, in
+    whatever order they come."""
+    long = next(prompt for prompt in prompts if len(prompt) == 2000)
+    batch = [long[start : start + 250 + start // 7] for start in range(0, 42, 7)]
+    length = 120  # the first must still be there when the last have come
+    texts = [reference.text(prompt, length) for prompt in batch]
+    results = asyncio.run(all_at_once(cluster, batch, length))
+    assert [result.token_ids for result in results] == [text.ids for text in texts]
+    preempted = [result.receipt for result in results if result.receipt.preempted]
+    assert preempted and all(receipt.recomputed > 0 for receipt in preempted)
+    assert all(result.receipt.recomputed == 0 for result in results if not result.receipt.preempted)
+
+
+def test_preempted_decodes_come_back_beside_prompts(cluster, prompts, reference, capsys) -> None:
+    """On the decode worker alone, which does both from here on. Prompts that end just before a block does, so that all
+    of them want another block at the same time. A step has room for a third of one that comes back."""
     source = next(prompt for prompt in prompts if len(prompt) == 2000)
     lengths = [250, 378, 380, 251, 379, 252, 381, 120, 505, 253, 377, 254, 376, 378, 250, 122]
     chosen = [source[start : start + length] for start, length in zip(range(0, 160, 10), lengths, strict=True)]
     texts = [reference.text(prompt, TOKENS) for prompt in chosen]
-    results, steps = asyncio.run(serve(chosen))
+    assert cluster.client().flip("d0", "mixed")["role"] == "mixed"
+    cluster.kill("p0")
+
+    def alone() -> bool:
+        return [iid for iid, each in cluster.instances().items() if each["state"] == "ready"] == ["d0"]
+
+    wait_until(alone, "p0 is not missed")
+    before = len(records(cluster))
+    results = asyncio.run(all_at_once(cluster, chosen, TOKENS))
+    steps = records(cluster)[before:]
     equal = 0
     for text, result in zip(texts, results, strict=True):
         equal += result.token_ids == text.ids
@@ -53,41 +87,15 @@ def came_back(step: StepDone) -> set[str]:
     return {span.key for span in step.spans if span.key[0] == "d" and span.stop - span.start > 1}
 
 
-async def serve(prompts: list[list[int]]) -> tuple[list[Result], list[StepDone]]:
-    """The answers, and what the engine did in each step."""
-    settings = [ONE.format(cpu=max(os.sched_getaffinity(0))), "model.dtype=float32", "model.context=1024"]
-    settings += ["engine.chunk_tokens=128", "engine.max_batch=16", f"engine.kv_mib={KV_MIB}"]
-    settings += ["transfer.slab_blocks=12", "transfer.reserve_share=1.0", "cluster.record=true"]
-    with LiveCluster(VLLM, settings, 240.0) as cluster:
-        async with AsyncClient(cluster.config.clients_address, timeout=300) as client:
-            calls = [client.generate(p, max_tokens=TOKENS, ignore_eos=True) for p in prompts]
-            results = await asyncio.gather(*calls)
-        cluster.wait_idle()
-        (record,) = (cluster.folder / "record").glob("m0-*.events")
-        events = [value(call.event[0]) for call in read(record)[1] if call.event and call.event[0][0] == "StepDone"]
-    return results, events
+def records(cluster: LiveCluster) -> list[StepDone]:
+    """What the decode worker's engine did in each step."""
+    (record,) = (cluster.folder / "record").glob("d0-*.events")
+    return [value(call.event[0]) for call in read(record)[1] if call.event and call.event[0][0] == "StepDone"]
 
 
-def test_a_decode_engine_that_preempts(prompts, reference) -> None:
-    """A KV space of 8 blocks, all of which may be reserved, for four requests that soon grow from 2 to 3 blocks: it is
-    too small for three of them, in whatever order they come."""
-    long = next(prompt for prompt in prompts if len(prompt) == 2000)
-    batch = [long[start : start + 250 + start // 7] for start in range(0, 28, 7)]
-    length = 120  # the first must still be there when two more have come
-    texts = [reference.text(prompt, length) for prompt in batch]
-
-    async def run(address: str) -> list[Result]:
-        async with AsyncClient(address, timeout=240) as client:
-            calls = (client.generate(p, max_tokens=length, ignore_eos=True) for p in batch)
-            return await asyncio.gather(*calls)
-
-    cpus = sorted(os.sched_getaffinity(0))
-    settings = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}", "model.dtype=float32", "model.context=512"]
-    settings += ["engine.kv_mib=52", "transfer.slab_blocks=24", "transfer.reserve_share=1.0"]
-    with LiveCluster(VLLM, settings, 240.0) as cluster:
-        results = asyncio.run(run(cluster.config.clients_address))
-        cluster.wait_idle()
-    assert [result.token_ids for result in results] == [text.ids for text in texts]
-    preempted = [result.receipt for result in results if result.receipt.preempted]
-    assert preempted and all(receipt.recomputed > 0 for receipt in preempted)
-    assert all(result.receipt.recomputed == 0 for result in results if not result.receipt.preempted)
+async def all_at_once(cluster: LiveCluster, prompts: list[list[int]], tokens: int) -> list[Result]:
+    async with AsyncClient(cluster.config.clients_address, timeout=300) as client:
+        calls = [client.generate(p, max_tokens=tokens, ignore_eos=True) for p in prompts]
+        results = await asyncio.gather(*calls)
+    cluster.wait_idle()
+    return results

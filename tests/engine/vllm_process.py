@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import starts
+
 from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, HiddenStates, StepDone
 from tetri.kv.base import parts
 from tetri.models import weights_hash
@@ -48,6 +50,7 @@ class EngineProcess:
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, kind, arguments), daemon=True)
         self._process.start()
+        starts.engines += 1
         there.close()
         self._started = False
 
@@ -77,7 +80,7 @@ class EngineProcess:
             raise RuntimeError(f"in the engine's process:\n{value}")
         return value
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._pipe.close()
         self._process.join(20)
         if self._process.is_alive():
@@ -232,9 +235,6 @@ class _Watched:
         from tetri.engine.vllm.engine import VllmEngine
 
         VllmEngine(**arguments)
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 class _Writing:

@@ -1,7 +1,10 @@
-"""A reader of shared memory as a worker has it, for the tests of slabs and segments."""
+"""Shared memory in a folder of a test's own: a real file system does for it."""
 
+from tests.kv.parties import World
 from tetri.kv.base import Wanted
-from tetri.kv.shm import ShmReader
+from tetri.kv.local import LocalReader
+from tetri.kv.shm import ShmReader, ShmSlab
+from tetri.kv.store import Store
 from tetri.request import Reach
 
 SLOTS, BLOCK = 4, 100
@@ -29,3 +32,17 @@ class Peer:
         if fetched.problem is not None:
             raise fetched.problem
         return [bytes(view) for view in fetched.blocks]
+
+
+class ShmWorld(World):
+    path = "shm"
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = str(folder)
+
+    def store(self, iid, wake, slots, block_bytes, digest):
+        slab = ShmSlab("test", iid, slots, block_bytes, self.folder, digest)
+        reach = Reach(paths=["shm"], host="here", process=1, segment=slab.segment.name)
+        reader = ShmReader("test", 0, self.folder)
+        return Store(slab, {"shm": reader}, reach, LocalReader({slab.segment.name: slab.segment}))

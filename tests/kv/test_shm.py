@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.kv.mapped import BLOCK, SLOTS
+from tests.kv.contract import StoreContract
+from tests.kv.mapped import BLOCK, SLOTS, ShmWorld
 from tests.kv.parties import block
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost
@@ -27,10 +28,6 @@ def write(views):
 handle, digest = slab.put(3, write, "p:r1:1")
 print(handle.segment, *handle.slots, *handle.generations, digest, flush=True)
 sys.stdin.readline()
-slab.free(handle)
-print("freed", flush=True)
-sys.stdin.readline()
-slab.close()
 """
 
 
@@ -48,33 +45,27 @@ def owner(tmp_path):
             child.kill()
 
 
-def say(child):
-    child.stdin.write("\n")
-    child.stdin.flush()
-
-
 def kill(child):
     child.send_signal(signal.SIGKILL)
     child.wait()
 
 
+class TestShm(StoreContract):
+    @pytest.fixture
+    def world(self, tmp_path):
+        world = ShmWorld(tmp_path)
+        yield world
+        world.close()
+        assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------ owners that die
-
-
-def test_blocks_of_another_process(peer, owner):
-    child, handle, digest = owner
-    peer.meet(handle.segment)
-    assert peer.fetch(handle, digest) == [block(0), block(1), block(2)]
-    say(child)
-    assert child.stdout.readline() == "freed\n"
-    with pytest.raises(KVLost, match="generation 2"):
-        peer.fetch(handle, digest)
 
 
 def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(peer, owner, tmp_path):
     child, handle, digest = owner
     peer.meet(handle.segment)
-    peer.fetch(handle, digest)
+    assert peer.fetch(handle, digest) == [block(0), block(1), block(2)]
     kill(child)
     assert sweep("test", directory=str(tmp_path)) == [handle.segment]
     assert peer.fetch(handle, digest)[0] == block(0)
@@ -135,14 +126,6 @@ def test_the_segment_is_named_after_its_owner_private_and_not_to_be_guessed(slab
     other = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
     assert other.segment.name != name
     other.close()
-
-
-def test_the_default_folder_is_shared_memory():
-    slab = ShmSlab("test-default", "p0", 1, 10)
-    path = f"/dev/shm/{slab.segment.name}"
-    assert os.path.exists(path)
-    slab.close()
-    assert not os.path.exists(path)
 
 
 def test_too_little_room_is_an_error_at_the_start_that_names_it(tmp_path):

@@ -1,18 +1,14 @@
-"""The slab in host memory, over a process's own memory and over a shared segment; and taking from a mapping."""
+"""The slab in host memory, over a process's own memory and over a shared segment."""
 
 import time
 
 import pytest
-import xxhash
 
 from tests.kv.contract_slab import SlabContract, nothing, slab_histories
-from tests.kv.parties import BLOCK, SLOTS, block
-from tetri.kv import staging
-from tetri.kv.base import KVError, KVLost
+from tests.kv.parties import BLOCK, SLOTS
 from tetri.kv.local import LocalSlab
 from tetri.kv.shm import ShmSlab
 from tetri.kv.slab import MARK, OWNER_BYTES, HostSlab, Segment
-from tetri.kv.staging import Staging
 
 
 class TestLocalSlab(SlabContract):
@@ -83,52 +79,3 @@ def test_memory_that_nobody_looks_at_needs_no_marks():
     handle, _ = slab.put(SLOTS, nothing, "p:r1:1")
     slab.free(handle)
     assert slab.free_slots == SLOTS
-
-
-# ------------------------------------------------------------ taking from a mapping
-
-
-def test_a_slot_reused_during_the_copy_is_lost_not_corrupt(slab, monkeypatch):
-    handle, digest = slab.put(2, nothing)
-
-    class Slow:
-        """Between the first block's copy and the second's the sender gives the slots to another chunk."""
-
-        def __init__(self):
-            self._real = xxhash.xxh3_64()
-            self._first = True
-
-        def update(self, view):
-            if self._first:
-                self._first = False
-                monkeypatch.undo()
-                slab.free(handle)
-                slab.put(2, lambda views: views[1].__setitem__(0, 7))
-            self._real.update(view)
-
-        def intdigest(self):
-            return self._real.intdigest()
-
-    monkeypatch.setattr(staging, "xxh3_64", Slow)
-    with pytest.raises(KVLost, match="generation 2, not 1"):
-        Staging(0).fetch(slab.segment, handle, digest)
-
-
-def test_a_chunk_larger_than_any_before_grows_the_staging(slab):
-    buffer = Staging(BLOCK)
-    for count in (1, SLOTS, 2):
-        blocks = [block(number) for number in range(count)]
-
-        def write(views, blocks=blocks):
-            for view, data in zip(views, blocks, strict=True):
-                view[:] = data
-
-        handle, digest = slab.put(count, write)
-        assert [bytes(view) for view in buffer.fetch(slab.segment, handle, digest)] == blocks
-        slab.free(handle)
-
-
-def test_the_same_bytes_under_another_digest_are_told_with_both(slab):
-    handle, digest = slab.put(1, nothing)
-    with pytest.raises(KVError, match=f"{digest:016x}, announced {digest ^ 1:016x}"):
-        Staging(0).fetch(slab.segment, handle, digest ^ 1)

@@ -56,6 +56,9 @@ def test_a_segment_tells_its_owner_and_each_used_slot(slab, tmp_path):
 
 
 def test_a_slot_that_is_sent_on_is_used_although_its_request_has_left(slab, tmp_path):
+    nameless, _ = slab.put(2, nothing)
+    assert [page.owner for page in survey("test", str(tmp_path))[0].pages] == ["", ""]
+    slab.free(nameless)
     handle, _ = slab.put(1, nothing, "p:r1:1")
     slab.keep(handle)
     slab.free(handle)
@@ -63,11 +66,6 @@ def test_a_slot_that_is_sent_on_is_used_although_its_request_has_left(slab, tmp_
     assert [page.owner for page in seen.pages] == ["p:r1:1"]
     slab.let_go(handle)
     assert survey("test", str(tmp_path))[0].pages == ()
-
-
-def test_a_slot_of_an_owner_without_a_name_is_used_too(slab, tmp_path):
-    slab.put(2, nothing)
-    assert [page.owner for page in survey("test", str(tmp_path))[0].pages] == ["", ""]
 
 
 def test_what_a_killed_owner_left_says_whose_it_was_and_can_be_removed(slab, dead, tmp_path):

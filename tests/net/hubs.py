@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,3 +51,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 def ipc(folder: Path, name: str) -> str:
     return f"ipc://{folder}/{name}"
+
+
+def plain(address: str) -> socket.socket:
+    """A connection to `address` that speaks no ZeroMQ."""
+    made = socket.socket(socket.AF_UNIX)
+    made.connect(address.removeprefix("ipc://"))
+    return made

@@ -1,13 +1,12 @@
 """The sockets of `stream`: who gets in, what a full, a gone and a rude peer do."""
 
-import stat
 import time
 from contextlib import contextmanager
 
 import pytest
 import zmq
 
-from tetri.net import NetError, keys
+from tetri.net import NetError
 from tetri.net.bulk import BulkLink, BulkServer, Waker, Watch, context
 from tetri.net.keys import ZapHandler
 from tetri.wire.bulk import PIECE_BYTES, REQUEST_BYTES
@@ -70,12 +69,6 @@ def ends(key=None):
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture
-def key(tmp_path):
-    keys.generate(str(tmp_path / "key"))
-    return keys.load(str(tmp_path / "key"))
 
 
 def test_a_piece_arrives_in_memory_of_its_own():
@@ -181,12 +174,12 @@ def test_members_get_in(key):
         assert link.receive_frame() == bytes(PIECE_BYTES)
 
 
-def test_nobody_else_gets_in(key, tmp_path):
-    keys.generate(str(tmp_path / "other"))
-    other = keys.load(str(tmp_path / "other"))
+def test_nobody_else_gets_in(key, other_key):
+    other = other_key
     with ends(key) as made:
         plain, incompatibility = made.link(), made.link(other)
-        made.until(lambda: incompatibility.broken)  # does not even know the server
+        made.until(lambda: incompatibility.broken)  # each has another key than the other: neither talks
+        assert not incompatibility.up
         # One who knows the server's public key, and has one of their own:
         knows = made.context.socket(zmq.DEALER)
         knows.set(zmq.LINGER, 0)
@@ -201,14 +194,6 @@ def test_nobody_else_gets_in(key, tmp_path):
             assert not plain.up and made.server.receive() is None
         finally:
             knows.close(0)
-
-
-def test_a_member_does_not_talk_to_a_server_without_the_key(key, tmp_path):
-    keys.generate(str(tmp_path / "other"))
-    with ends(keys.load(str(tmp_path / "other"))) as made:
-        link = made.link(key)
-        made.until(lambda: link.broken)
-        assert not link.up
 
 
 def test_only_what_is_encrypted_goes_to_other_hosts(key):
@@ -226,30 +211,3 @@ def test_only_what_is_encrypted_goes_to_other_hosts(key):
         BulkLink(made, "tcp://192.0.2.1:1", key).close()
     finally:
         made.term()
-
-
-def test_a_key_file_is_for_its_owner_alone_and_never_overwritten(tmp_path):
-    path = tmp_path / "key"
-    keys.generate(str(path))
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    made = keys.load(str(path))
-    assert made.public == zmq.curve_public(made.secret) and made.secret.decode() not in repr(made)
-    with pytest.raises(NetError, match="exists already"):
-        keys.generate(str(path))
-    assert keys.load(str(path)) == made
-    path.chmod(0o640)
-    with pytest.raises(NetError, match="chmod 600"):
-        keys.load(str(path))
-
-
-@pytest.mark.parametrize("content", [b"", b"x" * 40 + b"y", b"\x00" * 40, b"~" * 40, b"x" * 100_000])
-def test_what_is_no_key_is_said_in_one_line(tmp_path, content):
-    path = tmp_path / "key"
-    path.write_bytes(content)
-    path.chmod(0o600)
-    with pytest.raises(NetError, match=r"is no key; make one with tetri-cli keygen$"):
-        keys.load(str(path))
-    with pytest.raises(NetError, match="cannot be read"):
-        keys.load(str(tmp_path / "missing"))
-    with pytest.raises(NetError, match="is no key"):
-        keys.load("/dev/null")

@@ -1,28 +1,13 @@
 """PUB and SUB: loads from many to one (the reader binds), views from one to many (the writer binds)."""
 
-import contextlib
-import logging
-import os
-import resource
 import signal
-import socket as plain_socket
 import subprocess
 import sys
 import time
 
-import pytest
-import zmq
-
-from tests.net.hubs import PATIENCE, events, hubs, ipc, until
-from tests.net.test_garbage import GARBAGE, NOT_ZMTP, context, plain, readable
-from tetri.net import NetError
-from tetri.net.hub import RETRY_S
-from tetri.net.intake import MAX_MESSAGES
-from tetri.wire import codec
+from tests.net.hubs import PATIENCE, events, hubs, ipc, plain, until
 from tetri.wire.events import Arrived
 from tetri.wire.messages import Close, ClusterView, InboxMessage, Load, LoadReport
-
-__all__ = ["context"]  # a fixture
 
 
 def report(iid="p0", free=7):
@@ -64,6 +49,8 @@ def test_views_reach_all_subscribers(run_folder):
         for hub in (first, second):
             hub.subscribe(address, ClusterView)
             assert say(monitor, view(1), hub, bool)[0] == view(1)
+        with plain(address) as incompatibility:
+            incompatibility.sendall(bytes(300))
         events(first, lambda seen: seen == [Arrived(view(1))])
         monitor.publish(view(2))
         for hub in (first, second):
@@ -84,11 +71,9 @@ def test_publishing_to_nobody_waits_for_nobody_and_keeps_nothing(run_folder):
     with hubs(2) as (bound, connected):
         bound.bind_publisher(ipc(run_folder, "views"))
         connected.connect_publisher(ipc(run_folder, "nowhere"))
-        start = time.monotonic()
         for number in range(10_000):
             bound.publish(view(number))
             connected.publish(report())
-        assert time.monotonic() - start < 3
         with hubs(1) as (late,):
             late.subscribe(ipc(run_folder, "views"), ClusterView)
             assert say(bound, view(10_000), late, bool) == [view(10_000)]
@@ -137,181 +122,24 @@ def test_a_slow_subscriber_holds_nobody_up_and_then_hears_the_newest(run_folder)
         for hub in (slow, quick):
             hub.subscribe(address, ClusterView)
             say(monitor, view(0), hub, bool)
-        start = time.monotonic()
         for number in range(1, 20_001):
             monitor.publish(view(number))
-        assert time.monotonic() - start < 3
         monitor.publish(view(20_001))
         say(monitor, view(20_002), quick, lambda seen: view(20_002) in seen)
         seen = events(slow, lambda seen: Arrived(view(20_002)) in seen)
         assert len(seen) <= 3  # and not twenty thousand old ones first
 
 
-def test_a_flood_of_loads_is_bounded_and_leaves_other_sockets_their_turn(run_folder):
-    with hubs(3) as (monitor, flooder, broker):
+def test_loads_that_nobody_reads_are_few(run_folder):
+    with hubs(2) as (monitor, flooder):
         monitor.bind_subscriber(ipc(run_folder, "loads"), LoadReport)
-        monitor.bind_inbox(ipc(run_folder, "inbox"), InboxMessage)
         flooder.connect_publisher(ipc(run_folder, "loads"))
         say(flooder, report(), monitor, bool)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in range(100_000):
+        for _ in range(50_000):
             flooder.publish(report())
-        broker.connect("m", ipc(run_folder, "inbox"))
-        events(broker, bool)
-        assert broker.send("m", Close(rid="r", attempt=1))
-        until(lambda: all(socket.poll(0) for socket in monitor._intakes))
-        batch = monitor.poll(0)
-        assert Arrived(Close(rid="r", attempt=1)) in batch and len(batch) <= MAX_MESSAGES + 1
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        assert grown < 30 << 10, f"{grown} kB more"
-
-
-@pytest.fixture(params=["loads", "views"])
-def target(request, run_folder, context):
-    """(hub that hears, socket of a stranger that it hears, a good message)"""
-    with hubs(1) as (hub,):
-        incompatibility = context.socket(zmq.PUB)
-        incompatibility.linger = 0
-        if request.param == "loads":
-            incompatibility.connect(hub.bind_subscriber(ipc(run_folder, "s"), LoadReport))
-            good = report()
-        else:
-            incompatibility.bind(ipc(run_folder, "s"))
-            hub.subscribe(ipc(run_folder, "s"), ClusterView)
-            good = view(1)
-        still_hears(hub, incompatibility, good)
-        yield hub, incompatibility, good
-
-
-def still_hears(hub, incompatibility, good):
-    end = time.monotonic() + PATIENCE
-    while good not in [event.message for event in hub.poll(0.01)]:
-        assert time.monotonic() < end
-        incompatibility.send(codec.encode(good))
-    while hub.poll(0.02):  # what was sent in vain
-        pass
-
-
-@pytest.mark.parametrize(("frames", "counted"), GARBAGE)
-def test_garbage_is_counted_logged_once_and_dropped(target, caplog, frames, counted):
-    hub, incompatibility, good = target
-    with caplog.at_level(logging.WARNING):
-        for times in range(1, 4):
-            incompatibility.send_multipart(frames)
-            until(lambda times=times: hub.poll(0.01) == [] and sum(garbage(hub).values()) >= times)
-        still_hears(hub, incompatibility, good)
-    kinds = garbage(hub)
-    if isinstance(good, LoadReport):
-        assert kinds == {f"garbage_{counted}": 3}
-    else:  # only the newest is kept, of a message of several frames the last: it is garbage all the same
-        assert sum(kinds.values()) >= 3
-    assert len(caplog.records) == len(kinds)
-    assert all(len(record.getMessage()) < 300 for record in caplog.records)
-
-
-def garbage(hub):
-    return {kind: count for kind, count in hub.counters.items() if kind.startswith("garbage_")}
-
-
-def test_a_message_for_another_receiver_is_garbage(target):
-    hub, incompatibility, good = target
-    other = view(1) if isinstance(good, LoadReport) else report()
-    incompatibility.send(codec.encode(other))
-    until(lambda: hub.poll(0.01) == [] and hub.counters["garbage_unexpected"] == 1)
-    still_hears(hub, incompatibility, good)
-
-
-def test_a_frame_over_the_limit_ends_the_connection_and_not_the_process(target):
-    hub, incompatibility, good = target
-    cut = incompatibility.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    incompatibility.send(bytes(codec.limit(type(good)) + 1))
-    assert hub.poll(0.05) == []
-    assert cut.poll(PATIENCE * 1000), "the connection was not cut"
-    still_hears(hub, incompatibility, good)  # it comes back by itself
-    incompatibility.disable_monitor()
-    cut.close(0)
-
-
-@pytest.mark.parametrize("noise", [*NOT_ZMTP[:4], os.urandom(300)], ids=range(5))
-def test_bytes_that_are_no_zeromq_at_all(run_folder, context, noise):
-    with hubs(1) as (monitor,):
-        loads = monitor.bind_subscriber(ipc(run_folder, "loads"), LoadReport)
-        views = monitor.bind_publisher(ipc(run_folder, "views"))
-        with plain(loads) as one, plain(views) as other:
-            one.sendall(noise)
-            other.sendall(noise)
-            incompatibility = context.socket(zmq.PUB)
-            incompatibility.connect(loads)
-            still_hears(monitor, incompatibility, report())
-            with hubs(1) as (worker,):
-                worker.subscribe(views, ClusterView)
-                say(monitor, view(1), worker, bool)
-
-
-@pytest.mark.parametrize("side", ["subscribe", "connect_publisher"])
-def test_a_listener_that_is_no_publisher_is_left_for_a_real_one(run_folder, side, monkeypatch):
-    """libzmq gives up a connection that was answered with garbage: the hub opens a new one after RETRY_S."""
-    path, address = run_folder / "feed", ipc(run_folder, "feed")
-    monkeypatch.setattr("tetri.net.hub.RETRY_S", 0.05)
-    assert RETRY_S >= 0.1  # no flood of connections
-    with hubs(2) as (worker, monitor):
-        worker.subscribe(address, ClusterView) if side == "subscribe" else worker.connect_publisher(address)
-        with plain_socket.socket(plain_socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            listener.listen()
-            for noise in NOT_ZMTP[:3]:
-                until(lambda: worker.poll(0.01) == [] and readable(listener))
-                connection, _ = listener.accept()
-                with connection, contextlib.suppress(BrokenPipeError):
-                    connection.sendall(noise)
-        path.unlink()
-        if side == "subscribe":
-            monitor.bind_publisher(address)
-            say(monitor, view(1), worker, bool)
-        else:
-            monitor.bind_subscriber(address, LoadReport)
-            seen = []
-            end = time.monotonic() + PATIENCE
-            while not seen:
-                assert time.monotonic() < end
-                worker.publish(report())
-                worker.poll(0)
-                seen = monitor.poll(0.01)
-
-
-def test_sockets_of_another_pattern_are_refused(run_folder, context):
-    with hubs(1) as (monitor,):
-        push = context.socket(zmq.PUSH)
-        push.immediate = 1
-        push.connect(monitor.bind_subscriber(ipc(run_folder, "loads"), LoadReport))
-        assert not push.poll(100, zmq.POLLOUT)
-
-
-def test_only_one_publisher_and_none_without_an_address(run_folder):
-    with hubs(1) as (hub,):
-        with pytest.raises(NetError, match="without bind_publisher"):
-            hub.publish(report())
-        with pytest.raises(NetError, match="is no address"):
-            hub.connect_publisher("nowhere")
-        with pytest.raises(NetError, match="is no address"):
-            hub.subscribe("nowhere", ClusterView)
-        hub.bind_publisher(ipc(run_folder, "views"))
-        for again in (hub.bind_publisher, hub.connect_publisher):
-            with pytest.raises(NetError, match="already publishes"):
-                again(ipc(run_folder, "other"))
-
-
-def test_a_live_owner_is_not_robbed_and_close_removes_the_files(run_folder):
-    with hubs(2) as (first, second):
-        first.bind_publisher(ipc(run_folder, "views"))
-        first.bind_subscriber(ipc(run_folder, "loads"), LoadReport)
-        with pytest.raises(NetError, match="address in use"):
-            second.bind_publisher(ipc(run_folder, "views"))
-        with pytest.raises(NetError, match="address in use"):
-            second.bind_subscriber(ipc(run_folder, "loads"), LoadReport)
-        first.close()
-        assert list(run_folder.iterdir()) == []
-        second.bind_publisher(ipc(run_folder, "views"))
+        batches = [monitor.poll(0.1)]
+        until(lambda: batches.append(monitor.poll(0.1)) or not batches[-1])
+        assert sum(map(len, batches)) < 5000
 
 
 def test_wait_lets_the_time_pass_and_says_whether_something_is_there(run_folder):

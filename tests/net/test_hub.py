@@ -7,11 +7,10 @@ import zmq
 
 from tests.net.hubs import PATIENCE, events, hubs, ipc, some, until
 from tetri.net import NetError
-from tetri.net.intake import MAX_MESSAGES
 from tetri.request import Sampling
 from tetri.wire import codec
 from tetri.wire.clients import Accepted, Attach, BrokerReply, Cancel, ClientMessage, Delta
-from tetri.wire.events import Arrived, PeerDown, PeerUp
+from tetri.wire.events import Arrived, PeerUp
 from tetri.wire.messages import Assign, Close, InboxMessage
 
 
@@ -128,20 +127,6 @@ def test_disconnect_forgets_the_peer(run_folder):
         assert broker.poll(0) == []
 
 
-def test_a_peer_that_closes_and_returns_is_down_and_up(run_folder):
-    address = ipc(run_folder, "w")
-    with hubs(1) as (broker,):
-        broker.connect("w", address)
-        for _ in range(2):
-            with hubs(1) as (worker,):
-                worker.bind_inbox(address, InboxMessage)
-                assert some(broker, 1) == [PeerUp("w")]
-                assert broker.send("w", close("r"))
-                assert some(worker, 1) == [Arrived(close("r"))]
-            assert some(broker, 1) == [PeerDown("w")]
-            assert broker.send("w", close("r")) is False
-
-
 def test_a_client_is_answered_and_a_vanished_one_is_gone(run_folder):
     address = ipc(run_folder, "clients")
     with hubs(1) as (broker,):
@@ -175,54 +160,6 @@ def test_a_client_that_does_not_read_is_full_and_harms_nobody(run_folder):
         assert heard(eager) == delta
 
 
-def test_only_one_socket_for_clients_and_none_without_binding(run_folder):
-    with hubs(1) as (hub,):
-        with pytest.raises(NetError, match="without bind_clients"):
-            hub.reply(b"x", close("r"))
-        hub.bind_clients(ipc(run_folder, "a"), ClientMessage)
-        with pytest.raises(NetError, match="already listens"):
-            hub.bind_clients(ipc(run_folder, "b"), ClientMessage)
-
-
-def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder):
-    with hubs(2) as (broker, flooder):
-        broker.bind_inbox(ipc(run_folder, "inbox"), InboxMessage)
-        broker.bind_clients(ipc(run_folder, "clients"), ClientMessage)
-        flooder.connect("b", ipc(run_folder, "inbox"))
-        some(flooder, 1)
-        flood = 4 * MAX_MESSAGES
-        for _ in range(flood):
-            assert flooder.send("b", close("flood"))
-        with dealer(ipc(run_folder, "clients")) as client:
-            client.send(codec.encode(Attach(rid="me")))
-            before = 0
-            while True:
-                batch = broker.poll(PATIENCE)
-                assert len(batch) <= 2 * MAX_MESSAGES
-                if any(event.client is not None for event in batch):
-                    break
-                before += len(batch)
-            # However the sockets' threads ran: never the whole flood first once both are readable.
-            rest = some(broker, flood + 1 - before - len(batch)) if before + len(batch) <= flood else []
-            assert before + len(batch) + len(rest) == flood + 1
-
-
-def test_both_sockets_are_read_in_one_poll(run_folder):
-    with hubs(2) as (broker, flooder):
-        broker.bind_inbox(ipc(run_folder, "inbox"), InboxMessage)
-        broker.bind_clients(ipc(run_folder, "clients"), ClientMessage)
-        flooder.connect("b", ipc(run_folder, "inbox"))
-        some(flooder, 1)
-        for _ in range(3 * MAX_MESSAGES):
-            assert flooder.send("b", close("flood"))
-        with dealer(ipc(run_folder, "clients")) as client:
-            client.send(codec.encode(Attach(rid="me")))
-            until(lambda: all(socket.poll(0) for socket in broker._intakes))
-            batch = broker.poll(0)
-            assert [event.message for event in batch if event.client is not None] == [Attach(rid="me")]
-            assert len(batch) <= MAX_MESSAGES + 1
-
-
 @pytest.mark.parametrize("timeout", [0, -1.0, 0.03])
 def test_poll_waits_as_long_as_told(timeout):
     with hubs(1) as (hub,):
@@ -241,19 +178,6 @@ def test_wake_ends_a_poll_from_another_thread_and_is_used_up():
         thread.start()
         assert hub.poll(None) == []
         thread.join()
-
-
-def test_close_twice_and_with_messages_waiting(run_folder):
-    with hubs(2) as (worker, broker):
-        worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
-        broker.connect("w", ipc(run_folder, "w"))
-        some(broker, 1)
-        for _ in range(100):
-            broker.send("w", close("r"))
-        broker.close()
-        broker.close()
-        worker.close()
-        assert list(run_folder.iterdir()) == []
 
 
 def test_a_message_over_the_limit_is_not_sent(run_folder):

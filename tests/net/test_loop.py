@@ -1,13 +1,6 @@
-import os
-import signal
-import threading
-import time
-
 import pytest
 
-from tests.net.hubs import hubs
 from tetri.net.loop import run
-from tetri.net.signals import StopSignals
 
 
 class FakeCore:
@@ -87,32 +80,3 @@ def test_a_core_that_fails_is_heard():
     fake = FakeTime([(0, [])])
     with pytest.raises(ZeroDivisionError):
         run(FakeCore([0]), fake.poll, act, lambda: fake.now, fake.running)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_loop_that_waits_for_ever(number):
-    before = signal.getsignal(number)
-    with hubs(1) as (hub,):
-        stop = StopSignals(hub.wake_fd)
-        try:
-            polling = threading.Event()
-
-            def poll(timeout):
-                polling.set()
-                return hub.poll(timeout)
-
-            def kill():
-                polling.wait(5)
-                os.kill(os.getpid(), number)
-
-            killer = threading.Thread(target=kill)
-            killer.start()
-            start = time.monotonic()
-            run(FakeCore([None]), poll, lambda actions: None, time.monotonic, stop.running)
-            assert time.monotonic() - start < 2
-            killer.join()
-            assert stop.received == number
-        finally:
-            stop.restore()
-    assert signal.getsignal(number) is before
-    assert signal.set_wakeup_fd(-1) == -1

@@ -23,13 +23,7 @@ def requests(*lengths, size=1):
 
 @pytest.mark.parametrize(
     "running, max_batch, free_blocks, admitted",
-    [
-        (0, 4, 0, ["early", "late"]),
-        (3, 4, 9, ["early"]),
-        (4, 4, 9, []),
-        (5, 4, 9, []),
-        (0, 4, -1, []),
-    ],
+    [(0, 4, 0, ["early", "late"]), (3, 4, 9, ["early"]), (4, 4, 9, []), (5, 4, 9, []), (0, 4, -1, [])],
 )
 def test_greedy_goes_by_landing_while_there_are_slots_and_memory_is_not_overdrawn(
     running, max_batch, free_blocks, admitted
@@ -97,12 +91,6 @@ def test_peak_leaves_a_margin(free, admitted):
     """After 30 steps 60 + 30 are taken, the most at any time. Of 90 or 91, one is left alone."""
     waiting = [WaitingRequest("a", 0, blocks=0, tokens=0, end=69)]
     assert peak(waiting, BatchView((BatchMember(30, 60),), 8, free)) == list(admitted)
-
-
-def test_peak_rounds_up_every_request_by_itself():
-    waiting = requests((15, 17), (16, 18), size=16)
-    assert peak(waiting, BatchView((BatchMember(30, 32),), 8, 1, 16)) == ["a"]
-    assert peak(waiting, BatchView((BatchMember(30, 32),), 8, 2, 16)) == ["a", "b"]
 
 
 SIZES = st.integers(1, 5)

@@ -3,15 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.engine_request import Span
 from tetri.policy.chunk import pack
 from tetri.policy.views import Progress
-
-
-def test_the_tail_of_one_and_the_heads_of_others():
-    prompts = [Progress("a", 8, 10), Progress("b", 0, 3), Progress("c", 0, 9), Progress("d", 0, 1)]
-    assert pack(prompts, 8) == [Span("a", 8, 10), Span("b", 0, 3), Span("c", 0, 3)]
-    assert pack(prompts, 2) == [Span("a", 8, 10)] and pack([], 8) == []
 
 
 @settings(deadline=None, derandomize=True)

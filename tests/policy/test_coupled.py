@@ -18,27 +18,15 @@ def spans(*tokens):
 
 
 @pytest.mark.parametrize("rule", COUPLED)
-def test_with_nothing_to_prefill_all_decode(rule):
-    assert COUPLED[rule](view(decoding=3), LIMITS) == Iteration((), True)
-
-
-@pytest.mark.parametrize("rule", COUPLED)
-def test_no_prompt_starts_without_a_slot(rule):
-    assert COUPLED[rule](view(10, decoding=4), LIMITS) == Iteration((), True)
+def test_no_prompt_starts_without_a_slot_and_memory_for_all_of_it(rule):
+    for prompts, more in (([], {"decoding": 3}), ([10], {"decoding": 4}), ([50], {"decoding": 1, "free": 50})):
+        assert COUPLED[rule](view(*prompts, **more), LIMITS) == Iteration((), True)
     assert COUPLED[rule](view(10, 10, decoding=3), LIMITS).spans == spans(10)
-
-
-@pytest.mark.parametrize("rule", COUPLED)
-def test_no_prompt_starts_without_memory_for_all_of_it(rule):
-    assert COUPLED[rule](view(50, decoding=1, free=50), LIMITS) == Iteration((), True)
     assert COUPLED[rule](view(50, 30, decoding=1, free=60), LIMITS).spans == spans(50)
 
 
-def test_prefill_first_takes_whole_prompts_while_the_decodes_stall():
+def test_prefill_first_takes_whole_prompts_while_the_decodes_stall_and_one_beyond_the_budget_alone():
     assert prefill_first(view(40, 50, 20, decoding=1), LIMITS) == Iteration(spans(40, 50), False)
-
-
-def test_prefill_first_lets_a_prompt_beyond_the_budget_go_alone():
     assert prefill_first(view(300, 10), LIMITS) == Iteration(spans(300), False)
     assert prefill_first(view(10, 300), LIMITS).spans == spans(10)
 

@@ -119,11 +119,6 @@ def test_nobody_ends_before_the_first_token():
     assert end_of(LengthRange(low=0, high=1), "high", 1000) == 1
 
 
-def test_an_end_that_does_not_exist():
-    with pytest.raises(KeyError, match="top"):
-        end_of(None, "top", 9)
-
-
 @pytest.mark.parametrize("label, is_heavy", [(0, False), (1, True), (4, True)])
 def test_heavy_by_the_middle_of_the_range(label, is_heavy):
     assert heavy(bucket(label, 200), 128, most=2000) == is_heavy

@@ -100,11 +100,6 @@ def test_the_likeliest_bucket(granularity, label):
     assert likeliest(curve_of(FOUR, 120), granularity) == label
 
 
-def test_by_bucket_begins_where_the_curve_does():
-    first, shares = by_bucket(survivors(curve_of(FOUR, 120), 99), 50)
-    assert first == 2 and shares == close([1.0])
-
-
 @pytest.mark.parametrize(
     "curve, granularity, high, low_high",
     [

@@ -4,14 +4,20 @@ import json
 import string
 
 import numpy as np
+import pytest
 
 from tetri.predict.card import HEAD, Card, write_card
 from tetri.predict.encoder import load_encoder
 from tetri.predict.heads import Head, save_head
-from tetri.predict.lengths import States, pack_states, prompt_key, states_path
-from tetri.predict.model import PLACE
+from tetri.predict.lengths import PredictError, States, pack_states, prompt_key, states_path
+from tetri.predict.model import PLACE, load
 
 BUCKETS, WIDTH = 5, 100
+COUNT = 120  # prompts of the file that most are trained on
+
+
+def quiet(line):
+    """Hears what is told while something is trained."""
 
 
 def head(inputs, buckets=BUCKETS, seed=0):
@@ -40,11 +46,7 @@ def classifier(folder):
     encoder(place / "encoder")
     loaded = load_encoder("encoder", 8, 0, place)
     made = card(
-        "classifier",
-        save_head(head(loaded.vector), place / HEAD),
-        encoder="encoder",
-        encoder_hash=loaded.digest,
-        cut=8,
+        "classifier", save_head(head(loaded.vector), place / HEAD), encoder="encoder", encoder_hash=loaded.digest, cut=8
     )
     write_card(made, place)
     return folder
@@ -106,3 +108,11 @@ def lengths(path, count, layers=(), samples=1, limit=256, seed=0):
     if layers:
         states_path(path).write_bytes(b"".join(records))
     return path
+
+
+def says(folder, kind, *words, weights="weights-of-tiny"):
+    """That predictor cannot be loaded, and one line with these words tells why."""
+    with pytest.raises(PredictError) as caught:
+        load(folder, kind, weights)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words)

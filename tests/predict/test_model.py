@@ -1,12 +1,10 @@
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.predict import made
-from tetri.predict.card import CARD, HEAD, LATER, read_card, write_card
-from tetri.predict.encoder import load_encoder
+from tetri.predict.card import HEAD, LATER, read_card, write_card
 from tetri.predict.heads import save_head
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import PLACE, SHIPPED, examine, load, shipped_for
@@ -50,15 +48,6 @@ def test_texts_to_odds(folder):
     assert found.classify([]) == []
 
 
-def test_of_a_long_prompt_the_middle_is_not_read(folder):
-    found = load(folder, "classifier")
-    assert found.card.cut == 8
-    assert found.encoder.short(list(range(12))) == [0, 1, 2, 3, 8, 9, 10, 11]
-    one, other, different = (found.classify([text])[0] for text in ("abc1234xyz", "abc9876xyz", "abc1234xyw"))
-    assert one.shares == pytest.approx(other.shares, abs=1e-6)
-    assert one.shares != pytest.approx(different.shares, abs=1e-6)
-
-
 def test_what_a_worker_expects(folder):
     found = load(folder, "hidden").expected("file x")
     assert found == Expected("hidden", LengthDistribution(100, (0.4, 0.3, 0.1, 0.1, 0.1)), (0.25, 0.5, 0.75), "file x")
@@ -73,96 +62,19 @@ def test_each_kind_does_its_own_work(folder):
         load(folder, "hidden").estimate(np.zeros((1, 7)), [0])
 
 
-def says(folder, kind, *words, weights="weights-of-tiny"):
-    with pytest.raises(PredictError) as caught:
-        load(folder, kind, weights)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
-def test_another_models(folder):
-    says(folder, "hidden", "another model", "tiny", weights="others")
-
-
-def test_missing(tmp_path):
-    says(tmp_path, "hidden", "no hidden predictor", "tetri-cli predictor train")
-    says(tmp_path, "oracle", "no kind of predictor")
-
-
-@pytest.mark.parametrize("file", [CARD, HEAD])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_cut_off(tmp_path, file, share):
-    path = made.hidden(tmp_path) / "hidden" / file
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    says(tmp_path, "hidden", str(path), "train again")
-
-
-def test_a_missing_head(tmp_path):
+def test_missing_or_of_another_model(folder, tmp_path):
+    made.says(folder, "hidden", "another model", "tiny", weights="others")
+    made.says(tmp_path, "hidden", "no hidden predictor", "tetri-cli predictor train")
+    made.says(tmp_path, "oracle", "no kind of predictor")
     (made.hidden(tmp_path) / "hidden" / HEAD).unlink()
-    says(tmp_path, "hidden", HEAD, "No such file")
+    made.says(tmp_path, "hidden", HEAD, "No such file")
 
 
 def test_a_head_of_later_positions_that_does_not_fit(tmp_path):
     kind = made.hidden(tmp_path) / "hidden"
     digest = save_head(made.head(6 + PLACE, buckets=made.BUCKETS + 2), kind / LATER)
     write_card(replace(read_card(tmp_path, "hidden"), later=digest), kind)
-    says(tmp_path, "hidden", LATER, "train again")
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"version": 99}, "version 99"),
-        ({"kind": "classifier"}, "of kind"),
-        ({"width": "wide"}, "'width' is no int"),
-        ({"prior": [0.5, 0.1]}, "add up to 1"),
-        ({"levels": [7.0]}, "numbers from 0 to 1"),
-        ({"colour": 1}, "unknown 'colour'"),
-        ({"prior": [0.5, 0.5]}, "5 buckets"),
-    ],
-)
-def test_a_card_that_is_wrong(tmp_path, change, word):
-    path = made.hidden(tmp_path) / "hidden" / CARD
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    says(tmp_path, "hidden", word)
-
-
-def test_a_card_without_a_field(tmp_path):
-    path = made.hidden(tmp_path) / "hidden" / CARD
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "head"}))
-    says(tmp_path, "hidden", "has no 'head'")
-
-
-def test_another_encoder(tmp_path):
-    folder = made.classifier(tmp_path) / "classifier"
-    card = read_card(tmp_path, "classifier")
-    path = folder / "encoder" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    says(tmp_path, "classifier", "another encoder")
-    path.unlink()
-    says(tmp_path, "classifier", "cannot be loaded")
-    write_card(card, folder)
-    assert read_card(tmp_path, "classifier") == card
-
-
-def test_a_decoder_is_read_at_its_last_token(tmp_path):
-    decoder = load_encoder(str(made.encoder(tmp_path / "llama", "llama")), 16)
-    encoder = load_encoder(str(made.encoder(tmp_path / "bert")), 16)
-    assert (decoder.causal, encoder.causal) == (True, False)
-    texts = ["abc", "abcdef"]
-    assert decoder.vectors(texts) == pytest.approx(np.concatenate([decoder.vectors([one]) for one in texts]), abs=1e-5)
-
-
-def test_fewer_layers(tmp_path):
-    folder = str(made.encoder(tmp_path / "bert"))
-    half, whole = load_encoder(folder, 16, depth=1), load_encoder(folder, 16, depth=2)
-    assert load_encoder(folder, 16).depth == 1  # two thirds
-    assert not np.allclose(half.vectors(["abc"]), whole.vectors(["abc"]))
+    made.says(tmp_path, "hidden", LATER, "train again")
 
 
 def test_nothing_is_shipped_for_an_unknown_model():

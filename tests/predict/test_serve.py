@@ -78,7 +78,7 @@ def parallel() -> Iterator[Callable[..., Parallel]]:
         classifier.go.release(1000)
         beside.close()
         beside.close()
-        assert not beside._thread.is_alive()
+        assert not still_reading()
 
 
 def heard(beside: Parallel, count: int) -> list[tuple[str, LengthDistribution | None]]:

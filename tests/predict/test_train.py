@@ -1,47 +1,20 @@
 """From lengths to a folder that predicts, for both kinds, and how it is judged."""
 
-import json
-
 import numpy as np
 import pytest
 
 from tests.predict import made
-from tetri.predict import evaluate, fit
 from tetri.predict.card import CARD, HEAD, LATER, read_card
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import load
 from tetri.predict.train import TrainSettings, train
 
-COUNT = 120
-
-
-def quiet(line):
-    pass
+pytestmark = pytest.mark.usefixtures("little_to_learn")
 
 
 def broken(card, folder):
     raise OSError("the disk is full")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_to_learn():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "STEPS", 150)
-        patch.setattr(fit, "RATE", 3e-3)
-        yield
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    return made.lengths(tmp_path_factory.mktemp("lengths") / "a.jsonl", COUNT, layers=(1, 2), samples=2)
-
-
-@pytest.fixture(scope="module")
-def hidden(file, tmp_path_factory):
-    out = tmp_path_factory.mktemp("hidden")
-    texts = read_texts([file], states=True)
-    return out, train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny"), quiet), texts
 
 
 def test_hidden(hidden):
@@ -53,10 +26,10 @@ def test_hidden(hidden):
     card = read_card(out, "hidden")
     assert card.layer == 2  # the other layer is noise
     assert (card.every, card.weights, card.scores["acc"]) == (32, "weights-of-tiny", found["acc"])
-    assert card.ceiling["prompts"] == COUNT and card.data["sources"] == {"sums": 60, "stories": 60}
-    assert card.split["prompts_learnt"] == COUNT - len(held)
+    assert card.ceiling["prompts"] == made.COUNT and card.data["sources"] == {"sums": 60, "stories": 60}
+    assert card.split["prompts_learnt"] == made.COUNT - len(held)
     left_out = card.scores["left_out"]
-    assert left_out["n"] == COUNT - len(held) and left_out["acc"]["100"] > left_out["by_source"]["100"] - 0.2
+    assert left_out["n"] == made.COUNT - len(held) and left_out["acc"]["100"] > left_out["by_source"]["100"] - 0.2
     assert sum(card.prior) == pytest.approx(1.0, abs=1e-3) and list(card.levels) == sorted(card.levels)
     assert any("OPT-13B" in note for note in card.notes)
     assert sorted(path.name for path in (out / "hidden").iterdir()) == [CARD, HEAD, LATER]
@@ -86,12 +59,12 @@ def test_the_head_knows_from_what_it_learnt(hidden):
     assert {head.has_seen(length.key[0]) == (not is_held_out(length, 0)) for length in texts.lengths} == {True}
 
 
-def test_a_classifier_with_an_encoder_of_ones_own(file, tmp_path):
+def test_a_classifier_with_an_encoder_of_ones_own(lengths_file, tmp_path):
     encoder = made.encoder(tmp_path / "bert")
-    texts = read_texts([file], states=False)
+    texts = read_texts([lengths_file], states=False)
     wanted = TrainSettings("classifier", tmp_path / "out", "tiny", "weights-of-tiny", encoder=str(encoder), cut=32)
     (tmp_path / "out").mkdir()
-    found = train(texts, wanted, quiet)
+    found = train(texts, wanted, made.quiet)
     assert found["acc"]["100"] > found["majority"]["100"] + 0.2
     card = read_card(tmp_path / "out", "classifier")
     assert (card.cut, card.depth, card.encoder) == (32, 1, str(encoder))
@@ -100,26 +73,10 @@ def test_a_classifier_with_an_encoder_of_ones_own(file, tmp_path):
     assert likeliest[0] >= 3 and likeliest[1] <= 1
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_the_encoder_too(file, tmp_path, kind):
-    encoder = made.encoder(tmp_path / kind, kind)
-    texts = read_texts([file], states=False)
-    (tmp_path / "out").mkdir()
-    how = dict(encoder=str(encoder), cut=32, depth=2, full=True, epochs=12)
-    found = train(texts, TrainSettings("classifier", tmp_path / "out", "tiny", "weights-of-tiny", **how), quiet)
-    card = read_card(tmp_path / "out", "classifier")
-    assert card.encoder == "encoder" and card.split["networks"] == 1 and card.levels
-    loaded = load(tmp_path / "out", "classifier")  # with the encoder that lies in the folder
-    assert loaded.encoder.digest == card.encoder_hash
-    before = (encoder / "model.safetensors").read_bytes()
-    assert (tmp_path / "out" / "classifier" / "encoder" / "model.safetensors").read_bytes() != before
-    assert found["acc"]["100"] > found["majority"]["100"] + 0.2
-
-
 def test_too_few_prompts(tmp_path):
     texts = read_texts([made.lengths(tmp_path / "a.jsonl", 20)], states=False)
     with pytest.raises(PredictError, match="too few, 40 are needed"):
-        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), quiet)
+        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), made.quiet)
     assert not (tmp_path / "classifier").exists()
 
 
@@ -128,47 +85,6 @@ def test_a_failure_leaves_the_predictor_that_was_there(hidden, tmp_path, monkeyp
     before = (out / "hidden" / CARD).read_text()
     monkeypatch.setattr("tetri.predict.train.write_card", broken)
     with pytest.raises(OSError, match="full"):
-        train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny", layer=2), quiet)
+        train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny", layer=2), made.quiet)
     assert (out / "hidden" / CARD).read_text() == before
     assert [path.name for path in out.iterdir()] == ["hidden"]
-
-
-def test_baselines_know_nothing_of_what_they_are_judged_on(hidden):
-    """A regression learnt from other texts cannot know of a shift in the judged ones."""
-    out, _, texts = hidden
-    loaded = {"hidden": load(out, "hidden")}
-    held = [length for length in texts.first() if is_held_out(length, 0)]
-    others = [length for length in texts.first() if not is_held_out(length, 0)]
-    judged = evaluate.judge(loaded, texts, held, quiet)
-    found = evaluate.report(judged, others, loaded)
-    tokens = np.array([length.tokens for length in held])
-    median = np.median([length.tokens for length in others])
-    assert found["majority"]["mae"] == pytest.approx(np.abs(tokens - median).mean(), abs=0.06)
-    assert found["by_source"]["100"] > found["majority"]["100"]  # stories are long
-    alone = evaluate.report(judged, [], loaded)  # in five parts
-    assert alone["by_source"]["100"] > alone["majority"]["100"] and alone["n"] == found["n"]
-
-
-def test_predictions_for_the_simulator(hidden):
-    out, _, texts = hidden
-    held = [length for length in texts.first() if is_held_out(length, 0)]
-    judged = evaluate.judge({"hidden": load(out, "hidden")}, texts, held, quiet)
-    rows = evaluate.predictions(judged)
-    assert [row["tokens"] for row in rows] == [length.tokens for length in held]
-    for row in rows:
-        assert row["prompt_tokens"] == 9 and row["width"] == 50 and "both" not in row
-        assert sum(row["hidden"]) == pytest.approx(1.0, abs=1e-3)
-        assert [int(known) for known in row.get("later", {})] == list(range(32, row["tokens"], 32))
-    assert json.loads(json.dumps(rows)) == rows
-
-
-def test_what_is_beyond_the_limit_counts_as_the_limit():
-    distribution = np.array([[0.1, 0.2, 0.3, 0.4]])
-    assert evaluate.capped(distribution, 50, 60) == pytest.approx(np.array([[0.1, 0.9]]))
-    assert evaluate.capped(distribution, 50, 1000) == pytest.approx(distribution)
-
-
-def test_two_answers_as_one():
-    one, other = np.array([[0.5, 0.5, 0.0]]), np.array([[0.8, 0.1, 0.1]])
-    both = evaluate.together(one, other)
-    assert both.sum() == pytest.approx(1.0) and both.argmax() == 0 and both[0, 2] < 0.001

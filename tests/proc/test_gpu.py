@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kv.cuda_stand_in import StandIn
+from tests.kv.cuda.stand_in import StandIn
 from tetri.config import load
 from tetri.kv.base import KVError
 from tetri.proc import build

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from live import REPOSITORY, LiveCluster, wait_until
 
-from tests.kv.gpus import machine
+from tests.kv.cuda.gpus import machine
 from tetri.client import AsyncClient, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
@@ -26,7 +26,7 @@ def cluster_on(folder: Path | None, *overrides: str, gpus: int = 1, peers: objec
     if folder is None:
         return LiveCluster(overrides=[*CONF, *overrides])
     prologue = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from tests.kv.cuda_stand_in import install; "
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from tests.kv.cuda.stand_in import install; "
         f"install({str(folder)!r}, devices={gpus}, peers={peers!r}); "
     )
     return LiveCluster(overrides=[*CONF, *overrides], prologue=prologue)

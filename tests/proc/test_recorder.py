@@ -8,8 +8,8 @@ from random import Random
 import msgspec
 import pytest
 
-from tests.core.build import assign, identity
-from tests.core.test_prefill import Prefilling, see
+from tests.core.build import assign, close, identity
+from tests.core.driver import Working
 from tests.wire.message_strategies import UNIONS
 from tetri.core import actions
 from tetri.core.actions import Detokenized, Exported, FromClient, LengthKnown, Send, Submitted
@@ -127,20 +127,15 @@ def test_the_same_events_give_the_same_actions(record: Path):
 
 def test_what_was_learnt_of_lengths_is_learnt_again(tmp_path: Path):
     path = tmp_path / "p1.events"
-    told = Prefilling(Recorder(LEARNING.core(), LEARNING, path))
+    told = Working(LEARNING.own, Recorder(LEARNING.core(), LEARNING, path))
     told.later()
-    see(told, 1, "d1")
+    told.meet("d1")
     for turn in range(80):
         rid = f"r{turn}"
         told.tell(assign(rid, prompt=6, max_tokens=20), LengthKnown(f"p:{rid}:1", None, ODDS))
-        told.step(
-            (rid, 7, None),
-            estimates=[
-                HiddenStateEstimate(f"p:{rid}:1", 0, LengthDistribution(4, (0.2, turn / 100, 0.8 - turn / 100)))
-            ],
-        )
-        told.tell(Close(rid=rid, attempt=1, outputs=1 + turn % 13, reason="stop"))
-    assert told.core.estimator.status().scored == 80
+        told.step(estimates={rid: LengthDistribution(4, (0.2, turn / 100, 0.8 - turn / 100))})
+        told.tell(close(rid, reason="stop", outputs=1 + turn % 13))
+    assert told.heartbeat().predictor.scored == 80
     told.core.close()
     made = replay(path)
     assert made.difference is None and made.actions > 400

@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, LengthRange, Sampling
-from tetri.sim.instance import SimulatedPredictor, Use, WorkerNode
+from tetri.sim.instance import PlainWorker, SimulatedPredictor, Use
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import MonitorNode
@@ -99,7 +99,7 @@ def test_it_publishes_and_sends(kernel):
 
 def worker(kernel, cost=COST):
     core = Script(cost)
-    node = WorkerNode(kernel, core, Port(Wiring(kernel, 0.0), "w"), float("inf"), 0)
+    node = PlainWorker(kernel, core, Port(Wiring(kernel, 0.0), "w"), float("inf"), 0)
     return core, node
 
 

@@ -23,7 +23,7 @@ from tetri.bench.report import as_json, give, table
 from tetri.kv.base import KVError
 from tetri.kv.cuda.runtime import load
 
-STAND_IN, ROWS = "TETRI_CUDA_STAND_IN", "TETRI_GPU_ROWS"  # tests/kv/gpus.py
+STAND_IN, ROWS = "TETRI_CUDA_STAND_IN", "TETRI_GPU_ROWS"  # tests/kv/cuda/gpus.py
 HOUR_S = 3600
 Outcome = tuple[str, str, str]  # file, "passed", "failed" or "skipped", the reason
 

@@ -127,7 +127,7 @@ def _depth(folder: Path) -> int:
 
 def _stay_on(cpus: str | None) -> None:
     if cpus is not None:
-        from tetri.proc.worker import pin
+        from tetri.proc.build import pin
 
         pin(cpus)
 

@@ -106,7 +106,7 @@ class MeasuredEngine:
 
 def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> MeasuredEngine:
     from tetri.proc import build
-    from tetri.proc.worker import pin
+    from tetri.proc.build import pin
     from tetri.profile.measure import measure
     from tetri.profile.scenes import scenes
 

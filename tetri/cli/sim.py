@@ -15,10 +15,12 @@ from typing import Any
 
 import click
 
+from tetri.cli import FAILED, OK
+
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
 SYSTEMS = ("tetri", "coupled16", "coupled")
 #: keys of [monitor] that change nothing here -> why
-NOT_SIMULATED = {"flip": "use --flip", "gone_s": "nobody dies in a simulation", "cpus": "there are no processes"}
+NOT_SIMULATED = {"flip": "use --flip", "gone_s": "20 s with --faults, else endless", "cpus": "there are no processes"}
 ELSEWHERE = ("paper", "replay")  # subcommands with a module of their own, sim_NAME
 
 
@@ -74,22 +76,41 @@ def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@command.command("run")
+class RunCommand(click.Command):
+    """Explains the faults only to who asks for help: the simulator is slow to import."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from tetri.sim.faulty.chance import CHANCES, RATES, TIMES
+
+        titles = ("Faults: a chance from 0 to 1", "Faults: times a second", "Faults: seconds")
+        for title, kinds in zip(titles, (CHANCES, RATES, TIMES), strict=True):
+            with formatter.section(title):
+                formatter.write_dl([*kinds.items()])
+
+
+@command.command("run", cls=RunCommand)
 @_listed
+@click.option("--faults", metavar="NAME=NUMBER,...", help="What goes wrong, as in drop=0.01,kill=0.001; see below.")
 @click.option("--policy", "policies", multiple=True, metavar="KEY=VALUE", help="A setting of [policy], repeatable.")
 @click.option("--monitor", "monitors", multiple=True, metavar="KEY=VALUE", help="A setting of [monitor], repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
-def run(**options: Any) -> None:
+def run(**options: Any) -> int:
     """Serve a trace or drawn requests, and say how long everything took.
 
     The same arguments give the same result, to the last bit, but for the object "run" (wall time and memory).
     """
     from tetri.cost import CostError
-    from tetri.sim.setup import SimError
+    from tetri.faults import FaultsError
+    from tetri.sim.setup import PromiseBroken, SimError
     from tetri.sim.traces import TraceError
 
     try:
         made = simulated(options)
+    except PromiseBroken as error:
+        click.echo(f"tetri-cli: a promise is broken: {error}", err=True)
+        return FAILED
+    except FaultsError as error:
+        raise click.UsageError(f"--faults: {error}") from None
     except (SimError, TraceError, CostError) as error:
         raise click.UsageError(str(error)) from None
     if options["as_json"]:
@@ -98,13 +119,13 @@ def run(**options: Any) -> None:
         from tetri.sim.report import table
 
         click.echo(table(made))
+    return OK
 
 
 def simulated(options: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is printed. Raises SimError, TraceError, CostError or ConfigError."""
+    """Everything that is printed. Raises SimError, TraceError, CostError, FaultsError or ConfigError."""
     from tetri.sim.baselines import serve
     from tetri.sim.report import summary
-    from tetri.sim.world import World
 
     started = perf_counter()
     gc.set_threshold(100_000, 50, 100)  # a run makes millions of objects and hardly any cycle: a tenth of its time
@@ -115,7 +136,7 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
     setup = _setup(options)
     if options["system"] == "tetri":
         with _progress(total) as progress:
-            result = World(setup, arrivals, progress).run()
+            result = _world(setup, arrivals, options["faults"], progress).run()
     else:
         result = serve(options["system"], setup, arrivals)
     made = summary(result)
@@ -124,10 +145,21 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
     return {**made, "run": {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}}
 
 
+def _world(setup: Any, arrivals: Iterable[Any], faults: str | None, progress: Any) -> Any:
+    from tetri.sim.world import World
+
+    if faults is None:
+        return World(setup, arrivals, progress)
+    from tetri.sim.faulty.chance import parse_faults
+    from tetri.sim.faulty.world import FaultyWorld, lively
+
+    return FaultyWorld(lively(setup), arrivals, parse_faults(faults), progress)
+
+
 def _check_coupled(options: dict[str, Any]) -> None:
     """Nothing may be given that a coupled baseline would not heed."""
     given = {"policy": options["policies"], "monitor": options["monitors"], "deadline": options["deadline"] is not None}
-    given["flip"] = options["flip"] != "none"
+    given |= {"flip": options["flip"] != "none", "faults": options["faults"] is not None}
     for name, there in given.items():
         if there:
             raise click.UsageError(f"--system {options['system']} schedules as vLLM does: leave out --{name}")

@@ -109,13 +109,30 @@ class EmulatedEngine:
     # ------------------------------------------------------------ a step
 
     def step(self, most: int = 1) -> StepDone:
+        plan, start = self.plan(most), self.clock()
+
+        def ends(passes: int) -> bool:
+            """Let the rest of the time of the last pass go by; whether a message waits."""
+            seconds = plan.seconds(passes) * self.time_scale
+            return self.wait(max(0.0, start + seconds - self.clock())) if seconds else False
+
+        return self._finish(plan, self._compute_passes(plan, plan.steps, ends))
+
+    def plan(self, most: int = 1) -> StepPlan:
+        """As `Paged.plan`. For the simulator, which lets the time go by itself before it calls `run`."""
         self.left.clear()
         plan = self.paged.plan(most)
         for key in plan.preempted:
             self._release(self.contents[key])
         for key in plan.allocated:
             self._fit(self.paged.slots[key], 0)
-        steps = self._run(plan)
+        return plan
+
+    def run(self, plan: StepPlan, steps: int) -> StepDone:
+        """Compute the first `steps` passes of the plan, fewer when a text ends in one of them. Takes no time."""
+        return self._finish(plan, self._compute_passes(plan, steps, lambda passes: False))
+
+    def _finish(self, plan: StepPlan, steps: int) -> StepDone:
         done = self.paged.finish(plan, steps, lambda key, count: tuple(self.contents[key].tokens[-count:]))
         for sampled in done.tokens:
             if sampled.key not in self.paged.slots:
@@ -124,21 +141,20 @@ class EmulatedEngine:
                 self._release(content)
         return done
 
-    def _run(self, plan: StepPlan) -> int:
-        """Compute pass after pass, each for as long as the table says; how many there were."""
-        start, slots = self.clock(), self.paged.slots
+    def _compute_passes(self, plan: StepPlan, most: int, ends: Callable[[int], bool]) -> int:
+        """Compute up to `most` passes, until a text ends or `ends`, told how many there were, says so; how many there
+        were."""
+        slots = self.paged.slots
         for span in plan.chunk:
             self._compute(slots[span.key], span.start, span.stop)
-        for passes in range(plan.steps):
+        for passes in range(most):
             ended = False
             for slot in plan.batch:
                 again = slot.done if passes == 0 else slot.known + passes - 1
                 ended |= self._compute(slot, again, slot.known + passes)
-            seconds = plan.seconds(passes + 1) * self.time_scale
-            waits = self.wait(max(0.0, start + seconds - self.clock())) if seconds else False
-            if ended or waits:
+            if ends(passes + 1) or ended:
                 return passes + 1
-        return plan.steps
+        return most
 
     def _compute(self, slot: Slot, start: int, stop: int) -> bool:
         """Write the KV of the positions [start, stop), and the token that follows when no more are known; whether it

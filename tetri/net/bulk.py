@@ -14,7 +14,6 @@ from itertools import count
 from threading import RLock
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from tetri.net import sockets
 from tetri.net.address import check
@@ -177,7 +176,7 @@ class BulkLink:
     def look(self) -> None:
         """Read the monitor: `up` and `broken` are as of now."""
         while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-            event = recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"]
+            event = sockets.monitor_event(self.monitor)
             self.refused = self.refused or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
             self.broken = self.broken or event != zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.up = not self.broken

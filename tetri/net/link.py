@@ -8,7 +8,6 @@ from collections.abc import Callable
 from itertools import count
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from tetri.net import sockets
 from tetri.net.address import check
@@ -77,7 +76,7 @@ class PeerLink:
         """What the monitor saw since the last call, in order. An attempt that never stood is no news."""
         seen: list[PeerUp | PeerDown] = []
         while _ready(self.monitor, zmq.POLLIN):
-            event = recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"]
+            event = sockets.monitor_event(self.monitor)
             up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.given_up = event == zmq.EVENT_DISCONNECTED
             self._given_up_at = time.monotonic()

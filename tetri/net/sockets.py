@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import zmq
 
@@ -126,3 +127,10 @@ def _why(error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRINUSE:
         return "address in use by another process"
     return f"cannot bind ({str(error.strerror).lower()})"
+
+
+def monitor_event(monitor: Socket) -> int:
+    """The event of the next message of a socket's monitor: its first two bytes. Raises zmq.Again when there is none.
+
+    zmq.utils.monitor would import asyncio, which takes longer than all of zmq."""
+    return int.from_bytes(monitor.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)

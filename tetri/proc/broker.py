@@ -39,7 +39,6 @@ from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 from tetri.proc import build
 from tetri.proc.recorder import BrokerStart, recorded
-from tetri.proc.worker import pin
 from tetri.strict import ConfigError
 from tetri.text import Stopper, TextError, Tokenizer
 from tetri.wire.clients import ClientMessage, Refused, Submit
@@ -155,7 +154,7 @@ class ActionExecutor:
 
 def serve(config: Config, logger: logging.Logger) -> None:
     """The whole process: lock the run directory, bind, loop until a signal, leave nothing behind."""
-    pin(config.broker.cpus)
+    build.pin(config.broker.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     tokenizer = build.tokenizer(config)
     with hold(config.run_dir / "broker.lock"), ExitStack() as stack:

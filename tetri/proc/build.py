@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from tetri import cost
-from tetri.config import Config
+from tetri.config import Config, cpu_numbers
 from tetri.core.instance.identity import Identity
 from tetri.engine.base import Engine
 from tetri.instance import Instance
@@ -227,3 +228,14 @@ def limits_of_model(config: Config) -> tuple[int, int]:
 
     context, vocabulary = shape(Path(find(config.model.name)))
     return min(config.model.context or context, context), vocabulary
+
+
+def pin(cpus: str) -> None:
+    """Keep this process on its CPUs, before any library counts them. Raises ConfigError."""
+    wanted = cpu_numbers(cpus)
+    if not wanted:
+        return
+    missing = wanted - set(range(os.cpu_count() or 1))
+    if missing:
+        raise ConfigError(f"cpus = {cpus!r}: this machine has no CPU {min(missing)}")
+    os.sched_setaffinity(0, wanted)

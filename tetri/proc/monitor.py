@@ -23,7 +23,6 @@ from tetri.net.signals import StopSignals
 from tetri.proc import build
 from tetri.proc.network import HubNetwork, polled
 from tetri.proc.recorder import MonitorStart, recorded
-from tetri.proc.worker import pin
 from tetri.strict import ConfigError
 from tetri.wire.messages import FlipWanted, LoadReport
 
@@ -46,7 +45,7 @@ def carry_out(network: HubNetwork, logger: logging.Logger, actions: Sequence[Act
 
 def serve(config: Config, logger: logging.Logger) -> None:
     """The whole process: lock, bind, loop until a signal, leave nothing behind."""
-    pin(config.monitor.cpus)
+    build.pin(config.monitor.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with hold(config.run_dir / "monitor.lock"), ExitStack() as stack:
         hub = Hub(logger)

@@ -61,7 +61,8 @@ class Supervisor:
         programs = [_program(name, command, self.log(name)) for name, command in commands.items()]
         user = ["user=root"] if os.getuid() == 0 else []  # said aloud, or it warns
         text = _HEAD.format(run_dir=self.run_dir, user="\n".join(user))
-        (self.run_dir / "supervisord.conf").write_text("\n".join([text, *programs]))
+        group = f"[group:tetri]\nprograms={','.join(commands)}\n"  # or a SIGTERM to it would end one after the other
+        (self.run_dir / "supervisord.conf").write_text("\n".join([text, *programs, group]))
 
     def start(self) -> None:
         """Returns when supervisord has gone into the background. Raises LaunchError."""
@@ -90,12 +91,19 @@ class Supervisor:
             return None
         return [Program(p["name"], p["statename"], p["pid"], p["start"], p["exitstatus"]) for p in found]
 
+    def _running(self) -> set[int]:
+        return {program.pid for program in self.programs() or ()} - {0}
+
     def stop(self) -> None:
         """End supervisord and all that it started, whatever state they are in. Raises LaunchError."""
         if self.pid() is not None:
-            # All at once; the shutdown alone would take one after the other.
-            with contextlib.suppress(*_GONE), self._rpc(STOP_S + RPC_S) as rpc:
-                rpc.stopAllProcesses()
+            # supervisord looks after its programs when it is asked something, or once a second.
+            with contextlib.suppress(*_GONE), self._rpc() as rpc:
+                until = time.monotonic() + STOP_S + RPC_S
+                while (pids := self._running()) and time.monotonic() < until:
+                    if not pids.intersection(self.chiefs()):  # before its exec a program ignores signals as it does
+                        rpc.stopAllProcesses(False)
+                    time.sleep(0.02)
             with contextlib.suppress(*_GONE), self._rpc() as rpc:
                 rpc.shutdown()
                 _wait_gone(self.chiefs(), STOP_S)
@@ -223,11 +231,12 @@ def _end_all(find: Callable[[], list[int]]) -> list[int]:
     for number in (signal.SIGTERM, signal.SIGKILL):
         reported: set[int] = set()
         until = time.monotonic() + STOP_S
-        while (left := find()) and time.monotonic() < until:
-            for pid in set(left) - reported:
+        # One that is just ending is not found any more, but holds its sockets for a moment.
+        while (left := {*find(), *filter(_alive, reported)}) and time.monotonic() < until:
+            for pid in left - reported:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            reported.update(left)
+            reported |= left
             time.sleep(0.02)
     return find()
 

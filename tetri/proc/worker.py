@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import TYPE_CHECKING
 
 import click
 
 from tetri import log
-from tetri.config import Config, WorkerConfig, cpu_numbers, default_path, load
+from tetri.config import Config, WorkerConfig, default_path, load
 from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker.worker import Worker
 from tetri.cost import CostError
@@ -33,12 +34,14 @@ from tetri.predict.serve import still_reading
 from tetri.proc import build
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
-from tetri.proc.predictor import PredictorServing, StatusNetwork, load_predictor, serving_of
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.request import ROLES
 from tetri.strict import ConfigError
 from tetri.text import TextError
 from tetri.wire.messages import ClusterView, InboxMessage
+
+if TYPE_CHECKING:
+    from tetri.proc.predictor import PredictorServing
 
 EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, TextError, log.LogError)
 RESERVED = (BROKER, "monitor", "supervisord")
@@ -71,11 +74,14 @@ def executor_of(
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
     """The whole process: build, register, loop until a signal, leave nothing behind. `broker` is the address at
     which the broker takes workers' events."""
-    pin(config.worker(iid).cpus)
+    build.pin(config.worker(iid).cpus)
+    predicts = config.policy.length == "trained"
+    if predicts:  # numpy comes with it
+        from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of
     with ExitStack() as stack:
         hub = Hub(logger)
         stack.callback(hub.close)
-        predictor = load_predictor(config, logger)
+        predictor = load_predictor(config, logger) if predicts else None
         # Seconds to minutes; a signal simply ends the process until here.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
         serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)
@@ -100,17 +106,6 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         poll: Poll = partial(received, hub, copies, () if serving is None else (serving.known,))
         poll = partial(network.received, poll) if isinstance(network, FaultyNetwork) else poll
         run(core, poll, executor.carry_out, time.monotonic, signals.running)
-
-
-def pin(cpus: str) -> None:
-    """Keep this process on its CPUs, before any library counts them. Raises ConfigError."""
-    wanted = cpu_numbers(cpus)
-    if not wanted:
-        return
-    missing = wanted - set(range(os.cpu_count() or 1))
-    if missing:
-        raise ConfigError(f"cpus = {cpus!r}: this machine has no CPU {min(missing)}")
-    os.sched_setaffinity(0, wanted)
 
 
 def joined(config: Config, iid: str, role: str | None, cpus: str | None, gpu: int | None = None) -> Config:

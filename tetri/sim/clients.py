@@ -32,6 +32,15 @@ class Outcome:
     attempts: int = 0
     why: str = ""
 
+    def ended(self, done: Done) -> None:
+        """Note what the last message of the request says of it."""
+        receipt, tokens = done.receipt, done.usage.completion_tokens
+        self.ttft_s, self.jct_s = done.ttft_s, done.jct_s
+        if done.ttft_s is not None and tokens > 1:
+            self.tpot_s = (done.jct_s - done.ttft_s) / (tokens - 1)
+        self.prefill, self.decode = receipt.prefill_instance, receipt.decode_instance
+        self.preempted, self.attempts = receipt.preempted or 0, receipt.attempts
+
 
 @dataclass(slots=True)
 class Clients:
@@ -76,15 +85,18 @@ class Clients:
     def _send(self, _: Any) -> None:
         """All that arrive now."""
         while self._next is not None and self._next.at_s <= self.kernel.now:
-            arrival, name = self._next, str(len(self.outcomes))
+            arrival, number = self._next, len(self.outcomes)
             self.outcomes.append(Outcome(arrival))
             self._draw()
-            sampling = Sampling(max_tokens=arrival.output, ignore_eos=True)
-            if arrival.text is not None:
-                sampling = Sampling(max_tokens=arrival.text.limit, seed=len(self.outcomes) - 1)
-            self.submit(Submitted(name.encode(), name, (1,) * arrival.prompt, sampling, arrival.deadline_s))
+            self._ask(number, arrival)
         if self._next is not None:
             self.kernel.at(self._next.at_s, self._send)
+
+    def _ask(self, number: int, arrival: Arrival) -> None:
+        sampling, name = Sampling(max_tokens=arrival.output, ignore_eos=True), str(number)
+        if arrival.text is not None:
+            sampling = Sampling(max_tokens=arrival.text.limit, seed=number)
+        self.submit(Submitted(name.encode(), name, (1,) * arrival.prompt, sampling, arrival.deadline_s))
 
     def text_of(self, sampling: Sampling) -> RecordedText | None:
         """A request's seed names its text: as with a model, prompt and seed lead to one."""
@@ -98,21 +110,20 @@ class Clients:
             outcome.state, outcome.why = "refused", message.reason
         else:
             return
+        self._answered()
+
+    def _answered(self) -> None:
         self.answered += 1
         self.last_s = self.kernel.now
         if self.progress is not None:
             self.progress(self.answered)
 
     def _done(self, outcome: Outcome, done: Done) -> None:
-        arrival, made, receipt = outcome.arrival, done.usage, done.receipt
+        arrival, made = outcome.arrival, done.usage
         whole = (made.prompt_tokens, made.completion_tokens) == (arrival.prompt, arrival.output)
         wanted = "length" if arrival.text is None else arrival.text.reason
         outcome.state = "done" if done.reason == wanted else "failed"
         outcome.why = "" if outcome.state == "done" else done.error or done.reason
         if outcome.state == "done" and not whole:
             raise SimError(f"{arrival} was answered with {made.prompt_tokens} + {made.completion_tokens} tokens")
-        outcome.ttft_s, outcome.jct_s = done.ttft_s, done.jct_s
-        if done.ttft_s is not None and made.completion_tokens > 1:
-            outcome.tpot_s = (done.jct_s - done.ttft_s) / (made.completion_tokens - 1)
-        outcome.prefill, outcome.decode = receipt.prefill_instance, receipt.decode_instance
-        outcome.preempted, outcome.attempts = receipt.preempted or 0, receipt.attempts
+        outcome.ended(done)

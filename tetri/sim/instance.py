@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from tetri.core.actions import Action, LengthKnown, Predict, Publish
 from tetri.core.instance.identity import Identity
 from tetri.core.worker.worker import Worker
 from tetri.engine.plan import StepPlan
 from tetri.engine_request import StepDone
-from tetri.executor import WorkerExecutor
+from tetri.executor import KV, RequestEngine, WorkerExecutor
 from tetri.policy.rules import LENGTHS
 from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
@@ -102,34 +103,56 @@ class SimulatedPredictor:
         return min(seconds * slowdown, seconds + beside * (1.0 - 1.0 / slowdown))
 
 
+class SimEngine(RequestEngine, Protocol):
+    """An engine whose time the simulator lets go by, between `plan` and `run`."""
+
+    def plan(self, most: int = 1) -> StepPlan: ...
+
+    def run(self, plan: StepPlan, steps: int) -> StepDone: ...
+
+
+class Moved(KV, Protocol):
+    @property
+    def moved_bytes(self) -> int:
+        """Taken from others."""
+
+
 class WorkerNode(Node):
     """A worker's process. While its engine computes nothing is read; what arrives ends a run of several passes after
     the one that is under way, unless it was published for everybody."""
 
     core: Worker
 
-    def __init__(
-        self, kernel: Kernel, core: Worker, port: Port, bytes_s: float, seed: int, text_of: TextOf = no_text
-    ) -> None:
-        own = core.own
-        super().__init__(kernel, own.iid, core)
+    idle_s = 0.0  # how long a pass takes in which nothing is computed
+    engine: SimEngine
+    memory: Moved
+    predictor: SimulatedPredictor
+    executor: WorkerExecutor
+
+    def __init__(self, kernel: Kernel, core: Worker, port: Port) -> None:
+        super().__init__(kernel, core.own.iid, core)
         self.port = port
-        estimates_lengths = own.expected is not None and own.expected.kind in FORETELLS
-        self.engine = Scripted(own.capacity, own.cost, text_of, estimates_lengths=estimates_lengths)
-        self.memory = SimulatedKV(kernel, self, own.instance.fingerprint.block_bytes, bytes_s)
-        self.predictor = SimulatedPredictor(kernel, own, seed, self.receive, text_of)
-        self.use = Use(roles=[(max(kernel.now, 0.0), own.instance.role)])
+        self.use = Use(roles=[(max(kernel.now, 0.0), core.own.instance.role)])
         self._plan: StepPlan | None = None
         self._started = 0.0
         self._ends = (0.0, 0)  # the run's end, and its number of passes
         self._cut = False  # it ends with the pass under way, whatever else arrives
+
+    def equip(self, engine: SimEngine, memory: Moved, predictor: SimulatedPredictor) -> None:
+        """What it computes with; before it starts."""
+        self.engine, self.memory, self.predictor = engine, memory, predictor
+        kernel = self.kernel
         self.executor = WorkerExecutor(
-            core, lambda: kernel.now, self.engine, self.memory, port, self.step, self.predictor.predict
+            self.core, lambda: kernel.now, engine, memory, self.port, self.step, predictor.predict
         )
         self.executor.table[Publish] = self.publish
 
     def carry_out(self, actions: Sequence[Action]) -> None:
         self.executor.carry_out(actions)
+
+    @abstractmethod
+    def leftovers(self) -> list[int]:
+        """What it holds of requests, each kind counted: all zeros when everything was given back."""
 
     # ------------------------------------------------------------ the loop
 
@@ -159,7 +182,7 @@ class WorkerNode(Node):
 
     def step(self, most: int) -> StepDone | None:
         plan = self.engine.plan(most)
-        seconds = plan.seconds(plan.steps)
+        seconds = plan.seconds(plan.steps) or self.idle_s
         if seconds == 0.0:
             return self._finish(plan, plan.steps)
         self._plan, self._started, self._cut = plan, self.kernel.now, plan.steps == 1
@@ -188,7 +211,8 @@ class WorkerNode(Node):
             return  # it was cut short
         plan, self._plan = self._plan, None
         what = "decode" if not plan.chunk else "mixed" if plan.batch else "prefill"
-        self.use.add(self._started, self.kernel.now, what)
+        if plan.chunk or plan.batch:
+            self.use.add(self._started, self.kernel.now, what)
         done = self._finish(plan, ends[1])
         self._receive_lengths()
         self.carry_out(self.core.handle(done, self.kernel.now))
@@ -206,9 +230,34 @@ class WorkerNode(Node):
     def _finish(self, plan: StepPlan, steps: int) -> StepDone:
         batch = len(plan.batch)
         done = self.engine.run(plan, steps)
-        use = self.use
+        use, steps = self.use, done.steps
         use.steps += 0 if plan.idle else steps
         use.decode_tokens += batch * steps
         use.prefill_tokens += sum([span.stop - span.start for span in plan.chunk])
         use.preempted += len(done.preempted)
         return done
+
+
+class PlainWorker(WorkerNode):
+    """A worker without bytes, whose link takes `bytes_s` each second. `text_of` as in `Scripted`."""
+
+    engine: Scripted
+    memory: SimulatedKV
+
+    def __init__(
+        self, kernel: Kernel, core: Worker, port: Port, bytes_s: float, seed: int, text_of: TextOf = no_text
+    ) -> None:
+        super().__init__(kernel, core, port)
+        own = core.own
+        estimates_lengths = own.expected is not None and own.expected.kind in FORETELLS
+        self.equip(
+            Scripted(own.capacity, own.cost, text_of, estimates_lengths=estimates_lengths),
+            SimulatedKV(kernel, self, own.instance.fingerprint.block_bytes, bytes_s),
+            SimulatedPredictor(kernel, own, seed, self.receive, text_of),
+        )
+
+    def leftovers(self) -> list[int]:
+        core, engine, blocks = self.core, self.engine, self.core.own.capacity.blocks
+        engine.check()
+        left = [len(core.ledger), blocks - core.ledger.free, blocks - engine.free, len(engine.slots)]
+        return [*left, self.memory.kept, core.prefill.slots_used]

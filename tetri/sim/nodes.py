@@ -93,8 +93,9 @@ class BrokerNode(Node):
 
     core: Broker
 
-    def __init__(self, kernel: Kernel, core: Broker, port: Port, receive_reply: Callable[[bytes, Any], None]) -> None:
+    def __init__(self, kernel: Kernel, core: Broker, port: Port, receive_reply: Callable[[bytes, Any], Any]) -> None:
         super().__init__(kernel, port.name, core)
+        self.port = port
         self._table: dict[type[Any], Callable[[Any], Any]] = {
             Send: lambda do: port.send(do.peer, do.message),
             Reply: lambda do: receive_reply(do.client, do.message),

@@ -17,12 +17,13 @@ SHARES = ("mean", "p50", "p90", "p99")
 @dataclass(slots=True)
 class SimResult:
     """One run: `outcomes` in order of arrival, `instances` by name, `counters` summed over all of them. `end_s`: when
-    the last answer was given."""
+    the last answer was given. `faults`: how often each was injected; None: none were asked for."""
 
     outcomes: list[Outcome]
     instances: dict[str, Use]
     counters: dict[str, int]
     end_s: float
+    faults: dict[str, int] | None = None
 
     def done(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.state == "done"]
@@ -33,6 +34,7 @@ def summary(result: SimResult) -> dict[str, Any]:
     states, done = [outcome.state for outcome in result.outcomes], result.done()
     lasted = result.end_s - result.outcomes[0].arrival.at_s
     tokens = sum(outcome.arrival.output for outcome in done)
+    injected = {} if result.faults is None else {"faults": {"injected": result.faults, "promises": "held"}}
     return {
         "requests": len(states),
         "done": len(done),
@@ -48,6 +50,7 @@ def summary(result: SimResult) -> dict[str, Any]:
         "why": _counted(outcome.why for outcome in result.outcomes if outcome.why),
         "instances": [_instance(iid, use, lasted) for iid, use in result.instances.items()],
         "counters": result.counters,
+        **injected,
     }
 
 
@@ -98,6 +101,8 @@ def table(made: dict[str, Any]) -> str:
     )
     lines += [f"{count} x {why}" for why, count in made["why"].items()]
     lines += ["", *_instances(made["instances"])]
+    if "faults" in made:
+        lines += ["", *_faults(made["faults"])]
     if "run" in made:
         lines += ["", f"simulated in {made['run']['wall_s']:.1f} s, {made['run']['peak_rss_mb']:.0f} MB"]
     return "\n".join(lines)
@@ -115,6 +120,11 @@ def _instances(rows: list[dict[str, Any]]) -> list[str]:
         sums = [sum(row[key] for row in group) for key in ("steps", "prefill_tokens", "decode_tokens", "preempted")]
         lines.append(f"{name:14}{busy:8.1%}{sums[0]:12}{sums[1]:12}{sums[2]:12}{sums[3]:11}")
     return lines
+
+
+def _faults(faults: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{count} x {kind}" for kind, count in faults["injected"].items())
+    return [f"injected faults: {counts}", f"promises: all {faults['promises']}"]
 
 
 def _shown(value: float | None) -> str:

@@ -10,9 +10,37 @@ from tetri.policy.rules import FLIPS, TABLES, Rules
 from tetri.policy.views import FlipSettings
 from tetri.request import Capacity, Expected, blocks_for
 
+UNBOUNDED = 1 << 40  # where a live deployment has a limit that is not what is simulated
+
 
 class SimError(ValueError):
     """It cannot be simulated, or the simulation broke a promise; one line that says why."""
+
+
+class PromiseBroken(SimError):
+    """The cores did what they must never do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """After how many seconds silence counts as loss. The defaults are those of a live deployment, but for the attempts,
+    of which a live request has fewer.
+
+    dead_s, gone_s  of a worker: its requests start over, and the monitor leaves it out of the view
+    offer_s         of a decode instance that was asked: it is asked again
+    view_s          of the broker: a worker registers again
+    patience_s      of everybody who could take a request: it fails
+    client_grace_s  of a client: its request is cancelled
+    ask_s           of the broker: a client asks again"""
+
+    dead_s: float = 20.0
+    gone_s: float = 20.0
+    offer_s: float = 1.0
+    view_s: float = 2.0
+    patience_s: float = 60.0
+    client_grace_s: float = 5.0
+    ask_s: float = 1.0
+    max_attempts: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +51,10 @@ class Setup:
     transfer         "chunk": KV leaves with every chunk; "request": when the prompt is computed (paper, 3.3.4)
     stream_interval  tokens between two messages with tokens of a request; its first and its last go at once
     stall_s          so long no engine may compute while requests are open
+    warm_s           so long before time 0 the processes start, to know each other when the first request arrives
+    timeouts         with faults: when silence counts as loss. Without them nobody is given up
+    kv_paths         with faults: the KV paths over which a process can be read; each draws one of these when it starts
+    limit_s          with faults: so long after the last of them everything must be over
     expected         what every worker knows of lengths before any traffic, for the length policy `trained`"""
 
     cost: Cost
@@ -49,6 +81,10 @@ class Setup:
     heartbeat_s: float = 5.0
     stream_interval: int = 1 << 20
     stall_s: float = 600.0
+    warm_s: float = 1.0
+    timeouts: Timeouts = Timeouts()
+    kv_paths: tuple[tuple[str, ...], ...] = (("stream",),)
+    limit_s: float = inf
     spans: bool = False  # keep the busy spans of every instance
 
     def capacity(self) -> Capacity:
@@ -77,6 +113,8 @@ def _problem(setup: Setup) -> str | None:
         value = getattr(setup, name)
         if not value >= least or (not isfinite(value) and name != "link_bytes_s"):
             return f"{name} must be at least {least:g}, got {value:g}"
+    if not setup.limit_s > 0:
+        return f"limit_s must be above 0, got {setup.limit_s:g}"
     if not setup.link_bytes_s > 0:
         return f"link_bytes_s must be above 0, got {setup.link_bytes_s:g}"
     for role in ("prefill", "decode"):
@@ -104,7 +142,7 @@ def _problem(setup: Setup) -> str | None:
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("prefill", "decode", "mixed", "kv_tokens", "chunk_tokens", "context", "slots"), 0),
-    "link_latency_s": 0,
+    **dict.fromkeys(("link_latency_s", "warm_s"), 0),
     **dict.fromkeys(("block_tokens", "max_batch", "stream_interval"), 1),
     **dict.fromkeys(("load_s", "stale_s", "heartbeat_s", "stall_s"), 0.001),
 }

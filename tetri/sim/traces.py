@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+from tetri.request import Sampling
 from tetri.sim.texts import RecordedText
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
@@ -28,13 +29,15 @@ class TraceError(ValueError):
 class Arrival:
     """A request: when it comes, tokens of its prompt and of its output, seconds from then to its deadline. Without a
     text it asks for so many tokens of output and for no end before; with one it may have `text.limit`, and nobody but
-    the model, or an oracle, knows that the text will end sooner."""
+    the model, or an oracle, knows that the text will end sooner. `sampling`: how it samples, where that matters: only
+    with faults are tokens computed. `output` is then its `max_tokens`."""
 
     at_s: float
     prompt: int
     output: int
     deadline_s: float | None = None
     text: RecordedText | None = None
+    sampling: Sampling | None = None
 
 
 # ---------------------------------------------------------------- traces

@@ -11,30 +11,28 @@ gives the same result, to the last bit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 from typing import Any
 
 from tetri.core.actions import BROKER
 from tetri.core.broker.broker import Broker
-from tetri.core.broker.delivery import Limits
+from tetri.core.broker.delivery import MAX_ATTEMPTS, Limits
 from tetri.core.instance.identity import Identity
 from tetri.core.monitor import Monitor
 from tetri.core.worker.worker import Worker
 from tetri.instance import Instance
-from tetri.request import Fingerprint, Reach
+from tetri.request import ROLES, Fingerprint, Reach
 from tetri.sim.clients import Clients, Outcome
-from tetri.sim.instance import WorkerNode
+from tetri.sim.instance import PlainWorker, WorkerNode
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import BrokerNode, MonitorNode
 from tetri.sim.report import SimResult
-from tetri.sim.setup import Setup, SimError
+from tetri.sim.setup import UNBOUNDED, PromiseBroken, Setup, Timeouts
 from tetri.sim.traces import Arrival
 
 MONITOR = "monitor"
-UNBOUNDED = 1 << 40  # where a live deployment has a limit that is not what is simulated
-WARM_S = 1.0  # so long before time 0 the processes start, to know each other when the first request arrives
 SETTLE_S = 60.0  # so long after the last answer everybody has let go
 LOOK_S = 0.1
 
@@ -47,98 +45,119 @@ class World:
     ) -> None:
         setup.check()
         self.setup = setup
-        self.kernel = Kernel(-WARM_S)
+        self.kernel = Kernel(-setup.warm_s)
         self.rng = Random(f"world {setup.seed}")
-        self.wiring = Wiring(self.kernel, setup.link_latency_s, setup.transfer == "request")
+        self.progress = progress
+        self.wiring = self._wiring()
         self.broker = self._broker()
-        self.clients = Clients(self.kernel, iter(requests), self.broker.receive, progress)
+        self.clients = self._clients(iter(requests))
         self.monitor = self._monitor()
         self.workers: dict[str, WorkerNode] = {}
-        for role in ("prefill", "decode", "mixed"):
+        for role in ROLES:
             for number in range(getattr(setup, role)):
                 self._add_worker(f"{role[0]}{number}", role)
         self._steps = 0
 
     # ------------------------------------------------------------ the parts
 
-    def _port(self, name: str) -> Port:
-        return Port(self.wiring, name)
+    def _wiring(self) -> Wiring:
+        return Wiring(self.kernel, self.setup.link_latency_s, self.setup.transfer == "request")
+
+    def _clients(self, requests: Iterator[Arrival]) -> Clients:
+        return Clients(self.kernel, requests, self.broker.receive, self.progress)
+
+    def _timeouts(self) -> Timeouts:
+        """Nobody dies, however long a step takes, and nothing is lost. The broker looks once a beat whether a roster
+        is due."""
+        return _timeouts_of_nobody(self.setup.heartbeat_s)
 
     def _broker(self) -> BrokerNode:
-        setup, capacity = self.setup, self.setup.capacity()
-        limits = Limits(
-            context=capacity.context,
-            vocabulary=2,
-            max_open=UNBOUNDED,
-            heartbeat_s=setup.heartbeat_s,
-            dead_s=UNBOUNDED,  # nobody dies, however long a step takes
-            patience_s=UNBOUNDED,
-        )
-        epoch = self.rng.getrandbits(62)
-        core = Broker(
-            limits,
-            setup.rules,
-            epoch,
-            Random(epoch),
-            self.kernel.now,
-            cost=setup.cost,
-            chunk_tokens=capacity.chunk_tokens,
-        )
-        node = BrokerNode(
-            self.kernel, core, self._port(BROKER), lambda who, what: self.clients.receive_reply(who, what)
-        )
+        core = self._broker_core(vocabulary=2)
+        port = Port(self.wiring, BROKER)
+        node = BrokerNode(self.kernel, core, port, lambda who, what: self.clients.receive_reply(who, what))
         self.wiring.processes[BROKER] = node
         return node
 
+    def _broker_core(self, vocabulary: int) -> Broker:
+        setup, capacity, timeouts = self.setup, self.setup.capacity(), self._timeouts()
+        limits = Limits(
+            context=capacity.context,
+            vocabulary=vocabulary,
+            max_open=UNBOUNDED,
+            max_attempts=timeouts.max_attempts,
+            heartbeat_s=setup.heartbeat_s,
+            dead_s=timeouts.dead_s,
+            patience_s=timeouts.patience_s,
+            client_grace_s=timeouts.client_grace_s,
+        )
+        epoch, now, chunk = self.rng.getrandbits(62), self.kernel.now, capacity.chunk_tokens
+        return Broker(limits, setup.rules, epoch, Random(epoch), now, cost=setup.cost, chunk_tokens=chunk)
+
     def _monitor(self) -> MonitorNode:
-        setup = self.setup
-        epoch, now = self.rng.getrandbits(62), self.kernel.now
-        gone_s = UNBOUNDED  # as dead_s: else a step of seconds had others take the role of who computes it
-        core = Monitor(setup.flip, setup.flip_settings, epoch, setup.load_s, now, setup.stale_s, gone_s)
-        node = MonitorNode(self.kernel, core, self._port(MONITOR))
+        node = MonitorNode(self.kernel, self._monitor_core(), Port(self.wiring, MONITOR))
         self.wiring.processes[MONITOR] = node
         self.wiring.subscribers[MONITOR] = [self.broker]
         return node
 
+    def _monitor_core(self) -> Monitor:
+        setup, gone_s = self.setup, self._timeouts().gone_s
+        epoch, now = self.rng.getrandbits(62), self.kernel.now
+        return Monitor(setup.flip, setup.flip_settings, epoch, setup.load_s, now, setup.stale_s, gone_s)
+
     def _add_worker(self, iid: str, role: str) -> None:
-        setup, capacity = self.setup, self.setup.capacity()
-        instance = Instance(
-            iid=iid,
-            incarnation=self.rng.getrandbits(62),
-            role=role,
-            inbox=iid,
-            fingerprint=_fingerprint(setup),
-            capacity=capacity,
-            reach=Reach(paths=["local"], host="", process=0, segment=iid),
-        )
-        own = Identity(
-            instance,
-            slots=setup.slots or capacity.blocks,
-            rules=setup.rules,
-            reserve_share=setup.reserve_share,
-            heartbeat_s=setup.heartbeat_s,
-            view_s=4 * setup.heartbeat_s,  # the broker looks once a beat whether a roster is due
-            offer_s=UNBOUNDED,  # nothing is lost
-            patience_s=UNBOUNDED,
-            cost=setup.cost,
-            load_s=setup.load_s,
-            stream_interval=setup.stream_interval,
-            expected=setup.expected if setup.rules.length == "trained" else None,
-        )
-        core = Worker(own, Random(own.incarnation), self.kernel.now)
-        node = WorkerNode(self.kernel, core, self._port(iid), setup.link_bytes_s, setup.seed, self.clients.text_of)
-        if setup.spans:
+        node = self._worker(iid, role)
+        if self.setup.spans:
             node.use.spans = []
         self.workers[iid] = node
         self.wiring.processes[iid] = node
         self.wiring.subscribers[iid] = [self.monitor]
         self.wiring.subscribers[MONITOR].append(node)
 
+    def _worker(self, iid: str, role: str) -> WorkerNode:
+        setup = self.setup
+        reach = Reach(paths=["local"], host="", process=0, segment=iid)
+        own = self._identity(iid, role, _fingerprint(setup), reach)
+        core = Worker(own, Random(own.incarnation), self.kernel.now)
+        port, text_of = Port(self.wiring, iid), self.clients.text_of
+        return PlainWorker(self.kernel, core, port, setup.link_bytes_s, setup.seed, text_of)
+
+    def _identity(self, iid: str, role: str, fingerprint: Fingerprint, reach: Reach) -> Identity:
+        setup, capacity, timeouts = self.setup, self.setup.capacity(), self._timeouts()
+        instance = Instance(
+            iid=iid,
+            incarnation=self.rng.getrandbits(62),
+            role=role,
+            inbox=iid,
+            fingerprint=fingerprint,
+            capacity=capacity,
+            reach=reach,
+        )
+        return Identity(
+            instance,
+            slots=setup.slots or capacity.blocks,
+            rules=setup.rules,
+            reserve_share=setup.reserve_share,
+            heartbeat_s=setup.heartbeat_s,
+            view_s=timeouts.view_s,
+            offer_s=timeouts.offer_s,
+            patience_s=timeouts.patience_s,
+            cost=setup.cost,
+            load_s=setup.load_s,
+            stream_interval=setup.stream_interval,
+            expected=setup.expected if setup.rules.length == "trained" else None,
+        )
+
     # ------------------------------------------------------------ the run
 
     def run(self) -> SimResult:
         """Until every request is answered and everybody has let go. Raises SimError, or Broken, when a promise is
         broken."""
+        self._start()
+        self.kernel.run()
+        self.check()
+        return self._result()
+
+    def _start(self) -> None:
         self.broker.start()
         self.monitor.port.connect(BROKER, BROKER)
         self.monitor.start()
@@ -148,8 +167,8 @@ class World:
         self.clients.start()
         self.kernel.at(0.0, self._look)
         self.kernel.at(self.setup.stall_s, self._watch)
-        self.kernel.run()
-        self.check()
+
+    def _result(self) -> SimResult:
         return SimResult(
             self.clients.outcomes,
             {iid: worker.use for iid, worker in self.workers.items()},
@@ -164,7 +183,7 @@ class World:
                 self.kernel.stop()
                 return
             if self.kernel.now > self.clients.last_s + SETTLE_S:
-                raise SimError(f"{SETTLE_S:g} s after the last answer: {self._unfinished()}")
+                raise PromiseBroken(f"{SETTLE_S:g} s after the last answer: {self._unfinished()}")
         self.kernel.at(self.kernel.now + LOOK_S, self._look)
 
     def _watch(self, _: Any) -> None:
@@ -172,7 +191,7 @@ class World:
         steps = sum(worker.use.steps for worker in self.workers.values())
         if steps == self._steps and self.clients.open:
             left = f"{self.clients.open} requests are not served: for {self.setup.stall_s:g} s no engine computed"
-            raise SimError(f"{left} ({', '.join(self._unfinished()) or 'no instance has them'})")
+            raise PromiseBroken(f"{left} ({', '.join(self._unfinished()) or 'no instance has them'})")
         self._steps = steps
         self.kernel.at(self.kernel.now + self.setup.stall_s, self._watch)
 
@@ -189,16 +208,13 @@ class World:
         """Every token that came in went out, every block is back, no row is open, and every core agrees."""
         self.broker.core.tick(self.kernel.now + UNBOUNDED)  # ended requests are forgotten
         if self.broker.core.table.rows:
-            raise SimError(f"{len(self.broker.core.table.rows)} rows are left in the broker's table")
+            raise PromiseBroken(f"{len(self.broker.core.table.rows)} rows are left in the broker's table")
         for node in (self.broker, self.monitor, *self.workers.values()):
             node.core.check()
         for iid, worker in self.workers.items():
-            core, engine, blocks = worker.core, worker.engine, worker.core.own.capacity.blocks
-            engine.check()
-            left = [len(core.ledger), blocks - core.ledger.free, blocks - engine.free, len(engine.slots)]
-            left += [worker.memory.kept, core.prefill.slots_used]
+            left = worker.leftovers()
             if any(left):
-                raise SimError(f"{iid} has not given everything back: {left}")
+                raise PromiseBroken(f"{iid} has not given everything back: {left}")
         self._check_tokens()
 
     def _check_tokens(self) -> None:
@@ -209,7 +225,7 @@ class World:
         )
         exact = all(o.state == "refused" or (o.state == "done" and o.attempts == 1) for o in self.clients.outcomes)
         if made != wanted if exact else made[0] < wanted[0] or made[1] < wanted[1]:
-            raise SimError(f"the engines computed {made} tokens of prompts and outputs, the requests had {wanted}")
+            raise PromiseBroken(f"the engines computed {made} tokens of prompts and outputs, the requests had {wanted}")
 
     @staticmethod
     def _tokens_of(outcomes: list[Outcome]) -> tuple[int, int]:
@@ -228,6 +244,17 @@ class World:
         counts["events"] = self.kernel.happened
         counts["messages"] = self.wiring.sent
         return dict(sorted(counts.items()))
+
+
+def _timeouts_of_nobody(heartbeat_s: float) -> Timeouts:
+    return Timeouts(
+        dead_s=UNBOUNDED,
+        gone_s=UNBOUNDED,  # as dead_s: else a step of seconds had others take the role of who computes it
+        offer_s=UNBOUNDED,
+        view_s=4 * heartbeat_s,
+        patience_s=UNBOUNDED,
+        max_attempts=MAX_ATTEMPTS,
+    )
 
 
 def _fingerprint(setup: Setup) -> Fingerprint:

@@ -6,13 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tetri.engine.base import EngineError
-from tetri.engine.vllm.gpu_memory import GpuMemory
-from tetri.engine.vllm.memory import HostMemory
 from tetri.kv.cuda.runtime import Device
 from tetri.request import Fingerprint, blocks_for
+
+if TYPE_CHECKING:  # they need numpy, which a worker without vLLM does not
+    from tetri.engine.vllm.gpu_memory import GpuMemory
+    from tetri.engine.vllm.memory import HostMemory
 
 DTYPES = ("bfloat16", "float32")
 #: vLLM refuses to start unless this share of the GPU is free; what it takes for KV is given in bytes instead.
@@ -199,6 +201,8 @@ def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Hos
     """The KV tensors of the engine that this process has started. Raises EngineError for what is not supported."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    from tetri.engine.vllm.memory import HostMemory
+
     caches = list(get_kv_transfer_group().kv_caches.values())
     made = HostMemory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
     if made.block_bytes != block_bytes:
@@ -208,6 +212,8 @@ def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Hos
 
 def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:
     from vllm.utils.torch_utils import current_stream  # the first call makes the stream that vLLM stays on
+
+    from tetri.engine.vllm.gpu_memory import GpuMemory
 
     return GpuMemory(caches, blocks, gpu, lambda: int(current_stream().cuda_stream))
 

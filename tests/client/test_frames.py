@@ -1,0 +1,47 @@
+"""What is sent, and what a reply looks like."""
+
+import pytest
+from fake_broker import STATUS, pack
+
+import tetri
+from tests.client.script import GARBAGE
+from tetri.client import BadRequest
+from tetri.client.frames import parse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "exactly one of prompt and messages"),
+        ({"prompt": "x", "messages": []}, "exactly one"),
+        ({"prompt": 3}, "text or a list of token ids"),
+        ({"prompt": ["a"]}, "text or a list of token ids"),
+        ({"prompt": "\ud800"}, "cannot be encoded"),
+        ({"prompt": [1 << 70]}, "cannot be encoded"),
+        ({"prompt": "x" * (5 << 20)}, "at most"),
+        ({"messages": [{"role": "user"}]}, "a role and a content"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"prompt": "x", "max_tokens": "9"}, "max_tokens must be a whole number"),
+        ({"prompt": "x", "max_tokens": True}, "max_tokens must be a whole number"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature must be a number"),
+        ({"prompt": "x", "stop": [3]}, "stop must be a list of texts"),
+        ({"prompt": "x", "stop": [""]}, "stop takes at most"),
+        ({"prompt": "x", "heat": 3}, "'heat' is no sampling setting; known: max_tokens"),
+        ({"prompt": "x", "deadline_s": 0}, "deadline_s must be"),
+        ({"prompt": "x", "deadline_s": 10**400}, "deadline_s is far too large"),
+        ({"prompt": "x", "temperature": 10**400}, "temperature is far too large"),
+        ({"prompt": "x", "max_tokens": 10**400}, "max_tokens must be from 1 .* many digits"),
+        ({"prompt": "x", "seed": 10**5000}, "seed must be from 0 .* many digits"),
+        ({"messages": [5]}, "a mapping or a Turn"),
+        ({"messages": 5}, "messages must be a list"),
+    ],
+)
+def test_requests_that_make_no_sense_are_not_sent(tmp_path, arguments, says):
+    with tetri.Client(f"ipc://{tmp_path}/none") as client, pytest.raises(BadRequest, match=says) as caught:
+        client.stream(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_reply_looks_like():
+    assert parse(pack(**STATUS)) == STATUS
+    assert all(parse(frame) is None for frame in GARBAGE if b"other" not in frame)

@@ -1,0 +1,173 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.config.pair import PAIR, bad
+from tetri.config import ConfigError, WorkerConfig, default_path, dump, load
+
+CONF = Path(__file__).parent.parent.parent / "conf"
+
+
+def test_the_shipped_files_load():
+    default, emulated = load(CONF / "default.toml"), load(CONF / "emulated.toml")
+    assert [(w.iid, w.role, w.cpus) for w in default.workers] == [("p0", "prefill", "0"), ("d0", "decode", "1")]
+    assert default.model.name == "smollm2-135m" and default.engine.kind == "vllm"
+    assert [w.iid for w in emulated.workers] == ["p0", "p1", "d0", "d1"]
+    assert emulated.engine.kind == "emulated" and emulated.engine.block_tokens == 16
+
+
+def test_the_environment_names_the_file(monkeypatch):
+    monkeypatch.setenv("TETRI_CONF", "/somewhere/x.toml")
+    assert default_path() == Path("/somewhere/x.toml")
+    monkeypatch.delenv("TETRI_CONF")
+    assert default_path() == CONF / "default.toml"
+
+
+BAD = [
+    ("[engin]\n", "engin: unknown section; allowed: cluster, broker"),
+    ("[engine]\nchunk=1\n", "engine.chunk: unknown key; allowed: kind, chunk_tokens"),
+    ("[engine]\nchunk_tokens='x'\n", "engine.chunk_tokens: must be a whole number from 1"),
+    ("[engine]\nchunk_tokens=1.5\n", "engine.chunk_tokens: must be a whole number"),
+    ("[engine]\nchunk_tokens=true\n", "engine.chunk_tokens: must be a whole number"),
+    ("[engine]\nchunk_tokens=0\n", "got 0"),
+    ("[engine]\nkind='gpu'\n", "must be one of: vllm, emulated"),
+    ("[cluster]\nbeat_s=nan\n", "cluster.heartbeat_s: must be a number"),
+    ("[cluster]\nbeat_s=inf\n", "cluster.heartbeat_s: must be a number"),
+    ("[cluster]\nname='Too Big'\n", "1 to 20 of a-z"),
+    ("[transfer]\ndigest=1\n", "must be true or false"),
+    ("[cluster]\nkey='k'\n", "cluster.key: must be an absolute path"),
+    ("[transfer]\nemulate='fast'\n", 'transfer.emulate: must be one of: "", roce-200g, nvlink, got'),
+    ("[transfer]\nfaults='dorp=0.1'\n", "transfer.faults: 'dorp=0.1' is no fault: use drop, duplicate"),
+    ("[transfer]\nfaults='drop=2'\n", "transfer.faults: drop must be from 0 to 1, got 2"),
+    ("[model]\nname=3\n", "model.name: must be a text"),
+    ("[model]\ndtype=1979-05-27\n", "model.dtype: must be a text"),
+    ("[policy]\norder='best'\n", "policy.order: must be one of: fcfs"),
+    ("[broker]\nclients='tcp://127.0.0.1:0'\n", "broker.clients: must be"),
+    ("[broker]\nclients='udp://127.0.0.1:1'\n", "broker.clients: must be"),
+    ("[broker]\ncpus='zero'\n", "CPU numbers"),
+    ("[broker]\ncpus='3-1'\n", "names no CPU"),
+    ("[engine]\ncost='no-such'\n", "engine.cost: there is no file"),
+    ("[emulated]\ncost='x'\n", "emulated.cost: unknown key"),
+    ("[engine]\nstream_interval=0\n", "engine.stream_interval: must be a whole number from 1"),
+    ("[monitor]\nflip='best'\n", "monitor.flip: must be one of: none, idle, below, balance"),
+    ("[monitor]\nload_ms=0\n", "monitor.load_ms: must be a whole number from 1"),
+    ("[monitor]\nfloor=0\n", "monitor.floor: must be a whole number from 1"),
+    ("[monitor]\ngain=0.5\n", "monitor.gain: must be a number from 1"),
+    ("[monitor]\ncpus='3-1'\n", "monitor.cpus: '3-1' names no CPU"),
+    ("[policy]\nlength='guess'\n", "policy.length: must be one of: none"),
+    ("[policy]\nlength_accuracy=1.5\n", "policy.length_accuracy: must be a number from 0 to 1"),
+    ("[policy]\nlength_cover=1\n", "policy.length_cover: must be a number from 0 to 0.999"),
+    ("[predictor]\nkind='best'\n", "predictor.kind: must be one of: auto, classifier, hidden, both, prior"),
+    ("[predictor]\nmode='late'\n", "predictor.mode: must be one of: parallel, sequential"),
+    ('[predictor]\nfolder="a\\u0000b"\n', "predictor.folder: must be a folder"),
+    ("[policy]\nadmit_end='top'\n", "policy.admit_end: must be one of: low, middle, high"),
+    ("engine=3\n", "engine: must be a table"),
+    ("[engine\n", "not a TOML file"),
+    ("[[worker]]\niid='P'\nrole='prefill'\n", "worker 1.iid: must be 1 to 16"),
+    ("[[worker]]\niid='p1'\nrole='both'\n", "worker 1.role: must be one of: prefill, decode, mixed"),
+    ("[[worker]]\nrole='prefill'\n", "worker 1: iid is missing"),
+    ('[cluster]\nrun_dir="a\\u0000b"\n', "cluster.run_dir: must be a folder"),
+    (f"[cluster]\nbeat_s={'9' * 400}\n", "cluster.heartbeat_s: must be a number"),
+    (f"[engine]\nkv_mib={'9' * 400}\n", "engine.kv_mib: must be a whole number"),
+    (f"[engine]\nkv_mib={'9' * 5000}\n", "not a TOML file"),
+    (f"[engine]\nkv_mib={'[' * 5000}{']' * 5000}\n", "not a TOML file"),
+    (f"[engine]\nkv_mib={'[' * 300}{']' * 300}\n", "engine.kv_mib: must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD)
+def test_bad_values_are_one_line_that_says_what_is_allowed(tmp_path, text, says):
+    assert says in bad(tmp_path / "t.toml", text + PAIR)
+
+
+def test_the_predictors_folder_is_whole(write, monkeypatch, tmp_path):
+    """The programs run elsewhere than where it was named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load(write(PAIR)).predictor.folder == ""
+    assert load(write(PAIR), ["predictor.folder=mine"]).predictor.folder == str(tmp_path / "mine")
+    assert load(write(PAIR), ["predictor.folder=~/p"]).predictor.folder == "/home/me/p"
+    assert load(write(PAIR), ["predictor.folder=~nosuchuser/p"]).predictor.folder == str(tmp_path / "~nosuchuser/p")
+
+
+def test_a_single_worker_table_is_refused(write):
+    with pytest.raises(ConfigError, match=r"\[\[worker\]\]"):
+        load(write('[worker]\niid="a"\nrole="decode"\n'))
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_an_unreadable_file(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / name)
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load(tmp_path / "b.toml")
+
+
+def test_overrides_take_toml_or_bare_words(write):
+    sets = [
+        "engine.kind=emulated",
+        "cluster.heartbeat_s = 1",
+        'cluster.name="x"',
+        "worker.p0.cpus=0",
+        "transfer.digest=false",
+    ]
+    config = load(write(PAIR), sets)
+    assert config.engine.kind == "emulated" and config.cluster.name == "x" and not config.transfer.digest
+    assert config.cluster.heartbeat_s == 1.0 and isinstance(config.cluster.heartbeat_s, float)
+    assert config.worker("p0") == WorkerConfig("p0", "prefill", cpus="0")
+
+
+def test_an_override_can_replace_the_workers(write):
+    config = load(write(PAIR), ['worker=[{iid="a",role="prefill"},{iid="b",role="decode"}]'])
+    assert [w.iid for w in config.workers] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("engine.kind", "section.key=value"),
+        ("=3", "section.key=value"),
+        ("nope.kind=3", "unknown key; sections"),
+        ("kind=3", "unknown key; sections"),
+        ("engine.kin=3", "engine.kin: unknown key"),
+        ("engine.chunk_tokens=many", "whole number"),
+        ("worker.zz.cpus=0", "no \\[\\[worker\\]\\] with iid"),
+        ("worker=3", "list of tables"),
+        (f"engine.kv_mib={'[' * 5000}{']' * 5000}", "whole number"),
+        (f"engine.kv_mib={'9' * 5000}", "whole number"),
+    ],
+)
+def test_bad_overrides(write, override, says):
+    with pytest.raises(ConfigError, match=says):
+        load(write(PAIR), [override])
+
+
+def test_cost_files_lie_beside_the_configuration(write, tmp_path):
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost" / "h100.toml").write_text("")
+    config = load(write("[engine]\ncost='h100.toml'\n" + PAIR))
+    assert config.engine.cost == str(tmp_path / "cost" / "h100.toml")
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(model=texts, heartbeat=st.floats(0.01, 6), digest=st.booleans())
+def test_what_dump_writes_load_reads(tmp_path_factory, model, heartbeat, digest):
+    tmp = tmp_path_factory.mktemp("c")
+    (tmp / "a.toml").write_text(PAIR)
+    config = load(tmp / "a.toml", ["cluster.run_dir=/tmp/r"])
+    model_section = dataclasses.replace(config.model, name=model)
+    cluster = dataclasses.replace(config.cluster, heartbeat_s=heartbeat)
+    transfer = dataclasses.replace(config.transfer, digest=digest)
+    config = dataclasses.replace(config, model=model_section, cluster=cluster, transfer=transfer)
+    (tmp / "b.toml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp / "b.toml") == config

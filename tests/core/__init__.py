@@ -1,0 +1,1 @@
+"""Tests of the cores, in the order of their sources."""

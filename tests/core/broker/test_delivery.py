@@ -1,0 +1,147 @@
+"""What clients were sent and have confirmed: text in order, full queues, clients that leave and come back."""
+
+import pytest
+
+from tests.core.broker.serving import RID, attach, cancel, done, replies, serving, submit
+from tests.core.build import ending, staged, tokens
+from tests.core.reading import kinds, only, sent
+from tetri.core.actions import Detokenize, Detokenized, Undelivered
+from tetri.request import Stage
+from tetri.wire.clients import Accepted, Delta, Done, Refused
+from tetri.wire.messages import Close
+
+FIRST = Delta(rid=RID, start=0, ids=[7], text="h")
+THIRD = Delta(rid=RID, start=2, ids=[9], text="j")
+
+
+@pytest.fixture
+def told():
+    """RID has its first token and decodes on d1."""
+    made = serving("p1", "p2", "d1", "d2")
+    made.tell(submit(), tokens("p1", RID, 0, 7), staged("d1", RID, Stage.WAITING), staged("d1", RID, Stage.DECODE))
+    return made
+
+
+def away(told, message, gone=True):
+    return told.tell(Undelivered(b"c", message, gone))
+
+
+@pytest.fixture
+def second(told):
+    """The second token, as its client was sent it."""
+    (delta,) = replies(told.tell(tokens("d1", RID, 1, 8)))
+    return delta
+
+
+def known(told):
+    return isinstance(replies(told.tell(attach(0)))[0], Delta)
+
+
+def test_the_same_key_again_is_the_same_request_and_attaching_sends_what_is_missing(told):
+    actions = told.tell(submit(client=b"again"))
+    assert replies(actions, b"again") == [Accepted(key="k", rid=RID, prompt_tokens=3), FIRST] and not sent(actions)
+    assert told.status().requests == {"decode": 1} and replies(told.tell(attach(0))) == [FIRST]
+    assert replies(told.tell(attach(1))) == [Delta(rid=RID, start=1, ids=[], text="")]  # a sign of life
+
+
+def test_words_are_asked_for_in_order(told):
+    words = only(told.tell(tokens("d1", RID, 1, 8), tokens("d1", RID, 2, 9), cancel()), Detokenize)
+    assert [(word.start, word.ids, word.final) for word in words] == [(1, (8,), False), (2, (9,), False), (3, (), True)]
+
+
+def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(told):
+    told.stops[RID] = 2
+    actions = told.tell(tokens("d1", RID, 1, 8, 9))
+    assert kinds(actions) == ["Detokenize", "Reply", "Close > p1", "Close > d1", "Reply", "Release"]
+    assert replies(actions)[0] == Delta(rid=RID, start=1, ids=[8], text="ij")
+    assert (done(actions).reason, done(actions).usage.completion_tokens) == ("stop", 2)
+
+
+def test_a_stop_text_found_in_the_last_tokens_is_the_reason(told):
+    told.stops[RID] = 2
+    assert done(told.tell(tokens("d1", RID, 1, 8, 9, reason="length"))).reason == "stop"
+
+
+def test_words_that_come_late_are_ignored(told):
+    told.tell(cancel())
+    assert not told.tell(Detokenized(RID, 1, (8,), "i", None, False), Detokenized("nobody", 0, (), "", None, True))
+
+
+def test_while_the_last_words_are_asked_for_nothing_else_ends_it(told):
+    told.edge = False
+    told.tell(cancel())
+    assert not told.tell(cancel(), *ending("d1", RID, 1, 8))
+    assert done(told.tell(Detokenized(RID, 1, (), "", None, True))).reason == "cancelled"
+
+
+def test_text_without_tokens_at_the_end_is_sent_again(told):
+    told.edge = False
+    told.tell(*ending("d1", RID, 1, 8, 9, 10))
+    told.tell(Detokenized(RID, 1, (8, 9, 10), "ijk", None, False), Detokenized(RID, 4, (), "tail", None, True))
+    again = replies(told.tell(attach(4)))
+    assert again[0] == Delta(rid=RID, start=4, ids=[], text="tail") and isinstance(again[1], Done)
+
+
+def test_a_full_client_is_tried_again_in_order(told, second):
+    away(told, second, gone=False)
+    assert not replies(told.tell(tokens("d1", RID, 2, 9)))
+    assert replies(told.later(0.06)) == [second, THIRD]
+
+
+@pytest.mark.parametrize("back", [attach(1, client=b"new"), submit(client=b"new")])
+def test_a_client_that_left_may_come_back_within_the_grace(told, second, back):
+    away(told, second)
+    assert not replies(told.tell(tokens("d1", RID, 2, 9)))
+    told.now += 1.9
+    assert replies(told.tell(back), b"new")[-2:] == [second, THIRD]
+    told.later(3.0)
+    assert told.status().requests == {"decode": 1}
+
+
+def test_a_client_that_stays_away_cancels_its_request(told, second):
+    away(told, second)
+    actions = told.later(2.1)
+    assert {close.reason for close in sent(actions, kind=Close)} == {"cancelled"} and not replies(actions)
+    assert told.status().counters["ended_cancelled"] == 1
+
+
+def test_what_is_undelivered_to_others_or_is_no_letter_changes_nothing(told):
+    told.tell(Undelivered(b"other", FIRST, gone=True))
+    away(told, Accepted(key="k", rid=RID, prompt_tokens=3))
+    away(told, Refused(key="k", reason="no"))
+    assert replies(told.tell(tokens("d1", RID, 1, 8))) == [Delta(rid=RID, start=1, ids=[8], text="i")]
+
+
+def test_an_ended_request_is_forgotten_after_the_grace(told):
+    away(told, done(told.tell(cancel())), gone=False)
+    told.later(2.1)
+    assert not known(told) and replies(told.tell(submit()))[0].rid == "00002a-2"
+
+
+@pytest.mark.parametrize("ask", [attach(0), submit()])
+def test_an_ended_request_is_kept_while_its_client_asks_but_not_for_ever(told, ask):
+    told.tell(cancel())
+    ended_at = told.now
+    while isinstance(replies(told.tell(ask))[-1], Done):
+        told.later(1.5)
+        assert told.now < ended_at + 100.0
+    assert 10.0 < told.now - ended_at <= 10.0 + 2.0 + 1.5  # the patience, and the grace of the last answer
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_slow_reader_gets_its_end_after_the_grace_but_is_not_waited_for_for_ever(asks):
+    told = serving("p1", "d1", limits={"retry_s": 1e6})
+    told.tell(submit(), tokens("p1", RID, 0, 7), staged("d1", RID, Stage.DECODE))
+    away(told, replies(told.tell(*ending("d1", RID, 1, 8, 9, 10)))[0], gone=False)
+    told.later(2.1)
+    assert not asks or isinstance(replies(told.tell(attach(1)))[-1], Done)
+    for _ in range(1 if asks else 6):
+        told.later(2.1)
+    assert not known(told)
+
+
+def test_cancelling_once_more_or_by_another_client_is_answered_with_the_end(told):
+    actions = told.tell(cancel(client=b"other"))
+    assert kinds(actions) == ["Detokenize", "Close > p1", "Close > d1", "Reply", "Reply", "Release"]
+    assert done(actions) == done(actions, b"other")
+    assert replies(told.tell(cancel())) == [done(actions)] and not told.tell(tokens("d1", RID, 1, 8))

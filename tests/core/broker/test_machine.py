@@ -1,0 +1,222 @@
+"""The broker's core alone under random events: dropped, repeated, out of order, late, of old attempts and incarnations.
+After every one `check()` must hold; what a client is told, and who is spoken to, is checked too."""
+
+from random import Random
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.core.build import failed, heartbeat, ready, staged, tokens
+from tetri.core.actions import (
+    Connect,
+    Detokenize,
+    Detokenized,
+    FromClient,
+    Release,
+    Reply,
+    Send,
+    Submitted,
+    Undelivered,
+)
+from tetri.core.broker.broker import Broker
+from tetri.core.broker.delivery import Limits
+from tetri.policy.rules import Rules
+from tetri.request import Sampling, Stage
+from tetri.wire.clients import Attach, Cancel, Delta, Done, Inspect
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import Hold
+
+WORKERS = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
+iids = st.sampled_from(sorted(WORKERS))
+stages = st.sampled_from([Stage.QUEUED, Stage.PREFILL, Stage.MOVING, Stage.WAITING, Stage.DECODE, Stage.DONE])
+seconds = st.sampled_from([0.0, 0.01, 0.06, 0.3, 3.0])
+
+# Few examples in the default run: the whole deployment (tests/sim/test_faults.py) looks deeper, these look wider.
+QUICK = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+class BrokerUnderFire(RuleBasedStateMachine):
+    """Workers say anything about any request; the edge is prompt or slow; clients are there, full or gone."""
+
+    @initialize()
+    def begin(self):
+        limits = Limits(
+            context=40,
+            vocabulary=99,
+            max_open=4,
+            max_attempts=4,
+            heartbeat_s=0.1,
+            dead_s=2.0,
+            patience_s=5.0,
+            client_grace_s=1.0,
+        )
+        self.core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
+        self.now = 0.0
+        self.heard = {}  # rid -> what the present listener has heard since it attached
+        self.again = {}  # rids of which the Done may come once more
+        self.ended = {}
+        self.slow = []  # words that the edge has not done
+        self.connected = {}
+        self.client = "sent"
+
+    def act(self, actions):
+        for action in actions:
+            match action:
+                case Connect(peer, _):
+                    self.connected[peer] = None
+                case Send(peer, _):
+                    assert peer in self.connected, f"{peer} was never connected"
+                case Detokenize():
+                    self.slow.append(action)
+                case Release(rid):
+                    assert rid not in self.ended, "ended twice"
+                    self.ended[rid] = None
+                case Reply(client, message):
+                    if self.client == "sent" or not isinstance(message, Delta | Done):
+                        self.hear(message)
+                    else:
+                        self.act(self.core.handle(Undelivered(client, message, self.client == "gone"), self.now))
+
+    def hear(self, message):
+        if isinstance(message, Delta | Done):
+            have = self.heard.setdefault(message.rid, [])
+            if have and have[-1] == "done":
+                assert isinstance(message, Done) and message.rid in self.again, "something after the Done"
+                return
+        if isinstance(message, Delta) and message.ids:
+            assert message.start == len(have), "a gap, or a token twice"
+            have += message.ids
+        elif isinstance(message, Done):
+            assert message.usage.completion_tokens == len(have)
+            assert abs(sum(message.timeline.values()) - message.jct_s) < 1e-6
+            have.append("done")
+
+    def tell(self, event):
+        self.act(self.core.handle(event, self.now))
+
+    def rid(self, number):
+        return f"00002a-{number}"
+
+    @rule(key=st.integers(1, 5), size=st.integers(0, 20), most=st.integers(0, 6), late=st.sampled_from([None, 0.5]))
+    def submit(self, key, size, most, late):
+        again = self.core.table.keys.get(f"k{key}")
+        if again is not None:
+            self.heard[again] = []  # all of it comes once more
+        self.tell(Submitted(b"c", f"k{key}", (1,) * size, Sampling(max_tokens=most), late))
+
+    @rule(number=st.integers(1, 6))
+    def cancel(self, number):
+        if self.rid(number) in self.ended:
+            self.heard[self.rid(number)] = []
+            row = self.core.table.rows.get(self.rid(number))
+            if row is not None:
+                self.heard[self.rid(number)] = list(row.output)  # only the Done comes again
+                self.again[self.rid(number)] = None
+        self.tell(FromClient(b"c", Cancel(rid=self.rid(number))))
+
+    @rule(number=st.integers(1, 6))
+    def attach(self, number):
+        self.heard[self.rid(number)] = []
+        self.tell(FromClient(b"c", Attach(rid=self.rid(number), start=0)))
+
+    @rule()
+    def inspect(self):
+        self.tell(FromClient(b"c", Inspect()))
+
+    @rule(client=st.sampled_from(["sent", "full", "gone"]))
+    def client_is(self, client):
+        self.client = client
+
+    @rule(stop=st.sampled_from([False, False, False, True]))
+    @precondition(lambda self: self.slow)
+    def word(self, stop):
+        """The edge does them in order."""
+        word = self.slow.pop(0)
+        counted = word.start + 1 if stop and word.ids else None
+        self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), counted, word.final))
+        if counted is not None:  # from now on all words of it say so
+            self.slow = [each for each in self.slow if each.rid != word.rid]
+            row = self.core.table.rows.get(word.rid)
+            if row is not None and not row.stage.ended:
+                self.tell(Detokenized(word.rid, row.asked, (), "", counted, True))
+
+    @rule(iid=iids, incarnation=st.integers(1, 2))
+    def ready(self, iid, incarnation):
+        self.tell(ready(iid, WORKERS[iid], incarnation))
+
+    @rule(iid=iids)
+    def peer_up(self, iid):
+        if iid in self.connected:
+            self.tell(PeerUp(iid))
+
+    @rule(iid=iids)
+    def peer_down(self, iid):
+        self.tell(PeerDown(iid))
+
+    @rule(iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), stage=stages)
+    def staged(self, iid, number, attempt, stage):
+        if stage is not Stage.DONE:
+            self.tell(staged(iid, self.rid(number), stage, attempt))
+
+    @rule(
+        iid=iids,
+        number=st.integers(1, 6),
+        attempt=st.integers(1, 3),
+        start=st.integers(0, 4),
+        size=st.integers(0, 4),
+        reason=st.sampled_from([None, None, "stop", "length"]),
+    )
+    def tokens(self, iid, number, attempt, start, size, reason):
+        ids = range(start, start + size)  # every attempt yields the same ones
+        self.tell(tokens(iid, self.rid(number), start, *ids, attempt=attempt, reason=reason))
+
+    @rule(iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), retry=st.booleans())
+    def failed(self, iid, number, attempt, retry):
+        self.tell(failed(iid, self.rid(number), retry=retry, attempt=attempt))
+
+    @rule(
+        iid=iids,
+        incarnation=st.integers(1, 2),
+        holds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), stages, st.integers(0, 5)), max_size=3),
+    )
+    def heartbeat(self, iid, incarnation, holds):
+        held = [Hold(self.rid(number), attempt, stage, outputs) for number, attempt, stage, outputs in holds]
+        self.tell(heartbeat(iid, *held, incarnation=incarnation))
+
+    @rule(wait=seconds)
+    def tick(self, wait):
+        self.now += wait
+        self.act(self.core.tick(self.now))
+
+    @invariant()
+    def sound(self):
+        if hasattr(self, "core"):
+            self.core.check()
+            for rid, row in self.core.table.rows.items():
+                assert row.stage.ended == (rid in self.ended)
+            assert (deadline := self.core.deadline()) is not None and deadline < self.now + 10
+
+    def teardown(self):
+        """Everyone is silent from now on: whatever is open ends, and is forgotten."""
+        if not hasattr(self, "core"):
+            return
+        for _ in range(200):
+            self.client = "sent"
+            while self.slow:
+                self._word()
+            self.now += 0.7
+            self.act(self.core.tick(self.now))
+            self.core.check()
+        held = [row for row in self.core.table.rows.values() if row.holder is None]
+        assert not held, "nobody has it, and nobody gave it up"
+
+    def _word(self):
+        word = self.slow.pop(0)
+        self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), None, word.final))
+
+
+TestBrokerUnderFire = BrokerUnderFire.TestCase
+TestBrokerUnderFire.settings = QUICK

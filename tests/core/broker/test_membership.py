@@ -1,0 +1,186 @@
+"""Who is there, since when silent, and which instances may prefill what."""
+
+import pytest
+
+from tests.core.broker.serving import RID, assigned, serving, submit
+from tests.core.build import capacity, fingerprint, heartbeat, ready, staged, tokens
+from tests.core.reading import only, sent
+from tetri.core.actions import Disconnect
+from tetri.core.broker.membership import FORGET_S, Members
+from tetri.request import Stage
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.messages import FromWorker, Membership
+
+OTHER = fingerprint(dtype="f32")
+
+
+def members(*workers):
+    """Of (iid, role, changes of the Ready), all connected."""
+    made = Members(1)
+    for iid, role, *changes in workers:
+        made.ready(ready(iid, role, **(changes[0] if changes else {})), 0.0)
+        made.connected(iid)
+    return made
+
+
+def pool(made, tokens=1, work=None):
+    return made.pool(tokens, work or {}).iids
+
+
+def test_a_pool_takes_prefill_and_mixed_instances_that_can_be_reached():
+    made = members(("p0", "prefill"), ("m0", "mixed"), ("d0", "decode"), ("p1", "prefill"))
+    assert pool(made) == ["p0", "m0", "p1"]
+    made.disconnected("p0")
+    made.lose(made.by_iid["p1"], "gone")
+    assert pool(made) == ["m0"]
+    made.connected("p0")
+    made.lose(made.by_iid["p1"], None)
+    made.turn(made.by_iid["m0"], "decode")
+    assert pool(made) == ["p0", "p1"]
+
+
+def test_a_prompt_goes_only_where_it_fits():
+    """By memory, and by the context that the engine knows."""
+    made = members(
+        ("small", "prefill", {"capacity": capacity(blocks=2)}),
+        ("large", "prefill", {"capacity": capacity(blocks=9)}),
+        ("short", "prefill", {"capacity": capacity(context=12)}),
+    )
+    assert pool(made, 8) == ["small", "large", "short"]
+    assert pool(made, 9) == pool(made, 11) == ["large", "short"]
+    assert pool(made, 12) == pool(made, 36) == ["large"]
+    assert pool(made, 37) == []
+
+
+def test_what_only_its_own_prefill_instance_can_decode_must_fit_there_twice():
+    made = members(("m0", "mixed"), ("p0", "prefill"))
+    assert pool(made, 20) == ["m0", "p0"] and pool(made, 21) == ["p0"]
+    made.turn(made.by_iid["p0"], "mixed")
+    assert pool(made, 21) == ["m0", "p0"]
+    assert pool(members(("m0", "mixed")), 21) == ["m0"]  # its KV store may be large enough
+
+
+def test_only_those_whose_kv_somebody_takes():
+    made = members(("p0", "prefill"), ("p1", "prefill", {"fingerprint": OTHER}))
+    assert pool(made) == ["p0", "p1"]  # whoever comes may take it
+    made.ready(ready("d0", "decode"), 0.0)  # not connected yet, and there all the same
+    assert pool(made) == ["p0"]
+    made.ready(ready("m0", "mixed", fingerprint=OTHER), 0.0)
+    made.connected("m0")
+    assert pool(made) == ["p0", "p1", "m0"]
+
+
+def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
+    made = members(("p0", "prefill"), ("p1", "prefill"))
+    first = made.pool(1, {"p1": 2_500_000_000})
+    assert first.queued_s == [0.0, 2.5]
+    first.last = 1
+    assert made.pool(1, {"p0": 10**9}) is first and (first.queued_s, first.last) == ([1.0, 0.0], 1)
+
+
+def test_what_fits_nowhere_counts_mixed_instances_for_both_phases():
+    four, three = ({"capacity": capacity(blocks=blocks)} for blocks in (4, 3))
+    made = members(("m0", "mixed", four), ("d0", "decode", three))
+    assert made.too_long(16, 16) is None
+    assert made.too_long(17, 17) == "17 tokens fit into no prefill instance: the largest holds 16"
+    assert made.too_long(16, 17) == "17 tokens fit into no decode instance: the largest holds 16"
+    made.turn(made.by_iid["m0"], "prefill")
+    assert made.too_long(12, 13) == "13 tokens fit into no decode instance: the largest holds 12"
+    made.lose(made.by_iid["d0"], "gone")
+    assert made.too_long(12, 13) is None
+
+
+@pytest.mark.parametrize(
+    "one, other, apart",
+    [
+        ("prefill", "decode", True),
+        ("mixed", "mixed", True),
+        ("mixed", "prefill", True),
+        ("prefill", "prefill", False),
+        ("decode", "decode", False),
+    ],
+)
+def test_strangers_are_named_where_kv_would_have_to_move(one, other, apart):
+    made = members(("a", one), ("b", other, {"fingerprint": OTHER}))
+    notes = [status.note for status in made.status()]
+    assert [bool(note) for note in notes] == [apart, apart]
+    if apart:
+        assert notes[0].startswith("never paired with b: dtype differs")
+
+
+def test_a_worker_that_harms_its_kv_on_purpose_is_named():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.by_iid["d0"].counters = {"injected_drop": 0}
+    made.by_iid["p0"].counters = {"duplicate": 3}
+    assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
+
+
+def test_a_roster_is_made_when_there_is_news_or_silence():
+    made = members(("p0", "prefill"))
+    assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []
+    made.turn(made.by_iid["p0"], "mixed")
+    (send,) = made.refresh(1.2)
+    assert [entry.role for entry in send.message.instances] == ["mixed"] and made.refresh(1.9) == []
+    assert len(made.refresh(2.0)) == 1
+
+
+def test_whoever_is_given_up_is_no_longer_written_to():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.lose(made.by_iid["d0"], "silent")  # its connection stands all the same
+    assert made.prune(FORGET_S + 1) == [Disconnect("d0")]
+    assert [send.peer for send in made.publish(FORGET_S + 1)] == ["p0"]
+
+
+@pytest.fixture
+def served():
+    return serving("p1", "p2", "d1", "d2")
+
+
+def lost(told):
+    return [each.iid for each in told.status().instances if each.state == "lost"]
+
+
+def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
+    served.later(4.0)
+    served.tell(heartbeat("p1"))
+    served.later(2.0)
+    assert lost(served) == []  # it may have been the broker that did not listen
+    served.later(0.2)
+    assert lost(served) == ["d1", "d2", "p2"] and served.status().counters["workers_lost"] == 3
+
+
+def test_a_restarted_worker_loses_what_it_had(served):
+    served.tell(submit())
+    assert assigned(served.tell(ready("p1", "prefill", incarnation=2))) == [("p1", RID, 2)]
+    assert not served.tell(staged("p1", RID, Stage.PREFILL))  # by the old one
+    assert served.status().counters["workers_replaced"] == 1
+
+
+def test_registering_again_loses_nothing(served):
+    served.tell(submit())
+    assert not assigned(served.tell(ready("p1", "prefill"))) and not served.status().counters.get("restarts")
+
+
+def test_a_lost_worker_gets_nothing_until_it_is_heard_over_a_new_connection(served):
+    lost = [PeerDown("p1"), PeerDown("p2"), submit(), heartbeat("p1"), PeerUp("p1")]
+    assert not assigned(served.tell(*lost))
+    assert assigned(served.tell(FromWorker(iid="p1", incarnation=1))) == [("p1", RID, 1)]
+
+
+def test_unknown_workers_are_not_heard(served):
+    assert not served.tell(heartbeat("p9"), tokens("p9", RID, 0, 1), PeerDown("p9"))
+
+
+def test_rosters_are_numbered_and_leave_out_the_lost(served):
+    (first,) = sent(served.tell(PeerDown("p1")), "d1", Membership)
+    assert [each.iid for each in first.instances] == ["p2", "d1", "d2"]
+    assert sent(served.later(0.1), "d1", Membership) == []  # nothing is new
+    assert served.core.deadline() == pytest.approx(served.now + 0.1)
+    (later,) = [membership for _ in range(8) for membership in sent(served.later(0.1), "d1", Membership)]
+    assert later.number > first.number and later.epoch == 42
+
+
+def test_a_worker_lost_for_long_is_given_up(served):
+    served.tell(PeerDown("p2"))
+    assert not only(served.later(599.0), Disconnect)
+    assert only(served.later(2.0), Disconnect) == [Disconnect("p2")] and "p2" not in served.roles()

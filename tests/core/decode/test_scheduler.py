@@ -1,0 +1,353 @@
+"""Requests from the offer to their end: reserving, admitting, tokens, letting go."""
+
+import pytest
+
+from tests.core.build import capacity, chunk, close, drop, fingerprint, instance, membership, offer, reach, resend
+from tests.core.driver import working
+from tests.core.reading import kinds, only, sent
+from tetri.core.actions import BROKER, AddRequest, AdmitRequest, Broken, CancelRequest, RequestRejected
+from tetri.core.decode.starvation_guard import LONG_S, StarvationGuard
+from tetri.core.instance.ledger import Ledger
+from tetri.engine_request import Sampled, StepDone
+from tetri.policy.rules import Rules
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.handover import Grant, Landed, Refuse
+from tetri.wire.messages import Staged, Tokens
+
+KEY = "d:r:1:p1:1"
+
+
+def begin(**changes):
+    return working("d1", "p1", "p2", **changes)
+
+
+@pytest.fixture
+def told():
+    return begin()
+
+
+def why(actions):
+    (refused,) = sent(actions, kind=Refuse)
+    return refused.why
+
+
+def admitted(actions):
+    return [action.key.split(":")[1] for action in only(actions, AdmitRequest)]
+
+
+def free(told):
+    return told.load().free_blocks
+
+
+# ---------------------------------------------------------------- offers
+
+
+def test_an_offer_is_granted_and_its_blocks_reserved(told):
+    actions = told.tell(offer("r", prompt=14, output=[5, 6]))
+    assert kinds(actions) == ["AddRequest", "Grant > p1"]
+    (added,) = only(actions, AddRequest)
+    assert (added.request.key, added.request.phase, len(added.request.tokens), added.request.output_from) == (
+        KEY,
+        "decode",
+        16,
+        14,
+    )
+    load = told.load()
+    assert (load.free_blocks, load.waiting, load.landed, load.running) == (6, 1, 0, 0)
+
+
+A = offer("a", prompt=12)
+LATER = [offer("r", prompt=8, attempt=2)]
+
+
+@pytest.mark.parametrize(
+    "before, event, says, free_blocks",
+    [
+        ([offer("r", prompt=8)], offer("r", prompt=8), ["Grant > p1"], 8),
+        ([offer("r", prompt=8)], offer("r", prompt=8, offer=2), ["CancelRequest", "AddRequest", "Grant > p1"], 8),
+        ([offer("r", prompt=8)], offer("r", prompt=8, attempt=2), ["CancelRequest", "AddRequest", "Grant > p1"], 8),
+        ([offer("r", prompt=8)], offer("r", prompt=8, src="p2"), ["CancelRequest", "AddRequest", "Grant > p2"], 8),
+        (LATER, offer("r", prompt=8), "a later attempt is here", 8),
+        ([A], offer("b", prompt=12), "3 of 5 blocks for waiting requests are taken", 7),
+        ([A], offer("b", prompt=8), ["AddRequest", "Grant > p1"], 5),
+        ([], offer("b", prompt=24), ["AddRequest", "Grant > p1"], 4),  # one alone may be larger
+        ([], offer("r", prompt=8, fingerprint=fingerprint(dtype="f32")), "dtype differs: u8 and f32", 10),
+        ([], offer("r", prompt=0, blocks=0), "0 tokens are not 0 blocks", 10),
+        ([], offer("r", prompt=8, blocks=3), "8 tokens are not 3 blocks", 10),
+        ([], offer("r", prompt=40, max_tokens=1), "41 tokens do not fit here", 10),
+        ([], offer("r", prompt=8, max_tokens=33), "41 tokens do not fit here", 10),
+        ([offer("r", prompt=8)], RequestRejected(KEY, "odd"), "odd", 10),
+        ([offer("r", prompt=8)], drop("r", offer=2), [], 8),
+        ([offer("r", prompt=8)], drop("x"), [], 8),
+        ([offer("r", prompt=8)], drop("r"), ["CancelRequest"], 10),
+        ([offer("r", prompt=8)], chunk("r", 0, 0, 1, offer=2), "no such offer here", 8),
+    ],
+)
+def test_offers_are_answered_and_reserve_memory(told, before, event, says, free_blocks):
+    told.tell(*before)
+    actions = told.tell(event)
+    assert (kinds(actions) if isinstance(says, list) else why(actions)) == says and free(told) == free_blocks
+
+
+def test_an_instance_without_a_common_path_is_refused(told):
+    told.meet(instance("p1", "prefill", reach=reach("p1", host="elsewhere")))
+    assert "no path to its KV" in why(told.tell(offer("r", prompt=8)))
+
+
+def test_what_has_all_landed_is_granted_under_any_number_and_cannot_be_dropped(told):
+    told.land()
+    assert kinds(told.tell(offer("r", prompt=8, offer=7))) == ["Grant > p1"]
+    (answer,) = sent(told.tell(chunk("r", 0, 0, 2, offer=7)))
+    assert isinstance(answer, Landed) and answer.offer == 7
+    assert not told.tell(drop("r", offer=7)) and told.load().landed == 1
+
+
+def test_a_reservation_is_never_larger_than_what_is_free(told):
+    told.running("a", prompt=12)
+    assert why(told.tell(offer("b", prompt=28))) == "7 blocks needed, 6 free"
+
+
+# ---------------------------------------------------------------- memory that is kept, or waited for
+
+
+def largest(told):
+    """How many blocks an offer may ask for just now."""
+    granted = 0
+    for blocks in range(1, 11):
+        actions = told.tell(offer("probe", prompt=4 * blocks, offer=90 + blocks, max_tokens=1))
+        granted = blocks if sent(actions, kind=Grant) else granted
+        told.tell(close("probe"))
+    return granted
+
+
+@pytest.mark.parametrize("admit, most", [("peak", 3), ("greedy", 7)])
+def test_an_offer_leaves_to_the_batch_what_it_was_admitted_for(admit, most):
+    """Of 10 blocks the running one has 3, for 9 tokens, and will have 7, for 28."""
+    told = begin(rules=Rules(admit=admit, admit_end="high"), reserve_share=1.0)
+    told.running("a", prompt=7, max_tokens=21)
+    refused = why(told.tell(offer("b", prompt=4 * most + 1, offer=2)))
+    assert refused.startswith(f"{most + 1} blocks needed, 7 free") and largest(told) == most
+
+
+def test_what_the_batch_has_taken_is_not_kept_for_it_any_more():
+    """It will have 7 of 10 blocks, of which it has 3, 5, and then none; none is free for others but three."""
+    told = begin(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
+    told.running("a", prompt=7, max_tokens=21)
+    for _ in range(8):
+        told.step()
+    assert (free(told), largest(told)) == (5, 3)
+    told.tell(close("a"))
+    assert largest(told) == 9  # and one token more
+
+
+class Crowd:
+    """Two small requests of 2 blocks are always here, of the 5 that may be reserved: when the older one ends, another
+    asks, and asks first. Whoever is refused asks again every 0.1 s."""
+
+    def __init__(self):
+        self.told, self.number, self.inside, self.outside = begin(), 0, [], []
+
+    def asks(self, rid, prompt=8):
+        """Whether it is let in."""
+        self.number += 1
+        return bool(sent(self.told.tell(offer(rid, prompt, offer=self.number)), kind=Grant))
+
+    def goes_on(self):
+        self.told.later(0.1)
+        if self.inside:
+            self.told.tell(close(self.inside.pop(0)))
+        while len(self.inside) + len(self.outside) < 2:
+            self.outside.append(f"s{self.number}")
+        for rid in list(self.outside):
+            if self.asks(rid):
+                self.outside.remove(rid)
+                self.inside.append(rid)
+
+
+def test_who_was_turned_away_for_long_is_next():
+    """Small offers that come again and again do not keep a large one out for ever."""
+    crowd, waited = Crowd(), 0.0
+    crowd.goes_on()
+    while not crowd.asks("large", 16):
+        crowd.goes_on()
+        waited += 0.1
+        assert waited < LONG_S + 1.0, "it never gets in"
+    assert waited >= LONG_S
+    crowd.told.tell(close("large"))
+    crowd.goes_on()
+    assert len(crowd.inside) == 2, "nobody waits any more"
+
+
+@pytest.mark.parametrize("gone", ["closed", "elsewhere"])
+def test_nobody_waits_for_one_that_does_not_ask_any_more(gone):
+    crowd = Crowd()
+    crowd.goes_on()
+    for _ in range(round(LONG_S / 0.1) + 1):
+        assert not crowd.asks("large", 16)
+        crowd.goes_on()
+    crowd.told.tell(*map(close, crowd.inside))
+    assert not crowd.asks("a"), "for now the large one is next"
+    if gone == "closed":
+        crowd.told.tell(close("large"))
+    else:  # it would have asked with every view and every beat
+        crowd.told.later(3 * max(crowd.told.own.load_s, crowd.told.own.heartbeat_s) + 0.01)
+    assert crowd.asks("a")
+
+
+def test_who_fits_beside_it_need_not_wait():
+    turned, ledger = StarvationGuard(0.6), Ledger(20, 0.5)
+    now = LONG_S + 0.1
+    for step in range(round(now / 0.5) + 1):
+        turned.enter("large", 6, 0.5 * step)
+    turned.enter("later", 9, now)
+    assert turned.before("small", 4, ledger, 0, now) is None
+    assert turned.before("small", 5, ledger, 0, now) == f"a request of 6 blocks, turned away for {now:.1f} s, is next"
+    assert turned.before("large", 6, ledger, 0, now) is None
+    assert turned.before("small", 4, ledger, 11, now) is not None, "blocks that are kept are not free"
+    turned.leave("large")
+    assert turned.before("small", 5, ledger, 0, now) is None
+
+
+def test_who_comes_back_after_a_while_begins_anew_and_the_gone_are_forgotten():
+    turned, ledger = StarvationGuard(0.6), Ledger(20, 0.5)
+    turned.enter("a", 9, 0.0)
+    turned.enter("b", 9, 1.0)
+    assert list(turned.turned) == ["b"]
+    for step in range(12):
+        turned.enter("a", 9, 1.3 + 0.5 * step)
+    assert turned.before("c", 9, ledger, 0, 1.3 + LONG_S - 0.01) is None
+    assert turned.before("c", 9, ledger, 0, 1.3 + LONG_S) is not None
+
+
+# ---------------------------------------------------------------- chunks
+
+
+def test_chunks_before_and_after_the_blocks_are_there(told):
+    told.tell(offer("y", prompt=4, src="p2"), offer("r", prompt=16))
+    assert not told.tell(chunk("r", 0, 0, 1))
+    assert kinds(told.step())[1:] == ["Adopt", "Landed > p1"]
+    actions = told.tell(chunk("r", 1, 1, 3), chunk("r", 2, 3, 4, token=5))
+    assert kinds(actions) == ["Adopt", "Landed > p1"] * 2 + ["Staged > broker"]
+    load = told.load()
+    assert (load.waiting, load.landed, load.running) == (2, 1, 0)
+    assert sent(actions, BROKER)[0].stage == "waiting" and told.holds() == [("y", "moving", 0), ("r", "waiting", 1)]
+
+
+# ---------------------------------------------------------------- letting go
+
+
+@pytest.mark.parametrize("gone", [PeerDown("p1"), membership(9, instance("p2", "prefill"), instance("d1", "decode"))])
+def test_a_lost_prefill_instance_takes_what_it_had_not_sent_along(told, gone):
+    told.land("a", prompt=4)
+    told.tell(offer("b", prompt=4, offer=2), offer("c", prompt=4, src="p2"))
+    assert only(told.tell(gone), CancelRequest) == [CancelRequest("d:b:1:p1:2")] and told.load().waiting == 2
+
+
+def test_a_prefill_instance_that_is_back_hears_all_again_and_beats_remind_it_of_what_is_not_all_there(told):
+    told.land("a", prompt=4)
+    told.tell(offer("b", prompt=4, offer=2))
+    assert kinds(told.tell(PeerUp("p1"))) == ["Grant > p1", "Landed > p1", "Grant > p1"]
+    assert [grant.rid for grant in sent(told.later(0.1), "p1", Grant)] == ["b"]
+    assert told.holds() == [("a", "decode", 1), ("b", "moving", 0)]
+    told.step(a="stop")
+    assert kinds(told.tell(PeerUp("p1"))) == ["Grant > p1"]  # of what has ended nobody asks
+
+
+@pytest.mark.parametrize("until", ["offered", "landed", "running", "ended"])
+def test_closing_in_every_stage(told, until):
+    if until == "offered":
+        told.tell(offer("r", prompt=8))
+    else:
+        told.land()
+    if until in ("running", "ended"):
+        told.step(**{"r": "stop"} if until == "ended" else {})
+    assert not told.tell(close("r", attempt=0))
+    assert kinds(told.tell(close("r"))) == ([] if until == "ended" else ["CancelRequest"])
+    assert free(told) == 10 and not told.holds()
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_one_request_from_admission_to_its_end(told):
+    told.land(max_tokens=3)
+    first = told.step()
+    assert kinds(first) == ["AdmitRequest", "Staged > broker", "Step", "Tokens > broker"]
+    assert only(first, AdmitRequest) == [AdmitRequest(KEY, 5)] and sent(first, kind=Staged)[0].stage == "decode"
+    assert sent(first, kind=Tokens)[0].items[0].start == 1 and told.load().running == 1
+    last = told.step()
+    assert kinds(last) == ["Step", "Tokens > broker"]
+    (item,) = sent(last, kind=Tokens)[0].items
+    end = item.end
+    assert (item.start, end.reason, end.receipt.adopted, end.receipt.recomputed) == (2, "length", 8, 0)
+    assert (end.receipt.kv_bytes, end.receipt.chunks, end.receipt.prefill_instance) == (64, 1, "p1")
+    assert free(told) == 10 and told.holds() == [("r", "done", 3)] and told.run() == [] and told.most is None
+
+
+def test_all_tokens_of_a_step_are_one_message(told):
+    told.running("a", "b", prompt=4)
+    (message,) = sent(told.step(), kind=Tokens)
+    assert [(item.rid, item.start) for item in message.items] == [("a", 2), ("b", 2)]
+
+
+def test_the_batch_takes_no_more_than_it_has_slots_for(told):
+    told.tell(*(offer(rid, prompt=4, offer=number) for number, rid in enumerate("abc", 1)))
+    told.step()
+    told.tell(*(chunk(rid, 0, 0, 1, token=5, offer=number) for number, rid in enumerate("abc", 1)))
+    assert admitted(told.step(a="stop")) == ["a", "b"] and admitted(told.step()) == ["c"]
+
+
+def overdrawn():
+    """`a` runs and has outgrown the memory, `b` has landed and waits."""
+    told = begin(capacity=capacity(blocks=4, max_batch=8), reserve_share=1.0)
+    told.running("a", prompt=6, max_tokens=9)
+    told.land("b", prompt=7, number=2)
+    assert free(told) == -1
+    return told
+
+
+def test_nobody_is_admitted_while_memory_is_overdrawn():
+    assert not admitted(overdrawn().step())
+
+
+def test_if_all_that_run_are_preempted_the_oldest_that_waits_gives_its_memory():
+    told = overdrawn()
+    assert not admitted(told.step(preempted="a"))
+    assert told.core.deadline() == float("-inf")  # there is a way out
+    assert admitted(told.step(preempted="b")) == ["b"] and told.load().running == 2
+
+
+def test_if_nothing_runs_the_oldest_goes_whatever_the_policy_says():
+    """Of 10 blocks `x` has 7: `a`, which takes 3 and will write 20 tokens, would not be let in beside anybody."""
+    told = begin(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
+    told.tell(offer("x", prompt=24, src="p2"))
+    told.land("a", prompt=8, max_tokens=30)
+    assert admitted(told.step()) == ["a"]
+
+
+def test_preemption_shows_in_the_receipt(told):
+    told.running("r", max_tokens=4)
+    told.step(preempted="r")
+    told.tell(PeerUp("p2"))  # anything may have made room
+    told.step()
+    end = sent(told.step(), kind=Tokens)[0].items[0].end
+    assert (end.receipt.preempted, end.receipt.recomputed) == (1, 8)
+
+
+def test_tokens_are_sent_again(told):
+    told.running("r")
+    (again,) = sent(told.tell(resend("r", 0)))
+    assert (again.items[0].start, again.items[0].ids, again.items[0].end) == (0, [5, 6], None)
+    assert not told.tell(resend("r", 2), resend("r", 0, attempt=2))
+    told.step(r="stop")
+    (tokens,) = sent(told.tell(resend("r", 1)))
+    assert (tokens.items[0].ids, tokens.items[0].end.reason) == ([6, 6], "stop")
+    (end,) = sent(told.tell(resend("r", 3)))
+    assert (end.items[0].ids, end.items[0].end.reason) == ([], "stop")
+
+
+def test_a_token_of_one_that_was_not_admitted_must_not_go_on(told):
+    told.tell(offer("r", prompt=8))
+    told.later()
+    with pytest.raises(Broken, match="was not admitted"):
+        told.tell(StepDone(tokens=(Sampled(KEY, (5,), None),)))

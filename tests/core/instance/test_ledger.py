@@ -1,0 +1,73 @@
+"""The one owner of an engine's blocks."""
+
+import pytest
+
+from tetri.core.actions import Broken
+from tetri.core.instance.ledger import Ledger
+
+
+@pytest.fixture
+def ledger():
+    made = Ledger(10, 0.5)
+    yield made
+    made.audit()
+
+
+def test_accounts_are_taken_grown_and_closed(ledger):
+    assert ledger.allocate("a", 4) and ledger.free == 6 and "a" in ledger and len(ledger) == 1
+    ledger.grow("a", 5)
+    ledger.grow("a", 2)  # an engine does not give blocks of a running leg back
+    assert ledger.free == 5
+    ledger.close("a")
+    ledger.close("a")
+    assert ledger.free == 10 and "a" not in ledger
+
+
+def test_there_is_no_room_beyond_the_capacity(ledger):
+    assert ledger.allocate("a", 10) and not ledger.allocate("b", 1) and len(ledger) == 1
+    assert ledger.reserve("b", 1) == "1 blocks needed, 0 free"
+
+
+def test_an_account_opened_twice_must_not_go_on(ledger):
+    ledger.allocate("a", 1)
+    with pytest.raises(Broken, match="opened twice"):
+        ledger.allocate("a", 1)
+
+
+def test_reservations_share_a_part_of_it_but_one_alone_may_be_larger(ledger):
+    assert ledger.reserve("a", 7) is None and ledger.reserved == 7
+    assert ledger.reserve("b", 1) == "7 of 5 blocks for waiting requests are taken"
+    ledger.run("a")
+    assert ledger.reserved == 0 and ledger.reserve("b", 3) is None
+    ledger.close("b")
+    assert ledger.reserved == 0
+
+
+def test_what_running_ones_will_take_is_kept_free(ledger):
+    ledger.allocate("a", 4)
+    assert ledger.reserve("b", 3, kept=4) == "3 blocks needed, 6 free, 4 of them kept"
+    assert "b" not in ledger and ledger.free == 6
+    assert ledger.reserve("b", 2, kept=4) is None and ledger.free == 4
+
+
+def test_running_legs_may_outgrow_the_engine(ledger):
+    ledger.allocate("a", 10)
+    ledger.grow("a", 12)
+    assert ledger.free == -2 and not ledger.allocate("b", 0)
+
+
+def test_the_engine_may_hold_less_but_never_more(ledger):
+    ledger.allocate("a", 3)
+    ledger.check([("a", 2)])
+    with pytest.raises(Broken, match="the engine holds 4 blocks for a, the ledger 3"):
+        ledger.check([("a", 4)])
+    with pytest.raises(Broken, match="for b, the ledger 0"):
+        ledger.check([("b", 1)])
+
+
+def test_what_was_counted_wrong_is_found():
+    ledger = Ledger(10, 0.5)
+    ledger.reserve("a", 1)
+    ledger.free -= 1
+    with pytest.raises(Broken, match="8 blocks free and 1 reserved, counted 9 and 1"):
+        ledger.audit()

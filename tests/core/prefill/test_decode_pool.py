@@ -1,0 +1,172 @@
+"""The decode instances as one dispatcher sees them."""
+
+from random import Random
+
+import pytest
+
+from tests.core.build import CAPACITY, assign, capacity, identity, instance, membership, prefill_request
+from tetri.core.instance.peers import Peers
+from tetri.core.prefill.decode_pool import LivePool
+from tetri.policy.rules import Rules
+from tetri.policy.views import Need
+from tetri.wire.messages import ClusterView, InstanceLoad, Load
+
+EMPTY = (10, 10, 0, 0)
+BOTH = (instance("d1", "decode"), instance("d2", "decode"))
+
+
+class World:
+    """A pool, its neighbours, and the load at home."""
+
+    def __init__(self, *decoders, **changes):
+        own = identity("p1", "prefill", **changes)
+        self.peers, self.home, self.number = Peers(own), None, 0
+        self.pool = LivePool(own, self.peers, lambda: self.home)
+        self.membership(*(decoders or BOTH))
+
+    def membership(self, *instances):
+        self.number += 1
+        self.peers.update(membership(self.number, *instances))
+        for each in instances:
+            self.peers.connected(each.iid)
+
+    def view(self, now, age=0.0, incarnation=1, epoch=1, **loads):
+        self.number += 1
+        told = [InstanceLoad(iid, incarnation, "decode", age, load) for iid, load in loads.items()]
+        self.peers.see(ClusterView(epoch=epoch, number=self.number, loads=told), now)
+
+    def columns(self):
+        """Free blocks, those that will stay free, and heavy and light requests, by instance."""
+        self.pool.refresh()
+        pool = self.pool.columns
+        return dict(zip(pool.iids, zip(pool.free, pool.spare, pool.heavy, pool.light, strict=True), strict=True))
+
+    def reserve(self, number=1, iid="d1", blocks=2, end_blocks=3, heavy=False):
+        self.pool.refresh()
+        self.pool.reserve(number, iid, Need(blocks, end_blocks, heavy))
+
+    def choose(self, blocks=1, refused=(), tokens=4, most=8):
+        self.pool.refresh()
+        made = prefill_request(assign("a", tokens, max_tokens=most))
+        chosen = self.pool.choose(made, Need(blocks, blocks, False), refused, Random(1))
+        assert chosen is None or self.pool.fits(made)
+        return chosen
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def test_who_has_not_reported_counts_as_empty_and_an_earlier_incarnation_is_another(world):
+    assert world.columns() == {"d1": EMPTY, "d2": EMPTY}
+    world.view(1.0, d1=Load(free_blocks=7, growth_blocks=3, waiting=2, running=3, heavy=1), d9=Load(free_blocks=1))
+    assert world.columns() == {"d1": (7, 4, 1, 4), "d2": EMPTY}
+    world.view(2.0, incarnation=2, d1=Load(free_blocks=1))
+    assert world.columns()["d1"] == EMPTY
+
+
+@pytest.mark.parametrize(
+    "granted_at, age, counted",
+    [(None, 0.0, True), (1.0, 0.0, False), (1.0, 1.5, True), (2.5, 0.0, True)],
+    ids=["not granted", "before the report", "after an old report", "after the view"],
+)
+def test_an_own_offer_counts_until_a_report_was_made_after_its_grant(world, granted_at, age, counted):
+    world.reservation(heavy=True)
+    assert world.columns()["d1"] == (8, 7, 1, 0)
+    if granted_at is not None:
+        world.pool.granted(1, granted_at)
+        world.pool.granted(1, 9.0)  # said again
+    world.view(2.0, age=age, d1=Load(free_blocks=9))
+    assert world.columns()["d1"] == ((7, 6, 1, 0) if counted else (9, 9, 0, 0))
+    world.pool.granted(7, 1.0)  # of an offer that no longer counts
+
+
+def test_what_is_granted_by_one_who_never_reports_is_forgotten_at_the_next_news(world):
+    world.reservation()
+    world.pool.granted(1, 1.0)
+    world.view(2.0, d2=Load(free_blocks=9))
+    assert world.columns()["d1"] == EMPTY
+
+
+def test_what_is_taken_back_no_longer_counts(world):
+    world.reservation(heavy=True)
+    world.pool.withdrawn(1)
+    world.pool.withdrawn(1)
+    assert world.columns()["d1"] == EMPTY
+
+
+def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
+    world.reservation(blocks=4, end_blocks=6)
+    world.pool.refused(1)
+    world.pool.refused(1)
+    assert world.columns()["d1"] == (3, 3, 0, 0)
+    assert (world.choose(blocks=4), world.choose(blocks=3)) == ("d2", "d1")
+    world.view(1.0, d1=Load(free_blocks=8))
+    assert world.choose(blocks=4) == "d1"
+
+
+def test_an_offer_to_one_that_is_gone_changes_nothing(world):
+    world.reservation(1)
+    world.reservation(2)
+    world.membership(BOTH[1])
+    world.pool.withdrawn(1)
+    world.pool.refused(2)
+    assert world.columns() == {"d2": EMPTY}
+    world.membership(*BOTH)
+    assert world.columns() == {"d1": EMPTY, "d2": EMPTY}
+
+
+def test_a_monitor_that_is_silent_is_forgotten_with_what_no_view_can_contain_any_more(world):
+    world.view(10.0, d1=Load(free_blocks=4))
+    world.reservation(blocks=3)
+    world.pool.granted(1, 10.1)
+    world.peers.expire(12.0)
+    assert world.columns()["d1"][0] == 1
+    world.peers.expire(12.1)  # nothing since: the request may be long over, and no report will ever say so
+    assert world.columns()["d1"][0] == 10
+    world.reservation(2, blocks=3)
+    assert world.columns()["d1"][0] == 10 - 3  # what is still on its way counts
+    world.view(20.0, epoch=2, d1=Load(free_blocks=5))  # another monitor
+    assert world.columns()["d1"][0] == 5 - 3
+
+
+def test_who_refused_this_request_is_left_out_for_it_alone(world):
+    assert world.choose() == "d1" and world.choose(refused=("d1", "gone")) == "d2"
+    assert world.choose(refused=("d1", "d2")) is None and world.columns()["d1"] == EMPTY
+
+
+def test_who_can_never_hold_a_request_is_left_out():
+    small = instance("d1", "decode", capacity=capacity(blocks=4, context=30))
+    world = World(small, BOTH[1])
+    assert world.choose(most=12) == "d1" and world.choose(most=13) == "d2"  # 17 tokens take five blocks
+    assert world.choose(tokens=29, most=1, blocks=8) == "d2"
+    assert world.choose(most=40) is None
+    assert not world.pool.fits(prefill_request(assign("a", 4, max_tokens=40)))
+
+
+def test_the_last_choice_is_kept_for_round_robin_while_it_is_there():
+    world = World(rules=Rules(decode_route="round_robin"))
+    assert [world.choose() for _ in range(3)] == ["d1", "d2", "d1"]
+    world.membership(instance("d0", "decode"), *BOTH)
+    assert world.choose() == "d2"
+    world.membership(instance("d0", "decode"), BOTH[0])
+    assert world.choose() == "d0"
+
+
+def test_home_is_a_column_while_it_decodes_and_never_stale(world):
+    world.home = Load(free_blocks=6, growth_blocks=1, waiting=1)
+    assert world.columns()["p1"] == (6, 5, 0, 1)
+    world.reservation(iid="p1", heavy=True)
+    assert world.pool.columns.free[-1] == 4  # until it says so itself, once that is granted
+    assert world.columns()["p1"] == (6, 5, 0, 1)
+    world.home = None
+    assert list(world.columns()) == ["d1", "d2"]
+
+
+@pytest.mark.parametrize("slots, fits", [(8, False), (9, True)])  # three of them are the reserve
+def test_at_home_a_prompt_must_fit_twice_or_wholly_into_the_open_slots(slots, fits):
+    world = World(instance("p2", "prefill"), slots=slots)
+    world.home = Load(free_blocks=CAPACITY.blocks)
+    assert world.choose(tokens=20, blocks=5) == "p1"
+    assert (world.choose(tokens=24, blocks=6) == "p1") == fits

@@ -1,0 +1,244 @@
+"""Whom a prefill instance asks to decode: offers, answers, losses, and how long it waits for somebody."""
+
+import pytest
+
+from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, offer, refuse
+from tests.core.driver import working
+from tests.core.reading import kinds, only, sent
+from tetri.core.actions import BROKER, AddRequest
+from tetri.policy.rules import Rules
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.handover import Drop, Offer
+from tetri.wire.messages import Failed
+
+
+def begin(*decoders, prompt=8, **changes):
+    """`a` is computed, and offered to the first of them."""
+    told = working("p1", *decoders, **changes)
+    told.tell(assign("a", prompt=prompt))
+    for _ in range(0, prompt, 8):
+        told.step()
+    return told
+
+
+@pytest.fixture
+def offered():
+    return begin("d1")
+
+
+@pytest.fixture
+def two():
+    return begin("d1", "d2")
+
+
+def to(peer, actions):
+    return [kind for kind in kinds(actions) if kind.endswith(f" > {peer}")]
+
+
+@pytest.mark.parametrize(
+    "prompt, answers, again",
+    [(8, [], ["Offer > d1", "Chunk > d1"]), (8, [grant("a")], ["Chunk > d1"]), (16, [landed("a", 0)], ["Chunk > d1"])],
+    ids=["no answer", "granted", "landed, and the grant lost"],
+)
+def test_an_offer_and_its_chunks_are_repeated_until_answered(prompt, answers, again):
+    told = begin("d1", prompt=prompt)
+    told.tell(*answers)
+    assert to("d1", told.later(1.0)) == again
+
+
+def test_what_is_complete_is_asked_for_until_the_broker_closes_it(offered):
+    offered.tell(landed("a", 0))
+    assert to("d1", offered.later(1.0)) == ["Chunk > d1"]
+    assert not offered.tell(landed("a", 0))
+    (failed,) = sent(offered.tell(refuse("a")), BROKER)
+    assert failed.retry and not sent(offered.later(1.0), "d1") and not offered.heartbeat().holds
+
+
+def test_a_connection_that_stands_again_repeats_all(offered):
+    assert kinds(offered.tell(PeerUp("d1"))) == ["Offer > d1", "Chunk > d1"]
+
+
+def test_a_refused_offer_goes_to_another_with_the_same_slots(two):
+    actions = two.tell(refuse("a"))
+    assert kinds(actions) == ["Offer > d2", "Chunk > d2"] and sent(actions)[0].offer == 2
+    assert not two.tell(refuse("a", 2, "d2"))  # nobody is left, until the next view
+    assert kinds(two.view(d1=10, d2=10)) == ["Offer > d1", "Chunk > d1"]
+
+
+def test_old_answers_and_answers_to_others_are_ignored(two):
+    two.tell(refuse("a"))
+    for old in (refuse("a"), landed("a", 0), landed("x", 0, 2, "d2"), refuse("a", 2, "d2", attempt=9)):
+        assert not two.tell(old)
+    assert to("d2", two.later(1.0)) == ["Offer > d2", "Chunk > d2"]
+
+
+def test_a_grant_for_an_offer_that_was_taken_back_is_given_back(offered):
+    (drop,) = sent(offered.tell(grant("r", 3)), "d1")
+    assert isinstance(drop, Drop) and (drop.rid, drop.offer) == ("r", 3)
+    assert not offered.tell(landed("r", 0), refuse("r"))
+
+
+def test_a_refusal_after_something_moved_needs_another_attempt():
+    told = working("p1", "d1")
+    told.tell(assign("a", prompt=16))
+    told.step()
+    told.tell(grant("a"), landed("a", 0))
+    actions = told.tell(refuse("a"))
+    assert kinds(actions) == ["CancelRequest", "Drop > d1", "Failed > broker"] and sent(actions, BROKER)[0].retry
+
+
+@pytest.mark.parametrize("loss", [PeerDown("d1"), membership(9, instance("p1", "prefill"), instance("d2", "decode"))])
+def test_a_lost_decode_instance_is_replaced_if_nothing_moved(two, loss):
+    assert to("d2", two.tell(loss)) == ["Offer > d2", "Chunk > d2"]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_decode_instance_lost_with_some_or_all_of_the_kv_needs_another_attempt(parts):
+    told = begin("d1", "d2", prompt=16)
+    told.tell(*[landed("a", index) for index in range(parts)])
+    (failed,) = sent(told.tell(PeerDown("d1")), BROKER)
+    assert failed.retry and "was lost with part of the KV" in failed.why
+
+
+def test_memory_on_offer_counts_before_the_next_view():
+    told = working("p1", "d1", "d2", slots=11)
+    told.tell(assign("a", prompt=24), assign("b", prompt=24), assign("c", prompt=24))
+    actions = [action for _ in range(4) for action in told.step()]
+    assert [(each.rid, each.blocks) for each in sent(actions, kind=Offer)] == [("a", 6), ("b", 6)]
+    assert sent(actions, "d1", Offer)[0].rid == "a" and sent(actions, "d2", Offer)[0].rid == "b"
+
+
+def test_none_overtakes_another_that_found_no_place():
+    told = working("p1", "d1", slots=11)
+    told.view(d1=4)
+    told.tell(assign("a", prompt=20), assign("b", prompt=4))
+    assert not sent(told.step() + told.step() + told.step(), kind=Offer)
+    assert [each.rid for each in sent(told.view(d1=10), kind=Offer)] == ["a", "b"]
+
+
+def test_only_reachable_decode_instances_of_the_same_kind_are_asked():
+    told = working("p1", instance("d1", "decode", fingerprint=fingerprint(dtype="f32")), "p2")
+    told.meet(instance("d1", "decode", fingerprint=fingerprint(dtype="f32")), "p2", apart=["d2"])
+    told.tell(assign("a", prompt=4))
+    assert not sent(told.step(), kind=Offer)
+    assert sent(told.tell(PeerUp("d2")), "d2", Offer)
+
+
+def test_when_it_refuses_itself_others_are_asked():
+    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=30, reserve_share=0.2)
+    told.view(d1=0)
+    told.tell(assign("a", prompt=16), assign("b", prompt=16))
+    actions = [action for _ in range(4) for action in told.step()]
+    assert not sent(actions, kind=Offer)
+    assert [each.request.key.split(":")[1] for each in only(actions, AddRequest) if each.request.phase == "decode"] == [
+        "a"
+    ]
+    assert [each.rid for each in sent(told.view(d1=10), "d1", Offer)] == ["b"]  # reservations take their share only
+
+
+def test_prompts_are_stalled_while_nobody_takes_the_first_of_them(offered):
+    assert not offered.load().stalled  # it is on offer
+    offered.tell(refuse("a"))
+    assert offered.load().stalled
+    offered.view(d1=9)  # it is asked again
+    assert not offered.load().stalled
+
+
+def test_who_waits_for_a_prediction_is_not_stalled():
+    told = working("p1", "d1", rules=Rules(length="noisy"))
+    told.tell(assign("a", prompt=8))
+    told.later()
+    assert told.chunk() and not told.load().stalled
+
+
+def test_patience_without_a_decode_instance_ends_for_each_at_its_time():
+    told = begin(prompt=4)
+    told.now = 5.0
+    told.tell(assign("b", prompt=4))
+    told.step()
+    (failed,) = sent(told.later(5.2), kind=Failed)
+    assert (failed.rid, failed.retry) == ("a", False) and "no decode instance could be reached for 10 s" in failed.why
+    assert [each.rid for each in sent(told.later(5.2), kind=Failed)] == ["b"]
+
+
+def test_patience_begins_anew_when_one_was_there():
+    told = begin(prompt=4)
+    told.now = 9.0
+    told.meet("d1")
+    told.tell(PeerDown("d1"))
+    assert not sent(told.later(5.0), kind=Failed)
+
+
+def test_what_fits_nowhere_fails_in_time_and_holds_nobody_up():
+    """The only decode instance left is too small for "a": whoever comes after it goes on."""
+    told = working("p1")
+    told.meet(instance("d1", "decode", capacity=capacity(blocks=2)), apart=())
+    told.tell(assign("a", prompt=7, max_tokens=20), assign("b", prompt=1, max_tokens=4))
+    assert [each.rid for each in sent(told.step(), "d1", Offer)] == ["b"]
+    (failed,) = sent(told.later(10.1), kind=Failed)
+    assert failed.rid == "a" and "no decode instance" in failed.why
+
+
+def test_without_views_who_refused_is_asked_again_as_often_as_views_would_come():
+    """Nothing else tells that there is room again; a roster comes more seldom."""
+    told = begin("d1", load_s=0.1, heartbeat_s=1e6)
+    assert not sent(told.tell(refuse("a")) + told.later(0.09), "d1")
+    (again,) = sent(told.later(0.2), "d1", Offer)
+    assert again.offer == 2
+    assert not sent(told.tell(refuse("a", 2)) + told.later(0.01), "d1")
+    (again,) = sent(told.later(0.1), "d1", Offer)
+    assert again.offer == 3
+    told.tell(refuse("a", 3))
+    told.view(d1=9)
+    told.answer("a", refuse)
+    assert not sent(told.later(0.2), "d1", Offer)  # with views, not before the next one
+
+
+TIGHT = {"capacity": capacity(blocks=12, context=48), "slots": 6, "view_s": 2.0, "patience_s": 10.0}
+
+
+def alone(*others, behind=None):
+    """`a` has eight of twelve blocks here, and could not be decoded here as well."""
+    told = working("m1", *others, **TIGHT)
+    told.tell(assign("a", prompt=32, max_tokens=4), *[behind] * (behind is not None))
+    told.step()
+    return told
+
+
+def test_a_prompt_that_only_its_own_instance_could_decode_but_not_beside_it_goes_elsewhere():
+    told = alone("p1")
+    assert not sent(told.later(1.9), kind=Failed)
+    (failed,) = sent(told.later(0.2), kind=Failed)
+    assert failed.retry and "not beside its own prefill" in failed.why
+
+
+@pytest.mark.parametrize("comes", ["d1", "p1", None])
+def test_with_nobody_else_to_prefill_it_such_a_prompt_waits_for_whoever_comes(comes):
+    """Attempt after attempt here would use them all up long before the patience."""
+    told = alone()
+    assert not sent(told.later(9.0), kind=Failed)
+    actions = told.meet(comes) if comes else []
+    if comes == "d1":
+        assert sent(actions, "d1", Offer)
+        return
+    (failed,) = sent(told.later(1.5 if comes is None else 0.2), kind=Failed)
+    assert failed.retry == (comes == "p1")
+    assert "8 KV blocks" in failed.why and "transfer.slab_blocks to 11" in failed.why
+
+
+@pytest.mark.parametrize(
+    "behind, free", [(("b", 8, 4), True), (("b", 32, 1), True), (("b", 32, 4), False)], ids=["small", "ends", "alike"]
+)
+def test_such_a_prompt_does_not_hold_up_those_that_can_go_on(behind, free):
+    """It has other attempts, behind them."""
+    rid, prompt, most = behind
+    told = alone(behind=assign(rid, prompt, max_tokens=most))
+    assert not sent(told.later(1.9), kind=Failed) and told.run() == []
+    failed = sent(told.later(0.2), kind=Failed)
+    assert [(each.rid, each.retry) for each in failed] == [("a", True)] * free
+    assert told.run() == [("b", 0, 8)] * free  # now the slots are free
+
+
+def test_offers_that_come_here_are_answered_whatever_the_role():
+    told = working("p1")
+    assert kinds(told.tell(offer("r", 8, src="d9"))) == ["AddRequest", "Grant > d9"]

@@ -1,0 +1,424 @@
+"""The worker's core as a whole: registering, rosters, beats, when it steps; and both phases over one engine and one
+memory, whatever its role."""
+
+import pytest
+
+from tests.core.build import (
+    assign,
+    capacity,
+    chunk,
+    close,
+    drop,
+    flip,
+    grant,
+    instance,
+    membership,
+    offer,
+    ready,
+    refuse,
+    resend,
+)
+from tests.core.driver import working
+from tests.core.reading import kinds, only, sent
+from tetri.core.actions import (
+    BROKER,
+    AddRequest,
+    AdmitRequest,
+    Broken,
+    CancelRequest,
+    Export,
+    Free,
+    HoldRequest,
+    Publish,
+    RequestRejected,
+    Step,
+)
+from tetri.core.worker.worker import MOST_UNKNOWN
+from tetri.cost import Cost
+from tetri.engine_request import StepDone
+from tetri.request import LengthRange
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.handover import Grant, Offer
+from tetri.wire.messages import Heartbeat, LoadReport, Ready, Staged, Tokens
+
+AT_ONCE = float("-inf")
+ROOMY = {"capacity": capacity(blocks=40, context=100, max_batch=4), "slots": 30}
+
+
+@pytest.fixture
+def told():
+    made = working("p1")
+    made.later()
+    return made
+
+
+# ---------------------------------------------------------------- registering
+
+
+def test_it_registers_when_the_broker_is_there(told):
+    (found,) = sent(told.tell(PeerUp(BROKER)), BROKER)
+    assert isinstance(found, Ready) and (found.instance.iid, found.instance.role, found.load.free_blocks) == (
+        "p1",
+        "prefill",
+        10,
+    )
+    assert not told.tell(PeerDown(BROKER))
+
+
+def test_it_registers_again_when_it_hears_no_roster(told):
+    told.tell(PeerUp(BROKER))
+    assert not sent(told.later(1.9), kind=Ready)
+    assert sent(told.later(0.2), kind=Ready)
+
+
+def test_it_registers_at_once_when_a_roster_leaves_it_out(told):
+    told.tell(membership(8, instance("p1", "prefill", incarnation=9)))
+    assert sent(told.later(), kind=Ready)
+    told.tell(membership(9, instance("p1", "prefill")))
+    assert not sent(told.later(0.1), kind=Ready)
+
+
+def test_rosters_connect_and_disconnect(told):
+    told.tell(membership(7))
+    assert kinds(told.tell(membership(8, instance("p1", "prefill"), instance("d1", "decode")))) == ["Connect"]
+    assert not told.tell(membership(8), membership(0))  # older ones
+    assert kinds(told.tell(membership(9, instance("d1", "decode", incarnation=2)))) == ["Disconnect", "Connect"]
+    assert kinds(told.tell(membership(1, epoch=2))) == ["Disconnect"]
+
+
+# ---------------------------------------------------------------- beats and rest
+
+
+def test_beats_come_regularly_and_list_what_is_held(told):
+    told.tell(assign("r", prompt=12))
+    first = told.heartbeat()
+    told.step()
+    second = told.heartbeat()
+    assert [(hold.rid, hold.stage) for hold in (*first.holds, *second.holds)] == [("r", "queued"), ("r", "prefill")]
+    assert (second.load.free_blocks, second.load.queued, second.load.queued_tokens) == (7, 1, 4)
+    assert (first.slots_used, second.slots_used) == (0, 2)
+
+
+def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(told):
+    assert told.core.deadline() == pytest.approx(0.1)
+    told.tell(membership(9))
+    assert told.core.deadline() == AT_ONCE
+    told.later()
+    assert told.core.deadline() == pytest.approx(0.1)
+
+
+def test_it_does_nothing_but_wait_while_the_engine_computes(told):
+    told.tell(assign("r", prompt=8))
+    assert kinds(told.later())[-1] == "Step" and told.core.deadline() is None
+    assert not only(told.later(0.2), Step)
+
+
+def test_it_rests_when_a_step_achieved_nothing(told):
+    told.tell(offer("r", prompt=8, src="d9"))
+    told.later()
+    told.tell(StepDone())  # no blocks were free
+    assert told.core.deadline() > 0.0
+    told.most = None
+    told.tell(PeerUp("d9"))
+    told.step()
+    assert told.core.deadline() == AT_ONCE
+
+
+# ---------------------------------------------------------------- early messages
+
+
+@pytest.mark.parametrize("unknown", [{"src": "p3"}, {"incarnation": 2}])
+def test_what_an_instance_says_that_no_roster_has_told_of_waits_for_the_next(unknown):
+    """Where it is, and how its slab can be read, is not known yet: no answer would reach it."""
+    told = working("d1", "p1")
+    assert not told.tell(offer("r", 8, **unknown), chunk("r", 0, 0, 1, **unknown), offer("x", 4, **unknown))
+    assert not told.tell(drop("x", **unknown)) and not sent(told.meet("p1"))
+    actions = told.meet(*(instance(iid, "prefill", unknown.get("incarnation", 1)) for iid in ("p1", "p3")))
+    assert [type(each) for each in sent(actions) if each.src == "d1"][:2] == [Grant, Grant]
+    assert told.load().waiting == 1  # the drop was heard too, and after its offer
+    assert "Adopt" in kinds(told.step())  # and so was the chunk
+
+
+def test_of_too_many_early_messages_the_oldest_are_forgotten():
+    told = working("d1")
+    for number in range(MOST_UNKNOWN + 1):
+        told.tell(offer(f"r{number}", prompt=4, src="p3", offer=number + 1))
+    answers = sent(told.meet(apart=["p3"]), "p3")
+    assert len(answers) == MOST_UNKNOWN and answers[0].rid == "r1"
+    assert not sent(told.meet(apart=["p3"]), "p3")
+
+
+# ---------------------------------------------------------------- what must not be
+
+
+def test_an_engine_that_holds_more_than_it_should_must_not_go_on(told):
+    told.tell(assign("r", prompt=8))
+    told.later()
+    with pytest.raises(Broken, match="the engine holds 3 blocks"):
+        told.tell(StepDone(held=(("p:r:1", 3),)))
+
+
+def test_nonsense_is_refused(told):
+    with pytest.raises(Broken, match="a worker knows no"):
+        told.tell(ready("p1", "prefill"))
+    assert not told.tell(resend("nobody", 0), close("nobody"))
+
+
+# ---------------------------------------------------------------- both at once
+
+
+def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it():
+    told = working("m1", **ROOMY)
+    told.tell(assign("a", prompt=12, max_tokens=3))
+    actions = told.step() + told.step() + told.step()
+    assert not sent(actions, "m1") and [
+        engine_request.request.phase for engine_request in only(actions, AddRequest)
+    ] == ["prefill", "decode"]
+    actions += told.step()
+    assert [message.stage for message in sent(actions, kind=Staged)] == ["prefill", "moving", "waiting", "decode"]
+    assert only(actions, AdmitRequest) and len(only(actions, Free)) == 2 and sent(actions, kind=Tokens)[-1].items[0].end
+    assert [stage for _, stage, _ in told.holds()] == ["moving", "done"]
+    told.tell(close("a"))
+    assert told.holds() == [] and told.load().free_blocks == 40
+
+
+def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_that_it_ends():
+    """The broker's Close of the earlier attempt was lost, and it runs on while the next one is offered at home."""
+    told = working("m1", **ROOMY).running("a", prompt=4)
+    told.tell(assign("a", prompt=16, attempt=2))
+    assert only(told.later(), CancelRequest) == [CancelRequest("d:a:1:d9:1")]
+    assert told.run() == [("a", 0, 8)] and told.load().queued_tokens == 8
+
+
+def test_decodes_take_one_token_of_the_budget_each_and_the_chunk_the_rest():
+    told = working("d1", **ROOMY).running("x", "y", src="d9")
+    told.tell(assign("a", prompt=20))
+    assert told.run() == [("a", 0, 6)] and told.load().running == 2
+
+
+@pytest.mark.parametrize("budget, chunk_, batch", [(2, [("a", 1, 2)], 1), (1, [], 1)])
+def test_while_prompts_wait_the_batch_stays_smaller_than_the_budget(budget, chunk_, batch):
+    """But for one that runs already: it may leave no chunk."""
+    small = capacity(blocks=40, context=100, max_batch=4, chunk_tokens=budget)
+    told = working("d1", capacity=small, slots=30).running("x", src="d9")
+    told.tell(assign("a", prompt=20))
+    told.land("y", number=9, src="d9")
+    assert told.run() == chunk_ and told.load().running == batch
+    told.tell(close("a"))
+    told.later()
+    assert told.load().running == 2  # nobody waits any more
+
+
+def test_a_prompt_that_waits_for_slots_is_held_while_others_step():
+    told = working("p1", "d1", capacity=ROOMY["capacity"], slots=6).running("x", max_tokens=20)
+    told.tell(assign("a", prompt=16))
+    told.step()
+    told.step()
+    assert only(told.step(), HoldRequest) == [HoldRequest("p:a:1", True)] and not only(told.step(), HoldRequest)
+    told.answer("a", grant)
+    told.take("a")
+    assert only(told.step(), HoldRequest) == [HoldRequest("p:a:1", False)]
+
+
+# ---------------------------------------------------------------- what the engine may do otherwise
+
+
+def strained(**changes):
+    """`x` runs, `a` is prefilled beside it: the next chunk is [7, 14)."""
+    told = working("d1", **{**ROOMY, **changes}).running("x", src="d9", max_tokens=20)
+    told.tell(assign("a", prompt=30))
+    told.step()
+    return told
+
+
+def left(told):
+    return told.load().queued_tokens
+
+
+@pytest.mark.parametrize("span, tokens", [([("a", 7, 15)], 15), ([("a", 7, 9)], 21), ([], 23)])
+def test_a_chunk_may_be_another_when_a_decode_was_preempted(span, tokens):
+    """It may have the place of the preempted one, or be smaller."""
+    told = strained()
+    told.step(spans=span, preempted="x")
+    assert left(told) == tokens
+
+
+@pytest.mark.parametrize(
+    "spans, preempted",
+    [
+        ([], ""),
+        ([("a", 7, 13)], ""),
+        ([("a", 6, 14)], "x"),
+        ([("a", 7, 31)], "x"),
+        ([("a", 7, 14), ("b", 0, 1)], "x"),
+    ],
+)
+def test_but_only_then_and_only_of_what_was_planned(spans, preempted):
+    told = strained()
+    told.tell(assign("b", prompt=30))
+    with pytest.raises(Broken, match="planned|the engine holds"):
+        told.step(spans=spans, preempted=preempted)
+
+
+def test_a_decode_that_is_computed_again_takes_its_share_of_the_budget():
+    told = strained()
+    told.step(spans=[("a", 7, 15)], preempted="x")
+    told.step(spans=[("a", 15, 23)], out="x")  # it does not run, and takes nothing
+    told.step(spans=[("a", 23, 27)], part={"x": 4})  # half of it, and there is no token yet
+    told.step(spans=[("a", 27, 28)])
+    assert left(told) == 2 and told.load().running == 1
+    ends = [item.end for message in sent(told.step(x="stop"), kind=Tokens) for item in message.items if item.end]
+    assert [end.receipt.recomputed for end in ends] == [8]
+
+
+def test_none_of_a_chunk_need_run_while_memory_is_overdrawn():
+    told = working("d1", capacity=capacity(blocks=8, context=32, chunk_tokens=3), reserve_share=1.0)
+    told.running("x", prompt=11, src="d9", max_tokens=20)
+    told.tell(assign("a", prompt=16))
+    while told.load().free_blocks >= 0:
+        told.step()
+    before = left(told)
+    told.step(spans=[])
+    assert 0 < left(told) == before < 16
+
+
+@pytest.mark.parametrize("rid", ["x", "a"])
+def test_one_that_the_engine_does_not_take_leaves_its_place_to_the_others(rid):
+    told = working("d1", "d2", **ROOMY)
+    told.land("x", src="d9")
+    told.tell(assign("a", prompt=4), assign("b", prompt=20))
+    assert only(told.later(), AdmitRequest) and told.chunk() == [("a", 0, 4), ("b", 0, 3)]
+    says = kinds(told.tell(RequestRejected(told.key(rid), "odd")))
+    assert says == (["Refuse > d9"] if rid == "x" else ["CancelRequest", "Drop > d2", "Failed > broker"])
+    assert told.run() == ([("a", 0, 4), ("b", 0, 4)] if rid == "x" else [("b", 0, 7)])
+
+
+# ---------------------------------------------------------------- roles and loads
+
+
+def test_a_change_of_role_is_told_at_once(told):
+    for role, number, becomes in (("decode", 8, 8), ("decode", 8, 8), ("king", 9, 8)):  # perhaps it was missed
+        actions = told.tell(flip(role, number))
+        (said,), (published,) = sent(actions, kind=Heartbeat), only(actions, Publish)
+        assert isinstance(published.message, LoadReport)
+        assert said.role == published.message.role == "decode" and said.flip == becomes
+
+
+def test_what_is_here_is_finished_whatever_the_role():
+    told = working("p1", "d1")
+    told.tell(assign("a", prompt=12))
+    told.step()
+    told.tell(flip("decode"), assign("b", prompt=4))
+    assert told.run() == [("a", 8, 12), ("b", 0, 4)]
+
+
+def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_decode():
+    told = working("p1", **ROOMY)
+    told.tell(assign("a", prompt=8))
+    told.step()
+    actions = told.tell(flip("decode"))
+    assert [engine_request.request.phase for engine_request in only(actions, AddRequest)] == ["decode"] and not sent(
+        actions, "p1"
+    )
+
+
+def test_loads_are_published_again_and_again():
+    cost = Cost(prefill=((0.0, 0.0), (10.0, 1.0)), decode=((1.0, 0.5),))
+    told = working("d1", **ROOMY, load_s=0.25, cost=cost)
+    told.running("x", src="d9", max_tokens=20, length=LengthRange(low=0, high=10))
+    told.tell(assign("a", prompt=20))
+    told.later()
+    told.now += 0.2
+    told.step()
+    (report,) = [action.message for action in only(told.later(0.05), Publish)]
+    load = report.load
+    assert (load.queued, load.queued_tokens, load.queued_s) == (1, 13, pytest.approx(1.3))
+    assert (load.waiting, load.landed, load.running, load.heavy, load.growth_blocks) == (1, 0, 1, 0, 2 + 2)
+    assert (load.decode_s, load.busy) == (pytest.approx(3.5), pytest.approx(0.8))  # 6 and 8 tokens
+    assert only(told.later(0.25), Publish)
+
+
+# ---------------------------------------------------------------- memory that both want
+
+
+def blocked():
+    """`a` has eight of twelve blocks here, its first chunk fills the store, and nobody takes it."""
+    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
+    told.tell(assign("a", prompt=32, max_tokens=4))
+    told.step()
+    return told
+
+
+def test_a_prompt_that_nobody_takes_gives_its_memory_to_a_request_to_be_decoded():
+    told = blocked()
+    told.answer("a", refuse)
+    told.later()
+    assert told.load().free_blocks == 12  # as if it were free
+    assert kinds(told.tell(offer("x", prompt=32, src="d9"))) == ["CancelRequest", "Free", "AddRequest", "Grant > d9"]
+    assert told.load().queued_tokens == 32
+    told.tell(close("x"))
+    assert kinds(told.step())[:2] == ["AddRequest", "Staged > broker"]  # it begins again
+
+
+@pytest.mark.parametrize(
+    "ask, answer",
+    [
+        (offer("Z", 32, src="d9"), "Grant"),  # of two that ask each other's instances the lower id wins
+        (offer("b", 32, src="d9"), "Refuse"),
+        (offer("Z", 44, max_tokens=2, src="d9"), "Grant"),
+        (offer("Z", 48, max_tokens=0, src="d9"), "Refuse"),  # more than there is
+        (offer("a", 44, max_tokens=2, src="d9"), "Refuse"),  # it would be for itself
+    ],
+)
+@pytest.mark.parametrize("granted", [False, True])
+def test_memory_is_given_up_by_one_that_nobody_has_taken_to_a_lower_id(ask, answer, granted):
+    told = blocked()
+    told.later()
+    if granted:
+        told.answer("a", grant)
+        answer = "Refuse"
+    assert kinds(told.tell(ask))[-1] == f"{answer} > d9"
+    assert told.load().queued_tokens == (32 if answer == "Grant" else 24)  # it begins again
+
+
+def test_memory_is_not_given_up_when_that_is_not_enough():
+    told = blocked()
+    told.land("y", prompt=4)
+    told.later()
+    assert kinds(told.tell(offer("Z", 44, max_tokens=2, src="d9", offer=2))) == ["Refuse > d9"]
+    assert told.load().queued_tokens == 24
+
+
+def test_no_memory_is_given_up_while_the_engine_computes():
+    told = blocked()
+    told.tell(offer("y", prompt=4, src="d9"))
+    assert only(told.later(), Step)
+    assert kinds(told.tell(offer("Z", prompt=32, src="d9", offer=2))) == ["Refuse > d9"]
+
+
+def test_kv_that_is_exported_after_it_began_again_is_freed():
+    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
+    told.tell(assign("a", prompt=32, max_tokens=4))
+    told.exports = False
+    (export,) = only(told.step(), Export)
+    told.later()
+    told.tell(offer("Z", prompt=32, src="d9"))
+    assert told.heartbeat().slots_used == 2
+    told.exports = True
+    assert only(told.tell(told.result(export)), Free) and told.heartbeat().slots_used == 0
+
+
+def test_decodes_that_cannot_go_on_get_the_memory_of_a_prompt_that_cannot_either():
+    """`x` runs and has lost its memory; `a` holds blocks, waits for slots, and is on offer nowhere."""
+    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
+    told.running("x", prompt=12, max_tokens=20)
+    told.tell(assign("a", prompt=28, max_tokens=4))
+    told.step()
+    told.step()
+    told.later()
+    told.answer("a", refuse)
+    told.step(preempted="x")
+    assert told.core.deadline() == AT_ONCE
+    actions = told.later()
+    assert only(actions, CancelRequest) == [CancelRequest("p:a:1")] and isinstance(actions[-1], Step)
+    assert told.load().free_blocks == 12 - 4 and not sent(actions, kind=Offer)

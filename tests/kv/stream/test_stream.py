@@ -1,0 +1,204 @@
+"""The path `stream` as its threads and sockets run it: a bad network, keys, and what is left behind."""
+
+import gc
+import os
+import threading
+import time
+
+import pytest
+from live import wait_until
+from relay import Relay, Weather
+
+from tests.kv.contract import StoreContract
+from tests.kv.parties import block
+from tests.kv.stream.world import StreamWorld, big
+from tetri.kv import StoreSettings, open_store
+from tetri.kv.base import KVCorrupt, KVError, KVLost
+from tetri.kv.local import LocalSlab
+from tetri.kv.stream.fetch import Fetching, StreamPatience
+from tetri.kv.stream.stream import StreamReader, StreamSettings
+from tetri.net import keys
+from tetri.request import Reach
+
+MB = 1 << 20
+QUICK = StreamPatience(stall_s=0.2, lost_s=0.6)
+
+
+class TestStream(StoreContract):
+    pass
+
+
+def through(party, other, relay):
+    """`party` reaches `other` over the relay."""
+    reach = Reach(paths=["stream"], host="x", process=1, segment=other.store.reach.segment, address=relay)
+    party.store.meet(other.iid, reach)
+
+
+def pair(world, blocks, **options):
+    sender, receiver = world.open("p0", block_bytes=MB, slots=blocks), world.open("d0", block_bytes=MB)
+    relay = Relay(sender.store.reach.address, **options)
+    through(receiver, sender, f"tcp://127.0.0.1:{relay.port}")
+    return sender, receiver, relay
+
+
+# ---------------------------------------------------------------- a bad network
+
+
+def test_a_transfer_that_is_cut_again_and_again_goes_on_where_it_was(world):
+    sender, receiver, relay = pair(world, 24, weather=Weather(cut_every=6 * MB))
+    with relay:
+        chunk = sender.put(*(big(number) for number in range(24)))
+        assert receiver.fetch(chunk) == list(chunk.blocks)
+        assert relay.cuts >= 2 and relay.forwarded < 2 * 24 * MB, "what had come was not asked for again"
+        sender.free(chunk)
+
+
+def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
+    world.settings = StreamSettings(patience=StreamPatience(stall_s=0.3, lost_s=10.0))
+    sender, receiver, relay = pair(world, 8)
+    with relay:
+        assert receiver.fetch(sender.put(big(1))) == [big(1)]
+        relay.weather.silent = True
+        ticket = receiver.ask(sender.put(big(2)))
+        wait_until(lambda: relay.connections > 1, "no other connection")
+        relay.weather.silent = False
+        relay.cut()
+        world.settle()
+        assert receiver.got(ticket) == [big(2)]
+
+
+def test_what_is_damaged_on_the_way_is_corrupt_and_right_the_next_time(world):
+    sender, receiver, relay = pair(world, 8)
+    with relay:
+        chunk = sender.put(*(big(number) for number in range(8)))
+        relay.weather.flip_at = 3 * MB
+        with pytest.raises(KVCorrupt):
+            receiver.fetch(chunk)
+        assert receiver.fetch(chunk) == list(chunk.blocks)
+
+
+def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
+    world.settings = StreamSettings(patience=QUICK)
+    sender, receiver, relay = pair(world, 32, weather=Weather(rate=20 * MB))
+    with relay:
+        tickets = [receiver.ask(sender.put(*(big(at) for at in range(4)))) for _ in range(8)]
+        wait_until(lambda: relay.forwarded > 2 * MB, "nothing comes")
+        sender.close()
+        start = time.monotonic()
+        world.settle()
+        assert time.monotonic() - start < 5 * QUICK.lost_s
+        assert all(isinstance(receiver.answers[ticket], KVLost) for ticket in tickets[-4:])
+    again = world.open("p0", block_bytes=MB)
+    receiver.meet(again)
+    assert receiver.fetch(again.put(big(5))) == [big(5)]
+
+
+# ---------------------------------------------------------------- what is left
+
+
+def test_a_thousand_fetches_leave_no_slot_no_descriptor_and_no_thread(world):
+    sender, receiver = world.open("p0", slots=4, block_bytes=100_000), world.open("d0", block_bytes=100_000)
+    receiver.meet(sender)
+    receiver.fetch(sender.put(big(0, 100_000)))
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for number in range(1000):
+        chunk = sender.put(big(number, 100_000), big(number + 1, 100_000))
+        assert receiver.fetch(chunk) == list(chunk.blocks)
+        sender.free(chunk)
+        world.wait(lambda: sender.store.free_slots == 3, "slots that libzmq does not let go of")
+    assert len(os.listdir("/proc/self/fd")) == descriptors and threading.active_count() == threads
+
+
+def test_streams_that_end_leave_nothing_open():
+    def once():
+        world = StreamWorld()
+        sender, receiver = world.open("p0"), world.open("d0")
+        receiver.meet(sender)
+        receiver.fetch(sender.put(block(1)))
+        world.close()
+
+    once()
+    gc.collect()
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(10):
+        once()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors and threading.active_count() == threads
+
+
+def test_closing_in_the_middle_ends_soon(world):
+    sender, receiver, relay = pair(world, 40, weather=Weather(rate=5 * MB))
+    with relay:
+        for _ in range(10):
+            receiver.ask(sender.put(*(big(at) for at in range(4))))
+        wait_until(lambda: relay.forwarded > MB, "nothing comes")
+        for party in (sender, receiver):
+            start = time.monotonic()
+            party.close()
+            assert time.monotonic() - start < 5.0, "all of it takes eight"
+            party.store.close()
+
+
+def test_a_thread_that_dies_takes_the_worker_with_it(world, monkeypatch):
+    monkeypatch.setattr(Fetching, "meet", lambda *what: 1 / 0)
+    receiver = world.open("d0")
+    receiver.meet(receiver)
+    with pytest.raises(ZeroDivisionError):
+        world.wait(lambda: False, "the thread lives")
+    world.parties.clear()
+    receiver.close()
+
+
+# ---------------------------------------------------------------- keys and addresses
+
+
+def test_with_a_key_members_exchange_and_others_are_lost(tmp_path, world):
+    made = [str(tmp_path / name) for name in ("key", "other")]
+    for path in made:
+        keys.generate(path)
+    world.settings = StreamSettings(key=made[0], patience=QUICK)
+    sender, receiver = world.open("p0", block_bytes=3 * MB), world.open("d0", block_bytes=3 * MB)
+    chunk = sender.put(big(1, 3 * MB), big(2, 3 * MB))
+    receiver.meet(sender)
+    assert receiver.fetch(chunk) == list(chunk.blocks)
+    for key in ("", made[1]):
+        world.settings = StreamSettings(key=key, patience=QUICK)
+        incompatibility = world.open(f"x{len(key)}")
+        incompatibility.meet(sender)
+        with pytest.raises(KVLost):
+            incompatibility.fetch(chunk)
+
+
+def test_what_is_announced_is_what_others_connect_to(world):
+    world.settings = StreamSettings(announce="tcp://127.0.0.1:7")
+    assert world.open("p0").store.reach.address == "tcp://127.0.0.1:7"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (StreamSettings(address="tcp://10.0.0.1:1"), "encrypted"),
+        (StreamSettings(address="nonsense"), "is no address"),
+        (StreamSettings(key="/no/such/key"), "tetri-cli keygen"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(settings, says):
+    before = threading.active_count()
+    with pytest.raises(KVError, match=says) as caught:
+        StreamReader(LocalSlab("p0", 1, 1, {}), settings, lambda: None)
+    assert str(caught.value).startswith("KV path stream: ") and "\n" not in str(caught.value)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("transport", "address", "paths"),
+    [("stream", "", ["stream"]), ("auto", "tcp://127.0.0.1:*", ["shm", "stream"]), ("auto", "", ["shm"])],
+)
+def test_a_worker_has_the_path_by_name_or_when_it_has_an_address(transport, address, paths):
+    settings = StoreSettings("t-stream", "p0", slots=2, block_bytes=100, transport=transport, address=address)
+    store = open_store(settings)
+    try:
+        assert [path for path in store.reach.paths if path != "nixl"] == paths
+        assert store.reach.address.startswith("tcp://127.0.0.1:") == ("stream" in paths)
+    finally:
+        store.close()

@@ -1,0 +1,91 @@
+"""The server of `stream` and its receivers: credit, those that are slow, and strangers."""
+
+import random
+
+import zmq
+from live import wait_until
+
+from tests.kv.stream.world import big
+from tetri.kv.base import KVError, Wanted
+from tetri.kv.stream.fetch import StreamPatience
+from tetri.kv.stream.serve import Serving
+from tetri.kv.stream.stream import StreamSettings
+
+MB = 1 << 20
+UNHURRIED = StreamPatience(stall_s=5.0, lost_s=20.0)  # nobody is lost here
+
+
+class Counted:
+    """What a stream's server sends, as (peer, number, bytes); and the credit it has been granted."""
+
+    def __init__(self, monkeypatch):
+        self.sent, self.granted, self.most, before_sent, before_heard = [], {}, 0, Serving.sent, Serving.heard
+        gone = {}
+
+        def sent(serving, due):
+            self.sent.append((due.peer, due.number, due.stop - due.start))
+            gone[due.peer] = gone.get(due.peer, 0) + due.stop - due.start
+            assert gone[due.peer] <= self.granted[due.peer]
+            before_sent(serving, due)
+
+        def heard(serving, peer, message):
+            self.granted[peer] = max(self.granted.get(peer, 0), message.credit)
+            self.most = max(self.most, message.credit - gone.get(peer, 0))
+            return before_heard(serving, peer, message)
+
+        monkeypatch.setattr(Serving, "sent", sent)
+        monkeypatch.setattr(Serving, "heard", heard)
+
+
+def test_credit_is_never_exceeded(world, monkeypatch):
+    world.settings = StreamSettings(patience=UNHURRIED)
+    sender, receiver = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
+    receiver.meet(sender)
+    counted = Counted(monkeypatch)
+    large, small = sender.put(*(big(at) for at in range(48))), sender.put(big(99))
+    first = receiver.ask(large)
+    wait_until(lambda: len(counted.sent) >= 4, "nothing goes")
+    before = len(counted.sent)
+    second = receiver.ask(small)
+    world.settle()
+    assert receiver.got(first) == list(large.blocks) and receiver.got(second) == list(small.blocks)
+    assert counted.most <= 8 * MB and before >= 4
+    assert sum(size for *_, size in counted.sent) == 49 * MB
+
+
+def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monkeypatch):
+    world.settings = StreamSettings(buffer=8 * MB, patience=UNHURRIED)
+    sender, slow = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
+    other = world.open("d1", block_bytes=MB)
+    slow.meet(sender)
+    other.meet(sender)
+    counted = Counted(monkeypatch)
+    chunks = [sender.put(*(big(10 * at + n) for n in range(4))) for at in range(8)]
+    tickets = [slow.ask(chunk) for chunk in chunks]  # and its engine is busy: nobody asks for what came
+    wait_until(lambda: len(counted.sent) == 8, "two chunks fill its room")
+    for chunk in chunks:
+        stream, wanted = other.store.readers["stream"], Wanted(("o", 0), "p0", "stream", chunk.handle, chunk.digest)
+        stream.fetch(wanted)
+        other.waiting.add(("o", 0))
+        wait_until(lambda: other.hear() or ("o", 0) not in other.waiting, "held up by the slow one")
+    assert sum(peer == counted.sent[0][0] for peer, *_ in counted.sent) == 8
+    for chunk in chunks[2:]:
+        sender.free(chunk)  # a fetch that waits keeps nothing: its slots can be used again at once
+    assert sender.store.free_slots == 64 - 8
+    world.settle()
+    assert [isinstance(slow.answers[ticket], KVError) for ticket in tickets] == [False] * 2 + [True] * 6
+
+
+def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(world):
+    sender, receiver = world.open("p0", block_bytes=MB), world.open("d0", block_bytes=MB)
+    receiver.meet(sender)
+    with zmq.Context() as flooding, flooding.socket(zmq.DEALER) as socket:
+        socket.set(zmq.LINGER, 0)
+        socket.connect(sender.store.reach.address)
+        rng = random.Random(1)
+        for number in range(2000):
+            socket.send_multipart([rng.randbytes(rng.randint(0, 100)) for _ in range(1 + number % 3)])
+        chunk = sender.put(big(1))
+        assert receiver.fetch(chunk) == [big(1)]
+        counters = sender.store.readers["stream"]
+        wait_until(lambda: sum(n for name, n in counters.counters.items() if "garbage" in name) == 2000, "not counted")

@@ -1,0 +1,47 @@
+"""Taking from a mapping into the worker's own memory."""
+
+import pytest
+import xxhash
+
+from tests.kv.contract_slab import nothing
+from tests.kv.mapped import put
+from tests.kv.parties import BLOCK, SLOTS, block
+from tetri.kv import staging
+from tetri.kv.base import KVError, KVLost
+from tetri.kv.local import LocalSlab
+from tetri.kv.staging import Staging
+
+
+@pytest.fixture
+def slab():
+    return LocalSlab("p0", SLOTS, BLOCK, {})
+
+
+def test_a_slot_reused_during_the_copy_is_lost_not_corrupt(slab, monkeypatch):
+    handle, digest = slab.put(2, nothing)
+
+    def reuse():
+        """Before the first block is copied the sender gives the slots to another chunk."""
+        monkeypatch.undo()
+        slab.free(handle)
+        slab.put(2, lambda views: views[1].__setitem__(0, 7))
+        return xxhash.xxh3_64()
+
+    monkeypatch.setattr(staging, "xxh3_64", reuse)
+    with pytest.raises(KVLost, match="generation 2, not 1"):
+        Staging(0).fetch(slab.segment, handle, digest)
+
+
+def test_a_chunk_larger_than_any_before_grows_the_staging(slab):
+    buffer = Staging(BLOCK)
+    for count in (1, SLOTS, 2):
+        blocks = [block(number) for number in range(count)]
+        handle, digest = put(slab, *blocks)
+        assert [bytes(view) for view in buffer.fetch(slab.segment, handle, digest)] == blocks
+        slab.free(handle)
+
+
+def test_the_same_bytes_under_another_digest_are_told_with_both(slab):
+    handle, digest = slab.put(1, nothing)
+    with pytest.raises(KVError, match=f"{digest:016x}, announced {digest ^ 1:016x}"):
+        Staging(0).fetch(slab.segment, handle, digest ^ 1)

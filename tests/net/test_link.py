@@ -1,0 +1,123 @@
+"""A peer that dies, comes back, or is none: heard of in milliseconds, not after missed heartbeats."""
+
+import contextlib
+import select
+import signal
+import socket as plain_socket
+import subprocess
+import sys
+
+import pytest
+import zmq
+
+from tests.net.hubs import hubs, ipc, some, until
+from tests.net.test_intake import GOOD, NOT_ZMTP
+from tetri.net.hub import RETRY_S
+from tetri.wire.events import Arrived, PeerDown, PeerUp
+from tetri.wire.messages import Close, ClusterView, InboxMessage, LoadReport
+
+CLOSE = Close(rid="r", attempt=1)
+WORKER = """
+import sys
+from tetri.net import Hub
+from tetri.wire.messages import InboxMessage
+hub = Hub()
+hub.bind_inbox(sys.argv[1], InboxMessage)
+print("bound", flush=True)
+while True:
+    hub.poll(None)
+"""
+
+
+def test_kill_nine_is_heard_at_once_and_a_restart_too(run_folder):
+    address = ipc(run_folder, "w")
+    command = [sys.executable, "-c", WORKER, address]
+    with hubs(1) as (broker,), subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"bound\n"
+        broker.connect("w", address)
+        assert some(broker, 1) == [PeerUp("w")]
+        assert broker.send("w", CLOSE)
+        child.send_signal(signal.SIGKILL)
+        assert some(broker, 1) == [PeerDown("w")]
+        child.wait()
+        for _ in range(2):  # the dead one's file is no owner; one that closes and comes back is down and up too
+            assert broker.send("w", CLOSE) is False
+            with hubs(1) as (second,):
+                second.bind_inbox(address, InboxMessage)
+                assert some(broker, 1) == [PeerUp("w")]
+                assert broker.send("w", CLOSE)
+                assert some(second, 1) == [Arrived(CLOSE)]
+            assert some(broker, 1) == [PeerDown("w")]
+
+
+def readable(socket):
+    return bool(select.select([socket], [], [], 0)[0])
+
+
+@pytest.mark.parametrize("how", ["connect", "send", "subscribe", "connect_publisher"])
+def test_a_listener_that_is_none_of_ours_is_left_for_a_real_one(run_folder, how, monkeypatch):
+    """libzmq gives a connection that was answered with garbage up for good. The hub opens a new one: to a peer whenever
+    the core tries again, of a feed after RETRY_S."""
+    path, address = run_folder / "w", ipc(run_folder, "w")
+    monkeypatch.setattr("tetri.net.hub.RETRY_S", 0.05)
+    assert RETRY_S >= 0.1  # no flood of connections
+    report, view = GOOD["loads"][2], GOOD["views"][2]
+    with hubs(3) as (hub, late, other):
+        other.bind_inbox(ipc(run_folder, "other"), InboxMessage)
+        hub.connect("other", ipc(run_folder, "other"))
+        some(hub, 1)
+        begin = {
+            "connect": lambda: hub.connect("w", address),
+            "send": lambda: hub.connect("w", address),
+            "subscribe": lambda: hub.subscribe(address, ClusterView),
+            "connect_publisher": lambda: hub.connect_publisher(address),
+        }[how]
+        begin()
+
+        def try_again():
+            if how == "connect":
+                begin()
+            elif how == "send":
+                assert hub.send("w", CLOSE) is False
+            assert hub.poll(0.01) == []
+
+        with plain_socket.socket(plain_socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            for noise in NOT_ZMTP[:3]:
+                until(lambda: try_again() or readable(listener))
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(BrokenPipeError):
+                    connection.sendall(noise)
+        assert hub.send("other", CLOSE)
+        assert some(other, 1) == [Arrived(CLOSE)]
+        path.unlink()
+        bind, do, right = {
+            "connect": (lambda: late.bind_inbox(address, InboxMessage), begin, PeerUp("w")),
+            "send": (lambda: late.bind_inbox(address, InboxMessage), lambda: hub.send("w", CLOSE), PeerUp("w")),
+            "subscribe": (lambda: late.bind_publisher(address), lambda: late.publish(view), Arrived(view)),
+            "connect_publisher": (
+                lambda: late.bind_subscriber(address, LoadReport),
+                lambda: hub.publish(report),
+                Arrived(report),
+            ),
+        }[how]
+        bind()
+        seen = []
+        until(lambda: do() or seen.extend(hub.poll(0.01) + late.poll(0)) or seen)
+        assert seen[0] == right
+
+
+def test_a_listener_of_another_pattern_takes_nothing(run_folder, context):
+    """A PUSH that finds a ROUTER, or another's PUSH a SUB: libzmq refuses the pair in the handshake."""
+    router = context.socket(zmq.ROUTER)
+    router.bind(ipc(run_folder, "r"))
+    push = context.socket(zmq.PUSH)
+    push.immediate = 1
+    with hubs(1) as (broker,):
+        broker.connect("r", ipc(run_folder, "r"))
+        push.connect(broker.bind_subscriber(ipc(run_folder, "loads"), LoadReport))
+        assert not router.poll(100) and not push.poll(0, zmq.POLLOUT)
+        assert broker.poll(0) == []
+        assert broker.send("r", CLOSE) is False
+        assert broker.counters == {"no_peer": 1}

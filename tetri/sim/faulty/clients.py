@@ -1,0 +1,287 @@
+"""The clients of a simulated deployment with faults. They check all that they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tetri.core.actions import FromClient, Submitted
+from tetri.engine.emulated import reference
+from tetri.request import Receipt, Sampling
+from tetri.sim.clients import Clients, Outcome
+from tetri.sim.faulty.chance import Chance
+from tetri.sim.faulty.processes import EDGE, TOKEN_BYTES, VOCABULARY
+from tetri.sim.setup import SimError
+from tetri.sim.traces import Arrival
+from tetri.text import Stopper
+from tetri.wire.clients import (
+    Accepted,
+    Attach,
+    BrokerReply,
+    Cancel,
+    ChangeRole,
+    ClientMessage,
+    Delta,
+    Done,
+    Refused,
+    RoleChanged,
+)
+from tetri.wire.codec import decode, encode
+
+if TYPE_CHECKING:
+    from tetri.sim.faulty.world import FaultyWorld
+
+CLIENT_S = 0.001  # how long a client's message takes, on average
+ADMIN = b"admin"
+
+
+@dataclass
+class Client:
+    """One client with one request. What it is told must be in order, without gaps and without repetition. `say` sends
+    to the broker; `ended` hears of the end."""
+
+    chance: Chance
+    number: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    deadline_s: float | None
+    ask_s: float
+    say: Callable[[Any], None]
+    ended: Callable[[Client, Done | Refused], None]
+    rid: str | None = None
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    done: Done | Refused | None = None
+    cancelled: bool = False
+    away: bool = False
+    stuck: bool = False
+    heard_at: float = 0.0
+    asked: list[int] = field(default_factory=list)  # tokens from which on it asked to hear all again
+    expected: int = 0  # the next token that may come
+    tail_at: int = -1  # the token at which text without tokens came
+
+    @property
+    def key(self) -> str:
+        return str(self.number)
+
+    @property
+    def name(self) -> bytes:
+        return self.key.encode()
+
+    # ------------------------------------------------------------ what it does
+
+    def start(self) -> None:
+        chance = self.chance
+        self.submit()
+        self._later(self.ask_s, self.watch)
+        chance.often("leave", 1, self.leave)
+        chance.often("stall", 1, self.choke)
+        if chance.happens("cancel"):
+            chance.after(chance.faults.down, self.cancel)
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        kernel = self.chance.kernel
+        kernel.at(kernel.now + seconds, lambda _: what())
+
+    def submit(self) -> None:
+        if self.rid is None and self.done is None:
+            self.say(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
+            self._later(self.ask_s, self.submit)
+
+    def watch(self) -> None:
+        """Ask when nothing was heard for a while, as a client's library does."""
+        if self.done is not None:
+            return
+        if self.rid is not None and not self.away and self.chance.kernel.now - self.heard_at > self.ask_s:
+            self.attach()
+        self._later(self.ask_s, self.watch)
+
+    def cancel(self, _: Any = None) -> None:
+        if self.rid is not None and self.done is None:
+            self.cancelled = True
+            self.say(FromClient(self.name, Cancel(rid=self.rid)))
+
+    def leave(self) -> bool | None:
+        if self.done is not None:
+            return None
+        self.away = True
+        self.chance.recovers(self.back)
+        return True
+
+    def back(self, _: Any) -> None:
+        self.away = False
+        if self.rid is not None and self.done is None:
+            self.attach()
+
+    def attach(self) -> None:
+        assert self.rid is not None
+        self.asked.append(len(self.ids))
+        self.say(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
+
+    def choke(self) -> bool | None:
+        if self.done is not None:
+            return None
+        self.stuck = True
+        self.chance.after(self.chance.faults.longest, self.breathe)
+        return True
+
+    def breathe(self, _: Any) -> None:
+        self.stuck = False
+
+    # ------------------------------------------------------------ what it is told
+
+    def hear(self, message: Any) -> str:
+        if self.away or self.stuck:
+            return "gone" if self.away else "full"
+        self.heard_at = self.chance.kernel.now
+        match message:
+            case Accepted():
+                assert message.key == self.key and self.rid in (None, message.rid)
+                if self.rid is not None:
+                    self.asked.append(0)
+                self.rid = message.rid
+            case Delta() if message.rid == self.rid:
+                self._extend(message)
+            case Done() if message.rid == self.rid:
+                if self.expected == message.usage.completion_tokens:
+                    assert self.done in (None, message) and (self.done is None or self.asked or self.cancelled)
+                    self._end(message)
+            case Refused():
+                assert self.rid is None, f"client {self.key} is refused: {message}"
+                self._end(message)
+        return "sent"
+
+    def _end(self, message: Done | Refused) -> None:
+        if self.done is None:
+            self.done = message
+            self.ended(self, message)
+
+    def _extend(self, delta: Delta) -> None:
+        """Nothing comes twice, out of order or after the end, unless it was asked for again."""
+        assert self.done is None or self.asked, f"client {self.key} hears {delta} after the end"
+        if delta.start != self.expected:
+            assert delta.start in self.asked, f"client {self.key} has {self.ids} and hears {delta}"
+            self.expected = delta.start
+        again = self.ids[delta.start : delta.start + len(delta.ids)]
+        assert again == delta.ids[: len(again)], f"client {self.key} has {self.ids} and hears {delta}"
+        assert len(again) in (0, len(delta.ids)), f"client {self.key} has a part of {delta}"
+        self.expected += len(delta.ids)
+        if delta.ids and again:
+            return
+        if not delta.ids:
+            if not delta.text or self.tail_at == delta.start:
+                return
+            self.tail_at = delta.start
+        self.ids += delta.ids
+        self.text += delta.text
+
+    def verify(self) -> None:
+        """The tokens are the right ones, all of them unless the request was broken off."""
+        done = self.done
+        assert done is not None
+        if isinstance(done, Refused):
+            return
+        right = reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
+        stopper = Stopper(EDGE, self.sampling.stop)
+        released = stopper.feed(right)
+        text = released.text + stopper.finish().text
+        right = right[: released.counted] if released.stopped else right
+        assert done.usage.completion_tokens == len(self.ids)
+        assert abs(sum(done.timeline.values()) - done.jct_s) < 1e-6, done
+        if done.reason == "cancelled":
+            assert self.cancelled or self.chance.faults.leave, done
+        if done.reason == "deadline":
+            assert self.deadline_s is not None and done.jct_s >= self.deadline_s, done
+        if done.reason in ("cancelled", "deadline"):
+            assert self.ids == right[: len(self.ids)], f"client {self.key} has {self.ids}, not {right}"
+            return
+        assert (self.ids, self.text) == (right, text), f"client {self.key} has {self.ids}, not {right}"
+        ended = released.stopped or (right[-1] == 0 and not self.sampling.ignore_eos)
+        assert done.reason == ("stop" if ended else "length"), (done, right)
+        assert done.error is None and done.receipt.prompt_tokens == len(self.prompt)
+        if not released.stopped:  # else the broker may have ended it
+            self._verify_receipt(done.receipt)
+
+    def _verify_receipt(self, receipt: Receipt) -> None:
+        """Its worker said what became of the KV, whoever died when."""
+        if receipt.decode_instance is None:  # the first token of an attempt was its last
+            assert (receipt.adopted, receipt.transport) == (0, "none"), receipt
+        else:
+            assert receipt.adopted == len(self.prompt) and receipt.transport in ("local", "stream"), receipt
+
+
+@dataclass(slots=True)
+class CheckedClients(Clients):
+    """Each request has a client of its own, with a prompt that is drawn, and draws a seed where that matters."""
+
+    world: FaultyWorld | None = None
+    clients: list[Client] = field(default_factory=list)
+
+    def _draw(self) -> None:
+        Clients._draw(self)  # super() does not find itself in a dataclass with slots
+        if self._next is None and self.world is not None:
+            self.world.chance.last_arrival()
+
+    def _ask(self, number: int, arrival: Arrival) -> None:
+        world = self.world
+        assert world is not None
+        if arrival.text is not None:
+            raise SimError("recorded texts cannot be simulated with faults: an engine with KV writes its own")
+        rng = world.chance.rng
+        prompt = tuple(rng.choices(range(VOCABULARY), k=arrival.prompt))
+        sampling = arrival.sampling or Sampling(max_tokens=arrival.output, ignore_eos=True)
+        ask_s = world.setup.timeouts.ask_s
+        client = Client(world.chance, number, prompt, sampling, arrival.deadline_s, ask_s, world.say, self._ended)
+        self.clients.append(client)
+        client.start()
+
+    def deliver(self, name: bytes, message: Any) -> str:
+        """One message as the broker sends it: whether it was sent, the queue is full, or the client gone."""
+        assert self.world is not None
+        message = decode(encode(message), BrokerReply)
+        return self.world.admin.hear(message) if name == ADMIN else self.clients[int(name)].hear(message)
+
+    def _ended(self, client: Client, message: Done | Refused) -> None:
+        """A request is done when it got all of its tokens, as `Client.verify` checks at the end."""
+        outcome: Outcome = self.outcomes[client.number]
+        if isinstance(message, Done):
+            outcome.state = "done" if message.reason in ("length", "stop") else "failed"
+            outcome.why = "" if outcome.state == "done" else message.error or message.reason
+            outcome.ended(message)
+        else:
+            outcome.state, outcome.why = "refused", message.reason
+        self._answered()
+
+
+@dataclass
+class Admin:
+    """Somebody who changes roles, and is told what became of it."""
+
+    world: FaultyWorld
+    asked: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> instance and role
+    told: list[str] = field(default_factory=list)  # of which changes it heard
+
+    def flip(self, iid: str, role: str) -> None:
+        key = f"flip-{len(self.asked)}"
+        self.asked[key] = (iid, role)
+        self.world.say(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
+
+    def hear(self, message: Any) -> str:
+        assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
+        if isinstance(message, RoleChanged):
+            assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
+            world = self.world
+            worker, known = world.workers[message.iid], world.broker.core.members.by_iid[message.iid]
+            there = worker.alive and worker.core.own.incarnation == known.instance.incarnation
+            if there and message.key not in self.told:
+                assert worker.core.role == message.role, f"{message.iid} is {worker.core.role}, not {message.role}"
+            self.told.append(message.key)
+        return "sent"
+
+
+def on_the_wire(event: Any) -> Any:
+    """A client's message as the broker reads it."""
+    if isinstance(event, Submitted):
+        return event  # the broker's edge makes it of a Submit
+    return FromClient(event.client, decode(encode(event.message), ClientMessage))  # type: ignore[arg-type]

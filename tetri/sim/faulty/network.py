@@ -1,0 +1,176 @@
+"""The connections of a simulated deployment with faults, and what goes wrong on them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from tetri.sim.faulty.chance import Chance
+from tetri.sim.links import Port, Wiring
+from tetri.wire.codec import decode, encode
+from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.handover import BetweenWorkers, Chunk
+
+if TYPE_CHECKING:
+    from tetri.sim.faulty.processes import Process
+
+REMEMBERED = 40  # messages from one worker to another that may come again
+NOTICED_S = 0.03  # within so long a process finds out that a peer is dead
+CONNECTED_S = 0.02  # within so long a connection stands
+OVERTAKEN_S = 0.02  # so much before its turn a message may come
+REPLAYED_S = 0.05  # so long after another an old one may come
+
+
+class FaultyWiring(Wiring):
+    """All processes as they live now: one that is killed makes place for the next of its name. What one publishes is
+    heard by each subscriber in order, or not at all."""
+
+    processes: dict[str, Process]  # type: ignore[assignment]  # every receiver is one
+
+    def __init__(self, chance: Chance, latency_s: float, whole: bool) -> None:
+        super().__init__(chance.kernel, latency_s, whole)
+        self.chance = chance
+        self.segments: dict[str, None] = {}  # of all KV slabs that have ever been
+        self.said: dict[tuple[str, str], deque[Any]] = {}  # between two workers, lately
+        self._busy: dict[tuple[str, str], float] = {}  # when the last message to a subscriber arrives
+
+    def connections(self) -> list[Connection]:
+        return [line for process in self.processes.values() for line in process.port.lines()]
+
+    def publish(self, who: str, message: Any) -> None:
+        message, chance, kernel = decode(encode(message), type(message)), self.chance, self.kernel
+        for hearer in self.subscribers.get(who, ()):
+            if chance.happens("drop"):
+                continue
+            self.sent += 1
+            key = (who, hearer.name)
+            arrives = self._busy[key] = max(self._busy.get(key, 0.0), kernel.now + chance.way_s(self.latency_s))
+            kernel.at(arrives, hearer.receive, message)
+
+    def replace(self, process: Process) -> None:
+        """Of the same name as one that has died."""
+        dead, self.processes[process.name] = self.processes[process.name], process
+        for hearers in self.subscribers.values():
+            hearers[:] = [process if hearer is dead else hearer for hearer in hearers]
+        for line in self.connections():
+            if line.address == process.name:
+                line.break_off()  # had nobody found out yet
+                line.connect()
+
+
+class Connection:
+    """One direction from `src` to the peer that it calls `name`: first in, first out. What is on its way when it breaks
+    is lost."""
+
+    def __init__(self, wiring: FaultyWiring, src: Process, name: str, address: str) -> None:
+        self.wiring, self.chance, self.src = wiring, wiring.chance, src
+        self.name, self.address = name, address
+        self.to = wiring.processes[address]  # as it lives now, or has when the connection was made
+        self.up, self.closed = False, False
+        self.number = 0  # of the connection: it counts up when one breaks
+        self._busy = 0.0  # when the last message arrives
+
+    def receive(self, message: Any) -> None:
+        """From its process, to be carried to the other."""
+        chance, kernel = self.chance, self.wiring.kernel
+        if chance.happens("drop"):
+            return
+        message = decode(encode(message), self.to.reads)
+        if isinstance(message, BetweenWorkers):
+            message = self._confused(message)
+        for _ in range(2 if chance.happens("duplicate") else 1):
+            self._busy = max(self._busy, kernel.now + chance.way_s(self.wiring.latency_s))
+            kernel.at(self._busy, self._arrive, (message, self.number, self.to))
+
+    def _confused(self, message: BetweenWorkers) -> BetweenWorkers:
+        """What no connection does, and a broken sender might."""
+        chance, this = self.chance, (self.number, self.to)
+        old = self.wiring.said.setdefault((self.src.name, self.to.name), deque(maxlen=REMEMBERED))
+        if old and chance.happens("replay"):
+            chance.after(REPLAYED_S, self._arrive, (chance.rng.choice(old), *this))
+        old.append(message)
+        if chance.happens("overtake"):
+            chance.after(OVERTAKEN_S, self._arrive, (message, *this))
+        return self._mangled(message) if isinstance(message, Chunk) and chance.happens("mangle") else message
+
+    def _mangled(self, chunk: Chunk) -> Chunk:
+        handle, rng = chunk.handle, self.chance.rng
+        match rng.randrange(3):
+            case 0:
+                return replace(chunk, token=5 if chunk.token is None else None)
+            case 1:
+                return replace(chunk, handle=replace(handle, segment=rng.choice([*self.wiring.segments])))
+        return replace(chunk, handle=replace(handle, slots=handle.slots[1:], generations=handle.generations[1:]))
+
+    def _arrive(self, sent: tuple[Any, int, Process]) -> None:
+        message, number, to = sent
+        if number == self.number and to is self.to:
+            to.receive(message)
+
+    def connect(self) -> None:
+        """After a while, if both are there then."""
+        self.chance.after(CONNECTED_S, self._stands)
+
+    def _stands(self, _: Any) -> None:
+        to = self.wiring.processes[self.address]
+        if not self.closed and not self.up and self.src.alive and to.alive:
+            self.up, self.to = True, to
+            self.src.port.stands(self)
+            self.src.receive(PeerUp(self.name))
+
+    def break_off(self, _: Any = None) -> None:
+        """The connection is lost, which is found out now; it is made again when somebody is there."""
+        if self.up:
+            self.up = False
+            self.number += 1
+            self.src.port.fell(self)
+            self.src.receive(PeerDown(self.name))
+            self.connect()
+
+    def close(self) -> None:
+        """What is on its way is lost or not."""
+        self.closed, self.up = True, False
+        if not self.chance.over and self.chance.rng.random() < 0.5:
+            self.number += 1
+
+
+class FaultyPort(Port):
+    """The connections of one life of a process."""
+
+    wiring: FaultyWiring
+
+    def __init__(self, wiring: FaultyWiring, name: str) -> None:
+        super().__init__(wiring, name)
+        self.process: Process | None = None
+        self._lines: dict[str, Connection] = {}
+
+    def lines(self) -> list[Connection]:
+        return [*self._lines.values()]
+
+    def _send(self, to: Any, message: Any) -> None:
+        self.wiring.sent += 1
+        to.receive(message)  # a Connection
+
+    def connect(self, peer: str, address: str) -> None:
+        if peer not in self._lines:
+            assert self.process is not None
+            line = self._lines[peer] = Connection(self.wiring, self.process, peer, address)
+            line.connect()
+
+    def stands(self, line: Connection) -> None:
+        self._up[line.name] = line
+
+    def fell(self, line: Connection) -> None:
+        self._up.pop(line.name, None)
+
+    def disconnect(self, peer: str) -> None:
+        self._up.pop(peer, None)
+        line = self._lines.pop(peer, None)
+        if line is not None:
+            line.close()
+
+    def close(self) -> None:
+        for peer in [*self._lines]:
+            self.disconnect(peer)

@@ -1,0 +1,211 @@
+"""Virtual processes that can be killed and stand still, whose cores are checked after each event, and which do with
+real bytes and real text what the others only count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Undelivered
+from tetri.core.broker.broker import Broker
+from tetri.core.instance.identity import Identity
+from tetri.core.monitor import Monitor
+from tetri.core.worker.worker import Worker
+from tetri.engine.emulated import EmulatedEngine
+from tetri.engine.plan import StepPlan
+from tetri.engine_request import StepDone
+from tetri.kv.store import Store
+from tetri.sim.faulty.chance import Chance
+from tetri.sim.faulty.kv import FaultyCopies, SlowReader
+from tetri.sim.faulty.network import NOTICED_S, FaultyPort
+from tetri.sim.instance import SimulatedPredictor, WorkerNode
+from tetri.sim.nodes import AnyCore, BrokerNode, MonitorNode, Node
+from tetri.text import ByteTokenizer, Stopper
+from tetri.wire.messages import InboxMessage, WorkerEvent
+
+EDGE = ByteTokenizer()
+VOCABULARY, TOKEN_BYTES = 64, 8  # of the emulated engine
+
+
+class WatchedCore:
+    """A core that is checked after each event, and of which all that it hears and says is written down."""
+
+    def __init__(self, core: AnyCore, name: str, chance: Chance) -> None:
+        self.core, self.name, self.chance = core, name, chance
+        self.deadline, self.check = core.deadline, core.check
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.core, name)
+
+    def handle(self, event: Any, now: float) -> Sequence[Action]:
+        return self._watched(self.core.handle(event, now), event)
+
+    def tick(self, now: float) -> Sequence[Action]:
+        actions = self.core.tick(now)
+        return self._watched(actions, "tick") if actions else actions
+
+    def _watched(self, actions: Sequence[Action], why: Any) -> Sequence[Action]:
+        self.chance.note(self.name, why, actions)
+        self.check()
+        return actions
+
+
+class Process(Node):
+    """One life of a process. After `kill` nothing reaches it; while it is `frozen` what comes waits in its inbox."""
+
+    reads: Any = InboxMessage  # the messages that it takes
+    port: FaultyPort
+    alive = True
+    frozen = False
+
+    def receive(self, event: Any) -> None:
+        if self.alive:
+            super().receive(event)
+
+    def turn(self) -> None:
+        if self.alive and not self.frozen:
+            super().turn()
+
+    def kill(self, chance: Chance) -> None:
+        """As kill -9: what it sent lately arrives or not, all that it had is gone."""
+        chance.note(self.name, "killed")
+        self.alive = False
+        self.port.close()
+        for line in self.port.wiring.connections():
+            if line.address == self.name:
+                chance.after(NOTICED_S, line.break_off)
+
+    def freeze(self, chance: Chance) -> None:
+        chance.note(self.name, "stands still")
+        self.frozen = True
+        chance.recovers(self._thaw)
+
+    def _thaw(self, _: Any) -> None:
+        self.frozen = False
+        self._turn(None)
+
+
+class FaultyMonitor(Process, MonitorNode):
+    core: Monitor
+    port: FaultyPort
+
+
+class FaultyBroker(Process, BrokerNode):
+    """`deliver` is all clients: (client, message) -> whether it was sent, the client's queue is full, or it is gone."""
+
+    reads = WorkerEvent
+    port: FaultyPort
+
+    def __init__(self, chance: Chance, core: Broker, port: FaultyPort, deliver: Callable[[bytes, Any], str]) -> None:
+        watched = cast(Broker, WatchedCore(core, port.name, chance))
+        super().__init__(chance.kernel, watched, port, deliver)
+        self.deliver = deliver
+        self.stoppers: dict[str, Stopper] = {}
+        self._refused: dict[bytes, None] = {}  # clients that took no reply in this turn: order is kept
+        self._table |= {Reply: self._reply, Detokenize: self._word, Release: lambda do: self._forget(do.rid)}
+
+    def turn(self) -> None:
+        self._refused.clear()
+        super().turn()
+
+    def _reply(self, action: Reply) -> Undelivered | None:
+        heard = "full" if action.client in self._refused else self.deliver(action.client, action.message)
+        if heard == "sent":
+            return None
+        self._refused[action.client] = None
+        return Undelivered(action.client, action.message, heard == "gone")
+
+    def _word(self, action: Detokenize) -> Detokenized:
+        stopper = self.stoppers.get(action.rid)
+        if stopper is None:
+            stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop)
+        released = stopper.feed(action.ids)
+        text = released.text
+        if action.final and not released.stopped:
+            released = stopper.finish()
+            text += released.text
+        counted = released.counted if released.stopped else None
+        return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
+
+    def _forget(self, rid: str) -> None:
+        del self.stoppers[rid]
+
+
+class FaultyPredictor(SimulatedPredictor):
+    """One of whose predictions some never come."""
+
+    def __init__(self, chance: Chance, own: Identity, seed: int, worker: FaultyWorker) -> None:
+        super().__init__(chance.kernel, own, seed, worker.receive)
+        self.chance, self.worker = chance, worker
+
+    def predict(self, wanted: Any) -> Any:
+        return None if self.chance.happens("mute") else super().predict(wanted)
+
+    def estimates(self, done: StepDone) -> StepDone:
+        """The same step, with what hidden states say: nothing."""
+        return done
+
+
+class FaultyWorker(Process, WorkerNode):
+    """A worker with the emulated engine and a KV store."""
+
+    idle_s = 0.001  # a worker that waits for a message to be lost or not passes the time with such passes
+    port: FaultyPort
+    memory: FaultyCopies
+    engine: EmulatedEngine
+    predictor: FaultyPredictor
+
+    def __init__(
+        self, chance: Chance, core: Worker, port: FaultyPort, engine: EmulatedEngine, own: Store, slow: SlowReader
+    ) -> None:
+        super().__init__(chance.kernel, cast(Worker, WatchedCore(core, port.name, chance)), port)
+        self.store, slow.owner = own, self
+        self.copies = FaultyCopies(chance, engine, own, slow)
+        self._late: tuple[float, int] | None = None  # a run that ended while the process stood still
+
+    def turn(self) -> None:
+        if self.alive and not self.frozen:
+            inbox, self.inbox = self.inbox, []
+            for event in chain(inbox, self.copies.events()):
+                self.carry_out(self.core.handle(event, self.kernel.now))
+            super().turn()
+
+    def wake(self) -> None:
+        """KV has come, or slots are free."""
+        if self._plan is not None and not self._cut:
+            self._cut_short(self._plan)
+        elif self._plan is None and not self._turn_set:
+            self._turn_set = True
+            self.kernel.at(self.kernel.now, self._turn)
+
+    def wake_peer(self, name: str) -> None:
+        peer = self.port.wiring.processes[name]
+        if isinstance(peer, FaultyWorker):
+            peer.wake()
+
+    def kill(self, chance: Chance) -> None:
+        super().kill(chance)
+        self.store.close()
+        self._plan = None
+
+    def _end(self, ends: tuple[float, int]) -> None:
+        if not self.frozen:
+            super()._end(ends)
+        elif ends is self._ends:  # else the run was cut short
+            self._late = ends
+
+    def _thaw(self, _: Any) -> None:
+        late, self._late = self._late, None
+        super()._thaw(None)
+        if late is not None:
+            self._end(late)
+
+    def _finish(self, plan: StepPlan, steps: int) -> StepDone:
+        return self.predictor.estimates(super()._finish(plan, steps))
+
+    def leftovers(self) -> list[int]:
+        core, engine, capacity = self.core, self.engine, self.core.own.capacity
+        left = [len(core.ledger), capacity.blocks - core.ledger.free, capacity.blocks - len(set(engine.free))]
+        left += [len(engine.contents), core.prefill.slots_used, self.store.slots - self.store.free_slots]
+        return [*left, len(core.dispatcher.offers)]

@@ -1,0 +1,230 @@
+"""A deployment in virtual time in which things go wrong, and the promises that hold all the same:
+
+    result = FaultyWorld(Setup(cost, prefill=2, decode=2), arrivals, parse_faults("drop=0.01,kill=0.001")).run()
+
+* Every request gets just its own tokens and text, in order, unless its client cancels it or its deadline passes.
+* Everything ends, and in the end every KV block, slot, row and offer has been given back.
+* No core ever finds an invariant broken: each is asked after each event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+from tetri.core.actions import BROKER
+from tetri.core.worker.worker import Worker
+from tetri.engine.emulated import EmulatedEngine
+from tetri.kv.limit import LimitedLink
+from tetri.request import ROLES
+from tetri.sim.faulty.chance import Chance, Faults
+from tetri.sim.faulty.clients import CLIENT_S, Admin, CheckedClients, on_the_wire
+from tetri.sim.faulty.kv import Memories, store
+from tetri.sim.faulty.network import FaultyPort, FaultyWiring
+from tetri.sim.faulty.processes import (
+    TOKEN_BYTES,
+    VOCABULARY,
+    FaultyBroker,
+    FaultyMonitor,
+    FaultyPredictor,
+    FaultyWorker,
+    Process,
+    WatchedCore,
+)
+from tetri.sim.report import SimResult
+from tetri.sim.setup import PromiseBroken, Setup, SimError, Timeouts
+from tetri.sim.traces import Arrival, TraceError
+from tetri.sim.world import MONITOR, World
+
+FORGOTTEN_S = 60.0  # so long after its end nobody knows of a request any more
+
+
+def lively(setup: Setup) -> Setup:
+    """The same with the beats and the messages of a live deployment, which lost ones are made up for by."""
+    return replace(setup, heartbeat_s=0.2, stream_interval=1)
+
+
+class FaultyWorld(World):
+    """One run. With a `log`, every event and action is written down, one line each. `predictor` makes what names
+    lengths."""
+
+    broker: FaultyBroker
+    monitor: FaultyMonitor
+    clients: CheckedClients
+    wiring: FaultyWiring
+    workers: dict[str, FaultyWorker]  # type: ignore[assignment]  # all of them are
+
+    def __init__(
+        self,
+        setup: Setup,
+        requests: Iterable[Arrival],
+        faults: Faults,
+        progress: Callable[[int], None] | None = None,
+        log: list[str] | None = None,
+        predictor: type[FaultyPredictor] = FaultyPredictor,
+    ) -> None:
+        self.faults, self.log, self.predictor = faults, log, predictor
+        self.admin = Admin(self)
+        super().__init__(setup, requests, progress)
+
+    # ------------------------------------------------------------ the parts
+
+    def _wiring(self) -> FaultyWiring:
+        setup = self.setup
+        self.chance = Chance(self.kernel, self.faults, setup.seed, self.log)
+        block_bytes = setup.block_tokens * setup.cost.kv_token_bytes
+        self.memories = Memories(self.chance, block_bytes, setup.link_latency_s)
+        return FaultyWiring(self.chance, setup.link_latency_s, setup.transfer == "request")
+
+    def _clients(self, requests: Iterator[Arrival]) -> CheckedClients:
+        return CheckedClients(self.kernel, requests, self.broker.receive, self.progress, world=self)
+
+    def _timeouts(self) -> Timeouts:
+        return self.setup.timeouts
+
+    def _broker(self) -> FaultyBroker:
+        core, port = self._broker_core(VOCABULARY), FaultyPort(self.wiring, BROKER)
+        port.process = node = FaultyBroker(self.chance, core, port, lambda who, what: self.clients.deliver(who, what))
+        self.wiring.processes[BROKER] = node
+        return node
+
+    def _monitor(self) -> FaultyMonitor:
+        node = self._monitor_process()
+        self.wiring.processes[MONITOR] = node
+        self.wiring.subscribers[MONITOR] = [self.broker]
+        return node
+
+    def _monitor_process(self) -> FaultyMonitor:
+        core, port = WatchedCore(self._monitor_core(), MONITOR, self.chance), FaultyPort(self.wiring, MONITOR)
+        port.process = node = FaultyMonitor(self.kernel, core, port)  # type: ignore[arg-type]  # watched
+        return node
+
+    def _worker(self, iid: str, role: str) -> FaultyWorker:
+        setup, capacity, chance = self.setup, self.setup.capacity(), self.chance
+        engine = EmulatedEngine(
+            capacity=capacity, token_bytes=TOKEN_BYTES, vocabulary=VOCABULARY, cost=setup.cost, clock=lambda: 0.0
+        )
+        paths, slots = chance.rng.choice(setup.kv_paths), setup.slots or capacity.blocks
+        link, slot_bytes = LimitedLink(setup.link_bytes_s), engine.fingerprint.block_bytes
+        kv, slow = store(self.memories, iid, paths, slots, slot_bytes, link)
+        self.wiring.segments[kv.reach.segment] = None
+        own = self._identity(iid, role, engine.fingerprint, kv.reach)
+        port = FaultyPort(self.wiring, iid)
+        core = Worker(own, Random(own.incarnation), self.kernel.now)
+        port.process = node = FaultyWorker(chance, core, port, engine, kv, slow)
+        node.equip(engine, node.copies, self.predictor(chance, own, setup.seed, node))
+        return node
+
+    # ------------------------------------------------------------ the run
+
+    def run(self) -> SimResult:
+        """Until every request is answered and everybody has let go. Raises PromiseBroken, one line with the seed and
+        the time; SimError or TraceError when the requests cannot be read."""
+        try:
+            result = super().run()
+        except Exception as error:
+            if isinstance(error, SimError | TraceError) and not isinstance(error, PromiseBroken):
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise PromiseBroken(f"seed {self.setup.seed}, {self.kernel.now:.4f} s: {text}") from error
+        result.faults = dict(self.chance.counts)
+        return result
+
+    def say(self, event: Any) -> None:
+        """From a client to the broker."""
+        self.chance.after(2 * CLIENT_S, self.broker.receive, on_the_wire(event))
+
+    def _start(self) -> None:
+        super()._start()
+        chance, faults = self.chance, self.faults
+        workers = len(self.workers)
+        chance.often("kill", workers, self._kill)
+        chance.often("kill_monitor", 1, self._kill_monitor)
+        chance.often("freeze", workers + 2, self._freeze)
+        chance.often("disconnect", (workers + 1) ** 2 / 2, self._disconnect)
+        chance.often("flip", bool(faults.flip), self._flip)
+
+    def _any_worker(self) -> FaultyWorker:
+        return self.chance.rng.choice([*self.workers.values()])
+
+    def _kill(self) -> bool:
+        worker = self._any_worker()
+        if worker.alive:
+            worker.kill(self.chance)
+            self.chance.recovers(self._restart, worker)
+            return True
+        return False
+
+    def _restart(self, dead: FaultyWorker) -> None:
+        worker = self._worker(dead.name, dead.core.own.instance.role)
+        worker.use = dead.use  # of all its lives
+        worker.memory.slow.moved_bytes = dead.memory.slow.moved_bytes
+        self.workers[dead.name] = worker
+        self._revive(worker)
+
+    def _kill_monitor(self) -> bool:
+        if self.monitor.alive:
+            self.monitor.kill(self.chance)
+            self.chance.recovers(self._restart_monitor)
+            return True
+        return False
+
+    def _restart_monitor(self, _: Any) -> None:
+        self.monitor = self._monitor_process()
+        self._revive(self.monitor)
+
+    def _revive(self, process: Process) -> None:
+        self.wiring.replace(process)
+        process.port.connect(BROKER, BROKER)
+        process.start()
+
+    def _freeze(self) -> bool:
+        process: Process = self.chance.rng.choice([*self.wiring.processes.values()])
+        if process.alive and not process.frozen:
+            process.freeze(self.chance)
+            return True
+        return False
+
+    def _disconnect(self) -> bool:
+        lines = [line for line in self.wiring.connections() if line.up]
+        if lines:
+            line = self.chance.rng.choice(lines)
+            self.chance.note(line.src.name, f"loses its connection to {line.name}")
+            line.break_off()
+        return bool(lines)
+
+    def _flip(self) -> bool:
+        self.admin.flip(self._any_worker().name, self.chance.rng.choice(ROLES))
+        return True
+
+    # ------------------------------------------------------------ the promises
+
+    def _look(self, _: Any) -> None:
+        if self.kernel.now > self.chance.until + self.setup.limit_s:
+            raise PromiseBroken(f"not over after {self.setup.limit_s:g} s: {self._unfinished()}")
+        super()._look(_)
+
+    def _unfinished(self) -> list[str]:
+        processes = self.wiring.processes.values()
+        return [
+            *super()._unfinished(),
+            *(f"{row.rid} is {row.stage}" for row in self.broker.core.table.active()),
+            *(f"{process.name} is dead" for process in processes if not process.alive),
+            *(f"{process.name} stands still" for process in processes if process.frozen),
+            *(["faults go on"] if not self.chance.over else []),
+        ]
+
+    def check(self) -> None:
+        for client in self.clients.clients:
+            client.verify()
+        core = self.broker.core
+        core.tick(self.kernel.now + FORGOTTEN_S)
+        assert not self.broker.stoppers and not core.table.rows and not core.table.keys, "requests are not forgotten"
+        for node in (self.broker, self.monitor, *self.workers.values()):
+            node.core.check()
+        for iid, worker in self.workers.items():
+            left = worker.leftovers()
+            if any(left):
+                raise PromiseBroken(f"{iid} has not given everything back: {left}")
