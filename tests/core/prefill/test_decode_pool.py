@@ -21,7 +21,8 @@ class World:
     def __init__(self, *decoders, **changes):
         own = identity("p1", "prefill", **changes)
         self.peers, self.home, self.number = Peers(own), None, 0
-        self.pool = LivePool(own, self.peers, lambda: self.home)
+        self.pool = LivePool(own, self.peers)
+        self.pool.home = lambda: self.home
         self.membership(*(decoders or BOTH))
 
     def membership(self, *instances):
