@@ -37,7 +37,7 @@ def decoding():
         (lambda it, request: it.prefill.started.update(x=request), "and others run"),
         (lambda it, request: it.prefill._attempts.clear(), "their index differ"),
         (lambda it, request: setattr(request.flow, "exported", 0), "moved more blocks"),
-        (lambda it, request: setattr(it.prefill.kv_send, "taken", 9), "9 of 8 slots"),
+        (lambda it, request: setattr(it.prefill.kv_send, "used", 9), "9 of 8 slots"),
         (lambda it, request: it.prefill.kv_send.keeping.clear(), "slots are kept for others than"),
         (
             lambda it, request: setattr(request.flow, "exported", 9),

@@ -254,6 +254,23 @@ def test_it_is_kept_while_nobody_needs_its_slots(lost):
     finish(lost, "b")
 
 
+def test_it_is_kept_while_slots_come_back_from_the_granted_one():
+    told = begin(D1, D2, slots=6)
+    told.tell(assign("k", prompt=12))
+    told.run()
+    told.answer("k", grant)
+    told.tell(assign("b", prompt=24))
+    assert [told.run(), told.run(), told.run()] == [[("k", 8, 12), ("b", 0, 4)], [("b", 4, 12)], []]
+    told.view(d1=0, d2=0)
+    told.answer("b", refuse)
+    told.tell(PeerDown("d1"))
+    told.view(d2=60)
+    told.answer("k", refuse)
+    told.answer("b", grant)
+    assert told.run() == [] and failures(told) == []
+    finish(told, "b")
+
+
 def test_it_is_kept_while_it_is_on_offer(lost):
     granted(lost, "b")
     lost.view(d2=60)
