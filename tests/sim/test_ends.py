@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from tests.sim.shapes import HOME, SETUP
+from tests.sim.shapes import ONE
 from tetri.request import Sampling
 from tetri.sim.faulty.chance import Faults
 from tetri.sim.faulty.world import FaultyWorld
@@ -14,19 +14,6 @@ from tetri.sim.traces import Arrival
 from tetri.wire.messages import Heartbeat, Ready
 
 PROMPT = 14  # tokens
-ONE = replace(
-    SETUP,
-    prefill=1,
-    decode=1,
-    kv_tokens=64,
-    block_tokens=4,
-    chunk_tokens=8,
-    max_batch=4,
-    context=40,
-    slots=8,
-    stream_interval=1,
-    kv_paths=HOME,
-)
 SHAPES = {
     "two": ONE,
     "two, three tokens a message": replace(ONE, stream_interval=3),

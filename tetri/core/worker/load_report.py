@@ -35,10 +35,9 @@ class LoadReporter:
         self._busy_s += seconds
 
     def load(self) -> Load:
-        """Blocks that a blocked prompt would give back to a request to be decoded count as free."""
-        queue, forecast, blocked = self.prefill.queue, self.decode.forecast, self.prefill.blocked()
+        queue, forecast = self.prefill.queue, self.decode.forecast
         return Load(
-            free_blocks=self.ledger.free + (0 if blocked is None else blocked.flow.blocks),
+            free_blocks=self._free_blocks(),
             queued=len(queue),
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
@@ -53,8 +52,23 @@ class LoadReporter:
         )
 
     def home(self) -> Load | None:
-        """The own load while this instance takes new decode work: its own prompts may stay then."""
-        return self.load() if self.role in DECODE_ROLES else None
+        """The part of the own load that a decode route reads, while this instance takes new decode work: its own
+        prompts may stay then. The dispatcher asks, so this asks nothing of the dispatcher."""
+        if self.role not in DECODE_ROLES:
+            return None
+        forecast = self.decode.forecast
+        return Load(
+            free_blocks=self._free_blocks(),
+            waiting=self.decode.waiting(),
+            running=len(self.decode.batch.running),
+            heavy=forecast.heavy,
+            growth_blocks=forecast.growth,
+        )
+
+    def _free_blocks(self) -> int:
+        """Blocks that a blocked prompt would give back to a request to be decoded count as free."""
+        blocked = self.prefill.queue.blocked()
+        return self.ledger.free + (0 if blocked is None else blocked.flow.blocks)
 
     def report(self, now: float) -> Publish:
         """For the monitor. The time since the last report counts for `busy`."""
