@@ -17,7 +17,7 @@ from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 Messages = UnionType | type[msgspec.Struct]  # what a socket carries: a union of messages, or one of them alone
-VERSION = 1
+VERSION = 2
 _VERSION_BYTE = bytes([VERSION])
 MEGABYTE = 1 << 20
 MAX_BYTES = 16 * MEGABYTE  # of any message
