@@ -1,4 +1,4 @@
-"""KV stores: where a chunk's blocks lie between the sender's engine and the receiver's, and how they are read there."""
+"""KV stores: they hold KV chunks between the engines of the prefill and the decode instance, and move them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from tetri.request import Reach
 
 PATHS = ("shm", "stream", "nixl", "cuda_ipc")
 
-EXPECTED_BLOCKS = 4  # of a chunk from a peer
+EXPECTED_BLOCKS = 4  # in a KV chunk from a peer; sizes the receive buffers
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """A store of `slots` blocks of `block_bytes`. `transport` is auto or one path's name; `address` where to serve the
-    path `stream`, empty: not at all, or on this host alone when `stream` is asked for by name; `announce` what others
-    connect to, where that is another address; `key` the file of the deployment's key; `buffer` the bytes of memory for
-    what comes over `stream`; `device` the worker's GPU, None: it has none; `on_host` where its engine's blocks are."""
+    """Settings of one worker's KV store, which has `slots` blocks of `block_bytes`.
+
+    `transport`: "auto" or the name of one path.
+    `address`: where the path `stream` listens. Empty: no `stream`, or loopback only if `transport` is "stream".
+    `announce`: the address that peers connect to, if it differs from `address`.
+    `key`: file of the deployment's key, empty: none.
+    `buffer`: bytes of memory for chunks that arrive over `stream`.
+    `device`: the worker's GPU, or None.
+    `on_host`: whether the engine keeps its KV blocks in host memory.
+    """
 
     deployment: str
     iid: str
@@ -39,15 +45,15 @@ class StoreSettings:
 
 
 def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None) -> KVStore:
-    """The slab and the readers that `settings` ask for. `wake` is called, from any thread, when something has come.
-    Raises KVError: no room, or what a path needs is not there."""
+    """Create the slab and one reader for each enabled path. `wake` is called, from any thread, when a fetch completes.
+    Raises KVError when memory is too small or a path lacks a library, device or address."""
     from tetri.kv.local import LocalReader
     from tetri.kv.shm import ShmSlab, sweep
     from tetri.kv.store import Store
 
     made = settings
     paths = enabled(made)
-    sweep(made.deployment, made.iid)  # what a killed predecessor left may be the memory that is needed now
+    sweep(made.deployment, made.iid)  # a killed predecessor may have left a segment; its memory is needed now
     if "cuda_ipc" in paths:
         return _device_store(made)
     slab = ShmSlab(made.deployment, made.iid, made.slots, made.block_bytes, digest=made.digest)
@@ -74,7 +80,7 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
 
 
 def enabled(made: StoreSettings) -> list[str]:
-    """The paths that a worker has, the best first."""
+    """The KV paths that these settings enable, best first."""
     from tetri.kv.nixl import agent as nixl_agent
 
     if made.transport != "auto":
@@ -88,7 +94,7 @@ def enabled(made: StoreSettings) -> list[str]:
 
 
 def _device_store(made: StoreSettings) -> KVStore:
-    """A slab in a GPU's memory, which no other path reads."""
+    """A store in GPU memory; only the path `cuda_ipc` can read it."""
     from tetri.kv.cuda.ipc import open_device_store
 
     if made.device is None:
@@ -108,7 +114,7 @@ def _device_store(made: StoreSettings) -> KVStore:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """One path, and what others must know to use it (`Reach`)."""
+    """The reader of one path, and what peers need to use that path (goes into `Reach`)."""
 
     reader: Reader
     address: str = ""
@@ -116,7 +122,7 @@ class Opened:
 
 
 def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
-    """Each path may need what the others do not (a GPU's library), so it is imported on use."""
+    """Open one path. Imports are local because a path may need a library that the others do not."""
     match path:
         case "shm":
             from tetri.kv.shm import ShmReader
@@ -136,7 +142,7 @@ def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], Non
 
 
 def host(deployment: str) -> str:
-    """The same for all processes of a deployment that share this machine, its /dev/shm and their user: a reader takes
-    no segment of another deployment's."""
+    """A name that is equal for all processes with the same deployment, machine, /dev/shm and user: exactly these can
+    map each other's segments."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}-{os.stat('/dev/shm').st_dev}-{os.geteuid()}-{deployment}"
