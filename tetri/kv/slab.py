@@ -153,7 +153,7 @@ class HostSlab:
         with self._lock:
             problem = shape_problem(self.segment, handle)
             if problem is not None or not all(self._kept[slot] for slot in handle.slots):
-                raise KVError(f"{self.segment.name}: cannot let go: {problem or 'nobody keeps it'}")
+                raise KVError(f"{self.segment.name}: cannot let go: {problem or 'a slot is not kept'}")
             for slot in handle.slots:
                 self._kept[slot] -= 1
                 self._recycle(slot)
