@@ -35,11 +35,21 @@ __all__ = [
     "StepDone",
     "HiddenStateHook",
     "SupportsHiddenStates",
+    "check_budget",
 ]
 
 
 class EngineError(ValueError):
     """An engine request, or the engine's configuration, cannot run. The message is one line and says why."""
+
+
+def check_budget(chunk_tokens: int, max_batch: int) -> None:
+    """Raises EngineError unless a step with a full decode batch has tokens left for prefill."""
+    if chunk_tokens <= max_batch:
+        raise EngineError(
+            f"chunk_tokens ({chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
+            f"({max_batch}), or a full batch would leave nothing for prefill"
+        )
 
 
 class Engine(Protocol):

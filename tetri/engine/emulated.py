@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from tetri.cost import Cost
-from tetri.engine.base import EngineError, EngineRequest, StepDone
+from tetri.engine.base import EngineError, EngineRequest, StepDone, check_budget
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Slot, StepPlan
 from tetri.kv.base import joined
@@ -58,11 +58,7 @@ class EmulatedEngine:
     ) -> None:
         if token_bytes % 8:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
-        if capacity.chunk_tokens <= capacity.max_batch:
-            raise EngineError(
-                f"chunk_tokens ({capacity.chunk_tokens}) is the token budget of a step: it must be larger than "
-                f"max_batch ({capacity.max_batch}), or a full batch would leave nothing for prefill"
-            )
+        check_budget(capacity.chunk_tokens, capacity.max_batch)
         self.paged = Paged(capacity, cost)
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
         self.time_scale, self.wait, self.clock = time_scale, wait, clock

@@ -60,7 +60,7 @@ class Paged:
         if not count or left < 1 or count + 1 > self.capacity.context:
             raise EngineError(f"{count} tokens and {left} more do not fit into the context")
         if request.key in self.slots:
-            raise EngineError(f"engine request {request.key} was added before")
+            raise EngineError(f"engine request {request.key} is already there")
         self._added += 1
         slot = Slot(request, request.key, self._added, count, min(count + left, self.capacity.context))
         self.slots[request.key] = slot

@@ -51,16 +51,15 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     from tetri.kv.shm import ShmSlab, sweep
     from tetri.kv.store import Store
 
-    made = settings
-    paths = enabled(made)
-    sweep(made.deployment, made.iid)  # a killed predecessor may have left a segment; its memory is needed now
+    paths = enabled(settings)
+    sweep(settings.deployment, settings.iid)  # a killed predecessor may have left a segment; its memory is needed now
     if "cuda_ipc" in paths:
-        return _device_store(made)
-    slab = ShmSlab(made.deployment, made.iid, made.slots, made.block_bytes, digest=made.digest)
+        return _device_store(settings)
+    slab = ShmSlab(settings.deployment, settings.iid, settings.slots, settings.block_bytes, digest=settings.digest)
     opened: dict[str, Opened] = {}
     try:
         for path in paths:
-            opened[path] = _open(path, made, slab, wake)
+            opened[path] = _open(path, settings, slab, wake)
     except BaseException:
         for each in opened.values():
             each.reader.close()
@@ -69,7 +68,7 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     name = slab.segment.name
     reach = Reach(
         paths=paths,
-        host=host(made.deployment),
+        host=host(settings.deployment),
         process=os.getpid(),
         segment=name,
         address="".join(each.address for each in opened.values()),
@@ -79,35 +78,35 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     return Store(slab, readers, reach, LocalReader({name: slab.segment}))
 
 
-def enabled(made: StoreSettings) -> list[str]:
+def enabled(settings: StoreSettings) -> list[str]:
     """The KV paths that these settings enable, best first."""
     from tetri.kv.nixl import agent as nixl_agent
 
-    if made.transport != "auto":
-        return [made.transport]
-    if made.device is not None:
+    if settings.transport != "auto":
+        return [settings.transport]
+    if settings.device is not None:
         return ["cuda_ipc"]
     paths = ["shm"]
-    if made.address and nixl_agent.installed() and nixl_agent.has_rdma():
+    if settings.address and nixl_agent.installed() and nixl_agent.has_rdma():
         paths.append("nixl")
-    return [*paths, "stream"] if made.address else paths
+    return [*paths, "stream"] if settings.address else paths
 
 
-def _device_store(made: StoreSettings) -> KVStore:
+def _device_store(settings: StoreSettings) -> KVStore:
     """A store in GPU memory; only the path `cuda_ipc` can read it."""
     from tetri.kv.cuda.ipc import open_device_store
 
-    if made.device is None:
+    if settings.device is None:
         raise KVError("transfer.transport = cuda_ipc: each [[worker]] needs a GPU, such as gpu = 0")
     return open_device_store(
-        made.device,
-        made.deployment,
-        made.iid,
-        made.slots,
-        made.block_bytes,
-        lambda: host(made.deployment),
-        digest=made.digest,
-        on_host=made.on_host,
+        settings.device,
+        settings.deployment,
+        settings.iid,
+        settings.slots,
+        settings.block_bytes,
+        lambda: host(settings.deployment),
+        digest=settings.digest,
+        on_host=settings.on_host,
         expected_blocks=EXPECTED_BLOCKS,
     )
 
@@ -121,22 +120,23 @@ class Opened:
     ticket: bytes = b""
 
 
-def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
+def _open(path: str, settings: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
     """Open one path. Imports are local because a path may need a library that the others do not."""
+    expected = EXPECTED_BLOCKS * settings.block_bytes
     match path:
         case "shm":
             from tetri.kv.shm import ShmReader
 
-            return Opened(ShmReader(made.deployment, EXPECTED_BLOCKS * made.block_bytes))
+            return Opened(ShmReader(settings.deployment, expected))
         case "nixl":
             from tetri.kv.nixl.reader import open_nixl
 
-            reader, ticket = open_nixl(slab, EXPECTED_BLOCKS * made.block_bytes, wake, everywhere=bool(made.address))
+            reader, ticket = open_nixl(slab, expected, wake, everywhere=bool(settings.address))
             return Opened(reader, ticket=ticket)
         case "stream":
             from tetri.kv.stream.stream import open_stream
 
-            stream = open_stream(made, slab, EXPECTED_BLOCKS * made.block_bytes, wake)
+            stream = open_stream(settings, slab, expected, wake)
             return Opened(stream, stream.address)
     raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(PATHS)}")
 

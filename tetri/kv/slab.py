@@ -94,12 +94,7 @@ class HostSlab:
         """Let `write` fill the blocks of these slots; returns the digest over them."""
         views = [self.segment.block(slot) for slot in slots]
         write(views)
-        if not self._digest:
-            return None
-        digest = xxh3_64()
-        for view in views:
-            digest.update(view)
-        return digest.intdigest()
+        return digest_of(views) if self._digest else None
 
     def free(self, handle: Handle) -> None:
         """As in `Slab`. On an error no slot is freed."""
@@ -162,6 +157,14 @@ class HostSlab:
         """Refuse `put`, `free` and `keep` from now on. Does not free the memory. A second call does nothing."""
         with self._lock:
             self._closed = True
+
+
+def digest_of(blocks: Sequence[memoryview]) -> int:
+    """xxh3-64 over the blocks in order."""
+    digest = xxh3_64()
+    for block in blocks:
+        digest.update(block)
+    return digest.intdigest()
 
 
 def _mark(segment: Segment, slots: Sequence[int], owner: str) -> None:

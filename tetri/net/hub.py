@@ -233,7 +233,9 @@ class Hub:
                 arrived += self._intakes[source].read()
             elif source in self._monitors:
                 link = self._monitors[source]
-                events += link.events() if link.peer else link.events()[:0]
+                seen = link.events()
+                if link.peer:
+                    events += seen
             else:
                 _empty(self._wake_read)
         return arrived + events

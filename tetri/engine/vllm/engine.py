@@ -119,7 +119,7 @@ class VllmEngine:
         from tetri.engine.vllm.scheduler import VllmRequest
 
         if engine_request.key in self._requests:
-            raise EngineError(f"engine request {engine_request.key!r} was added before")
+            raise EngineError(f"engine request {engine_request.key!r} is already there")
         left = self._outputs_left(engine_request)
         decode = engine_request.phase == "decode"
         # The last token of a decode request's prompt comes with `admit`; until then any valid id is a placeholder.

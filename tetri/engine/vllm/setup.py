@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetri.engine.base import EngineError
+from tetri.engine.base import EngineError, check_budget
 from tetri.engine.vllm.gpu_memory import GpuMemory
 from tetri.engine.vllm.memory import HostMemory
 from tetri.kv.cuda.runtime import Device
@@ -67,11 +67,7 @@ class VllmSettings:
             raise EngineError(f"context must be at least 2 tokens, got {self.context}")
         if self.max_batch < 1:
             raise EngineError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.chunk_tokens <= self.max_batch:
-            raise EngineError(
-                f"chunk_tokens ({self.chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
-                f"({self.max_batch}), or a full batch would leave nothing for prefill"
-            )
+        check_budget(self.chunk_tokens, self.max_batch)
 
     @property
     def max_requests(self) -> int:
@@ -201,10 +197,10 @@ def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> Hos
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     caches = list(get_kv_transfer_group().kv_caches.values())
-    made = HostMemory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
-    if made.block_bytes != block_bytes:
-        raise EngineError(f"unsupported KV layout: blocks of {made.block_bytes} bytes, {block_bytes} were expected")
-    return made
+    memory = HostMemory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
+    if memory.block_bytes != block_bytes:
+        raise EngineError(f"unsupported KV layout: blocks of {memory.block_bytes} bytes, {block_bytes} were expected")
+    return memory
 
 
 def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:

@@ -22,7 +22,7 @@ from tetri.kv.base import Block, Fetched, KVCorrupt, KVError, KVForeign, Wanted,
 from tetri.kv.cuda.runtime import HANDLE_BYTES, Buffer, Device
 from tetri.kv.lease import all_fallen
 from tetri.kv.segment import create
-from tetri.kv.slab import HostSlab, Segment, shape_problem
+from tetri.kv.slab import HostSlab, Segment, digest_of, shape_problem
 from tetri.kv.staging import check_generations
 from tetri.request import Reach
 from tetri.wire.handover import Handle
@@ -101,12 +101,7 @@ class DeviceSlab(HostSlab):
                 device.copy(self._pinned.pointer + place * size, self.memory.at(slot), size)
         if hosted:
             device.wait()  # for the digest; and the next chunk uses the same pinned memory
-        if not self._digest:
-            return None
-        digest = xxh3_64()
-        for view in views:
-            digest.update(view)
-        return digest.intdigest()
+        return digest_of(views) if self._digest else None
 
     def _written(self, slots: Sequence[int]) -> None:
         """Record one event for the KV chunk and publish its handle for each of the chunk's slots."""

@@ -91,15 +91,15 @@ class Agent:
     def __init__(self, name: str, everywhere: bool) -> None:
         self._nixl = nixl = library()
         self._errors = tuple(getattr(nixl, name) for name in dir(nixl) if name.endswith("Error"))
-        made = nixl.nixlAgentConfig()
-        made.useProgThread, made.pthrDelay = True, _PROGRESS_US
-        made.useListenThread, made.captureTelemetry = False, False
-        made.syncMode = nixl.NIXL_THREAD_SYNC_NONE
+        config = nixl.nixlAgentConfig()
+        config.useProgThread, config.pthrDelay = True, _PROGRESS_US
+        config.useListenThread, config.captureTelemetry = False, False
+        config.syncMode = nixl.NIXL_THREAD_SYNC_NONE
         with (
             self._explained("cannot start its backend UCX"),
             _defaults({} if everywhere else {"UCX_NET_DEVICES": "lo"}),
         ):
-            self._agent = nixl.nixlAgent(name, made)
+            self._agent = nixl.nixlAgent(name, config)
             self._backends = [self._agent.createBackend("UCX", {})]
 
     @contextmanager

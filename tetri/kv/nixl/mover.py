@@ -76,7 +76,7 @@ class Mover(threading.Thread):
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._areas = [agent.allocate(staging)]
         self._made = 1
-        self._links: dict[str, PeerState] = {}
+        self._peers: dict[str, PeerState] = {}
         self._waiting: deque[Move] = deque()
         self._moving: list[Move] = []
         self._lost: list[Move] = []  # answered with KVLost while their reads hang
@@ -147,10 +147,10 @@ class Mover(threading.Thread):
         gone = KVLost(f"the peer of {name} has gone")
         for move in [move for move in (*self._waiting, *self._moving) if move.source.name == name]:
             self._fail(move, gone)
-        link = self._links.get(name)
-        if link is not None:
-            link.stale = True
-            self._tidy(name, link)
+        peer = self._peers.get(name)
+        if peer is not None:
+            peer.stale = True
+            self._tidy(name, peer)
 
     def _advance(self, now: float) -> bool:
         """Start waiting moves, continue those whose read has ended, and fail the overdue; whether any moved on."""
@@ -168,22 +168,22 @@ class Mover(threading.Thread):
     # ------------------------------------------------------------ a move
 
     def _begin(self, move: Move, now: float) -> bool:
-        link = self._links.setdefault(move.source.name, PeerState())
-        if link.stale:
+        peer = self._peers.setdefault(move.source.name, PeerState())
+        if peer.stale:
             return False  # waits until the stale agent's reads have ended, or until this move's deadline
         area = self._area(len(move.wanted.handle.slots) * (move.wanted.handle.block_bytes + _GENERATION))
         if area is None:
             return False
         self._waiting.remove(move)
         self._moving.append(move)
-        link.reading += 1
+        peer.reading += 1
         move.area, move.deadline, move.reads = area, now + TIMEOUT_S, self._reads(move, area)
         try:
-            if not link.met:
+            if not peer.met:
                 self._agent.meet(move.source.name, move.source.metadata)
-                link.met = True
+                peer.met = True
         except PeerUnreachable as problem:
-            link.stale = True
+            peer.stale = True
             self._fail(move, problem)
         return True
 
@@ -199,7 +199,7 @@ class Mover(threading.Thread):
         except StopIteration:
             self._arrived(move)
         except KVError as problem:
-            self._links[move.source.name].stale |= isinstance(problem, PeerUnreachable)
+            self._peers[move.source.name].stale |= isinstance(problem, PeerUnreachable)
             self._release(move)
             self._fail(move, problem)
             return True
@@ -260,7 +260,7 @@ class Mover(threading.Thread):
             if move.read is None:
                 self._give_back(move)
             else:
-                self._links[move.source.name].stale = True
+                self._peers[move.source.name].stale = True
                 self._lost.append(move)
         self._answer(Fetched(move.wanted.ticket, problem=problem), None)
 
@@ -295,11 +295,11 @@ class Mover(threading.Thread):
         if move.area is not None:
             self._areas.append(move.area)
             move.area = None
-        link = self._links[move.source.name]
-        link.reading -= 1
-        self._tidy(move.source.name, link)
+        peer = self._peers[move.source.name]
+        peer.reading -= 1
+        self._tidy(move.source.name, peer)
 
-    def _tidy(self, name: str, link: PeerState) -> None:
-        if link.stale and not link.reading:
+    def _tidy(self, name: str, peer: PeerState) -> None:
+        if peer.stale and not peer.reading:
             self._agent.part(name)
-            del self._links[name]
+            del self._peers[name]

@@ -44,10 +44,10 @@ class StreamSettings:
     patience: StreamPatience = StreamPatience()
 
 
-def open_stream(made: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> StreamReader:
+def open_stream(store: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> StreamReader:
     """A StreamReader from a worker's settings. `usual`: expected bytes of a KV chunk. Raises KVError."""
     settings = StreamSettings(
-        address=made.address or ANYWHERE_HERE, announce=made.announce, key=made.key, buffer=made.buffer, usual=usual
+        address=store.address or ANYWHERE_HERE, announce=store.announce, key=store.key, buffer=store.buffer, usual=usual
     )
     return StreamReader(slab, settings, wake)
 
