@@ -57,7 +57,7 @@ def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: i
         if not _LABEL.fullmatch(label):
             raise KVError(f"{label[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'")
     if slots < 1 or block_bytes < 1:
-        raise KVError(f"a slab of {slots} slots of {block_bytes} bytes cannot be: both must be at least 1")
+        raise KVError(f"a slab needs at least 1 slot of at least 1 byte, got {slots} slots of {block_bytes} bytes")
     name, descriptor = _locked_file(directory, f"tetri-{deployment}-{iid}-")
     try:
         size = _blocks_at(slots) + slots * block_bytes

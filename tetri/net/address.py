@@ -27,8 +27,8 @@ def check(address: str, encrypted: bool = False) -> str | None:
         raise NetError(f"{_quoted(address)}: write the host as an IPv4 address, as in tcp://10.0.0.1:7000")
     if _TCP_ELSEWHERE.fullmatch(address):
         raise NetError(
-            f"{_quoted(address)}: between hosts the wire must be encrypted: use 127.0.0.1 here"
-            " (KV alone may go further, with cluster.key)"
+            f"{_quoted(address)}: traffic between hosts must be encrypted: use 127.0.0.1 here"
+            " (only KV can use other hosts, with cluster.key)"
         )
     raise NetError(f"{_quoted(address)} is no address: write ipc:///path or tcp://127.0.0.1:port")
 

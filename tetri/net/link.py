@@ -44,7 +44,7 @@ class PeerLink:
             self.socket = make(context)
             self.monitor = context.socket(zmq.PAIR)
         except zmq.ZMQError as error:
-            raise NetError(f"{address}: no socket for it ({str(error.strerror).lower()})") from None
+            raise NetError(f"{address}: cannot create a socket ({str(error.strerror).lower()})") from None
         self.monitor.set(zmq.LINGER, 0)
         # Start the monitor before connecting, or it misses the first events.
         endpoint = f"inproc://monitor-{next(_monitor_number)}"

@@ -253,7 +253,7 @@ class VllmEngine:
         from tetri.engine.vllm.hidden_states import LayerHook
 
         if every < 1:
-            raise EngineError(f"hidden states can be taken every token or less often, not every {every}")
+            raise EngineError(f"hidden states need an interval of at least 1 token, got {every}")
         return LayerHook(self._core, layers, partial(self._hooked, every))
 
     def _hooked(self, every: int) -> dict[str, int]:

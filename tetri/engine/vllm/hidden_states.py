@@ -93,9 +93,9 @@ def layers_of(model: Any, wanted: Sequence[int]) -> list[Any]:
             stacks.setdefault(match[1], {})[int(match[2]) + 1] = module
     if len(stacks) != 1:
         found = f"several: {', '.join(stacks)}" if stacks else "none"
-        raise EngineError(f"hidden states are taken behind one stack of modules `layers.N`; this model has {found}")
+        raise EngineError(f"hidden states need exactly one stack of modules `layers.N`; this model has {found}")
     ((_, layers),) = stacks.items()
     for layer in wanted:
         if layer not in layers:
-            raise EngineError(f"hidden states come from behind layers 1 to {len(layers)} of this model, not {layer}")
+            raise EngineError(f"hidden states are available after layers 1 to {len(layers)} of this model, not {layer}")
     return [layers[layer] for layer in wanted]

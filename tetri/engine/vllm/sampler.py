@@ -108,7 +108,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     """Sample one token id from one row of float32 logits [vocab] for an absolute position, by the Gumbel-max rule.
     Raises ValueError without a seed."""
     if sampling.seed is None:
-        raise ValueError("drawing a token needs a seed")
+        raise ValueError("sampling a token needs a seed")
     ids, values = candidates(logits, sampling)
     score = gumbel(sampling.seed, position, ids).add_(values)
     return int(ids[(score == score.max()).nonzero()[0, 0]])  # several times as fast as argmax

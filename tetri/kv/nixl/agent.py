@@ -139,7 +139,7 @@ class Agent:
             found = self._agent.loadRemoteMD(metadata).decode(errors="replace")
             if found != name:
                 self._agent.invalidateRemoteMD(found)
-                raise PeerUnreachable(f"nixl met {found[:80]!r} in the place of {name}")
+                raise PeerUnreachable(f"nixl cannot reach {name}: its metadata is of the agent {found[:80]!r}")
 
     def part(self, name: str) -> None:
         """Remove a peer's agent. Call it only when no read from it is in flight: such a read continues to write."""

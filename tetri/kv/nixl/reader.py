@@ -84,7 +84,7 @@ class NixlReader:
         try:
             ticket = decode(reach.tickets.get(PATH, b""), Ticket)
         except WireError as error:
-            self._peers[peer] = KVLost(f"what {peer} says of its slab for nixl cannot be read: {error}")
+            self._peers[peer] = KVLost(f"{peer} has sent an invalid ticket for nixl: {error}")
             return
         assert isinstance(ticket, Ticket)
         shape = Segment(reach.segment, ticket.slots, ticket.block_bytes, _NOTHING, _NOTHING)

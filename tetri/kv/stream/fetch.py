@@ -263,11 +263,11 @@ class Fetching:
         found = []
         for name, peer in self.peers.items():
             silent = peer.owes and now >= peer.clock + self.patience.lost_s
-            why = "brings nothing" if peer.up else "cannot be reached"
+            why = "has sent no bytes" if peer.up else "could not be reached"
             for fetch in list(peer.fetches.values()) if silent or peer.owes and now >= peer.looked + _LOOK_S else ():
                 overdue = fetch.started and now >= fetch.clock + _PASSED_OVER * self.patience.lost_s
                 if overdue or (silent and (fetch.started or not peer.up)):
-                    problem = KVLost(f"{name} {why} since {self.patience.lost_s:g} s or more; look at its log")
+                    problem = KVLost(f"{name} {why} for {self.patience.lost_s:g} s or more; see its log")
                     found.append((self._end(peer, fetch), problem))
                 peer.looked = now
         return found
