@@ -56,7 +56,7 @@ class DecodePool:
 @dataclass(frozen=True, slots=True)
 class QueuedPrompt:
     """A request in a prefill queue. `arrival`: its position in the order of arrival. `since`: its time of arrival.
-    `work_s`: predicted seconds of its prefill. `due`: its deadline or None. Times are in seconds of the worker's clock."""
+    `work_s`: predicted seconds of its prefill. `due`: its deadline or None. Times are seconds of the worker's clock."""
 
     key: str
     arrival: int
