@@ -135,7 +135,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare(package: GgufPackage, folder: Path) -> None:
-    with atomic.folder(folder) as work:  # under the lock: nobody else makes this one
+    with atomic.folder(folder) as work:  # under the lock, so no other process creates it
         _convert(package, work)
         (work / HASH_FILE).write_text(f"{_hash_weights(work)} {_weights_size(work)}\n")
         if missing := _missing(work):

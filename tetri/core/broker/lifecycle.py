@@ -194,7 +194,7 @@ class Lifecycle:
         if item.end is not None:
             row.end = item.end
             actions += self.end(row, item.end.reason, now)
-        elif len(row.output) == row.sampling.max_tokens:  # its worker should have said so
+        elif len(row.output) == row.sampling.max_tokens:  # the worker should have sent an end
             actions += self.end(row, "length", now)
         else:
             actions += self.delivery.detokenize(row, final=False)
@@ -214,7 +214,7 @@ class Lifecycle:
         return self.end(row, "error", now, event.why)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
-        """Compare what a worker holds with what the request table says it holds, and make both sides agree."""
+        """Compare the requests in a worker's heartbeat with the request table and repair every difference."""
         actions: list[Action] = []
         iid = heartbeat.iid
         held: dict[str, None] = {}

@@ -16,8 +16,8 @@ from tetri.wire.messages import FromWorker, Load, Membership, Ready
 
 FORGET_S = 600.0  # seconds that a lost worker stays in the status
 SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
-NOBODY = PrefillPool()
-NOTHING = Found({}, "")
+EMPTY_POOL = PrefillPool()
+NONE_FOUND = Found({}, "")
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ class Members:
         """The next Membership, sent to every connected worker."""
         self.number += 1
         if self._outdated:
-            self._entries, self._outdated = [member.instance for member in self._there()], False
+            self._entries, self._outdated = [member.instance for member in self._live()], False
         self._sent_at = now
         membership = Membership(epoch=self.epoch, number=self.number, instances=self._entries)
         return [Send(iid, membership) for iid in self.up]
@@ -127,7 +127,7 @@ class Members:
         """A Membership if there is a change, or none was sent for SILENCE_S: workers treat silence as a fault."""
         return self.publish(now) if self._outdated or now - self._sent_at >= SILENCE_S else []
 
-    def _there(self) -> list[Member]:
+    def _live(self) -> list[Member]:
         return [member for member in self.by_iid.values() if member.lost is None]
 
     # ------------------------------------------------------------ pools
@@ -140,7 +140,7 @@ class Members:
             self._sort()
         index = bisect_left(self._limits, tokens)
         if index == len(self._limits):
-            return NOBODY
+            return EMPTY_POOL
         pool = self._pools[index]
         pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) for iid in pool.iids]
         return pool
@@ -166,18 +166,18 @@ class Members:
 
     def _sort(self) -> None:
         """Sort the instances into pools: once per change, not once per request."""
-        there = [member.instance for member in self._there()]
-        decoders = [instance for instance in there if instance.role in DECODE_ROLES]
-        prefillers = [instance for instance in there if instance.role in PREFILL_ROLES]
+        live = [member.instance for member in self._live()]
+        decoders = [instance for instance in live if instance.role in DECODE_ROLES]
+        prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
         self._largest = {
             "prefill": max((instance.capacity.tokens for instance in prefillers), default=0),
             "decode": max((instance.capacity.tokens for instance in decoders), default=0),
         }
-        takers = Compatibility(decoders)
-        self._compatible = {"prefill": takers, "decode": Compatibility(prefillers), "mixed": Compatibility(there)}
+        to_decode = Compatibility(decoders)
+        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
         able: list[tuple[int, str]] = []
         for instance in prefillers:
-            choice = takers.of(instance).total
+            choice = to_decode.of(instance).total
             if instance.iid in self.up and (not decoders or choice):
                 alone = choice == 1 and instance.role in DECODE_ROLES and len(prefillers) > 1
                 able.append((min(_prompt_limit(instance.capacity, alone), instance.capacity.context - 1), instance.iid))
@@ -216,7 +216,7 @@ class Members:
         """The live members that a member exchanges KV with. Two instances of the same phase never do."""
         if not self._sorted:
             self._sort()
-        return NOTHING if member.lost is not None else self._compatible[member.role].others(member.instance)
+        return NONE_FOUND if member.lost is not None else self._compatible[member.role].others(member.instance)
 
 
 def _rehearsal(member: Member) -> str:

@@ -220,13 +220,13 @@ class Table:
         stages = dict.fromkeys(Stage, 0)
         unplaced = {}
         for rid, row in active.items():
-            holder, computing, homeless = _places(row)
+            holder, computing, unassigned = _places(row)
             stages[row.stage] += 1
             if holder is not None:
                 held.setdefault(holder, {})[rid] = row
             if computing is not None:
                 work[computing] = work.get(computing, 0) + row.work_ns
-            if homeless:
+            if unassigned:
                 unplaced[rid] = row
         for name, kept, found in (
             ("rows by instance", self._held, held),

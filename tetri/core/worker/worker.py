@@ -72,14 +72,14 @@ class Worker:
             return self._step_done(event, now)
         self.idle = False
         match event:
-            case Chunk() | Offer() | LengthUpdate() | Drop() if self._early(event):
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
                 return []
             case Chunk():
                 return self.decode.chunk(event)
             case Exported():
                 return self.prefill.exported(event)
             case Adopted():
-                return self._paused(self.decode.adopted(event, now))
+                return self._set_fetch_timer(self.decode.adopted(event, now))
             case Freed():
                 self.prefill.kv_send.freed(event.slots)
                 return []
@@ -129,7 +129,7 @@ class Worker:
             elif key == REGISTER:
                 actions.append(self._register(now))
             elif key == FETCH_AGAIN:
-                actions += self._paused(self.decode.fetch_again(now))
+                actions += self._set_fetch_timer(self.decode.fetch_again(now))
             else:
                 actions += self.prefill.lengths.due(self.prefill.requests[key], now)
         actions = self._deliver_own(actions, now)
@@ -229,7 +229,7 @@ class Worker:
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
 
-    def _paused(self, actions: list[Action]) -> list[Action]:
+    def _set_fetch_timer(self, actions: list[Action]) -> list[Action]:
         """Set the timer that fetches a lost KV chunk again, if there is one."""
         at = self.decode.kv_receive.next()
         if at is not None:
@@ -246,11 +246,11 @@ class Worker:
         for iid in gone:
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
-        for message in self._introduced():
+        for message in self._now_listed():
             actions += self._handle(message, now)
         return actions
 
-    def _early(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
+    def _keep_unlisted(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
         """Whether no Membership lists this incarnation of the sender yet. No answer could reach the sender, and it
         repeats its message only after a second, so the message is kept until a Membership lists the sender. Beyond
         MOST_UNKNOWN messages, the oldest are dropped."""
@@ -260,7 +260,7 @@ class Worker:
         del self._unknown[:-MOST_UNKNOWN]
         return True
 
-    def _introduced(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
+    def _now_listed(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
         """The kept messages whose senders are listed now; the others stay for the next Membership."""
         early, self._unknown = self._unknown, []
         known = [self.peers.knows(message.src, message.incarnation) for message in early]
