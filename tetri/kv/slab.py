@@ -25,7 +25,7 @@ MARK = struct.Struct(f"=Q{OWNER_BYTES}s")  # time of the put, CLOCK_MONOTONIC in
 
 
 def digest_of(blocks: Iterable[Any]) -> int:
-    """Of their bytes in order: xxh3-64, seed 0."""
+    """xxh3-64 over the bytes of the blocks, in order."""
     digest = xxh3_64()
     for block in blocks:
         digest.update(block)
@@ -166,14 +166,6 @@ class HostSlab:
         """Refuse `put`, `free` and `keep` from now on. Does not free the memory. A second call does nothing."""
         with self._lock:
             self._closed = True
-
-
-def digest_of(blocks: Sequence[memoryview]) -> int:
-    """xxh3-64 over the blocks in order."""
-    digest = xxh3_64()
-    for block in blocks:
-        digest.update(block)
-    return digest.intdigest()
 
 
 def _mark(segment: Segment, slots: Sequence[int], owner: str) -> None:
