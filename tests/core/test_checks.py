@@ -34,7 +34,7 @@ def decoding():
         (lambda it, request: it.ledger.allocate("lost", 1), "1 accounts for 0 engine requests"),
         (lambda it, request: it.prefill.queue.line.update({P: None}), "still queued"),
         (lambda it, request: setattr(request, "running", True), "accounts and legs differ"),
-        (lambda it, request: it.prefill.started.update(x=request), "and others run"),
+        (lambda it, request: it.prefill.queue.started.update(x=request), "and others run"),
         (lambda it, request: it.prefill._attempts.clear(), "their index differ"),
         (lambda it, request: setattr(request.flow, "exported", 0), "moved more blocks"),
         (lambda it, request: setattr(it.prefill.kv_send, "used", 9), "9 of 8 slots"),

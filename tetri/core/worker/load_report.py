@@ -37,9 +37,9 @@ class LoadReporter:
     def load(self) -> Load:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
         that needs them."""
-        queue, forecast, blocked = self.prefill.queue, self.decode.forecast, self.prefill.blocked()
+        queue, forecast = self.prefill.queue, self.decode.forecast
         return Load(
-            free_blocks=self.ledger.free + (0 if blocked is None else blocked.flow.blocks),
+            free_blocks=self._free_blocks(),
             queued=len(queue),
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
@@ -54,8 +54,23 @@ class LoadReporter:
         )
 
     def home(self) -> Load | None:
-        """The load of this instance as a decode instance for its own prompts; None if its role takes no decodes."""
-        return self.load() if self.role in DECODE_ROLES else None
+        """What a decode route reads of the load of this instance, for its own prompts; None if its role takes no
+        decodes. The dispatcher calls this, so it asks the dispatcher nothing."""
+        if self.role not in DECODE_ROLES:
+            return None
+        forecast = self.decode.forecast
+        return Load(
+            free_blocks=self._free_blocks(),
+            waiting=self.decode.waiting(),
+            running=len(self.decode.batch.running),
+            heavy=forecast.heavy,
+            growth_blocks=forecast.growth,
+        )
+
+    def _free_blocks(self) -> int:
+        """Free KV blocks, those included that a blocked prompt would give back for a decode request."""
+        blocked = self.prefill.queue.blocked()
+        return self.ledger.free + (0 if blocked is None else blocked.flow.blocks)
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""

@@ -49,7 +49,7 @@ class Worker:
         self.estimator = None if own.expected is None else LengthEstimator(own)
         self.prefill = PrefillScheduler(own, self.ledger, self.peers, self.timers, rng, self.estimator)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self._free_memory, self.peers.way, self.estimator)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers.way, self.estimator)
         self.stepping = False
         self.idle = False
         self.reporter = LoadReporter(own, self.ledger, self.prefill, self.decode, self.estimator, now)
@@ -84,7 +84,7 @@ class Worker:
                 self.prefill.kv_send.freed(event.slots)
                 return []
             case Offer():
-                return self.decode.offer(event, now)
+                return self.decode.offer(event, now, None if self.stepping else self.prefill.free_memory)
             case LengthUpdate():
                 return self.decode.update_length(event)
             case Grant() | Refuse() | Landed():
@@ -185,12 +185,12 @@ class Worker:
             if not self.decode.steps():
                 self.idle = True
                 return actions
-            blocked = prefill.blocked()
+            blocked = prefill.queue.blocked()
             if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
                 actions += self._deliver_own(prefill.retreat(blocked, "its memory went to decodes"), now)
         if len(batch.running) - len(batch.preempted) < decodes:  # an own offer replaced an older attempt in the batch
             self._fewer = True
-        if prefill.started:
+        if prefill.queue.started:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
@@ -202,7 +202,7 @@ class Worker:
         self.reporter.worked(now - self._step_at)
         if done.steps == 1:
             self.ledger.check(done.held)
-        requests, batch = self.prefill.started, self.decode.batch
+        requests, batch = self.prefill.queue.started, self.decode.batch
         spans, tokens, preempted, estimates = done.spans, done.tokens, done.preempted, done.estimates
         actions, self._queued_own = self._queued_own, []
         if requests:  # otherwise everything in `done` belongs to the decode scheduler
@@ -225,7 +225,7 @@ class Worker:
         actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
-        way_out = self.decode.stuck() or (batch.stuck() and self.prefill.blocked() is not None)
+        way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
 
@@ -318,10 +318,6 @@ class Worker:
             self.reporter.role, self.reporter.flip = flip.role, flip.number
         self.peers.changed()
         return [self.reporter.heartbeat(), self._report(now), *self.dispatcher.dispatch(now)]
-
-    def _free_memory(self, rid: str, blocks: int) -> list[Action]:
-        """Free memory for an offer, unless the engine is computing."""
-        return [] if self.stepping else self.prefill.free_memory(rid, blocks)
 
     def _report(self, now: float) -> Action:
         self.timers.set(LOAD, now + self.own.load_s)
