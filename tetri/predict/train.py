@@ -1,10 +1,10 @@
-"""Trains a predictor and writes its folder: card, head and, when it was tuned, the encoder (paper, section 3.3.2)."""
+"""Trains a predictor and writes its folder: card, head and, if it was tuned, the encoder (paper, section 3.3.2)."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,24 @@ from tetri.predict.card import HEAD, LATER, Card, write_card
 from tetri.predict.encoder import CUT, DEFAULT, Encoder, load_encoder
 from tetri.predict.evaluate import Judged, ceiling_of, judge, report
 from tetri.predict.examples import FEWEST, FOLDS, HELD_OUT, Rows, Texts
-from tetri.predict.fit import Fitted, buckets_of, fit, levels_of
+from tetri.predict.fit import Fitted, Progress, buckets_of, fit, levels_of
 from tetri.predict.heads import Array, save_head
 from tetri.predict.lengths import Length, PredictError
 from tetri.predict.model import load, with_place
 from tetri.predict.scores import Doubles
 
-WIDTH = 50
+WIDTH = 50  # tokens per bucket
 NOTES = (
-    "No prompt is in this folder: the head keeps 32 bits of the hash of each that it learnt from.",
+    "This folder contains no prompts: the head keeps 32 bits of the hash of each training prompt.",
     "The 58.9 / 74.9 / 85 % at 100 / 200 / 400 tokens of the paper belong to another model (OPT-13B), other prompts"
-    " (75 thousand of ShareGPT) and another predictor (OPT-125M); they say nothing of this one.",
+    " (75 thousand of ShareGPT) and another predictor (OPT-125M); they do not apply to this one.",
 )
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`layer`: 0: the best of those that were kept; `depth`: 0: two thirds of the encoder."""
+    """What to train. `layer` 0: the best of the kept layers. `depth` 0: two thirds of the encoder's layers. `full`: the
+    encoder is trained too."""
 
     kind: str
     out: Path
@@ -51,7 +51,9 @@ class TrainSettings:
 
 
 def train(texts: Texts, wanted: TrainSettings, progress: Progress) -> dict[str, Any]:
-    """What `report` says of the held-out part. Raises PredictError, one line; OSError."""
+    """Train, write the folder `wanted.out`/`wanted.kind`, and return the `report` on the held-out part.
+
+    Raises PredictError and OSError; the folder then does not appear."""
     learnt, held = _parts(texts, wanted.seed)
     started = time.monotonic()
     folder = wanted.out / wanted.kind
@@ -68,7 +70,7 @@ def train(texts: Texts, wanted: TrainSettings, progress: Progress) -> dict[str, 
 
 
 def _parts(texts: Texts, seed: int) -> tuple[list[Length], list[Length]]:
-    """(to learn from, held out)"""
+    """(texts to train on, held-out texts). Raises PredictError when there are too few."""
     held = [length for length in texts.lengths if examples.is_held_out(length, seed)]
     learnt = [length for length in texts.lengths if not examples.is_held_out(length, seed)]
     prompts = len(_first(learnt))
@@ -102,7 +104,9 @@ def _hidden(texts: Texts, learnt: list[Length], wanted: TrainSettings, folder: P
     after = rows.chosen(rows.known > 0)
     progress(f"layer {layer}: {len(after)} later positions")
     later = ""
-    if len(after) >= FEWEST and (after.fold == 0).any():  # one network: its examples are many, its file is to be small
+    if (
+        len(after) >= FEWEST and (after.fold == 0).any()
+    ):  # one network: there are many examples, and the file stays small
         later = save_head(fit(after, WIDTH, buckets, wanted.seed, progress, networks=1).head, folder / LATER)
     split = card.split | {"loss_by_layer": tried, "later_positions": len(after)}
     return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split, later=later)
@@ -131,7 +135,7 @@ def _classifier(texts: Texts, learnt: list[Length], wanted: TrainSettings, folde
 
 
 def _rows(lengths: Sequence[Length], seed: int) -> Rows:
-    """Without features."""
+    """Training rows without features."""
     return Rows(
         np.empty((0, 0), np.float32),
         np.array([length.tokens for length in lengths]),
@@ -142,11 +146,11 @@ def _rows(lengths: Sequence[Length], seed: int) -> Rows:
     )
 
 
-BATCH = 32
+BATCH = 32  # prompts per batch of the encoder
 
 
 def _vectors(encoder: Encoder, prompts: Sequence[str], progress: Progress) -> Array:
-    """Of each text, one computation a prompt."""
+    """Features of each text. Each distinct prompt is computed once."""
     different = sorted(set(prompts), key=len)
     found: dict[str, Array] = {}
     for start in range(0, len(different), BATCH):
@@ -160,8 +164,8 @@ def _vectors(encoder: Encoder, prompts: Sequence[str], progress: Progress) -> Ar
 def _card(
     texts: Texts, learnt: Sequence[Length], wanted: TrainSettings, fitted: Fitted, rows: Rows, folder: Path
 ) -> Card:
-    """Saves the head."""
-    judged = np.isfinite(fitted.left_out[:, 0])  # with --full only the part that was not learnt from
+    """Save the head in `folder` and make its card."""
+    judged = np.isfinite(fitted.left_out[:, 0])  # with --full, only the fold that was not trained on
     levels = levels_of(fitted.left_out[judged], rows.tokens[judged], rows.open[judged], WIDTH)
     counts = np.bincount(np.minimum(rows.tokens // WIDTH, fitted.head.buckets - 1), rows.weight, fitted.head.buckets)
     prior = (counts + 0.5) / (counts + 0.5).sum()
@@ -194,7 +198,10 @@ def _card(
 
 
 def _left_out(texts: Texts, learnt: Sequence[Length], kind: str, distribution: Doubles) -> dict[str, Any]:
-    """More prompts than the held-out ones, each judged by the network that has not seen it; it was chosen by these."""
+    """Scores on the training prompts, each predicted by the network that was not trained on it.
+
+    There are more of these prompts than held-out ones, but the scores are optimistic: they decide when training stops.
+    """
     known = np.flatnonzero(np.isfinite(distribution[:, 0]))
     first = [at for at in known if learnt[at].sample == 0]
     judged = Judged([learnt[at] for at in first], {kind: distribution[first]}, {}, WIDTH, texts.limit)

@@ -1,9 +1,9 @@
-"""Trains the encoder itself together with a head: slower by far than a head on an encoder as it is."""
+"""Trains the encoder together with a head. Much slower than training a head alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,21 +11,30 @@ import numpy as np
 
 from tetri.predict.encoder import Encoder, shape
 from tetri.predict.examples import Ints, Rows
-from tetri.predict.fit import RATE, Fitted, first_guess, fresh, layers, loss_of, moments, surprise, temperature_of
+from tetri.predict.fit import (
+    RATE,
+    Fitted,
+    Progress,
+    first_guess,
+    fresh,
+    layers,
+    loss_of,
+    moments,
+    surprise,
+    temperature_of,
+)
 from tetri.predict.heads import FURTHEST, Array, Head, shares
 from tetri.predict.lengths import Length
 
 BATCH = 32
-ENCODER_RATE, WARM = 1e-4, 0.1
-APART = 8  # batches that are sorted by length together, so that little is padding
-LEFT_OUT = 0  # this fold of the rows is not learnt from
-
-Progress = Callable[[str], None]
+ENCODER_RATE, WARM = 1e-4, 0.1  # learning rate, share of the steps in which it rises
+APART = 8  # batches whose prompts are sorted by length together, to reduce padding
+LEFT_OUT = 0  # the fold that is not trained on
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the encoder reads: the ids, cut, of each row's prompt; `shapes` as encoder.shape says."""
+    """The encoder's input of each row: the cut token ids of its prompt, and the features of encoder.shape."""
 
     ids: list[list[int]]
     shapes: Array
@@ -41,8 +50,9 @@ def tune(
     seed: int,
     progress: Progress,
 ) -> tuple[Encoder, Fitted, Rows]:
-    """(the encoder, changed in place; the head; the rows with its features). What was learnt from has NaN as its odds
-    that were left out."""
+    """Train the encoder in place. Returns (encoder, head, rows with the encoder's features).
+
+    `Fitted.left_out` is NaN for the rows that were trained on."""
     import torch
 
     torch.manual_seed(seed)
@@ -76,7 +86,7 @@ def _learn(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Both the encoder and the network, from all rows but those left out."""
+    """Train the encoder and the network on all folds but LEFT_OUT."""
     import torch
 
     mean, scale = torch.tensor(plain.mean), torch.tensor(plain.scale)
@@ -106,7 +116,7 @@ def _learn(
 
 
 def _optimizer(model: Any, network: Any, steps: int) -> tuple[Any, Any]:
-    """(optimizer, its rate: up for a tenth of the steps, then down to nothing)"""
+    """(optimizer, learning rate schedule). The rate rises for the share WARM of the steps, then falls to 0."""
     import torch
 
     optimizer = torch.optim.AdamW(
