@@ -1,4 +1,4 @@
-"""tetri-cli sim paper: the paper's evaluation, run again with the schedulers that serve live."""
+"""tetri-cli sim paper: repeats the paper's evaluation in the simulator."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ from typing import Any
 
 import click
 
+from tetri.cli.options import json_option
+
 WORKLOADS = ("LPLD", "LPHD", "HPLD", "HPHD", "Mixed")
-MICRO_SEEDS = 5  # at most, of the microbenchmarks
+MICRO_SEEDS = 5  # maximum seeds of the microbenchmarks
 COST = "v100-opt13b"
 
 
 @click.command("paper")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=20, show_default=True, help="Draws of each workload.")
-@click.option("--only", type=click.Choice(WORKLOADS), multiple=True, help="A workload, repeatable; no microbenchmarks.")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), default=20, show_default=True, help="Random draws of each workload."
+)
+@click.option(
+    "--only",
+    type=click.Choice(WORKLOADS),
+    multiple=True,
+    help="Run this workload only, without microbenchmarks; may be repeated.",
+)
+@json_option
 def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
-    """Run the paper's evaluation again, each result beside the paper's.
+    """Repeat the paper's evaluation, and print each result beside the paper's.
 
-    Five workloads on TetriInfer (one prefill and one decode instance) and on coupled baselines, then the
-    microbenchmarks of its Figures 3 to 5, 16, 18 and 19. Takes a few minutes. The same arguments give the same result,
-    to the last bit, but for the object "run".
+    Runs five workloads on TetriInfer (one prefill and one decode instance) and on coupled baselines, then the
+    microbenchmarks of Figures 3 to 5, 16, 18 and 19. Takes a few minutes. The same arguments give the same result to
+    the last bit, except the object "run".
     """
     from tetri.cost import CostError
     from tetri.sim.setup import SimError
@@ -46,7 +55,7 @@ def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
 
 
 def evaluated(seeds: int, workloads: Sequence[str], micro: bool) -> dict[str, Any]:
-    """Everything that is printed."""
+    """The result as JSON data. Raises CostError, SimError and WorkloadError."""
     from tetri.sim.micro import cases
     from tetri.sim.paper import SYSTEMS, ratios, rows
 
@@ -109,8 +118,8 @@ def _task(task: tuple[Any, ...]) -> Any:
 
 
 def _all(tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Results in the order of the tasks, whatever process was how fast."""
-    _inputs()  # what is wrong with them is said once, here
+    """Run the tasks on all cores. Returns the results in the order of the tasks."""
+    _inputs()  # raises an error here, once, instead of in every process
     cores = len(os.sched_getaffinity(0))
     with _progress(len(tasks)) as advance:
         results = []
@@ -128,7 +137,7 @@ def _all(tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr."""
+    """Show a bar on stderr, if it is a terminal."""
     if not sys.stderr.isatty():
         yield lambda: None
         return
@@ -141,11 +150,11 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- output
 
 
 def shown(made: dict[str, Any]) -> Iterator[str]:
-    """The tables in lines: what was simulated, and in brackets what the paper shows."""
+    """Yield the lines of the tables: the simulated value, and the paper's in brackets."""
     rows, metrics = made["rows"], list(dict.fromkeys(row["metric"] for row in made["rows"]))
     for workload in dict.fromkeys(row["workload"] for row in rows):
         yield f"{workload:15}" + "".join(f"{metric:>24}" for metric in metrics)
