@@ -102,14 +102,14 @@ def report(judged: Judged, others: Sequence[Length], predictors: Mapping[str, Lo
     The baselines are fitted to `others`, texts that are not judged; if `others` has fewer than FEWEST texts, to the
     judged texts by cross-validation."""
     tokens, kinds = judged.tokens, list(judged.distribution)
-    of = {
+    by_kind = {
         kind: scores(distribution, tokens, judged.width, judged.limit)
         for kind, distribution in judged.distribution.items()
     }
     for kind, predictor in predictors.items():
-        of[kind]["bound"] = _bound(judged, kind, predictor)
+        by_kind[kind]["bound"] = _bound(judged, kind, predictor)
     lead = "hidden" if "hidden" in kinds else kinds[0]
-    made: dict[str, Any] = {**of[lead], "kind": lead, **_baselines(judged, others), "kinds": of}
+    made: dict[str, Any] = {**by_kind[lead], "kind": lead, **_baselines(judged, others), "kinds": by_kind}
     if "hidden" in predictors:
         made["later"] = {str(known): _later(judged, known) for known in judged.later}
     return made
@@ -133,13 +133,13 @@ def _baselines(judged: Judged, others: Sequence[Length]) -> dict[str, Any]:
         parts = [(mine, [lengths[at] for at in rest] or list(lengths)) for mine, rest in all_parts]
     guesses = {name: np.zeros((count, 1 + len(GRANULARITIES))) for name in ("majority", "by_source", "by_length")}
     for mine, rest in parts:
-        of = np.array([length.tokens for length in rest])
+        known = np.array([length.tokens for length in rest])
         sources = np.array([length.source for length in rest])
-        guesses["majority"][mine] = _best(of, judged.limit)
+        guesses["majority"][mine] = _best(known, judged.limit)
         for at in mine:
-            same = of[sources == lengths[at].source]
-            guesses["by_source"][at] = _best(same if len(same) else of, judged.limit)
-        line = _regression(np.array([_size(length) for length in rest]), of)
+            same = known[sources == lengths[at].source]
+            guesses["by_source"][at] = _best(same if len(same) else known, judged.limit)
+        line = _regression(np.array([_size(length) for length in rest]), known)
         guesses["by_length"][mine] = line(np.array([_size(lengths[at]) for at in mine]))[:, None]
     return {name: _guess_scores(guess, tokens, judged.limit) for name, guess in guesses.items()}
 

@@ -15,7 +15,7 @@ from tetri.predict.heads import Array, Head, shares
 from tetri.predict.scores import Doubles
 
 SIZE, DROPOUT, DECAY, RATE = 64, 0.5, 1.0, 1e-3
-STEPS, BATCH, LOOK = 600, 128, 25  # LOOK: steps between two evaluations on the left-out fold
+STEPS, BATCH, EVALUATE_STEPS = 600, 128, 25  # EVALUATE_STEPS: steps between two evaluations on the left-out fold
 LEVELS = 39  # quantiles of the calibration that the card keeps
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are evenly spread over 0 to 1
 
@@ -166,7 +166,7 @@ def _network(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % LOOK == 0:
+        if step % EVALUATE_STEPS == 0:
             network.eval()
             with torch.inference_mode():
                 logits = network(watched).numpy()

@@ -20,7 +20,7 @@ import xxhash
 from tetri.predict.lengths import PredictError
 
 Array = npt.NDArray[np.float32]
-FURTHEST = 8.0  # standard deviations; features are clipped here, because larger values did not occur in training
+CLIP = 8.0  # standard deviations; features are clipped here, because larger values did not occur in training
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Head:
 
     def normed(self, features: Array) -> Array:
         """Normalised and clipped features, float32 [n, inputs]; NaN becomes 0."""
-        near = np.nan_to_num((features - self.mean) / self.scale, nan=0.0, posinf=FURTHEST, neginf=-FURTHEST)
-        return np.asarray(np.clip(near, -FURTHEST, FURTHEST), np.float32)
+        near = np.nan_to_num((features - self.mean) / self.scale, nan=0.0, posinf=CLIP, neginf=-CLIP)
+        return np.asarray(np.clip(near, -CLIP, CLIP), np.float32)
 
     def distribution(self, features: Array) -> npt.NDArray[np.float64]:
         """Features [n, inputs] -> length distributions [n, buckets]; each row adds up to 1."""

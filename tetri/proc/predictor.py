@@ -68,18 +68,18 @@ def load_predictor(config: Config, logger: logging.Logger) -> LoadedPredictor | 
         return LoadedPredictor(_prior(config, "as the configuration wants it"))
     if kind != "auto":
         named, parts = _named(config, load)
-        return _together(parts, named)
-    folder, weights = _place(config)
+        return _combined(parts, named)
+    folder, weights = _location(config)
     if folder is None:
         model = "an emulated engine" if config.engine.kind == "emulated" else f"model {config.model.name}"
         return LoadedPredictor(_prior(config, f"no predictor: tetri brings none for {model}"))
-    whys: list[str] = []
+    reasons: list[str] = []
     for kinds in AUTO[config.engine.kind]:
         try:
-            return _together({each: load(folder, each, weights) for each in kinds}, folder, *whys)
+            return _combined({each: load(folder, each, weights) for each in kinds}, folder, *reasons)
         except PredictError as error:
-            whys.append(str(error))
-    return _fallen_back(config, logger, whys[0])
+            reasons.append(str(error))
+    return _fallen_back(config, logger, reasons[0])
 
 
 def _fallen_back(config: Config, logger: logging.Logger, why: str) -> LoadedPredictor:
@@ -90,7 +90,7 @@ def _fallen_back(config: Config, logger: logging.Logger, why: str) -> LoadedPred
 def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path, dict[str, Part]]:
     """(folder, parts by kind) of the predictor that the configuration names. Raises ConfigError and ModelError."""
     kind = config.predictor.kind
-    folder, weights = _place(config)
+    folder, weights = _location(config)
     if folder is None:
         raise ConfigError(
             f'predictor.kind = "{kind}": tetri brings no predictor for model {config.model.name}: train one with'
@@ -102,18 +102,18 @@ def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path
         raise ConfigError(f'predictor.kind = "{kind}": {error}') from None
 
 
-def _together(loaded: dict[str, Loaded], folder: Path, *whys: str) -> LoadedPredictor:
+def _combined(loaded: dict[str, Loaded], folder: Path, *reasons: str) -> LoadedPredictor:
     """Combine the loaded kinds. With both, prior and calibration are those of the kind hidden, which predicts last.
 
-    `whys`: why other kinds were not chosen, for the status."""
+    `reasons`: why other kinds were not chosen, for the status."""
     one = loaded.get("hidden") or loaded["classifier"]
     kind = "both" if len(loaded) == len(KINDS) else one.card.kind
     trained = f", trained {one.card.date}" if one.card.date else ""
-    expected = one.expected("; ".join([f"from {_name(folder)}{trained}", *whys]))
+    expected = one.expected("; ".join([f"from {_name(folder)}{trained}", *reasons]))
     return LoadedPredictor(msgspec.structs.replace(expected, kind=kind), loaded.get("classifier"), loaded.get("hidden"))
 
 
-def _place(config: Config) -> tuple[Path | None, str]:
+def _location(config: Config) -> tuple[Path | None, str]:
     """(the predictor's folder or None, hash of the weights that the predictor must be for; "": any).
 
     An emulated engine has no weights: it takes any predictor, and tetri's own one for the model that it emulates."""
@@ -135,7 +135,7 @@ def _prior(config: Config, note: str) -> Expected:
 
 
 def _any_card(config: Config) -> Card | None:
-    folder, weights = _place(config)
+    folder, weights = _location(config)
     if folder is None:
         return None
     for kind in KINDS:
@@ -214,13 +214,13 @@ class PredictorServing:
         if status is None or not parts:
             return heartbeat
         troubles = [part.trouble for part in parts if part.trouble]
-        asked = self._classifier
+        classifier = self._classifier
         status = msgspec.structs.replace(
             status,
             on=status.on and len(troubles) < len(parts),
             note="; ".join(filter(None, [status.note, *troubles])),
-            cut=0 if asked is None else asked.cut,
-            unread=0 if asked is None else asked.unread,
+            cut=0 if classifier is None else classifier.cut,
+            unread=0 if classifier is None else classifier.unread,
         )
         return msgspec.structs.replace(heartbeat, predictor=status)
 
@@ -242,11 +242,13 @@ def serving_of(
             if config.predictor.kind != "auto":
                 raise ConfigError(f'predictor.kind = "{config.predictor.kind}": {error}') from None
             return PredictorServing(_fallen_back(config, logger, str(error)).expected, engine.step)
-    classifier = None if predictor.classifier is None else asked(predictor.classifier, config, wake, logger)
+    classifier = None if predictor.classifier is None else start_classifier(predictor.classifier, config, wake, logger)
     return PredictorServing(predictor.expected, step, classifier, head)
 
 
-def asked(classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger) -> AskedPrompts:
+def start_classifier(
+    classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger
+) -> AskedPrompts:
     """Start a classifier in the configured mode. Raises ModelError and TextError."""
     cut = classifier.card.cut
     reading = Reading(classifier, reader(build.tokenizer(config)), cut, logger)
