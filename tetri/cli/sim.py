@@ -116,7 +116,7 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
     arrivals, total = _arrivals(options)
     setup = _setup(options)
     if options["system"] == "tetri":
-        with _progress(total) as progress:
+        with progress_bar(total) as progress:
             result = World(setup, arrivals, progress).run()
     else:
         result = serve(options["system"], setup, arrivals)
@@ -215,8 +215,8 @@ def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
 
 
 @contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[int], None] | None]:
-    """Show a bar on stderr, if it is a terminal; else yield None."""
+def progress_bar(total: int | None) -> Iterator[Callable[[int], None] | None]:
+    """Show a bar on stderr and yield a function that takes the number of finished parts; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -228,9 +228,9 @@ def _progress(total: int | None) -> Iterator[Callable[[int], None] | None]:
         task = bar.add_task("", total=total)
         step = max(1, (total or 100_000) // 200)
 
-        def advance(answered: int) -> None:
-            if answered % step == 0:
-                bar.update(task, completed=answered)
+        def advance(finished: int) -> None:
+            if finished % step == 0:
+                bar.update(task, completed=finished)
 
         yield advance
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache
 from time import perf_counter
@@ -17,6 +16,7 @@ from typing import Any
 import click
 
 from tetri.cli.options import json_option
+from tetri.cli.sim import progress_bar
 
 WORKLOADS = ("LPLD", "LPHD", "HPLD", "HPHD", "Mixed")
 MICRO_SEEDS = 5  # maximum seeds of the microbenchmarks
@@ -121,33 +121,18 @@ def _all(tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Run the tasks on all cores. Returns the results in the order of the tasks."""
     _inputs()  # raises an error here, once, instead of in every process
     cores = len(os.sched_getaffinity(0))
-    with _progress(len(tasks)) as advance:
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress_bar(len(tasks)))
+        found: Iterator[Any] = map(_task, tasks)
+        if cores > 1 and len(tasks) >= 20:
+            pool = stack.enter_context(ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")))
+            found = pool.map(_task, tasks, chunksize=2)
         results = []
-        if cores == 1 or len(tasks) < 20:
-            for task in tasks:
-                results.append(_task(task))
-                advance()
-            return results
-        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-            for result in pool.map(_task, tasks, chunksize=2):
-                results.append(result)
-                advance()
+        for result in found:
+            results.append(result)
+            if advance is not None:
+                advance(len(results))
         return results
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr, if it is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 # ---------------------------------------------------------------- output

@@ -56,15 +56,17 @@ class CollectPlan:
 
 
 class TextWriter(Protocol):
-    """Writes texts with the target model. Implemented by engine/vllm/writer.py, which documents the methods."""
+    """Writes texts with the target model (engine/vllm/writer.py). Its length is the number of unfinished texts."""
 
     context: int
 
     def __len__(self) -> int: ...
 
-    def add(self, key: str, prompt: Sequence[int], sampling: Sampling) -> None: ...
+    def add(self, key: str, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Begin a text. `key` identifies it in the results of `step`."""
 
-    def step(self) -> Sequence[Any]: ...
+    def step(self) -> Sequence[Any]:
+        """Run one forward pass. Returns the texts that it has ended."""
 
 
 @dataclass(frozen=True)

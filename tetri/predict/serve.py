@@ -3,7 +3,7 @@ mode); paper, section 3.3.1.
 
 In parallel mode the thread reads the waiting prompts in batches. `ask` returns at once and nothing waits for the
 thread. When more prompts wait than the thread can read, the oldest get no prediction. The thread uses one core at most,
-and holds the GIL only between two operators.
+and needs the GIL only between two torch operators.
 
 An error inside a classifier does not stop the worker. It is logged once; then every prediction is None, and `trouble`
 has the reason.

@@ -59,7 +59,7 @@ class ActionExecutor:
     def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
         self.core, self.hub, self.tokenizer, self.log = core, hub, tokenizer, logger
         self.stoppers: dict[str, Stopper] = {}
-        self.stuck: set[bytes] = set()  # clients with a full queue; later replies of the same list would overtake
+        self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
     def poll(self, timeout: float | None) -> Iterable[BrokerInput]:
         """Wait at most `timeout` seconds (None: without limit) and yield the core's next inputs."""

@@ -115,7 +115,7 @@ def _signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # ignored, as under nohup: keep it so
+        if handler is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             signal.signal(number, signal.default_int_handler)
     try:
         yield
@@ -226,7 +226,7 @@ class _Watch:
         path = self._supervisor.log(program.name)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         output = [line for line in lines if line.strip()][-LOG_LINES:] or ["no output"]
-        before = [line for line in output if line != output[-1]]  # no repeated lines
+        before = [line for line in output if line != output[-1]]  # the last line is shown first
         raise LaunchError("\n    ".join([f"{program.name} does not start: {output[-1]}", *before, f"log: {path}"]))
 
 
