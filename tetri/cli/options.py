@@ -11,6 +11,7 @@ import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 conf_option: Decorator = click.option(
     "--conf",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import atomic
-from tetri.cli.options import FILE, json_option
+from tetri.cli.options import FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 
 if TYPE_CHECKING:
@@ -22,17 +22,9 @@ KINDS = ("classifier", "hidden")
 
 
 @click.command("eval")
-@click.option(
-    "--prompts", type=FILE, help="Use only these prompts (default: all with a length); JSONL, `source` is used."
-)
-@click.option(
-    "--lengths", type=FILE, required=True, multiple=True, help='JSONL, {"prompt", "tokens"} per line; may be repeated.'
-)
-@click.option(
-    "--predictor",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="The predictor's folder (default: the one shipped for the model of the lengths).",
-)
+@click.option("--prompts", type=FILE, help="Use these prompts only (default: all with a length); JSONL.")
+@click.option("--lengths", type=FILE, required=True, multiple=True, help='JSONL, {"prompt", "tokens"} per line.')
+@click.option("--predictor", type=FOLDER, help="The predictor's folder (default: the one shipped for the model).")
 @click.option("--kind", type=click.Choice([*KINDS, "both"]), help="Evaluate this kind only (default: all that can be).")
 @click.option("--all", "seen_too", is_flag=True, help="Also use prompts that it was trained on.")
 @json_option
@@ -51,9 +43,8 @@ def command(
     """Evaluate a predictor.
 
     Prints accuracy in buckets of 100, 200 and 400 tokens, absolute error of the median, expected calibration error and
-    Kendall's tau, beside three baselines: the likeliest bucket, the likeliest bucket of the prompt's source, and a
-    regression on the prompt's length. With several texts per prompt, also prints the ceiling of any predictor. Reads
-    hidden states from the files beside the lengths.
+    Kendall's tau, beside baselines: the likeliest bucket, that of the prompt's source, and a regression on the prompt's
+    length. With several texts per prompt, also prints the ceiling of any predictor.
     """
     from tetri.bench.predicted import PlotError, drawing
     from tetri.predict.evaluate import ceiling_of, judge, report

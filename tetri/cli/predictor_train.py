@@ -9,19 +9,14 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import FILE, json_option
+from tetri.cli.options import FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 
 
 @click.command("train")
 @click.option("--lengths", type=FILE, required=True, multiple=True, help="File that `collect` wrote; may be repeated.")
 @click.option("--kind", type=click.Choice(["classifier", "hidden"]), default="hidden", show_default=True)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The predictor's folder; writes its sub-folder for this kind.",
-)
+@click.option("--out", type=FOLDER, required=True, help="The predictor's folder; writes its sub-folder for this kind.")
 @click.option("--model", metavar="NAME|FOLDER", help="Model of the lengths; required if the files do not name it.")
 @click.option(
     "--encoder", metavar="NAME|FOLDER", help="classifier: encoder of the prompts (default: all-MiniLM-L6-v2)."

@@ -35,9 +35,7 @@ BUSY_SHARE = 0.97  # share of the core's time; below, other processes disturb th
 @click.option("--out", type=FILE, help="Write the cost table to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, with every measured point.")
 @click.option("--quick", is_flag=True, help="Fewer sizes and rounds: a rough table in a fifth of the time.")
-@click.option(
-    "--rounds", type=click.IntRange(1), metavar="N", help="Measurements of each point (default: 5; with --quick: 3)."
-)
+@click.option("--rounds", type=click.IntRange(1), metavar="N", help="Measurements per point (default: 5; --quick: 3).")
 @click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: those of the first worker).')
 @click.option("--cpu-time", is_flag=True, help="Measure this process's CPU time: for one core that others use as well.")
 def command(
@@ -50,11 +48,8 @@ def command(
     cpus: str | None,
     cpu_time: bool,
 ) -> None:
-    """Measure the engine of the configuration, in this process, and fit a cost table.
-
-    The table has the seconds of a prefill by size and start of the chunk, the seconds of a decode step by batch size
-    and contexts, and a proposed chunk size.
-    """
+    """Measure the engine of the configuration, in this process, and fit a cost table: seconds of a prefill by size and
+    start of the chunk, seconds of a decode step by batch size and contexts, and a proposed chunk size."""
     from tetri.cost import CostError, dump
     from tetri.engine.base import EngineError
     from tetri.profile.fit import fit
