@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BASES = (ROOT, ROOT / "tetri", ROOT / "docs", ROOT / "tests")
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}
-FILES = {path.name for base in ("tetri", "tests", "docs", "conf") for path in (ROOT / base).rglob("*.*")} | {"README.md"}
+FILES = {path.name for base in ("tetri", "tests", "docs", "conf") for path in (ROOT / base).rglob("*.*")}
+FILES.add("README.md")
 #: Files that a reader makes.
 EXAMPLES = {"conf/cost/my-machine.toml", "conf/cost/NAME.toml"}
 PATH = re.compile(r"(?<![\w/.~<-])[\w-]+(?:/[\w.*-]+)+/?|(?<![\w/.~<-])\w+\.(?:py|md|toml)\b")
