@@ -10,19 +10,11 @@ from typing import Any
 
 import pytest
 import starts
-from groups import Shared, group_of
+from groups import LONGEST, Shared, group
 
 # Whoever runs the tests in the background may have these ignored; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-# Groups that take longest, in the order in which they begin: two processes that share the tests end together then.
-LONGEST = (
-    *("float32", "live", "tests/engine/test_vllm_tight.py", "tests/engine/test_vllm_bfloat16.py"),
-    *("tests/proc/test_launch.py", "tests/core/test_cluster.py", "tests/proc/test_live_chaos.py"),
-    *("tests/kv/test_nixl.py", "tests/proc/test_live_faults.py", "tests/proc/test_live_link.py"),
-    *("tests/proc/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),
-)
 
 
 def pytest_addoption(parser):
@@ -41,15 +33,24 @@ def pytest_configure(config):
 # ---------------------------------------------------------------- groups
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile a group stays together as a file's tests do. (xdist's own groups need an older pytest.)"""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Grouped(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Grouped(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places: dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-        places.setdefault(group_of(item), len(places))
+        places.setdefault(group(item.nodeid), len(places))
     places |= {name: number - len(LONGEST) for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places[group_of(item)])
+    items.sort(key=lambda item: places[group(item.nodeid)])
 
 
 SHARED = pytest.StashKey[Shared]()
@@ -63,7 +64,7 @@ def shared(pytestconfig: pytest.Config) -> Shared:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     yield
-    if SHARED in item.config.stash and (nextitem is None or group_of(nextitem) != group_of(item)):
+    if SHARED in item.config.stash and (nextitem is None or group(nextitem.nodeid) != group(item.nodeid)):
         item.config.stash[SHARED].close()
 
 

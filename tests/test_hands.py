@@ -1,4 +1,4 @@
-"""What each action of a worker's core does: one table for the live process and the simulator, with faults or without."""
+"""What each action of a worker's core does: one table for the live process and for the simulator."""
 
 from random import Random
 from typing import get_args

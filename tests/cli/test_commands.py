@@ -185,10 +185,13 @@ def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, b
     broker(lambda message: [{**STATUS, "instances": [quiet, noted]}])
     out = run("status")[1].splitlines()
     assert out[-4].endswith("  shm 2, stream 1")
-    assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [["KV taken by", "counted"], ["d0", "late 3, healed 12"]]
+    assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [
+        ["KV received by", "counted"],
+        ["d0", "late 3, healed 12"],
+    ]
     assert json.loads(run("status", "--json")[1])["instances"] == [quiet, noted]
     broker(lambda message: [{**STATUS, "instances": [quiet]}])
-    assert "KV taken by" not in run("status")[1]
+    assert "KV received by" not in run("status")[1]
 
 
 def test_status_says_how_well_lengths_are_predicted(run, broker):
@@ -217,8 +220,8 @@ def test_status_says_how_well_lengths_are_predicted(run, broker):
     ("monitor", "line"),
     [
         ({"number": 1234, "age_s": 0.07, "flip": "balance"}, "view 1234, 0.1 s old, flip policy balance"),
-        ({"number": 7, "age_s": 9.0, "flip": "none"}, "silent for 9.0 s: requests are placed without news"),
-        (None, "silent since the broker's start: requests are placed without news"),
+        ({"number": 7, "age_s": 9.0, "flip": "none"}, "silent for 9.0 s: requests are placed without load reports"),
+        (None, "silent since the broker's start: requests are placed without load reports"),
     ],
 )
 def test_status_says_whether_the_monitor_is_heard(run, broker, monitor, line):

@@ -7,7 +7,7 @@ from handover import TEXT, TOKENS, Pair, Request, adopt_zeros, engine_request, f
 
 from tetri.engine.base import Span
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 
 def waiting(engine) -> None:

@@ -9,7 +9,7 @@ from handover import BLOCK, Pair, Request, carry_alone, differences, fill
 from tetri.engine.base import EngineError
 from tetri.request import Sampling, blocks_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 GAP = 1e-3  # below it, rounding alone may decide between two tokens

@@ -14,7 +14,7 @@ from traffic import flip_seconds
 
 from tetri.client import AsyncClient, Result
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.xdist_group("live")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 TOKENS = 24
 GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens

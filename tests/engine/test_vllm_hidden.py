@@ -14,7 +14,7 @@ from vllm_process import WRITER_LAYERS, EngineProcess
 from tetri.engine.base import EngineError
 from tetri.request import Sampling, blocks_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 LENGTHS = (5, 129, 600)  # 600: two chunks live, five of the writer's
 EVERY = 4

@@ -10,7 +10,7 @@ from tetri.engine.base import EngineError, Span, StepDone
 from tetri.engine.vllm.engine import VllmEngine
 from tetri.request import Sampling
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 
 # ---------------------------------------------------------------- what the engine is

@@ -11,7 +11,7 @@ from live import LiveCluster, wait_until
 from tetri.client import AsyncClient, Result
 from tetri.request import Sampling, blocks_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600), pytest.mark.xdist_group("live")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 TOKENS = 24
 ALONE = 12  # of a request that has the cluster to itself, so that each takes a step of its own

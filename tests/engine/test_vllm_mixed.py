@@ -11,7 +11,7 @@ from vllm_process import EngineProcess
 from tetri.engine.base import StepDone
 from tetri.request import Sampling, blocks_for
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 TEXT = Sampling(max_tokens=16, ignore_eos=True)
 UNDER_WAY = 2  # prefill legs at a time

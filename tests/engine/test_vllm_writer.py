@@ -10,7 +10,7 @@ from vllm_process import WRITER_LAYERS
 from tetri.engine.base import EngineError
 from tetri.request import Sampling
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400), pytest.mark.xdist_group("float32")]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 LENGTHS = (1, 30, 118, 119, 120, 121, 300)
 

@@ -7,7 +7,7 @@ from tests.core.build import capacity, close, ending, failed, heartbeat, ready, 
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Reply, Send
 from tetri.core.broker.delivery import MAX_ATTEMPTS
-from tetri.request import Stage
+from tetri.request import Receipt, Stage
 from tetri.wire.clients import Delta, Done
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Assign, Close, Hold
@@ -248,6 +248,32 @@ def test_what_is_lost_begins_anew_with_its_output(before, event, goes, output):
     for assign in sent(actions, kind=Assign):
         assert (assign.prompt, assign.output) == ([1, 2, 3], output) and told.status().requests == {"queued": 1}
         assert {message for _, message in closes(actions)} == {close(RID)}
+
+
+REPORTS = (  # all that workers report of a request of three tokens, in order
+    staged("p1", RID, Stage.PREFILL),
+    tokens("p1", RID, 0, 7),
+    staged("d1", RID, Stage.WAITING),
+    staged("d1", RID, Stage.DECODE),
+    tokens("d1", RID, 1, 8),
+    *ending("d1", RID, 2, 9),
+)
+
+
+@pytest.mark.parametrize("received", range(len(REPORTS) + 1))
+def test_an_instance_that_is_lost_between_any_two_messages_leaves_no_end_without_a_receipt(received):
+    """The last message ends the request, and brings its receipt. Before, the request begins anew with its output."""
+    told = begin([], "p1", "p2", "d1", max_tokens=3)
+    before = told.tell(*REPORTS[:received])
+    lost = told.tell(PeerDown("p1" if received < 3 else "d1"))
+    ends = [(reply.reason, reply.receipt) for reply in replies(before + lost) if isinstance(reply, Done)]
+    again = [(assign.attempt, assign.output) for assign in sent(lost, kind=Assign)]
+    if received == len(REPORTS):
+        receipt = Receipt(prompt_tokens=3, adopted=3, prefill_instance="p1", decode_instance="d1")
+        assert ends == [("length", receipt)] and not again
+    else:
+        output = [7, 8][: (received > 1) + (received > 4)]
+        assert not ends and again == [(2, output)]
 
 
 def test_what_was_assigned_and_is_not_held_is_assigned_again(served):

@@ -284,7 +284,7 @@ def test_check_finds_chunks_that_nobody_takes_and_pauses_of_legs_that_are_no_mor
     receiving.announced(chunk("r", 0, 0, 1), made)
     with pytest.raises(Broken, match="r waits for 0 of 1 chunks"):
         receiving.check([made])
-    receiving.take(chunk("r", 0, 0, 1), made)
+    receiving.fetch(chunk("r", 0, 0, 1), made)
     receiving.check([made])
     receiving.pauses["d:x:1:p1:1", 0] = 1.0
     with pytest.raises(Broken, match="legs that are no more"):

@@ -212,7 +212,7 @@ def test_who_comes_back_after_a_while_begins_anew_and_the_gone_are_forgotten():
     turned, ledger = StarvationGuard(0.6), Ledger(20, 0.5)
     turned.enter("a", 9, 0.0)
     turned.enter("b", 9, 1.0)
-    assert list(turned.turned) == ["b"]
+    assert list(turned.waiting) == ["b"]
     for step in range(12):
         turned.enter("a", 9, 1.3 + 0.5 * step)
     assert turned.before("c", 9, ledger, 0, 1.3 + LONG_S - 0.01) is None

@@ -21,7 +21,8 @@ class World:
     def __init__(self, *decoders, **changes):
         own = identity("p1", "prefill", **changes)
         self.peers, self.home, self.number = Peers(own), None, 0
-        self.pool = LivePool(own, self.peers, lambda: self.home)
+        self.pool = LivePool(own, self.peers)
+        self.pool.home = lambda: self.home
         self.membership(*(decoders or BOTH))
 
     def membership(self, *instances):
@@ -72,7 +73,7 @@ def test_who_has_not_reported_counts_as_empty_and_an_earlier_incarnation_is_anot
     ids=["not granted", "before the report", "after an old report", "after the view"],
 )
 def test_an_own_offer_counts_until_a_report_was_made_after_its_grant(world, granted_at, age, counted):
-    world.reservation(heavy=True)
+    world.reserve(heavy=True)
     assert world.columns()["d1"] == (8, 7, 1, 0)
     if granted_at is not None:
         world.pool.granted(1, granted_at)
@@ -83,21 +84,21 @@ def test_an_own_offer_counts_until_a_report_was_made_after_its_grant(world, gran
 
 
 def test_what_is_granted_by_one_who_never_reports_is_forgotten_at_the_next_news(world):
-    world.reservation()
+    world.reserve()
     world.pool.granted(1, 1.0)
     world.view(2.0, d2=Load(free_blocks=9))
     assert world.columns()["d1"] == EMPTY
 
 
 def test_what_is_taken_back_no_longer_counts(world):
-    world.reservation(heavy=True)
+    world.reserve(heavy=True)
     world.pool.withdrawn(1)
     world.pool.withdrawn(1)
     assert world.columns()["d1"] == EMPTY
 
 
 def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
-    world.reservation(blocks=4, end_blocks=6)
+    world.reserve(blocks=4, end_blocks=6)
     world.pool.refused(1)
     world.pool.refused(1)
     assert world.columns()["d1"] == (3, 3, 0, 0)
@@ -107,8 +108,8 @@ def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
 
 
 def test_an_offer_to_one_that_is_gone_changes_nothing(world):
-    world.reservation(1)
-    world.reservation(2)
+    world.reserve(1)
+    world.reserve(2)
     world.membership(BOTH[1])
     world.pool.withdrawn(1)
     world.pool.refused(2)
@@ -119,13 +120,13 @@ def test_an_offer_to_one_that_is_gone_changes_nothing(world):
 
 def test_a_monitor_that_is_silent_is_forgotten_with_what_no_view_can_contain_any_more(world):
     world.view(10.0, d1=Load(free_blocks=4))
-    world.reservation(blocks=3)
+    world.reserve(blocks=3)
     world.pool.granted(1, 10.1)
     world.peers.expire(12.0)
     assert world.columns()["d1"][0] == 1
     world.peers.expire(12.1)  # nothing since: the request may be long over, and no report will ever say so
     assert world.columns()["d1"][0] == 10
-    world.reservation(2, blocks=3)
+    world.reserve(2, blocks=3)
     assert world.columns()["d1"][0] == 10 - 3  # what is still on its way counts
     world.view(20.0, epoch=2, d1=Load(free_blocks=5))  # another monitor
     assert world.columns()["d1"][0] == 5 - 3
@@ -157,7 +158,7 @@ def test_the_last_choice_is_kept_for_round_robin_while_it_is_there():
 def test_home_is_a_column_while_it_decodes_and_never_stale(world):
     world.home = Load(free_blocks=6, growth_blocks=1, waiting=1)
     assert world.columns()["p1"] == (6, 5, 0, 1)
-    world.reservation(iid="p1", heavy=True)
+    world.reserve(iid="p1", heavy=True)
     assert world.pool.columns.free[-1] == 4  # until it says so itself, once that is granted
     assert world.columns()["p1"] == (6, 5, 0, 1)
     world.home = None

@@ -188,21 +188,20 @@ def test_a_granted_one_goes_past_one_that_waits_for_slots():
     """`k` waits to be taken, with three slots. `a` and `b` are started behind it: the step that would have ended `a`
     ran neither, since memory was short. Then the decode instance is lost that had granted `k` its memory."""
     told = working("p1", "d1", "d2", capacity=capacity(blocks=40, context=100, max_batch=4), slots=6)
-    told.land("x", prompt=8, max_tokens=20)
-    told.step()
+    told.running("x", "y", max_tokens=20)
     told.tell(assign("k", prompt=12), assign("a", prompt=8), assign("b", prompt=28))
     told.step()
     told.answer("k", grant)
-    told.step()
+    assert [told.run(), told.run()] == [[("k", 6, 12)], [("a", 0, 6)]]
     told.later()
-    assert told.chunk() == [("a", 2, 8), ("b", 0, 1)]
+    assert told.chunk() == [("a", 6, 8), ("b", 0, 4)]
     told.step(spans=[], preempted="x")
     told.tell(PeerDown("d1"))
     told.later()
     assert told.chunk() == []
     told.answer("b", grant)
     told.step()
-    assert only(told.later(), HoldRequest) == [HoldRequest("p:b:1", False)] and told.chunk() == [("b", 0, 7)]
+    assert only(told.later(), HoldRequest) == [HoldRequest("p:b:1", False)] and told.chunk() == [("b", 0, 6)]
 
 
 @pytest.fixture
@@ -252,6 +251,23 @@ def test_it_is_kept_while_nobody_needs_its_slots(lost):
     lost.view(d2=60)
     lost.answer("b", grant)
     finish(lost, "b")
+
+
+def test_it_is_kept_while_slots_come_back_from_the_granted_one():
+    told = begin(D1, D2, slots=6)
+    told.tell(assign("k", prompt=12))
+    told.run()
+    told.answer("k", grant)
+    told.tell(assign("b", prompt=24))
+    assert [told.run(), told.run(), told.run()] == [[("k", 8, 12), ("b", 0, 4)], [("b", 4, 12)], []]
+    told.view(d1=0, d2=0)
+    told.answer("b", refuse)
+    told.tell(PeerDown("d1"))
+    told.view(d2=60)
+    told.answer("k", refuse)
+    told.answer("b", grant)
+    assert told.run() == [] and failures(told) == []
+    finish(told, "b")
 
 
 def test_it_is_kept_while_it_is_on_offer(lost):

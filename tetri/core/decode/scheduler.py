@@ -23,6 +23,7 @@ from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer,
 from tetri.wire.messages import End, Hold, Resend, Staged, TokenItem, Tokens
 
 Answer = Grant | Refuse | Landed
+FreeMemory = Callable[[str, int], list[Action]]
 
 
 class DecodeScheduler:
@@ -32,20 +33,18 @@ class DecodeScheduler:
     moving        those whose KV has not all landed
     unallocated   those for which the engine has no blocks yet
 
-    `free_memory(rid, blocks)` returns the actions by which the prefill scheduler frees memory for an offer; empty if
-    it cannot free enough. `way(iid, incarnation)` returns the path and the segment from which the KV of an instance is
-    read, None if there is no path. `estimator` is the worker's, None unless lengths are "trained"."""
+    `way(iid, incarnation)` returns the path and the segment from which the KV of an instance is read, None if there is
+    no path. `estimator` is the worker's, None unless lengths are "trained"."""
 
     def __init__(
         self,
         own: Identity,
         ledger: Ledger,
-        free_memory: Callable[[str, int], list[Action]],
         way: Callable[[str, int], tuple[str, str] | None],
         estimator: LengthEstimator | None = None,
     ) -> None:
         self.estimator = estimator
-        self.own, self.ledger, self.free_memory, self.way = own, ledger, free_memory, way
+        self.own, self.ledger, self.way = own, ledger, way
         self.kv_receive = KVReceive()
         gone_s = 3 * max(own.load_s, own.heartbeat_s)  # prefill instances repeat offers with every view and heartbeat
         self.starvation_guard = StarvationGuard(gone_s)
@@ -58,8 +57,10 @@ class DecodeScheduler:
 
     # ------------------------------------------------------------ the hand-over
 
-    def offer(self, message: Offer, now: float) -> list[Action]:
-        """Reserve memory for a request and grant it, or refuse it. A new offer replaces an older one of the request."""
+    def offer(self, message: Offer, now: float, free_memory: FreeMemory | None) -> list[Action]:
+        """Reserve memory for a request and grant it, or refuse it. A new offer replaces an older one of the request.
+        `free_memory(rid, blocks)` returns the actions by which the prefill phase frees memory for it; empty if it
+        cannot free enough. None while the engine computes: no prompt can give up its memory then."""
         request = self._request_of(message.rid)
         if request is not None and request.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
@@ -82,8 +83,9 @@ class DecodeScheduler:
         kept = self.batch.kept_free()
         why = self.starvation_guard.before(message.rid, message.blocks, self.ledger, kept, now)
         if why is None:
-            if self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks):
-                actions += self.free_memory(message.rid, message.blocks + kept)
+            short = self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks)
+            if short and free_memory is not None:
+                actions += free_memory(message.rid, message.blocks + kept)
             why = self.ledger.reserve(key, message.blocks, kept)
         if why is not None:
             self.starvation_guard.enter(message.rid, message.blocks, now)

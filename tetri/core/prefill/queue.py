@@ -24,6 +24,8 @@ class Queue:
     With a windowed order, a window of `raw` moves to `line` when a chunk needs more prompts. Otherwise `line` holds
     only the started requests and the rest is sorted by rank: a later request with a lower rank goes first.
 
+    started   those of the requests in `line` whose engine request is in the engine, by key
+    short     whether the first prompt waits for slots
     tokens    tokens that are still to be computed
     seconds   the time that this takes, predicted by the cost table
     """
@@ -33,6 +35,8 @@ class Queue:
         self.order = ORDERS[own.rules.order]
         self.raw: dict[str, QueuedPrompt] = {}
         self.line: dict[str, None] = {}
+        self.started: dict[str, PrefillRequest] = {}
+        self.short = False
         self.tokens = 0
         self.seconds = 0.0
         self._line_tokens = 0
@@ -70,6 +74,19 @@ class Queue:
             self._unrank(request)
             self.line[request.key] = None
             self._line_tokens += request.goal
+        self.started[request.key] = request
+        request.running = True
+
+    def stop(self, request: PrefillRequest) -> None:
+        """Record that its engine request is no longer in the engine."""
+        del self.started[request.key]
+        request.running = request.held = False
+
+    def blocked(self) -> PrefillRequest | None:
+        """Return the request that holds KV blocks and cannot go on: it waits for slots, and no decode instance has
+        granted it. None if there is none."""
+        request = next(iter(self.started.values()), None) if self.short else None
+        return None if request is None or request.granted else request
 
     def computed(self, request: PrefillRequest, done: int) -> None:
         """Record that `done` tokens of a request in `line` are computed; fewer than before after a preemption."""
@@ -122,15 +139,13 @@ class Queue:
 # ------------------------------------------------------------ the next chunk
 
 
-def candidates(
-    queue: Queue, requests: Requests, started: Requests, budget: int, free: int, most: int
-) -> list[Progress]:
+def candidates(queue: Queue, requests: Requests, budget: int, free: int, most: int) -> list[Progress]:
     """Return the prompts for a chunk of up to `budget` tokens, `most` at most, in the order in which the engine runs
     them: first the started ones, then those for which the `free` KV blocks suffice."""
     prompts, chunk_tokens = list[Progress](), budget
     if budget <= 0:
         return prompts
-    for request in started.values():
+    for request in queue.started.values():
         if budget <= 0 or len(prompts) == most:
             return prompts
         prompts.append(_progress(request))

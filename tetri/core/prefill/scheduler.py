@@ -32,9 +32,7 @@ class PrefillScheduler:
     """Schedules the prefill phase.
 
     requests   all that the broker has not closed, by key
-    started    those whose engine request is in the engine, by key
     expected   the planned chunk
-    short      whether the first prompt in the queue waits for slots
     """
 
     def __init__(
@@ -49,11 +47,9 @@ class PrefillScheduler:
         self.own, self.ledger = own, ledger
         self.requests: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
-        self.started: dict[str, PrefillRequest] = {}
         self.dispatcher = Dispatcher(own, self.requests, peers, timers, rng)
         self.kv_send = KVSend(own, self.dispatcher)
         self.lengths = LengthWait(own, self.dispatcher, estimator)
-        self.short = False
         self.expected: list[Span] = []
         self._budget = 0  # tokens of the planned step that prefill may use
         self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its attempts here
@@ -130,10 +126,10 @@ class PrefillScheduler:
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
         may use the reserve."""
         self._budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
-        prompts = candidates(self.queue, self.requests, self.started, budget, free, most)
+        prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
         keys = [span.key for span in self.expected]
-        if self.short and not self.dispatcher.waiting():
+        if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
         actions: list[Action] = []
         for request in map(self.requests.__getitem__, keys):
@@ -142,15 +138,14 @@ class PrefillScheduler:
         return actions
 
     def _choose(self, prompts: list[Progress]) -> None:
-        self.expected = fill(self.own, self._budget, prompts, self.requests, self.started, self.kv_send.spare())
-        self.short = bool(prompts) and not self.expected
+        started, slots = self.queue.started, self.kv_send.spare()
+        self.expected = fill(self.own, self._budget, prompts, self.requests, started, slots)
+        self.queue.short = bool(prompts) and not self.expected
 
     def _start(self, request: PrefillRequest, now: float) -> list[Action]:
         if not self.ledger.allocate(request.key, request.flow.blocks):
             raise Broken(f"{request.key} was planned without room")
         self.queue.start(request)
-        self.started[request.key] = request
-        request.running = True
         engine_request = EngineRequest(
             request.key, "prefill", request.prompt + request.output, len(request.prompt), request.sampling
         )
@@ -165,21 +160,15 @@ class PrefillScheduler:
         """Hold the started requests that are not in the planned chunk, and release those that are."""
         planned = {span.key for span in self.expected}
         actions: list[Action] = []
-        for key, request in self.started.items():
+        for key, request in self.queue.started.items():
             if request.held == (key in planned):
                 request.held = not request.held
                 actions.append(HoldRequest(key, request.held))
         return actions
 
-    def blocked(self) -> PrefillRequest | None:
-        """Return the request that holds KV blocks and cannot go on: it waits for slots, and no decode instance has
-        granted it. None if there is none."""
-        request = next(iter(self.started.values()), None) if self.short else None
-        return None if request is None or request.granted else request
-
     def holds_up(self, request: PrefillRequest) -> bool:
         """Return whether the request waits for slots ahead of others that a decode instance could hold."""
-        if self.blocked() is not request:
+        if self.queue.blocked() is not request:
             return False
         others = [self.requests[key] for key in (*self.queue.raw, *self.queue.line)]
         return any(not other.decodes or self.dispatcher.pool.fits(other) for other in others)
@@ -188,7 +177,7 @@ class PrefillScheduler:
         """Free the KV blocks of the blocked request for request `rid`, which needs `blocks` to decode here. Otherwise
         two mixed instances could wait for each other's memory for ever. When two requests are on offer to each other's
         instances, the one with the lower id wins on both."""
-        request = self.blocked()
+        request = self.queue.blocked()
         if request is None or request.rid == rid or (request.flow.offer is not None and request.rid < rid):
             return []
         enough = self.ledger.free + request.flow.blocks >= blocks
@@ -250,9 +239,8 @@ class PrefillScheduler:
         return [self._report(Tokens, items=items), *after] if items else []
 
     def _stop(self, request: PrefillRequest) -> None:
-        """Record that its engine request is no longer in the engine."""
-        del self.started[request.key]
-        request.running = request.held = False
+        """Record that its engine request is no longer in the engine, and free its KV blocks."""
+        self.queue.stop(request)
         self.ledger.close(request.key)
 
     def _move(self, request: PrefillRequest) -> list[Action]:
@@ -277,7 +265,8 @@ class PrefillScheduler:
 
     def slot_deadlock(self) -> PrefillRequest | None:
         """Return the request to give up because a granted one waits for its slots; None without a deadlock."""
-        waiting_for_slots = self.short and any(request.granted for request in self.started.values())
+        queue = self.queue
+        waiting_for_slots = queue.short and any(request.granted for request in queue.started.values())
         return self.kv_send.slot_deadlock() if waiting_for_slots else None
 
     def _forget(self, request: PrefillRequest, why: str) -> list[Action]:
@@ -313,8 +302,8 @@ class PrefillScheduler:
             raise Broken(
                 f"accounts and legs differ: {[request.key for request in self.requests.values() if request.running]}"
             )
-        if {key: request for key, request in self.requests.items() if request.running} != self.started:
-            raise Broken(f"started are {list(self.started)}, and others run")
+        if {key: request for key, request in self.requests.items() if request.running} != self.queue.started:
+            raise Broken(f"started are {list(self.queue.started)}, and others run")
         attempts = {(request.rid, key) for key, request in self.requests.items()}
         if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
             raise Broken(f"requests and their index differ: {self._attempts}")
