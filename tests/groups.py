@@ -6,24 +6,24 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-#: Files whose tests share engines; the tests of any other file are a group of their own.
+#: Files in tests/engine/vllm whose tests share engines; the tests of any other file are a group of their own.
 TOGETHER = {
-    **dict.fromkeys(("equality", "cancel", "legs", "mixed", "hidden", "writer"), "float32"),
+    **dict.fromkeys(("connector", "cancel", "engine", "scheduler", "hidden", "writer"), "float32"),
     **dict.fromkeys(("live", "flip"), "live"),
 }
 #: Those that take longest, in the order in which they begin: two processes that share the tests end together then.
 LONGEST = (
-    *("float32", "live", "tests/engine/test_vllm_tight.py", "tests/engine/test_vllm_bfloat16.py"),
-    *("tests/proc/test_launch.py", "tests/core/test_cluster.py", "tests/proc/test_live_chaos.py"),
-    *("tests/kv/test_nixl.py", "tests/proc/test_live_faults.py", "tests/proc/test_live_link.py"),
-    *("tests/proc/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),
+    *("float32", "live", "tests/engine/vllm/test_tight.py", "tests/engine/vllm/test_bfloat16.py"),
+    *("tests/proc/test_launch.py", "tests/sim/test_faulty.py", "tests/bench/test_chaos.py"),
+    *("tests/kv/nixl/test_mover.py", "tests/proc/test_live_faults.py", "tests/proc/test_live_link.py"),
+    *("tests/bench/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),
 )
 
 
 def group(nodeid: str) -> str:
     """Tests of a group run one after another in one process."""
     file = nodeid.partition("::")[0]
-    return TOGETHER.get(file.removeprefix("tests/engine/test_vllm_").removesuffix(".py"), file)
+    return TOGETHER.get(file.removeprefix("tests/engine/vllm/test_").removesuffix(".py"), file)
 
 
 class Shared:

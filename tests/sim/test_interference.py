@@ -1,11 +1,8 @@
 """The cost table of the paper's testbed beside its interference measurements: none is more than a quarter off."""
 
-import tomllib
-
 import pytest
 
 from tetri import cost
-from tetri.sim.figures import FILE, plotted
 from tetri.sim.interference import decode_rate, points, prompts
 
 
@@ -43,11 +40,3 @@ def test_light_prefills_beside_a_light_one_double_it_by_seven_and_eightfold_it_b
 def test_heavy_decodes_take_a_sixth_of_the_throughput_at_batch_128(table):
     light, half = decode_rate(table, 128, 0.0), decode_rate(table, 128, 0.5)
     assert -0.20 < half / light - 1 < -0.10
-
-
-def test_the_papers_numbers_are_read_once_and_whole():
-    assert plotted() is plotted()
-    table = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    assert list(table["end_to_end"]) == ["LPLD", "LPHD", "HPLD", "HPHD", "Mixed"]
-    for shown in table["end_to_end"].values():
-        assert {system for metric in shown.values() for system in metric} == {"vllm16", "tetri-roce", "tetri-nvlink"}

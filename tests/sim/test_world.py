@@ -186,12 +186,6 @@ def test_a_flip_shows_in_what_an_instance_was():
     assert all(stop > start for use in result.instances.values() for start, stop, _ in use.spans)
 
 
-def test_progress_is_told():
-    heard = []
-    World(SETUP, batch(10), heard.append).run()
-    assert heard == list(range(1, 11))
-
-
 # ---------------------------------------------------------------- no second scheduler
 
 
@@ -214,44 +208,3 @@ def test_another_order_in_the_policy_table_is_another_order_in_the_simulator(mon
 
 
 # ---------------------------------------------------------------- wrong setups
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"prefill": 0}, "there is no prefill instance"),
-        ({"decode": 0}, "there is no decode instance"),
-        ({"prefill": -1}, "prefill must be at least 0, got -1"),
-        ({"kv_tokens": 5}, "the KV of an instance holds 5 tokens"),
-        ({"kv_tokens": 0}, "the KV of an instance holds 0 tokens"),
-        ({"max_batch": 0}, "max_batch must be at least 1"),
-        ({"max_batch": 512}, "max_batch must be below chunk_tokens"),
-        ({"link_bytes_s": 0.0}, "link_bytes_s must be above 0"),
-        ({"link_bytes_s": float("nan")}, "link_bytes_s must be above 0"),
-        ({"link_latency_s": float("inf")}, "link_latency_s must be at least 0"),
-        ({"reserve_share": 0.0}, "reserve_share must be above 0"),
-        ({"transfer": "never"}, "unknown transfer 'never'; known: chunk, request"),
-        ({"flip": "x"}, "unknown flip 'x'; known: none"),
-        ({"slots": 3}, "slots must be at least"),
-        ({"rules": Rules(order="x")}, "unknown order 'x'; known: fcfs"),
-    ],
-)
-def test_a_wrong_setup_is_one_line(changes, says):
-    with pytest.raises(SimError) as error:
-        World(replace(SETUP, **changes), [ONE])
-    assert says in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arrivals", "says"),
-    [
-        ([], "there are no requests"),
-        ([Arrival(1.0, 5, 5), Arrival(0.5, 5, 5)], "arrives before the request before it"),
-        ([Arrival(-1.0, 5, 5)], "arrives before"),
-        ([Arrival(float("nan"), 5, 5)], "arrives before"),
-        ([Arrival(0.0, 0, 5)], "has no prompt or no output"),
-    ],
-)
-def test_wrong_requests_are_one_line(arrivals, says):
-    with pytest.raises(SimError, match=says):
-        World(SETUP, arrivals).run()

@@ -32,7 +32,7 @@ iids = st.sampled_from(sorted(WORKERS))
 stages = st.sampled_from([Stage.QUEUED, Stage.PREFILL, Stage.MOVING, Stage.WAITING, Stage.DECODE, Stage.DONE])
 seconds = st.sampled_from([0.0, 0.01, 0.06, 0.3, 3.0])
 
-# Few examples in the default run: the whole deployment (tests/sim/test_faults.py) looks deeper, these look wider.
+# Few examples in the default run: the whole deployment (tests/sim/test_faulty.py) looks deeper, these look wider.
 QUICK = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )

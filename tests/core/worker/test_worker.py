@@ -34,9 +34,7 @@ from tetri.core.actions import (
     Step,
 )
 from tetri.core.worker.worker import MOST_UNKNOWN
-from tetri.cost import Cost
 from tetri.engine_request import StepDone
-from tetri.request import LengthRange
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Offer
 from tetri.wire.messages import Heartbeat, LoadReport, Ready, Staged, Tokens
@@ -320,22 +318,6 @@ def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_deco
     assert [engine_request.request.phase for engine_request in only(actions, AddRequest)] == ["decode"] and not sent(
         actions, "p1"
     )
-
-
-def test_loads_are_published_again_and_again():
-    cost = Cost(prefill=((0.0, 0.0), (10.0, 1.0)), decode=((1.0, 0.5),))
-    told = working("d1", **ROOMY, load_s=0.25, cost=cost)
-    told.running("x", src="d9", max_tokens=20, length=LengthRange(low=0, high=10))
-    told.tell(assign("a", prompt=20))
-    told.later()
-    told.now += 0.2
-    told.step()
-    (report,) = [action.message for action in only(told.later(0.05), Publish)]
-    load = report.load
-    assert (load.queued, load.queued_tokens, load.queued_s) == (1, 13, pytest.approx(1.3))
-    assert (load.waiting, load.landed, load.running, load.heavy, load.growth_blocks) == (1, 0, 1, 0, 2 + 2)
-    assert (load.decode_s, load.busy) == (pytest.approx(3.5), pytest.approx(0.8))  # 6 and 8 tokens
-    assert only(told.later(0.25), Publish)
 
 
 # ---------------------------------------------------------------- memory that both want

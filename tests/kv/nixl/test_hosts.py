@@ -9,14 +9,14 @@ import msgspec
 import pytest
 from two_hosts import DECODE, PREFILL, TwoHosts, ip
 
-from tests.kv.nixl.test_nixl_mover import BLOCK, Owner
+from tests.kv.nixl.test_mover import BLOCK, Owner
 from tetri.kv.segment import sweep
 
 RECEIVER = f"""
 import json, sys
 import msgspec
 from tests.kv.parties import Chunk
-from tests.kv.nixl.test_nixl_mover import NixlWorld
+from tests.kv.nixl.test_mover import NixlWorld
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.nixl import mover as nixl_mover
 from tetri.request import Reach

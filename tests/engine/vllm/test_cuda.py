@@ -21,7 +21,7 @@ def test_a_hand_over_through_a_slab_in_a_gpus_memory(reference, prompts):
     right = [reference.text(prompt, TOKENS).ids for prompt in chosen]
     folder = tempfile.mkdtemp(prefix="tetri-cuda-", dir="/dev/shm")
     prologue = (
-        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests' / 'engine')!r}]; "
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests' / 'engine' / 'vllm')!r}]; "
         f"from played_gpu import play; play({folder!r}); "
     )
     cpus = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""The contract of the KV paths, over nixl. All stores are in one process; test_nixl_mover.py has several."""
+"""The contract of the KV paths, over nixl. All stores are in one process; test_mover.py has several."""
 
 import os
 

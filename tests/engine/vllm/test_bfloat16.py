@@ -1,4 +1,4 @@
-"""As test_vllm_equality.py, in the type of numbers that is served by default. In a file of its own, so that the engines
+"""As test_connector.py, in the type of numbers that is served by default. In a file of its own, so that the engines
 of the other one are gone."""
 
 from __future__ import annotations

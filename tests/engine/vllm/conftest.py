@@ -100,7 +100,7 @@ def prompts(model: Path) -> list[list[int]]:
     rng = random.Random(7)
     lengths = [1, 2, 127, 128, 129, 256, 257, 511, 512, 513, 640, 1000, 1024, 1025, 2000]
     lengths += [round(2 ** rng.uniform(0, 9.3)) for _ in range(40 - len(lengths))]
-    licence = Path(__file__).parents[2] / "LICENSE"
+    licence = Path(__file__).parents[3] / "LICENSE"
     text = Tokenizer.from_file(str(model / "tokenizer.json")).encode(licence.read_text()).ids
     made = []
     for number, length in enumerate(lengths):

@@ -1,0 +1,69 @@
+"""tetri-cli status: the workers, the monitor, and how well lengths are predicted."""
+
+import json
+import re
+
+import pytest
+from fake_broker import STATUS
+
+INSTANCE = {"iid": "p0", "role": "prefill", "state": "ready", "incarnation": 1, "blocks": 9, "free_blocks": 8}
+INSTANCE |= {"queued": 1, "running": 2, "held": 3, "note": ""}
+
+
+def test_status(run, broker):
+    broker(lambda message: [{**STATUS, "instances": [INSTANCE]}])
+    status, out, _ = run("status", "--json")
+    assert status == 0 and json.loads(out)["instances"] == [INSTANCE]
+    _, out, _ = run("status")
+    assert "requests  decode 1" in out and "counted   none" in out
+    header, row = out.splitlines()[-2:]
+    assert re.split(r"\s{2,}", header.strip())[:5] == ["iid", "role", "state", "blocks", "free blocks"]
+    assert row.split() == ["p0", "prefill", "ready", "9", "8", "1", "2", "3"]
+
+
+def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, broker):
+    quiet = {**INSTANCE, "paths": {"shm": 2, "stream": 1}, "counters": {"late": 0, "flipped": 0}}
+    noted = {**quiet, "iid": "d0", "counters": {"late": 3, "flipped": 0, "healed": 12}}
+    broker(lambda message: [{**STATUS, "instances": [quiet, noted]}])
+    out = run("status")[1].splitlines()
+    assert out[-4].endswith("  shm 2, stream 1")
+    assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [["KV received by", "counted"], ["d0", "late 3, healed 12"]]
+    assert json.loads(run("status", "--json")[1])["instances"] == [quiet, noted]
+    broker(lambda message: [{**STATUS, "instances": [quiet]}])
+    assert "KV received by" not in run("status")[1]
+
+
+def test_status_says_how_well_lengths_are_predicted(run, broker):
+    none = {"kind": "prior", "on": False, "note": "no predictor: tetri brings none", "predicted": 0, "late": 0}
+    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0, "cut": 0, "unread": 0}
+    works = {**none, "kind": "hidden", "on": True, "note": "", "predicted": 120, "late": 3}
+    works |= {"scored": 50, "right": 23, "prior_right": 20, "inside": 40}
+    worse = {**works, "on": False, "note": "off: worse than the prior", "cut": 7, "unread": 2}
+    found = {"p0": none, "p1": works, "m0": worse, "d0": works, "d1": none, "d2": None}
+    roles = {"p": "prefill", "m": "mixed", "d": "decode"}
+    shown = [{**INSTANCE, "iid": iid, "role": roles[iid[0]], "predictor": each} for iid, each in found.items()]
+    broker(lambda message: [{**STATUS, "instances": shown}])
+    rows = [re.split(r"\s{2,}", line) for line in run("status")[1].splitlines()[-5:]]
+    shares = ["50", "46%", "40%", "80%"]
+    assert rows == [
+        ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"],
+        ["p0", "prior", "-", "0", "0", "0", "-", "-", "-", none["note"]],
+        ["p1", "hidden", "on", "120", "3", *shares],
+        ["m0", "hidden", "off", "120", "3", *shares, "off: worse than the prior; 7 prompts cut; 2 prompts unread"],
+        ["d0", "hidden", "on", "120", "3", *shares],
+    ]
+    assert json.loads(run("status", "--json")[1])["instances"] == shown
+
+
+@pytest.mark.parametrize(
+    ("monitor", "line"),
+    [
+        ({"number": 1234, "age_s": 0.07, "flip": "balance"}, "view 1234, 0.1 s old, flip policy balance"),
+        ({"number": 7, "age_s": 9.0, "flip": "none"}, "silent for 9.0 s: requests are placed without news"),
+        (None, "silent since the broker's start: requests are placed without news"),
+    ],
+)
+def test_status_says_whether_the_monitor_is_heard(run, broker, monitor, line):
+    broker(lambda message: [{**STATUS, "monitor": monitor}])
+    assert f"monitor   {line}" in run("status")[1]
+    assert json.loads(run("status", "--json")[1])["monitor"] == monitor

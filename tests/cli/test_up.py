@@ -1,0 +1,41 @@
+"""tetri-cli up, without anything that starts."""
+
+import os
+
+import pytest
+
+from tetri.proc import launch
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        (["prefill", "decode", "decode"], "on 1 prefill and 2 decode workers"),
+        (["mixed"], "on 1 mixed workers"),
+        (["prefill", "decode", "mixed"], "on 1 prefill, 1 decode and 1 mixed workers"),
+    ],
+)
+def test_up_counts_the_workers_by_role(run, monkeypatch, roles, says):
+    monkeypatch.setattr(launch, "up", lambda config, say, wait_s: config.run_dir)
+    workers = ",".join(f'{{iid="w{i}",role="{role}"}}' for i, role in enumerate(roles))
+    assert says in run("up", "--set", f"worker=[{workers}]")[1]
+
+
+def test_up_tells_where_things_listen(run, place, monkeypatch):
+    def fake_up(config, say, wait_s):
+        say("p0 (prefill) is ready")
+        return config.run_dir
+
+    monkeypatch.setattr(launch, "up", fake_up)
+    conf = os.path.join(os.path.dirname(__file__), "..", "..", "conf", "emulated.toml")
+    status, out, err = run("up", "--conf", conf, "--set", "broker.clients=tcp://127.0.0.1:7777")
+    assert status == 0 and "tcp://127.0.0.1:7777" in out and f"{place}/log" in out
+    assert err == "p0 (prefill) is ready\n"
+
+
+def test_a_disk_that_is_full_is_one_line(run, monkeypatch):
+    def fake_up(config, say, wait_s):
+        raise OSError(28, "No space left on device", "/run/cluster.toml")
+
+    monkeypatch.setattr(launch, "up", fake_up)
+    assert run("up") == (1, "", "tetri-cli: /run/cluster.toml: No space left on device\n")

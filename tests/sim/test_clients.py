@@ -1,0 +1,86 @@
+"""All clients of a simulated deployment: when they ask, and what they note of the answers."""
+
+import pytest
+
+from tetri.request import Receipt, Usage
+from tetri.sim.clients import Clients
+from tetri.sim.kernel import Kernel
+from tetri.sim.setup import SimError
+from tetri.sim.traces import Arrival
+from tetri.wire.clients import Accepted, Done, Refused
+
+
+class Asked:
+    """Clients, what they send and when, and how many answers were told of."""
+
+    def __init__(self, *arrivals):
+        self.kernel, self.sent, self.told = Kernel(), [], []
+        self.clients = Clients(self.kernel, iter(arrivals), self.submit, self.told.append)
+
+    def submit(self, submitted):
+        self.sent.append((self.kernel.now, submitted))
+
+    def run(self):
+        self.clients.start()
+        self.kernel.run()
+        return self
+
+
+def done(prompt, output, reason="length", error=None):
+    receipt = Receipt(prompt_tokens=prompt, prefill_instance="p0", decode_instance="d0", attempts=2)
+    usage = Usage(prompt_tokens=prompt, completion_tokens=output)
+    return Done(rid="r", reason=reason, usage=usage, timeline={}, ttft_s=1.0, jct_s=3.0, receipt=receipt, error=error)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "says"),
+    [
+        ([], "there are no requests"),
+        ([Arrival(1.0, 5, 5), Arrival(0.5, 5, 5)], "arrives before the request before it"),
+        ([Arrival(-1.0, 5, 5)], "arrives before"),
+        ([Arrival(float("nan"), 5, 5)], "arrives before"),
+        ([Arrival(0.0, 0, 5)], "has no prompt or no output"),
+    ],
+)
+def test_wrong_requests_are_one_line(arrivals, says):
+    with pytest.raises(SimError, match=says):
+        Asked(*arrivals).run()
+
+
+def test_each_request_is_sent_when_it_is_time_and_asks_for_just_its_tokens():
+    asked = Asked(Arrival(0.0, 3, 5), Arrival(2.0, 4, 1, 9.0), Arrival(2.0, 1, 7)).run()
+    assert [(at, len(sent.prompt), sent.sampling.max_tokens, sent.deadline_s) for at, sent in asked.sent] == [
+        (0.0, 3, 5, None),
+        (2.0, 4, 1, 9.0),
+        (2.0, 1, 7, None),
+    ]
+    assert all(sent.sampling.ignore_eos for _, sent in asked.sent) and [s.client for _, s in asked.sent] == [
+        b"0",
+        b"1",
+        b"2",
+    ]
+
+
+def test_answers_are_noted_and_counted():
+    asked = Asked(*[Arrival(0.0, 3, 5)] * 3).run()
+    clients = asked.clients
+    clients.receive_reply(b"0", Accepted(key="0", rid="r", prompt_tokens=3))
+    assert clients.open == 3 and not asked.told
+    clients.receive_reply(b"1", done(3, 5))
+    clients.receive_reply(b"0", Refused(key="0", reason="too long"))
+    clients.receive_reply(b"2", done(3, 2, "error", "d0 was lost"))
+    assert asked.told == [1, 2, 3] and clients.over
+    assert [(each.state, each.why) for each in clients.outcomes] == [
+        ("refused", "too long"),
+        ("done", ""),
+        ("failed", "d0 was lost"),
+    ]
+    found = clients.outcomes[1]
+    assert (found.ttft_s, found.jct_s, found.tpot_s) == (1.0, 3.0, 0.5)
+    assert (found.prefill, found.decode, found.attempts) == ("p0", "d0", 2)
+
+
+def test_an_answer_with_other_tokens_than_asked_for_is_no_result():
+    asked = Asked(Arrival(0.0, 3, 5)).run()
+    with pytest.raises(SimError, match=r"was answered with 3 \+ 4 tokens"):
+        asked.clients.receive_reply(b"0", done(3, 4))
