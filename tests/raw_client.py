@@ -17,7 +17,7 @@ import zmq
 Message = dict[str, Any]  # as on the wire, `type` included
 Prompt = str | list[int] | list[Message]  # text, token ids, or a conversation
 
-VERSION = b"\x01"
+VERSION = b"\x02"
 
 
 class NoAnswer(Exception):

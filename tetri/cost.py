@@ -1,4 +1,4 @@
-"""What a step costs on some hardware: two measured curves and the growth with context, from a table in conf/cost."""
+"""The cost model: predicts the seconds of an engine step from measured curves. Tables for hardware are in conf/cost."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from typing import Any
 
 from tetri.engine_request import Span
 
-Curve = tuple[tuple[float, float], ...]  # (tokens or batch, seconds); the first ascend, the second never fall
-TABLES = Path(__file__).parent.parent / "conf" / "cost"  # where a table is looked for by its name alone
+Curve = tuple[tuple[float, float], ...]  # (tokens or batch size, seconds): the first ascend, the second never fall
+TABLES = Path(__file__).parent.parent / "conf" / "cost"  # folder of the tables that are known by name
 
 
 class CostError(ValueError):
-    """A cost table cannot be read; one line that says what is wrong."""
+    """A cost table cannot be read; one line that states what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`prefill` by tokens in the chunk, `decode` by requests in the batch, seconds, linear in between and on
-    from the last two points; the first point's seconds before it. `prefill_start_s`: seconds more per chunk token
-    and per token before it; `decode_context_s`: seconds more per token of context in the batch.
+    """A cost table. `prefill` gives seconds by tokens in the chunk, `decode` by requests in the batch. Curves are
+    linear between points and beyond the last two; below the first point they are constant. `prefill_start_s`: seconds
+    added per chunk token and token before it in its prompt; `decode_context_s`: seconds added per token of context in
+    the batch.
 
-    Since a curve never falls, no step is cheaper than a smaller one and none takes less than no time, however far
-    beyond the measured points it is. Raises CostError when a value makes no sense."""
+    Since a curve never falls, no step is cheaper than a smaller one, and extrapolation yields no negative time. Raises
+    CostError for an invalid value."""
 
     prefill: Curve = ((1.0, 0.0),)
     decode: Curve = ((1.0, 0.0),)
     prefill_start_s: float = 0.0
     decode_context_s: float = 0.0
-    # What else the simulator has to know of the hardware; 0: the table does not say.
+    # Further properties of the hardware, for the simulator; 0: unknown.
     kv_token_bytes: int = 0
     kv_tokens: int = 0  # KV capacity of one instance
-    chunk_tokens: int = 0  # the knee: the smallest chunk at 95 % of the best prefill rate
-    predictor_s: float = 0.0  # one run of the length predictor
-    predictor_token_s: float = 0.0  # seconds more of it per prompt token
-    predictor_slowdown: float = 1.0  # how much longer a step takes beside which the predictor runs
+    chunk_tokens: int = 0  # the smallest chunk that reaches 95 % of the best prefill rate
+    predictor_s: float = 0.0  # seconds of one run of the length predictor
+    predictor_token_s: float = 0.0  # seconds added per prompt token
+    predictor_slowdown: float = 1.0  # factor on the time of a step while the predictor runs in parallel
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -56,38 +57,39 @@ class Cost:
         return _at(self.prefill, tokens) + self.prefill_start_s * pairs
 
     def prompt_s(self, tokens: int, done: int, chunk_tokens: int) -> float:
-        """Seconds of prefill for tokens [done, tokens) of one prompt, by itself, in chunks. Takes the same time for
-        a prompt of any length: the broker asks for every request."""
+        """Seconds of prefill for tokens [done, tokens) of one prompt, by itself, in chunks. The computation takes
+        constant time, since the broker calls it for every request."""
         whole, rest = divmod(max(tokens - done, 0), chunk_tokens)
-        # Chunk i starts at done + i x chunk_tokens: an arithmetic series.
+        # Chunk i starts at done + i x chunk_tokens, so the sum is an arithmetic series.
         pairs = chunk_tokens * (done * whole + chunk_tokens * (whole * (whole - 1) // 2))
         pairs += rest * (done + chunk_tokens * whole)
         last = _at(self.prefill, rest) if rest else 0.0
         return _at(self.prefill, chunk_tokens) * whole + last + self.prefill_start_s * pairs
 
     def predict_s(self, tokens: int) -> float:
-        """Seconds that the length predictor runs for one prompt, beside the main model."""
+        """Seconds that the length predictor runs for one prompt of `tokens` tokens."""
         return self.predictor_s + self.predictor_token_s * tokens
 
     def decode_run_s(self, batch: int, context: int, steps: int) -> float:
-        """Seconds of so many decode steps with the same requests, `context` tokens together before the first."""
+        """Seconds of `steps` decode steps with the same `batch` requests, which have `context` tokens in total before
+        the first step."""
         more = batch * steps * (steps - 1) / 2
         return self.decode_s(batch, 0) * steps + self.decode_context_s * (context * steps + more) if batch else 0.0
 
     def decode_s(self, batch: int, context: int) -> float:
-        """Seconds of one decode step of `batch` requests with `context` tokens together."""
+        """Seconds of one decode step of `batch` requests with `context` tokens in total."""
         return _at(self.decode, batch) + self.decode_context_s * context if batch else 0.0
 
     def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
-        """Seconds of one step that prefills `spans` and decodes `batch` requests. What every step costs, whatever is
-        in it, is paid once: the decode step of one request without context, or the chunk if that is less."""
+        """Seconds of one step that prefills `spans` and decodes `batch` requests. The fixed cost of a step counts
+        once: it is the decode step of one request without context, or the chunk if that is less."""
         chunk, decode = self.chunk_s(spans), self.decode_s(batch, context)
         return chunk + decode - min(chunk, self.decode_s(1, 0)) if chunk and decode else chunk + decode
 
 
 def load(table: str | Path) -> Cost:
-    """Read a table: `prefill` and `decode` are lists of [x, seconds] pairs. `table` is a file, or, as a text without
-    a slash and without the end .toml, the name of one in conf/cost. Raises CostError."""
+    """Read a table; its `prefill` and `decode` are lists of [x, seconds] pairs. `table` is a file, or the name of one
+    in conf/cost if it is a string without a slash and without the suffix .toml. Raises CostError."""
     path = _path(table)
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -109,14 +111,14 @@ def load(table: str | Path) -> Cost:
 
 
 def dump(cost: Cost, comments: Sequence[str] = ()) -> str:
-    """A table that `load` reads back as an equal Cost, with lines of comment at its head."""
+    """The TOML text of a table, with comment lines at its head. `load` reads an equal Cost from it."""
     lines = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
     for field in fields(Cost):
         value = getattr(cost, field.name)
         if field.name in CURVES:
             lines += [f"{field.name} = [", *(f"    [{_number(x)}, {_number(s)}]," for x, s in value), "]"]
         elif value != field.default:
-            # JSON's strings are TOML's too, but for DEL
+            # A JSON string is a valid TOML string, except for DEL.
             text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else _number(value)
             lines.append(f"{field.name} = {text}".replace("\x7f", "\\u007f"))
     return "\n".join([*lines, ""])
@@ -137,7 +139,7 @@ def _path(table: str | Path) -> Path:
 
 
 def _pairs(value: Any) -> Any:
-    """Lists as tuples; what is no list of pairs is left for Cost to refuse."""
+    """Lists as tuples; a value that is no list of pairs stays as it is, and Cost refuses it."""
     if not isinstance(value, list):
         return value
     return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)

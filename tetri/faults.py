@@ -1,5 +1,5 @@
-"""What goes wrong on purpose where KV moves, for rehearsals and tests: which faults, how often, and by chance from one
-seed. Nothing does unless a configuration asks for it (`transfer.faults`)."""
+"""Fault injection in the KV hand-over, for rehearsals and tests: the faults, their probabilities and the random
+choice. It is off unless the configuration sets `transfer.faults`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _EXAMPLE = "drop=0.01,flip=0.01,seed=1"
 
 
 class FaultsError(ValueError):
-    """Not a list of faults; one line that says what is allowed."""
+    """A text is not a valid list of faults; one line that states what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Chances from 0 to 1. The first five are those of each message of a hand-over (Offer, Grant, Refuse, Chunk,
-    Landed, Drop), the next four those of each chunk that is taken, `spoil` that of each chunk that is put, and `die`
-    that of each of a worker's moments in the middle of one."""
+    """Probabilities from 0 to 1. `drop` to `replay` apply to each message of a hand-over (Offer, Grant, Refuse, Chunk,
+    Landed, Drop), `flip` to `late` to each fetch of a KV chunk, `spoil` to each KV chunk that is put into the slab,
+    `die` to each step of a hand-over."""
 
-    drop: float = 0.0  # it never leaves
-    duplicate: float = 0.0  # it leaves twice
-    delay: float = 0.0  # it leaves up to `longest` seconds late
-    reorder: float = 0.0  # the next one to the same peer overtakes it
-    replay: float = 0.0  # an old message, of any attempt and offer, leaves once more beside it
-    flip: float = 0.0  # one byte of what arrives is wrong; taken again, it is right
-    truncate: float = 0.0  # the last blocks do not arrive; taken again, they do
-    lose: float = 0.0  # it cannot be had
-    late: float = 0.0  # it is taken up to `longest` seconds late
-    spoil: float = 0.0  # one byte of the sender's own memory is wrong once the digest is made, and stays so
+    drop: float = 0.0  # the message is not sent
+    duplicate: float = 0.0  # the message is sent twice
+    delay: float = 0.0  # the message is sent up to `longest` seconds late
+    reorder: float = 0.0  # the next message to the same peer is sent before it
+    replay: float = 0.0  # an old message, of any attempt and offer, is sent in addition
+    flip: float = 0.0  # one byte arrives wrong; a second fetch is right
+    truncate: float = 0.0  # the last blocks do not arrive; a second fetch is complete
+    lose: float = 0.0  # the fetch fails
+    late: float = 0.0  # the fetch takes up to `longest` seconds longer
+    spoil: float = 0.0  # one byte in the sender's slab changes after the digest was computed, and stays wrong
     die: float = 0.0  # the process kills itself
     longest: float = 0.2  # seconds
     seed: int = 0
@@ -43,7 +43,7 @@ KINDS = tuple(f.name for f in dataclasses.fields(Faults) if f.name not in ("long
 
 
 def parse_faults(text: str) -> Faults | None:
-    """`name=number` of every fault that is wanted, joined by commas; None for "". Raises FaultsError."""
+    """Parse `name=number` items, separated by commas; None for an empty text. Raises FaultsError."""
     if not text.strip():
         return None
     found: dict[str, float] = {}
@@ -79,28 +79,27 @@ def parsed_pairs(text: str, known: Sequence[str], example: str) -> Iterator[tupl
 
 
 class Chance:
-    """One process's dice. `counts` has every kind that can happen, from 0 on. `who` makes the dice of two processes,
-    and of two lives of one, fall differently."""
+    """The random choices of one process. `counts`: number of injected faults of every kind with a probability above 0.
+    `who` is part of the seed, so that processes, and two starts of one, choose differently."""
 
     def __init__(self, faults: Faults, who: str) -> None:
         self.faults = faults
         self.rng = Random(f"{faults.seed} {who}")
-        self._distribution = {kind: getattr(faults, kind) for kind in KINDS}
-        self.counts: Counter[str] = Counter(
-            {kind: 0 for kind, distribution in self._distribution.items() if distribution}
-        )
+        self._chances = {kind: getattr(faults, kind) for kind in KINDS}
+        self.counts: Counter[str] = Counter({kind: 0 for kind, chance in self._chances.items() if chance})
 
     def happens(self, kind: str) -> bool:
-        """Cast them. What happens is counted."""
-        distribution = self._distribution[kind]
-        if not distribution or self.rng.random() >= distribution:
+        """Choose whether this fault is injected now, and count it if it is."""
+        chance = self._chances[kind]
+        if not chance or self.rng.random() >= chance:
             return False
         self.counts[kind] += 1
         return True
 
     def seconds(self) -> float:
-        """How late something is."""
+        """A random delay in seconds, up to `longest`."""
         return self.rng.uniform(0.0, self.faults.longest)
 
     def counters(self) -> dict[str, int]:
+        """The counts as counters of a heartbeat: injected_KIND."""
         return {f"injected_{kind}": count for kind, count in self.counts.items()}

@@ -1,4 +1,4 @@
-"""Logging of every process: one line on stderr per record, `time level process message`."""
+"""Logging for every process: one line on stderr per record, `time level process message`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class LogError(ValueError):
-    """$TETRI_LOG names no level; one line."""
+    """$TETRI_LOG is not a log level; one line."""
 
 
 class _OneLine(logging.Formatter):
-    """Local time with milliseconds; a traceback's or message's further lines are joined with " | "."""
+    """Local time with milliseconds. The lines of a message or traceback are joined with " | "."""
 
     def __init__(self, process: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {process} %(message)s")
@@ -28,7 +28,7 @@ class _OneLine(logging.Formatter):
 
 
 def start(process: str, default: str = "info") -> logging.Logger:
-    """Send this process's log records to stderr, from the level in $TETRI_LOG on. Raises LogError."""
+    """Send this process's log records to stderr, from the level in $TETRI_LOG or `default` on. Raises LogError."""
     level = os.environ.get("TETRI_LOG") or default
     if level.lower() not in LEVELS:
         raise LogError(f"TETRI_LOG must be one of: {', '.join(LEVELS)}, got {level!r}")
@@ -42,5 +42,5 @@ def start(process: str, default: str = "info") -> logging.Logger:
 
 
 def fields(**values: object) -> str:
-    """`rid=r1 iid=p0`, for the end of a message; None is left out."""
+    """`rid=r1 iid=p0`, for the end of a message; values that are None are left out."""
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)

@@ -1,4 +1,4 @@
-"""Summaries of measured values. One definition for the tools, the simulator and the reports."""
+"""Percentiles and summaries of measured values, for the tools, the simulator and the reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of `count` values, in their own unit."""
+    """Mean, extremes and percentiles of `count` values, in the unit of the values."""
 
     count: int
     mean: float
@@ -21,15 +21,15 @@ class Summary:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the values lie, linear between neighbours (numpy's default).
+    """The percentile at `share` (0 to 1), interpolated linearly between neighbours, as numpy's default.
 
-    Raises ValueError when there are no values, when one is NaN, or when `share` is out of range.
+    Raises ValueError if there are no values, one is NaN, or `share` is out of range.
     """
     return _at(_ordered(values), share)
 
 
 def summarise(values: Iterable[float]) -> Summary:
-    """Raises ValueError when there are no values or one is NaN."""
+    """The Summary of some values. Raises ValueError if there are no values or one is NaN."""
     ordered = _ordered(values)
     middle, high, tail = (_at(ordered, share) for share in (0.5, 0.9, 0.99))
     mean = math.fsum(ordered) / len(ordered)
@@ -51,5 +51,5 @@ def _at(ordered: Sequence[float], share: float) -> float:
     place = share * (len(ordered) - 1)
     low = math.floor(place)
     below, above = ordered[low], ordered[min(low + 1, len(ordered) - 1)]
-    # Equal neighbours are returned as they are: interpolating would let rounding move them.
+    # Interpolation between equal neighbours could change the value by rounding.
     return below if below == above else below + (above - below) * (place - low)

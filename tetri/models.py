@@ -1,6 +1,6 @@
-"""From a model's name to the folder of its checkpoint, and the preparation of the models known by name.
+"""Finds the checkpoint's folder of a model, and prepares the models known by name in a cache.
 
-`python -m tetri.models NAME` prepares a known model, if that is still to do, and prints its folder.
+`python -m tetri.models NAME` prepares a known model, unless it is in the cache already, and prints its folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 class ModelError(ValueError):
-    """No usable checkpoint; the message is one line and says what to do."""
+    """There is no usable checkpoint; one line that states what to do."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GgufPackage:
     distribution: str
     module: str
     file: str
-    revision: int  # counted up when the conversion changes, so that no old result is taken for a new one
+    revision: int  # incremented when the conversion changes, so that an old result in the cache is not used
 
 
 KNOWN = {
@@ -41,10 +41,11 @@ KNOWN = {
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The checkpoint's folder. A known name wins over a folder of that name: write ./NAME for the folder."""
+    """The folder of a checkpoint. A known name has precedence over a folder with that name; ./NAME means the folder.
+    Raises ModelError."""
     try:
         return _find(name_or_path)
-    except (OSError, RuntimeError) as error:  # no such user in ~user, a name too long, a folder not ours to read
+    except (OSError, RuntimeError) as error:  # unknown user in ~user, name too long, or no permission
         reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
         raise ModelError(f"model {str(name_or_path)!r} cannot be looked for: {reason}") from None
 
@@ -66,7 +67,8 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Prepares the model `name` in the cache, once, whoever else is doing so, and returns its folder."""
+    """Prepare the model `name` in the cache, unless it is there, and return its folder. A lock ensures that only one
+    process prepares it. Raises ModelError."""
     if name not in KNOWN:
         raise ModelError(f"unknown model {name!r}: the models that can be fetched are: {', '.join(KNOWN)}")
     folder = _cached(name)
@@ -84,7 +86,8 @@ def fetch(name: str) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """The hash of the weights for the KV fingerprint: as recorded in the folder, else computed now."""
+    """The hash of the weights for the fingerprint: read from the folder if it is recorded there, else computed. Raises
+    ModelError if the record does not match the weights."""
     record = folder / HASH_FILE
     if not record.exists():
         return _hash_weights(folder)
@@ -95,7 +98,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def shape(folder: Path) -> tuple[int, int]:
-    """(context, vocabulary) of a checkpoint, in tokens."""
+    """(context, vocabulary) of a checkpoint, in tokens. Raises ModelError."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return int(config["max_position_embeddings"]), int(config["vocab_size"])
@@ -132,7 +135,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare(package: GgufPackage, folder: Path) -> None:
-    with atomic.folder(folder) as work:  # under the lock: nobody else makes this one
+    with atomic.folder(folder) as work:  # under the lock, so no other process creates it
         _convert(package, work)
         (work / HASH_FILE).write_text(f"{_hash_weights(work)} {_weights_size(work)}\n")
         if missing := _missing(work):
@@ -142,12 +145,12 @@ def _prepare(package: GgufPackage, folder: Path) -> None:
 
 
 def _convert(package: GgufPackage, target: Path) -> None:
-    """Writes the package's GGUF model as a bfloat16 safetensors checkpoint with its tokenizer."""
+    """Write the package's GGUF model as a bfloat16 safetensors checkpoint with its tokenizer."""
     source = _gguf_file(package)
-    # Both are read at import: nothing here may ask a network, nor draw progress bars into a log.
+    # Both are read at import. They prevent network access and progress bars in the log.
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     try:
-        import accelerate  # noqa: F401  transformers asks for it, and for gguf, only halfway through
+        import accelerate  # noqa: F401  transformers would notice a missing accelerate or gguf only halfway through
         import gguf  # noqa: F401
         import torch
         import transformers
@@ -162,7 +165,7 @@ def _convert(package: GgufPackage, target: Path) -> None:
 
 
 def _gguf_file(package: GgufPackage) -> Path:
-    # Located, never imported: the module itself wants packages that are left out.
+    # The module is located and not imported: it imports packages that are not installed.
     spec = importlib.util.find_spec(package.module)
     if spec is None or spec.origin is None:
         raise ModelError(f"package {package.distribution}, with the model in it, is missing: run bin/setup")
@@ -189,6 +192,7 @@ def _hash_weights(folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status."""
     if len(arguments) != 1:
         print(f"usage: python -m tetri.models NAME; known names: {', '.join(KNOWN)}", file=sys.stderr)
         return 2

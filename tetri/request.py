@@ -1,6 +1,7 @@
-"""What a request is: its sampling, its stages, its receipt. Used on the wire, in every core and by the client.
+"""Types that describe a request and an instance: sampling, stages, receipt, fingerprint, length predictions. The wire
+messages, every core and the client use them.
 
-One vocabulary for the request table, the timeline, metrics, logs and the simulator:
+The request table, timeline, metrics, logs and simulator use the same stages:
 QUEUED -> PREFILL -> MOVING -> WAITING -> DECODE -> DONE | FAILED | CANCELLED.
 """
 
@@ -13,28 +14,30 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 Positive = Annotated[int, Meta(ge=1)]
-Name = Annotated[str, Meta(max_length=128)]  # of a request, an instance, a client's key
+Name = Annotated[str, Meta(max_length=128)]  # a request id, an instance id or a client's key
 Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 
-ROLES = ("prefill", "decode", "mixed")  # which new work an instance takes; mixed takes both
+ROLES = ("prefill", "decode", "mixed")  # the new work that an instance takes; mixed: both kinds
 PREFILL_ROLES = ("prefill", "mixed")
 DECODE_ROLES = ("decode", "mixed")
 
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every value that crosses a process border: immutable, and strict when read."""
+    """Base of every value that is sent between processes: immutable, and decoded strictly."""
 
 
 class Value(Struct, frozen=True):
-    """Base of small values that cores pass on by the million: made eight times as fast as a frozen dataclass."""
+    """Base of small values that cores create by the million: eight times as fast to create as a frozen dataclass."""
 
 
 class Stage(StrEnum):
+    """The stage of a request. The last three are ends."""
+
     QUEUED = "queued"  # accepted, no worker computes it yet
     PREFILL = "prefill"  # its first chunk was scheduled
-    MOVING = "moving"  # first token known, KV blocks still on their way
-    WAITING = "waiting"  # the decode worker holds all KV and the first token
+    MOVING = "moving"  # the first token is known, KV blocks are still being moved
+    WAITING = "waiting"  # the decode instance holds all KV and the first token
     DECODE = "decode"  # in the running batch
     DONE = "done"
     FAILED = "failed"
@@ -42,6 +45,7 @@ class Stage(StrEnum):
 
     @property
     def ended(self) -> bool:
+        """Whether the request is over."""
         return self in _ENDED
 
 
@@ -49,7 +53,7 @@ _ENDED = frozenset((Stage.DONE, Stage.FAILED, Stage.CANCELLED))
 
 
 class Sampling(Record, frozen=True):
-    """How output tokens are drawn. `temperature` 0 is greedy; `seed` makes a drawn text repeatable."""
+    """How output tokens are sampled. `temperature` 0 is greedy; `seed` makes a sampled output repeatable."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -65,7 +69,7 @@ class Sampling(Record, frozen=True):
     ignore_eos: bool = False
 
 
-# field, lowest, highest, both allowed
+# field, least, most; both are allowed
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_k", 0, 1 << 30),
@@ -82,7 +86,7 @@ MAX_STOP_CHARS = 256
 
 
 def sampling_problem(s: Sampling) -> str | None:
-    """The first thing wrong with a Sampling, in one line that says what is allowed; None when it is fine."""
+    """The first invalid value of a Sampling, in one line that states what is allowed; None if all are valid."""
     for name, low, high in _RANGES:
         value = getattr(s, name)
         if not low <= value <= high:  # also catches NaN
@@ -101,7 +105,7 @@ def sampling_problem(s: Sampling) -> str | None:
 
 def _described(value: float) -> str:
     if isinstance(value, int) and abs(value) >= _LARGE:
-        return "a number of many digits"  # which Python would refuse to write
+        return "a number of many digits"  # Python raises an error when it formats such a number
     return f"{value:g}"
 
 
@@ -113,12 +117,16 @@ class Turn(Record, frozen=True):
 
 
 class Receipt(Record, frozen=True):
-    """What really happened to a request's KV: `adopted` prompt tokens came as KV bytes, `recomputed` ones
-    were scheduled again by the decode engine itself (0 unless it was preempted). `refetched`: how often a chunk was
-    taken again since it had come out wrong. `transport`: "none" if no KV moved.
+    """What happened to a request's KV.
 
-    Only the worker that ended the request knows these. They are None, all of them, where no worker did: it was
-    cancelled, failed, ran out of time, or a stop text was found before.
+    adopted     prompt tokens whose KV the decode engine received as bytes
+    recomputed  prompt tokens that the decode engine computed itself, after a preemption
+    kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved)
+    preempted   number of preemptions
+    refetched   number of fetches that were repeated because a KV chunk arrived corrupt
+
+    Only the worker that ends a request knows these. They are None if no worker ended it: the request was cancelled,
+    failed, passed its deadline, or the broker found a stop text first.
     """
 
     prompt_tokens: int
@@ -135,12 +143,14 @@ class Receipt(Record, frozen=True):
 
 
 class Usage(Record, frozen=True):
+    """Tokens of the prompt and of the output."""
+
     prompt_tokens: int
     completion_tokens: int
 
 
 class Fingerprint(Record, frozen=True):
-    """What two engines must share before KV bytes of one mean anything to the other (design.md, section 5)."""
+    """The properties that two engines must share so that each can use the other's KV bytes (design.md, section 5)."""
 
     engine: str
     version: str
@@ -158,7 +168,7 @@ class Fingerprint(Record, frozen=True):
 
 
 def difference(a: Fingerprint, b: Fingerprint) -> str | None:
-    """Name the first field in which two fingerprints differ; None when KV may move between them."""
+    """The first field in which two fingerprints differ, with both values; None if KV can move between them."""
     for name in Fingerprint.__struct_fields__:
         left, right = getattr(a, name), getattr(b, name)
         if left != right:
@@ -167,14 +177,16 @@ def difference(a: Fingerprint, b: Fingerprint) -> str | None:
 
 
 class Reach(Record, frozen=True):
-    """Where an instance's KV can be read, and from where it can read: `paths` are the transports that it has
-    (policy/pairing.py), `segment` names its slab, unique to this start of the process.
+    """The KV paths of an instance and where its slab can be read.
 
-    host      the same for all that share a machine, its shared memory and a user
-    process   the same for all in one process of that host
-    address   where it serves the path `stream`, else empty
-    device    UUID of the GPU that holds the slab, empty for host memory; `near`: those that this GPU can access
-    tickets   what other paths need to open the slab, by path
+    paths     KV paths that it supports (policy/pairing.py)
+    host      equal for instances that share a machine, its shared memory and a user
+    process   equal for instances in one process of that host
+    segment   name of its slab, unique to this start of the process
+    address   where it serves the path `stream`, "" if it does not
+    device    UUID of the GPU that holds the slab, "" for host memory
+    near      UUIDs of the GPUs that this GPU can access
+    tickets   path -> bytes that a receiver needs to open the slab over this path
     """
 
     paths: list[str]
@@ -188,7 +200,8 @@ class Reach(Record, frozen=True):
 
 
 class LengthRange(Record, frozen=True):
-    """Predicted output tokens of a request, all attempts together: at least `low`, less than `high`."""
+    """Length range: the predicted output tokens of a request over all attempts, at least `low` and less than `high`.
+    Raises ValueError if it is empty."""
 
     low: Count
     high: Positive
@@ -199,21 +212,21 @@ class LengthRange(Record, frozen=True):
 
 
 class LengthDistribution(Value, frozen=True):
-    """How likely each number of output tokens is: `shares[i]` for [i * width, (i + 1) * width), the last share for all
-    from there on. They are not negative and add up to 1."""
+    """Length distribution: `shares[i]` is the probability of [i * width, (i + 1) * width) output tokens; the last
+    share covers all greater lengths too. Shares are not negative and add up to 1."""
 
     width: int
     shares: tuple[float, ...]
 
 
 class Expected(Value, frozen=True):
-    """What a worker knows of output lengths before any traffic, from the training of its predictor.
+    """What a worker knows about output lengths before it has served a request, from the training of its predictor.
 
     kind    classifier, hidden or both; "prior": no predictor, the prior alone
-    prior   the lengths that the model wrote in training
-    levels  calibration: of the held-out texts, the share i / (len + 1) had at most `levels[i - 1]` of their predicted
-            odds at or below their true length (the quantiles of the probability integral transform), ascending
-    note    one line for `status`: which file, or why there is none
+    prior   distribution of the output lengths in training
+    levels  calibration, ascending: quantiles of the probability integral transform. Of the held-out texts, the share
+            i / (len + 1) had at most `levels[i - 1]` of their predicted distribution at or below their true length
+    note    one line for `status`: the predictor's file, or why there is none
     """
 
     kind: str
@@ -223,18 +236,19 @@ class Expected(Value, frozen=True):
 
 
 class PredictorStatus(Record, frozen=True):
-    """How a worker's predictor of output lengths does. `on`: its answers are used, else the prior's are; `note`: which
-    file it came from, and why it is off.
+    """Accuracy record of a worker's length predictor. `on`: its predictions are used; otherwise the prior is. `note`:
+    the predictor's file, and why it is off.
 
-    predicted     requests that it named odds for; `late`: those that went on before it had
-    scored        of the predicted, the ones that have ended; of these:
-    right         their length was in the likeliest bucket; `prior_right`: in the likeliest one of the prior
-    inside        they ended below the high end of their range
-    buckets       "2 3": how often bucket 2 of `length_granularity` tokens was the likeliest and bucket 3 came; the last
-                  label that is told apart stands for all beyond
-
-    Of the prompts that a classifier was asked about, `cut`: it read the two ends alone; `unread`: it came to none of
-    it, since newer ones waited.
+    predicted     requests that it predicted a length distribution for
+    late          requests that went on before the prediction had arrived
+    scored        predicted requests that have ended; of these:
+    right         the length was in the likeliest bucket
+    prior_right   the length was in the likeliest bucket of the prior
+    inside        the length was below the high end of the range
+    buckets       "2 3": how often bucket 2 of `length_granularity` tokens was the likeliest and the length was in
+                  bucket 3; the last label stands for all greater ones too
+    cut           prompts of which the classifier read only the two ends
+    unread        prompts that the classifier skipped, since newer ones waited
     """
 
     kind: str
@@ -252,7 +266,8 @@ class PredictorStatus(Record, frozen=True):
 
 
 class Capacity(Record, frozen=True):
-    """What one engine can hold: `blocks` KV blocks in all, `chunk_tokens` a step, `max_batch` decodes at once."""
+    """Capacity of one engine: `blocks` KV blocks in total, `chunk_tokens` tokens in a step, `max_batch` decodes at
+    once."""
 
     blocks: Positive
     block_tokens: Positive
@@ -262,19 +277,20 @@ class Capacity(Record, frozen=True):
 
     @property
     def tokens(self) -> int:
-        """How many the memory holds."""
+        """Tokens that the KV memory holds."""
         return self.blocks * self.block_tokens
 
 
 def blocks_for(tokens: int, block_tokens: int) -> int:
-    """Blocks that hold `tokens` tokens."""
+    """Number of blocks of `block_tokens` tokens that `tokens` tokens need."""
     return -(-tokens // block_tokens)
 
 
 def with_seed(sampling: Sampling, seed: int) -> Sampling:
+    """A copy of a Sampling with this seed."""
     return replace(sampling, seed=seed)
 
 
 def with_attempts(receipt: Receipt, attempts: int) -> Receipt:
-    """The same receipt for so many attempts: a worker knows of its own one only."""
+    """A copy of a receipt with the number of attempts, which only the broker knows."""
     return replace(receipt, attempts=attempts)

@@ -1,7 +1,8 @@
-"""Untrusted tables into frozen dataclasses: every key known, every type right, every value in range.
+"""Strict reading of untrusted tables into frozen dataclasses: unknown keys, wrong types and values out of range are
+errors.
 
-A dataclass says with `number`, `word` and `choice` what its fields may hold; plain `str` and `bool` defaults
-allow any text and either truth value.
+A dataclass declares the allowed values of its fields with `number`, `text` and `choice`; a plain `str` or `bool`
+default allows any value of that type.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from dataclasses import field
 from typing import Any
 
 REQUIRED: Any = dataclasses.MISSING  # as a default: the key must be given
-SHOWN_CHARS = 200  # of a wrong value, in the error
+SHOWN_CHARS = 200  # most characters of a wrong value in an error
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; one line that names the place and says what is allowed."""
+    """The configuration is invalid; one line that names the file and key, and states what is allowed."""
 
 
 def number(default: float, low: float, high: float, was: str = "") -> Any:
-    """A field for a number from `low` to `high`, whole when `default` is. `was`: its earlier name, if it had one."""
+    """A field for a number from `low` to `high`; a whole number if `default` is one. `was`: the field's earlier name,
+    which raises an error that names the new one."""
     return field(default=default, metadata={"range": (low, high), "was": was})
 
 
 def text(default: Any, pattern: str, allowed: str) -> Any:
-    """A field for a text that matches `pattern` as a whole; `allowed` describes such texts in errors."""
+    """A field for a text that matches all of `pattern`; `allowed` describes such texts in errors."""
     return field(default=default, metadata={"pattern": pattern, "allowed": allowed, "type": str})
 
 
@@ -36,7 +38,7 @@ def choice(default: Any, *names: str) -> Any:
 
 
 def section(kind: type, table: Any, where: str, name: str) -> Any:
-    """A `kind` filled from `table`, which stands in file `where` as [name]. Raises ConfigError."""
+    """A dataclass `kind` with the values of `table`, which is table [name] of file `where`. Raises ConfigError."""
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: {name}: must be a table, written as [{name.split()[0]}]")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -70,7 +72,7 @@ def types(kind: type) -> dict[str, type]:
 
 
 def _problem(f: dataclasses.Field[Any], kind: type, value: Any) -> str | None:
-    """What is wrong with one value, as the middle of a sentence; None when nothing is."""
+    """What is wrong with a value, as the middle part of an error line; None if it is valid."""
     if kind is bool:
         return None if isinstance(value, bool) else "must be true or false"
     if kind is str:

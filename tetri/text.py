@@ -1,7 +1,7 @@
-"""Between text and token ids: tokenisers, chat templates, text that appears token by token, stop strings.
+"""Conversion between text and token ids: tokenizers, chat templates, incremental detokenization, stop strings.
 
-A token is a run of bytes; text is those bytes read as UTF-8, U+FFFD for what is none. So text appears token
-by token through an incremental UTF-8 decoder and is, to the character, what decoding all at once gives.
+A token is a sequence of bytes; text is these bytes decoded as UTF-8, with U+FFFD for invalid ones. Text therefore
+grows token by token through an incremental UTF-8 decoder and equals the text of decoding all tokens at once.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from tetri.request import Turn
 
 
 class TextError(ValueError):
-    """A tokeniser cannot be used, or a text not tokenised; one line."""
+    """A tokenizer cannot be used, or a text cannot be tokenized; one line."""
 
 
 class Tokenizer(Protocol):
+    """A tokenizer. `eos_ids`: token ids that end the output."""
+
     eos_ids: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with what the model wants in front of every prompt. Raises TextError."""
+        """The token ids of a prompt, including the tokens that the model expects before it. Raises TextError."""
 
     def chat(self, turns: Sequence[Turn]) -> list[int]:
-        """The ids of a conversation up to where the assistant's answer begins. Raises TextError."""
+        """The token ids of a conversation, up to the start of the assistant's answer. Raises TextError."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of one token, maybe only a part of a character; none for a special token."""
+        """The UTF-8 bytes of one token, possibly part of a character; empty for a special token."""
 
 
 class ByteTokenizer:
-    """For engines without a model: ids below 256 are bytes, any other id reads as a hexadecimal word."""
+    """The tokenizer of engines without a model: ids below 256 are bytes, other ids become a hexadecimal number."""
 
     eos_ids: frozenset[int] = frozenset()
 
@@ -51,14 +53,14 @@ class ByteTokenizer:
 
 
 class ModelTokenizer:
-    """The tokeniser of a checkpoint. Made by `load_tokenizer`."""
+    """The tokenizer of a checkpoint. `load_tokenizer` creates it."""
 
     def __init__(self, inner: Any, template: Any, specials: dict[str, str], eos_ids: frozenset[int]) -> None:
         self.eos_ids = eos_ids
         self._inner = inner
         self._template = template
         self._specials = specials
-        self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self._bytes: dict[int, bytes] = {}  # cache, by token id
         self._silent = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
@@ -83,28 +85,28 @@ class ModelTokenizer:
 
     def _spell(self, token: int) -> bytes:
         piece = None if token in self._silent or not 0 <= token < 1 << 32 else self._inner.id_to_token(token)
-        if piece is None:  # padding of the vocabulary has no text either
+        if piece is None:  # special tokens and padding of the vocabulary have no text
             return b""
         try:
             return bytes(_byte_of()[char] for char in piece)
-        except KeyError:  # an added token: spelt as it is written
+        except KeyError:  # an added token is stored as plain text
             return bytes(piece.encode())
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of whole output."""
+    """The text of complete output tokens."""
     return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json and its neighbours in a checkpoint's folder. Raises TextError."""
+    """Read tokenizer.json and the files that belong to it in a checkpoint's folder. Raises TextError."""
     from tokenizers import Tokenizer as Inner
 
     folder = Path(folder)
     text = _read(folder / "tokenizer.json")
     try:
         inner = Inner.from_str(text)
-    except Exception as error:  # the tokenizers package raises nothing more precise
+    except Exception as error:  # the tokenizers package raises no narrower type
         raise TextError(f"{folder}/tokenizer.json: cannot be used: {_line(error)}") from error
     decoder = (json.loads(text).get("decoder") or {}).get("type")
     if decoder != "ByteLevel":
@@ -130,7 +132,7 @@ def _utf8(text: str) -> bytes:
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """The byte behind each character in which byte-level vocabularies, since GPT-2, are written."""
+    """The byte that each character stands for in byte-level vocabularies (since GPT-2)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -174,7 +176,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> Any:
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if source is None:
         return None
-    # A template is code that came with the weights: it gets no further than its sandbox.
+    # A template is untrusted code that comes with the weights, so it runs in a sandbox.
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -208,8 +210,8 @@ def _line(error: object) -> str:
 
 
 class Released(NamedTuple):
-    """`text` may be shown now. `counted`: output tokens that belong to the answer so far; those after the one
-    that completed a stop string do not."""
+    """Text that may be shown now. `stopped`: a stop string was found. `counted`: number of output tokens that belong
+    to the answer so far, without those after the token that completed a stop string."""
 
     text: str
     stopped: bool
@@ -217,13 +219,13 @@ class Released(NamedTuple):
 
 
 class Stopper:
-    """Turns output tokens into text that may be shown, up to a stop string.
+    """Detokenizes output incrementally, up to a stop string.
 
-    Of the stop strings in the text, the one whose last character comes first ends it; of those that end there
-    together, the longest. The text before it is the answer, however the text was cut into tokens. Text that
-    may yet turn out to begin a stop string is held back.
+    The stop string that is complete first ends the text; if several are complete at the same character, the longest
+    counts. The answer is the text before it and does not depend on how the text is divided into tokens. Text that may
+    be the beginning of a stop string is held back.
 
-    `output` are tokens of this answer that were fed to an earlier Stopper: their text is not released again.
+    `output`: tokens of this answer that an earlier Stopper has processed; their text is not released again.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = ()) -> None:
@@ -233,12 +235,12 @@ class Stopper:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(stop)
         self._first = frozenset(text[0] for text in self._stop)
-        self._reach = max(map(len, self._stop), default=1) - 1  # how much may have to be held
+        self._reach = max(map(len, self._stop), default=1) - 1  # most characters that may have to be held back
         self._held = ""
         self.feed(output)
 
     def feed(self, ids: Iterable[int]) -> Released:
-        """The next output tokens."""
+        """Process the next output tokens; tokens after a stop string are ignored."""
         shown = []
         for token in ids:
             if self.stopped:
@@ -248,7 +250,7 @@ class Stopper:
         return Released("".join(shown), self.stopped, self.counted)
 
     def finish(self) -> Released:
-        """No more tokens: what was held back, half a character as U+FFFD."""
+        """End the output and release the text that was held back; an incomplete character becomes U+FFFD."""
         text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
         text += self._held
         self._held = ""
@@ -257,7 +259,7 @@ class Stopper:
     def _release(self, new: str) -> str:
         if not self._stop or not new:
             return new
-        # A match that ends in `new` begins in what is held: anything earlier could not become one.
+        # A match that ends in `new` cannot begin before the held text: only a possible beginning is held.
         text = self._held + new
         ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
@@ -268,7 +270,7 @@ class Stopper:
         return text[:keep]
 
     def _keep(self, text: str) -> int:
-        """The first index from which on the text may be the beginning of a stop string."""
+        """The first index at which the rest of the text may be the beginning of a stop string."""
         for at in range(max(0, len(text) - self._reach), len(text)):
             if text[at] in self._first:
                 rest = text[at:]

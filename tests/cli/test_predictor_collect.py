@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line(run, out, monkeypatch):
         status, said, err = run("--layers", "none")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    advice = "what is written stays; make room, and the same command goes on"
+    advice = "the written part is kept; free some space and run the same command again"
     assert (status, said) == (1, "") and err.splitlines()[-1] == f"tetri-cli: {out}: File too large; {advice}"
     assert run("--layers", "none")[0] == 0 and len(read_lengths(out)[0]) == 12
 

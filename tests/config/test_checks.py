@@ -13,7 +13,10 @@ BAD = [
     ("[transfer]\naddress='tcp://10.0.0.256:1'\n", "transfer.address: must be"),
     ("[transfer]\naddress='tcp://example.org:1'\n", "transfer.address: must be"),
     ("[transfer]\naddress='tcp://10.0.0.1:*'\n", "10.0.0.1 is not this machine's loopback, and"),
-    ("[cluster]\nkey='/k'\n[transfer]\naddress='tcp://0.0.0.0:1'\n", "nobody can connect to 0.0.0.0; set transfer.ann"),
+    (
+        "[cluster]\nkey='/k'\n[transfer]\naddress='tcp://0.0.0.0:1'\n",
+        "other hosts cannot connect to 0.0.0.0; set transfer.ann",
+    ),
     ("[transfer]\naddress='tcp://127.0.0.1:*'\nannounce='tcp://127.0.0.1:*'\n", "transfer.announce: must be"),
     ("[transfer]\nannounce='tcp://127.0.0.1:1'\n", "transfer.address, which is not set"),
     ("[transfer]\ntransport='stream'\nslab_blocks=9000\n[engine]\nblock_tokens=1\nchunk_tokens=9000\n", "most 8192"),

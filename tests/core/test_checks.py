@@ -31,7 +31,7 @@ def decoding():
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda it, request: it.ledger.allocate("lost", 1), "1 accounts for 0 legs"),
+        (lambda it, request: it.ledger.allocate("lost", 1), "1 accounts for 0 engine requests"),
         (lambda it, request: it.prefill.queue.line.update({P: None}), "still queued"),
         (lambda it, request: setattr(request, "running", True), "accounts and legs differ"),
         (lambda it, request: it.prefill.queue.started.update(x=request), "and others run"),
@@ -107,9 +107,9 @@ def test_a_leg_that_is_planned_without_room_is_found(monkeypatch):
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda core: core.members.by_iid.pop("p1"), "held by p1, which is not there"),
-        (lambda core: core.members.turn(core.members.by_iid["d1"], "decode"), "d1 is to become mixed"),
-        (lambda core: core.timers.set(("tea", "00002a-1"), 0.0), "a timer for tea"),
+        (lambda core: core.members.by_iid.pop("p1"), "held by p1, which is lost or unknown"),
+        (lambda core: core.members.turn(core.members.by_iid["d1"], "decode"), "d1 changes to mixed"),
+        (lambda core: core.timers.set(("tea", "00002a-1"), 0.0), "unknown timer tea"),
     ],
 )
 def test_a_broker_that_is_out_of_date_is_found(spoil, complaint):

@@ -196,7 +196,7 @@ class EngineContract:
 
     def test_only_a_prefill_leg_can_be_held(self, engine):
         engine.add(engine_request("d", "decode", prompt(10)))
-        with pytest.raises(EngineError, match="only a prefill leg can be held"):
+        with pytest.raises(EngineError, match="only a prefill request can be held"):
             engine.hold("d", True)
         engine.cancel("d")
 

@@ -141,14 +141,14 @@ def test_what_the_batch_will_take_at_its_peak_is_kept_free(running, size):
 @given(BATCH, WAITING, st.integers(-3, 40), SIZES)
 def test_dynamic_is_the_papers_rule_taken_one_by_one(running, waiting, free, size):
     batch = BatchView([BatchMember(*lengths) for lengths in running], 99, free, size)
-    room, batched, right = free + sum(blocks_for(tokens, size) for tokens, _ in running), list(running), []
+    room, members, right = free + sum(blocks_for(tokens, size) for tokens, _ in running), list(running), []
     for key, (tokens, end) in zip("abcde", waiting, strict=False):
-        batched.append((tokens, end))
+        members.append((tokens, end))
         room += blocks_for(tokens, size)
         free -= blocks_for(tokens + 1, size) - blocks_for(tokens, size)
-        left = {place: max(end - tokens, 1) for place, (tokens, end) in enumerate(batched)}
+        left = {place: max(end - tokens, 1) for place, (tokens, end) in enumerate(members)}
         soon = min(left.values())
-        used = sum(blocks_for(batched[place][0] + soon, size) for place, steps in left.items() if steps > soon)
+        used = sum(blocks_for(members[place][0] + soon, size) for place, steps in left.items() if steps > soon)
         if used >= room or free < 0:
             break
         right.append(key)

@@ -121,10 +121,10 @@ def test_a_run_of_several_passes_ends_when_something_is_due_in_the_store():
         engine.admit("a", 1)
         assert engine.step(8).steps == 8, "with nothing on its way a run is as long as it is asked to be"
         handle, digest = other.put(1, lambda blocks: None)
-        assert store.take(Wanted(("a", 0), "p0", "shm", handle, digest)) is None
+        assert store.fetch(Wanted(("a", 0), "p0", "shm", handle, digest)) is None
         while time.monotonic() < store.due():
             time.sleep(0.001)
         assert engine.step(8).steps == 1
-        assert [taken.problem for taken in store.taken()] == [None]
+        assert [taken.problem for taken in store.fetched()] == [None]
         assert engine.step(8).steps == 8
         other.free(handle)

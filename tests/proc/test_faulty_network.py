@@ -147,7 +147,7 @@ def test_polling_wakes_in_time_for_what_is_late() -> None:
         bench.now += timeout or 0.0
         yield "heard"
 
-    assert list(bench.bad.heard(poll, 3.0)) == ["heard"] and asked == [3.0]
+    assert list(bench.bad.received(poll, 3.0)) == ["heard"] and asked == [3.0]
     bench.send(1)
-    assert list(bench.bad.heard(poll, None)) == ["heard"]
+    assert list(bench.bad.received(poll, None)) == ["heard"]
     assert 0.0 < asked[1] <= 1.0 and bench.left() == [0]

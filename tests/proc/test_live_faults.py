@@ -186,7 +186,7 @@ def test_garbage_and_huge_frames_on_every_socket(pairs: LiveCluster) -> None:
     context = zmq.Context()
     huge = bytes(100 << 20)
     for address, kind in addresses:
-        for frames in ([b""], [b"\x01"], [b"\x02\x80"], [os.urandom(300)], [b"a", b"b", b"c"], [huge]):
+        for frames in ([b""], [b"\x02"], [b"\x01\x80"], [os.urandom(300)], [b"a", b"b", b"c"], [huge]):
             socket = context.socket(kind)
             socket.linger = 2000
             socket.connect(address)
@@ -254,9 +254,9 @@ def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
     for _ in range(3000):
         for socket in sockets:
             with contextlib.suppress(zmq.Again):  # it does not read faster: as it should be
-                socket.send(b"\x01garbage", zmq.NOBLOCK)
+                socket.send(b"\x02garbage", zmq.NOBLOCK)
         with contextlib.suppress(zmq.Again):
-            sockets[0].send(b"\x01\x81\xa4type\xa7inspect", zmq.NOBLOCK)
+            sockets[0].send(b"\x02\x81\xa4type\xa7inspect", zmq.NOBLOCK)
     assert stream.wait().finish_reason == "length"
     for socket in sockets:
         socket.close()

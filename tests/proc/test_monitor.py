@@ -49,7 +49,7 @@ def publisher(address: str) -> Iterator[zmq.Socket[bytes]]:
 def test_garbage_on_the_loads(cluster: LiveCluster) -> None:
     huge = bytes(100 << 20)
     good = codec.encode(LoadReport(iid="x", incarnation=1, role="prefill", load=Load(free_blocks=1)))
-    for frames in ([b""], [b"\x01"], [b"\x02\x80"], [os.urandom(300)], [b"a", b"b"], [good, good], [huge]):
+    for frames in ([b""], [b"\x02"], [b"\x01\x80"], [os.urandom(300)], [b"a", b"b"], [good, good], [huge]):
         with publisher(cluster.config.loads_address) as incompatibility:
             incompatibility.send_multipart(frames)
     wait_until(lambda: cluster.log("monitor").count("dropped a message") >= 3, "nothing was dropped")

@@ -321,9 +321,9 @@ def test_of_two_kinds_the_other_one_goes_on() -> None:
         predictor.Expected("both", LengthDistribution(100, PRIOR)), Engine().step, classifier, head
     )
     assert serving.predict(ASKED) == LengthKnown("p:r:1", None)
-    assert serving.told(heartbeat()).predictor.on
+    assert serving.with_status(heartbeat()).predictor.on
     head.trouble = "the hidden-state head failed: NaN"
-    status = serving.told(heartbeat()).predictor
+    status = serving.with_status(heartbeat()).predictor
     assert not status.on and status.note.endswith("failed: no; the hidden-state head failed: NaN")
 
 

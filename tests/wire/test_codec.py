@@ -18,7 +18,7 @@ ATTACH = {"type": "attach", "rid": "r1"}
 
 
 def packed(value: object) -> bytes:
-    return b"\x01" + msgpack.packb(value)
+    return b"\x02" + msgpack.packb(value)
 
 
 @pytest.mark.parametrize("name", UNIONS)
@@ -47,8 +47,8 @@ def test_a_view_is_read_like_bytes():
     ("data", "kind", "says"),
     [
         (b"", "empty", "empty frame"),
-        (b"\x01", "unreadable", "truncated"),
-        (b"\x02" + msgpack.packb(ATTACH), "version", "protocol version 2, expected 1"),
+        (b"\x02", "unreadable", "truncated"),
+        (b"\x01" + msgpack.packb(ATTACH), "version", "protocol version 1, expected 2"),
         (msgpack.packb(ATTACH), "version", "protocol version 130"),
         (packed(ATTACH) + b"\x00", "unreadable", "trailing"),
         (packed(ATTACH)[:-1], "unreadable", "truncated"),
@@ -66,8 +66,8 @@ def test_a_view_is_read_like_bytes():
         (packed({"type": "submit", "key": "k", "prompt": [1, "2"]}), "unexpected", "$.prompt[1]"),
         (packed([1, 2]), "unexpected", "array"),
         (packed(None), "unexpected", "None"),
-        (b"\x01\xc1", "unreadable", "invalid opcode"),
-        (b"\x01\x82\xa4type\xa6attach\xa3rid\xa1\xff", "unreadable", "utf-8"),
+        (b"\x02\xc1", "unreadable", "invalid opcode"),
+        (b"\x02\x82\xa4type\xa6attach\xa3rid\xa1\xff", "unreadable", "utf-8"),
     ],
 )
 def test_what_is_no_message_is_refused_with_its_reason(data, kind, says):
@@ -99,14 +99,14 @@ def test_a_reason_is_one_short_printable_line_whatever_was_sent(value):
 )
 def test_a_bomb_is_refused_before_it_takes_memory(bomb):
     with pytest.raises(WireError):
-        decode(b"\x01" + bomb, ClientMessage)
+        decode(b"\x02" + bomb, ClientMessage)
 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_random_bytes_raise_nothing_but_a_wire_error(noise):
     for union in UNIONS.values():
-        for data in (noise, b"\x01" + noise):
+        for data in (noise, b"\x02" + noise):
             with pytest.raises(WireError):
                 decode(data, union)
 

@@ -1,5 +1,7 @@
-"""tetri-cli: one module a command, imported when it is used. Exit status: 0 done, 1 the request or the launch
-failed, 2 a wrong argument or configuration, 3 no broker answers, 130 interrupted.
+"""tetri-cli: one module per command, imported when the command is used.
+
+Exit status: 0 done, 1 the request or the launch failed, 2 wrong argument or configuration, 3 no broker answers, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -19,27 +22,36 @@ COMMANDS = (
 
 
 class LazyGroup(click.Group):
-    """Commands by the module of their name in this package."""
+    """A group that imports a command when it is used: NAME of `lazy` is `command` in tetri.cli.{prefix}NAME."""
+
+    def __init__(self, *args: Any, lazy: Sequence[str], prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy, self._prefix = lazy, prefix
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        """All names, without an import."""
+        return [*super().list_commands(ctx), *self._lazy]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(f"tetri.cli.{cmd_name}").command
+        """Import and return a command; None if there is none of this name."""
+        if cmd_name not in self._lazy:
+            return super().get_command(ctx, cmd_name)
+        command = importlib.import_module(f"tetri.cli.{self._prefix}{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings=_SETTINGS)
 @click.version_option(package_name="tetri", prog_name="tetri-cli")
 def group() -> None:
     """Serve a language model with prefill and decode on separate instances."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The only place where an error becomes a line on stderr and an exit status."""
+    """Run the command line. Turns every expected error into one line on stderr and an exit status."""
     from tetri.client import BadRequest, TetriError, Unreachable
     from tetri.models import ModelError
     from tetri.proc.supervise import LaunchError
@@ -52,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = USAGE
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "tetri-cli"
-        message = " ".join(error.format_message().split()).rstrip(".")  # click lists choices in lines of their own
+        message = " ".join(error.format_message().split()).rstrip(".")  # click puts each choice on its own line
         status = _failed(f"{message} (see {where} --help)", USAGE)
     except click.ClickException as error:
         status = _failed(error.format_message(), USAGE)
@@ -64,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _failed(str(error), FAILED)
     except (KeyboardInterrupt, click.Abort):
         status = _failed("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # whoever read the output has seen enough; Python must not complain at exit either
+    except BrokenPipeError:  # the reader closed the pipe; prevent a second error when Python flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
-    except OSError as error:  # no room or no right to write a file
+    except OSError as error:  # such as a full disk or a missing permission
         where = f"{error.filename}: " if error.filename else ""
         status = _failed(f"{where}{error.strerror or error}", FAILED)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""An answer on the terminal, while it appears."""
+"""Shows the text of a request on the terminal as it arrives."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import click
 
 
 def play(answer: Any, show: bool) -> Any:
-    """Run a Stream to its end and give its Result; Ctrl-C cancels the request. `show`: print text as it comes."""
+    """Run a Stream to its end and return its Result. Ctrl-C cancels the request. `show`: print text as it arrives."""
 
     def interrupt(number: int, frame: Any) -> None:
-        # Not an exception: that could come between taking a piece and printing it.
+        # No exception here: it could lose a piece that is received but not printed.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("cancelling; once more to leave at once", err=True)
+        click.echo("cancelling; press Ctrl-C again to leave at once", err=True)
         answer.cancel_soon()
 
     before = signal.signal(signal.SIGINT, interrupt)

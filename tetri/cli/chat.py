@@ -1,4 +1,4 @@
-"""tetri-cli chat"""
+"""tetri-cli chat: a conversation with the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tetri.cli.options import conf_option, connect, sampling_options, set_option
 
 @click.command("chat")
 @sampling_options(max_tokens=256)
-@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option("--system", metavar="TEXT", help="System message before the conversation.")
 @conf_option
 @set_option
 @timeout_option
@@ -33,13 +33,13 @@ def command(system: str | None, conf: Path | None, overrides: tuple[str, ...], t
 
 
 def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[str, Any]) -> int:
-    """One question and its answer; both become part of `history`, unless there was no answer."""
+    """One question and its answer. Both are added to `history`, if there was an answer."""
     from tetri.client import BadRequest, RequestFailed, RequestRefused
 
     history.append({"role": "user", "content": line})
     try:
         result = _answer(client, history, sampling)
-    except (BadRequest, RequestFailed, RequestRefused) as error:  # the conversation can go on
+    except (BadRequest, RequestFailed, RequestRefused) as error:  # the conversation continues
         history.pop()
         click.echo(f"tetri-cli: {error}", err=True)
         return FAILED
@@ -49,7 +49,7 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
 
 
 def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]) -> Any:
-    """The Result. Oldest turns that the context has no room for leave `history`; what the system said stays."""
+    """Get the Result. If the context is full, the oldest turns are removed from `history`; the system message stays."""
     from tetri.client import RequestRefused
 
     kept, first = list(history), history[0]["role"] == "system"
@@ -58,7 +58,7 @@ def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]
             result = play(client.stream(messages=kept, **sampling), show=True)
             break
         except RequestRefused as error:
-            # The protocol has no code for it, but every such reason names the context.
+            # The protocol has no code for a full context, but every such reason contains "context".
             if "context" not in str(error) or len(kept) < first + 3:
                 raise
             del kept[first : first + 2]
@@ -74,7 +74,7 @@ def _next_line() -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.buffer.readline()
         return utf8(line) if line else None
-    with contextlib.suppress(ImportError):  # line editing, where Python was built with it
+    with contextlib.suppress(ImportError):  # enables line editing, if Python has it
         import readline  # noqa: F401
     while True:
         try:

@@ -1,4 +1,4 @@
-"""tetri-cli doctor"""
+"""tetri-cli doctor: finds leaked shared memory and dead sockets on this host."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetri.cli.options import conf_option, set_option
+from tetri.cli.options import conf_option, json_option, set_option
 
 if TYPE_CHECKING:
     from tetri.kv.survey import Seen
 
-LEAK_S = 60.0  # a chunk lies in its slab until it has landed: milliseconds, or as long as a decode worker has no room
+LEAK_S = 60.0  # a slot is used until its chunk has landed: for milliseconds, or until a decode worker has memory
 _SHOWN = 16  # used slots of a segment that are shown without --pages
 
 
 @click.command("doctor")
 @conf_option
 @set_option
-@click.option("--all", "everything", is_flag=True, help="Every deployment of this user, not one alone.")
-@click.option("--sweep", is_flag=True, help="Remove the segments of dead owners (and of no others).")
-@click.option("--pages", is_flag=True, help=f"Every used slot; else the {_SHOWN} oldest of each segment.")
+@click.option("--all", "everything", is_flag=True, help="Check all deployments of this user.")
+@click.option("--sweep", is_flag=True, help="Remove the segments of dead workers.")
+@click.option("--pages", is_flag=True, help=f"Show every used slot, not only the {_SHOWN} oldest of each segment.")
 @click.option(
     "--leak-s",
     type=click.FloatRange(0, min_open=True),
     default=LEAK_S,
     show_default=True,
     metavar="SECONDS",
-    help="A slot that is used for longer is suspected to be lost.",
+    help="Report slots that are used for longer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@json_option
 def command(
     conf: Path | None,
     overrides: tuple[str, ...],
@@ -46,9 +46,10 @@ def command(
     leak_s: float,
     as_json: bool,
 ) -> int:
-    """Look for what is wrong on this host: KV slabs of dead workers, slots that nobody gives back, dead sockets.
+    """Find problems on this host: KV slabs of dead workers, slots that are not freed, dead sockets.
 
-    Asks no process, so it also works where all are dead or stuck. Exit status 1 when something is wrong."""
+    Reads shared memory and the run directory only, so it also works when processes are dead or stuck. Exit status 1
+    when there is a problem."""
     from tetri.config import load
     from tetri.kv.survey import remove, survey
 
@@ -70,7 +71,7 @@ def command(
 
 
 def _configuration(conf: Path | None, overrides: Sequence[str]) -> str | Path:
-    """What is asked for, or else what `up` started last: its run directory says so, also when all are dead."""
+    """The configuration that is given, else that of the last `up` in the default run directory."""
     from tetri.config import default_path, default_run_dir
     from tetri.proc.launch import CONF
 
@@ -82,7 +83,7 @@ def _configuration(conf: Path | None, overrides: Sequence[str]) -> str | Path:
 
 
 def _sockets(run_dir: Path) -> list[tuple[str, bool]]:
-    """The sockets in the run directory, and whether somebody listens there."""
+    """(path, whether a process listens) of each socket in the run directory."""
     from tetri.net.address import refuse_live_owner
     from tetri.net.errors import NetError
 
@@ -93,7 +94,7 @@ def _sockets(run_dir: Path) -> list[tuple[str, bool]]:
                 continue
             refuse_live_owner(str(path))
         except FileNotFoundError:
-            continue  # its owner has ended meanwhile
+            continue  # its process has just ended
         except NetError:
             found.append((str(path), True))
         else:
@@ -107,13 +108,13 @@ def _problems(segments: Sequence[Seen], leak_s: float, sweeping: str) -> Iterato
             owner = f"{seen.iid} (process {seen.pid})" if seen.iid else "its owner"
             yield f"{seen.name}: {owner} is dead and left {_mb(seen.size)}: {sweeping} removes it"
         elif seen.problem:
-            yield f"{seen.name}: {seen.problem}: its owner starts just now, or is of another version of tetri"
+            yield f"{seen.name}: {seen.problem}: its owner is starting, or runs another version of tetri"
         elif seen.oldest_s > leak_s:
             old = [page for page in seen.pages if page.age_s > leak_s]
             owners = sorted({page.owner or "?" for page in old})
             yield (
                 f"{seen.name}: {len(old)} slots of {seen.iid} (process {seen.pid}) are used for more than {leak_s:g} s,"
-                f" the oldest for {seen.oldest_s:.0f} s, by {_some(owners)}: lost, or their decode workers have no room"
+                f" the oldest for {seen.oldest_s:.0f} s, by {_some(owners)}: lost, or waiting for decode workers"
             )
 
 

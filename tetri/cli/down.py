@@ -1,4 +1,4 @@
-"""tetri-cli down"""
+"""tetri-cli down: stops a deployment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tetri.cli.options import conf_option, run_dir_of, set_option
 @conf_option
 @set_option
 def command(conf: Path | None, overrides: tuple[str, ...]) -> None:
-    """Stop everything that up started; nothing but the logs (and what was recorded) stays."""
+    """Stop everything that `up` started. Only logs and records stay."""
     from tetri.proc import launch
 
     run_dir = run_dir_of(conf, overrides)

@@ -1,4 +1,4 @@
-"""tetri-cli flip"""
+"""tetri-cli flip: changes the role of a worker."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import conf_option, connect, set_option, timeout_option
+from tetri.cli.options import conf_option, connect, json_option, set_option, timeout_option
 from tetri.request import ROLES
 
 
 @click.command("flip")
 @click.argument("iid")
 @click.argument("role", type=click.Choice(ROLES), metavar="ROLE")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@json_option
 @conf_option
 @set_option
 @timeout_option
 def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: tuple[str, ...], timeout: float) -> None:
-    """Have worker IID take new work as ROLE: prefill, decode or mixed (both).
+    """Change the role of worker IID: prefill, decode or mixed (both).
 
-    What it has already it finishes beside the new; engine and weights stay. The last worker of a role is not
-    flipped away from it. With a policy other than "none" in [monitor] the monitor may flip it again later.
+    The role decides which new work the worker gets. It finishes the work that it has; its engine keeps running. The
+    last worker that can prefill or decode cannot lose that role. With a policy other than "none" in [monitor], the
+    monitor may flip the worker again later.
     """
     from tetri.client import RequestRefused
 
@@ -41,5 +42,5 @@ def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: tu
 
 
 def _unknown(client: Any, iid: str) -> bool:
-    """Whether it was refused for its name: no fault of the cluster's state."""
+    """Whether the refusal is due to an unknown IID, which is a usage error."""
     return iid not in {instance["iid"] for instance in client.status()["instances"]}

@@ -1,4 +1,4 @@
-"""tetri-cli keygen"""
+"""tetri-cli keygen: makes the key that encrypts KV between hosts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import click
 @click.command("keygen")
 @click.argument("file", type=click.Path(dir_okay=False))
 def command(file: str) -> None:
-    """Make the key of a deployment over several hosts, in FILE, which must not exist. Copy it to every host, by a way
-    that nobody can listen to, and set cluster.key."""
+    """Write the key of a deployment over several hosts to FILE, which must not exist. Copy the file to every host over
+    a secure channel, and set cluster.key to its path."""
     from tetri.net.errors import NetError
     from tetri.net.keys import generate
 

@@ -1,4 +1,4 @@
-"""tetri-cli model"""
+"""tetri-cli model: prepares models on this machine."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import click
 
 @click.group("model")
 def command() -> None:
-    """The models on this machine."""
+    """Manage the models on this machine."""
 
 
 @command.command("fetch")
 @click.argument("name", required=False)
 def fetch(name: str | None) -> None:
-    """Prepare a known model (the configuration's default when no NAME is given) and print its folder."""
+    """Prepare the model NAME (default: the configuration's default model) and print its folder."""
     from tetri import models
     from tetri.config import ModelConfig
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they lead to."""
+"""Options that several commands share, and what they resolve to."""
 
 from __future__ import annotations
 
@@ -10,37 +10,42 @@ from typing import Any
 import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 conf_option: Decorator = click.option(
     "--conf",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Configuration of the deployment (default: $TETRI_CONF).",
 )
 set_option: Decorator = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 timeout_option: Decorator = click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long the broker may stay silent.",
+    help="Give up when the broker is silent for longer.",
 )
 
 
 def sampling_options(max_tokens: int) -> Decorator:
-    """Options named as the fields of tetri.request.Sampling; what is not given stays None."""
+    """Options named as the fields of tetri.request.Sampling. An option that is not given is None."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-            click.option("--seed", type=int, help="Makes a drawn text repeatable."),
-            click.option("--min-p", type=float, help="Least share of the likeliest token's probability."),
-            click.option("--top-k", type=int, help="Draw from so many tokens only; 0: all."),
-            click.option("--top-p", type=float, help="Draw from this much probability only."),
-            click.option("--temperature", type=float, help="0: always the likeliest token."),
-            click.option("--max-tokens", type=int, default=max_tokens, show_default=True, help="Longest answer."),
+            click.option("--seed", type=int, help="Seed; makes sampling repeatable."),
+            click.option("--min-p", type=float, help="Minimum probability, relative to the likeliest token."),
+            click.option("--top-k", type=int, help="Sample from the K likeliest tokens; 0: all."),
+            click.option("--top-p", type=float, help="Sample from the likeliest tokens with this total probability."),
+            click.option("--temperature", type=float, help="Sampling temperature; 0: greedy."),
+            click.option(
+                "--max-tokens", type=int, default=max_tokens, show_default=True, help="Maximum output tokens."
+            ),
         ):
             function = option(function)
         return function
@@ -49,7 +54,7 @@ def sampling_options(max_tokens: int) -> Decorator:
 
 
 def utf8(data: bytes) -> str:
-    """Text from standard input."""
+    """Decode text from standard input, without its last newline. Raises UsageError."""
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -57,8 +62,7 @@ def utf8(data: bytes) -> str:
 
 
 def run_dir_of(conf: Path | None, overrides: Sequence[str] = ()) -> Path:
-    """Where the deployment meant by --conf and --set, or else the environment, keeps its state. Raises
-    ConfigError."""
+    """Run directory of the deployment that --conf and --set select, else of the environment's. Raises ConfigError."""
     from tetri.config import default_path, default_run_dir, load
 
     named = conf or os.environ.get("TETRI_CONF")
@@ -68,7 +72,7 @@ def run_dir_of(conf: Path | None, overrides: Sequence[str] = ()) -> Path:
 
 
 def connect(conf: Path | None, timeout: float, overrides: Sequence[str] = ()) -> Any:
-    """A Client of that deployment. Raises Unreachable when nothing is up there."""
+    """A Client of the selected deployment. Raises ConfigError, and Unreachable when it is not up."""
     from tetri.client import Client
     from tetri.client.place import address_in
 

@@ -1,4 +1,4 @@
-"""tetri-cli predictor collect: the lengths that a model really answers with."""
+"""tetri-cli predictor collect: collects the output lengths of a model."""
 
 from __future__ import annotations
 
@@ -15,36 +15,41 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetri.cli.options import FILE, json_option
+from tetri.cli.predictor_scores import report_bad
+
 if TYPE_CHECKING:
     from tetri.predict.collect import Collected, CollectPlan, TextTask, TextWriter
     from tetri.predict.lengths import Length, Prompt
     from tetri.text import Tokenizer
 
-FILE = click.Path(dir_okay=False, path_type=Path)
-LAYERS = (1 / 3, 16 / 30, 22 / 30)  # of the model's depth: 10, 16 and 22 of 30
-BAD_LINES = 20  # of those that are wrong
+LAYERS = (1 / 3, 16 / 30, 22 / 30)  # default layers, as shares of the model's depth: 10, 16 and 22 of 30
 REPORT_S = 10.0  # between two lines of progress
 
 
 @click.command("collect")
-@click.option("--prompts", type=FILE, required=True, help='JSONL: {"prompt": TEXT} a line; "source" is kept.')
-@click.option("--model", required=True, metavar="NAME|FOLDER", help="The model whose lengths are to be predicted.")
-@click.option("--out", type=FILE, required=True, help="Lengths; an interrupted run goes on with the same file.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts of each prompt.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N usable prompts only.")
+@click.option("--prompts", type=FILE, required=True, help='JSONL, {"prompt": TEXT} per line; "source" is kept.')
+@click.option("--model", required=True, metavar="NAME|FOLDER", help="Model whose output lengths are collected.")
+@click.option("--out", type=FILE, required=True, help="File of lengths. An interrupted run is resumed.")
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts per prompt.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N usable prompts only.")
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
-@click.option("--batch", type=click.IntRange(1, 1023), default=64, show_default=True, help="Texts written at a time.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawing of tokens.")
-@click.option("--layers", metavar="N,N|none", help="Keep the hidden states after these layers; by default three.")
-@click.option("--every", type=click.IntRange(1), default=64, show_default=True, help="Output tokens between states.")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Maximum output tokens.")
+@click.option(
+    "--batch", type=click.IntRange(1, 1023), default=64, show_default=True, help="Texts written at the same time."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--layers", metavar="N,N|none", help="Keep the hidden states after these layers (default: three layers).")
+@click.option(
+    "--every", type=click.IntRange(1), default=64, show_default=True, help="Output tokens between two states."
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--kv-mib", type=click.IntRange(1), default=3072, show_default=True, help="KV cache, in MiB.")
-@click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1" (default: all).')
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@click.option("--kv-mib", type=click.IntRange(1), default=3072, show_default=True, help="Size of the KV cache, in MiB.")
+@click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: all).')
+@json_option
 def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: int, as_json: bool, **how: Any) -> None:
-    """Let a model answer prompts, in its chat template, and write down how many tokens each answer has, with the
-    hidden states on the way: what `predictor train` learns from. Lines that cannot be used are named and skipped."""
+    """Run prompts through a model, in its chat template, and record the number of output tokens of each, with hidden
+    states. `predictor train` learns from these files. Lines that cannot be used are reported and skipped."""
     from tetri.predict.lengths import PredictError
 
     if not out.absolute().parent.is_dir():
@@ -66,6 +71,8 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
 
 @dataclass(frozen=True)
 class Target:
+    """The model to collect from, and how. `kv_mib`: size of the KV cache in MiB."""
+
     folder: Path
     tokenizer: Tokenizer
     plan: CollectPlan
@@ -73,6 +80,7 @@ class Target:
 
     @property
     def context(self) -> int:
+        """The model's context, in tokens."""
         from tetri.models import shape
 
         return shape(self.folder)[0]
@@ -80,7 +88,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Asked:
-    """`bad`: lines of the file of prompts that are not used. `longest`: tokens of the longest prompt."""
+    """The prompts to run. `bad`: number of lines that cannot be used. `longest`: tokens of the longest prompt."""
 
     prompts: Sequence[Prompt]
     samples: int
@@ -133,7 +141,7 @@ def _stay_on(cpus: str | None) -> None:
 
 
 def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked:
-    """Raises PredictError, for a file that cannot be read too."""
+    """Read the prompts, and report those that cannot be used. Raises PredictError."""
     from tetri.predict.collect import fitting
     from tetri.predict.lengths import PredictError, read_prompts
 
@@ -143,10 +151,7 @@ def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked
     found, bad = read_prompts(path)
     fit, unfit, longest = fitting(found, target.tokenizer.chat, prompt_limit, limit)
     problems = [*bad, *(f"{path}: {line}" for line in unfit)]
-    for line in problems[:BAD_LINES]:
-        click.echo(f"skipped: {line}", err=True)
-    if len(problems) > BAD_LINES:
-        click.echo(f"skipped: {len(problems) - BAD_LINES} more lines", err=True)
+    report_bad(problems)
     if not fit:
         raise PredictError(f"{path} has no prompt that can be used")
     return Asked(fit, samples, len(problems), longest)
@@ -157,12 +162,12 @@ def _collected(out: Path, plan: CollectPlan) -> Collected:
 
     collected = Collected(out, plan)
     if collected.again:
-        click.echo(f"{collected.again} texts are written again: their hidden states are not there", err=True)
+        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
     return collected
 
 
 def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict[str, Any]:
-    """Collect what is still to be collected, and say what is there then."""
+    """Collect the missing texts. Returns the summary of the whole file."""
     from tetri.predict.collect import collect, tasks_of
 
     tasks = tasks_of(asked.prompts, asked.samples, collected.done)
@@ -174,13 +179,13 @@ def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict
         with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
             writer = _writer(target, batch, asked.longest, stack)
             began = time.perf_counter()
-            reported_at = stack.enter_context(_progress(len(tasks)))
+            advance = stack.enter_context(_progress(len(tasks)))
 
-            def problems(made: Length) -> None:
+            def count(made: Length) -> None:
                 written.append(made)
-                reported_at(made.tokens)
+                advance(made.tokens)
 
-            collect(tasks, target.plan, collected, writer, target.tokenizer.chat, batch, problems)
+            collect(tasks, target.plan, collected, writer, target.tokenizer.chat, batch, count)
         ended = time.perf_counter()
     left = tasks_of(asked.prompts, asked.samples, collected.done)
     return _summary(asked, collected, written, left, ended - began)
@@ -217,13 +222,13 @@ def _shown(made: dict[str, Any]) -> str:
 
 
 def _writer(target: Target, batch: int, longest: int, stack: contextlib.ExitStack) -> TextWriter:
-    """vLLM, closed with `leaving`."""
+    """Start vLLM; `stack` closes it."""
     from tetri.engine.base import EngineError
     from tetri.engine.vllm.writer import Writer
 
     plan = target.plan
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
+    stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM logs to stdout
     try:
         writer = Writer(
             target.folder,
@@ -238,13 +243,13 @@ def _writer(target: Target, batch: int, longest: int, stack: contextlib.ExitStac
         raise click.ClickException(str(error)) from None
     stack.callback(writer.close)
     gc.collect()
-    gc.freeze()  # vLLM's million objects need not be looked through again and again
+    gc.freeze()  # spares the collector vLLM's million objects
     return writer
 
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Told the tokens of each text: a bar on a terminal's stderr, a line now and then elsewhere."""
+    """Yield a function that takes the tokens of each text: a bar on a terminal's stderr, else a line every REPORT_S."""
     began = reported_at = time.monotonic()
     texts = tokens = 0
 
@@ -266,7 +271,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
+    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, text="")
 
@@ -279,7 +284,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def time_left(texts: int, total: int, spent_s: float) -> str:
-    """The time left, if texts go on ending as they have so far."""
+    """The estimated time left, in words."""
     left = spent_s / texts * (total - texts) if texts else 0.0
     if left < 90:
         return f"{left:.0f} s left"

@@ -1,4 +1,4 @@
-"""tetri-cli predictor eval: how good a predictor of output lengths is on prompts that it has not learnt from."""
+"""tetri-cli predictor eval: scores a length predictor on prompts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import atomic
+from tetri.cli.options import FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 
 if TYPE_CHECKING:
@@ -17,25 +18,18 @@ if TYPE_CHECKING:
     from tetri.predict.lengths import Length
     from tetri.predict.model import Loaded
 
-FILE = click.Path(dir_okay=False, path_type=Path)
 KINDS = ("classifier", "hidden")
 
 
 @click.command("eval")
-@click.option("--prompts", type=FILE, help="Judge on these prompts (all that have a length); `source` is used.")
-@click.option(
-    "--lengths", type=FILE, required=True, multiple=True, help='JSONL: {"prompt", "tokens"} a line; may be repeated.'
-)
-@click.option(
-    "--predictor",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Its folder (the one shipped for the model of the lengths).",
-)
-@click.option("--kind", type=click.Choice([*KINDS, "both"]), help="Judge this kind only (all that can be).")
-@click.option("--all", "seen_too", is_flag=True, help="Judge on prompts that it has learnt from, too.")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
-@click.option("--plot", type=FILE, help="Draw predicted against real lengths into this PNG.")
-@click.option("--predictions", type=FILE, help="Write what was said of each text, for `sim`: JSONL.")
+@click.option("--prompts", type=FILE, help="Use these prompts only (default: all with a length); JSONL.")
+@click.option("--lengths", type=FILE, required=True, multiple=True, help='JSONL, {"prompt", "tokens"} per line.')
+@click.option("--predictor", type=FOLDER, help="The predictor's folder (default: the one shipped for the model).")
+@click.option("--kind", type=click.Choice([*KINDS, "both"]), help="Evaluate this kind only (default: all that can be).")
+@click.option("--all", "seen_too", is_flag=True, help="Also use prompts that it was trained on.")
+@json_option
+@click.option("--plot", type=FILE, help="Plot predicted and true lengths to this PNG.")
+@click.option("--predictions", type=FILE, help="Write the predictions for each text to this JSONL file.")
 def command(
     prompts: Path | None,
     lengths: tuple[Path, ...],
@@ -46,9 +40,12 @@ def command(
     plot: Path | None,
     predictions: Path | None,
 ) -> None:
-    """Judge a predictor: accuracy in buckets of 100, 200 and 400 tokens, absolute error of the median, expected
-    calibration error, Kendall's tau, beside the likeliest bucket, that of the prompt's source, and a regression on the
-    prompt's length; from several texts a prompt also the ceiling. Hidden states lie beside the lengths."""
+    """Evaluate a predictor.
+
+    Prints accuracy in buckets of 100, 200 and 400 tokens, absolute error of the median, expected calibration error and
+    Kendall's tau, beside baselines: the likeliest bucket, that of the prompt's source, and a regression on the prompt's
+    length. With several texts per prompt, also prints the ceiling of any predictor.
+    """
     from tetri.bench import length_plot, plots
     from tetri.predict.evaluate import ceiling_of, judge, report
     from tetri.predict.evaluate import predictions as rows_of
@@ -74,7 +71,7 @@ def command(
 
 
 def _predictors(folder: Path | None, kind: str | None, texts: Texts) -> dict[str, Loaded]:
-    """By kind, those that can be judged. Raises PredictError."""
+    """The predictors to evaluate, by kind. Raises PredictError."""
     from tetri.predict.card import CARD
     from tetri.predict.lengths import PredictError
     from tetri.predict.model import SHIPPED, load, shipped_for
@@ -96,7 +93,7 @@ def _predictors(folder: Path | None, kind: str | None, texts: Texts) -> dict[str
 def _chosen(
     texts: Texts, prompts: Path | None, predictors: dict[str, Loaded], seen_too: bool
 ) -> tuple[list[Length], list[Length]]:
-    """(first texts to judge on, all others). Raises PredictError."""
+    """(texts to evaluate on, other texts); only the first text of each prompt. Raises PredictError."""
     from dataclasses import replace
 
     from tetri.predict.lengths import PredictError, prompt_key, read_prompts
@@ -124,7 +121,7 @@ def _chosen(
 
 
 def _points(judged: Judged) -> dict[str, list[tuple[float, float, float]]]:
-    """By kind, of each text the tokens below which 10, 50 and 90 % of the odds are."""
+    """By kind, the predicted 10, 50 and 90 % quantiles of each text, in tokens."""
     from tetri.predict.scores import quantiles
 
     found = {}

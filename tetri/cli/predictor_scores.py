@@ -1,4 +1,4 @@
-"""What `predictor train` and `predictor eval` show of scores."""
+"""Output that the `predictor` commands share: skipped lines, and scores as a table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ GRANULARITIES = ("100", "200", "400")
 
 
 def report_bad(lines: Sequence[str]) -> None:
+    """Print the lines that cannot be used on stderr, BAD_LINES at most."""
     for line in lines[:BAD_LINES]:
         click.echo(f"skipped: {line}", err=True)
     if len(lines) > BAD_LINES:
@@ -19,7 +20,7 @@ def report_bad(lines: Sequence[str]) -> None:
 
 
 def shown(found: Mapping[str, Any]) -> str:
-    """The scores as a table, each beside what needs no predictor."""
+    """The scores as a table, beside the baselines."""
     lines = [f"{found['n']} prompts that were not learnt from", ""]
     lines.append(f"{'':24} {'acc 100':>8} {'200':>6} {'400':>6} {'MAE':>6} {'tau':>6} {'ECE':>6} {'RPS':>6}")
     for name in ("majority", "by_source", "by_length"):
@@ -37,7 +38,7 @@ def shown(found: Mapping[str, Any]) -> str:
             bound_note = f"{bound['inside']:.1%} of the texts end below it, it is {bound['tokens']} tokens on average"
             lines += ["", f"upper bound for {bound['share']:.0%} by {kind}: {bound_note}"]
     if later := found.get("later"):
-        lines += ["", "what remains after so many output tokens, by the hidden state then:"]
+        lines += ["", "what remains after so many output tokens, by the hidden state there:"]
         lines.append(f"{'tokens':>8} {'texts':>6} {'acc 200':>8} {'MAE':>6} {'of the median':>14} {'tau':>6}")
         for known, of in later.items():
             lines.append(

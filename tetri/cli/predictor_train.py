@@ -1,4 +1,4 @@
-"""tetri-cli predictor train: a predictor of output lengths, from lengths that `collect` wrote."""
+"""tetri-cli predictor train: trains a length predictor on the files of `predictor collect`."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 import click
 
+from tetri.cli.options import FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
-
-FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("train")
-@click.option("--lengths", type=FILE, required=True, multiple=True, help="Of `collect`; may be repeated.")
+@click.option("--lengths", type=FILE, required=True, multiple=True, help="File that `collect` wrote; may be repeated.")
 @click.option("--kind", type=click.Choice(["classifier", "hidden"]), default="hidden", show_default=True)
+@click.option("--out", type=FOLDER, required=True, help="The predictor's folder; writes its sub-folder for this kind.")
+@click.option("--model", metavar="NAME|FOLDER", help="Model of the lengths; required if the files do not name it.")
 @click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The predictor's folder; of it the sub-folder of this kind is written.",
+    "--encoder", metavar="NAME|FOLDER", help="classifier: encoder of the prompts (default: all-MiniLM-L6-v2)."
 )
-@click.option("--model", metavar="NAME|FOLDER", help="Whose lengths they are, where the lengths do not say.")
-@click.option("--encoder", metavar="NAME|FOLDER", help="classifier: read prompts with this (all-MiniLM-L6-v2).")
-@click.option("--cut", type=click.IntRange(2), metavar="N", help="classifier: read so many tokens of a prompt at most.")
-@click.option("--depth", type=click.IntRange(1), metavar="N", help="classifier: compute the encoder's first N layers.")
-@click.option("--full", is_flag=True, help="classifier: train the encoder, too, not only the head.")
-@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True, help="With --full.")
-@click.option("--layer", type=click.IntRange(1), metavar="N", help="hidden: the states after N layers (the best ones).")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split and the networks.")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@click.option("--cut", type=click.IntRange(2), metavar="N", help="classifier: read at most N tokens of a prompt.")
+@click.option("--depth", type=click.IntRange(1), metavar="N", help="classifier: use the encoder's first N layers.")
+@click.option("--full", is_flag=True, help="classifier: train the encoder as well as the head.")
+@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True, help="Epochs of --full.")
+@click.option(
+    "--layer", type=click.IntRange(1), metavar="N", help="hidden: read the states after N layers (default: the best)."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split and the networks."
+)
+@json_option
 def command(lengths: tuple[Path, ...], out: Path, as_json: bool, **how: Any) -> None:
-    """Train a predictor of output lengths and judge it on the prompts that were held out (15 %). A classifier reads
-    the prompt; hidden reads the target model's own hidden states, which `collect --layers` keeps."""
+    """Train a length predictor and evaluate it on held-out prompts (15 %). A classifier reads the prompt; hidden reads
+    the target model's hidden states, which `collect --layers` keeps."""
     from tetri.predict.examples import read_texts
     from tetri.predict.lengths import PredictError
     from tetri.predict.train import train
@@ -88,6 +88,6 @@ def _wanted(plan: dict[str, Any], out: Path, how: dict[str, Any]) -> Any:
 
 
 def _encoder(name: str) -> str:
-    """A folder as it can be found from anywhere."""
+    """Make a folder absolute, so that it is found from any working directory."""
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name

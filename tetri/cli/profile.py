@@ -1,4 +1,4 @@
-"""tetri-cli profile"""
+"""tetri-cli profile: measures an engine and writes its cost table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetri import atomic
-from tetri.cli.options import conf_option, set_option
+from tetri.cli.options import FILE, conf_option, set_option
 
 if TYPE_CHECKING:
     from tetri.config import Config
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from tetri.profile.fit import Fit
     from tetri.profile.measure import MeasuredPoint
 
-BUSY_SHARE = 0.97  # of the time that a core was ours; with less, others were at work on it
+BUSY_SHARE = 0.97  # share of the core's time; below, other processes disturb the measurement
 
 
 @click.command("profile")
 @conf_option
 @set_option
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the cost table to this file.")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout, with every measured point.")
+@click.option("--out", type=FILE, help="Write the cost table to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, with every measured point.")
 @click.option("--quick", is_flag=True, help="Fewer sizes and rounds: a rough table in a fifth of the time.")
-@click.option("--rounds", type=click.IntRange(1), metavar="N", help="Times that each point is measured (5; quick: 3).")
-@click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1" (default: those of the first worker).')
-@click.option("--cpu-time", is_flag=True, help="Count this process's CPU time: for a single core that others use, too.")
+@click.option("--rounds", type=click.IntRange(1), metavar="N", help="Measurements per point (default: 5; --quick: 3).")
+@click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: those of the first worker).')
+@click.option("--cpu-time", is_flag=True, help="Measure this process's CPU time: for one core that others use as well.")
 def command(
     conf: Path | None,
     overrides: tuple[str, ...],
@@ -48,8 +48,8 @@ def command(
     cpus: str | None,
     cpu_time: bool,
 ) -> None:
-    """Measure the engine of the configuration, in this process, and fit a cost table: seconds of prefill by the size
-    and the start of a chunk, of decode by the batch and its contexts, and the chunk size worth using."""
+    """Measure the engine of the configuration, in this process, and fit a cost table: seconds of a prefill by size and
+    start of the chunk, seconds of a decode step by batch size and contexts, and a proposed chunk size."""
     from tetri.cost import CostError, dump
     from tetri.engine.base import EngineError
     from tetri.profile.fit import fit
@@ -80,7 +80,7 @@ def command(
 
 
 def _config(conf: Path | None, overrides: tuple[str, ...], cpus: str | None) -> Config:
-    """With `cpus` as those of the first worker, on which the engine runs."""
+    """The configuration. `cpus` replaces the CPUs of the first worker, on which the engine runs. Raises UsageError."""
     from tetri.config import default_path, load
 
     config = load(conf or default_path(), overrides)
@@ -93,8 +93,11 @@ def _config(conf: Path | None, overrides: tuple[str, ...], cpus: str | None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredEngine:
-    """`of`: engine and cores in words. `core_share`: how much of the measured time one pinned core worked for this
-    process; None where that says nothing."""
+    """The measurements and what they were made on.
+
+    of          engine, model and cores, in words
+    core_share  share of the wall time that the core spent on this process; None unless it was one core and vLLM
+    """
 
     points: list[MeasuredPoint]
     of: str
@@ -113,11 +116,11 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
     pin(config.workers[0].cpus)
     cores = len(os.sched_getaffinity(0))
     if cpu_time and (cores > 1 or config.engine.kind != "vllm"):
-        # Only where a step is one thread's work from its begin to its end are CPU time and a free core's time equal.
+        # CPU time equals the time of a free core only if one thread does all the work of a step.
         raise click.UsageError("--cpu-time is for vLLM on one core: give it with --cpus N")
     clock = time.process_time if cpu_time else time.perf_counter
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM's log would go there
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM logs to stdout
         click.echo(f"starting the {config.engine.kind} engine", err=True)
         engine = build.engine(config)
         stack.callback(engine.close)
@@ -150,7 +153,7 @@ def _cpu() -> str:
 
 
 def _command(given: Mapping[str, Any]) -> str:
-    """The command line that makes the same table."""
+    """The command line that repeats this measurement."""
     arguments = ["tetri-cli", "profile"]
     arguments += [argument for override in given["overrides"] for argument in ("--set", override)]
     arguments += [f"--{flag.replace('_', '-')}" for flag in ("quick", "cpu_time") if given[flag]]
@@ -161,7 +164,7 @@ def _command(given: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
-    """How far it is, on stderr: a bar on a terminal, a line after each round elsewhere."""
+    """Show progress on stderr: a bar on a terminal, else a line after each round."""
     if not sys.stderr.isatty():
 
         def report(done: int, total: int) -> None:
@@ -179,7 +182,7 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
 
 
 def _summary(made: Fit, measured: MeasuredEngine) -> list[str]:
-    """Sentences on how well the table fits, for its head and for the terminal."""
+    """How well the table fits, in lines for its header and for the terminal."""
     lines = []
     for name, found in made.quality.items():
         lines.append(

@@ -1,9 +1,8 @@
-"""tetri-cli sim: what a deployment would do, in virtual time."""
+"""tetri-cli sim: simulates a deployment in virtual time."""
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,58 +14,55 @@ from typing import Any
 
 import click
 
-from tetri.cli import FAILED, OK
+from tetri.cli import FAILED, OK, LazyGroup
+from tetri.cli.options import FILE, json_option
 
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
 SYSTEMS = ("tetri", "coupled16", "coupled")
-#: keys of [monitor] that change nothing here -> why
+# Settings of [monitor] without an effect here -> why.
 NOT_SIMULATED = {"flip": "use --flip", "gone_s": "20 s with --faults, else endless", "cpus": "there are no processes"}
-ELSEWHERE = ("paper", "replay")  # subcommands with a module of their own, sim_NAME
 
 
-class SimGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *ELSEWHERE]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in ELSEWHERE:
-            return super().get_command(ctx, cmd_name)
-        command = importlib.import_module(f"tetri.cli.sim_{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group("sim", cls=SimGroup)
+@click.group("sim", cls=LazyGroup, lazy=("paper", "replay"), prefix="sim_")
 def command() -> None:
-    """Simulate a deployment, with the very schedulers that serve live."""
+    """Simulate a deployment. The simulator runs the schedulers of the live system."""
 
 
-FILE = click.Path(dir_okay=False, path_type=Path)
-#: name, type, default, help. A default of 0 is told by the help.
+# Name, type, default, help. The help explains a default of 0.
 OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--trace", FILE, None, "CSV: TIMESTAMP,ContextTokens,GeneratedTokens."),
-    ("--speedup", float, 1.0, "Divides the times between the trace's requests."),
-    ("--requests", int, 0, "How many; a trace is repeated. 0: the whole trace, or 1000 drawn ones."),
-    ("--rate", float, 0.0, "Draw requests that come at so many a second; 0: all at once."),
-    ("--burstiness", float, 1.0, "Variation of the times between them; 1: Poisson."),
-    ("--prompt-tokens", str, "512", "N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
-    ("--output-tokens", str, "128", "As --prompt-tokens."),
-    ("--deadline", float, None, "Seconds that every request has."),
-    ("--system", click.Choice(SYSTEMS), "tetri", "coupled16, coupled: every instance runs both phases by itself."),
+    ("--speedup", float, 1.0, "Divide the times between the trace's requests by this."),
+    (
+        "--requests",
+        int,
+        0,
+        "Number of requests; a shorter trace is repeated. 0: the whole trace, or 1000 drawn requests.",
+    ),
+    ("--rate", float, 0.0, "Drawn requests per second; 0: all at once."),
+    ("--burstiness", float, 1.0, "Coefficient of variation of the times between drawn requests; 1: Poisson."),
+    ("--prompt-tokens", str, "512", "Prompt lengths: N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
+    ("--output-tokens", str, "128", "Output lengths, as --prompt-tokens."),
+    ("--deadline", float, None, "Deadline of every request, in seconds."),
+    (
+        "--system",
+        click.Choice(SYSTEMS),
+        "tetri",
+        "coupled16, coupled: every instance runs both phases of its requests.",
+    ),
     ("--prefill", int, 1, "Prefill instances."),
     ("--decode", int, 1, "Decode instances."),
     ("--mixed", int, 0, "Instances that do both."),
     ("--cost", str, "v100-opt13b", "Name of a table in conf/cost, or a file."),
-    ("--link", str, "roce", "roce, nvlink or bytes a second."),
-    ("--transfer", str, "chunk", "chunk: KV leaves with every chunk; request: when the prompt is computed."),
-    ("--flip", str, "none", "When instances change their role: none, idle, below or balance (docs/policies.md)."),
-    ("--chunk-tokens", int, 0, "Tokens of a step; 0: as the table says."),
-    ("--kv-tokens", int, 0, "KV of an instance, in tokens; 0: as the table says."),
+    ("--link", str, "roce", "roce, nvlink or bytes per second."),
+    ("--transfer", str, "chunk", "chunk: send KV after every chunk; request: after the whole prompt."),
+    ("--flip", str, "none", "Flip policy: none, idle, below or balance (docs/policies.md)."),
+    ("--chunk-tokens", int, 0, "Tokens per step; 0: as in the cost table."),
+    ("--kv-tokens", int, 0, "KV memory per instance, in tokens; 0: as in the cost table."),
     ("--block-tokens", int, 16, "Tokens of a KV block."),
-    ("--max-batch", int, 256, "Most decodes of a step."),
-    ("--context", int, 0, "Most tokens of a request; 0: as many as --kv-tokens."),
-    ("--seed", int, 0, "Of all chance."),
-    ("--plot", FILE, None, "Draw TTFT, JCT and the instances into this PNG."),
+    ("--max-batch", int, 256, "Maximum decode batch."),
+    ("--context", int, 0, "Maximum tokens of a request; 0: as --kv-tokens."),
+    ("--seed", int, 0, "Seed of all random numbers."),
+    ("--plot", FILE, None, "Plot TTFT, JCT and the instances to this PNG."),
 )
 
 
@@ -90,14 +86,18 @@ class RunCommand(click.Command):
 
 @command.command("run", cls=RunCommand)
 @_listed
-@click.option("--faults", metavar="NAME=NUMBER,...", help="What goes wrong, as in drop=0.01,kill=0.001; see below.")
-@click.option("--policy", "policies", multiple=True, metavar="KEY=VALUE", help="A setting of [policy], repeatable.")
-@click.option("--monitor", "monitors", multiple=True, metavar="KEY=VALUE", help="A setting of [monitor], repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@click.option("--faults", metavar="NAME=NUMBER,...", help="Faults to inject, as in drop=0.01,kill=0.001; see below.")
+@click.option(
+    "--policy", "policies", multiple=True, metavar="KEY=VALUE", help="A setting of [policy]; may be repeated."
+)
+@click.option(
+    "--monitor", "monitors", multiple=True, metavar="KEY=VALUE", help="A setting of [monitor]; may be repeated."
+)
+@json_option
 def run(**options: Any) -> int:
-    """Serve a trace or drawn requests, and say how long everything took.
+    """Simulate a trace or drawn requests, and print latencies and loads.
 
-    The same arguments give the same result, to the last bit, but for the object "run" (wall time and memory).
+    The same arguments give the same result to the last bit, except the object "run" (wall time and memory).
     """
     from tetri.cost import CostError
     from tetri.faults import FaultsError
@@ -123,19 +123,19 @@ def run(**options: Any) -> int:
 
 
 def simulated(options: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is printed. Raises SimError, TraceError, CostError, FaultsError or ConfigError."""
+    """The result as JSON data. Raises SimError, TraceError, CostError, FaultsError, ConfigError or UsageError."""
     from tetri.sim.baselines import serve
     from tetri.sim.report import summary
 
     started = perf_counter()
-    gc.set_threshold(100_000, 50, 100)  # a run makes millions of objects and hardly any cycle: a tenth of its time
+    gc.set_threshold(100_000, 50, 100)  # saves a tenth of the time: millions of objects, few cycles
     if options["system"] != "tetri":
         _check_coupled(options)
     draw = _drawing(options["plot"])
     arrivals, total = _arrivals(options)
     setup = _setup(options)
     if options["system"] == "tetri":
-        with _progress(total) as progress:
+        with progress_bar(total) as progress:
             result = _world(setup, arrivals, options["faults"], progress).run()
     else:
         result = serve(options["system"], setup, arrivals)
@@ -157,7 +157,7 @@ def _world(setup: Any, arrivals: Iterable[Any], faults: str | None, progress: An
 
 
 def _check_coupled(options: dict[str, Any]) -> None:
-    """Nothing may be given that a coupled baseline would not heed."""
+    """Refuse options that a coupled baseline would ignore. Raises UsageError."""
     given = {"policy": options["policies"], "monitor": options["monitors"], "deadline": options["deadline"] is not None}
     given |= {"flip": options["flip"] != "none", "faults": options["faults"] is not None}
     for name, there in given.items():
@@ -190,7 +190,7 @@ def _setup(options: dict[str, Any]) -> Any:
 
 
 def _section(kind: type, option: str, pairs: Iterable[str], refused: Mapping[str, str] = MappingProxyType({})) -> Any:
-    """A section of the configuration, its defaults overridden."""
+    """A section of the configuration: the settings in `pairs`, else the defaults. Raises UsageError, ConfigError."""
     import tomllib
 
     from tetri.strict import section
@@ -205,12 +205,12 @@ def _section(kind: type, option: str, pairs: Iterable[str], refused: Mapping[str
         try:
             table[key] = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):
-            table[key] = text  # a bare word
-    return section(kind, table, option, kind.__name__.lower())
+            table[key] = text  # text without quotes
+    return section(kind, table, option, option.removeprefix("--"))
 
 
 def _picked(kind: type, source: Any) -> Any:
-    """A `kind` from the fields of `source` that have the same names."""
+    """Build a `kind` from the fields of the same names in `source`."""
     from dataclasses import fields
 
     return kind(**{field.name: getattr(source, field.name) for field in fields(kind)})
@@ -226,7 +226,7 @@ def _bytes_s(link: str) -> float:
 
 
 def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
-    """The requests and, when it is known, how many."""
+    """(requests, their number if it is known). Raises TraceError and UsageError."""
     from tetri.sim.traces import TokenCounts, drawn, replayed, with_deadline
 
     requests, trace = options["requests"], options["trace"]
@@ -245,8 +245,8 @@ def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
 
 
 @contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[int], None] | None]:
-    """A bar on a terminal's stderr."""
+def progress_bar(total: int | None) -> Iterator[Callable[[int], None] | None]:
+    """Show a bar on stderr and yield a function that takes the number of finished parts; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -258,20 +258,20 @@ def _progress(total: int | None) -> Iterator[Callable[[int], None] | None]:
         task = bar.add_task("", total=total)
         step = max(1, (total or 100_000) // 200)
 
-        def advance(answered: int) -> None:
-            if answered % step == 0:
-                bar.update(task, completed=answered)
+        def advance(finished: int) -> None:
+            if finished % step == 0:
+                bar.update(task, completed=finished)
 
         yield advance
 
 
 def _times(result: Any) -> dict[str, list[float]]:
-    """What CDFs are drawn of, by name."""
+    """The values of the plotted CDFs in seconds, by name."""
     return {name: [getattr(o, f"{name.lower()}_s") for o in result.done()] for name in ("TTFT", "JCT")}
 
 
 def _drawing(plot: Path | None) -> Callable[[Path, Any, Any], None] | None:
-    """What draws, looked for before an hour of simulation, not after it."""
+    """The function that plots. Checks everything before a long simulation. Raises UsageError."""
     if plot is None:
         return None
     from tetri.bench.plots import PlotError, draw, ready

@@ -1,14 +1,13 @@
-"""tetri-cli sim paper: the paper's evaluation, run again with the schedulers that serve live."""
+"""tetri-cli sim paper: repeats the paper's evaluation in the simulator."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache
 from time import perf_counter
@@ -16,21 +15,31 @@ from typing import Any
 
 import click
 
+from tetri.cli.options import json_option
+from tetri.cli.sim import progress_bar
+
 WORKLOADS = ("LPLD", "LPHD", "HPLD", "HPHD", "Mixed")
-MICRO_SEEDS = 5  # at most, of the microbenchmarks
+MICRO_SEEDS = 5  # maximum seeds of the microbenchmarks
 COST = "v100-opt13b"
 
 
 @click.command("paper")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=20, show_default=True, help="Draws of each workload.")
-@click.option("--only", type=click.Choice(WORKLOADS), multiple=True, help="A workload, repeatable; no microbenchmarks.")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), default=20, show_default=True, help="Random draws of each workload."
+)
+@click.option(
+    "--only",
+    type=click.Choice(WORKLOADS),
+    multiple=True,
+    help="Run this workload only, without microbenchmarks; may be repeated.",
+)
+@json_option
 def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
-    """Run the paper's evaluation again, each result beside the paper's.
+    """Repeat the paper's evaluation, and print each result beside the paper's.
 
-    Five workloads on TetriInfer (one prefill and one decode instance) and on coupled baselines, then the
-    microbenchmarks of its Figures 3 to 5, 16, 18 and 19. Takes a few minutes. The same arguments give the same result,
-    to the last bit, but for the object "run".
+    Runs five workloads on TetriInfer (one prefill and one decode instance) and on coupled baselines, then the
+    microbenchmarks of Figures 3 to 5, 16, 18 and 19. Takes a few minutes. The same arguments give the same result to
+    the last bit, except the object "run".
     """
     from tetri.cost import CostError
     from tetri.sim.setup import SimError
@@ -46,7 +55,7 @@ def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
 
 
 def evaluated(seeds: int, workloads: Sequence[str], micro: bool) -> dict[str, Any]:
-    """Everything that is printed."""
+    """The result as JSON data. Raises CostError, SimError and WorkloadError."""
     from tetri.sim.micro import cases
     from tetri.sim.paper import SYSTEMS, ratios, rows
 
@@ -109,43 +118,28 @@ def _task(task: tuple[Any, ...]) -> Any:
 
 
 def _all(tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Results in the order of the tasks, whatever process was how fast."""
-    _inputs()  # what is wrong with them is said once, here
+    """Run the tasks on all cores. Returns the results in the order of the tasks."""
+    _inputs()  # raises an error here, once, instead of in every process
     cores = len(os.sched_getaffinity(0))
-    with _progress(len(tasks)) as advance:
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress_bar(len(tasks)))
+        found: Iterator[Any] = map(_task, tasks)
+        if cores > 1 and len(tasks) >= 20:
+            pool = stack.enter_context(ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")))
+            found = pool.map(_task, tasks, chunksize=2)
         results = []
-        if cores == 1 or len(tasks) < 20:
-            for task in tasks:
-                results.append(_task(task))
-                advance()
-            return results
-        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-            for result in pool.map(_task, tasks, chunksize=2):
-                results.append(result)
-                advance()
+        for result in found:
+            results.append(result)
+            if advance is not None:
+                advance(len(results))
         return results
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- output
 
 
 def shown(made: dict[str, Any]) -> Iterator[str]:
-    """The tables in lines: what was simulated, and in brackets what the paper shows."""
+    """Yield the lines of the tables: the simulated value, and the paper's in brackets."""
     rows, metrics = made["rows"], list(dict.fromkeys(row["metric"] for row in made["rows"]))
     for workload in dict.fromkeys(row["workload"] for row in rows):
         yield f"{workload:15}" + "".join(f"{metric:>24}" for metric in metrics)

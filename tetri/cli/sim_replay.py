@@ -1,4 +1,4 @@
-"""tetri-cli sim replay"""
+"""tetri-cli sim replay: replays the recorded events of a live cluster."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 
 import click
 
+from tetri.cli.options import json_option
+
 
 @click.command("replay")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@json_option
 def command(folder: Path, as_json: bool) -> int:
-    """Feed what a live cluster's cores heard to fresh cores: do they say the same?
+    """Feed the recorded events of a live cluster to fresh cores, and compare their actions.
 
-    FOLDER is a run directory, or its `record`, of a cluster that was started with --set cluster.record=true. Exit
-    status 1, and the first difference, when an action differs.
+    FOLDER is a run directory, or its `record` folder, of a cluster that was started with --set cluster.record=true.
+    When an action differs, prints the first difference and exits with status 1.
     """
     from tetri.proc.recorder import RecordError
     from tetri.proc.replay import records, replay

@@ -1,4 +1,4 @@
-"""tetri-cli status"""
+"""tetri-cli status: shows workers, monitor and requests."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import conf_option, connect, set_option
+from tetri.cli.options import conf_option, connect, json_option, set_option
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "kv", "note")
 _LENGTHS = ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"]
-SILENT_S = 5.0  # without a view
-_SILENT = "requests are placed without news of the load, and nobody flips by itself"
+SILENT_S = 5.0  # age of the cluster view from which the monitor counts as silent
+_SILENT = "requests are placed without load reports, and no instance flips by itself"
 
 
 @click.command("status")
 @conf_option
 @set_option
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="SECONDS")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@json_option
 def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_json: bool) -> None:
-    """Show the workers, the monitor and how many requests are open in which stage."""
+    """Show the workers, the monitor, and the number of requests in each stage."""
     with connect(conf, timeout, overrides) as client:
         status = client.status()
     if as_json:
@@ -37,7 +37,7 @@ def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_js
     for row in _aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]):
         click.echo(row)
     if fetched := _kv(instances):
-        for row in _aligned([["KV taken by", "counted"], *fetched]):
+        for row in _aligned([["KV received by", "counted"], *fetched]):
             click.echo(row)
     if lengths := _lengths(instances):
         for row in _aligned([_LENGTHS, *lengths]):
@@ -45,7 +45,7 @@ def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_js
 
 
 def _monitor(found: dict[str, Any] | None) -> str:
-    """What it says, or what its silence means: who is asked for a view is the broker, so this is as it heard it."""
+    """State of the monitor, as the broker knows it from the last cluster view; when silent, with the consequences."""
     if found is None:
         return f"silent since the broker's start: {_SILENT}"
     if found["age_s"] >= SILENT_S:
@@ -54,13 +54,13 @@ def _monitor(found: dict[str, Any] | None) -> str:
 
 
 def _kv(instances: list[dict[str, Any]]) -> list[list[str]]:
-    """What happened to the KV that each took, of those to whom anything did."""
+    """Rows of (iid, counters of its KV receives); none for an instance whose counters are all 0."""
     found = [(each["iid"], {name: n for name, n in each.get("counters", {}).items() if n}) for each in instances]
     return [[iid, _counts(counters)] for iid, counters in found if counters]
 
 
 def _lengths(instances: list[dict[str, Any]]) -> list[list[str]]:
-    """How well those do that predict output lengths; of those that only decode, once they have."""
+    """Rows about length predictors; a decode instance has one only after it has predicted."""
     rows: list[list[str]] = []
     for each in instances:
         found = each.get("predictor")

@@ -1,4 +1,4 @@
-"""tetri-cli submit"""
+"""tetri-cli submit: sends one request and shows its output."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import click
 
 from tetri.cli import FAILED, INTERRUPTED, OK
 from tetri.cli.answer import play
-from tetri.cli.options import conf_option, connect, sampling_options, set_option, timeout_option, utf8
+from tetri.cli.options import conf_option, connect, json_option, sampling_options, set_option, timeout_option, utf8
 
 
 @click.command("submit")
 @click.argument("text")
 @sampling_options(max_tokens=128)
-@click.option("--chat", is_flag=True, help="Put the text into the model's chat template, as the user's message.")
-@click.option("--deadline", type=float, metavar="SECONDS", help="Give up when the answer takes longer.")
-@click.option("--stream/--no-stream", default=None, help="Show text as it appears (default, but with --json).")
-@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+@click.option("--chat", is_flag=True, help="Use the model's chat template, with TEXT as the user's message.")
+@click.option("--deadline", type=float, metavar="SECONDS", help="End the request when it takes longer.")
+@click.option("--stream/--no-stream", default=None, help="Show text as it arrives (default, except with --json).")
+@json_option
 @conf_option
 @set_option
 @timeout_option

@@ -1,4 +1,4 @@
-"""tetri-cli up"""
+"""tetri-cli up: starts a deployment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tetri.cli.options import conf_option, set_option
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="Give up when not all workers are ready by then.",
+    help="Give up when the deployment is not ready in time.",
 )
 def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> None:
     """Start the broker, the monitor and all workers, and wait until they are ready."""
@@ -44,7 +44,7 @@ def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> Non
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Say things on stderr: with a spinner on a terminal, as plain lines elsewhere."""
+    """Report progress on stderr: with a spinner on a terminal, else as plain lines."""
     if not sys.stderr.isatty():
         yield lambda text: click.echo(text, err=True)
         return

@@ -10,7 +10,7 @@ import msgpack
 
 from tetri.request import ROLES, Receipt, Sampling, Turn, Usage, sampling_problem
 
-VERSION = b"\x01"
+VERSION = b"\x02"
 MAX_SENT = 4 << 20  # bytes: the broker drops a longer frame unread
 MAX_RECEIVED = 16 << 20
 MAX_NAME = 128  # characters; the broker drops a message with a longer one

@@ -1,5 +1,5 @@
-"""What a deployment is: frozen dataclasses (tables), one strict TOML loader (reading), what they must not say
-together (checks)."""
+"""The configuration of a deployment: its tables as frozen dataclasses (tables), the strict TOML loader (reading), and
+checks across tables (checks)."""
 
 from tetri.config.reading import default_path, dump, load
 from tetri.config.tables import (

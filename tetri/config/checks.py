@@ -1,4 +1,4 @@
-"""What the tables of a configuration must not say together, each in one line that says what to do."""
+"""Checks across the tables of a configuration: values that are valid alone, but not together."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tetri.config.tables import Config, cpu_numbers
 from tetri.faults import FaultsError, parse_faults
 from tetri.request import blocks_for
 
-STREAM_BLOCKS = 8192  # that one Fetch can ask for (wire/bulk.py)
-IPC_BYTES = 100  # a Unix socket's path holds 108 bytes at most; ZeroMQ needs a few of them
+STREAM_BLOCKS = 8192  # most blocks that one Fetch can ask for (wire/bulk.py)
+IPC_BYTES = 100  # the path of a Unix socket has at most 108 bytes, of which ZeroMQ needs a few
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """Every problem, in one line each."""
+    """Every contradiction in a configuration, each in one line that names the setting and what is allowed."""
     iids = [worker.iid for worker in config.workers]
     for iid in sorted({iid for iid in iids if iids.count(iid) > 1}):
         yield f"worker.iid: {iid!r} is used {iids.count(iid)} times; every worker needs its own"
@@ -32,8 +32,8 @@ def contradictions(config: Config) -> Iterator[str]:
     chunk, block = config.engine.chunk_tokens, config.engine.block_tokens
     if config.engine.max_batch >= chunk:
         yield (
-            f"engine.max_batch: must be below chunk_tokens ({chunk}): a step has room for one token of every running"
-            " decode and some of a prompt"
+            f"engine.max_batch: must be below chunk_tokens ({chunk}): a step computes one token of every running"
+            " decode and at least one token of a prompt"
         )
     if config.transfer.slab_blocks < (least := blocks_for(chunk + block - 1, block)):
         yield f"transfer.slab_blocks: must be at least {least}, the blocks that one chunk may fill"
@@ -50,19 +50,20 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.broker.clients:
         yield from _address_problem(config.broker.clients)
     own = (config.clients_address, config.events_address, config.loads_address, config.views_address)
-    made = config.emulated
-    if config.engine.kind == "emulated" and made.blocks * block < made.context:
-        yield f"emulated.blocks: must be at least {blocks_for(made.context, block)}, which hold one context"
+    emulated = config.emulated
+    if config.engine.kind == "emulated" and emulated.blocks * block < emulated.context:
+        yield f"emulated.blocks: must be at least {blocks_for(emulated.context, block)}, which hold one context"
     for address in (*own, *map(config.inbox_address, iids)):
         if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
             yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"
 
 
 def _transfer_problems(config: Config) -> Iterator[str]:
-    made, key = config.transfer, config.cluster.key
+    transfer, key = config.transfer, config.cluster.key
     if key and not os.path.isabs(key):
         yield f"cluster.key: must be an absolute path, got {key!r}"
-    for name, address, port in (("address", made.address, r"\d{1,5}|\*"), ("announce", made.announce, r"\d{1,5}")):
+    addresses = (("address", transfer.address, r"\d{1,5}|\*"), ("announce", transfer.announce, r"\d{1,5}"))
+    for name, address, port in addresses:
         parts = re.fullmatch(rf"tcp://(\d{{1,3}}(?:\.\d{{1,3}}){{3}}):({port})", address)
         if not address:
             continue
@@ -71,16 +72,22 @@ def _transfer_problems(config: Config) -> Iterator[str]:
         elif not key and not _is_loopback(parts[1]):
             yield (
                 f"transfer.{name}: {parts[1]} is not this machine's loopback, and between hosts KV must be encrypted:"
-                " make a key with tetri-cli keygen, give it to all, and set cluster.key"
+                " make a key with tetri-cli keygen, copy it to every host, and set cluster.key"
             )
-        elif parts[1] == "0.0.0.0" and not (name == "address" and made.announce):
-            yield f"transfer.{name}: nobody can connect to 0.0.0.0; set transfer.announce to what others see"
+        elif parts[1] == "0.0.0.0" and not (name == "address" and transfer.announce):
+            yield (
+                f"transfer.{name}: other hosts cannot connect to 0.0.0.0; set transfer.announce to an address of this"
+                " host that they can reach"
+            )
     block = config.engine.block_tokens
     most = blocks_for(config.engine.chunk_tokens + block - 1, block)
-    if (made.address or made.transport == "stream") and most > STREAM_BLOCKS:
-        yield f"engine.block_tokens: a chunk may fill {most} blocks, at most {STREAM_BLOCKS} go over `stream`"
-    if made.announce and not made.address:
-        yield "transfer.announce: says how others reach transfer.address, which is not set"
+    if (transfer.address or transfer.transport == "stream") and most > STREAM_BLOCKS:
+        yield (
+            f"engine.block_tokens: a chunk may fill {most} blocks, but `stream` moves at most {STREAM_BLOCKS}: set"
+            " larger blocks or smaller chunks"
+        )
+    if transfer.announce and not transfer.address:
+        yield "transfer.announce: needs transfer.address, which is not set"
 
 
 def _predictor_problems(config: Config) -> Iterator[str]:
@@ -107,7 +114,7 @@ def _address_problem(address: str) -> Iterator[str]:
     elif not _is_loopback(parts[1].strip("[]")):
         yield (
             f"broker.clients: {parts[1]} is not this machine's IPv4 loopback; encryption (CURVE) between hosts is"
-            " not built yet, so use 127.0.0.1"
+            " not supported here yet, so use 127.0.0.1"
         )
 
 
@@ -115,6 +122,6 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.IPv4Address(host).is_loopback  # the sockets are opened without IPv6
-    except ValueError:  # a name, or *
+        return ipaddress.IPv4Address(host).is_loopback  # sockets use IPv4 only
+    except ValueError:  # a host name, or *
         return False

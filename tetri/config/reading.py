@@ -1,5 +1,5 @@
-"""The strict TOML loader. A key that does not exist, a wrong type or a value out of range is a ConfigError: one
-line that names the file, the key and what is allowed."""
+"""The strict TOML loader. An unknown key, a wrong type or a value out of range raises a ConfigError: one line that
+names the file, the key and what is allowed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SECTIONS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.field
 
 
 def default_path() -> Path:
-    """The configuration file to use when none is named: $TETRI_CONF, or conf/default.toml of the checkout."""
+    """The configuration file to use if none is given: $TETRI_CONF, or conf/default.toml of the checkout."""
     return Path(os.environ.get("TETRI_CONF") or Path(__file__).parents[2] / "conf" / "default.toml")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file; `overrides` are "section.key=value" or "worker.IID.key=value". Raises ConfigError."""
+    """Read a TOML file and apply `overrides`, "section.key=value" or "worker.IID.key=value". Raises ConfigError."""
     where = str(path)
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # bytes that are no text, an endless number, deep nesting
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too many digits or too deep nesting
         raise ConfigError(f"{where}: not a TOML file: {error}") from None
     for override in overrides:
         _override(tables, override)
@@ -42,14 +42,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as TOML, every default written out and `run_dir` resolved."""
+    """The configuration as TOML, with every default written out and `run_dir` resolved."""
     cluster = dataclasses.replace(config.cluster, run_dir=str(config.run_dir))
     tables = [(f"[{name}]", getattr(config, name)) for name in _SECTIONS]
     tables[0] = ("[cluster]", cluster)
     lines = []
     for title, table in [*tables, *(("[[worker]]", worker) for worker in config.workers)]:
         lines.append(title)
-        # JSON's strings, numbers and booleans are TOML's too, but for DEL
+        # JSON strings, numbers and booleans are valid TOML, except for DEL in a string.
         values = dataclasses.asdict(table).items()
         lines += [f"{k} = {json.dumps(v, ensure_ascii=False)}".replace("\x7f", "\\u007f") for k, v in values]
         lines.append("")
@@ -64,7 +64,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
-        value = text  # a bare word
+        value = text  # a string without quotes
     if parts == ["worker"]:
         tables["worker"] = value
         return
@@ -102,7 +102,8 @@ def _config(tables: Mapping[str, Any], where: str) -> Config:
 
 
 def _with_whole_paths(config: Config, path: Path) -> Config:
-    """The programs run in another folder than the one that a relative path is meant from."""
+    """Make paths absolute, since the processes run in another folder: predictor.folder is relative to the current
+    folder, engine.cost to the folder `cost` beside the configuration file."""
     if config.predictor.folder:
         folder = os.path.abspath(os.path.expanduser(config.predictor.folder))
         config = dataclasses.replace(config, predictor=dataclasses.replace(config.predictor, folder=folder))

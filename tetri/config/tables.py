@@ -1,4 +1,5 @@
-"""The tables of a configuration file, as frozen dataclasses. Every default stands here and nowhere else."""
+"""The tables of a configuration file, as frozen dataclasses. All defaults are defined here, those of [policy] and flips
+in policy/."""
 
 from __future__ import annotations
 
@@ -25,17 +26,21 @@ def _cpus() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
+    """Settings of the whole deployment: its name, folder, key and timeouts."""
+
     name: str = text("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
     run_dir: str = text("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
-    key: str = text("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same on all hosts
+    key: str = text("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same file on all hosts
     heartbeat_s: float = number(0.2, 0.01, 60, was="beat_s")
-    dead_s: float = number(20.0, 0.1, 3600)  # silence that means dead; longer than the longest chunk
-    patience_s: float = number(60.0, 0, 86400)  # how long a request may wait when no worker can take it
-    record: bool = False  # write what every core heard and said to <run_dir>/record, for tetri-cli sim replay
+    dead_s: float = number(20.0, 0.1, 3600)  # a worker silent for so long is lost; must exceed the longest chunk
+    patience_s: float = number(60.0, 0, 86400)  # a request that no worker can take fails after this
+    record: bool = False  # write events and actions of every core to <run_dir>/record, for tetri-cli sim replay
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerConfig:
+    """Where clients connect, and how many requests may be open."""
+
     clients: str = ""  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
     max_open: int = number(4096, 1, 1 << 20)
     client_grace_s: float = number(5.0, 0, 3600)
@@ -44,92 +49,101 @@ class BrokerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
+    """The model that every worker serves."""
+
     name: str = text("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
     dtype: str = choice("bfloat16", "bfloat16", "float32")
-    context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's own
+    context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's maximum
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
+    """The engine of every worker and its limits."""
+
     kind: str = choice("vllm", "vllm", "emulated")
-    chunk_tokens: int = number(512, 1, 1 << 20)  # tokens of one step: one for each decode, the rest prefill
+    chunk_tokens: int = number(512, 1, 1 << 20)  # most tokens of one step: one for each decode, the rest prefill
     max_batch: int = number(32, 1, 1 << 14)
     block_tokens: int = number(128, 1, 1 << 14)
     kv_mib: int = number(1024, 1, 1 << 24)
-    # What this engine's steps cost: the timing of an emulated one, and what everybody predicts with. A file in the
-    # folder `cost` beside the configuration, or a whole path; "": not measured (an emulated one takes no time).
+    # The cost table: every prediction of time uses it, and an emulated engine takes its step times from it. A file in
+    # the folder `cost` beside the configuration, or an absolute path; "": none (an emulated step takes no time).
     cost: str = ""
-    stream_interval: int = number(1, 1, 1 << 20)  # output tokens of a request between two messages with some
+    stream_interval: int = number(1, 1, 1 << 20)  # output tokens of a request that one message carries
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedConfig:
+    """The engine without a model, of engine.kind = "emulated"."""
+
     blocks: int = number(4096, 1, 1 << 24)
     token_bytes: int = number(64, 1, 1 << 20)
-    vocabulary: int = number(32000, 257, 1 << 24)  # more than 256: ids below that are bytes
+    vocabulary: int = number(32000, 257, 1 << 24)  # more than 256, since the ids below 256 stand for bytes
     context: int = number(8192, 2, 1 << 24)
     time_scale: float = number(1.0, 0, 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
+    """The KV transfer between workers."""
+
     transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
-    address: str = ""  # where KV is served to other hosts, tcp://ADDRESS:PORT (PORT may be *); "": to this one alone
-    announce: str = ""  # what other hosts connect to instead, where they see this one under another address
-    buffer_mib: int = number(
-        64, 8, 1 << 20, was="room_mib"
-    )  # of memory for KV on its way over `stream`; two usual chunks always fit
+    address: str = ""  # serve KV to other hosts at tcp://ADDRESS:PORT (PORT may be *); "": to this host only
+    announce: str = ""  # the address that other hosts connect to, if they reach this host under another one
+    # Memory for KV that is in flight over `stream`; always large enough for two chunks of the usual size.
+    buffer_mib: int = number(64, 8, 1 << 20, was="room_mib")
     slab_blocks: int = number(64, 1, 1 << 20)
-    reserve_share: float = number(0.5, 0.01, 1)
-    digest: bool = True  # of every chunk, checked over the receiver's own copy
-    offer_s: float = number(1.0, 0.01, 60)  # an unanswered offer or chunk is sent again after this
-    # A slower link than there is (docs/transfer.md): each worker takes KV from others as if over this one.
+    reserve_share: float = number(0.5, 0.01, 1)  # share of a decode instance's KV blocks that may be reserved
+    digest: bool = True  # compute a digest of every KV chunk; the receiver checks its own copy
+    offer_s: float = number(1.0, 0.01, 60)  # an unanswered offer or KV chunk is sent again after this
+    # Emulates a slower link (docs/transfer.md): each worker fetches KV as if over this link.
     emulate: str = choice("", "", *LINKS)
     emulate_gbs: float = number(0.0, 0, 1e6)  # its GB/s; 0: those of `emulate`, and if that is "" no limit
     emulate_latency_us: float = number(0.0, 0, 1e9)
-    emulate_token_bytes: int = number(0, 0, 1 << 30)  # KV of a token of the emulated model; 0: as the cost table says
-    faults: str = ""  # for rehearsals: what goes wrong on purpose, such as "drop=0.01,flip=0.01,seed=1"; "": nothing
+    emulate_token_bytes: int = number(0, 0, 1 << 30)  # KV bytes per token of the emulated model; 0: from the cost table
+    faults: str = ""  # faults to inject, for rehearsals, such as "drop=0.01,flip=0.01,seed=1"; "": none
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """The fields of `Rules`, under the same names and with the same defaults."""
+    """The fields of `Rules`, with the same names and defaults."""
 
     prefill_route: str = choice(_RULES.prefill_route, *TABLES["prefill_route"])
     decode_route: str = choice(_RULES.decode_route, *TABLES["decode_route"])
     order: str = choice(_RULES.order, *TABLES["order"])
     sched_batch: int = number(_RULES.sched_batch, 1, 1 << 20)  # prompts that are ordered together
-    stretch: float = number(_RULES.stretch, 0, 1e6)  # `ageing`: waiting that outweighs one second of work
+    stretch: float = number(_RULES.stretch, 0, 1e6)  # of `ageing`: seconds of waiting that equal one second of work
     chunk: str = choice(_RULES.chunk, *TABLES["chunk"])
     admit: str = choice(_RULES.admit, *TABLES["admit"])
     length: str = choice(_RULES.length, *TABLES["length"])
-    length_granularity: int = number(_RULES.length_granularity, 1, 1 << 20)  # tokens of one range
+    length_granularity: int = number(_RULES.length_granularity, 1, 1 << 20)  # tokens of one bucket
     length_accuracy: float = number(_RULES.length_accuracy, 0, 1)  # of `noisy`
     length_cover: float = number(_RULES.length_cover, 0, 0.999)  # of `trained`: share inside; 0: the likeliest bucket
-    length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)  # for a prediction, once the prompt has started
-    heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode of more output tokens is heavy
-    dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)  # the end of the predicted range that is used
-    admit_end: str = choice(_RULES.admit_end, *ENDS)
+    length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)  # most wait of a started prompt for its prediction
+    heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode with more predicted output is heavy
+    dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)  # the end of the length range that the dispatcher uses
+    admit_end: str = choice(_RULES.admit_end, *ENDS)  # the end of the length range that admission uses
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig:
-    """Of output lengths, while policy.length is "trained"."""
+    """The length predictor of policy.length = "trained"."""
 
-    # "auto": what there is for this model, or else the prior, and `status` says why; any other one must be there.
+    # "auto": the predictors that exist for this model, or the prior if there is none (`status` shows why). A predictor
+    # that is named here must exist.
     kind: str = choice("auto", "auto", "classifier", "hidden", "both", "prior")
-    folder: str = text("", r"[^\0]*", "a folder")  # of tetri-cli predictor train; "": tetri's own for this model
-    # Of the classifier: beside the main model in a thread of its own, or in front of it.
+    folder: str = text("", r"[^\0]*", "a folder")  # made by tetri-cli predictor train; "": tetri's own for this model
+    # When the classifier runs: parallel to the main model in its own thread, or before the prefill.
     mode: str = choice("parallel", "parallel", "sequential")
 
 
 @dataclass(frozen=True, slots=True)
 class MonitorConfig:
-    """How often loads and views are published, and who takes which role (the fields of `FlipSettings`)."""
+    """How often load reports and cluster views are published, and when instances change their role (the fields of
+    `FlipSettings`)."""
 
     load_ms: int = number(100, 1, 1000)
-    stale_s: float = number(1.0, 0.01, 3600)  # a load that is older says less than nothing: the watcher waits
-    gone_s: float = number(20.0, 0.01, 3600)  # silent for so long it leaves the view; as dead_s, longer than any step
+    stale_s: float = number(1.0, 0.01, 3600)  # the transition watcher does not use an older load report
+    gone_s: float = number(20.0, 0.01, 3600)  # an instance silent for so long leaves the view; longer than any step
     flip: str = choice("none", *TABLES["flip"])
     idle_s: float = number(_FLIP.idle_s, 0, 86400)
     low_s: float = number(_FLIP.low_s, 0, 86400)
@@ -141,14 +155,16 @@ class MonitorConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    iid: str = text(  # logs and programs bear its name beside those three
+    """One worker process: an instance."""
+
+    iid: str = text(  # the processes of a deployment are named by iid, besides the three excluded here
         REQUIRED,
         r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}",
         "1 to 16 of a-z and 0-9, not broker, monitor or supervisord",
     )
     role: str = choice(REQUIRED, "prefill", "decode", "mixed")
     cpus: str = _cpus()
-    gpu: int = number(-1, -1, 63)  # the GPU that it computes on, or that holds its KV slab; -1: none
+    gpu: int = number(-1, -1, 63)  # number of the GPU that runs its engine or holds its KV slab; -1: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,32 +184,35 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The folder of this deployment's sockets, logs and state, absolute."""
+        """The absolute path of the folder for this deployment's sockets, logs and state."""
         return Path(self.cluster.run_dir).absolute() if self.cluster.run_dir else default_run_dir()
 
     @property
     def clients_address(self) -> str:
+        """Where the broker accepts clients."""
         return self.broker.clients or f"ipc://{self.run_dir}/clients"
 
     @property
     def events_address(self) -> str:
+        """Where the broker receives the events of workers and monitor."""
         return f"ipc://{self.run_dir}/events"
 
     @property
     def loads_address(self) -> str:
-        """Where the monitor hears the workers' loads."""
+        """Where the monitor receives the workers' load reports."""
         return f"ipc://{self.run_dir}/loads"
 
     @property
     def views_address(self) -> str:
-        """Where the monitor publishes the cluster's view."""
+        """Where the monitor publishes cluster views."""
         return f"ipc://{self.run_dir}/views"
 
     def inbox_address(self, iid: str) -> str:
+        """Where worker `iid` receives messages."""
         return f"ipc://{self.run_dir}/inbox-{iid}"
 
     def worker(self, iid: str) -> WorkerConfig:
-        """The [[worker]] table of `iid`; a ConfigError that lists the known ones otherwise."""
+        """The [[worker]] table of `iid`. Raises ConfigError, which lists the known ids."""
         for worker in self.workers:
             if worker.iid == iid:
                 return worker
@@ -201,6 +220,7 @@ class Config:
 
 
 def default_run_dir() -> Path:
+    """The folder to use if cluster.run_dir is empty: $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "tetri" if base else Path(f"/tmp/tetri-{os.getuid()}")
 

@@ -1,1 +1,1 @@
-"""Engines: what runs the model. `base` is the contract, `emulated` needs no model, `vllm` is the real one."""
+"""Engines run the model: `base` is the contract, `emulated` an engine without a model, `vllm` the real one."""

@@ -1,19 +1,18 @@
-"""The contract between a worker and whatever runs the model. An engine decides nothing: legs are run in the
-order in which they were added, blocks are opaque bytes, and every step reports what really ran.
+"""The contract between a worker and the engine that runs the model. An engine makes no policy decision: it runs engine
+requests in the order in which they were added, treats blocks as opaque bytes, and reports what each step ran.
 
-A *leg* is one phase of one request on one engine:
+An *engine request* is one phase of one request on one engine:
 
-prefill  computes KV for all of `tokens`, in chunks, oldest first; the step that computes the last of them yields one
-         token, which ends the leg. Its blocks stay readable by `export` until the next `step` or `cancel`. While it is
-         held (`hold`) no step computes anything of it; it keeps its blocks and its place.
-decode   reserves blocks for all of `tokens` (told by `StepDone.allocated`), takes their KV by `adopt`, and runs
-         only after `admit`, which names the token that follows `tokens`. Nothing of `tokens` is computed again,
-         unless the engine preempts the leg; then the spans show it.
+prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The step that computes the last of them
+         yields one token and ends the engine request. `export` can read its blocks until the next `step` or `cancel`.
+         While it is held (`hold`), no step computes any of it; it keeps its blocks and its place in the order.
+decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
+         after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,
+         unless it preempts the engine request; the spans show that.
 
-A step computes at most `chunk_tokens` positions. The running decode legs come first, with one token each: no prefill
-leg ever delays them by a step. What they leave goes to one chunk of the prefill legs. `chunk_tokens` must be larger
-than the batch, or no prefill leg would go on. When a preempted leg is computed again, the chunk may be shorter than
-that.
+A step computes at most `chunk_tokens` positions. Each running decode request gets one token, so prefill never delays
+decode by a step. The rest of the budget goes to one chunk of prefill tokens. `chunk_tokens` must be larger than the
+batch, or prefill would make no progress. The chunk may be smaller when a preempted request is computed again.
 """
 
 from __future__ import annotations
@@ -36,49 +35,63 @@ __all__ = [
     "StepDone",
     "HiddenStateHook",
     "SupportsHiddenStates",
+    "check_budget",
 ]
 
 
 class EngineError(ValueError):
-    """One leg, or the engine's configuration, cannot be run; one line that says why."""
+    """An engine request, or the engine's configuration, cannot run. The message is one line and says why."""
+
+
+def check_budget(chunk_tokens: int, max_batch: int) -> None:
+    """Raises EngineError unless a step with a full decode batch has tokens left for prefill."""
+    if chunk_tokens <= max_batch:
+        raise EngineError(
+            f"chunk_tokens ({chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
+            f"({max_batch}), or a full batch would leave nothing for prefill"
+        )
 
 
 class Engine(Protocol):
+    """What a worker needs of an engine. `fingerprint` decides KV compatibility between engines."""
+
     fingerprint: Fingerprint
     capacity: Capacity
 
     def add(self, request: EngineRequest) -> None:
-        """Raises EngineError when this leg can never run."""
+        """Add an engine request. Raises EngineError when it can never run."""
 
     def cancel(self, key: str) -> None:
-        """End a leg in any state and free its blocks before the next step; an unknown key is no error."""
+        """End an engine request in any state and free its blocks before the next step. An unknown key is no error."""
 
     def admit(self, key: str, token: int) -> None:
-        """Let a decode leg, all of whose blocks were adopted, into the running batch."""
+        """Admit a decode request to the running batch, after all of its blocks were adopted. `token` follows its
+        `tokens`."""
 
     def hold(self, key: str, held: bool) -> None:
-        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error. Raises
-        EngineError for a decode leg."""
+        """Exclude a prefill request from the next steps, or include it again. An unknown key is no error. Raises
+        EngineError for a decode request."""
 
     def step(self, most: int = 1) -> StepDone:
-        """One forward pass, or an idle pass that only allocates. Blocks until done. When nothing but decode legs run,
-        it may be up to `most` passes: never past one in which a leg ends or that memory does not suffice for. The
-        tokens are the same however many there are."""
+        """Run one forward pass, or an idle pass that only allocates. Blocks until it is done. When only decode
+        requests run, the engine may run up to `most` passes; it stops after a pass in which a request ends and before
+        one that lacks memory. The number of passes does not change the tokens."""
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
-        """Copy the leg's blocks [start, stop) out, one buffer of `block_bytes` each."""
+        """Copy blocks [start, stop) of an engine request into buffers of `block_bytes` each."""
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
-        """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted. Raises
-        EngineError when there is none (any more)."""
+        """Copy `blocks` into blocks [start, start + len(blocks)) of a decode request that waits for admission. Raises
+        EngineError when it does not."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free all resources."""
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """`rows` float32 [n, layers, hidden]: row i is of the last token of leg `keys[i]` when its request had `outputs[i]`
-    output tokens, those of earlier attempts included."""
+    """`rows`: float32 [n, layers, hidden]. Row i belongs to the last token of engine request `keys[i]`, when its
+    request had `outputs[i]` output tokens, including those of earlier attempts."""
 
     keys: tuple[str, ...]
     outputs: tuple[int, ...]
@@ -86,21 +99,22 @@ class HiddenStates:
 
 
 class HiddenStateHook(Protocol):
-    hidden: int  # numbers in a state
+    """Collects hidden states from the steps of an engine. `hidden`: size of a state."""
+
+    hidden: int
 
     def collect(self) -> HiddenStates | None:
-        """What the last step took, if this was not asked since; None: nothing."""
+        """The states of the last step, once; None when there are none."""
 
     def close(self) -> None:
-        """Take no more."""
+        """Stop collecting."""
 
 
 @runtime_checkable
 class SupportsHiddenStates(Protocol):
-    """What an engine may do besides, when there is a model in it: hand out hidden states that its steps compute
-    anyway."""
+    """An engine that can also return the hidden states that its steps compute anyway."""
 
     def hook_hidden_states(self, layers: Sequence[int], every: int) -> HiddenStateHook:
-        """From the next step on keep the states behind the first so many layers, ascending: of prefill legs in the
-        step that ends them, of decode legs when their request has a multiple of `every` output tokens; also of a leg
-        that ends in that step. Raises EngineError, one line, where none would come."""
+        """From the next step on, keep the states after each of the given numbers of layers (ascending): of a prefill
+        request in the step that ends it, and of a decode request when its request has a multiple of `every` output
+        tokens, also in the step that ends it. Raises EngineError when the engine cannot provide states."""

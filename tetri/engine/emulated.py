@@ -1,9 +1,9 @@
-"""An engine without a model. It takes the time that the cost table says, and its text proves its KV.
+"""An engine without a model. Its steps take the time of a cost table, and its text depends on its KV.
 
-KV bytes are a rolling hash of the tokens, so a block's bytes depend on every token before it. An output token is
-a hash of the KV bytes *read from the leg's own blocks* and the position: lost, stale or mixed-up KV changes the
-text. `reference` computes the right text from the prompt alone. Who has how many blocks, and who runs, is kept by
-tetri/engine/paged.py; here each block has an id and its bytes.
+KV bytes are a rolling hash of the tokens, so a block's bytes depend on every earlier token. An output token is a hash
+of its position and the KV bytes *read from the request's own blocks*: lost, stale or mixed-up KV changes the text.
+`reference` computes the correct text from the prompt alone. `Paged` keeps the counts of blocks and the running
+batch; this module adds block ids and bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from tetri.cost import Cost
-from tetri.engine.base import EngineError, EngineRequest, StepDone
+from tetri.engine.base import EngineError, EngineRequest, StepDone, check_budget
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Slot, StepPlan
 from tetri.kv.base import joined
@@ -26,23 +26,24 @@ Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 def sleep(seconds: float) -> bool:
-    """Nobody sends messages here."""
+    """The default `wait`: sleep, and report that no message waits."""
     time.sleep(seconds)
     return False
 
 
 @dataclass(slots=True)
 class Content:
-    """The tokens of a leg, those sampled included, and the ids of its blocks."""
+    """The tokens of an engine request, sampled ones included, and the ids of its blocks."""
 
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
 
 
 class EmulatedEngine:
-    """`wait` lets the seconds pass that are left of a step, and says whether a message waits: a run of several passes
-    ends then. May be set later. What the hashes take is part of the step: `clock` measures it, in seconds. All times
-    of the cost table are multiplied by `time_scale`."""
+    """Implements `Engine` of base.py. `wait(seconds)` waits for the rest of a step and returns whether a message waits,
+    which ends a run of several passes; it may be set later. `clock`: seconds; it measures the time for the hashes,
+    which is part of the step. `time_scale` multiplies all times of the cost table. Raises EngineError for invalid
+    sizes."""
 
     def __init__(
         self,
@@ -57,18 +58,14 @@ class EmulatedEngine:
     ) -> None:
         if token_bytes % 8:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
-        if capacity.chunk_tokens <= capacity.max_batch:
-            raise EngineError(
-                f"chunk_tokens ({capacity.chunk_tokens}) is the token budget of a step: it must be larger than "
-                f"max_batch ({capacity.max_batch}), or a full batch would leave nothing for prefill"
-            )
+        check_budget(capacity.chunk_tokens, capacity.max_batch)
         self.paged = Paged(capacity, cost)
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
         self.time_scale, self.wait, self.clock = time_scale, wait, clock
         self.memory: Bytes = np.zeros((capacity.blocks, capacity.block_tokens, token_bytes), np.uint8)
         self.free = list(range(capacity.blocks))
-        self.contents: dict[str, Content] = {}  # of the legs of `paged`
-        self.left: dict[str, list[int]] = {}  # blocks of legs that ended in the last step, readable until the next
+        self.contents: dict[str, Content] = {}  # by key, for the engine requests of `paged`
+        self.left: dict[str, list[int]] = {}  # by key: blocks of requests that ended in the last step, still readable
         self.fingerprint = Fingerprint(
             engine="emulated",
             version="1",
@@ -84,7 +81,7 @@ class EmulatedEngine:
             head_dim=token_bytes,
         )
 
-    # ------------------------------------------------------------ legs
+    # ------------------------------------------------------------ engine requests
 
     def add(self, request: EngineRequest) -> None:
         if not all(0 <= token < self.vocabulary for token in request.tokens):
@@ -142,8 +139,8 @@ class EmulatedEngine:
         return done
 
     def _compute_passes(self, plan: StepPlan, most: int, ends: Callable[[int], bool]) -> int:
-        """Compute up to `most` passes, until a text ends or `ends`, told how many there were, says so; how many there
-        were."""
+        """Compute up to `most` passes. Stops after a pass in which an output ends, or for which `ends`, given the
+        number of passes so far, returns True. Returns the number of passes."""
         slots = self.paged.slots
         for span in plan.chunk:
             self._compute(slots[span.key], span.start, span.stop)
@@ -157,8 +154,8 @@ class EmulatedEngine:
         return most
 
     def _compute(self, slot: Slot, start: int, stop: int) -> bool:
-        """Write the KV of the positions [start, stop), and the token that follows when no more are known; whether it
-        ends the text."""
+        """Write the KV of positions [start, stop). Sample a token if the tokens known so far end there; returns whether
+        it ends the text."""
         content = self.contents[slot.key]
         self._fit(slot, stop)
         state = self._state(content, start)
@@ -183,10 +180,10 @@ class EmulatedEngine:
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
         slot = self.paged.slots.get(key)
         if slot is None or not slot.ready:
-            raise EngineError(f"leg {key!r} has no blocks that wait for KV")
+            raise EngineError(f"engine request {key!r} has no blocks that wait for KV")
         owned, stop = self.contents[key].blocks, start + len(blocks)
         if not 0 <= start <= stop <= len(owned):
-            raise EngineError(f"leg {key!r} has {len(owned)} blocks; [{start}, {stop}) was asked")
+            raise EngineError(f"engine request {key!r} has {len(owned)} blocks; [{start}, {stop}) was asked")
         for block, content in zip(owned[start:stop], blocks, strict=True):
             self.memory[block] = np.frombuffer(joined(content), np.uint8).reshape(self.memory.shape[1:])
 
@@ -195,7 +192,8 @@ class EmulatedEngine:
             self.cancel(key)
 
     def _fit(self, slot: Slot, tokens: int) -> None:
-        """As many ids as the leg has blocks; inside a run, as it will have after it for so many tokens."""
+        """Give the request one id for each of its blocks; within a run of passes, also for blocks of `tokens` that it
+        gets at the end of the run."""
         blocks = self.contents[slot.key].blocks
         while len(blocks) * self.capacity.block_tokens < max(slot.held_tokens, tokens):
             blocks.append(self.free.pop())
@@ -205,14 +203,14 @@ class EmulatedEngine:
         content.blocks = []
 
     def _state(self, content: Content, done: int) -> bytes:
-        """The rolling hash after `done` tokens, as it stands in memory."""
+        """The rolling hash after `done` tokens, read from the KV."""
         if done == 0:
             return bytes(8)
         row, column = divmod(done - 1, self.capacity.block_tokens)
         return self.memory[content.blocks[row], column, :8].tobytes()
 
     def _read(self, content: Content, done: int) -> bytes:
-        """The KV bytes of the first `done` tokens, from the leg's own blocks."""
+        """The KV bytes of the first `done` tokens, from the request's own blocks."""
         used = self.memory[content.blocks].reshape(-1, self.token_bytes)[:done]
         return used.tobytes()
 
@@ -222,15 +220,15 @@ def _roll(state: bytes, token: int) -> bytes:
 
 
 def next_token(kv: bytes, position: int, sampling: Sampling, vocabulary: int) -> int:
-    """The token at `position` (0-based, prompt included), given the KV bytes before it. A seed matters only
-    when tokens are drawn."""
+    """The token at `position` (0-based, prompt included), given the KV bytes before it. The seed has an effect only
+    with a temperature above 0."""
     seed = sampling.seed or 0 if sampling.temperature > 0 else 0
     token = xxhash.xxh3_64_intdigest(kv + position.to_bytes(8, "little"), seed) % vocabulary
     return token if token != EOS or not sampling.ignore_eos else 1
 
 
 def reference(prompt: Sequence[int], sampling: Sampling, vocabulary: int, token_bytes: int) -> list[int]:
-    """The output tokens that a request must get, from its prompt alone."""
+    """The correct output tokens of a request, computed from its prompt alone."""
     kv, state, output = bytearray(), bytes(8), list[int]()
     for token in prompt:
         state = _roll(state, token)

@@ -1,21 +1,20 @@
-"""An engine without bytes and without time: who has how many KV blocks, who runs, who waits, who is preempted.
+"""The scheduling of an engine with paged KV, without bytes and without time: block counts, batch and preemptions.
 
-It decides nothing that a policy could: it runs the legs that the core named, in the order that the contract in
-tetri/engine/base.py asks for. The emulated engine is this with bytes and a clock, the simulator's engine is this
-with virtual time.
+It makes no policy decision: it runs the engine requests of the core in the order of the contract
+(tetri/engine/base.py). The emulated engine adds bytes and a clock, the simulator's engine adds virtual time.
 
-One step is two calls. `plan` takes the blocks and says what will run and how long it takes; `finish` says what came
-out of it. Nothing else may be called in between. The order inside `plan`:
+A step has two calls, with no other call between them: `plan` allocates blocks and returns what will run and how long
+it takes; `finish` returns the result. The order inside `plan`:
 
-1. Blocks for all of the tokens of decode legs that wait for them, oldest first, as far as they go.
-2. Blocks for the next position of every running decode leg. When there are none left, the youngest of the batch (the
-   one that was admitted last) gives all of its blocks back and waits.
-3. When nobody was preempted: those who wait so come back, oldest first, as far as there are blocks for all that they
-   know. Such a leg computes all of its tokens again in one step. It costs what a chunk of these tokens costs, beside
-   its place in the decode batch, and takes as many tokens of the step's budget.
-4. What the decodes leave of `chunk_tokens` goes to the prefill legs that are not held, in the order in which they
-   were added. A leg takes the blocks of its whole prompt with its first chunk; one that finds too few waits, and so do
-   those behind it.
+1. Allocate blocks for all tokens of waiting decode requests, oldest first, until one finds too few.
+2. Allocate a block for each running decode request that needs one for its next position. When none is free, preempt
+   the youngest of the batch (the one admitted last): it frees all of its blocks and waits.
+3. If no request was preempted: resume preempted requests, oldest first, until one finds too few blocks for all of its
+   tokens. A resumed request computes all of its tokens again in one step. That costs as much as a chunk of these
+   tokens, besides its place in the decode batch, and uses as many tokens of the step's budget.
+4. Give the rest of `chunk_tokens` to the prefill requests that are not held, in the order in which they were added. A
+   request allocates the blocks of its whole prompt with its first chunk. One that finds too few waits, and so do all
+   behind it.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from tetri.request import Capacity, blocks_for
 
 
 class Paged:
-    """`free` blocks of `capacity`; `slots` are the legs that are here, by key. Raises EngineError when not even one
-    context fits."""
+    """`free`: free blocks; `slots`: the engine requests by key. `cost`: the cost table for the step times. Raises
+    EngineError when one context does not fit into `capacity`."""
 
     def __init__(self, capacity: Capacity, cost: Cost) -> None:
         if capacity.blocks * capacity.block_tokens < capacity.context:
@@ -42,26 +41,26 @@ class Paged:
         self.capacity, self.cost = capacity, cost
         self.free = capacity.blocks
         self.slots: dict[str, Slot] = {}
-        self._parked: dict[str, Slot] = {}  # decode legs without blocks
+        self._parked: dict[str, Slot] = {}  # decode requests without blocks
         self._prefills: list[Slot] = []  # not held, in order of addition
         self._batch: list[Slot] = []  # running, in order of admission
         self._context = 0  # tokens of the batch
-        self._left = 0  # passes until the first of the batch ends, at most; 0: count again
-        self._short: list[Slot] = []  # of the batch: without a block for their next position
+        self._left = 0  # most passes until the first of the batch ends; 0: unknown
+        self._short: list[Slot] = []  # of the batch: no block for their next position
         self._preempted: list[Slot] = []  # wait for blocks, oldest first
-        self._resized: dict[str, Slot] = {}  # whose number of blocks the next StepDone tells
+        self._resized: dict[str, Slot] = {}  # whose block counts the next StepDone reports
         self._added = 0
 
-    # ------------------------------------------------------------ legs
+    # ------------------------------------------------------------ engine requests
 
     def add(self, request: EngineRequest) -> None:
-        """Raises EngineError when this leg can never run here."""
+        """As in `Engine`."""
         count = len(request.tokens)
         left = request.sampling.max_tokens - (count - request.output_from)
         if not count or left < 1 or count + 1 > self.capacity.context:
             raise EngineError(f"{count} tokens and {left} more do not fit into the context")
         if request.key in self.slots:
-            raise EngineError(f"leg {request.key} is already here")
+            raise EngineError(f"engine request {request.key} is already there")
         self._added += 1
         slot = Slot(request, request.key, self._added, count, min(count + left, self.capacity.context))
         self.slots[request.key] = slot
@@ -71,7 +70,7 @@ class Paged:
             self._prefills.append(slot)
 
     def cancel(self, key: str) -> None:
-        """End a leg in any state; an unknown key is no error."""
+        """As in `Engine`."""
         slot = self.slots.pop(key, None)
         if slot is None:
             return
@@ -86,22 +85,22 @@ class Paged:
         self._release(slot)
 
     def admit(self, key: str, token: int) -> None:
-        """Let a decode leg run. `token` is of no use here: an engine that computes tokens keeps it."""
+        """As in `Engine`. Ignores `token`; an engine that computes tokens keeps it."""
         slot = self.slots.get(key)
         if slot is None or not slot.ready:
-            raise EngineError(f"leg {key} does not wait for admission")
+            raise EngineError(f"engine request {key} does not wait for admission")
         slot.ready = False
         slot.done = slot.known
         slot.known += 1
         self._join(slot)
 
     def hold(self, key: str, held: bool) -> None:
-        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error."""
+        """As in `Engine`."""
         slot = self.slots.get(key)
         if slot is None or slot.held == held:
             return
         if slot.request.phase != "prefill":
-            raise EngineError(f"leg {key} decodes: only a prefill leg can be held")
+            raise EngineError(f"engine request {key} is a decode request: only a prefill request can be held")
         slot.held = held
         if held:
             self._prefills.remove(slot)
@@ -111,7 +110,7 @@ class Paged:
     # ------------------------------------------------------------ a step
 
     def plan(self, most: int = 1) -> StepPlan:
-        """Take the blocks for the next pass, and say what runs in it and in up to `most` in all."""
+        """Allocate the blocks for the next pass; returns what runs in it, or in up to `most` passes."""
         allocated = self._allocate() if self._parked else ()
         preempted = self._grow() if self._short else ()
         again = self._resume() if self._preempted and not preempted else ()
@@ -122,8 +121,9 @@ class Paged:
         return StepPlan(self.cost, steps, self._batch, self._context, chunk, again, allocated, preempted)
 
     def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
-        """The first `steps` passes of the plan are done, and gave the tokens that `ids` names; of one pass for a leg
-        whose prefill ends. A leg that gets EOS must get it last."""
+        """The first `steps` passes of the plan are done. `ids(key, count)` returns the tokens that they gave; for a
+        prefill request that ends, one token. EOS must be the last token of a request. Returns the result of the
+        step."""
         spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])
         for span in plan.chunk:
             slot = self.slots[span.key]
@@ -139,13 +139,13 @@ class Paged:
         return StepDone((*spans, *plan.chunk), tuple(tokens), plan.allocated, plan.preempted, held, steps)
 
     def check(self) -> None:
-        """Count everything again. Raises AssertionError when a counter is wrong."""
+        """Recount blocks and tokens. Raises AssertionError when a counter is wrong."""
         held = sum(slot.held_tokens // self.capacity.block_tokens for slot in self.slots.values())
         context = sum(slot.known for slot in self._batch)
         if held + self.free != self.capacity.blocks or self.free < 0 or context != self._context:
             raise AssertionError(f"{held} + {self.free} of {self.capacity.blocks} blocks, {context} tokens running")
         if any(not slot.running or self.slots.get(slot.key) is not slot for slot in self._batch):
-            raise AssertionError("the batch holds a leg that does not run")
+            raise AssertionError("the batch has an engine request that does not run")
 
     # ------------------------------------------------------------ inside plan
 
@@ -161,7 +161,8 @@ class Paged:
         return tuple(found)
 
     def _grow(self) -> tuple[str, ...]:
-        """A block for each that has filled its last one, oldest first; the keys of those preempted for it."""
+        """Allocate a block for each request that has filled its last one, oldest first; returns the keys of those
+        preempted for it."""
         preempted = []
         for slot in self._short:
             while slot.running and not self._extend(slot, slot.known):
@@ -195,13 +196,13 @@ class Paged:
         return tuple(spans)
 
     def _passes(self) -> int:
-        """How many passes the batch can make until the first of it ends. Each that was admitted makes one."""
+        """The most passes until the first request of the batch reaches its end; at least 1."""
         if self._left <= 0:
             self._left = max(min([slot.end - slot.known for slot in self._batch]), 1)
         return self._left
 
     def _affordable(self, steps: int) -> int:
-        """The most passes, up to `steps`, that the batch can make with the free blocks. All have one for the first."""
+        """The most passes, up to `steps`, for which the free blocks suffice. The first pass has its blocks already."""
         size = self.capacity.block_tokens
         if len(self._batch) * blocks_for(steps - 1, size) <= self.free:
             return steps
@@ -216,7 +217,7 @@ class Paged:
     # ------------------------------------------------------------ inside finish
 
     def _advance(self, steps: int, ids: Ids) -> tuple[list[Span], list[Sampled]]:
-        """Every leg of the batch has made `steps` passes."""
+        """Advance each request of the batch by `steps` passes; returns their spans and tokens."""
         spans: list[Span] = []
         tokens: list[Sampled] = []
         ended = 0
@@ -257,7 +258,7 @@ class Paged:
     # ------------------------------------------------------------ memory and the batch
 
     def _extend(self, slot: Slot, tokens: int) -> bool:
-        """Blocks for so many tokens, all or none."""
+        """Grow to blocks for `tokens` tokens; False, and no change, when too few are free."""
         if tokens <= slot.held_tokens:
             return True
         size = self.capacity.block_tokens

@@ -1,4 +1,4 @@
-"""What a paged engine knows of a leg, and what it is about to run."""
+"""The records of a paged engine: the state of an engine request, and the plan of a step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, Span
 
-EOS = 0  # the one id that ends a sequence
+EOS = 0  # the only id that ends a text
 
-Ids = Callable[[str, int], tuple[int, ...]]  # (key, how many) -> the tokens that this leg got in the step
+Ids = Callable[[str, int], tuple[int, ...]]  # (key, count) -> the last `count` tokens of this engine request
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A leg in the engine. `known`: its tokens, those sampled included; KV exists for [0, done). `end`: it ends when
-    so many are known. `buffer`: tokens for which it has blocks."""
+    """An engine request. `known`: number of its tokens, sampled ones included; KV exists for [0, done). `end`: value of
+    `known` at which it ends. `held_tokens`: tokens for which it has blocks. `held`: excluded from steps (`hold`)."""
 
     request: EngineRequest
     key: str
@@ -25,22 +25,23 @@ class Slot:
     end: int
     done: int = 0
     held_tokens: int = 0
-    ready: bool = False  # a decode leg that has its blocks and waits to be admitted
+    ready: bool = False  # a decode request that has its blocks and waits for `admit`
     running: bool = False
     held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step runs: `batch`, one token each and `again` of them after a preemption, and `chunk`.
+    """What the next step runs: `batch`, one token each; `again`, the spans that resumed requests of the batch compute
+    again; and `chunk`, the spans of prefill requests.
 
-    `steps`: how many forward passes it may advance in one go. More than 1 only when nothing but the batch runs and
-    nothing else happened; then nobody ends and memory does not run out before the last of them."""
+    `steps`: how many forward passes the step may have. More than 1 only when the batch alone runs; then no request
+    reaches its end, and the blocks suffice, before the last pass."""
 
     cost: Cost
     steps: int
     batch: list[Slot]
-    context: int  # tokens of the batch, all together
+    context: int  # tokens of all requests of the batch
     chunk: tuple[Span, ...] = ()
     again: tuple[Span, ...] = ()
     allocated: tuple[str, ...] = ()
@@ -48,11 +49,11 @@ class StepPlan:
 
     @property
     def idle(self) -> bool:
-        """Nothing is computed."""
+        """Whether the step computes nothing."""
         return not (self.batch or self.chunk)
 
     def seconds(self, steps: int) -> float:
-        """How long the first so many passes take."""
+        """Duration of the first `steps` passes, by the cost table."""
         if self.again or self.chunk:
             return self.cost.step_s((*self.again, *self.chunk), len(self.batch), self.context)
         return self.cost.decode_run_s(len(self.batch), self.context, steps)

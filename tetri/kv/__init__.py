@@ -1,4 +1,4 @@
-"""KV stores: where a chunk's blocks lie between the sender's engine and the receiver's, and how they are read there."""
+"""KV stores: they hold KV chunks between the engines of the prefill and the decode instance, and move them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from tetri.request import Reach
 
 PATHS = ("shm", "stream", "nixl", "cuda_ipc")
 
-EXPECTED_BLOCKS = 4  # of a chunk from a peer
+EXPECTED_BLOCKS = 4  # in a KV chunk from a peer; sizes the receive buffers
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """A store of `slots` blocks of `block_bytes`. `transport` is auto or one path's name; `address` where to serve the
-    path `stream`, empty: not at all, or on this host alone when `stream` is asked for by name; `announce` what others
-    connect to, where that is another address; `key` the file of the deployment's key; `buffer` the bytes of memory for
-    what comes over `stream`; `device` the worker's GPU, None: it has none; `on_host` where its engine's blocks are."""
+    """Settings of one worker's KV store, which has `slots` blocks of `block_bytes`.
+
+    `transport`: "auto" or the name of one path.
+    `address`: where the path `stream` listens. Empty: no `stream`, or loopback only if `transport` is "stream".
+    `announce`: the address that peers connect to, if it differs from `address`.
+    `key`: file of the deployment's key, empty: none.
+    `buffer`: bytes of memory for chunks that arrive over `stream`.
+    `device`: the worker's GPU, or None.
+    `on_host`: whether the engine keeps its KV blocks in host memory.
+    """
 
     deployment: str
     iid: str
@@ -39,22 +45,21 @@ class StoreSettings:
 
 
 def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None) -> KVStore:
-    """The slab and the readers that `settings` ask for. `wake` is called, from any thread, when something has come.
-    Raises KVError: no room, or what a path needs is not there."""
+    """Create the slab and one reader for each enabled path. `wake` is called, from any thread, when a fetch completes.
+    Raises KVError when memory is too small or a path lacks a library, device or address."""
     from tetri.kv.local import LocalReader
     from tetri.kv.shm import ShmSlab, sweep
     from tetri.kv.store import Store
 
-    made = settings
-    paths = enabled(made)
-    sweep(made.deployment, made.iid)  # what a killed predecessor left may be the memory that is needed now
+    paths = enabled(settings)
+    sweep(settings.deployment, settings.iid)  # a killed predecessor may have left a segment; its memory is needed now
     if "cuda_ipc" in paths:
-        return _device_store(made)
-    slab = ShmSlab(made.deployment, made.iid, made.slots, made.block_bytes, digest=made.digest)
+        return _device_store(settings)
+    slab = ShmSlab(settings.deployment, settings.iid, settings.slots, settings.block_bytes, digest=settings.digest)
     opened: dict[str, Opened] = {}
     try:
         for path in paths:
-            opened[path] = _open(path, made, slab, wake)
+            opened[path] = _open(path, settings, slab, wake)
     except BaseException:
         for each in opened.values():
             each.reader.close()
@@ -63,7 +68,7 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     name = slab.segment.name
     reach = Reach(
         paths=paths,
-        host=host(made.deployment),
+        host=host(settings.deployment),
         process=os.getpid(),
         segment=name,
         address="".join(each.address for each in opened.values()),
@@ -73,70 +78,71 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
     return Store(slab, readers, reach, LocalReader({name: slab.segment}))
 
 
-def enabled(made: StoreSettings) -> list[str]:
-    """The paths that a worker has, the best first."""
+def enabled(settings: StoreSettings) -> list[str]:
+    """The KV paths that these settings enable, best first."""
     from tetri.kv.nixl import agent as nixl_agent
 
-    if made.transport != "auto":
-        return [made.transport]
-    if made.device is not None:
+    if settings.transport != "auto":
+        return [settings.transport]
+    if settings.device is not None:
         return ["cuda_ipc"]
     paths = ["shm"]
-    if made.address and nixl_agent.installed() and nixl_agent.has_rdma():
+    if settings.address and nixl_agent.installed() and nixl_agent.has_rdma():
         paths.append("nixl")
-    return [*paths, "stream"] if made.address else paths
+    return [*paths, "stream"] if settings.address else paths
 
 
-def _device_store(made: StoreSettings) -> KVStore:
-    """A slab in a GPU's memory, which no other path reads."""
+def _device_store(settings: StoreSettings) -> KVStore:
+    """A store in GPU memory; only the path `cuda_ipc` can read it."""
     from tetri.kv.cuda.ipc import open_device_store
 
-    if made.device is None:
+    if settings.device is None:
         raise KVError("transfer.transport = cuda_ipc: each [[worker]] needs a GPU, such as gpu = 0")
     return open_device_store(
-        made.device,
-        made.deployment,
-        made.iid,
-        made.slots,
-        made.block_bytes,
-        lambda: host(made.deployment),
-        digest=made.digest,
-        on_host=made.on_host,
+        settings.device,
+        settings.deployment,
+        settings.iid,
+        settings.slots,
+        settings.block_bytes,
+        lambda: host(settings.deployment),
+        digest=settings.digest,
+        on_host=settings.on_host,
         expected_blocks=EXPECTED_BLOCKS,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """One path, and what others must know to use it (`Reach`)."""
+    """The reader of one path, and what peers need to use that path (goes into `Reach`)."""
 
     reader: Reader
     address: str = ""
     ticket: bytes = b""
 
 
-def _open(path: str, made: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
-    """Each path may need what the others do not (a GPU's library), so it is imported on use."""
+def _open(path: str, settings: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
+    """Open one path. Imports are local because a path may need a library that the others do not."""
+    expected = EXPECTED_BLOCKS * settings.block_bytes
     match path:
         case "shm":
             from tetri.kv.shm import ShmReader
 
-            return Opened(ShmReader(made.deployment, EXPECTED_BLOCKS * made.block_bytes))
+            return Opened(ShmReader(settings.deployment, expected))
         case "nixl":
             from tetri.kv.nixl.reader import open_nixl
 
-            reader, ticket = open_nixl(slab, EXPECTED_BLOCKS * made.block_bytes, wake, everywhere=bool(made.address))
+            reader, ticket = open_nixl(slab, expected, wake, everywhere=bool(settings.address))
             return Opened(reader, ticket=ticket)
         case "stream":
             from tetri.kv.stream.stream import open_stream
 
-            stream = open_stream(made, slab, EXPECTED_BLOCKS * made.block_bytes, wake)
+            stream = open_stream(settings, slab, expected, wake)
             return Opened(stream, stream.address)
     raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(PATHS)}")
 
 
 def host(deployment: str) -> str:
-    """The same for all processes of a deployment that share this machine, its /dev/shm and their user: a reader takes
-    no segment of another deployment's."""
+    """A name that is equal for all processes with the same deployment, machine, /dev/shm and user: exactly these can
+    map each other's segments."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}-{os.stat('/dev/shm').st_dev}-{os.geteuid()}-{deployment}"

@@ -1,10 +1,11 @@
-"""The contract of the KV stores: the sender puts a chunk into its own slab, the receiver takes its own copy over one of
-several paths, the sender frees. The unit is the KV block, opaque bytes; slots are one block each, so a slab cannot
-fragment.
+"""The contract of the KV stores.
 
-A slab is written once per chunk, before anybody knows who will read it: a chunk that one instance refuses is offered to
-the next as it lies there. How it is read, mapped, through a device's IPC handle, or asked for over a socket, is the
-matter of the reader that the pair has in common (policy/pairing.py).
+The sender puts a KV chunk into its own slab, the receiver fetches a copy over one of several paths, and the sender
+frees the slots. The unit is the KV block, opaque bytes. A slot holds one block, so a slab cannot fragment.
+
+The sender writes a chunk once, before the decode instance is known: when one instance refuses the offer, the next is
+offered the same slots. The path (shared memory, CUDA IPC, a socket) is chosen for each pair of instances
+(policy/pairing.py).
 """
 
 from __future__ import annotations
@@ -16,48 +17,48 @@ from typing import Any, Protocol
 from tetri.request import Reach
 from tetri.wire.handover import Handle
 
-# A block's bytes where an engine can read or write them: a memoryview, or on a GPU a device array of uint8. One that
-# was taken may also be a tuple of memoryviews that follow one another: the parts in which it came.
+# A block's bytes, readable and writable by the engine: a memoryview, or on a GPU a device array of uint8. A fetched
+# block may also be a tuple of memoryviews: the parts in which it arrived, in order.
 Block = Any
 Write = Callable[[Sequence[Block]], None]
 
 
 def parts(block: Block) -> tuple[Any, ...]:
-    """What the block lies in, in order; nothing is copied."""
+    """The memoryviews or device arrays that make up the block, in order. Nothing is copied."""
     return block if isinstance(block, tuple) else (block,)
 
 
 def joined(block: Block) -> Block:
-    """The block in one memoryview or device array: a copy if it lies in several parts, else the block itself."""
+    """The block as one memoryview or device array: a copy if it has several parts, else the block itself."""
     return memoryview(b"".join(block)) if isinstance(block, tuple) else block
 
 
 class KVError(RuntimeError):
-    """A slab cannot be made or reached; one line that says what to do."""
+    """A slab cannot be created or used. The message is one line and says what to do."""
 
 
 class KVLost(KVError):
-    """The blocks are no longer what the handle says (slot reused, segment gone), or cannot be reached."""
+    """The slots no longer hold the chunk (slot reused, segment gone), or the peer cannot be reached."""
 
 
 class KVCorrupt(KVError):
-    """The copy is not what was announced: its digest is another one."""
+    """The digest of the copy differs from the announced digest."""
 
 
 class KVShort(KVCorrupt):
-    """The copy is shorter than what was announced."""
+    """The copy is shorter than announced."""
 
 
 class KVForeign(KVError):
-    """The handle is of a slab that is not the peer's."""
+    """The handle does not belong to the peer's slab."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One chunk to be taken: `ticket` is given back with it; `peer` is the sender's iid; `digest` is xxh3-64 over its
-    blocks in order, None: not made."""
+    """One KV chunk to fetch. `ticket` comes back in `Fetched`; `peer` is the sender's iid; `digest` is the xxh3-64 of
+    the blocks in order, None if the sender computed none."""
 
-    ticket: tuple[str, int]  # the leg's key and the chunk's index
+    ticket: tuple[str, int]  # key of the engine request, index of the chunk
     peer: str
     path: str
     handle: Handle
@@ -66,9 +67,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The receiver's own copy of what was wanted, digest checked over that copy and generations read again after it,
-    one `Block` each, perhaps in parts; or the `problem`, and no blocks. Blocks are valid until the store is asked for
-    anything else."""
+    """The result of a fetch: the receiver's copy, one `Block` for each slot, or a `problem` and no blocks. The digest
+    was checked over the copy, and the generations again after it. Blocks stay valid until the next call of the
+    store."""
 
     ticket: tuple[str, int]
     blocks: Sequence[Block] = ()
@@ -76,59 +77,63 @@ class Fetched:
 
 
 class Slab(Protocol):
-    """The memory that one worker's chunks leave through. A slot has two owners: the request, which lets go by `free`,
-    and whoever writes it or sends it on right now (`keep`, `let_go`); it is used again when both have let go."""
+    """The memory from which one worker's KV chunks are sent.
+
+    A slot has up to two owners: the request, until `free`; and a transfer that is reading it, from `keep` to
+    `let_go`. The slot is reused after both have released it."""
 
     slots: int
 
     @property
-    def free_slots(self) -> int: ...
+    def free_slots(self) -> int:
+        """How many slots `put` can use now."""
 
     def put(self, count: int, write: Write, owner: str = "") -> tuple[Handle, int | None]:
-        """Take `count` slots, let `write` fill one block each, return the handle and the digest (None: made without).
-        `owner` is who is shown as theirs. Raises KVError when there are too few free slots (the core counts them: a
-        bug)."""
+        """Allocate `count` slots, let `write` fill one block each, return the handle and the digest (None: digests
+        are off). `owner` labels the slots in `doctor`. Raises KVError when too few slots are free; that is a bug,
+        because the core counts them."""
 
     def free(self, handle: Handle) -> None:
-        """The request lets go: the generations count up. Freeing twice is an error (KVError)."""
+        """The request releases its slots; their generations count up. Raises KVError when freed twice."""
 
     def freed(self) -> int:
-        """How many slots came free since the last call. Every slot that is put comes free once."""
+        """How many slots became free since the last call. Each slot that was put counts once."""
 
     def keep(self, handle: Handle) -> bool:
-        """Be the second owner of these slots; False when they are no longer what the handle says. Any thread."""
+        """Protect these slots from reuse. False when they no longer hold the chunk. Callable from any thread."""
 
     def let_go(self, handle: Handle) -> None:
-        """Any thread."""
+        """End one `keep`. Callable from any thread."""
 
     def close(self) -> None:
-        """Give the memory back. What peers have mapped stays readable for them. A second call does nothing."""
+        """Free the memory. Peers' mappings stay readable. A second call does nothing."""
 
 
 class Reader(Protocol):
-    """One way to read the slabs of others. Belongs to the worker's thread; it may have threads of its own. Every
-    `fetch` is answered by one Taken, whatever happens to the peer."""
+    """Reads the slabs of peers over one path. Called from the worker's thread; may run threads of its own. Every
+    `fetch` produces exactly one `Fetched`, also when the peer dies."""
 
     def meet(self, peer: str, reach: Reach) -> None:
-        """This is how `peer` can be read from now on, perhaps another incarnation of it. Never waits, never raises."""
+        """Register how to read `peer`, which may be a new incarnation. Never blocks, never raises."""
 
     def part(self, peer: str) -> None:
-        """The peer is gone: close what is open of it; what is on its way is answered as lost. Unknown peers are
-        fine."""
+        """Forget the peer: release its resources and answer fetches in flight with KVLost. An unknown peer is no
+        error."""
 
     def fetch(self, wanted: Wanted) -> Fetched | None:
-        """None when it comes later, by `fetched`."""
+        """Fetch a KV chunk. None: the result comes later, from `fetched`."""
 
     def fetched(self) -> Iterable[Fetched]:
-        """What has come. Each Taken is used before the next is asked for."""
+        """Results of earlier fetches. Use each one before taking the next: its memory is reused."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release all resources. A second call does nothing."""
 
 
 class KVStore(Protocol):
-    """What a worker sees: its own slab, and a reader for each path.
+    """What a worker uses: its own slab (`Slab`), and one reader for each path (`Reader`).
 
-    `reach` is what others must know to read the slab, for Ready."""
+    `reach` tells peers how to read the slab; the worker sends it in Ready."""
 
     slots: int
     reach: Reach
@@ -151,7 +156,7 @@ class KVStore(Protocol):
     def fetched(self) -> Iterable[Fetched]: ...
 
     def due(self) -> float | None:
-        """When `fetched` must be asked although nothing wakes the worker, in seconds of time.monotonic(); None: never.
-        0.0: there is something already."""
+        """Latest time at which `fetched` must be called, in seconds of time.monotonic(), if `wake` is not called
+        before. None: no such time. 0.0: results are waiting."""
 
     def close(self) -> None: ...

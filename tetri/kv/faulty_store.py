@@ -1,5 +1,5 @@
-"""A KV store on whose paths things go wrong: any store, wrapped. What is wrong is the bytes, and never what is said of
-them: that the digest finds it is the store's own doing."""
+"""Wraps a KV store and injects faults. It changes bytes, never handles or digests, so that the store's own checks have
+to find the fault."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from tetri.wire.handover import Handle
 
 
 def kill_myself(moment: str) -> None:
-    """As the kernel does it to a process that is out of memory: nothing is tidied up."""
+    """Kill this process without clean-up, as the kernel's out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FaultyStore:
-    """`die` hears in which moment the process is to end."""
+    """`store` with the faults that `chance` draws. `die` is called with the moment (text) at which a "die" fault
+    strikes. `clock`: seconds."""
 
     def __init__(
         self,
@@ -35,12 +36,13 @@ class FaultyStore:
         self.free, self.freed, self.meet = store.free, store.freed, store.meet
         self._die = die
         self._relay = Relay(chance)
-        self._late: list[tuple[float, Wanted]] = []  # to be taken then
-        self._lost: list[Fetched] = []  # to be told
-        self._harmed: dict[tuple[str, int], tuple[str, Wanted]] = {}  # on their way, and what will be wrong with them
+        self._late: list[tuple[float, Wanted]] = []  # delayed fetches and their start times
+        self._lost: list[Fetched] = []  # results not yet returned
+        self._harmed: dict[tuple[str, int], tuple[str, Wanted]] = {}  # fetches in flight that get a fault, and which
 
     @property
     def free_slots(self) -> int:
+        """How many slots `put` can use now."""
         return self.store.free_slots
 
     def _dies(self, moment: str) -> None:
@@ -102,7 +104,7 @@ class FaultyStore:
                 yield fetched
         for each in self.store.fetched():
             fetched = self._arrived(each)
-            assert fetched is not None  # nothing arrives twice
+            assert fetched is not None
             yield fetched
 
     def due(self) -> float | None:
@@ -123,7 +125,8 @@ class FaultyStore:
 
 
 class Relay:
-    """One more hop on a chunk's way, with bad memory: its bytes are taken out of it as out of any slab."""
+    """One more hop for a KV chunk, through a slab whose memory corrupts it. The chunk is then fetched, and checked, as
+    from any slab."""
 
     def __init__(self, chance: Chance) -> None:
         self.chance = chance
@@ -131,7 +134,7 @@ class Relay:
         self._reader = LocalReader(self._segments)
 
     def pass_on(self, wanted: Wanted, blocks: Sequence[Block]) -> Fetched:
-        """What arrives of these blocks. Those in a device's memory pass unharmed."""
+        """The result of sending these blocks through the corrupt slab. Blocks in device memory pass unchanged."""
         if not all(isinstance(part, memoryview) for block in blocks for part in parts(block)):
             return Fetched(wanted.ticket, blocks)
         slab = LocalSlab("relay", len(blocks), wanted.handle.block_bytes, self._segments, digest=False)
@@ -149,6 +152,6 @@ class Relay:
 
 
 def flip(chance: Chance, blocks: Sequence[Block]) -> None:
-    """Change one bit of one byte."""
+    """Flip one bit in one of the blocks."""
     block = chance.rng.choice(blocks)
     block[chance.rng.randrange(len(block))] ^= 1 << chance.rng.randrange(8)

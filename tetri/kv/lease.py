@@ -1,8 +1,8 @@
-"""Who still has a segment open: a reader holds a lease on the segment's file as long as it has the memory behind it
-mapped. A lease falls with its holder's process.
+"""Leases on segments: a reader holds a lease on the segment's file while it has the slab's GPU memory open. The kernel
+ends the lease when the reader's process ends.
 
-CUDA leaves undefined what happens when memory is given back that another process has open. So its owner first asks
-whether all leases have fallen.
+CUDA does not define what happens when the owner frees memory that another process has open. So the owner first waits
+until no lease is left.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ _STEP_S = 0.005
 
 
 def lease(path: str) -> int:
-    """A lease on a segment, as an open descriptor: closing it gives it back. Raises KVLost: the segment is gone."""
+    """Acquire a lease on the segment file `path`. Returns a descriptor; closing it ends the lease. Raises KVLost when
+    the segment is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (OSError, ValueError):
         raise KVLost(f"{path[-160:]!r} is gone") from None
-    # Once its owner has asked for the leases no new one is given, and afterwards the file has no name any more.
+    # The owner unlinks the file and then locks it (all_fallen): from then on no new lease can be acquired.
     if _lock(descriptor, fcntl.F_RDLCK) and os.fstat(descriptor).st_nlink:
         return descriptor
     os.close(descriptor)
@@ -33,8 +34,8 @@ def lease(path: str) -> int:
 
 
 def wanted_back(descriptor: int) -> bool:
-    """By the holder of a lease: whether the owner has closed the segment, or has ended. Its file has no name then, or
-    the owner no lock on it (segment.py)."""
+    """For the holder of a lease: whether the owner has closed the segment or has ended. The file is then unlinked, or
+    the owner's lock on it is gone (segment.py)."""
     if not os.fstat(descriptor).st_nlink:
         return True
     try:
@@ -46,7 +47,8 @@ def wanted_back(descriptor: int) -> bool:
 
 
 def all_fallen(descriptor: int, patience_s: float) -> bool:
-    """By the owner, whose file has no name any more: whether no lease is left, waiting so long for the last."""
+    """For the owner, after it has unlinked the file: wait at most `patience_s` seconds until no lease is left; whether
+    that is so."""
     deadline = time.monotonic() + patience_s
     while not _lock(descriptor, fcntl.F_WRLCK):
         if time.monotonic() > deadline:
@@ -56,8 +58,8 @@ def all_fallen(descriptor: int, patience_s: float) -> bool:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """A lock of the open file, not of the process, so that two stores of one process see each other's. Those of flock
-    are others."""
+    """Try to lock the open file description, not the process, so that two stores of one process see each other's
+    locks. These locks are independent of flock's."""
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0))
     except OSError as error:

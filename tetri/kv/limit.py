@@ -1,7 +1,7 @@
-"""A slower link than there is: any KV store, whose takes are carried out when their bytes would have come over it.
+"""Emulates a slower link: wraps a KV store and delays each fetch until its bytes would have arrived over that link.
 
-A link is the receiver's: what a worker takes from others comes one transfer after the other, as through its one network
-card, whoever sends. A sender's own card is not emulated. The simulator's links are the same (sim/links.py).
+Each receiver has one link, like one network card: its fetches from all peers run one after the other. The sender's
+card is not emulated. The simulator's links work the same way (sim/links.py).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ LINKS = {"roce-200g": 25e9, "nvlink": 300e9}
 
 
 class LimitedLink:
-    """A link of `bytes_s`, whose bytes arrive `latency_s` after they were sent."""
+    """A link with a rate of `bytes_s` bytes a second and a latency of `latency_s` seconds."""
 
     def __init__(self, bytes_s: float, latency_s: float = 0.0) -> None:
         self.bytes_s, self.latency_s = bytes_s, latency_s
         self._busy_until = -inf
 
     def arrival(self, size: int, now: float) -> float:
-        """When the last of `size` bytes is there that are asked for `now`, after all that was asked for before."""
+        """Arrival time of the last of `size` bytes requested at `now`, behind all earlier requests. Seconds."""
         self._busy_until = max(self._busy_until, now) + size / self.bytes_s
         return self._busy_until + self.latency_s
 
 
 class LimitedStore:
-    """`store`, of blocks of `block_bytes`, behind `link`. Never sleeps: `due` says when the next transfer has come.
-    What a worker takes from itself crosses no link."""
+    """`store`, with blocks of `block_bytes`, behind `link`. Never sleeps: `due` is the arrival time of the next chunk.
+    Fetches over the path `local` do not use the link."""
 
     def __init__(
         self, store: KVStore, link: LimitedLink, block_bytes: int, clock: Callable[[], float] = time.monotonic
@@ -40,16 +40,16 @@ class LimitedStore:
         self.store, self.link, self.block_bytes, self.clock = store, link, block_bytes, clock
         self.slots, self.reach = store.slots, store.reach
         self.put, self.free, self.freed, self.meet = store.put, store.free, store.freed, store.meet
-        self._coming: deque[tuple[float, Wanted]] = deque()  # by when they are there
-        self._lost: list[Fetched] = []  # to be told
+        self._coming: deque[tuple[float, Wanted]] = deque()  # in the order of their arrival times
+        self._lost: list[Fetched] = []  # results not yet returned
 
     @property
     def free_slots(self) -> int:
+        """How many slots `put` can use now."""
         return self.store.free_slots
 
     def fetch(self, wanted: Wanted) -> Fetched | None:
-        # What cannot be right is refused by the store, and must not keep the link busy until then: blocks of another
-        # size, a slot that is named twice.
+        # The store refuses an invalid handle (other block size, repeated slot). Such a fetch must not occupy the link.
         if wanted.path == "local" or wanted.handle.block_bytes != self.block_bytes:
             return self.store.fetch(wanted)
         size, now = len(set(wanted.handle.slots)) * self.block_bytes, self.clock()

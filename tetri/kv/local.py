@@ -1,4 +1,4 @@
-"""The path between stores of one process: tests, and two engines in one program."""
+"""The path `local`, between stores of one process: a mixed worker's own slab, tests, two engines in one program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Peers = dict[str, Segment]
 
 
 class LocalSlab(HostSlab):
-    """Slots in this process's own memory, known to whoever shares `peers`: by default all of the process."""
+    """A slab in this process's memory, readable by every LocalReader with the same `peers` (default: one dict for the
+    process)."""
 
     process: ClassVar[Peers] = {}
 
@@ -35,23 +36,23 @@ class LocalSlab(HostSlab):
         self._neighbours[segment.name] = segment
 
     def close(self) -> None:
-        """After it nobody can take from this slab; a second call does nothing."""
+        """Make later fetches from this slab fail. A second call does nothing."""
         super().close()
         self._neighbours.pop(self.segment.name, None)
 
 
 class LocalReader:
-    """Takes from every slab in `peers`."""
+    """Reads every slab in `peers`."""
 
     def __init__(self, peers: Peers | None = None) -> None:
         self._neighbours = LocalSlab.process if peers is None else peers
         self._staging = Staging(0)
 
     def meet(self, peer: str, reach: Reach) -> None:
-        """Nothing is opened."""
+        """Does nothing: slabs of this process need no opening."""
 
     def part(self, peer: str) -> None:
-        """Nothing was opened."""
+        """Does nothing."""
 
     def fetch(self, wanted: Wanted) -> Fetched:
         segment = self._neighbours.get(wanted.handle.segment)
@@ -67,4 +68,4 @@ class LocalReader:
         return ()
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Does nothing."""

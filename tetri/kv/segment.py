@@ -1,8 +1,8 @@
-"""Segment files in /dev/shm: a full one is an error when a file is made, a false file harms no reader.
+"""Segment files in /dev/shm. Creating a file reserves all of its memory; opening one validates it.
 
-A file is (docs/protocol.md, section 8): a header, a u64 generation and a mark for each slot, and at a multiple of
-4096 the blocks; numbers in the machine's byte order. Its owner holds flock(LOCK_EX) on it as long as it lives, so a
-file that nobody has locked is a dead one's.
+The format (docs/protocol.md, section 8): a header, a u64 generation and a mark for each slot, and at a multiple of
+4096 the blocks; numbers in the machine's byte order. The owner holds flock(LOCK_EX) on the file while it runs, so an
+unlocked file belongs to a dead owner.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from tetri.kv.slab import FIRST_GENERATION, MARK, Segment
 
 MAGIC = b"tetri-kv"
 VERSION = 2
-# magic, version, offset of slot 0, block bytes, slots, pid of the owner, bytes of the deployment's name, when made
+# magic, version, offset of slot 0, block bytes, slots, pid of the owner, bytes of the deployment's name, creation time
 _HEADER = struct.Struct("=8sIIQQIIQ16x")
 _PAGE = 4096
-_LABEL = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a deployment or an instance, so that a name stays under 255 bytes
+_LABEL = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a deployment or an instance; keeps a file name under 255 bytes
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _MEGABYTE = 1 << 20
 
 
 @dataclass(slots=True)
 class Mapping:
-    """A segment and the mapping under it; the owner's also holds the file, and with it the lock."""
+    """A segment and its memory mapping. The owner's also has the locked file's descriptor; a reader's has -1."""
 
     segment: Segment
     memory: mmap.mmap
     descriptor: int = -1
 
     def close(self) -> None:
-        """Unmap, and unlock where it was locked. A second call does nothing."""
+        """Unmap, and unlock the owner's file. A second call does nothing."""
         self.segment.release()
-        with suppress(BufferError):  # somebody still has a view of a block: the memory goes with the last
+        with suppress(BufferError):  # a view of a block still exists: the last one to go unmaps the memory
             self.memory.close()
         if self.descriptor >= 0:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # the mapping may still hold a duplicate of it
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # explicit: the mapping may hold a duplicate descriptor
             os.close(self.descriptor)
             self.descriptor = -1
 
 
 def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: int) -> Mapping:
-    """A new segment, locked, with all of its memory there. Raises KVError that says what is missing."""
+    """Create a locked segment with all pages populated. Raises KVError that says what is missing."""
     for label in (deployment, iid):
         if not _LABEL.fullmatch(label):
             raise KVError(f"{label[:80]!r} cannot be part of a segment's name: use letters, digits, '.', '_' and '-'")
     if slots < 1 or block_bytes < 1:
-        raise KVError(f"a slab of {slots} slots of {block_bytes} bytes cannot be: both must be at least 1")
+        raise KVError(f"a slab needs at least 1 slot of at least 1 byte, got {slots} slots of {block_bytes} bytes")
     name, descriptor = _locked_file(directory, f"tetri-{deployment}-{iid}-")
     try:
         size = _blocks_at(slots) + slots * block_bytes
@@ -73,7 +73,7 @@ def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: i
     segment = _segment(name, memory, slots, block_bytes)
     for slot in range(slots):
         segment.generations[slot] = FIRST_GENERATION
-    # The header comes last: a file without its magic is not finished, and nobody reads from it.
+    # The header comes last: readers refuse a file without magic, so they never see an unfinished one.
     facts = (_blocks_at(slots), block_bytes, slots, os.getpid(), len(deployment), time.monotonic_ns())
     _HEADER.pack_into(memory, 0, MAGIC, VERSION, *facts)
     return Mapping(segment, memory, descriptor)
@@ -90,18 +90,18 @@ def _locked_file(directory: str, prefix: str) -> tuple[str, int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink == 1:
             return name, descriptor
-        os.close(descriptor)  # a sweep came between making and locking it, and took it for a dead one's
+        os.close(descriptor)  # a sweep removed the file between open and flock, as it was unlocked
 
 
 def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
-    """Give the file its memory now: a write into memory that is not there would be a SIGBUS later."""
+    """Allocate the file's memory now: a later write to a page that cannot be allocated would raise SIGBUS."""
     filesystem = os.statvfs(directory)
     free = filesystem.f_bavail * filesystem.f_frsize
     full = KVError(
         f"{directory} is too small for {what}: {_megabytes(size)} needed, {_megabytes(free)} free;"
         " use fewer slots, or enlarge it (docker: --shm-size)"
     )
-    if size > free:  # asked first: a failing allocation would take all there is from everybody for a moment
+    if size > free:  # checked first: a failing allocation would fill the file system for a moment
         raise full
     try:
         os.posix_fallocate(descriptor, 0, size)
@@ -113,7 +113,7 @@ def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a segment's file says of itself. `made` is CLOCK_MONOTONIC in nanoseconds."""
+    """The header of a segment file. `made`: creation time, CLOCK_MONOTONIC in nanoseconds."""
 
     block_bytes: int
     slots: int
@@ -123,7 +123,7 @@ class Header:
 
 
 def attach(directory: str, deployment: str, name: str) -> Mapping:
-    """A peer's segment, read-only. Raises KVLost: no such segment, or a file that is not one of ours."""
+    """Map a peer's segment read-only. Raises KVLost when it does not exist or is not a segment of this deployment."""
     if not name.startswith(f"tetri-{deployment}-") or not _NAME.fullmatch(name):
         raise KVLost(f"{name[:80]!r} is no segment of this deployment")
     descriptor = look_at(directory, name)
@@ -134,7 +134,7 @@ def attach(directory: str, deployment: str, name: str) -> Mapping:
 
 
 def look_at(directory: str, name: str) -> int:
-    """A descriptor of the file, whatever it is, to read from. Raises KVLost."""
+    """Open a file read-only, without checking its content; returns the descriptor. Raises KVLost."""
     path = os.path.join(directory, name)
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -143,7 +143,7 @@ def look_at(directory: str, name: str) -> int:
 
 
 def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
-    """The segment in an open file. Raises KVLost when it is none."""
+    """Validate and map the segment in an open file. Raises KVLost when the file is not a segment of this user."""
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         raise KVLost(f"{name}: not a file of this user")
@@ -151,14 +151,14 @@ def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
     slots, size = header.slots, header.block_bytes
     if not slots or not size or blocks_at != _blocks_at(slots) or facts.st_size != blocks_at + slots * size:
         raise KVLost(f"{name}: the header does not fit the file's {facts.st_size} bytes")
-    # Not populated: for a large slab that takes tens of milliseconds at once, in the middle of serving. Read
-    # faults bring in 16 pages each and come a chunk at a time.
+    # Not populated: for a large slab that would block serving for tens of milliseconds. Read faults map 16 pages each
+    # and are spread over the chunks.
     memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     return header, Mapping(_segment(name, memory, slots, size), memory)
 
 
 def _header(start: bytes, name: str) -> tuple[Header, int]:
-    """And the offset of slot 0."""
+    """The header, and the offset of slot 0. Raises KVLost."""
     if len(start) < _HEADER.size:
         raise KVLost(f"{name}: {len(start)} bytes are too few for a segment")
     magic, version, blocks_at, size, slots, pid, deployment_bytes, made = _HEADER.unpack(start)
@@ -168,14 +168,14 @@ def _header(start: bytes, name: str) -> tuple[Header, int]:
 
 
 def sweep(deployment: str, iid: str | None = None, directory: str = "/dev/shm") -> list[str]:
-    """Remove the segments of a deployment (or of one instance) whose owner is dead; the names removed."""
+    """Remove the segments of a deployment (or of one instance) whose owner is dead. Returns their names."""
     owner = r"[A-Za-z0-9._-]+" if iid is None else re.escape(iid)
     pattern = re.compile(rf"tetri-{re.escape(deployment)}-{owner}-[0-9a-f]{{16}}")
     return [name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name) and remove_dead(directory, name)]
 
 
 def remove_dead(directory: str, name: str) -> bool:
-    """Remove a segment whose owner is dead. False: it lives, or the file is gone or another user's."""
+    """Remove a segment whose owner is dead. False: the owner lives, or the file is gone or another user's."""
     path = os.path.join(directory, name)
     try:
         descriptor = look_at(directory, name)
@@ -185,7 +185,7 @@ def remove_dead(directory: str, name: str) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)  # under the lock: see _locked_file
     except (BlockingIOError, FileNotFoundError):
-        return False  # its owner lives, or another sweep was quicker
+        return False  # the owner lives, or another sweep removed it
     finally:
         os.close(descriptor)
     return True

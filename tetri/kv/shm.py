@@ -1,4 +1,4 @@
-"""The path between processes of one host: each owns a segment in shared memory and maps its peers' read-only."""
+"""The path `shm`, between processes of one host: each owns a segment in shared memory and maps its peers' read-only."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DIRECTORY = "/dev/shm"
 
 
 class ShmSlab(HostSlab):
-    """`slots` blocks of `block_bytes` each in a segment of its own. All memory is there when this returns: KVError when
-    it does not fit."""
+    """`slots` blocks of `block_bytes` each in a segment of its own, with all pages populated. Raises KVError when
+    memory is too small."""
 
     def __init__(
         self, deployment: str, iid: str, slots: int, block_bytes: int, directory: str = DIRECTORY, digest: bool = True
@@ -27,8 +27,8 @@ class ShmSlab(HostSlab):
         super().__init__(self._own.segment, digest)
 
     def close(self) -> None:
-        """Unlink the segment. What peers have mapped stays readable for them. A second call does nothing; putting
-        afterwards is an error."""
+        """Unlink the segment. Peers' mappings stay readable. A later `put` raises KVError. A second call does
+        nothing."""
         super().close()
         if self._own.descriptor >= 0:
             os.unlink(self._path)
@@ -36,8 +36,8 @@ class ShmSlab(HostSlab):
 
 
 class ShmReader:
-    """Maps a peer's segment when it is first needed. `staging` is how many bytes a chunk from a peer is expected to
-    have; a larger one only makes its first take slower."""
+    """Reader of the path `shm`. Maps a peer's segment at the first fetch. `staging`: expected bytes of a KV chunk; the
+    first fetch of a larger one is slower."""
 
     def __init__(self, deployment: str, staging: int, directory: str = DIRECTORY) -> None:
         self._deployment, self._directory = deployment, directory
@@ -75,6 +75,6 @@ class ShmReader:
         return ()
 
     def close(self) -> None:
-        """Unmap all."""
+        """Unmap all segments."""
         for peer in list(self._segments):
             self.part(peer)

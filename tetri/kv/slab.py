@@ -1,8 +1,8 @@
-"""Slots of one block each in some memory: what every store that copies through memory has in common.
+"""The slab: slots of one KV block each in some memory. All stores share this code.
 
-The owner writes, readers only read, and nobody locks. A reader sees by the slot's generation that the owner
-has given the slot to something else: the owner counts it up *before* the slot can be written again, the
-reader looks before its copy and after it. The digest over the copy is the last word.
+Only the owner writes, and readers take no lock. A slot's generation tells a reader whether the slot was reused: the
+owner increments it *before* the slot can be written again, and the reader checks it before and after its copy. The
+digest over the copy is the final check.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tetri.wire.handover import Handle
 
 FIRST_GENERATION = 1
 OWNER_BYTES = 56
-MARK = struct.Struct(f"=Q{OWNER_BYTES}s")  # CLOCK_MONOTONIC in ns when it was put, 0: unused; its owner in UTF-8
+MARK = struct.Struct(f"=Q{OWNER_BYTES}s")  # time of the put, CLOCK_MONOTONIC in ns, 0: unused; owner in UTF-8
 
 
 def digest_of(blocks: Iterable[Any]) -> int:
-    """Of their bytes in order: xxh3-64, seed 0."""
+    """xxh3-64 over the bytes of the blocks, in order."""
     digest = xxh3_64()
     for block in blocks:
         digest.update(block)
@@ -34,8 +34,8 @@ def digest_of(blocks: Iterable[Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Memory of `slots` blocks. `generations` is a view of u64, one a slot; `blocks` one of bytes; `marks` has a
-    MARK for each slot, or is empty: nobody looks."""
+    """Memory of `slots` blocks. `generations`: view of one u64 for each slot; `blocks`: view of bytes; `marks`: one
+    MARK for each slot, or empty where no survey looks."""
 
     name: str
     slots: int
@@ -45,36 +45,38 @@ class Segment:
     marks: memoryview = memoryview(b"")
 
     def block(self, slot: int) -> memoryview:
+        """The `block_bytes` bytes of a slot."""
         return self.blocks[slot * self.block_bytes : (slot + 1) * self.block_bytes]
 
     def release(self) -> None:
-        """Let go of the memory, so that what it belongs to can be closed."""
+        """Release the views, so that the memory's owner can close it."""
         self.generations.release()
         self.blocks.release()
         self.marks.release()
 
 
 class HostSlab:
-    """The owner's side of a segment in host memory (`Slab` in base.py): which slots are free, and in which generation
-    each is. Each used slot is marked with its owner and the time, for who looks from outside (survey.py)."""
+    """The owner's side of a segment in host memory (implements `Slab` of base.py). Marks each used slot with owner and
+    time, for survey.py."""
 
     def __init__(self, segment: Segment, digest: bool = True) -> None:
         self.segment, self.slots = segment, segment.slots
         self._digest = digest
-        # The slot freed last is used first: its memory is the likeliest to be in a cache.
+        # The slot freed last is used first: its memory is the likeliest to be cached.
         self._free = list(range(segment.slots - 1, -1, -1))
-        self._owned = bytearray(segment.slots)  # by a request
-        self._kept = [0] * segment.slots  # how many write it or send it on
+        self._owned = bytearray(segment.slots)  # 1: owned by a request
+        self._kept = [0] * segment.slots  # number of `keep` without `let_go`
         self._freed = 0
         self._closed = False
         self._lock = Lock()
 
     @property
     def free_slots(self) -> int:
+        """How many slots `put` can use now."""
         return len(self._free)
 
     def put(self, count: int, write: Write, owner: str = "") -> tuple[Handle, int | None]:
-        """When `write` raises, the slots are free again and its error goes on."""
+        """As in `Slab`. When `write` raises, the slots are freed and the exception propagates."""
         with self._lock:
             if self._closed:
                 raise KVError(f"{self.segment.name}: is closed")
@@ -89,7 +91,7 @@ class HostSlab:
         except BaseException:
             with self._lock:
                 self._release(slots)
-                self._freed -= len(slots)  # nobody was told that they were taken
+                self._freed -= len(slots)  # the caller never counted them as used
             raise
         generations = [self.segment.generations[slot] for slot in slots]
         handle = Handle(
@@ -98,13 +100,13 @@ class HostSlab:
         return handle, digest
 
     def _fill(self, slots: Sequence[int], write: Write) -> int | None:
-        """Let `write` fill the blocks of these slots; the digest over them."""
+        """Let `write` fill the blocks of these slots; returns the digest over them."""
         views = [self.segment.block(slot) for slot in slots]
         write(views)
         return digest_of(views) if self._digest else None
 
     def free(self, handle: Handle) -> None:
-        """On an error nothing was freed."""
+        """As in `Slab`. On an error no slot is freed."""
         with self._lock:
             problem = self._not_held(handle)
             if problem is not None:
@@ -112,7 +114,7 @@ class HostSlab:
             self._release(handle.slots)
 
     def _not_held(self, handle: Handle) -> str | None:
-        """Why no request holds what the handle names; None when one does."""
+        """Why no request owns the handle's slots; None when one does."""
         if self._closed:
             return "it is closed"
         problem = shape_problem(self.segment, handle)
@@ -151,17 +153,17 @@ class HostSlab:
         return True
 
     def let_go(self, handle: Handle) -> None:
-        """Raises KVError, and lets nothing go, when nobody keeps one of the slots."""
+        """As in `Slab`. Raises KVError, and changes nothing, when one of the slots is not kept."""
         with self._lock:
             problem = shape_problem(self.segment, handle)
             if problem is not None or not all(self._kept[slot] for slot in handle.slots):
-                raise KVError(f"{self.segment.name}: cannot let go: {problem or 'nobody keeps it'}")
+                raise KVError(f"{self.segment.name}: cannot let go: {problem or 'a slot is not kept'}")
             for slot in handle.slots:
                 self._kept[slot] -= 1
                 self._recycle(slot)
 
     def close(self) -> None:
-        """Nothing can be put, freed or kept from now on. The memory is its maker's. A second call does nothing."""
+        """Refuse `put`, `free` and `keep` from now on. Does not free the memory. A second call does nothing."""
         with self._lock:
             self._closed = True
 
@@ -179,7 +181,7 @@ def _unmark(segment: Segment, slot: int) -> None:
 
 
 def shape_problem(segment: Segment, handle: Handle) -> str | None:
-    """Why this handle cannot be of this segment, whatever the generations; None when it can."""
+    """Why the handle does not fit the segment, regardless of generations; None when it fits."""
     if handle.segment != segment.name:
         return f"the handle is of {handle.segment[:80]!r}"
     if handle.block_bytes != segment.block_bytes:

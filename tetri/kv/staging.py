@@ -1,4 +1,4 @@
-"""Taking a chunk out of a segment that is mapped: the receiver's copy, and what is checked around it."""
+"""Copies a KV chunk out of a mapped segment, with the checks of handle, generations and digest."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from tetri.kv.base import KVCorrupt, KVForeign, KVLost
 from tetri.kv.slab import Segment, shape_problem
 from tetri.wire.handover import Handle
 
-_PIECE = 256 << 10  # bytes copied and then digested while a core's own cache still has them: a quarter faster
+_PIECE = 256 << 10  # bytes to copy and then digest while they are in the core's own cache: a quarter faster
 
 
 class Staging:
-    """The receiver's own memory, reused by every take and grown when a chunk is larger than any before.
-    Sized for `size` bytes at once, so that the first chunk does not wait for the kernel's page faults."""
+    """The receiver's memory, reused by every fetch; it grows for a larger chunk. Populated for `size` bytes at once, so
+    that the first fetch has no page faults."""
 
     def __init__(self, size: int) -> None:
         self._memory = _touched(size)
 
     def fetch(self, segment: Segment, handle: Handle, digest: int | None) -> Sequence[memoryview]:
-        """The blocks copied out of a segment whose slots the handle may or may not name rightly. Raises KVForeign,
-        KVLost or KVCorrupt."""
+        """Copy the blocks of an unchecked `handle` out of `segment`. Raises KVForeign, KVLost or KVCorrupt."""
         problem = shape_problem(segment, handle)
         if problem is not None:
             raise KVForeign(f"{segment.name}: {problem}")
@@ -47,7 +46,7 @@ class Staging:
 
 
 def check_generations(segment: Segment, handle: Handle) -> None:
-    """Raises KVLost when a slot holds something else by now."""
+    """Raises KVLost when a slot has been reused since the handle was created."""
     for slot, generation in zip(handle.slots, handle.generations, strict=True):
         present = segment.generations[slot]
         if present != generation:
@@ -55,6 +54,6 @@ def check_generations(segment: Segment, handle: Handle) -> None:
 
 
 def _touched(size: int) -> memoryview:
-    """Private memory of at least `size` bytes, every page of it already there."""
+    """Private memory of at least `size` bytes, with all pages populated."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
     return memoryview(mmap.mmap(-1, max(size, 1), flags=flags))

@@ -1,5 +1,4 @@
-"""A worker's KV store: one slab, through which all of its chunks leave, and a reader for each path by which others'
-come."""
+"""A worker's KV store: one slab, from which all of its KV chunks are sent, and one reader for each path."""
 
 from __future__ import annotations
 
@@ -10,7 +9,8 @@ from tetri.request import Reach
 
 
 class Store:
-    """`readers` by path. `home` reads the own slab, for a worker that decodes what it has prefilled."""
+    """A slab and its readers. `readers`: path -> reader. `home` reads the worker's own slab (path `local`), for
+    mixed workers."""
 
     def __init__(self, slab: Slab, readers: dict[str, Reader], reach: Reach, home: Reader) -> None:
         self.slab, self.readers, self.reach = slab, {"local": home, **readers}, reach
@@ -19,6 +19,7 @@ class Store:
 
     @property
     def free_slots(self) -> int:
+        """How many slots `put` can use now."""
         return self.slab.free_slots
 
     def meet(self, peer: str, reach: Reach) -> None:

@@ -1,5 +1,5 @@
-"""What lies in shared memory, seen from outside: whose each segment is, whether its owner lives, and whose each used
-slot is since when. Reads only; a segment that is written meanwhile may be told as it was or as it will be."""
+"""Lists the segments in shared memory from outside: owner, whether it lives, and owner and age of each used slot. Only
+reads. A segment that changes meanwhile may be reported in its old or its new state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = re.compile(r"tetri-([A-Za-z0-9._-]+)-([0-9a-f]{16})")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A used slot: its chunk's owner (a leg's key, cut to fit), and how many seconds it has been there."""
+    """A used slot: its owner (key of the engine request, cut to OWNER_BYTES), generation, and age in seconds."""
 
     slot: int
     owner: str
@@ -30,7 +30,8 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One segment. What only its header says is empty or 0 when `problem` says why that cannot be read."""
+    """One segment of `size` bytes. When the header cannot be read, `problem` says why, and the header's fields are
+    empty or 0."""
 
     name: str
     deployment: str
@@ -46,17 +47,18 @@ class Seen:
 
     @property
     def oldest_s(self) -> float:
+        """Age of the oldest used slot in seconds, 0.0 when none is used."""
         return max((page.age_s for page in self.pages), default=0.0)
 
 
 def survey(deployment: str | None = None, directory: str = DIRECTORY) -> list[Seen]:
-    """The segments of a deployment, or of all deployments of this user, by name."""
+    """The segments of a deployment, or of all deployments of this user, sorted by name."""
     found = (_seen(directory, name) for name in sorted(os.listdir(directory)) if _NAME.fullmatch(name))
     return [seen for seen in found if seen is not None and _of(deployment, seen)]
 
 
 def remove(seen: Seen, directory: str = DIRECTORY) -> bool:
-    """Take away what a dead owner left. False: it lives, or is gone already."""
+    """Remove a segment whose owner is dead. False: the owner lives, or the segment is gone."""
     return remove_dead(directory, seen.name)
 
 
@@ -69,7 +71,7 @@ def _of(deployment: str | None, seen: Seen) -> bool:
 
 
 def _seen(directory: str, name: str) -> Seen | None:
-    """None: gone meanwhile, or another user's."""
+    """Describe one file; None when it is gone or another user's."""
     try:
         descriptor = look_at(directory, name)
     except KVLost:
@@ -90,7 +92,7 @@ def _seen(directory: str, name: str) -> Seen | None:
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether the owner lives. Asked with a shared lock, so that several may ask at once."""
+    """Whether the owner holds its lock, so lives. Tests with a shared lock, so that several surveys can run at once."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

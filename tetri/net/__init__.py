@@ -1,4 +1,4 @@
-"""Everything of ZeroMQ, and nothing that decides: sockets, locks, signals, the one loop of every process."""
+"""Network and process plumbing: ZeroMQ sockets, lock files, signals, and the event loop. No decisions are made here."""
 
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub

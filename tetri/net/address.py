@@ -1,4 +1,4 @@
-"""Addresses: what may be written, and whether somebody already listens there."""
+"""Checks addresses: their syntax, whether they may be used, and whether another process already listens there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import stat
 
 from tetri.net.errors import NetError
 
-# A Unix socket's path has room for 107 bytes; the rest is kept for what a tool may append.
+# A Unix socket's path has at most 107 bytes; the difference is left for a suffix.
 MAX_IPC_BYTES = 99
 _TCP = re.compile(r"tcp://(localhost|127(?:\.\d{1,3}){3}):(\d{1,5}|\*)")
 _TCP_NUMERIC = re.compile(r"tcp://\d{1,3}(?:\.\d{1,3}){3}:(\d{1,5}|\*)")
@@ -17,8 +17,8 @@ _TCP_ELSEWHERE = re.compile(r"tcp://.*:(\d{1,5}|\*)")
 
 
 def check(address: str, encrypted: bool = False) -> str | None:
-    """Raise NetError unless `address` may be bound or connected to; the path of an `ipc://` address. What is encrypted
-    may go to other hosts."""
+    """Raise NetError unless `address` may be bound or connected to. Returns the path of an `ipc://` address, else None.
+    Only encrypted sockets may use addresses of other hosts."""
     if address.startswith("ipc://"):
         return _ipc_path(address)
     if _TCP.fullmatch(address) or (encrypted and _TCP_NUMERIC.fullmatch(address)):
@@ -27,8 +27,8 @@ def check(address: str, encrypted: bool = False) -> str | None:
         raise NetError(f"{_quoted(address)}: write the host as an IPv4 address, as in tcp://10.0.0.1:7000")
     if _TCP_ELSEWHERE.fullmatch(address):
         raise NetError(
-            f"{_quoted(address)}: between hosts the wire must be encrypted: use 127.0.0.1 here"
-            " (KV alone may go further, with cluster.key)"
+            f"{_quoted(address)}: traffic between hosts must be encrypted: use 127.0.0.1 here"
+            " (only KV can use other hosts, with cluster.key)"
         )
     raise NetError(f"{_quoted(address)} is no address: write ipc:///path or tcp://127.0.0.1:port")
 
@@ -44,15 +44,15 @@ def _ipc_path(address: str) -> str:
 
 
 def _quoted(address: str) -> str:
-    """An address comes over the wire too: keep its line short and printable."""
+    """The address, short and printable: it may come from a message."""
     return repr(address if len(address) <= 160 else address[:157] + "...")
 
 
 def refuse_live_owner(path: str) -> None:
     """Raise NetError when a process listens on the Unix socket `path`, or when the file is something else.
 
-    ZeroMQ unlinks whatever lies at the path before it binds, so a second process would silently take the
-    first one's clients. The file of a dead owner is fine.
+    ZeroMQ unlinks any file at the path before it binds, so a second process would silently take over the clients of
+    the first. The file of a dead owner is no error.
     """
     try:
         mode = os.stat(path).st_mode
@@ -66,6 +66,6 @@ def refuse_live_owner(path: str) -> None:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
             return
-        except OSError as error:  # a full backlog or no permission: somebody is there
+        except OSError as error:  # full backlog or no permission: a process listens
             raise NetError(f"ipc://{path}: address in use ({error.strerror or error})") from None
     raise NetError(f"ipc://{path}: address in use by another process")

@@ -1,7 +1,7 @@
-"""The sockets of the KV path `stream`: a ROUTER that serves a slab's bytes, a DEALER to each server that is read.
+"""The sockets of the KV path `stream`: a ROUTER that serves a slab, and a DEALER to each server that is read.
 
-Messages to a server are one frame, messages from it one frame (wire/bulk.py) and, behind a Piece, one frame of bytes.
-All of one path's sockets belong to one thread each; `Bell` is how others wake it.
+A message to a server has one frame. A message from a server has one frame (wire/bulk.py), and a Piece has a second
+frame with the bytes. Each socket belongs to one thread; other threads wake that thread with a `Waker`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tetri.net.errors import NetError
 from tetri.net.keys import Key, guard, introduce
 from tetri.wire.bulk import HEADER_BYTES, PIECE_BYTES, REQUEST_BYTES
 
-PIECES_WAITING = 4096  # for one receiver: its credit ends before that
-REQUESTS_WAITING = 512  # of one receiver; it has at most half as many fetches at once
-UNANSWERED_MS = 10_000  # bytes that the other host does not acknowledge for so long end a connection
+PIECES_WAITING = 4096  # queued for one receiver; its credit ends before that
+REQUESTS_WAITING = 512  # queued from one receiver; it has at most half as many fetches at once
+UNANSWERED_MS = 10_000  # a connection ends when the other host acknowledges no bytes for this long
 _KEEPALIVE = {  # seconds, seconds, probes
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,
@@ -31,24 +31,26 @@ _KEEPALIVE = {  # seconds, seconds, probes
     zmq.TCP_KEEPALIVE_CNT: 3,
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_CURVE_BYTES = 64  # an encrypted frame is longer, and libzmq measures it as it comes
+_CURVE_BYTES = 64  # encryption makes frames longer by this much at most, and MAXMSGSIZE applies to encrypted frames
 _number = count()
 Bytes = bytes | memoryview
 
 
 class Waker:
-    """Wakes the thread that polls `fd`. Any thread may ring, also after it was closed."""
+    """Wakes the thread that polls `fd`."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._lock = RLock()  # a finalizer may ring in the middle of a ring
+        self._lock = RLock()  # re-entrant: a finalizer may call `ring` during a `ring`
 
     def ring(self) -> None:
+        """Wake the thread. Callable from any thread, also after `close`."""
         with self._lock:
             if self.fd >= 0:
                 os.eventfd_write(self.fd, 1)
 
     def hush(self) -> None:
+        """Reset: forget all earlier `ring` calls."""
         with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
 
@@ -59,36 +61,38 @@ class Waker:
 
 
 class Watch:
-    """Waits for a bell and for sockets."""
+    """Waits for a waker and for sockets."""
 
     def __init__(self, waker: Waker) -> None:
         self._poller = zmq.Poller()
         self._poller.register(waker.fd, zmq.POLLIN)
 
     def add(self, *watched: sockets.Socket) -> None:
+        """Watch these sockets for messages."""
         for socket in watched:
             self._poller.register(socket, zmq.POLLIN)
 
     def remove(self, *watched: sockets.Socket) -> None:
+        """Stop watching these sockets."""
         for socket in watched:
             self._poller.unregister(socket)
 
     def wait(self, seconds: float | None) -> list[object]:
-        """At most so long (None: for ever); the sockets that have something."""
+        """Wait for at most `seconds` (None: no limit). Returns the sockets that are readable."""
         timeout = None if seconds is None else max(0, math.ceil(1000 * seconds))
         return [source for source, _ in self._poller.poll(timeout)]
 
 
 def context() -> sockets.Context:
-    """For one path's sockets; `term` it when they are all closed."""
+    """A ZeroMQ context for the sockets of one path. Call `term` after closing them all."""
     keep_freed_memory()
     return zmq.Context()
 
 
 def keep_freed_memory() -> None:
-    """libzmq takes the memory of each piece from malloc, and glibc gives it back to the kernel at nearly every free:
-    the page faults for the next piece then cost as much as its copy (a third of the bandwidth, measured). So this
-    process keeps up to 128 MB of what it has freed. Another C library than glibc stays as it is."""
+    """Make glibc keep up to 128 MB of freed memory. libzmq allocates each piece with malloc, and by default glibc
+    returns that memory to the kernel at nearly every free; the page faults of the next piece then cost a third of the
+    bandwidth (measured). Does nothing for another C library."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
@@ -96,10 +100,10 @@ def keep_freed_memory() -> None:
 
 
 class BulkServer:
-    """Listens for receivers at `address`. With a key, only members of the deployment get in."""
+    """Listens for receivers at `address`. With a key, only members of the deployment can connect."""
 
     def __init__(self, context: sockets.Context, address: str, key: Key | None) -> None:
-        """Raises NetError: wrong, in use, or of another host without a key."""
+        """Raises NetError when the address is invalid, in use, or not of this host while there is no key."""
         check(address, encrypted=key is not None)
         self.socket = _socket(context, zmq.ROUTER)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -115,19 +119,21 @@ class BulkServer:
             raise
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        """(peer, message) or None when nothing waits. An empty message stands for what has not one frame."""
+        """The next (peer, message), None when there is none. A message that has not exactly one frame is returned as
+        b""."""
         try:
             peer = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
         message = self.socket.recv(zmq.NOBLOCK) if self.socket.get(zmq.RCVMORE) else b""
-        while self.socket.get(zmq.RCVMORE):  # none of it is kept
+        while self.socket.get(zmq.RCVMORE):  # discarded
             self.socket.recv_into(bytearray(), flags=zmq.NOBLOCK)
             message = b""
         return peer, message
 
     def send(self, peer: bytes, header: bytes, payload: Bytes | None = None) -> bool | None:
-        """Never waits; the payload is not copied. False: this peer has not read what it was sent; None: it is gone."""
+        """Send without waiting and without copying the payload. False: the peer's queue is full; None: the peer is
+        gone."""
         try:
             self.socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
             if payload is None:
@@ -144,15 +150,17 @@ class BulkServer:
         return True
 
     def close(self) -> None:
+        """Close the socket and drop its queue."""
         self.socket.close(0)
 
 
 class BulkLink:
-    """A connection to one server. Once it has broken it stays so: another one is made for the next try, so that
-    nothing of the old one can come in between."""
+    """A connection to one server. `up`, `broken`, `refused` (wrong key): its state at the last `look`. A broken link
+    never recovers: the caller opens a new one, so that no message of the old connection can arrive on it."""
 
     def __init__(self, context: sockets.Context, address: str, key: Key | None) -> None:
-        """Raises NetError when `address` is none, or of another host without a key. Nobody there is no error."""
+        """Raises NetError when the address is invalid, or not of this host while there is no key. An address where no
+        process listens is no error."""
         check(address, encrypted=key is not None)
         self.up = self.broken = self.refused = False
         self.socket = sockets.trying(_socket(context, zmq.DEALER))
@@ -174,7 +182,7 @@ class BulkLink:
             raise NetError(f"{address}: cannot connect ({str(error.strerror).lower()})") from None
 
     def look(self) -> None:
-        """Read the monitor: `up` and `broken` are as of now."""
+        """Read the monitor and update `up`, `broken` and `refused`."""
         while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             event = sockets.monitor_event(self.monitor)
             self.refused = self.refused or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -182,17 +190,17 @@ class BulkLink:
             self.up = not self.broken
 
     def send(self, message: bytes) -> bool:
-        """Never waits."""
+        """Send without waiting; False when the connection is not up or the queue is full."""
         for _ in range(2):
             try:
                 self.socket.send(message, zmq.NOBLOCK)
                 return True
-            except zmq.Again:  # a new connection is only looked at now and then, or when asked for
+            except zmq.Again:  # libzmq notices a new connection only now and then; reading EVENTS makes it look
                 self.socket.get(zmq.EVENTS)
         return False
 
     def receive(self) -> bytes | None:
-        """The first frame of what comes next; None when nothing waits."""
+        """The first frame of the next message, None when there is none."""
         try:
             return self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
@@ -204,18 +212,19 @@ class BulkLink:
         return bool(self.socket.get(zmq.RCVMORE))
 
     def receive_frame(self) -> memoryview:
-        """The message's next frame, in the memory that libzmq received it into: nothing is copied. A long frame has it
-        to itself until the last view of it falls; short ones may share theirs."""
+        """The message's next frame, without a copy, in libzmq's memory. A long frame owns its memory until the last
+        view is gone; short frames may share a buffer."""
         return self.socket.recv(zmq.NOBLOCK, copy=False).buffer
 
     def drop(self) -> int:
-        """The rest of the message; how many bytes it has."""
+        """Discard the rest of the message; returns its size in bytes."""
         size = 0
         while self.more:
             size += self.socket.recv_into(bytearray(), flags=zmq.NOBLOCK)
         return size
 
     def close(self) -> None:
+        """Close the connection and drop its queue."""
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(0)

@@ -1,5 +1,5 @@
-"""The one error of this room."""
+"""The error of this package."""
 
 
 class NetError(RuntimeError):
-    """An address, a socket or a lock cannot be had; one line that says which, why and what to do."""
+    """An address, a socket, a key or a lock cannot be used. The message is one line: which, why and what to do."""

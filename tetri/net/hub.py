@@ -1,4 +1,4 @@
-"""All sockets of one process behind a few verbs: bind, connect, send, reply, publish, subscribe, poll, close."""
+"""All sockets of one process behind one class: bind, connect, send, reply, publish, subscribe, poll, close."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tetri.wire import codec
 from tetri.wire.codec import Messages
 from tetri.wire.events import NetEvent, PeerDown, PeerUp
 
-RETRY_S = 0.5  # a feed's connection that libzmq gave up is opened anew after this
-_LONGEST_MS = 1 << 30  # zmq takes a C int; the loop just polls once more after twelve days
+RETRY_S = 0.5  # delay before a publish or subscribe connection that libzmq gave up is opened again
+_LONGEST_MS = 1 << 30  # zmq takes a C int; after twelve days the loop just polls again
 Sent = Literal["sent", "full", "gone"]
 
 
 class Hub:
-    """The network as one process sees it. Belongs to one thread; only `wake()` may be called from others.
+    """All sockets of one process. Belongs to one thread; other threads may only call `wake()`.
 
-    `counters` grow for ever: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
-    no_peer, replies_full, replies_gone, and garbage_<kind> for what was dropped (kinds: frames, and those of
+    `counters` never reset: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
+    no_peer, replies_full, replies_gone, and garbage_<kind> for dropped messages (kinds: frames, and those of
     codec.WireError).
     """
 
@@ -44,7 +44,7 @@ class Hub:
         self._intakes: dict[sockets.Socket, Intake] = {}
         self._bounds: list[sockets.Bound] = []
         self._router: sockets.Socket | None = None
-        self._outlet: sockets.Socket | PeerLink | None = None  # where publish() goes
+        self._outlet: sockets.Socket | PeerLink | None = None  # the socket of publish()
         self._feeds: list[PeerLink] = []  # PUB or SUB sockets that connect
         self._links: dict[str, PeerLink] = {}
         self._monitors: dict[sockets.Socket, PeerLink] = {}
@@ -52,11 +52,12 @@ class Hub:
         self._poller.register(self._wake_read, zmq.POLLIN)
 
     def bind_inbox(self, address: str, union: Messages) -> str:
-        """Take messages of `union` at `address`; returns the real address. Raises NetError: wrong, in use."""
+        """Receive messages of `union` at `address`; returns the real address, with the port in place of `*`. Raises
+        NetError when the address is invalid or in use."""
         return self._bind(sockets.inbox(self._context, union), address, union, identities=False)
 
     def bind_clients(self, address: str, union: Messages) -> str:
-        """As bind_inbox, from clients that can be replied to; once per hub."""
+        """As bind_inbox, for clients that `reply` can answer. Once per hub."""
         if self._router is not None:
             raise NetError(f"{address}: this process already listens for clients")
         router = sockets.clients(self._context, union)
@@ -65,7 +66,7 @@ class Hub:
         return real
 
     def bind_subscriber(self, address: str, union: Messages) -> str:
-        """As bind_inbox, from everyone who publishes there. They never wait: what is not read in time is lost."""
+        """As bind_inbox, for publishers. Publishers never wait: messages that are not read in time are lost."""
         return self._bind(sockets.subscriber(self._context, union, newest=False), address, union, identities=False)
 
     def _bind(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> str:
@@ -86,8 +87,8 @@ class Hub:
         self._poller.register(socket, zmq.POLLIN)
 
     def bind_publisher(self, address: str) -> str:
-        """What publish() says is heard by everyone who subscribes at `address`; returns the real address. One
-        publisher per hub. Raises NetError: wrong, in use."""
+        """Let peers subscribe at `address` to what publish() sends; returns the real address. One publisher per hub.
+        Raises NetError when the address is invalid or in use."""
         self._only_one_outlet(address)
         socket = sockets.publisher(self._context)
         real = self._bound(socket, address)
@@ -95,7 +96,8 @@ class Hub:
         return real
 
     def connect_publisher(self, address: str) -> None:
-        """What publish() says goes to the subscriber that is bound at `address`, whenever there is one."""
+        """Send what publish() sends to the subscriber bound at `address`, while there is one. One publisher per
+        hub."""
         self._only_one_outlet(address)
         self._outlet = self._feed(address, sockets.publisher)
 
@@ -104,7 +106,8 @@ class Hub:
             raise NetError(f"{address}: this process already publishes")
 
     def publish(self, message: msgspec.Struct) -> None:
-        """Never waits, and never says whether anybody hears it. Raises WireError for one over the limit."""
+        """Send to all subscribers without waiting; delivery is not confirmed. Raises WireError for a message over the
+        size limit."""
         if self._outlet is None:
             raise NetError("publish without bind_publisher or connect_publisher")
         data = codec.encode(message)
@@ -115,8 +118,8 @@ class Hub:
         self.counters["published_bytes"] += len(data)
 
     def subscribe(self, address: str, union: Messages) -> None:
-        """Hear what the one publisher at `address` says, whenever there is one. Only the newest message waits:
-        whoever reads rarely misses the others."""
+        """Receive from the single publisher at `address`, while there is one. Only the newest message is kept; a slow
+        reader misses the older ones."""
         make = partial(sockets.subscriber, union=union, newest=True)
         link = self._feed(address, make)
         self._read_from(link.socket, address, union, identities=False)
@@ -152,9 +155,9 @@ class Hub:
         del self._monitors[link.monitor]
 
     def connect(self, peer: str, address: str) -> None:
-        """Write to `peer` at `address` from now on. The same address again changes nothing; another one
-        replaces the connection, without a PeerDown. Raises NetError when `address` is none, the old
-        connection then stays. PeerUp comes out of poll as soon as somebody answers there."""
+        """Connect to `peer` at `address`. The same address again changes nothing; another address replaces the
+        connection without a PeerDown. `poll` returns PeerUp when the connection is up. Raises NetError when the
+        address is invalid; the old connection then stays."""
         old = self._links.get(peer)
         if old is not None and old.address == address and not old.given_up:
             return
@@ -167,7 +170,7 @@ class Hub:
         self._watch(link)
 
     def disconnect(self, peer: str) -> None:
-        """Forget `peer` and what still waits for it; no PeerDown follows. An unknown peer is fine."""
+        """Close the connection to `peer` and drop its queue; no PeerDown follows. An unknown peer is no error."""
         link = self._links.pop(peer, None)
         if link is None:
             return
@@ -175,13 +178,13 @@ class Hub:
         link.close()
 
     def send(self, peer: str, message: msgspec.Struct) -> bool:
-        """Never waits. False: no such peer, none between its PeerUp and its PeerDown, or it does not read.
-        True: handed over, which is no promise that it arrives. Raises WireError for one over the limit."""
+        """Send without waiting. False: the peer is unknown, not up, or its queue is full. True: queued, which does not
+        guarantee delivery. Raises WireError for a message over the size limit."""
         link = self._links.get(peer)
         if link is None or not link.up:
             self.counters["no_peer"] += 1
             if link is not None and link.given_up:
-                self._open(peer, link.address)  # here and not in poll: as often as the core tries, no more
+                self._open(peer, link.address)  # here, not in poll: retry only as often as the core sends
             return False
         data = codec.encode(message)
         if not link.send(data):
@@ -191,7 +194,8 @@ class Hub:
         return True
 
     def reply(self, client: bytes, message: msgspec.Struct) -> Sent:
-        """Never waits. "full": the client does not read; "gone": no such client (any more)."""
+        """Reply to a client without waiting. "full": the client's queue is full; "gone": the client is not
+        connected."""
         if self._router is None:
             raise NetError("reply without bind_clients")
         data = codec.encode(message)
@@ -213,10 +217,11 @@ class Hub:
         self.counters["sent_bytes"] += len(data)
 
     def poll(self, timeout: float | None) -> list[NetEvent]:
-        """What happened, waiting for it at most `timeout` seconds (None: for ever; 0 or less: not at all).
+        """Wait for events for at most `timeout` seconds (None: no limit; 0 or less: not at all) and return them.
 
-        Messages come before the news of peers: what a peer managed to say before it died is read first.
-        Bounded per socket, so there may be more at once; empty after the time, a signal or a wake().
+        Messages come before PeerUp and PeerDown, so that the last messages of a dead peer are handled first. The
+        number of messages per socket is limited; the next call returns the rest. The list is empty after the timeout,
+        a signal or a wake().
         """
         self._retry_feeds()
         arrived: list[NetEvent] = []
@@ -228,25 +233,27 @@ class Hub:
                 arrived += self._intakes[source].read()
             elif source in self._monitors:
                 link = self._monitors[source]
-                events += link.events() if link.peer else link.events()[:0]
+                seen = link.events()
+                if link.peer:
+                    events += seen
             else:
                 _empty(self._wake_read)
         return arrived + events
 
     def wait(self, seconds: float) -> bool:
-        """Let so long pass, whatever happens; True when something is there for poll then. Reads nothing. What others
-        publish for everybody does not count: it is news of what was, and nobody waits for an answer."""
+        """Sleep for `seconds`; then return whether a message or event waits for `poll`. Reads nothing. Messages from
+        `subscribe` do not count: they are periodic reports that need no answer."""
         time.sleep(max(0.0, seconds))
         published = [link.socket for link in self._feeds]
         return any(source not in published for source, _ in self._poller.poll(0))
 
     def wake(self) -> None:
-        """End the present or the next poll at once. From any thread; `wake_fd` is for set_wakeup_fd."""
-        with suppress(BlockingIOError):  # the pipe is full of wake-ups already
+        """End the current or the next `poll` at once. Callable from any thread. `wake_fd` is for set_wakeup_fd."""
+        with suppress(BlockingIOError):  # the pipe is full: poll wakes anyway
             os.write(self.wake_fd, b"\0")
 
     def close(self) -> None:
-        """Drop every connection and what waits in it, remove the socket files. A second call does nothing."""
+        """Close all connections, drop their queues and remove the socket files. A second call does nothing."""
         if self._context.closed:
             return
         for peer in list(self._links):
@@ -255,7 +262,7 @@ class Hub:
             self._unwatch(link)
             link.close()
         for socket in self._intakes:
-            socket.close(0)  # a feed's is closed already, which does no harm
+            socket.close(0)  # closing twice is harmless: the sockets of feeds are closed already
         if isinstance(self._outlet, zmq.Socket):
             self._outlet.close(0)
         self._context.term()

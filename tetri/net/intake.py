@@ -1,4 +1,4 @@
-"""Reading one socket: fairly, and without ever failing because of what somebody sent."""
+"""Reads the messages of one socket, with a limit per poll. Invalid messages are counted and dropped, never raised."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tetri.net.sockets import Socket
 from tetri.wire import codec
 from tetri.wire.events import Arrived
 
-# At most this much of one socket per poll, so that a flood on it does not keep the others waiting.
+# Limits per socket and poll, so that a flood on one socket does not starve the others.
 MAX_MESSAGES = 256
 MAX_BYTES = 32 << 20
-_MAX_COMPLAINTS = 256  # remembered (sender, kind) pairs: a sender can invent any number of identities
+_MAX_COMPLAINTS = 256  # (sender, kind) pairs to log; limited, because a sender can invent identities
 
 
 class Intake:
-    """A PULL, a SUB (`identities` False) or a ROUTER (True) at `address`, and the messages that it may carry."""
+    """Reads a PULL or SUB socket (`identities` False) or a ROUTER (True) at `address`. `union`: the valid messages."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Intake:
         self._complained: set[tuple[bytes | None, str]] = set()
 
     def read(self) -> list[Arrived]:
-        """The messages that wait, up to the bounds above; garbage among them is counted and dropped."""
+        """The waiting messages, up to the limits above. Counts and drops invalid ones."""
         arrived: list[Arrived] = []
         size = 0
         for _ in range(MAX_MESSAGES):
@@ -54,7 +54,7 @@ class Intake:
         return arrived
 
     def _receive(self) -> list[bytes] | None:
-        """One message's frames, of which no more are kept than needed to see that they are too many."""
+        """The frames of one message, at most three: that many are always invalid. None when no message waits."""
         try:
             frames = [self.socket.recv(zmq.NOBLOCK)]
         except zmq.Again:
@@ -62,7 +62,7 @@ class Intake:
         while self.socket.get(zmq.RCVMORE):
             try:
                 frame = self.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:  # a socket that keeps the newest part alone has lost the rest
+            except zmq.Again:  # a CONFLATE socket keeps only one frame, so the rest is lost
                 return [b""] * 3
             if len(frames) < 3:
                 frames.append(frame)

@@ -1,4 +1,4 @@
-"""The deployment's key: one CURVE key pair that all of its members hold, and that a server asks its clients for."""
+"""The deployment's key: one CURVE key pair, shared by all members; servers accept only clients that have it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tetri.net import sockets
 from tetri.net.errors import NetError
 
 _Z85_BYTES = 40
-_MOST_WAITING = 64  # handshakes that wait to be let in
+_MOST_WAITING = 64  # queued handshakes
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Both as ZeroMQ takes them, 40 characters of Z85."""
+    """A CURVE key pair. Each key has 40 characters of Z85, the format of ZeroMQ."""
 
     public: bytes
     secret: bytes = field(repr=False)
 
 
 def generate(path: str) -> None:
-    """Make a new key file, readable by its owner alone. Raises NetError: it exists, or cannot be made."""
+    """Create a new key file, readable only by its owner. Raises NetError when it exists or cannot be created."""
     secret = zmq.curve_keypair()[1]
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -35,12 +35,12 @@ def generate(path: str) -> None:
     except OSError as error:
         raise NetError(f"{path}: cannot be made ({str(error.strerror).lower()})") from None
     with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o600)  # whatever the umask took away or left
+        os.fchmod(descriptor, 0o600)  # independent of the umask
         file.write(secret + b"\n")
 
 
 def load(path: str) -> Key:
-    """Raises NetError: no such file, not a key, or others can read it."""
+    """Read a key file. Raises NetError when it is missing, is not a key, or is readable by other users."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -58,22 +58,23 @@ def load(path: str) -> Key:
 
 
 def guard(socket: sockets.Socket, key: Key) -> None:
-    """Before bind: only who holds the key gets in, provided that a ZapHandler stands in the same context."""
+    """Make a socket accept only clients with `key`. Call it before bind, with a ZapHandler in the same context."""
     socket.set(zmq.CURVE_SERVER, 1)
     socket.set(zmq.CURVE_SECRETKEY, key.secret)
     socket.set(zmq.ZAP_DOMAIN, b"tetri")
-    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a doorman nobody gets in
+    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a ZAP handler all clients are refused
 
 
 def introduce(socket: sockets.Socket, key: Key) -> None:
-    """Before connect: this side holds the key, and the other must too."""
+    """Make a socket use `key`, and require it of the server. Call it before connect."""
     socket.set(zmq.CURVE_SERVERKEY, key.public)
     socket.set(zmq.CURVE_PUBLICKEY, key.public)
     socket.set(zmq.CURVE_SECRETKEY, key.secret)
 
 
 class ZapHandler:
-    """Says who gets in (ZeroMQ's ZAP): clients whose public key is the deployment's. `socket` is to be polled."""
+    """Authenticates clients (ZeroMQ's ZAP protocol): accepts those whose public key is the deployment's. The caller
+    polls `socket` and calls `answer`. `refused` counts refused handshakes."""
 
     def __init__(self, context: sockets.Context, key: Key) -> None:
         self._key = z85.decode(key.public)
@@ -85,7 +86,7 @@ class ZapHandler:
         self.socket.bind("inproc://zeromq.zap.01")
 
     def answer(self) -> None:
-        """All who wait."""
+        """Answer all waiting handshakes."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -104,4 +105,5 @@ class ZapHandler:
                 self.socket.send_multipart([*envelope, b"1.0", ask[1], *status, b"", b""], zmq.NOBLOCK)
 
     def close(self) -> None:
+        """Close the socket."""
         self.socket.close(0)

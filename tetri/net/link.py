@@ -1,5 +1,5 @@
-"""One socket that connects, and its monitor, which tells of a dead peer at once: a PUSH to a peer, or one side of a
-feed (PUB to SUB)."""
+"""A connecting socket and its monitor, which reports a lost peer at once. The socket is a PUSH to a peer, or a PUB or
+SUB."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _monitor_number = count()
 
 
 class PeerLink:
-    """A connection to `peer` that is made again whenever it breaks. `monitor` is to be polled; when it is
-    readable, `news()` says what happened."""
+    """A connection to `peer` that reconnects when it breaks. The caller polls `monitor` and calls `events` when it is
+    readable. `up`: connected; `given_up`: libzmq no longer reconnects."""
 
     def __init__(
         self,
@@ -28,24 +28,24 @@ class PeerLink:
         address: str,
         make: Callable[[sockets.Context], sockets.Socket] = sockets.outbox,
     ) -> None:
-        """`make` makes the socket. Raises NetError when `address` is none. Connecting never fails: nobody there is
-        no PeerUp."""
+        """`make` creates the socket. Raises NetError when the address is invalid. An address where no process listens
+        is no error: there is just no PeerUp."""
         check(address)
         self.peer = peer
         self.address = address
         self.make = make
         self.up = False
-        # libzmq tries again by itself after a lost connection, but never after an answer that is no ZeroMQ.
-        # A disconnection without a CONNECT_RETRIED after it shows that it has given up.
+        # libzmq reconnects after a lost connection, but not after an answer that is not ZeroMQ. It has given up when
+        # no CONNECT_RETRIED follows DISCONNECTED.
         self.given_up = False
         self._given_up_at = 0.0
         try:
             self.socket = make(context)
             self.monitor = context.socket(zmq.PAIR)
         except zmq.ZMQError as error:
-            raise NetError(f"{address}: no socket for it ({str(error.strerror).lower()})") from None
+            raise NetError(f"{address}: cannot create a socket ({str(error.strerror).lower()})") from None
         self.monitor.set(zmq.LINGER, 0)
-        # A monitor must be there before the connection, or it would miss how that began.
+        # Start the monitor before connecting, or it misses the first events.
         endpoint = f"inproc://monitor-{next(_monitor_number)}"
         seen = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
         self.socket.monitor(endpoint, seen)
@@ -57,13 +57,13 @@ class PeerLink:
             raise NetError(f"{address}: cannot connect ({str(error.strerror).lower()})") from None
 
     def send(self, data: bytes) -> bool:
-        """Hand `data` to libzmq without waiting; False when nobody is connected or the peer does not read."""
+        """Queue `data` without waiting; False when the peer is not connected or its queue is full."""
         try:
             self.socket.send(data, zmq.NOBLOCK)
             return True
         except zmq.Again:
             pass
-        # libzmq looks at a new connection only now and then while sending; asking for EVENTS makes it look.
+        # libzmq notices a new connection only now and then while sending; reading EVENTS makes it look.
         if not _ready(self.socket, zmq.POLLOUT):
             return False
         try:
@@ -73,7 +73,7 @@ class PeerLink:
             return False
 
     def events(self) -> list[PeerUp | PeerDown]:
-        """What the monitor saw since the last call, in order. An attempt that never stood is no news."""
+        """Connections and disconnections since the last call, in order. A failed attempt to connect gives no event."""
         seen: list[PeerUp | PeerDown] = []
         while _ready(self.monitor, zmq.POLLIN):
             event = sockets.monitor_event(self.monitor)
@@ -86,10 +86,11 @@ class PeerLink:
         return seen
 
     def given_up_for(self, seconds: float) -> bool:
+        """Whether libzmq gave up at least `seconds` ago."""
         return self.given_up and time.monotonic() - self._given_up_at >= seconds
 
     def close(self) -> None:
-        """Drop the connection and what still waits in it."""
+        """Close the connection and drop its queue."""
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(0)

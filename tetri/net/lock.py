@@ -1,4 +1,4 @@
-"""A lock file: one process at a time, and the next one is told which process it is."""
+"""Lock files: one process at a time holds a lock; the error for the next one names the holder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Lock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let the next one in. The file stays: removing it would let two processes hold "the same" lock."""
+        """Release the lock. The file stays: removing it would let two processes hold the same lock."""
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
@@ -34,10 +34,10 @@ class Lock:
 
 
 def hold(path: str | os.PathLike[str]) -> Lock:
-    """Take the lock at `path` (made when missing) for this process; raises NetError that names who holds it.
+    """Lock the file `path` (created if missing) for this process. Raises NetError that names the holder.
 
-    The kernel ends the lock with the process, however that dies; only the flock counts, the number in the
-    file is for people. Children that are exec'ed do not inherit it, forked ones would.
+    The kernel releases the lock when the process ends in any way. Only the flock counts; the pid in the file is for
+    people. Executed children do not inherit the lock; forked ones do.
     """
     name = os.fspath(path)
     try:

@@ -1,4 +1,4 @@
-"""The one loop of every process: wait for what happens or for the core's deadline, do what the core says."""
+"""The event loop of every process: wait for events or the core's deadline, and carry out the core's actions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ Action = TypeVar("Action")
 
 
 class Core(Protocol[Event_contra, Action_co]):
-    """Decides, and does nothing itself. `now` and deadlines are seconds of the loop's clock."""
+    """Turns events into actions and does no I/O. Times are seconds of the loop's clock."""
 
-    def handle(self, event: Event_contra, now: float) -> Sequence[Action_co]: ...
+    def handle(self, event: Event_contra, now: float) -> Sequence[Action_co]:
+        """Handle one event; returns the actions to carry out, in order."""
 
-    def tick(self, now: float) -> Sequence[Action_co]: ...
+    def tick(self, now: float) -> Sequence[Action_co]:
+        """Handle the timers that are due; returns the actions to carry out, in order."""
 
-    def deadline(self) -> float | None: ...
+    def deadline(self) -> float | None:
+        """When `tick` has a timer to handle next; None: no timer is set."""
 
 
 def run(
@@ -28,10 +31,10 @@ def run(
     clock: Callable[[], float],
     running: Callable[[], bool],
 ) -> None:
-    """Until `running()` is False. `poll(timeout)` waits at most `timeout` seconds (None: for ever) and is
-    told 0 when the deadline has passed, so nothing here sleeps and nothing spins.
+    """Run the loop until `running()` is False. `poll(timeout)` waits at most `timeout` seconds (None: no limit) and
+    returns the events; `timeout` is 0 when the deadline has passed.
 
-    `tick` comes after every poll, whether something arrived or not: traffic must not hold timers up.
+    The loop calls `tick` after every poll, also when events arrived: traffic must not delay timers.
     """
     while running():
         for event in poll(_wait(core.deadline(), clock)):

@@ -1,4 +1,4 @@
-"""Ending a process by a signal: the loop's poll returns at once and `running()` turns False."""
+"""Ends a process on a signal: the loop's poll returns at once and `running()` becomes False."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class StopSignals:
-    """From its making on, SIGTERM and SIGINT end the loop instead of the process. Main thread only.
+    """Makes SIGTERM and SIGINT end the loop instead of the process. Main thread only.
 
-    The handler alone would not do: a poll that a signal interrupts is resumed. So the signal also writes into
-    `wake_fd` (a hub's), which the poll watches.
+    A handler alone is not enough, because Python resumes a poll that a signal interrupts. So the signal also writes to
+    `wake_fd` (of a hub), which the poll watches.
     """
 
     def __init__(self, wake_fd: int) -> None:
@@ -26,12 +26,12 @@ class StopSignals:
         self.received = signal.Signals(number)
 
     def running(self) -> bool:
-        """True until a signal came."""
+        """True until a signal arrives."""
         return self.received is None
 
     def restore(self) -> None:
-        """Put back what was there before. Call it before the hub closes, or a late signal writes into a
-        descriptor that may be somebody else's by then."""
+        """Restore the earlier handlers. Call it before the hub closes: a late signal would write to a descriptor that
+        may have been reused."""
         signal.set_wakeup_fd(self._old_fd)
         for number, handler in self._old.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The six sockets and every option on them. High-water marks count messages, per connection."""
+"""Creates the six kinds of sockets and sets all their options. High-water marks are messages per connection."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tetri.wire import codec
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 
-# A worker writes a handful of messages a step, a broker reads thousands a second: this many only wait where
-# somebody stands still. What does not fit is not lost silently: the sender is told (False, "full").
+# A worker sends a few messages a step and a broker reads thousands a second: a queue this long fills only when the
+# reader is stuck. A message that does not fit is not lost silently: the send returns False or "full".
 INBOX_WAITING = 4096
 REPLIES_WAITING = 4096  # a stream's Deltas, for a client that reads slowly
-LOADS_WAITING = 1024  # per worker; one says something ten times a second
-VIEWS_WAITING = 16  # for a subscriber that stands still; the next one says it all again
+LOADS_WAITING = 1024  # per worker, which sends ten a second
+VIEWS_WAITING = 16  # for a stuck subscriber; each cluster view replaces the one before
 SUBMITS_WAITING = 256  # per client; each may have megabytes
-RECONNECT_MS = 20  # a restarted worker must be reached well within its two seconds
+RECONNECT_MS = 20  # short: a restarted worker must be connected within two seconds
 RECONNECT_MAX_MS = 500
-HANDSHAKE_MS = 5000  # a connection that says nothing is given up
+HANDSHAKE_MS = 5000  # a connection without a handshake in this time is closed
 
 
 def inbox(context: Context, union: codec.Messages) -> Socket:
-    """A PULL that takes messages of `union`. libzmq itself cuts a peer that announces a larger frame, before
-    any memory is given to it."""
+    """A PULL for messages of `union`. libzmq disconnects a peer that announces a larger frame before it allocates
+    memory for the frame."""
     socket = plain(context, zmq.PULL)
     socket.set(zmq.RCVHWM, INBOX_WAITING)
     socket.set(zmq.MAXMSGSIZE, codec.limit(union))
@@ -36,7 +36,8 @@ def inbox(context: Context, union: codec.Messages) -> Socket:
 
 
 def clients(context: Context, union: codec.Messages) -> Socket:
-    """A ROUTER that says when a client is gone or does not read (mandatory) instead of dropping a reply."""
+    """A ROUTER for messages of `union`. It raises an error instead of dropping a reply when the client is gone or its
+    queue is full (ROUTER_MANDATORY)."""
     socket = plain(context, zmq.ROUTER)
     socket.set(zmq.RCVHWM, SUBMITS_WAITING)
     socket.set(zmq.SNDHWM, REPLIES_WAITING)
@@ -46,26 +47,26 @@ def clients(context: Context, union: codec.Messages) -> Socket:
 
 
 def outbox(context: Context) -> Socket:
-    """A PUSH to one peer. `immediate`: nothing queues for a peer that is not there."""
+    """A PUSH to one peer. It queues nothing while the peer is not connected (IMMEDIATE)."""
     socket = plain(context, zmq.PUSH)
     socket.set(zmq.SNDHWM, INBOX_WAITING)
-    socket.set(zmq.RCVHWM, 1)  # nothing comes back over a PUSH; whoever sends all the same is held short
+    socket.set(zmq.RCVHWM, 1)  # a PUSH receives nothing; this limits a peer that sends anyway
     socket.set(zmq.MAXMSGSIZE, 1024)
     return trying(socket)
 
 
 def publisher(context: Context) -> Socket:
-    """A PUB: everyone who listens gets it, whoever is slow misses some."""
+    """A PUB. A slow subscriber misses messages."""
     socket = plain(context, zmq.PUB)
     socket.set(zmq.SNDHWM, VIEWS_WAITING)
-    socket.set(zmq.RCVHWM, 16)  # nothing but subscriptions comes back
+    socket.set(zmq.RCVHWM, 16)  # a PUB receives only subscriptions
     socket.set(zmq.MAXMSGSIZE, 1024)
     return trying(socket)
 
 
 def subscriber(context: Context, union: codec.Messages, *, newest: bool) -> Socket:
-    """A SUB to everything. `newest`: only the newest message is kept, which is safe with one publisher alone: of
-    several the last to speak would hide what the others said."""
+    """A SUB to all messages of `union`. `newest`: keep only the newest message. Use it with a single publisher: the
+    newest message of one publisher would replace the messages of the others."""
     socket = plain(context, zmq.SUB)
     socket.set(zmq.RCVHWM, LOADS_WAITING)
     socket.set(zmq.SNDHWM, 16)
@@ -77,7 +78,7 @@ def subscriber(context: Context, union: codec.Messages, *, newest: bool) -> Sock
 
 
 def trying(socket: Socket) -> Socket:
-    """Connections are made again and again, and nothing waits for one that does not stand."""
+    """Make a socket reconnect for ever, and queue nothing while it is not connected."""
     socket.set(zmq.IMMEDIATE, 1)
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -85,7 +86,7 @@ def trying(socket: Socket) -> Socket:
 
 
 def plain(context: Context, kind: int) -> Socket:
-    """What all sockets have; high-water marks are still to be set."""
+    """A socket with the options common to all; the caller sets the high-water marks."""
     socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.IPV6, 0)
@@ -94,10 +95,10 @@ def plain(context: Context, kind: int) -> Socket:
 
 
 class Bound:
-    """Where a socket listens. `address` is the real one (a port `*` is replaced)."""
+    """A bound address. `address` is the real one, with the port in place of `*`."""
 
     def __init__(self, socket: Socket, address: str, encrypted: bool = False) -> None:
-        """Bind; raises NetError in one line when the address is wrong, in use or not ours to bind."""
+        """Bind `socket`. Raises NetError when the address is invalid, in use or not permitted."""
         self._path = check(address, encrypted)
         self._inode = 0
         if self._path is not None:
@@ -113,14 +114,14 @@ class Bound:
             self._inode = os.stat(self._path).st_ino
 
     def remove_file(self) -> None:
-        """After the socket was closed: remove the file that it may have left, unless it is another's now."""
+        """Remove the socket's file, unless another process has replaced it. Call it after the socket is closed."""
         if self._path is None:
             return
         try:
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
         except FileNotFoundError:
-            pass  # libzmq removed it, the usual case
+            pass  # libzmq has removed it, the usual case
 
 
 def _why(error: zmq.ZMQError) -> str:

@@ -1,1 +1,1 @@
-"""Policies: pure functions on snapshots. `rules` is the table in which their names are looked up."""
+"""Scheduling policies: pure functions on snapshots (views). `rules` maps policy names to functions."""

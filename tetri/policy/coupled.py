@@ -1,5 +1,5 @@
-"""What the next iteration of a coupled engine runs, where prefill and decode share one instance: the baselines that
-the paper's system and this one are compared with. Memory is counted in tokens of KV."""
+"""Scheduling of a coupled engine, where prefill and decode share one instance. These are the baselines for the paper's
+system and this one. Memory is counted in tokens of KV."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tetri.policy.views import Progress
 
 @dataclass(frozen=True, slots=True)
 class CoupledLimits:
-    """`slots` requests may hold memory at once; an iteration computes at most `step_tokens` tokens; `kv_tokens` of
-    memory in all."""
+    """Limits of a coupled engine: at most `slots` requests hold memory at once, an iteration computes at most
+    `step_tokens` tokens, and the memory holds `kv_tokens` tokens."""
 
     slots: int
     step_tokens: int
@@ -22,8 +22,8 @@ class CoupledLimits:
 
 @dataclass(frozen=True, slots=True)
 class CoupledView:
-    """Who waits and what runs. `started`: the prompt that a chunk of was computed already, and that holds a slot and
-    its memory; `waiting` in order, `decoding` requests, `free` tokens of memory in no account."""
+    """The state of a coupled engine. `started`: the prompt whose first chunks are computed; it holds a slot and all of
+    its memory. `waiting`: prompts in order. `decoding`: number of requests. `free`: tokens of memory in no account."""
 
     started: Progress | None
     waiting: Sequence[Progress]
@@ -40,8 +40,8 @@ class Iteration:
 
 
 def prefill_first(view: CoupledView, limits: CoupledLimits) -> Iteration:
-    """vLLM of 2023, the paper's baseline: while a slot is free and a prompt waits, an iteration prefills whole prompts
-    in order, as many as fit `step_tokens`, and the decodes stall; a longer prompt goes alone. Otherwise all decode."""
+    """vLLM of 2023, the paper's baseline. While a slot is free and a prompt waits, an iteration prefills whole prompts
+    in order, as many as fit `step_tokens`, and the decodes stall; a longer prompt runs alone. Otherwise all decode."""
     spans: list[Span] = []
     budget, free = limits.step_tokens, view.free
     for prompt in view.waiting[: max(limits.slots - view.decoding, 0)]:
@@ -54,8 +54,8 @@ def prefill_first(view: CoupledView, limits: CoupledLimits) -> Iteration:
 
 
 def chunked(view: CoupledView, limits: CoupledLimits) -> Iteration:
-    """vLLM of today: every decoding request takes one token of `step_tokens` first, and prompts, cut where it ends,
-    fill the rest. A prompt starts when memory for all of it is there."""
+    """vLLM of today. Every decoding request takes one token of `step_tokens`; chunks of prompts fill the rest. A prompt
+    starts when there is memory for all of it."""
     spans: list[Span] = []
     budget, free = limits.step_tokens - view.decoding, view.free - view.decoding
     slots = limits.slots - view.decoding
@@ -79,8 +79,8 @@ def _fill(prompt: Progress, budget: int, spans: list[Span]) -> int:
 
 
 def preempted(held: Sequence[int], free: int) -> int:
-    """How many of the decoding requests, the youngest ones, must give up their memory so that each of the others can
-    take one token more. `held`: tokens of memory by age, the oldest first. The oldest is never given up."""
+    """How many of the youngest decoding requests must be preempted so that each other one can write one more token.
+    `held`: tokens of memory per request, the oldest first. The oldest is never preempted."""
     out = 0
     while out < len(held) - 1 and free < len(held) - out:
         free += held[len(held) - 1 - out]

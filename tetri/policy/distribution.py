@@ -1,8 +1,8 @@
-"""What odds say of the length of one request: pure functions.
+"""Length distributions of single requests: pure functions.
 
-Odds come from a predictor, in buckets of one width, the last one open. A request has more to it: it has written some
-tokens already and goes on, may write `max_tokens` and no more, or not fewer than `min_tokens`. `curve_of` puts that
-together in a `Curve`, from which ranges, quantiles and scores are read."""
+A predictor yields a length distribution in buckets of equal width, the last of them open. The length of a request also
+depends on the tokens that it has written, on `max_tokens` and on `min_tokens`. `curve_of` combines all of these into a
+`Curve`, which yields length ranges, quantiles and scores."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from math import ceil
 
 from tetri.request import LengthDistribution, LengthRange, Value
 
-#: A share so small that nothing can be said of those in it: what floats leave of 1 after a sum of some hundred.
+#: A share that counts as 0: the rounding error of a sum of a few hundred floats.
 NOTHING = 1e-9
 
 
 class Curve(Value, frozen=True):
-    """How likely each number of output tokens is, all attempts together, for one request: `below[i]` of the lengths
-    are less than `tokens[i]`, and between two of these they are spread evenly. `tokens` ascend from the least that is
-    possible to one more than the most, `below` from 0 to 1. Those that are cut off at `max_tokens` have it as their
-    length: the last step of the curve, one token wide."""
+    """The cumulative distribution of a request's output tokens over all attempts: the share `below[i]` of the lengths
+    is less than `tokens[i]`, linear in between. `tokens` ascend from the least possible length to one more than the
+    greatest, `below` ascend from 0 to 1. Outputs that are cut off at `max_tokens` have this length; they are the last
+    step of the curve, one token wide."""
 
     tokens: tuple[int, ...]
     below: tuple[float, ...]
 
 
 def usable(distribution: LengthDistribution) -> bool:
-    """Whether these are odds at all; a head with a NaN in it yields none."""
+    """Whether a distribution is valid: shares not negative and with sum 1. A predictor with a NaN in it yields invalid
+    ones."""
     return (
         distribution.width > 0
         and min(distribution.shares, default=-1.0) >= 0
@@ -39,12 +40,12 @@ def usable(distribution: LengthDistribution) -> bool:
 def curve_of(
     distribution: LengthDistribution, most: int, *, after: int = 0, least: int = 0, tail: Curve | None = None
 ) -> Curve:
-    """The lengths of a request that has `after` tokens, of which the odds say how many follow, one at least. It has no
-    fewer than `least` in the end: whoever would be shorter ends soon after these; and no more than `most`, which is
-    more than `after`. What the open bucket holds is spread as `tail` says, for lengths that reach so far, or else is
-    all cut off at `most`."""
+    """The lengths of a request that has `after` tokens; `distribution` gives the number of tokens that follow, at least
+    one. The total length is at least `least` (shorter lengths move to just after it) and at most `most`, which must
+    exceed `after`. The share of the open bucket is distributed as in `tail`, a curve of total lengths; without a tail
+    it is cut off at `most`."""
     sums = [0.0, *accumulate(distribution.shares)]
-    closed = after + (len(distribution.shares) - 1) * distribution.width  # from here on the bucket is open
+    closed = after + (len(distribution.shares) - 1) * distribution.width  # start of the open bucket
     tokens = list(range(after, min(closed, most) + 1, distribution.width))
     below = [share / sums[-1] for share in sums[: len(tokens)]]
     if closed < most and tail is not None:
@@ -61,8 +62,8 @@ def curve_of(
 
 
 def bounded(tokens: Sequence[int], below: Sequence[float], least: int, most: int) -> Curve:
-    """A curve from `least` to `most`: what is less goes into its first step, what is more is cut off at `most`. At
-    least two points, ascending, the first of share 0 and not above `most`."""
+    """A curve from `least` to `most`: lesser lengths move into its first step, greater ones are cut off at `most`. The
+    arguments have at least two points, ascending; the first has share 0 and is not above `most`."""
     least = min(least, most)
     first, last = bisect_right(tokens, least), bisect_left(tokens, most)
     if least == most:
@@ -72,7 +73,7 @@ def bounded(tokens: Sequence[int], below: Sequence[float], least: int, most: int
 
 
 def raised(curve: Curve, least: int) -> Curve:
-    """The same where the length is at least `least`: whoever would be shorter ends soon after."""
+    """A curve with lengths of at least `least`: shorter lengths move to just after it."""
     return curve if least <= curve.tokens[0] else bounded(curve.tokens, curve.below, least, curve.tokens[-1] - 1)
 
 
@@ -92,7 +93,7 @@ def share_below(curve: Curve, tokens: float) -> float:
 
 
 def quantile(curve: Curve, share: float) -> float:
-    """The tokens below which this share of the lengths is: the fewest, where several are."""
+    """The number of tokens that this share of the lengths is below; the least such number."""
     place = bisect_left(curve.below, share)
     if place == 0:
         return curve.tokens[0]
@@ -103,8 +104,8 @@ def quantile(curve: Curve, share: float) -> float:
 
 
 def survivors(curve: Curve, written: int) -> Curve:
-    """The lengths of those that have `written` tokens and go on. Where the curve knows of nobody who writes more, all
-    go on to its end, and past that end it is one token more."""
+    """The conditional distribution of lengths, given that a request has `written` tokens and goes on. If the curve has
+    no greater lengths, the length is the curve's end; past that end it is one more token."""
     least, last = written + 1, curve.tokens[-1]
     if least <= curve.tokens[0]:
         return curve
@@ -119,7 +120,7 @@ def survivors(curve: Curve, written: int) -> Curve:
 
 
 def by_bucket(curve: Curve, granularity: int) -> tuple[int, list[float]]:
-    """The share of each bucket of `granularity` tokens that the curve reaches, and the label of the first one."""
+    """The label of the first bucket of `granularity` tokens that the curve reaches, and the share of each bucket."""
     first = curve.tokens[0] // granularity
     ends = range((first + 1) * granularity, curve.tokens[-1], granularity)
     sums = [0.0, *(share_below(curve, end) for end in ends), 1.0]
@@ -127,15 +128,15 @@ def by_bucket(curve: Curve, granularity: int) -> tuple[int, list[float]]:
 
 
 def likeliest(curve: Curve, granularity: int) -> int:
-    """The label of the likeliest bucket of `granularity` tokens, the first of equals."""
+    """The label of the likeliest bucket of `granularity` tokens, on a tie the first."""
     first, shares = by_bucket(curve, granularity)
     return first + shares.index(max(shares))
 
 
 def range_of(curve: Curve, granularity: int, high: float | None = None) -> LengthRange:
-    """The likeliest bucket of `granularity` tokens, without what the curve says is impossible. With `high`, tokens
-    below which the length is to be, the range ends there; it begins with the likeliest bucket or, if that is beyond,
-    with the last one below the end."""
+    """The length range of the likeliest bucket of `granularity` tokens, without the impossible lengths. With `high`
+    (tokens, a quantile), the range ends there; it begins with the likeliest bucket, or with the last bucket before the
+    end if the likeliest is beyond it."""
     least, last = curve.tokens[0], curve.tokens[-1]
     label = likeliest(curve, granularity)
     if high is None:
@@ -148,8 +149,9 @@ def range_of(curve: Curve, granularity: int, high: float | None = None) -> Lengt
 
 
 def ranked_score(tokens: Sequence[int], below: Sequence[float], length: int) -> float:
-    """The ranked probability score, in tokens: how far the shares below each of `tokens` were from what came, squared
-    and summed. Less is better, and least on average is what the true odds score."""
+    """The ranked probability score in tokens: the squared difference between the cumulative distribution and the
+    actual length's step function, integrated over tokens. Lower is better; the true distribution has the lowest
+    expected score."""
     score, since = 0.0, tokens[0]
     for at, share in zip(tokens, below, strict=True):
         score += (share - (length < at)) ** 2 * (at - since)

@@ -1,9 +1,9 @@
-"""Which instance changes its role (paper, section 3.5: the transition watcher's policies).
+"""Flip policies of the transition watcher: which instance changes its role (paper, section 3.5).
 
-Where they agree. An instance of one role takes the other; a mixed one serves both already and stays as it is. Each
-role keeps `floor` instances, mixed ones counted. And nobody flips towards a pool that has no use for it: with work
-nowhere, idle instances would go back and forth for ever. How long the watcher waits after a flip (`hold_s`) is the
-monitor's business, which knows when that was.
+All policies follow the same rules. Prefill flips to decode and decode to prefill; a mixed instance serves both and
+stays as it is. Each role keeps `floor` instances, mixed ones included. No instance flips to a pool that does not need
+it: without load, idle instances would flip back and forth for ever. The monitor, not the policy, enforces the wait
+after a flip (`hold_s`).
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ from collections.abc import Callable, Sequence
 from tetri.policy.views import FlipSettings, InstanceState, RoleChange
 
 OTHER = {"prefill": "decode", "decode": "prefill"}
-WORTH_S = 1.0  # `balance` leaves a shorter wait alone: a flip would come too late for it
+WORTH_S = 1.0  # least predicted wait for which `balance` flips: a shorter one is over before the flip helps
 
 
 def none(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChange | None:
-    """Nobody flips by itself."""
+    """No instance flips unless a client asks for it."""
     return None
 
 
 def idle(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChange | None:
-    """The instance that has had nothing to do for the longest time, at least `idle_s`, if the other pool is busy (the
-    paper's evaluation: one minute). A pool is busy when somebody in it has requests that wait, or all compute."""
+    """The instance that has been idle for the longest time, at least `idle_s` (the paper's evaluation: one minute), if
+    the other pool is busy: an instance in it has waiting requests, or all of its instances compute."""
     return _longest(states, settings, lambda state: state.idle_s, settings.idle_s, "idle")
 
 
 def below(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChange | None:
-    """The instance whose load has been under the threshold for the longest time, at least `low_s`, if the other pool
-    is busy (the paper's example: under 10 % for the past minute). Busy as with `idle`. What it still does, it finishes
-    in its new role."""
+    """The instance whose load has been under the threshold for the longest time, at least `low_s` (the paper's example:
+    under 10 % for the past minute), if the other pool is busy, as in `idle`. The instance finishes its requests in the
+    new role."""
     return _longest(states, settings, lambda state: state.low_s, settings.low_s, "hardly loaded")
 
 
 def balance(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChange | None:
-    """When requests wait `gain` times as long for one pool as for the other, and longer than a second: the instance of
-    the other with the least work. Not when that would only turn the scales, with the same work on one instance more
-    and one less. Not in the paper.
+    """If the predicted wait of one pool is `gain` times that of the other and more than a second, the instance of the
+    other pool with the least work. No flip if it would only reverse the imbalance, with the same work on one instance
+    more and one less. Not in the paper.
 
-    The predicted queueing time of a pool is the mean over its instances of their predicted work, each times the share
-    of its requests that wait for this role. A prefill instance has only such. Of decodes all but those that run: with
-    nobody waiting a new one starts at once, however long the others take. Those whose KV is on its way count, for they
-    tell what comes; without them next to nothing ever called an instance back from prefill."""
+    The predicted wait of a pool is the mean over its instances of predicted work, weighted by the share of the
+    instance's requests that wait for this role. For prefill these are all queued prompts. For decode these are all
+    requests except the running ones: if none waits, a new one starts at once, however long the others take. Requests
+    whose KV is still being moved count, since they predict the load to come; without them hardly any instance would
+    flip back from prefill."""
     for role, donor in OTHER.items():
         pool, giving = _serving(states, role), _serving(states, donor)
         if not pool or len(giving) <= settings.floor:
@@ -57,8 +58,8 @@ def balance(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChan
 
 
 def rescue(states: Sequence[InstanceState]) -> RoleChange | None:
-    """When nobody is left for a role: the instance of the other role with the least work does both from now on, since
-    its own role may have nobody else either. None while both roles are served, and when nobody is there at all."""
+    """If no instance is left for a role, the instance with the least work becomes mixed rather than flips, since it may
+    be the last of its own role. None while both roles are served, or if there are no instances."""
     for role in OTHER:
         if states and not _serving(states, role):
             chosen = min(states, key=lambda state: state.work_s)
@@ -73,7 +74,7 @@ def _longest(
     least: float,
     what: str,
 ) -> RoleChange | None:
-    """The one that may flip and has been so for the longest time, the first of equals."""
+    """The instance that may flip and whose `seconds` are the most and at least `least`, on a tie the first."""
     able = [
         state
         for state in states
@@ -98,15 +99,15 @@ def _busy(states: Sequence[InstanceState], role: str) -> bool:
 
 
 def _wait_s(states: Sequence[InstanceState], role: str) -> float:
-    """Of the pool of this role, which is not empty. Prompts that no decode instance takes wait for decode, at least as
-    long as they will be computed: else the pool would be helped that can do nothing."""
+    """Predicted wait of the pool of this role, which must not be empty, in seconds. The work of stalled prompts counts
+    as wait for decode: they wait for a decode instance to grant them, so more prefill instances would not help."""
     pool = _serving(states, role)
     stalled = [state.work_s for state in states if state.stalled] if role == "decode" else []
     return (sum(stalled) + sum(_share(state, role) * state.work_s for state in pool)) / len(pool)
 
 
 def _share(state: InstanceState, role: str) -> float:
-    """Of an instance's requests, those that wait for this role."""
+    """The share of an instance's requests that wait for this role."""
     waiting = state.waiting + state.moving if role == "decode" else state.queued * (not state.stalled)
     return waiting / max(state.queued + state.waiting + state.running + state.moving, 1)
 

@@ -1,8 +1,8 @@
-"""How many output tokens a request will have: predictors as policies, and what a predicted range means for the others.
+"""Length policies: predictions of a request's output tokens, and functions on length ranges that other policies use.
 
 The paper's predictor classifies the length into buckets of `length_granularity` tokens (section 3.3.2): label =
-floor(length / granularity), range [label x granularity, (label + 1) x granularity). What follows from the odds of a
-trained one is in odds.py.
+floor(length / granularity), range [label x granularity, (label + 1) x granularity). distribution.py has the functions
+for the length distributions of a trained predictor.
 """
 
 from __future__ import annotations
@@ -12,40 +12,42 @@ from typing import Protocol
 
 from tetri.request import LengthRange, Sampling
 
-#: Share of wrong labels that are one bucket off; each bucket further is as much rarer again. With a half, and the
-#: answers of the paper's figure 1, its three accuracies follow from one another: 58.9 % right at 100 tokens is 74 %
-#: when buckets are merged to 200 (paper: 74.9 %), and 74.9 % at 200 is 85 % at 400 (paper: 85 %).
+#: Share of wrong labels that are one bucket off; of the rest, the same share is two buckets off, and so on. One half
+#: reproduces the paper's three accuracies for the outputs of its figure 1: 58.9 % at 100 tokens becomes 74 % when
+#: buckets are merged to 200 tokens (paper: 74.9 %), and 74.9 % at 200 becomes 85 % at 400 (paper: 85 %).
 NEAR = 0.5
 
 ENDS = ("low", "middle", "high")
 
 
 class LengthSettings(Protocol):
-    """The part of `Rules` that predictors use."""
+    """The part of `Rules` that length policies use."""
 
     @property
-    def length_granularity(self) -> int: ...
+    def length_granularity(self) -> int:
+        """Tokens of one bucket."""
 
     @property
-    def length_accuracy(self) -> float: ...
+    def length_accuracy(self) -> float:
+        """Probability, 0 to 1, that `noisy` names the right bucket."""
 
 
 def none(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
-    """Nobody predicts. Only `max_tokens` is known then: see `end_of`."""
+    """No prediction. Other policies then use `max_tokens`: see `end_of`."""
     return None
 
 
 def oracle(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
-    """The true length, as a range of one token, where the request fixes it: it ignores the end of sequence and so
-    writes `max_tokens`. None for any other."""
+    """The true length, as a range of one token, if the request fixes it: with `ignore_eos` it writes `max_tokens`. None
+    for any other request."""
     return fixed(sampling)
 
 
 def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
-    """The right bucket with probability `length_accuracy`, else a wrong one: one off with probability `NEAR`, two off
-    with (1 - NEAR) x NEAR, and so on, as often below as above, and above where there is none below. The paper gives
-    accuracies and no matrix of confusion; this one agrees with all three of them. None where `oracle` knows nothing.
-    An accuracy of 1 is an ideal prediction of this granularity."""
+    """An emulated predictor: the right bucket with probability `length_accuracy`, otherwise a wrong one. It is one off
+    with probability `NEAR`, two off with (1 - NEAR) x NEAR, and so on, as often below as above, and above if there is
+    no bucket below. The paper reports accuracies but no confusion matrix; this one agrees with all three. None if the
+    request does not fix its length, as in `oracle`. An accuracy of 1 is an ideal prediction of this granularity."""
     if not sampling.ignore_eos:
         return None
     label = sampling.max_tokens // settings.length_granularity
@@ -59,8 +61,9 @@ def noisy(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng:
 
 
 def trained(prompt_tokens: int, sampling: Sampling, settings: LengthSettings, rng: Random) -> LengthRange | None:
-    """A trained predictor says it, which reads more than is known here: its odds come with `LengthKnown` or with the
-    engine's steps, and core/length/estimator.py makes ranges of them. Here: what is known without it, as `oracle`."""
+    """The prediction of a trained predictor, which reads the prompt or hidden states and therefore runs elsewhere: its
+    distributions arrive with `LengthKnown` or engine steps, and core/length/estimator.py turns them into ranges. This
+    function returns what is known without it, as `oracle`."""
     return fixed(sampling)
 
 
@@ -70,9 +73,9 @@ def bucket(label: int, granularity: int) -> LengthRange:
 
 
 def moved_up(length: LengthRange, outputs: int) -> LengthRange:
-    """The range for a request that has `outputs` tokens and goes on. Unchanged below the range's end; from there on
-    the range of the same width that holds `outputs`, since its buckets are all that a predictor's label can name. The
-    paper does not say what happens to a job that outlives its prediction."""
+    """The range for a request that has `outputs` tokens and goes on: unchanged while `outputs` is below its end, then
+    the range of the same width that contains `outputs`, since a predictor names buckets only. The paper leaves open
+    what happens to a request that exceeds its prediction."""
     if outputs < length.high:
         return length
     width = length.high - length.low
@@ -81,24 +84,24 @@ def moved_up(length: LengthRange, outputs: int) -> LengthRange:
 
 
 def end_of(length: LengthRange | None, end: str, most: int) -> int:
-    """Output tokens, from 1 to `most`, that a request is taken to end with: the low end of its range, the middle or
-    the high end (its last token that is still inside). Without a prediction the range is all that is possible, 1 to
-    `most`. The paper uses the low end for admission and does not say which one the dispatcher uses. Raises KeyError
-    for another name of an end."""
+    """The number of output tokens, from 1 to `most`, that a request is assumed to end with: the low end of its range,
+    the middle, or the high end (the last length inside the range). Without a prediction the range is 1 to `most`. The
+    paper uses the low end for admission and leaves open which one the dispatcher uses. Raises KeyError if `end` is not
+    in `ENDS`."""
     low, last = (1, most) if length is None else (length.low, length.high - 1)
     tokens = {"low": low, "middle": (low + last) // 2, "high": last}[end]
     return max(1, min(tokens, most))
 
 
 def heavy(length: LengthRange | None, heavy_tokens: int, most: int) -> bool:
-    """Whether a decode counts as heavy: the middle of its range is more than `heavy_tokens`. Not an end, since with the
-    paper's 200 tokens a bucket the high end would make every decode heavy; the middle makes those so that are
-    predicted to write 200 or more. Without a prediction nobody is heavy: they are all alike."""
+    """Whether a decode counts as heavy: the middle of its range is more than `heavy_tokens`. With the high end and the
+    paper's buckets of 200 tokens, every decode would be heavy; with the middle, those predicted to write 200 tokens or
+    more are. Without a prediction no decode is heavy."""
     return length is not None and end_of(length, "middle", most) > heavy_tokens
 
 
 def fixed(sampling: Sampling, outputs: int = 0) -> LengthRange | None:
-    """The length of a request that ignores the end of sequence: `max_tokens`, and more than the `outputs` that it has.
-    None for any other."""
+    """The length of a request with `ignore_eos`: `max_tokens`, or `outputs` + 1 if that is more, since it goes on. None
+    for any other request."""
     length = max(sampling.max_tokens, outputs + 1)
     return LengthRange(low=length, high=length + 1) if sampling.ignore_eos else None

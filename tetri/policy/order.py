@@ -1,7 +1,8 @@
-"""In which order queued prompts are prefilled (paper, section 3.3.1). An order is a rank: the lowest goes first.
+"""Prefill order policies: the order in which queued prompts are prefilled (paper, section 3.3.1). A policy ranks each
+prompt; the lowest rank goes first.
 
-A rank never changes while a prompt waits, so that whoever keeps a queue may sort once, or insert. That is also why
-`ageing` needs no clock: waiting prompts age together, only the moment at which each began to wait tells them apart.
+A rank never changes while a prompt waits, so a queue can sort once or insert. For the same reason `ageing` needs no
+clock: all waiting prompts age at the same speed, so only the time at which each began to wait matters.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from dataclasses import dataclass
 
 from tetri.policy.views import QueuedPrompt
 
-Rank = tuple[float, int]  # the second is the order of arrival, so that no two prompts are equal
+Rank = tuple[float, int]  # the second element is the order of arrival, so that no two ranks are equal
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """`rank` of one prompt, given `Rules.stretch`. `windowed`: windows of `Rules.sched_batch` prompts are ranked one
-    after the other and never mix, which bounds how long a prompt is passed over. Without windows all prompts that
-    have not started are ranked together, at each chunk; then the rank itself has to bound the waiting."""
+    """An order policy. `rank` maps a prompt and `Rules.stretch` to its rank. `windowed`: windows of `Rules.sched_batch`
+    prompts are ranked one after the other and never mix, which bounds the wait of a prompt. Otherwise all prompts that
+    have not started are ranked together at each chunk, and the rank itself must bound the wait."""
 
     rank: Callable[[QueuedPrompt, float], Rank]
     windowed: bool
 
     def keys(self, window: Sequence[QueuedPrompt], stretch: float) -> list[str]:
-        """The keys of these prompts, in the order in which they are to be prefilled."""
+        """The keys of these prompts, in the order of prefill."""
         return [prompt.key for prompt in sorted(window, key=lambda prompt: self.rank(prompt, stretch))]
 
 
@@ -34,25 +35,25 @@ def fcfs(prompt: QueuedPrompt, stretch: float) -> Rank:
 
 
 def sjf(prompt: QueuedPrompt, stretch: float) -> Rank:
-    """Shortest job first: by prompt tokens, which tell the time of a prefill well; the earlier of equals."""
+    """Shortest job first, by prompt tokens, which predict the prefill time well; on a tie the earlier one."""
     return prompt.tokens, prompt.arrival
 
 
 def ljf(prompt: QueuedPrompt, stretch: float) -> Rank:
-    """Longest job first; the earlier of equals."""
+    """Longest job first, by prompt tokens; on a tie the earlier one."""
     return -prompt.tokens, prompt.arrival
 
 
 def ageing(prompt: QueuedPrompt, stretch: float) -> Rank:
-    """Short ones first, but whoever waits gets older: by the moment at which a prompt will have waited `stretch` times
-    as long as its own work takes. Only prompts that come before that moment can go first, so it is passed over for
-    `stretch` x `work_s` seconds at most. 0 is FCFS, a very large `stretch` SJF. Not in the paper, whose windows bound
-    the waiting by count, and give up most of what SJF gains when windows are small (figure 16)."""
+    """Short prompts first, with ageing: ranks by the time at which a prompt will have waited `stretch` times as long as
+    its own prefill takes. Only prompts that arrive before that time can go first, so later arrivals delay a prompt by
+    `stretch` x `work_s` seconds at most. `stretch` 0 is FCFS, a very large one SJF. Not in the paper, which bounds the
+    wait by windows; small windows lose most of the gain of SJF (figure 16)."""
     return prompt.since + stretch * prompt.work_s, prompt.arrival
 
 
 def deadline(prompt: QueuedPrompt, stretch: float) -> Rank:
-    """Earliest deadline first. A prompt without one has the moment of `ageing` for it: an instant of the same clock,
-    so the two kinds mix, and deadlines that come in later than it cannot hold it up. The paper stores the SLA of a
-    request and uses it nowhere."""
+    """Earliest deadline first. A prompt without a deadline uses its `ageing` time instead: both are times of the same
+    clock, so both kinds of prompts can be compared, and later deadlines cannot delay it. The paper stores the SLA of a
+    request, but no policy uses it."""
     return (prompt.due, prompt.arrival) if prompt.due is not None else ageing(prompt, stretch)

@@ -1,4 +1,4 @@
-"""Over which path KV moves between two instances: the best one that both have."""
+"""KV compatibility of two instances: the best KV path that both support, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from tetri.request import Fingerprint, Reach, difference
 
 PATHS = ("local", "cuda_ipc", "shm", "nixl", "stream")  # the best first
 SAME_HOST = ("cuda_ipc", "shm")
-FAR = ("nixl", "stream")  # between hosts too: what was lost over them may be had later
+FAR = ("nixl", "stream")  # also between hosts: a failed fetch may succeed later
 
 
 def path(a: Reach, b: Reach) -> str | None:
-    """The path that both use, None when there is none. It is the same whichever of the two is asked."""
+    """The best common path of two instances, None if there is none. The result is the same for (a, b) and (b, a)."""
     return next((name for name in PATHS if name in a.paths and name in b.paths and _obstacle(name, a, b) is None), None)
 
 
 def apart(a: Reach, b: Reach) -> str:
-    """Why there is no path between two instances, in one line that says what to do."""
+    """Why there is no path between two instances, in one line that states what to do."""
     common = [name for name in PATHS if name in a.paths and name in b.paths]
     if not common:
         return f"no common KV path: {', '.join(a.paths)} and {', '.join(b.paths)}; set transfer.transport alike on both"
@@ -24,13 +24,13 @@ def apart(a: Reach, b: Reach) -> str:
 
 
 def compatibility_key(reach: Reach) -> tuple[object, ...]:
-    """What `path` looks at: instances with the same kin have the same paths to all others."""
+    """The properties that `path` depends on: instances with equal keys have the same path to every other instance."""
     process = reach.process if "local" in reach.paths else 0
     return (*reach.paths, reach.host, process, reach.device, *reach.near)
 
 
 def incompatibility(mine: Fingerprint, theirs: Fingerprint, a: Reach, b: Reach) -> str | None:
-    """Why KV can never move between two instances; None when it can."""
+    """Why KV can never move between two instances; None if it can."""
     why = difference(mine, theirs)
     if why is not None:
         return why
@@ -38,7 +38,7 @@ def incompatibility(mine: Fingerprint, theirs: Fingerprint, a: Reach, b: Reach) 
 
 
 def _obstacle(name: str, a: Reach, b: Reach) -> str | None:
-    """Why these two cannot use a path that both have."""
+    """Why two instances cannot use a path that both support; None if they can."""
     if name == "local" and (a.host, a.process) != (b.host, b.process):
         return "needs both in one process"
     if name in SAME_HOST and a.host != b.host:

@@ -1,7 +1,8 @@
-"""Which prefill instance a request goes to: the broker asks (paper, section 3.2: the global scheduler).
+"""Prefill routing policies: which prefill instance the broker assigns a request to (paper, section 3.2: the global
+scheduler).
 
-A policy answers with a column of the pool, None when the pool is empty. `work_s` are the predicted seconds of the
-request's own prefill. No policy remembers anything: `pool.last` is kept by the pool's owner.
+A policy returns a column of the pool, or None if the pool is empty. `work_s`: predicted seconds of the request's own
+prefill. Policies are stateless: the pool's owner maintains `pool.last`.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from tetri.policy.views import PrefillPool
 
 
 def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """The prefill instance with the fewest predicted seconds of work before it, the first of equals (paper, section
-    3.2, which leaves the measure open: seconds, since a count of requests or of tokens knows nothing of chunks that
-    are padded or of work that grows with the square of a prompt)."""
+    """The prefill instance with the fewest predicted seconds of queued work, on a tie the first. The paper (section
+    3.2) leaves the measure open. Seconds account for padded chunks and for work that grows with the square of the
+    prompt length; counts of requests or tokens do not."""
     return pool.queued_s.index(min(pool.queued_s)) if pool.queued_s else None
 
 
 def random(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """Any prefill instance, each as likely."""
+    """A uniformly random prefill instance."""
     return drawn(len(pool.queued_s), rng) if pool.queued_s else None
 
 
 def round_robin(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """The prefill instance after the last chosen one."""
+    """The prefill instance after the one chosen last."""
     return (pool.last + 1) % len(pool.queued_s) if pool.queued_s else None
 
 
 def drawn(columns: int, rng: Random) -> int:
-    """One of so many columns, each as likely. `randrange` would take five times as long."""
+    """A uniformly random column. Five times as fast as `randrange`."""
     return int(rng.random() * columns)

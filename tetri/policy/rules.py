@@ -1,5 +1,5 @@
-"""The tables in which the configuration's policy names are looked up. A new policy is one function and one line
-here (and one test): docs/policies.md."""
+"""The tables that map policy names of the configuration to functions, and the settings of all policies. A new policy is
+one function, one line here and one test: docs/policies.md."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ADMISSIONS: dict[str, Admission] = {
     "reserve_dynamic": admit.reserve_dynamic,
     "peak": admit.peak,
 }
-#: admission policy -> blocks that no new request may be granted, since the running ones will take them; others: none
+#: admission policy -> blocks to keep free of new grants, since running requests will need them; other policies: none
 KEPT_FREE: dict[str, Callable[[BatchView], int]] = {"peak": admit.growth_to_peak}
 LENGTHS: dict[str, LengthPrediction] = {
     "none": length.none,
@@ -70,7 +70,7 @@ LENGTHS: dict[str, LengthPrediction] = {
 }
 FLIPS: dict[str, FlipRule] = {"none": flip.none, "idle": flip.idle, "below": flip.below, "balance": flip.balance}
 
-#: setting in [policy], or `flip` in [monitor] -> its table
+#: name of the setting in [policy], or `flip` in [monitor] -> its table
 TABLES: dict[str, Mapping[str, Any]] = {
     "prefill_route": PREFILL_ROUTES,
     "decode_route": DECODE_ROUTES,
@@ -84,19 +84,19 @@ TABLES: dict[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The policies that one cluster runs, by name, and their settings.
+    """The names of the policies that a cluster uses, and their settings.
 
     sched_batch         prompts that are ordered together (paper, section 3.3.1: PrefillSchedBatch)
-    dispatch_end        end of the predicted range that the dispatcher reckons with: low, middle or high
-    admit_end           the same for decode admission (the paper: low)
-    heavy_tokens        a decode that is predicted to write more than so many tokens is heavy (paper, section 5.1)
-    length_granularity  tokens of one predicted range
-    length_accuracy     of `noisy`: how often its range is the right one
-    length_cover        of `trained`: the share of requests that are to end below the high end of their range; 0: the
-                        range is the likeliest bucket
-    length_wait_s       seconds that a started prompt waits for the prediction of its length, and all behind it, at most
-                        and never past its last chunk
-    stretch             of `ageing`: seconds of waiting that weigh as much as one second of work
+    dispatch_end        end of the length range that the dispatcher uses: low, middle or high
+    admit_end           end of the length range that decode admission uses (the paper: low)
+    heavy_tokens        a decode predicted to write more tokens than this is heavy (paper, section 5.1)
+    length_granularity  tokens of one bucket
+    length_accuracy     of `noisy`: probability that it names the right bucket
+    length_cover        of `trained`: share of requests that should end below the high end of their range; 0: the range
+                        is the likeliest bucket
+    length_wait_s       most seconds that a started prompt, and those behind it, wait for its length prediction; the
+                        wait never extends past its last chunk
+    stretch             of `ageing`: seconds of waiting that equal one second of work
     """
 
     prefill_route: str = "least_loaded"

@@ -1,7 +1,7 @@
-"""Snapshots that policies decide on. Nothing in them changes while a policy looks at it, and policies change nothing.
+"""Snapshots that policies decide on. A policy does not change them, and they do not change while it runs.
 
-The two pools are columns, not rows: a decision among a thousand instances draws and tests a few of them, and must
-not build a thousand objects first.
+The two pools are stored as columns: a decision among a thousand instances tests only a few of them and must not build
+a thousand objects first.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 @dataclass(slots=True)
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
-    prefill work that was assigned to it and is not done. `last`: the column that was chosen last, -1 before the first;
-    the pool's owner keeps it, so that `round_robin` has no memory of its own."""
+    prefill work that is assigned to it and not done. `last`: the column chosen last, -1 before the first choice; the
+    pool's owner maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
@@ -23,8 +23,8 @@ class PrefillPool:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a request will take on a decode instance: KV blocks now, KV blocks at its predicted end, and whether it is
-    predicted to write more than `heavy_tokens`."""
+    """What a request needs on a decode instance: KV blocks now, KV blocks at its predicted end, and whether it is
+    predicted to write more than `heavy_tokens` tokens."""
 
     blocks: int
     end_blocks: int
@@ -33,15 +33,16 @@ class Need:
 
 @dataclass(slots=True)
 class DecodePool:
-    """The decode instances as a dispatcher sees them, corrected by its own offers that no report can contain yet.
+    """The decode instances as a dispatcher sees them, corrected by its own offers that no load report includes yet.
 
     free    KV blocks in no account
-    spare   free, less what the requests there are predicted to take in addition until they end
-    heavy, light   requests there by predicted length, waiting or running
-    last    the column that was chosen last, -1 before the first; kept by the pool's owner, for `round_robin`
+    spare   free blocks, less those that the instance's requests are predicted to need in addition until they end
+    heavy   waiting and running requests that are predicted to be heavy
+    light   the other waiting and running requests
+    last    the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`
 
-    A column with less than `Need.blocks` free is never chosen, whatever the policy: to leave an instance out of one
-    decision, its owner sets its `free` to -1 for as long.
+    No policy chooses a column with fewer than `Need.blocks` free blocks. To exclude an instance from a decision, the
+    owner sets its `free` to -1 meanwhile.
     """
 
     iids: list[str] = field(default_factory=list)
@@ -54,8 +55,8 @@ class DecodePool:
 
 @dataclass(frozen=True, slots=True)
 class QueuedPrompt:
-    """A request in a prefill queue. `arrival` is its place in the order of arrival, `since` when it came, `work_s` the
-    predicted seconds of its prefill, `due` its deadline or None; times are of the worker's clock."""
+    """A request in a prefill queue. `arrival`: its position in the order of arrival. `since`: its time of arrival.
+    `work_s`: predicted seconds of its prefill. `due`: its deadline or None. Times are seconds of the worker's clock."""
 
     key: str
     arrival: int
@@ -67,7 +68,7 @@ class QueuedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a prompt is: tokens [done, goal) are still to be computed."""
+    """Progress of a prompt: tokens [done, goal) are not computed yet."""
 
     key: str
     done: int
@@ -76,8 +77,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class BatchMember:
-    """A request in the running batch: it holds KV of `tokens` tokens and is predicted to end with `end`; at least one
-    more than it has."""
+    """A request in the running batch. It holds the KV of `tokens` tokens and is predicted to end with `end` tokens, at
+    least one more."""
 
     tokens: int
     end: int
@@ -85,8 +86,8 @@ class BatchMember:
 
 @dataclass(frozen=True, slots=True)
 class WaitingRequest:
-    """A request whose KV has landed and which wants to run: `blocks` are its own already. `tokens` and `end` as of a
-    Member; `landed` is its place in the order of landing."""
+    """A request whose KV has landed and that waits for admission. `landed`: its position in the order of landing.
+    `blocks`: KV blocks that it owns. `tokens` and `end`: as in BatchMember."""
 
     key: str
     landed: int
@@ -97,8 +98,8 @@ class WaitingRequest:
 
 @dataclass(frozen=True, slots=True)
 class BatchView:
-    """The running batch of a decode instance and its memory. `free_blocks` are in no account, waiting requests' own
-    blocks not included; it may be negative, since greedy admission overcommits."""
+    """The running batch of a decode instance and its memory. `free_blocks`: KV blocks in no account, so without those
+    of waiting requests; negative if greedy admission has overcommitted."""
 
     running: Sequence[BatchMember]
     max_batch: int
@@ -108,11 +109,17 @@ class BatchView:
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """An instance as the transition watcher sees it. `idle_s`: how long it has had nothing to do. `low_s`: how long its
-    load, the share of time in which it computed, has been under the threshold. `work_s`: predicted seconds of work in
-    its queue (prefill) or until its requests have ended (decode). `queued` prompts; decodes `waiting` to run, with all
-    their KV there, `running`, and `moving`: those whose KV is on its way, who do not wait for this instance. `stalled`:
-    its prompts wait for a decode instance that takes them."""
+    """An instance as the transition watcher sees it.
+
+    idle_s   seconds since it last had a request
+    low_s    seconds for which its load, the share of time in which it computed, has been under the threshold
+    work_s   predicted seconds of work in its queue (prefill), or until its requests have ended (decode)
+    queued   prompts in its prefill queue
+    waiting  decode requests with all KV that wait for admission
+    running  decode requests in the batch
+    moving   decode requests whose KV is still being moved
+    stalled  whether its prompts wait for a decode instance to grant them
+    """
 
     iid: str
     role: str
@@ -128,9 +135,14 @@ class InstanceState:
 
 @dataclass(frozen=True, slots=True)
 class FlipSettings:
-    """`hold_s`: after a flip the watcher lets so long pass before the next one. `floor`: instances of each role that
-    always remain (a mixed one counts for both). `gain`: `balance` flips only when one pool waits so many times as
-    long."""
+    """Settings of the flip policies.
+
+    idle_s  of `idle`: seconds of idleness before a flip
+    low_s   of `below`: seconds of low load before a flip
+    hold_s  least seconds between two flips
+    floor   least number of instances of each role; a mixed one counts for both
+    gain    of `balance`: least ratio between the waits of the two pools
+    """
 
     idle_s: float = 60.0
     low_s: float = 60.0
@@ -141,7 +153,7 @@ class FlipSettings:
 
 @dataclass(frozen=True, slots=True)
 class RoleChange:
-    """Let `iid` take new work as `role` from now on; `why` in a few words."""
+    """The decision to flip instance `iid` to `role`; `why`: the reason in a few words."""
 
     iid: str
     role: str

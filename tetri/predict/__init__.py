@@ -1,1 +1,1 @@
-"""Predicting how many tokens a request will write: collect, train, evaluate, serve (docs/predictor.md)."""
+"""The length predictor: collects data, trains, evaluates and serves it (docs/predictor.md)."""

@@ -1,5 +1,4 @@
-"""What stands beside a trained head: what it predicts for whom, how it was made, how good it is. JSON, read by people
-too."""
+"""The card of a trained head: a JSON file that names the target model, the training data and the scores."""
 
 from __future__ import annotations
 
@@ -18,22 +17,24 @@ CARD, HEAD, LATER = "card.json", "head.safetensors", "later.safetensors"
 
 @dataclass(frozen=True)
 class Card:
-    """Of one trained head, in `<folder>/<kind>/card.json`.
+    """Describes one trained head; stored in `<folder>/<kind>/card.json`.
 
-    kind          classifier: from the prompt's text, by an encoder; hidden: from the target model's own hidden state
-    model         the target model's name, for people; `weights`: the hash of its weights, for which the head is meant
-    width         output tokens of a bucket; the last bucket, of len(prior), is open
-    prior         how the output lengths of training were spread over the buckets
+    kind          classifier: an encoder reads the prompt's text; hidden: the head reads the target model's hidden state
+    model         the target model's name, for display only
+    weights       hash of the target model's weights; the head is valid for these weights only
+    width         output tokens per bucket; there are len(prior) buckets and the last one has no upper end
+    prior         share of the training lengths in each bucket
     levels        calibration, see tetri.request.Expected
     head          xxh3 of head.safetensors
-    later         hidden: xxh3 of later.safetensors, the head for the positions after the prompt's end; "": the same one
-    encoder       classifier: name or path of the encoder, a path within the card's own folder first; `encoder_hash`: of
-                  its weights
-    cut           classifier: of a longer prompt the encoder reads the first and the last cut / 2 tokens
-    depth         classifier: how many of the encoder's layers are computed; 0: two thirds
-    layer, every  hidden: after how many layers the state is taken; again every so many output tokens
+    later         hidden: xxh3 of later.safetensors, the head for positions after the prompt's end; "": the same head
+    encoder       classifier: name or path of the encoder; a path inside the card's own folder comes first
+    encoder_hash  classifier: hash of the encoder's weights
+    cut           classifier: of a prompt with more tokens, the encoder reads the first and the last cut / 2
+    depth         classifier: number of encoder layers that are computed; 0: two thirds of them
+    layer         hidden: number of layers after which the state is read
+    every         hidden: output tokens between two reads
 
-    The others say where it comes from: `data`, `split`, `scores` and `ceiling` on the held-out part, `notes`, `date`.
+    `data`, `split`, `scores` and `ceiling` (both on the held-out part), `notes` and `date` document the training.
     """
 
     kind: str
@@ -60,11 +61,12 @@ class Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
+    """Write `folder`/card.json atomically. Raises OSError."""
     atomic.write_text(folder / CARD, json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: Path, kind: str) -> Card:
-    """Of the predictor in `folder`, the part of that kind. Raises PredictError."""
+    """Read and check the card of that kind from the predictor in `folder`. Raises PredictError."""
     path = folder / kind / CARD
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +88,7 @@ _MAKE = "tetri-cli predictor train"
 
 
 def _wrong(row: dict[str, Any], kind: str) -> str:
-    """What is wrong with a card's fields, or nothing."""
+    """Return what is wrong with a card's fields, or ""."""
     kinds = {"str": str, "int": int, "dict[str, Any]": dict}
     for one in fields(Card):
         missing = one.default is MISSING and one.default_factory is MISSING
@@ -105,5 +107,5 @@ def _wrong(row: dict[str, Any], kind: str) -> str:
     if not all(isinstance(one, int | float) and 0 <= one <= 1 for one in numbers):
         return "'prior' and 'levels' must be numbers from 0 to 1"
     if len(row["prior"]) < 2 or abs(sum(row["prior"]) - 1) > 1e-3 or row["width"] < 1:
-        return "'prior' must be shares of at least two buckets, which add up to 1"
+        return "'prior' must have shares of at least two buckets that add up to 1"
     return ""

@@ -1,4 +1,4 @@
-"""Runs prompts through the target model and writes down how many tokens it answers with (paper, section 3.3.2)."""
+"""Runs prompts through the target model and records how many tokens it writes (paper, section 3.3.2)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class CollectPlan:
-    """How texts are written; kept beside the lengths, as FILE.json, so that no file is continued another way.
-    `weights`: the hash of the model's; `model` is what it was called. `layers`, `every`: which hidden states are kept,
-    see engine/vllm/writer.py."""
+    """The settings of a collection. Stored beside the lengths as FILE.json: a resumed run must use the same ones.
+
+    `model` is the model's name, `weights` the hash of its weights. `layers` and `every` select the hidden states to
+    keep, see engine/vllm/writer.py."""
 
     model: str
     weights: str
@@ -50,29 +51,34 @@ class CollectPlan:
     dtype: str = "bfloat16"
 
     def described(self) -> dict[str, Any]:
-        """What decides over the texts, and may not change within a file."""
+        """The settings that determine the texts. They must not change within a file."""
         return {name: value for name, value in asdict(self).items() if name != "model"}
 
 
 class TextWriter(Protocol):
-    """What writes texts: engine/vllm/writer.py."""
+    """Writes texts with the target model (engine/vllm/writer.py). Its length is the number of unfinished texts."""
 
     context: int
 
     def __len__(self) -> int: ...
 
-    def add(self, key: str, prompt: Sequence[int], sampling: Sampling) -> None: ...
+    def add(self, key: str, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Begin a text. `key` identifies it in the results of `step`."""
 
-    def step(self) -> Sequence[Any]: ...
+    def step(self) -> Sequence[Any]:
+        """Run one forward pass. Returns the texts that it has ended."""
 
 
 @dataclass(frozen=True)
 class TextTask:
+    """One text to write: sample number `sample` of `prompt`."""
+
     prompt: Prompt
     sample: int
 
     @property
     def key(self) -> Key:
+        """(prompt key, sample): identifies the text in all files."""
         return self.prompt.key, self.sample
 
 
@@ -82,9 +88,10 @@ Chat = Callable[[Sequence[Turn]], list[int]]
 def fitting(
     prompts: Sequence[Prompt], chat: Chat, prompt_limit: int, most: int | None = None
 ) -> tuple[list[Prompt], list[str], int]:
-    """The first `most` prompts that the model takes, at most `buffer` tokens long in its chat template; why it does not
-    take others before them, one line each; the tokens of the longest. Raises PredictError where it takes none at all.
-    """
+    """Select the first `most` prompts that have at most `prompt_limit` tokens in the model's chat template.
+
+    Returns (prompts, one line for each prompt that was skipped, tokens of the longest prompt). Raises PredictError when
+    the model cannot encode even a trivial prompt."""
     try:
         ids_of(Prompt("hello"), chat)
     except TextError as error:
@@ -109,24 +116,25 @@ def fitting(
 
 
 def ids_of(prompt: Prompt, chat: Chat) -> list[int]:
-    """Raises TextError."""
+    """Token ids of the prompt in the chat template. Raises TextError."""
     return chat([Turn(role="user", content=prompt.text)])
 
 
 def tasks_of(prompts: Sequence[Prompt], samples: int, done: Mapping[Key, Length]) -> list[TextTask]:
-    """What is still to be written: the first text of every prompt, then the second of every one, and so on."""
+    """The texts that are not `done`: first sample 0 of every prompt, then sample 1 of every prompt, and so on."""
     wanted = [TextTask(prompt, sample) for sample in range(samples) for prompt in prompts]
     return [task for task in wanted if task.key not in done]
 
 
 class Collected:
-    """A file of lengths with its states and its plan, held by this process alone until `close`. `done`: what was there
-    already, sound and whole; a run that was killed may have left half a line or record, which is cut off, or a line
-    whose states never came onto the disk, which does not count (`again`: how many of these).
+    """A file of lengths with its hidden states and its plan, locked by this process until `close`.
 
-    A length is in its file as soon as `add` returns, behind its states. When they reach the disk is the system's
-    affair: of a power failure, the worst is that the last texts are written again. Raises PredictError for a file that
-    another process holds or that was begun another way, and OSError."""
+    `done` has the complete texts of earlier runs. Opening the file truncates half a line or half a record, which a
+    killed run leaves behind. `again` counts the lines whose states are missing; these texts are written again.
+
+    `add` writes the states before the length, and both before it returns, but does not sync to disk: after a power
+    failure, the last texts are written again. Raises OSError, and PredictError when another process holds the file or
+    when the file has other settings."""
 
     def __init__(self, lengths: Path, plan: CollectPlan) -> None:
         self._lengths, self._plan = lengths, plan
@@ -146,24 +154,24 @@ class Collected:
             self._files = opened.pop_all()
 
     def _resumed_states(self, opened: ExitStack) -> dict[Key, int]:
-        """How many states of each text are there, the sound part of the file."""
+        """Open the states file, cut it after its last complete record, and return the number of states of each text."""
         path = states_path(self._lengths)
         kept: dict[Key, int] = {}
         end = 0
         if path.exists() and self._began:
-            with suppress(PredictError):  # what a power failure left: nothing behind it can be found
-                for states, end in records(path):  # noqa: B007  the last end is wanted
+            with suppress(PredictError):  # a damaged record hides all records behind it
+                for states, end in records(path):  # noqa: B007  used after the loop
                     kept[states.key] = len(states.outputs)
         self._states = opened.enter_context(path.open("ab", buffering=0))
         self._states.truncate(end)
         return kept
 
     def add(self, made: Length, states: Mapping[int, Any]) -> None:
-        """`states` as of engine/vllm/writer.py. Raises OSError, after which there is nothing to do but to close."""
+        """Append a length and its `states` (engine/vllm/writer.py). Raises OSError; call only `close` after it."""
         if not self._began:
             atomic.write_text(plan_path(self._lengths), json.dumps(asdict(self._plan), indent=1) + "\n")
             self._began = True
-        if self._states is not None:  # before its line: a line says that all of it is there
+        if self._states is not None:  # before the length: a length means that its states are complete
             packed = pack_states(States(made.key, tuple(states), np.stack(list(states.values()))))
             _append(self._states, packed, states_path(self._lengths))
         row = {name: value for name, value in asdict(made).items() if value != ""}
@@ -171,6 +179,7 @@ class Collected:
         self.done[made.key] = made
 
     def close(self) -> None:
+        """Close the files and release the lock."""
         self._files.close()
 
     def __enter__(self) -> Collected:
@@ -191,11 +200,10 @@ def collect(
     batch: int,
     progress: Callable[[Length], None],
 ) -> None:
-    """Write the texts of `requests`, whose prompts are `fitting`, `batch` at a time. `progress` hears of each length when
-    it is in the file. Raises OSError when a file cannot be written.
+    """Write the texts of `tasks`, at most `batch` at a time; their prompts have passed `fitting`. Calls `progress` for
+    each length in the file. Raises OSError when a file cannot be written.
 
-    Whoever stops halfway has more of the short texts than of the long ones, which are under way longer: lengths are
-    fit for training when all jobs are done."""
+    Train only on a complete run: an unfinished run has too few long texts, because these take longer to write."""
     waiting = list(reversed(tasks))
     under_way: dict[str, tuple[TextTask, int]] = {}
     while waiting or under_way:
@@ -213,17 +221,18 @@ def collect(
 
 
 def sampling_of(task: TextTask, plan: CollectPlan) -> Sampling:
-    """Each text has a seed of its own, that depends on nothing but the prompt and the sample's number."""
+    """Sampling of one text. Its seed depends only on the plan's seed, the prompt and the sample number."""
     seed = xxhash.xxh3_64_intdigest(f"{plan.seed} {task.sample} {task.prompt.key}".encode()) >> 1
     return Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, seed=seed)
 
 
 def plan_path(lengths: Path) -> Path:
+    """Path of the plan beside a file of lengths."""
     return lengths.with_name(f"{lengths.name}.json")
 
 
 def read_plan(lengths: Path) -> CollectPlan | None:
-    """With which `lengths` was begun; None where that cannot be known."""
+    """The plan of the file `lengths`; None when it is missing or cannot be read."""
     try:
         found = json.loads(plan_path(lengths).read_bytes())
         known = {field.name: found[field.name] for field in fields(CollectPlan) if field.name in found}
@@ -233,8 +242,8 @@ def read_plan(lengths: Path) -> CollectPlan | None:
 
 
 def _check(plan: CollectPlan, lengths: Path) -> bool:
-    """Whether the file was begun, and this way; a run that ended before its first length began nothing. Raises
-    PredictError."""
+    """Whether the file has lengths of this plan; a run that ended before its first length does not count. Raises
+    PredictError when the files belong to another plan or to another program."""
     before = read_plan(lengths)
     if before is None:
         for path in (lengths, plan_path(lengths), states_path(lengths)):
@@ -269,11 +278,11 @@ def _whole_lines(file: io.FileIO) -> int:
 
 
 def _append(file: io.FileIO, data: bytes, path: Path) -> None:
-    """Not buffered: what could not be written is not tried again at the end. Raises OSError that names the file."""
+    """Append without a buffer, so that `close` does not retry a failed write. Raises an OSError that names `path`."""
     rest = memoryview(data)
     try:
         while rest:
             rest = rest[file.write(rest) :]
     except OSError as error:
-        advice = "what is written stays; make room, and the same command goes on"
+        advice = "the written part is kept; free some space and run the same command again"
         raise OSError(error.errno, f"{error.strerror}; {advice}", str(path)) from None

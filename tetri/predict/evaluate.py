@@ -1,4 +1,4 @@
-"""Judges predictors on texts that they have not learnt from, beside what needs no predictor."""
+"""Scores predictors on held-out texts, beside baselines that need no predictor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from tetri.predict.scores import GRANULARITIES, Doubles, Ints, ceiling, guessed,
 from tetri.request import LengthDistribution
 
 BATCH = 32
-FEWEST = 30  # texts that the baselines are fitted to, when they are others than the judged ones
-FOLDS = 5
-BOUND = 0.9
+FEWEST = 30  # with fewer other texts, the baselines are fitted to the judged texts by cross-validation
+FOLDS = 5  # of that cross-validation
+BOUND = 0.9  # share of the texts that should end below the conformal bound
 
 
 @dataclass(frozen=True)
 class Judged:
-    """`distribution` by kind, [n, buckets] of `width`, of the whole output of each of `lengths`. `later`: by known output
-    tokens, (rows in `lengths`, odds of what follows)."""
+    """The predictions for the `lengths` that are scored.
+
+    distribution  by kind: length distributions [n, buckets] of the whole output of each text
+    later         by known output tokens: (indices into `lengths`, distributions of the remaining tokens)
+    width, limit  tokens per bucket; tokens at which a text was cut off
+    """
 
     lengths: list[Length]
     distribution: dict[str, Doubles]
@@ -33,13 +37,14 @@ class Judged:
 
     @property
     def tokens(self) -> Ints:
+        """The true lengths, int64 [n]."""
         return np.array([length.tokens for length in self.lengths])
 
 
 def judge(
     predictors: Mapping[str, Loaded], texts: Texts, lengths: Sequence[Length], report_progress: Callable[[str], None]
 ) -> Judged:
-    """Asks each of `predictors`, by kind, for all of `lengths`. Raises PredictError."""
+    """Predict all `lengths` with each of `predictors` (by kind). Raises PredictError."""
     distribution: dict[str, Doubles] = {}
     later: dict[int, tuple[Ints, Doubles]] = {}
     width = next(iter(predictors.values())).card.width
@@ -55,6 +60,7 @@ def judge(
 
 
 def classified(predictor: Loaded, prompts: Sequence[str]) -> Doubles:
+    """The classifier's distributions [n, buckets], in the order of `prompts`."""
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
     found: dict[int, LengthDistribution] = {}
     for start in range(0, len(order), BATCH):
@@ -66,7 +72,7 @@ def classified(predictor: Loaded, prompts: Sequence[str]) -> Doubles:
 def estimates_of(
     predictor: Loaded, texts: Texts, lengths: Sequence[Length]
 ) -> tuple[Doubles, dict[int, tuple[Ints, Doubles]]]:
-    """(odds at the prompts' ends, those at later positions by known tokens, which are capped at the limit)."""
+    """(distributions at the prompts' ends, distributions at later positions by known output tokens)."""
     at = layer_at(texts, predictor.layer)
     by_known: dict[int, list[tuple[int, Any]]] = {}
     for number, length in enumerate(lengths):
@@ -83,30 +89,33 @@ def estimates_of(
 
 
 def together(one: Doubles, other: Doubles) -> Doubles:
-    """Both answers as one: their geometric mean."""
+    """The normalised geometric mean of two sets of distributions [n, buckets]."""
     product = np.sqrt(np.maximum(one, 1e-12) * np.maximum(other, 1e-12))
     return np.asarray(product / product.sum(axis=1, keepdims=True))
 
 
 def report(judged: Judged, others: Sequence[Length], predictors: Mapping[str, Loaded]) -> dict[str, Any]:
-    """`others`: texts that are not judged, to which the baselines are fitted; with too few of them, to the judged ones
-    in five parts. What counts at the top is of the best kind: hidden, or else classifier."""
+    """The scores of every kind and of the baselines, as JSON data. The scores at the top level are those of the best
+    kind: hidden if there is one, else classifier.
+
+    The baselines are fitted to `others`, texts that are not judged; if `others` has fewer than FEWEST texts, to the
+    judged texts by cross-validation."""
     tokens, kinds = judged.tokens, list(judged.distribution)
-    of = {
+    by_kind = {
         kind: scores(distribution, tokens, judged.width, judged.limit)
         for kind, distribution in judged.distribution.items()
     }
     for kind, predictor in predictors.items():
-        of[kind]["bound"] = _bound(judged, kind, predictor)
+        by_kind[kind]["bound"] = _bound(judged, kind, predictor)
     lead = "hidden" if "hidden" in kinds else kinds[0]
-    made: dict[str, Any] = {**of[lead], "kind": lead, **_baselines(judged, others), "kinds": of}
+    made: dict[str, Any] = {**by_kind[lead], "kind": lead, **_baselines(judged, others), "kinds": by_kind}
     if "hidden" in predictors:
         made["later"] = {str(known): _later(judged, known) for known in judged.later}
     return made
 
 
 def ceiling_of(texts: Texts) -> dict[str, Any]:
-    """From the prompts with several texts; {} without such."""
+    """scores.ceiling of the prompts with several texts; {} if there are none."""
     samples: dict[str, list[int]] = {}
     for length in texts.lengths:
         samples.setdefault(prompt_key(length.prompt), []).append(length.tokens)
@@ -114,7 +123,7 @@ def ceiling_of(texts: Texts) -> dict[str, Any]:
 
 
 def _baselines(judged: Judged, others: Sequence[Length]) -> dict[str, Any]:
-    """Each for every judged text, from texts that it is not among."""
+    """Scores of each baseline. No text is guessed from itself."""
     lengths, tokens, count = judged.lengths, judged.tokens, len(judged.lengths)
     parts = [(np.arange(count), list(others))]
     if len(others) < FEWEST:
@@ -123,19 +132,19 @@ def _baselines(judged: Judged, others: Sequence[Length]) -> dict[str, Any]:
         parts = [(mine, [lengths[at] for at in rest] or list(lengths)) for mine, rest in all_parts]
     guesses = {name: np.zeros((count, 1 + len(GRANULARITIES))) for name in ("majority", "by_source", "by_length")}
     for mine, rest in parts:
-        of = np.array([length.tokens for length in rest])
+        known = np.array([length.tokens for length in rest])
         sources = np.array([length.source for length in rest])
-        guesses["majority"][mine] = _best(of, judged.limit)
+        guesses["majority"][mine] = _best(known, judged.limit)
         for at in mine:
-            same = of[sources == lengths[at].source]
-            guesses["by_source"][at] = _best(same if len(same) else of, judged.limit)
-        line = _regression(np.array([_size(length) for length in rest]), of)
+            same = known[sources == lengths[at].source]
+            guesses["by_source"][at] = _best(same if len(same) else known, judged.limit)
+        line = _regression(np.array([_size(length) for length in rest]), known)
         guesses["by_length"][mine] = line(np.array([_size(lengths[at]) for at in mine]))[:, None]
     return {name: _guess_scores(guess, tokens, judged.limit) for name, guess in guesses.items()}
 
 
 def _best(tokens: Ints, limit: int) -> Doubles:
-    """[median, then for each granularity the middle of the likeliest bucket]."""
+    """[median, then for each granularity the middle of the most frequent bucket]."""
     found = [float(np.median(tokens))]
     for g in GRANULARITIES:
         found.append((int(np.bincount(np.minimum(tokens // g, (limit - 1) // g)).argmax()) + 0.5) * g)
@@ -150,12 +159,12 @@ def _guess_scores(guess: Doubles, tokens: Ints, limit: int) -> dict[str, Any]:
 
 
 def _size(length: Length) -> float:
-    """Of a prompt, as a logarithm: its characters, which are always known."""
+    """Logarithm of the prompt's characters: unlike its tokens, they are known for every file."""
     return float(np.log1p(len(length.prompt)))
 
 
 def _regression(sizes: Doubles, tokens: Ints) -> Callable[[Doubles], Doubles]:
-    """The parabola over the prompt's size with the least absolute error: least squares, weighted again and again."""
+    """Fit a parabola over the prompt's size with the least absolute error, by iteratively reweighted least squares."""
     middle = sizes.mean()
 
     def powers(x: Doubles) -> Doubles:
@@ -170,7 +179,7 @@ def _regression(sizes: Doubles, tokens: Ints) -> Callable[[Doubles], Doubles]:
 
 
 def _bound(judged: Judged, kind: str, predictor: Loaded) -> dict[str, Any]:
-    """The conformal upper bound: how many texts end below it, and how high it is on average."""
+    """The conformal upper bound: the share of texts that end below it, and its mean in tokens."""
     levels = predictor.card.levels
     share = float(np.interp(BOUND, np.arange(1, len(levels) + 1) / (len(levels) + 1), levels)) if levels else BOUND
     high = quantiles(judged.distribution[kind], judged.width, min(share, 1.0), judged.limit + 1)
@@ -179,7 +188,7 @@ def _bound(judged: Judged, kind: str, predictor: Loaded) -> dict[str, Any]:
 
 
 def _later(judged: Judged, known: int) -> dict[str, Any]:
-    """Of the texts that go on then, beside the median of all that do."""
+    """Scores of the texts that are longer than `known` tokens, beside the guess by their median."""
     rows, distribution = judged.later[known]
     rest = judged.tokens[rows] - known
     limit = judged.limit - known
@@ -188,13 +197,13 @@ def _later(judged: Judged, known: int) -> dict[str, Any]:
 
 
 def capped(distribution: Doubles, width: int, limit: int) -> Doubles:
-    """What is at or above the limit goes into the limit's bucket."""
+    """Merge all buckets at or above the limit into the bucket of the limit."""
     last = min(limit // width, distribution.shape[1] - 1)
     return np.concatenate([distribution[:, :last], distribution[:, last:].sum(axis=1, keepdims=True)], axis=1)
 
 
 def predictions(judged: Judged) -> list[dict[str, Any]]:
-    """Of each text what a simulator needs: how long it is, and what was said of it when."""
+    """One row of JSON data per text, for the simulator: its lengths and its predictions, also the later ones."""
     rows: list[dict[str, Any]] = []
     for number, length in enumerate(judged.lengths):
         row: dict[str, Any] = {"prompt_tokens": length.prompt_tokens, "tokens": length.tokens, "source": length.source}

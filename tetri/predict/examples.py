@@ -1,8 +1,9 @@
-"""What a predictor learns from, and on what it is judged: texts that the target model wrote, split by their prompts."""
+"""The training and test data of a predictor: texts that the target model wrote, split by prompt."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,17 @@ from tetri.predict.collect import plan_path
 from tetri.predict.heads import Array
 from tetri.predict.lengths import Length, PredictError, States, prompt_key, read_lengths, read_states, states_path
 
-HELD_OUT = 0.15  # of the prompts
-FOLDS = 4  # parts of the rest: each calibrates what was learnt from the others
-FEWEST = 40  # prompts
+HELD_OUT = 0.15  # share of the prompts that is never trained on
+FOLDS = 4  # parts of the rest: each calibrates the network that is trained on the others
+FEWEST = 40  # prompts to train on
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """All texts of some files. `plan`: what the files say of how they were written, {} when nothing; `bad`: what is
-    wrong with some of their lines."""
+    """All texts of some files. `plan`: the settings they were collected with, {} if unknown; `bad`: one line for each
+    line of a file that cannot be used."""
 
     lengths: list[Length]
     states: dict[tuple[str, int], States] = field(repr=False)
@@ -35,11 +36,12 @@ class Texts:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers whose hidden states were kept."""
         return tuple(self.plan.get("layers", ()))
 
     @property
     def limit(self) -> int:
-        """Output tokens at which a text was cut off."""
+        """Output tokens at which a text was cut off; if unknown, the length of the longest text."""
         longest = max((length.tokens for length in self.lengths), default=1)
         return int(self.plan.get("max_tokens", longest))
 
@@ -52,7 +54,9 @@ class Texts:
 
 
 def read_texts(files: Sequence[Path], *, states: bool) -> Texts:
-    """`states`: the hidden states, too. Raises PredictError, also when the files were written in different ways."""
+    """Read the texts of `files`, with their hidden states if `states` is set.
+
+    Raises PredictError, also when the files were collected with different settings."""
     lengths: dict[tuple[str, int], Length] = {}
     found: dict[tuple[str, int], States] = {}
     plans, bad = [], []
@@ -68,7 +72,7 @@ def read_texts(files: Sequence[Path], *, states: bool) -> Texts:
     if not lengths:
         raise PredictError(f"no lengths in {', '.join(map(str, files))}: collect some first")
     if different := [file for file, plan in zip(files, plans, strict=True) if plan != plans[0]]:
-        raise PredictError(f"{different[0]} was written in another way than {files[0]}: give files of one kind")
+        raise PredictError(f"{different[0]} was written in another way than {files[0]}: give files of one collection")
     kept = [row for key, row in lengths.items() if not states or key in found]
     if not kept:
         raise PredictError("none of the texts has hidden states: collect with --layers")
@@ -86,18 +90,26 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def place(key: str, seed: int) -> float:
-    """Where the prompt with this key is in the split, 0 to 1: the same in any file."""
+    """Position of a prompt in the split, 0 to 1. It depends only on the key and the seed, not on the file."""
     return float(xxhash.xxh3_64_intdigest(f"{seed} {key}".encode()) / 2**64)
 
 
 def is_held_out(length: Length, seed: int) -> bool:
+    """Whether the prompt of this text belongs to the held-out part."""
     return place(prompt_key(length.prompt), seed) < HELD_OUT
 
 
 @dataclass(frozen=True)
 class Rows:
-    """To learn from, one a row: `features`; `tokens` that follow, at least so many where `open`; `fold`, the same for
-    all rows of a prompt; `weight`; `known` output tokens, 0 at the prompt's end."""
+    """Training examples, one per row.
+
+    features  float32 [n, inputs]; empty if they are not computed yet
+    tokens    output tokens that follow
+    open      whether the text was cut off, so that `tokens` is a lower bound
+    fold      part of the examples; the same for all rows of one prompt
+    weight    weight in the loss
+    known     output tokens known so far; 0 at the prompt's end
+    """
 
     features: Array
     tokens: Ints
@@ -110,14 +122,14 @@ class Rows:
         return len(self.tokens)
 
     def chosen(self, which: npt.NDArray[np.bool_]) -> Rows:
-        """Some of them, with their features if they have any."""
+        """The rows where the mask `which` is true."""
         features = self.features[which] if len(self.features) else self.features
         columns = self.open[which], self.fold[which], self.weight[which], self.known[which]
         return Rows(features, self.tokens[which], *columns)
 
 
 def folds_of(lengths: Sequence[Length], seed: int) -> Ints:
-    """Parts of nearly equal size."""
+    """The fold of each text; folds have nearly the same number of prompts."""
     keys = [prompt_key(length.prompt) for length in lengths]
     order = sorted(set(keys), key=lambda key: place(key, seed))
     fold = {key: number % FOLDS for number, key in enumerate(order)}
@@ -125,17 +137,15 @@ def folds_of(lengths: Sequence[Length], seed: int) -> Ints:
 
 
 def weights_of(lengths: Sequence[Length]) -> Array:
-    """Every prompt counts the same, however many texts it has."""
+    """The weight of each text: 1 / (texts of its prompt), so that all prompts count the same."""
     keys = [prompt_key(length.prompt) for length in lengths]
-    counts = {key: 0 for key in keys}
-    for key in keys:
-        counts[key] += 1
+    counts = Counter(keys)
     return np.array([1.0 / counts[key] for key in keys], np.float32)
 
 
 def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> tuple[Array, Rows]:
-    """(states [n, hidden] after `layer` layers, rows without features) at every position of these texts. Raises
-    PredictError when the layer was not kept."""
+    """(hidden states float32 [n, hidden] after `layer` layers, rows without features), at every kept position of these
+    texts. Raises PredictError when the layer was not kept."""
     at = layer_at(texts, layer)
     folds, weights = folds_of(lengths, seed), weights_of(lengths)
     states, rows = [], []
@@ -152,7 +162,8 @@ def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -
 
 
 def layer_at(texts: Texts, layer: int) -> int:
+    """Index of `layer` among the kept layers. Raises PredictError when it was not kept."""
     if layer not in texts.layers:
         kept = ", ".join(map(str, texts.layers)) or "none"
-        raise PredictError(f"layer {layer} was not kept when the lengths were collected, but {kept}")
+        raise PredictError(f"layer {layer} was not kept when the lengths were collected, but {kept} were")
     return texts.layers.index(layer)

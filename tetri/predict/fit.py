@@ -1,5 +1,5 @@
-"""Trains a head (heads.py) on features: a small network for each part of the examples that is left out in turn, which
-says when to stop and how sure the odds may be."""
+"""Trains a head (heads.py) on features: one small network per fold. The fold that a network is not trained on decides
+when training stops, and calibrates the distributions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy.typing as npt
 
 from tetri.predict.examples import FOLDS, Ints, Rows
 from tetri.predict.heads import Array, Head, shares
+from tetri.predict.scores import Doubles
 
 SIZE, DROPOUT, DECAY, RATE = 64, 0.5, 1.0, 1e-3
-STEPS, BATCH, LOOK = 600, 128, 25  # a look at the left-out part every so many steps
-LEVELS = 39  # that are kept of the calibration
-GOLDEN = 0.6180339887498949  # its multiples, without their whole parts, are spread as evenly as can be
+STEPS, BATCH, EVALUATE_STEPS = 600, 128, 25  # EVALUATE_STEPS: steps between two evaluations on the left-out fold
+LEVELS = 39  # quantiles of the calibration that the card keeps
+GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are evenly spread over 0 to 1
 
-Doubles = npt.NDArray[np.float64]
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """`left_out`: of each row the odds [n, buckets] by the network that has not seen it, NaN where all have. `loss`:
-    the mean negative log of the odds of what came."""
+    """A trained head. `left_out`: the distributions [n, buckets], each by the network that was not trained on the row,
+    NaN where there is none. `loss`: weighted mean negative log-likelihood of these."""
 
     head: Head
     left_out: Doubles
@@ -33,11 +33,12 @@ class Fitted:
 
 
 def buckets_of(limit: int, width: int) -> int:
-    """So many that only texts near the limit are in the open one."""
+    """Number of buckets of `width` tokens, such that only texts near the limit fall into the open last one."""
     return max((limit - 1) // width + 1, 2)
 
 
 def fit(rows: Rows, width: int, buckets: int, seed: int, progress: Progress, *, networks: int = FOLDS) -> Fitted:
+    """Train one network for each of the first `networks` folds, without the rows of that fold, and calibrate them."""
     mean, scale = moments(rows.features, rows.weight)
     plain = Head(mean, scale, ())
     normed = plain.normed(rows.features)
@@ -57,13 +58,14 @@ def fit(rows: Rows, width: int, buckets: int, seed: int, progress: Progress, *, 
 
 
 def moments(features: Array, weight: Array) -> tuple[Array, Array]:
+    """Weighted (mean, standard deviation) of each feature, float32 [inputs]; no deviation is 0."""
     mean = np.average(features, axis=0, weights=weight)
     scale = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=weight))
     return mean.astype(np.float32), (scale + 1e-5).astype(np.float32)
 
 
 def surprise(distribution: Doubles, rows: Rows, width: int) -> Doubles:
-    """Negative log of the odds of what came; of a text that was cut off, of all that may have come."""
+    """Negative log-likelihood [n] of the true lengths; for a text that was cut off, of that length or a longer one."""
     bucket = np.minimum(rows.tokens // width, distribution.shape[1] - 1)
     here = distribution[np.arange(len(distribution)), bucket]
     beyond = np.cumsum(distribution[:, ::-1], axis=1)[:, ::-1][np.arange(len(distribution)), bucket]
@@ -71,15 +73,17 @@ def surprise(distribution: Doubles, rows: Rows, width: int) -> Doubles:
 
 
 def temperature_of(logits: Array, rows: Rows, width: int) -> float:
-    """By which the logits are divided so that the odds surprise least."""
+    """The divisor of the logits with the least negative log-likelihood."""
     tried = np.geomspace(0.6, 2.0, 29)
     losses = [np.average(surprise(shares(logits / one), rows, width), weights=rows.weight) for one in tried]
     return round(float(tried[int(np.argmin(losses))]), 4)
 
 
 def transform(distribution: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> Doubles:
-    """The share of the odds that lies at or below the true length, evenly spread within a bucket. Of texts that were
-    cut off, or are in the last bucket, some place in what lies beyond: together they are spread evenly over it."""
+    """The probability integral transform [n]: the predicted share at or below the true length, linear within a bucket.
+
+    The true place of a text that was cut off, or that is in the last bucket, is unknown: such texts are spread evenly
+    over the share beyond."""
     bucket = np.minimum(tokens // width, distribution.shape[1] - 1)
     sums = np.concatenate([np.zeros((len(distribution), 1)), np.cumsum(distribution, axis=1)], axis=1)
     row = np.arange(len(distribution))
@@ -92,13 +96,14 @@ def transform(distribution: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_],
 
 
 def levels_of(distribution: Doubles, tokens: Ints, open_: npt.NDArray[np.bool_], width: int) -> tuple[float, ...]:
-    """The calibration, as tetri.request.Expected has it."""
+    """The calibration levels, as in tetri.request.Expected: quantiles of `transform`."""
     at = np.quantile(transform(distribution, tokens, open_, width), np.arange(1, LEVELS + 1) / (LEVELS + 1))
     return tuple(round(float(min(max(level, 0.0), 1.0)), 4) for level in at)
 
 
 def loss_of(logits: Any, bucket: Any, open_: Any) -> Any:
-    """Of discrete hazards: a text lives through the buckets before its own, and ends in it unless it was cut off."""
+    """Negative log-likelihood [n] of discrete hazards: a text survives the buckets before its own, and ends in its own
+    unless it was cut off (`open_`)."""
     import torch
     from torch.nn.functional import logsigmoid
 
@@ -109,7 +114,7 @@ def loss_of(logits: Any, bucket: Any, open_: Any) -> Any:
 
 
 def first_guess(rows: Rows, width: int, buckets: int) -> Array:
-    """The logits of the hazards of all rows together."""
+    """Logits of the hazards over all rows, float32 [buckets - 1]."""
     bucket, place = rows.tokens // width, np.arange(buckets - 1)
     alive = (bucket[:, None] >= place).sum(0)
     ends = ((bucket[:, None] == place) & ~rows.open[:, None]).sum(0)
@@ -118,7 +123,7 @@ def first_guess(rows: Rows, width: int, buckets: int) -> Array:
 
 
 def fresh(inputs: int, guess: Array) -> Any:
-    """An untrained network that says `guess`, nearly."""
+    """An untrained network whose output is close to `guess`."""
     import torch
     from torch import nn
 
@@ -130,6 +135,7 @@ def fresh(inputs: int, guess: Array) -> Any:
 
 
 def layers(network: Any) -> tuple[tuple[Array, Array], ...]:
+    """The (weight [out, in], bias [out]) of each linear layer, as heads.Head stores them."""
     return tuple(
         (network[at].weight.detach().float().numpy().copy(), network[at].bias.detach().float().numpy().copy())
         for at in (1, 4)
@@ -139,10 +145,10 @@ def layers(network: Any) -> tuple[tuple[Array, Array], ...]:
 def _network(
     normed: Array, rows: Rows, out: npt.NDArray[np.bool_], width: int, buckets: int, seed: int
 ) -> tuple[tuple[tuple[Array, Array], ...], Array]:
-    """(layers, logits of the left-out rows), of when these surprised least."""
+    """Train one network. Returns (layers, logits of the rows `out`) of the evaluation with the least loss."""
     import torch
 
-    torch.set_num_threads(1)  # the batches are small: a second thread costs more than it does
+    torch.set_num_threads(1)  # the batches are too small for a second thread to pay
     torch.manual_seed(seed)
     network = fresh(normed.shape[1], first_guess(rows, width, buckets))
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
@@ -160,7 +166,7 @@ def _network(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % LOOK == 0:
+        if step % EVALUATE_STEPS == 0:
             network.eval()
             with torch.inference_mode():
                 logits = network(watched).numpy()

@@ -1,9 +1,9 @@
-"""A trained head: small networks from features to the odds of each bucket, in numpy, so that a worker that only reads
-hidden states needs no more.
+"""A trained head: small networks that map features to a length distribution. They run in numpy, so that a worker that
+only reads hidden states needs no further library.
 
-Each network ends in one logit for every bucket but the last: the chance that the text ends in this bucket, once it has
-come so far (a discrete hazard). So a text that was cut off in training teaches what it can, that it got so far, and
-neighbouring buckets keep their order without a label for each. The odds are the mean over the networks.
+Each network has one output logit for every bucket but the last: the probability that the text ends in this bucket,
+given that it got this far (a discrete hazard). Hazards can learn from a text that was cut off, and they keep the order
+of the buckets. The distribution is the mean over the networks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ import xxhash
 from tetri.predict.lengths import PredictError
 
 Array = npt.NDArray[np.float32]
-FURTHEST = 8.0  # standard deviations; a feature that is further out than any in training says no more than that
+CLIP = 8.0  # standard deviations; features are clipped here, because larger values did not occur in training
 
 
 @dataclass(frozen=True)
 class Head:
-    """`mean`, `scale`: of each feature in training. `networks`: of each the layers, (weight [out, in], bias [out]),
-    ReLU between them. `temperature`: what the last layer's logits are divided by. `seen`: of the hash of each prompt
-    that it learnt from, 32 bits. `later`: the head for the positions after the prompt's end; None: the same one."""
+    """A set of networks with their normalisation.
+
+    mean, scale  of each feature in training, float32 [inputs]
+    networks     the layers of each network, (weight [out, in], bias [out]) with ReLU between them
+    temperature  divisor of the last layer's logits
+    seen         32 bits of the hash of each prompt in the training data
+    later        the head for positions after the prompt's end; None: this one
+    """
 
     mean: Array
     scale: Array
@@ -37,22 +42,26 @@ class Head:
     later: Head | None = field(default=None, repr=False)
 
     def has_seen(self, key: str) -> bool:
+        """Whether the prompt with this key was in the training data (rarely true by a hash collision)."""
         return _short(key) in self.seen
 
     @property
     def inputs(self) -> int:
+        """Number of features."""
         return len(self.mean)
 
     @property
     def buckets(self) -> int:
+        """Number of buckets of a distribution."""
         return len(self.networks[0][-1][1]) + 1
 
     def normed(self, features: Array) -> Array:
-        near = np.nan_to_num((features - self.mean) / self.scale, nan=0.0, posinf=FURTHEST, neginf=-FURTHEST)
-        return np.asarray(np.clip(near, -FURTHEST, FURTHEST), np.float32)
+        """Normalised and clipped features, float32 [n, inputs]; NaN becomes 0."""
+        near = np.nan_to_num((features - self.mean) / self.scale, nan=0.0, posinf=CLIP, neginf=-CLIP)
+        return np.asarray(np.clip(near, -CLIP, CLIP), np.float32)
 
     def distribution(self, features: Array) -> npt.NDArray[np.float64]:
-        """[n, inputs] -> [n, buckets], each row adding up to 1."""
+        """Features [n, inputs] -> length distributions [n, buckets]; each row adds up to 1."""
         normed = self.normed(features)
         every = [shares(_logits(network, normed) / self.temperature) for network in self.networks]
         return np.asarray(np.mean(every, axis=0))
@@ -66,7 +75,7 @@ def _logits(network: tuple[tuple[Array, Array], ...], x: Array) -> Array:
 
 
 def shares(logits: Array) -> npt.NDArray[np.float64]:
-    """Hazards' logits [n, buckets - 1] -> odds [n, buckets]."""
+    """Logits of the hazards [n, buckets - 1] -> distributions [n, buckets]."""
     ends = 1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -30.0, 30.0)))
     lives = np.cumprod(1.0 - ends, axis=1)
     before = np.concatenate([np.ones_like(lives[:, :1]), lives[:, :-1]], axis=1)
@@ -74,7 +83,7 @@ def shares(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def save_head(head: Head, path: Path, keys: Sequence[str] = ()) -> str:
-    """Weights as float16. `keys`: of the prompts that it learnt from. Returns the file's hash."""
+    """Write the weights as float16, with the `keys` of the training prompts. Returns the file's hash."""
     from safetensors.numpy import save
 
     tensors: dict[str, Any] = {"mean": head.mean, "scale": head.scale}
@@ -94,7 +103,7 @@ def _short(key: str) -> int:
 
 
 def load_head(path: Path, digest: str) -> Head:
-    """The head whose file has this hash. Raises PredictError."""
+    """Load the head at `path` and check its hash. Raises PredictError."""
     try:
         from safetensors.numpy import load
     except ImportError:
@@ -104,13 +113,13 @@ def load_head(path: Path, digest: str) -> Head:
     except OSError as error:
         raise PredictError(f"{path}: {error.strerror or error}") from None
     if xxhash.xxh3_128_hexdigest(data) != digest:
-        raise PredictError(f"{path} is cut off or not the one its card is about: train again")
+        raise PredictError(f"{path} is cut off or does not belong to its card: train again")
     try:
         tensors = load(data)
         seen = frozenset(map(int, tensors.pop("seen")))
         head = _head({name: np.asarray(value, np.float32) for name, value in tensors.items()}, seen)
     except (KeyError, ValueError, IndexError) as error:
-        raise PredictError(f"{path} is no trained head ({error}): train again") from None
+        raise PredictError(f"{path} is not a trained head ({error}): train again") from None
     return head
 
 
@@ -122,5 +131,5 @@ def _head(tensors: dict[str, Array], seen: frozenset[int]) -> Head:
             layers.append((tensors[f"{name}.weight"], tensors[f"{name}.bias"]))
         networks.append(tuple(layers))
     head = Head(tensors["mean"], tensors["scale"], tuple(networks), float(tensors["temperature"][0]), seen)
-    head.distribution(head.mean[None])  # the shapes fit
+    head.distribution(head.mean[None])  # raises ValueError when the shapes do not fit
     return head

@@ -1,4 +1,4 @@
-"""What a classifier reads of a request: the user's own text, back out of the prompt's token ids."""
+"""The input of a classifier: the user's text, recovered from the prompt's token ids."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from tetri.request import Turn
 from tetri.text import TextError, Tokenizer, decode
 
-#: Of a longer prompt only so many tokens at either end become text: far more than any classifier's cut leaves.
+# Of a longer prompt, only this many tokens at each end are decoded: far more than any classifier reads.
 END_TOKENS = 1024
-PROBES = ("a", "b")  # two users' texts that have no character in common
+PROBES = ("a", "b")  # two user messages without a common character
 
 
 def reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
-    """From a prompt's ids to its text, without what the chat template puts in front of every conversation and behind
-    it, since a classifier is trained on the texts alone. A prompt without a template, or with the user's own beginning
-    of a conversation, stays as it is."""
+    """Return a function from a prompt's token ids to the user's text.
+
+    The function removes what the chat template puts before and after the text, because a classifier is trained on
+    plain texts. A prompt that does not match the template stays as it is."""
     head, tail = template_of(tokenizer)
 
     def read(prompt: Sequence[int]) -> str:
@@ -29,8 +30,8 @@ def reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
 
 
 def template_of(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The text in front of a user's first message and behind it; both empty where the model has no chat template, or
-    one that refuses a user's message alone."""
+    """(text before, text after) a single user message in the chat template; both are "" if the model has no chat
+    template or its template refuses a single user message."""
     try:
         first, second = (decode(tokenizer, tokenizer.chat([Turn(role="user", content=text)])) for text in PROBES)
     except TextError:

@@ -1,8 +1,8 @@
-"""The files of the predictor: prompts, the lengths that a model really wrote, the hidden states on the way.
+"""The predictor's data files: prompts, the output lengths that a model wrote, and hidden states.
 
-prompts   JSONL, an object with `prompt` a line; `source`, where it is there, is kept; others are ignored
-lengths   JSONL, an object with `prompt` and `tokens` a line, as `collect` writes them with more beside it
-states    next to a file of lengths, as FILE.states: MessagePack records, appended
+prompts   JSONL, one object with `prompt` per line; an optional `source` is kept; other fields are ignored
+lengths   JSONL, one object with `prompt` and `tokens` per line; `collect` writes further fields
+states    FILE.states beside a file of lengths: MessagePack records, one after the other
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _LARGEST_RECORD = 1 << 31  # bytes of the hidden states of one text
 
 
 class PredictError(ValueError):
-    """A file that cannot be used, or a predictor that cannot be made; one line that says what to do."""
+    """A file cannot be used, or a predictor cannot be made. The message is one line and tells what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`line`: where it first stands in its file; 0 where it comes from none."""
+    """A prompt. `line`: its first line number in its file; 0 if it does not come from a file."""
 
     text: str
     source: str = ""
@@ -37,13 +37,19 @@ class Prompt:
 
     @property
     def key(self) -> str:
+        """Hash of the text; see prompt_key."""
         return prompt_key(self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """What a model wrote after a prompt: `tokens` output tokens, the end of sequence included, cut off by the limit
-    where `ended` is "length". `sample` counts the texts of one prompt; `prompt_tokens` is 0 where nobody counted."""
+    """The length of one text that a model wrote after a prompt.
+
+    tokens         output tokens, the end-of-sequence token included
+    sample         number of the text among the texts of its prompt, from 0
+    ended          "stop", or "length" if the text was cut off at the limit
+    prompt_tokens  0 if unknown
+    """
 
     prompt: str
     tokens: int
@@ -54,12 +60,14 @@ class Length:
 
     @property
     def key(self) -> tuple[str, int]:
+        """(prompt key, sample): identifies the text in all files."""
         return prompt_key(self.prompt), self.sample
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Hidden states of one text: `outputs[i]` tokens were known when row i, [layers, hidden] float16, was taken."""
+    """Hidden states of one text: `rows` float16 [n, layers, hidden]; row i belongs to `outputs[i]` known output
+    tokens."""
 
     key: tuple[str, int]
     outputs: tuple[int, ...]
@@ -67,11 +75,12 @@ class States:
 
 
 def prompt_key(text: str) -> str:
+    """Hash of a prompt's text, 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
-    """The prompts, each once, and what is wrong with the other lines, one line each. Raises PredictError."""
+    """(distinct prompts, one line for each line of the file that cannot be used). Raises PredictError."""
     found: dict[str, Prompt] = {}
     bad: list[str] = []
     for number, row, problem in _rows(path):
@@ -85,8 +94,10 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 
 
 def read_lengths(path: Path) -> tuple[list[Length], list[str]]:
-    """As `read_prompts`. A line without `sample` is one more text of its prompt; of two lines for the same sample the
-    later one counts. Raises PredictError."""
+    """(lengths, one line for each line of the file that cannot be used). Raises PredictError.
+
+    A line without `sample` gets the next number of its prompt; of two lines with the same sample, the later one counts.
+    """
     found: dict[tuple[str, int], Length] = {}
     bad: list[str] = []
     unnumbered: Counter[str] = Counter()
@@ -104,7 +115,7 @@ def read_lengths(path: Path) -> tuple[list[Length], list[str]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """(line number, the object, what is wrong with the line or nothing). Raises PredictError."""
+    """Yield (line number, object, error or ""). Raises PredictError."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -112,7 +123,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
                     continue
                 try:
                     row = json.loads(line)
-                except (ValueError, RecursionError):  # not UTF-8, not JSON, brackets without end
+                except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
                     yield number, {}, "not JSON"
                     continue
                 yield number, row if isinstance(row, dict) else {}, "" if isinstance(row, dict) else "not an object"
@@ -125,11 +136,11 @@ def _prompt_problem(text: Any) -> str:
         return 'it needs a text "prompt"'
     if len(text) > MOST_PROMPT_CHARS:
         return f'"prompt" has {len(text)} characters: {MOST_PROMPT_CHARS} are allowed'
-    return "" if _is_text(text) else '"prompt" is no text: half a surrogate pair is in it'
+    return "" if _is_text(text) else '"prompt" is no text: it contains half a surrogate pair'
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it can be written as UTF-8: JSON can spell half a surrogate pair, which no file and no model takes."""
+    """Whether the value is text that UTF-8 can encode: JSON can spell half a surrogate pair, which UTF-8 cannot."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in set(value))
 
 
@@ -146,18 +157,21 @@ def _length(row: dict[str, Any]) -> Length | None:
 
 
 def states_path(lengths: Path) -> Path:
+    """Path of the hidden states beside a file of lengths."""
     return lengths.with_name(f"{lengths.name}.states")
 
 
 def pack_states(states: States) -> bytes:
-    rows = np.clip(states.rows, -LARGEST_STATE, LARGEST_STATE).astype(np.float16)  # some models' outliers are larger
+    """One record of a states file. Values beyond the range of float16 are clipped."""
+    rows = np.clip(states.rows, -LARGEST_STATE, LARGEST_STATE).astype(np.float16)  # some models have larger outliers
     packed: bytes = msgpack.packb([*states.key, list(states.outputs), list(rows.shape[1:]), rows.tobytes()])
     return packed
 
 
 def read_states(path: Path) -> dict[tuple[str, int], States]:
-    """Of two records of one text the later one counts; a record that was cut off, the last one, is left out. Raises
-    PredictError."""
+    """Read a states file. Of two records of one text, the later one counts; an incomplete last record is ignored.
+
+    Raises PredictError."""
     try:
         return {states.key: states for states, _ in records(path)}
     except OSError as error:
@@ -165,8 +179,8 @@ def read_states(path: Path) -> dict[tuple[str, int], States]:
 
 
 def records(path: Path) -> Iterator[tuple[States, int]]:
-    """The records of a file of states, each with the number of bytes up to its end. Raises PredictError where what
-    follows is no record, and OSError."""
+    """Yield the records of a states file, each with the file offset of its end. Raises OSError, and PredictError where
+    the file is damaged."""
     try:
         with path.open("rb") as file:
             found = msgpack.Unpacker(file, max_buffer_size=_LARGEST_RECORD)

@@ -1,5 +1,5 @@
-"""A trained predictor as it is used: a folder with one sub-folder a kind, `classifier` or `hidden`, each with a card
-and a head (paper, section 3.3.2). Loading checks all of it, so that a worker finds out at its start."""
+"""Loads a trained predictor: a folder with a sub-folder for each kind, `classifier` or `hidden`, each with a card and a
+head (paper, section 3.3.2). Loading checks everything, so that errors show up when a worker starts."""
 
 from __future__ import annotations
 
@@ -19,43 +19,50 @@ from tetri.predict.quick import quick
 from tetri.request import Expected, LengthDistribution
 
 SHIPPED = Path(__file__).parent / "shipped"
-PLACE = 3  # features that say how many output tokens are known
+PLACE = 3  # features for the number of known output tokens
 
 
 @dataclass(frozen=True)
 class Loaded:
+    """A loaded predictor of one kind. `encoder` is None for the kind hidden."""
+
     card: Card
     head: Head
     encoder: Encoder | None
 
     @property
     def layer(self) -> int:
+        """Number of layers after which the hidden state is read."""
         return self.card.layer
 
     @property
     def every(self) -> int:
+        """Output tokens between two reads of the hidden state."""
         return self.card.every
 
     def expected(self, note: str) -> Expected:
+        """The prior and the calibration for a worker's core. `note` is shown in the status."""
         return Expected(self.card.kind, LengthDistribution(self.card.width, self.card.prior), self.card.levels, note)
 
     def classify(self, texts: Sequence[str]) -> list[LengthDistribution]:
-        """The odds of each prompt's whole output; one batch, padded to its longest. Only a classifier can."""
+        """Predict the whole output of each prompt's text, in one batch. Raises PredictError for the kind hidden."""
         return self.read(texts)[0]
 
     def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
-        """As `classify`, and how many of the encoder's tokens each text has, of which it reads `card.cut` at most."""
+        """`classify`, and the encoder's token count of each text before the cut to `card.cut`."""
         if self.encoder is None:
             raise PredictError("a predictor of kind hidden reads no text")
         if not texts:
             return [], []
         vectors = self.encoder.vectors(texts)
-        counts = np.rint(np.expm1(vectors[:, -SHAPE].astype(np.float64)))  # it is the first of what `shape` says
+        counts = np.rint(np.expm1(vectors[:, -SHAPE].astype(np.float64)))  # the first feature of `shape`
         return self._distribution(vectors), [int(count) for count in counts]
 
     def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
-        """`states`: float [n, hidden], after `layer` layers, at the last token of each text; `outputs`: how many output
-        tokens were known then, 0 at the prompt's end. The odds of how many tokens follow. Only a hidden one can."""
+        """Predict how many tokens follow. Raises PredictError for the kind classifier.
+
+        `states`: float [n, hidden] after `layer` layers, at the last token of each text. `outputs`: known output tokens
+        of each text, 0 at the prompt's end."""
         if self.encoder is not None:
             raise PredictError("a predictor of kind classifier reads no hidden states")
         rows = np.asarray(states, np.float32)
@@ -71,7 +78,7 @@ class Loaded:
         return self._made(distribution)
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens the encoder would read of each, if it did not cut."""
+        """The encoder's token count of each text before the cut."""
         return [len(ids) for ids in self.encoder.ids(texts)] if self.encoder is not None and texts else []
 
     def _distribution(self, features: Array) -> list[LengthDistribution]:
@@ -82,14 +89,14 @@ class Loaded:
 
 
 def with_place(states: Array, outputs: Sequence[int]) -> Array:
-    """[n, hidden] -> [n, hidden + PLACE]."""
+    """Append the features of the known output tokens: [n, hidden] -> float32 [n, hidden + PLACE]."""
     known = np.asarray(outputs, np.float32)[:, None]
     place = [known == 0, np.log1p(known / 64.0), known / 1024.0]
     return np.concatenate([states, *(one.astype(np.float32) for one in place)], axis=1)
 
 
 def examine(folder: Path, kind: str, weights: str = "") -> tuple[Card, Head]:
-    """As much of `load` as takes no time: all but the encoder, of which it is only seen whether it is there."""
+    """Check what `load` checks, except that the encoder is located but not loaded. Raises PredictError."""
     if kind not in KINDS:
         raise PredictError(f"there is no kind of predictor {kind!r}: {' or '.join(KINDS)}")
     card = read_card(folder, kind)
@@ -103,14 +110,15 @@ def examine(folder: Path, kind: str, weights: str = "") -> tuple[Card, Head]:
     if card.later:
         later = load_head(folder / kind / LATER, card.later)
         if (later.inputs, later.buckets) != (head.inputs, head.buckets):
-            raise PredictError(f"{folder / kind}: {LATER} does not fit to {HEAD}: train again")
+            raise PredictError(f"{folder / kind}: {LATER} does not fit {HEAD}: train again")
         head = replace(head, later=later)
     return card, head
 
 
 def load(folder: Path, kind: str, weights: str = "") -> Loaded:
-    """The predictor's part of that kind, for the model with these weights ("": for any). Raises PredictError, one line,
-    when it is missing, cut off, another model's, or of another version."""
+    """Load one kind of a predictor, for the model with the hash `weights` ("": any model).
+
+    Raises PredictError when it is missing, cut off, for another model, or of another version."""
     card, head = examine(folder, kind, weights)
     if kind == "hidden":
         return Loaded(card, head, None)
@@ -118,12 +126,12 @@ def load(folder: Path, kind: str, weights: str = "") -> Loaded:
     if card.encoder_hash and encoder.digest != card.encoder_hash:
         raise PredictError(f"{folder / kind} was trained with another encoder than {card.encoder} as it is here")
     if encoder.vector != head.inputs:
-        raise PredictError(f"{folder / kind}: the head does not fit to encoder {card.encoder}: train again")
+        raise PredictError(f"{folder / kind}: the head does not fit the encoder {card.encoder}: train again")
     return Loaded(card, head, replace(encoder, model=quick(encoder.model)))
 
 
 def shipped_for(weights: str) -> Path | None:
-    """The folder that tetri brings along for the model with these weights; None: there is none."""
+    """The folder of tetri's own predictor for the model with the hash `weights`; None if there is none."""
     for folder in sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else ():
         for kind in KINDS:
             try:

@@ -1,4 +1,4 @@
-"""How good odds of lengths are: what they got right, how far off they were, how honest and how well ordered."""
+"""Scores of length distributions: accuracy, absolute error, calibration and order."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-GRANULARITIES = (100, 200, 400)
+GRANULARITIES = (100, 200, 400)  # tokens per bucket at which accuracy is reported
 BINS = 10  # of confidence
 
 
 def merged(distribution: Doubles, width: int, granularity: int) -> Doubles:
-    """[n, buckets] of `width` -> of `granularity`, a multiple."""
+    """Merge buckets of `width` tokens into buckets of `granularity` tokens, a multiple of `width`."""
     starts = np.arange(0, distribution.shape[1], granularity // width)
     return np.asarray(np.add.reduceat(distribution, starts, axis=1))
 
 
 def labels(tokens: Ints, granularity: int, buckets: int) -> Ints:
+    """The bucket of each length; the last bucket has no upper end."""
     return np.minimum(tokens // granularity, buckets - 1)
 
 
 def accuracy(distribution: Doubles, tokens: Ints, width: int, granularity: int) -> float:
+    """Share of the texts whose likeliest bucket of `granularity` tokens is the true one."""
     wide = merged(distribution, width, granularity)
     return float(np.mean(wide.argmax(axis=1) == labels(tokens, granularity, wide.shape[1])))
 
 
 def quantiles(distribution: Doubles, width: int, share: float, limit: int) -> Doubles:
-    """The tokens below which this share of the odds lies; what is in the open bucket is at `limit`."""
+    """The quantile `share` of each distribution, in tokens; `limit` if it lies in the open last bucket."""
     below = np.cumsum(distribution, axis=1)
     bucket = np.minimum((below < share).sum(axis=1), distribution.shape[1] - 1)
     row = np.arange(len(distribution))
@@ -42,13 +44,14 @@ def quantiles(distribution: Doubles, width: int, share: float, limit: int) -> Do
 
 
 def means(distribution: Doubles, width: int, limit: int) -> Doubles:
+    """The mean of each distribution, in tokens; the open last bucket counts as `limit`."""
     middle = (np.arange(distribution.shape[1]) + 0.5) * width
     middle[-1] = max(limit, middle[-1])
     return np.asarray(distribution @ middle)
 
 
 def calibration_error(distribution: Doubles, tokens: Ints, width: int, granularity: int) -> float:
-    """Expected calibration error: between how sure the likeliest bucket was and how often it was right."""
+    """Expected calibration error: gap between the share of the likeliest bucket and how often it is right."""
     wide = merged(distribution, width, granularity)
     sure = wide.max(axis=1)
     right = wide.argmax(axis=1) == labels(tokens, granularity, wide.shape[1])
@@ -58,9 +61,9 @@ def calibration_error(distribution: Doubles, tokens: Ints, width: int, granulari
 
 
 def tau(guess: Doubles, tokens: Ints) -> float:
-    """Kendall's tau-b of two orders; 0 where one of them has none."""
+    """Kendall's tau-b of two orders; 0 if all values of one of them are equal."""
     same, tied_guess, tied_tokens, count = 0, 0, 0, len(tokens)
-    for at in range(count - 1):  # a row at a time: memory for one
+    for at in range(count - 1):  # row by row, so that memory stays linear
         up = np.sign(guess[at + 1 :] - guess[at])
         real = np.sign(tokens[at + 1 :] - tokens[at])
         same += int((up * real).sum())
@@ -72,15 +75,15 @@ def tau(guess: Doubles, tokens: Ints) -> float:
 
 
 def ranked(distribution: Doubles, tokens: Ints, width: int) -> float:
-    """The ranked probability score, in tokens: how far the shares below each bucket's end were from what came, squared
-    and summed. Less is better."""
+    """Ranked probability score, in tokens: squared distance between the predicted and the true cumulative distribution.
+    Less is better."""
     below = np.cumsum(distribution, axis=1)[:, :-1]
     ends = (np.arange(distribution.shape[1] - 1) + 1) * width
     return float(np.mean((((tokens[:, None] < ends) - below) ** 2).sum(axis=1)) * width)
 
 
 def scores(distribution: Doubles, tokens: Ints, width: int, limit: int) -> dict[str, Any]:
-    """All of it; `n` texts."""
+    """All scores as JSON data; `n` is the number of texts, `mae` and `rps` are in tokens."""
     return {
         "n": len(tokens),
         "acc": {str(g): _short(accuracy(distribution, tokens, width, g)) for g in GRANULARITIES},
@@ -92,7 +95,7 @@ def scores(distribution: Doubles, tokens: Ints, width: int, limit: int) -> dict[
 
 
 def guessed(guess: Doubles, tokens: Ints, limit: int) -> dict[str, Any]:
-    """The same of a plain number of tokens for each."""
+    """The scores that apply to guesses of one number of tokens per text."""
     found: dict[str, Any] = {}
     for g in GRANULARITIES:
         last = (limit - 1) // g
@@ -102,12 +105,12 @@ def guessed(guess: Doubles, tokens: Ints, limit: int) -> dict[str, Any]:
 
 
 def ceiling(samples: Mapping[str, list[int]], limit: int) -> dict[str, Any]:
-    """How well the length of one text of a prompt can be told from others of the same prompt: no predictor that knows
-    only the prompt gets far past that. `samples`: lengths by prompt, of those with several.
+    """How well the length of a text can be predicted from other texts of the same prompt. A predictor that knows only
+    the prompt is not much better. `samples`: lengths by prompt; prompts with one length are ignored.
 
-    another  by one other text
-    others   by all the others: the likeliest bucket, the median
-    at_most  by all of them, itself included: more than any predictor can reach
+    another  from one other text
+    others   from all other texts: the likeliest bucket, the median
+    at_most  from all texts, itself included: an upper bound for any predictor
     """
     many = {key: np.array(tokens) for key, tokens in samples.items() if len(tokens) > 1}
     if not many:
@@ -141,7 +144,7 @@ def _agreement(name: str, many: Mapping[str, Ints], granularity: int, last: int)
 
 
 def _by_others(counts: Ints, size: int) -> float:
-    """Each text guessed as the likeliest bucket of the others; of equals any, with the same chance."""
+    """Accuracy when each text is guessed as the most frequent bucket of the others; ties are broken at random."""
     right = 0.0
     for bucket in np.flatnonzero(counts):
         rest = counts.copy()

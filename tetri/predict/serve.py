@@ -1,12 +1,12 @@
-"""A classifier that serves: beside the main model, in a thread of its own, or in front of it (paper, section 3.3.1:
-parallel and sequential mode).
+"""Runs a classifier in a worker: in a thread beside the main model (parallel mode), or before each prefill (sequential
+mode); paper, section 3.3.1.
 
-In parallel mode prompts are read in batches of what waits. Nobody waits for the thread: `ask` returns at once, what
-comes too late comes too late, and of more prompts than it can read the oldest go without. The thread is one core's at
-most, and shares the GIL with the main model only between two operators.
+In parallel mode the thread reads the waiting prompts in batches. `ask` returns at once and nothing waits for the
+thread. When more prompts wait than the thread can read, the oldest get no prediction. The thread uses one core at most,
+and needs the GIL only between two torch operators.
 
-Whatever goes wrong inside a classifier ends the classifier, not the worker: it is logged once, from then on every
-question is answered with nothing, and `trouble` says why.
+An error inside a classifier does not stop the worker. It is logged once; then every prediction is None, and `trouble`
+has the reason.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any, Protocol
 from tetri import log
 from tetri.request import LengthDistribution
 
-BATCH = 16  # prompts that are read together
-QUEUE = 64  # prompts that wait to be read; of more the oldest go without
-NICE = 5  # of the thread, above the worker's own: who computes the prompts goes first
-SILENT_S = 10.0  # a batch under way for so long: the predictor hangs
-LEAVE_S = 2.0  # at the end, for the batch under way
+BATCH = 16  # prompts per batch
+QUEUE = 64  # waiting prompts; when there are more, the oldest get no prediction
+NICE = 5  # niceness of the thread above the worker's: the main model has priority
+SILENT_S = 10.0  # a batch that takes longer counts as hung
+LEAVE_S = 2.0  # how long `close` waits for the current batch
 
 THREAD = "predictor"
 
-NONE = LengthDistribution(0, ())  # odds that are none
+NONE = LengthDistribution(0, ())  # stands for: no prediction
 
 Answer = tuple[str, LengthDistribution | None]
 
@@ -40,24 +40,29 @@ class Classifier(Protocol):
     """The part of tetri.predict.model.Loaded that is used here."""
 
     def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
-        """One batch, of longer texts the ends; and how many tokens each text has."""
+        """(distribution of each text, token count of each text), computed as one batch. Longer texts are cut."""
 
 
 class EstimatorHead(Protocol):
     """The part of tetri.predict.model.Loaded, of kind hidden, that is used here."""
 
     @property
-    def layer(self) -> int: ...
+    def layer(self) -> int:
+        """Number of layers after which the hidden state is read."""
 
     @property
-    def every(self) -> int: ...
+    def every(self) -> int:
+        """Output tokens between two reads of the hidden state."""
 
-    def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]: ...
+    def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
+        """Distributions of the remaining tokens, for `states` [n, hidden] and the known output tokens of each."""
 
 
 class Reading:
-    """A classifier that cannot fail. `text`: from a prompt's ids to its text; `most`: tokens of a text that are read at
-    most; 0: all. `cut` counts the prompts of which only the ends were read."""
+    """Runs a classifier and catches its errors.
+
+    `text` decodes a prompt's token ids. `most` is the number of tokens that the classifier reads of a text (0: all),
+    and `cut` counts the prompts that had more."""
 
     def __init__(
         self, classifier: Classifier, text: Callable[[Sequence[int]], str], most: int, logger: logging.Logger
@@ -67,22 +72,22 @@ class Reading:
         self.cut = 0
 
     def prepare(self, *steps: Callable[[], None]) -> None:
-        """What is to be done first, in the thread that reads; a failure there is one of the classifier."""
+        """Run `steps` in the calling thread, the one that will read. An error counts as an error of the classifier."""
         try:
             for step in steps:
                 step()
-        except Exception as error:  # as below
+        except Exception as error:  # as in `distribution`
             self.trouble = _failed("classifier", error, self._log)
 
     def distribution(self, prompts: Sequence[Sequence[int]]) -> list[LengthDistribution | None]:
-        """One each; None when there is no telling, for good from the first failure on."""
+        """One prediction per prompt; all are None from the first error on."""
         if self.trouble:
             return [None] * len(prompts)
         try:
             found, tokens = self._classifier.read([self._text(prompt) for prompt in prompts])
             if len(found) != len(prompts):
                 raise ValueError(f"{len(found)} answers to {len(prompts)} prompts")
-        except Exception as error:  # of any kind: a broken predictor must not take the main model with it
+        except Exception as error:  # any error: a broken predictor must not stop the worker
             self.trouble = _failed("classifier", error, self._log)
             return [None] * len(prompts)
         self.cut += sum(count > self._most for count in tokens) if self._most else 0
@@ -90,8 +95,8 @@ class Reading:
 
 
 class Steady:
-    """A head that reads hidden states (tetri.predict.model.Loaded, of kind hidden), and cannot fail once it has
-    answered: its first answer is asked for at the start, when an error still helps."""
+    """Runs a head on hidden states (tetri.predict.model.Loaded of kind hidden) and catches its errors after the first
+    success. The worker calls it once at start, where an error is raised and stops the start."""
 
     def __init__(self, head: EstimatorHead, logger: logging.Logger) -> None:
         self._head, self._log = head, logger
@@ -100,11 +105,11 @@ class Steady:
         self.trouble = ""
 
     def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
-        """Odds that are none from the first failure on; whoever uses them sees that."""
+        """One prediction per state; all are NONE from the first error on. Raises any error of the first call."""
         if not self.trouble:
             try:
                 found = self._head.estimate(states, outputs)
-            except Exception as error:  # as above
+            except Exception as error:  # as in Reading.distribution
                 if not self._answered:
                     raise
                 self.trouble = _failed("hidden-state head", error, self._log)
@@ -115,7 +120,7 @@ class Steady:
 
 
 def _failed(what: str, error: Exception, logger: logging.Logger) -> str:
-    """Logs it, and says it in one line."""
+    """Log the error. Returns one line for the status."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(last.filename)}:{last.lineno}"
@@ -124,7 +129,7 @@ def _failed(what: str, error: Exception, logger: logging.Logger) -> str:
 
 
 class Sequential:
-    """In front of the main model: the answer comes at once, and everything waits for it."""
+    """Sequential mode: `ask` computes the prediction, and the main model waits."""
 
     unread = 0
 
@@ -132,28 +137,38 @@ class Sequential:
         self._reading = reading
 
     def ask(self, key: str, prompt: Sequence[int]) -> Answer | None:
+        """Predict now."""
         (distribution,) = self._reading.distribution([prompt])
         return key, distribution
 
     def answers(self) -> Iterator[Answer]:
+        """Always empty: `ask` returns each answer itself."""
         return iter(())
 
     @property
     def trouble(self) -> str:
+        """Why there are no predictions; "" if there are."""
         return self._reading.trouble
 
     @property
     def cut(self) -> int:
+        """Prompts that were too long to be read completely."""
         return self._reading.cut
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class Parallel:
-    """Beside the main model. `wake` is called from the thread when `answers` has something. `alone`: prompts of more
-    tokens than this are read by themselves, since the others of a batch would be as long as they; 0: none is, for all
-    are cut to the same length. `begin` is called in the thread first. `unread` counts the prompts that it never came
-    to."""
+    """Parallel mode: a thread predicts beside the main model.
+
+    wake    called from the thread when `answers` has something
+    alone   prompts with more tokens get a batch of their own, because a batch is padded to its longest prompt; 0: no
+            prompt does, for a classifier that cuts all prompts to one length
+    begin   called first in the thread
+    nice    niceness of the thread above the worker's
+    unread  counts the prompts that were dropped from the queue
+    """
 
     def __init__(
         self,
@@ -169,15 +184,18 @@ class Parallel:
         self._waiting: deque[tuple[str, Sequence[int]]] = deque()
         self._answers: deque[Answer] = deque()
         self._changed = threading.Condition()
-        self._since: float | None = None  # when the batch under way was begun
+        self._since: float | None = None  # start of the current batch
         self._closing = False
         self.unread = 0
-        # A daemon: when the thread hangs, the process can end all the same.
+        # A daemon thread, so that a hung thread does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
         self._thread.start()
 
     def ask(self, key: str, prompt: Sequence[int]) -> Answer | None:
-        """Comes back with `answers`, perhaps much later; at once, with nothing, while the predictor is in trouble."""
+        """Queue a prompt; `answers` yields its prediction later.
+
+        Returns an answer without a prediction at once for a prompt that is not read: for this prompt while there is
+        `trouble`, for the oldest prompt when the queue is full."""
         if self.trouble:
             return key, None
         with self._changed:
@@ -190,13 +208,13 @@ class Parallel:
         return oldest[0], None
 
     def answers(self) -> Iterator[Answer]:
-        """What has come since it was asked last."""
+        """Yield the answers since the last call."""
         while self._answers:
             yield self._answers.popleft()
 
     @property
     def trouble(self) -> str:
-        """Why nothing is predicted at present; empty: it is."""
+        """Why there are no predictions at present; "" if there are."""
         since = self._since
         if since is not None and (silent := self._clock() - since) > SILENT_S:
             return f"the classifier has not answered for {silent:.0f} s"
@@ -204,10 +222,11 @@ class Parallel:
 
     @property
     def cut(self) -> int:
+        """Prompts that were too long to be read completely."""
         return self._reading.cut
 
     def close(self) -> None:
-        """End the thread; one that hangs is left behind. A second call does nothing."""
+        """End the thread; leave it behind after LEAVE_S if it hangs. A second call does nothing."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -225,7 +244,7 @@ class Parallel:
                 self._wake()
 
     def _next(self) -> list[tuple[str, Sequence[int]]]:
-        """What waits, as far as it is read together; nothing: the end."""
+        """Wait for the next batch. [] means: end the thread."""
         with self._changed:
             while not (self._waiting or self._closing):
                 self._changed.wait()
@@ -242,20 +261,20 @@ class Parallel:
 
 
 def still_reading() -> bool:
-    """Whether the thread of a `Parallel` that was closed goes on with its last batch. Python must not end under it: the
-    process would be aborted."""
+    """Whether the thread of a closed `Parallel` still runs. The process must then end without finalising Python, which
+    would abort."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def lower_priority(nice: int) -> None:
-    """Of the calling thread alone, which Linux can and others cannot: there all stays as it is."""
+    """Raise the niceness of the calling thread by `nice`. Does nothing outside Linux: there, threads have none."""
     if os.uname().sysname == "Linux":
         me = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, me, os.getpriority(os.PRIO_PROCESS, me) + nice)
 
 
 def one_core() -> None:
-    """Operators of the calling thread compute in it alone."""
+    """Make torch operators of the calling thread use one core."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Trains the encoder itself together with a head: slower by far than a head on an encoder as it is."""
+"""Trains the encoder together with a head. Much slower than training a head alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,21 +11,30 @@ import numpy as np
 
 from tetri.predict.encoder import Encoder, shape
 from tetri.predict.examples import Ints, Rows
-from tetri.predict.fit import RATE, Fitted, first_guess, fresh, layers, loss_of, moments, surprise, temperature_of
-from tetri.predict.heads import FURTHEST, Array, Head, shares
+from tetri.predict.fit import (
+    RATE,
+    Fitted,
+    Progress,
+    first_guess,
+    fresh,
+    layers,
+    loss_of,
+    moments,
+    surprise,
+    temperature_of,
+)
+from tetri.predict.heads import CLIP, Array, Head, shares
 from tetri.predict.lengths import Length
 
 BATCH = 32
-ENCODER_RATE, WARM = 1e-4, 0.1
-APART = 8  # batches that are sorted by length together, so that little is padding
-LEFT_OUT = 0  # this fold of the rows is not learnt from
-
-Progress = Callable[[str], None]
+ENCODER_RATE, WARM = 1e-4, 0.1  # learning rate, share of the steps in which it rises
+SORTED = 8  # batches whose prompts are sorted by length together, to reduce padding
+LEFT_OUT = 0  # the fold that is not trained on
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the encoder reads: the ids, cut, of each row's prompt; `shapes` as encoder.shape says."""
+    """The encoder's input of each row: the cut token ids of its prompt, and the features of encoder.shape."""
 
     ids: list[list[int]]
     shapes: Array
@@ -41,27 +50,28 @@ def tune(
     seed: int,
     progress: Progress,
 ) -> tuple[Encoder, Fitted, Rows]:
-    """(the encoder, changed in place; the head; the rows with its features). What was learnt from has NaN as its odds
-    that were left out."""
+    """Train the encoder in place. Returns (encoder, head, rows with the encoder's features).
+
+    `Fitted.left_out` is NaN for the rows that were trained on."""
     import torch
 
     torch.manual_seed(seed)
     whole = encoder.ids([length.prompt for length in lengths])
     shapes = np.array([shape(length.prompt, len(one)) for length, one in zip(lengths, whole, strict=True)], np.float32)
     prompts = Prompts([encoder.short(one) for one in whole], shapes)
-    learnt = rows.fold != LEFT_OUT
-    mean, scale = moments(_features(encoder, prompts)[learnt], rows.weight[learnt])
+    training = rows.fold != LEFT_OUT
+    mean, scale = moments(_features(encoder, prompts)[training], rows.weight[training])
     plain = Head(mean, scale, ())
-    network = fresh(encoder.vector, first_guess(rows.chosen(learnt), width, buckets))
+    network = fresh(encoder.vector, first_guess(rows.chosen(training), width, buckets))
     _learn(encoder, network, plain, prompts, rows, width, epochs, seed, progress)
     rows = replace(rows, features=_features(encoder, prompts))
     with torch.inference_mode():
         logits = network(torch.tensor(plain.normed(rows.features))).numpy()
-    left_out = rows.chosen(~learnt)
-    temperature = temperature_of(logits[~learnt], left_out, width)
+    left_out = rows.chosen(~training)
+    temperature = temperature_of(logits[~training], left_out, width)
     distribution = np.full((len(rows), buckets), np.nan)
-    distribution[~learnt] = shares(logits[~learnt] / temperature)
-    loss = float(np.average(surprise(distribution[~learnt], left_out, width), weights=left_out.weight))
+    distribution[~training] = shares(logits[~training] / temperature)
+    loss = float(np.average(surprise(distribution[~training], left_out, width), weights=left_out.weight))
     return encoder, Fitted(Head(mean, scale, (layers(network),), temperature), distribution, loss), rows
 
 
@@ -76,22 +86,22 @@ def _learn(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Both the encoder and the network, from all rows but those left out."""
+    """Train the encoder and the network on all folds but LEFT_OUT."""
     import torch
 
     mean, scale = torch.tensor(plain.mean), torch.tensor(plain.scale)
     bucket, open_ = torch.tensor(rows.tokens // width), torch.tensor(rows.open)
-    learnt, dice = np.flatnonzero(rows.fold != LEFT_OUT), np.random.default_rng(seed)
-    optimizer, rate = _optimizer(encoder.model, network, epochs * math.ceil(len(learnt) / BATCH))
+    training, rng = np.flatnonzero(rows.fold != LEFT_OUT), np.random.default_rng(seed)
+    optimizer, rate = _optimizer(encoder.model, network, epochs * math.ceil(len(training) / BATCH))
     for epoch in range(epochs):
         encoder.model.train()
         network.train()
         lost = 0.0
-        batches = _batches(learnt, prompts.ids, dice)
+        batches = _batches(training, prompts.ids, rng)
         for number, batch in enumerate(batches, start=1):
             vectors = encoder.pooled(*encoder.padded([prompts.ids[at] for at in batch]))
             vectors = torch.cat([vectors, torch.tensor(prompts.shapes[batch])], dim=1)
-            normed = ((vectors - mean) / scale).clamp(-FURTHEST, FURTHEST)
+            normed = ((vectors - mean) / scale).clamp(-CLIP, CLIP)
             loss = loss_of(network(normed), bucket[batch], open_[batch]).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -106,7 +116,7 @@ def _learn(
 
 
 def _optimizer(model: Any, network: Any, steps: int) -> tuple[Any, Any]:
-    """(optimizer, its rate: up for a tenth of the steps, then down to nothing)"""
+    """(optimizer, learning rate schedule). The rate rises for the share WARM of the steps, then falls to 0."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -122,13 +132,13 @@ def _optimizer(model: Any, network: Any, steps: int) -> tuple[Any, Any]:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def _batches(learnt: Ints, ids: Sequence[list[int]], dice: np.random.Generator) -> list[Any]:
-    order = dice.permutation(learnt)
+def _batches(training: Ints, ids: Sequence[list[int]], rng: np.random.Generator) -> list[Any]:
+    order = rng.permutation(training)
     found = []
-    for start in range(0, len(order), BATCH * APART):
-        near = sorted(order[start : start + BATCH * APART], key=lambda at: len(ids[at]))
+    for start in range(0, len(order), BATCH * SORTED):
+        near = sorted(order[start : start + BATCH * SORTED], key=lambda at: len(ids[at]))
         found += [np.array(near[at : at + BATCH]) for at in range(0, len(near), BATCH)]
-    return [found[at] for at in dice.permutation(len(found))]
+    return [found[at] for at in rng.permutation(len(found))]
 
 
 def _features(encoder: Encoder, prompts: Prompts) -> Array:

@@ -1,1 +1,1 @@
-"""Processes: a core, its sockets, and one short loop each."""
+"""The processes of a deployment: each connects a core to its sockets and runs one loop."""

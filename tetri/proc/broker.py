@@ -1,4 +1,4 @@
-"""The broker process: clients on one side, workers' events on the other, the core in between."""
+"""The broker process: connects the broker's core to clients and workers, and tokenises and detokenises for it."""
 
 from __future__ import annotations
 
@@ -46,21 +46,22 @@ from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
-CHARS_A_TOKEN = 64  # a longer text is not worth the time, all others' time, that it takes to tokenise
+CHARS_A_TOKEN = 64  # longer prompts are refused before they are tokenised, which would block all other requests
 
 EXPECTED = (ConfigError, CostError, ModelError, NetError, TextError, log.LogError)
 
 
 class ActionExecutor:
-    """Carries out what the broker's core says, and is its edge to text: prompts become token ids before the
-    core sees them, output becomes text before a client does."""
+    """Executes the actions of the broker's core. Converts prompts to token ids before the core sees them, and output
+    tokens to text before a client does."""
 
     def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
         self.core, self.hub, self.tokenizer, self.log = core, hub, tokenizer, logger
         self.stoppers: dict[str, Stopper] = {}
-        self.stuck: set[bytes] = set()  # clients that refused a reply of the present list: order is kept
+        self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
     def poll(self, timeout: float | None) -> Iterable[BrokerInput]:
+        """Wait at most `timeout` seconds (None: without limit) and yield the core's next inputs."""
         for event in self.hub.poll(timeout):
             if not isinstance(event, Arrived):
                 yield event
@@ -74,8 +75,9 @@ class ActionExecutor:
                     yield submitted
 
     def tokenise(self, client: bytes, message: Submit) -> Submitted | None:
-        """None when there is nothing to tokenise: the client is told. A Submit that was sent again is not tokenised
-        again: the core knows its key."""
+        """Tokenise a Submit. Returns None after it has sent a refusal for a prompt that cannot be tokenised.
+
+        A Submit with a known key is a retransmission: its prompt is not tokenised again."""
         if message.key in self.core.table.keys:
             return Submitted(client, message.key, (), message.sampling)
         try:
@@ -86,6 +88,7 @@ class ActionExecutor:
         return Submitted(client, message.key, tuple(prompt), message.sampling, message.deadline_s)
 
     def prompt(self, message: Submit) -> Sequence[int]:
+        """Token ids of the prompt. Raises TextError."""
         if (message.prompt is None) == (message.messages is None):
             raise TextError("give exactly one of prompt and messages")
         texts = [turn.content for turn in message.messages or ()] + [message.prompt or ""]
@@ -98,16 +101,19 @@ class ActionExecutor:
         return self.tokenizer.encode(message.prompt) if isinstance(message.prompt, str) else message.prompt
 
     def act(self, actions: Sequence[Action]) -> None:
+        """Execute one list of actions of the core."""
         self.stuck.clear()
         self.carry_out(actions)
 
     def carry_out(self, actions: Sequence[Action]) -> None:
+        """Execute actions; pass what they result in to the core, and execute what the core answers."""
         for action in actions:
             result = self.do(action)
             if result is not None:
                 self.carry_out(self.core.handle(result, time.monotonic()))
 
     def do(self, action: Action) -> BrokerInput | None:
+        """Execute one action. Returns its result, if the core has to know it."""
         match action:
             case Reply():
                 return self.reply(action)
@@ -117,7 +123,7 @@ class ActionExecutor:
                 self.stoppers.pop(rid, None)
             case Send(peer, message):
                 try:
-                    self.hub.send(peer, message)  # when it is lost, beats and timers make up for it
+                    self.hub.send(peer, message)  # heartbeats and timers repair a lost message
                 except WireError as error:
                     self.log.error("%s %s", error, log.fields(iid=peer))
             case Connect(peer, address):
@@ -127,6 +133,7 @@ class ActionExecutor:
         return None
 
     def reply(self, action: Reply) -> Undelivered | None:
+        """Send a reply to a client. Returns Undelivered if the client is gone or its queue is full."""
         sent = "full" if action.client in self.stuck else self.hub.reply(action.client, action.message)
         if sent == "sent":
             return None
@@ -134,6 +141,7 @@ class ActionExecutor:
         return Undelivered(action.client, action.message, sent == "gone")
 
     def detokenize(self, action: Detokenize) -> Detokenized:
+        """Convert output tokens to text. The text ends before a stop text."""
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(self.tokenizer, action.stop)
@@ -146,14 +154,15 @@ class ActionExecutor:
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
     def connect(self, peer: str, address: str) -> None:
+        """Connect to a worker's inbox."""
         try:
             self.hub.connect(peer, address)
-        except NetError as error:  # the worker told a wrong address: it stays unreachable, and says so in status
+        except NetError as error:  # the worker sent a wrong address: it stays unreachable, and the status shows it
             self.log.error("%s %s", error, log.fields(iid=peer))
 
 
 def serve(config: Config, logger: logging.Logger) -> None:
-    """The whole process: lock the run directory, bind, loop until a signal, leave nothing behind."""
+    """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
     build.pin(config.broker.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     tokenizer = build.tokenizer(config)
@@ -175,6 +184,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
 
 
 def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
+    """What the core is built from. Raises CostError and ModelError."""
     return BrokerStart(
         limits=limits(config),
         rules=build.rules(config),
@@ -188,6 +198,7 @@ def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
 
 
 def limits(config: Config) -> Limits:
+    """The limits of a request and of the broker. Raises ModelError."""
     context, vocabulary = build.limits_of_model(config)
     return Limits(
         context=context,

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a process: its engine, its KV store, its identity, its rules."""
+"""Builds the parts of a process from the configuration: engine, KV store, identity, rules."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from tetri.request import Capacity, Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, Tokenizer, load_tokenizer
 
-# What is predicted with when [engine] names no cost: nobody has measured this engine, so the seconds mean nothing, but
-#: those of a longer prompt or of a larger batch are more.
+# The cost table when [engine] names none. The seconds are not measured, but they grow with the prompt and the batch.
 UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
 
 
 def gpu(config: Config, iid: str) -> Device | None:
-    """The GPU that this worker is to use, which becomes number 0 of this process; None: it has none. Raises KVError."""
+    """The worker's GPU, which becomes device 0 of this process; None if it has none. Raises KVError."""
     number = config.worker(iid).gpu
     if number < 0:
         return None
@@ -42,9 +41,11 @@ def gpu(config: Config, iid: str) -> Device | None:
 def engine_and_store(
     config: Config, iid: str, wait: Callable[[float], bool], wake: Callable[[], None], stack: ExitStack
 ) -> tuple[Engine, KVStore]:
-    """This worker's engine and its KV store, which `leaving` closes. The slab comes first, as soon as the engine knows
-    how large a block is: on a GPU whatever fits beside it must not depend on who was faster, and when it does not
-    fit, that is said before the weights are loaded. Raises what `engine`, `store`, `gpu` and `link` raise."""
+    """Build the worker's engine and KV store; `stack` closes them.
+
+    The slab is allocated as soon as the engine knows the size of a block, before it takes its own memory: on a GPU the
+    memory left for the engine is then the same at each start, and a slab that does not fit fails before the weights are
+    loaded. Raises what `engine`, `store`, `gpu` and `link` raise."""
     slower, device, opened = link(config), gpu(config, iid), list[KVStore]()
 
     def reserve(block_bytes: int) -> None:
@@ -53,7 +54,7 @@ def engine_and_store(
         stack.callback(opened[0].close)
 
     def something_waits(seconds: float) -> bool:
-        """What the store has for the worker at a certain time wakes nobody, and ends a run as a message does."""
+        """Whether a message waits or the store is due: the store does not wake the worker for what is due by time."""
         message, due = wait(seconds), opened[0].due()
         return message or (due is not None and due <= time.monotonic())
 
@@ -68,9 +69,12 @@ def engine(
     device: Device | None = None,
     reserve: Callable[[int], None] = lambda block_bytes: None,
 ) -> Engine:
-    """The engine that [engine] names. `wait(seconds)` is how an emulated one spends its time: True when a message
-    waits, which ends a run of several passes. The real one computes on `device`, if there is one; `reserve` is called
-    with the bytes of a block before the engine takes its memory. Raises EngineError, ModelError or CostError."""
+    """Build the engine that [engine] names. Raises EngineError, ModelError or CostError.
+
+    wait     spends the time of an emulated step, in seconds; True, when a message waits, ends a run of several steps
+    device   the GPU of a real engine; None: the CPU
+    reserve  called with the bytes of a KV block before the engine takes its memory
+    """
     if config.engine.kind == "emulated":
         emulated = _emulated(config, wait)
         reserve(emulated.fingerprint.block_bytes)
@@ -116,7 +120,7 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
 def store(
     config: Config, iid: str, block_bytes: int, wake: Callable[[], None], device: Device | None = None
 ) -> KVStore:
-    """The KV store that [transfer] names; `wake` ends the worker's wait when something has come. `device` is the
+    """Build the KV store that [transfer] names. `wake` ends the worker's wait when KV has arrived. `device` is the
     worker's GPU, if it has one. Raises KVError."""
     made = config.transfer
     settings = StoreSettings(
@@ -137,18 +141,19 @@ def store(
 
 
 def link(config: Config) -> LimitedLink | None:
-    """The emulated link. An emulated engine's KV is small and its time may be stretched: its link is slower by as
-    much, so that a chunk takes as long as the KV of the model that the cost table was measured with, at the same pace.
-    Raises ConfigError or CostError."""
+    """The emulated link; None if none is configured. Raises ConfigError or CostError.
+
+    An emulated engine has smaller KV blocks than the model of its cost table, and its time may be scaled. Its link is
+    slowed down by both factors, so that the transfer of a chunk takes the right share of the time of a step."""
     made, engine = config.transfer, config.engine
     bytes_s = 1e9 * made.emulate_gbs or LINKS.get(made.emulate)
     if bytes_s is None:
         if made.emulate_latency_us or made.emulate_token_bytes:
-            raise ConfigError("transfer.emulate_* say more of a link: name it by transfer.emulate or emulate_gbs")
+            raise ConfigError("transfer.emulate_* describe a link: name it by transfer.emulate or emulate_gbs")
         return None
     if engine.kind != "emulated":
         if made.emulate_token_bytes:
-            raise ConfigError("transfer.emulate_token_bytes is of an emulated engine: a real one has its own KV")
+            raise ConfigError("transfer.emulate_token_bytes is for an emulated engine: a real one has its own KV")
         return LimitedLink(bytes_s, made.emulate_latency_us / 1e6)
     token_bytes = made.emulate_token_bytes or (cost.load(engine.cost).kv_token_bytes if engine.cost else 0)
     if not token_bytes:
@@ -158,7 +163,7 @@ def link(config: Config) -> LimitedLink | None:
         )
     scale = config.emulated.time_scale
     if not scale:
-        raise ConfigError("transfer.emulate takes time, emulated.time_scale = 0 wants none: set one of them")
+        raise ConfigError("transfer.emulate needs time, but emulated.time_scale = 0 takes none: change one of them")
     slower = token_bytes / config.emulated.token_bytes * scale
     return LimitedLink(bytes_s / slower, made.emulate_latency_us / 1e6 * scale)
 
@@ -166,7 +171,7 @@ def link(config: Config) -> LimitedLink | None:
 def identity(
     config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore, expected: Expected | None = None
 ) -> Identity:
-    """What the worker's core is; `expected`: what its predictor of output lengths knows before any traffic."""
+    """What the worker's core is built from. `expected`: the prior and calibration of its length predictor."""
     instance = Instance(
         iid=iid,
         incarnation=incarnation,
@@ -192,16 +197,18 @@ def identity(
 
 
 def rules(config: Config) -> Rules:
+    """The policies that [policy] names."""
     return Rules(**dataclasses.asdict(config.policy))
 
 
 def flip_settings(config: Config) -> FlipSettings:
+    """The settings of the flip policy, from [monitor]."""
     made = config.monitor
     return FlipSettings(**{f.name: getattr(made, f.name) for f in dataclasses.fields(FlipSettings)})
 
 
 def predicted(config: Config) -> cost.Cost:
-    """What everybody predicts with. Raises CostError."""
+    """The cost table with which broker and workers predict the time of steps, in seconds. Raises CostError."""
     measured = cost.load(config.engine.cost) if config.engine.cost else UNMEASURED
     scale = config.emulated.time_scale
     if config.engine.kind != "emulated" or not scale:
@@ -216,12 +223,12 @@ def predicted(config: Config) -> cost.Cost:
 
 
 def tokenizer(config: Config) -> Tokenizer:
-    """Raises ModelError or TextError."""
+    """The model's tokeniser; bytes for an emulated engine. Raises ModelError or TextError."""
     return ByteTokenizer() if config.engine.kind == "emulated" else load_tokenizer(find(config.model.name))
 
 
 def limits_of_model(config: Config) -> tuple[int, int]:
-    """(context, vocabulary) in tokens."""
+    """(context, vocabulary) of the model, in tokens. Raises ModelError."""
     if config.engine.kind == "emulated":
         return config.emulated.context, config.emulated.vocabulary
     from tetri.models import shape

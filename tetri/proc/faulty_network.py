@@ -1,4 +1,4 @@
-"""A worker's network on which the messages of hand-overs get lost, doubled, late, out of order, and come back."""
+"""Fault injection: a network that drops, duplicates, delays, reorders and replays the messages between workers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from tetri.kv.faulty_store import FaultyStore, kill_myself
 from tetri.wire.handover import BetweenWorkers
 from tetri.wire.messages import Heartbeat
 
-REMEMBERED = 512  # old messages that may come back
-OVERTAKEN_S = 0.05  # a message that nothing overtakes leaves after this all the same
+REMEMBERED = 512  # old messages that may be replayed
+OVERTAKEN_S = 0.05  # a message held back for reordering is sent after this time at the latest
 
 Poll = Callable[[float | None], Iterable[Any]]
 
 
 class FaultyNetwork:
-    """Beats tell of what was injected."""
+    """Injects faults into the messages between workers. Adds the counts of injected faults to the heartbeats."""
 
     def __init__(self, network: Network, chance: Chance, clock: Callable[[], float] = time.monotonic) -> None:
         self.network, self.chance, self.clock = network, chance, clock
         self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
         self._old: deque[tuple[str, Any]] = deque(maxlen=REMEMBERED)
         self._late: list[tuple[float, str, Any]] = []
-        self._overtaken: dict[str, tuple[float, Any]] = {}  # peer -> until when it waits for the next, and what
+        self._overtaken: dict[
+            str, tuple[float, Any]
+        ] = {}  # peer -> (latest time to send, message that the next one overtakes)
 
     def send(self, peer: str, message: Any) -> None:
+        """Send a message, perhaps with a fault."""
         if isinstance(message, Heartbeat):
             counters = {**message.counters, **self.chance.counters()}
             message = msgspec.structs.replace(message, counters=counters)
@@ -60,12 +63,12 @@ class FaultyNetwork:
             self.network.send(peer, waiting)
 
     def due(self) -> float | None:
-        """When `deliver` must be asked, in seconds of the clock; None: never."""
+        """When `deliver` must be called, in seconds of the clock; None: no message is held back."""
         waits = [at for at, _, _ in self._late] + [until for until, _ in self._overtaken.values()]
         return min(waits, default=None)
 
     def deliver(self) -> None:
-        """Send what was held back and may leave now."""
+        """Send the messages whose delay is over."""
         now = self.clock()
         ready = [(peer, message) for at, peer, message in self._late if at <= now]
         self._late = [each for each in self._late if each[0] > now]
@@ -75,7 +78,7 @@ class FaultyNetwork:
             self.network.send(peer, message)
 
     def received(self, poll: Poll, timeout: float | None) -> Iterator[Any]:
-        """What `poll` hears, woken in time for `deliver`."""
+        """Yield the events of `poll`, then `deliver`. Limits the timeout so that delayed messages leave in time."""
         due = self.due()
         if due is not None:
             left = max(0.0, due - self.clock())
@@ -87,7 +90,7 @@ class FaultyNetwork:
 def with_faults(
     faults: Faults, who: str, store: KVStore, network: Network, logger: logging.Logger
 ) -> tuple[FaultyStore, FaultyNetwork]:
-    """The same store and network, on which things go wrong from now on. `who`: the worker and this life of it."""
+    """Wrap store and network so that they inject `faults`. `who` (worker and incarnation) seeds the random choices."""
     chance = Chance(faults, who)
     logger.warning("FAULTS ARE INJECTED HERE (transfer.faults), this is a rehearsal: %s", faults)
 

@@ -1,5 +1,5 @@
-"""The predictor of kind `hidden`: what the main model's own hidden states say of output lengths, told with the step
-that has computed them (paper, section 3.3, without a second model)."""
+"""The predictor of kind `hidden`: predicts output lengths from the hidden states of the main model, in the step that
+computes them (paper, section 3.3, but without a second model)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from tetri.request import LengthDistribution
 
 
 class Estimator(Protocol):
-    """tetri.predict.model.Loaded, of kind hidden."""
+    """A head on hidden states, such as tetri.predict.model.Loaded of kind hidden."""
 
     @property
-    def layer(self) -> int: ...
+    def layer(self) -> int:
+        """Number of layers after which the hidden state is read."""
 
     @property
-    def every(self) -> int: ...
+    def every(self) -> int:
+        """Output tokens between two reads of the hidden state."""
 
     def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
-        """`states` [n, hidden]; raises PredictError when they are of another model."""
+        """Distributions of the remaining tokens, for `states` [n, hidden] and the known output tokens of each. Raises
+        PredictError when the states have another size."""
 
 
 def estimating(engine: Engine, head: Estimator) -> Callable[[int], StepDone]:
-    """The engine's `step`, from now on with `StepDone.foretold`. Raises EngineError, one line, when the engine gives no
-    hidden states, and PredictError when the head is for a model of another size."""
+    """Return the engine's `step`, extended by `StepDone.estimates`. Raises EngineError when the engine has no hidden
+    states, and PredictError when the head is for hidden states of another size."""
     if not isinstance(engine, SupportsHiddenStates):
         raise EngineError(
             f"an engine of kind {engine.fingerprint.engine} has no hidden states to predict lengths from: "
@@ -35,9 +38,9 @@ def estimating(engine: Engine, head: Estimator) -> Callable[[int], StepDone]:
         )
     hook = engine.hook_hidden_states([head.layer], head.every)
     try:
-        head.estimate([[0.0] * hook.hidden], [0])  # here, and not in the first step, it may fail
+        head.estimate([[0.0] * hook.hidden], [0])  # fail here instead of in the first step
     except BaseException:
-        hook.close()  # `auto` goes on with the engine
+        hook.close()  # with kind `auto`, the engine serves without the head
         raise
 
     def step(most: int = 1) -> StepDone:
@@ -49,7 +52,7 @@ def estimating(engine: Engine, head: Estimator) -> Callable[[int], StepDone]:
 
 
 def estimates(hook: HiddenStateHook, head: Estimator) -> tuple[HiddenStateEstimate, ...]:
-    """What the head says of the states that the last step took."""
+    """The head's predictions for the hidden states of the last step."""
     states = hook.collect()
     if states is None:
         return ()

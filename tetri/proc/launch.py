@@ -1,4 +1,4 @@
-"""Starting and stopping a whole deployment on this machine.
+"""Starts and stops a whole deployment on this machine.
 
 up:    check, lock, write the files, start supervisord, wait until every worker is ready
 down:  stop supervisord and what it started, remove sockets, state and dead shared memory
@@ -35,13 +35,13 @@ from tetri.strict import ConfigError
 
 Report = Callable[[str], None]
 CONF, STATE = "cluster.toml", "cluster.json"
-LOG_LINES = 8  # of a program that keeps dying, as part of the error
-CONFIG_EXIT = 2  # with which a program says that starting it again is of no use
+LOG_LINES = 8  # log lines of a failing program that the error shows
+CONFIG_EXIT = 2  # exit status of a program whose configuration is wrong: a restart does not help
 
 
 def up(config: Config, report: Report, wait_s: float) -> Path:
-    """Start everything and return the run directory. When a program keeps dying, or not all is ready after
-    `wait_s` seconds, everything is stopped again. Raises LaunchError and ModelError."""
+    """Start the deployment and return its run directory. Stops everything again when a program keeps dying, or when the
+    deployment is not ready after `wait_s` seconds. Raises LaunchError and ModelError."""
     config = _checked(config)
     run_dir = _private(config.run_dir)
     supervisor = Supervisor(run_dir)
@@ -57,17 +57,17 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
             report(f"started the broker, the monitor and {len(config.workers)} workers")
             _wait_ready(config, supervisor, report, time.monotonic() + wait_s)
             _write_state(config, supervisor)
-        except BaseException:  # Ctrl-C too: half a deployment is of no use
+        except BaseException:  # also Ctrl-C: half a deployment is useless
             try:
                 report("stopping")
-            finally:  # nobody may be there to hear it
+            finally:  # `report` fails when the terminal is gone
                 _end(run_dir, report)
             raise
     return run_dir
 
 
 def down(run_dir: Path, report: Report = lambda text: None) -> bool:
-    """Stop what runs there, leave nothing but the logs, tell whether anything ran. Raises LaunchError."""
+    """Stop the deployment; only logs and records stay. Returns whether anything ran. Raises LaunchError."""
     if not run_dir.is_dir():
         return False
     with _locked(run_dir):
@@ -79,7 +79,7 @@ def down(run_dir: Path, report: Report = lambda text: None) -> bool:
 
 def _end(run_dir: Path, report: Report) -> None:
     Supervisor(run_dir).stop()
-    name, clients = _written(run_dir / CONF)  # read last: a file that went bad must not keep anything running
+    name, clients = _written(run_dir / CONF)  # read after the stop: a damaged file must not prevent it
     if name:
         sweep(name)
     for path in (run_dir / STATE, run_dir / "supervisord.pid"):
@@ -91,16 +91,16 @@ def _end(run_dir: Path, report: Report) -> None:
                 refuse_live_owner(str(path))
                 path.unlink(missing_ok=True)
             except NetError:
-                report(f"{path} is still in use: a program that was started by hand runs on")
+                report(f"{path} is still in use: a program that was started by hand is still running")
 
 
 def _written(conf: Path) -> tuple[str, str]:
-    """The cluster's name and the clients' address, or as much of them as can be had: "" for the rest."""
+    """(cluster name, clients' address) of the written configuration; "" for what cannot be read."""
     try:
         config = load(conf)
         return config.cluster.name, config.clients_address
     except ConfigError:
-        pass  # of another version, or touched since; or there is none
+        pass  # written by another version, edited, or missing
     try:
         name = tomllib.loads(conf.read_text(encoding="utf-8"))["cluster"]["name"]
         return str(name) if re.fullmatch(CLUSTER_NAME, name) else "", ""
@@ -110,12 +110,12 @@ def _written(conf: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP act as Ctrl-C does: nobody would stop what was started so far."""
+    """Make SIGTERM and SIGHUP act as Ctrl-C, so that `up` stops what it has started so far."""
     before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # under nohup it goes on
+        if handler is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             signal.signal(number, signal.default_int_handler)
     try:
         yield
@@ -129,25 +129,26 @@ def _locked(run_dir: Path) -> Iterator[None]:
     try:
         lock = hold(run_dir / "up.lock")
     except NetError as error:
-        raise LaunchError(f"another tetri-cli up or down is at work: {error}") from None
+        raise LaunchError(f"another tetri-cli up or down is running: {error}") from None
     with lock:
         yield
 
 
 def _checked(config: Config) -> Config:
-    """Whatever can be said before anything is started."""
+    """Check the configuration before anything starts, and make the model's folder absolute. Raises ConfigError and
+    ModelError."""
     predictor.check(config)
     if config.engine.kind == "emulated":
         return config
     folder = models.find(config.model.name)
     if config.model.name in models.KNOWN:
         return config
-    # The programs run in another folder than the one that a relative path is meant from.
+    # The programs run in another working directory, where a relative path would be wrong.
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder)))
 
 
 def _private(run_dir: Path) -> Path:
-    """The run directory, made if needed; nobody else may have a say in it."""
+    """Make the run directory if needed; only its owner may use it. Raises LaunchError."""
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = run_dir.stat()
@@ -191,7 +192,7 @@ def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: f
 
 
 def _ready(client: Client) -> list[str]:
-    """The workers that are ready, and the monitor once a view of it was heard."""
+    """The workers that are ready, and "monitor" once the broker has received a cluster view."""
     try:
         status = client.status()
     except Unreachable:
@@ -201,7 +202,7 @@ def _ready(client: Client) -> list[str]:
 
 
 class _Watch:
-    """Notices a program that keeps dying."""
+    """Detects a program that keeps dying."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
@@ -209,7 +210,7 @@ class _Watch:
         self._silent = 0
 
     def look(self) -> None:
-        """Raises LaunchError when a program died twice, or died of its configuration."""
+        """Check once. Raises LaunchError when a program died twice, or once with CONFIG_EXIT."""
         programs = self._supervisor.programs()
         self._silent = self._silent + 1 if programs is None else 0
         if self._silent > 20:
@@ -224,8 +225,8 @@ class _Watch:
     def _give_up(self, program: Program) -> None:
         path = self._supervisor.log(program.name)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        output = [line for line in lines if line.strip()][-LOG_LINES:] or ["it did not say why"]
-        before = [line for line in output if line != output[-1]]  # the same twice says no more
+        output = [line for line in lines if line.strip()][-LOG_LINES:] or ["no output"]
+        before = [line for line in output if line != output[-1]]  # the last line is shown first
         raise LaunchError("\n    ".join([f"{program.name} does not start: {output[-1]}", *before, f"log: {path}"]))
 
 

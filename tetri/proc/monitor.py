@@ -1,4 +1,4 @@
-"""The monitor process: hears every worker's load, publishes the cluster's view, and watches who should flip."""
+"""The monitor process: receives load reports, publishes the cluster view, and asks the broker for flips."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ NAME = "monitor"
 
 
 def carry_out(network: HubNetwork, logger: logging.Logger, actions: Sequence[Action]) -> None:
+    """Execute the actions of the monitor's core. Raises Broken for an action that a monitor does not have."""
     for action in actions:
         match action:
             case Publish(message):
@@ -40,11 +41,11 @@ def carry_out(network: HubNetwork, logger: logging.Logger, actions: Sequence[Act
                     logger.info("%s should become %s: %s", message.iid, message.role, message.why)
                 network.send(peer, message)
             case _:
-                raise Broken(f"a monitor does no {action}")
+                raise Broken(f"a monitor cannot execute {action}")
 
 
 def serve(config: Config, logger: logging.Logger) -> None:
-    """The whole process: lock, bind, loop until a signal, leave nothing behind."""
+    """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
     build.pin(config.monitor.cpus)
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with hold(config.run_dir / "monitor.lock"), ExitStack() as stack:
@@ -63,6 +64,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
 
 
 def start_of(config: Config) -> MonitorStart:
+    """What the core is built from."""
     made = config.monitor
     return MonitorStart(
         flip=made.flip,
@@ -79,7 +81,7 @@ def start_of(config: Config) -> MonitorStart:
 @click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
 def main(conf: str | None, overrides: tuple[str, ...]) -> None:
-    """Run the monitor of a cluster: it publishes who has how much to do, and lets instances change their role."""
+    """Run the monitor of a cluster. It publishes the load of all instances and asks for changes of role."""
     try:
         serve(load(conf or default_path(), overrides), log.start(NAME))
     except EXPECTED as error:

@@ -1,4 +1,4 @@
-"""The network as a core's actions and events name it."""
+"""Adapts a hub to the actions and events of a core."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ from tetri.wire.events import Arrived
 
 
 class HubNetwork:
-    """Best effort, nothing raises: when a message is lost, timers and beats make up for it."""
+    """Sends messages without a guarantee and without raising: heartbeats and timers repair a lost message."""
 
     def __init__(self, hub: Hub, logger: logging.Logger) -> None:
         self.hub, self.log = hub, logger
         self.disconnect = hub.disconnect
 
     def send(self, peer: str, message: Any) -> None:
+        """Send to one peer."""
         try:
             self.hub.send(peer, message)
         except WireError as error:
             self.log.error("%s %s", error, log.fields(iid=peer))
 
     def publish(self, message: Any) -> None:
+        """Send to all subscribers."""
         try:
             self.hub.publish(message)
         except WireError as error:
             self.log.error("%s", error)
 
     def connect(self, peer: str, address: str) -> None:
+        """Connect to a peer's inbox; a wrong address is logged."""
         try:
             self.hub.connect(peer, address)
-        except NetError as error:  # the peer told a wrong address: it stays unreachable, and status says so
+        except NetError as error:  # the peer sent a wrong address: it stays unreachable, and the status shows it
             self.log.error("%s %s", error, log.fields(iid=peer))
 
 
 def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:
-    """What has come, as a core takes it that has no clients."""
+    """Yield the events of the hub as inputs of a core without clients."""
     for event in hub.poll(timeout):
         yield event.message if isinstance(event, Arrived) else event
 
@@ -50,7 +53,7 @@ def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:
 def received(
     hub: Hub, copies: Copies, others: Sequence[Callable[[], Iterator[Any]]], timeout: float | None
 ) -> Iterator[Any]:
-    """What has come for a worker: messages, then KV, then what else it waits for, each of which wakes the hub."""
+    """Yield the inputs of a worker's core: messages, KV, then the events of `others`. Each source wakes the hub."""
     due = copies.due()
     if due is not None:
         left = max(0.0, due - time.monotonic())

@@ -1,4 +1,4 @@
-"""From a configuration to the predictor of output lengths: which one it is, and how it serves in a worker."""
+"""Chooses the length predictor that the configuration asks for, and runs it in a worker."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from tetri.request import Expected, LengthDistribution
 from tetri.strict import ConfigError
 from tetri.wire.messages import Heartbeat
 
-#: What `auto` takes, the first that is there; an emulated engine has no hidden states.
+# The kinds that `auto` tries in this order. An emulated engine has no hidden states.
 AUTO = {"vllm": (("hidden",), ("classifier",)), "emulated": (("classifier",),)}
-#: Where no training tells how long outputs are: every 100 tokens a quarter of those that are left ends, 400 in the
-#: mean. A few dozen ends of real requests outweigh it.
+# The prior of a model without a trained predictor: every 100 tokens, a quarter of the remaining outputs ends; the mean
+# is 400 tokens. A few dozen finished requests outweigh it.
 NOBODY_KNOWS = LengthDistribution(100, tuple(0.25 * 0.75**bucket for bucket in range(31)) + (0.75**31,))
 Part = TypeVar("Part")
-ALONE_TOKENS = 512  # prompts of more, for a classifier that cuts nothing, are read by themselves
+ALONE_TOKENS = 512  # longer prompts get a batch of their own, if the classifier does not cut prompts
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPredictor:
-    """What there is for this worker. `expected` says it to the core."""
+    """The predictors of a worker; both are None if only the prior predicts. `expected`: what the core gets to know."""
 
     expected: Expected
     classifier: Loaded | None = None
@@ -48,37 +48,38 @@ class LoadedPredictor:
 
 
 def check(config: Config) -> None:
-    """What is wrong with a predictor that was asked for by name, as far as that can be said at once. Raises
-    ConfigError and ModelError."""
+    """Check a predictor that the configuration names, without its encoder. Raises ConfigError and ModelError."""
     kind = config.predictor.kind
     if config.policy.length == "trained" and kind not in ("auto", "prior"):
         _named(config, examine)
 
 
 def load_predictor(config: Config, logger: logging.Logger) -> LoadedPredictor | None:
-    """None unless lengths are predicted by what was learnt. Asked for by its name a predictor must be there; `auto`
-    goes on with the prior, and says why. Raises ConfigError and ModelError, one line."""
+    """Load the worker's predictor; None unless policy.length is "trained".
+
+    A kind that the configuration names must load. `auto` falls back to the prior and logs why. Raises ConfigError and
+    ModelError."""
     if config.policy.length != "trained":
         return None
     if config.engine.kind == "vllm":
-        prepare_environment()  # before anything imports torch
+        prepare_environment()  # must precede the import of torch
     kind = config.predictor.kind
     if kind == "prior":
         return LoadedPredictor(_prior(config, "as the configuration wants it"))
     if kind != "auto":
         named, parts = _named(config, load)
-        return _together(parts, named)
-    folder, weights = _place(config)
+        return _combined(parts, named)
+    folder, weights = _location(config)
     if folder is None:
         model = "an emulated engine" if config.engine.kind == "emulated" else f"model {config.model.name}"
         return LoadedPredictor(_prior(config, f"no predictor: tetri brings none for {model}"))
-    whys: list[str] = []
+    reasons: list[str] = []
     for kinds in AUTO[config.engine.kind]:
         try:
-            return _together({each: load(folder, each, weights) for each in kinds}, folder, *whys)
+            return _combined({each: load(folder, each, weights) for each in kinds}, folder, *reasons)
         except PredictError as error:
-            whys.append(str(error))
-    return _fallen_back(config, logger, whys[0])
+            reasons.append(str(error))
+    return _fallen_back(config, logger, reasons[0])
 
 
 def _fallen_back(config: Config, logger: logging.Logger, why: str) -> LoadedPredictor:
@@ -87,9 +88,9 @@ def _fallen_back(config: Config, logger: logging.Logger, why: str) -> LoadedPred
 
 
 def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path, dict[str, Part]]:
-    """The parts of the predictor that was asked for. Raises ConfigError."""
+    """(folder, parts by kind) of the predictor that the configuration names. Raises ConfigError and ModelError."""
     kind = config.predictor.kind
-    folder, weights = _place(config)
+    folder, weights = _location(config)
     if folder is None:
         raise ConfigError(
             f'predictor.kind = "{kind}": tetri brings no predictor for model {config.model.name}: train one with'
@@ -101,18 +102,21 @@ def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path
         raise ConfigError(f'predictor.kind = "{kind}": {error}') from None
 
 
-def _together(loaded: dict[str, Loaded], folder: Path, *whys: str) -> LoadedPredictor:
-    """Of both the hidden states' prior and calibration are used: theirs is the last word. `whys`: why not another."""
+def _combined(loaded: dict[str, Loaded], folder: Path, *reasons: str) -> LoadedPredictor:
+    """Combine the loaded kinds. With both, prior and calibration are those of the kind hidden, which predicts last.
+
+    `reasons`: why other kinds were not chosen, for the status."""
     one = loaded.get("hidden") or loaded["classifier"]
     kind = "both" if len(loaded) == len(KINDS) else one.card.kind
     trained = f", trained {one.card.date}" if one.card.date else ""
-    expected = one.expected("; ".join([f"from {_name(folder)}{trained}", *whys]))
+    expected = one.expected("; ".join([f"from {_name(folder)}{trained}", *reasons]))
     return LoadedPredictor(msgspec.structs.replace(expected, kind=kind), loaded.get("classifier"), loaded.get("hidden"))
 
 
-def _place(config: Config) -> tuple[Path | None, str]:
-    """The predictor's folder, None where there is no place to look in, and the hash of the weights that it must be for.
-    An emulated engine has none: any may be, and tetri's own is the one of the model that it stands for."""
+def _location(config: Config) -> tuple[Path | None, str]:
+    """(the predictor's folder or None, hash of the weights that the predictor must be for; "": any).
+
+    An emulated engine has no weights: it takes any predictor, and tetri's own one for the model that it emulates."""
     chosen = Path(config.predictor.folder) if config.predictor.folder else None
     if config.engine.kind == "emulated":
         own = SHIPPED / config.model.name
@@ -123,7 +127,7 @@ def _place(config: Config) -> tuple[Path | None, str]:
 
 
 def _prior(config: Config, note: str) -> Expected:
-    """The lengths that this model wrote in training, if anybody has trained a predictor for it."""
+    """The prior of this model: from the card of a trained predictor if there is one, else NOBODY_KNOWS."""
     card = _any_card(config)
     if card is None:
         return Expected("prior", NOBODY_KNOWS, (), f"{note}; nothing is known of this model's lengths yet")
@@ -131,7 +135,7 @@ def _prior(config: Config, note: str) -> Expected:
 
 
 def _any_card(config: Config) -> Card | None:
-    folder, weights = _place(config)
+    folder, weights = _location(config)
     if folder is None:
         return None
     for kind in KINDS:
@@ -152,27 +156,35 @@ def _name(folder: Path) -> str:
 
 
 class AskedPrompts(Protocol):
-    """A classifier that serves: tetri.predict.serve.Parallel or Sequential."""
+    """A classifier at work: tetri.predict.serve.Parallel or Sequential."""
 
     @property
-    def trouble(self) -> str: ...
+    def trouble(self) -> str:
+        """Why there are no predictions at present; "" if there are."""
 
     @property
-    def cut(self) -> int: ...
+    def cut(self) -> int:
+        """Prompts that were too long to be read completely."""
 
     @property
-    def unread(self) -> int: ...
+    def unread(self) -> int:
+        """Prompts that were dropped because too many waited."""
 
-    def ask(self, key: str, prompt: tuple[int, ...]) -> Answer | None: ...
+    def ask(self, key: str, prompt: tuple[int, ...]) -> Answer | None:
+        """Predict a prompt. Returns its answer, or None if `answers` will yield it later."""
 
-    def answers(self) -> Iterator[Answer]: ...
+    def answers(self) -> Iterator[Answer]:
+        """Yield the answers since the last call."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the thread, if there is one."""
 
 
 class PredictorServing:
-    """The predictor of one worker, as its core's actions and its beats know it. `expected` says to the core what to
-    expect of it; `step` is the engine's, with what its hidden states foretell if they are read."""
+    """The predictor of one worker, behind the core's Predict action and in its heartbeats.
+
+    `expected`: prior and calibration for the core. `step`: the engine's step, with hidden-state estimates if the
+    predictor reads hidden states."""
 
     def __init__(
         self,
@@ -186,28 +198,29 @@ class PredictorServing:
         self.close = classifier.close if classifier is not None else lambda: None
 
     def predict(self, wanted: Predict) -> LengthKnown | None:
+        """Execute a Predict action. Returns the prediction, or None if `known` will yield it later."""
         if self._classifier is None:
             return LengthKnown(wanted.key, None)
         answer = self._classifier.ask(wanted.key, wanted.prompt)
         return None if answer is None else _known(answer)
 
     def known(self) -> Iterator[LengthKnown]:
-        """What was named since it was asked last."""
+        """Yield the predictions since the last call."""
         return map(_known, self._classifier.answers()) if self._classifier is not None else iter(())
 
     def with_status(self, heartbeat: Heartbeat) -> Heartbeat:
-        """The beat, with what the core cannot know: whether the predictor works at all, and what it has read."""
+        """Add what the core does not know to a heartbeat: whether the predictor works, and what it has not read."""
         status, parts = heartbeat.predictor, [part for part in (self._classifier, self._head) if part is not None]
         if status is None or not parts:
             return heartbeat
         troubles = [part.trouble for part in parts if part.trouble]
-        asked = self._classifier
+        classifier = self._classifier
         status = msgspec.structs.replace(
             status,
             on=status.on and len(troubles) < len(parts),
             note="; ".join(filter(None, [status.note, *troubles])),
-            cut=0 if asked is None else asked.cut,
-            unread=0 if asked is None else asked.unread,
+            cut=0 if classifier is None else classifier.cut,
+            unread=0 if classifier is None else classifier.unread,
         )
         return msgspec.structs.replace(heartbeat, predictor=status)
 
@@ -215,9 +228,10 @@ class PredictorServing:
 def serving_of(
     predictor: LoadedPredictor, engine: Engine, config: Config, wake: Callable[[], None], logger: logging.Logger
 ) -> PredictorServing:
-    """`wake` ends the worker's wait, from any thread. Raises EngineError and ConfigError when the engine shows no
-    hidden states to one that reads them, unless `auto` has chosen it: then it is the prior's turn. Also ModelError and
-    TextError, of the tokeniser."""
+    """Start the predictor of a worker. `wake` ends the worker's wait, from any thread.
+
+    If the engine has no hidden states for a predictor that reads them, `auto` falls back to the prior; any other kind
+    raises ConfigError. Also raises ModelError and TextError, of the tokeniser."""
     head: Steady | None = None
     step: Callable[[int], StepDone] = engine.step
     if predictor.hidden is not None:
@@ -228,12 +242,14 @@ def serving_of(
             if config.predictor.kind != "auto":
                 raise ConfigError(f'predictor.kind = "{config.predictor.kind}": {error}') from None
             return PredictorServing(_fallen_back(config, logger, str(error)).expected, engine.step)
-    classifier = None if predictor.classifier is None else asked(predictor.classifier, config, wake, logger)
+    classifier = None if predictor.classifier is None else start_classifier(predictor.classifier, config, wake, logger)
     return PredictorServing(predictor.expected, step, classifier, head)
 
 
-def asked(classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger) -> AskedPrompts:
-    """Ready to be asked. Raises ModelError and TextError."""
+def start_classifier(
+    classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger
+) -> AskedPrompts:
+    """Start a classifier in the configured mode. Raises ModelError and TextError."""
     cut = classifier.card.cut
     reading = Reading(classifier, reader(build.tokenizer(config)), cut, logger)
     if config.predictor.mode == "sequential":
@@ -247,11 +263,12 @@ def _known(answer: Answer) -> LengthKnown:
 
 
 class StatusNetwork:
-    """A worker's network, over which beats go with the predictor's own part."""
+    """A worker's network that adds the predictor's status to heartbeats."""
 
     def __init__(self, network: Network, serving: PredictorServing) -> None:
         self.network, self.serving = network, serving
         self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
 
     def send(self, peer: str, message: Any) -> None:
+        """Send to one peer."""
         self.network.send(peer, self.serving.with_status(message) if isinstance(message, Heartbeat) else message)

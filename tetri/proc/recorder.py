@@ -1,9 +1,10 @@
-"""What a core heard and said, in a file: with `[cluster] record = true` every process writes
-`<run_dir>/record/<name>-<incarnation>.events`, from which `tetri-cli sim replay` builds fresh cores and feeds them
-the same events. They must say the same.
+"""Records the inputs and actions of a core in a file, for `tetri-cli sim replay`.
 
-The file: `tetri-events 1\\n`, then records, each four bytes of length (big endian) and one MessagePack array. The
-first record holds what the core was made from, the others one call each: its verb, the time, the event, the actions.
+With `[cluster] record = true`, every process writes `<run_dir>/record/<name>-<incarnation>.events`. The replay feeds
+the same events to fresh cores, which must return the same actions.
+
+The file: `tetri-events 1\\n`, then records of four bytes length (big endian) and one MessagePack value. The first
+record has what the core was built from; each other record has one call: its verb, the time, the event, the actions.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MAGIC = b"tetri-events 1\n"
 MAX_BYTES = 64 << 20  # of one record
 C = TypeVar("C")
 
-#: every type that an event or an action may have, by its name
+# Every type of an event or an action, by its name.
 KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for module in (request, engine_request, messages, handover, clients, events, actions)
@@ -48,11 +49,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class RecordError(ValueError):
-    """A file is no record of a core; one line that says why."""
+    """A file is not a record of a core. The message is one line."""
 
 
 class BrokerStart(msgspec.Struct, frozen=True, tag="broker"):
-    """What a broker's core is made from. `seed` of its chance, `now` as it was."""
+    """What a broker's core is built from. `seed`: of its random numbers. `now`: time at its start, in seconds."""
 
     limits: Limits
     rules: Rules
@@ -64,23 +65,25 @@ class BrokerStart(msgspec.Struct, frozen=True, tag="broker"):
     chunk_tokens: int
 
     def core(self) -> Broker:
+        """Build a fresh core."""
         rng, of = Random(self.seed), (self.model, self.cost, self.chunk_tokens)
         return Broker(self.limits, self.rules, self.epoch, rng, self.now, *of)
 
 
 class WorkerStart(msgspec.Struct, frozen=True, tag="worker"):
-    """What a worker's core is made from."""
+    """What a worker's core is built from. `seed`: of its random numbers. `now`: time at its start, in seconds."""
 
     own: Identity
     seed: int
     now: float
 
     def core(self) -> Worker:
+        """Build a fresh core."""
         return Worker(self.own, Random(self.seed), self.now)
 
 
 class MonitorStart(msgspec.Struct, frozen=True, tag="monitor"):
-    """What a monitor's core is made from. Times in seconds."""
+    """What a monitor's core is built from. Times in seconds."""
 
     flip: str
     settings: FlipSettings
@@ -91,6 +94,7 @@ class MonitorStart(msgspec.Struct, frozen=True, tag="monitor"):
     now: float
 
     def core(self) -> Monitor:
+        """Build a fresh core."""
         return Monitor(
             self.flip, self.settings, self.epoch, self.load_s, self.now, stale_s=self.stale_s, gone_s=self.gone_s
         )
@@ -100,7 +104,7 @@ Start = BrokerStart | WorkerStart | MonitorStart
 
 
 class RecordedCall(msgspec.Struct, frozen=True, array_like=True):
-    """One call of a core: `verb` is handle or tick; `event` is empty for a tick. Values are (type's name, fields)."""
+    """One call of a core: `verb` is handle or tick; `event` is [] for a tick. A value is (type's name, fields)."""
 
     verb: str
     now: float
@@ -109,18 +113,22 @@ class RecordedCall(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Verbs(Protocol):
-    def handle(self, event: Any, now: float) -> Sequence[Any]: ...
+    """The methods of a core that take input."""
 
-    def tick(self, now: float) -> Sequence[Any]: ...
+    def handle(self, event: Any, now: float) -> Sequence[Any]:
+        """Process an event at the time `now`, in seconds. Returns actions."""
+
+    def tick(self, now: float) -> Sequence[Any]:
+        """Process the timers that are due. Returns actions."""
 
 
 class Recorder:
-    """A core that writes down what it hears and says; whatever else is asked of it, the core inside answers."""
+    """Wraps a core and records its inputs and actions. All other attributes are those of the core."""
 
     def __init__(self, core: Verbs, start: Start, path: Path) -> None:
         self._core, self._path = core, path
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        # Nothing is buffered here: what a killed process has heard is in the file.
+        # Not buffered, so that the file is complete when the process is killed.
         self._file: FileIO | None = FileIO(path, "xb")
         self._file.write(MAGIC + framed(_encoder.encode(start)))
 
@@ -143,7 +151,7 @@ class Recorder:
             self._file = None
 
     def _write(self, call: RecordedCall) -> None:
-        """What cannot be written ends the record, not the process: what is there is good so far."""
+        """Append a call. A failed write ends the record, not the process; the record is valid up to there."""
         if self._file is None:
             return
         data = framed(_encoder.encode(call))
@@ -152,14 +160,14 @@ class Recorder:
         except OSError as error:
             written, why = 0, error.strerror or str(error)
         else:
-            why = "no room"
+            why = "no space left"
         if written != len(data):
             logging.getLogger("tetri.record").error("%s: nothing more is recorded: %s", self._path, why)
             self.close()
 
 
 def recorded(core: C, start: Start, config: Config, name: str, incarnation: int, stack: ExitStack) -> C:
-    """`core`, with a recorder around it when the cluster is to be recorded."""
+    """Return `core`, wrapped in a recorder if the configuration asks for records."""
     if not config.cluster.record:
         return core
     recorder = Recorder(cast(Verbs, core), start, config.run_dir / "record" / f"{name}-{incarnation:016x}.events")
@@ -168,6 +176,7 @@ def recorded(core: C, start: Start, config: Config, name: str, incarnation: int,
 
 
 def raw(value: Any) -> tuple[str, msgspec.Raw]:
+    """Encode an event or action as (name of its type, fields). Raises RecordError."""
     name = type(value).__name__
     if KINDS.get(name) is not type(value):
         raise RecordError(f"{name} is no event and no action that can be recorded")
@@ -175,7 +184,7 @@ def raw(value: Any) -> tuple[str, msgspec.Raw]:
 
 
 def value(pair: tuple[str, msgspec.Raw]) -> Any:
-    """The event or action that `raw` made this from."""
+    """Decode an event or action that `raw` has encoded. Raises RecordError and msgspec.MsgspecError."""
     name, data = pair
     if name not in KINDS:
         raise RecordError(f"there is no event or action called {name!r}")
@@ -183,12 +192,13 @@ def value(pair: tuple[str, msgspec.Raw]) -> Any:
 
 
 def framed(data: bytes) -> bytes:
+    """Put the length before a record."""
     return len(data).to_bytes(4, "big") + data
 
 
 def read(path: Path) -> tuple[Start, Iterator[RecordedCall]]:
-    """What the core was made from, and its calls in order. A last record that is cut off (its process was killed
-    while it wrote) is left out. Raises RecordError, the iterator too."""
+    """(what the core was built from, its calls in order). Ignores an incomplete last record, which a killed process
+    leaves. Raises RecordError, also while iterating."""
     try:
         records = _records(path)
         start: Start = msgspec.msgpack.decode(next(records), type=Start)

@@ -1,4 +1,4 @@
-"""The events of a record, fed to a fresh core: does it say what the first one said?"""
+"""Replays a record: feeds its events to a fresh core and compares the actions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import msgspec
 
 from tetri.proc.recorder import RecordedCall, RecordError, raw, read, value
 
-SHOWN_CHARS = 400  # of one action, in a difference
+SHOWN_CHARS = 400  # longest text of one action in a difference
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """`difference` is None when every action was the same; otherwise the first that was not, in a few lines."""
+    """Result of one replay. `difference` shows the first action that differs, in a few lines; None if all are equal."""
 
     name: str
     kind: str
@@ -28,11 +28,11 @@ class Replayed:
 
 
 def replay(path: Path) -> Replayed:
-    """Feed one record to a fresh core, up to the first difference. Raises RecordError."""
+    """Replay one record up to the first difference. Raises RecordError."""
     start, calls = read(path)
     try:
         core: Any = start.core()
-    except (ValueError, LookupError) as error:  # policies that this version does not have
+    except (ValueError, LookupError) as error:  # a policy that this version does not have
         raise RecordError(f"{path}: no core can be made from it: {error}") from None
     kind = type(core).__name__.lower()
     events = ticks = actions = 0
@@ -49,12 +49,18 @@ def replay(path: Path) -> Replayed:
 
 
 def _play(core: Any, call: RecordedCall) -> list[tuple[str, msgspec.Raw]] | str:
-    """What the core says to this call; a text that says what went wrong."""
+    """The core's actions for this call; a text if the call fails."""
     try:
         answered = core.tick(call.now) if call.verb == "tick" else core.handle(value(call.event[0]), call.now)
     except (RecordError, msgspec.MsgspecError) as error:
         return f"the event cannot be read: {error}"
-    except (AssertionError, LookupError, ValueError, TypeError, AttributeError) as error:  # it never was there before
+    except (
+        AssertionError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the recorded core did not fail here
         return f"the core fails: {error!r}"
     return [raw(action) for action in answered]
 
@@ -63,7 +69,7 @@ def _first(was: list[tuple[str, msgspec.Raw]], now: list[tuple[str, msgspec.Raw]
     for index, (old, new) in enumerate(zip_longest(was, now)):
         if old != new:
             return f"action {index + 1}\n  then {_shown(old)}\n  now  {_shown(new)}"
-    raise AssertionError("two lists that differ and do not")
+    raise AssertionError("the two lists are equal")
 
 
 def _described(call: RecordedCall) -> str:
@@ -80,7 +86,7 @@ def _shown(pair: tuple[str, msgspec.Raw] | None) -> str:
 
 
 def records(folder: Path) -> list[Path]:
-    """The records in a folder, or in the `record` folder of a run directory. Raises RecordError."""
+    """Paths of the records in a folder, or in the `record` folder of a run directory. Raises RecordError."""
     for place in (folder, folder / "record"):
         found = sorted(place.glob("*.events"))
         if found:

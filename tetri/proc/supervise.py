@@ -1,4 +1,4 @@
-"""supervisord of one deployment: its configuration, start and end, questions to it, and what it started."""
+"""Controls the supervisord of one deployment: writes its configuration, starts, queries and stops it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from typing import Any
 
 from tetri.config import Config
 
-RPC_S = 5.0  # for an answer of supervisord, which may hang
-STOP_S = 20  # from SIGTERM to SIGKILL: on a busy machine an engine takes long to let go
-_GONE = (OSError, http.client.HTTPException, xmlrpc.client.Error)  # supervisord does not answer, or is just going down
+RPC_S = 5.0  # time limit of a call to supervisord, which may hang
+STOP_S = 20  # from SIGTERM to SIGKILL: on a busy machine an engine needs long to end
+_GONE = (OSError, http.client.HTTPException, xmlrpc.client.Error)  # supervisord does not answer, or is shutting down
 
 
 class LaunchError(RuntimeError):
-    """A deployment cannot be started or stopped; the first line says what to do."""
+    """A deployment cannot be started or stopped. The first line of the message tells what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One process under supervisord. `started`: when it last was, in seconds; `pid` is 0 when it does not
-    run, and then `exit_status` is that of its last end."""
+    """One program under supervisord. `started`: time of its last start, in seconds since the epoch. `pid` is 0 when it
+    does not run; then `exit_status` is the status of its last end."""
 
     name: str
     state: str
@@ -42,40 +42,44 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Supervisor:
+    """The supervisord of the deployment in `run_dir`."""
+
     run_dir: Path
 
     @property
     def socket(self) -> Path:
+        """Path of supervisord's RPC socket."""
         return self.run_dir / "supervisor.sock"
 
     def log(self, program: str) -> Path:
+        """Path of a program's log."""
         return self.run_dir / "log" / f"{program}.log"
 
     def write(self, commands: dict[str, list[str]]) -> None:
-        """The configuration: one program per command. Raises LaunchError."""
+        """Write the configuration, one program per command, and remove old logs. Raises LaunchError."""
         if any(char in str(self.run_dir) for char in ';#%\n"'):
             raise LaunchError(f"supervisord cannot read a run directory named {self.run_dir}: set another")
         self.log("x").parent.mkdir(exist_ok=True)
         for old in self.log("x").parent.glob("*.log*"):
             old.unlink()
         programs = [_program(name, command, self.log(name)) for name, command in commands.items()]
-        user = ["user=root"] if os.getuid() == 0 else []  # said aloud, or it warns
+        user = ["user=root"] if os.getuid() == 0 else []  # without this line, supervisord warns
         text = _HEAD.format(run_dir=self.run_dir, user="\n".join(user))
         group = f"[group:tetri]\nprograms={','.join(commands)}\n"  # or a SIGTERM to it would end one after the other
         (self.run_dir / "supervisord.conf").write_text("\n".join([text, *programs, group]))
 
     def start(self) -> None:
-        """Returns when supervisord has gone into the background. Raises LaunchError."""
+        """Start supervisord; return when it runs in the background. Raises LaunchError."""
         command = [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", "supervisord.conf"]
         done = subprocess.run(
             command, cwd=self.run_dir, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            output = (done.stdout + done.stderr).strip().splitlines() or ["it did not say why"]
+            output = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
             raise LaunchError(f"supervisord does not start: {output[0]}")
 
     def pid(self) -> int | None:
-        """Of the supervisord that answers; None when none does."""
+        """Pid of the supervisord; None when it does not answer."""
         try:
             with self._rpc() as rpc:
                 return int(rpc.getPID())
@@ -83,7 +87,7 @@ class Supervisor:
             return None
 
     def programs(self) -> list[Program] | None:
-        """None when supervisord does not answer."""
+        """State of all programs; None when supervisord does not answer."""
         try:
             with self._rpc() as rpc:
                 found = rpc.getAllProcessInfo()
@@ -95,9 +99,9 @@ class Supervisor:
         return {program.pid for program in self.programs() or ()} - {0}
 
     def stop(self) -> None:
-        """End supervisord and all that it started, whatever state they are in. Raises LaunchError."""
+        """End supervisord and all that it started, in whatever state they are. Raises LaunchError."""
         if self.pid() is not None:
-            # supervisord looks after its programs when it is asked something, or once a second.
+            # supervisord notices that a program has ended when it is asked something, or once a second.
             with contextlib.suppress(*_GONE), self._rpc() as rpc:
                 until = time.monotonic() + STOP_S + RPC_S
                 while (pids := self._running()) and time.monotonic() < until:
@@ -107,18 +111,18 @@ class Supervisor:
             with contextlib.suppress(*_GONE), self._rpc() as rpc:
                 rpc.shutdown()
                 _wait_gone(self.chiefs(), STOP_S)
-        # Whoever is left was not reached, or supervisord died before its programs; it first: it starts them again.
+        # Processes are left if supervisord hung, or died before them. End it first, or it restarts them.
         left = [*_end_all(self.chiefs), *_end_all(self.started)]
         if left:
             raise LaunchError(f"processes {', '.join(map(str, sorted(left)))} cannot be stopped: end them by hand")
 
     def alive(self) -> list[int]:
-        """The pids of all that lives of this deployment, supervisord first."""
+        """Pids of all living processes of this deployment, supervisord first."""
         return [*self.chiefs(), *self.started()]
 
     def chiefs(self) -> list[int]:
-        """The pids of this run directory's supervisord, whether it answers or not: as the system tells, for
-        its own files may be gone or be those of a dead one."""
+        """Pids of this run directory's supervisord, whether it answers or not. Reads /proc, because the pid file may be
+        missing or outdated."""
         found = []
         for pid, arguments in _of_processes("cmdline"):
             if b"supervisor.supervisord" in arguments:
@@ -128,7 +132,7 @@ class Supervisor:
         return found
 
     def started(self) -> list[int]:
-        """The pids of all living processes that this run directory's supervisord started, or they did."""
+        """Pids of all living descendants of this run directory's supervisord."""
         mark = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self.socket)
         return [pid for pid, environment in _of_processes("environ") if mark in environment]
 
@@ -139,7 +143,7 @@ class Supervisor:
         transport = SupervisorTransport(None, None, serverurl=f"unix://{self.socket}")
         plain = transport._get_connection
 
-        def with_limit() -> Any:  # supervisor itself knows none
+        def with_limit() -> Any:  # supervisor's transport has no time limit
             connection = plain()
             connection.sock = _connected(self.socket, RPC_S if limit_s is None else limit_s)
             return connection
@@ -152,7 +156,7 @@ class Supervisor:
 
 
 def commands(config: Config, conf: Path) -> dict[str, list[str]]:
-    """What to run: broker, monitor and every worker, from the environment's own programs. Raises LaunchError."""
+    """The command line of the broker, the monitor and each worker, by program name. Raises LaunchError."""
     folder = Path(sys.executable).parent
     for name in ("tetri-broker", "tetri-monitor", "tetri-worker"):
         if not (folder / name).exists():
@@ -195,7 +199,7 @@ stdout_logfile_backups=1
 
 
 def _program(name: str, command: list[str], log: Path) -> str:
-    line = shlex.join(command).replace("%", "%%")  # or supervisord would replace %(name)s
+    line = shlex.join(command).replace("%", "%%")  # supervisord expands %(name)s
     return _PROGRAM.format(name=name, command=line, log=log, stop_s=STOP_S)
 
 
@@ -211,7 +215,7 @@ def _connected(path: Path, limit_s: float) -> socket.socket:
 
 
 def _of_processes(fact: str) -> Iterator[tuple[int, list[bytes]]]:
-    """Of every living process: its environment or its command line."""
+    """Yield (pid, parts) for every process; `fact` is "environ" or "cmdline"."""
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):  # it ended, or is another user's
@@ -227,7 +231,7 @@ def _alive(pid: int) -> bool:
 
 
 def _end_all(find: Callable[[], list[int]]) -> list[int]:
-    """End what `find` finds until it finds nothing more; those that nothing could end."""
+    """End the processes that `find` returns, until it returns none. Returns those that could not be ended."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         reported: set[int] = set()
         until = time.monotonic() + STOP_S
@@ -242,7 +246,7 @@ def _end_all(find: Callable[[], list[int]]) -> list[int]:
 
 
 def _wait_gone(pids: Iterable[int], limit_s: float) -> list[int]:
-    """Those that still live after so long."""
+    """Wait for these processes to end. Returns those that still live after `limit_s` seconds."""
     until = time.monotonic() + limit_s
     left = list(pids)
     while (left := [pid for pid in left if _alive(pid)]) and time.monotonic() < until:

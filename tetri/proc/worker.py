@@ -1,4 +1,4 @@
-"""The worker process: one engine, one core, one loop. Its role says which half takes new work."""
+"""The worker process: one engine and one core that runs both phases. Its role decides which new work it gets."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ RESERVED = (BROKER, "monitor", "supervisord")
 
 
 def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
+    """The KV copies between engine and store; failed copies are logged."""
+
     def note(error: Exception, key: str, chunk: int) -> None:
         level = logging.WARNING if isinstance(error, KVLost) else logging.ERROR
         logger.log(level, "%s %s", error, log.fields(key=key, chunk=chunk))
@@ -58,8 +60,7 @@ def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
 def executor_of(
     core: Worker, engine: Engine, copies: Copies, network: Network, serving: PredictorServing | None
 ) -> WorkerExecutor:
-    """What the core says is done by this engine, its copies and this network; lengths are named by `serving`, or by
-    the policy alone."""
+    """The action executor of a worker. `serving` predicts lengths; if it is None, the length policy does."""
     rules, rng = core.own.rules, Random(core.own.incarnation)
 
     def by_policy(wanted: Predict) -> LengthKnown:
@@ -72,8 +73,8 @@ def executor_of(
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
-    """The whole process: build, register, loop until a signal, leave nothing behind. `broker` is the address at
-    which the broker takes workers' events."""
+    """Run the process: build the parts, connect, loop until a signal, clean up. `broker`: the broker's address for
+    worker events."""
     build.pin(config.worker(iid).cpus)
     predicts = config.policy.length == "trained"
     if predicts:  # numpy comes with it
@@ -82,7 +83,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         hub = Hub(logger)
         stack.callback(hub.close)
         predictor = load_predictor(config, logger) if predicts else None
-        # Seconds to minutes; a signal simply ends the process until here.
+        # Takes seconds to minutes; until it is done, a signal ends the process at once.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
         serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)
         stack.callback(serving.close if serving is not None else lambda: None)
@@ -109,7 +110,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
 
 
 def joined(config: Config, iid: str, role: str | None, cpus: str | None, gpu: int | None = None) -> Config:
-    """The configuration with this worker in it: one that is started by hand need not stand in the file."""
+    """Add this worker to the configuration, or override its settings. Raises ConfigError."""
     known = {worker.iid: worker for worker in config.workers}
     if role is None and iid not in known:
         raise ConfigError(f"no [[worker]] is called {iid!r} (known: {', '.join(known)}): give --role as well")
@@ -123,11 +124,11 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None, gpu: in
 
 @click.command()
 @click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
-@click.option("--iid", required=True, help="Which [[worker]] of the file to be, or a new one's name.")
-@click.option("--role", type=click.Choice(ROLES), help="Needed when the file has no such worker.")
-@click.option("--cpus", help='CPUs to stay on, such as "0" or "0-1".')
-@click.option("--gpu", type=click.IntRange(-1, 63), help="GPU to compute on, or to keep the KV slab on; -1: none.")
-@click.option("--broker", help="Where the broker takes workers' events; the cluster's own by default.")
+@click.option("--iid", required=True, help="Name of a [[worker]] in the file, or a new name.")
+@click.option("--role", type=click.Choice(ROLES), help="Role; required if the file has no such worker.")
+@click.option("--cpus", help='CPUs to run on, such as "0" or "0-1".')
+@click.option("--gpu", type=click.IntRange(-1, 63), help="GPU of the engine or of the KV slab; -1: none.")
+@click.option("--broker", help="Address of the broker for worker events (default: as in the file).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
 def main(
     conf: str | None,
@@ -138,7 +139,7 @@ def main(
     broker: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Run one worker. It registers with the broker of the cluster and takes work as its role says."""
+    """Run one worker. It registers with the broker and takes the work of its role."""
     try:
         config = joined(load(conf or default_path(), overrides), iid, role, cpus, gpu)
         serve(config, iid, broker or config.events_address, log.start(f"worker-{iid}"))

@@ -1,1 +1,1 @@
-"""From a real engine to a cost table: `scenes` says what is run, `measure` runs it, `fit` finds the table."""
+"""Measures an engine and builds its cost table: `scenes` chooses what to run, `measure` times it, `fit` fits it."""

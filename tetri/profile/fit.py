@@ -1,9 +1,9 @@
-"""From measured points to a cost table, and how well the table says what was measured.
+"""Fits a cost table to measured points, and reports the errors of the fit.
 
-Both halves have the same form: a step of x tokens (or requests) takes curve(x) + slope x load, where the load of a
-chunk is its tokens times those before it, and that of a decode step the tokens of all contexts. Points with the same x
-and different loads tell the slope, by least squares of relative errors, in which disturbed points weigh little; what it
-leaves of each point tells the curve, by medians that are then made monotonic.
+Prefill and decode use the same model: a step of x tokens (or requests) takes curve(x) + slope * load seconds. The load
+of a chunk is its tokens times the tokens before it; the load of a decode step is the tokens of all contexts. Points
+with equal x and different loads give the slope, by least squares of relative errors in which disturbed points weigh
+little. The rest of each point gives the curve, by medians that are then made monotonic.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from tetri.cost import Cost, Curve
 from tetri.profile.measure import MeasuredPoint, ProfileError
 
 KINDS = ("prefill", "decode", "packed", "mixed")
-PEAK_SHARE = 0.95  # of the best prefill rate, at the knee
-DIGITS = 5  # of every number in a table
-PASSES = 20  # of weighing and fitting in turn
-FAR = 0.02  # a relative error beyond which a point pulls no harder on the slope (Huber)
+PEAK_SHARE = 0.95  # the knee has this share of the best prefill rate
+DIGITS = 5  # significant digits of all numbers in a table
+PASSES = 20  # iterations of weighting and fitting
+FAR = 0.02  # relative error from which a point's influence on the slope no longer grows (Huber)
 
 Row = tuple[float, float, float]  # x, load, seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Errors of predicted seconds, as a share of the measured ones; `r2` of the seconds (0 of a single point)."""
+    """Errors of the predicted seconds. `mean`, `worst`: relative to the measured seconds; `r2`: coefficient of
+    determination of the seconds, 0 for a single point."""
 
     points: int
     mean: float
@@ -38,9 +39,9 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """`cost` has the curves, the slopes and the knee. `quality` of "fitted" and of "held out" points, and of both
-    kinds by the kind of step (see `kind_of`): "decode" and "decode, held out". `spread`: mean over the points of
-    Point.spread, what the machine itself varies by."""
+    """The result of a fit. `cost`: the cost table. `quality`: by group of points: "fitted" and "held out", and both for
+    each kind of step (`kind_of`), such as "decode" and "decode, held out". `spread`: mean of MeasuredPoint.spread, the
+    machine's own variation. `notes`: what could not be measured, one line each."""
 
     cost: Cost
     quality: dict[str, Quality]
@@ -49,7 +50,7 @@ class Fit:
 
 
 def fit(points: Sequence[MeasuredPoint]) -> Fit:
-    """Raises ProfileError when the points cannot make a table."""
+    """Fit a cost table. Raises ProfileError when the points do not suffice or contradict one another."""
     if not points or min(point.seconds for point in points) <= 0:
         raise ProfileError("steps that take no time cannot be measured: give the emulated engine a cost table")
     seen = [point for point in points if not point.held_out]
@@ -73,20 +74,21 @@ def fit(points: Sequence[MeasuredPoint]) -> Fit:
 
 
 def kind_of(point: MeasuredPoint) -> str:
-    """prefill: a chunk of one prompt. packed: of several. decode: a decode step. mixed: both in one step."""
+    """The kind of step. prefill: a chunk of one prompt; packed: a chunk of several; decode: a decode step; mixed: chunk
+    and decodes in one step."""
     if point.what.batch:
         return "mixed" if point.what.chunk else "decode"
     return "prefill" if len(point.what.chunk) == 1 else "packed"
 
 
 def knee(prefill: Curve) -> int:
-    """The smallest measured chunk with PEAK_SHARE of the best rate (tokens a second) of all measured chunks."""
+    """The smallest measured chunk, in tokens, with PEAK_SHARE of the best rate (tokens a second) of all chunks."""
     peak = max(tokens / seconds for tokens, seconds in prefill)
     return int(min(tokens for tokens, seconds in prefill if tokens / seconds >= PEAK_SHARE * peak))
 
 
 def curve_and_slope(rows: Sequence[Row]) -> tuple[Curve, float | None]:
-    """The curve by x, and seconds per unit of load; None when no x was measured under two loads."""
+    """The curve over x, and the slope in seconds per unit of load, None when no x was measured with two loads."""
     slope = _slope(rows)
     groups: dict[float, list[float]] = defaultdict(list)
     for x, load, seconds in rows:
@@ -97,7 +99,7 @@ def curve_and_slope(rows: Sequence[Row]) -> tuple[Curve, float | None]:
 
 
 def _slope(rows: Sequence[Row]) -> float | None:
-    """Least squares of relative errors over all x at once: a level for each x, and one slope for all."""
+    """The slope, by least squares of relative errors over all x at once: one level for each x, one slope for all."""
     xs = sorted({x for x, _, _ in rows})
     if len({(x, load) for x, load, _ in rows}) == len(xs):
         return None
@@ -116,7 +118,8 @@ def _slope(rows: Sequence[Row]) -> float | None:
 
 
 def isotonic(levels: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The nearest sequence that never falls, in weighted squares: neighbours that fall are pooled."""
+    """Isotonic regression: the non-decreasing sequence with the least weighted squared distance (pool adjacent
+    violators)."""
     pools: list[tuple[float, float, int]] = []  # level, weight, length
     for level, weight in zip(levels, weights, strict=True):
         length = 1
@@ -133,6 +136,7 @@ def _rounded(value: float) -> float:
 
 
 def predicted(cost: Cost, point: MeasuredPoint) -> float:
+    """Seconds of the point's step by the cost table."""
     return cost.step_s(point.what.spans, point.what.batch, point.what.context)
 
 
@@ -148,6 +152,7 @@ def _qualities(cost: Cost, points: Sequence[MeasuredPoint]) -> dict[str, Quality
 
 
 def quality(cost: Cost, points: Sequence[MeasuredPoint]) -> Quality:
+    """Errors of the cost table over these points, at least one."""
     seconds = np.array([point.seconds for point in points])
     errors = np.array([predicted(cost, point) for point in points]) - seconds
     relative = np.abs(errors) / seconds

@@ -1,9 +1,9 @@
-"""Running scenes on an engine, through its contract only, and timing each step.
+"""Runs scenes on an engine, through its contract only, and times each step.
 
-A step is known by what ran in it, not by what was asked for. Each is run several times, all scenes in turn, so that a
-disturbance of some seconds spoils one time of many points and not all times of one. A point's time is the lower
-quartile of its times (the second best of five): whatever else a machine does makes steps slower, hardly ever faster,
-and where a fifth of all steps is disturbed, every thirtieth median of seven is, too.
+A step is identified by what ran in it, not by what was requested. All scenes run in turn, several times, so that a
+disturbance of some seconds affects one time of many points, not all times of one point. A point's time is the lower
+quartile of its times (the second best of five), because other load on a machine makes steps slower, hardly ever faster.
+The median is not robust enough: if a fifth of all steps is disturbed, so is one in thirty medians of seven.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tetri.engine.base import Engine, EngineRequest, Span, StepDone
 from tetri.profile.scenes import STEPS, Scene
 from tetri.request import Sampling, blocks_for
 
-WARM_EVERY = 8  # each so many of the scenes is run once before anything counts
-MOST_IDLE = 8  # passes in which an engine with work may run nothing
-TOKEN = 11  # every vocabulary has it; what the tokens are changes no time
+WARM_EVERY = 8  # every eighth scene runs once as warm-up
+MOST_IDLE = 8  # passes until an engine must have allocated all decode requests
+TOKEN = 11  # valid in every vocabulary; token ids do not influence times
 
 
 class ProfileError(ValueError):
-    """An engine cannot be measured; one line that says why."""
+    """An engine cannot be measured. The message is one line and says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class What:
-    """All that ran in one step: [start, stop) of each prompt, requests that decoded, and the tokens of their
-    contexts together, those of the step included."""
+    """What ran in one step. `chunk`: span [start, stop) of each prompt; `batch`: number of decode requests; `context`:
+    tokens of all their contexts, including those of the step."""
 
     chunk: tuple[tuple[int, int], ...] = ()
     batch: int = 0
@@ -37,23 +37,24 @@ class What:
 
     @property
     def tokens(self) -> int:
-        """Of the chunk."""
+        """Tokens of the chunk."""
         return sum(stop - start for start, stop in self.chunk)
 
     @property
     def pairs(self) -> int:
-        """Tokens of the chunk times the tokens before it."""
+        """Tokens of each span times the tokens before it, summed: the load of the chunk."""
         return sum((stop - start) * start for start, stop in self.chunk)
 
     @property
     def spans(self) -> list[Span]:
+        """The chunk as Spans, for the cost table."""
         return [Span(str(index), start, stop) for index, (start, stop) in enumerate(self.chunk)]
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPoint:
-    """`seconds`: lower quartile of `times` steps. `spread`: their median distance from their median, as a share of
-    that."""
+    """One kind of step with its time. `seconds`: lower quartile over `times` steps. `spread`: median absolute deviation
+    of the times, divided by their median. `held_out`: for testing only, not for the fit."""
 
     what: What
     seconds: float
@@ -70,10 +71,10 @@ def measure(
     rng: Random,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[MeasuredPoint]:
-    """Run all scenes `rounds` times, in another order each round. `clock`: seconds, from any start. `progress` is
-    told how many of how many scenes are done. Raises ProfileError or EngineError."""
+    """Run all scenes `rounds` times, in a new random order each round. `clock`: seconds, from any start.
+    `progress(done, total)` is called after each scene. Raises ProfileError or EngineError."""
     bench = _Bench(engine, clock)
-    for scene in scenes[::WARM_EVERY]:  # the first steps of a real engine load and choose what later ones find ready
+    for scene in scenes[::WARM_EVERY]:  # a real engine loads and selects kernels in its first steps
         bench.run(scene)
     found: dict[What, list[float]] = {}
     fitted: set[What] = set()
@@ -102,9 +103,9 @@ class _Bench:
         self.count = 0
 
     def run(self, scene: Scene) -> list[tuple[What, float]]:
-        """Every measured step of one scene: what ran and how long it took. No leg is left after it."""
+        """Run one scene and cancel its requests; returns what ran in each measured step, and its seconds."""
         decodes = self._admitted(scene.contexts)
-        if decodes:  # the step after an admission does what later ones need not
+        if decodes:  # not measured: the first step after an admission does extra work
             self._step(len(decodes))
         prefills = [self._add("prefill", length, 1) for length in scene.prompts]
         steps: list[tuple[What, float]] = []
@@ -129,7 +130,7 @@ class _Bench:
         return What(parts, batch, sum(span.stop for span in decodes)), seconds
 
     def _admitted(self, contexts: Sequence[int]) -> list[str]:
-        """Legs that decode from the next step on, as if their KV had come from elsewhere."""
+        """Add decode requests, with zeros as their KV, that run from the next step on; returns their keys."""
         keys = [self._add("decode", length, length_left(self.engine, length)) for length in contexts]
         allocated: set[str] = set()
         for _ in range(MOST_IDLE):
@@ -154,7 +155,7 @@ class _Bench:
 
 
 def length_left(engine: Engine, length: int) -> int:
-    """Output tokens of a request that must not end while it is measured."""
+    """A limit of output tokens so large that the request does not end while it is measured."""
     return min(engine.capacity.context - length, 1 << 20)
 
 

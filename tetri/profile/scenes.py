@@ -1,7 +1,7 @@
-"""What is run on an engine to measure it, by what the engine can hold.
+"""Chooses the scenes that measure an engine, by the engine's capacity.
 
-A chunk that starts deep in a prompt can only be had by running the chunks before it, which are as long as the engine
-makes them: its whole budget. So starts are multiples of that, and only the last chunk of a prompt has a free size.
+A chunk that starts deep in a prompt requires running the chunks before it, and the engine makes those as long as its
+token budget. So the starts are multiples of the budget, and only the last chunk of a prompt has a free size.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from tetri.request import Capacity, blocks_for
 
-STEPS = 6  # decode steps of a scene that are measured; one more goes before them
-MARGIN = STEPS + 4  # tokens that a request may grow by while it is measured
-FINE_FROM = 64  # chunk sizes below this are powers of two only: rates are far from their peak there
+STEPS = 6  # measured decode steps of a scene, after one that is not measured
+MARGIN = STEPS + 4  # most tokens by which a request grows while it is measured
+FINE_FROM = 64  # smaller chunk sizes are powers of two only: there the rate is far from its peak
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """`contexts`: requests that decode, by their tokens; then `prompts` are prefilled beside them, by theirs.
-    `held_out`: the fit does not see what only such scenes show; it is for testing it."""
+    """A set of requests to run together. `contexts`: tokens of each decode request; `prompts`: tokens of each prompt to
+    prefill beside them. `held_out`: for testing the fit; the fit does not use steps that only such scenes have."""
 
     prompts: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
@@ -26,7 +26,7 @@ class Scene:
 
 
 def scenes(capacity: Capacity, quick: bool = False) -> list[Scene]:
-    """Everything worth measuring that fits into `capacity`; fewer sizes when `quick`."""
+    """All scenes that fit into `capacity`; with fewer sizes when `quick`."""
     chunk = min(capacity.chunk_tokens, longest_prompt(capacity))
     wanted = [Scene((size,)) for size in sizes(chunk, quick)]
     wanted += [Scene((length,)) for length in _long_prompts(capacity, chunk, quick)]
@@ -36,11 +36,12 @@ def scenes(capacity: Capacity, quick: bool = False) -> list[Scene]:
 
 
 def longest_prompt(capacity: Capacity) -> int:
+    """Tokens of the longest prompt that the engine can prefill."""
     return min(capacity.context - 1, capacity.blocks * capacity.block_tokens)
 
 
 def sizes(chunk: int, quick: bool = False) -> list[int]:
-    """Chunk sizes up to the budget: powers of two, and from FINE_FROM on three between each two of them."""
+    """Chunk sizes in tokens up to the budget `chunk`: powers of two, and from FINE_FROM on three between each two."""
     found = {chunk}
     size = 1
     while size <= chunk:
@@ -52,7 +53,7 @@ def sizes(chunk: int, quick: bool = False) -> list[int]:
 
 
 def batches(capacity: Capacity, quick: bool = False) -> list[int]:
-    """Decode batches: powers of two (of four when `quick`), and the largest."""
+    """Decode batch sizes: powers of two (of four when `quick`), and the largest."""
     largest = min(capacity.max_batch, capacity.chunk_tokens)
     found = {largest}
     batch = 1
@@ -67,7 +68,7 @@ def _lengths(quick: bool) -> tuple[int, ...]:
 
 
 def _long_prompts(capacity: Capacity, chunk: int, quick: bool) -> list[int]:
-    """Prompts of several chunks, the last of which has a size that is also measured at the start of a prompt."""
+    """Lengths of prompts of several chunks; the size of the last chunk is also measured at the start of a prompt."""
     whole = min(longest_prompt(capacity) // chunk, 3 if quick else 4)
     found = [whole * chunk] if whole > 1 else []
     known = sizes(chunk, quick)
@@ -77,8 +78,8 @@ def _long_prompts(capacity: Capacity, chunk: int, quick: bool) -> list[int]:
 
 
 def _held_out(capacity: Capacity, chunk: int, quick: bool) -> list[Scene]:
-    """Sizes, starts, batches and contexts between those of the fit, and what the fit knows nothing of: several prompts
-    in a chunk, contexts of unequal length, prefill beside decode."""
+    """Scenes with sizes, starts, batches and contexts between those of the fit, and with combinations that the fit does
+    not have: several prompts in a chunk, contexts of unequal length, prefill beside decode."""
     small = [3 << shift for shift in range(1, 5, 2 if quick else 1)]
     large = [FINE_FROM * 11 // 8 << shift for shift in range(0, 14, 2 if quick else 1)]
     prompts: list[tuple[int, ...]] = [(size,) for size in (*small, *large) if size < chunk]
@@ -99,7 +100,7 @@ def _held_out(capacity: Capacity, chunk: int, quick: bool) -> list[Scene]:
 
 
 def _fits(scene: Scene, capacity: Capacity) -> bool:
-    """Nothing of it is too long, and nobody has to wait or to give blocks back."""
+    """Whether all requests of the scene fit the context, and the blocks suffice without waiting or preemption."""
     grown = [length + MARGIN for length in scene.contexts]
     blocks = sum(blocks_for(length, capacity.block_tokens) for length in (*scene.prompts, *grown))
     longest = max([*(length + 1 for length in scene.prompts), *grown])

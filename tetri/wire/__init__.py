@@ -1,1 +1,1 @@
-"""What crosses the wire: messages as typed records, and their bytes. docs/protocol.md is the same in prose."""
+"""The wire protocol: messages as typed records, and their encoding. docs/protocol.md describes the same in prose."""

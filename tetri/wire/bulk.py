@@ -1,4 +1,5 @@
-"""The messages of the KV path `stream`, between a receiver and the server of a sender's slab (protocol.md, 8b)."""
+"""The messages of the KV path `stream`: a KV receiver fetches blocks from the server of a sender's slab (protocol.md,
+8b)."""
 
 from __future__ import annotations
 
@@ -9,19 +10,19 @@ from msgspec import Meta
 from tetri.request import Count, Record
 from tetri.wire.handover import Handle
 
-PIECE_BYTES = 1 << 20  # of one piece's payload, at most
-# A piece costs its bytes of credit, but never less than this: so credit bounds how many pieces are under way, too.
+PIECE_BYTES = 1 << 20  # most bytes of one piece's payload
+# Least credit that a piece costs, however small: credit thereby also bounds the number of pieces in flight.
 LEAST_COST = 64 << 10
-MAX_SLOTS = 8192  # in one Fetch
-REQUEST_BYTES = 256 << 10  # a frame to the server, at most: a Fetch of MAX_SLOTS
-HEADER_BYTES = 2 << 10  # a Piece, or a Gone, without the payload
+MAX_SLOTS = 8192  # most slots in one Fetch
+REQUEST_BYTES = 256 << 10  # most bytes of a frame to the server: a Fetch of MAX_SLOTS
+HEADER_BYTES = 2 << 10  # most bytes of a Piece or Gone, without the payload
 
 Reason = Annotated[str, Meta(max_length=300)]
 
 
 class Fetch(Record, tag="fetch", frozen=True):
-    """Send me these slots, from byte `start` of their blocks in order. Fetches of one `lane` are served one after the
-    other, lanes take turns. `credit`: see Credit."""
+    """Requests the blocks in these slots, in order, from byte `start` on. The server serves fetches of one `lane` one
+    after the other and alternates between lanes. `credit`: see Credit."""
 
     number: Count
     lane: Count
@@ -31,21 +32,20 @@ class Fetch(Record, tag="fetch", frozen=True):
 
 
 class Credit(Record, tag="credit", frozen=True):
-    """Since the beginning of this connection, pieces that cost `credit` bytes in all may be sent. Never less than
-    before."""
+    """Allows the server to send pieces that cost `credit` bytes in total since the connection began. Never falls."""
 
     credit: Count
 
 
 class Piece(Record, tag="piece", frozen=True):
-    """The payload is the next frame: what `number` asked for, from byte `start` on."""
+    """Part of the answer to fetch `number`, from byte `start` on. The next frame is the payload."""
 
     number: Count
     start: Count
 
 
 class Gone(Record, tag="gone", frozen=True):
-    """Nothing more comes for `number`. `foreign`: the handle is not of this slab at all."""
+    """The server sends nothing more for fetch `number`. `foreign`: the handle belongs to another slab."""
 
     number: Count
     foreign: bool
@@ -53,7 +53,7 @@ class Gone(Record, tag="gone", frozen=True):
 
 
 class Alive(Record, tag="alive", frozen=True):
-    """Says nothing: the server finds out by it who is still connected."""
+    """Has no content. The server sends it to find out which receivers are still connected."""
 
 
 BulkRequest = Fetch | Credit
@@ -61,5 +61,5 @@ BulkReply = Piece | Gone | Alive
 
 
 def cost(size: int) -> int:
-    """Credit that a piece of `size` bytes takes."""
+    """Credit, in bytes, that a piece of `size` bytes costs."""
     return max(size, LEAST_COST)

@@ -1,4 +1,4 @@
-"""What clients and the broker say to each other."""
+"""The messages between clients and the broker."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Samplin
 
 
 class Submit(Record, tag="submit", frozen=True):
-    """Exactly one of `prompt` (text or token ids) and `messages` (a conversation) is given. The same `key`, drawn by
-    the client, is the same request, not a second one."""
+    """Submits a request with exactly one of `prompt` (text or token ids) and `messages` (a conversation). The client
+    draws `key` at random: a Submit with a known key is a repetition, not a second request."""
 
     key: Name
     prompt: str | list[int] | None = None
@@ -19,22 +19,26 @@ class Submit(Record, tag="submit", frozen=True):
 
 
 class Cancel(Record, tag="cancel", frozen=True):
+    """Ends a request with reason "cancelled"; the answer is its Done."""
+
     rid: Name
 
 
 class Attach(Record, tag="attach", frozen=True):
-    """Send me all of this request from token `start` on. Also the way to ask whether the broker is there."""
+    """Asks for everything of a request from token `start` on; further output goes to this client. Also serves to ask
+    whether the broker is running."""
 
     rid: Name
     start: Count = 0
 
 
 class Inspect(Record, tag="inspect", frozen=True):
-    """Ask for a Status."""
+    """Asks for a Status."""
 
 
 class ChangeRole(Record, tag="change_role", frozen=True):
-    """Have an instance take new work as prefill, decode or mixed; the answer is RoleChanged or Refused."""
+    """Changes the role in which an instance takes new work: prefill, decode or mixed. The answer is RoleChanged or
+    Refused."""
 
     key: Name
     iid: Name
@@ -47,13 +51,16 @@ ClientMessage = Submit | Cancel | Attach | Inspect | ChangeRole
 
 
 class Accepted(Record, tag="accepted", frozen=True):
+    """The broker has accepted the Submit of `key` as request `rid`."""
+
     key: Name
     rid: Name
     prompt_tokens: int
 
 
 class Refused(Record, tag="refused", frozen=True):
-    """`key` is the Submit's or the ChangeRole's key, or the rid of a Cancel or Attach that names no known request."""
+    """`key`: that of the refused Submit or ChangeRole, or the unknown rid of a Cancel or Attach. `retry_after_s`:
+    seconds after which a retry may succeed; None: a retry is of no use."""
 
     key: Name
     reason: str
@@ -61,7 +68,8 @@ class Refused(Record, tag="refused", frozen=True):
 
 
 class Delta(Record, tag="delta", frozen=True):
-    """Output tokens from `start` on and the text that they complete, often none: what may be a stop text is held."""
+    """Output tokens from index `start` on, and the text that they complete. `text` is often empty: text that may
+    begin a stop text is held back."""
 
     rid: Name
     start: Count
@@ -70,8 +78,8 @@ class Delta(Record, tag="delta", frozen=True):
 
 
 class Done(Record, tag="done", frozen=True):
-    """The last message of a request. `reason`: stop, length, cancelled, deadline, or error (then `error` says
-    why). `timeline`: seconds spent in each stage; they add up to `jct_s`."""
+    """The last message of a request. `reason`: stop, length, cancelled, deadline or error; `error` explains the last.
+    `timeline`: seconds spent in each stage, which add up to `jct_s`. `ttft_s`: None if there was no token."""
 
     rid: Name
     reason: str
@@ -84,6 +92,9 @@ class Done(Record, tag="done", frozen=True):
 
 
 class InstanceStatus(Record, frozen=True):
+    """One instance in a Status. `queued` and `running` are requests as of its last heartbeat, `held`: all that it
+    holds in any stage. `note`: why it is lost, which instance it cannot exchange KV with, or that it injects faults."""
+
     iid: Name
     role: str
     state: str  # ready, lost
@@ -94,14 +105,14 @@ class InstanceStatus(Record, frozen=True):
     running: Count
     held: int
     note: str = ""
-    paths: dict[str, Count] = {}  # KV path -> instances to or from which KV moves over it
-    counters: dict[str, Count] = {}  # what happened to the KV that it took, since its process started
-    slots_used: Count = 0  # of its KV store, those that are not free
-    predictor: PredictorStatus | None = None  # of output lengths; None: it learns nothing of them
+    paths: dict[str, Count] = {}  # KV path -> number of instances that it exchanges KV with over this path
+    counters: dict[str, Count] = {}  # events of its KV receives since its process started
+    slots_used: Count = 0  # slots of its KV store that are not free
+    predictor: PredictorStatus | None = None  # None: it does not learn output lengths
 
 
 class MonitorStatus(Record, frozen=True):
-    """The newest view that the broker has heard from the monitor, and how long ago."""
+    """The newest cluster view that the broker has received from the monitor, `age_s` seconds ago."""
 
     number: Count
     age_s: float
@@ -109,15 +120,18 @@ class MonitorStatus(Record, frozen=True):
 
 
 class Status(Record, tag="status", frozen=True):
+    """The state of the cluster. `counters`: the broker's own, by name, since its start."""
+
     instances: list[InstanceStatus]
-    requests: dict[str, int]  # stage -> how many rows are open in it
+    requests: dict[str, int]  # stage -> number of open requests in it
     counters: dict[str, int]
     model: str
-    monitor: MonitorStatus | None = None  # None: none was heard since the broker's start
+    monitor: MonitorStatus | None = None  # None: no cluster view has arrived since the broker's start
 
 
 class RoleChanged(Record, tag="role_changed", frozen=True):
-    """The instance takes new work as `role`; it took `took_s` seconds from the request to the worker's answer."""
+    """The instance takes new work as `role` now, before as `was`. `took_s`: seconds from the ChangeRole to the worker's
+    confirmation."""
 
     key: Name
     iid: Name

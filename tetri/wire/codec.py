@@ -1,7 +1,7 @@
-"""Bytes on the wire: one byte of protocol version, then one MessagePack map. See docs/protocol.md.
+"""Encodes and decodes messages: one byte of protocol version, then one MessagePack map. See docs/protocol.md.
 
-Reading is strict. Whatever is not exactly a message of the expected union is a WireError, so that nothing
-half-understood reaches a core.
+Decoding is strict: bytes that are not exactly one message of the expected union raise a WireError, so a core never
+gets a message that was understood in part.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tetri.wire.bulk import HEADER_BYTES, REQUEST_BYTES, BulkReply, BulkRequest
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
-Messages = UnionType | type[msgspec.Struct]  # what a socket carries: a union of messages, or one of them alone
-VERSION = 1
+Messages = UnionType | type[msgspec.Struct]  # the messages of one socket: a union, or a single type
+VERSION = 2
 _VERSION_BYTE = bytes([VERSION])
 MEGABYTE = 1 << 20
-MAX_BYTES = 16 * MEGABYTE  # of any message
+MAX_BYTES = 16 * MEGABYTE  # most bytes of any message
 _LIMITS: dict[Messages, int] = {
     ClientMessage: 4 * MEGABYTE,
     BrokerReply: MAX_BYTES,
@@ -29,16 +29,16 @@ _LIMITS: dict[Messages, int] = {
     LoadReport: 64 << 10,
     BulkRequest: REQUEST_BYTES,
     BulkReply: HEADER_BYTES,
-    ClusterView: 4 * MEGABYTE,  # some ten thousand instances
+    ClusterView: 4 * MEGABYTE,  # enough for about ten thousand instances
 }
-_MAX_REASON = 160  # characters: a reason quotes what was sent, and that may be megabytes
+_MAX_REASON = 160  # characters; cut, because a reason quotes the message, which can have megabytes
 
 _encoder = msgspec.msgpack.Encoder()
 
 
 class WireError(ValueError):
-    """Bytes that are no message, or a message that may not be sent. `kind` is one word to count by: empty,
-    oversize, version, unreadable (no MessagePack), unexpected (MessagePack, but not one of the messages)."""
+    """Bytes that are no valid message, or a message that is too large to send. `kind` is the counter's name: empty,
+    oversize, version, unreadable (no MessagePack) or unexpected (MessagePack, but no message of the union)."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -46,12 +46,12 @@ class WireError(ValueError):
 
 
 def limit(union: Messages) -> int:
-    """The most bytes that a message of this union may have, version byte included."""
+    """Most bytes of a message of this union, version byte included."""
     return _LIMITS.get(union, MAX_BYTES)
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """A message as it goes into one frame. Raises WireError when no receiver would take it for its size."""
+    """The frame of a message. Raises WireError if it is larger than MAX_BYTES."""
     data = b"".join((_VERSION_BYTE, _encoder.encode(message)))
     if len(data) > MAX_BYTES:
         raise WireError("oversize", f"{type(message).__name__} has {len(data)} bytes, at most {MAX_BYTES} are allowed")
@@ -59,7 +59,7 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def decode(data: bytes | memoryview, union: Messages) -> msgspec.Struct:
-    """The message of `union` in one frame. Raises WireError with one short line that says what is wrong."""
+    """The message of `union` in a frame. Raises WireError with one short line that states what is wrong."""
     if len(data) == 0:
         raise WireError("empty", "empty frame")
     if len(data) > limit(union):

@@ -1,4 +1,4 @@
-"""What a process hears from the network, as values: a core handles them without knowing any socket."""
+"""Network events as plain values, so that a core handles them without sockets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Struct
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A message was read. `client` is whom to answer; None when it came over an inbox."""
+    """A message arrived. `client`: ZeroMQ identity of the client to answer; None for a message from an inbox."""
 
     message: Struct
     client: bytes | None = None
@@ -17,15 +17,15 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class PeerUp:
-    """The connection to `peer` stands: what is sent from now on can arrive."""
+    """The connection to `peer` stands: messages sent from now on can arrive."""
 
     peer: str
 
 
 @dataclass(frozen=True, slots=True)
 class PeerDown:
-    """The connection to `peer` broke; what was sent lately may be lost. It is tried again by itself, and a
-    PeerUp follows when somebody answers."""
+    """The connection to `peer` broke; messages sent shortly before may be lost. The network layer reconnects by
+    itself, and a PeerUp follows when the peer answers."""
 
     peer: str
 

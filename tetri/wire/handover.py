@@ -1,4 +1,4 @@
-"""The messages between two workers: the KV hand-over. Those of the broker and the monitor stand in messages.py."""
+"""The messages of the KV hand-over between two workers. messages.py has those of the broker and the monitor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from tetri.request import Count, Fingerprint, LengthRange, Name, Record, Samplin
 
 
 class BetweenWorkers(Record, frozen=True):
-    """`src` is the sender's instance id, `incarnation` the sender's."""
+    """Base of the messages between workers. `src` and `incarnation` identify the sender of the message; `rid`,
+    `attempt` and `offer` identify the hand-over."""
 
     src: Name
     incarnation: int
@@ -16,7 +17,8 @@ class BetweenWorkers(Record, frozen=True):
 
 
 class Handle(Record, frozen=True):
-    """Block i lies in slot `slots[i]` of `segment`, in generation `generations[i]`; a reused slot has another."""
+    """Where the KV blocks of a KV chunk are: block i is in slot `slots[i]` of `segment`. `generations[i]` is the
+    generation of the slot, which changes when the slot is reused. `block_bytes`: size of one block."""
 
     segment: str
     slots: list[Count]
@@ -25,7 +27,8 @@ class Handle(Record, frozen=True):
 
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
-    """Will you decode this? Reserve `blocks` KV blocks for `prompt` + `output`; the answer is Grant or Refuse."""
+    """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
+    Grant or Refuse."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -36,26 +39,27 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):
-    """More is known of the length than when it was offered: this range replaces the Offer's. Best effort, no answer: a
-    request whose LengthUpdate was lost goes on by what was said before."""
+    """A newer predicted range that replaces the Offer's. Best effort, without an answer: if it is lost, the earlier
+    range stays in use."""
 
     length: LengthRange
 
 
 class Grant(BetweenWorkers, tag="grant", frozen=True):
-    pass
+    """The decode instance has reserved the blocks of the Offer."""
 
 
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):
-    """Also the answer to anything that names an offer which the receiver does not know. `corrupt`: the KV bytes are
-    not what was announced, so offering them again is of no use."""
+    """Refuses an Offer. Also the answer to any message about an offer that the decode instance does not know.
+    `corrupt`: the KV bytes do not match their digest, so the same bytes must not be offered again."""
 
     why: str
     corrupt: bool = False
 
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):
-    """Blocks [start, stop) are ready at `handle`; `digest` is xxh3-64 over them. The last brings the first token."""
+    """Announces a KV chunk: the prompt's blocks [start, stop) can be fetched at `handle`. `digest`: xxh3-64 of their
+    bytes, None if digests are off. `token`: the first output token, in the last chunk only."""
 
     index: Count
     start: Count
@@ -66,12 +70,13 @@ class Chunk(BetweenWorkers, tag="chunk", frozen=True):
 
 
 class Landed(BetweenWorkers, tag="landed", frozen=True):
-    """This chunk is in my own memory with the right digest: the sender may free it."""
+    """The decode instance has KV chunk `index` in its own memory with the right digest: the prefill instance may free
+    the chunk."""
 
     index: Count
 
 
 class Drop(BetweenWorkers, tag="drop", frozen=True):
-    """The sender takes the offer back: give the reservation up."""
+    """The prefill instance withdraws the offer: the decode instance releases the reservation."""
 
     why: str

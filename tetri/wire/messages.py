@@ -1,9 +1,9 @@
-"""The protocol: one union of tagged records per receiver. Clients' messages stand in clients.py, those between
-workers in handover.py; no other message exists.
+"""The messages between broker, workers and monitor: one union of tagged records per receiver. clients.py has the
+messages of clients, handover.py those between two workers.
 
-attempt      counted up by the broker each time a request starts over
-incarnation  random, drawn once per process start; tells a restarted worker from its predecessor
-offer        one try of one attempt at one decode worker, numbered by the prefill worker
+attempt      number of a request's attempt; the broker increments it at each restart
+incarnation  random number, drawn once per process start; distinguishes a restarted worker from the earlier one
+offer        number of one try to hand an attempt to one decode instance; the prefill instance counts them
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer,
 
 
 class FromWorker(Record, frozen=True):
+    """Base of the messages of a registered worker; `iid` and `incarnation` identify the sender."""
+
     iid: Name
     incarnation: int
 
 
 class Load(Record, frozen=True):
-    """One instance's load at one moment. Blocks are KV blocks, *predicted* is by the upper or lower end of the length
-    ranges, as configured, and by the cost table.
+    """One instance's load at one moment. Blocks are KV blocks. Predictions use the configured end of the length ranges
+    and the cost table.
 
-    queued_tokens   prompt tokens not yet computed, `queued_s` the predicted seconds for them
-    waiting         requests granted and not yet in the batch; `running`: in the batch
-    landed          of those that wait, the ones whose KV is all here: they wait for a place, not for their KV
-    heavy           of those two, predicted to write more than `heavy_tokens` output tokens
-    growth_blocks   blocks that those two are predicted to take in addition until they end
-    decode_s        predicted seconds until they have all ended
+    queued          prompts in the prefill queue
+    queued_tokens   their prompt tokens that are not computed yet
+    queued_s        predicted seconds to compute these
+    waiting         decode requests that were granted and are not in the batch
+    landed          those of `waiting` whose KV has all landed: they wait only for admission
+    running         decode requests in the batch
+    heavy           of waiting and running: predicted to write more than `heavy_tokens` output tokens
+    growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
+    decode_s        of waiting and running: predicted seconds until all have ended
     busy            share of the time since the last report in which the engine computed
-    stalled         whether the prompts wait for a decode instance that takes them, and not for this one
+    stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
     """
 
     free_blocks: int
@@ -51,7 +56,7 @@ class Load(Record, frozen=True):
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a worker holds of one request: `outputs` is how many output tokens it knows, all attempts together."""
+    """A request that a worker holds. `outputs`: number of output tokens that it knows, of all attempts."""
 
     rid: Name
     attempt: Count
@@ -60,14 +65,16 @@ class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Ready(Record, tag="ready", frozen=True):
+    """Registers a worker; the answer is a Membership that lists it."""
+
     instance: Instance
     load: Load
 
 
 class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
-    """`flip`: the number of the last Flip that was obeyed, 0 before the first. `counters`: since the process started,
-    what happened to the KV that it took, by name. `slots_used`: of its KV store, those that are not free.
-    `predictor`: None unless it predicts output lengths from what it has learnt."""
+    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds. `flip`: number of the last Flip that
+    it has carried out, 0 before the first. `counters`: events of its KV receives since its process started, by name.
+    `slots_used`: slots of its KV store that are not free. `predictor`: None if it does not learn output lengths."""
 
     role: str
     load: Load
@@ -79,7 +86,8 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
-    """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. `peer`: the other half's instance."""
+    """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. `peer`: the other instance of the
+    hand-over, "" if there is none."""
 
     rid: Name
     attempt: Count
@@ -88,16 +96,16 @@ class Staged(FromWorker, tag="staged", frozen=True):
 
 
 class End(Record, frozen=True):
-    """A worker's end of a request; `reason` is stop or length."""
+    """The end of a request, as its worker reports it. `reason`: stop or length."""
 
     reason: str
     receipt: Receipt
 
 
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `end`: the last
-    of them ended the request, None while it goes on. It travels with these tokens: a message of its own could be lost
-    with its worker when the tokens were not, and the receipt with it."""
+    """Output tokens of one request from index `start` on; index 0 is the first token after the prompt. `end`: set if
+    the last of these tokens ended the request. The end travels with the tokens, since a message of its own could be
+    lost, and the receipt with it, after the tokens had arrived."""
 
     rid: Name
     attempt: Count
@@ -113,7 +121,7 @@ class Tokens(FromWorker, tag="tokens", frozen=True):
 
 
 class Failed(FromWorker, tag="failed", frozen=True):
-    """A worker cannot go on with a request. `retry`: another attempt may succeed."""
+    """A worker gives a request up. `retry`: another attempt may succeed."""
 
     rid: Name
     attempt: Count
@@ -122,7 +130,7 @@ class Failed(FromWorker, tag="failed", frozen=True):
 
 
 class FlipWanted(Record, tag="flip_wanted", frozen=True):
-    """The monitor's transition watcher wants an instance to change its role; the broker carries it out."""
+    """The monitor's transition watcher asks the broker to change an instance's role."""
 
     iid: Name
     role: str
@@ -135,7 +143,7 @@ WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | FlipWanted
 
 
 class LoadReport(FromWorker, tag="load", frozen=True):
-    """Every `load_ms`, and at once when the role has changed."""
+    """A worker's load, published every `load_ms` and at once after a role change."""
 
     role: str
     load: Load
@@ -145,7 +153,7 @@ class LoadReport(FromWorker, tag="load", frozen=True):
 
 
 class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One instance's newest report; `age_s` seconds old when the view was made."""
+    """One instance's newest load report, `age_s` seconds old when the view was made."""
 
     iid: Name
     incarnation: int
@@ -155,9 +163,9 @@ class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class ClusterView(Record, tag="view", frozen=True):
-    """The load of all instances that report; a higher `number` replaces a lower one of the same `epoch` (a monitor's
-    incarnation). Sent every `load_ms` and at once when a role has changed. `flip`: the policy by which the monitor
-    lets instances change their role."""
+    """The load of all instances that report, published every `load_ms` and at once after a role change. A higher
+    `number` replaces a lower one of the same `epoch` (the monitor's incarnation). `flip`: name of the monitor's flip
+    policy."""
 
     epoch: int
     number: Count
@@ -165,33 +173,34 @@ class ClusterView(Record, tag="view", frozen=True):
     flip: str = "none"
 
 
-# ---- -> a worker's inbox
+# ---- to a worker's inbox
 
 
 class Assign(Record, tag="assign", frozen=True):
-    """Prefill this. `output`, from earlier attempts, is prefilled like the prompt and keeps counting as output."""
+    """Assigns a request to a prefill instance. `output`, from earlier attempts, is prefilled like the prompt and still
+    counts as output."""
 
     rid: Name
     attempt: Count
     prompt: list[int]
     output: list[int]
     sampling: Sampling
-    deadline_s: float | None = None  # seconds left
+    deadline_s: float | None = None  # seconds left; None: no deadline
 
 
 class Flip(Record, tag="flip", frozen=True):
-    """Take new work as this role from now on; what is here is finished. The answer is a Heartbeat with this number: one that
-    only says the role may have been on its way before."""
+    """Changes the role in which a worker takes new work; it finishes the requests that it has. The answer is a
+    Heartbeat with this number: one with the role alone may have been sent before the Flip arrived."""
 
     role: str
     number: Count
 
 
 class Close(Record, tag="close", frozen=True):
-    """Nobody wants this request, up to this attempt, any more: stop it in any stage and forget it. `reason`: why the
-    request is over, as in Done; empty when it goes on elsewhere, or as another attempt. `outputs`: how many tokens it
-    wrote when it ended by itself, by "stop" or "length"; 0 for any other end, and for a length that its sampling fixed
-    (`ignore_eos`): from these nothing can be learnt."""
+    """Tells a worker to stop a request, in any stage, up to this attempt, and to drop it. `reason`: the end reason, as
+    in Done; "" if the request continues on another worker or as another attempt. `outputs`: the output length, for
+    length statistics, if the request ended by itself ("stop" or "length"); 0 for any other end and if `ignore_eos`
+    fixed the length."""
 
     rid: Name
     attempt: Count
@@ -200,7 +209,7 @@ class Close(Record, tag="close", frozen=True):
 
 
 class Resend(Record, tag="resend", frozen=True):
-    """Send the tokens of this request again from output index `start` on, with its end if it has ended."""
+    """Asks for the output tokens of a request again from index `start` on, with the end if there is one."""
 
     rid: Name
     attempt: Count
@@ -208,8 +217,8 @@ class Resend(Record, tag="resend", frozen=True):
 
 
 class Membership(Record, tag="membership", frozen=True):
-    """All live instances; a higher `number` replaces a lower one of the same `epoch` (a broker's incarnation). Also
-    the answer to Ready: a worker that does not find itself in it, or hears none for a while, says Ready again."""
+    """All live instances; a higher `number` replaces a lower one of the same `epoch` (the broker's incarnation). Also
+    the answer to Ready: a worker that is not listed, or receives no Membership for a while, sends Ready again."""
 
     epoch: int
     number: Count

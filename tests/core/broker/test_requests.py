@@ -115,14 +115,14 @@ def test_a_receipt_of_the_worker_gets_the_attempts(attempt):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"stage": Stage.DONE}, "2 rows counted as open, 1 are"),
+        ({"stage": Stage.DONE}, "the index has 2 open rows, a scan finds 1"),
         ({"key": "other"}, "key k1 leads to r1"),
         ({"stage": Stage.PREFILL}, "the table's rows by stage are out of date"),
         ({"prefill": "p2"}, "the table's rows by instance are out of date"),
         ({"work_ns": 6}, "the table's prefill work by instance are out of date"),
         ({"output": [1] * 5}, "has 5 tokens"),
-        ({"asked": 1}, "has 0 tokens, 1 worded"),
-        ({"sent": 1}, "sent more than it had"),
+        ({"asked": 1}, "has 0 tokens, 1 sent to the detokenizer"),
+        ({"sent": 1}, "has sent more messages than its outbox holds"),
     ],
 )
 def test_check_finds_what_is_wrong(table, changes, complaint):
@@ -143,5 +143,5 @@ def test_check_finds_a_row_that_waits_and_is_not_listed(table):
 def test_check_finds_a_row_that_is_nowhere(table, stage):
     table.add(row(3))
     table.move(table.rows["r3"], stage, 1.0)
-    with pytest.raises(Broken, match=f"in {stage} nowhere"):
+    with pytest.raises(Broken, match=f"in stage {stage} without an instance"):
         table.check()

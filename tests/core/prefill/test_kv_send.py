@@ -188,21 +188,20 @@ def test_a_granted_one_goes_past_one_that_waits_for_slots():
     """`k` waits to be taken, with three slots. `a` and `b` are started behind it: the step that would have ended `a`
     ran neither, since memory was short. Then the decode instance is lost that had granted `k` its memory."""
     told = working("p1", "d1", "d2", capacity=capacity(blocks=40, context=100, max_batch=4), slots=6)
-    told.land("x", prompt=8, max_tokens=20)
-    told.step()
+    told.running("x", "y", max_tokens=20)
     told.tell(assign("k", prompt=12), assign("a", prompt=8), assign("b", prompt=28))
     told.step()
     told.answer("k", grant)
-    told.step()
+    assert [told.run(), told.run()] == [[("k", 6, 12)], [("a", 0, 6)]]
     told.later()
-    assert told.chunk() == [("a", 2, 8), ("b", 0, 1)]
+    assert told.chunk() == [("a", 6, 8), ("b", 0, 4)]
     told.step(spans=[], preempted="x")
     told.tell(PeerDown("d1"))
     told.later()
     assert told.chunk() == []
     told.answer("b", grant)
     told.step()
-    assert only(told.later(), HoldRequest) == [HoldRequest("p:b:1", False)] and told.chunk() == [("b", 0, 7)]
+    assert only(told.later(), HoldRequest) == [HoldRequest("p:b:1", False)] and told.chunk() == [("b", 0, 6)]
 
 
 @pytest.fixture

@@ -183,7 +183,7 @@ class _Watched:
         self._hook = self.engine.hook_hidden_states(layers, every)
 
     def taken(self) -> HiddenStates | None:
-        return self._hook.taken() if self._hook else None
+        return self._hook.collect() if self._hook else None
 
     def untap(self) -> None:
         if self._hook:

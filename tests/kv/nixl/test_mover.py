@@ -218,7 +218,7 @@ def test_a_ticket_that_cannot_be_read_or_lies_is_lost(world, receiver, owners):
         {"generations": -1},
     ]
     tickets = [lying(true, **lie) for lie in lies]
-    for ticket in (b"", b"\x01\x80", b"no MessagePack", bytes(1000), *tickets):
+    for ticket in (b"", b"\x02\x80", b"no MessagePack", bytes(1000), *tickets):
         with pytest.raises(KVLost):
             take_with(world, receiver, owner, ticket)
     short = decode(other.reach.tickets["nixl"], Ticket)

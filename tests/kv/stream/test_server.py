@@ -19,7 +19,7 @@ class Counted:
     """What a stream's server sends, as (peer, number, bytes); and the credit it has been granted."""
 
     def __init__(self, monkeypatch):
-        self.sent, self.granted, self.most, before_sent, before_heard = [], {}, 0, Serving.sent, Serving.heard
+        self.sent, self.granted, self.most, before_sent, before_heard = [], {}, 0, Serving.sent, Serving.received
         gone = {}
 
         def sent(serving, due):
@@ -34,7 +34,7 @@ class Counted:
             return before_heard(serving, peer, message)
 
         monkeypatch.setattr(Serving, "sent", sent)
-        monkeypatch.setattr(Serving, "heard", heard)
+        monkeypatch.setattr(Serving, "received", heard)
 
 
 def test_credit_is_never_exceeded(world, monkeypatch):

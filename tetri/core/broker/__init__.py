@@ -1,1 +1,1 @@
-"""."""
+"""The broker's core: requests, clients and the membership of the cluster."""

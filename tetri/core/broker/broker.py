@@ -1,6 +1,6 @@
-"""The broker's core: owns the life of every request, places it on a prefill instance, relays its tokens, and
-starts it over when a worker is lost; it carries out every change of role. Nothing relies on one message arriving:
-beats say what workers hold and are, and make both sides agree again.
+"""The broker's core. It places each request on a prefill instance, relays the tokens to the client, restarts the
+request when a worker is lost, and carries out role changes. No single message has to arrive: a heartbeat states what
+its worker holds and which role it has, and the broker repairs every difference from its own tables.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ EMPTY = Cost()
 
 
 class Broker:
+    """Dispatches events to the request table, membership, delivery, lifecycle and role changes, which it owns."""
+
     def __init__(
         self,
         limits: Limits,
@@ -47,7 +49,8 @@ class Broker:
         cost: Cost = EMPTY,
         chunk_tokens: int = 512,
     ) -> None:
-        """`cost` and `chunk_tokens` predict how long a prompt takes to prefill on any of the instances."""
+        """`epoch` identifies this start of the broker. `cost` and `chunk_tokens` predict the prefill time of a prompt,
+        the same for every instance. `now` is in seconds, as in all methods."""
         self.limits, self.model = limits, model
         self.table = Table()
         self.members = Members(epoch)
@@ -67,12 +70,13 @@ class Broker:
             self.counters,
         )
         self.flips = Flips(self.members, self.counters)
-        self.seen: tuple[ClusterView, float] | None = None  # the monitor's newest view, and when it came
+        self.seen: tuple[ClusterView, float] | None = None  # the newest cluster view and its time of arrival
         self.timers.set(VIEW, now)
 
-    # ------------------------------------------------------------ the four verbs
+    # ------------------------------------------------------------ the interface of a core
 
     def handle(self, event: BrokerInput, now: float) -> list[Action]:
+        """Process one event. Raises Broken for an event that is not a BrokerInput."""
         match event:  # the most frequent first
             case Detokenized():
                 return self._detokenized(event, now)
@@ -95,9 +99,10 @@ class Broker:
                 return self._up(event.peer, now)
             case PeerDown():
                 return self._down(event.peer, now)
-        raise Broken(f"a broker knows no {event}")
+        raise Broken(f"the broker does not handle {event}")
 
     def tick(self, now: float) -> list[Action]:
+        """Run every timer that is due."""
         actions: list[Action] = []
         for what, who in self.timers.due(now):
             if what == "view":
@@ -112,22 +117,24 @@ class Broker:
         return actions
 
     def deadline(self) -> float | None:
+        """The time of the next `tick`; None if no timer is set."""
         return self.timers.next()
 
     def check(self) -> None:
+        """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
         self.flips.check()
         for row in self.table.active():
             placed = self.members.by_iid.get(row.holder) if row.holder else None
             if row.reason is None and row.holder is not None and (placed is None or placed.lost is not None):
-                raise Broken(f"{row.rid} is held by {row.holder}, which is not there")
+                raise Broken(f"{row.rid} is held by {row.holder}, which is lost or unknown")
 
     # ------------------------------------------------------------ workers
 
     def _ready(self, event: Ready, now: float) -> list[Action]:
         iid = event.instance.iid
         if iid == BROKER:
-            return []  # others would take it for this process
+            return []  # the id of the broker itself: workers would send that worker's messages here
         actions, replaced = self.members.ready(event, now)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
@@ -146,8 +153,8 @@ class Broker:
         return self._lose(iid, "connection lost", now)
 
     def _silent(self, iid: str, now: float) -> list[Action]:
-        """Its timer is due. A first time it may be the broker that did not listen: what waits in its sockets is heard
-        before the worker counts as lost."""
+        """Handle the due silence timer of a worker. After a first timeout the broker itself may have been too slow to
+        read, so it first reads the messages in its sockets and counts the worker as lost only after a second one."""
         member = self.members.by_iid.get(iid)
         if member is None or member.lost is not None:
             return []
@@ -169,12 +176,13 @@ class Broker:
         self.counters["workers_lost"] += 1
         announced = [*self.flips.gone(iid, why), *self.members.publish(now)]
         restarted = self.lifecycle.restart_all(iid, f"{iid}: {why}", now)
-        return [*announced, *restarted, *self.lifecycle.place_waiting(now)]  # who is left may take more than before
+        # Without the lost worker, the others may be allowed larger prompts (`Members.pool`).
+        return [*announced, *restarted, *self.lifecycle.place_waiting(now)]
 
     def _received(self, event: FromWorker, now: float) -> list[Action]:
         member = self.members.known(event)
         if member is None:
-            return []  # it registers again when it hears of no membership
+            return []  # the worker registers again when it receives no membership
         member.seen, member.suspect = now, False
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
@@ -186,7 +194,7 @@ class Broker:
                 for item in event.items:
                     self.lifecycle.tokens(item, event.iid, now, actions)
             case Heartbeat() | Staged() if member.lost is not None:
-                pass  # it may be dead already, and nobody would notice it again
+                pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
                 member.load, member.held, member.counters = event.load, len(event.holds), event.counters
                 member.slots_used, member.predictor = event.slots_used, event.predictor
@@ -258,7 +266,7 @@ class Broker:
     def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
         match what:
             case "forget":
-                if row.client is not None and row.sent < len(row.outbox):  # a slow reader, not a gone one
+                if row.client is not None and row.sent < len(row.outbox):  # the client is slow, but still connected
                     self.lifecycle.remember(row, now)
                     if ("forget", row.rid) in self.timers:
                         return []
@@ -275,9 +283,10 @@ class Broker:
                 return self.lifecycle.end(row, "deadline", now)
             case "patience":
                 return self.lifecycle.end(row, "error", now, f"no prefill instance for {self.limits.patience_s:g} s")
-        raise Broken(f"a timer for {what}")
+        raise Broken(f"unknown timer {what}")
 
     def status(self, now: float) -> Status:
+        """The answer to Inspect: instances, open requests by stage, counters and the newest cluster view."""
         counters = dict(sorted(self.counters.items()))
         monitor = None
         if self.seen is not None:

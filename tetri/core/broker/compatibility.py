@@ -1,5 +1,5 @@
-"""Which instances can exchange KV with which, and over which path: for a thousand of them without looking at every
-pair."""
+"""KV compatibility: which instances can exchange KV, and over which path. Instances are grouped, so that a cluster of
+a thousand needs no comparison of every pair."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Kind = tuple[Fingerprint, tuple[Any, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`paths`: with how many members one can exchange KV over each. `stranger`: one of the others, and why never with
-    that one; empty when there is none."""
+    """`paths`: number of members that an instance can exchange KV with, by path. `incompatibility`: names one member
+    that it can never exchange KV with, and the reason; "" if there is none."""
 
     paths: dict[str, int]
     incompatibility: str
 
     @property
     def total(self) -> int:
+        """Number of compatible members over all paths."""
         return sum(self.paths.values())
 
 
@@ -33,24 +34,25 @@ Place = tuple[Any, ...]
 
 @dataclass(slots=True)
 class Group:
-    """Members that are alike, seen from a distance, by the place where one would see them from nearer."""
+    """Members of one place with equal properties, divided by the next narrower place: a group of one host is divided
+    by process, a group of the whole cluster by host."""
 
     size: int = 0
     places: dict[Place, list[Instance]] = field(default_factory=dict)
 
     def but(self, place: Place) -> tuple[int, Instance] | None:
-        """How many are elsewhere, and one of them."""
+        """The number of members outside `place` and one of them; None if there is none."""
         one = next((members[0] for where, members in self.places.items() if where != place), None)
         return None if one is None else (self.size - len(self.places.get(place, ())), one)
 
 
 class Compatibility:
-    """Instances, grouped by all that decides how KV moves to and from them: the farther away, the less that is, and
-    the fewer the groups."""
+    """Instances, grouped by the properties that decide how KV moves to and from them. From another host fewer
+    properties matter than within one process, so there are fewer groups to compare."""
 
     def __init__(self, members: Iterable[Instance]) -> None:
         self._iids: dict[str, None] = {}
-        self._groups: dict[Place, dict[Kind, Group]] = {}  # place -> what decides there -> who is there
+        self._groups: dict[Place, dict[Kind, Group]] = {}  # place -> deciding properties -> members
         self._found: dict[Kind, Found] = {}
         for member in members:
             self._iids[member.iid] = None
@@ -63,14 +65,14 @@ class Compatibility:
                 inner = place
 
     def of(self, instance: Instance) -> Found:
-        """What there is for an instance, itself included if it is a member: it can always exchange KV with itself."""
+        """The members compatible with an instance. A member counts itself too: KV can always move within it."""
         kind = _kind(instance)
         if kind not in self._found:
             self._found[kind] = self._find(instance)
         return self._found[kind]
 
     def others(self, instance: Instance) -> Found:
-        """The same without itself."""
+        """As `of`, without the instance itself."""
         found, own = self.of(instance), path(instance.reach, instance.reach)
         if instance.iid not in self._iids or own is None:
             return found
@@ -80,7 +82,7 @@ class Compatibility:
     def _find(self, instance: Instance) -> Found:
         paths: Counter[str] = Counter()
         odd = ""
-        inner: Place = ()  # nothing was seen from nearer
+        inner: Place = ()  # equals no narrower place: the innermost groups are counted whole
         for place in _places(instance.reach):
             for group in self._groups.get(place, {}).values():
                 found = group.but(inner)
@@ -98,17 +100,17 @@ class Compatibility:
 
 
 def _kind(instance: Instance) -> Kind:
-    """Instances of one kind can exchange KV with the same others."""
+    """Instances of one kind are compatible with the same members."""
     return instance.fingerprint, compatibility_key(instance.reach)
 
 
 def _places(reach: Reach) -> tuple[Place, ...]:
-    """Where an instance is, seen from its process, from its host, and from anywhere."""
+    """The places that contain an instance, the narrowest first: its process, its host, the cluster."""
     return (reach.host, reach.process), (reach.host,), ()
 
 
 def _facts(reach: Reach) -> Iterator[tuple[Any, ...]]:
-    """What decides about KV in each of these places."""
+    """The properties that decide how KV moves within each of these places."""
     paths = tuple(reach.paths)
     yield paths, reach.device, *reach.near
     yield tuple(name for name in paths if name != "local"), reach.device, *reach.near

@@ -1,4 +1,4 @@
-"""The clients' side of the broker: what may be asked, and what was answered how far."""
+"""Delivery to clients: validates requests, keeps the messages of each request in its outbox and sends them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MAX_ATTEMPTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask for, and how long things may take (seconds)."""
+    """Limits on requests and timeouts. `context` is in tokens, names that end with `_s` are in seconds."""
 
     context: int
     vocabulary: int
     max_open: int = 4096
-    max_attempts: int = MAX_ATTEMPTS  # that count (Life.restart_all)
+    max_attempts: int = MAX_ATTEMPTS  # attempts that count (Lifecycle.restart_all)
     heartbeat_s: float = 0.2
     dead_s: float = 20.0
     patience_s: float = 60.0
     client_grace_s: float = 5.0
-    retry_s: float = 0.05  # a client whose queue was full is tried again after this
+    retry_s: float = 0.05  # wait before sending again to a client whose queue was full
 
 
 _STAGE_OF = {"cancelled": Stage.CANCELLED, "error": Stage.FAILED, "deadline": Stage.FAILED}
@@ -34,13 +34,15 @@ _NAMES = [(stage, stage.value) for stage in Stage]
 
 
 class Delivery:
+    """Opens and closes rows for clients and fills their outboxes. Shares the broker's request table."""
+
     def __init__(self, table: Table, limits: Limits, epoch: int, rng: Random) -> None:
         self.table, self.limits, self.rng = table, limits, rng
         self._prefix = f"{epoch & 0xFFFFFF:06x}"
         self._serial = 0
 
     def problem(self, event: Submitted) -> str | None:
-        """Why a request can never be served, in one line that says what is allowed."""
+        """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
         sampling, context, prompt = event.sampling, self.limits.context, len(event.prompt)
         wrong = sampling_problem(sampling)
         if wrong is not None:
@@ -59,7 +61,8 @@ class Delivery:
         return None
 
     def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
-        """Open a row. A request that draws its tokens gets a seed, so that any worker can go on with it."""
+        """Open a row. A sampled request gets a seed if it has none: a later attempt on another worker can then
+        continue the same output."""
         self._serial += 1
         sampling = event.sampling
         if sampling.temperature > 0 and sampling.seed is None:
@@ -79,7 +82,7 @@ class Delivery:
         return row, [Reply(event.client, _accepted(row))]
 
     def known(self, event: Submitted) -> list[Action] | None:
-        """The answer to a Submit that was sent again, None when it is new."""
+        """The answer to a repeated Submit: Accepted and everything from the first token. None for a new request."""
         rid = self.table.keys.get(event.key)
         if rid is None:
             return None
@@ -87,7 +90,8 @@ class Delivery:
         return [Reply(event.client, _accepted(row)), *self.attach(row, event.client, 0)]
 
     def attach(self, row: Row, client: bytes, start: int) -> list[Action]:
-        """Send this client all from token `start` on; an empty delta when there is nothing (yet)."""
+        """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client
+        replaces the row's earlier one."""
         row.client, row.blocked, row.sent = client, False, 0
         while row.sent < len(row.outbox) and _before(row.outbox[row.sent], start):
             row.sent += 1
@@ -96,16 +100,17 @@ class Delivery:
         return self.deliver(row)
 
     def deliver(self, row: Row) -> list[Action]:
+        """Send the unsent part of the outbox, unless the client is gone or its queue is full."""
         if row.client is None or row.blocked:
             return []
-        if row.sent + 1 == len(row.outbox):  # the usual case, for every token of everybody
+        if row.sent + 1 == len(row.outbox):  # the usual case, made fast: it runs for every token of every request
             row.sent += 1
             return [Reply(row.client, row.outbox[-1])]
         outbox, row.sent = row.outbox[row.sent :], len(row.outbox)
         return [Reply(row.client, message) for message in outbox]
 
     def undelivered(self, event: Undelivered) -> Row | None:
-        """Take back what a client did not get. The row, when it can be tried again."""
+        """Mark a message that did not reach its client as unsent. Returns the row if a retry makes sense, else None."""
         rid = getattr(event.message, "rid", None)
         row = self.table.rows.get(rid) if isinstance(rid, str) else None
         if row is None or row.blocked or row.client != event.client or event.message not in row.outbox:
@@ -117,12 +122,13 @@ class Delivery:
         return row
 
     def detokenize(self, row: Row, *, final: bool) -> list[Action]:
-        """Have the new tokens turned into text."""
+        """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, row.asked = row.asked, len(row.output)
         return [Detokenize(row.rid, start, tuple(row.output[start:]), tuple(row.sampling.stop), final)]
 
     def detokenized(self, row: Row, event: Detokenized) -> list[Action]:
-        """Text is there. A stop text found ends the request: tokens past it do not count."""
+        """Send the text that the detokenizer returned. A stop text in it ends the request; tokens after the stop text
+        are cut off the output."""
         ids = list(event.ids)
         if event.counted is not None:
             del row.output[event.counted :]
@@ -133,7 +139,7 @@ class Delivery:
         return self.deliver(row)
 
     def finish(self, row: Row, now: float) -> list[Action]:
-        """Close the row: the Done is the last letter."""
+        """Close the row: append the Done, the last message of its outbox, and send it to watchers too."""
         assert row.reason is not None
         self.table.move(row, _STAGE_OF.get(row.reason, Stage.DONE), now)
         done = Done(
@@ -156,10 +162,12 @@ def _accepted(row: Row) -> Accepted:
 
 
 def _before(message: Delta | Done, start: int) -> bool:
-    """Whether a client that has `start` tokens has this letter. Its text may be split at a delta's end only;
-    whether it has the text without tokens that may come last, the number of its tokens does not say."""
+    """Whether a client that has `start` tokens has received this message. A delta that ends after `start` is sent
+    whole, since its text cannot be split by tokens. A delta without tokens is always sent: the token count does not
+    tell whether the client has its text."""
     return isinstance(message, Delta) and bool(message.ids) and message.start + len(message.ids) <= start
 
 
 def refuse(client: bytes, key: str, why: str, retry_after_s: float | None = None) -> Reply:
+    """The reply that refuses the request or role change of `key`; None in `retry_after_s`: a retry is of no use."""
     return Reply(client, Refused(key=key, reason=why, retry_after_s=retry_after_s))

@@ -1,4 +1,4 @@
-"""The life of a request in the broker: placed, started over, moved on, ended."""
+"""The lifecycle of requests: placement, stages, restarts and ends, driven by the reports of workers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Failed, Heartbeat, Resend, Staged, TokenItem
 
-BY_ITSELF = ("stop", "length")  # reasons of an end that is the text's own
-TOKEN_S = 1e-6  # per prompt token where the cost table is empty: queues are then compared by their tokens
-SHORT_S, LONG_S = 1e-9, 1e9  # what a cost table may say beyond these is no work that a sum of nanoseconds could count
+BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
+TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
+SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in nanoseconds is neither 0 nor endless
 
 
 class Lifecycle:
-    """Shares the broker's request table, members, delivery, timers and counters. A prefill instance is chosen by the predicted
-    seconds of all prefill that it was given and has not done; `cost` and `chunk_tokens` predict them."""
+    """Moves requests through their stages. Shares the broker's request table, members, delivery, timers and counters.
+
+    The routing policy chooses a prefill instance by the predicted seconds of prefill work that are assigned to it and
+    not done; `cost` and `chunk_tokens` predict them."""
 
     def __init__(
         self,
@@ -43,6 +45,8 @@ class Lifecycle:
         self._route = PREFILL_ROUTES[rules.prefill_route]
 
     def place(self, row: Row, now: float) -> list[Action]:
+        """Assign a request to a prefill instance. If none can take it, start its `patience_s` timer; if its output
+        has outgrown every prefill instance, end it with an error."""
         tokens = len(row.prompt) + len(row.output)
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
@@ -52,7 +56,7 @@ class Lifecycle:
             beyond = self.members.beyond(tokens) if row.attempt > 1 else None
             if beyond is not None:
                 return self.end(row, "error", now, beyond)
-            if ("patience", row.rid) not in self.timers:  # or whoever comes in vain would prolong it
+            if ("patience", row.rid) not in self.timers:  # a further failed try does not extend the wait
                 self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []
         pool.last = column
@@ -61,6 +65,7 @@ class Lifecycle:
         return [self.assign(row, now)]
 
     def assign(self, row: Row, now: float) -> Action:
+        """The Assign message to the row's prefill instance."""
         row.assigned_at = now
         assert row.prefill is not None
         assign = Assign(
@@ -74,11 +79,13 @@ class Lifecycle:
         return Send(row.prefill, assign)
 
     def place_waiting(self, now: float) -> list[Action]:
+        """Try to place every request that has no prefill instance."""
         rows = [row for row in self.table.unplaced.values() if row.reason is None]
         return [action for row in rows for action in self.place(row, now)]
 
     def restart(self, row: Row, why: str, now: float) -> list[Action]:
-        """Begin another attempt, with the tokens so far: prefilled like the prompt, still counted as output."""
+        """Start another attempt. The tokens so far are prefilled like the prompt and still count as output. After
+        `max_attempts` attempts that count, the request ends with an error instead."""
         if row.reason is not None:
             return []
         actions = self.close(row)
@@ -93,16 +100,16 @@ class Lifecycle:
         return [*actions, *self.place(row, now)]
 
     def end(self, row: Row, reason: str, now: float, error: str | None = None) -> list[Action]:
-        """The request is over: the last words are asked for, in which a stop text may still be found; once they are
-        here, `finish` closes the row."""
+        """Set the end reason and ask for the remaining text, in which a stop text may still be found. When the text
+        arrives, `finish` closes the row."""
         if row.reason is not None or row.stage.ended:
             return []
         row.reason, row.error = reason, error
         return self.delivery.detokenize(row, final=True)
 
     def close(self, row: Row) -> list[Action]:
-        """Both workers let go. When it is over, they learn from how much it wrote, unless that was what its request
-        fixed."""
+        """Tell both workers to drop the request. If it ended by itself, they also get its output length to learn
+        from, unless `ignore_eos` fixed that length."""
         holders = dict.fromkeys(iid for iid in (row.prefill, row.decode) if iid is not None)
         learn = row.reason in BY_ITSELF and not row.sampling.ignore_eos
         outputs = len(row.output) if learn else 0
@@ -110,15 +117,18 @@ class Lifecycle:
         return [Send(iid, close) for iid in holders]
 
     def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
+        """Handle a heartbeat of `iid` that does not list a request assigned to it: restart a request that was in
+        decode, assign one again that was in prefill."""
         if row.holder == row.decode:
             return self.restart(row, f"{iid} does not hold it any more", now)
         late = now - row.assigned_at > 2 * self.limits.heartbeat_s
-        return [self.assign(row, now)] if late else []  # it may still be on its way
+        return [self.assign(row, now)] if late else []  # the first Assign may still be on its way
 
     def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
-        """The worker is lost, and all that it held begins anew. It may have died of what it was working on; what only
-        waited there did nothing to it, and its attempt does not count. Where nothing is known to have been worked on,
-        the news of it may be lost: then all count, so that what kills at once does not do so for ever."""
+        """Restart every request that a lost worker held. A request that it was computing may have crashed it, so that
+        attempt counts; the attempt of a request that only waited does not. If no request is known to have been
+        computed, the report of it may be lost: then all attempts count, or a request that crashes workers at once
+        would be retried for ever."""
         rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
         worked = any(row.stage not in IDLE for row in rows)
         actions: list[Action] = []
@@ -128,7 +138,8 @@ class Lifecycle:
         return actions
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
-        """All KV has landed at `iid`: from now on it answers for the request, the prefill side may forget it."""
+        """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: that instance
+        holds the request, and the prefill instance may drop it."""
         actions: list[Action] = []
         if stage.ended:  # only the broker ends a row
             return actions
@@ -140,11 +151,12 @@ class Lifecycle:
         return actions
 
     def resend(self, row: Row, iid: str) -> Action:
+        """Ask `iid` for the output tokens that the row lacks."""
         self.counters["resends"] += 1
         return Send(iid, Resend(rid=row.rid, attempt=row.attempt, start=len(row.output)))
 
     def finish(self, row: Row, now: float) -> list[Action]:
-        """Workers let go, the client gets its Done."""
+        """Close the row: tell the workers to drop the request and send the client its Done."""
         for what in ("deadline", "patience", "retry"):
             self.timers.clear((what, row.rid))
         self.counters[f"ended_{row.reason}"] += 1
@@ -153,8 +165,8 @@ class Lifecycle:
         return actions
 
     def remember(self, row: Row, now: float) -> None:
-        """Keep an ended row for the grace from now on, as somebody has just been sent its end, which may get lost
-        as all messages may; but not for ever."""
+        """Keep an ended row for another `client_grace_s`: its Done was just sent and may get lost. `patience_s` after
+        the end the time is no longer extended."""
         if row.stage.ended and now - row.stage_at < self.limits.patience_s:
             self.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
 
@@ -182,7 +194,7 @@ class Lifecycle:
         if item.end is not None:
             row.end = item.end
             actions += self.end(row, item.end.reason, now)
-        elif len(row.output) == row.sampling.max_tokens:  # its worker should have said so
+        elif len(row.output) == row.sampling.max_tokens:  # the worker should have sent an end
             actions += self.end(row, "length", now)
         else:
             actions += self.delivery.detokenize(row, final=False)
@@ -196,13 +208,13 @@ class Lifecycle:
             case Staged():
                 return self.stage(row, event.stage, event.iid, now)
             case Failed() if row.holder != event.iid:
-                return []  # another instance has it all by now
+                return []  # another instance holds the request by now
             case Failed(retry=True):
                 return self.restart(row, event.why, now)
         return self.end(row, "error", now, event.why)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
-        """Compare what a worker holds with what the request table says it holds, and make both sides agree."""
+        """Compare the requests in a worker's heartbeat with the request table and repair every difference."""
         actions: list[Action] = []
         iid = heartbeat.iid
         held: dict[str, None] = {}
@@ -224,6 +236,6 @@ class Lifecycle:
         return actions
 
     def _row(self, rid: str, attempt: int) -> Row | None:
-        """The open row that a worker speaks of, None when it is over, this attempt is, or nobody can have it."""
+        """The open row of a worker's report; None if the request or this attempt is over, or no worker is assigned."""
         row = self.table.rows.get(rid)
         return row if row and row.attempt == attempt and row.reason is None and row.prefill else None

@@ -1,5 +1,5 @@
-"""The instances as the broker knows them: who is there, since when silent, which role each has, the roster that it
-publishes and the pools of prefill instances that it chooses from."""
+"""Membership: the instances that the broker knows, their roles and connections, the Membership messages that it
+publishes, and the pools of prefill instances that routing chooses from."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tetri.request import DECODE_ROLES, PREFILL_ROLES, Capacity, PredictorStatus
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, Load, Membership, Ready
 
-FORGET_S = 600.0  # a lost worker stays in the status for so long
-SILENCE_S = 0.8  # a worker that hears no roster for `view_s`, 2 s, registers again
-NOBODY = PrefillPool()
-NOTHING = Found({}, "")
+FORGET_S = 600.0  # seconds that a lost worker stays in the status
+SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
+EMPTY_POOL = PrefillPool()
+NONE_FOUND = Found({}, "")
 
 
 @dataclass(slots=True)
 class Member:
-    """One worker. `role` is the truth for whoever sends new work: the one asked for, from the moment of asking on.
-    `lost` says why it is out, None while it is in."""
+    """One worker. `role` decides which new work it gets: during a flip it is already the new role. `seen`: time of its
+    last message. `lost`: the reason why it counts as lost, None while it is live."""
 
     instance: Instance
     load: Load
@@ -32,40 +32,43 @@ class Member:
     counters: dict[str, int] = field(default_factory=dict)
     slots_used: int = 0
     predictor: PredictorStatus | None = None
-    suspect: bool = False  # silent for longer than allowed, as far as was heard
+    suspect: bool = False  # its silence timer was due once; see Broker._silent
     lost: str | None = None
 
     @property
     def iid(self) -> str:
+        """Instance id."""
         return self.instance.iid
 
     @property
     def role(self) -> str:
+        """prefill, decode or mixed."""
         return self.instance.role
 
 
 class Members:
-    """`peers` by iid, the lost ones included. `up`: to which of them a connection stands. Whatever changes either, or
-    a role, goes through a method: the roster and the pools follow from them."""
+    """All registered workers: `by_iid` includes the lost ones, `up` has those with a connection. Change either of
+    them, or a role, through a method only: Membership messages and pools are derived from them."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.by_iid: dict[str, Member] = {}
         self.up: dict[str, None] = {}
         self.number = 0
-        self._outdated = True  # the roster that was sent last is out of date
+        self._outdated = True  # the membership has changed since the last Membership message
         self._entries: list[Instance] = []
         self._sent_at = 0.0
         self._sorted = False  # the pools are up to date
-        self._limits: list[int] = []  # ascending; pool i holds who computes prompts of at least limit i tokens
+        self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
-        self._largest: dict[str, int] = {}  # phase -> tokens that the largest instance of it holds
-        self._compatible: dict[str, Compatibility] = {}  # role -> those with which one of this role would exchange KV
+        self._largest: dict[str, int] = {}  # phase -> tokens that its largest instance holds
+        self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
 
-    # ------------------------------------------------------------ who is there
+    # ------------------------------------------------------------ registration and loss
 
     def ready(self, message: Ready, now: float) -> tuple[list[Action], Member | None]:
-        """Enter a worker. The peer of the other incarnation that it replaces, whose requests are lost, if any."""
+        """Register a worker. Returns the actions that connect to it and the member that it replaces if that one has
+        another incarnation, else None; the requests of a replaced member are lost."""
         instance = message.instance
         old = self.by_iid.get(instance.iid)
         self.by_iid[instance.iid] = Member(instance, message.load, now)
@@ -74,30 +77,32 @@ class Members:
         return [Connect(instance.iid, instance.inbox)], old if replaced else None
 
     def known(self, message: FromWorker) -> Member | None:
-        """The peer that sent this, if this incarnation of it has registered."""
+        """The member that sent this message; None if its incarnation is not registered."""
         member = self.by_iid.get(message.iid)
         return member if member is not None and member.instance.incarnation == message.incarnation else None
 
     def connected(self, iid: str) -> None:
+        """Record that the connection to a worker stands."""
         self.up[iid] = None
         self._changed()
 
     def disconnected(self, iid: str) -> None:
+        """Record that the connection to a worker broke."""
         self.up.pop(iid, None)
         self._changed()
 
     def lose(self, member: Member, why: str | None) -> None:
-        """It is out, or with None in again."""
+        """Mark a worker as lost for this reason, or as live again with None."""
         member.lost = why
         self._changed()
 
     def turn(self, member: Member, role: str) -> None:
-        """From now on new work goes to it as to one of this role."""
+        """Change a worker's role: it gets new work of this role from now on."""
         member.instance = member.instance.in_role(role)
         self._changed()
 
     def prune(self, now: float) -> list[Action]:
-        """Give up the connections to workers that have been lost for long: they may never come back."""
+        """Forget workers that have been lost for FORGET_S and close their connections."""
         gone = [p.iid for p in self.by_iid.values() if p.lost is not None and now - p.seen > FORGET_S]
         for iid in gone:
             del self.by_iid[iid]
@@ -107,41 +112,41 @@ class Members:
     def _changed(self) -> None:
         self._outdated, self._sorted = True, False
 
-    # ------------------------------------------------------------ rosters
+    # ------------------------------------------------------------ Membership messages
 
     def publish(self, now: float) -> list[Action]:
-        """The next Membership, to everyone that can be reached."""
+        """The next Membership, sent to every connected worker."""
         self.number += 1
         if self._outdated:
-            self._entries, self._outdated = [member.instance for member in self._there()], False
+            self._entries, self._outdated = [member.instance for member in self._live()], False
         self._sent_at = now
         membership = Membership(epoch=self.epoch, number=self.number, instances=self._entries)
         return [Send(iid, membership) for iid in self.up]
 
     def refresh(self, now: float) -> list[Action]:
-        """A Membership when there is news, and now and then when there is none, so that silence means trouble."""
+        """A Membership if there is a change, or none was sent for SILENCE_S: workers treat silence as a fault."""
         return self.publish(now) if self._outdated or now - self._sent_at >= SILENCE_S else []
 
-    def _there(self) -> list[Member]:
+    def _live(self) -> list[Member]:
         return [member for member in self.by_iid.values() if member.lost is None]
 
     # ------------------------------------------------------------ pools
 
     def pool(self, tokens: int, work_ns: dict[str, int]) -> PrefillPool:
-        """The instances that may prefill so many tokens, each with the work that it has. They can be reached, hold
-        the tokens and can hand their KV to somebody: to a decode instance that is there or, while none is, to whoever
-        comes. The same object every time while nothing changes among the instances."""
+        """The instances that may prefill `tokens` tokens, with the prefill work assigned to each. An instance
+        qualifies if it is connected, has the memory, and can hand its KV to a live decode instance; while no decode
+        instance is live, the last condition is dropped. Returns the same object until an instance changes."""
         if not self._sorted:
             self._sort()
         index = bisect_left(self._limits, tokens)
         if index == len(self._limits):
-            return NOBODY
+            return EMPTY_POOL
         pool = self._pools[index]
         pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) for iid in pool.iids]
         return pool
 
     def too_long(self, prompt: int, total: int) -> str | None:
-        """Why a request of so many tokens fits into no instance that is there; None when one may take it."""
+        """Why no live instance can hold a request of `prompt` prompt tokens and `total` tokens; None if one can."""
         if not self._sorted:
             self._sort()
         for phase, tokens in (("prefill", prompt), ("decode", total)):
@@ -151,7 +156,8 @@ class Members:
         return None
 
     def beyond(self, tokens: int) -> str | None:
-        """Why so many tokens of a request that starts over can be prefilled nowhere, nor by one that may come back."""
+        """Why no prefill instance, lost ones included, can hold `tokens` tokens of a restarted request; None if one
+        can. A lost instance counts because it may return."""
         sizes = [member.instance.capacity.tokens for member in self.by_iid.values() if member.role in PREFILL_ROLES]
         most = max(sizes, default=tokens)
         if tokens <= most:
@@ -159,19 +165,19 @@ class Members:
         return f"{tokens} tokens, its output so far included, fit into no prefill instance: the largest holds {most}"
 
     def _sort(self) -> None:
-        """Sort the instances into pools: once per change, not per request."""
-        there = [member.instance for member in self._there()]
-        decoders = [instance for instance in there if instance.role in DECODE_ROLES]
-        prefillers = [instance for instance in there if instance.role in PREFILL_ROLES]
+        """Sort the instances into pools: once per change, not once per request."""
+        live = [member.instance for member in self._live()]
+        decoders = [instance for instance in live if instance.role in DECODE_ROLES]
+        prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
         self._largest = {
             "prefill": max((instance.capacity.tokens for instance in prefillers), default=0),
             "decode": max((instance.capacity.tokens for instance in decoders), default=0),
         }
-        takers = Compatibility(decoders)
-        self._compatible = {"prefill": takers, "decode": Compatibility(prefillers), "mixed": Compatibility(there)}
+        to_decode = Compatibility(decoders)
+        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
         able: list[tuple[int, str]] = []
         for instance in prefillers:
-            choice = takers.of(instance).total
+            choice = to_decode.of(instance).total
             if instance.iid in self.up and (not decoders or choice):
                 alone = choice == 1 and instance.role in DECODE_ROLES and len(prefillers) > 1
                 able.append((min(_prompt_limit(instance.capacity, alone), instance.capacity.context - 1), instance.iid))
@@ -185,6 +191,7 @@ class Members:
     # ------------------------------------------------------------ status
 
     def status(self) -> list[InstanceStatus]:
+        """The status of every member, by iid."""
         return [
             InstanceStatus(
                 iid=member.iid,
@@ -206,19 +213,20 @@ class Members:
         ]
 
     def _exchanges(self, member: Member) -> Found:
-        """Of those that are there: over which paths KV moves to and from it. Two of one phase never meet."""
+        """The live members that a member exchanges KV with. Two instances of the same phase never do."""
         if not self._sorted:
             self._sort()
-        return NOTHING if member.lost is not None else self._compatible[member.role].others(member.instance)
+        return NONE_FOUND if member.lost is not None else self._compatible[member.role].others(member.instance)
 
 
 def _rehearsal(member: Member) -> str:
-    """That a worker harms its KV on purpose: nobody may take that for service."""
+    """A note for the status if a worker injects faults on purpose; such a worker must not serve users."""
     injected = any(name.startswith("injected_") for name in member.counters)
     return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
 
 
 def _prompt_limit(capacity: Capacity, alone: bool) -> int:
-    """Tokens of a prompt that an instance may prefill. What only it can decode must fit twice, if another instance can
-    prefill it (`alone`): here the prefill keeps its memory until all the KV has left for the KV store."""
+    """Most prompt tokens that an instance may prefill. `alone`: it is the only decode instance for its own prompts,
+    while other instances can prefill too. Such a prompt must fit twice, since the prefill keeps its memory until all
+    KV is in the KV store."""
     return capacity.blocks // 2 * capacity.block_tokens if alone else capacity.tokens

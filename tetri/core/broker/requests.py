@@ -1,5 +1,5 @@
-"""The request table: the only place that knows where a request is. Every change of place or stage goes through a
-`Table`, which keeps its indices: whose requests these are, what waits for a place, how much prefill is assigned."""
+"""The request table: the only record of where each request is. Every change of instance or stage goes through `Table`,
+which maintains its indices: requests by instance, requests without an instance, and assigned prefill work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
-IDLE = (Stage.QUEUED, Stage.WAITING)  # a worker has it and computes nothing of it
+IDLE = (Stage.QUEUED, Stage.WAITING)  # stages in which no worker computes the request
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 
 
@@ -20,8 +20,8 @@ BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 class Row:
     """One request. `prefill` and `decode` are the instances of the current attempt, None while there is none;
     `work_ns` is the predicted prefill time of that attempt, in nanoseconds so that sums stay exact.
-    Tokens pass three points: `output` came from workers, `asked` of them went to be worded, and of the
-    `outbox` (deltas and the Done at their end) `sent` were handed to the client."""
+    Tokens pass three points: workers report them into `output`; `asked` of them have been sent to the detokenizer;
+    `sent` messages of the `outbox` (Deltas and a final Done) have been sent to the client. Times are in seconds."""
 
     rid: str
     key: str
@@ -31,43 +31,43 @@ class Row:
     arrival: float
     stage: Stage
     stage_at: float
-    deadline: float | None = None  # when it has to be over, as `arrival`; None: whenever
+    deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     attempt: int = 1
-    not_counted: int = 0  # attempts that do not count against it: a worker was lost while it only waited there
+    not_counted: int = 0  # attempts that do not count towards `max_attempts`: the request only waited on a lost worker
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0
     assigned_at: float = 0.0
     output: list[int] = field(default_factory=list)
-    asked: int = 0  # output tokens handed over to be worded
+    asked: int = 0
     outbox: list[Delta | Done] = field(default_factory=list)
     sent: int = 0
     blocked: bool = False  # the client's queue is full: nothing is sent before the retry
-    watchers: list[bytes] = field(default_factory=list)  # other clients that asked for its end
+    watchers: list[bytes] = field(default_factory=list)  # other clients that cancelled the request: they get its Done
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
-    end: End | None = None  # as its worker said with the last token; None while there is none, or nobody did
-    reason: str | None = None  # why it ends; set before the last words are back
+    end: End | None = None  # as its worker reported with the last token
+    reason: str | None = None  # end reason; set while the last text is still being detokenized
     error: str | None = None
-    listed: str | None = None  # the instance under which the table has it
-    counted: str | None = None  # the instance to whose work the table has added it
+    listed: str | None = None  # the instance that the table's index lists it under
+    counted: str | None = None  # the instance whose prefill work includes it
 
     @property
     def holder(self) -> str | None:
-        """The instance that must have it now: the prefill one until all KV has landed at the decode one."""
+        """The instance that must hold the request: the prefill instance until all KV has landed at the decode one."""
         return self.decode if self.stage in ON_DECODER else self.prefill
 
     @property
     def computing(self) -> str | None:
-        """The prefill instance that has still to compute it, as far as the table knows."""
+        """The prefill instance that still has to compute the request; None once a token is known."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
 
     def left(self, now: float) -> float | None:
-        """Seconds until its deadline; None without one."""
+        """Seconds until the deadline, 0 if it has passed; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - now)
 
     def receipt(self) -> Receipt:
-        """What its worker said of its KV with the end or, if no worker did, that this is not known."""
+        """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
         if self.end is not None:
             return with_attempts(self.end.receipt, self.attempt)
         return Receipt(
@@ -99,14 +99,15 @@ class Table:
 
     @property
     def open(self) -> int:
+        """Number of open rows."""
         return len(self._active)
 
     def active(self) -> Iterable[Row]:
-        """The open rows, in order of arrival. Not to be changed meanwhile."""
+        """The open rows, in order of arrival. Do not change the table while iterating."""
         return self._active.values()
 
     def held_by(self, iid: str) -> dict[str, Row]:
-        """The open rows that this instance must have, by rid. Not to be changed, nor kept: it changes."""
+        """The open rows that an instance must hold, by rid. A live view: do not change or keep it."""
         return self._held.get(iid, _NONE)
 
     def counts(self) -> dict[str, int]:
@@ -116,6 +117,7 @@ class Table:
     # ------------------------------------------------------------ changes
 
     def add(self, row: Row) -> None:
+        """Add a new row."""
         self.rows[row.rid] = row
         self.keys[row.key] = row.rid
         self._active[row.rid] = row
@@ -123,29 +125,30 @@ class Table:
         self._list(row)
 
     def forget(self, rid: str) -> None:
+        """Remove an ended row."""
         row = self.rows.pop(rid)
         if self.keys.get(row.key) == rid:
             del self.keys[row.key]
 
     def assign(self, row: Row, iid: str, work_ns: int) -> None:
-        """A prefill instance is to compute it, which is so much work, 1 ns at least."""
+        """Assign a row to a prefill instance; `work_ns` is its predicted prefill time, at least 1 ns."""
         self._count(row, None)
         row.prefill, row.work_ns = iid, work_ns
         self._list(row)
 
     def hand_over(self, row: Row, iid: str) -> None:
-        """This instance is to decode it."""
+        """Set the decode instance of a row."""
         row.decode = iid
         self._list(row)
 
     def start_over(self, row: Row, now: float) -> None:
-        """Another attempt, of which nobody has anything."""
+        """Begin another attempt, which no instance holds yet."""
         row.attempt += 1
         row.prefill = row.decode = None
         self.move(row, Stage.QUEUED, now)
 
     def move(self, row: Row, stage: Stage, now: float) -> None:
-        """Enter a stage; what was spent in the one before is kept, over all attempts."""
+        """Enter a stage. Adds the time spent in the stage before to `spent`, which covers all attempts."""
         row.spent[row.stage] = row.spent.get(row.stage, 0.0) + now - row.stage_at
         self._stages[row.stage] -= 1
         row.stage, row.stage_at = stage, now
@@ -156,12 +159,12 @@ class Table:
         self._list(row)
 
     def advance(self, row: Row, stage: Stage, now: float) -> None:
-        """As `move`, but never backwards: the news of two workers may overtake one another."""
+        """As `move`, but never to an earlier stage: reports of two workers can arrive out of order."""
         if _RANK[stage] > _RANK[row.stage]:
             self.move(row, stage, now)
 
     def _list(self, row: Row) -> None:
-        """Enter the row under its instances, and take it out where it was."""
+        """Update the indices after a row has changed."""
         holder, computing, unplaced = _places(row)
         if holder != row.listed:
             if row.listed is not None:
@@ -180,7 +183,7 @@ class Table:
             self.unplaced.pop(row.rid, None)
 
     def _count(self, row: Row, iid: str | None) -> None:
-        """Count its work to this instance, and to none other."""
+        """Add the row's work to this instance, or to none with None, and subtract it where it was counted."""
         if row.counted is not None:
             self.work_ns[row.counted] -= row.work_ns
             if not self.work_ns[row.counted]:
@@ -192,37 +195,38 @@ class Table:
     # ------------------------------------------------------------ invariants
 
     def check(self) -> None:
+        """Check rows and indices. Raises Broken."""
         for key, rid in self.keys.items():
             if self.rows[rid].key != key:
-                raise Broken(f"key {key} leads to {rid}, which has another")
+                raise Broken(f"key {key} leads to {rid}, which has another key")
         active = {rid: row for rid, row in self.rows.items() if not row.stage.ended}
         self._check_indices(active)
         for row in active.values():
             if row.stage in ON_DECODER and row.decode is None:
-                raise Broken(f"{row.rid} is in {row.stage} nowhere")
+                raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
             if row.prefill is None and row.stage in (Stage.PREFILL, Stage.MOVING):
-                raise Broken(f"{row.rid} is in {row.stage} nowhere")
+                raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
             if len(row.output) > row.sampling.max_tokens or row.asked > len(row.output):
-                raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} worded")
+                raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} sent to the detokenizer")
             if row.sent > len(row.outbox):
-                raise Broken(f"{row.rid} sent more than it had")
+                raise Broken(f"{row.rid} has sent more messages than its outbox holds")
 
     def _check_indices(self, active: dict[str, Row]) -> None:
-        """The indices against what a scan of all rows finds."""
+        """Compare the indices with a scan of all rows."""
         if active != self._active:
-            raise Broken(f"{self.open} rows counted as open, {len(active)} are")
+            raise Broken(f"the index has {self.open} open rows, a scan finds {len(active)}")
         held: dict[str, dict[str, Row]] = {}
         work: dict[str, int] = {}
         stages = dict.fromkeys(Stage, 0)
         unplaced = {}
         for rid, row in active.items():
-            holder, computing, homeless = _places(row)
+            holder, computing, unassigned = _places(row)
             stages[row.stage] += 1
             if holder is not None:
                 held.setdefault(holder, {})[rid] = row
             if computing is not None:
                 work[computing] = work.get(computing, 0) + row.work_ns
-            if homeless:
+            if unassigned:
                 unplaced[rid] = row
         for name, kept, found in (
             ("rows by instance", self._held, held),
@@ -238,7 +242,7 @@ _NONE: dict[str, Row] = {}
 
 
 def _places(row: Row) -> tuple[str | None, str | None, bool]:
-    """Under which instance a row belongs, to whose work it counts, and whether it waits for a place."""
+    """The index entries of a row: its holder, the instance whose work includes it, whether it waits for placement."""
     if row.stage.ended:
         return None, None, False
     return row.holder, row.computing, row.prefill is None

@@ -1,11 +1,10 @@
-"""Changes of role (paper, section 3.5): asked for by a client or by the monitor's transition watcher, carried out by
-the broker alone.
+"""Role changes, called flips (paper, section 3.5). A client or the monitor's transition watcher asks for one; only the
+broker carries it out.
 
-From the moment of asking the registry's role is the new one, so that nobody sends new work of the old role; the worker
-is told until a Heartbeat of it names the number of this very Flip. The role alone would not do: when an instance is flipped
-and flipped back, a Heartbeat from before both says the right role, while a lost Flip leaves it in the wrong one. A worker
-that restarts before that begins in the role that it is configured for, as does one that restarts later: a flip lives as
-long as the process that it was made in.
+The membership has the new role at once, so that no worker sends new work of the old role. The broker repeats the Flip
+until a Heartbeat carries its number. The role alone would not confirm it: if an instance is flipped and flipped back,
+a Heartbeat from before both has the right role, while a lost Flip leaves the instance in the wrong one. A flip lasts
+as long as the worker's process: a restarted worker begins in its configured role.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from tetri.request import DECODE_ROLES, PREFILL_ROLES, ROLES
 from tetri.wire.clients import ChangeRole, Refused, RoleChanged
 from tetri.wire.messages import Flip, FlipWanted
 
-ANSWERS = 1000  # so many are kept for clients that ask again
-NAMED = 8  # instances, in an answer that says who is there
+ANSWERS = 1000  # kept for clients that repeat a ChangeRole
+NAMED = 8  # most instances that a refusal lists
 
 
 @dataclass(slots=True)
 class Change:
-    """A flip under way, of this number: who asked for it, each with its key and the time."""
+    """A flip in progress. `number` identifies its Flip message; `askers`: key of a ChangeRole -> client, time."""
 
     number: int
     was: str
@@ -35,25 +34,26 @@ class Change:
 
 
 class Flips:
-    """`changes`: those under way, by instance. Works on the broker's own registry and counters."""
+    """Carries out role changes. `changes`: the flips in progress, by instance. Shares the broker's members and
+    counters."""
 
     def __init__(self, members: Members, counters: Counter[str]) -> None:
         self.members, self.counters = members, counters
         self.changes: dict[str, Change] = {}
         self._answers: dict[str, Refused | RoleChanged] = {}  # by the client's key, oldest first
-        self._number = members.epoch  # of the last Flip: not one that an earlier broker gave
+        self._number = members.epoch  # of the last Flip; starts at the epoch to differ from an earlier broker's numbers
 
     # ------------------------------------------------------------ asking
 
     def ask(self, client: bytes, message: ChangeRole, now: float) -> list[Action]:
-        """A client wants it. The same key again is the same question: no second flip follows from it. A worker is asked
-        even if it has the role as far as is known here: a Flip that was given up may still be on its way to it."""
+        """Handle a client's ChangeRole. A repeated key gets the same answer and starts no second flip. The worker gets
+        a Flip even if it seems to have the role already: an abandoned Flip may still be on its way to it."""
         key, iid, role = message.key, message.iid, message.role
         if key in self._answers:
             return [Reply(client, self._answers[key])]
         for change in self.changes.values():
             if key in change.askers:
-                change.askers[key] = (client, change.askers[key][1])  # the answer comes when there is one
+                change.askers[key] = (client, change.askers[key][1])  # the client gets the answer when the flip ends
                 return []
         why = self._problem(iid, role)
         if why is not None:
@@ -67,8 +67,8 @@ class Flips:
         return [*actions, *self._turn(member, role, now, {key: (client, now)})]
 
     def want(self, message: FlipWanted, now: float) -> list[Action]:
-        """The transition watcher wants it. What a person has asked for comes first; a wish that cannot be fulfilled
-        is counted, and comes again if it still stands."""
+        """Handle a FlipWanted of the transition watcher. A flip that a client asked for has precedence. A flip that is
+        not possible is only counted: the watcher asks again if it still wants it."""
         member = self.members.by_iid.get(message.iid)
         if message.iid in self.changes or self._problem(message.iid, message.role) is not None:
             self.counters["flips_refused"] += 1
@@ -79,7 +79,7 @@ class Flips:
         return self._turn(member, message.role, now, {})
 
     def _turn(self, member: Member, role: str, now: float, askers: dict[str, tuple[bytes, float]]) -> list[Action]:
-        """First everyone else learns it, then the worker: nobody sends it work of the old role any more."""
+        """Publish the new role first, then send the Flip, so that the worker gets no more work of the old role."""
         self._number += 1
         self.changes[member.iid] = Change(self._number, member.role, role, askers)
         if member.role == role:
@@ -92,7 +92,7 @@ class Flips:
         return Send(iid, Flip(role=change.role, number=change.number))
 
     def _problem(self, iid: str, role: str) -> str | None:
-        """Why this cannot be, in one line that says what can."""
+        """Why a role change is not possible, in one line that states what is; None if it is possible."""
         members = self.members.by_iid
         if role not in ROLES:
             return f"there is no role {role!r}: give {', '.join(ROLES[:-1])} or {ROLES[-1]}"
@@ -109,7 +109,7 @@ class Flips:
         return None
 
     def _others(self, member: Member, serving: tuple[str, ...]) -> bool:
-        """Whether another live instance takes such work; one that it can exchange KV with."""
+        """Whether another live instance with the same fingerprint serves one of these roles."""
         return any(
             other.role in serving
             for other in self.members.by_iid.values()
@@ -117,17 +117,18 @@ class Flips:
         )
 
     def check(self) -> None:
+        """Check that each flip in progress is of a live member that has the new role. Raises Broken."""
         for iid, change in self.changes.items():
             member = self.members.by_iid.get(iid)
             if member is None or member.lost is not None or member.role != change.role:
-                raise Broken(f"{iid} is to become {change.role}, and is not there or counts as something else")
+                raise Broken(f"{iid} changes to {change.role}, but is lost or has another role in the membership")
 
     # ------------------------------------------------------------ answers
 
     def role_reported(self, member: Member, role: str, now: float, flip: int = 0) -> list[Action]:
-        """A worker says its role, and which Flip it obeyed last. While it is asked to change, it is told again until
-        that is the one; else its own word counts: it may have been flipped under an earlier broker, or while it was
-        thought to be lost."""
+        """Handle the role that a worker reports and the number of its last Flip. During a flip, send the Flip again
+        until its number is reported. Otherwise adopt the reported role: an earlier broker may have flipped the worker,
+        or the flip took effect while the worker counted as lost."""
         change = self.changes.get(member.iid)
         if change is None:
             if role != member.role and role in ROLES:
@@ -135,7 +136,7 @@ class Flips:
                 return self.members.publish(now)
             return []
         if (role, flip) != (change.role, change.number):
-            if member.role != change.role:  # it has registered again
+            if member.role != change.role:  # the worker has registered again, with its old role
                 self.members.turn(member, change.role)
             return [self._send(member.iid)]
         del self.changes[member.iid]
@@ -146,7 +147,7 @@ class Flips:
         ]
 
     def gone(self, iid: str, why: str) -> list[Action]:
-        """It was lost or restarted: nobody waits for its answer any more."""
+        """Drop the flip of a lost or restarted worker and refuse the clients that wait for it."""
         return self._drop(iid, f"{iid} did not change its role: {why}")
 
     def _drop(self, iid: str, why: str) -> list[Action]:

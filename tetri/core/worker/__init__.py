@@ -1,1 +1,1 @@
-"""."""
+"""The worker's core: prefill and decode over one engine."""

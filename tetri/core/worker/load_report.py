@@ -1,4 +1,4 @@
-"""What a worker says of itself: its registration, its beats, its load."""
+"""What a worker reports about itself: registration and heartbeat to the broker, load report to the monitor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
 
 
 class LoadReporter:
-    """`role` tells others which new work to send, `flip` is the number of the Flip that it came with. `busy`: the share
-    of the time in which the engine computed, as last reported."""
+    """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
+    it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
 
     def __init__(
         self,
@@ -31,10 +31,12 @@ class LoadReporter:
         self._busy_s, self._since = 0.0, now
 
     def worked(self, seconds: float) -> None:
-        """The engine computed for so long."""
+        """Add time in which the engine computed."""
         self._busy_s += seconds
 
     def load(self) -> Load:
+        """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
+        that needs them."""
         queue, forecast = self.prefill.queue, self.decode.forecast
         return Load(
             free_blocks=self._free_blocks(),
@@ -52,8 +54,8 @@ class LoadReporter:
         )
 
     def home(self) -> Load | None:
-        """The part of the own load that a decode route reads, while this instance takes new decode work: its own
-        prompts may stay then. The dispatcher asks, so this asks nothing of the dispatcher."""
+        """What a decode route reads of the load of this instance, for its own prompts; None if its role takes no
+        decodes. The dispatcher calls this, so it asks the dispatcher nothing."""
         if self.role not in DECODE_ROLES:
             return None
         forecast = self.decode.forecast
@@ -66,12 +68,12 @@ class LoadReporter:
         )
 
     def _free_blocks(self) -> int:
-        """Blocks that a blocked prompt would give back to a request to be decoded count as free."""
+        """Free KV blocks, those included that a blocked prompt would give back for a decode request."""
         blocked = self.prefill.queue.blocked()
         return self.ledger.free + (0 if blocked is None else blocked.flow.blocks)
 
     def report(self, now: float) -> Publish:
-        """For the monitor. The time since the last report counts for `busy`."""
+        """The load report for the monitor. `busy` covers the time since the last report."""
         if now > self._since:
             self.busy = min(self._busy_s / (now - self._since), 1.0)
             self._busy_s, self._since = 0.0, now
@@ -79,9 +81,11 @@ class LoadReporter:
         return Publish(LoadReport(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load()))
 
     def ready(self) -> Send:
+        """The registration with the broker."""
         return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
 
     def heartbeat(self) -> Send:
+        """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
         own, holds = self.own, [*self.prefill.holds(), *self.decode.holds()]
         heartbeat = Heartbeat(
             iid=own.iid,

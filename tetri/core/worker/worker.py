@@ -1,4 +1,4 @@
-"""A worker's core: both halves over one engine and one ledger."""
+"""The worker's core: the prefill and decode schedulers over one engine and one ledger."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer,
 from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
-MOST_UNKNOWN = 256  # messages that are kept from senders of whom no membership tells yet
+MOST_UNKNOWN = 256  # most messages kept from senders that no Membership has listed yet
 
 
 class Worker:
-    """`stepping` while the engine computes: messages are read, and the next step planned, only between steps.
-    `idle` when nothing could be planned, or the last pass achieved nothing: until the next event."""
+    """Dispatches events to the prefill and decode schedulers and plans engine steps.
+
+    `stepping`: the engine computes a step; messages are read and the next step is planned only between steps.
+    `idle`: no step can be planned, or the last one made no progress; the next event ends it."""
 
     def __init__(self, own: Identity, rng: Random, now: float) -> None:
         self.own = own
@@ -53,15 +55,16 @@ class Worker:
         self.reporter = LoadReporter(own, self.ledger, self.prefill, self.decode, self.estimator, now)
         self.dispatcher.pool.home = self.reporter.home
         self._step_at = now
-        self._fewer = False  # the batch has lost a leg since the step was planned
-        self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders of whom no membership tells yet
-        self._queued_own: list[Action] = []  # said to itself while the engine computed
+        self._fewer = False  # the batch has lost a request since the step was planned
+        self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders that no Membership lists yet
+        self._queued_own: list[Action] = []  # messages to this instance, held while the engine computes
         self.timers.set(HEARTBEAT, now)
         self.timers.set(LOAD, now)
 
-    # ------------------------------------------------------------ the four verbs
+    # ------------------------------------------------------------ the interface of a core
 
     def handle(self, event: WorkerInput, now: float) -> list[Action]:
+        """Process one event. Raises Broken for an event that is not a WorkerInput."""
         return self._deliver_own(self._handle(event, now), now)
 
     def _handle(self, event: WorkerInput, now: float) -> list[Action]:
@@ -69,14 +72,14 @@ class Worker:
             return self._step_done(event, now)
         self.idle = False
         match event:
-            case Chunk() | Offer() | LengthUpdate() | Drop() if self._early(event):
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
                 return []
             case Chunk():
                 return self.decode.chunk(event)
             case Exported():
                 return self.prefill.exported(event)
             case Adopted():
-                return self._paused(self.decode.adopted(event, now))
+                return self._set_fetch_timer(self.decode.adopted(event, now))
             case Freed():
                 self.prefill.kv_send.freed(event.slots)
                 return []
@@ -110,12 +113,13 @@ class Worker:
             case PeerUp():
                 return [self._register(now)] if event.peer == BROKER else self._up(event.peer, now)
             case PeerDown() if event.peer == BROKER:
-                return []  # go on; it is told again when it is back
+                return []  # keep working; PeerUp registers this worker again
             case PeerDown():
                 return self._down(event.peer, now)
-        raise Broken(f"a worker knows no {event}")
+        raise Broken(f"a worker does not handle {event}")
 
     def tick(self, now: float) -> list[Action]:
+        """Run every timer that is due, then start a step unless one is running or there is nothing to plan."""
         actions: list[Action] = []
         for key in self.timers.due(now):
             if key == LOAD:
@@ -125,18 +129,20 @@ class Worker:
             elif key == REGISTER:
                 actions.append(self._register(now))
             elif key == FETCH_AGAIN:
-                actions += self._paused(self.decode.fetch_again(now))
+                actions += self._set_fetch_timer(self.decode.fetch_again(now))
             else:
                 actions += self.prefill.lengths.due(self.prefill.requests[key], now)
         actions = self._deliver_own(actions, now)
         return actions if self.stepping or self.idle else [*actions, *self._step(now)]
 
     def deadline(self) -> float | None:
+        """The time of the next `tick`: -inf for at once, None while a step is running."""
         if self.stepping:
             return None
         return self.timers.next() if self.idle else float("-inf")
 
     def check(self) -> None:
+        """Check the ledger and both schedulers. Raises Broken."""
         self.ledger.audit()
         self.prefill.check()
         self.dispatcher.check()
@@ -144,26 +150,27 @@ class Worker:
         accounts = sum(request.running for request in self.prefill.requests.values())
         accounts += sum(request.end is None for request in self.decode.requests.values())
         if accounts != len(self.ledger):
-            raise Broken(f"{len(self.ledger)} accounts for {accounts} legs")
+            raise Broken(f"the ledger has {len(self.ledger)} accounts for {accounts} engine requests")
 
     def _deliver_own(self, actions: list[Action], now: float) -> list[Action]:
-        """What this instance says to itself, while it does both, it hears at once, as all messages not while the engine
-        computes: no message leaves for it."""
+        """Deliver messages addressed to this instance directly instead of over a socket; while a step is running,
+        queue them."""
         me = self.own.iid
         for place, action in enumerate(actions):
             if isinstance(action, Send) and action.peer == me:
                 if self.stepping:
                     self._queued_own.append(action)
                     return actions[:place] + self._deliver_own(actions[place + 1 :], now)
-                handled = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]  # not the broker's
+                # A worker sends itself only messages between workers, which are WorkerInput.
+                handled = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]
                 return handled + self._deliver_own(actions[place + 1 :], now)
-        return actions  # as most often
+        return actions  # the usual case: no message to this instance
 
     # ------------------------------------------------------------ the engine
 
     def _step(self, now: float) -> list[Action]:
-        """Decodes go first and take one token of the step's budget each, a prefill chunk gets the rest. While prompts
-        wait, the batch therefore stays smaller than the budget."""
+        """Plan the next engine step. Each decode takes one token of the step's token budget, a prefill chunk gets the
+        rest. While prompts wait, the batch is therefore kept smaller than the budget."""
         if not len(self.prefill.queue) and not self.decode.forecast.requests:
             self.idle = True
             return []
@@ -181,14 +188,12 @@ class Worker:
             blocked = prefill.queue.blocked()
             if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
                 actions += self._deliver_own(prefill.retreat(blocked, "its memory went to decodes"), now)
-        if (
-            len(batch.running) - len(batch.preempted) < decodes
-        ):  # an attempt that began anew at home took another's place
+        if len(batch.running) - len(batch.preempted) < decodes:  # an own offer replaced an older attempt in the batch
             self._fewer = True
         if prefill.queue.started:
             actions += prefill.holding()
         timer = self.timers.next()
-        assert timer is not None  # of a beat
+        assert timer is not None  # the heartbeat's timer is always set
         self.stepping, self._step_at = True, now
         return [*actions, Step(1 if prefill.expected else batch.most(timer - now))]
 
@@ -200,7 +205,7 @@ class Worker:
         requests, batch = self.prefill.queue.started, self.decode.batch
         spans, tokens, preempted, estimates = done.spans, done.tokens, done.preempted, done.estimates
         actions, self._queued_own = self._queued_own, []
-        if requests:  # else all of it is the decode half's
+        if requests:  # otherwise everything in `done` belongs to the decode scheduler
             mine = self.prefill.requests
             strained = self._fewer or bool(preempted) or self.ledger.free < 0
             actions += self.prefill.step_done(
@@ -215,17 +220,17 @@ class Worker:
             tokens = tuple(token for token in tokens if token.key not in mine)
             preempted = tuple(key for key in preempted if key not in mine)
             estimates = tuple(estimate for estimate in estimates if estimate.key not in mine)
-        for estimate in estimates:  # also of those that end in this step: what was said of them is judged
+        for estimate in estimates:  # also for requests that end in this step: accuracy is judged by their last estimate
             self.decode.estimates(estimate)
         actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
         if done.steps > 1:
-            self.ledger.check(done.held)  # only now have the accounts grown by all of the tokens
+            self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
 
-    def _paused(self, actions: list[Action]) -> list[Action]:
-        """A chunk that was lost is taken again after a while."""
+    def _set_fetch_timer(self, actions: list[Action]) -> list[Action]:
+        """Set the timer that fetches a lost KV chunk again, if there is one."""
         at = self.decode.kv_receive.next()
         if at is not None:
             self.timers.set(FETCH_AGAIN, at)
@@ -241,21 +246,22 @@ class Worker:
         for iid in gone:
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
-        for message in self._introduced():
+        for message in self._now_listed():
             actions += self._handle(message, now)
         return actions
 
-    def _early(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
-        """Whether no roster has told of this start of its sender yet. No answer would reach it, and it would ask again
-        only in a second: what it says is heard with the next roster. Of too many, the oldest are forgotten."""
+    def _keep_unlisted(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
+        """Whether no Membership lists this incarnation of the sender yet. No answer could reach the sender, and it
+        repeats its message only after a second, so the message is kept until a Membership lists the sender. Beyond
+        MOST_UNKNOWN messages, the oldest are dropped."""
         if self.peers.knows(message.src, message.incarnation):
             return False
         self._unknown.append(message)
         del self._unknown[:-MOST_UNKNOWN]
         return True
 
-    def _introduced(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
-        """After a roster: what those said of whom it tells. The others have their chance at the next one."""
+    def _now_listed(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
+        """The kept messages whose senders are listed now; the others stay for the next Membership."""
         early, self._unknown = self._unknown, []
         known = [self.peers.knows(message.src, message.incarnation) for message in early]
         self._unknown = [message for message, is_known in zip(early, known, strict=True) if not is_known]
@@ -263,14 +269,14 @@ class Worker:
 
     def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
         request = self.dispatcher.request_of(event)
-        if request is None:  # of an offer that was taken back, which may not be known there
+        if request is None:  # the offer was dropped, and the Drop may have been lost
             return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
         if isinstance(event, Refuse):
             if event.corrupt or not request.flow.movable:
                 return self.prefill.give_up(request, f"{event.src} cannot go on with the KV: {event.why}")
             self.dispatcher.refused(request, event.why)
             return self.dispatcher.dispatch(now)
-        self.dispatcher.granted(request, now)  # or nothing could have landed
+        self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
         return self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
 
     def _closed(self, message: Close) -> list[Action]:
@@ -298,16 +304,16 @@ class Worker:
                 actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV")
         return [*actions, *self.dispatcher.dispatch(now)]
 
-    # ------------------------------------------------------------ from time to time
+    # ------------------------------------------------------------ roles, reports and retries
 
     @property
     def role(self) -> str:
-        """Which new work others send. What comes is served whatever the role."""
+        """The role that others see when they send new work. Work that arrives is served whatever the role."""
         return self.reporter.role
 
     def _flip(self, flip: Flip, now: float) -> list[Action]:
-        """Take another role, with engine, weights and all that is here as they are. Said again when it has it already:
-        the broker may have missed that."""
+        """Change the role. Engine, weights and requests stay as they are. A repeated Flip is confirmed again, since
+        the heartbeat that confirmed the first may have been lost."""
         if flip.role in ROLES:
             self.reporter.role, self.reporter.flip = flip.role, flip.number
         self.peers.changed()
@@ -318,10 +324,10 @@ class Worker:
         return self.reporter.report(now)
 
     def _allow_retry(self, now: float) -> list[Action]:
-        """With every view whoever refused is asked again. Without a monitor the own clock stands in."""
+        """Ask instances that refused again. Each cluster view does so; this timer replaces a missing monitor."""
         if not self.dispatcher.waiting() or now - self.peers.seen_at < 2.5 * self.own.load_s:
             return []
-        self.peers.outdate()  # what the Refuses said of memory is old
+        self.peers.outdate()  # the memory that the refusals reported is out of date
         return self.dispatcher.allow_retry(now)
 
     def _register(self, now: float) -> Action:
@@ -335,7 +341,7 @@ class Worker:
         actions: list[Action] = []
         for request, why, retry in self.dispatcher.overdue(now, self.prefill.holds_up):
             actions += self.prefill.give_up(request, why, retry=retry)
-            self.idle = False  # others may have its place
+            self.idle = False  # other prompts may take its place
         slot_deadlock = self.prefill.slot_deadlock()
         if slot_deadlock is not None:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")

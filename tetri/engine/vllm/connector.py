@@ -1,9 +1,9 @@
-"""What vLLM loads into itself: a KV connector and a logits processor. They know nothing of tetri's requests; the
-engine that owns them reads their fields between steps.
+"""The plug-ins that vLLM loads: a KV connector and a logits processor. They have no knowledge of tetri's requests; the
+engine reads their fields between steps.
 
-vLLM builds the connector twice, once for its scheduler and once for its model runner. The scheduler's copy writes
-down what each step really scheduled; the runner's copy only keeps hold of the KV tensors. Who waits for KV from
-outside is the scheduler's matter (vllm_scheduler.py). Bytes are moved by the engine between steps, never inside one.
+vLLM creates the connector twice, for its scheduler and for its model runner. The scheduler's instance records what each
+step scheduled; the runner's instance keeps the KV tensors. PlanScheduler (scheduler.py) decides which requests wait for
+external KV. The engine moves the bytes between steps, never inside one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from tetri.engine.vllm.sampler import SAMPLER, RowSampler
 
 @dataclass
 class StepRecord:
-    """What one step of vLLM did, by request id: `computed` the token positions [start, stop) of its forward pass,
-    `parked` who was given blocks for KV from outside, `freed` the block ids that an ended request had just before
-    they were freed."""
+    """What one step of vLLM did, by request id. `computed`: token positions [start, stop) of the forward pass;
+    `parked`: requests that got blocks for external KV; `freed`: block ids of each ended request."""
 
     computed: dict[str, tuple[int, int]] = field(default_factory=dict)
     parked: list[str] = field(default_factory=list)
@@ -37,7 +36,8 @@ class StepRecord:
 
 
 class BlockConnector(KVConnectorBase_V1):
-    """Tells vLLM of no KV: when it asks, the KV that a decode leg adopted is in place, or gone by a preemption."""
+    """A KV connector that never reports external KV: when vLLM asks, adopted KV is already in the blocks, or a
+    preemption has discarded it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -47,18 +47,19 @@ class BlockConnector(KVConnectorBase_V1):
     # ------------------------------------------------------------ scheduler side
 
     def begin_step(self) -> StepRecord:
-        """A fresh record, filled by the step that follows."""
+        """A new record; the next step fills it."""
         self.record = StepRecord()
         return self.record
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """vLLM's hook: no external KV."""
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        pass
+        """vLLM's hook: nothing to do."""
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """Called once per step, after all decisions and before any of the step's effects."""
+        """vLLM's hook, once per step, after scheduling and before the forward pass: record the step."""
         record, scheduled = self.record, scheduler_output.num_scheduled_tokens
         cached = scheduler_output.scheduled_cached_reqs
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -71,37 +72,41 @@ class BlockConnector(KVConnectorBase_V1):
         return KVConnectorMetadata()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """vLLM's hook: record the blocks, which vLLM frees next."""
         self.record.freed[request.request_id] = block_ids
         return False, None
 
     # ------------------------------------------------------------ runner side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM's hook: keep the KV tensors, by layer name."""
         self.kv_caches = kv_caches
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        pass
+        """vLLM's hook: nothing to do."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
+        """vLLM's hook: nothing to do."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        pass
+        """vLLM's hook: nothing to do."""
 
     def wait_for_save(self) -> None:
-        pass
+        """vLLM's hook: nothing to do."""
 
 
 class SamplerPlugin(LogitsProcessor):
-    """Runs the request's own RowSampler on its row of logits; vLLM then takes the argmax."""
+    """Applies each request's RowSampler to its row of logits; vLLM then takes the argmax."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, tuple[RowSampler, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
+        """vLLM's hook: False, sampling changes the argmax."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """vLLM's hook: follow the changes of the batch's rows."""
         process_dict_updates(self._rows, batch_update, self._row)
 
     @staticmethod
@@ -110,9 +115,10 @@ class SamplerPlugin(LogitsProcessor):
         return None if row.idle else (row, outputs)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """vLLM's hook: sample on the rows of `logits` [rows, vocab], in place."""
         for index, (row, outputs) in self._rows.items():
             there = logits[index]
-            here = there.cpu()  # the very same on the CPU; from a GPU a copy, so that both draw alike
+            here = there.cpu()  # on the CPU the same tensor; from a GPU a copy, so that CPU and GPU sample alike
             row.apply(here, outputs)
             if here is not there:
                 there.copy_(here)

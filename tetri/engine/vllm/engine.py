@@ -1,7 +1,7 @@
-"""The real engine: vLLM on the CPU or on a GPU, in this process, driven at the level of its scheduler and model runner.
+"""The vLLM engine, on the CPU or a GPU, in this process. It drives vLLM's EngineCore step by step.
 
-There can be one per process: vLLM keeps global state. Bytes enter and leave between steps only, straight from and
-to the KV tensors, whole blocks at a time.
+A process can have only one, because vLLM keeps global state. KV bytes are copied directly from and to the KV tensors,
+in whole blocks, between steps.
 """
 
 from __future__ import annotations
@@ -32,21 +32,27 @@ from tetri.request import Capacity, blocks_for, sampling_problem
 
 @dataclass(slots=True)
 class _LiveRequest:
-    """A leg that vLLM holds as `request`. `missing`: blocks of a decode leg whose KV has not come yet."""
+    """An engine request, and vLLM's `request` for it. `missing`: blocks of a decode request without KV so far."""
 
     engine_request: EngineRequest
     request: Any
-    outputs_left: int  # of the whole request, this leg's first one included
-    parked: bool = False  # a decode leg that has its blocks and is not admitted
+    outputs_left: int  # output tokens left for the whole request, this engine request's first one included
+    parked: bool = False  # a decode request that has its blocks and waits for `admit`
     missing: set[int] = field(default_factory=set)
 
 
 class VllmEngine:
-    """Implements Engine and SupportsHiddenStates of tetri.engine.base. `dtype` is bfloat16 or float32, of weights and KV;
-    `kv_bytes` the KV space in bytes; `context` the most tokens of a request, prompt and output together (None: what the
-    model allows); `weights` a hash of the checkpoint. `gpu`: where it runs, else on the CPU. `reserve` is called with
-    the bytes of a KV block before vLLM takes any memory. Raises EngineError, one line, when the checkpoint is unknown,
-    its KV layout is unsupported or the KV space is too small for one context.
+    """Implements Engine and SupportsHiddenStates of tetri.engine.base.
+
+    `dtype`: bfloat16 or float32, for weights and KV.
+    `kv_bytes`: size of the KV space.
+    `context`: most tokens of a request, prompt and output together; None: the model's own limit.
+    `weights`: a hash of the checkpoint.
+    `gpu`: the GPU to run on, None: the CPU.
+    `reserve`: called with the bytes of a KV block before vLLM allocates memory.
+
+    Raises EngineError when the checkpoint is unknown, its KV layout is unsupported or the KV space is too small for one
+    context.
     """
 
     def __init__(
@@ -69,11 +75,11 @@ class VllmEngine:
         settings.check()
         self._start(settings, gpu, reserve)
         self._requests: dict[str, _LiveRequest] = {}
-        self._ended: dict[str, list[int]] = {}  # block ids of the legs that ended in the last step
-        self._reported: dict[str, int] = {}  # how many blocks of each leg the last StepDone told
+        self._ended: dict[str, list[int]] = {}  # by key: block ids of requests that ended in the last step
+        self._reported: dict[str, int] = {}  # by key: block counts as of the last StepDone
         self._parked = 0
         self._added = 0
-        # Loading leaves a million objects that live for ever: keep the collector from walking them in a step.
+        # Loading creates a million permanent objects: exclude them from garbage collection, which would delay a step.
         gc.collect()
         gc.freeze()
 
@@ -106,17 +112,17 @@ class VllmEngine:
             context=config.model_config.max_model_len,
         )
 
-    # ------------------------------------------------------------ legs
+    # ------------------------------------------------------------ engine requests
 
     def add(self, engine_request: EngineRequest) -> None:
-        """Raises EngineError when this leg can never run."""
+        """As in `Engine`."""
         from tetri.engine.vllm.scheduler import VllmRequest
 
         if engine_request.key in self._requests:
-            raise EngineError(f"leg {engine_request.key!r} is already there")
+            raise EngineError(f"engine request {engine_request.key!r} is already there")
         left = self._outputs_left(engine_request)
         decode = engine_request.phase == "decode"
-        # The last token of a decode leg's prompt is not known before `admit`: any valid id keeps its place.
+        # The last token of a decode request's prompt comes with `admit`; until then any valid id is a placeholder.
         prompt = [*engine_request.tokens, engine_request.tokens[-1]] if decode else list(engine_request.tokens)
         params = vllm_params(
             engine_request.sampling, engine_request.output_from, left - 1 if decode else 1, self._stop_ids, self._vocab
@@ -128,11 +134,10 @@ class VllmEngine:
         self._scheduler.add_request(request)
 
     def _outputs_left(self, engine_request: EngineRequest) -> int:
-        """How many output tokens the request of this leg may still get. Raises EngineError for a leg that
-        cannot run."""
+        """Output tokens left for the request. Raises EngineError for an engine request that cannot run."""
         count, sampling = len(engine_request.tokens), engine_request.sampling
         if not engine_request.tokens:
-            raise EngineError("a leg needs at least one token")
+            raise EngineError("an engine request needs at least one token")
         if not 0 <= min(engine_request.tokens) <= max(engine_request.tokens) < self._vocab:
             raise EngineError(f"token ids must be from 0 to {self._vocab - 1}")
         if not 0 <= engine_request.output_from <= count:
@@ -142,10 +147,10 @@ class VllmEngine:
         if sampling.temperature >= GREEDY_BELOW and sampling.seed is None:
             raise EngineError("a temperature above 0 needs a seed")
         left = sampling.max_tokens - (count - engine_request.output_from)
-        needed = 2 if engine_request.phase == "decode" else 1  # a decode leg's first output token comes with `admit`
+        needed = 2 if engine_request.phase == "decode" else 1  # a decode request gets its first token with `admit`
         if left < needed:
             raise EngineError(
-                f"max_tokens ({sampling.max_tokens}) leaves nothing to compute in this {engine_request.phase} leg"
+                f"max_tokens ({sampling.max_tokens}) leaves nothing to compute in this {engine_request.phase} request"
             )
         if count + left > self.capacity.context:
             raise EngineError(
@@ -154,7 +159,7 @@ class VllmEngine:
         return left
 
     def cancel(self, key: str) -> None:
-        """End a leg in any state and free its blocks at once; an unknown key is no error."""
+        """As in `Engine`. Frees the blocks at once."""
         from vllm.v1.request import RequestStatus
 
         self._ended.pop(key, None)
@@ -163,42 +168,43 @@ class VllmEngine:
         if live is None:
             return
         if live.parked:
-            # vLLM keeps the blocks of a parked request until its KV has arrived: nothing is under way here.
+            # vLLM keeps the blocks of a parked request until its KV is received; report that, as none is in flight.
             self._scheduler.finished_recving_kv_req_ids.add(key)
             self._parked -= 1
         self._scheduler.finish_requests(key, RequestStatus.FINISHED_ABORTED)
         self._connector.record.freed.pop(key, None)
 
     def admit(self, key: str, token: int) -> None:
-        """Let a decode leg run from the next step on. Raises EngineError unless all of its blocks were adopted."""
+        """As in `Engine`. Raises EngineError unless all of its blocks were adopted."""
         live = self._requests.get(key)
         if live is None or not live.parked:
-            raise EngineError(f"leg {key!r} does not wait for admission")
+            raise EngineError(f"engine request {key!r} does not wait for admission")
         if live.missing:
-            raise EngineError(f"leg {key!r} cannot be admitted: {len(live.missing)} of its blocks were not adopted")
+            raise EngineError(
+                f"engine request {key!r} cannot be admitted: {len(live.missing)} of its blocks were not adopted"
+            )
         if not 0 <= token < self._vocab:
             raise EngineError(f"token ids must be from 0 to {self._vocab - 1}, got {token}")
         live.request.prompt_token_ids[-1] = token
         live.request._all_token_ids[-1] = token
-        # What vLLM does when a connector reports the KV as received, but without waiting for one more step.
+        # As if a connector had reported the KV as received, but without the delay of one more step.
         self._scheduler.finished_recving_kv_req_ids.add(key)
         live.parked = False
         self._parked -= 1
 
     def hold(self, key: str, held: bool) -> None:
-        """Keep a prefill leg out of the coming steps, or let it in again; an unknown key is no error."""
+        """As in `Engine`."""
         live = self._requests.get(key)
         if live is None:
             return
         if live.engine_request.phase != "prefill":
-            raise EngineError(f"leg {key!r} decodes: only a prefill leg can be held")
+            raise EngineError(f"engine request {key!r} is a decode request: only a prefill request can be held")
         live.request.held = held
 
     # ------------------------------------------------------------ steps
 
     def step(self, most: int = 1) -> StepDone:
-        """One forward pass, however many are allowed, or an idle pass that only allocates; nothing at all when every
-        leg is parked."""
+        """As in `Engine`, but never more than one pass; none when all requests are parked."""
         self._ended.clear()
         if len(self._requests) == self._parked:
             return StepDone(held=self._held())
@@ -228,14 +234,14 @@ class VllmEngine:
         self._reported.pop(key, None)
         ended = str(reason)
         if ended not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended leg {key!r} with {ended!r}")
-        # vLLM ends every prefill leg after its one token; whether the request goes on is the request's matter.
+            raise RuntimeError(f"vLLM ended engine request {key!r} with {ended!r}")
+        # vLLM ends every prefill request after its one token ("length"), also when the whole request continues.
         if live.engine_request.phase == "prefill" and ended == "length" and live.outputs_left > 1:
             return Sampled(key, (token,), None)
         return Sampled(key, (token,), ended)
 
     def _held(self) -> tuple[tuple[str, int], ...]:
-        """What changed since it was last told."""
+        """(key, blocks) of the requests whose block count changed since the last call."""
         blocks, reported = self._req_to_blocks, self._reported
         self._reported = {key: len(blocks.get(key, ())) for key in self._requests}
         return tuple((key, count) for key, count in self._reported.items() if count != reported.get(key, 0))
@@ -243,19 +249,19 @@ class VllmEngine:
     # ------------------------------------------------------------ hidden states
 
     def hook_hidden_states(self, layers: Sequence[int], every: int) -> HiddenStateHook:
-        """See tetri.engine.base.SupportsHiddenStates."""
+        """As in `SupportsHiddenStates`."""
         from tetri.engine.vllm.hidden_states import LayerHook
 
         if every < 1:
-            raise EngineError(f"hidden states can be taken every token or less often, not every {every}")
+            raise EngineError(f"hidden states need an interval of at least 1 token, got {every}")
         return LayerHook(self._core, layers, partial(self._hooked, every))
 
     def _hooked(self, every: int) -> dict[str, int]:
-        """In the midst of a step: whose state is to be taken, and how many output tokens its request has."""
+        """Called inside a step: the keys whose states to keep, with the output tokens of their requests."""
         found: dict[str, int] = {}
         for key, (_, stop) in self._connector.record.computed.items():
             live = self._requests[key]
-            if stop == live.request.num_tokens:  # else another chunk of it follows
+            if stop == live.request.num_tokens:  # else the step has only a chunk of its tokens
                 outputs = stop - live.engine_request.output_from
                 if live.engine_request.phase == "prefill" or outputs % every == 0:
                     found[key] = outputs
@@ -264,26 +270,26 @@ class VllmEngine:
     # ------------------------------------------------------------ KV blocks
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
-        """Copy the leg's blocks out, one writable buffer of `block_bytes` each."""
+        """As in `Engine`."""
         self._memory.read(self._blocks(key, start, stop), into)
 
     def adopt(self, key: str, start: int, blocks: Sequence[memoryview]) -> None:
-        """Copy bytes into the blocks [start, start + len(blocks)) of a decode leg that is not yet admitted."""
+        """As in `Engine`."""
         live = self._requests.get(key)
         if live is None or not live.parked:
-            raise EngineError(f"leg {key!r} has no blocks that wait for KV")
+            raise EngineError(f"engine request {key!r} has no blocks that wait for KV")
         stop = start + len(blocks)
         self._memory.write(self._blocks(key, start, stop), blocks)
         live.missing.difference_update(range(start, stop))
 
     def _blocks(self, key: str, start: int, stop: int) -> list[int]:
-        """Block ids of the leg's blocks [start, stop), from what vLLM says now or said when the leg ended."""
+        """vLLM's ids of blocks [start, stop) of a running engine request, or of one that ended in the last step."""
         if key in self._requests:
             ids = [block.block_id for block in self._req_to_blocks.get(key, ())]
         else:
             ids = self._ended.get(key, [])
         if not 0 <= start <= stop <= len(ids):
-            raise EngineError(f"leg {key!r} has {len(ids)} blocks; [{start}, {stop}) was asked")
+            raise EngineError(f"engine request {key!r} has {len(ids)} blocks; [{start}, {stop}) was asked")
         return ids[start:stop]
 
     def close(self) -> None:

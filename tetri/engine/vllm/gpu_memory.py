@@ -1,7 +1,7 @@
-"""The KV tensors of a vLLM engine on a GPU as blocks of bytes: the gather and the scatter between vLLM's paged blocks
-and the slab are device kernels, a few for each layer, however many blocks. The same lines run on numpy.
+"""Reads and writes the KV tensors of a vLLM engine on a GPU as blocks of bytes. Gather and scatter between vLLM's paged
+blocks and the slab are device kernels, a few for each layer, for any number of blocks. The same code runs on numpy.
 
-CuPy has no bfloat16: whatever the type, the tensors are taken as uint8, through DLPack, in place.
+CuPy has no bfloat16, so all tensors are viewed as uint8, in place, through DLPack.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tetri.kv.cuda.runtime import Device
 
 
 class GpuMemory:
-    """As Memory. `caches`: a tensor for each layer, of `blocks` blocks. Buffers are device arrays of uint8, or on the
-    host: then there is one copy of the chunk between the two.
+    """As HostMemory, for a GPU. `caches`: one tensor for each layer, of `blocks` blocks. Buffers are device arrays of
+    uint8, or host memory at the cost of one more copy.
 
-    All runs on vLLM's own stream, `stream()`, in order with its kernels: an export reads what the last step wrote, and
-    what is adopted is there before the next. So the KV store of this process goes over to that stream too."""
+    All work runs on vLLM's stream, `stream()`, in order with its kernels: `read` gets what the last step wrote, and
+    `write` is done before the next step. So `device`, which the KV store also uses, is switched to that stream."""
 
     def __init__(self, caches: Sequence[Any], blocks: int, device: Device, stream: Callable[[], int]) -> None:
         self._device, self._stream = device, stream
@@ -33,7 +33,7 @@ class GpuMemory:
         self.block_bytes = self.layer_bytes * self.layers
 
     def read(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
-        """Copy blocks out, each into a writable buffer of `block_bytes`."""
+        """Copy each block into a writable buffer of `block_bytes`. Raises EngineError for another size."""
         count = self._paired(blocks, buffers)
         with self._computing() as xp:
             ids = xp.asarray(np.array(blocks, np.int64))
@@ -49,7 +49,7 @@ class GpuMemory:
                     self._sized(target, target.size)[:] = host[place].reshape(-1)
 
     def write(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
-        """Copy `block_bytes` into each block."""
+        """Copy a buffer of `block_bytes` into each block. Raises EngineError for another size."""
         count, buffers = self._paired(blocks, buffers), [joined(buffer) for buffer in buffers]
         with self._computing() as xp:
             ids = xp.asarray(np.array(blocks, np.int64))
@@ -81,7 +81,7 @@ class GpuMemory:
         return buffer
 
     def close(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self.caches.clear()
 
 
@@ -90,8 +90,8 @@ def _on_host(buffer: Block) -> bool:
 
 
 def by_block(cache: Any, blocks: int) -> Any:
-    """A layer's KV tensor as bytes, the blocks first; shares its memory. What is inside a block may lie in several
-    pieces, as where all K come before all V. Raises EngineError that names the layout."""
+    """A view of a layer's KV tensor as bytes, [blocks, ...]. A block need not be contiguous, as when all K come before
+    all V. Raises EngineError that names an unsupported layout."""
     import torch
 
     shape, strides = tuple(cache.shape), cache.stride()

@@ -1,8 +1,8 @@
-"""Hidden states out of the model's own forward pass, while it computes: nothing is computed twice.
+"""Collects hidden states during the model's own forward pass; nothing is computed twice.
 
-A forward hook on each tapped layer copies the rows that are wanted, the last one of a request in a step; the others
-cost nothing. Only Python that runs calls hooks: a compiled model, one in a CUDA graph and one in other processes
-give no states, silently, and are refused here. docs/predictor.md says what they would need.
+A forward hook on each chosen layer copies the wanted rows: the last row of a request in a step. Other rows cost
+nothing. Hooks run only in eager Python. A model that is compiled, in a CUDA graph or in other processes would silently
+give no states, so it is refused here; docs/predictor.md says what such models would need.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tetri.engine.base import EngineError, HiddenStates
 
 
 class LayerHook:
-    """Implements tetri.engine.base.Tap on a vLLM engine core. `layers`: after how many layers the state is taken,
-    ascending. `wanted` is asked in the midst of each step: ids of requests, and how many output tokens they have; those
-    that compute nothing in this step may be among them. Raises EngineError, one line, when no states would come."""
+    """Implements HiddenStateHook of tetri.engine.base on a vLLM engine core. `layers`: numbers of layers after which to
+    keep the state, ascending. `wanted()` is called inside each step; it returns request ids with their output tokens,
+    and may include requests that do not run in the step. Raises EngineError when the model gives no states."""
 
     def __init__(self, core: Any, layers: Sequence[int], wanted: Callable[[], Mapping[str, int]]) -> None:
         check(core.vllm_config)
@@ -31,7 +31,7 @@ class LayerHook:
         self._wanted = wanted
         self._keys: tuple[str, ...] = ()
         self._outputs: tuple[int, ...] = ()
-        self._ends = torch.empty(0, dtype=torch.int64)  # rows of the step that are taken
+        self._ends = torch.empty(0, dtype=torch.int64)  # rows of the step to copy
         self._states: list[torch.Tensor] = []
 
     def _begin(self, module: Any, given: Any) -> None:
@@ -65,8 +65,7 @@ class LayerHook:
 
 
 def check(config: Any) -> None:
-    """Whether vLLM's configuration is one in which hooks are called, with one row a request and step behind the last of
-    its tokens. Raises EngineError."""
+    """Raises EngineError unless vLLM's configuration calls hooks, with one sampled row for each request and step."""
     parallel, compiled = config.parallel_config, config.compilation_config
     if parallel.world_size > 1:
         raise EngineError(
@@ -85,17 +84,18 @@ def check(config: Any) -> None:
 
 
 def layers_of(model: Any, wanted: Sequence[int]) -> list[Any]:
-    """The modules that are the last of the first so many layers. Raises EngineError."""
+    """The modules of the given layers, counted from 1. Raises EngineError when the model has no such layer, or not
+    exactly one stack of layers."""
     stacks: dict[str, dict[int, Any]] = {}
     for name, module in model.named_modules():
         match = re.fullmatch(r"((?:.*\.)?layers)\.(\d+)", name)
-        if match and not re.search(r"(^|\.)layers\.\d+\.", name):  # layers inside a layer are not the model's
+        if match and not re.search(r"(^|\.)layers\.\d+\.", name):  # skip layers nested inside a layer
             stacks.setdefault(match[1], {})[int(match[2]) + 1] = module
     if len(stacks) != 1:
         found = f"several: {', '.join(stacks)}" if stacks else "none"
-        raise EngineError(f"hidden states are taken behind one stack of modules `layers.N`; this model has {found}")
+        raise EngineError(f"hidden states need exactly one stack of modules `layers.N`; this model has {found}")
     ((_, layers),) = stacks.items()
     for layer in wanted:
         if layer not in layers:
-            raise EngineError(f"hidden states come from behind layers 1 to {len(layers)} of this model, not {layer}")
+            raise EngineError(f"hidden states are available after layers 1 to {len(layers)} of this model, not {layer}")
     return [layers[layer] for layer in wanted]

@@ -1,4 +1,4 @@
-"""The KV tensors of a vLLM engine as blocks of bytes."""
+"""Reads and writes the KV tensors of a vLLM engine on the CPU as blocks of bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tetri.kv.base import Block, parts
 
 
 class HostMemory:
-    """`caches`: a tensor per layer, [blocks, ...], whose memory is used in place. Inside a block of bytes the layers
-    follow one another; what is inside a layer is vLLM's own."""
+    """`caches`: one tensor for each layer, [blocks, ...], used in place. A block of bytes has the layers in order; vLLM
+    defines the layout inside a layer."""
 
     def __init__(self, caches: Sequence[Any]) -> None:
         self.caches = [_block_rows(cache) for cache in caches]
@@ -22,14 +22,15 @@ class HostMemory:
         self.block_bytes = self.layer_bytes * self.layers
 
     def read(self, blocks: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        """Copy blocks out, each into a writable buffer of `block_bytes`."""
+        """Copy each block into a writable buffer of `block_bytes`. Raises EngineError for another size."""
         for block, buffer in zip(blocks, buffers, strict=True):
             target = self._layers_of(buffer)
             for layer, cache in enumerate(self.caches):
                 target[layer] = cache[block]
 
     def write(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
-        """Copy `block_bytes` into each block, out of one memoryview or of several that follow one another."""
+        """Copy `block_bytes` into each block, from one memoryview or from a tuple of parts. Raises EngineError for
+        another size."""
         for block, buffer in zip(blocks, buffers, strict=True):
             sources = [np.frombuffer(part, np.uint8) for part in parts(buffer)]
             self._check(sum(source.size for source in sources))
@@ -39,7 +40,7 @@ class HostMemory:
                 place += source.size
 
     def _scatter(self, block: int, place: int, source: np.ndarray) -> None:
-        """Copy bytes into a block from byte `place` of it on."""
+        """Copy `source` into a block, starting at byte `place` of the block."""
         layer, inside = divmod(place, self.layer_bytes)
         at = 0
         while at < source.size:
@@ -48,7 +49,7 @@ class HostMemory:
             at, layer, inside = at + row.size, layer + 1, 0
 
     def close(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self.caches.clear()
 
     def _layers_of(self, buffer: memoryview) -> np.ndarray:
@@ -62,7 +63,7 @@ class HostMemory:
 
 
 def _block_rows(cache: Any) -> np.ndarray:
-    """A layer's KV tensor as bytes, [blocks, bytes of a block]; shares its memory."""
+    """A view of a layer's KV tensor as bytes, [blocks, bytes of a block]."""
     import torch
 
     if cache.device.type != "cpu" or not cache.is_contiguous():

@@ -1,10 +1,9 @@
-"""Drawing the next token: one function of the logits, the request's sampling, its tokens and its seed.
+"""Samples the next token from the logits, the sampling parameters, the tokens and the seed of a request.
 
-All of sampling happens here, none of it in vLLM, for two reasons. A request that goes on in another engine must
-draw what the first engine would have drawn: the noise is a hash of (seed, absolute position, token id), so
-there is no generator whose state would have to travel. And the tokens that a hand-over turns into prompt (the
-first output token, or the output of an earlier attempt) must keep counting as output: `output_from` says where
-output begins.
+All sampling is done here and none in vLLM, for two reasons. First, a request that moves to another engine must get the
+same tokens there. The noise is a hash of (seed, absolute position, token id), so no generator state has to move.
+Second, output tokens that become part of a prompt (the first output token, or the output of an earlier attempt) still
+count as output: `output_from` is the index at which output begins.
 
 Order: penalties, min_tokens, temperature, min-p, top-k, top-p, Gumbel noise, argmax.
 """
@@ -22,7 +21,7 @@ from tetri.request import Sampling
 
 SAMPLER = "tetri_sampler"  # key in vLLM's SamplingParams.extra_args
 
-# Below this a draw cannot be told from the argmax; also keeps (logits / temperature) away from overflow.
+# At temperatures below this, sampling equals argmax; the limit also avoids overflow of logits / temperature.
 GREEDY_BELOW = 1e-5
 
 _FORBIDDEN = float("-inf")
@@ -30,7 +29,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def stream_key(seed: int, position: int) -> int:
-    """A 32-bit key for the noise of one token position of one request (splitmix64 of both, high half)."""
+    """The 32-bit noise key of one token position of one request: high half of splitmix64 of seed and position."""
     state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & _MASK64
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -40,15 +39,14 @@ def stream_key(seed: int, position: int) -> int:
 def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise for token `ids` (int32 [n]) at one absolute position: float32 [n].
 
-    A counter-based hash, not a generator: the noise of a token does not depend on which other tokens are still
-    candidates, nor on the version of torch. Integers of 32 bits, in place: this runs over the whole vocabulary
-    for every drawn token.
+    A counter-based hash, not a generator: the noise of a token depends neither on the other candidates nor on the
+    version of torch. It uses 32-bit integers in place, because it runs over the whole vocabulary for every token.
     """
     bits = ids ^ _signed32(stream_key(seed, position))
     for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier)
     bits.bitwise_xor_((bits >> 15).bitwise_and_((1 << 17) - 1)).bitwise_and_(0x7FFFFFFF)
-    # u in (0, 1). -log1p(-u) keeps all its precision where u is small, and that is where the winners are.
+    # u in (0, 1). -log1p(-u) is precise for small u, which gives the largest noise and so the likely winners.
     u = bits.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()
 
@@ -58,8 +56,8 @@ def _signed32(value: int) -> int:
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, sampling: Sampling) -> None:
-    """Change one row of float32 logits [vocab] in place. `seen` bool [vocab]: the token is in the prompt or the
-    output; `counts` float32 [vocab]: how often it is in the output."""
+    """Apply the penalties to one row of float32 logits [vocab], in place. `seen`: bool [vocab], token is in prompt or
+    output; `counts`: float32 [vocab], occurrences in the output."""
     if (repetition := sampling.repetition_penalty) != 1.0:
         logits.copy_(torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits))
     if sampling.frequency_penalty != 0.0:
@@ -69,8 +67,8 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, sam
 
 
 def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be drawn from one row of logits [vocab]: (ids int32 [n], values float32 [n]), the values
-    being logits over temperature, shifted so that the largest is 0. n is at least 1."""
+    """The candidates of one row of logits [vocab] after min-p, top-k and top-p: (ids int32 [n], values float32 [n]),
+    n >= 1. Values are logits / temperature, shifted so that the largest is 0."""
     values = (logits - logits.max()).div_(sampling.temperature)
     ids = _all_ids(values.numel())
     if sampling.min_p > 0.0:
@@ -83,8 +81,8 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
 
 def nucleus(values: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Indices into `values` (logits, [n]) of the fewest most likely entries that hold the mass `top_p`, by falling
-    probability. Sorts only as many as it takes: most texts need few."""
+    """Indices into `values` (logits, [n]) of the smallest set of most likely entries with probability mass `top_p`,
+    most likely first. Sorts only as many entries as needed, which are few for most texts."""
     total = torch.logsumexp(values, 0)
     size = min(128, values.numel())
     while True:
@@ -107,17 +105,18 @@ def _all_ids(vocab: int) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """One token id from one row of float32 logits [vocab] by the Gumbel-max rule, for one absolute position."""
+    """Sample one token id from one row of float32 logits [vocab] for an absolute position, by the Gumbel-max rule.
+    Raises ValueError without a seed."""
     if sampling.seed is None:
-        raise ValueError("drawing a token needs a seed")
+        raise ValueError("sampling a token needs a seed")
     ids, values = candidates(logits, sampling)
     score = gumbel(sampling.seed, position, ids).add_(values)
     return int(ids[(score == score.max()).nonzero()[0, 0]])  # several times as fast as argmax
 
 
 class RowSampler:
-    """The sampling of one request. `tokens` is everything that vLLM calls its prompt, `output_from` the index in it
-    at which output begins, `stop_ids` the ids that end a text."""
+    """Samples for one request. `tokens`: the prompt in vLLM's sense; `output_from`: index in it at which output begins;
+    `stop_ids`: ids that end a text; `vocab`: size of the vocabulary."""
 
     def __init__(
         self, sampling: Sampling, tokens: Sequence[int], output_from: int, stop_ids: Sequence[int], vocab: int
@@ -140,12 +139,12 @@ class RowSampler:
 
     @property
     def idle(self) -> bool:
-        """True when the argmax of the raw logits is the answer at every position: nothing needs to be done."""
+        """Whether plain argmax is correct at every position, so that `apply` is not needed."""
         return not (self._draws or self._penalizes or self._min_tokens > self._known_outputs)
 
     def apply(self, logits: torch.Tensor, outputs: Sequence[int]) -> None:
-        """Change one row of float32 logits [vocab] in place such that its argmax is the token to emit after
-        `tokens` and `outputs` (this engine's own). A drawn token is the row's only finite entry."""
+        """Change one row of float32 logits [vocab] in place so that its argmax is the token that follows `tokens` and
+        `outputs` (tokens of this engine). A sampled token is the row's only finite entry."""
         if self._penalizes:
             self._count(outputs)
             penalize(logits, self._seen, self._counts, self.sampling)
@@ -164,8 +163,8 @@ class RowSampler:
 
 
 def vllm_params(sampling: Sampling, output_from: int, most: int, stop_ids: Sequence[int], vocab: int) -> Any:
-    """What vLLM is told of the sampling of a request that may have `most` tokens more: when it ends, and how to make
-    its RowSampler. To vLLM it is greedy, for the sampler has drawn."""
+    """vLLM's SamplingParams for a request with up to `most` more tokens: its end conditions and its RowSampler. They
+    are greedy, because the argmax is the token that the RowSampler chose."""
     from vllm.sampling_params import SamplingParams
 
     return SamplingParams(

@@ -1,13 +1,14 @@
-"""vLLM's scheduler, told by us who runs. vLLM loads it by the name in its configuration.
+"""A subclass of vLLM's scheduler that enforces the order of the engine contract. vLLM loads it by its name.
 
-vLLM takes running requests as they come, each as many tokens as it wants, then waiting ones while tokens are left: a
-long prompt under way would keep every decode that joins out of its steps. Here each step is shared out before vLLM
-schedules it: one token for each decode, then what preempted ones need to come back, then the prefill legs that are not
-held, in the order in which they were added. Running requests get a cap, waiting ones that have no share are taken
-out of the queue meanwhile.
+vLLM schedules running requests in order, each with as many tokens as it wants, then waiting ones while tokens are left.
+So a long prompt in progress would keep new decode requests out of its steps. This class divides the token budget before
+vLLM schedules a step: one token for each decode request, then the tokens of preempted requests that resume, then the
+prefill requests that are not held, in the order in which they were added. A running request gets a cap; a waiting
+request without a share is removed from the queue for the step.
 
-Blocks are shared out too. Those that a prefill leg still needs are nobody else's, so that it never stands still half
-way. Decode legs get theirs here, before vLLM looks at anything: it would do so only in a step that has tokens left.
+It also divides the blocks. Blocks that a running prefill request still needs are reserved for it, so that it never
+stops half way. Decode requests get their blocks before vLLM schedules, because vLLM allocates only in a step with
+tokens left.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from tetri.engine_request import Phase
 
 
 class VllmRequest(Request):
-    """vLLM's request of one leg. `number`: in the order of addition. `cap`: how many tokens the next step may compute,
-    None for as many as it likes; it matters only while the request runs."""
+    """vLLM's request for one engine request. `number`: order of addition. `held`: excluded from steps. `cap`: most
+    tokens of the next step, None: no cap; it applies only to a running request."""
 
     def __init__(self, phase: Phase, number: int, *given: Any) -> None:
         super().__init__(*given)
@@ -34,7 +35,7 @@ class VllmRequest(Request):
 
     @property
     def num_tokens_with_spec(self) -> int:
-        """Read by vLLM in one place: to see how many tokens a running request wants."""
+        """vLLM reads this only to get the number of tokens that a running request wants; it applies `cap`."""
         known: int = self.num_tokens
         return known if self.cap is None else min(known, self.num_computed_tokens + self.cap)
 
@@ -45,12 +46,15 @@ class VllmRequest(Request):
 
     @property
     def unreserved(self) -> bool:
-        """A decode leg that was never given blocks."""
+        """Whether this is a decode request that never had blocks."""
         return self.phase == "decode" and self.status == RequestStatus.WAITING and not self.num_computed_tokens
 
 
 class PlanScheduler(Scheduler):
+    """Divides tokens and blocks among the requests, then lets vLLM schedule."""
+
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """vLLM's entry point, called once per step."""
         self._reserve()
         out = self._share()
         for request in out:
@@ -65,11 +69,11 @@ class PlanScheduler(Scheduler):
     # ------------------------------------------------------------ blocks
 
     def _reserve(self) -> None:
-        """Blocks for decode legs, oldest first, as far as they go. From then on they wait for their KV as vLLM's own
-        requests do whose KV comes from elsewhere."""
+        """Allocate blocks for waiting decode requests, oldest first, until one finds too few. They then wait for their
+        KV in vLLM's state for remote KV."""
         promised = self._promised()
         for request in [request for request in self.waiting if request.unreserved]:
-            tokens = request.num_prompt_tokens - 1  # the last one is not computed yet
+            tokens = request.num_prompt_tokens - 1  # the last token has no KV yet
             blocks = self.kv_cache_manager.allocate_slots(
                 request,
                 0,
@@ -88,7 +92,7 @@ class PlanScheduler(Scheduler):
             self.connector.record.parked.append(request.request_id)
 
     def _promised(self) -> int:
-        """Blocks that the prefill legs under way will still take."""
+        """Blocks that running prefill requests still need."""
         return sum(self._request_remaining_blocks(request) for request in self._running("prefill"))
 
     def _running(self, phase: Phase) -> list[VllmRequest]:
@@ -98,12 +102,12 @@ class PlanScheduler(Scheduler):
     # ------------------------------------------------------------ tokens
 
     def _share(self) -> list[VllmRequest]:
-        """Cap the running requests; returns the waiting ones that must not be seen in this step."""
+        """Cap the running requests; returns the waiting ones to hide from vLLM in this step."""
         prefills, decodes = sorted(self._running("prefill"), key=_place), self._running("decode")
-        # vLLM takes the last one's blocks when others need them: the youngest decode, never a prefill leg.
+        # vLLM preempts the last request of the list: that must be the youngest decode, never a prefill request.
         self.running: list[VllmRequest] = [*prefills, *decodes]
         budget = self.max_num_scheduled_tokens - len(decodes) - self._joining()
-        for request in decodes:  # more than one token: it comes back after a preemption
+        for request in decodes:  # more than one token missing: it resumes after a preemption
             more = min(request.missing - 1, max(budget, 0))
             request.cap, budget = 1 + more, budget - more
         out, budget = self._admissible(budget)
@@ -117,7 +121,8 @@ class PlanScheduler(Scheduler):
         return out
 
     def _joining(self) -> int:
-        """Decode legs that were admitted and have not run yet: vLLM takes them first of all that wait."""
+        """How many decode requests were admitted and have not run yet. vLLM schedules them before all others that
+        wait."""
         ready = self.finished_recving_kv_req_ids
         return sum(
             request.status != RequestStatus.WAITING_FOR_REMOTE_KVS or request.request_id in ready
@@ -125,12 +130,12 @@ class PlanScheduler(Scheduler):
         )
 
     def _admissible(self, budget: int) -> tuple[list[VllmRequest], int]:
-        """The waiting requests that must not be seen, and the tokens left beside preempted ones that come back. Seen
-        are those who find blocks for all that they know beside what is promised: vLLM looks no further than the
-        first that finds none."""
+        """The waiting requests to hide from vLLM, and the budget left after preempted requests that resume. A request
+        stays visible if there are blocks for all of its tokens beside the promised ones, because vLLM stops at the
+        first request without enough blocks."""
         free = self.kv_cache_manager.block_pool.get_num_free_blocks() - self._promised()
         out: list[VllmRequest] = []
-        short: list[str] = []  # phases in which somebody waits for blocks: nobody overtakes
+        short: list[str] = []  # phases with a request that waits for blocks: later ones must not overtake it
         for request in self.waiting:
             need = self._request_remaining_blocks(request)
             if request.held or request.unreserved or request.phase in short or need > free:
@@ -145,5 +150,5 @@ class PlanScheduler(Scheduler):
 
 
 def _place(request: VllmRequest) -> tuple[bool, int]:
-    """In the queue: preempted decodes before prefill legs."""
+    """Sort key of the queue: preempted decode requests before prefill requests."""
     return request.phase == "prefill", request.number

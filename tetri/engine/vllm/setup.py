@@ -1,4 +1,4 @@
-"""Starting vLLM inside this process: what it is told, what is refused, and what came out (the fingerprint)."""
+"""Starts vLLM in this process: builds its configuration, checks that it is supported, and computes the fingerprint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetri.engine.base import EngineError
+from tetri.engine.base import EngineError, check_budget
 from tetri.kv.cuda.runtime import Device
 from tetri.request import Fingerprint, blocks_for
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:  # they need numpy, which a worker without vLLM does not
     from tetri.engine.vllm.memory import HostMemory
 
 DTYPES = ("bfloat16", "float32")
-#: vLLM refuses to start unless this share of the GPU is free; what it takes for KV is given in bytes instead.
+#: vLLM refuses to start unless this share of the GPU is free. Small, because the KV space is set in bytes.
 GPU_SHARE = 0.01
 
 
 def prepare_environment() -> int:
-    """All of vLLM's environment, in one place; must run before vLLM is imported. Returns the number of threads: one
-    per core that the parent left to this process."""
+    """Set vLLM's environment variables. Call it before vLLM is imported. Returns the number of threads: one per core
+    that this process may use."""
     cores = len(os.sched_getaffinity(0))
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
         VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
         VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
-        VLLM_CPU_OMP_THREADS_BIND="nobind",  # pinned by the parent already
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # the parent process has pinned this process
         OMP_NUM_THREADS=str(cores),
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # vLLM's older way to say kv_cache_memory_bytes, which would override ours.
+    # vLLM's older setting for kv_cache_memory_bytes would override ours.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     return cores
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """`dtype`: of weights and KV, one of DTYPES. `kv_bytes`: bytes of KV space. `context`: tokens, prompt and
-    output together; None is the model's own. `weights`: a hash of the checkpoint, for the fingerprint. `gpu`: on
-    GPU 0 of this process; else on the CPU."""
+    """Settings of the vLLM engine. `dtype`: of weights and KV, one of DTYPES. `kv_bytes`: size of the KV space.
+    `context`: most tokens of a request, prompt and output together; None: the model's own limit. `weights`: a hash of
+    the checkpoint, for the fingerprint. `gpu`: run on GPU 0 of this process, else on the CPU."""
 
     model: Path
     dtype: str
@@ -58,7 +58,7 @@ class VllmSettings:
     gpu: bool = False
 
     def check(self) -> None:
-        """Raises EngineError for what can be seen without loading anything."""
+        """Raises EngineError for settings that are invalid regardless of the model."""
         if not (self.model / "config.json").is_file():
             raise EngineError(f"unknown model {str(self.model)!r}: not a folder with a config.json")
         if self.dtype not in DTYPES:
@@ -69,33 +69,29 @@ class VllmSettings:
             raise EngineError(f"context must be at least 2 tokens, got {self.context}")
         if self.max_batch < 1:
             raise EngineError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.chunk_tokens <= self.max_batch:
-            raise EngineError(
-                f"chunk_tokens ({self.chunk_tokens}) is the token budget of a step: it must be larger than max_batch "
-                f"({self.max_batch}), or a full batch would leave nothing for prefill"
-            )
+        check_budget(self.chunk_tokens, self.max_batch)
 
     @property
     def max_requests(self) -> int:
-        """vLLM stops giving blocks to parked requests when this many run: well above the batch that the core
-        wants, but not above the token budget (vLLM refuses that)."""
+        """vLLM's max_num_seqs. vLLM gives no blocks to parked requests when this many run, so it is well above the
+        core's batch; vLLM does not allow more than the token budget."""
         return min(2 * self.max_batch + 16, self.chunk_tokens)
 
 
 def engine_config(settings: VllmSettings, *, serving: bool = True) -> Any:
-    """vLLM's configuration; not `serving`: whole texts are written in one go, by vLLM's own scheduler. Raises
-    EngineError when the checkpoint cannot be served or the KV space is too small."""
+    """vLLM's configuration. Without `serving`, vLLM's own scheduler writes whole texts. Raises EngineError when vLLM
+    cannot serve the checkpoint or the KV space is too small."""
     from vllm.engine.arg_utils import EngineArgs
 
     _check_build(settings.gpu)
     arguments = EngineArgs(
         model=str(settings.model),
-        skip_tokenizer_init=True,  # text is the broker's business
+        skip_tokenizer_init=True,  # the broker does all text
         dtype=settings.dtype,
         max_model_len=settings.context,
         enforce_eager=True,
         distributed_executor_backend="uni",
-        enable_prefix_caching=False,  # exported blocks would start behind the cached part
+        enable_prefix_caching=False,  # else the cached part of a prompt would be missing from exported blocks
         enable_chunked_prefill=True,
         async_scheduling=False,
         disable_hybrid_kv_cache_manager=True,
@@ -118,7 +114,7 @@ def engine_config(settings: VllmSettings, *, serving: bool = True) -> Any:
 
 
 def _requests() -> dict[str, Any]:
-    """By which a request is served in two legs."""
+    """The settings for serving a request as two engine requests: our scheduler and our KV connector."""
     from vllm.config import KVTransferConfig
 
     return {
@@ -132,7 +128,7 @@ def _requests() -> dict[str, Any]:
 
 
 def _check_build(gpu: bool) -> None:
-    """vLLM is built for one kind of device."""
+    """Raises EngineError when this build of vLLM is for the other kind of device."""
     from vllm.platforms import current_platform
 
     if gpu and not current_platform.is_cuda():
@@ -142,7 +138,8 @@ def _check_build(gpu: bool) -> None:
 
 
 def start_core(settings: VllmSettings, config: Any) -> Any:
-    """vLLM's EngineCore: loads the weights and allocates the KV space. Raises EngineError when it cannot."""
+    """Create vLLM's EngineCore, which loads the weights and allocates the KV space. Raises EngineError when that
+    fails."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
 
@@ -153,7 +150,7 @@ def start_core(settings: VllmSettings, config: Any) -> Any:
 
 
 def _gist(error: Exception) -> str:
-    """The first sentence of what vLLM says; pydantic wraps it in lines of its own."""
+    """The first sentence of vLLM's error, without the lines that pydantic adds."""
     lines = [line.strip() for line in str(error).splitlines()]
     details = [line for line in lines if line and not line.startswith("For further information")]
     text = details[-1] if details else type(error).__name__
@@ -161,7 +158,7 @@ def _gist(error: Exception) -> str:
 
 
 def block_bytes_of(settings: VllmSettings, config: Any) -> int:
-    """Bytes of one KV block, all layers, before anything is loaded."""
+    """Bytes of one KV block over all layers, from the configuration alone."""
     model, parallel = config.model_config, config.parallel_config
     item = {"bfloat16": 2, "float32": 4}[settings.dtype]
     token_bytes = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * item
@@ -169,7 +166,7 @@ def block_bytes_of(settings: VllmSettings, config: Any) -> int:
 
 
 def _check_space(settings: VllmSettings, config: Any) -> None:
-    """vLLM would find out only after loading the weights."""
+    """Raises EngineError when the KV space is too small for one context. vLLM would check only after loading."""
     context, block_bytes = config.model_config.max_model_len, block_bytes_of(settings, config)
     wanted = blocks_for(context, settings.block_tokens) + 1  # vLLM keeps one block, the null block
     if settings.kv_bytes // block_bytes < wanted:
@@ -180,7 +177,7 @@ def _check_space(settings: VllmSettings, config: Any) -> None:
 
 
 def check_layout(kv_cache_config: Any) -> Any:
-    """The one KV cache spec of a supported model. Raises EngineError that names what is not supported."""
+    """The KV cache spec of a supported model. Raises EngineError that names what is unsupported."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     groups = kv_cache_config.kv_cache_groups
@@ -198,20 +195,20 @@ def check_layout(kv_cache_config: Any) -> Any:
 
 
 def memory_of(gpu: Device | None, kv_cache_config: Any, block_bytes: int) -> HostMemory | GpuMemory:
-    """The KV tensors of the engine that this process has started. Raises EngineError for what is not supported."""
+    """Access to the KV tensors of the engine in this process. Raises EngineError for an unsupported layout."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from tetri.engine.vllm.memory import HostMemory
 
     caches = list(get_kv_transfer_group().kv_caches.values())
-    made = HostMemory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
-    if made.block_bytes != block_bytes:
-        raise EngineError(f"unsupported KV layout: blocks of {made.block_bytes} bytes, {block_bytes} were expected")
-    return made
+    memory = HostMemory(caches) if gpu is None else _on_gpu(gpu, caches, kv_cache_config.num_blocks)
+    if memory.block_bytes != block_bytes:
+        raise EngineError(f"unsupported KV layout: blocks of {memory.block_bytes} bytes, {block_bytes} were expected")
+    return memory
 
 
 def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:
-    from vllm.utils.torch_utils import current_stream  # the first call makes the stream that vLLM stays on
+    from vllm.utils.torch_utils import current_stream  # the first call creates the stream that vLLM keeps using
 
     from tetri.engine.vllm.gpu_memory import GpuMemory
 
@@ -219,6 +216,7 @@ def _on_gpu(gpu: Device, caches: Sequence[Any], blocks: int) -> GpuMemory:
 
 
 def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int, block_bytes: int) -> Fingerprint:
+    """The fingerprint of this engine: all that must be equal for KV blocks to be exchanged."""
     from vllm.version import __version__
 
     return Fingerprint(
@@ -238,7 +236,7 @@ def make_fingerprint(settings: VllmSettings, config: Any, spec: Any, layers: int
 
 
 def _instruction_set(config: Any) -> str:
-    """What the CPU attention backend chose: K and V are laid out differently inside a block for each."""
+    """The instruction set of the CPU attention backend, which determines the layout of K and V inside a block."""
     import torch
 
     layers = config.compilation_config.static_forward_context.values()
@@ -249,7 +247,7 @@ def _instruction_set(config: Any) -> str:
 
 
 def _gpu_attention(config: Any) -> str:
-    """The attention backend, which lays out the KV, and the GPU's generation."""
+    """The attention backend, which determines the KV layout, and the GPU's compute capability."""
     import torch
 
     layers = config.compilation_config.static_forward_context.values()
@@ -261,7 +259,7 @@ def _gpu_attention(config: Any) -> str:
 
 
 def stop_ids(config: Any) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json first, as vLLM does, then config.json."""
+    """The ids that end a text, ascending: those of generation_config.json and of config.json."""
     model = config.model_config
     ids: set[int] = set()
     for source in (model.try_get_generation_config(), model.hf_config.to_dict()):

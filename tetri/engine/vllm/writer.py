@@ -1,5 +1,5 @@
-"""Whole texts by vLLM in one process, many at once: what an offline tool needs of a model. Sampling is the served
-requests' own, so that a text depends on its prompt and seed alone, whatever it was batched with."""
+"""Writes whole texts with vLLM in one process, in batches, for offline tools. It uses the same sampler as serving, so a
+text depends only on its prompt and seed, not on its batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ BLOCK_TOKENS = 128
 
 @dataclass(slots=True)
 class WrittenText:
-    """What the model wrote: `ids`, and why it ended, "stop" or "length". `states`: output tokens known -> hidden state
-    of the last token then, float32 [layers, hidden]; 0 is the end of the prompt."""
+    """A text of the model: its token `ids`, and the `reason` for its end, "stop" or "length". `states`: number of
+    output tokens -> hidden state of the last token then, float32 [layers, hidden]; 0 is the end of the prompt."""
 
     key: str
     ids: list[int] = field(default_factory=list)
@@ -28,9 +28,9 @@ class WrittenText:
 
 
 class Writer:
-    """Texts of at most `context` tokens, prompt and output together. `batch`: how many are to be written at a time;
-    whoever adds them keeps to it. `layers`: after how many of the model's layers hidden states are kept, at the end of
-    the prompt and every `every` output tokens. Raises EngineError, one line, when the checkpoint cannot be loaded."""
+    """Writes texts of at most `context` tokens, prompt and output together. `batch`: most texts at a time; the caller
+    respects it. `layers`: numbers of layers after which hidden states are kept, at the end of the prompt and every
+    `every` output tokens. Raises EngineError when the checkpoint cannot be loaded."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Writer:
         return len(self._texts)
 
     def add(self, key: str, prompt: Sequence[int], sampling: Sampling) -> None:
-        """Raises EngineError for a prompt that leaves no room for `max_tokens`."""
+        """Start a text. Raises EngineError when prompt and `max_tokens` do not fit into the context."""
         from vllm.v1.request import Request
 
         if not prompt or len(prompt) + sampling.max_tokens > self.context:
@@ -78,12 +78,12 @@ class Writer:
         self._core.scheduler.add_request(Request(key, list(prompt), params, None))
 
     def step(self) -> list[WrittenText]:
-        """One forward pass; the texts that it has ended."""
+        """Run one forward pass; returns the texts that ended in it."""
         outputs, _ = self._core.step()
         states = self._hook.collect() if self._hook is not None else None
         if states is not None:
             for key, known, row in zip(states.keys, states.outputs, states.rows, strict=True):
-                self._texts[key].states[known] = row.copy()  # of a prompt in several chunks the last one stays
+                self._texts[key].states[known] = row.copy()  # the last chunk of a prompt overwrites the earlier ones
         ended: list[WrittenText] = []
         for output in outputs[0].outputs if outputs else ():
             text = self._texts[output.request_id]

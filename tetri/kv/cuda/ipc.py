@@ -1,9 +1,9 @@
-"""The path between GPUs of one host, and between processes on one GPU: the reader of peers' slabs.
+"""Reads peers' slabs over the path `cuda_ipc`: between GPUs of one host, or between processes on one GPU.
 
-A take is done when it returns, as with `shm`. On the device a copy of 12 MB takes 10 to 500 us, so there is little
-to win by coming back for it, and a thread would give the device's stream two users. What could take long is the
-sender's event, if the sender dies before its gather is done; so the event is asked, for a while, before the
-stream is made to wait for it: a stream that waits for a dead process cannot be used again.
+A fetch is synchronous, as with `shm`: a copy of 12 MB on the device takes 10 to 500 us, and a thread would give the
+CUDA stream a second user. Only the sender's event could take long, if the sender dies before its gather is done. So
+the reader polls the event, up to a deadline, before the stream waits for it: a stream that waits for a dead process
+is unusable.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tetri.kv.store import Store
 from tetri.request import Reach
 
 PATH = "cuda_ipc"
-_LOOK_S = 50e-6  # between two looks at an event
-_BACK_S = 0.5  # between two looks at whether memory that is open here is wanted back
+_LOOK_S = 50e-6  # poll interval of an event
+_BACK_S = 0.5  # interval between checks for leases that owners want back
 
 
 @dataclass(slots=True)
 class OpenedSlab:
-    """A peer's slab in this process. `events` by their handle."""
+    """A peer's slab, opened in this process. `events`: IPC handle -> CUDA event."""
 
     memory: DeviceSegment
     metadata: Mapping
@@ -39,8 +39,8 @@ class OpenedSlab:
 
 
 class CudaReader:
-    """`own` is the name of this worker's slab, which is not to be opened. `event_s`: how long a sender's gather may
-    take."""
+    """Reader of the path `cuda_ipc`. `own`: name of this worker's slab, which CUDA cannot open in its own process.
+    `event_s`: seconds that a sender's gather may take."""
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class CudaReader:
             self._device.drop_event(event)
         self._device.runtime.ipcCloseMemHandle(opened.memory.base)
         opened.metadata.close()
-        os.close(opened.descriptor)  # last: the owner may give the memory back from now on
+        os.close(opened.descriptor)  # last: closing ends the lease, and the owner may then free the memory
 
     def fetch(self, wanted: Wanted) -> Fetched:
-        """Waits for the copy."""
+        """Blocks until the copy is done."""
         try:
             opened = self._open(wanted)
             follow = partial(self._follow, opened)
@@ -126,8 +126,7 @@ class CudaReader:
         return OpenedSlab(DeviceSegment(own_size, base), metadata, descriptor)
 
     def _follow(self, opened: OpenedSlab, slot: int) -> None:
-        """What is given to the stream from now on comes after the sender's gather of the chunk that has `slot`. Raises
-        KVLost."""
+        """Order the stream after the sender's gather of the KV chunk that contains `slot`. Raises KVLost."""
         device, name, record = self._device, opened.memory.metadata.name, bytes(opened.metadata.segment.block(slot))
         if not any(record):
             raise KVLost(f"{name}: nothing was ever written to slot {slot}")
@@ -143,8 +142,8 @@ class CudaReader:
         device.follow(event)
 
     def fetched(self) -> Iterable[Fetched]:
-        """Nothing: a take is answered at once. Asked often, it closes what is wanted back, so that a worker that is
-        started again finds the memory of its predecessor free before anybody says that this one is gone."""
+        """Always empty, because `fetch` is synchronous. Also closes slabs whose owners want them back, so that a
+        restarted worker gets the GPU memory of its predecessor before membership reports the predecessor as gone."""
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _BACK_S
@@ -153,7 +152,7 @@ class CudaReader:
         return ()
 
     def close(self) -> None:
-        """Close all, and give the staging back."""
+        """Close all slabs and free the staging memory."""
         for peer in list(self._reaches):
             self.part(peer)
         self._staging.close()
@@ -174,8 +173,8 @@ def open_device_store(
     patience_s: float = 2.0,
     event_s: float = 1.0,
 ) -> Store:
-    """A worker's store in a GPU's memory; `cuda_ipc` is its only path. `host()` names the machine, for Reach. Raises
-    KVError: no room."""
+    """A worker's store in GPU memory, with `cuda_ipc` as its only path. `host()` names the machine, for Reach. Raises
+    KVError when memory is too small."""
     slab = DeviceSlab(
         device,
         deployment,

@@ -1,8 +1,8 @@
-"""The narrow seam to CuPy: the calls of the CUDA runtime that the path `cuda_ipc` makes, on one GPU. Everything else
-knows device memory as pointers (int) and as arrays of uint8.
+"""Wraps CuPy: the CUDA runtime calls of the path `cuda_ipc`, on one GPU. All other modules see device memory as
+pointers (int) and as arrays of uint8.
 
-One stream carries all of a worker's copies, so they are in order with one another; an engine that computes on a stream
-of its own gives that one (`stream`), and they are in order with its kernels too.
+All copies of a worker go to one stream, so they run in order. An engine with a stream of its own sets `stream`; copies
+then run in order with its kernels as well.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from typing import Any
 
 from tetri.kv.base import KVError
 
-HANDLE_BYTES = 64  # of a memory's or an event's IPC handle
+HANDLE_BYTES = 64  # of an IPC handle of memory or of an event
 _NOT_READY = 600  # cudaErrorNotReady
 _MOST_GPUS = 64
-_GRANULE = 2 << 20  # bytes that the driver gives at least
+_GRANULE = 2 << 20  # bytes: smallest allocation that the driver does not share
 
 
 class Device:
-    """The GPU number `index` of those that this process sees, by `cupy` (the module, or what stands in for it). Belongs
-    to the thread that makes it. `stream` is a cudaStream_t."""
+    """GPU `index` of those visible to this process. `cupy` is the module or a test double. Use it only from the thread
+    that created it. `stream` is a cudaStream_t; `near` are the UUIDs of GPUs with mutual peer access."""
 
     def __init__(self, cupy: Any, index: int = 0) -> None:
         self.cupy, self.runtime, self.index = cupy, cupy.cuda.runtime, index
         with self.explained(f"GPU {index} cannot be used"):
             self.runtime.setDevice(index)
-            self.runtime.free(0)  # makes the context, if nobody has
+            self.runtime.free(0)  # creates the CUDA context, unless there is one
             self.stream: int = self.runtime.streamCreateWithFlags(self.runtime.streamNonBlocking)
             self.uuid = self._uuid(index)
             self.near = [self._uuid(other) for other in range(self.runtime.getDeviceCount()) if self._reaches(other)]
 
     def _uuid(self, index: int) -> str:
-        """With the bus number, because CuPy cuts the UUID at its first zero byte."""
+        """UUID and bus number, because CuPy cuts the UUID at its first zero byte."""
         uuid: bytes = self.runtime.getDeviceProperties(index)["uuid"]
         return f"GPU-{uuid.hex()}-{self.runtime.deviceGetPCIBusId(index)}"
 
     def _reaches(self, other: int) -> bool:
-        """Whether each of two GPUs can read the other's memory."""
+        """Whether this GPU and `other` can read each other's memory."""
         can = self.runtime.deviceCanAccessPeer
         return other != self.index and bool(can(self.index, other) and can(other, self.index))
 
     @contextmanager
     def explained(self, what: str, kind: type[KVError] = KVError) -> Iterator[None]:
-        """An error of the runtime as one line of ours."""
+        """Raise a CUDA runtime error as a KVError of one line."""
         try:
             yield
         except self.runtime.CUDARuntimeError as error:
@@ -56,8 +56,9 @@ class Device:
     # ------------------------------------------------------------ memory
 
     def allocate(self, size: int, what: str) -> int:
-        """Device memory that is an allocation of its own, as an IPC handle needs it: a piece of CuPy's pool would bring
-        its neighbours along, and so would a small one, of which the driver keeps several together. Raises KVError."""
+        """Device memory in an allocation of its own; returns its pointer. An IPC handle exports a whole allocation: it
+        would also expose neighbours in CuPy's pool, or small allocations that the driver puts together. Raises
+        KVError."""
         size = -(-size // _GRANULE) * _GRANULE
         free, total = (amount / 2**20 for amount in self.runtime.memGetInfo())
         wanted = f"{size / 2**20:,.0f} MB of the GPU's memory for {what} ({free:,.0f} of {total:,.0f} MB are free)"
@@ -66,56 +67,59 @@ class Device:
             return pointer
 
     def release(self, pointer: int) -> None:
+        """Free memory of `allocate`."""
         self.runtime.free(pointer)
 
     def array(self, pointer: int, size: int) -> Any:
-        """Device memory as an array of uint8, which does not own it."""
+        """A uint8 array over `size` bytes of device memory, which it does not own."""
         cuda = self.cupy.cuda
         memory = cuda.UnownedMemory(pointer, size, None, self.index)
         return self.cupy.ndarray((size,), dtype="uint8", memptr=cuda.MemoryPointer(memory, 0))
 
     def copy(self, into: int, source: int, size: int) -> None:
-        """In the stream's order, between any two of device, peer and pinned host memory."""
+        """Queue a copy on the stream, between any two of device, peer and pinned host memory."""
         self.runtime.memcpyAsync(into, source, size, self.runtime.memcpyDefault, self.stream)
 
     def wait(self) -> None:
-        """Until all that was given to the stream is done."""
+        """Block until the stream has done all queued work."""
         self.runtime.streamSynchronize(self.stream)
 
     @contextmanager
     def computing(self) -> Iterator[Any]:
-        """CuPy, whose kernels go to the stream meanwhile."""
+        """CuPy, with `stream` as its current stream."""
         with self.cupy.cuda.Stream.from_external(_Stream(self.stream)):
             yield self.cupy
 
     # ------------------------------------------------------------ events
 
     def new_event(self) -> int:
-        """One that another process may wait for: such events cannot be timed."""
+        """An event that other processes can wait for. Such events have no timing."""
         flags = self.runtime.eventInterprocess | self.runtime.eventDisableTiming
         event: int = self.runtime.eventCreateWithFlags(flags)
         return event
 
     def record(self, event: int) -> None:
+        """Record the event on the stream."""
         self.runtime.eventRecord(event, self.stream)
 
     def done(self, event: int) -> bool:
-        """Whether what was recorded last has come to pass."""
+        """Whether the last record of this event has completed. Raises CUDARuntimeError."""
         status: int = self.runtime.eventQuery(event)
         if status not in (0, _NOT_READY):
             raise self.runtime.CUDARuntimeError(status)
         return status == 0
 
     def follow(self, event: int) -> None:
-        """What the stream is given from now on comes after the event."""
+        """Make later work of the stream wait for the event."""
         self.runtime.streamWaitEvent(self.stream, event)
 
     def drop_event(self, event: int) -> None:
+        """Destroy the event."""
         self.runtime.eventDestroy(event)
 
 
 class _Stream:
-    """A stream that CuPy did not make, by CUDA's protocol for that."""
+    """A foreign stream for CuPy, by the CUDA stream protocol."""
 
     def __init__(self, pointer: int) -> None:
         self.pointer = pointer
@@ -125,8 +129,8 @@ class _Stream:
 
 
 class Buffer:
-    """Memory that every take, or every put, uses again, and that grows when a chunk is larger than any before. On the
-    host it is pinned: the GPU copies from and to such memory without a detour, and at full speed."""
+    """Memory reused by every fetch, or every put; it grows for a larger chunk. Host memory is pinned, so that the GPU
+    copies directly and at full speed."""
 
     def __init__(self, device: Device, size: int, what: str, *, pinned: bool) -> None:
         self.device, self.what, self.pinned = device, what, pinned
@@ -134,7 +138,7 @@ class Buffer:
         self.fit(size)
 
     def fit(self, size: int) -> None:
-        """At least `size` bytes from now on; what was in it is gone when it grows. Raises KVError."""
+        """Grow to at least `size` bytes; growing discards the content. Raises KVError."""
         if size <= self.size:
             return
         self.close()
@@ -146,13 +150,13 @@ class Buffer:
         self.size = size
 
     def view(self, start: int, size: int) -> Any:
-        """A memoryview of pinned memory, an array of device memory; valid until it grows."""
+        """A memoryview (pinned memory) or a uint8 array (device memory); valid until the buffer grows."""
         if not self.pinned:
             return self.device.array(self.pointer + start, size)
         return memoryview((ctypes.c_ubyte * size).from_address(self.pointer + start)).cast("B")
 
     def close(self) -> None:
-        """A second call does nothing."""
+        """Free the memory after the stream is done. A second call does nothing."""
         pointer, self.pointer, self.size = self.pointer, 0, 0
         if pointer:
             self.device.wait()
@@ -160,7 +164,7 @@ class Buffer:
 
 
 def load() -> ModuleType:
-    """CuPy, on a machine that has a GPU for it. Raises KVError: what is missing, and what to do."""
+    """Import CuPy and check that it finds a GPU. Raises KVError that says what is missing and what to do."""
     try:
         import cupy
     except ImportError as error:
@@ -176,10 +180,10 @@ def load() -> ModuleType:
 
 
 def put_first(gpu: int) -> None:
-    """Make this GPU number 0 of this process, before anything looks for GPUs. The others stay visible: whether two GPUs
-    reach each other can only be asked where both are seen. Raises KVError."""
+    """Make `gpu` number 0 of this process. Call it before CUDA starts. The other GPUs stay visible, because CUDA can
+    only report peer access between visible GPUs. Raises KVError."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # CUDA stops at the first number that is no GPU's, so naming too many does no harm.
+    # CUDA ignores everything from the first invalid number on, so a list that is too long is safe.
     known = [str(number) for number in range(_MOST_GPUS)] if visible is None else visible.split(",")
     if gpu >= len(known):
         raise KVError(f"there is no GPU {gpu}: CUDA_VISIBLE_DEVICES={visible}")

@@ -1,10 +1,11 @@
-"""The sender's slab in a GPU's memory, and the receiver's copy out of one.
+"""A slab in GPU memory, and the receiver's copy out of such a slab.
 
-A slab is one raw allocation, exported once. Its *card*, a segment in shared host memory (segment.py), bears its name,
-the generations, which reader and owner look at as they do with `shm`, and in place of a block the IPC handle of the
-event that was recorded on the owner's stream when the slot's chunk was written.
+A slab is one raw allocation, exported once. Its metadata segment lies in shared host memory (segment.py) and has the
+slab's name and generations, used as with `shm`. In place of each block it has the IPC handle of the event that the
+owner's stream recorded after it wrote the slot's KV chunk.
 
-An engine on the GPU writes and reads device arrays. One on the host (`on_host`) gets pinned memory, which is copied.
+An engine on the GPU writes and reads device arrays. An engine on the host (`on_host`) uses pinned memory, which is
+copied.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ DIRECTORY = "/dev/shm"
 
 @dataclass(frozen=True, slots=True)
 class DeviceSegment:
-    """A slab as this process can read it: `card` with the slab's own block size, and where its memory begins here."""
+    """A slab in GPU memory. `metadata`: its metadata segment, with the slab's block size; `base`: device pointer of
+    slot 0 in this process."""
 
     metadata: Segment
     base: int
 
     def at(self, slot: int) -> int:
+        """Device pointer of a slot."""
         return self.base + slot * self.metadata.block_bytes
 
 
 class DeviceSlab(HostSlab):
-    """`slots` blocks of `block_bytes` each in the memory of `device`. `patience_s`: how long `close` waits for those
-    who have it open. Raises KVError when there is no room."""
+    """`slots` blocks of `block_bytes` each in the memory of `device`. `patience_s`: seconds that `close` waits for
+    readers to end their leases. Raises KVError when memory is too small."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class DeviceSlab(HostSlab):
             os.unlink(self._path)
             self._metadata.close()
             raise
-        # A slab with more slots shares events: one that was recorded later says no less, as all are on one stream.
+        # More slots than events: slots share them. A later record is still correct, as all are on one stream.
         self._events = [device.new_event() for _ in range(min(slots, MOST_EVENTS))]
         self._records = [device.runtime.ipcGetEventHandle(event) for event in self._events]
         own = replace(self._metadata.segment, block_bytes=block_bytes, blocks=memoryview(b""))
@@ -80,7 +83,7 @@ class DeviceSlab(HostSlab):
         super().__init__(own, digest)
 
     def _fill(self, slots: Sequence[int], write: Write) -> int | None:
-        """The gather, and the event behind it. The digest costs a copy to the host, which is waited for."""
+        """Gather the blocks and record the event. A digest needs a synchronous copy to the host."""
         device, size = self._device, self.segment.block_bytes
         hosted = self._on_host or self._digest
         if hosted:
@@ -101,7 +104,7 @@ class DeviceSlab(HostSlab):
         return digest_of(views) if self._digest else None
 
     def _written(self, slots: Sequence[int]) -> None:
-        """Record the event of the chunk's first slot, and let all of its slots name it."""
+        """Record one event for the KV chunk and publish its handle for each of the chunk's slots."""
         if slots:
             chosen = slots[0] % len(self._events)
             self._device.record(self._events[chosen])
@@ -109,8 +112,8 @@ class DeviceSlab(HostSlab):
                 self._metadata.segment.block(slot)[:] = self._records[chosen]
 
     def close(self) -> None:
-        """Nobody can open it from now on, and what readers have on its way is lost. The memory is given back once no
-        reader has it open; if one does after `patience_s`, when this process ends. A second call does nothing."""
+        """Make later opens and fetches fail with KVLost. Free the memory once no reader holds a lease, or, after
+        `patience_s`, leave it until this process ends. A second call does nothing."""
         if self._metadata.descriptor < 0:
             return
         super().close()
@@ -131,8 +134,8 @@ class DeviceSlab(HostSlab):
 
 
 class DeviceStaging:
-    """The receiver's own memory on its GPU, and pinned memory for the digest, used by every take. `size`: bytes that a
-    chunk is expected to have; a larger one only makes its first take slower."""
+    """The receiver's memory: a buffer on its GPU and a pinned one for the digest, reused by every fetch. `size`:
+    expected bytes of a KV chunk; the first fetch of a larger one is slower."""
 
     def __init__(self, device: Device, size: int, on_host: bool) -> None:
         self._device, self._on_host = device, on_host
@@ -142,8 +145,8 @@ class DeviceStaging:
     def fetch(
         self, source: DeviceSegment, handle: Handle, digest: int | None, follow: Callable[[int], None] | None = None
     ) -> list[Block]:
-        """The blocks. `follow` makes the device's stream wait until the chunk that has this slot is written. Raises
-        KVForeign, KVLost or KVCorrupt."""
+        """Copy the blocks of `handle` out of `source`. `follow(slot)` makes the stream wait until the owner has written
+        the chunk with that slot. Raises KVForeign, KVLost or KVCorrupt."""
         metadata, count = source.metadata, len(handle.slots)
         problem = shape_problem(metadata, handle)
         if problem is not None:
@@ -169,22 +172,23 @@ class DeviceStaging:
         return [views.view(place * size, size) for place in range(count)]
 
     def close(self) -> None:
+        """Free both buffers."""
         self._copies.close()
         self._pinned.close()
 
 
 class HomeReader:
-    """Reads the slab of its own process, for a worker that decodes what it has prefilled. All is on one stream, so no
-    event is needed; and CUDA opens no handle in the process that made it."""
+    """Reads the worker's own slab, for a worker that decodes what it prefilled. It needs no event, because all work is
+    on one stream; and CUDA cannot open an IPC handle in the process that made it."""
 
     def __init__(self, slab: DeviceSlab, staging: DeviceStaging) -> None:
         self._slab, self._staging = slab, staging
 
     def meet(self, peer: str, reach: Reach) -> None:
-        """Nothing is opened."""
+        """Does nothing: the slab is this process's own."""
 
     def part(self, peer: str) -> None:
-        """Nothing was opened."""
+        """Does nothing."""
 
     def fetch(self, wanted: Wanted) -> Fetched:
         try:
@@ -196,4 +200,4 @@ class HomeReader:
         return ()
 
     def close(self) -> None:
-        """The staging is closed by the reader of peers, which shares it."""
+        """Does nothing: CudaReader owns the staging memory and closes it."""

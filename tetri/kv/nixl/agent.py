@@ -1,8 +1,8 @@
-"""nixl's agent: memory that may be read by others, and reads of theirs. All calls of an agent come from one thread, or
-from one after the other: it is made without locks.
+"""Wraps a nixl agent: registers memory for peers to read, and reads the memory of peers. The agent has no locks, so its
+calls must not overlap.
 
-Of the library only the bindings are used. Its Python class fixes the delay of the progress thread at 0, and that thread
-then burns a core for ever; and its descriptors cross processes as pickles, here they are addresses and lengths.
+Only nixl's bindings are used, not its Python class: that class sets the delay of the progress thread to 0, which keeps
+one core busy, and it pickles descriptors. Here a descriptor is an address and a length.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from tetri.kv.base import KVError, KVLost
 
 Span = tuple[int, int]  # address, bytes
 _WHEELS = ("nixl_cu12", "nixl_cu13")
-_PROGRESS_US = 100_000  # the progress thread wakes by events, and this often if none came
+_PROGRESS_US = 100_000  # the progress thread wakes on events, and at least this often
 
 
 def installed() -> bool:
+    """Whether nixl is installed."""
     return find_spec("nixl") is not None
 
 
 def has_rdma() -> bool:
-    """Whether this machine has a device that makes nixl worth its while: over plain TCP `stream` is as fast, and can be
-    encrypted."""
+    """Whether this machine has an RDMA device. Without one `stream` is as fast as nixl, and can be encrypted."""
     return any(Path("/sys/class/infiniband").glob("*"))
 
 
 def library() -> Any:
-    """The bindings. Raises KVError when there are none."""
+    """nixl's bindings. Raises KVError when they are not installed or cannot be loaded."""
     if not installed():
         raise KVError("the KV transport nixl needs the extra nixl: pip install 'tetri[nixl]', or set another transport")
-    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")  # otherwise it greets on standard output,
-    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # and UCX complains there
-    # To find out which of its two wheels fits, `nixl` imports torch: a second and 200 MB in an emulated worker.
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")  # nixl and UCX log to standard output otherwise
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
+    # `nixl` imports torch to choose between its two wheels: one second and 200 MB in an emulated worker.
     wheels = [name for name in _WHEELS if find_spec(name) is not None]
     raising = logging.raiseExceptions
     try:
@@ -54,13 +54,13 @@ def library() -> Any:
 
 
 def address(view: memoryview) -> int:
-    """Where writable memory lies."""
+    """Address of writable memory; 0 for an empty view."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
 
 
 @contextmanager
 def _defaults(settings: dict[str, str]) -> Iterator[None]:
-    """In the environment, unless they are set there; afterwards it is as before."""
+    """Set environment variables that are not set yet, for the duration of the block."""
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -72,7 +72,7 @@ def _defaults(settings: dict[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Memory that the agent knows."""
+    """Memory registered with the agent."""
 
     view: memoryview  # of bytes
     address: int
@@ -80,26 +80,26 @@ class Region:
 
 
 class PeerUnreachable(KVLost):
-    """The connection to a peer, or the backend itself, is not what it should be."""
+    """The connection to the peer, or the backend, has failed."""
 
 
 class Agent:
-    """`name` must be unique among all agents that ever meet: one that comes back under an old name crashes its peers.
-    Without `everywhere` it listens on the loopback device only, unless the environment says otherwise.
-    Raises KVError."""
+    """A nixl agent with the UCX backend. `name` must be unique among all agents, also over time: an agent that returns
+    under an old name crashes its peers. Without `everywhere` it listens on loopback only, unless UCX_NET_DEVICES is
+    set. Raises KVError."""
 
     def __init__(self, name: str, everywhere: bool) -> None:
         self._nixl = nixl = library()
         self._errors = tuple(getattr(nixl, name) for name in dir(nixl) if name.endswith("Error"))
-        made = nixl.nixlAgentConfig()
-        made.useProgThread, made.pthrDelay = True, _PROGRESS_US
-        made.useListenThread, made.captureTelemetry = False, False
-        made.syncMode = nixl.NIXL_THREAD_SYNC_NONE
+        config = nixl.nixlAgentConfig()
+        config.useProgThread, config.pthrDelay = True, _PROGRESS_US
+        config.useListenThread, config.captureTelemetry = False, False
+        config.syncMode = nixl.NIXL_THREAD_SYNC_NONE
         with (
             self._explained("cannot start its backend UCX"),
             _defaults({} if everywhere else {"UCX_NET_DEVICES": "lo"}),
         ):
-            self._agent = nixl.nixlAgent(name, made)
+            self._agent = nixl.nixlAgent(name, config)
             self._backends = [self._agent.createBackend("UCX", {})]
 
     @contextmanager
@@ -110,12 +110,12 @@ class Agent:
             raise PeerUnreachable(f"nixl {what}: {error}") from None
 
     def allocate(self, size: int) -> Region:
-        """Own memory, every page of it there."""
+        """Allocate and register `size` bytes, with all pages populated."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         return self.register(memoryview(mmap.mmap(-1, max(size, 1), flags=flags)))
 
     def register(self, view: memoryview) -> Region:
-        """`view` must stay as it is until `close` or `unregister`."""
+        """Register memory. `view` must stay valid until `unregister` or `close`. Raises PeerUnreachable."""
         at = address(view)
         wanted = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(at, len(view), 0, "")])
         with self._explained(f"cannot register {len(view)} bytes"):
@@ -123,32 +123,33 @@ class Agent:
         return Region(view, at, wanted)
 
     def unregister(self, region: Region) -> None:
+        """Undo `register`."""
         with self._explained("cannot let go of memory"):
             self._agent.deregisterMem(region.registration, self._backends)
 
     def metadata(self) -> bytes:
-        """What another agent needs to read all that was registered so far; no pickle."""
+        """What a peer's agent needs to read all memory registered so far. Not a pickle."""
         with self._explained("has no metadata"):
             data: bytes = self._agent.getLocalMD()
         return data
 
     def meet(self, name: str, metadata: bytes) -> None:
-        """Raises Unreachable, also when the metadata is not of an agent of this name."""
+        """Add a peer's agent. Raises PeerUnreachable, also when `metadata` belongs to an agent of another name."""
         with self._explained(f"cannot reach {name}"):
             found = self._agent.loadRemoteMD(metadata).decode(errors="replace")
             if found != name:
                 self._agent.invalidateRemoteMD(found)
-                raise PeerUnreachable(f"nixl met {found[:80]!r} in the place of {name}")
+                raise PeerUnreachable(f"nixl cannot reach {name}: its metadata is of the agent {found[:80]!r}")
 
     def part(self, name: str) -> None:
-        """Only when no read from it is under way: what is under way goes on writing into the memory here."""
+        """Remove a peer's agent. Call it only when no read from it is in flight: such a read continues to write."""
         try:
             self._agent.invalidateRemoteMD(name)
         except self._errors:
-            pass  # it was never there, or has gone by itself
+            pass  # never added, or removed by nixl
 
     def read(self, name: str, into: Sequence[Span], what: Sequence[Span]) -> int:
-        """Begin to read; the read, for `ended` and `release`. Raises Unreachable."""
+        """Start a read; returns its handle for `ended` and `release`. Raises PeerUnreachable."""
         nixl = self._nixl
         own = nixl.nixlXferDList(nixl.DRAM_SEG, [(at, size, 0) for at, size in into])
         theirs = nixl.nixlXferDList(nixl.DRAM_SEG, [(at, size, 0) for at, size in what])
@@ -163,15 +164,15 @@ class Agent:
         return read
 
     def ended(self, read: int) -> bool:
-        """Raises Unreachable when it has ended, but badly."""
+        """Whether the read has ended. Raises PeerUnreachable when it has failed."""
         with self._explained("lost its peer"):
             return bool(self._agent.getXferStatus(read) == self._nixl.NIXL_SUCCESS)
 
     def release(self, read: int) -> None:
-        """Of a read that has ended."""
+        """Free the handle of a read that has ended."""
         with self._explained("cannot release a read"):
             self._agent.releaseXferReq(read)
 
     def close(self) -> None:
-        """Ends its threads. Before the registered memory is given back: the backend may be reading it for a peer."""
+        """End the agent's threads. Free registered memory only afterwards: the backend may be reading it for a peer."""
         self._agent = None

@@ -1,11 +1,11 @@
-"""The thread that reads from peers by nixl: every call of the agent is made here, so that the worker never waits.
+"""The thread that reads from peers by nixl. It makes all calls of the agent, so that the worker never blocks.
 
-A chunk takes three reads, one after the other: the generations, the blocks, the generations again. Reads end without a
-sign, so the thread asks for them, with pauses that grow to a millisecond, and sleeps when there are none.
+A KV chunk takes three reads in sequence: generations, blocks, generations again. nixl does not signal the end of a
+read, so the thread polls, with pauses that grow to one millisecond. It sleeps when no read is in flight.
 
-A read that hangs cannot be called back: UCX was seen to go on writing long after the request was released, and even
-after the peer's agent was removed. So its chunk is answered as lost, and its memory and its peer's agent are kept until
-it has ended.
+A read that hangs cannot be cancelled: UCX was seen to write long after the request was released, and even after the
+peer's agent was removed. So the thread answers the fetch with KVLost, and keeps the read's memory and the peer's agent
+until the read has ended.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from xxhash import xxh3_64
 from tetri.kv.base import Fetched, KVCorrupt, KVError, KVLost, Wanted
 from tetri.kv.nixl.agent import Agent, PeerUnreachable, Region, Span
 
-TIMEOUT_S = 10.0  # of one chunk's reads; before them, of waiting for memory to read into
-MOST_AREAS = 8  # chunks that are under way or not yet adopted
+TIMEOUT_S = 10.0  # for the reads of one chunk, and before that for memory to read into
+MOST_AREAS = 8  # receive buffers: chunks in flight or not yet adopted
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _IDLE_PAUSE_S = 20e-6, 1e-3, 20e-3
 _GENERATION = 8  # bytes of a generation
 
@@ -35,7 +35,7 @@ Reads = Iterator[tuple[list[Span], list[Span]]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A peer's slab: its name, which is its agent's as well, and where its generations and its blocks begin."""
+    """A peer's slab. `name` is also the name of its agent; `generations` and `blocks` are addresses in the peer."""
 
     name: str
     metadata: bytes
@@ -45,7 +45,8 @@ class Source:
 
 @dataclass(slots=True)
 class PeerState:
-    """The peer's agent as this one knows it. A stale one is removed as soon as no read uses it."""
+    """State of a peer's agent. `met`: added to this agent; `stale`: to be removed when no read uses it; `reading`:
+    moves that use it."""
 
     met: bool = False
     stale: bool = False
@@ -54,7 +55,8 @@ class PeerState:
 
 @dataclass(slots=True, eq=False)
 class Move:
-    """One chunk on its way. `read` is the one under way."""
+    """One KV chunk in flight. `read` is the handle of the read in flight, None between reads; `deadline` is in seconds
+    of time.monotonic()."""
 
     wanted: Wanted
     source: Source
@@ -65,7 +67,8 @@ class Move:
 
 
 class Mover(threading.Thread):
-    """`answer` is called once for each `fetch`, from this thread, with memory to give back by `recycle`."""
+    """The thread `kv-nixl`. It calls `answer` once for each `fetch`, from this thread, with the result and the memory
+    that the caller must return with `recycle` (None: no memory)."""
 
     def __init__(self, agent: Agent, staging: int, answer: Answer) -> None:
         super().__init__(name="kv-nixl", daemon=True)
@@ -73,27 +76,28 @@ class Mover(threading.Thread):
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._areas = [agent.allocate(staging)]
         self._made = 1
-        self._links: dict[str, PeerState] = {}
+        self._peers: dict[str, PeerState] = {}
         self._waiting: deque[Move] = deque()
         self._moving: list[Move] = []
-        self._lost: list[Move] = []  # answered, but their reads hang
+        self._lost: list[Move] = []  # answered with KVLost while their reads hang
         self._running = True
 
-    # ------------------------------------------------------------ of any thread
+    # ------------------------------------------------------------ callable from any thread
 
     def fetch(self, wanted: Wanted, source: Source) -> None:
         move = Move(wanted, source, time.monotonic() + TIMEOUT_S)
         self._inbox.put(lambda: self._waiting.append(move))
 
     def part(self, name: str) -> None:
-        """What is under way from this slab is answered as lost."""
+        """Answer the fetches in flight from this slab with KVLost, and remove its agent."""
         self._inbox.put(lambda: self._part(name))
 
     def recycle(self, area: Region) -> None:
+        """Return memory that `answer` passed on."""
         self._inbox.put(lambda: self._areas.append(area))
 
     def stop(self) -> None:
-        """What is under way is not answered any more."""
+        """End the thread. Fetches in flight get no answer."""
         self._inbox.put(self._stop)
         self.join()
         for move in (*self._moving, *self._lost):
@@ -102,7 +106,7 @@ class Mover(threading.Thread):
     # ------------------------------------------------------------ the thread
 
     def run(self) -> None:
-        """Every take is owed an answer, even when there is a mistake in here."""
+        """Serve until `stop`. After an unexpected exception answer every fetch with KVLost, so that none hangs."""
         try:
             self._serve()
         except Exception as mistake:
@@ -143,13 +147,13 @@ class Mover(threading.Thread):
         gone = KVLost(f"the peer of {name} has gone")
         for move in [move for move in (*self._waiting, *self._moving) if move.source.name == name]:
             self._fail(move, gone)
-        link = self._links.get(name)
-        if link is not None:
-            link.stale = True
-            self._tidy(name, link)
+        peer = self._peers.get(name)
+        if peer is not None:
+            peer.stale = True
+            self._tidy(name, peer)
 
     def _advance(self, now: float) -> bool:
-        """Begin what can begin, go on with what has ended; whether there was anything."""
+        """Start waiting moves, continue those whose read has ended, and fail the overdue; whether any moved on."""
         begun = [move for move in tuple(self._waiting) if self._begin(move, now)]
         ended = [move for move in tuple(self._moving) if self._go_on(move)]
         for move in (*self._waiting, *self._moving):
@@ -164,27 +168,27 @@ class Mover(threading.Thread):
     # ------------------------------------------------------------ a move
 
     def _begin(self, move: Move, now: float) -> bool:
-        link = self._links.setdefault(move.source.name, PeerState())
-        if link.stale:
-            return False  # its reads under way end, or this one's time does
+        peer = self._peers.setdefault(move.source.name, PeerState())
+        if peer.stale:
+            return False  # waits until the stale agent's reads have ended, or until this move's deadline
         area = self._area(len(move.wanted.handle.slots) * (move.wanted.handle.block_bytes + _GENERATION))
         if area is None:
             return False
         self._waiting.remove(move)
         self._moving.append(move)
-        link.reading += 1
+        peer.reading += 1
         move.area, move.deadline, move.reads = area, now + TIMEOUT_S, self._reads(move, area)
         try:
-            if not link.met:
+            if not peer.met:
                 self._agent.meet(move.source.name, move.source.metadata)
-                link.met = True
+                peer.met = True
         except PeerUnreachable as problem:
-            link.stale = True
+            peer.stale = True
             self._fail(move, problem)
         return True
 
     def _go_on(self, move: Move) -> bool:
-        """Read on as far as it goes without waiting; whether anything has ended."""
+        """Run the move's reads as far as possible without waiting; whether a read has ended."""
         moved = False
         try:
             while move.read is None or self._agent.ended(move.read):
@@ -195,14 +199,15 @@ class Mover(threading.Thread):
         except StopIteration:
             self._arrived(move)
         except KVError as problem:
-            self._links[move.source.name].stale |= isinstance(problem, PeerUnreachable)
+            self._peers[move.source.name].stale |= isinstance(problem, PeerUnreachable)
             self._release(move)
             self._fail(move, problem)
             return True
         return moved
 
     def _reads(self, move: Move, area: Region) -> Reads:
-        """What to read where, one step after the other; checks in between. Raises KVLost or KVCorrupt."""
+        """The move's reads in order, each as (local spans, remote spans), with the checks between them. Raises KVLost
+        or KVCorrupt."""
         handle, source = move.wanted.handle, move.source
         count, size = len(handle.slots), handle.block_bytes
         generations_at = area.address + count * size
@@ -247,7 +252,7 @@ class Mover(threading.Thread):
         self._answer(Fetched(move.wanted.ticket, blocks), area)
 
     def _fail(self, move: Move, problem: KVError) -> None:
-        """Answer; keep what a read that has not ended may still write to."""
+        """Answer with `problem`. Keep the memory if a read that has not ended may still write to it."""
         if move in self._waiting:
             self._waiting.remove(move)
         else:
@@ -255,24 +260,24 @@ class Mover(threading.Thread):
             if move.read is None:
                 self._give_back(move)
             else:
-                self._links[move.source.name].stale = True
+                self._peers[move.source.name].stale = True
                 self._lost.append(move)
         self._answer(Fetched(move.wanted.ticket, problem=problem), None)
 
     def _over(self, move: Move) -> bool:
-        """A hanging read has ended after all."""
+        """Whether a hanging read has ended at last; releases it."""
         try:
             if move.read is not None and not self._agent.ended(move.read):
                 return False
         except PeerUnreachable:
-            pass  # its connection has ended: the last that could have written
+            pass  # the connection has ended, so nothing writes any more
         self._release(move)
         return True
 
     # ------------------------------------------------------------ memory and peers
 
     def _area(self, size: int) -> Region | None:
-        """Memory of at least `size` bytes; None when there is none now."""
+        """A receive buffer of at least `size` bytes; None when all are in use."""
         fits = [area for area in self._areas if len(area.view) >= size]
         if fits:
             self._areas.remove(fits[0])
@@ -286,15 +291,15 @@ class Mover(threading.Thread):
         return self._agent.allocate(size)
 
     def _give_back(self, move: Move) -> None:
-        """A move needs its peer no more, nor its memory unless that was handed on."""
+        """End the move's use of its peer, and return its memory unless `answer` passed that on."""
         if move.area is not None:
             self._areas.append(move.area)
             move.area = None
-        link = self._links[move.source.name]
-        link.reading -= 1
-        self._tidy(move.source.name, link)
+        peer = self._peers[move.source.name]
+        peer.reading -= 1
+        self._tidy(move.source.name, peer)
 
-    def _tidy(self, name: str, link: PeerState) -> None:
-        if link.stale and not link.reading:
+    def _tidy(self, name: str, peer: PeerState) -> None:
+        if peer.stale and not peer.reading:
             self._agent.part(name)
-            del self._links[name]
+            del self._peers[name]

@@ -1,9 +1,9 @@
-"""The path over nixl: one-sided reads of a peer's slab, by RDMA where the machines have it, by shared memory or TCP
-elsewhere. The peer's worker takes no part in a read.
+"""The path `nixl`: one-sided reads of a peer's slab, over RDMA where the hosts have it, else over shared memory or TCP.
+The peer's worker takes no part in a read.
 
-Each worker's agent registers its slab, and what another needs to read it goes into its `Reach`: the agent's metadata
-and two addresses. Who reads is not checked by nixl, and over TCP not even what: whoever can connect to an agent can
-read its process. Use it in a network where only workers are.
+Each worker's agent registers its slab. The worker's `Reach` has what a peer needs to read it: the agent's metadata and
+two addresses. nixl does not authenticate readers, and over TCP does not restrict what they read: a client that can
+connect to an agent can read the memory of its process. Use it only in a network of workers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _END = 1 << 63
 
 
 class Ticket(Record, frozen=True):
-    """What a peer needs to read a slab: its agent's metadata, and where in that process generations and blocks lie."""
+    """What a peer needs to read a slab: the agent's metadata, and the addresses of generations and blocks."""
 
     metadata: bytes
     generations: int
@@ -45,7 +45,7 @@ class Ticket(Record, frozen=True):
 def open_nixl(
     slab: HostSlab, staging: int, wake: Callable[[], None] = lambda: None, everywhere: bool = True
 ) -> tuple[NixlReader, bytes]:
-    """A reader, and the ticket to the own slab. Chunks are expected to have `staging` bytes. Without `everywhere` only
+    """A reader, and the encoded Ticket of `slab`. `staging`: expected bytes of a KV chunk. Without `everywhere` only
     processes of this host can connect. Raises KVError."""
     segment = slab.segment
     agent = Agent(segment.name, everywhere)
@@ -62,7 +62,7 @@ def open_nixl(
 
 
 class NixlReader:
-    """What a worker's thread sees of it: nothing here waits."""
+    """Reader of the path `nixl`. No method blocks except `close`: a Mover does the reads in a thread of its own."""
 
     def __init__(self, agent: Agent, staging: int, wake: Callable[[], None]) -> None:
         self._agent, self._wake = agent, wake
@@ -84,7 +84,7 @@ class NixlReader:
         try:
             ticket = decode(reach.tickets.get(PATH, b""), Ticket)
         except WireError as error:
-            self._peers[peer] = KVLost(f"what {peer} says of its slab for nixl cannot be read: {error}")
+            self._peers[peer] = KVLost(f"{peer} has sent an invalid ticket for nixl: {error}")
             return
         assert isinstance(ticket, Ticket)
         shape = Segment(reach.segment, ticket.slots, ticket.block_bytes, _NOTHING, _NOTHING)
@@ -129,7 +129,7 @@ class NixlReader:
                     self._mover.recycle(area)
 
     def close(self) -> None:
-        """Ends all threads. What is under way is not answered any more. A second call does nothing."""
+        """End all threads. Fetches in flight get no answer. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._mover.stop()

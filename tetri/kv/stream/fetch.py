@@ -1,16 +1,17 @@
-"""What a receiver has asked of its peers over `stream`, and what it may ask next. Pure: no sockets, `now` comes in.
+"""The state of a receiver's fetches over `stream`, and which fetches start next. Pure: no sockets; the caller passes
+`now`, in seconds.
 
-Memory: a take starts when its bytes fit beside those of all that have started and are not yet used by the engine; a
-take larger than all of `buffer` starts alone. Requests take turns in starting, so that one with many chunks waiting
-does not keep the chunk of another from its memory; the chunks of one request start in order, and its peer sends them
-in order.
+Memory: a fetch starts when its bytes fit into `buffer`, beside all started fetches whose bytes the engine has not yet
+used. A fetch larger than `buffer` starts alone. Requests take turns in starting, so that a request with many waiting
+chunks does not block the others. The chunks of one request start in order, and the peer sends them in order.
 
-Credit: a connection may have `credit` bytes of pieces under way. Every piece is taken out of its connection when it
-comes, so the credit is topped up whatever the engine does: memory bounds what is started, credit what is under way.
+Credit: a connection may have `credit` bytes of pieces in flight. The reader takes each piece out of the connection
+when it arrives and tops up the credit, whatever the engine does: memory limits the started fetches, credit the bytes
+in flight.
 
-A connection that breaks, or brings nothing for `stall_s`, is made anew, and what was asked goes on behind the bytes
-that are here: the server looks at the slots' generations again, and the digest is over all of it. When a peer brings
-nothing for `lost_s`, all that is asked of it is lost.
+Retry: a connection that breaks, or brings nothing for `stall_s`, is replaced, and its fetches resume after the bytes
+received so far. This is safe: the server checks the slots' generations again, and the digest covers all bytes. When a
+peer brings nothing for `lost_s`, its fetches end with KVLost.
 """
 
 from __future__ import annotations
@@ -25,33 +26,37 @@ from tetri.kv.base import Block, KVCorrupt, KVError, KVForeign, KVLost, Wanted
 from tetri.wire.bulk import MAX_SLOTS, Credit, Fetch, Gone, cost
 from tetri.wire.handover import Handle
 
-MAX_STARTED = 256  # of one peer
+MAX_STARTED = 256  # fetches from one peer
 _NEVER = float("inf")
-_PASSED_OVER = 4  # times lost_s
-_SHORT = 64 << 10  # a piece of fewer bytes is copied: small frames share libzmq's buffers, and each has its overhead
-_LOOK_S = 1.0
+_PASSED_OVER = 4  # a fetch without bytes for this many times lost_s is lost, although its peer sends others
+_SHORT = 64 << 10  # bytes: shorter pieces are copied, because small frames share libzmq's buffers
+_LOOK_S = 1.0  # interval between checks for such fetches
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPatience:
-    stall_s: float = 5.0  # with a piece of 1 MB at least so often, a connection is alive
+    """Timeouts in seconds: a connection without a piece for `stall_s` is replaced; fetches from a peer without a piece
+    for `lost_s` are lost."""
+
+    stall_s: float = 5.0  # a slow but live connection brings a piece of 1 MB at least this often
     lost_s: float = 15.0
 
 
 class ChunkFetch:
-    """One chunk on its way: `at` bytes of `size` are here."""
+    """One KV chunk in flight: `at` of `size` bytes have arrived. `number` identifies the fetch on the wire; `lane` is
+    equal for all fetches of one request."""
 
     def __init__(self, wanted: Wanted, number: int, lane: int) -> None:
         self.wanted, self.number, self.lane = wanted, number, lane
         self.size = len(wanted.handle.slots) * wanted.handle.block_bytes
         self.at = 0
         self.started = False
-        self.clock = 0.0  # since when it has brought nothing
-        self._parts: list[memoryview | bytearray] = []  # what is here, in order
+        self.clock = 0.0  # time of the last bytes, or of the start
+        self._parts: list[memoryview | bytearray] = []  # the bytes received, in order
         self._digest = None if wanted.digest is None else xxh3_64()
 
     def add(self, piece: memoryview) -> None:
-        """The next bytes, in memory that is the take's from now on."""
+        """Append the next bytes. The fetch owns their memory from now on."""
         self.at += len(piece)
         if self._digest is not None:
             self._digest.update(piece)
@@ -65,16 +70,16 @@ class ChunkFetch:
             self._parts.append(bytearray(piece))
 
     def blocks(self) -> tuple[Block, ...]:
-        """When all is here: a memoryview for each block, or a tuple of them where it came in several parts."""
+        """The blocks of a complete chunk: a memoryview each, or a tuple of them for a block that came in parts."""
         count, size = len(self.wanted.handle.slots), self.wanted.handle.block_bytes
         return tuple(_cut(self._parts, size)) if size else (memoryview(b""),) * count
 
     def drop(self) -> None:
-        """Let go of its memory."""
+        """Release the memory."""
         self._parts.clear()
 
     def problem(self) -> KVCorrupt | None:
-        """When all is here."""
+        """Check a complete chunk: KVCorrupt when its digest is wrong, else None."""
         if self._digest is None or self._digest.intdigest() == self.wanted.digest:
             return None
         found, announced = self._digest.intdigest(), self.wanted.digest
@@ -83,13 +88,13 @@ class ChunkFetch:
 
 @dataclass(slots=True)
 class Peer:
-    """A peer that is known. `clock`: since when it owes something and has brought nothing; `looked`: when the clocks of
-    its takes were looked at."""
+    """A peer and its connection. `clock`: time of the last bytes, or since when the peer owes bytes; `looked`: time of
+    the last check of its fetches' clocks; `up_at`: time of the connection. Times in seconds."""
 
     segment: str
     up: bool = False
-    granted: int = 0  # on this connection
-    consumed: int = 0
+    granted: int = 0  # credit on this connection, bytes
+    consumed: int = 0  # bytes received on this connection
     clock: float = 0.0
     looked: float = 0.0
     up_at: float = 0.0
@@ -97,21 +102,23 @@ class Peer:
 
     @property
     def owes(self) -> bool:
+        """Whether bytes, or a connection, are due from this peer."""
         return any(fetch.started for fetch in self.fetches.values()) if self.up else bool(self.fetches)
 
 
 class Fetching:
-    """`buffer` is the memory for all takes, `credit` what one connection may have under way, both in bytes."""
+    """All fetches of one receiver. `buffer`: memory for all started fetches; `credit`: limit in flight on one
+    connection; both in bytes."""
 
     def __init__(self, buffer: int, credit: int, patience: StreamPatience) -> None:
         self.buffer, self.credit, self.patience = buffer, credit, patience
         self.peers: dict[str, Peer] = {}
-        self.used = 0  # bytes of takes that have started and are not given back
-        self._waiting: dict[str, deque[ChunkFetch]] = {}  # by request, the next one's turn first
+        self.used = 0  # bytes of started fetches, until `used_up`
+        self._waiting: dict[str, deque[ChunkFetch]] = {}  # by request, in the order of their turns
         self._numbers = 0
 
     def meet(self, peer: str, segment: str) -> list[ChunkFetch]:
-        """Another slab than before ends what was asked of the old one."""
+        """Add a peer with its slab. If the slab is new, the fetches from the old one end; returns them."""
         known = self.peers.get(peer)
         if known is not None and known.segment == segment:
             return []
@@ -120,12 +127,12 @@ class Fetching:
         return lost
 
     def part(self, peer: str) -> list[ChunkFetch]:
-        """The takes that are lost with it."""
+        """Remove a peer; returns its fetches, which are lost."""
         known = self.peers.pop(peer, None)
         return [] if known is None else [self._end(known, fetch) for fetch in list(known.fetches.values())]
 
     def want(self, wanted: Wanted, now: float) -> KVError | None:
-        """A new take; or why it cannot be."""
+        """Add a fetch; returns the problem if the peer or the handle does not allow it."""
         peer = self.peers.get(wanted.peer)
         if peer is None:
             return KVLost(f"no peer {wanted.peer} is known here")
@@ -146,8 +153,8 @@ class Fetching:
         return None
 
     def start(self, now: float) -> list[tuple[str, Fetch]]:
-        """What to ask for now. A request whose peer takes no more now is passed over; one that waits for memory alone
-        is not: nobody who comes after it takes that away."""
+        """The fetches to send now, as (peer, message). A request whose peer accepts no more fetches now is skipped. A
+        request that waits for memory is not skipped: else later requests would always take that memory."""
         fetches: list[tuple[str, Fetch]] = []
         began = -1
         while began < len(fetches):
@@ -184,24 +191,25 @@ class Fetching:
         )
 
     def up(self, name: str, now: float) -> list[Fetch]:
-        """A new connection: what is asked of it at once, in the order in which it was asked first."""
+        """A connection to the peer is up: returns the started fetches to send again, in their order."""
         peer = self.peers[name]
         peer.up, peer.up_at, peer.granted, peer.consumed = True, now, 0, 0
         return [self._fetch(peer, fetch) for fetch in peer.fetches.values() if fetch.started]
 
     def down(self, name: str, now: float) -> None:
+        """The connection to the peer has ended."""
         peer = self.peers[name]
         if not peer.owes:
             peer.clock = now
         peer.up = False
 
     def due(self, name: str, number: int) -> ChunkFetch | None:
-        """The take whose bytes these may be; None: of one that has ended."""
+        """The started fetch with this number; None when it has ended."""
         fetch = self.peers[name].fetches.get(number)
         return fetch if fetch is not None and fetch.started else None
 
     def came(self, name: str, size: int) -> Credit | None:
-        """A piece of `size` bytes is out of the connection, wanted or not; the credit to grant in its place."""
+        """A piece of `size` bytes was received, wanted or not; returns the credit to grant, if it is time to."""
         peer = self.peers[name]
         peer.consumed += cost(size)
         if peer.granted - peer.consumed > self.credit * 3 // 4:
@@ -210,7 +218,7 @@ class Fetching:
         return Credit(credit=peer.granted)
 
     def grew(self, name: str, fetch: ChunkFetch, now: float) -> bool:
-        """A piece was added to the take; True when that was the last."""
+        """A piece was added to the fetch; True when the fetch is complete."""
         peer = self.peers[name]
         peer.clock = fetch.clock = now
         if fetch.at < fetch.size:
@@ -219,6 +227,7 @@ class Fetching:
         return True
 
     def gone(self, name: str, message: Gone, now: float) -> tuple[ChunkFetch, KVError] | None:
+        """The peer refused a fetch: returns the fetch, now ended, and why; None when it has ended before."""
         peer = self.peers[name]
         fetch = peer.fetches.get(message.number)
         if fetch is None or not fetch.started:
@@ -229,7 +238,7 @@ class Fetching:
         return self._end(peer, fetch), kind(f"{name}: {reason}")
 
     def _end(self, peer: Peer, fetch: ChunkFetch) -> ChunkFetch:
-        """Its memory is given back by `used_up`."""
+        """Remove a fetch. If it has started, the caller returns its memory with `used_up`."""
         del peer.fetches[fetch.number]
         key = fetch.wanted.ticket[0]
         if not fetch.started:
@@ -239,32 +248,32 @@ class Fetching:
         return fetch
 
     def used_up(self, size: int) -> None:
-        """The engine has used so many bytes, or a started take has ended without it."""
+        """Return `size` bytes of `buffer`: the engine has used a chunk, or a started fetch has failed."""
         self.used -= size
 
     # ------------------------------------------------------------ time
 
     def stalled(self, now: float) -> list[str]:
-        """Peers whose connection is to be made anew."""
+        """Peers whose connection must be replaced."""
         return [name for name, peer in self.peers.items() if now >= self._stalls(peer)]
 
     def lost(self, now: float) -> list[tuple[ChunkFetch, KVLost]]:
-        """What is given up now: all that is asked of a peer which brings nothing, and a take that its peer passes over
-        while it brings others."""
+        """End overdue fetches, and return them with the reason: all fetches from a silent peer, and a fetch that its
+        peer skips while it sends others."""
         found = []
         for name, peer in self.peers.items():
             silent = peer.owes and now >= peer.clock + self.patience.lost_s
-            why = "brings nothing" if peer.up else "cannot be reached"
+            why = "has sent no bytes" if peer.up else "could not be reached"
             for fetch in list(peer.fetches.values()) if silent or peer.owes and now >= peer.looked + _LOOK_S else ():
                 overdue = fetch.started and now >= fetch.clock + _PASSED_OVER * self.patience.lost_s
                 if overdue or (silent and (fetch.started or not peer.up)):
-                    problem = KVLost(f"{name} {why} since {self.patience.lost_s:g} s or more; look at its log")
+                    problem = KVLost(f"{name} {why} for {self.patience.lost_s:g} s or more; see its log")
                     found.append((self._end(peer, fetch), problem))
                 peer.looked = now
         return found
 
     def deadline(self) -> float | None:
-        """When `stalled` or `lost` has something, if nothing comes; earlier rather than later."""
+        """The latest time to call `stalled` and `lost` if nothing arrives; it may be too early. None: no such time."""
         owing = [peer for peer in self.peers.values() if peer.owes]
         times = [min(self._stalls(peer), peer.clock + self.patience.lost_s) for peer in owing]
         return min(times, default=None)
@@ -274,7 +283,7 @@ class Fetching:
 
 
 def _cut(parts: list[memoryview | bytearray], size: int) -> Iterator[Block]:
-    """Blocks of `size` bytes out of what lies in `parts`."""
+    """Cut the bytes of `parts` into blocks of `size` bytes."""
     block: list[memoryview] = []
     missing = size
     for whole in parts:
@@ -289,7 +298,7 @@ def _cut(parts: list[memoryview | bytearray], size: int) -> Iterator[Block]:
 
 
 def _unaskable(handle: Handle) -> str | None:
-    """Why nobody could have given out this handle, or no Fetch can carry it."""
+    """Why the handle is invalid, or does not fit into a Fetch message; None when it does."""
     if len(handle.slots) > MAX_SLOTS:
         return f"a chunk of {len(handle.slots)} blocks, at most {MAX_SLOTS} can be fetched: enlarge engine.block_tokens"
     if len(handle.slots) != len(handle.generations):

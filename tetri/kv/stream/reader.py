@@ -1,4 +1,4 @@
-"""The thread that takes chunks out of others' slabs over `stream`."""
+"""The thread that fetches KV chunks from peers' slabs over `stream`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from tetri.request import Reach
 from tetri.wire import codec
 from tetri.wire.bulk import PIECE_BYTES, BulkReply, Gone, Piece
 
-AGAIN_S, LONGEST_AGAIN_S = 0.025, 0.8  # between two tries to connect, twice as long each time
-_MOST_READ = 64  # messages of one connection before the others have their turn
+AGAIN_S, LONGEST_AGAIN_S = 0.025, 0.8  # delay between attempts to connect; doubles each time
+_MOST_READ = 64  # messages read from one connection before the next connection
 
 Command = Callable[[], None]
 Answer = Callable[[Wanted, ChunkFetch | None, KVError | None], None]
 
 
 class SlabReader:
-    """Belongs to its thread but for `start`, `do` and `close`. `answer` is called once for each take; a Take that it
-    gets is to be given back by `used`. `crashed` is called with what ended the thread before its time."""
+    """The thread `kv-read`. Other threads may call `start`, `do` and `close` only.
+
+    `answer` is called once for each fetch; pass a ChunkFetch that it gets to `used`. `crashed` is called with the
+    exception that ended the thread, if one did."""
 
     def __init__(
         self,
@@ -43,8 +45,8 @@ class SlabReader:
         self._answer, self._crashed = answer, crashed
         self._addresses: dict[str, str] = {}  # by peer
         self._links: dict[str, BulkLink] = {}
-        self._again: dict[str, float] = {}  # when to connect next
-        self._tries: dict[str, int] = {}  # since it brought something
+        self._again: dict[str, float] = {}  # by peer: time of the next attempt to connect
+        self._tries: dict[str, int] = {}  # by peer: attempts to connect since the last piece
         self._commands: deque[Command] = deque()
         self._waker = Waker()
         self._watch = Watch(self._waker)
@@ -52,15 +54,16 @@ class SlabReader:
         self._thread = Thread(target=self._run, name="kv-read", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def do(self, command: Command) -> None:
-        """Have the thread call it. Any thread."""
+        """Run `command` in the thread. Callable from any thread."""
         self._commands.append(command)
         self._waker.ring()
 
     def close(self) -> None:
-        """What is under way is dropped without an answer. A second call does nothing."""
+        """End the thread. Fetches in flight get no answer. A second call does nothing."""
         if not self._ending:
             self._ending = True
             self._waker.ring()
@@ -88,11 +91,13 @@ class SlabReader:
             self._end(fetch, KVLost(f"{peer} is gone"))
 
     def want(self, wanted: Wanted) -> None:
+        """Queue a fetch, or answer at once why it cannot be."""
         problem = self._fetching.want(wanted, time.monotonic())
         if problem is not None:
             self._answer(wanted, None, problem)
 
     def used(self, fetch: ChunkFetch) -> None:
+        """Free the memory of a fetch that `answer` passed on."""
         self._fetching.used_up(fetch.size)
         fetch.drop()
 
@@ -163,8 +168,8 @@ class SlabReader:
             self._fetching.down(name, time.monotonic())
 
     def _cut(self, name: str, why: str) -> None:
-        """Go on over another connection."""
-        if self._fetching.peers[name].fetches:  # one that ends while nothing is asked of it has every right to
+        """Close the connection; fetches resume over a new one."""
+        if self._fetching.peers[name].fetches:  # a connection that ends while idle is no problem
             self.counters["cut"] += 1
             level = logging.DEBUG if self._tries.get(name, 0) > 1 else logging.WARNING
             self._log.log(level, "KV from %s: %s; connecting again", name, why)
@@ -184,7 +189,7 @@ class SlabReader:
             for fetch in self._fetching.up(name, time.monotonic()):
                 self.counters["resumed"] += 1
                 self._send(name, codec.encode(fetch))
-        for _ in range(_MOST_READ):  # also of a broken one: what came before it broke is good
+        for _ in range(_MOST_READ):  # also from a broken connection: the bytes before the break are good
             header = link.receive() if self._links.get(name) is link else None
             if header is None:
                 break
@@ -192,12 +197,12 @@ class SlabReader:
             if problem is not None:
                 self._cut(name, problem)
         else:
-            return  # the rest is read when the others had their turn
+            return  # the rest is read after the other connections
         if link.broken and self._links.get(name) is link:
             self._cut(name, "refuses this worker's key" if link.refused else "the connection broke")
 
     def _message(self, name: str, link: BulkLink, header: bytes) -> str | None:
-        """What is wrong with it, and so with the connection."""
+        """Handle one message; returns what is wrong with it, or None. A wrong message ends the connection."""
         try:
             message = codec.decode(header, BulkReply)
         except codec.WireError as error:

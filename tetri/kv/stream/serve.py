@@ -1,12 +1,14 @@
-"""What others have asked of the own slab over `stream`, and which piece goes next. Pure: no sockets, no clock.
+"""The fetches that peers requested from this worker's slab over `stream`, and which piece is sent next. Pure: no
+sockets, no clock.
 
-Peers take turns, and in each peer its lanes (one a request), piece by piece; a lane's fetches go one after the other.
-So a large transfer delays a small one by one piece of each other lane, and a peer that grants no credit delays nobody.
+Peers take turns piece by piece, and so do the lanes of a peer (one lane for each request). The fetches of a lane run
+one after the other. So a large transfer delays a small one by one piece of each other lane, and a peer that grants no
+credit delays no other.
 
-A piece's slots are kept (`Slab.keep`) from before its generations are read until libzmq has let go of its bytes, so
-what is sent cannot change under the send; the next piece keeps its own slots again, in the generation that the fetch
-names. All pieces of a chunk that arrive are therefore of what the handle says, also when a fetch goes on over another
-connection, and a fetch that waits for credit keeps nothing from being used again.
+The server keeps a piece's slots (`Slab.keep`) from before it checks their generations until libzmq has released the
+bytes, so the bytes cannot change during the send. Each piece keeps its own slots, in the generation of the fetch's
+handle. So all pieces that arrive belong to the handle's chunk, also when a fetch resumes over another connection; and
+a fetch that waits for credit blocks no slot from reuse.
 """
 
 from __future__ import annotations
@@ -18,31 +20,31 @@ from dataclasses import dataclass, field
 from tetri.wire.bulk import PIECE_BYTES, BulkRequest, Credit, Fetch, Gone, cost
 from tetri.wire.handover import Handle
 
-SMALL_BLOCK = 64 << 10  # blocks below it are copied together into one piece: a frame each would cost more
+SMALL_BLOCK = 64 << 10  # bytes: smaller blocks are copied into one piece, as a frame for each would cost more
 MAX_PEERS = 1024
-MAX_FETCHES = 1024  # of one peer
+MAX_FETCHES = 1024  # from one peer
 
 
 @dataclass(slots=True)
 class _Asked:
     number: int
     handle: Handle
-    at: int  # bytes, of the blocks in order
-    size: int
+    at: int  # bytes sent, of the blocks in order
+    size: int  # bytes of all blocks
 
 
 @dataclass(slots=True)
 class _Peer:
     credit: int = 0
-    sent: int = 0  # what all its pieces cost
-    lanes: dict[int, deque[_Asked]] = field(default_factory=dict)  # the next one's turn first
+    sent: int = 0  # cost of all its pieces so far
+    lanes: dict[int, deque[_Asked]] = field(default_factory=dict)  # in the order of their turns
     fetches: int = 0
-    waits: bool = False  # in the queue of those who have a turn
+    waits: bool = False  # is in the queue for a turn
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A piece to be sent: bytes `start` to `stop` of the blocks in order; `slots` are those that it touches."""
+    """The next piece to send: bytes [start, stop) of the blocks in order. `slots`: a handle of the slots it touches."""
 
     peer: bytes
     number: int
@@ -52,7 +54,7 @@ class Due:
 
 
 class Serving:
-    """`problem` says why a handle cannot be of this slab, None when it can."""
+    """All fetches from one slab. `problem(handle)`: why a handle does not fit the slab, None when it fits."""
 
     def __init__(self, problem: Callable[[Handle], str | None]) -> None:
         self._problem = problem
@@ -61,14 +63,16 @@ class Serving:
 
     @property
     def peers(self) -> list[bytes]:
+        """The connections with fetches or credit."""
         return list(self._peers)
 
     @property
     def fetches(self) -> int:
+        """How many fetches are unfinished."""
         return sum(peer.fetches for peer in self._peers.values())
 
     def received(self, name: bytes, message: BulkRequest) -> Gone | None:
-        """A message of the connection `name`; what to answer at once."""
+        """Handle a message of the connection `name`; returns the answer if a fetch is refused."""
         peer = self._peers.get(name)
         if peer is None:
             if len(self._peers) >= MAX_PEERS:
@@ -98,8 +102,8 @@ class Serving:
             self._turns.append(name)
 
     def next(self) -> Due | None:
-        """Whose turn it is: the piece to send, to be followed by `sent`, `gone`, `full` or `forget`. None: nothing can
-        be sent before somebody is heard."""
+        """The next piece to send; report the result with `sent`, `gone`, `full` or `forget`. None: nothing can be sent
+        before another message arrives."""
         while self._turns:
             name = self._turns[0]
             peer = self._peers[name]
@@ -112,6 +116,7 @@ class Serving:
         return None
 
     def sent(self, due: Due) -> None:
+        """The piece was sent: the next peer and lane have their turn."""
         peer = self._peers[due.peer]
         peer.sent += cost(due.stop - due.start)
         lane, fetches = next(iter(peer.lanes.items()))
@@ -125,7 +130,7 @@ class Serving:
         self._turns.rotate(-1)
 
     def gone(self, due: Due) -> Gone:
-        """The slots are not kept any more for what the handle says: the fetch ends; the answer."""
+        """The slots no longer hold the handle's chunk: the fetch ends. Returns the answer."""
         peer = self._peers[due.peer]
         lane, fetches = next(iter(peer.lanes.items()))
         fetches.popleft()
@@ -135,20 +140,20 @@ class Serving:
         return _gone(due.number, "the slots were freed")
 
     def full(self, name: bytes) -> None:
-        """Nothing more goes to this peer until it is heard."""
+        """Send nothing more to this peer until its next message."""
         self._turns.remove(name)
         self._peers[name].waits = False
 
     def forget(self, name: bytes) -> None:
-        """The connection is no more."""
+        """The connection is gone: drop its fetches."""
         peer = self._peers.pop(name, None)
         if peer is not None and peer.waits:
             self._turns.remove(name)
 
 
 def cut(handle: Handle, at: int) -> int:
-    """Where a piece that starts at byte `at` of the blocks in order stops: at 1 MB at the latest, and before the next
-    hole in memory, so that it can be sent as it lies there. Small blocks are joined instead."""
+    """Where the piece that starts at byte `at` of the blocks in order stops: after at most 1 MB, and at the end of
+    adjacent slots, so that it is sent without a copy. Small blocks are joined instead."""
     size, slots = handle.block_bytes, handle.slots
     most = min(at + PIECE_BYTES, len(slots) * size)
     if size < SMALL_BLOCK:
@@ -160,7 +165,7 @@ def cut(handle: Handle, at: int) -> int:
 
 
 def spans(handle: Handle, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """(offset in the slab, bytes) of what lies at `start` to `stop` of the blocks in order; neighbours as one."""
+    """Where bytes [start, stop) of the blocks in order lie: (offset in the slab, bytes); adjacent spans are merged."""
     size = handle.block_bytes
     first = length = 0
     while start < stop:

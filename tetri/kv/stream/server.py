@@ -1,4 +1,4 @@
-"""The thread that serves the own slab over `stream` while the worker computes."""
+"""The thread that serves this worker's slab over `stream` while the worker computes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tetri.wire import codec
 from tetri.wire.bulk import Alive, BulkRequest, Piece
 from tetri.wire.handover import Handle
 
-LET_GO_S = 0.02  # a slot that is free again waits so long at most for the news, where others are not yet
-_MOST_READ = 256  # requests between two rounds of sending
+LET_GO_S = 0.02  # longest delay until a slot that libzmq released is reported as free
+_MOST_READ = 256  # messages read between two rounds of sending
 _ALIVE = codec.encode(Alive())
 
 
 class SlabServer:
-    """Belongs to its thread but for `start`, `close`. `wake` is called when a slot has come free because libzmq let go
-    of it; `crashed` with what ended the thread before its time."""
+    """The thread `kv-serve`. Other threads may call `start` and `close` only. `wake` is called when libzmq has released
+    a slot that is now free; `crashed` with the exception that ended the thread, if one did."""
 
     def __init__(
         self,
@@ -52,16 +52,17 @@ class SlabServer:
         self.address = self._server.address
         self._waker = Waker()
         self._ending = False
-        # What libzmq has not let go of: views of the slab, and whose slots they are.
+        # Views of the slab that libzmq still uses, and the handles of their slots.
         self._held: dict[int, tuple[weakref.ref[memoryview], Handle]] = {}
         self._released: deque[int] = deque()
         self._thread = Thread(target=self._run, name="kv-serve", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """What is under way is dropped. A second call does nothing."""
+        """End the thread and drop all fetches. A second call does nothing."""
         if not self._ending:
             self._ending = True
             self._waker.ring()
@@ -109,7 +110,7 @@ class SlabServer:
                 self._server.send(peer, codec.encode(answer))
 
     def _look_who_is_left(self) -> None:
-        """A new connection is often an old one's successor: forget who is gone."""
+        """Forget connections that are gone: a new one often replaces an old one."""
         for peer in list(self._serving.peers):
             if self._server.send(peer, _ALIVE) is None:
                 self._serving.forget(peer)
@@ -136,8 +137,8 @@ class SlabServer:
             self._serving.full(due.peer)
 
     def _payload(self, due: Due) -> bytes | memoryview:
-        """The bytes as they lie in the slab, whose slots are let go of when the last reference to them falls; or their
-        copy, with the slots let go of already."""
+        """The piece's bytes: a view of the slab, whose slots are released with the last reference to the view; or a
+        copy, with the slots released already."""
         blocks = self._slab.segment.blocks
         parts = [blocks[first : first + size] for first, size in spans(due.slots, *_inside(due))]
         if len(parts) != 1:
@@ -149,10 +150,11 @@ class SlabServer:
         return parts[0]
 
     def _release(self, view: weakref.ref[memoryview]) -> None:
-        """In a thread of pyzmq, or wherever the last reference falls: so without any lock but the bell's."""
+        """Called in a thread of pyzmq, or wherever the last reference is dropped: so it takes no lock but the
+        waker's."""
         self._released.append(id(view))
         if len(self._released) >= len(self._held):
-            self._waker.ring()  # the last; those before it are seen to when the thread is awake anyway
+            self._waker.ring()  # only for the last view; the thread handles the others when it is awake
 
     def _let_go(self) -> None:
         free = self._slab.free_slots
@@ -163,7 +165,7 @@ class SlabServer:
 
 
 def _inside(due: Due) -> tuple[int, int]:
-    """Where the piece starts and stops in the blocks that it touches."""
+    """Start and stop of the piece, in bytes of the blocks that it touches."""
     size = due.slots.block_bytes
     start = due.start % size if due.slots.slots else 0
     return start, start + due.stop - due.start

@@ -1,5 +1,5 @@
-"""The path between hosts that share no memory: the receiver asks the sender's server for the slots of a handle, and
-gets them as pieces of at most 1 MB, over ZeroMQ and TCP (protocol.md, 8b)."""
+"""The path `stream`, between hosts that share no memory: the receiver requests the slots of a handle from the sender's
+server and gets pieces of at most 1 MB, over ZeroMQ and TCP (docs/protocol.md, section 8b)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 ANYWHERE_HERE = "tcp://127.0.0.1:*"
 LEAST_BUFFER = 64 << 20
-USUAL_CHUNKS = 2  # that find room whatever `buffer` says: one that comes while the engine copies the other
-_CREDIT_SHARE = 8  # of the room, what one connection may have under way
+USUAL_CHUNKS = 2  # least chunks that fit the buffer: one arrives while the engine copies the other
+_CREDIT_SHARE = 8  # one connection may have this fraction (1/8) of the buffer in flight
 _LEAST_CREDIT, _MOST_CREDIT = 4 << 20, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """`address` is where to listen; `announce` what others connect to, empty: that; `key` the file of the deployment's
-    key, empty: none. `buffer`: bytes of memory for what arrives, at least two chunks of `usual` bytes."""
+    """`address`: where to listen. `announce`: the address that peers connect to, empty: `address`. `key`: file of the
+    deployment's key, empty: none. `buffer`: bytes of memory for arriving chunks, raised to two chunks of `usual`
+    bytes."""
 
     address: str = ANYWHERE_HERE
     announce: str = ""
@@ -43,20 +44,19 @@ class StreamSettings:
     patience: StreamPatience = StreamPatience()
 
 
-def open_stream(made: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> StreamReader:
-    """As a worker's settings ask for it. Raises KVError."""
+def open_stream(store: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> StreamReader:
+    """A StreamReader from a worker's settings. `usual`: expected bytes of a KV chunk. Raises KVError."""
     settings = StreamSettings(
-        address=made.address or ANYWHERE_HERE, announce=made.announce, key=made.key, buffer=made.buffer, usual=usual
+        address=store.address or ANYWHERE_HERE, announce=store.announce, key=store.key, buffer=store.buffer, usual=usual
     )
     return StreamReader(slab, settings, wake)
 
 
 class StreamReader:
-    """Serves `slab`, and reads the slabs of others (`Reader` in base.py). `address` is for Reach. `counters`:
-    read_<what> and served_<what>."""
+    """Serves `slab` to peers and reads their slabs (implements `Reader` of base.py). `address` goes into Reach."""
 
     def __init__(self, slab: HostSlab, settings: StreamSettings, wake: Callable[[], None]) -> None:
-        """Raises KVError: the address or the key cannot be used."""
+        """Raises KVError when the address or the key cannot be used."""
         log = logging.getLogger("tetri.kv")
         self._wake = wake
         self._done: deque[tuple[Fetched, ChunkFetch | None]] = deque()
@@ -79,6 +79,7 @@ class StreamReader:
 
     @property
     def counters(self) -> Counter[str]:
+        """Counters of both threads: read_<what> and served_<what>."""
         read = Counter({f"read_{name}": count for name, count in self._reader.counters.copy().items()})
         return read + Counter({f"served_{name}": count for name, count in self._server.counters.copy().items()})
 
@@ -107,7 +108,7 @@ class StreamReader:
             self._reader.do(partial(self._reader.used, lent))
 
     def _answer(self, wanted: Wanted, fetch: ChunkFetch | None, problem: KVError | None) -> None:
-        """In the reader's thread."""
+        """Called in the reader's thread."""
         blocks = () if fetch is None else fetch.blocks()
         self._done.append((Fetched(wanted.ticket, blocks, problem), fetch))
         self._wake()
@@ -117,12 +118,12 @@ class StreamReader:
         self._wake()
 
     def _check(self) -> None:
-        """A thread that has died would leave its takes without an answer, so the worker dies with it."""
+        """Raise the exception that ended a thread: its fetches would never be answered."""
         if self._crash is not None:
             raise self._crash
 
     def close(self) -> None:
-        """What is under way is dropped. A second call does nothing."""
+        """End both threads and drop all fetches. A second call does nothing."""
         self._reader.close()
         self._server.close()
         self._context.term()
