@@ -38,7 +38,7 @@ ADMIN = b"admin"
 
 @dataclass
 class Client:
-    """One client with one request. What it is told must be in order, without gaps and without repetition. `say` sends
+    """One client with one request. What it is told must be in order, without gaps and without repetition. `send` sends
     to the broker; `ended` hears of the end."""
 
     chance: Chance
@@ -47,7 +47,7 @@ class Client:
     sampling: Sampling
     deadline_s: float | None
     ask_s: float
-    say: Callable[[Any], None]
+    send: Callable[[Any], None]
     ended: Callable[[Client, Done | Refused], None]
     rid: str | None = None
     ids: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Client:
     cancelled: bool = False
     away: bool = False
     stuck: bool = False
-    heard_at: float = 0.0
+    received_at: float = 0.0
     asked: list[int] = field(default_factory=list)  # tokens from which on it asked to hear all again
     expected: int = 0  # the next token that may come
     tail_at: int = -1  # the token at which text without tokens came
@@ -86,21 +86,21 @@ class Client:
 
     def submit(self) -> None:
         if self.rid is None and self.done is None:
-            self.say(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
+            self.send(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
             self._later(self.ask_s, self.submit)
 
     def watch(self) -> None:
         """Ask when nothing was heard for a while, as a client's library does."""
         if self.done is not None:
             return
-        if self.rid is not None and not self.away and self.chance.kernel.now - self.heard_at > self.ask_s:
+        if self.rid is not None and not self.away and self.chance.kernel.now - self.received_at > self.ask_s:
             self.attach()
         self._later(self.ask_s, self.watch)
 
     def cancel(self, _: Any = None) -> None:
         if self.rid is not None and self.done is None:
             self.cancelled = True
-            self.say(FromClient(self.name, Cancel(rid=self.rid)))
+            self.send(FromClient(self.name, Cancel(rid=self.rid)))
 
     def leave(self) -> bool | None:
         if self.done is not None:
@@ -117,7 +117,7 @@ class Client:
     def attach(self) -> None:
         assert self.rid is not None
         self.asked.append(len(self.ids))
-        self.say(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
+        self.send(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
 
     def choke(self) -> bool | None:
         if self.done is not None:
@@ -131,10 +131,10 @@ class Client:
 
     # ------------------------------------------------------------ what it is told
 
-    def hear(self, message: Any) -> str:
+    def receive(self, message: Any) -> str:
         if self.away or self.stuck:
             return "gone" if self.away else "full"
-        self.heard_at = self.chance.kernel.now
+        self.received_at = self.chance.kernel.now
         match message:
             case Accepted():
                 assert message.key == self.key and self.rid in (None, message.rid)
@@ -232,7 +232,7 @@ class CheckedClients(Clients):
         prompt = tuple(rng.choices(range(VOCABULARY), k=arrival.prompt))
         sampling = arrival.sampling or Sampling(max_tokens=arrival.output, ignore_eos=True)
         ask_s = world.setup.timeouts.ask_s
-        client = Client(world.chance, number, prompt, sampling, arrival.deadline_s, ask_s, world.say, self._ended)
+        client = Client(world.chance, number, prompt, sampling, arrival.deadline_s, ask_s, world.send, self._ended)
         self.clients.append(client)
         client.start()
 
@@ -240,7 +240,7 @@ class CheckedClients(Clients):
         """One message as the broker sends it: whether it was sent, the queue is full, or the client gone."""
         assert self.world is not None
         message = decode(encode(message), BrokerReply)
-        return self.world.admin.hear(message) if name == ADMIN else self.clients[int(name)].hear(message)
+        return self.world.admin.receive(message) if name == ADMIN else self.clients[int(name)].receive(message)
 
     def _ended(self, client: Client, message: Done | Refused) -> None:
         """A request is done when it got all of its tokens, as `Client.verify` checks at the end."""
@@ -260,23 +260,23 @@ class Admin:
 
     world: FaultyWorld
     asked: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> instance and role
-    told: list[str] = field(default_factory=list)  # of which changes it heard
+    reported: list[str] = field(default_factory=list)  # keys of the changes that the broker reported
 
     def flip(self, iid: str, role: str) -> None:
         key = f"flip-{len(self.asked)}"
         self.asked[key] = (iid, role)
-        self.world.say(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
+        self.world.send(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
 
-    def hear(self, message: Any) -> str:
+    def receive(self, message: Any) -> str:
         assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
         if isinstance(message, RoleChanged):
             assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
             world = self.world
             worker, known = world.workers[message.iid], world.broker.core.members.by_iid[message.iid]
             there = worker.alive and worker.core.own.incarnation == known.instance.incarnation
-            if there and message.key not in self.told:
+            if there and message.key not in self.reported:
                 assert worker.core.role == message.role, f"{message.iid} is {worker.core.role}, not {message.role}"
-            self.told.append(message.key)
+            self.reported.append(message.key)
         return "sent"
 
 

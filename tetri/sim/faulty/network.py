@@ -33,7 +33,7 @@ class FaultyWiring(Wiring):
         super().__init__(chance.kernel, latency_s, whole)
         self.chance = chance
         self.segments: dict[str, None] = {}  # of all KV slabs that have ever been
-        self.said: dict[tuple[str, str], deque[Any]] = {}  # between two workers, lately
+        self.recent: dict[tuple[str, str], deque[Any]] = {}  # between two workers, lately
         self._busy: dict[tuple[str, str], float] = {}  # when the last message to a subscriber arrives
 
     def connections(self) -> list[Connection]:
@@ -87,7 +87,7 @@ class Connection:
     def _confused(self, message: BetweenWorkers) -> BetweenWorkers:
         """What no connection does, and a broken sender might."""
         chance, this = self.chance, (self.number, self.to)
-        old = self.wiring.said.setdefault((self.src.name, self.to.name), deque(maxlen=REMEMBERED))
+        old = self.wiring.recent.setdefault((self.src.name, self.to.name), deque(maxlen=REMEMBERED))
         if old and chance.happens("replay"):
             chance.after(REPLAYED_S, self._arrive, (chance.rng.choice(old), *this))
         old.append(message)

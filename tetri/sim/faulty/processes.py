@@ -103,20 +103,20 @@ class FaultyBroker(Process, BrokerNode):
         self.deliver = deliver
         self.stoppers: dict[str, Stopper] = {}
         self._refused: dict[bytes, None] = {}  # clients that took no reply in this turn: order is kept
-        self._table |= {Reply: self._reply, Detokenize: self._word, Release: lambda do: self._forget(do.rid)}
+        self._table |= {Reply: self._reply, Detokenize: self._detokenize, Release: lambda do: self._forget(do.rid)}
 
     def turn(self) -> None:
         self._refused.clear()
         super().turn()
 
     def _reply(self, action: Reply) -> Undelivered | None:
-        heard = "full" if action.client in self._refused else self.deliver(action.client, action.message)
-        if heard == "sent":
+        outcome = "full" if action.client in self._refused else self.deliver(action.client, action.message)
+        if outcome == "sent":
             return None
         self._refused[action.client] = None
-        return Undelivered(action.client, action.message, heard == "gone")
+        return Undelivered(action.client, action.message, outcome == "gone")
 
-    def _word(self, action: Detokenize) -> Detokenized:
+    def _detokenize(self, action: Detokenize) -> Detokenized:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop)

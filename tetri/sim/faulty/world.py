@@ -132,7 +132,7 @@ class FaultyWorld(World):
         result.faults = dict(self.chance.counts)
         return result
 
-    def say(self, event: Any) -> None:
+    def send(self, event: Any) -> None:
         """From a client to the broker."""
         self.chance.after(2 * CLIENT_S, self.broker.receive, on_the_wire(event))
 
