@@ -98,9 +98,7 @@ class AsyncClient(BaseClient["AsyncStream"]):
         receive = wake = None
         try:
             while self._session.calls:
-                receive = receive or asyncio.ensure_future(
-                    self._socket.recv_multipart()
-                )  # done at once if a message waits
+                receive = receive or asyncio.ensure_future(self._socket.recv_multipart())  # done if one waits
                 wake = wake or asyncio.ensure_future(self._wake.wait())
                 if not receive.done():
                     self._send()

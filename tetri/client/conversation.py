@@ -245,9 +245,7 @@ class Session:
         self.calls.clear()
 
     def _dispatch(self, reply: dict[str, Any], now: float) -> bool:
-        found = [
-            call.receive(reply, now) for call in self.calls
-        ]  # all of them: one Status answers every open Inspection
+        found = [call.receive(reply, now) for call in self.calls]  # one Status answers every open Inspection
         self._sweep()
         return any(found)
 
