@@ -23,11 +23,9 @@ class Script:
 
     def __init__(self, cost=COST):
         capacity = Capacity(blocks=100, block_tokens=4, chunk_tokens=16, max_batch=8, context=400)
-        fingerprint = SimpleNamespace(block_bytes=0)
+        instance = SimpleNamespace(role="decode", fingerprint=SimpleNamespace(block_bytes=0))
         rules = Rules(length="oracle")
-        self.own = SimpleNamespace(
-            iid="w", role="decode", capacity=capacity, cost=cost, fingerprint=fingerprint, rules=rules, expected=None
-        )
+        self.own = SimpleNamespace(iid="w", instance=instance, capacity=capacity, cost=cost, rules=rules, expected=None)
         self.heard, self.ticks = [], []
         self.due = None
         self.answers, self.next = {}, []
