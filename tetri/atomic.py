@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: they are made beside their place and moved there at the end."""
+"""Write files and folders atomically: build them next to their destination, then rename them into place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`. It replaces the file that is there; if the body raises, nothing changes.
+    """Yield a temporary path to write to. On success it replaces `path`; if the body raises, `path` does not change.
     Raises OSError."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -22,16 +22,16 @@ def file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """In UTF-8. Raises OSError."""
+    """Write `text` to `path` in UTF-8, atomically. Raises OSError."""
     with file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def folder(path: Path) -> Iterator[Path]:
-    """An empty folder, of the same name, to be filled. It replaces the folder that is there; if the body raises,
-    nothing changes. What a killed process left is removed, so only one at a time may make the same folder. Raises
-    OSError."""
+    """Yield an empty temporary folder with the name of `path`. On success it replaces `path`; if the body raises,
+    `path` does not change. Removes what a killed process left, so only one process at a time may make the same folder.
+    Raises OSError."""
     parent = path.with_name(f".{path.name}.part")
     shutil.rmtree(parent, ignore_errors=True)
     part = parent / path.name

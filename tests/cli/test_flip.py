@@ -77,4 +77,4 @@ def test_what_the_cluster_cannot_do_now_is_a_failure(run):
 
 def test_a_worker_that_does_not_answer(run):
     status, _, err, _ = run({"type": "other"}, "d0", "prefill", "--timeout", "0.3")
-    assert status == 3 and "no answer from the broker for 0.3 s: is it up, and does d0 compute, not hang?" in err
+    assert status == 3 and "no answer from the broker for 0.3 s: is it up, and is d0 not stuck?" in err

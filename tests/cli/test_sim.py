@@ -146,10 +146,10 @@ def test_the_help_explains_every_fault(run):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--rate", "-1"], "the rate must be at least 0 requests a second, got -1"),
+        (["--rate", "-1"], "the rate must be at least 0 requests per second, got -1"),
         (["--requests", "-5"], "number of requests must be at least 1 and at most 100000000, got -5"),
         (["--burstiness", "0"], "the burstiness must be from 0.01 to 100, got 0"),
-        (["--prompt-tokens", "x"], "lengths are N, LOW-HIGH or lognormal:MEDIAN:SIGMA"),
+        (["--prompt-tokens", "x"], "lengths must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA"),
         (["--deadline", "0"], "the deadline must be above 0 s"),
         (["--prefill", "0"], "there is no prefill instance: give prefill or mixed at least 1"),
         (["--decode", "0"], "there is no decode instance"),
@@ -181,7 +181,7 @@ def test_the_help_explains_every_fault(run):
         (["--faults", ""], "--faults: '' is no fault"),
         (["--system", "coupled", "--faults", "drop=0.1"], "leave out --faults"),
         (["--trace", "no.csv"], "no.csv: cannot be read: No such file or directory"),
-        (["--trace", "empty.csv"], "empty.csv: the trace is empty"),
+        (["--trace", "empty.csv"], "empty.csv: the trace has no requests"),
         (["--trace", "bad.csv"], "bad.csv:3: must be a time and two numbers of tokens from 1 to 10000000, got 'x,1,1'"),
         (["--trace", "bad.csv", "--speedup", "0"], "the speedup must be above 0, got 0"),
         (["--trace", "bad.csv", "--rate", "2"], "--trace brings its own times: use --speedup, not --rate"),

@@ -27,7 +27,10 @@ def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, b
     broker(lambda message: [{**STATUS, "instances": [quiet, noted]}])
     out = run("status")[1].splitlines()
     assert out[-4].endswith("  shm 2, stream 1")
-    assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [["KV received by", "counted"], ["d0", "late 3, healed 12"]]
+    assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [
+        ["KV received by", "counted"],
+        ["d0", "late 3, healed 12"],
+    ]
     assert json.loads(run("status", "--json")[1])["instances"] == [quiet, noted]
     broker(lambda message: [{**STATUS, "instances": [quiet]}])
     assert "KV received by" not in run("status")[1]

@@ -99,7 +99,7 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
     )
     with FakeBroker(script) as broker, pytest.raises(RequestRefused) as caught:
         generate(broker.address)
-    why = "(2 messages made no sense here: are this client and the broker of the same version?)"
+    why = "(2 messages could not be decoded: are this client and the broker of the same version?)"
     assert str(caught.value) == f"no such request {why}"
 
 

@@ -11,7 +11,7 @@ from tetri.client import TetriError
 
 
 def test_a_bad_address_is_one_line():
-    with pytest.raises(TetriError, match="no address to connect to"):
+    with pytest.raises(TetriError, match="not a valid broker address"):
         tetri.Client("nowhere")
 
 

@@ -27,12 +27,12 @@ def test_every_instance_is_a_replica(system):
 def test_what_fits_nowhere_is_refused():
     result = serve("coupled", SETUP, [Arrival(0.0, 8000, 5), Arrival(0.0, 10, 5)])
     assert [each.state for each in result.outcomes] == ["refused", "done"]
-    assert result.outcomes[0].why == "8005 tokens do not fit: the context holds 8000"
+    assert result.outcomes[0].why == "8005 tokens are more than the context of 8000"
 
 
 @pytest.mark.parametrize(
     ("arrivals", "says"),
-    [([], "there are no requests"), ([Arrival(1.0, 5, 5), Arrival(0.0, 5, 5)], "before the one that it follows")],
+    [([], "there are no requests"), ([Arrival(1.0, 5, 5), Arrival(0.0, 5, 5)], "before its predecessor")],
 )
 def test_wrong_requests_are_one_line(arrivals, says):
     with pytest.raises(SimError, match=says):

@@ -36,10 +36,10 @@ def done(prompt, output, reason="length", error=None):
     ("arrivals", "says"),
     [
         ([], "there are no requests"),
-        ([Arrival(1.0, 5, 5), Arrival(0.5, 5, 5)], "arrives before the request before it"),
+        ([Arrival(1.0, 5, 5), Arrival(0.5, 5, 5)], "arrives before its predecessor"),
         ([Arrival(-1.0, 5, 5)], "arrives before"),
         ([Arrival(float("nan"), 5, 5)], "arrives before"),
-        ([Arrival(0.0, 0, 5)], "has no prompt or no output"),
+        ([Arrival(0.0, 0, 5)], "prompt and output must have at least 1 token"),
     ],
 )
 def test_wrong_requests_are_one_line(arrivals, says):

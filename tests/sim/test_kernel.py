@@ -41,5 +41,5 @@ def test_it_stops_before_the_next_event_and_goes_on_from_there():
 def test_nothing_happens_in_the_past():
     kernel = Kernel()
     kernel.at(1.0, lambda _: kernel.at(0.5, print))
-    with pytest.raises(ValueError, match="lies before"):
+    with pytest.raises(ValueError, match="is before the current time"):
         kernel.run()

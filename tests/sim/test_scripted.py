@@ -1,4 +1,4 @@
-"""The engine whose requests write recorded texts: where they end, and what is told of their hidden states when."""
+"""The engine whose requests write recorded texts: where they end, and what is reported of their hidden states when."""
 
 import pytest
 
@@ -66,23 +66,23 @@ def test_many_passes_in_one_go_end_at_the_same_token():
 
 def test_who_has_no_text_writes_all_that_it_may():
     made = decoded(engine(), None)
-    assert len(made) == 299 and made[-1][2] == "length" and not any(told for *_, told in made)
+    assert len(made) == 299 and made[-1][2] == "length" and not any(reported for *_, reported in made)
 
 
 def test_a_leg_that_goes_on_ends_at_the_same_token():
     assert len(decoded(engine(), 0, outputs=150)) == 200 - 151
 
 
-def test_the_state_of_a_decode_is_told_after_the_pass_that_computes_it():
+def test_the_state_of_a_decode_is_reported_after_the_pass_that_computes_it():
     """The pass that computes the 64th token's state gives the 65th."""
-    told = [(place + 2, *estimates) for place, (*_, estimates) in enumerate(decoded(engine(), 0)) if estimates]
-    assert [(place, one.key, one.outputs) for place, one in told] == [(65, "x", 64), (129, "x", 128)]
-    assert told[0][1].distribution == distribution(64)
+    reported = [(place + 2, *estimates) for place, (*_, estimates) in enumerate(decoded(engine(), 0)) if estimates]
+    assert [(place, one.key, one.outputs) for place, one in reported] == [(65, "x", 64), (129, "x", 128)]
+    assert reported[0][1].distribution == distribution(64)
 
 
 def test_of_many_passes_the_last_state_is_told():
-    told = [one.outputs for *_, estimates in decoded(engine(), 0, most=1000) for one in estimates]
-    assert told == [128]
+    reported = [one.outputs for *_, estimates in decoded(engine(), 0, most=1000) for one in estimates]
+    assert reported == [128]
     paged = engine()
     paged.add(engine_request("decode", 0))
     made = steps(paged, 100)
@@ -90,28 +90,28 @@ def test_of_many_passes_the_last_state_is_told():
 
 
 def test_a_leg_that_begins_later_is_told_of_what_comes_then():
-    told = [one.outputs for *_, estimates in decoded(engine(), 0, outputs=100) for one in estimates]
-    assert told == [128]
+    reported = [one.outputs for *_, estimates in decoded(engine(), 0, outputs=100) for one in estimates]
+    assert reported == [128]
 
 
 @pytest.mark.parametrize(("seed", "reason"), [(0, None), (2, "stop")])
 def test_a_prompts_state_is_told_with_its_first_token(seed, reason):
     paged = engine()
     paged.add(engine_request("prefill", seed))
-    ((_, _, ended, told),) = steps(paged)
-    assert ended == reason and [(one.outputs, one.distribution) for one in told] == [(0, distribution(0))]
+    ((_, _, ended, reported),) = steps(paged)
+    assert ended == reason and [(one.outputs, one.distribution) for one in reported] == [(0, distribution(0))]
 
 
 def test_of_a_prompt_that_starts_over_only_what_is_recorded_is_told():
     for outputs, known in ((64, [64]), (65, [])):
         paged = engine()
         paged.add(engine_request("prefill", 0, outputs=outputs))
-        ((*_, told),) = steps(paged)
-        assert [one.outputs for one in told] == known
+        ((*_, reported),) = steps(paged)
+        assert [one.outputs for one in reported] == known
 
 
 def test_nothing_is_told_when_nobody_looks_at_hidden_states():
-    assert not any(told for *_, told in decoded(engine(estimates_lengths=False), 0))
+    assert not any(reported for *_, reported in decoded(engine(estimates_lengths=False), 0))
 
 
 def test_a_leg_that_is_cancelled_is_forgotten():

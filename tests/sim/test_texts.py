@@ -48,17 +48,17 @@ def test_shares_that_were_rounded_add_up_again(tmp_path):
     [
         ("{", "Expecting"),
         ("[1]", "not an object"),
-        (GOOD | {"tokens": 0}, "tokens must be a number from 1 on, got 0"),
+        (GOOD | {"tokens": 0}, "tokens must be an integer of at least 1, got 0"),
         (GOOD | {"tokens": 1025}, "1025 tokens, more than the limit of 1024"),
         (GOOD | {"prompt_tokens": "5"}, "prompt_tokens must be"),
         (GOOD | {"width": True}, "width must be"),
         (GOOD | {"classifier": [0.5, 0.4]}, "add up to 1, got 0.9"),
         (GOOD | {"classifier": [1.5, -0.5]}, "0 or more"),
-        (GOOD | {"hidden": ["a"]}, "no prediction of"),
-        (GOOD | {"hidden": []}, "no prediction of"),
-        (GOOD | {"later": {"x": [1.0]}}, "no prediction of"),
-        (GOOD | {"later": {"300": [1.0]}}, "of 300 tokens none can follow after 300"),
-        (GOOD | {"later": [1.0]}, "no prediction of"),
+        (GOOD | {"hidden": ["a"]}, "not a prediction of"),
+        (GOOD | {"hidden": []}, "not a prediction of"),
+        (GOOD | {"later": {"x": [1.0]}}, "not a prediction of"),
+        (GOOD | {"later": {"300": [1.0]}}, "known tokens must be from 0 to 299, got 0 to 300"),
+        (GOOD | {"later": [1.0]}, "not a prediction of"),
     ],
 )
 def test_a_wrong_line_is_named_by_its_number(tmp_path, row, says):
@@ -70,5 +70,5 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path, row, says):
 def test_no_file_and_no_text_are_one_line(tmp_path):
     with pytest.raises(RecordedTextError, match="cannot be read: No such file"):
         read(tmp_path / "none")
-    with pytest.raises(RecordedTextError, match="there is no text in it: write it with"):
+    with pytest.raises(RecordedTextError, match="the file has no text: create it with"):
         read(written(tmp_path, ""))

@@ -64,13 +64,13 @@ def test_it_is_read_no_further_than_it_is_used(trace):
     [
         ("", "csv:1: the first line must be"),
         ("a,b\n", "csv:1: the first line must be"),
-        (HEAD, "the trace is empty"),
+        (HEAD, "the trace has no requests"),
         (HEAD + "2023-11-16 00:00:00,10,1\n2023-11-16 00:00:00,10\n", "csv:3: must be a time and two numbers"),
         (HEAD + "noon,10,1\n", "csv:2: must be a time and two numbers"),
         (HEAD + "2023-11-16 00:00:00x,10,1\n", "csv:2: must be a time"),
         (HEAD + "2023-11-16 00:00:00,-1,1\n", "csv:2: must be a time"),
         (HEAD + "2023-11-16 00:00:00,10,0\n", "csv:2: must be a time"),
-        (HEAD + "2023-11-16 00:00:01,10,1\n2023-11-16 00:00:00,10,1\n", "csv:3: 2023-11-16 00:00:00 lies before"),
+        (HEAD + "2023-11-16 00:00:01,10,1\n2023-11-16 00:00:00,10,1\n", "csv:3: 2023-11-16 00:00:00 is earlier than"),
         (HEAD + "x" * 500 + "\n", "..."),
         (HEAD + "2023-11-16 00:00:00,99999999999,1\n", "two numbers of tokens from 1 to 10000000"),
         (HEAD + "1900-01-01 00:00:00,1,1\n2023-11-16 00:00:00,1,1\n", "csv:3: 3.90908e+09 s after the first"),
@@ -85,7 +85,7 @@ def test_a_wrong_trace_is_one_line_that_names_the_line(trace, text, says):
 
 def test_a_trace_that_is_no_text_or_not_there(tmp_path):
     (tmp_path / "trace.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TraceError, match="no table of text"):
+    with pytest.raises(TraceError, match="not a CSV file"):
         list(replayed(tmp_path / "trace.csv"))
     with pytest.raises(TraceError, match="cannot be read: No such file"):
         list(replayed(tmp_path / "other.csv"))
@@ -136,7 +136,7 @@ def test_the_same_seed_draws_the_same():
     "text", ["", "0", "-3", "x", "5-3", "1.5", "lognormal:1", "lognormal:0:1", "lognormal:5:nan", "1-99999999999"]
 )
 def test_wrong_lengths(text):
-    with pytest.raises(TraceError, match="lengths are N, LOW-HIGH"):
+    with pytest.raises(TraceError, match="lengths must be N, LOW-HIGH"):
         TokenCounts.parsed(text)
 
 
@@ -146,7 +146,7 @@ def test_wrong_lengths(text):
         ({"requests": 0}, "number of requests"),
         ({"rate": -1.0}, "rate must be at least 0"),
         ({"rate": float("inf")}, "rate must be"),
-        ({"rate": 1e-300}, "at a rate of 1e-300 a second 1 requests take more than 1e.09 s"),
+        ({"rate": 1e-300}, "at a rate of 1e-300 per second 1 requests take more than 1e.09 s"),
         ({"requests": 10**12}, "number of requests must be at least 1 and at most 100000000"),
         ({"burstiness": 0.0}, "burstiness must be from 0.01"),
         ({"burstiness": 1e300}, "burstiness must be from 0.01 to 100"),

@@ -129,7 +129,7 @@ def test_knowing_ends_lets_more_run_at_once_than_reserving_for_the_limit():
 
 def test_what_is_not_recorded_is_one_line():
     bare = [replace(text, classifier=None) for text in TEXTS]
-    with pytest.raises(SimError, match="no classifier's odds are recorded of a text of"):
+    with pytest.raises(SimError, match="no classifier prediction is recorded for a text of"):
         world("both", texts=bare).run()
     with pytest.raises(SimError, match="trained needs recorded predictions"):
         World(replace(SETUP, rules=Rules(length="trained")), resampled(5, TEXTS, 1))

@@ -57,7 +57,7 @@ def test_a_tilt_reaches_its_mean_and_keeps_the_rest():
 
 @pytest.mark.parametrize("low, high, mean", [(1, 10, 0.5), (1, 10, 10), (2000, 3000, 2500)])
 def test_a_mean_out_of_reach_is_an_error(low, high, mean):
-    with pytest.raises(WorkloadError, match="must lie between"):
+    with pytest.raises(WorkloadError, match="must be between"):
         tilted(QUANTILES, low, high, mean)
 
 

@@ -1,10 +1,10 @@
-"""Talk to a broker: `Client` and, for asyncio, `AsyncClient`. docs/protocol.md is enough to write another.
+"""Client library of tetri: `Client` and, for asyncio, `AsyncClient`. docs/protocol.md specifies the protocol.
 
     client = Client()
     print(client.generate("The capital of France is", max_tokens=8).text)
 
-`frames` is bytes, `conversation` what the client knows and asks next (pure), `sync` and `aio` move the
-bytes, `facade` is what those two share.
+`frames` encodes and decodes messages, `conversation` holds the state of each request (no I/O), `sync` and `aio` do the
+I/O, and `facade` has what those two share.
 """
 
 from tetri.client.aio import AsyncClient, AsyncStream

@@ -1,4 +1,4 @@
-"""The client for asyncio: the same conversation, many requests at once over one connection."""
+"""The asyncio client: many concurrent requests over one connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient["AsyncStream"]):
-    """Like `Client`. Make and use it inside one event loop; cancelling a task cancels its request."""
+    """`Client` for asyncio. Create and use it inside one event loop. Cancelling a task cancels its request."""
 
     async def generate(
         self,
@@ -29,22 +29,23 @@ class AsyncClient(BaseClient["AsyncStream"]):
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> Result:
-        """The whole answer to a prompt (text or token ids) or to a conversation. Raises TetriError."""
+        """Return the whole answer to a prompt (text or token ids) or to chat messages. Raises TetriError."""
         return await self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
     async def cancel(self, rid: str) -> None:
-        """End a request, this client's or another's, and wait until the broker has said so."""
+        """Cancel a request of any client and wait for the broker's confirmation. Raises TetriError."""
         await self._finish(self._cancellation(rid))
 
     async def status(self) -> dict[str, Any]:
-        """The cluster's Status: instances, requests, counters, model."""
+        """Return the cluster's status: instances, requests, counters, model."""
         return await self._finish(self._ask(Inspection))
 
     async def flip(self, iid: str, role: str) -> dict[str, Any]:
-        """As Client.flip: iid, role, was, took_s, once the instance has taken its new role."""
+        """Change the role of an instance. Parameters, result and errors are those of `Client.flip`."""
         return await self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     async def close(self) -> None:
+        """Fail all open calls with TetriError and close the connection."""
         self._session.fail(TetriError("the client was closed"))
         if self._pump is not None:
             self._wake.set()
@@ -68,7 +69,7 @@ class AsyncClient(BaseClient["AsyncStream"]):
     def _start(self, call: Call[Any]) -> None:
         self._session.calls.append(call)
         self._send()
-        self._wake.set()  # the pump waits for what was due before
+        self._wake.set()  # the pump waits for the deadlines known before this call
         if self._pump is None or self._pump.done():
             self._pump = asyncio.get_running_loop().create_task(self._run())
 
@@ -92,12 +93,12 @@ class AsyncClient(BaseClient["AsyncStream"]):
             call.listeners.remove(changed.set)
 
     async def _run(self) -> None:
-        """Move bytes while a call is open. All that is there is read before silence is judged: the loop may have
-        been busy with something else, and answered all the while."""
+        """Send and receive while a call is open. Reads every message that has arrived before it checks for timeouts:
+        the event loop may have been busy while the broker answered."""
         receive = wake = None
         try:
             while self._session.calls:
-                receive = receive or asyncio.ensure_future(self._socket.recv_multipart())  # done if there is one
+                receive = receive or asyncio.ensure_future(self._socket.recv_multipart())  # done if one waits
                 wake = wake or asyncio.ensure_future(self._wake.wait())
                 if not receive.done():
                     self._send()
@@ -113,7 +114,7 @@ class AsyncClient(BaseClient["AsyncStream"]):
                 if wake.done():
                     self._wake.clear()
                     wake = None
-        finally:  # nobody may wait for a pump that is gone
+        finally:  # otherwise open calls would wait forever
             for future in (receive, wake):
                 if future is not None:
                     future.cancel()
@@ -122,15 +123,15 @@ class AsyncClient(BaseClient["AsyncStream"]):
     def _send(self) -> None:
         self._check_open()
         for frame in self._session.tick(self._clock.now()):
-            # zmq.asyncio tries a non-blocking send at once. What nobody takes now will be asked again.
+            # zmq.asyncio tries a non-blocking send at once. A frame that cannot be queued is sent again later.
             error = self._socket.send(frame, zmq.NOBLOCK).exception()
             if error is not None and not isinstance(error, zmq.Again):
                 raise error
 
 
 class AsyncStream(BaseStream[AsyncClient]):
-    """Iterate over the pieces of text with `async for`; then `result`. Leaving an `async with` early cancels the
-    request."""
+    """The streamed answer to one request: iterate over its text with `async for`, then read `result`. Leaving an
+    `async with` block early cancels the request."""
 
     def __aiter__(self) -> AsyncStream:
         return self
@@ -143,12 +144,12 @@ class AsyncStream(BaseStream[AsyncClient]):
         return piece
 
     async def wait(self) -> Result:
-        """Run to the end and give the result."""
+        """Wait for the end of the request and return its result. Raises TetriError."""
         await self._changed(lambda: self._request.ended)
         return self._request.outcome()
 
     async def cancel(self) -> Result:
-        """Ask for the end and wait for it; the result holds what there was."""
+        """Cancel the request and wait for its end. The result has the output so far. Raises TetriError."""
         self._client._cancel(self._request)
         return await self.wait()
 

@@ -1,17 +1,17 @@
-"""The clock by which a client judges silence."""
+"""The clock that the client's timeouts use."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-SLACK_S = 0.1  # later than this after the time for which it meant to listen, a client was held up
+SLACK_S = 0.1  # a client that wakes up later than this after its planned wait was held up
 
 
 class Clock:
-    """Seconds for which the client has listened. Of the time in which its process was stopped, got no CPU, or was
-    kept busy by its caller, next to nothing counts: what the broker said meanwhile is still to be read, so nobody
-    was silent. Starts at 0, never goes back, and never stands still."""
+    """Measures the seconds for which the client has listened for messages. Time in which the process was stopped,
+    got no CPU, or was busy with the caller's code hardly counts: messages that arrived meanwhile are still unread, so
+    the broker must not be declared silent. Starts at 0 and always increases."""
 
     def __init__(self, real: Callable[[], float] = time.monotonic) -> None:
         self._real = real
@@ -19,8 +19,8 @@ class Clock:
         self._read = self._until = real()
 
     def now(self) -> float:
-        """After a hold-up a little less than what the client meant to listen for: so it listens once more, for
-        `SLACK_S`, before it finds that nothing came."""
+        """Return the current time in seconds. After a hold-up the clock stops `SLACK_S` short of the planned wait, so
+        that the client listens once more before it decides that nothing arrived."""
         real = self._real()
         if real <= self._until + SLACK_S:
             self._now += real - self._read
@@ -30,5 +30,5 @@ class Clock:
         return self._now
 
     def listen(self, seconds: float) -> None:
-        """From now on the client takes what comes, for so long unless it says otherwise; 0: not any more."""
+        """Record that the client now listens for this many seconds; 0 means that it stops listening."""
         self._until = self._read + seconds

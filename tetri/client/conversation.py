@@ -1,8 +1,8 @@
-"""What a client knows of its requests and what it says next. No socket, no clock: `now` is seconds for which the
-client has listened (tetri/client/clock.py).
+"""The client's state machine: which replies it has and which message it sends next. No socket and no clock: `now` is
+the time of tetri/client/clock.py, in seconds.
 
-Every request asks until it is answered: Submit until Accepted or Refused; then, when nothing was heard for a
-while, Attach from the next token that is missing. Nothing relies on one message arriving, either way.
+A request repeats its message until it is answered: Submit until Accepted or Refused; then, after some silence, Attach
+from the first missing token. Any single message may be lost, in either direction.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Generic, TypeVar, cast
 
 from tetri.client.frames import RequestFailed, RequestRefused, Result, TetriError, Unreachable, frame, parse
 
-DIFFERENT = "({} messages made no sense here: are this client and the broker of the same version?)"
+DIFFERENT = "({} messages could not be decoded: are this client and the broker of the same version?)"
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds. `timeout`: how long a question may stay unanswered; `silence_s`: how long nothing may come
-    before the broker is asked; `resend_s`: between two times of asking the same."""
+    """Timeouts in seconds. `timeout`: how long a message may stay unanswered; `silence_s`: how long the client waits
+    for the next message before it asks the broker; `resend_s`: the interval at which a message is repeated."""
 
     timeout: float = 30.0
     silence_s: float = 2.0
@@ -32,33 +32,34 @@ A = TypeVar("A")
 
 
 class Call(ABC, Generic[A]):
-    """One question that is asked until it is answered. `answer` is there at the end, unless `error` is."""
+    """One message that is repeated until it is answered. When `ended` is true, `answer` or `error` is set."""
 
-    doubt = "is it up?"  # when nobody answers
+    doubt = "is it up?"  # ends the error line when no answer arrives
 
     def __init__(self, patience: Patience, now: float) -> None:
         self.ended = False
         self.answer: A | None = None
         self.error: TetriError | None = None
-        self.listeners: list[Callable[[], None]] = []  # called when there is news
+        self.listeners: list[Callable[[], None]] = []  # called when text arrives and when the call ends
         self._patience = patience
-        self._unanswered: float | None = None  # since when the present question is
-        self._next = now  # when to ask (again)
+        self._unanswered: float | None = None  # when the current message was first sent
+        self._next = now  # when to send it (again)
 
     @abstractmethod
     def question(self) -> bytes:
-        """The frame that asks it."""
+        """Return the frame to send."""
 
     @abstractmethod
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        """Whether this reply was for this call."""
+        """Handle a reply if it belongs to this call; return whether it does."""
 
     def deadline(self) -> float:
+        """Return when to call `tick` next."""
         given_up = self._next if self._unanswered is None else self._unanswered + self._patience.timeout
         return min(self._next, given_up)
 
     def tick(self, now: float) -> bytes | None:
-        """The question, when it is time to ask it."""
+        """Return the frame if it is time to send it. Ends the call with Unreachable after the timeout."""
         if self._unanswered is not None and now - self._unanswered >= self._patience.timeout:
             self.end(Unreachable(f"no answer from the broker for {self._patience.timeout:g} s: {self.doubt}"))
         if self.ended or now < self._next:
@@ -69,32 +70,35 @@ class Call(ABC, Generic[A]):
         return self.question()
 
     def mark_alive(self, now: float) -> None:
+        """Restart the timers: the broker has just answered."""
         self._unanswered = None
         self._next = now + self._patience.silence_s
 
     @property
     def lost(self) -> bool:
-        """Whether it has ended without the answer that there should have been."""
+        """Whether the call ended although the broker should have answered it."""
         return isinstance(self.error, Unreachable)
 
     def end(self, error: TetriError | None = None) -> None:
+        """End the call, with this error if there is one. Does nothing if it has ended."""
         if not self.ended:
             self.ended, self.error = True, error
             self.notify()
 
     def outcome(self) -> A:
-        """The answer, once it has ended. Raises its error."""
+        """Return the answer of a call that has ended. Raises its error."""
         if self.error is not None:
             raise self.error
         return cast(A, self.answer)
 
     def notify(self) -> None:
+        """Call all listeners."""
         for listener in self.listeners:
             listener()
 
 
 class Request(Call[Result]):
-    """One completion. `pieces` is text not yet taken by the caller."""
+    """One completion request. `pieces` is the text that the caller has not read yet."""
 
     def __init__(self, key: str, submit: bytes, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
@@ -104,9 +108,9 @@ class Request(Call[Result]):
         self.pieces: deque[str] = deque()
         self._submit = submit
         self._text: list[str] = []
-        self._tail_at = -1  # the token index at which a text without tokens came
+        self._tail_at = -1  # the token index at which text without tokens arrived
         self.cancelling = False
-        self._asked_for = (-1, 0.0)  # the token last missed, and when
+        self._asked_for = (-1, 0.0)  # the last missing token that was asked for, and when
 
     @property
     def lost(self) -> bool:
@@ -120,7 +124,7 @@ class Request(Call[Result]):
         return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
 
     def cancel(self, now: float) -> None:
-        """Ask for its end; it comes as a result with reason "cancelled", unless another end was first."""
+        """Cancel the request. Its result then has the reason "cancelled", unless it ended for another reason first."""
         self.cancelling = True
         if self.rid is not None:
             self._next = now
@@ -140,6 +144,7 @@ class Request(Call[Result]):
         return True
 
     def mark_alive(self, now: float) -> None:
+        """Restart the timers, as in `Call`; a Cancel is repeated until the request ends."""
         super().mark_alive(now)
         if self.cancelling:  # only the end answers a Cancel
             self._next = now + self._patience.resend_s
@@ -157,9 +162,9 @@ class Request(Call[Result]):
         if start + len(ids) < known or (start < known and start + len(ids) == known):
             return  # seen before
         if start != known:
-            self._miss(now)  # a gap; or an overlap, whose text cannot be told from what is here
+            self._miss(now)  # a gap, or an overlap whose text cannot be separated from the text that is here
             return
-        if not ids:  # text that was held back until the end
+        if not ids:  # text that the broker held back until the end
             if not delta["text"] or self._tail_at == known:
                 return
             self._tail_at = known
@@ -170,7 +175,7 @@ class Request(Call[Result]):
             self.notify()
 
     def _miss(self, now: float) -> None:
-        """Ask for the next token at once, but for the same one not again before `resend_s`."""
+        """Ask for the next token at once, but for the same token only once in `resend_s`."""
         token, asked = self._asked_for
         if token != len(self.ids) or now - asked >= self._patience.resend_s:
             self._asked_for = (len(self.ids), now)
@@ -179,7 +184,7 @@ class Request(Call[Result]):
     def _finish(self, done: dict[str, Any], now: float) -> None:
         self.mark_alive(now)
         if len(self.ids) < done["usage"].completion_tokens:
-            self.cancelling = False  # it has ended: what is missing is to be had by Attach only
+            self.cancelling = False  # the request has ended: only Attach brings the missing tokens
             self._miss(now)
             return
         self.answer = Result(
@@ -193,28 +198,28 @@ class Request(Call[Result]):
             jct_s=done["jct_s"],
             receipt=done["receipt"],
         )
-        why = done["error"] or "the request failed and the broker did not say why"
+        why = done["error"] or "the request failed and the broker gave no reason"
         self.end(RequestFailed(why, self.answer) if done["reason"] == "error" else None)
 
 
 class Session:
-    """All open calls over one connection. `ignored` counts frames that meant nothing."""
+    """All open calls of one connection. `ignored` counts the frames that could not be decoded."""
 
     def __init__(self) -> None:
         self.calls: list[Call[Any]] = []
         self.ignored = 0
-        self._given_up: set[str] = set()  # keys of Submits that the broker may still take
+        self._given_up: set[str] = set()  # keys of Submits that the broker may still accept
         self._outbox: list[bytes] = []
 
     def request(self, rid: str) -> Request | None:
-        """The open request of this id, if it is of this session."""
+        """Return the open request with this id, or None if it is not one of this session."""
         for call in self.calls:
             if isinstance(call, Request) and call.rid == rid:
                 return call
         return None
 
     def receive(self, frames: list[bytes], now: float) -> None:
-        """One multipart message from the broker."""
+        """Handle one multipart message from the broker."""
         reply = parse(frames[0]) if len(frames) == 1 else None
         if reply is None:
             self.ignored += 1
@@ -223,24 +228,24 @@ class Session:
             self._outbox.append(frame({"type": "cancel", "rid": reply["rid"]}))
 
     def tick(self, now: float) -> list[bytes]:
-        """The frames to send now. Ends calls whose time has run out."""
+        """Return the frames to send now. Ends calls that have timed out."""
         asked = [question for call in self.calls if (question := call.tick(now)) is not None]
         self._sweep()
         outbox, self._outbox = self._outbox, []
         return outbox + asked
 
     def deadline(self) -> float | None:
-        """When to call `tick` next, if nothing is received before."""
+        """Return when to call `tick` next if no message arrives before; None without open calls."""
         return min((call.deadline() for call in self.calls), default=None)
 
     def fail(self, error: TetriError) -> None:
-        """The connection cannot be used any more."""
+        """End all calls with this error."""
         for call in self.calls:
             call.end(error)
         self.calls.clear()
 
     def _dispatch(self, reply: dict[str, Any], now: float) -> bool:
-        found = [call.receive(reply, now) for call in self.calls]  # all: a Status answers everyone who asked
+        found = [call.receive(reply, now) for call in self.calls]  # one Status answers every open Inspection
         self._sweep()
         return any(found)
 
@@ -248,7 +253,7 @@ class Session:
         for call in self.calls:
             if call.ended and isinstance(call, Request) and isinstance(call.error, Unreachable):
                 self._given_up.add(call.key)
-            if self.ignored and call.lost:  # perhaps its answer was among what meant nothing
+            if self.ignored and call.lost:  # its answer may be one of the frames that could not be decoded
                 assert call.error is not None
                 call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)
         self.calls = [call for call in self.calls if not call.ended]

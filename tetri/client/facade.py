@@ -1,4 +1,4 @@
-"""What both clients are, apart from how they move bytes and wait."""
+"""Base classes of `Client` and `AsyncClient`: everything except I/O and waiting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tetri.request import Turn
 
 Prompt = str | Sequence[int] | None
 Messages = Sequence[Turn | Mapping[str, str]] | None
-LINGER_MS = 200  # on close: long enough for a last Cancel to leave
+LINGER_MS = 200  # on close: long enough to send a last Cancel
 
 StreamT = TypeVar("StreamT")
 ClientT = TypeVar("ClientT")
@@ -26,7 +26,7 @@ CallT = TypeVar("CallT", bound=Call[Any])
 
 
 def dealer(context: zmq.Context[Any], address: str) -> Any:
-    """A socket towards the broker, which need not be there yet. Raises TetriError for a bad address."""
+    """Return a socket connected to the broker, which may start later. Raises TetriError for an invalid address."""
     socket = context.socket(zmq.DEALER)
     socket.linger = LINGER_MS
     socket.sndhwm = socket.rcvhwm = 1000
@@ -35,7 +35,7 @@ def dealer(context: zmq.Context[Any], address: str) -> Any:
         socket.connect(address)
     except zmq.ZMQError as error:
         socket.close(0)
-        raise TetriError(f"{address!r} is no address to connect to: {error.strerror}") from None
+        raise TetriError(f"{address!r} is not a valid broker address: {error.strerror}") from None
     return socket
 
 
@@ -47,13 +47,13 @@ def new_request(
     patience: Patience,
     now: float,
 ) -> Request:
-    """Raises BadRequest."""
+    """Return a new completion request with a random key. Raises BadRequest."""
     key = secrets.token_hex(8)
     return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, now)
 
 
 class BaseClient(ABC, Generic[StreamT]):
-    """One connection to a broker, and the calls that are open over it."""
+    """One connection to a broker and its open calls."""
 
     _socket: Any
 
@@ -79,18 +79,18 @@ class BaseClient(ABC, Generic[StreamT]):
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> StreamT:
-        """An iterator over the answer's text as it appears, an asynchronous one of an `AsyncClient`. Raises TetriError,
-        now or while iterating."""
+        """Send a request and return an iterator over its text (an asynchronous one for `AsyncClient`). Raises
+        TetriError, now or while iterating."""
         return self._streaming(self._ask(new_request, prompt, messages, deadline_s, sampling))
 
     def _ask(self, kind: Callable[..., CallT], *what: object) -> CallT:
-        """Open a call."""
+        """Create and start a call."""
         call = kind(*what, self._patience, self._clock.now())
         self._start(call)
         return call
 
     def _cancellation(self, rid: str) -> Call[Any]:
-        """The call that ends when this request does."""
+        """Cancel the request and return the call that ends with it."""
         request = self._session.request(rid)
         if request is None:
             return self._ask(Cancellation, rid)
@@ -103,23 +103,23 @@ class BaseClient(ABC, Generic[StreamT]):
 
     @abstractmethod
     def _connect(self) -> None:
-        """Make the socket. Raises TetriError."""
+        """Create the socket. Raises TetriError."""
 
     @abstractmethod
     def _streaming(self, request: Request) -> StreamT:
-        """What iterates over this request's text."""
+        """Return the stream of this request."""
 
     @abstractmethod
     def _start(self, call: Call[Any]) -> None:
-        """Ask it, from now on, until it is answered."""
+        """Add the call to the session and send its first message."""
 
     @abstractmethod
     def _cancel(self, request: Request) -> None:
-        """Ask for its end at once."""
+        """Send a Cancel now."""
 
 
 class BaseStream(Generic[ClientT]):
-    """The answer to one request, piece by piece."""
+    """The streamed answer to one request."""
 
     def __init__(self, client: ClientT, request: Request) -> None:
         self._client = client
@@ -132,20 +132,20 @@ class BaseStream(Generic[ClientT]):
 
     @property
     def result(self) -> Result | None:
-        """What there is to know at the end; None before."""
+        """The result after the request has ended; None before."""
         return self._request.answer
 
     def _ready(self) -> bool:
-        """Whether there is a piece, or none will come."""
+        """Whether a piece of text is available or the request has ended."""
         return bool(self._request.pieces) or self._request.ended
 
     def _piece(self) -> str | None:
-        """The next one once it is ready, None at the end. Raises TetriError."""
+        """Return the next piece of text; None at the end. Call it when `_ready`. Raises TetriError."""
         if self._request.pieces:
             return self._request.pieces.popleft()
         self._request.outcome()
         return None
 
     def _wanted(self) -> bool:
-        """Whether it goes on and nobody has asked for its end."""
+        """Whether the request is neither ended nor cancelled."""
         return not (self._request.ended or self._request.cancelling)

@@ -1,4 +1,4 @@
-"""What a client puts into a frame and takes out of one: a version byte, then MessagePack of a tagged map."""
+"""Encode and decode the client's frames: a version byte, then a tagged map in MessagePack."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import msgpack
 from tetri.request import ROLES, Receipt, Sampling, Turn, Usage, sampling_problem
 
 VERSION = b"\x02"
-MAX_SENT = 4 << 20  # bytes: the broker drops a longer frame unread
+MAX_SENT = 4 << 20  # bytes; the broker drops longer frames
 MAX_RECEIVED = 16 << 20
-MAX_NAME = 128  # characters; the broker drops a message with a longer one
+MAX_NAME = 128  # characters; the broker drops messages with longer names
 
 
 class TetriError(Exception):
-    """What went wrong with a request, in one line."""
+    """Base of all errors of this library; its text is one line."""
 
 
 class BadRequest(TetriError):
-    """The request makes no sense; nothing was sent."""
+    """The request is invalid; it was not sent."""
 
 
 class RequestRefused(TetriError):
-    """The broker will not take the request. `retry_after_s`: when to try again, if that may help."""
+    """The broker refused the request. `retry_after_s`: when a retry may succeed; None if it will not."""
 
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         super().__init__(reason if retry_after_s is None else f"{reason} (retry in {retry_after_s:g} s)")
@@ -33,11 +33,11 @@ class RequestRefused(TetriError):
 
 
 class Unreachable(TetriError):
-    """No broker answers."""
+    """The broker does not answer."""
 
 
 class RequestFailed(TetriError):
-    """The request was taken and failed; `result` is what it had produced."""
+    """An accepted request failed. `result` has the output so far."""
 
     def __init__(self, reason: str, result: Result) -> None:
         super().__init__(reason)
@@ -46,8 +46,9 @@ class RequestFailed(TetriError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished request. `finish_reason`: stop, length, cancelled or deadline. `timeline`: seconds by stage,
-    which add up to `jct_s`, the time from the broker's accepting to the end; `ttft_s` to the first token."""
+    """A finished request. `finish_reason`: stop, length, cancelled or deadline. `timeline`: seconds in each stage; they
+    add up to `jct_s`, the time from the broker's Accepted to the end. `ttft_s`: time to the first token, None without
+    one."""
 
     rid: str
     text: str
@@ -60,7 +61,7 @@ class Result:
     receipt: Receipt
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Return the result as plain values for json.dumps."""
         plain = {name: getattr(self, name) for name in self.__slots__}
         for name in ("usage", "receipt"):
             record = plain[name]
@@ -75,20 +76,20 @@ def submit(
     deadline_s: float | None,
     sampling: Mapping[str, Any],
 ) -> bytes:
-    """The Submit of one request. Raises BadRequest."""
+    """Return the Submit frame of one request. Raises BadRequest."""
     body: dict[str, Any] = {"type": "submit", "key": key, "sampling": _checked(sampling)}
     if (prompt is None) == (messages is None):
         raise BadRequest("give exactly one of prompt and messages")
     if messages is not None:
         if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise BadRequest("messages must be a list of messages")
+            raise BadRequest("messages must be a list")
         body["messages"] = [_turn(message) for message in messages]
     elif isinstance(prompt, str):
         body["prompt"] = prompt
     elif isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
         body["prompt"] = list(prompt)
     else:
-        raise BadRequest("prompt must be a text or a list of token ids")
+        raise BadRequest("prompt must be a string or a list of token ids")
     if deadline_s is not None:
         if not _is(deadline_s, float) or not _float("deadline_s", deadline_s) > 0:
             raise BadRequest(f"deadline_s must be a number of seconds above 0, got {deadline_s!r}")
@@ -97,7 +98,7 @@ def submit(
 
 
 def change_role(key: str, iid: str, role: str) -> bytes:
-    """The ChangeRole that asks an instance to take new work as this role. Raises BadRequest."""
+    """Return the ChangeRole frame for an instance. Raises BadRequest."""
     if role not in ROLES:
         raise BadRequest(f"role must be {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {role!r}")
     if not isinstance(iid, str) or not 0 < len(iid) <= MAX_NAME:
@@ -106,7 +107,7 @@ def change_role(key: str, iid: str, role: str) -> bytes:
 
 
 def frame(body: Mapping[str, Any]) -> bytes:
-    """Raises BadRequest when the message cannot be sent."""
+    """Encode a message. Raises BadRequest if that fails or the frame is too large."""
     try:
         data: bytes = VERSION + msgpack.packb(body)
     except (UnicodeEncodeError, OverflowError) as error:
@@ -118,10 +119,10 @@ def frame(body: Mapping[str, Any]) -> bytes:
 
 def _turn(message: Turn | Mapping[str, str]) -> dict[str, str]:
     if not isinstance(message, Turn | Mapping):
-        raise BadRequest("a message has a role and a content: give a mapping or a Turn")
+        raise BadRequest("each message must be a Turn or a mapping with role and content")
     found = {"role": message.role, "content": message.content} if isinstance(message, Turn) else dict(message)
     if set(found) != {"role", "content"} or not all(isinstance(value, str) for value in found.values()):
-        raise BadRequest("a message has a role and a content, both texts, and nothing else")
+        raise BadRequest("each message must have exactly a role and a content, both strings")
     return found
 
 
@@ -130,13 +131,13 @@ _KINDS = {name: type(getattr(_DEFAULTS, name)) for name in Sampling.__struct_fie
 
 
 def _checked(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Wrong types are named here: a broker drops what it cannot read, and its client would wait in vain."""
+    """Check the types here: the broker drops what it cannot decode, and the client would wait until its timeout."""
     given = {name: value for name, value in sampling.items() if value is not None}
     if isinstance(given.get("stop"), str | tuple):
         given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"])
     for name, value in given.items():
         if name not in _KINDS:
-            raise BadRequest(f"{name!r} is no sampling setting; known: {', '.join(Sampling.__struct_fields__)}")
+            raise BadRequest(f"{name!r} is not a sampling parameter; known: {', '.join(Sampling.__struct_fields__)}")
         if not _is(value, _KINDS[name]):
             raise BadRequest(f"{name} must be {_KIND_NAMES[_KINDS[name]]}, got {value!r}")
         if _KINDS[name] is float:
@@ -151,7 +152,7 @@ def _float(name: str, value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise BadRequest(f"{name} is far too large") from None
+        raise BadRequest(f"{name} is too large") from None
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
@@ -181,7 +182,7 @@ _REPLIES: dict[str, dict[str, type | tuple[type, ...]]] = {
 
 
 def parse(data: bytes) -> dict[str, Any] | None:
-    """The broker's reply in a frame; None when it is none that this client understands."""
+    """Decode a frame of the broker. Returns None if this client does not understand it."""
     if data[:1] != VERSION:
         return None
     try:

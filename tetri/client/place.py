@@ -1,4 +1,4 @@
-"""Where the broker of this machine's deployment listens, for a client that was given no address."""
+"""Find the broker of this machine's deployment for a client without an address."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from tetri.client.frames import TetriError, Unreachable
 
 
 def find_address() -> str:
-    """From cluster.json, which `tetri-cli up` leaves in the run directory: of $TETRI_CONF, or the default.
+    """Return the clients' address from cluster.json in the run directory. The run directory is that of the
+    configuration $TETRI_CONF if it is set, else the default one. `tetri-cli up` writes the file.
 
-    Raises Unreachable when nothing is up there, TetriError when a file cannot be used.
+    Raises Unreachable if no deployment runs, TetriError if a file cannot be used.
     """
-    # The only use of the configuration, and only without an address: other bindings simply take one.
+    # Imported here: clients with an address do not need the configuration.
     from tetri import config, strict
 
     try:
@@ -26,7 +27,7 @@ def find_address() -> str:
 
 
 def address_in(run_dir: Path) -> str:
-    """The clients' address of the deployment whose run directory this is."""
+    """Return the clients' address of the deployment with this run directory. Raises as `find_address`."""
     path = run_dir / "cluster.json"
     try:
         return str(json.loads(path.read_text())["clients"])

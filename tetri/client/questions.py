@@ -1,4 +1,4 @@
-"""What a client asks apart from completions: to end another's request, the Status, another role."""
+"""The calls of a client that are not completions: Cancel, Inspect and ChangeRole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tetri.client.frames import RequestRefused, change_role, frame
 
 
 class Cancellation(Call[None]):
-    """A Cancel of a request that is not this client's own."""
+    """Cancels a request that this client did not submit."""
 
     def __init__(self, rid: str, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
@@ -29,7 +29,7 @@ class Cancellation(Call[None]):
 
 
 class Inspection(Call[dict[str, Any]]):
-    """A question for the cluster's Status."""
+    """Asks for the cluster's Status."""
 
     def question(self) -> bytes:
         return frame({"type": "inspect"})
@@ -43,11 +43,11 @@ class Inspection(Call[dict[str, Any]]):
 
 
 class RoleQuestion(Call[dict[str, Any]]):
-    """A ChangeRole; it is answered when the instance has taken its new role. Raises BadRequest."""
+    """Changes the role of an instance; answered when the instance has its new role. Raises BadRequest."""
 
     def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
-        self.doubt = f"is it up, and does {iid} compute, not hang?"
+        self.doubt = f"is it up, and is {iid} not stuck?"
         self._key, self._frame = key, change_role(key, iid, role)
 
     def question(self) -> bytes:

@@ -1,4 +1,4 @@
-"""The client for ordinary, blocking code."""
+"""The blocking client."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Client(BaseClient["Stream"]):
-    """One connection to a broker. Not for several threads at once: make one each.
+    """One connection to a broker. Not thread-safe: create one for each thread.
 
-    `address`: the broker's; found through the run directory when not given. `timeout`: seconds without an
-    answer after which every method raises Unreachable. Settings of a request are those of
+    `address`: the broker's address; by default that of this machine's deployment. `timeout`: seconds without an
+    answer after which every method raises Unreachable. The keyword arguments of a request are the fields of
     `tetri.request.Sampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, ...
     """
 
@@ -32,23 +32,25 @@ class Client(BaseClient["Stream"]):
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> Result:
-        """The whole answer to a prompt (text or token ids) or to a conversation. Raises TetriError."""
+        """Return the whole answer to a prompt (text or token ids) or to chat messages. Raises TetriError."""
         return self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
     def cancel(self, rid: str) -> None:
-        """End a request, this client's or another's, and wait until the broker has said so."""
+        """Cancel a request of any client and wait for the broker's confirmation. Raises TetriError."""
         self._finish(self._cancellation(rid))
 
     def status(self) -> dict[str, Any]:
-        """The cluster's Status: instances, requests, counters, model."""
+        """Return the cluster's status: instances, requests, counters, model."""
         return self._finish(self._ask(Inspection))
 
     def flip(self, iid: str, role: str) -> dict[str, Any]:
-        """Have an instance take new work as prefill, decode or mixed, and wait until it does: iid, role, what it was,
-        and took_s, the seconds. Raises Refused with the reason, BadRequest for a role that does not exist."""
+        """Change the role of an instance to prefill, decode or mixed and wait until the change is done. Returns `iid`,
+        `role`, `was` (the old role) and `took_s` (seconds). Raises RequestRefused with the reason, BadRequest for an
+        unknown role."""
         return self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     def close(self) -> None:
+        """Fail all open calls with TetriError and close the connection."""
         self._session.fail(TetriError("the client was closed"))
         self._socket.close()
 
@@ -72,7 +74,7 @@ class Client(BaseClient["Stream"]):
 
     def _cancel(self, request: Request) -> None:
         request.cancel(self._clock.now())
-        if not self._draining:  # else this is a handler that came in between: the next turn sends it
+        if not self._draining:  # else a signal handler called this: the next turn sends the Cancel
             self._drain()
             self._send()
 
@@ -82,7 +84,7 @@ class Client(BaseClient["Stream"]):
         return call.outcome()
 
     def _turn(self) -> None:
-        """Take what has come, send what is due; if nothing had come, wait for the next reply or deadline."""
+        """Receive all waiting messages, then send what is due. If none waited, wait for the next reply or deadline."""
         came = self._drain()
         self._send()
         deadline = self._session.deadline()
@@ -96,8 +98,8 @@ class Client(BaseClient["Stream"]):
         self._drain()
 
     def _drain(self) -> bool:
-        """Take all replies that are there; whether there was one. To be done before `_send`: the caller may have
-        been away for longer than the time-out, and answered all the while."""
+        """Receive all replies that wait; return whether there was one. Call it before `_send`, which checks for
+        timeouts: the caller may have been busy while the broker answered."""
         self._check_open()
         came, self._draining = False, True
         try:
@@ -113,12 +115,13 @@ class Client(BaseClient["Stream"]):
         for frame in self._session.tick(self._clock.now()):
             try:
                 self._socket.send(frame, zmq.NOBLOCK)
-            except zmq.Again:  # nobody takes it for now: it will be asked again
+            except zmq.Again:  # the queue is full: the frame is sent again later
                 return
 
 
 class Stream(BaseStream[Client]):
-    """Iterate over the pieces of text; then `result`. Leaving a `with` early cancels the request."""
+    """The streamed answer to one request: iterate over its text, then read `result`. Leaving a `with` block early
+    cancels the request."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -132,16 +135,16 @@ class Stream(BaseStream[Client]):
         return piece
 
     def wait(self) -> Result:
-        """Run to the end and give the result."""
+        """Wait for the end of the request and return its result. Raises TetriError."""
         return self._client._finish(self._request)
 
     def cancel(self) -> Result:
-        """Ask for the end and wait for it; the result holds what there was."""
+        """Cancel the request and wait for its end. The result has the output so far. Raises TetriError."""
         self.cancel_soon()
         return self.wait()
 
     def cancel_soon(self) -> None:
-        """Ask for the end without waiting for it: iterate on. May be called by a signal handler."""
+        """Cancel the request without waiting: keep iterating until it ends. Signal handlers may call this."""
         self._client._cancel(self._request)
 
     def __enter__(self) -> Stream:

@@ -1,4 +1,4 @@
-"""The coupled baselines as an answer to the same question as a `World`: the same requests on the same hardware."""
+"""Simulate the coupled baselines with the same requests and hardware as a `World`, and with the same result type."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ SYSTEMS = ("coupled16", "coupled")  # the paper's baseline, with 16 slots; vLLM'
 
 
 def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> SimResult:
-    """Every instance of `setup`, whatever its role, is a replica of a coupled engine that shares nothing with others;
-    a request goes to the one with the fewest open ones. A request that fits into none is refused. Raises SimError."""
+    """Simulate one of SYSTEMS. Every instance of `setup`, whatever its role, is an independent replica of a coupled
+    engine. A request goes to the replica with the fewest open requests; one that exceeds the context is refused. Raises
+    SimError."""
     setup.check()
     capacity = setup.capacity()
     kv_tokens = capacity.blocks * capacity.block_tokens
@@ -52,11 +53,11 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> SimResult:
 
 
 def _accepted(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> Iterator[Arrival]:
-    """Those that fit; all are noted."""
+    """Yield the requests that fit; append an outcome for each request."""
     for arrival in requests:
         tokens = arrival.prompt + arrival.output
         fits = tokens <= most
-        why = "" if fits else f"{tokens} tokens do not fit: the context holds {most}"
+        why = "" if fits else f"{tokens} tokens are more than the context of {most}"
         outcomes.append(Outcome(arrival, "open" if fits else "refused", why=why))
         if fits:
             yield arrival

@@ -1,4 +1,4 @@
-"""All clients of a simulated deployment, and what became of their requests."""
+"""All clients of a simulated deployment, and the outcomes of their requests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tetri.wire.clients import Done, Refused
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a request. `state`: done, failed or refused, of which `why` says more. Times count from its
-    arrival, as the broker sees them, None for what it never reached. `tpot_s`: seconds per token after the first."""
+    """The outcome of one request. `state`: open, done, failed or refused; `why` has the reason of the last two. Times
+    are seconds from the arrival, as the broker measures them; None for a point that the request never reached.
+    `tpot_s`: seconds per token after the first. `prefill`, `decode`: the instances."""
 
     arrival: Arrival
     state: str = "open"
@@ -33,7 +34,7 @@ class Outcome:
     why: str = ""
 
     def ended(self, done: Done) -> None:
-        """Note what the last message of the request says of it."""
+        """Copy the times and the receipt from the request's Done."""
         receipt, tokens = done.receipt, done.usage.completion_tokens
         self.ttft_s, self.jct_s = done.ttft_s, done.jct_s
         if done.ttft_s is not None and tokens > 1:
@@ -44,28 +45,30 @@ class Outcome:
 
 @dataclass(slots=True)
 class Clients:
-    """They send every request when it is time and note the answers. `requests` is read one ahead, no more."""
+    """Submit each request at its arrival time and record the answers. Reads `requests` only one ahead, so that they may
+    be generated."""
 
     kernel: Kernel
     requests: Iterator[Arrival]
     submit: Callable[[Submitted], None]
-    progress: Callable[[int], None] | None = None  # hears how many were answered
+    progress: Callable[[int], None] | None = None  # called with the number of answered requests
     outcomes: list[Outcome] = field(default_factory=list)
     answered: int = 0
-    last_s: float = 0.0  # when the last answer was given
+    last_s: float = 0.0  # when the last request ended
     _next: Arrival | None = None
 
     @property
     def open(self) -> int:
+        """Number of requests that have arrived and not ended."""
         return len(self.outcomes) - self.answered
 
     @property
     def over(self) -> bool:
-        """Every request was sent and answered."""
+        """Whether every request was submitted and has ended."""
         return self._next is None and not self.open
 
     def start(self) -> None:
-        """Raises SimError when there is no request at all."""
+        """Schedule the first request. Raises SimError if there is none."""
         self._draw()
         if self._next is None:
             raise SimError("there are no requests")
@@ -78,12 +81,12 @@ class Clients:
             return
         least = before.at_s if before is not None else 0.0
         if not (isfinite(arrival.at_s) and arrival.at_s >= least):
-            raise SimError(f"{arrival} arrives before the request before it, or never")
+            raise SimError(f"{arrival} arrives before its predecessor, or its arrival time is not finite")
         if arrival.prompt < 1 or arrival.output < 1:
-            raise SimError(f"{arrival} has no prompt or no output")
+            raise SimError(f"{arrival}: prompt and output must have at least 1 token")
 
     def _send(self, _: Any) -> None:
-        """All that arrive now."""
+        """Submit the requests that arrive now."""
         while self._next is not None and self._next.at_s <= self.kernel.now:
             arrival, number = self._next, len(self.outcomes)
             self.outcomes.append(Outcome(arrival))
@@ -99,10 +102,11 @@ class Clients:
         self.submit(Submitted(name.encode(), name, (1,) * arrival.prompt, sampling, arrival.deadline_s))
 
     def text_of(self, sampling: Sampling) -> RecordedText | None:
-        """A request's seed names its text: as with a model, prompt and seed lead to one."""
+        """Return the recorded text of a request; its sampling seed is the request's number. None without a text."""
         return None if sampling.seed is None else self.outcomes[sampling.seed].arrival.text
 
     def receive_reply(self, client: bytes, message: Any) -> None:
+        """Handle a message from the broker to the client with this name. Raises SimError for a wrong token count."""
         if isinstance(message, Done):
             self._done(self.outcomes[int(client)], message)
         elif isinstance(message, Refused):
@@ -125,5 +129,5 @@ class Clients:
         outcome.state = "done" if done.reason == wanted else "failed"
         outcome.why = "" if outcome.state == "done" else done.error or done.reason
         if outcome.state == "done" and not whole:
-            raise SimError(f"{arrival} was answered with {made.prompt_tokens} + {made.completion_tokens} tokens")
+            raise SimError(f"{arrival} got {made.prompt_tokens} + {made.completion_tokens} tokens")
         outcome.ended(done)

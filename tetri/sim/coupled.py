@@ -1,6 +1,7 @@
-"""A coupled engine, prefill and decode on one instance, in virtual time: the baselines of the paper and of today.
+"""Simulate coupled engines, which run prefill and decode on one instance: the paper's baseline and a current one.
 
-Drives a rule of tetri/policy/coupled.py over a cost table. Decodes advance in one go until their membership changes.
+Applies a policy of tetri/policy/coupled.py with a cost table. Steps without prompts are computed in one go until the
+decode batch changes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from tetri.policy.coupled import COUPLED, CoupledLimits, CoupledView, Iteration,
 from tetri.policy.views import Progress
 from tetri.sim.traces import Arrival
 
-MOST_STEPS = 1 << 20  # in one go
+MOST_STEPS = 1 << 20  # the most steps that are computed in one go
 
 
 @dataclass(slots=True)
 class CoupledRequest:
-    """One request; times in seconds of virtual time. `ttft_s` and `jct_s` count from its arrival."""
+    """One request of a coupled engine; times in seconds of virtual time."""
 
     arrival_s: float
     prompt: int
@@ -34,22 +35,24 @@ class CoupledRequest:
     end_s: float = inf
     preempted: int = 0
     made: int = 0  # output tokens so far
-    done: int = 0  # tokens of `goal` whose KV is computed
-    goal: int = 0  # the prompt, after a preemption with the output so far
-    joined: int = 0  # the engine's decode steps when it began to decode
+    done: int = 0  # tokens of `goal` whose KV has been computed
+    goal: int = 0  # tokens to prefill: the prompt, after a preemption plus the output
+    joined: int = 0  # the engine's number of decode steps when this request began to decode
 
     @property
     def ttft_s(self) -> float:
+        """Seconds from the arrival to the first token."""
         return self.first_s - self.arrival_s
 
     @property
     def jct_s(self) -> float:
+        """Seconds from the arrival to the last token."""
         return self.end_s - self.arrival_s
 
 
 @dataclass(slots=True)
 class Replica:
-    """One coupled engine. `busy`: its spans of work (start, stop); `passes`: its forward passes."""
+    """One coupled engine. `busy`: its busy intervals (start, stop), seconds; `passes`: number of forward passes."""
 
     rule: str
     limits: CoupledLimits
@@ -60,26 +63,27 @@ class Replica:
     passes: int = 0
     _waiting: deque[CoupledRequest] = field(default_factory=deque)
     _started: CoupledRequest | None = None
-    _decoding: dict[str, CoupledRequest] = field(default_factory=dict)  # the oldest first
-    _ends: list[tuple[int, str]] = field(default_factory=list)  # a heap: the step at which a job ends
+    _decoding: dict[str, CoupledRequest] = field(default_factory=dict)  # oldest first
+    _ends: list[tuple[int, str]] = field(default_factory=list)  # a heap: (last decode step, key)
     _keys: int = 0
-    _steps: int = 0  # with decodes
-    _context: int = 0  # tokens of KV of all that decode
-    _reserved: int = 0  # tokens of KV of the prompts whose prefill is not over
+    _steps: int = 0  # decode steps so far
+    _context: int = 0  # KV tokens of the decode batch
+    _reserved: int = 0  # KV tokens reserved for prompts in prefill
 
     @property
     def open(self) -> int:
-        """Requests here that have not ended."""
+        """Number of requests on this replica that have not ended."""
         return len(self._waiting) + len(self._decoding) + (self._started is not None)
 
     def add(self, request: CoupledRequest) -> None:
+        """Queue a request that arrives now."""
         if not self.open:
             self.now = max(self.now, request.arrival_s)
         request.goal = request.prompt
         self._waiting.append(request)
 
     def advance(self, until: float) -> None:
-        """Run every iteration that begins before `until`."""
+        """Run every iteration that begins before `until`, in seconds. Raises ValueError if nothing can run."""
         while self.open and self.now < until:
             self._free_memory()
             plan = self._plan()
@@ -106,7 +110,7 @@ class Replica:
             self._give_up(request)
 
     def _give_up(self, request: CoupledRequest) -> None:
-        """Its KV is lost and will be computed again; it keeps the tokens that it has."""
+        """Preempt a request: its KV is freed and computed again later; its output tokens remain."""
         if request is self._started:
             self._reserved -= request.goal
         request.preempted += 1
@@ -124,7 +128,7 @@ class Replica:
         return COUPLED[self.rule](CoupledView(started, waiting, len(self._decoding), self._free), self.limits)
 
     def _step(self, plan: Iteration) -> None:
-        """One iteration with prompts in it, beside the decodes or instead of them."""
+        """Run one iteration that has prompts, with or without the decode batch."""
         batch = len(self._decoding) if plan.decode else 0
         self._spend(self.cost.step_s(plan.spans, batch, self._context) + self.join_s, 1)
         if batch:
@@ -145,7 +149,7 @@ class Replica:
             self._first(request)
 
     def _first(self, request: CoupledRequest) -> None:
-        """Its prefill is over and yields a token."""
+        """The prefill of this request is done and yields a token."""
         self._reserved -= request.goal
         request.made += 1
         request.first_s = min(request.first_s, self.now)
@@ -160,11 +164,11 @@ class Replica:
         heapq.heappush(self._ends, (self._steps + request.output - request.made, key))
 
     def _decode(self, until: float) -> None:
-        """Decode steps alone, until somebody ends, memory is out, or one begins at `until` or later."""
+        """Run decode-only steps until a request ends, the KV is full, or the next step would begin too late."""
         batch = len(self._decoding)
         if not batch:
-            raise ValueError("nothing can run: the oldest prompt does not fit into the memory")
-        while self._ends[0][1] not in self._decoding:  # preempted meanwhile
+            raise ValueError("nothing can run: the oldest prompt does not fit into the KV memory")
+        while self._ends[0][1] not in self._decoding:  # it was preempted
             heapq.heappop(self._ends)
         most = min(self._ends[0][0] - self._steps, self._free // batch, MOST_STEPS)
         if until < inf:
@@ -193,8 +197,8 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class CoupledOutcome:
-    """What happened: the requests in order of arrival, and of each replica when it worked and in how many forward
-    passes."""
+    """The result of `run`: the requests in order of arrival; for each replica its busy intervals and its number of
+    forward passes."""
 
     served: tuple[CoupledRequest, ...]
     busy: tuple[tuple[tuple[float, float], ...], ...]
@@ -204,8 +208,9 @@ class CoupledOutcome:
 def run(
     rule: str, limits: CoupledLimits, cost: Cost, requests: Iterable[Arrival], replicas: int = 1, join_s: float = 0.0
 ) -> CoupledOutcome:
-    """Serve `requests`, sorted by arrival, each on the replica with the fewest open ones. `join_s`: what an iteration
-    with prompts takes in addition. Raises ValueError for a request that can never run, or times that go back."""
+    """Serve `requests`, which are sorted by arrival; each goes to the replica with the fewest open requests. `join_s`:
+    extra seconds of an iteration with prompts. Raises ValueError for a request that can never run or arrives out of
+    order."""
     engines = [Replica(rule, limits, cost, join_s) for _ in range(replicas)]
     served: list[CoupledRequest] = []
     for arrival in requests:
@@ -227,8 +232,8 @@ def _check(arrival: Arrival, limits: CoupledLimits, served: Sequence[CoupledRequ
     where = f"request {len(served) + 1}"
     if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > limits.kv_tokens:
         raise ValueError(
-            f"{where}: {arrival.prompt} + {arrival.output} tokens; each must be positive, both together at most"
-            f" {limits.kv_tokens}, the memory of one instance"
+            f"{where}: {arrival.prompt} + {arrival.output} tokens; each must be at least 1, their sum at most"
+            f" {limits.kv_tokens}, the KV tokens of one instance"
         )
     if arrival.at_s < (served[-1].arrival_s if served else 0.0):
-        raise ValueError(f"{where} arrives at {arrival.at_s:g} s, before the one that it follows")
+        raise ValueError(f"{where} arrives at {arrival.at_s:g} s, before its predecessor")

@@ -1,4 +1,4 @@
-"""What the paper plots, from conf/paper/figures.toml, and a simulated point beside it."""
+"""The values that the paper plots, read from conf/paper/figures.toml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = Path(__file__).parents[2] / "conf" / "paper" / "figures.toml"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point of a figure: what was simulated and what the paper shows, None where it shows nothing."""
+    """One point of a figure: the simulated `value` and the paper's, None where the paper shows none."""
 
     figure: str
     point: str
@@ -23,5 +23,5 @@ class Point:
 
 @cache
 def plotted() -> dict[str, Any]:
-    """The paper's values by figure."""
+    """Return the paper's values by figure."""
     return tomllib.loads(FILE.read_text(encoding="utf-8"))

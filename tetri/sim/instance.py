@@ -1,4 +1,4 @@
-"""A worker's virtual process: the real core, an engine without bytes, and what it spends its time on."""
+"""A simulated worker process: the live core, a simulated engine and KV store, and statistics of its use."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tetri.wire.messages import ClusterView, LoadReport
 
 @dataclass(slots=True)
 class Use:
-    """What an instance's engine did. `spans`: (start, stop, what) with what one of prefill, decode and mixed (both in
-    the same step), neighbours joined; kept only on demand. `roles`: (since, role)."""
+    """How an instance's engine spent its time, in seconds. `spans`: (start, stop, kind); the kind is prefill, decode
+    or mixed (both in one step), adjacent ones joined; None unless requested. `roles`: (since, role)."""
 
     busy_s: dict[str, float] = field(default_factory=dict)
-    first_s: float | None = None  # when it computed first
-    last_s: float | None = None  # until when it computed
+    first_s: float | None = None  # start of the first step
+    last_s: float | None = None  # end of the last step
     steps: int = 0  # forward passes
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -41,6 +41,7 @@ class Use:
     spans: list[tuple[float, float, str]] | None = None
 
     def add(self, start: float, stop: float, what: str) -> None:
+        """Add one busy interval of this kind."""
         self.busy_s[what] = self.busy_s.get(what, 0.0) + stop - start
         self.first_s = start if self.first_s is None else self.first_s
         self.last_s = stop
@@ -52,16 +53,16 @@ class Use:
                 self.spans.append((start, stop, what))
 
 
-FORETELLS = ("hidden", "both")  # kinds of predictors that look at hidden states
+FORETELLS = ("hidden", "both")  # kinds of predictors that use hidden states
 
 
 def no_text(sampling: Sampling) -> None:
-    """Every request writes as many tokens as it may."""
+    """No request has a recorded text: each writes `max_tokens` tokens."""
 
 
 class SimulatedPredictor:
-    """The length predictor of one instance: one prompt after the other, beside the main model. While it runs, the
-    engine takes `slowdown` times as long (paper, Figure 17). `text_of` as in `Scripted`."""
+    """The length predictor of one instance. It handles one prompt at a time, in parallel with the main model, whose
+    steps take `predictor_slowdown` times as long meanwhile (paper, Figure 17). `text_of` as in `Scripted`."""
 
     def __init__(
         self, kernel: Kernel, own: Identity, seed: int, receive: Callable[[Any], None], text_of: TextOf = no_text
@@ -71,7 +72,8 @@ class SimulatedPredictor:
         self.busy_until = -inf
 
     def predict(self, wanted: Predict) -> LengthKnown | None:
-        """Of a request the same prediction comes in every run with this seed, whatever the policies do."""
+        """Predict a length, or return None if the prediction arrives later. It depends only on the seed and the
+        request, not on the policies. Raises SimError as `_trained`."""
         known = self._trained(wanted) if self.own.rules.length == "trained" else self._pretended(wanted)
         seconds = self.own.cost.predict_s(len(wanted.prompt))
         if seconds == 0.0:
@@ -81,14 +83,14 @@ class SimulatedPredictor:
         return None
 
     def _trained(self, wanted: Predict) -> LengthKnown:
-        """What a classifier has said of this text. Raises SimError when none has."""
+        """Return the recorded prediction of the classifier. Raises SimError if the text has none."""
         text = self.text_of(wanted.sampling)
         if text is not None and text.classifier is None:
-            raise SimError(f"no classifier's odds are recorded of a text of {text.prompt} + {text.output} tokens")
+            raise SimError(f"no classifier prediction is recorded for a text of {text.prompt} + {text.output} tokens")
         return LengthKnown(wanted.key, None, None if text is None else text.classifier)
 
     def _pretended(self, wanted: Predict) -> LengthKnown:
-        """By a policy that is told the truth."""
+        """Predict with a length policy that knows the true length, such as oracle or noisy."""
         rules, sampling, text = self.own.rules, wanted.sampling, self.text_of(wanted.sampling)
         if text is not None:
             sampling = Sampling(max_tokens=text.output, ignore_eos=True)
@@ -96,7 +98,7 @@ class SimulatedPredictor:
         return LengthKnown(wanted.key, LENGTHS[rules.length](len(wanted.prompt), sampling, rules, self.rng))
 
     def stretched(self, start: float, seconds: float) -> float:
-        """How long a step from `start` on takes that would take `seconds` without any prediction."""
+        """Return how long a step from `start` on takes that takes `seconds` without the predictor."""
         slowdown, beside = self.own.cost.predictor_slowdown, self.busy_until - start
         if beside <= 0.0 or slowdown == 1.0:
             return seconds
@@ -104,26 +106,32 @@ class SimulatedPredictor:
 
 
 class SimEngine(RequestEngine, Protocol):
-    """An engine whose time the simulator lets go by, between `plan` and `run`."""
+    """An engine whose steps take virtual time: the simulator plans a step, waits, then runs it."""
 
-    def plan(self, most: int = 1) -> StepPlan: ...
+    def plan(self, most: int = 1) -> StepPlan:
+        """Plan at most `most` passes."""
+        ...
 
-    def run(self, plan: StepPlan, steps: int) -> StepDone: ...
+    def run(self, plan: StepPlan, steps: int) -> StepDone:
+        """Carry out the first `steps` passes of the plan."""
+        ...
 
 
 class Moved(KV, Protocol):
+    """A KV store that counts the bytes it received."""
+
     @property
     def moved_bytes(self) -> int:
-        """Taken from others."""
+        """Bytes received from other instances."""
 
 
 class WorkerNode(Node):
-    """A worker's process. While its engine computes nothing is read; what arrives ends a run of several passes after
-    the one that is under way, unless it was published for everybody."""
+    """A worker's process. While the engine computes, events wait in the inbox. An event other than a cluster view ends
+    a run of several passes after the current pass."""
 
     core: Worker
 
-    idle_s = 0.0  # how long a pass takes in which nothing is computed
+    idle_s = 0.0  # seconds of a pass that computes nothing
     engine: SimEngine
     memory: Moved
     predictor: SimulatedPredictor
@@ -135,11 +143,11 @@ class WorkerNode(Node):
         self.use = Use(roles=[(max(kernel.now, 0.0), core.own.instance.role)])
         self._plan: StepPlan | None = None
         self._started = 0.0
-        self._ends = (0.0, 0)  # the run's end, and its number of passes
-        self._cut = False  # it ends with the pass under way, whatever else arrives
+        self._ends = (0.0, 0)  # the end of the run in seconds, and its number of passes
+        self._cut = False  # the run ends with the current pass already
 
     def equip(self, engine: SimEngine, memory: Moved, predictor: SimulatedPredictor) -> None:
-        """What it computes with; before it starts."""
+        """Set the engine, the KV store and the predictor. Call it before `start`."""
         self.engine, self.memory, self.predictor = engine, memory, predictor
         kernel = self.kernel
         self.executor = WorkerExecutor(
@@ -148,11 +156,12 @@ class WorkerNode(Node):
         self.executor.table[Publish] = self.publish
 
     def carry_out(self, actions: Sequence[Action]) -> None:
+        """Carry out the core's actions."""
         self.executor.carry_out(actions)
 
     @abstractmethod
     def leftovers(self) -> list[int]:
-        """What it holds of requests, each kind counted: all zeros when everything was given back."""
+        """Return counts of the blocks, slots and other resources that are still held; all zeros when there are none."""
 
     # ------------------------------------------------------------ the loop
 
@@ -161,7 +170,7 @@ class WorkerNode(Node):
             super().receive(event)
             return
         self.inbox.append(event)
-        if not self._cut and not isinstance(event, ClusterView):  # what is published can wait (net/hub.py)
+        if not self._cut and not isinstance(event, ClusterView):  # a view can wait (net/hub.py)
             self._cut_short(self._plan)
 
     def _turn(self, _: Any) -> None:
@@ -173,6 +182,7 @@ class WorkerNode(Node):
         return self._plan is None and super().awake()
 
     def publish(self, action: Publish) -> None:
+        """Publish a message, and record the role of a load report."""
         report = action.message
         if isinstance(report, LoadReport) and report.role != self.use.roles[-1][1]:
             self.use.roles.append((self.kernel.now, report.role))
@@ -181,6 +191,7 @@ class WorkerNode(Node):
     # ------------------------------------------------------------ the engine
 
     def step(self, most: int) -> StepDone | None:
+        """Start a run of at most `most` passes. Returns its result if it takes no time, else None."""
         plan = self.engine.plan(most)
         seconds = plan.seconds(plan.steps) or self.idle_s
         if seconds == 0.0:
@@ -194,7 +205,7 @@ class WorkerNode(Node):
         self.kernel.at(max(self._ends[0], self.kernel.now), self._end, self._ends)
 
     def _cut_short(self, plan: StepPlan) -> None:
-        """End the run after the pass under way."""
+        """End the run after the current pass."""
         self._cut = True
         low, high, passed = 1, self._ends[1], self.kernel.now - self._started
         while low < high:
@@ -208,7 +219,7 @@ class WorkerNode(Node):
 
     def _end(self, ends: tuple[float, int]) -> None:
         if ends is not self._ends or self._plan is None:
-            return  # it was cut short
+            return  # the run was cut short
         plan, self._plan = self._plan, None
         what = "decode" if not plan.chunk else "mixed" if plan.batch else "prefill"
         if plan.chunk or plan.batch:
@@ -219,7 +230,7 @@ class WorkerNode(Node):
         self.turn()
 
     def _receive_lengths(self) -> None:
-        """Those that were named while the engine computed are told before its step is, as live."""
+        """Handle predictions that arrived during the step before its StepDone, as the live worker does."""
         inbox = self.inbox
         known = [event for event in inbox if isinstance(event, LengthKnown)] if inbox else ()
         if known:
@@ -239,7 +250,7 @@ class WorkerNode(Node):
 
 
 class PlainWorker(WorkerNode):
-    """A worker without bytes, whose link takes `bytes_s` each second. `text_of` as in `Scripted`."""
+    """A worker that moves no real bytes. Its link carries `bytes_s` bytes per second. `text_of` as in `Scripted`."""
 
     engine: Scripted
     memory: SimulatedKV
@@ -257,6 +268,7 @@ class PlainWorker(WorkerNode):
         )
 
     def leftovers(self) -> list[int]:
+        """Return counts of the resources that are still held. Checks the engine's invariants."""
         core, engine, blocks = self.core, self.engine, self.core.own.capacity.blocks
         engine.check()
         left = [len(core.ledger), blocks - core.ledger.free, blocks - engine.free, len(engine.slots)]

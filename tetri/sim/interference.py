@@ -1,5 +1,5 @@
-"""Figures 3 to 5 of the paper: how prefills and decodes that share an iteration slow each other down, as the cost
-table has it, beside the paper's measurements."""
+"""Figures 3 to 5 of the paper: how much prefills and decodes of one iteration slow each other down, computed from the
+cost table and compared with the paper's measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIGHT_CONTEXT, HEAVY_CONTEXT = 48, 290  # mean tokens of a decode's context whil
 
 
 def prompts(*tokens: int) -> list[Span]:
-    """Whole prompts in one iteration."""
+    """Return the spans of whole prompts with these token counts."""
     return [Span(str(i), 0, count) for i, count in enumerate(tokens)]
 
 
@@ -22,7 +22,7 @@ def _step(cost: Cost, tokens: list[int], light_decodes: int) -> float:
     return cost.step_s(prompts(*tokens), light_decodes, light_decodes * LIGHT_CONTEXT)
 
 
-#: curve -> seconds of the iteration with N others in it
+#: curve -> function that gives the seconds of an iteration with N other requests
 FIGURE_3: dict[str, Callable[[Cost, int], float]] = {
     "light_and_light": lambda cost, others: _step(cost, [LIGHT] * (1 + others), 0),
     "light_and_heavy": lambda cost, others: _step(cost, [LIGHT] + [HEAVY] * others, 0),
@@ -37,13 +37,13 @@ FIGURE_4: dict[str, Callable[[Cost, int], float]] = {
 
 
 def decode_rate(cost: Cost, batch: int, heavy_share: float) -> float:
-    """Tokens/s of a decode batch of which `heavy_share` are heavy."""
+    """Return the tokens/s of a decode batch in which this share of the requests is heavy."""
     context = batch * (LIGHT_CONTEXT + heavy_share * (HEAVY_CONTEXT - LIGHT_CONTEXT))
     return batch / cost.decode_s(batch, round(context))
 
 
 def points(cost: Cost) -> Iterator[Point]:
-    """Every point that the paper plots; seconds in Figures 3 and 4, tokens/s in Figure 5."""
+    """Yield every point that the paper plots: seconds in Figures 3 and 4, tokens/s in Figure 5."""
     paper = plotted()
     for figure, curves in (("figure3", FIGURE_3), ("figure4", FIGURE_4)):
         for name, seconds in curves.items():

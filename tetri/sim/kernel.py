@@ -1,4 +1,4 @@
-"""Virtual time: a heap of what happens when. Equal times happen in the order in which they were set."""
+"""The event loop of virtual time. Events of the same time run in the order in which they were scheduled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Kernel:
-    """`now` is in seconds. `happened` counts the events."""
+    """A heap of events. `now` is the virtual time in seconds; `happened` counts the events that have run."""
 
     __slots__ = ("now", "happened", "_heap", "_serial", "_stopped")
 
@@ -20,23 +20,23 @@ class Kernel:
         self._stopped = False
 
     def at(self, when: float, what: Callable[[Any], None], argument: Any = None) -> None:
-        """Call `what(argument)` at `when`, which must not lie in the past."""
+        """Schedule `what(argument)` at `when`, in seconds. Raises ValueError if that is in the past."""
         if when < self.now:
-            raise ValueError(f"{when} s lies before {self.now} s")
+            raise ValueError(f"{when} s is before the current time, {self.now} s")
         self._serial += 1
         heappush(self._heap, (when, self._serial, what, argument))
 
     @property
     def more_now(self) -> bool:
-        """Whether anything else happens at this very time."""
+        """Whether more events are due at the current time."""
         return bool(self._heap) and self._heap[0][0] <= self.now
 
     def stop(self) -> None:
-        """`run` returns before the next event."""
+        """Make `run` return before the next event."""
         self._stopped = True
 
     def run(self) -> None:
-        """Until nothing is left or `stop` was called."""
+        """Run events until none is left or `stop` is called."""
         heap, happened = self._heap, 0
         self._stopped = False
         while heap and not self._stopped:

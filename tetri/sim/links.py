@@ -1,4 +1,4 @@
-"""Virtual links: messages arrive after a latency, KV bytes after as long as they take."""
+"""Simulated links: messages arrive after a latency, KV bytes after their transfer time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from tetri.wire.handover import Chunk, Drop, Handle
 
 
 class Receiver(Protocol):
+    """A process as its peers see it."""
+
     name: str
 
-    def receive(self, event: Any) -> None: ...
+    def receive(self, event: Any) -> None:
+        """Take one event or message."""
+        ...
 
 
 class Wiring:
-    """All processes by name, and who hears what one of them publishes. A message takes `latency_s`. With `whole`, the
-    KV of a request leaves only when all of it is there, as in the paper (section 3.3.4); otherwise chunk by chunk."""
+    """All processes and subscribers, by name. A message takes `latency_s` seconds. With `whole`, the KV of a request is
+    sent when its prefill is done, as in the paper (section 3.3.4); otherwise chunk by chunk. `sent` counts messages."""
 
     def __init__(self, kernel: Kernel, latency_s: float, whole: bool = False) -> None:
         self.kernel, self.latency_s, self.whole = kernel, latency_s, whole
@@ -29,27 +33,30 @@ class Wiring:
         self.sent = 0
 
     def publish(self, who: str, message: Any) -> None:
+        """Send a message to all subscribers of the process `who`."""
         self.kernel.at(self.kernel.now + self.latency_s, self._spread, (who, message))
 
     def _spread(self, published: tuple[str, Any]) -> None:
         who, message = published
-        hearers = self.subscribers.get(who, ())
-        self.sent += len(hearers)
-        for hearer in hearers:
-            hearer.receive(message)
+        subscribers = self.subscribers.get(who, ())
+        self.sent += len(subscribers)
+        for subscriber in subscribers:
+            subscriber.receive(message)
 
 
 class Port:
-    """The network as one process has it: its connections by name of the peer, up or not."""
+    """The connections of one process, by name of the peer."""
 
     def __init__(self, wiring: Wiring, name: str) -> None:
         self.wiring, self.name = wiring, name
         self._peers: dict[str, Receiver] = {}
         self._up: dict[str, Receiver] = {}
-        self._kept: dict[tuple[str, str, int, int], dict[int, Chunk]] = {}  # chunks before the last of their request
+        self._kept: dict[
+            tuple[str, str, int, int], dict[int, Chunk]
+        ] = {}  # chunks held back until the last one of their request
 
     def send(self, peer: str, message: Any) -> None:
-        """Lost when no connection stands."""
+        """Send a message to a peer. It is lost if the connection is not up."""
         to = self._up.get(peer)
         if to is None:
             return
@@ -76,33 +83,34 @@ class Port:
                 self._send(to, chunk)
 
     def publish(self, message: Any) -> None:
+        """Send a message to all subscribers of this process."""
         self.wiring.publish(self.name, message)
 
     def connect(self, peer: str, address: str) -> None:
-        """In the simulator a process's address is its name."""
+        """Connect to a peer after the latency. In the simulator a process's address is its name."""
         if peer not in self._peers:
             self._peers[peer] = self.wiring.processes[address]
-            self.wiring.kernel.at(self.wiring.kernel.now + self.wiring.latency_s, self._stands, peer)
+            self.wiring.kernel.at(self.wiring.kernel.now + self.wiring.latency_s, self._connected, peer)
 
-    def _stands(self, peer: str) -> None:
+    def _connected(self, peer: str) -> None:
         if peer in self._peers and peer not in self._up:
             self._up[peer] = self._peers[peer]
             self.wiring.processes[self.name].receive(PeerUp(peer))
 
     def disconnect(self, peer: str) -> None:
+        """Close the connection to a peer, if there is one."""
         self._peers.pop(peer, None)
         self._up.pop(peer, None)
 
 
 class SimulatedKV:
-    """The KV store of one instance, without bytes, and the link over which it takes KV from others, the same as that of
-    a live worker that emulates one: one transfer after the other, `bytes_s` each second. What it takes from itself
-    takes no time."""
+    """The KV store of one instance, without real bytes, and its incoming link. The link carries one transfer at a
+    time at `bytes_s` bytes per second, like the emulated link of a live worker. Local transfers take no time."""
 
     def __init__(self, kernel: Kernel, owner: Receiver, block_bytes: int, bytes_s: float) -> None:
         self.kernel, self.owner, self.block_bytes, self.link = kernel, owner, block_bytes, LimitedLink(bytes_s)
         self.kept = 0  # blocks in the store
-        self.moved_bytes = 0  # taken from others
+        self.moved_bytes = 0  # received from other instances
 
     def export(self, action: Export) -> Exported:
         count = action.stop - action.start
@@ -116,10 +124,10 @@ class SimulatedKV:
         return Freed(len(handle.slots))
 
     def meet(self, peer: str, reach: Reach) -> None:
-        """Nothing is opened."""
+        """Do nothing: there is no connection to open."""
 
     def part(self, peer: str) -> None:
-        """Nothing was opened."""
+        """Do nothing: there is no connection to close."""
 
     def adopt(self, action: Adopt) -> Adopted | None:
         done = Adopted(action.key, action.index)

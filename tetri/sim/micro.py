@@ -1,5 +1,5 @@
-"""The paper's microbenchmarks of scheduling, with the live cores: prefill orders (Figure 16), decode admission against
-accuracy (Figure 18), dispatchers (Figure 19)."""
+"""The paper's scheduling microbenchmarks with the live cores: prefill orders (Figure 16), decode admission by
+prediction accuracy (Figure 18) and dispatchers (Figure 19)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from tetri.sim.workloads import Evaluation
 from tetri.sim.world import World
 
 ORDERS = (("fcfs", 16), ("sjf", 16), ("ljf", 16), ("sjf", 32), ("sjf", 64), ("sjf", 128))
-ADMISSIONS = ("reserve_static", "reserve_dynamic", "peak")  # greedy needs no prediction
+ADMISSIONS = ("reserve_static", "reserve_dynamic", "peak")  # without greedy, which needs no prediction
 ACCURACIES = (0.749, 1.0)
 ADMITTED = 256  # requests of Figure 18
-FEEDERS = 8  # its prefill instances: so many that the one decode instance is what limits, as with preloaded KV
-#: Its decode instance's KV. Fitted to the one curve of Figure 18 that is not TetriInfer's: greedy's mean JCT.
+FEEDERS = 8  # its prefill instances: enough that only the decode instance limits, as with preloaded KV
+#: KV tokens of its decode instance, fitted to greedy's mean JCT, the one curve of Figure 18 that is not TetriInfer's.
 ADMITTED_KV = 24_000
 DISPATCHERS = ("imbalance", "random", "power_of_two")
 DISPATCHING = 4  # prefill instances of Figure 19, each with a dispatcher
 PER_INSTANCE = 32  # requests of Figure 19, a quarter of them heavy
-#: Figure 19 does not give lengths. 32 heavy decodes took 13.9 s: 290 steps of the cost table at that batch. Light ones
-#: have 20 to 100 tokens in section 2.
+#: Figure 19 gives no lengths. 32 heavy decodes took 13.9 s, which is 290 steps of that batch in the cost table. Light
+#: decodes have 20 to 100 tokens (section 2).
 HEAVY_OUTPUT, LIGHT_OUTPUT, SHORT_PROMPT = 290, 60, 18
 
 
-Values = dict[str, float]  # what is measured -> its value; "" is what the figure plots
+Values = dict[str, float]  # name of a measure -> value; "" is the one that the figure plots
 
 
 @dataclass(frozen=True, slots=True)
 class MicroCase:
-    """One point of a figure: `run(evaluation, cost, seed)` measures it once; `paper` is what the paper plots."""
+    """One point of a figure. `run(evaluation, cost, seed)` measures it once; `paper` is the plotted value."""
 
     figure: str
     point: str
@@ -48,21 +48,22 @@ class MicroCase:
 
 
 def vllm_ttft(evaluation: Evaluation, cost: Cost, seed: int) -> Values:
+    """Return the mean TTFT in seconds of Mixed on the paper's vLLM baseline."""
     return {"": measure("vllm16", evaluation, "Mixed", cost, seed).ttft_mean}
 
 
 def prefill_ttft(order: str, sched_batch: int, evaluation: Evaluation, cost: Cost, seed: int) -> Values:
-    """Mean TTFT of Mixed on one prefill instance, which is all that runs: every request wants one token. Figure 16
-    measured ShareGPT; 128 requests of it took as many chunks as Mixed."""
+    """Return the mean TTFT in seconds of Mixed on one prefill instance; every request wants one token, so nothing is
+    decoded. Figure 16 uses ShareGPT, of which 128 requests have as many chunks as Mixed."""
     batch = [Arrival(each.at_s, each.prompt, 1) for each in evaluation.workloads["Mixed"].draw(seed)]
     setup = Setup(cost=cost, rules=Rules(order=order, sched_batch=sched_batch), seed=seed)
     return {"": fmean(outcome.ttft_s or 0.0 for outcome in World(setup, batch).run().done())}
 
 
 def admitted(admit: str, accuracy: float, evaluation: Evaluation, cost: Cost, seed: int) -> Values:
-    """Mean JCT of 256 requests of Mixed on one decode instance, and the share that was preempted at least once.
-    Predictions are free, and right in `accuracy` of the cases; 1 is ideal: the very length. `peak`, which is not the
-    paper's, reckons with the high end of a range."""
+    """Return the mean JCT in seconds of 256 requests of Mixed on one decode instance, and the share of requests that
+    were preempted. Predictions take no time and are right in a share `accuracy` of the cases; 1 means exact lengths.
+    `peak`, which is not in the paper, uses the high end of a range."""
     workload = evaluation.workloads["Mixed"]
     rules = replace(PAPER_RULES, admit=admit, length_accuracy=accuracy, length="oracle" if accuracy == 1 else "noisy")
     if admit == "peak":
@@ -81,8 +82,8 @@ def admitted(admit: str, accuracy: float, evaluation: Evaluation, cost: Cost, se
 
 
 def decode_time(dispatcher: str, instances: int, evaluation: Evaluation, cost: Cost, seed: int) -> Values:
-    """Seconds from the first decode on until the last of 32 requests per decode instance has ended, and the most heavy
-    ones that one instance got."""
+    """Return the seconds from the first decode step to the end of the last of 32 requests per decode instance, and the
+    largest number of heavy requests on one instance."""
     count = PER_INSTANCE * instances
     outputs = [HEAVY_OUTPUT] * (count // 4) + [LIGHT_OUTPUT] * (count - count // 4)
     Random(f"dispatch {seed}").shuffle(outputs)
@@ -100,6 +101,7 @@ def _without_predictor(cost: Cost) -> Cost:
 
 
 def cases() -> list[MicroCase]:
+    """Return all points of the three figures."""
     paper = plotted()
     made = [MicroCase("figure16", "vllm16", paper["figure16"]["vllm16"], vllm_ttft)]
     for order, window in ORDERS:

@@ -1,5 +1,5 @@
-"""Virtual processes: each a real core with an inbox that is read between two turns of its loop, as in
-tetri/net/loop.py, and what of tetri/proc/ stands around it. A worker's is in instance.py."""
+"""Simulated processes: a live core with an inbox and an event loop like that of tetri/net/loop.py. Workers are in
+instance.py."""
 
 from __future__ import annotations
 
@@ -16,39 +16,52 @@ from tetri.sim.links import Port
 
 
 class AnyCore(Protocol):
-    def handle(self, event: Any, now: float) -> Sequence[Action]: ...
+    """What the cores of the broker, the monitor and the workers have in common. Times are in seconds."""
 
-    def tick(self, now: float) -> Sequence[Action]: ...
+    def handle(self, event: Any, now: float) -> Sequence[Action]:
+        """Handle an event; return the actions to carry out."""
+        ...
 
-    def deadline(self) -> float | None: ...
+    def tick(self, now: float) -> Sequence[Action]:
+        """Do what is due; return the actions to carry out."""
+        ...
 
-    def check(self) -> None: ...
+    def deadline(self) -> float | None:
+        """Return when to call `tick` next, None if only an event makes that necessary."""
+        ...
+
+    def check(self) -> None:
+        """Check the invariants. Raises AssertionError."""
+        ...
 
 
 class Node(ABC):
-    """A process. What arrives at one moment is read in one turn; then comes `tick`, and the loop sleeps until
-    something arrives or the core's deadline."""
+    """A process with a loop. One turn handles all events that arrive at the same time, then calls `tick`; the loop then
+    sleeps until the next event or the core's deadline."""
 
     def __init__(self, kernel: Kernel, name: str, core: AnyCore) -> None:
         self.kernel, self.name, self.core = kernel, name, core
         self.inbox: list[Any] = []
-        self._turn_set = False  # a turn comes at this very time
-        self._alarm = inf  # when the loop wakes by itself
+        self._turn_set = False  # a turn is scheduled for the current time
+        self._alarm = inf  # when the loop wakes up without an event
 
     @abstractmethod
-    def carry_out(self, actions: Sequence[Action]) -> None: ...
+    def carry_out(self, actions: Sequence[Action]) -> None:
+        """Carry out the core's actions."""
 
     def receive(self, event: Any) -> None:
+        """Put an event into the inbox and let the loop handle it."""
         self.inbox.append(event)
         if self._turn_set:
             return
-        if self.kernel.more_now:  # more may arrive
+        if self.kernel.more_now:  # more events may arrive at this time
             self._turn_set = True
             self.kernel.at(self.kernel.now, self._turn)
         else:
             self.turn()
 
     def start(self) -> None:
+        """Run the first turn."""
         self.turn()
 
     def _turn(self, _: Any) -> None:
@@ -56,6 +69,7 @@ class Node(ABC):
         self.turn()
 
     def turn(self) -> None:
+        """Run one turn of the loop."""
         now, core = self.kernel.now, self.core
         inbox = self.inbox
         if inbox:
@@ -68,19 +82,20 @@ class Node(ABC):
         self.sleep()
 
     def sleep(self) -> None:
+        """Schedule the next turn at the core's deadline, unless an earlier one is scheduled."""
         deadline = self.core.deadline()
         if deadline is not None and deadline < self._alarm:
             self._alarm = max(deadline, self.kernel.now)
             self.kernel.at(self._alarm, self._wake, self._alarm)
 
     def _wake(self, alarm: float) -> None:
-        if alarm == self._alarm:  # else an earlier one was set since
+        if alarm == self._alarm:  # else an earlier alarm has replaced this one
             self._alarm = inf
             if self.awake():
                 self.turn()
 
     def awake(self) -> bool:
-        """Whether the deadline has come; it may have moved since the alarm was set."""
+        """Whether the deadline has passed. It may have moved since the alarm was set; if so, sleep on."""
         deadline = self.core.deadline()
         if deadline is not None and deadline > self.kernel.now:
             self.sleep()
@@ -88,8 +103,8 @@ class Node(ABC):
 
 
 class BrokerNode(Node):
-    """The broker's process without text: every token is worth no character. `hear` is all clients: (client,
-    message)."""
+    """The broker's process, without detokenization: all text is empty. `receive_reply(client, message)` takes the
+    replies for all clients."""
 
     core: Broker
 
@@ -106,6 +121,7 @@ class BrokerNode(Node):
         }
 
     def carry_out(self, actions: Sequence[Action]) -> None:
+        """Carry out the core's actions and let the core handle their results."""
         for action in actions:
             result = self._table[type(action)](action)
             if result is not None:
@@ -113,6 +129,8 @@ class BrokerNode(Node):
 
 
 class MonitorNode(Node):
+    """The monitor's process."""
+
     core: Monitor
 
     def __init__(self, kernel: Kernel, core: Monitor, port: Port) -> None:
@@ -124,5 +142,6 @@ class MonitorNode(Node):
         }
 
     def carry_out(self, actions: Sequence[Action]) -> None:
+        """Carry out the core's actions."""
         for action in actions:
             self._table[type(action)](action)

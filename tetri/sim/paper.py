@@ -1,7 +1,7 @@
 """The paper's end-to-end evaluation (section 5.1): five closed batches on TetriInfer and on coupled baselines.
 
-TetriInfer is the live cores in `World`: one prefill and one decode instance, set as in the paper's section 5.1. What
-it shows is a prediction: nothing in it was fitted to TetriInfer's curves.
+TetriInfer is simulated with the live cores: a `World` with one prefill and one decode instance and the settings of
+section 5.1. Nothing was fitted to TetriInfer's curves, so its results are predictions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COUPLED = {"vllm16": 1, "vllm-today": 1, "vllm-today-x2": 2}  # system -> replic
 SYSTEMS = ("vllm16", "tetri-roce", "tetri-nvlink", "vllm-today", "vllm-today-x2")
 METRICS = ("ttft_mean", "jct_mean", "resource_s", "perf_per_dollar", "requests_per_instance_s")
 RATIOS = METRICS[:3]
-#: Section 5.1: SJF in windows of 16, power of two, reserve-dynamic on the low end, a predictor that is right in 74.9 %
-#: of cases at 200 tokens, beside the main model.
+#: Section 5.1: SJF in windows of 16, power of two, reserve-dynamic with the low end of the range, and a predictor that
+#: is right in 74.9 % of the cases with ranges of 200 tokens and runs in parallel with the main model.
 PAPER_RULES = Rules(
     order="sjf",
     sched_batch=16,
@@ -43,8 +43,9 @@ PAPER_RULES = Rules(
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run. `resource_s` is the paper's resource usage time: each instance's wall time from the batch's arrival to
-    the end of its part, so the last TTFT for a prefill instance; `makespan_s` the last JCT."""
+    """The result of one run, in seconds. `resource_s` is the paper's resource usage time: the sum over the instances of
+    the time from the batch's arrival to the end of the instance's part, which is the last TTFT for a prefill instance.
+    `makespan_s` is the last JCT."""
 
     ttft_mean: float
     jct_mean: float
@@ -55,13 +56,13 @@ class Measured:
 
     @property
     def requests_per_instance_s(self) -> float:
-        """What the paper does not ask for: requests by the time that all instances are held for, idle or not."""
+        """Requests per second and instance over the whole makespan, idle time included. Not a metric of the paper."""
         return self.requests / (self.instances * self.makespan_s)
 
 
 @dataclass(frozen=True, slots=True)
 class PaperRow:
-    """`paper` is None where the paper shows nothing."""
+    """One value of the results. `paper` is the paper's value, None where it shows none."""
 
     workload: str
     system: str
@@ -72,7 +73,7 @@ class PaperRow:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """TetriInfer over the faster link, divided by the 16-slot vLLM."""
+    """A metric of TetriInfer with the faster link, divided by that of the 16-slot vLLM."""
 
     workload: str
     metric: str
@@ -81,16 +82,17 @@ class Ratio:
 
     @property
     def off(self) -> float:
-        """How far it is from the paper's, as a share of that."""
+        """The relative difference to the paper's ratio."""
         return self.value / self.paper - 1
 
     @property
     def same_side(self) -> bool:
-        """Both say that the same of the two systems needs less."""
+        """Whether both ratios say that the same system needs less."""
         return (self.value < 1) == (self.paper < 1)
 
 
 def tetri_setup(cost: Cost, bytes_s: float, context: int, seed: int) -> Setup:
+    """Return the setup of section 5.1 with a link of `bytes_s` bytes per second."""
     return Setup(
         cost=cost,
         rules=PAPER_RULES,
@@ -104,7 +106,7 @@ def tetri_setup(cost: Cost, bytes_s: float, context: int, seed: int) -> Setup:
 
 
 def measure(system: str, evaluation: Evaluation, name: str, cost: Cost, seed: int) -> Measured:
-    """One draw of one workload on one system."""
+    """Simulate one draw of one workload on one system. Raises ValueError if a request is not served."""
     workload = evaluation.workloads[name]
     batch = workload.draw(seed)
     if system in LINKS:
@@ -136,11 +138,11 @@ def _coupled(batch: Sequence[Arrival], system: str, baseline: Baseline, cost: Co
     return Measured(*means, sum(ends), max(ends), len(batch), replicas)
 
 
-Runs = dict[tuple[str, str], list[Measured]]  # (workload, system) -> one a seed
+Runs = dict[tuple[str, str], list[Measured]]  # (workload, system) -> one result for each seed
 
 
 def rows(runs: Runs) -> list[PaperRow]:
-    """Means over the seeds. Every workload needs the runs of "vllm16", which the paper's perf/$ compares with."""
+    """Return the means over the seeds. Every workload needs runs of "vllm16", the base of the paper's perf/$."""
     made = []
     for (workload, system), measured in runs.items():
         base = runs[workload, "vllm16"]
@@ -151,6 +153,7 @@ def rows(runs: Runs) -> list[PaperRow]:
 
 
 def ratios(runs: Runs) -> list[Ratio]:
+    """Return the ratios of TetriInfer to the paper's vLLM, for each workload and metric of RATIOS."""
     made = []
     for workload in dict.fromkeys(workload for workload, _ in runs):
         shown = plotted()["end_to_end"][workload]
@@ -166,8 +169,8 @@ def _mean(measured: Sequence[Measured], metric: str) -> float:
 
 
 def _per_dollar(measured: Sequence[Measured], base: Sequence[Measured]) -> float:
-    """The paper prints perf/$ and does not define it; (1 + JCT reduction) / (ratio of resource times) gives all five
-    of its values."""
+    """Return the paper's perf/$. The paper does not define it; (1 + JCT reduction) / (ratio of resource times)
+    reproduces all five of its values."""
     jct, resource = (_mean(measured, metric) / _mean(base, metric) for metric in ("jct_mean", "resource_s"))
     return (2 - jct) / resource
 
@@ -180,5 +183,5 @@ def _paper(workload: str, system: str, metric: str) -> float | None:
         value = {"vllm16": 1.0, "tetri-nvlink": plotted()["perf_per_dollar"][workload]}.get(system)
         return value
     if metric == "requests_per_instance_s":
-        return None  # it follows from its plots: docs/paper.md
+        return None  # the paper does not plot it; docs/paper.md derives it
     return float(shown[metric][system])

@@ -1,4 +1,4 @@
-"""What a simulation tells: plain values for JSON, and a table for people. The same result gives the same bytes."""
+"""Report a simulation: as plain values for JSON, and as a table. The same result gives the same bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHARES = ("mean", "p50", "p90", "p99")
 
 @dataclass(slots=True)
 class SimResult:
-    """One run: `outcomes` in order of arrival, `instances` by name, `counters` summed over all of them. `end_s`: when
-    the last answer was given. `faults`: how often each was injected; None: none were asked for."""
+    """The result of one run: `outcomes` in order of arrival, `instances` by name, `counters` summed over the instances.
+    `end_s`: when the last request ended, in seconds. `faults`: injected faults by kind, None without faults."""
 
     outcomes: list[Outcome]
     instances: dict[str, Use]
@@ -26,11 +26,12 @@ class SimResult:
     faults: dict[str, int] | None = None
 
     def done(self) -> list[Outcome]:
+        """Return the outcomes of the requests that succeeded."""
         return [outcome for outcome in self.outcomes if outcome.state == "done"]
 
 
 def summary(result: SimResult) -> dict[str, Any]:
-    """Seconds and tokens; a metric that no request has is null."""
+    """Return the summary for JSON, in seconds and tokens. A metric without values is None."""
     states, done = [outcome.state for outcome in result.outcomes], result.done()
     lasted = result.end_s - result.outcomes[0].arrival.at_s
     tokens = sum(outcome.arrival.output for outcome in done)
@@ -63,7 +64,7 @@ def _spread(values: Iterable[float | None]) -> dict[str, float] | None:
 
 
 def _counted(whys: Iterable[str]) -> dict[str, int]:
-    """How often each reason was given; the first 20 of them, since some name a number of tokens."""
+    """Count the reasons; only the first 20 different ones, since some contain a number of tokens."""
     counts: dict[str, int] = {}
     for why in whys:
         counts[why] = counts.get(why, 0) + 1
@@ -87,7 +88,7 @@ def _instance(iid: str, use: Use, lasted: float) -> dict[str, Any]:
 
 
 def table(made: dict[str, Any]) -> str:
-    """The summary in lines."""
+    """Format the summary as text."""
     lines = [
         f"requests  {made['requests']}: {made['done']} done, {made['failed']} failed, {made['refused']} refused",
         f"{'seconds':10}" + "".join(f"{share:>10}" for share in SHARES),
@@ -109,7 +110,7 @@ def table(made: dict[str, Any]) -> str:
 
 
 def _instances(rows: list[dict[str, Any]]) -> list[str]:
-    """One line each or, of many, one line a role."""
+    """One line for each instance, or for each role if there are more than 16."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name = row["iid"] if len(rows) <= 16 else f"all {row['roles'][0][1]}"

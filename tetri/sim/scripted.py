@@ -1,4 +1,4 @@
-"""An engine whose requests write recorded texts: they end where these end, and hidden states say what is recorded."""
+"""A simulated engine that replays recorded texts: output lengths and hidden-state estimates are the recorded ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NEVER = 1 << 62
 
 @dataclass(slots=True, eq=False)
 class Script:
-    """A leg and the text of its request. `due`: so many output tokens are known after the pass in which the state at
-    `text.follows[place]` is computed."""
+    """An engine request and its recorded text. `due`: the number of known output tokens after the pass that computes
+    the hidden state of `text.follows[place]`."""
 
     text: RecordedText
     slot: Slot
@@ -27,23 +27,22 @@ class Script:
     due: int = NEVER
 
     def move_to(self, outputs: int) -> None:
-        """To the first state that is computed when so many tokens are known, or later."""
+        """Move to the first state that is computed with this many known output tokens or more."""
         follows = self.text.follows
         while self.place < len(follows) and follows[self.place][0] < outputs:
             self.place += 1
         self.due = follows[self.place][0] + 1 if self.place < len(follows) else NEVER
 
     def passed(self, outputs: int) -> tuple[int, LengthDistribution]:
-        """The last state that was computed to get so many tokens."""
+        """Return the last state that was computed before this many output tokens were known, and move past it."""
         self.move_to(outputs)
         return self.text.follows[self.place - 1]
 
 
 class Scripted(Paged):
-    """`text_of` names the text to which a request's sampling leads, as prompt and seed lead a model to one; None for a
-    request that writes tokens until its limit. With `foretells`, what is recorded of a text's hidden states is told
-    with the step that computes them, also of a leg that ends in it: at the end of a prefill leg, and of a decode leg
-    the last one of the step."""
+    """The engine. `text_of(sampling)` returns the recorded text of a request, None if it writes tokens until its limit.
+    With `estimates_lengths`, a step reports the recorded estimates of the hidden states that it computes: at the end of
+    a prefill, and in a decode the last one of the step. This includes engine requests that end in the step."""
 
     def __init__(self, capacity: Capacity, cost: Cost, text_of: TextOf, *, estimates_lengths: bool) -> None:
         super().__init__(capacity, cost)
@@ -60,16 +59,15 @@ class Scripted(Paged):
         slot.end = min(slot.end, request.output_from + text.output)
         script = self._scripts[request.key] = Script(text, slot)
         if self.estimates_lengths:
-            script.move_to(
-                len(request.tokens) - request.output_from + (request.phase == "decode")
-            )  # admitted with one more
+            outputs = len(request.tokens) - request.output_from
+            script.move_to(outputs + (request.phase == "decode"))  # a decode request is admitted with one more
 
     def cancel(self, key: str) -> None:
         super().cancel(key)
         self._scripts.pop(key, None)
 
     def run(self, plan: StepPlan, steps: int) -> StepDone:
-        """The first `steps` passes of the plan are done."""
+        """Carry out the first `steps` passes of the plan and return their result."""
         done = self.finish(plan, steps, self._ids)
         if not self._scripts:
             return done
@@ -86,7 +84,7 @@ class Scripted(Paged):
         return self._same(count)
 
     def _same(self, count: int) -> tuple[int, ...]:
-        """Token ids that never end a request."""
+        """Return this many token ids, none of which ends a request."""
         ids = self._ones.get(count)
         if ids is None:
             ids = self._ones[count] = (1,) * count

@@ -1,4 +1,4 @@
-"""What is simulated: instances, policies, hardware, links. Every wrong value is one line that says what is allowed."""
+"""The settings of a simulation: instances, policies, hardware, links. Errors are one line that says what is allowed."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from tetri.policy.rules import FLIPS, TABLES, Rules
 from tetri.policy.views import FlipSettings
 from tetri.request import Capacity, Expected, blocks_for
 
-UNBOUNDED = 1 << 40  # where a live deployment has a limit that is not what is simulated
+UNBOUNDED = 1 << 40  # for limits of a live deployment that are not simulated
 
 
 class SimError(ValueError):
-    """It cannot be simulated, or the simulation broke a promise; one line that says why."""
+    """The simulation cannot run, or a promise was broken; one line with the reason."""
 
 
 class PromiseBroken(SimError):
-    """The cores did what they must never do."""
+    """The cores violated a guarantee."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """After how many seconds silence counts as loss. The defaults are those of a live deployment, but for the attempts,
-    of which a live request has fewer.
+    """Timeouts in seconds. The defaults are those of a live deployment, except `max_attempts`, which is larger.
 
-    dead_s, gone_s  of a worker: its requests start over, and the monitor leaves it out of the view
-    offer_s         of a decode instance that was asked: it is asked again
-    view_s          of the broker: a worker registers again
-    patience_s      of everybody who could take a request: it fails
-    client_grace_s  of a client: its request is cancelled
-    ask_s           of the broker: a client asks again"""
+    dead_s          a silent worker: the broker restarts its requests
+    gone_s          a silent worker: the monitor removes it from the view
+    offer_s         an offer without an answer: it is sent again
+    view_s          a silent broker: the worker registers again
+    patience_s      no instance for a request: it fails
+    client_grace_s  an unreachable client: its request is cancelled
+    ask_s           a silent broker: the client asks again"""
 
     dead_s: float = 20.0
     gone_s: float = 20.0
@@ -45,17 +45,17 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Times in seconds, sizes in tokens or bytes. `kv_tokens`, `chunk_tokens`, `slots` (blocks of an instance's KV
-    store) and `context` may be 0: as in the cost table, then as many as the instance's KV holds.
+    """The settings of one simulation; times in seconds, sizes in tokens or bytes. `kv_tokens` and `chunk_tokens` 0: as
+    in the cost table. `slots` (of an instance's slab) and `context` 0: as many as the instance's KV holds.
 
-    transfer         "chunk": KV leaves with every chunk; "request": when the prompt is computed (paper, 3.3.4)
-    stream_interval  tokens between two messages with tokens of a request; its first and its last go at once
-    stall_s          so long no engine may compute while requests are open
-    warm_s           so long before time 0 the processes start, to know each other when the first request arrives
-    timeouts         with faults: when silence counts as loss. Without them nobody is given up
-    kv_paths         with faults: the KV paths over which a process can be read; each draws one of these when it starts
-    limit_s          with faults: so long after the last of them everything must be over
-    expected         what every worker knows of lengths before any traffic, for the length policy `trained`"""
+    transfer         "chunk": KV is sent after each chunk; "request": after the whole prefill (paper, section 3.3.4)
+    stream_interval  tokens between two messages with output tokens; the first and the last token are sent at once
+    stall_s          the longest time in which no engine may compute while requests are open
+    warm_s           how long before time 0 the processes start, so that they are connected when requests arrive
+    timeouts         only with faults; without faults nothing times out
+    kv_paths         only with faults: each worker draws one of these sets of KV paths when it starts
+    limit_s          only with faults: everything must be over this long after the last fault
+    expected         what the workers know about lengths before any traffic, for the length policy `trained`"""
 
     cost: Cost
     prefill: int = 1
@@ -85,10 +85,10 @@ class Setup:
     timeouts: Timeouts = Timeouts()
     kv_paths: tuple[tuple[str, ...], ...] = (("stream",),)
     limit_s: float = inf
-    spans: bool = False  # keep the busy spans of every instance
+    spans: bool = False  # record the busy intervals of every instance
 
     def capacity(self) -> Capacity:
-        """Of every instance. Raises SimError."""
+        """Return the capacity of each instance. Raises SimError if the KV holds no block."""
         tokens = self.kv_tokens or self.cost.kv_tokens
         blocks = tokens // self.block_tokens
         if blocks < 1:
@@ -102,7 +102,7 @@ class Setup:
         )
 
     def check(self) -> None:
-        """Raises SimError."""
+        """Check all values. Raises SimError, which says what is allowed."""
         problem = _problem(self)
         if problem is not None:
             raise SimError(problem)
@@ -122,7 +122,7 @@ def _problem(setup: Setup) -> str | None:
             return f"there is no {role} instance: give {role} or mixed at least 1"
     capacity = setup.capacity()
     if capacity.max_batch >= capacity.chunk_tokens:
-        return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step has room for prompts too"
+        return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step also needs tokens for prompts"
     if capacity.context > capacity.blocks * capacity.block_tokens:
         held = capacity.blocks * capacity.block_tokens
         return f"context must be at most {held}, the KV tokens of an instance, got {capacity.context}"
@@ -149,6 +149,7 @@ _LEAST: dict[str, float] = {
 
 
 def rules_problem(rules: Rules) -> str | None:
+    """Return one line about the first policy that does not exist; None if all exist."""
     for field in fields(rules):
         known = TABLES.get(field.name)
         value = getattr(rules, field.name)

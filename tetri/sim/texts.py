@@ -1,15 +1,15 @@
-"""Texts that a model really wrote, in numbers: how long they are, and what predictors of their length said of them.
+"""Recorded texts of a model: their lengths and the predictions of their lengths.
 
-Read from the predictions that `tetri-cli predictor eval` writes: JSONL, a text a line.
+Read from the predictions that `tetri-cli predictor eval` writes: JSONL, one text per line.
 
-prompt_tokens, tokens  of the prompt and of the output, the end of sequence included
-width                  output tokens of a bucket; the last bucket is open
-classifier             odds of the whole output, seen from the prompt: a share for each bucket
-hidden                 the same, by the model's own hidden state at the prompt's last token
-later                  by output tokens that were known: odds of those that follow, by the hidden state then
+prompt_tokens, tokens  tokens of the prompt and of the output, including the end of sequence
+width                  output tokens of a bucket; the last bucket has no upper end
+classifier             predicted distribution of the output length, from the prompt: the share of each bucket
+hidden                 the same, from the model's hidden state at the last prompt token
+later                  known output tokens -> distribution of the remaining length, from the hidden state then
 source                 where the prompt comes from
 
-What a file does not know is left out; other keys are ignored.
+Unknown values are left out; other keys are ignored.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from typing import Any
 
 from tetri.request import LengthDistribution
 
-LIMIT = 1024  # output tokens at which the model was cut off, unless the reader is told
-ROUNDED = 0.01  # shares are written with a few digits: they may add up to 1 within so much
+LIMIT = 1024  # output tokens at which the model was cut off, by default
+ROUNDED = 0.01  # shares are rounded in the file: their sum may differ from 1 by this much
 
 
 class RecordedTextError(ValueError):
-    """Texts cannot be read; one line that says what is wrong."""
+    """The file of texts cannot be read; one line that says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedText:
-    """`prompt` and `output` tokens; the model was cut off at `limit`. `classifier`: odds of the whole output.
-    `follows`: (output tokens that were known, odds of those that follow), ascending; 0 is the end of the prompt."""
+    """One text of `prompt` and `output` tokens; the model was cut off at `limit`. `classifier`: predicted distribution
+    of the output length. `follows`: (known output tokens, distribution of the remaining ones), ascending; 0 means the
+    end of the prompt."""
 
     prompt: int
     output: int
@@ -45,12 +46,12 @@ class RecordedText:
 
     @property
     def reason(self) -> str:
-        """Why it ended."""
+        """The finish reason: length or stop."""
         return "length" if self.output == self.limit else "stop"
 
 
 def read(path: Path, limit: int = LIMIT) -> list[RecordedText]:
-    """Raises TextError, with the number of the first line that is wrong."""
+    """Read all texts. Raises RecordedTextError with the number of the first wrong line."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -62,9 +63,9 @@ def read(path: Path, limit: int = LIMIT) -> list[RecordedText]:
         try:
             texts.append(_text(json.loads(line), limit))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise RecordedTextError(f"{path}:{number}: no prediction of `predictor eval`: {error}") from None
+            raise RecordedTextError(f"{path}:{number}: not a prediction of `predictor eval`: {error}") from None
     if not texts:
-        raise RecordedTextError(f"{path}: there is no text in it: write it with `tetri-cli predictor eval`")
+        raise RecordedTextError(f"{path}: the file has no text: create it with `tetri-cli predictor eval`")
     return texts
 
 
@@ -79,7 +80,7 @@ def _text(row: Any, limit: int) -> RecordedText:
     if row.get("hidden") is not None:
         follows[0] = _distribution(row["hidden"], width)
     if follows and not 0 <= min(follows) <= max(follows) < output:
-        raise ValueError(f"of {output} tokens none can follow after {max(follows)}, or after {min(follows)}")
+        raise ValueError(f"known tokens must be from 0 to {output - 1}, got {min(follows)} to {max(follows)}")
     states = tuple((known, follows[known]) for known in sorted(follows))
     return RecordedText(prompt, output, limit, str(row.get("source", "")), classifier, states)
 
@@ -87,12 +88,12 @@ def _text(row: Any, limit: int) -> RecordedText:
 def _count(row: dict[str, Any], name: str) -> int:
     value = row.get(name)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a number from 1 on, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return value
 
 
 def _distribution(shares: Sequence[float], width: int) -> LengthDistribution:
-    """Made to add up to 1 exactly as far as numbers can."""
+    """Return the distribution, normalised to a sum of 1."""
     whole = fsum(shares)
     if not (isfinite(whole) and abs(whole - 1) <= ROUNDED and min(shares) >= 0):
         raise ValueError(f"shares must be 0 or more and add up to 1, got {whole:g}")

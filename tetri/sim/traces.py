@@ -1,4 +1,4 @@
-"""Requests to simulate: read from a trace, or drawn."""
+"""Requests for the simulator: read from a trace file or drawn at random."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tetri.sim.texts import RecordedText
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 _CLOCK = 19  # characters of "2023-11-16 18:15:46"
-LONGEST = 10_000_000  # tokens of a prompt or an output
-MOST = 100_000_000  # requests of one run
-LAST_S = 1e9  # no request comes later: 30 years
+LONGEST = 10_000_000  # the most tokens of a prompt or an output
+MOST = 100_000_000  # the most requests of one run
+LAST_S = 1e9  # the latest arrival: 30 years
 
 
 class TraceError(ValueError):
-    """Requests cannot be read or drawn; one line that says what is wrong."""
+    """The requests cannot be read or drawn; one line that says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: when it comes, tokens of its prompt and of its output, seconds from then to its deadline. Without a
-    text it asks for so many tokens of output and for no end before; with one it may have `text.limit`, and nobody but
-    the model, or an oracle, knows that the text will end sooner. `sampling`: how it samples, where that matters: only
-    with faults are tokens computed. `output` is then its `max_tokens`."""
+    """One request. `at_s`: arrival time; `prompt` and `output`: tokens; `deadline_s`: seconds from the arrival to the
+    deadline. Without a `text` it asks for exactly `output` tokens. With one it asks for at most `text.limit` tokens and
+    ends after the text's `output` tokens, which only the engine and an oracle know. `sampling`: only used with faults,
+    where tokens are computed; `output` is then its `max_tokens`."""
 
     at_s: float
     prompt: int
@@ -44,10 +44,10 @@ class Arrival:
 
 
 def replayed(path: str | Path, speedup: float = 1.0, requests: int = 0) -> Iterator[Arrival]:
-    """The requests of a file with the columns of `HEADER` (as the Azure LLM inference traces), the first at time 0,
-    the times between them divided by `speedup`. `requests` 0: each line once; else the first so many, the trace
-    repeated end to end, with the mean time between two requests between two rounds. Read as it is consumed. Raises
-    TraceError, with the number of a line that is wrong."""
+    """Yield the requests of a CSV file with the columns of `HEADER`, as in the Azure LLM inference traces. The first
+    arrives at time 0; the times between requests are divided by `speedup`. `requests` 0: each line once; else this many
+    requests, with the trace repeated as often as necessary; two rounds are separated by the mean time between requests.
+    The file is read lazily. Raises TraceError with the number of the wrong line."""
     if not (math.isfinite(speedup) and speedup > 0):
         raise TraceError(f"the speedup must be above 0, got {speedup:g}")
     if requests:
@@ -80,26 +80,26 @@ def _lines(path: Path, speedup: float) -> Iterator[Arrival]:
                 raise TraceError(f"{path}:1: the first line must be {','.join(HEADER)}")
             for row in rows:
                 if not row:
-                    continue  # an empty line, as editors leave one at the end
+                    continue  # editors leave an empty line at the end
                 where = f"{path}:{rows.line_num}"
                 when, prompt, output = _parsed(row, where)
                 first = when if first is None else first
                 if last is not None and when < last:
-                    raise TraceError(f"{where}: {row[0]} lies before the line before it")
+                    raise TraceError(f"{where}: {row[0]} is earlier than the line before")
                 last = when
                 if (when - first) / speedup > LAST_S:
-                    raise TraceError(f"{where}: {(when - first) / speedup:g} s after the first: give more speedup")
+                    raise TraceError(f"{where}: {(when - first) / speedup:g} s after the first: use a larger speedup")
                 yield Arrival((when - first) / speedup, prompt, output)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: no table of text: {error}") from None
+        raise TraceError(f"{path}: not a CSV file: {error}") from None
     if last is None:
-        raise TraceError(f"{path}: the trace is empty: it needs at least one line of {','.join(HEADER)}")
+        raise TraceError(f"{path}: the trace has no requests: it needs at least one line of {','.join(HEADER)}")
 
 
 def _parsed(row: list[str], where: str) -> tuple[float, int, int]:
-    """(seconds, tokens of the prompt, tokens of the output) of one line."""
+    """Return (seconds, prompt tokens, output tokens) of one line. Raises TraceError."""
     try:
         when, prompt, output = row
         tokens = int(prompt), int(output)
@@ -114,8 +114,8 @@ def _parsed(row: list[str], where: str) -> tuple[float, int, int]:
 
 
 def _seconds(text: str) -> float:
-    """Of "2023-11-16 18:15:46.6805900", with as many digits as there are, or with "+00:00" behind it (Azure's traces
-    of 2024)."""
+    """Parse a time such as "2023-11-16 18:15:46.6805900", with any number of digits and optionally "+00:00" (as in
+    Azure's traces of 2024). Raises ValueError."""
     fraction = text[_CLOCK:].removesuffix("+00:00")
     if fraction and not (fraction[0] == "." and fraction[1:].isdigit()):
         raise ValueError(text)
@@ -128,8 +128,8 @@ def _seconds(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """A distribution of lengths in tokens: always `a`, uniform from `a` to `b`, or lognormal with median `a` and
-    standard deviation `b` of the logarithm, cut to 1 and `LONGEST`."""
+    """A distribution of lengths in tokens. `kind`: fixed (`a`), uniform (from `a` to `b`) or lognormal (median `a`,
+    standard deviation `b` of the logarithm, clipped to 1 and `LONGEST`)."""
 
     kind: str
     a: float
@@ -137,13 +137,15 @@ class TokenCounts:
 
     @classmethod
     def parsed(cls, text: str) -> TokenCounts:
-        """Of "512", "128-1024" or "lognormal:MEDIAN:SIGMA". Raises TraceError."""
+        """Parse "512", "128-1024" or "lognormal:MEDIAN:SIGMA". Raises TraceError."""
         try:
             made = cls._read(text)
         except ValueError:
             made = None
         if made is None or not (1 <= made.a <= LONGEST and 0 <= made.b <= LONGEST):
-            raise TraceError(f"lengths are N, LOW-HIGH or lognormal:MEDIAN:SIGMA, from 1 to {LONGEST}, got {text!r}")
+            raise TraceError(
+                f"lengths must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA, from 1 to {LONGEST}, got {text!r}"
+            )
         return made
 
     @classmethod
@@ -156,6 +158,7 @@ class TokenCounts:
         return made if not dash or made.a <= made.b else None
 
     def draw(self, rng: Random) -> int:
+        """Draw a number of tokens."""
         if self.kind == "uniform":
             return rng.randint(int(self.a), int(self.b))
         if self.kind == "lognormal":
@@ -167,8 +170,9 @@ class TokenCounts:
 def drawn(
     requests: int, prompt: TokenCounts, output: TokenCounts, seed: int, rate: float = 0.0, burstiness: float = 1.0
 ) -> Iterator[Arrival]:
-    """So many requests. `rate` 0: all at time 0 (a closed batch); else `rate` a second, the times between them
-    gamma-distributed with the coefficient of variation `burstiness` (1: a Poisson process). Raises TraceError."""
+    """Draw requests with these distributions of lengths. `rate` 0: all arrive at time 0 (a closed batch); else `rate`
+    requests per second, with gamma-distributed times between them whose coefficient of variation is `burstiness` (1: a
+    Poisson process). Raises TraceError."""
     _check_drawing(requests, rate, burstiness)
     rng = Random(f"requests {seed}")
     return (Arrival(now, prompt.draw(rng), output.draw(rng)) for now in _times(requests, rng, rate, burstiness))
@@ -177,8 +181,7 @@ def drawn(
 def resampled(
     requests: int, texts: Sequence[RecordedText], seed: int, rate: float = 0.0, burstiness: float = 1.0
 ) -> Iterator[Arrival]:
-    """So many requests, each of them any of these texts, as likely as the others; when they come as in `drawn`. Raises
-    TraceError."""
+    """Draw requests uniformly from recorded texts, with replacement; they arrive as in `drawn`. Raises TraceError."""
     _check_drawing(requests, rate, burstiness)
     rng = Random(f"texts {seed}")
     for now in _times(requests, rng, rate, burstiness):
@@ -189,9 +192,9 @@ def resampled(
 def _check_drawing(requests: int, rate: float, burstiness: float) -> None:
     _check_number(requests)
     if not (math.isfinite(rate) and rate >= 0):
-        raise TraceError(f"the rate must be at least 0 requests a second, got {rate:g}")
+        raise TraceError(f"the rate must be at least 0 requests per second, got {rate:g}")
     if 0 < rate * LAST_S < requests:
-        raise TraceError(f"at a rate of {rate:g} a second {requests} requests take more than {LAST_S:g} s")
+        raise TraceError(f"at a rate of {rate:g} per second {requests} requests take more than {LAST_S:g} s")
     if not 0.01 <= burstiness <= 100:
         raise TraceError(f"the burstiness must be from 0.01 to 100, got {burstiness:g}")
 
@@ -205,7 +208,7 @@ def _times(requests: int, rng: Random, rate: float, burstiness: float) -> Iterat
 
 
 def with_deadline(arrivals: Iterable[Arrival], deadline_s: float) -> Iterator[Arrival]:
-    """The same requests, each with so many seconds."""
+    """Yield the same requests with a deadline, in seconds from the arrival. Raises TraceError."""
     if not (math.isfinite(deadline_s) and deadline_s > 0):
         raise TraceError(f"the deadline must be above 0 s, got {deadline_s:g}")
     return (replace(each, deadline_s=deadline_s) for each in arrivals)

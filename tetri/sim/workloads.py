@@ -1,7 +1,7 @@
 """The paper's closed batches: seeded draws of prompt and output lengths by class, from conf/paper/workloads.toml.
 
-A length is drawn from the distribution of Figure 1 between the borders of its class, tilted to the class's mean:
-p(x) ~ f(x) exp(t x), which of all distributions with this mean is the nearest to f.
+A length is drawn from the distribution f of Figure 1, cut to the borders of its class and tilted to the class's mean:
+p(x) ~ f(x) exp(t x). Of all distributions with this mean it is the closest to f.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Quantiles = Sequence[tuple[float, float]]  # (share, tokens), both ascending, fr
 
 
 class WorkloadError(ValueError):
-    """The file of workloads cannot be read; one line that says what is wrong."""
+    """The workloads file cannot be read; one line that says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,21 @@ class LengthMix:
     below: tuple[float, ...]
 
     def draw(self, rng: Random) -> int:
+        """Draw a number of tokens."""
         place = bisect_left(self.below, rng.random() * self.below[-1])
         return self.low + min(place, len(self.below) - 1)
 
     @property
     def mean(self) -> float:
+        """The mean length in tokens."""
         shares = (after - before for before, after in zip((0.0, *self.below), self.below, strict=False))
         return sum((self.low + i) * share for i, share in enumerate(shares)) / self.below[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One closed batch of `requests`, all present at time 0. Prompt and output are drawn independently; an output that
-    would leave the model's `context` ends there."""
+    """A closed batch: `requests` requests that all arrive at time 0. Prompt and output lengths are drawn independently;
+    the output is cut to the model's `context`."""
 
     name: str
     requests: int
@@ -54,7 +56,7 @@ class Workload:
     output: LengthMix
 
     def draw(self, seed: int, requests: int = 0) -> list[Arrival]:
-        """The batch in order of arrival; `requests` 0: as many as the paper's."""
+        """Draw the batch; `requests` 0: as many as in the paper."""
         rng = Random(f"{self.name} {seed}")
         drawn = []
         for _ in range(requests or self.requests):
@@ -64,12 +66,12 @@ class Workload:
 
 
 def tilted(quantiles: Quantiles, low: int, high: int, mean: float) -> LengthMix:
-    """The distribution with these quantiles between `low` and `high` tokens, tilted to `mean`. Raises WorkloadError
-    when no tilt reaches it."""
+    """Return the distribution with these quantiles, cut to `low` to `high` tokens and tilted to `mean`. Raises
+    WorkloadError if no tilt gives that mean."""
     shares = [_share(quantiles, x) - _share(quantiles, x - 1) for x in range(low, high + 1)]
     if not low < mean < high or min(shares) <= 0:
-        raise WorkloadError(f"mean {mean:g} must lie between {low} and {high}, where the quantiles rise")
-    least, most = -1.0, 1.0  # per token: far beyond what lengths of hundreds of tokens need
+        raise WorkloadError(f"mean {mean:g} must be between {low} and {high}, and the quantiles must rise there")
+    least, most = -1.0, 1.0  # per token: far more than lengths of hundreds of tokens need
     for _ in range(60):
         tilt = (least + most) / 2
         weights = _weights(shares, tilt)
@@ -81,12 +83,12 @@ def tilted(quantiles: Quantiles, low: int, high: int, mean: float) -> LengthMix:
 
 
 def _weights(shares: Sequence[float], tilt: float) -> list[float]:
-    last = len(shares) - 1 if tilt > 0 else 0  # the largest exponent is 0: nothing overflows
+    last = len(shares) - 1 if tilt > 0 else 0  # keeps the largest exponent at 0, so that nothing overflows
     return [share * math.exp(tilt * (i - last)) for i, share in enumerate(shares)]
 
 
 def _share(quantiles: Quantiles, tokens: float) -> float:
-    """The share of lengths up to `tokens`, linear between the quantiles."""
+    """Return the share of lengths up to `tokens`, interpolated linearly between the quantiles."""
     places = [place for _, place in quantiles]
     right = min(max(bisect_left(places, tokens), 1), len(quantiles) - 1)
     (p0, x0), (p1, x1) = quantiles[right - 1], quantiles[right]
@@ -95,8 +97,8 @@ def _share(quantiles: Quantiles, tokens: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The paper's vLLM: requests at once, prompt tokens that one iteration prefills at most, and seconds that such an
-    iteration takes in addition to its chunk."""
+    """The paper's vLLM: concurrent requests, the most prompt tokens in one iteration, and the extra seconds of an
+    iteration with prompts."""
 
     slots: int
     step_tokens: int
@@ -105,18 +107,19 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What the paper's evaluation was run on, as far as it is known or fitted."""
+    """The workloads and the baseline of the paper's evaluation, as far as they are known or fitted."""
 
     workloads: dict[str, Workload]
     baseline: Baseline
 
 
 def default_file() -> Path:
+    """Return the path of conf/paper/workloads.toml."""
     return Path(__file__).parents[2] / "conf" / "paper" / "workloads.toml"
 
 
 def load(path: str | Path = "") -> Evaluation:
-    """Read the file; the workloads keep its order. Raises WorkloadError."""
+    """Read the workloads file, by default `default_file`. The workloads keep its order. Raises WorkloadError."""
     where = Path(path or default_file())
     try:
         table = tomllib.loads(where.read_text(encoding="utf-8"))
@@ -125,8 +128,8 @@ def load(path: str | Path = "") -> Evaluation:
         return Evaluation(made, Baseline(**table["baseline"]))
     except OSError as error:
         raise WorkloadError(f"{where}: cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError) as error:  # ValueError: also what is no TOML, and WorkloadError
-        raise WorkloadError(f"{where}: no file of workloads: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:  # ValueError includes TOML errors and WorkloadError
+        raise WorkloadError(f"{where}: not a workloads file: {error}") from None
 
 
 def _quantiles(rows: Sequence[Sequence[float]]) -> Quantiles:
@@ -139,7 +142,7 @@ def _quantiles(rows: Sequence[Sequence[float]]) -> Quantiles:
 def _workload(name: str, table: dict[str, Any], sources: dict[str, Quantiles], context: int) -> Workload:
     known = ("requests", "prompt", "output", "prompt_mean", "output_mean")
     if set(table) != set(known):
-        raise ValueError(f"{name}: needs exactly the keys {', '.join(known)}")
+        raise ValueError(f"{name}: must have exactly the keys {', '.join(known)}")
     lengths = []
     for part in ("prompt", "output"):
         low, high = table[part]

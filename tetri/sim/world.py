@@ -1,11 +1,10 @@
-"""A deployment in virtual time: the very cores that serve live, joined by virtual links.
+"""Simulate a deployment: the live cores in virtual time, connected by simulated links.
 
     result = World(Setup(cost, prefill=2, decode=2), arrivals).run()
 
-Nothing in here decides anything: requests are placed, ordered, packed, dispatched and admitted by the cores. Every
-request is a prompt of a given length whose output has a given length: either it asks for just so many tokens
-(`max_tokens` with `ignore_eos`), or it has a recorded text that ends by itself. The same setup with the same requests
-gives the same result, to the last bit.
+All decisions are made by the cores: placing, ordering, packing, dispatching and admitting requests. Every request has
+a given prompt length and output length: either it asks for exactly that many tokens (`max_tokens` with `ignore_eos`),
+or it has a recorded text. The same setup and requests give exactly the same result.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from tetri.sim.setup import UNBOUNDED, PromiseBroken, Setup, Timeouts
 from tetri.sim.traces import Arrival
 
 MONITOR = "monitor"
-SETTLE_S = 60.0  # so long after the last answer everybody has let go
+SETTLE_S = 60.0  # how long after the last answer all resources must be free
 LOOK_S = 0.1
 
 
 class World:
-    """One run. `progress` hears how many requests were answered."""
+    """One simulation. `progress` is called with the number of answered requests."""
 
     def __init__(
         self, setup: Setup, requests: Iterable[Arrival], progress: Callable[[int], None] | None = None
@@ -67,9 +66,9 @@ class World:
         return Clients(self.kernel, requests, self.broker.receive, self.progress)
 
     def _timeouts(self) -> Timeouts:
-        """Nobody dies, however long a step takes, and nothing is lost. The broker looks once a beat whether a roster
-        is due."""
-        return _timeouts_of_nobody(self.setup.heartbeat_s)
+        """No timeout ever fires: no process dies and no message is lost. The broker checks for a new membership once
+        per heartbeat."""
+        return _endless_timeouts(self.setup.heartbeat_s)
 
     def _broker(self) -> BrokerNode:
         core = self._broker_core(vocabulary=2)
@@ -150,8 +149,8 @@ class World:
     # ------------------------------------------------------------ the run
 
     def run(self) -> SimResult:
-        """Until every request is answered and everybody has let go. Raises SimError, or Broken, when a promise is
-        broken."""
+        """Run until every request is answered and all resources are free. Raises SimError if the requests are invalid,
+        PromiseBroken if a guarantee is violated."""
         self._start()
         self.kernel.run()
         self.check()
@@ -177,7 +176,7 @@ class World:
         )
 
     def _look(self, _: Any) -> None:
-        """Whether it is over."""
+        """Stop the simulation if everything is done."""
         if self.clients.over:
             if not self._unfinished():
                 self.kernel.stop()
@@ -187,7 +186,7 @@ class World:
         self.kernel.at(self.kernel.now + LOOK_S, self._look)
 
     def _watch(self, _: Any) -> None:
-        """Raise SimError when nobody computes although requests are open."""
+        """Raise PromiseBroken if no engine computes although requests are open."""
         steps = sum(worker.use.steps for worker in self.workers.values())
         if steps == self._steps and self.clients.open:
             left = f"{self.clients.open} requests are not served: for {self.setup.stall_s:g} s no engine computed"
@@ -197,7 +196,7 @@ class World:
 
     def _unfinished(self) -> list[str]:
         return [
-            f"{iid} has {len(worker.core.prefill.requests)} jobs and {len(worker.core.decode.requests)} seats"
+            f"{iid} has {len(worker.core.prefill.requests)} prefill, {len(worker.core.decode.requests)} decode requests"
             for iid, worker in self.workers.items()
             if worker.core.prefill.requests or worker.core.decode.requests
         ]
@@ -205,8 +204,9 @@ class World:
     # ------------------------------------------------------------ the promises
 
     def check(self) -> None:
-        """Every token that came in went out, every block is back, no row is open, and every core agrees."""
-        self.broker.core.tick(self.kernel.now + UNBOUNDED)  # ended requests are forgotten
+        """Check the guarantees at the end: all tokens delivered, all blocks free, no open request. Raises
+        PromiseBroken."""
+        self.broker.core.tick(self.kernel.now + UNBOUNDED)  # removes ended requests from the table
         if self.broker.core.table.rows:
             raise PromiseBroken(f"{len(self.broker.core.table.rows)} rows are left in the broker's table")
         for node in (self.broker, self.monitor, *self.workers.values()):
@@ -229,7 +229,7 @@ class World:
 
     @staticmethod
     def _tokens_of(outcomes: list[Outcome]) -> tuple[int, int]:
-        """Of prompts, and of outputs without the first of each, which prefill yields."""
+        """Return the prompt tokens, and the output tokens without the first of each request, which prefill yields."""
         done = [outcome.arrival for outcome in outcomes if outcome.state == "done"]
         return sum(arrival.prompt for arrival in done), sum(arrival.output - 1 for arrival in done)
 
@@ -246,10 +246,10 @@ class World:
         return dict(sorted(counts.items()))
 
 
-def _timeouts_of_nobody(heartbeat_s: float) -> Timeouts:
+def _endless_timeouts(heartbeat_s: float) -> Timeouts:
     return Timeouts(
         dead_s=UNBOUNDED,
-        gone_s=UNBOUNDED,  # as dead_s: else a step of seconds had others take the role of who computes it
+        gone_s=UNBOUNDED,  # as dead_s; else the monitor would flip others while one instance computes a long step
         offer_s=UNBOUNDED,
         view_s=4 * heartbeat_s,
         patience_s=UNBOUNDED,

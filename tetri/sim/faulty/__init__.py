@@ -1,5 +1,5 @@
-"""The simulator with faults: the same cores and the same virtual time, with KV bytes, text, messages as on the wire,
-and clients that check every token.
+"""Simulation with injected faults: the same cores and virtual time, with real KV bytes, text, encoded messages and
+clients that check every token.
 
-`chance` has the faults and their dice, `network`, `kv`, `processes` and `clients` the parts to which they happen,
-`world` the whole and its promises."""
+`chance` defines the faults and draws them; `network`, `kv`, `processes` and `clients` are the parts that they affect;
+`world` joins the parts and checks the guarantees."""

@@ -1,4 +1,4 @@
-"""What goes wrong in a simulated deployment, how often, and by chance from one seed."""
+"""The faults of a simulated deployment and their rates, drawn from one seed."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from tetri.sim.kernel import Kernel
 from tetri.wire.handover import Offer
 from tetri.wire.messages import Assign, Membership, Ready
 
-#: name -> what a chance from 0 to 1 is of, and what happens then
+#: probability from 0 to 1: name -> what it applies to, and the fault
 CHANCES = {
     "drop": "of a message: it is lost",
     "duplicate": "of a message: it arrives twice",
-    "delay": "of a message or a transfer of KV: it takes up to `longest`",
-    "replay": "of a message between workers: an older one, perhaps of an earlier life, comes once more",
-    "overtake": "of a message between workers: it comes early, and once more in its place",
-    "mangle": "of a chunk that is announced: in another slab, in fewer slots, a token too many or too few",
-    "corrupt": "of a chunk that is taken: its bytes are not those that were announced",
-    "lose": "of a chunk that is taken: it is no longer there",
-    "truncate": "of a chunk that is taken: its last block does not arrive",
-    "mute": "of a prediction of a length: it never comes",
+    "delay": "of a message or a KV transfer: it takes up to `longest`",
+    "replay": "of a message between workers: an older message, perhaps of an earlier incarnation, arrives again",
+    "overtake": "of a message between workers: it arrives early, and again in its place",
+    "mangle": "of an announced KV chunk: another slab, fewer slots, or a token too many or too few",
+    "corrupt": "of a fetched KV chunk: its bytes do not match the digest",
+    "lose": "of a fetched KV chunk: it is no longer in the slab",
+    "truncate": "of a fetched KV chunk: its last block does not arrive",
+    "mute": "of a length prediction: it never arrives",
     "cancel": "of a request: its client cancels it within `down` of its arrival",
 }
-#: name -> what a rate, times a second, is of, and what happens then
+#: rate per second: name -> what it applies to, and the fault
 RATES = {
-    "kill": "of each worker: it is killed, and starts again within `down`",
-    "kill_monitor": "of the monitor, likewise",
-    "freeze": "of each process: it stands still for up to `down`, then reads what has arrived meanwhile",
-    "disconnect": "of each connection: it breaks, with what is on its way",
-    "leave": "of each client: it is away for up to `down`",
-    "stall": "of each client: it takes nothing for up to `longest`",
-    "flip": "of the deployment: somebody asks for another role of some instance",
+    "kill": "of each worker: it is killed, and restarts within `down`",
+    "kill_monitor": "of the monitor: it is killed, and restarts within `down`",
+    "freeze": "of each process: it stops for up to `down`, then handles what has arrived",
+    "disconnect": "of each connection: it breaks, and messages in transit are lost",
+    "leave": "of each client: it is disconnected for up to `down`",
+    "stall": "of each client: it reads nothing for up to `longest`",
+    "flip": "of the deployment: an operator changes the role of a random instance",
 }
-#: name -> what a number of seconds is for
+#: time in seconds: name -> what it is for
 TIMES = {
-    "until": "the faults end; without it when the last request arrives, but not before 60 s",
-    "longest": "the longest delay of a message, and the longest stall of a client",
-    "down": "the longest time that a process is dead or frozen, or a client away",
+    "until": "when the faults end; by default at the last arrival, but not before 60 s",
+    "longest": "the longest delay of a message and the longest stall of a client",
+    "down": "the longest time that a process is dead or frozen, or a client is disconnected",
 }
-FASTEST, LATEST_S = 1000.0, 1e6  # the highest rate, the longest time
-LEAST_S = 60.0  # without `until` there are faults for at least so long
+FASTEST, LATEST_S = 1000.0, 1e6  # the highest rate per second, the longest time
+LEAST_S = 60.0  # the shortest time with faults when there is no `until`
 EXAMPLE = "drop=0.01,kill=0.001"
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Each kind by the name that CHANCES, RATES and TIMES explain."""
+    """The rate of each fault. CHANCES, RATES and TIMES explain the fields."""
 
     drop: float = 0.0
     duplicate: float = 0.0
@@ -78,7 +78,7 @@ class Faults:
 
 
 def parse_faults(text: str) -> Faults:
-    """From "name=number,name=number". Raises FaultsError, one line that says what is allowed."""
+    """Parse "name=number,name=number". Raises FaultsError, one line that says what is allowed."""
     found: dict[str, float] = {}
     for name, number in parsed_pairs(text, [field.name for field in fields(Faults)], EXAMPLE):
         most = 1.0 if name in CHANCES else FASTEST if name in RATES else LATEST_S
@@ -92,8 +92,8 @@ def parse_faults(text: str) -> Faults:
 
 
 class Chance:
-    """The dice of one run. Faults happen until `until`, in seconds of virtual time. `counts` has every kind that was
-    asked for, from 0 on. With a `log` all that happens is written down, one line each."""
+    """Draws the faults of one run. Faults happen until `until`, in seconds of virtual time. `counts` has the number of
+    faults of every requested kind. With a `log`, every event is appended to it as one line."""
 
     def __init__(self, kernel: Kernel, faults: Faults, seed: int, log: list[str] | None = None) -> None:
         self.kernel, self.faults, self.log = kernel, faults, log
@@ -103,16 +103,16 @@ class Chance:
 
     @property
     def over(self) -> bool:
-        """No fault happens any more."""
+        """Whether the time of the faults is over."""
         return self.kernel.now >= self.until
 
     def last_arrival(self) -> None:
-        """The last request has arrived: without a given end the faults end here."""
+        """Note that the last request has arrived, which ends the faults if `until` was not given."""
         if isinf(self.until):
             self.until = max(self.kernel.now, LEAST_S)
 
     def happens(self, kind: str) -> bool:
-        """Cast the dice of one of CHANCES. What happens is counted."""
+        """Draw whether a fault of CHANCES happens, and count it."""
         chance = getattr(self.faults, kind)
         if not chance or self.over or self.rng.random() >= chance:
             return False
@@ -120,8 +120,8 @@ class Chance:
         return True
 
     def often(self, kind: str, things: float, what: Callable[[], bool | None]) -> None:
-        """Call `what` at the rate of one of RATES for each of so many things. It says whether that came to anything,
-        which is counted, or None when there is nobody left to whom it could happen."""
+        """Call `what` at the rate of a fault of RATES, times the number of `things` that it applies to. `what` returns
+        whether the fault happened, which is counted, or None to end the calls."""
         rate = getattr(self.faults, kind) * things
         if not rate:
             return
@@ -135,26 +135,27 @@ class Chance:
         self.kernel.at(self.kernel.now + self.rng.expovariate(rate), now)
 
     def after(self, most_s: float, what: Callable[[Any], None], argument: Any = None) -> None:
-        """Call `what(argument)` within `most_s`."""
+        """Call `what(argument)` after a random time of up to `most_s` seconds."""
         self.kernel.at(self.kernel.now + self.rng.uniform(0.0, most_s), what, argument)
 
     def recovers(self, what: Callable[[Any], None], argument: Any = None) -> None:
-        """Call `what(argument)` within `down`: mostly soon, so that few find out, now and then late."""
+        """Call `what(argument)` within `down`: mostly early, before others notice the fault, and sometimes late."""
         down = self.faults.down
         self.after(self.rng.choice((down / 4, down / 4, down)), what, argument)
 
     def way_s(self, latency_s: float) -> float:
-        """How long a message, or a request for KV, is on its way: on average `latency_s`."""
+        """Draw the latency in seconds of a message or a KV fetch; without delay faults the mean is `latency_s`."""
         return self.rng.uniform(0.0, self.faults.longest if self.happens("delay") else 2 * latency_s)
 
     def note(self, who: str, what: Any, actions: Sequence[Any] = ()) -> None:
+        """Append an event of the process `who` and the resulting actions to the log, if there is one."""
         if self.log is not None:
             self.log.append(f"{self.kernel.now:.4f} {who}: {brief(what)}")
             self.log.extend(f"       -> {brief(action)}" for action in actions)
 
 
 def brief(thing: Any) -> str:
-    """One line, without the views, the fingerprints and the samplings that hide everything else."""
+    """Return one line about an event or action, without long parts such as views, fingerprints and samplings."""
     match thing:
         case Send(peer, message):
             return f"to {peer}: {brief(message)}"
@@ -162,7 +163,7 @@ def brief(thing: Any) -> str:
             return f"publishes {type(message).__name__}"
         case Membership():
             there = ", ".join(f"{i.iid} {i.role}" for i in thing.instances)
-            return f"roster {thing.number}: {there}"
+            return f"membership {thing.number}: {there}"
         case Offer():
             return f"Offer({thing.src} {thing.rid} attempt {thing.attempt} offer {thing.offer}, {thing.blocks} blocks)"
         case Assign():

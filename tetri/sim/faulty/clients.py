@@ -1,4 +1,4 @@
-"""The clients of a simulated deployment with faults. They check all that they are told."""
+"""The clients of a simulated deployment with faults. They check every message that they receive."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tetri.wire.codec import decode, encode
 if TYPE_CHECKING:
     from tetri.sim.faulty.world import FaultyWorld
 
-CLIENT_S = 0.001  # how long a client's message takes, on average
+CLIENT_S = 0.001  # mean latency of a client's message
 ADMIN = b"admin"
 
 
 @dataclass
 class Client:
-    """One client with one request. What it is told must be in order, without gaps and without repetition. `say` sends
-    to the broker; `ended` hears of the end."""
+    """One client with one request. It asserts that tokens arrive in order, without gaps and without repetition. `send`
+    sends a message to the broker; `ended` is called once, with the last message."""
 
     chance: Chance
     number: int
@@ -47,7 +47,7 @@ class Client:
     sampling: Sampling
     deadline_s: float | None
     ask_s: float
-    say: Callable[[Any], None]
+    send: Callable[[Any], None]
     ended: Callable[[Client, Done | Refused], None]
     rid: str | None = None
     ids: list[int] = field(default_factory=list)
@@ -56,22 +56,25 @@ class Client:
     cancelled: bool = False
     away: bool = False
     stuck: bool = False
-    heard_at: float = 0.0
-    asked: list[int] = field(default_factory=list)  # tokens from which on it asked to hear all again
-    expected: int = 0  # the next token that may come
-    tail_at: int = -1  # the token at which text without tokens came
+    received_at: float = 0.0
+    asked: list[int] = field(default_factory=list)  # the first tokens of its Attach messages
+    expected: int = 0  # index of the next token that may arrive
+    tail_at: int = -1  # token index at which text without tokens arrived
 
     @property
     def key(self) -> str:
+        """The request's key."""
         return str(self.number)
 
     @property
     def name(self) -> bytes:
+        """The client's name for the broker."""
         return self.key.encode()
 
-    # ------------------------------------------------------------ what it does
+    # ------------------------------------------------------------ sending
 
     def start(self) -> None:
+        """Submit the request and schedule this client's faults."""
         chance = self.chance
         self.submit()
         self._later(self.ask_s, self.watch)
@@ -85,24 +88,27 @@ class Client:
         kernel.at(kernel.now + seconds, lambda _: what())
 
     def submit(self) -> None:
+        """Send the Submit, and repeat it until the request is accepted or refused."""
         if self.rid is None and self.done is None:
-            self.say(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
+            self.send(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
             self._later(self.ask_s, self.submit)
 
     def watch(self) -> None:
-        """Ask when nothing was heard for a while, as a client's library does."""
+        """Send an Attach after each silence of `ask_s` seconds, as the client library does."""
         if self.done is not None:
             return
-        if self.rid is not None and not self.away and self.chance.kernel.now - self.heard_at > self.ask_s:
+        if self.rid is not None and not self.away and self.chance.kernel.now - self.received_at > self.ask_s:
             self.attach()
         self._later(self.ask_s, self.watch)
 
     def cancel(self, _: Any = None) -> None:
+        """Cancel the request if it is accepted and open."""
         if self.rid is not None and self.done is None:
             self.cancelled = True
-            self.say(FromClient(self.name, Cancel(rid=self.rid)))
+            self.send(FromClient(self.name, Cancel(rid=self.rid)))
 
     def leave(self) -> bool | None:
+        """Disconnect for a while. Returns None after the end of the request, else True."""
         if self.done is not None:
             return None
         self.away = True
@@ -110,16 +116,19 @@ class Client:
         return True
 
     def back(self, _: Any) -> None:
+        """Connect again and ask for the missing tokens."""
         self.away = False
         if self.rid is not None and self.done is None:
             self.attach()
 
     def attach(self) -> None:
+        """Ask for all tokens from the first missing one on."""
         assert self.rid is not None
         self.asked.append(len(self.ids))
-        self.say(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
+        self.send(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
 
     def choke(self) -> bool | None:
+        """Read nothing for a while. Returns None after the end of the request, else True."""
         if self.done is not None:
             return None
         self.stuck = True
@@ -127,14 +136,16 @@ class Client:
         return True
 
     def breathe(self, _: Any) -> None:
+        """Read messages again."""
         self.stuck = False
 
-    # ------------------------------------------------------------ what it is told
+    # ------------------------------------------------------------ receiving
 
-    def hear(self, message: Any) -> str:
+    def receive(self, message: Any) -> str:
+        """Check and handle a message. Returns "sent", "full" or "gone" as the result of the broker's send."""
         if self.away or self.stuck:
             return "gone" if self.away else "full"
-        self.heard_at = self.chance.kernel.now
+        self.received_at = self.chance.kernel.now
         match message:
             case Accepted():
                 assert message.key == self.key and self.rid in (None, message.rid)
@@ -158,13 +169,13 @@ class Client:
             self.ended(self, message)
 
     def _extend(self, delta: Delta) -> None:
-        """Nothing comes twice, out of order or after the end, unless it was asked for again."""
-        assert self.done is None or self.asked, f"client {self.key} hears {delta} after the end"
+        """Assert that no token arrives twice, out of order or after the end, unless this client asked for it again."""
+        assert self.done is None or self.asked, f"client {self.key} gets {delta} after the end"
         if delta.start != self.expected:
-            assert delta.start in self.asked, f"client {self.key} has {self.ids} and hears {delta}"
+            assert delta.start in self.asked, f"client {self.key} has {self.ids} and gets {delta}"
             self.expected = delta.start
         again = self.ids[delta.start : delta.start + len(delta.ids)]
-        assert again == delta.ids[: len(again)], f"client {self.key} has {self.ids} and hears {delta}"
+        assert again == delta.ids[: len(again)], f"client {self.key} has {self.ids} and gets {delta}"
         assert len(again) in (0, len(delta.ids)), f"client {self.key} has a part of {delta}"
         self.expected += len(delta.ids)
         if delta.ids and again:
@@ -177,7 +188,7 @@ class Client:
         self.text += delta.text
 
     def verify(self) -> None:
-        """The tokens are the right ones, all of them unless the request was broken off."""
+        """Assert at the end that tokens and text are correct, and complete unless the request was cut short."""
         done = self.done
         assert done is not None
         if isinstance(done, Refused):
@@ -200,11 +211,11 @@ class Client:
         ended = released.stopped or (right[-1] == 0 and not self.sampling.ignore_eos)
         assert done.reason == ("stop" if ended else "length"), (done, right)
         assert done.error is None and done.receipt.prompt_tokens == len(self.prompt)
-        if not released.stopped:  # else the broker may have ended it
+        if not released.stopped:  # else the broker may have ended the request itself
             self._verify_receipt(done.receipt)
 
     def _verify_receipt(self, receipt: Receipt) -> None:
-        """Its worker said what became of the KV, whoever died when."""
+        """Assert that the receipt has the KV figures of the decode worker, whatever faults happened."""
         if receipt.decode_instance is None:  # the first token of an attempt was its last
             assert (receipt.adopted, receipt.transport) == (0, "none"), receipt
         else:
@@ -213,13 +224,13 @@ class Client:
 
 @dataclass(slots=True)
 class CheckedClients(Clients):
-    """Each request has a client of its own, with a prompt that is drawn, and draws a seed where that matters."""
+    """Gives each request its own `Client`, with a random prompt."""
 
     world: FaultyWorld | None = None
     clients: list[Client] = field(default_factory=list)
 
     def _draw(self) -> None:
-        Clients._draw(self)  # super() does not find itself in a dataclass with slots
+        Clients._draw(self)  # super() does not work in a dataclass with slots
         if self._next is None and self.world is not None:
             self.world.chance.last_arrival()
 
@@ -227,23 +238,23 @@ class CheckedClients(Clients):
         world = self.world
         assert world is not None
         if arrival.text is not None:
-            raise SimError("recorded texts cannot be simulated with faults: an engine with KV writes its own")
+            raise SimError("recorded texts cannot be simulated with faults: the engine computes its own tokens")
         rng = world.chance.rng
         prompt = tuple(rng.choices(range(VOCABULARY), k=arrival.prompt))
         sampling = arrival.sampling or Sampling(max_tokens=arrival.output, ignore_eos=True)
         ask_s = world.setup.timeouts.ask_s
-        client = Client(world.chance, number, prompt, sampling, arrival.deadline_s, ask_s, world.say, self._ended)
+        client = Client(world.chance, number, prompt, sampling, arrival.deadline_s, ask_s, world.send, self._ended)
         self.clients.append(client)
         client.start()
 
     def deliver(self, name: bytes, message: Any) -> str:
-        """One message as the broker sends it: whether it was sent, the queue is full, or the client gone."""
+        """Deliver a message of the broker to a client. Returns "sent", "full" (the queue) or "gone" (the client)."""
         assert self.world is not None
         message = decode(encode(message), BrokerReply)
-        return self.world.admin.hear(message) if name == ADMIN else self.clients[int(name)].hear(message)
+        return self.world.admin.receive(message) if name == ADMIN else self.clients[int(name)].receive(message)
 
     def _ended(self, client: Client, message: Done | Refused) -> None:
-        """A request is done when it got all of its tokens, as `Client.verify` checks at the end."""
+        """Record the outcome of a request."""
         outcome: Outcome = self.outcomes[client.number]
         if isinstance(message, Done):
             outcome.state = "done" if message.reason in ("length", "stop") else "failed"
@@ -256,32 +267,34 @@ class CheckedClients(Clients):
 
 @dataclass
 class Admin:
-    """Somebody who changes roles, and is told what became of it."""
+    """An operator who changes roles and checks the results."""
 
     world: FaultyWorld
     asked: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> instance and role
-    told: list[str] = field(default_factory=list)  # of which changes it heard
+    reported: list[str] = field(default_factory=list)  # keys of the changes that the broker reported
 
     def flip(self, iid: str, role: str) -> None:
+        """Ask the broker for a role change."""
         key = f"flip-{len(self.asked)}"
         self.asked[key] = (iid, role)
-        self.world.say(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
+        self.world.send(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
 
-    def hear(self, message: Any) -> str:
+    def receive(self, message: Any) -> str:
+        """Check the reply to a role change. Returns "sent"."""
         assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
         if isinstance(message, RoleChanged):
             assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
             world = self.world
             worker, known = world.workers[message.iid], world.broker.core.members.by_iid[message.iid]
             there = worker.alive and worker.core.own.incarnation == known.instance.incarnation
-            if there and message.key not in self.told:
+            if there and message.key not in self.reported:
                 assert worker.core.role == message.role, f"{message.iid} is {worker.core.role}, not {message.role}"
-            self.told.append(message.key)
+            self.reported.append(message.key)
         return "sent"
 
 
 def on_the_wire(event: Any) -> Any:
-    """A client's message as the broker reads it."""
+    """Return a client's message after encoding and decoding."""
     if isinstance(event, Submitted):
-        return event  # the broker's edge makes it of a Submit
+        return event  # the broker's process builds it from a Submit
     return FromClient(event.client, decode(encode(event.message), ClientMessage))  # type: ignore[arg-type]

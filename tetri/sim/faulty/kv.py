@@ -1,5 +1,4 @@
-"""The KV store of a worker of a simulated deployment with faults: real slabs with real bytes, read after as long as the
-link takes, and now and then wrongly."""
+"""The KV store of a worker with faults: slabs with real bytes, whose transfers take virtual time and sometimes fail."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Memories:
-    """All slabs of a deployment, of killed processes too. A block of them stands for one of `block_bytes`."""
+    """All slabs of a deployment, including those of killed processes. Each block counts as `block_bytes` bytes."""
 
     def __init__(self, chance: Chance, block_bytes: int, latency_s: float) -> None:
         self.chance, self.block_bytes, self.latency_s = chance, block_bytes, latency_s
@@ -31,14 +30,15 @@ class Memories:
 
 
 class SlowReader:
-    """What is asked for is read later, and comes later still, one transfer after the other. Between the two the sender
-    sends it on: it keeps the slots. Every take is answered once. `owner` takes what has come."""
+    """Reads the slabs of other workers with a delay. A fetch reaches the sender after the latency and its bytes arrive
+    after the link's transfer time; meanwhile the sender keeps the slots. Every fetch is answered once. `owner` is the
+    worker that fetches."""
 
     def __init__(self, memories: Memories, link: LimitedLink) -> None:
         self.memories, self.link = memories, link
         self.way = LocalReader(memories.segments)
         self.owner: FaultyWorker | None = None
-        self.peers: dict[str, str] = {}  # -> segment
+        self.peers: dict[str, str] = {}  # peer -> segment
         self.asked: list[Wanted] = []
         self.come: list[Fetched] = []
         self.moved_bytes = 0
@@ -55,18 +55,18 @@ class SlowReader:
         chance = self.memories.chance
         if wanted.peer not in self.peers:
             return Fetched(wanted.ticket, problem=KVLost(f"no peer {wanted.peer} is known here"))
-        assert all(other.ticket != wanted.ticket for other in self.asked), f"{wanted.ticket} is on its way already"
+        assert all(other.ticket != wanted.ticket for other in self.asked), f"{wanted.ticket} is already being fetched"
         self.asked.append(wanted)
         kernel = chance.kernel
         kernel.at(kernel.now + chance.way_s(self.memories.latency_s), self._read, wanted)
         return None
 
     def _read(self, wanted: Wanted) -> None:
-        """The request is at the sender."""
+        """The fetch has reached the sender: read the slab."""
         memories, kernel = self.memories, self.memories.chance.kernel
         sender = memories.slabs.get(wanted.handle.segment)
         if sender is None or not sender.keep(wanted.handle):
-            self._answer(wanted, Fetched(wanted.ticket, problem=KVLost("it is not there any more")))
+            self._answer(wanted, Fetched(wanted.ticket, problem=KVLost("the KV is no longer there")))
             return
         fetched = self.way.fetch(wanted)
         if fetched.problem is None:
@@ -80,7 +80,7 @@ class SlowReader:
         wanted, sender, fetched = transfer
         sender.let_go(wanted.handle)
         assert self.owner is not None
-        self.owner.wake_peer(wanted.peer)  # its slots may be free now
+        self.owner.wake_peer(wanted.peer)  # slots of the sender may be free now
         self._answer(wanted, fetched)
 
     def _answer(self, wanted: Wanted, fetched: Fetched) -> None:
@@ -95,13 +95,13 @@ class SlowReader:
             yield self.come.pop(0)
 
     def close(self) -> None:
-        """It ends with its process."""
+        """Do nothing: the reader ends with its process."""
 
 
 def store(
     memories: Memories, iid: str, paths: tuple[str, ...], slots: int, slot_bytes: int, link: LimitedLink
 ) -> tuple[Store, SlowReader]:
-    """A worker's: it can read, and be read, over these paths, of which all but `local` take time."""
+    """Return the store of a worker and its reader for all paths except `local`, which takes no time."""
     slab = LocalSlab(iid, slots, slot_bytes, memories.segments)
     memories.slabs[slab.segment.name] = slab
     home, slow = LocalReader(memories.segments), SlowReader(memories, link)
@@ -110,7 +110,7 @@ def store(
 
 
 class FaultyCopies(Copies):
-    """Now and then a copy is not what was announced, is too short, or cannot be had."""
+    """Copies KV into the engine; by chance the bytes are corrupt, truncated or lost."""
 
     def __init__(self, chance: Chance, engine: Any, own: Store, slow: SlowReader) -> None:
         super().__init__(engine, own, lambda error, key, chunk: chance.note(key, f"chunk {chunk}: {error}"))

@@ -1,4 +1,4 @@
-"""The connections of a simulated deployment with faults, and what goes wrong on them."""
+"""The connections of a simulated deployment, with faults."""
 
 from __future__ import annotations
 
@@ -16,64 +16,66 @@ from tetri.wire.handover import BetweenWorkers, Chunk
 if TYPE_CHECKING:
     from tetri.sim.faulty.processes import Process
 
-REMEMBERED = 40  # messages from one worker to another that may come again
-NOTICED_S = 0.03  # within so long a process finds out that a peer is dead
-CONNECTED_S = 0.02  # within so long a connection stands
-OVERTAKEN_S = 0.02  # so much before its turn a message may come
-REPLAYED_S = 0.05  # so long after another an old one may come
+REMEMBERED = 40  # recent messages between two workers, which a replay draws from
+NOTICED_S = 0.03  # within this time a process notices that a peer is dead
+CONNECTED_S = 0.02  # within this time a connection is up
+OVERTAKEN_S = 0.02  # within this time an overtaking message arrives
+REPLAYED_S = 0.05  # within this time after a message a replayed one arrives
 
 
 class FaultyWiring(Wiring):
-    """All processes as they live now: one that is killed makes place for the next of its name. What one publishes is
-    heard by each subscriber in order, or not at all."""
+    """All current processes; a restarted process replaces the dead one of its name. Published messages reach each
+    subscriber in order or not at all."""
 
-    processes: dict[str, Process]  # type: ignore[assignment]  # every receiver is one
+    processes: dict[str, Process]  # type: ignore[assignment]  # every receiver is a Process
 
     def __init__(self, chance: Chance, latency_s: float, whole: bool) -> None:
         super().__init__(chance.kernel, latency_s, whole)
         self.chance = chance
-        self.segments: dict[str, None] = {}  # of all KV slabs that have ever been
-        self.said: dict[tuple[str, str], deque[Any]] = {}  # between two workers, lately
+        self.segments: dict[str, None] = {}  # names of all KV slabs ever created, in order
+        self.recent: dict[tuple[str, str], deque[Any]] = {}  # recent messages by (sender, receiver)
         self._busy: dict[tuple[str, str], float] = {}  # when the last message to a subscriber arrives
 
     def connections(self) -> list[Connection]:
+        """Return the connections of all processes."""
         return [line for process in self.processes.values() for line in process.port.lines()]
 
     def publish(self, who: str, message: Any) -> None:
+        """Send a message to all subscribers of the process `who`; each copy may be lost or late."""
         message, chance, kernel = decode(encode(message), type(message)), self.chance, self.kernel
-        for hearer in self.subscribers.get(who, ()):
+        for subscriber in self.subscribers.get(who, ()):
             if chance.happens("drop"):
                 continue
             self.sent += 1
-            key = (who, hearer.name)
+            key = (who, subscriber.name)
             arrives = self._busy[key] = max(self._busy.get(key, 0.0), kernel.now + chance.way_s(self.latency_s))
-            kernel.at(arrives, hearer.receive, message)
+            kernel.at(arrives, subscriber.receive, message)
 
     def replace(self, process: Process) -> None:
-        """Of the same name as one that has died."""
+        """Replace the dead process of the same name."""
         dead, self.processes[process.name] = self.processes[process.name], process
-        for hearers in self.subscribers.values():
-            hearers[:] = [process if hearer is dead else hearer for hearer in hearers]
+        for subscribers in self.subscribers.values():
+            subscribers[:] = [process if each is dead else each for each in subscribers]
         for line in self.connections():
             if line.address == process.name:
-                line.break_off()  # had nobody found out yet
+                line.break_off()  # if the peer has not noticed yet
                 line.connect()
 
 
 class Connection:
-    """One direction from `src` to the peer that it calls `name`: first in, first out. What is on its way when it breaks
-    is lost."""
+    """One direction of a connection, from `src` to the peer `name`; messages stay in order. A break loses the messages
+    in transit."""
 
     def __init__(self, wiring: FaultyWiring, src: Process, name: str, address: str) -> None:
         self.wiring, self.chance, self.src = wiring, wiring.chance, src
         self.name, self.address = name, address
-        self.to = wiring.processes[address]  # as it lives now, or has when the connection was made
+        self.to = wiring.processes[address]  # the peer process of this connection
         self.up, self.closed = False, False
-        self.number = 0  # of the connection: it counts up when one breaks
+        self.number = 0  # incremented when the connection breaks, to recognise messages in transit
         self._busy = 0.0  # when the last message arrives
 
     def receive(self, message: Any) -> None:
-        """From its process, to be carried to the other."""
+        """Take a message of `src` and schedule its arrival, with faults."""
         chance, kernel = self.chance, self.wiring.kernel
         if chance.happens("drop"):
             return
@@ -85,9 +87,9 @@ class Connection:
             kernel.at(self._busy, self._arrive, (message, self.number, self.to))
 
     def _confused(self, message: BetweenWorkers) -> BetweenWorkers:
-        """What no connection does, and a broken sender might."""
+        """Apply faults that only a broken sender causes: replay, overtake and mangle."""
         chance, this = self.chance, (self.number, self.to)
-        old = self.wiring.said.setdefault((self.src.name, self.to.name), deque(maxlen=REMEMBERED))
+        old = self.wiring.recent.setdefault((self.src.name, self.to.name), deque(maxlen=REMEMBERED))
         if old and chance.happens("replay"):
             chance.after(REPLAYED_S, self._arrive, (chance.rng.choice(old), *this))
         old.append(message)
@@ -110,34 +112,34 @@ class Connection:
             to.receive(message)
 
     def connect(self) -> None:
-        """After a while, if both are there then."""
-        self.chance.after(CONNECTED_S, self._stands)
+        """Bring the connection up after a while, if both processes live then."""
+        self.chance.after(CONNECTED_S, self._connected)
 
-    def _stands(self, _: Any) -> None:
+    def _connected(self, _: Any) -> None:
         to = self.wiring.processes[self.address]
         if not self.closed and not self.up and self.src.alive and to.alive:
             self.up, self.to = True, to
-            self.src.port.stands(self)
+            self.src.port.set_up(self)
             self.src.receive(PeerUp(self.name))
 
     def break_off(self, _: Any = None) -> None:
-        """The connection is lost, which is found out now; it is made again when somebody is there."""
+        """Break the connection, let `src` notice it, and connect again."""
         if self.up:
             self.up = False
             self.number += 1
-            self.src.port.fell(self)
+            self.src.port.set_down(self)
             self.src.receive(PeerDown(self.name))
             self.connect()
 
     def close(self) -> None:
-        """What is on its way is lost or not."""
+        """Close the connection; by chance messages in transit are lost."""
         self.closed, self.up = True, False
         if not self.chance.over and self.chance.rng.random() < 0.5:
             self.number += 1
 
 
 class FaultyPort(Port):
-    """The connections of one life of a process."""
+    """The connections of one incarnation of a process."""
 
     wiring: FaultyWiring
 
@@ -147,6 +149,7 @@ class FaultyPort(Port):
         self._lines: dict[str, Connection] = {}
 
     def lines(self) -> list[Connection]:
+        """Return all connections, up or not."""
         return [*self._lines.values()]
 
     def _send(self, to: Any, message: Any) -> None:
@@ -159,10 +162,12 @@ class FaultyPort(Port):
             line = self._lines[peer] = Connection(self.wiring, self.process, peer, address)
             line.connect()
 
-    def stands(self, line: Connection) -> None:
+    def set_up(self, line: Connection) -> None:
+        """Note that a connection is up."""
         self._up[line.name] = line
 
-    def fell(self, line: Connection) -> None:
+    def set_down(self, line: Connection) -> None:
+        """Note that a connection is down."""
         self._up.pop(line.name, None)
 
     def disconnect(self, peer: str) -> None:

@@ -1,5 +1,5 @@
-"""Virtual processes that can be killed and stand still, whose cores are checked after each event, and which do with
-real bytes and real text what the others only count."""
+"""Simulated processes with real KV bytes and text that can be killed and frozen, and whose cores are checked after each
+event."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tetri.text import ByteTokenizer, Stopper
 from tetri.wire.messages import InboxMessage, WorkerEvent
 
 EDGE = ByteTokenizer()
-VOCABULARY, TOKEN_BYTES = 64, 8  # of the emulated engine
+VOCABULARY, TOKEN_BYTES = 64, 8  # parameters of the emulated engine
 
 
 class WatchedCore:
-    """A core that is checked after each event, and of which all that it hears and says is written down."""
+    """Wraps a core: logs its events and actions and checks its invariants after each event."""
 
     def __init__(self, core: AnyCore, name: str, chance: Chance) -> None:
         self.core, self.name, self.chance = core, name, chance
@@ -52,9 +52,9 @@ class WatchedCore:
 
 
 class Process(Node):
-    """One life of a process. After `kill` nothing reaches it; while it is `frozen` what comes waits in its inbox."""
+    """One incarnation of a process. After `kill` it receives nothing; while `frozen`, events wait in its inbox."""
 
-    reads: Any = InboxMessage  # the messages that it takes
+    reads: Any = InboxMessage  # the type of the messages that it receives
     port: FaultyPort
     alive = True
     frozen = False
@@ -64,11 +64,12 @@ class Process(Node):
             super().receive(event)
 
     def turn(self) -> None:
+        """Run one turn of the loop, unless the process is dead or frozen."""
         if self.alive and not self.frozen:
             super().turn()
 
     def kill(self, chance: Chance) -> None:
-        """As kill -9: what it sent lately arrives or not, all that it had is gone."""
+        """Kill the process as `kill -9` does: its state is lost, and its messages in transit may be."""
         chance.note(self.name, "killed")
         self.alive = False
         self.port.close()
@@ -77,7 +78,8 @@ class Process(Node):
                 chance.after(NOTICED_S, line.break_off)
 
     def freeze(self, chance: Chance) -> None:
-        chance.note(self.name, "stands still")
+        """Stop the process for a while, as SIGSTOP does."""
+        chance.note(self.name, "is frozen")
         self.frozen = True
         chance.recovers(self._thaw)
 
@@ -87,12 +89,14 @@ class Process(Node):
 
 
 class FaultyMonitor(Process, MonitorNode):
+    """The monitor's process."""
+
     core: Monitor
     port: FaultyPort
 
 
 class FaultyBroker(Process, BrokerNode):
-    """`deliver` is all clients: (client, message) -> whether it was sent, the client's queue is full, or it is gone."""
+    """The broker's process. `deliver(client, message)` returns "sent", "full" (the client's queue) or "gone"."""
 
     reads = WorkerEvent
     port: FaultyPort
@@ -102,21 +106,22 @@ class FaultyBroker(Process, BrokerNode):
         super().__init__(chance.kernel, watched, port, deliver)
         self.deliver = deliver
         self.stoppers: dict[str, Stopper] = {}
-        self._refused: dict[bytes, None] = {}  # clients that took no reply in this turn: order is kept
-        self._table |= {Reply: self._reply, Detokenize: self._word, Release: lambda do: self._forget(do.rid)}
+        self._refused: dict[bytes, None] = {}  # clients that could not take a reply in this turn
+        self._table |= {Reply: self._reply, Detokenize: self._detokenize, Release: lambda do: self._forget(do.rid)}
 
     def turn(self) -> None:
+        """Run one turn of the loop, unless the process is dead or frozen."""
         self._refused.clear()
         super().turn()
 
     def _reply(self, action: Reply) -> Undelivered | None:
-        heard = "full" if action.client in self._refused else self.deliver(action.client, action.message)
-        if heard == "sent":
+        outcome = "full" if action.client in self._refused else self.deliver(action.client, action.message)
+        if outcome == "sent":
             return None
         self._refused[action.client] = None
-        return Undelivered(action.client, action.message, heard == "gone")
+        return Undelivered(action.client, action.message, outcome == "gone")
 
-    def _word(self, action: Detokenize) -> Detokenized:
+    def _detokenize(self, action: Detokenize) -> Detokenized:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop)
@@ -133,24 +138,25 @@ class FaultyBroker(Process, BrokerNode):
 
 
 class FaultyPredictor(SimulatedPredictor):
-    """One of whose predictions some never come."""
+    """A length predictor whose predictions sometimes never arrive."""
 
     def __init__(self, chance: Chance, own: Identity, seed: int, worker: FaultyWorker) -> None:
         super().__init__(chance.kernel, own, seed, worker.receive)
         self.chance, self.worker = chance, worker
 
     def predict(self, wanted: Any) -> Any:
+        """Predict a length, unless a fault suppresses the prediction."""
         return None if self.chance.happens("mute") else super().predict(wanted)
 
     def estimates(self, done: StepDone) -> StepDone:
-        """The same step, with what hidden states say: nothing."""
+        """Return the step with hidden-state estimates; here there are none."""
         return done
 
 
 class FaultyWorker(Process, WorkerNode):
     """A worker with the emulated engine and a KV store."""
 
-    idle_s = 0.001  # a worker that waits for a message to be lost or not passes the time with such passes
+    idle_s = 0.001  # seconds of a pass that computes nothing, while the engine only waits for messages
     port: FaultyPort
     memory: FaultyCopies
     engine: EmulatedEngine
@@ -162,9 +168,10 @@ class FaultyWorker(Process, WorkerNode):
         super().__init__(chance.kernel, cast(Worker, WatchedCore(core, port.name, chance)), port)
         self.store, slow.owner = own, self
         self.copies = FaultyCopies(chance, engine, own, slow)
-        self._late: tuple[float, int] | None = None  # a run that ended while the process stood still
+        self._late: tuple[float, int] | None = None  # a run that ended while the process was frozen
 
     def turn(self) -> None:
+        """Handle the inbox and finished KV copies, then run one turn of the loop."""
         if self.alive and not self.frozen:
             inbox, self.inbox = self.inbox, []
             for event in chain(inbox, self.copies.events()):
@@ -172,7 +179,7 @@ class FaultyWorker(Process, WorkerNode):
             super().turn()
 
     def wake(self) -> None:
-        """KV has come, or slots are free."""
+        """Schedule a turn: KV has arrived, or slots are free."""
         if self._plan is not None and not self._cut:
             self._cut_short(self._plan)
         elif self._plan is None and not self._turn_set:
@@ -180,11 +187,13 @@ class FaultyWorker(Process, WorkerNode):
             self.kernel.at(self.kernel.now, self._turn)
 
     def wake_peer(self, name: str) -> None:
+        """Wake the worker with this name."""
         peer = self.port.wiring.processes[name]
         if isinstance(peer, FaultyWorker):
             peer.wake()
 
     def kill(self, chance: Chance) -> None:
+        """Kill the process and close its KV store."""
         super().kill(chance)
         self.store.close()
         self._plan = None
@@ -205,6 +214,7 @@ class FaultyWorker(Process, WorkerNode):
         return self.predictor.estimates(super()._finish(plan, steps))
 
     def leftovers(self) -> list[int]:
+        """Return counts of the blocks, slots, offers and other resources that are still held."""
         core, engine, capacity = self.core, self.engine, self.core.own.capacity
         left = [len(core.ledger), capacity.blocks - core.ledger.free, capacity.blocks - len(set(engine.free))]
         left += [len(engine.contents), core.prefill.slots_used, self.store.slots - self.store.free_slots]

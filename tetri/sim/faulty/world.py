@@ -1,10 +1,10 @@
-"""A deployment in virtual time in which things go wrong, and the promises that hold all the same:
+"""Simulate a deployment with injected faults and check its guarantees:
 
     result = FaultyWorld(Setup(cost, prefill=2, decode=2), arrivals, parse_faults("drop=0.01,kill=0.001")).run()
 
-* Every request gets just its own tokens and text, in order, unless its client cancels it or its deadline passes.
-* Everything ends, and in the end every KV block, slot, row and offer has been given back.
-* No core ever finds an invariant broken: each is asked after each event.
+* Every request gets exactly its own tokens and text, in order, unless its client cancels it or its deadline passes.
+* Every request ends, and at the end every KV block, slot, table row and offer is free.
+* The invariants of each core hold after each event.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from tetri.sim.setup import PromiseBroken, Setup, SimError, Timeouts
 from tetri.sim.traces import Arrival, TraceError
 from tetri.sim.world import MONITOR, World
 
-FORGOTTEN_S = 60.0  # so long after its end nobody knows of a request any more
+FORGOTTEN_S = 60.0  # how long after its end a request is removed from all tables
 
 
 def lively(setup: Setup) -> Setup:
-    """The same with the beats and the messages of a live deployment, which lost ones are made up for by."""
+    """Return the setup with the heartbeat and message rates of a live deployment, which repair lost messages."""
     return replace(setup, heartbeat_s=0.2, stream_interval=1)
 
 
 class FaultyWorld(World):
-    """One run. With a `log`, every event and action is written down, one line each. `predictor` makes what names
-    lengths."""
+    """One simulation with faults. With a `log`, every event and action is appended to it as one line. `predictor`: the
+    class of the workers' length predictors."""
 
     broker: FaultyBroker
     monitor: FaultyMonitor
     clients: CheckedClients
     wiring: FaultyWiring
-    workers: dict[str, FaultyWorker]  # type: ignore[assignment]  # all of them are
+    workers: dict[str, FaultyWorker]  # type: ignore[assignment]  # all workers are
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class FaultyWorld(World):
 
     def _monitor_process(self) -> FaultyMonitor:
         core, port = WatchedCore(self._monitor_core(), MONITOR, self.chance), FaultyPort(self.wiring, MONITOR)
-        port.process = node = FaultyMonitor(self.kernel, core, port)  # type: ignore[arg-type]  # watched
+        port.process = node = FaultyMonitor(self.kernel, core, port)  # type: ignore[arg-type]  # a WatchedCore
         return node
 
     def _worker(self, iid: str, role: str) -> FaultyWorker:
@@ -120,8 +120,8 @@ class FaultyWorld(World):
     # ------------------------------------------------------------ the run
 
     def run(self) -> SimResult:
-        """Until every request is answered and everybody has let go. Raises PromiseBroken, one line with the seed and
-        the time; SimError or TraceError when the requests cannot be read."""
+        """Run until every request has ended and all resources are free. Raises PromiseBroken, one line with the seed
+        and the time, if a guarantee is violated; SimError or TraceError if the requests are invalid."""
         try:
             result = super().run()
         except Exception as error:
@@ -132,8 +132,8 @@ class FaultyWorld(World):
         result.faults = dict(self.chance.counts)
         return result
 
-    def say(self, event: Any) -> None:
-        """From a client to the broker."""
+    def send(self, event: Any) -> None:
+        """Send a client's event to the broker."""
         self.chance.after(2 * CLIENT_S, self.broker.receive, on_the_wire(event))
 
     def _start(self) -> None:
@@ -159,7 +159,7 @@ class FaultyWorld(World):
 
     def _restart(self, dead: FaultyWorker) -> None:
         worker = self._worker(dead.name, dead.core.own.instance.role)
-        worker.use = dead.use  # of all its lives
+        worker.use = dead.use  # statistics of all incarnations
         worker.memory.slow.moved_bytes = dead.memory.slow.moved_bytes
         self.workers[dead.name] = worker
         self._revive(worker)
@@ -212,19 +212,20 @@ class FaultyWorld(World):
             *super()._unfinished(),
             *(f"{row.rid} is {row.stage}" for row in self.broker.core.table.active()),
             *(f"{process.name} is dead" for process in processes if not process.alive),
-            *(f"{process.name} stands still" for process in processes if process.frozen),
+            *(f"{process.name} is frozen" for process in processes if process.frozen),
             *(["faults go on"] if not self.chance.over else []),
         ]
 
     def check(self) -> None:
+        """Check the guarantees at the end. Raises AssertionError or PromiseBroken."""
         for client in self.clients.clients:
             client.verify()
         core = self.broker.core
         core.tick(self.kernel.now + FORGOTTEN_S)
-        assert not self.broker.stoppers and not core.table.rows and not core.table.keys, "requests are not forgotten"
+        assert not self.broker.stoppers and not core.table.rows and not core.table.keys, "ended requests are left over"
         for node in (self.broker, self.monitor, *self.workers.values()):
             node.core.check()
         for iid, worker in self.workers.items():
             left = worker.leftovers()
             if any(left):
-                raise PromiseBroken(f"{iid} has not given everything back: {left}")
+                raise PromiseBroken(f"{iid} still holds resources: {left}")
