@@ -35,9 +35,9 @@ class Story(FaultyWorld):
         arrival = Arrival(0.0, PROMPT, sampling.max_tokens, sampling=sampling)
         super().__init__(setup, [arrival], Faults(until=0.0))
         for worker in self.workers.values():
-            worker.port.send = partial(self.send, worker, worker.port.send)
+            worker.port.send = partial(self.pass_on, worker, worker.port.send)
 
-    def send(self, worker, deliver, peer, message):
+    def pass_on(self, worker, deliver, peer, message):
         if worker is self.mute:
             return  # its loop has still to carry out what the core said: nothing of that leaves
         of_request = not isinstance(message, Heartbeat | Ready)

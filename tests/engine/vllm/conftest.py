@@ -80,7 +80,7 @@ def engine(float32: Engines) -> Iterator[EngineProcess]:
     blocks = made.facts()[1].blocks
     assert made.free_blocks() == blocks
     yield made
-    assert (made.free_blocks(), made.requests()) == (blocks, 0)
+    assert (made.free_blocks(), made.engine_requests()) == (blocks, 0)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ class TestContract(EngineContract):
         assert made.capacity == CAPACITY
         yield made
         assert small.step() is not None
-        assert (small.free_blocks(), small.requests()) == (CAPACITY.blocks, 0), "a test leaves nothing behind"
+        assert (small.free_blocks(), small.engine_requests()) == (CAPACITY.blocks, 0), "a test leaves nothing behind"
 
     @pytest.fixture(autouse=True)
     def alone(self, reference, texts) -> None:

@@ -146,7 +146,7 @@ def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right)
     for key in ballast:
         engine.cancel(key)
     steps.append(live.step())
-    while engine.requests():
+    while engine.engine_requests():
         steps.append(live.step())
     ids = [5, *(token.token for step in steps for token in step.tokens if token.key == "x")]
     assert any(span.key == "x" and span.start == 0 for step in steps for span in step.spans), "computed again"
