@@ -62,8 +62,8 @@ def test_status_says_how_well_lengths_are_predicted(run, broker):
     ("monitor", "line"),
     [
         ({"number": 1234, "age_s": 0.07, "flip": "balance"}, "view 1234, 0.1 s old, flip policy balance"),
-        ({"number": 7, "age_s": 9.0, "flip": "none"}, "silent for 9.0 s: requests are placed without news"),
-        (None, "silent since the broker's start: requests are placed without news"),
+        ({"number": 7, "age_s": 9.0, "flip": "none"}, "silent for 9.0 s: requests are placed without load reports"),
+        (None, "silent since the broker's start: requests are placed without load reports"),
     ],
 )
 def test_status_says_whether_the_monitor_is_heard(run, broker, monitor, line):

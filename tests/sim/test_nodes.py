@@ -59,6 +59,3 @@ def test_it_publishes_and_sends(kernel):
     node.receive("go")
     kernel.run()
     assert heard == ["view", "wish"]
-
-
-# ---------------------------------------------------------------- the predictor

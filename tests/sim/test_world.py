@@ -205,6 +205,3 @@ def test_another_order_in_the_policy_table_is_another_order_in_the_simulator(mon
     assert ttft("fcfs")[0] < ttft("fcfs")[1] and ttft("sjf")[0] > ttft("sjf")[1]
     monkeypatch.setitem(ORDERS, "sjf", ORDERS["fcfs"])
     assert ttft("sjf") == ttft("fcfs")
-
-
-# ---------------------------------------------------------------- wrong setups
