@@ -55,5 +55,5 @@ def test_polling_ends_with_what_is_enough_or_with_what_was_read_last():
 def test_the_times_of_a_request_that_met_a_fault_do_not_count(fault):
     straight = {"prompt_tokens": 9, "adopted": 9, "chunks": 1, "kv_bytes": 1}
     check_straight(Receipt(**straight))
-    with pytest.raises(BenchError, match="did not go the straight way"):
+    with pytest.raises(BenchError, match="was restarted, preempted or recomputed"):
         check_straight(Receipt(**straight, **fault))

@@ -36,7 +36,7 @@ def test_what_is_served_is_not_what_is_learnt_from(prompts):
 
 
 def test_too_few_prompts_are_said_before_anything_is_done(prompts):
-    with pytest.raises(StepError, match="has 30, 1 bad lines apart: 21 to learn from and 10 to serve are needed"):
+    with pytest.raises(StepError, match="has 30 and 1 bad lines: 21 to learn from and 10 to serve are needed"):
         predictor_chain.drawn(wanted(prompts, 21))
 
 

@@ -145,7 +145,7 @@ def test_ended_by_a_signal_to_all_of_it_the_program_leaves_nothing(number):
     ("arguments", "says"),
     [
         (["--transport", "carrier pigeon"], "unknown transport 'carrier pigeon'"),
-        (["--sizes", "four"], "no list of numbers"),
+        (["--sizes", "four"], "not a list of numbers"),
         (["--sizes", "0"], "above 0"),
         (["--sizes", ","], "empty"),
     ],

@@ -1,13 +1,12 @@
-"""Decode admission where memory binds: which policy ends requests soonest, and how many it preempts.
+"""bench_admission: compare decode admission policies where KV memory is scarce: mean JCT and preemptions by policy.
 
-The live cores in the simulator: prefill instances enough that only the decode instance limits, and one of that. Two
-workloads. `paper`: 256 requests of the paper's Mixed, all at once, as in its Figure 18. `trace`: a window of a file of
-real arrivals (--trace), another one with each seed.
+Simulates the live cores with one decode instance and enough prefill instances that only the decode instance limits.
+Two workloads: `paper` is 256 requests of the paper's Mixed that arrive together, as in Figure 18; `trace` is a window
+of a file of real arrivals (--trace), a different one for each seed.
 
-Memory binds where greedy admission preempts at least --binds of the requests. What is searched for it: for the closed
-batch the largest KV capacity, for the trace the lowest rate, at the capacity of the cost table. --scale repeats that
-at other capacities: the closed batch with so many times that capacity, the trace with so many times the table's and
-the rate that binds there.
+Memory counts as scarce if greedy admission preempts at least --binds of the requests. The program searches for that
+point: for `paper` the largest KV capacity, for `trace` the lowest request rate at the capacity of the cost table.
+--scale repeats the comparison at multiples of these capacities; for `trace` the rate is searched again.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ from tetri.sim.world import World
 COST = "v100-opt13b"
 CLOSED = 256  # requests of Figure 18
 FEEDERS = {"paper": 8, "trace": 2}  # prefill instances
-GRID, TRIES = 2**0.25, 24  # from one capacity, or rate, that is tried to the next; how many are
-SLOWEST = 0.9  # requests a second of the trace that are tried first
-#: The reserve policies as in the paper, with the low end of the range; peak with the high one. Ideal: the very length.
+GRID, TRIES = 2**0.25, 24  # factor between two capacities or rates of the search; number of tries
+SLOWEST = 0.9  # the first rate of the trace, in requests per second
+#: The reserve policies use the low end of the range, as in the paper; peak uses the high end. Ideal: exact lengths.
 SYSTEMS = {
     "greedy": Rules(order="sjf", admit="greedy", length="noisy"),
     "reserve_static": Rules(order="sjf", admit="reserve_static", length="noisy", admit_end="low"),
@@ -50,14 +49,14 @@ SYSTEMS = {
     "peak ideal": Rules(order="sjf", admit="peak", length="oracle"),
 }
 RIVALS = ("greedy", "reserve_dynamic")
-RATIO_LIMIT = 1.02  # of peak's mean JCT to the better rival's
+RATIO_LIMIT = 1.02  # the largest ratio of peak's mean JCT to the better rival's
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a decode instance with `kv_tokens` is given. A `trace` is a file, of which `requests` in a row are taken,
-    the times between them all stretched alike, so that `rate` average ones come a second: one that takes twice as
-    much `occupancy` as the trace's mean counts twice. None: the closed batch."""
+    """The load of a decode instance with `kv_tokens`. With a `trace` file, `requests` consecutive requests of it arrive
+    at `rate` average requests per second: a request with twice the mean `occupancy` of the trace counts twice. The
+    times between them are scaled by one factor. Without a trace: the closed batch."""
 
     kv_tokens: int
     requests: int = CLOSED
@@ -66,12 +65,13 @@ class Load:
 
     @property
     def name(self) -> str:
+        """The workload: trace or paper."""
         return "trace" if self.trace else "paper"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`preempted`: share of the requests that were preempted at least once."""
+    """The result of one simulation; times in seconds. `preempted`: the share of requests that were preempted."""
 
     jct_mean: float
     jct_p99: float
@@ -80,7 +80,7 @@ class Run:
 
 
 def arrivals_of(load: Load, seed: int) -> tuple[list[Arrival], int]:
-    """The requests, and the longest context that any may have."""
+    """Return the requests and the longest context of any request, in tokens. Raises TraceError."""
     if not load.trace:
         mixed = _paper().workloads["Mixed"]
         return mixed.draw(seed, load.requests), mixed.context
@@ -89,7 +89,7 @@ def arrivals_of(load: Load, seed: int) -> tuple[list[Arrival], int]:
     window = whole[first : first + load.requests]
     start, lasts = window[0].at_s, window[-1].at_s - window[0].at_s
     if lasts <= 0:
-        raise TraceError(f"{load.requests} requests of {load.trace} come at the same time: take more")
+        raise TraceError(f"{load.requests} requests of {load.trace} arrive at the same time: use more")
     heavier = fmean(map(occupancy, window)) / fmean(map(occupancy, whole))
     stretch = (load.requests - 1) * heavier / load.rate / lasts
     longest = max(each.prompt + each.output for each in whole)
@@ -97,7 +97,7 @@ def arrivals_of(load: Load, seed: int) -> tuple[list[Arrival], int]:
 
 
 def occupancy(arrival: Arrival) -> float:
-    """What it takes of a decode instance's memory: tokens of KV x steps for which it has them."""
+    """Return how much of a decode instance's memory a request uses: KV tokens times steps."""
     return arrival.output * (arrival.prompt + arrival.output / 2)
 
 
@@ -112,10 +112,10 @@ def _trace(path: str) -> list[Arrival]:
 
 
 def run(load: Load, reserve_share: float, rules: Rules, seed: int) -> Run:
-    """Raises SimError or TraceError."""
+    """Simulate one load with one policy. Raises SimError or TraceError."""
     arrivals, context = arrivals_of(load, seed)
     setup = Setup(
-        cost=replace(cost.load(COST), predictor_s=0.0, predictor_token_s=0.0),  # predictions are free
+        cost=replace(cost.load(COST), predictor_s=0.0, predictor_token_s=0.0),  # predictions take no time
         prefill=FEEDERS[load.name],
         rules=rules,
         kv_tokens=load.kv_tokens,
@@ -142,12 +142,12 @@ def _one(request: PrefillRequest) -> Run:
 
 
 def binding(loads: Iterable[Load], seeds: int, least: float, share: float, mapped: Mapped, progress: Progress) -> Load:
-    """The first of `loads` at which greedy admission preempts so many. Raises SimError when none does."""
+    """Return the first load at which greedy admission preempts a share `least`. Raises SimError if there is none."""
     for load in loads:
         runs = mapped(_one, [(load, share, SYSTEMS["greedy"], seed) for seed in range(seeds)])
         preempted = fmean(each.preempted for each in runs)
         progress(
-            f"{load.name}, {load.kv_tokens} tokens of KV, {load.rate:.3g} a second: greedy preempts {preempted:.1%}"
+            f"{load.name}, {load.kv_tokens} tokens of KV, {load.rate:.3g} per second: greedy preempts {preempted:.1%}"
         )
         if preempted >= least:
             return load
@@ -155,7 +155,7 @@ def binding(loads: Iterable[Load], seeds: int, least: float, share: float, mappe
 
 
 def compare(load: Load, seeds: int, share: float, mapped: Mapped, progress: Progress) -> dict[str, Any]:
-    """All systems on the same requests and predictions."""
+    """Compare all systems with the same requests and predictions."""
     prefill_requests = [(load, share, rules, seed) for rules in SYSTEMS.values() for seed in range(seeds)]
     runs: list[Run] = []
     for made in mapped(_one, prefill_requests):
@@ -175,7 +175,7 @@ def _row(runs: Sequence[Run], rivals: dict[str, list[Run]]) -> dict[str, Any]:
         "jct_p99": fmean(each.jct_p99 for each in runs),
         "preempted": fmean(each.preempted for each in runs),
         "makespan_s": fmean(each.makespan_s for each in runs),
-        "jct_over": {  # paired: the same requests and predictions
+        "jct_over": {  # paired: both have the same requests and predictions
             name: interval([mine / other.jct_mean for mine, other in zip(jct, others, strict=True)])
             for name, others in rivals.items()
         },
@@ -183,13 +183,13 @@ def _row(runs: Sequence[Run], rivals: dict[str, list[Run]]) -> dict[str, Any]:
 
 
 def targets(rows: dict[str, Any]) -> dict[str, Any]:
-    """What `peak` has to show against greedy and reserve-dynamic."""
+    """Return whether `peak` meets its targets against greedy and reserve-dynamic."""
     mine, others = rows["peak"], [rows[name] for name in RIVALS]
     best = min(other["jct_mean"]["mean"] for other in others)
     apart = any(mine["jct_mean"]["high"] < other["jct_mean"]["low"] for other in others)
     ratio = mine["jct_mean"]["mean"] / best
     return {
-        "ratio": ratio,  # to the better of the two
+        "ratio": ratio,  # to the better rival
         "limit": RATIO_LIMIT,
         "separate_intervals": apart,
         "preempted": mine["preempted"],
@@ -199,7 +199,7 @@ def targets(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def loads_for(workload: str, scale: float, found: Load | None, trace: str, requests: int) -> Iterable[Load]:
-    """What to search at this scale, from where memory does not bind on."""
+    """Return the loads to search at this scale, ordered from ample to scarce memory."""
     table = cost.load(COST).kv_tokens
     if workload == "trace":
         return [Load(int(table * scale), requests, trace, SLOWEST * GRID**step) for step in range(TRIES)]
@@ -212,6 +212,7 @@ def points(
     names: Sequence[str], trace: str, requests: int, scales: Sequence[float], seeds: int, probes: int, least: float,
     share: float, mapped: Mapped, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
+    """Compare the systems for each workload and scale."""
     search = partial(binding, seeds=probes, share=share, mapped=mapped, progress=progress)
     made = []
     for workload in names:
@@ -232,25 +233,27 @@ def _option(name: str, kind: Any, default: Any, text: str, **more: Any) -> Calla
 
 
 @click.command()
-@click.option("--trace", type=click.Path(exists=True, dir_okay=False), help="CSV of arrivals; none: the paper's only.")
-@_option("--workload", click.Choice(("paper", "trace")), ("paper", "trace"), "Which, repeatable.", multiple=True)
-@_option("--requests", click.IntRange(10), 2000, "Of one window of the trace.")
-@_option("--seeds", click.IntRange(2), 20, "Draws of requests, or windows, and of predictions.")
+@click.option(
+    "--trace", type=click.Path(exists=True, dir_okay=False), help="CSV of arrivals. Without it: only the paper's."
+)
+@_option("--workload", click.Choice(("paper", "trace")), ("paper", "trace"), "May be repeated.", multiple=True)
+@_option("--requests", click.IntRange(10), 2000, "Requests in one window of the trace.")
+@_option("--seeds", click.IntRange(2), 20, "Draws of requests and predictions.")
 @_option("--probes", click.IntRange(1), 5, "Seeds of the search for the load.")
-@_option("--binds", click.FloatRange(0.001, 1), 0.06, "Greedy preempts so many there; over all seeds it may be fewer.")
-@_option("--scale", click.FloatRange(0.1, 10), (1.0,), "Times the capacity, repeatable.", multiple=True)
-@_option("--reserve-share", click.FloatRange(0.01, 1), 0.5, "Share of the KV for requests that do not run yet.")
-@_option("--workers", click.IntRange(1), 2, "Processes.")
+@_option("--binds", click.FloatRange(0.001, 1), 0.06, "Share that greedy preempts where memory is scarce.")
+@_option("--scale", click.FloatRange(0.1, 10), (1.0,), "Multiple of the capacity; may be repeated.", multiple=True)
+@_option("--reserve-share", click.FloatRange(0.01, 1), 0.5, "Share of the KV for requests that are not running yet.")
+@_option("--workers", click.IntRange(1), 2, "Number of processes.")
 @as_json
 def main(
     trace: str | None, workload: tuple[str, ...], requests: int, seeds: int, probes: int, binds: float,
     scale: tuple[float, ...], reserve_share: float, workers: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Compare admission policies where memory binds. All but the object "run" depends on the arguments only."""
+    """Compare admission policies where KV memory is scarce. Only the object "run" differs between two runs."""
     started = perf_counter()
     try:
         if trace and len(_trace(trace)) < requests:
-            raise click.UsageError(f"{trace} has {len(_trace(trace))} requests: give --requests at most so many")
+            raise click.UsageError(f"{trace} has {len(_trace(trace))} requests: --requests must not be larger")
         with get_context("spawn").Pool(workers) as pool:
             names = [name for name in workload if name == "paper" or trace]
             made = points(names, trace or "", requests, scale, seeds, probes, binds, reserve_share, pool.imap, progress)
@@ -261,7 +264,8 @@ def main(
 
 
 def shown(point: dict[str, Any]) -> str:
-    speed = f", {point['rate']:.3g} a second" if point["trace"] else ""
+    """Format one point as text."""
+    speed = f", {point['rate']:.3g} per second" if point["trace"] else ""
     head = f"{point['workload']}: {point['requests']} requests{speed}, {point['kv_tokens']} tokens of KV"
     rows = []
     for name, row in point["systems"].items():

@@ -1,6 +1,6 @@
-"""What bin/demo runs after the set-up: a cluster of its own, two prompts, a table, and nothing left behind.
+"""bin/demo: start a cluster, send two prompts, show a table of times and stop the cluster.
 
-Exit status 0: both were answered, and the decode worker took over every prompt token's KV and computed none again.
+Exit status 0: both prompts were answered, and the decode worker adopted the KV of every prompt token.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ LICENCE = REPOSITORY / "LICENSE"
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt of the demo. `shown` replaces the text in the output."""
+
     title: str
-    shown: str  # the text itself may be long
+    shown: str
     text: str
     max_tokens: int
-    chunks: int = 1  # in which it must come in, at least
+    chunks: int = 1  # the least number of KV chunks that it must take
 
 
 def prompts() -> list[Prompt]:
+    """Return the two prompts."""
     short = "Explain in two sentences why the sky is blue."
     sections = LICENCE.read_text(encoding="utf-8").partition("5. Submission")[0].rstrip()  # 1,400 tokens
     question = "What is this text about? Answer in one sentence."
@@ -47,9 +50,9 @@ def prompts() -> list[Prompt]:
 
 
 @click.command()
-@click.option("--conf", type=FILE, help="Configuration to start.")
+@click.option("--conf", type=FILE, help="Configuration file.")
 def main(conf: Path | None) -> None:
-    """Start a small cluster, ask it two things, show where the time went, stop it."""
+    """Start a small cluster, send two prompts, show where the time went and stop the cluster."""
     from rich.console import Console
 
     console, status = Console(), 1
@@ -57,7 +60,7 @@ def main(conf: Path | None) -> None:
         with one_line("bin/demo", *EXPECTED), own_folder("demo") as folder:
             config = pinned(conf or default_path(), folder, "demo", sorted(os.sched_getaffinity(0)))
             status = demonstrate(config, console)
-    except BrokenPipeError:  # whoever read this has gone
+    except BrokenPipeError:  # the reader of stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         click.echo("bin/demo: interrupted; everything is stopped", err=True)
@@ -66,7 +69,7 @@ def main(conf: Path | None) -> None:
 
 
 def demonstrate(config: Config, console: Console) -> int:
-    """The exit status."""
+    """Run the demo and return the exit status. Raises the errors of EXPECTED."""
     for worker in config.workers:
         progress(f"{worker.iid}: {worker.role} worker on CPU {worker.cpus}")
     with running(config, progress, LOAD_S), Client(config.clients_address, timeout=60.0) as client:
@@ -87,17 +90,17 @@ def _answer(client: Client, prompt: Prompt, console: Console) -> Result:
             console.out(piece, end="", highlight=False)
             console.file.flush()
     console.out("\n")
-    assert answer.result is not None  # iterating raises when there is none
+    assert answer.result is not None  # iterating raises if there is no result
     return answer.result
 
 
 def problems(result: Result, chunks: int) -> list[str]:
-    """What keeps an answer from showing what the demo is about."""
+    """Return what is wrong with the hand-over of this result, one line each."""
     receipt, found = result.receipt, []
     if not result.token_ids:
         found.append(f"request {result.rid} was not answered: {result.finish_reason}")
     if receipt.adopted is None or receipt.chunks is None:
-        return [*found, f"request {result.rid}: no worker said what became of its KV"]
+        return [*found, f"request {result.rid}: no worker reported its KV"]
     if receipt.adopted != receipt.prompt_tokens:
         found.append(f"request {result.rid}: {receipt.adopted} of {receipt.prompt_tokens} prompt tokens were adopted")
     if receipt.recomputed:
@@ -108,6 +111,7 @@ def problems(result: Result, chunks: int) -> list[str]:
 
 
 def table(titles: Sequence[str], results: Sequence[Result]) -> Table:
+    """Return the table of stages and KV figures, one column for each result."""
     from rich.table import Table
 
     shown = Table("", *titles, title="where the time went, and what moved")
@@ -115,7 +119,7 @@ def table(titles: Sequence[str], results: Sequence[Result]) -> Table:
         column.justify = "right"
     columns = [_facts(result) for result in results]
     for name in columns[0]:
-        last = name in ("decode", "tokens/s", "recomputed")  # of its section
+        last = name in ("decode", "tokens/s", "recomputed")  # row of a section
         shown.add_row(name, *(column[name] for column in columns), end_section=last)
     return shown
 
@@ -141,7 +145,7 @@ def _facts(result: Result) -> dict[str, str]:
 
 
 def _count(number: int | None, form: str = "") -> str:
-    """What no worker said is not known, and not 0."""
+    """Format a number; None means that no worker reported it."""
     return "unknown" if number is None else format(number, form)
 
 

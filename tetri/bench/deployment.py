@@ -1,4 +1,4 @@
-"""A deployment of its own for one benchmark: nothing else uses it, and nothing of it is left."""
+"""Start a separate deployment for one benchmark and remove everything of it afterwards."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from tetri.proc.supervise import LaunchError
 from tetri.request import Receipt
 from tetri.strict import ConfigError
 
-EXPECTED = (ConfigError, LaunchError, ModelError, TetriError)  # each of them is one line
+EXPECTED = (ConfigError, LaunchError, ModelError, TetriError)  # their text is one line
 REPOSITORY = Path(__file__).parents[2]
 EMULATED = REPOSITORY / "conf" / "emulated.toml"
-START_S = 60.0  # until emulated engines are there
-LOAD_S = 600.0  # two real engines take half a minute on a quiet machine
+START_S = 60.0  # timeout for the start of emulated engines
+LOAD_S = 600.0  # for real engines; two take half a minute on an idle machine
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def own_folder(name: str, keep: bool = False) -> Iterator[Path]:
-    """A run directory, removed at the end unless it is to be kept. SIGTERM and SIGHUP act as Ctrl-C does from now
-    on: what was started is stopped again."""
+    """Create a run directory and remove it at the end, unless `keep`. From now on SIGTERM and SIGHUP act like Ctrl-C,
+    so that the deployment is stopped."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if _may_set() and signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it goes on
+        if _may_set() and signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, signal.default_int_handler)
-    folder = Path(tempfile.mkdtemp(prefix=f"tetri-{name}-{os.getpid()}-", dir="/tmp"))  # Unix sockets: a short path
+    folder = Path(tempfile.mkdtemp(prefix=f"tetri-{name}-{os.getpid()}-", dir="/tmp"))  # Unix sockets need a short path
     try:
         yield folder
     finally:
@@ -49,13 +49,14 @@ def own_folder(name: str, keep: bool = False) -> Iterator[Path]:
 
 
 def configured(conf: Path, folder: Path, name: str, settings: Sequence[str]) -> Config:
-    """The file with a run directory and a name of its own, so that it may run beside any other deployment. `settings`
+    """Load a configuration with its own run directory and name, so that it can run beside other deployments. `settings`
     are "section.key=value". Raises ConfigError."""
     return load(conf, [f"cluster.run_dir={folder}", f"cluster.name={name}-{os.getpid()}", *settings])
 
 
 def pinned(conf: Path, folder: Path, name: str, cpus: Sequence[int], more: Sequence[str] = ()) -> Config:
-    """As `configured`, prefill workers and the broker on the first of `cpus`, decode workers on the last."""
+    """As `configured`, with the broker and prefill workers on the first of `cpus` and decode workers on the last.
+    `more` are further settings."""
     own = ["broker.clients="]
     pins = [f"broker.cpus={cpus[0]}"]
     for worker in configured(conf, folder, name, own).workers:
@@ -67,8 +68,8 @@ def pinned(conf: Path, folder: Path, name: str, cpus: Sequence[int], more: Seque
 
 @contextmanager
 def running(config: Config, progress: Progress, wait_s: float) -> Iterator[Path]:
-    """The run directory of the deployment, which runs until the end of this context. A second Ctrl-C must not leave
-    half of it running. Raises LaunchError and ModelError."""
+    """Start the deployment, yield its run directory and stop the deployment at the end. Signals are ignored while it
+    stops, so that a second Ctrl-C leaves nothing running. Raises LaunchError and ModelError."""
     try:
         yield launch.up(config, progress, wait_s)
     finally:
@@ -87,7 +88,7 @@ def _may_set() -> bool:
 
 
 def polled(read: Callable[[], T], enough: Callable[[T], bool], seconds: float, every_s: float) -> T:
-    """What was read last: that which is enough, or after `seconds` that which is not."""
+    """Call `read` every `every_s` seconds until its result is `enough` or `seconds` have passed; return the result."""
     end = time.monotonic() + seconds
     while not enough(found := read()) and time.monotonic() <= end:
         time.sleep(every_s)
@@ -95,6 +96,6 @@ def polled(read: Callable[[], T], enough: Callable[[T], bool], seconds: float, e
 
 
 def check_straight(receipt: Receipt) -> None:
-    """Raises BenchError when a request met a fault or lack of memory: its times say nothing of the others'."""
+    """Raise BenchError if the request was restarted, preempted or recomputed: its times must not count."""
     if receipt.recomputed or receipt.preempted or receipt.attempts > 1:
-        raise BenchError(f"a request did not go the straight way, so its times do not count: {receipt}")
+        raise BenchError(f"a request was restarted, preempted or recomputed, so its times do not count: {receipt}")

@@ -1,13 +1,13 @@
-"""fit_workloads: fits the means of conf/paper/workloads.toml to the paper's vLLM curves, and only to those.
+"""fit_workloads: fit the mean lengths in conf/paper/workloads.toml to the paper's vLLM curves, and only to those.
 
     tools/fit_workloads paper_figures.json [--join 0.025] [--only LPLD]
 
-The figures are the paper's digitised curves: {"end_to_end": {workload: {"TTFT" | "JCT": {"vLLM": {"points"}}}}}.
-Five statistics of the two vLLM curves are compared with those of simulated draws: mean TTFT, mean JCT, the last JCT,
-the mean of the first 16 TTFTs, and the median time from an end to the next single first token (a lone prefill). The
-paper shows one draw, so each difference counts in units of its spread over draws. Printed are the posterior means of
-prompt_mean and output_mean over a grid, their standard deviations, the least chi-squared and the logarithm of the
-evidence, by whose sum --join, the one parameter that all workloads share, was chosen.
+The input is the paper's digitised curves: {"end_to_end": {workload: {"TTFT" | "JCT": {"vLLM": {"points"}}}}}. Five
+statistics of the two vLLM curves are compared with those of simulated draws: mean TTFT, mean JCT, the last JCT, the
+mean of the first 16 TTFTs, and the median time from the end of a request to the next single first token (a lone
+prefill). The paper shows one draw, so each difference is divided by the standard deviation over draws. The output is
+the posterior means of prompt_mean and output_mean over a grid, their standard deviations, the least chi-squared and the
+log evidence. --join, the one parameter that all workloads share, was chosen by the sum of the log evidence.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled, workloads
 from tetri.sim.workloads import Baseline, Workload
 
-STEPS, WIDTH = 11, 0.3  # of the grid around the file's means, and how far it reaches
-LEAST_SPREAD = 0.02  # the curves were read off to about 1 %
+STEPS, WIDTH = 11, 0.3  # points of the grid around the file's means, and its relative half-width
+LEAST_SPREAD = 0.02  # the curves were digitised to about 1 %
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Posterior means over the grid and their standard deviations, in tokens; the least chi-squared; the logarithm of
-    the evidence."""
+    """The fit of one workload: posterior means over the grid and their standard deviations, in tokens; the least
+    chi-squared; the logarithm of the evidence."""
 
     prompt_mean: float
     output_mean: float
@@ -48,7 +48,7 @@ class Fit:
 
 
 def samples(curve: Mapping[str, Any], requests: int) -> list[float]:
-    """The values that a digitised CDF shows; the smallest is where it begins."""
+    """Return the sorted values of a digitised CDF with this number of requests."""
     points = curve["points"]
     values, before = [points[0][0]], points[0][1]
     for x, share in points:
@@ -59,13 +59,13 @@ def samples(curve: Mapping[str, Any], requests: int) -> list[float]:
 
 
 def statistics(ttfts: Sequence[float], jcts: Sequence[float]) -> list[float]:
-    """The logarithms of the five that are compared."""
+    """Return the logarithms of the five statistics that are compared."""
     firsts, ends = sorted(ttfts), sorted(jcts)
     return [math.log(x) for x in (fmean(firsts), fmean(ends), ends[-1], fmean(firsts[:16]), lone_prefill(firsts, ends))]
 
 
 def lone_prefill(firsts: Sequence[float], ends: Sequence[float]) -> float:
-    """The median time between an end and the first token that follows it alone, of the request that took its slot."""
+    """Return the median time between the end of a request and the single first token of the one that got its slot."""
     times = sorted({round(x, 3) for x in firsts})
     gaps = []
     for before, x in zip(times, times[1:], strict=False):
@@ -77,7 +77,7 @@ def lone_prefill(firsts: Sequence[float], ends: Sequence[float]) -> float:
 
 
 def chi_squared(workload: Workload, wanted: Sequence[float], baseline: Baseline, table: cost.Cost, draws: int) -> float:
-    """How far the means of so many draws are from what is wanted, in units of their spread."""
+    """Return chi-squared of the means over `draws` draws against the wanted statistics, with their spread as error."""
     limits = CoupledLimits(baseline.slots, baseline.step_tokens, table.kv_tokens)
     rows = []
     for seed in range(draws):
@@ -93,7 +93,7 @@ def chi_squared(workload: Workload, wanted: Sequence[float], baseline: Baseline,
 def posterior(
     name: str, wanted: Sequence[float], file: Mapping[str, Any], baseline: Baseline, table: cost.Cost, draws: int
 ) -> Fit:
-    """Of one workload of `file`, whose curves have the statistics `wanted`."""
+    """Fit one workload of `file` to curves with the statistics `wanted`."""
     rows = file["workload"][name]
     sources = {part: [tuple(pair) for pair in file["figure1"][part]] for part in ("prompt", "output")}
     scale = [1 - WIDTH + 2 * WIDTH * i / (STEPS - 1) for i in range(STEPS)]
@@ -123,9 +123,9 @@ def posterior(
 
 @click.command()
 @click.argument("figures", type=FILE)
-@click.option("--join", type=float, help="Seconds; as in the file by default.")
-@click.option("--only", help="One workload.")
-@click.option("--draws", type=click.IntRange(2), default=40, show_default=True, help="At each point of the grid.")
+@click.option("--join", type=float, help="Extra seconds of a step with prompts. Default: the file's.")
+@click.option("--only", help="Fit only this workload.")
+@click.option("--draws", type=click.IntRange(2), default=40, show_default=True, help="Draws at each point of the grid.")
 @as_json
 def main(figures: Path, join: float | None, only: str | None, draws: int, as_json: bool) -> None:
     """Fit the means of conf/paper/workloads.toml to the digitised vLLM curves in FIGURES."""
@@ -147,6 +147,7 @@ def main(figures: Path, join: float | None, only: str | None, draws: int, as_jso
 
 
 def shown(name: str, found: Mapping[str, float]) -> str:
+    """Format the fit of one workload as a line."""
     return (
         f"{name:6} prompt_mean {found['prompt_mean']:5.0f} +- {found['prompt_stdev']:.0f},"
         f" output_mean {found['output_mean']:5.1f} +- {found['output_stdev']:.1f},"

@@ -1,7 +1,7 @@
-"""gpu_check: what of the KV path cuda_ipc works on the GPUs of this machine, and how fast: runs all tests marked `gpu`,
-and prints what they measured and whether the bytes, and the model's tokens, were equal.
+"""gpu_check: check the KV path cuda_ipc on the GPUs of this machine and measure its speed. Runs all tests marked `gpu`
+and prints what they measured and whether the bytes and the model's tokens were equal.
 
-Exit status 0: all that could run passed. Where there is no GPU: one line that says what is missing, and status 1.
+Exit status 0: every test that could run passed. Without a GPU: status 1 and one line that says what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Outcome = tuple[str, str, str]  # file, "passed", "failed" or "skipped", the rea
 
 
 def run_tests(stand_in: str | None, deselected: list[str]) -> tuple[list[dict[str, Any]], list[Outcome]]:
-    """The rows that the tests reported, and each test's outcome."""
+    """Run the tests; return the rows that they reported and the outcome of each test. Raises ClickException."""
     with tempfile.TemporaryDirectory() as folder:
         rows, report = Path(folder, "rows"), Path(folder, "report.xml")
         environment = {**os.environ, ROWS: str(rows), **({STAND_IN: stand_in} if stand_in else {})}
@@ -47,7 +47,7 @@ def run_tests(stand_in: str | None, deselected: list[str]) -> tuple[list[dict[st
 
 
 def outcomes(report: Path) -> list[Outcome]:
-    """From pytest's report."""
+    """Return the outcomes in a JUnit report of pytest."""
     found = []
     for case in xml.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}"
@@ -63,6 +63,7 @@ def outcomes(report: Path) -> list[Outcome]:
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
+    """Format the reported rows as a table."""
     cells = []
     for row in rows:
         timed = "chunk_mb" in row
@@ -82,7 +83,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(found: list[Outcome]) -> list[str]:
-    """How many passed; each failure; each reason of a skip once."""
+    """Return lines with the counts, each failure, and each reason for a skip once."""
     counts = Counter(outcome for _, outcome, _ in found)
     lines = [f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"]
     lines += [f"failed: {name}: {reason}" for name, outcome, reason in found if outcome == "failed"]
@@ -93,8 +94,9 @@ def summary(found: list[Outcome]) -> list[str]:
 @click.command(help=__doc__)
 @as_json
 @click.option("--stand-in", type=click.Path(file_okay=False, exists=True), hidden=True, help="Tries the check itself.")
-@click.option("--deselect", multiple=True, help="A test that is left out, as pytest names it.")
+@click.option("--deselect", multiple=True, help="A test to leave out, by its pytest id.")
 def main(as_json: bool, stand_in: str | None, deselect: tuple[str, ...]) -> None:
+    """Run the check."""
     if stand_in is None:
         try:
             load()

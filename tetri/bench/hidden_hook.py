@@ -1,6 +1,6 @@
-"""bench_hidden_hook: what a step costs more with the hidden-state hook. Steps of one engine in one process on one core,
-every other one with the tap and the head of the predictor of kind `hidden`, so that whatever else the machine does
-falls on both alike."""
+"""bench_hidden_hook: measure the cost of the hidden-state hook per step. Runs steps of one engine in one process on one
+core, half of them with the hook and the predictor of kind `hidden`, in turns, so that other load on the machine affects
+both alike."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ BLOCK, PROMPT, NEVER = 128, 64, 1 << 30
 
 
 class Bench:
-    """`head` is asked with the states of `layer`."""
+    """An engine and the predictor `head`, which reads the hidden states of `head.layer`."""
 
     def __init__(self, engine: VllmEngine, head: Any, clock: Callable[[], float]) -> None:
         self.engine, self.head, self.clock, self.rng = engine, head, clock, Random(7)
 
     def request(self, key: str, phase: Phase, tokens: Sequence[int], outputs: int) -> EngineRequest:
+        """Return an engine request with at most `outputs` output tokens."""
         return EngineRequest(key, phase, tuple(tokens), len(tokens), Sampling(max_tokens=outputs, ignore_eos=True))
 
     def tokens(self, count: int) -> list[int]:
+        """Return random token ids."""
         return [self.rng.randrange(3, 40000) for _ in range(count)]
 
     def timed(self, on: bool, every: int) -> float:
-        """Seconds of one step. The tap is made either way: its making is not what is measured."""
+        """Return the seconds of one step, with the hook if `on`. Creating the hook is not measured."""
         hook = self.engine.hook_hidden_states([self.head.layer], every)
         if not on:
             hook.close()
@@ -50,16 +52,16 @@ class Bench:
         return seconds
 
     def pairs(self, count: int, every: int, before: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """`count` pairs of steps, with and without, in turns."""
+        """Measure `count` pairs of steps, with and without the hook; call `before` ahead of each step."""
         found: dict[bool, list[float]] = {True: [], False: []}
         for number in range(2 * count):
             before()
-            on = number % 4 in (1, 2)  # off, on, on, off: what grows slowly falls on both alike
+            on = number % 4 in (1, 2)  # off, on, on, off: slow trends affect both alike
             found[on].append(self.timed(on, every))
         return compared(found[True], found[False])
 
     def decodes(self, batch: int, outputs: int) -> None:
-        """Bring so many decodes into the running batch, all at once."""
+        """Admit `batch` decode requests to the engine at once."""
         ready = {}
         for number in range(batch):
             tokens = self.tokens(PROMPT)
@@ -76,15 +78,18 @@ class Bench:
             self.engine.admit(key, token)
 
     def prompt(self, count: int) -> None:
+        """Add a prefill of `count` random tokens."""
         self.engine.add(self.request("p", "prefill", self.tokens(count), 2))
 
 
 def views(blocks: Sequence[bytearray]) -> list[memoryview]:
+    """Return a memoryview of each block."""
     return [memoryview(block) for block in blocks]
 
 
 def compared(on: Sequence[float], off: Sequence[float]) -> dict[str, Any]:
-    """Of a step without, and what it takes more with; 95 % of resampled medians lie from `low` to `high`."""
+    """Return the median step without the hook and the extra time with it, with a bootstrapped 95 % interval. Takes
+    seconds."""
     rng = Random(1)
     more = [1000 * (a - b) for a, b in zip(on, off, strict=True)]
     medians = sorted(median(rng.choices(more, k=len(more))) for _ in range(1000))
@@ -95,6 +100,7 @@ def compared(on: Sequence[float], off: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(bench: Bench, count: int, batch: int, prompt: int) -> dict[str, Any]:
+    """Measure prefills of `prompt` tokens and decodes of `batch` requests."""
     head = bench.head
     found: dict[str, Any] = {}
     bench.pairs(2, 1, lambda: bench.prompt(prompt))  # warm
@@ -113,6 +119,7 @@ def measure(bench: Bench, count: int, batch: int, prompt: int) -> dict[str, Any]
 
 
 def shown(found: dict[str, Any]) -> str:
+    """Format the results as a table."""
     rows = []
     for name, row in found.items():
         more = [f"{row['more_ms'][part]:+.3f}" if part in row["more_ms"] else "" for part in ("median", "low", "high")]
@@ -121,18 +128,20 @@ def shown(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--model", default="smollm2-135m", show_default=True, help="Name or folder.")
-@click.option("--predictor", type=click.Path(path_type=Path), help="Folder; by default the one shipped for the model.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="Model name or folder.")
+@click.option(
+    "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."
+)
 @click.option("--count", type=click.IntRange(1), default=240, show_default=True, help="Pairs of decode steps.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Decodes in a step.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a prompt.")
-@click.option("--cpu", type=click.IntRange(0), help="To stay on; the last one that is there by default.")
-@click.option("--busy", is_flag=True, help="Count CPU seconds: for a machine that does other things as well.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Decode requests in a step.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Prompt tokens.")
+@click.option("--cpu", type=click.IntRange(0), help="CPU to run on. Default: the last one.")
+@click.option("--busy", is_flag=True, help="Measure CPU time instead of wall time, for a machine with other load.")
 @as_json
 def main(
     model: str, predictor: Path | None, count: int, batch: int, prompt: int, cpu: int | None, busy: bool, as_json: bool
 ) -> None:
-    """Measure what a step costs more when hidden states are taken out of it and lengths are predicted from them."""
+    """Measure the extra time of a step when lengths are predicted from its hidden states."""
     with on_one_core("bench_hidden_hook", cpu) as out:
         folder, weights, chosen = model_and_predictor(model, predictor)
         head = load(chosen, "hidden", weights)

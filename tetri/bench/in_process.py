@@ -1,4 +1,4 @@
-"""One vLLM engine and one length predictor in the benchmark's own process, on one core."""
+"""Run one vLLM engine and one length predictor in the benchmark's own process on one core."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tetri.predict.model import shipped_for
 
 @contextmanager
 def on_one_core(program: str, cpu: int | None) -> Iterator[TextIO]:
-    """This process on `cpu`, on the last one that it may use by default; gives where the result goes. What an engine
-    or a predictor lacks ends the program with one line and exit status 2."""
+    """Pin this process to `cpu`, by default the last one that it may use, and yield the stream for results. Errors of
+    the engine and the predictor end the program with one line and exit status 2."""
     out = own_stdout()
     with one_line(program, EngineError, ModelError, PredictError, OSError, status=2):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if cpu is None else cpu})
@@ -26,11 +26,11 @@ def on_one_core(program: str, cpu: int | None) -> Iterator[TextIO]:
 
 
 def model_and_predictor(model: str, folder: Path | None) -> tuple[Path, str, Path]:
-    """The model's folder, the hash of its weights and the predictor's folder: the one given, or the shipped one.
-    Raises ModelError and PredictError."""
+    """Return the model's folder, the hash of its weights and the predictor's folder, by default the shipped one. Raises
+    ModelError and PredictError."""
     place = find(model)
     weights = weights_hash(place)
     folder = folder or shipped_for(weights)
     if folder is None:
-        raise PredictError(f"tetri brings no predictor for {model}: give one with --predictor")
+        raise PredictError(f"tetri has no predictor for {model}: pass one with --predictor")
     return place, weights, folder

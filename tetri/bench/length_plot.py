@@ -1,4 +1,4 @@
-"""A picture of predicted against real output lengths. Needs matplotlib."""
+"""Plot predicted against real output lengths. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from tetri.bench.plots import save
 
-Ranges = Sequence[tuple[float, float, float]]  # of each text: below it 10, 50 and 90 % of the odds are
+Ranges = Sequence[tuple[float, float, float]]  # for each text: the 10th, 50th and 90th percentile of the prediction
 
 
 def draw(path: Path, by_kind: Mapping[str, Ranges], tokens: Sequence[int]) -> None:
-    """What each kind of predictor said of each text, over the text's real length. A PNG."""
+    """Write a PNG with the predictions of each kind of predictor over the real lengths, in tokens."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(5.5 * len(by_kind), 5.5), layout="constrained")

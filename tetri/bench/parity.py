@@ -1,8 +1,7 @@
-"""parity: whether the simulator tells the truth: the same requests, live on emulated engines and simulated by the same
-cores.
+"""parity: check that the simulator is accurate: serve the same requests live on emulated engines and in the simulator.
 
-Both are asked for what the broker saw of every request: its time to the first token and to the end. The simulator is
-given the moments at which the live requests were really sent, so that only the serving is compared.
+Compares TTFT and JCT of every request as the broker measures them. The simulator gets the actual send times of the live
+requests, so that only the serving is compared.
 
     tools/parity --runs 3 --requests 1000
 
@@ -33,20 +32,20 @@ from tetri.sim.setup import Setup
 from tetri.sim.traces import Arrival, TokenCounts, drawn
 from tetri.sim.world import World
 
-LIMITS = {"mean": 0.05, "p99": 0.10}  # by what share the simulator may be off
-LEAD_S = 0.5  # before the first request
+LIMITS = {"mean": 0.05, "p99": 0.10}  # the largest relative error of the simulator
+LEAD_S = 0.5  # seconds before the first request
 
 Times = Sequence[tuple[float, float]]  # (TTFT, JCT) of each request, seconds
 
 
 def deployment(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """Of emulated engines with steps of 27 ms and more. Raises ConfigError."""
+    """Return the configuration: emulated engines with steps of 27 ms and more. Raises ConfigError."""
     steps = ["engine.cost=v100-opt13b.toml", "emulated.context=4096"]
     return configured(EMULATED, folder, "parity", [*steps, *overrides])
 
 
 def setup_of(config: Config, seed: int) -> Setup:
-    """The same deployment, to be simulated. Its KV is small: moving it takes no time but that of an emulated link."""
+    """Return the simulator's setup for this deployment. Its KV is small: only an emulated link makes transfers slow."""
     roles = [worker.role for worker in config.workers]
     link = build.link(config)
     return Setup(
@@ -73,7 +72,7 @@ def setup_of(config: Config, seed: int) -> Setup:
 
 
 def live(config: Config, arrivals: Sequence[Arrival], progress: Progress) -> tuple[list[Arrival], Times]:
-    """Serve them for real. The arrivals as they really were, and the times."""
+    """Serve the requests live; return their actual arrivals and their times."""
     with running(config, progress, START_S):
         return asyncio.run(_served(config, arrivals))
 
@@ -98,12 +97,13 @@ async def _served(config: Config, arrivals: Sequence[Arrival]) -> tuple[list[Arr
 
 
 def simulated(setup: Setup, arrivals: Sequence[Arrival]) -> Times:
+    """Return the times of the requests in the simulator. Raises SimError."""
     outcomes = World(setup, arrivals).run().outcomes
     return [(outcome.ttft_s or 0.0, outcome.jct_s or 0.0) for outcome in outcomes]
 
 
 def compared(true: Times, simulated: Times) -> dict[str, Any]:
-    """Mean and p99 of both, and by what share the simulator is off."""
+    """Return mean and p99 of both, and the relative error of the simulator."""
     made: dict[str, Any] = {}
     for place, metric in enumerate(("ttft", "jct")):
         sides = [summarise(times[place] for times in side) for side in (true, simulated)]
@@ -114,14 +114,14 @@ def compared(true: Times, simulated: Times) -> dict[str, Any]:
 
 
 def within(run: dict[str, Any], slack: float = 1.0) -> bool:
-    """Whether every figure is within its bound, times `slack`."""
+    """Whether every error is within its limit times `slack`."""
     return all(abs(made["off"]) <= slack * LIMITS[name.split("_")[1]] for name, made in run.items())
 
 
 def measured(
     config: Config, requests: int, rate: float, lengths: tuple[TokenCounts, TokenCounts], seed: int, progress: Progress
 ) -> dict[str, Any]:
-    """One run, live and simulated."""
+    """Serve one draw of requests live and in the simulator, and compare."""
     arrivals = list(drawn(requests, *lengths, seed, rate))
     sent, true = live(config, arrivals, progress)
     return compared(true, simulated(setup_of(config, seed), sent))
@@ -130,17 +130,19 @@ def measured(
 @click.command()
 @click.option("--requests", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--rate", type=click.FloatRange(0, min_open=True), default=6.0, show_default=True, help="Per second.")
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), default=6.0, show_default=True, help="Requests per second."
+)
 @click.option("--prompt-tokens", default="lognormal:250:0.7", show_default=True)
 @click.option("--output-tokens", default="lognormal:30:0.6", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first run; the next ones count up.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first run; each next run adds 1.")
 @overrides
 @as_json
 def main(
     requests: int, runs: int, rate: float, prompt_tokens: str, output_tokens: str, seed: int,
     overrides: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Serve the same requests live and simulated, and compare their times."""
+    """Serve the same requests live and in the simulator, and compare their times."""
     lengths = TokenCounts.parsed(prompt_tokens), TokenCounts.parsed(output_tokens)
     with one_line("parity", *EXPECTED, status=2), own_folder("parity") as folder:
         config = deployment(folder, overrides)
@@ -152,6 +154,7 @@ def main(
 
 
 def shown(runs: Sequence[dict[str, Any]]) -> str:
+    """Format the comparison as a table."""
     rows = [
         [f"run {number}", name, f"{each['live_s']:.3f}", f"{each['simulated_s']:.3f}", f"{100 * each['off']:+.2f}"]
         for number, run in enumerate(runs, 1)

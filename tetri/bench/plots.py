@@ -1,4 +1,4 @@
-"""Pictures of a run: how long requests took, and what each instance did when. Needs matplotlib."""
+"""Plot a run: the latencies of the requests and a timeline of each instance. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from tetri import atomic
 
-Span = tuple[float, float, str]  # start, stop, what: prefill, decode or mixed
+Span = tuple[float, float, str]  # start, stop (seconds), kind: prefill, decode or mixed
 
 COLOURS = {"prefill": "#2a6fbb", "decode": "#d9822b", "mixed": "#7a4fa3"}
 ROW_INCHES, MOST_INCHES = 0.22, 24.0
-SPANS = 20_000  # of all instances together; beyond that, what is too short to be seen is joined
-PIXELS = 1500  # that a timeline is wide
+SPANS = 20_000  # of all instances; above this number, spans that are too close to be seen apart are joined
+PIXELS = 1500  # width of a timeline
 
 
 class PlotError(RuntimeError):
-    """Nothing can be drawn; one line that says what to do."""
+    """The plot cannot be drawn; one line that says what to do."""
 
 
 def ready(path: Path | None = None) -> None:
-    """To be asked before all the work. Raises PlotError when matplotlib is not installed, or when `path` is no PNG in a
-    folder that exists."""
+    """Check before the work that plotting is possible. Raises PlotError if matplotlib is not installed, or if `path` is
+    not a PNG in an existing folder."""
     if path is not None and path.suffix.lower() != ".png":
         raise PlotError(f"--plot draws a PNG: call it FILE.png, not {str(path)!r}")
     if path is not None and not path.absolute().parent.is_dir():
@@ -30,18 +30,18 @@ def ready(path: Path | None = None) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise PlotError("drawing needs matplotlib: pip install 'tetri[plot]'") from None
+        raise PlotError("plots need matplotlib: pip install 'tetri[plot]'") from None
     matplotlib.use("Agg")
 
 
 def save(figure: Any, path: Path) -> None:
-    """As a PNG: all of the file or nothing."""
+    """Write a figure as a PNG, atomically. Raises OSError."""
     with atomic.file(path) as part:
         figure.savefig(part, format="png", dpi=140, metadata={"Software": None})
 
 
 def draw(path: Path, times: Mapping[str, Sequence[float]], spans: Mapping[str, Sequence[Span]]) -> None:
-    """Values by name, in seconds, as cumulative shares; below them the spans of each instance. A PNG."""
+    """Write a PNG with the distribution of each metric in `times` (seconds) and a timeline of the instances."""
     from matplotlib.figure import Figure
 
     rows = min(max(len(spans) * ROW_INCHES, 1.5), MOST_INCHES)
@@ -62,7 +62,7 @@ def _cdf(axes: Any, name: str, values: Sequence[float]) -> None:
 
 
 def _timeline(axes: Any, spans: Mapping[str, Sequence[Span]]) -> None:
-    """One row an instance, the first on top."""
+    """Draw one row for each instance, the first on top."""
     from matplotlib.patches import Patch
 
     ends = [span[1] for row in spans.values() for span in row]
@@ -81,7 +81,7 @@ def _timeline(axes: Any, spans: Mapping[str, Sequence[Span]]) -> None:
 
 
 def joined(bars: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
-    """Peers that lie at most `gap` apart as one."""
+    """Join neighbouring bars that are at most `gap` seconds apart."""
     made: list[tuple[float, float]] = []
     for start, stop in bars:
         if made and start - made[-1][1] <= gap:

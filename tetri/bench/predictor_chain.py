@@ -1,10 +1,10 @@
-"""predictor_chain: the length predictor from its beginning to its end, for any model: some prompts are answered by the
-model, both kinds of predictor are trained on the answers' lengths and evaluated, and a cluster serves other prompts
-with them.
+"""predictor_chain: test the whole life of a length predictor for any model: collect answers of the model, train both
+kinds of predictor on their lengths, evaluate them, and serve other prompts with them on a cluster.
 
     tools/predictor_chain --prompts FILE --count 200
 
-Exit status 0: every step was done, every request was answered, and each had a prediction. 1: a step failed, and which.
+Exit status 0: every step succeeded and every request was answered and had a prediction. 1: a step failed; one line says
+which.
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ from tetri.predict.lengths import PredictError, Prompt, read_prompts
 
 CLI = (sys.executable, "-c", "from tetri.cli import main; main()")
 KINDS = ("classifier", "hidden")
-WIDTH = 8  # requests that are open at a time
+WIDTH = 8  # concurrent requests
 ANSWER_S = 300.0
-HEARTBEATS_S = 10.0  # within which the status must tell of everything
+HEARTBEATS_S = 10.0  # timeout for the status to include all requests
 
 
 class StepError(Exception):
-    """What went wrong in a step, in one line."""
+    """A step failed; one line with the reason."""
 
 
 @dataclass(frozen=True)
 class Wanted:
+    """The arguments of a run: `count` prompts to learn from, `requests` others to serve."""
+
     prompts: Path
     count: int
     requests: int
@@ -56,7 +58,7 @@ class Wanted:
 
 @dataclass
 class Chain:
-    """`folder`: all that is made. `steps`: name, seconds and what came out, of those that are done."""
+    """The steps of a run. `folder` has all files; `steps`: name, seconds and result of each finished step."""
 
     wanted: Wanted
     folder: Path
@@ -65,10 +67,11 @@ class Chain:
 
     @property
     def predictor(self) -> Path:
+        """The folder of the trained predictors."""
         return self.folder / "predictor"
 
     def run(self) -> None:
-        """Raises StepError."""
+        """Run all steps. Raises StepError."""
         learnt, others = drawn(self.wanted)
         write(self.folder / "prompts.jsonl", learnt)
         self._step("collect", self._collect)
@@ -87,7 +90,7 @@ class Chain:
         progress(f"{name:<20} {self.steps[-1]['seconds']:7.1f} s  {result}")
 
     def _collect(self) -> str:
-        """In two processes, each with half of the CPUs: one with two threads waits for them again and again."""
+        """Collect answers in two processes with half of the CPUs each: faster than one process with two threads."""
         model = ["--model", self.wanted.model, "--max-tokens", str(self.wanted.max_tokens), "--kv-mib", "1024"]
         prompts = read_prompts(self.folder / "prompts.jsonl")[0]
         cpus = sorted(os.sched_getaffinity(0))
@@ -119,30 +122,32 @@ class Chain:
 
 
 def right(shares: dict[str, float]) -> str:
+    """Format the accuracy for ranges of 100, 200 and 400 tokens."""
     return " / ".join(f"{shares[width]:.2f}" for width in ("100", "200", "400"))
 
 
 def drawn(wanted: Wanted) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and others to serve. Raises StepError."""
+    """Draw the prompts to learn from and the prompts to serve. Raises StepError."""
     try:
         prompts, bad = read_prompts(wanted.prompts)
     except PredictError as error:
         raise StepError(f"prompts: {error}") from None
     if len(prompts) < wanted.count + wanted.requests:
         needed = f"{wanted.count} to learn from and {wanted.requests} to serve are needed"
-        raise StepError(f"prompts: {wanted.prompts} has {len(prompts)}, {len(bad)} bad lines apart: {needed}")
+        raise StepError(f"prompts: {wanted.prompts} has {len(prompts)} and {len(bad)} bad lines: {needed}")
     found = Random(wanted.seed).sample(prompts, wanted.count + wanted.requests)
     return found[: wanted.count], found[wanted.count :]
 
 
 def write(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write prompts as JSONL."""
     lines = (json.dumps({"prompt": prompt.text, "source": prompt.source}) for prompt in prompts)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def commands(*lines: Sequence[str]) -> list[dict[str, Any]]:
-    """What `tetri-cli predictor` prints as JSON for each of `lines`, which run side by side. The progress of the first
-    goes where ours goes. Raises StepError."""
+    """Run `tetri-cli predictor` with each of `lines` in parallel and return their JSON results. Only the progress of
+    the first is shown. Raises StepError."""
     with ExitStack() as stack:
         running: list[tuple[subprocess.Popen[str], IO[str] | None]] = []
         for line in lines:
@@ -160,7 +165,7 @@ def commands(*lines: Sequence[str]) -> list[dict[str, Any]]:
                     raise StepError(f"exit status {process.returncode}{_last_line(log)}")
         except BaseException:
             for process, _ in running:
-                process.kill()  # what it makes is sound at any time, and thrown away
+                process.kill()  # its files are valid at any time
                 process.wait()
             raise
     return [json.loads(out) for out in outs]
@@ -174,7 +179,7 @@ def _last_line(log: IO[str] | None) -> str:
 
 
 def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
-    """Start a cluster with the new predictor, ask it everything, and see that lengths were predicted. Raises
+    """Start a cluster with the new predictor, send all prompts and check that lengths were predicted. Raises
     StepError."""
     more = ["policy.length=trained", "predictor.kind=both", f"predictor.folder={chain.predictor}"]
     more += [f"model.name={chain.wanted.model}"]
@@ -187,6 +192,7 @@ def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
 
 
 async def answers(config: Config, prompts: Sequence[Prompt], wanted: Wanted) -> list[Result]:
+    """Send all prompts, WIDTH at a time, and return the results. Raises TetriError."""
     in_flight = asyncio.Semaphore(WIDTH)
     async with AsyncClient(config.clients_address, timeout=ANSWER_S) as client:
 
@@ -203,8 +209,8 @@ async def answers(config: Config, prompts: Sequence[Prompt], wanted: Wanted) -> 
 
 
 def reported(config: Config, requests: int) -> list[dict[str, Any]]:
-    """What each worker's predictor says of itself, once all of them together have seen so many requests end. Raises
-    StepError."""
+    """Return the predictor status of each prefill worker after they have scored this many requests together. Raises
+    StepError after a timeout."""
     with Client(config.clients_address) as client:
 
         def read() -> list[dict[str, Any]]:
@@ -216,13 +222,13 @@ def reported(config: Config, requests: int) -> list[dict[str, Any]]:
 
         ours = polled(read, enough, HEARTBEATS_S, 0.2)
     if not enough(ours):
-        raise StepError(f"of {requests} requests fewer were scored: {json.dumps(ours)}")
+        raise StepError(f"fewer than {requests} requests were scored: {json.dumps(ours)}")
     subprocess.run([*CLI, "status", "--set", f"cluster.run_dir={config.run_dir}"], check=True, stdout=2)
     return ours
 
 
 def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> str:
-    """Raises StepError when an answer or a prediction is missing."""
+    """Return one line about the results. Raises StepError if an answer or a prediction is missing."""
     empty = [result.rid for result in results if not result.token_ids]
     if empty:
         raise StepError(f"{len(empty)} of {len(results)} requests were not answered, such as {empty[0]}")
@@ -235,17 +241,20 @@ def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> s
 
 @click.command()
 @click.option(
-    "--prompts", type=click.Path(dir_okay=False, path_type=Path), required=True, help='JSONL, {"prompt": TEXT} a line.'
+    "--prompts",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help='JSONL with {"prompt": TEXT} lines.',
 )
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Prompts to learn from.")
-@click.option("--requests", type=click.IntRange(1), default=24, show_default=True, help="Other prompts, served.")
-@click.option("--model", default="smollm2-135m", show_default=True, help="A known name, or a checkpoint's folder.")
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
+@click.option("--requests", type=click.IntRange(1), default=24, show_default=True, help="Other prompts to serve.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="Model name or checkpoint folder.")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="The most output tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep lengths and predictor in this new folder.")
 @as_json
 def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
-    """Collect, train, evaluate and serve a length predictor, with the time that each step takes."""
+    """Collect, train, evaluate and serve a length predictor, and show the time of each step."""
     began, problem, status = time.monotonic(), "", 0
     with own_folder("chain") as folder:
         chain = Chain(Wanted(**wanted), folder)
@@ -267,6 +276,7 @@ def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
 
 
 def summary(steps: Sequence[dict[str, Any]], seconds: float) -> str:
+    """Format the steps as a table."""
     rows = [[each["step"], f"{each['seconds']:.1f}", each["result"]] for each in steps]
     return table(("step", "seconds", "result"), [*rows, ["all", f"{seconds:.1f}", ""]])
 

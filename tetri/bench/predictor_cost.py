@@ -1,9 +1,9 @@
-"""bench_predictor: what a length predictor costs. One engine and one predictor in one process on one core, as in a
-prefill worker. Prompts are computed with the predictor and without it in turns, so that whatever else the machine does
-falls on both alike.
+"""bench_predictor: measure the cost of a length predictor. Runs one engine and one predictor in one process on one
+core, as in a prefill worker. Prompts are computed with and without the predictor in turns, so that other load on the
+machine affects both alike.
 
-`paired` is the difference to the prompt without, of the same round, in percent of the median without: its median, and
-where its middle half lies."""
+`paired` is the difference to the prompt without predictor of the same round, in percent of the median without: its
+median and its middle half."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from tetri.proc.hidden import estimates
 from tetri.request import Sampling
 from tetri.text import Tokenizer, load_tokenizer
 
-#: (i) milliseconds of a batch of 16 prompts of 100 tokens, (ii) per cent that prefill may take longer, by prompt tokens
+#: Limits: milliseconds of a batch of 16 prompts of 100 tokens; percent that prefill may take longer, by prompt tokens
 BATCH_MS, BATCH_PROMPTS, BATCH_TOKENS = 250.0, 16, 100
-MORE_PERCENT = {256: 10.0, 1024: 3.0}  # from so many tokens on
+MORE_PERCENT = {256: 10.0, 1024: 3.0}  # from this many tokens on
 WAYS = ("parallel", "sequential", "hidden", "both")
 ANSWER_S = 30.0
 TEXT = """the of and to in a is that for it was on are as with they be at one have this from or had by word but what
@@ -49,7 +49,7 @@ explain describe Python function summarize French essay list story poem question
 
 
 class Bench:
-    """`chunk_tokens` of a prompt are computed in a step."""
+    """An engine and its predictors by kind; `nice` is the niceness of the classifier's thread."""
 
     def __init__(self, engine: VllmEngine, tokenizer: Tokenizer, parts: dict[str, Loaded], nice: int) -> None:
         self.engine, self.tokenizer, self.parts = engine, tokenizer, parts
@@ -63,16 +63,17 @@ class Bench:
             self.before = serve.Sequential(reading)
 
     def close(self) -> None:
+        """Stop the classifier's thread."""
         if self.beside is not None:
             self.beside.close()
 
     def prompt(self, tokens: int) -> list[int]:
-        """English words, so many of the model's tokens."""
+        """Return this many token ids of random English words."""
         text = " ".join(self.rng.choice(self.vocabulary) for _ in range(tokens + 8))
         return self.tokenizer.encode(text)[:tokens]
 
     def timed(self, way: str, tokens: int) -> tuple[float, bool]:
-        """Seconds from the request to its first token, and whether its length was foretold by then."""
+        """Return the seconds from the request to its first token, and whether its length was predicted by then."""
         self.number += 1
         key, prompt = f"r{self.number}", self.prompt(tokens)
         request = EngineRequest(key, "prefill", tuple(prompt), tokens, Sampling(max_tokens=2))
@@ -99,11 +100,12 @@ class Bench:
         return False
 
     def _beside(self, way: str, tokens: int) -> bool:
-        """Whether the thread is asked: of both kinds the classifier is not where one chunk computes the prompt."""
+        """Whether the classifier's thread is used: with both kinds only for prompts of more than one chunk."""
         return way == "parallel" or (way == "both" and tokens > self.engine.capacity.chunk_tokens)
 
     def _drained(self, way: str, tokens: int) -> bool:
-        """What the thread has left to do must not fall on the next prompt. Whether it was done already."""
+        """Wait for the classifier's thread, so that its work does not slow down the next prompt. Returns whether it had
+        already answered. Raises PredictError."""
         if self.beside is None or not self._beside(way, tokens):
             return False
         if any(distribution is not None for _, distribution in self.beside.answers()):
@@ -111,12 +113,12 @@ class Bench:
         until = time.monotonic() + ANSWER_S
         while not any(True for _ in self.beside.answers()):
             if time.monotonic() > until:
-                raise PredictError(f"the classifier does not answer: {self.beside.trouble or 'it hangs'}")
+                raise PredictError(f"the classifier does not answer: {self.beside.trouble or 'time-out'}")
             time.sleep(0.0005)
         return False
 
     def batches(self, count: int) -> dict[str, Any]:
-        """`count` batches of 16 prompts of 100 tokens, as the encoder counts them."""
+        """Measure `count` batches of 16 prompts of 100 encoder tokens."""
         classifier = self.parts["classifier"]
         found: list[float] = []
         for _ in range(count + 2):
@@ -135,7 +137,7 @@ class Bench:
         return " ".join(vocabulary)
 
     def compare(self, ways: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
-        """Each round computes a prompt without a predictor and one in each way, in an order that changes."""
+        """Compute a prompt without a predictor and one in each way, in random order, in each round."""
         seconds: dict[str, list[float]] = {way: [] for way in ("without", *ways)}
         in_time = dict.fromkeys(ways, 0)
         for number in range(rounds + 1):
@@ -154,7 +156,7 @@ class Bench:
 
 
 def compared(samples: Sequence[float], without: Sequence[float], in_time: int) -> dict[str, Any]:
-    """Seconds of the same rounds with a predictor and without, and how often its answer was there in time."""
+    """Compare the seconds with a predictor and without, round by round. `in_time`: answers before the first token."""
     base = median(without)
     differences = sorted(a - b for a, b in zip(samples, without, strict=True))
     low, high = differences[len(differences) // 4], differences[-1 - len(differences) // 4]
@@ -167,14 +169,14 @@ def compared(samples: Sequence[float], without: Sequence[float], in_time: int) -
 
 
 def limit_percent(tokens: int) -> float | None:
-    """By how much a prompt of so many tokens may take longer; None: nobody has said."""
+    """Return how many percent longer a prompt of this many tokens may take; None without a limit."""
     limits = [limit for least, limit in MORE_PERCENT.items() if tokens >= least]
     return min(limits) if limits else None
 
 
 @contextmanager
 def built(model: str, folder: Path | None, chunk: int, longest: int, nice: int) -> Iterator[Bench]:
-    """Raises ModelError, EngineError and PredictError, one line."""
+    """Load engine and predictors. Raises ModelError, EngineError and PredictError, one line."""
     place, weights, folder = model_and_predictor(model, folder)
     parts = {kind: load(folder, kind, weights) for kind in KINDS if (folder / kind).is_dir()}
     if not parts:
@@ -194,12 +196,15 @@ def built(model: str, folder: Path | None, chunk: int, longest: int, nice: int) 
 
 @dataclass(frozen=True)
 class Asked:
+    """What to measure: prompt lengths in tokens, rounds and ways to predict."""
+
     lengths: tuple[int, ...]
     rounds: int
     ways: tuple[str, ...]
 
 
 def measured(bench: Bench, asked: Asked, progress: Progress) -> dict[str, Any]:
+    """Measure everything that was asked for and that the predictors can do."""
     ways = [way for way in asked.ways if _parts(way) <= set(bench.parts)]
     found: dict[str, Any] = {"cpu": sorted(os.sched_getaffinity(0)), "rounds": asked.rounds, "batch": None}
     if "classifier" in bench.parts:
@@ -217,6 +222,7 @@ def _parts(way: str) -> set[str]:
 
 
 def shown(found: dict[str, Any]) -> str:
+    """Format the results as text."""
     lines = []
     if (batch := found["batch"]) is not None:
         lines.append(
@@ -236,14 +242,22 @@ def shown(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--model", default="smollm2-135m", show_default=True, help="A known model's name or a folder.")
-@click.option("--predictor", type=click.Path(path_type=Path), help="Its folder; tetri's own for this model by default.")
+@click.option("--model", default="smollm2-135m", show_default=True, help="Model name or folder.")
+@click.option(
+    "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."
+)
 @click.option("--tokens", "lengths", type=click.IntRange(1), multiple=True, default=(256, 1024, 1536))
 @click.option("--way", "ways", type=click.Choice(WAYS), multiple=True, default=WAYS, help="May be repeated.")
 @click.option("--rounds", type=click.IntRange(1), default=30, show_default=True)
-@click.option("--chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a step.")
-@click.option("--nice", type=click.IntRange(0, 19), default=serve.NICE, show_default=True, help="Of the thread.")
-@click.option("--cpu", type=click.IntRange(0), help="To stay on; the last one that is there by default.")
+@click.option("--chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a step.")
+@click.option(
+    "--nice",
+    type=click.IntRange(0, 19),
+    default=serve.NICE,
+    show_default=True,
+    help="Niceness of the classifier's thread.",
+)
+@click.option("--cpu", type=click.IntRange(0), help="CPU to run on. Default: the last one.")
 @as_json
 def main(
     model: str,
@@ -256,8 +270,7 @@ def main(
     cpu: int | None,
     as_json: bool,
 ) -> None:
-    """Measure what a predictor of output lengths costs. Takes some minutes and wants a machine on which nothing else
-    runs."""
+    """Measure the cost of an output length predictor. Takes some minutes and needs an idle machine."""
     with on_one_core("bench_predictor", cpu) as out, built(model, predictor, chunk, max(lengths), nice) as bench:
         found = measured(bench, Asked(lengths, rounds, ways), progress)
     give(found, shown(found), as_json, out)

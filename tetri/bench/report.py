@@ -1,14 +1,14 @@
-"""What all benchmarks report with, under one set of names.
+"""Reporting for all benchmarks, with one set of names.
 
     median, p99, worst, mean   of the measured values; `worst` is the largest
-    low, high                  where the value beside them lies: its 95 % interval
-    ratio                      what is measured over what it is compared with, in the same rounds
-    percent                    how much more it takes than what it is compared with
-    rounds, seeds              how often it was measured
-    limit, ok                  what a value may be at most; whether all limits are kept
-    run                        what differs between two runs with the same arguments: seconds of the wall clock
+    low, high                  the 95 % interval of the value beside them
+    ratio                      the measured value divided by the baseline of the same rounds
+    percent                    the relative increase over the baseline
+    rounds, seeds              the number of measurements
+    limit, ok                  the largest allowed value; whether all limits are met
+    run                        values that differ between runs with the same arguments, such as wall-clock seconds
 
-A key says its unit at its end, and so for all that lies in it: `step_ms: {median, p99, worst}` are milliseconds.
+A key ends with its unit, which also applies to the values in it: `step_ms: {median, p99, worst}` are milliseconds.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 Progress = Callable[[str], None]
 FILE = click.Path(dir_okay=False, path_type=Path)
-as_json = click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
-conf = click.option("--conf", type=FILE, help="Configuration to measure.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+conf = click.option("--conf", type=FILE, help="Configuration file to measure.")
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )
 
 
 class BenchError(RuntimeError):
-    """The benchmark cannot go on; one line."""
+    """The benchmark cannot continue; one line with the reason."""
 
 
 def spread(values: Iterable[float], scale: float = 1.0, digits: int | None = None) -> dict[str, float]:
-    """Median, 99th percentile and largest of the values, each times `scale`. Raises ValueError when there are none."""
+    """Return median, p99 and worst of the values, times `scale`. Raises ValueError without values."""
     found = summarise(values)
     named = {"median": scale * found.p50, "p99": scale * found.p99, "worst": scale * found.most}
     return named if digits is None else {name: round(value, digits) for name, value in named.items()}
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """The mean of at least two values, and its 95 % interval (Student)."""
+    """Return the mean of at least two values and its 95 % interval (Student's t)."""
     mean, freedom = fmean(values), len(values) - 1
     t = T95[freedom - 1] if freedom <= len(T95) else 1.96 * (1 + 0.71 / freedom)
     half = t * stdev(values) / sqrt(len(values))
@@ -60,7 +60,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell, numbers to the right: what begins with none is a name."""
+    """Format a table. Columns that have a number are aligned to the right, others to the left."""
     lines = [tuple(head), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     named = [not any(cell[:1] in "+-.0123456789" for cell in column[1:] if cell) for column in zip(*lines, strict=True)]
@@ -73,31 +73,31 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of objects, whose keys are its head."""
+    """Format objects as a table with their keys as the head."""
     head = list(dict.fromkeys(name for row in rows for name in row))
     return table(head, [[str(row.get(name, "")) for name in head] for row in rows])
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [head, *rows]
     made = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([made[0], "|---" * len(head) + "|", *made[1:]])
 
 
 def give(found: Mapping[str, Any], text: str, as_json: bool, out: TextIO | None = None) -> None:
-    """The result on stdout: one JSON object, or for people."""
+    """Print the result: `found` as one JSON object if `as_json`, else `text`. To `out`, by default stdout."""
     click.echo(json.dumps(found) if as_json else text, file=out)
 
 
 def progress(text: str) -> None:
-    """Progress, on stderr."""
+    """Print a line of progress on stderr."""
     click.echo(text, err=True)
 
 
 @contextmanager
 def one_line(program: str, *errors: type[Exception], status: int = 1) -> Iterator[None]:
-    """These errors, and a BenchError, end the program with one line on stderr and this exit status."""
+    """On these errors and BenchError, end the program with one line on stderr and this exit status."""
     expected: tuple[type[Exception], ...] = (BenchError, *errors)
     try:
         yield
@@ -107,7 +107,7 @@ def one_line(program: str, *errors: type[Exception], status: int = 1) -> Iterato
 
 
 def own_stdout() -> TextIO:
-    """Where results go; from now on whatever else is written to stdout goes to stderr, as vLLM's log does."""
+    """Return a stream for results; from now on other output to stdout, such as vLLM's log, goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return out

@@ -1,5 +1,5 @@
-"""bench_route: what one routing decision costs among many decode instances, at loads where all, half, a few or none
-have room."""
+"""bench_route: measure the time of a decode routing decision among many instances, when all, half, a few or none have
+free memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tetri.bench.report import as_json, give, progress, spread, table
 from tetri.policy.rules import DECODE_ROUTES, Rules
 from tetri.policy.views import DecodePool, Need
 
-NEED_BLOCKS, END_BLOCKS = 32, 64  # of every request; instances with room have more, those without less
+NEED_BLOCKS, END_BLOCKS = 32, 64  # KV blocks of every request: now, and at its predicted end
 
 
 @dataclass(frozen=True)
 class Case:
-    """Which share of the instances has room for a request to its predicted end, and which share has room now."""
+    """A load: the share of instances with free memory for a request up to its predicted end, and the share for now."""
 
     name: str
     to_the_end: float
@@ -41,10 +41,10 @@ CASES = (
 @click.option("--instances", type=click.IntRange(1), default=1000, show_default=True, help="Decode instances.")
 @click.option("--calls", type=click.IntRange(100), default=100_000, show_default=True, help="Decisions at each load.")
 @click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--limit-us", type=click.FloatRange(0), help="Fail when the 99th percentile of a load is above this.")
+@click.option("--limit-us", type=click.FloatRange(0), help="Fail if the p99 of any load is above this.")
 @as_json
 def main(policy: str, instances: int, calls: int, seed: int, limit_us: float | None, as_json: bool) -> None:
-    """Time single decisions of a decode routing policy. Times are in the `run` object, all else depends on the seed."""
+    """Measure single decisions of a decode routing policy. Only the object "run" differs between two runs."""
     loads, times = [], {}
     for case in CASES:
         nowhere, spent, worked = measure(policy, case, instances, calls, seed)
@@ -61,9 +61,8 @@ def main(policy: str, instances: int, calls: int, seed: int, limit_us: float | N
 
 
 def measure(policy: str, case: Case, instances: int, calls: int, seed: int) -> tuple[int, list[int], list[int]]:
-    """How many decisions found no instance, and the nanoseconds that each took and that this thread computed in it:
-    beside other work on the machine they differ. Every instance that is chosen gets one request more, so that those
-    with few heavy ones are not always the same."""
+    """Return the number of decisions without an instance, and for each decision the wall time and this thread's CPU
+    time in nanoseconds. Each decision adds a request to the chosen instance, so that the choice varies."""
     rng, route = Random(seed), DECODE_ROUTES[policy]
     pool = a_pool(case, instances, rng)
     needs = [Need(NEED_BLOCKS, END_BLOCKS, heavy) for heavy in (False, True)]
@@ -83,6 +82,7 @@ def measure(policy: str, case: Case, instances: int, calls: int, seed: int) -> t
 
 
 def a_pool(case: Case, instances: int, rng: Random) -> DecodePool:
+    """Return a random pool of decode instances for this load."""
     pool = DecodePool([f"d{number}" for number in range(instances)])
     ready = rng.sample(range(instances), instances)
     for place in ready:
@@ -95,6 +95,7 @@ def a_pool(case: Case, instances: int, rng: Random) -> DecodePool:
 
 
 def shown(found: dict[str, Any]) -> str:
+    """Format the results as text."""
     rows = []
     for load in found["loads"]:
         measured = found["run"]["loads"][load["case"]]

@@ -1,1 +1,1 @@
-"""chaos: traffic under injected faults, every answer checked."""
+"""chaos: send requests while faults are injected, and check every answer."""

@@ -1,13 +1,12 @@
-"""chaos: thousands of requests while everything on the way of the KV goes wrong: messages lost, doubled, late, out of
-order and replayed, bytes flipped, chunks cut short, workers that kill themselves in the middle of a hand-over.
+"""chaos: send thousands of requests while faults are injected into the KV hand-over: messages are lost, duplicated,
+late, reordered and replayed, bytes are flipped, chunks are truncated, and workers kill themselves during a hand-over.
 
     tools/chaos --requests 10000 --transport stream --seed 2
 
-Starts an emulated cluster of its own, small enough that requests are also refused for want of memory. Every answer is
-held against the one that its prompt must have. Exit status 0: no wrong token, no request that took longer than --bound,
-no memory and no slot that is not given back, and no process, socket or shared memory left. No error either but one: a
-request whose attempts all met a fault is given up, and counted apart; at the standard rates there is none.
-"""
+Starts an emulated cluster, so small that requests are also refused for lack of memory. Every answer is compared with
+the correct one for its prompt. Exit status 0: no token is wrong, no request takes longer than --bound, all KV blocks
+and slots are free at the end, and no process, socket or shared memory is left. The only allowed error is that the
+broker gives up a request whose attempts all failed; these are counted separately, and the default rates cause none."""
 
 from __future__ import annotations
 
@@ -39,16 +38,16 @@ SHAPE = (
     "transfer.slab_blocks=24",
     "transfer.offer_s=0.1",
 )
-CURES = (  # a fault, the counters in which it shows (others may show in them too), and what makes up for it
-    ("drop", (), "the same is said again"),
-    ("duplicate", ("duplicate",), "the same is answered again"),
-    ("delay", ("late", "reordered"), "chunks land in any order"),
-    ("reorder", ("late", "reordered"), "chunks land in any order"),
-    ("replay", ("late", "old_attempt", "duplicate"), "names of attempt and offer"),
-    ("flip", ("flipped",), "taken again"),
-    ("truncate", ("truncated",), "taken again"),
-    ("lose", ("lost",), "taken again, or another attempt"),
-    ("late", ("lost",), "waited for, or another attempt"),
+CURES = (  # a fault, counters that it raises (others may raise them too), and the repair
+    ("drop", (), "the message is sent again"),
+    ("duplicate", ("duplicate",), "the same answer is sent again"),
+    ("delay", ("late", "reordered"), "chunks may land in any order"),
+    ("reorder", ("late", "reordered"), "chunks may land in any order"),
+    ("replay", ("late", "old_attempt", "duplicate"), "messages name attempt and offer"),
+    ("flip", ("flipped",), "fetched again"),
+    ("truncate", ("truncated",), "fetched again"),
+    ("lose", ("lost",), "fetched again, or another attempt"),
+    ("late", ("lost",), "wait, or another attempt"),
     ("spoil", ("flipped", "given_up"), "another attempt"),
     ("die", ("workers_lost",), "another attempt, a new process"),
 )
@@ -56,7 +55,8 @@ KILLED = "killing itself, as transfer.faults wants it"
 
 
 def settings(transport: str, faults: str, roles: tuple[int, int]) -> list[str]:
-    """Of emulated engines whose steps take no time."""
+    """Return the settings of a cluster of emulated engines whose steps take no time. `roles`: number of prefill,
+    decode."""
     named = [("p", "prefill", roles[0]), ("d", "decode", roles[1])]
     workers = [f"{{iid='{message}{i}', role='{role}'}}" for message, role, count in named for i in range(count)]
     moved = [f"transfer.transport={transport}", f'transfer.faults="{faults}"']
@@ -64,7 +64,7 @@ def settings(transport: str, faults: str, roles: tuple[int, int]) -> list[str]:
 
 
 def left_over(config: Config, findings: Findings, wait_s: float) -> list[str]:
-    """What the living cluster has not given back after so long: open requests, blocks, slots, dead ones' segments."""
+    """Return what the running cluster still holds after `wait_s`: requests, blocks, slots, segments of dead workers."""
     with Client(config.clients_address) as client:
 
         def read() -> list[str]:
@@ -91,22 +91,24 @@ def _kept(instance: dict[str, Any]) -> list[str]:
 
 
 def segments(config: Config) -> list[str]:
+    """Return the names of the cluster's shared memory segments."""
     return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-{config.cluster.name}-")]
 
 
 def after_the_end(config: Config) -> list[str]:
-    """What is left of a cluster that was stopped."""
+    """Return the processes, sockets and segments that remain of a stopped cluster."""
     found = [f"process {pid}" for pid in Supervisor(config.run_dir).alive()]
     found += [f"socket {path.name}" for path in config.run_dir.iterdir() if path.is_socket()]
     return found + [f"segment {name}" for name in segments(config)]
 
 
 def logged(config: Config) -> str:
+    """Return the text of all logs."""
     return "".join(path.read_text(errors="replace") for path in sorted((config.run_dir / "log").glob("*.log*")))
 
 
 def measured(config: Config, requests: int, seed: int, width: int, bound_s: float) -> dict[str, Any]:
-    """One run, and what is to be said of it."""
+    """Run the traffic on a cluster and return the results. Raises the errors of EXPECTED."""
     findings = Findings()
     with running(config, progress, START_S):
         start = time.monotonic()
@@ -137,19 +139,20 @@ def measured(config: Config, requests: int, seed: int, width: int, bound_s: floa
 
 
 def good(run: dict[str, Any]) -> bool:
+    """Whether the run has no problem."""
     return not any(run[problem] for problem in ("wrong", "hung", "leaked", "errors", "crashes"))
 
 
 def shown(run: dict[str, Any]) -> str:
-    """For people."""
-    rate = f"{run['per_second']} a second, {run['chunks']} chunks"
+    """Format the results as text."""
+    rate = f"{run['per_second']} per second, {run['chunks']} chunks"
     counted = {**run["seen"], **run["broker"]}
     rows = []
     for name, signs, cure in CURES:
         seen = ", ".join(f"{sign} {counted.get(sign, 0)}" for sign in signs) or "silence"
         rows.append([name, str(run["injected"].get(name, 0)), seen, cure])
     lines = [f"{run['requests']} requests over {run['transport']} in {run['seconds']} s, {rate}", ""]
-    lines.append(table(("fault", "injected", "seen as", "healed by"), rows))
+    lines.append(table(("fault", "injected", "seen as", "repaired by"), rows))
     for name in ("seen", "broker", "attempts", "given_up", "errors"):
         findings = ", ".join(f"{key} {value}" for key, value in run[name].items() if value)
         lines += ["", f"{name}: {findings or 'none'}"]
@@ -167,11 +170,17 @@ def shown(run: dict[str, Any]) -> str:
 @click.option("--transport", type=click.Choice(["auto", "shm", "stream", "nixl"]), default="shm", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--faults", default=FAULTS, show_default=True, help="As transfer.faults, without a seed.")
-@click.option("--width", type=click.IntRange(1), default=48, show_default=True, help="Requests open at a time.")
+@click.option("--width", type=click.IntRange(1), default=48, show_default=True, help="Concurrent requests.")
 @click.option("--workers", type=(click.IntRange(1), click.IntRange(1)), default=(2, 2), show_default=True)
-@click.option("--bound", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds: longer is a hang.")
+@click.option(
+    "--bound",
+    type=click.FloatRange(1),
+    default=30.0,
+    show_default=True,
+    help="Seconds after which a request counts as hung.",
+)
 @overrides
-@click.option("--keep", is_flag=True, help="Keep the run directory, with the logs.")
+@click.option("--keep", is_flag=True, help="Keep the run directory with the logs.")
 @as_json
 def main(
     requests: int,

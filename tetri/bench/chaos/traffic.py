@@ -1,4 +1,4 @@
-"""The requests of chaos: what is asked, whether the answers are right, and what the cluster tells meanwhile."""
+"""The traffic of chaos: send requests, check the answers and poll the cluster's status."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 
-CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests, and within how many seconds of their start
+CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests; seconds after the start within which they are cancelled
 WATCH_S, SLOWEST = 0.1, 8
 
 
 def gave_up(failure: RequestFailed) -> bool:
-    """Whether the broker gave the request up, and not before it may."""
+    """Whether the broker gave up the request after the full number of attempts."""
     return str(failure).startswith("given up after") and failure.result.receipt.attempts >= MAX_ATTEMPTS
 
 
 @dataclass
 class Findings:
-    """What the workers have counted, each in all of its lives, as far as it was told: what a worker counted in the
-    beat's time before its death is gone with it. `took`: how long each request was open, in seconds."""
+    """The results. `lives`: the last reported counters of each worker incarnation; what a worker counted after its last
+    heartbeat is lost when it dies. `seconds`: how long each request was open."""
 
     lives: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     broker: dict[str, int] = field(default_factory=dict)
@@ -35,17 +35,19 @@ class Findings:
     attempts: Counter[int] = field(default_factory=Counter)
     chunks: int = 0
     slowest: list[tuple[float, str]] = field(default_factory=list)
-    tired: Counter[str] = field(default_factory=Counter)  # honest errors, by their text: begun so often, all in vain
-    refused: Counter[str] = field(default_factory=Counter)  # errors that no fault explains
+    tired: Counter[str] = field(default_factory=Counter)  # requests that were given up, by error text
+    refused: Counter[str] = field(default_factory=Counter)  # other errors, by text
     wrong: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
 
     def add_status(self, status: dict[str, Any]) -> None:
+        """Record the counters of a status."""
         self.broker = status["counters"]
         for instance in status["instances"]:
             self.lives[instance["iid"], instance["incarnation"]] = instance.get("counters", {})
 
     def counters(self) -> dict[str, int]:
+        """Return the workers' counters, summed over all incarnations."""
         total: Counter[str] = Counter()
         for counters in self.lives.values():
             total.update(counters)
@@ -53,14 +55,15 @@ class Findings:
 
 
 class Traffic:
-    """`width` requests are open at any time. Most prompts fill a few chunks, some nearly all of a worker's memory; some
-    requests are cancelled, in whatever stage they are."""
+    """Keeps `width` requests open. Most prompts fill a few chunks, some nearly all of a worker's memory; some requests
+    are cancelled at a random time."""
 
     def __init__(self, config: Config, seed: int, width: int, bound_s: float, findings: Findings) -> None:
         self.config, self.width, self.bound_s, self.findings = config, width, bound_s, findings
         self.rng = Random(seed)
 
     def drawn(self) -> tuple[list[int], Sampling]:
+        """Draw a prompt and its sampling parameters."""
         rng, context = self.rng, self.config.emulated.context
         tokens = rng.randint(400, context - 100) if rng.random() < 0.03 else rng.randint(1, 200)
         prompt = [rng.randrange(1, self.config.emulated.vocabulary) for _ in range(tokens)]
@@ -70,6 +73,7 @@ class Traffic:
         return prompt, Sampling(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=rng.random() < 0.5)
 
     async def ask(self, client: AsyncClient, number: int) -> None:
+        """Send one request and record its result."""
         prompt, sampling = self.drawn()
         asked = {name: getattr(sampling, name) for name in ("max_tokens", "temperature", "seed", "ignore_eos")}
         start, findings, cancelled = time.monotonic(), self.findings, self.rng.random() < CANCELLED
@@ -93,6 +97,7 @@ class Traffic:
         findings.slowest = sorted([*findings.slowest, (round(findings.seconds[-1], 2), line)], reverse=True)[:SLOWEST]
 
     def check(self, number: int, prompt: list[int], sampling: Sampling, result: Result) -> None:
+        """Compare a result with the correct tokens and check its receipt."""
         made, findings, receipt = self.config.emulated, self.findings, result.receipt
         right = reference(prompt, sampling, made.vocabulary, made.token_bytes)
         if result.finish_reason == "cancelled":
@@ -100,7 +105,7 @@ class Traffic:
         if result.token_ids != right:
             findings.wrong.append(f"request {number}: {result.token_ids} is not {right}: {receipt}")
         if result.finish_reason == "length" and receipt.adopted is None:
-            findings.wrong.append(f"request {number}: its worker did not say what became of its KV, {receipt}")
+            findings.wrong.append(f"request {number}: its worker did not report its KV, {receipt}")
         if receipt.decode_instance and receipt.chunks:
             silent = receipt.recomputed and not receipt.preempted
             if silent or (receipt.adopted, receipt.prompt_tokens) != (len(prompt), len(prompt)):
@@ -109,11 +114,13 @@ class Traffic:
         findings.chunks += receipt.chunks or 0
 
     async def watch(self, client: AsyncClient) -> None:
+        """Poll the status until cancelled."""
         while True:
             self.findings.add_status(await client.status())
             await asyncio.sleep(WATCH_S)
 
     async def run(self, count: int) -> None:
+        """Send `count` requests."""
         numbers = iter(range(count))
 
         async def one_after_another(client: AsyncClient) -> None:

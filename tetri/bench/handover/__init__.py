@@ -1,1 +1,1 @@
-"""bench_handover: from the end of prefill to the first decode step."""
+"""bench_handover: measure the time from the end of prefill to the first decode step."""

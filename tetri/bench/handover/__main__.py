@@ -1,6 +1,5 @@
-"""bench_handover: how long after the end of a prompt's prefill its first decode step begins, for a short and a long
-prompt, on an idle decode worker and beside a running batch; and whether the copies of a long prompt overlap with its
-prefill."""
+"""bench_handover: measure the time from the end of a prompt's prefill to its first decode step, for short and long
+prompts, on an idle and a busy decode worker; and whether the KV copies of a long prompt overlap with its prefill."""
 
 from __future__ import annotations
 
@@ -20,15 +19,19 @@ from tetri.bench.report import FILE, BenchError, as_json, conf, give, one_line, 
 from tetri.config import default_path
 from tetri.proc.recorder import RecordError
 
-LIMIT_MS = 15.0  # by which the long prompt's first decode step may come later than the short one's
+LIMIT_MS = 15.0  # the most by which the long prompt's hand-over may take longer than the short one's
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Of each length and load.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=20, show_default=True, help="Requests for each length and load."
+)
 @click.option("--short", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the short prompts.")
 @click.option("--long", type=click.IntRange(2), default=4000, show_default=True, help="Tokens of the long prompts.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Requests that decode beside.")
-@click.option("--plot", type=FILE, help="Draw one long prompt's way, a PNG.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=16, show_default=True, help="Decode requests on the busy worker."
+)
+@click.option("--plot", type=FILE, help="Write a PNG of one long prompt's hand-over.")
 @conf
 @overrides
 @as_json
@@ -42,13 +45,13 @@ def main(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Measure the hand-over from a prefill to a decode worker, stage by stage. Takes some minutes and wants a machine
-    on which nothing else runs."""
+    """Measure the hand-over from a prefill to a decode worker, stage by stage. Takes some minutes and needs an idle
+    machine."""
     with one_line("bench_handover", *EXPECTED, PlotError, RecordError), own_folder("handover") as folder:
         if short >= long:
             raise BenchError(f"--short ({short}) must be less than --long ({long})")
         if plot:
-            ready(plot)  # before all the work
+            ready(plot)  # fail before the work
         config = configured(conf or default_path(), folder, "handover", ["cluster.record=true", *overrides])
         with cluster(config, progress) as live:
             groups = run(live, Load((short, long), rounds, batch), progress)
@@ -61,22 +64,22 @@ def main(
 
 
 def grouped(found: Sequence[Move], groups: dict[Group, list[str]]) -> dict[Group, list[Move]]:
-    """Raises BenchError when a request's way is not wholly in the records."""
+    """Return the hand-overs by group. Raises BenchError if the records lack a request."""
     by_rid = {move.rid: move for move in found}
     missing = [rid for rids in groups.values() for rid in rids if rid not in by_rid]
     if missing:
-        raise BenchError(f"the records do not show how {len(missing)} requests were handed over, {missing[0]} for one")
+        raise BenchError(f"the records lack the hand-over of {len(missing)} requests, such as {missing[0]}")
     return {group: [by_rid[rid] for rid in rids] for group, rids in groups.items()}
 
 
 def typical(samples: Sequence[Move]) -> Move:
-    """The one in the middle."""
+    """Return the hand-over of median duration."""
     return sorted(samples, key=lambda move: move.seconds)[len(samples) // 2]
 
 
 def summarised(by_group: dict[Group, list[Move]], short: int, long: int, batch: int) -> dict[str, Any]:
-    """`difference_ms`: how much later the long prompt's first decode step comes than that of a short prompt on an idle
-    decode worker, medians; `limit_ms`: how much it may."""
+    """Return the results for JSON. `difference_ms`: median hand-over time of the long prompts minus that of the short
+    prompts on an idle decode worker; `limit_ms`: its limit."""
     loads: dict[str, Any] = {}
     base = _ms(move.seconds for move in by_group["idle", short])
     for state in ("idle", "busy"):
@@ -122,6 +125,7 @@ def _ms(seconds: Iterable[float]) -> float:
 
 
 def shown(found: dict[str, Any]) -> str:
+    """Format the results as text."""
     names = list(found["idle"]["lengths"][str(found["short"])]["stages_ms"])
     rows = []
     for state in ("idle", "busy"):
@@ -133,7 +137,7 @@ def shown(found: dict[str, Any]) -> str:
         samples = found[state]
         lines.append(
             f"{found['long']} tokens, {what}: {samples['difference_ms']:+.1f} ms against {found['short']} tokens, idle"
-            f" (at most {samples['limit_ms']:.1f} wanted; a decode step takes {samples['step_ms']:.1f})"
+            f" (limit {samples['limit_ms']:.1f}; a decode step takes {samples['step_ms']:.1f})"
         )
     seen = found["overlap"]
     lines.append(

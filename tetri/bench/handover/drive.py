@@ -1,4 +1,4 @@
-"""The live cluster, recorded, and the requests whose hand-overs are looked at."""
+"""Run the recorded live cluster and send the requests whose hand-overs are measured."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tetri.client import AsyncClient
 from tetri.config import Config
 
 GIVE_UP_S = 300.0
-OUTPUT = 4  # tokens of a request whose hand-over is looked at
-PAUSE_S = 0.2  # before each of them, at most: several steps, so that they end prefill at any point of one
-TOGETHER = 4  # rounds beside the same running batch
+OUTPUT = 4  # output tokens of a measured request
+PAUSE_S = 0.2  # longest random pause before each: several steps, so that prefills end at any point of a step
+TOGETHER = 4  # rounds with the same running batch
 BATCH_PROMPT, BATCH_OUTPUT = 64, 2000  # tokens of each request of that batch
 POLL_S = 0.05
-VOCABULARY = 256, 4096  # ids that every model here has and that are no special ones
+VOCABULARY = 256, 4096  # range of token ids that are valid and not special in every model here
 
 Group = tuple[str, int]  # idle or busy, and the prompts' tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`rounds` of one prompt of each length, and the same again beside a running batch of so many requests."""
+    """`rounds` of one prompt of each length, and as many while a batch of `batch` requests decodes."""
 
     lengths: Sequence[int]
     rounds: int
@@ -37,33 +37,33 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What runs; `prefill` and `decode` are the two workers' names."""
+    """The running cluster; `prefill` and `decode` are the names of its two workers."""
 
     config: Config
     prefill: str
     decode: str
 
     def record(self, iid: str) -> Path:
-        """What this worker has heard and said. Raises BenchError when it had to be started again."""
+        """Return the worker's event record. Raises BenchError if the worker was restarted."""
         found = sorted((self.config.run_dir / "record").glob(f"{iid}-*.events"))
         if len(found) != 1:
-            raise BenchError(f"worker {iid} left {len(found)} records, not 1: it was started again")
+            raise BenchError(f"worker {iid} has {len(found)} records instead of 1: it was restarted")
         return found[0]
 
 
 @contextmanager
 def cluster(config: Config, progress: Progress) -> Iterator[Cluster]:
-    """Everything started, and stopped at the end. Raises LaunchError, BenchError."""
+    """Start the cluster and stop it at the end. Raises LaunchError and BenchError."""
     roles = sorted(worker.role for worker in config.workers)
     if roles != ["decode", "prefill"]:
-        raise BenchError(f"one prefill and one decode worker are wanted, the configuration has {', '.join(roles)}")
+        raise BenchError(f"the configuration must have one prefill and one decode worker, it has {', '.join(roles)}")
     by_role = {worker.role: worker.iid for worker in config.workers}
     with running(config, progress, GIVE_UP_S):
         yield Cluster(config, by_role["prefill"], by_role["decode"])
 
 
 def run(cluster: Cluster, load: Load, progress: Progress) -> dict[Group, list[str]]:
-    """All requests; their ids by group."""
+    """Send all requests and return their ids by group. Raises BenchError."""
     return asyncio.run(_Run(cluster, load, progress).all())
 
 
@@ -104,7 +104,7 @@ class _Run:
 
     @asynccontextmanager
     async def _batch(self) -> AsyncIterator[None]:
-        """Requests that decode together meanwhile. Raises BenchError when one of them ends before."""
+        """Keep a batch of requests decoding in this context. Raises BenchError if one of them ends too early."""
         prompts = [self._prompt(BATCH_PROMPT) for _ in range(self._load.batch)]
         calls = [self._client.generate(each, max_tokens=BATCH_OUTPUT, ignore_eos=True) for each in prompts]
         tasks = [asyncio.create_task(call) for call in calls]
@@ -120,7 +120,7 @@ class _Run:
         await self._running(0)
 
     async def _running(self, count: int) -> None:
-        """Until so many decode."""
+        """Wait until this many requests decode. Raises BenchError after a timeout."""
         end = time.monotonic() + GIVE_UP_S
         while time.monotonic() < end:
             status = await self._client.status()

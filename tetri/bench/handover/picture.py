@@ -1,4 +1,4 @@
-"""A picture of one long prompt's way: the prefill worker's forward passes above, the decode worker's copies below.
+"""Plot the hand-over of one long prompt: the prefill worker's forward passes and copies, the decode worker's copies.
 Needs matplotlib."""
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from typing import Any
 from tetri.bench.handover.stages import Interval, Move
 from tetri.bench.plots import save
 
-#: row by row from above: its name and its colour
+#: name and colour of each row, from the top
 ROWS = {
     "forward pass": "#2a6fbb",
     "copy into the slab": "#7fb0e0",
-    "copy out of it, into the engine": "#d9822b",
+    "copy from the slab into the engine": "#d9822b",
     "first decode step": "#8c5a1e",
 }
-NEAR_S = 0.012  # on each side of what is drawn large
+NEAR_S = 0.012  # margin of the enlarged panels
 
 
 def draw(path: Path, move: Move) -> None:
-    """A PNG: all of the way, one chunk of it, and its end."""
+    """Write a PNG with three panels: the whole hand-over, one chunk, and the end."""
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(11, 8), layout="constrained")
@@ -30,7 +30,7 @@ def draw(path: Path, move: Move) -> None:
     whole.set_title(f"One prompt of {move.tokens:,} tokens, prefilled in {len(move.passes)} passes; chunk by chunk")
     chunk = move.chunks[(len(move.chunks) - 1) // 2]
     _panel(middle, move, chunk.computed.ended - NEAR_S / 4, chunk.copied.ended + NEAR_S / 2)
-    middle.set_title(f"Where chunk {chunk.index} leaves: its copies, and the pass of chunk {chunk.index + 1}")
+    middle.set_title(f"Chunk {chunk.index}: its copies, and the pass of chunk {chunk.index + 1}")
     _panel(end, move, last.computed.ended - NEAR_S / 4, move.first_step.begun + NEAR_S / 2)
     end.set_title(f"The end: the first decode step begins {1000 * move.seconds:.1f} ms after the last pass ended")
     end.set_xlabel("ms since the first pass began")
@@ -44,7 +44,7 @@ def _panel(axes: Any, move: Move, start: float, stop: float) -> None:
             if bar.ended < start or bar.begun > stop:
                 continue
             spot = (1000 * (bar.begun - zero), 1000 * (bar.ended - bar.begun))
-            edge = "white" if place == 0 else ROWS[name]  # a thin bar must not be all edge
+            edge = "white" if place == 0 else ROWS[name]  # a white edge would hide thin bars
             axes.broken_barh([spot], (place - 0.4, 0.8), facecolors=ROWS[name], edgecolor=edge, linewidth=0.8)
             middle = 1000 * ((max(bar.begun, start) + min(bar.ended, stop)) / 2 - zero)
             if bar.ended - bar.begun > 0.03 * (stop - start) and len(bars) > 1:
@@ -59,7 +59,7 @@ def _panel(axes: Any, move: Move, start: float, stop: float) -> None:
 
 
 def rows(move: Move) -> dict[str, list[Interval]]:
-    """The bars of each row, numbered by chunk."""
+    """Return the bars of each row, in the order of the chunks."""
     chunks = move.chunks
     bars = (
         list(move.passes),

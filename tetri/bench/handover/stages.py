@@ -1,10 +1,9 @@
-"""Where the time of a hand-over goes, read from what the cores of a prefill and a decode worker heard and said
-(`cluster.record = true`). Times are seconds of the monotonic clock, which all processes of a host share.
+"""Compute the stages of a hand-over from the event records of a prefill and a decode worker (`cluster.record = true`).
+Times are seconds of the monotonic clock, which all processes of a host share.
 
-A record tells when an event was heard, not when it came. A forward pass begins when the core asked for it and ends when
-its StepDone was heard. A copy begins when the core asked for it, or when the copy before it was done, and ends when its
-Exported or Adopted was heard: the digest is within it.
-"""
+A record has the time at which a core handled an event, not its arrival. A forward pass lasts from the core's Step
+action to its StepDone event. A copy lasts from the core's action, or the end of the copy before, to its Exported or
+Adopted event; this includes the digest."""
 
 from __future__ import annotations
 
@@ -17,14 +16,17 @@ from tetri.proc.recorder import RecordedCall, read, value
 
 
 class Interval(NamedTuple):
+    """A time interval, in seconds."""
+
     begun: float
     ended: float
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk: the forward pass that completed it, its copy into the sender's slab, and its copy out of it into the
-    decode engine. `heard`: when the decode worker could begin that, since it knew of the chunk and had the blocks."""
+    """One KV chunk: the forward pass that computed it, its copy into the sender's slab, and its copy from there into
+    the decode engine. `reported`: when the decode worker asked for that copy: it had the announcement and the
+    blocks."""
 
     index: int
     computed: Interval
@@ -35,8 +37,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One prompt of `tokens`, from the first forward pass of its prefill to its first decode step. `held_up`: how long
-    a step of other requests was still under way on the decode side when the last chunk was announced."""
+    """The hand-over of one prompt, from the first forward pass of its prefill to its first decode step. `held_up`: how
+    long the decode worker was still busy with a step of other requests when the last chunk was announced."""
 
     rid: str
     tokens: int
@@ -47,15 +49,16 @@ class Move:
 
     @property
     def prefilled(self) -> float:
+        """The end of prefill."""
         return self.passes[-1].ended
 
     @property
     def seconds(self) -> float:
-        """From the end of prefill to the begin of the first decode step."""
+        """Seconds from the end of prefill to the start of the first decode step."""
         return self.first_step.begun - self.prefilled
 
     def stages(self) -> dict[str, float]:
-        """What these seconds are made of, in order."""
+        """Return the stages of `seconds`, in order."""
         last = max(self.chunks, key=lambda chunk: chunk.copied.ended)
         end = self.chunks[-1].exported.ended
         return {
@@ -69,11 +72,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Of the `chunks` that had a forward pass of the same prompt after theirs, so many whose copy on the decode side
-    lay `inside`: it began after the prefill worker had put the chunk into its slab, and ended before the next pass did.
-    `early_s`, of each: how long before the prefill engine was called for that pass its copy began. Between the two the
-    prefill worker reads its messages and plans the pass, while the chunk is on its way already; 0 or less when the copy
-    began later."""
+    """How much copies and prefill overlap. `chunks`: number of chunks that are followed by another forward pass of
+    their prompt. `inside`: how many of them have a decode-side copy that began after the copy into the sender's slab
+    and ended before that pass. `early_s`: for each chunk, how long before that pass its decode-side copy began; 0 or
+    less if it began later. In this time the prefill worker reads messages and plans the pass."""
 
     chunks: int
     inside: int
@@ -81,6 +83,7 @@ class Overlap:
 
 
 def overlap(moves: Iterable[Move]) -> Overlap:
+    """Return the overlap of these hand-overs."""
     inside = 0
     early: list[float] = []
     for move in moves:
@@ -96,7 +99,7 @@ def overlap(moves: Iterable[Move]) -> Overlap:
 
 @dataclass(slots=True)
 class _Sent:
-    """One prefill leg: `exports` by the chunk's index, with the pass before each."""
+    """The prefill side of a request. `exports`: chunk index -> (forward pass, copy into the slab)."""
 
     tokens: int
     passes: list[Interval] = field(default_factory=list)
@@ -105,7 +108,7 @@ class _Sent:
 
 @dataclass(slots=True)
 class _DecodeSide:
-    """One decode leg: `copies` by the chunk's index, with the time at which each could begin."""
+    """The decode side of a request. `copies`: chunk index -> (time of the request for it, copy)."""
 
     rid: str
     copies: dict[int, tuple[float, Interval]] = field(default_factory=dict)
@@ -113,16 +116,17 @@ class _DecodeSide:
 
 
 class _Side:
-    """One worker's record, call by call: what the prefill and the decode side have in common."""
+    """Reads the record of one worker; shared by the prefill and the decode side."""
 
     def __init__(self) -> None:
         self.asked_step = 0.0
-        self.asked: dict[tuple[str, int], float] = {}  # a copy -> when the core asked for it
-        self.copied = 0.0  # when the copy before was done
+        self.asked: dict[tuple[str, int], float] = {}  # (key, chunk index) -> when the core asked for the copy
+        self.copied = 0.0  # end of the copy before
         self.steps: list[Interval] = []
 
     def follow(self, path: Path, copy: str, copied: str) -> Iterable[tuple[RecordedCall, str, Any]]:
-        """Each call with its event, None where it is of no use. `copy` and `copied`: the action and its event."""
+        """Yield each call with its event, None if the event is irrelevant. `copy`, `copied`: names of the copy's action
+        and event."""
         for call in read(path)[1]:
             kind = call.event[0][0] if call.event else ""
             event = value(call.event[0]) if kind in ("StepDone", "Offer", copied) else None
@@ -148,7 +152,7 @@ def _requests(call: RecordedCall) -> list[Any]:
 
 
 def _sent(path: Path) -> dict[str, _Sent]:
-    """By request id."""
+    """Return the prefill sides by request id."""
     requests: dict[str, _Sent] = {}
     side = _Side()
     for call, kind, event in side.follow(path, "Export", "Exported"):
@@ -166,7 +170,7 @@ def _sent(path: Path) -> dict[str, _Sent]:
 
 
 def _decode_side(path: Path) -> tuple[dict[str, _DecodeSide], Sequence[Interval]]:
-    """By request id; and all steps of this worker."""
+    """Return the decode sides by request id, and all steps of the worker."""
     requests: dict[str, _DecodeSide] = {}
     side = _Side()
     for call, kind, event in side.follow(path, "Adopt", "Adopted"):
@@ -183,8 +187,8 @@ def _decode_side(path: Path) -> tuple[dict[str, _DecodeSide], Sequence[Interval]
 
 
 def moves(prefill: Path, decode: Path) -> list[Move]:
-    """What was handed from one worker to the other, in the order of the records. What did not get as far as its first
-    decode step, or lacks a chunk in one of the records, is left out. Raises RecordError."""
+    """Return the hand-overs between two workers, in the order of the decode record. Leaves out requests that did not
+    reach their first decode step or lack a chunk in one of the records. Raises RecordError."""
     sent = _sent(prefill)
     samples, steps = _decode_side(decode)
     found = []

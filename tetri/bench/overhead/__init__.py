@@ -1,1 +1,1 @@
-"""bench_overhead: the live system against plain vLLM."""
+"""bench_overhead: compare the live system with plain vLLM."""

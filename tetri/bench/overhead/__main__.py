@@ -1,7 +1,7 @@
-"""bench_overhead: what the live path costs: tokens per second of a steady batch, live against plain vLLM, and the
-hand-over's time.
+"""bench_overhead: measure the overhead of tetri: tokens per second of a steady batch against plain vLLM, and the time
+of the hand-over.
 
-Both engines stay loaded, on the same core; only one of them computes at a time, and they take turns.
+Both engines stay loaded on the same core and compute in turns, one at a time.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tetri.proc.build import limits_of_model
 from tetri.text import load_tokenizer
 
 TEXT = REPOSITORY / "LICENSE"
-HANDOVER_TOKENS = (20, 128, 500, 1000, 300, 60)  # lengths of the prompts whose hand-over is timed
+HANDOVER_TOKENS = (20, 128, 500, 1000, 300, 60)  # prompt tokens of the requests whose hand-over is timed
 
 
 @dataclass(frozen=True)
 class Load:
-    """`requests` that run together, `tokens` of output and `prompt_tokens` each; `rounds` of both sides."""
+    """`requests` concurrent requests with `tokens` output tokens and `prompt_tokens` each; `rounds` of both sides."""
 
     requests: int
     tokens: int
@@ -39,10 +39,12 @@ class Load:
 
 
 @click.command()
-@click.option("--requests", type=click.IntRange(2), default=16, show_default=True, help="Requests that run together.")
+@click.option("--requests", type=click.IntRange(2), default=16, show_default=True, help="Concurrent requests.")
 @click.option("--tokens", type=click.IntRange(16), default=256, show_default=True, help="Output tokens of each.")
-@click.option("--prompt-tokens", type=click.IntRange(1, 1500), default=64, show_default=True, help="Of each.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of direct and live.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1, 1500), default=64, show_default=True, help="Prompt tokens of each."
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of direct and live.")
 @conf
 @overrides
 @as_json
@@ -55,7 +57,7 @@ def main(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Measure what tetri adds to vLLM. Takes some minutes and wants a machine on which nothing else runs."""
+    """Measure the overhead of tetri over vLLM. Takes some minutes and needs an idle machine."""
     with one_line("bench_overhead", *EXPECTED), own_folder("overhead") as folder:
         config = configure(conf or default_path(), overrides, folder)
         found = measure(config, folder, Load(requests, tokens, prompt_tokens, rounds))
@@ -63,12 +65,12 @@ def main(
 
 
 def configure(conf: Path, overrides: tuple[str, ...], folder: Path) -> Config:
-    """The configuration with a run directory of its own and, where it pins none, the broker beside the prefill."""
-    # Nobody may be given up while it is stopped.
+    """Load the configuration with its own run directory and the broker on the prefill worker's CPUs, unless pinned."""
+    # A worker that is stopped for a round must not count as dead.
     own = ["cluster.dead_s=3600"]
     config = configured(conf, folder, "overhead", [*own, *overrides])
     if config.engine.kind != "vllm":
-        raise BenchError("only the real engine can be compared with vLLM: give a configuration with engine.kind = vllm")
+        raise BenchError("only the real engine can be compared with vLLM: use a configuration with engine.kind = vllm")
     cpus = next(worker.cpus for worker in config.workers if worker.role == "prefill")
     if config.broker.cpus or not cpus:
         return config
@@ -76,6 +78,7 @@ def configure(conf: Path, overrides: tuple[str, ...], folder: Path) -> Config:
 
 
 def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
+    """Load both sides, run all rounds and return the summary. Raises BenchError and the errors of EXPECTED."""
     prefill, decode = (next(w for w in config.workers if w.role == role) for role in ("prefill", "decode"))
     if not decode.cpus.isdecimal():
         raise BenchError(f"worker {decode.iid} must be pinned to one CPU, so that plain vLLM can have the same")
@@ -91,7 +94,7 @@ def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
         stack.callback(live.close)
         direct.wait_ready()
         if prefill.cpus:
-            os.sched_setaffinity(0, cpu_numbers(prefill.cpus))  # the client's place
+            os.sched_setaffinity(0, cpu_numbers(prefill.cpus))  # for the client
         direct.run(prompts, 16)  # warm-up
         live.run(prompts, 16)
         measured = []
@@ -103,6 +106,7 @@ def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
 
 
 def settings(config: Config, model: Path) -> dict[str, Any]:
+    """Return the parameters of `direct.engine_arguments` for this configuration."""
     return {
         "model": str(model),
         "dtype": config.model.dtype,
@@ -117,7 +121,7 @@ def settings(config: Config, model: Path) -> dict[str, Any]:
 def one_round(
     direct: Direct, live: Live, prompts: list[list[int]], tokens: int, most: int, others: list[list[int]]
 ) -> dict[str, Any]:
-    """`most`: output tokens that the context holds after one of the prompts."""
+    """Measure both sides once. `most`: output tokens that fit into the context after a prompt."""
     with live.stopped():
         alone = direct.run(prompts, tokens)
     with direct.stopped():
@@ -133,6 +137,7 @@ def one_round(
 
 
 def shown(found: dict[str, Any]) -> str:
+    """Format the results as text."""
     rows = []
     for number, (measured, ratio) in enumerate(zip(found["rounds"], found["ratios"], strict=True), 1):
         direct, live = measured["direct"], measured["live"]
@@ -142,8 +147,8 @@ def shown(found: dict[str, Any]) -> str:
     lines.append(f"median ratio {found['ratio']:.3f}; of CPU time a step {found['cpu_ratio']:.3f}")
     for state, measured in found["handover"].items():
         lines.append(
-            f"hand-over, decode worker {state}: {measured['ms']['median']:.0f} ms (at most {measured['ms']['worst']:.0f});"
-            f" two steps + 10 ms are {measured['limit_ms']:.0f} ms"
+            f"hand-over, decode worker {state}: {measured['ms']['median']:.0f} ms (at most"
+            f" {measured['ms']['worst']:.0f}); two steps + 10 ms are {measured['limit_ms']:.0f} ms"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
-"""Plain vLLM in one process, driven step by step: the yardstick. No connector, no plug-in, nothing of tetri's engine.
+"""The baseline: plain vLLM in one process, driven step by step, without connector, plug-in or tetri's engine.
 
-Run as a program by `Direct`. Each line on its stdin is a JSON object {"prompts": [ids, ...], "tokens": N}; it answers
-each with one on stdout. Between two of them it sleeps: it stays loaded while the live cluster computes.
+`Direct` runs this module as a program. It reads a JSON object {"prompts": [ids, ...], "tokens": N} from each line of
+stdin and answers with one on stdout. It stays loaded while the live cluster computes.
 """
 
 from __future__ import annotations
@@ -22,47 +22,50 @@ from tetri.bench.report import BenchError, own_stdout
 
 
 class Direct:
-    """The process, seen from outside. `settings`: the parameters of `engine_arguments`. Raises BenchError."""
+    """Runs the vLLM process. `settings`: the parameters of `engine_arguments`. Methods raise BenchError if it ends."""
 
     def __init__(self, settings: dict[str, Any], cpu: int, log: Path) -> None:
         self._log = log
         command = [sys.executable, "-P", "-m", __name__, str(cpu), json.dumps(settings)]
         with open(log, "wb") as output:
-            # In a session of its own, as the live workers are: Linux shares a busy CPU out by session first.
+            # Its own session, like the live workers: Linux divides CPU time between sessions first.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, start_new_session=True
             )
 
     def wait_ready(self) -> None:
+        """Wait until the engine is loaded."""
         self._answer()
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
-        """All prompts at once, `tokens` greedy tokens each."""
+        """Run all prompts at once with `tokens` greedy tokens each; return `Run.plain`."""
         assert self._process.stdin is not None
         print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
         return self._answer()
 
     def stopped(self) -> AbstractContextManager[None]:
+        """Stop the process (SIGSTOP) in this context."""
         return stopped([self._process.pid])
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            output = self._log.read_text(errors="replace").strip().splitlines() or ["it did not say why"]
+            output = self._log.read_text(errors="replace").strip().splitlines() or ["no reason in its log"]
             raise BenchError(f"plain vLLM ended: {output[-1]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
-        self._process.kill()  # it holds nothing that must be tidied up
+        """Kill the process."""
+        self._process.kill()  # nothing needs a clean shutdown
         self._process.wait()
 
 
 def engine_arguments(
     model: str, dtype: str, context: int, chunk_tokens: int, max_batch: int, block_tokens: int, kv_bytes: int
 ) -> dict[str, Any]:
-    """As tetri/engine/vllm/setup.py has them for the live workers, without the connector and the sampler plug-in."""
+    """Return the engine arguments of tetri/engine/vllm/setup.py without the connector and the sampler plug-in."""
     return {
         "model": model,
         "skip_tokenizer_init": True,
@@ -84,10 +87,10 @@ def engine_arguments(
 
 
 def load(settings: dict[str, Any]) -> Any:
-    """vLLM's core, in this process."""
+    """Load vLLM's EngineCore in this process."""
     from tetri.engine.vllm.setup import prepare_environment
 
-    threads = prepare_environment()  # environment variables only; before torch and vLLM are imported
+    threads = prepare_environment()  # must run before torch and vLLM are imported
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core import EngineCore
@@ -102,6 +105,7 @@ def load(settings: dict[str, Any]) -> Any:
 
 
 def generate(core: Any, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
+    """Run all prompts at once with `tokens` greedy tokens each."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
@@ -122,6 +126,7 @@ def generate(core: Any, prompts: Sequence[Sequence[int]], tokens: int) -> dict[s
 
 
 def main() -> None:
+    """Serve the lines of stdin. Arguments: the CPU, and the settings in JSON."""
     os.sched_setaffinity(0, {int(sys.argv[1])})  # before any library counts the CPUs
     answers = own_stdout()
     core = load(json.loads(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""The live cluster, and a client that notes when each token arrives."""
+"""The live cluster, and a client that records when each token arrives."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tetri.config import Config
 from tetri.proc import launch
 
 Prompt = Sequence[int]
-STEPS_AFTER = 8  # tokens of a request whose hand-over is looked at
-SETTLE_S = 1.0  # after a stop, until all beats have been heard again
-PAUSE_S = 0.2  # at most, before each of them: several steps
+STEPS_AFTER = 8  # output tokens of a request whose hand-over is measured
+SETTLE_S = 1.0  # after a stop, until all heartbeats have arrived again
+PAUSE_S = 0.2  # longest random pause before each of them: several steps
 GIVE_UP_S = 300.0
 
 
 class Live:
-    """Starts everything and stops it again. The client's side is this process. Raises LaunchError."""
+    """A running cluster whose client is this process. Raises LaunchError."""
 
     def __init__(self, config: Config, progress: Progress) -> None:
         self._progress = progress
-        self._enough = 0  # output tokens of a background that has lasted
+        self._enough = 0  # output tokens that made the last background long enough
         self._run_dir = launch.up(config, progress, GIVE_UP_S)
         self._socket = dealer(zmq.Context.instance(), config.clients_address)
         pids = json.loads((self._run_dir / launch.STATE).read_text())["pids"]
@@ -42,18 +42,19 @@ class Live:
         self._pids = [pids[name] for name in ("broker", *(worker.iid for worker in config.workers))]
 
     def close(self) -> None:
+        """Stop the cluster."""
         self._socket.close(0)
         launch.down(self._run_dir)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Not even beating."""
+        """Stop all processes (SIGSTOP) in this context; they send no heartbeats either."""
         with stopped(self._pids):
             yield
         time.sleep(SETTLE_S)
 
     def run(self, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
-        """All prompts at once, streamed to the end."""
+        """Run all prompts at once with `tokens` greedy tokens each; return `Run.plain`. Raises BenchError."""
         talk = Talk(self._socket)
         for prompt in prompts:
             talk.ask(prompt, tokens)
@@ -65,7 +66,7 @@ class Live:
         return run.plain([request.ids for request in talk.requests])
 
     def idle_handovers(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
-        """One request after the other: the time from the first to the second token, and of a step after it."""
+        """Send one request after the other; return the time from the first to the second token, and of later steps."""
         found = []
         for prompt in prompts:
             times = self.run([prompt], STEPS_AFTER)["arrivals"][0]
@@ -75,23 +76,23 @@ class Live:
     def busy_handovers(
         self, background: Sequence[Prompt], tokens: int, most: int, prompts: Sequence[Prompt]
     ) -> list[dict[str, float]]:
-        """As `idle_handovers`, while the background decodes; the step is the background's.
+        """As `idle_handovers`, while the background requests decode, whose steps are reported.
 
-        The background asks for `tokens` output tokens each and, where prefill is so slow that it ends before the last
-        hand-over, for twice as many, up to `most`. Raises BenchError when that is not enough."""
+        Each background request asks for `tokens` output tokens. If the background ends before the last hand-over, the
+        measurement is repeated with twice as many, up to `most`. Raises BenchError if that is not enough."""
         tokens = min(max(tokens, self._enough), most)
         while (found := self._while_busy(background, tokens, prompts)) is None:
             if tokens == most:
-                raise BenchError(f"the background ended before the last hand-over, with {most} tokens, all it may have")
+                raise BenchError(f"the background ended before the last hand-over, even with the most tokens, {most}")
             tokens = min(2 * tokens, most)
-            self._progress(f"the background ended before the last hand-over: once more, with {tokens} tokens")
+            self._progress(f"the background ended before the last hand-over: trying again with {tokens} tokens")
         self._enough = tokens
         return found
 
     def _while_busy(
         self, background: Sequence[Prompt], tokens: int, prompts: Sequence[Prompt]
     ) -> list[dict[str, float]] | None:
-        """None when the background ended before the last hand-over."""
+        """Measure once. Returns None if the background ended before the last hand-over."""
         talk, chance = Talk(self._socket), Random(7)
         for prompt in background:
             talk.ask(prompt, tokens)
@@ -99,7 +100,7 @@ class Live:
             talk.turn()
         begun = len(talk.arrivals[0])
         for prompt in prompts:
-            # The request before ended with a step: without a pause all would arrive at the same point of one.
+            # The previous request ended with a step: without a pause, all would arrive at the same point of a step.
             until = time.monotonic() + chance.uniform(0.0, PAUSE_S)
             while time.monotonic() < until:
                 talk.turn()
@@ -130,8 +131,8 @@ def _handover(prompt: Prompt, times: Sequence[float], step_s: float) -> dict[str
 
 
 class Talk:
-    """Requests over one connection: `tetri.Client` without its iterators, for these hide when a token came.
-    `arrivals` are the moments of each request's tokens."""
+    """Requests over one connection, like `tetri.Client` but without iterators, which hide the arrival times.
+    `arrivals`: the times of each request's tokens, in seconds."""
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._session = socket, Session()
@@ -139,6 +140,7 @@ class Talk:
         self.arrivals: list[list[float]] = []
 
     def ask(self, prompt: Prompt, tokens: int) -> None:
+        """Submit a request for `tokens` greedy tokens."""
         sampling = {"max_tokens": tokens, "ignore_eos": True}
         request = new_request(list(prompt), None, None, sampling, Patience(), time.monotonic())
         self._session.calls.append(request)
@@ -147,11 +149,11 @@ class Talk:
         self._send()
 
     def open(self, first: int) -> bool:
-        """Whether a request from the `first` one on has not ended."""
+        """Whether any request with an index of at least `first` is open."""
         return not all(request.ended for request in self.requests[first:])
 
     def turn(self) -> None:
-        """Take one message, or let a deadline pass."""
+        """Receive one message, or wait until the next deadline."""
         self._send()
         wait_s = max(0.0, (self._session.deadline() or 0.0) - time.monotonic())
         if not self._socket.poll(1000 * wait_s + 1):
@@ -166,6 +168,7 @@ class Talk:
             self._socket.send(frame)
 
     def check(self) -> None:
+        """Raise BenchError if a request failed, or was restarted, preempted or recomputed."""
         for request in self.requests:
             if request.error is not None:
                 raise BenchError(f"a request failed: {request.error}")

@@ -1,1 +1,1 @@
-"""bench_prediction: whether predicting output lengths pays, simulated."""
+"""bench_prediction: simulate how much output length prediction helps."""

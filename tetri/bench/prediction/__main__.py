@@ -1,14 +1,13 @@
-"""bench_prediction: whether predicting output lengths pays, and with which policy: the live cores in the simulator.
+"""bench_prediction: simulate how much each length predictor helps with each policy, using the live cores.
 
-Requests are drawn, with replacement, from texts that a model wrote in answer to prompts that no predictor was trained
-on; --predictions is what `tetri-cli predictor eval` recorded of them, and --predictor the folder of that predictor, for
-what a worker knows before any traffic. A text ends by itself, 1,024 tokens is all that a request says of its length.
+Requests are drawn with replacement from recorded answers of a model to prompts outside the training set. --predictions
+has the recorded predictions of `tetri-cli predictor eval`; --predictor is the folder of that predictor, whose cards say
+what a worker knows before any traffic. Texts end by themselves; every request has max_tokens 1,024.
 
-Each row is a policy; each column what is predicted: `none` in seconds, the others as the difference to it in percent,
-paired seed by seed, in brackets its 95 % interval (Student), bold where that holds no zero. A second table compares
-all with the first policy, tetri's default, and no prediction: what policy and prediction gain together. Classifier,
-both and noisy pay what the paper's predictor takes, beside the main model, by the cost table; a hidden state costs
-nothing there, nor does an oracle.
+Each row is a policy and each column a predictor: `none` in seconds, the others as the difference to it in percent,
+paired by seed, with the 95 % interval (Student's t) in brackets; bold if the interval excludes zero. A second table
+compares all with the first policy, tetri's default, without prediction. Classifier, both and noisy take the time of the
+paper's predictor from the cost table, in parallel with the main model; hidden states and the oracle take no time.
 """
 
 from __future__ import annotations
@@ -34,32 +33,32 @@ from tetri.sim.texts import LIMIT, RecordedTextError
 
 
 @click.command(epilog=" ".join((__doc__ or "").split("\n\n")[-1].split()))
-@click.option("--predictions", "--lengths", type=FILE, required=True, help="JSONL of `predictor eval`.")
+@click.option("--predictions", "--lengths", type=FILE, required=True, help="JSONL of `tetri-cli predictor eval`.")
 @click.option("--predictor", type=click.Path(file_okay=False, path_type=Path), default=SHIPPED / "smollm2-135m",
-              help="Folder with the cards of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
+              help="Folder of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
 @click.option("--setting", "names", multiple=True, type=click.Choice([each.name for each in SETTINGS]),
-              help="Which, repeatable; all by default.")  # fmt: skip
+              help="May be repeated. Default: all.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(2), default=6, show_default=True, help="Draws of the requests.")
 @click.option("--cover", type=click.FloatRange(0, 1, max_open=True), default=Rules().length_cover, show_default=True,
-              help="length_cover of the trained ones: 0, the likeliest range.")  # fmt: skip
+              help="length_cover of the trained predictors; 0: the likeliest range.")  # fmt: skip
 @click.option("--reserve-share", type=click.FloatRange(0.01, 1), default=0.5, show_default=True,
-              help="Share of the KV for requests that do not run yet.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="3 seeds, half of the requests and of the KV.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
-@click.option("--plot", type=FILE, help="PNG of the differences.")
+              help="Share of the KV for requests that are not running yet.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Use 3 seeds, half of the requests and half of the KV.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Number of processes.")
+@click.option("--plot", type=FILE, help="Write a PNG of the differences.")
 @as_json
 def main(
     predictions: Path, predictor: Path, names: Sequence[str], seeds: int, cover: float, reserve_share: float,
     quick: bool, workers: int, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Simulate what each length predictor gains with each admission policy and each dispatcher. All but the object
-    "run" depends on the arguments only."""
+    """Simulate the gain of each length predictor with each admission policy and dispatcher. Only the object "run"
+    differs between two runs."""
     started = perf_counter()
     source, made = Source(predictions, predictor, cover, reserve_share), []
     settings, seeds = chosen(names, quick), 3 if quick else seeds
     try:
         if plot is not None:
-            ready(plot)  # before all the work
+            ready(plot)  # fail before the work
         texts = source.texts()
         for kind in TRAINED:
             source.expected(kind)
@@ -85,7 +84,7 @@ def main(
 
 
 def chosen(names: Sequence[str], quick: bool) -> list[Setting]:
-    """All when there are no names."""
+    """Return the settings with these names, all without names; halved if `quick`."""
     settings = [each for each in SETTINGS if not names or each.name in names]
     if not quick:
         return settings

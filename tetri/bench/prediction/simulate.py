@@ -1,4 +1,4 @@
-"""One policy, one predictor and one draw of requests, simulated with the live cores; and all of them compared."""
+"""Simulate one policy, predictor and draw of requests with the live cores, and compare all of them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`policies` of the table `sweep` are compared, all else is as tetri's defaults. `kv_tokens`: of each instance.
-    `load` 0: all requests at once; else they come at so many times the rate that the decode instances can serve for
-    ever when their KV is full (`full_rate`)."""
+    """A comparison of the `policies` of the policy table `sweep`; other settings are tetri's defaults. `kv_tokens`: of
+    each instance. `load`: request rate as a multiple of `full_rate` of the decode instances; 0: all arrive at once."""
 
     name: str
     sweep: str
@@ -47,7 +46,7 @@ class Setting:
     load: float = 0.0
 
 
-#: The cost table has 39,000 tokens of KV: half of that, and so much that everybody may write all 1,024 tokens at once.
+#: KV tokens: half of the cost table's 39,000, and enough for all requests to write 1,024 tokens at once.
 TIGHT, ROOMY = 20_000, 160_000
 SETTINGS = (
     Setting("admission, at once", "admit", ADMISSIONS, 128, TIGHT, 2, 1),
@@ -60,7 +59,7 @@ SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The two files, and what else all runs share."""
+    """The input files and the settings that all runs share."""
 
     predictions: Path
     predictor: Path
@@ -68,10 +67,11 @@ class Source:
     reserve_share: float = 0.5
 
     def texts(self) -> list[RecordedText]:
+        """Return the recorded texts. Raises RecordedTextError."""
         return _texts(self.predictions)
 
     def expected(self, kind: str) -> Expected:
-        """As a live worker with a predictor of this kind. Raises PredictError."""
+        """Return what a live worker with a predictor of this kind knows before any traffic. Raises PredictError."""
         card = read_card(self.predictor, "classifier" if kind == "classifier" else "hidden")
         return Expected(kind, LengthDistribution(card.width, card.prior), () if kind == "prior" else card.levels)
 
@@ -82,8 +82,8 @@ def _texts(path: Path) -> list[RecordedText]:
 
 
 def full_rate(texts: Sequence[RecordedText], table: cost.Cost, kv_tokens: int) -> float:
-    """Requests a second of one decode instance whose KV is full. A request takes prompt + output / 2 tokens of it on
-    average, for as many steps as it has tokens of output."""
+    """Return the requests per second that one decode instance with full KV serves. A request holds prompt + output / 2
+    KV tokens on average, for as many steps as it has output tokens."""
     steps = sum(text.output for text in texts)
     held = sum(text.output * (text.prompt + text.output / 2) for text in texts) / steps
     batch = kv_tokens / held
@@ -94,7 +94,7 @@ PrefillRequest = tuple[Source, Setting, str, str, int]
 
 
 def run(request: PrefillRequest) -> dict[str, float]:
-    """One policy, one predictor, one seed. Raises SimError."""
+    """Simulate one policy, predictor and seed. Raises SimError."""
     source, setting, policy, kind, seed = request
     table, texts = cost.load(COST), source.texts()
     trained = kind in TRAINED
@@ -125,7 +125,7 @@ def run(request: PrefillRequest) -> dict[str, float]:
 
 
 def _counted(world: World) -> dict[str, float]:
-    """What the prefill workers say of their predictors, as `status` does."""
+    """Return the predictor statistics of the prefill workers, as in `status`."""
     prefillers = [w.core for w in world.workers.values() if w.core.own.instance.role == "prefill"]
     learnt = [core.estimator for core in prefillers if core.estimator]
     statuses: list[PredictorStatus] = [each.status() for each in learnt]
@@ -144,7 +144,7 @@ Mapped = Callable[[Callable[[PrefillRequest], dict[str, float]], Iterable[Prefil
 
 
 def compared(source: Source, setting: Setting, seeds: int, mapped: Mapped) -> dict[str, Any]:
-    """All policies and predictors on the same requests."""
+    """Compare all policies and predictors with the same requests."""
     keys = [(policy, kind) for policy in setting.policies for kind in KINDS]
     prefill_requests = [(source, setting, policy, kind, seed) for policy, kind in keys for seed in range(seeds)]
     runs = list(mapped(run, prefill_requests))
@@ -155,11 +155,12 @@ def compared(source: Source, setting: Setting, seeds: int, mapped: Mapped) -> di
     return {**asdict(setting), "rate": rate, "seeds": seeds, "rows": rows}
 
 
-Runs = Sequence[dict[str, float]]  # one a seed
+Runs = Sequence[dict[str, float]]  # one result for each seed
 
 
 def _row(policy: str, kind: str, mine: Runs, none: Runs, plain: Runs) -> Row:
-    """`none`: the same policy without a prediction; `plain`: tetri's default policy without one."""
+    """Return one row. `none`: the same policy without prediction; `plain`: tetri's default policy without
+    prediction."""
     means = {name: fmean(each[name] for each in mine) for name in mine[0]}
     return {
         "policy": policy,

@@ -1,4 +1,4 @@
-"""What bench_prediction shows: tables in Markdown, and a picture."""
+"""The output of bench_prediction: tables in Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tetri.bench.report import markdown
 
 KINDS = ("none", "prior", "classifier", "hidden", "both", "noisy", "oracle")
 SHOWN = ("jct_mean", "jct_p50", "jct_p95", "jct_p99", "ttft_p99", "tpot_p95")
-SEEN = 0.0005  # a share that is shown as 0.1 %: less is what sums of floats differ by
+SEEN = 0.0005  # smaller relative differences may be rounding errors
 
 Row = dict[str, Any]
 
 
 def verdict(row: Row, metric: str, against: str = "against_none") -> str:
-    """Whether a prediction pays: "pays", "costs", or "" when the interval holds none or hardly any difference too."""
+    """Return "pays" or "costs" if the interval excludes zero clearly, else ""."""
     found = row[against].get(metric)
     if found is None:
         return ""
@@ -25,8 +25,8 @@ def verdict(row: Row, metric: str, against: str = "against_none") -> str:
 
 
 def tables(point: dict[str, Any], metrics: Sequence[str] = SHOWN) -> str:
-    """Markdown, a table for each metric."""
-    speed = f"{point['rate']:.3g} requests a second" if point["load"] else "all at once"
+    """Return the results in Markdown, one table for each metric."""
+    speed = f"{point['rate']:.3g} requests per second" if point["load"] else "all at once"
     head = (
         f"### {point['name']}\n\n{point['requests']} requests, {speed}; {point['prefill']} prefill and"
         f" {point['decode']} decode instances with {point['kv_tokens']} tokens of KV; {point['seeds']} seeds."
@@ -41,7 +41,7 @@ def _table(point: dict[str, Any], metric: str, against: str = "against_none") ->
 
 
 def _by_policy(point: dict[str, Any], corner: str, cell: Callable[[Row], str]) -> str:
-    """A line for each policy, a column for each predictor."""
+    """Format a table with a line for each policy and a column for each predictor."""
     lines = [[policy, *(cell(row) for row in point["rows"] if row["policy"] == policy)] for policy in point["policies"]]
     return markdown([corner, *KINDS], lines)
 
@@ -66,7 +66,7 @@ def _beside(point: dict[str, Any]) -> str:
 
 
 def draw(path: Path, points: Sequence[dict[str, Any]]) -> None:
-    """The difference of each predictor to none, mean JCT above and its 99th percentile below, a column a setting."""
+    """Plot the difference of each predictor to none: mean JCT above, p99 below, one column for each setting."""
     from matplotlib.figure import Figure
 
     metrics = ("jct_mean", "jct_p99")

@@ -1,1 +1,1 @@
-"""bench_transfer: bandwidth of the KV paths."""
+"""bench_transfer: measure the bandwidth of the KV paths."""

@@ -1,12 +1,12 @@
-"""bench_transfer: how fast KV goes over each path, beside a plain copy (measure.py).
+"""bench_transfer: measure the bandwidth of each KV path against a plain copy (measure.py).
 
     tools/bench_transfer [--transport shm,stream] [--sizes MB,...] [--block-tokens N] [--json]
 
-Each row is one chunk size, pipelined, with the digest; `ratio` is its GB/s over that of a plain copy of as many bytes
-in the same rounds. For `stream` the chunks lie in the slab already, as the messages of the bare pyzmq PUSH and PULL lie
-ready whose GB/s `bare_ratio` compares with (`bare_plain`: with malloc as it comes, see bare_zmq.py); `gbps_with_put` is
-the whole way, with the copy into the slab and its digest. Under it one chunk alone: `ms` from the begin of its put
-until it has landed on the other side. All values are medians over the rounds."""
+Each row is one KV chunk size, pipelined, with the digest. `ratio` is its GB/s divided by that of a plain copy of as
+many bytes in the same rounds. For `stream` the chunks are in the slab before the clock starts; `bare_ratio` compares
+with bare pyzmq PUSH and PULL sockets (`bare_plain`: with default malloc settings, see bare_zmq.py), and `gbps_with_put`
+includes the copy into the slab and its digest. The second table is for a single chunk: `ms` from the start of its put
+until it has landed. All values are medians over the rounds."""
 
 from __future__ import annotations
 
@@ -25,39 +25,40 @@ from tetri.kv.base import KVError
 TOKEN_BYTES = 23_040  # of SmolLM2-135M's KV in bfloat16
 ALONE_MB = 12.0
 ALONE_ROUNDS = 40
-# transport -> what else is measured in the same rounds, by name
+# transport -> other measurements in the same rounds, by name
 OTHERS: dict[str, dict[str, Lane]] = {
     "stream": {"bare": partial(bare, tuned=True), "bare_plain": partial(bare, tuned=False)}
 }
 
 
 def listed(text: str, kind: type) -> list[Any]:
+    """Parse a list such as "4,12". Raises UsageError."""
     try:
         found = [kind(part) for part in text.split(",") if part]
     except ValueError:
-        raise click.UsageError(f"{text!r} is no list of numbers, as in 4,12") from None
+        raise click.UsageError(f"{text!r} is not a list of numbers such as 4,12") from None
     if not found:
-        raise click.UsageError("an empty list")
+        raise click.UsageError("the list is empty")
     return found
 
 
 @click.command()
 @click.option("--transport", "transports", default="shm", show_default=True, help="One or more of " + ", ".join(PATHS))
-@click.option("--sizes", default="3,6,12,24,47", show_default=True, metavar="MB,...", help="Of a chunk, in 10^6 bytes.")
+@click.option("--sizes", default="3,6,12,24,47", show_default=True, metavar="MB,...", help="Chunk sizes, 10^6 bytes.")
 @click.option("--block-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a block.")
-@click.option("--depth", type=click.IntRange(1), default=4, show_default=True, help="Chunks on their way at once.")
+@click.option("--depth", type=click.IntRange(1), default=4, show_default=True, help="KV chunks in transit.")
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
-@click.option("--memory-mb", type=click.IntRange(1), default=512, show_default=True, help="That copies rotate over.")
+@click.option("--memory-mb", type=click.IntRange(1), default=512, show_default=True, help="That copies rotate through.")
 @as_json
 def main(
     transports: str, sizes: str, block_tokens: int, depth: int, rounds: int, memory_mb: int, as_json: bool
 ) -> None:
-    """Bandwidth of the KV paths between two processes on two cores, and the time of one chunk alone."""
+    """Measure the bandwidth of KV paths between two processes on two cores, and the latency of a single chunk."""
     end_by_signal()
     named, megabytes = listed(transports, str), listed(sizes, float)
     unknown = next((name for name in named if name not in PATHS), None)
     if unknown is not None or min(megabytes) <= 0:
-        wrong = f"unknown transport {unknown!r}: {', '.join(PATHS)}" if unknown is not None else "sizes are above 0"
+        wrong = f"unknown transport {unknown!r}: {', '.join(PATHS)}" if unknown is not None else "sizes must be above 0"
         raise click.UsageError(wrong)
     block_bytes, memory = block_tokens * TOKEN_BYTES, memory_mb * 1_000_000
 
@@ -76,6 +77,7 @@ def main(
 
 
 def line(row: dict[str, Any]) -> str:
+    """Format a row as one line."""
     return "  ".join(f"{name} {value}" for name, value in row.items())
 
 

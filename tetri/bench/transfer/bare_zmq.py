@@ -1,6 +1,6 @@
-"""What pyzmq itself can do between two processes, for bench_transfer: PUSH and PULL over TCP's loopback, with the
-messages of the KV path `stream` (a small frame, then 1 MB), and nothing else: no slab, no digest, no credit. The bytes
-lie ready, and nobody copies them beside the kernel."""
+"""The baseline of bench_transfer for the KV path `stream`: bare pyzmq PUSH and PULL sockets over the TCP loopback with
+the same messages (a small frame, then 1 MB), without slab, digest and credit. The bytes are in memory already; only the
+kernel copies them."""
 
 import itertools
 import os
@@ -17,18 +17,18 @@ from tetri.net.bulk import keep_freed_memory
 from tetri.wire.bulk import PIECE_BYTES, Piece
 from tetri.wire.codec import encode
 
-WAITING = 16  # messages, on each side
+WAITING = 16  # queued messages on each side
 
 
 def pieces(case: Case) -> list[tuple[int, int]]:
-    """(start, stop) of each message's bytes in a chunk, as the path cuts it."""
+    """Return (start, stop) in bytes of each message of a chunk, as the path divides it."""
     return [(at, min(at + PIECE_BYTES, case.chunk_bytes)) for at in range(0, case.chunk_bytes, PIECE_BYTES)]
 
 
 @contextmanager
 def bare(case: Case, tuned: bool) -> Iterator[Run]:
-    """`tuned`: malloc keeps what libzmq frees, as the path sets it in its own process; without, most messages come into
-    memory whose pages the kernel has to bring first."""
+    """Yield the measurement. `tuned`: malloc keeps the memory that libzmq frees, as in the path's own process;
+    otherwise the kernel must map new pages for most messages."""
     ours, theirs = get_context("spawn").Pipe()
     with pinned() as core, zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.set(zmq.LINGER, 0)
@@ -36,7 +36,7 @@ def bare(case: Case, tuned: bool) -> Iterator[Run]:
         port = push.bind_to_random_port("tcp://127.0.0.1")
         child = get_context("spawn").Process(target=_receive, args=(theirs, port, core, tuned), daemon=True)
         child.start()
-        theirs.close()  # so that its end is seen here
+        theirs.close()  # so that this process sees the end of the child
         sources, numbers = Memory(case), itertools.count()
 
         def run(count: int) -> float:

@@ -1,13 +1,12 @@
-"""How fast chunks go from one process to another over a KV path, beside a plain copy of as many bytes.
+"""Measure how fast KV chunks move from one process to another over a KV path, compared with a plain copy.
 
-Sender and receiver are two processes on two cores. What is timed is what a worker does: put (the copy into the slab,
-and the digest), announce, take (the copy out, and the digest over it), landed. Several chunks are on their way at once.
-Over `stream`, whose measure is what bare sockets do with messages that lie ready, the chunks lie in the slab before the
-clock starts and are fetched again and again: announce, fetch, the digest over what came, landed. The whole way, with
-put, is timed beside it.
+Sender and receiver are two processes on two cores. The measured steps are those of a worker: put (copy into the slab
+and digest), announce, fetch (copy out and digest), landed. Several chunks are in transit at once. For `stream`, which
+is compared with bare sockets, the chunks are in the slab before the clock starts and are fetched repeatedly: announce,
+fetch, digest, landed; the time with put is measured as well.
 
-All that is compared is measured in the same rounds, one after the other, so that what disturbs the machine disturbs all
-of it; the figures are medians over the rounds."""
+All variants are measured in turns in the same rounds, so that other load on the machine affects all of them. Results
+are medians over the rounds."""
 
 from __future__ import annotations
 
@@ -32,16 +31,16 @@ from tetri.wire.codec import decode, encode
 from tetri.wire.handover import Chunk, Handle
 from tetri.wire.messages import InboxMessage
 
-PATIENCE_S = 60.0  # with the other process, for one chunk
-POLL_S = 0.05  # a path whose slots come free later may not wake for that
-SPARE = 2  # chunks in the slab beside those on their way
-READY = ("stream",)  # paths that are timed with the chunks in the slab, and with put beside it
+PATIENCE_S = 60.0  # timeout for one chunk
+POLL_S = 0.05  # a path may not wake the process when slots become free
+SPARE = 2  # chunks in the slab besides those in transit
+READY = ("stream",)  # paths measured with chunks that are in the slab already, and also with put
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Chunks of `blocks` blocks of `block_bytes` over `transport`, `depth` on their way at once. Sources, targets and
-    the slab rotate through `memory` bytes each, more than the caches hold."""
+    """One measurement: chunks of `blocks` blocks of `block_bytes` over `transport`, `depth` in transit at once.
+    Sources, targets and the slab rotate through `memory` bytes each, more than the CPU caches hold."""
 
     transport: str
     blocks: int
@@ -51,26 +50,27 @@ class Case:
 
     @property
     def chunk_bytes(self) -> int:
+        """Bytes of one chunk."""
         return self.blocks * self.block_bytes
 
     @property
     def places(self) -> int:
-        """Chunks that the memory holds."""
+        """The number of chunks that fit into the memory."""
         return max(self.memory // self.chunk_bytes, self.depth + SPARE)
 
 
 class Run(Protocol):
-    """Moves `count` chunks, and says how many seconds it took."""
+    """Moves `count` chunks and returns the seconds that it took."""
 
     def __call__(self, count: int) -> float: ...
 
 
-Lane = Callable[[Case], Any]  # a context manager that gives a Run
+Lane = Callable[[Case], Any]  # a context manager that yields a Run
 
 
 @contextmanager
 def pinned() -> Iterator[int]:
-    """This process to one core; the other process's core, the same where there is only one."""
+    """Pin this process to one core and yield the core for the other process (the same one if there is only one)."""
     before = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, before[:1])
     try:
@@ -80,24 +80,25 @@ def pinned() -> Iterator[int]:
 
 
 class Memory:
-    """`places` chunks of private memory, every page of it there, given out in turn."""
+    """Private memory for `places` chunks, with all pages mapped. `next` rotates through the chunks."""
 
     def __init__(self, case: Case) -> None:
         self._size = case.chunk_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         self._all = memoryview(mmap.mmap(-1, case.places * self._size, flags=flags))
         for start in range(0, len(self._all), mmap.PAGESIZE):
-            self._all[start] = start >> 12 & 255  # pages that nobody wrote may all be the one page of zeros
+            self._all[start] = start >> 12 & 255  # unwritten pages may all be the same zero page
         self._places = itertools.cycle(range(case.places))
 
     def next(self) -> memoryview:
+        """Return the memory of the next chunk."""
         start = next(self._places) * self._size
         return self._all[start : start + self._size]
 
 
 @contextmanager
 def memcpy(case: Case) -> Iterator[Run]:
-    """Plain copies between two large pieces of memory."""
+    """Yield a measurement of plain copies between two large memory areas."""
     sources, targets = Memory(case), Memory(case)
 
     def run(count: int) -> float:
@@ -113,7 +114,8 @@ Put = tuple[Handle, int | None]  # a chunk in the slab, and its digest
 
 
 class Sender:
-    """Puts and announces chunks, and frees them late, so that the slab's slots rotate as the copies' targets do."""
+    """Puts and announces chunks and frees them late, so that the slab's slots rotate like the targets of plain
+    copies."""
 
     def __init__(self, case: Case, store: KVStore, iid: str, pipe: Connection, woken: int) -> None:
         self._case, self.store, self.iid, self._pipe, self._woken = case, store, iid, pipe, woken
@@ -123,11 +125,11 @@ class Sender:
         self._numbers = itertools.count()
 
     def run(self, count: int, depth: int = 0) -> float:
-        """Seconds from the first put to the last landed, with `depth` chunks on their way (0: the case's)."""
+        """Return the seconds from the first put to the last landed; `depth` chunks in transit (0: the case's)."""
         return self._run(count, depth or self._case.depth, self._has_credit, self._put)
 
     def again(self, count: int) -> float:
-        """Seconds from the first announcement to the last landed, of chunks that lie in the slab since they landed."""
+        """Return the seconds from the first announcement to the last landed, for chunks that are still in the slab."""
         return self._run(count, self._case.depth, lambda: bool(self._landed), self._landed.popleft)
 
     def _run(self, count: int, depth: int, can: Callable[[], bool], chunk: Callable[[], Put]) -> float:
@@ -178,12 +180,13 @@ class Sender:
         self._pipe.send_bytes(encode(chunk))
 
     def _receive(self, seconds: float) -> bool:
-        """What landed and what came free; wait for the first for `seconds`. False: nothing has happened."""
+        """Handle landed chunks and free slots; wait up to `seconds`. Returns whether a message arrived. Raises
+        KVError."""
         ready = wait([self._pipe, self._woken], seconds)
         if self._woken in ready:
             os.eventfd_read(self._woken)
             for fetched in self.store.fetched():
-                raise KVError(f"nothing was asked for, and this came: {fetched.ticket}")
+                raise KVError(f"unexpected fetch result: {fetched.ticket}")
         self.store.freed()
         while self._pipe.poll():
             answer = decode(self._pipe.recv_bytes(), InboxMessage)
@@ -196,7 +199,7 @@ class Sender:
 
 @contextmanager
 def senders(case: Case, digests: Sequence[bool]) -> Iterator[list[Sender]]:
-    """One for each of `digests`, all to the same receiver in another process."""
+    """Yield a sender for each of `digests`, all to one receiver in another process. Raises KVError."""
     ours, theirs = get_context("spawn").Pipe()
     with ExitStack() as stack:
         core = stack.enter_context(pinned())
@@ -215,7 +218,7 @@ def senders(case: Case, digests: Sequence[bool]) -> Iterator[list[Sender]]:
             raise KVError(str(answer))
         for sender in made:
             sender.store.meet("receiver", answer)
-            sender.run(case.places)  # once through the slab: the other side has to map it, which it does once
+            sender.run(case.places)  # warm up: the receiver maps the slab once
         yield made
 
 
@@ -234,13 +237,13 @@ def _end(pipe: Connection) -> None:
     try:
         pipe.send_bytes(b"")
     except OSError:
-        pass  # it has ended already
+        pass  # the receiver has ended already
 
 
 def measure(case: Case, rounds: int, round_bytes: int, others: Mapping[str, Lane]) -> dict[str, Any]:
-    """One row: GB/s (10^9) of the path and of a plain copy, and of `others` by name. `digest_percent` is how much
-    longer the path takes with the digest than without. Of READY paths also the whole way, with put, which the others
-    have always."""
+    """Return one row: GB/s (10^9 bytes/s) of the path, of a plain copy and of `others` by name. `digest_percent`: how
+    much longer the path takes with the digest. READY paths also have the value with put, which the others always
+    include."""
     count = max(round_bytes // case.chunk_bytes, 2 * case.depth)
     with ExitStack() as stack:
         with_digest, without = stack.enter_context(senders(case, [True, False]))
@@ -254,7 +257,7 @@ def measure(case: Case, rounds: int, round_bytes: int, others: Mapping[str, Lane
 
 
 def alternated(runs: Mapping[str, Run], count: int, rounds: int) -> dict[str, list[float]]:
-    """The seconds of each round, after one that does not count."""
+    """Run all in turns; return the seconds of each round after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -265,6 +268,7 @@ def alternated(runs: Mapping[str, Run], count: int, rounds: int) -> dict[str, li
 
 
 def row(case: Case, count: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return the row for the seconds that each variant took for `count` chunks."""
     gbps = {name: count * case.chunk_bytes / elapsed / 1e9 for name, elapsed in seconds.items()}
     found = {
         "transport": case.transport,
@@ -284,7 +288,7 @@ def row(case: Case, count: int, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def alone(case: Case, rounds: int) -> dict[str, Any]:
-    """The milliseconds that one chunk takes from its put until it has landed, nothing else on its way."""
+    """Return the milliseconds of a single chunk from its put until it has landed."""
     with senders(case, [True]) as (sender,), memcpy(case) as copy:
         seconds = alternated({"path": lambda count: sender.run(count, depth=1), "memcpy": copy}, 1, rounds)
     path, plain = (statistics.median(seconds[name]) * 1e3 for name in ("path", "memcpy"))

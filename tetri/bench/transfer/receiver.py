@@ -1,4 +1,4 @@
-"""The receiver's process of a transfer that is measured (measure.py)."""
+"""The receiver process of the transfer benchmark (measure.py)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tetri.wire.messages import InboxMessage
 
 
 def end_by_signal() -> None:
-    """From now on SIGTERM and SIGINT end this process as sys.exit does, which gives its slab back; once, since whoever
-    signals a group may signal each of its processes too."""
+    """Make SIGTERM and SIGINT end this process with sys.exit, which frees its slab. Later signals are ignored: a signal
+    to the process group may be followed by one to each process."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -33,7 +33,7 @@ def end_by_signal() -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Both signals wait until the end: in the middle of opening a store nobody would give its slab back."""
+    """Block both signals in this context: a store that is interrupted while it opens would not free its slab."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
@@ -42,7 +42,8 @@ def undisturbed() -> Iterator[None]:
 
 
 def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> None:
-    """Take what is announced until an empty message comes. First come the senders' names and reaches."""
+    """Fetch every announced chunk until an empty message arrives. The first message has the senders' names and
+    reaches."""
     end_by_signal()
     os.sched_setaffinity(0, {core})
     woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -65,7 +66,7 @@ def _meet_and_serve(pipe: Connection, store: KVStore, transport: str, woken: int
         pipe.send(store.reach)
         _serve(pipe, store, transport, woken)
     except EOFError:
-        pass  # the sender has ended, and with it the measurement
+        pass  # the sender has ended
 
 
 def _serve(pipe: Connection, store: KVStore, transport: str, woken: int) -> None:
