@@ -41,10 +41,7 @@ def test_the_earliest_deadline_first_and_without_one_by_age():
         QueuedPrompt("early", 3, 900, since=2.0, work_s=9.0, due=4.0),
     ]
     assert keys("deadline", window) == ["early", "none", "late"]
-
-
-def test_only_orders_that_bound_waiting_go_without_windows():
-    assert {name for name, order in ORDERS.items() if not order.windowed} == {"ageing", "deadline"}
+    assert {name for name, order in ORDERS.items() if not order.windowed} == {"ageing", "deadline"}  # they bound waits
 
 
 PROMPT = st.tuples(st.integers(0, 30), st.integers(1, 5), st.one_of(st.none(), st.integers(0, 9)))
@@ -77,8 +74,7 @@ def test_nobody_waits_for_those_who_come_long_after_it(prompts, stretch, name):
 @given(st.lists(PROMPT, max_size=12), st.sampled_from(sorted(ORDERS)))
 def test_an_order_keeps_everybody_and_is_the_same_however_they_stand(prompts, name):
     window = [
-        QueuedPrompt(str(number), number, tokens, since, tokens / 3, due)
-        for number, (since, tokens, due) in enumerate(prompts)
+        QueuedPrompt(str(at), at, tokens, since, tokens / 3, due) for at, (since, tokens, due) in enumerate(prompts)
     ]
     assert sorted(keys(name, window)) == sorted(prompt.key for prompt in window)
     assert keys(name, window) == keys(name, window[::-1])

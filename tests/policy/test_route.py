@@ -13,7 +13,8 @@ def pool(*queued_s, last=-1):
     return PrefillPool([f"p{number}" for number in range(len(queued_s))], list(queued_s), last)
 
 
-def test_the_least_loaded_and_the_first_of_equals():
+def test_the_least_loaded_and_the_first_of_equals_and_nobody_among_none():
+    assert [route(1.0, PrefillPool(), Random(1)) for route in (least_loaded, random, round_robin)] == [None] * 3
     assert least_loaded(1.0, pool(3.0, 2.0, 2.0), Random(1)) == 1
 
 
@@ -26,11 +27,6 @@ def test_random_takes_each_as_often():
 @pytest.mark.parametrize("last, chosen", [(-1, 0), (0, 1), (2, 0), (5, 0)])
 def test_round_robin_takes_the_one_after_the_last(last, chosen):
     assert round_robin(1.0, pool(1.0, 2.0, 3.0, last=last), Random(1)) == chosen
-
-
-@pytest.mark.parametrize("route", [least_loaded, random, round_robin])
-def test_nobody_among_none(route):
-    assert route(1.0, PrefillPool(), Random(1)) is None
 
 
 def test_a_draw_never_leaves_the_pool():
