@@ -6,20 +6,19 @@ from tetri.client.clock import SLACK_S, Clock
 
 
 class Time:
-    def __init__(self) -> None:
-        self.now = 1000.0
+    now = 1000.0
 
     def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def time() -> Time:
+def time():
     return Time()
 
 
 @pytest.fixture
-def clock(time) -> Clock:
+def clock(time):
     return Clock(time)
 
 

@@ -9,12 +9,8 @@ from tetri.client import BadRequest, RequestRefused
 
 
 def test_cancelling_a_request_of_someone_else():
-    def reply(message):
-        if message["rid"] == "r9":
-            return [done("r9", "cancelled")]
-        return [refused(message["rid"])]
-
-    with FakeBroker(reply) as broker, tetri.Client(broker.address, **FAST) as client:
+    fake = FakeBroker(lambda m: [done("r9", "cancelled") if m["rid"] == "r9" else refused(m["rid"])])
+    with fake as broker, tetri.Client(broker.address, **FAST) as client:
         client.cancel("r9")
         with pytest.raises(RequestRefused, match="no such request"):
             client.cancel("r8")
@@ -38,12 +34,8 @@ def test_a_flip_is_asked_for_with_one_key_until_it_is_answered(call):
         return [change(message, key="other"), accepted({"key": own}), change(message, took_s="soon")]
 
     with FakeBroker(Scripted(change_role=[lambda m: [], wrong, lambda m: [change(m)]])) as broker:
-        assert call(broker.address, "flip", "d0", "mixed") == {
-            "iid": "d0",
-            "role": "mixed",
-            "was": "decode",
-            "took_s": 0.004,
-        }
+        changed = {"iid": "d0", "role": "mixed", "was": "decode", "took_s": 0.004}
+        assert call(broker.address, "flip", "d0", "mixed") == changed
     assert len(broker.seen) >= 3 and len({message["key"] for message in broker.seen}) == 1
     assert (broker.seen[0]["iid"], broker.seen[0]["role"]) == ("d0", "mixed")
 
