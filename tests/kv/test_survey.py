@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.kv.contract_slab import nothing
 from tests.kv.mapped import BLOCK, SLOTS
 from tetri.kv.shm import ShmSlab
 from tetri.kv.survey import remove, survey
@@ -30,10 +31,6 @@ def dead(tmp_path):
         name = child.stdout.readline().strip()
         child.kill()
     return name, child.pid
-
-
-def nothing(views):
-    pass
 
 
 def test_a_segment_tells_its_owner_and_each_used_slot(slab, tmp_path):
@@ -79,29 +76,21 @@ def test_what_a_killed_owner_left_says_whose_it_was_and_can_be_removed(slab, dea
     assert [left.iid for left in survey("test", str(tmp_path))] == ["p0"]
 
 
-def test_looking_disturbs_no_owner(tmp_path):
-    slab = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
-    for _ in range(3):
-        assert survey("test", str(tmp_path))[0].alive
-    slab.close()
-    assert survey("test", str(tmp_path)) == []
-
-
 def test_deployments_whose_names_begin_alike_are_told_apart(tmp_path):
     folder = str(tmp_path)
     slabs = [ShmSlab(*words, SLOTS, BLOCK, directory=folder) for words in (("a", "b-c"), ("a-b", "c"), ("a", "p0"))]
     assert [(seen.deployment, seen.iid) for seen in survey("a", folder)] == [("a", "b-c"), ("a", "p0")]
     assert [(seen.deployment, seen.iid) for seen in survey("a-b", folder)] == [("a-b", "c")]
-    assert len(survey(None, folder)) == 3
+    assert [seen.alive for seen in survey(None, folder)] == [True] * 3, "looking disturbs no owner"
     for slab in slabs:
         slab.close()
+    assert survey(None, folder) == []
 
 
 def test_a_file_that_is_no_segment_of_this_version_is_told_as_such(slab, tmp_path):
     (tmp_path / "tetri-test-p1-0123456789abcdef").write_bytes(b"tetri-kv\1\0\0\0" + bytes(4096))
-    (tmp_path / "tetri-test-p2-0123456789abcdef").write_bytes(b"")
-    (tmp_path / "tetri-other-p2-0123456789abcdef").write_bytes(b"")
-    (tmp_path / "tetri-test-nothing-of-ours").write_bytes(b"")
+    for name in ("test-p2-0123456789abcdef", "other-p2-0123456789abcdef", "test-nothing-of-ours"):
+        (tmp_path / f"tetri-{name}").write_bytes(b"")
     (tmp_path / "tetri-test-p3-0123456789abcdef").mkdir()
     (tmp_path / "tetri-test-p4-0123456789abcdef").symlink_to(tmp_path / slab.segment.name)
     found = {seen.name: seen for seen in survey("test", str(tmp_path)) if seen.problem}
