@@ -8,8 +8,6 @@ can be freed that another process has open.
 One StandIn is one process's CUDA. Those with the same `folder` see each other's handles, in one process or in many.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import importlib.machinery
@@ -116,8 +114,6 @@ class Runtime:
         self.locks = {}  # path -> descriptor, of the peers' memory that is open here
         self.calls = []
 
-    # ------------------------------------------------------------ devices
-
     def getDeviceCount(self):
         return len(self.visible)
 
@@ -141,8 +137,6 @@ class Runtime:
     def memGetInfo(self):
         used = sum(each.size for each, kind in self.memory.values() if kind == "own" and not each.get().gone)
         return self.total - used, self.total
-
-    # ------------------------------------------------------------ memory
 
     def malloc(self, size):
         if size > self.memGetInfo()[0]:
@@ -237,8 +231,6 @@ class Runtime:
             ctypes.memmove(into, source, size)
 
         self._queue(stream).append(run)
-
-    # ------------------------------------------------------------ streams and events
 
     def streamCreateWithFlags(self, flags):
         number = next(_numbers) + 1

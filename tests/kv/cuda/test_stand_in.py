@@ -43,21 +43,6 @@ def sides(tmp_path):
     return Side(tmp_path), Side(tmp_path)
 
 
-def test_what_is_right_works(sides):
-    here, there = sides
-    there.array(there.pointer)[:] = 7
-    pointer, event = here.open(there)
-    assert here.run.eventQuery(event) == 0
-    here.run.streamWaitEvent(here.stream, event)
-    here.copy(here.pointer, pointer)
-    here.run.streamSynchronize(here.stream)
-    assert (here.array(here.pointer).get() == 7).all()
-    here.run.ipcCloseMemHandle(pointer)
-    here.run.eventDestroy(event)
-    there.run.free(there.pointer)
-    there.run.eventDestroy(there.event)
-
-
 def closed(here, there):
     pointer, event = here.open(there)
     here.run.streamWaitEvent(here.stream, event)
