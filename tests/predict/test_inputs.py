@@ -1,7 +1,5 @@
 """From a prompt's token ids back to the user's own text."""
 
-from __future__ import annotations
-
 import pytest
 
 from tetri import models
@@ -39,15 +37,12 @@ def test_the_template_is_what_all_conversations_share():
     assert reader(Untemplated())([104, 105]) == "hi"
 
 
-def test_of_a_longer_conversation_all_turns_are_left():
+def test_of_a_conversation_all_turns_are_left_and_of_a_very_long_prompt_the_ends():
     tokenizer = Templated()
     turns = [Turn(role="user", content="one"), Turn(role="assistant", content="two"), Turn(role="user", content="six")]
     assert reader(tokenizer)(tokenizer.chat(turns)) == "one\nassistant\ntwo\nuser\nsix"
     own = [Turn(role="system", content="Be brief."), *turns[:1]]
     assert reader(ByteTokenizer())(ByteTokenizer().chat(own)) == "system: Be brief.\nuser: one"
-
-
-def test_of_a_very_long_prompt_the_ends_are_left():
     ids = [*b"a" * 5000, *b"b" * 5000]
     assert reader(ByteTokenizer())(ids) == "a" * END_TOKENS + "b" * END_TOKENS
 
