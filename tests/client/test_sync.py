@@ -55,7 +55,7 @@ def test_cancelling_a_stream_keeps_what_there_was():
         assert second.result.finish_reason == "cancelled"
 
 
-def test_deltas_missed_before_a_cancel_are_asked_for_after_the_end():
+def test_cancelling_before_any_answer_came_asks_for_what_was_missed():
     end = done(reason="cancelled", tokens=2)
     replies = {"attach": [delta(0), delta(1), end], "cancel": [end]}  # both deltas get lost
     with (
@@ -63,9 +63,6 @@ def test_deltas_missed_before_a_cancel_are_asked_for_after_the_end():
         tetri.Client(broker.address, **FAST) as client,
     ):
         assert client.stream("hi").cancel().text == "one two "
-
-
-def test_cancelling_before_the_broker_has_answered():
     script = Scripted(submit=[lambda m: [], lambda m: [accepted(m)]])
     fake = FakeBroker(lambda m: script(m) if m["type"] != "cancel" else [done(reason="cancelled", tokens=0)])
     with fake as broker, tetri.Client(broker.address, **FAST) as client:

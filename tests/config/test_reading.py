@@ -11,15 +11,12 @@ from tetri.config import ConfigError, WorkerConfig, default_path, dump, load
 CONF = Path(__file__).parent.parent.parent / "conf"
 
 
-def test_the_shipped_files_load():
+def test_the_shipped_files_load_and_the_environment_may_name_another(monkeypatch):
     default, emulated = load(CONF / "default.toml"), load(CONF / "emulated.toml")
     assert [(w.iid, w.role, w.cpus) for w in default.workers] == [("p0", "prefill", "0"), ("d0", "decode", "1")]
     assert default.model.name == "smollm2-135m" and default.engine.kind == "vllm"
     assert [w.iid for w in emulated.workers] == ["p0", "p1", "d0", "d1"]
     assert emulated.engine.kind == "emulated" and emulated.engine.block_tokens == 16
-
-
-def test_the_environment_names_the_file(monkeypatch):
     monkeypatch.setenv("TETRI_CONF", "/somewhere/x.toml")
     assert default_path() == Path("/somewhere/x.toml")
     monkeypatch.delenv("TETRI_CONF")
@@ -75,7 +72,7 @@ def test_bad_values_are_one_line_that_says_what_is_allowed(tmp_path, text, says)
     assert says in bad(tmp_path / "t.toml", text + PAIR)
 
 
-def test_the_predictors_folder_is_whole(write, monkeypatch, tmp_path):
+def test_the_predictors_folder_is_whole_and_cost_files_lie_beside_the_configuration(write, monkeypatch, tmp_path):
     """The programs run elsewhere than where it was named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
@@ -83,18 +80,19 @@ def test_the_predictors_folder_is_whole(write, monkeypatch, tmp_path):
     assert load(write(PAIR), ["predictor.folder=mine"]).predictor.folder == str(tmp_path / "mine")
     assert load(write(PAIR), ["predictor.folder=~/p"]).predictor.folder == "/home/me/p"
     assert load(write(PAIR), ["predictor.folder=~nosuchuser/p"]).predictor.folder == str(tmp_path / "~nosuchuser/p")
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost" / "h100.toml").write_text("")
+    config = load(write("[engine]\ncost='h100.toml'\n" + PAIR))
+    assert config.engine.cost == str(tmp_path / "cost" / "h100.toml")
 
 
-def test_a_single_worker_table_is_refused(write):
-    with pytest.raises(ConfigError, match=r"\[\[worker\]\]"):
-        load(write('[worker]\niid="a"\nrole="decode"\n'))
-
-
-def test_an_unreadable_file(tmp_path):
+def test_an_unreadable_file(tmp_path, write):
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     for name, says in (("missing.toml", "cannot be read"), (".", "cannot be read"), ("b.toml", "not a TOML file")):
         with pytest.raises(ConfigError, match=says):
             load(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"\[\[worker\]\]"):
+        load(write('[worker]\niid="a"\nrole="decode"\n'))
 
 
 def test_overrides_take_toml_or_bare_words_and_can_replace_the_workers(write):
@@ -126,13 +124,6 @@ def test_overrides_take_toml_or_bare_words_and_can_replace_the_workers(write):
 def test_bad_overrides(write, override, says):
     with pytest.raises(ConfigError, match=says):
         load(write(PAIR), [override])
-
-
-def test_cost_files_lie_beside_the_configuration(write, tmp_path):
-    (tmp_path / "cost").mkdir()
-    (tmp_path / "cost" / "h100.toml").write_text("")
-    config = load(write("[engine]\ncost='h100.toml'\n" + PAIR))
-    assert config.engine.cost == str(tmp_path / "cost" / "h100.toml")
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)

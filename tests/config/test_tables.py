@@ -21,17 +21,14 @@ def test_addresses_follow_the_run_directory(write, tmp_path, monkeypatch):
     assert Config().run_dir == Path("/run/user/7/tetri")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(Config().run_dir).startswith("/tmp/tetri-")
+    with pytest.raises(ConfigError, match="known: p0, d0"):
+        load(write(PAIR)).worker("zz")
 
 
 def test_the_policies_settings_are_those_of_the_rules():
     assert dataclasses.asdict(PolicyConfig()) == dataclasses.asdict(Rules())
     shared = {f.name: getattr(MonitorConfig(), f.name) for f in dataclasses.fields(FlipSettings)}
     assert FlipSettings(**shared) == FlipSettings()
-
-
-def test_an_unknown_worker_lists_the_known(write):
-    with pytest.raises(ConfigError, match="known: p0, d0"):
-        load(write(PAIR)).worker("zz")
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("0,2-3", {0, 2, 3})])

@@ -101,6 +101,9 @@ def test_close_leaves_nothing_even_while_a_view_is_kept(tmp_path):
     slab.close()
     assert os.listdir(tmp_path) == []
     kept[0][:] = block(7)  # no crash: the memory goes with its last view
+    with pytest.raises(KVError, match=r"too small for 1000000 slots .* 1,000,0\d\d MB needed, [\d,]+ MB free"):
+        ShmSlab("test", "p0", 1_000_000, 1 << 20, directory=str(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_segment_is_named_after_its_owner_private_and_not_to_be_guessed(slab, tmp_path):
@@ -111,12 +114,6 @@ def test_the_segment_is_named_after_its_owner_private_and_not_to_be_guessed(slab
     other = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
     assert other.segment.name != name
     other.close()
-
-
-def test_too_little_room_is_an_error_at_the_start_that_names_it(tmp_path):
-    with pytest.raises(KVError, match=r"too small for 1000000 slots .* 1,000,0\d\d MB needed, [\d,]+ MB free"):
-        ShmSlab("test", "p0", 1_000_000, 1 << 20, directory=str(tmp_path))
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "too small"), (errno.EFBIG, "cannot reserve")])

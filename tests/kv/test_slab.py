@@ -67,9 +67,6 @@ def test_an_owner_of_any_length_is_cut_to_its_place_and_a_failed_write_has_none(
     with pytest.raises(ZeroDivisionError):
         slab.put(2, lambda views: 1 / 0, "p:r1:1")
     assert marks(slab) == {}
-
-
-def test_memory_that_nobody_looks_at_needs_no_marks():
     memory = bytearray(SLOTS * 8 + SLOTS * BLOCK)
     views = memoryview(memory)
     slab = HostSlab(Segment("bare", SLOTS, BLOCK, views[: SLOTS * 8].cast("Q"), views[SLOTS * 8 :]))

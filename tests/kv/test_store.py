@@ -22,14 +22,11 @@ def put(store):
     return store.put(1, lambda views: views[0].__setitem__(slice(None), block(1)), "p:r1:1")
 
 
-def test_what_others_must_know_to_read_it(store):
+def test_what_others_must_know_to_read_it_and_that_only_those_of_its_deployment_are_paired(store):
     assert store.reach.paths == ["shm"]
     assert store.reach.process == os.getpid() and str(os.geteuid()) in store.reach.host
     assert store.reach.segment.startswith("tetri-test-store-p0-")
     assert (store.slots, store.free_slots, store.due()) == (2, 2, None)
-
-
-def test_workers_of_deployments_with_other_names_are_not_paired_over_shared_memory(store):
     for name, common in (("test-store", "shm"), ("test-other", None)):
         other = open_store(StoreSettings(name, "d0", 2, 100, "shm"))
         try:

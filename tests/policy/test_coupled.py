@@ -41,9 +41,6 @@ def test_chunked_gives_decodes_their_token_and_cuts_prompts_at_the_budget_the_st
     assert chunked(view(10, started=Progress("started", 1, 9), decoding=100), limits) == Iteration((), True)
 
 
-@pytest.mark.parametrize(
-    "held, free, out",
-    [([10, 10], 2, 0), ([10, 10], 1, 1), ([10, 20, 3], 0, 1), ([10, 2, 0], 0, 2), ([10], 0, 0), ([], 0, 0)],
-)
-def test_the_youngest_give_way_until_each_has_a_token(held, free, out):
-    assert preempted(held, free) == out
+def test_the_youngest_give_way_until_each_has_a_token():
+    cases = [([10, 10], 2, 0), ([10, 10], 1, 1), ([10, 20, 3], 0, 1), ([10, 2, 0], 0, 2), ([10], 0, 0), ([], 0, 0)]
+    assert [preempted(held, free) for held, free, _ in cases] == [out for *_, out in cases]

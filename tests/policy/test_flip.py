@@ -75,10 +75,16 @@ def decode(iid, work_s, waiting=1, running=0):
     return state(iid, "decode", work_s=work_s, waiting=waiting, running=running)
 
 
-def test_balance_moves_the_least_loaded_of_those_that_wait_less():
+def test_balance_moves_the_least_loaded_of_those_that_wait_less_and_held_up_prompts_wait_for_decode():
     states = [prefill("p0", 9.0), decode("d0", 1.0), decode("d1", 0.5), decode("d2", 2.0)]
     assert balance(states, SETTINGS) == RoleChange("d1", "prefill", "prefill waits 9.0 s, decode 1.2 s")
     assert asked(balance, decode("d0", 9.0), prefill("p0", 1.0), prefill("p1", 0.0)) == ("p1", "decode")
+    held_up = [state(f"p{number}", "prefill", work_s=12.0, queued=20, stalled=True) for number in range(2)]
+    full = [state(f"d{number}", "decode", work_s=30.0, running=9) for number in range(3)]
+    assert balance([*held_up, *full], SETTINGS) == RoleChange("p0", "decode", "decode waits 8.0 s, prefill 0.0 s")
+    assert balance([held_up[0], *full], SETTINGS) is None  # the floor
+    held_up[1] = state("p1", "prefill", work_s=12.0, queued=20)  # nobody holds this one up
+    assert balance([*held_up, *full], SETTINGS) is None
 
 
 @pytest.mark.parametrize(
@@ -118,16 +124,6 @@ def test_a_request_whose_kv_is_on_its_way_calls_nobody(policy):
     fetching = state("d0", "decode", work_s=20.0, moving=1)
     states = [computing, resting("p1", "prefill"), fetching, resting("d1", "decode", 9.0)]
     assert FLIPS[policy](states, SETTINGS) is None
-
-
-def test_prompts_that_no_decode_instance_takes_wait_for_decode():
-    """Else balance would take from decode the instances that it lacks."""
-    held_up = [state(f"p{number}", "prefill", work_s=12.0, queued=20, stalled=True) for number in range(2)]
-    full = [state(f"d{number}", "decode", work_s=30.0, running=9) for number in range(3)]
-    assert balance([*held_up, *full], SETTINGS) == RoleChange("p0", "decode", "decode waits 8.0 s, prefill 0.0 s")
-    assert balance([held_up[0], *full], SETTINGS) is None  # the floor
-    held_up[1] = state("p1", "prefill", work_s=12.0, queued=20)  # nobody holds this one up
-    assert balance([*held_up, *full], SETTINGS) is None
 
 
 def test_rescue_makes_the_least_loaded_one_mixed():

@@ -24,7 +24,7 @@ def labels(rules, tokens, draws, seed=5):
     return [each.low // rules.length_granularity for each in ranges]
 
 
-def test_a_noisy_label_is_the_floor_of_length_by_granularity_as_the_seed_says():
+def test_noisy_labels_are_those_of_the_seed_and_wrong_ones_the_nearer_the_likelier_on_both_sides():
     assert all(LENGTHS[name](9, Sampling(max_tokens=50), Rules(), Random(1)) is None for name in LENGTHS)
     assert length.none(9, FIXED, Rules(), Random(1)) is None
     assert oracle(9, FIXED, Rules(), Random(1)) == LengthRange(low=1000, high=1001)
@@ -34,9 +34,6 @@ def test_a_noisy_label_is_the_floor_of_length_by_granularity_as_the_seed_says():
     counts = Counter(labels(Rules(length_accuracy=0.0), 20, 500))
     assert min(counts) == 1  # zero is right, and below there is nothing
     assert labels(Rules(), 700, 100) == labels(Rules(), 700, 100) != labels(Rules(), 700, 100, seed=6)
-
-
-def test_wrong_labels_are_the_nearer_the_likelier_on_both_sides():
     draws = 20_000
     counts = Counter(label - 50 for label in labels(Rules(length_granularity=20), 1000, draws))
     assert counts[0] / draws == pytest.approx(0.749, abs=0.01)
@@ -68,22 +65,12 @@ def test_the_papers_accuracies_follow_from_one_another(granularity, accuracy, me
     assert hits / draws == pytest.approx(right, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    "low, high, outputs, moved",
-    [
-        (0, 200, 199, (0, 200)),
-        (0, 200, 200, (200, 400)),
-        (0, 200, 399, (200, 400)),
-        (0, 200, 400, (400, 600)),
-        (200, 400, 1000, (1000, 1200)),
-        (7, 8, 12, (12, 13)),
-    ],
-)
-def test_a_request_that_outlives_its_range_is_moved_up(low, high, outputs, moved):
-    before = LengthRange(low=low, high=high)
-    after = moved_up(before, outputs)
-    assert (after.low, after.high) == moved
-    assert (after is before) == (moved == (low, high))
+def test_a_request_that_outlives_its_range_is_moved_up():
+    moved = {(0, 200, 199): (0, 200), (0, 200, 200): (200, 400), (0, 200, 399): (200, 400), (0, 200, 400): (400, 600)}
+    for (low, high, outputs), right in {**moved, (200, 400, 1000): (1000, 1200), (7, 8, 12): (12, 13)}.items():
+        before = LengthRange(low=low, high=high)
+        after = moved_up(before, outputs)
+        assert (after.low, after.high) == right and (after is before) == (right == (low, high))
 
 
 @settings(deadline=None, derandomize=True)

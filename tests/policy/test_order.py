@@ -14,9 +14,14 @@ def keys(name, window, stretch=STRETCH):
     return ORDERS[name].keys(window, stretch)
 
 
-def test_first_come_first_served():
+def test_first_come_first_served_and_age_outweighs_work():
     window = [QueuedPrompt("b", 2, 1), QueuedPrompt("a", 1, 900), QueuedPrompt("c", 3, 5)]
     assert keys("fcfs", window) == ["a", "b", "c"] and keys("fcfs", []) == []
+    old_and_long = QueuedPrompt("long", 1, 900, since=0.0, work_s=2.0)
+    assert keys("ageing", [QueuedPrompt("short", 2, 9, since=7.0, work_s=0.1), old_and_long]) == ["short", "long"]
+    assert keys("ageing", [QueuedPrompt("short", 2, 9, since=8.1, work_s=0.1), old_and_long]) == ["long", "short"]
+    assert keys("ageing", [QueuedPrompt("short", 2, 9, since=0.5, work_s=0.1), old_and_long], 0.0) == ["long", "short"]
+    assert keys("ageing", [QueuedPrompt("b", 2, 9), QueuedPrompt("a", 1, 9)]) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("name", "right"), [("sjf", ["e", "c", "b", "d", "a"]), ("ljf", ["a", "b", "d", "c", "e"])])
@@ -24,14 +29,6 @@ def test_by_length_and_among_equals_by_arrival(name, right):
     lengths = {"a": 900, "b": 7, "c": 5, "d": 7, "e": 1}
     window = [QueuedPrompt(key, arrival, tokens) for arrival, (key, tokens) in enumerate(lengths.items())]
     assert keys(name, window) == keys(name, window[::-1]) == right
-
-
-def test_age_outweighs_work():
-    old_and_long = QueuedPrompt("long", 1, 900, since=0.0, work_s=2.0)
-    assert keys("ageing", [QueuedPrompt("short", 2, 9, since=7.0, work_s=0.1), old_and_long]) == ["short", "long"]
-    assert keys("ageing", [QueuedPrompt("short", 2, 9, since=8.1, work_s=0.1), old_and_long]) == ["long", "short"]
-    assert keys("ageing", [QueuedPrompt("short", 2, 9, since=0.5, work_s=0.1), old_and_long], 0.0) == ["long", "short"]
-    assert keys("ageing", [QueuedPrompt("b", 2, 9), QueuedPrompt("a", 1, 9)]) == ["a", "b"]
 
 
 def test_the_earliest_deadline_first_and_without_one_by_age():

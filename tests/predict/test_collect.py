@@ -44,7 +44,7 @@ def agree(out, every=PLAN.every):
     return lengths
 
 
-def test_every_text_is_in_the_files_with_its_states(out):
+def test_every_text_is_in_the_files_with_its_states_of_a_seed_that_prompt_and_sample_decide(out):
     described, writer = [], PlayedWriter()
     assert run(out, writer=writer, samples=2, progress=described.append) == 40
     lengths = agree(out)
@@ -54,9 +54,6 @@ def test_every_text_is_in_the_files_with_its_states(out):
     assert first.source == "s" and first.prompt_tokens == len(of_texts.ids_of(PROMPTS[0], CHAT))
     assert {length.ended for length in lengths if length.tokens == 40} <= {"length"}
     assert read_plan(out) == PLAN
-
-
-def test_two_samples_of_a_prompt_have_seeds_of_their_own_that_only_prompt_and_sample_decide():
     one, two = (of_texts.sampling_of(TextTask(PROMPTS[0], sample), PLAN) for sample in (0, 1))
     assert one.seed != two.seed and one == of_texts.sampling_of(TextTask(Prompt("number 0", "other"), 0), PLAN)
     assert of_texts.sampling_of(TextTask(PROMPTS[0], 0), CollectPlan("tiny", "w", seed=1)).seed != one.seed

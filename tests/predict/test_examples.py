@@ -10,16 +10,13 @@ from tetri.predict import examples
 from tetri.predict.lengths import Length, PredictError
 
 
-def test_the_split_goes_by_prompt_and_seed():
+def test_the_split_goes_by_prompt_and_seed_and_equal_folds_by_prompt():
     lengths = [Length(f"prompt {number}", 5) for number in range(4000)]
     held = [length for length in lengths if examples.is_held_out(length, 0)]
     assert len(held) / 4000 == pytest.approx(0.15, abs=0.02)
     assert {examples.is_held_out(Length(length.prompt, 9, sample=3), 0) for length in held} == {True}
     other = [length for length in lengths if examples.is_held_out(length, 1)]
     assert 0.05 < len(set(other) & set(held)) / len(held) < 0.3  # as by chance
-
-
-def test_folds_are_equal_and_keep_a_prompts_texts_together():
     lengths = [Length(f"prompt {number // 2}", 5, sample=number % 2) for number in range(80)]
     folds = examples.folds_of(lengths, 0)
     assert np.bincount(folds).tolist() == [20] * examples.FOLDS

@@ -66,15 +66,12 @@ def test_the_loss_is_that_of_the_distribution():
     assert cut == pytest.approx(-np.log(beyond), rel=1e-4, abs=1e-6)
 
 
-def test_the_first_guess_is_what_all_texts_are_like():
+def test_the_first_guess_is_what_all_texts_are_like_and_temperature_undoes_overconfidence():
     given = rows(4000)
     distribution = shares(fit.first_guess(given, WIDTH, BUCKETS)[None])[0]
     real = np.bincount(np.minimum(given.tokens // WIDTH, BUCKETS - 1), minlength=BUCKETS) / 4000
     assert distribution == pytest.approx(real, abs=0.01)
     assert [fit.buckets_of(limit, 50) for limit in (1024, 1000, 256, 30)] == [21, 20, 6, 2]
-
-
-def test_temperature_undoes_overconfidence():
     dice = np.random.default_rng(3)
     logits = dice.normal(size=(4000, BUCKETS - 1)).astype("f4")
     sums = np.cumsum(shares(logits), axis=1)

@@ -19,9 +19,14 @@ def file(tmp_path):
     return write
 
 
-def test_each_prompt_is_read_once_with_its_source_and_line(file):
+def test_each_prompt_is_read_once_with_its_source_and_line_unless_there_is_no_file(file, tmp_path):
     path = file({"prompt": "a", "source": "x", "more": 1}, b"", {"prompt": "b"}, {"prompt": "a", "source": "y"})
     assert read_prompts(path) == ([Prompt("a", "x", 1), Prompt("b", "", 3)], [])
+    for read in (read_prompts, read_lengths, files.read_states):
+        with pytest.raises(PredictError, match="nowhere: No such file"):
+            read(tmp_path / "nowhere")
+        with pytest.raises(PredictError, match="directory"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +44,6 @@ def test_a_bad_prompt_is_named_by_its_line_and_the_others_are_read(file, line, s
     prompts, bad = read_prompts(path)
     assert [prompt.text for prompt in prompts] == ["a", "b"] and prompts[1].source == ""
     assert len(bad) == 1 and bad[0].startswith(f"{path}:2: ") and says in bad[0]
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    for read in (read_prompts, read_lengths, files.read_states):
-        with pytest.raises(PredictError, match="nowhere: No such file"):
-            read(tmp_path / "nowhere")
-        with pytest.raises(PredictError, match="directory"):
-            read(tmp_path)
 
 
 def test_lengths_by_sample_the_later_line_counts(file):

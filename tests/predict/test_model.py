@@ -44,12 +44,9 @@ def test_texts_to_distributions(folder):
     assert found.classify([]) == []
 
 
-def test_what_a_worker_expects(folder):
+def test_each_kind_does_its_own_work_and_says_what_to_expect(folder):
     found = load(folder, "hidden").expected("file x")
     assert found == Expected("hidden", LengthDistribution(100, (0.4, 0.3, 0.1, 0.1, 0.1)), (0.25, 0.5, 0.75), "file x")
-
-
-def test_each_kind_does_its_own_work(folder):
     with pytest.raises(PredictError, match="reads no text"):
         load(folder, "hidden").classify(["x"])
     with pytest.raises(PredictError, match="reads no hidden states"):
@@ -58,19 +55,16 @@ def test_each_kind_does_its_own_work(folder):
         load(folder, "hidden").estimate(np.zeros((1, 7)), [0])
 
 
-def test_missing_or_of_another_model(folder, tmp_path):
+def test_what_is_missing_does_not_fit_or_is_of_another_model(folder, tmp_path):
     made.says(folder, "hidden", "another model", "tiny", weights="others")
     made.says(tmp_path, "hidden", "no hidden predictor", "tetri-cli predictor train")
     made.says(tmp_path, "oracle", "no kind of predictor")
-    (made.hidden(tmp_path) / "hidden" / HEAD).unlink()
-    made.says(tmp_path, "hidden", HEAD, "No such file")
-
-
-def test_a_head_of_later_positions_that_does_not_fit(tmp_path):
     kind = made.hidden(tmp_path) / "hidden"
     digest = save_head(made.head(6 + PLACE, buckets=made.BUCKETS + 2), kind / LATER)
     write_card(replace(read_card(tmp_path, "hidden"), later=digest), kind)
     made.says(tmp_path, "hidden", LATER, "train again")
+    (kind / HEAD).unlink()
+    made.says(tmp_path, "hidden", HEAD, "No such file")
 
 
 def test_what_is_shipped_for_smollm2():

@@ -64,14 +64,7 @@ def test_a_classifier_with_an_encoder_of_ones_own(lengths_file, tmp_path):
     assert likeliest[0] >= 3 and likeliest[1] <= 1
 
 
-def test_too_few_prompts(tmp_path):
-    texts = read_texts([made.lengths(tmp_path / "a.jsonl", 20)], states=False)
-    with pytest.raises(PredictError, match="too few, 40 are needed"):
-        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), made.quiet)
-    assert not (tmp_path / "classifier").exists()
-
-
-def test_a_failure_leaves_the_predictor_that_was_there(hidden, tmp_path, monkeypatch):
+def test_a_failure_leaves_the_predictor_that_was_there_and_too_few_prompts_make_none(hidden, tmp_path, monkeypatch):
     out, _, texts = hidden
     before = (out / "hidden" / CARD).read_text()
     monkeypatch.setattr("tetri.predict.train.write_card", Mock(side_effect=OSError("the disk is full")))
@@ -79,3 +72,7 @@ def test_a_failure_leaves_the_predictor_that_was_there(hidden, tmp_path, monkeyp
         train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny", layer=2), made.quiet)
     assert (out / "hidden" / CARD).read_text() == before
     assert [path.name for path in out.iterdir()] == ["hidden"]
+    texts = read_texts([made.lengths(tmp_path / "a.jsonl", 20)], states=False)
+    with pytest.raises(PredictError, match="too few, 40 are needed"):
+        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), made.quiet)
+    assert not (tmp_path / "classifier").exists()

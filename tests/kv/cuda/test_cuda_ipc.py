@@ -99,6 +99,10 @@ def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
     cuda(receiver).streamWaitEvent = lambda *args: before(*args) or sender.close()
     with pytest.raises(KVLost, match="is in generation"):
         receiver.fetch(chunk)
+    late = receiver.world.open("d1")  # never had it open
+    late.meet(sender)
+    with pytest.raises(KVLost):
+        late.fetch(chunk)
 
 
 def test_everything_is_given_back(world, pair):

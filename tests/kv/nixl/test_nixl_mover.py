@@ -119,18 +119,6 @@ def meet(receiver, owner):
     receiver.store.meet("p0", owner.reach)
 
 
-def test_blocks_of_another_process(world, receiver, owners):
-    owner = owners()
-    meet(receiver, owner)
-    assert world.fetch(receiver, owner) == owner.blocks
-    owner.say("free")
-    with pytest.raises(KVLost, match="is in generation 2, not 1"):
-        world.fetch(receiver, owner)
-    owner.say("close")
-    with pytest.raises(KVLost):
-        world.fetch(receiver, owner)
-
-
 @BOTH
 def test_a_killed_peer_is_lost_and_others_go_on(world, receiver, owners):
     owner, other = owners(), owners(50)
@@ -193,13 +181,19 @@ def test_a_peer_that_hangs_is_given_up_and_what_it_sends_late_harms_nothing(worl
     assert world.fetch(receiver, owner) == owner.blocks, "one that hung once is not lost for ever"
 
 
-def test_nothing_burns_a_core_while_nothing_moves(world, receiver, owners):
+def test_blocks_of_another_process_and_nothing_burns_a_core_while_nothing_moves(world, receiver, owners):
     owner = owners()
     meet(receiver, owner)
     assert world.fetch(receiver, owner) == owner.blocks
     before = time.process_time()
     time.sleep(0.5)  # measures, does not wait for anything
     assert time.process_time() - before < 0.1
+    owner.say("free")
+    with pytest.raises(KVLost, match="is in generation 2, not 1"):
+        world.fetch(receiver, owner)
+    owner.say("close")
+    with pytest.raises(KVLost):
+        world.fetch(receiver, owner)
 
 
 def test_a_ticket_that_cannot_be_read_or_lies_is_lost(world, receiver, owners):

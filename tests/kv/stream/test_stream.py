@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from live import wait_until
@@ -164,15 +165,10 @@ def test_what_cannot_be_served_is_one_line():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize(
-    ("transport", "address", "paths"),
-    [("stream", "", ["stream"]), ("auto", "tcp://127.0.0.1:*", ["shm", "stream"]), ("auto", "", ["shm"])],
-)
-def test_a_worker_has_the_path_by_name_or_when_it_has_an_address(transport, address, paths):
-    settings = StoreSettings("t-stream", "p0", slots=2, block_bytes=100, transport=transport, address=address)
-    store = open_store(settings)
-    try:
-        assert [path for path in store.reach.paths if path != "nixl"] == paths
-        assert store.reach.address.startswith("tcp://127.0.0.1:") == ("stream" in paths)
-    finally:
-        store.close()
+def test_a_worker_has_the_path_by_name_or_when_it_has_an_address():
+    auto = {("auto", "tcp://127.0.0.1:*"): ["shm", "stream"], ("auto", ""): ["shm"]}
+    for (transport, address), paths in {("stream", ""): ["stream"], **auto}.items():
+        settings = StoreSettings("t-stream", "p0", slots=2, block_bytes=100, transport=transport, address=address)
+        with closing(open_store(settings)) as store:
+            assert [path for path in store.reach.paths if path != "nixl"] == paths
+            assert store.reach.address.startswith("tcp://127.0.0.1:") == ("stream" in paths)

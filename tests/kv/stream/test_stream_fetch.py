@@ -38,7 +38,7 @@ def arrive(made, number, data, now=0.0, peer="p"):
     return made.grew(peer, fetch, now)
 
 
-def test_what_is_asked_names_its_request_and_grants_credit():
+def test_what_is_asked_names_its_request_and_grants_credit_that_is_topped_up():
     made = fetching()
     for each in (wanted("a", 0), wanted("b", 0), wanted("a", 1)):
         assert made.want(each, 0.0) is None
@@ -47,6 +47,12 @@ def test_what_is_asked_names_its_request_and_grants_credit():
     assert first.lane == third.lane != second.lane
     assert first.credit == CREDIT and first.start == 0
     assert made.start(0.0) == []
+    made = fetching(buffer=1 << 40)
+    made.want(wanted(blocks=8000), 0.0)
+    started(made)
+    assert made.came("p", 1 << 20) == Credit(credit=CREDIT + (1 << 20))
+    assert made.came("p", 1 << 19) is None
+    assert made.came("p", 1 << 19) == Credit(credit=CREDIT + (2 << 20))
 
 
 def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever():
@@ -85,15 +91,6 @@ def test_so_many_start_at_once_and_one_larger_than_the_memory_alone():
     assert len(numbers) == MAX_STARTED
     arrive(made, numbers[0], bytes(BLOCK))
     assert len(started(made)) == 1
-
-
-def test_credit_is_topped_up_by_what_was_taken_out():
-    made = fetching(buffer=1 << 40)
-    made.want(wanted(blocks=8000), 0.0)
-    started(made)
-    assert made.came("p", 1 << 20) == Credit(credit=CREDIT + (1 << 20))
-    assert made.came("p", 1 << 19) is None
-    assert made.came("p", 1 << 19) == Credit(credit=CREDIT + (2 << 20))
 
 
 def test_the_digest_is_over_all_of_it():

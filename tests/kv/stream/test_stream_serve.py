@@ -37,13 +37,20 @@ def sent(made, most=10_000):
     return found
 
 
-def test_one_fetch_goes_in_order_and_once():
+def test_one_fetch_goes_in_order_and_once_each_piece_with_the_slots_that_it_touches():
     made = serving()
     assert made.received(b"d", fetch(1, [3, 7], block_bytes=3 * MB // 2)) is None
     half = MB // 2
     expected = [(0, 2 * half), (2 * half, 3 * half), (3 * half, 5 * half), (5 * half, 6 * half)]
     assert sent(made) == [(b"d", 1, *each) for each in expected]
     assert made.fetches == 0 and made.next() is None
+    made = serving()
+    made.received(b"d", fetch(1, [4, 2], block_bytes=1_500_000))
+    touched = []
+    while (due := made.next()) is not None:
+        made.sent(due)
+        touched.append(due.slots.slots)
+    assert touched == [[4], [4], [2], [2]]
 
 
 @pytest.mark.parametrize("others", [[b"d"], [b"a", b"b", b"c"]], ids=["request", "receiver"])
@@ -170,13 +177,3 @@ def test_pieces_stop_where_the_memory_does_and_small_blocks_are_joined():
     small = handle([5, 9, 1], 1000)
     assert cut(small, 0) == 3000 and list(spans(small, 0, 3000)) == [(5000, 1000), (9000, 1000), (1000, 1000)]
     assert list(spans(small, 0, 0)) == []
-
-
-def test_the_slots_of_a_piece_are_those_it_touches():
-    made = serving()
-    made.received(b"d", fetch(1, [4, 2], block_bytes=1_500_000))
-    touched = []
-    while (due := made.next()) is not None:
-        made.sent(due)
-        touched.append(due.slots.slots)
-    assert touched == [[4], [4], [2], [2]]
