@@ -43,10 +43,8 @@ def test_a_segment_tells_its_owner_and_each_used_slot(slab, tmp_path):
     assert (seen.name, seen.deployment, seen.iid) == (slab.segment.name, "test", "p0")
     assert (seen.alive, seen.pid, seen.problem) == (True, os.getpid(), "")
     assert (seen.slots, seen.block_bytes, seen.size) == (SLOTS, BLOCK, os.stat(tmp_path / seen.name).st_size)
-    assert {page.slot: (page.owner, page.generation) for page in seen.pages} == {
-        second.slots[0]: ("p:r2:7", 1),
-        again.slots[0]: ("p:r3:1", 2),
-    }
+    used = {second.slots[0]: ("p:r2:7", 1), again.slots[0]: ("p:r3:1", 2)}
+    assert {page.slot: (page.owner, page.generation) for page in seen.pages} == used
     elapsed = time.monotonic() - before
     assert all(0 <= page.age_s <= elapsed for page in seen.pages)
     assert seen.oldest_s == max(page.age_s for page in seen.pages) <= seen.age_s

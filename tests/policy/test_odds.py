@@ -60,16 +60,10 @@ def test_survivors_of_whom_nothing_is_known():
     assert survivors(short, 0) is short
 
 
-@pytest.mark.parametrize(
-    "share, tokens", [(0, 1), (0.1, 50), (0.2, 75), (0.3, 100), (0.42, 120), (0.43, 120 + 0.01 / 0.58), (1, 121)]
-)
-def test_quantiles(share, tokens):
-    assert quantile(curve_of(FOUR, 120), share) == pytest.approx(tokens)
-
-
-@pytest.mark.parametrize("granularity, label", [(50, 2), (100, 1), (200, 0), (60, 2)])
-def test_the_likeliest_bucket(granularity, label):
-    assert likeliest(curve_of(FOUR, 120), granularity) == label
+def test_quantiles_and_the_likeliest_bucket():
+    right = {0: 1, 0.1: 50, 0.2: 75, 0.3: 100, 0.42: 120, 0.43: 120 + 0.01 / 0.58, 1: 121}
+    assert [quantile(curve_of(FOUR, 120), share) for share in right] == pytest.approx([*right.values()])
+    assert [likeliest(curve_of(FOUR, 120), granularity) for granularity in (50, 100, 200, 60)] == [2, 1, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -93,11 +87,10 @@ def test_ranges(curve, granularity, high, low_high):
     assert range_of(curve, granularity, high) == LengthRange(low=low_high[0], high=low_high[1])
 
 
-@pytest.mark.parametrize(
-    "shares", [(), (0.5, 0.4), (1.5, -0.5), (float("nan"), 0.5), (0.5, float("nan")), (float("inf"), 0.0)]
-)
-def test_what_is_no_distribution(shares):
-    assert not of_length.usable(LengthDistribution(50, shares))
+def test_what_is_no_distribution():
+    nan = float("nan")
+    for shares in ((), (0.5, 0.4), (1.5, -0.5), (nan, 0.5), (0.5, nan), (float("inf"), 0.0)):
+        assert not of_length.usable(LengthDistribution(50, shares))
     assert (
         of_length.usable(FOUR)
         and of_length.usable(LengthDistribution(50, (1.0,)))

@@ -127,7 +127,9 @@ def test_what_is_waited_for_is_so_until_the_stream_was(sides):
 def test_a_copy_is_not_done_before_the_stream_is_waited_for(sides):
     here, _ = sides
     pinned = here.run.hostAlloc(SIZE, 0)
-    here.array(here.pointer)[:] = 9
+    with pytest.raises(TypeError):
+        here.array(here.pointer)[:] = b"x" * SIZE  # host memory
+    here.array(here.pointer)[:] = np.full(SIZE, 9, np.uint8)
     here.copy(pinned, here.pointer)
     assert not (here.run.pinned[pinned] == 9).any()
     here.run.streamSynchronize(here.stream)
@@ -142,10 +144,3 @@ def test_a_stream_that_waits_for_an_event_that_never_comes_hangs(sides, tmp_path
     assert here.run.eventQuery(event) == 600
     with pytest.raises(Misuse, match="hangs for ever"):
         here.run.streamWaitEvent(here.stream, event)
-
-
-def test_device_arrays_take_no_host_memory(sides):
-    here, _ = sides
-    with pytest.raises(TypeError):
-        here.array(here.pointer)[:] = b"x" * SIZE
-    here.array(here.pointer)[:] = np.ones(SIZE, np.uint8)
