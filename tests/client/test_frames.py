@@ -12,8 +12,7 @@ from tetri.client.frames import parse
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "exactly one of prompt and messages"),
-        ({"prompt": "x", "messages": []}, "exactly one"),
+        *((both, "exactly one of prompt and messages") for both in ({}, {"prompt": "x", "messages": []})),
         *(({"prompt": prompt}, "text or a list of token ids") for prompt in (3, ["a"])),
         *(({"prompt": prompt}, "cannot be encoded") for prompt in ("\ud800", [1 << 70])),
         ({"prompt": "x" * (5 << 20)}, "at most"),

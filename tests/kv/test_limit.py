@@ -12,21 +12,14 @@ from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.wire.handover import Handle
 
 
-@pytest.mark.parametrize(
-    ("asked", "arrivals"),
-    [
-        ([(0.0, 100)], [1.0]),
-        ([(0.0, 100), (0.0, 50), (0.0, 0)], [1.0, 1.5, 1.5]),  # one after the other
-        ([(0.0, 100), (3.0, 100)], [1.0, 4.0]),  # the link was idle in between
-        ([(0.0, 300), (1.0, 100), (2.0, 100)], [3.0, 4.0, 5.0]),
-        ([(7.0, 1)], [7.01]),
-    ],
-)
-def test_when_bytes_arrive(asked, arrivals):
-    link, far = LimitedLink(100.0), LimitedLink(100.0, latency_s=0.25)
-    assert [link.arrival(size, now) for now, size in asked] == pytest.approx(arrivals)
-    # A latency delays all bytes, and takes nothing from what the link can carry.
-    assert [far.arrival(size, now) for now, size in asked] == pytest.approx([at + 0.25 for at in arrivals])
+def test_when_bytes_arrive():
+    once = [([(0.0, 100)], [1.0]), ([(7.0, 1)], [7.01])]
+    queued = [([(0.0, 100), (0.0, 50), (0.0, 0)], [1.0, 1.5, 1.5]), ([(0.0, 300), (1.0, 100)], [3.0, 4.0])]
+    for asked, arrivals in (*once, *queued, ([(0.0, 100), (3.0, 100)], [1.0, 4.0])):  # at last a link idle in between
+        link, far = LimitedLink(100.0), LimitedLink(100.0, latency_s=0.25)
+        assert [link.arrival(size, now) for now, size in asked] == pytest.approx(arrivals)
+        # A latency delays all bytes, and takes nothing from what the link can carry.
+        assert [far.arrival(size, now) for now, size in asked] == pytest.approx([at + 0.25 for at in arrivals])
 
 
 def test_the_papers_links():
