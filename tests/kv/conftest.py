@@ -1,4 +1,4 @@
-"""Fixtures that several tests of the KV room share."""
+"""Fixtures that several tests of the KV package share."""
 
 import pytest
 

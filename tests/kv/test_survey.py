@@ -85,7 +85,7 @@ def test_deployments_whose_names_begin_alike_are_told_apart(tmp_path):
     assert survey(None, folder) == []
 
 
-def test_a_file_that_is_no_segment_of_this_version_is_told_as_such(slab, tmp_path):
+def test_a_file_that_is_no_segment_of_this_version_is_reported_as_such(slab, tmp_path):
     (tmp_path / "tetri-test-p1-0123456789abcdef").write_bytes(b"tetri-kv\1\0\0\0" + bytes(4096))
     for name in ("test-p2-0123456789abcdef", "other-p2-0123456789abcdef", "test-nothing-of-ours"):
         (tmp_path / f"tetri-{name}").write_bytes(b"")

@@ -98,7 +98,7 @@ def test_a_publisher_that_comes_later_or_was_killed_and_started_again_is_receive
                 child.wait()
 
 
-def test_a_reader_that_is_started_again_is_told_again(run_folder):
+def test_a_reader_that_is_started_again_receives_again(run_folder):
     address = ipc(run_folder, "loads")
     with hubs(1) as (worker,):
         worker.connect_publisher(address)

@@ -17,17 +17,11 @@ from tetri.wire.messages import Assign, Close, InboxMessage
 @contextmanager
 def dealer(address, **options):
     """A client that is nothing but a socket."""
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.linger = 0
-    for name, value in options.items():
-        setattr(socket, name, value)
-    socket.connect(address)
-    try:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        for name, value in {"linger": 0, **options}.items():
+            setattr(socket, name, value)
+        socket.connect(address)
         yield socket
-    finally:
-        socket.close(0)
-        context.term()
 
 
 def heard(socket):

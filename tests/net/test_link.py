@@ -30,7 +30,7 @@ while True:
 """
 
 
-def test_kill_nine_is_heard_at_once_and_a_restart_too(run_folder):
+def test_kill_nine_is_noticed_at_once_and_a_restart_too(run_folder):
     address = ipc(run_folder, "w")
     command = [sys.executable, "-c", WORKER, address]
     with hubs(1) as (broker,), subprocess.Popen(command, stdout=subprocess.PIPE) as child:

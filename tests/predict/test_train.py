@@ -36,7 +36,7 @@ def test_hidden(hidden):
     assert {head.has_seen(length.key[0]) == (not is_held_out(length, 0)) for length in texts.lengths} == {True}
 
 
-def test_what_remains_is_told_while_it_is_written(hidden):
+def test_what_remains_is_estimated_while_it_is_written(hidden):
     out, found, _ = hidden
     assert found["later"]["32"]["mae"] < 0.7 * found["later"]["32"]["mae_of_the_median"]
     loaded = load(out, "hidden", "weights-of-tiny")
