@@ -24,10 +24,12 @@ def test_a_whole_answer(generate):
     assert message["prompt"] == "hi" and len(message["key"]) == 16
 
 
-def test_a_lost_submit_is_sent_again_with_its_key(generate):
+def test_a_lost_submit_is_sent_again_with_its_key_and_garbage_is_skipped(generate):
     with FakeBroker(Scripted(submit=[lambda m: [], lambda m: [], answer])) as broker:
         assert generate(broker.address).text == "one two three"
     assert len(broker.seen) >= 3 and len({m["key"] for m in broker.seen}) == 1
+    with FakeBroker(lambda m: GARBAGE + answer(m)[:2] + GARBAGE + answer(m)[2:]) as broker:
+        assert generate(broker.address).text == "one two three"
 
 
 def test_lost_deltas_are_asked_for_by_index(generate):
@@ -57,11 +59,6 @@ def test_duplicates_and_overlaps_change_nothing(generate):
     assert result.text == "one two three!" and result.token_ids == [10, 11, 12]
 
 
-def test_garbage_is_skipped(generate):
-    with FakeBroker(lambda m: GARBAGE + answer(m)[:2] + GARBAGE + answer(m)[2:]) as broker:
-        assert generate(broker.address).text == "one two three"
-
-
 @pytest.mark.parametrize("replies", [[], GARBAGE, [delta(0)]], ids=["silence", "garbage", "silence after the start"])
 def test_silence_ends_in_an_error(generate, replies):
     script = Scripted(submit=[lambda m: [accepted(m), *replies] if replies == [delta(0)] else replies])
@@ -83,11 +80,15 @@ def test_a_slow_answer_is_waited_for_while_the_broker_answers(generate):
         assert generate(broker.address, options={**FAST, "timeout": 0.4}).text == "one two three"
 
 
-def test_refused(generate):
+def test_a_refused_and_a_failed_request_say_why_and_keep_what_there_was(generate):
     fake = FakeBroker(lambda m: [refused(m["key"], "full", 2.5)])
     with fake as broker, pytest.raises(RequestRefused, match=r"full \(retry in 2.5 s\)") as caught:
         generate(broker.address)
     assert caught.value.retry_after_s == 2.5
+    fake = FakeBroker(lambda m: [accepted(m), delta(0), done(reason="error", tokens=1, error="d0 lost")])
+    with fake as broker, pytest.raises(RequestFailed, match="d0 lost") as caught:
+        generate(broker.address)
+    assert caught.value.result.text == "one "
 
 
 def test_an_end_that_cannot_be_read_is_spoken_of(generate):
@@ -101,13 +102,6 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
         generate(broker.address)
     why = "(2 messages could not be decoded: are this client and the broker of the same version?)"
     assert str(caught.value) == f"no such request {why}"
-
-
-def test_a_failed_request_says_why_and_keeps_what_there_was(generate):
-    fake = FakeBroker(lambda m: [accepted(m), delta(0), done(reason="error", tokens=1, error="d0 lost")])
-    with fake as broker, pytest.raises(RequestFailed, match="d0 lost") as caught:
-        generate(broker.address)
-    assert caught.value.result.text == "one "
 
 
 def test_a_late_accepted_of_a_given_up_request_is_cancelled():

@@ -11,15 +11,12 @@ from tetri.config import ConfigError, WorkerConfig, default_path, dump, load
 CONF = Path(__file__).parent.parent.parent / "conf"
 
 
-def test_the_shipped_files_load():
+def test_the_shipped_files_load_and_the_environment_may_name_another(monkeypatch):
     default, emulated = load(CONF / "default.toml"), load(CONF / "emulated.toml")
     assert [(w.iid, w.role, w.cpus) for w in default.workers] == [("p0", "prefill", "0"), ("d0", "decode", "1")]
     assert default.model.name == "smollm2-135m" and default.engine.kind == "vllm"
     assert [w.iid for w in emulated.workers] == ["p0", "p1", "d0", "d1"]
     assert emulated.engine.kind == "emulated" and emulated.engine.block_tokens == 16
-
-
-def test_the_environment_names_the_file(monkeypatch):
     monkeypatch.setenv("TETRI_CONF", "/somewhere/x.toml")
     assert default_path() == Path("/somewhere/x.toml")
     monkeypatch.delenv("TETRI_CONF")
@@ -29,15 +26,11 @@ def test_the_environment_names_the_file(monkeypatch):
 BAD = [
     ("[engin]\n", "engin: unknown section; allowed: cluster, broker"),
     ("[engine]\nchunk=1\n", "engine.chunk: unknown key; allowed: kind, chunk_tokens"),
-    ("[engine]\nchunk_tokens='x'\n", "engine.chunk_tokens: must be a whole number from 1"),
-    ("[engine]\nchunk_tokens=1.5\n", "engine.chunk_tokens: must be a whole number"),
-    ("[engine]\nchunk_tokens=true\n", "engine.chunk_tokens: must be a whole number"),
-    ("[engine]\nchunk_tokens=0\n", "got 0"),
+    *((f"[engine]\nchunk_tokens={x}\n", "tokens: must be a whole number from 1") for x in ("'x'", "1.5", "true", "0")),
     ("[engine]\nkind='gpu'\n", "must be one of: vllm, emulated"),
-    ("[cluster]\nheartbeat_s=nan\n", "cluster.heartbeat_s: must be a number"),
-    ("[cluster]\nheartbeat_s=inf\n", "cluster.heartbeat_s: must be a number"),
     ("[cluster]\nbeat_s=0.2\n", "cluster.beat_s: is called heartbeat_s now: rename it"),
     ("[transfer]\nroom_mib=64\n", "transfer.room_mib: is called buffer_mib now: rename it"),
+    *((f"[cluster]\nheartbeat_s={x}\n", "heartbeat_s: must be a number") for x in ("nan", "inf", "9" * 400)),
     ("[cluster]\nname='Too Big'\n", "1 to 20 of a-z"),
     ("[transfer]\ndigest=1\n", "must be true or false"),
     ("[cluster]\nkey='k'\n", "cluster.key: must be an absolute path"),
@@ -67,16 +60,12 @@ BAD = [
     ('[predictor]\nfolder="a\\u0000b"\n', "predictor.folder: must be a folder"),
     ("[policy]\nadmit_end='top'\n", "policy.admit_end: must be one of: low, middle, high"),
     ("engine=3\n", "engine: must be a table"),
-    ("[engine\n", "not a TOML file"),
     ("[[worker]]\niid='P'\nrole='prefill'\n", "worker 1.iid: must be 1 to 16"),
     ("[[worker]]\niid='p1'\nrole='both'\n", "worker 1.role: must be one of: prefill, decode, mixed"),
     ("[[worker]]\nrole='prefill'\n", "worker 1: iid is missing"),
     ('[cluster]\nrun_dir="a\\u0000b"\n', "cluster.run_dir: must be a folder"),
-    (f"[cluster]\nheartbeat_s={'9' * 400}\n", "cluster.heartbeat_s: must be a number"),
-    (f"[engine]\nkv_mib={'9' * 400}\n", "engine.kv_mib: must be a whole number"),
-    (f"[engine]\nkv_mib={'9' * 5000}\n", "not a TOML file"),
-    (f"[engine]\nkv_mib={'[' * 5000}{']' * 5000}\n", "not a TOML file"),
-    (f"[engine]\nkv_mib={'[' * 300}{']' * 300}\n", "engine.kv_mib: must be a whole number"),
+    *((f"[engine]\nkv_mib={x}\n", "kv_mib: must be a whole number") for x in ("9" * 400, "[" * 300 + "]" * 300)),
+    *((text, "not a TOML file") for text in ("[engine\n", f"x={'9' * 5000}\n", f"x={'[' * 5000}{']' * 5000}\n")),
 ]
 
 
@@ -85,7 +74,7 @@ def test_bad_values_are_one_line_that_says_what_is_allowed(tmp_path, text, says)
     assert says in bad(tmp_path / "t.toml", text + PAIR)
 
 
-def test_the_predictors_folder_is_whole(write, monkeypatch, tmp_path):
+def test_the_predictors_folder_is_whole_and_cost_files_lie_beside_the_configuration(write, monkeypatch, tmp_path):
     """The programs run elsewhere than where it was named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
@@ -93,69 +82,50 @@ def test_the_predictors_folder_is_whole(write, monkeypatch, tmp_path):
     assert load(write(PAIR), ["predictor.folder=mine"]).predictor.folder == str(tmp_path / "mine")
     assert load(write(PAIR), ["predictor.folder=~/p"]).predictor.folder == "/home/me/p"
     assert load(write(PAIR), ["predictor.folder=~nosuchuser/p"]).predictor.folder == str(tmp_path / "~nosuchuser/p")
-
-
-def test_a_single_worker_table_is_refused(write):
-    with pytest.raises(ConfigError, match=r"\[\[worker\]\]"):
-        load(write('[worker]\niid="a"\nrole="decode"\n'))
-
-
-@pytest.mark.parametrize("name", ["missing.toml", "."])
-def test_an_unreadable_file(tmp_path, name):
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load(tmp_path / name)
-
-
-def test_bytes_that_are_not_text(tmp_path):
-    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not a TOML file"):
-        load(tmp_path / "b.toml")
-
-
-def test_overrides_take_toml_or_bare_words(write):
-    sets = [
-        "engine.kind=emulated",
-        "cluster.heartbeat_s = 1",
-        'cluster.name="x"',
-        "worker.p0.cpus=0",
-        "transfer.digest=false",
-    ]
-    config = load(write(PAIR), sets)
-    assert config.engine.kind == "emulated" and config.cluster.name == "x" and not config.transfer.digest
-    assert config.cluster.heartbeat_s == 1.0 and isinstance(config.cluster.heartbeat_s, float)
-    assert config.worker("p0") == WorkerConfig("p0", "prefill", cpus="0")
-
-
-def test_an_override_can_replace_the_workers(write):
-    config = load(write(PAIR), ['worker=[{iid="a",role="prefill"},{iid="b",role="decode"}]'])
-    assert [w.iid for w in config.workers] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("engine.kind", "section.key=value"),
-        ("=3", "section.key=value"),
-        ("nope.kind=3", "unknown key; sections"),
-        ("kind=3", "unknown key; sections"),
-        ("engine.kin=3", "engine.kin: unknown key"),
-        ("engine.chunk_tokens=many", "whole number"),
-        ("worker.zz.cpus=0", "no \\[\\[worker\\]\\] with iid"),
-        ("worker=3", "list of tables"),
-        (f"engine.kv_mib={'[' * 5000}{']' * 5000}", "whole number"),
-        (f"engine.kv_mib={'9' * 5000}", "whole number"),
-    ],
-)
-def test_bad_overrides(write, override, says):
-    with pytest.raises(ConfigError, match=says):
-        load(write(PAIR), [override])
-
-
-def test_cost_files_lie_beside_the_configuration(write, tmp_path):
     (tmp_path / "cost").mkdir()
     (tmp_path / "cost" / "h100.toml").write_text("")
     config = load(write("[engine]\ncost='h100.toml'\n" + PAIR))
     assert config.engine.cost == str(tmp_path / "cost" / "h100.toml")
+
+
+def test_an_unreadable_file(tmp_path, write):
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    for name, says in (("missing.toml", "cannot be read"), (".", "cannot be read"), ("b.toml", "not a TOML file")):
+        with pytest.raises(ConfigError, match=says):
+            load(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"\[\[worker\]\]"):
+        load(write('[worker]\niid="a"\nrole="decode"\n'))
+
+
+def test_overrides_take_toml_or_bare_words_and_can_replace_the_workers(write):
+    sets = ["engine.kind=emulated", "cluster.heartbeat_s = 1", 'cluster.name="x"', "transfer.digest=false"]
+    config = load(write(PAIR), [*sets, "worker.p0.cpus=0"])
+    assert config.engine.kind == "emulated" and config.cluster.name == "x" and not config.transfer.digest
+    assert config.cluster.heartbeat_s == 1.0 and isinstance(config.cluster.heartbeat_s, float)
+    assert config.worker("p0") == WorkerConfig("p0", "prefill", cpus="0")
+
+    config = load(write(PAIR), ['worker=[{iid="a",role="prefill"},{iid="b",role="decode"}]'])
+    assert [w.iid for w in config.workers] == ["a", "b"]
+
+
+BAD_OVERRIDES = {
+    "section.key=value": ["engine.kind", "=3"],
+    "unknown key; sections": ["nope.kind=3", "kind=3"],
+    "engine.kin: unknown key": ["engine.kin=3"],
+    "whole number": [
+        "engine.chunk_tokens=many",
+        *(f"engine.kv_mib={x}" for x in ("[" * 5000 + "]" * 5000, "9" * 5000)),
+    ],
+    "no \\[\\[worker\\]\\] with iid": ["worker.zz.cpus=0"],
+    "list of tables": ["worker=3"],
+}
+
+
+def test_bad_overrides(write):
+    for says, overrides in BAD_OVERRIDES.items():
+        for override in overrides:
+            with pytest.raises(ConfigError, match=says):
+                load(write(PAIR), [override])
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)

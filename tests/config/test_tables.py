@@ -11,32 +11,24 @@ from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 
 
-def test_addresses_follow_the_run_directory(write, tmp_path):
+def test_addresses_follow_the_run_directory(write, tmp_path, monkeypatch):
     config = load(write(PAIR), [f"cluster.run_dir={tmp_path}"])
-    assert config.clients_address == f"ipc://{tmp_path}/clients"
-    assert config.events_address == f"ipc://{tmp_path}/events"
-    assert config.loads_address == f"ipc://{tmp_path}/loads"
-    assert config.views_address == f"ipc://{tmp_path}/views"
+    for name in ("clients", "events", "loads", "views"):
+        assert getattr(config, f"{name}_address") == f"ipc://{tmp_path}/{name}"
     assert config.inbox_address("p0") == f"ipc://{tmp_path}/inbox-p0"
     assert load(write(PAIR), ["broker.clients=tcp://127.0.0.1:5555"]).clients_address == "tcp://127.0.0.1:5555"
-
-
-def test_the_default_run_directory(monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert Config().run_dir == Path("/run/user/7/tetri")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(Config().run_dir).startswith("/tmp/tetri-")
+    with pytest.raises(ConfigError, match="known: p0, d0"):
+        load(write(PAIR)).worker("zz")
 
 
 def test_the_policies_settings_are_those_of_the_rules():
     assert dataclasses.asdict(PolicyConfig()) == dataclasses.asdict(Rules())
     shared = {f.name: getattr(MonitorConfig(), f.name) for f in dataclasses.fields(FlipSettings)}
     assert FlipSettings(**shared) == FlipSettings()
-
-
-def test_an_unknown_worker_lists_the_known(write):
-    with pytest.raises(ConfigError, match="known: p0, d0"):
-        load(write(PAIR)).worker("zz")
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("0,2-3", {0, 2, 3})])

@@ -1,4 +1,4 @@
-"""Fixtures that several tests of the KV room share."""
+"""Fixtures that several tests of the KV package share."""
 
 import pytest
 
@@ -19,3 +19,9 @@ def slab(tmp_path):
     slab = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
     yield slab
     slab.close()
+
+
+@pytest.fixture
+def pair(world):
+    """(sender, receiver), the receiver knows the sender."""
+    return world.pair()

@@ -37,10 +37,6 @@ class Peer:
 class ShmWorld(World):
     path = "shm"
 
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = str(folder)
-
     def store(self, iid, wake, slots, block_bytes, digest):
         slab = ShmSlab("test", iid, slots, block_bytes, self.folder, digest)
         reach = Reach(paths=["shm"], host="here", process=1, segment=slab.segment.name)

@@ -1,11 +1,10 @@
 """What the contract of the KV paths runs on: stores that reach each other, driven as a worker's loop drives its own."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tetri.kv.base import Fetched, KVError, KVStore, Wanted, joined
 from tetri.wire.handover import Handle
@@ -30,9 +29,9 @@ class World:
 
     path = ""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: object = "") -> None:
+        self.folder, self.news = str(folder), threading.Event()
         self.parties: list[Party] = []
-        self.news = threading.Event()
 
     def store(self, iid: str, wake: Callable[[], None], slots: int, block_bytes: int, digest: bool) -> KVStore:
         raise NotImplementedError
@@ -43,10 +42,16 @@ class World:
     def read(self, block: object) -> bytes:
         return bytes(joined(block))
 
-    def open(self, iid: str, slots: int = SLOTS, block_bytes: int = BLOCK, digest: bool = True) -> Party:
+    def open(self, iid: str, slots: int = SLOTS, block_bytes: int = BLOCK, digest: bool = True) -> "Party":
         party = Party(self, iid, self.store(iid, self.news.set, slots, block_bytes, digest))
         self.parties.append(party)
         return party
+
+    def pair(self, **options: Any) -> tuple["Party", "Party"]:
+        """(sender, receiver), the receiver knows the sender."""
+        sender, receiver = self.open("p0", **options), self.open("d0", **options)
+        receiver.meet(sender)
+        return sender, receiver
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         """Run all parties' loops until it holds."""
@@ -104,7 +109,7 @@ class Party:
         self.live.remove(chunk)
         self.store.free(chunk.handle)
 
-    def meet(self, other: Party) -> None:
+    def meet(self, other: "Party") -> None:
         self.store.meet(other.iid, other.store.reach)
 
     def ask(self, chunk: Chunk, **changed: object) -> tuple[str, int]:

@@ -12,21 +12,14 @@ from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.wire.handover import Handle
 
 
-@pytest.mark.parametrize(
-    ("asked", "arrivals"),
-    [
-        ([(0.0, 100)], [1.0]),
-        ([(0.0, 100), (0.0, 50), (0.0, 0)], [1.0, 1.5, 1.5]),  # one after the other
-        ([(0.0, 100), (3.0, 100)], [1.0, 4.0]),  # the link was idle in between
-        ([(0.0, 300), (1.0, 100), (2.0, 100)], [3.0, 4.0, 5.0]),
-        ([(7.0, 1)], [7.01]),
-    ],
-)
-def test_when_bytes_arrive(asked, arrivals):
-    link, far = LimitedLink(100.0), LimitedLink(100.0, latency_s=0.25)
-    assert [link.arrival(size, now) for now, size in asked] == pytest.approx(arrivals)
-    # A latency delays all bytes, and takes nothing from what the link can carry.
-    assert [far.arrival(size, now) for now, size in asked] == pytest.approx([at + 0.25 for at in arrivals])
+def test_when_bytes_arrive():
+    once = [([(0.0, 100)], [1.0]), ([(7.0, 1)], [7.01])]
+    queued = [([(0.0, 100), (0.0, 50), (0.0, 0)], [1.0, 1.5, 1.5]), ([(0.0, 300), (1.0, 100)], [3.0, 4.0])]
+    for asked, arrivals in (*once, *queued, ([(0.0, 100), (3.0, 100)], [1.0, 4.0])):  # at last a link idle in between
+        link, far = LimitedLink(100.0), LimitedLink(100.0, latency_s=0.25)
+        assert [link.arrival(size, now) for now, size in asked] == pytest.approx(arrivals)
+        # A latency delays all bytes, and takes nothing from what the link can carry.
+        assert [far.arrival(size, now) for now, size in asked] == pytest.approx([at + 0.25 for at in arrivals])
 
 
 def test_the_papers_links():
@@ -34,9 +27,6 @@ def test_the_papers_links():
     assert set(LINKS) == set(NAMES)
     assert LimitedLink(LINKS["roce-200g"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0168, rel=0.01)
     assert LimitedLink(LINKS["nvlink"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0014, rel=0.01)
-
-
-# ------------------------------------------------------------ a store
 
 
 class Under:
@@ -99,21 +89,12 @@ def test_what_takes_longer_below_comes_later_and_in_its_own_time():
     assert limited.at(2.0) == [2, 1] and limited.store.due() == 5.0
 
 
-def test_what_is_the_workers_own_crosses_no_link():
-    limited = Limited()
-    limited.fetch(1)
-    assert limited.fetch(2, path="local").ticket == ("leg", 2)
-    assert limited.store.due() == 1.0
-
-
-def test_a_link_of_no_end_answers_at_once():
-    assert Limited(bytes_s=float("inf")).fetch(1).blocks == [b"block"]
-
-
-def test_what_cannot_be_right_does_not_keep_the_link_busy():
+def test_what_is_the_workers_own_or_cannot_be_right_does_not_keep_the_link_busy():
+    assert Limited(bytes_s=float("inf")).fetch(1).blocks == [b"block"]  # a link of no end answers at once
     limited = Limited()
     limited.fetch(1, slots=[4] * 100_000)
-    assert limited.fetch(2, block_bytes=1 << 62) is not None
+    assert limited.fetch(2, path="local").ticket == ("leg", 2)
+    assert limited.fetch(3, block_bytes=1 << 62) is not None
     assert limited.store.due() == 1.0
 
 
@@ -153,9 +134,6 @@ def test_no_more_comes_than_the_link_carries_and_it_never_idles(seed):
                 assert came[last][0] == pytest.approx(start + carried)
 
 
-# ------------------------------------------------------------ the contract of the paths
-
-
 class LimitedWorld(ShmWorld):
     """So slow that most chunks come later, and fast enough that nobody waits for long."""
 
@@ -164,8 +142,4 @@ class LimitedWorld(ShmWorld):
 
 
 class TestLimited(StoreContract):
-    @pytest.fixture
-    def world(self, tmp_path):
-        world = LimitedWorld(tmp_path)
-        yield world
-        world.close()
+    World = LimitedWorld

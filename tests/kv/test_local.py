@@ -1,7 +1,5 @@
 """The contract of the KV paths, over the memory of one process."""
 
-import pytest
-
 from tests.kv.contract import StoreContract
 from tests.kv.parties import World, block
 from tetri.kv.local import LocalReader, LocalSlab
@@ -12,8 +10,8 @@ from tetri.request import Reach
 class LocalWorld(World):
     path = "local"
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, folder):
+        super().__init__(folder)
         self.peers = {}
 
     def store(self, iid, wake, slots, block_bytes, digest):
@@ -25,11 +23,7 @@ class LocalWorld(World):
 class TestLocal(StoreContract):
     """Whoever shares the process's memory needs no introduction, and stays when parted from."""
 
-    @pytest.fixture
-    def world(self):
-        world = LocalWorld()
-        yield world
-        world.close()
+    World = LocalWorld
 
     def test_nothing_comes_from_who_was_never_met(self, world):
         sender, receiver = world.open("p0"), world.open("d0")

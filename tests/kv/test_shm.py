@@ -51,15 +51,7 @@ def kill(child):
 
 
 class TestShm(StoreContract):
-    @pytest.fixture
-    def world(self, tmp_path):
-        world = ShmWorld(tmp_path)
-        yield world
-        world.close()
-        assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------ owners that die
+    World = ShmWorld
 
 
 def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(peer, owner, tmp_path):
@@ -82,9 +74,7 @@ def test_sweep_removes_the_dead_and_only_them(slab, owner, tmp_path):
     (tmp_path / "unrelated").touch()
     assert sweep("test", directory=folder) == []
     kill(child)
-    assert sweep("other", directory=folder) == []
-    assert sweep("test", "d0", directory=folder) == []
-    assert sweep("te.t", directory=folder) == []
+    assert [sweep(*words, directory=folder) for words in (("other",), ("test", "d0"), ("te.t",))] == [[]] * 3
     assert sweep("test", "p0", directory=folder) == [handle.segment]
     left = ["tetri-test-not-one-of-ours", "unrelated", slab.segment.name]
     assert sorted(os.listdir(folder)) == sorted(left)
@@ -92,11 +82,9 @@ def test_sweep_removes_the_dead_and_only_them(slab, owner, tmp_path):
 
 def test_open_store_clears_away_what_a_killed_predecessor_left():
     script = (
-        "from tetri.kv import StoreSettings, open_store;"
-        "store = open_store(StoreSettings('test-open', 'p0', 1, 10, 'shm'));"
-        "print(store.reach.segment, flush=True); input()"
+        "from tetri.kv import StoreSettings, open_store; store = open_store(StoreSettings('test-open', 'p0', 1, 10,"
     )
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", f"{script} 'shm')); print(store.reach.segment, flush=True); input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         left = child.stdout.readline().strip()
         kill(child)
@@ -106,9 +94,6 @@ def test_open_store_clears_away_what_a_killed_predecessor_left():
     store.close()
 
 
-# ------------------------------------------------------------ the own file
-
-
 def test_close_leaves_nothing_even_while_a_view_is_kept(tmp_path):
     slab = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
     kept = []
@@ -116,6 +101,9 @@ def test_close_leaves_nothing_even_while_a_view_is_kept(tmp_path):
     slab.close()
     assert os.listdir(tmp_path) == []
     kept[0][:] = block(7)  # no crash: the memory goes with its last view
+    with pytest.raises(KVError, match=r"too small for 1000000 slots .* 1,000,0\d\d MB needed, [\d,]+ MB free"):
+        ShmSlab("test", "p0", 1_000_000, 1 << 20, directory=str(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_segment_is_named_after_its_owner_private_and_not_to_be_guessed(slab, tmp_path):
@@ -126,12 +114,6 @@ def test_the_segment_is_named_after_its_owner_private_and_not_to_be_guessed(slab
     other = ShmSlab("test", "p0", SLOTS, BLOCK, directory=str(tmp_path))
     assert other.segment.name != name
     other.close()
-
-
-def test_too_little_room_is_an_error_at_the_start_that_names_it(tmp_path):
-    with pytest.raises(KVError, match=r"too small for 1000000 slots .* 1,000,0\d\d MB needed, [\d,]+ MB free"):
-        ShmSlab("test", "p0", 1_000_000, 1 << 20, directory=str(tmp_path))
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "too small"), (errno.EFBIG, "cannot reserve")])
@@ -145,23 +127,11 @@ def test_room_taken_by_others_in_between_is_the_same_error(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
-WRONG_SLABS = {
-    "a slash": ("a/b", "p0", 1, 1),
-    "no deployment": ("", "p0", 1, 1),
-    "a space": ("a", "p 0", 1, 1),
-    "a long name": ("a", "x" * 99, 1, 1),
-    "no slots": ("a", "b", 0, 1),
-    "no bytes": ("a", "b", 1, 0),
-}
-
-
-@pytest.mark.parametrize("made", WRONG_SLABS.values(), ids=WRONG_SLABS.keys())
-def test_what_cannot_be_a_slab_is_refused(tmp_path, made):
-    with pytest.raises(KVError):
-        ShmSlab(*made, directory=str(tmp_path))
-    assert os.listdir(tmp_path) == []
-
-
-def test_no_folder_is_one_line(tmp_path):
+def test_what_cannot_be_a_slab_is_refused(tmp_path):
+    names = [("a/b", "p0"), ("", "p0"), ("a", "p 0"), ("a", "x" * 99)]
+    for made in (*((*name, 1, 1) for name in names), ("a", "b", 0, 1), ("a", "b", 1, 0)):
+        with pytest.raises(KVError):
+            ShmSlab(*made, directory=str(tmp_path))
+        assert os.listdir(tmp_path) == []
     with pytest.raises(KVError, match="cannot be made"):
         ShmSlab("test", "p0", 1, 1, directory=str(tmp_path / "nowhere"))

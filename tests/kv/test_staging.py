@@ -32,16 +32,13 @@ def test_a_slot_reused_during_the_copy_is_lost_not_corrupt(slab, monkeypatch):
         Staging(0).fetch(slab.segment, handle, digest)
 
 
-def test_a_chunk_larger_than_any_before_grows_the_staging(slab):
+def test_a_chunk_larger_than_any_before_grows_the_staging_and_a_wrong_digest_is_named(slab):
     buffer = Staging(BLOCK)
     for count in (1, SLOTS, 2):
         blocks = [block(number) for number in range(count)]
         handle, digest = put(slab, *blocks)
         assert [bytes(view) for view in buffer.fetch(slab.segment, handle, digest)] == blocks
         slab.free(handle)
-
-
-def test_the_same_bytes_under_another_digest_are_told_with_both(slab):
     handle, digest = slab.put(1, nothing)
     with pytest.raises(KVError, match=f"{digest:016x}, announced {digest ^ 1:016x}"):
         Staging(0).fetch(slab.segment, handle, digest ^ 1)

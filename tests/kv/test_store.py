@@ -1,6 +1,7 @@
 """A worker's store: its slab and the reader of each path (tests/kv/contract.py has what a path promises)."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,14 +22,11 @@ def put(store):
     return store.put(1, lambda views: views[0].__setitem__(slice(None), block(1)), "p:r1:1")
 
 
-def test_what_others_must_know_to_read_it(store):
+def test_what_others_must_know_to_read_it_and_that_only_those_of_its_deployment_are_paired(store):
     assert store.reach.paths == ["shm"]
     assert store.reach.process == os.getpid() and str(os.geteuid()) in store.reach.host
     assert store.reach.segment.startswith("tetri-test-store-p0-")
     assert (store.slots, store.free_slots, store.due()) == (2, 2, None)
-
-
-def test_workers_of_deployments_with_other_names_are_not_paired_over_shared_memory(store):
     for name, common in (("test-store", "shm"), ("test-other", None)):
         other = open_store(StoreSettings(name, "d0", 2, 100, "shm"))
         try:
@@ -37,14 +35,11 @@ def test_workers_of_deployments_with_other_names_are_not_paired_over_shared_memo
             other.close()
 
 
-def test_a_worker_reads_its_own_slab_without_meeting_itself(store):
+def test_a_worker_reads_its_own_slab_without_meeting_itself_and_over_a_path_that_it_has(store):
     handle, digest = put(store)
     fetched = store.fetch(Wanted(("d", 0), "p0", "local", handle, digest))
     assert [bytes(view) for view in fetched.blocks] == [block(1)]
 
-
-def test_a_path_that_this_worker_has_not_is_lost(store):
-    handle, digest = put(store)
     for path in ("nixl", "carrier pigeon", ""):
         fetched = store.fetch(Wanted(("d", 0), "p0", path, handle, digest))
         assert isinstance(fetched.problem, KVLost) and not fetched.blocks
@@ -53,17 +48,8 @@ def test_a_path_that_this_worker_has_not_is_lost(store):
 def test_only_the_paths_that_both_have_are_met(store):
     met = []
 
-    class Spy:
-        def meet(self, peer, reach):
-            met.append(peer)
-
-        def part(self, peer):
-            met.remove(peer)
-
-        def close(self):
-            pass
-
-    store.readers["other"] = Spy()
+    reader = {"meet": lambda peer, reach: met.append(peer), "part": met.remove, "close": lambda: None}
+    store.readers["other"] = SimpleNamespace(**reader)
     reach = store.reach
     store.meet("p1", reach)
     assert met == []

@@ -15,7 +15,7 @@ def run_folder():
         yield Path(name)
 
 
-class Strangers(zmq.Context):
+class Kept(zmq.Context):
     """Keeps its sockets until it is destroyed, so that a test need not close them."""
 
     kept: ClassVar[list] = []
@@ -27,7 +27,7 @@ class Strangers(zmq.Context):
 
 @pytest.fixture
 def context():
-    made = Strangers()
+    made = Kept()
     yield made
     made.destroy(linger=0)
     made.kept.clear()

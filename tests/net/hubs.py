@@ -1,7 +1,5 @@
 """Hubs for tests, and waiting for what happens without sleeping."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tetri.net import Hub
-from tetri.wire.events import NetEvent
+from tetri.wire.events import NetEvent, PeerUp
+from tetri.wire.messages import InboxMessage
 
 PATIENCE = 5.0  # seconds; only a failing test ever waits so long
 
@@ -58,3 +57,13 @@ def plain(address: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
     made.connect(address.removeprefix("ipc://"))
     return made
+
+
+@contextmanager
+def linked(folder: Path) -> Iterator[tuple[Hub, Hub]]:
+    """A worker with an inbox "w" in `folder`, and a broker that is connected to it."""
+    with hubs(2) as (worker, broker):
+        worker.bind_inbox(ipc(folder, "w"), InboxMessage)
+        broker.connect("w", ipc(folder, "w"))
+        assert some(broker, 1) == [PeerUp("w")]
+        yield worker, broker

@@ -1,7 +1,7 @@
 """The sockets of `stream`: who gets in, what a full, a gone and a rude peer do."""
 
 import time
-from contextlib import contextmanager
+from contextlib import closing
 
 import pytest
 import zmq
@@ -32,8 +32,13 @@ class Ends:
         self.watch.add(link.socket, link.monitor)
         return link
 
-    def until(self, condition, seconds=PATIENCE_S):
-        deadline = time.monotonic() + seconds
+    def drop(self, link):
+        self.links.remove(link)
+        self.watch.remove(link.socket, link.monitor)
+        link.close()
+
+    def until(self, condition):
+        deadline = time.monotonic() + PATIENCE_S
         while not (found := condition()):
             assert time.monotonic() < deadline
             self.watch.wait(0.05)
@@ -62,17 +67,8 @@ class Ends:
         self.waker.close()
 
 
-@contextmanager
-def ends(key=None):
-    made = Ends(key)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 def test_a_piece_arrives_in_memory_of_its_own():
-    with ends() as made:
+    with closing(Ends()) as made:
         link = made.up(made.link())
         peer, message = made.heard(link)
         assert message == b"hello"
@@ -85,14 +81,12 @@ def test_a_piece_arrives_in_memory_of_its_own():
         made.server.send(peer, b"next", source)
         made.until(link.receive)
         again = link.receive_frame()
-        made.links.remove(link)
-        made.watch.remove(link.socket, link.monitor)
-        link.close()
+        made.drop(link)
         assert again == source and bytes(piece[:7]) == bytes([0, 1, 2, 3, 4, 4, 6]), "it stays when the connection ends"
 
 
 def test_what_waits_for_a_receiver_is_a_view_of_the_memory_itself():
-    with ends() as made:
+    with closing(Ends()) as made:
         peer, _ = made.heard(made.up(made.link()))
         source = bytearray(PIECE_BYTES)
         view = memoryview(source)
@@ -103,7 +97,7 @@ def test_what_waits_for_a_receiver_is_a_view_of_the_memory_itself():
 
 
 def test_a_receiver_that_does_not_read_is_full_and_one_that_left_is_gone():
-    with ends() as made:
+    with closing(Ends()) as made:
         link = made.up(made.link())
         peer, _ = made.heard(link)
         payload = bytes(PIECE_BYTES)
@@ -112,15 +106,13 @@ def test_a_receiver_that_does_not_read_is_full_and_one_that_left_is_gone():
             sent += 1
             assert sent < 20_000
         assert made.server.send(peer, b"x", payload) is False
-        made.links.remove(link)
-        made.watch.remove(link.socket, link.monitor)
-        link.close()
+        made.drop(link)
         made.until(lambda: made.server.send(peer, b"x") is None)
         assert made.server.send(b"nobody", b"x") is None
 
 
 def test_frames_over_the_limits_end_the_connection_and_more_frames_are_no_message():
-    with ends() as made:
+    with closing(Ends()) as made:
         link = made.up(made.link())
         link.socket.send_multipart([b"a", b"b", b"c"])
         assert made.until(made.server.receive)[1] == b""
@@ -135,7 +127,7 @@ def test_frames_over_the_limits_end_the_connection_and_more_frames_are_no_messag
 
 
 def test_nobody_there_is_no_error_and_a_break_is_seen_once_for_all():
-    with ends() as made:
+    with closing(Ends()) as made:
         link = made.link(address="tcp://127.0.0.1:9")
         assert not link.send(b"x") and link.receive() is None
         link.look()
@@ -147,7 +139,7 @@ def test_nobody_there_is_no_error_and_a_break_is_seen_once_for_all():
         assert not good.up
 
 
-def test_a_bell_wakes_from_any_number_of_rings_and_after_its_end_does_nothing():
+def test_a_waker_wakes_from_any_number_of_rings_and_after_its_end_does_nothing():
     waker = Waker()
     watch = Watch(waker)
     assert watch.wait(0) == []
@@ -161,11 +153,8 @@ def test_a_bell_wakes_from_any_number_of_rings_and_after_its_end_does_nothing():
     waker.ring()
 
 
-# ---------------------------------------------------------------- keys
-
-
 def test_members_get_in(key):
-    with ends(key) as made:
+    with closing(Ends(key)) as made:
         link = made.up(made.link(key))
         peer, message = made.heard(link, b"x" * REQUEST_BYTES)  # the longest there are
         assert len(message) == REQUEST_BYTES and made.zap_handler.refused == 0
@@ -176,16 +165,14 @@ def test_members_get_in(key):
 
 def test_nobody_else_gets_in(key, other_key):
     other = other_key
-    with ends(key) as made:
-        plain, incompatibility = made.link(), made.link(other)
-        made.until(lambda: incompatibility.broken)  # each has another key than the other: neither talks
-        assert not incompatibility.up
+    with closing(Ends(key)) as made:
+        plain, outsider = made.link(), made.link(other)
+        made.until(lambda: outsider.broken)  # each has another key than the other: neither talks
+        assert not outsider.up
         # One who knows the server's public key, and has one of their own:
         knows = made.context.socket(zmq.DEALER)
-        knows.set(zmq.LINGER, 0)
-        knows.set(zmq.CURVE_SERVERKEY, key.public)
-        knows.set(zmq.CURVE_PUBLICKEY, other.public)
-        knows.set(zmq.CURVE_SECRETKEY, other.secret)
+        knows.linger = 0
+        knows.curve_serverkey, knows.curve_publickey, knows.curve_secretkey = key.public, other.public, other.secret
         knows.connect(made.server.address)
         knows.send(b"let me in")
         try:
@@ -197,17 +184,13 @@ def test_nobody_else_gets_in(key, other_key):
 
 
 def test_only_what_is_encrypted_goes_to_other_hosts(key):
-    made = context()
-    try:
+    with context() as made:
         for address in ("tcp://10.0.0.1:1", "tcp://0.0.0.0:1"):
-            with pytest.raises(NetError, match="encrypted"):
-                BulkServer(made, address, None)
-            with pytest.raises(NetError, match="encrypted"):
-                BulkLink(made, address, None)
+            for end in (BulkServer, BulkLink):
+                with pytest.raises(NetError, match="encrypted"):
+                    end(made, address, None)
         with pytest.raises(NetError, match="IPv4 address"):
             BulkLink(made, "tcp://example.org:1", key)
         with pytest.raises(NetError, match="cannot bind"):
             BulkServer(made, "tcp://192.0.2.1:1", key)
         BulkLink(made, "tcp://192.0.2.1:1", key).close()
-    finally:
-        made.term()

@@ -1,4 +1,4 @@
-"""Whatever a stranger sends, to whichever socket: counted, logged once, dropped; the others are served."""
+"""Whatever anybody sends, to whichever socket: counted, logged once, dropped; the others are served."""
 
 import logging
 import os
@@ -7,7 +7,6 @@ import pytest
 import zmq
 
 from tests.net.hubs import PATIENCE, events, hubs, ipc, plain, until
-from tetri.net import Hub
 from tetri.net.intake import MAX_MESSAGES
 from tetri.wire import codec
 from tetri.wire.clients import Attach, ClientMessage
@@ -37,13 +36,12 @@ class Target:
             bind = {"inbox": hub.bind_inbox, "clients": hub.bind_clients, "loads": hub.bind_subscriber}[kind]
             bind(self.address, self.union)
 
-    def incompatibility(self):
+    def sender(self):
         """A socket that has been heard."""
         if self.kind == "views":
-            socket = self.publisher
-        else:
-            socket = self.context.socket(self.type)
-            socket.connect(self.address)
+            return self.serves(self.publisher)
+        socket = self.context.socket(self.type)
+        socket.connect(self.address)
         return self.serves(socket)
 
     def serves(self, socket):
@@ -87,7 +85,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize(("frames", "counted"), GARBAGE)
 def test_garbage_is_counted_logged_once_and_dropped(target, caplog, frames, counted):
-    socket = target.incompatibility()
+    socket = target.sender()
     frames = [codec.encode(GOOD[ANOTHERS[target.kind]][2])] if frames == "another's" else frames
     with caplog.at_level(logging.WARNING):
         for times in range(1, 4):
@@ -112,7 +110,7 @@ def test_an_identity_without_a_frame_is_garbage(run_folder, context):
         request.connect(target.address)
         request.send(b"")
         events(hub, lambda seen: hub.counters["garbage_frames"] == 1)
-        target.incompatibility()
+        target.sender()
 
 
 def test_inventing_identities_does_not_fill_memory_or_the_log(run_folder, context, caplog):
@@ -130,7 +128,7 @@ def test_inventing_identities_does_not_fill_memory_or_the_log(run_folder, contex
 
 
 def test_a_frame_over_the_limit_cuts_the_peer_and_not_the_others(target):
-    bystander, offender = target.incompatibility(), target.incompatibility()
+    bystander, offender = target.sender(), target.sender()
     cut = offender.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     offender.send(bytes(codec.limit(target.union) + 1))
     assert target.hub.poll(0.05) == []
@@ -156,14 +154,14 @@ NOT_ZMTP = [
 def test_bytes_that_are_no_zeromq_at_all(target, noise):
     with plain(target.address) as socket:
         socket.sendall(noise)
-        target.incompatibility()
-    target.incompatibility()
+        target.sender()
+    target.sender()
 
 
 @pytest.mark.parametrize("flooded", ["inbox", "loads"])
 def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder, flooded, context):
     with hubs(1) as (hub,):
-        flooder = Target(hub, flooded, run_folder, context).incompatibility()
+        flooder = Target(hub, flooded, run_folder, context).sender()
         client = context.socket(zmq.DEALER)
         client.connect(hub.bind_clients(ipc(run_folder, "clients"), ClientMessage))
         client.send(codec.encode(Attach(rid="me")))
@@ -176,14 +174,11 @@ def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder, flooded,
         assert sum(map(len, batches)) > MAX_MESSAGES and max(map(len, batches)) <= MAX_MESSAGES + 1
 
 
-def test_the_default_log_is_named_after_the_room(run_folder, context, caplog):
-    hub = Hub()
-    try:
+def test_the_default_log_is_named_after_the_package(run_folder, context, caplog):
+    with hubs(1) as (hub,):
         socket = context.socket(zmq.PUSH)
         socket.connect(hub.bind_inbox(ipc(run_folder, "e"), WorkerEvent))
         socket.send(b"")
         until(lambda: not hub.poll(0) and hub.counters["garbage_empty"] == 1)
-    finally:
-        hub.close()
     assert caplog.records[0].name == "tetri.net"
     assert caplog.records[0].getMessage() == f"ipc://{run_folder}/e: dropped a message: empty frame"

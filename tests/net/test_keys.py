@@ -22,13 +22,13 @@ def test_a_key_file_is_for_its_owner_alone_and_never_overwritten(tmp_path):
         keys.load(str(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 40 + b"y", b"\x00" * 40, b"~" * 40, b"x" * 100_000])
-def test_what_is_no_key_is_said_in_one_line(tmp_path, content):
+def test_what_is_no_key_is_one_line(tmp_path):
     path = tmp_path / "key"
-    path.write_bytes(content)
-    path.chmod(0o600)
-    with pytest.raises(NetError, match=r"is no key; make one with tetri-cli keygen$"):
-        keys.load(str(path))
+    path.touch(mode=0o600)
+    for content in (b"", b"x" * 40 + b"y", b"\x00" * 40, b"~" * 40, b"x" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(NetError, match=r"is no key; make one with tetri-cli keygen$"):
+            keys.load(str(path))
     with pytest.raises(NetError, match="cannot be read"):
         keys.load(str(tmp_path / "missing"))
     with pytest.raises(NetError, match="is no key"):

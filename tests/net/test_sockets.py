@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -40,12 +41,9 @@ def test_a_live_owner_is_not_robbed_and_close_removes_the_file(run_folder, bind)
 
 def test_one_socket_for_clients_and_one_outlet_and_none_without_binding(run_folder):
     with hubs(1) as (hub,):
-        for use, says in (
-            (lambda: hub.reply(b"x", None), "bind_clients"),
-            (lambda: hub.publish(None), "bind_publisher"),
-        ):
+        for use, says in ((partial(hub.reply, b"x"), "bind_clients"), (hub.publish, "bind_publisher")):
             with pytest.raises(NetError, match=f"without {says}"):
-                use()
+                use(None)
         for wrong in (hub.connect_publisher, lambda address: hub.subscribe(address, ClusterView)):
             with pytest.raises(NetError, match="is no address"):
                 wrong("nowhere")
@@ -71,16 +69,13 @@ def test_a_dead_owners_file_is_taken_over_and_removed_on_close(run_folder):
     assert not os.path.exists(path)
 
 
-def test_a_file_that_is_no_socket_is_left_alone(run_folder):
+def test_a_file_that_is_no_socket_is_left_alone_and_a_missing_folder_and_a_busy_port_are_one_line(run_folder):
     precious = run_folder / "inbox"
     precious.write_text("precious")
-    with hubs(1) as (hub,), pytest.raises(NetError, match="no socket lies there"):
-        hub.bind_inbox(f"ipc://{precious}", InboxMessage)
-    assert precious.read_text() == "precious"
-
-
-def test_a_missing_folder_and_a_busy_port_are_one_line(run_folder):
     with hubs(1) as (hub,), socket.socket() as taken:
+        with pytest.raises(NetError, match="no socket lies there"):
+            hub.bind_inbox(f"ipc://{precious}", InboxMessage)
+        assert precious.read_text() == "precious"
         with pytest.raises(NetError, match="nowhere/inbox: cannot bind"):
             hub.bind_inbox(ipc(run_folder, "nowhere/inbox"), InboxMessage)
         taken.bind(("127.0.0.1", 0))

@@ -31,27 +31,16 @@ def test_prefill_first_takes_whole_prompts_while_the_decodes_stall_and_one_beyon
     assert prefill_first(view(10, 300), LIMITS).spans == spans(10)
 
 
-def test_chunked_gives_decodes_their_token_and_cuts_the_prompt_at_the_budget():
+def test_chunked_gives_decodes_their_token_and_cuts_prompts_at_the_budget_the_started_one_first():
     assert chunked(view(40, 90, decoding=2), LIMITS) == Iteration((Span("0", 0, 40), Span("1", 0, 58)), True)
-
-
-def test_chunked_goes_on_with_the_prompt_that_it_started():
     started = Progress("started", 60, 90)
-    assert chunked(view(500, started=started, decoding=2, free=600), LIMITS).spans == (
-        Span("started", 60, 90),
-        Span("0", 0, 68),
-    )
+    both = (Span("started", 60, 90), Span("0", 0, 68))
+    assert chunked(view(500, started=started, decoding=2, free=600), LIMITS).spans == both
     assert chunked(view(10, started=started, decoding=3), LIMITS).spans == (Span("started", 60, 90),)  # no slot
-
-
-def test_chunked_prefills_nothing_when_the_decodes_fill_the_step():
     limits = CoupledLimits(slots=200, step_tokens=100, kv_tokens=1000)
     assert chunked(view(10, started=Progress("started", 1, 9), decoding=100), limits) == Iteration((), True)
 
 
-@pytest.mark.parametrize(
-    "held, free, out",
-    [([10, 10], 2, 0), ([10, 10], 1, 1), ([10, 20, 3], 0, 1), ([10, 2, 0], 0, 2), ([10], 0, 0), ([], 0, 0)],
-)
-def test_the_youngest_give_way_until_each_has_a_token(held, free, out):
-    assert preempted(held, free) == out
+def test_the_youngest_give_way_until_each_has_a_token():
+    cases = [([10, 10], 2, 0), ([10, 10], 1, 1), ([10, 20, 3], 0, 1), ([10, 2, 0], 0, 2), ([10], 0, 0), ([], 0, 0)]
+    assert [preempted(held, free) for held, free, _ in cases] == [out for *_, out in cases]

@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri.policy import dispatch
-from tetri.policy.dispatch import (
-    first_fit,
-    imbalance,
-    least_loaded,
-    power_of_two,
-    power_of_two_ratio,
-    random,
-    round_robin,
-)
+from tetri.policy.dispatch import imbalance, least_loaded, power_of_two, power_of_two_ratio, random, round_robin
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import DecodePool, Need
 
@@ -109,25 +101,24 @@ def test_drawing_and_testing_looks_at_few_columns_while_many_have_room(share):
         assert sum(looks) / len(looks) < columns / 8
 
 
-def test_the_first_that_has_room():
+def test_first_fit_round_robin_and_least_loaded_skip_who_has_no_room():
     among = pool((3, 0, 0, 0), (5, 0, 0, 0), (9, 9, 0, 0))
-    assert [first_fit(Need(blocks, 99, False), among, Random(1)) for blocks in (3, 4, 9, 10)] == [0, 1, 2, None]
+    assert [dispatch.first_fit(Need(blocks, 99, False), among, Random(1)) for blocks in (3, 4, 9, 10)] == [
+        0,
+        1,
+        2,
+        None,
+    ]
+    rooms = [(9, 9, 0, 0), (3, 3, 0, 0), (9, 9, 0, 0)]
+    assert [round_robin(LIGHT, pool(*rooms, last=last), Random(1)) for last in (-1, 0, 1, 2)] == [0, 2, 2, 0]
+    assert least_loaded(HEAVY, pool((9, 9, 3, 1), (9, 9, 1, 2), (3, 3, 0, 0)), Random(1)) == 1
+    assert least_loaded(HEAVY, pool((8, 9, 3, 1), (9, 9, 1, 3)), Random(1)) == 1
 
 
 @pytest.mark.parametrize("others", [0, 500])
 def test_random_takes_each_with_room_as_often(others):
     counts = chosen(random, LIGHT, pool((4, 0, 9, 9), (3, 3, 0, 0), (9, 9, 0, 0), *[(0, 0, 0, 0)] * others), draws=2000)
     assert sorted(counts) == [0, 2] and min(counts.values()) > 900
-
-
-def test_round_robin_goes_on_from_the_last_and_skips_who_has_no_room():
-    rooms = [(9, 9, 0, 0), (3, 3, 0, 0), (9, 9, 0, 0)]
-    assert [round_robin(LIGHT, pool(*rooms, last=last), Random(1)) for last in (-1, 0, 1, 2)] == [0, 2, 2, 0]
-
-
-def test_the_fewest_requests_and_of_equals_the_most_free():
-    assert least_loaded(HEAVY, pool((9, 9, 3, 1), (9, 9, 1, 2), (3, 3, 0, 0)), Random(1)) == 1
-    assert least_loaded(HEAVY, pool((8, 9, 3, 1), (9, 9, 1, 3)), Random(1)) == 1
 
 
 def test_the_worst_case_piles_heavy_decodes_up_and_keeps_light_ones_away():

@@ -1,4 +1,4 @@
-"""What odds say of the length of one request."""
+"""What a length distribution says of one request."""
 
 from itertools import pairwise
 
@@ -6,22 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.policy.distribution import (
-    Curve,
-    by_bucket,
-    curve_of,
-    likeliest,
-    quantile,
-    raised,
-    range_of,
-    ranked_score,
-    share_below,
-    survivors,
-    usable,
-)
+from tetri.policy import distribution as of_length
+from tetri.policy.distribution import Curve, curve_of, likeliest, quantile, range_of, share_below, survivors
 from tetri.request import LengthDistribution, LengthRange
 
 FOUR = LengthDistribution(50, (0.1, 0.2, 0.3, 0.4))  # the last one from 150 on
+TAIL = Curve((1, 150, 200, 300, 301), (0.0, 0.5, 0.75, 0.9, 1.0))
 
 
 def close(numbers):
@@ -32,51 +22,33 @@ def pairs(curve):
     return dict(zip(curve.tokens, curve.below, strict=True))
 
 
-# ---------------------------------------------------------------- tables
-
-
 @pytest.mark.parametrize(
-    "most, points",
+    "curve, points",
     [
-        (120, {1: 0, 50: 0.1, 100: 0.3, 120: 0.3 + 0.3 * 0.4, 121: 1}),
-        (100, {1: 0, 50: 0.1, 100: 0.3, 101: 1}),
-        (150, {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 151: 1}),
-        (500, {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 500: 0.6, 501: 1}),  # of the open bucket nobody knows more
-        (1, {1: 0, 2: 1}),
-        (2, {1: 0, 2: 0.1 / 49, 3: 1}),
+        # Who would write more than max_tokens is cut off there.
+        (curve_of(FOUR, 120), {1: 0, 50: 0.1, 100: 0.3, 120: 0.3 + 0.3 * 0.4, 121: 1}),
+        (curve_of(FOUR, 100), {1: 0, 50: 0.1, 100: 0.3, 101: 1}),
+        (curve_of(FOUR, 150), {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 151: 1}),
+        (curve_of(FOUR, 500), {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 500: 0.6, 501: 1}),  # the open bucket says no more
+        (curve_of(FOUR, 1), {1: 0, 2: 1}),
+        # What follows after some tokens.
+        (curve_of(FOUR, 1000, after=30), {31: 0, 80: 0.1, 130: 0.3, 180: 0.6, 1000: 0.6, 1001: 1}),
+        (curve_of(FOUR, 90, after=30), {31: 0, 80: 0.1, 90: 0.1 + 0.2 * 0.2, 91: 1}),
+        # No end before min_tokens.
+        (curve_of(FOUR, 120, least=70), {70: 0, 100: 0.3, 120: 0.42, 121: 1}),
+        (of_length.raised(curve_of(FOUR, 120), 70), {70: 0, 100: 0.3, 120: 0.42, 121: 1}),
+        (curve_of(FOUR, 120, least=120), {120: 0, 121: 1}),
+        # A tail says where those of the open bucket end.
+        (curve_of(FOUR, 300, tail=TAIL), {1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 200: 0.8, 300: 0.92, 301: 1}),
+        # Survivors are spread as all were beyond.
+        (survivors(curve_of(FOUR, 300, tail=None), 99), {100: 0, 150: 0.3 / 0.7, 300: 0.3 / 0.7, 301: 1}),
+        (survivors(curve_of(FOUR, 300), 124), {125: 0, 150: 0.15 / 0.55, 300: 0.15 / 0.55, 301: 1}),
     ],
 )
-def test_who_would_write_more_than_max_tokens_is_cut_off_there(most, points):
-    curve = curve_of(FOUR, most)
-    assert list(pairs(curve)) == list(points) or most == 2
-    assert share_below(curve, most + 1) == 1 and curve.tokens[0] == 1
-    if most != 2:
-        assert pairs(curve) == close(points)
-
-
-def test_what_follows_after_some_tokens():
-    assert pairs(curve_of(FOUR, 1000, after=30)) == close({31: 0, 80: 0.1, 130: 0.3, 180: 0.6, 1000: 0.6, 1001: 1})
-    assert pairs(curve_of(FOUR, 90, after=30)) == close({31: 0, 80: 0.1, 90: 0.1 + 0.2 * 0.2, 91: 1})
-
-
-def test_min_tokens():
-    curve = curve_of(FOUR, 120, least=70)
-    assert pairs(curve) == close({70: 0, 100: 0.3, 120: 0.42, 121: 1})
-    assert pairs(curve_of(FOUR, 120, least=120)) == {120: 0, 121: 1}
-    assert raised(curve_of(FOUR, 120), 70) == curve and raised(curve, 60) is curve
-
-
-def test_a_tail_says_where_those_of_the_open_bucket_end():
-    tail = Curve((1, 150, 200, 300, 301), (0.0, 0.5, 0.75, 0.9, 1.0))
-    curve = curve_of(FOUR, 300, tail=tail)
-    assert pairs(curve) == close({1: 0, 50: 0.1, 100: 0.3, 150: 0.6, 200: 0.8, 300: 0.92, 301: 1})
-
-
-def test_survivors_are_spread_as_all_were_beyond():
-    curve = survivors(curve_of(FOUR, 300, tail=None), 99)
-    assert pairs(curve) == close({100: 0, 150: 0.3 / 0.7, 300: 0.3 / 0.7, 301: 1})
-    inside = survivors(curve_of(FOUR, 300), 124)
-    assert pairs(inside) == close({125: 0, 150: 0.15 / 0.55, 300: 0.15 / 0.55, 301: 1})
+def test_curves(curve, points):
+    assert pairs(curve) == close(points)
+    assert list(curve.tokens) == list(points) and of_length.raised(curve, min(points)) is curve
+    assert share_below(curve, max(points)) == 1
 
 
 def test_survivors_of_whom_nothing_is_known():
@@ -88,16 +60,10 @@ def test_survivors_of_whom_nothing_is_known():
     assert survivors(short, 0) is short
 
 
-@pytest.mark.parametrize(
-    "share, tokens", [(0, 1), (0.1, 50), (0.2, 75), (0.3, 100), (0.42, 120), (0.43, 120 + 0.01 / 0.58), (1, 121)]
-)
-def test_quantiles(share, tokens):
-    assert quantile(curve_of(FOUR, 120), share) == pytest.approx(tokens)
-
-
-@pytest.mark.parametrize("granularity, label", [(50, 2), (100, 1), (200, 0), (60, 2)])
-def test_the_likeliest_bucket(granularity, label):
-    assert likeliest(curve_of(FOUR, 120), granularity) == label
+def test_quantiles_and_the_likeliest_bucket():
+    right = {0: 1, 0.1: 50, 0.2: 75, 0.3: 100, 0.42: 120, 0.43: 120 + 0.01 / 0.58, 1: 121}
+    assert [quantile(curve_of(FOUR, 120), share) for share in right] == pytest.approx([*right.values()])
+    assert [likeliest(curve_of(FOUR, 120), granularity) for granularity in (50, 100, 200, 60)] == [2, 1, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -121,32 +87,29 @@ def test_ranges(curve, granularity, high, low_high):
     assert range_of(curve, granularity, high) == LengthRange(low=low_high[0], high=low_high[1])
 
 
-@pytest.mark.parametrize(
-    "shares", [(), (0.5, 0.4), (1.5, -0.5), (float("nan"), 0.5), (0.5, float("nan")), (float("inf"), 0.0)]
-)
-def test_what_is_no_odds(shares):
-    assert not usable(LengthDistribution(50, shares))
-
-
-def test_what_is():
-    assert usable(FOUR) and usable(LengthDistribution(50, (1.0,))) and not usable(LengthDistribution(0, (1.0,)))
+def test_what_is_no_distribution():
+    nan = float("nan")
+    for shares in ((), (0.5, 0.4), (1.5, -0.5), (nan, 0.5), (0.5, nan), (float("inf"), 0.0)):
+        assert not of_length.usable(LengthDistribution(50, shares))
+    assert (
+        of_length.usable(FOUR)
+        and of_length.usable(LengthDistribution(50, (1.0,)))
+        and not of_length.usable(LengthDistribution(0, (1.0,)))
+    )
 
 
 def test_the_score_is_the_less_the_nearer():
     sure = [(10, 20, 30), (0.0, 1.0, 1.0)]
-    assert [ranked_score(*sure, length) for length in (12, 19, 25, 31)] == [0, 0, 10, 20]
+    assert [of_length.ranked_score(*sure, length) for length in (12, 19, 25, 31)] == [0, 0, 10, 20]
     unsure = [(10, 20, 30), (0.0, 0.5, 1.0)]
-    assert [ranked_score(*unsure, length) for length in (12, 25)] == [2.5, 2.5]
-
-
-# ---------------------------------------------------------------- whatever the odds
+    assert [of_length.ranked_score(*unsure, length) for length in (12, 25)] == [2.5, 2.5]
 
 
 def _distribution(weights, width):
     return LengthDistribution(width, tuple(weight / sum(weights) for weight in weights))
 
 
-ODDS = st.builds(
+DISTRIBUTIONS = st.builds(
     _distribution,
     st.lists(st.sampled_from([0, 0, 1, 2, 3, 7, 1000]), min_size=1, max_size=12).filter(any),
     st.sampled_from([1, 2, 7, 50, 100]),
@@ -155,11 +118,11 @@ ODDS = st.builds(
 
 @st.composite
 def curves(draw):
-    distribution, after, more = draw(ODDS), draw(st.integers(0, 300)), draw(st.integers(1, 900))
+    distribution, after, more = draw(DISTRIBUTIONS), draw(st.integers(0, 300)), draw(st.integers(1, 900))
     most = after + more
     tail = None
     if draw(st.booleans()):
-        tail = survivors(curve_of(draw(ODDS), most), after)
+        tail = survivors(curve_of(draw(DISTRIBUTIONS), most), after)
     curve = curve_of(distribution, most, after=after, least=draw(st.integers(0, most)), tail=tail)
     if draw(st.booleans()):
         curve = survivors(curve, draw(st.integers(after, most - 1)))
@@ -182,7 +145,7 @@ def test_curves_stay_curves(curve, written, granularity):
     valid(curve)
     valid(survivors(curve, written))
     assert survivors(curve, written).tokens[0] > written or survivors(curve, written) is curve
-    first, shares = by_bucket(curve, granularity)
+    first, shares = of_length.by_bucket(curve, granularity)
     assert sum(shares) == close(1) and min(shares) >= -1e-12
     assert first * granularity <= curve.tokens[0] < (first + 1) * granularity
     assert (first + len(shares) - 1) * granularity < curve.tokens[-1] <= (first + len(shares)) * granularity

@@ -28,24 +28,18 @@ def asked(policy, *states, settings=SETTINGS):
     return change and (change.iid, change.role)
 
 
-def test_none_never_flips():
-    assert none([resting("p0", "prefill"), resting("p1", "prefill"), busy("d0", "decode")], SETTINGS) is None
-
-
 @pytest.mark.parametrize("policy", [idle, below])
 @pytest.mark.parametrize("role, other", [("prefill", "decode"), ("decode", "prefill")])
 def test_who_rests_longest_goes_where_work_is(policy, role, other):
     assert asked(policy, resting("a", role), resting("b", role, 95.0), busy("c", other)) == ("b", other)
     assert asked(policy, resting("a", role), resting("b", role), busy("c", other)) == ("a", other)
+    assert asked(none, resting("a", role), resting("b", role), busy("c", other)) is None
 
 
-def test_why_names_the_seconds():
+def test_idle_and_hardly_loaded_differ_and_name_their_seconds():
     states = [resting("a", "prefill"), resting("b", "prefill", 95.0), busy("c", "decode")]
     assert idle(states, SETTINGS) == RoleChange("b", "decode", "idle for 95 s")
     assert below(states, SETTINGS) == RoleChange("b", "decode", "hardly loaded for 95 s")
-
-
-def test_idle_and_hardly_loaded_differ():
     others = [state("a", "prefill", work_s=0.1), busy("c", "decode")]
     assert asked(idle, *others, state("b", "prefill", idle_s=1.0, low_s=40.0)) is None
     assert asked(below, *others, state("b", "prefill", idle_s=1.0, low_s=40.0)) == ("b", "decode")
@@ -53,7 +47,8 @@ def test_idle_and_hardly_loaded_differ():
 
 
 @pytest.mark.parametrize("policy", [idle, below])
-def test_the_floor_stays_and_a_mixed_one_counts_for_both(policy):
+def test_the_floor_stays_and_a_mixed_one_stays_and_counts_for_both(policy):
+    assert asked(policy, resting("m", "mixed"), resting("n", "mixed"), busy("c", "decode")) is None
     assert asked(policy, resting("a", "prefill"), busy("c", "decode")) is None
     assert asked(policy, resting("a", "prefill"), busy("c", "decode"), busy("m", "mixed")) == ("a", "decode")
     two = FlipSettings(idle_s=60.0, low_s=30.0, floor=2)
@@ -63,23 +58,13 @@ def test_the_floor_stays_and_a_mixed_one_counts_for_both(policy):
 
 
 @pytest.mark.parametrize("policy", [idle, below])
-def test_a_mixed_one_stays_as_it_is(policy):
-    assert asked(policy, resting("m", "mixed"), resting("n", "mixed"), busy("c", "decode")) is None
-
-
-@pytest.mark.parametrize("policy", [idle, below])
 def test_nobody_flips_towards_a_pool_without_work(policy):
     states = [resting("a", "prefill"), resting("b", "prefill"), resting("c", "decode")]
     assert asked(policy, *states) is None
     assert asked(policy, *states[:2], state("c", "decode", running=3)) == ("a", "decode")  # all of it computes
     assert asked(policy, *states, state("d", "decode", running=3)) is None  # c has all the time in the world
     assert asked(policy, *states, busy("d", "decode")) == ("a", "decode")  # and yet somebody waits
-
-
-def test_prompts_that_wait_are_no_work_for_decode():
-    """Left over from when it was a prefill instance."""
-    states = [resting("a", "prefill"), resting("b", "prefill"), resting("c", "decode")]
-    assert asked(idle, *states, state("d", "decode", queued=9)) is None
+    assert asked(policy, *states, state("d", "decode", queued=9)) is None  # left over from when it was a prefill one
 
 
 def prefill(iid, work_s):
@@ -90,10 +75,16 @@ def decode(iid, work_s, waiting=1, running=0):
     return state(iid, "decode", work_s=work_s, waiting=waiting, running=running)
 
 
-def test_balance_moves_the_least_loaded_of_those_that_wait_less():
+def test_balance_moves_the_least_loaded_of_those_that_wait_less_and_held_up_prompts_wait_for_decode():
     states = [prefill("p0", 9.0), decode("d0", 1.0), decode("d1", 0.5), decode("d2", 2.0)]
     assert balance(states, SETTINGS) == RoleChange("d1", "prefill", "prefill waits 9.0 s, decode 1.2 s")
     assert asked(balance, decode("d0", 9.0), prefill("p0", 1.0), prefill("p1", 0.0)) == ("p1", "decode")
+    held_up = [state(f"p{number}", "prefill", work_s=12.0, queued=20, stalled=True) for number in range(2)]
+    full = [state(f"d{number}", "decode", work_s=30.0, running=9) for number in range(3)]
+    assert balance([*held_up, *full], SETTINGS) == RoleChange("p0", "decode", "decode waits 8.0 s, prefill 0.0 s")
+    assert balance([held_up[0], *full], SETTINGS) is None  # the floor
+    held_up[1] = state("p1", "prefill", work_s=12.0, queued=20)  # nobody holds this one up
+    assert balance([*held_up, *full], SETTINGS) is None
 
 
 @pytest.mark.parametrize(
@@ -106,17 +97,24 @@ def test_balance_moves_the_least_loaded_of_those_that_wait_less():
         [prefill("p0", 9.0), state("m0", "mixed"), state("m1", "mixed")],  # nobody has a role to give up
         [decode("d0", 9.0), decode("d1", 0.0)],  # nobody there to compare with
         [],
+        # A mixed one has 6 s of prefill and 1 s of decode.
+        [state("m", "mixed", work_s=8.0, queued=6, waiting=1, running=1), prefill("p0", 5.0), prefill("p1", 5.0)],
     ],
 )
 def test_balance_leaves_alone(states):
     assert balance(states, SETTINGS) is None
 
 
-def test_decodes_that_run_make_nobody_wait():
+def test_decodes_that_run_make_nobody_wait_and_those_on_their_way_do():
     many = [decode("d0", 90.0, waiting=0, running=9), decode("d1", 90.0, waiting=0, running=9)]
     assert asked(balance, prefill("p0", 3.0), *many) == ("d0", "prefill")
+    mixed = state("m", "mixed", work_s=8.0, queued=6, waiting=1, running=1)
+    assert asked(balance, mixed, decode("d0", 0.0, waiting=0)) == ("d0", "prefill")
     half = [decode("d0", 90.0, waiting=9, running=9), decode("d1", 90.0, waiting=9, running=9)]
     assert asked(balance, prefill("p0", 3.0), prefill("p1", 3.0), *half) == ("p0", "decode")
+    crowded = state("d0", "decode", work_s=20.0, waiting=4, running=4, moving=12)
+    states = [state("p0", "prefill", work_s=0.3, queued=1), resting("p1", "prefill"), crowded]
+    assert balance(states, SETTINGS).why == "decode waits 16.0 s, prefill 0.1 s"
 
 
 @pytest.mark.parametrize("policy", ["idle", "below"])
@@ -128,32 +126,9 @@ def test_a_request_whose_kv_is_on_its_way_calls_nobody(policy):
     assert FLIPS[policy](states, SETTINGS) is None
 
 
-def test_balance_counts_those_who_are_on_their_way():
-    crowded = state("d0", "decode", work_s=20.0, waiting=4, running=4, moving=12)
-    states = [state("p0", "prefill", work_s=0.3, queued=1), resting("p1", "prefill"), crowded]
-    assert balance(states, SETTINGS).why == "decode waits 16.0 s, prefill 0.1 s"
-
-
-def test_prompts_that_no_decode_instance_takes_wait_for_decode():
-    """Else balance would take from decode the instances that it lacks."""
-    held_up = [state(f"p{number}", "prefill", work_s=12.0, queued=20, stalled=True) for number in range(2)]
-    full = [state(f"d{number}", "decode", work_s=30.0, running=9) for number in range(3)]
-    assert balance([*held_up, *full], SETTINGS) == RoleChange("p0", "decode", "decode waits 8.0 s, prefill 0.0 s")
-    assert balance([held_up[0], *full], SETTINGS) is None  # the floor
-    held_up[1] = state("p1", "prefill", work_s=12.0, queued=20)  # nobody holds this one up
-    assert balance([*held_up, *full], SETTINGS) is None
-
-
-def test_a_mixed_one_waits_for_what_it_has_of_a_role():
-    mixed = state("m", "mixed", work_s=8.0, queued=6, waiting=1, running=1)  # 6 s and 1 s
-    assert asked(balance, mixed, decode("d0", 0.0, waiting=0)) == ("d0", "prefill")
-    assert asked(balance, mixed, prefill("p0", 5.0), prefill("p1", 5.0)) is None
-
-
 def test_rescue_makes_the_least_loaded_one_mixed():
-    assert rescue([busy("d0", "decode"), resting("d1", "decode")]) == RoleChange(
-        "d1", "mixed", "no prefill instance is left"
-    )
+    left = RoleChange("d1", "mixed", "no prefill instance is left")
+    assert rescue([busy("d0", "decode"), resting("d1", "decode")]) == left
     assert rescue([busy("p0", "prefill")]) == RoleChange("p0", "mixed", "no decode instance is left")
     assert rescue([busy("p0", "prefill"), busy("m", "mixed")]) is None
     assert rescue([]) is None
@@ -192,9 +167,7 @@ def test_what_was_flipped_does_not_flip_back_at_once(states, name):
     """The same moment again, with the new role: it does nothing yet in it, and has not been so for long."""
     change = FLIPS[name](states, SETTINGS)
     if change is not None:
-        then = [
-            each if each.iid != change.iid else state(each.iid, change.role, queued=each.queued, running=each.running)
-            for each in states
-        ]
-        again = FLIPS[name](then, SETTINGS)
+        (flipped,) = (each for each in states if each.iid == change.iid)
+        then = state(flipped.iid, change.role, queued=flipped.queued, running=flipped.running)
+        again = FLIPS[name]([then if each is flipped else each for each in states], SETTINGS)
         assert again is None or again.iid != change.iid

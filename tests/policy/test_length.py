@@ -24,19 +24,16 @@ def labels(rules, tokens, draws, seed=5):
     return [each.low // rules.length_granularity for each in ranges]
 
 
-def test_nobody_knows_more_than_the_request_says():
+def test_noisy_labels_are_those_of_the_seed_and_wrong_ones_the_nearer_the_likelier_on_both_sides():
     assert all(LENGTHS[name](9, Sampling(max_tokens=50), Rules(), Random(1)) is None for name in LENGTHS)
     assert length.none(9, FIXED, Rules(), Random(1)) is None
     assert oracle(9, FIXED, Rules(), Random(1)) == LengthRange(low=1000, high=1001)
-
-
-def test_a_label_is_the_floor_of_length_by_granularity():
     assert set(labels(Rules(length_granularity=100, length_accuracy=1.0), 1000, 50)) == {10}
     assert set(labels(Rules(length_granularity=100, length_accuracy=1.0), 999, 50)) == {9}
     assert bucket(9, 100) == LengthRange(low=900, high=1000)
-
-
-def test_wrong_labels_are_the_nearer_the_likelier_on_both_sides():
+    counts = Counter(labels(Rules(length_accuracy=0.0), 20, 500))
+    assert min(counts) == 1  # zero is right, and below there is nothing
+    assert labels(Rules(), 700, 100) == labels(Rules(), 700, 100) != labels(Rules(), 700, 100, seed=6)
     draws = 20_000
     counts = Counter(label - 50 for label in labels(Rules(length_granularity=20), 1000, draws))
     assert counts[0] / draws == pytest.approx(0.749, abs=0.01)
@@ -44,11 +41,6 @@ def test_wrong_labels_are_the_nearer_the_likelier_on_both_sides():
     for far, share in ((1, 0.5), (2, 0.25), (3, 0.125)):
         assert (counts[far] + counts[-far]) / wrong == pytest.approx(share, abs=0.015)
     assert counts[1] == pytest.approx(counts[-1], rel=0.1)
-
-
-def test_never_below_zero():
-    counts = Counter(labels(Rules(length_accuracy=0.0), 20, 500))
-    assert min(counts) == 1  # zero is right, and below there is nothing
 
 
 ANSWERS = [(0, 1), (0.1, 9), (0.25, 23), (0.5, 117), (0.75, 319), (0.9, 577), (0.95, 768), (0.99, 1282), (1, 2100)]
@@ -73,26 +65,12 @@ def test_the_papers_accuracies_follow_from_one_another(granularity, accuracy, me
     assert hits / draws == pytest.approx(right, abs=0.015)
 
 
-def test_the_same_seed_predicts_the_same():
-    assert labels(Rules(), 700, 100) == labels(Rules(), 700, 100) != labels(Rules(), 700, 100, seed=6)
-
-
-@pytest.mark.parametrize(
-    "low, high, outputs, moved",
-    [
-        (0, 200, 199, (0, 200)),
-        (0, 200, 200, (200, 400)),
-        (0, 200, 399, (200, 400)),
-        (0, 200, 400, (400, 600)),
-        (200, 400, 1000, (1000, 1200)),
-        (7, 8, 12, (12, 13)),
-    ],
-)
-def test_a_request_that_outlives_its_range_is_moved_up(low, high, outputs, moved):
-    before = LengthRange(low=low, high=high)
-    after = moved_up(before, outputs)
-    assert (after.low, after.high) == moved
-    assert (after is before) == (moved == (low, high))
+def test_a_request_that_outlives_its_range_is_moved_up():
+    moved = {(0, 200, 199): (0, 200), (0, 200, 200): (200, 400), (0, 200, 399): (200, 400), (0, 200, 400): (400, 600)}
+    for (low, high, outputs), right in {**moved, (200, 400, 1000): (1000, 1200), (7, 8, 12): (12, 13)}.items():
+        before = LengthRange(low=low, high=high)
+        after = moved_up(before, outputs)
+        assert (after.low, after.high) == right and (after is before) == (right == (low, high))
 
 
 @settings(deadline=None, derandomize=True)
@@ -103,24 +81,16 @@ def test_moving_up_in_steps_is_moving_up_at_once(before, outputs, more):
     assert at_once.high > outputs + more
 
 
-@pytest.mark.parametrize("end, tokens", [("low", 200), ("middle", 299), ("high", 399)])
-def test_the_ends_of_a_range(end, tokens):
+@pytest.mark.parametrize("end, tokens, possible", [("low", 200, 1), ("middle", 299, 500), ("high", 399, 1000)])
+def test_the_ends_of_a_range_and_without_one_of_what_is_possible(end, tokens, possible):
     assert end_of(LengthRange(low=200, high=400), end, 1000) == tokens
     assert end_of(LengthRange(low=200, high=400), end, 50) == 50
     assert end_of(LengthRange(low=300, high=301), end, 1000) == 300
+    assert end_of(LengthRange(low=0, high=1), end, 1000) == 1  # nobody ends before the first token
+    assert end_of(None, end, 1000) == possible and end_of(None, end, 1) == 1
 
 
-@pytest.mark.parametrize("end, tokens", [("low", 1), ("middle", 500), ("high", 1000)])
-def test_without_a_prediction_the_range_is_what_is_possible(end, tokens):
-    assert end_of(None, end, 1000) == tokens and end_of(None, end, 1) == 1
-
-
-def test_nobody_ends_before_the_first_token():
-    assert end_of(LengthRange(low=0, high=1), "high", 1000) == 1
-
-
-@pytest.mark.parametrize("label, is_heavy", [(0, False), (1, True), (4, True)])
-def test_heavy_by_the_middle_of_the_range(label, is_heavy):
-    assert heavy(bucket(label, 200), 128, most=2000) == is_heavy
-    assert not heavy(bucket(label, 200), 128, most=128) and not heavy(None, 128, most=2000)
+def test_heavy_by_the_middle_of_the_range():
+    assert [heavy(bucket(label, 200), 128, most=2000) for label in (0, 1, 4)] == [False, True, True]
+    assert not any(heavy(bucket(label, 200), 128, most=128) for label in (0, 1, 4)) and not heavy(None, 128, most=2000)
     assert heavy(LengthRange(low=129, high=130), 128, most=2000)

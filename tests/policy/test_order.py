@@ -1,6 +1,5 @@
 """The order in which prompts are prefilled."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,24 +13,21 @@ def keys(name, window, stretch=STRETCH):
     return ORDERS[name].keys(window, stretch)
 
 
-def test_first_come_first_served():
+def test_first_come_first_served_and_age_outweighs_work():
     window = [QueuedPrompt("b", 2, 1), QueuedPrompt("a", 1, 900), QueuedPrompt("c", 3, 5)]
     assert keys("fcfs", window) == ["a", "b", "c"] and keys("fcfs", []) == []
-
-
-@pytest.mark.parametrize(("name", "right"), [("sjf", ["e", "c", "b", "d", "a"]), ("ljf", ["a", "b", "d", "c", "e"])])
-def test_by_length_and_among_equals_by_arrival(name, right):
-    lengths = {"a": 900, "b": 7, "c": 5, "d": 7, "e": 1}
-    window = [QueuedPrompt(key, arrival, tokens) for arrival, (key, tokens) in enumerate(lengths.items())]
-    assert keys(name, window) == keys(name, window[::-1]) == right
-
-
-def test_age_outweighs_work():
     old_and_long = QueuedPrompt("long", 1, 900, since=0.0, work_s=2.0)
     assert keys("ageing", [QueuedPrompt("short", 2, 9, since=7.0, work_s=0.1), old_and_long]) == ["short", "long"]
     assert keys("ageing", [QueuedPrompt("short", 2, 9, since=8.1, work_s=0.1), old_and_long]) == ["long", "short"]
     assert keys("ageing", [QueuedPrompt("short", 2, 9, since=0.5, work_s=0.1), old_and_long], 0.0) == ["long", "short"]
     assert keys("ageing", [QueuedPrompt("b", 2, 9), QueuedPrompt("a", 1, 9)]) == ["a", "b"]
+
+
+def test_by_length_and_among_equals_by_arrival():
+    lengths = {"a": 900, "b": 7, "c": 5, "d": 7, "e": 1}
+    window = [QueuedPrompt(key, arrival, tokens) for arrival, (key, tokens) in enumerate(lengths.items())]
+    assert keys("sjf", window) == keys("sjf", window[::-1]) == list("ecbda")
+    assert keys("ljf", window) == keys("ljf", window[::-1]) == list("abdce")
 
 
 def test_the_earliest_deadline_first_and_without_one_by_age():
@@ -41,10 +37,7 @@ def test_the_earliest_deadline_first_and_without_one_by_age():
         QueuedPrompt("early", 3, 900, since=2.0, work_s=9.0, due=4.0),
     ]
     assert keys("deadline", window) == ["early", "none", "late"]
-
-
-def test_only_orders_that_bound_waiting_go_without_windows():
-    assert {name for name, order in ORDERS.items() if not order.windowed} == {"ageing", "deadline"}
+    assert {name for name, order in ORDERS.items() if not order.windowed} == {"ageing", "deadline"}  # they bound waits
 
 
 PROMPT = st.tuples(st.integers(0, 30), st.integers(1, 5), st.one_of(st.none(), st.integers(0, 9)))
@@ -77,8 +70,7 @@ def test_nobody_waits_for_those_who_come_long_after_it(prompts, stretch, name):
 @given(st.lists(PROMPT, max_size=12), st.sampled_from(sorted(ORDERS)))
 def test_an_order_keeps_everybody_and_is_the_same_however_they_stand(prompts, name):
     window = [
-        QueuedPrompt(str(number), number, tokens, since, tokens / 3, due)
-        for number, (since, tokens, due) in enumerate(prompts)
+        QueuedPrompt(str(at), at, tokens, since, tokens / 3, due) for at, (since, tokens, due) in enumerate(prompts)
     ]
     assert sorted(keys(name, window)) == sorted(prompt.key for prompt in window)
     assert keys(name, window) == keys(name, window[::-1])

@@ -27,9 +27,6 @@ def test_every_default_is_in_its_table_and_every_entry_is_named_after_its_functi
     functions = {setting: dict(table) for setting, table in TABLES.items()}
     functions["order"] = {name: order.rank for name, order in ORDERS.items()}
     assert all(entry.__name__ == name for table in functions.values() for name, entry in table.items())
-
-
-def test_ends_are_names_of_ends():
     assert {asdict(Rules())[setting] for setting in ENDS_OF} <= set(ENDS)
 
 

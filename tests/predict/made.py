@@ -45,10 +45,8 @@ def classifier(folder):
     place = folder / "classifier"
     encoder(place / "encoder")
     loaded = load_encoder("encoder", 8, 0, place)
-    made = card(
-        "classifier", save_head(head(loaded.vector), place / HEAD), encoder="encoder", encoder_hash=loaded.digest, cut=8
-    )
-    write_card(made, place)
+    digest = save_head(head(loaded.vector), place / HEAD)
+    write_card(card("classifier", digest, encoder="encoder", encoder_hash=loaded.digest, cut=8), place)
     return folder
 
 
@@ -60,9 +58,8 @@ def encoder(folder, kind="bert"):
     model = _untrained(kind, vocab_size=len(words), **sizes)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(words)))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "model_max_length": 64})
-    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -79,9 +76,8 @@ def _tokenizer(words):
 
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return json.loads(made.to_str())
 
 

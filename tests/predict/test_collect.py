@@ -3,22 +3,13 @@
 import json
 import resource
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 from played_writer import PlayedWriter
 
-from tetri.predict.collect import (
-    Collected,
-    CollectPlan,
-    TextTask,
-    collect,
-    fitting,
-    ids_of,
-    plan_path,
-    read_plan,
-    sampling_of,
-    tasks_of,
-)
+from tetri.predict import collect as of_texts
+from tetri.predict.collect import Collected, CollectPlan, TextTask, fitting, plan_path, read_plan, tasks_of
 from tetri.predict.lengths import PredictError, Prompt, read_lengths, read_states, states_path
 from tetri.text import ByteTokenizer, TextError
 
@@ -37,7 +28,7 @@ def run(out, plan=PLAN, prompts=PROMPTS, samples=1, writer=None, batch=4, progre
     with Collected(out, plan) as collected:
         tasks = tasks_of(prompts, samples, collected.done)
         writer = PlayedWriter(every=plan.every) if writer is None else writer
-        collect(tasks, plan, collected, writer, CHAT, batch, progress)
+        of_texts.collect(tasks, plan, collected, writer, CHAT, batch, progress)
         return len(tasks)
 
 
@@ -53,22 +44,19 @@ def agree(out, every=PLAN.every):
     return lengths
 
 
-def test_every_text_is_in_the_files_with_its_states(out):
+def test_every_text_is_in_the_files_with_its_states_of_a_seed_that_prompt_and_sample_decide(out):
     described, writer = [], PlayedWriter()
     assert run(out, writer=writer, samples=2, progress=described.append) == 40
     lengths = agree(out)
     assert lengths == described and len({length.key for length in lengths}) == 40 and writer.most == 4
     assert len({length.tokens for length in lengths}) > 10
     first = next(length for length in lengths if length.prompt == "number 0")
-    assert first.source == "s" and first.prompt_tokens == len(ids_of(PROMPTS[0], CHAT))
+    assert first.source == "s" and first.prompt_tokens == len(of_texts.ids_of(PROMPTS[0], CHAT))
     assert {length.ended for length in lengths if length.tokens == 40} <= {"length"}
     assert read_plan(out) == PLAN
-
-
-def test_two_samples_of_a_prompt_have_seeds_of_their_own_that_only_prompt_and_sample_decide():
-    one, two = (sampling_of(TextTask(PROMPTS[0], sample), PLAN) for sample in (0, 1))
-    assert one.seed != two.seed and one == sampling_of(TextTask(Prompt("number 0", "other"), 0), PLAN)
-    assert sampling_of(TextTask(PROMPTS[0], 0), CollectPlan("tiny", "w", seed=1)).seed != one.seed
+    one, two = (of_texts.sampling_of(TextTask(PROMPTS[0], sample), PLAN) for sample in (0, 1))
+    assert one.seed != two.seed and one == of_texts.sampling_of(TextTask(Prompt("number 0", "other"), 0), PLAN)
+    assert of_texts.sampling_of(TextTask(PROMPTS[0], 0), CollectPlan("tiny", "w", seed=1)).seed != one.seed
     assert (one.temperature, one.max_tokens) == (0.7, 40) and 0 <= one.seed < 1 << 63
 
 
@@ -136,31 +124,22 @@ def test_without_layers_there_are_no_states(out):
     assert run(out, plan) == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"weights": "v"}, "weights w"),
-        ({"temperature": 1.0}, "temperature 0.7"),
-        ({"max_tokens": 41, "seed": 3}, "max_tokens 40, seed 0"),
-        ({"layers": ()}, "layers 1,2,3"),
-        ({"every": 9}, "every 8"),
-        ({"dtype": "float32"}, "dtype bfloat16"),
-    ],
-)
-def test_a_file_goes_on_only_as_it_was_begun(out, change, says):
+def test_a_file_goes_on_only_as_it_was_begun(out):
     run(out)
     before = out.read_bytes(), states_path(out).read_bytes()
-    with pytest.raises(PredictError, match=f"was begun with {says}: give the same, or another --out"):
-        Collected(out, CollectPlan(**{**vars(PLAN), **change}))
-    assert (out.read_bytes(), states_path(out).read_bytes()) == before
+    other = {"weights w": {"weights": "v"}, "temperature 0.7": {"temperature": 1.0}, "layers 1,2,3": {"layers": ()}}
+    other |= {"max_tokens 40, seed 0": {"max_tokens": 41, "seed": 3}}
+    for says, change in {**other, "every 8": {"every": 9}, "dtype bfloat16": {"dtype": "float32"}}.items():
+        with pytest.raises(PredictError, match=f"was begun with {says}: give the same, or another --out"):
+            Collected(out, CollectPlan(**{**vars(PLAN), **change}))
+        assert (out.read_bytes(), states_path(out).read_bytes()) == before
     run(out, CollectPlan(**{**vars(PLAN), "model": "another/path/to/it"}))
 
 
 def test_settings_that_led_to_no_length_bind_nobody(out):
     with pytest.raises(KeyboardInterrupt):
-        run(
-            out, CollectPlan("tiny", "w", max_tokens=40, layers=(9,)), writer=PlayedWriter(at_step=partial(_stop_at, 1))
-        )
+        others = CollectPlan("tiny", "w", max_tokens=40, layers=(9,))
+        run(out, others, writer=PlayedWriter(at_step=partial(_stop_at, 1)))
     assert run(out) == 20 and read_plan(out) == PLAN
     assert len(agree(out)) == 20
 
@@ -217,14 +196,12 @@ def test_a_plan_that_cannot_be_written_leaves_nothing_of_it(out, small_disk):
     assert run(out) == 20
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"model": "m", "weights": "w", "layers": 3}', "[" * 9999])
-def test_a_plan_that_cannot_be_read_is_none(out, text):
+def test_a_plan_that_cannot_be_read_is_none_but_one_of_before_there_were_dtypes_can(out):
     assert read_plan(out) is None
-    plan_path(out).write_text(text)
-    assert read_plan(out) is None
-
-
-def test_a_plan_of_before_there_were_dtypes(out):
+    for text in ("[]", "{}", "nonsense", '{"model": "m", "weights": "w", "layers": 3}', "[" * 9999):
+        plan_path(out).write_text(text)
+        assert read_plan(out) is None
+    plan_path(out).unlink()
     run(out)
     row = json.loads(plan_path(out).read_text())
     del row["dtype"]
@@ -232,7 +209,7 @@ def test_a_plan_of_before_there_were_dtypes(out):
     assert run(out) == 0
 
 
-def test_prompts_that_the_model_does_not_take_are_told_by_their_line():
+def test_prompts_that_a_model_does_not_take_are_named_by_line_and_a_model_that_cannot_chat_once():
     def chat(turns):
         if turns[0].content == "number 7":
             raise TextError("the chat template refuses this conversation: no sevens")
@@ -245,13 +222,8 @@ def test_prompts_that_the_model_does_not_take_are_told_by_their_line():
         "line 8: the chat template refuses this conversation: no sevens",
         "line 21: 54 prompt tokens, the model's context leaves room for 40",
     ]
-    assert longest == len(ids_of(PROMPTS[-1], CHAT))
+    assert longest == len(of_texts.ids_of(PROMPTS[-1], CHAT))
     assert [prompt.line for prompt in fitting(PROMPTS, chat, 40, 8)[0]] == [1, 2, 3, 4, 5, 6, 7, 9]
-
-
-def test_a_model_that_cannot_chat_is_one_error_not_one_for_each_line():
-    def chat(turns):
-        raise TextError("the model has no chat template: send a prompt instead of messages")
-
+    error = TextError("the model has no chat template: send a prompt instead of messages")
     with pytest.raises(PredictError, match="cannot be collected from this model: the model has no chat template"):
-        fitting(PROMPTS, chat, 40)
+        fitting(PROMPTS, Mock(side_effect=error), 40)

@@ -44,9 +44,6 @@ def test_what_is_beyond_the_limit_counts_as_the_limit():
     distribution = np.array([[0.1, 0.2, 0.3, 0.4]])
     assert evaluate.capped(distribution, 50, 60) == pytest.approx(np.array([[0.1, 0.9]]))
     assert evaluate.capped(distribution, 50, 1000) == pytest.approx(distribution)
-
-
-def test_two_answers_as_one():
     one, other = np.array([[0.5, 0.5, 0.0]]), np.array([[0.8, 0.1, 0.1]])
     both = evaluate.together(one, other)
     assert both.sum() == pytest.approx(1.0) and both.argmax() == 0 and both[0, 2] < 0.001

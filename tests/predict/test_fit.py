@@ -29,20 +29,14 @@ def fitted(little_to_learn):
     return fit.fit(rows(), WIDTH, BUCKETS, 0, lambda line: None)
 
 
-def test_it_learns(fitted):
+def test_it_learns_the_same_from_the_same_seed_and_what_was_left_out_is_calibrated(fitted):
     distribution = fitted.head.distribution(np.array([[0.0, 0.0], [1.0, 0.0]], "f4"))
     assert distribution.shape == (2, BUCKETS) and distribution.sum(axis=1) == pytest.approx([1.0, 1.0])
     assert distribution[0, :4].sum() > 0.8 and distribution[1, 4:].sum() > 0.8
     prior = fit.surprise(np.full((400, BUCKETS), 1 / BUCKETS), rows(), WIDTH).mean()
     assert fitted.loss < prior - 0.3
-
-
-def test_the_same_seed_gives_the_same_head(fitted):
     again = fit.fit(rows(), WIDTH, BUCKETS, 0, lambda line: None)
     assert np.array_equal(again.left_out, fitted.left_out)
-
-
-def test_what_was_left_out_is_calibrated(fitted):
     places = fit.transform(fitted.left_out, rows().tokens, rows().open, WIDTH)
     assert np.mean(places) == pytest.approx(0.5, abs=0.05)
     assert np.quantile(places, [0.25, 0.75]) == pytest.approx([0.25, 0.75], abs=0.08)
@@ -59,26 +53,25 @@ def test_cut_off_texts_teach_that_they_got_so_far():
     assert distribution[6] > 0.85 and distribution[2] < 0.05
 
 
-def test_the_loss_is_that_of_the_odds():
+def test_the_loss_is_that_of_the_distribution():
     logits = np.random.default_rng(2).normal(size=(3, BUCKETS - 1)).astype("f4")
     distribution = shares(logits)
     bucket = np.array([0, 4, BUCKETS - 1])
-    ended = fit.loss_of(torch.tensor(logits), torch.tensor(bucket), torch.tensor([False] * 3)).numpy()
-    assert ended == pytest.approx(-np.log(distribution[np.arange(3), bucket]), rel=1e-4)
-    cut = fit.loss_of(torch.tensor(logits), torch.tensor(bucket), torch.tensor([True] * 3)).numpy()
-    assert cut == pytest.approx(
-        [-np.log(distribution[row, at:].sum()) for row, at in enumerate(bucket)], rel=1e-4, abs=1e-6
+    ended, cut = (
+        fit.loss_of(torch.tensor(logits), torch.tensor(bucket), torch.tensor([cut] * 3)).numpy()
+        for cut in (False, True)
     )
+    assert ended == pytest.approx(-np.log(distribution[np.arange(3), bucket]), rel=1e-4)
+    beyond = [distribution[row, at:].sum() for row, at in enumerate(bucket)]
+    assert cut == pytest.approx(-np.log(beyond), rel=1e-4, abs=1e-6)
 
 
-def test_the_first_guess_is_what_all_texts_are_like():
+def test_the_first_guess_is_what_all_texts_are_like_and_temperature_undoes_overconfidence():
     given = rows(4000)
     distribution = shares(fit.first_guess(given, WIDTH, BUCKETS)[None])[0]
     real = np.bincount(np.minimum(given.tokens // WIDTH, BUCKETS - 1), minlength=BUCKETS) / 4000
     assert distribution == pytest.approx(real, abs=0.01)
-
-
-def test_temperature_undoes_overconfidence():
+    assert [fit.buckets_of(limit, 50) for limit in (1024, 1000, 256, 30)] == [21, 20, 6, 2]
     dice = np.random.default_rng(3)
     logits = dice.normal(size=(4000, BUCKETS - 1)).astype("f4")
     sums = np.cumsum(shares(logits), axis=1)
@@ -95,8 +88,3 @@ def test_places_of_texts_that_were_cut_off_are_spread_over_what_lies_beyond():
     assert places.min() == pytest.approx(0.5, abs=0.02) and places.max() == pytest.approx(1.0, abs=0.02)
     assert places.mean() == pytest.approx(0.75, abs=0.01)
     assert fit.transform(distribution[:1], np.array([25]), np.array([False]), 50) == pytest.approx([0.255])
-
-
-@pytest.mark.parametrize(("limit", "width", "count"), [(1024, 50, 21), (1000, 50, 20), (256, 50, 6), (30, 50, 2)])
-def test_buckets(limit, width, count):
-    assert fit.buckets_of(limit, width) == count

@@ -1,7 +1,5 @@
 """From a prompt's token ids back to the user's own text."""
 
-from __future__ import annotations
-
 import pytest
 
 from tetri import models
@@ -33,21 +31,15 @@ def test_the_users_text_without_the_template(kind, text):
     assert read(tokenizer.encode(text)) == text, "a prompt without the template"
 
 
-def test_the_template_is_what_all_conversations_share():
+def test_of_a_conversation_all_but_the_shared_template_is_left_and_of_a_very_long_prompt_the_ends():
     assert template_of(Templated()) == ("system\nBe kind.\nuser\n", "\nassistant\n")
     assert template_of(Untemplated()) == ("", "")
     assert reader(Untemplated())([104, 105]) == "hi"
-
-
-def test_of_a_longer_conversation_all_turns_are_left():
     tokenizer = Templated()
     turns = [Turn(role="user", content="one"), Turn(role="assistant", content="two"), Turn(role="user", content="six")]
     assert reader(tokenizer)(tokenizer.chat(turns)) == "one\nassistant\ntwo\nuser\nsix"
     own = [Turn(role="system", content="Be brief."), *turns[:1]]
     assert reader(ByteTokenizer())(ByteTokenizer().chat(own)) == "system: Be brief.\nuser: one"
-
-
-def test_of_a_very_long_prompt_the_ends_are_left():
     ids = [*b"a" * 5000, *b"b" * 5000]
     assert reader(ByteTokenizer())(ids) == "a" * END_TOKENS + "b" * END_TOKENS
 

@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     return made.classifier(made.hidden(tmp_path_factory.mktemp("predictor")))
 
 
-def test_hidden_states_to_odds_of_what_follows(folder):
+def test_hidden_states_to_a_distribution_of_what_follows(folder):
     found = load(folder, "hidden", "weights-of-tiny")
     assert (found.layer, found.every) == (2, 8)
     states = np.random.default_rng(1).normal(size=(3, 6)).astype("f4")
@@ -27,16 +27,12 @@ def test_hidden_states_to_odds_of_what_follows(folder):
     (alone,) = found.estimate(states[:1], [0])
     assert alone.shares == pytest.approx(distribution[0].shares, abs=1e-6)  # a batch changes nothing
     assert found.estimate(states[:0], []) == []
-
-
-def test_a_state_out_of_all_bounds_still_has_odds(folder):
-    found = load(folder, "hidden")
     states = np.array([[np.inf, -np.inf, np.nan, 1e30, 0, 0]], "f4")
     (distribution,) = found.estimate(states, [0])
     assert sum(distribution.shares) == pytest.approx(1.0) and min(distribution.shares) >= 0
 
 
-def test_texts_to_odds(folder):
+def test_texts_to_distributions(folder):
     found = load(folder, "classifier", "weights-of-tiny")
     texts = ["how long?", "write a story about a very long winter in the north", ""]
     together = found.classify(texts)
@@ -48,12 +44,9 @@ def test_texts_to_odds(folder):
     assert found.classify([]) == []
 
 
-def test_what_a_worker_expects(folder):
+def test_each_kind_does_its_own_work_and_says_what_to_expect(folder):
     found = load(folder, "hidden").expected("file x")
     assert found == Expected("hidden", LengthDistribution(100, (0.4, 0.3, 0.1, 0.1, 0.1)), (0.25, 0.5, 0.75), "file x")
-
-
-def test_each_kind_does_its_own_work(folder):
     with pytest.raises(PredictError, match="reads no text"):
         load(folder, "hidden").classify(["x"])
     with pytest.raises(PredictError, match="reads no hidden states"):
@@ -62,28 +55,21 @@ def test_each_kind_does_its_own_work(folder):
         load(folder, "hidden").estimate(np.zeros((1, 7)), [0])
 
 
-def test_missing_or_of_another_model(folder, tmp_path):
+def test_what_is_missing_does_not_fit_or_is_of_another_model(folder, tmp_path):
     made.says(folder, "hidden", "another model", "tiny", weights="others")
     made.says(tmp_path, "hidden", "no hidden predictor", "tetri-cli predictor train")
     made.says(tmp_path, "oracle", "no kind of predictor")
-    (made.hidden(tmp_path) / "hidden" / HEAD).unlink()
-    made.says(tmp_path, "hidden", HEAD, "No such file")
-
-
-def test_a_head_of_later_positions_that_does_not_fit(tmp_path):
     kind = made.hidden(tmp_path) / "hidden"
     digest = save_head(made.head(6 + PLACE, buckets=made.BUCKETS + 2), kind / LATER)
     write_card(replace(read_card(tmp_path, "hidden"), later=digest), kind)
     made.says(tmp_path, "hidden", LATER, "train again")
-
-
-def test_nothing_is_shipped_for_an_unknown_model():
-    assert shipped_for("no such weights") is None
+    (kind / HEAD).unlink()
+    made.says(tmp_path, "hidden", HEAD, "No such file")
 
 
 def test_what_is_shipped_for_smollm2():
     folder = shipped_for(read_card(SHIPPED / "smollm2-135m", "hidden").weights)
-    assert folder == SHIPPED / "smollm2-135m"
+    assert folder == SHIPPED / "smollm2-135m" and shipped_for("no such weights") is None
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1 << 20
     for kind in ("classifier", "hidden"):
         card, head = examine(folder, kind)

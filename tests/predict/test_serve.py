@@ -1,7 +1,5 @@
 """A classifier beside the main model and in front of it: batches, floods, and one that fails or hangs."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess
@@ -13,19 +11,8 @@ from typing import Any
 import pytest
 from live import wait_until
 
-from tetri.predict.serve import (
-    BATCH,
-    NICE,
-    NONE,
-    QUEUE,
-    SILENT_S,
-    Parallel,
-    Reading,
-    Sequential,
-    Steady,
-    lower_priority,
-    still_reading,
-)
+from tetri.predict import serve
+from tetri.predict.serve import Parallel, Reading, Sequential, Steady, still_reading
 from tetri.request import LengthDistribution
 
 LOG = logging.getLogger("tetri.test")
@@ -39,6 +26,9 @@ class LengthWait:
         self.go = threading.Semaphore(0)
         self.batches: list[list[str]] = []
         self.fails_at, self.priority = fails_at, 0
+
+    def begins(self) -> None:
+        wait_until(lambda: len(self.batches) == 1, "it does not begin")
 
     def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         self.batches.append(list(texts))
@@ -113,14 +103,9 @@ def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCapture
     (record,) = caplog.records
     assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test")
     assert classifier.batches == [["bad"]]
-
-
-def test_fewer_answers_than_questions_are_a_failure() -> None:
-    class Short(LengthWait):
-        def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
-            return [], []
-
-    before = Sequential(reading(Short()))
+    classifier = LengthWait()
+    classifier.read = lambda texts: ([], [])  # type: ignore[method-assign]
+    before = Sequential(reading(classifier))
     assert before.ask("k", b"a") == ("k", None) and before.trouble == "the classifier failed: 0 answers to 1 prompts"
 
 
@@ -129,22 +114,18 @@ def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> N
     classifier = LengthWait()
     beside = parallel(classifier, wake=woken.set)
     assert beside.ask("k0", b"first") is None
-    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    classifier.begins()
     assert not woken.is_set() and [*beside.answers()] == []
     for number in range(1, 20):
         assert beside.ask(f"k{number}", b"x" * number) is None
     classifier.go.release(3)
-    answers = heard(beside, 20)
-    assert woken.is_set()
-    assert [len(batch) for batch in classifier.batches] == [1, BATCH, 3]
-    assert answers == [
-        ("k0", LengthDistribution(5, (1.0,))),
-        *((f"k{n}", LengthDistribution(n, (1.0,))) for n in range(1, 20)),
-    ]
+    expected = [(f"k{n}", LengthDistribution(n or 5, (1.0,))) for n in range(20)]
+    assert heard(beside, 20) == expected and woken.is_set()
+    assert [len(batch) for batch in classifier.batches] == [1, serve.BATCH, 3]
     assert (beside.cut, beside.unread) == (11, 0)
 
 
-def test_the_thread_lets_others_go_first(parallel: Any) -> None:
+def test_the_thread_lets_others_go_first_on_linux(parallel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     began = threading.get_native_id()
     before = os.getpriority(os.PRIO_PROCESS, began)
     classifier = LengthWait()
@@ -153,22 +134,18 @@ def test_the_thread_lets_others_go_first(parallel: Any) -> None:
     beside.ask("k", b"a")
     classifier.go.release()
     heard(beside, 1)
-    assert classifier.priority == min(19, before + NICE) and begun.is_set()
+    assert classifier.priority == min(19, before + serve.NICE) and begun.is_set()
     assert os.getpriority(os.PRIO_PROCESS, began) == before, "only its own"
-
-
-def test_elsewhere_than_on_linux_priorities_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: type("U", (), {"sysname": "Darwin"}))
-    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    lower_priority(3)
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    serve.lower_priority(3)
+    assert os.getpriority(os.PRIO_PROCESS, began) == before
 
 
 def test_long_prompts_are_read_alone_where_nothing_cuts_them(parallel: Any) -> None:
     classifier = LengthWait()
     beside = parallel(classifier, alone=4)
     beside.ask("k", b"now")
-    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    classifier.begins()
     for text in (b"a", b"b", b"longer", b"longest", b"c", b"d"):
         beside.ask(words(text), text)
     classifier.go.release(9)
@@ -180,12 +157,12 @@ def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
     classifier = LengthWait()
     beside = parallel(classifier)
     beside.ask("under way", b"a")
-    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
-    assert [beside.ask(f"k{n}", b"a") for n in range(QUEUE)] == [None] * QUEUE
+    classifier.begins()
+    assert [beside.ask(f"k{n}", b"a") for n in range(serve.QUEUE)] == [None] * serve.QUEUE
     assert [beside.ask(f"l{n}", b"a") for n in range(3)] == [(f"k{n}", None) for n in range(3)]
     classifier.go.release(99)
-    keys = [key for key, distribution in heard(beside, QUEUE + 1) if distribution is not None]
-    assert keys == ["under way", *(f"k{n}" for n in range(3, QUEUE)), *(f"l{n}" for n in range(3))]
+    keys = [key for key, distribution in heard(beside, serve.QUEUE + 1) if distribution is not None]
+    assert keys == ["under way", *(f"k{n}" for n in range(3, serve.QUEUE)), *(f"l{n}" for n in range(3))]
     assert beside.unread == 3
 
 
@@ -193,7 +170,7 @@ def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: 
     classifier = LengthWait(fails_at="bad")
     beside = parallel(classifier)
     beside.ask("k", b"bad")
-    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+    classifier.begins()
     beside.ask("l", b"good")
     classifier.go.release(9)
     assert heard(beside, 2) == [("k", None), ("l", None)]
@@ -247,8 +224,8 @@ def test_one_that_hangs_is_not_asked_until_it_answers(parallel: Any) -> None:
     classifier = LengthWait()
     beside = parallel(classifier, clock=clock)
     beside.ask("k", b"a")
-    wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
-    clock.now += SILENT_S
+    classifier.begins()
+    clock.now += serve.SILENT_S
     assert beside.trouble == "" and beside.ask("l", b"b") is None
     clock.now += 5
     assert beside.trouble == "the classifier has not answered for 15 s"
@@ -279,6 +256,6 @@ def test_a_head_may_fail_at_its_first_answer_only(caplog: pytest.LogCaptureFixtu
     head = Steady(Head(distribution, ValueError("NaN"), distribution), LOG)
     assert (head.layer, head.every) == (16, 64)
     assert head.estimate(None, [0]) == [distribution] and head.trouble == ""
-    assert head.estimate(None, [0, 0]) == [NONE, NONE]
+    assert head.estimate(None, [0, 0]) == [serve.NONE, serve.NONE]
     assert head.trouble == "the hidden-state head failed: NaN"
-    assert head.estimate(None, [0]) == [NONE] and len(caplog.records) == 1
+    assert head.estimate(None, [0]) == [serve.NONE] and len(caplog.records) == 1

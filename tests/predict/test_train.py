@@ -1,5 +1,7 @@
 """From lengths to a folder that predicts, for both kinds, and how it is judged."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 
@@ -11,10 +13,6 @@ from tetri.predict.model import load
 from tetri.predict.train import TrainSettings, train
 
 pytestmark = pytest.mark.usefixtures("little_to_learn")
-
-
-def broken(card, folder):
-    raise OSError("the disk is full")
 
 
 def test_hidden(hidden):
@@ -34,29 +32,22 @@ def test_hidden(hidden):
     assert any("OPT-13B" in note for note in card.notes)
     assert sorted(path.name for path in (out / "hidden").iterdir()) == [CARD, HEAD, LATER]
     assert "story" not in (out / "hidden" / CARD).read_text()  # no prompt is copied
+    head = load(out, "hidden").head
+    assert {head.has_seen(length.key[0]) == (not is_held_out(length, 0)) for length in texts.lengths} == {True}
 
 
-def test_what_remains_is_told_while_it_is_written(hidden):
+def test_what_remains_is_estimated_while_it_is_written(hidden):
     out, found, _ = hidden
     assert found["later"]["32"]["mae"] < 0.7 * found["later"]["32"]["mae_of_the_median"]
     loaded = load(out, "hidden", "weights-of-tiny")
     state = np.zeros((2, 6), "f4")
     state[:, 0], state[:, 1] = 1, (2.0, 0.3)  # as made.lengths writes what is left
-    more, less = (
-        np.dot(distribution.shares, np.arange(len(distribution.shares)))
-        for distribution in loaded.estimate(state, [32, 160])
-    )
+    more, less = (np.dot(one.shares, np.arange(len(one.shares))) for one in loaded.estimate(state, [32, 160]))
     assert more > less + 1
     (out / "hidden" / LATER).rename(out / "hidden" / "away")
     with pytest.raises(PredictError, match="later.safetensors: No such file"):
         load(out, "hidden")
     (out / "hidden" / "away").rename(out / "hidden" / LATER)
-
-
-def test_the_head_knows_from_what_it_learnt(hidden):
-    out, _, texts = hidden
-    head = load(out, "hidden").head
-    assert {head.has_seen(length.key[0]) == (not is_held_out(length, 0)) for length in texts.lengths} == {True}
 
 
 def test_a_classifier_with_an_encoder_of_ones_own(lengths_file, tmp_path):
@@ -73,18 +64,15 @@ def test_a_classifier_with_an_encoder_of_ones_own(lengths_file, tmp_path):
     assert likeliest[0] >= 3 and likeliest[1] <= 1
 
 
-def test_too_few_prompts(tmp_path):
-    texts = read_texts([made.lengths(tmp_path / "a.jsonl", 20)], states=False)
-    with pytest.raises(PredictError, match="too few, 40 are needed"):
-        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), made.quiet)
-    assert not (tmp_path / "classifier").exists()
-
-
-def test_a_failure_leaves_the_predictor_that_was_there(hidden, tmp_path, monkeypatch):
+def test_a_failure_leaves_the_predictor_that_was_there_and_too_few_prompts_make_none(hidden, tmp_path, monkeypatch):
     out, _, texts = hidden
     before = (out / "hidden" / CARD).read_text()
-    monkeypatch.setattr("tetri.predict.train.write_card", broken)
+    monkeypatch.setattr("tetri.predict.train.write_card", Mock(side_effect=OSError("the disk is full")))
     with pytest.raises(OSError, match="full"):
         train(texts, TrainSettings("hidden", out, "tiny", "weights-of-tiny", layer=2), made.quiet)
     assert (out / "hidden" / CARD).read_text() == before
     assert [path.name for path in out.iterdir()] == ["hidden"]
+    texts = read_texts([made.lengths(tmp_path / "a.jsonl", 20)], states=False)
+    with pytest.raises(PredictError, match="too few, 40 are needed"):
+        train(texts, TrainSettings("classifier", tmp_path, "tiny", "w"), made.quiet)
+    assert not (tmp_path / "classifier").exists()

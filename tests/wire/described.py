@@ -1,7 +1,5 @@
 """The types of tetri/wire/ in the words of docs/protocol.md."""
 
-from __future__ import annotations
-
 import json
 import types
 import typing

@@ -1,7 +1,5 @@
 """Hypothesis strategies for every message, made from the types that tetri/wire/ declares."""
 
-from __future__ import annotations
-
 import types
 import typing
 from enum import Enum
@@ -15,14 +13,8 @@ from tetri.request import LengthRange
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
-UNIONS = {
-    "ClientMessage": ClientMessage,
-    "BrokerReply": BrokerReply,
-    "WorkerEvent": WorkerEvent,
-    "InboxMessage": InboxMessage,
-    "LoadReport": LoadReport,
-    "ClusterView": ClusterView,
-}
+UNIONS = {"ClientMessage": ClientMessage, "BrokerReply": BrokerReply, "WorkerEvent": WorkerEvent}
+UNIONS |= {"InboxMessage": InboxMessage, "LoadReport": LoadReport, "ClusterView": ClusterView}
 
 _PLAIN: dict[Any, SearchStrategy[Any]] = {
     str: st.text(max_size=12),

@@ -1,8 +1,6 @@
 """The GPUs of this machine for the tests marked `gpu`, and what they report. With $TETRI_CUDA_STAND_IN, a folder, they
 run on the stand-in: so those tests can themselves be tried where there is no GPU."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any

@@ -1,8 +1,6 @@
 """Stores in the memory of GPUs, each in a process of its own, as CUDA wants it: on the GPUs that are there, or on the
 stand-in."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time
@@ -129,8 +127,7 @@ def killed_sender_is_lost_and_its_successor_is_read(folder: Path, cuda: Cuda) ->
     first, receiver, second = processes = [StoreProcess(cuda, 0) for _ in range(3)]
     world = ProcessWorld(folder, processes)
     try:
-        sender, reader = world.open("p0"), world.open("d0")
-        reader.meet(sender)
+        sender, reader = world.pair()
         chunk = sender.put(block(1), block(2))
         assert reader.fetch(chunk) == [block(1), block(2)]
         first.kill()

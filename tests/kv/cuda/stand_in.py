@@ -8,8 +8,6 @@ can be freed that another process has open.
 One StandIn is one process's CUDA. Those with the same `folder` see each other's handles, in one process or in many.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import importlib.machinery
@@ -116,8 +114,6 @@ class Runtime:
         self.locks = {}  # path -> descriptor, of the peers' memory that is open here
         self.calls = []
 
-    # ------------------------------------------------------------ devices
-
     def getDeviceCount(self):
         return len(self.visible)
 
@@ -142,14 +138,14 @@ class Runtime:
         used = sum(each.size for each, kind in self.memory.values() if kind == "own" and not each.get().gone)
         return self.total - used, self.total
 
-    # ------------------------------------------------------------ memory
+    def _made(self, kind, size):
+        state = {"device": self.device, "gone": 0, "bytes_": size, "recorded": 0, "done": 0, "done_at": 0.0}
+        return Shared(self.folder / f"{kind}-{self.process}-{next(_numbers)}", size, **state)
 
     def malloc(self, size):
         if size > self.memGetInfo()[0]:
             raise CUDARuntimeError(OUT_OF_MEMORY)
-        name = f"memory-{self.process}-{next(_numbers)}"
-        fresh = {"device": self.device, "gone": 0, "bytes_": size, "recorded": 0, "done": 0, "done_at": 0.0}
-        made = Shared(self.folder / name, size, **fresh)
+        made = self._made("memory", size)
         self.memory[made.address] = made, "own"
         return made.address
 
@@ -238,8 +234,6 @@ class Runtime:
 
         self._queue(stream).append(run)
 
-    # ------------------------------------------------------------ streams and events
-
     def streamCreateWithFlags(self, flags):
         number = next(_numbers) + 1
         self.streams[number] = []
@@ -261,9 +255,8 @@ class Runtime:
             self.streamSynchronize(stream)
 
     def eventCreateWithFlags(self, flags):
-        name, number = f"event-{self.process}-{next(_numbers)}", next(_numbers) + 1
-        made = Shared(self.folder / name, device=self.device, gone=0, bytes_=0, recorded=0, done=0, done_at=0.0)
-        self.events[number] = made, flags, "own"
+        number = next(_numbers) + 1
+        self.events[number] = self._made("event", 0), flags, "own"
         return number
 
     def _event(self, event):

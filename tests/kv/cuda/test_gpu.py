@@ -67,8 +67,7 @@ def test_a_killed_sender_is_lost_and_its_successor_is_read(tmp_path):
 def measured(tmp_path, processes, mib, digest, check):
     size = (mib << 20) // CHUNK_BLOCKS
     world = ProcessWorld(tmp_path, processes)
-    sender, receiver = (world.open(iid, CHUNK_BLOCKS, size, digest) for iid in ("p0", "d0"))
-    receiver.meet(sender)
+    sender, receiver = world.pair(slots=CHUNK_BLOCKS, block_bytes=size, digest=digest)
     chunk = sender.put(*(numpy.random.default_rng(number).bytes(size) for number in range(CHUNK_BLOCKS)))
     assert receiver.fetch(chunk) == list(chunk.blocks), "equal before anything is timed"
     wanted = Wanted(("d", 0), "p0", PATH, chunk.handle, chunk.digest)

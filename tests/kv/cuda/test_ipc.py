@@ -24,10 +24,7 @@ class TestCuda(StoreContract):
         assert list(world.cards.iterdir()) == []
 
 
-# ------------------------------------------------------------ handles
-
-
-def test_a_peer_is_opened_once_and_its_events_too(pair):
+def test_a_peer_and_its_events_are_opened_once_and_closed_when_it_goes(pair):
     sender, receiver = pair
     names = ("ipcOpenMemHandle", "ipcOpenEventHandle", "ipcCloseMemHandle")
     calls = [counted(receiver, name) for name in names]
@@ -37,11 +34,6 @@ def test_a_peer_is_opened_once_and_its_events_too(pair):
         receiver.fetch(chunk)
         receiver.meet(sender)
     assert [len(made) for made in calls] == [1, 1, 0]
-
-
-def test_what_was_opened_of_a_peer_is_closed_when_it_goes(pair):
-    sender, receiver = pair
-    receiver.fetch(sender.put(block(1)))
     closed, destroyed = counted(receiver, "ipcCloseMemHandle"), counted(receiver, "eventDestroy")
     receiver.store.part("p0")
     assert (len(closed), len(destroyed)) == (1, 1) and not cuda(receiver).locks
@@ -72,9 +64,6 @@ def test_the_own_slab_is_read_directly_and_never_opened(world):
     assert not cuda(mixed).locks
 
 
-# ------------------------------------------------------------ lifetimes
-
-
 def test_a_dead_owners_memory_is_not_read(pair):
     """Killed, it gives nothing back; its lock on the card falls with it."""
     sender, receiver = pair
@@ -96,10 +85,7 @@ def test_memory_that_is_wanted_back_is_closed_without_being_asked_for(world, pai
     receiver.fetch(sender.put(block(1)))
     receiver.fetch(kept)
     opened = counted(receiver, "ipcOpenMemHandle")
-    if ends == "closes":
-        sender.close()
-    else:
-        killed(sender)
+    sender.close() if ends == "closes" else killed(sender)
     receiver.hear()
     assert len(cuda(receiver).locks) == 1
     assert receiver.fetch(kept) == [block(9)] and not opened, "the other stays open"
@@ -113,14 +99,10 @@ def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
     cuda(receiver).streamWaitEvent = lambda *args: before(*args) or sender.close()
     with pytest.raises(KVLost, match="is in generation"):
         receiver.fetch(chunk)
-
-
-def test_a_slab_that_was_closed_before_it_was_ever_opened_is_lost(pair):
-    sender, receiver = pair
-    chunk = sender.put(block(1))
-    sender.close()
+    late = receiver.world.open("d1")  # never had it open
+    late.meet(sender)
     with pytest.raises(KVLost):
-        receiver.fetch(chunk)
+        late.fetch(chunk)
 
 
 def test_everything_is_given_back(world, pair):
@@ -133,9 +115,6 @@ def test_everything_is_given_back(world, pair):
         runtime = cuda(party)
         assert not runtime.pinned and not runtime.locks and not runtime.events
         assert all(kind == "closed" or shared.get().gone for shared, kind in runtime.memory.values())
-
-
-# ------------------------------------------------------------ events
 
 
 def test_the_stream_waits_for_the_event_before_anything_is_copied(pair):
@@ -152,8 +131,7 @@ def test_the_stream_waits_for_the_event_before_anything_is_copied(pair):
 
 
 def test_without_a_digest_the_sender_does_not_wait_and_nothing_goes_to_the_host(world):
-    sender, receiver = world.open("p0", digest=False), world.open("d0", digest=False)
-    receiver.meet(sender)
+    sender, receiver = world.pair(digest=False)
     waits, copies = counted(sender, "streamSynchronize"), counted(receiver, "memcpyAsync")
     chunk = sender.put(block(1), block(2))
     assert not waits
@@ -163,8 +141,7 @@ def test_without_a_digest_the_sender_does_not_wait_and_nothing_goes_to_the_host(
 
 def test_a_gather_that_never_ends_is_lost_and_hangs_nobody(tmp_path):
     world = CudaWorld(tmp_path, event_s=0.05)
-    sender, receiver = world.open("p0", digest=False), world.open("d0", digest=False)
-    receiver.meet(sender)
+    sender, receiver = world.pair(digest=False)
     cuda(sender).lag_s = 1e9
     slow = sender.put(block(1))
     with pytest.raises(KVLost, match="was not written within"):
@@ -172,9 +149,6 @@ def test_a_gather_that_never_ends_is_lost_and_hangs_nobody(tmp_path):
     cuda(sender).lag_s = 0.01
     assert receiver.fetch(sender.put(block(2))) == [block(2)], "the receiver's stream is none the worse"
     world.close()
-
-
-# ------------------------------------------------------------ what peers say
 
 
 @pytest.mark.parametrize(
@@ -200,9 +174,6 @@ def test_the_reach_says_where_the_slab_is(world):
     reach = world.open("p0").store.reach
     assert (reach.paths, reach.device, reach.near) == ([PATH], world.device().uuid, [])
     assert list(reach.tickets) == [PATH] and len(reach.tickets[PATH]) == TICKET.size
-
-
-# ------------------------------------------------------------ making it
 
 
 def test_settings_with_a_gpu_mean_cuda_ipc(tmp_path):

@@ -34,6 +34,9 @@ def test_errors_are_made_and_caught_alike():
     assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
     assert cupy.cuda.runtime.CUDARuntimeError(600).status == CUDARuntimeError(600).status == 600
     assert "NotReady" in str(cupy.cuda.runtime.CUDARuntimeError(600))
+    for name in ("asarray", "asnumpy", "empty", "from_dlpack", "uint8"):
+        assert hasattr(cupy, name)
+    assert callable(cupy.cuda.Stream.from_external)
 
 
 def test_memory_that_cupy_does_not_own_becomes_an_array(tmp_path):
@@ -42,9 +45,3 @@ def test_memory_that_cupy_does_not_own_becomes_an_array(tmp_path):
     device.cupy = cupy
     array = device.array(4096, 100)
     assert (array.shape, array.dtype, array.data.ptr, array[7:].data.ptr) == ((100,), "uint8", 4096, 4103)
-
-
-def test_what_the_rest_of_the_code_uses_of_cupy_is_there():
-    for name in ("asarray", "asnumpy", "empty", "from_dlpack", "uint8"):
-        assert hasattr(cupy, name)
-    assert callable(cupy.cuda.Stream.from_external)

@@ -21,15 +21,14 @@ def processes(cuda):
         process.stop()
 
 
-@pytest.fixture
-def world(tmp_path, processes):
-    world = ProcessWorld(tmp_path, processes)
-    yield world
-    world.close()
-
-
 class TestProcesses(StoreContract):
     """Two of the processes are on another GPU."""
+
+    @pytest.fixture
+    def world(self, tmp_path, processes):
+        world = ProcessWorld(tmp_path, processes)
+        yield world
+        world.close()
 
 
 def test_what_a_killed_sender_put_is_lost_and_its_successor_is_read(tmp_path, cuda):
@@ -40,8 +39,7 @@ def test_a_killed_reader_keeps_no_memory_open(tmp_path, cuda):
     """The sender's close gives the memory back at once; were it still open, the stand-in would raise."""
     processes = [StoreProcess(cuda, 0) for _ in range(2)]
     world = ProcessWorld(tmp_path, processes)
-    sender, receiver = world.open("p0"), world.open("d0")
-    receiver.meet(sender)
+    sender, receiver = world.pair()
     assert receiver.fetch(sender.put(block(1))) == [block(1)]
     processes[1].kill()
     sender.give_back()

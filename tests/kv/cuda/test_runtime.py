@@ -16,30 +16,20 @@ def device(tmp_path):
     return Device(StandIn(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("visible", "gpu", "then"),
-    [
-        (None, 0, [*range(64)]),
-        (None, 2, [2, 0, 1, *range(3, 64)]),
-        ("3,5,7", 1, [5, 3, 7]),
-        ("GPU-aa,GPU-bb", 1, ["GPU-bb", "GPU-aa"]),
-    ],
-)
-def test_the_workers_gpu_becomes_number_0_and_the_others_stay(monkeypatch, visible, gpu, then):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    put_first(gpu)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, then))
+def test_the_workers_gpu_becomes_number_0_and_the_others_stay(monkeypatch):
+    named = [("3,5,7", 1, [5, 3, 7]), ("GPU-aa,GPU-bb", 1, ["GPU-bb", "GPU-aa"])]
+    for visible, gpu, then in [(None, 0, range(64)), (None, 2, [2, 0, 1, *range(3, 64)]), *named]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        put_first(gpu)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, then))
 
 
-def test_gpus_know_who_is_near(tmp_path):
+def test_gpus_know_who_is_near_and_one_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     devices = [Device(StandIn(tmp_path, devices=3, peers=[(0, 2)]), index) for index in range(3)]
     assert [device.near for device in devices] == [[devices[2].uuid], [], [devices[0].uuid]]
     assert len({device.uuid for device in devices}) == 3
-
-
-def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(KVError, match="there is no GPU 1"):
         put_first(1)
@@ -87,16 +77,13 @@ def test_a_buffer_grows_and_gives_back_what_it_had(device):
     assert not runtime.pinned and all(shared.get().gone for shared, _ in runtime.memory.values())
 
 
-def test_bytes_go_to_the_device_and_back(device):
+def test_bytes_go_to_the_device_and_back_and_an_error_of_an_event_is_an_error(device):
     pinned, memory = (Buffer(device, 64, "a test", pinned=pinned) for pinned in (True, False))
     pinned.view(0, 64)[:] = bytes(range(64))
     device.copy(memory.pointer + 8, pinned.pointer, 16)
     device.copy(pinned.pointer + 32, memory.pointer + 8, 16)
     device.wait()
     assert bytes(pinned.view(32, 16)) == bytes(range(16))
-
-
-def test_an_error_of_an_event_is_an_error(device):
     event = device.new_event()
     device.record(event)
     assert device.done(event)

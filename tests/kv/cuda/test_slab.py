@@ -43,8 +43,7 @@ def test_one_event_a_chunk_on_the_stream_of_the_gather(pair):
 def test_more_slots_than_events_share_them(tmp_path, monkeypatch):
     monkeypatch.setattr("tetri.kv.cuda.slab.MOST_EVENTS", 3)
     world = CudaWorld(tmp_path)
-    sender, receiver = world.open("p0"), world.open("d0")
-    receiver.meet(sender)
+    sender, receiver = world.pair()
     chunks = [sender.put(block(number)) for number in range(SLOTS)]
     assert [receiver.fetch(chunk) for chunk in chunks] == [[block(number)] for number in range(SLOTS)]
     world.close()
@@ -102,8 +101,7 @@ def test_memory_that_a_reader_has_open_is_left_until_the_process_ends(pair, capl
 
 def test_a_closing_sender_waits_for_readers_that_hear(tmp_path):
     world = CudaWorld(tmp_path, patience_s=20.0)
-    sender, receiver = world.open("p0"), world.open("d0")
-    receiver.meet(sender)
+    sender, receiver = world.pair()
     receiver.fetch(sender.put(block(1)))
     freed, base = counted(sender, "free"), sender.store.slab.memory.base
     receiver.hear()

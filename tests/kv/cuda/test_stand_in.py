@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kv.cuda.stand_in import HANDLE, CUDARuntimeError, Misuse, StandIn
+from tests.kv.cuda.stand_in import Misuse, StandIn
 
 SIZE = 4096
 INTERPROCESS = 6
@@ -41,21 +41,6 @@ class Side:
 @pytest.fixture
 def sides(tmp_path):
     return Side(tmp_path), Side(tmp_path)
-
-
-def test_what_is_right_works(sides):
-    here, there = sides
-    there.array(there.pointer)[:] = 7
-    pointer, event = here.open(there)
-    assert here.run.eventQuery(event) == 0
-    here.run.streamWaitEvent(here.stream, event)
-    here.copy(here.pointer, pointer)
-    here.run.streamSynchronize(here.stream)
-    assert (here.array(here.pointer).get() == 7).all()
-    here.run.ipcCloseMemHandle(pointer)
-    here.run.eventDestroy(event)
-    there.run.free(there.pointer)
-    there.run.eventDestroy(there.event)
 
 
 def closed(here, there):
@@ -142,7 +127,9 @@ def test_what_is_waited_for_is_so_until_the_stream_was(sides):
 def test_a_copy_is_not_done_before_the_stream_is_waited_for(sides):
     here, _ = sides
     pinned = here.run.hostAlloc(SIZE, 0)
-    here.array(here.pointer)[:] = 9
+    with pytest.raises(TypeError):
+        here.array(here.pointer)[:] = b"x" * SIZE  # host memory
+    here.array(here.pointer)[:] = np.full(SIZE, 9, np.uint8)
     here.copy(pinned, here.pointer)
     assert not (here.run.pinned[pinned] == 9).any()
     here.run.streamSynchronize(here.stream)
@@ -157,26 +144,3 @@ def test_a_stream_that_waits_for_an_event_that_never_comes_hangs(sides, tmp_path
     assert here.run.eventQuery(event) == 600
     with pytest.raises(Misuse, match="hangs for ever"):
         here.run.streamWaitEvent(here.stream, event)
-
-
-def test_device_arrays_take_no_host_memory(sides):
-    here, _ = sides
-    with pytest.raises(TypeError):
-        here.array(here.pointer)[:] = b"x" * SIZE
-    here.array(here.pointer)[:] = np.ones(SIZE, np.uint8)
-
-
-def test_gpus_without_peer_access_and_false_handles_are_cudas_own_errors(sides, tmp_path):
-    here, far = sides[0], Side(tmp_path, devices=2)
-    far.run.setDevice(1)
-    pointer = far.run.malloc(SIZE)
-    with pytest.raises(CUDARuntimeError):
-        here.run.ipcOpenMemHandle(far.run.ipcGetMemHandle(pointer))
-    for open_handle in (here.run.ipcOpenMemHandle, here.run.ipcOpenEventHandle):
-        for handle in (b"", bytes(HANDLE), b"memory-9.9-9".ljust(HANDLE, b"\0")[:10], b"memory-/".ljust(HANDLE, b"\0")):
-            with pytest.raises(CUDARuntimeError):
-                open_handle(handle)
-    with pytest.raises(CUDARuntimeError):
-        here.run.malloc(1 << 40)
-    with pytest.raises(CUDARuntimeError):
-        here.run.setDevice(1)

@@ -1,7 +1,5 @@
 """Stores in the memory of GPUs that are not there: each has a CUDA of its own, as each worker's process has."""
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import os

@@ -49,9 +49,8 @@ class Receiver:
     def __init__(self, owner, inside):
         known = msgspec.msgpack.encode((owner.reach, owner.handle, owner.digest)).hex()
         self.right = [block.hex() for block in owner.blocks]
-        self.process = subprocess.Popen(
-            [*inside, sys.executable, "-c", RECEIVER, known], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [*inside, sys.executable, "-c", RECEIVER, known]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def say(self, verb):
         self.process.stdin.write(verb + "\n")

@@ -16,10 +16,6 @@ from tetri.request import Reach
 class NixlWorld(World):
     path = "nixl"
 
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = str(folder)
-
     def store(self, iid, wake, slots, block_bytes, digest):
         slab = ShmSlab("test", iid, slots, block_bytes, self.folder, digest)
         reader, ticket = open_nixl(slab, 4 * block_bytes, wake, everywhere=False)

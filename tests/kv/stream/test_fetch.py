@@ -38,7 +38,7 @@ def arrive(made, number, data, now=0.0, peer="p"):
     return made.grew(peer, fetch, now)
 
 
-def test_what_is_asked_names_its_request_and_grants_credit():
+def test_what_is_asked_names_its_request_and_grants_credit_that_is_topped_up():
     made = fetching()
     for each in (wanted("a", 0), wanted("b", 0), wanted("a", 1)):
         assert made.want(each, 0.0) is None
@@ -47,6 +47,12 @@ def test_what_is_asked_names_its_request_and_grants_credit():
     assert first.lane == third.lane != second.lane
     assert first.credit == CREDIT and first.start == 0
     assert made.start(0.0) == []
+    made = fetching(buffer=1 << 40)
+    made.want(wanted(blocks=8000), 0.0)
+    started(made)
+    assert made.came("p", 1 << 20) == Credit(credit=CREDIT + (1 << 20))
+    assert made.came("p", 1 << 19) is None
+    assert made.came("p", 1 << 19) == Credit(credit=CREDIT + (2 << 20))
 
 
 def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever():
@@ -71,16 +77,13 @@ def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever(
     assert made.due("p", number).wanted.ticket[0] == "large"
 
 
-def test_a_take_larger_than_the_memory_starts_alone():
+def test_so_many_start_at_once_and_one_larger_than_the_memory_alone():
     made = fetching(buffer=BLOCK)
     made.want(wanted(blocks=5), 0.0)
     made.want(wanted("b"), 0.0)
     assert len(started(made)) == 1 and made.used == 5 * BLOCK
     made.used_up(5 * BLOCK)
     assert len(started(made)) == 1
-
-
-def test_so_many_at_once_and_no_more():
     made = fetching(buffer=1 << 40)
     for index in range(MAX_STARTED + 5):
         made.want(wanted(f"r{index}"), 0.0)
@@ -88,15 +91,6 @@ def test_so_many_at_once_and_no_more():
     assert len(numbers) == MAX_STARTED
     arrive(made, numbers[0], bytes(BLOCK))
     assert len(started(made)) == 1
-
-
-def test_credit_is_topped_up_by_what_was_taken_out():
-    made = fetching(buffer=1 << 40)
-    made.want(wanted(blocks=8000), 0.0)
-    started(made)
-    assert made.came("p", 1 << 20) == Credit(credit=CREDIT + (1 << 20))
-    assert made.came("p", 1 << 19) is None
-    assert made.came("p", 1 << 19) == Credit(credit=CREDIT + (2 << 20))
 
 
 def test_the_digest_is_over_all_of_it():
@@ -127,18 +121,15 @@ def test_the_blocks_are_the_pieces_themselves_cut_where_blocks_end(lengths, bloc
     assert sum(map(len, whole)) == sum(length for length in lengths if length >= 64 << 10) - max(sum(lengths) - at, 0)
 
 
-def test_pieces_of_a_byte_each_lie_in_one_memory():
+def test_pieces_of_a_byte_each_lie_in_one_memory_and_blocks_of_no_bytes_are_as_many_as_asked():
+    assert [ChunkFetch(wanted(blocks=count, block_bytes=0), 1, 1).blocks() for count in (0, 2)] == [(), (b"", b"")]
+    assert ChunkFetch(wanted(blocks=0), 1, 1).blocks() == ()
     fetch = ChunkFetch(wanted(blocks=2), 1, 1)
     for at in range(2 * BLOCK):
         fetch.add(memoryview(bytes([at % 251])))
     data = bytes(at % 251 for at in range(2 * BLOCK))
     assert [bytes(block) for block in fetch.blocks()] == [data[:BLOCK], data[BLOCK:]]
     assert all(len([*parts(block)]) == 1 for block in fetch.blocks())
-
-
-def test_blocks_of_no_bytes_and_no_blocks_are_as_many_as_asked():
-    assert [ChunkFetch(wanted(blocks=count, block_bytes=0), 1, 1).blocks() for count in (0, 2)] == [(), (b"", b"")]
-    assert ChunkFetch(wanted(blocks=0), 1, 1).blocks() == ()
 
 
 def test_a_new_connection_goes_on_where_the_old_one_was():
@@ -154,22 +145,12 @@ def test_a_new_connection_goes_on_where_the_old_one_was():
     assert len(started(made, 2.0)) == 1
 
 
-@pytest.mark.parametrize(
-    ("wrong", "kind"),
-    [
-        (wanted(peer="x"), KVLost),
-        (wanted(segment="other"), KVForeign),
-        (wanted(slots=[-1]), KVForeign),
-        (wanted(generations=[1 << 64]), KVForeign),
-        (wanted(generations=[]), KVForeign),
-        (wanted(block_bytes=1 << 70), KVForeign),
-        (wanted(blocks=MAX_SLOTS + 1), KVForeign),
-    ],
-)
-def test_what_cannot_be_asked_for_is_never_asked(wrong, kind):
-    made = fetching()
-    assert isinstance(made.want(wrong, 0.0), kind)
-    assert started(made) == [] and made.deadline() is None
+def test_what_cannot_be_asked_for_is_never_asked():
+    made, forged = fetching(), [{"generations": [1 << 64]}, {"generations": []}, {"block_bytes": 1 << 70}]
+    assert isinstance(made.want(wanted(peer="x"), 0.0), KVLost)
+    for wrong in ({"segment": "other"}, {"slots": [-1]}, *forged, {"blocks": MAX_SLOTS + 1}):
+        assert isinstance(made.want(wanted(**wrong), 0.0), KVForeign)
+        assert started(made) == [] and made.deadline() is None
 
 
 def test_gone_is_lost_or_foreign_and_counts_once():
@@ -197,10 +178,7 @@ def test_another_slab_ends_what_was_asked_of_the_old_one():
     assert isinstance(made.want(wanted(), 0.0), KVForeign)
 
 
-# ---------------------------------------------------------------- time
-
-
-def test_silence_means_another_connection_then_lost():
+def test_silence_means_another_connection_and_without_a_byte_over_any_lost():
     made = fetching()
     assert made.deadline() is None
     made.want(wanted(), 10.0)
@@ -214,9 +192,17 @@ def test_silence_means_another_connection_then_lost():
     assert made.deadline() == 25.0 and made.lost(34.9) == []
     ((fetch, problem),) = made.lost(35.0)
     assert fetch.number == number and isinstance(problem, KVLost) and made.deadline() is None
+    made = fetching()
+    made.want(wanted(), 0.0)
+    started(made)
+    for second in range(1, 15):
+        made.down("p", float(second))
+        made.up("p", second + 0.5)
+        assert made.lost(second + 0.6) == []
+    assert len(made.lost(15.0)) == 1
 
 
-def test_who_is_not_reached_is_lost_with_all_that_waits():
+def test_who_is_not_reached_or_passed_over_is_lost_in_the_end():
     made = fetching(up=False)
     for key in ("a", "b"):
         made.want(wanted(key), 3.0)
@@ -224,6 +210,15 @@ def test_who_is_not_reached_is_lost_with_all_that_waits():
     assert len(made.lost(18.0)) == 2
     made.want(wanted("c"), 100.0)
     assert made.deadline() == 115.0  # it has its own time
+    made = fetching(buffer=1 << 40)
+    made.want(wanted("a"), 0.0)
+    made.want(wanted("b", blocks=4000), 0.0)
+    first, second = started(made)
+    lost = []
+    for at in range(1, 62):
+        arrive(made, second, bytes(10), now=float(at))
+        lost += made.lost(float(at))
+    assert [fetch.number for fetch, _ in lost] == [first]
 
 
 def test_waiting_for_memory_is_not_the_peers_silence():
@@ -235,26 +230,3 @@ def test_waiting_for_memory_is_not_the_peers_silence():
     assert made.deadline() is None and made.stalled(1e6) == [] and made.lost(1e6) == []
     made.used_up(BLOCK)
     assert len(started(made, 1000.0)) == 1 and made.deadline() == 1005.0
-
-
-def test_a_connection_that_breaks_again_and_again_without_a_byte_is_lost_in_time():
-    made = fetching()
-    made.want(wanted(), 0.0)
-    started(made)
-    for second in range(1, 15):
-        made.down("p", float(second))
-        made.up("p", second + 0.5)
-        assert made.lost(second + 0.6) == []
-    assert len(made.lost(15.0)) == 1
-
-
-def test_one_that_is_passed_over_while_others_come_is_lost_in_the_end():
-    made = fetching(buffer=1 << 40)
-    made.want(wanted("a"), 0.0)
-    made.want(wanted("b", blocks=4000), 0.0)
-    first, second = started(made)
-    lost = []
-    for at in range(1, 62):
-        arrive(made, second, bytes(10), now=float(at))
-        lost += made.lost(float(at))
-    assert [fetch.number for fetch, _ in lost] == [first]

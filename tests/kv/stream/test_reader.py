@@ -131,21 +131,13 @@ def test_what_nobody_asked_for_is_dropped_and_harms_nothing(rude, answer):
     assert reading.stream.counters["read_cut"] == 0
 
 
-def test_one_who_is_always_rude_or_silent_is_lost(rude):
-    _, reading = rude(lambda fetch, times: [(b"garbage", None)])
-    assert isinstance(reading.fetch(DATA)[0], KVLost)
-    _, silent = rude(lambda fetch, times: [])
-    assert isinstance(silent.fetch(DATA)[0], KVLost)
-
-
-def test_gone_and_foreign_are_told_apart(rude):
+def test_what_is_always_rude_silent_gone_or_no_address_is_lost_and_foreign_is_not(rude):
+    for answers in ([(b"garbage", None)], []):
+        _, reading = rude(lambda fetch, times, answers=answers: answers)
+        assert isinstance(reading.fetch(DATA)[0], KVLost)
     _, reading = rude(lambda f, times: [(Gone(number=f.number, foreign=times == 2, reason="why"), None)])
     first, second = reading.fetch(DATA)[0], reading.fetch(DATA, 1)[0]
     assert type(first) is KVLost and type(second) is KVForeign and "why" in str(first)
-
-
-def test_an_address_that_is_none_is_lost_with_the_reason(rude):
-    _, reading = rude(lambda fetch, times: [])
     for address, says in (("", "is no address"), ("tcp://10.0.0.1:1", "encrypted"), ("x" * 300, "is no address")):
         reading.meet(address)
         problem, _ = reading.fetch(DATA)

@@ -1,4 +1,4 @@
-"""The server of `stream` and its receivers: credit, those that are slow, and strangers."""
+"""The server of `stream` and its receivers: credit, those that are slow, and nonsense."""
 
 import random
 
@@ -19,7 +19,7 @@ class Counted:
     """What a stream's server sends, as (peer, number, bytes); and the credit it has been granted."""
 
     def __init__(self, monkeypatch):
-        self.sent, self.granted, self.most, before_sent, before_heard = [], {}, 0, Serving.sent, Serving.received
+        self.sent, self.granted, self.most, before_sent, before_received = [], {}, 0, Serving.sent, Serving.received
         gone = {}
 
         def sent(serving, due):
@@ -28,19 +28,18 @@ class Counted:
             assert gone[due.peer] <= self.granted[due.peer]
             before_sent(serving, due)
 
-        def heard(serving, peer, message):
+        def received(serving, peer, message):
             self.granted[peer] = max(self.granted.get(peer, 0), message.credit)
             self.most = max(self.most, message.credit - gone.get(peer, 0))
-            return before_heard(serving, peer, message)
+            return before_received(serving, peer, message)
 
         monkeypatch.setattr(Serving, "sent", sent)
-        monkeypatch.setattr(Serving, "received", heard)
+        monkeypatch.setattr(Serving, "received", received)
 
 
 def test_credit_is_never_exceeded(world, monkeypatch):
     world.settings = StreamSettings(patience=UNHURRIED)
-    sender, receiver = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
-    receiver.meet(sender)
+    sender, receiver = world.pair(slots=64, block_bytes=MB)
     counted = Counted(monkeypatch)
     large, small = sender.put(*(big(at) for at in range(48))), sender.put(big(99))
     first = receiver.ask(large)
@@ -55,9 +54,8 @@ def test_credit_is_never_exceeded(world, monkeypatch):
 
 def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monkeypatch):
     world.settings = StreamSettings(buffer=8 * MB, patience=UNHURRIED)
-    sender, slow = world.open("p0", slots=64, block_bytes=MB), world.open("d0", block_bytes=MB)
+    sender, slow = world.pair(slots=64, block_bytes=MB)
     other = world.open("d1", block_bytes=MB)
-    slow.meet(sender)
     other.meet(sender)
     counted = Counted(monkeypatch)
     chunks = [sender.put(*(big(10 * at + n) for n in range(4))) for at in range(8)]
@@ -77,8 +75,7 @@ def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monke
 
 
 def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(world):
-    sender, receiver = world.open("p0", block_bytes=MB), world.open("d0", block_bytes=MB)
-    receiver.meet(sender)
+    sender, receiver = world.pair(block_bytes=MB)
     with zmq.Context() as flooding, flooding.socket(zmq.DEALER) as socket:
         socket.set(zmq.LINGER, 0)
         socket.connect(sender.store.reach.address)

@@ -4,9 +4,11 @@ import gc
 import os
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from live import wait_until
+from msgspec.structs import replace
 from relay import Relay, Weather
 
 from tests.kv.contract import StoreContract
@@ -18,44 +20,34 @@ from tetri.kv.local import LocalSlab
 from tetri.kv.stream.fetch import Fetching, StreamPatience
 from tetri.kv.stream.stream import StreamReader, StreamSettings
 from tetri.net import keys
-from tetri.request import Reach
 
 MB = 1 << 20
 QUICK = StreamPatience(stall_s=0.2, lost_s=0.6)
 
 
 class TestStream(StoreContract):
-    pass
+    World = StreamWorld
 
 
-def through(party, other, relay):
-    """`party` reaches `other` over the relay."""
-    reach = Reach(paths=["stream"], host="x", process=1, segment=other.store.reach.segment, address=relay)
-    party.store.meet(other.iid, reach)
-
-
-def pair(world, blocks, **options):
+def relayed(world, blocks, **options):
+    """(sender, receiver, relay); the receiver reaches the sender over the relay alone."""
     sender, receiver = world.open("p0", block_bytes=MB, slots=blocks), world.open("d0", block_bytes=MB)
     relay = Relay(sender.store.reach.address, **options)
-    through(receiver, sender, f"tcp://127.0.0.1:{relay.port}")
+    receiver.store.meet("p0", replace(sender.store.reach, address=f"tcp://127.0.0.1:{relay.port}"))
     return sender, receiver, relay
 
 
-# ---------------------------------------------------------------- a bad network
-
-
 def test_a_transfer_that_is_cut_again_and_again_goes_on_where_it_was(world):
-    sender, receiver, relay = pair(world, 24, weather=Weather(cut_every=6 * MB))
+    sender, receiver, relay = relayed(world, 24, weather=Weather(cut_every=6 * MB))
     with relay:
         chunk = sender.put(*(big(number) for number in range(24)))
         assert receiver.fetch(chunk) == list(chunk.blocks)
         assert relay.cuts >= 2 and relay.forwarded < 2 * 24 * MB, "what had come was not asked for again"
-        sender.free(chunk)
 
 
 def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
     world.settings = StreamSettings(patience=StreamPatience(stall_s=0.3, lost_s=10.0))
-    sender, receiver, relay = pair(world, 8)
+    sender, receiver, relay = relayed(world, 8)
     with relay:
         assert receiver.fetch(sender.put(big(1))) == [big(1)]
         relay.weather.silent = True
@@ -68,7 +60,7 @@ def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
 
 
 def test_what_is_damaged_on_the_way_is_corrupt_and_right_the_next_time(world):
-    sender, receiver, relay = pair(world, 8)
+    sender, receiver, relay = relayed(world, 8)
     with relay:
         chunk = sender.put(*(big(number) for number in range(8)))
         relay.weather.flip_at = 3 * MB
@@ -79,7 +71,7 @@ def test_what_is_damaged_on_the_way_is_corrupt_and_right_the_next_time(world):
 
 def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
     world.settings = StreamSettings(patience=QUICK)
-    sender, receiver, relay = pair(world, 32, weather=Weather(rate=20 * MB))
+    sender, receiver, relay = relayed(world, 32, weather=Weather(rate=20 * MB))
     with relay:
         tickets = [receiver.ask(sender.put(*(big(at) for at in range(4)))) for _ in range(8)]
         wait_until(lambda: relay.forwarded > 2 * MB, "nothing comes")
@@ -93,12 +85,8 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
     assert receiver.fetch(again.put(big(5))) == [big(5)]
 
 
-# ---------------------------------------------------------------- what is left
-
-
 def test_a_thousand_fetches_leave_no_slot_no_descriptor_and_no_thread(world):
-    sender, receiver = world.open("p0", slots=4, block_bytes=100_000), world.open("d0", block_bytes=100_000)
-    receiver.meet(sender)
+    sender, receiver = world.pair(slots=4, block_bytes=100_000)
     receiver.fetch(sender.put(big(0, 100_000)))
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for number in range(1000):
@@ -112,8 +100,7 @@ def test_a_thousand_fetches_leave_no_slot_no_descriptor_and_no_thread(world):
 def test_streams_that_end_leave_nothing_open():
     def once():
         world = StreamWorld()
-        sender, receiver = world.open("p0"), world.open("d0")
-        receiver.meet(sender)
+        sender, receiver = world.pair()
         receiver.fetch(sender.put(block(1)))
         world.close()
 
@@ -127,7 +114,7 @@ def test_streams_that_end_leave_nothing_open():
 
 
 def test_closing_in_the_middle_ends_soon(world):
-    sender, receiver, relay = pair(world, 40, weather=Weather(rate=5 * MB))
+    sender, receiver, relay = relayed(world, 40, weather=Weather(rate=5 * MB))
     with relay:
         for _ in range(10):
             receiver.ask(sender.put(*(big(at) for at in range(4))))
@@ -149,10 +136,9 @@ def test_a_thread_that_dies_takes_the_worker_with_it(world, monkeypatch):
     receiver.close()
 
 
-# ---------------------------------------------------------------- keys and addresses
-
-
-def test_with_a_key_members_exchange_and_others_are_lost(tmp_path, world):
+def test_an_address_is_as_announced_and_with_a_key_members_exchange_and_others_are_lost(tmp_path, world):
+    world.settings = StreamSettings(announce="tcp://127.0.0.1:7")
+    assert world.open("a0").store.reach.address == "tcp://127.0.0.1:7"
     made = [str(tmp_path / name) for name in ("key", "other")]
     for path in made:
         keys.generate(path)
@@ -169,36 +155,20 @@ def test_with_a_key_members_exchange_and_others_are_lost(tmp_path, world):
             incompatibility.fetch(chunk)
 
 
-def test_what_is_announced_is_what_others_connect_to(world):
-    world.settings = StreamSettings(announce="tcp://127.0.0.1:7")
-    assert world.open("p0").store.reach.address == "tcp://127.0.0.1:7"
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (StreamSettings(address="tcp://10.0.0.1:1"), "encrypted"),
-        (StreamSettings(address="nonsense"), "is no address"),
-        (StreamSettings(key="/no/such/key"), "tetri-cli keygen"),
-    ],
-)
-def test_what_cannot_be_served_is_one_line(settings, says):
-    before = threading.active_count()
-    with pytest.raises(KVError, match=says) as caught:
-        StreamReader(LocalSlab("p0", 1, 1, {}), settings, lambda: None)
-    assert str(caught.value).startswith("KV path stream: ") and "\n" not in str(caught.value)
+def test_what_cannot_be_served_is_one_line():
+    before, settings = threading.active_count(), {"encrypted": {"address": "tcp://10.0.0.1:1"}}
+    settings |= {"is no address": {"address": "nonsense"}, "tetri-cli keygen": {"key": "/no/such/key"}}
+    for says, wrong in settings.items():
+        with pytest.raises(KVError, match=f"^KV path stream: .*{says}") as caught:
+            StreamReader(LocalSlab("p0", 1, 1, {}), StreamSettings(**wrong), lambda: None)
+        assert "\n" not in str(caught.value)
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize(
-    ("transport", "address", "paths"),
-    [("stream", "", ["stream"]), ("auto", "tcp://127.0.0.1:*", ["shm", "stream"]), ("auto", "", ["shm"])],
-)
-def test_a_worker_has_the_path_by_name_or_when_it_has_an_address(transport, address, paths):
-    settings = StoreSettings("t-stream", "p0", slots=2, block_bytes=100, transport=transport, address=address)
-    store = open_store(settings)
-    try:
-        assert [path for path in store.reach.paths if path != "nixl"] == paths
-        assert store.reach.address.startswith("tcp://127.0.0.1:") == ("stream" in paths)
-    finally:
-        store.close()
+def test_a_worker_has_the_path_by_name_or_when_it_has_an_address():
+    auto = {("auto", "tcp://127.0.0.1:*"): ["shm", "stream"], ("auto", ""): ["shm"]}
+    for (transport, address), paths in {("stream", ""): ["stream"], **auto}.items():
+        settings = StoreSettings("t-stream", "p0", slots=2, block_bytes=100, transport=transport, address=address)
+        with closing(open_store(settings)) as store:
+            assert [path for path in store.reach.paths if path != "nixl"] == paths
+            assert store.reach.address.startswith("tcp://127.0.0.1:") == ("stream" in paths)
