@@ -70,7 +70,7 @@ def test_cancelling_before_any_answer_came_asks_for_what_was_missed():
 
 
 def test_a_bad_address_and_a_closed_client_are_one_line():
-    with pytest.raises(TetriError, match="no address to connect to"):
+    with pytest.raises(TetriError, match="not a valid broker address"):
         tetri.Client("nowhere")
     with FakeBroker(endless) as broker:
         client = tetri.Client(broker.address, **FAST)

@@ -82,5 +82,5 @@ def test_answers_are_noted_and_counted():
 
 def test_an_answer_with_other_tokens_than_asked_for_is_no_result():
     asked = Asked(Arrival(0.0, 3, 5)).run()
-    with pytest.raises(SimError, match=r"was answered with 3 \+ 4 tokens"):
+    with pytest.raises(SimError, match=r"got 3 \+ 4 tokens"):
         asked.clients.receive_reply(b"0", done(3, 4))

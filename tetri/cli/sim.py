@@ -76,6 +76,7 @@ class RunCommand(click.Command):
     """Explains the faults only to who asks for help: the simulator is slow to import."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the faults with their units."""
         from tetri.sim.faulty.chance import CHANCES, RATES, TIMES
 
         titles = ("Faults: a chance from 0 to 1", "Faults: times a second", "Faults: seconds")
