@@ -120,9 +120,7 @@ def _requests() -> dict[str, Any]:
     return {
         "scheduler_cls": "tetri.engine.vllm.scheduler.PlanScheduler",
         "kv_transfer_config": KVTransferConfig(
-            kv_connector="BlockConnector",
-            kv_connector_module_path="tetri.engine.vllm.connector",
-            kv_role="kv_both",
+            kv_connector="BlockConnector", kv_connector_module_path="tetri.engine.vllm.connector", kv_role="kv_both"
         ),
     }
 
