@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import ClassVar
 
-from tetri.kv.base import Fetched, KVError, KVForeign, Wanted
+from tetri.kv.base import KVForeign, Wanted
+from tetri.kv.mapped import CopyingReader
 from tetri.kv.slab import FIRST_GENERATION, MARK, HostSlab, Segment
 from tetri.kv.staging import Staging
-from tetri.request import Reach
 
 Peers = dict[str, Segment]
 
@@ -41,31 +41,15 @@ class LocalSlab(HostSlab):
         self._neighbours.pop(self.segment.name, None)
 
 
-class LocalReader:
+class LocalReader(CopyingReader):
     """Reads every slab in `peers`."""
 
     def __init__(self, peers: Peers | None = None) -> None:
         self._neighbours = LocalSlab.process if peers is None else peers
         self._staging = Staging(0)
 
-    def meet(self, peer: str, reach: Reach) -> None:
-        """Does nothing: slabs of this process need no opening."""
-
-    def part(self, peer: str) -> None:
-        """Does nothing."""
-
-    def fetch(self, wanted: Wanted) -> Fetched:
+    def copy(self, wanted: Wanted) -> Sequence[memoryview]:
         segment = self._neighbours.get(wanted.handle.segment)
         if segment is None:
-            missing = KVForeign(f"no segment {wanted.handle.segment[:80]!r} in this process")
-            return Fetched(wanted.ticket, problem=missing)
-        try:
-            return Fetched(wanted.ticket, self._staging.fetch(segment, wanted.handle, wanted.digest))
-        except KVError as problem:
-            return Fetched(wanted.ticket, problem=problem)
-
-    def fetched(self) -> Iterable[Fetched]:
-        return ()
-
-    def close(self) -> None:
-        """Does nothing."""
+            raise KVForeign(f"no segment {wanted.handle.segment[:80]!r} in this process")
+        return self._staging.fetch(segment, wanted.handle, wanted.digest)

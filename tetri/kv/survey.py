@@ -3,7 +3,6 @@ reads. A segment that changes meanwhile may be reported in its old or its new st
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
@@ -11,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from tetri.kv.base import KVLost
+from tetri.kv.lease import owned
 from tetri.kv.segment import Header, Mapping, look_at, read_only, remove_dead
 from tetri.kv.shm import DIRECTORY
 from tetri.kv.slab import MARK, Segment
@@ -80,7 +80,7 @@ def _seen(directory: str, name: str) -> Seen | None:
         facts = os.fstat(descriptor)
         if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode):
             return None
-        alive = _locked(descriptor)
+        alive = owned(descriptor)
         try:
             header, mapping = read_only(descriptor, name)
         except KVLost as error:
@@ -89,16 +89,6 @@ def _seen(directory: str, name: str) -> Seen | None:
         return _described(name, alive, facts.st_size, header, mapping)
     finally:
         os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    """Whether the owner holds its lock, so lives. Tests with a shared lock, so that several surveys can run at once."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return False
 
 
 def _described(name: str, alive: bool, size: int, header: Header, mapping: Mapping) -> Seen:

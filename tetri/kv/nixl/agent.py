@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.kv.base import KVError, KVLost
+from tetri.kv.staging import populated
 
 Span = tuple[int, int]  # address, bytes
 _WHEELS = ("nixl_cu12", "nixl_cu13")
@@ -111,8 +111,7 @@ class Agent:
 
     def allocate(self, size: int) -> Region:
         """Allocate and register `size` bytes, with all pages populated."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        return self.register(memoryview(mmap.mmap(-1, max(size, 1), flags=flags)))
+        return self.register(populated(size))
 
     def register(self, view: memoryview) -> Region:
         """Register memory. `view` must stay valid until `unregister` or `close`. Raises PeerUnreachable."""

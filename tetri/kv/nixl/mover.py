@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from xxhash import xxh3_64
-
-from tetri.kv.base import Fetched, KVCorrupt, KVError, KVLost, Wanted
+from tetri.kv.base import Fetched, KVError, KVLost, Wanted
 from tetri.kv.nixl.agent import Agent, PeerUnreachable, Region, Span
+from tetri.kv.slab import digest_of
+from tetri.kv.staging import check_digest, compare_generations
 
 TIMEOUT_S = 10.0  # for the reads of one chunk, and before that for memory to read into
 MOST_AREAS = 8  # receive buffers: chunks in flight or not yet adopted
@@ -223,19 +223,15 @@ class Mover(threading.Thread):
         )
         yield generations
         self._check(move, area)
-        digest = move.wanted.digest
-        copied = xxh3_64(area.view[: count * size]).intdigest() if digest is not None else None
-        if copied is not None and digest is not None and copied != digest:
-            raise KVCorrupt(f"{source.name}: digest {copied:016x}, announced {digest:016x}")
+        if move.wanted.digest is not None:
+            check_digest(source.name, digest_of([area.view[: count * size]]), move.wanted.digest)
 
     @staticmethod
     def _check(move: Move, area: Region) -> None:
         handle = move.wanted.handle
         count = len(handle.slots)
         present = struct.unpack_from(f"={count}Q", area.view, count * handle.block_bytes)
-        for slot, generation, wanted in zip(handle.slots, present, handle.generations, strict=True):
-            if generation != wanted:
-                raise KVLost(f"{move.source.name}: slot {slot} is in generation {generation}, not {wanted}")
+        compare_generations(move.source.name, handle, present)
 
     def _release(self, move: Move) -> None:
         if move.read is not None:

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from tetri.wire.bulk import PIECE_BYTES, BulkRequest, Credit, Fetch, Gone, cost
 from tetri.wire.handover import Handle
 
@@ -186,12 +188,7 @@ def spans(handle: Handle, start: int, stop: int) -> Iterator[tuple[int, int]]:
 def _touched(handle: Handle, start: int, stop: int) -> Handle:
     size = handle.block_bytes
     first, last = (start // size, -(-stop // size)) if stop > start else (0, 0)
-    return Handle(
-        segment=handle.segment,
-        slots=handle.slots[first:last],
-        generations=handle.generations[first:last],
-        block_bytes=size,
-    )
+    return replace(handle, slots=handle.slots[first:last], generations=handle.generations[first:last])
 
 
 def _gone(number: int, reason: str) -> Gone:
