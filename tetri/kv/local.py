@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -26,12 +27,10 @@ class LocalSlab(HostSlab):
             name=f"{iid}-{secrets.token_hex(8)}",
             slots=slots,
             block_bytes=block_bytes,
-            generations=memoryview(bytearray(8 * slots)).cast("Q"),
+            generations=memoryview(array("Q", [FIRST_GENERATION]) * slots),
             blocks=memoryview(bytearray(slots * block_bytes)),
             marks=memoryview(bytearray(slots * MARK.size)),
         )
-        for slot in range(slots):
-            segment.generations[slot] = FIRST_GENERATION
         super().__init__(segment, digest)
         self._neighbours[segment.name] = segment
 

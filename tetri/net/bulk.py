@@ -7,7 +7,6 @@ frame with the bytes. Each socket belongs to one thread; other threads wake that
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from contextlib import suppress
 from threading import RLock
@@ -79,8 +78,7 @@ class Watch:
 
     def wait(self, seconds: float | None) -> list[object]:
         """Wait for at most `seconds` (None: no limit). Returns the sockets that are readable."""
-        timeout = None if seconds is None else max(0, math.ceil(1000 * seconds))
-        return [source for source, _ in self._poller.poll(timeout)]
+        return [source for source, _ in self._poller.poll(sockets.milliseconds(seconds))]
 
 
 def context() -> sockets.Context:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections import Counter
@@ -24,7 +23,6 @@ from tetri.wire.codec import Messages
 from tetri.wire.events import NetEvent, PeerDown, PeerUp
 
 RETRY_S = 0.5  # delay before a publish or subscribe connection that libzmq gave up is opened again
-_LONGEST_MS = 1 << 30  # zmq takes a C int; after twelve days the loop just polls again
 Sent = Literal["sent", "full", "gone"]
 
 
@@ -228,7 +226,7 @@ class Hub:
         events: list[PeerUp | PeerDown] = []
         if any(link.given_up for link in self._feeds):
             timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
-        for source, _ in self._poller.poll(_milliseconds(timeout)):
+        for source, _ in self._poller.poll(sockets.milliseconds(timeout)):
             if source in self._intakes:
                 arrived += self._intakes[source].read()
             elif source in self._monitors:
@@ -237,7 +235,9 @@ class Hub:
                 if link.peer:
                     events += seen
             else:
-                _empty(self._wake_read)
+                with suppress(BlockingIOError):  # until the pipe is empty
+                    while len(os.read(self._wake_read, 4096)) == 4096:
+                        pass
         return arrived + events
 
     def wait(self, seconds: float) -> bool:
@@ -270,15 +270,3 @@ class Hub:
             bound.remove_file()
         os.close(self._wake_read)
         os.close(self.wake_fd)
-
-
-def _milliseconds(timeout: float | None) -> int | None:
-    if timeout is None:
-        return None
-    return min(max(0, math.ceil(timeout * 1000)), _LONGEST_MS)  # rounded up: 0.4 ms must not become a busy loop
-
-
-def _empty(pipe: int) -> None:
-    with suppress(BlockingIOError):
-        while len(os.read(pipe, 4096)) == 4096:
-            pass

@@ -29,12 +29,8 @@ class Intake:
         counters: Counter[str],
         log: logging.Logger,
     ) -> None:
-        self.socket = socket
-        self.address = address
-        self._union = union
-        self._identities = identities
-        self._counters = counters
-        self._log = log
+        self.socket, self.address = socket, address
+        self._union, self._identities, self._counters, self._log = union, identities, counters, log
         self._complained: set[tuple[bytes | None, str]] = set()
 
     def read(self) -> list[Arrived]:

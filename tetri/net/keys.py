@@ -87,9 +87,8 @@ class ZapHandler:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if b"" not in frames:
-                continue
-            envelope, ask = frames[: frames.index(b"") + 1], frames[frames.index(b"") + 1 :]
+            at = frames.index(b"") + 1 if b"" in frames else len(frames)
+            envelope, ask = frames[:at], frames[at:]
             if len(ask) < 2:
                 continue
             # version, request, domain, address, identity, mechanism, credentials

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -24,6 +25,7 @@ VIEWS_WAITING = 16  # for a stuck subscriber; each cluster view replaces the one
 SUBMITS_WAITING = 256  # per client; each may have megabytes
 RECONNECT_MS = 20  # short: a restarted worker must be connected within two seconds
 RECONNECT_MAX_MS = 500
+_LONGEST_MS = 1 << 30  # zmq takes a C int; after twelve days the loop just polls again
 HANDSHAKE_MS = 5000  # a connection without a handshake in this time is closed
 # Reconnect for ever, and queue nothing while not connected.
 TRYING: Options = {zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL: RECONNECT_MS, zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS}
@@ -74,6 +76,13 @@ def configure(socket: Socket, options: Options) -> None:
         socket.set(option, value)
 
 
+def milliseconds(seconds: float | None) -> int | None:
+    """The timeout of a poll; None: no limit."""
+    if seconds is None:
+        return None
+    return min(max(0, math.ceil(seconds * 1000)), _LONGEST_MS)  # rounded up: 0.4 ms must not become a busy loop
+
+
 class Bound:
     """A bound address. `address` is the real one, with the port in place of `*`."""
 
@@ -86,7 +95,9 @@ class Bound:
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
-            raise NetError(f"{address}: {_why(error)}") from None
+            taken = error.errno == zmq.EADDRINUSE
+            why = "address in use by another process" if taken else f"cannot bind ({str(error.strerror).lower()})"
+            raise NetError(f"{address}: {why}") from None
         endpoint = socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.address = endpoint.rstrip(b"\0").decode()
@@ -102,9 +113,3 @@ class Bound:
                 os.unlink(self._path)
         except FileNotFoundError:
             pass  # libzmq has removed it, the usual case
-
-
-def _why(error: zmq.ZMQError) -> str:
-    if error.errno == zmq.EADDRINUSE:
-        return "address in use by another process"
-    return f"cannot bind ({str(error.strerror).lower()})"

@@ -95,10 +95,8 @@ class Agent:
         config.useProgThread, config.pthrDelay = True, _PROGRESS_US
         config.useListenThread, config.captureTelemetry = False, False
         config.syncMode = nixl.NIXL_THREAD_SYNC_NONE
-        with (
-            self._explained("cannot start its backend UCX"),
-            _defaults({} if everywhere else {"UCX_NET_DEVICES": "lo"}),
-        ):
+        devices = {} if everywhere else {"UCX_NET_DEVICES": "lo"}
+        with self._explained("cannot start its backend UCX"), _defaults(devices):
             self._agent = nixl.nixlAgent(name, config)
             self._backends = [self._agent.createBackend("UCX", {})]
 

@@ -111,15 +111,13 @@ class Mover(threading.Thread):
             self._serve()
         except Exception as mistake:
             traceback.print_exc()
+            why = KVLost(f"the thread that reads by nixl has failed: {mistake!r}")
             while self._running:
-                self._end(KVLost(f"the thread that reads by nixl has failed: {mistake!r}"))
+                moves, self._moving = [*self._waiting, *self._moving], []
+                self._waiting.clear()
+                for move in moves:
+                    self._answer(Fetched(move.wanted.ticket, problem=why), None)
                 self._receive(None)
-
-    def _end(self, why: KVLost) -> None:
-        moves, self._moving = [*self._waiting, *self._moving], []
-        self._waiting.clear()
-        for move in moves:
-            self._answer(Fetched(move.wanted.ticket, problem=why), None)
 
     def _serve(self) -> None:
         pause = _FIRST_PAUSE_S

@@ -109,8 +109,10 @@ class SlabServer(SlabThread):
     def _payload(self, due: Due) -> bytes | memoryview:
         """The piece's bytes: a view of the slab, whose slots are released with the last reference to the view; or a
         copy, with the slots released already."""
-        blocks = self._slab.segment.blocks
-        parts = [blocks[first : first + size] for first, size in spans(due.slots, *_inside(due))]
+        blocks, handle = self._slab.segment.blocks, due.slots
+        start = due.start % handle.block_bytes if handle.slots else 0  # in the bytes of the blocks that it touches
+        inside = spans(handle, start, start + due.stop - due.start)
+        parts = [blocks[first : first + size] for first, size in inside]
         if len(parts) != 1:
             copy = b"".join(parts)
             self._slab.let_go(due.slots)
@@ -132,10 +134,3 @@ class SlabServer(SlabThread):
             self._slab.let_go(self._held.pop(self._released.popleft())[1])
         if self._slab.free_slots > free:
             self._wake()
-
-
-def _inside(due: Due) -> tuple[int, int]:
-    """Start and stop of the piece, in bytes of the blocks that it touches."""
-    size = due.slots.block_bytes
-    start = due.start % size if due.slots.slots else 0
-    return start, start + due.stop - due.start
