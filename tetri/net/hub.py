@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -122,7 +121,7 @@ class Hub:
         link = self._feed(address, make)
         self._read_from(link.socket, address, union, identities=False)
 
-    def _feed(self, address: str, make: Callable[[sockets.Context], sockets.Socket]) -> PeerLink:
+    def _feed(self, address: str, make: sockets.Make) -> PeerLink:
         link = PeerLink(self._context, "", address, make)
         self._feeds.append(link)
         self._watch(link)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import zmq
 
@@ -18,13 +17,7 @@ class PeerLink(Connection):
     """A connection to `peer` that reconnects when it breaks. The caller polls `monitor` and calls `events` when it is
     readable. `up`: connected; `given_up`: libzmq no longer reconnects."""
 
-    def __init__(
-        self,
-        context: sockets.Context,
-        peer: str,
-        address: str,
-        make: Callable[[sockets.Context], sockets.Socket] = sockets.outbox,
-    ) -> None:
+    def __init__(self, context: sockets.Context, peer: str, address: str, make: sockets.Make = sockets.outbox) -> None:
         """`make` creates the socket. Raises NetError when the address is invalid. An address where no process listens
         is no error: there is just no PeerUp."""
         check(address)

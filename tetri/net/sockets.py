@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import zmq
 
@@ -15,6 +16,7 @@ from tetri.wire import codec
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 Options = Mapping[int, int | bytes]
+Make = Callable[[Context], Socket]
 
 # A worker sends a few messages a step and a broker reads thousands a second: a queue this long fills only when the
 # reader is stuck. A message that does not fit is not lost silently: the send returns False or "full".
@@ -108,8 +110,6 @@ class Bound:
         """Remove the socket's file, unless another process has replaced it. Call it after the socket is closed."""
         if self._path is None:
             return
-        try:
+        with suppress(FileNotFoundError):  # libzmq has removed it, the usual case
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
-        except FileNotFoundError:
-            pass  # libzmq has removed it, the usual case

@@ -17,7 +17,7 @@ from functools import partial
 
 from tetri.kv.base import Block, Fetched, KVError, KVForeign, KVLost, Wanted
 from tetri.kv.cuda.runtime import Device
-from tetri.kv.cuda.slab import DIRECTORY, TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
+from tetri.kv.cuda.slab import TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
 from tetri.kv.lease import lease, wanted_back
 from tetri.kv.mapped import MappingReader
 from tetri.kv.segment import Mapping, attach
@@ -44,14 +44,7 @@ class CudaReader(MappingReader[OpenedSlab]):
     `event_s`: seconds that a sender's gather may take."""
 
     def __init__(
-        self,
-        device: Device,
-        deployment: str,
-        own: str,
-        staging: DeviceStaging,
-        *,
-        directory: str = DIRECTORY,
-        event_s: float = 1.0,
+        self, device: Device, deployment: str, own: str, staging: DeviceStaging, directory: str, event_s: float
     ) -> None:
         super().__init__()
         self._device, self._deployment, self._own, self._staging = device, deployment, own, staging
@@ -139,7 +132,7 @@ def open_device_store(slab: DeviceSlab, host: str, event_s: float = 1.0) -> Stor
         slab.close()
         raise
     name = slab.segment.name
-    reader = CudaReader(device, slab.deployment, name, staging, directory=slab.directory, event_s=event_s)
+    reader = CudaReader(device, slab.deployment, name, staging, slab.directory, event_s)
     reach = Reach(
         paths=[PATH],
         host=host,

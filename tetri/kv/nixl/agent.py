@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,10 +140,8 @@ class Agent:
 
     def part(self, name: str) -> None:
         """Remove a peer's agent. Call it only when no read from it is in flight: such a read continues to write."""
-        try:
+        with suppress(*self._errors):  # never added, or removed by nixl
             self._agent.invalidateRemoteMD(name)
-        except self._errors:
-            pass  # never added, or removed by nixl
 
     def read(self, name: str, into: Sequence[Span], what: Sequence[Span]) -> int:
         """Start a read; returns its handle for `ended` and `release`. Raises PeerUnreachable."""

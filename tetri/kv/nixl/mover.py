@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
@@ -260,11 +261,9 @@ class Mover(threading.Thread):
 
     def _over(self, move: Move) -> bool:
         """Whether a hanging read has ended at last; releases it."""
-        try:
+        with suppress(PeerUnreachable):  # the connection has ended, so nothing writes any more
             if move.read is not None and not self._agent.ended(move.read):
                 return False
-        except PeerUnreachable:
-            pass  # the connection has ended, so nothing writes any more
         self._release(move)
         return True
 

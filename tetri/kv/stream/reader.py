@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tetri.kv.base import KVError, KVLost, Wanted
 from tetri.kv.stream.fetch import ChunkFetch, Fetching
-from tetri.kv.stream.thread import SlabThread
+from tetri.kv.stream.thread import Crashed, SlabThread
 from tetri.net.bulk import BulkLink
 from tetri.net.errors import NetError
 from tetri.net.keys import Key
@@ -29,18 +29,9 @@ class SlabReader(SlabThread):
     """The thread `kv-read`. Other threads may call `start`, `do` and `close` only. `answer` is called once for each
     fetch; pass a ChunkFetch that it gets to `used`."""
 
-    def __init__(
-        self,
-        context: Context,
-        fetching: Fetching,
-        key: Key | None,
-        answer: Answer,
-        crashed: Callable[[BaseException], None],
-        log: logging.Logger,
-    ) -> None:
+    def __init__(self, context: Context, fetching: Fetching, key: Key | None, answer: Answer, crashed: Crashed) -> None:
         super().__init__("kv-read", crashed)
-        self._context, self._fetching, self._key, self._log = context, fetching, key, log
-        self._answer = answer
+        self._context, self._fetching, self._key, self._answer = context, fetching, key, answer
         self._addresses: dict[str, str] = {}  # by peer
         self._links: dict[str, BulkLink] = {}
         self._again: dict[str, float] = {}  # by peer: time of the next attempt to connect

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from tetri.kv.slab import HostSlab, shape_problem
 from tetri.kv.stream.serve import Due, Serving, spans
-from tetri.kv.stream.thread import SlabThread
+from tetri.kv.stream.thread import Crashed, SlabThread, Wake
 from tetri.net.bulk import BulkServer
 from tetri.net.keys import Key
 from tetri.net.sockets import Context
@@ -28,21 +26,14 @@ class SlabServer(SlabThread):
     """The thread `kv-serve`. `wake` is called when libzmq has released a slot that is now free."""
 
     def __init__(
-        self,
-        context: Context,
-        slab: HostSlab,
-        address: str,
-        key: Key | None,
-        wake: Callable[[], None],
-        crashed: Callable[[BaseException], None],
-        log: logging.Logger,
+        self, context: Context, slab: HostSlab, address: str, key: Key | None, wake: Wake, crashed: Crashed
     ) -> None:
         """Raises NetError."""
         self._server = BulkServer(context, address, key)
         super().__init__("kv-serve", crashed)
         self._watch.add(*self._server.watched)
         self.address = self._server.address
-        self._slab, self._wake, self._log = slab, wake, log
+        self._slab, self._wake = slab, wake
         self._serving = Serving(partial(shape_problem, slab.segment))
         # Views of the slab that libzmq still uses, and the handles of their slots.
         self._held: dict[int, tuple[weakref.ref[memoryview], Handle]] = {}

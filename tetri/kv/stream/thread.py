@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from threading import Thread
 
 from tetri.net.bulk import Waker, Watch
 
+Crashed = Callable[[BaseException], None]
+Wake = Callable[[], None]
+
 
 class SlabThread:
     """The thread `name`. Other threads may call `start` and `close` only. `crashed` is called with the exception that
     ended the thread, if one did."""
 
-    def __init__(self, name: str, crashed: Callable[[BaseException], None]) -> None:
+    def __init__(self, name: str, crashed: Crashed) -> None:
         self.counters: Counter[str] = Counter()
-        self._crashed = crashed
+        self._crashed, self._log = crashed, logging.getLogger("tetri.kv")
         self._waker = Waker()
         self._watch = Watch(self._waker)
         self._ending = False
