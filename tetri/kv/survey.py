@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 from tetri.kv.base import KVLost
@@ -93,10 +94,8 @@ def _seen(directory: str, name: str) -> Seen | None:
 
 def _described(name: str, alive: bool, size: int, header: Header, mapping: Mapping) -> Seen:
     now = time.monotonic_ns()
-    try:
+    with closing(mapping):
         pages = _pages(mapping.segment, now)
-    finally:
-        mapping.close()
     labels = name.removeprefix("tetri-")[: -len("-0123456789abcdef")]
     return Seen(
         name=name,

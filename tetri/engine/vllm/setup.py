@@ -254,7 +254,7 @@ def _same_for_all(config: Any, attribute: str, what: str) -> str:
     """This attribute of the attention layers. Raises EngineError unless all have the same."""
     layers = config.compilation_config.static_forward_context.values()
     found = [getattr(layer, attribute) for layer in layers if hasattr(layer, attribute)]
-    chosen = {each if isinstance(each, str) else each.get_name() for each in found}
+    chosen = {each.get_name() if hasattr(each, "get_name") else each for each in found}
     if len(chosen) != 1:
         raise EngineError(f"unsupported KV layout: attention layers with {what} {sorted(chosen)}")
     return chosen.pop()

@@ -17,8 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from msgspec.structs import replace
-
 from tetri.wire.bulk import PIECE_BYTES, BulkRequest, Credit, Fetch, Gone, cost
 from tetri.wire.handover import Handle
 
@@ -188,7 +186,7 @@ def spans(handle: Handle, start: int, stop: int) -> Iterator[tuple[int, int]]:
 def _touched(handle: Handle, start: int, stop: int) -> Handle:
     size = handle.block_bytes
     first, last = (start // size, -(-stop // size)) if stop > start else (0, 0)
-    return replace(handle, slots=handle.slots[first:last], generations=handle.generations[first:last])
+    return handle.part(first, last)
 
 
 def _gone(number: int, reason: str) -> Gone:
