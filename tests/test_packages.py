@@ -90,7 +90,7 @@ WALLS = {
     "core/decode": ("core/actions", "core/timers", "core/instance", "core/length"),
     "core/worker": ("core/",),
     "kv/stream": ("kv/base", "kv/slab"),
-    "kv/cuda": ("kv/base", "kv/lease", "kv/segment", "kv/slab", "kv/staging", "kv/store"),
+    "kv/cuda": ("kv/base", "kv/lease", "kv/mapped", "kv/segment", "kv/slab", "kv/staging", "kv/store"),
     "kv/nixl": ("kv/base", "kv/segment", "kv/slab", "kv/staging"),
     "engine/base": (),
     "engine/plan": (),

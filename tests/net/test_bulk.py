@@ -8,7 +8,6 @@ import zmq
 
 from tetri.net import NetError
 from tetri.net.bulk import BulkLink, BulkServer, Waker, Watch, context
-from tetri.net.keys import ZapHandler
 from tetri.wire.bulk import PIECE_BYTES, REQUEST_BYTES
 
 HERE = "tcp://127.0.0.1:*"
@@ -20,10 +19,9 @@ class Ends:
 
     def __init__(self, key=None):
         self.context, self.key, self.waker = context(), key, Waker()
-        self.zap_handler = ZapHandler(self.context, key) if key else None
         self.server = BulkServer(self.context, HERE, key)
         self.watch = Watch(self.waker)
-        self.watch.add(self.server.socket, *((self.zap_handler.socket,) if self.zap_handler else ()))
+        self.watch.add(*self.server.watched)
         self.links = []
 
     def link(self, key=None, address=None):
@@ -42,8 +40,7 @@ class Ends:
         while not (found := condition()):
             assert time.monotonic() < deadline
             self.watch.wait(0.05)
-            if self.zap_handler:
-                self.zap_handler.answer()
+            self.server.admit()
             for link in self.links:
                 link.look()
         return found
@@ -61,8 +58,6 @@ class Ends:
         for link in self.links:
             link.close()
         self.server.close()
-        if self.zap_handler:
-            self.zap_handler.close()
         self.context.term()
         self.waker.close()
 
@@ -157,7 +152,7 @@ def test_members_get_in(key):
     with closing(Ends(key)) as made:
         link = made.up(made.link(key))
         peer, message = made.heard(link, b"x" * REQUEST_BYTES)  # the longest there are
-        assert len(message) == REQUEST_BYTES and made.zap_handler.refused == 0
+        assert len(message) == REQUEST_BYTES and made.server.refused == 0
         made.server.send(peer, b"header", bytes(PIECE_BYTES))
         assert made.until(link.receive) == b"header"
         assert link.receive_frame() == bytes(PIECE_BYTES)
@@ -176,7 +171,7 @@ def test_nobody_else_gets_in(key, other_key):
         knows.connect(made.server.address)
         knows.send(b"let me in")
         try:
-            made.until(lambda: made.zap_handler.refused > 0)
+            made.until(lambda: made.server.refused > 0)
             assert made.heard(made.up(made.link(key)))[1] == b"hello"
             assert not plain.up and made.server.receive() is None
         finally:

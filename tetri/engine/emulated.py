@@ -166,7 +166,8 @@ class EmulatedEngine:
         if stop < len(content.tokens):
             return False
         sampling = slot.request.sampling
-        token = next_token(self._read(content, stop), stop, sampling, self.vocabulary)
+        kv = self.memory[content.blocks].reshape(-1, self.token_bytes)[:stop].tobytes()  # from its own blocks
+        token = next_token(kv, stop, sampling, self.vocabulary)
         content.tokens.append(token)
         return token == EOS and not sampling.ignore_eos
 
@@ -208,11 +209,6 @@ class EmulatedEngine:
             return bytes(8)
         row, column = divmod(done - 1, self.capacity.block_tokens)
         return self.memory[content.blocks[row], column, :8].tobytes()
-
-    def _read(self, content: Content, done: int) -> bytes:
-        """The KV bytes of the first `done` tokens, from the request's own blocks."""
-        used = self.memory[content.blocks].reshape(-1, self.token_bytes)[:done]
-        return used.tobytes()
 
 
 def _roll(state: bytes, token: int) -> bytes:

@@ -105,7 +105,7 @@ class Paged:
         if held:
             self._prefills.remove(slot)
         else:
-            insort(self._prefills, slot, key=_number)
+            insort(self._prefills, slot, key=lambda slot: slot.number)
 
     # ------------------------------------------------------------ a step
 
@@ -287,7 +287,3 @@ class Paged:
         slot.running = False
         self._context -= slot.known
         self._left = 0
-
-
-def _number(slot: Slot) -> int:
-    return slot.number

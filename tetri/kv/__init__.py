@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +58,12 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
         return _device_store(settings)
     slab = ShmSlab(settings.deployment, settings.iid, settings.slots, settings.block_bytes, digest=settings.digest)
     opened: dict[str, Opened] = {}
-    try:
+    with ExitStack() as undo:
+        undo.callback(slab.close)
         for path in paths:
             opened[path] = _open(path, settings, slab, wake)
-    except BaseException:
-        for each in opened.values():
-            each.reader.close()
-        slab.close()
-        raise
+            undo.callback(opened[path].reader.close)
+        undo.pop_all()
     name = slab.segment.name
     reach = Reach(
         paths=paths,
@@ -95,20 +94,21 @@ def enabled(settings: StoreSettings) -> list[str]:
 def _device_store(settings: StoreSettings) -> KVStore:
     """A store in GPU memory; only the path `cuda_ipc` can read it."""
     from tetri.kv.cuda.ipc import open_device_store
+    from tetri.kv.cuda.slab import DeviceSlab
 
     if settings.device is None:
         raise KVError("transfer.transport = cuda_ipc: each [[worker]] needs a GPU, such as gpu = 0")
-    return open_device_store(
+    slab = DeviceSlab(
         settings.device,
         settings.deployment,
         settings.iid,
         settings.slots,
         settings.block_bytes,
-        lambda: host(settings.deployment),
         digest=settings.digest,
         on_host=settings.on_host,
         expected_blocks=EXPECTED_BLOCKS,
     )
+    return open_device_store(slab, host(settings.deployment))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,11 +76,8 @@ class Fetched:
     problem: KVError | None = None
 
 
-class Slab(Protocol):
-    """The memory from which one worker's KV chunks are sent.
-
-    A slot has up to two owners: the request, until `free`; and a transfer that is reading it, from `keep` to
-    `let_go`. The slot is reused after both have released it."""
+class SenderSide(Protocol):
+    """Where the KV chunks of one worker are put to be sent."""
 
     slots: int
 
@@ -99,14 +96,21 @@ class Slab(Protocol):
     def freed(self) -> int:
         """How many slots became free since the last call. Each slot that was put counts once."""
 
+    def close(self) -> None:
+        """Free the memory. Peers' mappings stay readable. A second call does nothing."""
+
+
+class Slab(SenderSide, Protocol):
+    """The memory from which one worker's KV chunks are sent.
+
+    A slot has up to two owners: the request, until `free`; and a transfer that is reading it, from `keep` to
+    `let_go`. The slot is reused after both have released it."""
+
     def keep(self, handle: Handle) -> bool:
         """Protect these slots from reuse. False when they no longer hold the chunk. Callable from any thread."""
 
     def let_go(self, handle: Handle) -> None:
         """End one `keep`. Callable from any thread."""
-
-    def close(self) -> None:
-        """Free the memory. Peers' mappings stay readable. A second call does nothing."""
 
 
 class Reader(Protocol):
@@ -130,33 +134,13 @@ class Reader(Protocol):
         """Release all resources. A second call does nothing."""
 
 
-class KVStore(Protocol):
+class KVStore(SenderSide, Reader, Protocol):
     """What a worker uses: its own slab (`Slab`), and one reader for each path (`Reader`).
 
     `reach` tells peers how to read the slab; the worker sends it in Ready."""
 
-    slots: int
     reach: Reach
-
-    @property
-    def free_slots(self) -> int: ...
-
-    def put(self, count: int, write: Write, owner: str = "") -> tuple[Handle, int | None]: ...
-
-    def free(self, handle: Handle) -> None: ...
-
-    def freed(self) -> int: ...
-
-    def meet(self, peer: str, reach: Reach) -> None: ...
-
-    def part(self, peer: str) -> None: ...
-
-    def fetch(self, wanted: Wanted) -> Fetched | None: ...
-
-    def fetched(self) -> Iterable[Fetched]: ...
 
     def due(self) -> float | None:
         """Latest time at which `fetched` must be called, in seconds of time.monotonic(), if `wake` is not called
         before. None: no such time. 0.0: results are waiting."""
-
-    def close(self) -> None: ...

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tetri.faults import Chance
 from tetri.kv.base import Block, Fetched, KVLost, KVStore, Wanted, Write, joined, parts
+from tetri.kv.delayed import DelayedStore
 from tetri.kv.local import LocalReader, LocalSlab, Peers
 from tetri.wire.handover import Handle
 
@@ -20,7 +21,7 @@ def kill_myself(moment: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class FaultyStore:
+class FaultyStore(DelayedStore):
     """`store` with the faults that `chance` draws. `die` is called with the moment (text) at which a "die" fault
     strikes. `clock`: seconds."""
 
@@ -31,19 +32,11 @@ class FaultyStore:
         die: Callable[[str], None] = kill_myself,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store, self.chance, self.clock = store, chance, clock
-        self.slots, self.reach = store.slots, store.reach
-        self.free, self.freed, self.meet = store.free, store.freed, store.meet
+        super().__init__(store, clock)
+        self.chance = chance
         self._die = die
         self._relay = Relay(chance)
-        self._late: list[tuple[float, Wanted]] = []  # delayed fetches and their start times
-        self._lost: list[Fetched] = []  # results not yet returned
         self._harmed: dict[tuple[str, int], tuple[str, Wanted]] = {}  # fetches in flight that get a fault, and which
-
-    @property
-    def free_slots(self) -> int:
-        """How many slots `put` can use now."""
-        return self.store.free_slots
 
     def _dies(self, moment: str) -> None:
         if self.chance.happens("die"):
@@ -71,19 +64,19 @@ class FaultyStore:
         if self.chance.happens("lose"):
             return Fetched(wanted.ticket, problem=KVLost("lost on its way: an injected fault"))
         if self.chance.happens("late"):
-            self._late.append((self.clock() + self.chance.seconds(), wanted))
+            self.late.append((self.clock() + self.chance.seconds(), wanted))
             return None
-        return self._fetch_one(wanted)
+        return self.start(wanted)
 
-    def _fetch_one(self, wanted: Wanted) -> Fetched | None:
+    def start(self, wanted: Wanted) -> Fetched | None:
+        """Start a fetch, perhaps with a fault that its result will get."""
         kind = next((kind for kind in ("truncate", "flip") if self.chance.happens(kind)), None)
         if kind is not None:
             self._harmed[wanted.ticket] = (kind, wanted)
-        return self._arrived(self.store.fetch(wanted))
+        fetched = self.store.fetch(wanted)
+        return None if fetched is None else self._arrived(fetched)
 
-    def _arrived(self, fetched: Fetched | None) -> Fetched | None:
-        if fetched is None:
-            return None
+    def _arrived(self, fetched: Fetched) -> Fetched:
         kind, wanted = self._harmed.pop(fetched.ticket, ("", None))
         if fetched.problem is None and kind == "truncate":
             fetched = replace(fetched, blocks=fetched.blocks[: self.chance.rng.randrange(len(fetched.blocks))])
@@ -92,36 +85,9 @@ class FaultyStore:
         self._dies("between taking a chunk and its Landed")
         return fetched
 
-    def fetched(self) -> Iterator[Fetched]:
-        lost, self._lost = self._lost, []
-        yield from lost
-        now = self.clock()
-        due = [wanted for at, wanted in self._late if at <= now]
-        self._late = [(at, wanted) for at, wanted in self._late if at > now]
-        for wanted in due:
-            fetched = self._fetch_one(wanted)
-            if fetched is not None:
-                yield fetched
-        for each in self.store.fetched():
-            fetched = self._arrived(each)
-            assert fetched is not None
-            yield fetched
-
-    def due(self) -> float | None:
-        mine = [at for at, _ in self._late] + [0.0] * bool(self._lost)
-        theirs = self.store.due()
-        return min(mine + ([] if theirs is None else [theirs]), default=None)
-
-    def part(self, peer: str) -> None:
-        gone = [wanted for _, wanted in self._late if wanted.peer == peer]
-        self._late = [(at, wanted) for at, wanted in self._late if wanted.peer != peer]
-        self._lost += [Fetched(wanted.ticket, problem=KVLost(f"{peer} is gone")) for wanted in gone]
-        self.store.part(peer)
-
-    def close(self) -> None:
-        self._late.clear()
-        self._lost.clear()
-        self.store.close()
+    def stored(self) -> Iterator[Fetched]:
+        """The results that the store has, with their faults."""
+        return map(self._arrived, self.store.fetched())
 
 
 class Relay:

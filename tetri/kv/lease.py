@@ -36,14 +36,18 @@ def lease(path: str) -> int:
 def wanted_back(descriptor: int) -> bool:
     """For the holder of a lease: whether the owner has closed the segment or has ended. The file is then unlinked, or
     the owner's lock on it is gone (segment.py)."""
-    if not os.fstat(descriptor).st_nlink:
-        return True
+    return not os.fstat(descriptor).st_nlink or not owned(descriptor)
+
+
+def owned(descriptor: int) -> bool:
+    """Whether the segment's owner holds its lock on the file, so lives. Tests with a shared lock, so that several
+    processes can look at once."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return True
     fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return True
+    return False
 
 
 def all_fallen(descriptor: int, patience_s: float) -> bool:

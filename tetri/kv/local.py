@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence
 from typing import ClassVar
 
-from tetri.kv.base import Fetched, KVError, KVForeign, Wanted
+from tetri.kv.base import KVForeign, Wanted
+from tetri.kv.mapped import CopyingReader
 from tetri.kv.slab import FIRST_GENERATION, MARK, HostSlab, Segment
 from tetri.kv.staging import Staging
-from tetri.request import Reach
 
 Peers = dict[str, Segment]
 
@@ -26,12 +27,10 @@ class LocalSlab(HostSlab):
             name=f"{iid}-{secrets.token_hex(8)}",
             slots=slots,
             block_bytes=block_bytes,
-            generations=memoryview(bytearray(8 * slots)).cast("Q"),
+            generations=memoryview(array("Q", [FIRST_GENERATION]) * slots),
             blocks=memoryview(bytearray(slots * block_bytes)),
             marks=memoryview(bytearray(slots * MARK.size)),
         )
-        for slot in range(slots):
-            segment.generations[slot] = FIRST_GENERATION
         super().__init__(segment, digest)
         self._neighbours[segment.name] = segment
 
@@ -41,31 +40,15 @@ class LocalSlab(HostSlab):
         self._neighbours.pop(self.segment.name, None)
 
 
-class LocalReader:
+class LocalReader(CopyingReader):
     """Reads every slab in `peers`."""
 
     def __init__(self, peers: Peers | None = None) -> None:
         self._neighbours = LocalSlab.process if peers is None else peers
         self._staging = Staging(0)
 
-    def meet(self, peer: str, reach: Reach) -> None:
-        """Does nothing: slabs of this process need no opening."""
-
-    def part(self, peer: str) -> None:
-        """Does nothing."""
-
-    def fetch(self, wanted: Wanted) -> Fetched:
+    def copy(self, wanted: Wanted) -> Sequence[memoryview]:
         segment = self._neighbours.get(wanted.handle.segment)
         if segment is None:
-            missing = KVForeign(f"no segment {wanted.handle.segment[:80]!r} in this process")
-            return Fetched(wanted.ticket, problem=missing)
-        try:
-            return Fetched(wanted.ticket, self._staging.fetch(segment, wanted.handle, wanted.digest))
-        except KVError as problem:
-            return Fetched(wanted.ticket, problem=problem)
-
-    def fetched(self) -> Iterable[Fetched]:
-        return ()
-
-    def close(self) -> None:
-        """Does nothing."""
+            raise KVForeign(f"no segment {wanted.handle.segment[:80]!r} in this process")
+        return self._staging.fetch(segment, wanted.handle, wanted.digest)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from tetri.kv.base import Fetched, KVError, KVLost, Wanted
+from tetri.kv.base import Wanted
+from tetri.kv.mapped import MappingReader
 from tetri.kv.segment import Mapping, attach, create, sweep
 from tetri.kv.slab import HostSlab
 from tetri.kv.staging import Staging
@@ -35,46 +36,20 @@ class ShmSlab(HostSlab):
             self._own.close()
 
 
-class ShmReader:
+class ShmReader(MappingReader[Mapping]):
     """Reader of the path `shm`. Maps a peer's segment at the first fetch. `staging`: expected bytes of a KV chunk; the
     first fetch of a larger one is slower."""
 
     def __init__(self, deployment: str, staging: int, directory: str = DIRECTORY) -> None:
+        super().__init__()
         self._deployment, self._directory = deployment, directory
-        self._segments: dict[str, str] = {}  # peer -> the name of its segment
-        self._mappings: dict[str, Mapping] = {}  # by peer
         self._staging = Staging(staging)
 
-    def meet(self, peer: str, reach: Reach) -> None:
-        if self._segments.get(peer) != reach.segment:
-            self.part(peer)
-            self._segments[peer] = reach.segment
+    def map(self, reach: Reach) -> Mapping:
+        return attach(self._directory, self._deployment, reach.segment)
 
-    def part(self, peer: str) -> None:
-        self._segments.pop(peer, None)
-        mapping = self._mappings.pop(peer, None)
-        if mapping is not None:
-            mapping.close()
+    def unmap(self, opened: Mapping) -> None:
+        opened.close()
 
-    def fetch(self, wanted: Wanted) -> Fetched:
-        try:
-            segment = self._mapping(wanted).segment
-            return Fetched(wanted.ticket, self._staging.fetch(segment, wanted.handle, wanted.digest))
-        except KVError as problem:
-            return Fetched(wanted.ticket, problem=problem)
-
-    def _mapping(self, wanted: Wanted) -> Mapping:
-        known = self._segments.get(wanted.peer)
-        if known is None:
-            raise KVLost(f"no peer {wanted.peer} is known here")
-        if wanted.peer not in self._mappings:
-            self._mappings[wanted.peer] = attach(self._directory, self._deployment, known)
-        return self._mappings[wanted.peer]
-
-    def fetched(self) -> Iterable[Fetched]:
-        return ()
-
-    def close(self) -> None:
-        """Unmap all segments."""
-        for peer in list(self._segments):
-            self.part(peer)
+    def copy(self, wanted: Wanted) -> Sequence[memoryview]:
+        return self._staging.fetch(self.opened(wanted.peer).segment, wanted.handle, wanted.digest)

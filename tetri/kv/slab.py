@@ -134,8 +134,8 @@ class HostSlab:
 
     def _recycle(self, slot: int) -> None:
         if not self._owned[slot] and not self._kept[slot]:
-            if not self._closed:
-                _unmark(self.segment, slot)
+            if not self._closed and self.segment.marks:
+                MARK.pack_into(self.segment.marks, slot * MARK.size, 0, b"")
             self._free.append(slot)
             self._freed += 1
 
@@ -173,11 +173,6 @@ def _mark(segment: Segment, slots: Sequence[int], owner: str) -> None:
         name, now = owner.encode(errors="replace")[:OWNER_BYTES], time.monotonic_ns()
         for slot in slots:
             MARK.pack_into(segment.marks, slot * MARK.size, now, name)
-
-
-def _unmark(segment: Segment, slot: int) -> None:
-    if segment.marks:
-        MARK.pack_into(segment.marks, slot * MARK.size, 0, b"")
 
 
 def shape_problem(segment: Segment, handle: Handle) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64
 
@@ -19,17 +19,14 @@ class Staging:
     that the first fetch has no page faults."""
 
     def __init__(self, size: int) -> None:
-        self._memory = _touched(size)
+        self._memory = populated(size)
 
     def fetch(self, segment: Segment, handle: Handle, digest: int | None) -> Sequence[memoryview]:
         """Copy the blocks of an unchecked `handle` out of `segment`. Raises KVForeign, KVLost or KVCorrupt."""
-        problem = shape_problem(segment, handle)
-        if problem is not None:
-            raise KVForeign(f"{segment.name}: {problem}")
-        check_generations(segment, handle)
+        check_handle(segment, handle)
         size = segment.block_bytes
         if len(handle.slots) * size > len(self._memory):
-            self._memory = _touched(len(handle.slots) * size)
+            self._memory = populated(len(handle.slots) * size)
         copies = [self._memory[at * size : (at + 1) * size] for at in range(len(handle.slots))]
         copied = xxh3_64()
         for copy, slot in zip(copies, handle.slots, strict=True):
@@ -40,20 +37,39 @@ class Staging:
                 if digest is not None:
                     copied.update(piece)
         check_generations(segment, handle)
-        if digest is not None and copied.intdigest() != digest:
-            raise KVCorrupt(f"{segment.name}: digest {copied.intdigest():016x}, announced {digest:016x}")
+        if digest is not None:
+            check_digest(segment.name, copied.intdigest(), digest)
         return copies
+
+
+def check_handle(segment: Segment, handle: Handle) -> None:
+    """Raises KVForeign when the handle does not fit the segment, KVLost as `check_generations`."""
+    problem = shape_problem(segment, handle)
+    if problem is not None:
+        raise KVForeign(f"{segment.name}: {problem}")
+    check_generations(segment, handle)
 
 
 def check_generations(segment: Segment, handle: Handle) -> None:
     """Raises KVLost when a slot has been reused since the handle was created."""
-    for slot, generation in zip(handle.slots, handle.generations, strict=True):
-        present = segment.generations[slot]
-        if present != generation:
-            raise KVLost(f"{segment.name}: slot {slot} is in generation {present}, not {generation}")
+    compare_generations(segment.name, handle, [segment.generations[slot] for slot in handle.slots])
 
 
-def _touched(size: int) -> memoryview:
+def compare_generations(name: str, handle: Handle, present: Iterable[int]) -> None:
+    """Raises KVLost unless the slots of segment `name` have the handle's generations. `present`: those that they
+    have."""
+    for slot, found, generation in zip(handle.slots, present, handle.generations, strict=True):
+        if found != generation:
+            raise KVLost(f"{name}: slot {slot} is in generation {found}, not {generation}")
+
+
+def check_digest(name: str, copied: int, announced: int) -> None:
+    """Raises KVCorrupt when the digest of the copy differs from the announced one."""
+    if copied != announced:
+        raise KVCorrupt(f"{name}: digest {copied:016x}, announced {announced:016x}")
+
+
+def populated(size: int) -> memoryview:
     """Private memory of at least `size` bytes, with all pages populated."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
     return memoryview(mmap.mmap(-1, max(size, 1), flags=flags))

@@ -3,14 +3,15 @@ reads. A segment that changes meanwhile may be reported in its old or its new st
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 from tetri.kv.base import KVLost
+from tetri.kv.lease import owned
 from tetri.kv.segment import Header, Mapping, look_at, read_only, remove_dead
 from tetri.kv.shm import DIRECTORY
 from tetri.kv.slab import MARK, Segment
@@ -80,7 +81,7 @@ def _seen(directory: str, name: str) -> Seen | None:
         facts = os.fstat(descriptor)
         if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode):
             return None
-        alive = _locked(descriptor)
+        alive = owned(descriptor)
         try:
             header, mapping = read_only(descriptor, name)
         except KVLost as error:
@@ -91,22 +92,10 @@ def _seen(directory: str, name: str) -> Seen | None:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
-    """Whether the owner holds its lock, so lives. Tests with a shared lock, so that several surveys can run at once."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return False
-
-
 def _described(name: str, alive: bool, size: int, header: Header, mapping: Mapping) -> Seen:
     now = time.monotonic_ns()
-    try:
+    with closing(mapping):
         pages = _pages(mapping.segment, now)
-    finally:
-        mapping.close()
     labels = name.removeprefix("tetri-")[: -len("-0123456789abcdef")]
     return Seen(
         name=name,

@@ -7,32 +7,31 @@ frame with the bytes. Each socket belongs to one thread; other threads wake that
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from contextlib import suppress
-from itertools import count
 from threading import RLock
 
 import zmq
 
 from tetri.net import sockets
 from tetri.net.address import check
+from tetri.net.connection import Connection
 from tetri.net.errors import NetError
-from tetri.net.keys import Key, guard, introduce
+from tetri.net.keys import Key, ZapHandler, guard, introduce
 from tetri.wire.bulk import HEADER_BYTES, PIECE_BYTES, REQUEST_BYTES
 
 PIECES_WAITING = 4096  # queued for one receiver; its credit ends before that
 REQUESTS_WAITING = 512  # queued from one receiver; it has at most half as many fetches at once
 UNANSWERED_MS = 10_000  # a connection ends when the other host acknowledges no bytes for this long
-_KEEPALIVE = {  # seconds, seconds, probes
-    zmq.TCP_KEEPALIVE: 1,
+_TCP: sockets.Options = {
+    zmq.TCP_MAXRT: UNANSWERED_MS,
+    zmq.TCP_KEEPALIVE: 1,  # the next are seconds, seconds, probes
     zmq.TCP_KEEPALIVE_IDLE: 30,
     zmq.TCP_KEEPALIVE_INTVL: 10,
     zmq.TCP_KEEPALIVE_CNT: 3,
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CURVE_BYTES = 64  # encryption makes frames longer by this much at most, and MAXMSGSIZE applies to encrypted frames
-_number = count()
 Bytes = bytes | memoryview
 
 
@@ -79,8 +78,7 @@ class Watch:
 
     def wait(self, seconds: float | None) -> list[object]:
         """Wait for at most `seconds` (None: no limit). Returns the sockets that are readable."""
-        timeout = None if seconds is None else max(0, math.ceil(1000 * seconds))
-        return [source for source, _ in self._poller.poll(timeout)]
+        return [source for source, _ in self._poller.poll(sockets.milliseconds(seconds))]
 
 
 def context() -> sockets.Context:
@@ -105,18 +103,32 @@ class BulkServer:
     def __init__(self, context: sockets.Context, address: str, key: Key | None) -> None:
         """Raises NetError when the address is invalid, in use, or not of this host while there is no key."""
         check(address, encrypted=key is not None)
-        self.socket = _socket(context, zmq.ROUTER)
-        self.socket.set(zmq.ROUTER_MANDATORY, 1)
-        self.socket.set(zmq.SNDHWM, PIECES_WAITING)
-        self.socket.set(zmq.RCVHWM, REQUESTS_WAITING)
-        self.socket.set(zmq.MAXMSGSIZE, REQUEST_BYTES + _CURVE_BYTES)
+        self._zap_handler = None if key is None else ZapHandler(context, key)
+        waiting: sockets.Options = {zmq.SNDHWM: PIECES_WAITING, zmq.RCVHWM: REQUESTS_WAITING}
+        limits: sockets.Options = {**waiting, zmq.MAXMSGSIZE: REQUEST_BYTES + _CURVE_BYTES}
+        self.socket = sockets.plain(context, zmq.ROUTER, {**_TCP, **limits, zmq.ROUTER_MANDATORY: 1})
         if key is not None:
             guard(self.socket, key)
         try:
             self.address = sockets.Bound(self.socket, address, encrypted=key is not None).address
         except NetError:
-            self.socket.close(0)
+            self.close()
             raise
+
+    @property
+    def watched(self) -> list[sockets.Socket]:
+        """The sockets to watch."""
+        return [self.socket] if self._zap_handler is None else [self.socket, self._zap_handler.socket]
+
+    @property
+    def refused(self) -> int:
+        """How many handshakes were refused."""
+        return 0 if self._zap_handler is None else self._zap_handler.refused
+
+    def admit(self) -> None:
+        """Answer all waiting handshakes."""
+        if self._zap_handler is not None:
+            self._zap_handler.answer()
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next (peer, message), None when there is none. A message that has not exactly one frame is returned as
@@ -150,11 +162,12 @@ class BulkServer:
         return True
 
     def close(self) -> None:
-        """Close the socket and drop its queue."""
-        self.socket.close(0)
+        """Close the sockets and drop their queues."""
+        for socket in self.watched:
+            socket.close(0)
 
 
-class BulkLink:
+class BulkLink(Connection):
     """A connection to one server. `up`, `broken`, `refused` (wrong key): its state at the last `look`. A broken link
     never recovers: the caller opens a new one, so that no message of the old connection can arrive on it."""
 
@@ -163,41 +176,20 @@ class BulkLink:
         process listens is no error."""
         check(address, encrypted=key is not None)
         self.up = self.broken = self.refused = False
-        self.socket = sockets.trying(_socket(context, zmq.DEALER))
-        self.socket.set(zmq.SNDHWM, REQUESTS_WAITING)
-        self.socket.set(zmq.RCVHWM, PIECES_WAITING)
-        self.socket.set(zmq.MAXMSGSIZE, max(PIECE_BYTES, HEADER_BYTES) + _CURVE_BYTES)
+        waiting: sockets.Options = {zmq.SNDHWM: REQUESTS_WAITING, zmq.RCVHWM: PIECES_WAITING}
+        limits: sockets.Options = {**waiting, zmq.MAXMSGSIZE: max(PIECE_BYTES, HEADER_BYTES) + _CURVE_BYTES}
+        socket = sockets.plain(context, zmq.DEALER, {**sockets.TRYING, **_TCP, **limits})
         if key is not None:
-            introduce(self.socket, key)
-        endpoint = f"inproc://bulk-{next(_number)}"
+            introduce(socket, key)
         failed = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self.socket.monitor(endpoint, zmq.EVENT_HANDSHAKE_SUCCEEDED | failed)
-        self.monitor = context.socket(zmq.PAIR)
-        self.monitor.set(zmq.LINGER, 0)
-        self.monitor.connect(endpoint)
-        try:
-            self.socket.connect(address)
-        except zmq.ZMQError as error:
-            self.close()
-            raise NetError(f"{address}: cannot connect ({str(error.strerror).lower()})") from None
+        super().__init__(context, socket, address, zmq.EVENT_HANDSHAKE_SUCCEEDED | failed)
 
     def look(self) -> None:
         """Read the monitor and update `up`, `broken` and `refused`."""
-        while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-            event = sockets.monitor_event(self.monitor)
+        for event in self.reported():
             self.refused = self.refused or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
             self.broken = self.broken or event != zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.up = not self.broken
-
-    def send(self, message: bytes) -> bool:
-        """Send without waiting; False when the connection is not up or the queue is full."""
-        for _ in range(2):
-            try:
-                self.socket.send(message, zmq.NOBLOCK)
-                return True
-            except zmq.Again:  # libzmq notices a new connection only now and then; reading EVENTS makes it look
-                self.socket.get(zmq.EVENTS)
-        return False
 
     def receive(self) -> bytes | None:
         """The first frame of the next message, None when there is none."""
@@ -222,17 +214,3 @@ class BulkLink:
         while self.more:
             size += self.socket.recv_into(bytearray(), flags=zmq.NOBLOCK)
         return size
-
-    def close(self) -> None:
-        """Close the connection and drop its queue."""
-        self.socket.disable_monitor()
-        self.monitor.close(0)
-        self.socket.close(0)
-
-
-def _socket(context: sockets.Context, kind: int) -> sockets.Socket:
-    socket = sockets.plain(context, kind)
-    socket.set(zmq.TCP_MAXRT, UNANSWERED_MS)
-    for option, value in _KEEPALIVE.items():
-        socket.set(option, value)
-    return socket

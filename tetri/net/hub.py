@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -24,7 +22,6 @@ from tetri.wire.codec import Messages
 from tetri.wire.events import NetEvent, PeerDown, PeerUp
 
 RETRY_S = 0.5  # delay before a publish or subscribe connection that libzmq gave up is opened again
-_LONGEST_MS = 1 << 30  # zmq takes a C int; after twelve days the loop just polls again
 Sent = Literal["sent", "full", "gone"]
 
 
@@ -124,7 +121,7 @@ class Hub:
         link = self._feed(address, make)
         self._read_from(link.socket, address, union, identities=False)
 
-    def _feed(self, address: str, make: Callable[[sockets.Context], sockets.Socket]) -> PeerLink:
+    def _feed(self, address: str, make: sockets.Make) -> PeerLink:
         link = PeerLink(self._context, "", address, make)
         self._feeds.append(link)
         self._watch(link)
@@ -228,7 +225,7 @@ class Hub:
         events: list[PeerUp | PeerDown] = []
         if any(link.given_up for link in self._feeds):
             timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
-        for source, _ in self._poller.poll(_milliseconds(timeout)):
+        for source, _ in self._poller.poll(sockets.milliseconds(timeout)):
             if source in self._intakes:
                 arrived += self._intakes[source].read()
             elif source in self._monitors:
@@ -237,7 +234,9 @@ class Hub:
                 if link.peer:
                     events += seen
             else:
-                _empty(self._wake_read)
+                with suppress(BlockingIOError):  # until the pipe is empty
+                    while len(os.read(self._wake_read, 4096)) == 4096:
+                        pass
         return arrived + events
 
     def wait(self, seconds: float) -> bool:
@@ -270,15 +269,3 @@ class Hub:
             bound.remove_file()
         os.close(self._wake_read)
         os.close(self.wake_fd)
-
-
-def _milliseconds(timeout: float | None) -> int | None:
-    if timeout is None:
-        return None
-    return min(max(0, math.ceil(timeout * 1000)), _LONGEST_MS)  # rounded up: 0.4 ms must not become a busy loop
-
-
-def _empty(pipe: int) -> None:
-    with suppress(BlockingIOError):
-        while len(os.read(pipe, 4096)) == 4096:
-            pass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
+from logging import Logger
 
 import zmq
 
 from tetri.net.sockets import Socket
 from tetri.wire import codec
+from tetri.wire.codec import Messages
 from tetri.wire.events import Arrived
 
 # Limits per socket and poll, so that a flood on one socket does not starve the others.
@@ -21,20 +22,10 @@ class Intake:
     """Reads a PULL or SUB socket (`identities` False) or a ROUTER (True) at `address`. `union`: the valid messages."""
 
     def __init__(
-        self,
-        socket: Socket,
-        address: str,
-        union: codec.Messages,
-        identities: bool,
-        counters: Counter[str],
-        log: logging.Logger,
+        self, socket: Socket, address: str, union: Messages, identities: bool, counters: Counter[str], log: Logger
     ) -> None:
-        self.socket = socket
-        self.address = address
-        self._union = union
-        self._identities = identities
-        self._counters = counters
-        self._log = log
+        self.socket, self.address = socket, address
+        self._union, self._identities, self._counters, self._log = union, identities, counters, log
         self._complained: set[tuple[bytes | None, str]] = set()
 
     def read(self) -> list[Arrived]:

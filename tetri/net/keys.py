@@ -59,17 +59,14 @@ def load(path: str) -> Key:
 
 def guard(socket: sockets.Socket, key: Key) -> None:
     """Make a socket accept only clients with `key`. Call it before bind, with a ZapHandler in the same context."""
-    socket.set(zmq.CURVE_SERVER, 1)
-    socket.set(zmq.CURVE_SECRETKEY, key.secret)
-    socket.set(zmq.ZAP_DOMAIN, b"tetri")
+    sockets.configure(socket, {zmq.CURVE_SERVER: 1, zmq.CURVE_SECRETKEY: key.secret, zmq.ZAP_DOMAIN: b"tetri"})
     socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a ZAP handler all clients are refused
 
 
 def introduce(socket: sockets.Socket, key: Key) -> None:
     """Make a socket use `key`, and require it of the server. Call it before connect."""
-    socket.set(zmq.CURVE_SERVERKEY, key.public)
-    socket.set(zmq.CURVE_PUBLICKEY, key.public)
-    socket.set(zmq.CURVE_SECRETKEY, key.secret)
+    own: sockets.Options = {zmq.CURVE_PUBLICKEY: key.public, zmq.CURVE_SECRETKEY: key.secret}
+    sockets.configure(socket, {zmq.CURVE_SERVERKEY: key.public, **own})
 
 
 class ZapHandler:
@@ -80,9 +77,7 @@ class ZapHandler:
         self._key = z85.decode(key.public)
         self.refused = 0
         self.socket = context.socket(zmq.ROUTER)
-        self.socket.set(zmq.LINGER, 0)
-        self.socket.set(zmq.RCVHWM, _MOST_WAITING)
-        self.socket.set(zmq.SNDHWM, _MOST_WAITING)
+        sockets.configure(self.socket, {zmq.LINGER: 0, zmq.RCVHWM: _MOST_WAITING, zmq.SNDHWM: _MOST_WAITING})
         self.socket.bind("inproc://zeromq.zap.01")
 
     def answer(self) -> None:
@@ -92,9 +87,8 @@ class ZapHandler:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if b"" not in frames:
-                continue
-            envelope, ask = frames[: frames.index(b"") + 1], frames[frames.index(b"") + 1 :]
+            at = frames.index(b"") + 1 if b"" in frames else len(frames)
+            envelope, ask = frames[:at], frames[at:]
             if len(ask) < 2:
                 continue
             # version, request, domain, address, identity, mechanism, credentials

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from types import TracebackType
 from typing import Self
 
 from tetri.net.errors import NetError
@@ -27,9 +26,7 @@ class Lock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 

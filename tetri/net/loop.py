@@ -37,10 +37,7 @@ def run(
     The loop calls `tick` after every poll, also when events arrived: traffic must not delay timers.
     """
     while running():
-        for event in poll(_wait(core.deadline(), clock)):
+        deadline = core.deadline()
+        for event in poll(None if deadline is None else max(0.0, deadline - clock())):
             act(core.handle(event, clock()))
         act(core.tick(clock()))
-
-
-def _wait(deadline: float | None, clock: Callable[[], float]) -> float | None:
-    return None if deadline is None else max(0.0, deadline - clock())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import zmq
 
@@ -13,6 +15,8 @@ from tetri.wire import codec
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
+Options = Mapping[int, int | bytes]
+Make = Callable[[Context], Socket]
 
 # A worker sends a few messages a step and a broker reads thousands a second: a queue this long fills only when the
 # reader is stuck. A message that does not fit is not lost silently: the send returns False or "full".
@@ -23,75 +27,62 @@ VIEWS_WAITING = 16  # for a stuck subscriber; each cluster view replaces the one
 SUBMITS_WAITING = 256  # per client; each may have megabytes
 RECONNECT_MS = 20  # short: a restarted worker must be connected within two seconds
 RECONNECT_MAX_MS = 500
+_LONGEST_MS = 1 << 30  # zmq takes a C int; after twelve days the loop just polls again
 HANDSHAKE_MS = 5000  # a connection without a handshake in this time is closed
+# Reconnect for ever, and queue nothing while not connected.
+TRYING: Options = {zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL: RECONNECT_MS, zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS}
 
 
 def inbox(context: Context, union: codec.Messages) -> Socket:
     """A PULL for messages of `union`. libzmq disconnects a peer that announces a larger frame before it allocates
     memory for the frame."""
-    socket = plain(context, zmq.PULL)
-    socket.set(zmq.RCVHWM, INBOX_WAITING)
-    socket.set(zmq.MAXMSGSIZE, codec.limit(union))
-    return socket
+    return plain(context, zmq.PULL, {zmq.RCVHWM: INBOX_WAITING, zmq.MAXMSGSIZE: codec.limit(union)})
 
 
 def clients(context: Context, union: codec.Messages) -> Socket:
     """A ROUTER for messages of `union`. It raises an error instead of dropping a reply when the client is gone or its
     queue is full (ROUTER_MANDATORY)."""
-    socket = plain(context, zmq.ROUTER)
-    socket.set(zmq.RCVHWM, SUBMITS_WAITING)
-    socket.set(zmq.SNDHWM, REPLIES_WAITING)
-    socket.set(zmq.MAXMSGSIZE, codec.limit(union))
-    socket.set(zmq.ROUTER_MANDATORY, 1)
-    return socket
+    waiting: Options = {zmq.RCVHWM: SUBMITS_WAITING, zmq.SNDHWM: REPLIES_WAITING}
+    return plain(context, zmq.ROUTER, {**waiting, zmq.MAXMSGSIZE: codec.limit(union), zmq.ROUTER_MANDATORY: 1})
 
 
 def outbox(context: Context) -> Socket:
     """A PUSH to one peer. It queues nothing while the peer is not connected (IMMEDIATE)."""
-    socket = plain(context, zmq.PUSH)
-    socket.set(zmq.SNDHWM, INBOX_WAITING)
-    socket.set(zmq.RCVHWM, 1)  # a PUSH receives nothing; this limits a peer that sends anyway
-    socket.set(zmq.MAXMSGSIZE, 1024)
-    return trying(socket)
+    # A PUSH receives nothing; the limit of 1 is for a peer that sends anyway.
+    return plain(context, zmq.PUSH, {zmq.SNDHWM: INBOX_WAITING, zmq.RCVHWM: 1, zmq.MAXMSGSIZE: 1024, **TRYING})
 
 
 def publisher(context: Context) -> Socket:
     """A PUB. A slow subscriber misses messages."""
-    socket = plain(context, zmq.PUB)
-    socket.set(zmq.SNDHWM, VIEWS_WAITING)
-    socket.set(zmq.RCVHWM, 16)  # a PUB receives only subscriptions
-    socket.set(zmq.MAXMSGSIZE, 1024)
-    return trying(socket)
+    # A PUB receives only subscriptions.
+    return plain(context, zmq.PUB, {zmq.SNDHWM: VIEWS_WAITING, zmq.RCVHWM: 16, zmq.MAXMSGSIZE: 1024, **TRYING})
 
 
 def subscriber(context: Context, union: codec.Messages, *, newest: bool) -> Socket:
     """A SUB to all messages of `union`. `newest`: keep only the newest message. Use it with a single publisher: the
     newest message of one publisher would replace the messages of the others."""
-    socket = plain(context, zmq.SUB)
-    socket.set(zmq.RCVHWM, LOADS_WAITING)
-    socket.set(zmq.SNDHWM, 16)
-    socket.set(zmq.MAXMSGSIZE, codec.limit(union))
-    if newest:
-        socket.set(zmq.CONFLATE, 1)
-    socket.set(zmq.SUBSCRIBE, b"")
-    return trying(socket)
+    waiting: Options = {zmq.RCVHWM: LOADS_WAITING, zmq.SNDHWM: 16, zmq.CONFLATE: int(newest)}
+    return plain(context, zmq.SUB, {**waiting, zmq.MAXMSGSIZE: codec.limit(union), zmq.SUBSCRIBE: b"", **TRYING})
 
 
-def trying(socket: Socket) -> Socket:
-    """Make a socket reconnect for ever, and queue nothing while it is not connected."""
-    socket.set(zmq.IMMEDIATE, 1)
-    socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-    socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    return socket
-
-
-def plain(context: Context, kind: int) -> Socket:
-    """A socket with the options common to all; the caller sets the high-water marks."""
+def plain(context: Context, kind: int, options: Options) -> Socket:
+    """A socket with these options, high-water marks among them, and those common to all."""
     socket = context.socket(kind)
-    socket.set(zmq.LINGER, 0)
-    socket.set(zmq.IPV6, 0)
-    socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    configure(socket, {zmq.LINGER: 0, zmq.IPV6: 0, zmq.HANDSHAKE_IVL: HANDSHAKE_MS, **options})
     return socket
+
+
+def configure(socket: Socket, options: Options) -> None:
+    """Set these options."""
+    for option, value in options.items():
+        socket.set(option, value)
+
+
+def milliseconds(seconds: float | None) -> int | None:
+    """The timeout of a poll; None: no limit."""
+    if seconds is None:
+        return None
+    return min(max(0, math.ceil(seconds * 1000)), _LONGEST_MS)  # rounded up: 0.4 ms must not become a busy loop
 
 
 class Bound:
@@ -106,7 +97,9 @@ class Bound:
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
-            raise NetError(f"{address}: {_why(error)}") from None
+            taken = error.errno == zmq.EADDRINUSE
+            why = "address in use by another process" if taken else f"cannot bind ({str(error.strerror).lower()})"
+            raise NetError(f"{address}: {why}") from None
         endpoint = socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.address = endpoint.rstrip(b"\0").decode()
@@ -117,21 +110,6 @@ class Bound:
         """Remove the socket's file, unless another process has replaced it. Call it after the socket is closed."""
         if self._path is None:
             return
-        try:
+        with suppress(FileNotFoundError):  # libzmq has removed it, the usual case
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
-        except FileNotFoundError:
-            pass  # libzmq has removed it, the usual case
-
-
-def _why(error: zmq.ZMQError) -> str:
-    if error.errno == zmq.EADDRINUSE:
-        return "address in use by another process"
-    return f"cannot bind ({str(error.strerror).lower()})"
-
-
-def monitor_event(monitor: Socket) -> int:
-    """The event of the next message of a socket's monitor: its first two bytes. Raises zmq.Again when there is none.
-
-    zmq.utils.monitor would import asyncio, which takes longer than all of zmq."""
-    return int.from_bytes(monitor.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)

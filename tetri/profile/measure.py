@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from statistics import median
 
-from tetri.engine.base import Engine, EngineRequest, Span, StepDone
+from tetri.engine.base import Engine, EngineRequest, Phase, Span, StepDone
 from tetri.profile.scenes import STEPS, Scene
 from tetri.request import Sampling, blocks_for
 
@@ -144,13 +144,11 @@ class _Bench:
             self.engine.admit(key, TOKEN)
         return keys
 
-    def _add(self, phase: str, length: int, more: int) -> str:
+    def _add(self, phase: Phase, length: int, more: int) -> str:
         self.count += 1
         key = f"{phase}-{self.count}"
         sampling = Sampling(max_tokens=more, ignore_eos=True)
-        self.engine.add(
-            EngineRequest(key, "decode" if phase == "decode" else "prefill", (TOKEN,) * length, length, sampling)
-        )
+        self.engine.add(EngineRequest(key, phase, (TOKEN,) * length, length, sampling))
         return key
 
 

@@ -28,9 +28,10 @@ class Scene:
 def scenes(capacity: Capacity, quick: bool = False) -> list[Scene]:
     """All scenes that fit into `capacity`; with fewer sizes when `quick`."""
     chunk = min(capacity.chunk_tokens, longest_prompt(capacity))
+    lengths = (32, 512) if quick else (32, 512, 2048)
     wanted = [Scene((size,)) for size in sizes(chunk, quick)]
     wanted += [Scene((length,)) for length in _long_prompts(capacity, chunk, quick)]
-    wanted += [Scene((), (length,) * batch) for batch in batches(capacity, quick) for length in _lengths(quick)]
+    wanted += [Scene((), (length,) * batch) for batch in batches(capacity, quick) for length in lengths]
     wanted += _held_out(capacity, chunk, quick)
     return list(dict.fromkeys(scene for scene in wanted if _fits(scene, capacity)))
 
@@ -61,10 +62,6 @@ def batches(capacity: Capacity, quick: bool = False) -> list[int]:
         found.add(batch)
         batch *= 4 if quick else 2
     return sorted(found)
-
-
-def _lengths(quick: bool) -> tuple[int, ...]:
-    return (32, 512) if quick else (32, 512, 2048)
 
 
 def _long_prompts(capacity: Capacity, chunk: int, quick: bool) -> list[int]:

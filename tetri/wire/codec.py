@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cache
 from types import UnionType
-from typing import Any
 
 import msgspec
 
@@ -34,6 +33,7 @@ _LIMITS: dict[Messages, int] = {
 _MAX_REASON = 160  # characters; cut, because a reason quotes the message, which can have megabytes
 
 _encoder = msgspec.msgpack.Encoder()
+_decoder = cache(msgspec.msgpack.Decoder)  # by union
 
 
 class WireError(ValueError):
@@ -73,11 +73,6 @@ def decode(data: bytes | memoryview, union: Messages) -> msgspec.Struct:
         raise WireError("unexpected", _short(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError("unreadable", _short(error)) from None
-
-
-@cache
-def _decoder(union: Messages) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(union)
 
 
 def _short(error: Exception) -> str:

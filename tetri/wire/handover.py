@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from tetri.request import Count, Fingerprint, LengthRange, Name, Record, Sampling
 
 
@@ -24,6 +26,10 @@ class Handle(Record, frozen=True):
     slots: list[Count]
     generations: list[Count]
     block_bytes: Count
+
+    def part(self, first: int, last: int) -> Handle:
+        """Where blocks [first, last) are."""
+        return replace(self, slots=self.slots[first:last], generations=self.generations[first:last])
 
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):

@@ -17,6 +17,7 @@ from tests.kv.parties import PATIENCE_S, World, block
 from tetri.kv.base import Fetched, KVError, KVLost, Wanted
 from tetri.kv.cuda.ipc import open_device_store
 from tetri.kv.cuda.runtime import Device, load
+from tetri.kv.cuda.slab import DeviceSlab
 
 START_S = 60.0  # a CUDA context takes seconds
 
@@ -164,7 +165,8 @@ class _Served:
     def open(self, slots, block_bytes, iid, digest, folder):
         self.device = self.device or self.cuda.device(self.gpu)
         settings = {"digest": digest, "directory": folder, "patience_s": 0.05}
-        self.store = open_device_store(self.device, "test", iid, slots, block_bytes, lambda: "here", **settings)
+        slab = DeviceSlab(self.device, "test", iid, slots, block_bytes, **settings)
+        self.store = open_device_store(slab, "here")
         return self.store.reach
 
     def put(self, blocks, owner):

@@ -12,6 +12,7 @@ from tests.kv.cuda.stand_in import StandIn
 from tests.kv.parties import World
 from tetri.kv.cuda.ipc import open_device_store
 from tetri.kv.cuda.runtime import Device
+from tetri.kv.cuda.slab import DeviceSlab
 
 
 class CudaWorld(World):
@@ -33,7 +34,9 @@ class CudaWorld(World):
     def store(self, iid, wake, slots, block_bytes, digest):
         options = {"patience_s": 0.01, "on_host": self.on_host, "directory": str(self.cards), **self.options}
         device = self.device()
-        made = open_device_store(device, "test", iid, slots, block_bytes, lambda: "here", digest=digest, **options)
+        event_s = options.pop("event_s", 1.0)
+        slab = DeviceSlab(device, "test", iid, slots, block_bytes, digest=digest, **options)
+        made = open_device_store(slab, "here", event_s)
         self.devices[made] = device
         return made
 

@@ -43,10 +43,9 @@ class GpuMemory:
             host = xp.asnumpy(chunk) if any(map(_on_host, buffers)) else None
             for place, buffer in enumerate(buffers):
                 if host is None:
-                    self._sized(buffer, buffer.size)[:] = chunk[place].reshape(-1)
+                    self._sized(buffer)[:] = chunk[place].reshape(-1)
                 else:
-                    target = np.frombuffer(buffer, np.uint8)
-                    self._sized(target, target.size)[:] = host[place].reshape(-1)
+                    self._sized(np.frombuffer(buffer, np.uint8))[:] = host[place].reshape(-1)
 
     def write(self, blocks: Sequence[int], buffers: Sequence[Block]) -> None:
         """Copy a buffer of `block_bytes` into each block. Raises EngineError for another size."""
@@ -54,12 +53,12 @@ class GpuMemory:
         with self._computing() as xp:
             ids = xp.asarray(np.array(blocks, np.int64))
             if any(map(_on_host, buffers)):
-                host = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
-                chunk = xp.asarray(np.concatenate([self._sized(each, each.size) for each in host]))
+                host = [self._sized(np.frombuffer(buffer, np.uint8)) for buffer in buffers]
+                chunk = xp.asarray(np.concatenate(host))
             else:
                 chunk = xp.empty((count, self.block_bytes), xp.uint8)
                 for place, buffer in enumerate(buffers):
-                    chunk[place] = self._sized(buffer, buffer.size)
+                    chunk[place] = self._sized(buffer)
             rows = chunk.reshape(count, self.layers, self.layer_bytes)
             for layer, cache in enumerate(self.caches):
                 cache[ids] = rows[:, layer].reshape(count, *cache.shape[1:])
@@ -75,9 +74,9 @@ class GpuMemory:
             raise ValueError(f"{len(blocks)} blocks and {len(buffers)} buffers")
         return len(blocks)
 
-    def _sized(self, buffer: Any, size: int) -> Any:
-        if size != self.block_bytes:
-            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {size}")
+    def _sized(self, buffer: Any) -> Any:
+        if buffer.size != self.block_bytes:
+            raise EngineError(f"a KV block has {self.block_bytes} bytes, the buffer has {buffer.size}")
         return buffer
 
     def close(self) -> None:

@@ -24,7 +24,9 @@ class HostMemory:
     def read(self, blocks: Sequence[int], buffers: Sequence[memoryview]) -> None:
         """Copy each block into a writable buffer of `block_bytes`. Raises EngineError for another size."""
         for block, buffer in zip(blocks, buffers, strict=True):
-            target = self._layers_of(buffer)
+            target = np.frombuffer(buffer, np.uint8)
+            self._check(target.size)
+            target = target.reshape(self.layers, self.layer_bytes)
             for layer, cache in enumerate(self.caches):
                 target[layer] = cache[block]
 
@@ -51,11 +53,6 @@ class HostMemory:
     def close(self) -> None:
         """Release the tensors."""
         self.caches.clear()
-
-    def _layers_of(self, buffer: memoryview) -> np.ndarray:
-        flat = np.frombuffer(buffer, dtype=np.uint8)
-        self._check(flat.size)
-        return flat.reshape(self.layers, self.layer_bytes)
 
     def _check(self, size: int) -> None:
         if size != self.block_bytes:

@@ -42,17 +42,14 @@ def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
     A counter-based hash, not a generator: the noise of a token depends neither on the other candidates nor on the
     version of torch. It uses 32-bit integers in place, because it runs over the whole vocabulary for every token.
     """
-    bits = ids ^ _signed32(stream_key(seed, position))
+    key = stream_key(seed, position)
+    bits = ids ^ (key - (1 << 32) if key >= 1 << 31 else key)  # as a signed number
     for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier)
     bits.bitwise_xor_((bits >> 15).bitwise_and_((1 << 17) - 1)).bitwise_and_(0x7FFFFFFF)
     # u in (0, 1). -log1p(-u) is precise for small u, which gives the largest noise and so the likely winners.
     u = bits.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()
-
-
-def _signed32(value: int) -> int:
-    return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, sampling: Sampling) -> None:

@@ -120,9 +120,7 @@ def _requests() -> dict[str, Any]:
     return {
         "scheduler_cls": "tetri.engine.vllm.scheduler.PlanScheduler",
         "kv_transfer_config": KVTransferConfig(
-            kv_connector="BlockConnector",
-            kv_connector_module_path="tetri.engine.vllm.connector",
-            kv_role="kv_both",
+            kv_connector="BlockConnector", kv_connector_module_path="tetri.engine.vllm.connector", kv_role="kv_both"
         ),
     }
 
@@ -239,23 +237,27 @@ def _instruction_set(config: Any) -> str:
     """The instruction set of the CPU attention backend, which determines the layout of K and V inside a block."""
     import torch
 
-    layers = config.compilation_config.static_forward_context.values()
-    chosen = {layer.isa for layer in layers if hasattr(layer, "isa")}
-    if len(chosen) != 1:
-        raise EngineError(f"unsupported KV layout: attention layers with instruction sets {sorted(chosen)}")
-    return f"{chosen.pop()}/{torch.backends.cpu.get_cpu_capability()}"
+    isa = _same_for_all(config, "isa", "instruction sets")
+    return f"{isa}/{torch.backends.cpu.get_cpu_capability()}"
 
 
 def _gpu_attention(config: Any) -> str:
     """The attention backend, which determines the KV layout, and the GPU's compute capability."""
     import torch
 
-    layers = config.compilation_config.static_forward_context.values()
-    chosen = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
-    if len(chosen) != 1:
-        raise EngineError(f"unsupported KV layout: attention layers with backends {sorted(chosen)}")
+    backend = _same_for_all(config, "attn_backend", "backends")
     major, minor = torch.cuda.get_device_capability()
-    return f"{chosen.pop()}/sm{major}{minor}"
+    return f"{backend}/sm{major}{minor}"
+
+
+def _same_for_all(config: Any, attribute: str, what: str) -> str:
+    """This attribute of the attention layers. Raises EngineError unless all have the same."""
+    layers = config.compilation_config.static_forward_context.values()
+    found = [getattr(layer, attribute) for layer in layers if hasattr(layer, attribute)]
+    chosen = {each.get_name() if hasattr(each, "get_name") else each for each in found}
+    if len(chosen) != 1:
+        raise EngineError(f"unsupported KV layout: attention layers with {what} {sorted(chosen)}")
+    return chosen.pop()
 
 
 def stop_ids(config: Any) -> tuple[int, ...]:

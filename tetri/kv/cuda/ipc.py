@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from tetri.kv.base import Fetched, KVError, KVForeign, KVLost, Wanted
+from tetri.kv.base import Block, Fetched, KVError, KVForeign, KVLost, Wanted
 from tetri.kv.cuda.runtime import Device
-from tetri.kv.cuda.slab import DIRECTORY, TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
+from tetri.kv.cuda.slab import TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
 from tetri.kv.lease import lease, wanted_back
+from tetri.kv.mapped import MappingReader
 from tetri.kv.segment import Mapping, attach
 from tetri.kv.store import Store
 from tetri.request import Reach
@@ -38,74 +39,38 @@ class OpenedSlab:
     events: dict[bytes, int] = field(default_factory=dict)
 
 
-class CudaReader:
+class CudaReader(MappingReader[OpenedSlab]):
     """Reader of the path `cuda_ipc`. `own`: name of this worker's slab, which CUDA cannot open in its own process.
     `event_s`: seconds that a sender's gather may take."""
 
     def __init__(
-        self,
-        device: Device,
-        deployment: str,
-        own: str,
-        staging: DeviceStaging,
-        *,
-        directory: str = DIRECTORY,
-        event_s: float = 1.0,
+        self, device: Device, deployment: str, own: str, staging: DeviceStaging, directory: str, event_s: float
     ) -> None:
+        super().__init__()
         self._device, self._deployment, self._own, self._staging = device, deployment, own, staging
         self._directory, self._event_s = directory, event_s
-        self._reaches: dict[str, Reach] = {}  # by peer
-        self._opened: dict[str, OpenedSlab] = {}  # by peer
         self._look_at = 0.0
 
-    def meet(self, peer: str, reach: Reach) -> None:
-        known = self._reaches.get(peer)
-        if known is None or known.segment != reach.segment:
-            self.part(peer)
-            self._reaches[peer] = reach
-
-    def part(self, peer: str) -> None:
-        self._reaches.pop(peer, None)
-        self._close(peer)
-
-    def _close(self, peer: str) -> None:
-        opened = self._opened.pop(peer, None)
-        if opened is None:
-            return
+    def unmap(self, opened: OpenedSlab) -> None:
         for event in opened.events.values():
             self._device.drop_event(event)
         self._device.runtime.ipcCloseMemHandle(opened.memory.base)
         opened.metadata.close()
         os.close(opened.descriptor)  # last: closing ends the lease, and the owner may then free the memory
 
-    def fetch(self, wanted: Wanted) -> Fetched:
-        """Blocks until the copy is done."""
-        try:
-            opened = self._open(wanted)
-            follow = partial(self._follow, opened)
-            return Fetched(wanted.ticket, self._staging.fetch(opened.memory, wanted.handle, wanted.digest, follow))
-        except KVError as problem:
-            return Fetched(wanted.ticket, problem=problem)
-
-    def _open(self, wanted: Wanted) -> OpenedSlab:
-        reach = self._reaches.get(wanted.peer)
-        if reach is None:
-            raise KVLost(f"no peer {wanted.peer} is known here")
-        name, asked = reach.segment, wanted.handle.segment
+    def copy(self, wanted: Wanted) -> list[Block]:
+        name, asked = self.reach(wanted.peer).segment, wanted.handle.segment
         if name != asked:
             raise KVForeign(f"the slab of {wanted.peer} is {name}, the handle is of {asked[:80]!r}")
         if name == self._own:
             raise KVForeign(f"{name} is this worker's own: it is read over the path local")
-        opened = self._opened.get(wanted.peer)
-        if opened is None:
-            opened = self._opened[wanted.peer] = self._map(reach)
+        opened = self.opened(wanted.peer)
         if wanted_back(opened.descriptor):
-            self._close(wanted.peer)
+            self.shut(wanted.peer)
             raise KVLost(f"{name}: its owner has closed it, or has ended")
-        return opened
+        return self._staging.fetch(opened.memory, wanted.handle, wanted.digest, partial(self._follow, opened))
 
-    def _map(self, reach: Reach) -> OpenedSlab:
-        """Open a peer's slab. Raises KVLost."""
+    def map(self, reach: Reach) -> OpenedSlab:
         device, name, ticket = self._device, reach.segment, reach.tickets.get(PATH, b"")
         if reach.device not in (device.uuid, *device.near):
             raise KVLost(f"{name} is on {reach.device[:80]!r}, which {device.uuid} has no peer access to")
@@ -148,55 +113,29 @@ class CudaReader:
         if now >= self._look_at:
             self._look_at = now + _BACK_S
             for peer in [peer for peer, opened in self._opened.items() if wanted_back(opened.descriptor)]:
-                self._close(peer)
+                self.shut(peer)
         return ()
 
     def close(self) -> None:
         """Close all slabs and free the staging memory."""
-        for peer in list(self._reaches):
-            self.part(peer)
+        super().close()
         self._staging.close()
 
 
-def open_device_store(
-    device: Device,
-    deployment: str,
-    iid: str,
-    slots: int,
-    block_bytes: int,
-    host: Callable[[], str],
-    *,
-    digest: bool = True,
-    on_host: bool = False,
-    expected_blocks: int = 0,
-    directory: str = DIRECTORY,
-    patience_s: float = 2.0,
-    event_s: float = 1.0,
-) -> Store:
-    """A worker's store in GPU memory, with `cuda_ipc` as its only path. `host()` names the machine, for Reach. Raises
-    KVError when memory is too small."""
-    slab = DeviceSlab(
-        device,
-        deployment,
-        iid,
-        slots,
-        block_bytes,
-        digest=digest,
-        on_host=on_host,
-        expected_blocks=expected_blocks,
-        directory=directory,
-        patience_s=patience_s,
-    )
+def open_device_store(slab: DeviceSlab, host: str, event_s: float = 1.0) -> Store:
+    """A worker's store of `slab`, with `cuda_ipc` as its only path. `host` names the machine, for Reach. Raises
+    KVError, and closes the slab, when memory is too small."""
+    device = slab.device
     try:
-        staging = DeviceStaging(device, expected_blocks * block_bytes, on_host)
+        staging = DeviceStaging(device, slab.expected_bytes, slab.on_host)
     except KVError:
         slab.close()
         raise
     name = slab.segment.name
-    reader = CudaReader(device, deployment, name, staging, directory=directory, event_s=event_s)
+    reader = CudaReader(device, slab.deployment, name, staging, slab.directory, event_s)
     reach = Reach(
         paths=[PATH],
-        host=host(),
+        host=host,
         process=os.getpid(),
         segment=name,
         device=device.uuid,

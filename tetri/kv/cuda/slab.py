@@ -16,15 +16,13 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from xxhash import xxh3_64
-
-from tetri.kv.base import Block, Fetched, KVCorrupt, KVError, KVForeign, Wanted, Write
+from tetri.kv.base import Block, KVError, Wanted, Write
 from tetri.kv.cuda.runtime import HANDLE_BYTES, Buffer, Device
 from tetri.kv.lease import all_fallen
+from tetri.kv.mapped import CopyingReader
 from tetri.kv.segment import create
-from tetri.kv.slab import HostSlab, Segment, digest_of, shape_problem
-from tetri.kv.staging import check_generations
-from tetri.request import Reach
+from tetri.kv.slab import HostSlab, Segment, digest_of
+from tetri.kv.staging import check_digest, check_generations, check_handle
 from tetri.wire.handover import Handle
 
 TICKET = struct.Struct(f"=QQ{HANDLE_BYTES}s")  # slots, bytes of a block, the memory's IPC handle
@@ -63,7 +61,8 @@ class DeviceSlab(HostSlab):
         directory: str = DIRECTORY,
         patience_s: float = 2.0,
     ) -> None:
-        self._device, self._on_host, self._patience_s = device, on_host, patience_s
+        self.device, self.on_host, self.deployment, self.directory = device, on_host, deployment, directory
+        self.expected_bytes, self._patience_s = expected_blocks * block_bytes, patience_s
         self._events: list[int] = []
         self._metadata = create(directory, deployment, iid, slots, HANDLE_BYTES)
         self._path = os.path.join(directory, self._metadata.segment.name)
@@ -78,25 +77,25 @@ class DeviceSlab(HostSlab):
         self._records = [device.runtime.ipcGetEventHandle(event) for event in self._events]
         own = replace(self._metadata.segment, block_bytes=block_bytes, blocks=memoryview(b""))
         self.memory = DeviceSegment(own, base)
-        self._pinned = Buffer(device, expected_blocks * block_bytes, "a chunk that leaves", pinned=True)
+        self._pinned = Buffer(device, self.expected_bytes, "a chunk that leaves", pinned=True)
         self.ticket = TICKET.pack(slots, block_bytes, device.runtime.ipcGetMemHandle(base))
         super().__init__(own, digest)
 
     def _fill(self, slots: Sequence[int], write: Write) -> int | None:
         """Gather the blocks and record the event. A digest needs a synchronous copy to the host."""
-        device, size = self._device, self.segment.block_bytes
-        hosted = self._on_host or self._digest
+        device, size = self.device, self.segment.block_bytes
+        hosted = self.on_host or self._digest
         if hosted:
             self._pinned.fit(len(slots) * size)
         views = [self._pinned.view(place * size, size) for place in range(len(slots))] if hosted else []
-        if self._on_host:
+        if self.on_host:
             write(views)
             for place, slot in enumerate(slots):
                 device.copy(self.memory.at(slot), self._pinned.pointer + place * size, size)
         else:
             write([device.array(self.memory.at(slot), size) for slot in slots])
         self._written(slots)
-        if self._digest and not self._on_host:
+        if self._digest and not self.on_host:
             for place, slot in enumerate(slots):
                 device.copy(self._pinned.pointer + place * size, self.memory.at(slot), size)
         if hosted:
@@ -107,7 +106,7 @@ class DeviceSlab(HostSlab):
         """Record one event for the KV chunk and publish its handle for each of the chunk's slots."""
         if slots:
             chosen = slots[0] % len(self._events)
-            self._device.record(self._events[chosen])
+            self.device.record(self._events[chosen])
             for slot in slots:
                 self._metadata.segment.block(slot)[:] = self._records[chosen]
 
@@ -120,12 +119,12 @@ class DeviceSlab(HostSlab):
         for slot in range(self.slots):
             self.segment.generations[slot] += 1
         os.unlink(self._path)
-        self._device.wait()
+        self.device.wait()
         self._pinned.close()
         if all_fallen(self._metadata.descriptor, self._patience_s):
             for event in self._events:
-                self._device.drop_event(event)
-            self._device.release(self.memory.base)
+                self.device.drop_event(event)
+            self.device.release(self.memory.base)
         else:
             message = "%s is still open in another process after %.1f s: the GPU's memory comes back when this one ends"
             logging.getLogger("tetri").warning(message, self.segment.name, self._patience_s)
@@ -148,10 +147,7 @@ class DeviceStaging:
         """Copy the blocks of `handle` out of `source`. `follow(slot)` makes the stream wait until the owner has written
         the chunk with that slot. Raises KVForeign, KVLost or KVCorrupt."""
         metadata, count = source.metadata, len(handle.slots)
-        problem = shape_problem(metadata, handle)
-        if problem is not None:
-            raise KVForeign(f"{metadata.name}: {problem}")
-        check_generations(metadata, handle)
+        check_handle(metadata, handle)
         size, device, hosted = metadata.block_bytes, self._device, self._on_host or digest is not None
         self._copies.fit(count * size)
         if hosted:
@@ -165,9 +161,7 @@ class DeviceStaging:
         device.wait()
         check_generations(metadata, handle)
         if digest is not None:
-            copied = xxh3_64(self._pinned.view(0, count * size)).intdigest()
-            if copied != digest:
-                raise KVCorrupt(f"{metadata.name}: digest {copied:016x}, announced {digest:016x}")
+            check_digest(metadata.name, digest_of([self._pinned.view(0, count * size)]), digest)
         views = self._pinned if self._on_host else self._copies
         return [views.view(place * size, size) for place in range(count)]
 
@@ -177,27 +171,13 @@ class DeviceStaging:
         self._pinned.close()
 
 
-class HomeReader:
+class HomeReader(CopyingReader):
     """Reads the worker's own slab, for a worker that decodes what it prefilled. It needs no event, because all work is
-    on one stream; and CUDA cannot open an IPC handle in the process that made it."""
+    on one stream; and CUDA cannot open an IPC handle in the process that made it. CudaReader owns and closes the
+    staging memory."""
 
     def __init__(self, slab: DeviceSlab, staging: DeviceStaging) -> None:
         self._slab, self._staging = slab, staging
 
-    def meet(self, peer: str, reach: Reach) -> None:
-        """Does nothing: the slab is this process's own."""
-
-    def part(self, peer: str) -> None:
-        """Does nothing."""
-
-    def fetch(self, wanted: Wanted) -> Fetched:
-        try:
-            return Fetched(wanted.ticket, self._staging.fetch(self._slab.memory, wanted.handle, wanted.digest))
-        except KVError as problem:
-            return Fetched(wanted.ticket, problem=problem)
-
-    def fetched(self) -> tuple[Fetched, ...]:
-        return ()
-
-    def close(self) -> None:
-        """Does nothing: CudaReader owns the staging memory and closes it."""
+    def copy(self, wanted: Wanted) -> list[Block]:
+        return self._staging.fetch(self._slab.memory, wanted.handle, wanted.digest)

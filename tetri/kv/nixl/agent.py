@@ -10,16 +10,16 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
-import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tetri.kv.base import KVError, KVLost
+from tetri.kv.staging import populated
 
 Span = tuple[int, int]  # address, bytes
 _WHEELS = ("nixl_cu12", "nixl_cu13")
@@ -95,10 +95,8 @@ class Agent:
         config.useProgThread, config.pthrDelay = True, _PROGRESS_US
         config.useListenThread, config.captureTelemetry = False, False
         config.syncMode = nixl.NIXL_THREAD_SYNC_NONE
-        with (
-            self._explained("cannot start its backend UCX"),
-            _defaults({} if everywhere else {"UCX_NET_DEVICES": "lo"}),
-        ):
+        devices = {} if everywhere else {"UCX_NET_DEVICES": "lo"}
+        with self._explained("cannot start its backend UCX"), _defaults(devices):
             self._agent = nixl.nixlAgent(name, config)
             self._backends = [self._agent.createBackend("UCX", {})]
 
@@ -111,8 +109,7 @@ class Agent:
 
     def allocate(self, size: int) -> Region:
         """Allocate and register `size` bytes, with all pages populated."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        return self.register(memoryview(mmap.mmap(-1, max(size, 1), flags=flags)))
+        return self.register(populated(size))
 
     def register(self, view: memoryview) -> Region:
         """Register memory. `view` must stay valid until `unregister` or `close`. Raises PeerUnreachable."""
@@ -143,10 +140,8 @@ class Agent:
 
     def part(self, name: str) -> None:
         """Remove a peer's agent. Call it only when no read from it is in flight: such a read continues to write."""
-        try:
+        with suppress(*self._errors):  # never added, or removed by nixl
             self._agent.invalidateRemoteMD(name)
-        except self._errors:
-            pass  # never added, or removed by nixl
 
     def read(self, name: str, into: Sequence[Span], what: Sequence[Span]) -> int:
         """Start a read; returns its handle for `ended` and `release`. Raises PeerUnreachable."""

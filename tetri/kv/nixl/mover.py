@@ -16,13 +16,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from xxhash import xxh3_64
-
-from tetri.kv.base import Fetched, KVCorrupt, KVError, KVLost, Wanted
+from tetri.kv.base import Fetched, KVError, KVLost, Wanted
 from tetri.kv.nixl.agent import Agent, PeerUnreachable, Region, Span
+from tetri.kv.slab import digest_of
+from tetri.kv.staging import check_digest, compare_generations
 
 TIMEOUT_S = 10.0  # for the reads of one chunk, and before that for memory to read into
 MOST_AREAS = 8  # receive buffers: chunks in flight or not yet adopted
@@ -111,15 +112,13 @@ class Mover(threading.Thread):
             self._serve()
         except Exception as mistake:
             traceback.print_exc()
+            why = KVLost(f"the thread that reads by nixl has failed: {mistake!r}")
             while self._running:
-                self._end(KVLost(f"the thread that reads by nixl has failed: {mistake!r}"))
+                moves, self._moving = [*self._waiting, *self._moving], []
+                self._waiting.clear()
+                for move in moves:
+                    self._answer(Fetched(move.wanted.ticket, problem=why), None)
                 self._receive(None)
-
-    def _end(self, why: KVLost) -> None:
-        moves, self._moving = [*self._waiting, *self._moving], []
-        self._waiting.clear()
-        for move in moves:
-            self._answer(Fetched(move.wanted.ticket, problem=why), None)
 
     def _serve(self) -> None:
         pause = _FIRST_PAUSE_S
@@ -223,19 +222,15 @@ class Mover(threading.Thread):
         )
         yield generations
         self._check(move, area)
-        digest = move.wanted.digest
-        copied = xxh3_64(area.view[: count * size]).intdigest() if digest is not None else None
-        if copied is not None and digest is not None and copied != digest:
-            raise KVCorrupt(f"{source.name}: digest {copied:016x}, announced {digest:016x}")
+        if move.wanted.digest is not None:
+            check_digest(source.name, digest_of([area.view[: count * size]]), move.wanted.digest)
 
     @staticmethod
     def _check(move: Move, area: Region) -> None:
         handle = move.wanted.handle
         count = len(handle.slots)
         present = struct.unpack_from(f"={count}Q", area.view, count * handle.block_bytes)
-        for slot, generation, wanted in zip(handle.slots, present, handle.generations, strict=True):
-            if generation != wanted:
-                raise KVLost(f"{move.source.name}: slot {slot} is in generation {generation}, not {wanted}")
+        compare_generations(move.source.name, handle, present)
 
     def _release(self, move: Move) -> None:
         if move.read is not None:
@@ -266,11 +261,9 @@ class Mover(threading.Thread):
 
     def _over(self, move: Move) -> bool:
         """Whether a hanging read has ended at last; releases it."""
-        try:
+        with suppress(PeerUnreachable):  # the connection has ended, so nothing writes any more
             if move.read is not None and not self._agent.ended(move.read):
                 return False
-        except PeerUnreachable:
-            pass  # the connection has ended, so nothing writes any more
         self._release(move)
         return True
 

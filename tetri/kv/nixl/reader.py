@@ -96,28 +96,24 @@ class NixlReader:
             self._mover.part(known[1].name)
 
     def fetch(self, wanted: Wanted) -> Fetched | None:
-        problem = self._problem(wanted)
-        if problem is not None:
-            return Fetched(wanted.ticket, problem=problem)
+        source = self._source(wanted)
+        if isinstance(source, KVError):
+            return Fetched(wanted.ticket, problem=source)
         if not wanted.handle.slots:
             right = wanted.digest in (None, xxh3_64().intdigest())
             wrong = KVCorrupt(f"no blocks, but a digest of {wanted.digest}")
             return Fetched(wanted.ticket, problem=None if right else wrong)
-        known = self._peers[wanted.peer]
-        assert isinstance(known, tuple)
-        self._mover.fetch(wanted, known[1])
+        self._mover.fetch(wanted, source)
         return None
 
-    def _problem(self, wanted: Wanted) -> KVError | None:
-        known = self._peers.get(wanted.peer)
-        if known is None:
-            return KVLost(f"no peer {wanted.peer} is known here")
+    def _source(self, wanted: Wanted) -> Source | KVError:
+        """The slab to read, or why it cannot be read."""
+        known = self._peers.get(wanted.peer, KVLost(f"no peer {wanted.peer} is known here"))
         if isinstance(known, KVLost):
             return known
-        why = shape_problem(known[0], wanted.handle)
-        if why is not None:
-            return KVForeign(f"{known[0].name}: {why}")
-        return None
+        shape, source = known
+        why = shape_problem(shape, wanted.handle)
+        return source if why is None else KVForeign(f"{shape.name}: {why}")
 
     def fetched(self) -> Iterable[Fetched]:
         while self._answers:

@@ -183,11 +183,7 @@ class Fetching:
     def _fetch(self, peer: Peer, fetch: ChunkFetch) -> Fetch:
         peer.granted = max(peer.granted, peer.consumed + self.credit)
         return Fetch(
-            number=fetch.number,
-            lane=fetch.lane,
-            handle=fetch.wanted.handle,
-            start=fetch.at,
-            credit=peer.granted,
+            number=fetch.number, lane=fetch.lane, handle=fetch.wanted.handle, start=fetch.at, credit=peer.granted
         )
 
     def up(self, name: str, now: float) -> list[Fetch]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from threading import Thread
 
 from tetri.kv.base import KVError, KVLost, Wanted
 from tetri.kv.stream.fetch import ChunkFetch, Fetching
-from tetri.net.bulk import BulkLink, Waker, Watch
+from tetri.kv.stream.thread import Crashed, SlabThread
+from tetri.net.bulk import BulkLink
 from tetri.net.errors import NetError
 from tetri.net.keys import Key
 from tetri.net.sockets import Context
@@ -25,53 +25,27 @@ Command = Callable[[], None]
 Answer = Callable[[Wanted, ChunkFetch | None, KVError | None], None]
 
 
-class SlabReader:
-    """The thread `kv-read`. Other threads may call `start`, `do` and `close` only.
+class SlabReader(SlabThread):
+    """The thread `kv-read`. Other threads may call `start`, `do` and `close` only. `answer` is called once for each
+    fetch; pass a ChunkFetch that it gets to `used`."""
 
-    `answer` is called once for each fetch; pass a ChunkFetch that it gets to `used`. `crashed` is called with the
-    exception that ended the thread, if one did."""
-
-    def __init__(
-        self,
-        context: Context,
-        fetching: Fetching,
-        key: Key | None,
-        answer: Answer,
-        crashed: Callable[[BaseException], None],
-        log: logging.Logger,
-    ) -> None:
-        self.counters: Counter[str] = Counter()
-        self._context, self._fetching, self._key, self._log = context, fetching, key, log
-        self._answer, self._crashed = answer, crashed
+    def __init__(self, context: Context, fetching: Fetching, key: Key | None, answer: Answer, crashed: Crashed) -> None:
+        super().__init__("kv-read", crashed)
+        self._context, self._fetching, self._key, self._answer = context, fetching, key, answer
         self._addresses: dict[str, str] = {}  # by peer
         self._links: dict[str, BulkLink] = {}
         self._again: dict[str, float] = {}  # by peer: time of the next attempt to connect
         self._tries: dict[str, int] = {}  # by peer: attempts to connect since the last piece
         self._commands: deque[Command] = deque()
-        self._waker = Waker()
-        self._watch = Watch(self._waker)
-        self._ending = False
-        self._thread = Thread(target=self._run, name="kv-read", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     def do(self, command: Command) -> None:
         """Run `command` in the thread. Callable from any thread."""
         self._commands.append(command)
         self._waker.ring()
 
-    def close(self) -> None:
-        """End the thread. Fetches in flight get no answer. A second call does nothing."""
-        if not self._ending:
-            self._ending = True
-            self._waker.ring()
-            if self._thread.ident is not None:
-                self._thread.join()
-            for link in self._links.values():
-                link.close()
-            self._waker.close()
+    def release(self) -> None:
+        for link in self._links.values():
+            link.close()
 
     # ------------------------------------------------------------ commands, in the thread
 
@@ -103,25 +77,19 @@ class SlabReader:
 
     # ------------------------------------------------------------ the thread
 
-    def _run(self) -> None:
-        try:
-            while not self._ending:
-                ready = set(self._watch.wait(self._timeout()))
-                self._waker.hush()
-                while self._commands:
-                    self._commands.popleft()()
-                for name, link in list(self._links.items()):
-                    if link.monitor in ready or link.socket in ready:
-                        self._look(name, link)
-                self._time(time.monotonic())
-                self._ask()
-        except BaseException as error:
-            self._crashed(error)
+    def turn(self, ready: list[object]) -> None:
+        while self._commands:
+            self._commands.popleft()()
+        for name, link in list(self._links.items()):
+            if link.monitor in ready or link.socket in ready:
+                self._look(name, link)
+        self._time(time.monotonic())
+        for name, fetch in self._fetching.start(time.monotonic()):
+            self._send(name, codec.encode(fetch))
 
-    def _timeout(self) -> float | None:
+    def timeout(self) -> float | None:
         times = [self._again[name] for name in self._again if name not in self._links]
-        deadline = self._fetching.deadline()
-        if deadline is not None:
+        if (deadline := self._fetching.deadline()) is not None:
             times.append(deadline)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
@@ -136,10 +104,6 @@ class SlabReader:
                 self._again.pop(name, None)
             elif name not in self._links and now >= self._again.get(name, 0.0):
                 self._open(name, now)
-
-    def _ask(self) -> None:
-        for name, fetch in self._fetching.start(time.monotonic()):
-            self._send(name, codec.encode(fetch))
 
     def _send(self, name: str, frame: bytes) -> None:
         link = self._links.get(name)

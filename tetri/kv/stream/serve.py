@@ -186,12 +186,7 @@ def spans(handle: Handle, start: int, stop: int) -> Iterator[tuple[int, int]]:
 def _touched(handle: Handle, start: int, stop: int) -> Handle:
     size = handle.block_bytes
     first, last = (start // size, -(-stop // size)) if stop > start else (0, 0)
-    return Handle(
-        segment=handle.segment,
-        slots=handle.slots[first:last],
-        generations=handle.generations[first:last],
-        block_bytes=size,
-    )
+    return handle.part(first, last)
 
 
 def _gone(number: int, reason: str) -> Gone:

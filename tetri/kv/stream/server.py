@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
 from functools import partial
-from threading import Thread
 from typing import Any
 
 from tetri.kv.slab import HostSlab, shape_problem
 from tetri.kv.stream.serve import Due, Serving, spans
-from tetri.net.bulk import BulkServer, Waker, Watch
-from tetri.net.keys import Key, ZapHandler
+from tetri.kv.stream.thread import Crashed, SlabThread, Wake
+from tetri.net.bulk import BulkServer
+from tetri.net.keys import Key
 from tetri.net.sockets import Context
 from tetri.wire import codec
 from tetri.wire.bulk import Alive, BulkRequest, Piece
@@ -24,72 +22,35 @@ _MOST_READ = 256  # messages read between two rounds of sending
 _ALIVE = codec.encode(Alive())
 
 
-class SlabServer:
-    """The thread `kv-serve`. Other threads may call `start` and `close` only. `wake` is called when libzmq has released
-    a slot that is now free; `crashed` with the exception that ended the thread, if one did."""
+class SlabServer(SlabThread):
+    """The thread `kv-serve`. `wake` is called when libzmq has released a slot that is now free."""
 
     def __init__(
-        self,
-        context: Context,
-        slab: HostSlab,
-        address: str,
-        key: Key | None,
-        wake: Callable[[], None],
-        crashed: Callable[[BaseException], None],
-        log: logging.Logger,
+        self, context: Context, slab: HostSlab, address: str, key: Key | None, wake: Wake, crashed: Crashed
     ) -> None:
         """Raises NetError."""
-        self.counters: Counter[str] = Counter()
-        self._slab, self._wake, self._crashed, self._log = slab, wake, crashed, log
-        self._serving = Serving(partial(shape_problem, slab.segment))
-        self._zap_handler = None if key is None else ZapHandler(context, key)
-        try:
-            self._server = BulkServer(context, address, key)
-        except BaseException:
-            if self._zap_handler is not None:
-                self._zap_handler.close()
-            raise
+        self._server = BulkServer(context, address, key)
+        super().__init__("kv-serve", crashed)
+        self._watch.add(*self._server.watched)
         self.address = self._server.address
-        self._waker = Waker()
-        self._ending = False
+        self._slab, self._wake = slab, wake
+        self._serving = Serving(partial(shape_problem, slab.segment))
         # Views of the slab that libzmq still uses, and the handles of their slots.
         self._held: dict[int, tuple[weakref.ref[memoryview], Handle]] = {}
         self._released: deque[int] = deque()
-        self._thread = Thread(target=self._run, name="kv-serve", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+    def timeout(self) -> float | None:
+        return LET_GO_S if self._held else None
 
-    def close(self) -> None:
-        """End the thread and drop all fetches. A second call does nothing."""
-        if not self._ending:
-            self._ending = True
-            self._waker.ring()
-            if self._thread.ident is not None:
-                self._thread.join()
-            self._server.close()
-            if self._zap_handler is not None:
-                self._zap_handler.close()
-            self._waker.close()
+    def turn(self, ready: list[object]) -> None:
+        self._let_go()
+        self._server.admit()
+        self._read()
+        while (due := self._serving.next()) is not None:
+            self._send(due)
 
-    def _run(self) -> None:
-        try:
-            watch = Watch(self._waker)
-            watch.add(self._server.socket)
-            if self._zap_handler is not None:
-                watch.add(self._zap_handler.socket)
-            while not self._ending:
-                watch.wait(LET_GO_S if self._held else None)
-                self._waker.hush()
-                self._let_go()
-                if self._zap_handler is not None:
-                    self._zap_handler.answer()
-                self._read()
-                while (due := self._serving.next()) is not None:
-                    self._send(due)
-        except BaseException as error:
-            self._crashed(error)
+    def release(self) -> None:
+        self._server.close()
 
     def _read(self) -> None:
         for _ in range(_MOST_READ):
@@ -139,8 +100,10 @@ class SlabServer:
     def _payload(self, due: Due) -> bytes | memoryview:
         """The piece's bytes: a view of the slab, whose slots are released with the last reference to the view; or a
         copy, with the slots released already."""
-        blocks = self._slab.segment.blocks
-        parts = [blocks[first : first + size] for first, size in spans(due.slots, *_inside(due))]
+        blocks, handle = self._slab.segment.blocks, due.slots
+        start = due.start % handle.block_bytes if handle.slots else 0  # in the bytes of the blocks that it touches
+        inside = spans(handle, start, start + due.stop - due.start)
+        parts = [blocks[first : first + size] for first, size in inside]
         if len(parts) != 1:
             copy = b"".join(parts)
             self._slab.let_go(due.slots)
@@ -162,10 +125,3 @@ class SlabServer:
             self._slab.let_go(self._held.pop(self._released.popleft())[1])
         if self._slab.free_slots > free:
             self._wake()
-
-
-def _inside(due: Due) -> tuple[int, int]:
-    """Start and stop of the piece, in bytes of the blocks that it touches."""
-    size = due.slots.block_bytes
-    start = due.start % size if due.slots.slots else 0
-    return start, start + due.stop - due.start

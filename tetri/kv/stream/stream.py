@@ -3,9 +3,8 @@ server and gets pieces of at most 1 MB, over ZeroMQ and TCP (docs/protocol.md, s
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from tetri.kv.slab import HostSlab
 from tetri.kv.stream.fetch import ChunkFetch, Fetching, StreamPatience
 from tetri.kv.stream.reader import SlabReader
 from tetri.kv.stream.server import SlabServer
+from tetri.kv.stream.thread import Wake
 from tetri.net import keys
 from tetri.net.bulk import context
 from tetri.net.errors import NetError
@@ -44,7 +44,7 @@ class StreamSettings:
     patience: StreamPatience = StreamPatience()
 
 
-def open_stream(store: StoreSettings, slab: HostSlab, usual: int, wake: Callable[[], None]) -> StreamReader:
+def open_stream(store: StoreSettings, slab: HostSlab, usual: int, wake: Wake) -> StreamReader:
     """A StreamReader from a worker's settings. `usual`: expected bytes of a KV chunk. Raises KVError."""
     settings = StreamSettings(
         address=store.address or ANYWHERE_HERE, announce=store.announce, key=store.key, buffer=store.buffer, usual=usual
@@ -55,9 +55,8 @@ def open_stream(store: StoreSettings, slab: HostSlab, usual: int, wake: Callable
 class StreamReader:
     """Serves `slab` to peers and reads their slabs (implements `Reader` of base.py). `address` goes into Reach."""
 
-    def __init__(self, slab: HostSlab, settings: StreamSettings, wake: Callable[[], None]) -> None:
+    def __init__(self, slab: HostSlab, settings: StreamSettings, wake: Wake) -> None:
         """Raises KVError when the address or the key cannot be used."""
-        log = logging.getLogger("tetri.kv")
         self._wake = wake
         self._done: deque[tuple[Fetched, ChunkFetch | None]] = deque()
         self._lent: ChunkFetch | None = None
@@ -65,7 +64,7 @@ class StreamReader:
         self._context = context()
         try:
             key = keys.load(settings.key) if settings.key else None
-            self._server = SlabServer(self._context, slab, settings.address, key, wake, self._crashed, log)
+            self._server = SlabServer(self._context, slab, settings.address, key, wake, self._crashed)
         except NetError as error:
             self._context.term()
             raise KVError(f"KV path stream: {error}") from None
@@ -73,7 +72,7 @@ class StreamReader:
         buffer = max(settings.buffer, USUAL_CHUNKS * settings.usual)
         credit = min(max(buffer // _CREDIT_SHARE, _LEAST_CREDIT), _MOST_CREDIT)
         fetching = Fetching(buffer, credit, settings.patience)
-        self._reader = SlabReader(self._context, fetching, key, self._answer, self._crashed, log)
+        self._reader = SlabReader(self._context, fetching, key, self._answer, self._crashed)
         self._server.start()
         self._reader.start()
 
