@@ -14,9 +14,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 conf_option: Decorator = click.option(
-    "--conf",
-    type=FILE,
-    help="Configuration of the deployment (default: $TETRI_CONF).",
+    "--conf", type=FILE, help="Configuration of the deployment (default: $TETRI_CONF)."
 )
 set_option: Decorator = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."

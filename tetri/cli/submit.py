@@ -41,10 +41,7 @@ def command(
     text = utf8(sys.stdin.buffer.read()) if text == "-" else text
     form = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     sampling["stop"] = list(sampling["stop"]) or None
-    with (
-        connect(conf, timeout, overrides) as client,
-        client.stream(**form, deadline_s=deadline, **sampling) as answer,
-    ):
+    with connect(conf, timeout, overrides) as client, client.stream(**form, deadline_s=deadline, **sampling) as answer:
         return _show(answer, as_json, stream is not False and not as_json)
 
 

@@ -18,16 +18,7 @@ import numpy as np
 import xxhash
 
 from tetri import atomic
-from tetri.predict.lengths import (
-    Length,
-    PredictError,
-    Prompt,
-    States,
-    pack_states,
-    read_lengths,
-    records,
-    states_path,
-)
+from tetri.predict.lengths import Length, PredictError, Prompt, States, pack_states, read_lengths, records, states_path
 from tetri.request import Sampling, Turn
 from tetri.text import TextError
 
