@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetri.cli.options import FILE, json_option
+from tetri.cli.options import COUNT, FILE, json_option
 from tetri.cli.predictor_scores import report_bad
 
 if TYPE_CHECKING:
@@ -31,20 +31,18 @@ REPORT_S = 10.0  # between two lines of progress
 @click.option("--prompts", type=FILE, required=True, help='JSONL, {"prompt": TEXT} per line; "source" is kept.')
 @click.option("--model", required=True, metavar="NAME|FOLDER", help="Model whose output lengths are collected.")
 @click.option("--out", type=FILE, required=True, help="File of lengths. An interrupted run is resumed.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts per prompt.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N usable prompts only.")
+@click.option("--samples", type=COUNT, default=1, show_default=True, help="Texts per prompt.")
+@click.option("--limit", type=COUNT, metavar="N", help="Use the first N usable prompts only.")
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Maximum output tokens.")
+@click.option("--max-tokens", type=COUNT, default=1024, show_default=True, help="Maximum output tokens.")
 @click.option(
     "--batch", type=click.IntRange(1, 1023), default=64, show_default=True, help="Texts written at the same time."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--layers", metavar="N,N|none", help="Keep the hidden states after these layers (default: three layers).")
-@click.option(
-    "--every", type=click.IntRange(1), default=64, show_default=True, help="Output tokens between two states."
-)
+@click.option("--every", type=COUNT, default=64, show_default=True, help="Output tokens between two states.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--kv-mib", type=click.IntRange(1), default=3072, show_default=True, help="Size of the KV cache, in MiB.")
+@click.option("--kv-mib", type=COUNT, default=3072, show_default=True, help="Size of the KV cache, in MiB.")
 @click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: all).')
 @json_option
 def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: int, as_json: bool, **how: Any) -> None:

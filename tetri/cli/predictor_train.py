@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import FILE, FOLDER, json_option
+from tetri.cli.options import COUNT, FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 
 
@@ -22,12 +22,10 @@ from tetri.cli.predictor_scores import report_bad, shown
     "--encoder", metavar="NAME|FOLDER", help="classifier: encoder of the prompts (default: all-MiniLM-L6-v2)."
 )
 @click.option("--cut", type=click.IntRange(2), metavar="N", help="classifier: read at most N tokens of a prompt.")
-@click.option("--depth", type=click.IntRange(1), metavar="N", help="classifier: use the encoder's first N layers.")
+@click.option("--depth", type=COUNT, metavar="N", help="classifier: use the encoder's first N layers.")
 @click.option("--full", is_flag=True, help="classifier: train the encoder as well as the head.")
-@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True, help="Epochs of --full.")
-@click.option(
-    "--layer", type=click.IntRange(1), metavar="N", help="hidden: read the states after N layers (default: the best)."
-)
+@click.option("--epochs", type=COUNT, default=4, show_default=True, help="Epochs of --full.")
+@click.option("--layer", type=COUNT, metavar="N", help="hidden: read the states after N layers (default: the best).")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split and the networks."
 )
