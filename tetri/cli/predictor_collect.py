@@ -48,15 +48,19 @@ REPORT_S = 10.0  # between two lines of progress
 def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: int, as_json: bool, **how: Any) -> None:
     """Run prompts through a model, in its chat template, and record the number of output tokens of each, with hidden
     states. `predictor train` learns from these files. Lines that cannot be used are reported and skipped."""
+    from tetri.predict.collect import Collected
     from tetri.predict.lengths import PredictError
 
     if not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
-    _stay_on(how["cpus"])
+    if how["cpus"] is not None:
+        from tetri.proc.build import pin  # slow to import
+
+        pin(how["cpus"])
     target = _target(how)
     try:
         asked = _asked(prompts, limit, samples, target)
-        with _collected(out, target.plan) as collected:
+        with Collected(out, target.plan) as collected:
             summary = _run(asked, collected, target, batch)
     except PredictError as error:
         raise click.ClickException(str(error)) from None
@@ -131,13 +135,6 @@ def _depth(folder: Path) -> int:
         raise click.UsageError(f"{folder}/config.json does not tell num_hidden_layers: give --layers none") from None
 
 
-def _stay_on(cpus: str | None) -> None:
-    if cpus is not None:
-        from tetri.proc.build import pin
-
-        pin(cpus)
-
-
 def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked:
     """Read the prompts, and report those that cannot be used. Raises PredictError."""
     from tetri.predict.collect import fitting
@@ -155,19 +152,12 @@ def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked
     return Asked(fit, samples, len(problems), longest)
 
 
-def _collected(out: Path, plan: CollectPlan) -> Collected:
-    from tetri.predict.collect import Collected
-
-    collected = Collected(out, plan)
-    if collected.again:
-        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
-    return collected
-
-
 def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict[str, Any]:
     """Collect the missing texts. Returns the summary of the whole file."""
     from tetri.predict.collect import collect, tasks_of
 
+    if collected.again:
+        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
     tasks = tasks_of(asked.prompts, asked.samples, collected.done)
     wanted = len(asked.prompts) * asked.samples
     written: list[Length] = []

@@ -77,10 +77,6 @@ class Loaded:
                 distribution[which] = head.distribution(features[which])
         return self._made(distribution)
 
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        """The encoder's token count of each text before the cut."""
-        return [len(ids) for ids in self.encoder.ids(texts)] if self.encoder is not None and texts else []
-
     def _made(self, distribution: npt.NDArray[np.float64]) -> list[LengthDistribution]:
         return [LengthDistribution(self.card.width, tuple(map(float, row))) for row in distribution]
 

@@ -208,10 +208,8 @@ def link(config: Config) -> LimitedLink | None:
         return LimitedLink(bytes_s, made.emulate_latency_us / 1e6)
     token_bytes = made.emulate_token_bytes or (cost.load(engine.cost).kv_token_bytes if engine.cost else 0)
     if not token_bytes:
-        raise ConfigError(
-            "transfer.emulate needs the size of the emulated model's KV: name an engine.cost table with kv_token_bytes,"
-            " or set transfer.emulate_token_bytes"
-        )
+        advice = "name an engine.cost table with kv_token_bytes, or set transfer.emulate_token_bytes"
+        raise ConfigError(f"transfer.emulate needs the size of the emulated model's KV: {advice}")
     scale = config.emulated.time_scale
     if not scale:
         raise ConfigError("transfer.emulate needs time, but emulated.time_scale = 0 takes none: change one of them")

@@ -92,10 +92,9 @@ def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path
     kind = config.predictor.kind
     folder, weights = _location(config)
     if folder is None:
-        raise ConfigError(
-            f'predictor.kind = "{kind}": tetri brings no predictor for model {config.model.name}: train one with'
-            " tetri-cli predictor train and set predictor.folder, or set another kind"
-        )
+        lacks = f"tetri brings no predictor for model {config.model.name}"
+        advice = "train one with tetri-cli predictor train and set predictor.folder, or set another kind"
+        raise ConfigError(f'predictor.kind = "{kind}": {lacks}: {advice}')
     try:
         return folder, {each: load(folder, each, weights) for each in (KINDS if kind == "both" else (kind,))}
     except PredictError as error:
