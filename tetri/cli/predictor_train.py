@@ -69,20 +69,10 @@ def _wanted(plan: dict[str, Any], out: Path, how: dict[str, Any]) -> Any:
         name, weights = how["model"], given
     if not weights:
         raise click.UsageError("the lengths do not say whose they are: give --model")
-    return TrainSettings(
-        how["kind"],
-        out,
-        Path(name).name,
-        weights,
-        encoder=_encoder(how["encoder"] or DEFAULT),
-        full=how["full"],
-        cut=how["cut"] or CUT,
-        depth=how["depth"] or 0,
-        layer=how["layer"] or 0,
-        seed=how["seed"],
-        epochs=how["epochs"],
-        date=time.strftime("%Y-%m-%d"),
-    )
+    same = {name: how[name] for name in ("full", "seed", "epochs")}
+    sizes: dict[str, Any] = {"cut": how["cut"] or CUT, "depth": how["depth"] or 0, "layer": how["layer"] or 0}
+    encoder, date = _encoder(how["encoder"] or DEFAULT), time.strftime("%Y-%m-%d")
+    return TrainSettings(how["kind"], out, Path(name).name, weights, encoder=encoder, date=date, **same, **sizes)
 
 
 def _encoder(name: str) -> str:

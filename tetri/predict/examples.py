@@ -140,9 +140,9 @@ def weights_of(lengths: Sequence[Length]) -> Array:
     return np.array([1.0 / counts[length.prompt] for length in lengths], np.float32)
 
 
-def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> tuple[Array, Rows]:
-    """(hidden states float32 [n, hidden] after `layer` layers, rows without features), at every kept position of these
-    texts. Raises PredictError when the layer was not kept."""
+def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> Rows:
+    """Rows for every kept position of these texts. The features are the hidden states after `layer` layers, float32
+    [n, hidden]. Raises PredictError when the layer was not kept."""
     folds, weights = folds_of(lengths, seed), weights_of(lengths)
     states, rows = [], []
     for number, known, state in positions(texts, lengths, layer):
@@ -150,8 +150,7 @@ def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -
         states.append(state)
         rows.append((length.tokens - known, length.ended == "length", folds[number], weights[number], known))
     tokens, cuts, fold_, weight_, known_ = (np.array(column) for column in zip(*rows, strict=True))
-    features = np.array(states, np.float32)
-    return features, Rows(np.empty((0, 0), np.float32), tokens, cuts, fold_, weight_.astype(np.float32), known_)
+    return Rows(np.array(states, np.float32), tokens, cuts, fold_, weight_.astype(np.float32), known_)
 
 
 def positions(texts: Texts, lengths: Sequence[Length], layer: int) -> Iterator[tuple[int, int, Any]]:

@@ -91,7 +91,8 @@ def _hidden(texts: Texts, training: list[Length], settings: TrainSettings, folde
     best: tuple[float, int, Fitted, Rows] | None = None
     tried = {}
     for layer in layers:
-        rows = _positions(texts, training, layer, settings.seed)
+        rows = examples.state_rows(texts, training, layer, settings.seed)
+        rows = replace(rows, features=with_place(rows.features, rows.known.tolist()))
         ends = rows.chosen(rows.known == 0)
         progress(f"layer {layer}: {len(ends)} ends of prompts")
         fitted = fit(ends, WIDTH, buckets, settings.seed, progress)
@@ -108,11 +109,6 @@ def _hidden(texts: Texts, training: list[Length], settings: TrainSettings, folde
         later = save_head(fit(after, WIDTH, buckets, settings.seed, progress, networks=1).head, folder / LATER)
     split = card.split | {"loss_by_layer": tried, "later_positions": len(after)}
     return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split, later=later)
-
-
-def _positions(texts: Texts, training: list[Length], layer: int, seed: int) -> Rows:
-    states, rows = examples.state_rows(texts, training, layer, seed)
-    return replace(rows, features=with_place(states, rows.known.tolist()))
 
 
 def _classifier(
