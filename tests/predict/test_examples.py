@@ -27,11 +27,11 @@ def test_the_split_goes_by_prompt_and_seed_and_equal_folds_by_prompt():
 def test_rows_of_states(tmp_path):
     file = made.lengths(tmp_path / "a.jsonl", count=3, layers=(1, 2))
     texts = examples.read_texts([file], states=True)
-    states, rows = examples.state_rows(texts, texts.lengths, 2, 0)
+    rows = examples.state_rows(texts, texts.lengths, 2, 0)
     (length, *_) = texts.lengths
     kept = texts.states[length.key]
     mine = [at for at, known in enumerate(kept.outputs) if known < length.tokens]
-    assert states[: len(mine)] == pytest.approx(kept.rows[mine, 1].astype("f4"))
+    assert rows.features[: len(mine)] == pytest.approx(kept.rows[mine, 1].astype("f4"))
     assert rows.tokens[: len(mine)].tolist() == [length.tokens - kept.outputs[at] for at in mine]
     assert rows.known[0] == 0 and set(rows.weight.tolist()) == {1.0}
     assert rows.chosen(rows.known > 0).known.tolist() == [known for known in rows.known.tolist() if known]

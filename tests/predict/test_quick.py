@@ -49,5 +49,5 @@ def test_what_is_read_is_counted_before_it_is_cut(tmp_path):
     loaded = load(made.classifier(tmp_path), "classifier")
     texts = ["a", "a" * 5, "a" * 6, "ab" * 2500, ""]
     distribution, counts = loaded.read(texts)
-    assert counts == loaded.tokens(texts) == [3, 7, 8, 5002, 2]
+    assert counts == [3, 7, 8, 5002, 2]
     assert distribution == loaded.classify(texts) and loaded.read([]) == ([], [])

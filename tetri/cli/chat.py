@@ -11,16 +11,15 @@ import click
 
 from tetri.cli import FAILED, OK
 from tetri.cli.answer import play
-from tetri.cli.options import conf_option, connect, sampling_options, set_option, timeout_option, utf8
+from tetri.cli.options import Overrides, connect, deployment_options, sampling_options, timeout_option, utf8
 
 
 @click.command("chat")
 @sampling_options(max_tokens=256)
 @click.option("--system", metavar="TEXT", help="System message before the conversation.")
-@conf_option
-@set_option
+@deployment_options
 @timeout_option
-def command(system: str | None, conf: Path | None, overrides: tuple[str, ...], timeout: float, **sampling: Any) -> int:
+def command(system: str | None, conf: Path | None, overrides: Overrides, timeout: float, **sampling: Any) -> int:
     """Talk to the model. Ctrl-C ends an answer, /exit or Ctrl-D the conversation."""
     sampling["stop"] = list(sampling["stop"]) or None
     history = [{"role": "system", "content": system}] if system else []

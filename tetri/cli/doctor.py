@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetri.cli.options import conf_option, json_option, set_option
+from tetri.cli.options import Overrides, deployment_options, json_option, seconds_option
 
 if TYPE_CHECKING:
     from tetri.kv.survey import Seen
@@ -23,28 +24,14 @@ _SHOWN = 16  # used slots of a segment that are shown without --pages
 
 
 @click.command("doctor")
-@conf_option
-@set_option
+@deployment_options
 @click.option("--all", "everything", is_flag=True, help="Check all deployments of this user.")
 @click.option("--sweep", is_flag=True, help="Remove the segments of dead workers.")
 @click.option("--pages", is_flag=True, help=f"Show every used slot, not only the {_SHOWN} oldest of each segment.")
-@click.option(
-    "--leak-s",
-    type=click.FloatRange(0, min_open=True),
-    default=LEAK_S,
-    show_default=True,
-    metavar="SECONDS",
-    help="Report slots that are used for longer.",
-)
+@seconds_option("--leak-s", default=LEAK_S, help="Report slots that are used for longer.")
 @json_option
 def command(
-    conf: Path | None,
-    overrides: tuple[str, ...],
-    everything: bool,
-    sweep: bool,
-    pages: bool,
-    leak_s: float,
-    as_json: bool,
+    conf: Path | None, overrides: Overrides, everything: bool, sweep: bool, pages: bool, leak_s: float, as_json: bool
 ) -> int:
     """Find problems on this host: KV slabs of dead workers, slots that are not freed, dead sockets.
 
@@ -62,12 +49,23 @@ def command(
     same = [*(["--conf", str(conf)] if conf else []), *(part for each in overrides for part in ("--set", each))]
     sweeping = shlex.join(["tetri-cli", "doctor", *same, *(["--all"] if everything else []), "--sweep"])
     wrong = [*_problems(segments, leak_s, sweeping), *(_dead_socket(path) for path, alive in sockets if not alive)]
+    found = Found(deployment, segments, sockets, removed, wrong)
     if as_json:
-        click.echo(json.dumps(_record(deployment, segments, sockets, removed, wrong), ensure_ascii=False))
+        click.echo(json.dumps(_record(found), ensure_ascii=False))
     else:
-        for line in _report(segments, sockets, removed, wrong, None if pages else _SHOWN):
-            click.echo(line)
+        click.echo("\n".join(_report(found, None if pages else _SHOWN)))
     return 1 if wrong else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the check found. `deployment`: None for all; `sockets`: (path, whether a process listens)."""
+
+    deployment: str | None
+    segments: Sequence[Seen]
+    sockets: Sequence[tuple[str, bool]]
+    removed: Sequence[str]
+    problems: Sequence[str]
 
 
 def _configuration(conf: Path | None, overrides: Sequence[str]) -> str | Path:
@@ -89,16 +87,13 @@ def _sockets(run_dir: Path) -> list[tuple[str, bool]]:
 
     found = []
     for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
-        try:
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                continue
-            refuse_live_owner(str(path))
-        except FileNotFoundError:
-            continue  # its process has just ended
-        except NetError:
-            found.append((str(path), True))
-        else:
-            found.append((str(path), False))
+        with contextlib.suppress(FileNotFoundError):  # its process has just ended
+            if stat.S_ISSOCK(path.lstat().st_mode):
+                try:
+                    refuse_live_owner(str(path))
+                    found.append((str(path), False))
+                except NetError:
+                    found.append((str(path), True))
     return found
 
 
@@ -122,55 +117,34 @@ def _dead_socket(path: str) -> str:
     return f"{path}: nobody listens: its process is dead; start it again or remove the file"
 
 
-def _record(
-    deployment: str | None,
-    segments: Sequence[Seen],
-    sockets: Sequence[tuple[str, bool]],
-    removed: Sequence[str],
-    wrong: Sequence[str],
-) -> dict[str, Any]:
+def _record(found: Found) -> dict[str, Any]:
     rows = []
-    for seen in segments:
+    for seen in found.segments:
         fields = dataclasses.asdict(seen)
         fields["instance"] = fields.pop("iid")
         rows.append({**fields, "used": len(seen.pages), "oldest_s": seen.oldest_s})
-    return {
-        "deployment": deployment,
-        "segments": rows,
-        "sockets": [{"path": path, "alive": alive} for path, alive in sockets],
-        "removed": list(removed),
-        "problems": list(wrong),
-    }
+    sockets = [{"path": path, "alive": alive} for path, alive in found.sockets]
+    return {**vars(found), "segments": rows, "sockets": sockets}
 
 
-def _report(
-    segments: Sequence[Seen],
-    sockets: Sequence[tuple[str, bool]],
-    removed: Sequence[str],
-    wrong: Sequence[str],
-    most: int | None,
-) -> Iterator[str]:
-    for seen in segments:
+def _report(found: Found, most: int | None) -> Iterator[str]:
+    for seen in found.segments:
         state = "alive" if seen.alive else "dead"
-        yield f"{seen.name}  {seen.iid or '?'}  process {seen.pid or '?'}  {state}  {_mb(seen.size)}" + (
-            f"  {len(seen.pages)} of {seen.slots} slots used, the oldest for {seen.oldest_s:.3f} s"
-            if not seen.problem
-            else f"  {seen.problem}"
-        )
+        used = f"{len(seen.pages)} of {seen.slots} slots used, the oldest for {seen.oldest_s:.3f} s"
+        what = f"{seen.name}  {seen.iid or '?'}  process {seen.pid or '?'}  {state}  {_mb(seen.size)}"
+        yield f"{what}  {seen.problem or used}"
         for page in sorted(seen.pages, key=lambda page: -page.age_s)[:most]:
             owner = page.owner or "?"
             yield f"    slot {page.slot:>5}  generation {page.generation:>6}  {page.age_s:>10.3f} s  {owner}"
         if most is not None and len(seen.pages) > most:
             yield f"    and {len(seen.pages) - most} more (--pages shows all)"
-    for name in removed:
-        yield f"{name}  removed"
-    if sockets:
-        yield f"sockets: {sum(alive for _, alive in sockets)} of {len(sockets)} are listened to"
-    if not segments and not removed:
+    yield from (f"{name}  removed" for name in found.removed)
+    if found.sockets:
+        yield f"sockets: {sum(alive for _, alive in found.sockets)} of {len(found.sockets)} are listened to"
+    if not found.segments and not found.removed:
         yield "no segments"
-    for problem in wrong:
-        yield f"PROBLEM  {problem}"
-    if not wrong:
+    yield from (f"PROBLEM  {problem}" for problem in found.problems)
+    if not found.problems:
         yield "nothing is wrong"
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import click
 
-from tetri.cli.options import conf_option, run_dir_of, set_option
+from tetri.cli.options import Overrides, deployment_options, run_dir_of
 
 
 @click.command("down")
-@conf_option
-@set_option
-def command(conf: Path | None, overrides: tuple[str, ...]) -> None:
+@deployment_options
+def command(conf: Path | None, overrides: Overrides) -> None:
     """Stop everything that `up` started. Only logs and records stay."""
     from tetri.proc import launch
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import conf_option, connect, json_option, set_option, timeout_option
+from tetri.cli.options import Overrides, connect, deployment_options, json_option, timeout_option
 from tetri.request import ROLES
 
 
@@ -16,10 +16,9 @@ from tetri.request import ROLES
 @click.argument("iid")
 @click.argument("role", type=click.Choice(ROLES), metavar="ROLE")
 @json_option
-@conf_option
-@set_option
+@deployment_options
 @timeout_option
-def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: tuple[str, ...], timeout: float) -> None:
+def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: Overrides, timeout: float) -> None:
     """Change the role of worker IID: prefill, decode or mixed (both).
 
     The role decides which new work the worker gets. It finishes the work that it has; its engine keeps running. The
@@ -35,10 +34,8 @@ def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: tu
             if _unknown(client, iid):
                 raise click.UsageError(str(error)) from None
             raise
-    if as_json:
-        click.echo(json.dumps(change, ensure_ascii=False))
-    else:
-        click.echo(f"{change['iid']}: {change['was']} -> {change['role']} in {1e3 * change['took_s']:.1f} ms")
+    made = f"{change['iid']}: {change['was']} -> {change['role']} in {1e3 * change['took_s']:.1f} ms"
+    click.echo(json.dumps(change, ensure_ascii=False) if as_json else made)
 
 
 def _unknown(client: Any, iid: str) -> bool:

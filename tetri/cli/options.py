@@ -12,24 +12,30 @@ import click
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+COUNT = click.IntRange(1)
+Overrides = tuple[str, ...]
 
 conf_option: Decorator = click.option(
-    "--conf",
-    type=FILE,
-    help="Configuration of the deployment (default: $TETRI_CONF).",
+    "--conf", type=FILE, help="Configuration of the deployment (default: $TETRI_CONF)."
 )
 set_option: Decorator = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-timeout_option: Decorator = click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up when the broker is silent for longer.",
-)
+
+
+def seconds_option(*names: str, default: float, help: str | None = None) -> Decorator:
+    """An option that takes a positive number of seconds."""
+    positive = click.FloatRange(0, min_open=True)
+    return click.option(*names, type=positive, default=default, show_default=True, metavar="SECONDS", help=help)
+
+
+timeout_option = seconds_option("--timeout", default=30.0, help="Give up when the broker is silent for longer.")
+
+
+def deployment_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options --conf and --set, which select the deployment."""
+    return conf_option(set_option(function))
 
 
 def sampling_options(max_tokens: int) -> Decorator:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetri.cli.options import FILE, json_option
+from tetri.cli.options import COUNT, FILE, json_option
 from tetri.cli.predictor_scores import report_bad
 
 if TYPE_CHECKING:
@@ -31,34 +31,36 @@ REPORT_S = 10.0  # between two lines of progress
 @click.option("--prompts", type=FILE, required=True, help='JSONL, {"prompt": TEXT} per line; "source" is kept.')
 @click.option("--model", required=True, metavar="NAME|FOLDER", help="Model whose output lengths are collected.")
 @click.option("--out", type=FILE, required=True, help="File of lengths. An interrupted run is resumed.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts per prompt.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use the first N usable prompts only.")
+@click.option("--samples", type=COUNT, default=1, show_default=True, help="Texts per prompt.")
+@click.option("--limit", type=COUNT, metavar="N", help="Use the first N usable prompts only.")
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Maximum output tokens.")
+@click.option("--max-tokens", type=COUNT, default=1024, show_default=True, help="Maximum output tokens.")
 @click.option(
     "--batch", type=click.IntRange(1, 1023), default=64, show_default=True, help="Texts written at the same time."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--layers", metavar="N,N|none", help="Keep the hidden states after these layers (default: three layers).")
-@click.option(
-    "--every", type=click.IntRange(1), default=64, show_default=True, help="Output tokens between two states."
-)
+@click.option("--every", type=COUNT, default=64, show_default=True, help="Output tokens between two states.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--kv-mib", type=click.IntRange(1), default=3072, show_default=True, help="Size of the KV cache, in MiB.")
+@click.option("--kv-mib", type=COUNT, default=3072, show_default=True, help="Size of the KV cache, in MiB.")
 @click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: all).')
 @json_option
 def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: int, as_json: bool, **how: Any) -> None:
     """Run prompts through a model, in its chat template, and record the number of output tokens of each, with hidden
     states. `predictor train` learns from these files. Lines that cannot be used are reported and skipped."""
+    from tetri.predict.collect import Collected
     from tetri.predict.lengths import PredictError
 
     if not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
-    _stay_on(how["cpus"])
+    if how["cpus"] is not None:
+        from tetri.proc.build import pin  # slow to import
+
+        pin(how["cpus"])
     target = _target(how)
     try:
         asked = _asked(prompts, limit, samples, target)
-        with _collected(out, target.plan) as collected:
+        with Collected(out, target.plan) as collected:
             summary = _run(asked, collected, target, batch)
     except PredictError as error:
         raise click.ClickException(str(error)) from None
@@ -133,13 +135,6 @@ def _depth(folder: Path) -> int:
         raise click.UsageError(f"{folder}/config.json does not tell num_hidden_layers: give --layers none") from None
 
 
-def _stay_on(cpus: str | None) -> None:
-    if cpus is not None:
-        from tetri.proc.build import pin
-
-        pin(cpus)
-
-
 def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked:
     """Read the prompts, and report those that cannot be used. Raises PredictError."""
     from tetri.predict.collect import fitting
@@ -157,19 +152,12 @@ def _asked(path: Path, limit: int | None, samples: int, target: Target) -> Asked
     return Asked(fit, samples, len(problems), longest)
 
 
-def _collected(out: Path, plan: CollectPlan) -> Collected:
-    from tetri.predict.collect import Collected
-
-    collected = Collected(out, plan)
-    if collected.again:
-        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
-    return collected
-
-
 def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict[str, Any]:
     """Collect the missing texts. Returns the summary of the whole file."""
     from tetri.predict.collect import collect, tasks_of
 
+    if collected.again:
+        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
     tasks = tasks_of(asked.prompts, asked.samples, collected.done)
     wanted = len(asked.prompts) * asked.samples
     written: list[Length] = []

@@ -23,16 +23,15 @@ def shown(found: Mapping[str, Any]) -> str:
     """The scores as a table, beside the baselines."""
     lines = [f"{found['n']} prompts that were not learnt from", ""]
     lines.append(f"{'':24} {'acc 100':>8} {'200':>6} {'400':>6} {'MAE':>6} {'tau':>6} {'ECE':>6} {'RPS':>6}")
-    for name in ("majority", "by_source", "by_length"):
-        lines.append(_row(_LABELS[name], found[name]))
+    lines += [_row(_LABELS[name], found[name]) for name in ("majority", "by_source", "by_length")]
     for kind, of in found["kinds"].items():
-        lines.append(_row(kind, of["acc"] | {name: of[name] for name in ("mae", "tau", "ece", "rps")}))
-    for name in ("another", "others", "at_most"):
-        if found.get("ceiling"):
-            lines.append(_row(_LABELS[name], found["ceiling"][name]))
+        lines.append(_row(kind, of["acc"] | of))
+    if at_best := found.get("ceiling"):
+        lines += [_row(_LABELS[name], at_best[name]) for name in ("another", "others", "at_most")]
     if left_out := found.get("left_out"):
-        left_out_note = f"{left_out['n']} prompts, each by the network that has not seen it"
-        lines += ["", *(_row(name, of) for name, of in _left_out_rows(left_out)), f"  ({left_out_note})"]
+        lines += ["", _row(_LABELS["by_source"], left_out["by_source"])]
+        lines.append(_row(left_out["kind"], left_out["acc"] | left_out))
+        lines.append(f"  ({left_out['n']} prompts, each by the network that has not seen it)")
     for kind, of in found["kinds"].items():
         if bound := of.get("bound"):
             bound_note = f"{bound['inside']:.1%} of the texts end below it, it is {bound['tokens']} tokens on average"
@@ -41,16 +40,9 @@ def shown(found: Mapping[str, Any]) -> str:
         lines += ["", "what remains after so many output tokens, by the hidden state there:"]
         lines.append(f"{'tokens':>8} {'texts':>6} {'acc 200':>8} {'MAE':>6} {'of the median':>14} {'tau':>6}")
         for known, of in later.items():
-            lines.append(
-                f"{known:>8} {of['n']:6} {of['acc']['200']:8.3f} {of['mae']:6.0f} {of['mae_of_the_median']:14.0f}"
-                f" {of['tau']:6.2f}"
-            )
+            error = f"{of['mae']:6.0f} {of['mae_of_the_median']:14.0f}"
+            lines.append(f"{known:>8} {of['n']:6} {of['acc']['200']:8.3f} {error} {of['tau']:6.2f}")
     return "\n".join(lines + ([f"\nwritten to {found['out']}"] if "out" in found else []))
-
-
-def _left_out_rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    own = found["acc"] | {name: found[name] for name in ("mae", "tau", "ece", "rps")}
-    return [(_LABELS["by_source"], found["by_source"]), (found["kind"], own)]
 
 
 _LABELS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import FILE, FOLDER, json_option
+from tetri.cli.options import COUNT, FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 
 
@@ -22,12 +22,10 @@ from tetri.cli.predictor_scores import report_bad, shown
     "--encoder", metavar="NAME|FOLDER", help="classifier: encoder of the prompts (default: all-MiniLM-L6-v2)."
 )
 @click.option("--cut", type=click.IntRange(2), metavar="N", help="classifier: read at most N tokens of a prompt.")
-@click.option("--depth", type=click.IntRange(1), metavar="N", help="classifier: use the encoder's first N layers.")
+@click.option("--depth", type=COUNT, metavar="N", help="classifier: use the encoder's first N layers.")
 @click.option("--full", is_flag=True, help="classifier: train the encoder as well as the head.")
-@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True, help="Epochs of --full.")
-@click.option(
-    "--layer", type=click.IntRange(1), metavar="N", help="hidden: read the states after N layers (default: the best)."
-)
+@click.option("--epochs", type=COUNT, default=4, show_default=True, help="Epochs of --full.")
+@click.option("--layer", type=COUNT, metavar="N", help="hidden: read the states after N layers (default: the best).")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split and the networks."
 )
@@ -71,20 +69,10 @@ def _wanted(plan: dict[str, Any], out: Path, how: dict[str, Any]) -> Any:
         name, weights = how["model"], given
     if not weights:
         raise click.UsageError("the lengths do not say whose they are: give --model")
-    return TrainSettings(
-        how["kind"],
-        out,
-        Path(name).name,
-        weights,
-        encoder=_encoder(how["encoder"] or DEFAULT),
-        full=how["full"],
-        cut=how["cut"] or CUT,
-        depth=how["depth"] or 0,
-        layer=how["layer"] or 0,
-        seed=how["seed"],
-        epochs=how["epochs"],
-        date=time.strftime("%Y-%m-%d"),
-    )
+    same = {name: how[name] for name in ("full", "seed", "epochs")}
+    sizes: dict[str, Any] = {"cut": how["cut"] or CUT, "depth": how["depth"] or 0, "layer": how["layer"] or 0}
+    encoder, date = _encoder(how["encoder"] or DEFAULT), time.strftime("%Y-%m-%d")
+    return TrainSettings(how["kind"], out, Path(name).name, weights, encoder=encoder, date=date, **same, **sizes)
 
 
 def _encoder(name: str) -> str:

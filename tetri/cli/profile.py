@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetri import atomic
-from tetri.cli.options import FILE, conf_option, set_option
+from tetri.cli.options import COUNT, FILE, Overrides, deployment_options
 
 if TYPE_CHECKING:
     from tetri.config import Config
@@ -30,17 +30,16 @@ BUSY_SHARE = 0.97  # share of the core's time; below, other processes disturb th
 
 
 @click.command("profile")
-@conf_option
-@set_option
+@deployment_options
 @click.option("--out", type=FILE, help="Write the cost table to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, with every measured point.")
 @click.option("--quick", is_flag=True, help="Fewer sizes and rounds: a rough table in a fifth of the time.")
-@click.option("--rounds", type=click.IntRange(1), metavar="N", help="Measurements per point (default: 5; --quick: 3).")
+@click.option("--rounds", type=COUNT, metavar="N", help="Measurements per point (default: 5; --quick: 3).")
 @click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: those of the first worker).')
 @click.option("--cpu-time", is_flag=True, help="Measure this process's CPU time: for one core that others use as well.")
 def command(
     conf: Path | None,
-    overrides: tuple[str, ...],
+    overrides: Overrides,
     out: Path | None,
     as_json: bool,
     quick: bool,
@@ -79,13 +78,14 @@ def command(
         click.echo(f"written to {out}", err=True)
 
 
-def _config(conf: Path | None, overrides: tuple[str, ...], cpus: str | None) -> Config:
+def _config(conf: Path | None, overrides: Overrides, cpus: str | None) -> Config:
     """The configuration. `cpus` replaces the CPUs of the first worker, on which the engine runs. Raises UsageError."""
     from tetri.config import default_path, load
 
-    config = load(conf or default_path(), overrides)
+    conf = conf or default_path()
+    config = load(conf, overrides)
     if cpus is not None:
-        config = load(conf or default_path(), [*overrides, f"worker.{config.workers[0].iid}.cpus={cpus}"])
+        config = load(conf, [*overrides, f"worker.{config.workers[0].iid}.cpus={cpus}"])
     if config.engine.kind == "emulated" and not config.engine.cost:
         raise click.UsageError("an emulated engine without engine.cost takes no time: give it a cost table")
     return config
@@ -109,11 +109,10 @@ class MeasuredEngine:
 
 def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> MeasuredEngine:
     from tetri.proc import build
-    from tetri.proc.build import pin
     from tetri.profile.measure import measure
     from tetri.profile.scenes import scenes
 
-    pin(config.workers[0].cpus)
+    build.pin(config.workers[0].cpus)
     cores = len(os.sched_getaffinity(0))
     if cpu_time and (cores > 1 or config.engine.kind != "vllm"):
         # CPU time equals the time of a free core only if one thread does all the work of a step.
@@ -185,15 +184,11 @@ def _summary(made: Fit, measured: MeasuredEngine) -> list[str]:
     """How well the table fits, in lines for its header and for the terminal."""
     lines = []
     for name, found in made.quality.items():
-        lines.append(
-            f"{name}: {found.points} points, error {found.mean:.1%} on average, {found.worst:.1%} at worst,"
-            f" R^2 {found.r2:.4f}"
-        )
+        error = f"error {found.mean:.1%} on average, {found.worst:.1%} at worst"
+        lines.append(f"{name}: {found.points} points, {error}, R^2 {found.r2:.4f}")
     lines.append(f"repeated steps differed by {made.spread:.1%} from their median, in the mean of all points")
-    if measured.core_share is not None and measured.core_share < BUSY_SHARE:
-        lines.append(
-            f"others were at work on this core: it was ours for {measured.core_share:.0%} of the time; measure again"
-        )
+    if (share := measured.core_share) is not None and share < BUSY_SHARE:
+        lines.append(f"others were at work on this core: it was ours for {share:.0%} of the time; measure again")
     return [*lines, *(f"note: {note}" for note in made.notes)]
 
 
@@ -204,33 +199,22 @@ def _shown(table: Cost, made: Fit, measured: MeasuredEngine) -> list[str]:
         lines.append(f"{tokens:8.0f} {seconds * 1e3:9.2f} {tokens / seconds:9.0f}{mark}")
     lines += ["", f"{'batch':>8} {'ms':>9}"]
     lines += [f"{batch:8.0f} {seconds * 1e3:9.2f}" for batch, seconds in table.decode]
-    lines += [
-        "",
-        f"prefill_start_s   {table.prefill_start_s:.3g}  (a chunk of {table.chunk_tokens} after as many tokens:"
-        f" {table.prefill_start_s * table.chunk_tokens**2 * 1e3:+.2f} ms)",
-        f"decode_context_s  {table.decode_context_s:.3g}  (1,000 tokens of context:"
-        f" {table.decode_context_s * 1e6:+.2f} ms)",
-        f"chunk_tokens      {table.chunk_tokens}  (proposed: the smallest chunk at 95 % of the best rate)",
-        "",
-    ]
+    start, context, chunk = table.prefill_start_s, table.decode_context_s, table.chunk_tokens
+    after = f"a chunk of {chunk} after as many tokens: {start * chunk**2 * 1e3:+.2f} ms"
+    lines += ["", f"prefill_start_s   {start:.3g}  ({after})"]
+    lines += [f"decode_context_s  {context:.3g}  (1,000 tokens of context: {context * 1e6:+.2f} ms)"]
+    lines += [f"chunk_tokens      {chunk}  (proposed: the smallest chunk at 95 % of the best rate)", ""]
     return lines + _summary(made, measured)
 
 
 def _as_json(table: Cost, made: Fit, measured: MeasuredEngine) -> dict[str, Any]:
     from tetri.profile.fit import kind_of, predicted
 
-    points = [
-        {
-            "kind": kind_of(point),
-            **dataclasses.asdict(point.what),
-            "seconds": point.seconds,
-            "predicted_s": predicted(table, point),
-            "spread": point.spread,
-            "times": point.times,
-            "held_out": point.held_out,
-        }
-        for point in sorted(measured.points, key=lambda point: (kind_of(point), dataclasses.astuple(point.what)))
-    ]
+    points = []
+    for point in sorted(measured.points, key=lambda point: (kind_of(point), dataclasses.astuple(point.what))):
+        made_of = {"kind": kind_of(point), **dataclasses.asdict(point.what)}
+        times = {"seconds": point.seconds, "predicted_s": predicted(table, point), "spread": point.spread}
+        points.append({**made_of, **times, "times": point.times, "held_out": point.held_out})
     return {
         "cost": dataclasses.asdict(table),
         "quality": {name: dataclasses.asdict(found) for name, found in made.quality.items()},

@@ -28,46 +28,38 @@ def command() -> None:
     """Simulate a deployment. The simulator runs the schedulers of the live system."""
 
 
-# Name, type, default, help. The help explains a default of 0.
-OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("--trace", FILE, None, "CSV: TIMESTAMP,ContextTokens,GeneratedTokens."),
-    ("--speedup", float, 1.0, "Divide the times between the trace's requests by this."),
-    (
-        "--requests",
-        int,
-        0,
-        "Number of requests; a shorter trace is repeated. 0: the whole trace, or 1000 drawn requests.",
-    ),
-    ("--rate", float, 0.0, "Drawn requests per second; 0: all at once."),
-    ("--burstiness", float, 1.0, "Coefficient of variation of the times between drawn requests; 1: Poisson."),
-    ("--prompt-tokens", str, "512", "Prompt lengths: N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
-    ("--output-tokens", str, "128", "Output lengths, as --prompt-tokens."),
-    ("--deadline", float, None, "Deadline of every request, in seconds."),
-    (
-        "--system",
-        click.Choice(SYSTEMS),
-        "tetri",
-        "coupled16, coupled: every instance runs both phases of its requests.",
-    ),
-    ("--prefill", int, 1, "Prefill instances."),
-    ("--decode", int, 1, "Decode instances."),
-    ("--mixed", int, 0, "Instances that do both."),
-    ("--cost", str, "v100-opt13b", "Name of a table in conf/cost, or a file."),
-    ("--link", str, "roce", "roce, nvlink or bytes per second."),
-    ("--transfer", str, "chunk", "chunk: send KV after every chunk; request: after the whole prompt."),
-    ("--flip", str, "none", "Flip policy: none, idle, below or balance (docs/policies.md)."),
-    ("--chunk-tokens", int, 0, "Tokens per step; 0: as in the cost table."),
-    ("--kv-tokens", int, 0, "KV memory per instance, in tokens; 0: as in the cost table."),
-    ("--block-tokens", int, 16, "Tokens of a KV block."),
-    ("--max-batch", int, 256, "Maximum decode batch."),
-    ("--context", int, 0, "Maximum tokens of a request; 0: as --kv-tokens."),
-    ("--seed", int, 0, "Seed of all random numbers."),
-    ("--plot", FILE, None, "Plot TTFT, JCT and the instances to this PNG."),
+# Name, default, help. A tuple has the choices, the default first; a type is that of an option without a default.
+OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("--trace", FILE, "CSV: TIMESTAMP,ContextTokens,GeneratedTokens."),
+    ("--speedup", 1.0, "Divide the times between the trace's requests by this."),
+    ("--requests", 0, "Number of requests; a shorter trace is repeated. 0: the whole trace, or 1000 drawn requests."),
+    ("--rate", 0.0, "Drawn requests per second; 0: all at once."),
+    ("--burstiness", 1.0, "Coefficient of variation of the times between drawn requests; 1: Poisson."),
+    ("--prompt-tokens", "512", "Prompt lengths: N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
+    ("--output-tokens", "128", "Output lengths, as --prompt-tokens."),
+    ("--deadline", click.FLOAT, "Deadline of every request, in seconds."),
+    ("--system", SYSTEMS, "coupled16, coupled: every instance runs both phases of its requests."),
+    ("--prefill", 1, "Prefill instances."),
+    ("--decode", 1, "Decode instances."),
+    ("--mixed", 0, "Instances that do both."),
+    ("--cost", "v100-opt13b", "Name of a table in conf/cost, or a file."),
+    ("--link", "roce", "roce, nvlink or bytes per second."),
+    ("--transfer", "chunk", "chunk: send KV after every chunk; request: after the whole prompt."),
+    ("--flip", "none", "Flip policy: none, idle, below or balance (docs/policies.md)."),
+    ("--chunk-tokens", 0, "Tokens per step; 0: as in the cost table."),
+    ("--kv-tokens", 0, "KV memory per instance, in tokens; 0: as in the cost table."),
+    ("--block-tokens", 16, "Tokens of a KV block."),
+    ("--max-batch", 256, "Maximum decode batch."),
+    ("--context", 0, "Maximum tokens of a request; 0: as --kv-tokens."),
+    ("--seed", 0, "Seed of all random numbers."),
+    ("--plot", FILE, "Plot TTFT, JCT and the instances to this PNG."),
 )
 
 
 def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
-    for name, kind, default, text in reversed(OPTIONS):
+    for name, of, text in reversed(OPTIONS):
+        kind = click.Choice(of) if isinstance(of, tuple) else of if isinstance(of, click.ParamType) else None
+        default = of[0] if isinstance(of, tuple) else of if kind is None else None
         function = click.option(name, type=kind, default=default, show_default=default is not None, help=text)(function)
     return function
 
@@ -102,6 +94,7 @@ def run(**options: Any) -> int:
     """
     from tetri.cost import CostError
     from tetri.faults import FaultsError
+    from tetri.sim.report import table
     from tetri.sim.setup import PromiseBroken, SimError
     from tetri.sim.traces import TraceError
 
@@ -114,12 +107,7 @@ def run(**options: Any) -> int:
         raise click.UsageError(f"--faults: {error}") from None
     except (SimError, TraceError, CostError) as error:
         raise click.UsageError(str(error)) from None
-    if options["as_json"]:
-        click.echo(json.dumps(made, ensure_ascii=False))
-    else:
-        from tetri.sim.report import table
-
-        click.echo(table(made))
+    click.echo(json.dumps(made, ensure_ascii=False) if options["as_json"] else table(made))
     return OK
 
 

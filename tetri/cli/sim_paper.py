@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache
+from itertools import groupby, product
 from time import perf_counter
 from typing import Any
 
@@ -60,16 +61,11 @@ def evaluated(seeds: int, workloads: Sequence[str], micro: bool) -> dict[str, An
     from tetri.sim.paper import SYSTEMS, ratios, rows
 
     found = cases() if micro else []
-    tasks: list[tuple[Any, ...]] = [
-        (system, name, seed) for name in workloads for system in SYSTEMS for seed in range(seeds)
-    ]
+    pairs = list(product(workloads, SYSTEMS))
+    tasks: list[tuple[Any, ...]] = [(system, name, seed) for name, system in pairs for seed in range(seeds)]
     tasks += [(number, seed) for number in range(len(found)) for seed in range(min(seeds, MICRO_SEEDS))]
     results = dict(zip(tasks, _all(tasks), strict=True))
-    runs = {
-        (name, system): [results[system, name, seed] for seed in range(seeds)]
-        for name in workloads
-        for system in SYSTEMS
-    }
+    runs = {(name, system): [results[system, name, seed] for seed in range(seeds)] for name, system in pairs}
     made: dict[str, Any] = {
         "seeds": seeds,
         "rows": [asdict(row) for row in rows(runs)],
@@ -151,12 +147,9 @@ def shown(made: dict[str, Any]) -> Iterator[str]:
     for ratio in made["ratios"]:
         side = "" if ratio["same_side"] else ", on the other side of 1"
         yield f"  {ratio['workload']:6}{ratio['metric']:12}{_cell(ratio):>18}{ratio['off']:+8.1%}{side}"
-    figure = None
-    for point in made.get("microbenchmarks", ()):
-        if point["figure"] != figure:
-            figure = point["figure"]
-            yield f"\n{figure}"
-        yield f"  {point['point']:42}{_cell(point):>20}"
+    for figure, points in groupby(made.get("microbenchmarks", ()), key=lambda point: point["figure"]):
+        yield f"\n{figure}"
+        yield from (f"  {point['point']:42}{_cell(point):>20}" for point in points)
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ def command(folder: Path, as_json: bool) -> int:
         found = [replay(path) for path in records(folder)]
     except RecordError as error:
         raise click.UsageError(str(error)) from None
-    differ = [made for made in found if made.difference is not None]
+    differ = any(made.difference is not None for made in found)
     if as_json:
         sums = {name: sum(getattr(made, name) for made in found) for name in ("events", "ticks", "actions")}
         rows = [dataclasses.asdict(made) for made in found]
@@ -35,7 +35,6 @@ def command(folder: Path, as_json: bool) -> int:
     else:
         for made in found:
             counts = f"{made.events} events, {made.ticks} ticks, {made.actions} actions"
-            click.echo(f"{made.name}: {made.kind}, {counts}: {'same' if made.difference is None else 'DIFFERENT'}")
-            if made.difference is not None:
-                click.echo(f"  {made.difference}")
-    return 1 if differ else 0
+            result = "same" if made.difference is None else f"DIFFERENT\n  {made.difference}"
+            click.echo(f"{made.name}: {made.kind}, {counts}: {result}")
+    return int(differ)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import conf_option, connect, json_option, set_option
+from tetri.cli.options import Overrides, connect, deployment_options, json_option, seconds_option
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "kv", "note")
 _LENGTHS = ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"]
@@ -17,11 +17,10 @@ _SILENT = "requests are placed without load reports, and no instance flips by it
 
 
 @click.command("status")
-@conf_option
-@set_option
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="SECONDS")
+@deployment_options
+@seconds_option("--timeout", default=5.0)
 @json_option
-def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_json: bool) -> None:
+def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bool) -> None:
     """Show the workers, the monitor, and the number of requests in each stage."""
     with connect(conf, timeout, overrides) as client:
         status = client.status()
@@ -34,14 +33,11 @@ def command(conf: Path | None, overrides: tuple[str, ...], timeout: float, as_js
     click.echo(f"counted   {_counts(status['counters'])}")
     instances = [{**instance, "kv": _counts(instance.get("paths", {}), "")} for instance in status["instances"]]
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
-    for row in _aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]):
-        click.echo(row)
+    click.echo(_aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]))
     if fetched := _kv(instances):
-        for row in _aligned([["KV received by", "counted"], *fetched]):
-            click.echo(row)
+        click.echo(_aligned([["KV received by", "counted"], *fetched]))
     if lengths := _lengths(instances):
-        for row in _aligned([_LENGTHS, *lengths]):
-            click.echo(row)
+        click.echo(_aligned([_LENGTHS, *lengths]))
 
 
 def _monitor(found: dict[str, Any] | None) -> str:
@@ -83,6 +79,6 @@ def _counts(counts: dict[str, Any], nothing: str = "none") -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or nothing
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def _aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -11,7 +11,15 @@ import click
 
 from tetri.cli import FAILED, INTERRUPTED, OK
 from tetri.cli.answer import play
-from tetri.cli.options import conf_option, connect, json_option, sampling_options, set_option, timeout_option, utf8
+from tetri.cli.options import (
+    Overrides,
+    connect,
+    deployment_options,
+    json_option,
+    sampling_options,
+    timeout_option,
+    utf8,
+)
 
 
 @click.command("submit")
@@ -21,8 +29,7 @@ from tetri.cli.options import conf_option, connect, json_option, sampling_option
 @click.option("--deadline", type=float, metavar="SECONDS", help="End the request when it takes longer.")
 @click.option("--stream/--no-stream", default=None, help="Show text as it arrives (default, except with --json).")
 @json_option
-@conf_option
-@set_option
+@deployment_options
 @timeout_option
 def command(
     text: str,
@@ -31,7 +38,7 @@ def command(
     stream: bool | None,
     as_json: bool,
     conf: Path | None,
-    overrides: tuple[str, ...],
+    overrides: Overrides,
     timeout: float,
     **sampling: Any,
 ) -> int:
@@ -41,10 +48,7 @@ def command(
     text = utf8(sys.stdin.buffer.read()) if text == "-" else text
     form = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     sampling["stop"] = list(sampling["stop"]) or None
-    with (
-        connect(conf, timeout, overrides) as client,
-        client.stream(**form, deadline_s=deadline, **sampling) as answer,
-    ):
+    with connect(conf, timeout, overrides) as client, client.stream(**form, deadline_s=deadline, **sampling) as answer:
         return _show(answer, as_json, stream is not False and not as_json)
 
 

@@ -9,22 +9,13 @@ from pathlib import Path
 
 import click
 
-from tetri.cli.options import conf_option, set_option
+from tetri.cli.options import Overrides, deployment_options, seconds_option
 
 
 @click.command("up")
-@conf_option
-@set_option
-@click.option(
-    "--wait",
-    "wait_s",
-    type=click.FloatRange(0, min_open=True),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up when the deployment is not ready in time.",
-)
-def command(conf: Path | None, overrides: tuple[str, ...], wait_s: float) -> None:
+@deployment_options
+@seconds_option("--wait", "wait_s", default=600.0, help="Give up when the deployment is not ready in time.")
+def command(conf: Path | None, overrides: Overrides, wait_s: float) -> None:
     """Start the broker, the monitor and all workers, and wait until they are ready."""
     from tetri.config import default_path, load
     from tetri.proc import launch

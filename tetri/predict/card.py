@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,13 @@ def read_card(folder: Path, kind: str) -> Card:
     return Card(**values)
 
 
+def cards(folder: Path) -> Iterator[Card]:
+    """Yield the cards in a predictor's folder that can be read."""
+    for kind in KINDS:
+        with suppress(PredictError):
+            yield read_card(folder, kind)
+
+
 _MAKE = "tetri-cli predictor train"
 
 
@@ -91,9 +100,8 @@ def _wrong(row: dict[str, Any], kind: str) -> str:
     """Return what is wrong with a card's fields, or ""."""
     kinds = {"str": str, "int": int, "dict[str, Any]": dict}
     for one in fields(Card):
-        missing = one.default is MISSING and one.default_factory is MISSING
         if one.name not in row:
-            if missing:
+            if one.default is MISSING and one.default_factory is MISSING:
                 return f"it has no {one.name!r}"
             continue
         value, wanted = row[one.name], kinds.get(str(one.type), list)

@@ -11,23 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
 from tetri import atomic
-from tetri.predict.lengths import (
-    Length,
-    PredictError,
-    Prompt,
-    States,
-    pack_states,
-    read_lengths,
-    records,
-    states_path,
-)
+from tetri.predict.lengths import Length, PredictError, Prompt, States, pack_states, read_lengths, records, states_path
 from tetri.request import Sampling, Turn
 from tetri.text import TextError
 
@@ -185,9 +175,7 @@ class Collected:
     def __enter__(self) -> Collected:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tetri.predict.examples import Texts, layer_at
+from tetri.predict.examples import Texts, positions
 from tetri.predict.lengths import Length, prompt_key
 from tetri.predict.model import Loaded
 from tetri.predict.scores import GRANULARITIES, Doubles, Ints, ceiling, guessed, quantiles, scores
@@ -73,13 +73,9 @@ def estimates_of(
     predictor: Loaded, texts: Texts, lengths: Sequence[Length]
 ) -> tuple[Doubles, dict[int, tuple[Ints, Doubles]]]:
     """(distributions at the prompts' ends, distributions at later positions by known output tokens)."""
-    at = layer_at(texts, predictor.layer)
     by_known: dict[int, list[tuple[int, Any]]] = {}
-    for number, length in enumerate(lengths):
-        kept = texts.states[length.key]
-        for known, row in zip(kept.outputs, kept.rows, strict=True):
-            if known < length.tokens:
-                by_known.setdefault(known, []).append((number, row[at]))
+    for number, known, state in positions(texts, lengths, predictor.layer):
+        by_known.setdefault(known, []).append((number, state))
     found = {}
     for known, rows in sorted(by_known.items()):
         states = np.array([state for _, state in rows], np.float32)
@@ -101,10 +97,7 @@ def report(judged: Judged, others: Sequence[Length], predictors: Mapping[str, Lo
     The baselines are fitted to `others`, texts that are not judged; if `others` has fewer than FEWEST texts, to the
     judged texts by cross-validation."""
     tokens, kinds = judged.tokens, list(judged.distribution)
-    by_kind = {
-        kind: scores(distribution, tokens, judged.width, judged.limit)
-        for kind, distribution in judged.distribution.items()
-    }
+    by_kind = {kind: scores(of, tokens, judged.width, judged.limit) for kind, of in judged.distribution.items()}
     for kind, predictor in predictors.items():
         by_kind[kind]["bound"] = _bound(judged, kind, predictor)
     lead = "hidden" if "hidden" in kinds else kinds[0]
@@ -145,17 +138,14 @@ def _baselines(judged: Judged, others: Sequence[Length]) -> dict[str, Any]:
 
 def _best(tokens: Ints, limit: int) -> Doubles:
     """[median, then for each granularity the middle of the most frequent bucket]."""
-    found = [float(np.median(tokens))]
-    for g in GRANULARITIES:
-        found.append((int(np.bincount(np.minimum(tokens // g, (limit - 1) // g)).argmax()) + 0.5) * g)
-    return np.array(found)
+    frequent = [int(np.bincount(np.minimum(tokens // g, (limit - 1) // g)).argmax()) for g in GRANULARITIES]
+    middles = [(bucket + 0.5) * g for bucket, g in zip(frequent, GRANULARITIES, strict=True)]
+    return np.array([float(np.median(tokens)), *middles])
 
 
 def _guess_scores(guess: Doubles, tokens: Ints, limit: int) -> dict[str, Any]:
-    found = guessed(guess[:, 0], tokens, limit)
-    for column, g in enumerate(GRANULARITIES, start=1):
-        found[str(g)] = guessed(guess[:, column], tokens, limit)[str(g)]
-    return found
+    right = {str(g): guessed(guess[:, at], tokens, limit)[str(g)] for at, g in enumerate(GRANULARITIES, start=1)}
+    return guessed(guess[:, 0], tokens, limit) | right
 
 
 def _size(length: Length) -> float:
@@ -207,9 +197,7 @@ def predictions(judged: Judged) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, length in enumerate(judged.lengths):
         row: dict[str, Any] = {"prompt_tokens": length.prompt_tokens, "tokens": length.tokens, "source": length.source}
-        row |= {
-            kind: _rounded(distribution[number]) for kind, distribution in judged.distribution.items() if kind != "both"
-        }
+        row |= {kind: _rounded(of[number]) for kind, of in judged.distribution.items() if kind != "both"}
         rows.append(row | {"width": judged.width})
     for known, (places, distribution) in judged.later.items():
         for number, one in zip(places, distribution, strict=True):

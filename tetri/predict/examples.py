@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,7 @@ class Rows:
 
     def chosen(self, which: npt.NDArray[np.bool_]) -> Rows:
         """The rows where the mask `which` is true."""
-        features = self.features[which] if len(self.features) else self.features
-        columns = self.open[which], self.fold[which], self.weight[which], self.known[which]
-        return Rows(features, self.tokens[which], *columns)
+        return Rows(*(column[which] if len(column) else column for column in vars(self).values()))
 
 
 def folds_of(lengths: Sequence[Length], seed: int) -> Ints:
@@ -138,32 +136,32 @@ def folds_of(lengths: Sequence[Length], seed: int) -> Ints:
 
 def weights_of(lengths: Sequence[Length]) -> Array:
     """The weight of each text: 1 / (texts of its prompt), so that all prompts count the same."""
-    keys = [prompt_key(length.prompt) for length in lengths]
-    counts = Counter(keys)
-    return np.array([1.0 / counts[key] for key in keys], np.float32)
+    counts = Counter(length.prompt for length in lengths)
+    return np.array([1.0 / counts[length.prompt] for length in lengths], np.float32)
 
 
-def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> tuple[Array, Rows]:
-    """(hidden states float32 [n, hidden] after `layer` layers, rows without features), at every kept position of these
-    texts. Raises PredictError when the layer was not kept."""
-    at = layer_at(texts, layer)
+def state_rows(texts: Texts, lengths: Sequence[Length], layer: int, seed: int) -> Rows:
+    """Rows for every kept position of these texts. The features are the hidden states after `layer` layers, float32
+    [n, hidden]. Raises PredictError when the layer was not kept."""
     folds, weights = folds_of(lengths, seed), weights_of(lengths)
     states, rows = [], []
-    for length, fold, weight in zip(lengths, folds, weights, strict=True):
+    for number, known, state in positions(texts, lengths, layer):
+        length = lengths[number]
+        states.append(state)
+        rows.append((length.tokens - known, length.ended == "length", folds[number], weights[number], known))
+    tokens, cuts, fold_, weight_, known_ = (np.array(column) for column in zip(*rows, strict=True))
+    return Rows(np.array(states, np.float32), tokens, cuts, fold_, weight_.astype(np.float32), known_)
+
+
+def positions(texts: Texts, lengths: Sequence[Length], layer: int) -> Iterator[tuple[int, int, Any]]:
+    """Yield (index into `lengths`, known output tokens, hidden state after `layer` layers) of every kept position with
+    tokens to follow. Raises PredictError when the layer was not kept."""
+    if layer not in texts.layers:
+        layers = ", ".join(map(str, texts.layers)) or "none"
+        raise PredictError(f"layer {layer} was not kept when the lengths were collected, but {layers} were")
+    at = texts.layers.index(layer)
+    for number, length in enumerate(lengths):
         kept = texts.states[length.key]
         for known, row in zip(kept.outputs, kept.rows, strict=True):
             if known < length.tokens:
-                states.append(row[at])
-                cut = length.ended == "length"
-                rows.append((length.tokens - known, cut, fold, weight, known))
-    tokens, cuts, fold_, weight_, known_ = (np.array(column) for column in zip(*rows, strict=True))
-    features = np.array(states, np.float32)
-    return features, Rows(np.empty((0, 0), np.float32), tokens, cuts, fold_, weight_.astype(np.float32), known_)
-
-
-def layer_at(texts: Texts, layer: int) -> int:
-    """Index of `layer` among the kept layers. Raises PredictError when it was not kept."""
-    if layer not in texts.layers:
-        kept = ", ".join(map(str, texts.layers)) or "none"
-        raise PredictError(f"layer {layer} was not kept when the lengths were collected, but {kept} were")
-    return texts.layers.index(layer)
+                yield number, known, row[at]

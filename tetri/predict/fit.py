@@ -4,7 +4,7 @@ when training stops, and calibrates the distributions."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,7 @@ def buckets_of(limit: int, width: int) -> int:
 
 def fit(rows: Rows, width: int, buckets: int, seed: int, progress: Progress, *, networks: int = FOLDS) -> Fitted:
     """Train one network for each of the first `networks` folds, without the rows of that fold, and calibrate them."""
-    mean, scale = moments(rows.features, rows.weight)
-    plain = Head(mean, scale, ())
+    plain = Head(*moments(rows.features, rows.weight), ())
     normed = plain.normed(rows.features)
     left_out = np.full((len(rows), buckets - 1), np.nan, np.float32)
     made = []
@@ -49,12 +48,16 @@ def fit(rows: Rows, width: int, buckets: int, seed: int, progress: Progress, *, 
         network, left_out[out] = _network(normed, rows, out, width, buckets, seed + fold)
         made.append(network)
         progress(f"network {fold + 1} of {networks}")
-    judged = rows.fold < networks
+    return calibrated(replace(plain, networks=tuple(made)), left_out, rows, rows.fold < networks, width)
+
+
+def calibrated(head: Head, logits: Array, rows: Rows, judged: npt.NDArray[np.bool_], width: int) -> Fitted:
+    """Set the head's temperature by the rows `judged`. `logits`: of all rows, NaN where they are not judged."""
     some = rows.chosen(judged)
-    temperature = temperature_of(left_out[judged], some, width)
-    distribution = shares(left_out / temperature)
+    temperature = temperature_of(logits[judged], some, width)
+    distribution = shares(logits / temperature)
     loss = np.average(surprise(distribution[judged], some, width), weights=some.weight)
-    return Fitted(Head(mean, scale, tuple(made), temperature), distribution, float(loss))
+    return Fitted(replace(head, temperature=temperature), distribution, float(loss))
 
 
 def moments(features: Array, weight: Array) -> tuple[Array, Array]:

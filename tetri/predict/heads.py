@@ -117,10 +117,9 @@ def load_head(path: Path, digest: str) -> Head:
     try:
         tensors = load(data)
         seen = frozenset(map(int, tensors.pop("seen")))
-        head = _head({name: np.asarray(value, np.float32) for name, value in tensors.items()}, seen)
+        return _head({name: np.asarray(value, np.float32) for name, value in tensors.items()}, seen)
     except (KeyError, ValueError, IndexError) as error:
         raise PredictError(f"{path} is not a trained head ({error}): train again") from None
-    return head
 
 
 def _head(tensors: dict[str, Array], seen: frozenset[int]) -> Head:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tetri.predict.card import HEAD, KINDS, LATER, Card, read_card
+from tetri.predict.card import HEAD, KINDS, LATER, Card, cards, read_card
 from tetri.predict.encoder import SHAPE, Encoder, find_encoder, load_encoder
 from tetri.predict.heads import Array, Head, load_head
 from tetri.predict.lengths import PredictError
@@ -56,7 +56,7 @@ class Loaded:
             return [], []
         vectors = self.encoder.vectors(texts)
         counts = np.rint(np.expm1(vectors[:, -SHAPE].astype(np.float64)))  # the first feature of `shape`
-        return self._distribution(vectors), [int(count) for count in counts]
+        return self._made(self.head.distribution(vectors)), [int(count) for count in counts]
 
     def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
         """Predict how many tokens follow. Raises PredictError for the kind classifier.
@@ -76,13 +76,6 @@ class Loaded:
             if which.any():
                 distribution[which] = head.distribution(features[which])
         return self._made(distribution)
-
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        """The encoder's token count of each text before the cut."""
-        return [len(ids) for ids in self.encoder.ids(texts)] if self.encoder is not None and texts else []
-
-    def _distribution(self, features: Array) -> list[LengthDistribution]:
-        return self._made(self.head.distribution(features))
 
     def _made(self, distribution: npt.NDArray[np.float64]) -> list[LengthDistribution]:
         return [LengthDistribution(self.card.width, tuple(map(float, row))) for row in distribution]
@@ -132,11 +125,5 @@ def load(folder: Path, kind: str, weights: str = "") -> Loaded:
 
 def shipped_for(weights: str) -> Path | None:
     """The folder of tetri's own predictor for the model with the hash `weights`; None if there is none."""
-    for folder in sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else ():
-        for kind in KINDS:
-            try:
-                if read_card(folder, kind).weights == weights:
-                    return folder
-            except PredictError:
-                continue
-    return None
+    folders = sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+    return next((folder for folder in folders if any(card.weights == weights for card in cards(folder))), None)

@@ -38,9 +38,8 @@ def quantiles(distribution: Doubles, width: int, share: float, limit: int) -> Do
     row = np.arange(len(distribution))
     before = np.where(bucket > 0, below[row, bucket - 1], 0.0)
     inside = np.clip((share - before) / np.maximum(distribution[row, bucket], 1e-12), 0.0, 1.0)
-    return np.asarray(
-        np.where(bucket == distribution.shape[1] - 1, limit, np.minimum((bucket + inside) * width, limit))
-    )
+    last = bucket == distribution.shape[1] - 1
+    return np.asarray(np.where(last, limit, np.minimum((bucket + inside) * width, limit)))
 
 
 def means(distribution: Doubles, width: int, limit: int) -> Doubles:
@@ -120,9 +119,9 @@ def ceiling(samples: Mapping[str, list[int]], limit: int) -> dict[str, Any]:
         found[name] = {str(g): _short(_agreement(name, many, g, (limit - 1) // g)) for g in GRANULARITIES}
     rows = [(key, i, j) for key, of in many.items() for i in range(len(of)) for j in range(len(of)) if i != j]
     one, other = (np.array([many[row[0]][row[at]] for row in rows]) for at in (1, 2))
-    found["another"] |= {"mae": round(float(np.abs(one - other).mean()), 1)}
     firsts, seconds = (np.array([of[at] for of in many.values()]) for at in (0, 1))
-    found["another"] |= {"tau": _short(tau(firsts.astype(np.float64), seconds))}
+    order = _short(tau(firsts.astype(np.float64), seconds))
+    found["another"] |= {"mae": round(float(np.abs(one - other).mean()), 1), "tau": order}
     rest = [(np.median(np.delete(of, at)), of[at]) for of in many.values() for at in range(len(of))]
     guess, real = (np.array(column) for column in zip(*rest, strict=True))
     found["others"] |= {"mae": round(float(np.abs(guess - real).mean()), 1)}
@@ -147,8 +146,7 @@ def _by_others(counts: Ints, size: int) -> float:
     """Accuracy when each text is guessed as the most frequent bucket of the others; ties are broken at random."""
     right = 0.0
     for bucket in np.flatnonzero(counts):
-        rest = counts.copy()
-        rest[bucket] -= 1
+        rest = counts - (np.arange(len(counts)) == bucket)
         if rest[bucket] == rest.max():
             right += counts[bucket] / (rest == rest.max()).sum()
     return float(right / size)

@@ -55,7 +55,8 @@ class EstimatorHead(Protocol):
         """Output tokens between two reads of the hidden state."""
 
     def estimate(self, states: Any, outputs: Sequence[int]) -> list[LengthDistribution]:
-        """Distributions of the remaining tokens, for `states` [n, hidden] and the known output tokens of each."""
+        """Distributions of the remaining tokens, for `states` [n, hidden] and the known output tokens of each. Raises
+        PredictError when the states have another size."""
 
 
 class Reading:

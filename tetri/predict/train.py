@@ -91,7 +91,8 @@ def _hidden(texts: Texts, training: list[Length], settings: TrainSettings, folde
     best: tuple[float, int, Fitted, Rows] | None = None
     tried = {}
     for layer in layers:
-        rows = _positions(texts, training, layer, settings.seed)
+        rows = examples.state_rows(texts, training, layer, settings.seed)
+        rows = replace(rows, features=with_place(rows.features, rows.known.tolist()))
         ends = rows.chosen(rows.known == 0)
         progress(f"layer {layer}: {len(ends)} ends of prompts")
         fitted = fit(ends, WIDTH, buckets, settings.seed, progress)
@@ -104,17 +105,10 @@ def _hidden(texts: Texts, training: list[Length], settings: TrainSettings, folde
     after = rows.chosen(rows.known > 0)
     progress(f"layer {layer}: {len(after)} later positions")
     later = ""
-    if (
-        len(after) >= FEWEST and (after.fold == 0).any()
-    ):  # one network: there are many examples, and the file stays small
+    if len(after) >= FEWEST and (after.fold == 0).any():  # one network: many examples, and the file stays small
         later = save_head(fit(after, WIDTH, buckets, settings.seed, progress, networks=1).head, folder / LATER)
     split = card.split | {"loss_by_layer": tried, "later_positions": len(after)}
     return replace(card, layer=layer, every=int(texts.plan.get("every", 0)), split=split, later=later)
-
-
-def _positions(texts: Texts, training: list[Length], layer: int, seed: int) -> Rows:
-    states, rows = examples.state_rows(texts, training, layer, seed)
-    return replace(rows, features=with_place(states, rows.known.tolist()))
 
 
 def _classifier(
@@ -138,14 +132,10 @@ def _classifier(
 
 def _rows(lengths: Sequence[Length], seed: int) -> Rows:
     """Training rows without features."""
-    return Rows(
-        np.empty((0, 0), np.float32),
-        np.array([length.tokens for length in lengths]),
-        np.array([length.ended == "length" for length in lengths]),
-        examples.folds_of(lengths, seed),
-        examples.weights_of(lengths),
-        np.zeros(len(lengths), np.int64),
-    )
+    tokens = np.array([length.tokens for length in lengths])
+    cut = np.array([length.ended == "length" for length in lengths])
+    folds, weights = examples.folds_of(lengths, seed), examples.weights_of(lengths)
+    return Rows(np.empty((0, 0), np.float32), tokens, cut, folds, weights, np.zeros(len(lengths), np.int64))
 
 
 BATCH = 32  # prompts per batch of the encoder
@@ -172,27 +162,18 @@ def _card(
     counts = np.bincount(np.minimum(rows.tokens // WIDTH, fitted.head.buckets - 1), rows.weight, fitted.head.buckets)
     prior = (counts + 0.5) / (counts + 0.5).sum()
     keys = [length.key[0] for length in training]
+    split: dict[str, Any] = {"seed": settings.seed, "held_out": HELD_OUT}
+    split |= {"by": "xxh3 of the seed and the prompt's hash", "prompts_learnt": len(set(keys))}
+    split |= {"networks": len(fitted.head.networks), "left_out_of_each": 1 / FOLDS}
+    split |= {"temperature": fitted.head.temperature, "loss": round(fitted.loss, 4), "full": settings.full}
     return Card(
-        settings.kind,
-        settings.model,
-        settings.weights,
-        WIDTH,
-        tuple(round(float(share), 6) for share in prior),
-        levels,
-        save_head(fitted.head, folder / HEAD, keys),
+        *(settings.kind, settings.model, settings.weights, WIDTH),
+        prior=tuple(round(float(share), 6) for share in prior),
+        levels=levels,
+        head=save_head(fitted.head, folder / HEAD, keys),
         data=_data(texts),
         scores=_left_out(texts, training, settings.kind, fitted.left_out),
-        split={
-            "seed": settings.seed,
-            "held_out": HELD_OUT,
-            "by": "xxh3 of the seed and the prompt's hash",
-            "prompts_learnt": len(set(keys)),
-            "networks": len(fitted.head.networks),
-            "left_out_of_each": 1 / FOLDS,
-            "temperature": fitted.head.temperature,
-            "loss": round(fitted.loss, 4),
-            "full": settings.full,
-        },
+        split=split,
         ceiling=ceiling_of(texts),
         notes=NOTES,
         date=settings.date,

@@ -11,19 +11,8 @@ import numpy as np
 
 from tetri.predict.encoder import Encoder, shape
 from tetri.predict.examples import Ints, Rows
-from tetri.predict.fit import (
-    RATE,
-    Fitted,
-    Progress,
-    first_guess,
-    fresh,
-    layers,
-    loss_of,
-    moments,
-    surprise,
-    temperature_of,
-)
-from tetri.predict.heads import CLIP, Array, Head, shares
+from tetri.predict.fit import RATE, Fitted, Progress, calibrated, first_guess, fresh, layers, loss_of, moments
+from tetri.predict.heads import CLIP, Array, Head
 from tetri.predict.lengths import Length
 
 BATCH = 32
@@ -60,19 +49,14 @@ def tune(
     shapes = np.array([shape(length.prompt, len(one)) for length, one in zip(lengths, whole, strict=True)], np.float32)
     prompts = Prompts([encoder.short(one) for one in whole], shapes)
     training = rows.fold != LEFT_OUT
-    mean, scale = moments(_features(encoder, prompts)[training], rows.weight[training])
-    plain = Head(mean, scale, ())
+    plain = Head(*moments(_features(encoder, prompts)[training], rows.weight[training]), ())
     network = fresh(encoder.vector, first_guess(rows.chosen(training), width, buckets))
     _learn(encoder, network, plain, prompts, rows, width, epochs, seed, progress)
     rows = replace(rows, features=_features(encoder, prompts))
     with torch.inference_mode():
         logits = network(torch.tensor(plain.normed(rows.features))).numpy()
-    left_out = rows.chosen(~training)
-    temperature = temperature_of(logits[~training], left_out, width)
-    distribution = np.full((len(rows), buckets), np.nan)
-    distribution[~training] = shares(logits[~training] / temperature)
-    loss = float(np.average(surprise(distribution[~training], left_out, width), weights=left_out.weight))
-    return encoder, Fitted(Head(mean, scale, (layers(network),), temperature), distribution, loss), rows
+    logits[training] = np.nan
+    return encoder, calibrated(replace(plain, networks=(layers(network),)), logits, rows, ~training, width), rows
 
 
 def _learn(
@@ -119,12 +103,8 @@ def _optimizer(model: Any, network: Any, steps: int) -> tuple[Any, Any]:
     """(optimizer, learning rate schedule). The rate rises for the share WARM of the steps, then falls to 0."""
     import torch
 
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(model.parameters()), "lr": ENCODER_RATE, "weight_decay": 0.01},
-            {"params": list(network.parameters()), "lr": RATE, "weight_decay": 1.0},
-        ]
-    )
+    slow = {"params": list(model.parameters()), "lr": ENCODER_RATE, "weight_decay": 0.01}
+    optimizer = torch.optim.AdamW([slow, {"params": list(network.parameters()), "lr": RATE, "weight_decay": 1.0}])
 
     def share(step: int) -> float:
         return min(1.0, (step + 1) / (WARM * steps + 1)) * max(0.0, 1.0 - step / steps)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 
 import click
 
 from tetri import log
-from tetri.config import Config, default_path, load
+from tetri.config import Config
 from tetri.core.actions import (
     BROKER,
     Action,
@@ -30,25 +28,17 @@ from tetri.core.actions import (
 )
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
-from tetri.cost import CostError
-from tetri.models import ModelError
-from tetri.net.errors import NetError
 from tetri.net.hub import Hub
-from tetri.net.lock import hold
 from tetri.net.loop import run
-from tetri.net.signals import StopSignals
 from tetri.proc import build
+from tetri.proc.network import HubNetwork
 from tetri.proc.recorder import BrokerStart, recorded
-from tetri.strict import ConfigError
 from tetri.text import Stopper, TextError, Tokenizer
 from tetri.wire.clients import ClientMessage, Refused, Submit
-from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
 CHARS_A_TOKEN = 64  # longer prompts are refused before they are tokenised, which would block all other requests
-
-EXPECTED = (ConfigError, CostError, ModelError, NetError, TextError, log.LogError)
 
 
 class ActionExecutor:
@@ -56,7 +46,7 @@ class ActionExecutor:
     tokens to text before a client does."""
 
     def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
-        self.core, self.hub, self.tokenizer, self.log = core, hub, tokenizer, logger
+        self.core, self.hub, self.tokenizer, self.network = core, hub, tokenizer, HubNetwork(hub, logger)
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -69,10 +59,8 @@ class ActionExecutor:
                 yield event.message  # type: ignore[misc]
             elif not isinstance(event.message, Submit):
                 yield FromClient(event.client, event.message)  # type: ignore[arg-type]
-            else:
-                submitted = self.tokenise(event.client, event.message)
-                if submitted is not None:
-                    yield submitted
+            elif (submitted := self.tokenise(event.client, event.message)) is not None:
+                yield submitted
 
     def tokenise(self, client: bytes, message: Submit) -> Submitted | None:
         """Tokenise a Submit. Returns None after it has sent a refusal for a prompt that cannot be tokenised.
@@ -122,14 +110,11 @@ class ActionExecutor:
             case Release(rid):
                 self.stoppers.pop(rid, None)
             case Send(peer, message):
-                try:
-                    self.hub.send(peer, message)  # heartbeats and timers repair a lost message
-                except WireError as error:
-                    self.log.error("%s %s", error, log.fields(iid=peer))
+                self.network.send(peer, message)
             case Connect(peer, address):
-                self.connect(peer, address)
+                self.network.connect(peer, address)
             case Disconnect(peer):
-                self.hub.disconnect(peer)
+                self.network.disconnect(peer)
         return None
 
     def reply(self, action: Reply) -> Undelivered | None:
@@ -153,24 +138,12 @@ class ActionExecutor:
         counted = released.counted if released.stopped else None
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
-    def connect(self, peer: str, address: str) -> None:
-        """Connect to a worker's inbox."""
-        try:
-            self.hub.connect(peer, address)
-        except NetError as error:  # the worker sent a wrong address: it stays unreachable, and the status shows it
-            self.log.error("%s %s", error, log.fields(iid=peer))
-
 
 def serve(config: Config, logger: logging.Logger) -> None:
     """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
     build.pin(config.broker.cpus)
-    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     tokenizer = build.tokenizer(config)
-    with hold(config.run_dir / "broker.lock"), ExitStack() as stack:
-        hub = Hub(logger)
-        stack.callback(hub.close)
-        signals = StopSignals(hub.wake_fd)
-        stack.callback(signals.restore)
+    with build.locked_hub(config, "broker", logger) as (hub, signals, stack):
         epoch = secrets.randbits(62)
         model = config.model.name if config.engine.kind != "emulated" else "emulated"
         start = start_of(config, epoch, model)
@@ -212,12 +185,7 @@ def limits(config: Config) -> Limits:
 
 
 @click.command()
-@click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
-def main(conf: str | None, overrides: tuple[str, ...]) -> None:
+@build.configured("tetri-broker")
+def main(config: Config) -> None:
     """Run the broker of a cluster."""
-    try:
-        serve(load(conf or default_path(), overrides), log.start("broker"))
-    except EXPECTED as error:
-        click.echo(f"tetri-broker: {error}", err=True)
-        sys.exit(2)
+    serve(config, log.start("broker"))

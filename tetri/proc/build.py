@@ -1,32 +1,83 @@
-"""Builds the parts of a process from the configuration: engine, KV store, identity, rules."""
+"""Builds the parts of a process from the configuration: hub, engine, KV store, identity, rules."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import wraps
+from logging import Logger
 from pathlib import Path
+from typing import Any
+
+import click
 
 from tetri import cost
-from tetri.config import Config, cpu_numbers
+from tetri.config import Config, cpu_numbers, default_path
+from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
-from tetri.engine.base import Engine
+from tetri.cost import CostError
+from tetri.engine.base import Engine, EngineError
 from tetri.instance import Instance
 from tetri.kv import StoreSettings, open_store
-from tetri.kv.base import KVStore
+from tetri.kv.base import KVError, KVStore
 from tetri.kv.cuda.runtime import Device, load, put_first
 from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
-from tetri.models import find, weights_hash
+from tetri.log import LogError
+from tetri.models import ModelError, find, weights_hash
+from tetri.net.errors import NetError
+from tetri.net.hub import Hub
+from tetri.net.lock import hold
+from tetri.net.signals import StopSignals
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.request import Capacity, Expected
 from tetri.strict import ConfigError
-from tetri.text import ByteTokenizer, Tokenizer, load_tokenizer
+from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
 
 # The cost table when [engine] names none. The seconds are not measured, but they grow with the prompt and the batch.
 UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
+
+EXPECTED = (ConfigError, CostError, EngineError, KVError, LogError, ModelError, NetError, TextError)
+
+
+def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options --conf and --set to a command, which gets the configuration that they select. An expected error
+    ends the program with one line on stderr and status 2."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
+        @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+        @wraps(function)
+        def command(conf: str | None, overrides: tuple[str, ...], **given: Any) -> None:
+            try:
+                function(load_config(conf or default_path(), overrides), **given)
+            except EXPECTED as error:
+                click.echo(f"{program}: {error}", err=True)
+                sys.exit(2)
+
+        return command
+
+    return decorate
+
+
+@contextmanager
+def locked_hub(config: Config, name: str, logger: Logger) -> Iterator[tuple[Hub, StopSignals, ExitStack]]:
+    """Lock the run directory for the process `name` and open a hub. Yields (hub, signals that end the loop, a stack
+    that is closed before the hub). Raises NetError."""
+    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with hold(config.run_dir / f"{name}.lock"), closing(Hub(logger)) as hub, ExitStack() as stack:
+        yield hub, stop_signals(hub, stack), stack
+
+
+def stop_signals(hub: Hub, stack: ExitStack) -> StopSignals:
+    """Make signals end the loop of this process; `stack` restores their earlier handlers."""
+    signals = StopSignals(hub.wake_fd)
+    stack.callback(signals.restore)
+    return signals
 
 
 def gpu(config: Config, iid: str) -> Device | None:
@@ -157,10 +208,8 @@ def link(config: Config) -> LimitedLink | None:
         return LimitedLink(bytes_s, made.emulate_latency_us / 1e6)
     token_bytes = made.emulate_token_bytes or (cost.load(engine.cost).kv_token_bytes if engine.cost else 0)
     if not token_bytes:
-        raise ConfigError(
-            "transfer.emulate needs the size of the emulated model's KV: name an engine.cost table with kv_token_bytes,"
-            " or set transfer.emulate_token_bytes"
-        )
+        advice = "name an engine.cost table with kv_token_bytes, or set transfer.emulate_token_bytes"
+        raise ConfigError(f"transfer.emulate needs the size of the emulated model's KV: {advice}")
     scale = config.emulated.time_scale
     if not scale:
         raise ConfigError("transfer.emulate needs time, but emulated.time_scale = 0 takes none: change one of them")

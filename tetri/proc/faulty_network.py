@@ -14,6 +14,7 @@ from tetri.executor import Network
 from tetri.faults import Chance, Faults
 from tetri.kv.base import KVStore
 from tetri.kv.faulty_store import FaultyStore, kill_myself
+from tetri.proc.network import sooner
 from tetri.wire.handover import BetweenWorkers
 from tetri.wire.messages import Heartbeat
 
@@ -31,9 +32,8 @@ class FaultyNetwork:
         self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
         self._old: deque[tuple[str, Any]] = deque(maxlen=REMEMBERED)
         self._late: list[tuple[float, str, Any]] = []
-        self._overtaken: dict[
-            str, tuple[float, Any]
-        ] = {}  # peer -> (latest time to send, message that the next one overtakes)
+        # peer -> (latest time to send, message that the next one overtakes)
+        self._overtaken: dict[str, tuple[float, Any]] = {}
 
     def send(self, peer: str, message: Any) -> None:
         """Send a message, perhaps with a fault."""
@@ -79,11 +79,7 @@ class FaultyNetwork:
 
     def received(self, poll: Poll, timeout: float | None) -> Iterator[Any]:
         """Yield the events of `poll`, then `deliver`. Limits the timeout so that delayed messages leave in time."""
-        due = self.due()
-        if due is not None:
-            left = max(0.0, due - self.clock())
-            timeout = left if timeout is None else min(timeout, left)
-        yield from poll(timeout)
+        yield from poll(sooner(timeout, self.due(), self.clock()))
         self.deliver()
 
 

@@ -171,10 +171,8 @@ def _check_port(config: Config) -> None:
         try:
             probe.bind((host.strip("[]"), int(port)))
         except OSError as error:
-            raise LaunchError(
-                f"{config.clients_address} cannot be used ({error.strerror}): choose another port with"
-                " --set broker.clients=tcp://127.0.0.1:PORT"
-            ) from None
+            advice = "choose another port with --set broker.clients=tcp://127.0.0.1:PORT"
+            raise LaunchError(f"{config.clients_address} cannot be used ({error.strerror}): {advice}") from None
 
 
 def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: float) -> None:
@@ -235,10 +233,7 @@ def _write_state(config: Config, supervisor: Supervisor) -> None:
         "name": config.cluster.name,
         "clients": config.clients_address,
         "config": str(supervisor.run_dir / CONF),
-        "pids": {
-            "supervisord": supervisor.pid(),
-            **{program.name: program.pid for program in supervisor.programs() or []},
-        },
+        "pids": {"supervisord": supervisor.pid(), **{each.name: each.pid for each in supervisor.programs() or []}},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     atomic.write_text(supervisor.run_dir / STATE, json.dumps(state, indent=2) + "\n")

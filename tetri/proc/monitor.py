@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import click
 
 from tetri import log
-from tetri.config import Config, default_path, load
+from tetri.config import Config
 from tetri.core.actions import BROKER, Action, Broken, Publish, Send
-from tetri.net.errors import NetError
-from tetri.net.hub import Hub
-from tetri.net.lock import hold
 from tetri.net.loop import run
-from tetri.net.signals import StopSignals
 from tetri.proc import build
 from tetri.proc.network import HubNetwork, polled
 from tetri.proc.recorder import MonitorStart, recorded
-from tetri.strict import ConfigError
 from tetri.wire.messages import FlipWanted, LoadReport
 
-EXPECTED = (ConfigError, NetError, log.LogError)
 NAME = "monitor"
 
 
@@ -47,12 +39,7 @@ def carry_out(network: HubNetwork, logger: logging.Logger, actions: Sequence[Act
 def serve(config: Config, logger: logging.Logger) -> None:
     """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
     build.pin(config.monitor.cpus)
-    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with hold(config.run_dir / "monitor.lock"), ExitStack() as stack:
-        hub = Hub(logger)
-        stack.callback(hub.close)
-        signals = StopSignals(hub.wake_fd)
-        stack.callback(signals.restore)
+    with build.locked_hub(config, NAME, logger) as (hub, signals, stack):
         start = start_of(config)
         core = recorded(start.core(), start, config, NAME, start.epoch, stack)
         hub.bind_subscriber(config.loads_address, LoadReport)
@@ -78,12 +65,7 @@ def start_of(config: Config) -> MonitorStart:
 
 
 @click.command()
-@click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
-def main(conf: str | None, overrides: tuple[str, ...]) -> None:
+@build.configured("tetri-monitor")
+def main(config: Config) -> None:
     """Run the monitor of a cluster. It publishes the load of all instances and asks for changes of role."""
-    try:
-        serve(load(conf or default_path(), overrides), log.start(NAME))
-    except EXPECTED as error:
-        click.echo(f"tetri-monitor: {error}", err=True)
-        sys.exit(2)
+    serve(config, log.start(NAME))

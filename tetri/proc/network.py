@@ -50,15 +50,17 @@ def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:
         yield event.message if isinstance(event, Arrived) else event
 
 
+def sooner(timeout: float | None, due: float | None, now: float) -> float | None:
+    """The timeout, shortened so that it ends at `due`. All in seconds; None: without limit."""
+    left = None if due is None else max(0.0, due - now)
+    return left if timeout is None else timeout if left is None else min(timeout, left)
+
+
 def received(
     hub: Hub, copies: Copies, others: Sequence[Callable[[], Iterator[Any]]], timeout: float | None
 ) -> Iterator[Any]:
     """Yield the inputs of a worker's core: messages, KV, then the events of `others`. Each source wakes the hub."""
-    due = copies.due()
-    if due is not None:
-        left = max(0.0, due - time.monotonic())
-        timeout = left if timeout is None else min(timeout, left)
-    yield from polled(hub, timeout)
+    yield from polled(hub, sooner(timeout, copies.due(), time.monotonic()))
     yield from copies.events()
     for other in others:
         yield from other()

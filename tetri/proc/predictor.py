@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from tetri.engine.vllm.setup import prepare_environment
 from tetri.engine_request import StepDone
 from tetri.executor import Network
 from tetri.models import find, weights_hash
-from tetri.predict.card import KINDS, Card, read_card
+from tetri.predict.card import KINDS, cards
 from tetri.predict.inputs import reader
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED, Loaded, examine, load, shipped_for
@@ -92,10 +92,9 @@ def _named(config: Config, load: Callable[[Path, str, str], Part]) -> tuple[Path
     kind = config.predictor.kind
     folder, weights = _location(config)
     if folder is None:
-        raise ConfigError(
-            f'predictor.kind = "{kind}": tetri brings no predictor for model {config.model.name}: train one with'
-            " tetri-cli predictor train and set predictor.folder, or set another kind"
-        )
+        lacks = f"tetri brings no predictor for model {config.model.name}"
+        advice = "train one with tetri-cli predictor train and set predictor.folder, or set another kind"
+        raise ConfigError(f'predictor.kind = "{kind}": {lacks}: {advice}')
     try:
         return folder, {each: load(folder, each, weights) for each in (KINDS if kind == "both" else (kind,))}
     except PredictError as error:
@@ -128,24 +127,11 @@ def _location(config: Config) -> tuple[Path | None, str]:
 
 def _prior(config: Config, note: str) -> Expected:
     """The prior of this model: from the card of a trained predictor if there is one, else NOBODY_KNOWS."""
-    card = _any_card(config)
-    if card is None:
-        return Expected("prior", NOBODY_KNOWS, (), f"{note}; nothing is known of this model's lengths yet")
-    return Expected("prior", LengthDistribution(card.width, card.prior), (), note)
-
-
-def _any_card(config: Config) -> Card | None:
     folder, weights = _location(config)
-    if folder is None:
-        return None
-    for kind in KINDS:
-        try:
-            card = read_card(folder, kind)
-        except PredictError:
-            continue
+    for card in cards(folder) if folder is not None else ():
         if card.weights == weights or not weights:
-            return card
-    return None
+            return Expected("prior", LengthDistribution(card.width, card.prior), (), note)
+    return Expected("prior", NOBODY_KNOWS, (), f"{note}; nothing is known of this model's lengths yet")
 
 
 def _name(folder: Path) -> str:
@@ -155,29 +141,7 @@ def _name(folder: Path) -> str:
 # ---------------------------------------------------------------- at work
 
 
-class AskedPrompts(Protocol):
-    """A classifier at work: tetri.predict.serve.Parallel or Sequential."""
-
-    @property
-    def trouble(self) -> str:
-        """Why there are no predictions at present; "" if there are."""
-
-    @property
-    def cut(self) -> int:
-        """Prompts that were too long to be read completely."""
-
-    @property
-    def unread(self) -> int:
-        """Prompts that were dropped because too many waited."""
-
-    def ask(self, key: str, prompt: tuple[int, ...]) -> Answer | None:
-        """Predict a prompt. Returns its answer, or None if `answers` will yield it later."""
-
-    def answers(self) -> Iterator[Answer]:
-        """Yield the answers since the last call."""
-
-    def close(self) -> None:
-        """End the thread, if there is one."""
+RunningClassifier = Sequential | Parallel
 
 
 class PredictorServing:
@@ -190,7 +154,7 @@ class PredictorServing:
         self,
         expected: Expected,
         step: Callable[[int], StepDone],
-        classifier: AskedPrompts | None = None,
+        classifier: RunningClassifier | None = None,
         head: Steady | None = None,
     ) -> None:
         self.expected, self.step = expected, step
@@ -248,7 +212,7 @@ def serving_of(
 
 def start_classifier(
     classifier: Loaded, config: Config, wake: Callable[[], None], logger: logging.Logger
-) -> AskedPrompts:
+) -> RunningClassifier:
     """Start a classifier in the configured mode. Raises ModelError and TextError."""
     cut = classifier.card.cut
     reading = Reading(classifier, reader(build.tokenizer(config)), cut, logger)

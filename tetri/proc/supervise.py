@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,10 +245,8 @@ def _end_all(find: Callable[[], list[int]]) -> list[int]:
     return find()
 
 
-def _wait_gone(pids: Iterable[int], limit_s: float) -> list[int]:
-    """Wait for these processes to end. Returns those that still live after `limit_s` seconds."""
+def _wait_gone(pids: Sequence[int], limit_s: float) -> None:
+    """Wait for these processes to end, at most `limit_s` seconds."""
     until = time.monotonic() + limit_s
-    left = list(pids)
-    while (left := [pid for pid in left if _alive(pid)]) and time.monotonic() < until:
+    while any(map(_alive, pids)) and time.monotonic() < until:
         time.sleep(0.02)
-    return left

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -16,19 +15,15 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import log
-from tetri.config import Config, WorkerConfig, default_path, load
+from tetri.config import Config, WorkerConfig
 from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker.worker import Worker
-from tetri.cost import CostError
-from tetri.engine.base import Engine, EngineError
+from tetri.engine.base import Engine
 from tetri.executor import Copies, Network, WorkerExecutor
 from tetri.faults import parse_faults
-from tetri.kv.base import KVError, KVLost, KVStore
-from tetri.models import ModelError
-from tetri.net.errors import NetError
+from tetri.kv.base import KVLost, KVStore
 from tetri.net.hub import Hub
 from tetri.net.loop import run
-from tetri.net.signals import StopSignals
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
 from tetri.proc import build
@@ -37,13 +32,11 @@ from tetri.proc.network import HubNetwork, received
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.request import ROLES
 from tetri.strict import ConfigError
-from tetri.text import TextError
 from tetri.wire.messages import ClusterView, InboxMessage
 
 if TYPE_CHECKING:
     from tetri.proc.predictor import PredictorServing
 
-EXPECTED = (ConfigError, EngineError, KVError, ModelError, NetError, CostError, TextError, log.LogError)
 RESERVED = (BROKER, "monitor", "supervisord")
 
 
@@ -80,15 +73,13 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     if predicts:  # numpy comes with it
         from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of
     with ExitStack() as stack:
-        hub = Hub(logger)
-        stack.callback(hub.close)
+        hub = stack.enter_context(closing(Hub(logger)))
         predictor = load_predictor(config, logger) if predicts else None
         # Takes seconds to minutes; until it is done, a signal ends the process at once.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
         serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)
         stack.callback(serving.close if serving is not None else lambda: None)
-        signals = StopSignals(hub.wake_fd)
-        stack.callback(signals.restore)
+        signals = build.stop_signals(hub, stack)
         expected = None if serving is None else serving.expected
         own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
@@ -123,29 +114,16 @@ def joined(config: Config, iid: str, role: str | None, cpus: str | None, gpu: in
 
 
 @click.command()
-@click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
 @click.option("--iid", required=True, help="Name of a [[worker]] in the file, or a new name.")
 @click.option("--role", type=click.Choice(ROLES), help="Role; required if the file has no such worker.")
 @click.option("--cpus", help='CPUs to run on, such as "0" or "0-1".')
 @click.option("--gpu", type=click.IntRange(-1, 63), help="GPU of the engine or of the KV slab; -1: none.")
 @click.option("--broker", help="Address of the broker for worker events (default: as in the file).")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
-def main(
-    conf: str | None,
-    iid: str,
-    role: str | None,
-    cpus: str | None,
-    gpu: int | None,
-    broker: str | None,
-    overrides: tuple[str, ...],
-) -> None:
+@build.configured("tetri-worker")
+def main(config: Config, iid: str, role: str | None, cpus: str | None, gpu: int | None, broker: str | None) -> None:
     """Run one worker. It registers with the broker and takes the work of its role."""
-    try:
-        config = joined(load(conf or default_path(), overrides), iid, role, cpus, gpu)
-        serve(config, iid, broker or config.events_address, log.start(f"worker-{iid}"))
-    except EXPECTED as error:
-        click.echo(f"tetri-worker: {error}", err=True)
-        sys.exit(2)
+    config = joined(config, iid, role, cpus, gpu)
+    serve(config, iid, broker or config.events_address, log.start(f"worker-{iid}"))
     if still_reading():
         logging.shutdown()
         os._exit(0)
