@@ -46,20 +46,6 @@ SETUP = Setup(
     limit_s=55.0,
     timeouts=Timeouts(dead_s=0.6, gone_s=0.4, offer_s=0.08, view_s=1.2, patience_s=60.0, client_grace_s=2.5, ask_s=0.4),
 )
-# One instance for each phase, which serve a request at a time.
-ONE = replace(
-    SETUP,
-    prefill=1,
-    decode=1,
-    kv_tokens=64,
-    block_tokens=4,
-    chunk_tokens=8,
-    max_batch=4,
-    context=40,
-    slots=8,
-    stream_interval=1,
-    kv_paths=HOME,
-)
 
 
 @dataclass(frozen=True)
@@ -107,12 +93,12 @@ def some_faults(seed: int) -> Faults:
 
     return Faults(
         until=FIRST_S,
-        drop=chance(0.02, 0.2),
+        drop=chance(0.02, 0.2, 0.2),
         duplicate=chance(0.02, 0.2),
         delay=chance(0.05, 0.3),
         corrupt=chance(0.05, 0.4),
         kill=chance(0.5, 2.0),
-        disconnect=chance(0.2, 1.0),
+        disconnect=chance(0.2, 3.0),
         leave=chance(0.5, 2.0),
         stall=chance(0.5, 2.0),
         cancel=chance(0.1, 0.4),
