@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
 from tetri.wire.handover import BetweenWorkers, Chunk, Offer
 from tetri.wire.messages import End
 
 NEVER = 1 << 62
+_address = attrgetter("src", "incarnation", "rid", "attempt", "offer")
+_content = attrgetter("attempt", "prompt", "output")
 
 
 @dataclass(slots=True)
@@ -123,19 +126,11 @@ class DecodeRequest:
 
     def is_for(self, message: BetweenWorkers) -> bool:
         """Return whether a message is about the very offer that this request was granted for."""
-        mine, other = self.offer, message
-        return (mine.src, mine.incarnation, mine.rid, mine.attempt, mine.offer) == (
-            other.src,
-            other.incarnation,
-            other.rid,
-            other.attempt,
-            other.offer,
-        )
+        return bool(_address(self.offer) == _address(message))
 
     def has_all_of(self, offer: Offer) -> bool:
         """Return whether all KV of the same attempt has landed, under whichever offer."""
-        same = (self.offer.attempt, self.offer.prompt, self.offer.output) == (offer.attempt, offer.prompt, offer.output)
-        return bool(self.landed_as) and same
+        return bool(self.landed_as) and bool(_content(self.offer) == _content(offer))
 
     def receipt(self, iid: str) -> Receipt:
         """Return the receipt of the request on this instance `iid`."""
