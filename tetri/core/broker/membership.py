@@ -182,10 +182,8 @@ class Members:
                 alone = choice == 1 and instance.role in DECODE_ROLES and len(prefillers) > 1
                 able.append((min(_prompt_limit(instance.capacity, alone), instance.capacity.context - 1), instance.iid))
         self._limits = sorted({limit: None for limit, _ in able})
-        self._pools = []
-        for least in self._limits:
-            iids = [iid for limit, iid in able if limit >= least]
-            self._pools.append(PrefillPool(iids, [0.0] * len(iids)))
+        pools = ([iid for limit, iid in able if limit >= least] for least in self._limits)
+        self._pools = [PrefillPool(iids, [0.0] * len(iids)) for iids in pools]
         self._sorted = True
 
     # ------------------------------------------------------------ status

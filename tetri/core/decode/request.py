@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
 from tetri.wire.handover import BetweenWorkers, Chunk, Offer
 from tetri.wire.messages import End
 
 NEVER = 1 << 62
-_address = attrgetter("src", "incarnation", "rid", "attempt", "offer")
-_content = attrgetter("attempt", "prompt", "output")
 
 
 @dataclass(slots=True)
@@ -126,11 +123,14 @@ class DecodeRequest:
 
     def is_for(self, message: BetweenWorkers) -> bool:
         """Return whether a message is about the very offer that this request was granted for."""
-        return bool(_address(self.offer) == _address(message))
+        mine, other = self.offer, message
+        same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
+        return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
 
     def has_all_of(self, offer: Offer) -> bool:
         """Return whether all KV of the same attempt has landed, under whichever offer."""
-        return bool(self.landed_as) and bool(_content(self.offer) == _content(offer))
+        same = (self.offer.attempt, self.offer.prompt, self.offer.output) == (offer.attempt, offer.prompt, offer.output)
+        return bool(self.landed_as) and same
 
     def receipt(self, iid: str) -> Receipt:
         """Return the receipt of the request on this instance `iid`."""

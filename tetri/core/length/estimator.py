@@ -123,9 +123,8 @@ class LengthEstimator:
         return length
 
     def _range(self, raw: Curve, corrected: Curve, accuracy: AccuracyRecord) -> LengthRange:
-        cover, high = self.rules.length_cover, None
-        if cover:
-            high = quantile(raw, accuracy.calibration.level(cover))
+        cover = self.rules.length_cover
+        high = quantile(raw, accuracy.calibration.level(cover)) if cover else None
         return range_of(corrected, self.rules.length_granularity, high)
 
     def _record(

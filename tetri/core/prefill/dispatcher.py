@@ -9,8 +9,6 @@ from math import inf
 from random import Random
 from typing import Any
 
-from msgspec.structs import asdict
-
 from tetri.core.actions import Action, Broken, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
@@ -180,7 +178,7 @@ class Dispatcher:
         """Send a Chunk message to the decode instance that the request is on offer to, if there is one."""
         if request.flow.offer is None:
             return []
-        return [Send(request.flow.target, Chunk(**self.address(request), **asdict(kv_chunk)))]
+        return [Send(request.flow.target, Chunk(**self.address(request), **kv_chunk.fields()))]
 
     def refused(self, request: PrefillRequest, why: str) -> None:
         """Close a refused offer and queue the request again. Ask that instance again only after a new view."""

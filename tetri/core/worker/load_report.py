@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
-
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.instance.identity import Identity
@@ -40,8 +38,7 @@ class LoadReporter:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
         that needs them."""
         queue = self.prefill.queue
-        return replace(
-            self._decodes(),
+        return self._decodes().changed(
             queued=len(queue),
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
