@@ -88,12 +88,8 @@ class StepDone:
 
     def part(self, keys: Container[str], *, inside: bool) -> StepDone:
         """Return the result for the requests in `keys`, or for all others, with all of `allocated` and `held`."""
-        return StepDone(
-            tuple(span for span in self.spans if (span.key in keys) is inside),
-            tuple(sampled for sampled in self.tokens if (sampled.key in keys) is inside),
-            self.allocated,
-            tuple(key for key in self.preempted if (key in keys) is inside),
-            self.held,
-            self.steps,
-            tuple(estimate for estimate in self.estimates if (estimate.key in keys) is inside),
-        )
+        spans = tuple(span for span in self.spans if (span.key in keys) is inside)
+        tokens = tuple(sampled for sampled in self.tokens if (sampled.key in keys) is inside)
+        preempted = tuple(key for key in self.preempted if (key in keys) is inside)
+        estimates = tuple(estimate for estimate in self.estimates if (estimate.key in keys) is inside)
+        return StepDone(spans, tokens, self.allocated, preempted, self.held, self.steps, estimates)

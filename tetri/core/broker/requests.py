@@ -68,14 +68,9 @@ class Row:
 
     def receipt(self) -> Receipt:
         """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
-        if self.end is not None:
-            return self.end.receipt.changed(attempts=self.attempt)
-        return Receipt(
-            prompt_tokens=len(self.prompt),
-            prefill_instance=self.prefill,
-            decode_instance=self.decode,
-            attempts=self.attempt,
-        )
+        prompt_tokens, prefill, decode = len(self.prompt), self.prefill, self.decode
+        own = Receipt(prompt_tokens=prompt_tokens, prefill_instance=prefill, decode_instance=decode)
+        return (own if self.end is None else self.end.receipt).changed(attempts=self.attempt)
 
 
 _RANK = {stage: rank for rank, stage in enumerate(Stage)}

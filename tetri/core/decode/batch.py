@@ -92,7 +92,7 @@ class Batch:
         return self._kept_free
 
     def _view(self, most: int) -> BatchView:
-        members = [_member(request) for request in self.running.values()]
+        members = [BatchMember(request.size, _predicted_end(request)) for request in self.running.values()]
         return BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
 
     def _ask_policy(self, most: int) -> list[str]:
@@ -214,10 +214,6 @@ class Batch:
             raise Broken(f"not all of {list(self.landed)} wait for admission")
         if any(self.running.get(key) is not request for key, request in self.preempted.items()):
             raise Broken(f"not all of {list(self.preempted)} are in the batch")
-
-
-def _member(request: DecodeRequest) -> BatchMember:
-    return BatchMember(request.size, _predicted_end(request))
 
 
 def _predicted_end(request: DecodeRequest) -> int:

@@ -260,6 +260,6 @@ class Dispatcher:
             counted.setdefault(self.requests[key].flow.target, []).append(number)
         if targets != counted:
             raise Broken(f"offers by instance are {targets}, counted {counted}")
-        claims = self.pool.reservations
-        if any(claim.granted_at == inf and number not in self.offers for number, claim in claims.items()):
-            raise Broken(f"claims of offers that are no more: {list(claims)}")
+        reservations = self.pool.reservations
+        if any(each.granted_at == inf and number not in self.offers for number, each in reservations.items()):
+            raise Broken(f"claims of offers that are no more: {list(reservations)}")

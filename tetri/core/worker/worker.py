@@ -209,9 +209,8 @@ class Worker:
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
             actions += self.prefill.step_done(prefilled, now, strained=strained)
-        for (
-            estimate
-        ) in decoded.estimates:  # also for requests that end in this step: accuracy is judged by their last estimate
+        # Also for requests that end in this step: accuracy is judged by their last estimate.
+        for estimate in decoded.estimates:
             self.decode.estimates(estimate)
         actions += self.decode.step_done(decoded)
         if done.steps > 1:
