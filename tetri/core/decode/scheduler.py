@@ -16,6 +16,7 @@ from tetri.core.decode.request import DecodeRequest, KVInflow, obstacle
 from tetri.core.decode.starvation_guard import StarvationGuard
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
+from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
 from tetri.request import LengthRange, Stage
@@ -33,18 +34,10 @@ class DecodeScheduler:
     moving        those whose KV has not all landed
     unallocated   those for which the engine has no blocks yet
 
-    `way(iid, incarnation)` returns the path and the segment from which the KV of an instance is read, None if there is
-    no path. `estimator` is the worker's, None unless lengths are "trained"."""
+    `estimator` is the worker's, None unless lengths are "trained"."""
 
-    def __init__(
-        self,
-        own: Identity,
-        ledger: Ledger,
-        way: Callable[[str, int], tuple[str, str] | None],
-        estimator: LengthEstimator | None = None,
-    ) -> None:
-        self.estimator = estimator
-        self.own, self.ledger, self.way = own, ledger, way
+    def __init__(self, own: Identity, ledger: Ledger, peers: Peers, estimator: LengthEstimator | None) -> None:
+        self.own, self.ledger, self.peers, self.estimator = own, ledger, peers, estimator
         self.kv_receive = KVReceive()
         gone_s = 3 * max(own.load_s, own.heartbeat_s)  # prefill instances repeat offers with every view and heartbeat
         self.starvation_guard = StarvationGuard(gone_s)
@@ -72,7 +65,7 @@ class DecodeScheduler:
             return [self._answer(Grant, message)]
         actions = self._release(request) if request else []
         why = obstacle(message, self.own.instance.fingerprint, self.own.capacity)
-        way = self.way(message.src, message.incarnation)
+        way = self.peers.way(message.src, message.incarnation)
         if why is None and way is None:
             why = f"{self.own.iid} does not know this incarnation of {message.src} yet, or has no path to its KV"
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"

@@ -71,7 +71,7 @@ class Peers:
             return [], []  # the usual case: it only shows that the broker is alive
         self.changed()
         self._decoders = {instance.iid: instance for instance in self._serving(DECODE_ROLES)}
-        gone = [iid for iid, before in old.items() if self._incarnation(iid) != before.incarnation]
+        gone = [iid for iid, before in old.items() if not self.knows(iid, before.incarnation)]
         for iid in gone:
             self.up.pop(iid, None)
         fresh = [instance for iid, instance in self.instances.items() if iid not in old or iid in gone]
@@ -93,9 +93,6 @@ class Peers:
         self.up.pop(iid, None)
         self.changed()
 
-    def _incarnation(self, iid: str) -> int | None:
-        return self.instances[iid].incarnation if iid in self.instances else None
-
     def knows(self, iid: str, incarnation: int) -> bool:
         """Return whether this incarnation of an instance is in the newest membership."""
         instance = self.instances.get(iid)
@@ -106,11 +103,11 @@ class Peers:
         not known (yet) or has no common path. This instance can always read its own KV."""
         if iid == self.own.iid:
             return "local", self.own.instance.reach.segment
-        instance = self.instances.get(iid)
-        if instance is None or instance.incarnation != incarnation:
+        if not self.knows(iid, incarnation):
             return None
-        path = pairing.path(self.own.instance.reach, instance.reach)
-        return None if path is None else (path, instance.reach.segment)
+        reach = self.instances[iid].reach
+        path = pairing.path(self.own.instance.reach, reach)
+        return None if path is None else (path, reach.segment)
 
     def _serving(self, roles: tuple[str, ...]) -> list[Instance]:
         """Return the other instances in these roles with which this one can exchange KV."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from random import Random
 
 from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, Exported, HoldRequest
-from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
@@ -33,14 +32,9 @@ class PrefillScheduler:
     """
 
     def __init__(
-        self,
-        own: Identity,
-        ledger: Ledger,
-        peers: Peers,
-        timers: Timers[str],
-        rng: Random,
-        estimator: LengthEstimator | None = None,
+        self, ledger: Ledger, peers: Peers, timers: Timers[str], rng: Random, estimator: LengthEstimator | None
     ) -> None:
+        own = peers.own
         self.own, self.ledger = own, ledger
         self.requests: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.scheduler import DecodeScheduler
-from tetri.core.instance.identity import Identity
-from tetri.core.instance.ledger import Ledger
-from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.request import DECODE_ROLES
 from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
@@ -16,17 +13,9 @@ class LoadReporter:
     """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
     it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
 
-    def __init__(
-        self,
-        own: Identity,
-        ledger: Ledger,
-        prefill: PrefillScheduler,
-        decode: DecodeScheduler,
-        estimator: LengthEstimator | None,
-        now: float,
-    ) -> None:
-        self.own, self.role, self.flip = own, own.instance.role, 0
-        self.ledger, self.prefill, self.decode, self.estimator = ledger, prefill, decode, estimator
+    def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler, now: float) -> None:
+        self.own, self.prefill, self.decode = prefill.own, prefill, decode
+        self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
 
@@ -56,7 +45,7 @@ class LoadReporter:
     def _decodes(self) -> Load:
         forecast, blocked = self.decode.forecast, self.prefill.queue.blocked()
         return Load(
-            free_blocks=self.ledger.free + (0 if blocked is None else blocked.flow.blocks),
+            free_blocks=self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks),
             waiting=self.decode.waiting(),
             running=len(self.decode.batch.running),
             heavy=forecast.heavy,
@@ -77,6 +66,7 @@ class LoadReporter:
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
+        estimator = self.decode.estimator
         return self.own.report(
             Heartbeat,
             role=self.role,
@@ -85,5 +75,5 @@ class LoadReporter:
             flip=self.flip,
             counters=dict(self.decode.kv_receive.counters),
             slots_used=self.prefill.slots_used,
-            predictor=None if self.estimator is None else self.estimator.status(),
+            predictor=None if estimator is None else estimator.status(),
         )

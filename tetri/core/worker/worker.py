@@ -47,12 +47,12 @@ class Worker:
         self.peers = Peers(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
-        self.prefill = PrefillScheduler(own, self.ledger, self.peers, self.timers, rng, self.estimator)
+        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self.peers.way, self.estimator)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator)
         self.stepping = False
         self.idle = False
-        self.reporter = LoadReporter(own, self.ledger, self.prefill, self.decode, self.estimator, now)
+        self.reporter = LoadReporter(self.prefill, self.decode, now)
         self.dispatcher.pool.home = self.reporter.home
         self._step_at = now
         self._fewer = False  # the batch has lost a request since the step was planned
