@@ -64,13 +64,9 @@ class Lifecycle:
         """The Assign message to the row's prefill instance."""
         row.assigned_at = now
         assert row.prefill is not None
+        prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
         assign = Assign(
-            rid=row.rid,
-            attempt=row.attempt,
-            prompt=list(row.prompt),
-            output=list(row.output),
-            sampling=row.sampling,
-            deadline_s=row.left(now),
+            rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
         )
         return Send(row.prefill, assign)
 

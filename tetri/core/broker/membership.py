@@ -169,10 +169,8 @@ class Members:
         live = [member.instance for member in self._live()]
         decoders = [instance for instance in live if instance.role in DECODE_ROLES]
         prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
-        self._largest = {
-            "prefill": max((instance.capacity.tokens for instance in prefillers), default=0),
-            "decode": max((instance.capacity.tokens for instance in decoders), default=0),
-        }
+        phases = (("prefill", prefillers), ("decode", decoders))
+        self._largest = {phase: max((each.capacity.tokens for each in able), default=0) for phase, able in phases}
         to_decode = Compatibility(decoders)
         self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
         able: list[tuple[int, str]] = []

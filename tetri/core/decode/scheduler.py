@@ -256,10 +256,8 @@ class DecodeScheduler:
     def holds(self) -> list[Hold]:
         """Return the requests for the heartbeat. `outputs` counts sent tokens only, so that the broker asks again only
         for lost ones."""
-        return [
-            Hold(request.offer.rid, request.offer.attempt, request.stage, len(request.offer.output) + request.sent)
-            for request in self.requests.values()
-        ]
+        held = [(request, request.offer) for request in self.requests.values()]
+        return [Hold(offer.rid, offer.attempt, each.stage, len(offer.output) + each.sent) for each, offer in held]
 
     def waiting(self) -> int:
         """Return the number of requests that do not run yet."""

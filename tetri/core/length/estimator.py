@@ -158,8 +158,7 @@ class LengthEstimator:
         _drop_oldest(self._ended)
         cut = reason == "length"
         self.prior.learn(outputs, cut)
-        request = self._open.pop(rid, None)
-        for prediction in request.predictions if request is not None else ():
+        for prediction in self._open.pop(rid, OpenRequest(0)).predictions:
             self._score(prediction, outputs, cut)
 
     def _score(self, prediction: Prediction, outputs: int, cut: bool) -> None:

@@ -51,10 +51,8 @@ class Dispatcher:
 
     def correct(self, request: PrefillRequest, length: LengthRange) -> list[Action]:
         """Replace the length that `settle` set. If the request is on offer, send its decode instance a LengthUpdate."""
-        if length == request.length:
-            return []
-        request.length = length
-        if request.flow.offer is None:
+        same, request.length = length == request.length, length
+        if same or request.flow.offer is None:
             return []
         return [Send(request.flow.target, LengthUpdate(**self.address(request), length=length))]
 

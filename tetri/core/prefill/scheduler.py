@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, Exported, HoldRequest
+from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, HoldRequest
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
@@ -214,10 +214,6 @@ class PrefillScheduler:
         """End a request with its first token: no more KV is sent."""
         request.end = end
         return [*self.dispatcher.forget(request, "finished"), *self.kv_send.drain(request)]
-
-    def exported(self, event: Exported) -> list[Action]:
-        """Announce a chunk that is in the slab now."""
-        return self.kv_send.exported(self.requests.get(event.key), event)
 
     # ------------------------------------------------------------ giving up
 

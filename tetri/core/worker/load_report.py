@@ -44,13 +44,9 @@ class LoadReporter:
 
     def _decodes(self) -> Load:
         forecast, blocked = self.decode.forecast, self.prefill.queue.blocked()
-        return Load(
-            free_blocks=self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks),
-            waiting=self.decode.waiting(),
-            running=len(self.decode.batch.running),
-            heavy=forecast.heavy,
-            growth_blocks=forecast.growth,
-        )
+        free = self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
+        waiting, running, growth = self.decode.waiting(), len(self.decode.batch.running), forecast.growth
+        return Load(free_blocks=free, waiting=waiting, running=running, heavy=forecast.heavy, growth_blocks=growth)
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""

@@ -77,7 +77,7 @@ class Worker:
             case Chunk():
                 return self.decode.chunk(event)
             case Exported():
-                return self.prefill.exported(event)
+                return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
             case Adopted():
                 return self._set_fetch_timer(self.decode.adopted(event, now))
             case Freed():
