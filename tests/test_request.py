@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.core.build import FINGERPRINT
-from tetri.request import LengthRange, Sampling, Stage, blocks_for, difference, sampling_problem, with_seed
+from tetri.request import LengthRange, Sampling, Stage, blocks_for, difference, sampling_problem
 
 NAN = float("nan")
 
@@ -48,7 +48,7 @@ def test_what_is_wrong_is_said_in_one_line(wrong, message):
 
 
 def test_a_seed_is_set_without_touching_the_rest():
-    assert with_seed(Sampling(temperature=0.5), 7) == Sampling(temperature=0.5, seed=7)
+    assert Sampling(temperature=0.5).changed(seed=7) == Sampling(temperature=0.5, seed=7)
 
 
 @pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (4, 1), (5, 2)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.engine_request import Span
+from tetri.strict import shown
 
 Curve = tuple[tuple[float, float], ...]  # (tokens or batch size, seconds): the first ascend, the second never fall
 TABLES = Path(__file__).parent.parent / "conf" / "cost"  # folder of the tables that are known by name
@@ -186,11 +187,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # more digits or more levels than Python writes
-        return "something enormous"
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return shown(value, repr, 100)
 
 
 def _at(curve: Curve, x: float) -> float:

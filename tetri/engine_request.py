@@ -5,6 +5,7 @@ An engine request is one phase of one request on one engine. tetri/engine/base.p
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,3 +85,11 @@ class StepDone:
     held: tuple[tuple[str, int], ...] = ()
     steps: int = 1
     estimates: tuple[HiddenStateEstimate, ...] = ()
+
+    def part(self, keys: Container[str], *, inside: bool) -> StepDone:
+        """Return the result for the requests in `keys`, or for all others, with all of `allocated` and `held`."""
+        spans = tuple(span for span in self.spans if (span.key in keys) is inside)
+        tokens = tuple(sampled for sampled in self.tokens if (sampled.key in keys) is inside)
+        preempted = tuple(key for key in self.preempted if (key in keys) is inside)
+        estimates = tuple(estimate for estimate in self.estimates if (estimate.key in keys) is inside)
+        return StepDone(spans, tokens, self.allocated, preempted, self.held, self.steps, estimates)

@@ -104,15 +104,15 @@ class WorkerExecutor:
         predict: Callable[[Predict], LengthKnown | None],
         known: Callable[[], Iterator[LengthKnown]] = lambda: iter(()),
     ) -> None:
-        self.core, self.clock, self.engine = core, clock, engine
+        self.core, self.clock = core, clock
         self.table: dict[type[Any], Callable[[Any], WorkerInput | None]] = {
             Send: lambda do: network.send(do.peer, do.message),
             Step: lambda do: self._after(step(do.most), known),
             Export: kv.export,
             Adopt: kv.adopt,
-            AddRequest: self.add,
+            AddRequest: lambda do: self._try(do.request.key, engine.add, do.request),
             CancelRequest: lambda do: engine.cancel(do.key),
-            AdmitRequest: self.admit,
+            AdmitRequest: lambda do: self._try(do.key, engine.admit, do.key, do.token),
             HoldRequest: lambda do: engine.hold(do.key, do.held),
             Predict: predict,
             Publish: lambda do: network.publish(do.message),
@@ -157,20 +157,13 @@ class WorkerExecutor:
         network.disconnect(action.peer)
         kv.part(action.peer)
 
-    def add(self, action: AddRequest) -> RequestRejected | None:
-        """Add an engine request, or return why the engine rejects it."""
+    @staticmethod
+    def _try(key: str, call: Callable[..., None], *arguments: Any) -> RequestRejected | None:
+        """Call a method of the engine about a request, or return why the engine rejects the request."""
         try:
-            self.engine.add(action.request)
+            call(*arguments)
         except EngineError as error:
-            return RequestRejected(action.request.key, str(error))
-        return None
-
-    def admit(self, action: AdmitRequest) -> RequestRejected | None:
-        """Let a decode request run, or return why the engine rejects it."""
-        try:
-            self.engine.admit(action.key, action.token)
-        except EngineError as error:
-            return RequestRejected(action.key, str(error))
+            return RequestRejected(key, str(error))
         return None
 
 
@@ -191,9 +184,8 @@ class Copies:
     def __init__(self, engine: Blocks, store: KVStore, note: Callable[[Exception, str, int], None]) -> None:
         self.engine, self.store, self.note = engine, store, note
         self.meet, self.part, self.due = store.meet, store.part, store.due
-        self._awaited: dict[
-            tuple[str, int], tuple[int, int]
-        ] = {}  # ticket -> first block of the request, number of blocks
+        # Ticket -> first block of the request, number of blocks.
+        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}
 
     def export(self, action: Export) -> Exported:
         key, start, stop = action.key, action.start, action.stop

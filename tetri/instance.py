@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
-
 from tetri.request import Address, Capacity, Fingerprint, Name, Reach, Record
 
 
@@ -27,4 +25,4 @@ class Instance(Record, frozen=True):
 
     def in_role(self, role: str) -> Instance:
         """Return the same instance in another role."""
-        return replace(self, role=role)
+        return self.changed(role=role)

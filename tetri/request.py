@@ -8,10 +8,10 @@ QUEUED -> PREFILL -> MOVING -> WAITING -> DECODE -> DONE | FAILED | CANCELLED.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from msgspec import Meta, Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(max_length=128)]  # a request id, an instance id or a client's key
@@ -26,9 +26,17 @@ DECODE_ROLES = ("decode", "mixed")
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every value that is sent between processes: immutable, and decoded strictly."""
 
+    def changed(self, **fields: Any) -> Self:
+        """Return a copy with other values in these fields."""
+        return replace(self, **fields)
+
 
 class Value(Struct, frozen=True):
     """Base of small values that cores create by the million: eight times as fast to create as a frozen dataclass."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return the values by field."""
+        return asdict(self)
 
 
 class Stage(StrEnum):
@@ -284,13 +292,3 @@ class Capacity(Record, frozen=True):
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """Number of blocks of `block_tokens` tokens that `tokens` tokens need."""
     return -(-tokens // block_tokens)
-
-
-def with_seed(sampling: Sampling, seed: int) -> Sampling:
-    """A copy of a Sampling with this seed."""
-    return replace(sampling, seed=seed)
-
-
-def with_attempts(receipt: Receipt, attempts: int) -> Receipt:
-    """A copy of a receipt with the number of attempts, which only the broker knows."""
-    return replace(receipt, attempts=attempts)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 REQUIRED: Any = dataclasses.MISSING  # as a default: the key must be given
 SHOWN_CHARS = 200  # most characters of a wrong value in an error
+_json = partial(json.dumps, ensure_ascii=False, default=str)
 
 
 class ConfigError(ValueError):
@@ -51,19 +54,20 @@ def section(kind: type, table: Any, where: str, name: str) -> Any:
             raise ConfigError(f"{place}: unknown key; allowed: {', '.join(fields)}")
         problem = _problem(fields[key], types(kind)[key], value)
         if problem:
-            raise ConfigError(f"{place}: {problem}, got {_shown(value)}")
+            raise ConfigError(f"{place}: {problem}, got {shown(value, _json, SHOWN_CHARS)}")
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in table]
     if missing:
         raise ConfigError(f"{where}: {name}: {missing[0]} is missing")
     return kind(**{k: float(v) if types(kind)[k] is float else v for k, v in table.items()})
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any, write: Callable[[Any], str], most: int) -> str:
+    """A wrong value for an error: what `write` makes of it, cut off after `most` characters."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = write(value)
     except (ValueError, RecursionError):  # more digits or more levels than Python writes
         return "something enormous"
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def types(kind: type) -> dict[str, type]:

@@ -65,8 +65,7 @@ class ModelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
-        ids: list[int] = self._inner.encode(text).ids
-        return ids
+        return list(self._inner.encode(text).ids)
 
     def chat(self, turns: Sequence[Turn]) -> list[int]:
         if self._template is None:
@@ -74,14 +73,12 @@ class ModelTokenizer:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         text = _rendered(self._template, messages, self._specials)
         _utf8(text)
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def token_bytes(self, token: int) -> bytes:
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self._spell(token)
-        return known
+        if token not in self._bytes:
+            self._bytes[token] = self._spell(token)
+        return self._bytes[token]
 
     def _spell(self, token: int) -> bytes:
         piece = None if token in self._silent or not 0 <= token < 1 << 32 else self._inner.id_to_token(token)
@@ -180,9 +177,8 @@ def _template(folder: Path, settings: dict[str, Any]) -> Any:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    extensions = ["jinja2.ext.loopcontrols"]
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)

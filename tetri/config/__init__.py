@@ -4,12 +4,10 @@ checks across tables (checks)."""
 from tetri.config.reading import default_path, dump, load
 from tetri.config.tables import (
     CLUSTER_NAME,
-    ClusterConfig,
     Config,
     ModelConfig,
     MonitorConfig,
     PolicyConfig,
-    PredictorConfig,
     WorkerConfig,
     cpu_numbers,
     default_run_dir,
@@ -18,13 +16,11 @@ from tetri.strict import ConfigError
 
 __all__ = [
     "CLUSTER_NAME",
-    "ClusterConfig",
     "Config",
     "ConfigError",
     "ModelConfig",
     "MonitorConfig",
     "PolicyConfig",
-    "PredictorConfig",
     "WorkerConfig",
     "cpu_numbers",
     "default_path",

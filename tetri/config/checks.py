@@ -67,7 +67,7 @@ def _transfer_problems(config: Config) -> Iterator[str]:
         parts = re.fullmatch(rf"tcp://(\d{{1,3}}(?:\.\d{{1,3}}){{3}}):({port})", address)
         if not address:
             continue
-        if not parts or not _is_ip(parts[1]) or not (parts[2] == "*" or 0 < int(parts[2]) < 65536):
+        if not parts or not _ip(parts[1]) or not (parts[2] == "*" or 0 < int(parts[2]) < 65536):
             yield f'transfer.{name}: must be "tcp://IPv4-ADDRESS:PORT" or "", got "{address}"'
         elif not key and not _is_loopback(parts[1]):
             yield (
@@ -98,11 +98,12 @@ def _predictor_problems(config: Config) -> Iterator[str]:
         yield 'predictor.folder: "prior" needs no predictor; leave the folder out or choose another predictor.kind'
 
 
-def _is_ip(host: str) -> bool:
+def _ip(host: str) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a text names, since sockets use IPv4 only; None for a host name or *."""
     try:
-        return bool(ipaddress.IPv4Address(host))
+        return ipaddress.IPv4Address(host)
     except ValueError:
-        return False
+        return None
 
 
 def _address_problem(address: str) -> Iterator[str]:
@@ -119,9 +120,5 @@ def _address_problem(address: str) -> Iterator[str]:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.IPv4Address(host).is_loopback  # sockets use IPv4 only
-    except ValueError:  # a host name, or *
-        return False
+    address = _ip(host)
+    return host == "localhost" or (address is not None and address.is_loopback)

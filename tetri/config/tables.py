@@ -16,6 +16,7 @@ from tetri.strict import REQUIRED, ConfigError, choice, number, text
 _RULES = Rules()
 _FLIP = FlipSettings()
 CLUSTER_NAME = r"[a-z0-9-]{1,20}"
+_IID = r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}"  # worker processes are named by iid, beside these three
 LINKS = ("roce-200g", "nvlink")
 _CPUS = r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
 
@@ -157,11 +158,7 @@ class MonitorConfig:
 class WorkerConfig:
     """One worker process: an instance."""
 
-    iid: str = text(  # the processes of a deployment are named by iid, besides the three excluded here
-        REQUIRED,
-        r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}",
-        "1 to 16 of a-z and 0-9, not broker, monitor or supervisord",
-    )
+    iid: str = text(REQUIRED, _IID, "1 to 16 of a-z and 0-9, not broker, monitor or supervisord")
     role: str = choice(REQUIRED, "prefill", "decode", "mixed")
     cpus: str = _cpus()
     gpu: int = number(-1, -1, 63)  # number of the GPU that runs its engine or holds its KV slab; -1: none

@@ -229,35 +229,11 @@ class Adopted(Value, frozen=True):
     problem: str | None = None
 
 
-Action = (
-    Send
-    | Connect
-    | Disconnect
-    | Reply
-    | Detokenize
-    | Release
-    | AddRequest
-    | CancelRequest
-    | AdmitRequest
-    | Step
-    | HoldRequest
-    | Predict
-    | Publish
-    | Export
-    | Adopt
-    | Free
-)
+NetworkAction = Send | Connect | Disconnect | Publish
+BrokerAction = Reply | Detokenize | Release
+EngineAction = AddRequest | CancelRequest | AdmitRequest | HoldRequest | Step | Predict
+Action = NetworkAction | BrokerAction | EngineAction | Export | Adopt | Free
 BrokerInput = FromClient | Submitted | Detokenized | Undelivered | PeerUp | PeerDown | WorkerEvent | ClusterView
 MonitorInput = LoadReport | PeerUp | PeerDown
-WorkerInput = (
-    InboxMessage
-    | ClusterView
-    | PeerUp
-    | PeerDown
-    | RequestRejected
-    | LengthKnown
-    | Exported
-    | Adopted
-    | Freed
-    | StepDone
-)
+WorkerResult = RequestRejected | LengthKnown | Exported | Adopted | Freed | StepDone  # of the worker's own actions
+WorkerInput = InboxMessage | ClusterView | PeerUp | PeerDown | WorkerResult

@@ -166,10 +166,8 @@ class Monitor:
 
     def _view(self, now: float) -> Publish:
         self.number += 1
-        loads = [
-            InstanceLoad(iid, observed.incarnation, observed.role, now - observed.at, observed.load)
-            for iid, observed in self.instances.items()
-        ]
+        known = self.instances.items()
+        loads = [InstanceLoad(iid, each.incarnation, each.role, now - each.at, each.load) for iid, each in known]
         return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip))
 
     def _remove_gone(self, now: float) -> None:
@@ -213,11 +211,10 @@ class Monitor:
         for iid, role in self.rescued.items():
             serving, missing = (DECODE_ROLES, "decode") if role == "prefill" else (PREFILL_ROLES, "prefill")
             others = [
-                other
-                for name, other in self.instances.items()
-                if name not in self.rescued and other.role in serving and now - other.since >= self.settings.hold_s
+                each for name, each in self.instances.items() if name not in self.rescued and each.role in serving
             ]
-            if self.instances[iid].role == "mixed" and len(others) >= max(self.settings.floor, 1):
+            settled = [other for other in others if now - other.since >= self.settings.hold_s]
+            if self.instances[iid].role == "mixed" and len(settled) >= max(self.settings.floor, 1):
                 return FlipWanted(iid=iid, role=role, why=f"{missing} has its own instances again")
         return None
 

@@ -88,8 +88,6 @@ def preempted(held: Sequence[int], free: int) -> int:
     return out
 
 
+CoupledRule = Callable[[CoupledView, CoupledLimits], Iteration]
 #: name -> rule
-COUPLED: dict[str, Callable[[CoupledView, CoupledLimits], Iteration]] = {
-    "prefill_first": prefill_first,
-    "chunked": chunked,
-}
+COUPLED: dict[str, CoupledRule] = {"prefill_first": prefill_first, "chunked": chunked}

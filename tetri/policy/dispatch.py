@@ -72,11 +72,8 @@ def round_robin(need: Need, pool: DecodePool, rng: Random) -> int | None:
 def least_loaded(need: Need, pool: DecodePool, rng: Random) -> int | None:
     """Of the instances with enough free blocks, the one with the fewest requests, on a tie the one with more free
     blocks. It compares all instances, to show what `power_of_two` loses by comparing two."""
-    return min(
-        _fitting(need, pool),
-        key=lambda column: (pool.heavy[column] + pool.light[column], -pool.free[column]),
-        default=None,
-    )
+    fits = _fitting(need, pool)
+    return min(fits, key=lambda column: (pool.heavy[column] + pool.light[column], -pool.free[column]), default=None)
 
 
 def imbalance(need: Need, pool: DecodePool, rng: Random) -> int | None:

@@ -30,11 +30,8 @@ class Curve(Value, frozen=True):
 def usable(distribution: LengthDistribution) -> bool:
     """Whether a distribution is valid: shares not negative and with sum 1. A predictor with a NaN in it yields invalid
     ones."""
-    return (
-        distribution.width > 0
-        and min(distribution.shares, default=-1.0) >= 0
-        and abs(sum(distribution.shares) - 1) < 1e-3
-    )
+    shares = distribution.shares
+    return distribution.width > 0 and min(shares, default=-1.0) >= 0 and abs(sum(shares) - 1) < 1e-3
 
 
 def curve_of(

@@ -75,14 +75,9 @@ def _longest(
     what: str,
 ) -> RoleChange | None:
     """The instance that may flip and whose `seconds` are the most and at least `least`, on a tie the first."""
-    able = [
-        state
-        for state in states
-        if state.role in OTHER
-        and seconds(state) >= least
-        and len(_serving(states, state.role)) > settings.floor
-        and _busy(states, OTHER[state.role])
-    ]
+    long = [state for state in states if state.role in OTHER and seconds(state) >= least]
+    spare = [state for state in long if len(_serving(states, state.role)) > settings.floor]
+    able = [state for state in spare if _busy(states, OTHER[state.role])]
     if not able:
         return None
     chosen = max(able, key=seconds)

@@ -57,18 +57,7 @@ class Broker:
         self.delivery = Delivery(self.table, limits, epoch, rng)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
-        self.lifecycle = Lifecycle(
-            limits,
-            rules,
-            self.table,
-            self.members,
-            self.delivery,
-            rng,
-            cost,
-            chunk_tokens,
-            self.timers,
-            self.counters,
-        )
+        self.lifecycle = Lifecycle(rules, self.members, self.delivery, cost, chunk_tokens, self.timers, self.counters)
         self.flips = Flips(self.members, self.counters)
         self.seen: tuple[ClusterView, float] | None = None  # the newest cluster view and its time of arrival
         self.timers.set(VIEW, now)
@@ -212,15 +201,13 @@ class Broker:
         if again is not None:
             self.lifecycle.remember(self.table.rows[self.table.keys[event.key]], now)
             return again
-        why = self.delivery.problem(event) or self.members.too_long(
-            len(event.prompt), len(event.prompt) + event.sampling.max_tokens
-        )
+        prompt, retry_after_s = len(event.prompt), None
+        why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
+        if why is None and self.table.open >= self.limits.max_open:
+            why, retry_after_s = f"{self.table.open} requests are open, try later", 1.0
         if why is not None:
             self.counters["refused"] += 1
-            return [refuse(event.client, event.key, why)]
-        if self.table.open >= self.limits.max_open:
-            self.counters["refused"] += 1
-            return [refuse(event.client, event.key, f"{self.table.open} requests are open, try later", 1.0)]
+            return [refuse(event.client, event.key, why, retry_after_s)]
         self.counters["accepted"] += 1
         row, actions = self.delivery.admit(event, now)
         if row.deadline is not None:
@@ -288,14 +275,9 @@ class Broker:
     def status(self, now: float) -> Status:
         """The answer to Inspect: instances, open requests by stage, counters and the newest cluster view."""
         counters = dict(sorted(self.counters.items()))
+        instances, requests = self.members.status(), self.table.counts()
         monitor = None
         if self.seen is not None:
             view, at = self.seen
             monitor = MonitorStatus(number=view.number, age_s=now - at, flip=view.flip)
-        return Status(
-            instances=self.members.status(),
-            requests=self.table.counts(),
-            counters=counters,
-            model=self.model,
-            monitor=monitor,
-        )
+        return Status(instances=instances, requests=requests, counters=counters, model=self.model, monitor=monitor)

@@ -66,7 +66,7 @@ class Compatibility:
 
     def of(self, instance: Instance) -> Found:
         """The members compatible with an instance. A member counts itself too: KV can always move within it."""
-        kind = _kind(instance)
+        kind = instance.fingerprint, compatibility_key(instance.reach)  # equal: compatible with the same members
         if kind not in self._found:
             self._found[kind] = self._find(instance)
         return self._found[kind]
@@ -97,11 +97,6 @@ class Compatibility:
                     odd = f"never paired with {other.iid}: {why}"
             inner = place
         return Found(dict(paths), odd)
-
-
-def _kind(instance: Instance) -> Kind:
-    """Instances of one kind are compatible with the same members."""
-    return instance.fingerprint, compatibility_key(instance.reach)
 
 
 def _places(reach: Reach) -> tuple[Place, ...]:

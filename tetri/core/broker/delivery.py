@@ -7,7 +7,7 @@ from random import Random
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.requests import Row, Table
-from tetri.request import Stage, Usage, sampling_problem, with_seed
+from tetri.request import Stage, Usage, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 
 MAX_DEADLINE_S = 1e6
@@ -66,18 +66,9 @@ class Delivery:
         self._serial += 1
         sampling = event.sampling
         if sampling.temperature > 0 and sampling.seed is None:
-            sampling = with_seed(sampling, self.rng.getrandbits(62))
-        row = Row(
-            f"{self._prefix}-{self._serial}",
-            event.key,
-            event.client,
-            event.prompt,
-            sampling,
-            now,
-            Stage.QUEUED,
-            now,
-            None if event.deadline_s is None else now + event.deadline_s,
-        )
+            sampling = sampling.changed(seed=self.rng.getrandbits(62))
+        rid, deadline = f"{self._prefix}-{self._serial}", None if event.deadline_s is None else now + event.deadline_s
+        row = Row(rid, event.key, event.client, event.prompt, sampling, now, Stage.QUEUED, now, deadline)
         self.table.add(row)
         return row, [Reply(event.client, _accepted(row))]
 

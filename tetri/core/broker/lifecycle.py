@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from random import Random
 
 from tetri.core.actions import Action, Send
-from tetri.core.broker.delivery import Delivery, Limits
+from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Members
-from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row, Table
+from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
@@ -21,26 +20,23 @@ SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in na
 
 
 class Lifecycle:
-    """Moves requests through their stages. Shares the broker's request table, members, delivery, timers and counters.
+    """Moves requests through their stages. Shares the broker's members, delivery (and its table), timers and counters.
 
     The routing policy chooses a prefill instance by the predicted seconds of prefill work that are assigned to it and
     not done; `cost` and `chunk_tokens` predict them."""
 
     def __init__(
         self,
-        limits: Limits,
         rules: Rules,
-        table: Table,
         members: Members,
         delivery: Delivery,
-        rng: Random,
         cost: Cost,
         chunk_tokens: int,
         timers: Timers[tuple[str, str]],
         counters: Counter[str],
     ) -> None:
-        self.limits, self.rng, self.timers, self.counters = limits, rng, timers, counters
-        self.table, self.members, self.delivery = table, members, delivery
+        self.members, self.delivery, self.timers, self.counters = members, delivery, timers, counters
+        self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
         self.cost, self.chunk_tokens = cost, chunk_tokens
         self._route = PREFILL_ROUTES[rules.prefill_route]
 
@@ -68,13 +64,9 @@ class Lifecycle:
         """The Assign message to the row's prefill instance."""
         row.assigned_at = now
         assert row.prefill is not None
+        prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
         assign = Assign(
-            rid=row.rid,
-            attempt=row.attempt,
-            prompt=list(row.prompt),
-            output=list(row.output),
-            sampling=row.sampling,
-            deadline_s=row.left(now),
+            rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
         )
         return Send(row.prefill, assign)
 
@@ -91,10 +83,8 @@ class Lifecycle:
         actions = self.close(row)
         if row.attempt - row.not_counted >= self.limits.max_attempts:
             not_counted = f" ({row.not_counted} lost while it only waited)" if row.not_counted else ""
-            return [
-                *actions,
-                *self.end(row, "error", now, f"given up after {row.attempt} attempts{not_counted}: {why}"),
-            ]
+            why = f"given up after {row.attempt} attempts{not_counted}: {why}"
+            return [*actions, *self.end(row, "error", now, why)]
         self.counters["restarts"] += 1
         self.table.start_over(row, now)
         return [*actions, *self.place(row, now)]

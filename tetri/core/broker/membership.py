@@ -169,10 +169,8 @@ class Members:
         live = [member.instance for member in self._live()]
         decoders = [instance for instance in live if instance.role in DECODE_ROLES]
         prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
-        self._largest = {
-            "prefill": max((instance.capacity.tokens for instance in prefillers), default=0),
-            "decode": max((instance.capacity.tokens for instance in decoders), default=0),
-        }
+        phases = (("prefill", prefillers), ("decode", decoders))
+        self._largest = {phase: max((each.capacity.tokens for each in able), default=0) for phase, able in phases}
         to_decode = Compatibility(decoders)
         self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
         able: list[tuple[int, str]] = []
@@ -182,10 +180,8 @@ class Members:
                 alone = choice == 1 and instance.role in DECODE_ROLES and len(prefillers) > 1
                 able.append((min(_prompt_limit(instance.capacity, alone), instance.capacity.context - 1), instance.iid))
         self._limits = sorted({limit: None for limit, _ in able})
-        self._pools = []
-        for least in self._limits:
-            iids = [iid for limit, iid in able if limit >= least]
-            self._pools.append(PrefillPool(iids, [0.0] * len(iids)))
+        pools = ([iid for limit, iid in able if limit >= least] for least in self._limits)
+        self._pools = [PrefillPool(iids, [0.0] * len(iids)) for iids in pools]
         self._sorted = True
 
     # ------------------------------------------------------------ status

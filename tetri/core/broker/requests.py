@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Broken
-from tetri.request import Receipt, Sampling, Stage, with_attempts
+from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
 
@@ -68,14 +68,9 @@ class Row:
 
     def receipt(self) -> Receipt:
         """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
-        if self.end is not None:
-            return with_attempts(self.end.receipt, self.attempt)
-        return Receipt(
-            prompt_tokens=len(self.prompt),
-            prefill_instance=self.prefill,
-            decode_instance=self.decode,
-            attempts=self.attempt,
-        )
+        prompt_tokens, prefill, decode = len(self.prompt), self.prefill, self.decode
+        own = Receipt(prompt_tokens=prompt_tokens, prefill_instance=prefill, decode_instance=decode)
+        return (own if self.end is None else self.end.receipt).changed(attempts=self.attempt)
 
 
 _RANK = {stage: rank for rank, stage in enumerate(Stage)}
@@ -202,9 +197,8 @@ class Table:
         active = {rid: row for rid, row in self.rows.items() if not row.stage.ended}
         self._check_indices(active)
         for row in active.values():
-            if row.stage in ON_DECODER and row.decode is None:
-                raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
-            if row.prefill is None and row.stage in (Stage.PREFILL, Stage.MOVING):
+            homeless = row.stage in ON_DECODER and row.decode is None
+            if homeless or (row.prefill is None and row.stage in (Stage.PREFILL, Stage.MOVING)):
                 raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
             if len(row.output) > row.sampling.max_tokens or row.asked > len(row.output):
                 raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} sent to the detokenizer")

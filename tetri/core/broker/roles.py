@@ -110,11 +110,9 @@ class Flips:
 
     def _others(self, member: Member, serving: tuple[str, ...]) -> bool:
         """Whether another live instance with the same fingerprint serves one of these roles."""
-        return any(
-            other.role in serving
-            for other in self.members.by_iid.values()
-            if other is not member and other.lost is None and other.instance.fingerprint == member.instance.fingerprint
-        )
+        live = [other for other in self.members.by_iid.values() if other is not member and other.lost is None]
+        fingerprint = member.instance.fingerprint
+        return any(other.role in serving and other.instance.fingerprint == fingerprint for other in live)
 
     def check(self) -> None:
         """Check that each flip in progress is of a live member that has the new role. Raises Broken."""

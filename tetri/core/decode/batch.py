@@ -9,7 +9,7 @@ from tetri.core.decode.load_forecast import LoadForecast
 from tetri.core.decode.request import NEVER, DecodeRequest
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
-from tetri.engine_request import Sampled, Span
+from tetri.engine_request import Sampled, StepDone
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, blocks_for
@@ -92,7 +92,7 @@ class Batch:
         return self._kept_free
 
     def _view(self, most: int) -> BatchView:
-        members = [_member(request) for request in self.running.values()]
+        members = [BatchMember(request.size, _predicted_end(request)) for request in self.running.values()]
         return BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
 
     def _ask_policy(self, most: int) -> list[str]:
@@ -121,14 +121,12 @@ class Batch:
             most = min(most, int(seconds / step_s) + 1)
         return max(min(most, self._steps_left), 1)
 
-    def step_done(
-        self, spans: Sequence[Span], tokens: Sequence[Sampled], preempted: Sequence[str], steps: int
-    ) -> tuple[list[TokenItem], Ended]:
+    def step_done(self, done: StepDone) -> tuple[list[TokenItem], Ended]:
         """Return the tokens to send, and the requests that have ended, each with its End. The caller removes those."""
-        self._steps_left, self._kept_free = self._steps_left - steps, None
-        self._stuck = not spans and bool(self.running)
+        self._steps_left, self._kept_free = self._steps_left - done.steps, None
+        self._stuck = not done.spans and bool(self.running)
         items: list[TokenItem] = []
-        for key in preempted:  # it may wait for long, so send the tokens that it has
+        for key in done.preempted:  # it may wait for long, so send the tokens that it has
             request = self.running[key]
             request.preempted += 1
             self.preempted[key] = request
@@ -137,11 +135,11 @@ class Batch:
                 items.append(self.token_item(request))
                 self._set_mark(request)
         if self.preempted:
-            for span in spans:
+            for span in done.spans:
                 recomputing = self.preempted.get(span.key)
                 if recomputing is not None:
                     recomputing.recomputed += max(min(span.stop, len(recomputing.offer.prompt)) - span.start, 0)
-        return items, self._collect(tokens, items)
+        return items, self._collect(done.tokens, items)
 
     def _collect(self, tokens: Sequence[Sampled], items: list[TokenItem]) -> Ended:
         running, interval, ended, count = self.running, self.own.stream_interval, Ended(), 0
@@ -209,21 +207,13 @@ class Batch:
                 raise Broken(f"{key} runs without its KV")
             if request.written >= request.offer.sampling.max_tokens:
                 raise Broken(f"{key} runs past max_tokens")
-            if (
-                request.mark != min(request.due, request.sent + self.own.stream_interval)
-                or len(request.tokens) >= request.mark
-            ):
-                raise Broken(
-                    f"{key} has {len(request.tokens)} tokens and is to be looked at when it has {request.mark}"
-                )
+            tokens, mark = len(request.tokens), min(request.due, request.sent + self.own.stream_interval)
+            if request.mark != mark or tokens >= mark:
+                raise Broken(f"{key} has {tokens} tokens and is to be looked at when it has {request.mark}")
         if any(request.running or not request.landed_as or request.end for request in self.landed.values()):
             raise Broken(f"not all of {list(self.landed)} wait for admission")
         if any(self.running.get(key) is not request for key, request in self.preempted.items()):
             raise Broken(f"not all of {list(self.preempted)} are in the batch")
-
-
-def _member(request: DecodeRequest) -> BatchMember:
-    return BatchMember(request.size, _predicted_end(request))
 
 
 def _predicted_end(request: DecodeRequest) -> int:

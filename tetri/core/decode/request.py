@@ -124,13 +124,8 @@ class DecodeRequest:
     def is_for(self, message: BetweenWorkers) -> bool:
         """Return whether a message is about the very offer that this request was granted for."""
         mine, other = self.offer, message
-        return (mine.src, mine.incarnation, mine.rid, mine.attempt, mine.offer) == (
-            other.src,
-            other.incarnation,
-            other.rid,
-            other.attempt,
-            other.offer,
-        )
+        same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
+        return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
 
     def has_all_of(self, offer: Offer) -> bool:
         """Return whether all KV of the same attempt has landed, under whichever offer."""

@@ -5,10 +5,10 @@ It keeps a request, with its tokens, until the broker closes it: until then the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from tetri.core.actions import BROKER, Action, AddRequest, AdmitRequest, Adopted, Broken, CancelRequest, Send
+from tetri.core.actions import Action, AddRequest, AdmitRequest, Adopted, Broken, CancelRequest, Send
 from tetri.core.decode.batch import Batch
 from tetri.core.decode.kv_receive import KVReceive
 from tetri.core.decode.load_forecast import LoadForecast
@@ -16,8 +16,9 @@ from tetri.core.decode.request import DecodeRequest, KVInflow, obstacle
 from tetri.core.decode.starvation_guard import StarvationGuard
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
+from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
-from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span
+from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
 from tetri.request import LengthRange, Stage
 from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import End, Hold, Resend, Staged, TokenItem, Tokens
@@ -33,18 +34,10 @@ class DecodeScheduler:
     moving        those whose KV has not all landed
     unallocated   those for which the engine has no blocks yet
 
-    `way(iid, incarnation)` returns the path and the segment from which the KV of an instance is read, None if there is
-    no path. `estimator` is the worker's, None unless lengths are "trained"."""
+    `estimator` is the worker's, None unless lengths are "trained"."""
 
-    def __init__(
-        self,
-        own: Identity,
-        ledger: Ledger,
-        way: Callable[[str, int], tuple[str, str] | None],
-        estimator: LengthEstimator | None = None,
-    ) -> None:
-        self.estimator = estimator
-        self.own, self.ledger, self.way = own, ledger, way
+    def __init__(self, own: Identity, ledger: Ledger, peers: Peers, estimator: LengthEstimator | None) -> None:
+        self.own, self.ledger, self.peers, self.estimator = own, ledger, peers, estimator
         self.kv_receive = KVReceive()
         gone_s = 3 * max(own.load_s, own.heartbeat_s)  # prefill instances repeat offers with every view and heartbeat
         self.starvation_guard = StarvationGuard(gone_s)
@@ -72,7 +65,7 @@ class DecodeScheduler:
             return [self._answer(Grant, message)]
         actions = self._release(request) if request else []
         why = obstacle(message, self.own.instance.fingerprint, self.own.capacity)
-        way = self.way(message.src, message.incarnation)
+        way = self.peers.way(message.src, message.incarnation)
         if why is None and way is None:
             why = f"{self.own.iid} does not know this incarnation of {message.src} yet, or has no path to its KV"
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
@@ -152,12 +145,8 @@ class DecodeScheduler:
 
     def orphaned(self, src: str) -> list[Action]:
         """Release the requests whose KV was still moving from a prefill instance that has disappeared."""
-        return [
-            action
-            for request in [*self.moving.values()]
-            if request.offer.src == src
-            for action in self._release(request)
-        ]
+        orphans = [request for request in self.moving.values() if request.offer.src == src]
+        return [action for request in orphans for action in self._release(request)]
 
     def repeat(self, src: str) -> list[Action]:
         """Send again what a prefill instance may have missed before its connection was (re)established."""
@@ -233,24 +222,17 @@ class DecodeScheduler:
         """Return whether no request can run, while a landed one could be admitted."""
         return self.batch.stuck() and bool(self.batch.landed)
 
-    def step_done(
-        self,
-        spans: Sequence[Span],
-        tokens: Sequence[Sampled],
-        allocated: Sequence[str],
-        preempted: Sequence[str],
-        steps: int,
-    ) -> list[Action]:
-        """Report the tokens of a step, and fetch the chunks of requests that have their blocks now (`allocated`)."""
+    def step_done(self, done: StepDone) -> list[Action]:
+        """Report the tokens of a step, and fetch the chunks of requests that have their blocks now."""
         actions: list[Action] = []
-        for key in allocated:
+        for key in done.allocated:
             request = self.unallocated.pop(key)
             request.allocated = True
             actions += [self.kv_receive.fetch(chunk, request) for chunk in request.flow.announced.values()]
-        items, ended = self.batch.step_done(spans, tokens, preempted, steps)
+        items, ended = self.batch.step_done(done)
         for request, end in ended:
             self._finish(request, end)
-        return [self._report(Tokens, items=items), *actions] if items else actions
+        return [self.own.report(Tokens, items=items), *actions] if items else actions
 
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self._leave(request)
@@ -269,15 +251,13 @@ class DecodeScheduler:
         item = TokenItem(request.offer.rid, request.offer.attempt, message.start, ids, request.end)
         if request.running:
             self.batch.mark_sent(request)
-        return [self._report(Tokens, items=[item])] if ids or request.end else []
+        return [self.own.report(Tokens, items=[item])] if ids or request.end else []
 
     def holds(self) -> list[Hold]:
         """Return the requests for the heartbeat. `outputs` counts sent tokens only, so that the broker asks again only
         for lost ones."""
-        return [
-            Hold(request.offer.rid, request.offer.attempt, request.stage, len(request.offer.output) + request.sent)
-            for request in self.requests.values()
-        ]
+        held = [(request, request.offer) for request in self.requests.values()]
+        return [Hold(offer.rid, offer.attempt, each.stage, len(offer.output) + each.sent) for each, offer in held]
 
     def waiting(self) -> int:
         """Return the number of requests that do not run yet."""
@@ -287,33 +267,26 @@ class DecodeScheduler:
         return self.requests[self._keys[rid]] if rid in self._keys else None
 
     def _stage(self, request: DecodeRequest, stage: Stage) -> Send:
-        return self._report(
-            Staged, rid=request.offer.rid, attempt=request.offer.attempt, stage=stage, peer=request.offer.src
-        )
-
-    def _report(self, kind: type[Staged] | type[Tokens], **fields: Any) -> Send:
-        return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
+        offer = request.offer
+        return self.own.report(Staged, rid=offer.rid, attempt=offer.attempt, stage=stage, peer=offer.src)
 
     def _answer(self, kind: type[Answer], to: Offer | Chunk, **fields: Any) -> Send:
-        sender: dict[str, Any] = {"src": self.own.iid, "incarnation": self.own.incarnation}
-        return Send(to.src, kind(**sender, rid=to.rid, attempt=to.attempt, offer=to.offer, **fields))
+        return Send(to.src, kind(**self.own.address(to.rid, to.attempt, to.offer), **fields))
 
     def check(self) -> None:
         """Raise Broken when requests, ledger, indexes and forecast disagree."""
         if {request.offer.rid: key for key, request in self.requests.items()} != self._keys:
             raise Broken(f"requests and their index differ: {self._keys}")
-        here = [request for request in self.requests.values() if request.end is None]
+        here, batch = [request for request in self.requests.values() if request.end is None], self.batch
         for request in here:
             if request.key not in self.ledger:
                 raise Broken(f"{request.key} has no account")
-            places = [place for place in (self.moving, self.batch.landed, self.batch.running) if request.key in place]
-            expected = (
-                self.batch.running if request.running else self.batch.landed if request.landed_as else self.moving
-            )
+            places = [place for place in (self.moving, batch.landed, batch.running) if request.key in place]
+            expected = batch.running if request.running else batch.landed if request.landed_as else self.moving
             if places != [expected] or (request.key in self.unallocated) == request.allocated:
                 raise Broken(f"{request.key} is not where a seat in {request.stage} is")
-        if len(here) != len(self.moving) + len(self.batch.landed) + len(self.batch.running):
+        if len(here) != len(self.moving) + len(batch.landed) + len(batch.running):
             raise Broken("seats that are no more are still counted")
         self.kv_receive.check(self.moving.values())
-        self.batch.check()
+        batch.check()
         self.forecast.check(here)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from tetri.core.actions import BROKER, Send
 from tetri.cost import Cost
 from tetri.instance import Instance
 from tetri.policy.rules import Rules
 from tetri.request import Capacity, Expected, blocks_for
+from tetri.wire.messages import WorkerEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,14 @@ class Identity:
     def capacity(self) -> Capacity:
         """What its engine can hold."""
         return self.instance.capacity
+
+    def report(self, kind: Callable[..., WorkerEvent], **fields: Any) -> Send:
+        """Return the action that sends the broker a message of this kind, with the fields of its sender."""
+        return Send(BROKER, kind(iid=self.iid, incarnation=self.incarnation, **fields))
+
+    def address(self, rid: str, attempt: int, offer: int | None) -> dict[str, Any]:
+        """Return the fields that identify an offer in the messages of this instance to other workers."""
+        return {"src": self.iid, "incarnation": self.incarnation, "rid": rid, "attempt": attempt, "offer": offer}
 
     @property
     def open_slots(self) -> int:

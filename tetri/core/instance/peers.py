@@ -70,19 +70,13 @@ class Peers:
         if old == self.instances:
             return [], []  # the usual case: it only shows that the broker is alive
         self.changed()
-        self._decoders = {
-            iid: instance
-            for iid, instance in self.instances.items()
-            if instance.role in DECODE_ROLES and self._compatible(instance)
-        }
-        gone = [iid for iid, before in old.items() if self._incarnation(iid) != before.incarnation]
-        actions: list[Action] = [Disconnect(iid) for iid in gone]
+        self._decoders = {instance.iid: instance for instance in self._serving(DECODE_ROLES)}
+        gone = [iid for iid, before in old.items() if not self.knows(iid, before.incarnation)]
         for iid in gone:
             self.up.pop(iid, None)
-        for iid, instance in self.instances.items():
-            if iid not in old or iid in gone:
-                actions.append(Connect(iid, instance.inbox, instance.reach))
-        return actions, gone
+        fresh = [instance for iid, instance in self.instances.items() if iid not in old or iid in gone]
+        connects = [Connect(instance.iid, instance.inbox, instance.reach) for instance in fresh]
+        return [*map(Disconnect, gone), *connects], gone
 
     def changed(self) -> None:
         """Count the set of usable decode instances as changed, this instance included."""
@@ -99,9 +93,6 @@ class Peers:
         self.up.pop(iid, None)
         self.changed()
 
-    def _incarnation(self, iid: str) -> int | None:
-        return self.instances[iid].incarnation if iid in self.instances else None
-
     def knows(self, iid: str, incarnation: int) -> bool:
         """Return whether this incarnation of an instance is in the newest membership."""
         instance = self.instances.get(iid)
@@ -112,26 +103,22 @@ class Peers:
         not known (yet) or has no common path. This instance can always read its own KV."""
         if iid == self.own.iid:
             return "local", self.own.instance.reach.segment
-        instance = self.instances.get(iid)
-        if instance is None or instance.incarnation != incarnation:
+        if not self.knows(iid, incarnation):
             return None
-        path = pairing.path(self.own.instance.reach, instance.reach)
-        return None if path is None else (path, instance.reach.segment)
+        reach = self.instances[iid].reach
+        path = pairing.path(self.own.instance.reach, reach)
+        return None if path is None else (path, reach.segment)
 
-    def _compatible(self, other: Instance) -> bool:
-        """Return whether KV can move between this instance and another one."""
-        same = other.fingerprint == self.own.instance.fingerprint
-        return same and pairing.path(self.own.instance.reach, other.reach) is not None
+    def _serving(self, roles: tuple[str, ...]) -> list[Instance]:
+        """Return the other instances in these roles with which this one can exchange KV."""
+        own, others = self.own.instance, [other for other in self.instances.values() if other.role in roles]
+        same = [other for other in others if other.fingerprint == own.fingerprint]
+        return [other for other in same if pairing.path(own.reach, other.reach) is not None]
 
     def prefills(self, tokens: int) -> bool:
         """Return whether another instance could prefill so many tokens for this one."""
-        return any(
-            each.role in PREFILL_ROLES
-            and self._compatible(each)
-            and tokens <= each.capacity.tokens
-            and tokens < each.capacity.context
-            for each in self.instances.values()
-        )
+        sizes = [instance.capacity for instance in self._serving(PREFILL_ROLES)]
+        return any(tokens <= capacity.tokens and tokens < capacity.context for capacity in sizes)
 
     def decoders(self) -> list[Instance]:
         """Return the connected, KV compatible instances that take new decode work."""

@@ -123,9 +123,8 @@ class LengthEstimator:
         return length
 
     def _range(self, raw: Curve, corrected: Curve, accuracy: AccuracyRecord) -> LengthRange:
-        cover, high = self.rules.length_cover, None
-        if cover:
-            high = quantile(raw, accuracy.calibration.level(cover))
+        cover = self.rules.length_cover
+        high = quantile(raw, accuracy.calibration.level(cover)) if cover else None
         return range_of(corrected, self.rules.length_granularity, high)
 
     def _record(
@@ -159,8 +158,7 @@ class LengthEstimator:
         _drop_oldest(self._ended)
         cut = reason == "length"
         self.prior.learn(outputs, cut)
-        request = self._open.pop(rid, None)
-        for prediction in request.predictions if request is not None else ():
+        for prediction in self._open.pop(rid, OpenRequest(0)).predictions:
             self._score(prediction, outputs, cut)
 
     def _score(self, prediction: Prediction, outputs: int, cut: bool) -> None:

@@ -70,9 +70,8 @@ class Prior:
         self._new = 0.0
         both = [ended + cut for ended, cut in zip(self._ended, self._cut, strict=True)]
         reached = list(accumulate(reversed(both)))[::-1]
-        risks = [
-            risk - cut + part for risk, cut, part in zip(reached[:-1], self._cut[:-1], self._part[:-1], strict=True)
-        ]
+        buckets = zip(reached[:-1], self._cut[:-1], self._part[:-1], strict=True)
+        risks = [risk - cut + part for risk, cut, part in buckets]
         at_risk = sum(risks)
         self._tail = sum(self._ended[:-1]) / at_risk if at_risk else 0.0
         left, self._below = 1.0, [0.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 from tetri.core.instance.identity import Identity
@@ -18,11 +19,11 @@ from tetri.wire.messages import Load
 
 @dataclass(slots=True)
 class Reservation:
-    """Load that one offer adds to an instance, until a load report includes it."""
+    """Load that one offer adds to an instance, until a load report includes it. `granted_at`: infinite before that."""
 
     iid: str
     need: Need
-    granted_at: float | None = None
+    granted_at: float = inf
 
 
 class LivePool:
@@ -85,25 +86,23 @@ class LivePool:
     def granted(self, number: int, now: float) -> None:
         """Record when offer `number` was granted. Later reports of the instance include it."""
         reservation = self.reservations.get(number)
-        if reservation is not None and reservation.granted_at is None:
-            reservation.granted_at = now
+        if reservation is not None:
+            reservation.granted_at = min(reservation.granted_at, now)
 
-    def withdrawn(self, number: int) -> None:
-        """Remove the reservation of offer `number`."""
+    def withdrawn(self, number: int) -> Reservation | None:
+        """Remove the reservation of offer `number`, and return it; None if a load report includes it."""
         reservation = self.reservations.pop(number, None)
         if reservation is not None:
             self._add_load(reservation.iid, reservation.need, -1)
+        return reservation
 
     def refused(self, number: int) -> None:
         """Remove the reservation. Until the next report, assume fewer free blocks there than the offer needed."""
-        reservation = self.reservations.pop(number, None)
-        if reservation is not None:
-            self._add_load(reservation.iid, reservation.need, -1)
-            column = self._column.get(reservation.iid)
-            if column is not None:
-                most = reservation.need.blocks - 1
-                self.columns.free[column] = min(self.columns.free[column], most)
-                self.columns.spare[column] = min(self.columns.spare[column], most)
+        reservation = self.withdrawn(number)
+        if reservation is not None and reservation.iid in self._column:
+            column, most = self._column[reservation.iid], reservation.need.blocks - 1
+            self.columns.free[column] = min(self.columns.free[column], most)
+            self.columns.spare[column] = min(self.columns.spare[column], most)
 
     # ------------------------------------------------------------ the columns
 
@@ -129,9 +128,7 @@ class LivePool:
         pool.heavy = [load.heavy for load in loads]
         pool.light = [load.waiting + load.running - load.heavy for load in loads]
         for number, reservation in list(self.reservations.items()):
-            if reservation.granted_at is not None and reservation.granted_at < made_at.get(
-                reservation.iid, float("inf")
-            ):
+            if reservation.granted_at < made_at.get(reservation.iid, inf):
                 del self.reservations[number]  # the report includes it
             else:
                 self._add_load(reservation.iid, reservation.need, 1)
@@ -168,9 +165,7 @@ class LivePool:
         blocks = blocks_for(len(request.prompt) + request.sampling.max_tokens, self.own.capacity.block_tokens)
         too_small: list[int] = []
         if blocks > self._smallest_blocks or request.goal >= self._smallest_context:
-            too_small = [
-                column for column, instance in enumerate(self._instances) if not request.fits(instance.capacity)
-            ]
+            too_small = [column for column, each in enumerate(self._instances) if not request.fits(each.capacity)]
         if self._home_column is not None and not self._fits_here(request):
             too_small.append(self._home_column)
         return too_small

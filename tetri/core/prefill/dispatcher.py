@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
+from math import inf
 from random import Random
 from typing import Any
 
@@ -50,10 +51,8 @@ class Dispatcher:
 
     def correct(self, request: PrefillRequest, length: LengthRange) -> list[Action]:
         """Replace the length that `settle` set. If the request is on offer, send its decode instance a LengthUpdate."""
-        if length == request.length:
-            return []
-        request.length = length
-        if request.flow.offer is None:
+        same, request.length = length == request.length, length
+        if same or request.flow.offer is None:
             return []
         return [Send(request.flow.target, LengthUpdate(**self.address(request), length=length))]
 
@@ -67,10 +66,13 @@ class Dispatcher:
         return self._first_unplaced() is not None
 
     def _first_unplaced(self) -> PrefillRequest | None:
-        for turn, key in self._unplaced:
+        """Return the first unplaced request, and drop the entries before it: their requests are placed or gone."""
+        while self._unplaced:
+            turn, key = self._unplaced[0]
             request = self.requests.get(key)
             if request is not None and request.turn == turn and request.unplaced:
                 return request
+            self._unplaced.pop(0)
         return None
 
     def allow_retry(self, now: float) -> list[Action]:
@@ -87,15 +89,12 @@ class Dispatcher:
         self.pool.refresh()
         self._recheck_unplaceable()
         actions: list[Action] = []
-        while self._unplaced:
-            turn, key = self._unplaced[0]
-            request = self.requests.get(key)
-            if request is not None and request.turn == turn and request.unplaced:
-                if not self.pool.fits(request):
-                    self.unplaceable[key] = request
-                    request.unplaceable_since = now
-                elif not request.predicted or not self._place(request, now, actions):
-                    break
+        while (request := self._first_unplaced()) is not None:
+            if not self.pool.fits(request):
+                self.unplaceable[request.key] = request
+                request.unplaceable_since = now
+            elif not request.predicted or not self._place(request, now, actions):
+                break
             self._unplaced.pop(0)
         return actions
 
@@ -177,16 +176,7 @@ class Dispatcher:
         """Send a Chunk message to the decode instance that the request is on offer to, if there is one."""
         if request.flow.offer is None:
             return []
-        chunk = Chunk(
-            **self.address(request),
-            index=kv_chunk.index,
-            start=kv_chunk.start,
-            stop=kv_chunk.stop,
-            handle=kv_chunk.handle,
-            digest=kv_chunk.digest,
-            token=kv_chunk.token,
-        )
-        return [Send(request.flow.target, chunk)]
+        return [Send(request.flow.target, Chunk(**self.address(request), **kv_chunk.fields()))]
 
     def refused(self, request: PrefillRequest, why: str) -> None:
         """Close a refused offer and queue the request again. Ask that instance again only after a new view."""
@@ -214,15 +204,8 @@ class Dispatcher:
 
     def renounce(self, grant: Grant) -> Action:
         """Return a Drop for a grant whose offer is closed, so that the decode instance frees its memory."""
-        drop = Drop(
-            src=self.own.iid,
-            incarnation=self.own.incarnation,
-            rid=grant.rid,
-            attempt=grant.attempt,
-            offer=grant.offer,
-            why="the offer is closed",
-        )
-        return Send(grant.src, drop)
+        address = self.own.address(grant.rid, grant.attempt, grant.offer)
+        return Send(grant.src, Drop(**address, why="the offer is closed"))
 
     def aimed_at(self, iid: str) -> list[PrefillRequest]:
         """Return the requests on offer to an instance, also those handed over: the broker may not know that yet."""
@@ -256,26 +239,16 @@ class Dispatcher:
 
     def address(self, request: PrefillRequest) -> dict[str, Any]:
         """Return the fields that identify the current offer in messages to the decode instance."""
-        return {
-            "src": self.own.iid,
-            "incarnation": self.own.incarnation,
-            "rid": request.rid,
-            "attempt": request.attempt,
-            "offer": request.flow.offer,
-        }
+        return self.own.address(request.rid, request.attempt, request.flow.offer)
 
     def check(self) -> None:
         """Raise Broken when the indexes of offers and unplaced requests disagree with the requests."""
         waiting = {
-            (request.turn, key)
-            for key, request in self.requests.items()
-            if request.unplaced and key not in self.unplaceable
+            (each.turn, key) for key, each in self.requests.items() if each.unplaced and key not in self.unplaceable
         }
         if waiting - set(self._unplaced) or self._unplaced != sorted(self._unplaced):
             raise Broken(f"of {waiting} not all are in the line for a decode instance: {self._unplaced}")
-        if any(
-            self.requests.get(key) is not request or not request.unplaced for key, request in self.unplaceable.items()
-        ):
+        if any(self.requests.get(key) is not each or not each.unplaced for key, each in self.unplaceable.items()):
             raise Broken(f"stranded, and on offer or gone: {list(self.unplaceable)}")
         targets = {iid: list(numbers) for iid, numbers in self._targets.items()}
         counted: dict[str, list[int]] = {}
@@ -285,8 +258,6 @@ class Dispatcher:
             counted.setdefault(self.requests[key].flow.target, []).append(number)
         if targets != counted:
             raise Broken(f"offers by instance are {targets}, counted {counted}")
-        if any(
-            reservation.granted_at is None and number not in self.offers
-            for number, reservation in self.pool.reservations.items()
-        ):
-            raise Broken(f"claims of offers that are no more: {list(self.pool.reservations)}")
+        reservations = self.pool.reservations
+        if any(each.granted_at == inf and number not in self.offers for number, each in reservations.items()):
+            raise Broken(f"claims of offers that are no more: {list(reservations)}")

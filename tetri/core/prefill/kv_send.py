@@ -78,13 +78,10 @@ class KVSend:
 
     def exported(self, request: PrefillRequest | None, event: Exported) -> list[Action]:
         """Announce a chunk that is in the slab now. Free it if the request has ended or started again meanwhile."""
-        if (
-            request is None
-            or request.end is not None
-            or request.flow.awaited.get(event.index) != (event.start, event.stop)
-        ):
+        awaited = request.flow.awaited if request is not None and request.end is None else {}
+        if request is None or awaited.get(event.index) != (event.start, event.stop):
             return [Free(event.handle)]
-        del request.flow.awaited[event.index]
+        del awaited[event.index]
         token = request.token if event.stop == request.flow.blocks else None
         chunk = KVChunk(event.index, event.start, event.stop, event.handle, event.digest, token)
         request.flow.put(chunk)
@@ -114,11 +111,7 @@ class KVSend:
                 raise Broken(f"{request.key} moved more blocks than it exported")
         if {request.key for request in requests if request.end is None and request.flow.kept} != {*self.keeping}:
             raise Broken(f"slots are kept for others than {list(self.keeping)}")
-        waiting = sum(
-            request.flow.kept
-            for request in self.keeping.values()
-            if not request.granted and not request.flow.grant_lost
-        )
+        waiting = sum(each.flow.kept for each in self.keeping.values() if not each.granted and not each.flow.grant_lost)
         if waiting > self.own.open_slots:
             raise Broken(f"{waiting} slots are kept for whom nobody takes yet, {self.own.open_slots} may be")
         if not 0 <= self.used <= self.own.slots:

@@ -141,13 +141,11 @@ class LengthWait:
 
     def _known_after_hand_over(self, event: LengthKnown) -> list[Action]:
         """Send an answer that comes after the hand-over to the decode instance."""
-        handed_over = self._handed_over.pop(event.key, None)
-        if handed_over is None or self.estimator is None or event.distribution is None:
+        known = self._handed_over.pop(event.key, None)
+        if known is None or self.estimator is None or event.distribution is None:
             return []
-        length = self.estimator.named(
-            handed_over.address["rid"], event.distribution, handed_over.sampling, handed_over.outputs
-        )
-        return [Send(handed_over.target, LengthUpdate(**handed_over.address, length=length))]
+        length = self.estimator.named(known.address["rid"], event.distribution, known.sampling, known.outputs)
+        return [Send(known.target, LengthUpdate(**known.address, length=length))]
 
     def _apply_estimate(self, request: PrefillRequest, estimate: HiddenStateEstimate) -> list[Action]:
         if self.estimator is None:

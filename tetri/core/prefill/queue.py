@@ -119,16 +119,17 @@ class Queue:
 
     def check(self, requests: Mapping[str, PrefillRequest]) -> None:
         """Raise Broken when the queue and its sums disagree with the requests."""
-        for key in (*self.raw, *self.line):
+        queued = [*self.raw, *self.line]
+        for key in queued:
             if requests[key].token is not None:
                 raise Broken(f"{key} has its token and is still queued")
-        if {key for key, request in requests.items() if request.token is None} != {*self.raw, *self.line}:
+        if {key for key, request in requests.items() if request.token is None} != {*queued}:
             raise Broken("not all jobs without a token are queued")
-        left = [request.goal - request.done for request in map(requests.__getitem__, (*self.raw, *self.line))]
+        left = [requests[key].goal - requests[key].done for key in queued]
         line = sum(left[len(self.raw) :])
         if (sum(left), line) != (self.tokens, self._line_tokens):
             raise Broken(f"{self.tokens} tokens queued, {self._line_tokens} in line: counted {sum(left)}, {line}")
-        seconds = sum(requests[key].left_s for key in (*self.raw, *self.line))
+        seconds = sum(requests[key].left_s for key in queued)
         if abs(seconds - self.seconds) > 1e-6 * max(1.0, seconds):
             raise Broken(f"{self.seconds} seconds of work queued, counted {seconds}")
         ranked = [] if self.order.windowed else sorted(map(self._rank, self.raw.values()))
@@ -150,8 +151,7 @@ def candidates(queue: Queue, requests: Requests, budget: int, free: int, most: i
             return prompts
         prompts.append(_progress(request))
         budget -= request.goal - request.done
-    for key in queue.first(chunk_tokens):
-        request = requests[key]
+    for request in map(requests.__getitem__, queue.first(chunk_tokens)):
         if request.running:
             continue
         free -= request.flow.blocks

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
-from tetri.request import Capacity, LengthRange, Receipt, Sampling, Stage, blocks_for
+from tetri.request import Capacity, LengthRange, Receipt, Sampling, Stage, Value, blocks_for
 from tetri.wire.handover import Handle
 from tetri.wire.messages import End
 
 
-@dataclass(slots=True)
-class KVChunk:
+class KVChunk(Value, frozen=True):
     """One KV chunk in the sender's slab: blocks [start, stop), one slot each. `token`: the first output token, with the
     last chunk only."""
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any
 
-from tetri.core.actions import BROKER, Action, AddRequest, Broken, CancelRequest, Exported, HoldRequest, Send
-from tetri.core.instance.identity import Identity
+from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, HoldRequest
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
@@ -20,12 +18,10 @@ from tetri.core.prefill.length_wait import LengthWait
 from tetri.core.prefill.queue import Queue, candidates, fill, ran
 from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.core.timers import Timers
-from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span
+from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
 from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, TokenItem, Tokens
-
-Report = Staged | Tokens | Failed
 
 
 class PrefillScheduler:
@@ -36,14 +32,9 @@ class PrefillScheduler:
     """
 
     def __init__(
-        self,
-        own: Identity,
-        ledger: Ledger,
-        peers: Peers,
-        timers: Timers[str],
-        rng: Random,
-        estimator: LengthEstimator | None = None,
+        self, ledger: Ledger, peers: Peers, timers: Timers[str], rng: Random, estimator: LengthEstimator | None
     ) -> None:
+        own = peers.own
         self.own, self.ledger = own, ledger
         self.requests: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
@@ -68,27 +59,19 @@ class PrefillScheduler:
         if key in self.requests:
             return []  # a resent Assign
         actions = self.close(message.rid, message.attempt - 1)
-        own, tokens = self.own, len(message.prompt) + len(message.output)
+        own, prompt, output = self.own, tuple(message.prompt), tuple(message.output)
+        tokens = len(prompt) + len(output)
         blocks = blocks_for(tokens, own.capacity.block_tokens)
         if not 0 < tokens < own.capacity.context or blocks > own.capacity.blocks:
             why = f"{tokens} tokens do not fit into instance {own.iid}"
-            return [*actions, self._report(Failed, rid=message.rid, attempt=message.attempt, why=why, retry=False)]
+            return [*actions, own.report(Failed, rid=message.rid, attempt=message.attempt, why=why, retry=False)]
         self._arrivals += 1
         work_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
-        request = PrefillRequest(
-            key,
-            message.rid,
-            message.attempt,
-            tuple(message.prompt),
-            tuple(message.output),
-            message.sampling,
-            QueuedPrompt(key, self._arrivals, tokens, now, work_s, due),
-            KVOutflow(blocks),
-            tokens,
-            work_s,
+        queued, flow = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), KVOutflow(blocks)
+        request = self.requests[key] = PrefillRequest(
+            key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s
         )
-        self.requests[key] = request
         self._attempts.setdefault(request.rid, {})[key] = None
         self.queue.enter(request)
         return [*actions, *self.lengths.arrived(request)]
@@ -96,10 +79,8 @@ class PrefillScheduler:
     def close(self, rid: str, attempt: int) -> list[Action]:
         """Forget every attempt of a request up to `attempt`, in any stage."""
         requests = [self.requests[key] for key in self._attempts.get(rid, ())]
-        actions: list[Action] = []
-        for request in [request for request in requests if request.attempt <= attempt]:
-            actions += self._forget(request, "closed")
-        return actions
+        old = [request for request in requests if request.attempt <= attempt]
+        return [action for request in old for action in self._forget(request, "closed")]
 
     def reject(self, key: str, why: str) -> list[Action]:
         """Fail a request that the engine can never run, and give its part of the chunk to the others."""
@@ -116,7 +97,7 @@ class PrefillScheduler:
             return []
         ids = request.outputs()[message.start :]
         item = TokenItem(request.rid, request.attempt, message.start, ids, request.end)
-        return [self._report(Tokens, items=[item])] if ids or request.end else []
+        return [self.own.report(Tokens, items=[item])] if ids or request.end else []
 
     # ------------------------------------------------------------ the next chunk
 
@@ -131,11 +112,8 @@ class PrefillScheduler:
         keys = [span.key for span in self.expected]
         if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
-        actions: list[Action] = []
-        for request in map(self.requests.__getitem__, keys):
-            if not request.running:
-                actions += self._start(request, now)
-        return actions
+        fresh = [self.requests[key] for key in keys if not self.requests[key].running]
+        return [action for request in fresh for action in self._start(request, now)]
 
     def _choose(self, prompts: list[Progress]) -> None:
         started, slots = self.queue.started, self.kv_send.spare()
@@ -146,15 +124,13 @@ class PrefillScheduler:
         if not self.ledger.allocate(request.key, request.flow.blocks):
             raise Broken(f"{request.key} was planned without room")
         self.queue.start(request)
-        engine_request = EngineRequest(
-            request.key, "prefill", request.prompt + request.output, len(request.prompt), request.sampling
-        )
+        tokens = request.prompt + request.output
+        engine_request = EngineRequest(request.key, "prefill", tokens, len(request.prompt), request.sampling)
         self._turns += 1
         request.turn = self._turns
         self.lengths.started(request, self.expected)
         self.dispatcher.started(request, now)
-        staged = self._report(Staged, rid=request.rid, attempt=request.attempt, stage=Stage.PREFILL)
-        return [AddRequest(engine_request), staged, *self.dispatcher.dispatch(now)]
+        return [AddRequest(engine_request), self._stage(request, Stage.PREFILL), *self.dispatcher.dispatch(now)]
 
     def holding(self) -> list[Action]:
         """Hold the started requests that are not in the planned chunk, and release those that are."""
@@ -195,30 +171,21 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ what the step did
 
-    def step_done(
-        self,
-        spans: Sequence[Span],
-        tokens: Sequence[Sampled],
-        preempted: Sequence[str],
-        estimates: Sequence[HiddenStateEstimate],
-        now: float,
-        *,
-        strained: bool,
-    ) -> list[Action]:
+    def step_done(self, done: StepDone, now: float, *, strained: bool) -> list[Action]:
         """Report first tokens, then export the KV blocks that this chunk completed.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
         tokens of the chunk than planned. Raise Broken when the engine ran anything else."""
         planned, self.expected = self.expected, []
-        if not ran(planned, spans, self.requests, strained=strained):
-            raise Broken(f"planned {planned}, the engine ran {list(spans)}")
-        for span in spans:
+        if not ran(planned, done.spans, self.requests, strained=strained):
+            raise Broken(f"planned {planned}, the engine ran {list(done.spans)}")
+        for span in done.spans:
             self.queue.computed(self.requests[span.key], span.stop)
-        actions = self._first_tokens(tokens)
-        actions += self.lengths.stepped(planned, estimates, now)
-        for span in spans:
+        actions = self._first_tokens(done.tokens)
+        actions += self.lengths.stepped(planned, done.estimates, now)
+        for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
-        for key in preempted:
+        for key in done.preempted:
             self.queue.computed(self.requests[key], 0)
         return actions
 
@@ -235,33 +202,25 @@ class PrefillScheduler:
             request.token = sampled.token
             self._stop(request)
             self.queue.leave(request)
-            after += self._end(request, end) if end else self._move(request)
-        return [self._report(Tokens, items=items), *after] if items else []
+            after += self._end(request, end) if end else [self._stage(request, Stage.MOVING)]
+        return [self.own.report(Tokens, items=items), *after] if items else []
 
     def _stop(self, request: PrefillRequest) -> None:
         """Record that its engine request is no longer in the engine, and free its KV blocks."""
         self.queue.stop(request)
         self.ledger.close(request.key)
 
-    def _move(self, request: PrefillRequest) -> list[Action]:
-        return [
-            self._report(Staged, rid=request.rid, attempt=request.attempt, stage=Stage.MOVING, peer=request.flow.target)
-        ]
-
     def _end(self, request: PrefillRequest, end: End) -> list[Action]:
         """End a request with its first token: no more KV is sent."""
         request.end = end
         return [*self.dispatcher.forget(request, "finished"), *self.kv_send.drain(request)]
 
-    def exported(self, event: Exported) -> list[Action]:
-        """Announce a chunk that is in the slab now."""
-        return self.kv_send.exported(self.requests.get(event.key), event)
-
     # ------------------------------------------------------------ giving up
 
     def give_up(self, request: PrefillRequest, why: str, *, retry: bool = True) -> list[Action]:
         """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed."""
-        return [*self._forget(request, why), self._fail(request, why, retry=retry)]
+        failed = self.own.report(Failed, rid=request.rid, attempt=request.attempt, why=why, retry=retry)
+        return [*self._forget(request, why), failed]
 
     def slot_deadlock(self) -> PrefillRequest | None:
         """Return the request to give up because a granted one waits for its slots; None without a deadlock."""
@@ -284,25 +243,19 @@ class PrefillScheduler:
 
     def holds(self) -> list[Hold]:
         """Return the requests for the heartbeat."""
-        return [
-            Hold(request.rid, request.attempt, request.stage, len(request.outputs()))
-            for request in self.requests.values()
-        ]
+        return [Hold(each.rid, each.attempt, each.stage, len(each.outputs())) for each in self.requests.values()]
 
-    def _fail(self, request: PrefillRequest, why: str, *, retry: bool) -> Action:
-        return self._report(Failed, rid=request.rid, attempt=request.attempt, why=why, retry=retry)
-
-    def _report(self, kind: type[Report], **fields: Any) -> Send:
-        return Send(BROKER, kind(iid=self.own.iid, incarnation=self.own.incarnation, **fields))
+    def _stage(self, request: PrefillRequest, stage: Stage) -> Action:
+        peer = request.flow.target
+        return self.own.report(Staged, rid=request.rid, attempt=request.attempt, stage=stage, peer=peer)
 
     def check(self) -> None:
         """Raise Broken when requests, engine requests, ledger and indexes disagree."""
         self.queue.check(self.requests)
+        running = {key: request for key, request in self.requests.items() if request.running}
         if any((request.key in self.ledger) != request.running for request in self.requests.values()):
-            raise Broken(
-                f"accounts and legs differ: {[request.key for request in self.requests.values() if request.running]}"
-            )
-        if {key: request for key, request in self.requests.items() if request.running} != self.queue.started:
+            raise Broken(f"accounts and legs differ: {list(running)}")
+        if running != self.queue.started:
             raise Broken(f"started are {list(self.queue.started)}, and others run")
         attempts = {(request.rid, key) for key, request in self.requests.items()}
         if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:

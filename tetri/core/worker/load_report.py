@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.scheduler import DecodeScheduler
-from tetri.core.instance.identity import Identity
-from tetri.core.instance.ledger import Ledger
-from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.request import DECODE_ROLES
 from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
@@ -16,17 +13,9 @@ class LoadReporter:
     """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
     it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
 
-    def __init__(
-        self,
-        own: Identity,
-        ledger: Ledger,
-        prefill: PrefillScheduler,
-        decode: DecodeScheduler,
-        estimator: LengthEstimator | None,
-        now: float,
-    ) -> None:
-        self.own, self.role, self.flip = own, own.instance.role, 0
-        self.ledger, self.prefill, self.decode, self.estimator = ledger, prefill, decode, estimator
+    def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler, now: float) -> None:
+        self.own, self.prefill, self.decode = prefill.own, prefill, decode
+        self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
 
@@ -37,18 +26,13 @@ class LoadReporter:
     def load(self) -> Load:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
         that needs them."""
-        queue, forecast = self.prefill.queue, self.decode.forecast
-        return Load(
-            free_blocks=self._free_blocks(),
+        queue = self.prefill.queue
+        return self._decodes().changed(
             queued=len(queue),
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
-            waiting=self.decode.waiting(),
             landed=len(self.decode.batch.landed),
-            running=len(self.decode.batch.running),
-            heavy=forecast.heavy,
-            growth_blocks=forecast.growth,
-            decode_s=forecast.decode_s(),
+            decode_s=self.decode.forecast.decode_s(),
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
         )
@@ -56,21 +40,13 @@ class LoadReporter:
     def home(self) -> Load | None:
         """What a decode route reads of the load of this instance, for its own prompts; None if its role takes no
         decodes. The dispatcher calls this, so it asks the dispatcher nothing."""
-        if self.role not in DECODE_ROLES:
-            return None
-        forecast = self.decode.forecast
-        return Load(
-            free_blocks=self._free_blocks(),
-            waiting=self.decode.waiting(),
-            running=len(self.decode.batch.running),
-            heavy=forecast.heavy,
-            growth_blocks=forecast.growth,
-        )
+        return self._decodes() if self.role in DECODE_ROLES else None
 
-    def _free_blocks(self) -> int:
-        """Free KV blocks, those included that a blocked prompt would give back for a decode request."""
-        blocked = self.prefill.queue.blocked()
-        return self.ledger.free + (0 if blocked is None else blocked.flow.blocks)
+    def _decodes(self) -> Load:
+        forecast, blocked = self.decode.forecast, self.prefill.queue.blocked()
+        free = self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
+        waiting, running, growth = self.decode.waiting(), len(self.decode.batch.running), forecast.growth
+        return Load(free_blocks=free, waiting=waiting, running=running, heavy=forecast.heavy, growth_blocks=growth)
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""
@@ -86,16 +62,14 @@ class LoadReporter:
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
-        own, holds = self.own, [*self.prefill.holds(), *self.decode.holds()]
-        heartbeat = Heartbeat(
-            iid=own.iid,
-            incarnation=own.incarnation,
+        estimator = self.decode.estimator
+        return self.own.report(
+            Heartbeat,
             role=self.role,
             load=self.load(),
-            holds=holds,
+            holds=[*self.prefill.holds(), *self.decode.holds()],
             flip=self.flip,
             counters=dict(self.decode.kv_receive.counters),
             slots_used=self.prefill.slots_used,
-            predictor=None if self.estimator is None else self.estimator.status(),
+            predictor=None if estimator is None else estimator.status(),
         )
-        return Send(BROKER, heartbeat)

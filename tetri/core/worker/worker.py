@@ -47,12 +47,12 @@ class Worker:
         self.peers = Peers(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
-        self.prefill = PrefillScheduler(own, self.ledger, self.peers, self.timers, rng, self.estimator)
+        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self.peers.way, self.estimator)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator)
         self.stepping = False
         self.idle = False
-        self.reporter = LoadReporter(own, self.ledger, self.prefill, self.decode, self.estimator, now)
+        self.reporter = LoadReporter(self.prefill, self.decode, now)
         self.dispatcher.pool.home = self.reporter.home
         self._step_at = now
         self._fewer = False  # the batch has lost a request since the step was planned
@@ -77,7 +77,7 @@ class Worker:
             case Chunk():
                 return self.decode.chunk(event)
             case Exported():
-                return self.prefill.exported(event)
+                return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
             case Adopted():
                 return self._set_fetch_timer(self.decode.adopted(event, now))
             case Freed():
@@ -202,27 +202,17 @@ class Worker:
         self.reporter.worked(now - self._step_at)
         if done.steps == 1:
             self.ledger.check(done.held)
-        requests, batch = self.prefill.queue.started, self.decode.batch
-        spans, tokens, preempted, estimates = done.spans, done.tokens, done.preempted, done.estimates
+        requests, batch, decoded = self.prefill.requests, self.decode.batch, done
         actions, self._queued_own = self._queued_own, []
-        if requests:  # otherwise everything in `done` belongs to the decode scheduler
-            mine = self.prefill.requests
-            strained = self._fewer or bool(preempted) or self.ledger.free < 0
-            actions += self.prefill.step_done(
-                [span for span in spans if span.key in mine],
-                [token for token in tokens if token.key in mine],
-                [key for key in preempted if key in mine],
-                [estimate for estimate in estimates if estimate.key in mine],
-                now,
-                strained=strained or any(span.key in batch.preempted for span in spans),
-            )
-            spans = tuple(span for span in spans if span.key not in mine)
-            tokens = tuple(token for token in tokens if token.key not in mine)
-            preempted = tuple(key for key in preempted if key not in mine)
-            estimates = tuple(estimate for estimate in estimates if estimate.key not in mine)
-        for estimate in estimates:  # also for requests that end in this step: accuracy is judged by their last estimate
+        if self.prefill.queue.started:  # otherwise everything in `done` belongs to the decode scheduler
+            prefilled, decoded = done.part(requests, inside=True), done.part(requests, inside=False)
+            strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
+            strained = strained or any(span.key in batch.preempted for span in done.spans)
+            actions += self.prefill.step_done(prefilled, now, strained=strained)
+        # Also for requests that end in this step: accuracy is judged by their last estimate.
+        for estimate in decoded.estimates:
             self.decode.estimates(estimate)
-        actions += self.decode.step_done(spans, tokens, done.allocated, preempted, done.steps)
+        actions += self.decode.step_done(decoded)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
@@ -246,7 +236,8 @@ class Worker:
         for iid in gone:
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
-        for message in self._now_listed():
+        early, self._unknown = self._unknown, []
+        for message in early:  # who is still not listed is kept again
             actions += self._handle(message, now)
         return actions
 
@@ -259,13 +250,6 @@ class Worker:
         self._unknown.append(message)
         del self._unknown[:-MOST_UNKNOWN]
         return True
-
-    def _now_listed(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
-        """The kept messages whose senders are listed now; the others stay for the next Membership."""
-        early, self._unknown = self._unknown, []
-        known = [self.peers.knows(message.src, message.incarnation) for message in early]
-        self._unknown = [message for message, is_known in zip(early, known, strict=True) if not is_known]
-        return [message for message, is_known in zip(early, known, strict=True) if is_known]
 
     def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
         request = self.dispatcher.request_of(event)
@@ -286,9 +270,8 @@ class Worker:
 
     def _up(self, peer: str, now: float) -> list[Action]:
         self.peers.connected(peer)
-        again = [
-            action for request in self.dispatcher.aimed_at(peer) for action in self.dispatcher.repeat(request, now)
-        ]
+        aimed = self.dispatcher.aimed_at(peer)
+        again = [action for request in aimed for action in self.dispatcher.repeat(request, now)]
         return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
