@@ -114,8 +114,14 @@ def contract_methods():
     """Methods that a documented protocol or abstract class names: who implements one need not say it again."""
     for tree in TREES.values():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & {"Protocol", "ABC"}:
-                yield from (method.name for method in node.body if isinstance(method, FUNCTIONS) and documented(method))
+            if isinstance(node, ast.ClassDef):
+                whole = {ast.unparse(base) for base in node.bases} & {"Protocol", "ABC"}
+                methods = [method for method in node.body if isinstance(method, FUNCTIONS) and documented(method)]
+                yield from (
+                    method.name
+                    for method in methods
+                    if whole or "abstractmethod" in map(ast.unparse, method.decorator_list)
+                )
 
 
 def documented(node):

@@ -80,7 +80,7 @@ def test_the_picture_has_a_bar_for_each_pass_and_copy(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--conf", str(EMULATED)], "one prefill and one decode worker are wanted"),
+        (["--conf", str(EMULATED)], "must have one prefill and one decode worker"),
         (["--short", "900", "--long", "800"], "--short (900) must be less than --long (800)"),
         (["--set", "engine.kinds=1"], "engine.kinds"),
     ],

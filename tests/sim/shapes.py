@@ -46,6 +46,20 @@ SETUP = Setup(
     limit_s=55.0,
     timeouts=Timeouts(dead_s=0.6, gone_s=0.4, offer_s=0.08, view_s=1.2, patience_s=60.0, client_grace_s=2.5, ask_s=0.4),
 )
+# One instance for each phase, which serve a request at a time.
+ONE = replace(
+    SETUP,
+    prefill=1,
+    decode=1,
+    kv_tokens=64,
+    block_tokens=4,
+    chunk_tokens=8,
+    max_batch=4,
+    context=40,
+    slots=8,
+    stream_interval=1,
+    kv_paths=HOME,
+)
 
 
 @dataclass(frozen=True)

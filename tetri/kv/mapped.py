@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
@@ -11,17 +12,17 @@ from tetri.request import Reach
 Opened = TypeVar("Opened")
 
 
-class CopyingReader:
+class CopyingReader(ABC):
     """Implements `Reader` of base.py for slabs that need no opening."""
 
+    @abstractmethod
     def copy(self, wanted: Wanted) -> Sequence[Block]:
-        """For the subclass: the copied blocks. Raises KVError."""
-        raise NotImplementedError
+        """Return the copied blocks. Raises KVError."""
 
-    def meet(self, peer: str, reach: Reach) -> None:
+    def meet(self, peer: str, reach: Reach) -> None:  # noqa: B027  # a reader that opens nothing needs no more
         """Does nothing."""
 
-    def part(self, peer: str) -> None:
+    def part(self, peer: str) -> None:  # noqa: B027
         """Does nothing."""
 
     def fetch(self, wanted: Wanted) -> Fetched:
@@ -35,7 +36,7 @@ class CopyingReader:
         """Always empty, because `fetch` is synchronous."""
         return ()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Does nothing."""
 
 
@@ -46,13 +47,13 @@ class MappingReader(CopyingReader, Generic[Opened]):
         self._reaches: dict[str, Reach] = {}  # by peer
         self._opened: dict[str, Opened] = {}  # by peer
 
+    @abstractmethod
     def map(self, reach: Reach) -> Opened:
-        """For the subclass: open a peer's slab. Raises KVLost."""
-        raise NotImplementedError
+        """Open a peer's slab. Raises KVLost."""
 
+    @abstractmethod
     def unmap(self, opened: Opened) -> None:
-        """For the subclass: close a slab."""
-        raise NotImplementedError
+        """Close a slab."""
 
     def meet(self, peer: str, reach: Reach) -> None:
         known = self._reaches.get(peer)

@@ -97,8 +97,8 @@ class Bound:
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
-            taken = error.errno == zmq.EADDRINUSE
-            why = "address in use by another process" if taken else f"cannot bind ({str(error.strerror).lower()})"
+            in_use = error.errno == zmq.EADDRINUSE
+            why = "address in use by another process" if in_use else f"cannot bind ({str(error.strerror).lower()})"
             raise NetError(f"{address}: {why}") from None
         endpoint = socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from threading import Thread
@@ -13,7 +14,7 @@ Crashed = Callable[[BaseException], None]
 Wake = Callable[[], None]
 
 
-class SlabThread:
+class SlabThread(ABC):
     """The thread `name`. Other threads may call `start` and `close` only. `crashed` is called with the exception that
     ended the thread, if one did."""
 
@@ -48,14 +49,14 @@ class SlabThread:
         except BaseException as error:
             self._crashed(error)
 
+    @abstractmethod
     def timeout(self) -> float | None:
-        """For the subclass: seconds until the next turn if no socket is readable; None: no limit."""
-        raise NotImplementedError
+        """Seconds until the next turn if no socket is readable; None: no limit."""
 
+    @abstractmethod
     def turn(self, ready: list[object]) -> None:
-        """For the subclass: do what is due. `ready`: the sockets that are readable."""
-        raise NotImplementedError
+        """Do what is due. `ready`: the sockets that are readable."""
 
+    @abstractmethod
     def release(self) -> None:
-        """For the subclass: close the sockets, after the thread has ended."""
-        raise NotImplementedError
+        """Close the sockets, after the thread has ended."""
