@@ -33,7 +33,7 @@ def decoding():
     [
         (lambda it, request: it.ledger.allocate("lost", 1), "1 accounts for 0 engine requests"),
         (lambda it, request: it.prefill.queue.line.update({P: None}), "still queued"),
-        (lambda it, request: setattr(request, "running", True), "accounts and legs differ"),
+        (lambda it, request: setattr(request, "running", True), "accounts and engine requests differ"),
         (lambda it, request: it.prefill.queue.started.update(x=request), "and others run"),
         (lambda it, request: it.prefill._attempts.clear(), "their index differ"),
         (lambda it, request: setattr(request.flow, "exported", 0), "moved more blocks"),
@@ -44,7 +44,7 @@ def decoding():
             "9 slots are kept for whom nobody takes yet, 5 may be",
         ),
         (lambda it, request: it.dispatcher._targets.clear(), "offers by instance are"),
-        (lambda it, request: it.dispatcher.unplaceable.update({P: request}), "stranded, and on offer or gone"),
+        (lambda it, request: it.dispatcher.unplaceable.update({P: request}), "unplaceable, and on offer or gone"),
         (lambda it, request: it.dispatcher.offers.update({9: P}), "offer 9 is not what p:a:1 is on offer as"),
         (
             lambda it, request: it.dispatcher.pool.reservations.update({9: Reservation("d1", Need(1, 1, False))}),
@@ -72,8 +72,8 @@ def test_one_that_waits_for_nobody_is_found():
     [
         (lambda it, request: it._keys.clear(), "their index differ"),
         (lambda it, request: it.ledger.close(D), "has no account"),
-        (lambda it, request: it.moving.update({D: request}), "is not where a seat in decode is"),
-        (lambda it, request: it.moving.update(gone=request), "seats that are no more are still counted"),
+        (lambda it, request: it.moving.update({D: request}), "is not where a request in decode belongs"),
+        (lambda it, request: it.moving.update(gone=request), "requests that are gone are still counted"),
         (lambda it, request: setattr(request, "landed_as", 0), "runs without its KV"),
         (lambda it, request: setattr(request, "mark", 9), "is to be looked at when it has 9"),
         (lambda it, request: request.tokens.extend([1] * 60), "runs past max_tokens"),

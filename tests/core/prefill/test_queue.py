@@ -93,7 +93,7 @@ def test_work_is_counted_as_it_is_done():
     "spoil, complaint",
     [
         (lambda line: setattr(line.requests["a"], "token", 1), "has its token and is still queued"),
-        (lambda line: line.queue.raw.clear(), "not all jobs without a token are queued"),
+        (lambda line: line.queue.raw.clear(), "not all requests without a token are queued"),
         (lambda line: setattr(line.queue, "tokens", 9), "9 tokens queued, 0 in line: counted 4, 0"),
         (lambda line: setattr(line.queue, "seconds", 9.0), "9.0 seconds of work queued, counted 0.4"),
         (lambda line: line.queue.raw.update(a=QueuedPrompt("a", 9, 9)), "the ranks and the queue differ"),

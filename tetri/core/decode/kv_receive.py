@@ -141,4 +141,4 @@ class KVReceive:
                 raise Broken(f"{request.key} waits for {awaited} of {len(request.flow.announced)} chunks")
         keys = [request.key for request in moving]
         if any(key not in keys for key, _ in self.pauses):
-            raise Broken(f"fetches of legs that are no more: {list(self.pauses)}")
+            raise Broken(f"fetches of requests that are gone: {list(self.pauses)}")

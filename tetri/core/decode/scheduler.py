@@ -284,9 +284,9 @@ class DecodeScheduler:
             places = [place for place in (self.moving, batch.landed, batch.running) if request.key in place]
             expected = batch.running if request.running else batch.landed if request.landed_as else self.moving
             if places != [expected] or (request.key in self.unallocated) == request.allocated:
-                raise Broken(f"{request.key} is not where a seat in {request.stage} is")
+                raise Broken(f"{request.key} is not where a request in {request.stage} belongs")
         if len(here) != len(self.moving) + len(batch.landed) + len(batch.running):
-            raise Broken("seats that are no more are still counted")
+            raise Broken("requests that are gone are still counted")
         self.kv_receive.check(self.moving.values())
         batch.check()
         self.forecast.check(here)

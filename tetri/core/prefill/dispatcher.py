@@ -249,7 +249,7 @@ class Dispatcher:
         if waiting - set(self._unplaced) or self._unplaced != sorted(self._unplaced):
             raise Broken(f"of {waiting} not all are in the line for a decode instance: {self._unplaced}")
         if any(self.requests.get(key) is not each or not each.unplaced for key, each in self.unplaceable.items()):
-            raise Broken(f"stranded, and on offer or gone: {list(self.unplaceable)}")
+            raise Broken(f"unplaceable, and on offer or gone: {list(self.unplaceable)}")
         targets = {iid: list(numbers) for iid, numbers in self._targets.items()}
         counted: dict[str, list[int]] = {}
         for number, key in self.offers.items():

@@ -124,7 +124,7 @@ class Queue:
             if requests[key].token is not None:
                 raise Broken(f"{key} has its token and is still queued")
         if {key for key, request in requests.items() if request.token is None} != {*queued}:
-            raise Broken("not all jobs without a token are queued")
+            raise Broken("not all requests without a token are queued")
         left = [requests[key].goal - requests[key].done for key in queued]
         line = sum(left[len(self.raw) :])
         if (sum(left), line) != (self.tokens, self._line_tokens):

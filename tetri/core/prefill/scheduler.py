@@ -254,7 +254,7 @@ class PrefillScheduler:
         self.queue.check(self.requests)
         running = {key: request for key, request in self.requests.items() if request.running}
         if any((request.key in self.ledger) != request.running for request in self.requests.values()):
-            raise Broken(f"accounts and legs differ: {list(running)}")
+            raise Broken(f"accounts and engine requests differ: {list(running)}")
         if running != self.queue.started:
             raise Broken(f"started are {list(self.queue.started)}, and others run")
         attempts = {(request.rid, key) for key, request in self.requests.items()}
