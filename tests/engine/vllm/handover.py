@@ -58,8 +58,8 @@ class Pair:
         """Run requests that arrive at the same moment to their ends."""
         by_key = {request.key: request for request in requests}
         for request in requests:
-            self.decode.add(request.request("decode"))
-            self.prefill.add(request.request("prefill"))
+            self.decode.add(request.engine_request("decode"))
+            self.prefill.add(request.engine_request("prefill"))
         self.allocate(by_key)
         prefilling, running = set(by_key), set(by_key)
         while running:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from live import VLLM, LiveCluster, wait_until
+from plain import Text
 
 from tetri.client import AsyncClient, Result
 from tetri.engine_request import StepDone
@@ -33,17 +34,23 @@ def cluster() -> Iterator[LiveCluster]:
 
 
 def test_a_decode_engine_that_preempts(cluster, prompts, reference) -> None:
-    """Six requests that take all of its memory and soon grow from 2 to 3 blocks: it is too small for five of them, in
-    whatever order they come."""
+    """Three requests that each grow from 2 blocks to 6: its memory holds two of them. They are long, so that the first
+    is still there when the last has come, however slow prefill is."""
     long = next(prompt for prompt in prompts if len(prompt) == 2000)
-    batch = [long[start : start + 250 + start // 7] for start in range(0, 42, 7)]
-    length = 120  # the first must still be there when the last have come
-    texts = [reference.text(prompt, length) for prompt in batch]
-    results = asyncio.run(all_at_once(cluster, batch, length))
-    assert [result.token_ids for result in results] == [text.ids for text in texts]
+    batch = [long[start : start + 240 + start] for start in range(0, 21, 7)]
+    texts = [reference.text(prompt, 450) for prompt in batch]
+    results = asyncio.run(all_at_once(cluster, batch, 450))
+    assert all(map(same, texts, results))
     preempted = [result.receipt for result in results if result.receipt.preempted]
     assert preempted and all(receipt.recomputed > 0 for receipt in preempted)
     assert all(result.receipt.recomputed == 0 for result in results if not result.receipt.preempted)
+
+
+def same(text: Text, result: Result) -> bool:
+    """Whether the tokens are those of the reference, but for what follows one that rounding may have decided."""
+    pairs = zip(result.token_ids, text.ids, strict=True)
+    different = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+    return different is None or text.gaps[different] < GAP
 
 
 def test_preempted_decodes_come_back_beside_prompts(cluster, prompts, reference, capsys) -> None:
@@ -63,12 +70,8 @@ def test_preempted_decodes_come_back_beside_prompts(cluster, prompts, reference,
     before = len(records(cluster))
     results = asyncio.run(all_at_once(cluster, chosen, TOKENS))
     steps = records(cluster)[before:]
-    equal = 0
-    for text, result in zip(texts, results, strict=True):
-        equal += result.token_ids == text.ids
-        if result.token_ids != text.ids:
-            at = next(i for i, (a, b) in enumerate(zip(result.token_ids, text.ids, strict=True)) if a != b)
-            assert text.gaps[at] < GAP
+    assert all(map(same, texts, results))
+    equal = sum(result.token_ids == text.ids for text, result in zip(texts, results, strict=True))
     both = [step for step in steps if came_back(step) and any(span.key[0] == "p" for span in step.spans)]
     unfinished = [step for step in steps if came_back(step) - {token.key for token in step.tokens}]
     receipts = [result.receipt for result in results]
