@@ -287,5 +287,5 @@ def test_check_finds_chunks_that_nobody_takes_and_pauses_of_legs_that_are_no_mor
     receiving.fetch(chunk("r", 0, 0, 1), made)
     receiving.check([made])
     receiving.pauses["d:x:1:p1:1", 0] = 1.0
-    with pytest.raises(Broken, match="legs that are no more"):
+    with pytest.raises(Broken, match="requests that are gone"):
         receiving.check([made])
