@@ -182,7 +182,7 @@ class _Watched:
         self.untap()
         self._hook = self.engine.hook_hidden_states(layers, every)
 
-    def taken(self) -> HiddenStates | None:
+    def collect(self) -> HiddenStates | None:
         return self._hook.collect() if self._hook else None
 
     def untap(self) -> None:
