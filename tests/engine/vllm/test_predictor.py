@@ -59,7 +59,7 @@ def test_both_kinds_reach_the_decode_side(cluster) -> None:
     events = heard(cluster, "d0")
     offers = [event.length for event in events if isinstance(event, Offer)]
     assert len(offers) >= 4 and None not in offers and all(length.high <= OUTPUT + 1 for length in offers)
-    assert {told.outputs for event in events for told in getattr(event, "foretold", ())} == {EVERY}
+    assert {told.outputs for event in events for told in getattr(event, "estimates", ())} == {EVERY}
 
 
 def test_both_workers_hear_what_the_head_says_of_the_models_own_states(cluster, model, prompts, capsys) -> None:
@@ -70,7 +70,7 @@ def test_both_workers_hear_what_the_head_says_of_the_models_own_states(cluster, 
     told: dict[tuple[str, int], list[LengthDistribution]] = {}
     for iid, count in before.items():
         for event in heard(cluster, iid)[count:]:
-            for each in getattr(event, "foretold", ()):
+            for each in getattr(event, "estimates", ()):
                 told.setdefault((iid, each.outputs), []).append(each.distribution)
     assert {name: len(distribution) for name, distribution in told.items()} == {
         ("p0", 0): len(chosen),
