@@ -188,9 +188,9 @@ def test_held_and_idle_steps_tell_nothing_and_a_closed_tap_neither(engine, texts
 
 def test_where_no_states_would_come_it_is_said_in_one_line(engine):
     for layers, every, why in (
-        ([31], 64, "from behind layers 1 to 30 of this model, not 31"),
-        ([0], 64, "from behind layers 1 to 30 of this model, not 0"),
-        ([16], 0, "not every 0"),
+        ([31], 64, "after layers 1 to 30 of this model, not 31"),
+        ([0], 64, "after layers 1 to 30 of this model, not 0"),
+        ([16], 0, "interval of at least 1 token, got 0"),
     ):
         with pytest.raises(EngineError, match=why) as caught:
             engine.hook_hidden_states(layers, every)
