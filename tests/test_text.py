@@ -246,3 +246,9 @@ def test_a_token_costs_the_same_in_a_long_text():
         return (time.process_time() - begin) / len(ids)
 
     assert min(cost(800) for _ in range(3)) < 5 * min(cost(40) for _ in range(3))
+
+
+def test_a_step_of_the_output_gives_its_text_and_where_a_stop_text_ends_it():
+    going, stopping = Stopper(ByteTokenizer(), ["lo"]), Stopper(ByteTokenizer(), ["lo"])
+    assert [going.advance(b"hel", False), going.advance(b"", True)] == [("he", None), ("l", None)]
+    assert [stopping.advance(b"hel", False), stopping.advance(b"lo!", True)] == [("he", None), ("l", 5)]

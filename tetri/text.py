@@ -252,6 +252,16 @@ class Stopper:
         self._held = ""
         return Released(text, self.stopped, self.counted)
 
+    def advance(self, ids: Iterable[int], final: bool) -> tuple[str, int | None]:
+        """Process the next output tokens, the last ones if `final`. Returns the text to show, and the number of tokens
+        up to a stop string; None without one."""
+        released = self.feed(ids)
+        text = released.text
+        if final and not released.stopped:
+            released = self.finish()
+            text += released.text
+        return text, released.counted if released.stopped else None
+
     def _release(self, new: str) -> str:
         if not self._stop or not new:
             return new

@@ -130,12 +130,7 @@ class ActionExecutor:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(self.tokenizer, action.stop)
-        released = stopper.feed(action.ids)
-        text = released.text
-        if action.final and not released.stopped:
-            released = stopper.finish()
-            text += released.text
-        counted = released.counted if released.stopped else None
+        text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
 

@@ -125,12 +125,7 @@ class FaultyBroker(Process, BrokerNode):
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop)
-        released = stopper.feed(action.ids)
-        text = released.text
-        if action.final and not released.stopped:
-            released = stopper.finish()
-            text += released.text
-        counted = released.counted if released.stopped else None
+        text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
     def _forget(self, rid: str) -> None:
