@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tetri.core.actions import FromClient, Submitted
 from tetri.engine.emulated import reference
@@ -18,7 +18,6 @@ from tetri.text import Stopper
 from tetri.wire.clients import (
     Accepted,
     Attach,
-    BrokerReply,
     Cancel,
     ChangeRole,
     ClientMessage,
@@ -28,9 +27,6 @@ from tetri.wire.clients import (
     RoleChanged,
 )
 from tetri.wire.codec import decode, encode
-
-if TYPE_CHECKING:
-    from tetri.sim.faulty.world import FaultyWorld
 
 CLIENT_S = 0.001  # mean latency of a client's message
 ADMIN = b"admin"
@@ -226,32 +222,28 @@ class Client:
 class CheckedClients(Clients):
     """Gives each request its own `Client`, with a random prompt."""
 
-    world: FaultyWorld | None = None
+    chance: Chance = field(kw_only=True)
+    ask_s: float = field(kw_only=True)  # `Timeouts.ask_s`
+    send: Callable[[Any], None] = field(kw_only=True)  # sends a client's event to the broker
     clients: list[Client] = field(default_factory=list)
 
     def _draw(self) -> None:
         Clients._draw(self)  # super() does not work in a dataclass with slots
-        if self._next is None and self.world is not None:
-            self.world.chance.last_arrival()
+        if self._next is None:
+            self.chance.last_arrival()
 
     def _ask(self, number: int, arrival: Arrival) -> None:
-        world = self.world
-        assert world is not None
         if arrival.text is not None:
             raise SimError("recorded texts cannot be simulated with faults: the engine computes its own tokens")
-        rng = world.chance.rng
-        prompt = tuple(rng.choices(range(VOCABULARY), k=arrival.prompt))
+        prompt = tuple(self.chance.rng.choices(range(VOCABULARY), k=arrival.prompt))
         sampling = arrival.sampling or Sampling(max_tokens=arrival.output, ignore_eos=True)
-        ask_s = world.setup.timeouts.ask_s
-        client = Client(world.chance, number, prompt, sampling, arrival.deadline_s, ask_s, world.send, self._ended)
+        client = Client(self.chance, number, prompt, sampling, arrival.deadline_s, self.ask_s, self.send, self._ended)
         self.clients.append(client)
         client.start()
 
     def deliver(self, name: bytes, message: Any) -> str:
         """Deliver a message of the broker to a client. Returns "sent", "full" (the queue) or "gone" (the client)."""
-        assert self.world is not None
-        message = decode(encode(message), BrokerReply)
-        return self.world.admin.receive(message) if name == ADMIN else self.clients[int(name)].receive(message)
+        return self.clients[int(name)].receive(message)
 
     def _ended(self, client: Client, message: Done | Refused) -> None:
         """Record the outcome of a request."""
@@ -267,9 +259,11 @@ class CheckedClients(Clients):
 
 @dataclass
 class Admin:
-    """An operator who changes roles and checks the results."""
+    """An operator who changes roles. `send` sends an event to the broker; `verify(iid, role)` asserts that the instance
+    has that role."""
 
-    world: FaultyWorld
+    send: Callable[[Any], None]
+    verify: Callable[[str, str], None]
     asked: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> instance and role
     reported: list[str] = field(default_factory=list)  # keys of the changes that the broker reported
 
@@ -277,18 +271,15 @@ class Admin:
         """Ask the broker for a role change."""
         key = f"flip-{len(self.asked)}"
         self.asked[key] = (iid, role)
-        self.world.send(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
+        self.send(FromClient(ADMIN, ChangeRole(key=key, iid=iid, role=role)))
 
     def receive(self, message: Any) -> str:
         """Check the reply to a role change. Returns "sent"."""
         assert isinstance(message, RoleChanged | Refused) and message.key in self.asked, message
         if isinstance(message, RoleChanged):
             assert (message.iid, message.role) == self.asked[message.key] and message.took_s >= 0
-            world = self.world
-            worker, known = world.workers[message.iid], world.broker.core.members.by_iid[message.iid]
-            there = worker.alive and worker.core.own.incarnation == known.instance.incarnation
-            if there and message.key not in self.reported:
-                assert worker.core.role == message.role, f"{message.iid} is {worker.core.role}, not {message.role}"
+            if message.key not in self.reported:
+                self.verify(message.iid, message.role)
             self.reported.append(message.key)
         return "sent"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -15,9 +15,7 @@ from tetri.kv.local import LocalReader, LocalSlab, Peers
 from tetri.kv.store import Store
 from tetri.request import Reach
 from tetri.sim.faulty.chance import Chance
-
-if TYPE_CHECKING:
-    from tetri.sim.faulty.processes import FaultyWorker
+from tetri.sim.faulty.network import Process
 
 
 class Memories:
@@ -37,7 +35,7 @@ class SlowReader:
     def __init__(self, memories: Memories, link: LimitedLink) -> None:
         self.memories, self.link = memories, link
         self.way = LocalReader(memories.segments)
-        self.owner: FaultyWorker | None = None
+        self.owner: Process | None = None
         self.peers: dict[str, str] = {}  # peer -> segment
         self.asked: list[Wanted] = []
         self.come: list[Fetched] = []
@@ -80,7 +78,7 @@ class SlowReader:
         wanted, sender, fetched = transfer
         sender.let_go(wanted.handle)
         assert self.owner is not None
-        self.owner.wake_peer(wanted.peer)  # slots of the sender may be free now
+        self.owner.port.wiring.processes[wanted.peer].wake()  # slots of the sender may be free now
         self._answer(wanted, fetched)
 
     def _answer(self, wanted: Wanted, fetched: Fetched) -> None:

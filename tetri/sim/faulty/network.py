@@ -1,26 +1,68 @@
-"""The connections of a simulated deployment, with faults."""
+"""Processes that can be killed and frozen, and their connections, with faults."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from msgspec.structs import replace
 
 from tetri.sim.faulty.chance import Chance
 from tetri.sim.links import Port, Wiring
+from tetri.sim.nodes import Node
 from tetri.wire.codec import decode, encode
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import BetweenWorkers, Chunk
-
-if TYPE_CHECKING:
-    from tetri.sim.faulty.processes import Process
+from tetri.wire.messages import InboxMessage
 
 REMEMBERED = 40  # recent messages between two workers, which a replay draws from
 NOTICED_S = 0.03  # within this time a process notices that a peer is dead
 CONNECTED_S = 0.02  # within this time a connection is up
 OVERTAKEN_S = 0.02  # within this time an overtaking message arrives
 REPLAYED_S = 0.05  # within this time after a message a replayed one arrives
+
+
+class Process(Node):
+    """One incarnation of a process. After `kill` it receives nothing; while `frozen`, events wait in its inbox."""
+
+    reads: Any = InboxMessage  # the type of the messages that it receives
+    port: FaultyPort
+    alive = True
+    frozen = False
+
+    def receive(self, event: Any) -> None:
+        if self.alive:
+            super().receive(event)
+
+    def turn(self) -> None:
+        """Run one turn of the loop, unless the process is dead or frozen."""
+        if self.alive and not self.frozen:
+            super().turn()
+
+    def wake(self) -> None:
+        """Schedule a turn: KV has arrived, or slots are free."""
+        if not self._turn_set:
+            self._turn_set = True
+            self.kernel.at(self.kernel.now, self._turn)
+
+    def kill(self, chance: Chance) -> None:
+        """Kill the process as `kill -9` does: its state is lost, and its messages in transit may be."""
+        chance.note(self.name, "killed")
+        self.alive = False
+        self.port.close()
+        for line in self.port.wiring.connections():
+            if line.address == self.name:
+                chance.after(NOTICED_S, line.break_off)
+
+    def freeze(self, chance: Chance) -> None:
+        """Stop the process for a while, as SIGSTOP does."""
+        chance.note(self.name, "is frozen")
+        self.frozen = True
+        chance.recovers(self._thaw)
+
+    def _thaw(self, _: Any) -> None:
+        self.frozen = False
+        self._turn(None)
 
 
 class FaultyWiring(Wiring):

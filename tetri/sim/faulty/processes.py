@@ -1,5 +1,5 @@
-"""Simulated processes with real KV bytes and text that can be killed and frozen, and whose cores are checked after each
-event."""
+"""The broker, monitor and workers of a simulated deployment with faults: real KV bytes, real text, and cores that are
+checked after each event."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tetri.engine_request import StepDone
 from tetri.kv.store import Store
 from tetri.sim.faulty.chance import Chance
 from tetri.sim.faulty.kv import FaultyCopies, SlowReader
-from tetri.sim.faulty.network import NOTICED_S, FaultyPort
+from tetri.sim.faulty.network import FaultyPort, Process
 from tetri.sim.instance import SimulatedPredictor, WorkerNode
-from tetri.sim.nodes import AnyCore, BrokerNode, MonitorNode, Node
+from tetri.sim.nodes import AnyCore, BrokerNode, MonitorNode
 from tetri.text import ByteTokenizer, Stopper
-from tetri.wire.messages import InboxMessage, WorkerEvent
+from tetri.wire.messages import WorkerEvent
 
 EDGE = ByteTokenizer()
 VOCABULARY, TOKEN_BYTES = 64, 8  # parameters of the emulated engine
@@ -49,43 +49,6 @@ class WatchedCore:
         self.chance.note(self.name, why, actions)
         self.check()
         return actions
-
-
-class Process(Node):
-    """One incarnation of a process. After `kill` it receives nothing; while `frozen`, events wait in its inbox."""
-
-    reads: Any = InboxMessage  # the type of the messages that it receives
-    port: FaultyPort
-    alive = True
-    frozen = False
-
-    def receive(self, event: Any) -> None:
-        if self.alive:
-            super().receive(event)
-
-    def turn(self) -> None:
-        """Run one turn of the loop, unless the process is dead or frozen."""
-        if self.alive and not self.frozen:
-            super().turn()
-
-    def kill(self, chance: Chance) -> None:
-        """Kill the process as `kill -9` does: its state is lost, and its messages in transit may be."""
-        chance.note(self.name, "killed")
-        self.alive = False
-        self.port.close()
-        for line in self.port.wiring.connections():
-            if line.address == self.name:
-                chance.after(NOTICED_S, line.break_off)
-
-    def freeze(self, chance: Chance) -> None:
-        """Stop the process for a while, as SIGSTOP does."""
-        chance.note(self.name, "is frozen")
-        self.frozen = True
-        chance.recovers(self._thaw)
-
-    def _thaw(self, _: Any) -> None:
-        self.frozen = False
-        self._turn(None)
 
 
 class FaultyMonitor(Process, MonitorNode):
@@ -177,15 +140,8 @@ class FaultyWorker(Process, WorkerNode):
         """Schedule a turn: KV has arrived, or slots are free."""
         if self._plan is not None and not self._cut:
             self._cut_short(self._plan)
-        elif self._plan is None and not self._turn_set:
-            self._turn_set = True
-            self.kernel.at(self.kernel.now, self._turn)
-
-    def wake_peer(self, name: str) -> None:
-        """Wake the worker with this name."""
-        peer = self.port.wiring.processes[name]
-        if isinstance(peer, FaultyWorker):
-            peer.wake()
+        elif self._plan is None:
+            super().wake()
 
     def kill(self, chance: Chance) -> None:
         """Kill the process and close its KV store."""

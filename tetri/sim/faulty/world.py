@@ -20,9 +20,9 @@ from tetri.engine.emulated import EmulatedEngine
 from tetri.kv.limit import LimitedLink
 from tetri.request import ROLES
 from tetri.sim.faulty.chance import Chance, Faults
-from tetri.sim.faulty.clients import CLIENT_S, Admin, CheckedClients, on_the_wire
+from tetri.sim.faulty.clients import ADMIN, CLIENT_S, Admin, CheckedClients, on_the_wire
 from tetri.sim.faulty.kv import Memories, store
-from tetri.sim.faulty.network import FaultyPort, FaultyWiring
+from tetri.sim.faulty.network import FaultyPort, FaultyWiring, Process
 from tetri.sim.faulty.processes import (
     TOKEN_BYTES,
     VOCABULARY,
@@ -30,13 +30,14 @@ from tetri.sim.faulty.processes import (
     FaultyMonitor,
     FaultyPredictor,
     FaultyWorker,
-    Process,
     WatchedCore,
 )
 from tetri.sim.report import SimResult
 from tetri.sim.setup import PromiseBroken, Setup, SimError, Timeouts
 from tetri.sim.traces import Arrival, TraceError
 from tetri.sim.world import MONITOR, World
+from tetri.wire.clients import BrokerReply
+from tetri.wire.codec import decode, encode
 
 FORGOTTEN_S = 60.0  # how long after its end a request is removed from all tables
 
@@ -66,7 +67,7 @@ class FaultyWorld(World):
         predictor: type[FaultyPredictor] = FaultyPredictor,
     ) -> None:
         self.faults, self.log, self.predictor = faults, log, predictor
-        self.admin = Admin(self)
+        self.admin = Admin(self.send, self._verify_role)
         super().__init__(setup, requests, progress)
 
     # ------------------------------------------------------------ the parts
@@ -79,14 +80,17 @@ class FaultyWorld(World):
         return FaultyWiring(self.chance, setup.link_latency_s, setup.transfer == "request")
 
     def _clients(self, requests: Iterator[Arrival]) -> CheckedClients:
-        return CheckedClients(self.kernel, requests, self.broker.receive, self.progress, world=self)
+        broker, ask_s = self.broker.receive, self.setup.timeouts.ask_s
+        return CheckedClients(
+            self.kernel, requests, broker, self.progress, chance=self.chance, ask_s=ask_s, send=self.send
+        )
 
     def _timeouts(self) -> Timeouts:
         return self.setup.timeouts
 
     def _broker(self) -> FaultyBroker:
         core, port = self._broker_core(VOCABULARY), FaultyPort(self.wiring, BROKER)
-        port.process = node = FaultyBroker(self.chance, core, port, lambda who, what: self.clients.deliver(who, what))
+        port.process = node = FaultyBroker(self.chance, core, port, self._deliver)
         self.wiring.processes[BROKER] = node
         return node
 
@@ -135,6 +139,17 @@ class FaultyWorld(World):
     def send(self, event: Any) -> None:
         """Send a client's event to the broker."""
         self.chance.after(2 * CLIENT_S, self.broker.receive, on_the_wire(event))
+
+    def _deliver(self, name: bytes, message: Any) -> str:
+        """Deliver a message of the broker. Returns "sent", "full" (the client's queue) or "gone" (the client)."""
+        message = decode(encode(message), BrokerReply)
+        return self.admin.receive(message) if name == ADMIN else self.clients.deliver(name, message)
+
+    def _verify_role(self, iid: str, role: str) -> None:
+        """Assert that an instance has this role, unless it was killed and the broker does not know that yet."""
+        worker, known = self.workers[iid], self.broker.core.members.by_iid[iid]
+        if worker.alive and worker.core.own.incarnation == known.instance.incarnation:
+            assert worker.core.role == role, f"{iid} is {worker.core.role}, not {role}"
 
     def _start(self) -> None:
         super()._start()
