@@ -39,7 +39,7 @@ PACKAGES = {
     "config": package("request", "policy", "strict", "faults"),
     "core": package("request", "instance", "engine_request", "cost", "policy", "wire"),
     "net": package("wire", "log", third=["zmq", "msgspec"]),
-    "kv": package("request", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
+    "kv": package("request", "policy", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
     "engine": package(
         "request", "engine_request", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]
     ),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.kv.parties import block
-from tetri.kv import PATHS, StoreSettings, open_store
+from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost, Wanted
 from tetri.policy import pairing
 
@@ -63,5 +63,5 @@ def test_only_the_paths_that_both_have_are_met(store):
 def test_an_unknown_transport_is_one_line_that_names_the_known():
     with pytest.raises(KVError, match="unknown KV transport 'carrier pigeon'") as caught:
         open_store(StoreSettings("test-store", "p0", 2, 10, "carrier pigeon"))
-    assert all(path in str(caught.value) for path in PATHS)
+    assert all(path in str(caught.value) for path in pairing.TRANSPORTS)
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("tetri-test-store-")], "nothing is left"

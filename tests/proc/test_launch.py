@@ -247,7 +247,7 @@ def test_a_port_in_use(deployment):
 
 
 def test_what_can_be_said_before_anything_starts(deployment):
-    with pytest.raises(ConfigError, match="transfer.transport: must be one of: auto, shm"):
+    with pytest.raises(ConfigError, match="transfer.transport: must be one of: auto, cuda_ipc"):
         up(deployment("transfer.transport=local"))
     with pytest.raises(ModelError, match="unknown model"):
         up(deployment("model.name=/nowhere", text=""))

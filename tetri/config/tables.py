@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tetri.policy.length import ENDS
+from tetri.policy.pairing import TRANSPORTS
 from tetri.policy.rules import TABLES, Rules
 from tetri.policy.views import FlipSettings
 from tetri.strict import REQUIRED, ConfigError, choice, number, text
@@ -87,7 +88,7 @@ class EmulatedConfig:
 class TransferConfig:
     """The KV transfer between workers."""
 
-    transport: str = choice("auto", "auto", "shm", "stream", "nixl", "cuda_ipc")
+    transport: str = choice("auto", "auto", *TRANSPORTS)
     address: str = ""  # serve KV to other hosts at tcp://ADDRESS:PORT (PORT may be *); "": to this host only
     announce: str = ""  # the address that other hosts connect to, if they reach this host under another one
     # Memory for KV that is in flight over `stream`; always large enough for two chunks of the usual size.

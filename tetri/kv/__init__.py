@@ -11,9 +11,8 @@ from pathlib import Path
 from tetri.kv.base import KVError, KVStore, Reader
 from tetri.kv.cuda.runtime import Device
 from tetri.kv.slab import HostSlab
+from tetri.policy.pairing import TRANSPORTS
 from tetri.request import Reach
-
-PATHS = ("shm", "stream", "nixl", "cuda_ipc")
 
 EXPECTED_BLOCKS = 4  # in a KV chunk from a peer; sizes the receive buffers
 
@@ -138,7 +137,7 @@ def _open(path: str, settings: StoreSettings, slab: HostSlab, wake: Callable[[],
 
             stream = open_stream(settings, slab, expected, wake)
             return Opened(stream, stream.address)
-    raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(PATHS)}")
+    raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(TRANSPORTS)}")
 
 
 def host(deployment: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tetri.request import Fingerprint, Reach, difference
 
-PATHS = ("local", "cuda_ipc", "shm", "nixl", "stream")  # the best first
+TRANSPORTS = ("cuda_ipc", "shm", "nixl", "stream")  # the KV paths that a configuration can name, the best first
+PATHS = ("local", *TRANSPORTS)
 SAME_HOST = ("cuda_ipc", "shm")
 FAR = ("nixl", "stream")  # also between hosts: a failed fetch may succeed later
 

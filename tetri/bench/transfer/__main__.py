@@ -19,9 +19,10 @@ from tetri.bench.report import as_json, give, one_line, progress, records
 from tetri.bench.transfer.bare_zmq import bare
 from tetri.bench.transfer.measure import Case, Lane, alone, measure
 from tetri.bench.transfer.receiver import end_by_signal
-from tetri.kv import PATHS
 from tetri.kv.base import KVError
+from tetri.policy.pairing import TRANSPORTS
 
+NAMES = ", ".join(TRANSPORTS)
 TOKEN_BYTES = 23_040  # of SmolLM2-135M's KV in bfloat16
 ALONE_MB = 12.0
 ALONE_ROUNDS = 40
@@ -43,7 +44,7 @@ def listed(text: str, kind: type) -> list[Any]:
 
 
 @click.command()
-@click.option("--transport", "transports", default="shm", show_default=True, help="One or more of " + ", ".join(PATHS))
+@click.option("--transport", "transports", default="shm", show_default=True, help=f"One or more of {NAMES}")
 @click.option("--sizes", default="3,6,12,24,47", show_default=True, metavar="MB,...", help="Chunk sizes, 10^6 bytes.")
 @click.option("--block-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a block.")
 @click.option("--depth", type=click.IntRange(1), default=4, show_default=True, help="KV chunks in transit.")
@@ -56,9 +57,9 @@ def main(
     """Measure the bandwidth of KV paths between two processes on two cores, and the latency of a single chunk."""
     end_by_signal()
     named, megabytes = listed(transports, str), listed(sizes, float)
-    unknown = next((name for name in named if name not in PATHS), None)
+    unknown = next((name for name in named if name not in TRANSPORTS), None)
     if unknown is not None or min(megabytes) <= 0:
-        wrong = f"unknown transport {unknown!r}: {', '.join(PATHS)}" if unknown is not None else "sizes must be above 0"
+        wrong = f"unknown transport {unknown!r}: {NAMES}" if unknown is not None else "sizes must be above 0"
         raise click.UsageError(wrong)
     block_bytes, memory = block_tokens * TOKEN_BYTES, memory_mb * 1_000_000
 
