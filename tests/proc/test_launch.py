@@ -188,8 +188,9 @@ def test_a_crash_loop_is_noticed_and_its_last_words_told(deployment, monkeypatch
     nothing_left(config.run_dir, config.cluster.name)
 
 
-def test_what_is_never_ready_is_named(deployment, monkeypatch):
-    programs(monkeypatch, broker="sleep 60", p0="sleep 60", d0="sleep 60")
+def test_what_is_never_ready_is_named_and_killed_if_it_ignores_the_signal(deployment, monkeypatch):
+    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 1)
+    programs(monkeypatch, broker="trap '' TERM; while :; do sleep 0.1; done", p0="sleep 60", d0="sleep 60")
     config = deployment()
     with pytest.raises(LaunchError, match="not ready in time: p0, d0, monitor; logs are in"):
         up(config, wait_s=0.5)
@@ -218,16 +219,6 @@ def test_an_interrupted_up_stops_what_it_started(deployment, number):
 def interrupt(config, say):
     with pytest.raises(KeyboardInterrupt):
         launch.up(config, say, 30)
-
-
-def test_a_process_that_ignores_the_signal_is_killed(deployment, monkeypatch):
-    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 1)
-    stubborn = "trap '' TERM; while :; do sleep 0.1; done"
-    programs(monkeypatch, broker=stubborn, p0="sleep 60", d0="sleep 60")
-    config = deployment()
-    with pytest.raises(LaunchError, match="not ready in time"):
-        up(config, wait_s=0.2)
-    nothing_left(config.run_dir, config.cluster.name)
 
 
 def test_two_at_once_exclude_each_other(deployment):

@@ -1,4 +1,4 @@
-"""Instances that change their role while requests are served: by hand, by the monitor's watcher, and without a monitor.
+"""Instances that change their role while requests are served: by hand, by the monitor, and without a monitor.
 
 What a flip takes is counted by the broker, from the wish to the worker's answer. A worker reads its messages between
 two engine steps, so the step that it is in is part of that; here steps take 2 to 4 ms, so that it can be told from a
@@ -69,7 +69,7 @@ def cluster() -> Iterator[LiveCluster]:
 
 
 def test_ten_flips_under_load(cluster: LiveCluster) -> None:
-    """No request fails or changes, and each flip takes milliseconds."""
+    """No request fails or changes, and each flip takes a small part of a drain."""
     took: list[float] = []
     pressure = Pressure(cluster)
 
@@ -88,18 +88,11 @@ def test_ten_flips_under_load(cluster: LiveCluster) -> None:
     print("without the step before", [f"{1000 * t:.1f} ms" for t in alone])
     assert len(alone) == len(FLIPS)
     # Other processes of a busy machine make some of them longer, but never as long as a drain.
-    assert quickest(alone) < 0.010 and min(took) < 0.010
-    assert statistics.median(took) < 0.1
+    drain = statistics.median(result.timeline["decode"] for result in results)
+    assert quickest(alone) < drain / 10 and statistics.median(took) < drain / 2
     assert all(result.receipt.attempts == 1 for result in results)
     used = {(r.receipt.prefill_instance, r.receipt.decode_instance) for r in results}
     assert len({prefill for prefill, _ in used}) >= 3 and len({decode for _, decode in used}) >= 3
-
-
-def test_an_idle_worker_flips_in_less_than_ten_milliseconds(cluster: LiveCluster) -> None:
-    took = [flip(cluster, "p1", role)["took_s"] for role in ("mixed", "prefill") * 3]
-    print("idle flips took", [f"{1000 * t:.2f} ms" for t in took])
-    assert min(took) < 0.010
-    assert flip(cluster, "p1", "prefill")["was"] == "prefill"
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(cluster: LiveCluster) -> None:
@@ -114,6 +107,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(cluster: LiveCluster) -> 
     refused = flip(cluster, "p1", "decode")
     assert refused["type"] == "refused" and "last prefill" in refused["reason"]
     assert flip(cluster, "p0", "prefill")["type"] == "role_changed"
+    assert flip(cluster, "p0", "prefill")["was"] == "prefill"
     assert cluster.roles() == before
 
 
@@ -123,7 +117,7 @@ def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -
 
     def disturb() -> None:
         pressure.more(12)
-        assert monitor(cluster)["age_s"] < 1
+        wait_until(lambda: monitor(cluster)["age_s"] < 1, "no views")
         cluster.kill("monitor")
         last = monitor(cluster)["number"]
         pressure.more(24)
@@ -138,18 +132,17 @@ def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -
     assert all(result.receipt.attempts == 1 for result in pressure.run(disturb))
 
 
-@pytest.mark.parametrize(("policy", "output"), [("balance", 2), ("idle", 1)])
-def test_the_watcher_flips_where_the_work_is(policy: str, output: int) -> None:
+def test_the_monitor_flips_where_the_work_is() -> None:
     """Long prompts and hardly any output: decode instances become prefill ones, and nobody's request is lost."""
-    settings = ["idle_s=0.3", "hold_s=0.5", "gain=1.5", "load_ms=20", f"flip={policy}"]
+    settings = ["idle_s=0.3", "hold_s=0.5", "gain=1.5", "load_ms=20", "flip=balance"]
     with brisk_cluster(*(f"monitor.{setting}" for setting in settings), "emulated.time_scale=8") as cluster:
-        pressure = Pressure(cluster, width=20, prompt=2500, output=output)
+        pressure = Pressure(cluster, width=20, prompt=2500, output=2)
 
         def disturb() -> None:
             wait_until(lambda: list(cluster.roles().values()).count("prefill") == 3, "nobody flips")
             pressure.more(6)
             assert sum(role in ("decode", "mixed") for role in cluster.roles().values()) >= 1  # the floor
-            assert monitor(cluster)["flip"] == policy
+            assert monitor(cluster)["flip"] == "balance"
 
         results = pressure.run(disturb)
         assert {result.receipt.prefill_instance for result in results} & {"d0", "d1"}

@@ -10,7 +10,7 @@ import pytest
 from live import LiveCluster, wait_until
 from raw_client import RawClient
 
-from tetri.client import AsyncClient, RequestRefused, Result
+from tetri.client import AsyncClient, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 from tetri.text import ByteTokenizer, decode
@@ -18,7 +18,7 @@ from tetri.text import ByteTokenizer, decode
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LiveCluster]:
-    with LiveCluster() as cluster:
+    with LiveCluster(overrides=["broker.client_grace_s=0.3"]) as cluster:
         yield cluster
         cluster.wait_idle()
 
@@ -101,26 +101,8 @@ def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
     stream = client.stream([4] * 50, max_tokens=8000)
     next(stream)
     client._socket.close(0)  # as a killed process would
-    wait_until(lambda: sum(i["running"] for i in cluster.instances().values()) == 0, "it runs on", 12)
+    wait_until(lambda: sum(i["running"] for i in cluster.instances().values()) == 0, "it runs on")
     cluster.wait_idle()
-
-
-@pytest.mark.parametrize(
-    ("prompt", "sampling", "why"),
-    [
-        ([], {}, "the prompt is empty"),
-        ("", {}, "the prompt is empty"),
-        ([1] * 8192, {}, "context holds 8192"),
-        ([1] * 8000, {"max_tokens": 200}, "room for 192"),
-        ([1, 40000], {}, "vocabulary"),
-        ([-1], {}, "vocabulary"),
-    ],
-)
-def test_what_can_never_be_served_is_refused(
-    cluster: LiveCluster, prompt: list[int], sampling: dict[str, int], why: str
-) -> None:
-    with pytest.raises(RequestRefused, match=why):
-        cluster.client().generate(prompt, **sampling)
 
 
 def test_64_at_once(cluster: LiveCluster) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import tempfile
 
 import pytest
-from live import LiveCluster, wait_until
+from live import LiveCluster
 from traffic import Pressure
-
-from tetri.client import RequestFailed
 
 ALONE = "worker=[{iid='m0', role='mixed'}]"
 PAIR = "worker=[{iid='p0', role='prefill'}, {iid='m0', role='mixed'}]"
@@ -40,26 +38,3 @@ def test_the_same_tokens(overrides: list[str], request: pytest.FixtureRequest) -
             assert decoders == {"m0"}
             if len(cluster.config.workers) == 2:
                 assert {result.receipt.prefill_instance for result in results} == {"p0", "m0"}
-
-
-def test_a_stream_interval_sends_fewer_and_longer_messages() -> None:
-    """The first token, and the last ones, come at once all the same."""
-    with LiveCluster(overrides=["engine.stream_interval=16"]) as cluster:
-        stream = cluster.client().stream([7] * 40, max_tokens=100)
-        pieces = list(stream)
-        assert stream.result is not None and len(stream.result.token_ids) == 100
-        assert "".join(pieces) == stream.result.text
-        assert 2 < len(pieces) <= 12  # of a hundred
-
-
-def test_a_prompt_too_long_for_one_mixed_worker_gets_a_clear_error_and_stops_nobody() -> None:
-    """44 blocks: more than half of the memory, and more than the store keeps for those that nobody has taken. No
-    setting of the client helps."""
-    small = ["emulated.blocks=64", "emulated.context=1024", "engine.chunk_tokens=256", "transfer.slab_blocks=20"]
-    with LiveCluster(overrides=[ALONE, *small, "cluster.patience_s=2.5"]) as cluster:
-        stream = cluster.client().stream([7] * 700, max_tokens=20)
-        wait_until(lambda: cluster.instances()["m0"]["held"] == 1, "it does not come")
-        assert cluster.client().generate([8] * 400, max_tokens=20).finish_reason == "length"
-        with pytest.raises(RequestFailed, match="44 KV blocks, .* set transfer.slab_blocks to 61 at least"):
-            stream.wait()
-        cluster.wait_idle()

@@ -126,13 +126,11 @@ def test_auto_without_a_file_goes_by_the_prior(tmp_path: Path) -> None:
             assert told["note"].startswith("no predictor: tetri brings none for an emulated engine")
 
 
-@pytest.mark.parametrize("program", ["tetri.cli", "tetri.proc.worker"])
-def test_a_broken_one_is_one_line_at_the_start(program: str, tmp_path: Path) -> None:
+def test_a_broken_one_is_one_line_at_the_start(tmp_path: Path) -> None:
     head = folder(tmp_path) / "classifier" / "head.safetensors"
     head.write_bytes(head.read_bytes()[:60])
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-c", f"from {program} import main; main()"]
-    command += ["up"] if program == "tetri.cli" else ["--iid", "p0"]
+    command = [sys.executable, "-c", "from tetri.proc.worker import main; main()", "--iid", "p0"]
     settings = ["policy.length=trained", "predictor.kind=classifier", f"predictor.folder={tmp_path}"]
     for setting in (*settings, f"cluster.run_dir={run_dir}"):
         command += ["--set", setting]

@@ -86,48 +86,41 @@ def test_what_is_asked_for_by_name_is_taken(kind: str, tmp_path: Path, loaded: l
     assert (found.classifier is None, found.hidden is None) == (kind == "hidden", kind == "classifier")
 
 
-def missing(folder: Path) -> None:
-    shutil.rmtree(folder)
+def foreign(data: bytes) -> bytes:
+    return data.replace(TINY.encode(), b"others")
 
 
-def no_head(folder: Path) -> None:
-    (folder / "head.safetensors").unlink()
+def nothing(data: bytes) -> None:
+    """It is not there."""
 
 
-def cut_head(folder: Path) -> None:
-    (folder / "head.safetensors").write_bytes((folder / "head.safetensors").read_bytes()[:100])
+# file of a predictor (its folder: "") -> what becomes of its bytes, and what is said
+BROKEN = {
+    "missing": ("", nothing, "no {kind} predictor in {folder}"),
+    "no head": ("head.safetensors", nothing, "No such file or directory"),
+    "cut head": ("head.safetensors", lambda data: data[:100], "is cut off"),
+    "cut card": ("card.json", lambda data: data[:50], "is cut off or no card"),
+    "foreign": ("card.json", foreign, "is for another model"),
+    "another version": ("card.json", lambda data: b'{"version": 99}', "is of version 99"),
+}
 
 
-def cut_card(folder: Path) -> None:
-    (folder / "card.json").write_text((folder / "card.json").read_text()[:50])
-
-
-def foreign(folder: Path) -> None:
-    (folder / "card.json").write_text((folder / "card.json").read_text().replace(TINY, "others"))
-
-
-def of_another_version(folder: Path) -> None:
-    (folder / "card.json").write_text('{"version": 99}')
-
-
-BROKEN = [
-    (missing, "no {kind} predictor in {folder}"),
-    (no_head, "No such file or directory"),
-    (cut_head, "is cut off"),
-    (cut_card, "is cut off or no card"),
-    (foreign, "is for another model"),
-    (of_another_version, "is of version 99"),
-]
+def damage(folder: Path, file: str, changed: Any) -> None:
+    if not file:
+        return shutil.rmtree(folder)
+    data = changed((folder / file).read_bytes())
+    (folder / file).unlink()
+    if data is not None:
+        (folder / file).write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "hidden", "both"])
-@pytest.mark.parametrize(("breaks", "says"), BROKEN, ids=[breaks.__name__ for breaks, _ in BROKEN])
-def test_a_bad_one_that_was_named_is_one_line(
-    kind: str, breaks: Any, says: str, tmp_path: Path, loaded: list[str]
-) -> None:
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_bad_one_that_was_named_is_one_line(kind: str, broken: str, tmp_path: Path, loaded: list[str]) -> None:
     """`up` says so before anything is started."""
     part = "hidden" if kind == "both" else kind
-    breaks(hidden(classifier(tmp_path)) / part)
+    *what, says = BROKEN[broken]
+    damage(hidden(classifier(tmp_path)) / part, *what)
     config = configured(kind, tmp_path, f"cluster.run_dir={tmp_path}/run")
     for refused in (
         lambda: predictor.check(config),
@@ -147,11 +140,12 @@ def test_named_where_tetri_brings_none(loaded: list[str]) -> None:
         predictor.check(configured("hidden"))
 
 
-@pytest.mark.parametrize(("breaks", "says"), BROKEN, ids=[breaks.__name__ for breaks, _ in BROKEN])
+@pytest.mark.parametrize("broken", BROKEN)
 def test_auto_goes_on_with_the_prior_and_says_why(
-    breaks: Any, says: str, tmp_path: Path, loaded: list[str], caplog: pytest.LogCaptureFixture
+    broken: str, tmp_path: Path, loaded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    breaks(hidden(tmp_path) / "hidden")
+    *what, says = BROKEN[broken]
+    damage(hidden(tmp_path) / "hidden", *what)
     config = configured("auto", tmp_path)
     predictor.check(config)
     found = predictor.load_predictor(config, LOG)
@@ -159,7 +153,7 @@ def test_auto_goes_on_with_the_prior_and_says_why(
     assert found.expected.kind == "prior"
     said = says.format(kind="hidden", folder=tmp_path)
     assert found.expected.note.startswith("no predictor: ") and said in found.expected.note
-    knows = breaks in (no_head, cut_head)  # the card is there: the lengths of training are known
+    knows = "head" in broken  # the card is there: the lengths of training are known
     assert found.expected.prior == (LengthDistribution(100, PRIOR) if knows else predictor.NOBODY_KNOWS)
     assert said in caplog.text
 
@@ -167,7 +161,7 @@ def test_auto_goes_on_with_the_prior_and_says_why(
 def test_auto_takes_hidden_states_or_else_a_classifier(tmp_path: Path, loaded: list[str]) -> None:
     found = predictor.load_predictor(configured("auto", hidden(classifier(tmp_path))), LOG)
     assert found is not None and found.expected.kind == "hidden" and loaded == ["hidden"]
-    missing(tmp_path / "hidden")
+    shutil.rmtree(tmp_path / "hidden")
     found = predictor.load_predictor(configured("auto", tmp_path), LOG)
     assert found is not None and found.expected.kind == "classifier"
     assert "no hidden predictor in" in found.expected.note
@@ -194,7 +188,7 @@ def test_the_prior_when_it_is_asked_for(tmp_path: Path, loaded: list[str], monke
 def test_an_emulated_engine_takes_a_classifier_of_any_model(
     tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    foreign(classifier(tmp_path) / "classifier")
+    damage(classifier(tmp_path) / "classifier", "card.json", foreign)
     found = predictor.load_predictor(configured("classifier", tmp_path, conf="emulated"), LOG)
     assert found is not None and found.expected.kind == "classifier"
     monkeypatch.setattr(predictor, "SHIPPED", tmp_path.parent)
