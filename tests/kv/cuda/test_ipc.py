@@ -74,8 +74,8 @@ def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
     """Its process may end before the copy does."""
     sender, receiver = pair
     chunk = sender.put(block(1))
-    before = cuda(receiver).streamWaitEvent
-    cuda(receiver).streamWaitEvent = lambda *args: before(*args) or sender.close()
+    before = cuda(receiver).streamSynchronize
+    cuda(receiver).streamSynchronize = lambda *args: before(*args) or sender.close()
     with pytest.raises(KVLost, match="is in generation"):
         receiver.fetch(chunk)
     late = receiver.world.open("d1")  # never had it open
