@@ -6,6 +6,7 @@ from tetri.kv.shm import ShmReader, ShmSlab
 from tetri.kv.store import Store
 from tetri.request import Reach
 
+
 def put(slab, *blocks):
     def write(views):
         for view, data in zip(views, blocks, strict=True):

@@ -13,6 +13,7 @@ from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.shm import ShmSlab, sweep
 
+
 class TestShm(StoreContract):
     World = ShmWorld
 

@@ -8,6 +8,7 @@ from tests.kv.parties import BLOCK, SLOTS, end
 from tetri.kv.shm import ShmSlab
 from tetri.kv.survey import remove, survey
 
+
 def test_a_segment_tells_its_owner_and_each_used_slot(slab, tmp_path):
     before = time.monotonic()
     first, _ = slab.put(2, nothing, "p:r1:1")

@@ -1,4 +1,4 @@
-"""The path over nixl: peers that die, hang and come back, over shared memory and over TCP; false tickets; the thread."""
+"""The path over nixl: peers that die, hang and come back, over shared memory and TCP; false tickets; the thread."""
 
 import signal
 import threading
@@ -10,8 +10,8 @@ from msgspec.structs import asdict, replace
 
 from tests.kv.contract import assert_right_or
 from tests.kv.nixl.world import BLOCK
-from tests.kv.parties import PATIENCE_S, SLOTS, block
 from tests.kv.parties import BLOCK as SMALL
+from tests.kv.parties import PATIENCE_S, SLOTS, block
 from tetri.kv.base import KVLost
 from tetri.kv.nixl import agent as nixl_agent
 from tetri.kv.nixl import mover as nixl_mover
@@ -102,6 +102,22 @@ def test_nothing_burns_a_core_while_nothing_moves(pair):
     assert time.process_time() - before < 0.1
 
 
+def test_a_slot_that_is_reused_while_it_is_read_is_lost(pair, monkeypatch):
+    sender, receiver = pair
+    chunk = sender.put(block(1))
+    reads, before = [], nixl_agent.Agent.read
+
+    def read(*what):
+        reads.append(what)
+        if len(reads) == 3:  # of the generations, of the blocks, of the generations again
+            sender.free(chunk)
+        return before(*what)
+
+    monkeypatch.setattr(nixl_agent.Agent, "read", read)
+    with pytest.raises(KVLost, match="in generation 2, not 1"):
+        receiver.fetch(chunk)
+
+
 def lying(ticket, **lies):
     return bytes([VERSION]) + msgpack.encode({**asdict(ticket), **lies})
 
@@ -117,6 +133,7 @@ def test_a_ticket_that_cannot_be_read_or_lies_is_lost(world, pair):
         receiver.store.meet("p0", replace(peer.store.reach, tickets={"nixl": ticket}))
         return receiver.fetch(chunk, peer="p0")
 
+    assert fetch(sender, chunk, lying(true)) == [block(1)]
     lies = [{"metadata": b""}, {"metadata": short.metadata}, {"generations": 4096}, {"generations": -1}]
     lies += [{"blocks": true.blocks + SLOTS * SMALL}, {"blocks": (1 << 64) - 1}]
     for ticket in (b"", b"\x02\x80", b"no MessagePack", bytes(1000), *(lying(true, **lie) for lie in lies)):
