@@ -46,42 +46,35 @@ def test_a_listener_that_is_none_of_ours_is_left_for_a_real_one(run_folder, how,
         other.bind_inbox(ipc(run_folder, "other"), InboxMessage)
         hub.connect("other", ipc(run_folder, "other"))
         some(hub, 1)
-        begin = {
-            "connect": lambda: hub.connect("w", address),
-            "send": lambda: hub.connect("w", address),
-            "subscribe": lambda: hub.subscribe(address, ClusterView),
-            "connect_publisher": lambda: hub.connect_publisher(address),
+        connect, inbox = partial(hub.connect, "w", address), partial(late.bind_inbox, address, InboxMessage)
+        send, publish = partial(hub.send, "w", CLOSE), partial(hub.publish, report)
+        begin, again, bind, then, right = {
+            "connect": (connect, connect, inbox, connect, PeerUp("w")),
+            "send": (connect, send, inbox, send, PeerUp("w")),
+            "subscribe": (
+                *(partial(hub.subscribe, address, ClusterView), lambda: None),
+                *(partial(late.bind_publisher, address), partial(late.publish, view), Arrived(view)),
+            ),
+            "connect_publisher": (
+                *(partial(hub.connect_publisher, address), lambda: None),
+                *(partial(late.bind_subscriber, address, LoadReport), publish, Arrived(report)),
+            ),
         }[how]
         begin()
-
-        def try_again():
-            if how == "connect":
-                begin()
-            elif how == "send":
-                assert hub.send("w", CLOSE) is False
-            assert hub.poll(0.01) == []
-
+        seen = []
         with plain_socket.socket(plain_socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
             for noise in NOT_ZMTP[:3]:
-                until(lambda: try_again() or readable(listener))
+                until(lambda: (again(), seen.extend(hub.poll(0.01))) and readable(listener))
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(BrokenPipeError):
                     connection.sendall(noise)
-        assert hub.send("other", CLOSE)
+        assert seen == [] and hub.send("other", CLOSE)
         assert some(other, 1) == [Arrived(CLOSE)]
         path.unlink()
-        publish = partial(hub.publish, report)
-        bind, do, right = {
-            "connect": (lambda: late.bind_inbox(address, InboxMessage), begin, PeerUp("w")),
-            "send": (lambda: late.bind_inbox(address, InboxMessage), lambda: hub.send("w", CLOSE), PeerUp("w")),
-            "subscribe": (lambda: late.bind_publisher(address), lambda: late.publish(view), Arrived(view)),
-            "connect_publisher": (lambda: late.bind_subscriber(address, LoadReport), publish, Arrived(report)),
-        }[how]
         bind()
-        seen = []
-        until(lambda: do() or seen.extend(hub.poll(0.01) + late.poll(0)) or seen)
+        until(lambda: (then(), seen.extend(hub.poll(0.01) + late.poll(0))) and seen)
         assert seen[0] == right
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,3 +52,23 @@ def test_the_library_leaves_the_process_as_it_was_and_listens_on_the_loopback_de
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0100007F\n", "")
+
+
+@pytest.mark.parametrize(("address", "devices"), [("", "lo"), ("tcp://127.0.0.1:*", None)])
+def test_only_with_an_address_it_listens_on_all_devices(monkeypatch, address, devices):
+    seen = []
+
+    class BackendError(Exception):
+        """What the false bindings below raise."""
+
+    def backend(*what):
+        seen.append(os.environ.get("UCX_NET_DEVICES"))
+        raise BackendError
+
+    bindings = SimpleNamespace(nixlAgentConfig=SimpleNamespace, NIXL_THREAD_SYNC_NONE=0, BackendError=BackendError)
+    bindings.nixlAgent = lambda name, config: SimpleNamespace(createBackend=backend)
+    monkeypatch.setattr(nixl_agent, "library", lambda: bindings)
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    with pytest.raises(KVError, match="cannot start its backend UCX"):
+        open_store(settings(transport="nixl", address=address))
+    assert seen == [devices]
