@@ -84,8 +84,9 @@ class StoreContract:
             receiver.fetch(chunk)
         assert receiver.fetch(full) == [block(1)] * len(full.handle.slots)
 
-    def test_a_closed_store_is_gone(self, world, pair):
-        sender, receiver = pair
+    def test_a_closed_store_is_gone(self, world):
+        world.expect_the_worst()
+        sender, receiver = world.pair()
         chunks = [sender.put(block(number)) for number in range(4)]
         tickets = [receiver.ask(chunk) for chunk in chunks]
         sender.close()
