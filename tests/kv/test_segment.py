@@ -72,7 +72,7 @@ FALSE_NAMES = ["", "x", "../x", "tetri-other-p0-1", *(f"tetri-test-{x}" for x in
 
 @pytest.mark.parametrize("name", FALSE_NAMES, ids=range(len(FALSE_NAMES)))
 def test_a_peer_that_says_it_has_a_segment_of_no_such_name_is_lost(fetch, name):
-    with pytest.raises(KVLost) as caught:
+    with pytest.raises(KVLost, match="is no segment of this deployment") as caught:
         fetch(name)
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
 
