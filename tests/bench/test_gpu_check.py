@@ -11,11 +11,9 @@ from tetri.bench import gpu_check
 REPOSITORY = Path(__file__).parents[2]
 # What takes long: on the stand-in the run is to show that the check works, not that the path does.
 LEFT_OUT = [
-    "tests/kv/cuda/test_gpu.py::TestOneGpu",
-    "tests/kv/cuda/test_gpu.py::TestTwoGpus",
-    "tests/kv/cuda/test_gpu.py::test_bandwidth_between_two_gpus",
-    "tests/kv/cuda/test_gpu.py::test_bandwidth_on_one_gpu[48-digest]",
-    "tests/kv/cuda/test_gpu.py::test_bandwidth_on_one_gpu[48-no digest]",
+    "tests/kv/cuda/test_gpu.py::TestGpus",
+    "tests/kv/cuda/test_gpu.py::test_bandwidth[two GPUs",
+    "tests/kv/cuda/test_gpu.py::test_bandwidth[one GPU-48",
     "tests/proc/test_live_cuda.py",
 ]
 

@@ -2,15 +2,16 @@
 
 import pytest
 
-from tests.kv.mapped import BLOCK, SLOTS, Peer
+from tests.kv.mapped import ShmWorld
+from tests.kv.parties import BLOCK, SLOTS
 from tetri.kv.shm import ShmSlab
 
 
 @pytest.fixture
-def peer(tmp_path):
-    peer = Peer(tmp_path)
-    yield peer
-    peer.reader.close()
+def world(tmp_path):
+    world = ShmWorld(tmp_path)
+    yield world
+    world.close()
 
 
 @pytest.fixture

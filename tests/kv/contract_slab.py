@@ -6,11 +6,11 @@ import threading
 import time
 from contextlib import suppress
 
-import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 
 from tests.kv.parties import SLOTS
 from tetri.kv.base import KVError
@@ -21,19 +21,16 @@ def nothing(views):
 
 
 def joined(one, other):
-    slots, generations = one.slots + other.slots, one.generations + other.generations
-    return msgspec.structs.replace(one, slots=slots, generations=generations)
+    return replace(one, slots=one.slots + other.slots, generations=one.generations + other.generations)
 
 
-def wrong_handles(handle):
-    """Handles that cannot be freed, kept or let go, made of one of a single slot that is live."""
-    replace = msgspec.structs.replace
+def misshapen(handle):
+    """Handles that fit no slab, made of one that is live."""
     yield replace(handle, segment="another")
     yield replace(handle, block_bytes=handle.block_bytes + 1)
-    yield from (replace(handle, slots=[slot]) for slot in (SLOTS, -1))
+    yield from (replace(handle, slots=[slot, *handle.slots[1:]]) for slot in (SLOTS, -1))
     yield replace(handle, slots=handle.slots * 2, generations=handle.generations * 2)
     yield replace(handle, generations=[])
-    yield from (replace(handle, generations=[handle.generations[0] + by]) for by in (1, -1))
 
 
 class SlabContract:
@@ -44,48 +41,6 @@ class SlabContract:
         sys.setswitchinterval(1e-6)
         yield
         sys.setswitchinterval(before)
-
-    def test_freeing_twice_or_what_is_not_there_is_an_error_and_frees_nothing(self, slab):
-        first, _ = slab.put(2, nothing)
-        second, _ = slab.put(1, nothing)
-        slab.free(first)
-        for wrong in (first, joined(second, first), *wrong_handles(second)):
-            with pytest.raises(KVError, match="cannot free"):
-                slab.free(wrong)
-        assert slab.free_slots == SLOTS - 1
-        slab.free(second)
-
-    def test_too_few_free_slots_is_an_error_and_takes_none(self, slab):
-        slab.put(SLOTS - 1, nothing)
-        with pytest.raises(KVError, match="2 slots asked, 1 are free"):
-            slab.put(2, nothing)
-        with pytest.raises(KVError):
-            slab.put(-1, nothing)
-        assert slab.free_slots == 1
-        slab.put(1, nothing)
-
-    def test_what_is_not_there_cannot_be_kept(self, slab):
-        handle, _ = slab.put(1, nothing)
-        assert not any(slab.keep(wrong) for wrong in wrong_handles(handle))
-        slab.free(handle)
-        assert slab.free_slots == SLOTS
-        generation = handle.generations[0] + 1
-        for gone in (handle, msgspec.structs.replace(handle, generations=[generation])):  # as it is, but nobody's
-            assert not slab.keep(gone)
-            with pytest.raises(KVError, match="cannot free"):
-                slab.free(gone)
-
-    def test_letting_go_what_nobody_keeps_is_an_error(self, slab):
-        handle, _ = slab.put(1, nothing)
-        other, _ = slab.put(1, nothing)
-        slab.keep(other)
-        for wrong in (handle, joined(other, handle), msgspec.structs.replace(handle, slots=[SLOTS])):
-            with pytest.raises(KVError, match="cannot let go"):
-                slab.let_go(wrong)
-        slab.let_go(other)
-        slab.free(handle)
-        slab.free(other)
-        assert (slab.free_slots, slab.freed()) == (SLOTS, 2)
 
     def test_a_closed_slab_gives_and_takes_nothing(self, slab):
         (handle, _), (kept, _) = slab.put(1, nothing), slab.put(1, nothing)
@@ -141,7 +96,8 @@ class SlabContract:
 
 
 class _Histories(RuleBasedStateMachine):
-    """Random puts, keeps, let-gos and frees against a plain count of each handle's owners."""
+    """Random puts, keeps, let-gos and frees against a plain count of each handle's owners. A wrong one is refused and
+    changes nothing."""
 
     def __init__(self):
         super().__init__()
@@ -158,23 +114,23 @@ class _Histories(RuleBasedStateMachine):
         assert self.came + self.slab.freed() == self.were_put
         self.slab.close()
 
-    @rule(count=st.integers(0, SLOTS), fails=st.booleans())
+    @rule(count=st.integers(-1, SLOTS), fails=st.booleans())
     def put(self, count, fails):
         def write(views):
             assert len(views) == count
             if fails:
                 raise ZeroDivisionError
 
-        if count > self.slab.free_slots:
-            with pytest.raises(KVError):
+        free = self.slab.free_slots
+        if not 0 <= count <= free:
+            with pytest.raises(KVError, match=f"{count} slots asked, {free} are free"):
                 self.slab.put(count, write)
         elif fails:
             with pytest.raises(ZeroDivisionError):
                 self.slab.put(count, write)
         else:
             handle, _ = self.slab.put(count, write)
-            used = [slot for other in (*self.owned, *self.kept) for slot in other.slots]
-            assert not {*used} & {*handle.slots}
+            assert not self.used() & {*handle.slots}
             self.owned.append(handle)
             self.were_put += count
 
@@ -205,21 +161,38 @@ class _Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def use_what_was_freed(self, data):
         handle = data.draw(st.sampled_from(self.dead))
-        assert not self.slab.keep(handle)
-        with pytest.raises(KVError):
-            self.slab.free(handle)
+        self.refused(handle, *(joined(other, handle) for other in self.owned))
+        if not self.used() & {*handle.slots}:  # the generations are right, but the slots nobody's
+            self.refused(replace(handle, generations=[generation + 1 for generation in handle.generations]))
+
+    @precondition(lambda self: any(handle.slots for handle in self.owned))
+    @rule(data=st.data())
+    def use_a_wrong_handle(self, data):
+        handle = data.draw(st.sampled_from([handle for handle in self.owned if handle.slots]))
+        first, *rest = handle.generations
+        self.refused(*misshapen(handle), *(replace(handle, generations=[first + by, *rest]) for by in (1, -1)))
+        not_kept = [] if handle in self.kept else [handle, *(joined(other, handle) for other in self.kept)]
+        for wrong in (*misshapen(handle), *not_kept):
+            with pytest.raises(KVError, match="cannot let go"):
+                self.slab.let_go(wrong)
+
+    def refused(self, *handles):
+        for handle in handles:
+            assert not self.slab.keep(handle)
+            with pytest.raises(KVError, match="cannot free"):
+                self.slab.free(handle)
 
     @rule()
     def count(self):
         self.came += self.slab.freed()
-        assert self.slab.freed() == 0 and self.came == self.were_put - len(self.fetched())
+        assert self.slab.freed() == 0 and self.came == self.were_put - len(self.used())
 
-    def fetched(self):
+    def used(self):
         return {slot for handle in (*self.owned, *self.kept) for slot in handle.slots}
 
     @invariant()
     def slots_add_up(self):
-        assert self.slab.free_slots == SLOTS - len(self.fetched())
+        assert self.slab.free_slots == SLOTS - len(self.used())
 
 
 def slab_histories(make):

@@ -1,9 +1,6 @@
 """Leases on a segment's file."""
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -67,19 +64,3 @@ def test_a_lease_says_whether_the_memory_is_wanted_back(card, ends):
         made.close()  # what the kernel does
     assert wanted_back(held)
     os.close(held)
-
-
-def test_a_lease_falls_with_a_process_that_is_killed(card):
-    made, path = card
-    code = f"from tetri.kv.lease import lease; lease({path!r}); print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout.readline() == b"held\n"
-        assert not all_fallen(made.descriptor, 0.0)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait(10)
-        assert all_fallen(made.descriptor, 0.0)
-    finally:
-        holder.kill()
-        holder.wait(10)
-        holder.stdin.close(), holder.stdout.close()

@@ -1,13 +1,13 @@
-"""Takes that come as fast as an emulated link would bring them: when, and what; and the paths' contract over it."""
+"""Takes that come as fast as an emulated link would bring them: when, and what."""
 
 import random
+from itertools import accumulate
 
 import pytest
 
-from tests.kv.contract import StoreContract
-from tests.kv.mapped import ShmWorld
+from tests.kv.test_delayed import Under
 from tetri.config.tables import LINKS as NAMES
-from tetri.kv.base import Fetched, KVLost, Wanted
+from tetri.kv.base import Fetched, Wanted
 from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.wire.handover import Handle
 
@@ -29,37 +29,14 @@ def test_the_papers_links():
     assert LimitedLink(LINKS["nvlink"]).arrival(512 * 819200, 0.0) == pytest.approx(0.0014, rel=0.01)
 
 
-class Under:
-    """A store that writes down what it is asked for; it answers `later` what it has in `later`."""
-
-    slots = free_slots = reach = put = free = freed = meet = close = None
-
-    def __init__(self):
-        self.asked, self.later, self.met, self.wakes = [], [], [], None
-
-    def fetch(self, wanted):
-        self.asked.append(wanted.ticket[1])
-        return None if wanted.path == "stream" else Fetched(wanted.ticket, [b"block"])
-
-    def fetched(self):
-        later, self.later = self.later, []
-        return later
-
-    def due(self):
-        return self.wakes
-
-    def part(self, peer):
-        self.met.append(peer)
-
-
 class Limited:
     def __init__(self, bytes_s=100.0, latency_s=0.0):
         self.now, self.under = 0.0, Under()
         self.store = LimitedStore(self.under, LimitedLink(bytes_s, latency_s), 100, lambda: self.now)
 
-    def fetch(self, number, slots=(1,), path="shm", peer="p0", block_bytes=100):
+    def fetch(self, number, slots=(1,), path="shm", block_bytes=100):
         handle = Handle("s", list(slots), [1] * len(slots), block_bytes)
-        return self.store.fetch(Wanted(("leg", number), peer, path, handle, None))
+        return self.store.fetch(Wanted(("leg", number), "p0", path, handle, None))
 
     def at(self, now):
         self.now = now
@@ -98,18 +75,6 @@ def test_what_is_the_workers_own_or_cannot_be_right_does_not_keep_the_link_busy(
     assert limited.store.due() == 1.0
 
 
-def test_parted_from_what_was_to_come_is_lost_once_and_now():
-    limited = Limited()
-    for number, peer in enumerate(("p0", "p1", "p0")):
-        limited.fetch(number, peer=peer)
-    limited.store.part("p0")
-    assert limited.under.met == ["p0"] and limited.store.due() == 0.0
-    lost = list(limited.store.fetched())
-    assert [fetched.ticket[1] for fetched in lost] == [0, 2]
-    assert all(isinstance(fetched.problem, KVLost) for fetched in lost)
-    assert limited.at(9.0) == [1] and limited.under.asked == [1] and limited.store.due() is None
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_no_more_comes_than_the_link_carries_and_it_never_idles(seed):
     rng, limited = random.Random(seed), Limited(bytes_s=1000.0)
@@ -126,20 +91,12 @@ def test_no_more_comes_than_the_link_carries_and_it_never_idles(seed):
             asked.append(now)
             limited.fetch(len(asked) - 1, slots=range(sizes[-1] // 100))
     assert [number for _, number in came] == list(range(300)), "in order, each once"
+    ends = [0.0, *accumulate(size / 1000 for size in sizes)]
     for first, (start, _) in enumerate(came):
+        busy = True  # something was on its way all the time since
         for last in range(first + 1, 300):
-            carried = sum(sizes[first + 1 : last + 1]) / 1000
+            carried = ends[last + 1] - ends[first + 1]
             assert came[last][0] >= start + carried - 1e-9
-            if all(asked[number] <= came[number - 1][0] for number in range(first + 1, last + 1)):
+            busy = busy and asked[last] <= came[last - 1][0]
+            if busy:
                 assert came[last][0] == pytest.approx(start + carried)
-
-
-class LimitedWorld(ShmWorld):
-    """So slow that most chunks come later, and fast enough that nobody waits for long."""
-
-    def store(self, iid, wake, slots, block_bytes, digest):
-        return LimitedStore(super().store(iid, wake, slots, block_bytes, digest), LimitedLink(1e9, 2e-4), block_bytes)
-
-
-class TestLimited(StoreContract):
-    World = LimitedWorld

@@ -5,12 +5,13 @@ import struct
 import time
 
 import pytest
+from msgspec.structs import replace
 
-from tests.kv.mapped import BLOCK, SLOTS, put
-from tests.kv.parties import block
+from tests.kv.mapped import put
+from tests.kv.parties import BLOCK, SLOTS, Chunk, block
 from tetri.kv.base import KVForeign, KVLost
 from tetri.kv.segment import VERSION
-from tetri.kv.shm import ShmSlab
+from tetri.request import Reach
 from tetri.wire.handover import Handle
 
 BLOCKS_AT = 4096
@@ -32,74 +33,66 @@ FALSE_SEGMENTS = [b"", b"tetri-kv", _header()[:-1], bytes(RIGHT_SIZE), _header()
 FALSE_SEGMENTS += [_header(**{name: x}).ljust(RIGHT_SIZE, b"\0") for name, xs in FALSE_HEADERS.items() for x in xs]
 
 
-def handle_of(segment):
-    return Handle(segment=segment, slots=[0], generations=[0], block_bytes=BLOCK)
+@pytest.fixture
+def fetch(world):
+    """What a receiver gets of a peer that names its segment so."""
+    receiver = world.open("d0")
+
+    def fetch(name):
+        receiver.store.meet("p0", Reach(paths=["shm"], host="here", process=1, segment=name))
+        handle = Handle(segment=name, slots=[0], generations=[0], block_bytes=BLOCK)
+        return receiver.fetch(Chunk("p0", handle, None, ()))
+
+    return fetch
 
 
-def test_the_header_that_these_tests_forge_can_be_right(peer, tmp_path):
+def test_the_header_that_these_tests_forge_can_be_right(fetch, tmp_path):
     (tmp_path / "tetri-test-p0-right").write_bytes(_header().ljust(RIGHT_SIZE, b"\0"))
-    peer.meet("tetri-test-p0-right")
-    assert peer.fetch(handle_of("tetri-test-p0-right"), None) == [bytes(BLOCK)]
+    assert fetch("tetri-test-p0-right") == [bytes(BLOCK)]
 
 
 @pytest.mark.parametrize("content", FALSE_SEGMENTS, ids=range(len(FALSE_SEGMENTS)))
-def test_a_false_segment_is_lost_not_read(peer, tmp_path, content):
+def test_a_false_segment_is_lost_not_read(fetch, tmp_path, content):
     (tmp_path / "tetri-test-p0-false").write_bytes(content)
-    peer.meet("tetri-test-p0-false")
     with pytest.raises(KVLost):
-        peer.fetch(handle_of("tetri-test-p0-false"), None)
+        fetch("tetri-test-p0-false")
 
 
-def test_a_segment_that_is_no_plain_file_is_lost(peer, slab, tmp_path):
+def test_a_segment_that_is_no_plain_file_is_lost(fetch, slab, tmp_path):
     (tmp_path / "tetri-test-link").symlink_to(tmp_path / slab.segment.name)
     (tmp_path / "tetri-test-folder").mkdir()
     os.mkfifo(tmp_path / "tetri-test-pipe")  # opening it must not wait for a writer
     for name, says in (("link", "cannot be opened"), ("folder", "not a file"), ("pipe", "not a file")):
-        peer.meet(f"tetri-test-{name}")
         with pytest.raises(KVLost, match=says):
-            peer.fetch(handle_of(f"tetri-test-{name}"), None)
+            fetch(f"tetri-test-{name}")
 
 
 FALSE_NAMES = ["", "x", "../x", "tetri-other-p0-1", *(f"tetri-test-{x}" for x in ("/x", "\0", "\ud800", "x" * 9999))]
 
 
 @pytest.mark.parametrize("name", FALSE_NAMES, ids=range(len(FALSE_NAMES)))
-def test_a_peer_that_says_it_has_a_segment_of_no_such_name_is_lost(peer, name):
-    peer.meet(name)
-    with pytest.raises(KVLost) as caught:
-        peer.fetch(handle_of(name), None)
+def test_a_peer_that_says_it_has_a_segment_of_no_such_name_is_lost(fetch, name):
+    with pytest.raises(KVLost, match="is no segment of this deployment") as caught:
+        fetch(name)
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
 
 
-def mapped(name):
-    """How this process has mapped that segment, its owner and its readers."""
-    with open("/proc/self/maps") as maps:
-        return sorted(line.split()[1] for line in maps if name in line)
+def test_a_peer_is_mapped_read_only_and_until_parted_from(pair):
+    sender, receiver = pair
+    chunk = sender.put(block(1))
 
+    def mapped():
+        """How this process has mapped the segment: its owner, and its reader."""
+        with open("/proc/self/maps") as maps:
+            return sorted(line.split()[1] for line in maps if chunk.handle.segment in line)
 
-def test_a_peer_is_mapped_once_read_only_and_until_parted_from(peer, slab):
-    peer.meet(slab.segment.name)
-    chunk = put(slab, block(1))
     for _ in range(2):
-        peer.fetch(*chunk)
-        assert mapped(slab.segment.name) == ["r--s", "rw-s"]
-        peer.meet(slab.segment.name)
-    peer.reader.part("p0")
-    assert mapped(slab.segment.name) == ["rw-s"]
-
-
-def test_a_restarted_peers_old_segment_is_let_go(peer, tmp_path):
-    old = "none"
-    for _ in range(3):
-        slab = ShmSlab("test", "p1", SLOTS, BLOCK, directory=str(tmp_path))
-        peer.meet(slab.segment.name, "p1")
-        assert not mapped(old)
-        peer.fetch(*put(slab, block(1)), peer="p1")
-        old = slab.segment.name
-        slab.close()
-        assert mapped(old) == ["r--s"]
+        receiver.fetch(chunk)
+        assert mapped() == ["r--s", "rw-s"]
     with pytest.raises(KVForeign):
-        peer.fetch(handle_of("tetri-test-p1-0123456789abcdef"), None, peer="p1")
+        receiver.fetch(chunk, handle=replace(chunk.handle, segment="tetri-test-p0-0123456789abcdef"))
+    receiver.store.part("p0")
+    assert mapped() == ["rw-s"]
 
 
 def test_the_file_is_laid_out_as_the_protocol_says(slab, tmp_path):

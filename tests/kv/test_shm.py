@@ -2,96 +2,54 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
+from contextlib import closing
 
 import pytest
 
 from tests.kv.contract import StoreContract
-from tests.kv.mapped import BLOCK, SLOTS, ShmWorld
-from tests.kv.parties import block
+from tests.kv.mapped import ShmWorld
+from tests.kv.parties import BLOCK, SLOTS, block, end
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.shm import ShmSlab, sweep
-from tetri.wire.handover import Handle
-
-OWNER = """
-import sys
-from tests.kv.mapped import BLOCK, SLOTS
-from tests.kv.parties import block
-from tetri.kv.shm import ShmSlab
-slab = ShmSlab("test", "p0", 4, 100, directory=sys.argv[1])
-def write(views):
-    for number, view in enumerate(views):
-        view[:] = block(number)
-handle, digest = slab.put(3, write, "p:r1:1")
-print(handle.segment, *handle.slots, *handle.generations, digest, flush=True)
-sys.stdin.readline()
-"""
-
-
-@pytest.fixture
-def owner(tmp_path):
-    """Another process with three blocks put: (process, handle, digest)."""
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        try:
-            segment, *numbers = child.stdout.readline().split()
-            *rest, digest = map(int, numbers)
-            handle = Handle(segment=segment, slots=rest[:3], generations=rest[3:], block_bytes=BLOCK)
-            yield child, handle, digest
-        finally:
-            child.kill()
-
-
-def kill(child):
-    child.send_signal(signal.SIGKILL)
-    child.wait()
 
 
 class TestShm(StoreContract):
     World = ShmWorld
 
 
-def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(peer, owner, tmp_path):
-    child, handle, digest = owner
-    peer.meet(handle.segment)
-    assert peer.fetch(handle, digest) == [block(0), block(1), block(2)]
-    kill(child)
-    assert sweep("test", directory=str(tmp_path)) == [handle.segment]
-    assert peer.fetch(handle, digest)[0] == block(0)
-    peer.reader.part("p0")
-    peer.meet(handle.segment)
+def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(pair, tmp_path):
+    sender, receiver = pair
+    chunk = sender.put(block(1))
+    assert receiver.fetch(chunk) == [block(1)]
+    sender.kill()
+    assert sweep("test", directory=str(tmp_path)) == [chunk.handle.segment]
+    assert receiver.fetch(chunk) == [block(1)]
+    receiver.store.part("p0")
+    receiver.meet(sender)
     with pytest.raises(KVLost, match="cannot be opened"):
-        peer.fetch(handle, digest)
+        receiver.fetch(chunk)
 
 
-def test_sweep_removes_the_dead_and_only_them(slab, owner, tmp_path):
-    child, handle, _ = owner
+def test_sweep_removes_the_dead_and_only_them(slab, tmp_path):
     folder = str(tmp_path)
+    dead = ShmSlab("test", "p0", SLOTS, BLOCK, directory=folder).segment.name
     (tmp_path / "tetri-test-not-one-of-ours").touch()
     (tmp_path / "unrelated").touch()
     assert sweep("test", directory=folder) == []
-    kill(child)
+    end(dead)
     assert [sweep(*words, directory=folder) for words in (("other",), ("test", "d0"), ("te.t",))] == [[]] * 3
-    assert sweep("test", "p0", directory=folder) == [handle.segment]
+    assert sweep("test", "p0", directory=folder) == [dead]
     left = ["tetri-test-not-one-of-ours", "unrelated", slab.segment.name]
     assert sorted(os.listdir(folder)) == sorted(left)
 
 
 def test_open_store_clears_away_what_a_killed_predecessor_left():
-    script = (
-        "from tetri.kv import StoreSettings, open_store; store = open_store(StoreSettings('test-open', 'p0', 1, 10,"
-    )
-    command = [sys.executable, "-c", f"{script} 'shm')); print(store.reach.segment, flush=True); input()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        left = child.stdout.readline().strip()
-        kill(child)
-    assert os.path.exists(f"/dev/shm/{left}")
-    store = open_store(StoreSettings("test-open", "p0", 1, 10, "shm"))
-    assert not os.path.exists(f"/dev/shm/{left}")
-    store.close()
+    settings = StoreSettings("test-open", "p0", 1, 10, "shm")
+    left = open_store(settings).reach.segment
+    end(left)
+    with closing(open_store(settings)):
+        assert not os.path.exists(f"/dev/shm/{left}")
 
 
 def test_close_leaves_nothing_even_while_a_view_is_kept(tmp_path):

@@ -1,4 +1,4 @@
-"""The slab in host memory, over a process's own memory and over a shared segment."""
+"""The slab in host memory."""
 
 import time
 
@@ -7,34 +7,14 @@ import pytest
 from tests.kv.contract_slab import SlabContract, nothing, slab_histories
 from tests.kv.parties import BLOCK, SLOTS
 from tetri.kv.local import LocalSlab
-from tetri.kv.shm import ShmSlab
 from tetri.kv.slab import MARK, OWNER_BYTES, HostSlab, Segment
 
 
-class TestLocalSlab(SlabContract):
-    @pytest.fixture
-    def slab(self):
-        slab = LocalSlab("p0", SLOTS, BLOCK, {})
-        yield slab
-        slab.close()
+class TestHostSlab(SlabContract):
+    """In shared memory."""
 
 
-class TestShmSlab(SlabContract):
-    @pytest.fixture
-    def slab(self, tmp_path):
-        slab = ShmSlab("test", "p0", SLOTS, BLOCK, str(tmp_path))
-        yield slab
-        slab.close()
-        assert list(tmp_path.iterdir()) == []
-
-
-TestLocalHistories = slab_histories(lambda: LocalSlab("p0", SLOTS, BLOCK, {}))
-TestShmHistories = slab_histories(lambda: ShmSlab("test-histories", "p0", SLOTS, BLOCK))
-
-
-@pytest.fixture
-def slab():
-    return LocalSlab("p0", SLOTS, BLOCK, {})
+TestHistories = slab_histories(lambda: LocalSlab("p0", SLOTS, BLOCK, {}))
 
 
 def marks(slab):

@@ -8,13 +8,7 @@ from tests.kv.mapped import put
 from tests.kv.parties import BLOCK, SLOTS, block
 from tetri.kv import staging
 from tetri.kv.base import KVError, KVLost
-from tetri.kv.local import LocalSlab
 from tetri.kv.staging import Staging
-
-
-@pytest.fixture
-def slab():
-    return LocalSlab("p0", SLOTS, BLOCK, {})
 
 
 def test_a_slot_reused_during_the_copy_is_lost_not_corrupt(slab, monkeypatch):

@@ -1,36 +1,12 @@
 """Looking at segments from outside."""
 
 import os
-import subprocess
-import sys
 import time
 
-import pytest
-
 from tests.kv.contract_slab import nothing
-from tests.kv.mapped import BLOCK, SLOTS
+from tests.kv.parties import BLOCK, SLOTS, end
 from tetri.kv.shm import ShmSlab
 from tetri.kv.survey import remove, survey
-
-OWNER = """
-import sys
-from tetri.kv.shm import ShmSlab
-slab = ShmSlab("test", "p-1", 4, 100, directory=sys.argv[1])
-slab.put(1, lambda views: None, "p:r1:1")
-print(slab.segment.name, flush=True)
-sys.stdin.readline()
-"""
-
-
-@pytest.fixture
-def dead(tmp_path):
-    """The segment and the process id of an owner that was killed."""
-    with subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        name = child.stdout.readline().strip()
-        child.kill()
-    return name, child.pid
 
 
 def test_a_segment_tells_its_owner_and_each_used_slot(slab, tmp_path):
@@ -63,14 +39,16 @@ def test_a_slot_that_is_sent_on_is_used_although_its_request_has_left(slab, tmp_
     assert survey("test", str(tmp_path))[0].pages == ()
 
 
-def test_what_a_killed_owner_left_says_whose_it_was_and_can_be_removed(slab, dead, tmp_path):
-    name, pid = dead
+def test_what_a_killed_owner_left_says_whose_it_was_and_can_be_removed(slab, tmp_path):
+    dead = ShmSlab("test", "p-1", SLOTS, BLOCK, directory=str(tmp_path))
+    dead.put(1, nothing, "p:r1:1")
+    end(dead.segment.name)
     seen = {seen.iid: seen for seen in survey("test", str(tmp_path))}
-    assert seen.keys() == {"p0", "p-1"}
-    assert (seen["p-1"].name, seen["p-1"].alive, seen["p-1"].pid) == (name, False, pid)
-    assert [page.owner for page in seen["p-1"].pages] == ["p:r1:1"]
-    assert not remove(seen["p0"], str(tmp_path)), "it lives"
-    assert remove(seen["p-1"], str(tmp_path)) and not remove(seen["p-1"], str(tmp_path))
+    assert {iid: (each.name, each.alive, [page.owner for page in each.pages]) for iid, each in seen.items()} == {
+        "p0": (slab.segment.name, True, []),
+        "p-1": (dead.segment.name, False, ["p:r1:1"]),
+    }
+    assert [remove(seen[iid], str(tmp_path)) for iid in ("p0", "p-1", "p-1")] == [False, True, False]
     assert [left.iid for left in survey("test", str(tmp_path))] == ["p0"]
 
 

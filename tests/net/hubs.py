@@ -1,16 +1,20 @@
-"""Hubs for tests, and waiting for what happens without sleeping."""
+"""Hubs for tests, and waiting for what happens."""
 
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from live import wait_until
 
 from tetri.net import Hub
 from tetri.wire.events import NetEvent, PeerUp
 from tetri.wire.messages import InboxMessage
 
 PATIENCE = 5.0  # seconds; only a failing test ever waits so long
+until = partial(wait_until, what="it never held", seconds=PATIENCE)
 
 
 @contextmanager
@@ -39,13 +43,6 @@ def some(hub: Hub, count: int) -> list[NetEvent]:
     seen = events(hub, lambda so_far: len(so_far) >= count)
     assert len(seen) == count, seen
     return seen
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Try again at once until it holds; for what another thread or process does."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "condition never held"
 
 
 def ipc(folder: Path, name: str) -> str:

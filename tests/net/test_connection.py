@@ -1,23 +1,19 @@
 """A connecting socket: what its monitor reports, and what can be sent when."""
 
-import time
-
 import pytest
 import zmq
 
+from tests.net.hubs import until
 from tetri.net import NetError, sockets
 from tetri.net.connection import Connection
 
 UP, DOWN = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
-PATIENCE_S = 10.0
 
 
 def reported(made):
     """The next event."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := list(made.reported())):
-        assert time.monotonic() < deadline
-        made.monitor.poll(50)
+    found = []
+    until(lambda: found.extend(made.reported()) or found)
     return found
 
 

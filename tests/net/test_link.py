@@ -2,10 +2,7 @@
 
 import contextlib
 import select
-import signal
 import socket as plain_socket
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -18,36 +15,18 @@ from tetri.wire.events import Arrived, PeerDown, PeerUp
 from tetri.wire.messages import Close, ClusterView, InboxMessage, LoadReport
 
 CLOSE = Close(rid="r", attempt=1)
-WORKER = """
-import sys
-from tetri.net import Hub
-from tetri.wire.messages import InboxMessage
-hub = Hub()
-hub.bind_inbox(sys.argv[1], InboxMessage)
-print("bound", flush=True)
-while True:
-    hub.poll(None)
-"""
 
 
-def test_kill_nine_is_noticed_at_once_and_a_restart_too(run_folder):
-    address = ipc(run_folder, "w")
-    command = [sys.executable, "-c", WORKER, address]
-    with hubs(1) as (broker,), subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"bound\n"
-        broker.connect("w", address)
-        assert some(broker, 1) == [PeerUp("w")]
-        assert broker.send("w", CLOSE)
-        child.send_signal(signal.SIGKILL)
-        assert some(broker, 1) == [PeerDown("w")]
-        child.wait()
-        for _ in range(2):  # the dead one's file is no owner; one that closes and comes back is down and up too
+def test_a_peer_that_ends_is_noticed_at_once_and_its_return_too(run_folder):
+    with hubs(1) as (broker,):
+        broker.connect("w", ipc(run_folder, "w"))
+        for _ in range(3):
             assert broker.send("w", CLOSE) is False
-            with hubs(1) as (second,):
-                second.bind_inbox(address, InboxMessage)
+            with hubs(1) as (worker,):
+                worker.bind_inbox(ipc(run_folder, "w"), InboxMessage)
                 assert some(broker, 1) == [PeerUp("w")]
                 assert broker.send("w", CLOSE)
-                assert some(second, 1) == [Arrived(CLOSE)]
+                assert some(worker, 1) == [Arrived(CLOSE)]
             assert some(broker, 1) == [PeerDown("w")]
 
 
@@ -67,42 +46,35 @@ def test_a_listener_that_is_none_of_ours_is_left_for_a_real_one(run_folder, how,
         other.bind_inbox(ipc(run_folder, "other"), InboxMessage)
         hub.connect("other", ipc(run_folder, "other"))
         some(hub, 1)
-        begin = {
-            "connect": lambda: hub.connect("w", address),
-            "send": lambda: hub.connect("w", address),
-            "subscribe": lambda: hub.subscribe(address, ClusterView),
-            "connect_publisher": lambda: hub.connect_publisher(address),
+        connect, inbox = partial(hub.connect, "w", address), partial(late.bind_inbox, address, InboxMessage)
+        send, publish = partial(hub.send, "w", CLOSE), partial(hub.publish, report)
+        begin, again, bind, then, right = {
+            "connect": (connect, connect, inbox, connect, PeerUp("w")),
+            "send": (connect, send, inbox, send, PeerUp("w")),
+            "subscribe": (
+                *(partial(hub.subscribe, address, ClusterView), lambda: None),
+                *(partial(late.bind_publisher, address), partial(late.publish, view), Arrived(view)),
+            ),
+            "connect_publisher": (
+                *(partial(hub.connect_publisher, address), lambda: None),
+                *(partial(late.bind_subscriber, address, LoadReport), publish, Arrived(report)),
+            ),
         }[how]
         begin()
-
-        def try_again():
-            if how == "connect":
-                begin()
-            elif how == "send":
-                assert hub.send("w", CLOSE) is False
-            assert hub.poll(0.01) == []
-
+        seen = []
         with plain_socket.socket(plain_socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
             for noise in NOT_ZMTP[:3]:
-                until(lambda: try_again() or readable(listener))
+                until(lambda: (again(), seen.extend(hub.poll(0.01))) and readable(listener))
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(BrokenPipeError):
                     connection.sendall(noise)
-        assert hub.send("other", CLOSE)
+        assert seen == [] and hub.send("other", CLOSE)
         assert some(other, 1) == [Arrived(CLOSE)]
         path.unlink()
-        publish = partial(hub.publish, report)
-        bind, do, right = {
-            "connect": (lambda: late.bind_inbox(address, InboxMessage), begin, PeerUp("w")),
-            "send": (lambda: late.bind_inbox(address, InboxMessage), lambda: hub.send("w", CLOSE), PeerUp("w")),
-            "subscribe": (lambda: late.bind_publisher(address), lambda: late.publish(view), Arrived(view)),
-            "connect_publisher": (lambda: late.bind_subscriber(address, LoadReport), publish, Arrived(report)),
-        }[how]
         bind()
-        seen = []
-        until(lambda: do() or seen.extend(hub.poll(0.01) + late.poll(0)) or seen)
+        until(lambda: (then(), seen.extend(hub.poll(0.01) + late.poll(0))) and seen)
         assert seen[0] == right
 
 

@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,15 +10,7 @@ from tests.net.hubs import hubs
 from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 
-
-class Core:
-    """Never has anything to do."""
-
-    def tick(self, now):
-        return []
-
-    def deadline(self):
-        return None
+IDLE = SimpleNamespace(tick=lambda now: [], deadline=lambda: None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -26,20 +19,10 @@ def test_a_signal_ends_a_loop_that_waits_for_ever(number):
     with hubs(1) as (hub,):
         stop = StopSignals(hub.wake_fd)
         try:
-            polling = threading.Event()
-
-            def poll(timeout):
-                polling.set()
-                return hub.poll(timeout)
-
-            def kill():
-                polling.wait(5)
-                os.kill(os.getpid(), number)
-
-            killer = threading.Thread(target=kill)
+            killer = threading.Timer(0.05, os.kill, (os.getpid(), number))
             killer.start()
             start = time.monotonic()
-            run(Core(), poll, lambda actions: None, time.monotonic, stop.running)
+            run(IDLE, hub.poll, lambda actions: None, time.monotonic, stop.running)
             assert time.monotonic() - start < 2
             killer.join()
             assert stop.received == number

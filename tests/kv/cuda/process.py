@@ -3,18 +3,19 @@ stand-in."""
 
 import multiprocessing
 import os
-import time
+import signal
+import timeit
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tests.kv.cuda.stand_in import install
-from tests.kv.parties import PATIENCE_S, World, block
-from tetri.kv.base import Fetched, KVError, KVLost, Wanted
+from tests.kv.parties import World
+from tetri.kv.base import Fetched, Wanted
 from tetri.kv.cuda.ipc import open_device_store
 from tetri.kv.cuda.runtime import Device, load
 from tetri.kv.cuda.slab import DeviceSlab
@@ -36,41 +37,22 @@ class Cuda:
 
 
 class StoreProcess:
-    """One process, which has at most one store at a time."""
+    """One process, which has at most one store at a time. Any method of `_Served` can be called on it."""
 
     def __init__(self, cuda: Cuda, gpu: int = 0) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, cuda, gpu), daemon=True)
-        self._process.start()
-        there.close()
-        self._started = False
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _serve, (cuda, gpu))
+        self._pid = self._pool.submit(os.getpid)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-        def call(*arguments: Any) -> Any:
-            self._pipe.send((name, arguments))
-            assert self._pipe.poll(PATIENCE_S if self._started else START_S), f"no answer to {name}"
-            self._started = True
-            result = self._pipe.recv()
-            if isinstance(result, BaseException):
-                raise result
-            return result
-
-        return call
+        return lambda *arguments: self._pool.submit(_call, name, *arguments).result(START_S)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.join(PATIENCE_S)
+        os.kill(self._pid.result(START_S), signal.SIGKILL)
+        self.stop()
 
     def stop(self) -> None:
-        self._pipe.close()
-        self._process.join(PATIENCE_S)
-        ended = self._process.exitcode
-        self.kill()
-        assert ended is not None, "a store's process did not end"
+        """Returns when the process has ended."""
+        self._pool.shutdown()
 
 
 class RemoteStore:
@@ -79,7 +61,7 @@ class RemoteStore:
     def __init__(self, process: StoreProcess, slots: int, block_bytes: int, *settings: Any) -> None:
         self.process, self.slots, self._size = process, slots, block_bytes
         self.reach = process.open(slots, block_bytes, *settings)
-        for name in ("free", "freed", "meet", "part", "keep", "let_go"):
+        for name in ("free", "freed", "meet", "part", "close"):
             setattr(self, name, getattr(process, name))
 
     @property
@@ -97,73 +79,47 @@ class RemoteStore:
     def fetched(self):
         return ()
 
-    def due(self):
-        return None
-
-    def close(self) -> None:
-        self.process.close()
-
 
 class ProcessWorld(World):
-    """`idle` are processes, on the GPUs in turn; a closed store's process goes back to them."""
+    """`idle` are processes, on the GPUs in turn."""
 
     path = "cuda_ipc"
 
     def __init__(self, folder: Path, idle: list[StoreProcess]) -> None:
         super().__init__()
-        self.folder, self.idle, self.used = str(folder), list(idle), []
+        self.folder, self.idle = str(folder), list(idle)
 
     def store(self, iid, wake, slots, block_bytes, digest):
-        process = self.idle.pop(0)
-        self.used.append(process)
-        return RemoteStore(process, slots, block_bytes, iid, digest, self.folder)
+        return RemoteStore(self.idle.pop(0), slots, block_bytes, iid, digest, self.folder)
 
     def close(self) -> None:
         super().close()
         assert os.listdir(self.folder) == []
 
 
-def killed_sender_is_lost_and_its_successor_is_read(folder: Path, cuda: Cuda) -> None:
-    """A test's body, for the stand-in and for a GPU."""
-    first, receiver, second = processes = [StoreProcess(cuda, 0) for _ in range(3)]
-    world = ProcessWorld(folder, processes)
-    try:
-        sender, reader = world.pair()
-        chunk = sender.put(block(1), block(2))
-        assert reader.fetch(chunk) == [block(1), block(2)]
-        first.kill()
-        sender.closed = True
-        with pytest.raises(KVLost, match="or has ended"):
-            reader.fetch(chunk)
-        again = world.open("p0")
-        reader.meet(again)
-        assert reader.fetch(again.put(block(3))) == [block(3)]
-    finally:
-        for process in (receiver, second):
-            process.close(), process.stop()
+def _serve(cuda: Cuda, gpu: int) -> None:
+    global _served
+    _served = _Served(cuda, gpu)
 
 
-def _serve(pipe: Connection, cuda: Cuda, gpu: int) -> None:
-    served = _Served(cuda, gpu)
-    while True:
-        try:
-            name, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(getattr(served, name)(*arguments))
-        except (KVError, ValueError, OSError, RuntimeError, AssertionError) as error:
-            pipe.send(error if isinstance(error, KVError) else RuntimeError(f"{type(error).__name__}: {error}"))
+def _call(name: str, *arguments: Any) -> Any:
+    return getattr(_served, name)(*arguments)
 
 
 class _Served:
     """What a StoreProcess can be asked."""
 
     def __init__(self, cuda: Cuda, gpu: int) -> None:
-        self.cuda, self.gpu, self.device, self.store = cuda, gpu, None, None
+        self.cuda, self.gpu, self.store = cuda, gpu, None
+
+    @cached_property
+    def device(self):
+        return self.cuda.device(self.gpu)
+
+    def near(self):
+        return self.device.near
 
     def open(self, slots, block_bytes, iid, digest, folder):
-        self.device = self.device or self.cuda.device(self.gpu)
         settings = {"digest": digest, "directory": folder, "patience_s": 0.05}
         slab = DeviceSlab(self.device, "test", iid, slots, block_bytes, **settings)
         self.store = open_device_store(slab, "here")
@@ -184,35 +140,23 @@ class _Served:
 
     def time_takes(self, wanted, times):
         """Seconds of each take."""
-        return [self._seconds(lambda: self._good(self.store.fetch(wanted))) for _ in range(times)]
 
-    @staticmethod
-    def _good(fetched):
-        if fetched.problem is not None:
-            raise fetched.problem
+        def take():
+            problem = self.store.fetch(wanted).problem
+            assert problem is None, problem
+
+        return timeit.repeat(take, number=1, repeat=times)
 
     def time_copies(self, size, times):
         """Seconds of each plain copy inside the GPU's memory."""
         pointers = [self.device.allocate(size, "a copy") for _ in range(2)]
-        try:
-            return [self._seconds(lambda: self._copy(*pointers, size)) for _ in range(times)]
-        finally:
-            for pointer in pointers:
-                self.device.release(pointer)
-
-    def _copy(self, into, source, size):
-        self.device.copy(into, source, size)
-        self.device.wait()
-
-    @staticmethod
-    def _seconds(do):
-        start = time.perf_counter()
-        do()
-        return time.perf_counter() - start
+        seconds = timeit.repeat(lambda: (self.device.copy(*pointers, size), self.device.wait()), number=1, repeat=times)
+        for pointer in pointers:
+            self.device.release(pointer)
+        return seconds
 
     def name(self):
-        name = self.device.runtime.getDeviceProperties(self.device.index).get("name", b"stand-in")
-        return name.decode()
+        return self.device.runtime.getDeviceProperties(self.device.index).get("name", b"stand-in").decode()
 
     def free_slots(self):
         return self.store.free_slots

@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -373,36 +374,23 @@ def _name(handle, kind):
 
 
 def _locked(path):
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-
-
-class Finder:
-    """`import cupy` makes a stand-in, as late as CuPy itself would look for GPUs."""
-
-    def __init__(self, folder, **options):
-        self.made = folder, options
-
-    def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self) if name == "cupy" else None
-
-    def create_module(self, spec):
-        folder, options = self.made
-        return StandIn(folder, **options)
-
-    def exec_module(self, module):
-        """It is complete."""
+    with suppress(FileNotFoundError), open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def install(folder, **options):
-    """`import cupy` gives a stand-in from now on, in this process."""
-    sys.meta_path.insert(0, Finder(folder, **options))
+    """`import cupy` gives a stand-in from now on, in this process. It is made as late as CuPy itself looks for GPUs."""
+
+    class Finder:
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            return importlib.machinery.ModuleSpec(name, cls) if name == "cupy" else None
+
+        create_module = staticmethod(lambda spec: StandIn(folder, **options))
+        exec_module = staticmethod(lambda module: None)
+
+    sys.meta_path.insert(0, Finder)

@@ -7,64 +7,59 @@ import pytest
 
 from tests.kv.contract import StoreContract
 from tests.kv.cuda import gpus
-from tests.kv.cuda.process import ProcessWorld, StoreProcess, killed_sender_is_lost_and_its_successor_is_read
-from tetri.kv.base import Wanted
+from tests.kv.cuda.process import ProcessWorld, StoreProcess
+from tests.kv.parties import block
+from tetri.kv.base import KVLost, Wanted
 from tetri.kv.cuda.ipc import PATH
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 CHUNK_BLOCKS = 8
 
 
-def started(cuda, numbers):
-    made = [StoreProcess(cuda, number) for number in numbers]
+@pytest.fixture(scope="module", params=[1, 2], ids=["one GPU", "two GPUs"])
+def processes(request):
+    """On the GPUs in turn."""
+    cuda = gpus.machine()
+    if gpus.count() < request.param:
+        pytest.skip("this machine has one GPU")
+    made = [StoreProcess(cuda, number % request.param) for number in range(4)]
+    if request.param == 2 and not made[0].near():
+        pytest.skip("the first two GPUs have no peer access to each other")
     yield made
     for process in made:
         process.stop()
 
 
-@pytest.fixture(scope="module")
-def on_one_gpu():
-    yield from started(gpus.machine(), [0] * 4)
-
-
-@pytest.fixture(scope="module")
-def on_two_gpus():
-    cuda = gpus.machine()
-    if gpus.count() < 2:
-        pytest.skip("this machine has one GPU")
-    yield from started(cuda, [0, 1] * 2)
-
-
-class TestOneGpu(StoreContract):
-    """Processes that share a GPU."""
-
+class TestGpus(StoreContract):
     @pytest.fixture
-    def world(self, tmp_path, on_one_gpu):
-        world = ProcessWorld(tmp_path, on_one_gpu)
-        yield world
-        world.close()
-
-
-class TestTwoGpus(StoreContract):
-    """Every other process is on the second GPU."""
-
-    @pytest.fixture
-    def world(self, tmp_path, on_two_gpus):
-        probe = ProcessWorld(tmp_path, on_two_gpus[:1])
-        near = probe.open("probe").store.reach.near
-        probe.close()
-        if not near:
-            pytest.skip("the first two GPUs have no peer access to each other")
-        world = ProcessWorld(tmp_path, on_two_gpus)
+    def world(self, tmp_path, processes):
+        world = ProcessWorld(tmp_path, processes)
         yield world
         world.close()
 
 
 def test_a_killed_sender_is_lost_and_its_successor_is_read(tmp_path):
-    killed_sender_is_lost_and_its_successor_is_read(tmp_path, gpus.machine())
+    first, receiver, second = processes = [StoreProcess(gpus.machine()) for _ in range(3)]
+    world = ProcessWorld(tmp_path, processes)
+    try:
+        sender, reader = world.pair()
+        chunk = sender.put(block(1), block(2))
+        assert reader.fetch(chunk) == [block(1), block(2)]
+        first.kill()
+        sender.closed = True
+        with pytest.raises(KVLost, match="or has ended"):
+            reader.fetch(chunk)
+        again = world.open("p0")
+        reader.meet(again)
+        assert reader.fetch(again.put(block(3))) == [block(3)]
+    finally:
+        for process in (receiver, second):
+            process.close(), process.stop()
 
 
-def measured(tmp_path, processes, mib, digest, check):
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
+@pytest.mark.parametrize("mib", [1, 4, 12, 48])
+def test_bandwidth(tmp_path, processes, mib, digest):
     size = (mib << 20) // CHUNK_BLOCKS
     world = ProcessWorld(tmp_path, processes)
     sender, receiver = world.pair(slots=CHUNK_BLOCKS, block_bytes=size, digest=digest)
@@ -74,7 +69,7 @@ def measured(tmp_path, processes, mib, digest, check):
     fetched = statistics.median(receiver.store.process.time_takes(wanted, 30))
     plain = statistics.median(receiver.store.process.time_copies(mib << 20, 30))
     gpus.report(
-        check,
+        f"two processes, {'one GPU' if sender.store.reach.device == receiver.store.reach.device else 'two GPUs'}",
         device=receiver.store.process.name(),
         chunk_mb=round((mib << 20) / 1e6, 1),
         digest=digest,
@@ -84,15 +79,3 @@ def measured(tmp_path, processes, mib, digest, check):
         equal=True,
     )
     world.close()
-
-
-@pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
-@pytest.mark.parametrize("mib", [1, 4, 12, 48])
-def test_bandwidth_on_one_gpu(tmp_path, on_one_gpu, mib, digest):
-    measured(tmp_path, on_one_gpu, mib, digest, "two processes, one GPU")
-
-
-@pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
-@pytest.mark.parametrize("mib", [1, 4, 12, 48])
-def test_bandwidth_between_two_gpus(tmp_path, on_two_gpus, mib, digest):
-    measured(tmp_path, on_two_gpus, mib, digest, "two processes, two GPUs")

@@ -1,9 +1,6 @@
 """Stores in the memory of GPUs that are not there: each has a CUDA of its own, as each worker's process has."""
 
-import fcntl
 import itertools
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +53,12 @@ def cuda(party):
     return device_of(party).runtime
 
 
+def calls(runtime, name):
+    """The arguments of each call of the runtime from now on."""
+    made, before = [], getattr(runtime, name)
+    setattr(runtime, name, lambda *args: made.append(args) or before(*args))
+    return made
+
+
 def counted(party, name):
-    """How often a call of the runtime is made from now on."""
-    calls, before = [], getattr(cuda(party), name)
-    setattr(cuda(party), name, lambda *args: calls.append(args) or before(*args))
-    return calls
-
-
-def killed(party) -> None:
-    """As the others see a process that has ended: the kernel drops its lock on the card, and it closes nothing."""
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            if os.readlink(link).endswith(party.store.reach.segment):
-                fcntl.flock(int(link.name), fcntl.LOCK_UN)
-    party.closed = True
+    return calls(cuda(party), name)

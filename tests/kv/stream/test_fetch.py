@@ -31,6 +31,14 @@ def started(made, now=0.0):
     return [fetch.number for _, fetch in made.start(now)]
 
 
+def asking(*asked, now=0.0, **options):
+    """Fetching, and the numbers of those that it starts of what is asked."""
+    made = fetching(**options)
+    for each in asked:
+        assert made.want(each, now) is None
+    return made, started(made, now)
+
+
 def arrive(made, number, data, now=0.0, peer="p"):
     fetch = made.due(peer, number)
     made.came(peer, len(data))
@@ -47,20 +55,15 @@ def test_what_is_asked_names_its_request_and_grants_credit_that_is_topped_up():
     assert first.lane == third.lane != second.lane
     assert first.credit == CREDIT and first.start == 0
     assert made.start(0.0) == []
-    made = fetching(buffer=1 << 40)
-    made.want(wanted(blocks=8000), 0.0)
-    started(made)
+    made, _ = asking(wanted(blocks=8000), buffer=1 << 40)
     assert made.came("p", 1 << 20) == Credit(credit=CREDIT + (1 << 20))
     assert made.came("p", 1 << 19) is None
     assert made.came("p", 1 << 19) == Credit(credit=CREDIT + (2 << 20))
 
 
 def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever():
-    made = fetching(buffer=4 * BLOCK)
-    for index in range(3):
-        made.want(wanted("long", index, blocks=2), 0.0)
-    made.want(wanted("short"), 0.0)
-    first, second = started(made)
+    long = [wanted("long", index, blocks=2) for index in range(3)]
+    made, (first, second) = asking(*long, wanted("short"), buffer=4 * BLOCK)
     lanes = {number: made.due("p", number).wanted.ticket[0] for number in (first, second)}
     assert list(lanes.values()) == ["long", "short"]
     made.want(wanted("large", blocks=4), 0.0)
@@ -78,27 +81,21 @@ def test_requests_take_turns_in_getting_memory_and_nobody_is_overtaken_for_ever(
 
 
 def test_so_many_start_at_once_and_one_larger_than_the_memory_alone():
-    made = fetching(buffer=BLOCK)
-    made.want(wanted(blocks=5), 0.0)
-    made.want(wanted("b"), 0.0)
-    assert len(started(made)) == 1 and made.used == 5 * BLOCK
+    made, (_,) = asking(wanted(blocks=5), wanted("b"), buffer=BLOCK)
+    assert made.used == 5 * BLOCK
     made.used_up(5 * BLOCK)
     assert len(started(made)) == 1
-    made = fetching(buffer=1 << 40)
-    for index in range(MAX_STARTED + 5):
-        made.want(wanted(f"r{index}"), 0.0)
-    numbers = started(made)
+    made, numbers = asking(*(wanted(f"r{index}") for index in range(MAX_STARTED + 5)), buffer=1 << 40)
     assert len(numbers) == MAX_STARTED
     arrive(made, numbers[0], bytes(BLOCK))
     assert len(started(made)) == 1
 
 
 def test_the_digest_is_over_all_of_it():
-    made = fetching()
     data = bytes(range(250)) * 8
-    made.want(wanted(blocks=2, digest=xxhash.xxh3_64_intdigest(data)), 0.0)
-    made.want(wanted("b", blocks=2, digest=5), 0.0)
-    for number in started(made):
+    right, wrong = (wanted(blocks=2, digest=digest) for digest in (xxhash.xxh3_64_intdigest(data), 5))
+    made, numbers = asking(right, wrong)
+    for number in numbers:
         fetch = made.due("p", number)
         assert not arrive(made, number, data[:700])
         assert arrive(made, number, data[700:])
@@ -133,9 +130,7 @@ def test_pieces_of_a_byte_each_lie_in_one_memory_and_blocks_of_no_bytes_are_as_m
 
 
 def test_a_new_connection_goes_on_where_the_old_one_was():
-    made = fetching()
-    made.want(wanted(blocks=2), 0.0)
-    (number,) = started(made)
+    made, (number,) = asking(wanted(blocks=2))
     arrive(made, number, bytes(700))
     made.down("p", 1.0)
     made.want(wanted("b"), 1.0)
@@ -154,10 +149,7 @@ def test_what_cannot_be_asked_for_is_never_asked():
 
 
 def test_gone_is_lost_or_foreign_and_counts_once():
-    made = fetching()
-    for key in ("a", "b"):
-        made.want(wanted(key), 0.0)
-    first, second = started(made)
+    made, (first, second) = asking(wanted("a"), wanted("b"))
     fetch, problem = made.gone("p", Gone(number=first, foreign=False, reason="freed\n\x1b"), 0.0)
     assert fetch.number == first and type(problem) is KVLost and str(problem).isprintable()
     assert type(made.gone("p", Gone(number=second, foreign=True, reason=""), 0.0)[1]) is KVForeign
@@ -166,10 +158,7 @@ def test_gone_is_lost_or_foreign_and_counts_once():
 
 
 def test_another_slab_ends_what_was_asked_of_the_old_one():
-    made = fetching(buffer=BLOCK)
-    for key in ("a", "b", "c"):
-        made.want(wanted(key), 0.0)
-    (number,) = started(made)
+    made, (number,) = asking(wanted("a"), wanted("b"), wanted("c"), buffer=BLOCK)
     assert made.meet("p", "s") == []
     lost = made.meet("p", "new")
     assert [fetch.wanted.ticket[0] for fetch in lost] == ["a", "b", "c"]
@@ -179,10 +168,8 @@ def test_another_slab_ends_what_was_asked_of_the_old_one():
 
 
 def test_silence_means_another_connection_and_without_a_byte_over_any_lost():
-    made = fetching()
-    assert made.deadline() is None
-    made.want(wanted(), 10.0)
-    (number,) = started(made, 10.0)
+    assert fetching().deadline() is None
+    made, (number,) = asking(wanted(), now=10.0)
     assert made.deadline() == 15.0 and made.stalled(14.9) == [] and made.stalled(15.0) == ["p"]
     made.down("p", 15.0)
     assert made.deadline() == 25.0
@@ -192,9 +179,7 @@ def test_silence_means_another_connection_and_without_a_byte_over_any_lost():
     assert made.deadline() == 25.0 and made.lost(34.9) == []
     ((fetch, problem),) = made.lost(35.0)
     assert fetch.number == number and isinstance(problem, KVLost) and made.deadline() is None
-    made = fetching()
-    made.want(wanted(), 0.0)
-    started(made)
+    made, _ = asking(wanted())
     for second in range(1, 15):
         made.down("p", float(second))
         made.up("p", second + 0.5)
@@ -203,17 +188,12 @@ def test_silence_means_another_connection_and_without_a_byte_over_any_lost():
 
 
 def test_who_is_not_reached_or_passed_over_is_lost_in_the_end():
-    made = fetching(up=False)
-    for key in ("a", "b"):
-        made.want(wanted(key), 3.0)
+    made, _ = asking(wanted("a"), wanted("b"), now=3.0, up=False)
     assert made.stalled(1e9) == [] and made.deadline() == 18.0
     assert len(made.lost(18.0)) == 2
     made.want(wanted("c"), 100.0)
     assert made.deadline() == 115.0  # it has its own time
-    made = fetching(buffer=1 << 40)
-    made.want(wanted("a"), 0.0)
-    made.want(wanted("b", blocks=4000), 0.0)
-    first, second = started(made)
+    made, (first, second) = asking(wanted("a"), wanted("b", blocks=4000), buffer=1 << 40)
     lost = []
     for at in range(1, 62):
         arrive(made, second, bytes(10), now=float(at))
@@ -222,10 +202,7 @@ def test_who_is_not_reached_or_passed_over_is_lost_in_the_end():
 
 
 def test_waiting_for_memory_is_not_the_peers_silence():
-    made = fetching(buffer=BLOCK)
-    for key in ("a", "b"):
-        made.want(wanted(key), 0.0)
-    (first,) = started(made)
+    made, (first,) = asking(wanted("a"), wanted("b"), buffer=BLOCK)
     arrive(made, first, bytes(BLOCK), now=1.0)
     assert made.deadline() is None and made.stalled(1e6) == [] and made.lost(1e6) == []
     made.used_up(BLOCK)

@@ -80,7 +80,7 @@ HARMLESS = {
 class Reading:
     """A stream that reads from a server of the test."""
 
-    def __init__(self, address, patience=QUICK):
+    def __init__(self, address, patience):
         self.woken = threading.Event()
         self.stream = StreamReader(LocalSlab("d0", 1, 1, {}), StreamSettings(patience=patience), self.woken.set)
         self.meet(address)
@@ -106,9 +106,9 @@ class Reading:
 def rude():
     made = []
 
-    def make(answers):
+    def make(answers, patience=QUICK):
         server = RudeServer(answers)
-        reading = Reading(server.server.address)
+        reading = Reading(server.server.address, patience)
         made.extend((reading.stream, server))
         return server, reading
 
@@ -133,7 +133,7 @@ def test_what_nobody_asked_for_is_dropped_and_harms_nothing(rude, answer):
 
 def test_what_is_always_rude_silent_gone_or_no_address_is_lost_and_foreign_is_not(rude):
     for answers in ([(b"garbage", None)], []):
-        _, reading = rude(lambda fetch, times, answers=answers: answers)
+        _, reading = rude(lambda fetch, times, answers=answers: answers, StreamPatience(stall_s=0.1, lost_s=0.3))
         assert isinstance(reading.fetch(DATA)[0], KVLost)
     _, reading = rude(lambda f, times: [(Gone(number=f.number, foreign=times == 2, reason="why"), None)])
     first, second = reading.fetch(DATA)[0], reading.fetch(DATA, 1)[0]

@@ -24,8 +24,11 @@ def fetch(number, slots, lane=None, start=0, credit=ENDLESS, block_bytes=MB, seg
     return Fetch(number=number, lane=lane, handle=handle(slots, block_bytes, segment), start=start, credit=credit)
 
 
-def serving():
-    return Serving(lambda handle: None if handle.segment == "s" else "another slab")
+def serving(*fetches):
+    """With these fetches of one receiver."""
+    made = Serving(lambda handle: None if handle.segment == "s" else "another slab")
+    assert [made.received(b"d", each) for each in fetches] == [None] * len(fetches)
+    return made
 
 
 def sent(made, most=10_000):
@@ -38,14 +41,12 @@ def sent(made, most=10_000):
 
 
 def test_one_fetch_goes_in_order_and_once_each_piece_with_the_slots_that_it_touches():
-    made = serving()
-    assert made.received(b"d", fetch(1, [3, 7], block_bytes=3 * MB // 2)) is None
+    made = serving(fetch(1, [3, 7], block_bytes=3 * MB // 2))
     half = MB // 2
     expected = [(0, 2 * half), (2 * half, 3 * half), (3 * half, 5 * half), (5 * half, 6 * half)]
     assert sent(made) == [(b"d", 1, *each) for each in expected]
     assert made.fetches == 0 and made.next() is None
-    made = serving()
-    made.received(b"d", fetch(1, [4, 2], block_bytes=1_500_000))
+    made = serving(fetch(1, [4, 2], block_bytes=1_500_000))
     touched = []
     while (due := made.next()) is not None:
         made.sent(due)
@@ -65,18 +66,13 @@ def test_a_small_one_waits_for_one_piece_of_each_other(others):
 
 
 def test_the_fetches_of_one_request_go_one_after_the_other():
-    made = serving()
-    for number in (1, 2, 3):
-        made.received(b"d", fetch(number, [0, 1], lane=1))
-    made.received(b"d", fetch(4, [0, 1, 2], lane=4))
+    made = serving(*(fetch(number, [0, 1], lane=1) for number in (1, 2, 3)), fetch(4, [0, 1, 2], lane=4))
     numbers = [number for _, number, _, _ in sent(made)]
-    assert [number for number in numbers if number != 4] == [1, 1, 2, 2, 3, 3]
     assert numbers == [1, 4, 1, 4, 2, 4, 2, 3, 3]
 
 
 def test_never_more_goes_than_was_granted_and_the_rest_when_it_is():
-    made = serving()
-    made.received(b"d", fetch(1, list(range(8)), credit=3 * MB + MB // 2))
+    made = serving(fetch(1, list(range(8)), credit=3 * MB + MB // 2))
     made.received(b"e", fetch(1, [0], credit=0))
     made.received(b"d", Credit(credit=MB))  # an older one counts for nothing
     assert [stop for *_, stop in sent(made)] == [MB, 2 * MB, 3 * MB]
@@ -130,12 +126,9 @@ def test_what_cannot_be_served_is_answered_at_once():
 
 
 def test_no_bytes_are_one_empty_piece_a_fetch_goes_on_where_it_was_and_what_was_freed_ends_alone():
-    made = serving()
-    made.received(b"d", fetch(1, []))
-    made.received(b"d", fetch(2, [4, 9, 3], start=MB))
+    made = serving(fetch(1, []), fetch(2, [4, 9, 3], start=MB))
     assert sent(made) == [(b"d", 1, 0, 0), (b"d", 2, MB, 2 * MB), (b"d", 2, 2 * MB, 3 * MB)]
-    made.received(b"d", fetch(1, [0, 1], lane=1))
-    made.received(b"d", fetch(2, [2], lane=1))
+    made = serving(fetch(1, [0, 1], lane=1), fetch(2, [2], lane=1))
     answer = made.gone(made.next())
     assert (answer.number, answer.foreign) == (1, False)
     assert sent(made) == [(b"d", 2, 0, MB)]
@@ -154,18 +147,14 @@ def test_a_receiver_that_is_full_or_gone_keeps_nobody_waiting():
 
 
 def test_nothing_grows_without_bound():
-    made = serving()
-    for number in range(MAX_FETCHES):
-        assert made.received(b"d", fetch(number, [0], credit=0)) is None
+    made = serving(*(fetch(number, [0], credit=0) for number in range(MAX_FETCHES)))
     assert "fetches" in made.received(b"d", fetch(MAX_FETCHES, [0], credit=0)).reason
     for number in range(MAX_PEERS - 1):
         made.received(b"%d" % number, Credit(credit=0))
     assert "receivers" in made.received(b"one more", fetch(1, [0])).reason
     assert made.received(b"one more", Credit(credit=0)) is None and len(made.peers) == MAX_PEERS
-    made = serving()
-    for number in range(10):  # a tiny piece costs enough to bound their number
-        made.received(b"d", fetch(number, [0], credit=3 * LEAST_COST, block_bytes=1))
-    assert len(sent(made)) == 3
+    tiny = serving(*(fetch(number, [0], credit=3 * LEAST_COST, block_bytes=1) for number in range(10)))
+    assert len(sent(tiny)) == 3, "a tiny piece costs enough to bound their number"
 
 
 def test_pieces_stop_where_the_memory_does_and_small_blocks_are_joined():

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from relay import Relay, Weather
 
 from tests.kv.contract import StoreContract
-from tests.kv.parties import block
 from tests.kv.stream.world import StreamWorld, big
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVCorrupt, KVError, KVLost
@@ -35,14 +34,6 @@ def relayed(world, blocks, **options):
     relay = Relay(sender.store.reach.address, **options)
     receiver.store.meet("p0", replace(sender.store.reach, address=f"tcp://127.0.0.1:{relay.port}"))
     return sender, receiver, relay
-
-
-def test_a_transfer_that_is_cut_again_and_again_goes_on_where_it_was(world):
-    sender, receiver, relay = relayed(world, 24, weather=Weather(cut_every=6 * MB))
-    with relay:
-        chunk = sender.put(*(big(number) for number in range(24)))
-        assert receiver.fetch(chunk) == list(chunk.blocks)
-        assert relay.cuts >= 2 and relay.forwarded < 2 * 24 * MB, "what had come was not asked for again"
 
 
 def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
@@ -85,23 +76,15 @@ def test_a_sender_that_dies_is_lost_in_time_and_its_successor_is_another(world):
     assert receiver.fetch(again.put(big(5))) == [big(5)]
 
 
-def test_a_thousand_fetches_leave_no_slot_no_descriptor_and_no_thread(world):
-    sender, receiver = world.pair(slots=4, block_bytes=100_000)
-    receiver.fetch(sender.put(big(0, 100_000)))
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    for number in range(1000):
-        chunk = sender.put(big(number, 100_000), big(number + 1, 100_000))
-        assert receiver.fetch(chunk) == list(chunk.blocks)
-        sender.free(chunk)
-        world.wait(lambda: sender.store.free_slots == 3, "slots that libzmq does not let go of")
-    assert len(os.listdir("/proc/self/fd")) == descriptors and threading.active_count() == threads
-
-
-def test_streams_that_end_leave_nothing_open():
+def test_streams_and_their_fetches_leave_nothing_open():
     def once():
         world = StreamWorld()
-        sender, receiver = world.pair()
-        receiver.fetch(sender.put(block(1)))
+        sender, receiver = world.pair(slots=4, block_bytes=100_000)
+        for number in range(20):
+            chunk = sender.put(big(number, 100_000), big(number + 1, 100_000))
+            assert receiver.fetch(chunk) == list(chunk.blocks)
+            sender.free(chunk)
+            world.wait(lambda: sender.store.free_slots == 4, "slots that libzmq does not let go of")
         world.close()
 
     once()
@@ -147,12 +130,11 @@ def test_an_address_is_as_announced_and_with_a_key_members_exchange_and_others_a
     chunk = sender.put(big(1, 3 * MB), big(2, 3 * MB))
     receiver.meet(sender)
     assert receiver.fetch(chunk) == list(chunk.blocks)
-    for key in ("", made[1]):
-        world.settings = StreamSettings(key=key, patience=QUICK)
-        incompatibility = world.open(f"x{len(key)}")
-        incompatibility.meet(sender)
-        with pytest.raises(KVLost):
-            incompatibility.fetch(chunk)
+    world.settings = StreamSettings(key=made[1], patience=QUICK)
+    outsider = world.open("x0")
+    outsider.meet(sender)
+    with pytest.raises(KVLost):
+        outsider.fetch(chunk)
 
 
 def test_what_cannot_be_served_is_one_line():

@@ -19,6 +19,9 @@ class StreamWorld(World):
     path = "stream"
     settings = StreamSettings(patience=StreamPatience(stall_s=1.0, lost_s=3.0))
 
+    def expect_the_worst(self):
+        self.settings = StreamSettings(patience=StreamPatience(stall_s=0.1, lost_s=0.3))
+
     def store(self, iid, wake, slots, block_bytes, digest):
         slab = LocalSlab(iid, slots, block_bytes, {}, digest)
         stream = StreamReader(slab, self.settings, wake)
