@@ -138,11 +138,6 @@ def test_a_tiny_engine_is_measured_as_far_as_it_goes(capacity):
     assert all(point.seconds == pytest.approx(predicted(KNOWN, point)) for point in points)
 
 
-def test_an_engine_without_a_cost_cannot_be_measured():
-    with pytest.raises(ProfileError, match="give the emulated engine a cost table"):
-        fit(profiled(Stopwatch(), rounds=1, cost=Cost()))
-
-
 class Sluggish(EmulatedEngine):
     """Gives no decode leg its blocks."""
 

@@ -79,7 +79,7 @@ def test_who_is_told_the_truth_does_as_when_requests_fix_their_lengths(admit):
 
 @pytest.mark.parametrize("kind", ["classifier", "hidden", "both", "prior"])
 def test_the_record_reaches_the_workers(kind):
-    """With odds that are right, most ranges are, and the prior's are not. During decode only hidden states tell more."""
+    """With odds that are right, most ranges are, not the prior's. During decode only hidden states tell more."""
     made = world(kind)
     made.run()
     prefill, decode = (made.workers[name].core.estimator for name in ("p0", "d0"))
