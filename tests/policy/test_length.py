@@ -1,7 +1,6 @@
 """What is known of a request's length, and what follows from it."""
 
 from collections import Counter
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -41,28 +40,6 @@ def test_noisy_labels_are_those_of_the_seed_and_wrong_ones_the_nearer_the_likeli
     for far, share in ((1, 0.5), (2, 0.25), (3, 0.125)):
         assert (counts[far] + counts[-far]) / wrong == pytest.approx(share, abs=0.015)
     assert counts[1] == pytest.approx(counts[-1], rel=0.1)
-
-
-ANSWERS = [(0, 1), (0.1, 9), (0.25, 23), (0.5, 117), (0.75, 319), (0.9, 577), (0.95, 768), (0.99, 1282), (1, 2100)]
-
-
-def answer(rng):
-    """Tokens of an answer in a conversation, by the quantiles of the paper's figure 1."""
-    share = rng.random()
-    (below, short), (above, long) = next(pair for pair in pairwise(ANSWERS) if share <= pair[1][0])
-    return int(short + (long - short) * (share - below) / (above - below))
-
-
-@pytest.mark.parametrize("granularity, accuracy, merged, right", [(100, 0.589, 200, 0.749), (200, 0.749, 400, 0.85)])
-def test_the_papers_accuracies_follow_from_one_another(granularity, accuracy, merged, right):
-    """Section 5.2.2: 58.9 % at 100 tokens, 74.9 % at 200, 85 % at 400. A prediction by small buckets is one by buckets
-    twice as large, too."""
-    rules, rng, hits, draws = Rules(length_granularity=granularity, length_accuracy=accuracy), Random(2), 0, 20_000
-    for _ in range(draws):
-        tokens = answer(rng)
-        guess = noisy(9, Sampling(max_tokens=tokens, ignore_eos=True), rules, rng)
-        hits += guess.low // merged == tokens // merged
-    assert hits / draws == pytest.approx(right, abs=0.015)
 
 
 def test_a_request_that_outlives_its_range_is_moved_up():

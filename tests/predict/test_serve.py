@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -172,30 +170,14 @@ def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixtur
     assert not still_reading()
 
 
-ENDS_INSIDE = """
-import logging, os, sys, threading, torch
-from tetri.predict import serve
-serve.LEAVE_S = 0.01
-inside = threading.Event()
-class Slow:
-    def read(self, texts):
-        inside.set()
-        ones = torch.ones(1500, 1500)
-        while True:
-            ones = (ones @ ones).clamp(0, 1)
-beside = serve.Parallel(serve.Reading(Slow(), str, 0, logging.getLogger()), lambda: None, begin=serve.one_core)
-beside.ask("a", [1])
-inside.wait()
-beside.close()
-assert serve.still_reading()
-os._exit(0)
-"""
-
-
-def test_a_worker_can_tell_that_its_end_would_abort_the_process() -> None:
+def test_a_thread_that_hangs_is_left_behind_and_the_process_can_tell(parallel: Any, monkeypatch: Any) -> None:
     """As tetri/proc/worker.py ends then."""
-    ended = subprocess.run([sys.executable, "-c", ENDS_INSIDE], capture_output=True, timeout=60, check=False)
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    monkeypatch.setattr(serve, "LEAVE_S", 0.01)
+    beside, classifier = parallel("k")
+    beside.close()
+    assert still_reading()
+    classifier.go.release()
+    wait_until(lambda: not still_reading(), "it does not end")
 
 
 def test_one_that_hangs_is_not_asked_until_it_answers(parallel: Any) -> None:
