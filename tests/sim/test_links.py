@@ -1,9 +1,6 @@
-"""Virtual links: latency, bandwidth, and the request-level transfer of the paper."""
+"""Virtual links: latency, lost messages, and the request-level transfer of the paper."""
 
-import pytest
-
-from tetri.core.actions import Adopt, Adopted, Export, Freed
-from tetri.sim.links import Port, SimulatedKV, Wiring
+from tetri.sim.links import Port, Wiring
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Chunk, Drop, Handle
 
@@ -85,16 +82,3 @@ def test_request_level_transfer_forgets_the_chunks_of_an_offer_that_is_taken_bac
     a.port.send("b", chunk(1, token=7, offer=2))
     kernel.run()
     assert [message for _, message in b.heard] == [drop(), chunk(1, token=7, offer=2)]
-
-
-def test_kv_is_taken_one_transfer_after_the_other_at_the_speed_of_the_link(kernel):
-    a, b = pair(kernel)
-    source, target = SimulatedKV(kernel, a, 10, 100.0), SimulatedKV(kernel, b, 10, 100.0)
-    handle = source.export(Export("leg", 0, 2, 5)).handle
-    assert (source.kept, len(handle.slots)) == (3, 3)
-    assert target.adopt(Adopt("leg", 0, 2, handle, 0, "a", "local")) is None
-    assert target.adopt(Adopt("leg", 1, 5, handle, 0, "a", "local")) is None
-    kernel.run()
-    assert b.heard == [(pytest.approx(0.3), Adopted("leg", 0)), (pytest.approx(0.6), Adopted("leg", 1))]
-    assert target.moved_bytes == 60
-    assert source.free(handle) == Freed(3) and source.kept == 0
