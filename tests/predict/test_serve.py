@@ -90,14 +90,7 @@ def test_in_front_the_answer_comes_at_once() -> None:
     before.close()
 
 
-def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCaptureFixture) -> None:
-    classifier = LengthWait(fails_at="bad", may_read=9)
-    before = Sequential(reading(classifier))
-    assert [before.ask(key, text) for key, text in (("k", b"bad"), ("l", b"good"))] == [("k", None), ("l", None)]
-    assert before.trouble == "the classifier failed: no idea of bad"
-    (record,) = caplog.records
-    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test")
-    assert classifier.batches == [["bad"]]
+def test_in_front_a_failure_ends_it() -> None:
     before = Sequential(reading(SimpleNamespace(read=lambda texts: ([], []))))
     assert before.ask("k", b"a") == ("k", None) and before.trouble == "the classifier failed: 0 answers to 1 prompts"
 
@@ -146,14 +139,18 @@ def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
     assert beside.unread == 3
 
 
-def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_once_and_nobody_gets_an_answer(
+    parallel: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     beside, classifier = parallel("bad", fails_at="bad")
     beside.ask("l", b"good")
     classifier.go.release(9)
     assert heard(beside, 2) == [("bad", None), ("l", None)]
     assert beside.trouble == "the classifier failed: no idea of bad"
     assert beside.ask("m", b"good") == ("m", None)
-    assert len(caplog.records) == 1 and classifier.batches == [["bad"]]
+    assert classifier.batches == [["bad"]]
+    (record,) = caplog.records
+    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test")
 
 
 def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixture) -> None:

@@ -96,6 +96,7 @@ def test_two_requests_share_the_batch():
 
 # ---------------------------------------------------------------- many requests
 
+
 @pytest.mark.parametrize(
     "changes",
     [
