@@ -57,8 +57,7 @@ def chunk(index, token=None, offer=1):
     return Chunk(src="a", incarnation=1, rid="r", attempt=1, offer=offer, **where)
 
 
-def drop(offer=1):
-    return Drop(src="a", incarnation=1, rid="r", attempt=1, offer=offer, why="")
+DROP = Drop(src="a", incarnation=1, rid="r", attempt=1, offer=1, why="")
 
 
 def test_request_level_transfer_keeps_the_chunks_until_the_last_one_is_there(kernel):
@@ -77,8 +76,7 @@ def test_request_level_transfer_keeps_the_chunks_until_the_last_one_is_there(ker
 def test_request_level_transfer_forgets_the_chunks_of_an_offer_that_is_taken_back(kernel):
     a, b = pair(kernel, whole=True)
     kernel.run()
-    a.port.send("b", chunk(0))
-    a.port.send("b", drop())
-    a.port.send("b", chunk(1, token=7, offer=2))
+    for message in (chunk(0), DROP, chunk(0, offer=2), chunk(1, token=7)):
+        a.port.send("b", message)
     kernel.run()
-    assert [message for _, message in b.heard] == [drop(), chunk(1, token=7, offer=2)]
+    assert [message for _, message in b.heard] == [DROP, chunk(1, token=7)]
