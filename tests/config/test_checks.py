@@ -10,7 +10,7 @@ from tetri.config import ConfigError, load
 PROGRAMS = "broker, monitor or supervisord"
 NO_ADDRESS = ("10.0.0.1", "10.0.0.1:0", "10.0.0.256:1", "example.org:1")
 BAD = [
-    ("[cluster]\ndead_s=0.3\n", "at least three times heartbeat_s"),
+    ("[cluster]\ndead_s=0.59\n", "at least three times heartbeat_s"),
     ("[transfer]\nslab_blocks=4\n", "slab_blocks: must be at least 5"),
     *((f"[transfer]\naddress='tcp://{at}'\n", 'address: must be "tcp://IPv4-ADDRESS:PORT"') for at in NO_ADDRESS),
     ("[transfer]\naddress='tcp://10.0.0.1:*'\n", "10.0.0.1 is not this machine's loopback, and"),

@@ -44,29 +44,6 @@ PROMPT = st.tuples(st.integers(0, 30), st.integers(1, 5), st.one_of(st.none(), s
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.lists(PROMPT, min_size=1, max_size=25), st.integers(0, 8), st.sampled_from(["ageing", "deadline"]))
-def test_nobody_waits_for_those_who_come_long_after_it(prompts, stretch, name):
-    """One prompt at a time is prefilled, always the first of those that are there: no prompt without a deadline is
-    overtaken by one that came more than `stretch` times its own work after it."""
-    there = [
-        QueuedPrompt(str(number), number, 9, float(since), float(work), None if slack is None else float(since + slack))
-        for number, (since, work, slack) in enumerate(sorted(prompts, key=lambda prompt: prompt[0]))
-    ]
-    waiting, now, started = {prompt.key: prompt for prompt in there}, 0.0, []
-    while waiting:
-        here = [prompt for prompt in waiting.values() if prompt.since <= now]
-        if not here:
-            now = min(prompt.since for prompt in waiting.values())
-            continue
-        first = waiting.pop(keys(name, here, float(stretch))[0])
-        started.append(first)
-        now += first.work_s
-    for place, prompt in enumerate(started):
-        if prompt.due is None:
-            assert all(prompt.since + stretch * prompt.work_s >= before.since for before in started[:place])
-
-
-@settings(deadline=None, derandomize=True)
 @given(st.lists(PROMPT, max_size=12), st.sampled_from(sorted(ORDERS)))
 def test_an_order_keeps_everybody_and_is_the_same_however_they_stand(prompts, name):
     window = [

@@ -4,10 +4,10 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 
 from tests.predict import made
 from tetri.predict.encoder import load_encoder
-from tetri.predict.model import load
 from tetri.predict.quick import quick
 
 
@@ -21,8 +21,6 @@ def test_features_differ_by_a_hundredth(kind, tmp_path):
 
 
 def test_weights_that_lie_otherwise_say_the_very_same(tmp_path):
-    import torch
-
     encoder = load_encoder(str(made.encoder(tmp_path / "bert")), 16)
     tokens, mask = encoder.padded([[2, 5, 6, 7, 3], [2, 9, 3]])
     plain = copy.deepcopy(encoder.model)
@@ -34,8 +32,6 @@ def test_weights_that_lie_otherwise_say_the_very_same(tmp_path):
 
 
 def test_a_processor_without_bfloat16_computes_it_as_it_is(tmp_path, monkeypatch):
-    import torch
-
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     encoder = load_encoder(str(made.encoder(tmp_path / "bert")), 16)
@@ -43,11 +39,3 @@ def test_a_processor_without_bfloat16_computes_it_as_it_is(tmp_path, monkeypatch
     quick(encoder.model)
     assert next(encoder.model.parameters()).dtype == torch.float32
     assert (encoder.vectors(["abc"]) == before).all()
-
-
-def test_what_is_read_is_counted_before_it_is_cut(tmp_path):
-    loaded = load(made.classifier(tmp_path), "classifier")
-    texts = ["a", "a" * 5, "a" * 6, "ab" * 2500, ""]
-    distribution, counts = loaded.read(texts)
-    assert counts == [3, 7, 8, 5002, 2]
-    assert distribution == loaded.classify(texts) and loaded.read([]) == ([], [])

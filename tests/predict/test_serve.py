@@ -2,10 +2,9 @@
 
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,17 +21,14 @@ class LengthWait:
     """A classifier to which the length of a text is all: its odds are a bucket of that width. `go` is when it may read
     the next batch; `batches` are those that it began to read."""
 
-    def __init__(self, fails_at: str = "") -> None:
-        self.go = threading.Semaphore(0)
+    def __init__(self, fails_at: str = "", may_read: int = 0) -> None:
+        self.go = threading.Semaphore(may_read)
         self.batches: list[list[str]] = []
         self.fails_at, self.priority = fails_at, 0
 
-    def begins(self) -> None:
-        wait_until(lambda: len(self.batches) == 1, "it does not begin")
-
     def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
-        self.batches.append(list(texts))
         self.priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        self.batches.append(list(texts))
         assert self.go.acquire(timeout=20)
         if self.fails_at in texts and self.fails_at:
             raise RuntimeError(f"no idea\nof {self.fails_at}")
@@ -50,18 +46,22 @@ def words(prompt: Sequence[int]) -> str:
     return bytes(prompt).decode()
 
 
-def reading(classifier: Any, cut: int = 8) -> Reading:
-    return Reading(classifier, words, cut, LOG)
+def reading(classifier: Any) -> Reading:
+    return Reading(classifier, words, 8, LOG)
 
 
 @pytest.fixture
-def parallel() -> Iterator[Callable[..., Parallel]]:
+def parallel() -> Iterator[Callable[..., tuple[Parallel, LengthWait]]]:
+    """Begins to read `first` beside, and holds it up."""
     made: list[tuple[Parallel, LengthWait]] = []
 
-    def make(classifier: LengthWait, **options: Any) -> Parallel:
+    def make(first: str, fails_at: str = "", **options: Any) -> tuple[Parallel, LengthWait]:
+        classifier = LengthWait(fails_at)
         beside = Parallel(reading(classifier), options.pop("wake", lambda: None), **options)
         made.append((beside, classifier))
-        return beside
+        assert beside.ask(first, first.encode()) is None
+        wait_until(lambda: len(classifier.batches) == 1, "it does not begin")
+        return beside, classifier
 
     yield make
     for beside, classifier in made:
@@ -83,43 +83,26 @@ def heard(beside: Parallel, count: int) -> list[tuple[str, LengthDistribution | 
 
 
 def test_in_front_the_answer_comes_at_once() -> None:
-    classifier = LengthWait()
-    classifier.go.release(2)
-    before = Sequential(reading(classifier))
+    before = Sequential(reading(LengthWait(may_read=2)))
     assert before.ask("k", b"abc") == ("k", LengthDistribution(3, (1.0,)))
     assert before.ask("l", b"abcdefghi") == ("l", LengthDistribution(9, (1.0,)))
-    assert [*before.answers()] == [] and before.trouble == ""
-    assert (before.cut, before.unread) == (1, 0)
+    assert ([*before.answers()], before.trouble, before.cut, before.unread) == ([], "", 1, 0)
     before.close()
 
 
-def test_in_front_a_failure_is_logged_once_and_ends_it(caplog: pytest.LogCaptureFixture) -> None:
-    classifier = LengthWait(fails_at="bad")
-    classifier.go.release(9)
-    before = Sequential(reading(classifier))
-    assert before.ask("k", b"bad") == ("k", None)
-    assert before.ask("l", b"good") == ("l", None)
-    assert before.trouble == "the classifier failed: no idea of bad"
-    (record,) = caplog.records
-    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test")
-    assert classifier.batches == [["bad"]]
-    classifier = LengthWait()
-    classifier.read = lambda texts: ([], [])  # type: ignore[method-assign]
-    before = Sequential(reading(classifier))
+def test_in_front_a_failure_ends_it() -> None:
+    before = Sequential(reading(SimpleNamespace(read=lambda texts: ([], []))))
     assert before.ask("k", b"a") == ("k", None) and before.trouble == "the classifier failed: 0 answers to 1 prompts"
 
 
 def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> None:
     woken = threading.Event()
-    classifier = LengthWait()
-    beside = parallel(classifier, wake=woken.set)
-    assert beside.ask("k0", b"first") is None
-    classifier.begins()
+    beside, classifier = parallel("first", wake=woken.set)
     assert not woken.is_set() and [*beside.answers()] == []
     for number in range(1, 20):
         assert beside.ask(f"k{number}", b"x" * number) is None
     classifier.go.release(3)
-    expected = [(f"k{n}", LengthDistribution(n or 5, (1.0,))) for n in range(20)]
+    expected = [("first" if n == 0 else f"k{n}", LengthDistribution(n or 5, (1.0,))) for n in range(20)]
     assert heard(beside, 20) == expected and woken.is_set()
     assert [len(batch) for batch in classifier.batches] == [1, serve.BATCH, 3]
     assert (beside.cut, beside.unread) == (11, 0)
@@ -128,12 +111,8 @@ def test_beside_nobody_waits_and_what_waits_is_read_together(parallel: Any) -> N
 def test_the_thread_lets_others_go_first_on_linux(parallel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     began = threading.get_native_id()
     before = os.getpriority(os.PRIO_PROCESS, began)
-    classifier = LengthWait()
     begun = threading.Event()
-    beside = parallel(classifier, begin=begun.set)
-    beside.ask("k", b"a")
-    classifier.go.release()
-    heard(beside, 1)
+    _, classifier = parallel("a", begin=begun.set)
     assert classifier.priority == min(19, before + serve.NICE) and begun.is_set()
     assert os.getpriority(os.PRIO_PROCESS, began) == before, "only its own"
     monkeypatch.setattr(os, "uname", lambda: type("U", (), {"sysname": "Darwin"}))
@@ -142,22 +121,16 @@ def test_the_thread_lets_others_go_first_on_linux(parallel: Any, monkeypatch: py
 
 
 def test_long_prompts_are_read_alone_where_nothing_cuts_them(parallel: Any) -> None:
-    classifier = LengthWait()
-    beside = parallel(classifier, alone=4)
-    beside.ask("k", b"now")
-    classifier.begins()
-    for text in (b"a", b"b", b"longer", b"longest", b"c", b"d"):
-        beside.ask(words(text), text)
+    beside, classifier = parallel("now", alone=4)
+    for text in ("a", "b", "longer", "longest", "c", "d"):
+        beside.ask(text, text.encode())
     classifier.go.release(9)
     heard(beside, 7)
     assert classifier.batches == [["now"], ["a", "b"], ["longer"], ["longest"], ["c", "d"]]
 
 
 def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
-    classifier = LengthWait()
-    beside = parallel(classifier)
-    beside.ask("under way", b"a")
-    classifier.begins()
+    beside, classifier = parallel("under way")
     assert [beside.ask(f"k{n}", b"a") for n in range(serve.QUEUE)] == [None] * serve.QUEUE
     assert [beside.ask(f"l{n}", b"a") for n in range(3)] == [(f"k{n}", None) for n in range(3)]
     classifier.go.release(99)
@@ -166,17 +139,18 @@ def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
     assert beside.unread == 3
 
 
-def test_beside_a_failure_answers_everybody_with_nothing(parallel: Any, caplog: pytest.LogCaptureFixture) -> None:
-    classifier = LengthWait(fails_at="bad")
-    beside = parallel(classifier)
-    beside.ask("k", b"bad")
-    classifier.begins()
+def test_a_failure_is_logged_once_and_nobody_gets_an_answer(
+    parallel: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside, classifier = parallel("bad", fails_at="bad")
     beside.ask("l", b"good")
     classifier.go.release(9)
-    assert heard(beside, 2) == [("k", None), ("l", None)]
+    assert heard(beside, 2) == [("bad", None), ("l", None)]
     assert beside.trouble == "the classifier failed: no idea of bad"
     assert beside.ask("m", b"good") == ("m", None)
-    assert len(caplog.records) == 1 and classifier.batches == [["bad"]]
+    assert classifier.batches == [["bad"]]
+    (record,) = caplog.records
+    assert record.message.startswith("the classifier is off from now on why=no idea of bad kind=RuntimeError at=test")
 
 
 def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixture) -> None:
@@ -193,38 +167,19 @@ def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixtur
     assert not still_reading()
 
 
-ENDS_INSIDE = """
-import logging, os, sys, threading, torch
-from tetri.predict import serve
-serve.LEAVE_S = 0.01
-inside = threading.Event()
-class Slow:
-    def read(self, texts):
-        inside.set()
-        ones = torch.ones(1500, 1500)
-        while True:
-            ones = (ones @ ones).clamp(0, 1)
-beside = serve.Parallel(serve.Reading(Slow(), str, 0, logging.getLogger()), lambda: None, begin=serve.one_core)
-beside.ask("a", [1])
-inside.wait()
-beside.close()
-assert serve.still_reading()
-os._exit(0)
-"""
-
-
-def test_a_worker_can_tell_that_its_end_would_abort_the_process() -> None:
+def test_a_thread_that_hangs_is_left_behind_and_the_process_can_tell(parallel: Any, monkeypatch: Any) -> None:
     """As tetri/proc/worker.py ends then."""
-    ended = subprocess.run([sys.executable, "-c", ENDS_INSIDE], capture_output=True, timeout=60, check=False)
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    monkeypatch.setattr(serve, "LEAVE_S", 0.01)
+    beside, classifier = parallel("k")
+    beside.close()
+    assert still_reading()
+    classifier.go.release()
+    wait_until(lambda: not still_reading(), "it does not end")
 
 
 def test_one_that_hangs_is_not_asked_until_it_answers(parallel: Any) -> None:
     clock = Clock()
-    classifier = LengthWait()
-    beside = parallel(classifier, clock=clock)
-    beside.ask("k", b"a")
-    classifier.begins()
+    beside, classifier = parallel("k", clock=clock)
     clock.now += serve.SILENT_S
     assert beside.trouble == "" and beside.ask("l", b"b") is None
     clock.now += 5

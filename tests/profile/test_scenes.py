@@ -51,13 +51,6 @@ def test_the_last_chunk_of_a_long_prompt_is_of_a_size_that_begins_one_too(budget
     assert ends and all(end in sizes(budget, quick) for end in ends)
 
 
-def test_quick_is_much_less_work():
-    def work(quick):
-        return sum(sum(scene.prompts) + sum(scene.contexts) for scene in scenes(CPU, quick))
-
-    assert 3 * work(True) < 5 * work(False) / 4  # with its own number of rounds
-
-
 @settings(deadline=None, derandomize=True)
 @given(st.builds(Capacity, blocks=positive, block_tokens=positive, chunk_tokens=positive, max_batch=positive,
                  context=st.integers(2, 9000)), st.booleans())  # fmt: skip

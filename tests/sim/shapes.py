@@ -98,34 +98,17 @@ def _arrival(rng: Random, context: int) -> Arrival:
     return Arrival(rng.uniform(0.0, FIRST_S / 2), prompt, output, deadline_s, sampling=sampling)
 
 
+ODDS = {"drop": (0.02, 0.2, 0.2), "duplicate": (0.02, 0.2), "delay": (0.05, 0.3), "corrupt": (0.05, 0.4)}
+ODDS |= {"kill": (0.5, 2.0), "disconnect": (0.2, 3.0), "leave": (0.5, 2.0), "stall": (0.5, 2.0), "cancel": (0.1, 0.4)}
+ODDS |= {"flip": (3.0, 15.0), "kill_monitor": (1.0, 3.0), "mute": (0.2, 1.0), "lose": (0.05, 0.3)}
+ODDS |= {"truncate": (0.05, 0.3), "replay": (0.05, 0.4), "overtake": (0.05, 0.4), "mangle": (0.02, 0.1)}
+ODDS |= {"freeze": (0.3, 1.0)}
+
+
 def some_faults(seed: int) -> Faults:
     """Some kinds of faults, each hardly ever or often."""
     rng = Random(f"faults {seed}")
-
-    def chance(*values: float) -> float:
-        return rng.choice((0.0, *values))
-
-    return Faults(
-        until=FIRST_S,
-        drop=chance(0.02, 0.2, 0.2),
-        duplicate=chance(0.02, 0.2),
-        delay=chance(0.05, 0.3),
-        corrupt=chance(0.05, 0.4),
-        kill=chance(0.5, 2.0),
-        disconnect=chance(0.2, 3.0),
-        leave=chance(0.5, 2.0),
-        stall=chance(0.5, 2.0),
-        cancel=chance(0.1, 0.4),
-        flip=chance(3.0, 15.0),
-        kill_monitor=chance(1.0, 3.0),
-        mute=chance(0.2, 1.0),
-        lose=chance(0.05, 0.3),
-        truncate=chance(0.05, 0.3),
-        replay=chance(0.05, 0.4),
-        overtake=chance(0.05, 0.4),
-        mangle=chance(0.02, 0.1),
-        freeze=chance(0.3, 1.0),
-    )
+    return Faults(until=FIRST_S, **{kind: rng.choice((0.0, *odds)) for kind, odds in ODDS.items()})
 
 
 def some_shape(seed: int) -> Shape:

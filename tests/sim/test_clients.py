@@ -1,4 +1,4 @@
-"""All clients of a simulated deployment: when they ask, and what they note of the answers."""
+"""All clients of a simulated deployment: which requests they refuse to send, and what they note of the answers."""
 
 import pytest
 
@@ -10,20 +10,13 @@ from tetri.sim.traces import Arrival
 from tetri.wire.clients import Accepted, Done, Refused
 
 
-class Asked:
-    """Clients, what they send and when, and how many answers were told of."""
-
-    def __init__(self, *arrivals):
-        self.kernel, self.sent, self.told = Kernel(), [], []
-        self.clients = Clients(self.kernel, iter(arrivals), self.submit, self.told.append)
-
-    def submit(self, submitted):
-        self.sent.append((self.kernel.now, submitted))
-
-    def run(self):
-        self.clients.start()
-        self.kernel.run()
-        return self
+def asking(*arrivals):
+    """Clients that have asked, and how many answers were told of."""
+    kernel, told = Kernel(), []
+    clients = Clients(kernel, iter(arrivals), lambda submitted: None, told.append)
+    clients.start()
+    kernel.run()
+    return clients, told
 
 
 def done(prompt, output, reason="length", error=None):
@@ -44,43 +37,25 @@ def done(prompt, output, reason="length", error=None):
 )
 def test_wrong_requests_are_one_line(arrivals, says):
     with pytest.raises(SimError, match=says):
-        Asked(*arrivals).run()
-
-
-def test_each_request_is_sent_when_it_is_time_and_asks_for_just_its_tokens():
-    asked = Asked(Arrival(0.0, 3, 5), Arrival(2.0, 4, 1, 9.0), Arrival(2.0, 1, 7)).run()
-    assert [(at, len(sent.prompt), sent.sampling.max_tokens, sent.deadline_s) for at, sent in asked.sent] == [
-        (0.0, 3, 5, None),
-        (2.0, 4, 1, 9.0),
-        (2.0, 1, 7, None),
-    ]
-    assert all(sent.sampling.ignore_eos for _, sent in asked.sent) and [s.client for _, s in asked.sent] == [
-        b"0",
-        b"1",
-        b"2",
-    ]
+        asking(*arrivals)
 
 
 def test_answers_are_noted_and_counted():
-    asked = Asked(*[Arrival(0.0, 3, 5)] * 3).run()
-    clients = asked.clients
+    clients, told = asking(*[Arrival(0.0, 3, 5)] * 3)
     clients.receive_reply(b"0", Accepted(key="0", rid="r", prompt_tokens=3))
-    assert clients.open == 3 and not asked.told
+    assert clients.open == 3 and not told
     clients.receive_reply(b"1", done(3, 5))
     clients.receive_reply(b"0", Refused(key="0", reason="too long"))
     clients.receive_reply(b"2", done(3, 2, "error", "d0 was lost"))
-    assert asked.told == [1, 2, 3] and clients.over
-    assert [(each.state, each.why) for each in clients.outcomes] == [
-        ("refused", "too long"),
-        ("done", ""),
-        ("failed", "d0 was lost"),
-    ]
+    assert told == [1, 2, 3] and clients.over
+    ends = [("refused", "too long"), ("done", ""), ("failed", "d0 was lost")]
+    assert [(each.state, each.why) for each in clients.outcomes] == ends
     found = clients.outcomes[1]
     assert (found.ttft_s, found.jct_s, found.tpot_s) == (1.0, 3.0, 0.5)
     assert (found.prefill, found.decode, found.attempts) == ("p0", "d0", 2)
 
 
 def test_an_answer_with_other_tokens_than_asked_for_is_no_result():
-    asked = Asked(Arrival(0.0, 3, 5)).run()
+    clients, _ = asking(Arrival(0.0, 3, 5))
     with pytest.raises(SimError, match=r"got 3 \+ 4 tokens"):
-        asked.clients.receive_reply(b"0", done(3, 4))
+        clients.receive_reply(b"0", done(3, 4))

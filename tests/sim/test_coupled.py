@@ -1,5 +1,6 @@
 """Coupled engines in virtual time, against times computed by hand."""
 
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -19,43 +20,31 @@ def batch(*lengths):
     return [Arrival(0.0, prompt, output) for prompt, output in lengths]
 
 
-def times(outcome):
-    return [(round(request.ttft_s, 6), round(request.jct_s, 6)) for request in outcome.served]
+LATER = [Arrival(0.0, 100, 4), Arrival(0.5, 200, 1)]
 
 
-def test_prefill_first_merges_prompts_then_decodes():
-    outcome = coupled.run("prefill_first", ROOMY, COST, batch((100, 1), (200, 3), (100, 2)))
-    assert times(outcome) == [(4, 4), (4, 6), (4, 5)]
-    assert outcome.busy == (((0.0, 6.0),),)
-
-
-def test_a_free_slot_stalls_the_others_while_it_is_filled():
-    limits = CoupledLimits(slots=2, step_tokens=400, kv_tokens=10_000)
-    outcome = coupled.run("prefill_first", limits, COST, batch((100, 2), (100, 3), (200, 1)), join_s=0.5)
-    # two prompts: 2.5 s; one step: 3.5; the third prompt: 6.0, with no token for the second; one step: 7.0
-    assert times(outcome) == [(2.5, 3.5), (2.5, 7.0), (6.0, 6.0)]
-
-
-def test_chunked_decodes_beside_the_prompt():
-    limits = CoupledLimits(slots=16, step_tokens=101, kv_tokens=10_000)
-    arrivals = [Arrival(0.0, 100, 4), Arrival(0.5, 200, 1)]
-    outcome = coupled.run("chunked", limits, COST, arrivals)
-    # the first prompt to 1.0; then twice a chunk of 100 beside a decode: 1 + 1 s, of which 1 s is paid once
-    assert times(outcome) == [(1.0, 4.0), (2.5, 2.5)]
-
-
-def test_an_arrival_is_seen_at_the_next_step_of_a_long_decode():
-    outcome = coupled.run("prefill_first", ROOMY, COST, [Arrival(0.0, 100, 10), Arrival(3.5, 100, 1)])
-    assert times(outcome) == [(1.0, 11.0), (1.5, 1.5)]
-
-
-def test_the_youngest_is_preempted_and_computed_again():
-    limits = CoupledLimits(slots=16, step_tokens=400, kv_tokens=205)
-    outcome = coupled.run("prefill_first", limits, COST, batch((100, 6), (100, 4)))
-    # both prompts to 2.0, two steps to 4.0 hold 204 tokens; the third has no room for both. The first goes on and ends
-    # with 105 tokens at 7.0; 103 tokens are computed again to 8.03, and yield the fourth.
-    assert times(outcome) == [(2.0, 7.0), (2.0, 8.03)]
-    assert [request.preempted for request in outcome.served] == [0, 1]
+@pytest.mark.parametrize(
+    ("rule", "limits", "arrivals", "join_s", "right"),
+    [
+        # prompts are merged, then decoded
+        ("prefill_first", {}, batch((100, 1), (200, 3), (100, 2)), 0, [(4, 4, 0), (4, 6, 0), (4, 5, 0)]),
+        # two prompts: 2.5 s; one step: 3.5; the third prompt: 6.0, with no token for the second; one step: 7.0
+        (
+            *("prefill_first", {"slots": 2}, batch((100, 2), (100, 3), (200, 1))),
+            *(0.5, [(2.5, 3.5, 0), (2.5, 7, 0), (6, 6, 0)]),
+        ),
+        # the first prompt to 1.0; then twice a chunk of 100 beside a decode: 1 + 1 s, of which 1 s is paid once
+        ("chunked", {"step_tokens": 101}, LATER, 0, [(1, 4, 0), (2.5, 2.5, 0)]),
+        # an arrival is seen at the next step of a long decode
+        ("prefill_first", {}, [Arrival(0.0, 100, 10), Arrival(3.5, 100, 1)], 0, [(1, 11, 0), (1.5, 1.5, 0)]),
+        # Both prompts to 2.0, two steps to 4.0 hold 204 tokens; the third has no room for both. The first goes on and
+        # ends with 105 tokens at 7.0; 103 tokens are computed again to 8.03, and yield the fourth.
+        ("prefill_first", {"kv_tokens": 205}, batch((100, 6), (100, 4)), 0, [(2, 7, 0), (2, 8.03, 1)]),
+    ],
+)
+def test_first_token_end_and_preemptions_of_each(rule, limits, arrivals, join_s, right):
+    served = coupled.run(rule, replace(ROOMY, **limits), COST, arrivals, join_s=join_s).served
+    assert [(round(each.ttft_s, 6), round(each.jct_s, 6), each.preempted) for each in served] == right
 
 
 def test_replicas_share_the_requests():
@@ -89,15 +78,6 @@ def test_every_request_ends_with_all_its_tokens_and_all_memory_comes_back(rule, 
         assert sum(request.preempted for request in served) == 0
     elif limits.slots > 1:
         assert sum(request.preempted for request in served) > 0
-
-
-def test_fewer_slots_never_make_the_first_token_earlier():
-    arrivals = batch(*[(100, 20)] * 40)
-    means = []
-    for slots in (4, 16, 64):
-        served = coupled.run("prefill_first", CoupledLimits(slots, 400, 10_000), COST, arrivals).served
-        means.append(sum(request.ttft_s for request in served) / len(served))
-    assert means == sorted(means, reverse=True) and means[0] > 2 * means[2]
 
 
 @pytest.mark.parametrize("wrong", [Arrival(0.0, 0, 1), Arrival(0.0, 1, 0), Arrival(0.0, 9_999, 2), Arrival(-1.0, 1, 1)])

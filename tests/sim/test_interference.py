@@ -3,7 +3,7 @@
 import pytest
 
 from tetri import cost
-from tetri.sim.interference import decode_rate, points, prompts
+from tetri.sim.interference import points, prompts
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +24,3 @@ def test_the_prefill_rate_has_its_knee_at_the_chunk_size(table):
     best = max(rates.values())
     assert min(tokens for tokens, rate in rates.items() if rate >= 0.95 * best) == table.chunk_tokens == 512
     assert rates[256] < 0.8 * best
-
-
-def test_one_heavy_prefill_makes_a_decode_step_five_times_longer(table):
-    alone, beside = table.step_s([], 1, 48), table.step_s(prompts(512), 1, 48)
-    assert 4.5 < beside / alone < 6
-
-
-def test_light_prefills_beside_a_light_one_double_it_by_seven_and_eightfold_it_by_sixty_three(table):
-    alone = table.chunk_s(prompts(18))
-    assert 1.5 < table.chunk_s(prompts(*[18] * 8)) / alone < 2.5
-    assert 7 < table.chunk_s(prompts(*[18] * 64)) / alone < 10
-
-
-def test_heavy_decodes_take_a_sixth_of_the_throughput_at_batch_128(table):
-    light, half = decode_rate(table, 128, 0.0), decode_rate(table, 128, 0.5)
-    assert -0.20 < half / light - 1 < -0.10

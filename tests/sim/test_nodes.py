@@ -1,4 +1,4 @@
-"""Virtual processes: the loop around a core, and a worker whose run of several passes is cut short."""
+"""Virtual processes: the loop around a core."""
 
 from types import SimpleNamespace
 
@@ -6,31 +6,26 @@ import pytest
 
 from tests.sim.script import Script
 from tetri.core.actions import Publish, Send
-from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import MonitorNode
 
 
 @pytest.fixture
-def kernel():
-    return Kernel()
-
-
 def monitor(kernel):
     core = Script()
     return core, MonitorNode(kernel, core, Port(Wiring(kernel, 0.0), "monitor"))
 
 
-def test_what_arrives_at_one_moment_is_read_in_one_turn(kernel):
-    core, node = monitor(kernel)
+def test_what_arrives_at_one_moment_is_read_in_one_turn(kernel, monitor):
+    core, node = monitor
     for event in ("a", "b"):
         kernel.at(1.0, node.receive, event)
     kernel.run()
     assert core.heard == [(1.0, "a"), (1.0, "b")] and core.ticks == [1.0]
 
 
-def test_the_loop_wakes_at_the_cores_deadline(kernel):
-    core, node = monitor(kernel)
+def test_the_loop_wakes_at_the_cores_deadline(kernel, monitor):
+    core, node = monitor
     core.due = 2.0
     node.start()
     kernel.at(1.0, node.receive, "early")
@@ -38,8 +33,8 @@ def test_the_loop_wakes_at_the_cores_deadline(kernel):
     assert core.ticks == [0.0, 1.0, 2.0]
 
 
-def test_a_deadline_that_moved_is_kept_in_its_new_place(kernel):
-    core, node = monitor(kernel)
+def test_a_deadline_that_moved_is_kept_in_its_new_place(kernel, monitor):
+    core, node = monitor
     core.due = 1.0
     node.start()
     core.due = 3.0
@@ -47,8 +42,8 @@ def test_a_deadline_that_moved_is_kept_in_its_new_place(kernel):
     assert core.ticks == [0.0, 3.0]
 
 
-def test_it_publishes_and_sends(kernel):
-    core, node = monitor(kernel)
+def test_it_publishes_and_sends(kernel, monitor):
+    core, node = monitor
     heard = []
     hearer = SimpleNamespace(name="x", receive=heard.append)
     node.port.wiring.processes |= {"x": hearer, "monitor": node}

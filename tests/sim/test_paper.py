@@ -25,24 +25,11 @@ def runs(name, *systems):
     }
 
 
-@cache
-def ratio(name, metric):
-    made = paper.ratios(runs(name, "vllm16", "tetri-nvlink"))
-    return next(each for each in made if each.metric == metric)
-
-
 @pytest.mark.parametrize("metric", paper.RATIOS)
 @pytest.mark.parametrize("name", ["LPLD", "LPHD", "HPLD", "HPHD", "Mixed"])
 def test_every_ratio_is_within_a_third_of_the_papers(name, metric):
-    assert abs(ratio(name, metric).off) < 0.35
-
-
-def test_the_first_token_comes_at_once_where_vllm_waits_for_a_slot():
-    assert ratio("LPHD", "ttft_mean").value < 0.04
-
-
-def test_short_answers_to_long_prompts_cost_more_instance_time_than_they_gain():
-    assert ratio("HPLD", "resource_s").value > 1.2 and ratio("HPLD", "jct_mean").value < 0.85
+    (ratio,) = (each for each in paper.ratios(runs(name, "vllm16", "tetri-nvlink")) if each.metric == metric)
+    assert abs(ratio.off) < 0.35
 
 
 def test_the_link_hardly_matters():
@@ -65,7 +52,5 @@ def test_rows_stand_beside_the_papers():
     assert cells["vllm16", "perf_per_dollar"].value == 1.0
     assert cells["tetri-nvlink", "perf_per_dollar"].paper == 0.86
     assert cells["vllm-today", "jct_mean"].paper is None
-    vllm = cells["vllm-today-x2", "requests_per_instance_s"]
-    assert vllm.value == pytest.approx(fmean(32 / (2 * run.makespan_s) for run in runs("HPLD", *paper.SYSTEMS)[
-        "HPLD", "vllm-today-x2"
-    ]))  # fmt: skip
+    two = fmean(32 / (2 * run.makespan_s) for run in runs("HPLD", *paper.SYSTEMS)["HPLD", "vllm-today-x2"])
+    assert cells["vllm-today-x2", "requests_per_instance_s"].value == pytest.approx(two)

@@ -28,12 +28,10 @@ def written(tmp_path, *rows):
 def test_all_that_a_line_says(tmp_path):
     short = {"prompt_tokens": 1, "tokens": 1024, "width": 50, "later": None}
     first, second = read(written(tmp_path, GOOD, "", short))
-    assert (first.prompt, first.output, first.source, first.reason) == (40, 300, "here", "stop")
-    assert first.classifier == LengthDistribution(100, (0.2, 0.3, 0.5))
-    assert [known for known, _ in first.follows] == [0, 64, 128]
-    assert first.follows[0][1] == LengthDistribution(100, (0.0, 0.25, 0.75)) and first.follows[2][
-        1
-    ] == LengthDistribution(100, (0.5, 0.5))
+    shares = {0: (0.0, 0.25, 0.75), 64: (0.1, 0.9), 128: (0.5, 0.5)}
+    follows = tuple((known, LengthDistribution(100, each)) for known, each in shares.items())
+    assert first == RecordedText(40, 300, 1024, "here", LengthDistribution(100, (0.2, 0.3, 0.5)), follows)
+    assert first.reason == "stop"
     assert second == RecordedText(1, 1024) and second.reason == "length"
     assert read(written(tmp_path, short), 2048)[0].reason == "stop"
 

@@ -1,6 +1,7 @@
 """Requests from files and from chance."""
 
-from itertools import islice
+from functools import partial
+from itertools import cycle
 from statistics import fmean, pstdev
 
 import pytest
@@ -23,40 +24,29 @@ def trace(tmp_path):
 GOOD = HEAD + "2023-11-16 23:59:59.5,10,1\n2023-11-17 00:00:00.5000000,20,2\n2023-11-17 00:00:03.5,30,3\n"
 
 
-def test_a_trace_starts_at_time_0(trace):
-    assert list(replayed(trace(GOOD))) == [Arrival(0.0, 10, 1), Arrival(1.0, 20, 2), Arrival(4.0, 30, 3)]
+ONE_LINE = HEAD + "2023-11-16 00:00:00,10,1\n"
 
 
-WRITTEN = ("\ufeff" + GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n\n", GOOD.replace(".5,", ".5+00:00,"))
-
-
-@pytest.mark.parametrize("text", WRITTEN)
-def test_what_other_programs_write_is_read_alike(trace, text):
-    assert [each.at_s for each in replayed(trace(text))] == [0.0, 1.0, 4.0]
-
-
-def test_a_speedup_divides_the_times(trace):
-    assert [each.at_s for each in replayed(trace(GOOD), speedup=4.0)] == [0.0, 0.25, 1.0]
-
-
-def test_fewer_requests_than_lines(trace):
-    assert [each.prompt for each in replayed(trace(GOOD), requests=2)] == [10, 20]
-
-
-def test_a_trace_is_repeated_end_to_end(trace):
-    made = list(replayed(trace(GOOD), requests=8))
-    assert [each.at_s for each in made] == [0.0, 1.0, 4.0, 6.0, 7.0, 10.0, 12.0, 13.0]
-    assert [each.output for each in made] == [1, 2, 3, 1, 2, 3, 1, 2]
-
-
-def test_a_trace_of_one_line_is_repeated_every_second(trace):
-    one = trace(HEAD + "2023-11-16 00:00:00,10,1\n")
-    assert [each.at_s for each in replayed(one, requests=3)] == [0.0, 1.0, 2.0]
+@pytest.mark.parametrize(
+    ("text", "how", "times"),
+    [
+        (GOOD, {}, [0.0, 1.0, 4.0]),
+        *((text, {}, [0.0, 1.0, 4.0]) for text in ("\ufeff" + GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n\n")),
+        (GOOD.replace(".5,", ".5+00:00,"), {}, [0.0, 1.0, 4.0]),
+        (GOOD, {"speedup": 4.0}, [0.0, 0.25, 1.0]),
+        (GOOD, {"requests": 2}, [0.0, 1.0]),
+        (GOOD, {"requests": 8}, [0.0, 1.0, 4.0, 6.0, 7.0, 10.0, 12.0, 13.0]),  # repeated end to end
+        (ONE_LINE, {"requests": 3}, [0.0, 1.0, 2.0]),  # every second
+    ],
+)
+def test_a_trace_starts_at_time_0_and_is_repeated_as_often_as_needed(trace, text, how, times):
+    lengths = [(10, 1), (20, 2), (30, 3)] if text != ONE_LINE else [(10, 1)]
+    right = [Arrival(at_s, *each) for at_s, each in zip(times, cycle(lengths), strict=False)]
+    assert list(replayed(trace(text), **how)) == right
 
 
 def test_it_is_read_no_further_than_it_is_used(trace):
-    broken_later = trace(HEAD + "2023-11-16 00:00:00,10,1\nbroken\n")
-    assert next(replayed(broken_later)).prompt == 10
+    assert next(replayed(trace(ONE_LINE + "broken\n"))).prompt == 10
 
 
 @pytest.mark.parametrize(
@@ -91,18 +81,9 @@ def test_a_trace_that_is_no_text_or_not_there(tmp_path):
         list(replayed(tmp_path / "other.csv"))
 
 
-@pytest.mark.parametrize("speedup", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_speedup_is_positive(speedup):
-    with pytest.raises(TraceError, match="speedup must be above 0"):
-        replayed("any", speedup)
-
-
 FIXED = TokenCounts.parsed("7")
-
-
-def test_a_closed_batch_is_there_at_time_0():
-    made = list(drawn(3, FIXED, TokenCounts.parsed("2"), seed=1))
-    assert made == [Arrival(0.0, 7, 2)] * 3
+NAN, INF = float("nan"), float("inf")
+drawing = partial(drawn, requests=1, prompt=FIXED, output=FIXED, seed=1)
 
 
 @pytest.mark.parametrize("burstiness", [0.5, 1.0, 2.0])
@@ -115,8 +96,11 @@ def test_drawn_requests_have_the_rate_and_the_burstiness_asked_for(burstiness):
 
 
 def test_lengths_have_the_distribution_asked_for():
-    lengths = [each.prompt for each in drawn(5000, TokenCounts.parsed("3-5"), FIXED, seed=1)]
-    assert {*lengths} == {3, 4, 5} and fmean(lengths) == pytest.approx(4.0, abs=0.1)
+    def lengths(seed):
+        return [each.prompt for each in drawn(5000, TokenCounts.parsed("3-5"), FIXED, seed)]
+
+    assert {*lengths(1)} == {3, 4, 5} and fmean(lengths(1)) == pytest.approx(4.0, abs=0.1)
+    assert lengths(1) == lengths(1) != lengths(2)
     lognormal = sorted(each.output for each in drawn(5001, FIXED, TokenCounts.parsed("lognormal:100:0.5"), seed=1))
     assert lognormal[2500] == pytest.approx(100, rel=0.05)
     assert lognormal[4207] == pytest.approx(100 * 2.718281828**0.5, rel=0.05)  # one standard deviation above
@@ -125,40 +109,28 @@ def test_lengths_have_the_distribution_asked_for():
     assert all(each.prompt >= 1 for each in drawn(1000, TokenCounts.parsed("lognormal:1:3"), FIXED, seed=1))
 
 
-def test_the_same_seed_draws_the_same():
-    def draw(seed):
-        return list(drawn(50, TokenCounts.parsed("1-1000"), FIXED, seed, rate=1.0))
-
-    assert draw(1) == draw(1) != draw(2)
+WRONG = ("", "0", "-3", "x", "5-3", "1.5", "lognormal:1", "lognormal:0:1", "lognormal:5:nan", "1-99999999999")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-3", "x", "5-3", "1.5", "lognormal:1", "lognormal:0:1", "lognormal:5:nan", "1-99999999999"]
-)
-def test_wrong_lengths(text):
-    with pytest.raises(TraceError, match="lengths must be N, LOW-HIGH"):
-        TokenCounts.parsed(text)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
+    ("make", "change", "says"),
     [
-        ({"requests": 0}, "number of requests"),
-        ({"rate": -1.0}, "rate must be at least 0"),
-        ({"rate": float("inf")}, "rate must be"),
-        ({"rate": 1e-300}, "at a rate of 1e-300 per second 1 requests take more than 1e.09 s"),
-        ({"requests": 10**12}, "number of requests must be at least 1 and at most 100000000"),
-        ({"burstiness": 0.0}, "burstiness must be from 0.01"),
-        ({"burstiness": 1e300}, "burstiness must be from 0.01 to 100"),
+        *((TokenCounts.parsed, {"text": text}, "lengths must be N, LOW-HIGH") for text in WRONG),
+        *((replayed, {"path": "any", "speedup": wrong}, "speedup must be above 0") for wrong in (0.0, -1.0, NAN, INF)),
+        (drawing, {"requests": 0}, "number of requests"),
+        (drawing, {"rate": -1.0}, "rate must be at least 0"),
+        (drawing, {"rate": INF}, "rate must be"),
+        (drawing, {"rate": 1e-300}, "at a rate of 1e-300 per second 1 requests take more than 1e.09 s"),
+        (drawing, {"requests": 10**12}, "number of requests must be at least 1 and at most 100000000"),
+        (drawing, {"burstiness": 0.0}, "burstiness must be from 0.01"),
+        (drawing, {"burstiness": 1e300}, "burstiness must be from 0.01 to 100"),
+        (with_deadline, {"arrivals": [], "deadline_s": 0.0}, "deadline must be above 0"),
     ],
 )
-def test_wrong_numbers(change, says):
+def test_wrong_numbers(make, change, says):
     with pytest.raises(TraceError, match=says):
-        drawn(**{"requests": 1, "prompt": FIXED, "output": FIXED, "seed": 1, **change})
+        make(**change)
 
 
 def test_deadlines_are_given_to_all():
-    made = with_deadline(drawn(2, FIXED, FIXED, 1), 3.0)
-    assert [each.deadline_s for each in islice(made, 2)] == [3.0, 3.0]
-    with pytest.raises(TraceError, match="deadline must be above 0"):
-        with_deadline([], 0.0)
+    assert list(with_deadline(drawn(2, FIXED, FIXED, 1), 3.0)) == [Arrival(0.0, 7, 7, 3.0)] * 2

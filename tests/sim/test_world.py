@@ -31,8 +31,6 @@ def outcome(setup, *arrivals):
 
 def test_one_request_on_one_instance_of_each_kind():
     made = outcome(SETUP, ONE)
-    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
-    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + 4 * STEP_S)
     assert made.tpot_s == pytest.approx((L + 4 * STEP_S) / 4)
     assert (made.state, made.prefill, made.decode, made.attempts) == ("done", "p0", "d0", 1)
 
@@ -43,18 +41,38 @@ def test_a_request_of_one_token_never_sees_a_decode_instance():
     assert made.tpot_s is None and made.decode is None
 
 
-def test_kv_takes_its_time_on_the_link():
-    made = outcome(replace(SETUP, link_bytes_s=1e7), ONE)
-    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
-    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + BLOCKS * 16_000 / 1e7 + 4 * STEP_S)
+FOUR_S = 4 * STEP_S
+BLOCK_S = 16_000 / 1e7  # of KV on a slow link
+SLOW = {"link_bytes_s": 1e7}
+TWO = SLOW | {"chunk_tokens": 200, "max_batch": 10}  # chunks: the first 200 of the 300 tokens fill 12 blocks
 
 
-@pytest.mark.parametrize(("transfer", "after"), [("chunk", BLOCKS - 12), ("request", BLOCKS)])
-def test_by_chunk_only_the_last_chunks_kv_is_waited_for(transfer, after):
-    """200 of the 300 tokens fill 12 blocks, which move while the next chunk computes, or with the last one."""
-    made = outcome(replace(SETUP, chunk_tokens=200, max_batch=10, link_bytes_s=1e7, transfer=transfer), ONE)
-    assert made.ttft_s == pytest.approx(2 * L + 2 * CHUNK_S)
-    assert made.jct_s == pytest.approx(3 * L + 2 * CHUNK_S + after * 16_000 / 1e7 + 4 * STEP_S)
+def predicted(predictor_s, slowdown=1.0, **rules):
+    cost = replace(COST, predictor_s=predictor_s, predictor_slowdown=slowdown)
+    return {"cost": cost, "rules": Rules(length="oracle", **rules)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "prefill", "after"),
+    [
+        ({}, CHUNK_S, FOUR_S),
+        (SLOW, CHUNK_S, BLOCKS * BLOCK_S + FOUR_S),
+        (TWO, 2 * CHUNK_S, (BLOCKS - 12) * BLOCK_S + FOUR_S),  # only the last chunk's KV is waited for
+        (TWO | {"transfer": "request"}, 2 * CHUNK_S, BLOCKS * BLOCK_S + FOUR_S),
+        # no KV is moved, and nobody is told of it
+        ({"prefill": 0, "decode": 0, "mixed": 1, "link_bytes_s": 1.0}, CHUNK_S, FOUR_S - L),
+        # The predictor runs for half of CHUNK_S, in which the main model does the work of a quarter.
+        (predicted(CHUNK_S / 2, 2.0), CHUNK_S * 1.25, FOUR_S),
+        # A prompt is on offer at its end at the latest; its KV leaves with the Offer.
+        (predicted(3.0), CHUNK_S, FOUR_S),
+        # The first chunk's KV moves beside the second chunk, or after it when the offer has waited too long.
+        (TWO | predicted(3.0, length_wait_s=CHUNK_S / 2), 2 * CHUNK_S, (BLOCKS - 12) * BLOCK_S + FOUR_S),
+        (TWO | predicted(3.0, length_wait_s=10.0), 2 * CHUNK_S, BLOCKS * BLOCK_S + FOUR_S),
+    ],
+)
+def test_the_times_of_one_request(changes, prefill, after):
+    made = outcome(replace(SETUP, **changes), ONE)
+    assert (made.ttft_s, made.jct_s) == (pytest.approx(2 * L + prefill), pytest.approx(3 * L + prefill + after))
 
 
 def test_nobody_takes_the_role_of_who_computes_long():
@@ -76,45 +94,7 @@ def test_two_requests_share_the_batch():
     assert second.jct_s == pytest.approx(shared_until + 5 * STEP_S + L)
 
 
-def test_a_mixed_instance_moves_no_kv_and_runs_decodes_beside_chunks():
-    setup = replace(SETUP, prefill=0, decode=0, mixed=1, link_bytes_s=1.0)
-    result = World(setup, [ONE]).run()
-    assert result.outcomes[0].jct_s == pytest.approx(2 * L + CHUNK_S + 4 * STEP_S)
-    assert result.counters["moved_bytes"] == 0
-
-
-def test_the_predictor_slows_the_prefill_that_it_runs_beside():
-    """It runs for half of CHUNK_S, in which the main model does the work of a quarter; the offer waits for it."""
-    cost = replace(COST, predictor_s=CHUNK_S / 2, predictor_slowdown=2.0)
-    made = outcome(replace(SETUP, cost=cost, rules=Rules(length="oracle")), ONE)
-    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S * 1.25)
-    assert made.jct_s == pytest.approx(3 * L + CHUNK_S * 1.25 + 4 * STEP_S)
-
-
-def test_a_prediction_that_takes_longer_than_the_prefill_delays_nothing():
-    """The prompt is on offer at its end at the latest; its KV leaves with the Offer."""
-    cost = replace(COST, predictor_s=3.0)
-    made = outcome(replace(SETUP, cost=cost, rules=Rules(length="oracle")), ONE)
-    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
-    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + 4 * STEP_S)
-
-
-@pytest.mark.parametrize(("wait_s", "after"), [(CHUNK_S / 2, BLOCKS - 12), (10.0, BLOCKS)])
-def test_a_prediction_is_waited_for_only_so_long(wait_s, after):
-    """Of a prompt of two chunks the first one's KV moves beside the second, or after it when the offer has waited."""
-    cost, rules = replace(COST, predictor_s=3.0), Rules(length="oracle", length_wait_s=wait_s)
-    setup = replace(SETUP, cost=cost, rules=rules, chunk_tokens=200, max_batch=10, link_bytes_s=1e7)
-    made = outcome(setup, ONE)
-    assert made.jct_s == pytest.approx(3 * L + 2 * CHUNK_S + after * 16_000 / 1e7 + 4 * STEP_S)
-
-
 # ---------------------------------------------------------------- many requests
-
-SOME = TokenCounts.parsed("lognormal:200:1"), TokenCounts.parsed("lognormal:60:0.8")
-
-
-def batch(requests=60, rate=40.0, seed=1):
-    return drawn(requests, *SOME, seed, rate)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +114,8 @@ def batch(requests=60, rate=40.0, seed=1):
 )
 def test_what_goes_in_comes_out_and_everything_is_given_back(changes):
     """`run` checks the tokens, the blocks, the slots, the rows and every core at the end."""
-    result = World(replace(SETUP, **changes), batch()).run()
+    lengths = (TokenCounts.parsed(text) for text in ("lognormal:200:1", "lognormal:60:0.8"))
+    result = World(replace(SETUP, **changes), drawn(60, *lengths, seed=1, rate=40.0)).run()
     assert [each.state for each in result.outcomes] == ["done"] * 60
     assert result.counters["prefill_tokens"] == sum(each.arrival.prompt for each in result.outcomes)
     for each in result.outcomes:
@@ -151,12 +132,6 @@ def test_memory_that_binds_is_given_back_too(admit):
     assert result.counters["preempted"] == 0 or admit != "peak"
 
 
-@pytest.mark.parametrize("order", [*ORDERS])
-def test_every_order_serves_everybody(order):
-    result = World(replace(SETUP, rules=Rules(order=order)), drawn(80, *SOME, 1)).run()
-    assert {each.state for each in result.outcomes} == {"done"}
-
-
 def test_a_request_that_cannot_fit_is_refused_and_counted():
     result = World(SETUP, [ONE, Arrival(0.0, 15_990, 100), Arrival(0.5, 10, 2)]).run()
     assert [each.state for each in result.outcomes] == ["done", "refused", "done"]
@@ -169,21 +144,13 @@ def test_a_deadline_ends_a_request():
     assert result.outcomes[0].why == "deadline" and result.outcomes[0].jct_s == pytest.approx(1.0)
 
 
-def test_the_same_setup_gives_the_same_result():
-    setup = replace(SETUP, prefill=2, decode=2, rules=Rules(length="noisy"))
-    first, second = World(setup, batch()).run(), World(setup, batch()).run()
-    assert first == second
-    assert first != World(replace(setup, seed=1), batch()).run()
-
-
 def test_a_flip_shows_in_what_an_instance_was():
     """The second prefill instance has nothing to do, so the watcher lets it decode."""
     settings = FlipSettings(idle_s=0.5, hold_s=0.5)
-    setup = replace(SETUP, prefill=2, decode=1, flip="idle", flip_settings=settings, spans=True)
+    setup = replace(SETUP, prefill=2, decode=1, flip="idle", flip_settings=settings)
     result = World(setup, [Arrival(0.2 * i, 100, 30) for i in range(50)]).run()
-    flipped = [use for use in result.instances.values() if len(use.roles) > 1]
-    assert flipped and all(use.roles[1][1] in ("decode", "prefill", "mixed") for use in flipped)
-    assert all(stop > start for use in result.instances.values() for start, stop, _ in use.spans)
+    roles = [[role for _, role in use.roles][:2] for use in result.instances.values()]
+    assert ["prefill", "decode"] in roles
 
 
 # ---------------------------------------------------------------- no second scheduler

@@ -12,7 +12,7 @@ from tetri.request import Sampling
 from tetri.wire import codec
 from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.codec import WireError, decode, encode, limit
-from tetri.wire.messages import Assign, Close, InboxMessage
+from tetri.wire.messages import Assign, InboxMessage
 
 ATTACH = {"type": "attach", "rid": "r1"}
 
@@ -112,8 +112,6 @@ def test_a_damaged_message_is_a_message_or_a_wire_error(message, data):
 
 
 def test_each_union_has_its_own_size_limit_and_what_is_over_all_of_them_is_not_encoded():
-    assert limit(ClientMessage) == 4 << 20
-    assert limit(InboxMessage) == 16 << 20
     head = len(encode(Submit(key="k", prompt="")))
     longest = Submit(key="k", prompt="x" * (limit(ClientMessage) - head - 4))
     assert len(encode(longest)) == limit(ClientMessage)
@@ -123,6 +121,3 @@ def test_each_union_has_its_own_size_limit_and_what_is_over_all_of_them_is_not_e
     prompt = [1 << 31] * (4 << 20)
     with pytest.raises(WireError, match="Assign has 209.* at most 16777216"):
         encode(Assign(rid="r", attempt=1, prompt=prompt, output=[], sampling=Sampling()))
-    prompt = list(range(100_000))
-    assert len(encode(Submit(key="k", prompt=prompt))) < limit(ClientMessage)
-    assert decode(encode(Close(rid="r", attempt=1)), InboxMessage) == Close(rid="r", attempt=1)

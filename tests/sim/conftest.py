@@ -1,0 +1,8 @@
+import pytest
+
+from tetri.sim.kernel import Kernel
+
+
+@pytest.fixture
+def kernel():
+    return Kernel()
