@@ -114,21 +114,21 @@ def test_no_network_is_said(checkout):
     assert "no network" in error_of(checkout.run())
 
 
-def test_no_python_is_said(checkout):
-    (checkout.stub / "bin" / "python3.11").unlink()
-    assert "Python 3.11" in error_of(checkout.run())
-    checkout.program("python3", "#!/bin/sh\nexit 1\n")
-    assert "Python 3.11" in error_of(checkout.run())
-
-
-def test_no_room_is_said_before_anything_is_made(checkout):
-    checkout.program("df", "#!/bin/sh\necho header\necho /dev/x 9 9 100 9% /\n")
-    assert "too little disk" in error_of(checkout.run())
+@pytest.mark.parametrize(
+    ("programs", "environment", "says"),
+    [
+        ({"python3.11": "exit 1"}, {}, "Python 3.11"),
+        ({"python3.11": "exit 1", "python3": "exit 1"}, {}, "Python 3.11"),
+        ({"df": "echo header\necho /dev/x 9 9 100 9% /"}, {}, "too little disk"),
+        ({}, {"TETRI_CACHE": "here"}, "absolute path"),
+    ],
+    ids=["no python", "none at all", "no room", "cache"],
+)
+def test_what_is_missing_is_said_before_anything_is_made(checkout, programs, environment, says):
+    for name, does in programs.items():
+        checkout.program(name, f"#!/bin/sh\n{does}\n")
+    assert says in error_of(checkout.run(**environment))
     assert not (checkout.root / ".venv").exists()
-
-
-def test_a_relative_cache_is_refused(checkout):
-    assert "absolute path" in error_of(checkout.run(TETRI_CACHE="here"))
 
 
 @pytest.mark.parametrize("name", ["tetri-cli", "tetri-broker", "tetri-monitor", "tetri-worker"])

@@ -41,9 +41,10 @@ def test_a_table_without_json(run):
     assert out.startswith("requests  30: 30 done, 0 failed, 0 refused\n") and "ttft" in out and "d0 " in out
 
 
-def test_the_same_arguments_give_the_same_bytes_whatever_the_hash_seed():
+@pytest.mark.parametrize("faults", [[], ["--faults", FAULTS]], ids=["plain", "faults"])
+def test_the_same_arguments_give_the_same_bytes_whatever_the_hash_seed(faults):
     policies = ["--policy", "length=noisy", "--policy", "order=sjf", "--flip", "idle", "--monitor", "idle_s=0.5"]
-    arguments = [*SMALL, *policies, "--prefill", "2", "--decode", "2", "--mixed", "1", "--faults", FAULTS, "--json"]
+    arguments = [*SMALL, *policies, "--prefill", "2", "--decode", "2", "--mixed", "1", *faults, "--json"]
     made = []
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
