@@ -186,24 +186,19 @@ def test_half_a_character_is_never_shown(text, cuts):
     assert shown + stopper.finish().text == text
 
 
-def test_a_stop_in_the_middle_of_a_token_spares_its_beginning():
-    stopper = Stopper(BYTES, ["f3"])
-    assert stopper.feed([104, 0x1F3A, 0x2222]) == ("h1", True, 2)
-    assert stopper.feed([65]) == ("", True, 2)
-    assert stopper.finish() == ("", True, 2)
-
-
-def test_what_may_begin_a_stop_is_held_and_released():
-    stopper = Stopper(BYTES, ["END"])
-    assert stopper.feed(b"xEN").text == "x"
-    assert stopper.feed(b"E").text == "EN"
-    assert stopper.finish().text == "E"
-
-
-def test_a_stopper_that_goes_on_after_earlier_output():
-    stopper = Stopper(BYTES, ["END"], b"abE")
-    assert stopper.feed(b"ND!") == ("", True, 5)
-    assert Stopper(BYTES, ["b"], b"abc").stopped
+@pytest.mark.parametrize(
+    ("stop", "output", "fed", "released"),
+    [
+        ("f3", b"", ([104, 0x1F3A, 0x2222], [65]), [("h1", True, 2), ("", True, 2), ("", True, 2)]),
+        ("END", b"", (b"xEN", b"E"), [("x", False, 3), ("EN", False, 4), ("E", False, 4)]),
+        ("END", b"abE", (b"ND!",), [("", True, 5), ("", True, 5)]),
+        ("b", b"abc", (), [("", True, 2)]),
+    ],
+    ids=["a stop in a token spares its beginning", "held and released", "after earlier output", "in earlier output"],
+)
+def test_what_is_released(stop, output, fed, released):
+    stopper = Stopper(BYTES, [stop], output)
+    assert [*map(stopper.feed, fed), stopper.finish()] == released
 
 
 def test_a_token_costs_the_same_in_a_long_text():

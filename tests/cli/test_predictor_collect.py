@@ -105,11 +105,6 @@ def test_options_reach_the_writer(run):
     assert {sampling.temperature for _, sampling in writer.added.values()} == {0.0}
 
 
-def test_without_layers_no_states(run, out):
-    assert run("--layers", "none")[0] == 0
-    assert not states_path(out).exists() and run.writers[0][0].layers == ()
-
-
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -164,6 +159,7 @@ def test_a_full_disk_is_one_line(run, out, monkeypatch):
     advice = "the written part is kept; free some space and run the same command again"
     assert (status, said) == (1, "") and err.splitlines()[-1] == f"tetri-cli: {out}: File too large; {advice}"
     assert run("--layers", "none")[0] == 0 and len(read_lengths(out)[0]) == 12
+    assert not states_path(out).exists() and {plan.layers for plan, *_ in run.writers} == {()}
 
 
 @pytest.mark.parametrize(
@@ -231,15 +227,6 @@ def test_an_interrupt_keeps_everything_and_the_same_command_goes_on(command, out
     again = command()
     assert again.returncode == 0 and f"12 texts, {12 - there} of them new" in again.stdout
     assert len(read_lengths(out)[0]) == 12 == len(read_states(states_path(out)))
-
-
-def test_killed_it_leaves_sound_files_and_no_lock(command, out):
-    process = command.halfway(subprocess.DEVNULL)
-    process.kill()
-    process.communicate(timeout=30)
-    there = read_lengths(out)[0]
-    assert there and {length.key for length in there} <= set(read_states(states_path(out)))
-    assert command().returncode == 0 and len(read_lengths(out)[0]) == 12
 
 
 def test_a_terminal_gets_a_bar(command):
