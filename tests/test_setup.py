@@ -12,7 +12,7 @@ PROGRAMS = ("cat", "cksum", "awk", "df", "dirname", "du", "grep", "mkdir", "read
 
 # Answers the questions that bin/setup asks of a Python, makes a stub environment with itself as its Python,
 # writes down each pip and model call, and fails where the file `fail` holds a word of the call.
-PYTHON = """#!/bin/sh
+PYTHON = """
 log() { echo "$*" >>"$STUB/calls"; }
 case "$1 $2" in
 "-V "*) echo Python 3.11.0 ;;
@@ -43,10 +43,11 @@ class Checkout:
         self.program("python3.11", PYTHON)
         self.fail_at("nothing")
 
-    def program(self, name: str, text: str) -> None:
+    def program(self, name: str | Path, text: str) -> None:
         path = self.stub / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        path.write_text(text)
+        path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
     def fail_at(self, word: str, saying: str = "") -> None:
@@ -126,7 +127,7 @@ def test_no_network_is_said(checkout):
 )
 def test_what_is_missing_is_said_before_anything_is_made(checkout, programs, environment, says):
     for name, does in programs.items():
-        checkout.program(name, f"#!/bin/sh\n{does}\n")
+        checkout.program(name, does)
     assert says in error_of(checkout.run(**environment))
     assert not (checkout.root / ".venv").exists()
 
@@ -134,10 +135,7 @@ def test_what_is_missing_is_said_before_anything_is_made(checkout, programs, env
 @pytest.mark.parametrize("name", ["tetri-cli", "tetri-broker", "tetri-monitor", "tetri-worker"])
 def test_launchers(checkout, name):
     assert error_of(checkout.run(f"bin/{name}")) == f"{name}: run bin/setup first"
-    program = checkout.root / ".venv" / "bin" / name
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\necho "ran with $*"\n')
-    program.chmod(0o755)
+    checkout.program(checkout.root / ".venv" / "bin" / name, 'echo "ran with $*"')
     link = checkout.stub / "elsewhere"
     link.symlink_to(os.path.relpath(checkout.root / "bin" / name, checkout.stub))
     assert subprocess.run([link, "a", "b c"], capture_output=True, text=True).stdout == "ran with a b c\n"
@@ -154,12 +152,8 @@ def tested(checkout):
     for file in ("tests/test_text.py", "tests/core/test_decode.py", "tetri/text.py", "tetri/wire.py", "tetri/sim.py"):
         (checkout.root / file).write_text("")
     for name in ("setup", "check"):
-        path = checkout.root / "bin" / name
-        path.write_text(f'#!/bin/sh\necho "{name}" >>"$STUB/calls"\n')
-    python = checkout.root / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+        checkout.program(checkout.root / "bin" / name, f'echo "{name}" >>"$STUB/calls"')
+    checkout.program(checkout.root / ".venv" / "bin" / "python", PYTHON)
 
     def run(*arguments):
         done = checkout.run("bin/test", *arguments)

@@ -130,16 +130,6 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(run, out, more, says):
     assert all(line.startswith("skipped: ") for line in err.splitlines()[:-1]) and not out.exists()
 
 
-def test_a_file_of_its_own_is_needed(run, files, out):
-    run()
-    status, _, err = run("--seed", "1")
-    assert status == 2 and f"{out} was begun with seed 0: give the same, or another --out" in err
-    before = Path(files[1]).read_bytes()
-    status, _, err = run("--out", files[1])
-    assert status == 2 and f"{files[1]} is there and was not begun by collect" in err
-    assert Path(files[1]).read_bytes() == before
-
-
 def test_many_bad_lines_are_counted(run, files):
     with open(files[1], "a") as file:
         file.write("\nbad" * 50)
