@@ -9,7 +9,7 @@ from tests.predict import made
 from tetri.cli.predictor_eval import command as eval_command
 from tetri.cli.predictor_train import command as train_command
 from tetri.predict import fit
-from tetri.predict.card import CARD, HEAD, LATER
+from tetri.predict.card import CARD
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.sim.texts import read
 
@@ -100,7 +100,6 @@ def test_only_what_was_learnt_from(folder, tmp_path):
         ("a.jsonl", "--kind hidden --full", "--full is for --kind classifier"),
         ("a.jsonl", "--kind classifier --layer 3", "--layer is for --kind hidden"),
         ("a.jsonl", "--kind hidden --layer 7", "layer 7 was not kept"),
-        ("a.jsonl", "--kind classifier --encoder no/such/encoder", "cannot be loaded"),
         ("bare.jsonl", "--kind classifier", "give --model"),
     ],
 )
@@ -116,13 +115,3 @@ def test_a_predictor_of_another_model(folder, tmp_path):
     arguments = ["--lengths", tmp_path / "a.jsonl", "--predictor", folder / "p"]
     assert "for another model" in run(eval_command, *arguments, fails=True).stderr
     assert "no predictor is shipped" in run(eval_command, *arguments[:2], fails=True).stderr
-
-
-def test_a_head_that_was_cut_off(folder, tmp_path):
-    (tmp_path / "hidden").mkdir()
-    for name in (CARD, HEAD, LATER):
-        (tmp_path / "hidden" / name).write_bytes((folder / "p" / "hidden" / name).read_bytes())
-    path = tmp_path / "hidden" / HEAD
-    path.write_bytes(path.read_bytes()[:-5])
-    found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", tmp_path, fails=True)
-    assert "is cut off" in found.stderr and len(found.stderr.strip().splitlines()) == 1

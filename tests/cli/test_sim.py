@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import fields
 from functools import partial
 
@@ -35,12 +34,6 @@ def test_json_is_one_object_with_what_was_promised(run):
     assert made["counters"]["prefill_tokens"] > 0 and "faults" not in made
 
 
-def test_a_table_without_json(run):
-    status, out, _ = run(*SMALL)
-    assert status == 0
-    assert out.startswith("requests  30: 30 done, 0 failed, 0 refused\n") and "ttft" in out and "d0 " in out
-
-
 @pytest.mark.parametrize("faults", [[], ["--faults", FAULTS]], ids=["plain", "faults"])
 def test_the_same_arguments_give_the_same_bytes_whatever_the_hash_seed(faults):
     policies = ["--policy", "length=noisy", "--policy", "order=sjf", "--flip", "idle", "--monitor", "idle_s=0.5"]
@@ -67,7 +60,7 @@ def test_prompts_beyond_the_context_are_refused_and_said(run, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text(HEAD + "2023-11-16 00:00:00,3000,3\n2023-11-16 00:00:01,10,2\n", encoding="utf-8")
     status, out, _ = run("--trace", trace, "--context", 2048)
-    assert status == 0 and "2: 1 done, 0 failed, 1 refused" in out
+    assert status == 0 and out.startswith("requests  2: 1 done, 0 failed, 1 refused\n") and "ttft" in out
     assert "1 x the prompt has 3000 tokens, the model's context holds 2048" in out
 
 
@@ -90,12 +83,6 @@ def test_a_plot(run, tmp_path):
     status, _, err = run(*SMALL, "--mixed", 1, "--plot", tmp_path / "run.png")
     assert (status, err) == (0, "")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_plot_without_matplotlib_is_an_error_before_the_work(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, out, err = run(*SMALL, "--plot", tmp_path / "run.png")
-    assert (status, out) == (2, "") and "pip install 'tetri[plot]'" in err
 
 
 def test_faults_are_injected_counted_and_survived(run):
