@@ -52,7 +52,7 @@ def test_fetch_makes_one_complete_folder_and_keeps_it(cache, conversions):
     assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder.name]
 
 
-def test_a_killed_run_leaves_nothing_that_is_taken_for_a_model(cache, conversions, monkeypatch):
+def test_a_killed_run_leaves_nothing_that_is_taken_for_a_model(cache, conversions):
     folder = cache / "models" / f"{NAME}-r1"
     killed = folder.parent / f".{folder.name}.part"
     killed.mkdir(parents=True)
@@ -86,9 +86,8 @@ def test_a_second_run_waits_for_the_first_and_uses_its_result(cache):
     folder.parent.mkdir(parents=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = subprocess.Popen(
-            [sys.executable, "-m", "tetri.models", NAME], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        command = [sys.executable, "-m", "tetri.models", NAME]
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with pytest.raises(subprocess.TimeoutExpired):
             second.wait(0.5)
         folder.mkdir()

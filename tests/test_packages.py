@@ -6,9 +6,9 @@ To change who may import what, change PACKAGES or WALLS: that is a decision abou
 
 import ast
 import sys
-from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,64 +17,38 @@ FILE_LINES, FUNCTION_LINES = 450, 50
 EVERYTHING = None
 
 
-def package(*packages, third=()):
-    return frozenset(packages), frozenset(third)
+def package(packages, third=""):
+    return packages if packages is EVERYTHING else frozenset(packages.split()), frozenset(third.split())
 
 
 # package or module directly below tetri/ -> those, and the third-party packages, that it may import
 PACKAGES = {
-    "request": package(third=["msgspec"]),  # its records cross the wire
-    "instance": package("request", third=["msgspec"]),  # crosses the wire too
+    "request": package("", "msgspec"),  # its records cross the wire
+    "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
-    "strict": package(),
-    "atomic": package(),
-    "faults": package(),
-    "metrics": package(),
-    "log": package(),
-    "text": package("request", third=["tokenizers", "jinja2"]),
-    "models": package("atomic", third=["torch", "transformers", "accelerate", "gguf", "xxhash"]),
-    "policy": package("request", "engine_request", "cost"),
-    "wire": package("request", "instance", third=["msgspec"]),
-    "cost": package("engine_request", "strict"),
-    "config": package("request", "policy", "strict", "faults"),
-    "core": package("request", "instance", "engine_request", "cost", "policy", "wire"),
-    "net": package("wire", "log", third=["zmq", "msgspec"]),
-    "kv": package("request", "policy", "wire", "net", "log", "faults", third=["numpy", "xxhash", "cupy", "nixl"]),
-    "engine": package(
-        "request", "engine_request", "cost", "kv", "log", third=["numpy", "xxhash", "torch", "vllm", "cupy"]
-    ),
-    "predict": package(
-        "request",
-        "atomic",
-        "policy",
-        "text",
-        "log",
-        third=["numpy", "msgpack", "xxhash", "torch", "transformers", "safetensors"],
-    ),
-    "profile": package("request", "cost", "engine", third=["numpy"]),
+    **dict.fromkeys(("strict", "atomic", "faults", "metrics", "log"), package("")),
+    "text": package("request", "tokenizers jinja2"),
+    "models": package("atomic", "torch transformers accelerate gguf xxhash"),
+    "policy": package("request engine_request cost"),
+    "wire": package("request instance", "msgspec"),
+    "cost": package("engine_request strict"),
+    "config": package("request policy strict faults"),
+    "core": package("request instance engine_request cost policy wire"),
+    "net": package("wire log", "zmq msgspec"),
+    "kv": package("request policy wire net log faults", "numpy xxhash cupy nixl"),
+    "engine": package("request engine_request cost kv log", "numpy xxhash torch vllm cupy"),
+    "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
+    "profile": package("request cost engine", "numpy"),
     "sim": package(
-        *(
-            "request",
-            "instance",
-            "engine_request",
-            "cost",
-            "config",
-            "metrics",
-            "policy",
-            "wire",
-            "core",
-            "engine",
-            "kv",
-            "executor",
-        ),
-        *("text", "faults"),  # with faults it detokenizes, and draws chances as a live deployment does
-        third=["msgspec"],
+        "request instance engine_request cost config metrics policy wire core engine kv executor"
+        " text faults",  # with faults it detokenizes, and draws chances as a live deployment does
+        "msgspec",
     ),
-    "bench": (EVERYTHING, frozenset({"click", "rich", "matplotlib", "zmq", "torch", "vllm"})),
-    "executor": package("core", "engine", "kv", "engine_request", "request", "wire"),
-    "client": package("request", "config", "strict", third=["zmq", "msgpack"]),
-    "proc": (EVERYTHING, frozenset({"click", "msgspec", "supervisor"})),
-    "cli": (EVERYTHING, frozenset({"click", "rich"})),
+    "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm"),
+    "executor": package("core engine kv engine_request request wire"),
+    "client": package("request config strict", "zmq msgpack"),
+    "proc": package(EVERYTHING, "click msgspec supervisor"),
+    "cli": package(EVERYTHING, "click rich"),
     "__init__": package("client"),
 }
 # Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each
@@ -130,30 +104,20 @@ PURE_LIBRARY = {
 }
 
 
-@dataclass(frozen=True)
-class Import:
+class Import(NamedTuple):
     module: str  # the full name of what is imported
     line: int
     deferred: bool  # inside a function or for type checking only
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class Source:
-    path: Path
-    tree: ast.Module
-    lines: int
+    """`name`: its path below tetri/, without the suffix."""
 
-    @property
-    def name(self) -> str:
-        return self.path.relative_to(PACKAGE).with_suffix("").as_posix()
-
-    @property
-    def package(self) -> str:
-        return self.name.split("/")[0]
-
-    def imports(self):
-        yield from _imports(self.tree, deferred=False)
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.package = name, name.split("/")[0]
+        self.tree, self.lines = ast.parse(text, name), len(text.splitlines())
+        self.imports = list(_imports(self.tree, deferred=False))
 
 
 def _imports(node, deferred):
@@ -175,20 +139,16 @@ def _types_only(node):
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def sources():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        yield Source(path, ast.parse(text, str(path)), len(text.splitlines()))
-
-
-SOURCES = list(sources())
-every_file = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+SOURCES = [
+    Source(path.relative_to(PACKAGE).with_suffix("").as_posix(), path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+]
 
 
 def problems(source):
     """Every import that the tables above do not allow, as `file:line: what`."""
     packages, third = PACKAGES[source.package]
-    for found in source.imports():
+    for found in source.imports:
         parts = found.module.split(".")
         top = parts[0]
         key = ".".join(parts[:2]) if top == "tetri" else top
@@ -216,20 +176,24 @@ def problems(source):
             yield f"{where}: {found.module} has no place where things are only decided"
 
 
-@every_file
-def test_imports(source):
-    assert source.package in PACKAGES, f"{source.name}: give this package a line in PACKAGES"
-    assert list(problems(source)) == []
-
-
-@every_file
-def test_sizes(source):
-    assert source.lines <= FILE_LINES, f"{source.name} has {source.lines} lines"
+def too_long(source):
+    """The file and every function with too many lines, as `file: what`."""
+    if source.lines > FILE_LINES:
+        yield f"{source.name} has {source.lines} lines"
     for node in ast.walk(source.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            length = node.end_lineno - first + 1
-            assert length <= FUNCTION_LINES, f"{source.name}: {node.name} has {length} lines"
+            if (length := node.end_lineno - first + 1) > FUNCTION_LINES:
+                yield f"{source.name}: {node.name} has {length} lines"
+
+
+def test_every_package_has_a_line_in_the_table():
+    assert {source.package for source in SOURCES} == {*PACKAGES}
+
+
+@pytest.mark.parametrize("rule", [problems, too_long], ids=["imports", "sizes"])
+def test_every_file_keeps_the_rule(rule):
+    assert [problem for source in SOURCES for problem in rule(source)] == []
 
 
 # Files without a test of their name, and the test that covers them: contracts, and what is tested with its callers.
@@ -274,28 +238,17 @@ def test_every_file_has_a_test_of_its_name():
     assert len(TESTED_ELSEWHERE) <= MOST_ELSEWHERE and tests.issuperset(TESTED_ELSEWHERE.values())
 
 
-@pytest.mark.parametrize(
-    ("name", "test", "tested"),
-    [
-        ("core/prefill/queue", "core/prefill/test_queue.py", True),
-        ("core/prefill/queue", "core/test_queue.py", False),
-        ("core/prefill/queue", "core/test_prefill.py", False),
-        ("log", "test_log.py", True),
-        ("bench/demo", "bench/test_demo.py", True),
-        ("bench/demo", "test_bench.py", False),
-        ("bench/chaos/__main__", "bench/test_chaos.py", True),
-        ("sim/faulty/kv", "sim/test_faulty.py", True),
-        ("kv/__init__", "kv/test_store.py", True),  # only names what is in the files beside it
-    ],
-)
-def test_where_the_test_of_a_file_is(name, test, tested):
-    assert (untested([name], {test}) == []) is tested
+def test_where_the_test_of_a_file_is():
+    names = ["core/prefill/queue", "bench/demo", "log", "bench/chaos/__main__", "sim/faulty/kv", "kv/__init__"]
+    assert untested(names, {"core/test_queue.py", "core/test_prefill.py", "test_bench.py"}) == names[:-1]
+    tests = {"core/prefill/test_queue.py", "bench/test_demo.py", "test_log.py", "bench/test_chaos.py"}
+    assert untested(names, tests | {"sim/test_faulty.py"}) == []
 
 
 def test_no_package_imports_itself_in_a_circle():
     graph = {}
     for source in SOURCES:
-        for found in source.imports():
+        for found in source.imports:
             parts = found.module.split(".")
             if parts[0] == "tetri" and parts[1:2] not in ([], [source.package]):
                 graph.setdefault(source.package, set()).add(parts[1])
@@ -325,8 +278,13 @@ def test_no_package_imports_itself_in_a_circle():
         ("proc/x", "from tetri.cli import main", "tetri.cli is for"),
         ("kv/x", "from . import slab", "relative import"),
         ("client/x", "import msgspec", "may not import msgspec"),
+        ("core/x", "\n" * 450, None),
+        ("core/x", "\n" * 451, "core/x has 451 lines"),
+        ("core/x", "@property\ndef f():" + "\n pass" * 48, None),
+        ("core/x", "@property\ndef f():" + "\n pass" * 49, "core/x: f has 51 lines"),
     ],
 )
 def test_the_test_can_fail(name, text, says):
-    found = list(problems(Source(PACKAGE / f"{name}.py", ast.parse(text), 1)))
+    source = Source(name, text)
+    found = [*problems(source), *too_long(source)]
     assert (found == []) if says is None else (len(found) >= 1 and says in found[0])

@@ -12,7 +12,7 @@ PROGRAMS = ("cat", "cksum", "awk", "df", "dirname", "du", "grep", "mkdir", "read
 
 # Answers the questions that bin/setup asks of a Python, makes a stub environment with itself as its Python,
 # writes down each pip and model call, and fails where the file `fail` holds a word of the call.
-PYTHON = """#!/bin/sh
+PYTHON = """
 log() { echo "$*" >>"$STUB/calls"; }
 case "$1 $2" in
 "-V "*) echo Python 3.11.0 ;;
@@ -43,10 +43,11 @@ class Checkout:
         self.program("python3.11", PYTHON)
         self.fail_at("nothing")
 
-    def program(self, name: str, text: str) -> None:
+    def program(self, name: str | Path, text: str) -> None:
         path = self.stub / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        path.write_text(text)
+        path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
     def fail_at(self, word: str, saying: str = "") -> None:
@@ -114,30 +115,27 @@ def test_no_network_is_said(checkout):
     assert "no network" in error_of(checkout.run())
 
 
-def test_no_python_is_said(checkout):
-    (checkout.stub / "bin" / "python3.11").unlink()
-    assert "Python 3.11" in error_of(checkout.run())
-    checkout.program("python3", "#!/bin/sh\nexit 1\n")
-    assert "Python 3.11" in error_of(checkout.run())
-
-
-def test_no_room_is_said_before_anything_is_made(checkout):
-    checkout.program("df", "#!/bin/sh\necho header\necho /dev/x 9 9 100 9% /\n")
-    assert "too little disk" in error_of(checkout.run())
+@pytest.mark.parametrize(
+    ("programs", "environment", "says"),
+    [
+        ({"python3.11": "exit 1"}, {}, "Python 3.11"),
+        ({"python3.11": "exit 1", "python3": "exit 1"}, {}, "Python 3.11"),
+        ({"df": "echo header\necho /dev/x 9 9 100 9% /"}, {}, "too little disk"),
+        ({}, {"TETRI_CACHE": "here"}, "absolute path"),
+    ],
+    ids=["no python", "none at all", "no room", "cache"],
+)
+def test_what_is_missing_is_said_before_anything_is_made(checkout, programs, environment, says):
+    for name, does in programs.items():
+        checkout.program(name, does)
+    assert says in error_of(checkout.run(**environment))
     assert not (checkout.root / ".venv").exists()
-
-
-def test_a_relative_cache_is_refused(checkout):
-    assert "absolute path" in error_of(checkout.run(TETRI_CACHE="here"))
 
 
 @pytest.mark.parametrize("name", ["tetri-cli", "tetri-broker", "tetri-monitor", "tetri-worker"])
 def test_launchers(checkout, name):
     assert error_of(checkout.run(f"bin/{name}")) == f"{name}: run bin/setup first"
-    program = checkout.root / ".venv" / "bin" / name
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\necho "ran with $*"\n')
-    program.chmod(0o755)
+    checkout.program(checkout.root / ".venv" / "bin" / name, 'echo "ran with $*"')
     link = checkout.stub / "elsewhere"
     link.symlink_to(os.path.relpath(checkout.root / "bin" / name, checkout.stub))
     assert subprocess.run([link, "a", "b c"], capture_output=True, text=True).stdout == "ran with a b c\n"
@@ -154,12 +152,8 @@ def tested(checkout):
     for file in ("tests/test_text.py", "tests/core/test_decode.py", "tetri/text.py", "tetri/wire.py", "tetri/sim.py"):
         (checkout.root / file).write_text("")
     for name in ("setup", "check"):
-        path = checkout.root / "bin" / name
-        path.write_text(f'#!/bin/sh\necho "{name}" >>"$STUB/calls"\n')
-    python = checkout.root / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+        checkout.program(checkout.root / "bin" / name, f'echo "{name}" >>"$STUB/calls"')
+    checkout.program(checkout.root / ".venv" / "bin" / "python", PYTHON)
 
     def run(*arguments):
         done = checkout.run("bin/test", *arguments)

@@ -1,40 +1,16 @@
 import json
 import time
-from pathlib import Path
 
 import pytest
+from checkpoints import make_checkpoint
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from tetri.request import Turn
 from tetri.text import ByteTokenizer, Stopper, TextError, decode, load_tokenizer
 
 BYTES = ByteTokenizer()
-TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<e>\n{% endfor %}<s>assistant{{ '\n' }}"
-CORPUS = [
-    "the cat sat on the mat and then the other cat",
-    "naïve café 日本語 🙂 ",
-    "12 345 678",
-    "def f(x):\n    return x",
-]
-
-
-def make_checkpoint(folder: Path, **settings) -> Path:
-    """A small byte-level checkpoint folder, trained on a few lines."""
-    folder.mkdir(exist_ok=True)
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "<e>"], initial_alphabet=alphabet)
-    inner.train_from_iterator(CORPUS * 5, trainer)
-    inner.add_tokens([AddedToken("a b\u2009c", special=False), AddedToken("Ġplain", special=False)])
-    inner.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "<e>"}, "chat_template": TEMPLATE, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +31,6 @@ def inner(folder):
 # ------------------------------------------------------------------------------------------- tokenisers
 
 
-@given(st.text())
-def test_bytes_there_and_back(text):
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        return
-    assert decode(BYTES, BYTES.encode(text)) == text
-
-
 def test_any_id_has_a_text_without_a_model():
     assert decode(BYTES, [72, 105, 0x1F3A, 70000]) == "Hi1f3a 11170 "
 
@@ -76,10 +45,12 @@ def test_token_bytes_give_what_the_tokenizers_package_decodes(tokenizer, inner, 
     assert decode(tokenizer, ids) == inner.decode(ids, skip_special_tokens=True)
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_a_models_text_comes_back(tokenizer, text):
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@pytest.mark.parametrize("byte", [True, False], ids=["bytes", "a model's tokens"])
+def test_a_text_comes_back(tokenizer, byte, text):
     if "<s>" not in text and "<e>" not in text:
-        assert decode(tokenizer, tokenizer.encode(text)) == text
+        each = BYTES if byte else tokenizer
+        assert decode(each, each.encode(text)) == text
 
 
 def test_the_template_is_applied_and_specials_are_one_token(tokenizer, inner):
@@ -215,24 +186,26 @@ def test_half_a_character_is_never_shown(text, cuts):
     assert shown + stopper.finish().text == text
 
 
-def test_a_stop_in_the_middle_of_a_token_spares_its_beginning():
-    stopper = Stopper(BYTES, ["f3"])
-    assert stopper.feed([104, 0x1F3A, 0x2222]) == ("h1", True, 2)
-    assert stopper.feed([65]) == ("", True, 2)
-    assert stopper.finish() == ("", True, 2)
-
-
-def test_what_may_begin_a_stop_is_held_and_released():
-    stopper = Stopper(BYTES, ["END"])
-    assert stopper.feed(b"xEN").text == "x"
-    assert stopper.feed(b"E").text == "EN"
-    assert stopper.finish().text == "E"
-
-
-def test_a_stopper_that_goes_on_after_earlier_output():
-    stopper = Stopper(BYTES, ["END"], b"abE")
-    assert stopper.feed(b"ND!") == ("", True, 5)
-    assert Stopper(BYTES, ["b"], b"abc").stopped
+@pytest.mark.parametrize(
+    ("stop", "output", "fed", "released"),
+    [
+        (["f3"], b"", ([104, 0x1F3A, 0x2222], [65]), [("h1", True, 2), ("", True, 2), ("", True, 2)]),
+        (["3a", "f"], b"", ([104, 0x1F3A],), [("h1", True, 2), ("", True, 2)]),
+        (["END"], b"", (b"xEN", b"E"), [("x", False, 3), ("EN", False, 4), ("E", False, 4)]),
+        (["END"], b"abE", (b"ND!",), [("", True, 5), ("", True, 5)]),
+        (["b"], b"abc", (), [("", True, 2)]),
+    ],
+    ids=[
+        "a stop in a token spares its beginning",
+        "the first of two",
+        "held and released",
+        "after earlier output",
+        "in earlier output",
+    ],
+)
+def test_what_is_released(stop, output, fed, released):
+    stopper = Stopper(BYTES, stop, output)
+    assert [*map(stopper.feed, fed), stopper.finish()] == released
 
 
 def test_a_token_costs_the_same_in_a_long_text():

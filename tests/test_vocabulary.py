@@ -77,8 +77,7 @@ def records(*unions):
     found, todo = {}, [kind for union in unions for kind in union.__args__]
     while todo:
         kind = todo.pop()
-        for part in getattr(kind, "__args__", ()):
-            todo.append(part)
+        todo += getattr(kind, "__args__", ())
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind not in found:
             info = msgspec.structs.fields(kind)
             found[kind] = [field.encode_name for field in info]
@@ -112,16 +111,12 @@ def counters(tree):
 
 def contract_methods():
     """Methods that a documented protocol or abstract class names: who implements one need not say it again."""
-    for tree in TREES.values():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                whole = {ast.unparse(base) for base in node.bases} & {"Protocol", "ABC"}
-                methods = [method for method in node.body if isinstance(method, FUNCTIONS) and documented(method)]
-                yield from (
-                    method.name
-                    for method in methods
-                    if whole or "abstractmethod" in map(ast.unparse, method.decorator_list)
-                )
+    for node in (node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        whole = {ast.unparse(base) for base in node.bases} & {"Protocol", "ABC"}
+        for method in node.body:
+            abstract = whole or "abstractmethod" in map(ast.unparse, getattr(method, "decorator_list", ()))
+            if isinstance(method, FUNCTIONS) and documented(method) and abstract:
+                yield method.name
 
 
 def documented(node):

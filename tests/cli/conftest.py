@@ -3,13 +3,12 @@
 import io
 import json
 import sys
+from contextlib import ExitStack
 
 import pytest
 from fake_broker import FakeBroker, answer
 
 from tetri import cli
-
-FAKE_DIR = "tetri"
 
 
 @pytest.fixture
@@ -17,24 +16,21 @@ def place(tmp_path, monkeypatch):
     """An empty run directory, which the environment names."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("TETRI_CONF", raising=False)
-    (tmp_path / FAKE_DIR).mkdir()
-    return tmp_path / FAKE_DIR
+    (tmp_path / "tetri").mkdir()
+    return tmp_path / "tetri"
 
 
 @pytest.fixture
 def broker(place):
     """Start a fake broker with a script, as what is up in the run directory."""
-    started = []
+    with ExitStack() as started:
 
-    def start(reply=answer):
-        fake = FakeBroker(reply).__enter__()
-        started.append(fake)
-        (place / "cluster.json").write_text(json.dumps({"clients": fake.address}))
-        return fake
+        def start(reply=answer):
+            fake = started.enter_context(FakeBroker(reply))
+            (place / "cluster.json").write_text(json.dumps({"clients": fake.address}))
+            return fake
 
-    yield start
-    for fake in started:
-        fake.__exit__()
+        yield start
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def run(capfd, monkeypatch):
     def run_cli(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as ended:
-            cli.main(list(arguments))
+            cli.main([str(each) for each in arguments])
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return ended.value.code, out, err

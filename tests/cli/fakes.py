@@ -9,8 +9,9 @@ def refuse(message):
     return [{"type": "refused", "key": key, "reason": "the prompt is empty", "retry_after_s": None}]
 
 
-def start(*arguments):
+def start(*arguments, **settings):
     code = "from tetri.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, *arguments],
+        **{"bufsize": 0, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings},
     )

@@ -1,22 +1,6 @@
-import stat
-
-from click.testing import CliRunner
-
-from tetri import cli
-from tetri.net import keys
-
-
-def test_a_key_is_made_once_for_its_owner_alone(tmp_path):
-    path = tmp_path / "key"
-    made = CliRunner().invoke(cli.group, ["keygen", str(path)])
-    assert made.exit_code == 0 and "a new key" in made.output
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    before = keys.load(str(path))
-    again = CliRunner().invoke(cli.group, ["keygen", str(path)])
-    assert again.exit_code == cli.FAILED and "never overwritten" in again.output
-    assert keys.load(str(path)) == before
-
-
-def test_a_place_that_does_not_exist_is_one_line(tmp_path):
-    made = CliRunner().invoke(cli.group, ["keygen", str(tmp_path / "no" / "key")])
-    assert made.exit_code == cli.FAILED and "cannot be made (no such file or directory)" in made.output
+def test_a_key_is_made_once_and_in_a_folder_that_exists(run, tmp_path):
+    path, nowhere = tmp_path / "key", tmp_path / "no" / "key"
+    assert run("keygen", path) == (0, "", f"{path}: a new key, for its owner alone (0600)\n")
+    status, _, err = run("keygen", path)
+    assert status == 2 and "never overwritten" in err
+    assert run("keygen", nowhere)[2] == f"tetri-cli: {nowhere}: cannot be made (no such file or directory)\n"

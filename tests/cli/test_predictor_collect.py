@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from checkpoints import make_checkpoint
 from played_writer import PlayedWriter
 
-from tetri import cli
 from tetri.cli import predictor_collect
 from tetri.predict.lengths import read_lengths, read_states, states_path
 
@@ -25,18 +26,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A checkpoint of thirty layers, as far as it is looked at before vLLM starts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("model")
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        ["x"], trainers.BpeTrainer(vocab_size=300, special_tokens=["<e>"], initial_alphabet=alphabet)
-    )
-    inner.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<e>", "chat_template": TEMPLATE}))
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"), ["x"], chat_template=TEMPLATE)
     shape = {"max_position_embeddings": 80, "vocab_size": 300, "num_hidden_layers": 30}
     (folder / "config.json").write_text(json.dumps(shape))
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -58,7 +48,7 @@ def out(files):
 
 
 @pytest.fixture
-def run(model, files, capfd, monkeypatch):
+def run(run, model, files, monkeypatch):
     """Run the command in this process: (exit status, stdout, stderr). `run.writers` were asked for."""
 
     def played(target, batch, longest, leaving):
@@ -66,14 +56,7 @@ def run(model, files, capfd, monkeypatch):
         run_cli.writers.append((target.plan, batch, writer))
         return writer
 
-    def run_cli(*more):
-        arguments = ["predictor", "collect", *files, "--model", str(model), "--max-tokens", "40", *more]
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code, out, err
-
+    run_cli = partial(run, "predictor", "collect", *files, "--model", model, "--max-tokens", "40")
     run_cli.writers = []
     monkeypatch.setattr(predictor_collect, "_writer", played)
     return run_cli
@@ -104,27 +87,22 @@ def test_json_is_one_object_and_a_second_run_has_nothing_to_do(run, out):
     status, said, err = run("--limit", "5", "--samples", "2", "--json")
     found = json.loads(said)
     assert status == 0 and said.count("\n") == 1 and len(run.writers) == 1 and "starting" not in err
-    mean = found.pop("mean")
-    assert mean == sum(length.tokens for length in read_lengths(out)[0]) / 10
-    assert found.pop("cut") == sum(length.ended == "length" for length in read_lengths(out)[0])
+    lengths, _ = read_lengths(out)
     assert found == {
+        "mean": sum(length.tokens for length in lengths) / 10,
+        "cut": sum(length.ended == "length" for length in lengths),
         **{"out": str(out), "prompts": 5, "skipped": 2, "texts": 10, "written": 0, "left": 0},
         **{"tokens": 0, "seconds": 0.0},
     }
 
 
 def test_options_reach_the_writer(run):
-    numbers = {"every": 5, "batch": 3, "temperature": 0, "seed": 9, "limit": 6}
-    run("--layers", "2,1", "--dtype", "float32", *(word for k, v in numbers.items() for word in (f"--{k}", str(v))))
+    numbers = "--every 5 --batch 3 --temperature 0 --seed 9 --limit 6"
+    run("--layers", "2,1", "--dtype", "float32", *numbers.split())
     plan, batch, writer = run.writers[0]
     assert (plan.layers, plan.every, plan.temperature, plan.seed, plan.dtype) == ((1, 2), 5, 0.0, 9, "float32")
     assert batch == 3 == writer.most and len(writer.added) == 6
     assert {sampling.temperature for _, sampling in writer.added.values()} == {0.0}
-
-
-def test_without_layers_no_states(run, out):
-    assert run("--layers", "none")[0] == 0
-    assert not states_path(out).exists() and run.writers[0][0].layers == ()
 
 
 @pytest.mark.parametrize(
@@ -152,16 +130,6 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(run, out, more, says):
     assert all(line.startswith("skipped: ") for line in err.splitlines()[:-1]) and not out.exists()
 
 
-def test_a_file_of_its_own_is_needed(run, files, out):
-    run()
-    status, _, err = run("--seed", "1")
-    assert status == 2 and f"{out} was begun with seed 0: give the same, or another --out" in err
-    before = Path(files[1]).read_bytes()
-    status, _, err = run("--out", files[1])
-    assert status == 2 and f"{files[1]} is there and was not begun by collect" in err
-    assert Path(files[1]).read_bytes() == before
-
-
 def test_many_bad_lines_are_counted(run, files):
     with open(files[1], "a") as file:
         file.write("\nbad" * 50)
@@ -181,6 +149,7 @@ def test_a_full_disk_is_one_line(run, out, monkeypatch):
     advice = "the written part is kept; free some space and run the same command again"
     assert (status, said) == (1, "") and err.splitlines()[-1] == f"tetri-cli: {out}: File too large; {advice}"
     assert run("--layers", "none")[0] == 0 and len(read_lengths(out)[0]) == 12
+    assert not states_path(out).exists() and {plan.layers for plan, *_ in run.writers} == {()}
 
 
 @pytest.mark.parametrize(
@@ -212,31 +181,30 @@ cli.main()
 
 @pytest.fixture
 def command(model, files):
+    """Runs the command to its end, in a process of its own; `halfway` starts it and waits until it is there."""
     program = PLAYED.format(tests=str(REPOSITORY / "tests"))
     arguments = ["predictor", "collect", *files, "--model", str(model), "--max-tokens", "40", "--batch", "3"]
-    return [sys.executable, "-c", program, *arguments]
+    settings = {"args": [sys.executable, "-c", program, *arguments], "stdout": subprocess.PIPE, "text": True}
+
+    def command():
+        environment = {**os.environ, "WAITS_AT": "0"}
+        return subprocess.run(**settings, stderr=subprocess.PIPE, timeout=30, env=environment)
+
+    def halfway(stderr):
+        begun = subprocess.Popen(**settings, stderr=stderr, env={**os.environ, "WAITS_AT": "60"})
+        ending.callback(begun.communicate, timeout=30)
+        ending.callback(begun.kill)
+        assert begun.stdout.readline() == "waits\n"
+        return begun
+
+    command.halfway = halfway
+    with contextlib.ExitStack() as ending:
+        yield command
 
 
-@pytest.fixture
-def started(command):
-    """Starts the command and waits until it is halfway."""
-    begun = []
-
-    def start(stderr):
-        environment = {**os.environ, "WAITS_AT": "60"}
-        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment))
-        assert begun[0].stdout.readline() == "waits\n"
-        return begun[0]
-
-    yield start
-    for process in begun:
-        process.kill()
-        process.communicate(timeout=30)
-
-
-def test_an_interrupt_keeps_everything_and_the_same_command_goes_on(started, command, out):
-    process = started(subprocess.PIPE)
-    second = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "WAITS_AT": "0"})
+def test_an_interrupt_keeps_everything_and_the_same_command_goes_on(command, out):
+    process = command.halfway(subprocess.PIPE)
+    second = command()
     assert second.returncode == 2 and f"another collect is writing {out}: wait for its end" in second.stderr
     process.send_signal(signal.SIGINT)
     said, err = process.communicate(timeout=30)
@@ -246,26 +214,16 @@ def test_an_interrupt_keeps_everything_and_the_same_command_goes_on(started, com
         f"interrupted: all that is written stays in {out}; the same command goes on from there"
     )
     assert f"{12 - there} texts are left: what is there has too many short ones" in said
-    again = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "WAITS_AT": "0"})
+    again = command()
     assert again.returncode == 0 and f"12 texts, {12 - there} of them new" in again.stdout
     assert len(read_lengths(out)[0]) == 12 == len(read_states(states_path(out)))
 
 
-def test_killed_it_leaves_sound_files_and_no_lock(started, command, out):
-    process = started(subprocess.DEVNULL)
-    process.kill()
-    process.communicate(timeout=30)
-    there = read_lengths(out)[0]
-    assert there and {length.key for length in there} <= set(read_states(states_path(out)))
-    again = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "WAITS_AT": "0"})
-    assert again.returncode == 0 and len(read_lengths(out)[0]) == 12
-
-
-def test_a_terminal_gets_a_bar(started):
+def test_a_terminal_gets_a_bar(command):
     end, terminal = pty.openpty()
     with ThreadPoolExecutor(1) as pool:
         shown = pool.submit(everything, end)
-        process = started(terminal)
+        process = command.halfway(terminal)
         os.close(terminal)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)

@@ -1,7 +1,6 @@
 """tetri-cli predictor train and eval, from the files to what is printed."""
 
 import json
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,7 +9,7 @@ from tests.predict import made
 from tetri.cli.predictor_eval import command as eval_command
 from tetri.cli.predictor_train import command as train_command
 from tetri.predict import fit
-from tetri.predict.card import CARD, HEAD, LATER
+from tetri.predict.card import CARD
 from tetri.predict.examples import is_held_out, read_texts
 from tetri.sim.texts import read
 
@@ -31,8 +30,10 @@ def little_to_learn():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Lengths in a.jsonl, both kinds of predictor in p."""
+    """Lengths in a.jsonl, both kinds of predictor in p; bare.jsonl has {"prompt", "tokens"} a line, nothing else."""
     folder = tmp_path_factory.mktemp("predictor")
+    rows = [{"prompt": f"what is {number} and 7?", "tokens": 30 + number} for number in range(12)]
+    (folder / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
     file = made.lengths(folder / "a.jsonl", 120, layers=(1, 2))
     encoder = made.encoder(folder / "bert")
     found = run(train_command, "--lengths", file, "--out", folder / "p", "--json")
@@ -64,11 +65,8 @@ def test_other_prompts_than_those_learnt_from(folder, tmp_path):
     assert json.loads(run(eval_command, *arguments).stdout)["n"] == 50
 
 
-def test_lengths_of_a_stranger_need_no_states(folder, tmp_path):
-    """{"prompt", "tokens"} a line, nothing else."""
-    file = tmp_path / "bare.jsonl"
-    rows = [{"prompt": f"what is {number} and 7?", "tokens": 30 + number} for number in range(12)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
+def test_lengths_of_a_stranger_need_no_states(folder):
+    file = folder / "bare.jsonl"
     found = run(eval_command, "--lengths", file, "--predictor", folder / "p", "--json")
     made_ = json.loads(found.stdout)
     assert (made_["n"], made_["kind"], list(made_["kinds"])) == (12, "classifier", ["classifier"])
@@ -97,25 +95,18 @@ def test_only_what_was_learnt_from(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "says"),
+    ("file", "arguments", "says"),
     [
-        (train_command, ["--kind", "hidden", "--full"], "--full is for --kind classifier"),
-        (train_command, ["--kind", "classifier", "--layer", "3"], "--layer is for --kind hidden"),
-        (train_command, ["--kind", "hidden", "--layer", "7"], "layer 7 was not kept"),
-        (train_command, ["--kind", "classifier", "--encoder", "no/such/encoder"], "cannot be loaded"),
+        ("a.jsonl", "--kind hidden --full", "--full is for --kind classifier"),
+        ("a.jsonl", "--kind classifier --layer 3", "--layer is for --kind hidden"),
+        ("a.jsonl", "--kind hidden --layer 7", "layer 7 was not kept"),
+        ("bare.jsonl", "--kind classifier", "give --model"),
     ],
 )
-def test_what_cannot_be(folder, tmp_path, command, arguments, says):
-    given = ["--lengths", folder / "a.jsonl", "--out", tmp_path / "p"]
-    found = run(command, *given, *arguments, fails=True)
+def test_what_cannot_be_trained(folder, tmp_path, file, arguments, says):
+    found = run(train_command, "--lengths", folder / file, "--out", tmp_path, *arguments.split(), fails=True)
     assert says in found.stderr
     assert not list(tmp_path.rglob(CARD))
-
-
-def test_lengths_that_do_not_say_whose_they_are(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "tokens": 3}\n')
-    arguments = ["--lengths", tmp_path / "a.jsonl", "--kind", "classifier", "--out", tmp_path / "p"]
-    assert "give --model" in run(train_command, *arguments, fails=True).stderr
 
 
 def test_a_predictor_of_another_model(folder, tmp_path):
@@ -124,24 +115,3 @@ def test_a_predictor_of_another_model(folder, tmp_path):
     arguments = ["--lengths", tmp_path / "a.jsonl", "--predictor", folder / "p"]
     assert "for another model" in run(eval_command, *arguments, fails=True).stderr
     assert "no predictor is shipped" in run(eval_command, *arguments[:2], fails=True).stderr
-
-
-def test_a_head_that_was_cut_off(folder, tmp_path):
-    (tmp_path / "hidden").mkdir()
-    for name in (CARD, HEAD, LATER):
-        (tmp_path / "hidden" / name).write_bytes((folder / "p" / "hidden" / name).read_bytes())
-    path = tmp_path / "hidden" / HEAD
-    path.write_bytes(path.read_bytes()[:-5])
-    found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", tmp_path, fails=True)
-    assert "is cut off" in found.stderr and len(found.stderr.strip().splitlines()) == 1
-
-
-def test_starting_the_command_line_loads_no_torch():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, click; from tetri.cli import predictor_eval, predictor_train\n"
-        "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)

@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+from live import EMULATED
 
-from tetri import cli, cost
+from tests.cli.fakes import start
+from tetri import cost
 
-REPOSITORY = Path(__file__).parents[2]
 KNOWN = """
 prefill = [[1, 0.2], [8, 0.24], [16, 0.32], [32, 0.64]]
 decode = [[1, 0.2], [4, 0.4]]
@@ -32,21 +33,12 @@ def arguments(tmp_path):
         "emulated.time_scale": 0.02,
     }
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return ["profile", "--conf", str(REPOSITORY / "conf" / "emulated.toml"), *overrides]
+    return ["profile", "--conf", EMULATED, *overrides]
 
 
 @pytest.fixture
-def run(arguments, capfd):
-    """Run tetri-cli in this process: (exit status, stdout, stderr)."""
-
-    def run_cli(*more):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*arguments, *more])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code, out, err
-
-    return run_cli
+def run(run, arguments):
+    return partial(run, *arguments)
 
 
 def test_a_table_is_shown_and_written(run, tmp_path):
@@ -82,30 +74,28 @@ def test_json_is_one_object_with_every_point(run):
 
 
 @pytest.mark.parametrize(
-    ("more", "status", "says"),
+    ("more", "says"),
     [
-        (["--rounds", "0"], 2, "--rounds"),
-        (["--out", "/no/such/folder/x.toml"], 2, "--out: there is no folder /no/such/folder"),
-        (["--out", "/"], 2, "is a directory"),
-        (["--set", "engine.cost="], 2, "give it a cost table"),
-        (["--set", "engine.teapot=1"], 2, "unknown key"),
-        (["--cpus", "9999"], 2, "this machine has no CPU 9999"),
-        (["--cpu-time"], 2, "--cpu-time is for vLLM on one core"),
-        (["--cpus", "zero"], 2, "CPU numbers such as"),
-        (["--conf", "/no/such.toml"], 2, "/no/such.toml"),
-        (["--set", "emulated.blocks=1"], 2, "blocks"),
+        (["--rounds", "0"], "--rounds"),
+        (["--out", "/no/such/folder/x.toml"], "--out: there is no folder /no/such/folder"),
+        (["--out", "/"], "is a directory"),
+        (["--set", "engine.cost="], "give it a cost table"),
+        (["--set", "engine.teapot=1"], "unknown key"),
+        (["--cpus", "9999"], "this machine has no CPU 9999"),
+        (["--cpu-time"], "--cpu-time is for vLLM on one core"),
+        (["--cpus", "zero"], "CPU numbers such as"),
+        (["--conf", "/no/such.toml"], "/no/such.toml"),
+        (["--set", "emulated.blocks=1"], "blocks"),
     ],
 )
-def test_what_is_wrong_is_one_line(run, more, status, says):
-    found, out, err = run("--quick", "--rounds", "1", *more)
-    assert (found, out) == (status, "")
+def test_what_is_wrong_is_one_line(run, more, says):
+    status, out, err = run("--quick", "--rounds", "1", *more)
+    assert (status, out) == (2, "")
     assert says in err.splitlines()[-1] and err.splitlines()[-1].startswith("tetri-cli: ")
 
 
 def test_an_interrupt_leaves_nothing(arguments, tmp_path):
-    path = tmp_path / "new.toml"
-    command = [sys.executable, "-c", "from tetri.cli import main; main()", *arguments, "--rounds", "10000"]
-    process = subprocess.Popen([*command, "--quick", "--out", path], stderr=subprocess.PIPE, text=True)
+    process = start(*arguments, "--rounds", "10000", "--quick", "--out", tmp_path / "new.toml", bufsize=-1, text=True)
     lines = [process.stderr.readline() for _ in range(2)]
     assert lines[1] == "round 1 of 10000 measured\n", lines
     process.send_signal(signal.SIGINT)

@@ -1,8 +1,7 @@
 """tetri-cli sim replay: what it prints and its exit status."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import msgspec
 import pytest
@@ -14,11 +13,9 @@ from tetri.wire.messages import Load, LoadReport
 START = MonitorStart(flip="none", settings=FlipSettings(), epoch=1, load_s=0.1, stale_s=1.0, gone_s=5.0, now=0.0)
 
 
-def run(*arguments):
-    command = [sys.executable, "-c", "from tetri.cli import main; main()", "sim", "replay", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def run(run):
+    return partial(run, "sim", "replay")
 
 
 @pytest.fixture
@@ -30,14 +27,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_same_actions(folder):
+def test_the_same_actions(run, folder):
     assert run(folder) == (0, "monitor-1: monitor, 1 events, 1 ticks, 2 actions: same\n", "")
     status, out, _ = run(folder / "record", "--json")
     made = json.loads(out)
     assert status == 0 and made["same"] is True and (made["events"], made["ticks"], made["actions"]) == (1, 1, 2)
 
 
-def test_other_actions_are_an_exit_status_and_the_first_difference(folder):
+def test_other_actions_are_an_exit_status_and_the_first_difference(run, folder):
     path = folder / "record" / "monitor-1.events"
     start = msgspec.structs.replace(START, epoch=2)
     old, new = framed(msgspec.msgpack.encode(START)), framed(msgspec.msgpack.encode(start))
@@ -48,9 +45,8 @@ def test_other_actions_are_an_exit_status_and_the_first_difference(folder):
     assert json.loads(run(folder, "--json")[1])["same"] is False
 
 
-def test_no_record_is_one_line(tmp_path):
-    status, out, err = run(tmp_path)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "cluster.record=true" in err
-    (tmp_path / "x.events").write_bytes(b"junk")
-    status, out, err = run(tmp_path)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "does not begin as a record" in err
+def test_no_record_is_one_line(run, tmp_path):
+    for says in ("cluster.record=true", "does not begin as a record"):
+        status, out, err = run(tmp_path)
+        assert (status, out, err.count("\n")) == (2, "", 1) and says in err
+        (tmp_path / "x.events").write_bytes(b"junk")

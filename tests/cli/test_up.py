@@ -1,8 +1,7 @@
 """tetri-cli up, without anything that starts."""
 
-import os
-
 import pytest
+from live import EMULATED
 
 from tetri.proc import launch
 
@@ -27,8 +26,7 @@ def test_up_tells_where_things_listen(run, place, monkeypatch):
         return config.run_dir
 
     monkeypatch.setattr(launch, "up", fake_up)
-    conf = os.path.join(os.path.dirname(__file__), "..", "..", "conf", "emulated.toml")
-    status, out, err = run("up", "--conf", conf, "--set", "broker.clients=tcp://127.0.0.1:7777")
+    status, out, err = run("up", "--conf", EMULATED, "--set", "broker.clients=tcp://127.0.0.1:7777")
     assert status == 0 and "tcp://127.0.0.1:7777" in out and f"{place}/log" in out
     assert err == "p0 (prefill) is ready\n"
 
