@@ -245,17 +245,30 @@ def test_where_the_test_of_a_file_is():
     assert untested(names, tests | {"sim/test_faulty.py"}) == []
 
 
-def test_no_package_imports_itself_in_a_circle():
-    graph = {}
-    for source in SOURCES:
-        for found in source.imports:
-            parts = found.module.split(".")
-            if parts[0] == "tetri" and parts[1:2] not in ([], [source.package]):
-                graph.setdefault(source.package, set()).add(parts[1])
+def imported(source, names):
+    """The files of `names` that a file imports, also inside functions and for types only."""
+    for found in source.imports:
+        path = "/".join(found.module.split(".")[1:])
+        modules = {f"{path}/{name}".lstrip("/") for name in found.names} & names
+        yield from (modules or {path, f"{path}/__init__"} & names) if found.module.startswith("tetri") else ()
+
+
+def circle(graph):
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        pytest.fail(f"packages import each other in a circle: {' -> '.join(error.args[1])}")
+        return error.args[1]
+    return None
+
+
+def test_no_file_imports_itself_in_a_circle():
+    names = {source.name for source in SOURCES}
+    assert circle({source.name: {*imported(source, names)} for source in SOURCES}) is None
+    known = {"a", "b", "c/__init__", "c/d"}
+    texts = {"a": "def f():\n    from tetri import b", "b": "from tetri.c.d import x", "c/d": "from tetri.c import y"}
+    graph = {name: {*imported(Source(name, text), known)} for name, text in texts.items()}
+    assert graph == {"a": {"b"}, "b": {"c/d"}, "c/d": {"c/__init__"}} and circle(graph) is None
+    assert circle({**graph, "c/__init__": {"a"}})
 
 
 @pytest.mark.parametrize(

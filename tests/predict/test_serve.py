@@ -139,9 +139,7 @@ def test_in_a_flood_the_oldest_go_without(parallel: Any) -> None:
     assert beside.unread == 3
 
 
-def test_a_failure_is_logged_once_and_nobody_gets_an_answer(
-    parallel: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failure_is_logged_once_and_nobody_gets_an_answer(parallel: Any, caplog: pytest.LogCaptureFixture) -> None:
     beside, classifier = parallel("bad", fails_at="bad")
     beside.ask("l", b"good")
     classifier.go.release(9)

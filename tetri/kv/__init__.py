@@ -133,9 +133,11 @@ def _open(path: str, settings: StoreSettings, slab: HostSlab, wake: Callable[[],
             reader, ticket = open_nixl(slab, expected, wake, everywhere=bool(settings.address))
             return Opened(reader, ticket=ticket)
         case "stream":
-            from tetri.kv.stream.stream import open_stream
+            from tetri.kv.stream.stream import ANYWHERE_HERE, StreamReader, StreamSettings
 
-            stream = open_stream(settings, slab, expected, wake)
+            at = settings.address or ANYWHERE_HERE
+            served = StreamSettings(at, settings.announce, settings.key, settings.buffer, expected)
+            stream = StreamReader(slab, served, wake)
             return Opened(stream, stream.address)
     raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(TRANSPORTS)}")
 

@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from tetri.kv.base import Fetched, KVError, Wanted
 from tetri.kv.slab import HostSlab
@@ -19,9 +18,6 @@ from tetri.net import keys
 from tetri.net.bulk import context
 from tetri.net.errors import NetError
 from tetri.request import Reach
-
-if TYPE_CHECKING:
-    from tetri.kv import StoreSettings
 
 ANYWHERE_HERE = "tcp://127.0.0.1:*"
 LEAST_BUFFER = 64 << 20
@@ -42,14 +38,6 @@ class StreamSettings:
     buffer: int = LEAST_BUFFER
     usual: int = 0
     patience: StreamPatience = StreamPatience()
-
-
-def open_stream(store: StoreSettings, slab: HostSlab, usual: int, wake: Wake) -> StreamReader:
-    """A StreamReader from a worker's settings. `usual`: expected bytes of a KV chunk. Raises KVError."""
-    settings = StreamSettings(
-        address=store.address or ANYWHERE_HERE, announce=store.announce, key=store.key, buffer=store.buffer, usual=usual
-    )
-    return StreamReader(slab, settings, wake)
 
 
 class StreamReader:
