@@ -23,5 +23,3 @@ def test_all_that_stands_here_is_said_or_heard_and_nothing_is_both():
     records = {each for _, each in inspect.getmembers(actions, inspect.isclass) if issubclass(each, Value)}
     mine = {each for each in records if each.__module__ == actions.__name__}
     assert mine == (SAID | HEARD) & mine and SAID.issubset(mine) and not SAID & HEARD
-
-

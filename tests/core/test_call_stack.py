@@ -40,13 +40,13 @@ class Calls:
             sys.setprofile(before)
 
     def profile(self, frame, event, arg):
-        path = frame.f_code.co_filename
-        if not path.startswith(self.folder):
-            return
-        if event == "return":
-            self.stack.pop()
-        elif event == "call":
-            self.call(path.removeprefix(self.folder).removesuffix(".py"))
+        if event in ("call", "return"):  # of Python code, not of C
+            path = frame.f_code.co_filename
+            if path.startswith(self.folder):
+                if event == "call":
+                    self.call(path.removeprefix(self.folder).removesuffix(".py"))
+                else:
+                    self.stack.pop()
 
     def call(self, name):
         stack = self.stack

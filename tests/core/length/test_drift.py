@@ -82,10 +82,10 @@ class Traffic:
         return self.inside
 
     def _end(self, at, name, length, high, most):
-        before = self.view.status().on
+        before = self.view.prompt.on
         self.view.ended(str(name), length, "length" if length == most else "stop")
         self.inside.append(length < high)
-        if self.view.status().on != before:
+        if self.view.prompt.on != before:
             self.switches.append((len(self.inside), not before))
         if len(self.inside) % 100 == 0:
             self.medians.append(quantile(self.view.prior.curve(0, 0, 4096), 0.5))

@@ -182,7 +182,7 @@ def test_another_attempt_is_the_same_request():
 @pytest.fixture
 def few(monkeypatch):
     """It remembers so many only, not twice as many as a broker has open."""
-    assert estimators.MOST_OPEN == 2 * Limits(context=2000, vocabulary=1).max_open
+    assert 2 * Limits(context=2000, vocabulary=1).max_open == estimators.MOST_OPEN
     monkeypatch.setattr(estimators, "MOST_OPEN", 50)
     return 50
 

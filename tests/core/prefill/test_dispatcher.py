@@ -4,8 +4,8 @@ import pytest
 
 from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, offer, refuse
 from tests.core.driver import working
-from tests.core.reading import kinds, only, sent
-from tetri.core.actions import BROKER, AddRequest
+from tests.core.reading import added, kinds, sent
+from tetri.core.actions import BROKER
 from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
@@ -130,9 +130,7 @@ def test_when_it_refuses_itself_others_are_asked():
     told.tell(assign("a", prompt=16), assign("b", prompt=16))
     actions = [action for _ in range(4) for action in told.step()]
     assert not sent(actions, kind=Offer)
-    assert [each.request.key.split(":")[1] for each in only(actions, AddRequest) if each.request.phase == "decode"] == [
-        "a"
-    ]
+    assert [key for key in added(actions) if key[0] == "d"] == ["d:a:1:m1:1"]
     assert [each.rid for each in sent(told.view(d1=10), "d1", Offer)] == ["b"]  # reservations take their share only
 
 

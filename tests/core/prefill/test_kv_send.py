@@ -6,8 +6,8 @@ import pytest
 
 from tests.core.build import assign, capacity, chunk, close, grant, handle, instance, refuse
 from tests.core.driver import working
-from tests.core.reading import kinds, only, sent
-from tetri.core.actions import AddRequest, Export, Exported, Free, Freed, HoldRequest
+from tests.core.reading import added, kinds, only, sent
+from tetri.core.actions import Export, Exported, Free, Freed, HoldRequest
 from tetri.core.prefill.request import KVChunk, KVOutflow
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Offer
@@ -133,7 +133,7 @@ def test_not_while_another_is_on_offer_nowhere():
     told.tell(assign("a", prompt=12), assign("b", prompt=16))
     assert [told.run(), told.run(), told.run()] == [[("a", 0, 8)], [("a", 8, 12)], []]
     assert sent(told.view(d1=60), "d1", Offer)
-    assert [engine_request.request.key for engine_request in only(told.later(), AddRequest)] == ["p:b:1"]
+    assert added(told.later()) == ["p:b:1"]
 
 
 def test_those_that_fit_nowhere_do_not_keep_the_others_from_being_offered():

@@ -303,9 +303,8 @@ def test_another_attempt_goes_on_from_its_output():
     told.tell(named(1, "p:a:2"))  # fewer than it has by now
     (before,) = offered(told.step())
     assert before.high > 10
-    assert corrected(told.step(estimates={"a": distribution(1)})) == [
-        span(12)
-    ]  # 9 and 4 to 7 more are mostly in that bucket
+    # 9 and 4 to 7 more are mostly in that bucket
+    assert corrected(told.step(estimates={"a": distribution(1)})) == [span(12)]
 
 
 # ---------------------------------------------------------------- on an instance that decodes too
@@ -321,10 +320,8 @@ def test_an_answer_at_home_takes_nobody_out_of_the_step_under_way():
     told.tell(assign("x", prompt=8, attempt=2, max_tokens=MOST))
     told.later()
     assert told.tell(named(key="p:x:2")) == []
-    assert "Tokens > broker" in kinds(told.step()) and {
-        engine_request.split(":")[2] for engine_request in told.requests
-    } == {"2"}
-    assert late(told) == 0
+    assert "Tokens > broker" in kinds(told.step()) and late(told) == 0
+    assert {key.split(":")[2] for key in told.requests} == {"2"}
 
 
 def test_an_answer_during_a_step_goes_to_others_at_once():

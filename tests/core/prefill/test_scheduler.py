@@ -4,7 +4,7 @@ import pytest
 
 from tests.core.build import assign, capacity, close, grant, landed, offer, resend
 from tests.core.driver import working
-from tests.core.reading import kinds, only, sent
+from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import BROKER, AddRequest, Broken, Export, Free, RequestRejected
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
@@ -17,15 +17,11 @@ def told():
     return working("p1", "d1")
 
 
-def started(actions):
-    return [action.request.key for action in only(actions, AddRequest)]
-
-
 def test_a_chunk_holds_the_tail_of_one_prompt_and_the_heads_of_others():
     told = working("p1", "d1", capacity=capacity(max_batch=3))
     told.tell(assign("a", prompt=10), assign("b", prompt=3), assign("c", prompt=20))
     assert told.run() == [("a", 0, 8)]
-    assert started(told.later()) == ["p:b:1", "p:c:1"] and told.chunk() == [("a", 8, 10), ("b", 0, 3), ("c", 0, 3)]
+    assert added(told.later()) == ["p:b:1", "p:c:1"] and told.chunk() == [("a", 8, 10), ("b", 0, 3), ("c", 0, 3)]
     told.tell(RequestRejected("p:c:1", "no"))  # the engine has room for the others only
     assert told.run() == [("a", 8, 10), ("b", 0, 3)]
 

@@ -19,10 +19,9 @@ from tests.core.build import (
     resend,
 )
 from tests.core.driver import working
-from tests.core.reading import kinds, only, sent
+from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import (
     BROKER,
-    AddRequest,
     AdmitRequest,
     Broken,
     CancelRequest,
@@ -53,20 +52,12 @@ def told():
 # ---------------------------------------------------------------- registering
 
 
-def test_it_registers_when_the_broker_is_there(told):
-    (found,) = sent(told.tell(PeerUp(BROKER)), BROKER)
-    assert isinstance(found, Ready) and (found.instance.iid, found.instance.role, found.load.free_blocks) == (
-        "p1",
-        "prefill",
-        10,
-    )
-    assert not told.tell(PeerDown(BROKER))
-
-
-def test_it_registers_again_when_it_hears_no_roster(told):
-    told.tell(PeerUp(BROKER))
+def test_it_registers_when_the_broker_is_there_and_again_when_it_hears_no_roster(told):
+    (found,) = sent(told.tell(PeerUp(BROKER)), BROKER, Ready)
+    assert (found.instance.iid, found.instance.role, found.load.free_blocks) == ("p1", "prefill", 10)
     assert not sent(told.later(1.9), kind=Ready)
     assert sent(told.later(0.2), kind=Ready)
+    assert not told.tell(PeerDown(BROKER))
 
 
 def test_it_registers_at_once_when_a_roster_leaves_it_out(told):
@@ -169,9 +160,7 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     told = working("m1", **ROOMY)
     told.tell(assign("a", prompt=12, max_tokens=3))
     actions = told.step() + told.step() + told.step()
-    assert not sent(actions, "m1") and [
-        engine_request.request.phase for engine_request in only(actions, AddRequest)
-    ] == ["prefill", "decode"]
+    assert not sent(actions, "m1") and added(actions) == ["p:a:1", "d:a:1:m1:1"]
     actions += told.step()
     assert [message.stage for message in sent(actions, kind=Staged)] == ["prefill", "moving", "waiting", "decode"]
     assert only(actions, AdmitRequest) and len(only(actions, Free)) == 2 and sent(actions, kind=Tokens)[-1].items[0].end
@@ -315,9 +304,7 @@ def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_deco
     told.tell(assign("a", prompt=8))
     told.step()
     actions = told.tell(flip("decode"))
-    assert [engine_request.request.phase for engine_request in only(actions, AddRequest)] == ["decode"] and not sent(
-        actions, "p1"
-    )
+    assert added(actions) == ["d:a:1:p1:1"] and not sent(actions, "p1")
 
 
 # ---------------------------------------------------------------- memory that both want
