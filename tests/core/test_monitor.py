@@ -8,7 +8,6 @@ from tetri.core.actions import BROKER, Broken, Publish
 from tetri.core.monitor import Monitor
 from tetri.policy import rules as tables
 from tetri.policy.views import FlipSettings
-from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import FlipWanted
 
 SETTINGS = FlipSettings(idle_s=20.0, low_s=20.0, hold_s=10.0, floor=1, gain=2.0)
@@ -80,21 +79,6 @@ def test_who_is_silent_ages_and_is_left_out_at_last():
     assert [load.iid for load in view.loads] == ["p0"]
     (view,) = views(told.tell(report("d0", "decode")))  # it had only been silent
     assert [load.iid for load in view.loads] == ["p0", "d0"]
-
-
-def test_a_restarted_monitor_begins_a_new_epoch_and_learns_everything_from_reports():
-    told = monitor("idle", now=500.0, epoch=8)
-    (view,) = views(told.later())
-    assert (view.epoch, view.number, view.loads) == (8, 1, [])
-    (view,) = views(told.tell(report("d0", "decode")))
-    assert (view.epoch, view.number, [load.iid for load in view.loads]) == (8, 2, ["d0"])
-
-
-def test_connections_say_nothing_that_reports_do_not():
-    told = monitor()
-    told.tell(report("d0", "decode"))
-    assert not told.tell(PeerUp(BROKER), PeerDown("d0"), PeerDown(BROKER))
-    assert [load.iid for load in views(told.later())[0].loads] == ["d0"]
 
 
 # ---------------------------------------------------------------- what the policies see

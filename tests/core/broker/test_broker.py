@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.broker.serving import RID, assigned, attach, cancel, refusal, replies, serving, submit
 from tests.core.broker.work import opcodes
-from tests.core.build import FINGERPRINT, capacity, failed, fingerprint, heartbeat, ready, tokens
+from tests.core.build import FINGERPRINT, capacity, fingerprint, heartbeat, ready, tokens
 from tests.core.reading import kinds, sent
 from tetri.core.actions import Broken, Release
 from tetri.cost import Cost
@@ -129,11 +129,6 @@ def test_times_too_short_or_too_long_to_count_are_counted_all_the_same(seconds):
     assert [place(told, key, 20) for key in "def"] == ["p1", "p1", "p2"]
 
 
-def test_round_robin_takes_turns():
-    told = serving("p1", "p2", "p3", rules=Rules(prefill_route="round_robin"))
-    assert [place(told, key, 3) for key in "abcde"] == ["p1", "p2", "p3", "p1", "p2"]
-
-
 def test_what_waits_is_placed_when_the_loss_of_another_makes_room_for_it():
     """A prompt that must fit twice into the only decode instance, as long as another one can prefill it: nobody takes
     it while that other is there and too small."""
@@ -204,7 +199,3 @@ def test_nonsense_is_refused(served, wrong):
 
 def test_no_worker_takes_the_brokers_name(served):
     assert served.tell(ready("broker", "decode")) == [] and "broker" not in served.roles()
-
-
-def test_what_a_worker_says_of_nobody_is_ignored(served):
-    assert not served.tell(tokens("p1", "nobody", 0, 1), failed("p1", "nobody", retry=True))

@@ -6,7 +6,7 @@ from tests.core.broker.serving import RID, assigned, serving, submit
 from tests.core.build import capacity, fingerprint, heartbeat, ready, staged, tokens
 from tests.core.reading import only, sent
 from tetri.core.actions import Disconnect
-from tetri.core.broker.membership import FORGET_S, Members
+from tetri.core.broker.membership import Members
 from tetri.request import Stage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import FromWorker, Membership
@@ -25,18 +25,6 @@ def members(*workers):
 
 def pool(made, tokens=1, work=None):
     return made.pool(tokens, work or {}).iids
-
-
-def test_a_pool_takes_prefill_and_mixed_instances_that_can_be_reached():
-    made = members(("p0", "prefill"), ("m0", "mixed"), ("d0", "decode"), ("p1", "prefill"))
-    assert pool(made) == ["p0", "m0", "p1"]
-    made.disconnected("p0")
-    made.lose(made.by_iid["p1"], "gone")
-    assert pool(made) == ["m0"]
-    made.connected("p0")
-    made.lose(made.by_iid["p1"], None)
-    made.turn(made.by_iid["m0"], "decode")
-    assert pool(made) == ["p0", "p1"]
 
 
 def test_a_prompt_goes_only_where_it_fits():
@@ -90,45 +78,11 @@ def test_what_fits_nowhere_counts_mixed_instances_for_both_phases():
     assert made.too_long(12, 13) is None
 
 
-@pytest.mark.parametrize(
-    "one, other, apart",
-    [
-        ("prefill", "decode", True),
-        ("mixed", "mixed", True),
-        ("mixed", "prefill", True),
-        ("prefill", "prefill", False),
-        ("decode", "decode", False),
-    ],
-)
-def test_strangers_are_named_where_kv_would_have_to_move(one, other, apart):
-    made = members(("a", one), ("b", other, {"fingerprint": OTHER}))
-    notes = [status.note for status in made.status()]
-    assert [bool(note) for note in notes] == [apart, apart]
-    if apart:
-        assert notes[0].startswith("never paired with b: dtype differs")
-
-
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():
     made = members(("p0", "prefill"), ("d0", "decode"))
     made.by_iid["d0"].counters = {"injected_drop": 0}
     made.by_iid["p0"].counters = {"duplicate": 3}
     assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
-
-
-def test_a_roster_is_made_when_there_is_news_or_silence():
-    made = members(("p0", "prefill"))
-    assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []
-    made.turn(made.by_iid["p0"], "mixed")
-    (send,) = made.refresh(1.2)
-    assert [entry.role for entry in send.message.instances] == ["mixed"] and made.refresh(1.9) == []
-    assert len(made.refresh(2.0)) == 1
-
-
-def test_whoever_is_given_up_is_no_longer_written_to():
-    made = members(("p0", "prefill"), ("d0", "decode"))
-    made.lose(made.by_iid["d0"], "silent")  # its connection stands all the same
-    assert made.prune(FORGET_S + 1) == [Disconnect("d0")]
-    assert [send.peer for send in made.publish(FORGET_S + 1)] == ["p0"]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from tests.core.build import capacity, close, offer, resend
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
-from tetri.core.actions import BROKER, AdmitRequest, Broken, Send, Step
+from tetri.core.actions import AdmitRequest, Broken, Step
 from tetri.cost import Cost
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy import rules as tables
@@ -101,10 +101,6 @@ def test_asking_again_gets_all_and_nothing_is_told_twice():
     assert items(told.tell(resend("r", 1))) == [("r", 1, 3, None)]
     assert items(told.step(passes=2)) == []
     assert items(told.step(passes=3)) == [("r", 4, 5, None)]
-
-
-def test_nothing_of_it_goes_anywhere_but_to_the_broker():
-    assert {action.peer for action in only(landed("r").step(), Send)} == {BROKER}
 
 
 class Asked:

@@ -10,7 +10,6 @@ from tetri.core.decode.kv_receive import COUNTED, FETCH_TRIES, LOST_PAUSE_S, KVR
 from tetri.core.decode.request import KVInflow
 from tetri.wire.events import PeerDown
 from tetri.wire.handover import Grant, Landed, Refuse
-from tetri.wire.messages import Tokens
 
 
 def start(path="stream"):
@@ -185,16 +184,6 @@ def test_the_same_offer_again_waits_for_what_the_earlier_one_has_on_its_way(told
     assert sent(told.tell(offer("r", prompt=12)), kind=Grant)
 
 
-def test_a_prefill_instance_that_restarts_in_the_middle_begins_anew(told):
-    told.meet(*others(incarnation=2))
-    assert not told.tell(chunk("r", 0, 0, 1))  # nobody is there to be told
-    for index in range(3):
-        told.come(index, "lost")
-    actions = begin(told, attempt=2, incarnation=2)
-    assert len(only(actions, Adopt)) == 3 and counted(told) == {}
-    assert kinds(told.come(0, key="d:r:2:p1:1")) == ["Landed > p1"]
-
-
 def test_an_offer_under_another_number_takes_its_own_copies(told):
     told.come(0)
     assert len(only(begin(told, offer=2), Adopt)) == 3
@@ -202,16 +191,6 @@ def test_an_offer_under_another_number_takes_its_own_copies(told):
     landed = sent(told.come(1, key="d:r:1:p1:2"), kind=Landed)
     assert [(each.offer, each.index) for each in landed] == [(2, 1)]
     assert not told.come(2, "flipped")
-
-
-def test_the_receipt_tells_how_often_a_chunk_was_taken_again():
-    told = start()
-    told.land(prompt=4, max_tokens=2)
-    told.come(0, "flipped")
-    told.come(0)
-    (last,) = sent(told.step(), kind=Tokens)
-    receipt = last.items[0].end.receipt
-    assert (receipt.refetched, receipt.transport) == (1, "stream")
 
 
 def test_of_several_copies_none_meets_a_leg_that_is_gone():

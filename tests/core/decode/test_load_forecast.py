@@ -3,11 +3,10 @@ are here. The prior, of buckets of 10 tokens: nearly all are short, but who gets
 
 import pytest
 
-from tests.core.build import BLOCK, capacity, close, decode_request, identity, instance, offer, update_length
+from tests.core.build import BLOCK, capacity, close, decode_request, identity, offer, update_length
 from tests.core.driver import working
 from tetri.core.actions import Broken, Step
 from tetri.core.decode.load_forecast import LoadForecast
-from tetri.core.decode.request import NEVER
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
@@ -82,26 +81,6 @@ def test_a_range_that_is_outlived_moves_up_and_may_turn_heavy():
     write(view, made, 4)
     assert view.look(made) and made.heavy and view.heavy == 1
     view.check([made])
-
-
-def test_one_that_outlives_the_low_end_is_predicted_by_the_high_end():
-    view, made = forecast(dispatch_end="low"), request("a", 5, 20)
-    view.enter(made)
-    write(view, made, 5)
-    assert not view.look(made) and made.dispatch_end == 19
-    view.check([made])
-
-
-def test_output_of_earlier_attempts_counts():
-    view, made = forecast(), request("a", 4, 8, prompt=6, output=[1] * 8)
-    view.enter(made)
-    assert made.length == span(8, 12) and made.dispatch_end == 11 and made.due == 3
-
-
-def test_one_without_a_range_is_never_moved():
-    view, made = forecast(), request("a")
-    view.enter(made)
-    assert view.until_moved(made) == NEVER and not made.heavy
 
 
 def test_seconds_until_all_have_ended():
@@ -181,14 +160,6 @@ def test_only_what_is_said_of_its_own_offer_replaces_its_range(was, steps, event
     assert left(told) == high - 1 - (1 + steps) and told.load().heavy == (high > 30)
 
 
-def test_a_correction_that_comes_before_its_sender_is_known_waits_with_its_offer():
-    told = learning()
-    of = {"src": "p7", "incarnation": 3}
-    assert not told.tell(offer("r", 8, length=span(0, 10), **of, **LONG), update_length("r", span(40, 50), **of))
-    told.meet(instance("p7", "prefill", incarnation=3))
-    assert left(told) == 49
-
-
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_offer_that_is_sent_again_brings_the_range_of_a_lost_correction(number):
     told = landed(0, 10)
@@ -261,12 +232,6 @@ def test_with_nothing_to_learn_from_it_is_the_next_range():
     told = landed(10, 20, interval=50, rules=Rules(length="noisy"), expected=None)
     told.step(passes=19)
     assert left(told) == 29 - 20
-
-
-def test_past_all_that_is_known_it_is_cut_off_in_the_end():
-    told = landed(40, 50, interval=60)
-    told.step(passes=49)
-    assert told.later()[-1] in [Step(most) for most in range(1, 61 - 50 + 1)]
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,6 @@ def test_one_request_from_admission_to_its_end(told):
     assert free(told) == 10 and told.holds() == [("r", "done", 3)] and told.run() == [] and told.most is None
 
 
-def test_all_tokens_of_a_step_are_one_message(told):
-    told.running("a", "b", prompt=4)
-    (message,) = sent(told.step(), kind=Tokens)
-    assert [(item.rid, item.start) for item in message.items] == [("a", 2), ("b", 2)]
-
-
 def test_the_batch_takes_no_more_than_it_has_slots_for(told):
     told.tell(*(offer(rid, prompt=4, offer=number) for number, rid in enumerate("abc", 1)))
     told.step()

@@ -43,19 +43,6 @@ def test_reservations_share_a_part_of_it_but_one_alone_may_be_larger(ledger):
     assert ledger.reserved == 0
 
 
-def test_what_running_ones_will_take_is_kept_free(ledger):
-    ledger.allocate("a", 4)
-    assert ledger.reserve("b", 3, kept=4) == "3 blocks needed, 6 free, 4 of them kept"
-    assert "b" not in ledger and ledger.free == 6
-    assert ledger.reserve("b", 2, kept=4) is None and ledger.free == 4
-
-
-def test_running_legs_may_outgrow_the_engine(ledger):
-    ledger.allocate("a", 10)
-    ledger.grow("a", 12)
-    assert ledger.free == -2 and not ledger.allocate("b", 0)
-
-
 def test_the_engine_may_hold_less_but_never_more(ledger):
     ledger.allocate("a", 3)
     ledger.check([("a", 2)])

@@ -103,15 +103,6 @@ def test_the_first_of_two_natural_ends_teaches():
     assert span(view.unknown(SAMPLING, 0)) == (700, 800)
 
 
-def test_who_is_forgotten_is_not_scored():
-    view = estimator()
-    view.estimates("a", told(at(6)), SAMPLING)
-    view.forget("a")
-    view.forget("nobody")
-    view.ended("a", 320, "stop")
-    assert view.status().scored == 0
-
-
 def test_one_that_is_worse_than_the_prior_is_switched_off_and_says_so():
     view = estimator()
     for number in range(200):  # lengths that it cannot tell apart, and is sure of: each time the other one
@@ -169,14 +160,6 @@ def test_the_prior_alone():
     view = estimator("prior")
     view.ended("a", 30, "stop")
     assert (view.status().kind, view.status().on, view.status().predicted) == ("prior", False, 0)
-
-
-def test_another_attempt_is_the_same_request():
-    view = estimator()
-    for _ in range(3):
-        view.estimates("a", told(at(6)), SAMPLING)
-    view.ended("a", 320, "stop")
-    assert view.status().predicted == view.status().scored == 1
 
 
 @pytest.fixture

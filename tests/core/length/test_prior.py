@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from tetri.core.length.prior import MEMORY, MOST, START, Prior
+from tetri.core.length.prior import MEMORY, MOST, Prior
 from tetri.policy.distribution import likeliest, quantile, share_below
 from tetri.request import LengthDistribution
 
@@ -111,11 +111,3 @@ def test_for_ever():
         assert share_below(prior.curve(0, 0, 900), tokens) == pytest.approx(
             share_below(twin.curve(0, 0, 900), tokens), abs=0.01
         )
-
-
-def test_what_was_known_fades():
-    prior = Prior(LengthDistribution(50, (1.0, 0.0)), 1000)
-    ends(prior, [120] * START)
-    assert 0.35 < share_below(prior.curve(0, 0, 900), 100) < 0.6
-    ends(prior, [120] * 4 * MEMORY)
-    assert share_below(prior.curve(0, 0, 900), 100) < 0.05

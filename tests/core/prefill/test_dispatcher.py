@@ -2,11 +2,10 @@
 
 import pytest
 
-from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, offer, refuse
+from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, refuse
 from tests.core.driver import working
 from tests.core.reading import added, kinds, sent
 from tetri.core.actions import BROKER
-from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
 from tetri.wire.messages import Failed
@@ -78,15 +77,6 @@ def test_a_grant_for_an_offer_that_was_taken_back_is_given_back(offered):
     assert not offered.tell(landed("r", 0), refuse("r"))
 
 
-def test_a_refusal_after_something_moved_needs_another_attempt():
-    told = working("p1", "d1")
-    told.tell(assign("a", prompt=16))
-    told.step()
-    told.tell(grant("a"), landed("a", 0))
-    actions = told.tell(refuse("a"))
-    assert kinds(actions) == ["CancelRequest", "Drop > d1", "Failed > broker"] and sent(actions, BROKER)[0].retry
-
-
 @pytest.mark.parametrize("loss", [PeerDown("d1"), membership(9, instance("p1", "prefill"), instance("d2", "decode"))])
 def test_a_lost_decode_instance_is_replaced_if_nothing_moved(two, loss):
     assert to("d2", two.tell(loss)) == ["Offer > d2", "Chunk > d2"]
@@ -140,13 +130,6 @@ def test_prompts_are_stalled_while_nobody_takes_the_first_of_them(offered):
     assert offered.load().stalled
     offered.view(d1=9)  # it is asked again
     assert not offered.load().stalled
-
-
-def test_who_waits_for_a_prediction_is_not_stalled():
-    told = working("p1", "d1", rules=Rules(length="noisy"))
-    told.tell(assign("a", prompt=8))
-    told.later()
-    assert told.chunk() and not told.load().stalled
 
 
 def test_patience_without_a_decode_instance_ends_for_each_at_its_time():
@@ -235,8 +218,3 @@ def test_such_a_prompt_does_not_hold_up_those_that_can_go_on(behind, free):
     failed = sent(told.later(0.2), kind=Failed)
     assert [(each.rid, each.retry) for each in failed] == [("a", True)] * free
     assert told.run() == [("b", 0, 8)] * free  # now the slots are free
-
-
-def test_offers_that_come_here_are_answered_whatever_the_role():
-    told = working("p1")
-    assert kinds(told.tell(offer("r", 8, src="d9"))) == ["AddRequest", "Grant > d9"]

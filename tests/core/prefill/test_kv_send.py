@@ -7,9 +7,9 @@ import pytest
 from tests.core.build import assign, capacity, chunk, close, grant, handle, instance, refuse
 from tests.core.driver import working
 from tests.core.reading import added, kinds, only, sent
-from tetri.core.actions import Export, Exported, Free, Freed, HoldRequest
+from tetri.core.actions import Export, Exported, Free, HoldRequest
 from tetri.core.prefill.request import KVChunk, KVOutflow
-from tetri.wire.events import PeerDown, PeerUp
+from tetri.wire.events import PeerDown
 from tetri.wire.handover import Offer
 from tetri.wire.messages import Failed
 
@@ -84,15 +84,6 @@ def test_chunks_are_computed_as_far_as_there_are_slots_for_them(slots, prompts, 
     assert told.heartbeat().slots_used == sum(each.stop - each.start for each in kept)
 
 
-def test_slots_come_back_as_chunks_are_taken():
-    told = begin()
-    told.tell(assign("a", 40))
-    assert [told.run(), told.run(), told.run()][-1] == []
-    told.answer("a", grant)
-    finish(told, "a")
-    assert told.heartbeat().slots_used == 0
-
-
 def test_one_that_is_granted_goes_on_while_an_older_one_waits_for_its_memory():
     """Overtaking by refusal: both are on offer, the older one is refused, the younger granted."""
     told = begin()
@@ -103,27 +94,6 @@ def test_one_that_is_granted_goes_on_while_an_older_one_waits_for_its_memory():
     told.take("b")
     finish(told, "b")
     assert [each.rid for each in sent(told.meet(D1), kind=Offer)] == ["a"]
-
-
-def test_one_that_is_granted_late_goes_on():
-    """All that the others may have is taken when the grant comes, and none of theirs will be."""
-    told = begin()
-    told.tell(assign("a", prompt=12), assign("b", prompt=60))
-    told.run(), told.run()
-    assert told.run() == []
-    told.answer("a", refuse)
-    assert told.run() == []
-    told.answer("b", grant)
-    finish(told, "b")
-
-
-def test_one_that_finds_no_open_slot_is_offered_all_the_same():
-    """Else it could not be granted, and nobody could use the reserve."""
-    told = begin(slots=3)
-    told.tell(assign("a", prompt=16))
-    assert kinds(told.later()) == ["AddRequest", "Staged > broker", "Offer > d1"]
-    told.answer("a", grant)
-    finish(told, "a")
 
 
 def test_not_while_another_is_on_offer_nowhere():
@@ -148,29 +118,6 @@ def test_those_that_fit_nowhere_do_not_keep_the_others_from_being_offered():
     assert kinds(told.later()) == ["AddRequest", "Staged > broker", "Offer > d3"]
     told.answer("c", grant)
     assert told.run() == [("c", 0, 8)]
-
-
-def test_slots_come_back_when_the_broker_closes_those_who_keep_them():
-    told = begin()
-    told.tell(assign("a", prompt=16), assign("b", prompt=16))
-    told.run(), told.run()
-    assert told.run() == []
-    told.tell(close("a"))
-    assert told.run() == [("b", 0, 8)]
-
-
-def test_slots_that_somebody_still_writes_are_waited_for():
-    """Nobody wants them any more, but they are not free: they count for all, and come back by themselves."""
-    told = begin()
-    told.frees = False
-    told.tell(assign("z", prompt=12))
-    told.run(), told.run()
-    told.tell(close("z"), assign("a", prompt=60))
-    told.run(), told.run()
-    told.answer("a", grant)
-    assert told.run() == []
-    told.tell(Freed(3), PeerUp("d1"))
-    assert told.run() == [("a", 16, 24)]
 
 
 def test_kv_of_a_prompt_that_its_first_token_ends_makes_room():
@@ -251,23 +198,6 @@ def test_it_is_kept_while_nobody_needs_its_slots(lost):
     lost.view(d2=60)
     lost.answer("b", grant)
     finish(lost, "b")
-
-
-def test_it_is_kept_while_slots_come_back_from_the_granted_one():
-    told = begin(D1, D2, slots=6)
-    told.tell(assign("k", prompt=12))
-    told.run()
-    told.answer("k", grant)
-    told.tell(assign("b", prompt=24))
-    assert [told.run(), told.run(), told.run()] == [[("k", 8, 12), ("b", 0, 4)], [("b", 4, 12)], []]
-    told.view(d1=0, d2=0)
-    told.answer("b", refuse)
-    told.tell(PeerDown("d1"))
-    told.view(d2=60)
-    told.answer("k", refuse)
-    told.answer("b", grant)
-    assert told.run() == [] and failures(told) == []
-    finish(told, "b")
 
 
 def test_it_is_kept_while_it_is_on_offer(lost):

@@ -369,10 +369,6 @@ def test_what_was_said_is_held_against_what_came(closes, scored):
     assert (found.kind, found.note) == ("hidden", "made for a test")
 
 
-def test_without_a_predictor_nothing_is_said_of_one():
-    assert status(working("p1")) is None
-
-
 def test_what_ends_elsewhere_teaches_the_prior():
     told = begin("prior", *(close(f"r{number}", reason="stop", outputs=2) for number in range(300)), ask(6))
     assert offered(told.later()) == [span(0)]

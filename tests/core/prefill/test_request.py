@@ -6,7 +6,6 @@ from tests.core.build import assign, capacity, prefill_request
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need
 from tetri.request import LengthRange, Stage
-from tetri.wire.messages import End
 
 
 @pytest.mark.parametrize(
@@ -54,11 +53,3 @@ def test_its_stage_its_outputs_and_whether_it_waits_for_a_place():
     made.flow.grant()
     made.running, made.token = False, 7
     assert (made.stage, made.outputs(), made.granted, made.decodes) == (Stage.MOVING, [5, 7], True, True)
-
-
-def test_one_that_its_first_token_ends():
-    made = prefill_request(assign("a", 8, [5], max_tokens=2))
-    made.token, made.end = 7, End(reason="length", receipt=made.receipt("p1"))
-    assert (made.stage, made.decodes, made.outputs()) == (Stage.DONE, False, [5, 7])
-    receipt = made.end.receipt
-    assert (receipt.prefill_instance, receipt.adopted, receipt.transport) == ("p1", 0, "none")

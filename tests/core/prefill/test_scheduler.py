@@ -7,7 +7,6 @@ from tests.core.driver import working
 from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import BROKER, AddRequest, Broken, Export, Free, RequestRejected
 from tetri.engine_request import Sampled, Span, StepDone
-from tetri.policy.rules import Rules
 from tetri.wire.handover import Chunk, Drop, Offer
 from tetri.wire.messages import Failed, Staged, Tokens
 
@@ -46,11 +45,6 @@ def test_no_more_legs_than_the_engine_takes_at_once(told):
     assert len(told.run()) == 2
 
 
-def test_the_same_assignment_again_changes_nothing(told):
-    told.tell(assign("a", prompt=4))
-    assert not told.tell(assign("a", prompt=4)) and told.load().queued == 1
-
-
 @pytest.mark.parametrize("prompt, changes", [(0, {}), (40, {}), (41, {}), (9, {"blocks": 2})])
 def test_what_does_not_fit_fails_for_good(prompt, changes):
     told = working("p1", capacity=capacity(**changes))
@@ -70,16 +64,6 @@ def test_a_token_too_early_must_not_go_on(told):
     told.later()
     with pytest.raises(Broken, match="a token for p:a:1 at 8 of 12"):
         told.tell(StepDone((Span("p:a:1", 0, 8),), (Sampled("p:a:1", (7,), None),)))
-
-
-def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
-    """Windows of two, shortest first: "c" is shorter than all, but of the second window; "d" joins it in time."""
-    rules = Rules(order="sjf", sched_batch=2, decode_route="first_fit")
-    told = working("p1", "d1", rules=rules, capacity=capacity(max_batch=3), slots=11)
-    told.tell(assign("a", 7), assign("b", 5), assign("c", 1))
-    assert told.run() == [("b", 0, 5), ("a", 0, 3)]
-    told.tell(assign("d", 2))
-    assert told.run() == [("a", 3, 7), ("c", 0, 1), ("d", 0, 2)]
 
 
 def test_one_request_from_assign_to_landed(told):

@@ -96,12 +96,6 @@ def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(told):
     assert told.core.deadline() == pytest.approx(0.1)
 
 
-def test_it_does_nothing_but_wait_while_the_engine_computes(told):
-    told.tell(assign("r", prompt=8))
-    assert kinds(told.later())[-1] == "Step" and told.core.deadline() is None
-    assert not only(told.later(0.2), Step)
-
-
 def test_it_rests_when_a_step_achieved_nothing(told):
     told.tell(offer("r", prompt=8, src="d9"))
     told.later()
@@ -230,23 +224,6 @@ def test_a_chunk_may_be_another_when_a_decode_was_preempted(span, tokens):
     assert left(told) == tokens
 
 
-@pytest.mark.parametrize(
-    "spans, preempted",
-    [
-        ([], ""),
-        ([("a", 7, 13)], ""),
-        ([("a", 6, 14)], "x"),
-        ([("a", 7, 31)], "x"),
-        ([("a", 7, 14), ("b", 0, 1)], "x"),
-    ],
-)
-def test_but_only_then_and_only_of_what_was_planned(spans, preempted):
-    told = strained()
-    told.tell(assign("b", prompt=30))
-    with pytest.raises(Broken, match="planned|the engine holds"):
-        told.step(spans=spans, preempted=preempted)
-
-
 def test_a_decode_that_is_computed_again_takes_its_share_of_the_budget():
     told = strained()
     told.step(spans=[("a", 7, 15)], preempted="x")
@@ -289,14 +266,6 @@ def test_a_change_of_role_is_told_at_once(told):
         (said,), (published,) = sent(actions, kind=Heartbeat), only(actions, Publish)
         assert isinstance(published.message, LoadReport)
         assert said.role == published.message.role == "decode" and said.flip == becomes
-
-
-def test_what_is_here_is_finished_whatever_the_role():
-    told = working("p1", "d1")
-    told.tell(assign("a", prompt=12))
-    told.step()
-    told.tell(flip("decode"), assign("b", prompt=4))
-    assert told.run() == [("a", 8, 12), ("b", 0, 4)]
 
 
 def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_decode():
