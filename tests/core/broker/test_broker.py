@@ -129,6 +129,11 @@ def test_times_too_short_or_too_long_to_count_are_counted_all_the_same(seconds):
     assert [place(told, key, 20) for key in "def"] == ["p1", "p1", "p2"]
 
 
+def test_round_robin_takes_turns():
+    told = serving("p1", "p2", "p3", rules=Rules(prefill_route="round_robin"))
+    assert [place(told, key, 3) for key in "abcde"] == ["p1", "p2", "p3", "p1", "p2"]
+
+
 def test_what_waits_is_placed_when_the_loss_of_another_makes_room_for_it():
     """A prompt that must fit twice into the only decode instance, as long as another one can prefill it: nobody takes
     it while that other is there and too small."""
@@ -180,6 +185,7 @@ def test_status_tells_who_is_there_and_who_can_never_be_paired(served):
     status = served.status()
     notes = {each.iid: (each.state, each.note) for each in status.instances}
     assert notes["p2"] == ("lost", "connection lost") and notes["d1"] == ("ready", "")
+    assert {each.iid: each.paths for each in status.instances}["p1"] == {"shm": 1}
     assert notes["d2"] == ("ready", f"never paired with p1: dtype differs: f32 and {FINGERPRINT.dtype}")
     assert (status.requests, status.model, status.counters["accepted"]) == ({"queued": 1}, "m", 1)
 

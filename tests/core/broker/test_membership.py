@@ -6,7 +6,7 @@ from tests.core.broker.serving import RID, assigned, serving, submit
 from tests.core.build import capacity, fingerprint, heartbeat, ready, staged, tokens
 from tests.core.reading import only, sent
 from tetri.core.actions import Disconnect
-from tetri.core.broker.membership import Members
+from tetri.core.broker.membership import FORGET_S, Members
 from tetri.request import Stage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import FromWorker, Membership
@@ -66,23 +66,27 @@ def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
     assert made.pool(1, {"p0": 10**9}) is first and (first.queued_s, first.last) == ([1.0, 0.0], 1)
 
 
-def test_what_fits_nowhere_counts_mixed_instances_for_both_phases():
-    four, three = ({"capacity": capacity(blocks=blocks)} for blocks in (4, 3))
-    made = members(("m0", "mixed", four), ("d0", "decode", three))
-    assert made.too_long(16, 16) is None
-    assert made.too_long(17, 17) == "17 tokens fit into no prefill instance: the largest holds 16"
-    assert made.too_long(16, 17) == "17 tokens fit into no decode instance: the largest holds 16"
-    made.turn(made.by_iid["m0"], "prefill")
-    assert made.too_long(12, 13) == "13 tokens fit into no decode instance: the largest holds 12"
-    made.lose(made.by_iid["d0"], "gone")
-    assert made.too_long(12, 13) is None
-
-
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():
     made = members(("p0", "prefill"), ("d0", "decode"))
     made.by_iid["d0"].counters = {"injected_drop": 0}
     made.by_iid["p0"].counters = {"duplicate": 3}
     assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
+
+
+def test_a_roster_is_made_when_there_is_news_or_silence():
+    made = members(("p0", "prefill"))
+    assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []
+    made.turn(made.by_iid["p0"], "mixed")
+    (send,) = made.refresh(1.2)
+    assert [entry.role for entry in send.message.instances] == ["mixed"] and made.refresh(1.9) == []
+    assert len(made.refresh(2.0)) == 1
+
+
+def test_whoever_is_given_up_is_no_longer_written_to():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.lose(made.by_iid["d0"], "silent")  # its connection stands all the same
+    assert made.prune(FORGET_S + 1) == [Disconnect("d0")]
+    assert [send.peer for send in made.publish(FORGET_S + 1)] == ["p0"]
 
 
 @pytest.fixture

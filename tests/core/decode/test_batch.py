@@ -46,15 +46,6 @@ def test_a_step_goes_no_further_than_tokens_are_to_be_sent():
     assert landed("r", interval=5).later()[-1] == Step(5)
 
 
-def test_a_step_ends_where_the_first_range_is_moved_up():
-    told = begin(50, rules=Rules(length="noisy"))
-    told.land("b", max_tokens=LONG, length=LengthRange(low=0, high=30))
-    told.land("a", number=2, max_tokens=LONG, length=LengthRange(low=4, high=8))
-    assert told.later()[-1] == Step(7)
-    told.step(passes=7)
-    assert told.later()[-1] == Step(4)
-
-
 def test_a_step_ends_when_a_beat_or_a_load_is_due():
     told = landed("r", interval=50, cost=Cost(decode=((1.0, 0.03),)))
     told.later(0.1)  # the next beat is in 0.1 s

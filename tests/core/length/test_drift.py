@@ -4,7 +4,7 @@ The logarithm of a length is normal: what an honest predictor knows of it and wh
 end in the order in which they would in a batch of 32, so the long ones of a new kind end late."""
 
 from heapq import heappop, heappush
-from math import exp, log, sqrt
+from math import exp, log
 from random import Random
 from statistics import NormalDist, mean
 
@@ -89,11 +89,6 @@ class Traffic:
             self.switches.append((len(self.inside), not before))
         if len(self.inside) % 100 == 0:
             self.medians.append(quantile(self.view.prior.curve(0, 0, 4096), 0.5))
-
-
-def test_with_odds_that_are_right_the_cover_is_the_one_asked_for():
-    inside = Traffic(3, cover=0.8).run(3000)
-    assert mean(inside) == pytest.approx(0.8, abs=3 * sqrt(0.8 * 0.2 / len(inside)))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -4,8 +4,9 @@ import pytest
 
 from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, refuse
 from tests.core.driver import working
-from tests.core.reading import added, kinds, sent
+from tests.core.reading import kinds, sent
 from tetri.core.actions import BROKER
+from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
 from tetri.wire.messages import Failed
@@ -114,22 +115,19 @@ def test_only_reachable_decode_instances_of_the_same_kind_are_asked():
     assert sent(told.tell(PeerUp("d2")), "d2", Offer)
 
 
-def test_when_it_refuses_itself_others_are_asked():
-    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=30, reserve_share=0.2)
-    told.view(d1=0)
-    told.tell(assign("a", prompt=16), assign("b", prompt=16))
-    actions = [action for _ in range(4) for action in told.step()]
-    assert not sent(actions, kind=Offer)
-    assert [key for key in added(actions) if key[0] == "d"] == ["d:a:1:m1:1"]
-    assert [each.rid for each in sent(told.view(d1=10), "d1", Offer)] == ["b"]  # reservations take their share only
-
-
 def test_prompts_are_stalled_while_nobody_takes_the_first_of_them(offered):
     assert not offered.load().stalled  # it is on offer
     offered.tell(refuse("a"))
     assert offered.load().stalled
     offered.view(d1=9)  # it is asked again
     assert not offered.load().stalled
+
+
+def test_who_waits_for_a_prediction_is_not_stalled():
+    told = working("p1", "d1", rules=Rules(length="noisy"))
+    told.tell(assign("a", prompt=8))
+    told.later()
+    assert told.chunk() and not told.load().stalled
 
 
 def test_patience_without_a_decode_instance_ends_for_each_at_its_time():

@@ -4,12 +4,12 @@ to requests that are not granted."""
 
 import pytest
 
-from tests.core.build import assign, capacity, chunk, close, grant, handle, instance, refuse
+from tests.core.build import assign, capacity, close, grant, handle, instance, refuse
 from tests.core.driver import working
-from tests.core.reading import added, kinds, only, sent
-from tetri.core.actions import Export, Exported, Free, HoldRequest
+from tests.core.reading import added, only, sent
+from tetri.core.actions import Export, Free, Freed, HoldRequest
 from tetri.core.prefill.request import KVChunk, KVOutflow
-from tetri.wire.events import PeerDown
+from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Offer
 from tetri.wire.messages import Failed
 
@@ -31,13 +31,6 @@ def finish(told, rid):
     raise AssertionError(f"{rid} does not end")
 
 
-def test_blocks_that_a_chunk_does_not_fill_leave_with_the_next():
-    told = working("p1", "d1")
-    told.tell(assign("a", prompt=3), assign("b", prompt=9))
-    exports = [(each.key, each.start, each.stop) for each in only(told.step() + told.step(), Export)]
-    assert exports == [("p:a:1", 0, 1), ("p:b:1", 0, 1), ("p:b:1", 1, 3)]
-
-
 @pytest.mark.parametrize("gone", [close("a"), assign("a", prompt=8, attempt=2)])
 def test_what_is_exported_when_nobody_wants_it_any_more_is_freed(gone):
     told = begin()
@@ -45,43 +38,21 @@ def test_what_is_exported_when_nobody_wants_it_any_more_is_freed(gone):
     told.exports = False
     (export,) = only(told.step(), Export)
     told.tell(gone)
-    late = Exported(export.key, export.index, export.start, export.stop, handle(0, 1, segment="s-p1"), 9)
+    told.exports = True
+    late = told.result(export)
     assert told.heartbeat().slots_used == 2 and only(told.tell(late), Free) and told.heartbeat().slots_used == 0
 
 
-@pytest.mark.parametrize(
-    "slots, prompts, granted, chunks",
-    [
-        # Requests that nobody has taken leave the reserve alone; granted ones may fill all slots.
-        (7, [assign("a", 40)], False, [[("a", 0, 8)], [("a", 8, 16)], []]),
-        (7, [assign("a", 40)], True, [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 24)], []]),
-        (6, [assign("a", 40)], True, [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 24)], []]),
-        # What needs no slots is computed whatever is taken.
-        (1, [assign("a", 12, max_tokens=1)], False, [[("a", 0, 8)], [("a", 8, 12)]]),
-        (
-            7,
-            [assign("a", 16, max_tokens=4), assign("b", 20, max_tokens=1)],
-            False,
-            [[("a", 0, 8)], [("a", 8, 16)], [("b", 0, 8)], [("b", 8, 16)], [("b", 16, 20)]],
-        ),
-        # The reserve does not stop prompts from being packed.
-        (
-            30,
-            [assign("a", 10), assign("b", 3), assign("c", 20)],
-            False,
-            [[("a", 0, 8)], [("a", 8, 10), ("b", 0, 3), ("c", 0, 3)]],
-        ),
-    ],
-)
-def test_chunks_are_computed_as_far_as_there_are_slots_for_them(slots, prompts, granted, chunks):
-    told = begin(slots=slots)
-    told.tell(*prompts)
+@pytest.mark.parametrize("granted, steps", [(False, 2), (True, 3)])
+def test_chunks_are_computed_as_far_as_there_are_slots_for_them(granted, steps):
+    """Requests that nobody has taken leave the reserve alone; granted ones may fill all slots."""
+    told = begin()
+    told.tell(assign("a", 40))
     told.later()
     if granted:
         told.answer("a", grant)
-    assert [told.run() for _ in chunks] == chunks
-    kept = [each for chunks in told.announced.values() for each in chunks.values()]
-    assert told.heartbeat().slots_used == sum(each.stop - each.start for each in kept)
+    assert [told.run() for _ in range(steps + 1)] == [*([("a", 8 * n, 8 * n + 8)] for n in range(steps)), []]
+    assert told.heartbeat().slots_used == 2 * steps
 
 
 def test_one_that_is_granted_goes_on_while_an_older_one_waits_for_its_memory():
@@ -106,18 +77,18 @@ def test_not_while_another_is_on_offer_nowhere():
     assert added(told.later()) == ["p:b:1"]
 
 
-def test_those_that_fit_nowhere_do_not_keep_the_others_from_being_offered():
-    """They keep their slots until one comes that can take them."""
-    told = begin(slots=6)
-    told.tell(assign("a", prompt=12, max_tokens=80))
+def test_slots_that_somebody_still_writes_are_waited_for():
+    """Nobody wants them any more, but they are not free: they count for all, and come back by themselves."""
+    told = begin()
+    told.frees = False
+    told.tell(assign("z", prompt=12))
     told.run(), told.run()
-    told.tell(PeerDown("d1"))
-    told.meet("d3")  # which is too small for "a"
-    told.tell(assign("b", prompt=4, max_tokens=1), assign("c", prompt=16))
-    assert told.run() == [("b", 0, 4)]
-    assert kinds(told.later()) == ["AddRequest", "Staged > broker", "Offer > d3"]
-    told.answer("c", grant)
-    assert told.run() == [("c", 0, 8)]
+    told.tell(close("z"), assign("a", prompt=60))
+    told.run(), told.run()
+    told.answer("a", grant)
+    assert told.run() == []
+    told.tell(Freed(3), PeerUp("d1"))
+    assert told.run() == [("a", 16, 24)]
 
 
 def test_kv_of_a_prompt_that_its_first_token_ends_makes_room():
@@ -208,27 +179,18 @@ def test_it_is_kept_while_it_is_on_offer(lost):
     assert failures(lost) == [("k", True)]
 
 
-def kv_chunk(index, start, stop):
-    return KVChunk(index, start, stop, chunk("r", index, start, stop).handle, 9, None)
-
-
-def test_what_was_put_lands_once_or_is_given_up_and_is_complete_in_the_end():
-    flow = KVOutflow(4)
-    for index, start, stop in ((0, 0, 2), (1, 2, 3), (2, 3, 4)):
-        flow.put(kv_chunk(index, start, stop))
-    assert flow.movable and not flow.granted
-    assert flow.land(1) == handle(2) and flow.land(1) is None and flow.land(7) is None
-    assert not flow.movable and not flow.complete and flow.granted
-    assert flow.land(0) == handle(0, 1) and flow.drain() == [handle(3)] and flow.drain() == []
-    assert [each.index for each in flow.sent] == [0, 1, 2]
-
-
 def test_aiming_elsewhere_asks_anew_and_a_lost_grant_is_remembered_until_the_next():
     flow = KVOutflow(1)
     for number, target in ((1, "d1"), (2, "d2")):
         flow.aim(number, target)
         assert (flow.offer, flow.target, flow.granted) == (number, target, False)
-        flow.grant()
+        flow.grant() if number == 1 else flow.land(0)  # a chunk lands only after a grant
         assert not flow.grant_lost
         flow.clear_aim()
         assert (flow.offer, flow.target, flow.granted, flow.grant_lost) == (None, "", False, True)
+
+
+def test_what_is_given_up_is_freed_once():
+    flow = KVOutflow(2)
+    flow.put(KVChunk(0, 0, 2, handle(0, 1), 9, None))
+    assert (flow.drain(), flow.drain()) == ([handle(0, 1)], [])

@@ -25,15 +25,6 @@ def test_a_chunk_holds_the_tail_of_one_prompt_and_the_heads_of_others():
     assert told.run() == [("a", 8, 10), ("b", 0, 3)]
 
 
-def test_a_leg_that_the_engine_rejects_leaves_its_place_to_the_others(told):
-    told.tell(assign("a", prompt=6), assign("b", prompt=6))
-    told.later()
-    assert told.chunk() == [("a", 0, 6), ("b", 0, 2)]
-    actions = told.tell(RequestRejected("p:a:1", "too odd"))
-    assert sent(actions, BROKER) == [Failed(iid="p1", incarnation=1, rid="a", attempt=1, why="too odd", retry=False)]
-    assert told.run() == [("b", 0, 6)]
-
-
 def test_only_prompts_that_the_ledger_has_room_for_are_started(told):
     told.tell(offer("x", prompt=20, src="d9"))  # 5 of 10 blocks
     told.tell(assign("a", prompt=2), assign("b", prompt=20), assign("c", prompt=2))
@@ -43,6 +34,11 @@ def test_only_prompts_that_the_ledger_has_room_for_are_started(told):
 def test_no_more_legs_than_the_engine_takes_at_once(told):
     told.tell(*[assign(rid, prompt=1) for rid in "abc"])
     assert len(told.run()) == 2
+
+
+def test_the_same_assignment_again_changes_nothing(told):
+    told.tell(assign("a", prompt=4))
+    assert not told.tell(assign("a", prompt=4)) and told.load().queued == 1
 
 
 @pytest.mark.parametrize("prompt, changes", [(0, {}), (40, {}), (41, {}), (9, {"blocks": 2})])
@@ -128,23 +124,6 @@ def test_a_later_attempt_replaces_an_older_one(told):
     told.step()
     assert kinds(told.tell(assign("a", prompt=12, output=[5], attempt=2))) == ["CancelRequest", "Drop > d1", "Free"]
     assert told.load().queued == 1 and told.run() == [("a", 0, 8)]
-
-
-@pytest.mark.parametrize(
-    "prompt, steps, says",
-    [
-        (4, 0, []),  # before it was started
-        (12, 1, ["CancelRequest", "Drop > d1", "Free"]),  # while it computes
-        (8, 1, ["Drop > d1", "Free"]),  # while it moves
-    ],
-)
-def test_closing_in_every_stage(told, prompt, steps, says):
-    told.tell(assign("a", prompt=prompt))
-    for _ in range(steps):
-        told.step()
-    assert kinds(told.tell(close("a", attempt=2))) == says
-    load = told.load()
-    assert (load.queued, load.queued_tokens, load.free_blocks) == (0, 0, 10) and not told.heartbeat().holds
 
 
 def test_an_older_attempt_that_comes_late_is_closed_alone(told):
