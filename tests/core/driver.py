@@ -8,21 +8,8 @@ from typing import Any
 
 from tests.core.build import PHASES, chunk, handle, identity, instance, landed, membership, offer, view
 from tests.core.reading import Told, kinds, sent
-from tetri.core.actions import (
-    BROKER,
-    Action,
-    AddRequest,
-    AdmitRequest,
-    Adopt,
-    Adopted,
-    CancelRequest,
-    Export,
-    Exported,
-    HoldRequest,
-    RequestRejected,
-    Send,
-    Step,
-)
+from tetri.core import actions as say
+from tetri.core.actions import BROKER, Action
 from tetri.core.instance.identity import Identity
 from tetri.core.worker.worker import Worker
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Span, StepDone
@@ -60,7 +47,7 @@ class Working(Told):
 
     def tell(self, *events: Any) -> list[Action]:
         for event in events:
-            if isinstance(event, RequestRejected):
+            if isinstance(event, say.RequestRejected):
                 self._forget(event.key)
             elif isinstance(event, PeerDown):
                 self.up.pop(event.peer, None)
@@ -68,27 +55,27 @@ class Working(Told):
 
     def result(self, action: Action) -> Any:
         match action:
-            case AddRequest(engine_request):
+            case say.AddRequest(engine_request):
                 self.requests[engine_request.key] = engine_request
                 (self.waiting if engine_request.phase == "decode" else self.computed)[engine_request.key] = 0
-            case CancelRequest(key):
+            case say.CancelRequest(key):
                 self._forget(key)
-            case AdmitRequest(key):
+            case say.AdmitRequest(key):
                 self.sizes[key] = len(self.requests[key].tokens) + 1
-            case HoldRequest(key, held):
+            case say.HoldRequest(key, held):
                 assert (key in self.held) != held, f"{key} was told so before"
                 self.held.update({key: None}) if held else self.held.pop(key)
-            case Step(most):
+            case say.Step(most):
                 assert self.most is None, "a step is under way"
                 self.most = most
-            case Export(key, index, start, stop) if self.exports:
-                return Exported(key, index, start, stop, handle(*range(start, stop), segment=f"s-{self.iid}"), 9)
-            case Adopt(key, index) if not self.far:
+            case say.Export(key, index, start, stop) if self.exports:
+                return say.Exported(key, index, start, stop, handle(*range(start, stop), segment=f"s-{self.iid}"), 9)
+            case say.Adopt(key, index) if not self.far:
                 problems = self.trouble.get(index)
-                return Adopted(key, index, problems.pop(0) if problems else None)
-            case Send(peer, Offer() as made):
+                return say.Adopted(key, index, problems.pop(0) if problems else None)
+            case say.Send(peer, Offer() as made):
                 self.asked[made.rid], self.announced[made.rid] = (peer, made), {}
-            case Send(_, Chunk() as made):
+            case say.Send(_, Chunk() as made):
                 self.announced[made.rid][made.index] = made
         return super().result(action) if self.frees else None
 
@@ -222,7 +209,7 @@ class Working(Told):
 
     def come(self, index: int, problem: str | None = None, key: str = "d:r:1:p1:1") -> list[Action]:
         """A chunk that was far is here."""
-        return self.tell(Adopted(key, index, problem))
+        return self.tell(say.Adopted(key, index, problem))
 
     def heartbeat(self) -> Heartbeat:
         (found,) = sent(self.later(self.own.heartbeat_s), BROKER, Heartbeat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tetri.core.actions import Action, Free, Freed, Send
+from tetri.core.actions import Action, AddRequest, Free, Freed, Send
 
 
 def sent(actions: Iterable[Action], peer: str | None = None, kind: type | None = None) -> list[Any]:
@@ -21,6 +21,11 @@ def kinds(actions: Iterable[Action]) -> list[str]:
 
 def only(actions: Iterable[Action], kind: type) -> list[Any]:
     return [action for action in actions if isinstance(action, kind)]
+
+
+def added(actions: Iterable[Action]) -> list[str]:
+    """The keys of the engine requests that are added."""
+    return [action.request.key for action in only(actions, AddRequest)]
 
 
 class Told:

@@ -4,11 +4,8 @@ import inspect
 from types import UnionType
 from typing import get_args
 
-import pytest
-
 from tetri.core import actions
 from tetri.request import Value
-from tetri.wire.messages import InboxMessage, LoadReport, WorkerEvent
 
 
 def kinds(union: UnionType) -> set[type]:
@@ -26,15 +23,3 @@ def test_all_that_stands_here_is_said_or_heard_and_nothing_is_both():
     records = {each for _, each in inspect.getmembers(actions, inspect.isclass) if issubclass(each, Value)}
     mine = {each for each in records if each.__module__ == actions.__name__}
     assert mine == (SAID | HEARD) & mine and SAID.issubset(mine) and not SAID & HEARD
-
-
-@pytest.mark.parametrize(
-    "messages, hears",
-    [
-        (InboxMessage, actions.WorkerInput),
-        (WorkerEvent, actions.BrokerInput),
-        (LoadReport | actions.PeerUp, actions.MonitorInput),
-    ],
-)
-def test_a_core_hears_every_message_that_is_sent_to_it(messages, hears):
-    assert kinds(messages) <= kinds(hears)

@@ -1,7 +1,6 @@
 """How calls go through the files of the cores while requests are served: down, and never back up. A file that stands
 twice on the call stack, with another between, can only be understood together with that one."""
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +39,13 @@ class Calls:
             sys.setprofile(before)
 
     def profile(self, frame, event, arg):
-        path = frame.f_code.co_filename
-        if not path.startswith(self.folder):
-            return
-        if event == "return":
-            self.stack.pop()
-        elif event == "call":
-            self.call(path.removeprefix(self.folder).removesuffix(".py"))
+        if event in ("call", "return"):  # of Python code, not of C
+            path = frame.f_code.co_filename
+            if path.startswith(self.folder):
+                if event == "call":
+                    self.call(path.removeprefix(self.folder).removesuffix(".py"))
+                else:
+                    self.stack.pop()
 
     def call(self, name):
         stack = self.stack
@@ -93,40 +92,3 @@ def test_nor_do_many_where_much_goes_wrong(shape, seed):
     with calls.recorded():
         story(seed, some_faults(seed), shape(seed))
     assert calls.back == set() and calls.most() <= 21
-
-
-# ---------------------------------------------------------------- what the test is worth
-
-
-def made(folder, name, text):
-    path = folder / f"{name}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("text", "back", "most"),
-    [
-        ("def begin(ask): return ask(end)\ndef end(): return inner()\ndef inner(): return 1", {("a", "b", "a")}, 2),
-        ("def begin(ask): return ask(lambda: 1)", {("a", "b", "a")}, 2),
-        ("def begin(ask): return ask(int) or inner()\ndef inner(): return 1", set(), 2),  # `ask` has returned
-        ("def begin(ask): return inner()\ndef inner(): return 1", set(), 1),
-        (
-            "def begin(ask):\n    try:\n        ask(None)\n    except TypeError:\n        return inner()\n"
-            "def inner(): return 1",
-            set(),
-            2,
-        ),
-    ],
-    ids=["back", "back into a lambda", "down twice", "one file", "after an error"],
-)
-def test_a_call_back_is_found(tmp_path, text, back, most):
-    a = made(tmp_path, "a", text)
-    b = made(tmp_path, "b", "def ask(other): return other()")
-    calls = Calls(tmp_path)
-    with calls.recorded():
-        assert a.begin(b.ask) == 1
-    assert (calls.back, calls.most()) == (back, most)

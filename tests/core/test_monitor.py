@@ -43,12 +43,8 @@ def test_a_view_has_the_newest_load_of_everyone_with_its_age():
     told.now = 0.25
     told.tell(report("p0", "prefill", queued=2, queued_s=0.5))
     (view,) = views(told.later(0.05))
-    assert view.epoch == 7
-    first, second = view.loads
-    assert (first.iid, first.incarnation, first.role, first.load.queued) == ("p0", 1, "prefill", 2)
-    assert first.age_s == pytest.approx(0.05)
-    assert (second.iid, second.role, second.load.free_blocks) == ("d0", "decode", 10)
-    assert second.age_s == pytest.approx(0.3)
+    loads = [(each.iid, each.incarnation, each.role, each.load.queued, round(each.age_s, 6)) for each in view.loads]
+    assert view.epoch == 7 and loads == [("p0", 1, "prefill", 2, 0.05), ("d0", 1, "decode", 0, 0.3)]
 
 
 def test_views_are_numbered_and_come_every_load_s():
@@ -62,7 +58,7 @@ def test_views_are_numbered_and_come_every_load_s():
 def test_a_view_goes_out_at_once_when_somebody_comes_or_changes_and_only_then():
     told = monitor()
     assert len(views(told.tell(report("d0", "decode")))) == 1
-    assert not told.tell(report("d0", "decode", free_blocks=3))
+    assert not told.tell(report("d0", "decode", free_blocks=3), PeerUp(BROKER), PeerDown("d0"))
     (view,) = views(told.tell(report("d0", "prefill")))
     assert [load.role for load in view.loads] == ["prefill"]
     (view,) = views(told.tell(report("d0", "prefill", incarnation=2, free_blocks=8)))
@@ -80,21 +76,6 @@ def test_who_is_silent_ages_and_is_left_out_at_last():
     assert [load.iid for load in view.loads] == ["p0"]
     (view,) = views(told.tell(report("d0", "decode")))  # it had only been silent
     assert [load.iid for load in view.loads] == ["p0", "d0"]
-
-
-def test_a_restarted_monitor_begins_a_new_epoch_and_learns_everything_from_reports():
-    told = monitor("idle", now=500.0, epoch=8)
-    (view,) = views(told.later())
-    assert (view.epoch, view.number, view.loads) == (8, 1, [])
-    (view,) = views(told.tell(report("d0", "decode")))
-    assert (view.epoch, view.number, [load.iid for load in view.loads]) == (8, 2, ["d0"])
-
-
-def test_connections_say_nothing_that_reports_do_not():
-    told = monitor()
-    told.tell(report("d0", "decode"))
-    assert not told.tell(PeerUp(BROKER), PeerDown("d0"), PeerDown(BROKER))
-    assert [load.iid for load in views(told.later())[0].loads] == ["d0"]
 
 
 # ---------------------------------------------------------------- what the policies see

@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.broker.serving import RID, assigned, attach, cancel, refusal, replies, serving, submit
 from tests.core.broker.work import opcodes
-from tests.core.build import FINGERPRINT, capacity, failed, fingerprint, heartbeat, ready, tokens
+from tests.core.build import FINGERPRINT, capacity, fingerprint, heartbeat, ready, tokens
 from tests.core.reading import kinds, sent
 from tetri.core.actions import Broken, Release
 from tetri.cost import Cost
@@ -185,6 +185,7 @@ def test_status_tells_who_is_there_and_who_can_never_be_paired(served):
     status = served.status()
     notes = {each.iid: (each.state, each.note) for each in status.instances}
     assert notes["p2"] == ("lost", "connection lost") and notes["d1"] == ("ready", "")
+    assert {each.iid: each.paths for each in status.instances}["p1"] == {"shm": 1}
     assert notes["d2"] == ("ready", f"never paired with p1: dtype differs: f32 and {FINGERPRINT.dtype}")
     assert (status.requests, status.model, status.counters["accepted"]) == ({"queued": 1}, "m", 1)
 
@@ -204,7 +205,3 @@ def test_nonsense_is_refused(served, wrong):
 
 def test_no_worker_takes_the_brokers_name(served):
     assert served.tell(ready("broker", "decode")) == [] and "broker" not in served.roles()
-
-
-def test_what_a_worker_says_of_nobody_is_ignored(served):
-    assert not served.tell(tokens("p1", "nobody", 0, 1), failed("p1", "nobody", retry=True))

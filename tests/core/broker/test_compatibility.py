@@ -64,14 +64,6 @@ def cluster(count, hosts, alike):
 
 
 @pytest.mark.parametrize("hosts, alike", [(1, True), (1000, True), (1000, False), (20, False)])
-def test_the_status_of_a_thousand_instances_has_all_paths(hosts, alike):
-    status = {each.iid: each for each in cluster(1000, hosts, alike).status()}
-    near = 500 if hosts == 1 else 0  # with several hosts, those of one have one phase
-    assert status["i1"].paths == Counter(shm=near, stream=500 - near - (not alike)) + Counter()
-    assert bool(status["i1"].note) == (not alike) and bool(status["i0"].note) == (not alike)
-
-
-@pytest.mark.parametrize("hosts, alike", [(1, True), (1000, True), (1000, False), (20, False)])
 def test_the_status_of_twice_as_many_takes_about_twice_the_work(hosts, alike):
     """Not four times, as a look at every pair would."""
     few, many = (opcodes(cluster(count, hosts, alike).status) for count in (100, 200))

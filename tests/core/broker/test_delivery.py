@@ -4,8 +4,8 @@ import pytest
 
 from tests.core.broker.serving import RID, attach, cancel, done, replies, serving, submit
 from tests.core.build import ending, staged, tokens
-from tests.core.reading import kinds, only, sent
-from tetri.core.actions import Detokenize, Detokenized, Undelivered
+from tests.core.reading import kinds, sent
+from tetri.core.actions import Detokenized, Undelivered
 from tetri.request import Stage
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 from tetri.wire.messages import Close
@@ -44,22 +44,12 @@ def test_the_same_key_again_is_the_same_request_and_attaching_sends_what_is_miss
     assert replies(told.tell(attach(1))) == [Delta(rid=RID, start=1, ids=[], text="")]  # a sign of life
 
 
-def test_words_are_asked_for_in_order(told):
-    words = only(told.tell(tokens("d1", RID, 1, 8), tokens("d1", RID, 2, 9), cancel()), Detokenize)
-    assert [(word.start, word.ids, word.final) for word in words] == [(1, (8,), False), (2, (9,), False), (3, (), True)]
-
-
 def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(told):
     told.stops[RID] = 2
     actions = told.tell(tokens("d1", RID, 1, 8, 9))
     assert kinds(actions) == ["Detokenize", "Reply", "Close > p1", "Close > d1", "Reply", "Release"]
     assert replies(actions)[0] == Delta(rid=RID, start=1, ids=[8], text="ij")
     assert (done(actions).reason, done(actions).usage.completion_tokens) == ("stop", 2)
-
-
-def test_a_stop_text_found_in_the_last_tokens_is_the_reason(told):
-    told.stops[RID] = 2
-    assert done(told.tell(tokens("d1", RID, 1, 8, 9, reason="length"))).reason == "stop"
 
 
 def test_words_that_come_late_are_ignored(told):

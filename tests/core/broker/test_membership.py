@@ -27,18 +27,6 @@ def pool(made, tokens=1, work=None):
     return made.pool(tokens, work or {}).iids
 
 
-def test_a_pool_takes_prefill_and_mixed_instances_that_can_be_reached():
-    made = members(("p0", "prefill"), ("m0", "mixed"), ("d0", "decode"), ("p1", "prefill"))
-    assert pool(made) == ["p0", "m0", "p1"]
-    made.disconnected("p0")
-    made.lose(made.by_iid["p1"], "gone")
-    assert pool(made) == ["m0"]
-    made.connected("p0")
-    made.lose(made.by_iid["p1"], None)
-    made.turn(made.by_iid["m0"], "decode")
-    assert pool(made) == ["p0", "p1"]
-
-
 def test_a_prompt_goes_only_where_it_fits():
     """By memory, and by the context that the engine knows."""
     made = members(
@@ -76,36 +64,6 @@ def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
     assert first.queued_s == [0.0, 2.5]
     first.last = 1
     assert made.pool(1, {"p0": 10**9}) is first and (first.queued_s, first.last) == ([1.0, 0.0], 1)
-
-
-def test_what_fits_nowhere_counts_mixed_instances_for_both_phases():
-    four, three = ({"capacity": capacity(blocks=blocks)} for blocks in (4, 3))
-    made = members(("m0", "mixed", four), ("d0", "decode", three))
-    assert made.too_long(16, 16) is None
-    assert made.too_long(17, 17) == "17 tokens fit into no prefill instance: the largest holds 16"
-    assert made.too_long(16, 17) == "17 tokens fit into no decode instance: the largest holds 16"
-    made.turn(made.by_iid["m0"], "prefill")
-    assert made.too_long(12, 13) == "13 tokens fit into no decode instance: the largest holds 12"
-    made.lose(made.by_iid["d0"], "gone")
-    assert made.too_long(12, 13) is None
-
-
-@pytest.mark.parametrize(
-    "one, other, apart",
-    [
-        ("prefill", "decode", True),
-        ("mixed", "mixed", True),
-        ("mixed", "prefill", True),
-        ("prefill", "prefill", False),
-        ("decode", "decode", False),
-    ],
-)
-def test_strangers_are_named_where_kv_would_have_to_move(one, other, apart):
-    made = members(("a", one), ("b", other, {"fingerprint": OTHER}))
-    notes = [status.note for status in made.status()]
-    assert [bool(note) for note in notes] == [apart, apart]
-    if apart:
-        assert notes[0].startswith("never paired with b: dtype differs")
 
 
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():

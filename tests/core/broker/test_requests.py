@@ -4,8 +4,7 @@ import pytest
 
 from tetri.core.actions import Broken
 from tetri.core.broker.requests import Row, Table
-from tetri.request import Receipt, Sampling, Stage
-from tetri.wire.messages import End
+from tetri.request import Sampling, Stage
 
 
 def row(number=1, **changes):
@@ -27,89 +26,22 @@ def table():
     yield made
 
 
-def test_rows_are_found_by_who_holds_them(table):
-    assert list(table.held_by("p1")) == ["r1"] and list(table.held_by("d1")) == ["r2"] and not table.held_by("d2")
-    assert table.counts() == {"queued": 1, "decode": 1} and table.open == 2
-    table.check()
-
-
-def test_every_way_of_a_row_is_followed(table):
-    first, second = table.rows["r1"], table.rows["r2"]
-    assert table.work_ns == {"p1": 5} and not table.unplaced
-    table.assign(second, "p1", 7)  # it counts only from its next attempt on
-    assert table.work_ns == {"p1": 5}
-    table.start_over(second, 1.0)
-    assert (second.attempt, second.prefill, second.decode) == (2, None, None)
-    assert list(table.unplaced) == ["r2"] and not table.held_by("d1")
-    table.check()
-    table.assign(second, "p1", 7)
-    assert table.work_ns == {"p1": 12}
-    table.assign(second, "p2", 9)
-    assert table.work_ns == {"p1": 5, "p2": 9}
-    table.assign(second, "p1", 7)
-    assert table.work_ns == {"p1": 12} and not table.unplaced and list(table.held_by("p1")) == ["r1", "r2"]
-    table.advance(first, Stage.PREFILL, 2.0)
-    assert table.work_ns == {"p1": 12}
-    table.advance(first, Stage.MOVING, 3.0)
-    assert table.work_ns == {"p1": 7} and table.counts() == {"queued": 1, "moving": 1}
-    table.check()
-    for each in (first, second):
-        table.move(each, Stage.DONE, 4.0)
-    assert not table.work_ns and not table.held_by("p1") and not table.counts() and not table.open
-    table.check()
-
-
-def test_what_waits_for_a_place_keeps_its_turn(table):
-    table.add(row(3))
-    table.add(row(4))
-    table.advance(table.rows["r3"], Stage.QUEUED, 1.0)
-    assert list(table.unplaced) == ["r3", "r4"]
-    table.move(table.rows["r3"], Stage.CANCELLED, 1.0)
-    assert list(table.unplaced) == ["r4"]
-    table.check()
-
-
-def test_ended_rows_are_no_more_active_until_they_are_forgotten(table):
-    table.move(table.rows["r1"], Stage.DONE, 1.0)
-    table.check()
-    assert [each.rid for each in table.active()] == ["r2"] and not table.held_by("p1")
-    table.forget("r1")
-    assert table.keys == {"k2": "r2"}
-    table.check()
-
-
 def test_a_key_that_leads_elsewhere_stays(table):
     table.keys["k1"] = "r2"
     table.forget("r1")
     assert table.keys["k1"] == "r2"
 
 
-def test_stages_add_up_and_news_never_lead_back(table):
-    made = table.rows["r1"]
-    table.advance(made, Stage.PREFILL, 1.0)
-    table.advance(made, Stage.QUEUED, 2.0)
-    table.advance(made, Stage.MOVING, 3.0)
-    table.move(made, Stage.QUEUED, 4.0)
-    table.move(made, Stage.DONE, 7.0)
-    assert made.spent == {Stage.QUEUED: 4.0, Stage.PREFILL: 2.0, Stage.MOVING: 1.0}
-
-
 def test_what_is_left_until_its_deadline():
     assert [row(deadline=due).left(now) for due, now in ((None, 1.0), (3.0, 1.0), (3.0, 4.0))] == [None, 2.0, 0.0]
 
 
-def test_a_receipt_without_an_end_says_what_is_known_and_that_the_rest_is_not():
-    receipt = row(prefill="p1", attempt=3).receipt()
-    assert receipt == Receipt(prompt_tokens=2, prefill_instance="p1", attempts=3)
-    unknown = ("adopted", "recomputed", "kv_bytes", "chunks", "transport", "preempted", "refetched")
-    assert [getattr(receipt, name) for name in unknown] == [None] * 7
-
-
-@pytest.mark.parametrize("attempt", [1, 3])
-def test_a_receipt_of_the_worker_gets_the_attempts(attempt):
-    made = Receipt(prompt_tokens=2, adopted=2, kv_bytes=7)
-    receipt = row(end=End(reason="stop", receipt=made), attempt=attempt).receipt()
-    assert (receipt.attempts, receipt.adopted, receipt.kv_bytes) == (attempt, 2, 7)
+def test_work_follows_a_row_that_is_assigned_again(table):
+    table.start_over(table.rows["r2"], 1.0)
+    for iid, work_ns, counted in (("p1", 7, {"p1": 12}), ("p2", 9, {"p1": 5, "p2": 9}), ("p1", 7, {"p1": 12})):
+        table.assign(table.rows["r2"], iid, work_ns)
+        assert table.work_ns == counted
+    table.check()
 
 
 @pytest.mark.parametrize(

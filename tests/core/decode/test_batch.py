@@ -5,7 +5,7 @@ import pytest
 from tests.core.build import capacity, close, offer, resend
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
-from tetri.core.actions import BROKER, AdmitRequest, Broken, Send, Step
+from tetri.core.actions import AdmitRequest, Broken, Step
 from tetri.cost import Cost
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy import rules as tables
@@ -44,15 +44,6 @@ def outputs(told):
 def test_a_step_goes_no_further_than_tokens_are_to_be_sent():
     assert landed("r").later()[-1] == Step(1)
     assert landed("r", interval=5).later()[-1] == Step(5)
-
-
-def test_a_step_ends_where_the_first_range_is_moved_up():
-    told = begin(50, rules=Rules(length="noisy"))
-    told.land("b", max_tokens=LONG, length=LengthRange(low=0, high=30))
-    told.land("a", number=2, max_tokens=LONG, length=LengthRange(low=4, high=8))
-    assert told.later()[-1] == Step(7)
-    told.step(passes=7)
-    assert told.later()[-1] == Step(4)
 
 
 def test_a_step_ends_when_a_beat_or_a_load_is_due():
@@ -101,10 +92,6 @@ def test_asking_again_gets_all_and_nothing_is_told_twice():
     assert items(told.tell(resend("r", 1))) == [("r", 1, 3, None)]
     assert items(told.step(passes=2)) == []
     assert items(told.step(passes=3)) == [("r", 4, 5, None)]
-
-
-def test_nothing_of_it_goes_anywhere_but_to_the_broker():
-    assert {action.peer for action in only(landed("r").step(), Send)} == {BROKER}
 
 
 class Asked:

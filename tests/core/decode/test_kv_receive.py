@@ -63,7 +63,7 @@ def test_chunks_out_of_order_are_taken_as_they_come():
     told = start()
     told.tell(offer("r", prompt=12))
     told.tell(chunk("r", 1, 1, 2), chunk("r", 0, 0, 1), chunk("r", 2, 2, 3, token=7))
-    assert counted(told) == {"reordered": 1}
+    assert told.heartbeat().counters == {**dict.fromkeys(COUNTED, 0), "reordered": 1}
     taken = only(told.step(), Adopt)
     assert [(take.index, take.peer, take.path) for take in taken] == [(i, "p1", "stream") for i in (1, 0, 2)]
 
@@ -86,12 +86,7 @@ def test_a_chunk_of_another_offer_is_dropped(changes, name):
 
 
 @pytest.mark.parametrize(
-    "made, name",
-    [
-        (handle(0), "truncated"),
-        (handle(0, 1, 2), "misfit"),
-        (handle(0, 1, segment="s-p2"), "foreign"),
-    ],
+    "made, name", [(handle(0), "truncated"), (handle(0, 1, 2), "misfit"), (handle(0, 1, segment="s-p2"), "foreign")]
 )
 def test_a_chunk_that_cannot_be_one_ends_its_offer(made, name):
     told = start()
@@ -142,16 +137,6 @@ def test_what_stays_lost_on_a_far_path_may_be_had_by_another_instance(told):
     assert whys(told.come(2)) == [("chunk 1 is lost", False)]
 
 
-@pytest.mark.parametrize("problem", ["lost", "foreign"])
-def test_what_cannot_be_right_the_next_time_is_not_taken_again(problem):
-    told = start("shm")
-    begin(told)
-    told.come(0)
-    told.come(2)
-    assert whys(told.come(1, problem)) == [(f"chunk 1 is {problem}", True)]
-    assert counted(told) == {problem: 1, "given_up": 1}
-
-
 def test_the_leg_stays_until_the_last_copy_has_come(told):
     told.come(0, "foreign")
     assert not told.come(1, "flipped") and not told.tell(chunk("r", 0, 0, 1))  # nothing more is taken
@@ -185,16 +170,6 @@ def test_the_same_offer_again_waits_for_what_the_earlier_one_has_on_its_way(told
     assert sent(told.tell(offer("r", prompt=12)), kind=Grant)
 
 
-def test_a_prefill_instance_that_restarts_in_the_middle_begins_anew(told):
-    told.meet(*others(incarnation=2))
-    assert not told.tell(chunk("r", 0, 0, 1))  # nobody is there to be told
-    for index in range(3):
-        told.come(index, "lost")
-    actions = begin(told, attempt=2, incarnation=2)
-    assert len(only(actions, Adopt)) == 3 and counted(told) == {}
-    assert kinds(told.come(0, key="d:r:2:p1:1")) == ["Landed > p1"]
-
-
 def test_an_offer_under_another_number_takes_its_own_copies(told):
     told.come(0)
     assert len(only(begin(told, offer=2), Adopt)) == 3
@@ -202,19 +177,6 @@ def test_an_offer_under_another_number_takes_its_own_copies(told):
     landed = sent(told.come(1, key="d:r:1:p1:2"), kind=Landed)
     assert [(each.offer, each.index) for each in landed] == [(2, 1)]
     assert not told.come(2, "flipped")
-
-
-def test_a_copy_that_nobody_took_must_not_go_on(told):
-    told.come(0)
-    told.come(1)
-    told.come(2)
-    with pytest.raises(Broken, match="nobody took chunk 2"):
-        told.come(2)
-
-
-def test_beats_tell_all_that_is_counted(told):
-    told.come(1, "flipped")
-    assert list(told.heartbeat().counters) == list(COUNTED) and counted(told) == {"flipped": 1, "refetched": 1}
 
 
 def test_the_receipt_tells_how_often_a_chunk_was_taken_again():
@@ -254,28 +216,24 @@ def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
 
 
 @pytest.mark.parametrize(
-    "wrong, word",
+    "wrong",
     [
-        (chunk("r", 1, 0, 2), "misfit"),  # over the first
-        (chunk("r", 1, 1, 3), "misfit"),
-        (chunk("r", 1, -1, 1), "misfit"),
-        (chunk("r", 1, 2, 3, token=7), "misfit"),  # not the last
-        (chunk("r", 1, 2, 4), "misfit"),  # the last without the first token
-        (chunk("r", 1, 3, 5, token=7), "misfit"),
-        (chunk("r", 1, 3, 3), "misfit"),
-        (chunk("r", 1, 2, 4, token=7, handle=handle(2, 3, 4)), "misfit"),
-        (chunk("r", 1, 2, 4, token=7, handle=handle(2)), "truncated"),
-        (chunk("r", 1, 2, 4, token=7, handle=handle(2, 3, segment="s-p2")), "foreign"),
+        chunk("r", 1, 0, 2),  # over the first
+        chunk("r", 1, -1, 1),
+        chunk("r", 1, 2, 3, token=7),  # not the last
+        chunk("r", 1, 2, 4),  # the last without the first token
+        chunk("r", 1, 3, 5, token=7),
+        chunk("r", 1, 3, 3),
     ],
 )
-def test_a_chunk_must_be_one_of_its_prompt(wrong, word):
+def test_a_chunk_must_be_one_of_its_prompt(wrong):
     flow = inflow(4)
     first, last = chunk("r", 0, 0, 2), chunk("r", 1, 2, 4, token=7)
     assert flow.obstacle(first) is None
     flow.announce(first)
-    assert flow.obstacle(wrong)[0] == word and flow.obstacle(last) is None
+    assert flow.obstacle(wrong)[0] == "misfit" and flow.obstacle(last) is None
     flow.land(0)
-    assert flow.obstacle(wrong)[0] == word and flow.obstacle(last) is None
+    assert flow.obstacle(wrong)[0] == "misfit" and flow.obstacle(last) is None
 
 
 def test_check_finds_chunks_that_nobody_takes_and_pauses_of_legs_that_are_no_more():

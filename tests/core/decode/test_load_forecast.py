@@ -3,11 +3,10 @@ are here. The prior, of buckets of 10 tokens: nearly all are short, but who gets
 
 import pytest
 
-from tests.core.build import BLOCK, capacity, close, decode_request, identity, instance, offer, update_length
+from tests.core.build import capacity, close, decode_request, identity, offer, update_length
 from tests.core.driver import working
 from tetri.core.actions import Broken, Step
 from tetri.core.decode.load_forecast import LoadForecast
-from tetri.core.decode.request import NEVER
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
@@ -35,30 +34,11 @@ def write(view, made, tokens):
     view.wrote(tokens)
 
 
-def test_what_comes_and_goes_is_counted():
-    view = forecast()
-    one, two = request("a", 10, 20), request("b", 2, 4, prompt=4)
-    for each in (one, two):
-        view.enter(each)
-        view.check([one, two][: view.requests])
-    assert (view.requests, view.heavy, view.context) == (2, 1, 12)
-    assert view.left == 19 + 3  # the last token inside each range
-    assert (one.growth, two.growth, view.growth) == (-(-27 // BLOCK) - 2, 1, 5 + 1)
-    write(view, one, 3)
-    assert (view.left, view.context) == (19, 15)
-    view.grown(one, 3)
-    assert view.growth == 5
-    view.leave(one)
-    view.leave(two)
-    assert (view.requests, view.heavy, view.growth, view.left, view.context) == (0, 0, 0, 0, 0)
-
-
 @pytest.mark.parametrize(
     "rules, length, ends",
     [
         ({"dispatch_end": "low", "admit_end": "high"}, (10, 20), (10, 19)),
         ({"dispatch_end": "middle", "admit_end": "low"}, (10, 20), (14, 10)),
-        ({"admit_end": "low"}, (30, 90), (40, 30)),  # no more than max_tokens
         ({}, (None, None), (40, 40)),  # not predicted
         ({"dispatch_end": "low", "admit_end": "low"}, (0, 9), (8, 1)),  # at least two: the first, and one decoded
     ],
@@ -84,24 +64,10 @@ def test_a_range_that_is_outlived_moves_up_and_may_turn_heavy():
     view.check([made])
 
 
-def test_one_that_outlives_the_low_end_is_predicted_by_the_high_end():
-    view, made = forecast(dispatch_end="low"), request("a", 5, 20)
-    view.enter(made)
-    write(view, made, 5)
-    assert not view.look(made) and made.dispatch_end == 19
-    view.check([made])
-
-
 def test_output_of_earlier_attempts_counts():
     view, made = forecast(), request("a", 4, 8, prompt=6, output=[1] * 8)
     view.enter(made)
     assert made.length == span(8, 12) and made.dispatch_end == 11 and made.due == 3
-
-
-def test_one_without_a_range_is_never_moved():
-    view, made = forecast(), request("a")
-    view.enter(made)
-    assert view.until_moved(made) == NEVER and not made.heavy
 
 
 def test_seconds_until_all_have_ended():
@@ -152,18 +118,6 @@ def sure(label):
     return LengthDistribution(10, (*[0.0] * label, 1.0, 0.0))
 
 
-@pytest.mark.parametrize("stage", ["moving", "landed", "running"])
-def test_a_better_range_replaces_the_one_of_the_offer(stage):
-    told = learning() if stage == "moving" else landed(0, 10, steps=2 * (stage == "running"))
-    if stage == "moving":
-        told.tell(offer("r", 8, length=span(0, 10), **LONG))
-    before = told.load()
-    assert not told.tell(update_length("r", span(40, 50)))
-    now = told.load()
-    assert (before.heavy, now.heavy, now.growth_blocks) == (0, 1, before.growth_blocks + 10)
-    assert now.decode_s == pytest.approx(before.decode_s + 40 * STEP_S)
-
-
 @pytest.mark.parametrize(
     "was, steps, event, high",
     [
@@ -179,14 +133,6 @@ def test_only_what_is_said_of_its_own_offer_replaces_its_range(was, steps, event
     told = landed(was.low, was.high, steps)
     told.tell(event)
     assert left(told) == high - 1 - (1 + steps) and told.load().heavy == (high > 30)
-
-
-def test_a_correction_that_comes_before_its_sender_is_known_waits_with_its_offer():
-    told = learning()
-    of = {"src": "p7", "incarnation": 3}
-    assert not told.tell(offer("r", 8, length=span(0, 10), **of, **LONG), update_length("r", span(40, 50), **of))
-    told.meet(instance("p7", "prefill", incarnation=3))
-    assert left(told) == 49
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -243,13 +189,6 @@ def test_of_one_that_ends_in_the_same_step_it_is_only_judged():
     assert (status.predicted, status.scored, status.right) == (1, 1, 1) and told.load().decode_s == 0.0
 
 
-def test_a_fixed_length_is_not_foretold():
-    told = learning()
-    told.land(sampling=Sampling(max_tokens=30, ignore_eos=True), length=span(30, 31))
-    told.step(estimates={"r": sure(1)})
-    assert left(told) == 30 - 2
-
-
 def test_who_outlives_its_range_has_as_much_left_as_those_who_went_on_as_far():
     told = landed(10, 20, steps=18)
     assert left(told) == 1  # the end of its range
@@ -261,12 +200,6 @@ def test_with_nothing_to_learn_from_it_is_the_next_range():
     told = landed(10, 20, interval=50, rules=Rules(length="noisy"), expected=None)
     told.step(passes=19)
     assert left(told) == 29 - 20
-
-
-def test_past_all_that_is_known_it_is_cut_off_in_the_end():
-    told = landed(40, 50, interval=60)
-    told.step(passes=49)
-    assert told.later()[-1] in [Step(most) for most in range(1, 61 - 50 + 1)]
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,6 @@
 """A request in its decode phase: what follows from its offer, its KV and its tokens."""
 
-import pytest
-
-from tests.core.build import chunk, decode_request, drop, offer
-from tetri.request import Stage
-
-
-def test_its_stage_and_its_outputs():
-    made = decode_request(offer("r", 8, output=[1]))
-    assert (made.stage, made.outputs(), made.written, made.size) == (Stage.MOVING, [1], 1, 9)
-    made.landed_as = 1
-    made.tokens += [5, 6]
-    assert (made.stage, made.outputs(), made.written, made.size) == (Stage.WAITING, [1, 5, 6], 3, 11)
-    made.running = True
-    assert made.stage is Stage.DECODE
-
-
-@pytest.mark.parametrize(
-    "other, same",
-    [({}, True), ({"src": "p2"}, False), ({"incarnation": 2}, False), ({"attempt": 2}, False), ({"offer": 2}, False)],
-)
-def test_a_message_speaks_of_the_very_offer_that_was_granted(other, same):
-    made = decode_request(offer("r", 8))
-    assert made.is_for(drop("r", **other)) == same and not made.is_for(drop("x", **other))
-
-
-@pytest.mark.parametrize("other, same", [({"offer": 7}, True), ({"attempt": 2}, False), ({"output": [1]}, False)])
-def test_kv_that_has_all_landed_is_that_of_another_offer_of_the_same_attempt(other, same):
-    made = decode_request(offer("r", 8))
-    again = offer(**{"rid": "r", "prompt": 8, **other})
-    assert not made.has_all_of(again)
-    made.landed_as = 1
-    assert made.has_all_of(again) == same
+from tests.core.build import chunk, decode_request, offer
 
 
 def test_its_receipt_tells_how_its_kv_came():

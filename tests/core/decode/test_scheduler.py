@@ -5,7 +5,7 @@ import pytest
 from tests.core.build import capacity, chunk, close, drop, fingerprint, instance, membership, offer, reach, resend
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
-from tetri.core.actions import BROKER, AddRequest, AdmitRequest, Broken, CancelRequest, RequestRejected
+from tetri.core.actions import BROKER, AdmitRequest, Broken, CancelRequest, RequestRejected
 from tetri.engine_request import Sampled, StepDone
 from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
@@ -40,20 +40,6 @@ def free(told):
 # ---------------------------------------------------------------- offers
 
 
-def test_an_offer_is_granted_and_its_blocks_reserved(told):
-    actions = told.tell(offer("r", prompt=14, output=[5, 6]))
-    assert kinds(actions) == ["AddRequest", "Grant > p1"]
-    (added,) = only(actions, AddRequest)
-    assert (added.request.key, added.request.phase, len(added.request.tokens), added.request.output_from) == (
-        KEY,
-        "decode",
-        16,
-        14,
-    )
-    load = told.load()
-    assert (load.free_blocks, load.waiting, load.landed, load.running) == (6, 1, 0, 0)
-
-
 A = offer("a", prompt=12)
 LATER = [offer("r", prompt=8, attempt=2)]
 
@@ -61,6 +47,7 @@ LATER = [offer("r", prompt=8, attempt=2)]
 @pytest.mark.parametrize(
     "before, event, says, free_blocks",
     [
+        ([], offer("r", prompt=14, output=[5, 6]), ["AddRequest", "Grant > p1"], 6),
         ([offer("r", prompt=8)], offer("r", prompt=8), ["Grant > p1"], 8),
         ([offer("r", prompt=8)], offer("r", prompt=8, offer=2), ["CancelRequest", "AddRequest", "Grant > p1"], 8),
         ([offer("r", prompt=8)], offer("r", prompt=8, attempt=2), ["CancelRequest", "AddRequest", "Grant > p1"], 8),
@@ -76,7 +63,6 @@ LATER = [offer("r", prompt=8, attempt=2)]
         ([], offer("r", prompt=8, max_tokens=33), "41 tokens do not fit here", 10),
         ([offer("r", prompt=8)], RequestRejected(KEY, "odd"), "odd", 10),
         ([offer("r", prompt=8)], drop("r", offer=2), [], 8),
-        ([offer("r", prompt=8)], drop("x"), [], 8),
         ([offer("r", prompt=8)], drop("r"), ["CancelRequest"], 10),
         ([offer("r", prompt=8)], chunk("r", 0, 0, 1, offer=2), "no such offer here", 8),
     ],
@@ -125,17 +111,6 @@ def test_an_offer_leaves_to_the_batch_what_it_was_admitted_for(admit, most):
     told.running("a", prompt=7, max_tokens=21)
     refused = why(told.tell(offer("b", prompt=4 * most + 1, offer=2)))
     assert refused.startswith(f"{most + 1} blocks needed, 7 free") and largest(told) == most
-
-
-def test_what_the_batch_has_taken_is_not_kept_for_it_any_more():
-    """It will have 7 of 10 blocks, of which it has 3, 5, and then none; none is free for others but three."""
-    told = begin(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
-    told.running("a", prompt=7, max_tokens=21)
-    for _ in range(8):
-        told.step()
-    assert (free(told), largest(told)) == (5, 3)
-    told.tell(close("a"))
-    assert largest(told) == 9  # and one token more
 
 
 # ---------------------------------------------------------------- chunks
@@ -203,19 +178,6 @@ def test_one_request_from_admission_to_its_end(told):
     assert free(told) == 10 and told.holds() == [("r", "done", 3)] and told.run() == [] and told.most is None
 
 
-def test_all_tokens_of_a_step_are_one_message(told):
-    told.running("a", "b", prompt=4)
-    (message,) = sent(told.step(), kind=Tokens)
-    assert [(item.rid, item.start) for item in message.items] == [("a", 2), ("b", 2)]
-
-
-def test_the_batch_takes_no_more_than_it_has_slots_for(told):
-    told.tell(*(offer(rid, prompt=4, offer=number) for number, rid in enumerate("abc", 1)))
-    told.step()
-    told.tell(*(chunk(rid, 0, 0, 1, token=5, offer=number) for number, rid in enumerate("abc", 1)))
-    assert admitted(told.step(a="stop")) == ["a", "b"] and admitted(told.step()) == ["c"]
-
-
 def overdrawn():
     """`a` runs and has outgrown the memory, `b` has landed and waits."""
     told = begin(capacity=capacity(blocks=4, max_batch=8), reserve_share=1.0)
@@ -234,14 +196,6 @@ def test_if_all_that_run_are_preempted_the_oldest_that_waits_gives_its_memory():
     assert not admitted(told.step(preempted="a"))
     assert told.core.deadline() == float("-inf")  # there is a way out
     assert admitted(told.step(preempted="b")) == ["b"] and told.load().running == 2
-
-
-def test_if_nothing_runs_the_oldest_goes_whatever_the_policy_says():
-    """Of 10 blocks `x` has 7: `a`, which takes 3 and will write 20 tokens, would not be let in beside anybody."""
-    told = begin(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
-    told.tell(offer("x", prompt=24, src="p2"))
-    told.land("a", prompt=8, max_tokens=30)
-    assert admitted(told.step()) == ["a"]
 
 
 def test_preemption_shows_in_the_receipt(told):

@@ -34,26 +34,11 @@ def test_an_account_opened_twice_must_not_go_on(ledger):
         ledger.allocate("a", 1)
 
 
-def test_reservations_share_a_part_of_it_but_one_alone_may_be_larger(ledger):
-    assert ledger.reserve("a", 7) is None and ledger.reserved == 7
-    assert ledger.reserve("b", 1) == "7 of 5 blocks for waiting requests are taken"
-    ledger.run("a")
-    assert ledger.reserved == 0 and ledger.reserve("b", 3) is None
-    ledger.close("b")
-    assert ledger.reserved == 0
-
-
 def test_what_running_ones_will_take_is_kept_free(ledger):
     ledger.allocate("a", 4)
     assert ledger.reserve("b", 3, kept=4) == "3 blocks needed, 6 free, 4 of them kept"
     assert "b" not in ledger and ledger.free == 6
     assert ledger.reserve("b", 2, kept=4) is None and ledger.free == 4
-
-
-def test_running_legs_may_outgrow_the_engine(ledger):
-    ledger.allocate("a", 10)
-    ledger.grow("a", 12)
-    assert ledger.free == -2 and not ledger.allocate("b", 0)
 
 
 def test_the_engine_may_hold_less_but_never_more(ledger):

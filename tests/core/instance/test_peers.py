@@ -22,10 +22,8 @@ def peers(*instances, mine=("shm",)):
         ({"role": "mixed"}, True),
         ({"role": "prefill"}, False),
         ({"fingerprint": fingerprint(model="other")}, False),
-        ({"fingerprint": fingerprint(block_bytes=64)}, False),
         ({"reach": reach("d1", host="elsewhere")}, False),
         ({"reach": reach("d1", paths=["stream"])}, False),
-        ({"reach": reach("d1", paths=["stream", "shm"])}, True),
     ],
 )
 def test_only_those_are_asked_to_which_kv_can_move(changes, able):
@@ -46,12 +44,6 @@ def test_a_restarted_instance_is_read_anew():
     actions, gone = made.update(membership(2, again))
     assert actions == [Disconnect("d1"), Connect("d1", "at-d1", again.reach)] and gone == ["d1"]
     assert made.way("d1", 2) == ("shm", "new") and made.decoders() == []
-
-
-def test_prompts_go_elsewhere_only_where_their_kv_is_understood():
-    assert peers(instance("p2", "prefill")).prefills(8)
-    assert not peers(instance("p2", "prefill", reach=reach("p2", host="elsewhere"))).prefills(8)
-    assert not peers(instance("p2", "prefill", fingerprint=fingerprint(dtype="f32"))).prefills(8)
 
 
 def test_prompts_go_elsewhere_only_where_they_fit():

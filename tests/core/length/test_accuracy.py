@@ -46,14 +46,6 @@ def test_what_does_not_matter_switches_nothing():
     assert judged(accuracy, [-1.1] * 1000) and judged(accuracy, [0.9] * 1000) == []
 
 
-def test_it_is_judged_by_the_last_ends_alone():
-    for before in (WINDOW, 20 * WINDOW):
-        accuracy = AccuracyRecord("it", ())
-        judged(accuracy, [30.0] * before)
-        (off,) = judged(accuracy, [-30.0] * WINDOW)
-        assert WINDOW / 2 < off < WINDOW
-
-
 def test_counts():
     accuracy = AccuracyRecord("it", ())
     for label, prior, bucket, inside in ((1, 0, 1, True), (0, 0, 0, True), (0, 2, 2, False), (99, 0, 40, True)):

@@ -35,15 +35,6 @@ def test_the_levels_of_training_hold_before_any_traffic():
     assert calibration.level(0.75) == pytest.approx(0.95, abs=0.02)
 
 
-def test_they_are_forgotten_evenly_as_traffic_comes():
-    calibration, rng = Calibration(()), Random(1)
-    for number in range(WINDOW + START):
-        calibration.came(0.5 + rng.random() / 2)
-        if number == WINDOW - START // 2:  # half of the start has gone, from everywhere
-            assert calibration.trusted(0.5) == pytest.approx(START / 4 / WINDOW, abs=0.03)
-    assert calibration.trusted(0.5) < 0.01 and calibration.trusted(0.75) == pytest.approx(0.5, abs=0.08)
-
-
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.95])
 def test_the_next_length_is_below_the_level_as_often_as_asked(share):
     """However wrong the odds are: here places crowd at both ends, as of a predictor that is too sure."""

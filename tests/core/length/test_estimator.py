@@ -6,11 +6,12 @@ import pytest
 
 from tests.core.build import capacity, identity
 from tetri.core.broker.delivery import Limits
+from tetri.core.length import estimator as estimators
 from tetri.core.length.accuracy import LEAST
-from tetri.core.length.estimator import MOST_OPEN, TURNS, LengthEstimator
+from tetri.core.length.estimator import TURNS, LengthEstimator
 from tetri.engine_request import HiddenStateEstimate
 from tetri.policy.rules import Rules
-from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
+from tetri.request import Expected, LengthDistribution, Sampling
 
 WIDTH, BUCKETS = 50, 20
 PRIOR = LengthDistribution(WIDTH, (0.2, 0.2, 0.2, 0.2, *[0.2 / 16] * 16))
@@ -54,30 +55,11 @@ def test_max_tokens_min_tokens_and_what_is_written():
     assert view.unknown(SAMPLING, 450).low >= 400 and view.unknown(SAMPLING, 450).high > 451
 
 
-@pytest.mark.parametrize("outputs, length", [(0, 300), (299, 300), (300, 301)])
-def test_who_ignores_the_end_of_sequence_has_a_fixed_length(outputs, length):
-    view, sampling = estimator(), Sampling(max_tokens=300, ignore_eos=True)
-    exact = LengthRange(low=length, high=length + 1)
-    assert view.unknown(sampling, outputs) == view.named("a", at(1), sampling, outputs) == exact
-    assert view.estimates("a", told(at(1), outputs), sampling) == exact
-    view.ended("a", 300, "length")
-    assert view.status().scored == view.status().predicted == 0
-
-
 def test_cover_asks_for_a_high_end_that_is_rarely_passed():
     wide = at(*range(10))
     ends = [estimator(length_cover=cover).estimates("a", told(wide), SAMPLING).high for cover in (0.5, 0.8, 0.95)]
     assert ends == pytest.approx([250, 400, 475], abs=15)
     assert estimator(length_cover=0.7).unknown(SAMPLING, 0).high == pytest.approx(175, abs=10)
-
-
-def test_levels_of_training_correct_from_the_start():
-    """In training three of four texts were longer than what the odds called the median, and half were beyond 0.7."""
-    told_short = at(0, 0, 1, 2, 3)
-    assert span(estimator().estimates("a", told(told_short), SAMPLING)) == (0, 100)
-    assert span(estimator(levels=(0.5, 0.7, 0.9)).estimates("a", told(told_short), SAMPLING)) == (100, 200)
-    covered = estimator(levels=(0.5, 0.7, 0.9), length_cover=0.5).estimates("a", told(told_short), SAMPLING)
-    assert covered.high == pytest.approx(125, abs=5)
 
 
 def test_what_ends_is_counted_once():
@@ -95,20 +77,10 @@ def test_what_ends_is_counted_once():
 def test_the_first_of_two_natural_ends_teaches():
     view, twin = estimator(), estimator()
     for number in range(300):
-        view.ended(str(number), 777, "stop")
-        view.ended(str(number), 777, "stop")
-        twin.ended(str(number), 777, "stop")
+        for each in (view, view, twin):
+            each.ended(str(number), 777, "stop")
     assert view.prior.curve(0, 0, 900) == twin.prior.curve(0, 0, 900)
     assert span(view.unknown(SAMPLING, 0)) == (700, 800)
-
-
-def test_who_is_forgotten_is_not_scored():
-    view = estimator()
-    view.estimates("a", told(at(6)), SAMPLING)
-    view.forget("a")
-    view.forget("nobody")
-    view.ended("a", 320, "stop")
-    assert view.status().scored == 0
 
 
 def test_one_that_is_worse_than_the_prior_is_switched_off_and_says_so():
@@ -157,19 +129,6 @@ def test_what_is_no_odds_is_said_and_not_used():
     assert view.status().note == "made up; 1 answers were no odds" and view.status().predicted == 0
 
 
-def test_late_ones_are_counted():
-    view = estimator("classifier")
-    view.late()
-    view.late()
-    assert view.status().late == 2
-
-
-def test_the_prior_alone():
-    view = estimator("prior")
-    view.ended("a", 30, "stop")
-    assert (view.status().kind, view.status().on, view.status().predicted) == ("prior", False, 0)
-
-
 def test_another_attempt_is_the_same_request():
     view = estimator()
     for _ in range(3):
@@ -178,38 +137,27 @@ def test_another_attempt_is_the_same_request():
     assert view.status().predicted == view.status().scored == 1
 
 
-def test_as_many_as_a_broker_has_open_are_all_judged():
-    """Also when all of them wait before the first one ends."""
-    view, many = estimator("classifier"), Limits(context=2000, vocabulary=1).max_open
-    for number in range(many):
-        view.named(str(number), at(1), SAMPLING, 0)
-    for number in range(many):
-        view.ended(str(number), 70, "stop")
-    assert view.status().scored == many
+@pytest.fixture
+def few(monkeypatch):
+    """It remembers so many only, not twice as many as a broker has open."""
+    assert 2 * Limits(context=2000, vocabulary=1).max_open == estimators.MOST_OPEN
+    monkeypatch.setattr(estimators, "MOST_OPEN", 50)
+    return 50
 
 
-@pytest.mark.parametrize(
-    "tell",
-    [
-        lambda view, number: view.estimates(f"open {number}", told(at(1)), SAMPLING),
-        lambda view, number: view.ended(f"ended {number}", 30, "stop"),
-    ],
-    ids=["open", "ended"],
-)
-def test_memory_is_bounded(tell):
+def test_memory_is_bounded(few):
     view, sizes = estimator(), []
-    for part in range(2):
-        for number in range(part * MOST_OPEN, (part + 1) * MOST_OPEN + 9):
-            tell(view, number)
-        sizes.append(len(pickle.dumps(view)))
+    for number in range(40 * few):
+        view.ended(f"ended {number:4}", 30, "stop")
+        if number in (2 * few, 40 * few - 1):
+            sizes.append(len(pickle.dumps(view)))
     assert sizes[1] < 1.2 * sizes[0]
 
 
-def test_the_oldest_of_too_many_are_not_judged():
+def test_the_oldest_of_too_many_are_not_judged(few):
     view = estimator()
-    for number in range(MOST_OPEN + 9):
+    for number in range(few + 1):
         view.estimates(f"open {number}", told(at(1)), SAMPLING)
-    view.ended("open 0", 30, "stop")
-    assert view.status().scored == 0
-    view.ended(f"open {MOST_OPEN + 8}", 30, "stop")
-    assert view.status().scored == 1
+    for number, scored in ((0, 0), (1, 1), (few, 2)):
+        view.ended(f"open {number}", 30, "stop")
+        assert view.status().scored == scored

@@ -38,14 +38,6 @@ def test_with_nothing_known_all_that_is_possible():
     assert share_below(prior.curve(0, 0, 300), 50) > 0.9
 
 
-def test_it_learns_what_ends_here():
-    prior = Prior(FLAT, 4000)
-    ends(prior, drawn(1, 1500, mean=300))
-    curve = prior.curve(0, 0, 3000)
-    for tokens in (50, 100, 300, 600, 1000):
-        assert share_below(curve, tokens) == pytest.approx(1 - 2.718281828 ** (-tokens / 300), abs=0.06)
-
-
 def test_who_was_cut_off_tells_of_nobody_beyond():
     """All are cut off at 200 tokens but one in five: the tail is that of those, not shortened by the many."""
     prior, rng = Prior(NOTHING, 4000), Random(2)
@@ -62,23 +54,6 @@ def test_cut_off_inside_a_bucket_counts_for_a_part_of_it():
     for length in drawn(5, 6000, mean=100):
         ends(prior, [length], most=75)
     assert share_below(prior.curve(0, 0, 900), 100) == pytest.approx(1 - 2.718281828**-1, abs=0.06)
-
-
-def test_survivors_have_as_much_left_as_those_who_went_on_as_far():
-    prior = Prior(NOTHING, 4000)
-    ends(prior, [60 if number % 4 else 610 for number in range(800)])
-    assert likeliest(prior.curve(0, 0, 2000), 100) == 0
-    assert likeliest(prior.curve(99, 0, 2000), 100) == 6
-    assert 600 <= quantile(prior.curve(200, 0, 2000), 0.5) <= 650
-
-
-def test_least_and_most():
-    prior = Prior(FLAT, 1000)
-    curve = prior.curve(0, 120, 180)
-    assert (curve.tokens[0], curve.tokens[-1]) == (120, 181)
-    assert prior.curve(500, 0, 501).tokens == (501, 502)
-    assert prior.curve(500, 0, 505).tokens[0] == 501
-    assert prior.curve(5000, 0, 5001).tokens == (5001, 5002)
 
 
 def test_it_follows_the_traffic_and_forgets():

@@ -83,20 +83,6 @@ def test_an_own_offer_counts_until_a_report_was_made_after_its_grant(world, gran
     world.pool.granted(7, 1.0)  # of an offer that no longer counts
 
 
-def test_what_is_granted_by_one_who_never_reports_is_forgotten_at_the_next_news(world):
-    world.reserve()
-    world.pool.granted(1, 1.0)
-    world.view(2.0, d2=Load(free_blocks=9))
-    assert world.columns()["d1"] == EMPTY
-
-
-def test_what_is_taken_back_no_longer_counts(world):
-    world.reserve(heavy=True)
-    world.pool.withdrawn(1)
-    world.pool.withdrawn(1)
-    assert world.columns()["d1"] == EMPTY
-
-
 def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
     world.reserve(blocks=4, end_blocks=6)
     world.pool.refused(1)
@@ -105,17 +91,6 @@ def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
     assert (world.choose(blocks=4), world.choose(blocks=3)) == ("d2", "d1")
     world.view(1.0, d1=Load(free_blocks=8))
     assert world.choose(blocks=4) == "d1"
-
-
-def test_an_offer_to_one_that_is_gone_changes_nothing(world):
-    world.reserve(1)
-    world.reserve(2)
-    world.membership(BOTH[1])
-    world.pool.withdrawn(1)
-    world.pool.refused(2)
-    assert world.columns() == {"d2": EMPTY}
-    world.membership(*BOTH)
-    assert world.columns() == {"d1": EMPTY, "d2": EMPTY}
 
 
 def test_a_monitor_that_is_silent_is_forgotten_with_what_no_view_can_contain_any_more(world):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, offer, refuse
+from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, refuse
 from tests.core.driver import working
-from tests.core.reading import kinds, only, sent
-from tetri.core.actions import BROKER, AddRequest
+from tests.core.reading import kinds, sent
+from tetri.core.actions import BROKER
 from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
@@ -78,15 +78,6 @@ def test_a_grant_for_an_offer_that_was_taken_back_is_given_back(offered):
     assert not offered.tell(landed("r", 0), refuse("r"))
 
 
-def test_a_refusal_after_something_moved_needs_another_attempt():
-    told = working("p1", "d1")
-    told.tell(assign("a", prompt=16))
-    told.step()
-    told.tell(grant("a"), landed("a", 0))
-    actions = told.tell(refuse("a"))
-    assert kinds(actions) == ["CancelRequest", "Drop > d1", "Failed > broker"] and sent(actions, BROKER)[0].retry
-
-
 @pytest.mark.parametrize("loss", [PeerDown("d1"), membership(9, instance("p1", "prefill"), instance("d2", "decode"))])
 def test_a_lost_decode_instance_is_replaced_if_nothing_moved(two, loss):
     assert to("d2", two.tell(loss)) == ["Offer > d2", "Chunk > d2"]
@@ -122,18 +113,6 @@ def test_only_reachable_decode_instances_of_the_same_kind_are_asked():
     told.tell(assign("a", prompt=4))
     assert not sent(told.step(), kind=Offer)
     assert sent(told.tell(PeerUp("d2")), "d2", Offer)
-
-
-def test_when_it_refuses_itself_others_are_asked():
-    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=30, reserve_share=0.2)
-    told.view(d1=0)
-    told.tell(assign("a", prompt=16), assign("b", prompt=16))
-    actions = [action for _ in range(4) for action in told.step()]
-    assert not sent(actions, kind=Offer)
-    assert [each.request.key.split(":")[1] for each in only(actions, AddRequest) if each.request.phase == "decode"] == [
-        "a"
-    ]
-    assert [each.rid for each in sent(told.view(d1=10), "d1", Offer)] == ["b"]  # reservations take their share only
 
 
 def test_prompts_are_stalled_while_nobody_takes_the_first_of_them(offered):
@@ -237,8 +216,3 @@ def test_such_a_prompt_does_not_hold_up_those_that_can_go_on(behind, free):
     failed = sent(told.later(0.2), kind=Failed)
     assert [(each.rid, each.retry) for each in failed] == [("a", True)] * free
     assert told.run() == [("b", 0, 8)] * free  # now the slots are free
-
-
-def test_offers_that_come_here_are_answered_whatever_the_role():
-    told = working("p1")
-    assert kinds(told.tell(offer("r", 8, src="d9"))) == ["AddRequest", "Grant > d9"]

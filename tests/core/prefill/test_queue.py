@@ -69,13 +69,6 @@ def test_without_windows_whoever_comes_with_a_lower_rank_goes_first_until_the_ot
     assert line.first() == "shorter"
 
 
-def test_the_earliest_deadline_goes_first():
-    line = Line("deadline")
-    line.enter("a", 4, due=9.0)
-    line.enter("b", 4, due=3.0)
-    assert line.first() == "ba"
-
-
 def test_work_is_counted_as_it_is_done():
     line = Line("fcfs")
     line.enter("a", 20)

@@ -36,28 +36,9 @@ def test_what_it_needs_follows_from_the_end_of_its_range(length, rules, end_bloc
     assert made.need(own, 4) == Need(3, end_blocks, heavy)
 
 
-def test_blocks_are_filled_as_tokens_are_computed_and_none_of_one_that_its_first_token_ends():
-    made = prefill_request(assign("a", 10))
-    assert [made.filled(tokens, 4) for tokens in (3, 4, 9, 10)] == [0, 1, 2, 3]
-    made.flow.exported = 2
-    assert made.filled(0, 4) == 2  # it began again
-    assert prefill_request(assign("b", 10, max_tokens=1)).filled(10, 4) == 0
-
-
-def test_its_stage_its_outputs_and_whether_it_waits_for_a_place():
-    made = prefill_request(assign("a", 8, [5]))
-    assert (made.stage, made.outputs(), made.unplaced) == (Stage.QUEUED, [5], False)
-    made.running, made.turn = True, 1
-    assert (made.stage, made.unplaced, made.granted) == (Stage.PREFILL, True, False)
-    made.flow.aim(1, "d1")
-    assert not made.unplaced and not made.granted
-    made.flow.grant()
-    made.running, made.token = False, 7
-    assert (made.stage, made.outputs(), made.granted, made.decodes) == (Stage.MOVING, [5, 7], True, True)
-
-
 def test_one_that_its_first_token_ends():
     made = prefill_request(assign("a", 8, [5], max_tokens=2))
+    assert made.outputs() == [5]
     made.token, made.end = 7, End(reason="length", receipt=made.receipt("p1"))
     assert (made.stage, made.decodes, made.outputs()) == (Stage.DONE, False, [5, 7])
     receipt = made.end.receipt

@@ -4,10 +4,9 @@ import pytest
 
 from tests.core.build import assign, capacity, close, grant, landed, offer, resend
 from tests.core.driver import working
-from tests.core.reading import kinds, only, sent
+from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import BROKER, AddRequest, Broken, Export, Free, RequestRejected
 from tetri.engine_request import Sampled, Span, StepDone
-from tetri.policy.rules import Rules
 from tetri.wire.handover import Chunk, Drop, Offer
 from tetri.wire.messages import Failed, Staged, Tokens
 
@@ -17,26 +16,13 @@ def told():
     return working("p1", "d1")
 
 
-def started(actions):
-    return [action.request.key for action in only(actions, AddRequest)]
-
-
 def test_a_chunk_holds_the_tail_of_one_prompt_and_the_heads_of_others():
     told = working("p1", "d1", capacity=capacity(max_batch=3))
     told.tell(assign("a", prompt=10), assign("b", prompt=3), assign("c", prompt=20))
     assert told.run() == [("a", 0, 8)]
-    assert started(told.later()) == ["p:b:1", "p:c:1"] and told.chunk() == [("a", 8, 10), ("b", 0, 3), ("c", 0, 3)]
+    assert added(told.later()) == ["p:b:1", "p:c:1"] and told.chunk() == [("a", 8, 10), ("b", 0, 3), ("c", 0, 3)]
     told.tell(RequestRejected("p:c:1", "no"))  # the engine has room for the others only
     assert told.run() == [("a", 8, 10), ("b", 0, 3)]
-
-
-def test_a_leg_that_the_engine_rejects_leaves_its_place_to_the_others(told):
-    told.tell(assign("a", prompt=6), assign("b", prompt=6))
-    told.later()
-    assert told.chunk() == [("a", 0, 6), ("b", 0, 2)]
-    actions = told.tell(RequestRejected("p:a:1", "too odd"))
-    assert sent(actions, BROKER) == [Failed(iid="p1", incarnation=1, rid="a", attempt=1, why="too odd", retry=False)]
-    assert told.run() == [("b", 0, 6)]
 
 
 def test_only_prompts_that_the_ledger_has_room_for_are_started(told):
@@ -74,16 +60,6 @@ def test_a_token_too_early_must_not_go_on(told):
     told.later()
     with pytest.raises(Broken, match="a token for p:a:1 at 8 of 12"):
         told.tell(StepDone((Span("p:a:1", 0, 8),), (Sampled("p:a:1", (7,), None),)))
-
-
-def test_windows_are_ordered_when_a_chunk_wants_them_and_never_interleave():
-    """Windows of two, shortest first: "c" is shorter than all, but of the second window; "d" joins it in time."""
-    rules = Rules(order="sjf", sched_batch=2, decode_route="first_fit")
-    told = working("p1", "d1", rules=rules, capacity=capacity(max_batch=3), slots=11)
-    told.tell(assign("a", 7), assign("b", 5), assign("c", 1))
-    assert told.run() == [("b", 0, 5), ("a", 0, 3)]
-    told.tell(assign("d", 2))
-    assert told.run() == [("a", 3, 7), ("c", 0, 1), ("d", 0, 2)]
 
 
 def test_one_request_from_assign_to_landed(told):
@@ -148,23 +124,6 @@ def test_a_later_attempt_replaces_an_older_one(told):
     told.step()
     assert kinds(told.tell(assign("a", prompt=12, output=[5], attempt=2))) == ["CancelRequest", "Drop > d1", "Free"]
     assert told.load().queued == 1 and told.run() == [("a", 0, 8)]
-
-
-@pytest.mark.parametrize(
-    "prompt, steps, says",
-    [
-        (4, 0, []),  # before it was started
-        (12, 1, ["CancelRequest", "Drop > d1", "Free"]),  # while it computes
-        (8, 1, ["Drop > d1", "Free"]),  # while it moves
-    ],
-)
-def test_closing_in_every_stage(told, prompt, steps, says):
-    told.tell(assign("a", prompt=prompt))
-    for _ in range(steps):
-        told.step()
-    assert kinds(told.tell(close("a", attempt=2))) == says
-    load = told.load()
-    assert (load.queued, load.queued_tokens, load.free_blocks) == (0, 0, 10) and not told.heartbeat().holds
 
 
 def test_an_older_attempt_that_comes_late_is_closed_alone(told):
