@@ -14,7 +14,7 @@ from fake_broker import WORDS, FakeBroker, accepted, delta, done
 import tetri
 
 BRIEF = {"timeout": 0.6, "silence_s": 0.2, "resend_s": 0.2}
-HELD_UP_S = 1.5  # longer than all of these
+HELD_UP_S = 0.8  # longer than all of these
 PROGRAM = {
     "sync": """
 import sys, tetri
@@ -115,7 +115,7 @@ def test_a_caller_who_was_away_asks_only_when_nothing_comes():
     with FakeBroker(reply) as broker, tetri.Client(broker.address, timeout=0.5, silence_s=0.3) as client:
         stream = client.stream("hi")
         assert next(stream) == WORDS[0]
-        time.sleep(1.0)
+        time.sleep(0.6)
         assert broker.types() == ["submit"]
         assert list(stream) == WORDS[1:]
         assert broker.types() == ["submit", "attach"]

@@ -21,11 +21,11 @@ from tetri.request import Sampling
 
 TETRI = Path(__file__).parents[2] / "tetri"
 ONE_EACH = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
-QUICK = ("cluster.heartbeat_s=0.05", "cluster.dead_s=0.5")  # silence that means dead passes several times in a test
+QUICK = ("cluster.heartbeat_s=0.05", "cluster.dead_s=0.5", "monitor.load_ms=20")
 LEAVERS = 60
 
 
-@pytest.fixture(params=["shm", "stream"])
+@pytest.fixture(params=["shm", "stream"], scope="module")
 def pair(request: pytest.FixtureRequest) -> Iterator[LiveCluster]:
     with LiveCluster(overrides=[ONE_EACH, f"transfer.transport={request.param}", *QUICK]) as cluster:
         yield cluster
@@ -49,25 +49,13 @@ def views(cluster: LiveCluster) -> int:
 def test_left_idle_it_serves_as_before(pair: LiveCluster) -> None:
     """sglang 9926."""
     ask(pair)
-    before, last = pair.instances(), views(pair) + 20  # 100 ms each: four times the silence that means dead
+    before, last = pair.instances(), views(pair) + 50  # 20 ms each: twice the silence that means dead
     wait_until(lambda: views(pair) >= last, "no views")
     ask(pair)
     after = pair.instances()
     assert {iid: each["incarnation"] for iid, each in before.items()} == {
         iid: each["incarnation"] for iid, each in after.items()
     }
-
-
-def test_a_pair_goes_on_after_either_has_died(pair: LiveCluster) -> None:
-    """sglang 13054 and 16903, llm-d 2187: the one that stayed knows the other's new slab."""
-    for victim in ("p0", "d0", "p0"):
-        ask(pair)
-        old = pair.instances()[victim]["incarnation"]
-        pair.kill(victim)
-        pair.start(victim)
-        wait_until(lambda old=old, iid=victim: pair.instances()[iid]["incarnation"] != old, "not restarted")
-        pair.wait_ready(victim)
-        ask(pair)
 
 
 @pytest.mark.parametrize("victim", ["p0", "d0"])

@@ -91,17 +91,6 @@ def test_a_slow_one_is_not_waited_for_and_corrects_the_offer(tmp_path: Path) -> 
         replays_the_same(cluster)
 
 
-def test_one_that_never_answers_holds_nothing_up(tmp_path: Path) -> None:
-    with predicting(tmp_path, "never", "policy.length_wait_s=0.05") as cluster:
-        first = ask(cluster, 120)
-        assert first[0].receipt.attempts == 1
-        ask(cluster, *range(100, 180))  # more than may wait to be read
-        wait_until(lambda: "has not answered for" in status(cluster)["note"], "it is not noticed")
-        told = status(cluster)
-        assert not told["on"] and told["late"] == 81 and told["unread"] > 0
-        ask(cluster, 5)
-
-
 def test_one_that_fails_goes_off_alone(tmp_path: Path) -> None:
     with predicting(tmp_path, "moody") as cluster:
         client = cluster.client()
@@ -114,16 +103,6 @@ def test_one_that_fails_goes_off_alone(tmp_path: Path) -> None:
         ask(cluster, *range(10))
         assert cluster.log("p0").count("the classifier is off from now on") == 1
         assert status(cluster)["predicted"] == 1
-
-
-def test_auto_without_a_file_goes_by_the_prior(tmp_path: Path) -> None:
-    with LiveCluster(overrides=["policy.length=trained", PAIR]) as cluster:
-        ask(cluster, 120, output=5)
-        for iid in ("p0", "d0"):
-            wait_until(lambda iid=iid: cluster.instances()[iid]["predictor"] is not None, "no beat came")
-            told = status(cluster, iid)
-            assert (told["kind"], told["on"]) == ("prior", False)
-            assert told["note"].startswith("no predictor: tetri brings none for an emulated engine")
 
 
 @pytest.mark.parametrize("program", ["tetri.cli", "tetri.proc.worker"])
