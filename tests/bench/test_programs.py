@@ -11,6 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 EMULATED = str(REPOSITORY / "conf" / "emulated.toml")
 TOOLS = sorted(path for path in (REPOSITORY / "tools").iterdir() if path.is_file())
+MODEL = pytest.mark.model
 CALL = 'exec "$root/.venv/bin/python" -P -m '
 
 
@@ -68,9 +69,9 @@ def test_wrong_arguments_are_told(program, arguments, says, capsys):
     ("program", "arguments", "says"),
     [
         ("bench_predictor", ["--model", "nowhere"], "unknown model"),
-        pytest.param("bench_hidden_hook", ["--model", "nowhere"], "unknown model", marks=pytest.mark.model),
-        pytest.param("bench_predictor", ["--predictor", "/nowhere"], "there is no predictor in", marks=pytest.mark.model),
-        pytest.param("bench_hidden_hook", ["--predictor", "/nowhere"], "no hidden predictor in", marks=pytest.mark.model),
+        pytest.param("bench_hidden_hook", ["--model", "nowhere"], "unknown model", marks=MODEL),
+        pytest.param("bench_predictor", ["--predictor", "/nowhere"], "no predictor in", marks=MODEL),
+        pytest.param("bench_hidden_hook", ["--predictor", "/nowhere"], "no hidden predictor in", marks=MODEL),
     ],
 )
 def test_with_an_engine_beside_it_too(program, arguments, says):

@@ -126,7 +126,7 @@ def test_down_ends_a_supervisord_that_hangs(deployment, monkeypatch):
     config = deployment()
     run_dir = up(config)
     monkeypatch.setattr("tetri.proc.supervise.RPC_S", 0.3)
-    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 0.5)
+    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 2)
     os.kill(Supervisor(run_dir).pid(), signal.SIGSTOP)
     assert launch.down(run_dir) is True
     assert Supervisor(run_dir).alive() == []
@@ -221,7 +221,7 @@ def interrupt(config, say):
 
 
 def test_a_process_that_ignores_the_signal_is_killed(deployment, monkeypatch):
-    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 0.2)
+    monkeypatch.setattr("tetri.proc.supervise.STOP_S", 1)
     stubborn = "trap '' TERM; while :; do sleep 0.1; done"
     programs(monkeypatch, broker=stubborn, p0="sleep 60", d0="sleep 60")
     config = deployment()

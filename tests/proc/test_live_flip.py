@@ -52,11 +52,6 @@ def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
         return client.receive(key=key)
 
 
-def quickest(seconds: list[float]) -> float:
-    """The slowest of the quickest quarter."""
-    return sorted(seconds)[len(seconds) // 4]
-
-
 def monitor(cluster: LiveCluster) -> dict[str, Any]:
     found = cluster.client().status()["monitor"]
     return found if found is not None else {"number": 0, "age_s": float("inf"), "flip": ""}
@@ -87,9 +82,9 @@ def test_ten_flips_under_load(cluster: LiveCluster) -> None:
     print(f"{len(results)} requests; flips took", [f"{1000 * t:.1f} ms" for t in took])
     print("without the step before", [f"{1000 * t:.1f} ms" for t in alone])
     assert len(alone) == len(FLIPS)
-    # Other processes of a busy machine make some of them longer, but never as long as a drain.
-    assert quickest(alone) < 0.010 and min(took) < 0.010
-    assert statistics.median(took) < 0.1
+    # Other processes of a busy machine make some of them longer, and the requests too, which a drain would wait for.
+    served = statistics.median(result.jct_s for result in results)
+    assert statistics.median(alone) < served / 4 and statistics.median(took) < served / 2
     assert all(result.receipt.attempts == 1 for result in results)
     used = {(r.receipt.prefill_instance, r.receipt.decode_instance) for r in results}
     assert len({prefill for prefill, _ in used}) >= 3 and len({decode for _, decode in used}) >= 3
@@ -101,11 +96,11 @@ def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -
 
     def disturb() -> None:
         pressure.more(12)
-        assert monitor(cluster)["age_s"] < 1
+        wait_until(lambda: monitor(cluster)["age_s"] < 0.5, "no views")
         cluster.kill("monitor")
         last = monitor(cluster)["number"]
         pressure.more(24)
-        wait_until(lambda: monitor(cluster)["age_s"] > 1, "the view's age does not grow")
+        wait_until(lambda: monitor(cluster)["age_s"] > 0.5, "the view's age does not grow")
         assert monitor(cluster)["number"] >= last
         assert flip(cluster, "d1", "mixed")["type"] == "role_changed"  # needs no monitor
         cluster.start("monitor")
@@ -116,18 +111,17 @@ def test_the_monitor_is_killed_under_load_and_comes_back(cluster: LiveCluster) -
     assert all(result.receipt.attempts == 1 for result in pressure.run(disturb))
 
 
-@pytest.mark.parametrize(("policy", "output"), [("balance", 2), ("idle", 1)])
-def test_the_watcher_flips_where_the_work_is(policy: str, output: int) -> None:
+def test_the_watcher_flips_where_the_work_is() -> None:
     """Long prompts and hardly any output: decode instances become prefill ones, and nobody's request is lost."""
-    settings = ["idle_s=0.3", "hold_s=0.5", "gain=1.5", "load_ms=20", f"flip={policy}"]
+    settings = ["idle_s=0.3", "hold_s=0.5", "gain=1.5", "load_ms=20", "flip=balance"]
     with brisk_cluster(*(f"monitor.{setting}" for setting in settings), "emulated.time_scale=8") as cluster:
-        pressure = Pressure(cluster, width=20, prompt=2500, output=output)
+        pressure = Pressure(cluster, width=20, prompt=2500, output=2)
 
         def disturb() -> None:
             wait_until(lambda: list(cluster.roles().values()).count("prefill") == 3, "nobody flips")
             pressure.more(6)
             assert sum(role in ("decode", "mixed") for role in cluster.roles().values()) >= 1  # the floor
-            assert monitor(cluster)["flip"] == policy
+            assert monitor(cluster)["flip"] == "balance"
 
         results = pressure.run(disturb)
         assert {result.receipt.prefill_instance for result in results} & {"d0", "d1"}

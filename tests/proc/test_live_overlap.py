@@ -1,5 +1,4 @@
-"""A chunk's KV moves while the next chunk computes: by the timestamps of two live workers' records. So the hand-over
-takes as long for a long prompt as for a short one."""
+"""A chunk's KV moves while the next chunk computes: by the timestamps of two live workers' records."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from live import LiveCluster
 
 from tetri.bench.handover.stages import moves, overlap
 
-SHORT, LONG, ROUNDS = 512, 4096, 5
+SHORT, LONG, ROUNDS = 512, 4096, 3
 CHUNKS = LONG // 512
 TOKEN_BYTES = 8192  # a chunk has 4 MB then: several milliseconds until it is in the other engine
 PASS_S = 0.05  # of 512 tokens
@@ -72,14 +71,6 @@ def test_the_copy_of_each_chunk_lies_inside_the_next_ones_forward_pass(by_length
     assert {each.chunks for each in seen} == {CHUNKS - 1}
     assert max(each.inside for each in seen) == CHUNKS - 1
     assert sum(each.inside for each in seen) > 0.8 * sum(each.chunks for each in seen)
-
-
-def test_the_hand_over_does_not_grow_with_the_prompt(by_length: dict[int, Any]) -> None:
-    """Copied after the end of prefill, the first chunks would take as long again each as the last one does."""
-    short, long = (min(by_length[length], key=lambda move: move.seconds) for length in (SHORT, LONG))
-    assert long.seconds - short.seconds < 0.010
-    copies = [stage["export"] + stage["copy"] for stage in (move.stages() for move in by_length[LONG])]
-    assert (CHUNKS - 1) * min(copies) > 0.010, "the copies are too small to tell"
 
 
 def test_the_stages_of_a_hand_over_add_up(by_length: dict[int, Any]) -> None:
