@@ -15,7 +15,7 @@ TOGETHER = {
 LONGEST = (
     *("float32", "live", "tests/engine/vllm/test_tight.py", "tests/engine/vllm/test_bfloat16.py"),
     *("tests/proc/test_launch.py", "tests/sim/test_faulty.py", "tests/bench/test_chaos.py"),
-    *("tests/kv/nixl/test_mover.py", "tests/proc/test_live_faults.py", "tests/proc/test_live_link.py"),
+    *("tests/kv/nixl/test_mover.py", "tests/proc/test_live_faults.py"),
     *("tests/bench/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),
 )
 

@@ -77,20 +77,6 @@ def test_the_picture_has_a_bar_for_each_pass_and_copy(tmp_path):
     assert (tmp_path / "way.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--conf", str(EMULATED)], "must have one prefill and one decode worker"),
-        (["--short", "900", "--long", "800"], "--short (900) must be less than --long (800)"),
-        (["--set", "engine.kinds=1"], "engine.kinds"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_line(arguments, why):
-    done = subprocess.run([TOOL, *arguments], cwd="/", capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("bench_handover: ") and why in done.stderr and done.stderr.count("\n") == 1
-
-
 @pytest.mark.model
 @pytest.mark.alone
 @pytest.mark.timeout(600)

@@ -117,13 +117,6 @@ def test_plain_vllm_is_told_what_the_live_engine_is_told(monkeypatch):
     assert direct.engine_arguments("/m", "bfloat16", 0, 512, 32, 128, 1 << 30) == told
 
 
-def test_the_benchmark_wants_the_real_engine():
-    command = [REPOSITORY / "tools" / "bench_overhead", "--conf", EMULATED]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("bench_overhead: only the real engine") and done.stderr.count("\n") == 1
-
-
 @pytest.mark.model
 @pytest.mark.alone
 @pytest.mark.timeout(900)

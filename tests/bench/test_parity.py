@@ -4,23 +4,33 @@ import pytest
 
 from tetri.bench import parity
 from tetri.bench.deployment import own_folder
-from tetri.sim.traces import Arrival, TokenCounts
+from tetri.sim.traces import Arrival, TokenCounts, drawn
 
 BUSY = 4.0  # this machine may have other work: so many times the bounds of tools/parity
 SLOW = ("emulated.time_scale=4",)  # steps of 106 ms and more, of which what a busy machine adds is a small part
+LINK = ("transfer.emulate_gbs=3", "transfer.offer_s=30")  # takes a good part of the time
+LENGTHS = TokenCounts.parsed("50-600"), TokenCounts.parsed("2-10")
 
 
 @pytest.fixture
 def config():
     with own_folder("parity") as folder:
-        yield parity.deployment(folder, SLOW)
+        yield parity.deployment(folder, [*SLOW, *LINK])
 
 
 def test_live_and_simulated_agree(config):
-    lengths = TokenCounts.parsed("50-600"), TokenCounts.parsed("2-20")
-    made = parity.measured(config, 20, 2.5, lengths, 1, lambda text: None)
+    made = parity.measured(config, 16, 3.0, LENGTHS, 1, lambda text: None)
     assert parity.within(made, BUSY), made
     assert made["ttft_mean"]["live_s"] > 0.1 and made["jct_mean"]["live_s"] > 0.5
+
+
+def test_without_the_link_or_with_another_one_it_would_be_seen(config, tmp_path):
+    """What the agreement above is worth."""
+    arrivals = list(drawn(16, *LENGTHS, 1, 3.0))
+    others = ([], [*LINK, "transfer.emulate_gbs=1.5"])
+    setups = (parity.setup_of(parity.deployment(tmp_path, [*SLOW, *other]), 1) for other in others)
+    here, *there = (parity.simulated(setup, arrivals) for setup in (parity.setup_of(config, 1), *setups))
+    assert [parity.within(parity.compared(here, each), BUSY) for each in there] == [False, False]
 
 
 def test_the_simulated_deployment_is_the_configured_one(config):

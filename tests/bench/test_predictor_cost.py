@@ -1,6 +1,5 @@
 """tools/bench_predictor: its arithmetic, and its errors."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,16 +40,3 @@ def test_all_of_it_is_in_the_table():
     ]
     assert lines[3].split() == ["ms", "medians", "%", "in", "pairs", "%", "low", "high", "in", "time", "%"]
     assert lines[4].split() == ["parallel", "110.0", "+10.0", "+10.0", "+10.0", "+10.0", "50"] and len(lines) == 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--model", "nowhere"], "unknown model"),
-        pytest.param(["--predictor", "/nowhere"], "there is no predictor in /nowhere", marks=pytest.mark.model),
-    ],
-)
-def test_what_is_missing_is_said_in_one_line(arguments, why):
-    done = subprocess.run([TOOLS / "bench_predictor", *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("bench_predictor: ") and done.stderr.count("\n") == 1
-    assert why in done.stderr

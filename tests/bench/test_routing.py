@@ -36,11 +36,6 @@ def test_for_people_too_and_with_a_limit():
     assert done.stdout.startswith("first_fit among 50 instances") and len(done.stdout.splitlines()) == 7
 
 
-def test_an_unknown_policy_is_told_the_known_ones():
-    done = bench("--policy", "best")
-    assert done.returncode == 2 and "power_of_two" in done.stderr
-
-
 @pytest.mark.parametrize("case", routing.CASES, ids=lambda case: case.name)
 def test_a_pool_is_what_its_case_says(case):
     pool = routing.a_pool(case, 1000, Random(1))

@@ -139,17 +139,3 @@ def test_ended_by_a_signal_to_all_of_it_the_program_leaves_nothing(number):
     while left_of(program.pid) and time.monotonic() < until:  # the receiver may be a moment behind
         time.sleep(0.01)
     assert not left_of(program.pid)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--transport", "carrier pigeon"], "unknown transport 'carrier pigeon'"),
-        (["--sizes", "four"], "not a list of numbers"),
-        (["--sizes", "0"], "above 0"),
-        (["--sizes", ","], "empty"),
-    ],
-)
-def test_wrong_arguments_are_told(arguments, says):
-    done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and says in done.stderr

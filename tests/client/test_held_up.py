@@ -14,7 +14,7 @@ from fake_broker import WORDS, FakeBroker, accepted, delta, done
 import tetri
 
 BRIEF = {"timeout": 0.6, "silence_s": 0.2, "resend_s": 0.2}
-HELD_UP_S = 1.5  # longer than all of these
+HELD_UP_S = 0.8  # longer than all of these
 PROGRAM = {
     "sync": """
 import sys, tetri
@@ -34,9 +34,11 @@ asyncio.run(main())
 
 
 class Holding:
-    """Gives one token; when asked for the rest, keeps it back until `go`. After that it has forgotten the request."""
+    """Gives one token; keeps the rest back until `go`, and says `asked` when it is asked for it. After that it has
+    forgotten the request."""
 
-    def __init__(self) -> None:
+    def __init__(self, asks_first: bool) -> None:
+        self.asks_first = asks_first
         self.asked, self.go, self.said = threading.Event(), threading.Event(), threading.Event()
 
     def __call__(self, message):
@@ -44,18 +46,19 @@ class Holding:
         if message["type"] == "submit":
             yield accepted(message, rid)
             yield delta(0, rid)
-        elif not self.said.is_set():
+        if (message["type"] == "attach") is self.asks_first and not self.said.is_set():
             self.asked.set()
             assert self.go.wait(20)
             yield from (delta(1, rid), delta(2, rid), done(rid))
             self.said.set()
-        else:
+        elif message["type"] == "attach":
             yield {"type": "refused", "key": rid, "reason": f"no request {rid} is known here", "retry_after_s": None}
 
 
 @pytest.mark.parametrize("kind", PROGRAM)
-def test_a_process_stopped_after_it_asked_reads_what_waits_for_it(kind):
-    script = Holding()
+@pytest.mark.parametrize("asks_first", [False, True], ids=["while it listens", "after it asked"])
+def test_a_stopped_process_reads_what_waits_for_it(kind, asks_first):
+    script = Holding(asks_first)
     with FakeBroker(script) as broker:
         command = [sys.executable, "-c", PROGRAM[kind], broker.address]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -112,7 +115,7 @@ def test_a_caller_who_was_away_asks_only_when_nothing_comes():
     with FakeBroker(reply) as broker, tetri.Client(broker.address, timeout=0.5, silence_s=0.3) as client:
         stream = client.stream("hi")
         assert next(stream) == WORDS[0]
-        time.sleep(1.0)
+        time.sleep(0.6)
         assert broker.types() == ["submit"]
         assert list(stream) == WORDS[1:]
         assert broker.types() == ["submit", "attach"]

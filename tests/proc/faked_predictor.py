@@ -4,14 +4,12 @@ number in a prompt's text, in one of several tempers. Its folder is made by `fol
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.predict import made
-from tetri.predict import serve
 from tetri.predict.card import HEAD, Card, write_card
 from tetri.predict.heads import save_head
 from tetri.predict.model import examine
@@ -40,7 +38,6 @@ def prologue(temper: str) -> str:
 
 
 def install(temper: str) -> None:
-    serve.SILENT_S = 0.5
 
     def load(folder: Path, kind: str, weights: str) -> Faked:
         card, _ = examine(folder, kind, weights)
@@ -69,8 +66,6 @@ class Faked:
     def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         if self.temper == "slow":
             time.sleep(SLOW_S)
-        if self.temper == "never":
-            threading.Event().wait()
         if self.temper == "moody" and "moody" in " ".join(texts):
             raise RuntimeError("out of ideas")
         return list(map(odds_of, texts)), list(map(len, texts))

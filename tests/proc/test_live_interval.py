@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from live import LiveCluster, wait_until
+from live import LiveCluster
 
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
@@ -19,8 +19,7 @@ PROMPT = [3] * 50
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LiveCluster]:
-    """A prefill worker and two that do both."""
-    workers = "worker=[{iid='p0', role='prefill'}, {iid='m0', role='mixed'}, {iid='m1', role='mixed'}]"
+    workers = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as table:
         table.write(f"prefill = [[1, {STEP_S}], [512, 0.01]]\ndecode = [[1, {STEP_S}], [32, {STEP_S}]]\n")
         table.flush()
@@ -40,8 +39,10 @@ def right(cluster: LiveCluster, length: int) -> list[int]:
     return reference(PROMPT, Sampling(max_tokens=length), made.vocabulary, made.token_bytes)
 
 
-def decoding(cluster: LiveCluster) -> bool:
-    return any(instance["running"] for instance in cluster.instances().values())
+def test_a_deadline_is_met_between_two_messages(cluster: LiveCluster) -> None:
+    result = cluster.client().generate(PROMPT, max_tokens=8000, deadline_s=0.5)
+    assert result.finish_reason == "deadline"
+    assert result.token_ids and result.token_ids == right(cluster, len(result.token_ids))
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * INTERVAL + 3])
@@ -52,15 +53,3 @@ def test_a_stop_text_among_tokens_that_come_together(cluster: LiveCluster, at: i
     result = cluster.client().generate(PROMPT, max_tokens=8000, stop=[stop])
     assert result.finish_reason == "stop" and stop not in result.text and not result.text.endswith(words[at])
     assert result.token_ids == right(cluster, at + 2) and result.usage.completion_tokens == at + 2
-
-
-def test_tokens_that_were_kept_back_by_who_was_killed_are_computed_again(cluster: LiveCluster) -> None:
-    stream = cluster.client().stream(PROMPT, max_tokens=400)
-    next(stream)
-    wait_until(lambda: decoding(cluster), "it does not run")
-    victim = next(iid for iid, instance in cluster.instances().items() if instance["running"])
-    cluster.kill(victim)
-    result = stream.wait()
-    assert result.token_ids == right(cluster, 400) and result.receipt.attempts == 2
-    cluster.start(victim)
-    cluster.wait_ready(victim)

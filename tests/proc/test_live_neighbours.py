@@ -21,13 +21,13 @@ from tetri.request import Sampling
 
 TETRI = Path(__file__).parents[2] / "tetri"
 ONE_EACH = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
-QUICK = ("cluster.heartbeat_s=0.05", "cluster.dead_s=0.5")  # silence that means dead passes several times in a test
+QUICK = ("cluster.heartbeat_s=0.05", "cluster.dead_s=0.5", "monitor.load_ms=20")
 LEAVERS = 60
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[LiveCluster]:
-    with LiveCluster(overrides=[ONE_EACH, "transfer.transport=stream", *QUICK]) as cluster:
+@pytest.fixture(params=["shm", "stream"], scope="module")
+def pair(request: pytest.FixtureRequest) -> Iterator[LiveCluster]:
+    with LiveCluster(overrides=[ONE_EACH, f"transfer.transport={request.param}", *QUICK]) as cluster:
         yield cluster
         cluster.wait_idle()
 
@@ -49,7 +49,7 @@ def views(cluster: LiveCluster) -> int:
 def test_left_idle_it_serves_as_before(pair: LiveCluster) -> None:
     """sglang 9926."""
     ask(pair)
-    before, last = pair.instances(), views(pair) + 20  # 100 ms each: four times the silence that means dead
+    before, last = pair.instances(), views(pair) + 50  # 20 ms each: twice the silence that means dead
     wait_until(lambda: views(pair) >= last, "no views")
     ask(pair)
     after = pair.instances()
@@ -58,32 +58,20 @@ def test_left_idle_it_serves_as_before(pair: LiveCluster) -> None:
     }
 
 
-def test_a_pair_goes_on_after_either_has_died(pair: LiveCluster) -> None:
-    """sglang 13054 and 16903, llm-d 2187: the one that stayed knows the other's new slab."""
-    for victim in ("p0", "d0", "p0"):
-        ask(pair)
-        old = pair.instances()[victim]["incarnation"]
-        pair.kill(victim)
-        pair.start(victim)
-        wait_until(lambda old=old, iid=victim: pair.instances()[iid]["incarnation"] != old, "not restarted")
-        pair.wait_ready(victim)
-        ask(pair)
-
-
-def test_a_worker_that_is_asked_to_stop_under_load_takes_no_request_along() -> None:
+@pytest.mark.parametrize("victim", ["p0", "d0"])
+def test_a_worker_that_is_asked_to_stop_under_load_takes_no_request_along(victim: str) -> None:
     """dynamo 11173."""
     with LiveCluster() as cluster:
         pressure = Pressure(cluster)
 
         def stop() -> None:
-            for victim in ("p0", "d0"):
-                pressure.more(10)
-                process = cluster.processes.pop(victim)
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(20) == 0
-                pressure.more(10)
-                cluster.start(victim)
-                cluster.wait_ready(victim)
+            pressure.more(10)
+            process = cluster.processes.pop(victim)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            pressure.more(10)
+            cluster.start(victim)
+            cluster.wait_ready(victim)
             pressure.more(10)
 
         pressure.run(stop)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -44,25 +42,6 @@ def publisher(address: str) -> Iterator[zmq.Socket[bytes]]:
     finally:
         made.close()
         context.term()
-
-
-def test_garbage_on_the_loads(cluster: LiveCluster) -> None:
-    huge = bytes(100 << 20)
-    good = codec.encode(LoadReport(iid="x", incarnation=1, role="prefill", load=Load(free_blocks=1)))
-    for frames in ([b""], [b"\x02"], [b"\x01\x80"], [os.urandom(300)], [b"a", b"b"], [good, good], [huge]):
-        with publisher(cluster.config.loads_address) as incompatibility:
-            incompatibility.send_multipart(frames)
-    wait_until(lambda: cluster.log("monitor").count("dropped a message") >= 3, "nothing was dropped")
-    views_go_on(cluster)
-
-
-def test_bytes_that_are_no_zeromq(cluster: LiveCluster) -> None:
-    for address in (cluster.config.loads_address, cluster.config.views_address):
-        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, os.urandom(500)):
-            with socket.socket(socket.AF_UNIX) as plain:
-                plain.connect(address.removeprefix("ipc://"))
-                plain.sendall(noise)
-                views_go_on(cluster)
 
 
 def test_made_up_loads_and_wishes_harm_nobody(cluster: LiveCluster) -> None:

@@ -53,17 +53,3 @@ def test_many_requests_through_a_network_that_delays_throttles_and_cuts(hosts: T
         counted = cluster.relayed()
     assert moved > 20 * MB and counted["forwarded"] >= moved, "it went another way"
     assert counted["cuts"] >= 3 and counted["connections"] > counted["cuts"]
-
-
-def test_the_prefill_host_dies_and_comes_back(hosts: TwoHosts) -> None:
-    with TwoHostCluster(hosts, EMULATED, CONF, ["--rate", str(20 * MB)], PATIENCE_S) as cluster:
-        streams = [cluster.client().stream(prompt, max_tokens=12) for prompt in PROMPTS[:24]]
-        next(streams[0])
-        cluster.kill("p0")
-        cluster.start("p0")
-        results = [stream.wait() for stream in streams]
-        made = cluster.config.emulated
-        for prompt, result in zip(PROMPTS, results, strict=False):
-            assert result.token_ids == reference(prompt, Sampling(max_tokens=12), made.vocabulary, made.token_bytes)
-        assert any(result.receipt.attempts > 1 for result in results)
-        cluster.wait_idle()
