@@ -1,7 +1,6 @@
 """The path over nixl between two hosts: network namespaces whose link is cut and comes back, UCX over TCP."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,20 +8,20 @@ import msgspec
 import pytest
 from two_hosts import DECODE, PREFILL, TwoHosts, ip
 
-from tests.kv.nixl.test_mover import BLOCK, Owner
+from tests.kv.nixl.world import BLOCK, Owner
 from tetri.kv.segment import sweep
 
 RECEIVER = f"""
 import json, sys
 import msgspec
-from tests.kv.parties import Chunk
-from tests.kv.nixl.test_mover import NixlWorld
+from tests.kv.parties import Chunk, World
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.nixl import mover as nixl_mover
 from tetri.request import Reach
 from tetri.wire.handover import Handle
 nixl_mover.TIMEOUT_S = 1.0
-class Here(NixlWorld):
+class Here(World):
+    path = "nixl"
     def store(self, iid, wake, slots, block_bytes, digest):
         return open_store(StoreSettings("nixl-hosts", iid, slots, block_bytes, "nixl", "tcp://{DECODE}:*"), wake)
 world = Here()
@@ -47,8 +46,8 @@ class Receiver:
     """A process on the other host."""
 
     def __init__(self, owner, inside):
-        known = msgspec.msgpack.encode((owner.reach, owner.handle, owner.digest)).hex()
-        self.right = [block.hex() for block in owner.blocks]
+        known = msgspec.msgpack.encode((owner.reach, owner.chunk.handle, owner.chunk.digest)).hex()
+        self.right = [block.hex() for block in owner.chunk.blocks]
         command = [*inside, sys.executable, "-c", RECEIVER, known]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -99,10 +98,9 @@ def test_a_link_that_is_cut_loses_what_is_asked_for_and_nothing_after(hosts):
         receiver.process.stdin.close()
         assert receiver.process.wait(20) == 0
     finally:
-        for process in (receiver.process, owner.process):
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                pipe.close()
-        for deployment in (f"nixl-{os.getpid()}", "nixl-hosts"):
-            sweep(deployment)
+        owner.kill()
+        receiver.process.kill()
+        receiver.process.stdin.close()
+        receiver.process.stdout.close()
+        receiver.process.wait()
+        sweep("nixl-hosts")

@@ -20,7 +20,7 @@ OWNER = f"""
 import sys
 from tests.kv.parties import block
 from tetri.kv import StoreSettings, open_store
-store = open_store(StoreSettings("{DEPLOYMENT}", "p0", 8, {BLOCK}, "nixl"))
+store = open_store(StoreSettings("{DEPLOYMENT}", "p0", 8, {BLOCK}, "nixl", sys.argv[2]))
 def write(views):
     for number, view in enumerate(views):
         view[:] = block(int(sys.argv[1]) + number, {BLOCK})
@@ -31,10 +31,10 @@ sys.stdin.readline()
 
 
 class Owner:
-    """Another process with four blocks in its slab."""
+    """Another process with four blocks in its slab. `inside`: what stands before its command."""
 
-    def __init__(self, number=1):
-        command = [sys.executable, "-c", OWNER, str(number)]
+    def __init__(self, number=1, address="", inside=()):
+        command = [*inside, sys.executable, "-c", OWNER, str(number), address]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         segment, ticket, *words = self.process.stdout.readline().split()
         digest, *places = map(int, words)
