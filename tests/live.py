@@ -81,15 +81,15 @@ class LiveCluster:
         arguments += [part for override in self.overrides for part in ("--set", override)]
         arguments += ["--iid", name] if module == "worker" else []
         arguments += extra
-        output = self.folder / f"{name}.log"
-        if self.config.engine.kind == "emulated" and not inside:
-            self.processes[name] = Program(module, arguments, self.prologue, output)
+        output, vllm = self.folder / f"{name}.log", self.config.engine.kind == "vllm"
+        starts.engines += module == "worker" and vllm
+        if not inside:
+            self.processes[name] = Program(module, arguments, self.prologue, str(output), vllm)
             return
         program = f"{self.prologue}from tetri.proc.{module} import main; main()"
         command = [*inside, sys.executable, "-c", program, *arguments]
         with output.open("ab") as file:
             self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=file, stdout=file)
-        starts.engines += module == "worker" and self.config.engine.kind == "vllm"
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until the process is gone."""

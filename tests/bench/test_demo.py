@@ -1,4 +1,5 @@
-"""bin/demo: what it holds against an answer, its errors, and runs of it."""
+"""bin/demo: what it holds against an answer, its errors, and runs of it.
+With the real model: tests/engine/vllm/test_live.py."""
 
 import os
 import signal
@@ -80,12 +81,3 @@ def test_a_wrong_configuration_is_one_line(tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and output == ""
     assert errors.startswith("bin/demo: ") and "engine.kinds" in errors and errors.count("\n") == 1
-
-
-@pytest.mark.model
-@pytest.mark.timeout(900)
-def test_the_demo_runs_with_the_real_model():
-    done = subprocess.run([REPOSITORY / "bin" / "demo"], cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    chunks = next(line for line in done.stdout.splitlines() if "chunks" in line)
-    assert int(chunks.split("│")[3]) >= 2

@@ -1,4 +1,4 @@
-"""tetri-cli predictor collect: with a played writer, and once with vLLM."""
+"""tetri-cli predictor collect: with a played writer. The real one: tests/engine/vllm/test_writer.py."""
 
 import contextlib
 import json
@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -281,29 +280,3 @@ def everything(end):
             pieces.append(piece)
     os.close(end)
     return b"".join(pieces).decode()
-
-
-@pytest.mark.model
-@pytest.mark.timeout(400)
-def test_vllm_is_interrupted_and_goes_on(tmp_path):
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Count up to {n}."}) + "\n" for n in range(2, 10)))
-    command = [sys.executable, "-c", "from tetri.cli import main; main()", "predictor", "collect"]
-    command += ["--prompts", prompts, "--out", out, "--model", "smollm2-135m", "--max-tokens", "16", "--every", "8"]
-    process = subprocess.Popen([*command, "--batch", "1"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out.exists() and out.stat().st_size):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    there, _ = read_lengths(out)
-    assert process.returncode == 130 and 0 < len(there) < 8, err
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    found = json.loads(again.stdout)
-    assert (found["texts"], found["written"], found["left"]) == (8, 8 - len(there), 0)
-    lengths, states = read_lengths(out)[0], read_states(states_path(out))
-    assert all(1 <= length.tokens <= 16 and length.prompt_tokens > 5 for length in lengths)
-    for length in lengths:
-        assert states[length.key].outputs == tuple(range(0, length.tokens, 8))
-        assert states[length.key].rows.shape[1:] == (3, 576)
-        assert 1 < abs(states[length.key].rows.astype("f4")).max() < 1e4

@@ -60,18 +60,20 @@ class EngineContract:
         ):
             with pytest.raises(EngineError):
                 engine.add(bad)
+        engine.add(engine_request("the longest", "prefill", prompt(255), max_tokens=1))
         engine.cancel("a")
+        engine.cancel("the longest")
 
     # ------------------------------------------------------------ decode
 
     def test_a_hand_over_gives_the_tokens_of_one_engine_that_did_it_all(self, engine):
         for length in (1, 31, 32, 33, 64, 65, 160):
             tokens = prompt(length, salt=length)
-            copies, first = prefill(engine, f"p{length}", tokens)
-            adopt(engine, f"d{length}", tokens, copies, first.token)
-            outputs, reasons, steps = run(engine, f"d{length}")
+            copies, first = prefill(engine, "p", tokens)
+            adopt(engine, "d", tokens, copies, first.token)
+            outputs, reasons, steps = run(engine, "d")
             right = self.right(tokens, Sampling(max_tokens=8, ignore_eos=True))
-            assert [first.token, *outputs[f"d{length}"]] == right and reasons == {f"d{length}": "length"}
+            assert [first.token, *outputs["d"]] == right and reasons == {"d": "length"}
             assert all(count == 1 for step in steps for count in computed(step).values()), "nothing again"
 
     def test_output_of_an_earlier_attempt_is_prefilled_and_counts(self, engine):
@@ -262,8 +264,7 @@ class EngineContract:
             if state == "allocated":
                 engine.step()
         else:
-            copies, first = prefill(engine, "p", tokens)
-            adopt(engine, "x", tokens, copies, first.token)
+            adopt_all(engine, {"x": tokens})
             if state == "running":
                 engine.step()
         engine.cancel("x")

@@ -14,7 +14,8 @@ from vllm_process import EngineProcess
 
 from tetri.request import Sampling
 
-WRITTEN = 24  # tokens of a text are computed at least, for those who ask later
+GAP = 1e-3  # of logprobs: below it, other batches and chunks may decide otherwise
+WRITTEN = 16  # tokens of a text are computed at least, for those who ask later
 
 
 class Text(NamedTuple):
@@ -24,6 +25,12 @@ class Text(NamedTuple):
     ids: list[int]
     gaps: list[float]
     digests: list[str]
+
+    def agrees(self, ids: list[int]) -> bool:
+        """Whether these are its tokens, but for what follows one that rounding alone may have decided."""
+        pairs = zip(ids, self.ids, strict=True)
+        different = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        return different is None or self.gaps[different] < GAP
 
 
 class Plain:

@@ -16,8 +16,7 @@ from tetri.client import AsyncClient, Result
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-TOKENS = 24
-GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
+TOKENS = 16
 # One instance of each role: whoever changes first must do both for a moment.
 THERE = [("p0", "mixed"), ("d0", "prefill"), ("p0", "decode")]
 BACK = [("p0", "mixed"), ("d0", "decode"), ("p0", "prefill")]
@@ -62,17 +61,13 @@ def test_roles_are_swapped_four_times_under_load(cluster, prompts, reference, ca
             await asyncio.gather(asyncio.to_thread(swap), *(caller(client, waiting) for _ in range(3)))
 
     asyncio.run(run())
-    equal = 0
     for index, text in enumerate(texts):
         result = results[index]
         assert result.receipt.attempts == 1 and result.finish_reason == "length"
-        equal += result.token_ids == text.ids
-        if result.token_ids != text.ids:
-            at = next(i for i, pair in enumerate(zip(result.token_ids, text.ids, strict=True)) if pair[0] != pair[1])
-            assert text.gaps[at] < GAP
+        assert text.agrees(result.token_ids), f"prompt {index}"
     pairs = sorted({(result.receipt.prefill_instance, result.receipt.decode_instance) for result in results.values()})
     with capsys.disabled():
-        print(f" {equal} of {len(chosen)} equal, {pairs}, flips took {[f'{1000 * t:.0f} ms' for t in took]}", end="")
+        print(f" {pairs}, flips took {[f'{1000 * t:.0f} ms' for t in took]}", end="")
         alone = flip_seconds(cluster)[-len(took) :]
         print(f", without the step before {[f'{1000 * t:.1f} ms' for t in alone]}", end="")
     assert sorted(alone)[len(alone) // 4] < 0.010  # other processes of a busy machine make some of them longer

@@ -7,16 +7,8 @@ import math
 import pytest
 import torch
 
-from tetri.engine.vllm.sampler import (
-    RowSampler,
-    candidates,
-    draw,
-    gumbel,
-    nucleus,
-    penalize,
-    stream_key,
-)
-from tetri.request import Sampling  # noqa: E402
+from tetri.engine.vllm.sampler import RowSampler, candidates, draw, gumbel, nucleus, penalize, stream_key
+from tetri.request import Sampling
 
 VOCAB = 1000
 
