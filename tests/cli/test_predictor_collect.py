@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from played_writer import PlayedWriter
@@ -60,9 +61,16 @@ def out(files):
 def run(model, files, capfd, monkeypatch):
     """Run the command in this process: (exit status, stdout, stderr). `run.writers` were asked for."""
 
+    make = predictor_collect._writer
+
     def played(target, batch, longest, leaving):
-        writer = PlayedWriter(target.plan.max_tokens, target.plan.every, longest + target.plan.max_tokens)
-        run_cli.writers.append((target.plan, batch, writer))
+        def start(folder, **fields):
+            writer = PlayedWriter(target.plan.max_tokens, fields["every"], fields["context"])
+            writer.started = folder, fields
+            return writer
+
+        monkeypatch.setitem(sys.modules, "tetri.engine.vllm.writer", SimpleNamespace(Writer=start))
+        run_cli.writers.append((target.plan, batch, writer := make(target, batch, longest, leaving)))
         return writer
 
     def run_cli(*more):
@@ -75,6 +83,7 @@ def run(model, files, capfd, monkeypatch):
 
     run_cli.writers = []
     monkeypatch.setattr(predictor_collect, "_writer", played)
+    monkeypatch.setattr(predictor_collect, "gc", SimpleNamespace(collect=int, freeze=int))  # of all that tests have
     return run_cli
 
 
@@ -112,13 +121,15 @@ def test_json_is_one_object_and_a_second_run_has_nothing_to_do(run, out):
     }
 
 
-def test_options_reach_the_writer(run):
+def test_options_reach_the_writer(run, model):
     numbers = {"every": 5, "batch": 3, "temperature": 0, "seed": 9, "limit": 6}
     run("--layers", "2,1", "--dtype", "float32", *(word for k, v in numbers.items() for word in (f"--{k}", str(v))))
     plan, batch, writer = run.writers[0]
     assert (plan.layers, plan.every, plan.temperature, plan.seed, plan.dtype) == ((1, 2), 5, 0.0, 9, "float32")
     assert batch == 3 == writer.most and len(writer.added) == 6
     assert {sampling.temperature for _, sampling in writer.added.values()} == {0.0}
+    fields = {"dtype": "float32", "batch": 3, "context": 10 + 40, "kv_bytes": 3 << 30, "layers": (1, 2), "every": 5}
+    assert writer.started == (model, fields)
 
 
 def test_without_layers_no_states(run, out):
