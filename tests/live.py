@@ -8,6 +8,7 @@ On leaving, every process must end by SIGTERM, and no socket and no shared-memor
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from typing import Any, Self
 import starts
 from forks import Program
 
-from tetri.client import Client
+from tetri.client import AsyncClient, Client, Result
 from tetri.config import Config, load
 
 REPOSITORY = Path(__file__).parent.parent
@@ -101,6 +102,15 @@ class LiveCluster:
         client = Client(self.config.clients_address, **options)
         self.clients.append(client)
         return client
+
+    def answers(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Result]:
+        """Of prompts that are all sent at once."""
+
+        async def answer() -> list[Result]:
+            async with AsyncClient(self.config.clients_address, timeout=300) as client:
+                return await asyncio.gather(*(client.generate(prompt, **sampling) for prompt in prompts))
+
+        return asyncio.run(answer())
 
     def instances(self) -> dict[str, dict[str, Any]]:
         with Client(self.config.clients_address) as client:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from live import LiveCluster, wait_until
-from raw_client import RawClient
+from live import wait_until
 from traffic import flip_seconds
 
 from tetri.client import AsyncClient, Result
@@ -22,17 +19,9 @@ THERE = [("p0", "mixed"), ("d0", "prefill"), ("p0", "decode")]
 BACK = [("p0", "mixed"), ("d0", "decode"), ("p0", "prefill")]
 
 
-def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
-    with RawClient(cluster.config.clients_address, timeout=30) as client:
-        key = uuid.uuid4().hex
-        client.send("change_role", key=key, iid=iid, role=role)
-        answer = client.receive(key=key)
-    assert answer["type"] == "role_changed", answer
-    return answer
-
-
 def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -> None:
-    took = [flip(cluster, iid, role)["took_s"] for iid, role in [*THERE, *BACK]]
+    client = cluster.client(timeout=60)
+    took = [client.flip(*each)["took_s"] for each in [*THERE, *BACK]]
     with capsys.disabled():
         print(" flips took", [f"{1000 * t:.2f} ms" for t in took], end="")
     assert sorted(took)[len(took) // 4] < 0.010
@@ -51,9 +40,10 @@ def test_roles_are_swapped_four_times_under_load(cluster, prompts, reference, ca
             results[index] = await client.generate(chosen[index], max_tokens=TOKENS, ignore_eos=True)
 
     def swap() -> None:
+        one = cluster.client(timeout=60)
         for wanted, flips in ((2, THERE), (5, BACK), (9, THERE), (12, BACK)):
             wait_until(lambda wanted=wanted: len(results) >= wanted, "no answers", 120)
-            took.extend(flip(cluster, iid, role)["took_s"] for iid, role in flips)
+            took.extend(one.flip(*each)["took_s"] for each in flips)
 
     async def run() -> None:
         waiting = iter(range(len(chosen)))

@@ -42,12 +42,7 @@ def test_one_at_a_time(cluster, prompts, texts) -> None:
 
 
 def test_all_at_once(cluster, prompts, texts) -> None:
-    async def run() -> list[Result]:
-        async with AsyncClient(cluster.config.clients_address, timeout=240) as client:
-            calls = (client.generate(p, max_tokens=TOKENS, ignore_eos=True) for p in prompts)
-            return await asyncio.gather(*calls)
-
-    results = asyncio.run(run())
+    results = cluster.answers(prompts, max_tokens=TOKENS, ignore_eos=True)
     for prompt, text, result in zip(prompts, texts, results, strict=True):
         check_receipt(cluster, prompt, result)
         assert text.agrees(result.token_ids), f"prompt of {len(prompt)} tokens"

@@ -6,7 +6,6 @@ scattered by the decode worker; the same tokens as plain vLLM in one engine."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from live import REPOSITORY, VLLM, LiveCluster, wait_until
 from states import by_transformers
 from vllm_process import START_S
 
-from tetri.client import AsyncClient, Client, Result
+from tetri.client import Client
 from tetri.models import weights_hash
 from tetri.predict.model import load, shipped_for
 from tetri.proc.recorder import read, value
@@ -78,7 +77,7 @@ def test_both_workers_hear_what_the_head_says_of_the_models_own_states(cluster, 
     source = next(prompt for prompt in prompts if len(prompt) == 2000)
     chosen = [source[30 * place : 30 * place + length] for place, length in enumerate(LENGTHS)]
     before = {iid: len(heard(cluster, iid)) for iid in ("p0", "d0")}
-    results = asyncio.run(answers(cluster, chosen))
+    results = cluster.answers(chosen, max_tokens=OUTPUT, min_tokens=OUTPUT)
     told: dict[tuple[str, int], list[LengthDistribution]] = {}
     for iid, count in before.items():
         for event in heard(cluster, iid)[count:]:
@@ -120,10 +119,3 @@ def test_a_hand_over_through_a_slab_in_a_gpus_memory(cluster, reference, prompts
 
 def apart(one: LengthDistribution, other: LengthDistribution) -> float:
     return max(abs(a - b) for a, b in zip(one.shares, other.shares, strict=True))
-
-
-async def answers(cluster: LiveCluster, prompts: list[list[int]]) -> list[Result]:
-    """All asked at once."""
-    async with AsyncClient(cluster.config.clients_address, timeout=200) as client:
-        calls = [client.generate(p, max_tokens=OUTPUT, min_tokens=OUTPUT) for p in prompts]
-        return await asyncio.gather(*calls)

@@ -3,7 +3,6 @@ several steps for that; what its engine does then must be what its core takes fo
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 
@@ -11,7 +10,6 @@ import pytest
 from live import VLLM, LiveCluster
 from vllm_process import START_S
 
-from tetri.client import AsyncClient, Result
 from tetri.engine_request import StepDone
 from tetri.proc.recorder import read, value
 
@@ -38,13 +36,7 @@ def test_preempted_decodes_come_back(cluster, prompts, reference, capsys) -> Non
     lengths = 3 * [122, 250, 124, 379, 252, 123, 381, 126]
     chosen = [source[10 * place : 10 * place + length] for place, length in enumerate(lengths)]
     texts = [reference.text(prompt, TOKENS) for prompt in chosen]
-
-    async def all_at_once() -> list[Result]:
-        async with AsyncClient(cluster.config.clients_address, timeout=300) as client:
-            calls = [client.generate(p, max_tokens=TOKENS, ignore_eos=True) for p in chosen]
-            return await asyncio.gather(*calls)
-
-    results = asyncio.run(all_at_once())
+    results = cluster.answers(chosen, max_tokens=TOKENS, ignore_eos=True)
     cluster.wait_idle()
     steps = records(cluster)
     assert all(text.agrees(result.token_ids) for text, result in zip(texts, results, strict=True))
