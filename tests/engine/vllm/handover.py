@@ -48,7 +48,6 @@ class Engines(NamedTuple):
     reference: Plain
     prefill: EngineProcess
     decode: EngineProcess
-    stop_ids: tuple[int, ...]
 
 
 class Pair:

@@ -47,17 +47,17 @@ class Plain:
         known = json.loads(place.read_text()) if place.exists() else None
         if known is None or len(known["ids"]) < length:
             sampling = Sampling(max_tokens=max(length, WRITTEN), ignore_eos=True)
-            known = self.generate(list(tokens), sampling, ())._asdict()
+            known = self.generate(list(tokens), sampling)._asdict()
             unfinished = place.with_suffix(f".{os.getpid()}")
             unfinished.write_text(json.dumps(known))
             unfinished.replace(place)
         return Text(known["ids"][:length], known["gaps"][:length], known["digests"])
 
-    def generate(self, tokens: list[int], sampling: Sampling, stop_ids: tuple[int, ...]) -> Text:
+    def generate(self, tokens: list[int], sampling: Sampling) -> Text:
         """One request, alone in the engine; nothing of it is kept."""
         if self._engine is None:
             self._engine = EngineProcess("reference", **self.arguments)
-        return self._engine.generate(tokens, sampling, stop_ids)
+        return self._engine.generate(tokens, sampling)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -22,7 +22,7 @@ def test_one_at_a_time_bfloat16(model, prompts, tmp_path):
         contextlib.closing(EngineProcess("tetri", **arguments(model, "bfloat16", 60))) as engine,
         contextlib.closing(Plain(tmp_path, **arguments(model, "bfloat16", 20, max_batch=4))) as plain,
     ):
-        engines = Engines(plain, engine, engine, stop_ids=())
+        engines = Engines(plain, engine, engine)
         for number, prompt in enumerate(prompts):
             request = carry_alone(engines, f"{number}", prompt, GREEDY)
-            assert not differences(plain.generate(prompt, GREEDY, ()), request)
+            assert not differences(plain.generate(prompt, GREEDY), request)

@@ -88,7 +88,7 @@ def test_sampling_does_not_see_the_hand_over(float32, prompts, name):
     """Of several chunks (where vLLM's own seeded sampling takes the engine down), and handed over again in the middle
     as after the loss of a decode worker."""
     prompt, sampling = next(prompt for prompt in prompts if len(prompt) == 640), SAMPLINGS[name]
-    text = float32.reference.generate(prompt, sampling, float32.stop_ids)
+    text = float32.reference.generate(prompt, sampling)
     request = carry_alone(float32, name, prompt, sampling)
     assert request.ids == text.ids
     again = Request(f"{name}-again", [*prompt, *text.ids[:7]], sampling, output_from=len(prompt))
@@ -111,7 +111,7 @@ def test_preempted_requests_get_the_right_tokens(float32, prompts):
         decode.cancel(key)
     assert sum(request.preempted for request in requests) >= 1
     for request in requests:
-        text = float32.reference.generate(request.tokens, GREEDY, float32.stop_ids)
+        text = float32.reference.generate(request.tokens, GREEDY)
         assert request.ids == text.ids
         assert request.recomputed == (len(request.tokens) if request.preempted else 0)
     assert decode.free_blocks() == decode.facts()[1].blocks

@@ -86,18 +86,14 @@ def test_what_vllm_refuses_is_one_line(model, tmp_path):
 def test_end_of_sequence(float32, engine):
     """min_tokens forbids the end; without it a leg ends with "stop" where the model says so."""
     # A repetition penalty below 1 pulls tokens of the prompt: the end of sequence becomes the best choice.
-    prompt = [2] * 40
-    pulled = Sampling(max_tokens=8, repetition_penalty=0.01)
-    request = Request("stop", prompt, pulled)
-    Pair(float32.prefill, engine).carry(request)
-    assert (request.ids, request.reason) == ([2], "stop")
-    request = Request("ignored", prompt, Sampling(max_tokens=8, repetition_penalty=0.01, ignore_eos=True))
-    Pair(float32.prefill, engine).carry(request)
-    assert (request.ids, request.reason) == ([2] * 8, "length")
-    least = Sampling(max_tokens=8, repetition_penalty=0.01, min_tokens=4)
-    request = Request("least", prompt, least)
-    Pair(float32.prefill, engine).carry(request)
-    assert 2 not in request.ids[:4] and len(request.ids) > 4
+    requests = {
+        key: Request(key, [2] * 40, Sampling(max_tokens=8, repetition_penalty=0.01, **more))
+        for key, more in (("stop", {}), ("ignored", {"ignore_eos": True}), ("least", {"min_tokens": 4}))
+    }
+    Pair(float32.prefill, engine).carry(*requests.values())
+    assert (requests["stop"].ids, requests["stop"].reason) == ([2], "stop")
+    assert (requests["ignored"].ids, requests["ignored"].reason) == ([2] * 8, "length")
+    assert 2 not in requests["least"].ids[:4] and len(requests["least"].ids) > 4
 
 
 # ---------------------------------------------------------------- what is refused
@@ -170,7 +166,7 @@ def test_cancel_of_a_preempted_leg(engine):
 
 
 def test_a_key_can_come_back_after_a_cancel(float32, engine):
-    reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
+    reference = float32.reference.generate(list(TOKENS), TEXT)
     for phase in ("prefill", "decode"):
         engine.add(engine_request(f"{phase[0]}x", phase))
         assert engine.step().held == ((f"{phase[0]}x", 4 if phase == "prefill" else 6),)

@@ -49,15 +49,6 @@ def test_all_at_once(cluster, prompts, texts) -> None:
     assert sum(result.token_ids == text.ids for text, result in zip(texts, results, strict=True)) >= 39
 
 
-def test_a_drawn_text_of_a_long_prompt_is_the_same_every_time(cluster, prompts, reference) -> None:
-    """Handed to vLLM's own generator, such a request would take the engine down."""
-    prompt = next(prompt for prompt in prompts if len(prompt) == 1025)
-    sampling = {"max_tokens": TOKENS, "temperature": 1.0, "seed": 42, "ignore_eos": True}
-    text = reference.generate(prompt, Sampling(**sampling), ())
-    for _ in range(2):
-        assert cluster.client(timeout=60).generate(prompt, **sampling).token_ids == text.ids
-
-
 def test_the_demos_prompts(cluster, monkeypatch) -> None:
     monkeypatch.setattr(demo, "running", lambda *_: contextlib.nullcontext())
     assert demo.demonstrate(cluster.config, Console()) == 0
@@ -71,7 +62,7 @@ def test_kill_9_of_the_decode_worker(cluster, prompts, reference) -> None:
         {"max_tokens": 90, "ignore_eos": True},
         {"max_tokens": 90, "ignore_eos": True, "temperature": 0.8, "seed": 3},
     ]
-    texts = [reference.generate(prompt, Sampling(**s), ()) for s in samplings]
+    texts = [reference.generate(prompt, Sampling(**s)) for s in samplings]
 
     async def run() -> list[Result]:
         async with AsyncClient(cluster.config.clients_address, timeout=240) as client:

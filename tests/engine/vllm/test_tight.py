@@ -38,9 +38,8 @@ def test_preempted_decodes_come_back(cluster, prompts, reference, capsys) -> Non
     texts = [reference.text(prompt, TOKENS) for prompt in chosen]
     results = cluster.answers(chosen, max_tokens=TOKENS, ignore_eos=True)
     cluster.wait_idle()
-    steps = records(cluster)
     assert all(text.agrees(result.token_ids) for text, result in zip(texts, results, strict=True))
-    unfinished = [step for step in steps if came_back(step) - {token.key for token in step.tokens}]
+    unfinished = [step for step in records(cluster) if came_back(step) - {token.key for token in step.tokens}]
     receipts = [result.receipt for result in results]
     again = [receipt for receipt in receipts if receipt.preempted]
     with capsys.disabled():
@@ -51,12 +50,12 @@ def test_preempted_decodes_come_back(cluster, prompts, reference, capsys) -> Non
     assert all(receipt.recomputed == 0 for receipt in receipts if not receipt.preempted)
 
 
+def records(cluster: LiveCluster) -> list[StepDone]:
+    """What the engine did in each step."""
+    (record,) = (cluster.folder / "record").glob("d0-*.events")
+    return [value(call.event[0]) for call in read(record)[1] if call.event and call.event[0][0] == "StepDone"]
+
+
 def came_back(step: StepDone) -> set[str]:
     """Decodes of which it computed more than one position: they had been preempted."""
     return {span.key for span in step.spans if span.key[0] == "d" and span.stop - span.start > 1}
-
-
-def records(cluster: LiveCluster) -> list[StepDone]:
-    """What the decode worker's engine did in each step."""
-    (record,) = (cluster.folder / "record").glob("d0-*.events")
-    return [value(call.event[0]) for call in read(record)[1] if call.event and call.event[0][0] == "StepDone"]
