@@ -6,6 +6,8 @@ As a program of its own it is that process: a line of JSON asks, a line answers.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import gc
 import json
 import os
@@ -20,16 +22,21 @@ from typing import Any
 
 
 class Program:
-    """`name`: broker, monitor or worker; `prologue`: statements that it runs first; `output`: a file it appends to."""
+    """`name`: broker, monitor, worker, or with `vllm` engine (engine/vllm/vllm_process.py); `prologue`: statements that
+    it runs first; `output`: a file it appends to; `vllm`: the parent has imported vLLM too."""
 
-    def __init__(self, name: str, arguments: Sequence[str], prologue: str, output: Path) -> None:
-        self.pid: int = _asked({"start": name, "arguments": arguments, "prologue": prologue, "output": str(output)})
+    def __init__(
+        self, name: str, arguments: Sequence[str], prologue: str = "", output: str = os.devnull, vllm: bool = False
+    ) -> None:
+        self.vllm = vllm
+        question = {"start": name, "arguments": arguments, "prologue": prologue, "output": output}
+        self.pid: int = _asked(question, vllm)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """Its exit status, or minus the signal that ended it; None while it runs."""
         if self.returncode is None:
-            self.returncode = _asked({"poll": self.pid})
+            self.returncode = _asked({"poll": self.pid}, self.vllm)
         return self.returncode
 
     def wait(self, timeout: float) -> int:
@@ -45,21 +52,24 @@ class Program:
             os.kill(self.pid, number)
 
 
-_parent: subprocess.Popen[str] | None = None
 _one_at_a_time = threading.Lock()
 
 
-def _asked(question: dict[str, Any]) -> Any:
-    global _parent
+@functools.cache
+def _parent(vllm: bool) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", __file__, *["vllm"] * vllm]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(parent.communicate)
+    return parent
+
+
+def _asked(question: dict[str, Any], vllm: bool) -> Any:
     with _one_at_a_time:
-        if _parent is None:
-            command = [sys.executable, "-P", __file__]
-            _parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            atexit.register(_parent.communicate)
-        assert _parent.stdin is not None and _parent.stdout is not None
-        _parent.stdin.write(json.dumps(question) + "\n")
-        _parent.stdin.flush()
-        return json.loads(_parent.stdout.readline())
+        parent = _parent(vllm)
+        assert parent.stdin is not None and parent.stdout is not None
+        parent.stdin.write(json.dumps(question) + "\n")
+        parent.stdin.flush()
+        return json.loads(parent.stdout.readline())
 
 
 # ---------------------------------------------------------------- the process that is forked
@@ -98,6 +108,19 @@ if __name__ == "__main__":
     from tetri.proc import broker, monitor, worker
 
     PROGRAMS = {"broker": broker.main, "monitor": monitor.main, "worker": worker.main}
+    if "vllm" in sys.argv:
+        from tetri.engine.vllm.setup import prepare_environment
+
+        prepare_environment()
+        os.environ["OMP_NUM_THREADS"] = "1"  # each engine is on one core
+        sys.path[:0] = [str(Path(__file__).parent / "engine" / "vllm"), str(Path(__file__).parent)]
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM's log may not be an answer
+            import vllm.distributed.kv_transfer.kv_connector.factory
+            import vllm.model_executor.models.llama
+            import vllm.v1.engine.core
+            import vllm.v1.worker.cpu_worker  # noqa: F401
+            import vllm_process
+        PROGRAMS["engine"] = vllm_process.serve
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests to hear
     gc.freeze()
     if (wanted := serve()) is not None:

@@ -8,12 +8,13 @@ from typing import Any
 
 #: Files in tests/engine/vllm whose tests share engines; the tests of any other file are a group of their own.
 TOGETHER = {
-    **dict.fromkeys(("connector", "cancel", "engine", "scheduler", "hidden", "writer"), "float32"),
+    **dict.fromkeys(("connector", "engine", "hidden", "writer"), "float32"),
     **dict.fromkeys(("live", "flip"), "live"),
 }
 #: Those that take longest, in the order in which they begin: two processes that share the tests end together then.
 LONGEST = (
-    *("float32", "live", "tests/engine/vllm/test_tight.py", "tests/engine/vllm/test_bfloat16.py"),
+    *("float32", "tests/engine/vllm/test_bfloat16.py", "live", "tests/engine/vllm/test_scheduler.py"),
+    *("tests/engine/vllm/test_predictor.py", "tests/engine/vllm/test_tight.py"),
     *("tests/proc/test_launch.py", "tests/sim/test_faulty.py", "tests/bench/test_chaos.py"),
     *("tests/kv/nixl/test_mover.py", "tests/proc/test_live_faults.py"),
     *("tests/bench/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),

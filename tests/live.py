@@ -8,6 +8,7 @@ On leaving, every process must end by SIGTERM, and no socket and no shared-memor
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from typing import Any, Self
 import starts
 from forks import Program
 
-from tetri.client import Client
+from tetri.client import AsyncClient, Client, Result
 from tetri.config import Config, load
 
 REPOSITORY = Path(__file__).parent.parent
@@ -81,15 +82,15 @@ class LiveCluster:
         arguments += [part for override in self.overrides for part in ("--set", override)]
         arguments += ["--iid", name] if module == "worker" else []
         arguments += extra
-        output = self.folder / f"{name}.log"
-        if self.config.engine.kind == "emulated" and not inside:
-            self.processes[name] = Program(module, arguments, self.prologue, output)
+        output, vllm = self.folder / f"{name}.log", self.config.engine.kind == "vllm"
+        starts.engines += module == "worker" and vllm
+        if not inside:
+            self.processes[name] = Program(module, arguments, self.prologue, str(output), vllm)
             return
         program = f"{self.prologue}from tetri.proc.{module} import main; main()"
         command = [*inside, sys.executable, "-c", program, *arguments]
         with output.open("ab") as file:
             self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=file, stdout=file)
-        starts.engines += module == "worker" and self.config.engine.kind == "vllm"
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until the process is gone."""
@@ -101,6 +102,15 @@ class LiveCluster:
         client = Client(self.config.clients_address, **options)
         self.clients.append(client)
         return client
+
+    def answers(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Result]:
+        """Of prompts that are all sent at once."""
+
+        async def answer() -> list[Result]:
+            async with AsyncClient(self.config.clients_address, timeout=300) as client:
+                return await asyncio.gather(*(client.generate(prompt, **sampling) for prompt in prompts))
+
+        return asyncio.run(answer())
 
     def instances(self) -> dict[str, dict[str, Any]]:
         with Client(self.config.clients_address) as client:

@@ -1,12 +1,11 @@
-"""bin/demo: what it holds against an answer, its errors, and runs of it."""
+"""bin/demo: what it holds against an answer, its errors, and runs of it.
+With the real model: tests/engine/vllm/test_live.py."""
 
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from tetri.bench import demo
 from tetri.client import Result
@@ -72,10 +71,10 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path):
     assert left_of(process) == []
 
 
-@pytest.mark.model
-@pytest.mark.timeout(900)
-def test_the_demo_runs_with_the_real_model():
-    done = subprocess.run([REPOSITORY / "bin" / "demo"], cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    chunks = next(line for line in done.stdout.splitlines() if "chunks" in line)
-    assert int(chunks.split("│")[3]) >= 2
+def test_a_wrong_configuration_is_one_line(tmp_path):
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[engine]\nkinds = 1\n")
+    process = start_demo("--conf", wrong)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and output == ""
+    assert errors.startswith("bin/demo: ") and "engine.kinds" in errors and errors.count("\n") == 1

@@ -1,9 +1,9 @@
-"""tools/bench_overhead: its arithmetic, its errors, and a run on the real model."""
+"""tools/bench_overhead: its arithmetic, its errors, and a run on the real model;
+bench_handover's too, on the same cluster."""
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import types
@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tetri.bench.deployment import LOAD_S, own_folder, running
+from tetri.bench.handover import __main__ as handover
+from tetri.bench.overhead import __main__ as overhead
 from tetri.bench.overhead import direct, live, measure
-from tetri.bench.overhead.__main__ import shown
-from tetri.bench.report import BenchError
-from tetri.config import load
+from tetri.bench.report import BenchError, progress
+from tetri.config import default_path, load
+from tetri.proc import launch
 
 REPOSITORY = Path(__file__).parents[2]
 EMULATED = REPOSITORY / "conf" / "emulated.toml"
@@ -86,7 +89,7 @@ def test_the_summary_has_the_medians():
     assert found["handover_ms"] == 25
     assert found["handover"]["idle"]["ms"]["worst"] == 60
     assert found["handover"]["busy"]["limit_ms"] == 30
-    lines = shown(found).splitlines()
+    lines = overhead.shown(found).splitlines()
     assert lines[1].split() == ["round", "1", "100.0", "98.0", "0.980", "10.0", "10.0"]
     assert lines[4].startswith("median ratio 0.980")
     assert "idle: 25 ms (at most 60); two steps + 10 ms are 30" in lines[5]
@@ -117,13 +120,47 @@ def test_plain_vllm_is_told_what_the_live_engine_is_told(monkeypatch):
     assert direct.engine_arguments("/m", "bfloat16", 0, 512, 32, 128, 1 << 30) == told
 
 
+@pytest.fixture(scope="module")
+def real():
+    """The real model's cluster for both benchmarks: for bench_handover its events are recorded."""
+    with own_folder("bench") as folder:
+        config = overhead.configure(default_path(), ("cluster.record=true",), folder)
+        with running(config, progress, LOAD_S):
+            yield config
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, real):
+    """Run a benchmark in this process, on `real`: what it found."""
+    cpus = os.sched_getaffinity(0)
+    monkeypatch.setattr(overhead, "configure", lambda *_: real)
+    monkeypatch.setattr(launch, "up", lambda config, *_: config.run_dir)
+    monkeypatch.setattr(launch, "down", lambda _: None)
+    monkeypatch.setattr(handover, "configured", lambda *_: real)
+
+    def run_bench(main, *arguments):
+        main(["--json", *arguments], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    yield run_bench
+    os.sched_setaffinity(0, cpus)
+
+
+@pytest.mark.model
+@pytest.mark.alone
+@pytest.mark.timeout(600)
+def test_the_real_models_hand_over_does_not_grow_with_the_prompt(run, tmp_path):
+    found = run(handover.main, "--rounds", "2", "--plot", str(tmp_path / "way.png"))
+    assert found["overlap"]["chunks"] == 14 and found["overlap"]["inside"] >= 12
+    for state in ("idle", "busy"):
+        assert found[state]["difference_ms"] < 2 * found[state]["limit_ms"]  # others may be at work on this machine
+    assert (tmp_path / "way.png").stat().st_size > 10_000
+
+
 @pytest.mark.model
 @pytest.mark.alone
 @pytest.mark.timeout(900)
-def test_the_benchmark_runs_with_the_real_model():
-    command = [REPOSITORY / "tools" / "bench_overhead", "--json", "--rounds", "1", "--tokens", "96"]
-    done = subprocess.run([*command, "--requests", "4"], cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_benchmark_runs_with_the_real_model(run):
+    found = run(overhead.main, "--rounds", "1", "--tokens", "96", "--requests", "4")
     assert {"direct_tok_s", "live_tok_s", "ratio", "handover_ms"} <= found.keys()
     assert found["cpu_ratio"] > 0.8  # CPU time, for others may be at work on this machine

@@ -1,4 +1,4 @@
-"""tetri-cli predictor collect: with a played writer, and once with vLLM."""
+"""tetri-cli predictor collect: with a played writer. The real one: tests/engine/vllm/test_writer.py."""
 
 import contextlib
 import json
@@ -7,10 +7,10 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_checkpoint
@@ -51,14 +51,22 @@ def out(files):
 def run(run, model, files, monkeypatch):
     """Run the command in this process: (exit status, stdout, stderr). `run.writers` were asked for."""
 
+    make = predictor_collect._writer
+
     def played(target, batch, longest, leaving):
-        writer = PlayedWriter(target.plan.max_tokens, target.plan.every, longest + target.plan.max_tokens)
-        run_cli.writers.append((target.plan, batch, writer))
+        def start(folder, **fields):
+            writer = PlayedWriter(target.plan.max_tokens, fields["every"], fields["context"])
+            writer.started = folder, fields
+            return writer
+
+        monkeypatch.setitem(sys.modules, "tetri.engine.vllm.writer", SimpleNamespace(Writer=start))
+        run_cli.writers.append((target.plan, batch, writer := make(target, batch, longest, leaving)))
         return writer
 
     run_cli = partial(run, "predictor", "collect", *files, "--model", model, "--max-tokens", "40")
     run_cli.writers = []
     monkeypatch.setattr(predictor_collect, "_writer", played)
+    monkeypatch.setattr(predictor_collect, "gc", SimpleNamespace(collect=int, freeze=int))  # of all that tests have
     return run_cli
 
 
@@ -96,13 +104,15 @@ def test_json_is_one_object_and_a_second_run_has_nothing_to_do(run, out):
     }
 
 
-def test_options_reach_the_writer(run):
-    numbers = "--every 5 --batch 3 --temperature 0 --seed 9 --limit 6"
-    run("--layers", "2,1", "--dtype", "float32", *numbers.split())
+def test_options_reach_the_writer(run, model):
+    numbers = {"every": 5, "batch": 3, "temperature": 0, "seed": 9, "limit": 6}
+    run("--layers", "2,1", "--dtype", "float32", *(word for k, v in numbers.items() for word in (f"--{k}", str(v))))
     plan, batch, writer = run.writers[0]
     assert (plan.layers, plan.every, plan.temperature, plan.seed, plan.dtype) == ((1, 2), 5, 0.0, 9, "float32")
     assert batch == 3 == writer.most and len(writer.added) == 6
     assert {sampling.temperature for _, sampling in writer.added.values()} == {0.0}
+    fields = {"dtype": "float32", "batch": 3, "context": 10 + 40, "kv_bytes": 3 << 30, "layers": (1, 2), "every": 5}
+    assert writer.started == (model, fields)
 
 
 @pytest.mark.parametrize(
@@ -239,29 +249,3 @@ def everything(end):
             pieces.append(piece)
     os.close(end)
     return b"".join(pieces).decode()
-
-
-@pytest.mark.model
-@pytest.mark.timeout(400)
-def test_vllm_is_interrupted_and_goes_on(tmp_path):
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Count up to {n}."}) + "\n" for n in range(2, 10)))
-    command = [sys.executable, "-c", "from tetri.cli import main; main()", "predictor", "collect"]
-    command += ["--prompts", prompts, "--out", out, "--model", "smollm2-135m", "--max-tokens", "16", "--every", "8"]
-    process = subprocess.Popen([*command, "--batch", "1"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out.exists() and out.stat().st_size):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    there, _ = read_lengths(out)
-    assert process.returncode == 130 and 0 < len(there) < 8, err
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    found = json.loads(again.stdout)
-    assert (found["texts"], found["written"], found["left"]) == (8, 8 - len(there), 0)
-    lengths, states = read_lengths(out)[0], read_states(states_path(out))
-    assert all(1 <= length.tokens <= 16 and length.prompt_tokens > 5 for length in lengths)
-    for length in lengths:
-        assert states[length.key].outputs == tuple(range(0, length.tokens, 8))
-        assert states[length.key].rows.shape[1:] == (3, 576)
-        assert 1 < abs(states[length.key].rows.astype("f4")).max() < 1e4

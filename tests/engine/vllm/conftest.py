@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from groups import Shared
@@ -24,42 +23,25 @@ def model() -> Path:
     return find("smollm2-135m")  # not there: a failure, for a skip would hide that nothing was compared
 
 
-def plain_vllm(factory: pytest.TempPathFactory, model: Path, dtype: str) -> Plain:
-    """Its texts lie where all processes of this run of the tests find them."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"texts-{dtype}"
-    folder.mkdir(exist_ok=True)
-    return Plain(folder, **arguments(model, dtype, 20, max_batch=4))
-
-
 @pytest.fixture(scope="session")
 def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
-    """Plain vLLM in float32."""
-    with contextlib.closing(plain_vllm(tmp_path_factory, model, "float32")) as made:
+    """Plain vLLM in float32. Its texts lie where all processes of this run of the tests find them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "texts"
+    folder.mkdir(exist_ok=True)
+    with contextlib.closing(Plain(folder, **arguments(model, "float32", 20, max_batch=4))) as made:
         yield made
-
-
-def pair(shared: Shared, fields: dict[str, Any]) -> list[EngineProcess]:
-    """Two engines of these settings, which start at the same time, for all tests of a group: they take 5 GB."""
-
-    def start(number: int) -> EngineProcess:
-        settings = (number, *sorted(fields.items()))
-        return shared.get(settings, lambda: contextlib.closing(EngineProcess("tetri", **fields)))
-
-    return [start(number) for number in range(2)]
 
 
 @pytest.fixture
 def float32(shared: Shared, model: Path, reference: Plain) -> Engines:
-    prefill, decode = pair(shared, arguments(model, "float32", 181))
-    return Engines(reference, prefill, decode, stop_ids=prefill.facts()[3])
+    """Two engines, which start at the same time, for all tests of a group: they take 5 GB."""
 
+    def start(name: str) -> EngineProcess:
+        fields = arguments(model, "float32", 181)
+        return shared.get(name, lambda: contextlib.closing(EngineProcess("tetri", **fields)))
 
-@pytest.fixture
-def bfloat16(shared: Shared, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    plain = shared.get("bfloat16", lambda: contextlib.closing(plain_vllm(tmp_path_factory, model, "bfloat16")))
-    prefill, decode = pair(shared, arguments(model, "bfloat16", 60))
-    return Engines(plain, prefill, decode, stop_ids=prefill.facts()[3])
+    return Engines(reference, start("prefill"), start("decode"))
 
 
 @pytest.fixture

@@ -39,15 +39,15 @@ class Request:
     preempted: int = 0
 
     def engine_request(self, phase: Phase) -> EngineRequest:
+        """Its legs are called by its key, with p and d before it, for one engine may have both."""
         start = len(self.tokens) if self.output_from < 0 else self.output_from
-        return EngineRequest(self.key, phase, tuple(self.tokens), start, self.sampling)
+        return EngineRequest(phase[0] + self.key, phase, tuple(self.tokens), start, self.sampling)
 
 
 class Engines(NamedTuple):
     reference: Plain
     prefill: EngineProcess
     decode: EngineProcess
-    stop_ids: tuple[int, ...]
 
 
 class Pair:
@@ -59,67 +59,69 @@ class Pair:
         by_key = {request.key: request for request in requests}
         for request in requests:
             self.decode.add(request.engine_request("decode"))
-            self.prefill.add(request.engine_request("prefill"))
         self.allocate(by_key)
-        prefilling, running = set(by_key), set(by_key)
-        while running:
-            if prefilling:
-                done = self.prefill.step()
+        for request in requests:
+            self.prefill.add(request.engine_request("prefill"))
+        while any(request.reason is None for request in requests):
+            for engine in dict.fromkeys((self.prefill, self.decode)):
+                done = self.step(engine)
                 self.move(by_key, done)
-                prefilling -= {token.key for token in done.tokens}
-            done = self.decode.step()
-            self.record(by_key, done)
-            running = {key for key in running if by_key[key].reason is None}
+                self.record(by_key, done)
+
+    def step(self, engine: EngineProcess) -> StepDone:
+        return engine.step()
 
     def allocate(self, by_key: dict[str, Request]) -> None:
         missing = set(by_key)
         for _ in by_key:
-            missing -= set(self.decode.step().allocated)
+            missing -= {key[1:] for key in self.step(self.decode).allocated}
             if not missing:
                 return
         raise AssertionError(f"no blocks for {sorted(missing)}")
 
     def move(self, by_key: dict[str, Request], done: StepDone) -> None:
-        """Everything that this step of the prefill engine made ready."""
+        """Everything that this step made ready."""
         for span in done.spans:
-            request = by_key[span.key]
+            request = by_key[span.key[1:]]
             whole = span.stop == len(request.tokens)
             stop = blocks_for(span.stop, BLOCK) if whole else span.stop // BLOCK
-            if stop > request.blocks_moved:
+            if span.key[0] == "p" and stop > request.blocks_moved:
                 self.send_chunk(request, stop)
         for token in done.tokens:
-            self.first_token(by_key[token.key], token.token, token.reason)
+            if token.key[0] == "p":
+                self.first_token(by_key[token.key[1:]], token.token, token.reason)
 
     def send_chunk(self, request: Request, stop: int) -> None:
         start = request.blocks_moved
-        blocks: list[bytearray] | None = self.prefill.export(request.key, start, stop)
+        blocks: list[bytearray] | None = self.prefill.export(f"p{request.key}", start, stop)
         if self.tamper:
             blocks = self.tamper(request.chunks, blocks or [])
         if blocks is not None:
-            self.decode.adopt(request.key, start, blocks)
+            self.decode.adopt(f"d{request.key}", start, blocks)
         request.chunks += 1
         request.blocks_moved = stop
 
     def first_token(self, request: Request, token: int, reason: str | None) -> None:
         request.ids, request.reason = [token], reason
         if reason:
-            self.decode.cancel(request.key)
+            self.decode.cancel(f"d{request.key}")
             return
         count = blocks_for(len(request.tokens), BLOCK)
         assert request.blocks_moved == count
-        request.sent = self.prefill.digests(request.key, 0, count)
-        request.arrived = self.decode.digests(request.key, 0, count)
-        self.decode.admit(request.key, token)
+        request.sent = self.prefill.digests(f"p{request.key}", 0, count)
+        request.arrived = self.decode.digests(f"d{request.key}", 0, count)
+        self.decode.admit(f"d{request.key}", token)
 
     def record(self, by_key: dict[str, Request], done: StepDone) -> None:
         for span in done.spans:
-            known = len(by_key[span.key].tokens)
-            by_key[span.key].recomputed += max(0, min(span.stop, known) - span.start)
+            request = by_key[span.key[1:]]
+            request.recomputed += max(0, min(span.stop, len(request.tokens)) - span.start) if span.key[0] == "d" else 0
         for key in done.preempted:
-            by_key[key].preempted += 1
+            by_key[key[1:]].preempted += 1
         for token in done.tokens:
-            by_key[token.key].ids.append(token.token)
-            by_key[token.key].reason = token.reason
+            if token.key[0] == "d":
+                by_key[token.key[1:]].ids.append(token.token)
+                by_key[token.key[1:]].reason = token.reason
 
 
 def carry_alone(
@@ -127,7 +129,7 @@ def carry_alone(
 ) -> Request:
     """Slots of the last block that hold no token are compared too: they are made zero on both sides (the reference does
     the same for itself), and nothing but a token's K and V can differ."""
-    engines.prefill.zero_next(blocks_for(len(tokens), BLOCK))
+    engines.prefill.zero_next(2 * blocks_for(len(tokens), BLOCK))
     request = Request(key, tokens, sampling)
     Pair(engines.prefill, engines.decode, tamper).carry(request)
     return request
@@ -168,3 +170,15 @@ def fill(engine: EngineProcess, leave: int) -> list[str]:
         engine.add(engine_request(keys[-1], "decode", [5] * (min(free, 16) * BLOCK - 1), Sampling(max_tokens=2)))
         assert engine.step().allocated == (keys[-1],)
     return keys
+
+
+def crowd(engine: EngineProcess, prompt: Sequence[int]) -> list[str]:
+    """Decode legs first and x of one block each run, one block is free, and the ballast has all others: whoever wants
+    another one second is preempted."""
+    ballast = fill(engine, leave=3)
+    for key in ("first", "x"):
+        engine.add(engine_request(key, "decode", prompt, Sampling(max_tokens=10, ignore_eos=True)))
+        engine.step()
+        adopt_zeros(engine, key, prompt)
+        engine.admit(key, 5)
+    return ballast

@@ -14,7 +14,8 @@ from vllm_process import EngineProcess
 
 from tetri.request import Sampling
 
-WRITTEN = 24  # tokens of a text are computed at least, for those who ask later
+GAP = 1e-3  # of logprobs: below it, other batches and chunks may decide otherwise
+WRITTEN = 16  # tokens of a text are computed at least, for those who ask later
 
 
 class Text(NamedTuple):
@@ -24,6 +25,12 @@ class Text(NamedTuple):
     ids: list[int]
     gaps: list[float]
     digests: list[str]
+
+    def agrees(self, ids: list[int]) -> bool:
+        """Whether these are its tokens, but for what follows one that rounding alone may have decided."""
+        pairs = zip(ids, self.ids, strict=True)
+        different = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        return different is None or self.gaps[different] < GAP
 
 
 class Plain:
@@ -40,17 +47,17 @@ class Plain:
         known = json.loads(place.read_text()) if place.exists() else None
         if known is None or len(known["ids"]) < length:
             sampling = Sampling(max_tokens=max(length, WRITTEN), ignore_eos=True)
-            known = self.generate(list(tokens), sampling, ())._asdict()
+            known = self.generate(list(tokens), sampling)._asdict()
             unfinished = place.with_suffix(f".{os.getpid()}")
             unfinished.write_text(json.dumps(known))
             unfinished.replace(place)
         return Text(known["ids"][:length], known["gaps"][:length], known["digests"])
 
-    def generate(self, tokens: list[int], sampling: Sampling, stop_ids: tuple[int, ...]) -> Text:
+    def generate(self, tokens: list[int], sampling: Sampling) -> Text:
         """One request, alone in the engine; nothing of it is kept."""
         if self._engine is None:
             self._engine = EngineProcess("reference", **self.arguments)
-        return self._engine.generate(tokens, sampling, stop_ids)
+        return self._engine.generate(tokens, sampling)
 
     def close(self) -> None:
         if self._engine is not None:

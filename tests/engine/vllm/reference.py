@@ -23,6 +23,8 @@ from tetri.engine.vllm.connector import SamplerPlugin
 from tetri.engine.vllm.sampler import RowSampler
 from tetri.request import Sampling
 
+STOP_IDS = (2,)  # of this model
+
 
 class RecordingSampler(SamplerPlugin):
     gaps: list[float] = []
@@ -60,13 +62,13 @@ class Reference:
         self.manager = self.core.scheduler.kv_cache_manager
         self.vocab = config.model_config.get_vocab_size()
 
-    def generate(self, tokens: list[int], sampling: Sampling, stop_ids: tuple[int, ...]) -> Text:
+    def generate(self, tokens: list[int], sampling: Sampling) -> Text:
         """One request, alone in the engine."""
-        make = partial(RowSampler, sampling, output_from=len(tokens), stop_ids=stop_ids, vocab=self.vocab)
+        make = partial(RowSampler, sampling, output_from=len(tokens), stop_ids=STOP_IDS, vocab=self.vocab)
         params = SamplingParams(
             temperature=0.0,
             max_tokens=sampling.max_tokens,
-            stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
+            stop_token_ids=[] if sampling.ignore_eos else list(STOP_IDS),
             detokenize=False,
             extra_args={"tetri_sampler": make},
         )

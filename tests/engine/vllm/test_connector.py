@@ -12,7 +12,6 @@ from tetri.request import Sampling, blocks_for
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
-GAP = 1e-3  # below it, rounding alone may decide between two tokens
 
 
 @pytest.fixture
@@ -31,19 +30,13 @@ def test_one_at_a_time_float32(float32, prompts, texts):
     assert not found
 
 
-def test_all_at_once_float32(float32, prompts, texts, capsys):
+def test_all_at_once_float32(float32, prompts, texts):
     requests = [Request(f"together-{number}", prompt, GREEDY) for number, prompt in enumerate(prompts)]
     Pair(float32.prefill, float32.decode).carry(*requests)
-    equal = 0
     for request, text in zip(requests, texts, strict=True):
         assert request.recomputed == 0 and request.sent == request.arrived
-        equal += request.ids == text.ids
-        if request.ids != text.ids:
-            at = next(i for i, (a, b) in enumerate(zip(request.ids, text.ids, strict=True)) if a != b)
-            with capsys.disabled():
-                print(f"\n{request.key}: token {at} is {request.ids[at]}, not {text.ids[at]}: gap {text.gaps[at]:.2e}")
-            assert text.gaps[at] < GAP
-    assert equal >= 39
+        assert text.agrees(request.ids), request.key
+    assert sum(request.ids == text.ids for request, text in zip(requests, texts, strict=True)) >= 39
 
 
 # ---------------------------------------------------------------- these checks can fail
@@ -75,7 +68,7 @@ def test_a_missing_chunk_is_seen(float32, prompts):
     prompt = next(prompt for prompt in prompts if len(prompt) == 1000)
     with pytest.raises(EngineError, match="4 of its blocks were not adopted"):
         carry_alone(float32, "lost", prompt, GREEDY, lose_a_chunk)
-    float32.decode.cancel("lost")
+    float32.decode.cancel("dlost")
     assert float32.decode.free_blocks() == float32.decode.facts()[1].blocks
 
 
@@ -92,13 +85,12 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_sampling_does_not_see_the_hand_over(float32, prompts, name):
-    """Of several chunks (where vLLM's own seeded sampling takes the engine down), twice, and handed over again
-    in the middle as after the loss of a decode worker."""
+    """Of several chunks (where vLLM's own seeded sampling takes the engine down), and handed over again in the middle
+    as after the loss of a decode worker."""
     prompt, sampling = next(prompt for prompt in prompts if len(prompt) == 640), SAMPLINGS[name]
-    text = float32.reference.generate(prompt, sampling, float32.stop_ids)
-    for attempt in range(2):
-        request = carry_alone(float32, f"{name}-{attempt}", prompt, sampling)
-        assert request.ids == text.ids
+    text = float32.reference.generate(prompt, sampling)
+    request = carry_alone(float32, name, prompt, sampling)
+    assert request.ids == text.ids
     again = Request(f"{name}-again", [*prompt, *text.ids[:7]], sampling, output_from=len(prompt))
     Pair(float32.prefill, float32.decode).carry(again)
     assert again.ids == text.ids[7:] and again.reason == request.reason
@@ -119,7 +111,7 @@ def test_preempted_requests_get_the_right_tokens(float32, prompts):
         decode.cancel(key)
     assert sum(request.preempted for request in requests) >= 1
     for request in requests:
-        text = float32.reference.generate(request.tokens, GREEDY, float32.stop_ids)
+        text = float32.reference.generate(request.tokens, GREEDY)
         assert request.ids == text.ids
         assert request.recomputed == (len(request.tokens) if request.preempted else 0)
     assert decode.free_blocks() == decode.facts()[1].blocks

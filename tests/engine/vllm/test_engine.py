@@ -1,13 +1,16 @@
-"""What a leg may be, what a step reports, and that a cancel gives back every block in any state."""
+"""What a leg of a vLLM engine may be, and its cancel. What holds for every engine is in test_scheduler.py."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from handover import BLOCK, TEXT, TOKENS, Pair, Request, adopt_zeros, engine_request
+from handover import BLOCK, TEXT, TOKENS, Pair, Request, adopt_zeros, crowd, engine_request
 from vllm_process import BLOCK_BYTES, CONTEXT, arguments
 
-from tetri.engine.base import EngineError, Span, StepDone
+from tetri.engine.base import EngineError
 from tetri.engine.vllm.engine import VllmEngine
+from tetri.engine.vllm.setup import check_layout
 from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
@@ -26,12 +29,20 @@ def test_facts(engine):
     assert stop_ids == (2,)
 
 
-def test_layouts_that_cannot_be_moved_are_refused_by_name(engine):
-    groups, window, unified = engine.refused_layouts()
-    assert "2 KV cache groups" in groups
-    assert "SlidingWindowSpec" in window
-    assert "sliding window" in unified
-    assert all(text.startswith("unsupported KV layout") and "\n" not in text for text in (groups, window, unified))
+def test_layouts_that_cannot_be_moved_are_refused_by_name():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    fields = {"block_size": 128, "num_kv_heads": 3, "head_size": 64, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**fields), SlidingWindowSpec(**fields, sliding_window=512)
+    for specs, why in (
+        ([full, full], r"2 KV cache groups \(FullAttentionSpec, FullAttentionSpec\); only one"),
+        ([window], "SlidingWindowSpec; only full attention"),
+        ([FullAttentionSpec(**fields, sliding_window=512)], "a sliding window or chunks; only full attention"),
+    ):
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+        with pytest.raises(EngineError, match=f"^unsupported KV layout: {why} can be moved$"):
+            check_layout(SimpleNamespace(kv_cache_groups=groups))
 
 
 def test_one_engine_per_process(engine, model):
@@ -72,73 +83,17 @@ def test_what_vllm_refuses_is_one_line(model, tmp_path):
 # ---------------------------------------------------------------- steps
 
 
-def test_a_chunk_holds_a_tail_and_heads_and_the_order_is_kept(engine):
-    for key, count in (("a", 700), ("b", 200), ("c", 300)):
-        engine.add(engine_request(key, "prefill", TOKENS[:count]))
-    first, second, third = engine.step(), engine.step(), engine.step()
-    assert first.spans == (Span("a", 0, 512),)
-    assert second.spans == (Span("a", 512, 700), Span("b", 0, 200), Span("c", 0, 124))
-    assert third.spans == (Span("c", 124, 300),)
-    assert [token.key for token in (*first.tokens, *second.tokens, *third.tokens)] == ["a", "b", "c"]
-    assert all(token.reason is None for token in second.tokens)
-    assert dict(first.held) == {"a": 4} and dict(second.held) == {"c": 1}
-
-
-def test_nothing_to_do(engine):
-    assert engine.step().spans == ()
-    engine.add(engine_request("parked", "decode"))
-    done = engine.step()
-    assert (done.allocated, done.held) == (("parked",), (("parked", 6),))
-    for _ in range(3):
-        assert engine.step() == StepDone()
-    engine.cancel("parked")
-
-
-def test_both_phases_in_one_engine(float32, engine):
-    """A prefill leg joins the steps of a decode leg, and its KV can be adopted without leaving the engine."""
-    reference = float32.reference.generate(list(TOKENS), TEXT, float32.stop_ids)
-    engine.add(engine_request("here", "prefill"))
-    engine.add(engine_request("there", "decode"))
-    done = engine.step()
-    assert done.allocated == ("there",) and done.spans == (Span("here", 0, 512),)  # blocks cost no tokens
-    (first,) = engine.step().tokens
-    engine.adopt("there", 0, engine.export("here", 0, 6))
-    engine.admit("there", first.token)
-    engine.add(engine_request("next", "prefill", TOKENS[:600]))
-    done = engine.step()
-    assert done.spans == (Span("there", 700, 701), Span("next", 0, 511))  # the decode token is part of the budget
-    ids = [first.token]
-    while not any(token.key == "there" and token.reason for token in done.tokens):
-        ids += [token.token for token in done.tokens if token.key == "there"]
-        done = engine.step()
-    ids += [token.token for token in done.tokens if token.key == "there"]
-    assert ids == reference.ids
-
-
-def test_a_prefill_leg_says_whether_the_request_ended(engine):
-    engine.add(engine_request("one", "prefill", sampling=Sampling(max_tokens=1, ignore_eos=True)))
-    engine.add(engine_request("more", "prefill", TOKENS[:30]))
-    found = {}
-    while len(found) < 2:
-        found |= {token.key: token.reason for token in engine.step().tokens}
-    assert found == {"one": "length", "more": None}
-
-
 def test_end_of_sequence(float32, engine):
     """min_tokens forbids the end; without it a leg ends with "stop" where the model says so."""
     # A repetition penalty below 1 pulls tokens of the prompt: the end of sequence becomes the best choice.
-    prompt = [2] * 40
-    pulled = Sampling(max_tokens=8, repetition_penalty=0.01)
-    request = Request("stop", prompt, pulled)
-    Pair(float32.prefill, engine).carry(request)
-    assert (request.ids, request.reason) == ([2], "stop")
-    request = Request("ignored", prompt, Sampling(max_tokens=8, repetition_penalty=0.01, ignore_eos=True))
-    Pair(float32.prefill, engine).carry(request)
-    assert (request.ids, request.reason) == ([2] * 8, "length")
-    least = Sampling(max_tokens=8, repetition_penalty=0.01, min_tokens=4)
-    request = Request("least", prompt, least)
-    Pair(float32.prefill, engine).carry(request)
-    assert 2 not in request.ids[:4] and len(request.ids) > 4
+    requests = {
+        key: Request(key, [2] * 40, Sampling(max_tokens=8, repetition_penalty=0.01, **more))
+        for key, more in (("stop", {}), ("ignored", {"ignore_eos": True}), ("least", {"min_tokens": 4}))
+    }
+    Pair(float32.prefill, engine).carry(*requests.values())
+    assert (requests["stop"].ids, requests["stop"].reason) == ([2], "stop")
+    assert (requests["ignored"].ids, requests["ignored"].reason) == ([2] * 8, "length")
+    assert 2 not in requests["least"].ids[:4] and len(requests["least"].ids) > 4
 
 
 # ---------------------------------------------------------------- what is refused
@@ -168,14 +123,6 @@ def test_a_leg_that_cannot_run_is_refused_and_nothing_else_happens(engine, name)
     assert engine.step().spans == ()
 
 
-def test_the_longest_leg_that_fits_runs(engine):
-    engine.add(engine_request("longest", "prefill", [7] * (CONTEXT - 1), Sampling(max_tokens=1)))
-    spans = []
-    while not (done := engine.step()).tokens:
-        spans += done.spans
-    assert done.spans[-1].stop == CONTEXT - 1 and done.tokens[0].reason in ("length", "stop")
-
-
 def test_wrong_order_is_refused(engine):
     with pytest.raises(EngineError, match="does not wait for admission"):
         engine.admit("nobody", 5)
@@ -203,3 +150,27 @@ def test_wrong_order_is_refused(engine):
     engine.step()
     with pytest.raises(EngineError, match="has 0 blocks"):
         engine.export("done", 0, 1)
+
+
+# ---------------------------------------------------------------- cancels
+
+
+def test_cancel_of_a_preempted_leg(engine):
+    ballast = crowd(engine, TOKENS[:127])
+    while not (done := engine.step()).preempted:
+        pass
+    assert done.preempted == ("x",) and dict(done.held)["x"] == 0
+    for key in ("x", *ballast, "first"):
+        engine.cancel(key)
+    assert engine.free_blocks() == engine.facts()[1].blocks
+
+
+def test_a_key_can_come_back_after_a_cancel(float32, engine):
+    reference = float32.reference.generate(list(TOKENS), TEXT)
+    for phase in ("prefill", "decode"):
+        engine.add(engine_request(f"{phase[0]}x", phase))
+        assert engine.step().held == ((f"{phase[0]}x", 4 if phase == "prefill" else 6),)
+        engine.cancel(f"{phase[0]}x")
+    request = Request("x", TOKENS, TEXT)
+    Pair(engine, engine).carry(request)
+    assert request.ids == reference.ids

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from live import LiveCluster, wait_until
-from raw_client import RawClient
+from live import wait_until
 from traffic import flip_seconds
 
 from tetri.client import AsyncClient, Result
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-TOKENS = 24
-GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
+TOKENS = 16
 # One instance of each role: whoever changes first must do both for a moment.
 THERE = [("p0", "mixed"), ("d0", "prefill"), ("p0", "decode")]
 BACK = [("p0", "mixed"), ("d0", "decode"), ("p0", "prefill")]
 
 
-def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
-    with RawClient(cluster.config.clients_address, timeout=30) as client:
-        key = uuid.uuid4().hex
-        client.send("change_role", key=key, iid=iid, role=role)
-        answer = client.receive(key=key)
-    assert answer["type"] == "role_changed", answer
-    return answer
-
-
 def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -> None:
-    took = [flip(cluster, iid, role)["took_s"] for iid, role in [*THERE, *BACK]]
+    client = cluster.client(timeout=60)
+    took = [client.flip(*each)["took_s"] for each in [*THERE, *BACK]]
     with capsys.disabled():
         print(" flips took", [f"{1000 * t:.2f} ms" for t in took], end="")
     assert sorted(took)[len(took) // 4] < 0.010
@@ -52,9 +40,10 @@ def test_roles_are_swapped_four_times_under_load(cluster, prompts, reference, ca
             results[index] = await client.generate(chosen[index], max_tokens=TOKENS, ignore_eos=True)
 
     def swap() -> None:
+        one = cluster.client(timeout=60)
         for wanted, flips in ((2, THERE), (5, BACK), (9, THERE), (12, BACK)):
             wait_until(lambda wanted=wanted: len(results) >= wanted, "no answers", 120)
-            took.extend(flip(cluster, iid, role)["took_s"] for iid, role in flips)
+            took.extend(one.flip(*each)["took_s"] for each in flips)
 
     async def run() -> None:
         waiting = iter(range(len(chosen)))
@@ -62,17 +51,13 @@ def test_roles_are_swapped_four_times_under_load(cluster, prompts, reference, ca
             await asyncio.gather(asyncio.to_thread(swap), *(caller(client, waiting) for _ in range(3)))
 
     asyncio.run(run())
-    equal = 0
     for index, text in enumerate(texts):
         result = results[index]
         assert result.receipt.attempts == 1 and result.finish_reason == "length"
-        equal += result.token_ids == text.ids
-        if result.token_ids != text.ids:
-            at = next(i for i, pair in enumerate(zip(result.token_ids, text.ids, strict=True)) if pair[0] != pair[1])
-            assert text.gaps[at] < GAP
+        assert text.agrees(result.token_ids), f"prompt {index}"
     pairs = sorted({(result.receipt.prefill_instance, result.receipt.decode_instance) for result in results.values()})
     with capsys.disabled():
-        print(f" {equal} of {len(chosen)} equal, {pairs}, flips took {[f'{1000 * t:.0f} ms' for t in took]}", end="")
+        print(f" {pairs}, flips took {[f'{1000 * t:.0f} ms' for t in took]}", end="")
         alone = flip_seconds(cluster)[-len(took) :]
         print(f", without the step before {[f'{1000 * t:.1f} ms' for t in alone]}", end="")
     assert sorted(alone)[len(alone) // 4] < 0.010  # other processes of a busy machine make some of them longer

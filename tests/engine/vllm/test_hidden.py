@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from handover import adopt_zeros, engine_request, fill
+from handover import Pair, Request, crowd, engine_request
 from states import FAR, NEAR, by_transformers, distance
 from vllm_process import WRITER_LAYERS, EngineProcess
 
-from tetri.engine.base import EngineError
-from tetri.request import Sampling, blocks_for
+from tetri.engine.base import StepDone
+from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
@@ -40,58 +39,43 @@ def right(model):
     return by_transformers(model, WRITER_LAYERS)
 
 
-@dataclass
-class Live:
-    """An engine that prefills, then decodes, what it is given; `states`: of (key, outputs) the row that was taken."""
+class Live(Pair):
+    """Both phases in one engine. `states`: of (key, outputs) the row that was taken."""
 
-    engine: EngineProcess
-    ids: dict[str, list[int]] = field(default_factory=dict)
-    states: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    def __init__(self, engine: EngineProcess) -> None:
+        super().__init__(engine, engine)
+        self.states: dict[tuple[str, int], np.ndarray] = {}
 
-    def step(self):
-        done = self.engine.step()
-        if (collect := self.engine.collect()) is not None:
+    def step(self, engine: EngineProcess) -> StepDone:
+        done = engine.step()
+        if (collect := engine.collect()) is not None:
             for key, outputs, row in zip(collect.keys, collect.outputs, collect.rows, strict=True):
                 assert (key, outputs) not in self.states, "told twice"
                 self.states[key, outputs] = row
-        assert self.engine.collect() is None, "once"
+        assert engine.collect() is None, "once"
         return done
 
-    def serve(self, given: dict[str, list[int]], output_from=None, sampling=TEXT):
-        """All of `given` at once. A request's two legs are called by its key, with p and d before it."""
-        copies = {}
-        for key, tokens in given.items():
-            self.engine.add(engine_request(f"p{key}", "prefill", tokens, sampling, output_from))
-        while len(copies) < len(given):
-            for token in self.step().tokens:
-                key = token.key[1:]
-                self.ids[key] = [token.token]
-                copies[key] = self.engine.export(token.key, 0, blocks_for(len(given[key]), 128))
-        for key, tokens in given.items():
-            self.engine.add(engine_request(f"d{key}", "decode", tokens, sampling, output_from))
-        assert len(self.step().allocated) == len(given)
-        for key in given:
-            self.engine.adopt(f"d{key}", 0, copies[key])
-            self.engine.admit(f"d{key}", self.ids[key][0])
-        running = set(given)
-        while running:
-            for token in self.step().tokens:
-                self.ids[token.key[1:]].append(token.token)
-                running -= {token.key[1:]} if token.reason else set()
+    def serve(self, given: dict[str, list[int]], output_from: int = -1) -> dict[str, list[int]]:
+        """All of `given` at once: their output."""
+        requests = [Request(key, tokens, TEXT, output_from) for key, tokens in given.items()]
+        self.carry(*requests)
+        return {request.key: request.ids for request in requests}
 
 
-def test_states_are_those_of_transformers(engine, texts, right, capsys):
-    """Three prompts batched with each other, one of them in two chunks, then their decodes in one batch."""
-    live = Live(engine)
-    live.serve({str(place): tokens for place, tokens in enumerate(texts)})
-    assert set(live.states) == {
-        (f"{engine_request}{n}", k) for n in range(3) for engine_request, k in (("p", 0), ("d", 4), ("d", 8))
-    }
+def test_states_are_those_of_transformers(engine, writer, texts, right, capsys):
+    """Three prompts batched with each other, one of them in two chunks, and their decodes; and the same texts by the
+    offline writer."""
+    live, given = Live(engine), {str(place): tokens for place, tokens in enumerate(texts)}
+    ids = live.serve(given)
+    written, _ = writer.write({key: (tokens, TEXT) for key, tokens in given.items()})
+    assert ids == {key: text.ids for key, text in written.items()}
     worst = 0.0
-    for place, tokens in enumerate(texts):
-        rows = right([*tokens, *live.ids[str(place)]])
-        for (key, outputs), row in live.states.items():
-            if key[1:] == str(place):
+    for key, tokens in given.items():
+        rows = right([*tokens, *ids[key]])
+        found = {outputs: row for (leg, outputs), row in live.states.items() if leg[1:] == key}
+        assert set(found) == set(written[key].states) == {0, 4, 8} and (f"p{key}", 0) in live.states
+        for states in (found, written[key].states):
+            for outputs, row in states.items():
                 worst = max(worst, distance(row, rows[len(tokens) + outputs - 1]))
                 assert distance(row, rows[len(tokens) + outputs - 2]) > FAR
     with capsys.disabled():
@@ -99,55 +83,31 @@ def test_states_are_those_of_transformers(engine, texts, right, capsys):
     assert worst < NEAR
 
 
-def test_alone_batched_and_of_the_writer_they_are_the_same(engine, writer, texts, capsys):
-    together, alone = Live(engine), Live(engine)
-    together.serve({str(place): tokens for place, tokens in enumerate(texts)})
-    for place, tokens in enumerate(texts):
-        alone.serve({str(place): tokens})
-    written, _ = writer.write({str(place): (tokens, TEXT) for place, tokens in enumerate(texts)})
-    assert together.states.keys() == alone.states.keys() and together.ids == alone.ids
-    assert together.ids == {key: text.ids for key, text in written.items()}
-    batched = max(distance(row, alone.states[name]) for name, row in together.states.items())
-    offline = [distance(row, written[key[1:]].states[outputs]) for (key, outputs), row in together.states.items()]
-    assert len(offline) == sum(len(text.states) for text in written.values()) == 9
-    with capsys.disabled():
-        print(f" {batched:.1e} batched from alone, {max(offline):.1e} from the writer ", end="")
-    assert batched < NEAR and max(offline) < NEAR
-
-
 def test_output_of_an_earlier_attempt_counts(engine, texts, right):
     """A request that starts over with five tokens of output behind its prompt."""
     prompt, first, second = texts[1], Live(engine), Live(engine)
-    first.serve({"x": prompt})
-    tokens = [*prompt, *first.ids["x"][:5]]
-    second.serve({"x": tokens}, output_from=len(prompt))
-    assert first.ids["x"] == [*tokens[len(prompt) :], *second.ids["x"]]
+    ids = first.serve({"x": prompt})["x"]
+    assert second.serve({"x": [*prompt, *ids[:5]]}, output_from=len(prompt))["x"] == ids[5:]
     assert set(second.states) == {("px", 5), ("dx", 8)}
-    rows = right([*prompt, *first.ids["x"]])
+    rows = right([*prompt, *ids])
     assert distance(second.states["px", 5], rows[len(prompt) + 4]) < NEAR
     assert distance(second.states["dx", 8], first.states["dx", 8]) < NEAR
 
 
 def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right):
-    """Two legs of one block each and one free block: who wants another one second is preempted, and computed again
-    when the other has gone."""
+    """It is computed again when the other has gone."""
     engine.hook_hidden_states(WRITER_LAYERS, 1)
     prompt, live = texts[2][:127], Live(engine)
-    ballast = fill(engine, leave=3)
-    for key in ("first", "x"):
-        engine.add(engine_request(key, "decode", prompt, TEXT))
-        engine.step()
-        adopt_zeros(engine, key, prompt)
-        engine.admit(key, 5)
-    steps = [live.step()]
+    ballast = crowd(engine, prompt)
+    steps = [live.step(engine)]
     while not steps[-1].preempted:
-        steps.append(live.step())
+        steps.append(live.step(engine))
     before = {outputs for key, outputs in live.states if key == "x"}
     for key in ballast:
         engine.cancel(key)
-    steps.append(live.step())
+    steps.append(live.step(engine))
     while engine.engine_requests():
-        steps.append(live.step())
+        steps.append(live.step(engine))
     ids = [5, *(token.token for step in steps for token in step.tokens if token.key == "x")]
     assert any(span.key == "x" and span.start == 0 for step in steps for span in step.spans), "computed again"
     assert [outputs for key, outputs in live.states if key == "x"] == list(range(1, 10))
@@ -170,7 +130,7 @@ def test_a_leg_that_ends_by_its_first_token_or_is_cancelled(engine, texts, right
     assert collect.keys == ("one", "gone") and collect.outputs == (0, 0), "a chunk that is not the last tells nothing"
     assert distance(collect.rows[0], right(texts[0])[-1]) < NEAR
     engine.add(engine_request("gone", "prefill", texts[0]))
-    live.step()
+    live.step(engine)
     assert distance(live.states["gone", 0], right(texts[0])[-1]) < NEAR and len(live.states) == 1
 
 
@@ -184,17 +144,3 @@ def test_held_and_idle_steps_tell_nothing_and_a_closed_tap_neither(engine, texts
     engine.untap()
     engine.hold("x", False)
     assert engine.step().tokens and engine.collect() is None
-
-
-def test_where_no_states_would_come_it_is_said_in_one_line(engine):
-    for layers, every, why in (
-        ([31], 64, "after layers 1 to 30 of this model, not 31"),
-        ([0], 64, "after layers 1 to 30 of this model, not 0"),
-        ([16], 0, "interval of at least 1 token, got 0"),
-    ):
-        with pytest.raises(EngineError, match=why) as caught:
-            engine.hook_hidden_states(layers, every)
-        assert "\n" not in str(caught.value)
-    compiled, ranks = engine.refused_taps([{"enforce_eager": False}, {}, {"tensor_parallel_size": 3}])
-    assert "compiled model (mode " in compiled and "on 3 ranks" in ranks
-    assert "\n" not in compiled + ranks

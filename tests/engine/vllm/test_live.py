@@ -4,18 +4,20 @@ plain vLLM in one engine, one at a time, all at once, and after the decode worke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from live import LiveCluster, wait_until
+from rich.console import Console
 
+from tetri.bench import demo
 from tetri.client import AsyncClient, Result
 from tetri.request import Sampling, blocks_for
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-TOKENS = 24
-ALONE = 12  # of a request that has the cluster to itself, so that each takes a step of its own
-GAP = 1e-3  # of the reference's logprobs: below it, rounding alone may decide between two tokens
+TOKENS = 16
+ALONE = 8  # of a request that has the cluster to itself, so that each takes a step of its own
 
 
 @pytest.fixture(scope="module")
@@ -39,44 +41,28 @@ def test_one_at_a_time(cluster, prompts, texts) -> None:
         check_receipt(cluster, prompt, result)
 
 
-def test_all_at_once(cluster, prompts, texts, capsys) -> None:
-    async def run() -> list[Result]:
-        async with AsyncClient(cluster.config.clients_address, timeout=240) as client:
-            calls = (client.generate(p, max_tokens=TOKENS, ignore_eos=True) for p in prompts)
-            return await asyncio.gather(*calls)
-
-    equal = 0
-    for prompt, text, result in zip(prompts, texts, asyncio.run(run()), strict=True):
+def test_all_at_once(cluster, prompts, texts) -> None:
+    results = cluster.answers(prompts, max_tokens=TOKENS, ignore_eos=True)
+    for prompt, text, result in zip(prompts, texts, results, strict=True):
         check_receipt(cluster, prompt, result)
-        equal += result.token_ids == text.ids
-        if result.token_ids != text.ids:
-            at = next(i for i, pair in enumerate(zip(result.token_ids, text.ids, strict=True)) if pair[0] != pair[1])
-            with capsys.disabled():
-                found = f"{result.token_ids[at]}, not {text.ids[at]}"
-                print(f"\n{len(prompt)} tokens: output {at} is {found}: gap {text.gaps[at]:.2e}")
-            assert text.gaps[at] < GAP
-    with capsys.disabled():
-        print(f" {equal} of {len(prompts)} equal ", end="")
-    assert equal >= 39
+        assert text.agrees(result.token_ids), f"prompt of {len(prompt)} tokens"
+    assert sum(result.token_ids == text.ids for text, result in zip(texts, results, strict=True)) >= 39
 
 
-def test_a_drawn_text_of_a_long_prompt_is_the_same_every_time(cluster, prompts, reference) -> None:
-    """Handed to vLLM's own generator, such a request would take the engine down."""
-    prompt = next(prompt for prompt in prompts if len(prompt) == 1025)
-    sampling = {"max_tokens": TOKENS, "temperature": 1.0, "seed": 42, "ignore_eos": True}
-    text = reference.generate(prompt, Sampling(**sampling), ())
-    for _ in range(2):
-        assert cluster.client(timeout=60).generate(prompt, **sampling).token_ids == text.ids
+def test_the_demos_prompts(cluster, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "running", lambda *_: contextlib.nullcontext())
+    assert demo.demonstrate(cluster.config, Console()) == 0
 
 
 def test_kill_9_of_the_decode_worker(cluster, prompts, reference) -> None:
-    """The stream goes on with no token lost, repeated or changed, for greedy and for drawn text."""
+    """The stream goes on with no token lost, repeated or changed, for greedy and for drawn text: on the instance that
+    is left, which does both from here on."""
     prompt = next(prompt for prompt in prompts if len(prompt) == 640)
     samplings = [
         {"max_tokens": 90, "ignore_eos": True},
         {"max_tokens": 90, "ignore_eos": True, "temperature": 0.8, "seed": 3},
     ]
-    texts = [reference.generate(prompt, Sampling(**s), ()) for s in samplings]
+    texts = [reference.generate(prompt, Sampling(**s)) for s in samplings]
 
     async def run() -> list[Result]:
         async with AsyncClient(cluster.config.clients_address, timeout=240) as client:
@@ -87,10 +73,8 @@ def test_kill_9_of_the_decode_worker(cluster, prompts, reference) -> None:
 
             await asyncio.to_thread(wait_until, both_run, "they do not run")
             cluster.kill("d0")
-            cluster.start("d0")
             return await asyncio.gather(*tasks)
 
     for text, result in zip(texts, asyncio.run(run()), strict=True):
         assert result.token_ids == text.ids
-        assert result.receipt.attempts == 2
-    cluster.wait_ready("d0")
+        assert (result.receipt.attempts, result.receipt.decode_instance) == (2, "p0")

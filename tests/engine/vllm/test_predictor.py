@@ -1,43 +1,49 @@
 """The shipped predictor beside the real model: both kinds in one prefill worker, from the prompt to the decode side.
-What its head says of the states that transformers computes for the same tokens is what both workers' cores hear."""
+What its head says of the states that transformers computes for the same tokens is what both workers' cores hear.
+
+The KV goes through a GPU's slab that a stand-in plays: gathered by the prefill worker, read through its handle,
+scattered by the decode worker; the same tokens as plain vLLM in one engine."""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import tempfile
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
 import pytest
-from live import VLLM, LiveCluster, wait_until
+from live import REPOSITORY, VLLM, LiveCluster, wait_until
 from states import by_transformers
+from vllm_process import START_S
 
-from tetri.client import AsyncClient, Client, Result
+from tetri.client import Client
 from tetri.models import weights_hash
 from tetri.predict.model import load, shipped_for
 from tetri.proc.recorder import read, value
-from tetri.request import LengthDistribution
+from tetri.request import LengthDistribution, blocks_for
 from tetri.wire.handover import Offer
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-START_S = 240.0
-CONF = ["model.dtype=float32", "model.context=1024", "engine.max_batch=8", "engine.chunk_tokens=128"]
-CONF += ["engine.kv_mib=400", "policy.length=trained", "predictor.kind=both", "cluster.record=true"]
+CONF = ["model.dtype=float32", "model.context=1024", "engine.max_batch=8", "engine.kv_mib=400"]
+CONF += ["policy.length=trained", "predictor.kind=both", "cluster.record=true", "transfer.slab_blocks=24"]
 SHORT = ["Why is the sky blue?", "Name a colour.", "Write a long story about a fox and a hen."]
-LONG = "Summarise this in one sentence: " + "the quick brown fox jumps over the lazy dog, and " * 30
+LONG = "Summarise this in one sentence: " + "the quick brown fox jumps over the lazy dog, and " * 50  # two chunks
 EVERY = 64  # tokens between two estimates of the shipped head
 OUTPUT = EVERY + 6
-LENGTHS = (9, 200, 600)  # of prompts; 600: five chunks
+LENGTHS = (9, 200, 600)  # of prompts; 600: two chunks
+TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LiveCluster]:
     cpus = sorted(os.sched_getaffinity(0))
-    pins = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}"]
-    with LiveCluster(VLLM, [*CONF, *pins], START_S) as cluster:
-        yield cluster
+    gpus = [f"worker.p0.cpus={cpus[0]}", f"worker.d0.cpus={cpus[-1]}", "worker.p0.gpu=0", "worker.d0.gpu=0"]
+    with tempfile.TemporaryDirectory(prefix="tetri-cuda-", dir="/dev/shm") as folder:
+        prologue = f"sys.path.insert(0, {str(REPOSITORY)!r}); from played_gpu import play; play({folder!r}); "
+        with LiveCluster(VLLM, [*CONF, *gpus], START_S, prologue) as cluster:
+            yield cluster
 
 
 def heard(cluster: LiveCluster, iid: str) -> list[Any]:
@@ -51,10 +57,15 @@ def test_both_kinds_reach_the_decode_side(cluster) -> None:
     with Client(cluster.config.clients_address, timeout=120) as client:
         for text in [*SHORT, LONG]:
             client.generate(messages=[{"role": "user", "content": text}], max_tokens=OUTPUT, temperature=0.7, seed=1)
-    wait_until(lambda: cluster.instances()["p0"]["predictor"]["scored"] == 4, "the ends are not told")
+    told = {}
+
+    def all_is_told() -> bool:
+        told.update(cluster.instances()["p0"]["predictor"])
+        return (told["scored"], told["cut"]) == (4, 1)
+
+    wait_until(all_is_told, "the ends and the long prompt are not told")
     assert cluster.instances()["d0"]["predictor"]["kind"] == "both"
-    told = cluster.instances()["p0"]["predictor"]
-    assert (told["kind"], told["on"], told["predicted"], told["cut"]) == ("both", True, 4, 1), told
+    assert (told["kind"], told["on"], told["predicted"]) == ("both", True, 4), told
     assert "shipped with tetri" in told["note"]
     events = heard(cluster, "d0")
     offers = [event.length for event in events if isinstance(event, Offer)]
@@ -66,7 +77,7 @@ def test_both_workers_hear_what_the_head_says_of_the_models_own_states(cluster, 
     source = next(prompt for prompt in prompts if len(prompt) == 2000)
     chosen = [source[30 * place : 30 * place + length] for place, length in enumerate(LENGTHS)]
     before = {iid: len(heard(cluster, iid)) for iid in ("p0", "d0")}
-    results = asyncio.run(answers(cluster, chosen))
+    results = cluster.answers(chosen, max_tokens=OUTPUT, min_tokens=OUTPUT)
     told: dict[tuple[str, int], list[LengthDistribution]] = {}
     for iid, count in before.items():
         for event in heard(cluster, iid)[count:]:
@@ -95,12 +106,16 @@ def test_both_workers_hear_what_the_head_says_of_the_models_own_states(cluster, 
     assert worst < 1e-3 and nearest > 10 * worst
 
 
+def test_a_hand_over_through_a_slab_in_a_gpus_memory(cluster, reference, prompts) -> None:
+    chosen = prompts[:12]
+    client, block = cluster.client(), cluster.config.engine.block_tokens
+    for prompt in chosen:
+        result = client.generate(prompt, max_tokens=TOKENS, ignore_eos=True)
+        receipt = result.receipt
+        assert result.token_ids == reference.text(prompt, TOKENS).ids
+        assert (receipt.transport, receipt.adopted, receipt.recomputed) == ("cuda_ipc", len(prompt), 0)
+        assert receipt.kv_bytes == blocks_for(len(prompt), block) * 30 * 3 * 128 * block * 4
+
+
 def apart(one: LengthDistribution, other: LengthDistribution) -> float:
     return max(abs(a - b) for a, b in zip(one.shares, other.shares, strict=True))
-
-
-async def answers(cluster: LiveCluster, prompts: list[list[int]]) -> list[Result]:
-    """All asked at once."""
-    async with AsyncClient(cluster.config.clients_address, timeout=200) as client:
-        calls = [client.generate(p, max_tokens=OUTPUT, min_tokens=OUTPUT) for p in prompts]
-        return await asyncio.gather(*calls)

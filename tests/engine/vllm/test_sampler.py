@@ -7,16 +7,8 @@ import math
 import pytest
 import torch
 
-from tetri.engine.vllm.sampler import (
-    RowSampler,
-    candidates,
-    draw,
-    gumbel,
-    nucleus,
-    penalize,
-    stream_key,
-)
-from tetri.request import Sampling  # noqa: E402
+from tetri.engine.vllm.sampler import RowSampler, candidates, draw, gumbel, nucleus, penalize, stream_key
+from tetri.request import Sampling
 
 VOCAB = 1000
 
@@ -196,3 +188,10 @@ def test_min_tokens_is_nothing_to_do_when_no_token_ends_a_text():
     assert RowSampler(Sampling(min_tokens=5, ignore_eos=True), [1], 1, (0,), VOCAB).idle
     assert not RowSampler(Sampling(min_tokens=5), [1], 1, (0,), VOCAB).idle
     assert RowSampler(Sampling(min_tokens=5), [1, 2, 3, 4, 5, 6], 1, (0,), VOCAB).idle
+
+
+def test_the_first_token_that_may_end_a_text_is_the_one_after_min_tokens():
+    for outputs, allowed in (([5], False), ([5, 6], True)):
+        logits = logits_row()
+        RowSampler(Sampling(min_tokens=2), [1], 1, (0,), VOCAB).apply(logits, outputs)
+        assert bool(torch.isfinite(logits[0])) == allowed

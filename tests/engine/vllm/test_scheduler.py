@@ -1,96 +1,96 @@
-"""One vLLM engine that computes prompts and runs decodes in the same steps, against vLLM alone, token by token."""
+"""With tetri's scheduler vLLM keeps the contract of an engine: small blocks and chunks, in float32, on the tokens of a
+vLLM alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import pytest
-from handover import BLOCK, engine_request
-from vllm_process import EngineProcess
+from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
-from tetri.engine.base import StepDone
-from tetri.request import Sampling, blocks_for
+from tests.engine.contract import CAPACITY, EngineContract
+from tests.engine.driving import adopt_all, computed, engine_request, prompt, run
+from tetri.engine_request import StepDone
+from tetri.kv.base import Block, parts
+from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
-TEXT = Sampling(max_tokens=16, ignore_eos=True)
-UNDER_WAY = 2  # prefill legs at a time
-GAP = 1e-3  # below it, rounding alone may decide between two tokens: chunk boundaries change the last bits
+
+class Near:
+    """An engine in another process, called as if it were here."""
+
+    def __init__(self, process: EngineProcess) -> None:
+        self.process = process
+        self.fingerprint, self.capacity, *_ = process.facts()
+        for name in ("add", "cancel", "admit", "hold"):
+            setattr(self, name, getattr(process, name))
+
+    def step(self, most: int = 1) -> StepDone:
+        return self.process.step(most)
+
+    def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
+        for place, block in zip(into, self.process.export(key, start, stop), strict=True):
+            place[:] = block
+
+    def adopt(self, key: str, start: int, blocks: Sequence[Block]) -> None:
+        self.process.adopt(key, start, [tuple(map(bytes, parts(block))) for block in blocks])
 
 
-@dataclass
-class Mixed:
-    """Prompts go in one after another; each, as soon as its first token is known, decodes in the same engine. Every
-    few steps the oldest prefill leg is held for a while. `steps`: positions of (decodes, prefills) of each."""
-
-    engine: EngineProcess
-    prompts: list[list[int]]
-    next: int = 0
-    prefilling: list[int] = field(default_factory=list)
-    moving: dict[int, list[bytearray]] = field(default_factory=dict)
-    running: set[int] = field(default_factory=set)
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    held: tuple[int, int] | None = None  # whom, and until which step
-
-    def run(self) -> None:
-        while self.next < len(self.prompts) or self.prefilling or self.moving or self.running:
-            self.fill()
-            self.hold()
-            expected = {f"d{number}" for number in self.running}
-            done = self.engine.step()
-            assert {span.key for span in done.spans if span.key[0] == "d"} == expected, "every decode, every step"
-            self.take(done)
-
-    def fill(self) -> None:
-        while self.next < len(self.prompts) and len(self.prefilling) < UNDER_WAY:
-            self.engine.add(engine_request(f"p{self.next}", "prefill", self.prompts[self.next], TEXT))
-            self.prefilling.append(self.next)
-            self.next += 1
-
-    def hold(self) -> None:
-        if self.held and len(self.steps) >= self.held[1]:
-            self.engine.hold(f"p{self.held[0]}", False)
-            self.held = None
-        if not self.held and self.prefilling and len(self.steps) % 7 == 3:
-            self.held = self.prefilling[0], len(self.steps) + 2
-            self.engine.hold(f"p{self.held[0]}", True)
-
-    def take(self, done: StepDone) -> None:
-        spans = {span.key: span.stop - span.start for span in done.spans}
-        decodes = sum(count for key, count in spans.items() if key[0] == "d")
-        self.steps.append((decodes, sum(spans.values()) - decodes))
-        assert sum(spans.values()) <= 512 and not done.preempted
-        assert not (self.held and f"p{self.held[0]}" in spans)
-        for token in done.tokens:
-            number = int(token.key[1:])
-            self.ids.setdefault(number, []).append(token.token)
-            if token.key[0] == "p":
-                self.prefilling.remove(number)
-                blocks = blocks_for(len(self.prompts[number]), BLOCK)
-                self.moving[number] = self.engine.export(token.key, 0, blocks)
-                self.engine.add(engine_request(f"d{number}", "decode", self.prompts[number], TEXT))
-            elif token.reason:
-                self.running.remove(number)
-        for key in done.allocated:
-            number = int(key[1:])
-            self.engine.adopt(key, 0, self.moving.pop(number))
-            self.engine.admit(key, self.ids[number][0])
-            self.running.add(number)
+@pytest.fixture(scope="module")
+def small(model) -> Iterator[EngineProcess]:
+    fields = {
+        **arguments(model, "float32", 20, max_batch=CAPACITY.max_batch),
+        "block_tokens": CAPACITY.block_tokens,
+        "chunk_tokens": CAPACITY.chunk_tokens,
+        "context": CAPACITY.context,
+        "kv_bytes": (CAPACITY.blocks + 1) * BLOCK_BYTES["float32"] * CAPACITY.block_tokens // 128,
+    }
+    made = EngineProcess("tetri", **fields)
+    yield made
+    made.close()
 
 
-def test_mixed_steps_change_no_token(float32, engine, prompts):
-    chosen = prompts[::2]
-    mixed = Mixed(engine, chosen)
-    mixed.run()
-    assert len(chosen) == 20 and sum(bool(decodes and prefills) for decodes, prefills in mixed.steps) > 12
-    full = [decodes + prefills for decodes, prefills in mixed.steps if prefills]
-    assert full.count(512) > 3, "decodes and prefills share the budget"
-    equal = 0
-    for number, tokens in enumerate(chosen):
-        text = float32.reference.text(tokens, TEXT.max_tokens)
-        equal += mixed.ids[number] == text.ids
-        if mixed.ids[number] != text.ids:
-            at = next(i for i, (a, b) in enumerate(zip(mixed.ids[number], text.ids, strict=True)) if a != b)
-            assert text.gaps[at] < GAP, f"prompt {number}, token {at}"
-    assert equal >= 19
+@pytest.fixture(scope="module")
+def texts() -> dict:
+    return {}
+
+
+class TestContract(EngineContract):
+    @pytest.fixture
+    def engine(self, small) -> Iterator[Near]:
+        made = Near(small)
+        assert made.capacity == CAPACITY
+        yield made
+        assert small.step() is not None
+        assert (small.free_blocks(), small.engine_requests()) == (CAPACITY.blocks, 0), "a test leaves nothing behind"
+
+    @pytest.fixture(autouse=True)
+    def alone(self, reference, texts) -> None:
+        self.reference, self.texts = reference, texts
+
+    def right(self, tokens, sampling):
+        name = tokens, sampling.max_tokens
+        if name not in self.texts:
+            self.texts[name] = self.reference.generate(list(tokens), sampling).ids
+        return self.texts[name]
+
+    def test_who_comes_back_needs_several_steps_and_a_prompt_takes_what_is_left_of_them(self, engine):
+        """When a has ended, beside b."""
+        prompts = {"b": prompt(88), "a": prompt(108, salt=1), "c": prompt(108, salt=2)}
+        first = adopt_all(engine, {"b": prompts["b"]}, max_tokens=40)
+        first |= adopt_all(engine, {key: prompts[key] for key in "ac"}, max_tokens=24)
+        steps = []
+        while not steps or computed(steps[-1]).get("c") != 63:
+            steps.append(engine.step())
+        engine.add(engine_request("p", "prefill", prompt(60)))
+        steps += [engine.step(), engine.step()]
+        assert [computed(step) for step in steps[-3:]] == [
+            {"b": 1, "c": 63},
+            {"b": 1, "c": 63},
+            {"b": 1, "c": 3, "p": 60},
+        ]
+        engine.cancel("b")
+        outputs = run(engine, "c")[0]["c"]
+        told = [token for step in steps for sampled in step.tokens if sampled.key == "c" for token in sampled.ids]
+        assert [first["c"], *told, *outputs] == self.right(prompts["c"], Sampling(max_tokens=24, ignore_eos=True))

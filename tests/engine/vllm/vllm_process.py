@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import starts
+from forks import Program
 
-from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, HiddenStates, StepDone
+from tetri.engine.base import EngineError, HiddenStateHook, HiddenStates
 from tetri.kv.base import parts
 from tetri.models import weights_hash
 from tetri.request import Sampling
@@ -46,12 +49,11 @@ class EngineProcess:
     (tetri.engine.vllm.writer)."""
 
     def __init__(self, kind: str, **arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, kind, arguments), daemon=True)
-        self._process.start()
+        with Listener() as listener:
+            self._process = Program("engine", [listener.address], vllm=True)
+            self._pipe = listener.accept()
+        self._pipe.send((kind, arguments))
         starts.engines += 1
-        there.close()
         self._started = False
 
     def wait_until_started(self) -> None:
@@ -82,13 +84,17 @@ class EngineProcess:
 
     def close(self) -> None:
         self._pipe.close()
-        self._process.join(20)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait(20)
 
 
-def _serve(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
+def serve() -> None:
+    """In the process of the engine: make what is asked for, then answer calls."""
+    pipe = Client(sys.argv[1])
+    kind, arguments = pipe.recv()
     os.sched_setaffinity(0, {CORES[-1] if kind == "tetri" else CORES[0]})
     try:
         engine = _make(kind, arguments)
@@ -133,26 +139,14 @@ class _Watched:
 
         self.engine = VllmEngine(**arguments)
         self._hook: HiddenStateHook | None = None
-        self._model = arguments["model"]
 
     def facts(self) -> tuple[Any, Any, int, tuple[int, ...]]:
         engine = self.engine
         return engine.fingerprint, engine.capacity, engine.block_bytes, engine._stop_ids
 
-    def add(self, engine_request: EngineRequest) -> None:
-        self.engine.add(engine_request)
-
-    def cancel(self, key: str) -> None:
-        self.engine.cancel(key)
-
-    def admit(self, key: str, token: int) -> None:
-        self.engine.admit(key, token)
-
-    def hold(self, key: str, held: bool) -> None:
-        self.engine.hold(key, held)
-
-    def step(self, most: int = 1) -> StepDone:
-        return self.engine.step(most)
+    def __getattr__(self, name: str) -> Any:
+        """add, cancel, admit, hold and step are the engine's."""
+        return getattr(self.engine, name)
 
     def export(self, key: str, start: int, stop: int) -> list[bytearray]:
         buffers = [bytearray(self.engine.block_bytes) for _ in range(start, stop)]
@@ -189,47 +183,6 @@ class _Watched:
         if self._hook:
             self._hook.close()
         self._hook = None
-
-    def refused_taps(self, changes: list[dict[str, Any]]) -> list[str]:
-        """What a tap says of a vLLM that is set up differently; not started."""
-        from vllm.engine.arg_utils import EngineArgs
-
-        from tetri.engine.vllm.hidden_states import check
-
-        found = []
-        for change in changes:
-            arguments = {"enforce_eager": True, "distributed_executor_backend": "mp", **change}
-            config = EngineArgs(str(self._model), skip_tokenizer_init=True, max_model_len=256, **arguments)
-            try:
-                check(config.create_engine_config())
-            except EngineError as error:
-                found.append(str(error))
-        return found
-
-    def refused_layouts(self) -> list[str]:
-        """What check_layout says of KV cache configurations that cannot be moved."""
-        from dataclasses import replace
-
-        from vllm.v1.kv_cache_interface import SlidingWindowSpec
-
-        from tetri.engine.vllm.setup import check_layout
-
-        config = self.engine._scheduler.kv_cache_config
-        group = config.kv_cache_groups[0]
-        spec = group.kv_cache_spec
-        window = SlidingWindowSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=spec.dtype, sliding_window=512)
-        groups = [
-            [group, group],
-            [replace(group, kv_cache_spec=window)],
-            [replace(group, kv_cache_spec=replace(spec, sliding_window=512))],
-        ]
-        found = []
-        for each in groups:
-            try:
-                check_layout(replace(config, kv_cache_groups=each))
-            except EngineError as error:
-                found.append(str(error))
-        return found
 
     def start_another(self, arguments: dict[str, Any]) -> None:
         from tetri.engine.vllm.engine import VllmEngine

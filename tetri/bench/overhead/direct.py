@@ -58,8 +58,8 @@ class Direct:
 
     def close(self) -> None:
         """Kill the process."""
-        self._process.kill()  # nothing needs a clean shutdown
-        self._process.wait()
+        with self._process:  # closes its pipes, and waits
+            self._process.kill()  # nothing needs a clean shutdown
 
 
 def engine_arguments(
