@@ -14,8 +14,9 @@ from tetri.engine.base import EngineError
 from tetri.engine.emulated import EmulatedEngine
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.executor import Copies, WorkerExecutor
+from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVCorrupt, KVForeign, KVLost, KVShort, Wanted
-from tetri.request import LengthRange, Reach, Sampling
+from tetri.request import LengthRange, Sampling
 from tetri.wire.handover import Handle
 
 LEG = EngineRequest("k", "prefill", (1, 2), 2, Sampling())

@@ -2,9 +2,10 @@
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
-from tests.core.build import instance
-from tetri.instance import Instance
+from tests.core.build import FINGERPRINT, instance
+from tetri.instance import Instance, difference
 
 
 def test_a_change_of_role_changes_nothing_else():
@@ -20,3 +21,10 @@ def test_it_comes_back_from_the_wire_as_it_went_and_refuses_what_it_does_not_kno
     body = msgspec.to_builtins(there) | {"colour": "red"}
     with pytest.raises(msgspec.ValidationError, match="colour"):
         msgspec.convert(body, Instance)
+
+
+def test_fingerprints_differ_by_name():
+    assert difference(FINGERPRINT, FINGERPRINT) is None
+    for name in FINGERPRINT.__struct_fields__:
+        other = replace(FINGERPRINT, **{name: type(getattr(FINGERPRINT, name))(77)})
+        assert (difference(FINGERPRINT, other) or "").startswith(f"{name} differs: ")

@@ -30,8 +30,8 @@ from tetri.core.actions import (
 )
 from tetri.engine.base import EngineError, EngineRequest
 from tetri.engine_request import StepDone
+from tetri.instance import Reach
 from tetri.kv.base import Block, Fetched, KVCorrupt, KVError, KVForeign, KVShort, KVStore, Wanted
-from tetri.request import Reach
 from tetri.wire.handover import Handle
 
 

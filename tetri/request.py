@@ -157,56 +157,6 @@ class Usage(Record, frozen=True):
     completion_tokens: int
 
 
-class Fingerprint(Record, frozen=True):
-    """The properties that two engines must share so that each can use the other's KV bytes (design.md, section 5)."""
-
-    engine: str
-    version: str
-    isa: str
-    model: str
-    weights: str
-    dtype: str
-    kv_dtype: str
-    block_tokens: int
-    block_bytes: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    parallel: int = 1
-
-
-def difference(a: Fingerprint, b: Fingerprint) -> str | None:
-    """The first field in which two fingerprints differ, with both values; None if KV can move between them."""
-    for name in Fingerprint.__struct_fields__:
-        left, right = getattr(a, name), getattr(b, name)
-        if left != right:
-            return f"{name} differs: {left} and {right}"
-    return None
-
-
-class Reach(Record, frozen=True):
-    """The KV paths of an instance and where its slab can be read.
-
-    paths     KV paths that it supports (policy/pairing.py)
-    host      equal for instances that share a machine, its shared memory and a user
-    process   equal for instances in one process of that host
-    segment   name of its slab, unique to this start of the process
-    address   where it serves the path `stream`, "" if it does not
-    device    UUID of the GPU that holds the slab, "" for host memory
-    near      UUIDs of the GPUs that this GPU can access
-    tickets   path -> bytes that a receiver needs to open the slab over this path
-    """
-
-    paths: list[str]
-    host: str
-    process: int
-    segment: str
-    address: str = ""
-    device: str = ""
-    near: list[str] = []
-    tickets: dict[str, bytes] = {}
-
-
 class LengthRange(Record, frozen=True):
     """Length range: the predicted output tokens of a request over all attempts, at least `low` and less than `high`.
     Raises ValueError if it is empty."""
@@ -271,22 +221,6 @@ class PredictorStatus(Record, frozen=True):
     buckets: dict[str, Count] = {}
     cut: Count = 0
     unread: Count = 0
-
-
-class Capacity(Record, frozen=True):
-    """Capacity of one engine: `blocks` KV blocks in total, `chunk_tokens` tokens in a step, `max_batch` decodes at
-    once."""
-
-    blocks: Positive
-    block_tokens: Positive
-    chunk_tokens: Positive
-    max_batch: Positive
-    context: Positive  # tokens, prompt and output together
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the KV memory holds."""
-        return self.blocks * self.block_tokens
 
 
 def blocks_for(tokens: int, block_tokens: int) -> int:

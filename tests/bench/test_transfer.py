@@ -133,7 +133,7 @@ def test_ended_by_a_signal_to_all_of_it_the_program_leaves_nothing(number):
         assert len(left_of(program.pid)) == 3  # two senders' slabs and the receiver's
         program.send_signal(number)
         os.killpg(program.pid, number)
-        _, err = program.communicate(timeout=30)
+        _, err = program.communicate(timeout=60)
     assert program.returncode == 128 + number and "Traceback" not in err
     until = time.monotonic() + 10
     while left_of(program.pid) and time.monotonic() < until:  # the receiver may be a moment behind

@@ -10,10 +10,10 @@ from tetri.core.decode.request import DecodeRequest, KVInflow
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.cost import Cost
-from tetri.instance import Instance
+from tetri.instance import Capacity, Fingerprint, Instance, Reach
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
-from tetri.request import Capacity, Fingerprint, LengthRange, Reach, Receipt, Sampling, blocks_for
+from tetri.request import LengthRange, Receipt, Sampling, blocks_for
 from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import (
     Assign,

@@ -10,7 +10,8 @@ import pytest
 from tests.engine.driving import adopt, adopt_all, computed, engine_request, export, held, prefill, prompt, run
 from tetri.engine.base import EngineError
 from tetri.engine_request import Span, StepDone
-from tetri.request import Capacity, Sampling, blocks_for
+from tetri.instance import Capacity
+from tetri.request import Sampling, blocks_for
 
 CAPACITY = Capacity(blocks=12, block_tokens=32, chunk_tokens=64, max_batch=4, context=256)
 STEPS = {"new": 0, "computing": 1, "held": 1, "computed": 3}  # of a prefill of 160 tokens, until it is so

@@ -7,7 +7,8 @@ from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prom
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, next_token, reference
-from tetri.request import Capacity, Sampling
+from tetri.instance import Capacity
+from tetri.request import Sampling
 
 VOCABULARY = 64
 

@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.paged import Paged
 from tetri.engine_request import Sampled, Span
-from tetri.request import Capacity
+from tetri.instance import Capacity
 
 COST = Cost(prefill=((1.0, 1.0), (9.0, 9.0)), decode=((1.0, 10.0), (3.0, 30.0)), decode_context_s=0.5)
 

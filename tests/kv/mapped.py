@@ -1,10 +1,10 @@
 """Shared memory in a folder of a test's own: a real file system does for it."""
 
 from tests.kv.parties import World
+from tetri.instance import Reach
 from tetri.kv.local import LocalReader
 from tetri.kv.shm import ShmReader, ShmSlab
 from tetri.kv.store import Store
-from tetri.request import Reach
 
 
 def put(slab, *blocks):

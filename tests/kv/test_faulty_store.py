@@ -3,11 +3,11 @@
 import pytest
 
 from tetri.faults import Chance, Faults
+from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVCorrupt, KVLost, Wanted
 from tetri.kv.faulty_store import FaultyStore
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
-from tetri.request import Reach
 
 BLOCK = 100  # bytes
 BLOCKS = [bytes([number]) * BLOCK for number in range(4)]

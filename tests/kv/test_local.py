@@ -2,9 +2,9 @@
 
 from tests.kv.contract import StoreContract
 from tests.kv.parties import World, block
+from tetri.instance import Reach
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
-from tetri.request import Reach
 
 
 class LocalWorld(World):

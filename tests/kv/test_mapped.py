@@ -1,8 +1,8 @@
 """Readers that copy while the caller waits: one slab opened for each peer, and closed when the peer goes."""
 
+from tetri.instance import Reach
 from tetri.kv.base import KVCorrupt, KVLost, Wanted
 from tetri.kv.mapped import CopyingReader, MappingReader
-from tetri.request import Reach
 from tetri.wire.handover import Handle
 
 

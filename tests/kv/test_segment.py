@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from tests.kv.mapped import put
 from tests.kv.parties import BLOCK, SLOTS, Chunk, block
+from tetri.instance import Reach
 from tetri.kv.base import KVForeign, KVLost
 from tetri.kv.segment import VERSION
-from tetri.request import Reach
 from tetri.wire.handover import Handle
 
 BLOCKS_AT = 4096

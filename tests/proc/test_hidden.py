@@ -10,9 +10,10 @@ from tetri.cost import Cost
 from tetri.engine.base import EngineError, HiddenStates
 from tetri.engine.emulated import EmulatedEngine
 from tetri.engine_request import HiddenStateEstimate, StepDone
+from tetri.instance import Capacity
 from tetri.predict.lengths import PredictError
 from tetri.proc.hidden import estimating
-from tetri.request import Capacity, LengthDistribution
+from tetri.request import LengthDistribution
 
 HIDDEN = 3
 CAPACITY = Capacity(blocks=12, block_tokens=32, chunk_tokens=64, max_batch=4, context=256)

@@ -46,10 +46,10 @@ def ask_many(cluster: LiveCluster, seed: int, count: int, victim: str = "") -> N
 
 
 def test_many_requests_and_workers_that_die_and_come_back(cluster: LiveCluster) -> None:
-    ask_many(cluster, 1, 15)
+    ask_many(cluster, 1, 30)
     for victim in ("p0", "d1"):
-        ask_many(cluster, 2, 20, victim)
+        ask_many(cluster, 2, 40, victim)
         cluster.start(victim)
         cluster.wait_ready(victim)
-        ask_many(cluster, 3, 15)
+        ask_many(cluster, 3, 30)
     assert not [name for name in cluster.processes if "Traceback" in cluster.log(name)]

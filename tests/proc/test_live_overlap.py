@@ -11,7 +11,7 @@ from live import LiveCluster
 
 from tetri.bench.handover.stages import moves, overlap
 
-SHORT, LONG, ROUNDS = 512, 4096, 3
+SHORT, LONG, ROUNDS = 512, 4096, 5
 CHUNKS = LONG // 512
 TOKEN_BYTES = 8192  # a chunk has 4 MB then: several milliseconds until it is in the other engine
 PASS_S = 0.05  # of 512 tokens

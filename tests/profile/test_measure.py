@@ -9,10 +9,10 @@ import pytest
 from tetri.cost import Cost
 from tetri.engine.emulated import EmulatedEngine
 from tetri.engine_request import Span
+from tetri.instance import Capacity
 from tetri.profile.fit import fit, kind_of, predicted
 from tetri.profile.measure import ProfileError, What, measure
 from tetri.profile.scenes import Scene, scenes
-from tetri.request import Capacity
 
 CAPACITY = Capacity(blocks=420, block_tokens=32, chunk_tokens=512, max_batch=16, context=2048)
 KNOWN = Cost(

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tetri.instance import Capacity
 from tetri.profile.scenes import MARGIN, Scene, batches, scenes, sizes
-from tetri.request import Capacity, blocks_for
+from tetri.request import blocks_for
 
 CPU = Capacity(blocks=363, block_tokens=128, chunk_tokens=2048, max_batch=32, context=8192)
 positive = st.integers(1, 3000)

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 from tetri.cost import Cost
+from tetri.instance import Capacity
 from tetri.policy.rules import Rules
-from tetri.request import Capacity
 
 COST = Cost(prefill=((1.0, 0.5),), decode=((1.0, 0.1), (2.0, 0.2)))
 

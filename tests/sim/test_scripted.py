@@ -4,7 +4,8 @@ import pytest
 
 from tetri.cost import Cost
 from tetri.engine_request import EngineRequest
-from tetri.request import Capacity, LengthDistribution, Sampling
+from tetri.instance import Capacity
+from tetri.request import LengthDistribution, Sampling
 from tetri.sim.scripted import Scripted
 from tetri.sim.texts import RecordedText
 

@@ -4,7 +4,8 @@ simulator carry the actions out."""
 from __future__ import annotations
 
 from tetri.engine_request import EngineRequest, StepDone
-from tetri.request import LengthDistribution, LengthRange, Reach, Sampling, Value
+from tetri.instance import Reach
+from tetri.request import LengthDistribution, LengthRange, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle

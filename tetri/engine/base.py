@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from tetri.engine_request import EngineRequest, Phase, Sampled, Span, StepDone
-from tetri.request import Capacity, Fingerprint
+from tetri.instance import Capacity, Fingerprint
 
 __all__ = [
     "Engine",

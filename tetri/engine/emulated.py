@@ -19,8 +19,9 @@ from tetri.cost import Cost
 from tetri.engine.base import EngineError, EngineRequest, StepDone, check_budget
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Slot, StepPlan
+from tetri.instance import Capacity, Fingerprint
 from tetri.kv.base import joined
-from tetri.request import Capacity, Fingerprint, Sampling
+from tetri.request import Sampling
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

@@ -25,7 +25,8 @@ from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.plan import EOS, Ids, Slot, StepPlan
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
-from tetri.request import Capacity, blocks_for
+from tetri.instance import Capacity
+from tetri.request import blocks_for
 
 
 class Paged:

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from tetri.instance import Reach
 from tetri.kv.base import KVError, KVStore, Reader
 from tetri.kv.cuda.runtime import Device
 from tetri.kv.slab import HostSlab
 from tetri.policy.pairing import TRANSPORTS
-from tetri.request import Reach
 
 EXPECTED_BLOCKS = 4  # in a KV chunk from a peer; sizes the receive buffers
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tetri.request import Reach
+from tetri.instance import Reach
 from tetri.wire.handover import Handle
 
 # A block's bytes, readable and writable by the engine: a memoryview, or on a GPU a device array of uint8. A fetched

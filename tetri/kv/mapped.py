@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
+from tetri.instance import Reach
 from tetri.kv.base import Block, Fetched, KVError, KVLost, Wanted
-from tetri.request import Reach
 
 Opened = TypeVar("Opened")
 

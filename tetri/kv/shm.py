@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from tetri.instance import Reach
 from tetri.kv.base import Wanted
 from tetri.kv.mapped import MappingReader
 from tetri.kv.segment import Mapping, attach, create, sweep
 from tetri.kv.slab import HostSlab
 from tetri.kv.staging import Staging
-from tetri.request import Reach
 
 __all__ = ["ShmReader", "ShmSlab", "sweep"]
 DIRECTORY = "/dev/shm"

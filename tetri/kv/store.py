@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
-from tetri.request import Reach
 
 
 class Store:

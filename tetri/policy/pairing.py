@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetri.request import Fingerprint, Reach, difference
+from tetri.instance import Fingerprint, Reach, difference
 
 TRANSPORTS = ("cuda_ipc", "shm", "nixl", "stream")  # the KV paths that a configuration can name, the best first
 PATHS = ("local", *TRANSPORTS)

@@ -21,7 +21,7 @@ from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
-from tetri.instance import Instance
+from tetri.instance import Capacity, Instance
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVStore
 from tetri.kv.cuda.runtime import Device, load, put_first
@@ -34,7 +34,7 @@ from tetri.net.lock import hold
 from tetri.net.signals import StopSignals
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Capacity, Expected
+from tetri.request import Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
 

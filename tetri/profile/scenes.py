@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tetri.request import Capacity, blocks_for
+from tetri.instance import Capacity
+from tetri.request import blocks_for
 
 STEPS = 6  # measured decode steps of a scene, after one that is not measured
 MARGIN = STEPS + 4  # most tokens by which a request grows while it is measured

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tetri.core.actions import Adopt, Adopted, Export, Exported, Freed
+from tetri.instance import Reach
 from tetri.kv.limit import LimitedLink
-from tetri.request import Reach
 from tetri.sim.kernel import Kernel
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Chunk, Drop, Handle

@@ -9,7 +9,8 @@ from tetri.cost import Cost
 from tetri.engine.paged import Paged
 from tetri.engine.plan import EOS, Slot, StepPlan
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
-from tetri.request import Capacity, LengthDistribution, Sampling
+from tetri.instance import Capacity
+from tetri.request import LengthDistribution, Sampling
 from tetri.sim.texts import RecordedText
 
 TextOf = Callable[[Sampling], RecordedText | None]

@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 from math import inf, isfinite
 
 from tetri.cost import Cost
+from tetri.instance import Capacity
 from tetri.policy.rules import FLIPS, TABLES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Capacity, Expected, blocks_for
+from tetri.request import Expected, blocks_for
 
 UNBOUNDED = 1 << 40  # for limits of a live deployment that are not simulated
 

@@ -20,8 +20,8 @@ from tetri.core.broker.delivery import MAX_ATTEMPTS, Limits
 from tetri.core.instance.identity import Identity
 from tetri.core.monitor import Monitor
 from tetri.core.worker.worker import Worker
-from tetri.instance import Instance
-from tetri.request import ROLES, Fingerprint, Reach
+from tetri.instance import Fingerprint, Instance, Reach
+from tetri.request import ROLES
 from tetri.sim.clients import Clients, Outcome
 from tetri.sim.instance import PlainWorker, WorkerNode
 from tetri.sim.kernel import Kernel

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from tetri.request import Count, Fingerprint, LengthRange, Name, Record, Sampling
+from tetri.instance import Fingerprint
+from tetri.request import Count, LengthRange, Name, Record, Sampling
 
 
 class BetweenWorkers(Record, frozen=True):

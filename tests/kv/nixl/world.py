@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 from tests.kv.parties import Chunk, World, block
+from tetri.instance import Reach
 from tetri.kv.local import LocalReader
 from tetri.kv.nixl.reader import open_nixl
 from tetri.kv.segment import sweep
 from tetri.kv.shm import ShmSlab
 from tetri.kv.store import Store
-from tetri.request import Reach
 from tetri.wire.handover import Handle
 
 BLOCK = 300_000  # bytes in an owner's block

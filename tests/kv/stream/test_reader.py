@@ -7,12 +7,12 @@ from live import wait_until
 from xxhash import xxh3_64_intdigest
 
 from tests.kv.stream.world import big
+from tetri.instance import Reach
 from tetri.kv.base import KVForeign, KVLost, Wanted, joined
 from tetri.kv.local import LocalSlab
 from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.stream import StreamReader, StreamSettings
 from tetri.net.bulk import BulkServer, context
-from tetri.request import Reach
 from tetri.wire import codec
 from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone, Piece
 from tetri.wire.handover import Handle

@@ -3,11 +3,11 @@
 import random
 
 from tests.kv.parties import World
+from tetri.instance import Reach
 from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
 from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.stream import StreamReader, StreamSettings
-from tetri.request import Reach
 
 
 def big(number, size=1 << 20):

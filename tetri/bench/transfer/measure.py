@@ -24,9 +24,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from tetri.bench.transfer.receiver import receive, undisturbed
+from tetri.instance import Reach
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import Block, KVError, KVStore
-from tetri.request import Reach
 from tetri.wire.codec import decode, encode
 from tetri.wire.handover import Chunk, Handle
 from tetri.wire.messages import InboxMessage

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tetri.instance import Instance
+from tetri.instance import Fingerprint, Instance, Reach
 from tetri.policy.pairing import FAR, compatibility_key, incompatibility, path
-from tetri.request import Fingerprint, Reach
 
 Kind = tuple[Fingerprint, tuple[Any, ...]]
 

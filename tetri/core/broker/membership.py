@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.core.broker.compatibility import Compatibility, Found
-from tetri.instance import Instance
+from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
-from tetri.request import DECODE_ROLES, PREFILL_ROLES, Capacity, PredictorStatus
+from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, Load, Membership, Ready
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tetri.request import Capacity, Fingerprint, LengthRange, Receipt, Stage, blocks_for, difference
+from tetri.instance import Capacity, Fingerprint, difference
+from tetri.request import LengthRange, Receipt, Stage, blocks_for
 from tetri.wire.handover import BetweenWorkers, Chunk, Offer
 from tetri.wire.messages import End
 

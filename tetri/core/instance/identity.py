@@ -8,9 +8,9 @@ from typing import Any
 
 from tetri.core.actions import BROKER, Send
 from tetri.cost import Cost
-from tetri.instance import Instance
+from tetri.instance import Capacity, Instance
 from tetri.policy.rules import Rules
-from tetri.request import Capacity, Expected, blocks_for
+from tetri.request import Expected, blocks_for
 from tetri.wire.messages import WorkerEvent
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tetri.instance import Capacity
 from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
-from tetri.request import Capacity, LengthRange, Receipt, Sampling, Stage, Value, blocks_for
+from tetri.request import LengthRange, Receipt, Sampling, Stage, Value, blocks_for
 from tetri.wire.handover import Handle
 from tetri.wire.messages import End
 

@@ -26,8 +26,9 @@ from tetri.engine.vllm.setup import (
     start_core,
     stop_ids,
 )
+from tetri.instance import Capacity
 from tetri.kv.cuda.runtime import Device
-from tetri.request import Capacity, blocks_for, sampling_problem
+from tetri.request import blocks_for, sampling_problem
 
 
 @dataclass(slots=True)

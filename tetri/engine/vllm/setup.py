@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetri.engine.base import EngineError, check_budget
+from tetri.instance import Fingerprint
 from tetri.kv.cuda.runtime import Device
-from tetri.request import Fingerprint, blocks_for
+from tetri.request import blocks_for
 
 if TYPE_CHECKING:  # they need numpy, which a worker without vLLM does not
     from tetri.engine.vllm.gpu_memory import GpuMemory

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from tetri.instance import Reach
 from tetri.kv.base import Block, Fetched, KVError, KVForeign, KVLost, Wanted
 from tetri.kv.cuda.runtime import Device
 from tetri.kv.cuda.slab import TICKET, DeviceSegment, DeviceSlab, DeviceStaging, HomeReader
@@ -22,7 +23,6 @@ from tetri.kv.lease import lease, wanted_back
 from tetri.kv.mapped import MappingReader
 from tetri.kv.segment import Mapping, attach
 from tetri.kv.store import Store
-from tetri.request import Reach
 
 PATH = "cuda_ipc"
 _LOOK_S = 50e-6  # poll interval of an event

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 
 from xxhash import xxh3_64
 
+from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVCorrupt, KVError, KVForeign, KVLost, Wanted
 from tetri.kv.nixl.agent import Agent, Region, address, installed
 from tetri.kv.nixl.mover import Mover, Source
 from tetri.kv.slab import HostSlab, Segment, shape_problem
-from tetri.request import Reach, Record
+from tetri.request import Record
 from tetri.wire.codec import WireError, decode, encode
 
 __all__ = ["NixlReader", "installed", "open_nixl"]

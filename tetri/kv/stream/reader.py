@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from tetri.instance import Reach
 from tetri.kv.base import KVError, KVLost, Wanted
 from tetri.kv.stream.fetch import ChunkFetch, Fetching
 from tetri.kv.stream.thread import Crashed, SlabThread
@@ -14,7 +15,6 @@ from tetri.net.bulk import BulkLink
 from tetri.net.errors import NetError
 from tetri.net.keys import Key
 from tetri.net.sockets import Context
-from tetri.request import Reach
 from tetri.wire import codec
 from tetri.wire.bulk import PIECE_BYTES, BulkReply, Gone, Piece
 

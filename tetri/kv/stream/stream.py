@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVError, Wanted
 from tetri.kv.slab import HostSlab
 from tetri.kv.stream.fetch import ChunkFetch, Fetching, StreamPatience
@@ -17,7 +18,6 @@ from tetri.kv.stream.thread import Wake
 from tetri.net import keys
 from tetri.net.bulk import context
 from tetri.net.errors import NetError
-from tetri.request import Reach
 
 ANYWHERE_HERE = "tcp://127.0.0.1:*"
 LEAST_BUFFER = 64 << 20

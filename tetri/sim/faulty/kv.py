@@ -9,11 +9,11 @@ from msgspec.structs import replace
 
 from tetri.core.actions import Adopt, Adopted
 from tetri.executor import Copies
+from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVLost, Wanted
 from tetri.kv.limit import LimitedLink
 from tetri.kv.local import LocalReader, LocalSlab, Peers
 from tetri.kv.store import Store
-from tetri.request import Reach
 from tetri.sim.faulty.chance import Chance
 from tetri.sim.faulty.network import Process
 
