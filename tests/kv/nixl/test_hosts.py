@@ -17,7 +17,7 @@ import msgspec
 from tests.kv.parties import Chunk, World
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.nixl import mover as nixl_mover
-from tetri.request import Reach
+from tetri.instance import Reach
 from tetri.wire.handover import Handle
 nixl_mover.TIMEOUT_S = 1.0
 class Here(World):
