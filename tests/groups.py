@@ -11,7 +11,7 @@ TOGETHER = {
     **dict.fromkeys(("connector", "engine", "hidden", "writer"), "float32"),
     **dict.fromkeys(("live", "flip"), "live"),
 }
-#: Those that take longest, in the order in which they begin: two processes that share the tests end together then.
+#: Those that take longest, in the order in which they begin: the processes that share the tests end together then.
 LONGEST = (
     *("float32", "tests/engine/vllm/test_bfloat16.py", "live", "tests/engine/vllm/test_scheduler.py"),
     *("tests/engine/vllm/test_predictor.py", "tests/engine/vllm/test_tight.py"),

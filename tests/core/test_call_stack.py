@@ -1,6 +1,7 @@
 """How calls go through the files of the cores while requests are served: down, and never back up. A file that stands
 twice on the call stack, with another between, can only be understood together with that one."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,3 +93,32 @@ def test_nor_do_many_where_much_goes_wrong(shape, seed):
     with calls.recorded():
         story(seed, some_faults(seed), shape(seed))
     assert calls.back == set() and calls.most() <= 21
+
+
+# ---------------------------------------------------------------- what the test is worth
+
+
+def made(folder, name, text):
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "back"),
+    [
+        ("def begin(ask): return ask(end)\ndef end(): return inner()\ndef inner(): return 1", {("a", "b", "a")}),
+        ("def begin(ask):\n try: ask(None)\n except TypeError: return inner()\ndef inner(): return 1", set()),
+    ],
+    ids=["back", "after an error"],
+)
+def test_a_call_back_is_found(tmp_path, text, back):
+    a = made(tmp_path, "a", text)
+    b = made(tmp_path, "b", "def ask(other): return other()")
+    calls = Calls(tmp_path)
+    with calls.recorded():
+        assert a.begin(b.ask) == 1
+    assert (calls.back, calls.most()) == (back, 2)

@@ -48,6 +48,7 @@ def test_open_store_clears_away_what_a_killed_predecessor_left():
     settings = StoreSettings("test-open", "p0", 1, 10, "shm")
     left = open_store(settings).reach.segment
     end(left)
+    assert os.path.exists(f"/dev/shm/{left}")
     with closing(open_store(settings)):
         assert not os.path.exists(f"/dev/shm/{left}")
 

@@ -33,6 +33,14 @@ def close(rid):
     return Close(rid=rid, attempt=1)
 
 
+def test_a_wait_tells_whether_a_message_has_come_and_reads_nothing(run_folder):
+    with linked(run_folder) as (worker, broker):
+        assert worker.wait(0.0) is False
+        assert broker.send("w", close("r"))
+        until(lambda: worker.wait(0.001))
+        assert worker.wait(0.0) is True and some(worker, 1) == [Arrived(close("r"))]
+
+
 def test_messages_reach_an_inbox_in_order_unless_too_long_or_disconnected(run_folder):
     with linked(run_folder) as (worker, broker):
         sent = [close(f"r{n}") for n in range(20)]

@@ -19,10 +19,16 @@ def test_a_signal_ends_a_loop_that_waits_for_ever(number):
     with hubs(1) as (hub,):
         stop = StopSignals(hub.wake_fd)
         try:
-            killer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            polling = threading.Event()
+
+            def poll(timeout):
+                polling.set()
+                return hub.poll(timeout)
+
+            killer = threading.Thread(target=lambda: polling.wait(5) and os.kill(os.getpid(), number))
             killer.start()
             start = time.monotonic()
-            run(IDLE, hub.poll, lambda actions: None, time.monotonic, stop.running)
+            run(IDLE, poll, lambda actions: None, time.monotonic, stop.running)
             assert time.monotonic() - start < 2
             killer.join()
             assert stop.received == number

@@ -166,7 +166,7 @@ def test_a_thread_that_cannot_begin_is_a_failure(caplog: pytest.LogCaptureFixtur
 
 
 def test_a_thread_that_hangs_is_left_behind_and_the_process_can_tell(parallel: Any, monkeypatch: Any) -> None:
-    """As tetri/proc/worker.py ends then."""
+    """Its worker ends without waiting for it: proc/test_live_predictor.py has one that never answers."""
     monkeypatch.setattr(serve, "LEAVE_S", 0.01)
     beside, classifier = parallel("k")
     beside.close()

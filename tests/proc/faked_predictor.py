@@ -4,6 +4,7 @@ number in a prompt's text, in one of several tempers. Its folder is made by `fol
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,6 @@ def prologue(temper: str) -> str:
 
 
 def install(temper: str) -> None:
-
     def load(folder: Path, kind: str, weights: str) -> Faked:
         card, _ = examine(folder, kind, weights)
         return Faked(card, temper)
@@ -66,6 +66,8 @@ class Faked:
     def read(self, texts: Sequence[str]) -> tuple[list[LengthDistribution], list[int]]:
         if self.temper == "slow":
             time.sleep(SLOW_S)
+        if self.temper == "never":
+            threading.Event().wait()
         if self.temper == "moody" and "moody" in " ".join(texts):
             raise RuntimeError("out of ideas")
         return list(map(odds_of, texts)), list(map(len, texts))

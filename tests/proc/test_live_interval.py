@@ -39,7 +39,7 @@ def right(cluster: LiveCluster, length: int) -> list[int]:
     return reference(PROMPT, Sampling(max_tokens=length), made.vocabulary, made.token_bytes)
 
 
-def test_a_deadline_is_met_between_two_messages(cluster: LiveCluster) -> None:
+def test_what_came_before_a_deadline_is_right(cluster: LiveCluster) -> None:
     result = cluster.client().generate(PROMPT, max_tokens=8000, deadline_s=0.5)
     assert result.finish_reason == "deadline"
     assert result.token_ids and result.token_ids == right(cluster, len(result.token_ids))

@@ -90,6 +90,11 @@ def test_a_slow_one_is_not_waited_for_and_corrects_the_offer(tmp_path: Path) -> 
         replays_the_same(cluster)
 
 
+def test_one_that_never_answers_holds_up_neither_a_request_nor_the_end_of_its_worker(tmp_path: Path) -> None:
+    with predicting(tmp_path, "never", "policy.length_wait_s=0.05") as cluster:
+        assert [result.receipt.attempts for result in ask(cluster, 120, 20)] == [1, 1]
+
+
 def test_one_that_fails_goes_off_alone(tmp_path: Path) -> None:
     with predicting(tmp_path, "moody") as cluster:
         client = cluster.client()

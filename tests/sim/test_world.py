@@ -71,7 +71,9 @@ def predicted(predictor_s, slowdown=1.0, **rules):
     ],
 )
 def test_the_times_of_one_request(changes, prefill, after):
-    made = outcome(replace(SETUP, **changes), ONE)
+    result = World(replace(SETUP, **changes), [ONE]).run()
+    made, moved = result.outcomes[0], 0 if changes.get("mixed") else BLOCKS * 16_000
+    assert result.counters["moved_bytes"] == moved
     assert (made.ttft_s, made.jct_s) == (pytest.approx(2 * L + prefill), pytest.approx(3 * L + prefill + after))
 
 

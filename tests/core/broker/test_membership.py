@@ -3,7 +3,7 @@
 import pytest
 
 from tests.core.broker.serving import RID, assigned, serving, submit
-from tests.core.build import capacity, fingerprint, heartbeat, ready, staged, tokens
+from tests.core.build import capacity, failed, fingerprint, heartbeat, ready, staged, tokens
 from tests.core.reading import only, sent
 from tetri.core.actions import Disconnect
 from tetri.core.broker.membership import FORGET_S, Members
@@ -142,3 +142,7 @@ def test_a_worker_lost_for_long_is_given_up(served):
     served.tell(PeerDown("p2"))
     assert not only(served.later(599.0), Disconnect)
     assert only(served.later(2.0), Disconnect) == [Disconnect("p2")] and "p2" not in served.roles()
+
+
+def test_what_a_worker_says_of_nobody_is_ignored(served):
+    assert not served.tell(tokens("p1", "nobody", 0, 1), failed("p1", "nobody", retry=True))

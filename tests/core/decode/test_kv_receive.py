@@ -137,6 +137,16 @@ def test_what_stays_lost_on_a_far_path_may_be_had_by_another_instance(told):
     assert whys(told.come(2)) == [("chunk 1 is lost", False)]
 
 
+@pytest.mark.parametrize("problem", ["lost", "foreign"])
+def test_what_cannot_be_right_the_next_time_is_not_taken_again(problem):
+    told = start("shm")
+    begin(told)
+    told.come(0)
+    told.come(2)
+    assert whys(told.come(1, problem)) == [(f"chunk 1 is {problem}", True)]
+    assert counted(told) == {problem: 1, "given_up": 1}
+
+
 def test_the_leg_stays_until_the_last_copy_has_come(told):
     told.come(0, "foreign")
     assert not told.come(1, "flipped") and not told.tell(chunk("r", 0, 0, 1))  # nothing more is taken

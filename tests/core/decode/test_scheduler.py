@@ -224,3 +224,22 @@ def test_a_token_of_one_that_was_not_admitted_must_not_go_on(told):
     told.later()
     with pytest.raises(Broken, match="was not admitted"):
         told.tell(StepDone(tokens=(Sampled(KEY, (5,), None),)))
+
+
+def test_what_the_batch_has_taken_is_not_kept_for_it_any_more():
+    """It will have 7 of 10 blocks, of which it has 3, 5, and then none; none is free for others but three."""
+    told = begin(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
+    told.running("a", prompt=7, max_tokens=21)
+    for _ in range(8):
+        told.step()
+    assert (free(told), largest(told)) == (5, 3)
+    told.tell(close("a"))
+    assert largest(told) == 9  # and one token more
+
+
+def test_if_nothing_runs_the_oldest_goes_whatever_the_policy_says():
+    """Of 10 blocks `x` has 7: `a`, which takes 3 and will write 20 tokens, would not be let in beside anybody."""
+    told = begin(rules=Rules(admit="peak", admit_end="high"), reserve_share=1.0)
+    told.tell(offer("x", prompt=24, src="p2"))
+    told.land("a", prompt=8, max_tokens=30)
+    assert admitted(told.step()) == ["a"]

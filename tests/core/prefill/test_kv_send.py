@@ -184,7 +184,10 @@ def test_aiming_elsewhere_asks_anew_and_a_lost_grant_is_remembered_until_the_nex
     for number, target in ((1, "d1"), (2, "d2")):
         flow.aim(number, target)
         assert (flow.offer, flow.target, flow.granted) == (number, target, False)
-        flow.grant() if number == 1 else flow.land(0)  # a chunk lands only after a grant
+        if number == 1:
+            flow.grant()
+        else:
+            flow.land(0)  # a chunk lands only after a grant
         assert not flow.grant_lost
         flow.clear_aim()
         assert (flow.offer, flow.target, flow.granted, flow.grant_lost) == (None, "", False, True)

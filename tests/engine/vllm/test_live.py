@@ -78,3 +78,5 @@ def test_kill_9_of_the_decode_worker(cluster, prompts, reference) -> None:
     for text, result in zip(texts, asyncio.run(run()), strict=True):
         assert result.token_ids == text.ids
         assert (result.receipt.attempts, result.receipt.decode_instance) == (2, "p0")
+    cluster.start("d0")
+    cluster.wait_ready("d0")

@@ -23,11 +23,13 @@ def processes(request):
     if gpus.count() < request.param:
         pytest.skip("this machine has one GPU")
     made = [StoreProcess(cuda, number % request.param) for number in range(4)]
-    if request.param == 2 and not made[0].near():
-        pytest.skip("the first two GPUs have no peer access to each other")
-    yield made
-    for process in made:
-        process.stop()
+    try:
+        if request.param == 2 and not made[0].near():
+            pytest.skip("the first two GPUs have no peer access to each other")
+        yield made
+    finally:
+        for process in made:
+            process.stop()
 
 
 class TestGpus(StoreContract):
@@ -54,7 +56,8 @@ def test_a_killed_sender_is_lost_and_its_successor_is_read(tmp_path):
         assert reader.fetch(again.put(block(3))) == [block(3)]
     finally:
         for process in (receiver, second):
-            process.close(), process.stop()
+            process.close()
+            process.stop()
 
 
 @pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])

@@ -58,7 +58,8 @@ def test_memory_that_is_wanted_back_is_closed_also_without_being_asked_for(world
     other = world.open("p1")
     receiver.meet(other)
     chunk, kept = sender.put(block(1)), other.put(block(9))
-    receiver.fetch(chunk), receiver.fetch(kept)
+    for each in (chunk, kept):
+        receiver.fetch(each)
     opened = counted(receiver, "ipcOpenMemHandle")
     sender.kill()
     if asked:

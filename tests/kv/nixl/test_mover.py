@@ -34,6 +34,7 @@ def other(world, receiver):
     return sender.put(block(50, BLOCK))
 
 
+@pytest.mark.parametrize("world", ["all", "tcp"], indirect=True)
 def test_a_killed_peer_is_lost_and_others_go_on(world, receiver, owners, other):
     owner = owners()
     chunk = owner.chunk

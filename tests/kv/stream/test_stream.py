@@ -80,11 +80,14 @@ def test_streams_and_their_fetches_leave_nothing_open():
     def once():
         world = StreamWorld()
         sender, receiver = world.pair(slots=4, block_bytes=100_000)
+        opened = []
         for number in range(20):
             chunk = sender.put(big(number, 100_000), big(number + 1, 100_000))
             assert receiver.fetch(chunk) == list(chunk.blocks)
             sender.free(chunk)
             world.wait(lambda: sender.store.free_slots == 4, "slots that libzmq does not let go of")
+            opened.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+        assert opened[-1] == opened[0]
         world.close()
 
     once()
