@@ -1,16 +1,16 @@
 """tools/bench_handover: what it reads out of records, its picture, and its errors.
 A run on the real model is in test_overhead.py."""
 
-from pathlib import Path
+import asyncio
+import contextlib
+from types import SimpleNamespace
 
 import pytest
 
-from tetri.bench.handover import picture, stages
+from tetri.bench.handover import drive, picture, stages
 from tetri.bench.handover.__main__ import shown, summarised
-
-REPOSITORY = Path(__file__).parents[2]
-EMULATED = REPOSITORY / "conf" / "emulated.toml"
-TOOL = REPOSITORY / "tools" / "bench_handover"
+from tetri.bench.report import BenchError
+from tetri.request import Receipt
 
 
 def interval(begun, ended):
@@ -74,3 +74,48 @@ def test_the_picture_has_a_bar_for_each_pass_and_copy(tmp_path):
     assert [len(bars) for bars in picture.rows(move(ON_TIME)).values()] == [3, 3, 3, 1]
     picture.draw(tmp_path / "way.png", move(ON_TIME))
     assert (tmp_path / "way.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+class Client:
+    """Of a cluster whose batch ends with the `lasts`-th hand-over beside it."""
+
+    def __init__(self, lasts):
+        self.lasts, self.running, self.served = lasts, 0, 0
+
+    async def generate(self, prompt, max_tokens, ignore_eos):
+        if max_tokens == drive.BATCH_OUTPUT:
+            self.beside, self.end = 0, asyncio.Event()
+            self.running += 1
+            try:
+                await self.end.wait()
+            finally:
+                self.running -= 1
+        elif self.running:
+            self.beside += 1
+            if self.beside == self.lasts:
+                self.end.set()
+                await asyncio.sleep(0)
+        self.served += 1
+        return SimpleNamespace(rid=f"r{self.served}", receipt=Receipt(prompt_tokens=9))
+
+    async def status(self):
+        return {"instances": [{"iid": "d0", "running": self.running}]}
+
+
+def test_where_the_batch_ends_too_early_fewer_rounds_are_beside_it(monkeypatch):
+    def run(lasts, lines):
+        monkeypatch.setattr(drive, "AsyncClient", lambda *_, **__: contextlib.nullcontext(Client(lasts)))
+        monkeypatch.setattr(drive, "PAUSE_S", 0.0)
+        cluster = drive.Cluster(SimpleNamespace(clients_address=""), "p0", "d0")
+        return drive.run(cluster, drive.Load((8, 16), rounds=4, batch=1), lines.append)
+
+    lines = []
+    found = run(5, lines)  # two in a round
+    again = "the batch ended before the last hand-over: trying again, 2 rounds at a time"
+    assert [line for line in lines if "again" in line] == [again]
+    assert {group: len(rids) for group, rids in found.items()} == dict.fromkeys(
+        [("idle", 8), ("idle", 16), ("busy", 8), ("busy", 16)], 4
+    )
+    assert len({rid for rids in found.values() for rid in rids}) == 16
+    with pytest.raises(BenchError, match="ended before the last hand-over beside it"):
+        run(1, lines)

@@ -12,13 +12,13 @@ from random import Random
 
 from tetri.bench.deployment import check_straight, running
 from tetri.bench.report import BenchError, Progress
-from tetri.client import AsyncClient
+from tetri.client import AsyncClient, Result
 from tetri.config import Config
 
 GIVE_UP_S = 300.0
 OUTPUT = 4  # output tokens of a measured request
 PAUSE_S = 0.2  # longest random pause before each: several steps, so that prefills end at any point of a step
-TOGETHER = 4  # rounds with the same running batch
+TOGETHER = 4  # most rounds with the same running batch
 BATCH_PROMPT, BATCH_OUTPUT = 64, 2000  # tokens of each request of that batch
 POLL_S = 0.05
 VOCABULARY = 256, 4096  # range of token ids that are valid and not special in every model here
@@ -81,12 +81,28 @@ class _Run:
                 await self._one("warm", length)
             for number in range(1, rounds + 1):
                 await self._round("idle", number)
-            for first in range(1, rounds + 1, TOGETHER):
-                async with self._batch():
-                    for number in range(first, min(first + TOGETHER, rounds + 1)):
-                        await self._round("busy", number)
+            await self._busy_rounds()
         self._rids = {group: rids for group, rids in self._rids.items() if group[0] != "warm"}
         return self._rids
+
+    async def _busy_rounds(self) -> None:
+        """Run the rounds beside a batch. If the batch ends too early, as prefill is slow, repeat them with fewer rounds
+        beside one batch. Raises BenchError if it does not last for one."""
+        first, together = 1, TOGETHER
+        while first <= self._load.rounds:
+            numbers = range(first, min(first + together, self._load.rounds + 1))
+            before = {group: list(rids) for group, rids in self._rids.items()}
+            async with self._batch() as tasks:
+                for number in numbers:
+                    await self._round("busy", number)
+                lasted = not any(task.done() for task in tasks)
+            if lasted:
+                first = numbers.stop
+            elif len(numbers) == 1:
+                raise BenchError("a request of the batch ended before the last hand-over beside it")
+            else:
+                self._rids, together = before, len(numbers) // 2
+                self._progress(f"the batch ended before the last hand-over: trying again, {together} rounds at a time")
 
     async def _round(self, state: str, number: int) -> None:
         for length in self._load.lengths:
@@ -103,16 +119,14 @@ class _Run:
         return [self._rng.randrange(*VOCABULARY) for _ in range(length)]
 
     @asynccontextmanager
-    async def _batch(self) -> AsyncIterator[None]:
-        """Keep a batch of requests decoding in this context. Raises BenchError if one of them ends too early."""
+    async def _batch(self) -> AsyncIterator[list[asyncio.Task[Result]]]:
+        """Let a batch of requests decode in this context. Yields them."""
         prompts = [self._prompt(BATCH_PROMPT) for _ in range(self._load.batch)]
         calls = [self._client.generate(each, max_tokens=BATCH_OUTPUT, ignore_eos=True) for each in prompts]
         tasks = [asyncio.create_task(call) for call in calls]
         try:
             await self._running(len(tasks))
-            yield
-            if any(task.done() for task in tasks):
-                raise BenchError("a request of the batch ended before the last hand-over beside it")
+            yield tasks
         finally:
             for task in tasks:
                 task.cancel()
