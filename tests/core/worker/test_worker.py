@@ -145,6 +145,20 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     assert told.holds() == [] and told.load().free_blocks == 40
 
 
+def test_messages_to_itself_nest_no_deeper_the_more_there_are():
+    """Thousands of short prompts planned at once: each is offered, granted, announced and landed here."""
+    many = 5_000
+    large = capacity(blocks=2 * many, context=100, chunk_tokens=many, max_batch=2 * many)
+    told = working("m1", capacity=large, slots=2 * many)
+    for number in range(many):
+        told.core.handle(assign(f"r{number}", prompt=1, max_tokens=2), 0.0)
+    planned = told.later()
+    assert kinds(planned).count("AddRequest") == 2 * many and not sent(planned, "m1")
+    actions = told.step()
+    assert (kinds(actions).count("Adopt"), kinds(actions).count("Free")) == (many, many)
+    assert [message.stage for message in sent(told.later(), kind=Staged)] == ["decode"] * many
+
+
 def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_that_it_ends():
     """The broker's Close of the earlier attempt was lost, and it runs on while the next one is offered at home."""
     told = working("m1", **ROOMY).running("a", prompt=4)

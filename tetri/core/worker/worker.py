@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from random import Random
 
 from tetri.core.actions import (
@@ -154,17 +155,17 @@ class Worker:
 
     def _deliver_own(self, actions: list[Action], now: float) -> list[Action]:
         """Deliver messages addressed to this instance directly instead of over a socket; while a step is running,
-        queue them."""
-        me = self.own.iid
-        for place, action in enumerate(actions):
-            if isinstance(action, Send) and action.peer == me:
-                if self.stepping:
-                    self._queued_own.append(action)
-                    return actions[:place] + self._deliver_own(actions[place + 1 :], now)
-                # A worker sends itself only messages between workers, which are WorkerInput.
-                handled = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]
-                return handled + self._deliver_own(actions[place + 1 :], now)
-        return actions  # the usual case: no message to this instance
+        queue them. What a message causes comes before the next action. A loop, because thousands may come at once."""
+        left, others = deque(actions), list[Action]()
+        while left:
+            action = left.popleft()
+            if not isinstance(action, Send) or action.peer != self.own.iid:
+                others.append(action)
+            elif self.stepping:
+                self._queued_own.append(action)
+            else:  # a worker sends itself only messages between workers, which are WorkerInput
+                left.extendleft(reversed(self._handle(action.message, now)))  # type: ignore[arg-type]
+        return others
 
     # ------------------------------------------------------------ the engine
 
