@@ -154,8 +154,9 @@ class _Histories(RuleBasedStateMachine):
     @rule(data=st.data())
     def let_go(self, data):
         handle = data.draw(st.sampled_from(self.kept))
+        free = self.slab.free_slots
         self.kept.remove(handle)
-        self.slab.let_go(handle)
+        assert self.slab.let_go(handle) == self.slab.free_slots - free
 
     @precondition(lambda self: self.dead)
     @rule(data=st.data())

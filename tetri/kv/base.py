@@ -109,8 +109,8 @@ class Slab(SenderSide, Protocol):
     def keep(self, handle: Handle) -> bool:
         """Protect these slots from reuse. False when they no longer hold the chunk. Callable from any thread."""
 
-    def let_go(self, handle: Handle) -> None:
-        """End one `keep`. Callable from any thread."""
+    def let_go(self, handle: Handle) -> int:
+        """End one `keep`. Returns how many slots that made free. Callable from any thread."""
 
 
 class Reader(Protocol):

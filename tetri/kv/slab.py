@@ -152,15 +152,17 @@ class HostSlab:
                 self._kept[slot] += 1
         return True
 
-    def let_go(self, handle: Handle) -> None:
+    def let_go(self, handle: Handle) -> int:
         """As in `Slab`. Raises KVError, and changes nothing, when one of the slots is not kept."""
         with self._lock:
             problem = shape_problem(self.segment, handle)
             if problem is not None or not all(self._kept[slot] for slot in handle.slots):
                 raise KVError(f"{self.segment.name}: cannot let go: {problem or 'a slot is not kept'}")
+            free = len(self._free)
             for slot in handle.slots:
                 self._kept[slot] -= 1
                 self._recycle(slot)
+            return len(self._free) - free
 
     def close(self) -> None:
         """Refuse `put`, `free` and `keep` from now on. Does not free the memory. A second call does nothing."""

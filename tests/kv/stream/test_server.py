@@ -1,10 +1,13 @@
 """The server of `stream` and its receivers: those that are slow, and nonsense."""
 
 import random
+import threading
 
+import pytest
 import zmq
 from live import wait_until
 
+from tests.kv.parties import block
 from tests.kv.stream.world import big
 from tetri.kv.base import KVError, Wanted
 from tetri.kv.stream.fetch import StreamPatience
@@ -36,6 +39,32 @@ def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monke
     assert sender.store.free_slots == 64 - 8
     world.settle()
     assert [isinstance(slow.answers[ticket], KVError) for ticket in tickets] == [False] * 2 + [True] * 6
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["a view", "a copy"])
+def test_a_worker_that_takes_slots_just_then_still_hears_that_others_came_free(world, count):
+    """Small blocks that are not adjacent leave as a copy, which keeps its slots for a moment only."""
+    woken = world.news  # of the sender alone
+    sender = world.open("p0", slots=4)
+    world.news = threading.Event()
+    receiver = world.open("d0")
+    receiver.meet(sender)
+    ones = [sender.put(block(number)) for number in range(3)]
+    for one in ones[::2]:
+        sender.free(one)
+    chunk, slab = sender.put(*(block(10 + number) for number in range(count))), sender.store.slab
+    before = slab.let_go
+
+    def let_go(handle):
+        slab.let_go = before
+        sender.free(chunk)
+        freed = before(handle)
+        sender.put(*[block(5)] * count)
+        return freed
+
+    slab.let_go = let_go
+    assert receiver.fetch(chunk) == list(chunk.blocks)
+    wait_until(woken.is_set, "nobody told the sender")
 
 
 def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(world):

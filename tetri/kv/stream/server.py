@@ -106,7 +106,7 @@ class SlabServer(SlabThread):
         parts = [blocks[first : first + size] for first, size in inside]
         if len(parts) != 1:
             copy = b"".join(parts)
-            self._slab.let_go(due.slots)
+            self._end_keep(due.slots)
             return copy
         view = weakref.ref(parts[0], self._release)
         self._held[id(view)] = (view, due.slots)
@@ -120,8 +120,11 @@ class SlabServer(SlabThread):
             self._waker.ring()  # only for the last view; the thread handles the others when it is awake
 
     def _let_go(self) -> None:
-        free = self._slab.free_slots
         while self._released:
-            self._slab.let_go(self._held.pop(self._released.popleft())[1])
-        if self._slab.free_slots > free:
+            self._end_keep(self._held.pop(self._released.popleft())[1])
+
+    def _end_keep(self, handle: Handle) -> None:
+        """Wake the worker if that makes slots free. The number of free slots does not tell: at any moment, the worker
+        may take some for its next chunk."""
+        if self._slab.let_go(handle):
             self._wake()
