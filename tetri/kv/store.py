@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
@@ -10,11 +10,18 @@ from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
 
 class Store:
     """A slab and its readers. `readers`: path -> reader. `home` reads the worker's own slab (path `local`), for
-    mixed workers."""
+    mixed workers. `due` is of a reader that does not wake the worker."""
 
-    def __init__(self, slab: Slab, readers: dict[str, Reader], reach: Reach, home: Reader) -> None:
+    def __init__(
+        self,
+        slab: Slab,
+        readers: dict[str, Reader],
+        reach: Reach,
+        home: Reader,
+        due: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self.slab, self.readers, self.reach = slab, {"local": home, **readers}, reach
-        self.slots = slab.slots
+        self.slots, self.due = slab.slots, due
         self.put, self.free, self.freed = slab.put, slab.free, slab.freed
 
     @property
@@ -40,9 +47,6 @@ class Store:
     def fetched(self) -> Iterable[Fetched]:
         for reader in self.readers.values():
             yield from reader.fetched()
-
-    def due(self) -> float | None:
-        return None
 
     def close(self) -> None:
         """Close the readers, then the slab. A second call does nothing."""

@@ -66,7 +66,7 @@ class SlowReader:
         if sender is None or not sender.keep(wanted.handle):
             self._answer(wanted, Fetched(wanted.ticket, problem=KVLost("the KV is no longer there")))
             return
-        fetched = self.way.fetch(wanted)
+        fetched = self.way.copied(wanted)
         if fetched.problem is None:
             fetched = Fetched(fetched.ticket, [bytes(block) for block in fetched.blocks])
         size = len(wanted.handle.slots) * memories.block_bytes
