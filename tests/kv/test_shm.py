@@ -5,6 +5,7 @@ import os
 from contextlib import closing
 
 import pytest
+from msgspec.structs import replace
 
 from tests.kv.contract import StoreContract
 from tests.kv.mapped import ShmWorld
@@ -29,6 +30,29 @@ def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(pair, tmp_pat
     receiver.meet(sender)
     with pytest.raises(KVLost, match="cannot be opened"):
         receiver.fetch(chunk)
+
+
+def test_a_segment_whose_name_others_remove_is_read_as_before(world, pair, tmp_path):
+    """Also by a receiver that opens it only now. It is the same memory: what is freed is lost to all."""
+    sender, receiver = pair
+    chunks = [sender.put(block(1)), sender.put(block(2))]
+    assert receiver.fetch(chunks[0]) == [block(1)] and sender.store.counters() == {}
+    os.unlink(tmp_path / chunks[0].handle.segment)
+    assert sender.store.counters() == {"segment_unlinked": 1}
+    late, stranger = world.open("d1"), world.open("d2")
+    late.store.meet("p0", replace(sender.store.reach, process=os.getpid()))
+    stranger.meet(sender)  # the process that it was told is another one
+    assert [each.fetch(chunks[1]) for each in (receiver, late)] == [[block(2)]] * 2
+    with pytest.raises(KVLost, match="cannot be opened"):
+        stranger.fetch(chunks[1])
+    sender.free(chunks[1])
+    for each in (receiver, late):
+        with pytest.raises(KVLost, match="is in generation 2"):
+            each.fetch(chunks[1])
+    assert late.fetch(sender.put(block(3))) == [block(3)]
+    sender.give_back()
+    sender.close()
+    assert sender.store.counters() == {}
 
 
 def test_sweep_removes_the_dead_and_only_them(slab, tmp_path):

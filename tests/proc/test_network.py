@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from tests.core.build import heartbeat
 from tetri.executor import Copies
+from tetri.kv.base import KVStore
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
-from tetri.proc.network import HubNetwork, polled, received
+from tetri.proc.network import HubNetwork, StoreNetwork, polled, received
 from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived, PeerDown, PeerUp
 from tetri.wire.messages import FlipWanted
@@ -67,6 +70,22 @@ def test_what_the_hub_cannot_do_is_logged_and_raises_nothing(caplog: pytest.LogC
     use(PlayedHub(broken=True))
     assert len(caplog.records) == 3 and all(record.levelname == "ERROR" for record in caplog.records)
     assert "no such address" in caplog.text and caplog.text.count("too long") == 2 and caplog.text.count("p0") >= 2
+
+
+def test_what_happened_to_a_workers_slab_is_in_its_heartbeats_and_once_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hub, counters = PlayedHub(), dict[str, int]()
+    store = cast(KVStore, SimpleNamespace(counters=lambda: counters))
+    network = StoreNetwork(HubNetwork(cast(Hub, hub), logging.getLogger("test")), store, logging.getLogger("test"))
+    beat = heartbeat("p0", counters={"late": 2})
+    network.send("broker", beat)
+    counters["segment_unlinked"] = 1
+    for message in (beat, WISH, beat):
+        network.send("broker", message)
+    noted = beat.changed(counters={"late": 2, "segment_unlinked": 1})
+    assert [message for _, _, message in hub.done] == [beat, noted, WISH, noted]
+    assert caplog.text.count("segment_unlinked") == 1
 
 
 def test_messages_come_without_their_envelope() -> None:

@@ -96,6 +96,9 @@ class SenderSide(Protocol):
     def freed(self) -> int:
         """How many slots became free since the last call. Each slot that was put counts once."""
 
+    def counters(self) -> dict[str, int]:
+        """What has happened to the memory, by name, for heartbeats. Empty as long as nothing has."""
+
     def close(self) -> None:
         """Free the memory. Peers' mappings stay readable. A second call does nothing."""
 

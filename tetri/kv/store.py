@@ -21,8 +21,8 @@ class Store:
         due: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.slab, self.readers, self.reach = slab, {"local": home, **readers}, reach
-        self.slots, self.due = slab.slots, due
-        self.put, self.free, self.freed = slab.put, slab.free, slab.freed
+        self.slots, self._due = slab.slots, due
+        self.put, self.free, self.freed, self.counters = slab.put, slab.free, slab.freed, slab.counters
 
     @property
     def free_slots(self) -> int:
@@ -47,6 +47,9 @@ class Store:
     def fetched(self) -> Iterable[Fetched]:
         for reader in self.readers.values():
             yield from reader.fetched()
+
+    def due(self) -> float | None:
+        return self._due()
 
     def close(self) -> None:
         """Close the readers, then the slab. A second call does nothing."""

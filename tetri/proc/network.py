@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tetri import log
-from tetri.executor import Copies
+from tetri.executor import Copies, Network
+from tetri.kv.base import KVStore
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
+from tetri.wire.messages import Heartbeat
 
 
 class HubNetwork:
@@ -42,6 +44,25 @@ class HubNetwork:
             self.hub.connect(peer, address)
         except NetError as error:  # the peer sent a wrong address: it stays unreachable, and the status shows it
             self.log.error("%s %s", error, log.fields(iid=peer))
+
+
+class StoreNetwork:
+    """A worker's network that adds the counters of its KV slab to heartbeats, and logs each counter once."""
+
+    def __init__(self, network: Network, store: KVStore, logger: logging.Logger) -> None:
+        self.network, self.store, self.log = network, store, logger
+        self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
+        self._logged: set[str] = set()
+
+    def send(self, peer: str, message: Any) -> None:
+        """Send to one peer."""
+        counters = self.store.counters() if isinstance(message, Heartbeat) else {}
+        if counters:
+            message = message.changed(counters={**message.counters, **counters})
+            for name in counters.keys() - self._logged:
+                self._logged.add(name)
+                self.log.error("%s: tetri-cli doctor says what to do", name)
+        self.network.send(peer, message)
 
 
 def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:

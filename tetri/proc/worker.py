@@ -28,7 +28,7 @@ from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
 from tetri.proc import build
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
-from tetri.proc.network import HubNetwork, received
+from tetri.proc.network import HubNetwork, StoreNetwork, received
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.request import ROLES
 from tetri.strict import ConfigError
@@ -84,7 +84,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, stack)
-        network: Network = HubNetwork(hub, logger)
+        network: Network = StoreNetwork(HubNetwork(hub, logger), store, logger)
         network = network if serving is None else StatusNetwork(network, serving)
         if (faults := parse_faults(config.transfer.faults)) is not None:
             store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)

@@ -73,6 +73,13 @@ def test_a_worker_that_harms_its_kv_on_purpose_is_named():
     assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
 
 
+def test_a_worker_whose_segment_others_removed_is_named():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.by_iid["p0"].counters = {"duplicate": 3, "segment_unlinked": 1}
+    note = "its segment was removed from /dev/shm: see tetri-cli doctor"
+    assert {status.iid: status.note for status in made.status()} == {"d0": "", "p0": note}
+
+
 def test_a_roster_is_made_when_there_is_news_or_silence():
     made = members(("p0", "prefill"))
     assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []

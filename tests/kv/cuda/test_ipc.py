@@ -73,6 +73,26 @@ def test_memory_that_is_wanted_back_is_closed_also_without_being_asked_for(world
     assert receiver.fetch(kept) == [block(9)] and not opened, "the other stays open"
 
 
+def test_a_metadata_segment_that_others_unlink_is_read_as_before(world, pair, monkeypatch):
+    """Its owner has not closed it."""
+    monkeypatch.setattr("tetri.kv.cuda.ipc._BACK_S", 0.0)
+    sender, receiver = pair
+    chunk, late = sender.put(block(1)), world.open("d1")
+    assert receiver.fetch(chunk) == [block(1)] and sender.store.counters() == {}
+    (world.cards / chunk.handle.segment).unlink()
+    assert sender.store.counters() == {"segment_unlinked": 1}
+    late.meet(sender)
+    for each in (receiver, late):
+        each.hear()
+        assert each.fetch(chunk) == [block(1)]
+    sender.close()
+    assert sender.store.counters() == {}
+    with pytest.raises(KVLost, match="has closed it"):
+        receiver.fetch(chunk)
+    with pytest.raises(KVLost):
+        late.fetch(chunk)
+
+
 def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
     """Its process may end before the copy does."""
     sender, receiver = pair

@@ -199,7 +199,7 @@ class Members:
                 queued=member.load.queued,
                 running=member.load.running,
                 held=member.held,
-                note=member.lost or self._exchanges(member).incompatibility or _rehearsal(member),
+                note=member.lost or self._exchanges(member).incompatibility or _unlinked(member) or _rehearsal(member),
                 paths=self._exchanges(member).paths,
                 counters=member.counters,
                 slots_used=member.slots_used,
@@ -213,6 +213,12 @@ class Members:
         if not self._sorted:
             self._sort()
         return NONE_FOUND if member.lost is not None else self._compatible[member.role].others(member.instance)
+
+
+def _unlinked(member: Member) -> str:
+    """A note for the status if another program has removed the worker's segment (kv/unnamed.py)."""
+    removed = member.counters.get("segment_unlinked")
+    return "its segment was removed from /dev/shm: see tetri-cli doctor" if removed else ""
 
 
 def _rehearsal(member: Member) -> str:

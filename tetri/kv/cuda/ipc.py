@@ -115,12 +115,12 @@ class CudaReader(MappingReader[OpenedSlab]):
         if len(ticket) != TICKET.size:
             raise KVLost(f"{name}: a ticket of {len(ticket)} bytes, not {TICKET.size}")
         slots, block_bytes, handle = TICKET.unpack(ticket)
-        metadata = attach(self._directory, self._deployment, name)
+        metadata = attach(self._directory, self._deployment, name, reach.process)
         with ExitStack() as undo:
             undo.callback(metadata.close)
             if slots != metadata.segment.slots:
                 raise KVLost(f"{name}: {metadata.segment.slots} slots, the ticket says {slots}")
-            descriptor = lease(os.path.join(self._directory, name))
+            descriptor = lease(os.path.join(self._directory, name), reach.process)
             undo.callback(os.close, descriptor)
             with device.explained(f"{name}: cannot be opened", KVLost):
                 base: int = device.runtime.ipcOpenMemHandle(handle)
