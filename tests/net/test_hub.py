@@ -69,6 +69,15 @@ def test_a_send_right_after_peer_up_is_not_refused(run_folder):
                 assert broker.send("w", close("now"))
 
 
+def test_one_message_to_many_peers_is_the_same_bytes(run_folder):
+    """It is encoded once; another one that follows is not taken for it."""
+    with linked(run_folder) as (worker, broker):
+        messages = [close("r1"), close("r2")]
+        sent = [messages[0], messages[0], messages[1], messages[0]]
+        assert all(broker.send("w", message) for message in sent)
+        assert some(worker, 4) == [Arrived(message) for message in sent]
+
+
 def test_tcp_works_like_ipc_and_tells_the_port():
     with hubs(2) as (worker, broker):
         address = worker.bind_inbox("tcp://127.0.0.1:*", InboxMessage)

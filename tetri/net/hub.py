@@ -45,6 +45,7 @@ class Hub:
         self._feeds: list[PeerLink] = []  # PUB or SUB sockets that connect
         self._links: dict[str, PeerLink] = {}
         self._monitors: dict[sockets.Socket, PeerLink] = {}
+        self._encoded: tuple[msgspec.Struct | None, bytes] = (None, b"")  # the last message that `send` encoded
         self._wake_read, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller.register(self._wake_read, zmq.POLLIN)
 
@@ -183,7 +184,7 @@ class Hub:
             if link is not None and link.given_up:
                 self._open(peer, link.address)  # here, not in poll: retry only as often as the core sends
             return False
-        data = codec.encode(message)
+        data = self._encode(message)
         if not link.send(data):
             self.counters["would_block"] += 1
             return False
@@ -208,6 +209,13 @@ class Hub:
             return "gone"
         self._count_sent(data)
         return "sent"
+
+    def _encode(self, message: msgspec.Struct) -> bytes:
+        """Encode a message, or return the last encoding if it is the same object: a core sends one message to many
+        peers in a row."""
+        if message is not self._encoded[0]:
+            self._encoded = (message, codec.encode(message))
+        return self._encoded[1]
 
     def _count_sent(self, data: bytes) -> None:
         self.counters["sent"] += 1

@@ -131,7 +131,6 @@ class Flips:
         if change is None:
             if role != member.role and role in ROLES:
                 self.members.turn(member, role)
-                return self.members.publish(now)
             return []
         if (role, flip) != (change.role, change.number):
             if member.role != change.role:  # the worker has registered again, with its old role
