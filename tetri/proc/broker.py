@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from tetri import log
+from tetri.clock import Clock
 from tetri.config import Config
 from tetri.core.actions import (
     BROKER,
@@ -47,6 +48,8 @@ class ActionExecutor:
 
     def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
         self.core, self.hub, self.tokenizer, self.network = core, hub, tokenizer, HubNetwork(hub, logger)
+        limits = core.limits
+        self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -98,7 +101,7 @@ class ActionExecutor:
         for action in actions:
             result = self.do(action)
             if result is not None:
-                self.carry_out(self.core.handle(result, time.monotonic()))
+                self.carry_out(self.core.handle(result, self.clock.now()))
 
     def do(self, action: Action) -> BrokerInput | None:
         """Execute one action. Returns its result, if the core has to know it."""
@@ -148,7 +151,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         hub.bind_clients(config.clients_address, ClientMessage)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
-        run(core, executor.poll, executor.act, time.monotonic, signals.running)
+        run(core, executor.poll, executor.act, executor.clock, signals.running)
 
 
 def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
