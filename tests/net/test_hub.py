@@ -53,7 +53,7 @@ def test_messages_reach_an_inbox_in_order_unless_too_long_or_disconnected(run_fo
             broker.send("w", huge)
         for _ in range(2):
             broker.disconnect("w")
-        assert broker.send("w", close("r")) is False
+        assert broker.send("w", close("r")) is False and broker.unsent == {"away_w": 1}
         assert broker.poll(0) == []
 
 

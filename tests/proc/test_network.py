@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 
+from tests.core.build import heartbeat
 from tetri.executor import Copies
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
@@ -24,6 +26,8 @@ class PlayedHub:
 
     def __init__(self, *came: Any, broken: bool = False) -> None:
         self.came, self.broken = came, broken
+        self.unsent: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()
         self.done: list[tuple[Any, ...]] = []
         self.waited: list[float | None] = []
 
@@ -97,3 +101,13 @@ def test_a_worker_reads_messages_then_kv_then_the_rest(
     others = [lambda: iter(["length"]), lambda: iter(["more"])]
     assert [*received(cast(Hub, hub), copies, others, timeout)] == [WISH, "kv", "length", "more"]
     assert hub.waited == [waits]
+
+
+def test_a_heartbeat_says_what_could_not_be_sent_or_read() -> None:
+    hub = PlayedHub()
+    hub.unsent, hub.counters = Counter(full_d0=2), Counter(sent=5, garbage_frames=1)
+    network = HubNetwork(cast(Hub, hub), logging.getLogger("test"))
+    network.send("broker", heartbeat("p0", counters={"late": 1}))
+    network.send("broker", WISH)
+    (_, _, beat), (_, _, wish) = hub.done
+    assert beat.counters == {"late": 1, "unsent_full_d0": 2, "garbage_frames": 1} and wish == WISH

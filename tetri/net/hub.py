@@ -30,11 +30,12 @@ class Hub:
 
     `counters` never reset: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
     no_peer, replies_full, replies_gone, and garbage_<kind> for dropped messages (kinds: frames, and those of
-    codec.WireError).
+    codec.WireError). `unsent`: messages that `send` refused, by `full_<peer>` (its queue was full) and `away_<peer>`.
     """
 
     def __init__(self, log: logging.Logger | None = None) -> None:
         self.counters: Counter[str] = Counter()
+        self.unsent: Counter[str] = Counter()
         self._log = log or logging.getLogger("tetri.net")
         self._context: sockets.Context = zmq.Context()
         self._poller = zmq.Poller()
@@ -181,12 +182,14 @@ class Hub:
         link = self._links.get(peer)
         if link is None or not link.up:
             self.counters["no_peer"] += 1
+            self.unsent[f"away_{peer}"] += 1
             if link is not None and link.given_up:
                 self._open(peer, link.address)  # here, not in poll: retry only as often as the core sends
             return False
         data = self._encode(message)
         if not link.send(data):
             self.counters["would_block"] += 1
+            self.unsent[f"full_{peer}"] += 1
             return False
         self._count_sent(data)
         return True

@@ -33,9 +33,10 @@ from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.network import HubNetwork
+from tetri.proc.notes import completed, of_config
 from tetri.proc.recorder import BrokerStart, recorded
 from tetri.text import Stopper, TextError, Tokenizer
-from tetri.wire.clients import ClientMessage, Refused, Submit
+from tetri.wire.clients import ClientMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
@@ -50,6 +51,7 @@ class ActionExecutor:
         self.core, self.hub, self.tokenizer, self.network = core, hub, tokenizer, HubNetwork(hub, logger)
         limits = core.limits
         self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
+        self.notes: list[str] = []  # degraded modes that the configuration causes
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -122,7 +124,10 @@ class ActionExecutor:
 
     def reply(self, action: Reply) -> Undelivered | None:
         """Send a reply to a client. Returns Undelivered if the client is gone or its queue is full."""
-        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, action.message)
+        message = action.message
+        if isinstance(message, Status):
+            message = completed(message, self.notes, self.network)
+        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, message)
         if sent == "sent":
             return None
         self.stuck.add(action.client)
@@ -147,6 +152,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         start = start_of(config, epoch, model)
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, logger)
+        executor.notes = of_config(config, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage)
         hub.subscribe(config.views_address, ClusterView)

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from tetri import log
 from tetri.executor import Copies
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
+from tetri.wire.messages import Heartbeat
 
 
 class HubNetwork:
@@ -23,11 +26,19 @@ class HubNetwork:
         self.disconnect = hub.disconnect
 
     def send(self, peer: str, message: Any) -> None:
-        """Send to one peer."""
+        """Send to one peer. A Heartbeat gets the counters of what this process could not send or read."""
+        if isinstance(message, Heartbeat):
+            message = replace(message, counters={**message.counters, **self.counters()})
         try:
             self.hub.send(peer, message)
         except WireError as error:
             self.log.error("%s %s", error, log.fields(iid=peer))
+
+    def counters(self) -> dict[str, int]:
+        """The messages that could not be sent, by reason and peer, and those that could not be read, by kind."""
+        unsent = {f"unsent_{name}": count for name, count in self.hub.unsent.items()}
+        invalid = {name: count for name, count in self.hub.counters.items() if name.startswith("garbage_")}
+        return {**unsent, **invalid}
 
     def publish(self, message: Any) -> None:
         """Send to all subscribers."""

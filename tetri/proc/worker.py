@@ -30,6 +30,7 @@ from tetri.predict.serve import still_reading
 from tetri.proc import build
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
+from tetri.proc.notes import of_config
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.request import ROLES
 from tetri.strict import ConfigError
@@ -96,6 +97,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
+        of_config(config, logger)
         logger.info("ready to serve as %s %s", own.instance.role, log.fields(iid=iid, blocks=own.capacity.blocks))
         poll: Poll = partial(received, hub, copies, () if serving is None else (serving.known,))
         poll = partial(network.received, poll) if isinstance(network, FaultyNetwork) else poll

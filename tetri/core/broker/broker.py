@@ -22,6 +22,7 @@ from tetri.core.actions import (
 from tetri.core.broker.delivery import Delivery, Limits, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
+from tetri.core.broker.notes import notes
 from tetri.core.broker.requests import Row, Table
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
@@ -280,4 +281,11 @@ class Broker:
         if self.seen is not None:
             view, at = self.seen
             monitor = MonitorStatus(number=view.number, age_s=now - at, flip=view.flip)
-        return Status(instances=instances, requests=requests, counters=counters, model=self.model, monitor=monitor)
+        return Status(
+            instances=instances,
+            requests=requests,
+            counters=counters,
+            model=self.model,
+            monitor=monitor,
+            notes=notes(instances, monitor),
+        )
