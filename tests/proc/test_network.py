@@ -106,8 +106,9 @@ def test_a_worker_reads_messages_then_kv_then_the_rest(
 def test_a_heartbeat_says_what_could_not_be_sent_or_read() -> None:
     hub = PlayedHub()
     hub.unsent, hub.counters = Counter(full_d0=2), Counter(sent=5, garbage_frames=1)
-    network = HubNetwork(cast(Hub, hub), logging.getLogger("test"))
+    network = HubNetwork(cast(Hub, hub), logging.getLogger("test"), lambda: {"stream_read_cut": 3})
     network.send("broker", heartbeat("p0", counters={"late": 1}))
     network.send("broker", WISH)
     (_, _, beat), (_, _, wish) = hub.done
-    assert beat.counters == {"late": 1, "unsent_full_d0": 2, "garbage_frames": 1} and wish == WISH
+    counted = {"late": 1, "unsent_full_d0": 2, "garbage_frames": 1, "stream_read_cut": 3}
+    assert beat.counters == counted and wish == WISH

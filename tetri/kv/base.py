@@ -141,6 +141,9 @@ class KVStore(SenderSide, Reader, Protocol):
 
     reach: Reach
 
+    def counters(self) -> dict[str, int]:
+        """Events on its KV paths since its start: <path>_<what> -> how many."""
+
     def due(self) -> float | None:
         """Latest time at which `fetched` must be called, in seconds of time.monotonic(), if `wake` is not called
         before. None: no such time. 0.0: results are waiting."""

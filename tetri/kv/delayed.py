@@ -23,6 +23,10 @@ class DelayedStore:
         """How many slots `put` can use now."""
         return self.store.free_slots
 
+    def counters(self) -> dict[str, int]:
+        """Events on the store's KV paths."""
+        return self.store.counters()
+
     def start(self, wanted: Wanted) -> Fetched | None:
         """Start a fetch in the store."""
         return self.store.fetch(wanted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
@@ -10,9 +11,17 @@ from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
 
 class Store:
     """A slab and its readers. `readers`: path -> reader. `home` reads the worker's own slab (path `local`), for
-    mixed workers."""
+    mixed workers. `counted`: path -> what returns the counters of that path, for those that count."""
 
-    def __init__(self, slab: Slab, readers: dict[str, Reader], reach: Reach, home: Reader) -> None:
+    def __init__(
+        self,
+        slab: Slab,
+        readers: dict[str, Reader],
+        reach: Reach,
+        home: Reader,
+        counted: Mapping[str, Callable[[], Mapping[str, int]]] = MappingProxyType({}),
+    ) -> None:
+        self.counted = counted
         self.slab, self.readers, self.reach = slab, {"local": home, **readers}, reach
         self.slots = slab.slots
         self.put, self.free, self.freed = slab.put, slab.free, slab.freed
@@ -40,6 +49,9 @@ class Store:
     def fetched(self) -> Iterable[Fetched]:
         for reader in self.readers.values():
             yield from reader.fetched()
+
+    def counters(self) -> dict[str, int]:
+        return {f"{path}_{name}": n for path, counted in self.counted.items() for name, n in counted().items()}
 
     def due(self) -> float | None:
         return None

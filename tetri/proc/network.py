@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from msgspec.structs import replace
@@ -21,8 +22,11 @@ from tetri.wire.messages import Heartbeat
 class HubNetwork:
     """Sends messages without a guarantee and without raising: heartbeats and timers repair a lost message."""
 
-    def __init__(self, hub: Hub, logger: logging.Logger) -> None:
-        self.hub, self.log = hub, logger
+    def __init__(
+        self, hub: Hub, logger: logging.Logger, kv: Callable[[], Mapping[str, int]] = lambda: MappingProxyType({})
+    ) -> None:
+        """`kv` returns the counters of the KV paths of a worker."""
+        self.hub, self.log, self.kv = hub, logger, kv
         self.disconnect = hub.disconnect
 
     def send(self, peer: str, message: Any) -> None:
@@ -35,10 +39,11 @@ class HubNetwork:
             self.log.error("%s %s", error, log.fields(iid=peer))
 
     def counters(self) -> dict[str, int]:
-        """The messages that could not be sent, by reason and peer, and those that could not be read, by kind."""
+        """The messages that could not be sent, by reason and peer, those that could not be read, by kind, and the
+        events on KV paths."""
         unsent = {f"unsent_{name}": count for name, count in self.hub.unsent.items()}
         invalid = {name: count for name, count in self.hub.counters.items() if name.startswith("garbage_")}
-        return {**unsent, **invalid}
+        return {**unsent, **invalid, **self.kv()}
 
     def publish(self, message: Any) -> None:
         """Send to all subscribers."""

@@ -86,7 +86,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, stack)
-        network: Network = HubNetwork(hub, logger)
+        network: Network = HubNetwork(hub, logger, store.counters)
         network = network if serving is None else StatusNetwork(network, serving)
         if (faults := parse_faults(config.transfer.faults)) is not None:
             store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)

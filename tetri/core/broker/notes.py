@@ -24,7 +24,7 @@ def of_counters(who: str, counters: dict[str, int]) -> Iterator[str]:
     for name, count in counters.items():
         if name.startswith(_UNSENT) and count:
             yield f"{who} could not send {count} messages to {name.removeprefix(_UNSENT)}, whose queue was full"
-        elif name.startswith(_INVALID) and count:
+        elif _INVALID in name and count:
             yield f"{who} dropped {count} invalid messages ({name})"
 
 
