@@ -26,7 +26,7 @@ PACKAGES = {
     "request": package("", "msgspec"),  # its records cross the wire
     "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
-    **dict.fromkeys(("strict", "atomic", "faults", "metrics", "log"), package("")),
+    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log"), package("")),
     "text": package("request", "tokenizers jinja2"),
     "models": package("atomic", "torch transformers accelerate gguf xxhash"),
     "policy": package("request instance engine_request cost"),
@@ -46,7 +46,7 @@ PACKAGES = {
     ),
     "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm"),
     "executor": package("core engine kv engine_request request instance wire"),
-    "client": package("request config strict", "zmq msgpack"),
+    "client": package("request config strict clock", "zmq msgpack"),
     "proc": package(EVERYTHING, "click msgspec supervisor"),
     "cli": package(EVERYTHING, "click rich"),
     "__init__": package("client"),

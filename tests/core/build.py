@@ -130,8 +130,9 @@ def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Insta
     return Instance(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
-def membership(number: int, *instances: Instance, epoch: int = 1) -> Membership:
-    return Membership(epoch=epoch, number=number, instances=list(instances))
+def membership(number: int, *instances: Instance, epoch: int = 1, **change: Any) -> Membership:
+    """A whole one, or a change with `since` and `gone`."""
+    return Membership(epoch=epoch, number=number, instances=list(instances), **change)
 
 
 def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:

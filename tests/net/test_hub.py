@@ -53,7 +53,7 @@ def test_messages_reach_an_inbox_in_order_unless_too_long_or_disconnected(run_fo
             broker.send("w", huge)
         for _ in range(2):
             broker.disconnect("w")
-        assert broker.send("w", close("r")) is False
+        assert broker.send("w", close("r")) is False and broker.unsent == {"away_w": 1}
         assert broker.poll(0) == []
 
 
@@ -67,6 +67,15 @@ def test_a_send_right_after_peer_up_is_not_refused(run_folder):
                 broker.send("w", close("too early"))
                 events(broker, lambda seen: PeerUp("w") in seen)
                 assert broker.send("w", close("now"))
+
+
+def test_one_message_to_many_peers_is_the_same_bytes(run_folder):
+    """It is encoded once; another one that follows is not taken for it."""
+    with linked(run_folder) as (worker, broker):
+        messages = [close("r1"), close("r2")]
+        sent = [messages[0], messages[0], messages[1], messages[0]]
+        assert all(broker.send("w", message) for message in sent)
+        assert some(worker, 4) == [Arrived(message) for message in sent]
 
 
 def test_tcp_works_like_ipc_and_tells_the_port():

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -200,3 +201,23 @@ def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
         socket.close()
     context.term()
     pairs.assert_alive()
+
+
+def test_a_pause_of_all_processes_loses_nobody() -> None:
+    """As of a container that is paused. The workers go on later than the broker."""
+    with slow_cluster(ONE_EACH, "cluster.dead_s=2") as cluster:
+        programs = cluster.processes
+
+        def pause() -> None:
+            for name in programs:
+                programs[name].send_signal(signal.SIGSTOP)
+            time.sleep(4.0)
+            for name in ("broker", "monitor", "p0", "d0"):
+                programs[name].send_signal(signal.SIGCONT)
+                time.sleep(0.5 * (name == "monitor"))
+
+        traffic = Traffic(cluster, 4)
+        results = traffic.check(asyncio.run(traffic.run(pause)))
+        assert [result.receipt.attempts for result in results] == [1] * 4
+        assert "workers_lost" not in cluster.client().status()["counters"]
+        cluster.wait_idle()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from tests.core.build import heartbeat
 from tetri.executor import Copies
-from tetri.kv.base import KVStore
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
-from tetri.proc.network import HubNetwork, StoreNetwork, polled, received
+from tetri.proc.network import HubNetwork, polled, received
 from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived, PeerDown, PeerUp
 from tetri.wire.messages import FlipWanted
@@ -27,6 +26,8 @@ class PlayedHub:
 
     def __init__(self, *came: Any, broken: bool = False) -> None:
         self.came, self.broken = came, broken
+        self.unsent: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()
         self.done: list[tuple[Any, ...]] = []
         self.waited: list[float | None] = []
 
@@ -76,8 +77,7 @@ def test_what_happened_to_a_workers_slab_is_in_its_heartbeats_and_once_in_the_lo
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     hub, counters = PlayedHub(), dict[str, int]()
-    store = cast(KVStore, SimpleNamespace(counters=lambda: counters))
-    network = StoreNetwork(HubNetwork(cast(Hub, hub), logging.getLogger("test")), store, logging.getLogger("test"))
+    network = HubNetwork(cast(Hub, hub), logging.getLogger("test"), lambda: counters)
     beat = heartbeat("p0", counters={"late": 2})
     network.send("broker", beat)
     counters["segment_unlinked"] = 1
@@ -116,3 +116,14 @@ def test_a_worker_reads_messages_then_kv_then_the_rest(
     others = [lambda: iter(["length"]), lambda: iter(["more"])]
     assert [*received(cast(Hub, hub), copies, others, timeout)] == [WISH, "kv", "length", "more"]
     assert hub.waited == [waits]
+
+
+def test_a_heartbeat_says_what_could_not_be_sent_or_read() -> None:
+    hub = PlayedHub()
+    hub.unsent, hub.counters = Counter(full_d0=2), Counter(sent=5, garbage_frames=1)
+    network = HubNetwork(cast(Hub, hub), logging.getLogger("test"), lambda: {"stream_read_cut": 3})
+    network.send("broker", heartbeat("p0", counters={"late": 1}))
+    network.send("broker", WISH)
+    (_, _, beat), (_, _, wish) = hub.done
+    counted = {"late": 1, "unsent_full_d0": 2, "garbage_frames": 1, "stream_read_cut": 3}
+    assert beat.counters == counted and wish == WISH

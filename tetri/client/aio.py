@@ -37,7 +37,7 @@ class AsyncClient(BaseClient["AsyncStream"]):
         await self._finish(self._cancellation(rid))
 
     async def status(self) -> dict[str, Any]:
-        """Return the cluster's status: instances, requests, counters, model."""
+        """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return await self._finish(self._ask(Inspection))
 
     async def flip(self, iid: str, role: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The client's state machine: which replies it has and which message it sends next. No socket and no clock: `now` is
-the time of tetri/client/clock.py, in seconds.
+the time of tetri/clock.py, in seconds.
 
 A request repeats its message until it is answered: Submit until Accepted or Refused; then, after some silence, Attach
 from the first missing token. Any single message may be lost, in either direction.

@@ -9,11 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import zmq
 
-from tetri.client.clock import Clock
 from tetri.client.conversation import Call, Patience, Request, Session
 from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
 from tetri.client.place import find_address
 from tetri.client.questions import Cancellation
+from tetri.clock import Clock
 from tetri.request import Turn
 
 Prompt = str | Sequence[int] | None

@@ -177,7 +177,10 @@ _REPLIES: dict[str, dict[str, type | tuple[type, ...]]] = {
         **{"jct_s": _NUMBER, "receipt": dict, "error": (str, type(None))},
     },
     "role_changed": {"key": str, "iid": str, "role": str, "was": str, "took_s": _NUMBER},
-    "status": {"instances": list, "requests": dict, "counters": dict, "model": str, "monitor": (dict, type(None))},
+    "status": {
+        **{"instances": list, "requests": dict, "counters": dict, "model": str},
+        **{"monitor": (dict, type(None)), "notes": list},
+    },
 }
 
 

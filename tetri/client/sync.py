@@ -40,7 +40,7 @@ class Client(BaseClient["Stream"]):
         self._finish(self._cancellation(rid))
 
     def status(self) -> dict[str, Any]:
-        """Return the cluster's status: instances, requests, counters, model."""
+        """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return self._finish(self._ask(Inspection))
 
     def flip(self, iid: str, role: str) -> dict[str, Any]:

@@ -30,11 +30,12 @@ class Hub:
 
     `counters` never reset: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
     no_peer, replies_full, replies_gone, and garbage_<kind> for dropped messages (kinds: frames, and those of
-    codec.WireError).
+    codec.WireError). `unsent`: messages that `send` refused, by `full_<peer>` (its queue was full) and `away_<peer>`.
     """
 
     def __init__(self, log: logging.Logger | None = None) -> None:
         self.counters: Counter[str] = Counter()
+        self.unsent: Counter[str] = Counter()
         self._log = log or logging.getLogger("tetri.net")
         self._context: sockets.Context = zmq.Context()
         self._poller = zmq.Poller()
@@ -45,6 +46,7 @@ class Hub:
         self._feeds: list[PeerLink] = []  # PUB or SUB sockets that connect
         self._links: dict[str, PeerLink] = {}
         self._monitors: dict[sockets.Socket, PeerLink] = {}
+        self._encoded: tuple[msgspec.Struct | None, bytes] = (None, b"")  # the last message that `send` encoded
         self._wake_read, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller.register(self._wake_read, zmq.POLLIN)
 
@@ -180,12 +182,14 @@ class Hub:
         link = self._links.get(peer)
         if link is None or not link.up:
             self.counters["no_peer"] += 1
+            self.unsent[f"away_{peer}"] += 1
             if link is not None and link.given_up:
                 self._open(peer, link.address)  # here, not in poll: retry only as often as the core sends
             return False
-        data = codec.encode(message)
+        data = self._encode(message)
         if not link.send(data):
             self.counters["would_block"] += 1
+            self.unsent[f"full_{peer}"] += 1
             return False
         self._count_sent(data)
         return True
@@ -208,6 +212,13 @@ class Hub:
             return "gone"
         self._count_sent(data)
         return "sent"
+
+    def _encode(self, message: msgspec.Struct) -> bytes:
+        """Encode a message, or return the last encoding if it is the same object: a core sends one message to many
+        peers in a row."""
+        if message is not self._encoded[0]:
+            self._encoded = (message, codec.encode(message))
+        return self._encoded[1]
 
     def _count_sent(self, data: bytes) -> None:
         self.counters["sent"] += 1

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from tetri import log
+from tetri.clock import Clock
 from tetri.config import Config
 from tetri.core.actions import (
     BROKER,
@@ -32,9 +33,10 @@ from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.network import HubNetwork
+from tetri.proc.notes import completed, of_config
 from tetri.proc.recorder import BrokerStart, recorded
 from tetri.text import Stopper, TextError, Tokenizer
-from tetri.wire.clients import ClientMessage, Refused, Submit
+from tetri.wire.clients import ClientMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
@@ -47,6 +49,9 @@ class ActionExecutor:
 
     def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
         self.core, self.hub, self.tokenizer, self.network = core, hub, tokenizer, HubNetwork(hub, logger)
+        limits = core.limits
+        self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
+        self.notes: list[str] = []  # degraded modes that the configuration causes
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -98,7 +103,7 @@ class ActionExecutor:
         for action in actions:
             result = self.do(action)
             if result is not None:
-                self.carry_out(self.core.handle(result, time.monotonic()))
+                self.carry_out(self.core.handle(result, self.clock.now()))
 
     def do(self, action: Action) -> BrokerInput | None:
         """Execute one action. Returns its result, if the core has to know it."""
@@ -119,7 +124,10 @@ class ActionExecutor:
 
     def reply(self, action: Reply) -> Undelivered | None:
         """Send a reply to a client. Returns Undelivered if the client is gone or its queue is full."""
-        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, action.message)
+        message = action.message
+        if isinstance(message, Status):
+            message = completed(message, self.notes, self.network)
+        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, message)
         if sent == "sent":
             return None
         self.stuck.add(action.client)
@@ -144,11 +152,12 @@ def serve(config: Config, logger: logging.Logger) -> None:
         start = start_of(config, epoch, model)
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, logger)
+        executor.notes = of_config(config, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
-        run(core, executor.poll, executor.act, time.monotonic, signals.running)
+        run(core, executor.poll, executor.act, executor.clock, signals.running)
 
 
 def start_of(config: Config, epoch: int, model: str) -> BrokerStart:

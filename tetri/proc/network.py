@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from msgspec.structs import replace
+
 from tetri import log
-from tetri.executor import Copies, Network
-from tetri.kv.base import KVStore
+from tetri.executor import Copies
+from tetri.kv.unnamed import UNLINKED
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.wire.codec import WireError
@@ -20,16 +23,33 @@ from tetri.wire.messages import Heartbeat
 class HubNetwork:
     """Sends messages without a guarantee and without raising: heartbeats and timers repair a lost message."""
 
-    def __init__(self, hub: Hub, logger: logging.Logger) -> None:
-        self.hub, self.log = hub, logger
+    def __init__(
+        self, hub: Hub, logger: logging.Logger, kv: Callable[[], Mapping[str, int]] = lambda: MappingProxyType({})
+    ) -> None:
+        """`kv` returns the counters of the KV paths of a worker."""
+        self.hub, self.log, self.kv = hub, logger, kv
         self.disconnect = hub.disconnect
+        self._unlinked_logged = False  # that the segment was removed
 
     def send(self, peer: str, message: Any) -> None:
-        """Send to one peer."""
+        """Send to one peer. A Heartbeat gets the counters of what this process could not send or read."""
+        if isinstance(message, Heartbeat):
+            own = self.counters()
+            if UNLINKED in own and not self._unlinked_logged:
+                self._unlinked_logged = True
+                self.log.error("%s: tetri-cli doctor says what to do", UNLINKED)
+            message = replace(message, counters={**message.counters, **own})
         try:
             self.hub.send(peer, message)
         except WireError as error:
             self.log.error("%s %s", error, log.fields(iid=peer))
+
+    def counters(self) -> dict[str, int]:
+        """The messages that could not be sent, by reason and peer, those that could not be read, by kind, and the
+        events on KV paths."""
+        unsent = {f"unsent_{name}": count for name, count in self.hub.unsent.items()}
+        invalid = {name: count for name, count in self.hub.counters.items() if name.startswith("garbage_")}
+        return {**unsent, **invalid, **self.kv()}
 
     def publish(self, message: Any) -> None:
         """Send to all subscribers."""
@@ -44,25 +64,6 @@ class HubNetwork:
             self.hub.connect(peer, address)
         except NetError as error:  # the peer sent a wrong address: it stays unreachable, and the status shows it
             self.log.error("%s %s", error, log.fields(iid=peer))
-
-
-class StoreNetwork:
-    """A worker's network that adds the counters of its KV slab to heartbeats, and logs each counter once."""
-
-    def __init__(self, network: Network, store: KVStore, logger: logging.Logger) -> None:
-        self.network, self.store, self.log = network, store, logger
-        self.publish, self.connect, self.disconnect = network.publish, network.connect, network.disconnect
-        self._logged: set[str] = set()
-
-    def send(self, peer: str, message: Any) -> None:
-        """Send to one peer."""
-        counters = self.store.counters() if isinstance(message, Heartbeat) else {}
-        if counters:
-            message = message.changed(counters={**message.counters, **counters})
-            for name in counters.keys() - self._logged:
-                self._logged.add(name)
-                self.log.error("%s: tetri-cli doctor says what to do", name)
-        self.network.send(peer, message)
 
 
 def polled(hub: Hub, timeout: float | None) -> Iterator[Any]:

@@ -127,6 +127,7 @@ class Status(Record, tag="status", frozen=True):
     counters: dict[str, int]
     model: str
     monitor: MonitorStatus | None = None  # None: no cluster view has arrived since the broker's start
+    notes: list[str] = []  # one line for people on each thing that works worse than it should
 
 
 class RoleChanged(Record, tag="role_changed", frozen=True):

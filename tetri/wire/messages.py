@@ -217,12 +217,18 @@ class Resend(Record, tag="resend", frozen=True):
 
 
 class Membership(Record, tag="membership", frozen=True):
-    """All live instances; a higher `number` replaces a lower one of the same `epoch` (the broker's incarnation). Also
-    the answer to Ready: a worker that is not listed, or receives no Membership for a while, sends Ready again."""
+    """The live instances. `number` counts their changes in an `epoch` (the broker's incarnation). Without `since`, the
+    Membership is whole: it lists all of them. With it, it is a change of the Membership with that number: `instances`
+    are new or different, those named in `gone` are no longer there.
+
+    A whole one is also the answer to Ready. A worker sends Ready again when it is not listed, lacks the Membership
+    that a change is of, or receives none for a while."""
 
     epoch: int
     number: Count
     instances: list[Instance]
+    since: Count | None = None
+    gone: list[Name] = []
 
 
 InboxMessage = (

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.core.broker.serving import RID, assigned, refusal, replies, serving, submit
-from tests.core.build import fingerprint, flip, ready, staged, tokens
+from tests.core.build import fingerprint, flip, reach, ready, staged, tokens
 from tests.core.build import heartbeat as beat_of
 from tests.core.reading import sent
 from tetri.core.actions import FromClient
@@ -173,8 +173,8 @@ def test_a_worker_that_is_lost_meanwhile_is_waited_for_no_longer(told):
     told.tell(ask("d1", "prefill"))
     assert refusal(told.tell(PeerDown("d1"))) == "d1 did not change its role: connection lost"
     told.tell(PeerUp("d1"), FromWorker(iid="d1", incarnation=1))
-    actions = told.tell(heartbeat("d1", "decode"))  # it never heard of it: its own word counts
-    assert told.roles()["d1"] == "decode" and sent(actions, "p1", Membership)
+    told.tell(heartbeat("d1", "decode"))  # it never heard of it: its own word counts
+    assert told.roles()["d1"] == "decode" and sent(told.later(0.1), "p1", Membership)
 
 
 @pytest.mark.parametrize("obeyed", [True, False])
@@ -186,6 +186,21 @@ def test_a_worker_that_restarts_begins_in_the_role_that_it_says(told, obeyed):
 
 
 def test_a_role_that_nobody_asked_for_is_believed_unless_there_is_no_such_role(told):
-    actions = told.tell(heartbeat("d1", "mixed"))
-    assert told.roles()["d1"] == "mixed" and sent(actions, "p1", Membership)
+    told.tell(heartbeat("d1", "mixed"))
+    assert told.roles()["d1"] == "mixed" and sent(told.later(0.1), "p1", Membership)
     assert not told.tell(heartbeat("d1", "tea")) and told.roles()["d1"] == "mixed"
+
+
+def test_the_last_instance_that_another_one_can_reach_keeps_its_role():
+    """d2 has the same fingerprint, but is on another host, which p1 has no path to."""
+    far = reach("d2", host="elsewhere", paths=["shm", "stream"])
+    told = serving("p1", "d1", ("d2", {"reach": far}))
+    why = "d1 is the last decode instance that exchanges KV with p1: flip another one to decode first, or make it mixed"
+    assert refusal(told.tell(ask("d1", "prefill"))) == why
+    told.tell(want("d1", "prefill"))
+    assert told.roles()["d1"] == "decode" and told.status().counters["flips_refused"] == 1
+    assert not replies(told.tell(ask("d1", "mixed", "g")))
+    told = serving(("p1", {"reach": reach("p1", paths=["shm", "stream"])}), "d1", ("d2", {"reach": far}))
+    assert "on its side" in refusal(told.tell(ask("d1", "prefill")))  # it would find nobody for its own prompts
+    far_only = serving(("p1", {"reach": reach("p1", paths=["shm", "stream"])}), "d1", ("d2", {"reach": far}), "d3")
+    assert not replies(far_only.tell(ask("d1", "prefill")))

@@ -51,6 +51,22 @@ def test_rosters_connect_and_disconnect(told):
     assert kinds(told.tell(membership(1, epoch=2))) == ["Disconnect"]
 
 
+def test_who_misses_a_change_registers_again(told):
+    me, d1, d2 = instance("p1", "prefill"), instance("d1", "decode"), instance("d2", "decode")
+    told.tell(membership(7, me))
+    assert kinds(told.tell(membership(8, d1, since=7))) == ["Connect"] and not sent(told.later(), kind=Ready)
+    assert not told.tell(membership(8, since=8)) and not sent(told.later(), kind=Ready)  # nothing has changed
+    assert not told.tell(membership(10, d2, since=9)) and sent(told.later(), kind=Ready)
+    assert not told.tell(membership(11, since=10, gone=["d1"])) and sent(told.later(), kind=Ready)
+    assert kinds(told.tell(membership(11, me, d2))) == ["Disconnect", "Connect"] and not sent(told.later(), kind=Ready)
+    assert kinds(told.tell(membership(12, since=11, gone=["d2"]))) == ["Disconnect"]
+    told.tell(membership(1, d1, since=0, epoch=2))  # of another broker, which it has no whole Membership of
+    assert sent(told.later(), kind=Ready)
+    told.tell(membership(1, me, epoch=2))
+    told.tell(membership(2, since=1, gone=["p1"], epoch=2))
+    assert sent(told.later(), kind=Ready)
+
+
 # ---------------------------------------------------------------- beats and rest
 
 

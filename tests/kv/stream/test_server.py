@@ -77,5 +77,5 @@ def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(worl
             socket.send_multipart([rng.randbytes(rng.randint(0, 100)) for _ in range(1 + number % 3)])
         chunk = sender.put(big(1))
         assert receiver.fetch(chunk) == [big(1)]
-        counters = sender.store.readers["stream"]
-        wait_until(lambda: sum(n for name, n in counters.counters.items() if "garbage" in name) == 2000, "not counted")
+        counters = sender.store.counters
+        wait_until(lambda: sum(n for name, n in counters().items() if "stream_served_garbage" in name) == 2000, "lost")

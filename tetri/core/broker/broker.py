@@ -22,6 +22,7 @@ from tetri.core.actions import (
 from tetri.core.broker.delivery import Delivery, Limits, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
+from tetri.core.broker.notes import notes
 from tetri.core.broker.requests import Row, Table
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
@@ -103,11 +104,11 @@ class Broker:
                 actions += self._silent(who, now)
             else:
                 actions += self._row_timer(what, self.table.rows[who], now)
-        return actions
+        return [*actions, *self.members.publish_due(now)]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`; None if no timer is set."""
-        return self.timers.next()
+        return min([at for at in (self.timers.next(), self.members.publish_at()) if at is not None], default=None)
 
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
@@ -131,11 +132,11 @@ class Broker:
             why = f"{iid} was restarted"
             actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(iid, why, now)]
         actions += self.flips.role_reported(self.members.by_iid[iid], event.instance.role, now)
-        return [*actions, *self.members.publish(now), *self.lifecycle.place_waiting(now)]
+        return [*actions, *self.lifecycle.place_waiting(now)]
 
     def _up(self, iid: str, now: float) -> list[Action]:
         self.members.connected(iid)
-        return [*self.members.publish(now), *self.lifecycle.place_waiting(now)]
+        return self.lifecycle.place_waiting(now)
 
     def _down(self, iid: str, now: float) -> list[Action]:
         self.members.disconnected(iid)
@@ -163,7 +164,7 @@ class Broker:
             return []
         self.members.lose(member, why)
         self.counters["workers_lost"] += 1
-        announced = [*self.flips.gone(iid, why), *self.members.publish(now)]
+        announced = self.flips.gone(iid, why)
         restarted = self.lifecycle.restart_all(iid, f"{iid}: {why}", now)
         # Without the lost worker, the others may be allowed larger prompts (`Members.pool`).
         return [*announced, *restarted, *self.lifecycle.place_waiting(now)]
@@ -280,4 +281,11 @@ class Broker:
         if self.seen is not None:
             view, at = self.seen
             monitor = MonitorStatus(number=view.number, age_s=now - at, flip=view.flip)
-        return Status(instances=instances, requests=requests, counters=counters, model=self.model, monitor=monitor)
+        return Status(
+            instances=instances,
+            requests=requests,
+            counters=counters,
+            model=self.model,
+            monitor=monitor,
+            notes=notes(instances, monitor),
+        )

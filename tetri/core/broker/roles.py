@@ -13,8 +13,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Broken, Reply, Send
+from tetri.core.broker.compatibility import Compatibility
 from tetri.core.broker.delivery import refuse
 from tetri.core.broker.membership import Member, Members
+from tetri.policy.pairing import incompatibility
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, ROLES
 from tetri.wire.clients import ChangeRole, Refused, RoleChanged
 from tetri.wire.messages import Flip, FlipWanted
@@ -103,16 +105,27 @@ class Flips:
         if member.lost is not None:
             return f"{iid} is lost ({member.lost}): only a live instance changes its role"
         for phase, serving in (("prefill", PREFILL_ROLES), ("decode", DECODE_ROLES)):
-            if member.role in serving and role not in serving and not self._others(member, serving):
-                mixed = "leave it mixed" if member.role == "mixed" else "make it mixed"
-                return f"{iid} is the last {phase} instance: flip another one to {phase} first, or {mixed}"
+            if member.role in serving and role not in serving:
+                needed = self._needed(member, serving)
+                if needed is not None:
+                    mixed = "leave it mixed" if member.role == "mixed" else "make it mixed"
+                    return f"{iid} is the last {phase} instance{needed}: flip another one to {phase} first, or {mixed}"
         return None
 
-    def _others(self, member: Member, serving: tuple[str, ...]) -> bool:
-        """Whether another live instance with the same fingerprint serves one of these roles."""
+    def _needed(self, member: Member, serving: tuple[str, ...]) -> str | None:
+        """For whom a member is the last in these roles: "" if there is no other one with the same fingerprint, else an
+        instance that would exchange KV with none any more; None if nobody needs it."""
         live = [other for other in self.members.by_iid.values() if other is not member and other.lost is None]
-        fingerprint = member.instance.fingerprint
-        return any(other.role in serving and other.instance.fingerprint == fingerprint for other in live)
+        own = member.instance
+        left = [each.instance for each in live if each.role in serving and each.instance.fingerprint == own.fingerprint]
+        if not left:
+            return ""
+        left_over = Compatibility(left)
+        for other in (each.instance for each in live if each.role not in serving):
+            pairs_now = incompatibility(own.fingerprint, other.fingerprint, own.reach, other.reach) is None
+            if pairs_now and not left_over.of(other).total:
+                return f" that exchanges KV with {other.iid}"
+        return None if left_over.of(own).total else f" on its side: {own.iid} exchanges KV with no other one"
 
     def check(self) -> None:
         """Check that each flip in progress is of a live member that has the new role. Raises Broken."""
@@ -131,7 +144,6 @@ class Flips:
         if change is None:
             if role != member.role and role in ROLES:
                 self.members.turn(member, role)
-                return self.members.publish(now)
             return []
         if (role, flip) != (change.role, change.number):
             if member.role != change.role:  # the worker has registered again, with its old role

@@ -230,9 +230,9 @@ class Worker:
     # ------------------------------------------------------------ peers
 
     def _membership(self, membership: Membership, now: float) -> list[Action]:
-        listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in membership.instances)
-        self.timers.set(REGISTER, now + self.own.view_s if listed else now)
         actions, gone = self.peers.update(membership)
+        known = self.peers.listed and not self.peers.behind
+        self.timers.set(REGISTER, now + self.own.view_s if known else now)
         self.peers.expire(now)
         for iid in gone:
             actions += self._lost(iid, now)

@@ -163,7 +163,9 @@ def brief(thing: Any) -> str:
             return f"publishes {type(message).__name__}"
         case Membership():
             there = ", ".join(f"{i.iid} {i.role}" for i in thing.instances)
-            return f"membership {thing.number}: {there}"
+            if thing.since is None:
+                return f"membership {thing.number}: {there}"
+            return f"membership {thing.number} since {thing.since}: {there}; gone: {', '.join(thing.gone)}"
         case Offer():
             return f"Offer({thing.src} {thing.rid} attempt {thing.attempt} offer {thing.offer}, {thing.blocks} blocks)"
         case Assign():

@@ -29,6 +29,7 @@ class Process(Node):
     port: FaultyPort
     alive = True
     frozen = False
+    _stopped_at = 0.0
 
     def receive(self, event: Any) -> None:
         if self.alive:
@@ -55,13 +56,19 @@ class Process(Node):
                 chance.after(NOTICED_S, line.break_off)
 
     def freeze(self, chance: Chance) -> None:
-        """Stop the process for a while, as SIGSTOP does."""
+        """Stop the process for a while."""
         chance.note(self.name, "is frozen")
-        self.frozen = True
-        chance.recovers(self._thaw)
+        self.stop()
+        chance.recovers(self.go_on)
 
-    def _thaw(self, _: Any) -> None:
+    def stop(self) -> None:
+        """Stop the process as SIGSTOP does; its clock stops too."""
+        self.frozen, self._stopped_at = True, self.kernel.now
+
+    def go_on(self, _: Any = None) -> None:
+        """Let it go on as SIGCONT does."""
         self.frozen = False
+        self.lag_s += self.kernel.now - self._stopped_at
         self._turn(None)
 
 
