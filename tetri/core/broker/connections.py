@@ -147,8 +147,10 @@ class Connections:
 
     def deadline(self) -> float | None:
         """When to call `tick` next; None if nothing is due."""
-        times = [at for at in (self._resume_at.next(), self._quiet_at.next()) if at is not None]
-        return min(times, default=None)
+        resume, quiet = self._resume_at.next(), self._quiet_at.next()
+        if resume is None or quiet is None:
+            return quiet if resume is None else resume
+        return min(resume, quiet)
 
     def tick(self, now: float) -> list[Action]:
         """Probe blocked clients, continue backlogs and send signs of life, about `BATCH` messages of each kind."""

@@ -87,9 +87,7 @@ class Delivery:
     def attach(self, row: Row, client: bytes, start: int, now: float) -> list[Action]:
         """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client
         replaces the row's earlier one."""
-        row.sent = 0
-        while row.sent < len(row.outbox) and _before(row.outbox[row.sent], start):
-            row.sent += 1
+        row.send_from(start)
         self.connections.stream(row, client, now)
         return self.connections.attached(row, start, now)
 
@@ -142,13 +140,6 @@ class Delivery:
 
 def _accepted(row: Row) -> Accepted:
     return Accepted(key=row.key, rid=row.rid, prompt_tokens=len(row.prompt))
-
-
-def _before(message: Delta | Done, start: int) -> bool:
-    """Whether a client that has `start` tokens has received this message. A delta that ends after `start` is sent
-    whole, since its text cannot be split by tokens. A delta without tokens is always sent: the token count does not
-    tell whether the client has its text."""
-    return isinstance(message, Delta) and bool(message.ids) and message.start + len(message.ids) <= start
 
 
 def refuse(client: bytes, key: str, why: str, retry_after_s: float | None = None) -> Reply:

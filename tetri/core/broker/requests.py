@@ -3,7 +3,7 @@ which maintains its indices: requests by instance, requests without an instance,
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -82,6 +82,17 @@ class Row:
         start, self.sent = self.sent, min(self.sent + most, len(self.outbox))
         return self.outbox[start : self.sent]
 
+    def send_from(self, start: int) -> None:
+        """The messages that a client with `start` tokens lacks are unsent, all others count as sent. A Delta that ends
+        after `start` is sent whole, since its text cannot be split by tokens. One without tokens is always sent: the
+        token count does not tell whether the client has its text."""
+        self.sent = bisect_right(self.outbox, start, 0, self._deltas(), key=_end)
+        while self.sent and _start(self.outbox[self.sent - 1]) == _end(self.outbox[self.sent - 1]):
+            self.sent -= 1
+
+    def _deltas(self) -> int:
+        return len(self.outbox) - (self.outbox != [] and isinstance(self.outbox[-1], Done))
+
     def unsend(self, message: Delta | Done) -> bool:
         """A message did not arrive: it and those after it are unsent again. False for one that is not in the outbox,
         such as an empty Delta. Finds it by its start: a client that does not read has thousands in its outbox."""
@@ -89,8 +100,7 @@ class Row:
         if isinstance(message, Done):
             index -= 1
         elif message.ids or message.text:
-            deltas = count - (count > 0 and isinstance(self.outbox[-1], Done))
-            index = bisect_left(self.outbox, message.start, 0, deltas, key=_start)
+            index = bisect_left(self.outbox, message.start, 0, self._deltas(), key=_start)
         if not 0 <= index < count or self.outbox[index] != message:
             return False
         self.sent = min(self.sent, index)
@@ -268,6 +278,11 @@ _NONE: dict[str, Row] = {}
 def _start(message: Delta | Done) -> int:
     assert isinstance(message, Delta)  # the Done is the last message
     return message.start
+
+
+def _end(message: Delta | Done) -> int:
+    assert isinstance(message, Delta)
+    return message.start + len(message.ids)
 
 
 def _places(row: Row) -> tuple[str | None, str | None, bool]:
