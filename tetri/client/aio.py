@@ -130,10 +130,12 @@ class AsyncClient(BaseClient["AsyncStream"]):
 
     def _drain(self) -> bool:
         """Receive the replies that wait, `BURST` at most; return whether these were all."""
-        for _ in range(BURST):
-            if not self._waits():
-                return True
-            self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), self._clock.now())
+        receive, handle, now = self._socket.recv_multipart, self._session.receive, self._clock.now()
+        try:
+            for _ in range(BURST):
+                handle(receive(zmq.NOBLOCK), now)
+        except zmq.Again:
+            return True
         return False
 
     def _send(self) -> None:
@@ -153,7 +155,8 @@ class AsyncStream(BaseStream[AsyncClient]):
         return self
 
     async def __anext__(self) -> str:
-        await self._changed(self._ready)
+        if not self._ready():
+            await self._changed(self._ready)
         piece = self._piece()
         if piece is None:
             raise StopAsyncIteration
