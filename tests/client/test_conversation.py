@@ -109,10 +109,10 @@ def test_a_late_accepted_of_a_given_up_request_is_cancelled():
         return msgpack.unpackb(frame[1:])
 
     session, patience = Session(), Patience(timeout=1, silence_s=1, resend_s=1)
-    session.calls.append(Request("k", submit("k", "hi", None, None, {}), patience, now=0.0))
+    session.add(Request("k", submit("k", "hi", None, None, {}), patience, now=0.0))
     assert [sent(f)["type"] for f in session.tick(0.0)] == ["submit"]
     assert session.deadline() == 1.0
-    assert session.tick(1.0) == [] and session.calls == []
+    assert session.tick(1.0) == [] and session.open == 0
     session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1)], 1.5)
     assert [sent(f) for f in session.tick(1.5)] == [{"type": "cancel", "rid": "r7"}]
     session.receive([b"x", b"y"], 2.0)

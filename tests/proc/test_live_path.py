@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -53,6 +54,26 @@ def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
     with RawClient(cluster.config.clients_address) as client:
         client.submit([4] * 50, max_tokens=8000)
         wait_until(lambda: any(each["running"] for each in cluster.instances().values()), "it does not run")
+    cluster.wait_idle()
+
+
+def test_a_client_that_vanishes_while_its_request_is_queued_is_cancelled_before_the_prefill(
+    cluster: LiveCluster,
+) -> None:
+    """No message of the request shows it: the broker says something to a quiet client every second."""
+    status = cluster.client().status
+    prefill = [cluster.processes[iid] for iid in ("p0", "p1")]
+    for process in prefill:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        with RawClient(cluster.config.clients_address) as client:
+            assert client.submit([4] * 5000, max_tokens=8)["type"] == "accepted"
+        assert status()["requests"] == {"queued": 1}
+        wait_until(lambda: not status()["requests"], "its request is still there")
+    finally:
+        for process in prefill:
+            process.send_signal(signal.SIGCONT)
+    assert status()["counters"]["ended_cancelled"] >= 1
     cluster.wait_idle()
 
 

@@ -196,15 +196,18 @@ def parse(data: bytes) -> dict[str, Any] | None:
     kinds = _REPLIES.get(tag) if isinstance(tag, str) else None
     if kinds is None:
         return None
-    reply = {name: body.get(name) for name in kinds}
-    if not all(isinstance(reply[name], kind) for name, kind in kinds.items()):
-        return None
-    if not all(type(token) is int for token in reply.get("ids", ())):
-        return None
+    reply: dict[str, Any] = {"type": tag}
+    for name, kind in kinds.items():  # loops, which are faster: this runs for every Delta
+        reply[name] = body.get(name)
+        if not isinstance(reply[name], kind):
+            return None
+    for token in reply.get("ids", ()):
+        if type(token) is not int:
+            return None
     try:
         if tag == "done":
             reply["usage"], reply["receipt"] = Usage(**reply["usage"]), Receipt(**reply["receipt"])
             reply["usage"].completion_tokens + 0  # a number, or TypeError
     except TypeError:
         return None
-    return {"type": tag, **reply}
+    return reply

@@ -18,10 +18,13 @@ class Cancellation(Call[None]):
     def question(self) -> bytes:
         return frame({"type": "cancel", "rid": self._rid})
 
+    def names(self) -> tuple[str, ...]:
+        return (self._rid,)
+
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "refused" and reply["key"] == self._rid:
+        if reply["type"] == "refused":
             self.end(RequestRefused(reply["reason"]))
-        elif reply["type"] == "done" and reply["rid"] == self._rid:
+        elif reply["type"] == "done":
             self.end()
         else:
             return False
@@ -33,6 +36,9 @@ class Inspection(Call[dict[str, Any]]):
 
     def question(self) -> bytes:
         return frame({"type": "inspect"})
+
+    def names(self) -> tuple[str, ...]:
+        return ("",)
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "status":
@@ -53,9 +59,10 @@ class RoleQuestion(Call[dict[str, Any]]):
     def question(self) -> bytes:
         return self._frame
 
+    def names(self) -> tuple[str, ...]:
+        return (self._key,)
+
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply.get("key") != self._key:
-            return False
         if reply["type"] == "refused":
             self.end(RequestRefused(reply["reason"]))
         elif reply["type"] == "role_changed":

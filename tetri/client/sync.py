@@ -69,12 +69,13 @@ class Client(BaseClient["Stream"]):
 
     def _start(self, call: Call[Any]) -> None:
         self._drain()
-        self._session.calls.append(call)
+        self._session.add(call)
         self._send()
 
     def _cancel(self, request: Request) -> None:
-        request.cancel(self._clock.now())
-        if not self._draining:  # else a signal handler called this: the next turn sends the Cancel
+        self._session.cancel(request, self._clock.now())
+        # Otherwise a signal handler has interrupted this client: the next turn sends the Cancel.
+        if not (self._draining or self._session.busy):
             self._drain()
             self._send()
 

@@ -32,6 +32,7 @@ class Timeouts:
     view_s          a silent broker: the worker registers again
     patience_s      no instance for a request: it fails
     client_grace_s  an unreachable client: its request is cancelled
+    quiet_s         a client that was sent nothing: it gets an empty Delta
     ask_s           a silent broker: the client asks again"""
 
     dead_s: float = 20.0
@@ -40,6 +41,7 @@ class Timeouts:
     view_s: float = 2.0
     patience_s: float = 60.0
     client_grace_s: float = 5.0
+    quiet_s: float = 1.0
     ask_s: float = 1.0
     max_attempts: int = 1000
 

@@ -26,6 +26,7 @@ LIMITS: dict[str, Any] = {
     "patience_s": 10.0,
     "client_grace_s": 2.0,
     "retry_s": 0.05,
+    "quiet_s": 1e6,
 }
 
 

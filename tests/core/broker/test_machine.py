@@ -41,8 +41,8 @@ QUICK = settings(
 class BrokerUnderFire(RuleBasedStateMachine):
     """Workers say anything about any request; the edge is prompt or slow; clients are there, full or gone."""
 
-    @initialize()
-    def begin(self):
+    @initialize(grace=st.sampled_from([1.0, 1.0, 0.0]), patience=st.sampled_from([5.0, 5.0, 0.0]))
+    def begin(self, grace, patience):
         limits = Limits(
             context=40,
             vocabulary=99,
@@ -50,8 +50,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
             max_attempts=4,
             heartbeat_s=0.1,
             dead_s=2.0,
-            patience_s=5.0,
-            client_grace_s=1.0,
+            patience_s=patience,
+            client_grace_s=grace,
         )
         self.core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
         self.now = 0.0

@@ -143,7 +143,7 @@ class Talk:
         """Submit a request for `tokens` greedy tokens."""
         sampling = {"max_tokens": tokens, "ignore_eos": True}
         request = new_request(list(prompt), None, None, sampling, Patience(), time.monotonic())
-        self._session.calls.append(request)
+        self._session.add(request)
         self.requests.append(request)
         self.arrivals.append([])
         self._send()

@@ -33,6 +33,7 @@ from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, Ready, Staged, Tokens
 
 VIEW = ("view", "")
+SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
 EMPTY = Cost()
 
 
@@ -104,15 +105,17 @@ class Broker:
                 actions += self._silent(who, now)
             else:
                 actions += self._row_timer(what, self.table.rows[who], now)
-        return [*actions, *self.members.publish_due(now)]
+        return [*actions, *self.members.publish_due(now), *self.delivery.connections.tick(now)]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`; None if no timer is set."""
-        return min([at for at in (self.timers.next(), self.members.publish_at()) if at is not None], default=None)
+        times = self.timers.next(), self.members.publish_at(), self.delivery.connections.deadline()
+        return min([at for at in times if at is not None], default=None)
 
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
+        self.delivery.connections.check(self.table)
         self.flips.check()
         for row in self.table.active():
             placed = self.members.by_iid.get(row.holder) if row.holder else None
@@ -198,7 +201,7 @@ class Broker:
     # ------------------------------------------------------------ clients
 
     def _submit(self, event: Submitted, now: float) -> list[Action]:
-        again = self.delivery.known(event)
+        again = self.delivery.known(event, now)
         if again is not None:
             self.lifecycle.remember(self.table.rows[self.table.keys[event.key]], now)
             return again
@@ -228,7 +231,7 @@ class Broker:
         if isinstance(message, Attach):
             self.timers.clear(("grace", row.rid))
             self.lifecycle.remember(row, now)
-            return self.delivery.attach(row, event.client, message.start)
+            return self.delivery.attach(row, event.client, message.start, now)
         if row.stage.ended:
             return [Reply(event.client, row.outbox[-1])]
         if event.client != row.client:
@@ -240,31 +243,26 @@ class Broker:
         if row is None or row.stage.ended:
             return []
         ending = row.reason is not None
-        actions = self.delivery.detokenized(row, event)
+        actions = self.delivery.detokenized(row, event, now)
         found = row.reason is not None and not ending  # a stop text
         return [*actions, *self.lifecycle.finish(row, now)] if found or event.final else actions
 
     def _undelivered(self, event: Undelivered, now: float) -> list[Action]:
-        row = self.delivery.undelivered(event)
-        if row is not None:
-            what, wait = ("grace", self.limits.client_grace_s) if event.gone else ("retry", self.limits.retry_s)
-            self.timers.set((what, row.rid), now + wait)
+        for row in self.delivery.undelivered(event, now):
+            self.timers.set(("grace", row.rid), now + self.limits.client_grace_s)
         return []
 
     def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
         match what:
             case "forget":
-                if row.client is not None and row.sent < len(row.outbox):  # the client is slow, but still connected
-                    self.lifecycle.remember(row, now)
-                    if ("forget", row.rid) in self.timers:
-                        return []
-                for timer in ("grace", "retry"):
-                    self.timers.clear((timer, row.rid))
+                # A slow client has not got the end yet. Not `client_grace_s`, which may be 0: this would never end.
+                if self.delivery.connections.waits(row) and now - row.stage_at < self.limits.patience_s:
+                    self.timers.set(("forget", row.rid), now + SLOW_S)
+                    return []
+                self.timers.clear(("grace", row.rid))
+                self.delivery.connections.leave(row)
                 self.table.forget(row.rid)
                 return []
-            case "retry":
-                row.blocked = False
-                return self.delivery.deliver(row)
             case "grace":
                 return self.lifecycle.end(row, "cancelled", now) if row.client is None else []
             case "deadline":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
+from tetri.core.broker.connections import Connections
 from tetri.core.broker.requests import Row, Table
 from tetri.request import Stage, Usage, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused
@@ -26,7 +27,8 @@ class Limits:
     dead_s: float = 20.0
     patience_s: float = 60.0
     client_grace_s: float = 5.0
-    retry_s: float = 0.05  # wait before sending again to a client whose queue was full
+    retry_s: float = 0.05  # first wait before sending again to a client whose queue was full
+    quiet_s: float = 1.0  # a client with open requests hears something at least this often
 
 
 _STAGE_OF = {"cancelled": Stage.CANCELLED, "error": Stage.FAILED, "deadline": Stage.FAILED}
@@ -38,6 +40,7 @@ class Delivery:
 
     def __init__(self, table: Table, limits: Limits, epoch: int, rng: Random) -> None:
         self.table, self.limits, self.rng = table, limits, rng
+        self.connections = Connections(limits.retry_s, limits.quiet_s)
         self._prefix = f"{epoch & 0xFFFFFF:06x}"
         self._serial = 0
 
@@ -70,54 +73,39 @@ class Delivery:
         rid, deadline = f"{self._prefix}-{self._serial}", None if event.deadline_s is None else now + event.deadline_s
         row = Row(rid, event.key, event.client, event.prompt, sampling, now, Stage.QUEUED, now, deadline)
         self.table.add(row)
+        self.connections.stream(row, event.client, now)
         return row, [Reply(event.client, _accepted(row))]
 
-    def known(self, event: Submitted) -> list[Action] | None:
+    def known(self, event: Submitted, now: float) -> list[Action] | None:
         """The answer to a repeated Submit: Accepted and everything from the first token. None for a new request."""
         rid = self.table.keys.get(event.key)
         if rid is None:
             return None
         row = self.table.rows[rid]
-        return [Reply(event.client, _accepted(row)), *self.attach(row, event.client, 0)]
+        return [Reply(event.client, _accepted(row)), *self.attach(row, event.client, 0, now)]
 
-    def attach(self, row: Row, client: bytes, start: int) -> list[Action]:
+    def attach(self, row: Row, client: bytes, start: int, now: float) -> list[Action]:
         """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client
         replaces the row's earlier one."""
-        row.client, row.blocked, row.sent = client, False, 0
-        while row.sent < len(row.outbox) and _before(row.outbox[row.sent], start):
-            row.sent += 1
-        if row.sent == len(row.outbox):
-            return [Reply(client, Delta(rid=row.rid, start=start, ids=[], text=""))]
-        return self.deliver(row)
+        row.send_from(start)
+        self.connections.stream(row, client, now)
+        return self.connections.attached(row, start, now)
 
-    def deliver(self, row: Row) -> list[Action]:
-        """Send the unsent part of the outbox, unless the client is gone or its queue is full."""
-        if row.client is None or row.blocked:
-            return []
-        if row.sent + 1 == len(row.outbox):  # the usual case, made fast: it runs for every token of every request
-            row.sent += 1
-            return [Reply(row.client, row.outbox[-1])]
-        outbox, row.sent = row.outbox[row.sent :], len(row.outbox)
-        return [Reply(row.client, message) for message in outbox]
-
-    def undelivered(self, event: Undelivered) -> Row | None:
-        """Mark a message that did not reach its client as unsent. Returns the row if a retry makes sense, else None."""
-        rid = getattr(event.message, "rid", None)
-        row = self.table.rows.get(rid) if isinstance(rid, str) else None
-        if row is None or row.blocked or row.client != event.client or event.message not in row.outbox:
-            return None
-        row.sent = min(row.sent, row.outbox.index(event.message))
-        if event.gone:
-            row.client = None
-        row.blocked = not event.gone
-        return row
+    def undelivered(self, event: Undelivered, now: float) -> list[Row]:
+        """Mark a message that did not reach its client as unsent. Returns the open rows that have lost their client."""
+        message = event.message
+        if isinstance(message, Delta | Done):
+            row = self.table.rows.get(message.rid)
+            if row is not None and row.client == event.client and row.unsend(message):
+                self.connections.full(row, now)
+        return self.connections.gone(event.client) if event.gone else []
 
     def detokenize(self, row: Row, *, final: bool) -> list[Action]:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, row.asked = row.asked, len(row.output)
         return [Detokenize(row.rid, start, tuple(row.output[start:]), tuple(row.sampling.stop), final)]
 
-    def detokenized(self, row: Row, event: Detokenized) -> list[Action]:
+    def detokenized(self, row: Row, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the request; tokens after the stop text
         are cut off the output."""
         ids = list(event.ids)
@@ -127,7 +115,7 @@ class Delivery:
             row.asked, row.reason = len(row.output), "stop"
         if ids or event.text:
             row.outbox.append(Delta(rid=row.rid, start=event.start, ids=ids, text=event.text))
-        return self.deliver(row)
+        return self.connections.deliver(row, now)
 
     def finish(self, row: Row, now: float) -> list[Action]:
         """Close the row: append the Done, the last message of its outbox, and send it to watchers too."""
@@ -145,18 +133,13 @@ class Delivery:
         )
         row.outbox.append(done)
         watchers = [Reply(client, done) for client in row.watchers]
-        return [*self.deliver(row), *watchers, Release(row.rid)]
+        actions = [*self.connections.deliver(row, now), *watchers, Release(row.rid)]
+        self.connections.ended(row)
+        return actions
 
 
 def _accepted(row: Row) -> Accepted:
     return Accepted(key=row.key, rid=row.rid, prompt_tokens=len(row.prompt))
-
-
-def _before(message: Delta | Done, start: int) -> bool:
-    """Whether a client that has `start` tokens has received this message. A delta that ends after `start` is sent
-    whole, since its text cannot be split by tokens. A delta without tokens is always sent: the token count does not
-    tell whether the client has its text."""
-    return isinstance(message, Delta) and bool(message.ids) and message.start + len(message.ids) <= start
 
 
 def refuse(client: bytes, key: str, why: str, retry_after_s: float | None = None) -> Reply:

@@ -147,11 +147,11 @@ class Lifecycle:
 
     def finish(self, row: Row, now: float) -> list[Action]:
         """Close the row: tell the workers to drop the request and send the client its Done."""
-        for what in ("deadline", "patience", "retry"):
+        for what in ("deadline", "patience"):
             self.timers.clear((what, row.rid))
         self.counters[f"ended_{row.reason}"] += 1
         actions = [*self.close(row), *self.delivery.finish(row, now)]
-        self.remember(row, now)
+        self.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
         return actions
 
     def remember(self, row: Row, now: float) -> None:

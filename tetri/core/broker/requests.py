@@ -3,6 +3,7 @@ which maintains its indices: requests by instance, requests without an instance,
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -42,7 +43,6 @@ class Row:
     asked: int = 0
     outbox: list[Delta | Done] = field(default_factory=list)
     sent: int = 0
-    blocked: bool = False  # the client's queue is full: nothing is sent before the retry
     watchers: list[bytes] = field(default_factory=list)  # other clients that cancelled the request: they get its Done
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
@@ -65,6 +65,46 @@ class Row:
     def left(self, now: float) -> float | None:
         """Seconds until the deadline, 0 if it has passed; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - now)
+
+    @property
+    def unsent(self) -> int:
+        """Number of messages that have not been sent to the client."""
+        return len(self.outbox) - self.sent
+
+    @property
+    def tokens_sent(self) -> int:
+        """Number of output tokens in the messages that were sent to the client of an open request."""
+        last = self.outbox[self.sent - 1] if self.sent else None
+        return last.start + len(last.ids) if isinstance(last, Delta) else 0
+
+    def send_next(self, most: int) -> list[Delta | Done]:
+        """The next messages to send, at most `most`; they count as sent."""
+        start, self.sent = self.sent, min(self.sent + most, len(self.outbox))
+        return self.outbox[start : self.sent]
+
+    def send_from(self, start: int) -> None:
+        """The messages that a client with `start` tokens lacks are unsent, all others count as sent. A Delta that ends
+        after `start` is sent whole, since its text cannot be split by tokens. One without tokens is always sent: the
+        token count does not tell whether the client has its text."""
+        self.sent = bisect_right(self.outbox, start, 0, self._deltas(), key=_end)
+        while self.sent and _start(self.outbox[self.sent - 1]) == _end(self.outbox[self.sent - 1]):
+            self.sent -= 1
+
+    def _deltas(self) -> int:
+        return len(self.outbox) - (self.outbox != [] and isinstance(self.outbox[-1], Done))
+
+    def unsend(self, message: Delta | Done) -> bool:
+        """A message did not arrive: it and those after it are unsent again. False for one that is not in the outbox,
+        such as an empty Delta. Finds it by its start: a client that does not read has thousands in its outbox."""
+        index = count = len(self.outbox)
+        if isinstance(message, Done):
+            index -= 1
+        elif message.ids or message.text:
+            index = bisect_left(self.outbox, message.start, 0, self._deltas(), key=_start)
+        if not 0 <= index < count or self.outbox[index] != message:
+            return False
+        self.sent = min(self.sent, index)
+        return True
 
     def receipt(self) -> Receipt:
         """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
@@ -233,6 +273,16 @@ class Table:
 
 
 _NONE: dict[str, Row] = {}
+
+
+def _start(message: Delta | Done) -> int:
+    assert isinstance(message, Delta)  # the Done is the last message
+    return message.start
+
+
+def _end(message: Delta | Done) -> int:
+    assert isinstance(message, Delta)
+    return message.start + len(message.ids)
 
 
 def _places(row: Row) -> tuple[str | None, str | None, bool]:
