@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -17,14 +17,18 @@ from typing import Any, NamedTuple, Protocol
 from tetri.request import Turn
 
 
+_SURROGATES = 0xD800  # the first of 2048 code points that no valid text contains
+
+
 class TextError(ValueError):
     """A tokenizer cannot be used, or a text cannot be tokenized; one line."""
 
 
 class Tokenizer(Protocol):
-    """A tokenizer. `eos_ids`: token ids that end the output."""
+    """A tokenizer. `eos_ids`: token ids that end the output. `specials`: id of each special token, by its text."""
 
     eos_ids: frozenset[int]
+    specials: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt, including the tokens that the model expects before it. Raises TextError."""
@@ -40,6 +44,7 @@ class ByteTokenizer:
     """The tokenizer of engines without a model: ids below 256 are bytes, other ids become a hexadecimal number."""
 
     eos_ids: frozenset[int] = frozenset()
+    specials: Mapping[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
@@ -61,7 +66,8 @@ class ModelTokenizer:
         self._template = template
         self._specials = specials
         self._bytes: dict[int, bytes] = {}  # cache, by token id
-        self._silent = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.specials = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
+        self._silent = frozenset(self.specials.values())
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
@@ -221,15 +227,27 @@ class Stopper:
     counts. The answer is the text before it and does not depend on how the text is divided into tokens. Text that may
     be the beginning of a stop string is held back.
 
+    A special token has no text, so a stop string that contains one also matches the token's id; the string may have
+    other text around it. Spelled out by ordinary tokens, it matches as any text does.
+
     `output`: tokens of this answer that an earlier Stopper has processed; their text is not released again.
+    `min_tokens`: only a stop string that a later token than the first `min_tokens` completes counts, as in vLLM. It may
+    have begun before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
         self.stopped = False
         self.counted = 0
+        self._min_tokens = min_tokens
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = tuple(stop)
+        self._marks = _marks(tokenizer.specials, stop)
+        by_id = [_marked(text, self._marks) for text in stop]
+        self._stop = tuple(dict.fromkeys([*stop, *by_id]))
+        self._mark_of = {tokenizer.specials[text]: mark for text, mark in self._marks.items()}
+        self._hidden = dict.fromkeys(map(ord, self._marks.values()))
         self._first = frozenset(text[0] for text in self._stop)
         self._reach = max(map(len, self._stop), default=1) - 1  # most characters that may have to be held back
         self._held = ""
@@ -242,15 +260,15 @@ class Stopper:
             if self.stopped:
                 break
             self.counted += 1
-            shown.append(self._release(self._utf8.decode(self._token_bytes(token))))
-        return Released("".join(shown), self.stopped, self.counted)
+            shown.append(self._release(self._text_of(token)))
+        return Released(self._shown("".join(shown)), self.stopped, self.counted)
 
     def finish(self) -> Released:
         """End the output and release the text that was held back; an incomplete character becomes U+FFFD."""
         text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
         text += self._held
         self._held = ""
-        return Released(text, self.stopped, self.counted)
+        return Released(self._shown(text), self.stopped, self.counted)
 
     def advance(self, ids: Iterable[int], final: bool) -> tuple[str, int | None]:
         """Process the next output tokens, the last ones if `final`. Returns the text to show, and the number of tokens
@@ -262,15 +280,28 @@ class Stopper:
             text += released.text
         return text, released.counted if released.stopped else None
 
+    def _text_of(self, token: int) -> str:
+        """The characters that a token completes, or the mark of a special token in a stop string."""
+        mark = self._mark_of.get(token)
+        if mark is None:
+            return self._utf8.decode(self._token_bytes(token))
+        return self._utf8.decode(b"", final=True) + mark  # no character continues beyond a special token
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._hidden) if self._hidden else text
+
     def _release(self, new: str) -> str:
         if not self._stop or not new:
             return new
         # A match that ends in `new` cannot begin before the held text: only a possible beginning is held.
         text = self._held + new
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)[1]]
+        if self.counted > self._min_tokens:
+            old = len(self._held) + 1
+            found = [(text.find(stop, max(0, old - len(stop))), len(stop)) for stop in self._stop]
+            ends = [(at + length, at) for at, length in found if at >= 0]
+            if ends:
+                self.stopped, self._held = True, ""
+                return text[: min(ends)[1]]
         keep = self._keep(text)
         self._held = text[keep:]
         return text[:keep]
@@ -280,6 +311,19 @@ class Stopper:
         for at in range(max(0, len(text) - self._reach), len(text)):
             if text[at] in self._first:
                 rest = text[at:]
-                if any(stop.startswith(rest) for stop in self._stop):
+                if any(len(stop) > len(rest) and stop.startswith(rest) for stop in self._stop):
                     return at
         return len(text)
+
+
+def _marks(specials: Mapping[str, int], stop: Sequence[str]) -> dict[str, str]:
+    """A mark for each special token that a stop string contains, longer tokens first. It is half a surrogate pair,
+    which neither decoded output nor a stop string can contain."""
+    named = sorted((text for text in specials if any(text in each for each in stop)), key=len, reverse=True)
+    return {text: chr(_SURROGATES + number) for number, text in enumerate(named)}
+
+
+def _marked(text: str, marks: Mapping[str, str]) -> str:
+    for special, mark in marks.items():
+        text = text.replace(special, mark)
+    return text

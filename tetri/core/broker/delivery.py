@@ -115,7 +115,8 @@ class Delivery:
     def detokenize(self, row: Row, *, final: bool) -> list[Action]:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, row.asked = row.asked, len(row.output)
-        return [Detokenize(row.rid, start, tuple(row.output[start:]), tuple(row.sampling.stop), final)]
+        ids, sampling = tuple(row.output[start:]), row.sampling
+        return [Detokenize(row.rid, start, ids, tuple(sampling.stop), final, sampling.min_tokens)]
 
     def detokenized(self, row: Row, event: Detokenized) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the request; tokens after the stop text

@@ -190,7 +190,7 @@ class Client:
         if isinstance(done, Refused):
             return
         right = reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
-        stopper = Stopper(EDGE, self.sampling.stop)
+        stopper = Stopper(EDGE, self.sampling.stop, min_tokens=self.sampling.min_tokens)
         released = stopper.feed(right)
         text = released.text + stopper.finish().text
         right = right[: released.counted] if released.stopped else right
