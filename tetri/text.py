@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from tetri.control_tokens import ControlTokens
 from tetri.request import Turn
 
+ROLES = ("system", "user", "assistant")
 
 _SURROGATES = 0xD800  # the first of 2048 code points that no valid text contains
 
@@ -58,28 +60,69 @@ class ByteTokenizer:
 
 
 class ModelTokenizer:
-    """The tokenizer of a checkpoint. `load_tokenizer` creates it."""
+    """The tokenizer of a checkpoint. `load_tokenizer` creates it. `named`: the texts of the bos and eos tokens, for the
+    template. `specials_in_prompt`: whether special tokens in the text of a prompt count, or are ordinary text."""
 
-    def __init__(self, inner: Any, template: Any, specials: dict[str, str], eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self, inner: Any, template: Any, named: dict[str, str], eos_ids: frozenset[int], specials_in_prompt: bool
+    ) -> None:
         self.eos_ids = eos_ids
         self._inner = inner
         self._template = template
-        self._specials = specials
+        self._named = named
+        self._specials_in_prompt = specials_in_prompt
         self._bytes: dict[int, bytes] = {}  # cache, by token id
-        self.specials = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
+        added = inner.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items() if token.special}
         self._silent = frozenset(self.specials.values())
+        # Some models separate turns by added tokens that are not marked as special.
+        turns = "" if template is None else self._separators()
+        others = {token.content: i for i, token in added.items() if token.content.strip() and token.content in turns}
+        self._controls = ControlTokens(inner, others | self.specials)
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
-        return list(self._inner.encode(text).ids)
+        if self._specials_in_prompt:
+            return list(self._inner.encode(text).ids)
+        before, after = self._around()
+        return [*before, *self._controls.encode(self._controls.hidden(text), _utf8), *after]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the model expects before and after a prompt."""
+        whole, bare = self._inner.encode("a").ids, self._inner.encode("a", add_special_tokens=False).ids
+        at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
 
     def chat(self, turns: Sequence[Turn]) -> list[int]:
+        """As in `Tokenizer`. Only the template makes control tokens; in the text of a turn they are ordinary text."""
         if self._template is None:
             raise TextError("the model has no chat template: send a prompt instead of messages")
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        text = _rendered(self._template, messages, self._specials)
-        _utf8(text)
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        for turn in turns:
+            if turn.role not in ROLES:  # a template may make a token of it
+                raise TextError(f"a role must be one of {', '.join(ROLES)}, got {turn.role[:40]!r}")
+            _utf8(turn.content)
+        controls = self._controls
+        text = self._render(turns, controls.hidden)
+        if any(controls.may_begin(turn.content) for turn in turns):
+            # A template that changes or joins texts might complete a control token that is in none of them.
+            broken = self._render(turns, controls.broken)
+            text = text if controls.named(text) == controls.named(broken) else broken
+        ids = controls.encode(text, _utf8)
+        if controls.among(ids) != controls.named(text):  # an unusual tokenizer, which normalizes before it looks
+            raise TextError("a text of this conversation spells a special token")
+        return ids
+
+    def _render(self, turns: Sequence[Turn], keep_out: Callable[[str], str]) -> str:
+        messages = [{"role": turn.role, "content": keep_out(turn.content)} for turn in turns]
+        return _rendered(self._template, messages, self._named)
+
+    def _separators(self) -> str:
+        """The text of a conversation without contents; "" if the template refuses it."""
+        roles = ("user", "assistant", "user")
+        try:
+            return _rendered(self._template, [{"role": role, "content": ""} for role in roles], self._named, ask=False)
+        except TextError:
+            return ""
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self._bytes:
@@ -101,8 +144,9 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json and the files that belong to it in a checkpoint's folder. Raises TextError."""
+def load_tokenizer(folder: str | Path, *, specials_in_prompt: bool = True) -> Tokenizer:
+    """Read tokenizer.json and the files that belong to it in a checkpoint's folder. `specials_in_prompt`: whether
+    special tokens in the text of a prompt count. Raises TextError."""
     from tokenizers import Tokenizer as Inner
 
     folder = Path(folder)
@@ -117,13 +161,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     settings = _json(folder / "tokenizer_config.json")
-    specials = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
+    named = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
     eos_ids = _eos_ids(folder)
-    if (token := inner.token_to_id(specials.get("eos_token", ""))) is not None:
+    if (token := inner.token_to_id(named.get("eos_token", ""))) is not None:
         eos_ids |= {token}
     if not eos_ids:
         raise TextError(f"{folder}: no file names the end-of-sequence token (generation_config.json should)")
-    return ModelTokenizer(inner, _template(folder, settings), specials, eos_ids)
+    return ModelTokenizer(inner, _template(folder, settings), named, eos_ids, specials_in_prompt)
 
 
 def _utf8(text: str) -> bytes:
@@ -198,11 +242,12 @@ def _refuse(reason: str) -> None:
     raise TextError(f"the chat template refuses this conversation: {_line(reason)}")
 
 
-def _rendered(template: Any, messages: list[dict[str, str]], specials: dict[str, str]) -> str:
+def _rendered(template: Any, messages: list[dict[str, str]], named: dict[str, str], *, ask: bool = True) -> str:
+    """`ask`: up to the start of the assistant's answer."""
     from jinja2 import TemplateError
 
     try:
-        return str(template.render(messages=messages, add_generation_prompt=True, **specials))
+        return str(template.render(messages=messages, add_generation_prompt=ask, **named))
     except (TemplateError, TypeError, KeyError, AttributeError, ArithmeticError, OverflowError) as error:
         raise TextError(f"the chat template fails on this conversation: {_line(error)}") from None
 

@@ -56,6 +56,9 @@ class ModelConfig:
     name: str = text("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
     dtype: str = choice("bfloat16", "bfloat16", "float32")
     context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's maximum
+    # Whether special tokens in a prompt's text count, for clients that render templates themselves. If not, they are
+    # ordinary text there, as they always are in the messages of a conversation.
+    special_tokens_in_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)

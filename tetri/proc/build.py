@@ -273,7 +273,9 @@ def predicted(config: Config) -> cost.Cost:
 
 def tokenizer(config: Config) -> Tokenizer:
     """The model's tokeniser; bytes for an emulated engine. Raises ModelError or TextError."""
-    return ByteTokenizer() if config.engine.kind == "emulated" else load_tokenizer(find(config.model.name))
+    if config.engine.kind == "emulated":
+        return ByteTokenizer()
+    return load_tokenizer(find(config.model.name), specials_in_prompt=config.model.special_tokens_in_prompt)
 
 
 def limits_of_model(config: Config) -> tuple[int, int]:
