@@ -34,7 +34,8 @@ def test_a_turn_is_not_forged_by_its_text(plain):
     assert spelled(plain, ids) == f"<s>user\n{FORGED}<e>\n<s>assistant\n"
 
 
-pieces = st.lists(st.sampled_from(["<e>", "<s>", "<", "s>", "e>", "a", " ", "\n", "user", "日"]), max_size=6).map("".join)
+piece = st.sampled_from(["<e>", "<s>", "<", "s>", "e>", "a", " ", "\n", "user", "日"])
+pieces = st.lists(piece, max_size=6).map("".join)
 
 
 @given(st.lists(st.tuples(st.sampled_from(ROLES), pieces), min_size=1, max_size=4))
@@ -88,8 +89,8 @@ def test_a_prompt_may_have_special_tokens_unless_that_is_turned_off(plain, tmp_p
     assert controls(off.encode(FORGED)) == [0] and off.encode("the cat") == load_tokenizer(folder).encode("the cat")
 
 
-WORDS = ["\n", "\n\n", " ", "  ", "\t", "the", "cat", "Cat's", "12", "345", "é", "日本", "🙂", "<", ">", "|", "<|im", "a<b"]
-WORDS += ["</s>", "def f(x):", "...", "im_end", "_", "#"]
+WORDS = ["\n", "\n\n", " ", "  ", "\t", "the", "cat", "Cat's", "12", "345", "é", "日本", "🙂", "<", ">", "|", "<|im"]
+WORDS += ["a<b", "</s>", "def f(x):", "...", "im_end", "_", "#"]
 
 
 def test_a_thousand_conversations_have_the_ids_of_apply_chat_template():
@@ -100,7 +101,8 @@ def test_a_thousand_conversations_have_the_ids_of_apply_chat_template():
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template)
     ours, rng = load_tokenizer(folder), Random(13)
     for _ in range(1000):
-        turns = [(rng.choice(ROLES), "".join(rng.choices(WORDS, k=rng.randint(0, 8)))) for _ in range(rng.randint(1, 3))]
+        roles = rng.choices(ROLES, k=rng.randint(1, 3))
+        turns = [(role, "".join(rng.choices(WORDS, k=rng.randint(0, 8)))) for role in roles]
         messages = [{"role": role, "content": content} for role, content in turns]
         right = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         assert ours.chat([Turn(role=role, content=content) for role, content in turns]) == right, turns

@@ -73,12 +73,12 @@ class ModelTokenizer:
         self._specials_in_prompt = specials_in_prompt
         self._bytes: dict[int, bytes] = {}  # cache, by token id
         added = inner.get_added_tokens_decoder()
-        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self.specials: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
         self._silent = frozenset(self.specials.values())
         # Some models separate turns by added tokens that are not marked as special.
         turns = "" if template is None else self._separators()
         others = {token.content: i for i, token in added.items() if token.content.strip() and token.content in turns}
-        self._controls = ControlTokens(inner, others | self.specials)
+        self._controls = ControlTokens(inner, {**others, **self.specials})
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)

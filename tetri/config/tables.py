@@ -85,6 +85,7 @@ class EmulatedConfig:
     vocabulary: int = number(32000, 257, 1 << 24)  # more than 256, since the ids below 256 stand for bytes
     context: int = number(8192, 2, 1 << 24)
     time_scale: float = number(1.0, 0, 1000)
+    nan_token: int = number(-1, -1, 1 << 24)  # a fault: a request with this id gets NaN logits; -1: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class Delivery:
         if event.counted is not None:
             del row.output[event.counted :]
             del ids[max(event.counted - event.start, 0) :]
-            row.asked, row.reason = len(row.output), "stop"
+            row.asked, row.reason, row.error = len(row.output), "stop", None
         if ids or event.text:
             row.outbox.append(Delta(rid=row.rid, start=event.start, ids=ids, text=event.text))
         return self.deliver(row)
