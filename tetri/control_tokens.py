@@ -73,5 +73,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def _spelled(inner: Any, text: str) -> list[int]:
     """The ids of a text, none of which stands for a whole control token: the tokenizer without its added tokens."""
     normal = text if inner.normalizer is None else inner.normalizer.normalize_str(text)
-    words = [normal] if inner.pre_tokenizer is None else [w for w, _ in inner.pre_tokenizer.pre_tokenize_str(normal)]
-    return [token.id for word in words for token in inner.model.tokenize(word)]
+    split = inner.pre_tokenizer
+    pieces = [normal] if split is None else [piece for piece, _ in split.pre_tokenize_str(normal)]
+    return [token.id for piece in pieces for token in inner.model.tokenize(piece)]

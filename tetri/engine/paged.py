@@ -123,8 +123,8 @@ class Paged:
 
     def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
         """The first `steps` passes of the plan are done. `ids(key, count)` returns the tokens that they gave; for a
-        prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the result of the
-        step."""
+        prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the
+        result of the step."""
         spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])
         for span in plan.chunk:
             slot = self.slots[span.key]
