@@ -94,7 +94,7 @@ def test_nan_ends_its_request_and_neighbours_and_successors_get_their_text(float
     spoilt, neighbour = Request("spoilt", prompt, sampling), Request("neighbour", prompt, sampling)
     OneSpoilt(float32.prefill, float32.decode).carry(spoilt, neighbour)
     assert (spoilt.ids, spoilt.reason) == (right.ids[:1], "error")
-    assert neighbour.ids == right.ids
+    assert right.agrees(neighbour.ids)
     assert float32.decode.free_blocks() == float32.decode.facts()[1].blocks
     for number in range(30):  # some of them get the blocks that were spoilt
         assert carry_alone(float32, f"after-{number}", prompt, sampling).ids == right.ids
