@@ -27,7 +27,8 @@ PACKAGES = {
     "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
     **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log"), package("")),
-    "text": package("request", "tokenizers jinja2"),
+    "control_tokens": package("", ""),
+    "text": package("request control_tokens", "tokenizers jinja2"),
     "models": package("atomic", "torch transformers accelerate gguf xxhash"),
     "policy": package("request instance engine_request cost"),
     "wire": package("request instance", "msgspec"),

@@ -132,9 +132,10 @@ class Receipt(Record, frozen=True):
     kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved)
     preempted   number of preemptions
     refetched   number of fetches that were repeated because a KV chunk arrived corrupt
+    continued   output tokens of earlier attempts: the last attempt computed their KV anew and continued from there
 
-    Only the worker that ends a request knows these. They are None if no worker ended it: the request was cancelled,
-    failed, passed its deadline, or the broker found a stop text first.
+    Only the worker that ends a request knows these, except `continued`. They are None if no worker ended it: the
+    request was cancelled, failed, passed its deadline, or the broker found a stop text first.
     """
 
     prompt_tokens: int
@@ -148,6 +149,7 @@ class Receipt(Record, frozen=True):
     preempted: int | None = None
     attempts: int = 1
     refetched: int | None = None
+    continued: Count = 0
 
 
 class Usage(Record, frozen=True):

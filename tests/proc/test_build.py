@@ -19,6 +19,7 @@ from tetri.request import Sampling
 from tetri.strict import ConfigError
 
 EMULATED = Path(__file__).parents[2] / "conf" / "emulated.toml"
+DEFAULT = EMULATED.with_name("default.toml")
 
 
 def test_rules_and_flip_settings_are_those_of_the_configuration():
@@ -128,3 +129,16 @@ def test_a_run_of_several_passes_ends_when_something_is_due_in_the_store():
         assert [taken.problem for taken in store.fetched()] == [None]
         assert engine.step(8).steps == 8
         other.free(handle)
+
+
+def test_an_emulated_engine_computes_no_valid_number_after_the_token_that_says_so():
+    engine = build.engine(load(EMULATED, ["emulated.nan_token=7"]))
+    for key, prompt in {"a": (5, 6, 7), "b": (5, 6, 8)}.items():
+        engine.add(EngineRequest(key, "prefill", prompt, 3, Sampling()))
+    assert [(sampled.key, sampled.reason) for sampled in engine.step().tokens] == [("a", "error"), ("b", None)]
+
+
+@pytest.mark.parametrize(("value", "count"), [("true", 1), ("false", 7)])
+def test_special_tokens_in_prompts_are_a_setting(value, count):
+    config = load(DEFAULT, [f"model.special_tokens_in_prompt={value}"])
+    assert len(build.tokenizer(config).encode("<|im_end|>")) == count

@@ -50,6 +50,18 @@ def test_text_is_answered_and_the_receipt_says_what_moved(cluster: LiveCluster) 
     assert result.ttft_s is not None and 0 < result.ttft_s < result.jct_s
 
 
+@pytest.mark.parametrize(("min_tokens", "count"), [(0, 2), (1, 2), (2, 12), (12, 12)])
+def test_a_stop_text_counts_from_min_tokens_on(cluster: LiveCluster, min_tokens: int, count: int) -> None:
+    prompt = [21, 22, 23]
+    right = expected(cluster, prompt, max_tokens=12)
+    stop = decode(ByteTokenizer(), right[1:2])
+    assert stop not in decode(ByteTokenizer(), right[:1] + right[2:])
+    result = cluster.client().generate(prompt, max_tokens=12, stop=[stop], min_tokens=min_tokens)
+    assert result.token_ids == right[:count]
+    assert result.text == decode(ByteTokenizer(), right[:1] if count == 2 else right)
+    assert result.finish_reason == ("stop" if count == 2 else "length")
+
+
 def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
     with RawClient(cluster.config.clients_address) as client:
         client.submit([4] * 50, max_tokens=8000)

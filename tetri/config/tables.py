@@ -56,6 +56,9 @@ class ModelConfig:
     name: str = text("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
     dtype: str = choice("bfloat16", "bfloat16", "float32")
     context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's maximum
+    # Whether special tokens in a prompt's text count, for clients that render templates themselves. If not, they are
+    # ordinary text there, as they always are in the messages of a conversation.
+    special_tokens_in_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class EmulatedConfig:
     vocabulary: int = number(32000, 257, 1 << 24)  # more than 256, since the ids below 256 stand for bytes
     context: int = number(8192, 2, 1 << 24)
     time_scale: float = number(1.0, 0, 1000)
+    nan_token: int = number(-1, -1, 1 << 24)  # a fault: a request with this id gets NaN logits; -1: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,13 +54,15 @@ class Reply(Value, frozen=True):
 
 class Detokenize(Value, frozen=True):
     """Turn output tokens into text; a `Detokenized` event follows. `start`: index of the first token in the output.
-    `stop`: texts that end the request. `final`: no more tokens follow, so hold no text back."""
+    `stop`: texts that end the request, once a token after the first `min_tokens` completes one. `final`: no more
+    tokens follow, so hold no text back."""
 
     rid: str
     start: int
     ids: tuple[int, ...]
     stop: tuple[str, ...]
     final: bool
+    min_tokens: int
 
 
 class Release(Value, frozen=True):

@@ -13,6 +13,9 @@ decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`),
 A step computes at most `chunk_tokens` positions. Each running decode request gets one token, so prefill never delays
 decode by a step. The rest of the budget goes to one chunk of prefill tokens. `chunk_tokens` must be larger than the
 batch, or prefill would make no progress. The chunk may be smaller when a preempted request is computed again.
+
+When the model computes no valid number for a request (NaN), the step ends that engine request with an error instead of
+a token; the others go on.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import xxhash
 from tetri.cost import Cost
 from tetri.engine.base import EngineError, EngineRequest, StepDone, check_budget
 from tetri.engine.paged import Paged
-from tetri.engine.plan import EOS, Slot, StepPlan
+from tetri.engine.plan import EOS, NO_TOKEN, Slot, StepPlan
 from tetri.instance import Capacity, Fingerprint
 from tetri.kv.base import joined
 from tetri.request import Sampling
@@ -43,8 +43,8 @@ class Content:
 class EmulatedEngine:
     """Implements `Engine` of base.py. `wait(seconds)` waits for the rest of a step and returns whether a message waits,
     which ends a run of several passes; it may be set later. `clock`: seconds; it measures the time for the hashes,
-    which is part of the step. `time_scale` multiplies all times of the cost table. Raises EngineError for invalid
-    sizes."""
+    which is part of the step. `time_scale` multiplies all times of the cost table. `nan_token`: after this id the model
+    computes no valid number; None: no such id. Raises EngineError for invalid sizes."""
 
     def __init__(
         self,
@@ -54,13 +54,14 @@ class EmulatedEngine:
         vocabulary: int,
         cost: Cost,
         time_scale: float = 1.0,
+        nan_token: int | None = None,
         wait: Callable[[float], bool] = sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if token_bytes % 8:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
         check_budget(capacity.chunk_tokens, capacity.max_batch)
-        self.paged = Paged(capacity, cost)
+        self.paged, self.nan_token = Paged(capacity, cost), nan_token
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
         self.time_scale, self.wait, self.clock = time_scale, wait, clock
         self.memory: Bytes = np.zeros((capacity.blocks, capacity.block_tokens, token_bytes), np.uint8)
@@ -167,6 +168,9 @@ class EmulatedEngine:
         if stop < len(content.tokens):
             return False
         sampling = slot.request.sampling
+        if self.nan_token is not None and self.nan_token in content.tokens:
+            content.tokens.append(NO_TOKEN)
+            return True
         kv = self.memory[content.blocks].reshape(-1, self.token_bytes)[:stop].tobytes()  # from its own blocks
         token = next_token(kv, stop, sampling, self.vocabulary)
         content.tokens.append(token)

@@ -23,8 +23,8 @@ from bisect import insort
 
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
-from tetri.engine.plan import EOS, Ids, Slot, StepPlan
-from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
+from tetri.engine.plan import EOS, NO_TOKEN, Ids, Slot, StepPlan
+from tetri.engine_request import INVALID, EngineRequest, Sampled, Span, StepDone
 from tetri.instance import Capacity
 from tetri.request import blocks_for
 
@@ -123,8 +123,8 @@ class Paged:
 
     def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
         """The first `steps` passes of the plan are done. `ids(key, count)` returns the tokens that they gave; for a
-        prefill request that ends, one token. EOS must be the last token of a request. Returns the result of the
-        step."""
+        prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the
+        result of the step."""
         spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])
         for span in plan.chunk:
             slot = self.slots[span.key]
@@ -231,7 +231,7 @@ class Paged:
                 self._extend(slot, known - 1)
                 if known > slot.held_tokens:
                     self._short.append(slot)
-            if known >= slot.end or new[-1] == EOS:
+            if known >= slot.end or new[-1] in (EOS, NO_TOKEN):
                 sampled = self._sampled(slot, new)
                 ended += sampled.reason is not None
             else:
@@ -246,15 +246,21 @@ class Paged:
         return spans, tokens
 
     def _sampled(self, slot: Slot, ids: tuple[int, ...]) -> Sampled:
+        if ids[-1] == NO_TOKEN:
+            return self._leaves(slot, Sampled(slot.key, ids[:-1], "error", INVALID))
         reason = "stop" if ids[-1] == EOS and not slot.request.sampling.ignore_eos else None
         if reason is None and slot.known >= slot.end:
             reason = "length"
+        return self._leaves(slot, Sampled(slot.key, ids, reason))
+
+    def _leaves(self, slot: Slot, sampled: Sampled) -> Sampled:
+        """Remove the engine request if these are its last tokens."""
         if slot.request.phase == "prefill":
             self._prefills.remove(slot)
-        if reason or slot.request.phase == "prefill":
+        if sampled.reason or slot.request.phase == "prefill":
             del self.slots[slot.key]
             self._release(slot)
-        return Sampled(slot.key, ids, reason)
+        return sampled
 
     # ------------------------------------------------------------ memory and the batch
 

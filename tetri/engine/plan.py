@@ -9,6 +9,7 @@ from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, Span
 
 EOS = 0  # the only id that ends a text
+NO_TOKEN = -1  # in place of a token: the pass computed no valid number
 
 Ids = Callable[[str, int], tuple[int, ...]]  # (key, count) -> the last `count` tokens of this engine request
 

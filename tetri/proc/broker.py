@@ -137,7 +137,9 @@ class ActionExecutor:
         """Convert output tokens to text. The text ends before a stop text."""
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
-            stopper = self.stoppers[action.rid] = Stopper(self.tokenizer, action.stop)
+            stopper = self.stoppers[action.rid] = Stopper(
+                self.tokenizer, action.stop, min_tokens=action.min_tokens
+            )
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 

@@ -163,6 +163,7 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
         vocabulary=made.vocabulary,
         cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
         time_scale=made.time_scale,
+        nan_token=None if made.nan_token < 0 else made.nan_token,
     )
     built.wait = wait or built.wait
     return built
@@ -273,7 +274,9 @@ def predicted(config: Config) -> cost.Cost:
 
 def tokenizer(config: Config) -> Tokenizer:
     """The model's tokeniser; bytes for an emulated engine. Raises ModelError or TextError."""
-    return ByteTokenizer() if config.engine.kind == "emulated" else load_tokenizer(find(config.model.name))
+    if config.engine.kind == "emulated":
+        return ByteTokenizer()
+    return load_tokenizer(find(config.model.name), specials_in_prompt=config.model.special_tokens_in_prompt)
 
 
 def limits_of_model(config: Config) -> tuple[int, int]:

@@ -96,10 +96,11 @@ class Staged(FromWorker, tag="staged", frozen=True):
 
 
 class End(Record, frozen=True):
-    """The end of a request, as its worker reports it. `reason`: stop or length."""
+    """The end of a request, as its worker reports it. `reason`: stop, length or error; `error` explains the last."""
 
     reason: str
     receipt: Receipt
+    error: str | None = None
 
 
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

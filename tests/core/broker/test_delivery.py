@@ -5,7 +5,7 @@ import pytest
 from tests.core.broker.serving import RID, attach, cancel, done, replies, serving, submit
 from tests.core.build import ending, staged, tokens
 from tests.core.reading import kinds, sent
-from tetri.core.actions import Detokenized, Undelivered
+from tetri.core.actions import Detokenize, Detokenized, Undelivered
 from tetri.request import Stage
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 from tetri.wire.messages import Close
@@ -50,6 +50,23 @@ def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(told):
     assert kinds(actions) == ["Detokenize", "Reply", "Close > p1", "Close > d1", "Reply", "Release"]
     assert replies(actions)[0] == Delta(rid=RID, start=1, ids=[8], text="ij")
     assert (done(actions).reason, done(actions).usage.completion_tokens) == ("stop", 2)
+
+
+def test_an_answer_that_a_stop_text_ended_has_no_error(told):
+    told.stops[RID] = 2
+    told.edge = False
+    (last,) = ending("d1", RID, 1, 8, reason="error")
+    told.tell(last)
+    ended = done(told.tell(Detokenized(RID, 1, (8,), "i", 2, True)))
+    assert (ended.reason, ended.error) == ("stop", None)
+
+
+def test_the_detokenizer_hears_what_ends_the_text_and_from_when_on():
+    told = serving("p1", "d1")
+    told.edge = False
+    told.tell(submit(stop=["x"], min_tokens=3))
+    (asked,) = told.tell(tokens("p1", RID, 0, 7))
+    assert asked == Detokenize(RID, 0, (7,), ("x",), False, 3)
 
 
 def test_words_that_come_late_are_ignored(told):

@@ -1,6 +1,7 @@
 """The life of a request: placed, moved on, started over, ended; what its workers report, and what they are told."""
 
 import pytest
+from msgspec.structs import replace
 
 from tests.core.broker.serving import RID, assigned, cancel, done, replies, serving, submit
 from tests.core.build import capacity, close, ending, failed, heartbeat, ready, resend, staged, tokens
@@ -135,6 +136,23 @@ def test_all_output_counts_whoever_wrote_it(decoding):
     said = close(RID, 2, "stop", 3)
     ended = decoding.tell(*ending("d2", RID, 2, 9, reason="stop", attempt=2))
     assert closes(ended) == [("p1", said), ("d2", said)] and done(ended).receipt.attempts == 2
+    assert done(ended).receipt.continued == 1  # the token that the first attempt wrote
+
+
+def test_an_attempt_that_starts_without_tokens_continues_nothing():
+    told = begin(SUBMITTED)
+    told.tell(PeerDown("p1"))
+    ended = told.tell(*ending("p2", RID, 0, 7, reason="stop", attempt=2))
+    assert (done(ended).receipt.attempts, done(ended).receipt.continued) == (2, 0)
+
+
+def test_an_error_that_a_worker_ends_a_request_with_reaches_the_client(decoding):
+    (last,) = ending("d1", RID, 1, 8, reason="error")
+    item = last.items[0]
+    item = replace(item, end=item.end.changed(error="no valid number"))
+    ended = done(decoding.tell(last.changed(items=[item])))
+    assert (ended.reason, ended.error, ended.usage.completion_tokens) == ("error", "no valid number", 2)
+    assert ended.receipt.decode_instance == "d1"
 
 
 def test_after_a_restart_it_goes_on(decoding):

@@ -103,7 +103,8 @@ class Delivery:
     def detokenize(self, row: Row, *, final: bool) -> list[Action]:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, row.asked = row.asked, len(row.output)
-        return [Detokenize(row.rid, start, tuple(row.output[start:]), tuple(row.sampling.stop), final)]
+        ids, sampling = tuple(row.output[start:]), row.sampling
+        return [Detokenize(row.rid, start, ids, tuple(sampling.stop), final, sampling.min_tokens)]
 
     def detokenized(self, row: Row, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the request; tokens after the stop text
@@ -112,7 +113,7 @@ class Delivery:
         if event.counted is not None:
             del row.output[event.counted :]
             del ids[max(event.counted - event.start, 0) :]
-            row.asked, row.reason = len(row.output), "stop"
+            row.asked, row.reason, row.error = len(row.output), "stop", None
         if ids or event.text:
             row.outbox.append(Delta(rid=row.rid, start=event.start, ids=ids, text=event.text))
         return self.connections.deliver(row, now)

@@ -183,7 +183,7 @@ class Lifecycle:
             self.table.advance(row, Stage.MOVING, now)
         if item.end is not None:
             row.end = item.end
-            actions += self.end(row, item.end.reason, now)
+            actions += self.end(row, item.end.reason, now, item.end.error)
         elif len(row.output) == row.sampling.max_tokens:  # the worker should have sent an end
             actions += self.end(row, "length", now)
         else:

@@ -40,6 +40,7 @@ class Row:
     work_ns: int = 0
     assigned_at: float = 0.0
     output: list[int] = field(default_factory=list)
+    continued: int = 0  # how many of them are of earlier attempts
     asked: int = 0
     outbox: list[Delta | Done] = field(default_factory=list)
     sent: int = 0
@@ -110,7 +111,9 @@ class Row:
         """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
         prompt_tokens, prefill, decode = len(self.prompt), self.prefill, self.decode
         own = Receipt(prompt_tokens=prompt_tokens, prefill_instance=prefill, decode_instance=decode)
-        return (own if self.end is None else self.end.receipt).changed(attempts=self.attempt)
+        return (own if self.end is None else self.end.receipt).changed(
+            attempts=self.attempt, continued=self.continued
+        )
 
 
 _RANK = {stage: rank for rank, stage in enumerate(Stage)}
@@ -179,6 +182,7 @@ class Table:
     def start_over(self, row: Row, now: float) -> None:
         """Begin another attempt, which no instance holds yet."""
         row.attempt += 1
+        row.continued = len(row.output)
         row.prefill = row.decode = None
         self.move(row, Stage.QUEUED, now)
 

@@ -151,7 +151,7 @@ class Batch:
             output += ids
             count += len(ids)
             if sampled.reason is not None:
-                end = End(reason=sampled.reason, receipt=request.receipt(self.own.iid))
+                end = End(reason=sampled.reason, receipt=request.receipt(self.own.iid), error=sampled.error)
                 items.append(self.token_item(request, end))
                 ended.append((request, end))
             elif len(output) >= request.mark:

@@ -236,7 +236,9 @@ class DecodeScheduler:
 
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self._leave(request)
-        if self.estimator is not None and not request.offer.sampling.ignore_eos:
+        if self.estimator is not None and end.error is not None:
+            self.estimator.forget(request.offer.rid)
+        elif self.estimator is not None and not request.offer.sampling.ignore_eos:
             self.estimator.ended(request.offer.rid, request.written, end.reason)
         request.end = end
 

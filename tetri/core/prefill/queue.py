@@ -121,9 +121,9 @@ class Queue:
         """Raise Broken when the queue and its sums disagree with the requests."""
         queued = [*self.raw, *self.line]
         for key in queued:
-            if requests[key].token is not None:
+            if requests[key].computed:
                 raise Broken(f"{key} has its token and is still queued")
-        if {key for key, request in requests.items() if request.token is None} != {*queued}:
+        if {key for key, request in requests.items() if not request.computed} != {*queued}:
             raise Broken("not all requests without a token are queued")
         left = [requests[key].goal - requests[key].done for key in queued]
         line = sum(left[len(self.raw) :])

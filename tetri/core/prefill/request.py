@@ -118,8 +118,13 @@ class PrefillRequest:
     running: bool = False  # its engine request is in the engine
     held: bool = False  # the engine keeps it out of the steps (HoldRequest)
     token: int | None = None  # the first output token, once computed
-    end: End | None = None  # set when that token ended the request
+    end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+
+    @property
+    def computed(self) -> bool:
+        """Whether the engine has computed all of the prompt."""
+        return self.token is not None or self.end is not None
 
     @property
     def decodes(self) -> bool:
@@ -159,7 +164,7 @@ class PrefillRequest:
     @property
     def stage(self) -> Stage:
         """The stage that a heartbeat reports."""
-        if self.token is not None:
+        if self.computed:
             return Stage.DONE if self.end else Stage.MOVING
         return Stage.PREFILL if self.running else Stage.QUEUED
 

@@ -197,9 +197,9 @@ class PrefillScheduler:
             if request.done != request.goal or request.token is not None:
                 raise Broken(f"a token for {request.key} at {request.done} of {request.goal}")
             reason = sampled.reason or (None if request.decodes else "length")
-            end = End(reason=reason, receipt=request.receipt(self.own.iid)) if reason else None
+            end = self._ended(request, reason, sampled.error) if reason else None
             items.append(TokenItem(request.rid, request.attempt, len(request.output), list(sampled.ids), end))
-            request.token = sampled.token
+            request.token = None if sampled.error else sampled.token
             self._stop(request)
             self.queue.leave(request)
             after += self._end(request, end) if end else [self._stage(request, Stage.MOVING)]
@@ -209,6 +209,9 @@ class PrefillScheduler:
         """Record that its engine request is no longer in the engine, and free its KV blocks."""
         self.queue.stop(request)
         self.ledger.close(request.key)
+
+    def _ended(self, request: PrefillRequest, reason: str, error: str | None) -> End:
+        return End(reason=reason, receipt=request.receipt(self.own.iid), error=error)
 
     def _end(self, request: PrefillRequest, end: End) -> list[Action]:
         """End a request with its first token: no more KV is sent."""
@@ -232,7 +235,7 @@ class PrefillScheduler:
         del self.requests[request.key], self._attempts[request.rid][request.key]
         if not self._attempts[request.rid]:
             del self._attempts[request.rid]
-        if request.token is None:
+        if not request.computed:
             self.queue.leave(request)
         cancel: list[Action] = [CancelRequest(request.key)] if request.running else []
         if request.running:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tetri.core.actions import FromClient, Submitted
 from tetri.engine.emulated import reference
+from tetri.engine_request import INVALID
 from tetri.request import Receipt, Sampling
 from tetri.sim.clients import Clients, Outcome
 from tetri.sim.faulty.chance import Chance
@@ -190,7 +191,7 @@ class Client:
         if isinstance(done, Refused):
             return
         right = reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
-        stopper = Stopper(EDGE, self.sampling.stop)
+        stopper = Stopper(EDGE, self.sampling.stop, min_tokens=self.sampling.min_tokens)
         released = stopper.feed(right)
         text = released.text + stopper.finish().text
         right = right[: released.counted] if released.stopped else right
@@ -200,7 +201,7 @@ class Client:
             assert self.cancelled or self.chance.faults.leave, done
         if done.reason == "deadline":
             assert self.deadline_s is not None and done.jct_s >= self.deadline_s, done
-        if done.reason in ("cancelled", "deadline"):
+        if done.reason in ("cancelled", "deadline") or done.error == INVALID:
             assert self.ids == right[: len(self.ids)], f"client {self.key} has {self.ids}, not {right}"
             return
         assert (self.ids, self.text) == (right, text), f"client {self.key} has {self.ids}, not {right}"
