@@ -98,11 +98,12 @@ class Call(ABC, Generic[A]):
 
 
 class Request(Call[Result]):
-    """One completion request. `pieces` is the text that the caller has not read yet."""
+    """One completion request. `key` and `secret` are those of the frame `submit`. `pieces` is the text that the caller
+    has not read yet."""
 
-    def __init__(self, key: str, submit: bytes, patience: Patience, now: float) -> None:
+    def __init__(self, key: str, secret: str, submit: bytes, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
-        self.key = key
+        self.key, self.secret = key, secret
         self.rid: str | None = None
         self.ids: list[int] = []
         self.pieces: deque[str] = deque()
@@ -120,8 +121,8 @@ class Request(Call[Result]):
         if self.rid is None:
             return self._submit
         if self.cancelling:
-            return frame({"type": "cancel", "rid": self.rid})
-        return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
+            return frame({"type": "cancel", "rid": self.rid, "secret": self.secret})
+        return frame({"type": "attach", "rid": self.rid, "secret": self.secret, "start": len(self.ids)})
 
     def cancel(self, now: float) -> None:
         """Cancel the request. Its result then has the reason "cancelled", unless it ended for another reason first."""
@@ -208,7 +209,7 @@ class Session:
     def __init__(self) -> None:
         self.calls: list[Call[Any]] = []
         self.ignored = 0
-        self._given_up: set[str] = set()  # keys of Submits that the broker may still accept
+        self._given_up: dict[str, str] = {}  # key -> secret of Submits that the broker may still accept
         self._outbox: list[bytes] = []
 
     def request(self, rid: str) -> Request | None:
@@ -224,8 +225,8 @@ class Session:
         if reply is None:
             self.ignored += 1
         elif not self._dispatch(reply, now) and reply["type"] == "accepted" and reply["key"] in self._given_up:
-            self._given_up.discard(reply["key"])
-            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"]}))
+            secret = self._given_up.pop(reply["key"])
+            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"], "secret": secret}))
 
     def tick(self, now: float) -> list[bytes]:
         """Return the frames to send now. Ends calls that have timed out."""
@@ -252,7 +253,7 @@ class Session:
     def _sweep(self) -> None:
         for call in self.calls:
             if call.ended and isinstance(call, Request) and isinstance(call.error, Unreachable):
-                self._given_up.add(call.key)
+                self._given_up[call.key] = call.secret
             if self.ignored and call.lost:  # its answer may be one of the frames that could not be decoded
                 assert call.error is not None
                 call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)
