@@ -21,7 +21,7 @@ def test_a_whole_answer(generate):
     assert result.to_json()["receipt"]["chunks"] == 1 and result.to_json()["usage"]["prompt_tokens"] == 2
     [message] = broker.seen
     assert message["sampling"] == {"max_tokens": 3, "temperature": 1.0, "stop": ["END"]}
-    assert message["prompt"] == "hi" and len(message["key"]) == 16
+    assert message["prompt"] == "hi" and len(message["key"]) == 16 and len(bytes.fromhex(message["secret"])) == 16
 
 
 def test_a_lost_submit_is_sent_again_with_its_key_and_garbage_is_skipped(generate):
@@ -41,6 +41,7 @@ def test_lost_deltas_are_asked_for_by_index(generate):
         with FakeBroker(script) as broker:
             assert generate(broker.address).text == "one two three"
         assert {m["start"] for m in broker.seen if m["type"] == "attach"} == {start}
+        assert len({m["secret"] for m in broker.seen}) == 1
 
 
 def test_duplicates_and_overlaps_change_nothing(generate):
@@ -109,11 +110,11 @@ def test_a_late_accepted_of_a_given_up_request_is_cancelled():
         return msgpack.unpackb(frame[1:])
 
     session, patience = Session(), Patience(timeout=1, silence_s=1, resend_s=1)
-    session.add(Request("k", submit("k", "hi", None, None, {}), patience, now=0.0))
+    session.add(Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0))
     assert [sent(f)["type"] for f in session.tick(0.0)] == ["submit"]
     assert session.deadline() == 1.0
     assert session.tick(1.0) == [] and session.open == 0
     session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1)], 1.5)
-    assert [sent(f) for f in session.tick(1.5)] == [{"type": "cancel", "rid": "r7"}]
+    assert [sent(f) for f in session.tick(1.5)] == [{"type": "cancel", "rid": "r7", "secret": "s"}]
     session.receive([b"x", b"y"], 2.0)
     assert session.ignored == 1

@@ -14,7 +14,7 @@ PATIENCE = Patience(timeout=10.0, silence_s=2.0, resend_s=1.0)
 
 def request(number, kind=Request):
     key = f"k{number}"
-    return kind(key, submit(key, "hi", None, None, {}), PATIENCE, 0.0)
+    return kind(key, "s", submit(key, "s", "hi", None, None, {}), PATIENCE, 0.0)
 
 
 def hear(session, message, now=0.0):
@@ -85,7 +85,7 @@ def test_an_empty_delta_restarts_the_silence_of_its_request_and_shows_a_gap():
 
 def test_a_reply_goes_to_all_that_it_answers_and_to_nobody_else():
     session, (first, second) = streaming(2)
-    asked = [Inspection(PATIENCE, 0.0), Inspection(PATIENCE, 0.0), Cancellation("r1", PATIENCE, 0.0)]
+    asked = [Inspection(PATIENCE, 0.0), Inspection(PATIENCE, 0.0), Cancellation("r1", "s", PATIENCE, 0.0)]
     for each in asked:
         session.add(each)
     hear(session, STATUS)

@@ -14,7 +14,7 @@ from tetri.wire.messages import Close, ClusterView, InboxMessage, Load, LoadRepo
 
 GOOD = {
     "inbox": (zmq.PUSH, InboxMessage, Close(rid="good", attempt=1)),
-    "clients": (zmq.DEALER, ClientMessage, Attach(rid="good")),
+    "clients": (zmq.DEALER, ClientMessage, Attach(rid="good", secret="s")),
     "loads": (zmq.PUB, LoadReport, LoadReport(iid="p0", incarnation=1, role="prefill", load=Load(free_blocks=7))),
     "views": (zmq.PUB, ClusterView, ClusterView(epoch=1, number=1, loads=[])),
 }
@@ -156,11 +156,11 @@ def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder, flooded,
         flooder = Target(hub, flooded, run_folder, context).sender()
         client = context.socket(zmq.DEALER)
         client.connect(hub.bind_clients(ipc(run_folder, "clients"), ClientMessage))
-        client.send(codec.encode(Attach(rid="me")))
+        client.send(codec.encode(Attach(rid="me", secret="s")))
         until(lambda: hub.wait(0))
         for _ in range(4 * MAX_MESSAGES):
             flooder.send(codec.encode(GOOD[flooded][2]))
         batches = [hub.poll(0)]
-        assert [event.message for event in batches[0] if event.client is not None] == [Attach(rid="me")]
+        assert [event.message for event in batches[0] if event.client is not None] == [Attach(rid="me", secret="s")]
         until(lambda: batches.append(hub.poll(0.05)) or not batches[-1])
         assert sum(map(len, batches)) > MAX_MESSAGES and max(map(len, batches)) <= MAX_MESSAGES + 1

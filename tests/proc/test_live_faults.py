@@ -178,7 +178,8 @@ def test_a_broker_that_was_killed_comes_back(pair: LiveCluster) -> None:
 def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
     """Huge and undecodable frames, and thousands of messages and questions, while a request is served."""
     config, context = pairs.config, zmq.Context()
-    addresses = [(config.clients_address, zmq.DEALER), (config.events_address, zmq.PUSH)]
+    addresses = [(config.clients_address, zmq.DEALER), (config.operators_address, zmq.DEALER)]
+    addresses += [(config.events_address, zmq.PUSH)]
     addresses += [(config.inbox_address(worker.iid), zmq.PUSH) for worker in config.workers]
     sockets = []
     for address, kind in addresses:

@@ -6,12 +6,14 @@ import asyncio
 import random
 import signal
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 import pytest
 from live import LiveCluster, wait_until
 from raw_client import RawClient
 
-from tetri.client import AsyncClient, Result
+from tetri.client import AsyncClient, RequestRefused, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 from tetri.text import ByteTokenizer, decode
@@ -120,9 +122,40 @@ def test_a_client_of_pyzmq_and_msgpack_alone(cluster: LiveCluster) -> None:
         first = client.submit(prompt, key="same", max_tokens=20)
         assert client.submit(prompt, key="same", max_tokens=20) == first
         with RawClient(address) as other:
+            other.secret = client.secret
             other.attach(first["rid"], start=0)
             *deltas, done = other.stream(first["rid"])
             assert [token for delta in deltas for token in delta["ids"]] == right
         endless = client.submit(prompt, max_tokens=7000)
         assert client.cancel(endless["rid"])["reason"] == "cancelled"
         assert client.inspect()["model"] == "emulated"
+
+
+def test_nobody_gets_at_the_request_of_another_client_but_an_operator(cluster: LiveCluster) -> None:
+    """Who knows its key and its id, but not its secret, learns nothing and stops nothing."""
+    address, prompt = cluster.config.clients_address, [21, 22, 23] * 50
+    with RawClient(address) as client, RawClient(address) as other, RawClient(address) as again:
+        rid = client.submit(prompt, key="mine", max_tokens=7500)["rid"]
+        assert len(bytes.fromhex(rid)) == 16
+        for tried in (prompt, [9] * 20):
+            assert "another request" in other.submit(tried, key="mine", max_tokens=7500)["reason"]
+        for unknown in (rid, "0" * 32):
+            other.attach(unknown)
+            why = f"no request {unknown} is known here"
+            assert other.receive(key=unknown)["reason"] == why == other.cancel(unknown)["reason"]
+        other.send("change_role", key="flip", iid="p0", role="mixed")  # not here: dropped without an answer
+        other.send("end_request", rid=rid)
+        assert other.inspect()["requests"] and cluster.roles()["p0"] == "prefill"
+        assert all(message["type"] == "delta" for message in islice(client.stream(rid), 200))
+        again.secret = client.secret  # another connection of the same client
+        assert again.submit(prompt, key="mine", max_tokens=7500)["rid"] == rid
+        operator = cluster.operator()
+        operator.end(rid)
+        with pytest.raises(RequestRefused, match="no request nobody's is known here"):
+            operator.end("nobody's")
+        *deltas, done = again.stream(rid)
+    ids = [token for delta in deltas for token in delta["ids"]]
+    assert done["reason"] == "cancelled" and ids == expected(cluster, prompt, max_tokens=len(ids))
+    place = Path(cluster.config.operators_address.removeprefix("ipc://"))
+    assert place.is_socket() and place.stat().st_mode & 0o077 == 0
+    cluster.wait_idle()

@@ -27,6 +27,7 @@ import zmq
 
 from tetri.bench.report import BenchError, Progress, as_json, give, progress, spread, table
 from tetri.client import AsyncClient, Client
+from tetri.client.facade import new_secret
 from tetri.core.actions import Reply
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
@@ -150,7 +151,8 @@ class Talker:
 
     def submit(self, key: str, tokens: int) -> None:
         """Ask for so many tokens."""
-        self.socket.send(encode(Submit(key=key, prompt=[1], sampling=Sampling(max_tokens=tokens, ignore_eos=True))))
+        sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+        self.socket.send(encode(Submit(key=key, secret=new_secret(), prompt=[1], sampling=sampling)))
 
     def read(self) -> list[BrokerReply]:
         """All that waits."""

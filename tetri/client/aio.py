@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,7 +11,7 @@ import zmq
 from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
 from tetri.client.frames import Result, TetriError
-from tetri.client.questions import Inspection, RoleQuestion
+from tetri.client.questions import Inspection
 
 T = TypeVar("T")
 BURST = 256  # replies that are received before the callers have their turn
@@ -33,16 +32,12 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return await self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
     async def cancel(self, rid: str) -> None:
-        """Cancel a request of any client and wait for the broker's confirmation. Raises TetriError."""
+        """Cancel a request of this client and wait for the broker's confirmation. Raises TetriError."""
         await self._finish(self._cancellation(rid))
 
     async def status(self) -> dict[str, Any]:
         """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return await self._finish(self._ask(Inspection))
-
-    async def flip(self, iid: str, role: str) -> dict[str, Any]:
-        """Change the role of an instance. Parameters, result and errors are those of `Client.flip`."""
-        return await self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     async def close(self) -> None:
         """Fail all open calls with TetriError and close the connection."""

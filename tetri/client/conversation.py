@@ -104,11 +104,12 @@ class Call(ABC, Generic[A]):
 
 
 class Request(Call[Result]):
-    """One completion request. `pieces` is the text that the caller has not read yet."""
+    """One completion request. `key` and `secret` are those of the frame `submit`. `pieces` is the text that the caller
+    has not read yet."""
 
-    def __init__(self, key: str, submit: bytes, patience: Patience, now: float) -> None:
+    def __init__(self, key: str, secret: str, submit: bytes, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
-        self.key = key
+        self.key, self.secret = key, secret
         self.rid: str | None = None
         self.ids: list[int] = []
         self.pieces: deque[str] = deque()
@@ -126,8 +127,8 @@ class Request(Call[Result]):
         if self.rid is None:
             return self._submit
         if self.cancelling:
-            return frame({"type": "cancel", "rid": self.rid})
-        return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
+            return frame({"type": "cancel", "rid": self.rid, "secret": self.secret})
+        return frame({"type": "attach", "rid": self.rid, "secret": self.secret, "start": len(self.ids)})
 
     def names(self) -> tuple[str, ...]:
         return (self.key,) if self.rid is None else (self.key, self.rid)
@@ -224,7 +225,7 @@ class Session:
         self._named: dict[str, list[Call[Any]]] = {}
         self._cancelled: list[Request] = []  # since the last tick
         self.busy = False  # `tick` or `deadline` is running
-        self._given_up: set[str] = set()  # keys of Submits that the broker may still accept
+        self._given_up: dict[str, str] = {}  # key -> secret of Submits that the broker may still accept
         self._outbox: list[bytes] = []
 
     @property
@@ -260,8 +261,8 @@ class Session:
                 known = True
                 self._received(call, reply)
         if not known and reply["type"] == "accepted" and reply["key"] in self._given_up:
-            self._given_up.discard(reply["key"])
-            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"]}))
+            secret = self._given_up.pop(reply["key"])
+            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"], "secret": secret}))
 
     def tick(self, now: float) -> list[bytes]:
         """Return the frames to send now. Ends calls that have timed out."""
@@ -311,7 +312,7 @@ class Session:
             if not calls:
                 del self._named[name]
         if isinstance(call, Request) and isinstance(call.error, Unreachable):
-            self._given_up.add(call.key)
+            self._given_up[call.key] = call.secret
         if self.ignored and call.lost:  # its answer may be one of the frames that could not be decoded
             assert call.error is not None
             call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)

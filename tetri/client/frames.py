@@ -71,13 +71,14 @@ class Result:
 
 def submit(
     key: str,
+    secret: str,
     prompt: str | Sequence[int] | None,
     messages: Sequence[Turn | Mapping[str, str]] | None,
     deadline_s: float | None,
     sampling: Mapping[str, Any],
 ) -> bytes:
     """Return the Submit frame of one request. Raises BadRequest."""
-    body: dict[str, Any] = {"type": "submit", "key": key, "sampling": _checked(sampling)}
+    body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret, "sampling": _checked(sampling)}
     if (prompt is None) == (messages is None):
         raise BadRequest("give exactly one of prompt and messages")
     if messages is not None:

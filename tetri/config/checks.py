@@ -49,11 +49,11 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"{place}: {cpus!r} names no CPU"
     if config.broker.clients:
         yield from _address_problem(config.broker.clients)
-    own = (config.clients_address, config.events_address, config.loads_address, config.views_address)
+    clients, workers = (config.clients_address, config.operators_address), (config.events_address, config.loads_address)
     emulated = config.emulated
     if config.engine.kind == "emulated" and emulated.blocks * block < emulated.context:
         yield f"emulated.blocks: must be at least {blocks_for(emulated.context, block)}, which hold one context"
-    for address in (*own, *map(config.inbox_address, iids)):
+    for address in (*clients, *workers, config.views_address, *map(config.inbox_address, iids)):
         if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
             yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"
 

@@ -195,6 +195,11 @@ class Config:
         return self.broker.clients or f"ipc://{self.run_dir}/clients"
 
     @property
+    def operators_address(self) -> str:
+        """Where the broker accepts operators: always in the run directory, which only its user may enter."""
+        return f"ipc://{self.run_dir}/operators"
+
+    @property
     def events_address(self) -> str:
         """Where the broker receives the events of workers and monitor."""
         return f"ipc://{self.run_dir}/events"

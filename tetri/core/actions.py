@@ -6,7 +6,7 @@ from __future__ import annotations
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.instance import Reach
 from tetri.request import LengthDistribution, LengthRange, Sampling, Value
-from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
@@ -153,17 +153,22 @@ class Free(Value, frozen=True):
 
 
 class FromClient(Value, frozen=True):
-    """A client message, except Submit: that one arrives as `Submitted`."""
+    """A message of a client or an operator, except Submit: that one arrives as `Submitted`."""
 
     client: bytes
-    message: ClientMessage
+    message: ClientMessage | OperatorMessage
 
 
 class Submitted(Value, frozen=True):
-    """A Submit whose prompt is tokenized. `key` is drawn by the client: the same key means the same request."""
+    """A Submit whose prompt is tokenized. `key` and `secret` are drawn by the client. `content` identifies all that the
+    Submit asks for: the same key means the same request only with the same content. `rid` is the id of the request, if
+    it is a new one; nobody can guess it."""
 
     client: bytes
     key: str
+    secret: str
+    content: bytes
+    rid: str
     prompt: tuple[int, ...]
     sampling: Sampling
     deadline_s: float | None = None

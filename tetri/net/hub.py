@@ -41,7 +41,7 @@ class Hub:
         self._poller = zmq.Poller()
         self._intakes: dict[sockets.Socket, Intake] = {}
         self._bounds: list[sockets.Bound] = []
-        self._router: sockets.Socket | None = None
+        self._routers: list[sockets.Socket] = []
         self._outlet: sockets.Socket | PeerLink | None = None  # the socket of publish()
         self._feeds: list[PeerLink] = []  # PUB or SUB sockets that connect
         self._links: dict[str, PeerLink] = {}
@@ -53,24 +53,23 @@ class Hub:
     def bind_inbox(self, address: str, union: Messages) -> str:
         """Receive messages of `union` at `address`; returns the real address, with the port in place of `*`. Raises
         NetError when the address is invalid or in use."""
-        return self._bind(sockets.inbox(self._context, union), address, union, identities=False)
+        return self._bind(sockets.inbox(self._context, union), address, union)
 
     def bind_clients(self, address: str, union: Messages) -> str:
-        """As bind_inbox, for clients that `reply` can answer. Once per hub."""
-        if self._router is not None:
-            raise NetError(f"{address}: this process already listens for clients")
+        """As bind_inbox, for clients that `reply` can answer. A hub may listen for clients at several addresses: what a
+        client sends and what it is answered goes through the same one."""
         router = sockets.clients(self._context, union)
-        real = self._bind(router, address, union, identities=True)
-        self._router = router
+        real = self._bind(router, address, union, bytes([len(self._routers)]))
+        self._routers.append(router)
         return real
 
     def bind_subscriber(self, address: str, union: Messages) -> str:
         """As bind_inbox, for publishers. Publishers never wait: messages that are not read in time are lost."""
-        return self._bind(sockets.subscriber(self._context, union, newest=False), address, union, identities=False)
+        return self._bind(sockets.subscriber(self._context, union, newest=False), address, union)
 
-    def _bind(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> str:
+    def _bind(self, socket: sockets.Socket, address: str, union: Messages, router: bytes | None = None) -> str:
         real = self._bound(socket, address)
-        self._read_from(socket, real, union, identities)
+        self._read_from(socket, real, union, router)
         return real
 
     def _bound(self, socket: sockets.Socket, address: str) -> str:
@@ -81,8 +80,8 @@ class Hub:
             raise
         return self._bounds[-1].address
 
-    def _read_from(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> None:
-        self._intakes[socket] = Intake(socket, address, union, identities, self.counters, self._log)
+    def _read_from(self, socket: sockets.Socket, address: str, union: Messages, router: bytes | None = None) -> None:
+        self._intakes[socket] = Intake(socket, address, union, router, self.counters, self._log)
         self._poller.register(socket, zmq.POLLIN)
 
     def bind_publisher(self, address: str) -> str:
@@ -121,7 +120,7 @@ class Hub:
         reader misses the older ones."""
         make = partial(sockets.subscriber, union=union, newest=True)
         link = self._feed(address, make)
-        self._read_from(link.socket, address, union, identities=False)
+        self._read_from(link.socket, address, union)
 
     def _feed(self, address: str, make: sockets.Make) -> PeerLink:
         link = PeerLink(self._context, "", address, make)
@@ -197,11 +196,12 @@ class Hub:
     def reply(self, client: bytes, message: msgspec.Struct) -> Sent:
         """Reply to a client without waiting. "full": the client's queue is full; "gone": the client is not
         connected."""
-        if self._router is None:
+        if not self._routers:
             raise NetError("reply without bind_clients")
         data = codec.encode(message)
+        router = self._routers[client[0]]  # see Intake
         try:
-            self._router.send_multipart((client, data), zmq.NOBLOCK)
+            router.send_multipart((client[1:], data), zmq.NOBLOCK)
         except zmq.Again:
             self.counters["replies_full"] += 1
             return "full"

@@ -19,13 +19,15 @@ _MAX_COMPLAINTS = 256  # (sender, kind) pairs to log; limited, because a sender 
 
 
 class Intake:
-    """Reads a PULL or SUB socket (`identities` False) or a ROUTER (True) at `address`. `union`: the valid messages."""
+    """Reads a socket at `address`. `union`: the valid messages. `router`: None for a PULL or SUB; for a ROUTER, the
+    byte that tells it from the other ROUTERs of the process, whose clients may have the same identities. It comes
+    before the identity in `Arrived.client`."""
 
     def __init__(
-        self, socket: Socket, address: str, union: Messages, identities: bool, counters: Counter[str], log: Logger
+        self, socket: Socket, address: str, union: Messages, router: bytes | None, counters: Counter[str], log: Logger
     ) -> None:
         self.socket, self.address = socket, address
-        self._union, self._identities, self._counters, self._log = union, identities, counters, log
+        self._union, self._router, self._counters, self._log = union, router, counters, log
         self._complained: set[tuple[bytes | None, str]] = set()
 
     def read(self) -> list[Arrived]:
@@ -60,8 +62,8 @@ class Intake:
         return frames
 
     def _decode(self, frames: list[bytes]) -> Arrived | None:
-        client = frames[0] if self._identities else None
-        body = frames[1:] if self._identities else frames
+        client = None if self._router is None else self._router + frames[0]
+        body = frames if self._router is None else frames[1:]
         if len(body) != 1:
             self._drop(client, "frames", "more than one frame" if body else "no frame after the identity")
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -35,8 +36,9 @@ from tetri.proc import build
 from tetri.proc.network import HubNetwork
 from tetri.proc.notes import completed, of_config
 from tetri.proc.recorder import BrokerStart, recorded
+from tetri.proc.submission import submitted
 from tetri.text import Stopper, TextError, Tokenizer
-from tetri.wire.clients import ClientMessage, Refused, Status, Submit
+from tetri.wire.clients import ClientMessage, OperatorMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
@@ -64,21 +66,21 @@ class ActionExecutor:
                 yield event.message  # type: ignore[misc]
             elif not isinstance(event.message, Submit):
                 yield FromClient(event.client, event.message)  # type: ignore[arg-type]
-            elif (submitted := self.tokenise(event.client, event.message)) is not None:
-                yield submitted
+            elif (request := self.tokenise(event.client, event.message)) is not None:
+                yield request
 
     def tokenise(self, client: bytes, message: Submit) -> Submitted | None:
         """Tokenise a Submit. Returns None after it has sent a refusal for a prompt that cannot be tokenised.
 
         A Submit with a known key is a retransmission: its prompt is not tokenised again."""
         if message.key in self.core.table.keys:
-            return Submitted(client, message.key, (), message.sampling)
+            return submitted(client, message, ())
         try:
             prompt = self.prompt(message)
         except TextError as error:
             self.hub.reply(client, Refused(key=message.key, reason=str(error)))
             return None
-        return Submitted(client, message.key, tuple(prompt), message.sampling, message.deadline_s)
+        return submitted(client, message, prompt)
 
     def prompt(self, message: Submit) -> Sequence[int]:
         """Token ids of the prompt. Raises TextError."""
@@ -157,6 +159,8 @@ def serve(config: Config, logger: logging.Logger) -> None:
         executor.notes = of_config(config, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage)
+        hub.bind_clients(config.operators_address, OperatorMessage)
+        os.chmod(config.operators_address.removeprefix("ipc://"), 0o600)  # even where others may enter the folder
         hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
         run(core, executor.poll, executor.act, executor.clock, signals.running)

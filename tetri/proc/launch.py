@@ -232,6 +232,7 @@ def _write_state(config: Config, supervisor: Supervisor) -> None:
     state = {
         "name": config.cluster.name,
         "clients": config.clients_address,
+        "operators": config.operators_address,
         "config": str(supervisor.run_dir / CONF),
         "pids": {"supervisord": supervisor.pid(), **{each.name: each.pid for each in supervisor.programs() or []}},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

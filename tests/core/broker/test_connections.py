@@ -20,7 +20,7 @@ class Clients(Serving):
         super().__init__(serving("p1", "d1", limits={"max_open": 10000, **limits}).core)
         self.free, self.full = 1 << 40, False
         self.tried, self.arrived = [], []
-        self.rids = [f"00002a-{number}" for number in range(1, count + 2)]
+        self.rids = [f"of k{number}" for number in range(count + 1)]
         for number, rid in enumerate(self.rids):
             self.tell(submit(f"k{number}", client=b"c" if number < count else b"other", max_tokens=30))
             self.tell(tokens("p1", rid, 0, 7), staged("d1", rid, Stage.DECODE))
@@ -222,8 +222,8 @@ def test_a_client_that_dies_while_its_request_is_queued_is_noticed_after_a_secon
 
 def test_whoever_is_gone_is_gone_with_all_its_requests(quiet):
     quiet.tell(submit("a"), submit("b"), submit("c", client=b"other"))
-    quiet.tell(Undelivered(b"c", Accepted(key="b", rid="00002a-2", prompt_tokens=3), True))
-    quiet.tell(attach(0, "00002a-2", client=b"again"))
+    quiet.tell(Undelivered(b"c", Accepted(key="b", rid="r2", prompt_tokens=3), True))
+    quiet.tell(attach(0, "r2", client=b"again"))
     assert [release.rid for release in only(quiet.later(2.0), Release)] == [RID]
     assert quiet.status().requests == {"queued": 2}
 
@@ -245,7 +245,7 @@ def test_a_client_that_is_sent_something_gets_no_sign_of_life():
     assert not replies(told.later(0.9))
     (first,) = replies(told.later(0.2))
     (other,) = replies(told.later(1.0))
-    assert [(each.rid, each.start) for each in (first, other)] == [(RID, 10), ("00002a-2", 0)]  # all that it was sent
+    assert [(each.rid, each.start) for each in (first, other)] == [(RID, 10), ("r2", 0)]  # all that it was sent
 
 
 def test_nobody_gets_signs_of_life_without_open_requests(quiet):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.core.broker.serving import RID, attach, cancel, done, replies, serving, submit
+from tests.core.broker.serving import ANOTHERS, RID, attach, cancel, done, end, refusal, replies, serving, submit
 from tests.core.build import ending, staged, tokens
 from tests.core.reading import kinds, sent
 from tetri.core.actions import Detokenize, Detokenized, Undelivered
@@ -42,6 +42,46 @@ def test_the_same_key_again_is_the_same_request_and_attaching_sends_what_is_miss
     assert replies(actions, b"again") == [Accepted(key="k", rid=RID, prompt_tokens=3), FIRST] and not sent(actions)
     assert told.status().requests == {"decode": 1} and replies(told.tell(attach(0))) == [FIRST]
     assert replies(told.tell(attach(1))) == [Delta(rid=RID, start=1, ids=[], text="")]  # a sign of life
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prompt": (1, 2, 4)}, {"max_tokens": 5}, {"deadline_s": 1.0}, {"seed": 3}, {"secret": ANOTHERS}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+@pytest.mark.parametrize("client", [b"c", b"other"])
+def test_the_same_key_for_anything_else_is_refused_and_changes_nothing(told, wrong, client):
+    actions = told.tell(submit(client=client, **wrong))
+    why = "this key stands for another request: draw a new key for each request"
+    assert replies(actions, client) == [Refused(key="k", reason=why)] and len(actions) == 1
+    assert replies(told.tell(tokens("d1", RID, 1, 8))) == [Delta(rid=RID, start=1, ids=[8], text="i")]
+    assert told.status().counters["refused"] == 1 and told.status().requests == {"decode": 1}
+
+
+def test_a_key_is_kept_for_its_request_as_long_as_that_is_known(told):
+    told.tell(cancel())
+    assert "another request" in refusal(told.tell(submit(prompt=(9,))))
+    told.later(2.1)  # what was refused does not make it last longer
+    assert isinstance(replies(told.tell(submit(prompt=(9,))))[0], Accepted)
+
+
+@pytest.mark.parametrize("ask", [attach, cancel])
+@pytest.mark.parametrize("wrong", ["", ANOTHERS])
+def test_who_has_not_made_the_secret_is_told_nothing_and_changes_nothing(told, ask, wrong):
+    def answer(rid):
+        start = (0,) if ask is attach else ()
+        return told.tell(ask(*start, rid=rid, client=b"other", secret=wrong))
+
+    assert replies(answer(RID), b"other") == [Refused(key=RID, reason=f"no request {RID} is known here")]
+    assert replies(answer("r7"), b"other") == [Refused(key="r7", reason="no request r7 is known here")]
+    assert replies(told.tell(tokens("d1", RID, 1, 8))) == [Delta(rid=RID, start=1, ids=[8], text="i")]
+
+
+def test_an_operator_ends_a_request_without_its_secret(told):
+    actions = told.tell(end())
+    assert done(actions) == done(actions, b"operator") and done(actions).reason == "cancelled"
+    assert replies(told.tell(end()), b"operator") == [done(actions)]
+    assert replies(told.tell(end("r7")), b"operator")[0].reason == "no request r7 is known here"
 
 
 def test_a_stop_text_ends_the_request_and_tokens_past_it_do_not_count(told):
@@ -124,7 +164,7 @@ def test_an_ended_request_is_forgotten_after_the_grace(told):
     away(told, end, gone=False)
     assert replies(told.later(2.1)) == [end]
     told.later(1.0)
-    assert not known(told) and replies(told.tell(submit()))[0].rid == "00002a-2"
+    assert not known(told) and replies(told.tell(submit()))[0].rid == "r2"
 
 
 @pytest.mark.parametrize("ask", [attach(0), submit()])

@@ -172,7 +172,7 @@ def test_a_deadline_ends_it(decoding):
 
 
 def test_a_deadline_after_the_end_is_nothing(decoding):
-    decoding.tell(submit("b", deadline_s=1.0), cancel("00002a-2"))
+    decoding.tell(submit("b", deadline_s=1.0), cancel("r2"))
     assert not only(decoding.later(1.5), Reply)
 
 

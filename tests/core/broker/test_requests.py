@@ -9,7 +9,8 @@ from tetri.wire.clients import Delta, Done
 
 
 def row(number=1, **changes):
-    made = Row(f"r{number}", f"k{number}", b"c", (1, 2), Sampling(max_tokens=4), 0.0, Stage.QUEUED, 0.0)
+    asked = ((1, 2), Sampling(max_tokens=4), 0.0, Stage.QUEUED, 0.0)
+    made = Row(f"r{number}", f"k{number}", b"c", *asked, secret="s" * 22, content=b"x")
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -25,6 +26,11 @@ def table():
     made.hand_over(made.rows["r2"], "d1")
     made.move(made.rows["r2"], Stage.DECODE, 0.0)
     yield made
+
+
+@pytest.mark.parametrize("secret", ["", "s" * 21, "s" * 23, "S" * 22, "é" * 22])
+def test_who_does_not_show_its_secret_owns_nothing(table, secret):
+    assert table.rows["r1"].owned_by("s" * 22) and not table.rows["r1"].owned_by(secret)
 
 
 def test_a_key_that_leads_elsewhere_stays(table):

@@ -1,4 +1,4 @@
-"""Changes of role as the broker carries them out: asked by a client or wanted by the monitor."""
+"""Changes of role as the broker carries them out: asked by an operator or wanted by the monitor."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_a_new_prefill_instance_gets_what_waits_and_all_that_comes():
     told = serving("d1", "d2")
     told.tell(submit())
     assert assigned(told.tell(ask("d1", "mixed"))) == [("d1", RID, 1)]
-    assert assigned(told.tell(submit("k2"))) == [("d1", "00002a-2", 1)]
+    assert assigned(told.tell(submit("k2"))) == [("d1", "r2", 1)]
 
 
 def test_one_that_decodes_now_gets_no_new_prompts_and_goes_on_with_its_old_ones(told):
@@ -94,6 +94,17 @@ def test_the_same_key_gets_the_same_answer_and_no_second_flip(told):
     told.tell(ask("d1", "decode", "other"), heartbeat("d1", "decode", FIRST + 1))
     again = told.tell(ask("d1", "prefill"))
     assert replies(again) == replies(answer, b"again") and not sent(again) and told.roles()["d1"] == "decode"
+
+
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("other", [("d2", "prefill"), ("d1", "mixed"), ("x", "tea")])
+def test_the_same_key_for_another_change_is_refused(told, answered, other):
+    told.tell(ask("d1", "prefill"), *[heartbeat("d1", "prefill")] * answered)
+    actions = told.tell(ask(*other, client=b"other"))
+    assert [each.reason.split(":")[0] for each in replies(actions, b"other")] == ["this key stands for another request"]
+    assert len(actions) == 1 and told.roles() == {"p1": "prefill", "p2": "prefill", "d1": "prefill", "d2": "decode"}
+    confirmed = told.tell(*[ask("d1", "prefill")] * answered, *[heartbeat("d1", "prefill")] * (not answered))
+    assert [type(each) for each in replies(confirmed)] == [RoleChanged]
 
 
 def test_answers_are_forgotten_after_many_others(told):

@@ -19,7 +19,7 @@ from tetri.core.actions import (
     Submitted,
     Undelivered,
 )
-from tetri.core.broker.delivery import Delivery, Limits, refuse
+from tetri.core.broker.delivery import ANOTHERS, Delivery, Limits, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
 from tetri.core.broker.notes import notes
@@ -28,7 +28,7 @@ from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.wire.clients import Attach, Cancel, ChangeRole, Inspect, MonitorStatus, Status
+from tetri.wire.clients import Attach, Cancel, ChangeRole, EndRequest, Inspect, MonitorStatus, Status
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, Ready, Staged, Tokens
 
@@ -56,7 +56,7 @@ class Broker:
         self.limits, self.model = limits, model
         self.table = Table()
         self.members = Members(epoch)
-        self.delivery = Delivery(self.table, limits, epoch, rng)
+        self.delivery = Delivery(self.table, limits, rng)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
         self.lifecycle = Lifecycle(rules, self.members, self.delivery, cost, chunk_tokens, self.timers, self.counters)
@@ -201,10 +201,8 @@ class Broker:
     # ------------------------------------------------------------ clients
 
     def _submit(self, event: Submitted, now: float) -> list[Action]:
-        again = self.delivery.known(event, now)
-        if again is not None:
-            self.lifecycle.remember(self.table.rows[self.table.keys[event.key]], now)
-            return again
+        if event.key in self.table.keys:
+            return self._submit_again(event, now)
         prompt, retry_after_s = len(event.prompt), None
         why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
         if why is None and self.table.open >= self.limits.max_open:
@@ -218,15 +216,25 @@ class Broker:
             self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
 
+    def _submit_again(self, event: Submitted, now: float) -> list[Action]:
+        """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""
+        row = self.table.rows[self.table.keys[event.key]]
+        if not row.repeated_by(event):
+            self.counters["refused"] += 1
+            return [refuse(event.client, event.key, ANOTHERS)]
+        self.lifecycle.remember(row, now)
+        return self.delivery.again(row, event.client, now)
+
     def _client(self, event: FromClient, now: float) -> list[Action]:
         message = event.message
         if isinstance(message, Inspect):
             return [Reply(event.client, self.status(now))]
         if isinstance(message, ChangeRole):
             return [*self.flips.ask(event.client, message, now), *self.lifecycle.place_waiting(now)]
-        assert isinstance(message, Cancel | Attach)
+        assert isinstance(message, Cancel | Attach | EndRequest)
         row = self.table.rows.get(message.rid)
-        if row is None:
+        # A wrong secret gets the answer to an unknown rid, which does not tell whether there is such a request.
+        if row is None or not (isinstance(message, EndRequest) or row.owned_by(message.secret)):
             return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
         if isinstance(message, Attach):
             self.timers.clear(("grace", row.rid))

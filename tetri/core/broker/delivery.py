@@ -13,6 +13,8 @@ from tetri.wire.clients import Accepted, Delta, Done, Refused
 
 MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
+SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
+ANOTHERS = "this key stands for another request: draw a new key for each request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,9 @@ _NAMES = [(stage, stage.value) for stage in Stage]
 class Delivery:
     """Opens and closes rows for clients and fills their outboxes. Shares the broker's request table."""
 
-    def __init__(self, table: Table, limits: Limits, epoch: int, rng: Random) -> None:
+    def __init__(self, table: Table, limits: Limits, rng: Random) -> None:
         self.table, self.limits, self.rng = table, limits, rng
         self.connections = Connections(limits.retry_s, limits.quiet_s)
-        self._prefix = f"{epoch & 0xFFFFFF:06x}"
-        self._serial = 0
 
     def problem(self, event: Submitted) -> str | None:
         """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
@@ -50,6 +50,8 @@ class Delivery:
         wrong = sampling_problem(sampling)
         if wrong is not None:
             return wrong
+        if len(event.secret) < SECRET_CHARS:
+            return f"the secret has {len(event.secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
         if prompt == 0:
             return "the prompt is empty: give at least one token"
         if prompt >= context:
@@ -66,23 +68,22 @@ class Delivery:
     def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
         """Open a row. A sampled request gets a seed if it has none: a later attempt on another worker can then
         continue the same output."""
-        self._serial += 1
         sampling = event.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
-        rid, deadline = f"{self._prefix}-{self._serial}", None if event.deadline_s is None else now + event.deadline_s
-        row = Row(rid, event.key, event.client, event.prompt, sampling, now, Stage.QUEUED, now, deadline)
+        deadline = None if event.deadline_s is None else now + event.deadline_s
+        row = Row(
+            *(event.rid, event.key, event.client, event.prompt, sampling, now, Stage.QUEUED, now, deadline),
+            secret=event.secret,
+            content=event.content,
+        )
         self.table.add(row)
         self.connections.stream(row, event.client, now)
         return row, [Reply(event.client, _accepted(row))]
 
-    def known(self, event: Submitted, now: float) -> list[Action] | None:
-        """The answer to a repeated Submit: Accepted and everything from the first token. None for a new request."""
-        rid = self.table.keys.get(event.key)
-        if rid is None:
-            return None
-        row = self.table.rows[rid]
-        return [Reply(event.client, _accepted(row)), *self.attach(row, event.client, 0, now)]
+    def again(self, row: Row, client: bytes, now: float) -> list[Action]:
+        """The answer to a repeated Submit: Accepted and everything from the first token."""
+        return [Reply(client, _accepted(row)), *self.attach(row, client, 0, now)]
 
     def attach(self, row: Row, client: bytes, start: int, now: float) -> list[Action]:
         """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client

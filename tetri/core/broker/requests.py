@@ -6,8 +6,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hmac import compare_digest
 
-from tetri.core.actions import Broken
+from tetri.core.actions import Broken, Submitted
 from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
@@ -19,7 +20,8 @@ BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 
 @dataclass(slots=True)
 class Row:
-    """One request. `prefill` and `decode` are the instances of the current attempt, None while there is none;
+    """One request. `secret` and `content` are those of its Submit: who shows the secret is its client.
+    `prefill` and `decode` are the instances of the current attempt, None while there is none;
     `work_ns` is the predicted prefill time of that attempt, in nanoseconds so that sums stay exact.
     Tokens pass three points: workers report them into `output`; `asked` of them have been sent to the detokenizer;
     `sent` messages of the `outbox` (Deltas and a final Done) have been sent to the client. Times are in seconds."""
@@ -32,6 +34,8 @@ class Row:
     arrival: float
     stage: Stage
     stage_at: float
+    secret: str = field(kw_only=True)
+    content: bytes = field(kw_only=True)
     deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     attempt: int = 1
     not_counted: int = 0  # attempts that do not count towards `max_attempts`: the request only waited on a lost worker
@@ -62,6 +66,15 @@ class Row:
     def computing(self) -> str | None:
         """The prefill instance that still has to compute the request; None once a token is known."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
+
+    def owned_by(self, secret: str) -> bool:
+        """Whether this is the secret of the request's client. The time that it takes does not tell how much of a wrong
+        secret is right."""
+        return compare_digest(self.secret.encode(), secret.encode())
+
+    def repeated_by(self, event: Submitted) -> bool:
+        """Whether a Submit with the request's key is a repetition of its own, and not another request."""
+        return self.owned_by(event.secret) and self.content == event.content
 
     def left(self, now: float) -> float | None:
         """Seconds until the deadline, 0 if it has passed; None without one."""

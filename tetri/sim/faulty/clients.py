@@ -10,7 +10,7 @@ from tetri.core.actions import FromClient, Submitted
 from tetri.engine.emulated import reference
 from tetri.engine_request import INVALID
 from tetri.request import Receipt, Sampling
-from tetri.sim.clients import Clients, Outcome
+from tetri.sim.clients import Clients, Outcome, secret_of
 from tetri.sim.faulty.chance import Chance
 from tetri.sim.faulty.processes import EDGE, TOKEN_BYTES, VOCABULARY
 from tetri.sim.setup import SimError
@@ -24,6 +24,7 @@ from tetri.wire.clients import (
     ClientMessage,
     Delta,
     Done,
+    OperatorMessage,
     Refused,
     RoleChanged,
 )
@@ -55,6 +56,7 @@ class Client:
     stuck: bool = False
     received_at: float = 0.0
     asked: list[int] = field(default_factory=list)  # the first tokens of its Attach messages
+    submits: int = 0
     expected: int = 0  # index of the next token that may arrive
     tail_at: int = -1  # token index at which text without tokens arrived
 
@@ -67,6 +69,11 @@ class Client:
     def name(self) -> bytes:
         """The client's name for the broker."""
         return self.key.encode()
+
+    @property
+    def secret(self) -> str:
+        """The client's secret."""
+        return secret_of(self.key)
 
     # ------------------------------------------------------------ sending
 
@@ -87,7 +94,9 @@ class Client:
     def submit(self) -> None:
         """Send the Submit, and repeat it until the request is accepted or refused."""
         if self.rid is None and self.done is None:
-            self.send(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
+            self.submits += 1  # each has an id of its own, which counts only if it is the first that arrives
+            own = (self.name, self.key, self.secret, b"", f"{self.key}.{self.submits}")
+            self.send(Submitted(*own, self.prompt, self.sampling, self.deadline_s))
             self._later(self.ask_s, self.submit)
 
     def watch(self) -> None:
@@ -102,7 +111,7 @@ class Client:
         """Cancel the request if it is accepted and open."""
         if self.rid is not None and self.done is None:
             self.cancelled = True
-            self.send(FromClient(self.name, Cancel(rid=self.rid)))
+            self.send(FromClient(self.name, Cancel(rid=self.rid, secret=self.secret)))
 
     def leave(self) -> bool | None:
         """Disconnect for a while. Returns None after the end of the request, else True."""
@@ -122,7 +131,7 @@ class Client:
         """Ask for all tokens from the first missing one on."""
         assert self.rid is not None
         self.asked.append(len(self.ids))
-        self.send(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
+        self.send(FromClient(self.name, Attach(rid=self.rid, secret=self.secret, start=len(self.ids))))
 
     def choke(self) -> bool | None:
         """Read nothing for a while. Returns None after the end of the request, else True."""
@@ -286,7 +295,8 @@ class Admin:
 
 
 def on_the_wire(event: Any) -> Any:
-    """Return a client's message after encoding and decoding."""
+    """Return a message of a client or the operator after encoding and decoding."""
     if isinstance(event, Submitted):
         return event  # the broker's process builds it from a Submit
-    return FromClient(event.client, decode(encode(event.message), ClientMessage))  # type: ignore[arg-type]
+    union = OperatorMessage if event.client == ADMIN else ClientMessage
+    return FromClient(event.client, decode(encode(event.message), union))  # type: ignore[arg-type]
