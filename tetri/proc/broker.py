@@ -145,7 +145,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
-        hub.bind_clients(config.clients_address, ClientMessage)
+        hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)
         hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
         run(core, executor.poll, executor.act, time.monotonic, signals.running)
