@@ -31,14 +31,13 @@ from tetri.core.broker.delivery import Limits
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
+from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.network import HubNetwork
 from tetri.proc.recorder import BrokerStart, recorded
 from tetri.text import Stopper, TextError, Tokenizer
 from tetri.wire.clients import ClientMessage, Refused, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
-
-CHARS_A_TOKEN = 64  # longer prompts are refused before they are tokenised, which would block all other requests
 
 
 class ActionExecutor:
@@ -77,12 +76,9 @@ class ActionExecutor:
 
     def prompt(self, message: Submit) -> Sequence[int]:
         """Token ids of the prompt. Raises TextError."""
-        if (message.prompt is None) == (message.messages is None):
-            raise TextError("give exactly one of prompt and messages")
-        texts = [turn.content for turn in message.messages or ()] + [message.prompt or ""]
-        length, most = sum(map(len, texts)), CHARS_A_TOKEN * self.core.limits.context
-        if not isinstance(message.prompt, list) and length > most:
-            raise TextError(f"the prompt has {length} characters, far more than the context holds: shorten it")
+        problem = submit_problem(message, self.core.limits.context)
+        if problem is not None:
+            raise TextError(problem)
         if message.messages is not None:
             return self.tokenizer.chat(message.messages)
         assert message.prompt is not None
