@@ -79,9 +79,12 @@ def test_a_file_that_is_no_socket_is_left_alone_and_a_missing_folder_and_a_busy_
 def test_closing_does_not_remove_a_successors_file(run_folder, context):
     address, path = ipc(run_folder, "inbox"), run_folder / "inbox"
     old = sockets.Bound(sockets.inbox(context, InboxMessage), address)
-    path.unlink()  # as an operator might
+    for file in run_folder.iterdir():  # as an operator might
+        file.unlink()
     new = sockets.Bound(sockets.inbox(context, InboxMessage), address)
-    old.remove_file()
-    assert path.exists()
-    new.remove_file()
-    assert not path.exists()
+    theirs = sorted(run_folder.iterdir())
+    assert path in theirs
+    old.close()
+    assert sorted(run_folder.iterdir()) == theirs
+    new.close()
+    assert list(run_folder.iterdir()) == []

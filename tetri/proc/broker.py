@@ -33,6 +33,7 @@ from tetri.core.broker.delivery import Limits
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
+from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.network import HubNetwork
 from tetri.proc.notes import completed, of_config
 from tetri.proc.recorder import BrokerStart, recorded
@@ -41,8 +42,6 @@ from tetri.text import Stopper, TextError, Tokenizer
 from tetri.wire.clients import ClientMessage, OperatorMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
-
-CHARS_A_TOKEN = 64  # longer prompts are refused before they are tokenised, which would block all other requests
 
 
 class ActionExecutor:
@@ -84,12 +83,9 @@ class ActionExecutor:
 
     def prompt(self, message: Submit) -> Sequence[int]:
         """Token ids of the prompt. Raises TextError."""
-        if (message.prompt is None) == (message.messages is None):
-            raise TextError("give exactly one of prompt and messages")
-        texts = [turn.content for turn in message.messages or ()] + [message.prompt or ""]
-        length, most = sum(map(len, texts)), CHARS_A_TOKEN * self.core.limits.context
-        if not isinstance(message.prompt, list) and length > most:
-            raise TextError(f"the prompt has {length} characters, far more than the context holds: shorten it")
+        problem = submit_problem(message, self.core.limits.context)
+        if problem is not None:
+            raise TextError(problem)
         if message.messages is not None:
             return self.tokenizer.chat(message.messages)
         assert message.prompt is not None
@@ -158,7 +154,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         executor = ActionExecutor(core, hub, tokenizer, logger)
         executor.notes = of_config(config, logger)
         hub.bind_inbox(config.events_address, WorkerEvent)
-        hub.bind_clients(config.clients_address, ClientMessage)
+        hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)
         hub.bind_clients(config.operators_address, OperatorMessage)
         os.chmod(config.operators_address.removeprefix("ipc://"), 0o600)  # even where others may enter the folder
         hub.subscribe(config.views_address, ClusterView)

@@ -28,12 +28,14 @@ from tetri.kv.cuda.runtime import Device, load, put_first
 from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.log import LogError
 from tetri.models import ModelError, find, weights_hash
+from tetri.net import descriptors
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.net.lock import hold
 from tetri.net.signals import StopSignals
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
+from tetri.proc import open_files
 from tetri.request import Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
@@ -69,8 +71,17 @@ def locked_hub(config: Config, name: str, logger: Logger) -> Iterator[tuple[Hub,
     """Lock the run directory for the process `name` and open a hub. Yields (hub, signals that end the loop, a stack
     that is closed before the hub). Raises NetError."""
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with hold(config.run_dir / f"{name}.lock"), closing(Hub(logger)) as hub, ExitStack() as stack:
+    with hold(config.run_dir / f"{name}.lock"), closing(open_hub(config, name, logger)) as hub, ExitStack() as stack:
         yield hub, stop_signals(hub, stack), stack
+
+
+def open_hub(config: Config, name: str, logger: Logger) -> Hub:
+    """The hub of the process `name`, which may open as many files as the machine allows; the log says when these are
+    too few for the configuration."""
+    short = open_files.shortage(config, name, descriptors.raise_limit())
+    if short is not None:
+        logger.warning("%s", short)
+    return Hub(logger)
 
 
 def stop_signals(hub: Hub, stack: ExitStack) -> StopSignals:

@@ -26,10 +26,11 @@ from tetri import atomic, models
 from tetri.client import Client, Unreachable
 from tetri.config import CLUSTER_NAME, Config, dump, load
 from tetri.kv.shm import sweep
+from tetri.net import descriptors
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import predictor
+from tetri.proc import open_files, predictor
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
 from tetri.strict import ConfigError
 
@@ -50,6 +51,8 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
+        for short in _shortages(config):
+            report(f"warning: {short}")
         atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
         try:
@@ -173,6 +176,13 @@ def _check_port(config: Config) -> None:
         except OSError as error:
             advice = "choose another port with --set broker.clients=tcp://127.0.0.1:PORT"
             raise LaunchError(f"{config.clients_address} cannot be used ({error.strerror}): {advice}") from None
+
+
+def _shortages(config: Config) -> list[str]:
+    """A line for each kind of program that has too few open files. The programs run on: connections wait."""
+    limit = descriptors.hard_limit()
+    kinds = ("broker", "monitor", "each worker")
+    return [short for name in kinds if (short := open_files.shortage(config, name, limit)) is not None]
 
 
 def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: float) -> None:

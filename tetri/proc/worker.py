@@ -23,7 +23,6 @@ from tetri.engine.base import Engine
 from tetri.executor import Copies, Network, WorkerExecutor
 from tetri.faults import parse_faults
 from tetri.kv.base import KVLost, KVStore
-from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
@@ -75,7 +74,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     if predicts:  # numpy comes with it
         from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of
     with ExitStack() as stack:
-        hub = stack.enter_context(closing(Hub(logger)))
+        hub = stack.enter_context(closing(build.open_hub(config, iid, logger)))
         predictor = load_predictor(config, logger) if predicts else None
         # Takes seconds to minutes; until it is done, a signal ends the process at once.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)

@@ -28,4 +28,4 @@ class StreamWorld(World):
         name = slab.segment.name
         reach = Reach(paths=["stream"], host=iid, process=1, segment=name, address=stream.address)
         counted = {"stream": lambda: stream.counters}
-        return Store(slab, {"stream": stream}, reach, LocalReader({name: slab.segment}), counted)
+        return Store(slab, {"stream": stream}, reach, LocalReader({name: slab.segment}), counted=counted)

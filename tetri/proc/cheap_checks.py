@@ -1,0 +1,33 @@
+"""Checks of a Submit that cost almost nothing. They come before its text is tokenised, which may take seconds."""
+
+from __future__ import annotations
+
+from tetri.request import sampling_problem
+from tetri.wire.clients import Submit
+
+CHARS_A_TOKEN = 64  # no token of a usual vocabulary has more on average
+CHAT_ROLES = ("system", "user", "assistant")
+MAX_TURNS = 2048
+
+
+def submit_problem(message: Submit, context: int) -> str | None:
+    """Why this request cannot be served, in one line that states what is allowed; None when its text may be tokenised.
+    `context`: of the model, in tokens."""
+    turns = message.messages
+    if (message.prompt is None) == (turns is None):
+        return "give exactly one of prompt and messages"
+    if (wrong := sampling_problem(message.sampling)) is not None:
+        return wrong
+    if turns is not None:
+        if not 0 < len(turns) <= min(MAX_TURNS, context):
+            return f"the conversation has {len(turns)} messages, 1 to {min(MAX_TURNS, context)} are allowed"
+        if any(turn.role not in CHAT_ROLES for turn in turns):
+            return f"the role of a message must be one of {', '.join(CHAT_ROLES)}"
+        length = sum(len(turn.content) for turn in turns)
+    elif isinstance(message.prompt, str):
+        length = len(message.prompt)
+    else:
+        return None  # token ids: the core checks them
+    if length > CHARS_A_TOKEN * context:
+        return f"the prompt has {length} characters, far more than the context holds: shorten it"
+    return None
