@@ -35,7 +35,7 @@ class Handle(Record, frozen=True):
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
-    Grant or Refuse."""
+    Grant, Defer or Refuse."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -43,6 +43,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     sampling: Sampling
     blocks: Count
     length: LengthRange | None = None  # None: not predicted
+    waited_s: float = 0.0  # seconds since the first offer of this attempt
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):
@@ -54,6 +55,11 @@ class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):
 
 class Grant(BetweenWorkers, tag="grant", frozen=True):
     """The decode instance has reserved the blocks of the Offer."""
+
+
+class Defer(BetweenWorkers, tag="defer", frozen=True):
+    """The decode instance has no memory for the Offer now. It keeps the Offer and its chunks: a Grant follows when
+    there is memory, if the Offer is repeated until then."""
 
 
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):

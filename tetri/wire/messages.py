@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from tetri.instance import Instance
 from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 
 # ---- workers -> broker
 
@@ -31,10 +31,13 @@ class Load(Record, frozen=True):
     queued          prompts in the prefill queue
     queued_tokens   their prompt tokens that are not computed yet
     queued_s        predicted seconds to compute these
-    waiting         decode requests that were granted and are not in the batch
+    waiting         decode requests on offer here that are not in the batch
     landed          those of `waiting` whose KV has all landed: they wait only for admission
     running         decode requests in the batch
     heavy           of waiting and running: predicted to write more than `heavy_tokens` output tokens
+    kept_blocks     free blocks that no offer gets now: kept for the growth of the batch, or past the share of waiting
+                    requests
+    deferred_blocks blocks that deferred offers wait for
     growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
     decode_s        of waiting and running: predicted seconds until all have ended
     busy            share of the time since the last report in which the engine computed
@@ -50,6 +53,8 @@ class Load(Record, frozen=True):
     running: Count = 0
     heavy: Count = 0
     growth_blocks: Count = 0
+    kept_blocks: Count = 0
+    deferred_blocks: Count = 0
     decode_s: float = 0.0
     busy: float = 0.0
     stalled: bool = False
@@ -233,5 +238,5 @@ class Membership(Record, tag="membership", frozen=True):
 
 
 InboxMessage = (
-    Assign | Flip | Close | Resend | Membership | Offer | LengthUpdate | Grant | Refuse | Chunk | Landed | Drop
+    Assign | Flip | Close | Resend | Membership | Offer | LengthUpdate | Grant | Defer | Refuse | Chunk | Landed | Drop
 )

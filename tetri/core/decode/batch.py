@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from tetri.core.actions import Broken
 from tetri.core.decode.load_forecast import LoadForecast
@@ -10,6 +11,7 @@ from tetri.core.decode.request import NEVER, DecodeRequest
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.engine_request import Sampled, StepDone
+from tetri.policy.admit import next_growth
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, blocks_for
@@ -49,7 +51,7 @@ class Batch:
         request.sent = 1
         self.forecast.wrote(1)
         self.landed[request.key] = request
-        self._changed = True
+        self._changed, self._kept_free = True, None
 
     def leave(self, request: DecodeRequest) -> None:
         """Remove a request that has ended or was cancelled."""
@@ -87,12 +89,13 @@ class Batch:
 
         Counted once between two steps: many offers may arrive in that time, and a grant does not change the result."""
         if self._kept_free is None:
-            kept = KEPT_FREE.get(self.own.rules.admit)
-            self._kept_free = 0 if kept is None else kept(self._view(self.own.capacity.max_batch))
+            running = self.running or dict(islice(self.landed.items(), 1))  # the next to run, if none does
+            kept = KEPT_FREE.get(self.own.rules.admit, next_growth)
+            self._kept_free = kept(self._view(running, self.own.capacity.max_batch))
         return self._kept_free
 
-    def _view(self, most: int) -> BatchView:
-        members = [BatchMember(request.size, _predicted_end(request)) for request in self.running.values()]
+    def _view(self, running: Mapping[str, DecodeRequest], most: int) -> BatchView:
+        members = [BatchMember(request.size, _predicted_end(request)) for request in running.values()]
         return BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
 
     def _ask_policy(self, most: int) -> list[str]:
@@ -100,7 +103,7 @@ class Batch:
             WaitingRequest(key, request.landed_as, request.flow.blocks, request.size, _predicted_end(request))
             for key, request in self.landed.items()
         ]
-        return ADMISSIONS[self.own.rules.admit](waiting, self._view(most))
+        return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

@@ -1,8 +1,8 @@
 """A request in its prefill phase, and its KV on the way to a decode instance.
 
-offered -> granted -> every chunk announced and landed. The prefill instance announces chunks without waiting for the
-Grant, and keeps each chunk until its Landed. After a Refuse it offers the same slots to another instance, unless a
-chunk has landed already.
+offered -> deferred, while the decode instance has no memory -> granted -> every chunk announced and landed. The prefill
+instance announces chunks without waiting for the Grant, and keeps each chunk until its Landed. After a Refuse it offers
+the same slots to another instance, unless a chunk has landed already.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class KVOutflow:
     offer: int | None = None
     target: str = ""
     granted: bool = False
+    deferred: bool = False  # the decode instance has no memory yet, and grants the offer later
+    moved: bool = False  # an earlier offer came to nothing
+    told: int = 0  # how many of `sent` were announced under the open offer
     grant_lost: bool = False  # an earlier grant came to nothing
     in_flight: dict[int, KVChunk] = field(default_factory=dict)  # exported and not landed, by index
     landed: int = 0  # blocks that have landed; their slots here are freed
@@ -55,6 +58,16 @@ class KVOutflow:
     def kept(self) -> int:
         """Blocks in the sender's slab, pending exports included."""
         return self.exported - self.landed
+
+    def untold(self) -> list[KVChunk]:
+        """Return the chunks to announce now, and count them as announced. The decode instance is told of chunks once it
+        has granted the offer, and at first without waiting for its answer: an offer that was deferred or refused may
+        move on."""
+        if self.offer is None or not self.granted and (self.moved or self.deferred):
+            return []
+        untold = self.sent[self.told :]
+        self.told = len(self.sent)
+        return untold
 
     @property
     def movable(self) -> bool:
@@ -77,16 +90,16 @@ class KVOutflow:
 
     def grant(self) -> None:
         """Record that the decode instance has reserved memory for the prompt."""
-        self.granted, self.grant_lost = True, False
+        self.granted, self.deferred, self.grant_lost = True, False, False
 
     def aim(self, offer: int, target: str) -> None:
         """Set the open offer and its decode instance."""
-        self.offer, self.target, self.granted = offer, target, False
+        self.offer, self.target, self.granted, self.deferred, self.told = offer, target, False, False, 0
 
     def clear_aim(self) -> None:
         """Forget the open offer; a grant that it had is lost."""
-        self.grant_lost = self.grant_lost or self.granted
-        self.offer, self.target, self.granted = None, "", False
+        self.grant_lost, self.moved = self.grant_lost or self.granted, True
+        self.offer, self.target, self.granted, self.deferred = None, "", False, False
 
     def drain(self) -> list[Handle]:
         """Give up all chunks, and return the handles to free."""
@@ -114,6 +127,8 @@ class PrefillRequest:
     answered: bool = True  # False from `Predict` until `LengthKnown`
     estimated: bool = False  # `length` is the estimate of its own hidden state, the best there is
     done: int = 0  # tokens computed
+    offered_at: float | None = None  # when it was first on offer
+    asked_at: float = 0.0  # when its offer was last sent
     turn: int = 0  # place in the order of starts; 0: not started
     running: bool = False  # its engine request is in the engine
     held: bool = False  # the engine keeps it out of the steps (HoldRequest)
@@ -135,6 +150,11 @@ class PrefillRequest:
     def unplaced(self) -> bool:
         """Whether it has started, needs a decode instance, and is on offer to none."""
         return bool(self.turn) and self.flow.offer is None and self.decodes and not self.flow.complete
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether it has started and no decode instance has memory for it: its offer is deferred, or there is none."""
+        return self.unplaced or self.flow.deferred
 
     @property
     def granted(self) -> bool:

@@ -46,7 +46,15 @@ class LoadReporter:
         forecast, blocked = self.decode.forecast, self.prefill.queue.blocked()
         free = self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
         waiting, running, growth = self.decode.waiting(), len(self.decode.batch.running), forecast.growth
-        return Load(free_blocks=free, waiting=waiting, running=running, heavy=forecast.heavy, growth_blocks=growth)
+        return Load(
+            free_blocks=free,
+            waiting=waiting,
+            running=running,
+            heavy=forecast.heavy,
+            growth_blocks=growth,
+            kept_blocks=self.decode.kept_blocks(),
+            deferred_blocks=self.decode.deferred.blocks,
+        )
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""

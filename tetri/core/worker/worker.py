@@ -29,7 +29,7 @@ from tetri.core.worker.load_report import LoadReporter
 from tetri.engine_request import StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
@@ -88,7 +88,7 @@ class Worker:
                 return self.decode.offer(event, now, None if self.stepping else self.prefill.free_memory)
             case LengthUpdate():
                 return self.decode.update_length(event)
-            case Grant() | Refuse() | Landed():
+            case Grant() | Defer() | Refuse() | Landed():
                 return self._answered(event, now)
             case Assign():
                 return self.prefill.assign(event, now)
@@ -179,15 +179,15 @@ class Worker:
         batch, prefill, self._fewer = self.decode.batch, self.prefill, False
         admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
         decodes = len(batch.running) - len(batch.preempted)
-        actions = admitted
+        actions = admitted + self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
         if len(prefill.queue):
-            actions = admitted + self._deliver_own(prefill.plan(budget - decodes, now), now)
+            actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
         if not prefill.expected:
             if not self.decode.steps():
                 self.idle = True
                 return actions
             blocked = prefill.queue.blocked()
-            if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
+            if batch.stuck() and not admitted and blocked is not None and blocked.lacks_memory:
                 actions += self._deliver_own(prefill.retreat(blocked, "its memory went to decodes"), now)
         if len(batch.running) - len(batch.preempted) < decodes:  # an own offer replaced an older attempt in the batch
             self._fewer = True
@@ -252,17 +252,20 @@ class Worker:
         del self._unknown[:-MOST_UNKNOWN]
         return True
 
-    def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
+    def _answered(self, event: Grant | Defer | Refuse | Landed, now: float) -> list[Action]:
         request = self.dispatcher.request_of(event)
         if request is None:  # the offer was dropped, and the Drop may have been lost
-            return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
+            return [self.dispatcher.renounce(event)] if isinstance(event, Grant | Defer) else []
+        if isinstance(event, Defer):
+            self.dispatcher.defer(request, now)
+            return []
         if isinstance(event, Refuse):
             if event.corrupt or not request.flow.movable:
                 return self.prefill.give_up(request, f"{event.src} cannot go on with the KV: {event.why}")
             self.dispatcher.refused(request, event.why)
             return self.dispatcher.dispatch(now)
-        self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
-        return self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
+        actions = self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
+        return [*actions, *self.prefill.kv_send.landed(request, event.index)] if isinstance(event, Landed) else actions
 
     def _closed(self, message: Close) -> list[Action]:
         self.prefill.lengths.closed(message)
@@ -271,8 +274,7 @@ class Worker:
 
     def _up(self, peer: str, now: float) -> list[Action]:
         self.peers.connected(peer)
-        aimed = self.dispatcher.aimed_at(peer)
-        again = [action for request in aimed for action in self.dispatcher.repeat(request, now)]
+        again = self.dispatcher.reconnected(peer, now)
         return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
@@ -330,4 +332,5 @@ class Worker:
         if slot_deadlock is not None:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
             self.idle = False
+        actions += self.decode.expire(now)
         return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]
