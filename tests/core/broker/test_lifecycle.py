@@ -78,6 +78,19 @@ def test_one_request_from_queue_to_done():
         (DECODING, failed("p1", RID, retry=True), [], "decode"),  # it holds it no more
         (DECODING, tokens("d1", RID, 4, reason="length"), [("d1", resend(RID, 1))], "decode"),  # tokens are missing
         (DECODING, tokens("d1", RID, 0, 7), [], "decode"),  # known
+        (DECODING, replace(tokens("d1", RID, 1, 8), incarnation=2), [], "decode"),  # of no registered process
+        # Another instance has all KV too, since a Landed was lost. It stops, and what it wrote does not count.
+        (WAITING, staged("d2", RID, Stage.WAITING), [("d2", close(RID))], "waiting"),
+        (WAITING, staged("d2", RID, Stage.DECODE), [("d2", close(RID))], "waiting"),
+        (WAITING, heartbeat("d2", held(Stage.DECODE, 3)), [("d2", close(RID))], "waiting"),
+        (DECODING, tokens("d2", RID, 1, 8), [("d2", close(RID))], "decode"),
+        (DECODING, tokens("d2", RID, 3, 8), [("d2", close(RID))], "decode"),
+        (DECODING, tokens("d2", RID, 1, 8, 9, 10, reason="length"), [("d2", close(RID))], "decode"),
+        (DECODING, heartbeat("d2", held(Stage.DONE, 4)), [("d2", close(RID))], "decode"),
+        # So does the prefill instance, which writes a first token only, and no end once another one decodes.
+        (DECODING, tokens("p1", RID, 1, 8), [("p1", close(RID))], "decode"),
+        (DECODING, tokens("p1", RID, 0, 7, reason="stop"), [("p1", close(RID))], "decode"),
+        (DECODING, heartbeat("p1", held(Stage.DONE, 1)), [("p1", close(RID))], "decode"),
         (SUBMITTED, heartbeat("p1"), [], "queued"),  # it may be on its way
         (
             SUBMITTED,
@@ -97,6 +110,34 @@ def test_what_workers_say_and_hold_moves_it_on_and_both_sides_agree(before, even
     told = begin(before)
     assert told.tell(event) == [Send(peer, message) for peer, message in said]
     assert list(told.status().requests) == ([] if stage is None else [stage])
+
+
+@pytest.mark.parametrize(
+    "before, event, ids, closed",
+    [
+        (SUBMITTED, tokens("p1", RID, 0, 7), [7], []),
+        ([staged("d1", RID, Stage.WAITING)], tokens("p1", RID, 0, 7), [7], []),  # it comes late
+        (MOVED, tokens("d1", RID, 1, 8), [8], ["p1"]),  # d1 has all KV, and its Staged was lost
+        (SUBMITTED, tokens("d1", RID, 0, 7, 8), [7, 8], ["p1"]),
+        (SUBMITTED, tokens("d1", RID, 0, 7), [7], ["p1"]),
+        (MOVED, tokens("p1", RID, 1, 8), [8], []),  # it does both phases
+        (MOVED, tokens("d1", RID, 1, 8, 9, 10, reason="length"), [8, 9, 10], ["p1", "p1", "d1"]),
+        (MOVED, tokens("d1", RID, 1, reason="stop"), [], ["p1", "p1", "d1"]),
+        (SUBMITTED, tokens("p1", RID, 0, 7, reason="stop"), [7], ["p1"]),
+    ],
+)
+def test_tokens_count_of_the_first_that_decodes_and_the_first_one_of_the_prefill_instance(before, event, ids, closed):
+    actions = begin(before).tell(event)
+    assert [id for reply in replies(actions) if isinstance(reply, Delta) for id in reply.ids] == ids
+    assert [peer for peer, _ in closes(actions)] == closed
+
+
+def test_the_prefill_instance_of_a_later_attempt_writes_its_first_token(decoding):
+    decoding.tell(tokens("d1", RID, 1, 8), PeerDown("d1"))
+    assert replies(decoding.tell(tokens("p1", RID, 2, 9, attempt=2)))[0].ids == [9]
+    assert decoding.status().requests == {"moving": 1}
+    assert replies(decoding.tell(tokens("d2", RID, 3, 10, attempt=2)))[0].ids == [10]
+    assert decoding.status().counters.get("decodes_refused", 0) == 0
 
 
 def test_tokens_that_overlap_are_cut(decoding):
@@ -260,6 +301,16 @@ def test_what_was_assigned_and_is_not_held_is_assigned_again(served):
     assert not served.tell(heartbeat("p1"))
 
 
+def test_what_has_a_token_of_its_attempt_and_is_not_held_starts_over():
+    """A second prefill could write another first token, and a decode instance may go on from the one of the first."""
+    told = begin(MOVED)
+    actions = told.tell(heartbeat("p1"))
+    assert closes(actions) == [("p1", close(RID))] and assigned(actions) == [("p1", RID, 2)]
+    (again,) = sent(actions, kind=Assign)
+    assert again.output == [7]
+    assert closes(told.tell(heartbeat("d1", held(Stage.DECODE, 3)))) == [("d1", close(RID))]  # of the first attempt
+
+
 def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
     decoding.edge = False
     decoding.tell(cancel())
@@ -268,8 +319,8 @@ def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
 
 def test_late_words_of_a_lost_worker_do_not_give_it_the_request():
     told = begin([*MOVED, PeerDown("d1")])
-    told.tell(staged("d1", RID, Stage.WAITING), heartbeat("d1", held(Stage.DECODE)))
-    assert told.status().requests == {"moving": 1}
+    late = [staged("d1", RID, Stage.WAITING), heartbeat("d1", held(Stage.DECODE)), tokens("d1", RID, 1, 8)]
+    assert not told.tell(*late) and told.status().requests == {"moving": 1}
     told.tell(PeerUp("d1"), heartbeat("d1", held(Stage.DECODE)))
     assert told.status().requests == {"decode": 1}
 

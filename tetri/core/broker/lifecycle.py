@@ -107,9 +107,10 @@ class Lifecycle:
         return [Send(iid, close) for iid in holders]
 
     def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
-        """Handle a heartbeat of `iid` that does not list a request assigned to it: restart a request that was in
-        decode, assign one again that was in prefill."""
-        if row.holder == row.decode:
+        """Handle a heartbeat of `iid` that does not list a request assigned to it: restart a request with a token of
+        this attempt, assign any other again. A second prefill in the same attempt could write another first token, and
+        a decode instance may hold the KV of the first one."""
+        if row.holder == row.decode or len(row.output) > row.continued:
             return self.restart(row, f"{iid} does not hold it any more", now)
         late = now - row.assigned_at > 2 * self.limits.heartbeat_s
         return [self.assign(row, now)] if late else []  # the first Assign may still be on its way
@@ -128,17 +129,26 @@ class Lifecycle:
         return actions
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
-        """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: that instance
-        holds the request, and the prefill instance may drop it."""
+        """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: the first instance
+        to say so holds the request from then on, and the prefill instance may drop it. Another one may say so too, if
+        a Landed was lost and the request was offered to it as well: it must stop."""
         actions: list[Action] = []
         if stage.ended:  # only the broker ends a row
             return actions
-        if stage in (Stage.WAITING, Stage.DECODE) and row.decode is None:
-            self.table.hand_over(row, iid)
-            if row.prefill not in (None, iid):
-                actions.append(Send(row.prefill, Close(rid=row.rid, attempt=row.attempt)))
+        if stage in ON_DECODER:
+            if row.decode is None:
+                self.table.hand_over(row, iid)
+                if row.prefill not in (None, iid):
+                    actions.append(self._close_at(row.prefill, row))
+            elif row.decode != iid:
+                self.counters["decodes_refused"] += 1
+                return [self._close_at(iid, row)]
         self.table.advance(row, stage, now)
         return actions
+
+    def _close_at(self, iid: str, row: Row) -> Action:
+        """Tell an instance to drop this attempt of a request, which continues elsewhere."""
+        return Send(iid, Close(rid=row.rid, attempt=row.attempt))
 
     def resend(self, row: Row, iid: str) -> Action:
         """Ask `iid` for the output tokens that the row lacks."""
@@ -166,7 +176,7 @@ class Lifecycle:
         """Add the output tokens that `iid` reports to their row. Appends to `actions`, since this runs for every token
         of every request."""
         row = self._row(item.rid, item.attempt)
-        if row is None:
+        if row is None or (row.decode != iid and not self._may_write(row, item, iid, now, actions)):
             return
         have, ids, start = len(row.output), item.ids, item.start
         if start > have:
@@ -188,6 +198,19 @@ class Lifecycle:
             actions += self.end(row, "length", now)
         else:
             actions += self.delivery.detokenize(row, final=False)
+
+    def _may_write(self, row: Row, item: TokenItem, iid: str, now: float, actions: list[Action]) -> bool:
+        """Whether tokens count of an instance that is not known to decode the request.
+
+        The prefill instance may write the first token of the attempt. Any other token shows that all KV has landed at
+        `iid`. So if no instance decodes the request yet, that one does: its Staged was lost. Otherwise it must stop."""
+        if iid == row.prefill and item.start + len(item.ids) <= row.continued + 1:
+            if row.decode is None or item.end is None:
+                return True
+        elif self.members.by_iid[iid].lost is not None:
+            return False  # it says so again when it is back
+        actions += self.stage(row, Stage.DECODE, iid, now)
+        return row.decode == iid
 
     def moved(self, event: Staged | Failed, now: float) -> list[Action]:
         """A worker reports that a request has entered a stage, or cannot go on there."""
@@ -214,11 +237,12 @@ class Lifecycle:
                 actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
                 continue
             held[hold.rid] = None
+            if row.decode not in (None, iid):
+                actions.append(self._close_at(iid, row))
+                continue
             if hold.stage in ON_DECODER and hold.stage is not row.stage:
                 actions += self.stage(row, hold.stage, iid, now)
-            if row.decode is not None and row.decode != iid and hold.stage is not Stage.DONE:
-                actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
-            elif hold.outputs > len(row.output) or hold.stage is Stage.DONE:
+            if hold.outputs > len(row.output) or hold.stage is Stage.DONE:
                 actions.append(self.resend(row, iid))
         missing = [row for rid, row in self.table.held_by(iid).items() if rid not in held and row.reason is None]
         for row in missing:
