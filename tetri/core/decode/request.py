@@ -128,6 +128,12 @@ class DecodeRequest:
         same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
         return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
 
+    def follows(self, offer: Offer) -> bool:
+        """Return whether its offer is a later one than `offer`, of the same attempt by the same sender."""
+        mine, other = self.offer, offer
+        same = (mine.src, mine.incarnation, mine.attempt) == (other.src, other.incarnation, other.attempt)
+        return same and mine.offer > other.offer
+
     def has_all_of(self, offer: Offer) -> bool:
         """Return whether all KV of the same attempt has landed, under whichever offer."""
         same = (self.offer.attempt, self.offer.prompt, self.offer.output) == (offer.attempt, offer.prompt, offer.output)

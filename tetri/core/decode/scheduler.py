@@ -51,12 +51,15 @@ class DecodeScheduler:
     # ------------------------------------------------------------ the hand-over
 
     def offer(self, message: Offer, now: float, free_memory: FreeMemory | None) -> list[Action]:
-        """Reserve memory for a request and grant it, or refuse it. A new offer replaces an older one of the request.
-        `free_memory(rid, blocks)` returns the actions by which the prefill phase frees memory for it; empty if it
-        cannot free enough. None while the engine computes: no prompt can give up its memory then."""
+        """Reserve memory for a request and grant it, or refuse it. A later offer replaces an earlier one of the
+        request; an earlier one that comes late, or again, changes nothing. `free_memory(rid, blocks)` returns the
+        actions by which the prefill phase frees memory for it; empty if it cannot free enough. None while the engine
+        computes: no prompt can give up its memory then."""
         request = self._request_of(message.rid)
         if request is not None and request.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
+        if request is not None and request.follows(message):
+            return [self._answer(Refuse, message, why="a later offer is here")]
         if request is not None and (request.is_for(message) or request.has_all_of(message)):
             if message.length is not None and message.length != request.offer.length:
                 self._correct(request, message.length)  # a LengthUpdate may have been lost
