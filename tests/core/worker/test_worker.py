@@ -183,6 +183,19 @@ def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_
     assert told.run() == [("a", 0, 8)] and told.load().queued_tokens == 8
 
 
+def test_what_a_message_to_itself_takes_back_was_added_before():
+    """A Membership without d1 makes m1 offer attempt 2 to itself, and lets in an Offer of attempt 1 that has waited."""
+    told = working("m1", "d1", **ROOMY)
+    told.tell(assign("a", prompt=4, attempt=2))
+    told.step()
+    assert told.asked["a"][0] == "d1"
+    told.tell(offer("a", prompt=4, src="p2"))
+    actions = told.meet("p2", apart=())
+    assert added(actions) == ["d:a:1:p2:1", "d:a:2:m1:2"]
+    assert kinds(only(actions, say.AddRequest | say.CancelRequest)) == ["AddRequest", "CancelRequest", "AddRequest"]
+    told.step()
+
+
 def test_decodes_take_one_token_of_the_budget_each_and_the_chunk_the_rest():
     told = working("d1", **ROOMY).running("x", "y", src="d9")
     told.tell(assign("a", prompt=20))
