@@ -61,13 +61,16 @@ class LoadReporter:
         return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
 
     def heartbeat(self) -> Send:
-        """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
+        """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status."""
         estimator = self.decode.estimator
+        epoch, read = self.decode.peers.read
         return self.own.report(
             Heartbeat,
             role=self.role,
             load=self.load(),
             holds=[*self.prefill.holds(), *self.decode.holds()],
+            epoch=epoch,
+            read=read,
             flip=self.flip,
             counters=dict(self.decode.kv_receive.counters),
             slots_used=self.prefill.slots_used,
