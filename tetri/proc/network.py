@@ -19,9 +19,9 @@ from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
 from tetri.wire.messages import Heartbeat
 
-# Longest time in which a worker reads between two steps. Reading an Assign of 300 tokens takes some 30 us, so that the
-# longest queue of an inbox takes two steps, and decodes on a mixed instance do not wait for more than that.
-READ_S = 0.2
+# Longest time in which a worker reads between two steps; the decodes of a mixed instance wait meanwhile. An Assign of 300
+# tokens takes some 30 us and one of 2,000 some 150 us, so thousands of them take one or two steps.
+READ_S = 0.4
 
 
 class HubNetwork:
