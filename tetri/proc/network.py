@@ -19,8 +19,8 @@ from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived
 from tetri.wire.messages import Heartbeat
 
-# Longest time in which a worker reads between two steps; the decodes of a mixed instance wait meanwhile. An Assign of 300
-# tokens takes some 30 us and one of 2,000 some 150 us, so thousands of them take one or two steps.
+# Longest time in which a worker reads between two steps; the decodes of a mixed instance wait meanwhile. An Assign of
+# 300 tokens takes some 30 us and one of 2,000 some 150 us, so thousands of them take one or two steps.
 READ_S = 0.4
 
 

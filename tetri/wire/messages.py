@@ -72,15 +72,16 @@ class Ready(Record, tag="ready", frozen=True):
 
 
 class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
-    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds. `epoch` and `read`: epoch and serial
-    of the last Membership that it has read, 0 before the first. What the broker sent before that one is read or lost;
-    what it sent later may still be on its way, so `holds` tells nothing of it. `flip`: number of the last Flip that it
-    has carried out, 0 before the first. `counters`: events of its KV receives since its process started, by name.
-    `slots_used`: slots of its KV store that are not free. `predictor`: None if it does not learn output lengths."""
+    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds; None: not listed this time, since a
+    long list is sent less often. `epoch` and `read`: epoch and serial of the last Membership that it has read, 0 before
+    the first. What the broker sent before that one is read or lost; what it sent later may still be on its way, so
+    `holds` tells nothing of it. `flip`: number of the last Flip that it has carried out, 0 before the first.
+    `counters`: events of its KV receives since its process started, by name. `slots_used`: slots of its KV store that
+    are not free. `predictor`: None if it does not learn output lengths."""
 
     role: str
     load: Load
-    holds: list[Hold]
+    holds: list[Hold] | None
     epoch: int
     read: Count
     flip: Count = 0

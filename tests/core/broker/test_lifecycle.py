@@ -278,6 +278,14 @@ def test_an_assign_is_sent_again_when_a_later_membership_was_read_and_it_was_not
     assert assigned(served.tell(heartbeat("p2", read=later))) == [("p2", "r2", 1)]
 
 
+def test_a_heartbeat_without_a_list_of_requests_tells_nothing_of_them(decoding):
+    decoding.later(1.0)
+    assert decoding.tell(heartbeat("d1", held(Stage.DECODE, 1))) == []
+    assert decoding.tell(heartbeat("d1").changed(holds=None, read=1)) == []
+    assert {each.iid: each.held for each in decoding.status().instances}["d1"] == 1
+    assert assigned(decoding.tell(heartbeat("d1", read=1))) == [("p1", RID, 2)]
+
+
 def test_thousands_of_assigns_that_a_worker_reads_bit_by_bit_are_sent_once_each():
     told, read, unread, holds = serving("p1", "d1"), 0, [], {}
     actions, sends = [*told.later(1.0), *told.tell(*[submit(f"k{number}") for number in range(1000)])], 0

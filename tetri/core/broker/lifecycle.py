@@ -206,8 +206,11 @@ class Lifecycle:
         return self.end(row, "error", now, event.why)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
-        """Compare the requests in a worker's heartbeat with the request table and repair every difference."""
+        """Compare the requests in a worker's heartbeat, if it lists them, with the request table and repair every
+        difference."""
         actions: list[Action] = []
+        if heartbeat.holds is None:
+            return actions
         iid, read = heartbeat.iid, self.members.read(heartbeat)
         self.closes.read(iid, read)
         held: dict[str, None] = {}
