@@ -80,6 +80,18 @@ def test_beats_come_regularly_and_list_what_is_held(told):
     assert (first.slots_used, second.slots_used) == (0, 2)
 
 
+def test_heartbeats_name_the_last_membership_that_was_read_whether_it_was_of_use_or_not(told):
+    def after(*messages):
+        told.tell(*messages)
+        beat = told.heartbeat()
+        return beat.epoch, beat.read
+
+    assert after(membership(8, serial=20), membership(8, since=8, serial=21)) == (1, 21)
+    assert after(membership(10, since=9, serial=23)) == (1, 23)  # a change of one that was lost
+    assert after(membership(8, since=8, serial=22)) == (1, 23)  # an older one
+    assert after(membership(3, serial=3, epoch=5)) == (5, 3)  # another broker's
+
+
 def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(told):
     assert told.core.deadline() == pytest.approx(0.1)
     told.tell(membership(9))

@@ -189,7 +189,8 @@ class Broker:
             case Heartbeat() | Staged() if member.lost is not None:
                 pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
-                member.load, member.held, member.counters = event.load, len(event.holds), event.counters
+                member.load, member.counters = event.load, event.counters
+                member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()

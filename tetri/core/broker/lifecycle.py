@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from tetri.core.actions import Action, Send
+from tetri.core.broker.closes import Closes
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Members
 from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
@@ -38,6 +39,7 @@ class Lifecycle:
         self.members, self.delivery, self.timers, self.counters = members, delivery, timers, counters
         self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
         self.cost, self.chunk_tokens = cost, chunk_tokens
+        self.closes = Closes(members)
         self._route = PREFILL_ROUTES[rules.prefill_route]
 
     def place(self, row: Row, now: float) -> list[Action]:
@@ -62,7 +64,7 @@ class Lifecycle:
 
     def assign(self, row: Row, now: float) -> Action:
         """The Assign message to the row's prefill instance."""
-        row.assigned_at = now
+        row.assigned_after = self.members.serial
         assert row.prefill is not None
         prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
         assign = Assign(
@@ -104,22 +106,22 @@ class Lifecycle:
         learn = row.reason in BY_ITSELF and not row.sampling.ignore_eos
         outputs = len(row.output) if learn else 0
         close = Close(rid=row.rid, attempt=row.attempt, outputs=outputs, reason=row.reason or "")
-        return [Send(iid, close) for iid in holders]
+        return [self.closes.send(iid, close) for iid in holders]
 
-    def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
-        """Handle a heartbeat of `iid` that does not list a request assigned to it: restart a request with a token of
-        this attempt, assign any other again. A second prefill in the same attempt could write another first token, and
-        a decode instance may hold the KV of the first one."""
+    def not_held(self, row: Row, iid: str, read: int, now: float) -> list[Action]:
+        """Handle a heartbeat of `iid`, which has read Membership `read`, that does not list a request assigned to it:
+        restart a request with a token of this attempt, assign any other again. A second prefill in the same attempt
+        could write another first token, and a decode instance may hold the KV of the first one."""
         if row.holder == row.decode or len(row.output) > row.continued:
             return self.restart(row, f"{iid} does not hold it any more", now)
-        late = now - row.assigned_at > 2 * self.limits.heartbeat_s
-        return [self.assign(row, now)] if late else []  # the first Assign may still be on its way
+        return [self.assign(row, now)] if row.assigned_after < read else []  # else it may still be on its way
 
     def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
         """Restart every request that a lost worker held. A request that it was computing may have crashed it, so that
         attempt counts; the attempt of a request that only waited does not. If no request is known to have been
         computed, the report of it may be lost: then all attempts count, or a request that crashes workers at once
         would be retried for ever."""
+        self.closes.forget(iid)
         rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
         worked = any(row.stage not in IDLE for row in rows)
         actions: list[Action] = []
@@ -148,7 +150,7 @@ class Lifecycle:
 
     def _close_at(self, iid: str, row: Row) -> Action:
         """Tell an instance to drop this attempt of a request, which continues elsewhere."""
-        return Send(iid, Close(rid=row.rid, attempt=row.attempt))
+        return self.closes.send(iid, Close(rid=row.rid, attempt=row.attempt))
 
     def resend(self, row: Row, iid: str) -> Action:
         """Ask `iid` for the output tokens that the row lacks."""
@@ -227,18 +229,22 @@ class Lifecycle:
         return self.end(row, "error", now, event.why)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
-        """Compare the requests in a worker's heartbeat with the request table and repair every difference."""
+        """Compare the requests in a worker's heartbeat, if it lists them, with the request table and repair every
+        difference."""
         actions: list[Action] = []
-        iid = heartbeat.iid
+        if heartbeat.holds is None:
+            return actions
+        iid, read = heartbeat.iid, self.members.read(heartbeat)
+        self.closes.read(iid, read)
         held: dict[str, None] = {}
         for hold in heartbeat.holds:
             row = self._row(hold.rid, hold.attempt)
             if row is None:
-                actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
+                actions += self.closes.repeat(iid, hold)
                 continue
             held[hold.rid] = None
             if row.decode not in (None, iid):
-                actions.append(self._close_at(iid, row))
+                actions += self.closes.repeat(iid, hold)
                 continue
             if hold.stage in ON_DECODER and hold.stage is not row.stage:
                 actions += self.stage(row, hold.stage, iid, now)
@@ -246,7 +252,7 @@ class Lifecycle:
                 actions.append(self.resend(row, iid))
         missing = [row for rid, row in self.table.held_by(iid).items() if rid not in held and row.reason is None]
         for row in missing:
-            actions += self.not_held(row, iid, now)
+            actions += self.not_held(row, iid, read, now)
         return actions
 
     def _row(self, rid: str, attempt: int) -> Row | None:

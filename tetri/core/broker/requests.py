@@ -42,7 +42,7 @@ class Row:
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0
-    assigned_at: float = 0.0
+    assigned_after: int = 0  # serial of the Membership before its last Assign
     output: list[int] = field(default_factory=list)
     continued: int = 0  # how many of them are of earlier attempts
     asked: int = 0
