@@ -210,7 +210,6 @@ TESTED_ELSEWHERE = {
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
     "engine/vllm/setup": "engine/vllm/test_engine.py",
-    "proc/broker": "proc/test_live_path.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",

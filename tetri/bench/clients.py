@@ -37,6 +37,7 @@ from tetri.instance import Capacity, Instance, Reach
 from tetri.net.hub import Hub
 from tetri.policy.rules import Rules
 from tetri.proc.broker import ActionExecutor
+from tetri.proc.texts import Texts
 from tetri.request import Receipt, Sampling, Stage, Usage
 from tetri.text import ByteTokenizer
 from tetri.wire.clients import Accepted, BrokerReply, ClientMessage, Delta, Done, Submit
@@ -171,7 +172,9 @@ class PlayedCluster:
         engine = EmulatedEngine(capacity=capacity, token_bytes=8, vocabulary=64, cost=Cost())
         limits = Limits(context=capacity.context, vocabulary=64, max_open=streams + 1, dead_s=PATIENCE_S)
         self.core = Broker(limits, Rules(), 1, Random(1), time.monotonic())
-        self.hub, self.executor = hub, ActionExecutor(self.core, hub, ByteTokenizer(), logging.getLogger("bench"))
+        logger = logging.getLogger("bench")
+        texts = Texts([], hub.wake, 0, logger)  # these prompts are token ids
+        self.hub, self.executor = hub, ActionExecutor(self.core, hub, ByteTokenizer(), texts, logger)
         self.streams, self.index = streams, 0
         self.many, self.other = Talker(context, address), Talker(context, address)
         self.reading = True

@@ -19,7 +19,7 @@ from tetri.core.actions import (
     Submitted,
     Undelivered,
 )
-from tetri.core.broker.delivery import ANOTHERS, Delivery, Limits, refuse
+from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
 from tetri.core.broker.notes import notes
@@ -205,8 +205,8 @@ class Broker:
             return self._submit_again(event, now)
         prompt, retry_after_s = len(event.prompt), None
         why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
-        if why is None and self.table.open >= self.limits.max_open:
-            why, retry_after_s = f"{self.table.open} requests are open, try later", 1.0
+        if why is None and (why := self.full()) is not None:
+            retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1
             return [refuse(event.client, event.key, why, retry_after_s)]
@@ -215,6 +215,11 @@ class Broker:
         if row.deadline is not None:
             self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
+
+    def full(self, others: int = 0) -> str | None:
+        """Why no further request is accepted at the moment; None if one is. `others`: requests that come before it."""
+        count = self.table.open + others
+        return f"{count} requests are open, try later" if count >= self.limits.max_open else None
 
     def _submit_again(self, event: Submitted, now: float) -> list[Action]:
         """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""

@@ -9,10 +9,11 @@ from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, 
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.requests import Row, Table
 from tetri.request import Stage, Usage, sampling_problem
-from tetri.wire.clients import Accepted, Delta, Done, Refused
+from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
 MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
+RETRY_AFTER_S = 1.0  # when a client may try again what is refused because too much is open
 SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
 ANOTHERS = "this key stands for another request: draw a new key for each request"
 
@@ -46,23 +47,18 @@ class Delivery:
 
     def problem(self, event: Submitted) -> str | None:
         """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
-        sampling, context, prompt = event.sampling, self.limits.context, len(event.prompt)
-        wrong = sampling_problem(sampling)
+        context, prompt, most = self.limits.context, len(event.prompt), event.sampling.max_tokens
+        wrong = problem_without_prompt(event)
         if wrong is not None:
             return wrong
-        if len(event.secret) < SECRET_CHARS:
-            return f"the secret has {len(event.secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
         if prompt == 0:
             return "the prompt is empty: give at least one token"
         if prompt >= context:
             return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
         if min(event.prompt) < 0 or max(event.prompt) >= self.limits.vocabulary:
             return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
-        if prompt + sampling.max_tokens > context:
-            most = context - prompt
-            return f"max_tokens is {sampling.max_tokens}, after this prompt the context has room for {most}"
-        if event.deadline_s is not None and not 0 < event.deadline_s <= MAX_DEADLINE_S:
-            return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {event.deadline_s:g}"
+        if prompt + most > context:
+            return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
         return None
 
     def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
@@ -71,9 +67,10 @@ class Delivery:
         sampling = event.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
-        deadline = None if event.deadline_s is None else now + event.deadline_s
+        arrival = now - event.waited_s
+        deadline = None if event.deadline_s is None else arrival + event.deadline_s
         row = Row(
-            *(event.rid, event.key, event.client, event.prompt, sampling, now, Stage.QUEUED, now, deadline),
+            *(event.rid, event.key, event.client, event.prompt, sampling, arrival, Stage.QUEUED, arrival, deadline),
             secret=event.secret,
             content=event.content,
         )
@@ -138,6 +135,18 @@ class Delivery:
         actions = [*self.connections.deliver(row, now), *watchers, Release(row.rid)]
         self.connections.ended(row)
         return actions
+
+
+def problem_without_prompt(asked: Submitted | Submit) -> str | None:
+    """As `Delivery.problem`, but only what does not depend on the prompt, which may not be tokenized yet."""
+    wrong, secret, deadline_s = sampling_problem(asked.sampling), asked.secret, asked.deadline_s
+    if wrong is not None:
+        return wrong
+    if len(secret) < SECRET_CHARS:
+        return f"the secret has {len(secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
+    if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:
+        return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {deadline_s:g}"
+    return None
 
 
 def _accepted(row: Row) -> Accepted:
