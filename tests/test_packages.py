@@ -101,7 +101,7 @@ INSIDE_FUNCTIONS = {  # slow to import, or not always installed
 PURE = {"core", "policy", "client/conversation", "engine/paged", "engine/plan"}
 PURE_LIBRARY = {
     *("__future__", "abc", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
-    *("bisect", "heapq", "math", "random", "hmac"),
+    *("array", "bisect", "heapq", "math", "random", "hmac"),
 }
 PURE_NAMES = {"random": ("Random",), "hmac": ("compare_digest",)}  # of these, only what decides by its arguments alone
 

@@ -15,7 +15,7 @@ from live import wait_until
 from played_tokenizer import command, tokenised
 
 from tests.core.broker.serving import serving
-from tests.core.build import staged, tokens
+from tests.core.build import capacity, staged, tokens
 from tetri.core.broker.broker import Broker
 from tetri.net.hub import Hub
 from tetri.proc.broker import ActionExecutor
@@ -71,7 +71,8 @@ class Loop:
 
     def __init__(self, folder: Path, most_bytes: int = 1 << 20, **limits: Any) -> None:
         limits = {"context": 4096, "vocabulary": 256, **limits}
-        self.core: Broker = serving("p1", "d1", limits=limits).core
+        workers = [(iid, {"capacity": capacity(blocks=1 << 14, context=1 << 16)}) for iid in ("p1", "d1")]
+        self.core: Broker = serving(*workers, limits=limits).core
         self.hub, self.folder = PlayedHub(), folder
         logger = logging.getLogger("test")
         os.mkfifo(folder / "go")
@@ -189,6 +190,17 @@ def test_beyond_max_open_a_text_is_refused_until_later_and_not_tokenised(loop: L
     loop.go()
     loop.answer("k")
     assert tokenised(loop.folder) == ["wait", "text"]
+
+
+def test_beyond_max_mib_a_text_is_refused_until_later_and_not_tokenised(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, max_mib=1, context=1 << 16)
+    large = Sampling(max_tokens=14_000)  # 340,096 bytes and the prompt
+    loop.turn(*((b"c", submit(f"k{number}", [1], sampling=large)) for number in range(3)))
+    ((_, refused),) = loop.turn((b"c", submit("late", "text", sampling=large)))
+    assert refused.reason == "the requests here may need 1 of 1 MiB, try later" and refused.retry_after_s == 1.0
+    assert loop.turn((b"c", submit("small", "small"))) == []
+    assert loop.answer("small").prompt_tokens == 5 and tokenised(tmp_path) == ["small"]
+    loop.texts.close()
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ class PlayedCluster:
             if self.turn(max(0.0, next_at - time.monotonic())):
                 gaps.append(time.monotonic() - last)
                 last = time.monotonic()
-        unsent = sum(row.unsent for row in self.core.table.active())
+        unsent = sum(row.outbox.unsent for row in self.core.table.active())
         found: dict[str, Any] = {"gap_ms": spread(gaps, 1000, 1), "unsent": unsent, "probes": len(self.probes)}
         if self.probes:
             found["probe_ms"] = spread([lasted for lasted, _ in self.probes], 1000, 3)
@@ -266,7 +266,7 @@ def stopped_reader(streams: int, steps: int, step_s: float) -> dict[str, Any]:
             cluster.reading = name != "stopped"
             found[name] = cluster.phase(steps, step_s)
         end = time.monotonic() + PATIENCE_S
-        while any(row.unsent for row in cluster.core.table.active()):
+        while any(row.outbox.unsent for row in cluster.core.table.active()):
             cluster.turn(0.001)
             if time.monotonic() > end:
                 raise BenchError("the client that reads again does not get all")

@@ -31,6 +31,7 @@ from tetri.core.actions import (
 )
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Limits
+from tetri.core.broker.requests import needed_bytes
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
@@ -86,7 +87,7 @@ class ActionExecutor:
                 waiting.client = client
             else:
                 self.refuse(client, message, ANOTHERS)
-        elif (problem := self.core.full(len(self.texts))) is not None:
+        elif (problem := self.core.full(needed_bytes(0, message.sampling.max_tokens), len(self.texts))) is not None:
             self.refuse(client, message, problem, RETRY_AFTER_S)
         elif isinstance(message.prompt, list):
             yield submitted(client, message, content(message), message.prompt)
@@ -201,6 +202,7 @@ def limits(config: Config) -> Limits:
         context=context,
         vocabulary=vocabulary,
         max_open=config.broker.max_open,
+        max_mib=config.broker.max_mib,
         heartbeat_s=config.cluster.heartbeat_s,
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,

@@ -23,7 +23,7 @@ from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
 from tetri.core.broker.notes import notes
-from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.requests import Row, Table, needed_bytes
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
@@ -205,7 +205,8 @@ class Broker:
             return self._submit_again(event, now)
         prompt, retry_after_s = len(event.prompt), None
         why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
-        if why is None and (why := self.full()) is not None:
+        size = needed_bytes(prompt, event.sampling.max_tokens)
+        if why is None and (why := self.full(size)) is not None:
             retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1
@@ -216,10 +217,15 @@ class Broker:
             self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
 
-    def full(self, others: int = 0) -> str | None:
-        """Why no further request is accepted at the moment; None if one is. `others`: requests that come before it."""
-        count = self.table.open + others
-        return f"{count} requests are open, try later" if count >= self.limits.max_open else None
+    def full(self, size: int, others: int = 0) -> str | None:
+        """Why no further request of `size` bytes is accepted at the moment; None if one is. `others`: requests that
+        come before it."""
+        count, held = self.table.open + others, self.table.weight
+        if count >= self.limits.max_open:
+            return f"{count} requests are open, try later"
+        if held + size > self.limits.max_mib << 20:
+            return f"the requests here may need {held / 2**20:.0f} of {self.limits.max_mib} MiB, try later"
+        return None
 
     def _submit_again(self, event: Submitted, now: float) -> list[Action]:
         """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""
@@ -245,15 +251,15 @@ class Broker:
             self.timers.clear(("grace", row.rid))
             self.lifecycle.remember(row, now)
             return self.delivery.attach(row, event.client, message.start, now)
-        if row.stage.ended:
-            return [Reply(event.client, row.outbox[-1])]
+        if row.outbox.done is not None:
+            return [Reply(event.client, row.outbox.done)]
         if event.client != row.client:
             row.watchers.append(event.client)
         return self.lifecycle.end(row, "cancelled", now)
 
     def _detokenized(self, event: Detokenized, now: float) -> list[Action]:
         row = self.table.rows.get(event.rid)
-        if row is None or row.stage.ended:
+        if row is None or row.outbox.done is not None:
             return []
         ending = row.reason is not None
         actions = self.delivery.detokenized(row, event, now)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from random import Random
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
-from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.requests import TEXT_BYTES, Row, Table, needed_bytes
 from tetri.request import Stage, Usage, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
@@ -25,6 +26,7 @@ class Limits:
     context: int
     vocabulary: int
     max_open: int = 4096
+    max_mib: int = 1024  # of memory for all requests, those included that have ended and are not forgotten
     max_attempts: int = MAX_ATTEMPTS  # attempts that count (Lifecycle.restart_all)
     heartbeat_s: float = 0.2
     dead_s: float = 20.0
@@ -59,6 +61,8 @@ class Delivery:
             return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt + most > context:
             return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+        if (size := needed_bytes(prompt, most)) > self.limits.max_mib << 20:
+            return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
         return None
 
     def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
@@ -70,7 +74,8 @@ class Delivery:
         arrival = now - event.waited_s
         deadline = None if event.deadline_s is None else arrival + event.deadline_s
         row = Row(
-            *(event.rid, event.key, event.client, event.prompt, sampling, arrival, Stage.QUEUED, arrival, deadline),
+            *(event.rid, event.key, event.client, array("I", event.prompt), sampling),
+            *(arrival, Stage.QUEUED, arrival, deadline),
             secret=event.secret,
             content=event.content,
         )
@@ -85,7 +90,7 @@ class Delivery:
     def attach(self, row: Row, client: bytes, start: int, now: float) -> list[Action]:
         """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client
         replaces the row's earlier one."""
-        row.send_from(start)
+        row.outbox.send_from(start)
         self.connections.stream(row, client, now)
         return self.connections.attached(row, start, now)
 
@@ -94,7 +99,7 @@ class Delivery:
         message = event.message
         if isinstance(message, Delta | Done):
             row = self.table.rows.get(message.rid)
-            if row is not None and row.client == event.client and row.unsend(message):
+            if row is not None and row.client == event.client and row.outbox.unsend(message):
                 self.connections.full(row, now)
         return self.connections.gone(event.client) if event.gone else []
 
@@ -113,7 +118,9 @@ class Delivery:
             del ids[max(event.counted - event.start, 0) :]
             row.asked, row.reason, row.error = len(row.output), "stop", None
         if ids or event.text:
-            row.outbox.append(Delta(rid=row.rid, start=event.start, ids=ids, text=event.text))
+            delta = Delta(rid=row.rid, start=event.start, ids=ids, text=event.text)
+            if row.outbox.add(delta) > TEXT_BYTES * row.sampling.max_tokens:
+                self.table.weigh(row)
         return self.connections.deliver(row, now)
 
     def finish(self, row: Row, now: float) -> list[Action]:
@@ -130,7 +137,7 @@ class Delivery:
             receipt=row.receipt(),
             error=row.error,
         )
-        row.outbox.append(done)
+        row.outbox.end(done)
         watchers = [Reply(client, done) for client in row.watchers]
         actions = [*self.connections.deliver(row, now), *watchers, Release(row.rid)]
         self.connections.ended(row)
