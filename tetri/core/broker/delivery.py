@@ -55,8 +55,8 @@ class Delivery:
             return wrong
         if prompt == 0:
             return "the prompt is empty: give at least one token"
-        if prompt >= context:
-            return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+        if (wrong := problem_of_length(prompt, context)) is not None:
+            return wrong
         if min(event.prompt) < 0 or max(event.prompt) >= self.limits.vocabulary:
             return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt + most > context:
@@ -154,6 +154,13 @@ def problem_without_prompt(asked: Submitted | Submit) -> str | None:
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:
         return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {deadline_s:g}"
     return None
+
+
+def problem_of_length(prompt: int, context: int) -> str | None:
+    """Why a prompt of so many tokens does not fit into the model's context; None if it does."""
+    if prompt < context:
+        return None
+    return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
 
 
 def _accepted(row: Row) -> Accepted:
