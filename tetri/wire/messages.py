@@ -11,7 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tetri.instance import Instance
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, TokenId
 from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 
 # ---- workers -> broker
@@ -116,7 +116,7 @@ class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     rid: Name
     attempt: Count
     start: Count
-    ids: list[int]
+    ids: list[TokenId]
     end: End | None = None
 
 

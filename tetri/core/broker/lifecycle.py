@@ -66,7 +66,7 @@ class Lifecycle:
         """The Assign message to the row's prefill instance."""
         row.assigned_after = self.members.serial
         assert row.prefill is not None
-        prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
+        prompt, output, deadline_s = row.prompt.tolist(), row.output.tolist(), row.left(now)
         assign = Assign(
             rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
         )
@@ -188,7 +188,7 @@ class Lifecycle:
             ids = ids[have - start :][: row.sampling.max_tokens - have]
         if not ids and item.end is None:
             return
-        row.output += ids
+        row.output.extend(ids)
         if ids and row.first_at is None:
             row.first_at = now
         if row.decode is None and row.stage in BEFORE_TOKENS:
