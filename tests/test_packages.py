@@ -101,7 +101,7 @@ INSIDE_FUNCTIONS = {  # slow to import, or not always installed
 PURE = {"core", "policy", "client/conversation", "engine/paged", "engine/plan"}
 PURE_LIBRARY = {
     *("__future__", "abc", "collections", "dataclasses", "enum", "functools", "itertools", "typing"),
-    *("bisect", "heapq", "math", "random", "hmac"),
+    *("array", "bisect", "heapq", "math", "random", "hmac"),
 }
 PURE_NAMES = {"random": ("Random",), "hmac": ("compare_digest",)}  # of these, only what decides by its arguments alone
 
@@ -210,7 +210,6 @@ TESTED_ELSEWHERE = {
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
     "engine/vllm/setup": "engine/vllm/test_engine.py",
-    "proc/broker": "proc/test_live_path.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",

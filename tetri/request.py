@@ -17,6 +17,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(max_length=128)]  # a request id, an instance id or a client's key
 Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
 ROLES = ("prefill", "decode", "mixed")  # the new work that an instance takes; mixed: both kinds
 PREFILL_ROLES = ("prefill", "mixed")

@@ -93,9 +93,12 @@ def ready(iid: str, role: str, incarnation: int = 1, load: Load = IDLE, **change
     return Ready(instance=instance(iid, role, incarnation, **changes), load=load)
 
 
-def heartbeat(iid: str, *holds: Hold, role: str = "any", incarnation: int = 1, **changes: Any) -> Heartbeat:
-    load = Load(free_blocks=7)
-    return Heartbeat(iid=iid, incarnation=incarnation, role=role, load=load, holds=list(holds), **changes)
+def heartbeat(
+    iid: str, *holds: Hold, role: str = "any", incarnation: int = 1, epoch: int = 42, read: int = 0, **changes: Any
+) -> Heartbeat:
+    """From a worker that has read the broker's messages before Membership `read`, by default not one Membership."""
+    own = {"iid": iid, "incarnation": incarnation, "role": role, "load": Load(free_blocks=7)}
+    return Heartbeat(**own, holds=list(holds), epoch=epoch, read=read, **changes)
 
 
 def report(iid: str, role: str, incarnation: int = 1, **load: Any) -> LoadReport:
@@ -130,9 +133,12 @@ def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Insta
     return Instance(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
-def membership(number: int, *instances: Instance, epoch: int = 1, **change: Any) -> Membership:
-    """A whole one, or a change with `since` and `gone`."""
-    return Membership(epoch=epoch, number=number, instances=list(instances), **change)
+def membership(
+    number: int, *instances: Instance, epoch: int = 1, serial: int | None = None, **change: Any
+) -> Membership:
+    """A whole one, or a change with `since` and `gone`. By default the broker has sent none without a change."""
+    serial = number if serial is None else serial
+    return Membership(epoch=epoch, number=number, serial=serial, instances=list(instances), **change)
 
 
 def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:

@@ -160,7 +160,9 @@ def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder, flooded,
         until(lambda: hub.wait(0))
         for _ in range(4 * MAX_MESSAGES):
             flooder.send(codec.encode(GOOD[flooded][2]))
-        batches = [hub.poll(0)]
+        batches, more = [hub.poll(0)], [hub.more]
         assert [event.message for event in batches[0] if event.client is not None] == [Attach(rid="me", secret="s")]
-        until(lambda: batches.append(hub.poll(0.05)) or not batches[-1])
+        until(lambda: batches.append(hub.poll(0.05)) or more.append(hub.more) or not batches[-1])
         assert sum(map(len, batches)) > MAX_MESSAGES and max(map(len, batches)) <= MAX_MESSAGES + 1
+        floods = [sum(event.client is None for event in batch) for batch in batches]
+        assert more == [count == MAX_MESSAGES for count in floods]

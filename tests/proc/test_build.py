@@ -12,6 +12,7 @@ import pytest
 from tetri.config import load
 from tetri.cost import Cost
 from tetri.engine.base import EngineRequest
+from tetri.engine.salted import salt_of, writers
 from tetri.kv.base import Wanted
 from tetri.proc import build
 from tetri.proc.monitor import start_of
@@ -136,6 +137,19 @@ def test_an_emulated_engine_computes_no_valid_number_after_the_token_that_says_s
     for key, prompt in {"a": (5, 6, 7), "b": (5, 6, 8)}.items():
         engine.add(EngineRequest(key, "prefill", prompt, 3, Sampling()))
     assert [(sampled.key, sampled.reason) for sampled in engine.step().tokens] == [("a", "error"), ("b", None)]
+
+
+@pytest.mark.parametrize(("value", "count"), [("true", 2), ("false", 1)])
+def test_the_tokens_of_a_salted_engine_depend_on_its_instance(value, count):
+    tokens = {}
+    for iid in ("d0", "d1"):
+        engine = build.engine(load(EMULATED, [f"emulated.salt={value}"]), iid=iid)
+        engine.add(EngineRequest("a", "prefill", (5, 6, 7), 3, Sampling()))
+        (sampled,) = engine.step().tokens
+        tokens[iid] = sampled.token
+        found = writers((5, 6, 7), [sampled.token], Sampling(), 32000, 64, {iid: salt_of(iid)})
+        assert found == [{iid} if value == "true" else set()]
+    assert len({*tokens.values()}) == count
 
 
 @pytest.mark.parametrize(("value", "count"), [("true", 1), ("false", 7)])

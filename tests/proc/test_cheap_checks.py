@@ -11,7 +11,7 @@ CONTEXT = 4096
 
 
 def problem(**fields):
-    return submit_problem(Submit(key="k", secret=b"s" * 16, **fields), CONTEXT)
+    return submit_problem(Submit(**{"key": "k", "secret": "s" * 22, **fields}), CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,10 @@ def problem(**fields):
         ({}, "exactly one of prompt and messages"),
         ({"prompt": "a", "messages": [HELLO]}, "exactly one of prompt and messages"),
         ({"prompt": "a", "sampling": Sampling(top_p=0.0)}, "top_p must be above 0"),
+        ({"prompt": "a", "secret": "s" * 21}, "the secret has 21 characters"),
+        ({"prompt": "a", "deadline_s": 0.0}, "deadline_s must be above 0"),
+        ({"prompt": "a", "sampling": Sampling(max_tokens=CONTEXT)}, "max_tokens is 4096"),
+        ({"prompt": [1] * CONTEXT}, "the prompt has 4096 tokens, the model's context holds 4096: shorten the prompt"),
         ({"messages": []}, "0 messages, 1 to 2048"),
         ({"messages": [Turn(role="user", content="")] * 100_000}, "100000 messages, 1 to 2048"),
         ({"messages": [HELLO, Turn(role="x" * 3_000_000, content="")]}, "must be one of system, user, assistant"),

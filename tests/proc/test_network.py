@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any, cast
 
 import pytest
 
-from tests.core.build import heartbeat
+from tests.core.build import assign, capacity, close, heartbeat, identity
+from tetri.core.actions import Step
+from tetri.core.worker.worker import Worker
 from tetri.executor import Copies
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
-from tetri.proc.network import HubNetwork, polled, received
+from tetri.proc.network import HubNetwork, drained, polled, received
 from tetri.wire.codec import WireError
 from tetri.wire.events import Arrived, PeerDown, PeerUp
 from tetri.wire.messages import FlipWanted
@@ -25,7 +28,7 @@ class PlayedHub:
     """Refuses what it is given, if `broken`; `came` is what the next poll gives."""
 
     def __init__(self, *came: Any, broken: bool = False) -> None:
-        self.came, self.broken = came, broken
+        self.came, self.broken, self.more = came, broken, False
         self.unsent: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
         self.done: list[tuple[Any, ...]] = []
@@ -91,6 +94,47 @@ def test_what_happened_to_a_workers_slab_is_in_its_heartbeats_and_once_in_the_lo
 def test_messages_come_without_their_envelope() -> None:
     hub = PlayedHub(PeerUp("p0"), Arrived(WISH), PeerDown("p0"))
     assert [*polled(cast(Hub, hub), 1.5)] == [PeerUp("p0"), WISH, PeerDown("p0")] and hub.waited == [1.5]
+
+
+class FullHub(PlayedHub):
+    """Each poll reads some 100 messages of a socket that others have filled, which takes `seconds`."""
+
+    def __init__(self, messages: Sequence[Any], seconds: float = 0.0) -> None:
+        super().__init__()
+        self.waiting, self.seconds, self.now = [Arrived(message) for message in messages], seconds, 7.0
+        self.more = True
+
+    def poll(self, timeout: float | None) -> tuple[Any, ...]:
+        self.waited.append(timeout)
+        self.now += self.seconds
+        came, self.waiting = (*self.waiting[:100],), self.waiting[100:]
+        self.more = len(came) == 100
+        return came
+
+    def read(self, timeout: float | None) -> list[Any]:
+        """What a worker reads of it between two steps."""
+        return [*drained(cast(Hub, self), timeout, lambda: self.now, 0.2)]
+
+
+def test_a_worker_reads_all_that_waits_between_two_steps() -> None:
+    hub = FullHub(range(1050))
+    assert hub.read(1.5) == [*range(1050)] and hub.waited == [1.5] + [0.0] * 10
+    assert hub.read(2.5) == [] and hub.waited[-1] == 2.5
+
+
+def test_but_not_for_longer_than_it_may() -> None:
+    hub = FullHub(range(1050), seconds=0.06)
+    assert [len(hub.read(1.5)) for _ in range(4)] == [500, 500, 50, 0]
+
+
+def test_a_close_behind_thousands_of_assigns_takes_effect_before_the_next_step() -> None:
+    roomy = capacity(blocks=100, context=400)
+    core = Worker(identity("p1", "prefill", capacity=roomy), Random(1), 0.0)
+    hub = FullHub([*[assign(f"r{number}", prompt=300) for number in range(4000)], close("r0"), close("r3999")])
+    for event in hub.read(None):
+        core.handle(event, 0.0)
+    (step,) = [action for action in core.tick(0.0) if isinstance(action, Step)]
+    assert step.most == 1 and len(core.prefill.requests) == 3998 and core.prefill.expected[0].key == "p:r1:1"
 
 
 class PlayedCopies:

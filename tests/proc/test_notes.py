@@ -14,6 +14,7 @@ from tetri.config import load
 from tetri.net.hub import Hub
 from tetri.proc.network import HubNetwork
 from tetri.proc.notes import NO_COST, completed, of_config
+from tetri.proc.texts import Texts
 from tetri.wire.clients import Status
 
 LOG = logging.getLogger("test")
@@ -29,7 +30,8 @@ def test_a_status_has_what_the_brokers_sockets_counted() -> None:
     hub: Any = SimpleNamespace(disconnect=None, unsent=Counter(full_d0=2, away_d1=1))
     hub.counters = Counter(sent=9, garbage_frames=1)
     status = Status(instances=[], requests={}, counters={"flips": 1}, model="m", notes=["d9 is lost"])
-    found = completed(status, ["no cost table"], HubNetwork(cast(Hub, hub), LOG))
+    texts = Texts([], lambda: None, 0, LOG)
+    found = completed(status, ["no cost table"], HubNetwork(cast(Hub, hub), LOG), texts)
     assert found.counters == {
         "flips": 1,
         "unsent_full_d0": 2,
@@ -37,6 +39,7 @@ def test_a_status_has_what_the_brokers_sockets_counted() -> None:
         "garbage_frames": 1,
         "net_garbage_frames": 1,
         "net_sent": 9,
+        "texts_tokenized": 0,
     }
     invalid = "the broker dropped 1 invalid messages (garbage_frames)"
     full = "the broker could not send 2 messages to d0, whose queue was full"

@@ -48,9 +48,9 @@ def test_whatever_is_asked_for_counts(other):
 
 def test_each_gets_an_id_of_its_own_and_the_rest_as_it_came():
     message = Submit(key="k", secret="s", messages=[Turn(role="user", content="x")], deadline_s=2.0)
-    made = [submitted(b"c", message, [1, 2]) for _ in range(50)]
+    made = [submitted(b"c", message, content(message), [1, 2], 0.5) for _ in range(50)]
     assert len({each.rid for each in made}) == 50 and all(len(bytes.fromhex(each.rid)) == 16 for each in made)
     assert made[0].fields() == {
         **{"client": b"c", "key": "k", "secret": "s", "content": content(message), "rid": made[0].rid},
-        **{"prompt": (1, 2), "sampling": Sampling(), "deadline_s": 2.0},
+        **{"prompt": (1, 2), "sampling": Sampling(), "deadline_s": 2.0, "waited_s": 0.5},
     }

@@ -12,7 +12,7 @@ from tetri.request import Sampling
 from tetri.wire import codec
 from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.codec import WireError, decode, encode, limit
-from tetri.wire.messages import Assign, InboxMessage
+from tetri.wire.messages import Assign, InboxMessage, WorkerEvent
 
 ATTACH = {"type": "attach", "rid": "r1", "secret": "s"}
 
@@ -71,6 +71,13 @@ def test_what_is_no_message_is_refused_with_its_reason(data, kind, says):
         decode(data, ClientMessage)
     assert caught.value.kind == kind
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 32])
+def test_a_token_id_of_a_worker_that_no_tokenizer_has_is_no_message(token):
+    frame = packed({"type": "tokens", "iid": "d0", "incarnation": 1, "items": [["r1", 1, 0, [7, token], None]]})
+    with pytest.raises(WireError, match=r"ids|\[3\]"):
+        decode(frame, WorkerEvent)
 
 
 @pytest.mark.parametrize(

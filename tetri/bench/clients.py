@@ -37,6 +37,7 @@ from tetri.instance import Capacity, Instance, Reach
 from tetri.net.hub import Hub
 from tetri.policy.rules import Rules
 from tetri.proc.broker import ActionExecutor
+from tetri.proc.texts import Texts
 from tetri.request import Receipt, Sampling, Stage, Usage
 from tetri.text import ByteTokenizer
 from tetri.wire.clients import Accepted, BrokerReply, ClientMessage, Delta, Done, Submit
@@ -171,7 +172,9 @@ class PlayedCluster:
         engine = EmulatedEngine(capacity=capacity, token_bytes=8, vocabulary=64, cost=Cost())
         limits = Limits(context=capacity.context, vocabulary=64, max_open=streams + 1, dead_s=PATIENCE_S)
         self.core = Broker(limits, Rules(), 1, Random(1), time.monotonic())
-        self.hub, self.executor = hub, ActionExecutor(self.core, hub, ByteTokenizer(), logging.getLogger("bench"))
+        logger = logging.getLogger("bench")
+        texts = Texts([], hub.wake, 0, logger)  # these prompts are token ids
+        self.hub, self.executor = hub, ActionExecutor(self.core, hub, ByteTokenizer(), texts, logger)
         self.streams, self.index = streams, 0
         self.many, self.other = Talker(context, address), Talker(context, address)
         self.reading = True
@@ -233,7 +236,7 @@ class PlayedCluster:
             if self.turn(max(0.0, next_at - time.monotonic())):
                 gaps.append(time.monotonic() - last)
                 last = time.monotonic()
-        unsent = sum(row.unsent for row in self.core.table.active())
+        unsent = sum(row.outbox.unsent for row in self.core.table.active())
         found: dict[str, Any] = {"gap_ms": spread(gaps, 1000, 1), "unsent": unsent, "probes": len(self.probes)}
         if self.probes:
             found["probe_ms"] = spread([lasted for lasted, _ in self.probes], 1000, 3)
@@ -263,7 +266,7 @@ def stopped_reader(streams: int, steps: int, step_s: float) -> dict[str, Any]:
             cluster.reading = name != "stopped"
             found[name] = cluster.phase(steps, step_s)
         end = time.monotonic() + PATIENCE_S
-        while any(row.unsent for row in cluster.core.table.active()):
+        while any(row.outbox.unsent for row in cluster.core.table.active()):
             cluster.turn(0.001)
             if time.monotonic() > end:
                 raise BenchError("the client that reads again does not get all")

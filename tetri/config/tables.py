@@ -45,6 +45,9 @@ class BrokerConfig:
 
     clients: str = ""  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
     max_open: int = number(4096, 1, 1 << 20)
+    # Memory for all requests: each takes 4 KiB, 8 bytes a token of its prompt and 24 for each that it may generate.
+    max_mib: int = number(1024, 1, 1 << 24)
+    text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
     cpus: str = _cpus()
@@ -87,6 +90,7 @@ class EmulatedConfig:
     context: int = number(8192, 2, 1 << 24)
     time_scale: float = number(1.0, 0, 1000)
     nan_token: int = number(-1, -1, 1 << 24)  # a fault: a request with this id gets NaN logits; -1: none
+    salt: bool = False  # tokens depend on the instance too, so that tests see which one wrote a token (design.md)
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ class FromClient(Value, frozen=True):
 class Submitted(Value, frozen=True):
     """A Submit whose prompt is tokenized. `key` and `secret` are drawn by the client. `content` identifies all that the
     Submit asks for: the same key means the same request only with the same content. `rid` is the id of the request, if
-    it is a new one; nobody can guess it."""
+    it is a new one; nobody can guess it. `waited_s`: seconds since the Submit arrived, while its text was tokenized."""
 
     client: bytes
     key: str
@@ -172,6 +172,7 @@ class Submitted(Value, frozen=True):
     prompt: tuple[int, ...]
     sampling: Sampling
     deadline_s: float | None = None
+    waited_s: float = 0.0
 
 
 class Detokenized(Value, frozen=True):

@@ -34,11 +34,13 @@ class Hub:
     `counters` never reset: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
     no_peer, replies_full, replies_gone, and garbage_<kind> for dropped messages (kinds: frames, and those of
     codec.WireError). `unsent`: messages that `send` refused, by `full_<peer>` (its queue was full) and `away_<peer>`.
+    `more`: the last `poll` read as many messages of a socket as it may at a time, so others may wait.
     """
 
     def __init__(self, log: logging.Logger | None = None) -> None:
         self.counters: Counter[str] = Counter()
         self.unsent: Counter[str] = Counter()
+        self.more = False
         self._log = log or logging.getLogger("tetri.net")
         self._context: sockets.Context = zmq.Context()
         self._poller = zmq.Poller()
@@ -263,17 +265,20 @@ class Hub:
         """Wait for events for at most `timeout` seconds (None: no limit; 0 or less: not at all) and return them.
 
         Messages come before PeerUp and PeerDown, so that the last messages of a dead peer are handled first. The
-        number of messages per socket is limited; the next call returns the rest. The list is empty after the timeout,
-        a signal or a wake().
+        number of messages per socket is limited; the next call returns the rest (`more`). The list is empty after the
+        timeout, a signal or a wake().
         """
         self._retry_feeds()
+        self.more = False
         arrived: list[NetEvent] = []
         events: list[PeerUp | PeerDown] = []
         if any(link.given_up for link in self._feeds):
             timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
         for source, _ in self._poller.poll(sockets.milliseconds(timeout)):
             if source in self._intakes:
-                arrived += self._intakes[source].read()
+                intake = self._intakes[source]
+                arrived += intake.read()
+                self.more = self.more or intake.more
             elif source in self._monitors:
                 link = self._monitors[source]
                 seen = link.events()

@@ -21,23 +21,27 @@ _MAX_COMPLAINTS = 256  # (sender, kind) pairs to log; limited, because a sender 
 class Intake:
     """Reads a socket at `address`. `union`: the valid messages. `router`: None for a PULL or SUB; for a ROUTER, the
     byte that tells it from the other ROUTERs of the process, whose clients may have the same identities. It comes
-    before the identity in `Arrived.client`."""
+    before the identity in `Arrived.client`. `more`: the last `read` ended at a limit, so messages may still wait."""
 
     def __init__(
         self, socket: Socket, address: str, union: Messages, router: bytes | None, counters: Counter[str], log: Logger
     ) -> None:
         self.socket, self.address = socket, address
         self._union, self._router, self._counters, self._log = union, router, counters, log
+        self.more = False
         self._complained: set[tuple[bytes | None, str]] = set()
 
     def read(self) -> list[Arrived]:
         """The waiting messages, up to the limits above. Counts and drops invalid ones."""
         arrived: list[Arrived] = []
-        size = 0
-        for _ in range(MAX_MESSAGES):
-            frames = self._receive() if size < MAX_BYTES else None
+        count = size = 0
+        self.more = True
+        while count < MAX_MESSAGES and size < MAX_BYTES:
+            frames = self._receive()
             if frames is None:
+                self.more = False
                 break
+            count += 1
             size += sum(map(len, frames))
             event = self._decode(frames)
             if event is not None:

@@ -120,7 +120,7 @@ def engine_and_store(
         message, due = wait(seconds), opened[0].due()
         return message or (due is not None and due <= time.monotonic())
 
-    made = engine(config, something_waits, device, reserve)
+    made = engine(config, something_waits, device, reserve, iid)
     stack.callback(made.close)
     return made, opened[0]
 
@@ -130,15 +130,17 @@ def engine(
     wait: Callable[[float], bool] | None = None,
     device: Device | None = None,
     reserve: Callable[[int], None] = lambda block_bytes: None,
+    iid: str = "",
 ) -> Engine:
     """Build the engine that [engine] names. Raises EngineError, ModelError or CostError.
 
     wait     spends the time of an emulated step, in seconds; True, when a message waits, ends a run of several steps
     device   the GPU of a real engine; None: the CPU
     reserve  called with the bytes of a KV block before the engine takes its memory
+    iid      the instance that it is for, which emulated.salt mixes into its tokens
     """
     if config.engine.kind == "emulated":
-        emulated = _emulated(config, wait)
+        emulated = _emulated(config, wait, iid)
         reserve(emulated.fingerprint.block_bytes)
         return emulated
     from tetri.engine.vllm.engine import VllmEngine
@@ -158,10 +160,12 @@ def engine(
     )
 
 
-def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
+def _emulated(config: Config, wait: Callable[[float], bool] | None, iid: str) -> Engine:
     from tetri.engine.emulated import EmulatedEngine
+    from tetri.engine.salted import salt_of
 
     made = config.emulated
+    salt = salt_of(iid) if made.salt else 0
     built = EmulatedEngine(
         capacity=Capacity(
             blocks=made.blocks,
@@ -175,6 +179,7 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
         cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
         time_scale=made.time_scale,
         nan_token=None if made.nan_token < 0 else made.nan_token,
+        salt=lambda key: salt,
     )
     built.wait = wait or built.wait
     return built

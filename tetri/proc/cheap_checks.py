@@ -1,8 +1,9 @@
-"""Checks of a Submit that cost almost nothing. They come before its text is tokenised, which may take seconds."""
+"""Checks of a Submit that cost almost nothing. They come before its text is tokenised, which may take seconds, and
+before its content is hashed."""
 
 from __future__ import annotations
 
-from tetri.request import sampling_problem
+from tetri.core.broker.delivery import problem_of_length, problem_without_prompt
 from tetri.wire.clients import Submit
 
 CHARS_A_TOKEN = 64  # no token of a usual vocabulary has more on average
@@ -16,8 +17,10 @@ def submit_problem(message: Submit, context: int) -> str | None:
     turns = message.messages
     if (message.prompt is None) == (turns is None):
         return "give exactly one of prompt and messages"
-    if (wrong := sampling_problem(message.sampling)) is not None:
+    if (wrong := problem_without_prompt(message)) is not None:
         return wrong
+    if message.sampling.max_tokens >= context:
+        return f"max_tokens is {message.sampling.max_tokens}, the model's context holds {context} with the prompt"
     if turns is not None:
         if not 0 < len(turns) <= min(MAX_TURNS, context):
             return f"the conversation has {len(turns)} messages, 1 to {min(MAX_TURNS, context)} are allowed"
@@ -27,7 +30,7 @@ def submit_problem(message: Submit, context: int) -> str | None:
     elif isinstance(message.prompt, str):
         length = len(message.prompt)
     else:
-        return None  # token ids: the core checks them
+        return problem_of_length(len(message.prompt or ()), context)  # the core checks the ids
     if length > CHARS_A_TOKEN * context:
         return f"the prompt has {length} characters, far more than the context holds: shorten it"
     return None

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from tetri.config import Config
 from tetri.core.broker.notes import of_counters
 from tetri.proc.network import HubNetwork
+from tetri.proc.texts import Texts
 from tetri.wire.clients import Status
 
 NO_COST = (
@@ -25,9 +26,10 @@ def of_config(config: Config, logger: logging.Logger) -> list[str]:
     return found
 
 
-def completed(status: Status, configured: list[str], network: HubNetwork) -> Status:
-    """The Status with the notes on the configuration, and with the counters of the broker's sockets."""
-    counters = network.counters()
-    notes = [*configured, *status.notes, *of_counters("the broker", counters)]
+def completed(status: Status, configured: list[str], network: HubNetwork, texts: Texts) -> Status:
+    """The Status with the notes on the configuration, and with the counters of the broker's sockets and texts."""
+    counters = {**network.counters(), **texts.counters()}
+    died = [f"the tokenising process died {texts.deaths} times"] if texts.deaths else []
+    notes = [*configured, *status.notes, *of_counters("the broker", counters), *died]
     traffic = {f"net_{name}": count for name, count in sorted(network.hub.counters.items())}
     return replace(status, notes=notes, counters={**status.counters, **counters, **traffic})

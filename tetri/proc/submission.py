@@ -14,10 +14,13 @@ from tetri.wire.clients import Submit
 BYTES = 16  # of a digest and of a request id: 128 bits, so that no two are equal and nobody guesses one
 
 
-def submitted(client: bytes, message: Submit, prompt: Sequence[int]) -> Submitted:
-    """The event of a Submit whose prompt has these token ids. Each gets its own id: a repetition does not use it."""
+def submitted(
+    client: bytes, message: Submit, digest: bytes, prompt: Sequence[int] = (), waited_s: float = 0.0
+) -> Submitted:
+    """The event of a Submit whose prompt has these token ids. Each gets its own id: a repetition does not use it.
+    `digest`: of its `content`. `waited_s`: for how many seconds its text has waited to be tokenised."""
     rid, asked = secrets.token_hex(BYTES), (message.sampling, message.deadline_s)
-    return Submitted(client, message.key, message.secret, content(message), rid, tuple(prompt), *asked)
+    return Submitted(client, message.key, message.secret, digest, rid, tuple(prompt), *asked, waited_s)
 
 
 def content(message: Submit) -> bytes:

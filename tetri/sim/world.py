@@ -83,6 +83,7 @@ class World:
             context=capacity.context,
             vocabulary=vocabulary,
             max_open=UNBOUNDED,
+            max_mib=UNBOUNDED,
             max_attempts=timeouts.max_attempts,
             heartbeat_s=setup.heartbeat_s,
             dead_s=timeouts.dead_s,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tetri.instance import Instance
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, TokenId
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 
 # ---- workers -> broker
@@ -77,13 +77,18 @@ class Ready(Record, tag="ready", frozen=True):
 
 
 class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
-    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds. `flip`: number of the last Flip that
-    it has carried out, 0 before the first. `counters`: events of its KV receives since its process started, by name.
-    `slots_used`: slots of its KV store that are not free. `predictor`: None if it does not learn output lengths."""
+    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds; None: not listed this time, since a
+    long list is sent less often. `epoch` and `read`: epoch and serial of the last Membership that it has read, 0 before
+    the first. What the broker sent before that one is read or lost; what it sent later may still be on its way, so
+    `holds` tells nothing of it. `flip`: number of the last Flip that it has carried out, 0 before the first.
+    `counters`: events of its KV receives since its process started, by name. `slots_used`: slots of its KV store that
+    are not free. `predictor`: None if it does not learn output lengths."""
 
     role: str
     load: Load
-    holds: list[Hold]
+    holds: list[Hold] | None
+    epoch: int
+    read: Count
     flip: Count = 0
     counters: dict[str, Count] = {}
     slots_used: Count = 0
@@ -116,7 +121,7 @@ class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     rid: Name
     attempt: Count
     start: Count
-    ids: list[int]
+    ids: list[TokenId]
     end: End | None = None
 
 
@@ -225,13 +230,15 @@ class Resend(Record, tag="resend", frozen=True):
 class Membership(Record, tag="membership", frozen=True):
     """The live instances. `number` counts their changes in an `epoch` (the broker's incarnation). Without `since`, the
     Membership is whole: it lists all of them. With it, it is a change of the Membership with that number: `instances`
-    are new or different, those named in `gone` are no longer there.
+    are new or different, those named in `gone` are no longer there. `serial` counts all Memberships of the epoch, those
+    without a change too: `Heartbeat.read`.
 
     A whole one is also the answer to Ready. A worker sends Ready again when it is not listed, lacks the Membership
     that a change is of, or receives none for a while."""
 
     epoch: int
     number: Count
+    serial: Count
     instances: list[Instance]
     since: Count | None = None
     gone: list[Name] = []

@@ -266,7 +266,7 @@ def test_many_quiet_clients_get_their_signs_a_bounded_number_at_a_time(quiet):
     ("change", "complaint"),
     [
         (lambda row: setattr(row, "client", b"x"), "open requests by client"),
-        (lambda row: setattr(row, "sent", 0), "unsent requests by client"),
+        (lambda row: setattr(row.outbox, "sent", 0), "unsent requests by client"),
     ],
 )
 def test_check_finds_what_is_wrong(change, complaint):

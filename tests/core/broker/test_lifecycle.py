@@ -11,7 +11,7 @@ from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.request import Receipt, Stage
 from tetri.wire.clients import Delta, Done
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, Hold
+from tetri.wire.messages import Assign, Close, Hold, Membership
 
 # What has come of a request when an event comes.
 SUBMITTED = []
@@ -78,6 +78,19 @@ def test_one_request_from_queue_to_done():
         (DECODING, failed("p1", RID, retry=True), [], "decode"),  # it holds it no more
         (DECODING, tokens("d1", RID, 4, reason="length"), [("d1", resend(RID, 1))], "decode"),  # tokens are missing
         (DECODING, tokens("d1", RID, 0, 7), [], "decode"),  # known
+        (DECODING, replace(tokens("d1", RID, 1, 8), incarnation=2), [], "decode"),  # of no registered process
+        # Another instance has all KV too, since a Landed was lost. It stops, and what it wrote does not count.
+        (WAITING, staged("d2", RID, Stage.WAITING), [("d2", close(RID))], "waiting"),
+        (WAITING, staged("d2", RID, Stage.DECODE), [("d2", close(RID))], "waiting"),
+        (WAITING, heartbeat("d2", held(Stage.DECODE, 3)), [("d2", close(RID))], "waiting"),
+        (DECODING, tokens("d2", RID, 1, 8), [("d2", close(RID))], "decode"),
+        (DECODING, tokens("d2", RID, 3, 8), [("d2", close(RID))], "decode"),
+        (DECODING, tokens("d2", RID, 1, 8, 9, 10, reason="length"), [("d2", close(RID))], "decode"),
+        (DECODING, heartbeat("d2", held(Stage.DONE, 4)), [("d2", close(RID))], "decode"),
+        # So does the prefill instance, which writes a first token only, and no end once another one decodes.
+        (DECODING, tokens("p1", RID, 1, 8), [("p1", close(RID))], "decode"),
+        (DECODING, tokens("p1", RID, 0, 7, reason="stop"), [("p1", close(RID))], "decode"),
+        (DECODING, heartbeat("p1", held(Stage.DONE, 1), read=1), [("p1", close(RID))], "decode"),
         (SUBMITTED, heartbeat("p1"), [], "queued"),  # it may be on its way
         (
             SUBMITTED,
@@ -86,17 +99,47 @@ def test_one_request_from_queue_to_done():
             "queued",
         ),
         (MOVED, heartbeat("d1", held(Stage.WAITING)), [("p1", close(RID))], "waiting"),  # the news of it were lost
-        (WAITING, heartbeat("p1", held(Stage.MOVING)), [("p1", close(RID))], "waiting"),
+        (WAITING, heartbeat("p1", held(Stage.MOVING)), [], "waiting"),  # the Close is on its way
+        (WAITING, heartbeat("p1", held(Stage.MOVING), read=1), [("p1", close(RID))], "waiting"),  # it was lost
         (DECODING, heartbeat("d2", held(Stage.MOVING, 0)), [("d2", close(RID))], "decode"),  # a reservation elsewhere
         (DECODING, heartbeat("d1", held(Stage.DECODE, 3)), [("d1", resend(RID, 1))], "decode"),  # tokens were lost
         (DECODING, heartbeat("d1", held(Stage.DONE, 1)), [("d1", resend(RID, 1))], "decode"),  # the end was
-        ([*DECODING, cancel()], heartbeat("d1", held(Stage.DONE, 4)), [("d1", close(RID))], None),
+        ([*DECODING, cancel()], heartbeat("d1", held(Stage.DONE, 4)), [], None),
+        ([*DECODING, cancel()], heartbeat("d1", held(Stage.DONE, 4), read=1), [("d1", close(RID))], None),
     ],
 )
 def test_what_workers_say_and_hold_moves_it_on_and_both_sides_agree(before, event, said, stage):
     told = begin(before)
     assert told.tell(event) == [Send(peer, message) for peer, message in said]
     assert list(told.status().requests) == ([] if stage is None else [stage])
+
+
+@pytest.mark.parametrize(
+    "before, event, ids, closed",
+    [
+        (SUBMITTED, tokens("p1", RID, 0, 7), [7], []),
+        ([staged("d1", RID, Stage.WAITING)], tokens("p1", RID, 0, 7), [7], []),  # it comes late
+        (MOVED, tokens("d1", RID, 1, 8), [8], ["p1"]),  # d1 has all KV, and its Staged was lost
+        (SUBMITTED, tokens("d1", RID, 0, 7, 8), [7, 8], ["p1"]),
+        (SUBMITTED, tokens("d1", RID, 0, 7), [7], ["p1"]),
+        (MOVED, tokens("p1", RID, 1, 8), [8], []),  # it does both phases
+        (MOVED, tokens("d1", RID, 1, 8, 9, 10, reason="length"), [8, 9, 10], ["p1", "p1", "d1"]),
+        (MOVED, tokens("d1", RID, 1, reason="stop"), [], ["p1", "p1", "d1"]),
+        (SUBMITTED, tokens("p1", RID, 0, 7, reason="stop"), [7], ["p1"]),
+    ],
+)
+def test_tokens_count_of_the_first_that_decodes_and_the_first_one_of_the_prefill_instance(before, event, ids, closed):
+    actions = begin(before).tell(event)
+    assert [id for reply in replies(actions) if isinstance(reply, Delta) for id in reply.ids] == ids
+    assert [peer for peer, _ in closes(actions)] == closed
+
+
+def test_the_prefill_instance_of_a_later_attempt_writes_its_first_token(decoding):
+    decoding.tell(tokens("d1", RID, 1, 8), PeerDown("d1"))
+    assert replies(decoding.tell(tokens("p1", RID, 2, 9, attempt=2)))[0].ids == [9]
+    assert decoding.status().requests == {"moving": 1}
+    assert replies(decoding.tell(tokens("d2", RID, 3, 10, attempt=2)))[0].ids == [10]
+    assert decoding.status().counters.get("decodes_refused", 0) == 0
 
 
 def test_tokens_that_overlap_are_cut(decoding):
@@ -254,10 +297,60 @@ def test_what_is_lost_begins_anew_with_its_output(before, event, goes, output):
         assert {message for _, message in closes(actions)} == {close(RID)}
 
 
-def test_what_was_assigned_and_is_not_held_is_assigned_again(served):
-    served.now = 0.3
-    assert assigned(served.tell(heartbeat("p1"))) == [("p1", RID, 1)]
-    assert not served.tell(heartbeat("p1"))
+def serials(actions):
+    """Of the Memberships among them."""
+    return {message.serial for message in sent(actions, kind=Membership)}
+
+
+def test_an_assign_is_sent_again_when_a_later_membership_was_read_and_it_was_not(served):
+    """However long it takes the worker to read: until then, the Assign is on its way."""
+    (before,) = serials(served.later(1.0))
+    served.tell(submit("late"))
+    for _ in range(9):
+        served.now += 10.0
+        assert assigned(served.tell(heartbeat("p1", held(Stage.QUEUED, 0), read=before))) == []
+        assert served.tell(heartbeat("p2", read=before)) == []
+    (after,) = serials(served.later())
+    assert served.tell(heartbeat("p2", Hold("r2", 1, Stage.QUEUED, 0), read=after)) == []
+    assert served.tell(heartbeat("p2", epoch=41, read=after)) == []  # an earlier broker's Membership
+    assert assigned(served.tell(heartbeat("p2", read=after))) == [("p2", "r2", 1)]
+    assert served.tell(heartbeat("p2", read=after)) == []  # now this one is on its way
+    (later,) = serials(served.later(1.0))
+    assert assigned(served.tell(heartbeat("p2", read=later))) == [("p2", "r2", 1)]
+
+
+def test_a_heartbeat_without_a_list_of_requests_tells_nothing_of_them(decoding):
+    decoding.later(1.0)
+    assert decoding.tell(heartbeat("d1", held(Stage.DECODE, 1))) == []
+    assert decoding.tell(heartbeat("d1").changed(holds=None, read=1)) == []
+    assert {each.iid: each.held for each in decoding.status().instances}["d1"] == 1
+    assert assigned(decoding.tell(heartbeat("d1", read=1))) == [("p1", RID, 2)]
+
+
+def test_thousands_of_assigns_that_a_worker_reads_bit_by_bit_are_sent_once_each():
+    told, read, unread, holds = serving("p1", "d1"), 0, [], {}
+    actions, sends = [*told.later(1.0), *told.tell(*[submit(f"k{number}") for number in range(1000)])], 0
+    for _ in range(40):  # steps, of 0.5 s
+        unread += sent(actions, "p1")
+        for message in unread[:64]:
+            if isinstance(message, Membership):
+                read = message.serial
+            else:
+                sends += isinstance(message, Assign)
+                holds[message.rid] = Hold(message.rid, 1, Stage.QUEUED, 0)
+        del unread[:64]
+        actions = [*told.later(0.5), *told.tell(heartbeat("p1", *holds.values(), read=read))]
+    assert sends == len(holds) == 1000
+
+
+def test_what_has_a_token_of_its_attempt_and_is_not_held_starts_over():
+    """A second prefill could write another first token, and a decode instance may go on from the one of the first."""
+    told = begin(MOVED)
+    actions = told.tell(heartbeat("p1"))
+    assert closes(actions) == [("p1", close(RID))] and assigned(actions) == [("p1", RID, 2)]
+    (again,) = sent(actions, kind=Assign)
+    assert again.output == [7]
+    assert closes(told.tell(heartbeat("d1", held(Stage.DECODE, 3)))) == [("d1", close(RID))]  # of the first attempt
 
 
 def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
@@ -268,8 +361,8 @@ def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
 
 def test_late_words_of_a_lost_worker_do_not_give_it_the_request():
     told = begin([*MOVED, PeerDown("d1")])
-    told.tell(staged("d1", RID, Stage.WAITING), heartbeat("d1", held(Stage.DECODE)))
-    assert told.status().requests == {"moving": 1}
+    late = [staged("d1", RID, Stage.WAITING), heartbeat("d1", held(Stage.DECODE)), tokens("d1", RID, 1, 8)]
+    assert not told.tell(*late) and told.status().requests == {"moving": 1}
     told.tell(PeerUp("d1"), heartbeat("d1", held(Stage.DECODE)))
     assert told.status().requests == {"decode": 1}
 

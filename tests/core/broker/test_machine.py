@@ -200,10 +200,11 @@ class BrokerUnderFire(RuleBasedStateMachine):
         iid=iids,
         incarnation=st.integers(1, 2),
         holds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), stages, st.integers(0, 5)), max_size=3),
+        read=st.sampled_from([0, 1, 2, 3, 9, 999]),
     )
-    def heartbeat(self, iid, incarnation, holds):
+    def heartbeat(self, iid, incarnation, holds, read):
         held = [Hold(self.rid(number), attempt, stage, outputs) for number, attempt, stage, outputs in holds]
-        self.tell(heartbeat(iid, *held, incarnation=incarnation))
+        self.tell(heartbeat(iid, *held, incarnation=incarnation, read=read))
 
     @rule(wait=seconds)
     def tick(self, wait):

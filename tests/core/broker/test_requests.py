@@ -1,15 +1,17 @@
 """The request table."""
 
+from array import array
+
 import pytest
 
 from tetri.core.actions import Broken
 from tetri.core.broker.requests import Row, Table
-from tetri.request import Receipt, Sampling, Stage, Usage
-from tetri.wire.clients import Delta, Done
+from tetri.request import Sampling, Stage
+from tetri.wire.clients import Delta
 
 
 def row(number=1, **changes):
-    asked = ((1, 2), Sampling(max_tokens=4), 0.0, Stage.QUEUED, 0.0)
+    asked = (array("I", [1, 2]), Sampling(max_tokens=4), 0.0, Stage.QUEUED, 0.0)
     made = Row(f"r{number}", f"k{number}", b"c", *asked, secret="s" * 22, content=b"x")
     for name, value in changes.items():
         setattr(made, name, value)
@@ -51,49 +53,6 @@ def test_work_follows_a_row_that_is_assigned_again(table):
     table.check()
 
 
-DONE = Done(
-    **{"rid": "r1", "reason": "stop", "usage": Usage(prompt_tokens=2, completion_tokens=4), "timeline": {}},
-    **{"ttft_s": None, "jct_s": 1.0, "receipt": Receipt(prompt_tokens=2), "error": None},
-)
-
-
-def outbox(*, ended=True):
-    """Tokens 0, 1 and 2, 3, and then text that was held back."""
-    parts = [(0, [5], "a"), (1, [6, 7], "b"), (3, [8], ""), (4, [], "tail")]
-    deltas = [Delta(rid="r1", start=start, ids=ids, text=text) for start, ids, text in parts]
-    return [*deltas, DONE] if ended else deltas[:3]
-
-
-@pytest.mark.parametrize(
-    ("ended", "start", "first"),
-    [
-        *((True, start, first) for start, first in ((0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (9, 3))),
-        *((False, start, first) for start, first in ((0, 0), (3, 2), (4, 3), (9, 3))),
-    ],
-)
-def test_what_a_client_with_some_tokens_lacks(ended, start, first):
-    made = row(outbox=outbox(ended=ended))
-    made.send_from(start)
-    assert made.sent == first and made.send_next(99) == outbox(ended=ended)[first:] and made.unsent == 0
-
-
-def test_what_did_not_arrive_is_found_and_all_after_it_is_unsent():
-    made = row(outbox=outbox(), sent=5)
-    for index in (4, 3, 1, 2, 0):
-        before = made.sent
-        assert made.unsend(made.outbox[index]) and made.sent == min(before, index)
-    made.sent = 5
-    for start, ids, text in ((2, [7], "b"), (1, [6, 7], "c"), (4, [], ""), (5, [9], "d")):
-        assert not made.unsend(Delta(rid="r1", start=start, ids=ids, text=text)) and made.sent == 5
-    assert not row().unsend(DONE) and not row().unsend(outbox()[0])
-
-
-def test_how_many_tokens_a_client_was_sent():
-    made = row(outbox=outbox(ended=False))
-    sent = [(made.tokens_sent, len(made.send_next(1))) for _ in range(4)]
-    assert sent == [(0, 1), (1, 1), (3, 1), (4, 0)]
-
-
 @pytest.mark.parametrize(
     "changes, complaint",
     [
@@ -104,13 +63,22 @@ def test_how_many_tokens_a_client_was_sent():
         ({"work_ns": 6}, "the table's prefill work by instance are out of date"),
         ({"output": [1] * 5}, "has 5 tokens"),
         ({"asked": 1}, "has 0 tokens, 1 sent to the detokenizer"),
-        ({"sent": 1}, "has sent more messages than its outbox holds"),
+        ({"weight": 1}, "the account of memory is out of date"),
     ],
 )
 def test_check_finds_what_is_wrong(table, changes, complaint):
     for name, value in changes.items():
         setattr(table.rows["r1"], name, value)
     with pytest.raises(Broken, match=complaint):
+        table.check()
+
+
+def test_check_finds_an_outbox_that_has_sent_too_much_or_holds_more_than_the_output(table):
+    table.rows["r1"].outbox.sent = 1
+    with pytest.raises(Broken, match="has sent more messages than its outbox holds"):
+        table.check()
+    table.rows["r1"].outbox.add(Delta(rid="r1", start=0, ids=[7], text="h"))
+    with pytest.raises(Broken, match="or holds more than its output"):
         table.check()
 
 

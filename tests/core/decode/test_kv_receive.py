@@ -85,6 +85,17 @@ def test_a_chunk_of_another_offer_is_dropped(changes, name):
     assert kinds(told.come(0, key="d:r:2:p1:1")) == ["Landed > p1"]
 
 
+def test_what_comes_again_of_an_earlier_offer_does_not_disturb_what_moves():
+    told = start()
+    old = [offer("r", prompt=12), chunk("r", 0, 0, 1), drop("r")]
+    told.tell(*old)
+    begin(told, offer=2)
+    assert kinds(told.tell(*old)) == ["Refuse > p1", "Refuse > p1"]
+    answers = [answer for index in range(3) for answer in told.come(index, key="d:r:1:p1:2")]
+    assert kinds(answers) == ["Landed > p1"] * 3 + ["Staged > broker"]
+    assert {answer.offer for answer in sent(answers, "p1")} == {2}
+
+
 @pytest.mark.parametrize(
     "made, name", [(handle(0), "truncated"), (handle(0, 1, 2), "misfit"), (handle(0, 1, segment="s-p2"), "foreign")]
 )

@@ -53,6 +53,7 @@ LATER = [offer("r", prompt=8, attempt=2)]
         ([offer("r", prompt=8)], offer("r", prompt=8, attempt=2), ["CancelRequest", "AddRequest", "Grant > p1"], 8),
         ([offer("r", prompt=8)], offer("r", prompt=8, src="p2"), ["CancelRequest", "AddRequest", "Grant > p2"], 8),
         (LATER, offer("r", prompt=8), "a later attempt is here", 8),
+        ([offer("r", prompt=8, offer=2)], offer("r", prompt=8), "a later offer is here", 8),
         ([A], offer("b", prompt=12), "3 of 5 blocks for waiting requests are taken", 7),
         ([A], offer("b", prompt=8), ["AddRequest", "Grant > p1"], 5),
         ([], offer("b", prompt=24), ["AddRequest", "Grant > p1"], 4),  # one alone may be larger
@@ -84,6 +85,9 @@ def test_what_has_all_landed_is_granted_under_any_number_and_cannot_be_dropped(t
     (answer,) = sent(told.tell(chunk("r", 0, 0, 2, offer=7)))
     assert isinstance(answer, Landed) and answer.offer == 7
     assert not told.tell(drop("r", offer=7)) and told.load().landed == 1
+    assert why(told.tell(offer("r", prompt=8))) == "a later offer is here"
+    (answer,) = sent(told.tell(chunk("r", 0, 0, 2, offer=7)))
+    assert isinstance(answer, Landed) and answer.offer == 7
 
 
 def test_a_reservation_is_never_larger_than_what_is_free(told):

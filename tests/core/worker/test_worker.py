@@ -80,6 +80,18 @@ def test_beats_come_regularly_and_list_what_is_held(told):
     assert (first.slots_used, second.slots_used) == (0, 2)
 
 
+def test_heartbeats_name_the_last_membership_that_was_read_whether_it_was_of_use_or_not(told):
+    def after(*messages):
+        told.tell(*messages)
+        beat = told.heartbeat()
+        return beat.epoch, beat.read
+
+    assert after(membership(8, serial=20), membership(8, since=8, serial=21)) == (1, 21)
+    assert after(membership(10, since=9, serial=23)) == (1, 23)  # a change of one that was lost
+    assert after(membership(8, since=8, serial=22)) == (1, 23)  # an older one
+    assert after(membership(3, serial=3, epoch=5)) == (5, 3)  # another broker's
+
+
 def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(told):
     assert told.core.deadline() == pytest.approx(0.1)
     told.tell(membership(9))
@@ -181,6 +193,19 @@ def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_
     told.tell(assign("a", prompt=16, attempt=2))
     assert only(told.later(), say.CancelRequest) == [say.CancelRequest("d:a:1:d9:1")]
     assert told.run() == [("a", 0, 8)] and told.load().queued_tokens == 8
+
+
+def test_what_a_message_to_itself_takes_back_was_added_before():
+    """A Membership without d1 makes m1 offer attempt 2 to itself, and lets in an Offer of attempt 1 that has waited."""
+    told = working("m1", "d1", **ROOMY)
+    told.tell(assign("a", prompt=4, attempt=2))
+    told.step()
+    assert told.asked["a"][0] == "d1"
+    told.tell(offer("a", prompt=4, src="p2"))
+    actions = told.meet("p2", apart=())
+    assert added(actions) == ["d:a:1:p2:1", "d:a:2:m1:2"]
+    assert kinds(only(actions, say.AddRequest | say.CancelRequest)) == ["AddRequest", "CancelRequest", "AddRequest"]
+    told.step()
 
 
 def test_decodes_take_one_token_of_the_budget_each_and_the_chunk_the_rest():

@@ -19,11 +19,11 @@ from tetri.core.actions import (
     Submitted,
     Undelivered,
 )
-from tetri.core.broker.delivery import ANOTHERS, Delivery, Limits, refuse
+from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
 from tetri.core.broker.notes import notes
-from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.requests import Row, Table, needed_bytes
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
@@ -189,7 +189,8 @@ class Broker:
             case Heartbeat() | Staged() if member.lost is not None:
                 pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
-                member.load, member.held, member.counters = event.load, len(event.holds), event.counters
+                member.load, member.counters = event.load, event.counters
+                member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
@@ -205,8 +206,9 @@ class Broker:
             return self._submit_again(event, now)
         prompt, retry_after_s = len(event.prompt), None
         why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
-        if why is None and self.table.open >= self.limits.max_open:
-            why, retry_after_s = f"{self.table.open} requests are open, try later", 1.0
+        size = needed_bytes(prompt, event.sampling.max_tokens)
+        if why is None and (why := self.full(size)) is not None:
+            retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1
             return [refuse(event.client, event.key, why, retry_after_s)]
@@ -215,6 +217,16 @@ class Broker:
         if row.deadline is not None:
             self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
+
+    def full(self, size: int, others: int = 0) -> str | None:
+        """Why no further request of `size` bytes is accepted at the moment; None if one is. `others`: requests that
+        come before it."""
+        count, held = self.table.open + others, self.table.weight
+        if count >= self.limits.max_open:
+            return f"{count} requests are open, try later"
+        if held + size > self.limits.max_mib << 20:
+            return f"the requests here may need {held / 2**20:.0f} of {self.limits.max_mib} MiB, try later"
+        return None
 
     def _submit_again(self, event: Submitted, now: float) -> list[Action]:
         """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""
@@ -240,15 +252,15 @@ class Broker:
             self.timers.clear(("grace", row.rid))
             self.lifecycle.remember(row, now)
             return self.delivery.attach(row, event.client, message.start, now)
-        if row.stage.ended:
-            return [Reply(event.client, row.outbox[-1])]
+        if row.outbox.done is not None:
+            return [Reply(event.client, row.outbox.done)]
         if event.client != row.client:
             row.watchers.append(event.client)
         return self.lifecycle.end(row, "cancelled", now)
 
     def _detokenized(self, event: Detokenized, now: float) -> list[Action]:
         row = self.table.rows.get(event.rid)
-        if row is None or row.stage.ended:
+        if row is None or row.outbox.done is not None:
             return []
         ending = row.reason is not None
         actions = self.delivery.detokenized(row, event, now)

@@ -83,7 +83,7 @@ class Connections:
     def deliver(self, row: Row, now: float) -> list[Action]:
         """Send the unsent messages of a request, at most `BATCH` at once, unless its client is gone or blocked."""
         client = row.client
-        if client is None or not row.unsent:
+        if client is None or not row.outbox.unsent:
             return []
         connection = self._of(client, now)
         if row.rid in connection.backlog:
@@ -99,7 +99,7 @@ class Connections:
         client = row.client
         assert client is not None
         connection = self._of(client, now)
-        if not row.unsent:
+        if not row.outbox.unsent:
             connection.sent_at = now
             self._settle(client, connection)
             return [Reply(client, Delta(rid=row.rid, start=start, ids=[], text=""))]
@@ -110,9 +110,9 @@ class Connections:
         return self._send(row, client, connection, 1, now)
 
     def _send(self, row: Row, client: bytes, connection: Connection, most: int, now: float) -> list[Action]:
-        messages = row.send_next(most)
+        messages = row.outbox.send_next(most)
         connection.sent_at = now
-        if row.unsent:
+        if len(messages) == most and row.outbox.unsent:
             connection.backlog[row.rid] = row
             self._resume_at.set(client, now)
         elif not connection.rows:
@@ -191,7 +191,7 @@ class Connections:
         rid, row = next(iter(connection.rows.items()))
         del connection.rows[rid]
         connection.rows[rid] = row
-        return [Reply(client, Delta(rid=rid, start=row.tokens_sent, ids=[], text=""))]
+        return [Reply(client, Delta(rid=rid, start=row.outbox.tokens_sent, ids=[], text=""))]
 
     # ------------------------------------------------------------ upkeep
 
@@ -223,5 +223,5 @@ class Connections:
         rows = [row for row in table.rows.values() if row.client is not None]
         if listed != {row.rid: row.client for row in rows if not row.stage.ended}:
             raise Broken("the open requests by client are out of date")
-        if waiting != {row.rid: row.client for row in rows if row.unsent}:
+        if waiting != {row.rid: row.client for row in rows if row.outbox.unsent}:
             raise Broken("the unsent requests by client are out of date")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from random import Random
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
-from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.requests import TEXT_BYTES, Row, Table, needed_bytes
 from tetri.request import Stage, Usage, sampling_problem
-from tetri.wire.clients import Accepted, Delta, Done, Refused
+from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
 MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
+RETRY_AFTER_S = 1.0  # when a client may try again what is refused because too much is open
 SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
 ANOTHERS = "this key stands for another request: draw a new key for each request"
 
@@ -24,6 +26,7 @@ class Limits:
     context: int
     vocabulary: int
     max_open: int = 4096
+    max_mib: int = 1024  # of memory for all requests, those included that have ended and are not forgotten
     max_attempts: int = MAX_ATTEMPTS  # attempts that count (Lifecycle.restart_all)
     heartbeat_s: float = 0.2
     dead_s: float = 20.0
@@ -46,23 +49,20 @@ class Delivery:
 
     def problem(self, event: Submitted) -> str | None:
         """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
-        sampling, context, prompt = event.sampling, self.limits.context, len(event.prompt)
-        wrong = sampling_problem(sampling)
+        context, prompt, most = self.limits.context, len(event.prompt), event.sampling.max_tokens
+        wrong = problem_without_prompt(event)
         if wrong is not None:
             return wrong
-        if len(event.secret) < SECRET_CHARS:
-            return f"the secret has {len(event.secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
         if prompt == 0:
             return "the prompt is empty: give at least one token"
-        if prompt >= context:
-            return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+        if (wrong := problem_of_length(prompt, context)) is not None:
+            return wrong
         if min(event.prompt) < 0 or max(event.prompt) >= self.limits.vocabulary:
             return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
-        if prompt + sampling.max_tokens > context:
-            most = context - prompt
-            return f"max_tokens is {sampling.max_tokens}, after this prompt the context has room for {most}"
-        if event.deadline_s is not None and not 0 < event.deadline_s <= MAX_DEADLINE_S:
-            return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {event.deadline_s:g}"
+        if prompt + most > context:
+            return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+        if (size := needed_bytes(prompt, most)) > self.limits.max_mib << 20:
+            return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
         return None
 
     def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
@@ -71,9 +71,11 @@ class Delivery:
         sampling = event.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
-        deadline = None if event.deadline_s is None else now + event.deadline_s
+        arrival = now - event.waited_s
+        deadline = None if event.deadline_s is None else arrival + event.deadline_s
         row = Row(
-            *(event.rid, event.key, event.client, event.prompt, sampling, now, Stage.QUEUED, now, deadline),
+            *(event.rid, event.key, event.client, array("I", event.prompt), sampling),
+            *(arrival, Stage.QUEUED, arrival, deadline),
             secret=event.secret,
             content=event.content,
         )
@@ -88,7 +90,7 @@ class Delivery:
     def attach(self, row: Row, client: bytes, start: int, now: float) -> list[Action]:
         """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client
         replaces the row's earlier one."""
-        row.send_from(start)
+        row.outbox.send_from(start)
         self.connections.stream(row, client, now)
         return self.connections.attached(row, start, now)
 
@@ -97,7 +99,7 @@ class Delivery:
         message = event.message
         if isinstance(message, Delta | Done):
             row = self.table.rows.get(message.rid)
-            if row is not None and row.client == event.client and row.unsend(message):
+            if row is not None and row.client == event.client and row.outbox.unsend(message):
                 self.connections.full(row, now)
         return self.connections.gone(event.client) if event.gone else []
 
@@ -116,7 +118,9 @@ class Delivery:
             del ids[max(event.counted - event.start, 0) :]
             row.asked, row.reason, row.error = len(row.output), "stop", None
         if ids or event.text:
-            row.outbox.append(Delta(rid=row.rid, start=event.start, ids=ids, text=event.text))
+            delta = Delta(rid=row.rid, start=event.start, ids=ids, text=event.text)
+            if row.outbox.add(delta) > TEXT_BYTES * row.sampling.max_tokens:
+                self.table.weigh(row)
         return self.connections.deliver(row, now)
 
     def finish(self, row: Row, now: float) -> list[Action]:
@@ -133,11 +137,30 @@ class Delivery:
             receipt=row.receipt(),
             error=row.error,
         )
-        row.outbox.append(done)
+        row.outbox.end(done)
         watchers = [Reply(client, done) for client in row.watchers]
         actions = [*self.connections.deliver(row, now), *watchers, Release(row.rid)]
         self.connections.ended(row)
         return actions
+
+
+def problem_without_prompt(asked: Submitted | Submit) -> str | None:
+    """As `Delivery.problem`, but only what does not depend on the prompt, which may not be tokenized yet."""
+    wrong, secret, deadline_s = sampling_problem(asked.sampling), asked.secret, asked.deadline_s
+    if wrong is not None:
+        return wrong
+    if len(secret) < SECRET_CHARS:
+        return f"the secret has {len(secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
+    if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:
+        return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {deadline_s:g}"
+    return None
+
+
+def problem_of_length(prompt: int, context: int) -> str | None:
+    """Why a prompt of so many tokens does not fit into the model's context; None if it does."""
+    if prompt < context:
+        return None
+    return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
 
 
 def _accepted(row: Row) -> Accepted:

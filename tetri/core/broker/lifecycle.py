@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from tetri.core.actions import Action, Send
+from tetri.core.broker.closes import Closes
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Members
 from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
@@ -38,6 +39,7 @@ class Lifecycle:
         self.members, self.delivery, self.timers, self.counters = members, delivery, timers, counters
         self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
         self.cost, self.chunk_tokens = cost, chunk_tokens
+        self.closes = Closes(members)
         self._route = PREFILL_ROUTES[rules.prefill_route]
 
     def place(self, row: Row, now: float) -> list[Action]:
@@ -62,9 +64,9 @@ class Lifecycle:
 
     def assign(self, row: Row, now: float) -> Action:
         """The Assign message to the row's prefill instance."""
-        row.assigned_at = now
+        row.assigned_after = self.members.serial
         assert row.prefill is not None
-        prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
+        prompt, output, deadline_s = row.prompt.tolist(), row.output.tolist(), row.left(now)
         assign = Assign(
             rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
         )
@@ -104,21 +106,22 @@ class Lifecycle:
         learn = row.reason in BY_ITSELF and not row.sampling.ignore_eos
         outputs = len(row.output) if learn else 0
         close = Close(rid=row.rid, attempt=row.attempt, outputs=outputs, reason=row.reason or "")
-        return [Send(iid, close) for iid in holders]
+        return [self.closes.send(iid, close) for iid in holders]
 
-    def not_held(self, row: Row, iid: str, now: float) -> list[Action]:
-        """Handle a heartbeat of `iid` that does not list a request assigned to it: restart a request that was in
-        decode, assign one again that was in prefill."""
-        if row.holder == row.decode:
+    def not_held(self, row: Row, iid: str, read: int, now: float) -> list[Action]:
+        """Handle a heartbeat of `iid`, which has read Membership `read`, that does not list a request assigned to it:
+        restart a request with a token of this attempt, assign any other again. A second prefill in the same attempt
+        could write another first token, and a decode instance may hold the KV of the first one."""
+        if row.holder == row.decode or len(row.output) > row.continued:
             return self.restart(row, f"{iid} does not hold it any more", now)
-        late = now - row.assigned_at > 2 * self.limits.heartbeat_s
-        return [self.assign(row, now)] if late else []  # the first Assign may still be on its way
+        return [self.assign(row, now)] if row.assigned_after < read else []  # else it may still be on its way
 
     def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
         """Restart every request that a lost worker held. A request that it was computing may have crashed it, so that
         attempt counts; the attempt of a request that only waited does not. If no request is known to have been
         computed, the report of it may be lost: then all attempts count, or a request that crashes workers at once
         would be retried for ever."""
+        self.closes.forget(iid)
         rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
         worked = any(row.stage not in IDLE for row in rows)
         actions: list[Action] = []
@@ -128,17 +131,26 @@ class Lifecycle:
         return actions
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
-        """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: that instance
-        holds the request, and the prefill instance may drop it."""
+        """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: the first instance
+        to say so holds the request from then on, and the prefill instance may drop it. Another one may say so too, if
+        a Landed was lost and the request was offered to it as well: it must stop."""
         actions: list[Action] = []
         if stage.ended:  # only the broker ends a row
             return actions
-        if stage in (Stage.WAITING, Stage.DECODE) and row.decode is None:
-            self.table.hand_over(row, iid)
-            if row.prefill not in (None, iid):
-                actions.append(Send(row.prefill, Close(rid=row.rid, attempt=row.attempt)))
+        if stage in ON_DECODER:
+            if row.decode is None:
+                self.table.hand_over(row, iid)
+                if row.prefill not in (None, iid):
+                    actions.append(self._close_at(row.prefill, row))
+            elif row.decode != iid:
+                self.counters["decodes_refused"] += 1
+                return [self._close_at(iid, row)]
         self.table.advance(row, stage, now)
         return actions
+
+    def _close_at(self, iid: str, row: Row) -> Action:
+        """Tell an instance to drop this attempt of a request, which continues elsewhere."""
+        return self.closes.send(iid, Close(rid=row.rid, attempt=row.attempt))
 
     def resend(self, row: Row, iid: str) -> Action:
         """Ask `iid` for the output tokens that the row lacks."""
@@ -166,7 +178,7 @@ class Lifecycle:
         """Add the output tokens that `iid` reports to their row. Appends to `actions`, since this runs for every token
         of every request."""
         row = self._row(item.rid, item.attempt)
-        if row is None:
+        if row is None or (row.decode != iid and not self._may_write(row, item, iid, now, actions)):
             return
         have, ids, start = len(row.output), item.ids, item.start
         if start > have:
@@ -176,7 +188,7 @@ class Lifecycle:
             ids = ids[have - start :][: row.sampling.max_tokens - have]
         if not ids and item.end is None:
             return
-        row.output += ids
+        row.output.extend(ids)
         if ids and row.first_at is None:
             row.first_at = now
         if row.decode is None and row.stage in BEFORE_TOKENS:
@@ -188,6 +200,19 @@ class Lifecycle:
             actions += self.end(row, "length", now)
         else:
             actions += self.delivery.detokenize(row, final=False)
+
+    def _may_write(self, row: Row, item: TokenItem, iid: str, now: float, actions: list[Action]) -> bool:
+        """Whether tokens count of an instance that is not known to decode the request.
+
+        The prefill instance may write the first token of the attempt. Any other token shows that all KV has landed at
+        `iid`. So if no instance decodes the request yet, that one does: its Staged was lost. Otherwise it must stop."""
+        if iid == row.prefill and item.start + len(item.ids) <= row.continued + 1:
+            if row.decode is None or item.end is None:
+                return True
+        elif self.members.by_iid[iid].lost is not None:
+            return False  # it says so again when it is back
+        actions += self.stage(row, Stage.DECODE, iid, now)
+        return row.decode == iid
 
     def moved(self, event: Staged | Failed, now: float) -> list[Action]:
         """A worker reports that a request has entered a stage, or cannot go on there."""
@@ -204,25 +229,30 @@ class Lifecycle:
         return self.end(row, "error", now, event.why)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
-        """Compare the requests in a worker's heartbeat with the request table and repair every difference."""
+        """Compare the requests in a worker's heartbeat, if it lists them, with the request table and repair every
+        difference."""
         actions: list[Action] = []
-        iid = heartbeat.iid
+        if heartbeat.holds is None:
+            return actions
+        iid, read = heartbeat.iid, self.members.read(heartbeat)
+        self.closes.read(iid, read)
         held: dict[str, None] = {}
         for hold in heartbeat.holds:
             row = self._row(hold.rid, hold.attempt)
             if row is None:
-                actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
+                actions += self.closes.repeat(iid, hold)
                 continue
             held[hold.rid] = None
+            if row.decode not in (None, iid):
+                actions += self.closes.repeat(iid, hold)
+                continue
             if hold.stage in ON_DECODER and hold.stage is not row.stage:
                 actions += self.stage(row, hold.stage, iid, now)
-            if row.decode is not None and row.decode != iid and hold.stage is not Stage.DONE:
-                actions.append(Send(iid, Close(rid=hold.rid, attempt=hold.attempt)))
-            elif hold.outputs > len(row.output) or hold.stage is Stage.DONE:
+            if hold.outputs > len(row.output) or hold.stage is Stage.DONE:
                 actions.append(self.resend(row, iid))
         missing = [row for rid, row in self.table.held_by(iid).items() if rid not in held and row.reason is None]
         for row in missing:
-            actions += self.not_held(row, iid, now)
+            actions += self.not_held(row, iid, read, now)
         return actions
 
     def _row(self, rid: str, attempt: int) -> Row | None:

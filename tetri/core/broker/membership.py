@@ -13,7 +13,7 @@ from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus
 from tetri.wire.clients import InstanceStatus
-from tetri.wire.messages import FromWorker, Load, Membership, Ready
+from tetri.wire.messages import FromWorker, Heartbeat, Load, Membership, Ready
 
 FORGET_S = 600.0  # seconds that a lost worker stays in the status
 SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
@@ -50,13 +50,14 @@ class Member:
 
 class Members:
     """All registered workers: `by_iid` includes the lost ones, `up` has those with a connection. Change either of
-    them, or a role, through a method only: Membership messages and pools are derived from them."""
+    them, or a role, through a method only: Membership messages and pools are derived from them. `serial` counts the
+    Memberships sent: workers report the last one that they have read."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.by_iid: dict[str, Member] = {}
         self.up: dict[str, None] = {}
-        self.number = 0
+        self.number = self.serial = 0
         self._published: dict[str, Instance] = {}  # the instances of Membership `number`
         self._changed: dict[str, None] = {}  # members that may differ from `_published`
         self._need_whole: dict[str, None] = {}  # connected members that a change would not be enough for
@@ -85,6 +86,11 @@ class Members:
         """The member that sent this message; None if its incarnation is not registered."""
         member = self.by_iid.get(message.iid)
         return member if member is not None and member.instance.incarnation == message.incarnation else None
+
+    def read(self, message: Heartbeat) -> int:
+        """The last Membership of this broker that the worker has read: it has read the messages before it too, or they
+        are lost. 0: none."""
+        return message.read if message.epoch == self.epoch else 0
 
     def connected(self, iid: str) -> None:
         """Record that the connection to a worker stands."""
@@ -133,9 +139,10 @@ class Members:
             del self._published[iid]
         if self.up:
             self._sent_at = now
-        epoch, number, all_live = self.epoch, self.number, [*self._published.values()]
-        change = Membership(epoch=epoch, number=number, instances=changed, since=since, gone=gone)
-        whole = Membership(epoch=epoch, number=number, instances=all_live)
+        self.serial += 1
+        epoch, number, serial, all_live = self.epoch, self.number, self.serial, [*self._published.values()]
+        change = Membership(epoch=epoch, number=number, serial=serial, instances=changed, since=since, gone=gone)
+        whole = Membership(epoch=epoch, number=number, serial=serial, instances=all_live)
         sends = [Send(iid, whole if iid in self._need_whole else change) for iid in self.up]
         self._need_whole = {}
         return [*sends]

@@ -1,21 +1,30 @@
 """The request table: the only record of where each request is. Every change of instance or stage goes through `Table`,
-which maintains its indices: requests by instance, requests without an instance, and assigned prefill work."""
+which maintains its indices: requests by instance, requests without an instance, and assigned prefill work. It also has
+the account of the memory that the requests take."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hmac import compare_digest
 
 from tetri.core.actions import Broken, Submitted
+from tetri.core.broker.outbox import Outbox
 from tetri.request import Receipt, Sampling, Stage
-from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
 IDLE = (Stage.QUEUED, Stage.WAITING)  # stages in which no worker computes the request
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
+# What a request counts for in the account of memory: itself, each token of its prompt and of its output. TEXT_BYTES are
+# for the text of an output token; the texts of an answer that are longer than that in all count too.
+REQUEST_BYTES, PROMPT_BYTES, OUTPUT_BYTES, TEXT_BYTES = 4096, 8, 24, 10
+
+
+def needed_bytes(prompt: int, output: int) -> int:
+    """The memory that a request with so many prompt and output tokens counts for."""
+    return REQUEST_BYTES + PROMPT_BYTES * prompt + OUTPUT_BYTES * output
 
 
 @dataclass(slots=True)
@@ -24,12 +33,13 @@ class Row:
     `prefill` and `decode` are the instances of the current attempt, None while there is none;
     `work_ns` is the predicted prefill time of that attempt, in nanoseconds so that sums stay exact.
     Tokens pass three points: workers report them into `output`; `asked` of them have been sent to the detokenizer;
-    `sent` messages of the `outbox` (Deltas and a final Done) have been sent to the client. Times are in seconds."""
+    their text comes back into the `outbox`, which knows how many of its messages have been sent to the client. Times
+    are in seconds."""
 
     rid: str
     key: str
     client: bytes | None
-    prompt: tuple[int, ...]
+    prompt: array[int]
     sampling: Sampling
     arrival: float
     stage: Stage
@@ -42,12 +52,12 @@ class Row:
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0
-    assigned_at: float = 0.0
-    output: list[int] = field(default_factory=list)
+    assigned_after: int = 0  # serial of the Membership before its last Assign
+    output: array[int] = field(default_factory=lambda: array("I"))
     continued: int = 0  # how many of them are of earlier attempts
     asked: int = 0
-    outbox: list[Delta | Done] = field(default_factory=list)
-    sent: int = 0
+    outbox: Outbox = field(init=False)
+    weight: int = 0  # bytes for it in the table's account
     watchers: list[bytes] = field(default_factory=list)  # other clients that cancelled the request: they get its Done
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
@@ -56,6 +66,9 @@ class Row:
     error: str | None = None
     listed: str | None = None  # the instance that the table's index lists it under
     counted: str | None = None  # the instance whose prefill work includes it
+
+    def __post_init__(self) -> None:
+        self.outbox = Outbox(self.rid, self.output)
 
     @property
     def holder(self) -> str | None:
@@ -80,46 +93,6 @@ class Row:
         """Seconds until the deadline, 0 if it has passed; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - now)
 
-    @property
-    def unsent(self) -> int:
-        """Number of messages that have not been sent to the client."""
-        return len(self.outbox) - self.sent
-
-    @property
-    def tokens_sent(self) -> int:
-        """Number of output tokens in the messages that were sent to the client of an open request."""
-        last = self.outbox[self.sent - 1] if self.sent else None
-        return last.start + len(last.ids) if isinstance(last, Delta) else 0
-
-    def send_next(self, most: int) -> list[Delta | Done]:
-        """The next messages to send, at most `most`; they count as sent."""
-        start, self.sent = self.sent, min(self.sent + most, len(self.outbox))
-        return self.outbox[start : self.sent]
-
-    def send_from(self, start: int) -> None:
-        """The messages that a client with `start` tokens lacks are unsent, all others count as sent. A Delta that ends
-        after `start` is sent whole, since its text cannot be split by tokens. One without tokens is always sent: the
-        token count does not tell whether the client has its text."""
-        self.sent = bisect_right(self.outbox, start, 0, self._deltas(), key=_end)
-        while self.sent and _start(self.outbox[self.sent - 1]) == _end(self.outbox[self.sent - 1]):
-            self.sent -= 1
-
-    def _deltas(self) -> int:
-        return len(self.outbox) - (self.outbox != [] and isinstance(self.outbox[-1], Done))
-
-    def unsend(self, message: Delta | Done) -> bool:
-        """A message did not arrive: it and those after it are unsent again. False for one that is not in the outbox,
-        such as an empty Delta. Finds it by its start: a client that does not read has thousands in its outbox."""
-        index = count = len(self.outbox)
-        if isinstance(message, Done):
-            index -= 1
-        elif message.ids or message.text:
-            index = bisect_left(self.outbox, message.start, 0, self._deltas(), key=_start)
-        if not 0 <= index < count or self.outbox[index] != message:
-            return False
-        self.sent = min(self.sent, index)
-        return True
-
     def receipt(self) -> Receipt:
         """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
         prompt_tokens, prefill, decode = len(self.prompt), self.prefill, self.decode
@@ -137,13 +110,15 @@ class Table:
 
     `unplaced`: open rows without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all rows assigned to it that have no token of this attempt yet; an
-    instance without such work is not in it."""
+    instance without such work is not in it. `weight`: the memory of all rows, in bytes. An open row counts with all the
+    output that it may still get, so the broker never needs more than it has accepted; an ended one with what it has."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
         self.unplaced: dict[str, Row] = {}
         self.work_ns: dict[str, int] = {}
+        self.weight = 0
         self._active: dict[str, Row] = {}
         self._held: dict[str, dict[str, Row]] = {}
         self._stages = dict.fromkeys(Stage, 0)
@@ -172,12 +147,14 @@ class Table:
         self.rows[row.rid] = row
         self.keys[row.key] = row.rid
         self._active[row.rid] = row
+        self.weigh(row)
         self._stages[row.stage] += 1
         self._list(row)
 
     def forget(self, rid: str) -> None:
         """Remove an ended row."""
         row = self.rows.pop(rid)
+        self.weight -= row.weight
         if self.keys.get(row.key) == rid:
             del self.keys[row.key]
 
@@ -206,6 +183,7 @@ class Table:
         row.stage, row.stage_at = stage, now
         if stage.ended:
             del self._active[row.rid]
+            self.weigh(row)
         else:
             self._stages[stage] += 1
         self._list(row)
@@ -214,6 +192,13 @@ class Table:
         """As `move`, but never to an earlier stage: reports of two workers can arrive out of order."""
         if _RANK[stage] > _RANK[row.stage]:
             self.move(row, stage, now)
+
+    def weigh(self, row: Row) -> None:
+        """Update the account after a row has ended or its outbox has grown."""
+        weight = _weight(row)
+        if weight != row.weight:
+            self.weight += weight - row.weight
+            row.weight = weight
 
     def _list(self, row: Row) -> None:
         """Update the indices after a row has changed."""
@@ -259,8 +244,11 @@ class Table:
                 raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
             if len(row.output) > row.sampling.max_tokens or row.asked > len(row.output):
                 raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} sent to the detokenizer")
-            if row.sent > len(row.outbox):
-                raise Broken(f"{row.rid} has sent more messages than its outbox holds")
+            if row.outbox.unsent < 0 or row.outbox.tokens > len(row.output):
+                raise Broken(f"{row.rid} has sent more messages than its outbox holds, or holds more than its output")
+        weights = {row.rid: _weight(row) for row in self.rows.values()}
+        if weights != {row.rid: row.weight for row in self.rows.values()} or self.weight != sum(weights.values()):
+            raise Broken("the account of memory is out of date")
 
     def _check_indices(self, active: dict[str, Row]) -> None:
         """Compare the indices with a scan of all rows."""
@@ -292,14 +280,10 @@ class Table:
 _NONE: dict[str, Row] = {}
 
 
-def _start(message: Delta | Done) -> int:
-    assert isinstance(message, Delta)  # the Done is the last message
-    return message.start
-
-
-def _end(message: Delta | Done) -> int:
-    assert isinstance(message, Delta)
-    return message.start + len(message.ids)
+def _weight(row: Row) -> int:
+    """The memory that a row counts for: more than was expected when its tokens have long texts."""
+    output = len(row.output) if row.stage.ended else row.sampling.max_tokens
+    return needed_bytes(len(row.prompt), output) + max(0, row.outbox.text_bytes - TEXT_BYTES * output)
 
 
 def _places(row: Row) -> tuple[str | None, str | None, bool]:

@@ -128,12 +128,11 @@ class DecodeRequest:
         same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
         return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
 
-    def newer_than(self, offer: Offer) -> bool:
-        """Return whether `offer` is an earlier offer or attempt of this request, which its sender has closed since."""
-        mine = self.offer
-        if (mine.src, mine.incarnation, mine.attempt) == (offer.src, offer.incarnation, offer.attempt):
-            return mine.offer > offer.offer
-        return mine.attempt > offer.attempt
+    def follows(self, offer: Offer) -> bool:
+        """Return whether its offer is a later one than `offer`, of the same attempt by the same sender."""
+        mine, other = self.offer, offer
+        same = (mine.src, mine.incarnation, mine.attempt) == (other.src, other.incarnation, other.attempt)
+        return same and mine.offer > other.offer
 
     def has_all_of(self, offer: Offer) -> bool:
         """Return whether all KV of the same attempt has landed, under whichever offer."""

@@ -52,10 +52,14 @@ class DecodeScheduler:
 
     def offer(self, message: Offer, now: float, free_memory: FreeMemory | None) -> list[Action]:
         """Reserve memory for a request and grant it. Defer it until there is memory, or refuse it if it can never be
-        served here. A new offer replaces an older one of the request. `free_memory`: see `grant_deferred`."""
+        served here. A later offer replaces an earlier one of the request; an earlier one that comes late, or again,
+        changes nothing. `free_memory`: see `grant_deferred`."""
         request, deferred = self._request_of(message.rid), self.deferred.get(message.rid)
-        if any(each is not None and each.newer_than(message) for each in (request, deferred)):
-            return [self._answer(Refuse, message, why="a later offer of this request is here")]
+        old = request or deferred
+        if old is not None and old.offer.attempt > message.attempt:
+            return [self._answer(Refuse, message, why="a later attempt is here")]
+        if old is not None and old.follows(message):
+            return [self._answer(Refuse, message, why="a later offer is here")]
         if request is not None and (request.is_for(message) or request.has_all_of(message)):
             return self._offered_again(request, message)
         if deferred is not None and deferred.is_for(message):
@@ -63,7 +67,6 @@ class DecodeScheduler:
                 self.forecast.update_length(deferred, message.length)
             self.deferred.asked(deferred, now)
             return [self._answer(Defer, message)]
-        old = request or deferred
         actions = self._give_back(old) if old else []
         fresh, why = self._incoming(message)
         if fresh is not None and self.deferred.enter(fresh, now):

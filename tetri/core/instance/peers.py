@@ -21,6 +21,7 @@ class Peers:
     epoch, number    of the newest Membership
     listed           whether it lists this incarnation of this instance
     behind           whether a Membership was missed: changes cannot be applied until a whole one arrives
+    read             epoch and serial of the last Membership that was read, applied or not
     seen, seen_at    epoch and number of the newest ClusterView, and when it arrived
     member_version   increases when the set of usable decode instances may have changed
     version          increases then too, and when the loads have changed
@@ -33,6 +34,7 @@ class Peers:
     number: int = -1
     listed: bool = False
     behind: bool = True
+    read: tuple[int, int] = (0, 0)
     seen: tuple[int, int] = (0, -1)
     seen_at: float = 0.0
     version: int = 0
@@ -67,6 +69,8 @@ class Peers:
         """Apply a new membership; ignore an older one of the same broker, and a change of one that was missed. Return
         the connections to change, and the instances that have disappeared: missing, or restarted under another
         incarnation."""
+        read = membership.epoch, membership.serial
+        self.read = max(read, self.read) if read[0] == self.read[0] else read
         same, whole = membership.epoch == self.epoch, membership.since is None
         if same and membership.number < self.number + (whole and not self.behind):
             return [], []

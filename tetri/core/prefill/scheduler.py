@@ -23,6 +23,8 @@ from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
 from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, TokenItem, Tokens
 
+MOST_FAILED = 1024  # attempts that were given up here and are still known
+
 
 class PrefillScheduler:
     """Schedules the prefill phase.
@@ -44,6 +46,7 @@ class PrefillScheduler:
         self.expected: list[Span] = []
         self._budget = 0  # tokens of the planned step that prefill may use
         self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its attempts here
+        self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
 
     @property
@@ -54,10 +57,13 @@ class PrefillScheduler:
     # ------------------------------------------------------------ messages
 
     def assign(self, message: Assign, now: float) -> list[Action]:
-        """Queue a request, and forget its earlier attempts. Report Failed when it can never fit."""
+        """Queue a request, and forget its earlier attempts. Report Failed when it can never fit, and again when this
+        attempt was given up here: another prefill could write another first token, which the broker may have."""
         key = f"p:{message.rid}:{message.attempt}"
         if key in self.requests:
             return []  # a resent Assign
+        if key in self._failed:
+            return [self._failed[key]]
         actions = self.close(message.rid, message.attempt - 1)
         own, prompt, output = self.own, tuple(message.prompt), tuple(message.output)
         tokens = len(prompt) + len(output)
@@ -223,6 +229,9 @@ class PrefillScheduler:
     def give_up(self, request: PrefillRequest, why: str, *, retry: bool = True) -> list[Action]:
         """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed."""
         failed = self.own.report(Failed, rid=request.rid, attempt=request.attempt, why=why, retry=retry)
+        self._failed[request.key] = failed
+        if len(self._failed) > MOST_FAILED:
+            del self._failed[next(iter(self._failed))]
         return [*self._forget(request, why), failed]
 
     def slot_deadlock(self) -> PrefillRequest | None:

@@ -6,7 +6,9 @@ from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.request import DECODE_ROLES
-from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
+from tetri.wire.messages import Heartbeat, Hold, Load, LoadReport, Ready
+
+LISTED = 1000  # most requests that a heartbeat lists, on average
 
 
 class LoadReporter:
@@ -18,6 +20,7 @@ class LoadReporter:
         self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
+        self._unlisted = 0  # heartbeats since the last list
 
     def worked(self, seconds: float) -> None:
         """Add time in which the engine computed."""
@@ -69,15 +72,27 @@ class LoadReporter:
         return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
 
     def heartbeat(self) -> Send:
-        """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
+        """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status."""
         estimator = self.decode.estimator
+        epoch, read = self.decode.peers.read
         return self.own.report(
             Heartbeat,
             role=self.role,
             load=self.load(),
-            holds=[*self.prefill.holds(), *self.decode.holds()],
+            holds=self._holds(),
+            epoch=epoch,
+            read=read,
             flip=self.flip,
             counters=dict(self.decode.kv_receive.counters),
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
         )
+
+    def _holds(self) -> list[Hold] | None:
+        """All requests held, or None to leave them out this time. A worker with a long queue lists it less often:
+        otherwise the lists would cost more a request, the more requests wait."""
+        self._unlisted += 1
+        if len(self.prefill.requests) + len(self.decode.requests) > LISTED * self._unlisted:
+            return None
+        self._unlisted = 0
+        return [*self.prefill.holds(), *self.decode.holds()]

@@ -155,7 +155,8 @@ class Worker:
 
     def _deliver_own(self, actions: list[Action], now: float) -> list[Action]:
         """Deliver messages addressed to this instance directly instead of over a socket; while a step is running,
-        queue them. What a message causes comes before the next action. A loop, because thousands may come at once."""
+        queue them. What a message causes comes after all actions of what was handled before it: these may free or
+        replace what that added. A loop, because thousands may come at once."""
         left, others = deque(actions), list[Action]()
         while left:
             action = left.popleft()
@@ -164,7 +165,7 @@ class Worker:
             elif self.stepping:
                 self._queued_own.append(action)
             else:  # a worker sends itself only messages between workers, which are WorkerInput
-                left.extendleft(reversed(self._handle(action.message, now)))  # type: ignore[arg-type]
+                left.extend(self._handle(action.message, now))  # type: ignore[arg-type]
         return others
 
     # ------------------------------------------------------------ the engine

@@ -193,13 +193,17 @@ class Client:
         self.ids += delta.ids
         self.text += delta.text
 
+    def right(self) -> list[int]:
+        """The correct output tokens, those after a stop text included."""
+        return reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
+
     def verify(self) -> None:
         """Assert at the end that tokens and text are correct, and complete unless the request was cut short."""
         done = self.done
         assert done is not None
         if isinstance(done, Refused):
             return
-        right = reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
+        right = self.right()
         stopper = Stopper(EDGE, self.sampling.stop, min_tokens=self.sampling.min_tokens)
         released = stopper.feed(right)
         text = released.text + stopper.finish().text
@@ -230,11 +234,12 @@ class Client:
 
 @dataclass(slots=True)
 class CheckedClients(Clients):
-    """Gives each request its own `Client`, with a random prompt."""
+    """Gives each request its own `Client`, of this `kind`, with a random prompt."""
 
     chance: Chance = field(kw_only=True)
     ask_s: float = field(kw_only=True)  # `Timeouts.ask_s`
     send: Callable[[Any], None] = field(kw_only=True)  # sends a client's event to the broker
+    kind: type[Client] = Client
     clients: list[Client] = field(default_factory=list)
 
     def _draw(self) -> None:
@@ -247,7 +252,8 @@ class CheckedClients(Clients):
             raise SimError("recorded texts cannot be simulated with faults: the engine computes its own tokens")
         prompt = tuple(self.chance.rng.choices(range(VOCABULARY), k=arrival.prompt))
         sampling = arrival.sampling or Sampling(max_tokens=arrival.output, ignore_eos=True)
-        client = Client(self.chance, number, prompt, sampling, arrival.deadline_s, self.ask_s, self.send, self._ended)
+        own = (number, prompt, sampling, arrival.deadline_s)
+        client = self.kind(self.chance, *own, self.ask_s, self.send, self._ended)
         self.clients.append(client)
         client.start()
 
