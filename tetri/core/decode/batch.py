@@ -90,8 +90,11 @@ class Batch:
         Counted once between two steps: many offers may arrive in that time, and a grant does not change the result."""
         if self._kept_free is None:
             running = self.running or dict(islice(self.landed.items(), 1))  # the next to run, if none does
-            kept = KEPT_FREE.get(self.own.rules.admit, next_growth)
-            self._kept_free = kept(self._view(running, self.own.capacity.max_batch))
+            kept = KEPT_FREE.get(self.own.rules.admit)
+            if kept is None:
+                self._kept_free = next_growth(len(running))
+            else:
+                self._kept_free = kept(self._view(running, self.own.capacity.max_batch))
         return self._kept_free
 
     def _view(self, running: Mapping[str, DecodeRequest], most: int) -> BatchView:
