@@ -191,6 +191,7 @@ class Broker:
             case Heartbeat():
                 member.load, member.held, member.counters = event.load, len(event.holds), event.counters
                 member.slots_used, member.predictor = event.slots_used, event.predictor
+                member.unread_by = event.unread_by
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)

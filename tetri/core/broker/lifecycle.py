@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from tetri.core.actions import Action, Send
 from tetri.core.broker.delivery import Delivery
@@ -11,6 +12,7 @@ from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
+from tetri.policy.views import PrefillPool
 from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Failed, Heartbeat, Resend, Staged, TokenItem
 
@@ -47,6 +49,7 @@ class Lifecycle:
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
         work_s = min(max(work_s, SHORT_S), LONG_S)
+        pool = without(pool, row.avoid)
         column = self._route(work_s, pool, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if row.attempt > 1 else None
@@ -66,7 +69,13 @@ class Lifecycle:
         assert row.prefill is not None
         prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
         assign = Assign(
-            rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
+            rid=row.rid,
+            attempt=row.attempt,
+            prompt=prompt,
+            output=output,
+            sampling=row.sampling,
+            deadline_s=deadline_s,
+            avoid=list(row.avoid),
         )
         return Send(row.prefill, assign)
 
@@ -200,6 +209,7 @@ class Lifecycle:
             case Failed() if row.holder != event.iid:
                 return []  # another instance holds the request by now
             case Failed(retry=True):
+                row.avoid = [*dict.fromkeys([*row.avoid, *event.avoid])]
                 return self.restart(row, event.why, now)
         return self.end(row, "error", now, event.why)
 
@@ -229,3 +239,11 @@ class Lifecycle:
         """The open row of a worker's report; None if the request or this attempt is over, or no worker is assigned."""
         row = self.table.rows.get(rid)
         return row if row and row.attempt == attempt and row.reason is None and row.prefill else None
+
+
+def without(pool: PrefillPool, avoid: Sequence[str]) -> PrefillPool:
+    """The pool without the instances to avoid, if others are left."""
+    kept = [column for column, iid in enumerate(pool.iids) if iid not in avoid] if avoid else []
+    if not 0 < len(kept) < len(pool.iids):
+        return pool
+    return PrefillPool([pool.iids[column] for column in kept], [pool.queued_s[column] for column in kept])

@@ -34,6 +34,7 @@ class Member:
     counters: dict[str, int] = field(default_factory=dict)
     slots_used: int = 0
     predictor: PredictorStatus | None = None
+    unread_by: dict[str, str] = field(default_factory=dict)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
     lost: str | None = None
 
@@ -244,6 +245,8 @@ class Members:
                 counters=member.counters,
                 slots_used=member.slots_used,
                 predictor=member.predictor,
+                unread=member.load.unread,
+                unread_by=member.unread_by,
             )
             for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]

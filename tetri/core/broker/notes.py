@@ -16,7 +16,8 @@ def notes(instances: Iterable[InstanceStatus], monitor: MonitorStatus | None) ->
     silent = "since the broker's start" if monitor is None else f"for {monitor.age_s:.1f} s"
     quiet = monitor is None or monitor.age_s >= MONITOR_SILENT_S
     lines = [f"the monitor is silent {silent}: {NO_MONITOR}"] if quiet else []
-    return [*lines, *(line for instance in instances for line in _of_instance(instance))]
+    known = [*instances]
+    return [*lines, *(line for instance in known for line in _of_instance(instance)), *_of_transfers(known)]
 
 
 def of_counters(who: str, counters: dict[str, int]) -> Iterator[str]:
@@ -38,6 +39,19 @@ def _of_instance(instance: InstanceStatus) -> Iterator[str]:
     if predictor is not None and predictor.kind != "prior" and not predictor.on:
         yield f"{iid} predicts lengths by the prior alone: {predictor.note}"
     yield from of_counters(iid, instance.counters)
+
+
+def _of_transfers(instances: list[InstanceStatus]) -> Iterator[str]:
+    """About KV that cannot be read. An instance that can read no other's is named once, and not for each of these."""
+    live = [instance for instance in instances if instance.state != "lost"]
+    bad = {instance.iid: instance.unread for instance in live if instance.unread}
+    for iid, count in bad.items():
+        yield f"{iid} cannot read KV: its last {count} transfers, from several instances, failed; it gets few requests"
+    for instance in live:
+        for peer, why in instance.unread_by.items():
+            if peer not in bad:
+                failed = instance.counters.get(f"unread_{peer}", 0)
+                yield f"{peer} cannot read KV of {instance.iid}, which sends it little: {why} ({failed} transfers failed)"
 
 
 def _is_incompatible(instance: InstanceStatus) -> bool:

@@ -35,6 +35,7 @@ class LoadReporter:
             decode_s=self.decode.forecast.decode_s(),
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
+            unread=self.decode.kv_receive.failing,
         )
 
     def home(self) -> Load | None:
@@ -62,14 +63,15 @@ class LoadReporter:
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
-        estimator = self.decode.estimator
+        estimator, readers = self.decode.estimator, self.prefill.dispatcher.readers
         return self.own.report(
             Heartbeat,
             role=self.role,
             load=self.load(),
             holds=[*self.prefill.holds(), *self.decode.holds()],
             flip=self.flip,
-            counters=dict(self.decode.kv_receive.counters),
+            counters={**self.decode.kv_receive.counters, **readers.counters},
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
+            unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},
         )
