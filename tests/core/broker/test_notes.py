@@ -42,7 +42,7 @@ def test_a_silent_monitor_is_named_with_the_consequence(served):
         ),
         (
             heartbeat("d1", role="decode", counters={"injected_drop": 0}),
-            "d1: a rehearsal: faults are injected here (transfer.faults)",
+            "d1: a rehearsal: faults are injected here (transfer.faults, transfer.cuts)",
         ),
         (
             heartbeat("d1", role="decode", predictor=PredictorStatus(kind="hidden", on=False, note="off: worse")),

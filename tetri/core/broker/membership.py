@@ -267,7 +267,7 @@ def _unlinked(member: Member) -> str:
 def _rehearsal(member: Member) -> str:
     """A note for the status if a worker injects faults on purpose; such a worker must not serve users."""
     injected = any(name.startswith("injected_") for name in member.counters)
-    return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
+    return "a rehearsal: faults are injected here (transfer.faults, transfer.cuts)" if injected else ""
 
 
 def _prompt_limit(capacity: Capacity, alone: bool) -> int:
