@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from random import Random
 
 FIRST_S = 0.2  # the first pause; doubles with each failed probe
-LONGEST_S = 30.0
 SPREAD = 2.0  # a pause is up to so many times as long, by chance: the probes of many instances are not sent at once
 
 
@@ -43,10 +42,10 @@ class Failing:
 
 
 class Breaker:
-    """The instances to which transfers from here fail, by id."""
+    """The instances to which transfers from here fail, by id. `longest_s`: the longest pause, apart from SPREAD."""
 
-    def __init__(self, rng: Random) -> None:
-        self.rng = rng
+    def __init__(self, rng: Random, longest_s: float) -> None:
+        self.rng, self.longest_s = rng, longest_s
         self.failing: dict[str, Failing] = {}
 
     def allowed(self, iid: str, now: float) -> bool:
@@ -98,6 +97,6 @@ class Breaker:
 
     def _pause(self, failing: Failing, now: float) -> None:
         seconds = FIRST_S * 2.0**failing.pauses
-        if seconds < LONGEST_S:
+        if seconds < self.longest_s:
             failing.pauses += 1
-        failing.probe, failing.until = None, now + min(seconds, LONGEST_S) * self.rng.uniform(1.0, SPREAD)
+        failing.probe, failing.until = None, now + min(seconds, self.longest_s) * self.rng.uniform(1.0, SPREAD)

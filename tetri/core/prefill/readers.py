@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterable
 from random import Random
 
-from tetri.policy.breaker import Breaker, Failing
+from tetri.policy.breaker import FIRST_S, Breaker, Failing
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
 from tetri.core.prefill.request import PrefillRequest
 from tetri.wire.handover import Refuse
 
+LONGEST_S = 10.0  # the longest pause between two probes of a decode instance, up to twice as long by chance
 _SHOWN = 3  # instances that an error names
 
 
@@ -27,7 +28,8 @@ class Readers:
 
     def __init__(self, own: Identity, pool: LivePool, peers: Peers, rng: Random) -> None:
         self.own, self.pool, self.peers = own, pool, peers
-        self.breaker = Breaker(rng)
+        # Short enough for a path that is back to be found before the requests that wait for it run out of patience.
+        self.breaker = Breaker(rng, max(FIRST_S, min(LONGEST_S, own.patience_s / 6)))
         self.counters: Counter[str] = Counter()
 
     def excluded(self, request: PrefillRequest, now: float) -> list[str]:
