@@ -254,6 +254,16 @@ def test_what_is_lost_begins_anew_with_its_output(before, event, goes, output):
         assert {message for _, message in closes(actions)} == {close(RID)}
 
 
+@pytest.mark.parametrize("avoid, goes", [(["p1", "d1"], "p2"), (["d1"], "p1"), (["p1", "p2"], "p1")])
+def test_the_next_attempt_avoids_the_instances_whose_kv_could_not_be_moved(avoid, goes):
+    """If others are there; and so does every further one."""
+    told = begin(MOVED)
+    (assign,) = sent(told.tell(failed("p1", RID, retry=True, avoid=avoid)), goes, Assign)
+    assert assign.avoid == avoid
+    (assign,) = sent(told.tell(failed(goes, RID, retry=True, attempt=2, avoid=["d1", "d2"])), kind=Assign)
+    assert assign.avoid == [*dict.fromkeys([*avoid, "d1", "d2"])]
+
+
 def test_what_was_assigned_and_is_not_held_is_assigned_again(served):
     served.now = 0.3
     assert assigned(served.tell(heartbeat("p1"))) == [("p1", RID, 1)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.core.build import chunk, close, decode_request, drop, handle, instance, offer, reach
+from tests.core.build import capacity, chunk, close, decode_request, drop, handle, instance, offer, reach
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Adopt, Broken
@@ -146,6 +146,22 @@ def test_what_cannot_be_read_here_the_next_time_either_is_not_taken_again(proble
     (refused,) = sent(told.come(1, problem), kind=Refuse)
     assert (refused.why, refused.unread, refused.corrupt) == (f"chunk 1 is {problem}", True, False)
     assert counted(told) == {problem: 1, "given_up": 1}
+
+
+def test_transfers_that_fail_in_a_row_are_reported_if_they_come_from_several_instances():
+    told, reported = working("d1", "p1", "p2", capacity=capacity(blocks=40, context=100)), []
+    for number, src in enumerate(("p1", "p1", "p2", "p1")):
+        told.trouble = {0: ["lost"]}
+        told.land(f"r{number}", number=number + 1, src=src)
+        reported.append(told.load().unread)
+    assert reported == [0, 0, 3, 4]
+    told.tell(PeerDown("p2"))
+    assert told.load().unread == 0  # now it may be the other side
+    told.trouble = {0: ["lost"]}
+    told.land("x", number=9, src="p2")
+    assert told.load().unread == 4
+    told.land("y", number=10, src="p2")
+    assert told.load().unread == 0
 
 
 def test_the_leg_stays_until_the_last_copy_has_come(told):

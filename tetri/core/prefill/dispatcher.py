@@ -195,6 +195,12 @@ class Dispatcher:
         self.pool.refused(request.flow.offer)
         self._clear(request)
 
+    def unread(self, request: PrefillRequest) -> None:
+        """Close an offer whose KV could not be read and queue the request again. The breaker says whom to ask next."""
+        assert request.flow.offer is not None
+        self.pool.withdrawn(request.flow.offer)
+        self._clear(request)
+
     def withdraw(self, request: PrefillRequest, why: str) -> list[Action]:
         """Close the offer. Send a Drop unless the decode instance has all KV: then it keeps the request."""
         if request.flow.offer is None:

@@ -262,7 +262,10 @@ class Worker:
             if hopeless or not request.flow.movable:
                 why = f"{event.src} cannot go on with the KV: {event.why}"
                 return self.prefill.give_up(request, why, avoid=self.dispatcher.readers.avoided(request))
-            self.dispatcher.refused(request, event.why)
+            if event.unread:
+                self.dispatcher.unread(request)
+            else:
+                self.dispatcher.refused(request, event.why)
             return self.dispatcher.dispatch(now)
         self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
         actions = self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
@@ -341,9 +344,9 @@ class Worker:
         return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]
 
     def _unread(self, now: float) -> list[Action]:
-        """Offer a request to an instance whose pause is over. Give up those that no instance could read for too long."""
-        readers, actions = self.dispatcher.readers, self.dispatcher.dispatch(now)
+        """Give up the requests that no instance could read for too long. Offer one to an instance whose pause is over."""
+        readers, actions = self.dispatcher.readers, list[Action]()
         for request, why, avoid in readers.overdue(self.prefill.requests.values(), now):
             actions += self.prefill.give_up(request, why, retry=bool(avoid), avoid=avoid)
             self.idle = False
-        return actions
+        return [*actions, *self.dispatcher.dispatch(now)]
