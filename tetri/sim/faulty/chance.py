@@ -102,7 +102,8 @@ class Chance:
         self.kernel, self.faults, self.log, self.cuts = kernel, faults, log, cuts
         self.rng = Random(f"faults {seed}")
         self.until = faults.until
-        self.counts: Counter[str] = Counter({kind: 0 for kind in (*CHANCES, *RATES) if getattr(faults, kind)})
+        kinds = [*[kind for kind in (*CHANCES, *RATES) if getattr(faults, kind)], *["cut"] * bool(cuts)]
+        self.counts: Counter[str] = Counter(dict.fromkeys(kinds, 0))
 
     @property
     def over(self) -> bool:
