@@ -1,4 +1,4 @@
-"""Which instances get no KV for now: pauses that double, one probe at a time, and what instances report of themselves."""
+"""Which instances get no KV for now: pauses that double, one probe at a time, and what instances say of themselves."""
 
 from random import Random
 

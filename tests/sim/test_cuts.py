@@ -1,5 +1,5 @@
-"""Decode instances that cannot read KV, and paths that are cut while all messages pass: no request ends in an error while
-another instance can be reached, most work goes there, and few requests find out whether the bad one is well again."""
+"""Decode instances that cannot read KV, and paths that are cut while all messages pass: no request ends in an error
+while another instance can be reached, most work goes there, and few requests find out whether the bad one is well."""
 
 from collections import Counter
 from dataclasses import replace

@@ -169,8 +169,8 @@ def look_at(directory: str, name: str) -> int:
 
 
 def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
-    """Validate and map the segment in an open file. Raises KVLost when it cannot be mapped, or the file is not a segment
-    of this user."""
+    """Validate and map the segment in an open file. Raises KVLost when it cannot be mapped, or the file is not a
+    segment of this user."""
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         raise KVLost(f"{name}: not a file of this user")

@@ -58,8 +58,8 @@ class Grant(BetweenWorkers, tag="grant", frozen=True):
 
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):
     """Refuses an Offer. Also the answer to any message about an offer that the decode instance does not know.
-    `unread`: KV that was announced could not be read here; another instance may be able to. `corrupt`: it could, and the
-    bytes do not match their digest."""
+    `unread`: KV that was announced could not be read here; another instance may be able to. `corrupt`: it could, and
+    the bytes do not match their digest."""
 
     why: str
     corrupt: bool = False

@@ -127,8 +127,8 @@ class Tokens(FromWorker, tag="tokens", frozen=True):
 
 
 class Failed(FromWorker, tag="failed", frozen=True):
-    """A worker gives a request up. `retry`: another attempt may succeed. `avoid`: instances that the next attempt should
-    not use, if there are others: its KV could not be moved between them."""
+    """A worker gives a request up. `retry`: another attempt may succeed. `avoid`: instances that the next attempt
+    should not use, if there are others: its KV could not be moved between them."""
 
     rid: Name
     attempt: Count

@@ -51,7 +51,8 @@ def _of_transfers(instances: list[InstanceStatus]) -> Iterator[str]:
         for peer, why in instance.unread_by.items():
             if peer not in bad:
                 failed = instance.counters.get(f"unread_{peer}", 0)
-                yield f"{peer} cannot read KV of {instance.iid}, which sends it little: {why} ({failed} transfers failed)"
+                what = f"{peer} cannot read KV of {instance.iid}, which sends it little"
+                yield f"{what}: {why} ({failed} transfers failed)"
 
 
 def _is_incompatible(instance: InstanceStatus) -> bool:

@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Iterable
 from random import Random
 
-from tetri.policy.breaker import FIRST_S, Breaker, Failing
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
 from tetri.core.prefill.request import PrefillRequest
+from tetri.policy.breaker import FIRST_S, Breaker, Failing
 from tetri.wire.handover import Refuse
 
 LONGEST_S = 10.0  # the longest pause between two probes of a decode instance, up to twice as long by chance
@@ -64,8 +64,8 @@ class Readers:
         return [*tried, *[self.own.iid] * (len(tried) > 1)]
 
     def overdue(self, requests: Iterable[PrefillRequest], now: float) -> list[tuple[PrefillRequest, str, list[str]]]:
-        """Return the unplaced requests that must not wait any longer for an instance that can read their KV, each with the
-        reason, and what its next attempt should avoid: nothing if there should be none."""
+        """Return the unplaced requests that must not wait any longer for an instance that can read their KV, each with
+        the reason, and what its next attempt should avoid: nothing if there should be none."""
         found: list[tuple[PrefillRequest, str, list[str]]] = []
         for request in requests:
             all_bad = self._all_bad(request) if request.unplaced else {}

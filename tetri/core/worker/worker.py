@@ -344,7 +344,8 @@ class Worker:
         return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]
 
     def _unread(self, now: float) -> list[Action]:
-        """Give up the requests that no instance could read for too long. Offer one to an instance whose pause is over."""
+        """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is
+        over."""
         readers, actions = self.dispatcher.readers, list[Action]()
         for request, why, avoid in readers.overdue(self.prefill.requests.values(), now):
             actions += self.prefill.give_up(request, why, retry=bool(avoid), avoid=avoid)
