@@ -47,7 +47,8 @@ class Run:
         self.world.run()
         outcomes = self.world.clients.outcomes
         self.errors = Counter(outcome.why for outcome in outcomes if outcome.state == "failed")
-        self.most_attempts = max(outcome.attempts for outcome in outcomes)
+        self.attempts = Counter(outcome.attempts for outcome in outcomes)
+        self.most_attempts = max(self.attempts)
         self.decoded = Counter(client.done.receipt.decode_instance for client in self.world.clients.clients)
         workers = self.world.workers.values()
         self.unread = sum(sum(each.core.dispatcher.readers.counters.values()) for each in workers)
@@ -77,10 +78,10 @@ def test_a_cut_path_is_a_matter_of_its_pair():
 
 
 def test_what_one_prefill_instance_cannot_get_to_anybody_another_one_can():
-    """Its bytes are wrong, or nobody reaches it."""
+    """Its bytes are wrong, or nobody reaches it. It gets a request now and then."""
     for cuts in ("p0>d0, p0>d1", "flip:p0>d0, flip:p0>d1"):
-        run = Run(cuts, 40, requests=80)
-        assert not run.errors and run.most_attempts == 2, cuts
+        run = Run(cuts, 40)
+        assert not run.errors and run.most_attempts == 2 and run.attempts[2] < 20, cuts
 
 
 def test_many_prefill_instances_do_not_all_try_a_bad_one():

@@ -294,5 +294,5 @@ class Broker:
             counters=counters,
             model=self.model,
             monitor=monitor,
-            notes=notes(instances, monitor),
+            notes=notes(instances, monitor, {iid: each.why for iid, each in self.lifecycle.breaker.failing.items()}),
         )

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from tetri.wire.clients import InstanceStatus, MonitorStatus
 
 MONITOR_SILENT_S = 5.0  # age of the newest cluster view from which the monitor counts as silent
 _UNSENT, _INVALID = "unsent_full_", "garbage_"
+NONE: Mapping[str, str] = MappingProxyType({})
 NO_MONITOR = "requests are placed without load reports, and no instance flips by itself"
 
 
-def notes(instances: Iterable[InstanceStatus], monitor: MonitorStatus | None) -> list[str]:
-    """One line, for people, about each degraded mode of the cluster."""
+def notes(
+    instances: Iterable[InstanceStatus], monitor: MonitorStatus | None, unreadable: Mapping[str, str] = NONE
+) -> list[str]:
+    """One line, for people, about each degraded mode of the cluster. `unreadable`: prefill instances whose KV no decode
+    instance could read, and why."""
     silent = "since the broker's start" if monitor is None else f"for {monitor.age_s:.1f} s"
     quiet = monitor is None or monitor.age_s >= MONITOR_SILENT_S
     lines = [f"the monitor is silent {silent}: {NO_MONITOR}"] if quiet else []
     known = [*instances]
-    return [*lines, *(line for instance in known for line in _of_instance(instance)), *_of_transfers(known)]
+    lines += [line for instance in known for line in _of_instance(instance)]
+    lines += [f"{iid} gets few requests, since its KV cannot be read: {why}" for iid, why in unreadable.items()]
+    return [*lines, *_of_transfers(known)]
 
 
 def of_counters(who: str, counters: dict[str, int]) -> Iterator[str]:
