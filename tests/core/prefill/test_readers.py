@@ -176,16 +176,18 @@ def test_with_nobody_else_it_ends_by_patience_with_the_reason_after_few_offers()
     assert told.heartbeat().counters["unread_d1"] == offers
 
 
-def test_patience_counts_from_the_last_moment_at_which_one_could_read():
-    told = begin("d1", "d2", patience_s=10.0)
-    told.tell(unread("a"))
+def test_patience_counts_for_each_from_the_last_moment_at_which_it_might_have_been_read():
+    """Of "a" it takes eight seconds to find out that it cannot be read; "b" is offered to nobody."""
+    told, found = begin("d1", patience_s=10.0), {}
     told.now = 8.0
-    assert offered(told.answer("a", unread)) == [("d1", "a")] and not told.answer("a", unread)
-    told.now = 17.9
-    assert not sent(told.later(), kind=Failed)
-    while offered(told.answer("a", unread)):
-        pass
-    assert failed(told.later(0.2)) == [("a", False, [])]
+    told.tell(unread("a"))
+    compute(told, "b")
+    while len(found) < 2 and told.now < 30.0:
+        actions = told.later(0.1)
+        found.update({each.rid: told.now for each in sent(actions, kind=Failed)})
+        for _, rid in offered(actions):
+            told.answer(rid, unread if rid == "a" else refuse)
+    assert 10.0 < found["a"] < 10.4 and 18.0 < found["b"] < 18.4
 
 
 def test_an_instance_that_reports_to_read_nobody_is_avoided_before_it_is_tried():

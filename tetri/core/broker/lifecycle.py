@@ -27,8 +27,8 @@ class Lifecycle:
     """Moves requests through their stages. Shares the broker's members, delivery (and its table), timers and counters.
 
     The routing policy chooses a prefill instance by the predicted seconds of prefill work that are assigned to it and
-    not done; `cost` and `chunk_tokens` predict them. The `breaker` has the prefill instances whose KV no decode instance
-    could read: while there are others, they get a request now and then only."""
+    not done; `cost` and `chunk_tokens` predict them. The `breaker` has the prefill instances whose KV no decode
+    instance could read: while there are others, they get a request now and then only."""
 
     def __init__(
         self,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
 
 from tetri.wire.clients import InstanceStatus, MonitorStatus
 
 MONITOR_SILENT_S = 5.0  # age of the newest cluster view from which the monitor counts as silent
 _UNSENT, _INVALID = "unsent_full_", "garbage_"
-NONE: Mapping[str, str] = MappingProxyType({})
 NO_MONITOR = "requests are placed without load reports, and no instance flips by itself"
 
 
 def notes(
-    instances: Iterable[InstanceStatus], monitor: MonitorStatus | None, unreadable: Mapping[str, str] = NONE
+    instances: Iterable[InstanceStatus], monitor: MonitorStatus | None, unreadable: Mapping[str, str]
 ) -> list[str]:
     """One line, for people, about each degraded mode of the cluster. `unreadable`: prefill instances whose KV no decode
     instance could read, and why."""

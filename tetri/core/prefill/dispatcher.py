@@ -148,6 +148,7 @@ class Dispatcher:
         if target is None:
             return False
         self._number += 1
+        request.offered_at = now if request.offered_at is None else request.offered_at
         request.flow.aim(self._number, target)
         if target in self.breaker.failing:
             self.breaker.probe(target, self._number)

@@ -71,7 +71,7 @@ class Readers:
             all_bad = self._all_bad(request) if request.unplaced else {}
             if not all_bad:
                 continue
-            waited = now - max(request.queued.since, *(each.since for each in all_bad.values()))
+            waited = now - self._since(request, all_bad)
             names = "; ".join(f"{iid}: {each.why}" for iid, each in [*all_bad.items()][:_SHOWN])
             if waited > self.own.patience_s:
                 why = f"no decode instance could read KV of {self.own.iid} for {self.own.patience_s:.3g} s ({names})"
@@ -79,6 +79,13 @@ class Readers:
             elif waited > self.own.view_s and not self._theirs(all_bad) and self._elsewhere(request):
                 found.append((request, f"no decode instance can read KV of {self.own.iid} ({names})", [self.own.iid]))
         return found
+
+    def _since(self, request: PrefillRequest, failing: dict[str, Failing]) -> float:
+        """Since when nobody can read its KV. If all have tried, since its first offer: it takes long to find a path
+        silent. Else since they fail."""
+        if request.offered_at is not None and all(iid in request.flow.unread for iid in failing):
+            return request.offered_at
+        return max(request.queued.since, *(each.since for each in failing.values()))
 
     def _all_bad(self, request: PrefillRequest) -> dict[str, Failing]:
         """Return all instances that are large enough for the request, if each of them fails; else nothing."""

@@ -121,6 +121,7 @@ class PrefillRequest:
     token: int | None = None  # the first output token, once computed
     end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+    offered_at: float | None = None  # since when it has been offered, to whichever instance
     avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
 
     @property
