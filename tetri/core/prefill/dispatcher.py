@@ -13,6 +13,7 @@ from tetri.core.actions import Action, Broken, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
+from tetri.core.prefill.readers import Readers
 from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.request import LengthRange
@@ -28,6 +29,8 @@ class Dispatcher:
     ) -> None:
         self.own, self.requests, self.timers, self.rng = own, requests, timers, rng
         self.pool = LivePool(own, peers)
+        self.readers = Readers(own, self.pool, peers, rng)
+        self.breaker = self.readers.breaker
         self.peers = peers
         self.offers: dict[int, str] = {}  # open offer -> request key
         self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every connected decode instance
@@ -87,6 +90,8 @@ class Dispatcher:
         if not self._unplaced and not self.unplaceable:
             return []
         self.pool.refresh()
+        if self.pool.unread or self.breaker.failing:
+            self.breaker.warn(self.pool.unread, now)
         self._recheck_unplaceable()
         actions: list[Action] = []
         while (request := self._first_unplaced()) is not None:
@@ -136,11 +141,17 @@ class Dispatcher:
 
     def _place(self, request: PrefillRequest, now: float, actions: list[Action]) -> bool:
         need = request.need(self.own.rules, self.own.capacity.block_tokens)
-        target = self.pool.choose(request, need, self._refused.get(request.key, ()), self.rng)
+        excluded = [*self._refused.get(request.key, ())]
+        if self.breaker.failing or request.avoid or request.flow.unread:
+            excluded += self.readers.excluded(request, now)
+        target = self.pool.choose(request, need, excluded, self.rng)
         if target is None:
             return False
         self._number += 1
+        request.offered_at = now if request.offered_at is None else request.offered_at
         request.flow.aim(self._number, target)
+        if target in self.breaker.failing:
+            self.breaker.probe(target, self._number)
         self.pool.reserve(self._number, target, need)
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
@@ -185,6 +196,12 @@ class Dispatcher:
         self.pool.refused(request.flow.offer)
         self._clear(request)
 
+    def unread(self, request: PrefillRequest) -> None:
+        """Close an offer whose KV could not be read and queue the request again. The breaker says whom to ask next."""
+        assert request.flow.offer is not None
+        self.pool.withdrawn(request.flow.offer)
+        self._clear(request)
+
     def withdraw(self, request: PrefillRequest, why: str) -> list[Action]:
         """Close the offer. Send a Drop unless the decode instance has all KV: then it keeps the request."""
         if request.flow.offer is None:
@@ -218,6 +235,8 @@ class Dispatcher:
         number, target = request.flow.offer, request.flow.target
         assert number is not None
         del self.offers[number], self._targets[target][number]
+        if target in self.breaker.failing:
+            self.breaker.ended(target, number)
         if not self._targets[target]:
             del self._targets[target]
         self.timers.clear(request.key)

@@ -45,6 +45,7 @@ class KVOutflow:
     chunks: int = 0  # chunks exported; the index of the next one
     awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # pending exports: index -> [start, stop)
     sent: list[KVChunk] = field(default_factory=list)  # all exported chunks, landed ones included
+    unread: dict[str, None] = field(default_factory=dict)  # decode instances that could not read its KV
 
     @property
     def complete(self) -> bool:
@@ -120,6 +121,8 @@ class PrefillRequest:
     token: int | None = None  # the first output token, once computed
     end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+    offered_at: float | None = None  # since when it has been offered, to whichever instance
+    avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
 
     @property
     def computed(self) -> bool:
