@@ -177,8 +177,8 @@ class Working(Told):
         self.up.update(dict.fromkeys(new))
         return actions + self.tell(*map(PeerUp, new))
 
-    def view(self, **free_blocks: int) -> list[Action]:
-        """The monitor tells of their memory."""
+    def view(self, **free_blocks: int | Load) -> list[Action]:
+        """The monitor tells of their memory, or load."""
         self.viewed += 1
         return self.tell(view(self.viewed, **free_blocks))
 

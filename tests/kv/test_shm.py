@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 from contextlib import closing
 
 import pytest
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from tests.kv.contract import StoreContract
 from tests.kv.mapped import ShmWorld
 from tests.kv.parties import BLOCK, SLOTS, block, end
-from tetri.kv import StoreSettings, open_store
+from tetri.kv import StoreSettings, open_store, segment
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.shm import ShmSlab, sweep
 
@@ -30,6 +31,30 @@ def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(pair, tmp_pat
     receiver.meet(sender)
     with pytest.raises(KVLost, match="cannot be opened"):
         receiver.fetch(chunk)
+
+
+@pytest.mark.parametrize("lacks", ["descriptors", "one descriptor", "address space"])
+def test_a_reader_without_descriptors_or_memory_loses_nothing_but_the_chunk(pair, monkeypatch, lacks):
+    """It lives, and reads on when it has them again."""
+    sender, receiver = pair
+    chunk, (soft, hard) = sender.put(block(1)), resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/", os.O_RDONLY)
+    os.close(lowest)
+    if lacks == "address space":
+        monkeypatch.setattr(segment.mmap, "mmap", _no_memory)
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + (lacks == "one descriptor"), hard))
+    try:
+        with pytest.raises(KVLost, match="Too many open files|Cannot allocate memory"):
+            receiver.fetch(chunk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        monkeypatch.undo()
+    assert receiver.fetch(chunk) == [block(1)]
+
+
+def _no_memory(*what, **flags):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def test_a_segment_whose_name_others_remove_is_read_as_before(world, pair, tmp_path):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from tetri.config.tables import Config, cpu_numbers
-from tetri.faults import FaultsError, parse_faults
+from tetri.faults import FaultsError, parse_cuts, parse_faults
 from tetri.request import blocks_for
 
 STREAM_BLOCKS = 8192  # most blocks that one Fetch can ask for (wire/bulk.py)
@@ -37,10 +37,11 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if config.transfer.slab_blocks < (least := blocks_for(chunk + block - 1, block)):
         yield f"transfer.slab_blocks: must be at least {least}, the blocks that one chunk may fill"
-    try:
-        parse_faults(config.transfer.faults)
-    except FaultsError as error:
-        yield f"transfer.faults: {error}"
+    for name, parse in (("faults", parse_faults), ("cuts", parse_cuts)):
+        try:
+            parse(getattr(config.transfer, name))
+        except FaultsError as error:
+            yield f"transfer.{name}: {error}"
     yield from _transfer_problems(config)
     yield from _predictor_problems(config)
     pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]

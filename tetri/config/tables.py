@@ -112,6 +112,8 @@ class TransferConfig:
     emulate_latency_us: float = number(0.0, 0, 1e9)
     emulate_token_bytes: int = number(0, 0, 1 << 30)  # KV bytes per token of the emulated model; 0: from the cost table
     faults: str = ""  # faults to inject, for rehearsals, such as "drop=0.01,flip=0.01,seed=1"; "": none
+    # Workers that cannot read KV, for rehearsals, such as "d1, p0>d0@5-20"; "": none (docs/transfer.md).
+    cuts: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,8 @@ def look_at(directory: str, name: str) -> int:
 
 
 def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
-    """Validate and map the segment in an open file. Raises KVLost when the file is not a segment of this user."""
+    """Validate and map the segment in an open file. Raises KVLost when it cannot be mapped, or the file is not a
+    segment of this user."""
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         raise KVLost(f"{name}: not a file of this user")
@@ -179,7 +180,10 @@ def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
         raise KVLost(f"{name}: the header does not fit the file's {facts.st_size} bytes")
     # Not populated: for a large slab that would block serving for tens of milliseconds. Read faults map 16 pages each
     # and are spread over the chunks.
-    memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    try:
+        memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except OSError as error:  # this process has no descriptors or address space left
+        raise KVLost(f"{name}: cannot be mapped ({error.strerror})") from None
     return header, Mapping(_segment(name, memory, slots, size), memory)
 
 

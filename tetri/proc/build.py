@@ -21,10 +21,12 @@ from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
+from tetri.faults import parse_cuts
 from tetri.instance import Capacity, Instance
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVStore
 from tetri.kv.cuda.runtime import Device, load, put_first
+from tetri.kv.cut_store import CutStore
 from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.log import LogError
 from tetri.models import ModelError, find, weights_hash
@@ -112,7 +114,9 @@ def engine_and_store(
 
     def reserve(block_bytes: int) -> None:
         made = store(config, iid, block_bytes, wake, device)
-        opened.append(made if slower is None else LimitedStore(made, slower, block_bytes))
+        made = made if slower is None else LimitedStore(made, slower, block_bytes)
+        cuts = parse_cuts(config.transfer.cuts)
+        opened.append(CutStore(made, cuts, iid, str(config.run_dir / "cut")) if cuts else made)
         stack.callback(opened[0].close)
 
     def something_waits(seconds: float) -> bool:

@@ -124,6 +124,8 @@ class InstanceStatus(Record, frozen=True):
     counters: dict[str, Count] = {}  # events of its KV receives since its process started
     slots_used: Count = 0  # slots of its KV store that are not free
     predictor: PredictorStatus | None = None  # None: it does not learn output lengths
+    unread: Count = 0  # transfers in a row, of several instances, whose KV it could not read
+    unread_by: dict[str, str] = {}  # decode instances that cannot read its KV -> why
 
 
 class MonitorStatus(Record, frozen=True):

@@ -64,10 +64,12 @@ class Defer(BetweenWorkers, tag="defer", frozen=True):
 
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):
     """Refuses an Offer. Also the answer to any message about an offer that the decode instance does not know.
-    `corrupt`: the KV bytes do not match their digest, so the same bytes must not be offered again."""
+    `unread`: KV that was announced could not be read here; another instance may be able to. `corrupt`: it could, and
+    the bytes do not match their digest."""
 
     why: str
     corrupt: bool = False
+    unread: bool = False
 
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):

@@ -42,6 +42,8 @@ class Load(Record, frozen=True):
     decode_s        of waiting and running: predicted seconds until all have ended
     busy            share of the time since the last report in which the engine computed
     stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
+    unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
+                    else 0
     """
 
     free_blocks: int
@@ -58,6 +60,7 @@ class Load(Record, frozen=True):
     decode_s: float = 0.0
     busy: float = 0.0
     stalled: bool = False
+    unread: Count = 0
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -82,7 +85,8 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     the first. What the broker sent before that one is read or lost; what it sent later may still be on its way, so
     `holds` tells nothing of it. `flip`: number of the last Flip that it has carried out, 0 before the first.
     `counters`: events of its KV receives since its process started, by name. `slots_used`: slots of its KV store that
-    are not free. `predictor`: None if it does not learn output lengths."""
+    are not free. `predictor`: None if it does not learn output lengths. `unread_by`: decode instances that could not
+    read its KV, and why; they get an offer from it now and then only."""
 
     role: str
     load: Load
@@ -93,6 +97,7 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     counters: dict[str, Count] = {}
     slots_used: Count = 0
     predictor: PredictorStatus | None = None
+    unread_by: dict[str, str] = {}
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
@@ -132,12 +137,14 @@ class Tokens(FromWorker, tag="tokens", frozen=True):
 
 
 class Failed(FromWorker, tag="failed", frozen=True):
-    """A worker gives a request up. `retry`: another attempt may succeed."""
+    """A worker gives a request up. `retry`: another attempt may succeed. `avoid`: instances that the next attempt
+    should not use, if there are others: its KV could not be moved between them."""
 
     rid: Name
     attempt: Count
     why: str
     retry: bool
+    avoid: list[Name] = []
 
 
 class FlipWanted(Record, tag="flip_wanted", frozen=True):
@@ -189,7 +196,7 @@ class ClusterView(Record, tag="view", frozen=True):
 
 class Assign(Record, tag="assign", frozen=True):
     """Assigns a request to a prefill instance. `output`, from earlier attempts, is prefilled like the prompt and still
-    counts as output."""
+    counts as output. `avoid`: as in the Failed of earlier attempts."""
 
     rid: Name
     attempt: Count
@@ -197,6 +204,7 @@ class Assign(Record, tag="assign", frozen=True):
     output: list[int]
     sampling: Sampling
     deadline_s: float | None = None  # seconds left; None: no deadline
+    avoid: list[Name] = []
 
 
 class Flip(Record, tag="flip", frozen=True):

@@ -353,6 +353,68 @@ def test_what_has_a_token_of_its_attempt_and_is_not_held_starts_over():
     assert closes(told.tell(heartbeat("d1", held(Stage.DECODE, 3)))) == [("d1", close(RID))]  # of the first attempt
 
 
+@pytest.mark.parametrize("avoid, goes", [(["p1", "d1"], "p2"), (["d1"], "p1"), (["p1", "p2"], "p1")])
+def test_the_next_attempt_avoids_the_instances_whose_kv_could_not_be_moved(avoid, goes):
+    """If others are there; and so does every further one."""
+    told = begin(MOVED)
+    (assign,) = sent(told.tell(failed("p1", RID, retry=True, avoid=avoid)), goes, Assign)
+    assert assign.avoid == avoid
+    (assign,) = sent(told.tell(failed(goes, RID, retry=True, attempt=2, avoid=["d1", "d2"])), kind=Assign)
+    assert assign.avoid == [*dict.fromkeys([*avoid, "d1", "d2"])]
+
+
+class Unreadable:
+    """p1, whose KV no decode instance could read, and p2. Requests are named by their number."""
+
+    def __init__(self):
+        self.told, self.number = serving("p1", "p2", "d1"), 0
+        assert self.submit() == "p1"
+        self.fail(1, "p2")
+
+    def submit(self):
+        """Where the next request goes."""
+        self.number += 1
+        ((iid, _, _),) = assigned(self.told.tell(submit(str(self.number))))
+        return iid
+
+    def fail(self, number, goes):
+        gone = self.told.tell(failed("p1", f"r{number}", retry=True, avoid=["d1", "p1"]))
+        assert [iid for iid, _, _ in assigned(gone)] == [goes]
+
+    def notes(self):
+        return [note for note in self.told.status().notes if note.startswith("p1")]
+
+
+def test_a_prefill_instance_whose_kv_cannot_be_read_gets_a_request_now_and_then():
+    seen = Unreadable()
+    assert seen.notes() == ["p1 gets few requests, since its KV cannot be read: oh no"]
+    assert [seen.submit() for _ in range(3)] == ["p2"] * 3
+    seen.told.now = 0.4
+    assert [seen.submit() for _ in range(3)] == ["p1", "p2", "p2"]
+    seen.fail(5, "p2")
+    seen.told.now = 0.79
+    assert seen.submit() == "p2"
+    seen.told.now = 1.2
+    assert seen.submit() == "p1"
+    seen.told.tell(staged("d1", "r9", Stage.WAITING))
+    assert seen.notes() == [] and seen.submit() == "p1"
+
+
+@pytest.mark.parametrize("end", ["cancelled", "lost"])
+def test_a_try_that_shows_nothing_is_followed_by_another(end):
+    seen = Unreadable()
+    seen.told.now = 0.4
+    assert seen.submit() == "p1" and seen.submit() == "p2"
+    seen.told.tell(*([cancel("r2")] if end == "cancelled" else [PeerDown("p1"), PeerUp("p1"), heartbeat("p1")]))
+    assert seen.submit() == "p1" and seen.notes() == ([] if end == "lost" else seen.notes())
+
+
+def test_if_it_is_alone_it_gets_all():
+    seen = Unreadable()
+    seen.told.tell(PeerDown("p2"))
+    assert [seen.submit() for _ in range(3)] == ["p1"] * 3
+
+
 def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
     decoding.edge = False
     decoding.tell(cancel())

@@ -74,7 +74,8 @@ def test_a_worker_that_harms_its_kv_on_purpose_is_named():
     made = members(("p0", "prefill"), ("d0", "decode"))
     made.by_iid["d0"].counters = {"injected_drop": 0}
     made.by_iid["p0"].counters = {"duplicate": 3}
-    assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
+    note = "a rehearsal: faults are injected here (transfer.faults, transfer.cuts)"
+    assert [status.note for status in made.status()] == [note, ""]
 
 
 def test_a_worker_whose_segment_others_removed_is_named():

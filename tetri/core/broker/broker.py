@@ -192,6 +192,7 @@ class Broker:
                 member.load, member.counters = event.load, event.counters
                 member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
+                member.unread_by = event.unread_by
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)
@@ -305,5 +306,5 @@ class Broker:
             counters=counters,
             model=self.model,
             monitor=monitor,
-            notes=notes(instances, monitor),
+            notes=notes(instances, monitor, {iid: each.why for iid, each in self.lifecycle.breaker.failing.items()}),
         )

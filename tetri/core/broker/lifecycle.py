@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
@@ -11,12 +12,15 @@ from tetri.core.broker.membership import Members
 from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
 from tetri.core.timers import Timers
 from tetri.cost import Cost
+from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
+from tetri.policy.views import PrefillPool
 from tetri.request import Stage
 from tetri.wire.messages import Assign, Close, Failed, Heartbeat, Resend, Staged, TokenItem
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
 TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
+LONGEST_S = 10.0  # the longest pause between two requests that try a failing prefill instance again
 SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in nanoseconds is neither 0 nor endless
 
 
@@ -24,7 +28,8 @@ class Lifecycle:
     """Moves requests through their stages. Shares the broker's members, delivery (and its table), timers and counters.
 
     The routing policy chooses a prefill instance by the predicted seconds of prefill work that are assigned to it and
-    not done; `cost` and `chunk_tokens` predict them."""
+    not done; `cost` and `chunk_tokens` predict them. The `breaker` has the prefill instances whose KV no decode
+    instance could read: while there are others, they get a request now and then only."""
 
     def __init__(
         self,
@@ -41,6 +46,8 @@ class Lifecycle:
         self.cost, self.chunk_tokens = cost, chunk_tokens
         self.closes = Closes(members)
         self._route = PREFILL_ROUTES[rules.prefill_route]
+        self.breaker = Breaker(self.rng, LONGEST_S)
+        self._probes = 0
 
     def place(self, row: Row, now: float) -> list[Action]:
         """Assign a request to a prefill instance. If none can take it, start its `patience_s` timer; if its output
@@ -49,6 +56,7 @@ class Lifecycle:
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
         work_s = min(max(work_s, SHORT_S), LONG_S)
+        pool = without(pool, [*row.avoid, *(self.breaker.failing if row.avoid else self.breaker.blocked(now))])
         column = self._route(work_s, pool, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if row.attempt > 1 else None
@@ -59,6 +67,10 @@ class Lifecycle:
             return []
         pool.last = column
         self.table.assign(row, pool.iids[column], round(1e9 * work_s))
+        if pool.iids[column] in self.breaker.failing:
+            self._probes += 1
+            row.probe = self._probes
+            self.breaker.probe(pool.iids[column], row.probe)
         self.timers.clear(("patience", row.rid))
         return [self.assign(row, now)]
 
@@ -68,7 +80,13 @@ class Lifecycle:
         assert row.prefill is not None
         prompt, output, deadline_s = row.prompt.tolist(), row.output.tolist(), row.left(now)
         assign = Assign(
-            rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
+            rid=row.rid,
+            attempt=row.attempt,
+            prompt=prompt,
+            output=output,
+            sampling=row.sampling,
+            deadline_s=deadline_s,
+            avoid=list(row.avoid),
         )
         return Send(row.prefill, assign)
 
@@ -82,6 +100,7 @@ class Lifecycle:
         `max_attempts` attempts that count, the request ends with an error instead."""
         if row.reason is not None:
             return []
+        self._probed(row)
         actions = self.close(row)
         if row.attempt - row.not_counted >= self.limits.max_attempts:
             not_counted = f" ({row.not_counted} lost while it only waited)" if row.not_counted else ""
@@ -122,6 +141,7 @@ class Lifecycle:
         computed, the report of it may be lost: then all attempts count, or a request that crashes workers at once
         would be retried for ever."""
         self.closes.forget(iid)
+        self.breaker.failing.pop(iid, None)  # it may be well when it comes back
         rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
         worked = any(row.stage not in IDLE for row in rows)
         actions: list[Action] = []
@@ -139,6 +159,8 @@ class Lifecycle:
             return actions
         if stage in ON_DECODER:
             if row.decode is None:
+                if row.prefill in self.breaker.failing:
+                    self.breaker.succeeded(row.prefill)
                 self.table.hand_over(row, iid)
                 if row.prefill not in (None, iid):
                     actions.append(self._close_at(row.prefill, row))
@@ -161,6 +183,7 @@ class Lifecycle:
         """Close the row: tell the workers to drop the request and send the client its Done."""
         for what in ("deadline", "patience"):
             self.timers.clear((what, row.rid))
+        self._probed(row)
         self.counters[f"ended_{row.reason}"] += 1
         actions = [*self.close(row), *self.delivery.finish(row, now)]
         self.timers.set(("forget", row.rid), now + self.limits.client_grace_s)
@@ -225,6 +248,9 @@ class Lifecycle:
             case Failed() if row.holder != event.iid:
                 return []  # another instance holds the request by now
             case Failed(retry=True):
+                row.avoid = [*dict.fromkeys([*row.avoid, *event.avoid])]
+                if event.iid in event.avoid:
+                    self.breaker.failed(event.iid, row.probe, event.why, now)
                 return self.restart(row, event.why, now)
         return self.end(row, "error", now, event.why)
 
@@ -255,7 +281,21 @@ class Lifecycle:
             actions += self.not_held(row, iid, read, now)
         return actions
 
+    def _probed(self, row: Row) -> None:
+        """Record that this attempt tries its prefill instance no longer, with whatever result."""
+        if row.probe and row.prefill in self.breaker.failing:
+            self.breaker.ended(row.prefill, row.probe)
+        row.probe = 0
+
     def _row(self, rid: str, attempt: int) -> Row | None:
         """The open row of a worker's report; None if the request or this attempt is over, or no worker is assigned."""
         row = self.table.rows.get(rid)
         return row if row and row.attempt == attempt and row.reason is None and row.prefill else None
+
+
+def without(pool: PrefillPool, avoid: Collection[str]) -> PrefillPool:
+    """The pool without the instances to avoid, if others are left."""
+    kept = [column for column, iid in enumerate(pool.iids) if iid not in avoid] if avoid else []
+    if not 0 < len(kept) < len(pool.iids):
+        return pool
+    return PrefillPool([pool.iids[column] for column in kept], [pool.queued_s[column] for column in kept])

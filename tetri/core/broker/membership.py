@@ -34,6 +34,7 @@ class Member:
     counters: dict[str, int] = field(default_factory=dict)
     slots_used: int = 0
     predictor: PredictorStatus | None = None
+    unread_by: dict[str, str] = field(default_factory=dict)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
     lost: str | None = None
 
@@ -251,6 +252,8 @@ class Members:
                 counters=member.counters,
                 slots_used=member.slots_used,
                 predictor=member.predictor,
+                unread=member.load.unread,
+                unread_by=member.unread_by,
             )
             for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]
@@ -271,7 +274,7 @@ def _unlinked(member: Member) -> str:
 def _rehearsal(member: Member) -> str:
     """A note for the status if a worker injects faults on purpose; such a worker must not serve users."""
     injected = any(name.startswith("injected_") for name in member.counters)
-    return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
+    return "a rehearsal: faults are injected here (transfer.faults, transfer.cuts)" if injected else ""
 
 
 def _prompt_limit(capacity: Capacity, alone: bool) -> int:

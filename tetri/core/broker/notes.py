@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from tetri.wire.clients import InstanceStatus, MonitorStatus
 
@@ -11,12 +11,18 @@ _UNSENT, _INVALID = "unsent_full_", "garbage_"
 NO_MONITOR = "requests are placed without load reports, and no instance flips by itself"
 
 
-def notes(instances: Iterable[InstanceStatus], monitor: MonitorStatus | None) -> list[str]:
-    """One line, for people, about each degraded mode of the cluster."""
+def notes(
+    instances: Iterable[InstanceStatus], monitor: MonitorStatus | None, unreadable: Mapping[str, str]
+) -> list[str]:
+    """One line, for people, about each degraded mode of the cluster. `unreadable`: prefill instances whose KV no decode
+    instance could read, and why."""
     silent = "since the broker's start" if monitor is None else f"for {monitor.age_s:.1f} s"
     quiet = monitor is None or monitor.age_s >= MONITOR_SILENT_S
     lines = [f"the monitor is silent {silent}: {NO_MONITOR}"] if quiet else []
-    return [*lines, *(line for instance in instances for line in _of_instance(instance))]
+    known = [*instances]
+    lines += [line for instance in known for line in _of_instance(instance)]
+    lines += [f"{iid} gets few requests, since its KV cannot be read: {why}" for iid, why in unreadable.items()]
+    return [*lines, *_of_transfers(known)]
 
 
 def of_counters(who: str, counters: dict[str, int]) -> Iterator[str]:
@@ -38,6 +44,20 @@ def _of_instance(instance: InstanceStatus) -> Iterator[str]:
     if predictor is not None and predictor.kind != "prior" and not predictor.on:
         yield f"{iid} predicts lengths by the prior alone: {predictor.note}"
     yield from of_counters(iid, instance.counters)
+
+
+def _of_transfers(instances: list[InstanceStatus]) -> Iterator[str]:
+    """About KV that cannot be read. An instance that can read no other's is named once, and not for each of these."""
+    live = [instance for instance in instances if instance.state != "lost"]
+    bad = {instance.iid: instance.unread for instance in live if instance.unread}
+    for iid, count in bad.items():
+        yield f"{iid} cannot read KV: its last {count} transfers, from several instances, failed; it gets few requests"
+    for instance in live:
+        for peer, why in instance.unread_by.items():
+            if peer not in bad:
+                failed = instance.counters.get(f"unread_{peer}", 0)
+                what = f"{peer} cannot read KV of {instance.iid}, which sends it little"
+                yield f"{what}: {why} ({failed} transfers failed)"
 
 
 def _is_incompatible(instance: InstanceStatus) -> bool:

@@ -48,6 +48,8 @@ class Row:
     content: bytes = field(kw_only=True)
     deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     attempt: int = 1
+    avoid: list[str] = field(default_factory=list)  # instances between which KV of earlier attempts could not be moved
+    probe: int = 0  # above 0: this attempt tries a failing prefill instance again (Lifecycle.breaker)
     not_counted: int = 0  # attempts that do not count towards `max_attempts`: the request only waited on a lost worker
     prefill: str | None = None
     decode: str | None = None

@@ -25,7 +25,7 @@ class KVInflow:
     ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), landed or not
     tries: dict[int, int] = field(default_factory=dict)  # index -> fetches, of chunks fetched more than once
     broken: str | None = None  # why to refuse the offer, once no fetch is pending
-    corrupt: bool = False  # the KV itself is wrong, so no other instance need be asked
+    corrupt: bool = False  # the bytes can be read, and are wrong
     bytes: int = 0
     token: int | None = None
 

@@ -159,7 +159,7 @@ class DecodeScheduler:
             return []
         flow = request.flow
         if flow.broken is not None:  # the engine must keep its blocks until no fetch is pending
-            refuse = self._answer(Refuse, request.offer, why=flow.broken, corrupt=flow.corrupt)
+            refuse = self._answer(Refuse, request.offer, why=flow.broken, corrupt=flow.corrupt, unread=True)
             return [] if request.key in self.kv_receive.fetching else [refuse, *self._release(request)]
         if event.index not in flow.landed:
             return [*retries]
@@ -190,6 +190,7 @@ class DecodeScheduler:
 
     def orphaned(self, src: str) -> list[Action]:
         """Release the requests whose KV was still moving from a prefill instance that has disappeared."""
+        self.kv_receive.unread.pop(src, None)
         orphans = [each for each in (*self.moving.values(), *self.deferred) if each.offer.src == src]
         return [action for request in orphans for action in self._give_back(request)]
 

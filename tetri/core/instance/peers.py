@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect
@@ -141,9 +142,9 @@ class Peers:
         same = [other for other in others if other.fingerprint == own.fingerprint]
         return [other for other in same if pairing.path(own.reach, other.reach) is not None]
 
-    def prefills(self, tokens: int) -> bool:
-        """Return whether another instance could prefill so many tokens for this one."""
-        sizes = [instance.capacity for instance in self._serving(PREFILL_ROLES)]
+    def prefills(self, tokens: int, without: Collection[str] = ()) -> bool:
+        """Return whether another instance, not one of `without`, could prefill so many tokens for this one."""
+        sizes = [instance.capacity for instance in self._serving(PREFILL_ROLES) if instance.iid not in without]
         return any(tokens <= capacity.tokens and tokens < capacity.context for capacity in sizes)
 
     def decoders(self) -> list[Instance]:

@@ -42,6 +42,7 @@ class LivePool:
         self.home: Callable[[], Load | None] = lambda: None
         self.columns = DecodePool()
         self.reservations: dict[int, Reservation] = {}  # by offer number
+        self.unread: dict[str, int] = {}  # instances that report failed transfers in a row, and how many
         self._version = self._member_version = -1  # of `peers`, when the columns were built
         self._instances: list[Instance] = []
         self._column: dict[str, int] = {}  # iid -> column
@@ -59,6 +60,11 @@ class LivePool:
     def fits(self, request: PrefillRequest) -> bool:
         """Return whether any instance is large enough for the request, whatever its load."""
         return len(self._too_small(request)) < len(self.columns.iids)
+
+    def fitting(self, request: PrefillRequest) -> list[str]:
+        """Return the instances that are large enough for the request, whatever their load."""
+        too_small = dict.fromkeys(self._too_small(request))
+        return [iid for column, iid in enumerate(self.columns.iids) if column not in too_small]
 
     def choose(self, request: PrefillRequest, need: Need, refused: Iterable[str], rng: Random) -> str | None:
         """Return the instance that the dispatch policy chooses, or None. Instances that are too small, and those in
@@ -133,6 +139,7 @@ class LivePool:
         reports = self.peers.loads()
         made_at: dict[str, float] = {}
         loads: list[Load] = []
+        self.unread = {}
         for instance in self._instances:
             report = reports.get(instance.iid)
             if report is None or report.incarnation != instance.incarnation:
@@ -140,6 +147,8 @@ class LivePool:
             else:
                 loads.append(report.load)
                 made_at[instance.iid] = self.peers.seen_at - report.age_s
+                if report.load.unread:
+                    self.unread[instance.iid] = report.load.unread
         if home is not None:
             loads.append(home)
         pool = self.columns

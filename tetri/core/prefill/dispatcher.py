@@ -13,6 +13,7 @@ from tetri.core.actions import Action, Broken, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
+from tetri.core.prefill.readers import Readers
 from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.policy.views import Need
@@ -29,6 +30,8 @@ class Dispatcher:
     ) -> None:
         self.own, self.requests, self.timers, self.rng = own, requests, timers, rng
         self.pool = LivePool(own, peers)
+        self.readers = Readers(own, self.pool, peers, rng)
+        self.breaker = self.readers.breaker
         self.peers = peers
         self.offers: dict[int, str] = {}  # open offer -> request key
         self.deferred: dict[int, None] = {}  # those of them that wait for memory
@@ -89,6 +92,8 @@ class Dispatcher:
         if not self._unplaced and not self.unplaceable:
             return []
         self.pool.refresh()
+        if self.pool.unread or self.breaker.failing:
+            self.breaker.warn(self.pool.unread, now)
         self._recheck_unplaceable()
         actions: list[Action] = []
         while (request := self._first_unplaced()) is not None:
@@ -139,8 +144,8 @@ class Dispatcher:
     def _place(self, request: PrefillRequest, now: float, actions: list[Action]) -> bool:
         """Offer a request to the instance that the policy chooses. If none has memory for it now, offer it where the
         least is wanted beyond what is free. Return whether there is an instance."""
-        need, refused = self._need(request), self._refused.get(request.key, ())
-        target = self.pool.choose(request, need, refused, self.rng) or self.pool.choose_later(request, need, refused)
+        need, excluded = self._need(request), self._excluded(request, now)
+        target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, need, excluded)
         if target is not None:
             actions += self._offer_to(target, request, need, now)
         return target is not None
@@ -148,9 +153,18 @@ class Dispatcher:
     def _need(self, request: PrefillRequest) -> Need:
         return request.need(self.own.rules, self.own.capacity.block_tokens)
 
+    def _excluded(self, request: PrefillRequest, now: float) -> list[str]:
+        excluded = [*self._refused.get(request.key, ())]
+        if self.breaker.failing or request.avoid or request.flow.unread:
+            excluded += self.readers.excluded(request, now)
+        return excluded
+
     def _offer_to(self, target: str, request: PrefillRequest, need: Need, now: float) -> list[Action]:
         self._number += 1
+        request.offered_at = now if request.offered_at is None else request.offered_at
         request.flow.aim(self._number, target)
+        if target in self.breaker.failing:
+            self.breaker.probe(target, self._number)
         self.pool.reserve(self._number, target, need)
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
@@ -200,8 +214,8 @@ class Dispatcher:
         """Make a deferred offer to another instance if one has memory now. Otherwise repeat it every `renew_s`, so that
         the decode instance keeps it."""
         self.pool.refresh()
-        tried = {**self._refused.get(request.key, {}), request.flow.target: ""}
-        better = self.pool.choose(request, self._need(request), tried, self.rng)
+        others = [request.flow.target, *self._excluded(request, now)]
+        better = self.pool.choose(request, self._need(request), others, self.rng)
         if better is not None:
             return [*self.withdraw(request, f"{better} has memory"), *self.dispatch(now)]
         self.timers.set(request.key, now + self.own.look_s)
@@ -238,6 +252,13 @@ class Dispatcher:
             self._end_deferral(request)
             actions += self.repeat(request, now)
         return actions
+
+    def unread(self, request: PrefillRequest) -> None:
+        """Close an offer whose KV could not be read and queue the request again. The breaker says whom to ask next."""
+        assert request.flow.offer is not None
+        self.pool.withdrawn(request.flow.offer)
+        self._clear(request)
+        self._queue_again(request)
 
     def withdraw(self, request: PrefillRequest, why: str) -> list[Action]:
         """Close the offer. Send a Drop unless the decode instance has all KV: then it keeps the request."""
@@ -278,6 +299,8 @@ class Dispatcher:
         number, target = request.flow.offer, request.flow.target
         assert number is not None
         del self.offers[number], self._targets[target][number]
+        if target in self.breaker.failing:
+            self.breaker.ended(target, number)
         if not self._targets[target]:
             del self._targets[target]
         self.timers.clear(request.key)
@@ -289,9 +312,8 @@ class Dispatcher:
             self._add_unplaced(request)
 
     def _offer(self, request: PrefillRequest, now: float) -> Send:
+        assert request.offered_at is not None
         request.asked_at = now
-        if request.offered_at is None:
-            request.offered_at = now
         offer = Offer(
             **self.address(request),
             fingerprint=self.own.instance.fingerprint,

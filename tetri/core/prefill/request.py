@@ -48,6 +48,7 @@ class KVOutflow:
     chunks: int = 0  # chunks exported; the index of the next one
     awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # pending exports: index -> [start, stop)
     sent: list[KVChunk] = field(default_factory=list)  # all exported chunks, landed ones included
+    unread: dict[str, None] = field(default_factory=dict)  # decode instances that could not read its KV
 
     @property
     def complete(self) -> bool:
@@ -127,7 +128,6 @@ class PrefillRequest:
     answered: bool = True  # False from `Predict` until `LengthKnown`
     estimated: bool = False  # `length` is the estimate of its own hidden state, the best there is
     done: int = 0  # tokens computed
-    offered_at: float | None = None  # when it was first on offer
     asked_at: float = 0.0  # when its offer was last sent
     turn: int = 0  # place in the order of starts; 0: not started
     running: bool = False  # its engine request is in the engine
@@ -135,6 +135,8 @@ class PrefillRequest:
     token: int | None = None  # the first output token, once computed
     end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+    offered_at: float | None = None  # since when it has been offered, to whichever instance
+    avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
 
     @property
     def computed(self) -> bool:

@@ -78,6 +78,7 @@ class PrefillScheduler:
         request = self.requests[key] = PrefillRequest(
             key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s
         )
+        request.avoid = tuple(message.avoid)
         self._attempts.setdefault(request.rid, {})[key] = None
         self.queue.enter(request)
         return [*actions, *self.lengths.arrived(request)]
@@ -226,9 +227,13 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ giving up
 
-    def give_up(self, request: PrefillRequest, why: str, *, retry: bool = True) -> list[Action]:
-        """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed."""
-        failed = self.own.report(Failed, rid=request.rid, attempt=request.attempt, why=why, retry=retry)
+    def give_up(
+        self, request: PrefillRequest, why: str, *, retry: bool = True, avoid: Sequence[str] = ()
+    ) -> list[Action]:
+        """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed, if possible
+        without the instances in `avoid`."""
+        rid, attempt = request.rid, request.attempt
+        failed = self.own.report(Failed, rid=rid, attempt=attempt, why=why, retry=retry, avoid=list(avoid))
         self._failed[request.key] = failed
         if len(self._failed) > MOST_FAILED:
             del self._failed[next(iter(self._failed))]

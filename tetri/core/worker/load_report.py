@@ -38,6 +38,7 @@ class LoadReporter:
             decode_s=self.decode.forecast.decode_s(),
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
+            unread=self.decode.kv_receive.failing,
         )
 
     def home(self) -> Load | None:
@@ -73,7 +74,7 @@ class LoadReporter:
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status."""
-        estimator = self.decode.estimator
+        estimator, readers = self.decode.estimator, self.prefill.dispatcher.readers
         epoch, read = self.decode.peers.read
         return self.own.report(
             Heartbeat,
@@ -83,9 +84,10 @@ class LoadReporter:
             epoch=epoch,
             read=read,
             flip=self.flip,
-            counters=dict(self.decode.kv_receive.counters),
+            counters={**self.decode.kv_receive.counters, **readers.counters},
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
+            unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},
         )
 
     def _holds(self) -> list[Hold] | None:

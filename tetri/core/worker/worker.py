@@ -236,6 +236,7 @@ class Worker:
         self.timers.set(REGISTER, now + self.own.view_s if known else now)
         self.peers.expire(now)
         for iid in gone:
+            self.dispatcher.breaker.failing.pop(iid, None)
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
         early, self._unknown = self._unknown, []
@@ -261,12 +262,20 @@ class Worker:
             self.dispatcher.defer(request, now)
             return []
         if isinstance(event, Refuse):
-            if event.corrupt or not request.flow.movable:
-                return self.prefill.give_up(request, f"{event.src} cannot go on with the KV: {event.why}")
-            self.dispatcher.refused(request, event.why)
+            hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
+            if hopeless or not request.flow.movable:
+                why = f"{event.src} cannot go on with the KV: {event.why}"
+                return self.prefill.give_up(request, why, avoid=self.dispatcher.readers.avoided(request))
+            if event.unread:
+                self.dispatcher.unread(request)
+            else:
+                self.dispatcher.refused(request, event.why)
             return self.dispatcher.dispatch(now)
         actions = self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
-        return [*actions, *self.prefill.kv_send.landed(request, event.index)] if isinstance(event, Landed) else actions
+        actions += self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
+        if request.flow.complete and event.src in self.dispatcher.breaker.failing:
+            self.dispatcher.breaker.succeeded(event.src)
+        return actions
 
     def _closed(self, message: Close) -> list[Action]:
         self.prefill.lengths.closed(message)
@@ -329,9 +338,20 @@ class Worker:
         for request, why, retry in self.dispatcher.overdue(now, self.prefill.holds_up):
             actions += self.prefill.give_up(request, why, retry=retry)
             self.idle = False  # other prompts may take its place
+        if self.dispatcher.breaker.failing:
+            actions += self._unread(now)
         slot_deadlock = self.prefill.slot_deadlock()
         if slot_deadlock is not None:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
             self.idle = False
         actions += self.decode.expire(now)
         return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]
+
+    def _unread(self, now: float) -> list[Action]:
+        """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is
+        over."""
+        readers, actions = self.dispatcher.readers, list[Action]()
+        for request, why, avoid in readers.overdue(self.prefill.requests.values(), now):
+            actions += self.prefill.give_up(request, why, retry=bool(avoid), avoid=avoid)
+            self.idle = False
+        return [*actions, *self.dispatcher.dispatch(now)]

@@ -214,7 +214,7 @@ class Client:
             assert self.cancelled or self.chance.faults.leave, done
         if done.reason == "deadline":
             assert self.deadline_s is not None and done.jct_s >= self.deadline_s, done
-        if done.reason in ("cancelled", "deadline") or done.error == INVALID:
+        if done.reason in ("cancelled", "deadline") or done.error == INVALID or (self.chance.cuts and done.error):
             assert self.ids == right[: len(self.ids)], f"client {self.key} has {self.ids}, not {right}"
             return
         assert (self.ids, self.text) == (right, text), f"client {self.key} has {self.ids}, not {right}"

@@ -119,6 +119,9 @@ class FaultyCopies(Copies):
         return self.slow.moved_bytes
 
     def adopt(self, action: Adopt) -> Adopted | None:
+        assert self.slow.owner is not None
+        if self.chance.cuts and (cut := self.chance.cut(self.slow.owner.name, action.peer)) is not None:
+            return Adopted(action.key, action.index, "flipped" if cut.flips else "lost")
         if self.chance.happens("corrupt"):
             action = replace(action, digest=(action.digest or 0) ^ 1)
         elif self.chance.happens("lose"):

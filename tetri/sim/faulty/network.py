@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import Any
 
 from msgspec.structs import replace
@@ -97,7 +98,7 @@ class FaultyWiring(Wiring):
                 continue
             self.sent += 1
             key = (who, subscriber.name)
-            arrives = self._busy[key] = max(self._busy.get(key, 0.0), kernel.now + chance.way_s(self.latency_s))
+            arrives = self._busy[key] = max(self._busy.get(key, -inf), kernel.now + chance.way_s(self.latency_s))
             kernel.at(arrives, subscriber.receive, message)
 
     def replace(self, process: Process) -> None:
@@ -121,7 +122,7 @@ class Connection:
         self.to = wiring.processes[address]  # the peer process of this connection
         self.up, self.closed = False, False
         self.number = 0  # incremented when the connection breaks, to recognise messages in transit
-        self._busy = 0.0  # when the last message arrives
+        self._busy = -inf  # when the last message arrives
 
     def receive(self, message: Any) -> None:
         """Take a message of `src` and schedule its arrival, with faults."""
