@@ -2,7 +2,7 @@
 
 As long as no chunk has landed, all KV of a request is still in the own slab. So a request whose KV one instance could
 not read goes to another with the same slots, and keeps its attempt. It is given up here in three cases: a part of the
-KV is at the instance that failed; the KV itself seems to be wrong; or another prefill instance may reach a decode
+KV is at the instance that failed; the KV itself may be wrong; or another prefill instance may reach a decode
 instance, and none can be reached from here. The next attempt avoids the instances that failed. Otherwise the request
 waits for `patience_s`, while the breaker's probes find out whether the path is back."""
 
@@ -55,7 +55,9 @@ class Readers:
             for reader in tried:
                 self.breaker.succeeded(reader)
             return True
-        return (refuse.corrupt and not self._others(request, tried)) or (len(tried) > 1 and self._elsewhere(request))
+        if refuse.corrupt and not self._others(request, tried):
+            return iid not in request.avoid  # computed again once; if that is wrong too, it is the reader
+        return len(tried) > 1 and self._elsewhere(request)
 
     def avoided(self, request: PrefillRequest) -> list[str]:
         """Return the instances that the next attempt should avoid: those that could not read the KV of this one, and
