@@ -121,7 +121,7 @@ def test_bytes_that_two_instances_find_wrong_are_computed_again_and_neither_is_b
 
 def test_wrong_bytes_are_computed_again_at_once_if_nobody_else_could_read_them():
     told = begin("d1")
-    assert failed(told.tell(unread("a", corrupt=True))) == [("a", True, ["d1"])]
+    assert failed(told.tell(unread("a", corrupt=True))) == [("a", True, ["d1", "p1"])]
     told.now = FIRST_S
     compute(told, "a", attempt=2, avoid=["d1"])
     assert not told.tell(unread("a", 2, attempt=2, corrupt=True))  # the reader is wrong: it waits

@@ -61,9 +61,9 @@ class Readers:
 
     def avoided(self, request: PrefillRequest) -> list[str]:
         """Return the instances that the next attempt should avoid: those that could not read the KV of this one, and
-        this one if there are several."""
+        this one unless a part could be read."""
         tried = request.flow.unread
-        return [*tried, *[self.own.iid] * (len(tried) > 1)]
+        return [*tried, *[self.own.iid] * (bool(tried) and request.flow.movable)]
 
     def overdue(self, requests: Iterable[PrefillRequest], now: float) -> list[tuple[PrefillRequest, str, list[str]]]:
         """Return the unplaced requests that must not wait any longer for an instance that can read their KV, each with
