@@ -83,11 +83,12 @@ class Readers:
         return found
 
     def _since(self, request: PrefillRequest, failing: dict[str, Failing]) -> float:
-        """Since when nobody can read its KV. If all have tried, since its first offer: it takes long to find a path
-        silent. Else since they fail."""
+        """Since when nobody can read its KV: since all of them fail, or since its first offer, if all have tried: it
+        takes long to find a path silent."""
+        since = max(request.queued.since, *(each.since for each in failing.values()))
         if request.offered_at is not None and all(iid in request.flow.unread for iid in failing):
-            return request.offered_at
-        return max(request.queued.since, *(each.since for each in failing.values()))
+            return min(since, request.offered_at)
+        return since
 
     def _all_bad(self, request: PrefillRequest) -> dict[str, Failing]:
         """Return all instances that are large enough for the request, if each of them fails; else nothing."""
