@@ -121,7 +121,12 @@ def test_bytes_that_two_instances_find_wrong_are_computed_again_and_neither_is_b
 
 def test_wrong_bytes_are_computed_again_at_once_if_nobody_else_could_read_them():
     told = begin("d1")
-    assert failed(told.tell(unread("a", corrupt=True))) == [("a", True, ["d1"])]
+    assert failed(told.tell(unread("a", corrupt=True))) == [("a", True, ["d1", "p1"])]
+    told.now = FIRST_S
+    compute(told, "a", attempt=2, avoid=["d1"])
+    assert not told.tell(unread("a", 2, attempt=2, corrupt=True))  # the reader is wrong: it waits
+    told.now += 2 * FIRST_S
+    assert offered(told.later()) == [("d1", "a")]
 
 
 def test_kv_that_two_instances_cannot_read_is_computed_by_another_prefill_instance():

@@ -2,7 +2,7 @@
 
 As long as no chunk has landed, all KV of a request is still in the own slab. So a request whose KV one instance could
 not read goes to another with the same slots, and keeps its attempt. It is given up here in three cases: a part of the
-KV is at the instance that failed; the KV itself seems to be wrong; or another prefill instance may reach a decode
+KV is at the instance that failed; the KV itself may be wrong; or another prefill instance may reach a decode
 instance, and none can be reached from here. The next attempt avoids the instances that failed. Otherwise the request
 waits for `patience_s`, while the breaker's probes find out whether the path is back."""
 
@@ -55,13 +55,15 @@ class Readers:
             for reader in tried:
                 self.breaker.succeeded(reader)
             return True
-        return (refuse.corrupt and not self._others(request, tried)) or (len(tried) > 1 and self._elsewhere(request))
+        if refuse.corrupt and not self._others(request, tried):
+            return iid not in request.avoid  # computed again once; if that is wrong too, it is the reader
+        return len(tried) > 1 and self._elsewhere(request)
 
     def avoided(self, request: PrefillRequest) -> list[str]:
         """Return the instances that the next attempt should avoid: those that could not read the KV of this one, and
-        this one if there are several."""
+        this one unless a part could be read."""
         tried = request.flow.unread
-        return [*tried, *[self.own.iid] * (len(tried) > 1)]
+        return [*tried, *[self.own.iid] * (bool(tried) and request.flow.movable)]
 
     def overdue(self, requests: Iterable[PrefillRequest], now: float) -> list[tuple[PrefillRequest, str, list[str]]]:
         """Return the unplaced requests that must not wait any longer for an instance that can read their KV, each with
@@ -81,11 +83,12 @@ class Readers:
         return found
 
     def _since(self, request: PrefillRequest, failing: dict[str, Failing]) -> float:
-        """Since when nobody can read its KV. If all have tried, since its first offer: it takes long to find a path
-        silent. Else since they fail."""
+        """Since when nobody can read its KV: since all of them fail, or since its first offer, if all have tried: it
+        takes long to find a path silent."""
+        since = max(request.queued.since, *(each.since for each in failing.values()))
         if request.offered_at is not None and all(iid in request.flow.unread for iid in failing):
-            return request.offered_at
-        return max(request.queued.since, *(each.since for each in failing.values()))
+            return min(since, request.offered_at)
+        return since
 
     def _all_bad(self, request: PrefillRequest) -> dict[str, Failing]:
         """Return all instances that are large enough for the request, if each of them fails; else nothing."""
