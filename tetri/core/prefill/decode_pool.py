@@ -65,10 +65,10 @@ class LivePool:
         `refused`, are excluded."""
         return self._chosen(request, refused, lambda: DECODE_ROUTES[self.own.rules.decode_route](need, self.columns, rng))
 
-    def choose_later(self, request: PrefillRequest, need: Need, refused: Iterable[str]) -> str | None:
+    def choose_later(self, request: PrefillRequest, refused: Iterable[str]) -> str | None:
         """Return the instance that is expected to have memory first, when none has it now; None if all have deferred
         as much as they may."""
-        return self._chosen(request, refused, lambda: least_deferred(need, self.columns))
+        return self._chosen(request, refused, lambda: least_deferred(self.columns))
 
     def _chosen(self, request: PrefillRequest, refused: Iterable[str], route: Callable[[], int | None]) -> str | None:
         excluded = dict.fromkeys(self._too_small(request))

@@ -85,7 +85,7 @@ class KVSend:
         token = request.token if event.stop == request.flow.blocks else None
         chunk = KVChunk(event.index, event.start, event.stop, event.handle, event.digest, token)
         request.flow.put(chunk)
-        return self.dispatcher.announce(request, request.flow.untold())
+        return self.dispatcher.announce(request, request.flow.unannounced())
 
     def landed(self, request: PrefillRequest, index: int) -> list[Action]:
         """Free the slots of a chunk that the decode instance has copied."""
