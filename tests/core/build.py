@@ -14,7 +14,7 @@ from tetri.instance import Capacity, Fingerprint, Instance, Reach
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
 from tetri.request import LengthRange, Receipt, Sampling, blocks_for
-from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import (
     Assign,
     Close,
@@ -141,10 +141,11 @@ def membership(
     return Membership(epoch=epoch, number=number, serial=serial, instances=list(instances), **change)
 
 
-def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:
-    """A ClusterView in which each instance has so many free blocks."""
-    loads = [InstanceLoad(iid, 1, "decode", 0.0, Load(free_blocks=free)) for iid, free in free_blocks.items()]
-    return ClusterView(epoch=epoch, number=number, loads=loads)
+def view(number: int, epoch: int = 1, **loads: int | Load) -> ClusterView:
+    """A ClusterView in which each instance has this load, or so many free blocks."""
+    found = {iid: load if isinstance(load, Load) else Load(free_blocks=load) for iid, load in loads.items()}
+    told = [InstanceLoad(iid, 1, "decode", 0.0, load) for iid, load in found.items()]
+    return ClusterView(epoch=epoch, number=number, loads=told)
 
 
 def assign(
@@ -202,6 +203,10 @@ def update_length(rid: str, length: LengthRange, **changes: Any) -> LengthUpdate
 
 def grant(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Grant:
     return Grant(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
+
+
+def defer(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Defer:
+    return Defer(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
 
 
 def refuse(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Refuse:
