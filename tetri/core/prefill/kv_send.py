@@ -57,7 +57,8 @@ class KVSend:
         return Spare(self.own.slots - self.used, self.own.open_slots - kept)
 
     def slot_deadlock(self) -> PrefillRequest | None:
-        """Return the youngest request that has lost its grant and has no other, unless a granted one will return slots."""
+        """Return the youngest request that has lost its grant and has no other; None if a granted one will return
+        slots."""
         keeping = self.keeping.values()
         if any(request.granted for request in keeping):
             return None
