@@ -51,10 +51,11 @@ def test_if_grants_take_all_memory_reserve_dynamic_is_greedy_and_reserve_static_
 ):
     for admit in PAPERS:
         monkeypatch.setitem(KEPT_FREE, admit, lambda batch: 0)
-    greedy, dynamic, static = (mean(micro.admitted, admit, 0.749, seeds=1) for admit in PAPERS)
+    runs = [[micro.admitted(admit, 0.749, *inputs(), seed) for seed in range(SEEDS)] for admit in PAPERS]
+    greedy, dynamic, static = (fmean(run[""] for run in each) for each in runs)
     assert abs(dynamic / greedy - 1) < 0.04
-    assert static > 1.04 * dynamic
-    assert min(mean(micro.admitted, admit, 0.749, what="preempted", seeds=1) for admit in PAPERS) > 0.05
+    assert static > 1.2 * dynamic
+    assert min(run["preempted"] for each in runs for run in each) > 0.05
 
 
 def test_spreading_heavy_decodes_gains_more_the_more_instances_there_are():
