@@ -14,7 +14,7 @@ from tetri.instance import Capacity, Fingerprint, Instance, Reach
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
 from tetri.request import LengthRange, Receipt, Sampling, blocks_for
-from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import (
     Assign,
     Close,
@@ -205,6 +205,10 @@ def update_length(rid: str, length: LengthRange, **changes: Any) -> LengthUpdate
 
 def grant(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Grant:
     return Grant(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
+
+
+def defer(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Defer:
+    return Defer(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
 
 
 def refuse(rid: str, number: int = 1, src: str = "d1", attempt: int = 1, **changes: Any) -> Refuse:

@@ -177,10 +177,10 @@ class Working(Told):
         self.up.update(dict.fromkeys(new))
         return actions + self.tell(*map(PeerUp, new))
 
-    def view(self, **free_blocks: int | Load) -> list[Action]:
+    def view(self, **loads: int | Load) -> list[Action]:
         """The monitor tells of their memory, or load."""
         self.viewed += 1
-        return self.tell(view(self.viewed, **free_blocks))
+        return self.tell(view(self.viewed, **loads))
 
     def answer(self, rid: str, make: Callable[..., Any]) -> list[Action]:
         """Whoever was asked last to decode it grants or refuses that."""

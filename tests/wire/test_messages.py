@@ -25,7 +25,7 @@ RECORDS = list(dict.fromkeys(record for union in UNIONS for record in structs(un
 UNION_OF = {record.__struct_config__.tag: union for union in UNIONS for record in structs(union)}
 MUST_HAVE_VECTORS = {"submit", "accepted", "refused", "delta", "done", "cancel", "tokens", "chunk"}
 MUST_HAVE_VECTORS |= {"fetch", "piece", "load", "view", "change_role", "role_changed", "flip", "flip_wanted"}
-MUST_HAVE_VECTORS |= {"length_update", "close", "attach", "end_request"}
+MUST_HAVE_VECTORS |= {"length_update", "close", "attach", "end_request", "offer", "defer"}
 
 
 def sections() -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from random import Random
 
 from tetri.policy.route import drawn
-from tetri.policy.views import EXCLUDED, DecodePool, Need
+from tetri.policy.views import DecodePool, Need
 
 DRAWS = 8  # random columns that are tested before all columns are scanned
 
@@ -85,12 +85,11 @@ def imbalance(need: Need, pool: DecodePool, rng: Random) -> int | None:
     return _any([column for column in fits if column != 0] or fits, rng)
 
 
-def least_deferred(need: Need, pool: DecodePool) -> int | None:
-    """The instance that lacks the fewest blocks for the request, behind all that it has deferred. For a request that no
-    instance has memory for now; not one of the paper's policies. None if every instance has deferred as much as it
-    may."""
-    best = max(range(len(pool.free)), key=lambda column: (pool.free[column] > EXCLUDED, pool.spare[column]), default=None)
-    return None if best is None or pool.free[best] + pool.most[best] < need.blocks else best
+def least_deferred(pool: DecodePool) -> int | None:
+    """The instance with most spare blocks, less all that it has deferred. For a request that no instance has memory for
+    now; not one of the paper's policies. None if every instance has deferred as much as it may."""
+    may = [column for column, free in enumerate(pool.free) if free + pool.most[column] > 0]
+    return max(may, key=pool.spare.__getitem__, default=None)
 
 
 def _two_fitting(need: Need, pool: DecodePool, rng: Random) -> list[int]:

@@ -42,9 +42,8 @@ class DecodePool:
     spare   free blocks, less those that the instance's requests are predicted to need in addition until they end
     heavy   waiting and running requests that are predicted to be heavy
     light   the other waiting and running requests
+    most    KV blocks of the instance: its deferred offers may lack as many
     last    the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`
-
-    most    KV blocks of the instance, as many as its deferred offers may need
 
     No policy chooses a column with fewer than `Need.blocks` free blocks. To exclude an instance from a decision, the
     owner sets its `free` to EXCLUDED meanwhile.

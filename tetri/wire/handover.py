@@ -43,7 +43,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     sampling: Sampling
     blocks: Count
     length: LengthRange | None = None  # None: not predicted
-    waited_s: float = 0.0  # seconds since the first offer of this attempt
+    waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):

@@ -35,10 +35,10 @@ class Load(Record, frozen=True):
     landed          those of `waiting` whose KV has all landed: they wait only for admission
     running         decode requests in the batch
     heavy           of waiting and running: predicted to write more than `heavy_tokens` output tokens
+    growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
     kept_blocks     free blocks that no offer gets now: kept for the growth of the batch, or past the share of waiting
                     requests
     deferred_blocks blocks that deferred offers wait for
-    growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
     decode_s        of waiting and running: predicted seconds until all have ended
     busy            share of the time since the last report in which the engine computed
     stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine

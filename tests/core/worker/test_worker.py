@@ -349,10 +349,10 @@ def test_a_prompt_that_nobody_takes_gives_its_memory_to_a_request_to_be_decoded(
     "ask, answer",
     [
         (offer("Z", 32, src="d9"), "Grant"),  # of two that ask each other's instances the lower id wins
-        (offer("b", 32, src="d9"), "Refuse"),
+        (offer("b", 32, src="d9"), "Defer"),
         (offer("Z", 44, max_tokens=2, src="d9"), "Grant"),
         (offer("Z", 48, max_tokens=0, src="d9"), "Refuse"),  # more than there is
-        (offer("a", 44, max_tokens=2, src="d9"), "Refuse"),  # it would be for itself
+        (offer("a", 44, max_tokens=2, src="d9"), "Defer"),  # it would be for itself
     ],
 )
 @pytest.mark.parametrize("granted", [False, True])
@@ -361,7 +361,7 @@ def test_memory_is_given_up_by_one_that_nobody_has_taken_to_a_lower_id(ask, answ
     told.later()
     if granted:
         told.answer("a", grant)
-        answer = "Refuse"
+        answer = "Defer" if answer == "Grant" else answer
     assert kinds(told.tell(ask))[-1] == f"{answer} > d9"
     assert told.load().queued_tokens == (32 if answer == "Grant" else 24)  # it begins again
 
@@ -370,15 +370,25 @@ def test_memory_is_not_given_up_when_that_is_not_enough():
     told = blocked()
     told.land("y", prompt=4)
     told.later()
-    assert kinds(told.tell(offer("Z", 44, max_tokens=2, src="d9", offer=2))) == ["Refuse > d9"]
+    assert kinds(told.tell(offer("Z", 44, max_tokens=2, src="d9", offer=2))) == ["Defer > d9"]
     assert told.load().queued_tokens == 24
 
 
-def test_no_memory_is_given_up_while_the_engine_computes():
+def test_no_memory_is_given_up_while_the_engine_computes_but_after_that():
     told = blocked()
     told.tell(offer("y", prompt=4, src="d9"))
     assert only(told.later(), say.Step)
-    assert kinds(told.tell(offer("Z", prompt=32, src="d9", offer=2))) == ["Refuse > d9"]
+    assert kinds(told.tell(offer("Z", prompt=32, src="d9", offer=2))) == ["Defer > d9"]
+    told.step()
+    assert kinds(told.later())[:4] == ["CancelRequest", "Drop > d1", "Free", "AddRequest"]
+
+
+@pytest.mark.parametrize("rid, gets_it", [("Z", True), ("b", False)])
+def test_a_deferred_offer_gets_the_memory_of_a_prompt_that_cannot_go_on_from_now_on(rid, gets_it):
+    """Nothing else may come that would make the instance look again."""
+    told = blocked()
+    assert kinds(told.tell(offer(rid, prompt=32, src="d9"))) == ["Defer > d9"]
+    assert ("Grant > d9" in kinds(told.later())) == gets_it
 
 
 def test_kv_that_is_exported_after_it_began_again_is_freed():

@@ -31,8 +31,9 @@ class Deferred:
 class DeferredOffers:
     """Deferred offers, those that have waited longest first, at most one of each request.
 
-    All together need at most `limit` blocks, unless it is a single one. One that its prefill instance has not repeated
-    for `keep_s` seconds is forgotten: it has ended, or another instance has it."""
+    None is added while they lack `limit` blocks. How many an offer needs does not count, otherwise small ones could
+    keep a large one out for ever. One that its prefill instance has not repeated for `keep_s` seconds is forgotten: it
+    has ended, or another instance has it."""
 
     def __init__(self, limit: int, keep_s: float) -> None:
         self.limit, self.keep_s = limit, keep_s
@@ -56,9 +57,9 @@ class DeferredOffers:
         """Record that the offer of a deferred request has arrived again."""
         self._by_rid[request.offer.rid].asked = now
 
-    def enter(self, request: DecodeRequest, now: float) -> bool:
-        """Defer a request. False: there are too many."""
-        if self._by_rid and self.blocks + request.blocks > self.limit:
+    def enter(self, request: DecodeRequest, now: float, free: int) -> bool:
+        """Defer a request, while `free` blocks can be granted. False: there are too many."""
+        if self.blocks - free >= self.limit:
             return False
         since = now - request.offer.waited_s
         behind = not self._by_rid or self._by_rid[next(reversed(self._by_rid))].since <= since

@@ -69,10 +69,10 @@ class DecodeScheduler:
             return [self._answer(Defer, message)]
         actions = self._give_back(old) if old else []
         fresh, why = self._incoming(message)
-        if fresh is not None and self.deferred.enter(fresh, now):
+        if fresh is not None and self.deferred.enter(fresh, now, self.ledger.grantable(self.batch.kept_free())):
             self.forecast.enter(fresh)
         elif fresh is not None:
-            why = f"{self.deferred.blocks} blocks are deferred, no more than {self.deferred.limit} may be"
+            why = f"offers of {self.deferred.blocks} blocks are deferred, that is enough"
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         actions += self.grant_deferred(now, free_memory)

@@ -72,7 +72,7 @@ class Identity:
     @property
     def look_s(self) -> float:
         """Seconds after which a deferred offer moves, if another instance has reported free memory."""
-        return 10 * self.load_s
+        return min(10 * self.load_s, self.renew_s)
 
     @property
     def renew_s(self) -> float:

@@ -69,12 +69,13 @@ class LivePool:
     def choose(self, request: PrefillRequest, need: Need, refused: Iterable[str], rng: Random) -> str | None:
         """Return the instance that the dispatch policy chooses, or None. Instances that are too small, and those in
         `refused`, are excluded."""
-        return self._chosen(request, refused, lambda: DECODE_ROUTES[self.own.rules.decode_route](need, self.columns, rng))
+        route = DECODE_ROUTES[self.own.rules.decode_route]
+        return self._chosen(request, refused, lambda: route(need, self.columns, rng))
 
-    def choose_later(self, request: PrefillRequest, need: Need, refused: Iterable[str]) -> str | None:
+    def choose_later(self, request: PrefillRequest, refused: Iterable[str]) -> str | None:
         """Return the instance that is expected to have memory first, when none has it now; None if all have deferred
         as much as they may."""
-        return self._chosen(request, refused, lambda: least_deferred(need, self.columns))
+        return self._chosen(request, refused, lambda: least_deferred(self.columns))
 
     def _chosen(self, request: PrefillRequest, refused: Iterable[str], route: Callable[[], int | None]) -> str | None:
         excluded = dict.fromkeys(self._too_small(request))
@@ -106,7 +107,7 @@ class LivePool:
             reservation.answered_at = min(reservation.answered_at, now)
 
     def deferred(self, number: int, now: float) -> None:
-        """As `answered`. Until the next report, assume that the instance has nothing free beyond what it has deferred."""
+        """As `answered`. Until the next report, assume that nothing is free there beyond what is deferred."""
         self.answered(number, now)
         reservation = self.reservations.get(number)
         if reservation is not None and reservation.iid in self._column:

@@ -144,8 +144,10 @@ class Dispatcher:
     def _place(self, request: PrefillRequest, now: float, actions: list[Action]) -> bool:
         """Offer a request to the instance that the policy chooses. If none has memory for it now, offer it where the
         least is wanted beyond what is free. Return whether there is an instance."""
+        if request.wanted_at is None:
+            request.wanted_at = now
         need, excluded = self._need(request), self._excluded(request, now)
-        target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, need, excluded)
+        target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, excluded)
         if target is not None:
             actions += self._offer_to(target, request, need, now)
         return target is not None
@@ -161,7 +163,6 @@ class Dispatcher:
 
     def _offer_to(self, target: str, request: PrefillRequest, need: Need, now: float) -> list[Action]:
         self._number += 1
-        request.offered_at = now if request.offered_at is None else request.offered_at
         request.flow.aim(self._number, target)
         if target in self.breaker.failing:
             self.breaker.probe(target, self._number)
@@ -189,7 +190,7 @@ class Dispatcher:
         self.timers.set(request.key, now + self.own.offer_s)
         request.flow.grant()
         self.pool.answered(request.flow.offer, now)
-        return self.announce(request, request.flow.untold())
+        return self.announce(request, request.flow.unannounced())
 
     def defer(self, request: PrefillRequest, now: float) -> None:
         """Record that the decode instance has no memory now, and keeps the offer. A grant may have overtaken this."""
@@ -230,8 +231,9 @@ class Dispatcher:
         flow, offer = request.flow, list[Action]()
         if not flow.granted:
             offer = [self._offer(request, now)]
-        again = flow.sent if flow.complete else [chunk for chunk in flow.sent[: flow.told] if chunk.index in flow.in_flight]
-        return [*offer, *self.announce(request, again), *self.announce(request, flow.untold())]
+        announced = flow.sent[: flow.announced]
+        again = flow.sent if flow.complete else [chunk for chunk in announced if chunk.index in flow.in_flight]
+        return [*offer, *self.announce(request, again), *self.announce(request, flow.unannounced())]
 
     def announce(self, request: PrefillRequest, chunks: Iterable[KVChunk]) -> list[Action]:
         """Send Chunk messages to the decode instance that the request is on offer to."""
@@ -312,7 +314,7 @@ class Dispatcher:
             self._add_unplaced(request)
 
     def _offer(self, request: PrefillRequest, now: float) -> Send:
-        assert request.offered_at is not None
+        assert request.wanted_at is not None
         request.asked_at = now
         offer = Offer(
             **self.address(request),
@@ -322,7 +324,7 @@ class Dispatcher:
             sampling=request.sampling,
             blocks=request.flow.blocks,
             length=request.length,
-            waited_s=now - request.offered_at,
+            waited_s=now - request.wanted_at,
         )
         return Send(request.flow.target, offer)
 

@@ -86,8 +86,8 @@ class Readers:
         """Since when nobody can read its KV: since all of them fail, or since its first offer, if all have tried: it
         takes long to find a path silent."""
         since = max(request.queued.since, *(each.since for each in failing.values()))
-        if request.offered_at is not None and all(iid in request.flow.unread for iid in failing):
-            return min(since, request.offered_at)
+        if request.wanted_at is not None and all(iid in request.flow.unread for iid in failing):
+            return min(since, request.wanted_at)
         return since
 
     def _all_bad(self, request: PrefillRequest) -> dict[str, Failing]:

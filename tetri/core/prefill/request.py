@@ -40,7 +40,7 @@ class KVOutflow:
     granted: bool = False
     deferred: bool = False  # the decode instance has no memory yet, and grants the offer later
     moved: bool = False  # an earlier offer came to nothing
-    told: int = 0  # how many of `sent` were announced under the open offer
+    announced: int = 0  # how many of `sent` were announced under the open offer
     grant_lost: bool = False  # an earlier grant came to nothing
     in_flight: dict[int, KVChunk] = field(default_factory=dict)  # exported and not landed, by index
     landed: int = 0  # blocks that have landed; their slots here are freed
@@ -60,15 +60,15 @@ class KVOutflow:
         """Blocks in the sender's slab, pending exports included."""
         return self.exported - self.landed
 
-    def untold(self) -> list[KVChunk]:
+    def unannounced(self) -> list[KVChunk]:
         """Return the chunks to announce now, and count them as announced. The decode instance is told of chunks once it
         has granted the offer, and at first without waiting for its answer: an offer that was deferred or refused may
         move on."""
         if self.offer is None or not self.granted and (self.moved or self.deferred):
             return []
-        untold = self.sent[self.told :]
-        self.told = len(self.sent)
-        return untold
+        chunks = self.sent[self.announced :]
+        self.announced = len(self.sent)
+        return chunks
 
     @property
     def movable(self) -> bool:
@@ -95,7 +95,7 @@ class KVOutflow:
 
     def aim(self, offer: int, target: str) -> None:
         """Set the open offer and its decode instance."""
-        self.offer, self.target, self.granted, self.deferred, self.told = offer, target, False, False, 0
+        self.offer, self.target, self.granted, self.deferred, self.announced = offer, target, False, False, 0
 
     def clear_aim(self) -> None:
         """Forget the open offer; a grant that it had is lost."""
@@ -128,6 +128,7 @@ class PrefillRequest:
     answered: bool = True  # False from `Predict` until `LengthKnown`
     estimated: bool = False  # `length` is the estimate of its own hidden state, the best there is
     done: int = 0  # tokens computed
+    wanted_at: float | None = None  # when a decode instance was first looked for
     asked_at: float = 0.0  # when its offer was last sent
     turn: int = 0  # place in the order of starts; 0: not started
     running: bool = False  # its engine request is in the engine
@@ -135,7 +136,6 @@ class PrefillRequest:
     token: int | None = None  # the first output token, once computed
     end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
-    offered_at: float | None = None  # since when it has been offered, to whichever instance
     avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
 
     @property

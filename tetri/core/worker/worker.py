@@ -184,6 +184,8 @@ class Worker:
         if len(prefill.queue):
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
         if not prefill.expected:
+            if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
+                actions += self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
             if not self.decode.steps():
                 self.idle = True
                 return actions
@@ -344,8 +346,10 @@ class Worker:
         if slot_deadlock is not None:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
             self.idle = False
-        actions += self.decode.expire(now)
-        return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]
+        expired = self.decode.expire(now)
+        if expired:
+            self.idle = False  # others may have waited for them
+        return [*actions, *expired, *self.decode.resend_grants(), self.reporter.heartbeat()]
 
     def _unread(self, now: float) -> list[Action]:
         """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is
