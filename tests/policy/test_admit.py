@@ -31,7 +31,7 @@ def test_greedy_goes_by_landing_while_slots_last_and_memory_is_not_overdrawn(run
 
 @pytest.mark.parametrize("running, kept", [(0, 0), (1, 2), (7, 14)])
 def test_two_blocks_are_kept_for_each_running_request(running, kept):
-    assert next_growth(BatchView(ONE * running, 8, 3)) == kept
+    assert next_growth(running) == kept
 
 
 def test_static_admits_what_fits_to_its_end_rounded_up_and_blocks_at_the_first_that_does_not():

@@ -105,7 +105,7 @@ class DecodeScheduler:
         `free_memory(rid, blocks)` returns the actions by which the prefill phase frees memory for a request; empty if
         it cannot free enough. None while the engine computes: no prompt can give up its memory then."""
         actions: list[Action] = []
-        if not len(self.deferred):
+        if not self.deferred.blocks:
             return actions
         kept = self.batch.kept_free()
         for request in self.deferred.first(now):
