@@ -22,8 +22,8 @@ class FaultsError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Faults:
     """Probabilities from 0 to 1. `drop` to `replay` apply to each message of a hand-over (Offer, Grant, Defer, Refuse,
-    Chunk, Landed, Drop), `flip` to `late` to each fetch of a KV chunk, `spoil` to each KV chunk that is put into the slab,
-    `die` to each step of a hand-over."""
+    Chunk, Landed, Drop), `flip` to `late` to each fetch of a KV chunk, `spoil` to each KV chunk that is put into the
+    slab, `die` to each step of a hand-over."""
 
     drop: float = 0.0  # the message is not sent
     duplicate: float = 0.0  # the message is sent twice

@@ -15,8 +15,8 @@ MANY = Setup(COST, prefill=8, decode=8, kv_tokens=4_000, chunk_tokens=256, max_b
 
 
 def test_a_request_that_waits_for_memory_costs_few_offers_and_announcements(monkeypatch):
-    """They come within three seconds, and take 14 on the average. Made again with every view, that were 20 offers a request,
-    and 23 announcements a chunk."""
+    """They come within three seconds, and take 14 on the average. When each was offered again with every view, with all
+    its chunks, that were 20 offers a request and 23 announcements a chunk."""
     offers, announced, send = Counter(), Counter(), Port.send
 
     def counted(port, peer, message):
