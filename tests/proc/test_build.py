@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -136,6 +139,18 @@ def test_an_emulated_engine_computes_no_valid_number_after_the_token_that_says_s
     for key, prompt in {"a": (5, 6, 7), "b": (5, 6, 8)}.items():
         engine.add(EngineRequest(key, "prefill", prompt, 3, Sampling()))
     assert [(sampled.key, sampled.reason) for sampled in engine.step().tokens] == [("a", "error"), ("b", None)]
+
+
+def test_an_emulated_engine_ends_its_process_when_it_computes_the_token_that_says_so():
+    program = (
+        "from tetri.config import load; from tetri.proc import build\n"
+        "from tetri.engine.base import EngineRequest; from tetri.request import Sampling\n"
+        f"engine = build.engine(load({str(EMULATED)!r}, ['emulated.deadly_token=7']))\n"
+        "engine.add(EngineRequest('a', 'prefill', (5, 6, 8), 3, Sampling())); engine.step(); print('lives', flush=True)\n"
+        "engine.add(EngineRequest('b', 'prefill', (5, 7, 8), 3, Sampling())); engine.step(); print('lives', flush=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("lives\n", -signal.SIGKILL), ended.stderr
 
 
 @pytest.mark.parametrize(("value", "count"), [("true", 1), ("false", 7)])

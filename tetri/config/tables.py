@@ -87,6 +87,7 @@ class EmulatedConfig:
     context: int = number(8192, 2, 1 << 24)
     time_scale: float = number(1.0, 0, 1000)
     nan_token: int = number(-1, -1, 1 << 24)  # a fault: a request with this id gets NaN logits; -1: none
+    deadly_token: int = number(-1, -1, 1 << 24)  # a fault: a worker that computes this id dies at once; -1: none
 
 
 @dataclass(frozen=True, slots=True)

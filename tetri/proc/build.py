@@ -175,6 +175,7 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
         cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
         time_scale=made.time_scale,
         nan_token=None if made.nan_token < 0 else made.nan_token,
+        deadly_token=None if made.deadly_token < 0 else made.deadly_token,
     )
     built.wait = wait or built.wait
     return built
