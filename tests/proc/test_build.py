@@ -146,8 +146,10 @@ def test_an_emulated_engine_ends_its_process_when_it_computes_the_token_that_say
         "from tetri.config import load; from tetri.proc import build\n"
         "from tetri.engine.base import EngineRequest; from tetri.request import Sampling\n"
         f"engine = build.engine(load({str(EMULATED)!r}, ['emulated.deadly_token=7']))\n"
-        "engine.add(EngineRequest('a', 'prefill', (5, 6, 8), 3, Sampling())); engine.step(); print('lives', flush=True)\n"
-        "engine.add(EngineRequest('b', 'prefill', (5, 7, 8), 3, Sampling())); engine.step(); print('lives', flush=True)"
+        "for key, prompt in {'a': (5, 6, 8), 'b': (5, 7, 8)}.items():\n"
+        "    engine.add(EngineRequest(key, 'prefill', prompt, 3, Sampling()))\n"
+        "    engine.step()\n"
+        "    print('lives', flush=True)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.stdout, ended.returncode) == ("lives\n", -signal.SIGKILL), ended.stderr

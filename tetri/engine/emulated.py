@@ -50,9 +50,11 @@ class Content:
 class EmulatedEngine:
     """Implements `Engine` of base.py. `wait(seconds)` waits for the rest of a step and returns whether a message waits,
     which ends a run of several passes; it may be set later. `clock`: seconds; it measures the time for the hashes,
-    which is part of the step. `time_scale` multiplies all times of the cost table. `nan_token`: after this id the model
-    computes no valid number; None: no such id. `deadly_token`: `die` is called when a step computes the KV of this id, in
-    a prompt or in a decode. Raises EngineError for invalid sizes."""
+    which is part of the step. `time_scale` multiplies all times of the cost table. Raises EngineError for invalid
+    sizes.
+
+    Faults: after the id `nan_token` the model computes no valid number; a step that computes the id `deadly_token`
+    calls `die`. None: no such id."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class Handle(Record, frozen=True):
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
-    Grant or Refuse."""
+    Grant or Refuse. `alone`: as in Assign."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -43,6 +43,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     sampling: Sampling
     blocks: Count
     length: LengthRange | None = None  # None: not predicted
+    alone: bool = False
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):

@@ -6,16 +6,18 @@ from collections import Counter
 
 from tetri.core.actions import Action, Send
 from tetri.core.broker.delivery import Delivery
-from tetri.core.broker.membership import Members
-from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
+from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Row
+from tetri.core.broker.suspects import SUSPECT_DEATHS, away_from, is_guilty, is_suspect, verdict
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
-from tetri.wire.messages import Assign, Close, Failed, Heartbeat, Resend, Staged, TokenItem
+from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
 TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
+MOST_LOST = 4  # a request ends after so many times `max_attempts`, even if its attempts were lost with their workers
 SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in nanoseconds is neither 0 nor endless
 
 
@@ -47,7 +49,8 @@ class Lifecycle:
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
         work_s = min(max(work_s, SHORT_S), LONG_S)
-        column = self._route(work_s, pool, self.rng) if pool.iids else None
+        choices = away_from(row.deaths, pool)
+        column = self._route(work_s, choices, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if row.attempt > 1 else None
             if beyond is not None:
@@ -55,8 +58,8 @@ class Lifecycle:
             if ("patience", row.rid) not in self.timers:  # a further failed try does not extend the wait
                 self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []
-        pool.last = column
-        self.table.assign(row, pool.iids[column], round(1e9 * work_s))
+        pool.last = pool.iids.index(choices.iids[column])
+        self.table.assign(row, pool.iids[pool.last], round(1e9 * work_s))
         self.timers.clear(("patience", row.rid))
         return [self.assign(row, now)]
 
@@ -64,9 +67,15 @@ class Lifecycle:
         """The Assign message to the row's prefill instance."""
         row.assigned_at = now
         assert row.prefill is not None
-        prompt, output, deadline_s = list(row.prompt), list(row.output), row.left(now)
         assign = Assign(
-            rid=row.rid, attempt=row.attempt, prompt=prompt, output=output, sampling=row.sampling, deadline_s=deadline_s
+            rid=row.rid,
+            attempt=row.attempt,
+            prompt=list(row.prompt),
+            output=list(row.output),
+            sampling=row.sampling,
+            deadline_s=row.left(now),
+            alone=is_suspect(row),
+            avoid=[*dict.fromkeys(row.deaths)],
         )
         return Send(row.prefill, assign)
 
@@ -81,8 +90,9 @@ class Lifecycle:
         if row.reason is not None:
             return []
         actions = self.close(row)
-        if row.attempt - row.not_counted >= self.limits.max_attempts:
-            not_counted = f" ({row.not_counted} lost while it only waited)" if row.not_counted else ""
+        most = self.limits.max_attempts
+        if row.attempt - row.not_counted >= most or row.attempt >= MOST_LOST * most:
+            not_counted = f" ({row.not_counted} lost with their workers)" if row.not_counted else ""
             why = f"given up after {row.attempt} attempts{not_counted}: {why}"
             return [*actions, *self.end(row, "error", now, why)]
         self.counters["restarts"] += 1
@@ -114,18 +124,43 @@ class Lifecycle:
         late = now - row.assigned_at > 2 * self.limits.heartbeat_s
         return [self.assign(row, now)] if late else []  # the first Assign may still be on its way
 
-    def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
-        """Restart every request that a lost worker held. A request that it was computing may have crashed it, so that
-        attempt counts; the attempt of a request that only waited does not. If no request is known to have been
-        computed, the report of it may be lost: then all attempts count, or a request that crashes workers at once
-        would be retried for ever."""
-        rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
-        worked = any(row.stage not in IDLE for row in rows)
+    def restart_all(self, lost: Member, why: str, now: float) -> list[Action]:
+        """Restart every request that a lost worker held, except one that has killed it: that one ends."""
         actions: list[Action] = []
-        for row in rows:
-            row.not_counted += worked and row.stage in IDLE
-            actions += self.restart(row, why, now)
+        for row in [row for row in self.table.held_by(lost.iid).values() if row.reason is None]:
+            actions += self._restart_lost(row, lost.iid, lost.alone, why, now)
         return actions
+
+    def _restart_lost(
+        self, row: Row, iid: str, alone: tuple[str, int] | None, why: str, now: float
+    ) -> list[Action]:
+        row.deaths.append(iid)
+        if is_guilty(row, alone, self.limits.max_deaths):
+            self.counters["guilty"] += 1
+            return self.end(row, "error", now, verdict(row))
+        row.not_counted += 1
+        return self.restart(row, why, now)
+
+    def _lost_with(self, row: Row, iid: str, now: float) -> list[Action]:
+        """Count a death of a decode instance to which only the prefill instance knows that the request had gone. It has
+        gone on, in company: a suspect starts over, alone."""
+        if len(row.deaths) + 1 >= SUSPECT_DEATHS:
+            return self._restart_lost(row, iid, None, f"{iid} was lost with it", now)
+        row.deaths.append(iid)
+        return []
+
+    def lone_step(self, event: LoneStep, member: Member, now: float) -> list[Action]:
+        """A worker is about to compute a suspect alone, or has done so. It waits for the answer."""
+        proceed = Send(event.iid, Proceed(rid=event.rid, attempt=event.attempt, number=event.number))
+        member.alone = None
+        if event.over:
+            return [proceed]
+        row = self._row(event.rid, event.attempt)
+        actions = [] if row is None else self.stage(row, event.stage, event.iid, now)
+        if row is None or row.holder != event.iid:
+            return [*actions, Send(event.iid, Close(rid=event.rid, attempt=event.attempt))]
+        member.alone = (row.rid, row.attempt)
+        return [*actions, proceed]
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
         """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: that instance
@@ -195,10 +230,14 @@ class Lifecycle:
         match event:
             case _ if row is None:
                 return []
+            case Staged() if event.lost:
+                return self._lost_with(row, event.lost, now)
             case Staged():
                 return self.stage(row, event.stage, event.iid, now)
             case Failed() if row.holder != event.iid:
                 return []  # another instance holds the request by now
+            case Failed(retry=True) if event.lost:
+                return self._restart_lost(row, event.lost, None, event.why, now)
             case Failed(retry=True):
                 return self.restart(row, event.why, now)
         return self.end(row, "error", now, event.why)

@@ -35,6 +35,7 @@ class Member:
     slots_used: int = 0
     predictor: PredictorStatus | None = None
     suspect: bool = False  # its silence timer was due once; see Broker._silent
+    alone: tuple[str, int] | None = None  # rid and attempt of the request whose lone step it runs (LoneStep)
     lost: str | None = None
 
     @property

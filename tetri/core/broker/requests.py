@@ -14,7 +14,6 @@ from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
-IDLE = (Stage.QUEUED, Stage.WAITING)  # stages in which no worker computes the request
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 
 
@@ -38,7 +37,8 @@ class Row:
     content: bytes = field(kw_only=True)
     deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     attempt: int = 1
-    not_counted: int = 0  # attempts that do not count towards `max_attempts`: the request only waited on a lost worker
+    not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
+    deaths: list[str] = field(default_factory=list)  # the workers that were lost while they held it (suspects.py)
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0

@@ -84,7 +84,8 @@ class DecodeScheduler:
             self.starvation_guard.enter(message.rid, message.blocks, now)
             return [*actions, self._answer(Refuse, message, why=why)]
         self.starvation_guard.leave(message.rid)
-        request = DecodeRequest(key, message, KVInflow(message.blocks, *way), message.length, blocks=message.blocks)
+        inflow, length, blocks = KVInflow(message.blocks, *way), message.length, message.blocks
+        request = DecodeRequest(key, message, inflow, length, alone=message.alone, blocks=blocks)
         self.requests[key] = self.moving[key] = self.unallocated[key] = request
         self._keys[message.rid] = key
         self.forecast.enter(request)
@@ -209,10 +210,14 @@ class DecodeScheduler:
 
     def admit(self, most: int) -> list[Action]:
         """Admit landed requests to the batch, up to `most` in all."""
-        actions: list[Action] = []
-        for request in self.batch.admit(most):
-            actions += [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
-        return actions
+        return [action for request in self.batch.admit(most) for action in self._admitted(request)]
+
+    def admit_lone(self) -> list[Action]:
+        """Admit the request that the next step computes alone, unless it is in the batch already."""
+        return [action for request in self.batch.admit_lone() for action in self._admitted(request)]
+
+    def _admitted(self, request: DecodeRequest) -> list[Action]:
+        return [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
 
     def steps(self) -> bool:
         """Return whether the engine has a token to compute or blocks to allocate."""

@@ -136,7 +136,11 @@ class Dispatcher:
 
     def _place(self, request: PrefillRequest, now: float, actions: list[Action]) -> bool:
         need = request.need(self.own.rules, self.own.capacity.block_tokens)
-        target = self.pool.choose(request, need, self._refused.get(request.key, ()), self.rng)
+        refused, target = self._refused.get(request.key, {}), None
+        if request.avoid:
+            target = self.pool.choose(request, need, (*refused, *request.avoid), self.rng)
+        if target is None:
+            target = self.pool.choose(request, need, refused, self.rng)
         if target is None:
             return False
         self._number += 1
@@ -234,6 +238,7 @@ class Dispatcher:
             sampling=request.sampling,
             blocks=request.flow.blocks,
             length=request.length,
+            alone=request.alone,
         )
         return Send(request.flow.target, offer)
 

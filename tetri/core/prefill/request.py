@@ -120,6 +120,8 @@ class PrefillRequest:
     token: int | None = None  # the first output token, once computed
     end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+    alone: bool = False  # it is computed in lone steps only (Assign.alone)
+    avoid: tuple[str, ...] = ()  # decode instances that get it only if no other can
 
     @property
     def computed(self) -> bool:
@@ -140,6 +142,11 @@ class PrefillRequest:
     def granted(self) -> bool:
         """Whether the decode instance of its open offer has reserved memory for it."""
         return self.flow.offer is not None and self.flow.granted
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether the decode instance of its open offer may have begun to decode it: it was sent all KV."""
+        return self.granted and self.token is not None and self.flow.exported == self.flow.blocks
 
     def fits(self, capacity: Capacity) -> bool:
         """Return whether an engine can hold the whole request, its longest possible output included."""
