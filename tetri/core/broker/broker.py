@@ -128,7 +128,10 @@ class Broker:
         iid = event.instance.iid
         if iid == BROKER:
             return []  # the id of the broker itself: workers would send that worker's messages here
+        before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
+        if before is not None and before.lost is not None and replaced is None:
+            self.lifecycle.back(before)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.counters["workers_replaced"] += 1
@@ -180,6 +183,7 @@ class Broker:
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
             self.members.lose(member, None)
+            self.lifecycle.back(member)
             self.timers.set(("silence", member.iid), now + self.limits.dead_s)
             actions += self.lifecycle.place_waiting(now)
         match event:

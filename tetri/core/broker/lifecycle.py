@@ -8,7 +8,7 @@ from tetri.core.actions import Action, Send
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Member, Members
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Row
-from tetri.core.broker.suspects import SUSPECT_DEATHS, away_from, is_guilty, is_suspect, verdict
+from tetri.core.broker.suspects import SUSPECT_DEATHS, away_from, clear, is_guilty, is_suspect, lost_with, verdict
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
@@ -49,7 +49,7 @@ class Lifecycle:
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
         work_s = min(max(work_s, SHORT_S), LONG_S)
-        choices = away_from(row.deaths, pool)
+        choices = away_from(lost_with(row), pool)
         column = self._route(work_s, choices, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if row.attempt > 1 else None
@@ -75,7 +75,7 @@ class Lifecycle:
             sampling=row.sampling,
             deadline_s=row.left(now),
             alone=is_suspect(row),
-            avoid=[*dict.fromkeys(row.deaths)],
+            avoid=lost_with(row),
         )
         return Send(row.prefill, assign)
 
@@ -128,25 +128,30 @@ class Lifecycle:
         """Restart every request that a lost worker held, except one that has killed it: that one ends."""
         actions: list[Action] = []
         for row in [row for row in self.table.held_by(lost.iid).values() if row.reason is None]:
-            actions += self._restart_lost(row, lost.iid, lost.alone, why, now)
+            actions += self._restart_lost(row, lost, why, now)
         return actions
 
-    def _restart_lost(
-        self, row: Row, iid: str, alone: tuple[str, int] | None, why: str, now: float
-    ) -> list[Action]:
-        row.deaths.append(iid)
-        if is_guilty(row, alone, self.limits.max_deaths):
+    def back(self, member: Member) -> None:
+        """A lost worker is back as the same process."""
+        clear(self.table.active(), member.iid, member.instance.incarnation)
+
+    def _restart_lost(self, row: Row, lost: Member, why: str, now: float) -> list[Action]:
+        row.deaths.append((lost.iid, lost.instance.incarnation))
+        if is_guilty(row, lost.alone, self.limits.max_deaths):
             self.counters["guilty"] += 1
             return self.end(row, "error", now, verdict(row))
         row.not_counted += 1
         return self.restart(row, why, now)
 
-    def _lost_with(self, row: Row, iid: str, now: float) -> list[Action]:
-        """Count a death of a decode instance to which only the prefill instance knows that the request had gone. It has
-        gone on, in company: a suspect starts over, alone."""
-        if len(row.deaths) + 1 >= SUSPECT_DEATHS:
-            return self._restart_lost(row, iid, None, f"{iid} was lost with it", now)
-        row.deaths.append(iid)
+    def _lost_after_all(self, row: Row, event: Staged | Failed, now: float) -> list[Action]:
+        """A decode instance was lost to which, as far as the broker knew, the request had not gone yet. If it has gone
+        on elsewhere (Staged), in company, it starts over only as a suspect, which must be alone."""
+        lost = self.members.by_iid.get(event.lost)
+        if lost is None:
+            return self.restart(row, f"{event.lost} was lost", now) if isinstance(event, Failed) else []
+        if isinstance(event, Failed) or len(row.deaths) + 1 >= SUSPECT_DEATHS:
+            return self._restart_lost(row, lost, f"{event.lost} was lost with its KV", now)
+        row.deaths.append((lost.iid, lost.instance.incarnation))
         return []
 
     def lone_step(self, event: LoneStep, member: Member, now: float) -> list[Action]:
@@ -227,20 +232,16 @@ class Lifecycle:
     def moved(self, event: Staged | Failed, now: float) -> list[Action]:
         """A worker reports that a request has entered a stage, or cannot go on there."""
         row = self._row(event.rid, event.attempt)
-        match event:
-            case _ if row is None:
-                return []
-            case Staged() if event.lost:
-                return self._lost_with(row, event.lost, now)
-            case Staged():
-                return self.stage(row, event.stage, event.iid, now)
-            case Failed() if row.holder != event.iid:
-                return []  # another instance holds the request by now
-            case Failed(retry=True) if event.lost:
-                return self._restart_lost(row, event.lost, None, event.why, now)
-            case Failed(retry=True):
-                return self.restart(row, event.why, now)
-        return self.end(row, "error", now, event.why)
+        if row is None:
+            return []
+        if isinstance(event, Staged) and not event.lost:
+            return self.stage(row, event.stage, event.iid, now)
+        if row.holder != event.iid:
+            return []  # another instance holds the request by now
+        if event.lost:
+            return self._lost_after_all(row, event, now)
+        assert isinstance(event, Failed)
+        return self.restart(row, event.why, now) if event.retry else self.end(row, "error", now, event.why)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
         """Compare the requests in a worker's heartbeat with the request table and repair every difference."""

@@ -38,7 +38,8 @@ class Row:
     deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     attempt: int = 1
     not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
-    deaths: list[str] = field(default_factory=list)  # the workers that were lost while they held it (suspects.py)
+    # The workers that were lost while they held it, each by iid and incarnation (suspects.py).
+    deaths: list[tuple[str, int]] = field(default_factory=list)
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0

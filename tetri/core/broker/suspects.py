@@ -2,20 +2,25 @@
 that the worker held: what was in the step is known to the worker alone, and its last messages may be lost.
 
 A request of SUSPECT_DEATHS deaths is a suspect. Workers compute a suspect in lone steps, one at a time (Assign.alone):
-its whole prefill, and decode steps until its tokens are sent. Before and after a lone step the engine waits until the
+its whole prefill and its first decode steps. Before and after a lone step the engine waits until the
 broker knows of it (LoneStep, Proceed). So when a worker dies in between, the broker knows that nothing else was
 computed, and ends the request. Otherwise the death is nobody's fault as far as anybody knows: the requests start over,
 and their attempts do not count.
+
+A lost worker that comes back as the same process had not died, so that its loss counts for nobody.
 
 Each attempt avoids the instances that were lost with the request, so that a machine that always dies does not look like
 a request that kills."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tetri.core.broker.requests import Row
 from tetri.policy.views import PrefillPool
 
 SUSPECT_DEATHS = 2
+GUILTY = "it kills workers"  # how the error of such a request begins
 
 
 def is_suspect(row: Row) -> bool:
@@ -31,17 +36,29 @@ def is_guilty(row: Row, alone: tuple[str, int] | None, max_deaths: int) -> bool:
 
 def verdict(row: Row) -> str:
     """The error of a guilty request, in one line."""
-    deaths = row.deaths
+    lost = [iid for iid, _ in row.deaths]
     return (
-        f"it kills workers: {len(deaths)} of them were lost with it ({', '.join(deaths)}), and the last one, "
-        f"{deaths[-1]}, while it computed this request alone"
+        f"{GUILTY}: {len(lost)} of them were lost with it ({', '.join(lost)}), and the last one, {lost[-1]}, while it "
+        "computed this request alone"
     )
 
 
-def away_from(deaths: list[str], pool: PrefillPool) -> PrefillPool:
-    """The instances of the pool that were not lost with the request; all of them if there is no other."""
-    columns = [column for column, iid in enumerate(pool.iids) if iid not in deaths]
-    if not deaths or not columns:
+def clear(rows: Iterable[Row], iid: str, incarnation: int) -> None:
+    """This worker is back: it had not died."""
+    for row in rows:
+        if row.deaths:
+            row.deaths = [death for death in row.deaths if death != (iid, incarnation)]
+
+
+def lost_with(row: Row) -> list[str]:
+    """The instances that the next attempt avoids."""
+    return [*dict.fromkeys(iid for iid, _ in row.deaths)]
+
+
+def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
+    """The pool without these instances; with them if there is no other."""
+    columns = [column for column, iid in enumerate(pool.iids) if iid not in iids]
+    if not iids or not columns:
         return pool
     last = columns.index(pool.last) if pool.last in columns else -1
     return PrefillPool([pool.iids[column] for column in columns], [pool.queued_s[column] for column in columns], last)

@@ -120,9 +120,11 @@ class Batch:
         return [HoldRequest(key, False) for key in held]
 
     def _shares_steps_again(self) -> None:
-        """Let the lone request share steps with others once its tokens are sent, or it was preempted."""
+        """Let the lone request share steps with others once it is past the token at which it may have killed, or if it
+        was preempted. The broker lacks the tokens that were not sent when its worker died, and perhaps a last message:
+        less than two messages, of which the prefill has computed one token."""
         request = self.lone
-        if request is not None and (request.sent > 1 or request.preempted):
+        if request is not None and (len(request.tokens) >= 2 * self.own.stream_interval or request.preempted):
             request.alone, self.lone, self._changed = False, None, True
 
     def kept_free(self) -> int:
