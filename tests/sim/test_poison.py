@@ -38,7 +38,7 @@ SHAPES = {
     "one of each": replace(MANY, prefill=1, decode=1),
 }
 WHEN = [{"prefilled": 0}, {"prefilled": 33}, {"written": 1}, {"written": 7}, {"prefilled": 0, "written": 0}]
-NOTHING, LAST_WORDS = Faults(until=0.0), Faults(until=1.5)  # the last messages of who dies are lost, half of them
+LOST = {"nothing": Faults(until=0.0), "last words": Faults(until=1.5)}  # half the last messages of those who die
 
 
 class Deadly(FaultyWorld):
@@ -84,13 +84,14 @@ class Deadly(FaultyWorld):
             self.chance.recovers(self._restart, node)
 
 
-CASES = [(shape, when, LAST_WORDS) for shape in SHAPES for when in WHEN] + [("8 + 8", when, NOTHING) for when in WHEN[1:3]]
+CASES = [(shape, when, "last words") for shape in SHAPES for when in WHEN]
+CASES += [("8 + 8", when, "nothing") for when in WHEN[1:3]]
 
 
-@pytest.mark.parametrize(("shape", "when", "faults"), CASES, ids=str)
-def test_it_kills_three_at_most_and_ends_with_an_error_and_all_others_end_well(shape, when, faults):
+@pytest.mark.parametrize(("shape", "when", "lost"), CASES, ids=str)
+def test_it_kills_three_at_most_and_ends_with_an_error_and_all_others_end_well(shape, when, lost):
     for seed in range(SEEDS):
-        world = Deadly(replace(SHAPES[shape], seed=seed), faults, **when)
+        world = Deadly(replace(SHAPES[shape], seed=seed), LOST[lost], **when)
         world.run()  # checks every token of every client, and that all memory comes back
         (poison,) = [client.done for client in world.clients.clients if client.number == world.poison]
         others = [client.done for client in world.clients.clients if client.done is not poison]

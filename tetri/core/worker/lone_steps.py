@@ -52,10 +52,10 @@ class LoneSteps:
         """Return the announcement that the broker has not answered, if any: it or the answer may be lost."""
         return self._announced if self.waits else []
 
-    def proceed(self, message: Proceed) -> None:
+    def proceed(self, message: Proceed) -> list[Action]:
         """Note that the broker has answered the announcement of this number."""
-        if message.number == self._number:
-            self.waits = False
+        self.waits = self.waits and message.number != self._number
+        return []
 
     def begin(self) -> list[Action]:
         """Prepare the announced step, and set `running`, once the broker has answered. If the step cannot run any more,

@@ -95,8 +95,7 @@ class Worker:
             case Assign():
                 return self.prefill.assign(event, now)
             case Proceed():
-                self.lone_steps.proceed(event)
-                return []
+                return self.lone_steps.proceed(event)
             case Close():
                 return self._closed(event)
             case ClusterView():
@@ -118,8 +117,6 @@ class Worker:
                 return self._flip(event, now)
             case PeerUp():
                 return [self._register(now)] if event.peer == BROKER else self._up(event.peer, now)
-            case PeerDown() if event.peer == BROKER:
-                return []  # keep working; PeerUp registers this worker again
             case PeerDown():
                 return self._down(event.peer, now)
         raise Broken(f"a worker does not handle {event}")
@@ -299,6 +296,8 @@ class Worker:
         return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
+        if peer == BROKER:
+            return []  # keep working; PeerUp registers this worker again
         self.peers.disconnected(peer)
         return self._lost(peer, now)
 
