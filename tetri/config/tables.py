@@ -47,6 +47,8 @@ class BrokerConfig:
     max_open: int = number(4096, 1, 1 << 20)
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
+    # A request ends when so many workers were lost with it, the last one while it computed this request alone.
+    max_deaths: int = number(3, 3, 1 << 20)
     cpus: str = _cpus()
 
 

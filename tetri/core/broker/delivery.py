@@ -13,7 +13,6 @@ from tetri.wire.clients import Accepted, Delta, Done, Refused
 
 MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
-MAX_DEATHS = 3
 SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
 ANOTHERS = "this key stands for another request: draw a new key for each request"
 
@@ -26,7 +25,7 @@ class Limits:
     vocabulary: int
     max_open: int = 4096
     max_attempts: int = MAX_ATTEMPTS  # attempts that count (Lifecycle.restart); of all, MOST_LOST times as many
-    max_deaths: int = MAX_DEATHS  # workers that a request may kill, the last one alone (suspects.py)
+    max_deaths: int = 3  # workers that a request may kill, the last one alone (suspects.py)
     heartbeat_s: float = 0.2
     dead_s: float = 20.0
     patience_s: float = 60.0
