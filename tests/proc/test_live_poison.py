@@ -1,4 +1,4 @@
-"""A request that kills each live worker that computes it."""
+"""A request that kills each live worker that computes it: at once, with the worker's last messages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import signal
 from pathlib import Path
 
+import pytest
 from live import EMULATED, LiveCluster
 
 from tetri.client import AsyncClient, RequestFailed
@@ -15,32 +16,45 @@ from tetri.engine.emulated import reference
 from tetri.proc.broker import limits
 from tetri.request import Sampling
 
-DEADLY = 31_000
-SAMPLING = Sampling(max_tokens=40)
-FOUR = ",".join([*(f"{{iid='p{number}', role='prefill'}}" for number in range(4)), "{iid='d0', role='decode'}"])
+DEADLY, TOKENS = 31_000, 40
+RNG = random.Random(5)
+PROMPTS = [[RNG.randrange(1, DEADLY) for _ in range(RNG.randint(1, 700))] for _ in range(20)]
+MADE = load(Path(EMULATED)).emulated
 
 
-def test_three_workers_die_the_request_ends_with_an_error_and_its_neighbours_end_well() -> None:
-    overrides = [f"worker=[{FOUR}]", f"emulated.deadly_token={DEADLY}"]
-    with LiveCluster(overrides=overrides) as cluster:
-        made, rng = cluster.config.emulated, random.Random(5)
-        prompts = [[rng.randrange(1, DEADLY) for _ in range(rng.randint(1, 700))] for _ in range(20)]
-        right = [reference(prompt, SAMPLING, made.vocabulary, made.token_bytes) for prompt in prompts]
-        assert not any(DEADLY in ids for ids in right)
+def right(prompt: list[int]) -> list[int]:
+    return reference(prompt, Sampling(max_tokens=TOKENS), MADE.vocabulary, MADE.token_bytes)
 
-        async def ask() -> tuple[list[list[int]], BaseException]:
-            async with AsyncClient(cluster.config.clients_address, timeout=60) as client:
-                deadly = client.generate([*prompts[0], DEADLY], max_tokens=40)
-                others = (client.generate(prompt, max_tokens=40) for prompt in prompts)
-                first, *rest = await asyncio.gather(deadly, *others, return_exceptions=True)
-                return [getattr(each, "token_ids", each) for each in rest], first
 
-        found, error = asyncio.run(ask())
-        assert found == right
-        assert isinstance(error, RequestFailed) and "it kills workers: 3 of them were lost with it (p" in str(error)
-        assert "\n" not in str(error)
-        dead = [name for name in ("p0", "p1", "p2", "p3") if cluster.instances()[name]["state"] == "lost"]
-        assert len(dead) == 3, error
+def writer() -> tuple[list[int], int]:
+    """A prompt whose first output token, which the first decode step computes, is in no other prompt or output. Later
+    tokens may be lost with their worker, all of them: these steps take no time."""
+    while True:
+        prompt = [RNG.randrange(1, DEADLY) for _ in range(300)]
+        token = right(prompt)[0]
+        if token not in prompt and not any(token in ids + right(ids) for ids in PROMPTS):
+            return prompt, token
+
+
+@pytest.mark.parametrize("where", ["prompt", "output"])
+def test_three_workers_die_the_request_ends_with_an_error_and_its_neighbours_end_well(where: str) -> None:
+    poison, deadly = ([*PROMPTS[0], DEADLY], DEADLY) if where == "prompt" else writer()
+    roles = ("prefill",) * 4 + ("decode",) * (4 if where == "output" else 1)  # one of each is left
+    workers = ",".join(f"{{iid='w{number}', role='{role}'}}" for number, role in enumerate(roles))
+    assert not any(deadly in prompt + right(prompt) for prompt in PROMPTS)
+
+    async def ask(address: str) -> list[object]:
+        async with AsyncClient(address, timeout=60) as client:
+            answers = (client.generate(prompt, max_tokens=TOKENS) for prompt in (poison, *PROMPTS))
+            return await asyncio.gather(*answers, return_exceptions=True)
+
+    with LiveCluster(overrides=[f"worker=[{workers}]", f"emulated.deadly_token={deadly}"]) as cluster:
+        error, *others = asyncio.run(ask(cluster.config.clients_address))
+        assert [getattr(each, "token_ids", each) for each in others] == list(map(right, PROMPTS))
+        assert isinstance(error, RequestFailed) and "it kills workers: 3 of them were lost with it (w" in str(error)
+        assert "\n" not in str(error) and "while it computed this request alone" in str(error)
+        dead = [iid for iid, instance in cluster.instances().items() if instance["state"] == "lost"]
+        assert len(dead) == 3, (dead, error)
         for name in dead:
             assert cluster.processes.pop(name).wait(10) == -signal.SIGKILL
             cluster.killed.append(name)
@@ -50,4 +64,4 @@ def test_three_workers_die_the_request_ends_with_an_error_and_its_neighbours_end
 
 
 def test_the_number_of_deaths_is_a_setting() -> None:
-    assert [limits(load(Path(EMULATED), more)).max_deaths for more in ([], ["broker.max_deaths=9"])] == [3, 9]
+    assert [limits(load(EMULATED, more)).max_deaths for more in ([], ["broker.max_deaths=9"])] == [3, 9]

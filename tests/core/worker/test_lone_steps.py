@@ -218,17 +218,34 @@ def test_the_dispatcher_avoids_instances_while_there_are_others():
     assert only_there.asked["s"][0] == "d2"
 
 
-def test_what_is_lost_with_a_decode_instance_is_named():
+@pytest.mark.parametrize("granted", [True, False])
+def test_what_may_have_killed_its_decode_instance_goes_on_once_and_is_given_up_the_second_time(granted):
+    """It may have run there, since all its KV was announced, whatever had come back."""
+    told = working("p1", "d1", "d2", "d3", **ROOMY)
+    told.tell(assign("a", 12, max_tokens=20))
+    told.run()
+    first = told.asked["a"][0]
+    assert not sent(told.tell(PeerDown(first)), kind=Staged), "a part of it cannot run"
+    told.meet("d1", "d2", "d3")
+    told.run()
+    second = told.asked["a"][0]
+    if granted:
+        told.answer("a", grant)
+    lost = told.tell(PeerDown(second))
+    assert [(each.stage.value, each.lost) for each in sent(lost, kind=Staged)] == [("moving", second)]
+    third = told.asked["a"][0]
+    assert third != second and not sent(lost, kind=Failed)
+    lost = told.tell(PeerDown(third))
+    assert [(each.rid, each.retry, each.lost) for each in sent(lost, kind=Failed)] == [("a", True, third)]
+
+
+def test_what_has_landed_is_given_up_with_its_decode_instance():
     told = working("p1", "d1", "d2", **ROOMY)
-    told.tell(assign("a", 6, max_tokens=20), assign("b", 6, max_tokens=20))
-    told.run(), told.run()
-    homes = {rid: told.asked[rid][0] for rid in "ab"}
+    told.tell(assign("a", 6, max_tokens=20))
+    told.run()
     told.answer("a", grant), told.take("a")
-    told.answer("b", grant)
-    lost = told.tell(*(PeerDown(iid) for iid in sorted({*homes.values()})))
-    assert [(each.rid, each.retry, each.lost) for each in sent(lost, kind=Failed)] == [("a", True, homes["a"])]
-    moved = [(each.rid, each.stage.value, each.lost) for each in sent(lost, kind=Staged) if each.lost]
-    assert moved == [("b", "moving", homes["b"])]
+    lost = told.tell(PeerDown(told.asked["a"][0]))
+    assert [(each.rid, each.retry, each.lost) for each in sent(lost, kind=Failed)] == [("a", True, told.asked["a"][0])]
 
 
 def test_drops_of_suspects_end_their_turn(decode):

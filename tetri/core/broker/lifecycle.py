@@ -8,7 +8,16 @@ from tetri.core.actions import Action, Send
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Member, Members
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Row
-from tetri.core.broker.suspects import SUSPECT_DEATHS, away_from, clear, is_guilty, is_suspect, lost_with, verdict
+from tetri.core.broker.suspects import (
+    SUSPECT_DEATHS,
+    away_from,
+    clear,
+    count,
+    is_guilty,
+    is_suspect,
+    lost_with,
+    verdict,
+)
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
@@ -136,7 +145,7 @@ class Lifecycle:
         clear(self.table.active(), member.iid, member.instance.incarnation)
 
     def _restart_lost(self, row: Row, lost: Member, why: str, now: float) -> list[Action]:
-        row.deaths.append((lost.iid, lost.instance.incarnation))
+        count(row, lost.iid, lost.instance.incarnation)
         if is_guilty(row, lost.alone, self.limits.max_deaths):
             self.counters["guilty"] += 1
             return self.end(row, "error", now, verdict(row))
@@ -151,7 +160,7 @@ class Lifecycle:
             return self.restart(row, f"{event.lost} was lost", now) if isinstance(event, Failed) else []
         if isinstance(event, Failed) or len(row.deaths) + 1 >= SUSPECT_DEATHS:
             return self._restart_lost(row, lost, f"{event.lost} was lost with its KV", now)
-        row.deaths.append((lost.iid, lost.instance.incarnation))
+        count(row, lost.iid, lost.instance.incarnation)
         return []
 
     def lone_step(self, event: LoneStep, member: Member, now: float) -> list[Action]:

@@ -23,6 +23,12 @@ SUSPECT_DEATHS = 2
 GUILTY = "it kills workers"  # how the error of such a request begins
 
 
+def count(row: Row, iid: str, incarnation: int) -> None:
+    """This worker was lost with the request. Two reports of one loss count once."""
+    if (iid, incarnation) not in row.deaths:
+        row.deaths.append((iid, incarnation))
+
+
 def is_suspect(row: Row) -> bool:
     """Whether the request must be computed alone."""
     return len(row.deaths) >= SUSPECT_DEATHS

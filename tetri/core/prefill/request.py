@@ -145,8 +145,9 @@ class PrefillRequest:
 
     @property
     def may_decode(self) -> bool:
-        """Whether the decode instance of its open offer may have begun to decode it: it was sent all KV."""
-        return self.granted and self.token is not None and self.flow.exported == self.flow.blocks
+        """Whether the decode instance of its open offer may have begun to decode it: all KV was announced. Its last
+        messages, the Grant included, may be lost."""
+        return self.token is not None and self.flow.exported == self.flow.blocks
 
     def fits(self, capacity: Capacity) -> bool:
         """Return whether an engine can hold the whole request, its longest possible output included."""

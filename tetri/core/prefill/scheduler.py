@@ -242,7 +242,7 @@ class PrefillScheduler:
 
     def lost_with(self, request: PrefillRequest, iid: str) -> list[Action]:
         """Report that a decode instance was lost that may have decoded the request, which goes on elsewhere."""
-        rid, attempt = request.rid, request.attempt
+        rid, attempt, request.avoid = request.rid, request.attempt, (*request.avoid, iid)
         return [self.own.report(Staged, rid=rid, attempt=attempt, stage=Stage.MOVING, lost=iid)]
 
     def slot_deadlock(self) -> PrefillRequest | None:

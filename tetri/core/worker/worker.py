@@ -304,10 +304,10 @@ class Worker:
     def _lost(self, iid: str, now: float) -> list[Action]:
         actions = self.decode.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
-            if request.flow.movable:
+            if request.flow.movable and not (request.may_decode and request.avoid):
                 actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
                 self.dispatcher.refused(request, "lost")
-            else:
+            else:  # also a request that may have killed two
                 actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV", lost=iid)
         return [*actions, *self.dispatcher.dispatch(now)]
 
