@@ -153,7 +153,7 @@ class Request(Call[Result]):
         return True
 
     def mark_alive(self, now: float) -> None:
-        """Restart the timers, as in `Call`. Only the end answers a Cancel, so Deltas that still come do not delay it."""
+        """Restart the timers, as in `Call`. Only the end answers a Cancel: Deltas that still come do not delay it."""
         cancel_at = self._next
         super().mark_alive(now)
         if self.cancelling:
