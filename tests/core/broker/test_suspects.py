@@ -48,7 +48,9 @@ def test_after_the_second_death_it_is_computed_alone_and_elsewhere_each_time():
 
 def test_whoever_kills_in_a_step_of_its_own_ends(suspected):
     assert suspected.tell(lone("p3")) == [proceed("p3")]
-    ended = done(suspected.tell(PeerDown("p3")))
+    assert not suspected.tell(PeerDown("p3"), PeerUp("p9"))[1:]  # but a Close
+    assert not replies(suspected.later(0.9))
+    ended = done(suspected.later(0.1))
     assert (ended.reason, ended.error) == (
         "error",
         "it kills workers: 3 of them were lost with it (p1, p2, p3), and the last one, p3, while it computed this "
@@ -60,8 +62,21 @@ def test_whoever_kills_in_a_step_of_its_own_ends(suspected):
 def test_in_a_decode_step_too_whose_hand_over_nobody_has_told_of(suspected):
     suspected.tell(lone("p3"), lone("p3", 2, over=True), tokens("p3", RID, 0, 7, attempt=3))
     assert suspected.tell(lone("d1", stage=Stage.WAITING)) == [Send("p3", close(RID, 3)), proceed("d1")]
-    error = done(suspected.tell(PeerDown("d1"))).error
+    suspected.tell(PeerDown("d1"))
+    error = done(suspected.later(1.0)).error
     assert error.startswith("it kills workers: 3 of them were lost with it (p1, p2, d1), and the last one, d1,")
+
+
+@pytest.mark.parametrize("back", [heartbeat("p3"), ready("p3", "prefill")], ids=["heard", "registers"])
+def test_whoever_is_accused_of_the_death_of_a_worker_that_comes_back_goes_on(suspected, back):
+    suspected.tell(lone("p3"), PeerDown("p3"))
+    assert assigned(suspected.tell(PeerUp("p3"), back)) == [("p3", RID, 4)]
+    assert not replies(suspected.later(2.0))
+
+
+def test_the_accused_may_be_cancelled(suspected):
+    suspected.tell(lone("p3"), PeerDown("p3"))
+    assert done(suspected.tell(cancel())).reason == "cancelled" and not replies(suspected.later(1.5))
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class Broker:
         before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
         if before is not None and before.lost is not None and replaced is None:
-            self.lifecycle.back(before)
+            actions += self.lifecycle.back(before, now)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.counters["workers_replaced"] += 1
@@ -183,7 +183,7 @@ class Broker:
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
             self.members.lose(member, None)
-            self.lifecycle.back(member)
+            actions += self.lifecycle.back(member, now)
             self.timers.set(("silence", member.iid), now + self.limits.dead_s)
             actions += self.lifecycle.place_waiting(now)
         match event:
@@ -281,6 +281,8 @@ class Broker:
                 return self.lifecycle.end(row, "cancelled", now) if row.client is None else []
             case "deadline":
                 return self.lifecycle.end(row, "deadline", now)
+            case "verdict":
+                return self.lifecycle.judge(row, now)
             case "patience":
                 return self.lifecycle.end(row, "error", now, f"no prefill instance for {self.limits.patience_s:g} s")
         raise Broken(f"unknown timer {what}")

@@ -26,6 +26,7 @@ from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proc
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
 TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
+VERDICT_S = 1.0  # a worker whose connection broke and that is not back by then has died
 MOST_LOST = 4  # a request ends after so many times `max_attempts`, even if its attempts were lost with their workers
 SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in nanoseconds is neither 0 nor endless
 
@@ -90,7 +91,7 @@ class Lifecycle:
 
     def place_waiting(self, now: float) -> list[Action]:
         """Try to place every request that has no prefill instance."""
-        rows = [row for row in self.table.unplaced.values() if row.reason is None]
+        rows = [row for row in self.table.unplaced.values() if row.reason is None and not row.accused]
         return [action for row in rows for action in self.place(row, now)]
 
     def restart(self, row: Row, why: str, now: float) -> list[Action]:
@@ -140,17 +141,31 @@ class Lifecycle:
             actions += self._restart_lost(row, lost, why, now)
         return actions
 
-    def back(self, member: Member) -> None:
+    def back(self, member: Member, now: float) -> list[Action]:
         """A lost worker is back as the same process."""
         clear(self.table.active(), member.iid, member.instance.incarnation)
+        cleared = [row for row in self.table.active() if row.accused and len(row.deaths) < self.limits.max_deaths]
+        for row in cleared:
+            row.accused = False
+        return [action for row in cleared if row.reason is None for action in self.place(row, now)]
+
+    def judge(self, row: Row, now: float) -> list[Action]:
+        """End an accused request, unless it was cleared meanwhile."""
+        if not row.accused or row.reason is not None:
+            return []
+        self.counters["guilty"] += 1
+        return self.end(row, "error", now, verdict(row))
 
     def _restart_lost(self, row: Row, lost: Member, why: str, now: float) -> list[Action]:
         count(row, lost.iid, lost.instance.incarnation)
-        if is_guilty(row, lost.alone, self.limits.max_deaths):
-            self.counters["guilty"] += 1
-            return self.end(row, "error", now, verdict(row))
         row.not_counted += 1
-        return self.restart(row, why, now)
+        if not is_guilty(row, lost.alone, self.limits.max_deaths):
+            return self.restart(row, why, now)
+        row.accused = True
+        self.timers.set(("verdict", row.rid), now + VERDICT_S)
+        closed = self.close(row)
+        self.table.start_over(row, now)
+        return closed
 
     def _lost_after_all(self, row: Row, event: Staged | Failed, now: float) -> list[Action]:
         """A decode instance was lost to which, as far as the broker knew, the request had not gone yet. If it has gone
@@ -196,7 +211,7 @@ class Lifecycle:
 
     def finish(self, row: Row, now: float) -> list[Action]:
         """Close the row: tell the workers to drop the request and send the client its Done."""
-        for what in ("deadline", "patience"):
+        for what in ("deadline", "patience", "verdict"):
             self.timers.clear((what, row.rid))
         self.counters[f"ended_{row.reason}"] += 1
         actions = [*self.close(row), *self.delivery.finish(row, now)]

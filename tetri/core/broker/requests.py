@@ -40,6 +40,7 @@ class Row:
     not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
     # The workers that were lost while they held it, each by iid and incarnation (suspects.py).
     deaths: list[tuple[str, int]] = field(default_factory=list)
+    accused: bool = False  # it ends soon as the killer of the last of them, unless that one comes back
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0

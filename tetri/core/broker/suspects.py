@@ -7,7 +7,8 @@ broker knows of it (LoneStep, Proceed). So when a worker dies in between, the br
 computed, and ends the request. Otherwise the death is nobody's fault as far as anybody knows: the requests start over,
 and their attempts do not count.
 
-A lost worker that comes back as the same process had not died, so that its loss counts for nobody.
+A lost worker that comes back as the same process had not died, so its loss counts for nobody. Therefore a request ends
+only a second after the death.
 
 Each attempt avoids the instances that were lost with the request, so that a machine that always dies does not look like
 a request that kills."""
@@ -35,7 +36,7 @@ def is_suspect(row: Row) -> bool:
 
 
 def is_guilty(row: Row, alone: tuple[str, int] | None, max_deaths: int) -> bool:
-    """Whether the last of the row's deaths is its own doing. `alone`: rid and attempt of the request whose lone step
+    """Whether the last of the row's deaths seems its own doing. `alone`: rid and attempt of the request whose lone step
     the worker ran when it died, None if it ran none."""
     return (row.rid, row.attempt) == alone and len(row.deaths) >= max_deaths
 
