@@ -101,3 +101,32 @@ def test_it_kills_three_at_most_and_ends_with_an_error_and_all_others_end_well(s
         assert poison.error == f"{named}{world.deaths[-1]}, while it computed this request alone"
         instances = len(world.workers) // 2
         assert len({*world.deaths}) == 3 or instances < 8  # another one each time
+
+
+class Killed(Deadly):
+    """An operator kills an instance twice, with everything that it has."""
+
+    def __init__(self, setup, victim):
+        self.victim = victim
+        super().__init__(setup, LOST["last words"])
+
+    def _start(self):
+        super()._start()
+        for at_s in (0.06, 0.15):
+            self.kernel.at(at_s, self._kill_one)
+
+    def _kill_one(self, _):
+        self._die(self.workers[self.victim])
+
+
+VICTIMS = [("one of each", "p0"), ("one of each", "d0"), ("one that does both", "m0")]
+
+
+@pytest.mark.parametrize(("shape", "victim"), VICTIMS)
+def test_two_kills_that_are_nobodys_fault_end_nobody(shape, victim):
+    """Those that it held both times run alone, and cost the others little."""
+    for seed in range(3 * SEEDS):
+        world = Killed(replace(SHAPES[shape], seed=seed), victim)
+        world.run()
+        assert {client.done.reason for client in world.clients.clients} == {"length"}, seed
+        assert world.deaths and not world.broker.core.counters["guilty"]
