@@ -137,7 +137,7 @@ def deferred(told):
 )
 def test_a_deferred_offer_is_granted_when_there_is_memory(freed):
     told = full()
-    assert not sent(told.later(1.0), "p1") and deferred(told) == 3
+    assert not sent(told.later(1.0), "p1", Grant) and deferred(told) == 3
     told.tell(freed)
     assert sent(told.later(), "p1") == [Grant(src="d1", incarnation=1, rid="b", attempt=1, offer=1)]
     assert deferred(told) == 0 and ("b", "moving", 0) in told.holds()
@@ -304,6 +304,14 @@ def test_an_offer_that_is_not_repeated_is_refused_after_a_while():
     (refused,) = sent(actions, kind=Refuse)
     assert (refused.rid, refused.why) == ("b", "the offer was not repeated")
     assert [each.rid for each in sent(actions, "p1", Grant)] == ["c"] and deferred(told) == 0
+
+
+def test_the_next_one_is_deferred_again_with_each_heartbeat():
+    """So that a prefill instance whose Drop was lost sends another: the next one may hold up the rest."""
+    told = full(B, offer("c", prompt=12, src="p2"))
+    assert [(each.rid, each.offer) for each in sent(told.later(1.0), kind=Defer)] == [("b", 1)]
+    told.tell(drop("b"))
+    assert [each.rid for each in sent(told.later(1.0), kind=Defer)] == ["c"]
 
 
 # ---------------------------------------------------------------- on offer to itself

@@ -142,6 +142,12 @@ def test_it_does_not_move_for_memory_that_is_kept_or_that_others_wait_for(load):
     assert not sent(actions, "d1") and not sent(actions, "d2")
 
 
+def test_it_does_not_move_while_nobody_reports_loads():
+    """An instance without a report counts as empty, and so would each in turn."""
+    told = deferred("d1", "d2")
+    assert not [kind for _ in range(9) for iid in ("d1", "d2") for kind in to(iid, told.later(1.0))]
+
+
 def test_it_is_repeated_when_there_is_nowhere_to_move():
     none = {"d1": 0, "d2": 0}
     told, seen = looking(none, none, none, none)

@@ -6,6 +6,7 @@ It keeps a request, with its tokens, until the broker closes it: until then the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from tetri.core.actions import Action, AddRequest, AdmitRequest, Adopted, Broken, CancelRequest, Send
@@ -202,10 +203,12 @@ class DecodeScheduler:
             actions += [self._answer(Landed, request.offer, index=index) for index in request.flow.landed]
         return actions
 
-    def resend_grants(self) -> list[Action]:
-        """Send the grants of moving requests again. A prefill instance that has withdrawn the offer, and whose Drop was
-        lost, answers with another Drop."""
-        return [self._answer(Grant, request.offer) for request in self.moving.values()]
+    def resend_answers(self) -> list[Action]:
+        """Send the grants of moving requests again, and the Defer of the offer that is next. A prefill instance that
+        has withdrawn the offer, and whose Drop was lost, answers with another Drop."""
+        answers: list[Action] = [self._answer(Grant, request.offer) for request in self.moving.values()]
+        answers += [self._answer(Defer, request.offer) for request in islice(self.deferred, 1)]
+        return answers
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         """Forget a request up to this attempt, in any stage."""

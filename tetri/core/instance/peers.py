@@ -62,6 +62,11 @@ class Peers:
         """Count the loads as changed without a new view, so that instances that refused are asked again."""
         self.version += 1
 
+    @property
+    def informed(self) -> bool:
+        """Whether the loads are known."""
+        return self._view is not None
+
     def loads(self) -> dict[str, InstanceLoad]:
         """Return the newest reports by instance, perhaps of an earlier incarnation."""
         return {each.iid: each for each in self._view.loads} if self._view is not None else {}

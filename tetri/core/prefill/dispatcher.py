@@ -214,13 +214,14 @@ class Dispatcher:
         return self._renew(request, now) if request.flow.deferred else self.repeat(request, now)
 
     def _renew(self, request: PrefillRequest, now: float) -> list[Action]:
-        """Make a deferred offer to another instance if one has memory now. Otherwise repeat it every `renew_s`, so that
-        the decode instance keeps it."""
+        """Make a deferred offer to another instance if one has reported memory. Otherwise repeat it every `renew_s`, so
+        that the decode instance keeps it."""
         self.pool.refresh()
         others = [request.flow.target, *self._excluded(request, now)]
-        better = self.pool.choose(request, self._need(request), others, self.rng)
-        if better is not None:
-            return [*self.withdraw(request, f"{better} has memory"), *self.dispatch(now)]
+        if self.peers.informed:
+            better = self.pool.choose(request, self._need(request), others, self.rng)
+            if better is not None:
+                return [*self.withdraw(request, f"{better} has memory"), *self.dispatch(now)]
         self.timers.set(request.key, now + self.own.look_s)
         return [self._offer(request, now)] if now - request.asked_at >= self.own.renew_s else []
 

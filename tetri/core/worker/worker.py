@@ -372,7 +372,7 @@ class Worker:
         expired = self.decode.expire(now)
         if expired:
             self.idle = False  # others may have waited for them
-        actions += [*expired, *self.decode.resend_grants(), self.reporter.heartbeat()]
+        actions += [*expired, *self.decode.resend_answers(), self.reporter.heartbeat()]
         return [*actions, *self.lone_steps.repeat()]
 
     def _unread(self, now: float) -> list[Action]:
