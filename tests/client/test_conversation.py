@@ -105,6 +105,22 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
     assert str(caught.value) == f"no such request {why}"
 
 
+def test_a_cancel_is_sent_and_repeated_however_many_deltas_come():
+    """Many wait in the socket of a client that has not read for a while, and are read first."""
+    session, patience = Session(), Patience(timeout=10, silence_s=5, resend_s=1)
+    request = Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0)
+    session.add(request)
+    session.tick(0.0)
+    session.receive([pack(type="accepted", key="k", rid="r1", prompt_tokens=1)], 0.1)
+    session.cancel(request, 0.2)
+    sent = []
+    for step in range(25):
+        now = 0.2 + 0.1 * step
+        session.receive([pack(**delta(0) | {"start": step})], now)
+        sent += [(round(now, 1), msgpack.unpackb(frame[1:])["type"]) for frame in session.tick(now)]
+    assert [each for each in sent if each[1] == "cancel"] == [(0.2, "cancel"), (1.2, "cancel"), (2.2, "cancel")]
+
+
 def test_a_late_accepted_of_a_given_up_request_is_cancelled():
     def sent(frame):
         return msgpack.unpackb(frame[1:])

@@ -83,6 +83,23 @@ def test_a_prompt_without_a_valid_number_ends_with_no_token():
     assert len(engine.free) == SMALL.blocks
 
 
+def test_the_engine_dies_in_the_step_that_computes_the_deadly_token_in_either_phase():
+    died, tokens = [], prompt(5)
+    right = reference(tokens, Sampling(max_tokens=8, ignore_eos=True), VOCABULARY, 8)
+    engine = emulated(deadly_token=right[2], die=lambda: died.append(True))
+    assert right[2] not in [*tokens, *right[:2]]
+    adopt_all(engine, {"a": tokens})
+    counts = []
+    for _ in range(3):
+        engine.step()
+        counts.append(len(died))
+    assert counts == [0, 0, 1], "the decode that samples it lives, the next one computes it"
+    engine.add(engine_request("b", "prefill", (*tokens, *right[:3]), output_from=5))
+    engine.cancel("a")
+    engine.step()
+    assert len(died) == 2
+
+
 @pytest.fixture
 def engine():
     return emulated()

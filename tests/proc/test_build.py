@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -150,6 +153,20 @@ def test_the_tokens_of_a_salted_engine_depend_on_its_instance(value, count):
         found = writers((5, 6, 7), [sampled.token], Sampling(), 32000, 64, {iid: salt_of(iid)})
         assert found == [{iid} if value == "true" else set()]
     assert len({*tokens.values()}) == count
+
+
+def test_an_emulated_engine_ends_its_process_when_it_computes_the_token_that_says_so():
+    program = (
+        "from tetri.config import load; from tetri.proc import build\n"
+        "from tetri.engine.base import EngineRequest; from tetri.request import Sampling\n"
+        f"engine = build.engine(load({str(EMULATED)!r}, ['emulated.deadly_token=7']))\n"
+        "for key, prompt in {'a': (5, 6, 8), 'b': (5, 7, 8)}.items():\n"
+        "    engine.add(EngineRequest(key, 'prefill', prompt, 3, Sampling()))\n"
+        "    engine.step()\n"
+        "    print('lives', flush=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("lives\n", -signal.SIGKILL), ended.stderr
 
 
 @pytest.mark.parametrize(("value", "count"), [("true", 1), ("false", 7)])

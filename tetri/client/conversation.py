@@ -153,10 +153,11 @@ class Request(Call[Result]):
         return True
 
     def mark_alive(self, now: float) -> None:
-        """Restart the timers, as in `Call`; a Cancel is repeated until the request ends."""
+        """Restart the timers, as in `Call`. Only the end answers a Cancel: Deltas that still come do not delay it."""
+        cancel_at = self._next
         super().mark_alive(now)
-        if self.cancelling:  # only the end answers a Cancel
-            self._next = now + self._patience.resend_s
+        if self.cancelling:
+            self._next = cancel_at
 
     def _accept(self, reply: dict[str, Any], now: float) -> None:
         first = self.rid is None

@@ -50,6 +50,8 @@ class BrokerConfig:
     text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
+    # A request ends when so many workers were lost with it, the last one while it computed this request alone.
+    max_deaths: int = number(3, 3, 1 << 20)
     cpus: str = _cpus()
 
 
@@ -91,6 +93,7 @@ class EmulatedConfig:
     time_scale: float = number(1.0, 0, 1000)
     nan_token: int = number(-1, -1, 1 << 24)  # a fault: a request with this id gets NaN logits; -1: none
     salt: bool = False  # tokens depend on the instance too, so that tests see which one wrote a token (design.md)
+    deadly_token: int = number(-1, -1, 1 << 24)  # a fault: a worker that computes this id dies at once; -1: none
 
 
 @dataclass(frozen=True, slots=True)

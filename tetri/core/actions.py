@@ -101,7 +101,8 @@ class Step(Value, frozen=True):
 
 
 class HoldRequest(Value, frozen=True):
-    """Keep a prefill request out of the next steps, or let it run again. It keeps its KV blocks."""
+    """Keep a prefill request, or a request of the batch, out of the next steps, or let it run again. It keeps its KV
+    blocks."""
 
     key: str
     held: bool

@@ -8,6 +8,8 @@ batch; this module adds block ids and bytes.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,11 @@ def unsalted(key: str) -> int:
     return 0
 
 
+def die() -> None:
+    """The default `die`: end the process at once, as a fault in native code does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass(slots=True)
 class Content:
     """The tokens of an engine request, sampled ones included, its salt, and the ids of its blocks."""
@@ -49,9 +56,11 @@ class Content:
 class EmulatedEngine:
     """Implements `Engine` of base.py. `wait(seconds)` waits for the rest of a step and returns whether a message waits,
     which ends a run of several passes; it may be set later. `clock`: seconds; it measures the time for the hashes,
-    which is part of the step. `time_scale` multiplies all times of the cost table. `nan_token`: after this id the model
-    computes no valid number; None: no such id. `salt(key)`: mixed into the tokens of an engine request, see salted.py;
-    0 changes nothing. Raises EngineError for invalid sizes."""
+    which is part of the step. `time_scale` multiplies all times of the cost table. `salt(key)`: mixed into the tokens
+    of an engine request, see salted.py; 0 changes nothing. Raises EngineError for invalid sizes.
+
+    Faults: after the id `nan_token` the model computes no valid number; a step that computes the id `deadly_token`
+    calls `die`. None: no such id."""
 
     def __init__(
         self,
@@ -62,6 +71,8 @@ class EmulatedEngine:
         cost: Cost,
         time_scale: float = 1.0,
         nan_token: int | None = None,
+        deadly_token: int | None = None,
+        die: Callable[[], None] = die,
         wait: Callable[[float], bool] = sleep,
         clock: Callable[[], float] = time.monotonic,
         salt: Callable[[str], int] = unsalted,
@@ -70,6 +81,7 @@ class EmulatedEngine:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
         check_budget(capacity.chunk_tokens, capacity.max_batch)
         self.paged, self.nan_token = Paged(capacity, cost), nan_token
+        self.deadly_token, self.die = deadly_token, die
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
         self.time_scale, self.wait, self.clock, self.salt = time_scale, wait, clock, salt
         self.memory: Bytes = np.zeros((capacity.blocks, capacity.block_tokens, token_bytes), np.uint8)
@@ -168,6 +180,8 @@ class EmulatedEngine:
         it ends the text."""
         content = self.contents[slot.key]
         self._fit(slot, stop)
+        if self.deadly_token is not None and self.deadly_token in content.tokens[start:stop]:
+            self.die()
         state = self._state(content, start)
         for position in range(start, stop):
             state = roll(state, content.tokens[position])

@@ -44,13 +44,13 @@ class Paged:
         self.slots: dict[str, Slot] = {}
         self._parked: dict[str, Slot] = {}  # decode requests without blocks
         self._prefills: list[Slot] = []  # not held, in order of addition
-        self._batch: list[Slot] = []  # running, in order of admission
+        self._batch: list[Slot] = []  # running, in order of admission; a resumed request is admitted anew
         self._context = 0  # tokens of the batch
         self._left = 0  # most passes until the first of the batch ends; 0: unknown
         self._short: list[Slot] = []  # of the batch: no block for their next position
         self._preempted: list[Slot] = []  # wait for blocks, oldest first
         self._resized: dict[str, Slot] = {}  # whose block counts the next StepDone reports
-        self._added = 0
+        self._added = self._admitted = 0
 
     # ------------------------------------------------------------ engine requests
 
@@ -100,13 +100,23 @@ class Paged:
         slot = self.slots.get(key)
         if slot is None or slot.held == held:
             return
-        if slot.request.phase != "prefill":
-            raise EngineError(f"engine request {key} is a decode request: only a prefill request can be held")
+        if slot.request.phase == "decode" and not slot.admitted:
+            raise EngineError(f"engine request {key} is not admitted: such a decode request cannot be held")
         slot.held = held
-        if held:
+        if slot.request.phase == "decode":
+            self._hold_decode(slot)
+        elif held:
             self._prefills.remove(slot)
         else:
             insort(self._prefills, slot, key=lambda slot: slot.number)
+
+    def _hold_decode(self, slot: Slot) -> None:
+        """Move a decode request out of the batch, or back to its place. A preempted one is in no batch."""
+        if slot.held and slot.running:
+            self._batch.remove(slot)
+            self._leave(slot)
+        elif not slot.held and slot not in self._preempted:
+            self._enter(slot)
 
     # ------------------------------------------------------------ a step
 
@@ -179,8 +189,10 @@ class Paged:
 
     def _resume(self) -> tuple[Span, ...]:
         again = []
-        while self._preempted and self._extend(self._preempted[0], self._preempted[0].known):
-            slot = self._preempted.pop(0)
+        for slot in [slot for slot in self._preempted if not slot.held]:
+            if not self._extend(slot, slot.known):
+                break
+            self._preempted.remove(slot)
             self._join(slot)
             again.append(Span(slot.key, 0, slot.known))
         return tuple(again)
@@ -283,8 +295,13 @@ class Paged:
         self._resized.pop(slot.key, None)
 
     def _join(self, slot: Slot) -> None:
+        self._admitted += 1
+        slot.admitted = self._admitted
+        self._enter(slot)
+
+    def _enter(self, slot: Slot) -> None:
         slot.running = True
-        self._batch.append(slot)
+        insort(self._batch, slot, key=lambda slot: slot.admitted)
         self._context += slot.known
         self._left = 0
         if slot.known > slot.held_tokens:

@@ -184,6 +184,7 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None, iid: str) ->
         time_scale=made.time_scale,
         nan_token=None if made.nan_token < 0 else made.nan_token,
         salt=lambda key: salt,
+        deadly_token=None if made.deadly_token < 0 else made.deadly_token,
     )
     built.wait = wait or built.wait
     return built

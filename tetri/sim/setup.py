@@ -24,7 +24,8 @@ class PromiseBroken(SimError):
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Timeouts in seconds. The defaults are those of a live deployment, except `max_attempts`, which is larger.
+    """Timeouts in seconds. The defaults are those of a live deployment, except `max_attempts` and `max_deaths`: faults
+    that come often must end no request.
 
     dead_s          a silent worker: the broker restarts its requests
     gone_s          a silent worker: the monitor removes it from the view
@@ -44,6 +45,7 @@ class Timeouts:
     quiet_s: float = 1.0
     ask_s: float = 1.0
     max_attempts: int = 1000
+    max_deaths: int = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ class World:
             max_open=UNBOUNDED,
             max_mib=UNBOUNDED,
             max_attempts=timeouts.max_attempts,
+            max_deaths=timeouts.max_deaths,
             heartbeat_s=setup.heartbeat_s,
             dead_s=timeouts.dead_s,
             patience_s=timeouts.patience_s,

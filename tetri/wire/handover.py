@@ -35,7 +35,7 @@ class Handle(Record, frozen=True):
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
-    Grant, Defer or Refuse."""
+    Grant, Defer or Refuse. `alone`: as in Assign."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -44,6 +44,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     blocks: Count
     length: LengthRange | None = None  # None: not predicted
     waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
+    alone: bool = False
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):

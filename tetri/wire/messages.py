@@ -102,12 +102,14 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
 
 class Staged(FromWorker, tag="staged", frozen=True):
     """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. `peer`: the other instance of the
-    hand-over, "" if there is none."""
+    hand-over, "" if there is none. `lost`: the decode instance that was lost and may have decoded it, "" if none was;
+    the request goes on."""
 
     rid: Name
     attempt: Count
     stage: Stage
     peer: str = ""
+    lost: Name = ""
 
 
 class End(Record, frozen=True):
@@ -138,13 +140,27 @@ class Tokens(FromWorker, tag="tokens", frozen=True):
 
 class Failed(FromWorker, tag="failed", frozen=True):
     """A worker gives a request up. `retry`: another attempt may succeed. `avoid`: instances that the next attempt
-    should not use, if there are others: its KV could not be moved between them."""
+    should not use, if there are others: its KV could not be moved between them. `lost`: the decode instance with which
+    its KV was lost, "" if that is not why."""
 
     rid: Name
     attempt: Count
     why: str
     retry: bool
     avoid: list[Name] = []
+    lost: Name = ""
+
+
+class LoneStep(FromWorker, tag="lone_step", frozen=True):
+    """The worker's next step computes this request alone (Assign.alone). The engine waits for the Proceed with the same
+    `number`, which counts from 1 for the life of the process. `stage`: PREFILL, or WAITING for a decode step. `over`:
+    the step has ended, and the engine waits all the same: when the worker dies later, this step was not the cause."""
+
+    rid: Name
+    attempt: Count
+    number: Count
+    stage: Stage
+    over: bool = False
 
 
 class FlipWanted(Record, tag="flip_wanted", frozen=True):
@@ -155,7 +171,7 @@ class FlipWanted(Record, tag="flip_wanted", frozen=True):
     why: str
 
 
-WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | FlipWanted
+WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | LoneStep | FlipWanted
 
 # ---- workers -> monitor (published)
 
@@ -196,7 +212,9 @@ class ClusterView(Record, tag="view", frozen=True):
 
 class Assign(Record, tag="assign", frozen=True):
     """Assigns a request to a prefill instance. `output`, from earlier attempts, is prefilled like the prompt and still
-    counts as output. `avoid`: as in the Failed of earlier attempts."""
+    counts as output. `alone`: it may have killed workers, so its prefill and its first decode steps are lone steps:
+    nothing else is computed in them. `lost`: instances that were lost with it; they get it only if no other has memory
+    now. `avoid`: as in the Failed of earlier attempts."""
 
     rid: Name
     attempt: Count
@@ -204,7 +222,17 @@ class Assign(Record, tag="assign", frozen=True):
     output: list[int]
     sampling: Sampling
     deadline_s: float | None = None  # seconds left; None: no deadline
+    alone: bool = False
+    lost: list[Name] = []
     avoid: list[Name] = []
+
+
+class Proceed(Record, tag="proceed", frozen=True):
+    """The answer to a LoneStep: the broker knows of it, so the engine may go on."""
+
+    rid: Name
+    attempt: Count
+    number: Count
 
 
 class Flip(Record, tag="flip", frozen=True):
@@ -252,6 +280,5 @@ class Membership(Record, tag="membership", frozen=True):
     gone: list[Name] = []
 
 
-InboxMessage = (
-    Assign | Flip | Close | Resend | Membership | Offer | LengthUpdate | Grant | Defer | Refuse | Chunk | Landed | Drop
-)
+FromBroker = Assign | Proceed | Flip | Close | Resend | Membership
+InboxMessage = FromBroker | Offer | LengthUpdate | Grant | Defer | Refuse | Chunk | Landed | Drop

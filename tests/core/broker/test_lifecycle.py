@@ -7,9 +7,8 @@ from tests.core.broker.serving import RID, assigned, cancel, done, replies, serv
 from tests.core.build import capacity, close, ending, failed, heartbeat, ready, resend, staged, tokens
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Reply, Send
-from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.request import Receipt, Stage
-from tetri.wire.clients import Delta, Done
+from tetri.wire.clients import Delta
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Assign, Close, Hold, Membership
 
@@ -432,55 +431,19 @@ def test_late_words_of_a_lost_worker_do_not_give_it_the_request():
 # ---------------------------------------------------------------- which lost attempts count
 
 
-class Pair:
-    """`worked` and `waited` are on p1, which works on the first. Each time that p1 is lost, both begin anew there."""
-
-    def __init__(self, *workers, keys=("worked", "waited")):
-        self.told = serving(*workers or ("p1", "d1"))
-        self.at, self.errors = {}, {}  # key -> (instance, rid, attempt); how it ended
-        for key in keys:
-            ((self.at[key]),) = assigned(self.told.tell(submit(key, max_tokens=3)))
-
-    def begin(self, *keys):
-        """The instances where these are say that they work on them."""
-        for iid, rid, attempt in (self.at[key] for key in keys):
-            self.told.tell(staged(iid, rid, Stage.PREFILL, attempt))
-
-    def lose(self, iid="p1"):
-        """It dies and comes back."""
-        actions = self.told.tell(PeerDown(iid), PeerUp(iid), heartbeat(iid))
-        rids = {rid: key for key, (_, rid, _) in self.at.items()}
-        self.at |= {rids[rid]: (iid, rid, attempt) for iid, rid, attempt in assigned(actions)}
-        self.errors |= {
-            rids[end.rid]: f"{end.reason}: {end.error}" for end in replies(actions) if isinstance(end, Done)
-        }
+def test_attempts_that_are_lost_with_their_workers_do_not_count_but_not_without_bound():
+    told = begin(SUBMITTED, "p1", "d1")
+    for attempt in range(2, 4 * 3 + 1):
+        again = told.tell(PeerDown("p1"), ready("p1", "prefill", incarnation=attempt), PeerUp("p1"))
+        assert assigned(again) == [("p1", RID, attempt)]
+    error = "given up after 12 attempts (12 lost with their workers): p1: connection lost"
+    assert done(told.tell(PeerDown("p1"))).error == error
 
 
-def test_a_request_that_only_waited_on_a_lost_worker_keeps_its_attempts():
-    pair = Pair()
-    for _ in range(MAX_ATTEMPTS):
-        pair.begin("worked")
-        pair.lose()
-    assert pair.errors == {"worked": "error: given up after 8 attempts: p1: connection lost"}
-    assert pair.at["waited"][2] == 9
-
-
-@pytest.mark.parametrize("begun", [["worked", "waited"], []], ids=["both had begun", "none had"])
-def test_all_attempts_count_where_all_have_begun_or_nothing_is_known_to(begun):
-    """Or what kills its worker before anybody hears of it would do so for ever."""
-    pair = Pair()
-    for _ in range(MAX_ATTEMPTS):
-        pair.begin(*begun)
-        pair.lose()
-    why = "error: given up after 8 attempts: p1: connection lost"
-    assert pair.errors == {"worked": why, "waited": why}
-
-
-def test_attempts_that_did_not_count_are_told_of():
-    pair = Pair()
-    pair.begin("worked")
-    for _ in range(MAX_ATTEMPTS + 1):
-        pair.lose()
-    assert (
-        pair.errors["waited"] == "error: given up after 9 attempts (1 lost while it only waited): p1: connection lost"
-    )
+def test_other_attempts_count():
+    told = begin(SUBMITTED, "p1", "d1")
+    told.tell(PeerDown("p1"), ready("p1", "prefill", incarnation=2), PeerUp("p1"))
+    for attempt in (2, 3):
+        told.tell(failed("p1", RID, retry=True, attempt=attempt).changed(incarnation=2))
+    ended = done(told.tell(failed("p1", RID, retry=True, attempt=4).changed(incarnation=2)))
+    assert ended.error == "given up after 4 attempts (1 lost with their workers): oh no"

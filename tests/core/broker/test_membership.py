@@ -187,7 +187,7 @@ def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
 
 def test_a_restarted_worker_loses_what_it_had(served):
     served.tell(submit())
-    assert assigned(served.tell(ready("p1", "prefill", incarnation=2))) == [("p1", RID, 2)]
+    assert assigned(served.tell(ready("p1", "prefill", incarnation=2))) == [("p2", RID, 2)]
     assert not served.tell(staged("p1", RID, Stage.PREFILL))  # by the old one
     assert served.status().counters["workers_replaced"] == 1
 

@@ -46,6 +46,7 @@ SHAPE = (
     "emulated.context=1024",
     "transfer.slab_blocks=24",
     "transfer.offer_s=0.1",
+    "broker.max_deaths=1000",  # no request is guilty of the deaths here
 )
 CURES = (  # a fault, counters that it raises (others may raise them too), and the repair
     ("drop", (), "the message is sent again"),

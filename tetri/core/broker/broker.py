@@ -30,7 +30,7 @@ from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.wire.clients import Attach, Cancel, ChangeRole, EndRequest, Inspect, MonitorStatus, Status
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, Ready, Staged, Tokens
+from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
 
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
@@ -128,12 +128,15 @@ class Broker:
         iid = event.instance.iid
         if iid == BROKER:
             return []  # the id of the broker itself: workers would send that worker's messages here
+        before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
+        if before is not None and before.lost is not None and replaced is None:
+            actions += self.lifecycle.back(before, now)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.counters["workers_replaced"] += 1
             why = f"{iid} was restarted"
-            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(iid, why, now)]
+            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(replaced, why, now)]
         actions += self.flips.role_reported(self.members.by_iid[iid], event.instance.role, now)
         return [*actions, *self.lifecycle.place_waiting(now)]
 
@@ -168,7 +171,7 @@ class Broker:
         self.members.lose(member, why)
         self.counters["workers_lost"] += 1
         announced = self.flips.gone(iid, why)
-        restarted = self.lifecycle.restart_all(iid, f"{iid}: {why}", now)
+        restarted = self.lifecycle.restart_all(member, f"{iid}: {why}", now)
         # Without the lost worker, the others may be allowed larger prompts (`Members.pool`).
         return [*announced, *restarted, *self.lifecycle.place_waiting(now)]
 
@@ -180,13 +183,14 @@ class Broker:
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
             self.members.lose(member, None)
+            actions += self.lifecycle.back(member, now)
             self.timers.set(("silence", member.iid), now + self.limits.dead_s)
             actions += self.lifecycle.place_waiting(now)
         match event:
             case Tokens():
                 for item in event.items:
                     self.lifecycle.tokens(item, event.iid, now, actions)
-            case Heartbeat() | Staged() if member.lost is not None:
+            case Heartbeat() | Staged() | LoneStep() if member.lost is not None:
                 pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
                 member.load, member.counters = event.load, event.counters
@@ -198,6 +202,8 @@ class Broker:
                 actions += self.lifecycle.reconcile(event, now)
             case Staged() | Failed():
                 actions += self.lifecycle.moved(event, now)
+            case LoneStep():
+                actions += self.lifecycle.lone_step(event, member, now)
         return actions
 
     # ------------------------------------------------------------ clients
@@ -288,6 +294,8 @@ class Broker:
                 return self.lifecycle.end(row, "cancelled", now) if row.client is None else []
             case "deadline":
                 return self.lifecycle.end(row, "deadline", now)
+            case "verdict":
+                return self.lifecycle.judge(row, now)
             case "patience":
                 return self.lifecycle.end(row, "error", now, f"no prefill instance for {self.limits.patience_s:g} s")
         raise Broken(f"unknown timer {what}")

@@ -27,7 +27,8 @@ class Limits:
     vocabulary: int
     max_open: int = 4096
     max_mib: int = 1024  # of memory for all requests, those included that have ended and are not forgotten
-    max_attempts: int = MAX_ATTEMPTS  # attempts that count (Lifecycle.restart_all)
+    max_attempts: int = MAX_ATTEMPTS  # attempts that count (Lifecycle.restart); of all, MOST_LOST times as many
+    max_deaths: int = 3  # workers that a request may kill, the last one alone (suspects.py)
     heartbeat_s: float = 0.2
     dead_s: float = 20.0
     patience_s: float = 60.0

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 
 from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
 from tetri.core.broker.delivery import Delivery
-from tetri.core.broker.membership import Members
-from tetri.core.broker.requests import BEFORE_TOKENS, IDLE, ON_DECODER, Row
+from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Row
+from tetri.core.broker.suspects import (
+    SUSPECT_DEATHS,
+    away_from,
+    clear,
+    count,
+    is_guilty,
+    is_suspect,
+    lost_with,
+    verdict,
+)
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
-from tetri.policy.views import PrefillPool
 from tetri.request import Stage
-from tetri.wire.messages import Assign, Close, Failed, Heartbeat, Resend, Staged, TokenItem
+from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
 TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
 LONGEST_S = 10.0  # the longest pause between two requests that try a failing prefill instance again
+VERDICT_S = 1.0  # a worker whose connection broke and that is not back by then has died
+MOST_LOST = 4  # a request ends after so many times `max_attempts`, even if its attempts were lost with their workers
 SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in nanoseconds is neither 0 nor endless
 
 
@@ -56,8 +66,9 @@ class Lifecycle:
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
         work_s = min(max(work_s, SHORT_S), LONG_S)
-        pool = without(pool, [*row.avoid, *(self.breaker.failing if row.avoid else self.breaker.blocked(now))])
-        column = self._route(work_s, pool, self.rng) if pool.iids else None
+        failing = self.breaker.failing if row.avoid else self.breaker.blocked(now)
+        choices = away_from([*row.avoid, *lost_with(row), *failing], pool)
+        column = self._route(work_s, choices, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if row.attempt > 1 else None
             if beyond is not None:
@@ -65,12 +76,13 @@ class Lifecycle:
             if ("patience", row.rid) not in self.timers:  # a further failed try does not extend the wait
                 self.timers.set(("patience", row.rid), now + self.limits.patience_s)
             return []
-        pool.last = column
-        self.table.assign(row, pool.iids[column], round(1e9 * work_s))
-        if pool.iids[column] in self.breaker.failing:
+        iid = choices.iids[column]
+        pool.last = pool.iids.index(iid)
+        self.table.assign(row, iid, round(1e9 * work_s))
+        if iid in self.breaker.failing:
             self._probes += 1
             row.probe = self._probes
-            self.breaker.probe(pool.iids[column], row.probe)
+            self.breaker.probe(iid, row.probe)
         self.timers.clear(("patience", row.rid))
         return [self.assign(row, now)]
 
@@ -78,21 +90,22 @@ class Lifecycle:
         """The Assign message to the row's prefill instance."""
         row.assigned_after = self.members.serial
         assert row.prefill is not None
-        prompt, output, deadline_s = row.prompt.tolist(), row.output.tolist(), row.left(now)
         assign = Assign(
             rid=row.rid,
             attempt=row.attempt,
-            prompt=prompt,
-            output=output,
+            prompt=row.prompt.tolist(),
+            output=row.output.tolist(),
             sampling=row.sampling,
-            deadline_s=deadline_s,
+            deadline_s=row.left(now),
+            alone=is_suspect(row),
+            lost=lost_with(row),
             avoid=list(row.avoid),
         )
         return Send(row.prefill, assign)
 
     def place_waiting(self, now: float) -> list[Action]:
         """Try to place every request that has no prefill instance."""
-        rows = [row for row in self.table.unplaced.values() if row.reason is None]
+        rows = [row for row in self.table.unplaced.values() if row.reason is None and not row.accused]
         return [action for row in rows for action in self.place(row, now)]
 
     def restart(self, row: Row, why: str, now: float) -> list[Action]:
@@ -102,8 +115,9 @@ class Lifecycle:
             return []
         self._probed(row)
         actions = self.close(row)
-        if row.attempt - row.not_counted >= self.limits.max_attempts:
-            not_counted = f" ({row.not_counted} lost while it only waited)" if row.not_counted else ""
+        most = self.limits.max_attempts
+        if row.attempt - row.not_counted >= most or row.attempt >= MOST_LOST * most:
+            not_counted = f" ({row.not_counted} lost with their workers)" if row.not_counted else ""
             why = f"given up after {row.attempt} attempts{not_counted}: {why}"
             return [*actions, *self.end(row, "error", now, why)]
         self.counters["restarts"] += 1
@@ -135,20 +149,64 @@ class Lifecycle:
             return self.restart(row, f"{iid} does not hold it any more", now)
         return [self.assign(row, now)] if row.assigned_after < read else []  # else it may still be on its way
 
-    def restart_all(self, iid: str, why: str, now: float) -> list[Action]:
-        """Restart every request that a lost worker held. A request that it was computing may have crashed it, so that
-        attempt counts; the attempt of a request that only waited does not. If no request is known to have been
-        computed, the report of it may be lost: then all attempts count, or a request that crashes workers at once
-        would be retried for ever."""
-        self.closes.forget(iid)
-        self.breaker.failing.pop(iid, None)  # it may be well when it comes back
-        rows = [row for row in self.table.held_by(iid).values() if row.reason is None]
-        worked = any(row.stage not in IDLE for row in rows)
+    def restart_all(self, lost: Member, why: str, now: float) -> list[Action]:
+        """Restart every request that a lost worker held, except one that has killed it: that one ends."""
+        self.closes.forget(lost.iid)
+        self.breaker.failing.pop(lost.iid, None)  # it may be well when it comes back
         actions: list[Action] = []
-        for row in rows:
-            row.not_counted += worked and row.stage in IDLE
-            actions += self.restart(row, why, now)
+        for row in [row for row in self.table.held_by(lost.iid).values() if row.reason is None]:
+            actions += self._restart_lost(row, lost, why, now)
         return actions
+
+    def back(self, member: Member, now: float) -> list[Action]:
+        """A lost worker is back as the same process."""
+        clear(self.table.active(), member.iid, member.instance.incarnation)
+        cleared = [row for row in self.table.active() if row.accused and len(row.deaths) < self.limits.max_deaths]
+        for row in cleared:
+            row.accused = False
+        return [action for row in cleared if row.reason is None for action in self.place(row, now)]
+
+    def judge(self, row: Row, now: float) -> list[Action]:
+        """End an accused request, unless it was cleared meanwhile."""
+        if not row.accused or row.reason is not None:
+            return []
+        self.counters["guilty"] += 1
+        return self.end(row, "error", now, verdict(row))
+
+    def _restart_lost(self, row: Row, lost: Member, why: str, now: float) -> list[Action]:
+        count(row, lost.iid, lost.instance.incarnation)
+        row.not_counted += 1
+        if not is_guilty(row, lost.alone, self.limits.max_deaths):
+            return self.restart(row, why, now)
+        row.accused = True
+        self.timers.set(("verdict", row.rid), now + VERDICT_S)
+        closed = self.close(row)
+        self.table.start_over(row, now)
+        return closed
+
+    def _lost_after_all(self, row: Row, event: Staged | Failed, now: float) -> list[Action]:
+        """A decode instance was lost to which, as far as the broker knew, the request had not gone yet. If it has gone
+        on elsewhere (Staged), in company, it starts over only as a suspect, which must be alone."""
+        lost = self.members.by_iid.get(event.lost)
+        if lost is None:
+            return self.restart(row, f"{event.lost} was lost", now) if isinstance(event, Failed) else []
+        if isinstance(event, Failed) or len(row.deaths) + 1 >= SUSPECT_DEATHS:
+            return self._restart_lost(row, lost, f"{event.lost} was lost with its KV", now)
+        count(row, lost.iid, lost.instance.incarnation)
+        return []
+
+    def lone_step(self, event: LoneStep, member: Member, now: float) -> list[Action]:
+        """A worker is about to compute a suspect alone, or has done so. It waits for the answer."""
+        proceed = Send(event.iid, Proceed(rid=event.rid, attempt=event.attempt, number=event.number))
+        member.alone = None
+        if event.over:
+            return [proceed]
+        row = self._row(event.rid, event.attempt)
+        actions = [] if row is None else self.stage(row, event.stage, event.iid, now)
+        if row is None or row.holder != event.iid:
+            return actions or [self.closes.send(event.iid, Close(rid=event.rid, attempt=event.attempt))]
+        member.alone = (row.rid, row.attempt)
+        return [*actions, proceed]
 
     def stage(self, row: Row, stage: Stage, iid: str, now: float) -> list[Action]:
         """Move a request to a stage that `iid` reports. From WAITING on, all KV has landed at `iid`: the first instance
@@ -181,7 +239,7 @@ class Lifecycle:
 
     def finish(self, row: Row, now: float) -> list[Action]:
         """Close the row: tell the workers to drop the request and send the client its Done."""
-        for what in ("deadline", "patience"):
+        for what in ("deadline", "patience", "verdict"):
             self.timers.clear((what, row.rid))
         self._probed(row)
         self.counters[f"ended_{row.reason}"] += 1
@@ -240,19 +298,21 @@ class Lifecycle:
     def moved(self, event: Staged | Failed, now: float) -> list[Action]:
         """A worker reports that a request has entered a stage, or cannot go on there."""
         row = self._row(event.rid, event.attempt)
-        match event:
-            case _ if row is None:
-                return []
-            case Staged():
-                return self.stage(row, event.stage, event.iid, now)
-            case Failed() if row.holder != event.iid:
-                return []  # another instance holds the request by now
-            case Failed(retry=True):
-                row.avoid = [*dict.fromkeys([*row.avoid, *event.avoid])]
-                if event.iid in event.avoid:
-                    self.breaker.failed(event.iid, row.probe, event.why, now)
-                return self.restart(row, event.why, now)
-        return self.end(row, "error", now, event.why)
+        if row is None:
+            return []
+        if isinstance(event, Staged) and not event.lost:
+            return self.stage(row, event.stage, event.iid, now)
+        if row.holder != event.iid:
+            return []  # another instance holds the request by now
+        if event.lost:
+            return self._lost_after_all(row, event, now)
+        assert isinstance(event, Failed)
+        if not event.retry:
+            return self.end(row, "error", now, event.why)
+        row.avoid = [*dict.fromkeys([*row.avoid, *event.avoid])]
+        if event.iid in event.avoid:
+            self.breaker.failed(event.iid, row.probe, event.why, now)
+        return self.restart(row, event.why, now)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
         """Compare the requests in a worker's heartbeat, if it lists them, with the request table and repair every
@@ -291,11 +351,3 @@ class Lifecycle:
         """The open row of a worker's report; None if the request or this attempt is over, or no worker is assigned."""
         row = self.table.rows.get(rid)
         return row if row and row.attempt == attempt and row.reason is None and row.prefill else None
-
-
-def without(pool: PrefillPool, avoid: Collection[str]) -> PrefillPool:
-    """The pool without the instances to avoid, if others are left."""
-    kept = [column for column, iid in enumerate(pool.iids) if iid not in avoid] if avoid else []
-    if not 0 < len(kept) < len(pool.iids):
-        return pool
-    return PrefillPool([pool.iids[column] for column in kept], [pool.queued_s[column] for column in kept])

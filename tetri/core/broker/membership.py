@@ -36,6 +36,7 @@ class Member:
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = field(default_factory=dict)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
+    alone: tuple[str, int] | None = None  # rid and attempt of the request whose lone step it runs (LoneStep)
     lost: str | None = None
 
     @property

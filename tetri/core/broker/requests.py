@@ -15,7 +15,6 @@ from tetri.request import Receipt, Sampling, Stage
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
-IDLE = (Stage.QUEUED, Stage.WAITING)  # stages in which no worker computes the request
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 # What a request counts for in the account of memory: itself, each token of its prompt and of its output. TEXT_BYTES are
 # for the text of an output token; the texts of an answer that are longer than that in all count too.
@@ -50,7 +49,10 @@ class Row:
     attempt: int = 1
     avoid: list[str] = field(default_factory=list)  # instances between which KV of earlier attempts could not be moved
     probe: int = 0  # above 0: this attempt tries a failing prefill instance again (Lifecycle.breaker)
-    not_counted: int = 0  # attempts that do not count towards `max_attempts`: the request only waited on a lost worker
+    not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
+    # The workers that were lost while they held it, each by iid and incarnation (suspects.py).
+    deaths: list[tuple[str, int]] = field(default_factory=list)
+    accused: bool = False  # it ends soon as the killer of the last of them, unless that one comes back
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0

@@ -90,6 +90,7 @@ class DecodeRequest:
     end: End | None = None
     recomputed: int = 0
     preempted: int = 0
+    alone: bool = False  # its first tokens are computed in lone steps (Offer.alone)
 
     blocks: int = 0  # size of its account in the ledger
     dispatch_end: int = 0  # predicted output tokens, by `rules.dispatch_end`

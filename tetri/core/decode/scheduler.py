@@ -96,8 +96,8 @@ class DecodeScheduler:
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
         if key in self.kv_receive.fetching:
             return None, "KV that it brought before is still on its way"
-        flow = KVInflow(message.blocks, *way)
-        return DecodeRequest(key, message, flow, message.length, blocks=message.blocks), None
+        flow, alone, blocks = KVInflow(message.blocks, *way), message.alone, message.blocks
+        return DecodeRequest(key, message, flow, message.length, alone=alone, blocks=blocks), None
 
     def grant_deferred(self, now: float, free_memory: FreeMemory | None) -> list[Action]:
         """Grant the deferred offers for which there is memory now.
@@ -263,10 +263,14 @@ class DecodeScheduler:
 
     def admit(self, most: int) -> list[Action]:
         """Admit landed requests to the batch, up to `most` in all."""
-        actions: list[Action] = []
-        for request in self.batch.admit(most):
-            actions += [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
-        return actions
+        return [action for request in self.batch.admit(most) for action in self._admitted(request)]
+
+    def admit_lone(self) -> list[Action]:
+        """Admit the request that the next step computes alone, unless it is in the batch already."""
+        return [action for request in self.batch.admit_lone() for action in self._admitted(request)]
+
+    def _admitted(self, request: DecodeRequest) -> list[Action]:
+        return [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
 
     def steps(self) -> bool:
         """Return whether the engine has a token to compute or blocks to allocate."""

@@ -147,7 +147,9 @@ class Dispatcher:
         if request.wanted_at is None:
             request.wanted_at = now
         need, excluded = self._need(request), self._excluded(request, now)
-        target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, excluded)
+        target = self.pool.choose(request, need, [*excluded, *request.lost], self.rng) if request.lost else None
+        if target is None:
+            target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, excluded)
         if target is not None:
             actions += self._offer_to(target, request, need, now)
         return target is not None
@@ -325,6 +327,7 @@ class Dispatcher:
             blocks=request.flow.blocks,
             length=request.length,
             waited_s=now - request.wanted_at,
+            alone=request.alone,
         )
         return Send(request.flow.target, offer)
 

@@ -136,6 +136,8 @@ class PrefillRequest:
     token: int | None = None  # the first output token, once computed
     end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+    alone: bool = False  # it is computed in lone steps only (Assign.alone)
+    lost: tuple[str, ...] = ()  # decode instances that were lost with it: they get it only if no other has memory
     avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
 
     @property
@@ -162,6 +164,13 @@ class PrefillRequest:
     def granted(self) -> bool:
         """Whether the decode instance of its open offer has reserved memory for it."""
         return self.flow.offer is not None and self.flow.granted
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether the decode instance of its open offer may have begun to decode it: all KV was announced. Its last
+        messages, the Grant included, may be lost."""
+        flow = self.flow
+        return self.token is not None and flow.exported == flow.blocks and flow.announced == flow.chunks
 
     def fits(self, capacity: Capacity) -> bool:
         """Return whether an engine can hold the whole request, its longest possible output included."""

@@ -15,7 +15,7 @@ from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.kv_send import KVSend
 from tetri.core.prefill.length_wait import LengthWait
-from tetri.core.prefill.queue import Queue, candidates, fill, ran
+from tetri.core.prefill.queue import Queue, candidates, fill, groups, ran
 from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
@@ -76,9 +76,11 @@ class PrefillScheduler:
         due = None if message.deadline_s is None else now + message.deadline_s
         queued, flow = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), KVOutflow(blocks)
         request = self.requests[key] = PrefillRequest(
-            key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s
+            *(key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s),
+            alone=message.alone,
+            lost=tuple(message.lost),
+            avoid=tuple(message.avoid),
         )
-        request.avoid = tuple(message.avoid)
         self._attempts.setdefault(request.rid, {})[key] = None
         self.queue.enter(request)
         return [*actions, *self.lengths.arrived(request)]
@@ -123,9 +125,22 @@ class PrefillScheduler:
         return [action for request in fresh for action in self._start(request, now)]
 
     def _choose(self, prompts: list[Progress]) -> None:
-        started, slots = self.queue.started, self.kv_send.spare()
-        self.expected = fill(self.own, self._budget, prompts, self.requests, started, slots)
+        slots, self.expected = self.kv_send.spare(), []
+        for group, started in groups(prompts, self.requests, self.queue.started):
+            if not self.expected:
+                self.expected = fill(self.own, self._budget, group, self.requests, started, slots)
         self.queue.short = bool(prompts) and not self.expected
+
+    def lone(self) -> PrefillRequest | None:
+        """Return the request that the planned chunk computes alone because it must be alone, or None."""
+        first = self.requests[self.expected[0].key] if self.expected else None
+        return first if first is not None and first.alone else None
+
+    def plan_alone(self, request: PrefillRequest | None) -> None:
+        """Plan a chunk of this started request alone, as large as possible, or no chunk. It is none, too, if slots are
+        short."""
+        self._budget = self.own.capacity.chunk_tokens
+        self._choose([] if request is None else [Progress(request.key, request.done, request.goal)])
 
     def _start(self, request: PrefillRequest, now: float) -> list[Action]:
         if not self.ledger.allocate(request.key, request.flow.blocks):
@@ -228,16 +243,20 @@ class PrefillScheduler:
     # ------------------------------------------------------------ giving up
 
     def give_up(
-        self, request: PrefillRequest, why: str, *, retry: bool = True, avoid: Sequence[str] = ()
+        self, request: PrefillRequest, why: str, *, retry: bool = True, avoid: Sequence[str] = (), lost: str = ""
     ) -> list[Action]:
-        """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed, if possible
-        without the instances in `avoid`."""
-        rid, attempt = request.rid, request.attempt
-        failed = self.own.report(Failed, rid=rid, attempt=attempt, why=why, retry=retry, avoid=list(avoid))
+        """Forget a request that cannot go on here, and report Failed. `retry`, `avoid` and `lost` as there."""
+        rid, attempt, avoided = request.rid, request.attempt, list(avoid)
+        failed = self.own.report(Failed, rid=rid, attempt=attempt, why=why, retry=retry, avoid=avoided, lost=lost)
         self._failed[request.key] = failed
         if len(self._failed) > MOST_FAILED:
             del self._failed[next(iter(self._failed))]
         return [*self._forget(request, why), failed]
+
+    def lost_with(self, request: PrefillRequest, iid: str) -> list[Action]:
+        """Report that a decode instance was lost that may have decoded the request, which goes on elsewhere."""
+        rid, attempt, request.lost = request.rid, request.attempt, (*request.lost, iid)
+        return [self.own.report(Staged, rid=rid, attempt=attempt, stage=Stage.MOVING, lost=iid)]
 
     def slot_deadlock(self) -> PrefillRequest | None:
         """Return the request to give up because a granted one waits for its slots; None without a deadlock."""

@@ -26,11 +26,12 @@ from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
 from tetri.core.worker.load_report import LoadReporter
+from tetri.core.worker.lone_steps import LoneSteps
 from tetri.engine_request import StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
-from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Resend
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Proceed, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
 MOST_UNKNOWN = 256  # most messages kept from senders that no Membership has listed yet
@@ -51,6 +52,7 @@ class Worker:
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator)
         self.dispatcher = self.prefill.dispatcher
         self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator)
+        self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
         self.reporter = LoadReporter(self.prefill, self.decode, now)
@@ -92,6 +94,8 @@ class Worker:
                 return self._answered(event, now)
             case Assign():
                 return self.prefill.assign(event, now)
+            case Proceed():
+                return self.lone_steps.proceed(event)
             case Close():
                 return self._closed(event)
             case ClusterView():
@@ -113,8 +117,6 @@ class Worker:
                 return self._flip(event, now)
             case PeerUp():
                 return [self._register(now)] if event.peer == BROKER else self._up(event.peer, now)
-            case PeerDown() if event.peer == BROKER:
-                return []  # keep working; PeerUp registers this worker again
             case PeerDown():
                 return self._down(event.peer, now)
         raise Broken(f"a worker does not handle {event}")
@@ -176,13 +178,21 @@ class Worker:
         if not len(self.prefill.queue) and not self.decode.forecast.requests:
             self.idle = True
             return []
+        self._fewer, lone_steps = False, self.lone_steps
+        if lone_steps.waits or lone_steps.next is not None:
+            actions = lone_steps.begin()
+            if lone_steps.running is not None or lone_steps.waits:
+                return self._start_step(actions, 1, now) if lone_steps.running is not None else self._wait(actions)
         budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
-        batch, prefill, self._fewer = self.decode.batch, self.prefill, False
+        batch, prefill = self.decode.batch, self.prefill
         admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
         decodes = len(batch.running) - len(batch.preempted)
         actions = admitted + self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
-        if len(prefill.queue):
+        if len(prefill.queue) and batch.lone is None:
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
+        lone = batch.lone or prefill.lone()
+        if lone is not None:
+            return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
             if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
                 actions += self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
@@ -198,8 +208,16 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
+        return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
+
+    def _start_step(self, actions: list[Action], most: int, now: float) -> list[Action]:
         self.stepping, self._step_at = True, now
-        return [*actions, Step(1 if prefill.expected else batch.most(timer - now))]
+        return [*actions, Step(most)]
+
+    def _wait(self, actions: list[Action]) -> list[Action]:
+        """Compute nothing until the next event."""
+        self.idle = True
+        return actions
 
     def _step_done(self, done: StepDone, now: float) -> list[Action]:
         self.stepping = False
@@ -219,6 +237,8 @@ class Worker:
         actions += self.decode.step_done(decoded)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
+        if self.lone_steps.running is not None:
+            actions += self.lone_steps.ended()
         way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
@@ -290,16 +310,19 @@ class Worker:
         return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
+        if peer == BROKER:
+            return []  # keep working; PeerUp registers this worker again
         self.peers.disconnected(peer)
         return self._lost(peer, now)
 
     def _lost(self, iid: str, now: float) -> list[Action]:
         actions = self.decode.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
-            if request.flow.movable:
+            if request.flow.movable and not (request.may_decode and request.lost):
+                actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
                 self.dispatcher.refused(request, "lost")
-            else:
-                actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV")
+            else:  # also a request that may have killed two
+                actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV", lost=iid)
         return [*actions, *self.dispatcher.dispatch(now)]
 
     # ------------------------------------------------------------ roles, reports and retries
@@ -349,7 +372,8 @@ class Worker:
         expired = self.decode.expire(now)
         if expired:
             self.idle = False  # others may have waited for them
-        return [*actions, *expired, *self.decode.resend_grants(), self.reporter.heartbeat()]
+        actions += [*expired, *self.decode.resend_grants(), self.reporter.heartbeat()]
+        return [*actions, *self.lone_steps.repeat()]
 
     def _unread(self, now: float) -> list[Action]:
         """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is

@@ -206,8 +206,8 @@ class VllmEngine:
         live = self._requests.get(key)
         if live is None:
             return
-        if live.engine_request.phase != "prefill":
-            raise EngineError(f"engine request {key!r} is a decode request: only a prefill request can be held")
+        if live.engine_request.phase == "decode" and (live.parked or live.request.unreserved):
+            raise EngineError(f"engine request {key!r} is not admitted: such a decode request cannot be held")
         live.request.held = held
 
     # ------------------------------------------------------------ steps

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tetri.core.actions import FromClient, Submitted
+from tetri.core.broker.suspects import GUILTY
 from tetri.engine.emulated import reference
 from tetri.engine_request import INVALID
 from tetri.request import Receipt, Sampling
@@ -214,7 +215,8 @@ class Client:
             assert self.cancelled or self.chance.faults.leave, done
         if done.reason == "deadline":
             assert self.deadline_s is not None and done.jct_s >= self.deadline_s, done
-        if done.reason in ("cancelled", "deadline") or done.error == INVALID or (self.chance.cuts and done.error):
+        expected = (done.error or "").startswith((INVALID, GUILTY)) or (self.chance.cuts and done.error)
+        if done.reason in ("cancelled", "deadline") or expected:
             assert self.ids == right[: len(self.ids)], f"client {self.key} has {self.ids}, not {right}"
             return
         assert (self.ids, self.text) == (right, text), f"client {self.key} has {self.ids}, not {right}"
