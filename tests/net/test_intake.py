@@ -7,9 +7,9 @@ import pytest
 import zmq
 
 from tests.net.hubs import PATIENCE, events, hubs, ipc, plain, until
-from tetri.net.intake import MAX_MESSAGES
+from tetri.net.intake import MAX_CLIENT_BYTES, MAX_MESSAGES
 from tetri.wire import codec
-from tetri.wire.clients import Attach, ClientMessage
+from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.messages import Close, ClusterView, InboxMessage, Load, LoadReport
 
 GOOD = {
@@ -148,6 +148,19 @@ def test_bytes_that_are_no_zeromq_at_all(target, noise):
         socket.sendall(noise)
         target.sender()
     target.sender()
+
+
+def test_large_messages_of_clients_leave_the_others_their_turn(run_folder, context):
+    """One that is decoded slowly is the last of its poll, however many wait."""
+    large = Submit(key="k", secret="s", prompt="x" * MAX_CLIENT_BYTES)
+    with hubs(1) as (hub,):
+        client = context.socket(zmq.DEALER)
+        client.connect(hub.bind_clients(ipc(run_folder, "clients"), ClientMessage))
+        for message in (GOOD["clients"][2], large, large, large, GOOD["clients"][2]):
+            client.send(codec.encode(message))
+        batches = []
+        until(lambda: batches.append(hub.poll(0.05)) or sum(map(len, batches)) == 5)
+        assert all(event.message != large for batch in batches for event in batch[:-1])
 
 
 @pytest.mark.parametrize("flooded", ["inbox", "loads"])

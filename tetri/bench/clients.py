@@ -49,6 +49,7 @@ KINDS = ("blocking", "asyncio, whole answers", "asyncio, pieces")
 LIMIT_US, LIMIT_PROBE_MS = 20.0, 1.0
 LIMIT_GAP_MS = 200.0  # beyond the time between two tokens
 PATIENCE_S = 600.0
+SPARE = 64  # requests that may be open besides those of the one client
 PHASES = ("reads", "stopped", "reads again")
 
 
@@ -170,7 +171,7 @@ class PlayedCluster:
     def __init__(self, hub: Hub, context: zmq.Context[Any], address: str, streams: int, tokens: int) -> None:
         capacity = Capacity(blocks=1 << 20, block_tokens=16, chunk_tokens=1 << 15, max_batch=1 << 14, context=1 << 14)
         engine = EmulatedEngine(capacity=capacity, token_bytes=8, vocabulary=64, cost=Cost())
-        limits = Limits(context=capacity.context, vocabulary=64, max_open=streams + 1, dead_s=PATIENCE_S)
+        limits = Limits(context=capacity.context, vocabulary=64, max_open=streams + SPARE, dead_s=PATIENCE_S)
         self.core = Broker(limits, Rules(), 1, Random(1), time.monotonic())
         logger = logging.getLogger("bench")
         texts = Texts([], hub.wake, 0, logger)  # these prompts are token ids

@@ -15,6 +15,7 @@ from tetri.wire.events import Arrived
 # Limits per socket and poll, so that a flood on one socket does not starve the others.
 MAX_MESSAGES = 256
 MAX_BYTES = 32 << 20
+MAX_CLIENT_BYTES = 1 << 20  # a Submit of 2 MB with many turns takes up to 0.1 s to decode: streams go on between two
 _MAX_COMPLAINTS = 256  # (sender, kind) pairs to log; limited, because a sender can invent identities
 
 
@@ -35,8 +36,9 @@ class Intake:
         """The waiting messages, up to the limits above. Counts and drops invalid ones."""
         arrived: list[Arrived] = []
         count = size = 0
+        most = MAX_BYTES if self._router is None else MAX_CLIENT_BYTES
         self.more = True
-        while count < MAX_MESSAGES and size < MAX_BYTES:
+        while count < MAX_MESSAGES and size < most:
             frames = self._receive()
             if frames is None:
                 self.more = False
