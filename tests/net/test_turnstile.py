@@ -144,8 +144,10 @@ def test_a_path_that_another_process_took_over_is_left_to_it(run_folder, caplog)
     address, path = ipc(run_folder, "loads"), run_folder / "loads"
     with hubs(1) as (hub,):
         hub.bind_subscriber(address, LoadReport)
+        at_first = path.stat().st_ino
         with plain(address):
-            path.rename(run_folder / "old")
+            until(lambda: path.stat().st_ino != at_first)  # it has entered: nobody puts anything at the path now
+        path.rename(run_folder / "old")
         with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as late:
             other.bind(str(path))
             late.connect(str(run_folder / "old"))

@@ -30,7 +30,7 @@ def test_without_faults_every_request_gets_its_tokens():
 def test_every_kind_of_wrong_chunk_is_met():
     """What the stories below are worth: each counter counts, and KV comes over both paths."""
     counted, paths = Counter(), Counter()
-    for seed in range(24):  # the rarest is met a few times
+    for seed in range(36):  # the rarest is met a few times
         wrong = {"corrupt": 0.5, "lose": 0.1, "truncate": 0.1, "mangle": 0.1, "replay": 0.8, "overtake": 0.4}
         faults = Faults(**wrong, delay=0.3, kill=0.5, until=1.0)
         world = story(seed, faults, some_shape(seed).but(kv_paths=FAR, decode=1))
