@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.core.build import assign, capacity, grant, instance, landed, membership, refuse, unread
+from tests.core.build import assign, capacity, close, grant, instance, landed, membership, refuse, unread
 from tests.core.driver import working
 from tests.core.reading import kinds, sent
 from tetri.core.actions import BROKER
@@ -56,6 +56,18 @@ def test_after_a_pause_one_request_tries_it_again_and_success_ends_the_matter():
     told.answer("b", grant)
     told.take("b")
     assert told.heartbeat().unread_by == {} and offered(compute(told, "d")) == [("d1", "d")]
+
+
+def test_a_probe_that_succeeds_shows_it_also_when_the_broker_hears_of_that_first():
+    told = begin("d1", "d2")
+    told.tell(unread("a"))
+    told.now = FIRST_S
+    assert offered(compute(told, "b")) == [("d1", "b")]
+    told.answer("b", grant)
+    told.tell(close("b"))
+    assert [*told.heartbeat().unread_by] == ["d1"]
+    told.tell(landed("b", 0, told.asked["b"][1].offer))
+    assert told.heartbeat().unread_by == {}
 
 
 def test_a_probe_that_fails_goes_elsewhere_and_the_next_pause_is_longer():

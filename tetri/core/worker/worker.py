@@ -278,7 +278,10 @@ class Worker:
 
     def _answered(self, event: Grant | Defer | Refuse | Landed, now: float) -> list[Action]:
         request = self.dispatcher.request_of(event)
-        if request is None:  # the offer was dropped, and the Drop may have been lost
+        if request is None:  # the offer is closed
+            if isinstance(event, Landed):  # the broker's Close was faster; but who copied a chunk can read
+                self.dispatcher.breaker.succeeded(event.src)
+            # The offer was dropped, and the Drop may have been lost.
             return [self.dispatcher.renounce(event)] if isinstance(event, Grant | Defer) else []
         if isinstance(event, Defer):
             self.dispatcher.defer(request, now)
