@@ -20,8 +20,8 @@ from tetri.request import blocks_for
 
 #: Share of the memory that `peak` keeps in reserve for requests that exceed their predicted end. In a simulation (256
 #: requests of the paper's figure 1 at once, accuracy 74.9 %, high ends, two memory sizes at which greedy admission
-#: preempts 10 and 20 % of the requests), peak preempts 1.7 and 1.0 % without the margin and 0.0 and 0.5 % with it; the
-#: mean JCT grows by at most 0.7 %.
+#: preempted 10 and 20 % of the requests before grants left `next_growth` free), peak preempted 1.7 and 1.0 % without
+#: the margin and 0.0 and 0.5 % with it; the mean JCT grew by at most 0.7 %.
 MARGIN = 0.02
 
 
