@@ -98,3 +98,4 @@ def endless(message):
 
 
 STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m", "monitor": None}
+STATUS |= {"notes": []}

@@ -24,7 +24,7 @@ from typing import Any, Self
 import starts
 from forks import Program
 
-from tetri.client import AsyncClient, Client, Result
+from tetri.client import AsyncClient, Client, Operator, Result
 from tetri.config import Config, load
 
 REPOSITORY = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ class LiveCluster:
         self.conf = conf
         self.config: Config = load(conf, self.overrides)
         self.processes: dict[str, subprocess.Popen[bytes] | Program] = {}
-        self.clients: list[Client] = []
+        self.clients: list[Client | Operator] = []
         self.killed: list[str] = []
 
     def __enter__(self) -> Self:
@@ -102,6 +102,11 @@ class LiveCluster:
         client = Client(self.config.clients_address, **options)
         self.clients.append(client)
         return client
+
+    def operator(self, **options: Any) -> Operator:
+        operator = Operator(self.config.operators_address, **options)
+        self.clients.append(operator)
+        return operator
 
     def answers(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Result]:
         """Of prompts that are all sent at once."""

@@ -6,6 +6,7 @@ beside it: what arrives for them is kept. Not thread-safe.
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ class NoAnswer(Exception):
 
 
 class RawClient:
-    """`address` is the broker's clients address; `timeout` the seconds that any one answer may take."""
+    """`address` is the broker's clients address; `timeout` the seconds that any one answer may take. One that is to go
+    on with another's request gets its `secret`."""
 
     def __init__(self, address: str, timeout: float = 10.0) -> None:
         self.timeout = timeout
@@ -35,6 +37,7 @@ class RawClient:
         self._socket.sndhwm = self._socket.rcvhwm = 1000
         self._socket.connect(address)
         self._kept: list[Message] = []
+        self.secret = secrets.token_hex(16)
 
     def close(self) -> None:
         """Leave without a word, as a client that dies does."""
@@ -83,7 +86,7 @@ class RawClient:
         """The broker's Accepted or Refused. `sampling` are fields of Sampling, as in `max_tokens=8`."""
         key = key or uuid.uuid4().hex
         turns = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-        fields: Message = {"key": key, "messages" if turns else "prompt": prompt}
+        fields: Message = {"key": key, "secret": self.secret, "messages" if turns else "prompt": prompt}
         if deadline_s is not None:
             fields["deadline_s"] = deadline_s
         if sampling:
@@ -114,7 +117,7 @@ class RawClient:
 
     def cancel(self, rid: str) -> Message:
         """The Done (whatever else came for the request is dropped) or the Refused."""
-        self.send("cancel", rid=rid)
+        self.send("cancel", rid=rid, secret=self.secret)
         while True:
             message = self._next(lambda one: rid in (one.get("rid"), one.get("key")), f"end of {rid}")
             if message["type"] in ("done", "refused"):
@@ -122,7 +125,7 @@ class RawClient:
 
     def attach(self, rid: str, start: int = 0) -> None:
         """Ask for the stream from token `start` on."""
-        self.send("attach", rid=rid, start=start)
+        self.send("attach", rid=rid, secret=self.secret, start=start)
 
     def inspect(self) -> Message:
         """The Status."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tetri.faults import KINDS, Chance, Faults, FaultsError, parse_faults
+from tetri.faults import KINDS, Chance, Cut, Faults, FaultsError, parse_cuts, parse_faults
 
 ALL = (
     "drop=0.01,delay=0.02,duplicate=0.01,reorder=0.01,flip=0.01,truncate=0.01,replay=0.005,die=0.0005,"
@@ -46,6 +46,33 @@ def test_what_is_wrong_is_said_in_one_line(text: str, says: str) -> None:
     with pytest.raises(FaultsError) as error:
         parse_faults(text)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "cuts"),
+    [
+        ("", []),
+        ("d1", [Cut("d1")]),
+        (" p0>d1 , flip:d0@file", [Cut("d1", "p0"), Cut("d0", flips=True, by_file=True)]),
+        ("flip:p0>d1@5-20.5", [Cut("d1", "p0", flips=True, start=5.0, stop=20.5)]),
+    ],
+)
+def test_cuts_name_a_reader_perhaps_a_sender_and_a_time(text: str, cuts: list[Cut]) -> None:
+    assert parse_cuts(text) == tuple(cuts)
+
+
+@pytest.mark.parametrize("text", ["p0>", ">d1", "d1@5", "d1@5-5", "d1@x-y", "lose:d1", "d1 d2", "d1@file-5"])
+def test_what_is_no_cut_is_said_in_one_line(text: str) -> None:
+    with pytest.raises(FaultsError, match=r"write READER or SENDER>READER") as error:
+        parse_cuts(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_applies_to_its_reader_sender_and_time() -> None:
+    cut = Cut("d1", "p0", start=5.0, stop=20.0)
+    assert [cut.applies("d1", "p0", now) for now in (4.9, 5.0, 19.9, 20.0)] == [False, True, True, False]
+    assert not cut.applies("d0", "p0", 6.0) and not cut.applies("d1", "p1", 6.0)
+    assert [Cut("d1", by_file=True).applies("d1", "p9", 6.0, file) for file in (False, True)] == [False, True]
 
 
 def falls(chance: Chance) -> list[bool]:

@@ -1,4 +1,6 @@
+import codecs
 import json
+import re
 import time
 
 import pytest
@@ -125,55 +127,89 @@ def test_half_a_surrogate_is_refused(tokenizer):
 # ---------------------------------------------------------------------------------------------- Stopper
 
 
-def naive(tokenizer, ids, stop):
-    """The definition: whole text, first stop to complete, longest of those; and the tokens that count."""
-    text = decode(tokenizer, ids)
-    for end in range(1, len(text) + 1):
-        matched = [len(s) for s in stop if text[:end].endswith(s)]
-        if matched:
-            return text[: end - max(matched)], True, end
-    return text, False, None
+def naive(tokenizer, ids, stop, least=0):
+    """The definition: whole text, first stop to be complete after `least` tokens, longest of those; and the tokens that
+    count. Special tokens of a stop have a text here, which is not shown."""
+    named = {text: i for text, i in tokenizer.specials.items() if any(text in each for each in stop)}
+    spelled = [text for each in stop for text in {each, re.sub("<[se]>", lambda m: MARKS[m[0]], each)}]
+    utf8, text, counts = codecs.getincrementaldecoder("utf-8")("replace"), "", []
+    for count, token in enumerate([*ids, None], 1):
+        mark = "".join(MARKS[name] for name, i in named.items() if i == token)
+        bits = b"" if token is None else tokenizer.token_bytes(token)
+        text += utf8.decode(bits, final=bool(mark) or token is None) + mark
+        counts += [min(count, len(ids))] * (len(text) - len(counts))
+    for end, count in enumerate(counts, 1):
+        matched = [len(s) for s in spelled if text[:end].endswith(s)]
+        if matched and count > least:
+            return text[: end - max(matched)].translate(HIDDEN), True, count
+    return text.translate(HIDDEN), False, len(ids)
 
 
-def run(tokenizer, ids, stop, cuts=(), output=0):
+def run(tokenizer, ids, stop, cuts=(), output=0, least=0):
     """All that a Stopper releases, fed in pieces; checks that what is shown never contains a stop."""
-    stopper = Stopper(tokenizer, stop, ids[:output])
-    earlier = Stopper(tokenizer, stop).feed(ids[:output]).text
+    stopper = Stopper(tokenizer, stop, ids[:output], least)
+    earlier = Stopper(tokenizer, stop, min_tokens=least).feed(ids[:output]).text
     shown, start = earlier, output
     for cut in [*sorted(c for c in cuts if c > output), len(ids)]:
         shown += stopper.feed(ids[start:cut]).text
         start = max(start, cut)
-        assert not any(s in shown for s in stop)
+        assert least or any("<" in s for s in stop) or not any(s in shown for s in stop)
     last = stopper.finish()
     return shown + last.text, last.stopped, last.counted
 
 
+MARKS = {"<s>": "\ud800", "<e>": "\ud801"}
+HIDDEN = dict.fromkeys(map(ord, MARKS.values()))
+least = st.integers(0, 12)
 outbox = st.text(st.sampled_from("ab\n"), min_size=1, max_size=5)
 stops = st.lists(outbox, max_size=3)
 cuts = st.lists(st.integers(0, 60), max_size=6)
 
 
-@given(st.text(st.sampled_from("ab\n"), max_size=60), stops, cuts, st.integers(0, 20))
-@example("aaab", ["aab"], [], 0)
-@example("ababac", ["abac"], [3], 0)
-@example("abcd", ["bcd", "c"], [], 0)
-def test_one_character_a_token(text, stop, cuts, output):
+@given(st.text(st.sampled_from("ab\n"), max_size=60), stops, cuts, st.integers(0, 20), least)
+@example("aaab", ["aab"], [], 0, 0)
+@example("ababac", ["abac"], [3], 0, 0)
+@example("abcd", ["bcd", "c"], [], 0, 0)
+@example("abab", ["ab"], [1], 0, 2)
+@example("aab", ["ab", "a"], [], 0, 2)
+def test_one_character_a_token(text, stop, cuts, output, least):
     ids = BYTES.encode(text)
-    expected, stopped, end = naive(BYTES, ids, stop)
-    assert run(BYTES, ids, stop, cuts, min(output, len(ids))) == (expected, stopped, end or len(ids))
+    assert run(BYTES, ids, stop, cuts, min(output, len(ids)), least) == naive(BYTES, ids, stop, least)
 
 
-words = st.lists(st.one_of(st.integers(0, 420), st.sampled_from([0xE6 + 2, 100, 130, 250])), max_size=40)
-pieces = st.text(st.sampled_from("the cat日é\ufffd"), min_size=1, max_size=4)
+words = st.lists(st.one_of(st.integers(0, 420), st.sampled_from([0, 1, 0xE6 + 2, 100, 130, 250])), max_size=40)
+plain = st.text(st.sampled_from("the cat日é\ufffd"), min_size=1, max_size=4)
+special = st.sampled_from(["<e>", "<s>", "t<e>", "<e><s>", "<s> "])
 
 
-@given(words, st.lists(pieces, max_size=3), cuts)
-def test_tokens_of_a_model_stops_anywhere(tokenizer, ids, stop, cuts):
-    expected, stopped, _ = naive(tokenizer, ids, stop)
-    text, did_stop, counted = run(tokenizer, ids, stop, cuts)
-    assert (text, did_stop) == (expected, stopped)
-    if stopped and not any("\ufffd" in s for s in stop):
-        assert naive(tokenizer, ids[:counted], stop)[1] and not naive(tokenizer, ids[: counted - 1], stop)[1]
+@given(words, st.lists(plain | special, max_size=3), cuts, least)
+def test_tokens_of_a_model_stops_anywhere(tokenizer, ids, stop, cuts, least):
+    assert run(tokenizer, ids, stop, cuts, least=least) == naive(tokenizer, ids, stop, least)
+
+
+@pytest.mark.parametrize(
+    ("stop", "least", "end", "text"),
+    [
+        (["<e>"], 0, 4, "the cat"),  # by id
+        (["cat<e>"], 0, 4, "the "),  # with text before it
+        (["<e> sat"], 0, 5, "the cat"),  # with text after it
+        (["<e>"], 4, None, "the cat sat"),
+        (["<s>"], 0, 1, ""),
+        (["cat"], 3, None, "the cat sat"),  # complete within the first three tokens
+        (["cat sat"], 4, 5, "the "),  # begun within them
+        (["<e>", " cat"], 0, 3, "the"),
+    ],
+)
+def test_a_stop_text_may_name_special_tokens_and_counts_after_min_tokens(tokenizer, stop, least, end, text):
+    ids = [0, *tokenizer.encode("the"), *tokenizer.encode(" cat"), 1, *tokenizer.encode(" sat")]
+    assert len(ids) == 5
+    for cuts in ((), range(6)):
+        assert run(tokenizer, ids, stop, cuts, least=least) == (text, end is not None, end or 5)
+
+
+def test_a_special_token_that_is_spelled_out_stops_too(tokenizer):
+    ids = [i for char in "so <e>" for i in tokenizer.encode(char)]
+    assert 1 not in ids and run(tokenizer, ids, ["<e>"]) == ("so ", True, 6)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), cuts)

@@ -13,6 +13,8 @@ from tetri.request import LengthDistribution, Record, Sampling
 
 Phase = Literal["prefill", "decode"]
 
+INVALID = "the model computed no valid number for this request (NaN logits)"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -43,11 +45,13 @@ class Span(Record, frozen=True, gc=False):
 
 class Sampled(Record, frozen=True, gc=False):
     """The new tokens of one engine request, one per forward pass. `reason`: why it ended with the last of them, "stop"
-    (end of sequence) or "length"; None if it continues."""
+    (end of sequence) or "length"; None if it continues. "error": the pass after them gave no token, and `error` says
+    why."""
 
     key: str
     ids: tuple[int, ...]
     reason: str | None
+    error: str | None = None
 
     @property
     def token(self) -> int:

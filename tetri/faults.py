@@ -1,5 +1,5 @@
 """Fault injection in the KV hand-over, for rehearsals and tests: the faults, their probabilities and the random
-choice. It is off unless the configuration sets `transfer.faults`."""
+choice, and the cuts. It is off unless the configuration sets `transfer.faults` or `transfer.cuts`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
@@ -20,9 +21,9 @@ class FaultsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Probabilities from 0 to 1. `drop` to `replay` apply to each message of a hand-over (Offer, Grant, Refuse, Chunk,
-    Landed, Drop), `flip` to `late` to each fetch of a KV chunk, `spoil` to each KV chunk that is put into the slab,
-    `die` to each step of a hand-over."""
+    """Probabilities from 0 to 1. `drop` to `replay` apply to each message of a hand-over (Offer, Grant, Defer, Refuse,
+    Chunk, Landed, Drop), `flip` to `late` to each fetch of a KV chunk, `spoil` to each KV chunk that is put into the
+    slab, `die` to each step of a hand-over."""
 
     drop: float = 0.0  # the message is not sent
     duplicate: float = 0.0  # the message is sent twice
@@ -76,6 +77,45 @@ def parsed_pairs(text: str, known: Sequence[str], example: str) -> Iterator[tupl
             raise FaultsError(f"{name} must be a plain number, got {number[:40]!r}")
         seen.add(name)
         yield name, number
+
+
+_CUT = re.compile(r"(flip:)?(?:(\w+)>)?(\w+)(?:@(file|(\d{1,9}(?:\.\d{1,9})?)-(\d{1,9}(?:\.\d{1,9})?)))?", re.ASCII)
+_CUTS = 'write READER or SENDER>READER, then @FROM-TO in seconds or @file if it is not for ever, as in "d1, p0>d0@5-20"'
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A fault for a while: the KV that `reader` fetches from `sender` ("": from any instance) cannot be read, or with
+    `flips` is wrong. Messages pass. It lasts from `start` to `stop` seconds, or with `by_file` while a file exists."""
+
+    reader: str
+    sender: str = ""
+    flips: bool = False
+    start: float = 0.0
+    stop: float = inf
+    by_file: bool = False
+
+    def applies(self, reader: str, sender: str, now: float, file: bool = False) -> bool:
+        """Whether a fetch fails now. `file`: whether the file exists."""
+        if self.reader != reader or self.sender not in ("", sender):
+            return False
+        return file if self.by_file else self.start <= now < self.stop
+
+
+def parse_cuts(text: str) -> tuple[Cut, ...]:
+    """Parse cuts, separated by commas: "d1" (whatever d1 fetches cannot be read), "p0>d1" (what it fetches from p0),
+    "flip:d1" (what it fetches is wrong), "d1@5-20" (from 5 to 20 seconds), "d1@file". Raises FaultsError."""
+    cuts = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        found = _CUT.fullmatch(part)
+        if found is None:
+            raise FaultsError(f"{part[:40]!r} is no cut: {_CUTS}")
+        flips, sender, reader, when, start, stop = found.groups()
+        cut = Cut(reader, sender or "", bool(flips), float(start or 0), float(stop or inf), when == "file")
+        if not cut.start < cut.stop:
+            raise FaultsError(f"{part[:40]!r} ends before it begins: {_CUTS}")
+        cuts.append(cut)
+    return tuple(cuts)
 
 
 class Chance:

@@ -17,6 +17,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(max_length=128)]  # a request id, an instance id or a client's key
 Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
 ROLES = ("prefill", "decode", "mixed")  # the new work that an instance takes; mixed: both kinds
 PREFILL_ROLES = ("prefill", "mixed")
@@ -132,9 +133,10 @@ class Receipt(Record, frozen=True):
     kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved)
     preempted   number of preemptions
     refetched   number of fetches that were repeated because a KV chunk arrived corrupt
+    continued   output tokens of earlier attempts: the last attempt computed their KV anew and continued from there
 
-    Only the worker that ends a request knows these. They are None if no worker ended it: the request was cancelled,
-    failed, passed its deadline, or the broker found a stop text first.
+    Only the worker that ends a request knows these, except `continued`. They are None if no worker ended it: the
+    request was cancelled, failed, passed its deadline, or the broker found a stop text first.
     """
 
     prompt_tokens: int
@@ -148,6 +150,7 @@ class Receipt(Record, frozen=True):
     preempted: int | None = None
     attempts: int = 1
     refetched: int | None = None
+    continued: Count = 0
 
 
 class Usage(Record, frozen=True):

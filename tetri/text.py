@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from tetri.control_tokens import ControlTokens
 from tetri.request import Turn
+
+ROLES = ("system", "user", "assistant")
+
+_SURROGATES = 0xD800  # the first of 2048 code points that no valid text contains
 
 
 class TextError(ValueError):
@@ -22,9 +27,10 @@ class TextError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """A tokenizer. `eos_ids`: token ids that end the output."""
+    """A tokenizer. `eos_ids`: token ids that end the output. `specials`: id of each special token, by its text."""
 
     eos_ids: frozenset[int]
+    specials: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt, including the tokens that the model expects before it. Raises TextError."""
@@ -40,6 +46,7 @@ class ByteTokenizer:
     """The tokenizer of engines without a model: ids below 256 are bytes, other ids become a hexadecimal number."""
 
     eos_ids: frozenset[int] = frozenset()
+    specials: Mapping[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
@@ -53,27 +60,69 @@ class ByteTokenizer:
 
 
 class ModelTokenizer:
-    """The tokenizer of a checkpoint. `load_tokenizer` creates it."""
+    """The tokenizer of a checkpoint. `load_tokenizer` creates it. `named`: the texts of the bos and eos tokens, for the
+    template. `specials_in_prompt`: whether special tokens in the text of a prompt count, or are ordinary text."""
 
-    def __init__(self, inner: Any, template: Any, specials: dict[str, str], eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self, inner: Any, template: Any, named: dict[str, str], eos_ids: frozenset[int], specials_in_prompt: bool
+    ) -> None:
         self.eos_ids = eos_ids
         self._inner = inner
         self._template = template
-        self._specials = specials
+        self._named = named
+        self._specials_in_prompt = specials_in_prompt
         self._bytes: dict[int, bytes] = {}  # cache, by token id
-        self._silent = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        added = inner.get_added_tokens_decoder()
+        self.specials: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
+        self._silent = frozenset(self.specials.values())
+        # Some models separate turns by added tokens that are not marked as special.
+        turns = "" if template is None else self._separators()
+        others = {token.content: i for i, token in added.items() if token.content.strip() and token.content in turns}
+        self._controls = ControlTokens(inner, {**others, **self.specials})
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
-        return list(self._inner.encode(text).ids)
+        if self._specials_in_prompt:
+            return list(self._inner.encode(text).ids)
+        before, after = self._around()
+        return [*before, *self._controls.encode(self._controls.hidden(text), _utf8), *after]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the model expects before and after a prompt."""
+        whole, bare = self._inner.encode("a").ids, self._inner.encode("a", add_special_tokens=False).ids
+        at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
 
     def chat(self, turns: Sequence[Turn]) -> list[int]:
+        """As in `Tokenizer`. Only the template makes control tokens; in the text of a turn they are ordinary text."""
         if self._template is None:
             raise TextError("the model has no chat template: send a prompt instead of messages")
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        text = _rendered(self._template, messages, self._specials)
-        _utf8(text)
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        for turn in turns:
+            if turn.role not in ROLES:  # a template may make a token of it
+                raise TextError(f"a role must be one of {', '.join(ROLES)}, got {turn.role[:40]!r}")
+            _utf8(turn.content)
+        controls = self._controls
+        text = self._render(turns, controls.hidden)
+        if any(controls.may_begin(turn.content) for turn in turns):
+            # A template that changes or joins texts might complete a control token that is in none of them.
+            broken = self._render(turns, controls.broken)
+            text = text if controls.named(text) == controls.named(broken) else broken
+        ids = controls.encode(text, _utf8)
+        if controls.among(ids) != controls.named(text):  # an unusual tokenizer, which normalizes before it looks
+            raise TextError("a text of this conversation spells a special token")
+        return ids
+
+    def _render(self, turns: Sequence[Turn], keep_out: Callable[[str], str]) -> str:
+        messages = [{"role": turn.role, "content": keep_out(turn.content)} for turn in turns]
+        return _rendered(self._template, messages, self._named)
+
+    def _separators(self) -> str:
+        """The text of a conversation without contents; "" if the template refuses it."""
+        roles = ("user", "assistant", "user")
+        try:
+            return _rendered(self._template, [{"role": role, "content": ""} for role in roles], self._named, ask=False)
+        except TextError:
+            return ""
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self._bytes:
@@ -95,8 +144,9 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json and the files that belong to it in a checkpoint's folder. Raises TextError."""
+def load_tokenizer(folder: str | Path, *, specials_in_prompt: bool = True) -> Tokenizer:
+    """Read tokenizer.json and the files that belong to it in a checkpoint's folder. `specials_in_prompt`: whether
+    special tokens in the text of a prompt count. Raises TextError."""
     from tokenizers import Tokenizer as Inner
 
     folder = Path(folder)
@@ -111,13 +161,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     settings = _json(folder / "tokenizer_config.json")
-    specials = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
+    named = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
     eos_ids = _eos_ids(folder)
-    if (token := inner.token_to_id(specials.get("eos_token", ""))) is not None:
+    if (token := inner.token_to_id(named.get("eos_token", ""))) is not None:
         eos_ids |= {token}
     if not eos_ids:
         raise TextError(f"{folder}: no file names the end-of-sequence token (generation_config.json should)")
-    return ModelTokenizer(inner, _template(folder, settings), specials, eos_ids)
+    return ModelTokenizer(inner, _template(folder, settings), named, eos_ids, specials_in_prompt)
 
 
 def _utf8(text: str) -> bytes:
@@ -192,11 +242,12 @@ def _refuse(reason: str) -> None:
     raise TextError(f"the chat template refuses this conversation: {_line(reason)}")
 
 
-def _rendered(template: Any, messages: list[dict[str, str]], specials: dict[str, str]) -> str:
+def _rendered(template: Any, messages: list[dict[str, str]], named: dict[str, str], *, ask: bool = True) -> str:
+    """`ask`: up to the start of the assistant's answer."""
     from jinja2 import TemplateError
 
     try:
-        return str(template.render(messages=messages, add_generation_prompt=True, **specials))
+        return str(template.render(messages=messages, add_generation_prompt=ask, **named))
     except (TemplateError, TypeError, KeyError, AttributeError, ArithmeticError, OverflowError) as error:
         raise TextError(f"the chat template fails on this conversation: {_line(error)}") from None
 
@@ -221,15 +272,27 @@ class Stopper:
     counts. The answer is the text before it and does not depend on how the text is divided into tokens. Text that may
     be the beginning of a stop string is held back.
 
+    A special token has no text, so a stop string that contains one also matches the token's id; the string may have
+    other text around it. Spelled out by ordinary tokens, it matches as any text does.
+
     `output`: tokens of this answer that an earlier Stopper has processed; their text is not released again.
+    `min_tokens`: only a stop string that a later token than the first `min_tokens` completes counts, as in vLLM. It may
+    have begun before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
         self.stopped = False
         self.counted = 0
+        self._min_tokens = min_tokens
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = tuple(stop)
+        self._marks = _marks(tokenizer.specials, stop)
+        by_id = [_marked(text, self._marks) for text in stop]
+        self._stop = tuple(dict.fromkeys([*stop, *by_id]))
+        self._mark_of = {tokenizer.specials[text]: mark for text, mark in self._marks.items()}
+        self._hidden = dict.fromkeys(map(ord, self._marks.values()))
         self._first = frozenset(text[0] for text in self._stop)
         self._reach = max(map(len, self._stop), default=1) - 1  # most characters that may have to be held back
         self._held = ""
@@ -242,15 +305,15 @@ class Stopper:
             if self.stopped:
                 break
             self.counted += 1
-            shown.append(self._release(self._utf8.decode(self._token_bytes(token))))
-        return Released("".join(shown), self.stopped, self.counted)
+            shown.append(self._release(self._text_of(token)))
+        return Released(self._shown("".join(shown)), self.stopped, self.counted)
 
     def finish(self) -> Released:
         """End the output and release the text that was held back; an incomplete character becomes U+FFFD."""
         text = "" if self.stopped else self._release(self._utf8.decode(b"", final=True))
         text += self._held
         self._held = ""
-        return Released(text, self.stopped, self.counted)
+        return Released(self._shown(text), self.stopped, self.counted)
 
     def advance(self, ids: Iterable[int], final: bool) -> tuple[str, int | None]:
         """Process the next output tokens, the last ones if `final`. Returns the text to show, and the number of tokens
@@ -262,15 +325,28 @@ class Stopper:
             text += released.text
         return text, released.counted if released.stopped else None
 
+    def _text_of(self, token: int) -> str:
+        """The characters that a token completes, or the mark of a special token in a stop string."""
+        mark = self._mark_of.get(token)
+        if mark is None:
+            return self._utf8.decode(self._token_bytes(token))
+        return self._utf8.decode(b"", final=True) + mark  # no character continues beyond a special token
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._hidden) if self._hidden else text
+
     def _release(self, new: str) -> str:
         if not self._stop or not new:
             return new
         # A match that ends in `new` cannot begin before the held text: only a possible beginning is held.
         text = self._held + new
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)[1]]
+        if self.counted > self._min_tokens:
+            old = len(self._held) + 1
+            found = [(text.find(stop, max(0, old - len(stop))), len(stop)) for stop in self._stop]
+            ends = [(at + length, at) for at, length in found if at >= 0]
+            if ends:
+                self.stopped, self._held = True, ""
+                return text[: min(ends)[1]]
         keep = self._keep(text)
         self._held = text[keep:]
         return text[:keep]
@@ -280,6 +356,19 @@ class Stopper:
         for at in range(max(0, len(text) - self._reach), len(text)):
             if text[at] in self._first:
                 rest = text[at:]
-                if any(stop.startswith(rest) for stop in self._stop):
+                if any(len(stop) > len(rest) and stop.startswith(rest) for stop in self._stop):
                     return at
         return len(text)
+
+
+def _marks(specials: Mapping[str, int], stop: Sequence[str]) -> dict[str, str]:
+    """A mark for each special token that a stop string contains, longer tokens first. It is half a surrogate pair,
+    which neither decoded output nor a stop string can contain."""
+    named = sorted((text for text in specials if any(text in each for each in stop)), key=len, reverse=True)
+    return {text: chr(_SURROGATES + number) for number, text in enumerate(named)}
+
+
+def _marked(text: str, marks: Mapping[str, str]) -> str:
+    for special, mark in marks.items():
+        text = text.replace(special, mark)
+    return text

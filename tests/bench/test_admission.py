@@ -1,14 +1,16 @@
-"""tools/bench_admission, and the shape of what it shows: few seeds, half of the requests, half of the memory."""
+"""tools/bench_admission, and the shape of what it shows: few seeds, half of the requests, less memory."""
 
+import json
 import subprocess
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+from click.testing import CliRunner
 
 from tetri.bench import admission
-from tetri.bench.admission import Load, SimError, binding, loads_for, targets
+from tetri.bench.admission import AMPLE, SYSTEMS, Load, targets
 
 REPOSITORY = Path(__file__).parents[2]
 BINDING = Load(kv_tokens=14_000, requests=128)
@@ -18,19 +20,26 @@ SEEDS = 2
 @cache
 def measured(system):
     """(mean JCT, share of requests that were preempted)."""
-    runs = [admission.run(BINDING, 0.5, admission.SYSTEMS[system], seed) for seed in range(SEEDS)]
+    runs = [admission.run(BINDING, 0.5, SYSTEMS[system], seed) for seed in range(SEEDS)]
     return fmean(each.jct_mean for each in runs), fmean(each.preempted for each in runs)
 
 
-def test_peak_preempts_hardly_anybody_and_ends_requests_as_soon_as_the_best():
-    (greedy, often), (dynamic, _), (peak, seldom) = map(measured, ("greedy", "reserve_dynamic", "peak"))
-    assert often > 0.05 and seldom <= 0.01
-    assert peak <= 1.02 * min(greedy, dynamic) * 1.02  # the second for the few seeds
+def test_since_grants_leave_memory_for_growth_no_policy_ends_requests_sooner_than_greedy():
+    """What it would admit too early is still at the prefill instance. `tests/sim/test_micro.py` shows the policies
+    where grants take all memory: there reserve-static is behind, as in the paper."""
+    greedy, dynamic, static, peak = (measured(n)[0] for n in ("greedy", "reserve_dynamic", "reserve_static", "peak"))
+    assert abs(dynamic / greedy - 1) < 0.02 and abs(static / greedy - 1) < 0.02
+    assert greedy <= admission.RATIO_LIMIT * peak
+
+
+def test_peak_preempts_hardly_anybody_and_nobody_with_true_lengths():
+    assert measured("peak")[1] <= 0.01 < measured("greedy")[1]
     assert measured("peak ideal")[1] == 0
 
 
-def test_reserve_static_is_behind_reserve_dynamic():
-    assert measured("reserve_static")[0] > 1.04 * measured("reserve_dynamic")[0]
+def test_memory_binds_here_so_that_eight_times_as_much_makes_requests_end_sooner():
+    ample = fmean(admission.run(Load(8 * 14_000, 128), 0.5, SYSTEMS["greedy"], seed).jct_mean for seed in range(SEEDS))
+    assert ample <= admission.BINDS * measured("greedy")[0]
 
 
 def test_what_a_seed_draws_is_the_same_for_all_policies_and_comes_at_the_rate(tmp_path):
@@ -48,37 +57,54 @@ def test_what_a_seed_draws_is_the_same_for_all_policies_and_comes_at_the_rate(tm
     assert len({admission.arrivals_of(load, seed)[0][0].prompt for seed in range(9)}) > 1
 
 
-def test_the_first_load_that_binds_is_taken():
-    loads = loads_for("paper", 1.0, None, "", 0)
-    capacities = [load.kv_tokens for load in loads]
-    assert capacities == sorted(capacities, reverse=True) and capacities[0] == 2 * 39_000
-    halves = loads_for("paper", 0.5, loads[3], "", 0)
-    assert [load.kv_tokens for load in halves] == [loads[3].kv_tokens // 2]
-    rates = [load.rate for load in loads_for("trace", 2.0, None, "file", 50)]
-    assert rates == sorted(rates) and rates[-1] > 5
-
-    def mapped(_, prefill_requests):
-        return [admission.Run(1.0, 1.0, 0.0 if load.kv_tokens > 40_000 else 0.07, 1.0) for load, *_ in prefill_requests]
-
-    said = []
-    assert binding(loads, 2, 0.06, 0.5, mapped, said.append).kv_tokens == 39_000
-    assert len(said) == capacities.index(39_000) + 1 and "7.0%" in said[-1]
-    with pytest.raises(SimError, match="never preempts 10%"):
-        binding(loads, 2, 0.1, 0.5, mapped, said.append)
-
-
-def row(mean, preempted, spread=0.5):
-    return {"jct_mean": {"mean": mean, "low": mean - spread, "high": mean + spread}, "preempted": preempted}
+def row(mean, preempted=0.0):
+    return {"jct_mean": {"mean": mean, "low": mean - 1, "high": mean + 1}, "preempted": preempted}
 
 
 @pytest.mark.parametrize(
-    "peak, met",
-    [((10.1, 0.01), True), ((10.3, 0.01), False), ((10.1, 0.011), False), ((10.1, 0.01, 1.0), False)],
+    "changed, met",
+    [
+        ({}, True),
+        ({"greedy": row(10.3)}, False),  # peak is better
+        ({"greedy": row(10.1, 0.031)}, False),
+        ({"peak ideal": row(10.0, 0.001)}, False),
+        ({AMPLE: row(9.7)}, False),  # memory does not bind
+    ],
 )
-def test_the_targets(peak, met):
-    """1.02 x the better, apart from one of them, and 1 % preempted."""
-    rows = {"greedy": row(11.5, 0.06), "reserve_dynamic": row(10.0, 0.06), "peak": row(*peak)}
+def test_the_targets(changed, met):
+    """Greedy within 1.02 x the best of the others, 3 % preempted, nobody by peak with true lengths; memory binds."""
+    others = {name: row(11.0) for name in SYSTEMS}
+    rows = others | {"greedy": row(10.1, 0.03), "peak": row(10.0), AMPLE: row(8.0)} | changed
     assert targets(rows)["ok"] is met
+
+
+def test_each_size_is_compared_with_eight_times_the_memory(monkeypatch):
+    def simulated(load, reserve_share, rules, seed):
+        return admission.Run(1e6 / load.kv_tokens + seed, 1.0, 0.02 if rules.admit == "greedy" else 0.0, 1.0)
+
+    class Here:
+        """Stands in for a pool of processes."""
+
+        imap = staticmethod(map)
+
+        def Pool(self, workers):
+            return self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(admission, "run", simulated)
+    monkeypatch.setattr(admission, "get_context", lambda _: Here())
+    command = ["--kv-tokens", "10000", "--kv-tokens", "20000", "--seeds", "2", "--json"]
+    done = CliRunner().invoke(admission.main, command)
+    ten, twenty = json.loads(done.stdout)["points"]
+    assert [ten["kv_tokens"], twenty["kv_tokens"]] == [10_000, 20_000]
+    assert ten["systems"]["peak"]["jct_mean"]["mean"] == 100.5 and ten["systems"][AMPLE]["jct_mean"]["mean"] == 13.0
+    assert ten["systems"][AMPLE]["over_greedy"]["mean"] == pytest.approx((12.5 / 100 + 13.5 / 101) / 2)
+    assert ten["targets"]["ok"] and ten["targets"]["greedy_preempted"] == 0.02
 
 
 def test_a_trace_that_is_too_short_is_one_line(tmp_path):

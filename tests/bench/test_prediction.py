@@ -59,6 +59,16 @@ def test_every_policy_has_every_predictor_beside_none(point):
         assert ("right" in each) == (each["length"] in prediction.TRAINED)
 
 
+def test_some_predictors_alone_need_no_predictions_of_the_others(tmp_path, source):
+    texts = tmp_path / "lengths.jsonl"
+    texts.write_text('{"prompt_tokens": 20, "tokens": 30, "width": 100}\n')
+    point = prediction.compared(replace(source, predictions=texts), SMALL, 2, map, ("none", "prior"))
+    assert [each["length"] for each in point["rows"]] == ["none", "prior"]
+    shown = prediction_tables.tables(point)
+    assert all(len(line.split("|")) == 5 for line in shown.splitlines() if "|" in line)
+    prediction_tables.draw(tmp_path / "x.png", [point])
+
+
 def test_greedy_admission_on_one_instance_asks_nobody(source):
     none, oracle = (prediction.run((source, SMALL, "greedy", kind, 0))["jct_mean"] for kind in ("none", "oracle"))
     assert none == pytest.approx(oracle)

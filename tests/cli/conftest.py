@@ -27,7 +27,7 @@ def broker(place):
 
         def start(reply=answer):
             fake = started.enter_context(FakeBroker(reply))
-            (place / "cluster.json").write_text(json.dumps({"clients": fake.address}))
+            (place / "cluster.json").write_text(json.dumps({"clients": fake.address, "operators": fake.address}))
             return fake
 
         yield start

@@ -110,6 +110,16 @@ def test_the_dead_are_named_with_what_to_do_and_swept_when_told(doctor, slab, de
     assert doctor()[0] == 0
 
 
+def test_a_segment_that_others_removed_is_told_with_what_to_do(doctor, slab):
+    os.unlink(f"/dev/shm/{slab.segment.name}")
+    status, out = doctor()
+    (problem,) = problems(status, out)
+    assert problem.startswith(f"{slab.segment.name}: was removed from /dev/shm while p0 (process {os.getpid()}) runs")
+    assert "loginctl enable-linger" in problem and "RemoveIPC=no" in problem
+    assert "alive  8.0 MB  0 of 8 slots used" in out
+    assert [segment["unlinked"] for segment in json.loads(doctor("--json")[1])["segments"]] == [True]
+
+
 def test_a_slot_that_is_used_for_long_is_a_suspected_leak(doctor, slab):
     old, _ = slab.put(2, NOTHING, "p:r1:1")
     slab.put(1, NOTHING, "p:r2:1")

@@ -98,7 +98,7 @@ def test_faults_are_injected_counted_and_survived(run):
 
 
 def test_a_broken_promise_is_one_line_with_the_seed_and_the_time(run, monkeypatch):
-    def wrong(kv, position, sampling, vocabulary):
+    def wrong(kv, position, sampling, vocabulary, salt):
         return position % vocabulary
 
     monkeypatch.setattr("tetri.engine.emulated.next_token", wrong)
@@ -141,6 +141,9 @@ def test_the_help_explains_every_fault(run):
         (["--faults", "drop=1.5"], "--faults: drop must be from 0 to 1, got 1.5"),
         (["--faults", "kill=1001"], "--faults: kill must be from 0 to 1000 a second, got 1001"),
         (["--faults", "drop=0.1,down=2000000"], "--faults: down must be from 0 to 1e+06 seconds, got 2000000"),
+        (["--cuts", "p0>"], "--cuts: 'p0>' is no cut: write READER or SENDER>READER"),
+        (["--cuts", "d0@file"], "--cuts: there is no file in a simulation: give seconds"),
+        (["--system", "coupled", "--cuts", "d0"], "leave out --cuts"),
         (["--faults", "until=3"], "--faults: nothing would go wrong: give a fault a number above 0"),
         (["--system", "coupled", "--faults", "drop=0.1"], "leave out --faults"),
         (["--trace", "bad.csv"], "bad.csv:3: must be a time and two numbers of tokens from 1 to 10000000, got 'x,1,1'"),

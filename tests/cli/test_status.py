@@ -28,12 +28,17 @@ def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, b
     out = run("status")[1].splitlines()
     assert out[-4].endswith("  shm 2, stream 1")
     assert [re.split(r"\s{2,}", line) for line in out[-2:]] == [
-        ["KV received by", "counted"],
+        ["counted by", "events"],
         ["d0", "late 3, healed 12"],
     ]
     assert json.loads(run("status", "--json")[1])["instances"] == [quiet, noted]
     broker(lambda message: [{**STATUS, "instances": [quiet]}])
-    assert "KV received by" not in run("status")[1]
+    assert "counted by" not in run("status")[1]
+
+
+def test_status_ends_with_what_works_worse_than_it_should(run, broker):
+    broker(lambda message: [{**STATUS, "instances": [INSTANCE], "notes": ["no cost table", "d0 is lost: silent"]}])
+    assert run("status")[1].splitlines()[-2:] == ["degraded  no cost table", "degraded  d0 is lost: silent"]
 
 
 def test_status_says_how_well_lengths_are_predicted(run, broker):

@@ -26,8 +26,8 @@ def test_many_requests_at_once():
             async def streamed(word):
                 return "".join([piece async for piece in client.stream(word)])
 
-            texts = await asyncio.gather(*(streamed(f"<{i}>") for i in range(50)))
-            assert texts == [f"<{i}>" * 3 for i in range(50)]
+            texts = await asyncio.gather(*(streamed(f"<{i}>") for i in range(200)))
+            assert texts == [f"<{i}>" * 3 for i in range(200)]
 
     with FakeBroker(reply) as broker:
         asyncio.run(main(broker.address))

@@ -21,7 +21,7 @@ def test_a_whole_answer(generate):
     assert result.to_json()["receipt"]["chunks"] == 1 and result.to_json()["usage"]["prompt_tokens"] == 2
     [message] = broker.seen
     assert message["sampling"] == {"max_tokens": 3, "temperature": 1.0, "stop": ["END"]}
-    assert message["prompt"] == "hi" and len(message["key"]) == 16
+    assert message["prompt"] == "hi" and len(message["key"]) == 16 and len(bytes.fromhex(message["secret"])) == 16
 
 
 def test_a_lost_submit_is_sent_again_with_its_key_and_garbage_is_skipped(generate):
@@ -41,6 +41,7 @@ def test_lost_deltas_are_asked_for_by_index(generate):
         with FakeBroker(script) as broker:
             assert generate(broker.address).text == "one two three"
         assert {m["start"] for m in broker.seen if m["type"] == "attach"} == {start}
+        assert len({m["secret"] for m in broker.seen}) == 1
 
 
 def test_duplicates_and_overlaps_change_nothing(generate):
@@ -104,16 +105,32 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
     assert str(caught.value) == f"no such request {why}"
 
 
+def test_a_cancel_is_sent_and_repeated_however_many_deltas_come():
+    """Many wait in the socket of a client that has not read for a while, and are read first."""
+    session, patience = Session(), Patience(timeout=10, silence_s=5, resend_s=1)
+    request = Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0)
+    session.add(request)
+    session.tick(0.0)
+    session.receive([pack(type="accepted", key="k", rid="r1", prompt_tokens=1)], 0.1)
+    session.cancel(request, 0.2)
+    sent = []
+    for step in range(25):
+        now = 0.2 + 0.1 * step
+        session.receive([pack(**delta(0) | {"start": step})], now)
+        sent += [(round(now, 1), msgpack.unpackb(frame[1:])["type"]) for frame in session.tick(now)]
+    assert [each for each in sent if each[1] == "cancel"] == [(0.2, "cancel"), (1.2, "cancel"), (2.2, "cancel")]
+
+
 def test_a_late_accepted_of_a_given_up_request_is_cancelled():
     def sent(frame):
         return msgpack.unpackb(frame[1:])
 
     session, patience = Session(), Patience(timeout=1, silence_s=1, resend_s=1)
-    session.calls.append(Request("k", submit("k", "hi", None, None, {}), patience, now=0.0))
+    session.add(Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0))
     assert [sent(f)["type"] for f in session.tick(0.0)] == ["submit"]
     assert session.deadline() == 1.0
-    assert session.tick(1.0) == [] and session.calls == []
+    assert session.tick(1.0) == [] and session.open == 0
     session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1)], 1.5)
-    assert [sent(f) for f in session.tick(1.5)] == [{"type": "cancel", "rid": "r7"}]
+    assert [sent(f) for f in session.tick(1.5)] == [{"type": "cancel", "rid": "r7", "secret": "s"}]
     session.receive([b"x", b"y"], 2.0)
     assert session.ignored == 1

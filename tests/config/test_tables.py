@@ -13,10 +13,12 @@ from tetri.policy.views import FlipSettings
 
 def test_addresses_follow_the_run_directory(write, tmp_path, monkeypatch):
     config = load(write(PAIR), [f"cluster.run_dir={tmp_path}"])
-    for name in ("clients", "events", "loads", "views"):
+    for name in ("clients", "operators", "events", "loads", "views"):
         assert getattr(config, f"{name}_address") == f"ipc://{tmp_path}/{name}"
     assert config.inbox_address("p0") == f"ipc://{tmp_path}/inbox-p0"
-    assert load(write(PAIR), ["broker.clients=tcp://127.0.0.1:5555"]).clients_address == "tcp://127.0.0.1:5555"
+    elsewhere = load(write(PAIR), [f"cluster.run_dir={tmp_path}", "broker.clients=tcp://127.0.0.1:5555"])
+    assert elsewhere.clients_address == "tcp://127.0.0.1:5555"
+    assert elsewhere.operators_address == f"ipc://{tmp_path}/operators"
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert Config().run_dir == Path("/run/user/7/tetri")
     monkeypatch.delenv("XDG_RUNTIME_DIR")

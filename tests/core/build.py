@@ -14,7 +14,7 @@ from tetri.instance import Capacity, Fingerprint, Instance, Reach
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
 from tetri.request import LengthRange, Receipt, Sampling, blocks_for
-from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import (
     Assign,
     Close,
@@ -93,9 +93,13 @@ def ready(iid: str, role: str, incarnation: int = 1, load: Load = IDLE, **change
     return Ready(instance=instance(iid, role, incarnation, **changes), load=load)
 
 
-def heartbeat(iid: str, *holds: Hold, role: str = "any", incarnation: int = 1, **changes: Any) -> Heartbeat:
-    load = Load(free_blocks=7)
-    return Heartbeat(iid=iid, incarnation=incarnation, role=role, load=load, holds=list(holds), **changes)
+def heartbeat(
+    iid: str, *holds: Hold, role: str = "any", incarnation: int = 1, epoch: int = 42, read: int = 0, **changes: Any
+) -> Heartbeat:
+    """From a worker that has read the broker's messages before Membership `read`, by default not one Membership."""
+    load = changes.pop("load", Load(free_blocks=7))
+    own = {"iid": iid, "incarnation": incarnation, "role": role, "load": load}
+    return Heartbeat(**own, holds=list(holds), epoch=epoch, read=read, **changes)
 
 
 def report(iid: str, role: str, incarnation: int = 1, **load: Any) -> LoadReport:
@@ -118,8 +122,8 @@ def ending(iid: str, rid: str, start: int, *ids: int, reason: str = "length", at
     return [tokens(iid, rid, start, *ids, reason=reason, attempt=attempt)]
 
 
-def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1) -> Failed:
-    return Failed(iid=iid, incarnation=1, rid=rid, attempt=attempt, why="oh no", retry=retry)
+def failed(iid: str, rid: str, *, retry: bool, attempt: int = 1, avoid: Iterable[str] = ()) -> Failed:
+    return Failed(iid=iid, incarnation=1, rid=rid, attempt=attempt, why="oh no", retry=retry, avoid=[*avoid])
 
 
 # ---------------------------------------------------------------- to workers
@@ -130,22 +134,28 @@ def instance(iid: str, role: str, incarnation: int = 1, **changes: Any) -> Insta
     return Instance(iid=iid, incarnation=incarnation, role=role, **{**fields, **changes})
 
 
-def membership(number: int, *instances: Instance, epoch: int = 1) -> Membership:
-    return Membership(epoch=epoch, number=number, instances=list(instances))
+def membership(
+    number: int, *instances: Instance, epoch: int = 1, serial: int | None = None, **change: Any
+) -> Membership:
+    """A whole one, or a change with `since` and `gone`. By default the broker has sent none without a change."""
+    serial = number if serial is None else serial
+    return Membership(epoch=epoch, number=number, serial=serial, instances=list(instances), **change)
 
 
-def view(number: int, epoch: int = 1, **free_blocks: int) -> ClusterView:
-    """A ClusterView in which each instance has so many free blocks."""
-    loads = [InstanceLoad(iid, 1, "decode", 0.0, Load(free_blocks=free)) for iid, free in free_blocks.items()]
+def view(number: int, epoch: int = 1, **free_blocks: int | Load) -> ClusterView:
+    """A ClusterView in which each instance has so many free blocks, or such a load."""
+    given = {iid: load if isinstance(load, Load) else Load(free_blocks=load) for iid, load in free_blocks.items()}
+    loads = [InstanceLoad(iid, 1, "decode", 0.0, load) for iid, load in given.items()]
     return ClusterView(epoch=epoch, number=number, loads=loads)
 
 
 def assign(
     rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8, **changes: Any
 ) -> Assign:
-    """A request of `prompt` tokens; `changes` of its sampling."""
+    """A request of `prompt` tokens; `changes` of its sampling, and what to `avoid`."""
+    avoid = [*changes.pop("avoid", ())]
     sampling = Sampling(max_tokens=max_tokens, **changes)
-    return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling)
+    return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling, avoid=avoid)
 
 
 def offer(rid: str, prompt: int, output: Iterable[int] = (), max_tokens: int = 8, **changes: Any) -> Offer:
@@ -197,8 +207,19 @@ def grant(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Grant
     return Grant(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
 
 
-def refuse(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Refuse:
-    return Refuse(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number, why="full")
+def defer(rid: str, number: int = 1, src: str = "d1", attempt: int = 1) -> Defer:
+    return Defer(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number)
+
+
+def refuse(rid: str, number: int = 1, src: str = "d1", attempt: int = 1, **changes: Any) -> Refuse:
+    why = changes.pop("why", "full")
+    return Refuse(src=src, incarnation=1, rid=rid, attempt=attempt, offer=number, why=why, **changes)
+
+
+def unread(rid: str, number: int = 1, src: str = "d1", attempt: int = 1, corrupt: bool = False) -> Refuse:
+    """It could not read a chunk."""
+    why = f"chunk 0 is {'flipped' if corrupt else 'lost'}"
+    return refuse(rid, number, src, attempt, why=why, unread=True, corrupt=corrupt)
 
 
 def landed(rid: str, index: int, number: int = 1, src: str = "d1", attempt: int = 1) -> Landed:

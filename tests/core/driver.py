@@ -94,7 +94,7 @@ class Working(Told):
     def _chunk(self, out: Iterable[str]) -> list[Span]:
         found, room = list[Span](), 0 if self.most is None else self.own.capacity.chunk_tokens
         for key, size in self.sizes.items():
-            room -= 0 if key in out else size if key in self.preempted else 1
+            room -= 0 if key in out or key in self.held else size if key in self.preempted else 1
         for key, start in self.computed.items():
             stop = min(len(self.requests[key].tokens), start + room)
             if key not in self.held and stop > start:
@@ -119,7 +119,7 @@ class Working(Told):
         planned = self.later() if self.most is None else []
         assert self.most is not None and passes <= self.most, kinds(planned)
         lost = [key for key in self.requests if key.split(":")[1] in preempted]
-        away = [*lost, *(key for key in self.sizes if key.split(":")[1] in out)]
+        away = [*lost, *self.held, *(key for key in self.sizes if key.split(":")[1] in out)]
         ran = self._chunk(away) if spans is None else [Span(f"p:{rid}:1", *span) for rid, *span in spans]
         tokens, held = list[Sampled](), [(key, 0) for key in lost]
         says = [
@@ -177,10 +177,10 @@ class Working(Told):
         self.up.update(dict.fromkeys(new))
         return actions + self.tell(*map(PeerUp, new))
 
-    def view(self, **free_blocks: int) -> list[Action]:
-        """The monitor tells of their memory."""
+    def view(self, **loads: int | Load) -> list[Action]:
+        """The monitor tells of their memory, or load."""
         self.viewed += 1
-        return self.tell(view(self.viewed, **free_blocks))
+        return self.tell(view(self.viewed, **loads))
 
     def answer(self, rid: str, make: Callable[..., Any]) -> list[Action]:
         """Whoever was asked last to decode it grants or refuses that."""

@@ -70,13 +70,15 @@ class Calls:
 @pytest.mark.parametrize(
     ("setup", "most"),
     [
-        (PLAIN, 15),
+        (PLAIN, 16),
         (replace(PLAIN, prefill=0, decode=0, mixed=1), 18),
-        (replace(PLAIN, rules=replace(ONE.rules, length="noisy")), 15),
+        (replace(PLAIN, rules=replace(ONE.rules, length="noisy")), 16),
     ],
     ids=["one of each", "one that does both", "lengths are predicted"],
 )
 def test_one_request_never_comes_back_into_a_file_that_it_has_left(setup, most):
+    """Most are entered in a tick with a heartbeat, a load report and a step. Any step grants deferred offers first, and
+    both reports tell of them: so each tick looks into `decode/deferred`."""
     calls = Calls(CORES)
     world = World(setup, [Arrival(0.0, 14, 4)])
     with calls.recorded():
@@ -92,7 +94,7 @@ def test_nor_do_many_where_much_goes_wrong(shape, seed):
     calls = Calls(CORES)
     with calls.recorded():
         story(seed, some_faults(seed), shape(seed))
-    assert calls.back == set() and calls.most() <= 21
+    assert calls.back == set() and calls.most() <= 22
 
 
 # ---------------------------------------------------------------- what the test is worth

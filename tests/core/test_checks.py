@@ -109,7 +109,7 @@ def test_a_leg_that_is_planned_without_room_is_found(monkeypatch):
     [
         (lambda core: core.members.by_iid.pop("p1"), "held by p1, which is lost or unknown"),
         (lambda core: core.members.turn(core.members.by_iid["d1"], "decode"), "d1 changes to mixed"),
-        (lambda core: core.timers.set(("tea", "00002a-1"), 0.0), "unknown timer tea"),
+        (lambda core: core.timers.set(("tea", "r1"), 0.0), "unknown timer tea"),
     ],
 )
 def test_a_broker_that_is_out_of_date_is_found(spoil, complaint):

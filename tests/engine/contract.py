@@ -190,11 +190,40 @@ class EngineContract:
         engine.hold("a", False)
         assert computed(engine.step()) == {"a": 40}
 
-    def test_only_a_prefill_leg_can_be_held(self, engine):
-        engine.add(engine_request("d", "decode", prompt(10)))
-        with pytest.raises(EngineError, match="only a prefill request can be held"):
-            engine.hold("d", True)
+    def test_a_decode_leg_can_be_held_once_it_is_admitted(self, engine):
+        tokens = prompt(10)
+        copies, first = prefill(engine, "p", tokens)
+        engine.add(engine_request("d", "decode", tokens))
+        for _ in range(2):
+            with pytest.raises(EngineError, match="is not admitted"):
+                engine.hold("d", True)
+            engine.step()
+        engine.adopt("d", 0, [memoryview(block) for block in copies])
+        engine.admit("d", first.token)
+        engine.step()
+        engine.hold("d", True)
         engine.cancel("d")
+
+    def test_one_decode_can_run_alone_while_the_batch_is_held(self, engine):
+        prompts = {"a": prompt(40), "b": prompt(72), "c": prompt(16)}
+        first = adopt_all(engine, prompts)
+        outputs = {key: [first[key]] for key in prompts}
+        for held_keys in ((), "ab", "abc", "b", ()):
+            for key in prompts:
+                engine.hold(key, key in held_keys)
+            step = engine.step()
+            assert computed(step) == {key: 1 for key in prompts if key not in held_keys}
+            self.collect(step, outputs)
+        engine.add(engine_request("long", "prefill", prompt(70)))
+        for key in prompts:
+            engine.hold(key, True)
+        assert [computed(engine.step()) for _ in range(2)] == [{"long": 64}, {"long": 6}]
+        for key in prompts:
+            engine.hold(key, False)
+        rest = run(engine, *prompts)[0]
+        for key, tokens in prompts.items():
+            right = self.right(tokens, Sampling(max_tokens=8, ignore_eos=True))
+            assert [*outputs[key], *rest[key]] == right
 
     # ------------------------------------------------------------ memory
 

@@ -7,6 +7,7 @@ from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prom
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, next_token, reference
+from tetri.engine_request import INVALID
 from tetri.instance import Capacity
 from tetri.request import Sampling
 
@@ -54,6 +55,49 @@ class TestContract(EngineContract):
 
     def right(self, tokens, sampling):
         return reference(tokens, sampling, VOCABULARY, 8)
+
+
+@pytest.mark.parametrize("most", [1, 6])
+def test_a_request_without_a_valid_number_ends_and_its_neighbour_goes_on(most):
+    sampling, prompts = Sampling(max_tokens=8, ignore_eos=True), {"a": prompt(5), "b": prompt(5, 1)}
+    right = {key: reference(tokens, sampling, VOCABULARY, 8) for key, tokens in prompts.items()}
+    bad = next(token for token in right["a"][1:6] if token not in [*right["b"], *prompt(5), *prompt(5, 1)])
+    engine = emulated(nan_token=bad)
+    out = {key: [first] for key, first in adopt_all(engine, prompts).items()}
+    ends = {}
+    while len(ends) < 2:
+        for sampled in engine.step(most).tokens:
+            out[sampled.key] += sampled.ids
+            if sampled.reason:
+                ends[sampled.key] = (sampled.reason, sampled.error)
+    assert out == {"a": right["a"][: right["a"].index(bad) + 1], "b": right["b"]}
+    assert ends == {"a": ("error", INVALID), "b": ("length", None)}
+    assert len(engine.free) == SMALL.blocks
+    engine.paged.check()
+
+
+def test_a_prompt_without_a_valid_number_ends_with_no_token():
+    engine = emulated(nan_token=prompt(5)[2])
+    _, sampled = prefill(engine, "a", prompt(5))
+    assert (sampled.ids, sampled.reason, sampled.error) == ((), "error", INVALID)
+    assert len(engine.free) == SMALL.blocks
+
+
+def test_the_engine_dies_in_the_step_that_computes_the_deadly_token_in_either_phase():
+    died, tokens = [], prompt(5)
+    right = reference(tokens, Sampling(max_tokens=8, ignore_eos=True), VOCABULARY, 8)
+    engine = emulated(deadly_token=right[2], die=lambda: died.append(True))
+    assert right[2] not in [*tokens, *right[:2]]
+    adopt_all(engine, {"a": tokens})
+    counts = []
+    for _ in range(3):
+        engine.step()
+        counts.append(len(died))
+    assert counts == [0, 0, 1], "the decode that samples it lives, the next one computes it"
+    engine.add(engine_request("b", "prefill", (*tokens, *right[:3]), output_from=5))
+    engine.cancel("a")
+    engine.step()
+    assert len(died) == 2
 
 
 @pytest.fixture

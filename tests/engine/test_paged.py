@@ -132,7 +132,11 @@ def disturb(engine, rng, key):
         engine.add(engine_request(key, "prefill", prompt(rng.randint(1, 20))))
         engine.hold(key, rng.random() < 0.5)
     elif engine.slots:
-        engine.cancel(rng.choice(list(engine.slots)))
+        slot = rng.choice(list(engine.slots.values()))
+        if slot.admitted and drawn < 0.9:
+            engine.hold(slot.key, not slot.held)
+        else:
+            engine.cancel(slot.key)
 
 
 def test_such_lives_see_preemptions():

@@ -12,7 +12,7 @@ NOTHING = Handle(segment="s", slots=[], generations=[], block_bytes=1)
 class Under:
     """A store that writes down what it is asked for; over `stream` it answers `later` what it has in `later`."""
 
-    slots = free_slots = reach = put = free = freed = meet = None
+    slots = free_slots = reach = put = free = freed = meet = counters = None
 
     def __init__(self):
         self.asked, self.later, self.gone, self.wakes, self.closed = [], [], [], None, False

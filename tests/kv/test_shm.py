@@ -2,14 +2,16 @@
 
 import errno
 import os
+import resource
 from contextlib import closing
 
 import pytest
+from msgspec.structs import replace
 
 from tests.kv.contract import StoreContract
 from tests.kv.mapped import ShmWorld
 from tests.kv.parties import BLOCK, SLOTS, block, end
-from tetri.kv import StoreSettings, open_store
+from tetri.kv import StoreSettings, open_store, segment
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.shm import ShmSlab, sweep
 
@@ -29,6 +31,53 @@ def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(pair, tmp_pat
     receiver.meet(sender)
     with pytest.raises(KVLost, match="cannot be opened"):
         receiver.fetch(chunk)
+
+
+@pytest.mark.parametrize("lacks", ["descriptors", "one descriptor", "address space"])
+def test_a_reader_without_descriptors_or_memory_loses_nothing_but_the_chunk(pair, monkeypatch, lacks):
+    """It lives, and reads on when it has them again."""
+    sender, receiver = pair
+    chunk, (soft, hard) = sender.put(block(1)), resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/", os.O_RDONLY)
+    os.close(lowest)
+    if lacks == "address space":
+        monkeypatch.setattr(segment.mmap, "mmap", _no_memory)
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + (lacks == "one descriptor"), hard))
+    try:
+        with pytest.raises(KVLost, match="Too many open files|Cannot allocate memory"):
+            receiver.fetch(chunk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        monkeypatch.undo()
+    assert receiver.fetch(chunk) == [block(1)]
+
+
+def _no_memory(*what, **flags):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_a_segment_whose_name_others_remove_is_read_as_before(world, pair, tmp_path):
+    """Also by a receiver that opens it only now. It is the same memory: what is freed is lost to all."""
+    sender, receiver = pair
+    chunks = [sender.put(block(1)), sender.put(block(2))]
+    assert receiver.fetch(chunks[0]) == [block(1)] and sender.store.counters() == {}
+    os.unlink(tmp_path / chunks[0].handle.segment)
+    assert sender.store.counters() == {"segment_unlinked": 1}
+    late, stranger = world.open("d1"), world.open("d2")
+    late.store.meet("p0", replace(sender.store.reach, process=os.getpid()))
+    stranger.meet(sender)  # the process that it was told is another one
+    assert [each.fetch(chunks[1]) for each in (receiver, late)] == [[block(2)]] * 2
+    with pytest.raises(KVLost, match="cannot be opened"):
+        stranger.fetch(chunks[1])
+    sender.free(chunks[1])
+    for each in (receiver, late):
+        with pytest.raises(KVLost, match="is in generation 2"):
+            each.fetch(chunks[1])
+    assert late.fetch(sender.put(block(3))) == [block(3)]
+    sender.give_back()
+    sender.close()
+    assert sender.store.counters() == {}
 
 
 def test_sweep_removes_the_dead_and_only_them(slab, tmp_path):

@@ -34,5 +34,7 @@ def test_a_chunk_larger_than_any_before_grows_the_staging_and_a_wrong_digest_is_
         assert [bytes(view) for view in buffer.fetch(slab.segment, handle, digest)] == blocks
         slab.free(handle)
     handle, digest = slab.put(1, nothing)
+    with pytest.raises(KVLost, match="of memory for KV that arrives"):
+        staging.populated(1 << 62)
     with pytest.raises(KVError, match=f"{digest:016x}, announced {digest ^ 1:016x}"):
         Staging(0).fetch(slab.segment, handle, digest ^ 1)

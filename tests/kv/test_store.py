@@ -1,9 +1,12 @@
 """A worker's store: its slab and the reader of each path (tests/kv/contract.py has what a path promises)."""
 
 import os
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
+import zmq
+from live import wait_until
 
 from tests.kv.parties import block
 from tetri.kv import StoreSettings, open_store
@@ -65,3 +68,16 @@ def test_an_unknown_transport_is_one_line_that_names_the_known():
         open_store(StoreSettings("test-store", "p0", 2, 10, "carrier pigeon"))
     assert all(path in str(caught.value) for path in pairing.TRANSPORTS)
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("tetri-test-store-")], "nothing is left"
+
+
+def test_what_a_path_counts_is_named_after_it(store):
+    """Of the stream, which has two threads that count; shared memory counts nothing."""
+    assert store.counters() == {}
+    stranger = zmq.Context()
+    with closing(open_store(StoreSettings("test-store", "d0", 2, 100, "stream"))) as streaming, stranger:
+        socket = stranger.socket(zmq.DEALER)
+        socket.connect(streaming.reach.address)
+        socket.send(b"nonsense")
+        counted = {"stream_served_garbage_version": 1}
+        wait_until(lambda: streaming.counters() == counted, "not counted")
+        socket.close(0)

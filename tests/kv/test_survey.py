@@ -5,6 +5,7 @@ import time
 
 from tests.kv.contract_slab import nothing
 from tests.kv.parties import BLOCK, SLOTS, end
+from tetri.kv.segment import attach
 from tetri.kv.shm import ShmSlab
 from tetri.kv.survey import remove, survey
 
@@ -50,6 +51,19 @@ def test_what_a_killed_owner_left_says_whose_it_was_and_can_be_removed(slab, tmp
     }
     assert [remove(seen[iid], str(tmp_path)) for iid in ("p0", "p-1", "p-1")] == [False, True, False]
     assert [left.iid for left in survey("test", str(tmp_path))] == ["p0"]
+
+
+def test_a_segment_without_a_name_is_found_while_its_owner_lives(slab, tmp_path):
+    slab.put(1, nothing, "p:r1:1")
+    os.unlink(tmp_path / slab.segment.name)
+    reader = attach(str(tmp_path), "test", slab.segment.name, os.getpid())
+    (seen,) = survey("test", str(tmp_path))
+    assert (seen.name, seen.iid, seen.alive, seen.unlinked) == (slab.segment.name, "p0", True, True)
+    assert [page.owner for page in seen.pages] == ["p:r1:1"]
+    assert survey("test", "/dev/shm") == survey("other", str(tmp_path)) == []
+    end(slab.segment.name + " (deleted)")
+    assert survey("test", str(tmp_path)) == []
+    reader.close()
 
 
 def test_deployments_whose_names_begin_alike_are_told_apart(tmp_path):

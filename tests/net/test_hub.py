@@ -9,7 +9,7 @@ from tests.net.hubs import PATIENCE, events, hubs, ipc, linked, some, until
 from tetri.net import NetError
 from tetri.request import Sampling
 from tetri.wire import codec
-from tetri.wire.clients import Accepted, Attach, BrokerReply, Cancel, ClientMessage, Delta
+from tetri.wire.clients import Accepted, Attach, BrokerReply, ClientMessage, Delta, Inspect, OperatorMessage
 from tetri.wire.events import Arrived, PeerUp
 from tetri.wire.messages import Assign, Close, InboxMessage
 
@@ -53,7 +53,7 @@ def test_messages_reach_an_inbox_in_order_unless_too_long_or_disconnected(run_fo
             broker.send("w", huge)
         for _ in range(2):
             broker.disconnect("w")
-        assert broker.send("w", close("r")) is False
+        assert broker.send("w", close("r")) is False and broker.unsent == {"away_w": 1}
         assert broker.poll(0) == []
 
 
@@ -67,6 +67,15 @@ def test_a_send_right_after_peer_up_is_not_refused(run_folder):
                 broker.send("w", close("too early"))
                 events(broker, lambda seen: PeerUp("w") in seen)
                 assert broker.send("w", close("now"))
+
+
+def test_one_message_to_many_peers_is_the_same_bytes(run_folder):
+    """It is encoded once; another one that follows is not taken for it."""
+    with linked(run_folder) as (worker, broker):
+        messages = [close("r1"), close("r2")]
+        sent = [messages[0], messages[0], messages[1], messages[0]]
+        assert all(broker.send("w", message) for message in sent)
+        assert some(worker, 4) == [Arrived(message) for message in sent]
 
 
 def test_tcp_works_like_ipc_and_tells_the_port():
@@ -124,23 +133,39 @@ def test_a_client_is_answered_and_a_vanished_one_is_gone(run_folder):
     with hubs(1) as (broker,):
         broker.bind_clients(address, ClientMessage)
         with dealer(address) as client:
-            client.send(codec.encode(Attach(rid="r", start=3)))
+            client.send(codec.encode(Attach(rid="r", secret="s", start=3)))
             (arrived,) = some(broker, 1)
-            assert arrived.message == Attach(rid="r", start=3)
+            assert arrived.message == Attach(rid="r", secret="s", start=3)
             answer = Accepted(key="k", rid="r", prompt_tokens=4)
             assert broker.reply(arrived.client, answer) == "sent"
             assert heard(client) == answer
         until(lambda: broker.reply(arrived.client, answer) == "gone")
-        assert broker.reply(b"nobody", answer) == "gone"
+        assert broker.reply(arrived.client[:1] + b"nobody", answer) == "gone"
         assert broker.counters["replies_gone"] >= 2
+
+
+def test_clients_of_two_addresses_with_the_same_identity_are_each_answered_where_they_asked(run_folder):
+    with hubs(1) as (broker,):
+        addresses = [
+            broker.bind_clients(ipc(run_folder, "clients"), ClientMessage),
+            broker.bind_clients(ipc(run_folder, "operators"), OperatorMessage),
+        ]
+        with dealer(addresses[0], routing_id=b"same") as one, dealer(addresses[1], routing_id=b"same") as other:
+            clients = []
+            for socket in (one, other):
+                socket.send(codec.encode(Inspect()))
+                clients += [event.client for event in some(broker, 1)]
+            for name, client in zip("ab", clients, strict=True):
+                assert broker.reply(client, Accepted(key=name, rid="r", prompt_tokens=4)) == "sent"
+            assert [heard(one).key, heard(other).key] == ["a", "b"] and len({*clients}) == 2
 
 
 def test_a_client_that_does_not_read_is_full_and_harms_nobody(run_folder):
     address = ipc(run_folder, "clients")
     with hubs(1) as (broker,), dealer(address, rcvhwm=1) as lazy, dealer(address) as eager:
         broker.bind_clients(address, ClientMessage)
-        lazy.send(codec.encode(Cancel(rid="lazy")))
-        eager.send(codec.encode(Cancel(rid="eager")))
+        lazy.send(codec.encode(Attach(rid="lazy", secret="s")))
+        eager.send(codec.encode(Attach(rid="eager", secret="s")))
         client = {event.message.rid: event.client for event in some(broker, 2)}
         delta = Delta(rid="r", start=0, ids=[1], text="x" * 5000)
         sent = 0

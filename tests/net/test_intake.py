@@ -7,14 +7,14 @@ import pytest
 import zmq
 
 from tests.net.hubs import PATIENCE, events, hubs, ipc, plain, until
-from tetri.net.intake import MAX_MESSAGES
+from tetri.net.intake import MAX_CLIENT_BYTES, MAX_MESSAGES
 from tetri.wire import codec
-from tetri.wire.clients import Attach, ClientMessage
+from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.messages import Close, ClusterView, InboxMessage, Load, LoadReport
 
 GOOD = {
     "inbox": (zmq.PUSH, InboxMessage, Close(rid="good", attempt=1)),
-    "clients": (zmq.DEALER, ClientMessage, Attach(rid="good")),
+    "clients": (zmq.DEALER, ClientMessage, Attach(rid="good", secret="s")),
     "loads": (zmq.PUB, LoadReport, LoadReport(iid="p0", incarnation=1, role="prefill", load=Load(free_blocks=7))),
     "views": (zmq.PUB, ClusterView, ClusterView(epoch=1, number=1, loads=[])),
 }
@@ -150,17 +150,32 @@ def test_bytes_that_are_no_zeromq_at_all(target, noise):
     target.sender()
 
 
+def test_large_messages_of_clients_leave_the_others_their_turn(run_folder, context):
+    """One that is decoded slowly is the last of its poll, however many wait."""
+    large = Submit(key="k", secret="s", prompt="x" * MAX_CLIENT_BYTES)
+    with hubs(1) as (hub,):
+        client = context.socket(zmq.DEALER)
+        client.connect(hub.bind_clients(ipc(run_folder, "clients"), ClientMessage))
+        for message in (GOOD["clients"][2], large, large, large, GOOD["clients"][2]):
+            client.send(codec.encode(message))
+        batches = []
+        until(lambda: batches.append(hub.poll(0.05)) or sum(map(len, batches)) == 5)
+        assert all(event.message != large for batch in batches for event in batch[:-1])
+
+
 @pytest.mark.parametrize("flooded", ["inbox", "loads"])
 def test_a_flood_on_one_socket_leaves_the_others_their_turn(run_folder, flooded, context):
     with hubs(1) as (hub,):
         flooder = Target(hub, flooded, run_folder, context).sender()
         client = context.socket(zmq.DEALER)
         client.connect(hub.bind_clients(ipc(run_folder, "clients"), ClientMessage))
-        client.send(codec.encode(Attach(rid="me")))
+        client.send(codec.encode(Attach(rid="me", secret="s")))
         until(lambda: hub.wait(0))
         for _ in range(4 * MAX_MESSAGES):
             flooder.send(codec.encode(GOOD[flooded][2]))
-        batches = [hub.poll(0)]
-        assert [event.message for event in batches[0] if event.client is not None] == [Attach(rid="me")]
-        until(lambda: batches.append(hub.poll(0.05)) or not batches[-1])
+        batches, more = [hub.poll(0)], [hub.more]
+        assert [event.message for event in batches[0] if event.client is not None] == [Attach(rid="me", secret="s")]
+        until(lambda: batches.append(hub.poll(0.05)) or more.append(hub.more) or not batches[-1])
         assert sum(map(len, batches)) > MAX_MESSAGES and max(map(len, batches)) <= MAX_MESSAGES + 1
+        floods = [sum(event.client is None for event in batch) for batch in batches]
+        assert more == [count == MAX_MESSAGES for count in floods]

@@ -1,3 +1,5 @@
+from math import inf
+
 import pytest
 
 from tetri.net.loop import run
@@ -23,15 +25,22 @@ class FakeTime:
     """Time passes only while polling, by exactly what was asked for or up to the next event."""
 
     def __init__(self, rounds):
-        self.now = 100.0
+        self.time = 100.0
+        self.listened = []
         self.waits = []
         self._rounds = list(rounds)
 
     def poll(self, timeout):
         self.waits.append(timeout)
         passed, events = self._rounds.pop(0)
-        self.now += passed if timeout is None else min(passed, timeout)
+        self.time += passed if timeout is None else min(passed, timeout)
         return events
+
+    def now(self):
+        return self.time
+
+    def listen(self, seconds):
+        self.listened.append(seconds)
 
     def running(self):
         return bool(self._rounds)
@@ -39,14 +48,14 @@ class FakeTime:
 
 def logged(core, fake):
     log = []
-    run(core, fake.poll, log.extend, lambda: fake.now, fake.running)
+    run(core, fake.poll, log.extend, fake, fake.running)
     return log
 
 
 def test_waits_until_the_deadline_and_ticks_after_every_poll():
     fake = FakeTime([(9, []), (2, ["a", "b"]), (3, [])])
     log = logged(FakeCore([101.5, None, 110.0]), fake)
-    assert fake.waits == [1.5, None, 6.5]
+    assert fake.waits == [1.5, None, 6.5] and fake.listened == [1.5, inf, 6.5]
     handled = [("handled", event, 103.5) for event in "ab"]
     assert log == [("ticked", 101.5), *handled, ("ticked", 103.5), ("ticked", 106.5)]
 
@@ -68,4 +77,4 @@ def test_a_core_that_is_not_to_run_is_not_asked_and_one_that_fails_raises():
 
     fake = FakeTime([(0, [])])
     with pytest.raises(ZeroDivisionError):
-        run(FakeCore([0]), fake.poll, act, lambda: fake.now, fake.running)
+        run(FakeCore([0]), fake.poll, act, fake, fake.running)

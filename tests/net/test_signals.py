@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.net.hubs import hubs
+from tetri.clock import Clock
 from tetri.net.loop import run
 from tetri.net.signals import StopSignals
 
@@ -28,7 +29,7 @@ def test_a_signal_ends_a_loop_that_waits_for_ever(number):
             killer = threading.Thread(target=lambda: polling.wait(5) and os.kill(os.getpid(), number))
             killer.start()
             start = time.monotonic()
-            run(IDLE, poll, lambda actions: None, time.monotonic, stop.running)
+            run(IDLE, poll, lambda actions: None, Clock(), stop.running)
             assert time.monotonic() - start < 2
             killer.join()
             assert stop.received == number

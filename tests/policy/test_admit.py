@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetri.policy.admit import MARGIN, greedy, growth_to_peak, peak, reserve_dynamic, reserve_static
+from tetri.policy.admit import MARGIN, greedy, growth_to_peak, next_growth, peak, reserve_dynamic, reserve_static
 from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import blocks_for
 
@@ -27,6 +27,11 @@ def requests(*lengths, size=1):
 def test_greedy_goes_by_landing_while_slots_last_and_memory_is_not_overdrawn(running, max_batch, free_blocks, admitted):
     waiting = [WaitingRequest("late", 2, 5), WaitingRequest("early", 1, 5)]
     assert greedy(waiting, BatchView(ONE * running, max_batch, free_blocks)) == admitted
+
+
+@pytest.mark.parametrize("running, kept", [(0, 0), (1, 2), (7, 14)])
+def test_two_blocks_are_kept_for_each_running_request(running, kept):
+    assert next_growth(running) == kept
 
 
 def test_static_admits_what_fits_to_its_end_rounded_up_and_blocks_at_the_first_that_does_not():

@@ -11,6 +11,7 @@ from tetri.policy.dispatch import (
     DRAWS,
     first_fit,
     imbalance,
+    least_deferred,
     least_loaded,
     power_of_two,
     power_of_two_ratio,
@@ -18,7 +19,7 @@ from tetri.policy.dispatch import (
     round_robin,
 )
 from tetri.policy.rules import DECODE_ROUTES
-from tetri.policy.views import DecodePool, Need
+from tetri.policy.views import EXCLUDED, DecodePool, Need
 
 LIGHT, HEAVY = Need(4, 10, heavy=False), Need(4, 10, heavy=True)
 
@@ -26,7 +27,8 @@ LIGHT, HEAVY = Need(4, 10, heavy=False), Need(4, 10, heavy=True)
 def pool(*columns, last=-1):
     """Columns of (free, spare, heavy, light)."""
     free, spare, heavy, light = (list(column) for column in zip(*columns, strict=True))
-    return DecodePool([f"d{number}" for number in range(len(free))], free, spare, heavy, light, last)
+    iids = [f"d{number}" for number in range(len(free))]
+    return DecodePool(iids, free, spare, heavy, light, most=[10] * len(free), last=last)
 
 
 def chosen(route, need, among, draws=200):
@@ -123,6 +125,19 @@ def test_the_worst_case_piles_heavy_decodes_up_and_keeps_light_ones_away():
     assert set(chosen(imbalance, LIGHT, among)) == {1, 3}
     assert set(chosen(imbalance, LIGHT, pool((9, 9, 0, 0)))) == {0}
     assert set(chosen(imbalance, HEAVY, pool((3, 3, 0, 0), (9, 9, 0, 0)))) == {1}
+
+
+@pytest.mark.parametrize(
+    "columns, right",
+    [
+        ([(3, 1, 0, 0), (2, 2, 0, 0), (1, 2, 0, 0)], 1),  # most spare, the first of equals
+        ([(-9, -50, 0, 0), (-10, -10, 0, 0)], 0),  # the other one lacks as many blocks as it has
+        ([(-10, -10, 0, 0), (EXCLUDED, 99, 0, 0)], None),
+        ([], None),
+    ],
+)
+def test_without_memory_anywhere_the_one_with_most_spare_that_may_defer_more(columns, right):
+    assert least_deferred(pool(*columns) if columns else DecodePool()) == right
 
 
 AMOUNT = st.integers(-3, 12)

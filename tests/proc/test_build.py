@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from tetri.config import load
 from tetri.cost import Cost
 from tetri.engine.base import EngineRequest
+from tetri.engine.salted import salt_of, writers
 from tetri.kv.base import Wanted
 from tetri.proc import build
 from tetri.proc.monitor import start_of
@@ -19,6 +23,7 @@ from tetri.request import Sampling
 from tetri.strict import ConfigError
 
 EMULATED = Path(__file__).parents[2] / "conf" / "emulated.toml"
+DEFAULT = EMULATED.with_name("default.toml")
 
 
 def test_rules_and_flip_settings_are_those_of_the_configuration():
@@ -128,3 +133,43 @@ def test_a_run_of_several_passes_ends_when_something_is_due_in_the_store():
         assert [taken.problem for taken in store.fetched()] == [None]
         assert engine.step(8).steps == 8
         other.free(handle)
+
+
+def test_an_emulated_engine_computes_no_valid_number_after_the_token_that_says_so():
+    engine = build.engine(load(EMULATED, ["emulated.nan_token=7"]))
+    for key, prompt in {"a": (5, 6, 7), "b": (5, 6, 8)}.items():
+        engine.add(EngineRequest(key, "prefill", prompt, 3, Sampling()))
+    assert [(sampled.key, sampled.reason) for sampled in engine.step().tokens] == [("a", "error"), ("b", None)]
+
+
+@pytest.mark.parametrize(("value", "count"), [("true", 2), ("false", 1)])
+def test_the_tokens_of_a_salted_engine_depend_on_its_instance(value, count):
+    tokens = {}
+    for iid in ("d0", "d1"):
+        engine = build.engine(load(EMULATED, [f"emulated.salt={value}"]), iid=iid)
+        engine.add(EngineRequest("a", "prefill", (5, 6, 7), 3, Sampling()))
+        (sampled,) = engine.step().tokens
+        tokens[iid] = sampled.token
+        found = writers((5, 6, 7), [sampled.token], Sampling(), 32000, 64, {iid: salt_of(iid)})
+        assert found == [{iid} if value == "true" else set()]
+    assert len({*tokens.values()}) == count
+
+
+def test_an_emulated_engine_ends_its_process_when_it_computes_the_token_that_says_so():
+    program = (
+        "from tetri.config import load; from tetri.proc import build\n"
+        "from tetri.engine.base import EngineRequest; from tetri.request import Sampling\n"
+        f"engine = build.engine(load({str(EMULATED)!r}, ['emulated.deadly_token=7']))\n"
+        "for key, prompt in {'a': (5, 6, 8), 'b': (5, 7, 8)}.items():\n"
+        "    engine.add(EngineRequest(key, 'prefill', prompt, 3, Sampling()))\n"
+        "    engine.step()\n"
+        "    print('lives', flush=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("lives\n", -signal.SIGKILL), ended.stderr
+
+
+@pytest.mark.parametrize(("value", "count"), [("true", 1), ("false", 7)])
+def test_special_tokens_in_prompts_are_a_setting(value, count):
+    config = load(DEFAULT, [f"model.special_tokens_in_prompt={value}"])
+    assert len(build.tokenizer(config).encode("<|im_end|>")) == count

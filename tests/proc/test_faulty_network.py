@@ -118,9 +118,8 @@ def test_what_is_no_hand_over_goes_through_and_beats_tell_what_was_injected() ->
     messages = [Close(rid="r", attempt=1), Resend(rid="r", attempt=1, start=0)]
     for message in messages:
         bench.bad.send("broker", message)
-    heartbeat = Heartbeat(
-        iid="d0", incarnation=1, role="decode", load=Load(free_blocks=1), holds=[], counters={"late": 2}
-    )
+    own = {"iid": "d0", "incarnation": 1, "role": "decode", "load": Load(free_blocks=1)}
+    heartbeat = Heartbeat(**own, holds=[], epoch=1, read=1, counters={"late": 2})
     bench.bad.send("broker", heartbeat)
     bench.bad.publish(messages[0])
     assert [message for _, message in bench.network.sent[:2]] == messages

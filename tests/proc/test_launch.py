@@ -15,7 +15,7 @@ from pathlib import Path
 import live
 import pytest
 
-from tetri.client import Client, Unreachable
+from tetri.client import Client, Operator, Unreachable
 from tetri.client.place import address_in
 from tetri.config import load
 from tetri.kv.shm import sweep
@@ -72,6 +72,8 @@ def test_up_serves_and_down_leaves_nothing(deployment):
     assert set(state["pids"]) == {"supervisord", "broker", "monitor", "p0", "d0"}
     with Client(address_in(run_dir), timeout=10) as client:
         assert len(client.generate("hello", max_tokens=3).token_ids) == 3
+    with Operator(address_in(run_dir, "operators"), timeout=10) as operator:
+        assert operator.flip("d0", "mixed")["was"] == "decode"
     with pytest.raises(LaunchError, match=rf"already up \(pid {state['pids']['supervisord']}\), run tetri-cli down"):
         up(config)
     assert launch.down(run_dir) is True
@@ -101,7 +103,7 @@ def test_down_finds_the_processes_of_a_killed_supervisord(deployment):
     run_dir = up(config)
     os.kill(Supervisor(run_dir).pid(), signal.SIGKILL)
     live.wait_until(lambda: Supervisor(run_dir).pid() is None, "supervisord lives")
-    assert len(Supervisor(run_dir).started()) == 4
+    assert len(Supervisor(run_dir).started()) == 5  # the broker has a child that tokenises
     with pytest.raises(LaunchError, match="already up"):
         up(config)
     assert launch.down(run_dir) is True

@@ -3,12 +3,18 @@ once the worker is started again."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
 from typing import Any
 
 from live import LiveCluster, wait_until
+
+from tetri.client import AsyncClient, Result
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
 
 ONE_EACH = "worker=[{iid='p0', role='prefill'}, {iid='d0', role='decode'}]"
 
@@ -50,3 +56,34 @@ def test_what_a_killed_worker_leaves_is_shown_until_it_is_started_again() -> Non
         cluster.wait_idle()
         for name in ("p0", "d0", "broker"):
             assert "Traceback" not in cluster.log(name)
+
+
+def test_segments_that_are_removed_while_requests_run_cost_no_attempt_and_are_told() -> None:
+    """As systemd-logind does when the user logs out; receivers that have not opened them yet do so now."""
+    with LiveCluster() as cluster:
+        prompts = [list(range(number, number + 900)) for number in range(1, 41)]
+
+        async def answered() -> list[Result]:
+            async with AsyncClient(cluster.config.clients_address, timeout=60) as client:
+                running = [asyncio.create_task(client.generate(prompt, max_tokens=40)) for prompt in prompts]
+                await asyncio.wait(running[:1], timeout=0.05)
+                for name in cluster.segments():
+                    os.unlink(f"/dev/shm/{name}")
+                return await asyncio.gather(*running)
+
+        results, made = asyncio.run(answered()), cluster.config.emulated
+        assert cluster.segments() == []
+        for tokens, part in ((40, results), (2, cluster.answers(prompts, max_tokens=2))):
+            rules = Sampling(max_tokens=tokens), made.vocabulary, made.token_bytes
+            right = [reference(prompt, *rules) for prompt in prompts]
+            assert [result.token_ids for result in part] == right
+            assert {(result.receipt.attempts, result.receipt.recomputed) for result in part} == {(1, 0)}
+
+        def noted() -> bool:
+            return all("tetri-cli doctor" in instance["note"] for instance in cluster.instances().values())
+
+        wait_until(noted, "the status does not say it")
+        status, said = doctor(cluster)
+        assert status == 1 and len(said["problems"]) == len(said["segments"]) == 4
+        assert all("RemoveIPC=no" in problem for problem in said["problems"])
+        assert {segment["instance"] for segment in said["segments"]} == {*cluster.instances()}

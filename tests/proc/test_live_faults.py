@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import zmq
 from live import LiveCluster, wait_until
 
 from tetri.client import AsyncClient, RequestFailed, RequestRefused, Result, TetriError
+from tetri.client.sync import Stream
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 
@@ -103,31 +105,32 @@ class Traffic:
         return [result for result in results if isinstance(result, Result)]
 
 
-def running(cluster: LiveCluster) -> list[str]:
-    """Decode instances that said in their last beat that they run something."""
-    return [iid for iid, instance in cluster.instances().items() if instance["running"]]
+@contextlib.contextmanager
+def long_decode(cluster: LiveCluster) -> Iterator[tuple[str, Stream]]:
+    """A request that decodes for 15 s, alone at first, so that its decode instance has a request whenever it is killed:
+    that instance, and the stream."""
 
+    def running() -> list[str]:
+        return [iid for iid, instance in cluster.instances().items() if instance["running"]]
 
-def busy_decoder(cluster: LiveCluster) -> str:
-    wait_until(lambda: bool(running(cluster)), "nothing runs")
-    return running(cluster)[0]
+    stream = cluster.client().stream([9] * 50, max_tokens=3000, ignore_eos=True)
+    next(stream)
+    wait_until(lambda: len(running()) == 1, "it does not run")
+    yield running()[0], stream
+    stream.cancel()
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_kill_9_with_two_per_role(pairs: LiveCluster, role: str) -> None:
     """Every request completes on the other worker, no token lost, repeated or changed."""
-    killed = []
-
-    def disturb() -> None:
-        killed.append(busy_decoder(pairs) if role == "decode" else "p0")
-        pairs.kill(killed[0])
-
-    traffic = Traffic(pairs, 12)
-    results = traffic.check(asyncio.run(traffic.run(disturb)))
-    if role == "decode":
-        assert any(result.receipt.attempts > 1 for result in results)
-    pairs.start(killed[0])
-    pairs.wait_ready(killed[0])
+    with long_decode(pairs) as (decoder, stream):
+        victim = decoder if role == "decode" else "p0"
+        traffic = Traffic(pairs, 12)
+        traffic.check(asyncio.run(traffic.run(lambda: pairs.kill(victim))))
+    assert stream.result is not None and stream.result.finish_reason == "cancelled"
+    assert stream.result.receipt.attempts == (2 if role == "decode" else 1)
+    pairs.start(victim)
+    pairs.wait_ready(victim)
 
 
 @pytest.mark.parametrize("victim", ["d0", "p0"])
@@ -177,7 +180,8 @@ def test_a_broker_that_was_killed_comes_back(pair: LiveCluster) -> None:
 def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
     """Huge and undecodable frames, and thousands of messages and questions, while a request is served."""
     config, context = pairs.config, zmq.Context()
-    addresses = [(config.clients_address, zmq.DEALER), (config.events_address, zmq.PUSH)]
+    addresses = [(config.clients_address, zmq.DEALER), (config.operators_address, zmq.DEALER)]
+    addresses += [(config.events_address, zmq.PUSH)]
     addresses += [(config.inbox_address(worker.iid), zmq.PUSH) for worker in config.workers]
     sockets = []
     for address, kind in addresses:
@@ -200,3 +204,23 @@ def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
         socket.close()
     context.term()
     pairs.assert_alive()
+
+
+def test_a_pause_of_all_processes_loses_nobody() -> None:
+    """As of a container that is paused. The workers go on later than the broker."""
+    with slow_cluster(ONE_EACH, "cluster.dead_s=2") as cluster:
+        programs = cluster.processes
+
+        def pause() -> None:
+            for name in programs:
+                programs[name].send_signal(signal.SIGSTOP)
+            time.sleep(4.0)
+            for name in ("broker", "monitor", "p0", "d0"):
+                programs[name].send_signal(signal.SIGCONT)
+                time.sleep(0.5 * (name == "monitor"))
+
+        traffic = Traffic(cluster, 4)
+        results = traffic.check(asyncio.run(traffic.run(pause)))
+        assert [result.receipt.attempts for result in results] == [1] * 4
+        assert "workers_lost" not in cluster.client().status()["counters"]
+        cluster.wait_idle()

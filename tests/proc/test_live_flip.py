@@ -46,7 +46,7 @@ def brisk_cluster(*overrides: str) -> Iterator[LiveCluster]:
 
 def flip(cluster: LiveCluster, iid: str, role: str) -> dict[str, Any]:
     """By a client that is not tetri's own."""
-    with RawClient(cluster.config.clients_address) as client:
+    with RawClient(cluster.config.operators_address) as client:
         key = uuid.uuid4().hex
         client.send("change_role", key=key, iid=iid, role=role)
         return client.receive(key=key)

@@ -83,7 +83,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing(pair: LiveCluster) -> No
 
     async def leave(client: AsyncClient) -> str:
         prompt = [rng.randrange(1, 32000) for _ in range(rng.randint(1, 3000))]
-        async with client.stream(prompt, max_tokens=200, ignore_eos=True) as stream:
+        async with client.stream(prompt, max_tokens=4000, ignore_eos=True) as stream:  # not over by then
             await asyncio.sleep(rng.uniform(0.0, 0.5))
         return stream.result.finish_reason if stream.result else ""
 

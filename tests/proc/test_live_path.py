@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 import pytest
 from live import LiveCluster, wait_until
 from raw_client import RawClient
 
-from tetri.client import AsyncClient, Result
+from tetri.client import AsyncClient, RequestRefused, Result
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
 from tetri.text import ByteTokenizer, decode
@@ -49,10 +52,42 @@ def test_text_is_answered_and_the_receipt_says_what_moved(cluster: LiveCluster) 
     assert result.ttft_s is not None and 0 < result.ttft_s < result.jct_s
 
 
+@pytest.mark.parametrize(("min_tokens", "count"), [(0, 2), (1, 2), (2, 12), (12, 12)])
+def test_a_stop_text_counts_from_min_tokens_on(cluster: LiveCluster, min_tokens: int, count: int) -> None:
+    prompt = [21, 22, 23]
+    right = expected(cluster, prompt, max_tokens=12)
+    stop = decode(ByteTokenizer(), right[1:2])
+    assert stop not in decode(ByteTokenizer(), right[:1] + right[2:])
+    result = cluster.client().generate(prompt, max_tokens=12, stop=[stop], min_tokens=min_tokens)
+    assert result.token_ids == right[:count]
+    assert result.text == decode(ByteTokenizer(), right[:1] if count == 2 else right)
+    assert result.finish_reason == ("stop" if count == 2 else "length")
+
+
 def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
     with RawClient(cluster.config.clients_address) as client:
         client.submit([4] * 50, max_tokens=8000)
         wait_until(lambda: any(each["running"] for each in cluster.instances().values()), "it does not run")
+    cluster.wait_idle()
+
+
+def test_a_client_that_vanishes_while_its_request_is_queued_is_cancelled_before_the_prefill(
+    cluster: LiveCluster,
+) -> None:
+    """No message of the request shows it: the broker says something to a quiet client every second."""
+    status = cluster.client().status
+    prefill = [cluster.processes[iid] for iid in ("p0", "p1")]
+    for process in prefill:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        with RawClient(cluster.config.clients_address) as client:
+            assert client.submit([4] * 5000, max_tokens=8)["type"] == "accepted"
+        assert status()["requests"] == {"queued": 1}
+        wait_until(lambda: not status()["requests"], "its request is still there")
+    finally:
+        for process in prefill:
+            process.send_signal(signal.SIGCONT)
+    assert status()["counters"]["ended_cancelled"] >= 1
     cluster.wait_idle()
 
 
@@ -87,9 +122,40 @@ def test_a_client_of_pyzmq_and_msgpack_alone(cluster: LiveCluster) -> None:
         first = client.submit(prompt, key="same", max_tokens=20)
         assert client.submit(prompt, key="same", max_tokens=20) == first
         with RawClient(address) as other:
+            other.secret = client.secret
             other.attach(first["rid"], start=0)
             *deltas, done = other.stream(first["rid"])
             assert [token for delta in deltas for token in delta["ids"]] == right
         endless = client.submit(prompt, max_tokens=7000)
         assert client.cancel(endless["rid"])["reason"] == "cancelled"
         assert client.inspect()["model"] == "emulated"
+
+
+def test_nobody_gets_at_the_request_of_another_client_but_an_operator(cluster: LiveCluster) -> None:
+    """Who knows its key and its id, but not its secret, learns nothing and stops nothing."""
+    address, prompt = cluster.config.clients_address, [21, 22, 23] * 50
+    with RawClient(address) as client, RawClient(address) as other, RawClient(address) as again:
+        rid = client.submit(prompt, key="mine", max_tokens=7500)["rid"]
+        assert len(bytes.fromhex(rid)) == 16
+        for tried in (prompt, [9] * 20):
+            assert "another request" in other.submit(tried, key="mine", max_tokens=7500)["reason"]
+        for unknown in (rid, "0" * 32):
+            other.attach(unknown)
+            why = f"no request {unknown} is known here"
+            assert other.receive(key=unknown)["reason"] == why == other.cancel(unknown)["reason"]
+        other.send("change_role", key="flip", iid="p0", role="mixed")  # not here: dropped without an answer
+        other.send("end_request", rid=rid)
+        assert other.inspect()["requests"] and cluster.roles()["p0"] == "prefill"
+        assert all(message["type"] == "delta" for message in islice(client.stream(rid), 200))
+        again.secret = client.secret  # another connection of the same client
+        assert again.submit(prompt, key="mine", max_tokens=7500)["rid"] == rid
+        operator = cluster.operator()
+        operator.end(rid)
+        with pytest.raises(RequestRefused, match="no request nobody's is known here"):
+            operator.end("nobody's")
+        *deltas, done = again.stream(rid)
+    ids = [token for delta in deltas for token in delta["ids"]]
+    assert done["reason"] == "cancelled" and ids == expected(cluster, prompt, max_tokens=len(ids))
+    place = Path(cluster.config.operators_address.removeprefix("ipc://"))
+    assert place.is_socket() and place.stat().st_mode & 0o077 == 0
+    cluster.wait_idle()

@@ -23,6 +23,7 @@ def cluster() -> Iterator[LiveCluster]:
 
 def views_go_on(cluster: LiveCluster) -> None:
     client = cluster.client()
+    wait_until(lambda: client.status()["monitor"] is not None, "no view")  # the broker connects when the monitor is up
     before = client.status()["monitor"]["number"]
     wait_until(lambda: client.status()["monitor"]["number"] >= before + 5, "no more views")
     assert client.generate("still there?", max_tokens=8).finish_reason == "length"

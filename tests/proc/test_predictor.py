@@ -285,7 +285,7 @@ class Wire:
 
 def heartbeat(on: bool = True) -> Heartbeat:
     status = PredictorStatus(kind="classifier", on=on, note="from x", predicted=3)
-    return Heartbeat(iid="p0", incarnation=1, role="prefill", load=LOAD, holds=[], predictor=status)
+    return Heartbeat(iid="p0", incarnation=1, role="prefill", load=LOAD, holds=[], epoch=1, read=1, predictor=status)
 
 
 def test_beats_tell_what_was_read_and_why_nothing_is() -> None:

@@ -33,7 +33,7 @@ from tetri.proc.recorder import (
 )
 from tetri.proc.replay import records, replay
 from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
-from tetri.wire.clients import Inspect
+from tetri.wire.clients import EndRequest, Inspect
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Handle, LengthUpdate
 from tetri.wire.messages import Close, Load, LoadReport
@@ -56,8 +56,9 @@ HANDLE = Handle(segment="s", slots=[1], generations=[2], block_bytes=32)
 
 VALUES = [
     PeerUp("p0"),
-    Submitted(b"\xff\x00", "k", (1, 2), Sampling(temperature=0.5), 2.0),
+    Submitted(b"\xff\x00", "k", "secret", b"\xfe", "r", (1, 2), Sampling(temperature=0.5), 2.0),
     FromClient(b"c", Inspect()),
+    FromClient(b"o", EndRequest(rid="r")),
     Detokenized("r", 0, (1,), "é", None, True),
     StepDone((Span("a", 0, 4),), (Sampled("a", (7, 8), "length"),), ("b",), (), (("a", 2),), 2),
     Exported("a", 0, 0, 2, HANDLE, (1 << 64) - 1),

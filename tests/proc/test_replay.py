@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
             stream = cluster.client().stream([3] * 50, max_tokens=4000)
             next(stream)
             stream.cancel()
-            with RawClient(cluster.config.clients_address) as client:
+            with RawClient(cluster.config.operators_address) as client:
                 client.send("change_role", key="a", iid="p0", role="mixed")
                 assert client.receive(key="a")["type"] == "role_changed"
             for victim in ("d0", "p1", "monitor"):

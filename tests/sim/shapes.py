@@ -93,6 +93,7 @@ def _arrival(rng: Random, context: int) -> Arrival:
         seed=rng.getrandbits(20) if drawn else None,
         stop=rng.choice(([], [], ["A", "!\u001f"], ["7"])),
         ignore_eos=rng.random() < 0.5,
+        min_tokens=min(output, 4) if drawn else 0,
     )
     deadline_s = rng.choice((None, None, None, 3.0))
     return Arrival(rng.uniform(0.0, FIRST_S / 2), prompt, output, deadline_s, sampling=sampling)

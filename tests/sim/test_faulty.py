@@ -30,7 +30,7 @@ def test_without_faults_every_request_gets_its_tokens():
 def test_every_kind_of_wrong_chunk_is_met():
     """What the stories below are worth: each counter counts, and KV comes over both paths."""
     counted, paths = Counter(), Counter()
-    for seed in range(24):  # the rarest is met a few times
+    for seed in range(36):  # the rarest is met a few times
         wrong = {"corrupt": 0.5, "lose": 0.1, "truncate": 0.1, "mangle": 0.1, "replay": 0.8, "overtake": 0.4}
         faults = Faults(**wrong, delay=0.3, kill=0.5, until=1.0)
         world = story(seed, faults, some_shape(seed).but(kv_paths=FAR, decode=1))
@@ -66,7 +66,7 @@ def test_every_kind_of_fault_happens():
 def test_predictions_that_come_in_time_late_or_never_hold_nobody_up(expects):
     """And what these stories are worth: of each kind that can be some come in time, some late, and some correct."""
     counted: Counter[str] = Counter()
-    for seed in range(18):  # LengthUpdates are the rarest
+    for seed in range(24):  # LengthUpdates are the rarest
         faults = replace(some_faults(seed), mute=(0.0, 0.5, 1.0)[seed % 3])
         world = story(seed, faults, some_shape(seed).learning(expects, length_wait_s=0.01))
         messages = [message for recent in world.wiring.recent.values() for message in recent]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from tetri.request import LengthRange
-from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 UNIONS = {"ClientMessage": ClientMessage, "BrokerReply": BrokerReply, "WorkerEvent": WorkerEvent}
+UNIONS |= {"OperatorMessage": OperatorMessage}
 UNIONS |= {"InboxMessage": InboxMessage, "LoadReport": LoadReport, "ClusterView": ClusterView}
 
 _PLAIN: dict[Any, SearchStrategy[Any]] = {

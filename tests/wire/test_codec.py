@@ -12,9 +12,9 @@ from tetri.request import Sampling
 from tetri.wire import codec
 from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.codec import WireError, decode, encode, limit
-from tetri.wire.messages import Assign, InboxMessage
+from tetri.wire.messages import Assign, InboxMessage, WorkerEvent
 
-ATTACH = {"type": "attach", "rid": "r1"}
+ATTACH = {"type": "attach", "rid": "r1", "secret": "s"}
 
 
 def packed(value: object) -> bytes:
@@ -35,9 +35,10 @@ def test_every_message_comes_back_as_it_was(name):
 
 
 def test_defaults_may_be_left_out_and_whole_numbers_stand_for_floats():
-    data = packed({"type": "submit", "key": "k", "prompt": "hi", "sampling": {"temperature": 1}})
-    assert decode(data, ClientMessage) == Submit(key="k", prompt="hi", sampling=Sampling(temperature=1.0))
-    assert decode(memoryview(packed(ATTACH)), ClientMessage) == Attach(rid="r1")
+    data = packed({"type": "submit", "key": "k", "secret": "s", "prompt": "hi", "sampling": {"temperature": 1}})
+    asked = Submit(key="k", secret="s", prompt="hi", sampling=Sampling(temperature=1.0))
+    assert decode(data, ClientMessage) == asked
+    assert decode(memoryview(packed(ATTACH)), ClientMessage) == Attach(rid="r1", secret="s")
 
 
 @pytest.mark.parametrize(
@@ -46,17 +47,21 @@ def test_defaults_may_be_left_out_and_whole_numbers_stand_for_floats():
         (b"", "empty", "empty frame"),
         (b"\x02", "unreadable", "truncated"),
         (b"\x01" + msgpack.packb(ATTACH), "version", "protocol version 1, expected 2"),
-        (msgpack.packb(ATTACH), "version", "protocol version 130"),
+        (msgpack.packb(ATTACH), "version", "protocol version 131"),
         (packed(ATTACH) + b"\x00", "unreadable", "trailing"),
         (packed({"type": "attach"}), "unexpected", "`rid`"),
+        (packed({"type": "attach", "rid": "r1"}), "unexpected", "`secret`"),
+        (packed({"type": "submit", "key": "k", "prompt": "hi"}), "unexpected", "`secret`"),
         (packed({"rid": "r1"}), "unexpected", "`type`"),
         (packed({**ATTACH, "type": "nonsense"}), "unexpected", "nonsense"),
         (packed({**ATTACH, "type": "assign"}), "unexpected", "assign"),  # another receiver's message
+        (packed({"type": "change_role", "key": "k", "iid": "d0", "role": "mixed"}), "unexpected", "change_role"),
+        (packed({"type": "end_request", "rid": "r1"}), "unexpected", "end_request"),
         (packed({**ATTACH, "more": 1}), "unexpected", "`more`"),
         (packed({**ATTACH, "start": "0"}), "unexpected", "$.start"),
         (packed({**ATTACH, "start": 1.0}), "unexpected", "$.start"),
-        (packed({"type": "submit", "key": "k", "sampling": {"heat": 1}}), "unexpected", "`heat`"),
-        (packed({"type": "submit", "key": "k", "prompt": [1, "2"]}), "unexpected", "$.prompt[1]"),
+        (packed({"type": "submit", "key": "k", "secret": "s", "sampling": {"heat": 1}}), "unexpected", "`heat`"),
+        (packed({"type": "submit", "key": "k", "secret": "s", "prompt": [1, "2"]}), "unexpected", "$.prompt[1]"),
         (packed([1, 2]), "unexpected", "array"),
         (b"\x02\x82\xa4type\xa6attach\xa3rid\xa1\xff", "unreadable", "utf-8"),
     ],
@@ -66,6 +71,13 @@ def test_what_is_no_message_is_refused_with_its_reason(data, kind, says):
         decode(data, ClientMessage)
     assert caught.value.kind == kind
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 32])
+def test_a_token_id_of_a_worker_that_no_tokenizer_has_is_no_message(token):
+    frame = packed({"type": "tokens", "iid": "d0", "incarnation": 1, "items": [["r1", 1, 0, [7, token], None]]})
+    with pytest.raises(WireError, match=r"ids|\[3\]"):
+        decode(frame, WorkerEvent)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +124,8 @@ def test_a_damaged_message_is_a_message_or_a_wire_error(message, data):
 
 
 def test_each_union_has_its_own_size_limit_and_what_is_over_all_of_them_is_not_encoded():
-    head = len(encode(Submit(key="k", prompt="")))
-    longest = Submit(key="k", prompt="x" * (limit(ClientMessage) - head - 4))
+    head = len(encode(Submit(key="k", secret="s", prompt="")))
+    longest = Submit(key="k", secret="s", prompt="x" * (limit(ClientMessage) - head - 4))
     assert len(encode(longest)) == limit(ClientMessage)
     assert decode(encode(longest), ClientMessage) == longest
     with pytest.raises(WireError, match="4194305 bytes, at most 4194304"):

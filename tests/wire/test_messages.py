@@ -9,21 +9,23 @@ import msgspec
 import pytest
 
 from tests.wire.described import rows, structs
+from tetri.core.broker.delivery import SECRET_CHARS
 from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.serve import MAX_FETCHES
 from tetri.net import sockets
 from tetri.wire import bulk, codec
 from tetri.wire.bulk import BulkReply, BulkRequest
-from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "protocol.md").read_text()
-UNIONS = (ClientMessage, BrokerReply, WorkerEvent, InboxMessage, LoadReport, ClusterView, BulkRequest, BulkReply)
+UNIONS = (ClientMessage, OperatorMessage, BrokerReply, WorkerEvent, InboxMessage, LoadReport, ClusterView)
+UNIONS += (BulkRequest, BulkReply)
 RECORDS = list(dict.fromkeys(record for union in UNIONS for record in structs(union)))
 UNION_OF = {record.__struct_config__.tag: union for union in UNIONS for record in structs(union)}
 MUST_HAVE_VECTORS = {"submit", "accepted", "refused", "delta", "done", "cancel", "tokens", "chunk"}
 MUST_HAVE_VECTORS |= {"fetch", "piece", "load", "view", "change_role", "role_changed", "flip", "flip_wanted"}
-MUST_HAVE_VECTORS |= {"length_update", "close"}
+MUST_HAVE_VECTORS |= {"length_update", "close", "attach", "end_request", "offer", "defer"}
 
 
 def sections() -> dict[str, str]:
@@ -66,9 +68,11 @@ def test_the_document_has_the_codes_messages_and_bytes_of_those_that_a_client_ne
 
 def test_the_limits_are_the_codes():
     assert "| a frame to the broker's clients socket | 4 MiB," in TEXT
+    assert "| a frame to the broker's operators socket | 64 KiB |" in TEXT
+    assert f"| a secret | at least {SECRET_CHARS} and at most 128 characters |" in TEXT
     assert "| any other frame | 16 MiB |" in TEXT
     assert "| a LoadReport | 64 KiB |" in TEXT and "| a ClusterView | 4 MiB |" in TEXT
-    assert [codec.limit(union) >> 10 for union in UNIONS] == [4096, 16384, 16384, 16384, 64, 4096, 256, 2]
+    assert [codec.limit(union) >> 10 for union in UNIONS] == [4096, 64, 16384, 16384, 16384, 64, 4096, 256, 2]
     assert "| a frame to the server of the KV stream | 256 KiB |" in TEXT and f"at most {bulk.MAX_SLOTS} slots" in TEXT
     assert "| a frame from it | 2 KiB, a payload 1 MiB |" in TEXT and bulk.PIECE_BYTES == 1 << 20
     assert f"| fetches of one receiver at one server | {MAX_FETCHES}, then Gone |" in TEXT

@@ -18,7 +18,7 @@ from tetri.client import TetriError
 from tetri.config import Config, load
 from tetri.models import ModelError
 from tetri.proc import launch
-from tetri.proc.supervise import LaunchError
+from tetri.proc.supervise import LaunchError, Supervisor
 from tetri.request import Receipt
 from tetri.strict import ConfigError
 
@@ -93,6 +93,23 @@ def polled(read: Callable[[], T], enough: Callable[[T], bool], seconds: float, e
     while not enough(found := read()) and time.monotonic() <= end:
         time.sleep(every_s)
     return found
+
+
+def segments(config: Config) -> list[str]:
+    """Return the names of the cluster's shared memory segments."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-{config.cluster.name}-")]
+
+
+def after_the_end(config: Config) -> list[str]:
+    """Return the processes, sockets and segments that remain of a stopped cluster."""
+    found = [f"process {pid}" for pid in Supervisor(config.run_dir).alive()]
+    found += [f"socket {path.name}" for path in config.run_dir.iterdir() if path.is_socket()]
+    return found + [f"segment {name}" for name in segments(config)]
+
+
+def logged(config: Config) -> str:
+    """Return the text of all logs."""
+    return "".join(path.read_text(errors="replace") for path in sorted((config.run_dir / "log").glob("*.log*")))
 
 
 def check_straight(receipt: Receipt) -> None:

@@ -16,7 +16,7 @@ import click
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = (
-    *("up", "down", "status", "doctor", "flip", "submit", "chat", "model", "profile"),
+    *("up", "down", "status", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
     *("sim", "predictor", "keygen"),
 )
 

@@ -19,6 +19,7 @@ from tetri.cli.options import Overrides, deployment_options, json_option, second
 if TYPE_CHECKING:
     from tetri.kv.survey import Seen
 
+KEEP = "To keep such files, run loginctl enable-linger, or set RemoveIPC=no in /etc/systemd/logind.conf"
 LEAK_S = 60.0  # a slot is used until its chunk has landed: for milliseconds, or until a decode worker has memory
 _SHOWN = 16  # used slots of a segment that are shown without --pages
 
@@ -102,6 +103,12 @@ def _problems(segments: Sequence[Seen], leak_s: float, sweeping: str) -> Iterato
         if not seen.alive:
             owner = f"{seen.iid} (process {seen.pid})" if seen.iid else "its owner"
             yield f"{seen.name}: {owner} is dead and left {_mb(seen.size)}: {sweeping} removes it"
+        elif seen.unlinked:
+            yield (
+                f"{seen.name}: was removed from /dev/shm while {seen.iid} (process {seen.pid}) runs, by hand or by"
+                f" systemd-logind when the user logged out. {seen.iid} serves on, but not to workers in other PID"
+                f" namespaces. {KEEP}; then restart {seen.iid}"
+            )
         elif seen.problem:
             yield f"{seen.name}: {seen.problem}: its owner is starting, or runs another version of tetri"
         elif seen.oldest_s > leak_s:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tetri.cli.options import Overrides, connect, deployment_options, json_option, timeout_option
+from tetri.cli.options import Overrides, deployment_options, json_option, operate, timeout_option
 from tetri.request import ROLES
 
 
@@ -27,17 +27,17 @@ def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: Ov
     """
     from tetri.client import RequestRefused
 
-    with connect(conf, timeout, overrides) as client:
+    with operate(conf, timeout, overrides) as operator:
         try:
-            change = client.flip(iid, role)
+            change = operator.flip(iid, role)
         except RequestRefused as error:
-            if _unknown(client, iid):
+            if _unknown(operator, iid):
                 raise click.UsageError(str(error)) from None
             raise
     made = f"{change['iid']}: {change['was']} -> {change['role']} in {1e3 * change['took_s']:.1f} ms"
     click.echo(json.dumps(change, ensure_ascii=False) if as_json else made)
 
 
-def _unknown(client: Any, iid: str) -> bool:
+def _unknown(operator: Any, iid: str) -> bool:
     """Whether the refusal is due to an unknown IID, which is a usage error."""
-    return iid not in {instance["iid"] for instance in client.status()["instances"]}
+    return iid not in {instance["iid"] for instance in operator.status()["instances"]}

@@ -83,3 +83,11 @@ def connect(conf: Path | None, timeout: float, overrides: Sequence[str] = ()) ->
     from tetri.client.place import address_in
 
     return Client(address_in(run_dir_of(conf, overrides)), timeout)
+
+
+def operate(conf: Path | None, timeout: float, overrides: Sequence[str] = ()) -> Any:
+    """An Operator of the selected deployment. Raises as `connect`."""
+    from tetri.client import Operator
+    from tetri.client.place import address_in
+
+    return Operator(address_in(run_dir_of(conf, overrides), "operators"), timeout)

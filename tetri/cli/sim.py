@@ -80,6 +80,7 @@ class RunCommand(click.Command):
 @command.command("run", cls=RunCommand)
 @_listed
 @click.option("--faults", metavar="NAME=NUMBER,...", help="Faults to inject, as in drop=0.01,kill=0.001; see below.")
+@click.option("--cuts", metavar="READER,...", help="Instances that cannot read KV, as in d1 or p0>d0@5-20 (seconds).")
 @click.option(
     "--policy", "policies", multiple=True, metavar="KEY=VALUE", help="A setting of [policy]; may be repeated."
 )
@@ -125,7 +126,7 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
     setup = _setup(options)
     if options["system"] == "tetri":
         with progress_bar(total) as progress:
-            result = _world(setup, arrivals, options["faults"], progress).run()
+            result = _world(setup, arrivals, options["faults"], options["cuts"], progress).run()
     else:
         result = serve(options["system"], setup, arrivals)
     made = summary(result)
@@ -134,21 +135,35 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
     return {**made, "run": {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}}
 
 
-def _world(setup: Any, arrivals: Iterable[Any], faults: str | None, progress: Any) -> Any:
+def _world(setup: Any, arrivals: Iterable[Any], faults: str | None, cuts: str | None, progress: Any) -> Any:
     from tetri.sim.world import World
 
-    if faults is None:
+    if faults is None and not cuts:
         return World(setup, arrivals, progress)
-    from tetri.sim.faulty.chance import parse_faults
+    from tetri.sim.faulty.chance import Faults, parse_faults
     from tetri.sim.faulty.world import FaultyWorld, lively
 
-    return FaultyWorld(lively(setup), arrivals, parse_faults(faults), progress)
+    found = Faults(until=0.0) if faults is None else parse_faults(faults)
+    return FaultyWorld(lively(setup), arrivals, found, progress, cuts=_cuts(cuts or ""))
+
+
+def _cuts(text: str) -> tuple[Any, ...]:
+    """The cuts of --cuts. Raises UsageError."""
+    from tetri.faults import FaultsError, parse_cuts
+
+    try:
+        cuts = parse_cuts(text)
+    except FaultsError as error:
+        raise click.UsageError(f"--cuts: {error}") from None
+    if any(cut.by_file for cut in cuts):
+        raise click.UsageError("--cuts: there is no file in a simulation: give seconds")
+    return cuts
 
 
 def _check_coupled(options: dict[str, Any]) -> None:
     """Refuse options that a coupled baseline would ignore. Raises UsageError."""
     given = {"policy": options["policies"], "monitor": options["monitors"], "deadline": options["deadline"] is not None}
-    given |= {"flip": options["flip"] != "none", "faults": options["faults"] is not None}
+    given |= {"flip": options["flip"] != "none", "faults": options["faults"] is not None, "cuts": bool(options["cuts"])}
     for name, there in given.items():
         if there:
             raise click.UsageError(f"--system {options['system']} schedules as vLLM does: leave out --{name}")

@@ -9,11 +9,10 @@ from typing import Any
 import click
 
 from tetri.cli.options import Overrides, connect, deployment_options, json_option, seconds_option
+from tetri.core.broker.notes import MONITOR_SILENT_S, NO_MONITOR
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "kv", "note")
 _LENGTHS = ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"]
-SILENT_S = 5.0  # age of the cluster view from which the monitor counts as silent
-_SILENT = "requests are placed without load reports, and no instance flips by itself"
 
 
 @click.command("status")
@@ -35,22 +34,24 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
     click.echo(_aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]))
     if fetched := _kv(instances):
-        click.echo(_aligned([["KV received by", "counted"], *fetched]))
+        click.echo(_aligned([["counted by", "events"], *fetched]))
     if lengths := _lengths(instances):
         click.echo(_aligned([_LENGTHS, *lengths]))
+    for note in status["notes"]:
+        click.echo(f"degraded  {note}")
 
 
 def _monitor(found: dict[str, Any] | None) -> str:
     """State of the monitor, as the broker knows it from the last cluster view; when silent, with the consequences."""
     if found is None:
-        return f"silent since the broker's start: {_SILENT}"
-    if found["age_s"] >= SILENT_S:
-        return f"silent for {found['age_s']:.1f} s: {_SILENT}"
+        return f"silent since the broker's start: {NO_MONITOR}"
+    if found["age_s"] >= MONITOR_SILENT_S:
+        return f"silent for {found['age_s']:.1f} s: {NO_MONITOR}"
     return f"view {found['number']}, {found['age_s']:.1f} s old, flip policy {found['flip']}"
 
 
 def _kv(instances: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of (iid, counters of its KV receives); none for an instance whose counters are all 0."""
+    """Rows of (iid, counters of its KV receives and sockets); none for an instance whose counters are all 0."""
     found = [(each["iid"], {name: n for name, n in each.get("counters", {}).items() if n}) for each in instances]
     return [[iid, _counts(counters)] for iid, counters in found if counters]
 

@@ -1,4 +1,4 @@
-"""Client library of tetri: `Client` and, for asyncio, `AsyncClient`. docs/protocol.md specifies the protocol.
+"""Client library of tetri: `Client`, for asyncio `AsyncClient`, and `Operator`. See docs/protocol.md for the protocol.
 
     client = Client()
     print(client.generate("The capital of France is", max_tokens=8).text)
@@ -9,6 +9,7 @@ I/O, and `facade` has what those two share.
 
 from tetri.client.aio import AsyncClient, AsyncStream
 from tetri.client.frames import BadRequest, RequestFailed, RequestRefused, Result, TetriError, Unreachable
+from tetri.client.operator import Operator
 from tetri.client.place import find_address
 from tetri.client.sync import Client, Stream
 
@@ -17,6 +18,7 @@ __all__ = [
     "AsyncStream",
     "BadRequest",
     "Client",
+    "Operator",
     "RequestFailed",
     "RequestRefused",
     "Result",

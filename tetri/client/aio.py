@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import zmq
-import zmq.asyncio
 
 from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
 from tetri.client.frames import Result, TetriError
-from tetri.client.questions import Inspection, RoleQuestion
+from tetri.client.questions import Inspection
 
 T = TypeVar("T")
+BURST = 256  # replies that are received before the callers have their turn
 
 
 class AsyncClient(BaseClient["AsyncStream"]):
@@ -33,16 +32,12 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return await self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
     async def cancel(self, rid: str) -> None:
-        """Cancel a request of any client and wait for the broker's confirmation. Raises TetriError."""
+        """Cancel a request of this client and wait for the broker's confirmation. Raises TetriError."""
         await self._finish(self._cancellation(rid))
 
     async def status(self) -> dict[str, Any]:
-        """Return the cluster's status: instances, requests, counters, model."""
+        """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return await self._finish(self._ask(Inspection))
-
-    async def flip(self, iid: str, role: str) -> dict[str, Any]:
-        """Change the role of an instance. Parameters, result and errors are those of `Client.flip`."""
-        return await self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     async def close(self) -> None:
         """Fail all open calls with TetriError and close the connection."""
@@ -59,7 +54,7 @@ class AsyncClient(BaseClient["AsyncStream"]):
         await self.close()
 
     def _connect(self) -> None:
-        self._socket = dealer(zmq.asyncio.Context.instance(), self.address)
+        self._socket = dealer(zmq.Context.instance(), self.address)
         self._wake = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
 
@@ -67,14 +62,14 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return AsyncStream(self, request)
 
     def _start(self, call: Call[Any]) -> None:
-        self._session.calls.append(call)
+        self._session.add(call)
         self._send()
         self._wake.set()  # the pump waits for the deadlines known before this call
         if self._pump is None or self._pump.done():
             self._pump = asyncio.get_running_loop().create_task(self._run())
 
     def _cancel(self, request: Request) -> None:
-        request.cancel(self._clock.now())
+        self._session.cancel(request, self._clock.now())
         self._send()
         self._wake.set()
 
@@ -83,50 +78,68 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return call.outcome()
 
     async def _wait(self, call: Call[Any], done: Callable[[], object]) -> None:
-        changed = asyncio.Event()
-        call.listeners.append(changed.set)
+        """Wait until `done()`, which is asked whenever the call has changed: a task wakes up only for what it wants."""
+        if done():
+            return
+        waiter = asyncio.get_running_loop().create_future()
+
+        def changed() -> None:
+            if not waiter.done() and done():
+                waiter.set_result(None)
+
+        call.listeners.append(changed)
         try:
-            while not done():
-                changed.clear()
-                await changed.wait()
+            await waiter
         finally:
-            call.listeners.remove(changed.set)
+            call.listeners.remove(changed)
 
     async def _run(self) -> None:
         """Send and receive while a call is open. Reads every message that has arrived before it checks for timeouts:
         the event loop may have been busy while the broker answered."""
-        receive = wake = None
+        loop, readable = asyncio.get_running_loop(), self._socket.get(zmq.FD)
+        loop.add_reader(readable, self._wake.set)  # libzmq signals a change only: `_drain` reads until nothing waits
         try:
-            while self._session.calls:
-                receive = receive or asyncio.ensure_future(self._socket.recv_multipart())  # done if one waits
-                wake = wake or asyncio.ensure_future(self._wake.wait())
-                if not receive.done():
+            while self._session.open:
+                self._wake.clear()
+                whole = self._drain()
+                if whole:
                     self._send()
+                if not whole or self._waits():
+                    await asyncio.sleep(0)  # the callers' turn
+                    continue
                 deadline = self._session.deadline()
                 if deadline is None:
                     break
                 wait_s = max(0.0, deadline - self._clock.now())
                 self._clock.listen(wait_s)
-                await asyncio.wait({receive, wake}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-                if receive.done():
-                    self._session.receive(receive.result(), self._clock.now())
-                    receive = None
-                if wake.done():
-                    self._wake.clear()
-                    wake = None
+                timer = loop.call_later(wait_s, self._wake.set)
+                await self._wake.wait()
+                timer.cancel()
         finally:  # otherwise open calls would wait forever
-            for future in (receive, wake):
-                if future is not None:
-                    future.cancel()
+            loop.remove_reader(readable)
             self._session.fail(TetriError("the client stopped"))
+
+    def _waits(self) -> bool:
+        """Whether a message waits. Sending may use up the signal that one has arrived, so ask after it, too."""
+        return bool(self._socket.get(zmq.EVENTS) & zmq.POLLIN)
+
+    def _drain(self) -> bool:
+        """Receive the replies that wait, `BURST` at most; return whether these were all."""
+        receive, handle, now = self._socket.recv_multipart, self._session.receive, self._clock.now()
+        try:
+            for _ in range(BURST):
+                handle(receive(zmq.NOBLOCK), now)
+        except zmq.Again:
+            return True
+        return False
 
     def _send(self) -> None:
         self._check_open()
         for frame in self._session.tick(self._clock.now()):
-            # zmq.asyncio tries a non-blocking send at once. A frame that cannot be queued is sent again later.
-            error = self._socket.send(frame, zmq.NOBLOCK).exception()
-            if error is not None and not isinstance(error, zmq.Again):
-                raise error
+            try:
+                self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:  # the queue is full: the frame is sent again later
+                return
 
 
 class AsyncStream(BaseStream[AsyncClient]):
@@ -137,7 +150,8 @@ class AsyncStream(BaseStream[AsyncClient]):
         return self
 
     async def __anext__(self) -> str:
-        await self._changed(self._ready)
+        if not self._ready():
+            await self._changed(self._ready)
         piece = self._piece()
         if piece is None:
             raise StopAsyncIteration

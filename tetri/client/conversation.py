@@ -1,5 +1,5 @@
 """The client's state machine: which replies it has and which message it sends next. No socket and no clock: `now` is
-the time of tetri/client/clock.py, in seconds.
+the time of tetri/clock.py, in seconds.
 
 A request repeats its message until it is answered: Submit until Accepted or Refused; then, after some silence, Attach
 from the first missing token. Any single message may be lost, in either direction.
@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
+from math import inf
 from typing import Any, Generic, TypeVar, cast
 
 from tetri.client.frames import RequestFailed, RequestRefused, Result, TetriError, Unreachable, frame, parse
@@ -50,8 +52,12 @@ class Call(ABC, Generic[A]):
         """Return the frame to send."""
 
     @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Return the keys and rids under which replies come to this call; "" stands for replies with neither."""
+
+    @abstractmethod
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        """Handle a reply if it belongs to this call; return whether it does."""
+        """Handle a reply with one of `names`; return whether it belongs to this call."""
 
     def deadline(self) -> float:
         """Return when to call `tick` next."""
@@ -98,11 +104,12 @@ class Call(ABC, Generic[A]):
 
 
 class Request(Call[Result]):
-    """One completion request. `pieces` is the text that the caller has not read yet."""
+    """One completion request. `key` and `secret` are those of the frame `submit`. `pieces` is the text that the caller
+    has not read yet."""
 
-    def __init__(self, key: str, submit: bytes, patience: Patience, now: float) -> None:
+    def __init__(self, key: str, secret: str, submit: bytes, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
-        self.key = key
+        self.key, self.secret = key, secret
         self.rid: str | None = None
         self.ids: list[int] = []
         self.pieces: deque[str] = deque()
@@ -120,18 +127,20 @@ class Request(Call[Result]):
         if self.rid is None:
             return self._submit
         if self.cancelling:
-            return frame({"type": "cancel", "rid": self.rid})
-        return frame({"type": "attach", "rid": self.rid, "start": len(self.ids)})
+            return frame({"type": "cancel", "rid": self.rid, "secret": self.secret})
+        return frame({"type": "attach", "rid": self.rid, "secret": self.secret, "start": len(self.ids)})
+
+    def names(self) -> tuple[str, ...]:
+        return (self.key,) if self.rid is None else (self.key, self.rid)
 
     def cancel(self, now: float) -> None:
-        """Cancel the request. Its result then has the reason "cancelled", unless it ended for another reason first."""
+        """Cancel the request; a session's by `Session.cancel`. Its result then has the reason "cancelled", unless it
+        ended for another reason first."""
         self.cancelling = True
         if self.rid is not None:
             self._next = now
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if (reply.get("key") or reply.get("rid")) not in (self.key, self.rid or self.key):
-            return False
         match reply["type"]:
             case "accepted":
                 self._accept(reply, now)
@@ -144,10 +153,11 @@ class Request(Call[Result]):
         return True
 
     def mark_alive(self, now: float) -> None:
-        """Restart the timers, as in `Call`; a Cancel is repeated until the request ends."""
+        """Restart the timers, as in `Call`. Only the end answers a Cancel: Deltas that still come do not delay it."""
+        cancel_at = self._next
         super().mark_alive(now)
-        if self.cancelling:  # only the end answers a Cancel
-            self._next = now + self._patience.resend_s
+        if self.cancelling:
+            self._next = cancel_at
 
     def _accept(self, reply: dict[str, Any], now: float) -> None:
         first = self.rid is None
@@ -203,57 +213,153 @@ class Request(Call[Result]):
 
 
 class Session:
-    """All open calls of one connection. `ignored` counts the frames that could not be decoded."""
+    """All open calls of one connection. `ignored` counts the frames that could not be decoded.
+
+    A reply touches only the calls that it names, and only calls that are due are looked at: a client may have a
+    thousand open requests."""
 
     def __init__(self) -> None:
-        self.calls: list[Call[Any]] = []
         self.ignored = 0
-        self._given_up: set[str] = set()  # keys of Submits that the broker may still accept
+        self._due: dict[Call[Any], float] = {}  # the open calls, each with the time of its entry in the heap
+        self._heap: list[tuple[float, int, Call[Any]]] = []  # no entry is later than the deadline of its call
+        self._serial = 0
+        self._named: dict[str, list[Call[Any]]] = {}
+        self._cancelled: list[Request] = []  # since the last tick
+        self.busy = False  # `tick` or `deadline` is running
+        self._given_up: dict[str, str] = {}  # key -> secret of Submits that the broker may still accept
         self._outbox: list[bytes] = []
+
+    @property
+    def open(self) -> int:
+        """Number of open calls."""
+        return len(self._due)
+
+    def add(self, call: Call[Any]) -> None:
+        """Add a call; the next `tick` returns its first message."""
+        self._due[call] = inf
+        self._index(call)
+        self._schedule(call)
 
     def request(self, rid: str) -> Request | None:
         """Return the open request with this id, or None if it is not one of this session."""
-        for call in self.calls:
-            if isinstance(call, Request) and call.rid == rid:
-                return call
-        return None
+        return next((call for call in self._named.get(rid, ()) if isinstance(call, Request)), None)
+
+    def cancel(self, request: Request, now: float) -> None:
+        """Cancel a request; the next `tick` returns the message. A signal handler may call this at any time, but no
+        other method while the session is `busy`: then the next `deadline` is at once."""
+        request.cancel(now)
+        self._cancelled.append(request)
 
     def receive(self, frames: list[bytes], now: float) -> None:
         """Handle one multipart message from the broker."""
         reply = parse(frames[0]) if len(frames) == 1 else None
         if reply is None:
             self.ignored += 1
-        elif not self._dispatch(reply, now) and reply["type"] == "accepted" and reply["key"] in self._given_up:
-            self._given_up.discard(reply["key"])
-            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"]}))
+            return
+        known = False
+        for call in tuple(self._named.get(reply.get("key") or reply.get("rid") or "", ())):
+            if call.receive(reply, now):
+                known = True
+                self._received(call, reply)
+        if not known and reply["type"] == "accepted" and reply["key"] in self._given_up:
+            secret = self._given_up.pop(reply["key"])
+            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"], "secret": secret}))
 
     def tick(self, now: float) -> list[bytes]:
         """Return the frames to send now. Ends calls that have timed out."""
-        asked = [question for call in self.calls if (question := call.tick(now)) is not None]
-        self._sweep()
+        self.busy = True
+        asked = [question for call in self._pop_due(now) if (question := self._ask(call, now)) is not None]
+        self.busy = False
         outbox, self._outbox = self._outbox, []
         return outbox + asked
 
     def deadline(self) -> float | None:
         """Return when to call `tick` next if no message arrives before; None without open calls."""
-        return min((call.deadline() for call in self.calls), default=None)
+        self.busy = True
+        when = self._next()
+        self.busy = False
+        return 0.0 if self._cancelled else when
 
     def fail(self, error: TetriError) -> None:
         """End all calls with this error."""
-        for call in self.calls:
+        calls = list(self._due)
+        for container in (self._due, self._named, self._heap, self._cancelled):
+            container.clear()
+        for call in calls:
             call.end(error)
-        self.calls.clear()
 
-    def _dispatch(self, reply: dict[str, Any], now: float) -> bool:
-        found = [call.receive(reply, now) for call in self.calls]  # one Status answers every open Inspection
-        self._sweep()
-        return any(found)
+    # ------------------------------------------------------------ calls by name
 
-    def _sweep(self) -> None:
-        for call in self.calls:
-            if call.ended and isinstance(call, Request) and isinstance(call.error, Unreachable):
-                self._given_up.add(call.key)
-            if self.ignored and call.lost:  # its answer may be one of the frames that could not be decoded
-                assert call.error is not None
-                call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)
-        self.calls = [call for call in self.calls if not call.ended]
+    def _index(self, call: Call[Any]) -> None:
+        for name in call.names():
+            calls = self._named.setdefault(name, [])
+            if call not in calls:
+                calls.append(call)
+
+    def _received(self, call: Call[Any], reply: dict[str, Any]) -> None:
+        if call.ended:
+            self._close(call)
+            return
+        if reply["type"] == "accepted":
+            self._index(call)  # under its rid, too
+        self._schedule(call)
+
+    def _close(self, call: Call[Any]) -> None:
+        if self._due.pop(call, None) is None:
+            return
+        for name in call.names():
+            calls = self._named[name]
+            calls.remove(call)
+            if not calls:
+                del self._named[name]
+        if isinstance(call, Request) and isinstance(call.error, Unreachable):
+            self._given_up[call.key] = call.secret
+        if self.ignored and call.lost:  # its answer may be one of the frames that could not be decoded
+            assert call.error is not None
+            call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)
+
+    # ------------------------------------------------------------ calls by deadline
+
+    def _schedule(self, call: Call[Any]) -> None:
+        """Note an earlier deadline. A later one is noticed when the entry in the heap comes first."""
+        due = call.deadline()
+        if due < self._due.get(call, -inf):
+            self._due[call] = due
+            self._serial += 1
+            heappush(self._heap, (due, self._serial, call))
+            if len(self._heap) > 2 * len(self._due) + 64:  # most entries are of calls that have ended
+                self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+                heapify(self._heap)
+
+    def _next(self) -> float | None:
+        """The earliest deadline; its call comes first in the heap."""
+        heap, due = self._heap, self._due
+        while heap:
+            when, serial, call = heap[0]
+            if due.get(call) != when:
+                heappop(heap)
+                continue
+            later = call.deadline()
+            if later <= when:
+                return when
+            due[call] = later
+            heapreplace(heap, (later, serial, call))
+        return None
+
+    def _pop_due(self, now: float) -> list[Call[Any]]:
+        """Remove the calls that are due from the heap and return them."""
+        while self._cancelled:
+            self._schedule(self._cancelled.pop())
+        calls: list[Call[Any]] = []
+        while (when := self._next()) is not None and when <= now:
+            calls.append(heappop(self._heap)[2])
+            self._due[calls[-1]] = inf
+        return calls
+
+    def _ask(self, call: Call[Any], now: float) -> bytes | None:
+        question = call.tick(now)
+        if call.ended:
+            self._close(call)
+        else:
+            self._schedule(call)
+        return question

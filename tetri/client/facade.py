@@ -9,11 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import zmq
 
-from tetri.client.clock import Clock
 from tetri.client.conversation import Call, Patience, Request, Session
 from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
 from tetri.client.place import find_address
 from tetri.client.questions import Cancellation
+from tetri.clock import Clock
 from tetri.request import Turn
 
 Prompt = str | Sequence[int] | None
@@ -39,7 +39,13 @@ def dealer(context: zmq.Context[Any], address: str) -> Any:
     return socket
 
 
+def new_secret() -> str:
+    """Draw the secret that shows the broker whose requests these are."""
+    return secrets.token_hex(16)
+
+
 def new_request(
+    secret: str,
     prompt: Prompt,
     messages: Messages,
     deadline_s: float | None,
@@ -49,7 +55,7 @@ def new_request(
 ) -> Request:
     """Return a new completion request with a random key. Raises BadRequest."""
     key = secrets.token_hex(8)
-    return Request(key, submit(key, prompt, messages, deadline_s, sampling), patience, now)
+    return Request(key, secret, submit(key, secret, prompt, messages, deadline_s, sampling), patience, now)
 
 
 class BaseClient(ABC, Generic[StreamT]):
@@ -66,6 +72,7 @@ class BaseClient(ABC, Generic[StreamT]):
         resend_s: float = 1.0,
     ) -> None:
         self.address = address or find_address()
+        self._secret = new_secret()
         self._patience = Patience(timeout, silence_s, resend_s)
         self._session = Session()
         self._clock = Clock()
@@ -81,7 +88,7 @@ class BaseClient(ABC, Generic[StreamT]):
     ) -> StreamT:
         """Send a request and return an iterator over its text (an asynchronous one for `AsyncClient`). Raises
         TetriError, now or while iterating."""
-        return self._streaming(self._ask(new_request, prompt, messages, deadline_s, sampling))
+        return self._streaming(self._ask(new_request, self._secret, prompt, messages, deadline_s, sampling))
 
     def _ask(self, kind: Callable[..., CallT], *what: object) -> CallT:
         """Create and start a call."""
@@ -93,7 +100,7 @@ class BaseClient(ABC, Generic[StreamT]):
         """Cancel the request and return the call that ends with it."""
         request = self._session.request(rid)
         if request is None:
-            return self._ask(Cancellation, rid)
+            return self._ask(Cancellation, rid, self._secret)
         self._cancel(request)
         return request
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from tetri.client.frames import TetriError, Unreachable
 
 
-def find_address() -> str:
-    """Return the clients' address from cluster.json in the run directory. The run directory is that of the
-    configuration $TETRI_CONF if it is set, else the default one. `tetri-cli up` writes the file.
+def find_address(socket: str = "clients") -> str:
+    """Return the address of the broker's socket for clients or for operators, from cluster.json in the run directory.
+    The run directory is that of the configuration $TETRI_CONF if it is set, else the default one. `tetri-cli up` writes
+    the file.
 
     Raises Unreachable if no deployment runs, TetriError if a file cannot be used.
     """
@@ -23,14 +24,14 @@ def find_address() -> str:
         run_dir = config.load(named).run_dir if named else config.default_run_dir()
     except strict.ConfigError as error:
         raise TetriError(str(error)) from None
-    return address_in(run_dir)
+    return address_in(run_dir, socket)
 
 
-def address_in(run_dir: Path) -> str:
-    """Return the clients' address of the deployment with this run directory. Raises as `find_address`."""
+def address_in(run_dir: Path, socket: str = "clients") -> str:
+    """Return the address of this socket in the deployment with this run directory. Raises as `find_address`."""
     path = run_dir / "cluster.json"
     try:
-        return str(json.loads(path.read_text())["clients"])
+        return str(json.loads(path.read_text())[socket])
     except FileNotFoundError:
         raise Unreachable(f"nothing is up in {run_dir}: run tetri-cli up, or give the broker's address") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

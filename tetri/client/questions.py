@@ -1,4 +1,4 @@
-"""The calls of a client that are not completions: Cancel, Inspect and ChangeRole."""
+"""The calls that are not completions: Cancel and Inspect, and those of operators, ChangeRole and EndRequest."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from tetri.client.frames import RequestRefused, change_role, frame
 
 
 class Cancellation(Call[None]):
-    """Cancels a request that this client did not submit."""
+    """Ends a request: one of the client with this secret, or, for an operator, without a secret, of any client."""
 
-    def __init__(self, rid: str, patience: Patience, now: float) -> None:
+    def __init__(self, rid: str, secret: str | None, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
         self._rid = rid
+        own = {"type": "end_request"} if secret is None else {"type": "cancel", "secret": secret}
+        self._frame = frame({**own, "rid": rid})
 
     def question(self) -> bytes:
-        return frame({"type": "cancel", "rid": self._rid})
+        return self._frame
+
+    def names(self) -> tuple[str, ...]:
+        return (self._rid,)
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "refused" and reply["key"] == self._rid:
+        if reply["type"] == "refused":
             self.end(RequestRefused(reply["reason"]))
-        elif reply["type"] == "done" and reply["rid"] == self._rid:
+        elif reply["type"] == "done":
             self.end()
         else:
             return False
@@ -33,6 +38,9 @@ class Inspection(Call[dict[str, Any]]):
 
     def question(self) -> bytes:
         return frame({"type": "inspect"})
+
+    def names(self) -> tuple[str, ...]:
+        return ("",)
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
         if reply["type"] == "status":
@@ -53,9 +61,10 @@ class RoleQuestion(Call[dict[str, Any]]):
     def question(self) -> bytes:
         return self._frame
 
+    def names(self) -> tuple[str, ...]:
+        return (self._key,)
+
     def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply.get("key") != self._key:
-            return False
         if reply["type"] == "refused":
             self.end(RequestRefused(reply["reason"]))
         elif reply["type"] == "role_changed":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ import zmq
 from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
 from tetri.client.frames import Result, TetriError
-from tetri.client.questions import Inspection, RoleQuestion
+from tetri.client.questions import Inspection
 
 T = TypeVar("T")
 
@@ -36,18 +35,12 @@ class Client(BaseClient["Stream"]):
         return self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
 
     def cancel(self, rid: str) -> None:
-        """Cancel a request of any client and wait for the broker's confirmation. Raises TetriError."""
+        """Cancel a request of this client and wait for the broker's confirmation. Raises TetriError."""
         self._finish(self._cancellation(rid))
 
     def status(self) -> dict[str, Any]:
-        """Return the cluster's status: instances, requests, counters, model."""
+        """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return self._finish(self._ask(Inspection))
-
-    def flip(self, iid: str, role: str) -> dict[str, Any]:
-        """Change the role of an instance to prefill, decode or mixed and wait until the change is done. Returns `iid`,
-        `role`, `was` (the old role) and `took_s` (seconds). Raises RequestRefused with the reason, BadRequest for an
-        unknown role."""
-        return self._finish(self._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     def close(self) -> None:
         """Fail all open calls with TetriError and close the connection."""
@@ -69,12 +62,13 @@ class Client(BaseClient["Stream"]):
 
     def _start(self, call: Call[Any]) -> None:
         self._drain()
-        self._session.calls.append(call)
+        self._session.add(call)
         self._send()
 
     def _cancel(self, request: Request) -> None:
-        request.cancel(self._clock.now())
-        if not self._draining:  # else a signal handler called this: the next turn sends the Cancel
+        self._session.cancel(request, self._clock.now())
+        # Otherwise a signal handler has interrupted this client: the next turn sends the Cancel.
+        if not (self._draining or self._session.busy):
             self._drain()
             self._send()
 

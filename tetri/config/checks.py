@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from tetri.config.tables import Config, cpu_numbers
-from tetri.faults import FaultsError, parse_faults
+from tetri.faults import FaultsError, parse_cuts, parse_faults
 from tetri.request import blocks_for
 
 STREAM_BLOCKS = 8192  # most blocks that one Fetch can ask for (wire/bulk.py)
@@ -37,10 +37,11 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if config.transfer.slab_blocks < (least := blocks_for(chunk + block - 1, block)):
         yield f"transfer.slab_blocks: must be at least {least}, the blocks that one chunk may fill"
-    try:
-        parse_faults(config.transfer.faults)
-    except FaultsError as error:
-        yield f"transfer.faults: {error}"
+    for name, parse in (("faults", parse_faults), ("cuts", parse_cuts)):
+        try:
+            parse(getattr(config.transfer, name))
+        except FaultsError as error:
+            yield f"transfer.{name}: {error}"
     yield from _transfer_problems(config)
     yield from _predictor_problems(config)
     pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]
@@ -49,11 +50,11 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"{place}: {cpus!r} names no CPU"
     if config.broker.clients:
         yield from _address_problem(config.broker.clients)
-    own = (config.clients_address, config.events_address, config.loads_address, config.views_address)
+    clients, workers = (config.clients_address, config.operators_address), (config.events_address, config.loads_address)
     emulated = config.emulated
     if config.engine.kind == "emulated" and emulated.blocks * block < emulated.context:
         yield f"emulated.blocks: must be at least {blocks_for(emulated.context, block)}, which hold one context"
-    for address in (*own, *map(config.inbox_address, iids)):
+    for address in (*clients, *workers, config.views_address, *map(config.inbox_address, iids)):
         if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
             yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"
 

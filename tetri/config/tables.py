@@ -45,7 +45,13 @@ class BrokerConfig:
 
     clients: str = ""  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
     max_open: int = number(4096, 1, 1 << 20)
+    # Memory for all requests: each takes 4 KiB, 8 bytes a token of its prompt and 24 for each that it may generate.
+    max_mib: int = number(1024, 1, 1 << 24)
+    text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
+    max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
+    # A request ends when so many workers were lost with it, the last one while it computed this request alone.
+    max_deaths: int = number(3, 3, 1 << 20)
     cpus: str = _cpus()
 
 
@@ -56,6 +62,9 @@ class ModelConfig:
     name: str = text("smollm2-135m", r"[^\0]+", "a known model's name or a folder")
     dtype: str = choice("bfloat16", "bfloat16", "float32")
     context: int = number(0, 0, 1 << 24)  # tokens; 0: the model's maximum
+    # Whether special tokens in a prompt's text count, for clients that render templates themselves. If not, they are
+    # ordinary text there, as they always are in the messages of a conversation.
+    special_tokens_in_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,9 @@ class EmulatedConfig:
     vocabulary: int = number(32000, 257, 1 << 24)  # more than 256, since the ids below 256 stand for bytes
     context: int = number(8192, 2, 1 << 24)
     time_scale: float = number(1.0, 0, 1000)
+    nan_token: int = number(-1, -1, 1 << 24)  # a fault: a request with this id gets NaN logits; -1: none
+    salt: bool = False  # tokens depend on the instance too, so that tests see which one wrote a token (design.md)
+    deadly_token: int = number(-1, -1, 1 << 24)  # a fault: a worker that computes this id dies at once; -1: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,8 @@ class TransferConfig:
     emulate_latency_us: float = number(0.0, 0, 1e9)
     emulate_token_bytes: int = number(0, 0, 1 << 30)  # KV bytes per token of the emulated model; 0: from the cost table
     faults: str = ""  # faults to inject, for rehearsals, such as "drop=0.01,flip=0.01,seed=1"; "": none
+    # Workers that cannot read KV, for rehearsals, such as "d1, p0>d0@5-20"; "": none (docs/transfer.md).
+    cuts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +203,11 @@ class Config:
     def clients_address(self) -> str:
         """Where the broker accepts clients."""
         return self.broker.clients or f"ipc://{self.run_dir}/clients"
+
+    @property
+    def operators_address(self) -> str:
+        """Where the broker accepts operators: always in the run directory, which only its user may enter."""
+        return f"ipc://{self.run_dir}/operators"
 
     @property
     def events_address(self) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.instance import Reach
 from tetri.request import LengthDistribution, LengthRange, Sampling, Value
-from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
@@ -54,13 +54,15 @@ class Reply(Value, frozen=True):
 
 class Detokenize(Value, frozen=True):
     """Turn output tokens into text; a `Detokenized` event follows. `start`: index of the first token in the output.
-    `stop`: texts that end the request. `final`: no more tokens follow, so hold no text back."""
+    `stop`: texts that end the request, once a token after the first `min_tokens` completes one. `final`: no more
+    tokens follow, so hold no text back."""
 
     rid: str
     start: int
     ids: tuple[int, ...]
     stop: tuple[str, ...]
     final: bool
+    min_tokens: int
 
 
 class Release(Value, frozen=True):
@@ -99,7 +101,8 @@ class Step(Value, frozen=True):
 
 
 class HoldRequest(Value, frozen=True):
-    """Keep a prefill request out of the next steps, or let it run again. It keeps its KV blocks."""
+    """Keep a prefill request, or a request of the batch, out of the next steps, or let it run again. It keeps its KV
+    blocks."""
 
     key: str
     held: bool
@@ -151,20 +154,26 @@ class Free(Value, frozen=True):
 
 
 class FromClient(Value, frozen=True):
-    """A client message, except Submit: that one arrives as `Submitted`."""
+    """A message of a client or an operator, except Submit: that one arrives as `Submitted`."""
 
     client: bytes
-    message: ClientMessage
+    message: ClientMessage | OperatorMessage
 
 
 class Submitted(Value, frozen=True):
-    """A Submit whose prompt is tokenized. `key` is drawn by the client: the same key means the same request."""
+    """A Submit whose prompt is tokenized. `key` and `secret` are drawn by the client. `content` identifies all that the
+    Submit asks for: the same key means the same request only with the same content. `rid` is the id of the request, if
+    it is a new one; nobody can guess it. `waited_s`: seconds since the Submit arrived, while its text was tokenized."""
 
     client: bytes
     key: str
+    secret: str
+    content: bytes
+    rid: str
     prompt: tuple[int, ...]
     sampling: Sampling
     deadline_s: float | None = None
+    waited_s: float = 0.0
 
 
 class Detokenized(Value, frozen=True):

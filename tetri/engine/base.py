@@ -8,11 +8,14 @@ prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The s
          While it is held (`hold`), no step computes any of it; it keeps its blocks and its place in the order.
 decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
          after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,
-         unless it preempts the engine request; the spans show that.
+         unless it preempts the engine request; the spans show that. It can be held once it is admitted.
 
 A step computes at most `chunk_tokens` positions. Each running decode request gets one token, so prefill never delays
 decode by a step. The rest of the budget goes to one chunk of prefill tokens. `chunk_tokens` must be larger than the
 batch, or prefill would make no progress. The chunk may be smaller when a preempted request is computed again.
+
+When the model computes no valid number for a request (NaN), the step ends that engine request with an error instead of
+a token; the others go on.
 """
 
 from __future__ import annotations
@@ -69,8 +72,8 @@ class Engine(Protocol):
         `tokens`."""
 
     def hold(self, key: str, held: bool) -> None:
-        """Exclude a prefill request from the next steps, or include it again. An unknown key is no error. Raises
-        EngineError for a decode request."""
+        """Exclude a request from the next steps, or include it again. It keeps its blocks and its place. An unknown key
+        is no error. Raises EngineError for a decode request that is not admitted."""
 
     def step(self, most: int = 1) -> StepDone:
         """Run one forward pass, or an idle pass that only allocates. Blocks until it is done. When only decode

@@ -8,6 +8,8 @@ batch; this module adds block ids and bytes.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ import xxhash
 from tetri.cost import Cost
 from tetri.engine.base import EngineError, EngineRequest, StepDone, check_budget
 from tetri.engine.paged import Paged
-from tetri.engine.plan import EOS, Slot, StepPlan
+from tetri.engine.plan import EOS, NO_TOKEN, Slot, StepPlan
 from tetri.instance import Capacity, Fingerprint
 from tetri.kv.base import joined
 from tetri.request import Sampling
@@ -32,19 +34,33 @@ def sleep(seconds: float) -> bool:
     return False
 
 
+def unsalted(key: str) -> int:
+    """The default `salt`: the tokens depend on the KV alone."""
+    return 0
+
+
+def die() -> None:
+    """The default `die`: end the process at once, as a fault in native code does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass(slots=True)
 class Content:
-    """The tokens of an engine request, sampled ones included, and the ids of its blocks."""
+    """The tokens of an engine request, sampled ones included, its salt, and the ids of its blocks."""
 
     tokens: list[int]
+    salt: int
     blocks: list[int] = field(default_factory=list)
 
 
 class EmulatedEngine:
     """Implements `Engine` of base.py. `wait(seconds)` waits for the rest of a step and returns whether a message waits,
     which ends a run of several passes; it may be set later. `clock`: seconds; it measures the time for the hashes,
-    which is part of the step. `time_scale` multiplies all times of the cost table. Raises EngineError for invalid
-    sizes."""
+    which is part of the step. `time_scale` multiplies all times of the cost table. `salt(key)`: mixed into the tokens
+    of an engine request, see salted.py; 0 changes nothing. Raises EngineError for invalid sizes.
+
+    Faults: after the id `nan_token` the model computes no valid number; a step that computes the id `deadly_token`
+    calls `die`. None: no such id."""
 
     def __init__(
         self,
@@ -54,15 +70,20 @@ class EmulatedEngine:
         vocabulary: int,
         cost: Cost,
         time_scale: float = 1.0,
+        nan_token: int | None = None,
+        deadly_token: int | None = None,
+        die: Callable[[], None] = die,
         wait: Callable[[float], bool] = sleep,
         clock: Callable[[], float] = time.monotonic,
+        salt: Callable[[str], int] = unsalted,
     ) -> None:
         if token_bytes % 8:
             raise EngineError(f"emulated.token_bytes must be a multiple of 8, got {token_bytes}")
         check_budget(capacity.chunk_tokens, capacity.max_batch)
-        self.paged = Paged(capacity, cost)
+        self.paged, self.nan_token = Paged(capacity, cost), nan_token
+        self.deadly_token, self.die = deadly_token, die
         self.capacity, self.vocabulary, self.token_bytes = capacity, vocabulary, token_bytes
-        self.time_scale, self.wait, self.clock = time_scale, wait, clock
+        self.time_scale, self.wait, self.clock, self.salt = time_scale, wait, clock, salt
         self.memory: Bytes = np.zeros((capacity.blocks, capacity.block_tokens, token_bytes), np.uint8)
         self.free = list(range(capacity.blocks))
         self.contents: dict[str, Content] = {}  # by key, for the engine requests of `paged`
@@ -88,7 +109,7 @@ class EmulatedEngine:
         if not all(0 <= token < self.vocabulary for token in request.tokens):
             raise EngineError(f"a token is outside the vocabulary of {self.vocabulary}")
         self.paged.add(request)
-        self.contents[request.key] = Content(list(request.tokens))
+        self.contents[request.key] = Content(list(request.tokens), self.salt(request.key))
 
     def cancel(self, key: str) -> None:
         self.paged.cancel(key)
@@ -159,16 +180,21 @@ class EmulatedEngine:
         it ends the text."""
         content = self.contents[slot.key]
         self._fit(slot, stop)
+        if self.deadly_token is not None and self.deadly_token in content.tokens[start:stop]:
+            self.die()
         state = self._state(content, start)
         for position in range(start, stop):
-            state = _roll(state, content.tokens[position])
+            state = roll(state, content.tokens[position])
             row, column = divmod(position, self.capacity.block_tokens)
             self.memory[content.blocks[row], column] = np.frombuffer(state * (self.token_bytes // 8), np.uint8)
         if stop < len(content.tokens):
             return False
         sampling = slot.request.sampling
+        if self.nan_token is not None and self.nan_token in content.tokens:
+            content.tokens.append(NO_TOKEN)
+            return True
         kv = self.memory[content.blocks].reshape(-1, self.token_bytes)[:stop].tobytes()  # from its own blocks
-        token = next_token(kv, stop, sampling, self.vocabulary)
+        token = next_token(kv, stop, sampling, self.vocabulary, content.salt)
         content.tokens.append(token)
         return token == EOS and not sampling.ignore_eos
 
@@ -212,15 +238,16 @@ class EmulatedEngine:
         return self.memory[content.blocks[row], column, :8].tobytes()
 
 
-def _roll(state: bytes, token: int) -> bytes:
+def roll(state: bytes, token: int) -> bytes:
+    """The rolling hash after one more token."""
     return xxhash.xxh3_64_digest(state + token.to_bytes(8, "little"))
 
 
-def next_token(kv: bytes, position: int, sampling: Sampling, vocabulary: int) -> int:
+def next_token(kv: bytes, position: int, sampling: Sampling, vocabulary: int, salt: int = 0) -> int:
     """The token at `position` (0-based, prompt included), given the KV bytes before it. The seed has an effect only
     with a temperature above 0."""
     seed = sampling.seed or 0 if sampling.temperature > 0 else 0
-    token = xxhash.xxh3_64_intdigest(kv + position.to_bytes(8, "little"), seed) % vocabulary
+    token = xxhash.xxh3_64_intdigest(kv + position.to_bytes(8, "little"), seed ^ salt) % vocabulary
     return token if token != EOS or not sampling.ignore_eos else 1
 
 
@@ -228,13 +255,13 @@ def reference(prompt: Sequence[int], sampling: Sampling, vocabulary: int, token_
     """The correct output tokens of a request, computed from its prompt alone."""
     kv, state, output = bytearray(), bytes(8), list[int]()
     for token in prompt:
-        state = _roll(state, token)
+        state = roll(state, token)
         kv += state * (token_bytes // 8)
     while len(output) < sampling.max_tokens:
         token = next_token(bytes(kv), len(prompt) + len(output), sampling, vocabulary)
         output.append(token)
         if token == EOS and not sampling.ignore_eos:
             break
-        state = _roll(state, token)
+        state = roll(state, token)
         kv += state * (token_bytes // 8)
     return output

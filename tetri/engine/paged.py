@@ -23,8 +23,8 @@ from bisect import insort
 
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
-from tetri.engine.plan import EOS, Ids, Slot, StepPlan
-from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
+from tetri.engine.plan import EOS, NO_TOKEN, Ids, Slot, StepPlan
+from tetri.engine_request import INVALID, EngineRequest, Sampled, Span, StepDone
 from tetri.instance import Capacity
 from tetri.request import blocks_for
 
@@ -44,13 +44,13 @@ class Paged:
         self.slots: dict[str, Slot] = {}
         self._parked: dict[str, Slot] = {}  # decode requests without blocks
         self._prefills: list[Slot] = []  # not held, in order of addition
-        self._batch: list[Slot] = []  # running, in order of admission
+        self._batch: list[Slot] = []  # running, in order of admission; a resumed request is admitted anew
         self._context = 0  # tokens of the batch
         self._left = 0  # most passes until the first of the batch ends; 0: unknown
         self._short: list[Slot] = []  # of the batch: no block for their next position
         self._preempted: list[Slot] = []  # wait for blocks, oldest first
         self._resized: dict[str, Slot] = {}  # whose block counts the next StepDone reports
-        self._added = 0
+        self._added = self._admitted = 0
 
     # ------------------------------------------------------------ engine requests
 
@@ -100,13 +100,23 @@ class Paged:
         slot = self.slots.get(key)
         if slot is None or slot.held == held:
             return
-        if slot.request.phase != "prefill":
-            raise EngineError(f"engine request {key} is a decode request: only a prefill request can be held")
+        if slot.request.phase == "decode" and not slot.admitted:
+            raise EngineError(f"engine request {key} is not admitted: such a decode request cannot be held")
         slot.held = held
-        if held:
+        if slot.request.phase == "decode":
+            self._hold_decode(slot)
+        elif held:
             self._prefills.remove(slot)
         else:
             insort(self._prefills, slot, key=lambda slot: slot.number)
+
+    def _hold_decode(self, slot: Slot) -> None:
+        """Move a decode request out of the batch, or back to its place. A preempted one is in no batch."""
+        if slot.held and slot.running:
+            self._batch.remove(slot)
+            self._leave(slot)
+        elif not slot.held and slot not in self._preempted:
+            self._enter(slot)
 
     # ------------------------------------------------------------ a step
 
@@ -123,8 +133,8 @@ class Paged:
 
     def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
         """The first `steps` passes of the plan are done. `ids(key, count)` returns the tokens that they gave; for a
-        prefill request that ends, one token. EOS must be the last token of a request. Returns the result of the
-        step."""
+        prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the
+        result of the step."""
         spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])
         for span in plan.chunk:
             slot = self.slots[span.key]
@@ -179,8 +189,10 @@ class Paged:
 
     def _resume(self) -> tuple[Span, ...]:
         again = []
-        while self._preempted and self._extend(self._preempted[0], self._preempted[0].known):
-            slot = self._preempted.pop(0)
+        for slot in [slot for slot in self._preempted if not slot.held]:
+            if not self._extend(slot, slot.known):
+                break
+            self._preempted.remove(slot)
             self._join(slot)
             again.append(Span(slot.key, 0, slot.known))
         return tuple(again)
@@ -231,7 +243,7 @@ class Paged:
                 self._extend(slot, known - 1)
                 if known > slot.held_tokens:
                     self._short.append(slot)
-            if known >= slot.end or new[-1] == EOS:
+            if known >= slot.end or new[-1] in (EOS, NO_TOKEN):
                 sampled = self._sampled(slot, new)
                 ended += sampled.reason is not None
             else:
@@ -246,15 +258,21 @@ class Paged:
         return spans, tokens
 
     def _sampled(self, slot: Slot, ids: tuple[int, ...]) -> Sampled:
+        if ids[-1] == NO_TOKEN:
+            return self._leaves(slot, Sampled(slot.key, ids[:-1], "error", INVALID))
         reason = "stop" if ids[-1] == EOS and not slot.request.sampling.ignore_eos else None
         if reason is None and slot.known >= slot.end:
             reason = "length"
+        return self._leaves(slot, Sampled(slot.key, ids, reason))
+
+    def _leaves(self, slot: Slot, sampled: Sampled) -> Sampled:
+        """Remove the engine request if these are its last tokens."""
         if slot.request.phase == "prefill":
             self._prefills.remove(slot)
-        if reason or slot.request.phase == "prefill":
+        if sampled.reason or slot.request.phase == "prefill":
             del self.slots[slot.key]
             self._release(slot)
-        return Sampled(slot.key, ids, reason)
+        return sampled
 
     # ------------------------------------------------------------ memory and the batch
 
@@ -277,8 +295,13 @@ class Paged:
         self._resized.pop(slot.key, None)
 
     def _join(self, slot: Slot) -> None:
+        self._admitted += 1
+        slot.admitted = self._admitted
+        self._enter(slot)
+
+    def _enter(self, slot: Slot) -> None:
         slot.running = True
-        self._batch.append(slot)
+        insort(self._batch, slot, key=lambda slot: slot.admitted)
         self._context += slot.known
         self._left = 0
         if slot.known > slot.held_tokens:

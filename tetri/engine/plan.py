@@ -9,6 +9,7 @@ from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, Span
 
 EOS = 0  # the only id that ends a text
+NO_TOKEN = -1  # in place of a token: the pass computed no valid number
 
 Ids = Callable[[str, int], tuple[int, ...]]  # (key, count) -> the last `count` tokens of this engine request
 
@@ -16,7 +17,9 @@ Ids = Callable[[str, int], tuple[int, ...]]  # (key, count) -> the last `count` 
 @dataclass(slots=True, eq=False)
 class Slot:
     """An engine request. `known`: number of its tokens, sampled ones included; KV exists for [0, done). `end`: value of
-    `known` at which it ends. `held_tokens`: tokens for which it has blocks. `held`: excluded from steps (`hold`)."""
+    `known` at which it ends. `held_tokens`: tokens for which it has blocks. `held`: excluded from steps (`hold`).
+    `admitted`: a decode request's place in the order of admission; 0: not admitted. It is `running` while it is neither
+    held nor preempted."""
 
     request: EngineRequest
     key: str
@@ -26,6 +29,7 @@ class Slot:
     done: int = 0
     held_tokens: int = 0
     ready: bool = False  # a decode request that has its blocks and waits for `admit`
+    admitted: int = 0
     running: bool = False
     held: bool = False
 

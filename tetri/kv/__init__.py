@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,8 @@ def open_store(settings: StoreSettings, wake: Callable[[], None] = lambda: None)
         tickets={path: each.ticket for path, each in opened.items() if each.ticket},
     )
     readers = {path: each.reader for path, each in opened.items()}
-    return Store(slab, readers, reach, LocalReader({name: slab.segment}))
+    counted = {path: each.counters for path, each in opened.items() if each.counters is not None}
+    return Store(slab, readers, reach, LocalReader({name: slab.segment}), counted=counted)
 
 
 def enabled(settings: StoreSettings) -> list[str]:
@@ -112,11 +113,12 @@ def _device_store(settings: StoreSettings) -> KVStore:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The reader of one path, and what peers need to use that path (goes into `Reach`)."""
+    """The reader of one path, what peers need to use that path (goes into `Reach`), and what returns its counters."""
 
     reader: Reader
     address: str = ""
     ticket: bytes = b""
+    counters: Callable[[], Mapping[str, int]] | None = None
 
 
 def _open(path: str, settings: StoreSettings, slab: HostSlab, wake: Callable[[], None]) -> Opened:
@@ -138,7 +140,7 @@ def _open(path: str, settings: StoreSettings, slab: HostSlab, wake: Callable[[],
             at = settings.address or ANYWHERE_HERE
             served = StreamSettings(at, settings.announce, settings.key, settings.buffer, expected)
             stream = StreamReader(slab, served, wake)
-            return Opened(stream, stream.address)
+            return Opened(stream, stream.address, counters=lambda: stream.counters)
     raise KVError(f"unknown KV transport {path[:80]!r}: use auto or {', '.join(TRANSPORTS)}")
 
 

@@ -96,6 +96,9 @@ class SenderSide(Protocol):
     def freed(self) -> int:
         """How many slots became free since the last call. Each slot that was put counts once."""
 
+    def counters(self) -> dict[str, int]:
+        """What has happened to the memory since its start, by name, for heartbeats. Empty as long as nothing has."""
+
     def close(self) -> None:
         """Free the memory. Peers' mappings stay readable. A second call does nothing."""
 
@@ -140,6 +143,9 @@ class KVStore(SenderSide, Reader, Protocol):
     `reach` tells peers how to read the slab; the worker sends it in Ready."""
 
     reach: Reach
+
+    def counters(self) -> dict[str, int]:
+        """As in `SenderSide`, and the events on its KV paths: <path>_<what> -> how many."""
 
     def due(self) -> float | None:
         """Latest time at which `fetched` must be called, in seconds of time.monotonic(), if `wake` is not called

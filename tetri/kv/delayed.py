@@ -14,7 +14,7 @@ class DelayedStore:
     def __init__(self, store: KVStore, clock: Callable[[], float]) -> None:
         self.store, self.clock = store, clock
         self.slots, self.reach = store.slots, store.reach
-        self.free, self.freed, self.meet = store.free, store.freed, store.meet
+        self.free, self.freed, self.meet, self.counters = store.free, store.freed, store.meet, store.counters
         self.late: list[tuple[float, Wanted]] = []  # start times and fetches
         self._lost: list[Fetched] = []  # results not yet returned
 

@@ -112,7 +112,7 @@ class Relay:
 
         handle, _ = slab.put(len(blocks), write)
         try:
-            return self._reader.fetch(replace(wanted, handle=handle))
+            return self._reader.copied(replace(wanted, handle=handle))
         finally:
             slab.close()
 

@@ -14,29 +14,34 @@ import struct
 import time
 
 from tetri.kv.base import KVLost
+from tetri.kv.segment import closed
+from tetri.kv.unnamed import reopen
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: all), pid
 _STEP_S = 0.005
 
 
-def lease(path: str) -> int:
-    """Acquire a lease on the segment file `path`. Returns a descriptor; closing it ends the lease. Raises KVLost when
-    the segment is gone."""
+def lease(path: str, owner: int) -> int:
+    """Acquire a lease on the segment file `path`, also if it has lost its name while the process `owner` runs. Returns
+    a descriptor; closing it ends the lease. Raises KVLost when the segment is gone."""
+    descriptor: int | None
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (OSError, ValueError):
-        raise KVLost(f"{path[-160:]!r} is gone") from None
-    # The owner unlinks the file and then locks it (all_fallen): from then on no new lease can be acquired.
-    if _lock(descriptor, fcntl.F_RDLCK) and os.fstat(descriptor).st_nlink:
+        descriptor = reopen(owner, os.path.basename(path))
+    if descriptor is None:
+        raise KVLost(f"{path[-160:]!r} is gone")
+    # The owner marks the file as closed and then locks it (all_fallen): from then on no new lease can be acquired.
+    if _lock(descriptor, fcntl.F_RDLCK) and not closed(descriptor):
         return descriptor
     os.close(descriptor)
     raise KVLost(f"{path[-160:]!r} was closed by its owner")
 
 
 def wanted_back(descriptor: int) -> bool:
-    """For the holder of a lease: whether the owner has closed the segment or has ended. The file is then unlinked, or
-    the owner's lock on it is gone (segment.py)."""
-    return not os.fstat(descriptor).st_nlink or not owned(descriptor)
+    """For the holder of a lease: whether the owner has closed the segment or has ended. The file then says so, or the
+    owner's lock on it is gone (segment.py)."""
+    return closed(descriptor) or not owned(descriptor)
 
 
 def owned(descriptor: int) -> bool:
@@ -51,7 +56,7 @@ def owned(descriptor: int) -> bool:
 
 
 def all_fallen(descriptor: int, patience_s: float) -> bool:
-    """For the owner, after it has unlinked the file: wait at most `patience_s` seconds until no lease is left; whether
+    """For the owner, after it has closed the file: wait at most `patience_s` seconds until no lease is left; whether
     that is so."""
     deadline = time.monotonic() + patience_s
     while not _lock(descriptor, fcntl.F_WRLCK):

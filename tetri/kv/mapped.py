@@ -25,8 +25,12 @@ class CopyingReader(ABC):
     def part(self, peer: str) -> None:  # noqa: B027
         """Does nothing."""
 
-    def fetch(self, wanted: Wanted) -> Fetched:
+    def fetch(self, wanted: Wanted) -> Fetched | None:
         """Blocks until the copy is done."""
+        return self.copied(wanted)
+
+    def copied(self, wanted: Wanted) -> Fetched:
+        """The result of `copy`: the blocks, or its KVError as the problem."""
         try:
             return Fetched(wanted.ticket, self.copy(wanted))
         except KVError as problem:

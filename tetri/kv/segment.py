@@ -2,7 +2,8 @@
 
 The format (docs/protocol.md, section 8): a header, a u64 generation and a mark for each slot, and at a multiple of
 4096 the blocks; numbers in the machine's byte order. The owner holds flock(LOCK_EX) on the file while it runs, so an
-unlocked file belongs to a dead owner.
+unlocked file belongs to a dead owner. A file without a name need not be closed: others may have unlinked it
+(unnamed.py). So the header says whether the owner has closed it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from dataclasses import dataclass
 
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.slab import FIRST_GENERATION, MARK, Segment
+from tetri.kv.unnamed import UNLINKED, reopen, unlinked
 
 MAGIC = b"tetri-kv"
 VERSION = 2
-# magic, version, offset of slot 0, block bytes, slots, pid of the owner, bytes of the deployment's name, creation time
+# magic, version, offset of slot 0, block bytes, slots, pid of the owner, bytes of the deployment's name, creation time;
+# then the byte that is 1 once the owner has closed the segment
+_CLOSED_AT = 48
 _HEADER = struct.Struct("=8sIIQQIIQ16x")
 _PAGE = 4096
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,80}")  # a deployment or an instance; keeps a file name under 255 bytes
@@ -39,6 +43,16 @@ class Mapping:
     segment: Segment
     memory: mmap.mmap
     descriptor: int = -1
+
+    def counters(self) -> dict[str, int]:
+        """For the owner: as of `Slab`."""
+        return {UNLINKED: 1} if self.descriptor >= 0 and unlinked(self.descriptor) else {}
+
+    def unlink(self, path: str) -> None:
+        """For the owner: mark the segment as closed and remove its file `path`, unless others have."""
+        self.memory[_CLOSED_AT] = 1
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
     def close(self) -> None:
         """Unmap, and unlock the owner's file. A second call does nothing."""
@@ -122,11 +136,23 @@ class Header:
     made: int
 
 
-def attach(directory: str, deployment: str, name: str) -> Mapping:
-    """Map a peer's segment read-only. Raises KVLost when it does not exist or is not a segment of this deployment."""
+def closed(descriptor: int) -> bool:
+    """Whether the owner of an open segment has closed it."""
+    return os.pread(descriptor, 1, _CLOSED_AT) != b"\0"
+
+
+def attach(directory: str, deployment: str, name: str, owner: int) -> Mapping:
+    """Map a peer's segment read-only, also one that has lost its name while the process `owner` runs. Raises KVLost
+    when it does not exist or is not a segment of this deployment."""
     if not name.startswith(f"tetri-{deployment}-") or not _NAME.fullmatch(name):
         raise KVLost(f"{name[:80]!r} is no segment of this deployment")
-    descriptor = look_at(directory, name)
+    try:
+        descriptor = look_at(directory, name)
+    except KVLost:
+        reopened = reopen(owner, name)
+        if reopened is None:
+            raise
+        descriptor = reopened
     try:
         return read_only(descriptor, name)[1]
     finally:
@@ -143,7 +169,8 @@ def look_at(directory: str, name: str) -> int:
 
 
 def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
-    """Validate and map the segment in an open file. Raises KVLost when the file is not a segment of this user."""
+    """Validate and map the segment in an open file. Raises KVLost when it cannot be mapped, or the file is not a
+    segment of this user."""
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
         raise KVLost(f"{name}: not a file of this user")
@@ -153,7 +180,10 @@ def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
         raise KVLost(f"{name}: the header does not fit the file's {facts.st_size} bytes")
     # Not populated: for a large slab that would block serving for tens of milliseconds. Read faults map 16 pages each
     # and are spread over the chunks.
-    memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    try:
+        memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except OSError as error:  # this process has no descriptors or address space left
+        raise KVLost(f"{name}: cannot be mapped ({error.strerror})") from None
     return header, Mapping(_segment(name, memory, slots, size), memory)
 
 

@@ -32,8 +32,12 @@ class ShmSlab(HostSlab):
         nothing."""
         super().close()
         if self._own.descriptor >= 0:
-            os.unlink(self._path)
+            self._own.unlink(self._path)
             self._own.close()
+
+    def counters(self) -> dict[str, int]:
+        """As in `Slab`."""
+        return self._own.counters()
 
 
 class ShmReader(MappingReader[Mapping]):
@@ -46,7 +50,7 @@ class ShmReader(MappingReader[Mapping]):
         self._staging = Staging(staging)
 
     def map(self, reach: Reach) -> Mapping:
-        return attach(self._directory, self._deployment, reach.segment)
+        return attach(self._directory, self._deployment, reach.segment, reach.process)
 
     def unmap(self, opened: Mapping) -> None:
         opened.close()

@@ -164,6 +164,10 @@ class HostSlab:
                 self._recycle(slot)
             return len(self._free) - free
 
+    def counters(self) -> dict[str, int]:
+        """As in `Slab`."""
+        return {}
+
     def close(self) -> None:
         """Refuse `put`, `free` and `keep` from now on. Does not free the memory. A second call does nothing."""
         with self._lock:

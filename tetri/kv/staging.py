@@ -70,6 +70,9 @@ def check_digest(name: str, copied: int, announced: int) -> None:
 
 
 def populated(size: int) -> memoryview:
-    """Private memory of at least `size` bytes, with all pages populated."""
+    """Private memory of at least `size` bytes, with all pages populated. Raises KVLost when there is not enough."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    return memoryview(mmap.mmap(-1, max(size, 1), flags=flags))
+    try:
+        return memoryview(mmap.mmap(-1, max(size, 1), flags=flags))
+    except OSError as error:
+        raise KVLost(f"cannot get {size} bytes of memory for KV that arrives ({error.strerror})") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from tetri.instance import Reach
 from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
@@ -10,11 +11,21 @@ from tetri.kv.base import Fetched, KVLost, Reader, Slab, Wanted
 
 class Store:
     """A slab and its readers. `readers`: path -> reader. `home` reads the worker's own slab (path `local`), for
-    mixed workers."""
+    mixed workers. `due` is of a reader that does not wake the worker. `counted`: path -> what returns the counters of
+    that path, for those that count."""
 
-    def __init__(self, slab: Slab, readers: dict[str, Reader], reach: Reach, home: Reader) -> None:
+    def __init__(
+        self,
+        slab: Slab,
+        readers: dict[str, Reader],
+        reach: Reach,
+        home: Reader,
+        due: Callable[[], float | None] = lambda: None,
+        counted: Mapping[str, Callable[[], Mapping[str, int]]] = MappingProxyType({}),
+    ) -> None:
+        self.counted = counted
         self.slab, self.readers, self.reach = slab, {"local": home, **readers}, reach
-        self.slots = slab.slots
+        self.slots, self._due = slab.slots, due
         self.put, self.free, self.freed = slab.put, slab.free, slab.freed
 
     @property
@@ -41,8 +52,12 @@ class Store:
         for reader in self.readers.values():
             yield from reader.fetched()
 
+    def counters(self) -> dict[str, int]:
+        paths = {f"{path}_{name}": n for path, counted in self.counted.items() for name, n in counted().items()}
+        return {**self.slab.counters(), **paths}
+
     def due(self) -> float | None:
-        return None
+        return self._due()
 
     def close(self) -> None:
         """Close the readers, then the slab. A second call does nothing."""

@@ -1,5 +1,6 @@
 """Lists the segments in shared memory from outside: owner, whether it lives, and owner and age of each used slot. Only
-reads. A segment that changes meanwhile may be reported in its old or its new state."""
+reads. A segment that changes meanwhile may be reported in its old or its new state. Segments that have lost their name
+are found where their owners have them open."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ import os
 import re
 import stat
 import time
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tetri.kv.base import KVLost
 from tetri.kv.lease import owned
 from tetri.kv.segment import Header, Mapping, look_at, read_only, remove_dead
 from tetri.kv.shm import DIRECTORY
 from tetri.kv.slab import MARK, Segment
+from tetri.kv.unnamed import reopen, unnamed
 
 _NAME = re.compile(r"tetri-([A-Za-z0-9._-]+)-([0-9a-f]{16})")
 
@@ -32,7 +36,7 @@ class Page:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One segment of `size` bytes. When the header cannot be read, `problem` says why, and the header's fields are
-    empty or 0."""
+    empty or 0. `unlinked`: the file has no name any more, while its owner lives."""
 
     name: str
     deployment: str
@@ -45,6 +49,7 @@ class Seen:
     age_s: float = 0.0
     pages: tuple[Page, ...] = ()
     problem: str = ""
+    unlinked: bool = False
 
     @property
     def oldest_s(self) -> float:
@@ -54,8 +59,24 @@ class Seen:
 
 def survey(deployment: str | None = None, directory: str = DIRECTORY) -> list[Seen]:
     """The segments of a deployment, or of all deployments of this user, sorted by name."""
-    found = (_seen(directory, name) for name in sorted(os.listdir(directory)) if _NAME.fullmatch(name))
-    return [seen for seen in found if seen is not None and _of(deployment, seen)]
+    found = [_seen(directory, name) for name in os.listdir(directory) if _NAME.fullmatch(name)]
+    of_it = [seen for seen in (*found, *_unlinked(directory)) if seen is not None and _of(deployment, seen)]
+    return sorted(of_it, key=lambda seen: seen.name)
+
+
+def _unlinked(directory: str) -> Iterator[Seen]:
+    """The segments of living owners that have lost their name."""
+    known = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        for path in unnamed(int(process.name)):
+            folder, name = os.path.split(path)
+            if folder != directory or name in known or not _NAME.fullmatch(name):
+                continue
+            known.add(name)
+            descriptor = reopen(int(process.name), name)
+            seen = None if descriptor is None else _described_file(descriptor, name)
+            if seen is not None and seen.alive:  # the memory of a dead owner's goes with its last reader
+                yield replace(seen, unlinked=True)
 
 
 def remove(seen: Seen, directory: str = DIRECTORY) -> bool:
@@ -77,6 +98,11 @@ def _seen(directory: str, name: str) -> Seen | None:
         descriptor = look_at(directory, name)
     except KVLost:
         return None
+    return _described_file(descriptor, name)
+
+
+def _described_file(descriptor: int, name: str) -> Seen | None:
+    """Describe an open file, and close it; None when it is another user's, or no file."""
     try:
         facts = os.fstat(descriptor)
         if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode):

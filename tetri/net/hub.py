@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -13,10 +14,12 @@ from typing import Literal
 import msgspec
 import zmq
 
-from tetri.net import sockets
+from tetri.net import descriptors, sockets
+from tetri.net.connection import Census
 from tetri.net.errors import NetError
 from tetri.net.intake import Intake
 from tetri.net.link import PeerLink
+from tetri.net.turnstile import files_left
 from tetri.wire import codec
 from tetri.wire.codec import Messages
 from tetri.wire.events import NetEvent, PeerDown, PeerUp
@@ -30,57 +33,76 @@ class Hub:
 
     `counters` never reset: received, received_bytes, sent, sent_bytes, published, published_bytes, would_block,
     no_peer, replies_full, replies_gone, and garbage_<kind> for dropped messages (kinds: frames, and those of
-    codec.WireError).
+    codec.WireError). `unsent`: messages that `send` refused, by `full_<peer>` (its queue was full) and `away_<peer>`.
+    `more`: the last `poll` read as many messages of a socket as it may at a time, so others may wait.
     """
 
     def __init__(self, log: logging.Logger | None = None) -> None:
         self.counters: Counter[str] = Counter()
+        self.unsent: Counter[str] = Counter()
+        self.more = False
         self._log = log or logging.getLogger("tetri.net")
         self._context: sockets.Context = zmq.Context()
         self._poller = zmq.Poller()
         self._intakes: dict[sockets.Socket, Intake] = {}
         self._bounds: list[sockets.Bound] = []
-        self._router: sockets.Socket | None = None
+        self._routers: list[sockets.Socket] = []
+        self._censuses: list[Census] = []
         self._outlet: sockets.Socket | PeerLink | None = None  # the socket of publish()
         self._feeds: list[PeerLink] = []  # PUB or SUB sockets that connect
         self._links: dict[str, PeerLink] = {}
+        self._unopened: dict[str, str] = {}  # peer -> address, for want of descriptors
         self._monitors: dict[sockets.Socket, PeerLink] = {}
+        self._encoded: tuple[msgspec.Struct | None, bytes] = (None, b"")  # the last message that `send` encoded
         self._wake_read, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller.register(self._wake_read, zmq.POLLIN)
 
     def bind_inbox(self, address: str, union: Messages) -> str:
         """Receive messages of `union` at `address`; returns the real address, with the port in place of `*`. Raises
         NetError when the address is invalid or in use."""
-        return self._bind(sockets.inbox(self._context, union), address, union, identities=False)
+        return self._bind(sockets.inbox(self._context, union), address, union)
 
-    def bind_clients(self, address: str, union: Messages) -> str:
-        """As bind_inbox, for clients that `reply` can answer. Once per hub."""
-        if self._router is not None:
-            raise NetError(f"{address}: this process already listens for clients")
+    def bind_clients(self, address: str, union: Messages, most: int | None = None) -> str:
+        """As bind_inbox, for clients that `reply` can answer. When `most` are connected to an `ipc://` address, further
+        ones wait; up to WAITING more can enter together with the last. A hub may listen for clients at several
+        addresses: what a client sends and what it is answered goes through the same one."""
         router = sockets.clients(self._context, union)
-        real = self._bind(router, address, union, identities=True)
-        self._router = router
+        census = Census(self._context, router)
+        self._censuses.append(census)
+
+        def may_enter() -> bool:
+            return files_left() and (most is None or census.connected() < most)
+
+        real = self._bind(router, address, union, bytes([len(self._routers)]), may_enter=may_enter)
+        self._routers.append(router)
         return real
 
     def bind_subscriber(self, address: str, union: Messages) -> str:
         """As bind_inbox, for publishers. Publishers never wait: messages that are not read in time are lost."""
-        return self._bind(sockets.subscriber(self._context, union, newest=False), address, union, identities=False)
+        return self._bind(sockets.subscriber(self._context, union, newest=False), address, union)
 
-    def _bind(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> str:
-        real = self._bound(socket, address)
-        self._read_from(socket, real, union, identities)
+    def _bind(
+        self,
+        socket: sockets.Socket,
+        address: str,
+        union: Messages,
+        router: bytes | None = None,
+        may_enter: Callable[[], bool] = files_left,
+    ) -> str:
+        real = self._bound(socket, address, may_enter)
+        self._read_from(socket, real, union, router)
         return real
 
-    def _bound(self, socket: sockets.Socket, address: str) -> str:
+    def _bound(self, socket: sockets.Socket, address: str, may_enter: Callable[[], bool] = files_left) -> str:
         try:
-            self._bounds.append(sockets.Bound(socket, address))
+            self._bounds.append(sockets.Bound(socket, address, may_enter=may_enter, log=self._log))
         except NetError:
             socket.close(0)
             raise
         return self._bounds[-1].address
 
-    def _read_from(self, socket: sockets.Socket, address: str, union: Messages, identities: bool) -> None:
-        self._intakes[socket] = Intake(socket, address, union, identities, self.counters, self._log)
+    def _read_from(self, socket: sockets.Socket, address: str, union: Messages, router: bytes | None = None) -> None:
+        self._intakes[socket] = Intake(socket, address, union, router, self.counters, self._log)
         self._poller.register(socket, zmq.POLLIN)
 
     def bind_publisher(self, address: str) -> str:
@@ -119,7 +141,7 @@ class Hub:
         reader misses the older ones."""
         make = partial(sockets.subscriber, union=union, newest=True)
         link = self._feed(address, make)
-        self._read_from(link.socket, address, union, identities=False)
+        self._read_from(link.socket, address, union)
 
     def _feed(self, address: str, make: sockets.Make) -> PeerLink:
         link = PeerLink(self._context, "", address, make)
@@ -131,7 +153,11 @@ class Hub:
         for at, old in enumerate(self._feeds):
             if not old.given_up_for(RETRY_S):
                 continue
-            new = self._feeds[at] = PeerLink(self._context, "", old.address, old.make)
+            try:
+                new = PeerLink(self._context, "", old.address, old.make)
+            except NetError:  # no descriptor is left: the next poll tries again
+                continue
+            self._feeds[at] = new
             self._unwatch(old)
             self._watch(new)
             intake = self._intakes.pop(old.socket, None)
@@ -154,13 +180,17 @@ class Hub:
     def connect(self, peer: str, address: str) -> None:
         """Connect to `peer` at `address`. The same address again changes nothing; another address replaces the
         connection without a PeerDown. `poll` returns PeerUp when the connection is up. Raises NetError when the
-        address is invalid; the old connection then stays."""
+        address is invalid; the old connection then stays. Also when no descriptors are left: then each `send` to the
+        peer tries again."""
         old = self._links.get(peer)
         if old is not None and old.address == address and not old.given_up:
             return
         self._open(peer, address)
 
     def _open(self, peer: str, address: str) -> None:
+        if descriptors.left() < 0:
+            self._unopened[peer] = address
+            raise NetError(f"{address}: cannot connect (too many open files: {descriptors.used()})")
         link = PeerLink(self._context, peer, address)
         self.disconnect(peer)
         self._links[peer] = link
@@ -168,6 +198,7 @@ class Hub:
 
     def disconnect(self, peer: str) -> None:
         """Close the connection to `peer` and drop its queue; no PeerDown follows. An unknown peer is no error."""
+        self._unopened.pop(peer, None)
         link = self._links.pop(peer, None)
         if link is None:
             return
@@ -180,24 +211,34 @@ class Hub:
         link = self._links.get(peer)
         if link is None or not link.up:
             self.counters["no_peer"] += 1
-            if link is not None and link.given_up:
-                self._open(peer, link.address)  # here, not in poll: retry only as often as the core sends
+            self.unsent[f"away_{peer}"] += 1
+            self._reopen(peer, link)
             return False
-        data = codec.encode(message)
+        data = self._encode(message)
         if not link.send(data):
             self.counters["would_block"] += 1
+            self.unsent[f"full_{peer}"] += 1
             return False
         self._count_sent(data)
         return True
 
+    def _reopen(self, peer: str, link: PeerLink | None) -> None:
+        """Connect again where libzmq has given up or no descriptors were left. Here and not in `poll`: as often as the
+        core sends."""
+        address = self._unopened.get(peer) if link is None else link.address if link.given_up else None
+        if address is not None:
+            with suppress(NetError):  # still none left: counted as no_peer, and the next send tries again
+                self._open(peer, address)
+
     def reply(self, client: bytes, message: msgspec.Struct) -> Sent:
         """Reply to a client without waiting. "full": the client's queue is full; "gone": the client is not
         connected."""
-        if self._router is None:
+        if not self._routers:
             raise NetError("reply without bind_clients")
         data = codec.encode(message)
+        router = self._routers[client[0]]  # see Intake
         try:
-            self._router.send_multipart((client, data), zmq.NOBLOCK)
+            router.send_multipart((client[1:], data), zmq.NOBLOCK)
         except zmq.Again:
             self.counters["replies_full"] += 1
             return "full"
@@ -209,6 +250,13 @@ class Hub:
         self._count_sent(data)
         return "sent"
 
+    def _encode(self, message: msgspec.Struct) -> bytes:
+        """Encode a message, or return the last encoding if it is the same object: a core sends one message to many
+        peers in a row."""
+        if message is not self._encoded[0]:
+            self._encoded = (message, codec.encode(message))
+        return self._encoded[1]
+
     def _count_sent(self, data: bytes) -> None:
         self.counters["sent"] += 1
         self.counters["sent_bytes"] += len(data)
@@ -217,17 +265,20 @@ class Hub:
         """Wait for events for at most `timeout` seconds (None: no limit; 0 or less: not at all) and return them.
 
         Messages come before PeerUp and PeerDown, so that the last messages of a dead peer are handled first. The
-        number of messages per socket is limited; the next call returns the rest. The list is empty after the timeout,
-        a signal or a wake().
+        number of messages per socket is limited; the next call returns the rest (`more`). The list is empty after the
+        timeout, a signal or a wake().
         """
         self._retry_feeds()
+        self.more = False
         arrived: list[NetEvent] = []
         events: list[PeerUp | PeerDown] = []
         if any(link.given_up for link in self._feeds):
             timeout = RETRY_S if timeout is None else min(timeout, RETRY_S)
         for source, _ in self._poller.poll(sockets.milliseconds(timeout)):
             if source in self._intakes:
-                arrived += self._intakes[source].read()
+                intake = self._intakes[source]
+                arrived += intake.read()
+                self.more = self.more or intake.more
             elif source in self._monitors:
                 link = self._monitors[source]
                 seen = link.events()
@@ -260,12 +311,14 @@ class Hub:
         for link in self._feeds:
             self._unwatch(link)
             link.close()
+        for bound in self._bounds:
+            bound.close()
+        for census in self._censuses:
+            census.close()
         for socket in self._intakes:
             socket.close(0)  # closing twice is harmless: the sockets of feeds are closed already
         if isinstance(self._outlet, zmq.Socket):
             self._outlet.close(0)
         self._context.term()
-        for bound in self._bounds:
-            bound.remove_file()
         os.close(self._wake_read)
         os.close(self.wake_fd)

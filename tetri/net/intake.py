@@ -15,27 +15,35 @@ from tetri.wire.events import Arrived
 # Limits per socket and poll, so that a flood on one socket does not starve the others.
 MAX_MESSAGES = 256
 MAX_BYTES = 32 << 20
+MAX_CLIENT_BYTES = 1 << 20  # a Submit of 2 MB with many turns takes up to 0.1 s to decode: streams go on between two
 _MAX_COMPLAINTS = 256  # (sender, kind) pairs to log; limited, because a sender can invent identities
 
 
 class Intake:
-    """Reads a PULL or SUB socket (`identities` False) or a ROUTER (True) at `address`. `union`: the valid messages."""
+    """Reads a socket at `address`. `union`: the valid messages. `router`: None for a PULL or SUB; for a ROUTER, the
+    byte that tells it from the other ROUTERs of the process, whose clients may have the same identities. It comes
+    before the identity in `Arrived.client`. `more`: the last `read` ended at a limit, so messages may still wait."""
 
     def __init__(
-        self, socket: Socket, address: str, union: Messages, identities: bool, counters: Counter[str], log: Logger
+        self, socket: Socket, address: str, union: Messages, router: bytes | None, counters: Counter[str], log: Logger
     ) -> None:
         self.socket, self.address = socket, address
-        self._union, self._identities, self._counters, self._log = union, identities, counters, log
+        self._union, self._router, self._counters, self._log = union, router, counters, log
+        self.more = False
         self._complained: set[tuple[bytes | None, str]] = set()
 
     def read(self) -> list[Arrived]:
         """The waiting messages, up to the limits above. Counts and drops invalid ones."""
         arrived: list[Arrived] = []
-        size = 0
-        for _ in range(MAX_MESSAGES):
-            frames = self._receive() if size < MAX_BYTES else None
+        count = size = 0
+        most = MAX_BYTES if self._router is None else MAX_CLIENT_BYTES
+        self.more = True
+        while count < MAX_MESSAGES and size < most:
+            frames = self._receive()
             if frames is None:
+                self.more = False
                 break
+            count += 1
             size += sum(map(len, frames))
             event = self._decode(frames)
             if event is not None:
@@ -60,8 +68,8 @@ class Intake:
         return frames
 
     def _decode(self, frames: list[bytes]) -> Arrived | None:
-        client = frames[0] if self._identities else None
-        body = frames[1:] if self._identities else frames
+        client = None if self._router is None else self._router + frames[0]
+        body = frames if self._router is None else frames[1:]
         if len(body) != 1:
             self._drop(client, "frames", "more than one frame" if body else "no frame after the identity")
             return None

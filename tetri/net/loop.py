@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Protocol, TypeVar
 
 Event_contra = TypeVar("Event_contra", contravariant=True)
 Action_co = TypeVar("Action_co", covariant=True)
 Event = TypeVar("Event")
 Action = TypeVar("Action")
+
+
+class Time(Protocol):
+    """The clock of a process (tetri.clock.Clock)."""
+
+    def now(self) -> float:
+        """The current time in seconds."""
+
+    def listen(self, seconds: float) -> None:
+        """Record that the process now waits for so many seconds: waking up much later is no silence of others."""
 
 
 class Core(Protocol[Event_contra, Action_co]):
@@ -28,7 +39,7 @@ def run(
     core: Core[Event, Action],
     poll: Callable[[float | None], Iterable[Event]],
     act: Callable[[Sequence[Action]], None],
-    clock: Callable[[], float],
+    clock: Time,
     running: Callable[[], bool],
 ) -> None:
     """Run the loop until `running()` is False. `poll(timeout)` waits at most `timeout` seconds (None: no limit) and
@@ -38,6 +49,8 @@ def run(
     """
     while running():
         deadline = core.deadline()
-        for event in poll(None if deadline is None else max(0.0, deadline - clock())):
-            act(core.handle(event, clock()))
-        act(core.tick(clock()))
+        timeout = None if deadline is None else max(0.0, deadline - clock.now())
+        clock.listen(inf if timeout is None else timeout)
+        for event in poll(timeout):
+            act(core.handle(event, clock.now()))
+        act(core.tick(clock.now()))

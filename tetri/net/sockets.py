@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from logging import Logger
 
 import zmq
 
 from tetri.net.address import check, refuse_live_owner
 from tetri.net.errors import NetError
+from tetri.net.turnstile import Turnstile, files_left
 from tetri.wire import codec
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 Options = Mapping[int, int | bytes]
 Make = Callable[[Context], Socket]
+_LOG = logging.getLogger("tetri.net")
 
 # A worker sends a few messages a step and a broker reads thousands a second: a queue this long fills only when the
 # reader is stuck. A message that does not fit is not lost silently: the send returns False or "full".
@@ -88,28 +90,35 @@ def milliseconds(seconds: float | None) -> int | None:
 class Bound:
     """A bound address. `address` is the real one, with the port in place of `*`."""
 
-    def __init__(self, socket: Socket, address: str, encrypted: bool = False) -> None:
-        """Bind `socket`. Raises NetError when the address is invalid, in use or not permitted."""
-        self._path = check(address, encrypted)
-        self._inode = 0
-        if self._path is not None:
-            refuse_live_owner(self._path)
+    def __init__(
+        self,
+        socket: Socket,
+        address: str,
+        encrypted: bool = False,
+        may_enter: Callable[[], bool] = files_left,
+        log: Logger = _LOG,
+    ) -> None:
+        """Bind `socket`. `may_enter`: whether an `ipc://` address may let more connections in; a thread asks. Raises
+        NetError when the address is invalid, in use or not permitted."""
+        path = check(address, encrypted)
+        self._turnstile: Turnstile | None = None
+        if path is not None:
+            refuse_live_owner(path)
         try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
+            if path is not None:
+                self._turnstile = Turnstile(socket, path, may_enter, log)
+            else:
+                socket.bind(address)
+        except (OSError, zmq.ZMQError) as error:
             in_use = error.errno == zmq.EADDRINUSE
             why = "address in use by another process" if in_use else f"cannot bind ({str(error.strerror).lower()})"
             raise NetError(f"{address}: {why}") from None
         endpoint = socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
-        self.address = endpoint.rstrip(b"\0").decode()
-        if self._path is not None:
-            self._inode = os.stat(self._path).st_ino
+        self.address = address if self._turnstile is not None else endpoint.rstrip(b"\0").decode()
 
-    def remove_file(self) -> None:
-        """Remove the socket's file, unless another process has replaced it. Call it after the socket is closed."""
-        if self._path is None:
-            return
-        with suppress(FileNotFoundError):  # libzmq has removed it, the usual case
-            if os.stat(self._path).st_ino == self._inode:
-                os.unlink(self._path)
+    def close(self) -> None:
+        """Let nobody in any more, and remove the socket's files unless another process has replaced them. Call it
+        before the socket is closed."""
+        if self._turnstile is not None:
+            self._turnstile.close()

@@ -20,8 +20,8 @@ from tetri.request import blocks_for
 
 #: Share of the memory that `peak` keeps in reserve for requests that exceed their predicted end. In a simulation (256
 #: requests of the paper's figure 1 at once, accuracy 74.9 %, high ends, two memory sizes at which greedy admission
-#: preempts 10 and 20 % of the requests), peak preempts 1.7 and 1.0 % without the margin and 0.0 and 0.5 % with it; the
-#: mean JCT grows by at most 0.7 %.
+#: preempted 10 and 20 % of the requests before grants left `next_growth` free), peak preempted 1.7 and 1.0 % without
+#: the margin and 0.0 and 0.5 % with it; the mean JCT grew by at most 0.7 %.
 MARGIN = 0.02
 
 
@@ -29,6 +29,14 @@ def greedy(waiting: Sequence[WaitingRequest], batch: BatchView) -> list[str]:
     """Admit while the batch has a slot and the memory is not overcommitted, as vLLM does. No memory is reserved for
     future output, so the engine may have to preempt."""
     return [] if batch.free_blocks < 0 else [request.key for request in _in_turn(waiting, batch)]
+
+
+def next_growth(running: int) -> int:
+    """Blocks that a batch of so many requests grows by next: two for each. No grant takes them: otherwise requests
+    whose KV only arrives would take all memory, and running ones be preempted at once. In a simulation of the Azure
+    conversation trace at 20 times its speed on 64 + 64 instances with greedy admission, of 6,000 requests 342 were
+    preempted without this and 25 with it, and the mean JCT was 4 % shorter."""
+    return 2 * running
 
 
 def reserve_static(waiting: Sequence[WaitingRequest], batch: BatchView) -> list[str]:

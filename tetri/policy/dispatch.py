@@ -85,6 +85,13 @@ def imbalance(need: Need, pool: DecodePool, rng: Random) -> int | None:
     return _any([column for column in fits if column != 0] or fits, rng)
 
 
+def least_deferred(pool: DecodePool) -> int | None:
+    """The instance with most spare blocks, less all that it has deferred. For a request that no instance has memory for
+    now; not one of the paper's policies. None if every instance has deferred as much as it may."""
+    may = [column for column, free in enumerate(pool.free) if free + pool.most[column] > 0]
+    return max(may, key=pool.spare.__getitem__, default=None)
+
+
 def _two_fitting(need: Need, pool: DecodePool, rng: Random) -> list[int]:
     """Two different columns of alpha, drawn uniformly; fewer if alpha has fewer. Random columns are tested until two
     are found. If DRAWS are not enough, alpha is small and is listed in one scan."""

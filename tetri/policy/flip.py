@@ -17,7 +17,7 @@ WORTH_S = 1.0  # least predicted wait for which `balance` flips: a shorter one i
 
 
 def none(states: Sequence[InstanceState], settings: FlipSettings) -> RoleChange | None:
-    """No instance flips unless a client asks for it."""
+    """No instance flips unless an operator asks for it."""
     return None
 
 

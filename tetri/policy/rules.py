@@ -60,7 +60,8 @@ ADMISSIONS: dict[str, Admission] = {
     "reserve_dynamic": admit.reserve_dynamic,
     "peak": admit.peak,
 }
-#: admission policy -> blocks to keep free of new grants, since running requests will need them; other policies: none
+#: admission policy -> blocks to keep free of new grants, since running requests will need them. Without an entry:
+#: `admit.next_growth`
 KEPT_FREE: dict[str, Callable[[BatchView], int]] = {"peak": admit.growth_to_peak}
 LENGTHS: dict[str, LengthPrediction] = {
     "none": length.none,

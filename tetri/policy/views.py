@@ -31,18 +31,22 @@ class Need:
     heavy: bool
 
 
+EXCLUDED = -(1 << 62)  # `DecodePool.free` of an instance that must not be chosen
+
+
 @dataclass(slots=True)
 class DecodePool:
     """The decode instances as a dispatcher sees them, corrected by its own offers that no load report includes yet.
 
-    free    KV blocks in no account
+    free    KV blocks in no account, less those that deferred offers wait for: negative if these need more
     spare   free blocks, less those that the instance's requests are predicted to need in addition until they end
     heavy   waiting and running requests that are predicted to be heavy
     light   the other waiting and running requests
+    most    KV blocks of the instance: its deferred offers may lack as many
     last    the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`
 
     No policy chooses a column with fewer than `Need.blocks` free blocks. To exclude an instance from a decision, the
-    owner sets its `free` to -1 meanwhile.
+    owner sets its `free` to EXCLUDED meanwhile.
     """
 
     iids: list[str] = field(default_factory=list)
@@ -50,6 +54,7 @@ class DecodePool:
     spare: list[int] = field(default_factory=list)
     heavy: list[int] = field(default_factory=list)
     light: list[int] = field(default_factory=list)
+    most: list[int] = field(default_factory=list)
     last: int = -1
 
 

@@ -1,15 +1,18 @@
-"""The broker process: connects the broker's core to clients and workers, and tokenises and detokenises for it."""
+"""The broker process: connects the broker's core to clients and workers, has texts tokenised and detokenises for it."""
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import click
 
 from tetri import log
+from tetri.clock import Clock
 from tetri.config import Config
 from tetri.core.actions import (
     BROKER,
@@ -27,26 +30,33 @@ from tetri.core.actions import (
     Undelivered,
 )
 from tetri.core.broker.broker import Broker
-from tetri.core.broker.delivery import Limits
+from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Limits
+from tetri.core.broker.requests import needed_bytes
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
+from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.network import HubNetwork
+from tetri.proc.notes import completed, of_config
 from tetri.proc.recorder import BrokerStart, recorded
-from tetri.text import Stopper, TextError, Tokenizer
-from tetri.wire.clients import ClientMessage, Refused, Submit
+from tetri.proc.submission import content, submitted
+from tetri.proc.texts import Texts, Tokenised, command
+from tetri.text import Stopper, Tokenizer
+from tetri.wire.clients import ClientMessage, OperatorMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
-CHARS_A_TOKEN = 64  # longer prompts are refused before they are tokenised, which would block all other requests
-
 
 class ActionExecutor:
-    """Executes the actions of the broker's core. Converts prompts to token ids before the core sees them, and output
-    tokens to text before a client does."""
+    """Executes the actions of the broker's core. Has prompts converted to token ids before the core sees them, and
+    converts output tokens to text before a client does. `texts` must be ready before the first text arrives."""
 
-    def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, logger: logging.Logger) -> None:
-        self.core, self.hub, self.tokenizer, self.network = core, hub, tokenizer, HubNetwork(hub, logger)
+    def __init__(self, core: Broker, hub: Hub, tokenizer: Tokenizer, texts: Texts, logger: logging.Logger) -> None:
+        self.core, self.hub, self.tokenizer, self.texts = core, hub, tokenizer, texts
+        self.network = HubNetwork(hub, logger)
+        limits = core.limits
+        self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
+        self.notes: list[str] = []  # degraded modes that the configuration causes
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -59,34 +69,43 @@ class ActionExecutor:
                 yield event.message  # type: ignore[misc]
             elif not isinstance(event.message, Submit):
                 yield FromClient(event.client, event.message)  # type: ignore[arg-type]
-            elif (submitted := self.tokenise(event.client, event.message)) is not None:
-                yield submitted
+            else:
+                yield from self.submit(event.client, event.message)
+        for text in self.texts.done():
+            yield from self.tokenised(text)
 
-    def tokenise(self, client: bytes, message: Submit) -> Submitted | None:
-        """Tokenise a Submit. Returns None after it has sent a refusal for a prompt that cannot be tokenised.
+    def submit(self, client: bytes, message: Submit) -> Iterator[Submitted]:
+        """Yield the event of a Submit, unless it is refused or its text has to be tokenised first.
 
-        A Submit with a known key is a retransmission: its prompt is not tokenised again."""
+        A Submit with a known key is a retransmission: its text is not tokenised again."""
         if message.key in self.core.table.keys:
-            return Submitted(client, message.key, (), message.sampling)
-        try:
-            prompt = self.prompt(message)
-        except TextError as error:
-            self.hub.reply(client, Refused(key=message.key, reason=str(error)))
-            return None
-        return Submitted(client, message.key, tuple(prompt), message.sampling, message.deadline_s)
+            yield submitted(client, message, content(message))
+        elif (problem := submit_problem(message, self.core.limits.context)) is not None:
+            self.refuse(client, message, problem)
+        elif (waiting := self.texts.get(message.key)) is not None:
+            if waiting.repeated_by(message, content(message)):
+                waiting.client = client
+            else:
+                self.refuse(client, message, ANOTHERS)
+        elif (problem := self.core.full(needed_bytes(0, message.sampling.max_tokens), len(self.texts))) is not None:
+            self.refuse(client, message, problem, RETRY_AFTER_S)
+        elif isinstance(message.prompt, list):
+            yield submitted(client, message, content(message), message.prompt)
+        elif not self.texts.add(client, message, content(message), self.clock.now()):
+            self.refuse(client, message, "too many texts wait to be tokenized, try later", RETRY_AFTER_S)
 
-    def prompt(self, message: Submit) -> Sequence[int]:
-        """Token ids of the prompt. Raises TextError."""
-        if (message.prompt is None) == (message.messages is None):
-            raise TextError("give exactly one of prompt and messages")
-        texts = [turn.content for turn in message.messages or ()] + [message.prompt or ""]
-        length, most = sum(map(len, texts)), CHARS_A_TOKEN * self.core.limits.context
-        if not isinstance(message.prompt, list) and length > most:
-            raise TextError(f"the prompt has {length} characters, far more than the context holds: shorten it")
-        if message.messages is not None:
-            return self.tokenizer.chat(message.messages)
-        assert message.prompt is not None
-        return self.tokenizer.encode(message.prompt) if isinstance(message.prompt, str) else message.prompt
+    def tokenised(self, text: Tokenised) -> Iterator[Submitted]:
+        """Yield the event of a Submit whose text was tokenised, unless it is refused."""
+        waiting = text.waiting
+        if text.problem is not None:
+            self.refuse(waiting.client, waiting.message, text.problem, RETRY_AFTER_S if text.again else None)
+            return
+        waited_s = self.clock.now() - waiting.since
+        yield submitted(waiting.client, waiting.message, waiting.content, text.ids, waited_s)
+
+    def refuse(self, client: bytes, message: Submit, why: str, retry_after_s: float | None = None) -> None:
+        """Refuse a Submit that its core does not see."""
+        self.hub.reply(client, Refused(key=message.key, reason=why, retry_after_s=retry_after_s))
 
     def act(self, actions: Sequence[Action]) -> None:
         """Execute one list of actions of the core."""
@@ -98,7 +117,7 @@ class ActionExecutor:
         for action in actions:
             result = self.do(action)
             if result is not None:
-                self.carry_out(self.core.handle(result, time.monotonic()))
+                self.carry_out(self.core.handle(result, self.clock.now()))
 
     def do(self, action: Action) -> BrokerInput | None:
         """Execute one action. Returns its result, if the core has to know it."""
@@ -119,7 +138,10 @@ class ActionExecutor:
 
     def reply(self, action: Reply) -> Undelivered | None:
         """Send a reply to a client. Returns Undelivered if the client is gone or its queue is full."""
-        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, action.message)
+        message = action.message
+        if isinstance(message, Status):
+            message = completed(message, self.notes, self.network, self.texts)
+        sent = "full" if action.client in self.stuck else self.hub.reply(action.client, message)
         if sent == "sent":
             return None
         self.stuck.add(action.client)
@@ -129,7 +151,9 @@ class ActionExecutor:
         """Convert output tokens to text. The text ends before a stop text."""
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
-            stopper = self.stoppers[action.rid] = Stopper(self.tokenizer, action.stop)
+            stopper = self.stoppers[action.rid] = Stopper(
+                self.tokenizer, action.stop, min_tokens=action.min_tokens
+            )
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
@@ -137,18 +161,24 @@ class ActionExecutor:
 def serve(config: Config, logger: logging.Logger) -> None:
     """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
     build.pin(config.broker.cpus)
-    tokenizer = build.tokenizer(config)
     with build.locked_hub(config, "broker", logger) as (hub, signals, stack):
+        texts = stack.enter_context(closing(Texts(command(config), hub.wake, config.broker.text_mib << 20, logger)))
+        texts.start()
+        tokenizer = build.tokenizer(config)  # meanwhile the process loads its own
         epoch = secrets.randbits(62)
         model = config.model.name if config.engine.kind != "emulated" else "emulated"
         start = start_of(config, epoch, model)
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
-        executor = ActionExecutor(core, hub, tokenizer, logger)
+        executor = ActionExecutor(core, hub, tokenizer, texts, logger)
+        executor.notes = of_config(config, logger)
+        texts.ready()
         hub.bind_inbox(config.events_address, WorkerEvent)
-        hub.bind_clients(config.clients_address, ClientMessage)
+        hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)
+        hub.bind_clients(config.operators_address, OperatorMessage)
+        os.chmod(config.operators_address.removeprefix("ipc://"), 0o600)  # even where others may enter the folder
         hub.subscribe(config.views_address, ClusterView)
         logger.info("serving %s at %s", model, config.clients_address)
-        run(core, executor.poll, executor.act, time.monotonic, signals.running)
+        run(core, executor.poll, executor.act, executor.clock, signals.running)
 
 
 def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
@@ -172,10 +202,12 @@ def limits(config: Config) -> Limits:
         context=context,
         vocabulary=vocabulary,
         max_open=config.broker.max_open,
+        max_mib=config.broker.max_mib,
         heartbeat_s=config.cluster.heartbeat_s,
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,
         client_grace_s=config.broker.client_grace_s,
+        max_deaths=config.broker.max_deaths,
     )
 
 

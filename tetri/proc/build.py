@@ -21,19 +21,23 @@ from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
 from tetri.cost import CostError
 from tetri.engine.base import Engine, EngineError
+from tetri.faults import parse_cuts
 from tetri.instance import Capacity, Instance
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVStore
 from tetri.kv.cuda.runtime import Device, load, put_first
+from tetri.kv.cut_store import CutStore
 from tetri.kv.limit import LINKS, LimitedLink, LimitedStore
 from tetri.log import LogError
 from tetri.models import ModelError, find, weights_hash
+from tetri.net import descriptors
 from tetri.net.errors import NetError
 from tetri.net.hub import Hub
 from tetri.net.lock import hold
 from tetri.net.signals import StopSignals
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
+from tetri.proc import open_files
 from tetri.request import Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
@@ -69,8 +73,17 @@ def locked_hub(config: Config, name: str, logger: Logger) -> Iterator[tuple[Hub,
     """Lock the run directory for the process `name` and open a hub. Yields (hub, signals that end the loop, a stack
     that is closed before the hub). Raises NetError."""
     config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with hold(config.run_dir / f"{name}.lock"), closing(Hub(logger)) as hub, ExitStack() as stack:
+    with hold(config.run_dir / f"{name}.lock"), closing(open_hub(config, name, logger)) as hub, ExitStack() as stack:
         yield hub, stop_signals(hub, stack), stack
+
+
+def open_hub(config: Config, name: str, logger: Logger) -> Hub:
+    """The hub of the process `name`, which may open as many files as the machine allows; the log says when these are
+    too few for the configuration."""
+    short = open_files.shortage(config, name, descriptors.raise_limit())
+    if short is not None:
+        logger.warning("%s", short)
+    return Hub(logger)
 
 
 def stop_signals(hub: Hub, stack: ExitStack) -> StopSignals:
@@ -101,7 +114,9 @@ def engine_and_store(
 
     def reserve(block_bytes: int) -> None:
         made = store(config, iid, block_bytes, wake, device)
-        opened.append(made if slower is None else LimitedStore(made, slower, block_bytes))
+        made = made if slower is None else LimitedStore(made, slower, block_bytes)
+        cuts = parse_cuts(config.transfer.cuts)
+        opened.append(CutStore(made, cuts, iid, str(config.run_dir / "cut")) if cuts else made)
         stack.callback(opened[0].close)
 
     def something_waits(seconds: float) -> bool:
@@ -109,7 +124,7 @@ def engine_and_store(
         message, due = wait(seconds), opened[0].due()
         return message or (due is not None and due <= time.monotonic())
 
-    made = engine(config, something_waits, device, reserve)
+    made = engine(config, something_waits, device, reserve, iid)
     stack.callback(made.close)
     return made, opened[0]
 
@@ -119,15 +134,17 @@ def engine(
     wait: Callable[[float], bool] | None = None,
     device: Device | None = None,
     reserve: Callable[[int], None] = lambda block_bytes: None,
+    iid: str = "",
 ) -> Engine:
     """Build the engine that [engine] names. Raises EngineError, ModelError or CostError.
 
     wait     spends the time of an emulated step, in seconds; True, when a message waits, ends a run of several steps
     device   the GPU of a real engine; None: the CPU
     reserve  called with the bytes of a KV block before the engine takes its memory
+    iid      the instance that it is for, which emulated.salt mixes into its tokens
     """
     if config.engine.kind == "emulated":
-        emulated = _emulated(config, wait)
+        emulated = _emulated(config, wait, iid)
         reserve(emulated.fingerprint.block_bytes)
         return emulated
     from tetri.engine.vllm.engine import VllmEngine
@@ -147,10 +164,12 @@ def engine(
     )
 
 
-def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
+def _emulated(config: Config, wait: Callable[[float], bool] | None, iid: str) -> Engine:
     from tetri.engine.emulated import EmulatedEngine
+    from tetri.engine.salted import salt_of
 
     made = config.emulated
+    salt = salt_of(iid) if made.salt else 0
     built = EmulatedEngine(
         capacity=Capacity(
             blocks=made.blocks,
@@ -163,6 +182,9 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None) -> Engine:
         vocabulary=made.vocabulary,
         cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
         time_scale=made.time_scale,
+        nan_token=None if made.nan_token < 0 else made.nan_token,
+        salt=lambda key: salt,
+        deadly_token=None if made.deadly_token < 0 else made.deadly_token,
     )
     built.wait = wait or built.wait
     return built
@@ -273,7 +295,9 @@ def predicted(config: Config) -> cost.Cost:
 
 def tokenizer(config: Config) -> Tokenizer:
     """The model's tokeniser; bytes for an emulated engine. Raises ModelError or TextError."""
-    return ByteTokenizer() if config.engine.kind == "emulated" else load_tokenizer(find(config.model.name))
+    if config.engine.kind == "emulated":
+        return ByteTokenizer()
+    return load_tokenizer(find(config.model.name), specials_in_prompt=config.model.special_tokens_in_prompt)
 
 
 def limits_of_model(config: Config) -> tuple[int, int]:

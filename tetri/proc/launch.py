@@ -26,10 +26,11 @@ from tetri import atomic, models
 from tetri.client import Client, Unreachable
 from tetri.config import CLUSTER_NAME, Config, dump, load
 from tetri.kv.shm import sweep
+from tetri.net import descriptors
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import predictor
+from tetri.proc import open_files, predictor
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
 from tetri.strict import ConfigError
 
@@ -50,6 +51,8 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
+        for short in _shortages(config):
+            report(f"warning: {short}")
         atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
         try:
@@ -175,6 +178,13 @@ def _check_port(config: Config) -> None:
             raise LaunchError(f"{config.clients_address} cannot be used ({error.strerror}): {advice}") from None
 
 
+def _shortages(config: Config) -> list[str]:
+    """A line for each kind of program that has too few open files. The programs run on: connections wait."""
+    limit = descriptors.hard_limit()
+    kinds = ("broker", "monitor", "each worker")
+    return [short for name in kinds if (short := open_files.shortage(config, name, limit)) is not None]
+
+
 def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: float) -> None:
     watch = _Watch(supervisor)
     waiting = {**{worker.iid: worker.role for worker in config.workers}, "monitor": "the loads of all"}
@@ -232,6 +242,7 @@ def _write_state(config: Config, supervisor: Supervisor) -> None:
     state = {
         "name": config.cluster.name,
         "clients": config.clients_address,
+        "operators": config.operators_address,
         "config": str(supervisor.run_dir / CONF),
         "pids": {"supervisord": supervisor.pid(), **{each.name: each.pid for each in supervisor.programs() or []}},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,6 +11,7 @@ from functools import partial
 import click
 
 from tetri import log
+from tetri.clock import Clock
 from tetri.config import Config
 from tetri.core.actions import BROKER, Action, Broken, Publish, Send
 from tetri.net.loop import run
@@ -47,7 +48,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         hub.connect(BROKER, config.events_address)
         logger.info("watching with flip policy %s", config.monitor.flip)
         act = partial(carry_out, HubNetwork(hub, logger), logger)
-        run(core, partial(polled, hub), act, time.monotonic, signals.running)
+        run(core, partial(polled, hub), act, Clock.patient(config.monitor.gone_s), signals.running)
 
 
 def start_of(config: Config) -> MonitorStart:

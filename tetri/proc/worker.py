@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import log
+from tetri.clock import Clock
 from tetri.config import Config, WorkerConfig
 from tetri.core.actions import BROKER, LengthKnown, Predict
 from tetri.core.worker.worker import Worker
@@ -22,13 +23,13 @@ from tetri.engine.base import Engine
 from tetri.executor import Copies, Network, WorkerExecutor
 from tetri.faults import parse_faults
 from tetri.kv.base import KVLost, KVStore
-from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
 from tetri.proc import build
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
+from tetri.proc.notes import of_config
 from tetri.proc.recorder import WorkerStart, recorded
 from tetri.request import ROLES
 from tetri.strict import ConfigError
@@ -51,7 +52,7 @@ def copies_of(engine: Engine, store: KVStore, logger: logging.Logger) -> Copies:
 
 
 def executor_of(
-    core: Worker, engine: Engine, copies: Copies, network: Network, serving: PredictorServing | None
+    core: Worker, clock: Clock, engine: Engine, copies: Copies, network: Network, serving: PredictorServing | None
 ) -> WorkerExecutor:
     """The action executor of a worker. `serving` predicts lengths; if it is None, the length policy does."""
     rules, rng = core.own.rules, Random(core.own.incarnation)
@@ -61,8 +62,8 @@ def executor_of(
         return LengthKnown(wanted.key, named)
 
     if serving is None:
-        return WorkerExecutor(core, time.monotonic, engine, copies, network, engine.step, by_policy)
-    return WorkerExecutor(core, time.monotonic, engine, copies, network, serving.step, serving.predict, serving.known)
+        return WorkerExecutor(core, clock.now, engine, copies, network, engine.step, by_policy)
+    return WorkerExecutor(core, clock.now, engine, copies, network, serving.step, serving.predict, serving.known)
 
 
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
@@ -73,7 +74,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     if predicts:  # numpy comes with it
         from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of
     with ExitStack() as stack:
-        hub = stack.enter_context(closing(Hub(logger)))
+        hub = stack.enter_context(closing(build.open_hub(config, iid, logger)))
         predictor = load_predictor(config, logger) if predicts else None
         # Takes seconds to minutes; until it is done, a signal ends the process at once.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
@@ -84,20 +85,22 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, stack)
-        network: Network = HubNetwork(hub, logger)
+        network: Network = HubNetwork(hub, logger, store.counters)
         network = network if serving is None else StatusNetwork(network, serving)
         if (faults := parse_faults(config.transfer.faults)) is not None:
             store, network = with_faults(faults, f"{iid} {own.incarnation}", store, network, logger)
         copies = copies_of(engine, store, logger)
-        executor = executor_of(core, engine, copies, network, serving)
+        clock = Clock.patient(own.patience_s)
+        executor = executor_of(core, clock, engine, copies, network, serving)
         hub.bind_inbox(own.instance.inbox, InboxMessage)
         hub.connect(BROKER, broker)
         hub.connect_publisher(config.loads_address)
         hub.subscribe(config.views_address, ClusterView)
+        of_config(config, logger)
         logger.info("ready to serve as %s %s", own.instance.role, log.fields(iid=iid, blocks=own.capacity.blocks))
         poll: Poll = partial(received, hub, copies, () if serving is None else (serving.known,))
         poll = partial(network.received, poll) if isinstance(network, FaultyNetwork) else poll
-        run(core, poll, executor.carry_out, time.monotonic, signals.running)
+        run(core, poll, executor.carry_out, clock, signals.running)
 
 
 def joined(config: Config, iid: str, role: str | None, cpus: str | None, gpu: int | None = None) -> Config:

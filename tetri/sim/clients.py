@@ -8,12 +8,18 @@ from math import isfinite
 from typing import Any
 
 from tetri.core.actions import Submitted
+from tetri.core.broker.delivery import SECRET_CHARS
 from tetri.request import Sampling
 from tetri.sim.kernel import Kernel
 from tetri.sim.setup import SimError
 from tetri.sim.texts import RecordedText
 from tetri.sim.traces import Arrival
 from tetri.wire.clients import Done, Refused
+
+
+def secret_of(key: str) -> str:
+    """The secret of a simulated client: one a key, as long as a broker wants it, and the same in every run."""
+    return key.rjust(SECRET_CHARS, "0")
 
 
 @dataclass(slots=True)
@@ -99,7 +105,8 @@ class Clients:
         sampling, name = Sampling(max_tokens=arrival.output, ignore_eos=True), str(number)
         if arrival.text is not None:
             sampling = Sampling(max_tokens=arrival.text.limit, seed=number)
-        self.submit(Submitted(name.encode(), name, (1,) * arrival.prompt, sampling, arrival.deadline_s))
+        own = (name.encode(), name, secret_of(name), b"", name)  # no key is used twice
+        self.submit(Submitted(*own, (1,) * arrival.prompt, sampling, arrival.deadline_s))
 
     def text_of(self, sampling: Sampling) -> RecordedText | None:
         """Return the recorded text of a request; its sampling seed is the request's number. None without a text."""

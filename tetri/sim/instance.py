@@ -149,9 +149,8 @@ class WorkerNode(Node):
     def equip(self, engine: SimEngine, memory: Moved, predictor: SimulatedPredictor) -> None:
         """Set the engine, the KV store and the predictor. Call it before `start`."""
         self.engine, self.memory, self.predictor = engine, memory, predictor
-        kernel = self.kernel
         self.executor = WorkerExecutor(
-            self.core, lambda: kernel.now, engine, memory, self.port, self.step, predictor.predict
+            self.core, lambda: self.now, engine, memory, self.port, self.step, predictor.predict
         )
         self.executor.table[Publish] = self.publish
 
@@ -226,7 +225,7 @@ class WorkerNode(Node):
             self.use.add(self._started, self.kernel.now, what)
         done = self._finish(plan, ends[1])
         self._receive_lengths()
-        self.carry_out(self.core.handle(done, self.kernel.now))
+        self.carry_out(self.core.handle(done, self.now))
         self.turn()
 
     def _receive_lengths(self) -> None:
@@ -236,7 +235,7 @@ class WorkerNode(Node):
         if known:
             self.inbox = [event for event in inbox if not isinstance(event, LengthKnown)]
             for event in known:
-                self.carry_out(self.core.handle(event, self.kernel.now))
+                self.carry_out(self.core.handle(event, self.now))
 
     def _finish(self, plan: StepPlan, steps: int) -> StepDone:
         batch = len(plan.batch)

@@ -14,6 +14,8 @@ from tetri.core.monitor import Monitor
 from tetri.sim.kernel import Kernel
 from tetri.sim.links import Port
 
+ROUNDING_S = 1e-9  # more than the rounding error of a sum of times
+
 
 class AnyCore(Protocol):
     """What the cores of the broker, the monitor and the workers have in common. Times are in seconds."""
@@ -44,6 +46,12 @@ class Node(ABC):
         self.inbox: list[Any] = []
         self._turn_set = False  # a turn is scheduled for the current time
         self._alarm = inf  # when the loop wakes up without an event
+        self.lag_s = 0.0  # time that its clock has not counted (tetri.clock)
+
+    @property
+    def now(self) -> float:
+        """The time of the process's own clock, in seconds."""
+        return self.kernel.now - self.lag_s
 
     @abstractmethod
     def carry_out(self, actions: Sequence[Action]) -> None:
@@ -70,7 +78,7 @@ class Node(ABC):
 
     def turn(self) -> None:
         """Run one turn of the loop."""
-        now, core = self.kernel.now, self.core
+        now, core = self.now, self.core
         inbox = self.inbox
         if inbox:
             self.inbox = []
@@ -84,7 +92,11 @@ class Node(ABC):
     def sleep(self) -> None:
         """Schedule the next turn at the core's deadline, unless an earlier one is scheduled."""
         deadline = self.core.deadline()
-        if deadline is not None and deadline < self._alarm:
+        if deadline is None:
+            return
+        if self.lag_s:
+            deadline += self.lag_s + ROUNDING_S
+        if deadline < self._alarm:
             self._alarm = max(deadline, self.kernel.now)
             self.kernel.at(self._alarm, self._wake, self._alarm)
 
@@ -97,9 +109,9 @@ class Node(ABC):
     def awake(self) -> bool:
         """Whether the deadline has passed. It may have moved since the alarm was set; if so, sleep on."""
         deadline = self.core.deadline()
-        if deadline is not None and deadline > self.kernel.now:
+        if deadline is not None and deadline > self.now:
             self.sleep()
-        return deadline is not None and deadline <= self.kernel.now
+        return deadline is not None and deadline <= self.now
 
 
 class BrokerNode(Node):
@@ -125,7 +137,7 @@ class BrokerNode(Node):
         for action in actions:
             result = self._table[type(action)](action)
             if result is not None:
-                self.carry_out(self.core.handle(result, self.kernel.now))
+                self.carry_out(self.core.handle(result, self.now))
 
 
 class MonitorNode(Node):

@@ -24,7 +24,8 @@ class PromiseBroken(SimError):
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Timeouts in seconds. The defaults are those of a live deployment, except `max_attempts`, which is larger.
+    """Timeouts in seconds. The defaults are those of a live deployment, except `max_attempts` and `max_deaths`: faults
+    that come often must end no request.
 
     dead_s          a silent worker: the broker restarts its requests
     gone_s          a silent worker: the monitor removes it from the view
@@ -32,6 +33,7 @@ class Timeouts:
     view_s          a silent broker: the worker registers again
     patience_s      no instance for a request: it fails
     client_grace_s  an unreachable client: its request is cancelled
+    quiet_s         a client that was sent nothing: it gets an empty Delta
     ask_s           a silent broker: the client asks again"""
 
     dead_s: float = 20.0
@@ -40,8 +42,10 @@ class Timeouts:
     view_s: float = 2.0
     patience_s: float = 60.0
     client_grace_s: float = 5.0
+    quiet_s: float = 1.0
     ask_s: float = 1.0
     max_attempts: int = 1000
+    max_deaths: int = 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,11 +83,14 @@ class World:
             context=capacity.context,
             vocabulary=vocabulary,
             max_open=UNBOUNDED,
+            max_mib=UNBOUNDED,
             max_attempts=timeouts.max_attempts,
+            max_deaths=timeouts.max_deaths,
             heartbeat_s=setup.heartbeat_s,
             dead_s=timeouts.dead_s,
             patience_s=timeouts.patience_s,
             client_grace_s=timeouts.client_grace_s,
+            quiet_s=timeouts.quiet_s,
         )
         epoch, now, chunk = self.rng.getrandbits(62), self.kernel.now, capacity.chunk_tokens
         return Broker(limits, setup.rules, epoch, Random(epoch), now, cost=setup.cost, chunk_tokens=chunk)
@@ -253,6 +256,7 @@ def _endless_timeouts(heartbeat_s: float) -> Timeouts:
         offer_s=UNBOUNDED,
         view_s=4 * heartbeat_s,
         patience_s=UNBOUNDED,
+        quiet_s=UNBOUNDED,  # no client vanishes
         max_attempts=MAX_ATTEMPTS,
     )
 

@@ -1,4 +1,4 @@
-"""The messages between clients and the broker."""
+"""The messages between clients and the broker, and between operators and the broker."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Samplin
 
 class Submit(Record, tag="submit", frozen=True):
     """Submits a request with exactly one of `prompt` (text or token ids) and `messages` (a conversation). The client
-    draws `key` at random: a Submit with a known key is a repetition, not a second request."""
+    draws `key` at random: a Submit with a known key is a repetition, not a second request. It draws `secret` at random
+    too, and shows it again to get at the request later."""
 
     key: Name
+    secret: Name
     prompt: str | list[int] | None = None
     messages: list[Turn] | None = None
     sampling: Sampling = Sampling()
@@ -19,21 +21,28 @@ class Submit(Record, tag="submit", frozen=True):
 
 
 class Cancel(Record, tag="cancel", frozen=True):
-    """Ends a request with reason "cancelled"; the answer is its Done."""
+    """Ends a request with reason "cancelled"; the answer is its Done. `secret`: that of its Submit."""
 
     rid: Name
+    secret: Name
 
 
 class Attach(Record, tag="attach", frozen=True):
     """Asks for everything of a request from token `start` on; further output goes to this client. Also serves to ask
-    whether the broker is running."""
+    whether the broker is running. `secret`: that of its Submit."""
 
     rid: Name
+    secret: Name
     start: Count = 0
 
 
 class Inspect(Record, tag="inspect", frozen=True):
-    """Asks for a Status."""
+    """Asks for a Status. Operators send it too."""
+
+
+ClientMessage = Submit | Cancel | Attach | Inspect
+
+# ---- operators -> broker
 
 
 class ChangeRole(Record, tag="change_role", frozen=True):
@@ -45,9 +54,15 @@ class ChangeRole(Record, tag="change_role", frozen=True):
     role: str
 
 
-ClientMessage = Submit | Cancel | Attach | Inspect | ChangeRole
+class EndRequest(Record, tag="end_request", frozen=True):
+    """As Cancel, for a request of any client: needs no secret."""
 
-# ---- broker -> clients
+    rid: Name
+
+
+OperatorMessage = Inspect | ChangeRole | EndRequest
+
+# ---- broker -> clients and operators
 
 
 class Accepted(Record, tag="accepted", frozen=True):
@@ -59,8 +74,8 @@ class Accepted(Record, tag="accepted", frozen=True):
 
 
 class Refused(Record, tag="refused", frozen=True):
-    """`key`: that of the refused Submit or ChangeRole, or the unknown rid of a Cancel or Attach. `retry_after_s`:
-    seconds after which a retry may succeed; None: a retry is of no use."""
+    """`key`: that of the refused Submit or ChangeRole, or the unknown rid of a Cancel, Attach or EndRequest.
+    `retry_after_s`: seconds after which a retry may succeed; None: a retry is of no use."""
 
     key: Name
     reason: str
@@ -109,6 +124,8 @@ class InstanceStatus(Record, frozen=True):
     counters: dict[str, Count] = {}  # events of its KV receives since its process started
     slots_used: Count = 0  # slots of its KV store that are not free
     predictor: PredictorStatus | None = None  # None: it does not learn output lengths
+    unread: Count = 0  # transfers in a row, of several instances, whose KV it could not read
+    unread_by: dict[str, str] = {}  # decode instances that cannot read its KV -> why
 
 
 class MonitorStatus(Record, frozen=True):
@@ -127,6 +144,7 @@ class Status(Record, tag="status", frozen=True):
     counters: dict[str, int]
     model: str
     monitor: MonitorStatus | None = None  # None: no cluster view has arrived since the broker's start
+    notes: list[str] = []  # one line for people on each thing that works worse than it should
 
 
 class RoleChanged(Record, tag="role_changed", frozen=True):

@@ -12,7 +12,7 @@ from types import UnionType
 import msgspec
 
 from tetri.wire.bulk import HEADER_BYTES, REQUEST_BYTES, BulkReply, BulkRequest
-from tetri.wire.clients import BrokerReply, ClientMessage
+from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 Messages = UnionType | type[msgspec.Struct]  # the messages of one socket: a union, or a single type
@@ -22,6 +22,7 @@ MEGABYTE = 1 << 20
 MAX_BYTES = 16 * MEGABYTE  # most bytes of any message
 _LIMITS: dict[Messages, int] = {
     ClientMessage: 4 * MEGABYTE,
+    OperatorMessage: 64 << 10,
     BrokerReply: MAX_BYTES,
     WorkerEvent: MAX_BYTES,
     InboxMessage: MAX_BYTES,

@@ -9,7 +9,8 @@ from msgspec import Struct
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A message arrived. `client`: ZeroMQ identity of the client to answer; None for a message from an inbox."""
+    """A message arrived. `client`: a byte for the socket and the ZeroMQ identity of the client to answer; None for a
+    message from an inbox."""
 
     message: Struct
     client: bytes | None = None

@@ -35,7 +35,7 @@ class Handle(Record, frozen=True):
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
-    Grant or Refuse."""
+    Grant, Defer or Refuse. `alone`: as in Assign."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -43,6 +43,8 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     sampling: Sampling
     blocks: Count
     length: LengthRange | None = None  # None: not predicted
+    waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
+    alone: bool = False
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):
@@ -56,12 +58,19 @@ class Grant(BetweenWorkers, tag="grant", frozen=True):
     """The decode instance has reserved the blocks of the Offer."""
 
 
+class Defer(BetweenWorkers, tag="defer", frozen=True):
+    """The decode instance has no memory for the Offer now. It keeps the Offer and its chunks: a Grant follows when
+    there is memory, if the Offer is repeated until then."""
+
+
 class Refuse(BetweenWorkers, tag="refuse", frozen=True):
     """Refuses an Offer. Also the answer to any message about an offer that the decode instance does not know.
-    `corrupt`: the KV bytes do not match their digest, so the same bytes must not be offered again."""
+    `unread`: KV that was announced could not be read here; another instance may be able to. `corrupt`: it could, and
+    the bytes do not match their digest."""
 
     why: str
     corrupt: bool = False
+    unread: bool = False
 
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tetri.instance import Instance
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, TokenId
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 
 # ---- workers -> broker
 
@@ -31,14 +31,19 @@ class Load(Record, frozen=True):
     queued          prompts in the prefill queue
     queued_tokens   their prompt tokens that are not computed yet
     queued_s        predicted seconds to compute these
-    waiting         decode requests that were granted and are not in the batch
+    waiting         decode requests on offer here that are not in the batch
     landed          those of `waiting` whose KV has all landed: they wait only for admission
     running         decode requests in the batch
     heavy           of waiting and running: predicted to write more than `heavy_tokens` output tokens
     growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
+    kept_blocks     free blocks that no offer gets now: kept for the growth of the batch, or past the share of waiting
+                    requests
+    deferred_blocks blocks that deferred offers wait for
     decode_s        of waiting and running: predicted seconds until all have ended
     busy            share of the time since the last report in which the engine computed
     stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
+    unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
+                    else 0
     """
 
     free_blocks: int
@@ -50,9 +55,12 @@ class Load(Record, frozen=True):
     running: Count = 0
     heavy: Count = 0
     growth_blocks: Count = 0
+    kept_blocks: Count = 0
+    deferred_blocks: Count = 0
     decode_s: float = 0.0
     busy: float = 0.0
     stalled: bool = False
+    unread: Count = 0
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -72,34 +80,44 @@ class Ready(Record, tag="ready", frozen=True):
 
 
 class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
-    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds. `flip`: number of the last Flip that
-    it has carried out, 0 before the first. `counters`: events of its KV receives since its process started, by name.
-    `slots_used`: slots of its KV store that are not free. `predictor`: None if it does not learn output lengths."""
+    """A worker's state, every `heartbeat_s`. `holds`: every request that it holds; None: not listed this time, since a
+    long list is sent less often. `epoch` and `read`: epoch and serial of the last Membership that it has read, 0 before
+    the first. What the broker sent before that one is read or lost; what it sent later may still be on its way, so
+    `holds` tells nothing of it. `flip`: number of the last Flip that it has carried out, 0 before the first.
+    `counters`: events of its KV receives since its process started, by name. `slots_used`: slots of its KV store that
+    are not free. `predictor`: None if it does not learn output lengths. `unread_by`: decode instances that could not
+    read its KV, and why; they get an offer from it now and then only."""
 
     role: str
     load: Load
-    holds: list[Hold]
+    holds: list[Hold] | None
+    epoch: int
+    read: Count
     flip: Count = 0
     counters: dict[str, Count] = {}
     slots_used: Count = 0
     predictor: PredictorStatus | None = None
+    unread_by: dict[str, str] = {}
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
     """A request entered PREFILL, MOVING, WAITING or DECODE on this worker. `peer`: the other instance of the
-    hand-over, "" if there is none."""
+    hand-over, "" if there is none. `lost`: the decode instance that was lost and may have decoded it, "" if none was;
+    the request goes on."""
 
     rid: Name
     attempt: Count
     stage: Stage
     peer: str = ""
+    lost: Name = ""
 
 
 class End(Record, frozen=True):
-    """The end of a request, as its worker reports it. `reason`: stop or length."""
+    """The end of a request, as its worker reports it. `reason`: stop, length or error; `error` explains the last."""
 
     reason: str
     receipt: Receipt
+    error: str | None = None
 
 
 class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -110,7 +128,7 @@ class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     rid: Name
     attempt: Count
     start: Count
-    ids: list[int]
+    ids: list[TokenId]
     end: End | None = None
 
 
@@ -121,12 +139,28 @@ class Tokens(FromWorker, tag="tokens", frozen=True):
 
 
 class Failed(FromWorker, tag="failed", frozen=True):
-    """A worker gives a request up. `retry`: another attempt may succeed."""
+    """A worker gives a request up. `retry`: another attempt may succeed. `avoid`: instances that the next attempt
+    should not use, if there are others: its KV could not be moved between them. `lost`: the decode instance with which
+    its KV was lost, "" if that is not why."""
 
     rid: Name
     attempt: Count
     why: str
     retry: bool
+    avoid: list[Name] = []
+    lost: Name = ""
+
+
+class LoneStep(FromWorker, tag="lone_step", frozen=True):
+    """The worker's next step computes this request alone (Assign.alone). The engine waits for the Proceed with the same
+    `number`, which counts from 1 for the life of the process. `stage`: PREFILL, or WAITING for a decode step. `over`:
+    the step has ended, and the engine waits all the same: when the worker dies later, this step was not the cause."""
+
+    rid: Name
+    attempt: Count
+    number: Count
+    stage: Stage
+    over: bool = False
 
 
 class FlipWanted(Record, tag="flip_wanted", frozen=True):
@@ -137,7 +171,7 @@ class FlipWanted(Record, tag="flip_wanted", frozen=True):
     why: str
 
 
-WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | FlipWanted
+WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | LoneStep | FlipWanted
 
 # ---- workers -> monitor (published)
 
@@ -178,7 +212,9 @@ class ClusterView(Record, tag="view", frozen=True):
 
 class Assign(Record, tag="assign", frozen=True):
     """Assigns a request to a prefill instance. `output`, from earlier attempts, is prefilled like the prompt and still
-    counts as output."""
+    counts as output. `alone`: it may have killed workers, so its prefill and its first decode steps are lone steps:
+    nothing else is computed in them. `lost`: instances that were lost with it; they get it only if no other has memory
+    now. `avoid`: as in the Failed of earlier attempts."""
 
     rid: Name
     attempt: Count
@@ -186,6 +222,17 @@ class Assign(Record, tag="assign", frozen=True):
     output: list[int]
     sampling: Sampling
     deadline_s: float | None = None  # seconds left; None: no deadline
+    alone: bool = False
+    lost: list[Name] = []
+    avoid: list[Name] = []
+
+
+class Proceed(Record, tag="proceed", frozen=True):
+    """The answer to a LoneStep: the broker knows of it, so the engine may go on."""
+
+    rid: Name
+    attempt: Count
+    number: Count
 
 
 class Flip(Record, tag="flip", frozen=True):
@@ -217,14 +264,21 @@ class Resend(Record, tag="resend", frozen=True):
 
 
 class Membership(Record, tag="membership", frozen=True):
-    """All live instances; a higher `number` replaces a lower one of the same `epoch` (the broker's incarnation). Also
-    the answer to Ready: a worker that is not listed, or receives no Membership for a while, sends Ready again."""
+    """The live instances. `number` counts their changes in an `epoch` (the broker's incarnation). Without `since`, the
+    Membership is whole: it lists all of them. With it, it is a change of the Membership with that number: `instances`
+    are new or different, those named in `gone` are no longer there. `serial` counts all Memberships of the epoch, those
+    without a change too: `Heartbeat.read`.
+
+    A whole one is also the answer to Ready. A worker sends Ready again when it is not listed, lacks the Membership
+    that a change is of, or receives none for a while."""
 
     epoch: int
     number: Count
+    serial: Count
     instances: list[Instance]
+    since: Count | None = None
+    gone: list[Name] = []
 
 
-InboxMessage = (
-    Assign | Flip | Close | Resend | Membership | Offer | LengthUpdate | Grant | Refuse | Chunk | Landed | Drop
-)
+FromBroker = Assign | Proceed | Flip | Close | Resend | Membership
+InboxMessage = FromBroker | Offer | LengthUpdate | Grant | Defer | Refuse | Chunk | Landed | Drop

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from random import Random
 from typing import Any
 
+from msgspec.structs import replace
+
 from tests.core.build import PHASES, ready
 from tests.core.reading import Told, only
 from tetri.core.actions import Action, Detokenize, Detokenized, FromClient, Reply, Send, Submitted
@@ -13,11 +15,12 @@ from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
 from tetri.request import Sampling
-from tetri.wire.clients import Attach, Cancel, Done, Inspect, Refused, Status
+from tetri.wire.clients import Attach, Cancel, Done, EndRequest, Inspect, Refused, Status
 from tetri.wire.events import PeerUp
 from tetri.wire.messages import Assign
 
-RID = "00002a-1"  # of the first request of a broker made here
+RID = "r1"  # of the first request of a broker made here
+SECRET, ANOTHERS = "s" * 32, "a" * 32  # of the client, and of another one
 LIMITS: dict[str, Any] = {
     "context": 40,
     "vocabulary": 100,
@@ -26,6 +29,7 @@ LIMITS: dict[str, Any] = {
     "patience_s": 10.0,
     "client_grace_s": 2.0,
     "retry_s": 0.05,
+    "quiet_s": 1e6,
 }
 
 
@@ -37,6 +41,14 @@ class Serving(Told):
         super().__init__(core)
         self.stops: dict[str, int] = {}
         self.edge = True
+
+    def tell(self, *events: Any) -> list[Action]:
+        actions: list[Action] = []
+        for event in events:
+            if isinstance(event, Submitted):  # live, ids are random; here those of accepted requests count up
+                event = replace(event, rid=f"r{self.core.counters['accepted'] + 1}")
+            actions += super().tell(event)
+        return actions
 
     def result(self, action: Action) -> Any:
         if not (isinstance(action, Detokenize) and self.edge):
@@ -69,17 +81,23 @@ def submit(
     prompt: Iterable[int] = (1, 2, 3),
     client: bytes = b"c",
     deadline_s: float | None = None,
+    secret: str = SECRET,
     **sampling: Any,
 ) -> Submitted:
-    return Submitted(client, key, tuple(prompt), Sampling(**{"max_tokens": 4, **sampling}), deadline_s)
+    asked = (tuple(prompt), Sampling(**{"max_tokens": 4, **sampling}), deadline_s)
+    return Submitted(client, key, secret, repr(asked).encode(), f"of {key}", *asked)
 
 
-def cancel(rid: str = RID, client: bytes = b"c") -> FromClient:
-    return FromClient(client, Cancel(rid=rid))
+def cancel(rid: str = RID, client: bytes = b"c", secret: str = SECRET) -> FromClient:
+    return FromClient(client, Cancel(rid=rid, secret=secret))
 
 
-def attach(start: int, rid: str = RID, client: bytes = b"c") -> FromClient:
-    return FromClient(client, Attach(rid=rid, start=start))
+def attach(start: int, rid: str = RID, client: bytes = b"c", secret: str = SECRET) -> FromClient:
+    return FromClient(client, Attach(rid=rid, secret=secret, start=start))
+
+
+def end(rid: str = RID) -> FromClient:
+    return FromClient(b"operator", EndRequest(rid=rid))
 
 
 def replies(actions: Iterable[Action], client: bytes = b"c") -> list[Any]:

@@ -16,7 +16,7 @@ from tetri.wire.clients import Accepted, MonitorStatus, Refused
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Assign, ClusterView
 
-SECOND, THIRD = "00002a-2", "00002a-3"
+SECOND, THIRD = "r2", "r3"
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def test_a_request_is_accepted_and_assigned_to_the_least_loaded(served):
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"prompt": ()}, "the prompt is empty"),
+        ({"secret": "s" * 21}, "the secret has 21 characters, at least 22 are needed: draw 128 bits"),
         ({"prompt": (1, 100)}, "vocabulary of 100"),
         ({"prompt": (-1,)}, "vocabulary of 100"),
         ({"prompt": (1,) * 40}, "the model's context holds 40"),

@@ -1,16 +1,16 @@
 """The life of a request: placed, moved on, started over, ended; what its workers report, and what they are told."""
 
 import pytest
+from msgspec.structs import replace
 
 from tests.core.broker.serving import RID, assigned, cancel, done, replies, serving, submit
 from tests.core.build import capacity, close, ending, failed, heartbeat, ready, resend, staged, tokens
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Reply, Send
-from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.request import Receipt, Stage
-from tetri.wire.clients import Delta, Done
+from tetri.wire.clients import Delta
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, Hold
+from tetri.wire.messages import Assign, Close, Hold, Membership
 
 # What has come of a request when an event comes.
 SUBMITTED = []
@@ -77,6 +77,19 @@ def test_one_request_from_queue_to_done():
         (DECODING, failed("p1", RID, retry=True), [], "decode"),  # it holds it no more
         (DECODING, tokens("d1", RID, 4, reason="length"), [("d1", resend(RID, 1))], "decode"),  # tokens are missing
         (DECODING, tokens("d1", RID, 0, 7), [], "decode"),  # known
+        (DECODING, replace(tokens("d1", RID, 1, 8), incarnation=2), [], "decode"),  # of no registered process
+        # Another instance has all KV too, since a Landed was lost. It stops, and what it wrote does not count.
+        (WAITING, staged("d2", RID, Stage.WAITING), [("d2", close(RID))], "waiting"),
+        (WAITING, staged("d2", RID, Stage.DECODE), [("d2", close(RID))], "waiting"),
+        (WAITING, heartbeat("d2", held(Stage.DECODE, 3)), [("d2", close(RID))], "waiting"),
+        (DECODING, tokens("d2", RID, 1, 8), [("d2", close(RID))], "decode"),
+        (DECODING, tokens("d2", RID, 3, 8), [("d2", close(RID))], "decode"),
+        (DECODING, tokens("d2", RID, 1, 8, 9, 10, reason="length"), [("d2", close(RID))], "decode"),
+        (DECODING, heartbeat("d2", held(Stage.DONE, 4)), [("d2", close(RID))], "decode"),
+        # So does the prefill instance, which writes a first token only, and no end once another one decodes.
+        (DECODING, tokens("p1", RID, 1, 8), [("p1", close(RID))], "decode"),
+        (DECODING, tokens("p1", RID, 0, 7, reason="stop"), [("p1", close(RID))], "decode"),
+        (DECODING, heartbeat("p1", held(Stage.DONE, 1), read=1), [("p1", close(RID))], "decode"),
         (SUBMITTED, heartbeat("p1"), [], "queued"),  # it may be on its way
         (
             SUBMITTED,
@@ -85,17 +98,47 @@ def test_one_request_from_queue_to_done():
             "queued",
         ),
         (MOVED, heartbeat("d1", held(Stage.WAITING)), [("p1", close(RID))], "waiting"),  # the news of it were lost
-        (WAITING, heartbeat("p1", held(Stage.MOVING)), [("p1", close(RID))], "waiting"),
+        (WAITING, heartbeat("p1", held(Stage.MOVING)), [], "waiting"),  # the Close is on its way
+        (WAITING, heartbeat("p1", held(Stage.MOVING), read=1), [("p1", close(RID))], "waiting"),  # it was lost
         (DECODING, heartbeat("d2", held(Stage.MOVING, 0)), [("d2", close(RID))], "decode"),  # a reservation elsewhere
         (DECODING, heartbeat("d1", held(Stage.DECODE, 3)), [("d1", resend(RID, 1))], "decode"),  # tokens were lost
         (DECODING, heartbeat("d1", held(Stage.DONE, 1)), [("d1", resend(RID, 1))], "decode"),  # the end was
-        ([*DECODING, cancel()], heartbeat("d1", held(Stage.DONE, 4)), [("d1", close(RID))], None),
+        ([*DECODING, cancel()], heartbeat("d1", held(Stage.DONE, 4)), [], None),
+        ([*DECODING, cancel()], heartbeat("d1", held(Stage.DONE, 4), read=1), [("d1", close(RID))], None),
     ],
 )
 def test_what_workers_say_and_hold_moves_it_on_and_both_sides_agree(before, event, said, stage):
     told = begin(before)
     assert told.tell(event) == [Send(peer, message) for peer, message in said]
     assert list(told.status().requests) == ([] if stage is None else [stage])
+
+
+@pytest.mark.parametrize(
+    "before, event, ids, closed",
+    [
+        (SUBMITTED, tokens("p1", RID, 0, 7), [7], []),
+        ([staged("d1", RID, Stage.WAITING)], tokens("p1", RID, 0, 7), [7], []),  # it comes late
+        (MOVED, tokens("d1", RID, 1, 8), [8], ["p1"]),  # d1 has all KV, and its Staged was lost
+        (SUBMITTED, tokens("d1", RID, 0, 7, 8), [7, 8], ["p1"]),
+        (SUBMITTED, tokens("d1", RID, 0, 7), [7], ["p1"]),
+        (MOVED, tokens("p1", RID, 1, 8), [8], []),  # it does both phases
+        (MOVED, tokens("d1", RID, 1, 8, 9, 10, reason="length"), [8, 9, 10], ["p1", "p1", "d1"]),
+        (MOVED, tokens("d1", RID, 1, reason="stop"), [], ["p1", "p1", "d1"]),
+        (SUBMITTED, tokens("p1", RID, 0, 7, reason="stop"), [7], ["p1"]),
+    ],
+)
+def test_tokens_count_of_the_first_that_decodes_and_the_first_one_of_the_prefill_instance(before, event, ids, closed):
+    actions = begin(before).tell(event)
+    assert [id for reply in replies(actions) if isinstance(reply, Delta) for id in reply.ids] == ids
+    assert [peer for peer, _ in closes(actions)] == closed
+
+
+def test_the_prefill_instance_of_a_later_attempt_writes_its_first_token(decoding):
+    decoding.tell(tokens("d1", RID, 1, 8), PeerDown("d1"))
+    assert replies(decoding.tell(tokens("p1", RID, 2, 9, attempt=2)))[0].ids == [9]
+    assert decoding.status().requests == {"moving": 1}
+    assert replies(decoding.tell(tokens("d2", RID, 3, 10, attempt=2)))[0].ids == [10]
+    assert decoding.status().counters.get("decodes_refused", 0) == 0
 
 
 def test_tokens_that_overlap_are_cut(decoding):
@@ -135,6 +178,23 @@ def test_all_output_counts_whoever_wrote_it(decoding):
     said = close(RID, 2, "stop", 3)
     ended = decoding.tell(*ending("d2", RID, 2, 9, reason="stop", attempt=2))
     assert closes(ended) == [("p1", said), ("d2", said)] and done(ended).receipt.attempts == 2
+    assert done(ended).receipt.continued == 1  # the token that the first attempt wrote
+
+
+def test_an_attempt_that_starts_without_tokens_continues_nothing():
+    told = begin(SUBMITTED)
+    told.tell(PeerDown("p1"))
+    ended = told.tell(*ending("p2", RID, 0, 7, reason="stop", attempt=2))
+    assert (done(ended).receipt.attempts, done(ended).receipt.continued) == (2, 0)
+
+
+def test_an_error_that_a_worker_ends_a_request_with_reaches_the_client(decoding):
+    (last,) = ending("d1", RID, 1, 8, reason="error")
+    item = last.items[0]
+    item = replace(item, end=item.end.changed(error="no valid number"))
+    ended = done(decoding.tell(last.changed(items=[item])))
+    assert (ended.reason, ended.error, ended.usage.completion_tokens) == ("error", "no valid number", 2)
+    assert ended.receipt.decode_instance == "d1"
 
 
 def test_after_a_restart_it_goes_on(decoding):
@@ -154,7 +214,7 @@ def test_a_deadline_ends_it(decoding):
 
 
 def test_a_deadline_after_the_end_is_nothing(decoding):
-    decoding.tell(submit("b", deadline_s=1.0), cancel("00002a-2"))
+    decoding.tell(submit("b", deadline_s=1.0), cancel("r2"))
     assert not only(decoding.later(1.5), Reply)
 
 
@@ -236,10 +296,122 @@ def test_what_is_lost_begins_anew_with_its_output(before, event, goes, output):
         assert {message for _, message in closes(actions)} == {close(RID)}
 
 
-def test_what_was_assigned_and_is_not_held_is_assigned_again(served):
-    served.now = 0.3
-    assert assigned(served.tell(heartbeat("p1"))) == [("p1", RID, 1)]
-    assert not served.tell(heartbeat("p1"))
+def serials(actions):
+    """Of the Memberships among them."""
+    return {message.serial for message in sent(actions, kind=Membership)}
+
+
+def test_an_assign_is_sent_again_when_a_later_membership_was_read_and_it_was_not(served):
+    """However long it takes the worker to read: until then, the Assign is on its way."""
+    (before,) = serials(served.later(1.0))
+    served.tell(submit("late"))
+    for _ in range(9):
+        served.now += 10.0
+        assert assigned(served.tell(heartbeat("p1", held(Stage.QUEUED, 0), read=before))) == []
+        assert served.tell(heartbeat("p2", read=before)) == []
+    (after,) = serials(served.later())
+    assert served.tell(heartbeat("p2", Hold("r2", 1, Stage.QUEUED, 0), read=after)) == []
+    assert served.tell(heartbeat("p2", epoch=41, read=after)) == []  # an earlier broker's Membership
+    assert assigned(served.tell(heartbeat("p2", read=after))) == [("p2", "r2", 1)]
+    assert served.tell(heartbeat("p2", read=after)) == []  # now this one is on its way
+    (later,) = serials(served.later(1.0))
+    assert assigned(served.tell(heartbeat("p2", read=later))) == [("p2", "r2", 1)]
+
+
+def test_a_heartbeat_without_a_list_of_requests_tells_nothing_of_them(decoding):
+    decoding.later(1.0)
+    assert decoding.tell(heartbeat("d1", held(Stage.DECODE, 1))) == []
+    assert decoding.tell(heartbeat("d1").changed(holds=None, read=1)) == []
+    assert {each.iid: each.held for each in decoding.status().instances}["d1"] == 1
+    assert assigned(decoding.tell(heartbeat("d1", read=1))) == [("p1", RID, 2)]
+
+
+def test_thousands_of_assigns_that_a_worker_reads_bit_by_bit_are_sent_once_each():
+    told, read, unread, holds = serving("p1", "d1"), 0, [], {}
+    actions, sends = [*told.later(1.0), *told.tell(*[submit(f"k{number}") for number in range(1000)])], 0
+    for _ in range(40):  # steps, of 0.5 s
+        unread += sent(actions, "p1")
+        for message in unread[:64]:
+            if isinstance(message, Membership):
+                read = message.serial
+            else:
+                sends += isinstance(message, Assign)
+                holds[message.rid] = Hold(message.rid, 1, Stage.QUEUED, 0)
+        del unread[:64]
+        actions = [*told.later(0.5), *told.tell(heartbeat("p1", *holds.values(), read=read))]
+    assert sends == len(holds) == 1000
+
+
+def test_what_has_a_token_of_its_attempt_and_is_not_held_starts_over():
+    """A second prefill could write another first token, and a decode instance may go on from the one of the first."""
+    told = begin(MOVED)
+    actions = told.tell(heartbeat("p1"))
+    assert closes(actions) == [("p1", close(RID))] and assigned(actions) == [("p1", RID, 2)]
+    (again,) = sent(actions, kind=Assign)
+    assert again.output == [7]
+    assert closes(told.tell(heartbeat("d1", held(Stage.DECODE, 3)))) == [("d1", close(RID))]  # of the first attempt
+
+
+@pytest.mark.parametrize("avoid, goes", [(["p1", "d1"], "p2"), (["d1"], "p1"), (["p1", "p2"], "p1")])
+def test_the_next_attempt_avoids_the_instances_whose_kv_could_not_be_moved(avoid, goes):
+    """If others are there; and so does every further one."""
+    told = begin(MOVED)
+    (assign,) = sent(told.tell(failed("p1", RID, retry=True, avoid=avoid)), goes, Assign)
+    assert assign.avoid == avoid
+    (assign,) = sent(told.tell(failed(goes, RID, retry=True, attempt=2, avoid=["d1", "d2"])), kind=Assign)
+    assert assign.avoid == [*dict.fromkeys([*avoid, "d1", "d2"])]
+
+
+class Unreadable:
+    """p1, whose KV no decode instance could read, and p2. Requests are named by their number."""
+
+    def __init__(self):
+        self.told, self.number = serving("p1", "p2", "d1"), 0
+        assert self.submit() == "p1"
+        self.fail(1, "p2")
+
+    def submit(self):
+        """Where the next request goes."""
+        self.number += 1
+        ((iid, _, _),) = assigned(self.told.tell(submit(str(self.number))))
+        return iid
+
+    def fail(self, number, goes):
+        gone = self.told.tell(failed("p1", f"r{number}", retry=True, avoid=["d1", "p1"]))
+        assert [iid for iid, _, _ in assigned(gone)] == [goes]
+
+    def notes(self):
+        return [note for note in self.told.status().notes if note.startswith("p1")]
+
+
+def test_a_prefill_instance_whose_kv_cannot_be_read_gets_a_request_now_and_then():
+    seen = Unreadable()
+    assert seen.notes() == ["p1 gets few requests, since its KV cannot be read: oh no"]
+    assert [seen.submit() for _ in range(3)] == ["p2"] * 3
+    seen.told.now = 0.4
+    assert [seen.submit() for _ in range(3)] == ["p1", "p2", "p2"]
+    seen.fail(5, "p2")
+    seen.told.now = 0.79
+    assert seen.submit() == "p2"
+    seen.told.now = 1.2
+    assert seen.submit() == "p1"
+    seen.told.tell(staged("d1", "r9", Stage.WAITING))
+    assert seen.notes() == [] and seen.submit() == "p1"
+
+
+@pytest.mark.parametrize("end", ["cancelled", "lost"])
+def test_a_try_that_shows_nothing_is_followed_by_another(end):
+    seen = Unreadable()
+    seen.told.now = 0.4
+    assert seen.submit() == "p1" and seen.submit() == "p2"
+    seen.told.tell(*([cancel("r2")] if end == "cancelled" else [PeerDown("p1"), PeerUp("p1"), heartbeat("p1")]))
+    assert seen.submit() == "p1" and seen.notes() == ([] if end == "lost" else seen.notes())
+
+
+def test_if_it_is_alone_it_gets_all():
+    seen = Unreadable()
+    seen.told.tell(PeerDown("p2"))
+    assert [seen.submit() for _ in range(3)] == ["p1"] * 3
 
 
 def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
@@ -250,8 +422,8 @@ def test_nothing_starts_over_while_the_last_words_are_asked_for(decoding):
 
 def test_late_words_of_a_lost_worker_do_not_give_it_the_request():
     told = begin([*MOVED, PeerDown("d1")])
-    told.tell(staged("d1", RID, Stage.WAITING), heartbeat("d1", held(Stage.DECODE)))
-    assert told.status().requests == {"moving": 1}
+    late = [staged("d1", RID, Stage.WAITING), heartbeat("d1", held(Stage.DECODE)), tokens("d1", RID, 1, 8)]
+    assert not told.tell(*late) and told.status().requests == {"moving": 1}
     told.tell(PeerUp("d1"), heartbeat("d1", held(Stage.DECODE)))
     assert told.status().requests == {"decode": 1}
 
@@ -259,55 +431,19 @@ def test_late_words_of_a_lost_worker_do_not_give_it_the_request():
 # ---------------------------------------------------------------- which lost attempts count
 
 
-class Pair:
-    """`worked` and `waited` are on p1, which works on the first. Each time that p1 is lost, both begin anew there."""
-
-    def __init__(self, *workers, keys=("worked", "waited")):
-        self.told = serving(*workers or ("p1", "d1"))
-        self.at, self.errors = {}, {}  # key -> (instance, rid, attempt); how it ended
-        for key in keys:
-            ((self.at[key]),) = assigned(self.told.tell(submit(key, max_tokens=3)))
-
-    def begin(self, *keys):
-        """The instances where these are say that they work on them."""
-        for iid, rid, attempt in (self.at[key] for key in keys):
-            self.told.tell(staged(iid, rid, Stage.PREFILL, attempt))
-
-    def lose(self, iid="p1"):
-        """It dies and comes back."""
-        actions = self.told.tell(PeerDown(iid), PeerUp(iid), heartbeat(iid))
-        rids = {rid: key for key, (_, rid, _) in self.at.items()}
-        self.at |= {rids[rid]: (iid, rid, attempt) for iid, rid, attempt in assigned(actions)}
-        self.errors |= {
-            rids[end.rid]: f"{end.reason}: {end.error}" for end in replies(actions) if isinstance(end, Done)
-        }
+def test_attempts_that_are_lost_with_their_workers_do_not_count_but_not_without_bound():
+    told = begin(SUBMITTED, "p1", "d1")
+    for attempt in range(2, 4 * 3 + 1):
+        again = told.tell(PeerDown("p1"), ready("p1", "prefill", incarnation=attempt), PeerUp("p1"))
+        assert assigned(again) == [("p1", RID, attempt)]
+    error = "given up after 12 attempts (12 lost with their workers): p1: connection lost"
+    assert done(told.tell(PeerDown("p1"))).error == error
 
 
-def test_a_request_that_only_waited_on_a_lost_worker_keeps_its_attempts():
-    pair = Pair()
-    for _ in range(MAX_ATTEMPTS):
-        pair.begin("worked")
-        pair.lose()
-    assert pair.errors == {"worked": "error: given up after 8 attempts: p1: connection lost"}
-    assert pair.at["waited"][2] == 9
-
-
-@pytest.mark.parametrize("begun", [["worked", "waited"], []], ids=["both had begun", "none had"])
-def test_all_attempts_count_where_all_have_begun_or_nothing_is_known_to(begun):
-    """Or what kills its worker before anybody hears of it would do so for ever."""
-    pair = Pair()
-    for _ in range(MAX_ATTEMPTS):
-        pair.begin(*begun)
-        pair.lose()
-    why = "error: given up after 8 attempts: p1: connection lost"
-    assert pair.errors == {"worked": why, "waited": why}
-
-
-def test_attempts_that_did_not_count_are_told_of():
-    pair = Pair()
-    pair.begin("worked")
-    for _ in range(MAX_ATTEMPTS + 1):
-        pair.lose()
-    assert (
-        pair.errors["waited"] == "error: given up after 9 attempts (1 lost while it only waited): p1: connection lost"
-    )
+def test_other_attempts_count():
+    told = begin(SUBMITTED, "p1", "d1")
+    told.tell(PeerDown("p1"), ready("p1", "prefill", incarnation=2), PeerUp("p1"))
+    for attempt in (2, 3):
+        told.tell(failed("p1", RID, retry=True, attempt=attempt).changed(incarnation=2))
+    ended = done(told.tell(failed("p1", RID, retry=True, attempt=4).changed(incarnation=2)))
+    assert ended.error == "given up after 4 attempts (1 lost with their workers): oh no"

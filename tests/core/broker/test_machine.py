@@ -23,7 +23,7 @@ from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
-from tetri.wire.clients import Attach, Cancel, Delta, Done, Inspect
+from tetri.wire.clients import Attach, Cancel, Delta, Done, EndRequest, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Hold
 
@@ -31,6 +31,7 @@ WORKERS = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 iids = st.sampled_from(sorted(WORKERS))
 stages = st.sampled_from([Stage.QUEUED, Stage.PREFILL, Stage.MOVING, Stage.WAITING, Stage.DECODE, Stage.DONE])
 seconds = st.sampled_from([0.0, 0.01, 0.06, 0.3, 3.0])
+SECRET, WRONG = "s" * 22, "w" * 22
 
 # Few examples in the default run: the whole deployment (tests/sim/test_faulty.py) looks deeper, these look wider.
 QUICK = settings(
@@ -41,8 +42,8 @@ QUICK = settings(
 class BrokerUnderFire(RuleBasedStateMachine):
     """Workers say anything about any request; the edge is prompt or slow; clients are there, full or gone."""
 
-    @initialize()
-    def begin(self):
+    @initialize(grace=st.sampled_from([1.0, 1.0, 0.0]), patience=st.sampled_from([5.0, 5.0, 0.0]))
+    def begin(self, grace, patience):
         limits = Limits(
             context=40,
             vocabulary=99,
@@ -50,8 +51,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
             max_attempts=4,
             heartbeat_s=0.1,
             dead_s=2.0,
-            patience_s=5.0,
-            client_grace_s=1.0,
+            patience_s=patience,
+            client_grace_s=grace,
         )
         self.core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
         self.now = 0.0
@@ -60,6 +61,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.ended = {}
         self.slow = []  # words that the edge has not done
         self.connected = {}
+        self.contents = {}  # key -> what its request asks for
         self.client = "sent"
 
     def act(self, actions):
@@ -76,11 +78,12 @@ class BrokerUnderFire(RuleBasedStateMachine):
                     self.ended[rid] = None
                 case Reply(client, message):
                     if self.client == "sent" or not isinstance(message, Delta | Done):
-                        self.hear(message)
+                        self.hear(message, client)
                     else:
                         self.act(self.core.handle(Undelivered(client, message, self.client == "gone"), self.now))
 
-    def hear(self, message):
+    def hear(self, message, client=b"c"):
+        assert client != b"thief" or isinstance(message, Refused), f"a thief is told {message}"
         if isinstance(message, Delta | Done):
             have = self.heard.setdefault(message.rid, [])
             if have and have[-1] == "done":
@@ -98,29 +101,45 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.act(self.core.handle(event, self.now))
 
     def rid(self, number):
-        return f"00002a-{number}"
+        return f"r{number}"
 
     @rule(key=st.integers(1, 5), size=st.integers(0, 20), most=st.integers(0, 6), late=st.sampled_from([None, 0.5]))
     def submit(self, key, size, most, late):
         again = self.core.table.keys.get(f"k{key}")
         if again is not None:
             self.heard[again] = []  # all of it comes once more
-        self.tell(Submitted(b"c", f"k{key}", (1,) * size, Sampling(max_tokens=most), late))
+        content, rid = self.contents.get(f"k{key}"), self.rid(self.core.counters["accepted"] + 1)
+        if again is None:
+            content = self.contents[f"k{key}"] = f"{size} {most} {late}".encode()
+        asked = (SECRET, content, rid, (1,) * size, Sampling(max_tokens=most), late)
+        self.tell(Submitted(b"c", f"k{key}", *asked))
 
-    @rule(number=st.integers(1, 6))
-    def cancel(self, number):
+    @rule(key=st.integers(1, 5), secret=st.sampled_from([SECRET, WRONG]))
+    def submit_with_anothers_key(self, key, secret):
+        """Of what is known. Neither its client nor a worker notices."""
+        if f"k{key}" in self.core.table.keys:
+            asked = (secret, b"" if secret == SECRET else self.contents[f"k{key}"], "new", (7,), Sampling(), None)
+            self.tell(Submitted(b"thief", f"k{key}", *asked))
+
+    @rule(number=st.integers(1, 6), kind=st.sampled_from([Cancel, Attach]))
+    def ask_with_a_wrong_secret(self, number, kind):
+        self.tell(FromClient(b"thief", kind(rid=self.rid(number), secret=WRONG)))
+
+    @rule(number=st.integers(1, 6), message=st.sampled_from(["cancel", "end"]))
+    def cancel(self, number, message):
         if self.rid(number) in self.ended:
             self.heard[self.rid(number)] = []
             row = self.core.table.rows.get(self.rid(number))
             if row is not None:
                 self.heard[self.rid(number)] = list(row.output)  # only the Done comes again
                 self.again[self.rid(number)] = None
-        self.tell(FromClient(b"c", Cancel(rid=self.rid(number))))
+        rid = self.rid(number)
+        self.tell(FromClient(b"c", Cancel(rid=rid, secret=SECRET) if message == "cancel" else EndRequest(rid=rid)))
 
     @rule(number=st.integers(1, 6))
     def attach(self, number):
         self.heard[self.rid(number)] = []
-        self.tell(FromClient(b"c", Attach(rid=self.rid(number), start=0)))
+        self.tell(FromClient(b"c", Attach(rid=self.rid(number), secret=SECRET, start=0)))
 
     @rule()
     def inspect(self):
@@ -181,10 +200,11 @@ class BrokerUnderFire(RuleBasedStateMachine):
         iid=iids,
         incarnation=st.integers(1, 2),
         holds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), stages, st.integers(0, 5)), max_size=3),
+        read=st.sampled_from([0, 1, 2, 3, 9, 999]),
     )
-    def heartbeat(self, iid, incarnation, holds):
+    def heartbeat(self, iid, incarnation, holds, read):
         held = [Hold(self.rid(number), attempt, stage, outputs) for number, attempt, stage, outputs in holds]
-        self.tell(heartbeat(iid, *held, incarnation=incarnation))
+        self.tell(heartbeat(iid, *held, incarnation=incarnation, read=read))
 
     @rule(wait=seconds)
     def tick(self, wait):

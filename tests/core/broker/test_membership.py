@@ -1,13 +1,17 @@
 """Who is there, since when silent, and which instances may prefill what."""
 
+from random import Random
+
 import pytest
 
 from tests.core.broker.serving import RID, assigned, serving, submit
-from tests.core.build import capacity, failed, fingerprint, heartbeat, ready, staged, tokens
+from tests.core.build import PHASES, capacity, failed, fingerprint, heartbeat, identity, ready, staged, tokens
 from tests.core.reading import only, sent
 from tetri.core.actions import Disconnect
 from tetri.core.broker.membership import FORGET_S, Members
+from tetri.core.instance.peers import Peers
 from tetri.request import Stage
+from tetri.wire.codec import encode
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import FromWorker, Membership
 
@@ -70,16 +74,90 @@ def test_a_worker_that_harms_its_kv_on_purpose_is_named():
     made = members(("p0", "prefill"), ("d0", "decode"))
     made.by_iid["d0"].counters = {"injected_drop": 0}
     made.by_iid["p0"].counters = {"duplicate": 3}
-    assert [status.note for status in made.status()] == ["a rehearsal: faults are injected here (transfer.faults)", ""]
+    note = "a rehearsal: faults are injected here (transfer.faults, transfer.cuts)"
+    assert [status.note for status in made.status()] == [note, ""]
 
 
-def test_a_roster_is_made_when_there_is_news_or_silence():
+def test_a_worker_whose_segment_others_removed_is_named():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.by_iid["p0"].counters = {"duplicate": 3, "segment_unlinked": 1}
+    note = "its segment was removed from /dev/shm: see tetri-cli doctor"
+    assert {status.iid: status.note for status in made.status()} == {"d0": "", "p0": note}
+
+
+def test_a_membership_is_made_when_there_is_a_change_or_silence():
     made = members(("p0", "prefill"))
-    assert len(made.refresh(1.0)) == 1 and made.refresh(1.1) == []
+    assert len(made.publish_due(1.0)) == 1 and made.publish_due(1.1) == made.refresh(1.1) == []
     made.turn(made.by_iid["p0"], "mixed")
-    (send,) = made.refresh(1.2)
+    (send,) = made.publish_due(1.2)
     assert [entry.role for entry in send.message.instances] == ["mixed"] and made.refresh(1.9) == []
-    assert len(made.refresh(2.0)) == 1
+    (kept_alive,) = made.refresh(2.0)
+    assert (kept_alive.message.since, kept_alive.message.number) == (2, 2) and not kept_alive.message.instances
+
+
+def test_a_whole_membership_goes_to_whom_a_change_would_not_be_enough():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.publish(1.0)
+    made.ready(ready("p1", "prefill"), 1.1)
+    made.ready(ready("d0", "decode"), 1.1)  # again: it lacks something
+    made.lose(made.by_iid["p0"], "silent")
+    to_p0, to_d0 = (send.message for send in made.publish_due(1.1))
+    assert (to_p0.since, to_p0.number, [each.iid for each in to_p0.instances], to_p0.gone) == (1, 2, ["p1"], ["p0"])
+    assert (to_d0.since, to_d0.number, [each.iid for each in to_d0.instances]) == (None, 2, ["d0", "p1"])
+
+
+def test_who_registers_again_alone_is_answered_alone():
+    made = members(("p0", "prefill"), ("d0", "decode"))
+    made.publish(1.0)
+    made.ready(ready("d0", "decode"), 2.0)
+    assert [(send.peer, send.message.number, send.message.since) for send in made.publish_due(2.0)] == [
+        ("p0", 1, 1),
+        ("d0", 1, None),
+    ]
+
+
+def test_changes_that_come_together_leave_together(served):
+    """The start of many workers at once: each learns of all, by one whole Membership and few changes."""
+    count, turns, sizes, messages = 64, 4, 0, 0
+    iids = [f"d{number}" for number in range(10, 10 + count)]
+    served.later(1.0)
+    for first in range(0, count, turns):
+        for iid in iids[first : first + turns]:
+            served.tell(ready(iid, "decode"), PeerUp(iid))
+        messages, sizes = counted(served.later(0.005), messages, sizes)
+    messages, sizes = counted(served.later(0.1), messages, sizes)
+    record = len(encode(ready("d10", "decode")))
+    assert messages <= 4 * count and sizes <= 2 * record * count**2
+    for each in iids:  # all are lost at once
+        served.tell(PeerDown(each))
+    messages, sizes = counted(served.later(0.1), 0, 0)
+    assert messages == 4 and sizes <= 4 * 8 * count
+
+
+def counted(actions, messages, sizes):
+    found = sent(actions, kind=Membership)
+    return messages + len(found), sizes + sum(len(encode(each)) for each in found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_learn_the_same_whatever_is_lost(served, seed):
+    """Every message to a worker is lost with a probability of a third, until the changes are over."""
+    rng = Random(seed)
+    workers = {iid: Peers(identity(iid, "prefill")) for iid in ("p1", "p2", "d1", "d2")}
+    for turn in range(60):
+        if turn < 30:
+            change = f"d{rng.randrange(3, 6)}"
+            served.tell(rng.choice([ready(change, "decode", rng.randrange(9)), PeerDown(change)]))
+        actions = served.later(0.06)
+        for iid, peers in workers.items():
+            for message in sent(actions, iid, Membership):
+                if turn >= 30 or rng.random() < 2 / 3:
+                    peers.update(message)
+                    if peers.behind:
+                        served.tell(ready(iid, PHASES[iid[0]]))
+    live = {iid: member.instance for iid, member in served.core.members.by_iid.items() if member.lost is None}
+    for iid, peers in workers.items():
+        assert peers.instances == {other: each for other, each in live.items() if other != iid} and not peers.behind
 
 
 def test_whoever_is_given_up_is_no_longer_written_to():
@@ -109,7 +187,7 @@ def test_silence_is_a_loss_and_any_message_a_sign_of_life(served):
 
 def test_a_restarted_worker_loses_what_it_had(served):
     served.tell(submit())
-    assert assigned(served.tell(ready("p1", "prefill", incarnation=2))) == [("p1", RID, 2)]
+    assert assigned(served.tell(ready("p1", "prefill", incarnation=2))) == [("p2", RID, 2)]
     assert not served.tell(staged("p1", RID, Stage.PREFILL))  # by the old one
     assert served.status().counters["workers_replaced"] == 1
 
@@ -130,12 +208,15 @@ def test_unknown_workers_are_not_heard(served):
 
 
 def test_rosters_are_numbered_and_leave_out_the_lost(served):
-    (first,) = sent(served.tell(PeerDown("p1")), "d1", Membership)
-    assert [each.iid for each in first.instances] == ["p2", "d1", "d2"]
+    (whole,) = sent(served.later(0.1), "d1", Membership)
+    assert [each.iid for each in whole.instances] == ["p1", "p2", "d1", "d2"] and whole.since is None
+    served.tell(PeerDown("p1"))
+    (first,) = sent(served.later(0.1), "d1", Membership)
+    assert (first.since, first.number, first.instances, first.gone) == (whole.number, whole.number + 1, [], ["p1"])
     assert sent(served.later(0.1), "d1", Membership) == []  # nothing is new
     assert served.core.deadline() == pytest.approx(served.now + 0.1)
     (later,) = [membership for _ in range(8) for membership in sent(served.later(0.1), "d1", Membership)]
-    assert later.number > first.number and later.epoch == 42
+    assert (later.since, later.number, later.epoch) == (first.number, first.number, 42)
 
 
 def test_a_worker_lost_for_long_is_given_up(served):

@@ -1,14 +1,18 @@
 """The request table."""
 
+from array import array
+
 import pytest
 
 from tetri.core.actions import Broken
 from tetri.core.broker.requests import Row, Table
 from tetri.request import Sampling, Stage
+from tetri.wire.clients import Delta
 
 
 def row(number=1, **changes):
-    made = Row(f"r{number}", f"k{number}", b"c", (1, 2), Sampling(max_tokens=4), 0.0, Stage.QUEUED, 0.0)
+    asked = (array("I", [1, 2]), Sampling(max_tokens=4), 0.0, Stage.QUEUED, 0.0)
+    made = Row(f"r{number}", f"k{number}", b"c", *asked, secret="s" * 22, content=b"x")
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -24,6 +28,11 @@ def table():
     made.hand_over(made.rows["r2"], "d1")
     made.move(made.rows["r2"], Stage.DECODE, 0.0)
     yield made
+
+
+@pytest.mark.parametrize("secret", ["", "s" * 21, "s" * 23, "S" * 22, "é" * 22])
+def test_who_does_not_show_its_secret_owns_nothing(table, secret):
+    assert table.rows["r1"].owned_by("s" * 22) and not table.rows["r1"].owned_by(secret)
 
 
 def test_a_key_that_leads_elsewhere_stays(table):
@@ -54,13 +63,22 @@ def test_work_follows_a_row_that_is_assigned_again(table):
         ({"work_ns": 6}, "the table's prefill work by instance are out of date"),
         ({"output": [1] * 5}, "has 5 tokens"),
         ({"asked": 1}, "has 0 tokens, 1 sent to the detokenizer"),
-        ({"sent": 1}, "has sent more messages than its outbox holds"),
+        ({"weight": 1}, "the account of memory is out of date"),
     ],
 )
 def test_check_finds_what_is_wrong(table, changes, complaint):
     for name, value in changes.items():
         setattr(table.rows["r1"], name, value)
     with pytest.raises(Broken, match=complaint):
+        table.check()
+
+
+def test_check_finds_an_outbox_that_has_sent_too_much_or_holds_more_than_the_output(table):
+    table.rows["r1"].outbox.sent = 1
+    with pytest.raises(Broken, match="has sent more messages than its outbox holds"):
+        table.check()
+    table.rows["r1"].outbox.add(Delta(rid="r1", start=0, ids=[7], text="h"))
+    with pytest.raises(Broken, match="or holds more than its output"):
         table.check()
 
 

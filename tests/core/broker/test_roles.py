@@ -1,9 +1,9 @@
-"""Changes of role as the broker carries them out: asked by a client or wanted by the monitor."""
+"""Changes of role as the broker carries them out: asked by an operator or wanted by the monitor."""
 
 import pytest
 
 from tests.core.broker.serving import RID, assigned, refusal, replies, serving, submit
-from tests.core.build import fingerprint, flip, ready, staged, tokens
+from tests.core.build import fingerprint, flip, reach, ready, staged, tokens
 from tests.core.build import heartbeat as beat_of
 from tests.core.reading import sent
 from tetri.core.actions import FromClient
@@ -66,7 +66,7 @@ def test_a_new_prefill_instance_gets_what_waits_and_all_that_comes():
     told = serving("d1", "d2")
     told.tell(submit())
     assert assigned(told.tell(ask("d1", "mixed"))) == [("d1", RID, 1)]
-    assert assigned(told.tell(submit("k2"))) == [("d1", "00002a-2", 1)]
+    assert assigned(told.tell(submit("k2"))) == [("d1", "r2", 1)]
 
 
 def test_one_that_decodes_now_gets_no_new_prompts_and_goes_on_with_its_old_ones(told):
@@ -94,6 +94,17 @@ def test_the_same_key_gets_the_same_answer_and_no_second_flip(told):
     told.tell(ask("d1", "decode", "other"), heartbeat("d1", "decode", FIRST + 1))
     again = told.tell(ask("d1", "prefill"))
     assert replies(again) == replies(answer, b"again") and not sent(again) and told.roles()["d1"] == "decode"
+
+
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("other", [("d2", "prefill"), ("d1", "mixed"), ("x", "tea")])
+def test_the_same_key_for_another_change_is_refused(told, answered, other):
+    told.tell(ask("d1", "prefill"), *[heartbeat("d1", "prefill")] * answered)
+    actions = told.tell(ask(*other, client=b"other"))
+    assert [each.reason.split(":")[0] for each in replies(actions, b"other")] == ["this key stands for another request"]
+    assert len(actions) == 1 and told.roles() == {"p1": "prefill", "p2": "prefill", "d1": "prefill", "d2": "decode"}
+    confirmed = told.tell(*[ask("d1", "prefill")] * answered, *[heartbeat("d1", "prefill")] * (not answered))
+    assert [type(each) for each in replies(confirmed)] == [RoleChanged]
 
 
 def test_answers_are_forgotten_after_many_others(told):
@@ -173,8 +184,8 @@ def test_a_worker_that_is_lost_meanwhile_is_waited_for_no_longer(told):
     told.tell(ask("d1", "prefill"))
     assert refusal(told.tell(PeerDown("d1"))) == "d1 did not change its role: connection lost"
     told.tell(PeerUp("d1"), FromWorker(iid="d1", incarnation=1))
-    actions = told.tell(heartbeat("d1", "decode"))  # it never heard of it: its own word counts
-    assert told.roles()["d1"] == "decode" and sent(actions, "p1", Membership)
+    told.tell(heartbeat("d1", "decode"))  # it never heard of it: its own word counts
+    assert told.roles()["d1"] == "decode" and sent(told.later(0.1), "p1", Membership)
 
 
 @pytest.mark.parametrize("obeyed", [True, False])
@@ -186,6 +197,21 @@ def test_a_worker_that_restarts_begins_in_the_role_that_it_says(told, obeyed):
 
 
 def test_a_role_that_nobody_asked_for_is_believed_unless_there_is_no_such_role(told):
-    actions = told.tell(heartbeat("d1", "mixed"))
-    assert told.roles()["d1"] == "mixed" and sent(actions, "p1", Membership)
+    told.tell(heartbeat("d1", "mixed"))
+    assert told.roles()["d1"] == "mixed" and sent(told.later(0.1), "p1", Membership)
     assert not told.tell(heartbeat("d1", "tea")) and told.roles()["d1"] == "mixed"
+
+
+def test_the_last_instance_that_another_one_can_reach_keeps_its_role():
+    """d2 has the same fingerprint, but is on another host, which p1 has no path to."""
+    far = reach("d2", host="elsewhere", paths=["shm", "stream"])
+    told = serving("p1", "d1", ("d2", {"reach": far}))
+    why = "d1 is the last decode instance that exchanges KV with p1: flip another one to decode first, or make it mixed"
+    assert refusal(told.tell(ask("d1", "prefill"))) == why
+    told.tell(want("d1", "prefill"))
+    assert told.roles()["d1"] == "decode" and told.status().counters["flips_refused"] == 1
+    assert not replies(told.tell(ask("d1", "mixed", "g")))
+    told = serving(("p1", {"reach": reach("p1", paths=["shm", "stream"])}), "d1", ("d2", {"reach": far}))
+    assert "on its side" in refusal(told.tell(ask("d1", "prefill")))  # it would find nobody for its own prompts
+    far_only = serving(("p1", {"reach": reach("p1", paths=["shm", "stream"])}), "d1", ("d2", {"reach": far}), "d3")
+    assert not replies(far_only.tell(ask("d1", "prefill")))

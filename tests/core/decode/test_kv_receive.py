@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.core.build import chunk, close, decode_request, drop, handle, instance, offer, reach
+from tests.core.build import capacity, chunk, close, decode_request, drop, handle, instance, offer, reach
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Adopt, Broken
@@ -85,6 +85,17 @@ def test_a_chunk_of_another_offer_is_dropped(changes, name):
     assert kinds(told.come(0, key="d:r:2:p1:1")) == ["Landed > p1"]
 
 
+def test_what_comes_again_of_an_earlier_offer_does_not_disturb_what_moves():
+    told = start()
+    old = [offer("r", prompt=12), chunk("r", 0, 0, 1), drop("r")]
+    told.tell(*old)
+    begin(told, offer=2)
+    assert kinds(told.tell(*old)) == ["Refuse > p1", "Refuse > p1"]
+    answers = [answer for index in range(3) for answer in told.come(index, key="d:r:1:p1:2")]
+    assert kinds(answers) == ["Landed > p1"] * 3 + ["Staged > broker"]
+    assert {answer.offer for answer in sent(answers, "p1")} == {2}
+
+
 @pytest.mark.parametrize(
     "made, name", [(handle(0), "truncated"), (handle(0, 1, 2), "misfit"), (handle(0, 1, segment="s-p2"), "foreign")]
 )
@@ -138,13 +149,30 @@ def test_what_stays_lost_on_a_far_path_may_be_had_by_another_instance(told):
 
 
 @pytest.mark.parametrize("problem", ["lost", "foreign"])
-def test_what_cannot_be_right_the_next_time_is_not_taken_again(problem):
+def test_what_cannot_be_read_here_the_next_time_either_is_not_taken_again(problem):
     told = start("shm")
     begin(told)
     told.come(0)
     told.come(2)
-    assert whys(told.come(1, problem)) == [(f"chunk 1 is {problem}", True)]
+    (refused,) = sent(told.come(1, problem), kind=Refuse)
+    assert (refused.why, refused.unread, refused.corrupt) == (f"chunk 1 is {problem}", True, False)
     assert counted(told) == {problem: 1, "given_up": 1}
+
+
+def test_transfers_that_fail_in_a_row_are_reported_if_they_come_from_several_instances():
+    told, reported = working("d1", "p1", "p2", capacity=capacity(blocks=40, context=100)), []
+    for number, src in enumerate(("p1", "p1", "p2", "p1")):
+        told.trouble = {0: ["lost"]}
+        told.land(f"r{number}", number=number + 1, src=src)
+        reported.append(told.load().unread)
+    assert reported == [0, 0, 3, 4]
+    told.tell(PeerDown("p2"))
+    assert told.load().unread == 0  # now it may be the other side
+    told.trouble = {0: ["lost"]}
+    told.land("x", number=9, src="p2")
+    assert told.load().unread == 4
+    told.land("y", number=10, src="p2")
+    assert told.load().unread == 0
 
 
 def test_the_leg_stays_until_the_last_copy_has_come(told):
@@ -206,7 +234,7 @@ def test_of_several_copies_none_meets_a_leg_that_is_gone():
     told.tell(offer("r", prompt=12), *(chunk("r", i, i, i + 1, token=5 if i == 2 else None) for i in range(3)))
     actions = told.step()
     assert kinds(actions)[1:] == ["Adopt"] * 3 + ["Refuse > p1", "CancelRequest"]
-    assert whys(actions) == [("chunk 0 is lost", True)]
+    assert whys(actions) == [("chunk 0 is lost", False)]
 
 
 def inflow(blocks):

@@ -53,7 +53,8 @@ LATER = [offer("r", prompt=8, attempt=2)]
         ([offer("r", prompt=8)], offer("r", prompt=8, attempt=2), ["CancelRequest", "AddRequest", "Grant > p1"], 8),
         ([offer("r", prompt=8)], offer("r", prompt=8, src="p2"), ["CancelRequest", "AddRequest", "Grant > p2"], 8),
         (LATER, offer("r", prompt=8), "a later attempt is here", 8),
-        ([A], offer("b", prompt=12), "3 of 5 blocks for waiting requests are taken", 7),
+        ([offer("r", prompt=8, offer=2)], offer("r", prompt=8), "a later offer is here", 8),
+        ([A], offer("b", prompt=12), ["Defer > p1"], 7),  # 3 of 5 blocks for waiting requests are taken
         ([A], offer("b", prompt=8), ["AddRequest", "Grant > p1"], 5),
         ([], offer("b", prompt=24), ["AddRequest", "Grant > p1"], 4),  # one alone may be larger
         ([], offer("r", prompt=8, fingerprint=fingerprint(dtype="f32")), "dtype differs: u8 and f32", 10),
@@ -84,11 +85,14 @@ def test_what_has_all_landed_is_granted_under_any_number_and_cannot_be_dropped(t
     (answer,) = sent(told.tell(chunk("r", 0, 0, 2, offer=7)))
     assert isinstance(answer, Landed) and answer.offer == 7
     assert not told.tell(drop("r", offer=7)) and told.load().landed == 1
+    assert why(told.tell(offer("r", prompt=8))) == "a later offer is here"
+    (answer,) = sent(told.tell(chunk("r", 0, 0, 2, offer=7)))
+    assert isinstance(answer, Landed) and answer.offer == 7
 
 
 def test_a_reservation_is_never_larger_than_what_is_free(told):
     told.running("a", prompt=12)
-    assert why(told.tell(offer("b", prompt=28))) == "7 blocks needed, 6 free"
+    assert kinds(told.tell(offer("b", prompt=28, offer=2))) == ["Defer > p1"] and free(told) == 6
 
 
 # ---------------------------------------------------------------- memory that is kept, or waited for
@@ -104,13 +108,25 @@ def largest(told):
     return granted
 
 
-@pytest.mark.parametrize("admit, most", [("peak", 3), ("greedy", 7)])
-def test_an_offer_leaves_to_the_batch_what_it_was_admitted_for(admit, most):
-    """Of 10 blocks the running one has 3, for 9 tokens, and will have 7, for 28."""
+@pytest.mark.parametrize("admit, most", [("peak", 3), ("greedy", 5), ("reserve_static", 5), ("reserve_dynamic", 5)])
+def test_an_offer_leaves_to_the_batch_what_it_will_need(admit, most):
+    """Of 10 blocks the running one has 3, for 9 tokens. It will have 7, for 28: `peak` has admitted it for these. The
+    others keep two blocks for each running request."""
     told = begin(rules=Rules(admit=admit, admit_end="high"), reserve_share=1.0)
     told.running("a", prompt=7, max_tokens=21)
-    refused = why(told.tell(offer("b", prompt=4 * most + 1, offer=2)))
-    assert refused.startswith(f"{most + 1} blocks needed, 7 free") and largest(told) == most
+    assert kinds(told.tell(offer("b", prompt=4 * most + 1, offer=2))) == ["Defer > p1"]
+    assert free(told) == 7 and told.load().kept_blocks == 7 - most
+    told.tell(close("b"))
+    assert largest(told) == most
+
+
+@pytest.mark.parametrize("admit, kept", [("peak", 5), ("greedy", 2)])
+def test_what_the_next_to_run_will_need_is_kept_too_when_nothing_runs(admit, kept):
+    """Its KV has landed: 8 tokens in 2 blocks, which will be 28 in 7."""
+    told = begin(rules=Rules(admit=admit, admit_end="high"), reserve_share=1.0)
+    told.land("a", "b", prompt=7, max_tokens=21)
+    told.tell(close("b"))
+    assert (free(told), told.load().kept_blocks) == (8, kept)
 
 
 # ---------------------------------------------------------------- chunks
@@ -179,11 +195,14 @@ def test_one_request_from_admission_to_its_end(told):
 
 
 def overdrawn():
-    """`a` runs and has outgrown the memory, `b` has landed and waits."""
-    told = begin(capacity=capacity(blocks=4, max_batch=8), reserve_share=1.0)
-    told.running("a", prompt=6, max_tokens=9)
-    told.land("b", prompt=7, number=2)
-    assert free(told) == -1
+    """`a` runs and has outgrown the memory, `b` has landed meanwhile and waits."""
+    told = begin(capacity=capacity(blocks=6, max_batch=8), reserve_share=1.0)
+    told.running("a", prompt=6, max_tokens=15)
+    told.tell(offer("b", prompt=7, offer=2))
+    while free(told) >= 0:
+        told.step()
+    told.tell(chunk("b", 0, 0, 2, token=5, offer=2))
+    assert free(told) == -1 and told.load().landed == 1
     return told
 
 

@@ -25,7 +25,7 @@ def test_accounts_are_taken_grown_and_closed(ledger):
 
 def test_there_is_no_room_beyond_the_capacity(ledger):
     assert ledger.allocate("a", 10) and not ledger.allocate("b", 1) and len(ledger) == 1
-    assert ledger.reserve("b", 1) == "1 blocks needed, 0 free"
+    assert not ledger.reserve("b", 1) and "b" not in ledger and ledger.grantable() == 0
 
 
 def test_an_account_opened_twice_must_not_go_on(ledger):
@@ -36,9 +36,33 @@ def test_an_account_opened_twice_must_not_go_on(ledger):
 
 def test_what_running_ones_will_take_is_kept_free(ledger):
     ledger.allocate("a", 4)
-    assert ledger.reserve("b", 3, kept=4) == "3 blocks needed, 6 free, 4 of them kept"
-    assert "b" not in ledger and ledger.free == 6
-    assert ledger.reserve("b", 2, kept=4) is None and ledger.free == 4
+    assert not ledger.reserve("b", 3, kept=4) and "b" not in ledger and ledger.free == 6
+    assert ledger.reserve("b", 2, kept=4) and ledger.free == 4
+
+
+@pytest.mark.parametrize(
+    "reserved, running, kept, most",
+    [
+        (0, 0, 0, 10),
+        (0, 0, 3, 7),
+        (0, 12, 0, 0),  # overdrawn
+        (2, 0, 0, 3),  # half of all may be reserved
+        (2, 6, 0, 2),
+        (2, 6, 2, 0),
+        (2, 6, 9, 0),
+        (7, 0, 0, 0),  # a single one may be larger
+    ],
+)
+def test_the_largest_reservation_that_can_be_made(ledger, reserved, running, kept, most):
+    if reserved:
+        assert ledger.reserve("reserved", reserved)
+    assert ledger.allocate("running", min(running, 1))
+    ledger.grow("running", running)
+    assert ledger.grantable(kept) == most
+    assert not ledger.reserve("a", most + 1, kept)
+    assert ledger.crowded(most + 1) == (reserved > 0 and reserved + most + 1 > 5)
+    if most:
+        assert ledger.reserve("a", most, kept)
 
 
 def test_the_engine_may_hold_less_but_never_more(ledger):

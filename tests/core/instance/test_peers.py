@@ -46,6 +46,19 @@ def test_a_restarted_instance_is_read_anew():
     assert made.way("d1", 2) == ("shm", "new") and made.decoders() == []
 
 
+def test_a_change_is_applied_to_the_membership_that_it_is_a_change_of():
+    """Whatever arrives twice or late, each instance is as the newest number says."""
+    made = peers(instance("d1", "decode"), instance("d2", "decode"))
+    change = membership(2, instance("d1", "mixed"), instance("d3", "decode"), since=1, gone=["d2"])
+    old = membership(1, since=0, gone=["d1"])
+    assert not any(made.update(old)) and not made.behind
+    actions, gone = made.update(change)
+    assert gone == ["d2"] and [action.peer for action in actions] == ["d2", "d3"]
+    assert not any(made.update(change)) and not any(made.update(old)) and not made.behind
+    assert {iid: each.role for iid, each in made.instances.items()} == {"d1": "mixed", "d3": "decode"}
+    assert not any(made.update(membership(4, since=3, gone=["d1"]))) and made.behind
+
+
 def test_prompts_go_elsewhere_only_where_they_fit():
     """Ten blocks of four tokens, and a context of 40."""
     there = peers(instance("p2", "prefill"))

@@ -54,6 +54,11 @@ class World:
         return chosen
 
 
+    def later(self, *refused, tokens=4, most=8):
+        self.pool.refresh()
+        return self.pool.choose_later(prefill_request(assign("a", tokens, max_tokens=most)), refused)
+
+
 @pytest.fixture
 def world():
     return World()
@@ -68,19 +73,49 @@ def test_who_has_not_reported_counts_as_empty_and_an_earlier_incarnation_is_anot
 
 
 @pytest.mark.parametrize(
-    "granted_at, age, counted",
+    "answered_at, age, counted",
     [(None, 0.0, True), (1.0, 0.0, False), (1.0, 1.5, True), (2.5, 0.0, True)],
-    ids=["not granted", "before the report", "after an old report", "after the view"],
+    ids=["not answered", "before the report", "after an old report", "after the view"],
 )
-def test_an_own_offer_counts_until_a_report_was_made_after_its_grant(world, granted_at, age, counted):
+def test_an_own_offer_counts_until_a_report_was_made_after_its_answer(world, answered_at, age, counted):
     world.reserve(heavy=True)
     assert world.columns()["d1"] == (8, 7, 1, 0)
-    if granted_at is not None:
-        world.pool.granted(1, granted_at)
-        world.pool.granted(1, 9.0)  # said again
+    if answered_at is not None:
+        world.pool.answered(1, answered_at)
+        world.pool.answered(1, 9.0)  # said again
     world.view(2.0, age=age, d1=Load(free_blocks=9))
     assert world.columns()["d1"] == ((7, 6, 1, 0) if counted else (9, 9, 0, 0))
-    world.pool.granted(7, 1.0)  # of an offer that no longer counts
+    world.pool.answered(7, 1.0)  # of an offer that no longer counts
+
+
+def test_what_is_kept_and_what_deferred_offers_wait_for_is_not_free(world):
+    world.view(1.0, d1=Load(free_blocks=7, kept_blocks=2, deferred_blocks=4, growth_blocks=3))
+    assert world.columns()["d1"] == (1, -2, 0, 0)
+    world.home = Load(free_blocks=7, kept_blocks=2, deferred_blocks=9)
+    assert world.columns()["p1"] == (-4, -4, 0, 0)
+
+
+def test_who_deferred_has_nothing_free_until_a_report_was_made_after_that(world):
+    """And then only what is left of it by all that is deferred there."""
+    world.reserve(blocks=4, end_blocks=6)
+    world.pool.deferred(1, 1.0)
+    world.pool.deferred(7, 1.0)  # of an offer that no longer counts
+    assert world.columns()["d1"] == (-1, -1, 0, 1) and world.choose() == "d2"
+    world.view(0.9, d1=Load(free_blocks=10))
+    assert world.columns()["d1"] == (6, 4, 0, 1)  # that report is older: the offer counts still
+    world.view(1.1, d1=Load(free_blocks=6, deferred_blocks=4))
+    assert world.columns()["d1"] == (2, 2, 0, 0)
+
+
+def test_when_none_has_memory_the_one_that_lacks_least_is_asked_unless_it_has_refused(world):
+    world.view(1.0, d1=Load(free_blocks=2, deferred_blocks=4), d2=Load(free_blocks=1, deferred_blocks=4))
+    assert world.choose() is None and (world.later(), world.later("d1"), world.later("d1", "d2")) == ("d1", "d2", None)
+    assert world.later(tokens=29, most=12) is None, "no instance is large enough"
+
+
+def test_no_instance_is_asked_later_that_lacks_as_many_blocks_as_it_has(world):
+    world.view(1.0, d1=Load(free_blocks=2, deferred_blocks=12), d2=Load(free_blocks=2, deferred_blocks=11))
+    assert world.later() == "d2" and world.later("d2") is None
 
 
 def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
@@ -96,7 +131,7 @@ def test_who_refused_has_no_room_for_as_much_until_the_next_report(world):
 def test_a_monitor_that_is_silent_is_forgotten_with_what_no_view_can_contain_any_more(world):
     world.view(10.0, d1=Load(free_blocks=4))
     world.reserve(blocks=3)
-    world.pool.granted(1, 10.1)
+    world.pool.answered(1, 10.1)
     world.peers.expire(12.0)
     assert world.columns()["d1"][0] == 1
     world.peers.expire(12.1)  # nothing since: the request may be long over, and no report will ever say so

@@ -2,14 +2,16 @@
 
 import pytest
 
-from tests.core.build import assign, capacity, fingerprint, grant, instance, landed, membership, refuse
+from tests.core.build import assign, capacity, close, defer, fingerprint, grant, instance, landed, membership, refuse
 from tests.core.driver import working
 from tests.core.reading import kinds, sent
 from tetri.core.actions import BROKER
 from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
-from tetri.wire.messages import Failed
+from tetri.wire.messages import Failed, Load
+
+FULL = Load(free_blocks=4, deferred_blocks=14)  # of 10 blocks: it has deferred as much as it may
 
 
 def begin(*decoders, prompt=8, **changes):
@@ -60,27 +62,30 @@ def test_a_connection_that_stands_again_repeats_all(offered):
 
 def test_a_refused_offer_goes_to_another_with_the_same_slots(two):
     actions = two.tell(refuse("a"))
-    assert kinds(actions) == ["Offer > d2", "Chunk > d2"] and sent(actions)[0].offer == 2
+    assert kinds(actions) == ["Offer > d2"] and sent(actions)[0].offer == 2
     assert not two.tell(refuse("a", 2, "d2"))  # nobody is left, until the next view
-    assert kinds(two.view(d1=10, d2=10)) == ["Offer > d1", "Chunk > d1"]
+    assert kinds(two.view(d1=10, d2=10)) == ["Offer > d1"]
+    assert kinds(two.answer("a", grant)) == ["Chunk > d1"]  # it is told of the chunks only now
 
 
 def test_old_answers_and_answers_to_others_are_ignored(two):
     two.tell(refuse("a"))
     for old in (refuse("a"), landed("a", 0), landed("x", 0, 2, "d2"), refuse("a", 2, "d2", attempt=9)):
         assert not two.tell(old)
-    assert to("d2", two.later(1.0)) == ["Offer > d2", "Chunk > d2"]
+    assert to("d2", two.later(1.0)) == ["Offer > d2"]
 
 
-def test_a_grant_for_an_offer_that_was_taken_back_is_given_back(offered):
-    (drop,) = sent(offered.tell(grant("r", 3)), "d1")
+@pytest.mark.parametrize("answer", [grant, defer])
+def test_an_offer_that_was_taken_back_and_is_granted_or_deferred_is_withdrawn_again(offered, answer):
+    (drop,) = sent(offered.tell(answer("r", 3)), "d1")
     assert isinstance(drop, Drop) and (drop.rid, drop.offer) == ("r", 3)
     assert not offered.tell(landed("r", 0), refuse("r"))
 
 
 @pytest.mark.parametrize("loss", [PeerDown("d1"), membership(9, instance("p1", "prefill"), instance("d2", "decode"))])
 def test_a_lost_decode_instance_is_replaced_if_nothing_moved(two, loss):
-    assert to("d2", two.tell(loss)) == ["Offer > d2", "Chunk > d2"]
+    assert to("d2", two.tell(loss)) == ["Offer > d2"]
+    assert kinds(two.answer("a", grant)) == ["Chunk > d2"]
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -89,6 +94,139 @@ def test_a_decode_instance_lost_with_some_or_all_of_the_kv_needs_another_attempt
     told.tell(*[landed("a", index) for index in range(parts)])
     (failed,) = sent(told.tell(PeerDown("d1")), BROKER)
     assert failed.retry and "was lost with part of the KV" in failed.why
+
+
+# ---------------------------------------------------------------- offers that wait for memory
+
+
+def deferred(*decoders, prompt=8, **changes):
+    """`a` is offered to d1, which defers that."""
+    told = begin(*(decoders or ("d1",)), prompt=prompt, **changes)
+    assert not told.tell(defer("a"))
+    return told
+
+
+def looking(*views, **changes):
+    """`a` is deferred by d1. What the dispatcher sends when it looks, every 5 s, and these views have come before."""
+    told = deferred("d1", "d2", load_s=0.5, heartbeat_s=1e6, **changes)
+    found = []
+    for loads in views:
+        told.later(4.9)
+        assert not told.view(**loads)
+        found.append(told.later(0.1))
+    return told, found
+
+
+def test_a_deferred_offer_is_repeated_seldom_and_without_its_chunks():
+    told = deferred()
+    assert not [kind for _ in range(9) for kind in to("d1", told.later(1.0))]
+    (again,) = sent(told.later(1.0), "d1")
+    assert isinstance(again, Offer) and (again.offer, again.waited_s) == (1, 10.0)
+    assert not [kind for _ in range(9) for kind in to("d1", told.later(1.0))], "whether it is answered again or not"
+    assert to("d1", told.later(1.0)) == ["Offer > d1"]
+
+
+def test_it_moves_to_another_instance_that_has_memory_when_it_is_looked_at():
+    none, much = {"d1": 9, "d2": 1}, {"d1": 0, "d2": 9}
+    told, (first, second) = looking(none, much)
+    assert not sent(first, "d1") and not sent(first, "d2"), "the instance that has deferred it knows when it has memory"
+    assert to("d1", second) == ["Drop > d1"] and to("d2", second) == ["Offer > d2"]
+    (moved,) = sent(second, kind=Offer)
+    assert (moved.offer, moved.waited_s) == (2, 10.0)
+    assert kinds(told.answer("a", grant)) == ["Chunk > d2"]
+
+
+@pytest.mark.parametrize("load", [Load(free_blocks=9, kept_blocks=8), Load(free_blocks=9, deferred_blocks=8)])
+def test_it_does_not_move_for_memory_that_is_kept_or_that_others_wait_for(load):
+    _, (actions,) = looking({"d1": 0, "d2": load})
+    assert not sent(actions, "d1") and not sent(actions, "d2")
+
+
+def test_it_does_not_move_while_nobody_reports_loads():
+    """An instance without a report counts as empty, and so would each in turn."""
+    told = deferred("d1", "d2")
+    assert not [kind for _ in range(9) for iid in ("d1", "d2") for kind in to(iid, told.later(1.0))]
+
+
+def test_it_is_repeated_when_there_is_nowhere_to_move():
+    none = {"d1": 0, "d2": 0}
+    told, seen = looking(none, none, none, none)
+    assert [to("d1", actions) for actions in seen] == [[], ["Offer > d1"], [], ["Offer > d1"]]
+
+
+def test_a_moved_offer_costs_no_announcement_before_its_grant():
+    """The second chunk is computed while the offer is at d2, which defers it too."""
+    told = working("p1", "d1", "d2", load_s=0.5, heartbeat_s=1e6)
+    told.tell(assign("a", prompt=16))
+    assert to("d1", told.step()) == ["Offer > d1", "Chunk > d1"]
+    told.tell(defer("a"))
+    told.later(4.9)
+    told.view(d1=0, d2=9)
+    told.later(0.1)
+    assert not to("d2", told.tell(defer("a", 2, "d2")) + told.step())
+    assert to("d2", told.answer("a", grant)) == ["Chunk > d2"] * 2 and not told.answer("a", grant)
+
+
+def test_chunks_computed_while_the_offer_is_deferred_are_announced_after_the_grant():
+    told = working("p1", "d1")
+    told.tell(assign("a", prompt=16))
+    told.step()
+    told.tell(defer("a"))
+    assert not to("d1", told.step())
+    (rest,) = sent(told.tell(grant("a")), "d1")
+    assert (rest.index, rest.start, rest.stop) == (1, 2, 4), "it keeps the first, which it was told of at once"
+
+
+def test_a_grant_that_overtakes_the_deferral_counts():
+    told = begin("d1")
+    told.tell(grant("a"), defer("a"))
+    assert to("d1", told.later(1.0)) == ["Chunk > d1"]
+
+
+def test_a_deferral_that_was_lost_is_asked_for_again_and_one_that_is_repeated_changes_nothing():
+    told = begin("d1")
+    assert to("d1", told.later(1.0)) == ["Offer > d1", "Chunk > d1"]
+    told.tell(defer("a"), defer("a"))
+    assert not to("d1", told.later(1.0))
+
+
+def test_a_connection_that_stands_again_repeats_a_deferred_offer_with_its_chunks():
+    told = deferred()
+    assert kinds(told.tell(PeerUp("d1"))) == ["Offer > d1", "Chunk > d1"]
+    assert to("d1", told.later(1.0)) == ["Offer > d1", "Chunk > d1"], "nothing is known of it until the next answer"
+    told.tell(defer("a"))
+    assert not to("d1", told.later(1.0))
+
+
+def test_a_deferred_offer_that_is_refused_later_goes_on(two):
+    two.tell(defer("a"))
+    assert kinds(two.tell(refuse("a"))) == ["Offer > d2"]
+
+
+def test_a_request_that_ends_while_its_offer_is_deferred_is_withdrawn():
+    told = deferred()
+    (drop,) = sent(told.tell(close("a")), "d1")
+    assert isinstance(drop, Drop) and not told.load().stalled and told.load().waiting == 0
+    assert not to("d1", told.later(20.0))
+
+
+@pytest.mark.parametrize("loads, asked", [({"d1": 1, "d2": 0}, ["d1"]), ({"d1": 0, "d2": 1}, ["d2"])])
+def test_without_memory_anywhere_the_offer_goes_where_least_is_lacking(loads, asked):
+    told = working("p1", "d1", "d2")
+    told.view(**loads)
+    told.tell(assign("a", prompt=8))
+    actions = told.step()
+    assert [peer for peer in ("d1", "d2") if sent(actions, peer, Offer)] == asked
+
+
+def test_no_offer_is_made_while_all_have_deferred_as_much_as_they_may_and_the_wait_counts():
+    told = working("p1", "d1", "d2")
+    told.view(d1=FULL, d2=FULL)
+    told.tell(assign("a", prompt=8))
+    assert not sent(told.step(), kind=Offer) and told.load().stalled
+    told.later(3.0)
+    (made,) = sent(told.view(d1=FULL, d2=Load(free_blocks=1, deferred_blocks=8)), "d2", Offer)
+    assert made.waited_s == 3.0
 
 
 def test_memory_on_offer_counts_before_the_next_view():
@@ -101,7 +239,7 @@ def test_memory_on_offer_counts_before_the_next_view():
 
 def test_none_overtakes_another_that_found_no_place():
     told = working("p1", "d1", slots=11)
-    told.view(d1=4)
+    told.view(d1=FULL)
     told.tell(assign("a", prompt=20), assign("b", prompt=4))
     assert not sent(told.step() + told.step() + told.step(), kind=Offer)
     assert [each.rid for each in sent(told.view(d1=10), kind=Offer)] == ["a", "b"]
@@ -120,6 +258,13 @@ def test_prompts_are_stalled_while_nobody_takes_the_first_of_them(offered):
     offered.tell(refuse("a"))
     assert offered.load().stalled
     offered.view(d1=9)  # it is asked again
+    assert not offered.load().stalled
+
+
+def test_prompts_are_stalled_while_an_offer_is_deferred(offered):
+    offered.tell(defer("a"))
+    assert offered.load().stalled
+    offered.tell(grant("a"))
     assert not offered.load().stalled
 
 

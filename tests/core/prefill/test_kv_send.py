@@ -4,14 +4,14 @@ to requests that are not granted."""
 
 import pytest
 
-from tests.core.build import assign, capacity, close, grant, handle, instance, refuse
+from tests.core.build import assign, capacity, close, defer, grant, handle, instance, refuse
 from tests.core.driver import working
 from tests.core.reading import added, only, sent
 from tetri.core.actions import Export, Free, Freed, HoldRequest
 from tetri.core.prefill.request import KVChunk, KVOutflow
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Offer
-from tetri.wire.messages import Failed
+from tetri.wire.messages import Failed, Load
 
 ROOMY = capacity(blocks=60, context=120, max_batch=4)
 D1, D2 = (instance(iid, "decode", capacity=ROOMY) for iid in ("d1", "d2"))
@@ -70,7 +70,7 @@ def test_one_that_is_granted_goes_on_while_an_older_one_waits_for_its_memory():
 def test_not_while_another_is_on_offer_nowhere():
     """It would only keep memory of the engine: nobody is overtaken."""
     told = begin(slots=6)
-    told.view(d1=0)
+    told.view(d1=Load(free_blocks=0, deferred_blocks=60))
     told.tell(assign("a", prompt=12), assign("b", prompt=16))
     assert [told.run(), told.run(), told.run()] == [[("a", 0, 8)], [("a", 8, 12)], []]
     assert sent(told.view(d1=60), "d1", Offer)
@@ -140,11 +140,11 @@ def lost():
     return told
 
 
-def granted(told, rid):
-    """They are offered again, and one of them is granted; the others are refused."""
+def granted(told, rid, answer=refuse):
+    """They are offered again, and one of them is granted; the others get the other answer."""
     told.view(d2=60)
     for each in "kab":
-        told.answer(each, grant if each == rid else refuse)
+        told.answer(each, grant if each == rid else answer)
     told.later()
 
 
@@ -153,9 +153,10 @@ def failures(told):
     return [(each.rid, each.retry) for each in sent(told.later(0.1), kind=Failed)]
 
 
-def test_one_whose_grant_came_to_nothing_is_given_up_when_a_granted_one_needs_its_slots(lost):
+@pytest.mark.parametrize("answer", [refuse, defer])
+def test_one_whose_grant_came_to_nothing_is_given_up_when_a_granted_one_needs_its_slots(lost, answer):
     """Nothing else would bring them back: what `k` and `a` wait for may be the memory that `b` was granted."""
-    granted(lost, "b")
+    granted(lost, "b", answer)
     assert failures(lost) == [("k", True)]
     finish(lost, "b")
 

@@ -11,7 +11,7 @@ from tetri.core.prefill import length_wait as lengths
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange
 from tetri.wire.handover import Chunk, LengthUpdate, Offer
-from tetri.wire.messages import Tokens
+from tetri.wire.messages import Load, Tokens
 
 MOST = 20
 ROOMY = capacity(blocks=60, context=100, max_batch=4)
@@ -163,7 +163,7 @@ def test_nobody_waits_for_a_prediction_any_more_when_it_is_there_or_of_no_use():
 
 def test_who_has_its_answer_and_no_place_is_not_offered_by_the_timer_of_the_wait():
     told = begin("classifier")
-    told.view(d1=0)
+    told.view(d1=Load(free_blocks=0, deferred_blocks=10))
     told.tell(ask(12))
     told.step()
     assert not told.tell(named())

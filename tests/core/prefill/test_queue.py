@@ -4,10 +4,10 @@ import pytest
 
 from tests.core.build import assign, identity, prefill_request
 from tetri.core.actions import Broken
-from tetri.core.prefill.queue import Queue
+from tetri.core.prefill.queue import Queue, groups
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.policy.views import QueuedPrompt
+from tetri.policy.views import Progress, QueuedPrompt
 
 COST = Cost(prefill=((0.0, 0.0), (100.0, 10.0)))  # a tenth of a second a token
 
@@ -98,3 +98,30 @@ def test_check_finds_what_is_wrong(spoil, complaint):
     spoil(line)
     with pytest.raises(Broken, match=complaint):
         line.check()
+
+
+# ---------------------------------------------------------------- who may share a chunk
+
+
+@pytest.mark.parametrize(
+    ("prompts", "alone", "granted", "expected"),
+    [
+        ("abc", "", "b", ["abc"]),
+        ("sab", "s", "", ["s", ""]),
+        ("asb", "s", "", ["a"]),
+        ("sab", "s", "b", ["s", "b"]),  # the suspect waits for slots: only granted ones go past it
+        ("asb", "s", "s", ["a", "s"]),  # a waits for slots: the granted suspect goes past it, alone
+        ("stab", "st", "ta", ["s", "a", "t"]),
+        ("ab", "s", "s", ["ab"]),  # it is not among those whose turn it is
+    ],
+)
+def test_suspects_share_no_chunk_and_overtake_as_others_do(prompts, alone, granted, expected):
+    requests = {key: prefill_request(assign(key, 4)) for key in "abcst"}
+    for number, key in enumerate(granted):
+        requests[key].flow.aim(number, "d1")
+        requests[key].flow.grant()
+    for key in alone:
+        requests[key].alone = True
+    found = list(groups([Progress(key, 0, 4) for key in prompts], requests, requests))
+    assert ["".join(each.key for each in group) for group, _ in found] == expected
+    assert all("s" not in started for _, started in found[:-1])

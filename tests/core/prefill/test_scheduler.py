@@ -6,7 +6,9 @@ from tests.core.build import assign, capacity, close, grant, landed, offer, rese
 from tests.core.driver import working
 from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import BROKER, AddRequest, Broken, Export, Free, RequestRejected
+from tetri.core.prefill.scheduler import MOST_FAILED
 from tetri.engine_request import Sampled, Span, StepDone
+from tetri.wire.events import PeerDown
 from tetri.wire.handover import Chunk, Drop, Offer
 from tetri.wire.messages import Failed, Staged, Tokens
 
@@ -39,6 +41,26 @@ def test_no_more_legs_than_the_engine_takes_at_once(told):
 def test_the_same_assignment_again_changes_nothing(told):
     told.tell(assign("a", prompt=4))
     assert not told.tell(assign("a", prompt=4)) and told.load().queued == 1
+
+
+def test_an_attempt_that_was_given_up_is_not_begun_again(told):
+    """Not even when its Failed was lost: the broker may have its first token, and another prefill write another one."""
+    told.tell(assign("a", prompt=4))
+    told.step()
+    (failed,) = sent(told.tell(landed("a", 0), PeerDown("d1")), BROKER, Failed)
+    assert sent(told.tell(assign("a", prompt=4))) == [failed] and failed.retry
+    assert not told.tell(close("a"), assign("a", prompt=4, attempt=2)) and told.load().queued == 1
+
+
+def test_of_attempts_that_were_given_up_the_oldest_are_forgotten(told):
+    for rid in range(MOST_FAILED + 1):
+        told.tell(assign(f"r{rid}", prompt=4))
+        told.later()
+        told.tell(RequestRejected(f"p:r{rid}:1", "odd"))
+        told.step()
+    assert not told.tell(assign("r0", prompt=4))
+    (failed,) = sent(told.tell(assign("r1", prompt=4)), BROKER, Failed)
+    assert (failed.rid, failed.why, failed.retry) == ("r1", "odd", False)
 
 
 @pytest.mark.parametrize("prompt, changes", [(0, {}), (40, {}), (41, {}), (9, {"blocks": 2})])

@@ -2,10 +2,11 @@
 
 import pytest
 
-from tests.core.build import assign, capacity
+from tests.core.build import assign, capacity, close
 from tests.core.driver import working
 from tests.core.reading import only
 from tetri.core.actions import Publish
+from tetri.core.worker import load_report
 from tetri.cost import Cost
 from tetri.request import LengthRange
 
@@ -25,3 +26,22 @@ def test_loads_are_published_again_and_again():
     assert (load.waiting, load.landed, load.running, load.heavy, load.growth_blocks) == (1, 0, 1, 0, 2 + 2)
     assert (load.decode_s, load.busy) == (pytest.approx(3.5), pytest.approx(0.8))  # 6 and 8 tokens
     assert only(told.later(0.25), Publish)
+
+
+def test_a_long_queue_is_listed_in_every_few_heartbeats_a_short_one_in_each(monkeypatch):
+    monkeypatch.setattr(load_report, "LISTED", 10)
+    told = working("p1", capacity=capacity(max_batch=1))
+
+    def listed(count):
+        """How many requests each of so many heartbeats lists."""
+        lists = [told.heartbeat().holds for _ in range(count)]
+        return [None if holds is None else len(holds) for holds in lists]
+
+    told.tell(*[assign(f"r{number}", prompt=4) for number in range(10)])
+    assert listed(3) == [10] * 3
+    told.tell(assign("one", prompt=4))
+    assert listed(4) == [None, 11] * 2
+    told.tell(*[assign(f"s{number}", prompt=4) for number in range(29)])
+    assert listed(8) == [None, None, None, 40] * 2
+    told.tell(*[close(f"s{number}") for number in range(29)], close("one"))
+    assert listed(2) == [10] * 2

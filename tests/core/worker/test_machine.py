@@ -13,6 +13,7 @@ from tests.core.build import (
     FINGERPRINT,
     assign,
     chunk,
+    defer,
     drop,
     grant,
     handle,
@@ -85,6 +86,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.offers, self.asked, self.told, self.assigned = [], [], {}, {}
         self.role, self.heartbeat = role, None  # as it said last
         self.offered, self.granted = {}, {}  # by others, and which of it was granted: by rid
+        self.deferred = {}  # which of it was deferred last, by rid
         self.written = {}  # decode leg -> output tokens
         self.estimates_lengths, self.estimates = length in ("hidden", "both"), {}  # by phase: odds of what follows
 
@@ -187,6 +189,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.offers.append((peer, message))
             case "Grant":
                 self.granted[message.rid] = self.offered[peer, message.rid, message.attempt, message.offer]
+            case "Defer":
+                self.deferred[message.rid] = self.offered[peer, message.rid, message.attempt, message.offer]
             case "Tokens":
                 for item in message.items:
                     told = self.told.get((item.rid, item.attempt), 0)
@@ -266,10 +270,16 @@ class WorkerUnderFire(RuleBasedStateMachine):
         ]
         self.tell(membership(self.number, instance("me", self.role, **same), *others))
 
-    @rule(there=st.lists(iids, unique=True), free=st.sampled_from([0, 3, 10]), age=st.sampled_from([0.0, 0.1, 5.0]))
-    def view(self, there, free, age):
+    @rule(
+        there=st.lists(iids, unique=True),
+        free=st.sampled_from([0, 3, 10]),
+        deferred=st.sampled_from([0, 5, 20]),
+        age=st.sampled_from([0.0, 0.1, 5.0]),
+    )
+    def view(self, there, free, deferred, age):
         self.number += 1
-        loads = [InstanceLoad(iid, 1, WORKERS[iid], age, Load(free_blocks=free, growth_blocks=2)) for iid in there]
+        load = Load(free_blocks=free, growth_blocks=2, deferred_blocks=deferred)
+        loads = [InstanceLoad(iid, 1, WORKERS[iid], age, load) for iid in there]
         self.tell(ClusterView(epoch=1, number=self.number, loads=loads))
 
     @rule(iid=iids)
@@ -283,7 +293,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ decode instances answer, rightly or not
 
-    @rule(back=st.integers(0, 3), index=st.integers(0, 4), kind=st.sampled_from(["grant", "refuse", "landed"]))
+    @rule(back=st.integers(0, 3), index=st.integers(0, 4), kind=st.sampled_from(["grant", "refuse", "defer", "landed"]))
     @precondition(lambda self: self.offers)
     def answer(self, back, index, kind):
         target, asked = self.offers[-1 - min(back, len(self.offers) - 1)]
@@ -291,11 +301,12 @@ class WorkerUnderFire(RuleBasedStateMachine):
         if kind == "landed":
             self.tell(landed(who[0], index, *who[1:]))
         else:
-            self.tell({"grant": grant, "refuse": refuse}[kind](*who))
+            self.tell({"grant": grant, "refuse": refuse, "defer": defer}[kind](*who))
 
     @rule(rid=st.sampled_from("abcd"), number=st.integers(1, 4), src=st.sampled_from(["d1", "d2"]))
     def odd_answer(self, rid, number, src):
-        for message in (grant(rid, number, src), landed(rid, 0, number, src), refuse(rid, number, src)):
+        who = (number, src)
+        for message in (defer(rid, *who), grant(rid, *who), landed(rid, 0, *who), refuse(rid, *who)):
             self.tell(message)
 
     # ------------------------------------------------------------ prefill instances ask
@@ -308,9 +319,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
         src=st.sampled_from(["p1", "p2"]),
         fit=st.sampled_from([True, True, True, False]),
         made=ranges,
+        waited=st.sampled_from([0.0, 0.0, 3.0, 9.0]),
     )
-    def offer(self, rid, prompt, attempt, number, src, fit, made):
+    def offer(self, rid, prompt, attempt, number, src, fit, made, waited):
         changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
+        changes["waited_s"] = waited
         self.hear_offer(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
 
     def hear_offer(self, made):
@@ -318,10 +331,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.tell(made)
 
     @rule(place=st.integers(0, 5), index=st.integers(0, 3), slot=st.sampled_from([1, 1, 1, 7, 8]))
-    @precondition(lambda self: self.granted)
+    @precondition(lambda self: self.granted or self.deferred)
     def chunk(self, place, index, slot):
-        """One of the chunks of a request that was granted: two blocks each, the last has the token."""
-        made = list(self.granted.values())[place % len(self.granted)]
+        """One of the chunks of a request that was granted or deferred: two blocks each, the last has the token."""
+        open_offers = [*self.granted.values(), *self.deferred.values()]
+        made = open_offers[place % len(open_offers)]
         start = min(2 * index, max(made.blocks - 1, 0) // 2 * 2)
         stop = min(start + 2, made.blocks)
         where = handle(*range(slot, slot + stop - start), segment=f"s-{made.src}")
@@ -403,6 +417,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.tick(0.1)
         load = self.heartbeat.load
         assert (load.free_blocks, load.queued, load.queued_tokens) == (CAPACITY.blocks, 0, 0)
+        assert (load.kept_blocks, load.deferred_blocks) == (0, 0)
         assert (load.waiting, load.running, load.heavy, load.growth_blocks, load.decode_s) == (0, 0, 0, 0, 0.0)
         assert not self.heartbeat.holds and not self.heartbeat.slots_used and not load.stalled
 

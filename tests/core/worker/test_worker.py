@@ -51,6 +51,22 @@ def test_rosters_connect_and_disconnect(told):
     assert kinds(told.tell(membership(1, epoch=2))) == ["Disconnect"]
 
 
+def test_who_misses_a_change_registers_again(told):
+    me, d1, d2 = instance("p1", "prefill"), instance("d1", "decode"), instance("d2", "decode")
+    told.tell(membership(7, me))
+    assert kinds(told.tell(membership(8, d1, since=7))) == ["Connect"] and not sent(told.later(), kind=Ready)
+    assert not told.tell(membership(8, since=8)) and not sent(told.later(), kind=Ready)  # nothing has changed
+    assert not told.tell(membership(10, d2, since=9)) and sent(told.later(), kind=Ready)
+    assert not told.tell(membership(11, since=10, gone=["d1"])) and sent(told.later(), kind=Ready)
+    assert kinds(told.tell(membership(11, me, d2))) == ["Disconnect", "Connect"] and not sent(told.later(), kind=Ready)
+    assert kinds(told.tell(membership(12, since=11, gone=["d2"]))) == ["Disconnect"]
+    told.tell(membership(1, d1, since=0, epoch=2))  # of another broker, which it has no whole Membership of
+    assert sent(told.later(), kind=Ready)
+    told.tell(membership(1, me, epoch=2))
+    told.tell(membership(2, since=1, gone=["p1"], epoch=2))
+    assert sent(told.later(), kind=Ready)
+
+
 # ---------------------------------------------------------------- beats and rest
 
 
@@ -62,6 +78,18 @@ def test_beats_come_regularly_and_list_what_is_held(told):
     assert [(hold.rid, hold.stage) for hold in (*first.holds, *second.holds)] == [("r", "queued"), ("r", "prefill")]
     assert (second.load.free_blocks, second.load.queued, second.load.queued_tokens) == (7, 1, 4)
     assert (first.slots_used, second.slots_used) == (0, 2)
+
+
+def test_heartbeats_name_the_last_membership_that_was_read_whether_it_was_of_use_or_not(told):
+    def after(*messages):
+        told.tell(*messages)
+        beat = told.heartbeat()
+        return beat.epoch, beat.read
+
+    assert after(membership(8, serial=20), membership(8, since=8, serial=21)) == (1, 21)
+    assert after(membership(10, since=9, serial=23)) == (1, 23)  # a change of one that was lost
+    assert after(membership(8, since=8, serial=22)) == (1, 23)  # an older one
+    assert after(membership(3, serial=3, epoch=5)) == (5, 3)  # another broker's
 
 
 def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(told):
@@ -145,12 +173,39 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     assert told.holds() == [] and told.load().free_blocks == 40
 
 
+def test_messages_to_itself_nest_no_deeper_the_more_there_are():
+    """Thousands of short prompts planned at once: each is offered, granted, announced and landed here."""
+    many = 5_000
+    large = capacity(blocks=2 * many, context=100, chunk_tokens=many, max_batch=2 * many)
+    told = working("m1", capacity=large, slots=2 * many)
+    for number in range(many):
+        told.core.handle(assign(f"r{number}", prompt=1, max_tokens=2), 0.0)
+    planned = told.later()
+    assert kinds(planned).count("AddRequest") == 2 * many and not sent(planned, "m1")
+    actions = told.step()
+    assert (kinds(actions).count("Adopt"), kinds(actions).count("Free")) == (many, many)
+    assert [message.stage for message in sent(told.later(), kind=Staged)] == ["decode"] * many
+
+
 def test_another_attempt_that_begins_here_leaves_the_chunk_the_token_of_the_one_that_it_ends():
     """The broker's Close of the earlier attempt was lost, and it runs on while the next one is offered at home."""
     told = working("m1", **ROOMY).running("a", prompt=4)
     told.tell(assign("a", prompt=16, attempt=2))
     assert only(told.later(), say.CancelRequest) == [say.CancelRequest("d:a:1:d9:1")]
     assert told.run() == [("a", 0, 8)] and told.load().queued_tokens == 8
+
+
+def test_what_a_message_to_itself_takes_back_was_added_before():
+    """A Membership without d1 makes m1 offer attempt 2 to itself, and lets in an Offer of attempt 1 that has waited."""
+    told = working("m1", "d1", **ROOMY)
+    told.tell(assign("a", prompt=4, attempt=2))
+    told.step()
+    assert told.asked["a"][0] == "d1"
+    told.tell(offer("a", prompt=4, src="p2"))
+    actions = told.meet("p2", apart=())
+    assert added(actions) == ["d:a:1:p2:1", "d:a:2:m1:2"]
+    assert kinds(only(actions, say.AddRequest | say.CancelRequest)) == ["AddRequest", "CancelRequest", "AddRequest"]
+    told.step()
 
 
 def test_decodes_take_one_token_of_the_budget_each_and_the_chunk_the_rest():
@@ -294,10 +349,10 @@ def test_a_prompt_that_nobody_takes_gives_its_memory_to_a_request_to_be_decoded(
     "ask, answer",
     [
         (offer("Z", 32, src="d9"), "Grant"),  # of two that ask each other's instances the lower id wins
-        (offer("b", 32, src="d9"), "Refuse"),
+        (offer("b", 32, src="d9"), "Defer"),
         (offer("Z", 44, max_tokens=2, src="d9"), "Grant"),
         (offer("Z", 48, max_tokens=0, src="d9"), "Refuse"),  # more than there is
-        (offer("a", 44, max_tokens=2, src="d9"), "Refuse"),  # it would be for itself
+        (offer("a", 44, max_tokens=2, src="d9"), "Defer"),  # it would be for itself
     ],
 )
 @pytest.mark.parametrize("granted", [False, True])
@@ -306,7 +361,7 @@ def test_memory_is_given_up_by_one_that_nobody_has_taken_to_a_lower_id(ask, answ
     told.later()
     if granted:
         told.answer("a", grant)
-        answer = "Refuse"
+        answer = "Defer" if answer == "Grant" else answer
     assert kinds(told.tell(ask))[-1] == f"{answer} > d9"
     assert told.load().queued_tokens == (32 if answer == "Grant" else 24)  # it begins again
 
@@ -315,15 +370,25 @@ def test_memory_is_not_given_up_when_that_is_not_enough():
     told = blocked()
     told.land("y", prompt=4)
     told.later()
-    assert kinds(told.tell(offer("Z", 44, max_tokens=2, src="d9", offer=2))) == ["Refuse > d9"]
+    assert kinds(told.tell(offer("Z", 44, max_tokens=2, src="d9", offer=2))) == ["Defer > d9"]
     assert told.load().queued_tokens == 24
 
 
-def test_no_memory_is_given_up_while_the_engine_computes():
+def test_no_memory_is_given_up_while_the_engine_computes_but_after_that():
     told = blocked()
     told.tell(offer("y", prompt=4, src="d9"))
     assert only(told.later(), say.Step)
-    assert kinds(told.tell(offer("Z", prompt=32, src="d9", offer=2))) == ["Refuse > d9"]
+    assert kinds(told.tell(offer("Z", prompt=32, src="d9", offer=2))) == ["Defer > d9"]
+    told.step()
+    assert kinds(told.later())[:4] == ["CancelRequest", "Drop > d1", "Free", "AddRequest"]
+
+
+@pytest.mark.parametrize("rid, gets_it", [("Z", True), ("b", False)])
+def test_a_deferred_offer_gets_the_memory_of_a_prompt_that_cannot_go_on_from_now_on(rid, gets_it):
+    """Nothing else may come that would make the instance look again."""
+    told = blocked()
+    assert kinds(told.tell(offer(rid, prompt=32, src="d9"))) == ["Defer > d9"]
+    assert ("Grant > d9" in kinds(told.later())) == gets_it
 
 
 def test_kv_that_is_exported_after_it_began_again_is_freed():

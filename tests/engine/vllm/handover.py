@@ -89,6 +89,7 @@ class Pair:
                 self.send_chunk(request, stop)
         for token in done.tokens:
             if token.key[0] == "p":
+                assert token.error is None
                 self.first_token(by_key[token.key[1:]], token.token, token.reason)
 
     def send_chunk(self, request: Request, stop: int) -> None:
@@ -120,7 +121,7 @@ class Pair:
             by_key[key[1:]].preempted += 1
         for token in done.tokens:
             if token.key[0] == "d":
-                by_key[token.key[1:]].ids.append(token.token)
+                by_key[token.key[1:]].ids += token.ids
                 by_key[token.key[1:]].reason = token.reason
 
 

@@ -20,7 +20,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
 from tetri.engine.vllm.connector import SamplerPlugin
-from tetri.engine.vllm.sampler import RowSampler
+from tetri.engine.vllm.sampler import INVALID_ROW, SAMPLER, RowSampler
 from tetri.request import Sampling
 
 STOP_IDS = (2,)  # of this model
@@ -64,16 +64,16 @@ class Reference:
 
     def generate(self, tokens: list[int], sampling: Sampling) -> Text:
         """One request, alone in the engine."""
+        ids: list[int] = []
         make = partial(RowSampler, sampling, output_from=len(tokens), stop_ids=STOP_IDS, vocab=self.vocab)
         params = SamplingParams(
             temperature=0.0,
             max_tokens=sampling.max_tokens,
             stop_token_ids=[] if sampling.ignore_eos else list(STOP_IDS),
             detokenize=False,
-            extra_args={"tetri_sampler": make},
+            extra_args={SAMPLER: make, INVALID_ROW: lambda: ids.append(-1)},
         )
         self.core.scheduler.add_request(Request("text", tokens, params, None))
-        ids: list[int] = []
         gaps: list[float] = []
         digests: list[str] = []
         self._zero_next(-(-len(tokens) // 128))

@@ -72,6 +72,34 @@ def test_a_missing_chunk_is_seen(float32, prompts):
     assert float32.decode.free_blocks() == float32.decode.facts()[1].blocks
 
 
+# ---------------------------------------------------------------- KV without valid numbers
+
+
+def nothing_but_nan(chunk: int, blocks: list[bytearray]) -> list[bytearray]:
+    return [bytearray(b"\xff" * len(block)) for block in blocks]
+
+
+class OneSpoilt(Pair):
+    """The KV of one of the requests arrives as NaN."""
+
+    def send_chunk(self, request: Request, stop: int) -> None:
+        self.tamper = nothing_but_nan if request.key == "spoilt" else None
+        super().send_chunk(request, stop)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True)])
+def test_nan_ends_its_request_and_neighbours_and_successors_get_their_text(float32, prompts, sampling):
+    prompt = next(prompt for prompt in prompts if len(prompt) == 640)
+    right = float32.reference.generate(prompt, sampling)
+    spoilt, neighbour = Request("spoilt", prompt, sampling), Request("neighbour", prompt, sampling)
+    OneSpoilt(float32.prefill, float32.decode).carry(spoilt, neighbour)
+    assert (spoilt.ids, spoilt.reason) == (right.ids[:1], "error")
+    assert right.agrees(neighbour.ids)
+    assert float32.decode.free_blocks() == float32.decode.facts()[1].blocks
+    for number in range(30):  # some of them get the blocks that were spoilt
+        assert carry_alone(float32, f"after-{number}", prompt, sampling).ids == right.ids
+
+
 # ---------------------------------------------------------------- sampling across the hand-over
 
 SAMPLINGS = {

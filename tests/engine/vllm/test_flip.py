@@ -20,8 +20,8 @@ BACK = [("p0", "mixed"), ("d0", "decode"), ("p0", "prefill")]
 
 
 def test_an_idle_instance_flips_in_less_than_ten_milliseconds(cluster, capsys) -> None:
-    client = cluster.client(timeout=60)
-    took = [client.flip(*each)["took_s"] for each in [*THERE, *BACK]]
+    operator = cluster.operator(timeout=60)
+    took = [operator.flip(*each)["took_s"] for each in [*THERE, *BACK]]
     with capsys.disabled():
         print(" flips took", [f"{1000 * t:.2f} ms" for t in took], end="")
     assert sorted(took)[len(took) // 4] < 0.010
@@ -40,7 +40,7 @@ def test_roles_are_swapped_four_times_under_load(cluster, prompts, reference, ca
             results[index] = await client.generate(chosen[index], max_tokens=TOKENS, ignore_eos=True)
 
     def swap() -> None:
-        one = cluster.client(timeout=60)
+        one = cluster.operator(timeout=60)
         for wanted, flips in ((2, THERE), (5, BACK), (9, THERE), (12, BACK)):
             wait_until(lambda wanted=wanted: len(results) >= wanted, "no answers", 120)
             took.extend(one.flip(*each)["took_s"] for each in flips)

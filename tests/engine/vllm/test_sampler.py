@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tetri.engine.vllm.sampler import RowSampler, candidates, draw, gumbel, nucleus, penalize, stream_key
+from tetri.engine.vllm.sampler import RowSampler, candidates, draw, gumbel, invalid_rows, nucleus, penalize, stream_key
 from tetri.request import Sampling
 
 VOCAB = 1000
@@ -195,3 +195,17 @@ def test_the_first_token_that_may_end_a_text_is_the_one_after_min_tokens():
         logits = logits_row()
         RowSampler(Sampling(min_tokens=2), [1], 1, (0,), VOCAB).apply(logits, outputs)
         assert bool(torch.isfinite(logits[0])) == allowed
+
+
+# ---------------------------------------------------------------- rows without a valid number
+
+
+def test_rows_from_which_no_token_can_be_chosen():
+    logits = torch.stack([logits_row(), *(torch.zeros(VOCAB) for _ in range(5))])
+    logits[1, 7] = float("nan")
+    logits[2, :] = float("nan")
+    logits[3, 5] = float("inf")
+    logits[4, :] = float("-inf")
+    logits[5, 1:] = float("-inf")  # one token is left
+    assert invalid_rows(logits) == [1, 2, 3, 4]
+    assert invalid_rows(logits[:1]) == []

@@ -61,7 +61,7 @@ class RemoteStore:
     def __init__(self, process: StoreProcess, slots: int, block_bytes: int, *settings: Any) -> None:
         self.process, self.slots, self._size = process, slots, block_bytes
         self.reach = process.open(slots, block_bytes, *settings)
-        for name in ("free", "freed", "meet", "part", "close"):
+        for name in ("free", "freed", "counters", "meet", "part", "close"):
             setattr(self, name, getattr(process, name))
 
     @property
@@ -135,6 +135,8 @@ class _Served:
 
     def fetch(self, wanted):
         fetched = self.store.fetch(wanted)
+        while fetched is None:
+            fetched = next(iter(self.store.fetched()), None)
         with self.device.computing() as xp:
             return [xp.asnumpy(block).tobytes() for block in fetched.blocks], fetched.problem
 

@@ -1,6 +1,8 @@
 """The reader and the slab of `cuda_ipc`: what is opened when, what is closed when, and what goes wrong. Runs on the
 stand-in, which raises Misuse wherever CUDA would leave undefined what happens."""
 
+import time
+
 import msgspec
 import pytest
 
@@ -71,6 +73,26 @@ def test_memory_that_is_wanted_back_is_closed_also_without_being_asked_for(world
     assert receiver.fetch(kept) == [block(9)] and not opened, "the other stays open"
 
 
+def test_a_metadata_segment_that_others_unlink_is_read_as_before(world, pair, monkeypatch):
+    """Its owner has not closed it."""
+    monkeypatch.setattr("tetri.kv.cuda.ipc._BACK_S", 0.0)
+    sender, receiver = pair
+    chunk, late = sender.put(block(1)), world.open("d1")
+    assert receiver.fetch(chunk) == [block(1)] and sender.store.counters() == {}
+    (world.cards / chunk.handle.segment).unlink()
+    assert sender.store.counters() == {"segment_unlinked": 1}
+    late.meet(sender)
+    for each in (receiver, late):
+        each.hear()
+        assert each.fetch(chunk) == [block(1)]
+    sender.close()
+    assert sender.store.counters() == {}
+    with pytest.raises(KVLost, match="has closed it"):
+        receiver.fetch(chunk)
+    with pytest.raises(KVLost):
+        late.fetch(chunk)
+
+
 def test_what_is_on_its_way_when_the_sender_closes_is_lost(pair):
     """Its process may end before the copy does."""
     sender, receiver = pair
@@ -115,6 +137,30 @@ def test_a_gather_that_never_ends_is_lost_and_hangs_nobody(tmp_path):
         receiver.fetch(slow)
     cuda(sender).lag_s = 0.01
     assert receiver.fetch(sender.put(block(2))) == [block(2)], "the receiver's stream is none the worse"
+    world.close()
+
+
+def test_a_gather_that_is_late_holds_nobody_up(tmp_path):
+    """The worker looks again soon, and meanwhile fetches from others. Who is parted from is not waited for."""
+    world = CudaWorld(tmp_path, event_s=1e9)
+    sender, receiver = world.pair(digest=False)
+    other = world.open("p1", digest=False)
+    receiver.meet(other)
+    assert receiver.store.due() is None
+    cuda(sender).lag_s = 1e9
+    late = receiver.ask(sender.put(block(1)))
+    assert receiver.fetch(other.put(block(2))) == [block(2)] and late in receiver.waiting
+    assert receiver.store.due() < time.monotonic() + 0.1
+    for event, *_ in cuda(sender).events.values():
+        event.set(done_at=0.0)
+    world.settle()
+    assert receiver.got(late) == [block(1)] and receiver.store.due() is None
+    late = receiver.ask(sender.put(block(4)))
+    receiver.store.part("p0")
+    receiver.meet(world.open("p0", digest=False))
+    world.settle()
+    with pytest.raises(KVLost, match="p0 is gone"):
+        receiver.got(late)
     world.close()
 
 

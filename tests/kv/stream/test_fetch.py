@@ -192,7 +192,12 @@ def test_who_is_not_reached_or_passed_over_is_lost_in_the_end():
     assert made.stalled(1e9) == [] and made.deadline() == 18.0
     assert len(made.lost(18.0)) == 2
     made.want(wanted("c"), 100.0)
-    assert made.deadline() == 115.0  # it has its own time
+    assert made.deadline() == 102.0  # it has its own time, and a short one
+    made.up("p", 101.0)
+    ((_, fetch),) = made.start(101.0)
+    arrive(made, fetch.number, bytes(10), now=101.9)
+    made.down("p", 102.0)
+    assert made.deadline() == 116.9 and made.lost(116.8) == []  # the peer is back
     made, (first, second) = asking(wanted("a"), wanted("b", blocks=4000), buffer=1 << 40)
     lost = []
     for at in range(1, 62):

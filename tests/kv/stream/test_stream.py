@@ -50,6 +50,29 @@ def test_a_host_that_falls_silent_is_asked_again_over_another_connection(world):
         assert receiver.got(ticket) == [big(2)]
 
 
+def test_a_path_that_is_cut_is_lost_slowly_once_then_soon_and_read_again_when_it_is_back(world):
+    """Only the bytes go through the relay: all else of the hand-over passes."""
+    slow = StreamPatience(stall_s=0.2, lost_s=2.0, again_s=0.2)
+    world.settings = StreamSettings(patience=slow)
+    sender, receiver, relay = relayed(world, 8)
+    with relay:
+        chunk = sender.put(big(1))
+        relay.weather.silent = True
+        for patience_s in (slow.lost_s, slow.again_s, slow.again_s):
+            start, ticket = time.monotonic(), _asked(world, receiver, chunk)
+            assert isinstance(receiver.answers[ticket], KVLost) and time.monotonic() - start >= patience_s
+        relay.weather.silent = False
+        relay.cut()
+        world.wait(lambda: receiver.answers[_asked(world, receiver, chunk)] == [big(1)], "it is not read again")
+
+
+def _asked(world, receiver, chunk):
+    """The ticket of a fetch that has ended."""
+    ticket = receiver.ask(chunk)
+    world.settle()
+    return ticket
+
+
 def test_what_is_damaged_on_the_way_is_corrupt_and_right_the_next_time(world):
     sender, receiver, relay = relayed(world, 8)
     with relay:

@@ -27,4 +27,5 @@ class StreamWorld(World):
         stream = StreamReader(slab, self.settings, wake)
         name = slab.segment.name
         reach = Reach(paths=["stream"], host=iid, process=1, segment=name, address=stream.address)
-        return Store(slab, {"stream": stream}, reach, LocalReader({name: slab.segment}))
+        counted = {"stream": lambda: stream.counters}
+        return Store(slab, {"stream": stream}, reach, LocalReader({name: slab.segment}), counted=counted)

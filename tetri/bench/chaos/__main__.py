@@ -11,7 +11,6 @@ broker gives up a request whose attempts all failed; these are counted separatel
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from typing import Any
@@ -19,11 +18,21 @@ from typing import Any
 import click
 
 from tetri.bench.chaos.traffic import WATCH_S, Findings, Traffic
-from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, polled, running
+from tetri.bench.deployment import (
+    EMULATED,
+    EXPECTED,
+    START_S,
+    after_the_end,
+    configured,
+    logged,
+    own_folder,
+    polled,
+    running,
+    segments,
+)
 from tetri.bench.report import as_json, give, one_line, overrides, progress, spread, table
 from tetri.client import Client
 from tetri.config import Config
-from tetri.proc.supervise import Supervisor
 
 FAULTS = (
     "drop=0.01,duplicate=0.01,delay=0.02,reorder=0.01,replay=0.005,"
@@ -37,6 +46,7 @@ SHAPE = (
     "emulated.context=1024",
     "transfer.slab_blocks=24",
     "transfer.offer_s=0.1",
+    "broker.max_deaths=1000",  # no request is guilty of the deaths here
 )
 CURES = (  # a fault, counters that it raises (others may raise them too), and the repair
     ("drop", (), "the message is sent again"),
@@ -88,23 +98,6 @@ def _kept(instance: dict[str, Any]) -> list[str]:
     kept = [f"{missing} blocks are not free"] * bool(missing)
     kept += [f"{instance['slots_used']} slots are not free"] * bool(instance["slots_used"])
     return kept + [f"{instance['held']} requests are held"] * bool(instance["held"])
-
-
-def segments(config: Config) -> list[str]:
-    """Return the names of the cluster's shared memory segments."""
-    return [name for name in os.listdir("/dev/shm") if name.startswith(f"tetri-{config.cluster.name}-")]
-
-
-def after_the_end(config: Config) -> list[str]:
-    """Return the processes, sockets and segments that remain of a stopped cluster."""
-    found = [f"process {pid}" for pid in Supervisor(config.run_dir).alive()]
-    found += [f"socket {path.name}" for path in config.run_dir.iterdir() if path.is_socket()]
-    return found + [f"segment {name}" for name in segments(config)]
-
-
-def logged(config: Config) -> str:
-    """Return the text of all logs."""
-    return "".join(path.read_text(errors="replace") for path in sorted((config.run_dir / "log").glob("*.log*")))
 
 
 def measured(config: Config, requests: int, seed: int, width: int, bound_s: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tetri.client import AsyncClient, RequestFailed, Result, TetriError
 from tetri.config import Config
 from tetri.core.broker.delivery import MAX_ATTEMPTS
 from tetri.engine.emulated import reference
+from tetri.engine.salted import attempts_of, salt_of, writers
 from tetri.request import Sampling
 
 CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests; seconds after the start within which they are cancelled
@@ -98,12 +99,10 @@ class Traffic:
 
     def check(self, number: int, prompt: list[int], sampling: Sampling, result: Result) -> None:
         """Compare a result with the correct tokens and check its receipt."""
-        made, findings, receipt = self.config.emulated, self.findings, result.receipt
-        right = reference(prompt, sampling, made.vocabulary, made.token_bytes)
-        if result.finish_reason == "cancelled":
-            right = right[: len(result.token_ids)]
-        if result.token_ids != right:
-            findings.wrong.append(f"request {number}: {result.token_ids} is not {right}: {receipt}")
+        findings, receipt = self.findings, result.receipt
+        wrong = (self.mixed if self.config.emulated.salt else self.differs)(prompt, sampling, result)
+        if wrong is not None:
+            findings.wrong.append(f"request {number}: {wrong}: {receipt}")
         if result.finish_reason == "length" and receipt.adopted is None:
             findings.wrong.append(f"request {number}: its worker did not report its KV, {receipt}")
         if receipt.decode_instance and receipt.chunks:
@@ -112,6 +111,29 @@ class Traffic:
                 findings.wrong.append(f"request {number}: computed again, {receipt}")
         findings.attempts[receipt.attempts] += 1
         findings.chunks += receipt.chunks or 0
+
+    def differs(self, prompt: list[int], sampling: Sampling, result: Result) -> str | None:
+        """Return how a result differs from the correct tokens, or None."""
+        made = self.config.emulated
+        right = reference(prompt, sampling, made.vocabulary, made.token_bytes)
+        if result.finish_reason == "cancelled":
+            right = right[: len(result.token_ids)]
+        return None if result.token_ids == right else f"{result.token_ids} is not {right}"
+
+    def mixed(self, prompt: list[int], sampling: Sampling, result: Result) -> str | None:
+        """Return how a result of salted engines was not written by a prefill and a decode instance in each attempt, or
+        None. Of the last attempt the receipt names them."""
+        made, output, receipt = self.config.emulated, result.token_ids, result.receipt
+        salts = {worker.iid: salt_of(worker.iid) for worker in self.config.workers}
+        found = writers(prompt, output, sampling, made.vocabulary, made.token_bytes, salts)
+        attempts, last = attempts_of(found), found[receipt.continued :]
+        if attempts is None or attempts > receipt.attempts:
+            return f"{output} is of {found}"
+        if result.finish_reason == "cancelled":
+            return None
+        right = all(receipt.prefill_instance in names for names in last[:1])
+        right = right and all(receipt.decode_instance in names for names in last[1:])
+        return None if right else f"the last of {output} are of {last}"
 
     async def watch(self, client: AsyncClient) -> None:
         """Poll the status until cancelled."""

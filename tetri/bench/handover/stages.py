@@ -129,7 +129,7 @@ class _Side:
         and event."""
         for call in read(path)[1]:
             kind = call.event[0][0] if call.event else ""
-            event = value(call.event[0]) if kind in ("StepDone", "Offer", copied) else None
+            event = value(call.event[0]) if kind in ("StepDone", copied) else None
             if kind == "StepDone":
                 self.steps.append(Interval(self.asked_step, call.now))
             yield call, kind, event
@@ -174,10 +174,10 @@ def _decode_side(path: Path) -> tuple[dict[str, _DecodeSide], Sequence[Interval]
     requests: dict[str, _DecodeSide] = {}
     side = _Side()
     for call, kind, event in side.follow(path, "Adopt", "Adopted"):
-        if kind == "Offer":
-            for request in _requests(call):
-                requests[request.key] = _DecodeSide(event.rid)
-        elif kind == "StepDone":
+        for request in _requests(call):  # with its Offer, or later if that was deferred
+            if request.phase == "decode":
+                requests[request.key] = _DecodeSide(request.key.split(":")[1])
+        if kind == "StepDone":
             for span in event.spans:
                 if span.key in requests and requests[span.key].first_step is None:
                     requests[span.key].first_step = side.steps[-1]

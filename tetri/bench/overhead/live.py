@@ -17,7 +17,7 @@ from tetri.bench.deployment import check_straight
 from tetri.bench.overhead.measure import Run, cpu_seconds, stopped
 from tetri.bench.report import BenchError, Progress
 from tetri.client.conversation import Patience, Request, Session
-from tetri.client.facade import dealer, new_request
+from tetri.client.facade import dealer, new_request, new_secret
 from tetri.config import Config
 from tetri.proc import launch
 
@@ -135,15 +135,15 @@ class Talk:
     `arrivals`: the times of each request's tokens, in seconds."""
 
     def __init__(self, socket: Any) -> None:
-        self._socket, self._session = socket, Session()
+        self._socket, self._session, self._secret = socket, Session(), new_secret()
         self.requests: list[Request] = []
         self.arrivals: list[list[float]] = []
 
     def ask(self, prompt: Prompt, tokens: int) -> None:
         """Submit a request for `tokens` greedy tokens."""
         sampling = {"max_tokens": tokens, "ignore_eos": True}
-        request = new_request(list(prompt), None, None, sampling, Patience(), time.monotonic())
-        self._session.calls.append(request)
+        request = new_request(self._secret, list(prompt), None, None, sampling, Patience(), time.monotonic())
+        self._session.add(request)
         self.requests.append(request)
         self.arrivals.append([])
         self._send()

@@ -4,10 +4,11 @@ Requests are drawn with replacement from recorded answers of a model to prompts 
 has the recorded predictions of `tetri-cli predictor eval`; --predictor is the folder of that predictor, whose cards say
 what a worker knows before any traffic. Texts end by themselves; every request has max_tokens 1,024.
 
-Each row is a policy and each column a predictor: `none` in seconds, the others as the difference to it in percent,
-paired by seed, with the 95 % interval (Student's t) in brackets; bold if the interval excludes zero. A second table
-compares all with the first policy, tetri's default, without prediction. Classifier, both and noisy take the time of the
-paper's predictor from the cost table, in parallel with the main model; hidden states and the oracle take no time.
+Each row is a policy and each column a predictor (--kind): `none` in seconds, the others as the difference to it in
+percent, paired by seed, with the 95 % interval (Student's t) in brackets; bold if the interval excludes zero. A second
+table compares all with the first policy, tetri's default, without prediction. Classifier, both and noisy take the time
+of the paper's predictor from the cost table, in parallel with the main model; hidden states and the oracle take no
+time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import click
 from tetri import cost
 from tetri.bench.plots import PlotError, ready
 from tetri.bench.prediction.simulate import SETTINGS, TRAINED, Setting, Source, compared
-from tetri.bench.prediction.tables import draw, tables
+from tetri.bench.prediction.tables import KINDS, draw, tables
 from tetri.bench.report import FILE, as_json, give, progress
 from tetri.policy.rules import Rules
 from tetri.predict.lengths import PredictError
@@ -38,6 +39,7 @@ from tetri.sim.texts import LIMIT, RecordedTextError
               help="Folder of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
 @click.option("--setting", "names", multiple=True, type=click.Choice([each.name for each in SETTINGS]),
               help="May be repeated. Default: all.")  # fmt: skip
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS[1:]), default=KINDS[1:], help="Default: all.")
 @click.option("--seeds", type=click.IntRange(2), default=6, show_default=True, help="Draws of the requests.")
 @click.option("--cover", type=click.FloatRange(0, 1, max_open=True), default=Rules().length_cover, show_default=True,
               help="length_cover of the trained predictors; 0: the likeliest range.")  # fmt: skip
@@ -48,8 +50,8 @@ from tetri.sim.texts import LIMIT, RecordedTextError
 @click.option("--plot", type=FILE, help="Write a PNG of the differences.")
 @as_json
 def main(
-    predictions: Path, predictor: Path, names: Sequence[str], seeds: int, cover: float, reserve_share: float,
-    quick: bool, workers: int, plot: Path | None, as_json: bool,
+    predictions: Path, predictor: Path, names: Sequence[str], kinds: Sequence[str], seeds: int, cover: float,
+    reserve_share: float, quick: bool, workers: int, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate the gain of each length predictor with each admission policy and dispatcher. Only the object "run"
     differs between two runs."""
@@ -60,11 +62,11 @@ def main(
         if plot is not None:
             ready(plot)  # fail before the work
         texts = source.texts()
-        for kind in TRAINED:
+        for kind in (each for each in kinds if each in TRAINED):
             source.expected(kind)
         with get_context("spawn").Pool(workers) as pool:
             for setting in settings:
-                made.append(compared(source, setting, seeds, pool.imap))
+                made.append(compared(source, setting, seeds, pool.imap, ("none", *kinds)))
                 progress(f"{setting.name}: {perf_counter() - started:.0f} s")
                 if as_json:
                     progress(tables(made[-1]))

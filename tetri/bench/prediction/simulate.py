@@ -143,16 +143,18 @@ def _counted(world: World) -> dict[str, float]:
 Mapped = Callable[[Callable[[PrefillRequest], dict[str, float]], Iterable[PrefillRequest]], Iterable[dict[str, float]]]
 
 
-def compared(source: Source, setting: Setting, seeds: int, mapped: Mapped) -> dict[str, Any]:
-    """Compare all policies and predictors with the same requests."""
-    keys = [(policy, kind) for policy in setting.policies for kind in KINDS]
+def compared(
+    source: Source, setting: Setting, seeds: int, mapped: Mapped, kinds: Sequence[str] = KINDS
+) -> dict[str, Any]:
+    """Compare all policies and the predictors `kinds`, of which the first is none, with the same requests."""
+    keys = [(policy, kind) for policy in setting.policies for kind in kinds]
     prefill_requests = [(source, setting, policy, kind, seed) for policy, kind in keys for seed in range(seeds)]
     runs = list(mapped(run, prefill_requests))
     by_key = {key: runs[at * seeds : (at + 1) * seeds] for at, key in enumerate(keys)}
     plain = by_key[setting.policies[0], "none"]
     rows = [_row(policy, kind, by_key[policy, kind], by_key[policy, "none"], plain) for policy, kind in keys]
     rate = setting.load * setting.decode * full_rate(source.texts(), cost.load(COST), setting.kv_tokens)
-    return {**asdict(setting), "rate": rate, "seeds": seeds, "rows": rows}
+    return {**asdict(setting), "rate": rate, "seeds": seeds, "kinds": list(kinds), "rows": rows}
 
 
 Runs = Sequence[dict[str, float]]  # one result for each seed

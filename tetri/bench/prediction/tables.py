@@ -43,7 +43,7 @@ def _table(point: dict[str, Any], metric: str, against: str = "against_none") ->
 def _by_policy(point: dict[str, Any], corner: str, cell: Callable[[Row], str]) -> str:
     """Format a table with a line for each policy and a column for each predictor."""
     lines = [[policy, *(cell(row) for row in point["rows"] if row["policy"] == policy)] for policy in point["policies"]]
-    return markdown([corner, *KINDS], lines)
+    return markdown([corner, *point["kinds"]], lines)
 
 
 def _cell(row: Row, metric: str, against: str) -> str:
@@ -74,7 +74,7 @@ def draw(path: Path, points: Sequence[dict[str, Any]]) -> None:
     grid = figure.subplots(len(metrics), len(points), squeeze=False)
     for column, point in enumerate(points):
         for axes, metric in zip(grid[:, column], metrics, strict=True):
-            for place, kind in enumerate(KINDS[1:]):
+            for place, kind in enumerate(point["kinds"][1:]):
                 found = [row["against_none"][metric]["share"] for row in point["rows"] if row["length"] == kind]
                 at = [index + 0.12 * (place - 2.5) for index in range(len(found))]
                 means = [100 * each["mean"] for each in found]

@@ -19,19 +19,21 @@ from tetri.core.actions import (
     Submitted,
     Undelivered,
 )
-from tetri.core.broker.delivery import Delivery, Limits, refuse
+from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
-from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.notes import notes
+from tetri.core.broker.requests import Row, Table, needed_bytes
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.wire.clients import Attach, Cancel, ChangeRole, Inspect, MonitorStatus, Status
+from tetri.wire.clients import Attach, Cancel, ChangeRole, EndRequest, Inspect, MonitorStatus, Status
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, Ready, Staged, Tokens
+from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
 
 VIEW = ("view", "")
+SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
 EMPTY = Cost()
 
 
@@ -54,7 +56,7 @@ class Broker:
         self.limits, self.model = limits, model
         self.table = Table()
         self.members = Members(epoch)
-        self.delivery = Delivery(self.table, limits, epoch, rng)
+        self.delivery = Delivery(self.table, limits, rng)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
         self.lifecycle = Lifecycle(rules, self.members, self.delivery, cost, chunk_tokens, self.timers, self.counters)
@@ -103,15 +105,17 @@ class Broker:
                 actions += self._silent(who, now)
             else:
                 actions += self._row_timer(what, self.table.rows[who], now)
-        return actions
+        return [*actions, *self.members.publish_due(now), *self.delivery.connections.tick(now)]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`; None if no timer is set."""
-        return self.timers.next()
+        times = self.timers.next(), self.members.publish_at(), self.delivery.connections.deadline()
+        return min([at for at in times if at is not None], default=None)
 
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
+        self.delivery.connections.check(self.table)
         self.flips.check()
         for row in self.table.active():
             placed = self.members.by_iid.get(row.holder) if row.holder else None
@@ -124,18 +128,21 @@ class Broker:
         iid = event.instance.iid
         if iid == BROKER:
             return []  # the id of the broker itself: workers would send that worker's messages here
+        before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
+        if before is not None and before.lost is not None and replaced is None:
+            actions += self.lifecycle.back(before, now)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.counters["workers_replaced"] += 1
             why = f"{iid} was restarted"
-            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(iid, why, now)]
+            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(replaced, why, now)]
         actions += self.flips.role_reported(self.members.by_iid[iid], event.instance.role, now)
-        return [*actions, *self.members.publish(now), *self.lifecycle.place_waiting(now)]
+        return [*actions, *self.lifecycle.place_waiting(now)]
 
     def _up(self, iid: str, now: float) -> list[Action]:
         self.members.connected(iid)
-        return [*self.members.publish(now), *self.lifecycle.place_waiting(now)]
+        return self.lifecycle.place_waiting(now)
 
     def _down(self, iid: str, now: float) -> list[Action]:
         self.members.disconnected(iid)
@@ -163,8 +170,8 @@ class Broker:
             return []
         self.members.lose(member, why)
         self.counters["workers_lost"] += 1
-        announced = [*self.flips.gone(iid, why), *self.members.publish(now)]
-        restarted = self.lifecycle.restart_all(iid, f"{iid}: {why}", now)
+        announced = self.flips.gone(iid, why)
+        restarted = self.lifecycle.restart_all(member, f"{iid}: {why}", now)
         # Without the lost worker, the others may be allowed larger prompts (`Members.pool`).
         return [*announced, *restarted, *self.lifecycle.place_waiting(now)]
 
@@ -176,35 +183,39 @@ class Broker:
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
             self.members.lose(member, None)
+            actions += self.lifecycle.back(member, now)
             self.timers.set(("silence", member.iid), now + self.limits.dead_s)
             actions += self.lifecycle.place_waiting(now)
         match event:
             case Tokens():
                 for item in event.items:
                     self.lifecycle.tokens(item, event.iid, now, actions)
-            case Heartbeat() | Staged() if member.lost is not None:
+            case Heartbeat() | Staged() | LoneStep() if member.lost is not None:
                 pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
-                member.load, member.held, member.counters = event.load, len(event.holds), event.counters
+                member.load, member.counters = event.load, event.counters
+                member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
+                member.unread_by = event.unread_by
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)
             case Staged() | Failed():
                 actions += self.lifecycle.moved(event, now)
+            case LoneStep():
+                actions += self.lifecycle.lone_step(event, member, now)
         return actions
 
     # ------------------------------------------------------------ clients
 
     def _submit(self, event: Submitted, now: float) -> list[Action]:
-        again = self.delivery.known(event)
-        if again is not None:
-            self.lifecycle.remember(self.table.rows[self.table.keys[event.key]], now)
-            return again
+        if event.key in self.table.keys:
+            return self._submit_again(event, now)
         prompt, retry_after_s = len(event.prompt), None
         why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
-        if why is None and self.table.open >= self.limits.max_open:
-            why, retry_after_s = f"{self.table.open} requests are open, try later", 1.0
+        size = needed_bytes(prompt, event.sampling.max_tokens)
+        if why is None and (why := self.full(size)) is not None:
+            retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1
             return [refuse(event.client, event.key, why, retry_after_s)]
@@ -214,60 +225,77 @@ class Broker:
             self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
 
+    def full(self, size: int, others: int = 0) -> str | None:
+        """Why no further request of `size` bytes is accepted at the moment; None if one is. `others`: requests that
+        come before it."""
+        count, held = self.table.open + others, self.table.weight
+        if count >= self.limits.max_open:
+            return f"{count} requests are open, try later"
+        if held + size > self.limits.max_mib << 20:
+            return f"the requests here may need {held / 2**20:.0f} of {self.limits.max_mib} MiB, try later"
+        return None
+
+    def _submit_again(self, event: Submitted, now: float) -> list[Action]:
+        """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""
+        row = self.table.rows[self.table.keys[event.key]]
+        if not row.repeated_by(event):
+            self.counters["refused"] += 1
+            return [refuse(event.client, event.key, ANOTHERS)]
+        self.lifecycle.remember(row, now)
+        return self.delivery.again(row, event.client, now)
+
     def _client(self, event: FromClient, now: float) -> list[Action]:
         message = event.message
         if isinstance(message, Inspect):
             return [Reply(event.client, self.status(now))]
         if isinstance(message, ChangeRole):
             return [*self.flips.ask(event.client, message, now), *self.lifecycle.place_waiting(now)]
-        assert isinstance(message, Cancel | Attach)
+        assert isinstance(message, Cancel | Attach | EndRequest)
         row = self.table.rows.get(message.rid)
-        if row is None:
+        # A wrong secret gets the answer to an unknown rid, which does not tell whether there is such a request.
+        if row is None or not (isinstance(message, EndRequest) or row.owned_by(message.secret)):
             return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
         if isinstance(message, Attach):
             self.timers.clear(("grace", row.rid))
             self.lifecycle.remember(row, now)
-            return self.delivery.attach(row, event.client, message.start)
-        if row.stage.ended:
-            return [Reply(event.client, row.outbox[-1])]
+            return self.delivery.attach(row, event.client, message.start, now)
+        if row.outbox.done is not None:
+            return [Reply(event.client, row.outbox.done)]
         if event.client != row.client:
             row.watchers.append(event.client)
         return self.lifecycle.end(row, "cancelled", now)
 
     def _detokenized(self, event: Detokenized, now: float) -> list[Action]:
         row = self.table.rows.get(event.rid)
-        if row is None or row.stage.ended:
+        if row is None or row.outbox.done is not None:
             return []
         ending = row.reason is not None
-        actions = self.delivery.detokenized(row, event)
+        actions = self.delivery.detokenized(row, event, now)
         found = row.reason is not None and not ending  # a stop text
         return [*actions, *self.lifecycle.finish(row, now)] if found or event.final else actions
 
     def _undelivered(self, event: Undelivered, now: float) -> list[Action]:
-        row = self.delivery.undelivered(event)
-        if row is not None:
-            what, wait = ("grace", self.limits.client_grace_s) if event.gone else ("retry", self.limits.retry_s)
-            self.timers.set((what, row.rid), now + wait)
+        for row in self.delivery.undelivered(event, now):
+            self.timers.set(("grace", row.rid), now + self.limits.client_grace_s)
         return []
 
     def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
         match what:
             case "forget":
-                if row.client is not None and row.sent < len(row.outbox):  # the client is slow, but still connected
-                    self.lifecycle.remember(row, now)
-                    if ("forget", row.rid) in self.timers:
-                        return []
-                for timer in ("grace", "retry"):
-                    self.timers.clear((timer, row.rid))
+                # A slow client has not got the end yet. Not `client_grace_s`, which may be 0: this would never end.
+                if self.delivery.connections.waits(row) and now - row.stage_at < self.limits.patience_s:
+                    self.timers.set(("forget", row.rid), now + SLOW_S)
+                    return []
+                self.timers.clear(("grace", row.rid))
+                self.delivery.connections.leave(row)
                 self.table.forget(row.rid)
                 return []
-            case "retry":
-                row.blocked = False
-                return self.delivery.deliver(row)
             case "grace":
                 return self.lifecycle.end(row, "cancelled", now) if row.client is None else []
             case "deadline":
                 return self.lifecycle.end(row, "deadline", now)
+            case "verdict":
+                return self.lifecycle.judge(row, now)
             case "patience":
                 return self.lifecycle.end(row, "error", now, f"no prefill instance for {self.limits.patience_s:g} s")
         raise Broken(f"unknown timer {what}")
@@ -280,4 +308,11 @@ class Broker:
         if self.seen is not None:
             view, at = self.seen
             monitor = MonitorStatus(number=view.number, age_s=now - at, flip=view.flip)
-        return Status(instances=instances, requests=requests, counters=counters, model=self.model, monitor=monitor)
+        return Status(
+            instances=instances,
+            requests=requests,
+            counters=counters,
+            model=self.model,
+            monitor=monitor,
+            notes=notes(instances, monitor, {iid: each.why for iid, each in self.lifecycle.breaker.failing.items()}),
+        )

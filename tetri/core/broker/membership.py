@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from math import inf
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.core.broker.compatibility import Compatibility, Found
@@ -12,10 +13,11 @@ from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus
 from tetri.wire.clients import InstanceStatus
-from tetri.wire.messages import FromWorker, Load, Membership, Ready
+from tetri.wire.messages import FromWorker, Heartbeat, Load, Membership, Ready
 
 FORGET_S = 600.0  # seconds that a lost worker stays in the status
 SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
+GATHER_S = 0.05  # least seconds between two Memberships: when many workers come or go at once, one tells of many
 EMPTY_POOL = PrefillPool()
 NONE_FOUND = Found({}, "")
 
@@ -32,7 +34,9 @@ class Member:
     counters: dict[str, int] = field(default_factory=dict)
     slots_used: int = 0
     predictor: PredictorStatus | None = None
+    unread_by: dict[str, str] = field(default_factory=dict)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
+    alone: tuple[str, int] | None = None  # rid and attempt of the request whose lone step it runs (LoneStep)
     lost: str | None = None
 
     @property
@@ -48,16 +52,18 @@ class Member:
 
 class Members:
     """All registered workers: `by_iid` includes the lost ones, `up` has those with a connection. Change either of
-    them, or a role, through a method only: Membership messages and pools are derived from them."""
+    them, or a role, through a method only: Membership messages and pools are derived from them. `serial` counts the
+    Memberships sent: workers report the last one that they have read."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.by_iid: dict[str, Member] = {}
         self.up: dict[str, None] = {}
-        self.number = 0
-        self._outdated = True  # the membership has changed since the last Membership message
-        self._entries: list[Instance] = []
-        self._sent_at = 0.0
+        self.number = self.serial = 0
+        self._published: dict[str, Instance] = {}  # the instances of Membership `number`
+        self._changed: dict[str, None] = {}  # members that may differ from `_published`
+        self._need_whole: dict[str, None] = {}  # connected members that a change would not be enough for
+        self._sent_at = -inf
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
@@ -72,7 +78,9 @@ class Members:
         instance = message.instance
         old = self.by_iid.get(instance.iid)
         self.by_iid[instance.iid] = Member(instance, message.load, now)
-        self._changed()
+        self._note(instance.iid)
+        if instance.iid in self.up:
+            self._need_whole[instance.iid] = None
         replaced = old is not None and old.instance.incarnation != instance.incarnation
         return [Connect(instance.iid, instance.inbox)], old if replaced else None
 
@@ -81,25 +89,32 @@ class Members:
         member = self.by_iid.get(message.iid)
         return member if member is not None and member.instance.incarnation == message.incarnation else None
 
+    def read(self, message: Heartbeat) -> int:
+        """The last Membership of this broker that the worker has read: it has read the messages before it too, or they
+        are lost. 0: none."""
+        return message.read if message.epoch == self.epoch else 0
+
     def connected(self, iid: str) -> None:
         """Record that the connection to a worker stands."""
         self.up[iid] = None
-        self._changed()
+        self._need_whole[iid] = None
+        self._sorted = False
 
     def disconnected(self, iid: str) -> None:
         """Record that the connection to a worker broke."""
         self.up.pop(iid, None)
-        self._changed()
+        self._need_whole.pop(iid, None)
+        self._sorted = False
 
     def lose(self, member: Member, why: str | None) -> None:
         """Mark a worker as lost for this reason, or as live again with None."""
         member.lost = why
-        self._changed()
+        self._note(member.iid)
 
     def turn(self, member: Member, role: str) -> None:
         """Change a worker's role: it gets new work of this role from now on."""
         member.instance = member.instance.in_role(role)
-        self._changed()
+        self._note(member.iid)
 
     def prune(self, now: float) -> list[Action]:
         """Forget workers that have been lost for FORGET_S and close their connections."""
@@ -109,23 +124,57 @@ class Members:
             self.disconnected(iid)
         return [Disconnect(iid) for iid in gone]
 
-    def _changed(self) -> None:
-        self._outdated, self._sorted = True, False
+    def _note(self, iid: str) -> None:
+        self._changed[iid] = None
+        self._sorted = False
 
     # ------------------------------------------------------------ Membership messages
 
     def publish(self, now: float) -> list[Action]:
-        """The next Membership, sent to every connected worker."""
-        self.number += 1
-        if self._outdated:
-            self._entries, self._outdated = [member.instance for member in self._live()], False
-        self._sent_at = now
-        membership = Membership(epoch=self.epoch, number=self.number, instances=self._entries)
-        return [Send(iid, membership) for iid in self.up]
+        """Send all changes since the last Membership to every connected worker; to one that has just connected or has
+        registered again, the whole Membership. All receivers of a change get the same object, which is encoded once."""
+        since, (changed, gone) = self.number, self._differences()
+        self._changed = {}
+        self.number += bool(changed or gone)
+        self._published.update({instance.iid: instance for instance in changed})
+        for iid in gone:
+            del self._published[iid]
+        if self.up:
+            self._sent_at = now
+        self.serial += 1
+        epoch, number, serial, all_live = self.epoch, self.number, self.serial, [*self._published.values()]
+        change = Membership(epoch=epoch, number=number, serial=serial, instances=changed, since=since, gone=gone)
+        whole = Membership(epoch=epoch, number=number, serial=serial, instances=all_live)
+        sends = [Send(iid, whole if iid in self._need_whole else change) for iid in self.up]
+        self._need_whole = {}
+        return [*sends]
+
+    def publish_due(self, now: float) -> list[Action]:
+        """What `publish` returns, if something has changed and the last Membership is GATHER_S old."""
+        due = self.publish_at()
+        return [] if due is None or now < due else self.publish(now)
+
+    def publish_at(self) -> float | None:
+        """When the next change is sent; None if nothing has changed. Changes wait until a worker is connected."""
+        waits = self.up and (self._changed or self._need_whole)
+        return self._sent_at + GATHER_S if waits else None
 
     def refresh(self, now: float) -> list[Action]:
-        """A Membership if there is a change, or none was sent for SILENCE_S: workers treat silence as a fault."""
-        return self.publish(now) if self._outdated or now - self._sent_at >= SILENCE_S else []
+        """A Membership if none was sent for SILENCE_S, even without a change: workers treat silence as a fault."""
+        return self.publish(now) if now - self._sent_at >= SILENCE_S else []
+
+    def _differences(self) -> tuple[list[Instance], list[str]]:
+        """The instances that are new or different since the last Membership, and the ids of those that are gone."""
+        changed: list[Instance] = []
+        gone: list[str] = []
+        for iid in self._changed:
+            member = self.by_iid.get(iid)
+            if member is not None and member.lost is None:
+                if self._published.get(iid) != member.instance:
+                    changed.append(member.instance)
+            elif iid in self._published:
+                gone.append(iid)
+        return changed, gone
 
     def _live(self) -> list[Member]:
         return [member for member in self.by_iid.values() if member.lost is None]
@@ -199,11 +248,13 @@ class Members:
                 queued=member.load.queued,
                 running=member.load.running,
                 held=member.held,
-                note=member.lost or self._exchanges(member).incompatibility or _rehearsal(member),
+                note=member.lost or self._exchanges(member).incompatibility or _unlinked(member) or _rehearsal(member),
                 paths=self._exchanges(member).paths,
                 counters=member.counters,
                 slots_used=member.slots_used,
                 predictor=member.predictor,
+                unread=member.load.unread,
+                unread_by=member.unread_by,
             )
             for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]
@@ -215,10 +266,16 @@ class Members:
         return NONE_FOUND if member.lost is not None else self._compatible[member.role].others(member.instance)
 
 
+def _unlinked(member: Member) -> str:
+    """A note for the status if another program has removed the worker's segment (kv/unnamed.py)."""
+    removed = member.counters.get("segment_unlinked")
+    return "its segment was removed from /dev/shm: see tetri-cli doctor" if removed else ""
+
+
 def _rehearsal(member: Member) -> str:
     """A note for the status if a worker injects faults on purpose; such a worker must not serve users."""
     injected = any(name.startswith("injected_") for name in member.counters)
-    return "a rehearsal: faults are injected here (transfer.faults)" if injected else ""
+    return "a rehearsal: faults are injected here (transfer.faults, transfer.cuts)" if injected else ""
 
 
 def _prompt_limit(capacity: Capacity, alone: bool) -> int:

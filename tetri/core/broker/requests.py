@@ -1,48 +1,67 @@
 """The request table: the only record of where each request is. Every change of instance or stage goes through `Table`,
-which maintains its indices: requests by instance, requests without an instance, and assigned prefill work."""
+which maintains its indices: requests by instance, requests without an instance, and assigned prefill work. It also has
+the account of the memory that the requests take."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hmac import compare_digest
 
-from tetri.core.actions import Broken
+from tetri.core.actions import Broken, Submitted
+from tetri.core.broker.outbox import Outbox
 from tetri.request import Receipt, Sampling, Stage
-from tetri.wire.clients import Delta, Done
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
-IDLE = (Stage.QUEUED, Stage.WAITING)  # stages in which no worker computes the request
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
+# What a request counts for in the account of memory: itself, each token of its prompt and of its output. TEXT_BYTES are
+# for the text of an output token; the texts of an answer that are longer than that in all count too.
+REQUEST_BYTES, PROMPT_BYTES, OUTPUT_BYTES, TEXT_BYTES = 4096, 8, 24, 10
+
+
+def needed_bytes(prompt: int, output: int) -> int:
+    """The memory that a request with so many prompt and output tokens counts for."""
+    return REQUEST_BYTES + PROMPT_BYTES * prompt + OUTPUT_BYTES * output
 
 
 @dataclass(slots=True)
 class Row:
-    """One request. `prefill` and `decode` are the instances of the current attempt, None while there is none;
+    """One request. `secret` and `content` are those of its Submit: who shows the secret is its client.
+    `prefill` and `decode` are the instances of the current attempt, None while there is none;
     `work_ns` is the predicted prefill time of that attempt, in nanoseconds so that sums stay exact.
     Tokens pass three points: workers report them into `output`; `asked` of them have been sent to the detokenizer;
-    `sent` messages of the `outbox` (Deltas and a final Done) have been sent to the client. Times are in seconds."""
+    their text comes back into the `outbox`, which knows how many of its messages have been sent to the client. Times
+    are in seconds."""
 
     rid: str
     key: str
     client: bytes | None
-    prompt: tuple[int, ...]
+    prompt: array[int]
     sampling: Sampling
     arrival: float
     stage: Stage
     stage_at: float
+    secret: str = field(kw_only=True)
+    content: bytes = field(kw_only=True)
     deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     attempt: int = 1
-    not_counted: int = 0  # attempts that do not count towards `max_attempts`: the request only waited on a lost worker
+    avoid: list[str] = field(default_factory=list)  # instances between which KV of earlier attempts could not be moved
+    probe: int = 0  # above 0: this attempt tries a failing prefill instance again (Lifecycle.breaker)
+    not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
+    # The workers that were lost while they held it, each by iid and incarnation (suspects.py).
+    deaths: list[tuple[str, int]] = field(default_factory=list)
+    accused: bool = False  # it ends soon as the killer of the last of them, unless that one comes back
     prefill: str | None = None
     decode: str | None = None
     work_ns: int = 0
-    assigned_at: float = 0.0
-    output: list[int] = field(default_factory=list)
+    assigned_after: int = 0  # serial of the Membership before its last Assign
+    output: array[int] = field(default_factory=lambda: array("I"))
+    continued: int = 0  # how many of them are of earlier attempts
     asked: int = 0
-    outbox: list[Delta | Done] = field(default_factory=list)
-    sent: int = 0
-    blocked: bool = False  # the client's queue is full: nothing is sent before the retry
+    outbox: Outbox = field(init=False)
+    weight: int = 0  # bytes for it in the table's account
     watchers: list[bytes] = field(default_factory=list)  # other clients that cancelled the request: they get its Done
     first_at: float | None = None
     spent: dict[Stage, float] = field(default_factory=dict)
@@ -51,6 +70,9 @@ class Row:
     error: str | None = None
     listed: str | None = None  # the instance that the table's index lists it under
     counted: str | None = None  # the instance whose prefill work includes it
+
+    def __post_init__(self) -> None:
+        self.outbox = Outbox(self.rid, self.output)
 
     @property
     def holder(self) -> str | None:
@@ -62,6 +84,15 @@ class Row:
         """The prefill instance that still has to compute the request; None once a token is known."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
 
+    def owned_by(self, secret: str) -> bool:
+        """Whether this is the secret of the request's client. The time that it takes does not tell how much of a wrong
+        secret is right."""
+        return compare_digest(self.secret.encode(), secret.encode())
+
+    def repeated_by(self, event: Submitted) -> bool:
+        """Whether a Submit with the request's key is a repetition of its own, and not another request."""
+        return self.owned_by(event.secret) and self.content == event.content
+
     def left(self, now: float) -> float | None:
         """Seconds until the deadline, 0 if it has passed; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - now)
@@ -70,7 +101,9 @@ class Row:
         """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
         prompt_tokens, prefill, decode = len(self.prompt), self.prefill, self.decode
         own = Receipt(prompt_tokens=prompt_tokens, prefill_instance=prefill, decode_instance=decode)
-        return (own if self.end is None else self.end.receipt).changed(attempts=self.attempt)
+        return (own if self.end is None else self.end.receipt).changed(
+            attempts=self.attempt, continued=self.continued
+        )
 
 
 _RANK = {stage: rank for rank, stage in enumerate(Stage)}
@@ -81,13 +114,15 @@ class Table:
 
     `unplaced`: open rows without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all rows assigned to it that have no token of this attempt yet; an
-    instance without such work is not in it."""
+    instance without such work is not in it. `weight`: the memory of all rows, in bytes. An open row counts with all the
+    output that it may still get, so the broker never needs more than it has accepted; an ended one with what it has."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
         self.unplaced: dict[str, Row] = {}
         self.work_ns: dict[str, int] = {}
+        self.weight = 0
         self._active: dict[str, Row] = {}
         self._held: dict[str, dict[str, Row]] = {}
         self._stages = dict.fromkeys(Stage, 0)
@@ -116,12 +151,14 @@ class Table:
         self.rows[row.rid] = row
         self.keys[row.key] = row.rid
         self._active[row.rid] = row
+        self.weigh(row)
         self._stages[row.stage] += 1
         self._list(row)
 
     def forget(self, rid: str) -> None:
         """Remove an ended row."""
         row = self.rows.pop(rid)
+        self.weight -= row.weight
         if self.keys.get(row.key) == rid:
             del self.keys[row.key]
 
@@ -139,6 +176,7 @@ class Table:
     def start_over(self, row: Row, now: float) -> None:
         """Begin another attempt, which no instance holds yet."""
         row.attempt += 1
+        row.continued = len(row.output)
         row.prefill = row.decode = None
         self.move(row, Stage.QUEUED, now)
 
@@ -149,6 +187,7 @@ class Table:
         row.stage, row.stage_at = stage, now
         if stage.ended:
             del self._active[row.rid]
+            self.weigh(row)
         else:
             self._stages[stage] += 1
         self._list(row)
@@ -157,6 +196,13 @@ class Table:
         """As `move`, but never to an earlier stage: reports of two workers can arrive out of order."""
         if _RANK[stage] > _RANK[row.stage]:
             self.move(row, stage, now)
+
+    def weigh(self, row: Row) -> None:
+        """Update the account after a row has ended or its outbox has grown."""
+        weight = _weight(row)
+        if weight != row.weight:
+            self.weight += weight - row.weight
+            row.weight = weight
 
     def _list(self, row: Row) -> None:
         """Update the indices after a row has changed."""
@@ -202,8 +248,11 @@ class Table:
                 raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
             if len(row.output) > row.sampling.max_tokens or row.asked > len(row.output):
                 raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} sent to the detokenizer")
-            if row.sent > len(row.outbox):
-                raise Broken(f"{row.rid} has sent more messages than its outbox holds")
+            if row.outbox.unsent < 0 or row.outbox.tokens > len(row.output):
+                raise Broken(f"{row.rid} has sent more messages than its outbox holds, or holds more than its output")
+        weights = {row.rid: _weight(row) for row in self.rows.values()}
+        if weights != {row.rid: row.weight for row in self.rows.values()} or self.weight != sum(weights.values()):
+            raise Broken("the account of memory is out of date")
 
     def _check_indices(self, active: dict[str, Row]) -> None:
         """Compare the indices with a scan of all rows."""
@@ -233,6 +282,12 @@ class Table:
 
 
 _NONE: dict[str, Row] = {}
+
+
+def _weight(row: Row) -> int:
+    """The memory that a row counts for: more than was expected when its tokens have long texts."""
+    output = len(row.output) if row.stage.ended else row.sampling.max_tokens
+    return needed_bytes(len(row.prompt), output) + max(0, row.outbox.text_bytes - TEXT_BYTES * output)
 
 
 def _places(row: Row) -> tuple[str | None, str | None, bool]:

@@ -1,5 +1,5 @@
-"""Role changes, called flips (paper, section 3.5). A client or the monitor's transition watcher asks for one; only the
-broker carries it out.
+"""Role changes, called flips (paper, section 3.5). An operator or the monitor's transition watcher asks for one; only
+the broker carries it out.
 
 The membership has the new role at once, so that no worker sends new work of the old role. The broker repeats the Flip
 until a Heartbeat carries its number. The role alone would not confirm it: if an instance is flipped and flipped back,
@@ -13,24 +13,27 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Broken, Reply, Send
-from tetri.core.broker.delivery import refuse
+from tetri.core.broker.compatibility import Compatibility
+from tetri.core.broker.delivery import ANOTHERS, refuse
 from tetri.core.broker.membership import Member, Members
+from tetri.policy.pairing import incompatibility
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, ROLES
 from tetri.wire.clients import ChangeRole, Refused, RoleChanged
 from tetri.wire.messages import Flip, FlipWanted
 
-ANSWERS = 1000  # kept for clients that repeat a ChangeRole
+ANSWERS = 1000  # kept for operators that repeat a ChangeRole
 NAMED = 8  # most instances that a refusal lists
+Askers = dict[ChangeRole, tuple[bytes, float]]  # what was asked -> by which client, at what time
 
 
 @dataclass(slots=True)
 class Change:
-    """A flip in progress. `number` identifies its Flip message; `askers`: key of a ChangeRole -> client, time."""
+    """A flip in progress. `number` identifies its Flip message; `askers` wait for its end."""
 
     number: int
     was: str
     role: str
-    askers: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    askers: Askers = field(default_factory=dict)
 
 
 class Flips:
@@ -40,35 +43,47 @@ class Flips:
     def __init__(self, members: Members, counters: Counter[str]) -> None:
         self.members, self.counters = members, counters
         self.changes: dict[str, Change] = {}
-        self._answers: dict[str, Refused | RoleChanged] = {}  # by the client's key, oldest first
+        self._answers: dict[str, tuple[ChangeRole, Refused | RoleChanged]] = {}  # by its key, oldest first
         self._number = members.epoch  # of the last Flip; starts at the epoch to differ from an earlier broker's numbers
 
     # ------------------------------------------------------------ asking
 
     def ask(self, client: bytes, message: ChangeRole, now: float) -> list[Action]:
-        """Handle a client's ChangeRole. A repeated key gets the same answer and starts no second flip. The worker gets
-        a Flip even if it seems to have the role already: an abandoned Flip may still be on its way to it."""
-        key, iid, role = message.key, message.iid, message.role
-        if key in self._answers:
-            return [Reply(client, self._answers[key])]
-        for change in self.changes.values():
-            if key in change.askers:
-                change.askers[key] = (client, change.askers[key][1])  # the client gets the answer when the flip ends
-                return []
+        """Handle an operator's ChangeRole. A repeated one gets the same answer and starts no second flip; another one
+        with the same key is refused. The worker gets a Flip even if it seems to have the role already: an abandoned
+        Flip may still be on its way to it."""
+        asked, answer = self._known(message.key)
+        if asked is None:
+            return self._ask(client, message, now)
+        if asked != message:
+            return [refuse(client, message.key, ANOTHERS)]
+        if answer is not None:
+            return [Reply(client, answer)]
+        askers = self.changes[message.iid].askers
+        askers[message] = (client, askers[message][1])  # the operator gets the answer when the flip ends
+        return []
+
+    def _known(self, key: str) -> tuple[ChangeRole | None, Refused | RoleChanged | None]:
+        """The ChangeRole of this key, and its answer if it has one."""
+        waiting = (asked for change in self.changes.values() for asked in change.askers if asked.key == key)
+        return self._answers.get(key) or (next(waiting, None), None)
+
+    def _ask(self, client: bytes, message: ChangeRole, now: float) -> list[Action]:
+        iid, role = message.iid, message.role
         why = self._problem(iid, role)
         if why is not None:
-            return [self._refuse(client, key, why)]
+            return [self._refuse(client, message, why)]
         member = self.members.by_iid[iid]
         under_way = self.changes.get(iid)
         if under_way is not None and under_way.role == role:
-            under_way.askers[key] = (client, now)
+            under_way.askers[message] = (client, now)
             return []
         actions = self._drop(iid, f"{iid} was asked to become {role} before it had answered")
-        return [*actions, *self._turn(member, role, now, {key: (client, now)})]
+        return [*actions, *self._turn(member, role, now, {message: (client, now)})]
 
     def want(self, message: FlipWanted, now: float) -> list[Action]:
-        """Handle a FlipWanted of the transition watcher. A flip that a client asked for has precedence. A flip that is
-        not possible is only counted: the watcher asks again if it still wants it."""
+        """Handle a FlipWanted of the transition watcher. A flip that an operator asked for has precedence. A flip that
+        is not possible is only counted: the watcher asks again if it still wants it."""
         member = self.members.by_iid.get(message.iid)
         if message.iid in self.changes or self._problem(message.iid, message.role) is not None:
             self.counters["flips_refused"] += 1
@@ -78,7 +93,7 @@ class Flips:
             return []
         return self._turn(member, message.role, now, {})
 
-    def _turn(self, member: Member, role: str, now: float, askers: dict[str, tuple[bytes, float]]) -> list[Action]:
+    def _turn(self, member: Member, role: str, now: float, askers: Askers) -> list[Action]:
         """Publish the new role first, then send the Flip, so that the worker gets no more work of the old role."""
         self._number += 1
         self.changes[member.iid] = Change(self._number, member.role, role, askers)
@@ -103,16 +118,27 @@ class Flips:
         if member.lost is not None:
             return f"{iid} is lost ({member.lost}): only a live instance changes its role"
         for phase, serving in (("prefill", PREFILL_ROLES), ("decode", DECODE_ROLES)):
-            if member.role in serving and role not in serving and not self._others(member, serving):
-                mixed = "leave it mixed" if member.role == "mixed" else "make it mixed"
-                return f"{iid} is the last {phase} instance: flip another one to {phase} first, or {mixed}"
+            if member.role in serving and role not in serving:
+                needed = self._needed(member, serving)
+                if needed is not None:
+                    mixed = "leave it mixed" if member.role == "mixed" else "make it mixed"
+                    return f"{iid} is the last {phase} instance{needed}: flip another one to {phase} first, or {mixed}"
         return None
 
-    def _others(self, member: Member, serving: tuple[str, ...]) -> bool:
-        """Whether another live instance with the same fingerprint serves one of these roles."""
+    def _needed(self, member: Member, serving: tuple[str, ...]) -> str | None:
+        """For whom a member is the last in these roles: "" if there is no other one with the same fingerprint, else an
+        instance that would exchange KV with none any more; None if nobody needs it."""
         live = [other for other in self.members.by_iid.values() if other is not member and other.lost is None]
-        fingerprint = member.instance.fingerprint
-        return any(other.role in serving and other.instance.fingerprint == fingerprint for other in live)
+        own = member.instance
+        left = [each.instance for each in live if each.role in serving and each.instance.fingerprint == own.fingerprint]
+        if not left:
+            return ""
+        left_over = Compatibility(left)
+        for other in (each.instance for each in live if each.role not in serving):
+            pairs_now = incompatibility(own.fingerprint, other.fingerprint, own.reach, other.reach) is None
+            if pairs_now and not left_over.of(other).total:
+                return f" that exchanges KV with {other.iid}"
+        return None if left_over.of(own).total else f" on its side: {own.iid} exchanges KV with no other one"
 
     def check(self) -> None:
         """Check that each flip in progress is of a live member that has the new role. Raises Broken."""
@@ -131,7 +157,6 @@ class Flips:
         if change is None:
             if role != member.role and role in ROLES:
                 self.members.turn(member, role)
-                return self.members.publish(now)
             return []
         if (role, flip) != (change.role, change.number):
             if member.role != change.role:  # the worker has registered again, with its old role
@@ -140,26 +165,27 @@ class Flips:
         del self.changes[member.iid]
         self.counters["flips"] += 1
         return [
-            self._answer(client, RoleChanged(key=key, iid=member.iid, role=role, was=change.was, took_s=now - since))
-            for key, (client, since) in change.askers.items()
+            self._answer(
+                *(client, asked),
+                RoleChanged(key=asked.key, iid=member.iid, role=role, was=change.was, took_s=now - since),
+            )
+            for asked, (client, since) in change.askers.items()
         ]
 
     def gone(self, iid: str, why: str) -> list[Action]:
-        """Drop the flip of a lost or restarted worker and refuse the clients that wait for it."""
+        """Drop the flip of a lost or restarted worker and refuse the operators that wait for it."""
         return self._drop(iid, f"{iid} did not change its role: {why}")
 
     def _drop(self, iid: str, why: str) -> list[Action]:
         change = self.changes.pop(iid, None)
         askers = change.askers.items() if change is not None else ()
-        return [self._refuse(client, key, why) for key, (client, _) in askers]
+        return [self._refuse(client, asked, why) for asked, (client, _) in askers]
 
-    def _refuse(self, client: bytes, key: str, why: str) -> Reply:
-        reply = refuse(client, key, why)
-        assert isinstance(reply.message, Refused)
-        return self._answer(client, reply.message)
+    def _refuse(self, client: bytes, asked: ChangeRole, why: str) -> Reply:
+        return self._answer(client, asked, Refused(key=asked.key, reason=why))
 
-    def _answer(self, client: bytes, answer: Refused | RoleChanged) -> Reply:
+    def _answer(self, client: bytes, asked: ChangeRole, answer: Refused | RoleChanged) -> Reply:
         if len(self._answers) >= ANSWERS:
             del self._answers[next(iter(self._answers))]
-        self._answers[answer.key] = answer
+        self._answers[asked.key] = (asked, answer)
         return Reply(client, answer)

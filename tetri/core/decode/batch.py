@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice, takewhile
 
-from tetri.core.actions import Broken
+from tetri.core.actions import Broken, HoldRequest
 from tetri.core.decode.load_forecast import LoadForecast
 from tetri.core.decode.request import NEVER, DecodeRequest
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.engine_request import Sampled, StepDone
+from tetri.policy.admit import next_growth
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, blocks_for
@@ -24,6 +26,9 @@ class Batch:
     landed      wait for admission
     running     are in the batch
     preempted   those of `running` whose KV the engine must still recompute after a preemption
+    lone        the request that the next step must compute alone: the next to be admitted, or in the batch since such a
+                step; None if there is none
+    held        those of `running` that a lone step leaves out
     """
 
     def __init__(self, own: Identity, ledger: Ledger, forecast: LoadForecast) -> None:
@@ -31,6 +36,8 @@ class Batch:
         self.landed: dict[str, DecodeRequest] = {}
         self.running: dict[str, DecodeRequest] = {}
         self.preempted: dict[str, DecodeRequest] = {}
+        self.lone: DecodeRequest | None = None
+        self.held: list[str] = []
         self._landings = 0
         self._stuck = False  # the last step ran nothing: all are preempted and wait for memory
         self._changed = False  # whether the admission policy must be asked again
@@ -49,13 +56,15 @@ class Batch:
         request.sent = 1
         self.forecast.wrote(1)
         self.landed[request.key] = request
-        self._changed = True
+        self._changed, self._kept_free = True, None
 
     def leave(self, request: DecodeRequest) -> None:
         """Remove a request that has ended or was cancelled."""
         request.running = False
         for requests in (self.landed, self.running, self.preempted):
             requests.pop(request.key, None)
+        if self.lone is request:
+            self.lone = None
         self._changed, self._steps_left, self._kept_free = True, 0, None
 
     def admit(self, most: int) -> list[DecodeRequest]:
@@ -66,33 +75,74 @@ class Batch:
 
         Ask the policy only when the batch, a length range or the free memory has changed. In between every request
         grows as predicted, so the answer is the same, and the engine may run several steps in one go."""
+        if self.lone is not None or not self.landed:
+            return []
         alone = not self.running or self._stuck
         free, larger = self._asked
-        if not self.landed or not (alone or self._changed or self.ledger.free > free or most > larger):
+        if not (alone or self._changed or self.ledger.free > free or most > larger):
             return []
         keys = self._ask_policy(most) if len(self.running) < most else []
         if not keys and alone:
             keys = [next(iter(self.landed))]
-        for key in keys:
-            request = self.running[key] = self.landed.pop(key)
-            request.running = True
-            self.ledger.run(key)
-            self._grow(request)
-            self._set_mark(request)
-        self._changed, self._steps_left, self._asked, self._kept_free = False, 0, (self.ledger.free, most), None
-        return [self.running[key] for key in keys]
+        shared = list(takewhile(lambda key: not self.landed[key].alone, keys))
+        if keys and not shared and (alone or self.ledger.free > 0):  # without a free block it might be preempted
+            self.lone = self.landed[keys[0]]
+        for key in shared:
+            self._admit(self.landed[key])
+        self._changed, self._steps_left, self._asked = len(shared) < len(keys), 0, (self.ledger.free, most)
+        self._kept_free = None
+        return [self.running[key] for key in shared]
+
+    def _admit(self, request: DecodeRequest) -> None:
+        self.running[request.key] = self.landed.pop(request.key)
+        request.running = True
+        self.ledger.run(request.key)
+        self._grow(request)
+        self._set_mark(request)
+        self._steps_left, self._kept_free = 0, None
+
+    # ------------------------------------------------------------ lone steps
+
+    def admit_lone(self) -> list[DecodeRequest]:
+        """Admit the lone request, unless it is in the batch already. Return what this admits."""
+        if self.lone is None or self.lone.running:
+            return []
+        self._admit(self.lone)
+        return [self.lone]
+
+    def hold_all_but(self, key: str) -> list[HoldRequest]:
+        """Hold the whole batch, except one request, for a lone step."""
+        self.held = [other for other in self.running if other != key]
+        return [HoldRequest(other, True) for other in self.held]
+
+    def release_all(self) -> list[HoldRequest]:
+        """Let the batch go on after a lone step."""
+        held, self.held = [key for key in self.held if key in self.running], []
+        return [HoldRequest(key, False) for key in held]
+
+    def _shares_steps_again(self) -> None:
+        """Let the lone request share steps with others once it is past the token at which it may have killed, or if it
+        was preempted. The broker lacks the tokens that were not sent when its worker died, and perhaps a last message:
+        less than two messages, of which the prefill has computed one token."""
+        request = self.lone
+        if request is not None and (len(request.tokens) >= 2 * self.own.stream_interval or request.preempted):
+            request.alone, self.lone, self._changed = False, None, True
 
     def kept_free(self) -> int:
         """Return the blocks that must stay free for the growth of the batch, as the admission policy assumed.
 
         Counted once between two steps: many offers may arrive in that time, and a grant does not change the result."""
         if self._kept_free is None:
+            running = self.running or dict(islice(self.landed.items(), 1))  # the next to run, if none does
             kept = KEPT_FREE.get(self.own.rules.admit)
-            self._kept_free = 0 if kept is None else kept(self._view(self.own.capacity.max_batch))
+            if kept is None:
+                self._kept_free = next_growth(len(running))
+            else:
+                self._kept_free = kept(self._view(running, self.own.capacity.max_batch))
         return self._kept_free
 
-    def _view(self, most: int) -> BatchView:
-        members = [BatchMember(request.size, _predicted_end(request)) for request in self.running.values()]
+    def _view(self, running: Mapping[str, DecodeRequest], most: int) -> BatchView:
+        members = [BatchMember(request.size, _predicted_end(request)) for request in running.values()]
         return BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
 
     def _ask_policy(self, most: int) -> list[str]:
@@ -100,7 +150,7 @@ class Batch:
             WaitingRequest(key, request.landed_as, request.flow.blocks, request.size, _predicted_end(request))
             for key, request in self.landed.items()
         ]
-        return ADMISSIONS[self.own.rules.admit](waiting, self._view(most))
+        return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""
@@ -124,7 +174,7 @@ class Batch:
     def step_done(self, done: StepDone) -> tuple[list[TokenItem], Ended]:
         """Return the tokens to send, and the requests that have ended, each with its End. The caller removes those."""
         self._steps_left, self._kept_free = self._steps_left - done.steps, None
-        self._stuck = not done.spans and bool(self.running)
+        self._stuck = not done.spans and len(self.running) > len(self.held)
         items: list[TokenItem] = []
         for key in done.preempted:  # it may wait for long, so send the tokens that it has
             request = self.running[key]
@@ -139,7 +189,9 @@ class Batch:
                 recomputing = self.preempted.get(span.key)
                 if recomputing is not None:
                     recomputing.recomputed += max(min(span.stop, len(recomputing.offer.prompt)) - span.start, 0)
-        return items, self._collect(done.tokens, items)
+        ended = self._collect(done.tokens, items)
+        self._shares_steps_again()
+        return items, ended
 
     def _collect(self, tokens: Sequence[Sampled], items: list[TokenItem]) -> Ended:
         running, interval, ended, count = self.running, self.own.stream_interval, Ended(), 0
@@ -151,7 +203,7 @@ class Batch:
             output += ids
             count += len(ids)
             if sampled.reason is not None:
-                end = End(reason=sampled.reason, receipt=request.receipt(self.own.iid))
+                end = End(reason=sampled.reason, receipt=request.receipt(self.own.iid), error=sampled.error)
                 items.append(self.token_item(request, end))
                 ended.append((request, end))
             elif len(output) >= request.mark:
@@ -210,6 +262,8 @@ class Batch:
             tokens, mark = len(request.tokens), min(request.due, request.sent + self.own.stream_interval)
             if request.mark != mark or tokens >= mark:
                 raise Broken(f"{key} has {tokens} tokens and is to be looked at when it has {request.mark}")
+        if self.lone is not None and self.lone not in (*self.landed.values(), *self.running.values()):
+            raise Broken(f"{self.lone.key} has its turn and is not there")
         if any(request.running or not request.landed_as or request.end for request in self.landed.values()):
             raise Broken(f"not all of {list(self.landed)} wait for admission")
         if any(self.running.get(key) is not request for key, request in self.preempted.items()):

@@ -37,12 +37,20 @@ class KVReceive:
     fetching   pending fetches by request key, also of requests that have ended: their results must never count for
                another request with the same key
     pauses     (request key, chunk index) -> when to fetch the chunk again
+    unread     transfers that failed since the last one that succeeded, by instance whose KV could not be read
     """
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self.fetching: dict[str, int] = {}
         self.pauses: dict[tuple[str, int], float] = {}
+        self.unread: Counter[str] = Counter()
+
+    @property
+    def failing(self) -> int:
+        """The number of failed transfers in a row if they came from several instances, so that the fault is probably
+        here; else 0: it may be on the other side, or on the way."""
+        return self.unread.total() if len(self.unread) > 1 else 0
 
     # ------------------------------------------------------------ announced
 
@@ -94,6 +102,8 @@ class KVReceive:
         if problem is None:
             self.counters["healed"] += event.index in flow.tries
             flow.land(event.index)
+            if flow.complete:
+                self.unread.clear()
             return []
         return self._retry(event.index, problem, request, now)
 
@@ -105,7 +115,8 @@ class KVReceive:
         if tries > FETCH_TRIES or not (far or problem in RETRYABLE):
             flow.tries[index] -= 1
             self.counters["given_up"] += 1
-            flow.broken, flow.corrupt = f"chunk {index} is {problem}", not far
+            self.unread[request.offer.src] += 1
+            flow.broken, flow.corrupt = f"chunk {index} is {problem}", problem in RETRYABLE
             self.forget(request)
             return []
         self.counters["refetched"] += 1

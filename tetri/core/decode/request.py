@@ -25,7 +25,7 @@ class KVInflow:
     ranges: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> blocks [start, stop), landed or not
     tries: dict[int, int] = field(default_factory=dict)  # index -> fetches, of chunks fetched more than once
     broken: str | None = None  # why to refuse the offer, once no fetch is pending
-    corrupt: bool = False  # the KV itself is wrong, so no other instance need be asked
+    corrupt: bool = False  # the bytes can be read, and are wrong
     bytes: int = 0
     token: int | None = None
 
@@ -90,6 +90,7 @@ class DecodeRequest:
     end: End | None = None
     recomputed: int = 0
     preempted: int = 0
+    alone: bool = False  # its first tokens are computed in lone steps (Offer.alone)
 
     blocks: int = 0  # size of its account in the ledger
     dispatch_end: int = 0  # predicted output tokens, by `rules.dispatch_end`
@@ -127,6 +128,12 @@ class DecodeRequest:
         mine, other = self.offer, message
         same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
         return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
+
+    def follows(self, offer: Offer) -> bool:
+        """Return whether its offer is a later one than `offer`, of the same attempt by the same sender."""
+        mine, other = self.offer, offer
+        same = (mine.src, mine.incarnation, mine.attempt) == (other.src, other.incarnation, other.attempt)
+        return same and mine.offer > other.offer
 
     def has_all_of(self, offer: Offer) -> bool:
         """Return whether all KV of the same attempt has landed, under whichever offer."""

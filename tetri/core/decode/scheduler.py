@@ -1,4 +1,4 @@
-"""The decode scheduler of a worker: offer -> reserve -> chunks land -> wait -> admit -> tokens, step by step.
+"""The decode scheduler of a worker: offer -> reserve memory, now or later -> chunks land -> wait -> admit -> tokens.
 
 It keeps a request, with its tokens, until the broker closes it: until then the broker can ask for them again.
 """
@@ -6,31 +6,33 @@ It keeps a request, with its tokens, until the broker closes it: until then the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from tetri.core.actions import Action, AddRequest, AdmitRequest, Adopted, Broken, CancelRequest, Send
 from tetri.core.decode.batch import Batch
+from tetri.core.decode.deferred import DeferredOffers
 from tetri.core.decode.kv_receive import KVReceive
 from tetri.core.decode.load_forecast import LoadForecast
 from tetri.core.decode.request import DecodeRequest, KVInflow, obstacle
-from tetri.core.decode.starvation_guard import StarvationGuard
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
 from tetri.request import LengthRange, Stage
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import End, Hold, Resend, Staged, TokenItem, Tokens
 
-Answer = Grant | Refuse | Landed
+Answer = Grant | Defer | Refuse | Landed
 FreeMemory = Callable[[str, int], list[Action]]
 
 
 class DecodeScheduler:
     """Schedules the decode phase.
 
-    requests      all that the broker has not closed, by key; at most one attempt of each request
+    deferred      offers for which there is no memory yet
+    requests      all that were granted and the broker has not closed, by key; at most one attempt of each request
     moving        those whose KV has not all landed
     unallocated   those for which the engine has no blocks yet
 
@@ -39,8 +41,7 @@ class DecodeScheduler:
     def __init__(self, own: Identity, ledger: Ledger, peers: Peers, estimator: LengthEstimator | None) -> None:
         self.own, self.ledger, self.peers, self.estimator = own, ledger, peers, estimator
         self.kv_receive = KVReceive()
-        gone_s = 3 * max(own.load_s, own.heartbeat_s)  # prefill instances repeat offers with every view and heartbeat
-        self.starvation_guard = StarvationGuard(gone_s)
+        self.deferred = DeferredOffers(own.capacity.blocks, 3 * own.renew_s)
         self.forecast = LoadForecast(own, estimator)
         self.batch = Batch(own, ledger, self.forecast)
         self.requests: dict[str, DecodeRequest] = {}
@@ -51,50 +52,95 @@ class DecodeScheduler:
     # ------------------------------------------------------------ the hand-over
 
     def offer(self, message: Offer, now: float, free_memory: FreeMemory | None) -> list[Action]:
-        """Reserve memory for a request and grant it, or refuse it. A new offer replaces an older one of the request.
-        `free_memory(rid, blocks)` returns the actions by which the prefill phase frees memory for it; empty if it
-        cannot free enough. None while the engine computes: no prompt can give up its memory then."""
-        request = self._request_of(message.rid)
-        if request is not None and request.offer.attempt > message.attempt:
+        """Reserve memory for a request and grant it. Defer it until there is memory, or refuse it if it can never be
+        served here. A later offer replaces an earlier one of the request; an earlier one that comes late, or again,
+        changes nothing. `free_memory`: see `grant_deferred`."""
+        request, deferred = self._request_of(message.rid), self.deferred.get(message.rid)
+        old = request or deferred
+        if old is not None and old.offer.attempt > message.attempt:
             return [self._answer(Refuse, message, why="a later attempt is here")]
+        if old is not None and old.follows(message):
+            return [self._answer(Refuse, message, why="a later offer is here")]
         if request is not None and (request.is_for(message) or request.has_all_of(message)):
-            if message.length is not None and message.length != request.offer.length:
-                self._correct(request, message.length)  # a LengthUpdate may have been lost
-            if not request.is_for(message):
-                request.offer = message  # the same KV under another offer number
-            return [self._answer(Grant, message)]
-        actions = self._release(request) if request else []
+            return self._offered_again(request, message)
+        if deferred is not None and deferred.is_for(message):
+            if message.length is not None and message.length != deferred.length:
+                self.forecast.update_length(deferred, message.length)
+            self.deferred.asked(deferred, now)
+            return [self._answer(Defer, message)]
+        actions = self._give_back(old) if old else []
+        fresh, why = self._incoming(message)
+        if fresh is not None and self.deferred.enter(fresh, now, self.ledger.grantable(self.batch.kept_free())):
+            self.forecast.enter(fresh)
+        elif fresh is not None:
+            why = f"offers of {self.deferred.blocks} blocks are deferred, that is enough"
+        if why is not None:
+            return [*actions, self._answer(Refuse, message, why=why)]
+        actions += self.grant_deferred(now, free_memory)
+        return [*actions, self._answer(Defer, message)] if message.rid in self.deferred else actions
+
+    def _offered_again(self, request: DecodeRequest, message: Offer) -> list[Action]:
+        if message.length is not None and message.length != request.offer.length:
+            self._correct(request, message.length)  # a LengthUpdate may have been lost
+        if not request.is_for(message):
+            request.offer = message  # the same KV under another offer number
+        return [self._answer(Grant, message)]
+
+    def _incoming(self, message: Offer) -> tuple[DecodeRequest | None, str | None]:
+        """Return the request of a new offer, or why it cannot be served here whatever memory becomes free."""
         why = obstacle(message, self.own.instance.fingerprint, self.own.capacity)
+        if why is not None:
+            return None, why
         way = self.peers.way(message.src, message.incarnation)
-        if why is None and way is None:
-            why = f"{self.own.iid} does not know this incarnation of {message.src} yet, or has no path to its KV"
+        if way is None:
+            return None, f"{self.own.iid} does not know this incarnation of {message.src} yet, or has no path to its KV"
         key = f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
         if key in self.kv_receive.fetching:
-            why = "KV that it brought before is still on its way"
-        if why is not None or way is None:
-            return [*actions, self._answer(Refuse, message, why=why)]
+            return None, "KV that it brought before is still on its way"
+        flow, alone, blocks = KVInflow(message.blocks, *way), message.alone, message.blocks
+        return DecodeRequest(key, message, flow, message.length, alone=alone, blocks=blocks), None
+
+    def grant_deferred(self, now: float, free_memory: FreeMemory | None) -> list[Action]:
+        """Grant the deferred offers for which there is memory now.
+
+        `free_memory(rid, blocks)` returns the actions by which the prefill phase frees memory for a request; empty if
+        it cannot free enough. None while the engine computes: no prompt can give up its memory then."""
+        actions: list[Action] = []
+        if not self.deferred.blocks:
+            return actions
         kept = self.batch.kept_free()
-        why = self.starvation_guard.before(message.rid, message.blocks, self.ledger, kept, now)
-        if why is None:
-            short = self.ledger.free < message.blocks + kept and not self.ledger.crowded(message.blocks)
+        for request in self.deferred.first(now):
+            short = self.ledger.free < request.blocks + kept and not self.ledger.crowded(request.blocks)
             if short and free_memory is not None:
-                actions += free_memory(message.rid, message.blocks + kept)
-            why = self.ledger.reserve(key, message.blocks, kept)
-        if why is not None:
-            self.starvation_guard.enter(message.rid, message.blocks, now)
-            return [*actions, self._answer(Refuse, message, why=why)]
-        self.starvation_guard.leave(message.rid)
-        request = DecodeRequest(key, message, KVInflow(message.blocks, *way), message.length, blocks=message.blocks)
+                actions += free_memory(request.offer.rid, request.blocks + kept)
+            if self.ledger.reserve(request.key, request.blocks, kept):
+                actions += self._grant(request)
+        return actions
+
+    def kept_blocks(self) -> int:
+        """Return how many of the free blocks no offer gets now."""
+        return max(self.ledger.free, 0) - self.ledger.grantable(self.batch.kept_free())
+
+    def _grant(self, request: DecodeRequest) -> list[Action]:
+        offer, key = request.offer, request.key
+        self.deferred.leave(offer.rid)
         self.requests[key] = self.moving[key] = self.unallocated[key] = request
-        self._keys[message.rid] = key
-        self.forecast.enter(request)
-        tokens = (*message.prompt, *message.output)
-        engine_request = EngineRequest(key, "decode", tokens, len(message.prompt), message.sampling)
-        return [*actions, AddRequest(engine_request), self._answer(Grant, message)]
+        self._keys[offer.rid] = key
+        tokens = (*offer.prompt, *offer.output)
+        engine_request = EngineRequest(key, "decode", tokens, len(offer.prompt), offer.sampling)
+        return [AddRequest(engine_request), self._answer(Grant, offer)]
+
+    def expire(self, now: float) -> list[Action]:
+        """Refuse the deferred offers that their prefill instances have not repeated for long. Those that still want
+        one offer it again."""
+        expired = self.deferred.expired(now)
+        for request in expired:
+            self._give_back(request)
+        return [self._answer(Refuse, request.offer, why="the offer was not repeated") for request in expired]
 
     def chunk(self, message: Chunk) -> list[Action]:
         """Fetch an announced chunk, once the engine has the request's blocks."""
-        request = self._request_of(message.rid)
+        request = self._request_of(message.rid) or self.deferred.get(message.rid)
         if request is None or not request.is_for(message):
             self.kv_receive.stray(message, request)
             return [self._answer(Refuse, message, why="no such offer here")]
@@ -103,7 +149,7 @@ class DecodeScheduler:
             return [self._answer(Landed, message, index=message.index)] if here else []
         why = self.kv_receive.announced(message, request)
         if why is not None:
-            return [self._answer(Refuse, message, why=why), *self._release(request)]
+            return [self._answer(Refuse, message, why=why), *self._give_back(request)]
         return [self.kv_receive.fetch(message, request)] if request.allocated and request.flow.broken is None else []
 
     def adopted(self, event: Adopted, now: float) -> list[Action]:
@@ -114,7 +160,7 @@ class DecodeScheduler:
             return []
         flow = request.flow
         if flow.broken is not None:  # the engine must keep its blocks until no fetch is pending
-            refuse = self._answer(Refuse, request.offer, why=flow.broken, corrupt=flow.corrupt)
+            refuse = self._answer(Refuse, request.offer, why=flow.broken, corrupt=flow.corrupt, unread=True)
             return [] if request.key in self.kv_receive.fetching else [refuse, *self._release(request)]
         if event.index not in flow.landed:
             return [*retries]
@@ -133,10 +179,10 @@ class DecodeScheduler:
 
     def drop(self, message: Drop) -> list[Action]:
         """Release a request whose offer is withdrawn, unless all its KV has landed."""
-        request = self._request_of(message.rid)
+        request = self._request_of(message.rid) or self.deferred.get(message.rid)
         if request is None or request.landed_as or not request.is_for(message):
             return []
-        return self._release(request)
+        return self._give_back(request)
 
     def reject(self, key: str, why: str) -> list[Action]:
         """Refuse a request that the engine can never run."""
@@ -145,8 +191,9 @@ class DecodeScheduler:
 
     def orphaned(self, src: str) -> list[Action]:
         """Release the requests whose KV was still moving from a prefill instance that has disappeared."""
-        orphans = [request for request in self.moving.values() if request.offer.src == src]
-        return [action for request in orphans for action in self._release(request)]
+        self.kv_receive.unread.pop(src, None)
+        orphans = [each for each in (*self.moving.values(), *self.deferred) if each.offer.src == src]
+        return [action for request in orphans for action in self._give_back(request)]
 
     def repeat(self, src: str) -> list[Action]:
         """Send again what a prefill instance may have missed before its connection was (re)established."""
@@ -156,16 +203,24 @@ class DecodeScheduler:
             actions += [self._answer(Landed, request.offer, index=index) for index in request.flow.landed]
         return actions
 
-    def resend_grants(self) -> list[Action]:
-        """Send the grants of moving requests again. A prefill instance that has withdrawn the offer, and whose Drop was
-        lost, answers with another Drop."""
-        return [self._answer(Grant, request.offer) for request in self.moving.values()]
+    def resend_answers(self) -> list[Action]:
+        """Send the grants of moving requests again, and the Defer of the offer that is next. A prefill instance that
+        has withdrawn the offer, and whose Drop was lost, answers with another Drop."""
+        answers: list[Action] = [self._answer(Grant, request.offer) for request in self.moving.values()]
+        answers += [self._answer(Defer, request.offer) for request in islice(self.deferred, 1)]
+        return answers
 
     def close(self, rid: str, attempt: int) -> list[Action]:
         """Forget a request up to this attempt, in any stage."""
-        self.starvation_guard.leave(rid)
-        request = self._request_of(rid)
-        return self._release(request) if request is not None and request.offer.attempt <= attempt else []
+        request = self._request_of(rid) or self.deferred.get(rid)
+        return self._give_back(request) if request is not None and request.offer.attempt <= attempt else []
+
+    def _give_back(self, request: DecodeRequest) -> list[Action]:
+        """Release a request, granted or deferred."""
+        if not self.deferred.leave(request.offer.rid):
+            return self._release(request)
+        self.forecast.leave(request)
+        return []
 
     def _release(self, request: DecodeRequest, *, in_engine: bool = True) -> list[Action]:
         del self.requests[request.key], self._keys[request.offer.rid]
@@ -187,9 +242,11 @@ class DecodeScheduler:
 
     def update_length(self, message: LengthUpdate) -> list[Action]:
         """Set a better length range that the prefill instance has sent."""
-        request = self._request_of(message.rid)
+        request, deferred = self._request_of(message.rid), self.deferred.get(message.rid)
         if request is not None and request.is_for(message):
             self._correct(request, message.length)
+        elif deferred is not None and deferred.is_for(message):
+            self.forecast.update_length(deferred, message.length)
         return []
 
     def _correct(self, request: DecodeRequest, length: LengthRange) -> None:
@@ -209,10 +266,14 @@ class DecodeScheduler:
 
     def admit(self, most: int) -> list[Action]:
         """Admit landed requests to the batch, up to `most` in all."""
-        actions: list[Action] = []
-        for request in self.batch.admit(most):
-            actions += [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
-        return actions
+        return [action for request in self.batch.admit(most) for action in self._admitted(request)]
+
+    def admit_lone(self) -> list[Action]:
+        """Admit the request that the next step computes alone, unless it is in the batch already."""
+        return [action for request in self.batch.admit_lone() for action in self._admitted(request)]
+
+    def _admitted(self, request: DecodeRequest) -> list[Action]:
+        return [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
 
     def steps(self) -> bool:
         """Return whether the engine has a token to compute or blocks to allocate."""
@@ -236,7 +297,9 @@ class DecodeScheduler:
 
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self._leave(request)
-        if self.estimator is not None and not request.offer.sampling.ignore_eos:
+        if self.estimator is not None and end.error is not None:
+            self.estimator.forget(request.offer.rid)
+        elif self.estimator is not None and not request.offer.sampling.ignore_eos:
             self.estimator.ended(request.offer.rid, request.written, end.reason)
         request.end = end
 
@@ -261,7 +324,7 @@ class DecodeScheduler:
 
     def waiting(self) -> int:
         """Return the number of requests that do not run yet."""
-        return len(self.moving) + len(self.batch.landed)
+        return len(self.deferred) + len(self.moving) + len(self.batch.landed)
 
     def _request_of(self, rid: str) -> DecodeRequest | None:
         return self.requests[self._keys[rid]] if rid in self._keys else None
@@ -287,6 +350,9 @@ class DecodeScheduler:
                 raise Broken(f"{request.key} is not where a request in {request.stage} belongs")
         if len(here) != len(self.moving) + len(batch.landed) + len(batch.running):
             raise Broken("requests that are gone are still counted")
+        self.deferred.check()
+        if any(each.offer.rid in self._keys for each in self.deferred):
+            raise Broken("a request is granted and deferred")
         self.kv_receive.check(self.moving.values())
         batch.check()
-        self.forecast.check(here)
+        self.forecast.check([*here, *self.deferred])

@@ -70,6 +70,16 @@ class Identity:
         return {"src": self.iid, "incarnation": self.incarnation, "rid": rid, "attempt": attempt, "offer": offer}
 
     @property
+    def look_s(self) -> float:
+        """Seconds after which a deferred offer moves, if another instance has reported free memory."""
+        return min(10 * self.load_s, self.renew_s)
+
+    @property
+    def renew_s(self) -> float:
+        """Seconds after which a deferred offer is repeated, so that the decode instance keeps it."""
+        return 10 * self.offer_s
+
+    @property
     def open_slots(self) -> int:
         """Slots that requests without a grant may use. The rest, as many blocks as one chunk may fill, is reserved for
         granted requests (core/prefill/kv_send.py)."""

@@ -45,15 +45,19 @@ class Ledger:
         """Return whether a reservation of `blocks` would exceed the share of reserved requests."""
         return self.reserved > 0 and self.reserved + blocks > self.reserve_limit
 
-    def reserve(self, key: str, blocks: int, kept: int = 0) -> str | None:
-        """Open an account for a request that waits for its KV, if `kept` blocks stay free. Return why not, or None."""
-        if self.crowded(blocks):
-            return f"{self.reserved} of {self.reserve_limit} blocks for waiting requests are taken"
-        if blocks + kept > self.free or not self.allocate(key, blocks):
-            return f"{blocks} blocks needed, {self.free} free" + (f", {kept} of them kept" if kept else "")
+    def grantable(self, kept: int = 0) -> int:
+        """Return the size of the largest reservation that can be made now, if `kept` blocks stay free."""
+        most = self.free - kept
+        return max(min(most, self.reserve_limit - self.reserved) if self.reserved else most, 0)
+
+    def reserve(self, key: str, blocks: int, kept: int = 0) -> bool:
+        """Open an account for a request that waits for its KV, if `kept` blocks stay free. Return whether it is
+        open."""
+        if self.crowded(blocks) or blocks + kept > self.free or not self.allocate(key, blocks):
+            return False
         self._reserved[key] = None
         self.reserved += blocks
-        return None
+        return True
 
     def run(self, key: str) -> None:
         """Turn a reservation into the account of a running request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Connect, Disconnect
@@ -19,6 +20,9 @@ class Peers:
     instances        all instances but this one, by id
     up               ids of connected instances
     epoch, number    of the newest Membership
+    listed           whether it lists this incarnation of this instance
+    behind           whether a Membership was missed: changes cannot be applied until a whole one arrives
+    read             epoch and serial of the last Membership that was read, applied or not
     seen, seen_at    epoch and number of the newest ClusterView, and when it arrived
     member_version   increases when the set of usable decode instances may have changed
     version          increases then too, and when the loads have changed
@@ -29,6 +33,9 @@ class Peers:
     up: dict[str, None] = field(default_factory=dict)
     epoch: int = 0
     number: int = -1
+    listed: bool = False
+    behind: bool = True
+    read: tuple[int, int] = (0, 0)
     seen: tuple[int, int] = (0, -1)
     seen_at: float = 0.0
     version: int = 0
@@ -55,20 +62,45 @@ class Peers:
         """Count the loads as changed without a new view, so that instances that refused are asked again."""
         self.version += 1
 
+    @property
+    def informed(self) -> bool:
+        """Whether the loads are known."""
+        return self._view is not None
+
     def loads(self) -> dict[str, InstanceLoad]:
         """Return the newest reports by instance, perhaps of an earlier incarnation."""
         return {each.iid: each for each in self._view.loads} if self._view is not None else {}
 
     def update(self, membership: Membership) -> tuple[list[Action], list[str]]:
-        """Apply a new membership; ignore an older one of the same broker. Return the connections to change, and the
-        instances that have disappeared: missing, or restarted under another incarnation."""
-        if membership.epoch == self.epoch and membership.number <= self.number:
+        """Apply a new membership; ignore an older one of the same broker, and a change of one that was missed. Return
+        the connections to change, and the instances that have disappeared: missing, or restarted under another
+        incarnation."""
+        read = membership.epoch, membership.serial
+        self.read = max(read, self.read) if read[0] == self.read[0] else read
+        same, whole = membership.epoch == self.epoch, membership.since is None
+        if same and membership.number < self.number + (whole and not self.behind):
+            return [], []
+        if not whole and not (same and membership.since == self.number):
+            self.behind = self.behind or not same or membership.number > self.number
             return [], []
         self.epoch, self.number = membership.epoch, membership.number
         self.version += 1  # instances that refused may be asked again
-        old, self.instances = self.instances, {i.iid: i for i in membership.instances if i.iid != self.own.iid}
-        if old == self.instances:
+        if not (whole or membership.instances or membership.gone):
             return [], []  # the usual case: it only shows that the broker is alive
+        return self._replace(membership)
+
+    def _replace(self, membership: Membership) -> tuple[list[Action], list[str]]:
+        whole, own = membership.since is None, self.own
+        old, listed = self.instances, {instance.iid: instance for instance in membership.instances}
+        if whole or own.iid in listed or own.iid in membership.gone:
+            self.listed = own.iid in listed and listed[own.iid].incarnation == own.incarnation
+        self.behind = self.behind and not whole
+        listed.pop(own.iid, None)
+        removed = dict.fromkeys(membership.gone)
+        kept = {} if whole else {iid: instance for iid, instance in old.items() if iid not in removed}
+        self.instances = {**kept, **listed}
+        if old == self.instances:
+            return [], []
         self.changed()
         self._decoders = {instance.iid: instance for instance in self._serving(DECODE_ROLES)}
         gone = [iid for iid, before in old.items() if not self.knows(iid, before.incarnation)]
@@ -115,9 +147,9 @@ class Peers:
         same = [other for other in others if other.fingerprint == own.fingerprint]
         return [other for other in same if pairing.path(own.reach, other.reach) is not None]
 
-    def prefills(self, tokens: int) -> bool:
-        """Return whether another instance could prefill so many tokens for this one."""
-        sizes = [instance.capacity for instance in self._serving(PREFILL_ROLES)]
+    def prefills(self, tokens: int, without: Collection[str] = ()) -> bool:
+        """Return whether another instance, not one of `without`, could prefill so many tokens for this one."""
+        sizes = [instance.capacity for instance in self._serving(PREFILL_ROLES) if instance.iid not in without]
         return any(tokens <= capacity.tokens and tokens < capacity.context for capacity in sizes)
 
     def decoders(self) -> list[Instance]:

@@ -11,19 +11,21 @@ from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.request import PrefillRequest
 from tetri.instance import Instance
+from tetri.policy.dispatch import least_deferred
 from tetri.policy.rules import DECODE_ROUTES
-from tetri.policy.views import DecodePool, Need
+from tetri.policy.views import EXCLUDED, DecodePool, Need
 from tetri.request import blocks_for
 from tetri.wire.messages import Load
 
 
 @dataclass(slots=True)
 class Reservation:
-    """Load that one offer adds to an instance, until a load report includes it. `granted_at`: infinite before that."""
+    """Load that one offer adds to an instance, until a load report includes it. `answered_at`: when it was granted or
+    deferred, infinite before that."""
 
     iid: str
     need: Need
-    granted_at: float = inf
+    answered_at: float = inf
 
 
 class LivePool:
@@ -31,7 +33,7 @@ class LivePool:
 
     `refresh` rebuilds `columns` after a new Membership or ClusterView; reservations update them in between. The paper
     does not say how loads are corrected between two broadcasts. Here, an offer counts as a reservation until a report
-    arrives that was made after its Grant: by then the decode instance had reserved the blocks itself.
+    arrives that was made after its answer: that report counts the offer as granted or deferred.
 
     `home` returns the load of this instance while it also decodes, else None. That load is never stale."""
 
@@ -40,6 +42,7 @@ class LivePool:
         self.home: Callable[[], Load | None] = lambda: None
         self.columns = DecodePool()
         self.reservations: dict[int, Reservation] = {}  # by offer number
+        self.unread: dict[str, int] = {}  # instances that report failed transfers in a row, and how many
         self._version = self._member_version = -1  # of `peers`, when the columns were built
         self._instances: list[Instance] = []
         self._column: dict[str, int] = {}  # iid -> column
@@ -58,16 +61,30 @@ class LivePool:
         """Return whether any instance is large enough for the request, whatever its load."""
         return len(self._too_small(request)) < len(self.columns.iids)
 
+    def fitting(self, request: PrefillRequest) -> list[str]:
+        """Return the instances that are large enough for the request, whatever their load."""
+        too_small = dict.fromkeys(self._too_small(request))
+        return [iid for column, iid in enumerate(self.columns.iids) if column not in too_small]
+
     def choose(self, request: PrefillRequest, need: Need, refused: Iterable[str], rng: Random) -> str | None:
         """Return the instance that the dispatch policy chooses, or None. Instances that are too small, and those in
         `refused`, are excluded."""
+        route = DECODE_ROUTES[self.own.rules.decode_route]
+        return self._chosen(request, refused, lambda: route(need, self.columns, rng))
+
+    def choose_later(self, request: PrefillRequest, refused: Iterable[str]) -> str | None:
+        """Return the instance that is expected to have memory first, when none has it now; None if all have deferred
+        as much as they may."""
+        return self._chosen(request, refused, lambda: least_deferred(self.columns))
+
+    def _chosen(self, request: PrefillRequest, refused: Iterable[str], route: Callable[[], int | None]) -> str | None:
         excluded = dict.fromkeys(self._too_small(request))
         excluded.update((self._column[iid], None) for iid in refused if iid in self._column)
         pool, free = self.columns, self.columns.free
         saved = [free[column] for column in excluded]
         for column in excluded:
-            free[column] = -1
-        chosen = DECODE_ROUTES[self.own.rules.decode_route](need, pool, rng)
+            free[column] = EXCLUDED
+        chosen = route()
         for column, blocks in zip(excluded, saved, strict=True):
             free[column] = blocks
         if chosen is None:
@@ -83,11 +100,18 @@ class LivePool:
         if iid != self.own.iid:
             self.reservations[number] = Reservation(iid, need)
 
-    def granted(self, number: int, now: float) -> None:
-        """Record when offer `number` was granted. Later reports of the instance include it."""
+    def answered(self, number: int, now: float) -> None:
+        """Record when offer `number` was granted or deferred. Later reports of the instance include it."""
         reservation = self.reservations.get(number)
         if reservation is not None:
-            reservation.granted_at = min(reservation.granted_at, now)
+            reservation.answered_at = min(reservation.answered_at, now)
+
+    def deferred(self, number: int, now: float) -> None:
+        """As `answered`. Until the next report, assume that nothing is free there beyond what is deferred."""
+        self.answered(number, now)
+        reservation = self.reservations.get(number)
+        if reservation is not None and reservation.iid in self._column:
+            self._at_most(reservation.iid, -1)
 
     def withdrawn(self, number: int) -> Reservation | None:
         """Remove the reservation of offer `number`, and return it; None if a load report includes it."""
@@ -100,9 +124,12 @@ class LivePool:
         """Remove the reservation. Until the next report, assume fewer free blocks there than the offer needed."""
         reservation = self.withdrawn(number)
         if reservation is not None and reservation.iid in self._column:
-            column, most = self._column[reservation.iid], reservation.need.blocks - 1
-            self.columns.free[column] = min(self.columns.free[column], most)
-            self.columns.spare[column] = min(self.columns.spare[column], most)
+            self._at_most(reservation.iid, reservation.need.blocks - 1)
+
+    def _at_most(self, iid: str, blocks: int) -> None:
+        column = self._column[iid]
+        self.columns.free[column] = min(self.columns.free[column], blocks)
+        self.columns.spare[column] = min(self.columns.spare[column], blocks)
 
     # ------------------------------------------------------------ the columns
 
@@ -113,6 +140,7 @@ class LivePool:
         reports = self.peers.loads()
         made_at: dict[str, float] = {}
         loads: list[Load] = []
+        self.unread = {}
         for instance in self._instances:
             report = reports.get(instance.iid)
             if report is None or report.incarnation != instance.incarnation:
@@ -120,15 +148,17 @@ class LivePool:
             else:
                 loads.append(report.load)
                 made_at[instance.iid] = self.peers.seen_at - report.age_s
+                if report.load.unread:
+                    self.unread[instance.iid] = report.load.unread
         if home is not None:
             loads.append(home)
         pool = self.columns
-        pool.free = [load.free_blocks for load in loads]
-        pool.spare = [load.free_blocks - load.growth_blocks for load in loads]
+        pool.free = [load.free_blocks - load.kept_blocks - load.deferred_blocks for load in loads]
+        pool.spare = [left - load.growth_blocks for left, load in zip(pool.free, loads, strict=True)]
         pool.heavy = [load.heavy for load in loads]
         pool.light = [load.waiting + load.running - load.heavy for load in loads]
         for number, reservation in list(self.reservations.items()):
-            if reservation.granted_at < made_at.get(reservation.iid, inf):
+            if reservation.answered_at < made_at.get(reservation.iid, inf):
                 del self.reservations[number]  # the report includes it
             else:
                 self._add_load(reservation.iid, reservation.need, 1)
@@ -143,12 +173,14 @@ class LivePool:
         self._column = {iid: column for column, iid in enumerate(iids)}
         self._smallest_blocks = min((instance.capacity.blocks for instance in self._instances), default=0)
         self._smallest_context = min((instance.capacity.context for instance in self._instances), default=0)
+        sizes = [instance.capacity.blocks for instance in self._instances]
         self.columns.iids, self.columns.last = iids, self._column.get(last, -1)
+        self.columns.most = sizes + [self.own.capacity.blocks] * decodes_here
 
     def _set_load(self, column: int, load: Load) -> None:
         pool = self.columns
-        pool.free[column] = load.free_blocks
-        pool.spare[column] = load.free_blocks - load.growth_blocks
+        pool.free[column] = load.free_blocks - load.kept_blocks - load.deferred_blocks
+        pool.spare[column] = pool.free[column] - load.growth_blocks
         pool.heavy[column] = load.heavy
         pool.light[column] = load.waiting + load.running - load.heavy
 

@@ -1,10 +1,10 @@
 """The dispatcher of a prefill instance: offers a request to a decode instance, announces its KV chunks, and offers
-it to another instance when the first one refuses or disappears."""
+it to another instance when the first one refuses or disappears, or when another has memory and the first has not."""
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from random import Random
 from typing import Any
@@ -13,10 +13,12 @@ from tetri.core.actions import Action, Broken, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
+from tetri.core.prefill.readers import Readers
 from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.core.timers import Timers
+from tetri.policy.views import Need
 from tetri.request import LengthRange
-from tetri.wire.handover import BetweenWorkers, Chunk, Drop, Grant, LengthUpdate, Offer
+from tetri.wire.handover import BetweenWorkers, Chunk, Defer, Drop, Grant, LengthUpdate, Offer
 
 
 class Dispatcher:
@@ -28,8 +30,11 @@ class Dispatcher:
     ) -> None:
         self.own, self.requests, self.timers, self.rng = own, requests, timers, rng
         self.pool = LivePool(own, peers)
+        self.readers = Readers(own, self.pool, peers, rng)
+        self.breaker = self.readers.breaker
         self.peers = peers
         self.offers: dict[int, str] = {}  # open offer -> request key
+        self.deferred: dict[int, None] = {}  # those of them that wait for memory
         self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every connected decode instance
         self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; may contain requests that are placed or gone
         self._targets: dict[str, dict[int, None]] = {}  # instance -> open offers
@@ -57,13 +62,13 @@ class Dispatcher:
         return [Send(request.flow.target, LengthUpdate(**self.address(request), length=length))]
 
     def stalled(self) -> bool:
-        """Return whether the first unplaced request, and all behind it, wait for a decode instance."""
+        """Return whether a started request waits for memory of a decode instance."""
         first = self._first_unplaced()
-        return first is not None and first.predicted
+        return bool(self.deferred) or (first is not None and first.predicted)
 
     def waiting(self) -> bool:
-        """Return whether a started request is on offer to no instance, for whatever reason."""
-        return self._first_unplaced() is not None
+        """Return whether no decode instance has memory for a started request, for whatever reason."""
+        return bool(self.deferred) or self._first_unplaced() is not None
 
     def _first_unplaced(self) -> PrefillRequest | None:
         """Return the first unplaced request, and drop the entries before it: their requests are placed or gone."""
@@ -82,11 +87,13 @@ class Dispatcher:
 
     def dispatch(self, now: float) -> list[Action]:
         """Offer the unplaced requests to decode instances in the order in which they started, up to the first for
-        which the policy finds no instance. No request overtakes another, otherwise a large one might never find memory.
-        So all wait for a request whose length is being predicted, `length_wait_s` at most."""
+        which there is no instance. No request overtakes another, otherwise a large one might never find memory. So all
+        wait for a request whose length is being predicted, `length_wait_s` at most."""
         if not self._unplaced and not self.unplaceable:
             return []
         self.pool.refresh()
+        if self.pool.unread or self.breaker.failing:
+            self.breaker.warn(self.pool.unread, now)
         self._recheck_unplaceable()
         actions: list[Action] = []
         while (request := self._first_unplaced()) is not None:
@@ -135,17 +142,36 @@ class Dispatcher:
         return found
 
     def _place(self, request: PrefillRequest, now: float, actions: list[Action]) -> bool:
-        need = request.need(self.own.rules, self.own.capacity.block_tokens)
-        target = self.pool.choose(request, need, self._refused.get(request.key, ()), self.rng)
+        """Offer a request to the instance that the policy chooses. If none has memory for it now, offer it where the
+        least is wanted beyond what is free. Return whether there is an instance."""
+        if request.wanted_at is None:
+            request.wanted_at = now
+        need, excluded = self._need(request), self._excluded(request, now)
+        target = self.pool.choose(request, need, [*excluded, *request.lost], self.rng) if request.lost else None
         if target is None:
-            return False
+            target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, excluded)
+        if target is not None:
+            actions += self._offer_to(target, request, need, now)
+        return target is not None
+
+    def _need(self, request: PrefillRequest) -> Need:
+        return request.need(self.own.rules, self.own.capacity.block_tokens)
+
+    def _excluded(self, request: PrefillRequest, now: float) -> list[str]:
+        excluded = [*self._refused.get(request.key, ())]
+        if self.breaker.failing or request.avoid or request.flow.unread:
+            excluded += self.readers.excluded(request, now)
+        return excluded
+
+    def _offer_to(self, target: str, request: PrefillRequest, need: Need, now: float) -> list[Action]:
         self._number += 1
         request.flow.aim(self._number, target)
+        if target in self.breaker.failing:
+            self.breaker.probe(target, self._number)
         self.pool.reserve(self._number, target, need)
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
-        actions += self.repeat(request, now)
-        return True
+        return self.repeat(request, now)
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:
         """Return the request that `answer` is about, or None when its offer is closed. An offer of this instance's
@@ -156,11 +182,48 @@ class Dispatcher:
         known = (request.rid, request.attempt, request.flow.target)
         return request if known == (answer.rid, answer.attempt, answer.src) else None
 
-    def granted(self, request: PrefillRequest, now: float) -> None:
-        """Record that the decode instance has reserved memory for the request."""
+    def granted(self, request: PrefillRequest, now: float) -> list[Action]:
+        """Record that the decode instance has reserved memory for the request. Announce the chunks that it was not told
+        of."""
         assert request.flow.offer is not None
+        if request.flow.granted:
+            return []
+        self._end_deferral(request)
+        self.timers.set(request.key, now + self.own.offer_s)
         request.flow.grant()
-        self.pool.granted(request.flow.offer, now)
+        self.pool.answered(request.flow.offer, now)
+        return self.announce(request, request.flow.unannounced())
+
+    def defer(self, request: PrefillRequest, now: float) -> None:
+        """Record that the decode instance has no memory now, and keeps the offer. A grant may have overtaken this."""
+        flow = request.flow
+        assert flow.offer is not None
+        if flow.granted or flow.deferred:
+            return
+        flow.deferred, self.deferred[flow.offer] = True, None
+        self.pool.deferred(flow.offer, now)
+        self.timers.set(request.key, now + self.own.look_s)
+
+    def _end_deferral(self, request: PrefillRequest) -> None:
+        assert request.flow.offer is not None
+        request.flow.deferred = False
+        self.deferred.pop(request.flow.offer, None)
+
+    def due(self, request: PrefillRequest, now: float) -> list[Action]:
+        """Handle the timer of a request on offer."""
+        return self._renew(request, now) if request.flow.deferred else self.repeat(request, now)
+
+    def _renew(self, request: PrefillRequest, now: float) -> list[Action]:
+        """Make a deferred offer to another instance if one has reported memory. Otherwise repeat it every `renew_s`, so
+        that the decode instance keeps it."""
+        self.pool.refresh()
+        others = [request.flow.target, *self._excluded(request, now)]
+        if self.peers.informed:
+            better = self.pool.choose(request, self._need(request), others, self.rng)
+            if better is not None:
+                return [*self.withdraw(request, f"{better} has memory"), *self.dispatch(now)]
+        self.timers.set(request.key, now + self.own.look_s)
+        return [self._offer(request, now)] if now - request.asked_at >= self.own.renew_s else []
 
     def repeat(self, request: PrefillRequest, now: float) -> list[Action]:
         """Send the offer and the chunks that the decode instance has not answered; it answers duplicates again.
@@ -168,15 +231,16 @@ class Dispatcher:
         After the hand-over, announce all chunks again until the broker closes the request. This checks that the decode
         instance still has the KV: one that has lost it finds stale handles, and refuses."""
         self.timers.set(request.key, now + self.own.offer_s)
-        offer = [] if request.flow.granted else [self._offer(request)]
-        in_flight = request.flow.sent if request.flow.complete else request.flow.in_flight.values()
-        return [*offer, *(action for kv_chunk in in_flight for action in self.announce(request, kv_chunk))]
+        flow, offer = request.flow, list[Action]()
+        if not flow.granted:
+            offer = [self._offer(request, now)]
+        announced = flow.sent[: flow.announced]
+        again = flow.sent if flow.complete else [chunk for chunk in announced if chunk.index in flow.in_flight]
+        return [*offer, *self.announce(request, again), *self.announce(request, flow.unannounced())]
 
-    def announce(self, request: PrefillRequest, kv_chunk: KVChunk) -> list[Action]:
-        """Send a Chunk message to the decode instance that the request is on offer to, if there is one."""
-        if request.flow.offer is None:
-            return []
-        return [Send(request.flow.target, Chunk(**self.address(request), **kv_chunk.fields()))]
+    def announce(self, request: PrefillRequest, chunks: Iterable[KVChunk]) -> list[Action]:
+        """Send Chunk messages to the decode instance that the request is on offer to."""
+        return [Send(request.flow.target, Chunk(**self.address(request), **chunk.fields())) for chunk in chunks]
 
     def refused(self, request: PrefillRequest, why: str) -> None:
         """Close a refused offer and queue the request again. Ask that instance again only after a new view."""
@@ -184,11 +248,33 @@ class Dispatcher:
         self._refused.setdefault(request.key, {})[request.flow.target] = why
         self.pool.refused(request.flow.offer)
         self._clear(request)
+        self._queue_again(request)
+
+    def reconnected(self, iid: str, now: float) -> list[Action]:
+        """Repeat what may have been lost before the connection to an instance was (re)established."""
+        actions: list[Action] = []
+        for request in self.aimed_at(iid):
+            self._end_deferral(request)
+            actions += self.repeat(request, now)
+        return actions
+
+    def unread(self, request: PrefillRequest) -> None:
+        """Close an offer whose KV could not be read and queue the request again. The breaker says whom to ask next."""
+        assert request.flow.offer is not None
+        self.pool.withdrawn(request.flow.offer)
+        self._clear(request)
+        self._queue_again(request)
 
     def withdraw(self, request: PrefillRequest, why: str) -> list[Action]:
         """Close the offer. Send a Drop unless the decode instance has all KV: then it keeps the request."""
         if request.flow.offer is None:
             return []
+        actions = self._close_offer(request, why)
+        self._queue_again(request)
+        return actions
+
+    def _close_offer(self, request: PrefillRequest, why: str) -> list[Action]:
+        assert request.flow.offer is not None
         drop = [] if request.flow.complete else [Send(request.flow.target, Drop(**self.address(request), why=why))]
         if drop:
             self.pool.withdrawn(request.flow.offer)
@@ -202,10 +288,10 @@ class Dispatcher:
         self.timers.clear(request.key)
         return self.withdraw(request, why)
 
-    def renounce(self, grant: Grant) -> Action:
-        """Return a Drop for a grant whose offer is closed, so that the decode instance frees its memory."""
-        address = self.own.address(grant.rid, grant.attempt, grant.offer)
-        return Send(grant.src, Drop(**address, why="the offer is closed"))
+    def renounce(self, answer: Grant | Defer) -> Action:
+        """Return a Drop for an answer whose offer is closed, so that the decode instance frees its memory."""
+        address = self.own.address(answer.rid, answer.attempt, answer.offer)
+        return Send(answer.src, Drop(**address, why="the offer is closed"))
 
     def aimed_at(self, iid: str) -> list[PrefillRequest]:
         """Return the requests on offer to an instance, also those handed over: the broker may not know that yet."""
@@ -218,14 +304,21 @@ class Dispatcher:
         number, target = request.flow.offer, request.flow.target
         assert number is not None
         del self.offers[number], self._targets[target][number]
+        if target in self.breaker.failing:
+            self.breaker.ended(target, number)
         if not self._targets[target]:
             del self._targets[target]
         self.timers.clear(request.key)
+        self._end_deferral(request)
         request.flow.clear_aim()
+
+    def _queue_again(self, request: PrefillRequest) -> None:
         if request.key in self.requests and request.unplaced:
             self._add_unplaced(request)
 
-    def _offer(self, request: PrefillRequest) -> Send:
+    def _offer(self, request: PrefillRequest, now: float) -> Send:
+        assert request.wanted_at is not None
+        request.asked_at = now
         offer = Offer(
             **self.address(request),
             fingerprint=self.own.instance.fingerprint,
@@ -234,6 +327,8 @@ class Dispatcher:
             sampling=request.sampling,
             blocks=request.flow.blocks,
             length=request.length,
+            waited_s=now - request.wanted_at,
+            alone=request.alone,
         )
         return Send(request.flow.target, offer)
 
@@ -258,6 +353,9 @@ class Dispatcher:
             counted.setdefault(self.requests[key].flow.target, []).append(number)
         if targets != counted:
             raise Broken(f"offers by instance are {targets}, counted {counted}")
+        deferred = {number for number, key in self.offers.items() if self.requests[key].flow.deferred}
+        if deferred != {*self.deferred}:
+            raise Broken(f"deferred offers are {deferred}, counted {list(self.deferred)}")
         reservations = self.pool.reservations
-        if any(each.granted_at == inf and number not in self.offers for number, each in reservations.items()):
+        if any(each.answered_at == inf and number not in self.offers for number, each in reservations.items()):
             raise Broken(f"claims of offers that are no more: {list(reservations)}")

@@ -57,11 +57,12 @@ class KVSend:
         return Spare(self.own.slots - self.used, self.own.open_slots - kept)
 
     def slot_deadlock(self) -> PrefillRequest | None:
-        """Return the youngest unplaced request whose grant was lost, unless a granted request will return slots."""
+        """Return the youngest request that has lost its grant and has no other; None if a granted one will return
+        slots."""
         keeping = self.keeping.values()
         if any(request.granted for request in keeping):
             return None
-        grant_lost = [request for request in keeping if request.flow.grant_lost and request.unplaced]
+        grant_lost = [request for request in keeping if request.flow.grant_lost and request.lacks_memory]
         return max(grant_lost, key=lambda request: request.turn, default=None)
 
     def export(self, request: PrefillRequest) -> list[Action]:
@@ -85,7 +86,7 @@ class KVSend:
         token = request.token if event.stop == request.flow.blocks else None
         chunk = KVChunk(event.index, event.start, event.stop, event.handle, event.digest, token)
         request.flow.put(chunk)
-        return self.dispatcher.announce(request, chunk)
+        return self.dispatcher.announce(request, request.flow.unannounced())
 
     def landed(self, request: PrefillRequest, index: int) -> list[Action]:
         """Free the slots of a chunk that the decode instance has copied."""

@@ -93,7 +93,7 @@ class LengthWait:
     def due(self, request: PrefillRequest, now: float) -> list[Action]:
         """Handle the request's timer: offer it without a prediction, or repeat its offer."""
         if request.predicted:
-            return self.dispatcher.repeat(request, now)
+            return self.dispatcher.due(request, now)
         self._settle_late(request)
         return self.dispatcher.dispatch(now)
 

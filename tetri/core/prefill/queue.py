@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 
 from tetri.core.actions import Broken
 from tetri.core.instance.identity import Identity
@@ -121,9 +121,9 @@ class Queue:
         """Raise Broken when the queue and its sums disagree with the requests."""
         queued = [*self.raw, *self.line]
         for key in queued:
-            if requests[key].token is not None:
+            if requests[key].computed:
                 raise Broken(f"{key} has its token and is still queued")
-        if {key for key, request in requests.items() if request.token is None} != {*queued}:
+        if {key for key, request in requests.items() if not request.computed} != {*queued}:
             raise Broken("not all requests without a token are queued")
         left = [requests[key].goal - requests[key].done for key in queued]
         line = sum(left[len(self.raw) :])
@@ -160,6 +160,26 @@ def candidates(queue: Queue, requests: Requests, budget: int, free: int, most: i
         prompts.append(_progress(request))
         budget -= request.goal - request.done
     return prompts
+
+
+def groups(
+    prompts: list[Progress], requests: Requests, started: Requests
+) -> Iterator[tuple[list[Progress], Requests]]:
+    """Yield prompts that may share a chunk, each group with the started requests that may overtake in it; the first
+    group that fills a chunk is to be used. A request that must be alone has its turn in the order of the prompts. When
+    a request waits for slots, granted ones overtake it (`fill`): those that can share a chunk, then lone ones."""
+    if not any(requests[prompt.key].alone for prompt in prompts):
+        yield prompts, started
+        return
+    shared = {key: request for key, request in started.items() if not request.alone}
+    if requests[prompts[0].key].alone:
+        yield prompts[:1], {}
+        yield [_progress(request) for request in shared.values() if request.granted], shared
+    else:
+        yield list(takewhile(lambda prompt: not requests[prompt.key].alone, prompts)), shared
+    for request in started.values():
+        if request.alone and request.granted:
+            yield [_progress(request)], {}
 
 
 def _progress(request: PrefillRequest) -> Progress:

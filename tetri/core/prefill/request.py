@@ -1,8 +1,8 @@
 """A request in its prefill phase, and its KV on the way to a decode instance.
 
-offered -> granted -> every chunk announced and landed. The prefill instance announces chunks without waiting for the
-Grant, and keeps each chunk until its Landed. After a Refuse it offers the same slots to another instance, unless a
-chunk has landed already.
+offered -> deferred, while the decode instance has no memory -> granted -> every chunk announced and landed. The prefill
+instance announces chunks without waiting for the Grant, and keeps each chunk until its Landed. After a Refuse it offers
+the same slots to another instance, unless a chunk has landed already.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class KVOutflow:
     offer: int | None = None
     target: str = ""
     granted: bool = False
+    deferred: bool = False  # the decode instance has no memory yet, and grants the offer later
+    moved: bool = False  # an earlier offer came to nothing
+    announced: int = 0  # how many of `sent` were announced under the open offer
     grant_lost: bool = False  # an earlier grant came to nothing
     in_flight: dict[int, KVChunk] = field(default_factory=dict)  # exported and not landed, by index
     landed: int = 0  # blocks that have landed; their slots here are freed
@@ -45,6 +48,7 @@ class KVOutflow:
     chunks: int = 0  # chunks exported; the index of the next one
     awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # pending exports: index -> [start, stop)
     sent: list[KVChunk] = field(default_factory=list)  # all exported chunks, landed ones included
+    unread: dict[str, None] = field(default_factory=dict)  # decode instances that could not read its KV
 
     @property
     def complete(self) -> bool:
@@ -55,6 +59,16 @@ class KVOutflow:
     def kept(self) -> int:
         """Blocks in the sender's slab, pending exports included."""
         return self.exported - self.landed
+
+    def unannounced(self) -> list[KVChunk]:
+        """Return the chunks to announce now, and count them as announced. The decode instance is told of chunks once it
+        has granted the offer, and at first without waiting for its answer: an offer that was deferred or refused may
+        move on."""
+        if self.offer is None or not self.granted and (self.moved or self.deferred):
+            return []
+        chunks = self.sent[self.announced :]
+        self.announced = len(self.sent)
+        return chunks
 
     @property
     def movable(self) -> bool:
@@ -77,16 +91,16 @@ class KVOutflow:
 
     def grant(self) -> None:
         """Record that the decode instance has reserved memory for the prompt."""
-        self.granted, self.grant_lost = True, False
+        self.granted, self.deferred, self.grant_lost = True, False, False
 
     def aim(self, offer: int, target: str) -> None:
         """Set the open offer and its decode instance."""
-        self.offer, self.target, self.granted = offer, target, False
+        self.offer, self.target, self.granted, self.deferred, self.announced = offer, target, False, False, 0
 
     def clear_aim(self) -> None:
         """Forget the open offer; a grant that it had is lost."""
-        self.grant_lost = self.grant_lost or self.granted
-        self.offer, self.target, self.granted = None, "", False
+        self.grant_lost, self.moved = self.grant_lost or self.granted, True
+        self.offer, self.target, self.granted, self.deferred = None, "", False, False
 
     def drain(self) -> list[Handle]:
         """Give up all chunks, and return the handles to free."""
@@ -114,12 +128,22 @@ class PrefillRequest:
     answered: bool = True  # False from `Predict` until `LengthKnown`
     estimated: bool = False  # `length` is the estimate of its own hidden state, the best there is
     done: int = 0  # tokens computed
+    wanted_at: float | None = None  # when a decode instance was first looked for
+    asked_at: float = 0.0  # when its offer was last sent
     turn: int = 0  # place in the order of starts; 0: not started
     running: bool = False  # its engine request is in the engine
     held: bool = False  # the engine keeps it out of the steps (HoldRequest)
     token: int | None = None  # the first output token, once computed
-    end: End | None = None  # set when that token ended the request
+    end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
+    alone: bool = False  # it is computed in lone steps only (Assign.alone)
+    lost: tuple[str, ...] = ()  # decode instances that were lost with it: they get it only if no other has memory
+    avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
+
+    @property
+    def computed(self) -> bool:
+        """Whether the engine has computed all of the prompt."""
+        return self.token is not None or self.end is not None
 
     @property
     def decodes(self) -> bool:
@@ -132,9 +156,21 @@ class PrefillRequest:
         return bool(self.turn) and self.flow.offer is None and self.decodes and not self.flow.complete
 
     @property
+    def lacks_memory(self) -> bool:
+        """Whether it has started and no decode instance has memory for it: its offer is deferred, or there is none."""
+        return self.unplaced or self.flow.deferred
+
+    @property
     def granted(self) -> bool:
         """Whether the decode instance of its open offer has reserved memory for it."""
         return self.flow.offer is not None and self.flow.granted
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether the decode instance of its open offer may have begun to decode it: all KV was announced. Its last
+        messages, the Grant included, may be lost."""
+        flow = self.flow
+        return self.token is not None and flow.exported == flow.blocks and flow.announced == flow.chunks
 
     def fits(self, capacity: Capacity) -> bool:
         """Return whether an engine can hold the whole request, its longest possible output included."""
@@ -159,7 +195,7 @@ class PrefillRequest:
     @property
     def stage(self) -> Stage:
         """The stage that a heartbeat reports."""
-        if self.token is not None:
+        if self.computed:
             return Stage.DONE if self.end else Stage.MOVING
         return Stage.PREFILL if self.running else Stage.QUEUED
 

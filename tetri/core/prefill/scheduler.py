@@ -15,13 +15,15 @@ from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.kv_send import KVSend
 from tetri.core.prefill.length_wait import LengthWait
-from tetri.core.prefill.queue import Queue, candidates, fill, ran
+from tetri.core.prefill.queue import Queue, candidates, fill, groups, ran
 from tetri.core.prefill.request import KVOutflow, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
 from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, TokenItem, Tokens
+
+MOST_FAILED = 1024  # attempts that were given up here and are still known
 
 
 class PrefillScheduler:
@@ -44,6 +46,7 @@ class PrefillScheduler:
         self.expected: list[Span] = []
         self._budget = 0  # tokens of the planned step that prefill may use
         self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its attempts here
+        self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
 
     @property
@@ -54,10 +57,13 @@ class PrefillScheduler:
     # ------------------------------------------------------------ messages
 
     def assign(self, message: Assign, now: float) -> list[Action]:
-        """Queue a request, and forget its earlier attempts. Report Failed when it can never fit."""
+        """Queue a request, and forget its earlier attempts. Report Failed when it can never fit, and again when this
+        attempt was given up here: another prefill could write another first token, which the broker may have."""
         key = f"p:{message.rid}:{message.attempt}"
         if key in self.requests:
             return []  # a resent Assign
+        if key in self._failed:
+            return [self._failed[key]]
         actions = self.close(message.rid, message.attempt - 1)
         own, prompt, output = self.own, tuple(message.prompt), tuple(message.output)
         tokens = len(prompt) + len(output)
@@ -70,7 +76,10 @@ class PrefillScheduler:
         due = None if message.deadline_s is None else now + message.deadline_s
         queued, flow = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), KVOutflow(blocks)
         request = self.requests[key] = PrefillRequest(
-            key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s
+            *(key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s),
+            alone=message.alone,
+            lost=tuple(message.lost),
+            avoid=tuple(message.avoid),
         )
         self._attempts.setdefault(request.rid, {})[key] = None
         self.queue.enter(request)
@@ -116,9 +125,22 @@ class PrefillScheduler:
         return [action for request in fresh for action in self._start(request, now)]
 
     def _choose(self, prompts: list[Progress]) -> None:
-        started, slots = self.queue.started, self.kv_send.spare()
-        self.expected = fill(self.own, self._budget, prompts, self.requests, started, slots)
+        slots, self.expected = self.kv_send.spare(), []
+        for group, started in groups(prompts, self.requests, self.queue.started):
+            if not self.expected:
+                self.expected = fill(self.own, self._budget, group, self.requests, started, slots)
         self.queue.short = bool(prompts) and not self.expected
+
+    def lone(self) -> PrefillRequest | None:
+        """Return the request that the planned chunk computes alone because it must be alone, or None."""
+        first = self.requests[self.expected[0].key] if self.expected else None
+        return first if first is not None and first.alone else None
+
+    def plan_alone(self, request: PrefillRequest | None) -> None:
+        """Plan a chunk of this started request alone, as large as possible, or no chunk. It is none, too, if slots are
+        short."""
+        self._budget = self.own.capacity.chunk_tokens
+        self._choose([] if request is None else [Progress(request.key, request.done, request.goal)])
 
     def _start(self, request: PrefillRequest, now: float) -> list[Action]:
         if not self.ledger.allocate(request.key, request.flow.blocks):
@@ -197,9 +219,9 @@ class PrefillScheduler:
             if request.done != request.goal or request.token is not None:
                 raise Broken(f"a token for {request.key} at {request.done} of {request.goal}")
             reason = sampled.reason or (None if request.decodes else "length")
-            end = End(reason=reason, receipt=request.receipt(self.own.iid)) if reason else None
+            end = self._ended(request, reason, sampled.error) if reason else None
             items.append(TokenItem(request.rid, request.attempt, len(request.output), list(sampled.ids), end))
-            request.token = sampled.token
+            request.token = None if sampled.error else sampled.token
             self._stop(request)
             self.queue.leave(request)
             after += self._end(request, end) if end else [self._stage(request, Stage.MOVING)]
@@ -210,6 +232,9 @@ class PrefillScheduler:
         self.queue.stop(request)
         self.ledger.close(request.key)
 
+    def _ended(self, request: PrefillRequest, reason: str, error: str | None) -> End:
+        return End(reason=reason, receipt=request.receipt(self.own.iid), error=error)
+
     def _end(self, request: PrefillRequest, end: End) -> list[Action]:
         """End a request with its first token: no more KV is sent."""
         request.end = end
@@ -217,10 +242,21 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ giving up
 
-    def give_up(self, request: PrefillRequest, why: str, *, retry: bool = True) -> list[Action]:
-        """Forget a request that cannot go on here, and report Failed. `retry`: another attempt may succeed."""
-        failed = self.own.report(Failed, rid=request.rid, attempt=request.attempt, why=why, retry=retry)
+    def give_up(
+        self, request: PrefillRequest, why: str, *, retry: bool = True, avoid: Sequence[str] = (), lost: str = ""
+    ) -> list[Action]:
+        """Forget a request that cannot go on here, and report Failed. `retry`, `avoid` and `lost` as there."""
+        rid, attempt, avoided = request.rid, request.attempt, list(avoid)
+        failed = self.own.report(Failed, rid=rid, attempt=attempt, why=why, retry=retry, avoid=avoided, lost=lost)
+        self._failed[request.key] = failed
+        if len(self._failed) > MOST_FAILED:
+            del self._failed[next(iter(self._failed))]
         return [*self._forget(request, why), failed]
+
+    def lost_with(self, request: PrefillRequest, iid: str) -> list[Action]:
+        """Report that a decode instance was lost that may have decoded the request, which goes on elsewhere."""
+        rid, attempt, request.lost = request.rid, request.attempt, (*request.lost, iid)
+        return [self.own.report(Staged, rid=rid, attempt=attempt, stage=Stage.MOVING, lost=iid)]
 
     def slot_deadlock(self) -> PrefillRequest | None:
         """Return the request to give up because a granted one waits for its slots; None without a deadlock."""
@@ -232,7 +268,7 @@ class PrefillScheduler:
         del self.requests[request.key], self._attempts[request.rid][request.key]
         if not self._attempts[request.rid]:
             del self._attempts[request.rid]
-        if request.token is None:
+        if not request.computed:
             self.queue.leave(request)
         cancel: list[Action] = [CancelRequest(request.key)] if request.running else []
         if request.running:

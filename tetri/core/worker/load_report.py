@@ -6,7 +6,9 @@ from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.request import DECODE_ROLES
-from tetri.wire.messages import Heartbeat, Load, LoadReport, Ready
+from tetri.wire.messages import Heartbeat, Hold, Load, LoadReport, Ready
+
+LISTED = 1000  # most requests that a heartbeat lists, on average
 
 
 class LoadReporter:
@@ -18,6 +20,7 @@ class LoadReporter:
         self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
         self._busy_s, self._since = 0.0, now
+        self._unlisted = 0  # heartbeats since the last list
 
     def worked(self, seconds: float) -> None:
         """Add time in which the engine computed."""
@@ -35,6 +38,7 @@ class LoadReporter:
             decode_s=self.decode.forecast.decode_s(),
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
+            unread=self.decode.kv_receive.failing,
         )
 
     def home(self) -> Load | None:
@@ -46,7 +50,15 @@ class LoadReporter:
         forecast, blocked = self.decode.forecast, self.prefill.queue.blocked()
         free = self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
         waiting, running, growth = self.decode.waiting(), len(self.decode.batch.running), forecast.growth
-        return Load(free_blocks=free, waiting=waiting, running=running, heavy=forecast.heavy, growth_blocks=growth)
+        return Load(
+            free_blocks=free,
+            waiting=waiting,
+            running=running,
+            heavy=forecast.heavy,
+            growth_blocks=growth,
+            kept_blocks=self.decode.kept_blocks(),
+            deferred_blocks=self.decode.deferred.blocks,
+        )
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""
@@ -61,15 +73,28 @@ class LoadReporter:
         return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
 
     def heartbeat(self) -> Send:
-        """The heartbeat for the broker: role, load, all requests held, KV counters, predictor status."""
-        estimator = self.decode.estimator
+        """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status."""
+        estimator, readers = self.decode.estimator, self.prefill.dispatcher.readers
+        epoch, read = self.decode.peers.read
         return self.own.report(
             Heartbeat,
             role=self.role,
             load=self.load(),
-            holds=[*self.prefill.holds(), *self.decode.holds()],
+            holds=self._holds(),
+            epoch=epoch,
+            read=read,
             flip=self.flip,
-            counters=dict(self.decode.kv_receive.counters),
+            counters={**self.decode.kv_receive.counters, **readers.counters},
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
+            unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},
         )
+
+    def _holds(self) -> list[Hold] | None:
+        """All requests held, or None to leave them out this time. A worker with a long queue lists it less often:
+        otherwise the lists would cost more a request, the more requests wait."""
+        self._unlisted += 1
+        if len(self.prefill.requests) + len(self.decode.requests) > LISTED * self._unlisted:
+            return None
+        self._unlisted = 0
+        return [*self.prefill.holds(), *self.decode.holds()]

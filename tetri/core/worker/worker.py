@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from random import Random
 
 from tetri.core.actions import (
@@ -25,11 +26,12 @@ from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
 from tetri.core.worker.load_report import LoadReporter
+from tetri.core.worker.lone_steps import LoneSteps
 from tetri.engine_request import StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.handover import Chunk, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
-from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Resend
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Proceed, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
 MOST_UNKNOWN = 256  # most messages kept from senders that no Membership has listed yet
@@ -50,6 +52,7 @@ class Worker:
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator)
         self.dispatcher = self.prefill.dispatcher
         self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator)
+        self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
         self.reporter = LoadReporter(self.prefill, self.decode, now)
@@ -87,10 +90,12 @@ class Worker:
                 return self.decode.offer(event, now, None if self.stepping else self.prefill.free_memory)
             case LengthUpdate():
                 return self.decode.update_length(event)
-            case Grant() | Refuse() | Landed():
+            case Grant() | Defer() | Refuse() | Landed():
                 return self._answered(event, now)
             case Assign():
                 return self.prefill.assign(event, now)
+            case Proceed():
+                return self.lone_steps.proceed(event)
             case Close():
                 return self._closed(event)
             case ClusterView():
@@ -112,8 +117,6 @@ class Worker:
                 return self._flip(event, now)
             case PeerUp():
                 return [self._register(now)] if event.peer == BROKER else self._up(event.peer, now)
-            case PeerDown() if event.peer == BROKER:
-                return []  # keep working; PeerUp registers this worker again
             case PeerDown():
                 return self._down(event.peer, now)
         raise Broken(f"a worker does not handle {event}")
@@ -154,17 +157,18 @@ class Worker:
 
     def _deliver_own(self, actions: list[Action], now: float) -> list[Action]:
         """Deliver messages addressed to this instance directly instead of over a socket; while a step is running,
-        queue them."""
-        me = self.own.iid
-        for place, action in enumerate(actions):
-            if isinstance(action, Send) and action.peer == me:
-                if self.stepping:
-                    self._queued_own.append(action)
-                    return actions[:place] + self._deliver_own(actions[place + 1 :], now)
-                # A worker sends itself only messages between workers, which are WorkerInput.
-                handled = [*actions[:place], *self.handle(action.message, now)]  # type: ignore[arg-type]
-                return handled + self._deliver_own(actions[place + 1 :], now)
-        return actions  # the usual case: no message to this instance
+        queue them. What a message causes comes after all actions of what was handled before it: these may free or
+        replace what that added. A loop, because thousands may come at once."""
+        left, others = deque(actions), list[Action]()
+        while left:
+            action = left.popleft()
+            if not isinstance(action, Send) or action.peer != self.own.iid:
+                others.append(action)
+            elif self.stepping:
+                self._queued_own.append(action)
+            else:  # a worker sends itself only messages between workers, which are WorkerInput
+                left.extend(self._handle(action.message, now))  # type: ignore[arg-type]
+        return others
 
     # ------------------------------------------------------------ the engine
 
@@ -174,19 +178,29 @@ class Worker:
         if not len(self.prefill.queue) and not self.decode.forecast.requests:
             self.idle = True
             return []
+        self._fewer, lone_steps = False, self.lone_steps
+        if lone_steps.waits or lone_steps.next is not None:
+            actions = lone_steps.begin()
+            if lone_steps.running is not None or lone_steps.waits:
+                return self._start_step(actions, 1, now) if lone_steps.running is not None else self._wait(actions)
         budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
-        batch, prefill, self._fewer = self.decode.batch, self.prefill, False
+        batch, prefill = self.decode.batch, self.prefill
         admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
         decodes = len(batch.running) - len(batch.preempted)
-        actions = admitted
-        if len(prefill.queue):
-            actions = admitted + self._deliver_own(prefill.plan(budget - decodes, now), now)
+        actions = admitted + self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
+        if len(prefill.queue) and batch.lone is None:
+            actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
+        lone = batch.lone or prefill.lone()
+        if lone is not None:
+            return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
+            if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
+                actions += self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
             if not self.decode.steps():
                 self.idle = True
                 return actions
             blocked = prefill.queue.blocked()
-            if batch.stuck() and not admitted and blocked is not None and blocked.flow.offer is None:
+            if batch.stuck() and not admitted and blocked is not None and blocked.lacks_memory:
                 actions += self._deliver_own(prefill.retreat(blocked, "its memory went to decodes"), now)
         if len(batch.running) - len(batch.preempted) < decodes:  # an own offer replaced an older attempt in the batch
             self._fewer = True
@@ -194,8 +208,16 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
+        return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
+
+    def _start_step(self, actions: list[Action], most: int, now: float) -> list[Action]:
         self.stepping, self._step_at = True, now
-        return [*actions, Step(1 if prefill.expected else batch.most(timer - now))]
+        return [*actions, Step(most)]
+
+    def _wait(self, actions: list[Action]) -> list[Action]:
+        """Compute nothing until the next event."""
+        self.idle = True
+        return actions
 
     def _step_done(self, done: StepDone, now: float) -> list[Action]:
         self.stepping = False
@@ -215,6 +237,8 @@ class Worker:
         actions += self.decode.step_done(decoded)
         if done.steps > 1:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
+        if self.lone_steps.running is not None:
+            actions += self.lone_steps.ended()
         way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
         self.idle = not (done.spans or done.allocated or way_out)
         return actions
@@ -229,11 +253,12 @@ class Worker:
     # ------------------------------------------------------------ peers
 
     def _membership(self, membership: Membership, now: float) -> list[Action]:
-        listed = any((i.iid, i.incarnation) == (self.own.iid, self.own.incarnation) for i in membership.instances)
-        self.timers.set(REGISTER, now + self.own.view_s if listed else now)
         actions, gone = self.peers.update(membership)
+        known = self.peers.listed and not self.peers.behind
+        self.timers.set(REGISTER, now + self.own.view_s if known else now)
         self.peers.expire(now)
         for iid in gone:
+            self.dispatcher.breaker.failing.pop(iid, None)
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
         early, self._unknown = self._unknown, []
@@ -251,17 +276,31 @@ class Worker:
         del self._unknown[:-MOST_UNKNOWN]
         return True
 
-    def _answered(self, event: Grant | Refuse | Landed, now: float) -> list[Action]:
+    def _answered(self, event: Grant | Defer | Refuse | Landed, now: float) -> list[Action]:
         request = self.dispatcher.request_of(event)
-        if request is None:  # the offer was dropped, and the Drop may have been lost
-            return [self.dispatcher.renounce(event)] if isinstance(event, Grant) else []
+        if request is None:  # the offer is closed
+            if isinstance(event, Landed):  # the broker's Close was faster; but who copied a chunk can read
+                self.dispatcher.breaker.succeeded(event.src)
+            # The offer was dropped, and the Drop may have been lost.
+            return [self.dispatcher.renounce(event)] if isinstance(event, Grant | Defer) else []
+        if isinstance(event, Defer):
+            self.dispatcher.defer(request, now)
+            return []
         if isinstance(event, Refuse):
-            if event.corrupt or not request.flow.movable:
-                return self.prefill.give_up(request, f"{event.src} cannot go on with the KV: {event.why}")
-            self.dispatcher.refused(request, event.why)
+            hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
+            if hopeless or not request.flow.movable:
+                why = f"{event.src} cannot go on with the KV: {event.why}"
+                return self.prefill.give_up(request, why, avoid=self.dispatcher.readers.avoided(request))
+            if event.unread:
+                self.dispatcher.unread(request)
+            else:
+                self.dispatcher.refused(request, event.why)
             return self.dispatcher.dispatch(now)
-        self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
-        return self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
+        actions = self.dispatcher.granted(request, now)  # a Landed implies a grant, also if the Grant was lost
+        actions += self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
+        if request.flow.complete and event.src in self.dispatcher.breaker.failing:
+            self.dispatcher.breaker.succeeded(event.src)
+        return actions
 
     def _closed(self, message: Close) -> list[Action]:
         self.prefill.lengths.closed(message)
@@ -270,21 +309,23 @@ class Worker:
 
     def _up(self, peer: str, now: float) -> list[Action]:
         self.peers.connected(peer)
-        aimed = self.dispatcher.aimed_at(peer)
-        again = [action for request in aimed for action in self.dispatcher.repeat(request, now)]
+        again = self.dispatcher.reconnected(peer, now)
         return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
+        if peer == BROKER:
+            return []  # keep working; PeerUp registers this worker again
         self.peers.disconnected(peer)
         return self._lost(peer, now)
 
     def _lost(self, iid: str, now: float) -> list[Action]:
         actions = self.decode.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
-            if request.flow.movable:
+            if request.flow.movable and not (request.may_decode and request.lost):
+                actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
                 self.dispatcher.refused(request, "lost")
-            else:
-                actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV")
+            else:  # also a request that may have killed two
+                actions += self.prefill.give_up(request, f"{iid} was lost with part of the KV", lost=iid)
         return [*actions, *self.dispatcher.dispatch(now)]
 
     # ------------------------------------------------------------ roles, reports and retries
@@ -325,8 +366,23 @@ class Worker:
         for request, why, retry in self.dispatcher.overdue(now, self.prefill.holds_up):
             actions += self.prefill.give_up(request, why, retry=retry)
             self.idle = False  # other prompts may take its place
+        if self.dispatcher.breaker.failing:
+            actions += self._unread(now)
         slot_deadlock = self.prefill.slot_deadlock()
         if slot_deadlock is not None:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
             self.idle = False
-        return [*actions, *self.decode.resend_grants(), self.reporter.heartbeat()]
+        expired = self.decode.expire(now)
+        if expired:
+            self.idle = False  # others may have waited for them
+        actions += [*expired, *self.decode.resend_answers(), self.reporter.heartbeat()]
+        return [*actions, *self.lone_steps.repeat()]
+
+    def _unread(self, now: float) -> list[Action]:
+        """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is
+        over."""
+        readers, actions = self.dispatcher.readers, list[Action]()
+        for request, why, avoid in readers.overdue(self.prefill.requests.values(), now):
+            actions += self.prefill.give_up(request, why, retry=bool(avoid), avoid=avoid)
+            self.idle = False
+        return [*actions, *self.dispatcher.dispatch(now)]

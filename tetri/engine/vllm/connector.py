@@ -8,6 +8,7 @@ external KV. The engine moves the bytes between steps, never inside one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from tetri.engine.vllm.sampler import SAMPLER, RowSampler
+from tetri.engine.vllm.sampler import INVALID_ROW, SAMPLER, RowSampler, invalid_rows
 
 
 @dataclass
@@ -95,11 +96,21 @@ class BlockConnector(KVConnectorBase_V1):
         """vLLM's hook: nothing to do."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One request of the batch. `sampler`: None when plain argmax is correct. `outputs`: its tokens of this engine,
+    which vLLM extends. `invalid`: called when its logits are no valid numbers."""
+
+    sampler: RowSampler | None
+    outputs: list[int]
+    invalid: Callable[[], object]
+
+
 class SamplerPlugin(LogitsProcessor):
     """Applies each request's RowSampler to its row of logits; vLLM then takes the argmax."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._rows: dict[int, tuple[RowSampler, list[int]]] = {}
+        self._rows: dict[int, _Row] = {}
 
     def is_argmax_invariant(self) -> bool:
         """vLLM's hook: False, sampling changes the argmax."""
@@ -110,16 +121,22 @@ class SamplerPlugin(LogitsProcessor):
         process_dict_updates(self._rows, batch_update, self._row)
 
     @staticmethod
-    def _row(params: Any, prompt: list[int] | None, outputs: list[int]) -> tuple[RowSampler, list[int]] | None:
-        row = params.extra_args[SAMPLER](prompt)
-        return None if row.idle else (row, outputs)
+    def _row(params: Any, prompt: list[int] | None, outputs: list[int]) -> _Row:
+        sampler = params.extra_args[SAMPLER](prompt)
+        return _Row(None if sampler.idle else sampler, outputs, params.extra_args[INVALID_ROW])
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """vLLM's hook: sample on the rows of `logits` [rows, vocab], in place."""
-        for index, (row, outputs) in self._rows.items():
+        bad = invalid_rows(logits)
+        for index in bad:
+            logits[index] = 0.0  # vLLM takes some token, which the engine does not report
+            self._rows[index].invalid()
+        for index, row in self._rows.items():
+            if row.sampler is None or index in bad:
+                continue
             there = logits[index]
             here = there.cpu()  # on the CPU the same tensor; from a GPU a copy, so that CPU and GPU sample alike
-            row.apply(here, outputs)
+            row.sampler.apply(here, row.outputs)
             if here is not there:
                 there.copy_(here)
         return logits

@@ -26,6 +26,7 @@ from tetri.engine.vllm.setup import (
     start_core,
     stop_ids,
 )
+from tetri.engine_request import INVALID
 from tetri.instance import Capacity
 from tetri.kv.cuda.runtime import Device
 from tetri.request import blocks_for, sampling_problem
@@ -78,6 +79,7 @@ class VllmEngine:
         self._requests: dict[str, _LiveRequest] = {}
         self._ended: dict[str, list[int]] = {}  # by key: block ids of requests that ended in the last step
         self._reported: dict[str, int] = {}  # by key: block counts as of the last StepDone
+        self._invalid: set[str] = set()  # keys for which this step computed no valid number
         self._parked = 0
         self._added = 0
         # Loading creates a million permanent objects: exclude them from garbage collection, which would delay a step.
@@ -125,8 +127,14 @@ class VllmEngine:
         decode = engine_request.phase == "decode"
         # The last token of a decode request's prompt comes with `admit`; until then any valid id is a placeholder.
         prompt = [*engine_request.tokens, engine_request.tokens[-1]] if decode else list(engine_request.tokens)
+        key, invalid = engine_request.key, self._invalid
         params = vllm_params(
-            engine_request.sampling, engine_request.output_from, left - 1 if decode else 1, self._stop_ids, self._vocab
+            engine_request.sampling,
+            engine_request.output_from,
+            left - 1 if decode else 1,
+            self._stop_ids,
+            self._vocab,
+            lambda: invalid.add(key),
         )
         self._added += 1
         request = VllmRequest(engine_request.phase, self._added, engine_request.key, prompt, params, None)
@@ -198,8 +206,8 @@ class VllmEngine:
         live = self._requests.get(key)
         if live is None:
             return
-        if live.engine_request.phase != "prefill":
-            raise EngineError(f"engine request {key!r} is a decode request: only a prefill request can be held")
+        if live.engine_request.phase == "decode" and (live.parked or live.request.unreserved):
+            raise EngineError(f"engine request {key!r} is not admitted: such a decode request cannot be held")
         live.request.held = held
 
     # ------------------------------------------------------------ steps
@@ -207,6 +215,7 @@ class VllmEngine:
     def step(self, most: int = 1) -> StepDone:
         """As in `Engine`, but never more than one pass; none when all requests are parked."""
         self._ended.clear()
+        self._invalid.clear()
         if len(self._requests) == self._parked:
             return StepDone(held=self._held())
         record = self._connector.begin_step()
@@ -228,6 +237,8 @@ class VllmEngine:
 
     def _sampled(self, output: Any) -> Sampled:
         key, reason = output.request_id, output.finish_reason
+        if key in self._invalid:
+            return self._failed(key)
         (token,) = output.new_token_ids
         if reason is None:
             return Sampled(key, (token,), None)
@@ -240,6 +251,15 @@ class VllmEngine:
         if live.engine_request.phase == "prefill" and ended == "length" and live.outputs_left > 1:
             return Sampled(key, (token,), None)
         return Sampled(key, (token,), ended)
+
+    def _failed(self, key: str) -> Sampled:
+        """End a request for which the model computed no valid number. Its KV may have such numbers too. They must not
+        stay behind: attention multiplies what lies in the unused part of a block by 0, and 0 times NaN is NaN."""
+        freed = self._connector.record.freed.get(key)
+        ids = freed or [block.block_id for block in self._req_to_blocks.get(key, ())]
+        self._memory.write(ids, [memoryview(bytes(self.block_bytes))] * len(ids))
+        self.cancel(key)
+        return Sampled(key, (), "error", INVALID)
 
     def _held(self) -> tuple[tuple[str, int], ...]:
         """(key, blocks) of the requests whose block count changed since the last call."""

@@ -11,7 +11,7 @@ Order: penalties, min_tokens, temperature, min-p, top-k, top-p, Gumbel noise, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 
 from tetri.request import Sampling
 
-SAMPLER = "tetri_sampler"  # key in vLLM's SamplingParams.extra_args
+# Keys in vLLM's SamplingParams.extra_args: what makes the RowSampler, what is called for a row without a valid number.
+SAMPLER, INVALID_ROW = "tetri_sampler", "tetri_invalid_row"
 
 # At temperatures below this, sampling equals argmax; the limit also avoids overflow of logits / temperature.
 GREEDY_BELOW = 1e-5
@@ -159,9 +160,24 @@ class RowSampler:
         self._counted = len(outputs)
 
 
-def vllm_params(sampling: Sampling, output_from: int, most: int, stop_ids: Sequence[int], vocab: int) -> Any:
+def invalid_rows(logits: torch.Tensor) -> list[int]:
+    """The rows of logits [rows, vocab] from which no token can be chosen: those with a NaN or +inf, or all -inf. The
+    largest value of a row shows each of them, and costs as much as an argmax."""
+    bad = torch.isfinite(logits.amax(dim=-1)).logical_not_()
+    return [int(row) for row in bad.nonzero().squeeze(1)]
+
+
+def vllm_params(
+    sampling: Sampling,
+    output_from: int,
+    most: int,
+    stop_ids: Sequence[int],
+    vocab: int,
+    invalid: Callable[[], object],
+) -> Any:
     """vLLM's SamplingParams for a request with up to `most` more tokens: its end conditions and its RowSampler. They
-    are greedy, because the argmax is the token that the RowSampler chose."""
+    are greedy, because the argmax is the token that the RowSampler chose. `invalid` is called inside a step that
+    computes no valid number for the request."""
     from vllm.sampling_params import SamplingParams
 
     return SamplingParams(
@@ -169,5 +185,8 @@ def vllm_params(sampling: Sampling, output_from: int, most: int, stop_ids: Seque
         max_tokens=most,
         stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
         detokenize=False,
-        extra_args={SAMPLER: partial(RowSampler, sampling, output_from=output_from, stop_ids=stop_ids, vocab=vocab)},
+        extra_args={
+            SAMPLER: partial(RowSampler, sampling, output_from=output_from, stop_ids=stop_ids, vocab=vocab),
+            INVALID_ROW: invalid,
+        },
     )

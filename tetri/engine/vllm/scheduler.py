@@ -3,8 +3,8 @@
 vLLM schedules running requests in order, each with as many tokens as it wants, then waiting ones while tokens are left.
 So a long prompt in progress would keep new decode requests out of its steps. This class divides the token budget before
 vLLM schedules a step: one token for each decode request, then the tokens of preempted requests that resume, then the
-prefill requests that are not held, in the order in which they were added. A running request gets a cap; a waiting
-request without a share is removed from the queue for the step.
+prefill requests that are not held, in the order in which they were added. A running request gets a cap, 0 while it is
+held; a waiting request without a share is removed from the queue for the step.
 
 It also divides the blocks. Blocks that a running prefill request still needs are reserved for it, so that it never
 stops half way. Decode requests get their blocks before vLLM schedules, because vLLM allocates only in a step with
@@ -103,9 +103,12 @@ class PlanScheduler(Scheduler):
 
     def _share(self) -> list[VllmRequest]:
         """Cap the running requests; returns the waiting ones to hide from vLLM in this step."""
-        prefills, decodes = sorted(self._running("prefill"), key=_place), self._running("decode")
+        prefills, all_decodes = sorted(self._running("prefill"), key=_place), self._running("decode")
+        paused, decodes = [r for r in all_decodes if r.held], [r for r in all_decodes if not r.held]
         # vLLM preempts the last request of the list: that must be the youngest decode, never a prefill request.
-        self.running: list[VllmRequest] = [*prefills, *decodes]
+        self.running: list[VllmRequest] = [*prefills, *paused, *decodes]
+        for request in paused:
+            request.cap = 0
         budget = self.max_num_scheduled_tokens - len(decodes) - self._joining()
         for request in decodes:  # more than one token missing: it resumes after a preemption
             more = min(request.missing - 1, max(budget, 0))

@@ -69,7 +69,7 @@ class DeviceSlab(HostSlab):
         try:
             base = device.allocate(slots * block_bytes, f"{slots} slots of {block_bytes} bytes")
         except KVError:
-            os.unlink(self._path)
+            self._metadata.unlink(self._path)
             self._metadata.close()
             raise
         # More slots than events: slots share them. A later record is still correct, as all are on one stream.
@@ -110,6 +110,10 @@ class DeviceSlab(HostSlab):
             for slot in slots:
                 self._metadata.segment.block(slot)[:] = self._records[chosen]
 
+    def counters(self) -> dict[str, int]:
+        """As in `Slab`."""
+        return self._metadata.counters()
+
     def close(self) -> None:
         """Make later opens and fetches fail with KVLost. Free the memory once no reader holds a lease, or, after
         `patience_s`, leave it until this process ends. A second call does nothing."""
@@ -118,7 +122,7 @@ class DeviceSlab(HostSlab):
         super().close()
         for slot in range(self.slots):
             self.segment.generations[slot] += 1
-        os.unlink(self._path)
+        self._metadata.unlink(self._path)
         self.device.wait()
         self._pinned.close()
         if all_fallen(self._metadata.descriptor, self._patience_s):

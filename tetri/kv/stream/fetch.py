@@ -11,7 +11,7 @@ in flight.
 
 Retry: a connection that breaks, or brings nothing for `stall_s`, is replaced, and its fetches resume after the bytes
 received so far. This is safe: the server checks the slots' generations again, and the digest covers all bytes. When a
-peer brings nothing for `lost_s`, its fetches end with KVLost.
+peer brings nothing for `lost_s`, its fetches end with KVLost; later ones after `again_s`, until it brings something.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ _LOOK_S = 1.0  # interval between checks for such fetches
 @dataclass(frozen=True, slots=True)
 class StreamPatience:
     """Timeouts in seconds: a connection without a piece for `stall_s` is replaced; fetches from a peer without a piece
-    for `lost_s` are lost."""
+    for `lost_s` are lost, and those after them already after `again_s`, so that a try costs a request little."""
 
     stall_s: float = 5.0  # a slow but live connection brings a piece of 1 MB at least this often
     lost_s: float = 15.0
+    again_s: float = 2.0
 
 
 class ChunkFetch:
@@ -88,11 +89,13 @@ class ChunkFetch:
 
 @dataclass(slots=True)
 class Peer:
-    """A peer and its connection. `clock`: time of the last bytes, or since when the peer owes bytes; `looked`: time of
-    the last check of its fetches' clocks; `up_at`: time of the connection. Times in seconds."""
+    """A peer and its connection. `lost`: its last fetches were lost by silence. `clock`: time of the last bytes, or
+    since when the peer owes bytes; `looked`: time of the last check of its fetches' clocks; `up_at`: time of the
+    connection. Times in seconds."""
 
     segment: str
     up: bool = False
+    lost: bool = False
     granted: int = 0  # credit on this connection, bytes
     consumed: int = 0  # bytes received on this connection
     clock: float = 0.0
@@ -216,7 +219,7 @@ class Fetching:
     def grew(self, name: str, fetch: ChunkFetch, now: float) -> bool:
         """A piece was added to the fetch; True when the fetch is complete."""
         peer = self.peers[name]
-        peer.clock = fetch.clock = now
+        peer.clock, fetch.clock, peer.lost = now, now, False
         if fetch.at < fetch.size:
             return False
         del peer.fetches[fetch.number]
@@ -228,7 +231,7 @@ class Fetching:
         fetch = peer.fetches.get(message.number)
         if fetch is None or not fetch.started:
             return None
-        peer.clock = now
+        peer.clock, peer.lost = now, False
         kind = KVForeign if message.foreign else KVLost
         reason = "".join(char if char.isprintable() else "?" for char in message.reason)
         return self._end(peer, fetch), kind(f"{name}: {reason}")
@@ -258,12 +261,14 @@ class Fetching:
         peer skips while it sends others."""
         found = []
         for name, peer in self.peers.items():
-            silent = peer.owes and now >= peer.clock + self.patience.lost_s
+            lost_s = self._lost_s(peer)
+            silent = peer.owes and now >= peer.clock + lost_s
             why = "has sent no bytes" if peer.up else "could not be reached"
             for fetch in list(peer.fetches.values()) if silent or peer.owes and now >= peer.looked + _LOOK_S else ():
                 overdue = fetch.started and now >= fetch.clock + _PASSED_OVER * self.patience.lost_s
                 if overdue or (silent and (fetch.started or not peer.up)):
-                    problem = KVLost(f"{name} {why} for {self.patience.lost_s:g} s or more; see its log")
+                    peer.lost = peer.lost or silent
+                    problem = KVLost(f"{name} {why} for {lost_s:g} s or more; see its log")
                     found.append((self._end(peer, fetch), problem))
                 peer.looked = now
         return found
@@ -271,8 +276,11 @@ class Fetching:
     def deadline(self) -> float | None:
         """The latest time to call `stalled` and `lost` if nothing arrives; it may be too early. None: no such time."""
         owing = [peer for peer in self.peers.values() if peer.owes]
-        times = [min(self._stalls(peer), peer.clock + self.patience.lost_s) for peer in owing]
+        times = [min(self._stalls(peer), peer.clock + self._lost_s(peer)) for peer in owing]
         return min(times, default=None)
+
+    def _lost_s(self, peer: Peer) -> float:
+        return min(self.patience.again_s, self.patience.lost_s) if peer.lost else self.patience.lost_s
 
     def _stalls(self, peer: Peer) -> float:
         return max(peer.clock, peer.up_at) + self.patience.stall_s if peer.up and peer.owes else _NEVER

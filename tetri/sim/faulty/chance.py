@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import AddRequest, Publish, Send, Submitted
-from tetri.faults import FaultsError, parsed_pairs
+from tetri.faults import Cut, FaultsError, parsed_pairs
 from tetri.sim.kernel import Kernel
 from tetri.wire.handover import Offer
 from tetri.wire.messages import Assign, Membership, Ready
@@ -93,13 +93,17 @@ def parse_faults(text: str) -> Faults:
 
 class Chance:
     """Draws the faults of one run. Faults happen until `until`, in seconds of virtual time. `counts` has the number of
-    faults of every requested kind. With a `log`, every event is appended to it as one line."""
+    faults of every requested kind, and of reads that failed by one of the `cuts`, whose time is the virtual one. With
+    a `log`, every event is appended to it as one line."""
 
-    def __init__(self, kernel: Kernel, faults: Faults, seed: int, log: list[str] | None = None) -> None:
-        self.kernel, self.faults, self.log = kernel, faults, log
+    def __init__(
+        self, kernel: Kernel, faults: Faults, seed: int, log: list[str] | None = None, cuts: Sequence[Cut] = ()
+    ) -> None:
+        self.kernel, self.faults, self.log, self.cuts = kernel, faults, log, cuts
         self.rng = Random(f"faults {seed}")
         self.until = faults.until
-        self.counts: Counter[str] = Counter({kind: 0 for kind in (*CHANCES, *RATES) if getattr(faults, kind)})
+        kinds = [*[kind for kind in (*CHANCES, *RATES) if getattr(faults, kind)], *["cut"] * bool(cuts)]
+        self.counts: Counter[str] = Counter(dict.fromkeys(kinds, 0))
 
     @property
     def over(self) -> bool:
@@ -118,6 +122,12 @@ class Chance:
             return False
         self.counts[kind] += 1
         return True
+
+    def cut(self, reader: str, sender: str) -> Cut | None:
+        """Return the cut by which `reader` cannot read KV of `sender` now, if there is one, and count the read."""
+        found = next((cut for cut in self.cuts if cut.applies(reader, sender, self.kernel.now)), None)
+        self.counts["cut"] += found is not None
+        return found
 
     def often(self, kind: str, things: float, what: Callable[[], bool | None]) -> None:
         """Call `what` at the rate of a fault of RATES, times the number of `things` that it applies to. `what` returns
@@ -163,7 +173,9 @@ def brief(thing: Any) -> str:
             return f"publishes {type(message).__name__}"
         case Membership():
             there = ", ".join(f"{i.iid} {i.role}" for i in thing.instances)
-            return f"membership {thing.number}: {there}"
+            if thing.since is None:
+                return f"membership {thing.number}: {there}"
+            return f"membership {thing.number} since {thing.since}: {there}; gone: {', '.join(thing.gone)}"
         case Offer():
             return f"Offer({thing.src} {thing.rid} attempt {thing.attempt} offer {thing.offer}, {thing.blocks} blocks)"
         case Assign():

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tetri.core.actions import FromClient, Submitted
+from tetri.core.broker.suspects import GUILTY
 from tetri.engine.emulated import reference
+from tetri.engine_request import INVALID
 from tetri.request import Receipt, Sampling
-from tetri.sim.clients import Clients, Outcome
+from tetri.sim.clients import Clients, Outcome, secret_of
 from tetri.sim.faulty.chance import Chance
 from tetri.sim.faulty.processes import EDGE, TOKEN_BYTES, VOCABULARY
 from tetri.sim.setup import SimError
@@ -23,6 +25,7 @@ from tetri.wire.clients import (
     ClientMessage,
     Delta,
     Done,
+    OperatorMessage,
     Refused,
     RoleChanged,
 )
@@ -54,6 +57,7 @@ class Client:
     stuck: bool = False
     received_at: float = 0.0
     asked: list[int] = field(default_factory=list)  # the first tokens of its Attach messages
+    submits: int = 0
     expected: int = 0  # index of the next token that may arrive
     tail_at: int = -1  # token index at which text without tokens arrived
 
@@ -66,6 +70,11 @@ class Client:
     def name(self) -> bytes:
         """The client's name for the broker."""
         return self.key.encode()
+
+    @property
+    def secret(self) -> str:
+        """The client's secret."""
+        return secret_of(self.key)
 
     # ------------------------------------------------------------ sending
 
@@ -86,7 +95,9 @@ class Client:
     def submit(self) -> None:
         """Send the Submit, and repeat it until the request is accepted or refused."""
         if self.rid is None and self.done is None:
-            self.send(Submitted(self.name, self.key, self.prompt, self.sampling, self.deadline_s))
+            self.submits += 1  # each has an id of its own, which counts only if it is the first that arrives
+            own = (self.name, self.key, self.secret, b"", f"{self.key}.{self.submits}")
+            self.send(Submitted(*own, self.prompt, self.sampling, self.deadline_s))
             self._later(self.ask_s, self.submit)
 
     def watch(self) -> None:
@@ -101,7 +112,7 @@ class Client:
         """Cancel the request if it is accepted and open."""
         if self.rid is not None and self.done is None:
             self.cancelled = True
-            self.send(FromClient(self.name, Cancel(rid=self.rid)))
+            self.send(FromClient(self.name, Cancel(rid=self.rid, secret=self.secret)))
 
     def leave(self) -> bool | None:
         """Disconnect for a while. Returns None after the end of the request, else True."""
@@ -121,7 +132,7 @@ class Client:
         """Ask for all tokens from the first missing one on."""
         assert self.rid is not None
         self.asked.append(len(self.ids))
-        self.send(FromClient(self.name, Attach(rid=self.rid, start=len(self.ids))))
+        self.send(FromClient(self.name, Attach(rid=self.rid, secret=self.secret, start=len(self.ids))))
 
     def choke(self) -> bool | None:
         """Read nothing for a while. Returns None after the end of the request, else True."""
@@ -183,14 +194,18 @@ class Client:
         self.ids += delta.ids
         self.text += delta.text
 
+    def right(self) -> list[int]:
+        """The correct output tokens, those after a stop text included."""
+        return reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
+
     def verify(self) -> None:
         """Assert at the end that tokens and text are correct, and complete unless the request was cut short."""
         done = self.done
         assert done is not None
         if isinstance(done, Refused):
             return
-        right = reference(self.prompt, self.sampling, VOCABULARY, TOKEN_BYTES)
-        stopper = Stopper(EDGE, self.sampling.stop)
+        right = self.right()
+        stopper = Stopper(EDGE, self.sampling.stop, min_tokens=self.sampling.min_tokens)
         released = stopper.feed(right)
         text = released.text + stopper.finish().text
         right = right[: released.counted] if released.stopped else right
@@ -200,7 +215,8 @@ class Client:
             assert self.cancelled or self.chance.faults.leave, done
         if done.reason == "deadline":
             assert self.deadline_s is not None and done.jct_s >= self.deadline_s, done
-        if done.reason in ("cancelled", "deadline"):
+        expected = (done.error or "").startswith((INVALID, GUILTY)) or (self.chance.cuts and done.error)
+        if done.reason in ("cancelled", "deadline") or expected:
             assert self.ids == right[: len(self.ids)], f"client {self.key} has {self.ids}, not {right}"
             return
         assert (self.ids, self.text) == (right, text), f"client {self.key} has {self.ids}, not {right}"
@@ -220,11 +236,12 @@ class Client:
 
 @dataclass(slots=True)
 class CheckedClients(Clients):
-    """Gives each request its own `Client`, with a random prompt."""
+    """Gives each request its own `Client`, of this `kind`, with a random prompt."""
 
     chance: Chance = field(kw_only=True)
     ask_s: float = field(kw_only=True)  # `Timeouts.ask_s`
     send: Callable[[Any], None] = field(kw_only=True)  # sends a client's event to the broker
+    kind: type[Client] = Client
     clients: list[Client] = field(default_factory=list)
 
     def _draw(self) -> None:
@@ -237,7 +254,8 @@ class CheckedClients(Clients):
             raise SimError("recorded texts cannot be simulated with faults: the engine computes its own tokens")
         prompt = tuple(self.chance.rng.choices(range(VOCABULARY), k=arrival.prompt))
         sampling = arrival.sampling or Sampling(max_tokens=arrival.output, ignore_eos=True)
-        client = Client(self.chance, number, prompt, sampling, arrival.deadline_s, self.ask_s, self.send, self._ended)
+        own = (number, prompt, sampling, arrival.deadline_s)
+        client = self.kind(self.chance, *own, self.ask_s, self.send, self._ended)
         self.clients.append(client)
         client.start()
 
@@ -285,7 +303,8 @@ class Admin:
 
 
 def on_the_wire(event: Any) -> Any:
-    """Return a client's message after encoding and decoding."""
+    """Return a message of a client or the operator after encoding and decoding."""
     if isinstance(event, Submitted):
         return event  # the broker's process builds it from a Submit
-    return FromClient(event.client, decode(encode(event.message), ClientMessage))  # type: ignore[arg-type]
+    union = OperatorMessage if event.client == ADMIN else ClientMessage
+    return FromClient(event.client, decode(encode(event.message), union))  # type: ignore[arg-type]

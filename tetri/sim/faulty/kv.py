@@ -66,7 +66,7 @@ class SlowReader:
         if sender is None or not sender.keep(wanted.handle):
             self._answer(wanted, Fetched(wanted.ticket, problem=KVLost("the KV is no longer there")))
             return
-        fetched = self.way.fetch(wanted)
+        fetched = self.way.copied(wanted)
         if fetched.problem is None:
             fetched = Fetched(fetched.ticket, [bytes(block) for block in fetched.blocks])
         size = len(wanted.handle.slots) * memories.block_bytes
@@ -119,6 +119,9 @@ class FaultyCopies(Copies):
         return self.slow.moved_bytes
 
     def adopt(self, action: Adopt) -> Adopted | None:
+        assert self.slow.owner is not None
+        if self.chance.cuts and (cut := self.chance.cut(self.slow.owner.name, action.peer)) is not None:
+            return Adopted(action.key, action.index, "flipped" if cut.flips else "lost")
         if self.chance.happens("corrupt"):
             action = replace(action, digest=(action.digest or 0) ^ 1)
         elif self.chance.happens("lose"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import Any
 
 from msgspec.structs import replace
@@ -29,6 +30,7 @@ class Process(Node):
     port: FaultyPort
     alive = True
     frozen = False
+    _stopped_at = 0.0
 
     def receive(self, event: Any) -> None:
         if self.alive:
@@ -55,13 +57,19 @@ class Process(Node):
                 chance.after(NOTICED_S, line.break_off)
 
     def freeze(self, chance: Chance) -> None:
-        """Stop the process for a while, as SIGSTOP does."""
+        """Stop the process for a while."""
         chance.note(self.name, "is frozen")
-        self.frozen = True
-        chance.recovers(self._thaw)
+        self.stop()
+        chance.recovers(self.go_on)
 
-    def _thaw(self, _: Any) -> None:
+    def stop(self) -> None:
+        """Stop the process as SIGSTOP does; its clock stops too."""
+        self.frozen, self._stopped_at = True, self.kernel.now
+
+    def go_on(self, _: Any = None) -> None:
+        """Let it go on as SIGCONT does."""
         self.frozen = False
+        self.lag_s += self.kernel.now - self._stopped_at
         self._turn(None)
 
 
@@ -90,7 +98,7 @@ class FaultyWiring(Wiring):
                 continue
             self.sent += 1
             key = (who, subscriber.name)
-            arrives = self._busy[key] = max(self._busy.get(key, 0.0), kernel.now + chance.way_s(self.latency_s))
+            arrives = self._busy[key] = max(self._busy.get(key, -inf), kernel.now + chance.way_s(self.latency_s))
             kernel.at(arrives, subscriber.receive, message)
 
     def replace(self, process: Process) -> None:
@@ -114,7 +122,7 @@ class Connection:
         self.to = wiring.processes[address]  # the peer process of this connection
         self.up, self.closed = False, False
         self.number = 0  # incremented when the connection breaks, to recognise messages in transit
-        self._busy = 0.0  # when the last message arrives
+        self._busy = -inf  # when the last message arrives
 
     def receive(self, message: Any) -> None:
         """Take a message of `src` and schedule its arrival, with faults."""

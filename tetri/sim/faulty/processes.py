@@ -87,7 +87,7 @@ class FaultyBroker(Process, BrokerNode):
     def _detokenize(self, action: Detokenize) -> Detokenized:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
-            stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop)
+            stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop, min_tokens=action.min_tokens)
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
@@ -133,7 +133,7 @@ class FaultyWorker(Process, WorkerNode):
         if self.alive and not self.frozen:
             inbox, self.inbox = self.inbox, []
             for event in chain(inbox, self.copies.events()):
-                self.carry_out(self.core.handle(event, self.kernel.now))
+                self.carry_out(self.core.handle(event, self.now))
             super().turn()
 
     def wake(self) -> None:
@@ -155,9 +155,10 @@ class FaultyWorker(Process, WorkerNode):
         elif ends is self._ends:  # else the run was cut short
             self._late = ends
 
-    def _thaw(self, _: Any) -> None:
+    def go_on(self, _: Any = None) -> None:
+        """Let the process go on; a step that was due ends now."""
         late, self._late = self._late, None
-        super()._thaw(None)
+        super().go_on()
         if late is not None:
             self._end(late)
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from tetri.core.actions import BROKER
 from tetri.core.worker.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
+from tetri.faults import Cut
 from tetri.kv.limit import LimitedLink
 from tetri.request import ROLES
 from tetri.sim.faulty.chance import Chance, Faults
@@ -49,7 +50,7 @@ def lively(setup: Setup) -> Setup:
 
 class FaultyWorld(World):
     """One simulation with faults. With a `log`, every event and action is appended to it as one line. `predictor`: the
-    class of the workers' length predictors."""
+    class of the workers' length predictors. With `cuts`, requests may end with an error that says why."""
 
     broker: FaultyBroker
     monitor: FaultyMonitor
@@ -65,8 +66,9 @@ class FaultyWorld(World):
         progress: Callable[[int], None] | None = None,
         log: list[str] | None = None,
         predictor: type[FaultyPredictor] = FaultyPredictor,
+        cuts: Sequence[Cut] = (),
     ) -> None:
-        self.faults, self.log, self.predictor = faults, log, predictor
+        self.faults, self.log, self.predictor, self.cuts = faults, log, predictor, cuts
         self.admin = Admin(self.send, self._verify_role)
         super().__init__(setup, requests, progress)
 
@@ -74,7 +76,7 @@ class FaultyWorld(World):
 
     def _wiring(self) -> FaultyWiring:
         setup = self.setup
-        self.chance = Chance(self.kernel, self.faults, setup.seed, self.log)
+        self.chance = Chance(self.kernel, self.faults, setup.seed, self.log, self.cuts)
         block_bytes = setup.block_tokens * setup.cost.kv_token_bytes
         self.memories = Memories(self.chance, block_bytes, setup.link_latency_s)
         return FaultyWiring(self.chance, setup.link_latency_s, setup.transfer == "request")

@@ -1,8 +1,8 @@
-"""The clock by which a client judges silence. Pure: the real time is the test's."""
+"""The clock by which each process judges silence. Pure: the real time is the test's."""
 
 import pytest
 
-from tetri.client.clock import SLACK_S, Clock
+from tetri.clock import SLACK_S, Clock
 
 
 class Time:
@@ -56,3 +56,28 @@ def test_it_stands_still_for_nobody_who_is_held_up_again_and_again(clock, time):
         time.now += 1.0
         clock.now()
     assert clock.now() - before > 2.0
+
+
+@pytest.fixture
+def patient(time):
+    return Clock.patient(20.0, 0.0, 4.0, real=time)
+
+
+def test_the_work_of_a_process_counts_in_full_up_to_a_quarter_of_its_shortest_patience(patient, time):
+    assert patient.now() == time.now == 1000.0
+    patient.listen(0.2)
+    time.now += 0.2
+    assert patient.now() == pytest.approx(1000.2)
+    for _ in range(3):
+        time.now += 0.9  # it computes
+        patient.now()
+    assert patient.now() == pytest.approx(1002.9)
+
+
+def test_a_pause_counts_for_less_than_any_patience_wherever_it_falls(patient, time):
+    patient.listen(0.2)
+    time.now += 3600.0  # while it waits
+    assert patient.now() == pytest.approx(1001.0)
+    patient.listen(0.0)
+    time.now += 3600.0  # while it computes
+    assert patient.now() == pytest.approx(1002.0)

@@ -1,0 +1,36 @@
+"""Long texts of one client do not hold up the streams of others, in a live broker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from live import LiveCluster, wait_until
+from played_tokenizer import command, tokenised
+from raw_client import RawClient
+
+from tetri.engine.emulated import reference
+from tetri.request import Sampling
+
+COUNT, SIZE = 20, 512 << 10  # as long as the checks let pass with a context of 8192
+
+
+def test_streams_go_on_while_long_texts_are_tokenised_and_they_are_answered_later(tmp_path: Path) -> None:
+    """The tokenising process is stuck in the first text, so nothing here depends on how fast the machine is."""
+    os.mkfifo(tmp_path / "go")
+    stuck = f"from tetri.proc import broker; broker.command = lambda config: {command(tmp_path)!r}; "
+    with LiveCluster(prologue=stuck) as cluster, RawClient(cluster.config.clients_address) as flood:
+        flood.send("submit", key="first", secret=flood.secret, prompt="wait")
+        wait_until(lambda: tokenised(tmp_path) == ["wait"], "it does not begin")
+        for number in range(COUNT):
+            flood.send("submit", key=f"{number}", secret=flood.secret, prompt="ab " * (SIZE // 3))
+        made, prompt = cluster.config.emulated, [7, 8, 9]
+        for _ in range(3):
+            result = cluster.client().generate(prompt, max_tokens=100)
+            assert result.token_ids == reference(prompt, Sampling(max_tokens=100), made.vocabulary, made.token_bytes)
+        assert cluster.client().status()["counters"]["texts_tokenized"] == 0
+        (tmp_path / "go").write_bytes(b"")
+        assert flood.receive(key="first")["type"] == "accepted"
+        why = f"the prompt has {SIZE // 3 * 3} tokens, the model's context holds 8192: shorten the prompt"
+        assert [flood.receive(key=f"{number}")["reason"] for number in range(COUNT)] == [why] * COUNT
+        assert cluster.client().status()["counters"]["texts_tokenized"] == COUNT + 1

@@ -1,0 +1,46 @@
+"""What the broker's process adds to a Status."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from live import EMULATED
+
+from tetri.config import load
+from tetri.net.hub import Hub
+from tetri.proc.network import HubNetwork
+from tetri.proc.notes import NO_COST, completed, of_config
+from tetri.proc.texts import Texts
+from tetri.wire.clients import Status
+
+LOG = logging.getLogger("test")
+
+
+def test_step_times_that_nobody_measured_are_a_note_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    assert of_config(load(EMULATED, ["engine.cost="]), LOG) == [NO_COST] and caplog.messages == [NO_COST]
+    caplog.clear()
+    assert of_config(load(EMULATED, ["engine.cost=cpu-smollm2.toml"]), LOG) == [] and caplog.messages == []
+
+
+def test_a_status_has_what_the_brokers_sockets_counted() -> None:
+    hub: Any = SimpleNamespace(disconnect=None, unsent=Counter(full_d0=2, away_d1=1))
+    hub.counters = Counter(sent=9, garbage_frames=1)
+    status = Status(instances=[], requests={}, counters={"flips": 1}, model="m", notes=["d9 is lost"])
+    texts = Texts([], lambda: None, 0, LOG)
+    found = completed(status, ["no cost table"], HubNetwork(cast(Hub, hub), LOG), texts)
+    assert found.counters == {
+        "flips": 1,
+        "unsent_full_d0": 2,
+        "unsent_away_d1": 1,
+        "garbage_frames": 1,
+        "net_garbage_frames": 1,
+        "net_sent": 9,
+        "texts_tokenized": 0,
+    }
+    invalid = "the broker dropped 1 invalid messages (garbage_frames)"
+    full = "the broker could not send 2 messages to d0, whose queue was full"
+    assert found.notes == ["no cost table", "d9 is lost", full, invalid]

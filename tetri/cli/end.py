@@ -1,0 +1,20 @@
+"""tetri-cli end: ends a request of any client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tetri.cli.options import Overrides, deployment_options, operate, timeout_option
+
+
+@click.command("end")
+@click.argument("rid")
+@deployment_options
+@timeout_option
+def command(rid: str, conf: Path | None, overrides: Overrides, timeout: float) -> None:
+    """End request RID, as if its client had cancelled it."""
+    with operate(conf, timeout, overrides) as operator:
+        operator.end(rid)
+    click.echo(f"{rid} has ended")

@@ -1,0 +1,35 @@
+"""What the broker's process adds to a Status: what its core cannot know."""
+
+from __future__ import annotations
+
+import logging
+
+from msgspec.structs import replace
+
+from tetri.config import Config
+from tetri.core.broker.notes import of_counters
+from tetri.proc.network import HubNetwork
+from tetri.proc.texts import Texts
+from tetri.wire.clients import Status
+
+NO_COST = (
+    "no cost table (engine.cost): routing, roles and predicted times follow assumed step times. "
+    "Make one with tetri-cli profile"
+)
+
+
+def of_config(config: Config, logger: logging.Logger) -> list[str]:
+    """The degraded modes that the configuration causes; each is logged as well."""
+    found = [] if config.engine.cost else [NO_COST]
+    for line in found:
+        logger.warning("%s", line)
+    return found
+
+
+def completed(status: Status, configured: list[str], network: HubNetwork, texts: Texts) -> Status:
+    """The Status with the notes on the configuration, and with the counters of the broker's sockets and texts."""
+    counters = {**network.counters(), **texts.counters()}
+    died = [f"the tokenising process died {texts.deaths} times"] if texts.deaths else []
+    notes = [*configured, *status.notes, *of_counters("the broker", counters), *died]
+    traffic = {f"net_{name}": count for name, count in sorted(network.hub.counters.items())}
+    return replace(status, notes=notes, counters={**status.counters, **counters, **traffic})
