@@ -1,9 +1,10 @@
 """What only segments in shared memory have: files that others can see, and owners that die."""
 
 import errno
+import gc
 import os
 import resource
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext, suppress
 
 import pytest
 from msgspec.structs import replace
@@ -37,20 +38,38 @@ def test_what_is_mapped_outlives_its_owner_and_what_is_not_is_lost(pair, tmp_pat
 def test_a_reader_without_descriptors_or_memory_loses_nothing_but_the_chunk(pair, monkeypatch, lacks):
     """It lives, and reads on when it has them again."""
     sender, receiver = pair
-    chunk, (soft, hard) = sender.put(block(1)), resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.open("/", os.O_RDONLY)
-    os.close(lowest)
+    chunk = sender.put(block(1))
     if lacks == "address space":
         monkeypatch.setattr(segment.mmap, "mmap", _no_memory)
+        lacking = nullcontext()
     else:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + (lacks == "one descriptor"), hard))
-    try:
-        with pytest.raises(KVLost, match="Too many open files|Cannot allocate memory"):
-            receiver.fetch(chunk)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        monkeypatch.undo()
+        lacking = _descriptors_left(1 if lacks == "one descriptor" else 0)
+    with lacking, pytest.raises(KVLost, match="Too many open files|Cannot allocate memory"):
+        receiver.fetch(chunk)
+    monkeypatch.undo()
     assert receiver.fetch(chunk) == [block(1)]
+
+
+@contextmanager
+def _descriptors_left(count):
+    """This process has so many free descriptors. What earlier tests have left to the garbage collector frees none."""
+    (soft, hard), taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    gc.collect()
+    gc.disable()
+    try:
+        taken.append(os.open("/", os.O_RDONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/", os.O_RDONLY))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        gc.enable()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def _no_memory(*what, **flags):
