@@ -159,6 +159,8 @@ class Worker:
         """Deliver messages addressed to this instance directly instead of over a socket; while a step is running,
         queue them. What a message causes comes after all actions of what was handled before it: these may free or
         replace what that added. A loop, because thousands may come at once."""
+        if not actions:  # the usual case
+            return actions
         left, others = deque(actions), list[Action]()
         while left:
             action = left.popleft()
