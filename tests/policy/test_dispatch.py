@@ -130,14 +130,16 @@ def test_the_worst_case_piles_heavy_decodes_up_and_keeps_light_ones_away():
 @pytest.mark.parametrize(
     "columns, right",
     [
-        ([(3, 1, 0, 0), (2, 2, 0, 0), (1, 2, 0, 0)], 1),  # most spare, the first of equals
-        ([(-9, -50, 0, 0), (-10, -10, 0, 0)], 0),  # the other one lacks as many blocks as it has
-        ([(-10, -10, 0, 0), (EXCLUDED, 99, 0, 0)], None),
-        ([], None),
+        ([(0, 1, 0, 0), (0, 3, 0, 0), (0, 2, 0, 0)], {1, 2}),  # the better of two: never the worst, nor always the best
+        ([(0, 1, 0, 0), (-9, 2, 0, 0)], {1}),
+        ([(-9, -50, 0, 0), (-10, -10, 0, 0)], {0}),  # the other one lacks as many blocks as it has
+        ([(-10, -10, 0, 0), (EXCLUDED, 99, 0, 0)], {None}),
+        ([], {None}),
     ],
 )
-def test_without_memory_anywhere_the_one_with_most_spare_that_may_defer_more(columns, right):
-    assert least_deferred(pool(*columns) if columns else DecodePool()) == right
+def test_without_memory_anywhere_the_better_of_two_that_may_defer_more(columns, right):
+    among = pool(*columns) if columns else DecodePool()
+    assert {least_deferred(among, Random(seed)) for seed in range(50)} == right
 
 
 AMOUNT = st.integers(-3, 12)

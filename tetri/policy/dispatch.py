@@ -85,11 +85,12 @@ def imbalance(need: Need, pool: DecodePool, rng: Random) -> int | None:
     return _any([column for column in fits if column != 0] or fits, rng)
 
 
-def least_deferred(pool: DecodePool) -> int | None:
-    """The instance with most spare blocks, less all that it has deferred. For a request that no instance has memory for
-    now; not one of the paper's policies. None if every instance has deferred as much as it may."""
+def least_deferred(pool: DecodePool, rng: Random) -> int | None:
+    """Of two random instances, the one with more spare blocks, less all that it has deferred. For a request that no
+    instance has memory for now; not one of the paper's policies. Not the best of all: until the next view, each
+    dispatcher would choose the same one. None if every instance has deferred as much as it may."""
     may = [column for column, free in enumerate(pool.free) if free + pool.most[column] > 0]
-    return max(may, key=pool.spare.__getitem__, default=None)
+    return max(rng.sample(may, min(len(may), 2)), key=pool.spare.__getitem__, default=None)
 
 
 def _two_fitting(need: Need, pool: DecodePool, rng: Random) -> list[int]:

@@ -56,7 +56,7 @@ class World:
 
     def later(self, *refused, tokens=4, most=8):
         self.pool.refresh()
-        return self.pool.choose_later(prefill_request(assign("a", tokens, max_tokens=most)), refused)
+        return self.pool.choose_later(prefill_request(assign("a", tokens, max_tokens=most)), refused, Random(1))
 
 
 @pytest.fixture

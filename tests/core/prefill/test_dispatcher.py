@@ -136,6 +136,21 @@ def test_it_moves_to_another_instance_that_has_memory_when_it_is_looked_at():
     assert kinds(told.answer("a", grant)) == ["Chunk > d2"]
 
 
+def test_all_that_are_deferred_look_for_memory_at_the_same_time():
+    """Then the loads are read once for all. None looks later than `look_s`, here 5 s, after its deferral."""
+    told = working("p1", "d1", "d2", load_s=0.5, heartbeat_s=1e6)
+    told.view(d1=9, d2=0)
+    for number, rid in enumerate("ab", 1):
+        told.tell(assign(rid, prompt=8))
+        assert to("d1", told.step()) == ["Offer > d1", "Chunk > d1"]
+        told.tell(defer(rid, number))
+        told.later(2.0)
+        told.view(d1=9, d2=0)
+    told.view(d1=0, d2=9)
+    assert not sent(told.later(0.9), kind=Offer)
+    assert [each.rid for each in sent(told.later(0.1), "d2", Offer)] == ["a", "b"]
+
+
 @pytest.mark.parametrize("load", [Load(free_blocks=9, kept_blocks=8), Load(free_blocks=9, deferred_blocks=8)])
 def test_it_does_not_move_for_memory_that_is_kept_or_that_others_wait_for(load):
     _, (actions,) = looking({"d1": 0, "d2": load})

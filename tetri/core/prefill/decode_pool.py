@@ -66,16 +66,23 @@ class LivePool:
         too_small = dict.fromkeys(self._too_small(request))
         return [iid for column, iid in enumerate(self.columns.iids) if column not in too_small]
 
+    def has_memory(self, blocks: int) -> bool:
+        """Return whether any instance has so many free blocks. Under overload none has, and this is cheaper than to ask
+        the policy."""
+        return max(self.columns.free, default=EXCLUDED) >= blocks
+
     def choose(self, request: PrefillRequest, need: Need, refused: Iterable[str], rng: Random) -> str | None:
         """Return the instance that the dispatch policy chooses, or None. Instances that are too small, and those in
         `refused`, are excluded."""
+        if not self.has_memory(need.blocks):
+            return None
         route = DECODE_ROUTES[self.own.rules.decode_route]
         return self._chosen(request, refused, lambda: route(need, self.columns, rng))
 
-    def choose_later(self, request: PrefillRequest, refused: Iterable[str]) -> str | None:
+    def choose_later(self, request: PrefillRequest, refused: Iterable[str], rng: Random) -> str | None:
         """Return the instance that is expected to have memory first, when none has it now; None if all have deferred
         as much as they may."""
-        return self._chosen(request, refused, lambda: least_deferred(self.columns))
+        return self._chosen(request, refused, lambda: least_deferred(self.columns, rng))
 
     def _chosen(self, request: PrefillRequest, refused: Iterable[str], route: Callable[[], int | None]) -> str | None:
         excluded = dict.fromkeys(self._too_small(request))
@@ -137,28 +144,29 @@ class LivePool:
         self._version = self.peers.version
         if self._member_version != self.peers.member_version or (home is None) != (self._home_column is None):
             self._replace_columns(home is not None)
-        reports = self.peers.loads()
-        made_at: dict[str, float] = {}
-        loads: list[Load] = []
+        reports, loads, pool = self.peers.loads(), list[Load](), self.columns
         self.unread = {}
         for instance in self._instances:
-            report = reports.get(instance.iid)
+            iid = instance.iid
+            report = reports.get(iid)
             if report is None or report.incarnation != instance.incarnation:
+                reports.pop(iid, None)
                 loads.append(Load(free_blocks=instance.capacity.blocks))  # assume it is empty; a Refuse corrects that
-            else:
-                loads.append(report.load)
-                made_at[instance.iid] = self.peers.seen_at - report.age_s
-                if report.load.unread:
-                    self.unread[instance.iid] = report.load.unread
+                continue
+            load = report.load
+            loads.append(load)
+            if load.unread:
+                self.unread[iid] = load.unread
         if home is not None:
             loads.append(home)
-        pool = self.columns
         pool.free = [load.free_blocks - load.kept_blocks - load.deferred_blocks for load in loads]
         pool.spare = [left - load.growth_blocks for left, load in zip(pool.free, loads, strict=True)]
         pool.heavy = [load.heavy for load in loads]
         pool.light = [load.waiting + load.running - load.heavy for load in loads]
         for number, reservation in list(self.reservations.items()):
-            if reservation.answered_at < made_at.get(reservation.iid, inf):
+            report = reports.get(reservation.iid)
+            made_at = inf if report is None else self.peers.seen_at - report.age_s
+            if reservation.answered_at < made_at:
                 del self.reservations[number]  # the report includes it
             else:
                 self._add_load(reservation.iid, reservation.need, 1)

@@ -41,6 +41,7 @@ class Dispatcher:
         self._refused: dict[str, dict[str, str]] = {}  # request key -> decode instance -> why, since the last view
         self._checked_version = -1  # version of `peers` at the last check of `unplaceable`
         self._number = 0
+        self._look_at = 0.0  # when the deferred offers look next for an instance that has memory
 
     def started(self, request: PrefillRequest, now: float) -> None:
         """Queue a started request for a decode instance. Its length prediction may take `length_wait_s` at most."""
@@ -149,7 +150,9 @@ class Dispatcher:
         need, excluded = self._need(request), self._excluded(request, now)
         target = self.pool.choose(request, need, [*excluded, *request.lost], self.rng) if request.lost else None
         if target is None:
-            target = self.pool.choose(request, need, excluded, self.rng) or self.pool.choose_later(request, excluded)
+            target = self.pool.choose(request, need, excluded, self.rng)
+        if target is None:
+            target = self.pool.choose_later(request, excluded, self.rng)
         if target is not None:
             actions += self._offer_to(target, request, need, now)
         return target is not None
@@ -202,7 +205,14 @@ class Dispatcher:
             return
         flow.deferred, self.deferred[flow.offer] = True, None
         self.pool.deferred(flow.offer, now)
-        self.timers.set(request.key, now + self.own.look_s)
+        self._look_later(request, now)
+
+    def _look_later(self, request: PrefillRequest, now: float) -> None:
+        """Look for another instance within `look_s`. All deferred offers look at the same time, by the same view: then
+        its loads are read once."""
+        if self._look_at <= now:
+            self._look_at = now + self.own.look_s
+        self.timers.set(request.key, self._look_at)
 
     def _end_deferral(self, request: PrefillRequest) -> None:
         assert request.flow.offer is not None
@@ -217,12 +227,12 @@ class Dispatcher:
         """Make a deferred offer to another instance if one has reported memory. Otherwise repeat it every `renew_s`, so
         that the decode instance keeps it."""
         self.pool.refresh()
-        others = [request.flow.target, *self._excluded(request, now)]
-        if self.peers.informed:
+        if self.peers.informed and self.pool.has_memory(request.flow.blocks):
+            others = [request.flow.target, *self._excluded(request, now)]
             better = self.pool.choose(request, self._need(request), others, self.rng)
             if better is not None:
                 return [*self.withdraw(request, f"{better} has memory"), *self.dispatch(now)]
-        self.timers.set(request.key, now + self.own.look_s)
+        self._look_later(request, now)
         return [self._offer(request, now)] if now - request.asked_at >= self.own.renew_s else []
 
     def repeat(self, request: PrefillRequest, now: float) -> list[Action]:
