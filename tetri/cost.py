@@ -8,6 +8,7 @@ import tomllib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,19 @@ class CostError(ValueError):
     """A cost table cannot be read; one line that states what is wrong."""
 
 
-@dataclass(frozen=True, slots=True)
+class _At(dict[float, float]):
+    """The seconds of a curve by x. A core asks for the same few x again and again, so each is computed once."""
+
+    def __init__(self, curve: Curve) -> None:
+        super().__init__()
+        self.curve = curve
+
+    def __missing__(self, x: float) -> float:
+        self[x] = seconds = _at(self.curve, x)
+        return seconds
+
+
+@dataclass(frozen=True)
 class Cost:
     """A cost table. `prefill` gives seconds by tokens in the chunk, `decode` by requests in the batch. Curves are
     linear between points and beyond the last two; below the first point they are constant. `prefill_start_s`: seconds
@@ -49,13 +62,21 @@ class Cost:
         for problem in _problems(self):
             raise CostError(problem)
 
+    @cached_property
+    def _prefill_at(self) -> _At:
+        return _At(self.prefill)
+
+    @cached_property
+    def _decode_at(self) -> _At:
+        return _At(self.decode)
+
     def chunk_s(self, spans: Sequence[Span]) -> float:
         """Seconds of one prefill chunk."""
         if not spans:
             return 0.0
         tokens = sum(span.stop - span.start for span in spans)
         pairs = sum((span.stop - span.start) * span.start for span in spans)
-        return _at(self.prefill, tokens) + self.prefill_start_s * pairs
+        return self._prefill_at[tokens] + self.prefill_start_s * pairs
 
     def prompt_s(self, tokens: int, done: int, chunk_tokens: int) -> float:
         """Seconds of prefill for tokens [done, tokens) of one prompt, by itself, in chunks. The computation takes
@@ -64,8 +85,8 @@ class Cost:
         # Chunk i starts at done + i x chunk_tokens, so the sum is an arithmetic series.
         pairs = chunk_tokens * (done * whole + chunk_tokens * (whole * (whole - 1) // 2))
         pairs += rest * (done + chunk_tokens * whole)
-        last = _at(self.prefill, rest) if rest else 0.0
-        return _at(self.prefill, chunk_tokens) * whole + last + self.prefill_start_s * pairs
+        last = self._prefill_at[rest] if rest else 0.0
+        return self._prefill_at[chunk_tokens] * whole + last + self.prefill_start_s * pairs
 
     def predict_s(self, tokens: int) -> float:
         """Seconds that the length predictor runs for one prompt of `tokens` tokens."""
@@ -79,7 +100,7 @@ class Cost:
 
     def decode_s(self, batch: int, context: int) -> float:
         """Seconds of one decode step of `batch` requests with `context` tokens in total."""
-        return _at(self.decode, batch) + self.decode_context_s * context if batch else 0.0
+        return self._decode_at[batch] + self.decode_context_s * context if batch else 0.0
 
     def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
         """Seconds of one step that prefills `spans` and decodes `batch` requests. The fixed cost of a step counts

@@ -6,18 +6,16 @@ An engine request is one phase of one request on one engine. tetri/engine/base.p
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Literal
 
-from tetri.request import LengthDistribution, Record, Sampling
+from tetri.request import LengthDistribution, Record, Sampling, Value
 
 Phase = Literal["prefill", "decode"]
 
 INVALID = "the model computed no valid number for this request (NaN logits)"
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
+class EngineRequest(Value, frozen=True):
     """One phase of one request on one engine.
 
     key           unique per engine
@@ -68,17 +66,17 @@ class HiddenStateEstimate(Record, frozen=True, gc=False):
     distribution: LengthDistribution
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(Record, frozen=True):
     """The result of one engine step.
 
-    spans       what was computed
+    spans       what was computed, except for the one position of a decode request for each of its tokens: chunks of
+                prompts, and preempted decode requests computed again
     tokens      new output tokens
     allocated   decode requests whose KV blocks are allocated now, ready for `adopt`
     preempted   requests that lost their blocks
     held        KV blocks after the step, of each request whose number has changed since the last step (0: preempted)
-    steps       forward passes. A decode batch may run several in one go; each request then has `steps` tokens and a
-                span of as many positions. 1 with prefill spans
+    steps       forward passes. A decode batch may run several in one go; each request then has `steps` tokens. 1 with
+                spans
     estimates   of prefill requests that have ended, and of decode requests every so many tokens
     """
 

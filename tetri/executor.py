@@ -125,16 +125,19 @@ class WorkerExecutor:
         """Carry out actions in order. The result of an action goes to the core before the next action. Rejected
         requests go to the core just before the step, so that the requests that replace them are in the engine by
         then."""
-        rejected: list[RequestRejected] = []
+        table, rejected = self.table, list[RequestRejected]()
         for action in actions:
             if rejected and type(action) is Step:
                 self._handle(rejected)
-            result = self.table[type(action)](action)
+            result = table[type(action)](action)
+            if result is None:
+                continue
             if isinstance(result, RequestRejected):
                 rejected.append(result)
-            elif result is not None:
+            else:
                 self._handle([result])
-        self._handle(rejected)
+        if rejected:
+            self._handle(rejected)
 
     def _after(self, done: StepDone | None, known: Callable[[], Iterator[LengthKnown]]) -> StepDone | None:
         self._handle([*known()])

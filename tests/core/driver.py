@@ -133,7 +133,8 @@ class Working(Told):
                 tokens.append(self._sampled(span.key, (PROMPT_TOKEN,), ends))
         for key in [key for key in self.sizes if key not in away]:
             size, again, stop = self.sizes[key], self.preempted.pop(key, None), (part or {}).get(key.split(":")[1])
-            ran.append(Span(key, size - 1 if again is None else again, size - 1 + passes if stop is None else stop))
+            if again is not None:
+                ran.append(Span(key, again, size - 1 + passes if stop is None else stop))
             if stop is not None:
                 self.preempted[key] = stop
                 continue

@@ -67,7 +67,9 @@ def held(steps, key):
 
 def computed(step: StepDone):
     """Positions by key."""
-    return {span.key: span.stop - span.start for span in step.spans}
+    return {sampled.key: len(sampled.ids) for sampled in step.tokens} | {
+        span.key: span.stop - span.start for span in step.spans
+    }
 
 
 def run(engine, *keys, most=1):
@@ -75,7 +77,7 @@ def run(engine, *keys, most=1):
     tokens, reasons, steps = {key: [] for key in keys}, {}, []
     while len(reasons) < len(keys):
         step = engine.step(most)
-        assert step.spans, "the engine does not go on"
+        assert step.spans or step.tokens, "the engine does not go on"
         steps.append(step)
         for sampled in step.tokens:
             tokens[sampled.key] += sampled.ids

@@ -14,8 +14,8 @@ from tetri.instance import Capacity
 COST = Cost(prefill=((1.0, 1.0), (9.0, 9.0)), decode=((1.0, 10.0), (3.0, 30.0)), decode_context_s=0.5)
 
 
-def ones(key, count):
-    return (1,) * count
+def ones(slots, count):
+    return [(1,) * count] * len(slots)
 
 
 def paged(cost=COST, **changes):
@@ -40,7 +40,7 @@ def decoding(engine, *engine_requests):
 
 
 def names(done):
-    return [span.key for span in done.spans]
+    return [*dict.fromkeys(each.key for each in (*done.tokens, *done.spans))]
 
 
 # ---------------------------------------------------------------- several passes in one go
@@ -54,7 +54,7 @@ def test_a_run_ends_with_the_first_leg_that_ends():
         engine_request("b", "decode", prompt(5), max_tokens=4),
     )
     done = step(engine, most=10)
-    assert done.steps == 3 and done.spans == (Span("a", 3, 6), Span("b", 5, 8))
+    assert done.steps == 3 and done.spans == ()
     assert done.tokens == (Sampled("a", (1, 1, 1), None), Sampled("b", (1, 1, 1), "length"))
     assert done.held == (("a", 2),), "b has ended"
     assert step(engine, most=10).tokens == (Sampled("a", (1, 1), "length"),)
@@ -180,7 +180,7 @@ def test_what_is_computed_again_costs_and_counts_like_a_chunk():
     plan = engine.plan()
     assert plan.again == (Span("b", 0, 5),) and plan.chunk == (Span("p", 0, 16 - 1 - 5),)
     assert plan.seconds(1) == COST.step_s([Span("b", 0, 5), Span("p", 0, 10)], 2, 23 + 5)
-    assert engine.finish(plan, 1, ones).spans == (Span("a", 22, 23), Span("b", 0, 5), Span("p", 0, 10))
+    assert engine.finish(plan, 1, ones).spans == (Span("b", 0, 5), Span("p", 0, 10))
 
 
 # ---------------------------------------------------------------- who runs

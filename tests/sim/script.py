@@ -33,4 +33,4 @@ class Script:
         return actions
 
     def deadline(self):
-        return self.due
+        return float("-inf") if self.next else self.due

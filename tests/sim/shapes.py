@@ -208,7 +208,7 @@ class WildPredictor(FaultyPredictor):
     def estimates(self, done: StepDone) -> StepDone:
         if self.own.expected is None or self.own.expected.kind not in ("hidden", "both"):
             return done
-        return replace(done, estimates=tuple(self._estimated(done)))
+        return done.changed(estimates=tuple(self._estimated(done)))
 
     def _estimated(self, done: StepDone) -> Iterator[HiddenStateEstimate]:
         """Mostly of prompts that have ended, now and then of decodes."""

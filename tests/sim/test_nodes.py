@@ -18,6 +18,7 @@ def monitor(kernel):
 
 def test_what_arrives_at_one_moment_is_read_in_one_turn(kernel, monitor):
     core, node = monitor
+    core.due = 1.0
     for event in ("a", "b"):
         kernel.at(1.0, node.receive, event)
     kernel.run()
@@ -30,7 +31,7 @@ def test_the_loop_wakes_at_the_cores_deadline(kernel, monitor):
     node.start()
     kernel.at(1.0, node.receive, "early")
     kernel.run()
-    assert core.ticks == [0.0, 1.0, 2.0]
+    assert core.heard == [(1.0, "early")] and core.ticks == [2.0]
 
 
 def test_a_deadline_that_moved_is_kept_in_its_new_place(kernel, monitor):
@@ -39,7 +40,7 @@ def test_a_deadline_that_moved_is_kept_in_its_new_place(kernel, monitor):
     node.start()
     core.due = 3.0
     kernel.run()
-    assert core.ticks == [0.0, 3.0]
+    assert core.ticks == [3.0]
 
 
 def test_it_publishes_and_sends(kernel, monitor):

@@ -16,10 +16,13 @@ class Timers(Generic[Key]):
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._serial = 0
+        self._next: float | None = None
+        self._known = True  # whether `_next` is the earliest due time
 
     def set(self, key: Key, when: float) -> None:
         """Set or move the due time of a key."""
         self._due[key] = when
+        self._known = False
         self._serial += 1
         heappush(self._heap, (when, self._serial, key))
         if len(self._heap) > 2 * len(self._due) + 64:  # most entries are outdated: their keys were moved or cleared
@@ -31,10 +34,16 @@ class Timers(Generic[Key]):
 
     def clear(self, key: Key) -> None:
         """Remove a key, if it is set."""
-        self._due.pop(key, None)
+        if self._due.pop(key, None) is not None:
+            self._known = False
 
     def next(self) -> float | None:
         """Return the earliest due time, or None when no timer is set."""
+        if not self._known:
+            self._next, self._known = self._earliest(), True
+        return self._next
+
+    def _earliest(self) -> float | None:
         heap, latest = self._heap, self._due
         while heap:
             when, _, key = heap[0]
@@ -51,4 +60,5 @@ class Timers(Generic[Key]):
         while (when := self.next()) is not None and when <= now:
             key = heappop(self._heap)[2]
             del self._due[key]
+            self._known = False
             yield key

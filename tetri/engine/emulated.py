@@ -152,7 +152,7 @@ class EmulatedEngine:
         return self._finish(plan, self._compute_passes(plan, steps, lambda passes: False))
 
     def _finish(self, plan: StepPlan, steps: int) -> StepDone:
-        done = self.paged.finish(plan, steps, lambda key, count: tuple(self.contents[key].tokens[-count:]))
+        done = self.paged.finish(plan, steps, self._newest)
         for sampled in done.tokens:
             if sampled.key not in self.paged.slots:
                 content = self.contents.pop(sampled.key)
@@ -160,17 +160,21 @@ class EmulatedEngine:
                 self._release(content)
         return done
 
+    def _newest(self, slots: Sequence[Slot], count: int) -> list[tuple[int, ...]]:
+        return [tuple(self.contents[slot.key].tokens[-count:]) for slot in slots]
+
     def _compute_passes(self, plan: StepPlan, most: int, ends: Callable[[int], bool]) -> int:
         """Compute up to `most` passes. Stops after a pass in which an output ends, or for which `ends`, given the
         number of passes so far, returns True. Returns the number of passes."""
         slots = self.paged.slots
         for span in plan.chunk:
             self._compute(slots[span.key], span.start, span.stop)
+        again = {span.key: span.start for span in plan.again}
         for passes in range(most):
             ended = False
             for slot in plan.batch:
-                again = slot.done if passes == 0 else slot.known + passes - 1
-                ended |= self._compute(slot, again, slot.known + passes)
+                stop = slot.known + passes
+                ended |= self._compute(slot, again.pop(slot.key, stop - 1), stop)
             if ends(passes + 1) or ended:
                 return passes + 1
         return most

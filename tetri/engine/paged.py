@@ -91,7 +91,6 @@ class Paged:
         if slot is None or not slot.ready:
             raise EngineError(f"engine request {key} does not wait for admission")
         slot.ready = False
-        slot.done = slot.known
         slot.known += 1
         self._join(slot)
 
@@ -132,22 +131,23 @@ class Paged:
         return StepPlan(self.cost, steps, self._batch, self._context, chunk, again, allocated, preempted)
 
     def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
-        """The first `steps` passes of the plan are done. `ids(key, count)` returns the tokens that they gave; for a
-        prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the
+        """The first `steps` passes of the plan are done. `ids(slots, count)` returns the tokens that they gave;
+        for a prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the
         result of the step."""
-        spans, tokens = self._advance(steps, ids) if plan.batch else ([], [])
+        tokens = self._advance(steps, ids) if plan.batch else []
         for span in plan.chunk:
             slot = self.slots[span.key]
             slot.done = span.stop
             if span.stop == slot.known:
+                (new,) = ids([slot], 1)
                 slot.known += 1
-                tokens.append(self._sampled(slot, ids(span.key, 1)))
+                tokens.append(self._sampled(slot, new))
         held: tuple[tuple[str, int], ...] = ()
         if self._resized:
             size = self.capacity.block_tokens
             held = tuple([(key, slot.held_tokens // size) for key, slot in self._resized.items()])
             self._resized = {}
-        return StepDone((*spans, *plan.chunk), tuple(tokens), plan.allocated, plan.preempted, held, steps)
+        return StepDone((*plan.again, *plan.chunk), tuple(tokens), plan.allocated, plan.preempted, held, steps)
 
     def check(self) -> None:
         """Recount blocks and tokens. Raises AssertionError when a counter is wrong."""
@@ -180,7 +180,6 @@ class Paged:
                 victim = self._batch.pop()
                 self._leave(victim)
                 self._release(victim)
-                victim.done = 0
                 self._resized[victim.key] = victim
                 self._preempted.insert(0, victim)
                 preempted.append(victim.key)
@@ -229,25 +228,21 @@ class Paged:
 
     # ------------------------------------------------------------ inside finish
 
-    def _advance(self, steps: int, ids: Ids) -> tuple[list[Span], list[Sampled]]:
-        """Advance each request of the batch by `steps` passes; returns their spans and tokens."""
-        spans: list[Span] = []
+    def _advance(self, steps: int, ids: Ids) -> list[Sampled]:
+        """Advance each request of the batch by `steps` passes; returns their tokens."""
         tokens: list[Sampled] = []
         ended = 0
-        for slot in self._batch:
-            key, known = slot.key, slot.known + steps
-            spans.append(Span(key, slot.done, known - 1))
-            slot.done, slot.known = known - 1, known
-            new = ids(key, steps)
+        for slot, new in zip(self._batch, ids(self._batch, steps), strict=True):
+            slot.known = known = slot.known + steps
+            if known < slot.mark and new[-1] > EOS:  # neither EOS nor NO_TOKEN
+                tokens.append(Sampled(slot.key, new, None))
+                continue
             if known > slot.held_tokens:
                 self._extend(slot, known - 1)
                 if known > slot.held_tokens:
                     self._short.append(slot)
-            if known >= slot.end or new[-1] in (EOS, NO_TOKEN):
-                sampled = self._sampled(slot, new)
-                ended += sampled.reason is not None
-            else:
-                sampled = Sampled(key, new, None)
+            sampled = self._sampled(slot, new)
+            ended += sampled.reason is not None
             tokens.append(sampled)
         self._context += steps * len(self._batch)
         self._left -= steps
@@ -255,7 +250,7 @@ class Paged:
             for slot in [slot for slot in self._batch if slot.key not in self.slots]:
                 self._leave(slot)
             self._batch = [slot for slot in self._batch if slot.running]
-        return spans, tokens
+        return tokens
 
     def _sampled(self, slot: Slot, ids: tuple[int, ...]) -> Sampled:
         if ids[-1] == NO_TOKEN:
@@ -286,6 +281,7 @@ class Paged:
             return False
         self.free -= blocks
         slot.held_tokens += blocks * size
+        slot.mark = min(slot.held_tokens + 1, slot.end)
         self._resized[slot.key] = slot
         return True
 

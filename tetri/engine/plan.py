@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, Span
+from tetri.request import Value
 
 EOS = 0  # the only id that ends a text
 NO_TOKEN = -1  # in place of a token: the pass computed no valid number
 
-Ids = Callable[[str, int], tuple[int, ...]]  # (key, count) -> the last `count` tokens of this engine request
-
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """An engine request. `known`: number of its tokens, sampled ones included; KV exists for [0, done). `end`: value of
-    `known` at which it ends. `held_tokens`: tokens for which it has blocks. `held`: excluded from steps (`hold`).
-    `admitted`: a decode request's place in the order of admission; 0: not admitted. It is `running` while it is neither
-    held nor preempted."""
+    """An engine request. `known`: number of its tokens, sampled ones included. `done`: of a prefill request, KV exists
+    for [0, done); a decode request in the batch has KV for all but its last token. `end`: value of `known` at which it
+    ends. `held_tokens`: tokens for which it has blocks. `mark`: value of `known` at which it ends or needs a block.
+    `held`: excluded from steps (`hold`). `admitted`: a decode request's place in the order of admission; 0: not
+    admitted. It is `running` while it is neither held nor preempted."""
 
     request: EngineRequest
     key: str
@@ -28,14 +28,18 @@ class Slot:
     end: int
     done: int = 0
     held_tokens: int = 0
+    mark: int = 0
     ready: bool = False  # a decode request that has its blocks and waits for `admit`
     admitted: int = 0
     running: bool = False
     held: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+#: (slots, count) -> the `count` tokens that each of them gets, which its `known` does not count yet.
+Ids = Callable[[Sequence[Slot], int], Iterable[tuple[int, ...]]]
+
+
+class StepPlan(Value, frozen=True):
     """What the next step runs: `batch`, one token each; `again`, the spans that resumed requests of the batch compute
     again; and `chunk`, the spans of prefill requests.
 

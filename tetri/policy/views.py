@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tetri.request import Value
+
 
 @dataclass(slots=True)
 class PrefillPool:
@@ -21,8 +23,7 @@ class PrefillPool:
     last: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(Value, frozen=True):
     """What a request needs on a decode instance: KV blocks now, KV blocks at its predicted end, and whether it is
     predicted to write more than `heavy_tokens` tokens."""
 
@@ -58,8 +59,7 @@ class DecodePool:
     last: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class QueuedPrompt:
+class QueuedPrompt(Value, frozen=True):
     """A request in a prefill queue. `arrival`: its position in the order of arrival. `since`: its time of arrival.
     `work_s`: predicted seconds of its prefill. `due`: its deadline or None. Times are seconds of the worker's clock."""
 
@@ -71,8 +71,7 @@ class QueuedPrompt:
     due: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Value, frozen=True):
     """Progress of a prompt: tokens [done, goal) are not computed yet."""
 
     key: str
@@ -80,8 +79,7 @@ class Progress:
     goal: int
 
 
-@dataclass(frozen=True, slots=True)
-class BatchMember:
+class BatchMember(Value, frozen=True):
     """A request in the running batch. It holds the KV of `tokens` tokens and is predicted to end with `end` tokens, at
     least one more."""
 
@@ -89,8 +87,7 @@ class BatchMember:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class WaitingRequest:
+class WaitingRequest(Value, frozen=True):
     """A request whose KV has landed and that waits for admission. `landed`: its position in the order of landing.
     `blocks`: KV blocks that it owns. `tokens` and `end`: as in BatchMember."""
 
@@ -101,8 +98,7 @@ class WaitingRequest:
     end: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class BatchView:
+class BatchView(Value, frozen=True):
     """The running batch of a decode instance and its memory. `free_blocks`: KV blocks in no account, so without those
     of waiting requests; negative if greedy admission has overcommitted."""
 

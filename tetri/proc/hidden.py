@@ -3,7 +3,6 @@ computes them (paper, section 3.3, but without a second model)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 from tetri.engine.base import Engine, EngineError, HiddenStateHook, SupportsHiddenStates
@@ -27,7 +26,7 @@ def estimating(engine: Engine, head: EstimatorHead) -> Callable[[int], StepDone]
     def step(most: int = 1) -> StepDone:
         done = engine.step(most)
         found = estimates(hook, head)
-        return dataclasses.replace(done, estimates=found) if found else done
+        return done.changed(estimates=found) if found else done
 
     return step
 

@@ -101,6 +101,7 @@ class _Bench:
         self.engine, self.clock = engine, clock
         self.zeros = memoryview(bytes(engine.fingerprint.block_bytes))
         self.count = 0
+        self.contexts: dict[str, int] = {}  # tokens that a decode request has computed
 
     def run(self, scene: Scene) -> list[tuple[What, float]]:
         """Run one scene and cancel its requests; returns what ran in each measured step, and its seconds."""
@@ -122,12 +123,13 @@ class _Bench:
         begin = self.clock()
         done = self.engine.step()
         seconds = self.clock() - begin
-        chunk = [span for span in done.spans if span.key.startswith("prefill")]
-        decodes = [span for span in done.spans if span.key.startswith("decode")]
-        if done.preempted or len(decodes) != batch or bool(chunk) != prefills:
+        decodes = [sampled.key for sampled in done.tokens if sampled.key in self.contexts]
+        for key in decodes:
+            self.contexts[key] += 1
+        if done.preempted or len(decodes) != batch or bool(done.spans) != prefills:
             raise ProfileError(_surprise(done, batch))
-        parts = tuple(sorted((span.start, span.stop) for span in chunk))
-        return What(parts, batch, sum(span.stop for span in decodes)), seconds
+        parts = tuple(sorted((span.start, span.stop) for span in done.spans))
+        return What(parts, batch, sum(self.contexts[key] for key in decodes)), seconds
 
     def _admitted(self, contexts: Sequence[int]) -> list[str]:
         """Add decode requests, with zeros as their KV, that run from the next step on; returns their keys."""
@@ -142,6 +144,7 @@ class _Bench:
         for key, length in zip(keys, contexts, strict=True):
             self.engine.adopt(key, 0, [self.zeros] * blocks_for(length, self.engine.capacity.block_tokens))
             self.engine.admit(key, TOKEN)
+        self.contexts = dict(zip(keys, contexts, strict=True))
         return keys
 
     def _add(self, phase: Phase, length: int, more: int) -> str:
@@ -158,6 +161,7 @@ def length_left(engine: Engine, length: int) -> int:
 
 
 def _surprise(done: StepDone, batch: int) -> str:
-    ran = ", ".join(f"{span.key} [{span.start}, {span.stop})" for span in done.spans) or "nothing"
+    chunk = [f"{span.key} [{span.start}, {span.stop})" for span in done.spans]
+    ran = ", ".join([*chunk, *(sampled.key for sampled in done.tokens)]) or "nothing"
     again = f"; preempted: {', '.join(done.preempted)}" if done.preempted else ""
     return f"a step that should have decoded {batch} requests ran {ran}{again}"

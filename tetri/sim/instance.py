@@ -178,7 +178,7 @@ class WorkerNode(Node):
             self.turn()
 
     def awake(self) -> bool:
-        return self._plan is None and super().awake()
+        return self._plan is None
 
     def publish(self, action: Publish) -> None:
         """Publish a message, and record the role of a load report."""

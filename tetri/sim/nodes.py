@@ -38,8 +38,8 @@ class AnyCore(Protocol):
 
 
 class Node(ABC):
-    """A process with a loop. One turn handles all events that arrive at the same time, then calls `tick`; the loop then
-    sleeps until the next event or the core's deadline."""
+    """A process with a loop. One turn handles all events that arrive at the same time, then calls `tick` if it is due;
+    the loop then sleeps until the next event or the core's deadline."""
 
     def __init__(self, kernel: Kernel, name: str, core: AnyCore) -> None:
         self.kernel, self.name, self.core = kernel, name, core
@@ -78,20 +78,24 @@ class Node(ABC):
 
     def turn(self) -> None:
         """Run one turn of the loop."""
-        now, core = self.now, self.core
+        now, core = self.kernel.now - self.lag_s, self.core
         inbox = self.inbox
         if inbox:
             self.inbox = []
             for event in inbox:
-                self.carry_out(core.handle(event, now))
-        actions = core.tick(now)
-        if actions:
-            self.carry_out(actions)
-        self.sleep()
+                actions = core.handle(event, now)
+                if actions:
+                    self.carry_out(actions)
+        deadline = core.deadline()
+        if deadline is not None and deadline <= now:
+            actions = core.tick(now)
+            if actions:
+                self.carry_out(actions)
+            deadline = core.deadline()
+        self._sleep(deadline)
 
-    def sleep(self) -> None:
+    def _sleep(self, deadline: float | None) -> None:
         """Schedule the next turn at the core's deadline, unless an earlier one is scheduled."""
-        deadline = self.core.deadline()
         if deadline is None:
             return
         if self.lag_s:
@@ -107,11 +111,8 @@ class Node(ABC):
                 self.turn()
 
     def awake(self) -> bool:
-        """Whether the deadline has passed. It may have moved since the alarm was set; if so, sleep on."""
-        deadline = self.core.deadline()
-        if deadline is not None and deadline > self.now:
-            self.sleep()
-        return deadline is not None and deadline <= self.now
+        """Whether the loop runs now."""
+        return True
 
 
 class BrokerNode(Node):

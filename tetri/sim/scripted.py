@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 from tetri.cost import Cost
 from tetri.engine.paged import Paged
@@ -49,7 +50,6 @@ class Scripted(Paged):
         super().__init__(capacity, cost)
         self.text_of, self.estimates_lengths = text_of, estimates_lengths
         self._scripts: dict[str, Script] = {}
-        self._ones: dict[int, tuple[int, ...]] = {}
 
     def add(self, request: EngineRequest) -> None:
         super().add(request)
@@ -76,20 +76,18 @@ class Scripted(Paged):
         for sampled in done.tokens:
             if sampled.key not in self.slots:
                 self._scripts.pop(sampled.key, None)
-        return replace(done, estimates=estimates) if estimates else done
+        return done.changed(estimates=estimates) if estimates else done
 
-    def _ids(self, key: str, count: int) -> tuple[int, ...]:
-        script = self._scripts.get(key)
-        if script is not None and script.slot.known >= script.slot.end and script.text.reason == "stop":
-            return (*self._same(count - 1), EOS)
-        return self._same(count)
+    def _ids(self, slots: Sequence[Slot], count: int) -> Iterable[tuple[int, ...]]:
+        """Return ids of which none ends a request, except for texts that stop by themselves."""
+        same = (1,) * count
+        if not self._scripts:
+            return repeat(same, len(slots))
+        return [(*same[1:], EOS) if self._stops(slot, count) else same for slot in slots]
 
-    def _same(self, count: int) -> tuple[int, ...]:
-        """Return this many token ids, none of which ends a request."""
-        ids = self._ones.get(count)
-        if ids is None:
-            ids = self._ones[count] = (1,) * count
-        return ids
+    def _stops(self, slot: Slot, count: int) -> bool:
+        script = self._scripts.get(slot.key)
+        return script is not None and slot.known + count >= slot.end and script.text.reason == "stop"
 
     def _estimated(self, done: StepDone) -> Iterator[HiddenStateEstimate]:
         for sampled in done.tokens:

@@ -135,7 +135,7 @@ def test_the_policy_sees_the_batch_with_its_predicted_ends(asked):
     told.later()
     ((waiting, batch),) = asked.calls[1:]
     assert waiting == [WaitingRequest("d:b:1:p1:2", 2, 1, 5, 4 + 2)]
-    assert batch.running == [BatchMember(8 + 3, 8 + 5)] and (batch.max_batch, batch.block_tokens) == (4, 4)
+    assert [*batch.running] == [BatchMember(8 + 3, 8 + 5)] and (batch.max_batch, batch.block_tokens) == (4, 4)
     assert batch.free_blocks == free
 
 

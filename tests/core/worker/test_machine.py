@@ -1,7 +1,6 @@
 """The worker's core alone under random events: dropped, repeated, out of order, late, of old attempts and incarnations,
 in every role and between roles, under every policy. After every one `check()` must hold."""
 
-import dataclasses
 from random import Random
 
 from hypothesis import strategies as st
@@ -172,7 +171,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             self.written[key] = outputs + len(sampled.ids)
             if (distribution := self.estimates.get(key[0])) is not None:
                 told.append(HiddenStateEstimate(key, outputs, distribution))
-        return dataclasses.replace(done, estimates=tuple(told))
+        return done.changed(estimates=tuple(told))
 
     def adopt(self, action, problem):
         if problem is None and action.key in self.requests:  # else the leg has ended meanwhile, and its KV is nobody's

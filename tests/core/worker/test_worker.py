@@ -92,8 +92,9 @@ def test_heartbeats_name_the_last_membership_that_was_read_whether_it_was_of_use
     assert after(membership(3, serial=3, epoch=5)) == (5, 3)  # another broker's
 
 
-def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event(told):
+def test_it_rests_when_there_is_nothing_to_do_and_wakes_with_any_event_but_a_view(told):
     assert told.core.deadline() == pytest.approx(0.1)
+    assert not told.view(d9=9) and told.core.deadline() == pytest.approx(0.1)
     told.tell(membership(9))
     assert told.core.deadline() == AT_ONCE
     told.later()

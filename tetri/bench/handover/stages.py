@@ -178,9 +178,9 @@ def _decode_side(path: Path) -> tuple[dict[str, _DecodeSide], Sequence[Interval]
             if request.phase == "decode":
                 requests[request.key] = _DecodeSide(request.key.split(":")[1])
         if kind == "StepDone":
-            for span in event.spans:
-                if span.key in requests and requests[span.key].first_step is None:
-                    requests[span.key].first_step = side.steps[-1]
+            for sampled in event.tokens:
+                if sampled.key in requests and requests[sampled.key].first_step is None:
+                    requests[sampled.key].first_step = side.steps[-1]
         elif kind == "Adopted" and event.key in requests and event.problem is None:
             requests[event.key].copies[event.index] = side.copy(event, call.now)
     return {request.rid: request for request in requests.values()}, side.steps

@@ -64,8 +64,8 @@ def lost_with(row: Row) -> list[str]:
 
 def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
     """The pool without these instances; with them if there is no other."""
-    columns = [column for column, iid in enumerate(pool.iids) if iid not in iids]
-    if not iids or not columns:
+    columns = [column for column, iid in enumerate(pool.iids) if iid not in iids] if iids else []
+    if not columns:
         return pool
     last = columns.index(pool.last) if pool.last in columns else -1
     return PrefillPool([pool.iids[column] for column in columns], [pool.queued_s[column] for column in columns], last)

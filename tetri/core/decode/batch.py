@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice, takewhile
+from typing import Any
 
 from tetri.core.actions import Broken, HoldRequest
 from tetri.core.decode.load_forecast import LoadForecast
@@ -142,8 +144,7 @@ class Batch:
         return self._kept_free
 
     def _view(self, running: Mapping[str, DecodeRequest], most: int) -> BatchView:
-        members = [BatchMember(request.size, _predicted_end(request)) for request in running.values()]
-        return BatchView(members, most, self.ledger.free, self.own.capacity.block_tokens)
+        return BatchView(_Members(running.values()), most, self.ledger.free, self.own.capacity.block_tokens)
 
     def _ask_policy(self, most: int) -> list[str]:
         waiting = [
@@ -174,7 +175,7 @@ class Batch:
     def step_done(self, done: StepDone) -> tuple[list[TokenItem], Ended]:
         """Return the tokens to send, and the requests that have ended, each with its End. The caller removes those."""
         self._steps_left, self._kept_free = self._steps_left - done.steps, None
-        self._stuck = not done.spans and len(self.running) > len(self.held)
+        self._stuck = not (done.spans or done.tokens) and len(self.running) > len(self.held)
         items: list[TokenItem] = []
         for key in done.preempted:  # it may wait for long, so send the tokens that it has
             request = self.running[key]
@@ -189,29 +190,31 @@ class Batch:
                 recomputing = self.preempted.get(span.key)
                 if recomputing is not None:
                     recomputing.recomputed += max(min(span.stop, len(recomputing.offer.prompt)) - span.start, 0)
-        ended = self._collect(done.tokens, items)
+        ended = self._collect(done.tokens, done.steps, items)
         self._shares_steps_again()
         return items, ended
 
-    def _collect(self, tokens: Sequence[Sampled], items: list[TokenItem]) -> Ended:
-        running, interval, ended, count = self.running, self.own.stream_interval, Ended(), 0
+    def _collect(self, tokens: Sequence[Sampled], steps: int, items: list[TokenItem]) -> Ended:
+        find, interval, ended, count = self.running.get, self.own.stream_interval, Ended(), steps * len(tokens)
         for sampled in tokens:
-            request = running.get(sampled.key)
+            request = find(sampled.key)
             if request is None:
                 raise Broken(f"a token for {sampled.key}, which was not admitted")
-            output, ids = request.tokens, sampled.ids
+            output, ids, reason = request.tokens, sampled.ids, sampled.reason
             output += ids
-            count += len(ids)
-            if sampled.reason is not None:
-                end = End(reason=sampled.reason, receipt=request.receipt(self.own.iid), error=sampled.error)
+            if reason is None and len(output) < request.mark:
+                continue
+            if reason is not None:
+                count += len(ids) - steps  # an invalid one is no token
+                end = End(reason=reason, receipt=request.receipt(self.own.iid), error=sampled.error)
                 items.append(self.token_item(request, end))
                 ended.append((request, end))
-            elif len(output) >= request.mark:
-                if len(output) >= request.due:
-                    self._repredict(request)
-                if len(output) - request.sent >= interval:
-                    items.append(self.token_item(request))
-                request.mark = min(request.due, request.sent + interval)
+                continue
+            if len(output) >= request.due:
+                self._repredict(request)
+            if len(output) - request.sent >= interval:
+                items.append(self.token_item(request))
+            request.mark = min(request.due, request.sent + interval)
         self.forecast.wrote(count)
         if self.preempted:
             for sampled in tokens:
@@ -268,6 +271,26 @@ class Batch:
             raise Broken(f"not all of {list(self.landed)} wait for admission")
         if any(self.running.get(key) is not request for key, request in self.preempted.items()):
             raise Broken(f"not all of {list(self.preempted)} are in the batch")
+
+
+class _Members(Sequence[BatchMember]):
+    """The batch as policies see it. Each request is looked at when a policy does so: some only count them."""
+
+    def __init__(self, requests: Collection[DecodeRequest]) -> None:
+        self._requests = requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[BatchMember]:
+        return iter(self._listed)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._listed[place]
+
+    @cached_property
+    def _listed(self) -> list[BatchMember]:
+        return [BatchMember(request.size, _predicted_end(request)) for request in self._requests]
 
 
 def _predicted_end(request: DecodeRequest) -> int:

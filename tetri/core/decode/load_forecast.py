@@ -49,10 +49,11 @@ class LoadForecast:
 
     def grown(self, request: DecodeRequest, blocks: int) -> None:
         """Record that the account of a request has `blocks` blocks now."""
+        fewer = min(blocks - request.blocks, request.growth)
         request.blocks = blocks
-        self.growth -= request.growth
-        self._set_growth(request)
-        self.growth += request.growth
+        request.growth -= fewer
+        self.growth -= fewer
+        self._set_due(request)
 
     def update_length(self, request: DecodeRequest, length: LengthRange) -> None:
         """Set a new length range of a request."""
@@ -102,6 +103,9 @@ class LoadForecast:
     def _set_growth(self, request: DecodeRequest) -> None:
         blocks = blocks_for(len(request.offer.prompt) + request.dispatch_end, self.own.capacity.block_tokens)
         request.growth = max(blocks - request.blocks, 0)
+        self._set_due(request)
+
+    def _set_due(self, request: DecodeRequest) -> None:
         high = NEVER if request.length is None else request.length.high
         account_tokens = request.blocks * self.own.capacity.block_tokens - len(request.offer.prompt) + 1
         request.due = min(high, request.dispatch_end, account_tokens) - len(request.offer.output)

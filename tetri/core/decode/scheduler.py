@@ -109,6 +109,8 @@ class DecodeScheduler:
         if not self.deferred.blocks:
             return actions
         kept = self.batch.kept_free()
+        if free_memory is None and not self.ledger.grantable(kept):
+            return actions
         for request in self.deferred.first(now):
             short = self.ledger.free < request.blocks + kept and not self.ledger.crowded(request.blocks)
             if short and free_memory is not None:

@@ -23,16 +23,15 @@ remaining memory is granted to a request that waits for those very slots, nothin
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from tetri.core.actions import Action, Broken, Export, Exported, Free
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.request import KVChunk, PrefillRequest
+from tetri.request import Value
 
 
-@dataclass(frozen=True, slots=True)
-class Spare:
+class Spare(Value, frozen=True):
     """Slots for the next chunk: `free` of them for granted requests, at most `open` of those for others."""
 
     free: int
@@ -53,7 +52,7 @@ class KVSend:
 
     def spare(self) -> Spare:
         """Return the slots that the next chunk may use."""
-        kept = sum(request.flow.kept for request in self.keeping.values() if not request.granted)
+        kept = sum([request.flow.kept for request in self.keeping.values() if not request.flow.granted])
         return Spare(self.own.slots - self.used, self.own.open_slots - kept)
 
     def slot_deadlock(self) -> PrefillRequest | None:

@@ -163,7 +163,7 @@ class PrefillRequest:
     @property
     def granted(self) -> bool:
         """Whether the decode instance of its open offer has reserved memory for it."""
-        return self.flow.offer is not None and self.flow.granted
+        return self.flow.granted
 
     @property
     def may_decode(self) -> bool:

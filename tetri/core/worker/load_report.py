@@ -29,36 +29,44 @@ class LoadReporter:
     def load(self) -> Load:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
         that needs them."""
-        queue = self.prefill.queue
-        return self._decodes().changed(
+        queue, decode, forecast = self.prefill.queue, self.decode, self.decode.forecast
+        return Load(
+            free_blocks=self._free_blocks(),
             queued=len(queue),
             queued_tokens=queue.tokens,
             queued_s=max(queue.seconds, 0.0),
-            landed=len(self.decode.batch.landed),
-            decode_s=self.decode.forecast.decode_s(),
+            waiting=decode.waiting(),
+            landed=len(decode.batch.landed),
+            running=len(decode.batch.running),
+            heavy=forecast.heavy,
+            growth_blocks=forecast.growth,
+            kept_blocks=decode.kept_blocks(),
+            deferred_blocks=decode.deferred.blocks,
+            decode_s=forecast.decode_s(),
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
-            unread=self.decode.kv_receive.failing,
+            unread=decode.kv_receive.failing,
         )
 
     def home(self) -> Load | None:
         """What a decode route reads of the load of this instance, for its own prompts; None if its role takes no
         decodes. The dispatcher calls this, so it asks the dispatcher nothing."""
-        return self._decodes() if self.role in DECODE_ROLES else None
-
-    def _decodes(self) -> Load:
-        forecast, blocked = self.decode.forecast, self.prefill.queue.blocked()
-        free = self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
-        waiting, running, growth = self.decode.waiting(), len(self.decode.batch.running), forecast.growth
+        decode, forecast = self.decode, self.decode.forecast
+        if self.role not in DECODE_ROLES:
+            return None
         return Load(
-            free_blocks=free,
-            waiting=waiting,
-            running=running,
+            free_blocks=self._free_blocks(),
+            waiting=decode.waiting(),
+            running=len(decode.batch.running),
             heavy=forecast.heavy,
-            growth_blocks=growth,
-            kept_blocks=self.decode.kept_blocks(),
-            deferred_blocks=self.decode.deferred.blocks,
+            growth_blocks=forecast.growth,
+            kept_blocks=decode.kept_blocks(),
+            deferred_blocks=decode.deferred.blocks,
         )
+
+    def _free_blocks(self) -> int:
+        blocked = self.prefill.queue.blocked()
+        return self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""

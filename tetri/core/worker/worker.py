@@ -18,7 +18,7 @@ from tetri.core.actions import (
     Step,
     WorkerInput,
 )
-from tetri.core.decode.scheduler import DecodeScheduler
+from tetri.core.decode.scheduler import DecodeScheduler, FreeMemory
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -68,17 +68,16 @@ class Worker:
 
     def handle(self, event: WorkerInput, now: float) -> list[Action]:
         """Process one event. Raises Broken for an event that is not a WorkerInput."""
-        return self._deliver_own(self._handle(event, now), now)
+        actions = self._handle(event, now)
+        return self._deliver_own(actions, now) if actions else actions
 
     def _handle(self, event: WorkerInput, now: float) -> list[Action]:
         if isinstance(event, StepDone):
             return self._step_done(event, now)
+        if isinstance(event, ClusterView):
+            return self._viewed(event, now)
         self.idle = False
-        match event:
-            case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
-                return []
-            case Chunk():
-                return self.decode.chunk(event)
+        match event:  # the most frequent first
             case Exported():
                 return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
             case Adopted():
@@ -86,20 +85,22 @@ class Worker:
             case Freed():
                 self.prefill.kv_send.freed(event.slots)
                 return []
-            case Offer():
-                return self.decode.offer(event, now, None if self.stepping else self.prefill.free_memory)
-            case LengthUpdate():
-                return self.decode.update_length(event)
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
+                return []
+            case Chunk():
+                return self.decode.chunk(event)
             case Grant() | Defer() | Refuse() | Landed():
                 return self._answered(event, now)
+            case Offer():
+                return self.decode.offer(event, now, self._free_memory())
+            case LengthUpdate():
+                return self.decode.update_length(event)
             case Assign():
                 return self.prefill.assign(event, now)
             case Proceed():
                 return self.lone_steps.proceed(event)
             case Close():
                 return self._closed(event)
-            case ClusterView():
-                return self.dispatcher.allow_retry(now) if self.peers.see(event, now) else []
             case LengthKnown():
                 return self.prefill.lengths.known(event, now)
             case Drop():
@@ -135,7 +136,7 @@ class Worker:
                 actions += self._set_fetch_timer(self.decode.fetch_again(now))
             else:
                 actions += self.prefill.lengths.due(self.prefill.requests[key], now)
-        actions = self._deliver_own(actions, now)
+        actions = self._deliver_own(actions, now) if actions else actions
         return actions if self.stepping or self.idle else [*actions, *self._step(now)]
 
     def deadline(self) -> float | None:
@@ -159,12 +160,16 @@ class Worker:
         """Deliver messages addressed to this instance directly instead of over a socket; while a step is running,
         queue them. What a message causes comes after all actions of what was handled before it: these may free or
         replace what that added. A loop, because thousands may come at once."""
-        if not actions:  # the usual case
-            return actions
+        own = self.own.iid
+        for action in actions:
+            if isinstance(action, Send) and action.peer == own:
+                break
+        else:
+            return actions  # the usual case
         left, others = deque(actions), list[Action]()
         while left:
             action = left.popleft()
-            if not isinstance(action, Send) or action.peer != self.own.iid:
+            if not isinstance(action, Send) or action.peer != own:
                 others.append(action)
             elif self.stepping:
                 self._queued_own.append(action)
@@ -177,7 +182,8 @@ class Worker:
     def _step(self, now: float) -> list[Action]:
         """Plan the next engine step. Each decode takes one token of the step's token budget, a prefill chunk gets the
         rest. While prompts wait, the batch is therefore kept smaller than the budget."""
-        if not len(self.prefill.queue) and not self.decode.forecast.requests:
+        queued = len(self.prefill.queue)
+        if not queued and not self.decode.forecast.requests:
             self.idle = True
             return []
         self._fewer, lone_steps = False, self.lone_steps
@@ -187,17 +193,17 @@ class Worker:
                 return self._start_step(actions, 1, now) if lone_steps.running is not None else self._wait(actions)
         budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
         batch, prefill = self.decode.batch, self.prefill
-        admitted = self.decode.admit(min(most, budget - 1) if len(prefill.queue) else most)
+        admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
-        actions = admitted + self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
-        if len(prefill.queue) and batch.lone is None:
+        actions = admitted + self._deliver_own(self.decode.grant_deferred(now, self._free_memory()), now)
+        if queued and batch.lone is None:
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None:
             return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
             if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
-                actions += self._deliver_own(self.decode.grant_deferred(now, prefill.free_memory), now)
+                actions += self._deliver_own(self.decode.grant_deferred(now, self._free_memory()), now)
             if not self.decode.steps():
                 self.idle = True
                 return actions
@@ -211,6 +217,10 @@ class Worker:
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
         return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
+
+    def _free_memory(self) -> FreeMemory | None:
+        """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
+        return None if self.stepping or self.prefill.queue.blocked() is None else self.prefill.free_memory
 
     def _start_step(self, actions: list[Action], most: int, now: float) -> list[Action]:
         self.stepping, self._step_at = True, now
@@ -242,7 +252,7 @@ class Worker:
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
         way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
-        self.idle = not (done.spans or done.allocated or way_out)
+        self.idle = not (done.spans or done.tokens or done.allocated or way_out)
         return actions
 
     def _set_fetch_timer(self, actions: list[Action]) -> list[Action]:
@@ -302,6 +312,12 @@ class Worker:
         actions += self.prefill.kv_send.landed(request, event.index) if isinstance(event, Landed) else []
         if request.flow.complete and event.src in self.dispatcher.breaker.failing:
             self.dispatcher.breaker.succeeded(event.src)
+        return actions
+
+    def _viewed(self, view: ClusterView, now: float) -> list[Action]:
+        """Place requests by newer loads. Only that can make a step possible, so otherwise `idle` stays."""
+        actions = self.dispatcher.allow_retry(now) if self.peers.see(view, now) else []
+        self.idle = self.idle and not actions
         return actions
 
     def _closed(self, message: Close) -> list[Action]:

@@ -222,12 +222,15 @@ class VllmEngine:
         outputs, _ = self._core.step()
         for key in record.parked:
             self._park(key)
-        decodes = {key for key in record.computed if self._requests[key].engine_request.phase == "decode"}
-        order = sorted(record.computed.items(), key=lambda item: item[0] not in decodes)  # stable: decodes first
-        spans = tuple(Span(key, start, stop) for key, (start, stop) in order)
+        spans = tuple(Span(key, *span) for key, span in record.computed.items() if not self._is_next(key, *span))
         tokens = tuple(self._sampled(output) for output in outputs[0].outputs) if outputs else ()
         self._ended.update(record.freed)
         return StepDone(spans, tokens, tuple(record.parked), tuple(record.preempted), self._held())
+
+    def _is_next(self, key: str, start: int, stop: int) -> bool:
+        """Whether a span is the next position of a decode request, and nothing is computed again."""
+        request = self._requests[key].engine_request
+        return request.phase == "decode" and stop == start + 1 and start >= len(request.tokens)
 
     def _park(self, key: str) -> None:
         live = self._requests[key]
