@@ -202,19 +202,17 @@ class Batch:
                 raise Broken(f"a token for {sampled.key}, which was not admitted")
             output, ids, reason = request.tokens, sampled.ids, sampled.reason
             output += ids
-            if reason is None and len(output) < request.mark:
-                continue
             if reason is not None:
                 count += len(ids) - steps  # an invalid one is no token
                 end = End(reason=reason, receipt=request.receipt(self.own.iid), error=sampled.error)
                 items.append(self.token_item(request, end))
                 ended.append((request, end))
-                continue
-            if len(output) >= request.due:
-                self._repredict(request)
-            if len(output) - request.sent >= interval:
-                items.append(self.token_item(request))
-            request.mark = min(request.due, request.sent + interval)
+            elif len(output) >= request.mark:
+                if len(output) >= request.due:
+                    self._repredict(request)
+                if len(output) - request.sent >= interval:
+                    items.append(self.token_item(request))
+                request.mark = min(request.due, request.sent + interval)
         self.forecast.wrote(count)
         if self.preempted:
             for sampled in tokens:
