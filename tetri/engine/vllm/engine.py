@@ -34,13 +34,15 @@ from tetri.request import blocks_for, sampling_problem
 
 @dataclass(slots=True)
 class _LiveRequest:
-    """An engine request, and vLLM's `request` for it. `missing`: blocks of a decode request without KV so far."""
+    """An engine request, and vLLM's `request` for it. `missing`: blocks of a decode request without KV so far.
+    `preempted`: it lost its blocks and has written no token since."""
 
     engine_request: EngineRequest
     request: Any
     outputs_left: int  # output tokens left for the whole request, this engine request's first one included
     parked: bool = False  # a decode request that has its blocks and waits for `admit`
     missing: set[int] = field(default_factory=set)
+    preempted: bool = False
 
 
 class VllmEngine:
@@ -222,15 +224,17 @@ class VllmEngine:
         outputs, _ = self._core.step()
         for key in record.parked:
             self._park(key)
-        spans = tuple(Span(key, *span) for key, span in record.computed.items() if not self._is_next(key, *span))
+        for key in record.preempted:
+            self._requests[key].preempted = True
+        spans = tuple(Span(key, *span) for key, span in record.computed.items() if self._has_span(key))
         tokens = tuple(self._sampled(output) for output in outputs[0].outputs) if outputs else ()
         self._ended.update(record.freed)
         return StepDone(spans, tokens, tuple(record.parked), tuple(record.preempted), self._held())
 
-    def _is_next(self, key: str, start: int, stop: int) -> bool:
-        """Whether a span is the next position of a decode request, and nothing is computed again."""
-        request = self._requests[key].engine_request
-        return request.phase == "decode" and stop == start + 1 and start >= len(request.tokens)
+    def _has_span(self, key: str) -> bool:
+        """Whether a StepDone lists what was computed of a request: a chunk of a prompt, or a decode request again."""
+        live = self._requests[key]
+        return live.engine_request.phase == "prefill" or live.preempted
 
     def _park(self, key: str) -> None:
         live = self._requests[key]
@@ -243,6 +247,7 @@ class VllmEngine:
         if key in self._invalid:
             return self._failed(key)
         (token,) = output.new_token_ids
+        self._requests[key].preempted = False
         if reason is None:
             return Sampled(key, (token,), None)
         live = self._requests.pop(key)
