@@ -125,7 +125,8 @@ class WorkerExecutor:
         """Carry out actions in order. The result of an action goes to the core before the next action. Rejected
         requests go to the core just before the step, so that the requests that replace them are in the engine by
         then."""
-        table, rejected = self.table, list[RequestRejected]()
+        table = self.table
+        rejected: list[RequestRejected] = []
         for action in actions:
             if rejected and type(action) is Step:
                 self._handle(rejected)

@@ -57,8 +57,9 @@ class Timers(Generic[Key]):
         return self._expired(now) if self._heap and self._heap[0][0] <= now else ()
 
     def _expired(self, now: float) -> Iterator[Key]:
-        while (when := self.next()) is not None and when <= now:
-            key = heappop(self._heap)[2]
-            del self._due[key]
-            self._known = False
-            yield key
+        while self._heap and self._heap[0][0] <= now:
+            when, _, key = heappop(self._heap)
+            if self._due.get(key) == when:  # else outdated: the key was moved or cleared
+                del self._due[key]
+                self._known = False
+                yield key

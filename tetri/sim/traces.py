@@ -47,7 +47,7 @@ def replayed(path: str | Path, speedup: float = 1.0, requests: int = 0) -> Itera
     """Yield the requests of a CSV file with the columns of `HEADER`, as in the Azure LLM inference traces. The first
     arrives at time 0; the times between requests are divided by `speedup`. `requests` 0: each line once; else this many
     requests, with the trace repeated as often as necessary; two rounds are separated by the mean time between requests.
-    The file is read lazily. Raises TraceError with the number of the wrong line."""
+    The file is read lazily, and once. Raises TraceError with the number of the wrong line."""
     if not (math.isfinite(speedup) and speedup > 0):
         raise TraceError(f"the speedup must be above 0, got {speedup:g}")
     if requests:
@@ -62,13 +62,17 @@ def _check_number(requests: int) -> None:
 
 
 def _repeated(path: Path, speedup: float) -> Iterator[Arrival]:
+    whole = []
+    for arrival in _lines(path, speedup):
+        whole.append(arrival)
+        yield arrival
+    last = whole[-1].at_s
+    round_s = last + (last / (len(whole) - 1) if len(whole) > 1 else 1.0)
     shift = 0.0
     while True:
-        count, last = 0, 0.0
-        for arrival in _lines(path, speedup):
-            count, last = count + 1, arrival.at_s
-            yield Arrival(shift + last, arrival.prompt, arrival.output) if shift else arrival
-        shift += last + (last / (count - 1) if count > 1 else 1.0)
+        shift += round_s
+        for arrival in whole:
+            yield Arrival(shift + arrival.at_s, arrival.prompt, arrival.output)
 
 
 def _lines(path: Path, speedup: float) -> Iterator[Arrival]:

@@ -195,7 +195,8 @@ class Batch:
         return items, ended
 
     def _collect(self, tokens: Sequence[Sampled], steps: int, items: list[TokenItem]) -> Ended:
-        find, interval, ended, count = self.running.get, self.own.stream_interval, Ended(), steps * len(tokens)
+        find, interval, count = self.running.get, self.own.stream_interval, steps * len(tokens)
+        ended: Ended = []
         for sampled in tokens:
             request = find(sampled.key)
             if request is None:

@@ -144,7 +144,8 @@ class LivePool:
         self._version = self.peers.version
         if self._member_version != self.peers.member_version or (home is None) != (self._home_column is None):
             self._replace_columns(home is not None)
-        reports, loads, pool = self.peers.loads(), list[Load](), self.columns
+        reports, pool = self.peers.loads(), self.columns
+        loads: list[Load] = []
         self.unread = {}
         for instance in self._instances:
             iid = instance.iid

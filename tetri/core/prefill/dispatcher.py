@@ -123,7 +123,8 @@ class Dispatcher:
 
         A retry helps on another prefill instance, or here behind the requests that this one `holds_up`. Otherwise the
         request waits for `patience_s`: retries on this instance would only use up its attempts."""
-        own, found, decodes = self.own, list[tuple[PrefillRequest, str, bool]](), self.pool.home() is not None
+        own, decodes = self.own, self.pool.home() is not None
+        found: list[tuple[PrefillRequest, str, bool]] = []
         for request in self.unplaceable.values():
             assert request.unplaceable_since is not None
             waited, blocks = now - request.unplaceable_since, request.flow.blocks
@@ -241,9 +242,8 @@ class Dispatcher:
         After the hand-over, announce all chunks again until the broker closes the request. This checks that the decode
         instance still has the KV: one that has lost it finds stale handles, and refuses."""
         self.timers.set(request.key, now + self.own.offer_s)
-        flow, offer = request.flow, list[Action]()
-        if not flow.granted:
-            offer = [self._offer(request, now)]
+        flow = request.flow
+        offer = [] if flow.granted else [self._offer(request, now)]
         announced = flow.sent[: flow.announced]
         again = flow.sent if flow.complete else [chunk for chunk in announced if chunk.index in flow.in_flight]
         return [*offer, *self.announce(request, again), *self.announce(request, flow.unannounced())]

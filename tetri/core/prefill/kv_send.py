@@ -52,7 +52,11 @@ class KVSend:
 
     def spare(self) -> Spare:
         """Return the slots that the next chunk may use."""
-        kept = sum([request.flow.kept for request in self.keeping.values() if not request.flow.granted])
+        kept = 0
+        for request in self.keeping.values():
+            flow = request.flow
+            if not flow.granted:
+                kept += flow.exported - flow.landed  # flow.kept, without a call: a busy worker asks after each event
         return Spare(self.own.slots - self.used, self.own.open_slots - kept)
 
     def slot_deadlock(self) -> PrefillRequest | None:

@@ -102,7 +102,8 @@ class LengthWait:
         those that the `planned` chunk was to complete and did not."""
         if not self._predicts:
             return []
-        requests, actions, waited = self.dispatcher.requests, list[Action](), False
+        requests, waited = self.dispatcher.requests, False
+        actions: list[Action] = []
         for estimate in estimates:
             if estimate.key in requests:
                 waited |= not requests[estimate.key].predicted

@@ -143,7 +143,8 @@ class Queue:
 def candidates(queue: Queue, requests: Requests, budget: int, free: int, most: int) -> list[Progress]:
     """Return the prompts for a chunk of up to `budget` tokens, `most` at most, in the order in which the engine runs
     them: first the started ones, then those for which the `free` KV blocks suffice."""
-    prompts, chunk_tokens = list[Progress](), budget
+    prompts: list[Progress] = []
+    chunk_tokens = budget
     if budget <= 0:
         return prompts
     for request in queue.started.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from random import Random
 
 from tetri.core.actions import (
@@ -143,7 +144,7 @@ class Worker:
         """The time of the next `tick`: -inf for at once, None while a step is running."""
         if self.stepping:
             return None
-        return self.timers.next() if self.idle else float("-inf")
+        return self.timers.next() if self.idle else -inf
 
     def check(self) -> None:
         """Check the ledger and both schedulers. Raises Broken."""
@@ -166,7 +167,8 @@ class Worker:
                 break
         else:
             return actions  # the usual case
-        left, others = deque(actions), list[Action]()
+        left = deque(actions)
+        others: list[Action] = []
         while left:
             action = left.popleft()
             if not isinstance(action, Send) or action.peer != own:
@@ -399,7 +401,8 @@ class Worker:
     def _unread(self, now: float) -> list[Action]:
         """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is
         over."""
-        readers, actions = self.dispatcher.readers, list[Action]()
+        readers = self.dispatcher.readers
+        actions: list[Action] = []
         for request, why, avoid in readers.overdue(self.prefill.requests.values(), now):
             actions += self.prefill.give_up(request, why, retry=bool(avoid), avoid=avoid)
             self.idle = False
