@@ -39,7 +39,7 @@ def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
     """Repeat the paper's evaluation, and print each result beside the paper's.
 
     Runs five workloads on TetriInfer (one prefill and one decode instance) and on coupled baselines, then the
-    microbenchmarks of Figures 3 to 5, 16, 18 and 19. Takes a few minutes. The same arguments give the same result to
+    microbenchmarks of Figures 3 to 5, 16, 18 and 19. Takes about a minute. The same arguments give the same result to
     the last bit, except the object "run".
     """
     from tetri.cost import CostError
