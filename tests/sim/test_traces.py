@@ -49,6 +49,14 @@ def test_it_is_read_no_further_than_it_is_used(trace):
     assert next(replayed(trace(ONE_LINE + "broken\n"))).prompt == 10
 
 
+def test_a_repeated_trace_is_read_once(trace):
+    path = trace(GOOD)
+    found = replayed(path, requests=8)
+    assert next(found).prompt == 10
+    path.unlink()
+    assert [each.prompt for each in found] == [20, 30, 10, 20, 30, 10, 20]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

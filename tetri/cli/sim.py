@@ -114,8 +114,8 @@ def run(**options: Any) -> int:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Switch the garbage collector off. A run makes millions of objects and no cycles of them, and the collector would
-    take a tenth of its time."""
+    """Switch the garbage collector off. A run makes millions of objects and hardly any cycles of them (with faults, a
+    dozen objects a request), and the collector would take a tenth of its time."""
     gc.disable()
     try:
         yield
