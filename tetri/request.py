@@ -226,6 +226,14 @@ class PredictorStatus(Record, frozen=True):
     unread: Count = 0
 
 
+class StepRatio(Record, frozen=True):
+    """How long a worker's engine steps take, over what its cost table predicts. None: not enough steps were compared,
+    or there is nothing to compare them with."""
+
+    prefill: float | None = None
+    decode: float | None = None
+
+
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """Number of blocks of `block_tokens` tokens that `tokens` tokens need."""
     return -(-tokens // block_tokens)

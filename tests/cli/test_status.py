@@ -36,6 +36,15 @@ def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, b
     assert "counted by" not in run("status")[1]
 
 
+def test_status_shows_measured_over_predicted_step_times(run, broker):
+    ratios = {"p0": {"prefill": 3.875, "decode": None}, "m0": {"prefill": 1.0, "decode": 0.25}}
+    shown = [{**INSTANCE, "iid": iid, "step_ratio": ratio} for iid, ratio in ratios.items()]
+    broker(lambda message: [{**STATUS, "instances": shown}])
+    rows = [re.split(r"\s{2,}", line) for line in run("status")[1].splitlines()[-3:]]
+    assert [row[8] for row in rows] == ["step ratio", "prefill 3.88", "prefill 1.00, decode 0.25"]
+    assert json.loads(run("status", "--json")[1])["instances"] == shown
+
+
 def test_status_ends_with_what_works_worse_than_it_should(run, broker):
     broker(lambda message: [{**STATUS, "instances": [INSTANCE], "notes": ["no cost table", "d0 is lost: silent"]}])
     assert run("status")[1].splitlines()[-2:] == ["degraded  no cost table", "degraded  d0 is lost: silent"]

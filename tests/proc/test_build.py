@@ -9,6 +9,8 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from tetri.config import load
 from tetri.cost import Cost
 from tetri.engine.base import EngineRequest
 from tetri.engine.salted import salt_of, writers
+from tetri.instance import Reach
 from tetri.kv.base import Wanted
 from tetri.proc import build
 from tetri.proc.monitor import start_of
@@ -50,6 +53,22 @@ def test_the_engines_cost_is_its_timing_and_everybodys_prediction(tmp_path):
     engine.add(EngineRequest("a", "prefill", tuple(range(100)), 100, Sampling()))
     engine.step()
     assert 0.01 < sum(waited) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "compares"),
+    [
+        (["engine.cost=v100-opt13b.toml"], True),
+        (["engine.cost=v100-opt13b.toml", "emulated.time_scale=0.5"], True),
+        (["engine.cost=v100-opt13b.toml", "emulated.time_scale=0"], False),  # steps take no time
+        ([], False),
+    ],
+)
+def test_steps_are_compared_with_a_table_if_they_take_its_time(settings, compares):
+    config = load(EMULATED, settings)
+    engine: Any = build.engine(config)
+    kv: Any = SimpleNamespace(reach=Reach(paths=["shm"], host="h", process=0, segment="s"), slots=9)
+    assert build.identity(config, "d0", 1, engine, kv).compares_steps is compares
 
 
 def test_without_a_table_longer_prompts_and_larger_batches_still_count_as_more():

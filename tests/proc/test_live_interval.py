@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from live import LiveCluster
+from live import LiveCluster, wait_until
 
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
@@ -53,3 +53,16 @@ def test_a_stop_text_among_tokens_that_come_together(cluster: LiveCluster, at: i
     result = cluster.client().generate(PROMPT, max_tokens=8000, stop=[stop])
     assert result.finish_reason == "stop" and stop not in result.text and not result.text.endswith(words[at])
     assert result.token_ids == right(cluster, at + 2) and result.usage.completion_tokens == at + 2
+
+
+def test_status_shows_how_long_steps_take_over_what_the_table_predicts(cluster: LiveCluster) -> None:
+    """An emulated step takes at least the time of the table, and on a busy machine any time longer."""
+
+    def ratios() -> list[float | None]:
+        cluster.client().generate(PROMPT, max_tokens=200)
+        found = {iid: each["step_ratio"] for iid, each in cluster.instances().items()}
+        assert found["p0"]["decode"] is found["d0"]["prefill"] is None
+        return [found["p0"]["prefill"], found["d0"]["decode"]]
+
+    wait_until(lambda: None not in ratios(), "too few steps were compared")
+    assert all(ratio is not None and ratio > 0.99 for ratio in ratios())

@@ -6,13 +6,17 @@ import pytest
 
 from tests.sim.script import COST, Script
 from tetri.core.actions import AddRequest, AdmitRequest, LengthKnown, Predict, Step
+from tetri.core.worker import load_report
 from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import LengthRange, Sampling
 from tetri.sim.instance import PlainWorker, SimulatedPredictor, Use
 from tetri.sim.links import Port, Wiring
-from tetri.wire.messages import ClusterView
+from tetri.sim.setup import Setup
+from tetri.sim.traces import TokenCounts, drawn
+from tetri.sim.world import World
+from tetri.wire.messages import ClusterView, Heartbeat
 
 
 def worker(kernel):
@@ -124,3 +128,26 @@ def test_a_requests_prediction_is_the_same_whoever_asks_and_when(kernel):
 
     keys = [str(i) for i in range(30)]
     assert named(1, keys) == named(1, reversed(keys)) != named(2, keys)
+
+
+def test_a_simulated_step_takes_what_the_cost_table_predicts(monkeypatch):
+    """Steps of both phases, of several passes, cut short, and those that compute preempted requests again."""
+    ratios, send = {"prefill": [], "decode": []}, Port.send
+
+    def noted(port, peer, message):
+        if isinstance(message, Heartbeat):
+            for phase, found in ratios.items():
+                found.append(getattr(message.step_ratio, phase))
+        send(port, peer, message)
+
+    monkeypatch.setattr(Port, "send", noted)
+    monkeypatch.setattr(load_report, "LEAST", 1)
+    monkeypatch.setattr(load_report, "MOST", 1)  # the last step, instead of a median
+    cost = Cost(((1.0, 0.02), (512.0, 0.2)), ((1.0, 0.02), (16.0, 0.03)), 1e-7, 1e-6, kv_token_bytes=1000)
+    small = {"kv_tokens": 1500, "chunk_tokens": 128, "max_batch": 32, "stream_interval": 8}
+    setup = Setup(cost, mixed=1, heartbeat_s=0.02, **small)
+    arrivals = drawn(25, TokenCounts.parsed("50-400"), TokenCounts.parsed("50-300"), seed=1, rate=20)
+    assert World(setup, arrivals).run().counters["preempted"] > 5
+    for found in ratios.values():
+        known = [ratio for ratio in found if ratio is not None]
+        assert len(known) > 100 and max(abs(ratio - 1.0) for ratio in known) < 1e-6

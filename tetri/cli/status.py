@@ -11,7 +11,7 @@ import click
 from tetri.cli.options import Overrides, connect, deployment_options, json_option, seconds_option
 from tetri.core.broker.notes import MONITOR_SILENT_S, NO_MONITOR
 
-_COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "kv", "note")
+_COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "step_ratio", "kv", "note")
 _LENGTHS = ["lengths by", "kind", "state", "predicted", "late", "ended", "right", "of the prior", "below end", "note"]
 
 
@@ -30,7 +30,7 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     click.echo(f"monitor   {_monitor(status.get('monitor'))}")
     click.echo(f"requests  {_counts(status['requests'])}")
     click.echo(f"counted   {_counts(status['counters'])}")
-    instances = [{**instance, "kv": _counts(instance.get("paths", {}), "")} for instance in status["instances"]]
+    instances = [{**each, **_texts(each)} for each in status["instances"]]
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
     click.echo(_aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]))
     if fetched := _kv(instances):
@@ -48,6 +48,13 @@ def _monitor(found: dict[str, Any] | None) -> str:
     if found["age_s"] >= MONITOR_SILENT_S:
         return f"silent for {found['age_s']:.1f} s: {NO_MONITOR}"
     return f"view {found['number']}, {found['age_s']:.1f} s old, flip policy {found['flip']}"
+
+
+def _texts(instance: dict[str, Any]) -> dict[str, str]:
+    """The cells of an instance whose values are mappings. Phases of which too few steps were compared are left out."""
+    ratios = instance.get("step_ratio", {})
+    shown = {phase: f"{ratio:.2f}" for phase, ratio in ratios.items() if ratio is not None}
+    return {"kv": _counts(instance.get("paths", {}), ""), "step_ratio": _counts(shown, "")}
 
 
 def _kv(instances: list[dict[str, Any]]) -> list[list[str]]:

@@ -257,6 +257,7 @@ def identity(
         slots=kv.slots,
         rules=rules(config),
         cost=predicted(config),
+        compares_steps=compares_steps(config),
         load_s=config.monitor.load_ms / 1000,
         stream_interval=config.engine.stream_interval,
         reserve_share=config.transfer.reserve_share,
@@ -291,6 +292,11 @@ def predicted(config: Config) -> cost.Cost:
         prefill_start_s=measured.prefill_start_s * scale,
         decode_context_s=measured.decode_context_s * scale,
     )
+
+
+def compares_steps(config: Config) -> bool:
+    """Whether the time of engine steps is compared with `predicted`: if that is a table, and the steps take time."""
+    return bool(config.engine.cost) and (config.engine.kind != "emulated" or config.emulated.time_scale > 0)
 
 
 def tokenizer(config: Config) -> Tokenizer:

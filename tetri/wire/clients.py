@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Turn, Usage
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, StepRatio, Turn, Usage
 
 # ---- clients -> broker
 
@@ -126,6 +126,7 @@ class InstanceStatus(Record, frozen=True):
     predictor: PredictorStatus | None = None  # None: it does not learn output lengths
     unread: Count = 0  # transfers in a row, of several instances, whose KV it could not read
     unread_by: dict[str, str] = {}  # decode instances that cannot read its KV -> why
+    step_ratio: StepRatio = StepRatio()  # measured over predicted time of its engine steps, as of its last heartbeat
 
 
 class MonitorStatus(Record, frozen=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tetri.instance import Instance
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, TokenId
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, StepRatio, TokenId
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 
 # ---- workers -> broker
@@ -86,7 +86,7 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     `holds` tells nothing of it. `flip`: number of the last Flip that it has carried out, 0 before the first.
     `counters`: events of its KV receives since its process started, by name. `slots_used`: slots of its KV store that
     are not free. `predictor`: None if it does not learn output lengths. `unread_by`: decode instances that could not
-    read its KV, and why; they get an offer from it now and then only."""
+    read its KV, and why; they get an offer from it now and then only. `step_ratio`: of its recent steps."""
 
     role: str
     load: Load
@@ -98,6 +98,7 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     slots_used: Count = 0
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = {}
+    step_ratio: StepRatio = StepRatio()
 
 
 class Staged(FromWorker, tag="staged", frozen=True):

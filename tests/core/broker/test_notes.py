@@ -4,7 +4,7 @@ import pytest
 
 from tests.core.broker.serving import serving
 from tests.core.build import fingerprint, heartbeat, ready
-from tetri.request import PredictorStatus
+from tetri.request import PredictorStatus, StepRatio
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Load
 
@@ -53,6 +53,28 @@ def test_a_silent_monitor_is_named_with_the_consequence(served):
 def test_each_degraded_mode_of_an_instance_is_a_line(served, event, note):
     served.tell(event)
     assert served.status().notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noted"),
+    [
+        (StepRatio(), {}),
+        (StepRatio(prefill=1.5, decode=0.67), {}),
+        (StepRatio(prefill=3.875), {"prefill": "3.88"}),
+        (StepRatio(prefill=1.0, decode=0.25), {"decode": "0.25"}),
+        (StepRatio(prefill=1.51, decode=0.66), {"prefill": "1.51", "decode": "0.66"}),
+    ],
+)
+def test_a_cost_table_that_is_wrong_by_more_than_half_is_named_until_its_worker_is_lost(served, ratio, noted):
+    served.tell(heartbeat("d1", role="decode", step_ratio=ratio))
+    why = "It is of another machine, or this one has other work; tetri-cli profile makes a table"
+    assert served.status().notes == [
+        f"d1: {phase} steps take {factor} times as long as its cost table (engine.cost) predicts. {why}"
+        for phase, factor in noted.items()
+    ]
+    assert {each.iid: each.step_ratio for each in served.status().instances} == {"d1": ratio, "p1": StepRatio()}
+    served.tell(PeerDown("d1"))
+    assert served.status().notes == ["d1 is lost: connection lost"]
 
 
 def test_transfers_that_fail_are_named_by_pair_and_an_instance_that_can_read_nobody_once(served):

@@ -196,7 +196,7 @@ class Broker:
                 member.load, member.counters = event.load, event.counters
                 member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
-                member.unread_by = event.unread_by
+                member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)

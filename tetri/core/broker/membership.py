@@ -11,7 +11,7 @@ from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.core.broker.compatibility import Compatibility, Found
 from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
-from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus
+from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, Heartbeat, Load, Membership, Ready
 
@@ -35,6 +35,7 @@ class Member:
     slots_used: int = 0
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = field(default_factory=dict)
+    step_ratio: StepRatio = StepRatio()
     suspect: bool = False  # its silence timer was due once; see Broker._silent
     alone: tuple[str, int] | None = None  # rid and attempt of the request whose lone step it runs (LoneStep)
     lost: str | None = None
@@ -255,6 +256,7 @@ class Members:
                 predictor=member.predictor,
                 unread=member.load.unread,
                 unread_by=member.unread_by,
+                step_ratio=member.step_ratio,
             )
             for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]

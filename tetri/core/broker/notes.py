@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from tetri.request import StepRatio
 from tetri.wire.clients import InstanceStatus, MonitorStatus
 
 MONITOR_SILENT_S = 5.0  # age of the newest cluster view from which the monitor counts as silent
+MOST_OFF = 1.5  # a cost table that is wrong by a larger factor, in either direction, gets a line
 _UNSENT, _INVALID = "unsent_full_", "garbage_"
 NO_MONITOR = "requests are placed without load reports, and no instance flips by itself"
 
@@ -43,7 +45,17 @@ def _of_instance(instance: InstanceStatus) -> Iterator[str]:
         yield f"{iid}: {alone}{instance.note}"
     if predictor is not None and predictor.kind != "prior" and not predictor.on:
         yield f"{iid} predicts lengths by the prior alone: {predictor.note}"
+    if instance.state != "lost":
+        yield from _of_step_times(iid, instance.step_ratio)
     yield from of_counters(iid, instance.counters)
+
+
+def _of_step_times(iid: str, ratio: StepRatio) -> Iterator[str]:
+    """About a cost table that is wrong on this machine, in either direction."""
+    for phase, found in (("prefill", ratio.prefill), ("decode", ratio.decode)):
+        if found is not None and not 1 / MOST_OFF <= found <= MOST_OFF:
+            off = f"{iid}: {phase} steps take {found:.2f} times as long as its cost table (engine.cost) predicts"
+            yield f"{off}. It is of another machine, or this one has other work; tetri-cli profile makes a table"
 
 
 def _of_transfers(instances: list[InstanceStatus]) -> Iterator[str]:

@@ -21,6 +21,7 @@ class Identity:
     instance          what other processes know of it, in its initial role (flips change the role later)
     slots             KV blocks that its own slab holds
     rules, cost       its policies, and the cost table of its predictions
+    compares_steps    whether the time of its engine steps is compared with `cost`
     reserve_share     share of the KV blocks that reservations may hold
     heartbeat_s       between two heartbeats
     load_s            between two load reports
@@ -37,6 +38,7 @@ class Identity:
     slots: int
     rules: Rules = Rules()
     cost: Cost = Cost()
+    compares_steps: bool = True
     reserve_share: float = 0.5
     heartbeat_s: float = 0.2
     load_s: float = 0.1

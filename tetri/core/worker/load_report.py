@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from tetri.core.actions import BROKER, Publish, Send
+from tetri.core.decode.batch import Batch
 from tetri.core.decode.scheduler import DecodeScheduler
+from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
-from tetri.request import DECODE_ROLES
+from tetri.engine_request import StepDone
+from tetri.request import DECODE_ROLES, StepRatio
 from tetri.wire.messages import Heartbeat, Hold, Load, LoadReport, Ready
 
 LISTED = 1000  # most requests that a heartbeat lists, on average
+LEAST, MOST = 3, 31  # steps of a phase that were compared before it has a ratio, and the last ones that count
+
+
+class StepTimes:
+    """Compares the time of engine steps with the cost table. The ratio of a phase is the median of its last steps, so
+    that a slow first step, or one in which the machine stood still, does not matter. A step with both phases counts for
+    the one with the larger predicted time.
+
+    A comparison looks at the whole batch. So of the steps with a chunk, and of those without, only the first after each
+    heartbeat is compared."""
+
+    def __init__(self, own: Identity, batch: Batch) -> None:
+        self.own, self.batch = own, batch
+        self._ratios: dict[str, deque[float]] = {"prefill": deque(maxlen=MOST), "decode": deque(maxlen=MOST)}
+        self._compared: set[bool] = set()  # with a chunk, without
+
+    def step_done(self, done: StepDone, seconds: float) -> None:
+        """Compare a step that took `seconds`, unless one of its kind was. The batch must not have its tokens yet."""
+        chunked = bool(done.spans)
+        if chunked not in self._compared and (chunked or done.tokens) and self.own.compares_steps:
+            self._compared.add(chunked)
+            self._compare(done, seconds)
+
+    def _compare(self, done: StepDone, seconds: float) -> None:
+        cost, running = self.own.cost, self.batch.running
+        sizes = [running[sampled.key].size for sampled in done.tokens if sampled.key in running]
+        batch, context = len(sizes), sum(sizes)
+        if done.spans:
+            predicted = cost.step_s(done.spans, batch, context)
+        else:
+            predicted = cost.decode_run_s(batch, context, done.steps)
+        if predicted:
+            prefills = cost.chunk_s(done.spans) > cost.decode_s(batch, context)
+            self._ratios["prefill" if prefills else "decode"].append(seconds / predicted)
+
+    def report(self) -> StepRatio:
+        """The ratios for a heartbeat."""
+        self._compared.clear()
+        return StepRatio(**{phase: _median(ratios) for phase, ratios in self._ratios.items()})
+
+
+def _median(ratios: deque[float]) -> float | None:
+    return sorted(ratios)[len(ratios) // 2] if len(ratios) >= LEAST else None
 
 
 class LoadReporter:
@@ -19,12 +67,14 @@ class LoadReporter:
         self.own, self.prefill, self.decode = prefill.own, prefill, decode
         self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
+        self._step_times = StepTimes(self.own, decode.batch)
         self._busy_s, self._since = 0.0, now
         self._unlisted = 0  # heartbeats since the last list
 
-    def worked(self, seconds: float) -> None:
-        """Add time in which the engine computed."""
+    def step_done(self, done: StepDone, seconds: float) -> None:
+        """Add a step in which the engine computed for `seconds`. The batch must not have its tokens yet."""
         self._busy_s += seconds
+        self._step_times.step_done(done, seconds)
 
     def load(self) -> Load:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
@@ -81,7 +131,8 @@ class LoadReporter:
         return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
 
     def heartbeat(self) -> Send:
-        """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status."""
+        """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status,
+        step ratios."""
         estimator, readers = self.decode.estimator, self.prefill.dispatcher.readers
         epoch, read = self.decode.peers.read
         return self.own.report(
@@ -96,6 +147,7 @@ class LoadReporter:
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
             unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},
+            step_ratio=self._step_times.report(),
         )
 
     def _holds(self) -> list[Hold] | None:

@@ -235,7 +235,7 @@ class Worker:
 
     def _step_done(self, done: StepDone, now: float) -> list[Action]:
         self.stepping = False
-        self.reporter.worked(now - self._step_at)
+        self.reporter.step_done(done, now - self._step_at)
         if done.steps == 1:
             self.ledger.check(done.held)
         requests, batch, decoded = self.prefill.requests, self.decode.batch, done
