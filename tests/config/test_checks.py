@@ -30,7 +30,6 @@ BAD = [
     ("[predictor]\nkind='prior'\nfolder='x'\n", 'predictor.folder: "prior" needs no predictor; leave the folder out'),
     ("[predictor]\nkind='both'\n[engine]\nkind='emulated'\n", '"both" reads the hidden states of a model, and an em'),
     ("[predictor]\nkind='hidden'\n[engine]\nkind='emulated'\n", '"hidden" reads the hidden states of a model'),
-    (f"[cluster]\nrun_dir='/tmp/{'x' * 90}'\n", "under 100 bytes"),
     ("[[worker]]\niid='p0'\nrole='prefill'\n", "is used 2 times"),
     *((f"[[worker]]\niid='{taken}'\nrole='prefill'\n", f"not {PROGRAMS}") for taken in re.findall(r"\w{3,}", PROGRAMS)),
     ("[broker]\nclients='tcp://[::1]:5555'\n", "not this machine's IPv4 loopback"),

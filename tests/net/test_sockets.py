@@ -36,6 +36,14 @@ def test_a_live_owner_is_not_robbed_and_close_removes_the_file(run_folder, bind)
         binds(second)[bind](address)  # a failed bind leaves nothing behind
 
 
+def test_the_longest_path_can_be_bound(run_folder):
+    address = ipc(run_folder, "x" * (102 - len(f"{run_folder}/")))
+    with hubs(2) as (bound, refused):
+        bound.bind_publisher(address)
+        with pytest.raises(NetError, match="has 103 bytes, at most 102 fit"):
+            refused.bind_publisher(f"{address}x")
+
+
 def test_one_outlet_and_nothing_without_binding(run_folder):
     with hubs(1) as (hub,):
         for use, says in ((partial(hub.reply, b"\0x"), "bind_clients"), (hub.publish, "bind_publisher")):

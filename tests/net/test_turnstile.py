@@ -2,18 +2,20 @@
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import zmq
 from live import wait_until
 
 from tests.net.hubs import hubs, ipc, plain, some, until
-from tetri.net import NetError, descriptors
+from tetri.net import NetError, descriptors, turnstile
 from tetri.wire.clients import ClientMessage, Inspect
 from tetri.wire.codec import encode
 from tetri.wire.events import Arrived
@@ -164,3 +166,45 @@ def test_the_permissions_of_a_path_stay_when_connections_enter(run_folder):
         with plain(address):
             until(lambda: path.stat().st_ino != at_first)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
+def test_a_removed_path_comes_back_with_its_permissions_and_connections_stay(run_folder, whole, context, monkeypatch):
+    monkeypatch.setattr(turnstile, "CHECK_S", 0.05)
+    folder = run_folder / "run"
+    folder.mkdir()
+    address, path = ipc(folder, "clients"), folder / "clients"
+    early, late = (context.socket(zmq.DEALER) for _ in range(2))
+    with hubs(1) as (hub,):
+        hub.bind_clients(address, ClientMessage)
+        path.chmod(0o600)
+        early.connect(address)
+        early.send(encode(Inspect()))
+        assert [type(event) for event in some(hub, 1)] == [Arrived]
+        for number in range(2):
+            if whole:
+                folder.rename(run_folder / f"removed {number}")
+                folder.mkdir()
+            else:
+                path.unlink()
+            until(path.exists)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        late.connect(address)
+        for client in (early, late):
+            client.send(encode(Inspect()))
+            assert [type(event) for event in some(hub, 1)] == [Arrived]
+    assert list(folder.iterdir()) == []
+
+
+def test_no_path_is_made_in_a_folder_that_another_user_put_there(run_folder, monkeypatch, caplog):
+    monkeypatch.setattr(turnstile, "CHECK_S", 0.05)
+    folder = run_folder / "run"
+    folder.mkdir()
+    with hubs(1) as (hub,):
+        hub.bind_subscriber(ipc(folder, "loads"), LoadReport)
+        owned = os.stat
+        others = SimpleNamespace(st_uid=os.getuid() + 1)
+        monkeypatch.setattr(os, "stat", lambda path, **more: others if path == str(folder) else owned(path, **more))
+        (folder / "loads").unlink()
+        until(lambda: "the folder now belongs to another user" in caplog.text)
+        assert list(folder.iterdir()) == []

@@ -1,5 +1,6 @@
 """up and down for real, on the emulated engine and under supervisord."""
 
+import errno
 import json
 import os
 import shutil
@@ -22,9 +23,11 @@ from tetri.kv.shm import sweep
 from tetri.models import ModelError
 from tetri.net.lock import hold
 from tetri.proc import launch
-from tetri.proc.supervise import LaunchError, Supervisor
+from tetri.proc.run_directory import CHECK_S
+from tetri.proc.supervise import LaunchError, Supervisor, check_run_dir
 from tetri.strict import ConfigError
 
+LONGEST = 83  # bytes of a run directory whose sockets can be made
 PAIR = '[[worker]]\niid = "p0"\nrole = "prefill"\n[[worker]]\niid = "d0"\nrole = "decode"\n'
 
 
@@ -32,7 +35,7 @@ PAIR = '[[worker]]\niid = "p0"\nrole = "prefill"\n[[worker]]\niid = "d0"\nrole =
 def deployment():
     """Makes configurations of small deployments; whatever a test leaves running is stopped."""
     folder = Path(tempfile.mkdtemp(prefix="tetri-", dir="/tmp"))  # pytest's own paths may be too long
-    run_dir = folder / "a b"
+    run_dir = folder / "a b".ljust(LONGEST - len(f"{folder}/"), "x")
     name = f"t{os.getpid()}-{os.urandom(3).hex()}"
 
     def make(*overrides, text='[engine]\nkind = "emulated"\n'):
@@ -40,8 +43,7 @@ def deployment():
         return load(folder / "c.toml", [f"cluster.run_dir={run_dir}", f"cluster.name={name}", *overrides])
 
     yield make
-    if run_dir.is_dir():
-        Supervisor(run_dir).stop()
+    Supervisor(run_dir).stop()
     sweep(name)
     shutil.rmtree(folder)
 
@@ -55,7 +57,7 @@ def up(config, said=None, wait_s=GIVEN_UP_S):
 
 def nothing_left(run_dir, name):
     assert Supervisor(run_dir).started() == [] and Supervisor(run_dir).pid() is None
-    assert [path.name for path in run_dir.iterdir() if path.is_socket()] == []
+    assert [path.name for path in run_dir.glob("*") if path.is_socket()] == []
     assert not (run_dir / "cluster.json").exists()
     assert [segment for segment in os.listdir("/dev/shm") if f"-{name}-" in segment] == []
 
@@ -83,19 +85,62 @@ def test_up_serves_and_down_leaves_nothing(deployment):
         address_in(run_dir)
 
 
-def test_a_killed_worker_comes_back_under_supervisord(deployment):
-    run_dir = up(deployment())
+def test_a_removed_run_directory_and_a_killed_worker_come_back(deployment):
+    config = deployment()
+    run_dir = up(config)
     pids = json.loads((run_dir / "cluster.json").read_text())["pids"]
+    with Client(address_in(run_dir), timeout=10) as early:
+        remove(run_dir)
+        live.wait_until(lambda: found(run_dir), "clients find nothing")
+        comes_back(run_dir, pids["d0"])
+        assert early.generate("hello", max_tokens=3).receipt.decode_instance == "d0"
+    assert load(run_dir / "cluster.toml") == config
+    assert "ready to serve" in (run_dir / "log" / "d0.log").read_text()
+    with pytest.raises(LaunchError, match=r"already up \(pid \d+\), run tetri-cli down first"):
+        up(config)
+    assert launch.down(run_dir)
+    nothing_left(run_dir, config.cluster.name)
+
+
+def remove(run_dir):
+    """Remove the run directory. Again, if no process had looked into it since `up` wrote its last file."""
+    state = run_dir / "cluster.json"
+    text = state.read_text()
+
+    def written_again():
+        if not state.exists():
+            state.parent.mkdir(exist_ok=True)
+            state.write_text(text)
+        time.sleep(1.5 * CHECK_S)
+        run_dir.rename(run_dir.with_name("removed"))
+        shutil.rmtree(run_dir.with_name("removed"))
+        time.sleep(1.5 * CHECK_S)
+        return state.exists()
+
+    live.wait_until(written_again, "nobody writes it")
+    assert state.read_text() == text
+
+
+def found(run_dir):
+    """Whether a client that comes now is answered."""
+    try:
+        with Client(address_in(run_dir), timeout=0.5) as client:
+            return client.status() is not None
+    except Unreachable:
+        return False
+
+
+def comes_back(run_dir, pid):
+    """Kill d0, and wait until another incarnation has taken its place and serves."""
     with Client(address_in(run_dir), timeout=10) as client:
 
         def incarnation():
             return {i["iid"]: i["incarnation"] for i in client.status()["instances"] if i["state"] == "ready"}.get("d0")
 
         first = incarnation()
-        os.kill(pids["d0"], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         live.wait_until(lambda: incarnation() not in (first, None), "d0 did not rejoin")
         assert client.generate("hello", max_tokens=3).receipt.decode_instance == "d0"
-    assert launch.down(run_dir)
 
 
 def test_down_finds_the_processes_of_a_killed_supervisord(deployment):
@@ -111,17 +156,19 @@ def test_down_finds_the_processes_of_a_killed_supervisord(deployment):
 
 
 def test_down_ends_a_supervisord_that_nothing_leads_to(deployment):
-    """Its socket and its pid file are gone: it would start its programs again and again."""
+    """The run directory was removed: it would start its programs again and again."""
     config = deployment()
     run_dir = up(config)
-    (run_dir / "supervisor.sock").unlink()
-    (run_dir / "supervisord.pid").unlink()
     [chief] = Supervisor(run_dir).chiefs()
+    run_dir.rename(run_dir.with_name("removed"))
     with pytest.raises(LaunchError, match=rf"already up \(pid {chief}\)"):
         up(config)
+    run_dir.rename(run_dir.with_name("removed too"))
     assert launch.down(run_dir) is True
     assert Supervisor(run_dir).alive() == []
     nothing_left(run_dir, config.cluster.name)
+    assert found(up(config))
+    assert launch.down(run_dir) is True
 
 
 def test_down_ends_a_supervisord_that_hangs(deployment, monkeypatch):
@@ -180,12 +227,16 @@ def programs(monkeypatch, **shell):
 def test_a_crash_loop_is_noticed_and_its_last_words_told(deployment, monkeypatch):
     programs(monkeypatch, broker="sleep 60", p0="echo first; echo 'boom 100%'; exit 1", d0="sleep 60")
     config = deployment()
+    log = config.run_dir / "log" / "p0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("of an earlier run\n")
     began = time.monotonic()
     with pytest.raises(LaunchError) as caught:
         up(config)
+    assert log.read_text().startswith("of an earlier run\n") and "an earlier run" not in str(caught.value)
     first, *more = str(caught.value).splitlines()
     assert first == "p0 does not start: boom 100%" and more[0].strip() == "first"
-    assert more[-1].strip() == f"log: {config.run_dir}/log/p0.log"
+    assert more[-1].strip() == f"log: {log}"
     assert time.monotonic() - began < GIVEN_UP_S
     nothing_left(config.run_dir, config.cluster.name)
 
@@ -253,7 +304,9 @@ def test_run_directories_that_cannot_be(deployment, tmp_path):
         up(deployment(f"cluster.run_dir={tmp_path}/file/x"))
     with pytest.raises(LaunchError, match="set another"):
         up(deployment("cluster.run_dir=/tmp/tetri-;x"))
-    shutil.rmtree("/tmp/tetri-;x")
+    assert not Path("/tmp/tetri-;x").exists()
+    with pytest.raises(LaunchError, match="broker.clients: .* at most 102 fit"):
+        up(deployment(f"broker.clients=ipc:///{'x' * 102}"))
     loose = deployment().run_dir
     loose.mkdir(mode=0o755)
     assert stat.S_IMODE(launch._private(loose).stat().st_mode) == 0o700
@@ -278,3 +331,79 @@ def test_a_supervisord_that_does_not_start(deployment, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(LaunchError, match="supervisord does not start: Error: something"):
         up(config)
+
+
+def test_a_supervisord_that_cannot_make_its_socket(deployment, monkeypatch):
+    """It tries again and again, and says nothing in its log."""
+    monkeypatch.setattr("tetri.proc.supervise.START_S", 1)
+    config = deployment()
+    config.run_dir.mkdir()
+    in_the_way = Supervisor(config.run_dir).socket
+    in_the_way.mkdir()
+    with pytest.raises(LaunchError, match="supervisord does not start within 1 s: "):
+        up(config)
+    in_the_way.rmdir()
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+def test_a_file_system_without_hard_links(deployment, monkeypatch):
+    def link(*paths):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    config, said = deployment(), []
+    with pytest.raises(LaunchError, match=r"hard-linked in .* \(Operation not permitted\): set a cluster.run"):
+        up(config, said)
+    assert said == [] and [path.name for path in config.run_dir.iterdir()] == ["up.lock"]
+
+
+@pytest.mark.parametrize(("iid", "longest"), [("p1", LONGEST), ("p" * 16, 79)])
+def test_a_run_directory_is_refused_exactly_when_a_path_in_it_is_too_long(deployment, iid, longest):
+    folder = deployment().run_dir.parent
+    names = (f"inbox-{iid}.next", "supervisor.sock.4194304")
+    for size in range(longest - 3, longest + 4):
+        run_dir = folder / ("ä" + "x" * (size - len(f"{folder}/") - 2))
+        config = deployment(f"cluster.run_dir={run_dir}", text=f'[[worker]]\niid = "{iid}"\nrole = "prefill"\n')
+        run_dir.mkdir()
+        can = all(bound(f"{run_dir}/{name}") for name in names)
+        assert can is (size <= longest)
+        if can:
+            check_run_dir(config)
+        else:
+            with pytest.raises(LaunchError, match=f"run_dir: .* has {size} bytes, at most {longest} fit"):
+                check_run_dir(config)
+
+
+def bound(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        try:
+            made.bind(path)
+        except OSError:
+            return False
+        return True
+
+
+def test_logs_of_earlier_runs_stay_and_are_bounded(tmp_path):
+    supervisor = Supervisor(tmp_path)
+    log = supervisor.log("p0")
+    for run in range(2):
+        supervisor.write({"p0": ["true"]})
+        assert supervisor.output("p0") == []
+        with log.open("a") as file:
+            file.write(f"in run {run}")  # died within the line
+        assert supervisor.output("p0") == [f"in run {run}"]
+    assert "in run 0" in log.read_text()
+    for number in range(40):
+        old = supervisor.log(f"w{number}").with_suffix(".log.1" if number % 2 else ".log")
+        old.write_text("")
+        os.utime(old, (number, number))
+    log.with_suffix(".log.1").write_text("")
+    os.utime(log, (0, 0))
+    supervisor.write({"p0": ["true"]})
+    kept = {path.name for path in log.parent.iterdir()}
+    assert kept - {"p0.log", "p0.log.1", "supervisord.log"} == {
+        f"w{number}.log{'.1' * (number % 2)}" for number in range(24, 40)
+    }
+    assert len(kept) == 16 + 3
+    log.write_text("after a rotation\n")
+    assert supervisor.output("p0") == ["after a rotation"] and supervisor.output("d0") == []

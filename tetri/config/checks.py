@@ -12,7 +12,6 @@ from tetri.faults import FaultsError, parse_cuts, parse_faults
 from tetri.request import blocks_for
 
 STREAM_BLOCKS = 8192  # most blocks that one Fetch can ask for (wire/bulk.py)
-IPC_BYTES = 100  # the path of a Unix socket has at most 108 bytes, of which ZeroMQ needs a few
 
 
 def contradictions(config: Config) -> Iterator[str]:
@@ -50,13 +49,9 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"{place}: {cpus!r} names no CPU"
     if config.broker.clients:
         yield from _address_problem(config.broker.clients)
-    clients, workers = (config.clients_address, config.operators_address), (config.events_address, config.loads_address)
     emulated = config.emulated
     if config.engine.kind == "emulated" and emulated.blocks * block < emulated.context:
         yield f"emulated.blocks: must be at least {blocks_for(emulated.context, block)}, which hold one context"
-    for address in (*clients, *workers, config.views_address, *map(config.inbox_address, iids)):
-        if address.startswith("ipc://") and len(os.fsencode(address[6:])) >= IPC_BYTES:
-            yield f"cluster.run_dir: {address[6:]} must be under {IPC_BYTES} bytes; choose a shorter run_dir"
 
 
 def _transfer_problems(config: Config) -> Iterator[str]:

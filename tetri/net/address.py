@@ -9,8 +9,9 @@ import stat
 
 from tetri.net.errors import NetError
 
-# A Unix socket's path has at most 107 bytes; the difference is left for a suffix.
-MAX_IPC_BYTES = 99
+MAX_PATH_BYTES = 107  # of a Unix socket
+NEXT = ".next"  # suffix of the socket that will take the place of one (net/turnstile.py)
+MAX_IPC_BYTES = MAX_PATH_BYTES - len(NEXT)
 _TCP = re.compile(r"tcp://(localhost|127(?:\.\d{1,3}){3}):(\d{1,5}|\*)")
 _TCP_NUMERIC = re.compile(r"tcp://\d{1,3}(?:\.\d{1,3}){3}:(\d{1,5}|\*)")
 _TCP_ELSEWHERE = re.compile(r"tcp://.*:(\d{1,5}|\*)")

@@ -8,7 +8,9 @@ at most WAITING connections, whatever happens meanwhile.
 
 libzmq keeps one descriptor number for good. Its epoll watches the file that was behind the number at first, the
 *trigger*, but `accept` uses the file that is behind it now. `_admit` puts the old socket there and pulls the trigger by
-a connection to it.
+a connection to it. The trigger has no path: a descriptor leads to its socket.
+
+A cleaner of temporary files or a logout may remove the path. Then a new socket is put there; open connections stay.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from threading import Thread
 import zmq
 
 from tetri.net import descriptors
-from tetri.net.address import refuse_live_owner
+from tetri.net.address import NEXT, refuse_live_owner
 
 WAITING = 16  # connections that wait in a queue, and then enter together
 _OWN = 4  # descriptors that one turn needs besides
-TRIGGER, NEXT = ".trig", ".next"  # suffixes of the files beside the path; with these, 99 bytes still fit a Unix socket
 START_S = 5.0  # most time that libzmq's thread takes to watch a new socket
 TURN_S = 0.02  # wait this long for libzmq's thread, which needs far less unless the machine is busy
 _BUSY_S, _FULL_S = 0.01, 0.1  # until the next try while libzmq still accepts, or while there is no space
 _QUIET_S = 10.0  # between two warnings that there is no space
+CHECK_S = 1.0  # between two looks whether the path is still there
 
 
 class Turnstile:
@@ -45,13 +47,15 @@ class Turnstile:
         """`may_enter`, which the thread calls: whether WAITING more connections fit. Raises OSError, ZMQError
         and NetError."""
         self.path, self._may_enter, self._log = path, may_enter, log
-        for suffix in (TRIGGER, NEXT):
-            refuse_live_owner(path + suffix)
+        refuse_live_owner(path + NEXT)
+        self._folder_owner = os.stat(os.path.dirname(path)).st_uid
+        self._mode: int | None = None  # of the file at the path; None: as the umask has it
         self._pulling: socket.socket | None = None
         self._entering: socket.socket | None = None
         self._warned = -_QUIET_S
-        self._trigger = _listening(path + TRIGGER)
-        self._trigger_inode = os.stat(path + TRIGGER).st_ino
+        self._trigger = _listening(path + NEXT)
+        self._way = os.open(path + NEXT, os.O_PATH | os.O_CLOEXEC)
+        os.unlink(path + NEXT)
         self._number = os.dup(self._trigger.fileno())  # libzmq closes it
         zmq_socket.set(zmq.USE_FD, self._number)
         try:
@@ -60,7 +64,7 @@ class Turnstile:
             self._file = self._at_path()
         except (OSError, zmq.ZMQError):
             self._trigger.close()
-            os.unlink(path + TRIGGER)
+            os.close(self._way)
             raise
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = Thread(target=self._run, name=f"turnstile {path}", daemon=True)
@@ -69,27 +73,53 @@ class Turnstile:
     def _watched(self) -> None:
         """Wait until libzmq's thread watches the trigger: it accepts a connection to it. Then put a socket
         that nobody reaches behind the number, so that pulling alone lets nobody in."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
-            first.connect(self.path + TRIGGER)
+        with self._pull():
             if not _empty(self._trigger, START_S):
                 raise TimeoutError(errno.ETIMEDOUT, "libzmq does not start to listen")
         with _listening(self.path + NEXT) as nobody:
             os.dup2(nobody.fileno(), self._number, inheritable=False)
         os.unlink(self.path + NEXT)
 
+    def _pull(self) -> socket.socket:
+        """A connection to the trigger: libzmq accepts from what is behind the number, for as long as nobody accepts
+        this connection."""
+        pulling = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            pulling.connect(f"/proc/self/fd/{self._way}")
+        except OSError:
+            pulling.close()
+            raise
+        return pulling
+
     def _run(self) -> None:
-        while not self._stopped(None, self._file):
+        while not self._stopped(CHECK_S, self._file):
+            if _empty(self._file, 0):
+                self._keep()
+                continue
             while not self._admitted():
                 if self._stopped(_BUSY_S if self._entering is not None else _FULL_S):
                     return
 
-    def _stopped(self, seconds: float | None, *others: socket.socket) -> bool:
+    def _stopped(self, seconds: float, *others: socket.socket) -> bool:
         """Wait for `close`, or for somebody at the sockets `others`. True: it was `close`."""
         poll = select.poll()
         for descriptor in (self._stop, *(other.fileno() for other in others)):
             poll.register(descriptor, select.POLLIN)
-        ready = poll.poll(None if seconds is None else 1000 * seconds)
-        return any(descriptor == self._stop for descriptor, _ in ready)
+        return any(descriptor == self._stop for descriptor, _ in poll.poll(1000 * seconds))
+
+    def _keep(self) -> None:
+        """Put a new socket at the path if its file was removed. While the folder is gone too, try again later."""
+        with suppress(FileNotFoundError):
+            self._mode = stat.S_IMODE(os.stat(self.path).st_mode)
+            return
+        try:
+            gone, self._file = self._file, self._at_path()
+            gone.close()
+            self._log.warning("ipc://%s: the file was removed: listening at a new one", self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._warn(f"the file was removed ({str(error.strerror).lower()})")
 
     def _admitted(self) -> bool:
         """Let those in who wait. False: they wait on, and the log says why."""
@@ -101,17 +131,19 @@ class Turnstile:
             why = "no room for more connections: new ones wait"
         except OSError as error:
             why = f"cannot let connections in ({str(error.strerror).lower()})"
+        self._warn(f"{why} ({descriptors.used()} files are open)")
+        return False
+
+    def _warn(self, why: str) -> None:
         if time.monotonic() - self._warned > _QUIET_S:
             self._warned = time.monotonic()
-            self._log.warning("ipc://%s: %s (%d files are open)", self.path, why, descriptors.used())
-        return False
+            self._log.warning("ipc://%s: %s", self.path, why)
 
     def _admit(self) -> bool:
         if _replaced(self.path, self._inode):
             raise FileExistsError(errno.EEXIST, "another process has taken the path over")
         try:
-            self._pulling = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._pulling.connect(self.path + TRIGGER)
+            self._pulling = self._pull()
             ready = self._at_path()
         except OSError:
             self._still()
@@ -139,9 +171,13 @@ class Turnstile:
 
     def _at_path(self) -> socket.socket:
         """A new socket at the path, in place of the one before, with the same permissions."""
+        if os.stat(os.path.dirname(self.path)).st_uid != self._folder_owner:
+            raise PermissionError(errno.EPERM, "the folder now belongs to another user")
         made = _listening(self.path + NEXT)
-        with suppress(FileNotFoundError):  # it is the first
-            os.chmod(self.path + NEXT, stat.S_IMODE(os.stat(self.path).st_mode))
+        with suppress(FileNotFoundError):  # it is the first, or was removed
+            self._mode = stat.S_IMODE(os.stat(self.path).st_mode)
+        if self._mode is not None:
+            os.chmod(self.path + NEXT, self._mode)
         self._inode = os.stat(self.path + NEXT).st_ino
         os.rename(self.path + NEXT, self.path)
         return made
@@ -155,11 +191,11 @@ class Turnstile:
         os.dup2(self._trigger.fileno(), self._number, inheritable=False)
         self._trigger.close()
         self._file.close()
+        os.close(self._way)
         os.close(self._stop)
-        for path, inode in ((self.path, self._inode), (self.path + TRIGGER, self._trigger_inode)):
-            if not _replaced(path, inode):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
+        if not _replaced(self.path, self._inode):
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
 
 
 def files_left() -> bool:

@@ -38,6 +38,7 @@ from tetri.net.signals import StopSignals
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.proc import open_files
+from tetri.proc.run_directory import kept
 from tetri.request import Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
@@ -72,8 +73,12 @@ def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., No
 def locked_hub(config: Config, name: str, logger: Logger) -> Iterator[tuple[Hub, StopSignals, ExitStack]]:
     """Lock the run directory for the process `name` and open a hub. Yields (hub, signals that end the loop, a stack
     that is closed before the hub). Raises NetError."""
-    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with hold(config.run_dir / f"{name}.lock"), closing(open_hub(config, name, logger)) as hub, ExitStack() as stack:
+    with (
+        kept(config.run_dir, logger),
+        hold(config.run_dir / f"{name}.lock"),
+        closing(open_hub(config, name, logger)) as hub,
+        ExitStack() as stack,
+    ):
         yield hub, stop_signals(hub, stack), stack
 
 

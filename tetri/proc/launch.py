@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import signal
 import socket
@@ -30,12 +29,12 @@ from tetri.net import descriptors
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import open_files, predictor
-from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
+from tetri.proc import open_files, predictor, run_directory
+from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir, commands
 from tetri.strict import ConfigError
 
 Report = Callable[[str], None]
-CONF, STATE = "cluster.toml", "cluster.json"
+CONF, STATE = run_directory.CONF, run_directory.STATE
 LOG_LINES = 8  # log lines of a failing program that the error shows
 CONFIG_EXIT = 2  # exit status of a program whose configuration is wrong: a restart does not help
 
@@ -51,6 +50,7 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
+        supervisor.try_socket()
         for short in _shortages(config):
             report(f"warning: {short}")
         atomic.write_text(run_dir / CONF, dump(config))
@@ -71,10 +71,8 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
 
 def down(run_dir: Path, report: Report = lambda text: None) -> bool:
     """Stop the deployment; only logs and records stay. Returns whether anything ran. Raises LaunchError."""
-    if not run_dir.is_dir():
-        return False
+    supervisor = Supervisor(run_dir)
     with _locked(run_dir):
-        supervisor = Supervisor(run_dir)
         ran = supervisor.pid() is not None or bool(supervisor.alive())
         _end(run_dir, report)
     return ran
@@ -88,7 +86,8 @@ def _end(run_dir: Path, report: Report) -> None:
     for path in (run_dir / STATE, run_dir / "supervisord.pid"):
         path.unlink(missing_ok=True)
     elsewhere = [Path(clients.removeprefix("ipc://"))] if clients.startswith("ipc://") else []
-    for path in {*run_dir.iterdir(), *elsewhere}:
+    inside = run_dir.iterdir() if run_dir.is_dir() else ()
+    for path in {*inside, *elsewhere}:
         if path.is_socket():
             try:
                 refuse_live_owner(str(path))
@@ -129,6 +128,9 @@ def _signals_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
+    if not run_dir.is_dir():  # it was removed, and perhaps cannot be made
+        yield
+        return
     try:
         lock = hold(run_dir / "up.lock")
     except NetError as error:
@@ -140,6 +142,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
 def _checked(config: Config) -> Config:
     """Check the configuration before anything starts, and make the model's folder absolute. Raises ConfigError and
     ModelError."""
+    check_run_dir(config)
     predictor.check(config)
     if config.engine.kind == "emulated":
         return config
@@ -153,13 +156,10 @@ def _checked(config: Config) -> Config:
 def _private(run_dir: Path) -> Path:
     """Make the run directory if needed; only its owner may use it. Raises LaunchError."""
     try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = run_dir.stat()
-    except OSError as error:
-        raise LaunchError(f"{run_dir}: cannot be the run directory: {error.strerror}") from None
-    if facts.st_uid != os.getuid():
-        raise LaunchError(f"{run_dir} belongs to another user: set another cluster.run_dir")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
+        run_directory.make(run_dir)
+    except NetError as error:
+        raise LaunchError(str(error)) from None
+    if stat.S_IMODE(run_dir.stat().st_mode) & 0o077:
         run_dir.chmod(0o700)
     return run_dir
 
@@ -232,7 +232,7 @@ class _Watch:
 
     def _give_up(self, program: Program) -> None:
         path = self._supervisor.log(program.name)
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = self._supervisor.output(program.name)
         output = [line for line in lines if line.strip()][-LOG_LINES:] or ["no output"]
         before = [line for line in output if line != output[-1]]  # the last line is shown first
         raise LaunchError("\n    ".join([f"{program.name} does not start: {output[-1]}", *before, f"log: {path}"]))

@@ -12,15 +12,24 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tetri.config import Config
+from tetri.net.address import MAX_PATH_BYTES, NEXT, check
+from tetri.net.errors import NetError
 
 RPC_S = 5.0  # time limit of a call to supervisord, which may hang
+START_S = 60.0  # limit for supervisord, which takes a second unless the machine is busy
 STOP_S = 20  # from SIGTERM to SIGKILL: on a busy machine an engine needs long to end
+SOCKET = "supervisor.sock"
+OLD_LOGS = 16  # kept of programs that are not in the configuration any more
+_NEW_RUN = "--- up"
+_LAST_PID = 4194304  # the highest that Linux gives
+_MODULE, _MARK = b"supervisor.supervisord", b"SUPERVISOR_SERVER_URL=unix://"
 _GONE = (OSError, http.client.HTTPException, xmlrpc.client.Error)  # supervisord does not answer, or is shutting down
 
 
@@ -49,31 +58,71 @@ class Supervisor:
     @property
     def socket(self) -> Path:
         """Path of supervisord's RPC socket."""
-        return self.run_dir / "supervisor.sock"
+        return self.run_dir / SOCKET
+
+    @property
+    def conf(self) -> Path:
+        """Path of supervisord's configuration."""
+        return self.run_dir / "supervisord.conf"
 
     def log(self, program: str) -> Path:
         """Path of a program's log."""
         return self.run_dir / "log" / f"{program}.log"
 
     def write(self, commands: dict[str, list[str]]) -> None:
-        """Write the configuration, one program per command, and remove old logs. Raises LaunchError."""
-        if any(char in str(self.run_dir) for char in ';#%\n"'):
-            raise LaunchError(f"supervisord cannot read a run directory named {self.run_dir}: set another")
-        self.log("x").parent.mkdir(exist_ok=True)
-        for old in self.log("x").parent.glob("*.log*"):
-            old.unlink()
+        """Write the configuration, one program per command, and begin a new run in the logs."""
+        self._begin_logs(commands)
         programs = [_program(name, command, self.log(name)) for name, command in commands.items()]
         user = ["user=root"] if os.getuid() == 0 else []  # without this line, supervisord warns
-        text = _HEAD.format(run_dir=self.run_dir, user="\n".join(user))
+        text = _HEAD.format(run_dir=self.run_dir, socket=SOCKET, user="\n".join(user))
         group = f"[group:tetri]\nprograms={','.join(commands)}\n"  # or a SIGTERM to it would end one after the other
-        (self.run_dir / "supervisord.conf").write_text("\n".join([text, *programs, group]))
+        self.conf.write_text("\n".join([text, *programs, group]))
+
+    def _begin_logs(self, programs: Collection[str]) -> None:
+        """Mark in each log where the new run begins. Of programs that it does not have, keep the latest logs."""
+        folder = self.log("x").parent
+        folder.mkdir(exist_ok=True)
+        logs = {self.log(name) for name in (*programs, "supervisord")}
+        for path in logs:
+            with path.open("a", encoding="utf-8") as log:
+                log.write("\n" if log.tell() else "")  # the last line may have no end
+                log.write(f"{_NEW_RUN} {datetime.now(UTC).isoformat(timespec='seconds')} ---\n")
+        others = [path for path in folder.glob("*.log*") if path.with_name(path.name.removesuffix(".1")) not in logs]
+        for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-OLD_LOGS]:
+            old.unlink()
+
+    def output(self, program: str) -> list[str]:
+        """The lines that a program has logged since the last `write`."""
+        path = self.log(program)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        begins = [number for number, line in enumerate(lines, 1) if line.startswith(_NEW_RUN)]
+        return lines[begins[-1] if begins else 0 :]  # without the mark, all before this run is in a rotated file
+
+    def try_socket(self) -> None:
+        """Raise LaunchError unless supervisord can make its socket in the run directory. It would try for ever."""
+        probe, linked = (Path(f"{self.socket}.{name}") for name in (os.getpid(), "linked"))
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
+                made.bind(str(probe))
+            os.link(probe, linked)
+        except OSError as error:
+            why = f"no Unix socket can be made and hard-linked in {self.run_dir} ({error.strerror})"
+            raise LaunchError(f"{why}: set a cluster.run_dir in another file system") from None
+        finally:
+            for path in (probe, linked):
+                path.unlink(missing_ok=True)
 
     def start(self) -> None:
         """Start supervisord; return when it runs in the background. Raises LaunchError."""
-        command = [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", "supervisord.conf"]
-        done = subprocess.run(
-            command, cwd=self.run_dir, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(self.conf)]
+        try:
+            # Not in the run directory: if that is removed, programs could not start any more.
+            done = subprocess.run(
+                command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_S, check=False
+            )
+        except subprocess.TimeoutExpired as late:
+            output = os.fsdecode(late.stderr or b"").strip().splitlines() or ["no output"]
+            raise LaunchError(f"supervisord does not start within {START_S:g} s: {output[-1]}") from None
         if done.returncode != 0:
             output = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
             raise LaunchError(f"supervisord does not start: {output[0]}")
@@ -121,20 +170,21 @@ class Supervisor:
         return [*self.chiefs(), *self.started()]
 
     def chiefs(self) -> list[int]:
-        """Pids of this run directory's supervisord, whether it answers or not. Reads /proc, because the pid file may be
-        missing or outdated."""
-        found = []
-        for pid, arguments in _of_processes("cmdline"):
-            if b"supervisor.supervisord" in arguments:
-                with contextlib.suppress(OSError):  # it ended, or is another user's
-                    if os.readlink(f"/proc/{pid}/cwd") == os.path.realpath(self.run_dir):
-                        found.append(pid)
-        return found
+        """Pids of this run directory's supervisord, whether it answers or not. Reads /proc, because the run directory
+        and all in it may be gone."""
+        found = ((pid, arguments) for pid, arguments in _of_processes("cmdline") if _MODULE in arguments)
+        return [pid for pid, arguments in found if any(_same(path, self.conf) for path in arguments)]
 
     def started(self) -> list[int]:
         """Pids of all living descendants of this run directory's supervisord."""
-        mark = b"SUPERVISOR_SERVER_URL=unix://" + os.fsencode(self.socket)
-        return [pid for pid, environment in _of_processes("environ") if mark in environment]
+        return [pid for pid, environment in _of_processes("environ") if self._marks(environment)]
+
+    def started_this(self) -> bool:
+        """Whether this process is a descendant of this run directory's supervisord."""
+        return self._marks([b"%s=%s" % entry for entry in os.environb.items()])
+
+    def _marks(self, environment: Sequence[bytes]) -> bool:
+        return any(_same(entry[len(_MARK) :], self.socket) for entry in environment if entry.startswith(_MARK))
 
     @contextlib.contextmanager
     def _rpc(self, limit_s: float | None = None) -> Iterator[Any]:
@@ -153,6 +203,26 @@ class Supervisor:
             yield xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
         finally:
             transport.close()
+
+
+def check_run_dir(config: Config) -> None:
+    """Raise LaunchError when supervisord cannot read the name of the run directory, or when a Unix socket in it would
+    have too long a path."""
+    run_dir = config.run_dir
+    if any(char in str(run_dir) for char in ';#%\n"'):
+        raise LaunchError(f"supervisord cannot read a run directory named {run_dir}: set another cluster.run_dir")
+    own = (config.operators_address, config.events_address, config.loads_address, config.views_address)
+    sockets = [*own, *(config.inbox_address(worker.iid) for worker in config.workers)]
+    names = [address.rpartition("/")[2] + NEXT for address in sockets]
+    names.append(f"{SOCKET}.{_LAST_PID}")  # supervisord binds this and then links it to its name
+    allowed = MAX_PATH_BYTES - max(map(len, names)) - 1
+    size = len(os.fsencode(run_dir))
+    if size > allowed:
+        raise LaunchError(f"cluster.run_dir: {run_dir} has {size} bytes, at most {allowed} fit: set a shorter one")
+    try:
+        check(config.clients_address)
+    except NetError as error:
+        raise LaunchError(f"broker.clients: {error}") from None
 
 
 def commands(config: Config, conf: Path) -> dict[str, list[str]]:
@@ -177,7 +247,7 @@ logfile_backups=1
 {user}
 
 [unix_http_server]
-file={run_dir}/supervisor.sock
+file={run_dir}/{socket}
 chmod=0600
 
 [rpcinterface:supervisor]
@@ -215,11 +285,16 @@ def _connected(path: Path, limit_s: float) -> socket.socket:
 
 
 def _of_processes(fact: str) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield (pid, parts) for every process; `fact` is "environ" or "cmdline"."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):  # it ended, or is another user's
-                yield int(entry), Path("/proc", entry, fact).read_bytes().split(b"\0")
+    """Yield (pid, parts) for every process of this user; `fact` is "environ" or "cmdline"."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            if process.stat().st_uid == os.getuid():
+                yield int(process.name), (process / fact).read_bytes().split(b"\0")
+
+
+def _same(path: bytes, other: Path) -> bool:
+    """Whether both name one file, which need not exist."""
+    return path.startswith(b"/") and os.path.realpath(path) == os.fsencode(os.path.realpath(other))
 
 
 def _alive(pid: int) -> bool:

@@ -31,6 +31,7 @@ from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
 from tetri.proc.notes import of_config
 from tetri.proc.recorder import WorkerStart, recorded
+from tetri.proc.run_directory import kept
 from tetri.request import ROLES
 from tetri.strict import ConfigError
 from tetri.wire.messages import ClusterView, InboxMessage
@@ -74,6 +75,7 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     if predicts:  # numpy comes with it
         from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of
     with ExitStack() as stack:
+        stack.enter_context(kept(config.run_dir, logger))
         hub = stack.enter_context(closing(build.open_hub(config, iid, logger)))
         predictor = load_predictor(config, logger) if predicts else None
         # Takes seconds to minutes; until it is done, a signal ends the process at once.
