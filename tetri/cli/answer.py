@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Any
 
 import click
+
+from tetri import terminal
 
 
 def play(answer: Any, show: bool) -> Any:
@@ -22,8 +23,7 @@ def play(answer: Any, show: bool) -> Any:
     try:
         for piece in answer:
             if show:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
+                terminal.show(piece)
     finally:
         signal.signal(signal.SIGINT, before)
     return answer.result

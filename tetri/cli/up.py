@@ -43,10 +43,11 @@ def _progress() -> Iterator[Callable[[str], None]]:
     from rich.markup import escape
 
     console = Console(stderr=True, highlight=False)
-    with console.status("starting") as spinner:
+    plain = console.options.ascii_only  # no other characters in the terminal's encoding
+    with console.status("starting", spinner="line" if plain else "dots") as spinner:
 
         def report(text: str) -> None:
-            console.print(f"[green]·[/] {escape(text)}")
+            console.print(f"[green]{'-' if plain else '·'}[/] {escape(text)}")
             spinner.update("stopping" if text == "stopping" else "waiting for the workers")
 
         yield report
