@@ -71,10 +71,10 @@ def test_json_is_one_line_of_ascii_and_the_same_value(kind, encoding, monkeypatc
     assert found.endswith("\n") and found[:-1].isprintable()
 
 
-def test_a_complaint_is_harmless_and_never_fails(monkeypatch):
+def test_a_line_on_stderr_is_harmless_and_never_fails(monkeypatch):
     err = stream(Terminal, "latin-1", monkeypatch, "stderr")
     terminal.prepare()
-    terminal.complain("the model said \x1b[2J😀")
+    terminal.tell("the model said \x1b[2J😀")
     assert err.buffer.getvalue() == b"the model said \\x1b[2J\\U0001f600\n"
 
 
@@ -85,7 +85,7 @@ def test_a_closed_stream_is_the_null_device(monkeypatch):
     opened = (sys.stdin, sys.stdout, sys.stderr)
     try:
         terminal.show("😀")
-        terminal.complain("😀")
+        terminal.tell("😀")
         assert sys.stdin.read() == "" and all(os.get_inheritable(each.fileno()) for each in opened)
     finally:
         for each in opened:

@@ -42,11 +42,11 @@ class OutPlot(OutFile):
         """Return the path. Raises UsageError if matplotlib is missing or the file cannot be written."""
         if Path(value).suffix.lower() != ".png":
             raise click.UsageError(f"{_name(param)} draws a PNG: call it FILE.png, not {str(value)!r}", ctx)
+        os.environ["MPLBACKEND"] = "agg"  # opens no window; matplotlib refuses to be imported with an unknown one
         try:
-            import matplotlib
+            import matplotlib  # noqa: F401
         except ImportError:
             raise click.UsageError("plots need matplotlib: pip install 'tetri[plot]'", ctx) from None
-        matplotlib.use("Agg")
         return super().convert(value, param, ctx)
 
 

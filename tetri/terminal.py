@@ -35,7 +35,7 @@ def program(name: str) -> Iterator[None]:
         status = 1
         if not _lost(name):
             where = f"{error.filename}: " if error.filename else ""
-            complain(f"{name}: {where}{error.strerror or error}")
+            tell(f"{name}: {where}{error.strerror or error}")
     if _lost(name):
         status = status or 1
     sys.exit(status)
@@ -73,8 +73,8 @@ def print_json(value: Any, out: TextIO | None = None) -> None:
     click.echo(json.dumps(value), file=out)
 
 
-def complain(line: str) -> None:
-    """Print a line on stderr. If that fails, the exit status has to do."""
+def tell(line: str) -> None:
+    """Print a line on stderr, harmless to a terminal. One that fails stops nothing: the exit status remains."""
     try:
         click.echo(_harmless(line, sys.stderr), err=True)
     except OSError:
@@ -92,7 +92,7 @@ def _lost(name: str) -> bool:
     except OSError as error:
         _drop(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            complain(f"{name}: standard output: {error.strerror}")
+            tell(f"{name}: standard output: {error.strerror}")
         return True
     return False
 

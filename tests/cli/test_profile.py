@@ -80,7 +80,7 @@ def test_json_is_one_object_with_every_point(run):
         (["--rounds", "0"], "--rounds"),
         (["--out", "/no/such/folder/x.toml"], "--out: there is no folder /no/such/folder"),
         (["--out", "/"], "is a directory"),
-        (["--out", "/proc/x.toml"], "--out: /proc/x.toml cannot be written: No such file or directory"),
+        (["--out", "/proc/x.toml"], "--out: /proc/x.toml cannot be written: "),
         (["--set", "engine.cost="], "give it a cost table"),
         (["--set", "engine.teapot=1"], "unknown key"),
         (["--cpus", "9999"], "this machine has no CPU 9999"),

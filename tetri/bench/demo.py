@@ -62,7 +62,7 @@ def main(conf: Path | None) -> None:
             config = pinned(conf or default_path(), folder, "demo", sorted(os.sched_getaffinity(0)))
             status = demonstrate(config, console)
     except KeyboardInterrupt:
-        terminal.complain("bin/demo: interrupted; everything is stopped")
+        terminal.tell("bin/demo: interrupted; everything is stopped")
         status = 130
     sys.exit(status)
 
@@ -78,7 +78,7 @@ def demonstrate(config: Config, console: Console) -> int:
     answered = zip(prompts(), results, strict=True)
     found = [problem for prompt, result in answered for problem in problems(result, prompt.chunks)]
     for problem in found:
-        terminal.complain(f"bin/demo: {problem}")
+        terminal.tell(f"bin/demo: {problem}")
     return 1 if found else 0
 
 

@@ -101,7 +101,7 @@ def give(found: Mapping[str, Any], text: str, as_json: bool, out: TextIO | None 
 
 def progress(text: str) -> None:
     """Print a line of progress on stderr."""
-    click.echo(text, err=True)
+    terminal.tell(text)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def one_line(program: str, *errors: type[Exception], status: int = 1) -> Iterato
     try:
         yield
     except expected as error:
-        terminal.complain(f"{program}: {error}")
+        terminal.tell(f"{program}: {error}")
         sys.exit(status)
 
 

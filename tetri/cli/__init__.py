@@ -96,5 +96,5 @@ def _usage(error: click.UsageError) -> str:
 
 
 def _failed(message: str, status: int) -> int:
-    terminal.complain(f"tetri-cli: {message}")
+    terminal.tell(f"tetri-cli: {message}")
     return status

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-import click
-
 from tetri import terminal
 
 
@@ -16,7 +14,7 @@ def play(answer: Any, show: bool) -> Any:
     def interrupt(number: int, frame: Any) -> None:
         # No exception here: it could lose a piece that is received but not printed.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("cancelling; press Ctrl-C again to leave at once", err=True)
+        terminal.tell("cancelling; press Ctrl-C again to leave at once")
         answer.cancel_soon()
 
     before = signal.signal(signal.SIGINT, interrupt)

@@ -50,7 +50,7 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
         result = _answer(client, history, sampling)
     except (BadRequest, RequestFailed, RequestRefused) as error:  # the conversation continues
         history.pop()
-        terminal.complain(f"tetri-cli: {error}")
+        terminal.tell(f"tetri-cli: {error}")
         return FAILED
     terminal.show("\n")
     history.append({"role": "assistant", "content": result.text})
@@ -74,7 +74,7 @@ def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]
     if left_out := (len(history) - len(kept)) // 2:
         history[:] = kept
         turns = "turn" if left_out == 1 else f"{left_out} turns"
-        click.echo(f"\ntetri-cli: the context is full: the oldest {turns} left out", err=True)
+        terminal.tell(f"\ntetri-cli: the context is full: the oldest {turns} left out")
     return result
 
 

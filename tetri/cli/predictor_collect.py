@@ -67,7 +67,7 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
     made = {"out": str(out), **summary}
     terminal.print_json(made) if as_json else click.echo(_shown(made))
     if made["left"]:
-        click.echo(f"interrupted: all that is written stays in {out}; the same command goes on from there", err=True)
+        terminal.tell(f"interrupted: all that is written stays in {out}; the same command goes on from there")
         click.get_current_context().exit(130)
 
 
@@ -157,13 +157,13 @@ def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict
     from tetri.predict.collect import collect, tasks_of
 
     if collected.again:
-        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
+        terminal.tell(f"{collected.again} texts are written again: their hidden states are missing")
     tasks = tasks_of(asked.prompts, asked.samples, collected.done)
     wanted = len(asked.prompts) * asked.samples
     written: list[Length] = []
     began = ended = time.perf_counter()
     if tasks:
-        click.echo(f"{wanted - len(tasks)} of {wanted} texts are there; starting vLLM", err=True)
+        terminal.tell(f"{wanted - len(tasks)} of {wanted} texts are there; starting vLLM")
         with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
             writer = _writer(target, batch, asked.longest, stack)
             began = time.perf_counter()
@@ -252,7 +252,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
             texts, tokens = texts + 1, tokens + count
             if texts == total or time.monotonic() - reported_at >= REPORT_S:
                 reported_at = time.monotonic()
-                click.echo(f"{texts} of {total} texts, {text()}", err=True)
+                terminal.tell(f"{texts} of {total} texts, {text()}")
 
         yield report
         return

@@ -58,7 +58,7 @@ def command(
         report_bad(texts.bad)
         predictors = _predictors(predictor, kind, texts)
         judged_on, others = _chosen(texts, prompts, predictors, seen_too)
-        judged = judge(predictors, texts, judged_on, lambda line: click.echo(line, err=True))
+        judged = judge(predictors, texts, judged_on, terminal.tell)
     except PredictError as error:
         raise click.ClickException(str(error)) from None
     found = report(judged, others, predictors) | {"not_judged": len(others), "ceiling": ceiling_of(texts)}

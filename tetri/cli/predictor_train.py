@@ -44,7 +44,7 @@ def command(lengths: tuple[Path, ...], out: Path, as_json: bool, **how: Any) -> 
     try:
         texts = read_texts(lengths, states=how["kind"] == "hidden")
         report_bad(texts.bad)
-        found = train(texts, _wanted(texts.plan, out, how), lambda line: click.echo(line, err=True))
+        found = train(texts, _wanted(texts.plan, out, how), terminal.tell)
     except PredictError as error:
         raise click.ClickException(str(error)) from None
     terminal.print_json(found) if as_json else click.echo(shown(found))

@@ -75,7 +75,7 @@ def command(
         click.echo("\n".join(_shown(table, made, measured)))
     if out:
         atomic.write_text(out, dump(table, head))
-        click.echo(f"written to {out}", err=True)
+        terminal.tell(f"written to {out}")
 
 
 def _config(conf: Path | None, overrides: Overrides, cpus: str | None) -> Config:
@@ -120,7 +120,7 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
     clock = time.process_time if cpu_time else time.perf_counter
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM logs to stdout
-        click.echo(f"starting the {config.engine.kind} engine", err=True)
+        terminal.tell(f"starting the {config.engine.kind} engine")
         engine = build.engine(config)
         stack.callback(engine.close)
         progress = stack.enter_context(_progress(rounds))
@@ -168,7 +168,7 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
 
         def report(done: int, total: int) -> None:
             if not done * rounds % total:
-                click.echo(f"round {done * rounds // total} of {rounds} measured", err=True)
+                terminal.tell(f"round {done * rounds // total} of {rounds} measured")
 
         yield report
         return

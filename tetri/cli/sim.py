@@ -102,7 +102,7 @@ def run(**options: Any) -> int:
     try:
         made, result = simulated(options)
     except PromiseBroken as error:
-        terminal.complain(f"tetri-cli: a promise is broken: {error}")
+        terminal.tell(f"tetri-cli: a promise is broken: {error}")
         return FAILED
     except FaultsError as error:
         raise click.UsageError(f"--faults: {error}") from None

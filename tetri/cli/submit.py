@@ -65,6 +65,6 @@ def _show(answer: Any, as_json: bool, stream: bool) -> int:
         terminal.show("\n" if stream else f"{result.text}\n")
     if result.finish_reason in ("cancelled", "deadline"):
         why = "the request was cancelled" if result.finish_reason == "cancelled" else "the deadline passed"
-        terminal.complain(f"tetri-cli: {why}")
+        terminal.tell(f"tetri-cli: {why}")
         return INTERRUPTED if result.finish_reason == "cancelled" else FAILED
     return OK

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import Overrides, deployment_options, seconds_option
 
 
@@ -37,7 +38,7 @@ def command(conf: Path | None, overrides: Overrides, wait_s: float) -> None:
 def _progress() -> Iterator[Callable[[str], None]]:
     """Report progress on stderr: with a spinner on a terminal, else as plain lines."""
     if not sys.stderr.isatty():
-        yield lambda text: click.echo(text, err=True)
+        yield terminal.tell
         return
     from rich.console import Console
     from rich.markup import escape
