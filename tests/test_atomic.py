@@ -79,3 +79,28 @@ def test_what_a_killed_process_left_of_a_folder_goes(tmp_path):
         assert names(part) == []
         (part / "whole").touch()
     assert names(tmp_path) == ["made"] and names(tmp_path / "made") == ["whole"]
+
+
+def test_a_folder_that_fails_takes_the_folders_that_were_made_for_it_along(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError, match="No space"), atomic.folder(tmp_path / "there" / "new" / "er" / "made"):
+        raise FULL
+    assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []
+
+
+def test_the_error_of_a_file_names_it(tmp_path):
+    with pytest.raises(OSError, match="No space") as raised, atomic.file(tmp_path / "made"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "made")
+    with pytest.raises(OSError, match="No such file") as raised:
+        atomic.write_text(tmp_path / "none" / "made", "text")
+    assert raised.value.filename == str(tmp_path / "none" / "made")
+
+
+def test_a_check_leaves_nothing_and_no_file_changes(tmp_path):
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new"):
+        atomic.check(tmp_path / name)
+    assert content(tmp_path) == {"old": "old"}
+    with pytest.raises(OSError, match="not a regular file"):
+        atomic.check(tmp_path)

@@ -1,10 +1,6 @@
 """Pictures of a run."""
 
-import sys
-
-import pytest
-
-from tetri.bench.plots import PlotError, draw, joined, ready
+from tetri.bench.plots import draw, joined
 
 TIMES = {"TTFT": [0.1, 0.3, 0.2], "JCT": [1.0, 2.0, 3.0]}
 SPANS = {
@@ -28,18 +24,6 @@ def test_the_same_values_draw_the_same_picture(tmp_path):
 def test_nothing_done_can_be_drawn_too(tmp_path):
     draw(tmp_path / "run.png", {"TTFT": [], "JCT": []}, {"p0": []})
     assert (tmp_path / "run.png").exists()
-
-
-def test_without_matplotlib_it_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PlotError, match=r"pip install 'tetri\[plot\]'"):
-        ready()
-
-
-@pytest.mark.parametrize(("name", "why"), [("run.pdf", "draws a PNG"), ("nowhere/run.png", "there is no folder")])
-def test_what_cannot_be_written_is_said_before_the_work(name, why, tmp_path):
-    with pytest.raises(PlotError, match=why):
-        ready(tmp_path / name)
 
 
 def test_bars_with_little_between_them_are_joined():

@@ -56,6 +56,9 @@ def test_what_cannot_be_measured_is_one_line(program, arguments, status, says, c
         ("bench_transfer", ["--sizes", "four"], "not a list of numbers"),
         ("bench_transfer", ["--sizes", "0"], "above 0"),
         ("bench_transfer", ["--sizes", ","], "empty"),
+        ("bench_handover", ["--conf", EMULATED, "--plot", "/proc/x.png"], "--plot: /proc/x.png cannot be written"),
+        ("bench_prediction", ["--predictions", "x", "--plot", "x.pdf"], "--plot draws a PNG"),
+        ("predictor_chain", ["--prompts", "x", "--keep", "/proc"], "--keep: /proc exists already"),
     ],
 )
 def test_wrong_arguments_are_told(program, arguments, says, capsys):

@@ -2,9 +2,10 @@
 
 import json
 
+import click
 import pytest
 
-from tetri.bench.report import BenchError, give, interval, markdown, one_line, records, spread, table
+from tetri.bench.report import BenchError, Program, give, interval, markdown, one_line, records, spread, table
 
 
 def test_a_spread_has_the_median_the_99th_percentile_and_the_worst():
@@ -47,3 +48,19 @@ def test_an_error_that_was_expected_is_one_line_and_an_exit_status(capsys):
         assert ended.value.code == 3 and capsys.readouterr().err == "bench: too short\n"
     with pytest.raises(KeyboardInterrupt), one_line("bench", LookupError):
         raise KeyboardInterrupt
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("ends", "status"), [(None, 0), (SystemExit(3), 3), (FULL, 1)])
+def test_a_program_ends_with_a_status_and_one_line(ends, status, capsys):
+    @click.command(cls=Program)
+    def command():
+        if ends is not None:
+            raise ends
+
+    with pytest.raises(SystemExit) as ended:
+        command.main([], prog_name="bench")
+    assert ended.value.code == status
+    assert capsys.readouterr().err == ("bench: No space left on device\n" if status == 1 else "")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.cli.fakes import environment
 from tetri import cli
 
 
@@ -53,3 +54,46 @@ def test_no_arguments_and_help(run):
     assert status == 2 and all(name in out for name in cli.COMMANDS)
     assert run("--help")[0] == 0
     assert run("--version")[1].startswith("tetri-cli")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "expected"),
+    [
+        ("submit -", "<&-", (0, b"one two three\n", b"")),
+        ("submit hi", ">&-", (0, b"", b"")),
+        ("submit hi", "2>&-", (0, b"one two three\n", b"")),
+        ("nonsense", "2>&-", (2, b"", b"")),
+        ("chat", "<&- >&- 2>&-", (0, b"", b"")),
+        ("submit hi", ">/dev/full", (1, b"", b"tetri-cli: standard output: No space left on device\n")),
+        ("--help", ">/dev/full", (1, b"", b"tetri-cli: standard output: No space left on device\n")),
+        ("nonsense", "2>/dev/full", (2, b"", b"")),
+    ],
+)
+def test_a_closed_or_full_stream_is_never_a_traceback(broker, arguments, closed, expected):
+    broker()
+    code = f"exec '{sys.executable}' -c 'from tetri.cli import main; main()' {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", code], capture_output=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["submit", "-1 + 1 ="], "; if it is a value, put it last, after --: tetri-cli submit [OPTIONS] -- TEXT (see"),
+        (["submit", "--seed", "1", "--why?"], "tetri-cli submit [OPTIONS] -- TEXT"),
+        (["flip", "-d0", "decode"], "tetri-cli flip [OPTIONS] -- IID ROLE"),
+        (["end", "-r"], "tetri-cli end [OPTIONS] -- RID"),
+    ],
+)
+def test_a_value_with_a_dash_is_told_how_to_be_given(run, arguments, says):
+    status, out, err = run(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1) and says in err
+
+
+def test_an_unknown_option_of_a_command_without_values_is_just_unknown(run):
+    assert "--" not in run("status", "-x")[2].replace("--help", "")
+
+
+def test_two_dashes_let_a_prompt_begin_with_one(run, broker):
+    fake = broker()
+    assert run("submit", "--", "-1 + 1 =")[0] == 0 and fake.seen[0]["prompt"] == "-1 + 1 ="

@@ -1,11 +1,13 @@
 """tetri-cli predictor train and eval, from the files to what is printed."""
 
 import json
+import os
 
 import pytest
 from click.testing import CliRunner
 
 from tests.predict import made
+from tetri import atomic
 from tetri.cli.predictor_eval import command as eval_command
 from tetri.cli.predictor_train import command as train_command
 from tetri.predict import fit
@@ -84,6 +86,13 @@ def test_a_picture_and_what_the_simulator_reads(folder, tmp_path):
     assert texts and all(text.classifier and text.follows[0][0] == 0 for text in texts)
 
 
+def test_the_scores_are_shown_although_a_file_fails(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "write_text", lambda path, text: os.stat("/nowhere"))
+    arguments = ["--lengths", folder / "a.jsonl", "--predictor", folder / "p", "--predictions", tmp_path / "p.jsonl"]
+    found = run(eval_command, *arguments, fails=True)
+    assert "upper bound for 90% by hidden" in found.stdout and isinstance(found.exception, FileNotFoundError)
+
+
 def test_only_what_was_learnt_from(folder, tmp_path):
     lengths = read_texts([folder / "a.jsonl"], states=False).first()
     prompts = tmp_path / "prompts.jsonl"
@@ -107,6 +116,12 @@ def test_what_cannot_be_trained(folder, tmp_path, file, arguments, says):
     found = run(train_command, "--lengths", folder / file, "--out", tmp_path, *arguments.split(), fails=True)
     assert says in found.stderr
     assert not list(tmp_path.rglob(CARD))
+
+
+def test_a_predictor_that_fails_leaves_no_folder(folder, tmp_path):
+    out = tmp_path / "new" / "er"
+    run(train_command, "--lengths", folder / "a.jsonl", "--layer", 7, "--out", out, fails=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_predictor_of_another_model(folder, tmp_path):

@@ -1,5 +1,6 @@
 """tetri-cli profile, on an emulated engine that really waits, and once on vLLM."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from live import EMULATED
 
 from tests.cli.fakes import start
-from tetri import cost
+from tetri import atomic, cost
 
 KNOWN = """
 prefill = [[1, 0.2], [8, 0.24], [16, 0.32], [32, 0.64]]
@@ -79,6 +80,7 @@ def test_json_is_one_object_with_every_point(run):
         (["--rounds", "0"], "--rounds"),
         (["--out", "/no/such/folder/x.toml"], "--out: there is no folder /no/such/folder"),
         (["--out", "/"], "is a directory"),
+        (["--out", "/proc/x.toml"], "--out: /proc/x.toml cannot be written: "),
         (["--set", "engine.cost="], "give it a cost table"),
         (["--set", "engine.teapot=1"], "unknown key"),
         (["--cpus", "9999"], "this machine has no CPU 9999"),
@@ -92,6 +94,16 @@ def test_what_is_wrong_is_one_line(run, more, says):
     status, out, err = run("--quick", "--rounds", "1", *more)
     assert (status, out) == (2, "")
     assert says in err.splitlines()[-1] and err.splitlines()[-1].startswith("tetri-cli: ")
+
+
+def test_the_table_is_shown_although_its_file_cannot_be_written(run, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(atomic, "write_text", full)
+    status, out, err = run("--quick", "--rounds", "1", "--out", str(tmp_path / "new.toml"))
+    assert status == 1 and "chunk_tokens  " in out
+    assert err.splitlines()[-1] == f"tetri-cli: {tmp_path}/new.toml: No space left on device"
 
 
 def test_an_interrupt_leaves_nothing(arguments, tmp_path):

@@ -1,5 +1,6 @@
 """tetri-cli sim run: what it prints, the same for the same arguments, and one line for every wrong one."""
 
+import errno
 import json
 import os
 from dataclasses import fields
@@ -8,6 +9,7 @@ from functools import partial
 import pytest
 
 from tests.cli.fakes import start
+from tetri.bench import plots
 from tetri.sim.faulty.chance import Faults
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -85,6 +87,16 @@ def test_a_plot(run, tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_results_are_shown_although_the_plot_fails(run, tmp_path, monkeypatch):
+    def full(path, times, spans):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(plots, "draw", full)
+    status, out, err = run(*SMALL, "--plot", tmp_path / "run.png")
+    assert status == 1 and out.startswith("requests  30: 30 done")
+    assert err == f"tetri-cli: {tmp_path}/run.png: No space left on device\n"
+
+
 def test_faults_are_injected_counted_and_survived(run):
     """What was asked for is told with how often it happened."""
     arguments = (*SMALL, "--prefill", 2, "--decode", 2, "--faults", FAULTS, "--json")
@@ -135,6 +147,7 @@ def test_the_help_explains_every_fault(run):
         (["--context", "99999"], "context must be at most 38992, the KV tokens of an instance, got 99999"),
         (["--plot", "run.pdf"], "--plot draws a PNG: call it FILE.png, not 'run.pdf'"),
         (["--plot", "nowhere/run.png"], "--plot: there is no folder"),
+        (["--plot", "/proc/run.png"], "--plot: /proc/run.png cannot be written: "),
         (["--monitor", "idle_s=-1"], "monitor.idle_s: must be a number from 0"),
         (["--kv-tokens", "8"], "the KV of an instance holds 8 tokens"),
         (["--faults", "dorp=0.1"], "--faults: 'dorp=0.1' is no fault: use drop, duplicate, delay"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from fake_broker import accepted, delta, done
 
-from tests.cli.fakes import refuse
+from tests.cli.fakes import environment, on_terminal, refuse, start
 
 
 def test_the_answer_alone_goes_to_stdout(run, broker):
@@ -52,3 +52,49 @@ def test_a_request_that_fails(run, broker, reply, status, says):
     broker(reply)
     found, _, err = run("submit", "hi")
     assert (found, err) == (status, f"tetri-cli: {says}\n")
+
+
+TEXT = "é 😀 \x1b[2J\r\u202eend"
+LATIN_1 = {"PYTHONIOENCODING": "latin-1"}
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def says(message):
+    """TEXT in two pieces; the cut is inside its escape sequence."""
+    return [accepted(message), delta(0, word=TEXT[:5]), delta(1, word=TEXT[5:]), done(tokens=2)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "arrives"),
+    [
+        ({"PYTHONIOENCODING": "utf-8"}, "é 😀 \\x1b[2J\\x0d\\u202eend\n".encode()),
+        (LATIN_1, b"\xe9 \\U0001f600 \\x1b[2J\\x0d\\u202eend\n"),
+        (ASCII, b"\\xe9 \\U0001f600 \\x1b[2J\\x0d\\u202eend\n"),
+    ],
+)
+def test_a_terminal_shows_what_it_can_and_obeys_nothing(broker, settings, arrives):
+    broker(says)
+    assert on_terminal("submit", "hi", **settings) == (0, arrives)
+
+
+def test_a_terminal_sends_what_is_typed_in_its_encoding(broker):
+    fake = broker()
+    assert on_terminal("submit", "-", typed=b"caf\xe9\n\x04", **LATIN_1) == (0, b"one two three\n")
+    assert fake.seen[0]["prompt"] == "café"
+
+
+@pytest.mark.parametrize("settings", [LATIN_1, ASCII])
+def test_a_pipe_gets_the_text_in_utf_8_and_json_in_ascii(broker, settings):
+    broker(says)
+    plain, in_json = (start("submit", "hi", *more, env=environment(**settings)) for more in ([], ["--json"]))
+    assert plain.communicate(timeout=60) == (f"{TEXT}\n".encode(), b"")
+    out, err = in_json.communicate(timeout=60)
+    assert (json.loads(out.decode("ascii"))["text"], err) == (TEXT, b"")
+
+
+def test_a_prompt_that_the_locale_cannot_decode_is_read_as_utf_8(broker):
+    fake = broker()
+    prompt, wrong = (start("submit", text, env=environment(**ASCII)) for text in ("é 😀".encode(), b"\xff"))
+    assert prompt.communicate(timeout=60) == (b"one two three\n", b"")
+    assert fake.seen[0]["prompt"] == "é 😀"
+    assert wrong.communicate(timeout=60) == (b"", b"tetri-cli: 'TEXT' is not UTF-8 (see tetri-cli submit --help)\n")

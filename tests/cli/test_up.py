@@ -1,5 +1,8 @@
 """tetri-cli up, without anything that starts."""
 
+import io
+import sys
+
 import pytest
 from live import EMULATED
 
@@ -37,3 +40,20 @@ def test_a_disk_that_is_full_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(launch, "up", fake_up)
     assert run("up") == (1, "", "tetri-cli: /run/cluster.toml: No space left on device\n")
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_without_unicode_gets_a_spinner_that_it_can_show(run, monkeypatch):
+    def fake_up(config, say, wait_s):
+        say("p0 (prefill) is ready")
+        return config.run_dir
+
+    monkeypatch.setattr(launch, "up", fake_up)
+    monkeypatch.setattr(sys, "stderr", Terminal(io.BytesIO(), encoding="latin-1"))
+    assert run("up", "--conf", EMULATED)[0] == 0
+    shown = sys.stderr.buffer.getvalue()
+    assert b"p0 (prefill) is ready" in shown and shown.isascii() and b"\\u" not in shown

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 from tetri.config import load
@@ -192,3 +193,17 @@ def test_an_emulated_engine_ends_its_process_when_it_computes_the_token_that_say
 def test_special_tokens_in_prompts_are_a_setting(value, count):
     config = load(DEFAULT, [f"model.special_tokens_in_prompt={value}"])
     assert len(build.tokenizer(config).encode("<|im_end|>")) == count
+
+
+def test_a_process_without_standard_streams_opens_no_socket_in_their_place(monkeypatch):
+    seen = []
+
+    @click.command()
+    @build.configured("program")
+    def command(config):
+        seen.append(sys.stdin.read())
+
+    monkeypatch.setattr(sys, "stdin", None)
+    command.main(["--conf", str(EMULATED)], standalone_mode=False)
+    sys.stdin.close()
+    assert seen == [""]

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import click
 
 from tetri import cost
-from tetri.bench.report import Progress, as_json, give, interval, progress, table
+from tetri.bench.report import Program, Progress, as_json, give, interval, progress, table
 from tetri.metrics import percentile
 from tetri.policy.rules import Rules
 from tetri.sim import workloads
@@ -192,7 +192,7 @@ def _option(name: str, kind: Any, default: Any, text: str, **more: Any) -> Calla
     return click.option(name, type=kind, default=default, show_default=True, help=text, **more)
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option(
     "--trace", type=click.Path(exists=True, dir_okay=False), help="CSV of arrivals. Without it: only the paper's."
 )

@@ -25,7 +25,7 @@ from typing import Any, cast
 import click
 import zmq
 
-from tetri.bench.report import BenchError, Progress, as_json, give, progress, spread, table
+from tetri.bench.report import BenchError, Program, Progress, as_json, give, progress, spread, table
 from tetri.client import AsyncClient, Client
 from tetri.client.facade import new_secret
 from tetri.core.actions import Reply
@@ -308,7 +308,7 @@ def shown(found: dict[str, Any]) -> str:
     return "\n".join([*lines, table(head, rows), f"within the limits: {'yes' if found['ok'] else 'no'}"])
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--streams", type=click.IntRange(1), default=1000, show_default=True, help="Open requests of one client.")
 @click.option("--tokens", type=click.IntRange(1), default=30, show_default=True, help="Of each, for the client's cost.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Of each of three phases.")

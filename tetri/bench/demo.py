@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tetri import terminal
 from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, own_folder, pinned, running
-from tetri.bench.report import FILE, one_line, progress
+from tetri.bench.report import FILE, Program, one_line, progress
 from tetri.client import Client, Result
 from tetri.config import Config, default_path
 from tetri.request import Stage
@@ -49,7 +50,7 @@ def prompts() -> list[Prompt]:
     ]
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--conf", type=FILE, help="Configuration file.")
 def main(conf: Path | None) -> None:
     """Start a small cluster, send two prompts, show where the time went and stop the cluster."""
@@ -60,10 +61,8 @@ def main(conf: Path | None) -> None:
         with one_line("bin/demo", *EXPECTED), own_folder("demo") as folder:
             config = pinned(conf or default_path(), folder, "demo", sorted(os.sched_getaffinity(0)))
             status = demonstrate(config, console)
-    except BrokenPipeError:  # the reader of stdout is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        click.echo("bin/demo: interrupted; everything is stopped", err=True)
+        terminal.tell("bin/demo: interrupted; everything is stopped")
         status = 130
     sys.exit(status)
 
@@ -79,7 +78,7 @@ def demonstrate(config: Config, console: Console) -> int:
     answered = zip(prompts(), results, strict=True)
     found = [problem for prompt, result in answered for problem in problems(result, prompt.chunks)]
     for problem in found:
-        click.echo(f"bin/demo: {problem}", err=True)
+        terminal.tell(f"bin/demo: {problem}")
     return 1 if found else 0
 
 
@@ -87,9 +86,8 @@ def _answer(client: Client, prompt: Prompt, console: Console) -> Result:
     console.print(f"\n[bold]> {prompt.shown}[/]", highlight=False)
     with client.stream(messages=[{"role": "user", "content": prompt.text}], max_tokens=prompt.max_tokens) as answer:
         for piece in answer:
-            console.out(piece, end="", highlight=False)
-            console.file.flush()
-    console.out("\n")
+            terminal.show(piece)
+    terminal.show("\n\n")
     assert answer.result is not None  # iterating raises if there is no result
     return answer.result
 

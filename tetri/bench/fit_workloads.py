@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 from tetri import cost
-from tetri.bench.report import FILE, as_json, give, progress
+from tetri.bench.report import FILE, Program, as_json, give, progress
 from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled, workloads
 from tetri.sim.workloads import Baseline, Workload
@@ -121,7 +121,7 @@ def posterior(
     return Fit(prompt_mean, output_mean, prompt_stdev, output_stdev, least, evidence)
 
 
-@click.command()
+@click.command(cls=Program)
 @click.argument("figures", type=FILE)
 @click.option("--join", type=float, help="Extra seconds of a step with prompts. Default: the file's.")
 @click.option("--only", help="Fit only this workload.")

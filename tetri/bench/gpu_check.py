@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from tetri.bench.deployment import REPOSITORY
-from tetri.bench.report import as_json, give, table
+from tetri.bench.report import Program, as_json, give, table
 from tetri.kv.base import KVError
 from tetri.kv.cuda.runtime import load
 
@@ -91,7 +91,7 @@ def summary(found: list[Outcome]) -> list[str]:
     return lines + [f"skipped {count}: {reason}" for reason, count in reasons.items()]
 
 
-@click.command(help=__doc__)
+@click.command(cls=Program, help=__doc__)
 @as_json
 @click.option("--stand-in", type=click.Path(file_okay=False, exists=True), hidden=True, help="Tries the check itself.")
 @click.option("--deselect", multiple=True, help="A test to leave out, by its pytest id.")

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from tetri.bench.in_process import model_and_predictor, on_one_core
-from tetri.bench.report import as_json, give, table
+from tetri.bench.report import Program, as_json, give, table
 from tetri.engine.base import EngineRequest, Phase
 from tetri.engine.vllm.engine import VllmEngine
 from tetri.predict.model import load
@@ -127,7 +127,7 @@ def shown(found: dict[str, Any]) -> str:
     return table(("", "step ms", "more ms", "low", "high", "%"), rows)
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model name or folder.")
 @click.option(
     "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."

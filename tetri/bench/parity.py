@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, running
-from tetri.bench.report import Progress, as_json, give, one_line, overrides, progress, table
+from tetri.bench.report import Program, Progress, as_json, give, one_line, overrides, progress, table
 from tetri.client import AsyncClient
 from tetri.config import Config
 from tetri.metrics import summarise
@@ -127,7 +127,7 @@ def measured(
     return compared(true, simulated(setup_of(config, seed), sent))
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--requests", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
 @click.option(

@@ -16,24 +16,6 @@ SPANS = 20_000  # of all instances; above this number, spans that are too close 
 PIXELS = 1500  # width of a timeline
 
 
-class PlotError(RuntimeError):
-    """The plot cannot be drawn; one line that says what to do."""
-
-
-def ready(path: Path | None = None) -> None:
-    """Check before the work that plotting is possible. Raises PlotError if matplotlib is not installed, or if `path` is
-    not a PNG in an existing folder."""
-    if path is not None and path.suffix.lower() != ".png":
-        raise PlotError(f"--plot draws a PNG: call it FILE.png, not {str(path)!r}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise PlotError(f"--plot: there is no folder {path.absolute().parent}")
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlotError("plots need matplotlib: pip install 'tetri[plot]'") from None
-    matplotlib.use("Agg")
-
-
 def save(figure: Any, path: Path) -> None:
     """Write a figure as a PNG, atomically. Raises OSError."""
     with atomic.file(path) as part:

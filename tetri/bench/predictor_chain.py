@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,12 @@ from typing import IO, Any
 
 import click
 
+from tetri import atomic
 from tetri.bench.deployment import EXPECTED, LOAD_S, own_folder, pinned, polled, running
-from tetri.bench.report import as_json, give, progress, table
+from tetri.bench.report import Program, as_json, give, progress, table
 from tetri.client import AsyncClient, Client, Result
 from tetri.config import Config, default_path
+from tetri.outputs import NEW_FOLDER
 from tetri.predict.lengths import PredictError, Prompt, read_prompts
 
 CLI = (sys.executable, "-c", "from tetri.cli import main; main()")
@@ -239,7 +241,7 @@ def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> s
     return f"{len(results)} requests, {tokens} tokens; {', '.join(f'{n} {name}' for name, n in counts.items())}"
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option(
     "--prompts",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -251,12 +253,12 @@ def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> s
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model name or checkpoint folder.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="The most output tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep lengths and predictor in this new folder.")
+@click.option("--keep", type=NEW_FOLDER, help="Keep lengths and predictor in this new folder.")
 @as_json
 def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
     """Collect, train, evaluate and serve a length predictor, and show the time of each step."""
     began, problem, status = time.monotonic(), "", 0
-    with own_folder("chain") as folder:
+    with own_folder("chain") as folder, kept(folder, keep):
         chain = Chain(Wanted(**wanted), folder)
         try:
             chain.run()
@@ -264,15 +266,23 @@ def main(keep: Path | None, as_json: bool, **wanted: Any) -> None:
             problem, status = str(error), 1
         except KeyboardInterrupt:
             problem, status = "interrupted; everything is stopped", 130
-        finally:
-            if keep:
-                shutil.copytree(folder, keep, ignore=shutil.ignore_patterns("run"))
-    seconds = round(time.monotonic() - began, 1)
-    found = {"steps": chain.steps, "seconds": seconds, "problem": problem, "ok": not problem}
-    give(found, summary(chain.steps, seconds), as_json)
-    if problem:
-        progress(f"predictor_chain: {problem}")
+        seconds = round(time.monotonic() - began, 1)
+        found = {"steps": chain.steps, "seconds": seconds, "problem": problem, "ok": not problem}
+        give(found, summary(chain.steps, seconds), as_json)
+        if problem:
+            progress(f"predictor_chain: {problem}")
     sys.exit(status)
+
+
+@contextmanager
+def kept(folder: Path, keep: Path | None) -> Iterator[None]:
+    """At the end, also after an error, copy the files of `folder` to `keep`. Raises OSError."""
+    try:
+        yield
+    finally:
+        if keep:
+            with atomic.folder(keep) as part:
+                shutil.copytree(folder, part, ignore=shutil.ignore_patterns("run"), dirs_exist_ok=True)
 
 
 def summary(steps: Sequence[dict[str, Any]], seconds: float) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from tetri.bench.in_process import model_and_predictor, on_one_core
-from tetri.bench.report import Progress, as_json, give, progress, spread, table
+from tetri.bench.report import Program, Progress, as_json, give, progress, spread, table
 from tetri.engine.base import EngineRequest
 from tetri.engine.vllm.engine import VllmEngine
 from tetri.predict import serve
@@ -241,7 +241,7 @@ def shown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model name or folder.")
 @click.option(
     "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, configured, own_folder, running
-from tetri.bench.report import Progress, as_json, conf, give, one_line, overrides, progress, table
+from tetri.bench.report import Program, Progress, as_json, conf, give, one_line, overrides, progress, table
 from tetri.client import AsyncClient
 from tetri.config import Config, default_path
 
@@ -73,7 +73,7 @@ def measured(config: Config, texts: Sequence[str], batch: int, tokens: int, prog
     return {"prompts": len(texts), "differ": len(found), "first_token": dict(sorted(found.items()))}
 
 
-@click.command()
+@click.command(cls=Program)
 @conf
 @click.option("--prompts", "count", type=click.IntRange(2), default=20, show_default=True)
 @click.option("--batch", type=click.IntRange(2), default=16, show_default=True, help="Requests at a time.")

@@ -13,7 +13,6 @@ A key ends with its unit, which also applies to the values in it: `step_ms: {med
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any, TextIO
 
 import click
 
+from tetri import terminal
 from tetri.metrics import summarise
 
 #: Student's t, two-sided 95 %, by degrees of freedom
@@ -38,6 +38,15 @@ conf = click.option("--conf", type=FILE, help="Configuration file to measure.")
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )
+
+
+class Program(click.Command):
+    """The command of a program of its own. See tetri.terminal.program."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the program and end it with SystemExit."""
+        with terminal.program(str(extra.get("prog_name", self.name))):
+            return super().main(*args, **extra)
 
 
 class BenchError(RuntimeError):
@@ -87,12 +96,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def give(found: Mapping[str, Any], text: str, as_json: bool, out: TextIO | None = None) -> None:
     """Print the result: `found` as one JSON object if `as_json`, else `text`. To `out`, by default stdout."""
-    click.echo(json.dumps(found) if as_json else text, file=out)
+    terminal.print_json(found, out) if as_json else click.echo(text, file=out)
 
 
 def progress(text: str) -> None:
     """Print a line of progress on stderr."""
-    click.echo(text, err=True)
+    terminal.tell(text)
 
 
 @contextmanager
@@ -102,12 +111,12 @@ def one_line(program: str, *errors: type[Exception], status: int = 1) -> Iterato
     try:
         yield
     except expected as error:
-        click.echo(f"{program}: {error}", err=True)
+        terminal.tell(f"{program}: {error}")
         sys.exit(status)
 
 
 def own_stdout() -> TextIO:
     """Return a stream for results; from now on other output to stdout, such as vLLM's log, goes to stderr."""
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
     os.dup2(2, 1)
     return out

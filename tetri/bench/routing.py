@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tetri.bench.report import as_json, give, progress, spread, table
+from tetri.bench.report import Program, as_json, give, progress, spread, table
 from tetri.policy.rules import DECODE_ROUTES, Rules
 from tetri.policy.views import DecodePool, Need
 
@@ -36,7 +36,7 @@ CASES = (
 )
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--policy", type=click.Choice(sorted(DECODE_ROUTES)), default=Rules().decode_route, show_default=True)
 @click.option("--instances", type=click.IntRange(1), default=1000, show_default=True, help="Decode instances.")
 @click.option("--calls", type=click.IntRange(100), default=100_000, show_default=True, help="Decisions at each load.")

@@ -7,12 +7,13 @@ interrupted.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
+
+from tetri import terminal
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = (
@@ -52,39 +53,48 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Turns every expected error into one line on stderr and an exit status."""
+    with terminal.program("tetri-cli"):
+        sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run the command line and return the exit status. Raises OSError."""
     from tetri.client import BadRequest, TetriError, Unreachable
     from tetri.models import ModelError
     from tetri.proc.supervise import LaunchError
     from tetri.strict import ConfigError
 
     try:
-        status = group.main(arguments, prog_name="tetri-cli", standalone_mode=False) or OK
+        return group.main(arguments, prog_name="tetri-cli", standalone_mode=False) or OK
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        status = USAGE
+        return USAGE
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "tetri-cli"
-        message = " ".join(error.format_message().split()).rstrip(".")  # click puts each choice on its own line
-        status = _failed(f"{message} (see {where} --help)", USAGE)
+        return _failed(_usage(error), USAGE)
     except click.ClickException as error:
-        status = _failed(error.format_message(), USAGE)
+        return _failed(error.format_message(), USAGE)
     except (ConfigError, ModelError, BadRequest) as error:
-        status = _failed(str(error), USAGE)
+        return _failed(str(error), USAGE)
     except Unreachable as error:
-        status = _failed(str(error), UNREACHABLE)
+        return _failed(str(error), UNREACHABLE)
     except (TetriError, LaunchError) as error:
-        status = _failed(str(error), FAILED)
+        return _failed(str(error), FAILED)
     except (KeyboardInterrupt, click.Abort):
-        status = _failed("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader closed the pipe; prevent a second error when Python flushes stdout at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = FAILED
-    except OSError as error:  # such as a full disk or a missing permission
-        where = f"{error.filename}: " if error.filename else ""
-        status = _failed(f"{where}{error.strerror or error}", FAILED)
-    sys.exit(status)
+        return _failed("interrupted", INTERRUPTED)
+
+
+def _usage(error: click.UsageError) -> str:
+    """What is wrong with the arguments, on one line: click puts each choice on its own."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if error.ctx is None:
+        return f"{message} (see tetri-cli --help)"
+    where = error.ctx.command_path
+    values = [each.make_metavar(error.ctx) for each in error.ctx.command.params if isinstance(each, click.Argument)]
+    if values and isinstance(error, click.NoSuchOption):
+        message = f"{message}; if it is a value, put it last, after --: {where} [OPTIONS] -- {' '.join(values)}"
+    return f"{message} (see {where} --help)"
 
 
 def _failed(message: str, status: int) -> int:
-    click.echo(f"tetri-cli: {message}", err=True)
+    terminal.tell(f"tetri-cli: {message}")
     return status

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Any
 
-import click
+from tetri import terminal
 
 
 def play(answer: Any, show: bool) -> Any:
@@ -15,15 +14,14 @@ def play(answer: Any, show: bool) -> Any:
     def interrupt(number: int, frame: Any) -> None:
         # No exception here: it could lose a piece that is received but not printed.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("cancelling; press Ctrl-C again to leave at once", err=True)
+        terminal.tell("cancelling; press Ctrl-C again to leave at once")
         answer.cancel_soon()
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         for piece in answer:
             if show:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
+                terminal.show(piece)
     finally:
         signal.signal(signal.SIGINT, before)
     return answer.result

@@ -9,14 +9,24 @@ from typing import Any
 
 import click
 
+from tetri import terminal
 from tetri.cli import FAILED, OK
 from tetri.cli.answer import play
-from tetri.cli.options import Overrides, connect, deployment_options, sampling_options, timeout_option, utf8
+from tetri.cli.options import (
+    TEXT,
+    Overrides,
+    connect,
+    decoded,
+    deployment_options,
+    sampling_options,
+    stdin_text,
+    timeout_option,
+)
 
 
 @click.command("chat")
 @sampling_options(max_tokens=256)
-@click.option("--system", metavar="TEXT", help="System message before the conversation.")
+@click.option("--system", type=TEXT, help="System message before the conversation.")
 @deployment_options
 @timeout_option
 def command(system: str | None, conf: Path | None, overrides: Overrides, timeout: float, **sampling: Any) -> int:
@@ -40,9 +50,9 @@ def _turn(client: Any, history: list[dict[str, str]], line: str, sampling: dict[
         result = _answer(client, history, sampling)
     except (BadRequest, RequestFailed, RequestRefused) as error:  # the conversation continues
         history.pop()
-        click.echo(f"tetri-cli: {error}", err=True)
+        terminal.tell(f"tetri-cli: {error}")
         return FAILED
-    click.echo()
+    terminal.show("\n")
     history.append({"role": "assistant", "content": result.text})
     return OK
 
@@ -64,7 +74,7 @@ def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]
     if left_out := (len(history) - len(kept)) // 2:
         history[:] = kept
         turns = "turn" if left_out == 1 else f"{left_out} turns"
-        click.echo(f"\ntetri-cli: the context is full: the oldest {turns} left out", err=True)
+        terminal.tell(f"\ntetri-cli: the context is full: the oldest {turns} left out")
     return result
 
 
@@ -72,12 +82,12 @@ def _next_line() -> str | None:
     """The next question, without its newline; None at the end."""
     if not sys.stdin.isatty():
         line = sys.stdin.buffer.readline()
-        return utf8(line) if line else None
+        return stdin_text(line) if line else None
     with contextlib.suppress(ImportError):  # enables line editing, if Python has it
         import readline  # noqa: F401
     while True:
         try:
-            return input("> ")
+            return decoded(input("> "), "the line")
         except EOFError:
             click.echo()
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import stat
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import Overrides, deployment_options, json_option, seconds_option
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def command(
     wrong = [*_problems(segments, leak_s, sweeping), *(_dead_socket(path) for path, alive in sockets if not alive)]
     found = Found(deployment, segments, sockets, removed, wrong)
     if as_json:
-        click.echo(json.dumps(_record(found), ensure_ascii=False))
+        terminal.print_json(_record(found))
     else:
         click.echo("\n".join(_report(found, None if pages else _SHOWN)))
     return 1 if wrong else 0

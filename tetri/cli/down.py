@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import Overrides, deployment_options, run_dir_of
 
 
@@ -16,5 +17,5 @@ def command(conf: Path | None, overrides: Overrides) -> None:
     from tetri.proc import launch
 
     run_dir = run_dir_of(conf, overrides)
-    stopped = launch.down(run_dir, lambda text: click.echo(text, err=True))
-    click.echo("stopped" if stopped else f"nothing is up in {run_dir}", err=True)
+    stopped = launch.down(run_dir, terminal.tell)
+    terminal.tell("stopped" if stopped else f"nothing is up in {run_dir}")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from tetri.cli.options import Overrides, deployment_options, operate, timeout_option
+from tetri.cli.options import TEXT, Overrides, deployment_options, operate, timeout_option
 
 
 @click.command("end")
-@click.argument("rid")
+@click.argument("rid", type=TEXT)
 @deployment_options
 @timeout_option
 def command(rid: str, conf: Path | None, overrides: Overrides, timeout: float) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tetri.cli.options import Overrides, deployment_options, json_option, operate, timeout_option
+from tetri import terminal
+from tetri.cli.options import TEXT, Overrides, deployment_options, json_option, operate, timeout_option
 from tetri.request import ROLES
 
 
 @click.command("flip")
-@click.argument("iid")
+@click.argument("iid", type=TEXT)
 @click.argument("role", type=click.Choice(ROLES), metavar="ROLE")
 @json_option
 @deployment_options
@@ -35,7 +35,7 @@ def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: Ov
                 raise click.UsageError(str(error)) from None
             raise
     made = f"{change['iid']}: {change['was']} -> {change['role']} in {1e3 * change['took_s']:.1f} ms"
-    click.echo(json.dumps(change, ensure_ascii=False) if as_json else made)
+    terminal.print_json(change) if as_json else click.echo(made)
 
 
 def _unknown(operator: Any, iid: str) -> bool:

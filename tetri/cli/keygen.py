@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from tetri import terminal
+
 
 @click.command("keygen")
 @click.argument("file", type=click.Path(dir_okay=False))
@@ -17,4 +19,4 @@ def command(file: str) -> None:
         generate(file)
     except NetError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{file}: a new key, for its owner alone (0600)", err=True)
+    terminal.tell(f"{file}: a new key, for its owner alone (0600)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from tetri import terminal
+
 
 @click.group("model")
 def command() -> None:
@@ -19,5 +21,5 @@ def fetch(name: str | None) -> None:
 
     name = name or ModelConfig().name
     if name in models.KNOWN:
-        click.echo(f"preparing {name}", err=True)
+        terminal.tell(f"preparing {name}")
     click.echo(models.fetch(name))

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+
+class Text(click.types.StringParamType):
+    """Text that leaves this process, and so has to be Unicode."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text. Raises UsageError."""
+        return decoded(super().convert(value, param, ctx), param.get_error_hint(ctx) if param else "the text")
+
+
+TEXT = Text()
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -19,7 +30,7 @@ conf_option: Decorator = click.option(
     "--conf", type=FILE, help="Configuration of the deployment (default: $TETRI_CONF)."
 )
 set_option: Decorator = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
+    "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
@@ -43,7 +54,7 @@ def sampling_options(max_tokens: int) -> Decorator:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
-            click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+            click.option("--stop", type=TEXT, multiple=True, help="End before this text; may be repeated."),
             click.option("--seed", type=int, help="Seed; makes sampling repeatable."),
             click.option("--min-p", type=float, help="Minimum probability, relative to the likeliest token."),
             click.option("--top-k", type=int, help="Sample from the K likeliest tokens; 0: all."),
@@ -59,12 +70,24 @@ def sampling_options(max_tokens: int) -> Decorator:
     return decorate
 
 
-def utf8(data: bytes) -> str:
-    """Decode text from standard input, without its last newline. Raises UsageError."""
+def decoded(text: str, what: str) -> str:
+    """Text of the operating system, as UTF-8 where the locale does not explain its bytes. Raises UsageError."""
+    if not any("\ud800" <= char <= "\udfff" for char in text):
+        return text
     try:
-        return data.decode().removesuffix("\n")
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise click.UsageError(f"{what} is not UTF-8") from None
+
+
+def stdin_text(data: bytes) -> str:
+    """Decode what was read from standard input, without its last newline: UTF-8, but what a terminal sends is in the
+    terminal's encoding. Raises UsageError."""
+    encoding = sys.stdin.encoding if sys.stdin.isatty() else "utf-8"
+    try:
+        return data.decode(encoding).removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"standard input is not UTF-8 (byte {error.start})") from None
+        raise click.UsageError(f"standard input is not {encoding.upper()} (byte {error.start})") from None
 
 
 def run_dir_of(conf: Path | None, overrides: Sequence[str] = ()) -> Path:

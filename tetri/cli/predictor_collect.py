@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import COUNT, FILE, json_option
 from tetri.cli.predictor_scores import report_bad
+from tetri.outputs import OUT_FILE
 
 if TYPE_CHECKING:
     from tetri.predict.collect import Collected, CollectPlan, TextTask, TextWriter
@@ -30,7 +32,7 @@ REPORT_S = 10.0  # between two lines of progress
 @click.command("collect")
 @click.option("--prompts", type=FILE, required=True, help='JSONL, {"prompt": TEXT} per line; "source" is kept.')
 @click.option("--model", required=True, metavar="NAME|FOLDER", help="Model whose output lengths are collected.")
-@click.option("--out", type=FILE, required=True, help="File of lengths. An interrupted run is resumed.")
+@click.option("--out", type=OUT_FILE, required=True, help="File of lengths. An interrupted run is resumed.")
 @click.option("--samples", type=COUNT, default=1, show_default=True, help="Texts per prompt.")
 @click.option("--limit", type=COUNT, metavar="N", help="Use the first N usable prompts only.")
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
@@ -51,8 +53,6 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
     from tetri.predict.collect import Collected
     from tetri.predict.lengths import PredictError
 
-    if not out.absolute().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
     if how["cpus"] is not None:
         from tetri.proc.build import pin  # slow to import
 
@@ -65,9 +65,9 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
     except PredictError as error:
         raise click.ClickException(str(error)) from None
     made = {"out": str(out), **summary}
-    click.echo(json.dumps(made, ensure_ascii=False) if as_json else _shown(made))
+    terminal.print_json(made) if as_json else click.echo(_shown(made))
     if made["left"]:
-        click.echo(f"interrupted: all that is written stays in {out}; the same command goes on from there", err=True)
+        terminal.tell(f"interrupted: all that is written stays in {out}; the same command goes on from there")
         click.get_current_context().exit(130)
 
 
@@ -157,13 +157,13 @@ def _run(asked: Asked, collected: Collected, target: Target, batch: int) -> dict
     from tetri.predict.collect import collect, tasks_of
 
     if collected.again:
-        click.echo(f"{collected.again} texts are written again: their hidden states are missing", err=True)
+        terminal.tell(f"{collected.again} texts are written again: their hidden states are missing")
     tasks = tasks_of(asked.prompts, asked.samples, collected.done)
     wanted = len(asked.prompts) * asked.samples
     written: list[Length] = []
     began = ended = time.perf_counter()
     if tasks:
-        click.echo(f"{wanted - len(tasks)} of {wanted} texts are there; starting vLLM", err=True)
+        terminal.tell(f"{wanted - len(tasks)} of {wanted} texts are there; starting vLLM")
         with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
             writer = _writer(target, batch, asked.longest, stack)
             began = time.perf_counter()
@@ -252,7 +252,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
             texts, tokens = texts + 1, tokens + count
             if texts == total or time.monotonic() - reported_at >= REPORT_S:
                 reported_at = time.monotonic()
-                click.echo(f"{texts} of {total} texts, {text()}", err=True)
+                terminal.tell(f"{texts} of {total} texts, {text()}")
 
         yield report
         return

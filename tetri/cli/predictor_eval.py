@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tetri import atomic
+from tetri import atomic, terminal
 from tetri.cli.options import FILE, FOLDER, json_option
 from tetri.cli.predictor_scores import report_bad, shown
+from tetri.outputs import OUT_FILE, OUT_PLOT
 
 if TYPE_CHECKING:
     from tetri.predict.evaluate import Judged
@@ -28,8 +29,8 @@ KINDS = ("classifier", "hidden")
 @click.option("--kind", type=click.Choice([*KINDS, "both"]), help="Evaluate this kind only (default: all that can be).")
 @click.option("--all", "seen_too", is_flag=True, help="Also use prompts that it was trained on.")
 @json_option
-@click.option("--plot", type=FILE, help="Plot predicted and true lengths to this PNG.")
-@click.option("--predictions", type=FILE, help="Write the predictions for each text to this JSONL file.")
+@click.option("--plot", type=OUT_PLOT, help="Plot predicted and true lengths to this PNG.")
+@click.option("--predictions", type=OUT_FILE, help="Write the predictions for each text to this JSONL file.")
 def command(
     prompts: Path | None,
     lengths: tuple[Path, ...],
@@ -46,28 +47,26 @@ def command(
     Kendall's tau, beside baselines: the likeliest bucket, that of the prompt's source, and a regression on the prompt's
     length. With several texts per prompt, also prints the ceiling of any predictor.
     """
-    from tetri.bench import length_plot, plots
+    from tetri.bench import length_plot
     from tetri.predict.evaluate import ceiling_of, judge, report
     from tetri.predict.evaluate import predictions as rows_of
     from tetri.predict.examples import read_texts
     from tetri.predict.lengths import PredictError, states_path
 
     try:
-        if plot:
-            plots.ready()  # before all the work
         texts = read_texts(lengths, states=kind != "classifier" and all(states_path(file).exists() for file in lengths))
         report_bad(texts.bad)
         predictors = _predictors(predictor, kind, texts)
         judged_on, others = _chosen(texts, prompts, predictors, seen_too)
-        judged = judge(predictors, texts, judged_on, lambda line: click.echo(line, err=True))
-    except (PredictError, plots.PlotError) as error:
+        judged = judge(predictors, texts, judged_on, terminal.tell)
+    except PredictError as error:
         raise click.ClickException(str(error)) from None
     found = report(judged, others, predictors) | {"not_judged": len(others), "ceiling": ceiling_of(texts)}
+    terminal.print_json(found) if as_json else click.echo(shown(found))
     if predictions:
         atomic.write_text(predictions, "".join(json.dumps(row) + "\n" for row in rows_of(judged)))
     if plot:
         length_plot.draw(plot, _points(judged), judged.tokens.tolist())
-    click.echo(json.dumps(found) if as_json else shown(found))
 
 
 def _predictors(folder: Path | None, kind: str | None, texts: Texts) -> dict[str, Loaded]:

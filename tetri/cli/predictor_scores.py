@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
+from tetri import terminal
 
 BAD_LINES = 20
 GRANULARITIES = ("100", "200", "400")
@@ -14,9 +14,9 @@ GRANULARITIES = ("100", "200", "400")
 def report_bad(lines: Sequence[str]) -> None:
     """Print the lines that cannot be used on stderr, BAD_LINES at most."""
     for line in lines[:BAD_LINES]:
-        click.echo(f"skipped: {line}", err=True)
+        terminal.tell(f"skipped: {line}")
     if len(lines) > BAD_LINES:
-        click.echo(f"skipped: {len(lines) - BAD_LINES} more lines", err=True)
+        terminal.tell(f"skipped: {len(lines) - BAD_LINES} more lines")
 
 
 def shown(found: Mapping[str, Any]) -> str:

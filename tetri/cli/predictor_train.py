@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tetri.cli.options import COUNT, FILE, FOLDER, json_option
+from tetri import terminal
+from tetri.cli.options import COUNT, FILE, json_option
 from tetri.cli.predictor_scores import report_bad, shown
+from tetri.outputs import OUT_FOLDER
 
 
 @click.command("train")
 @click.option("--lengths", type=FILE, required=True, multiple=True, help="File that `collect` wrote; may be repeated.")
 @click.option("--kind", type=click.Choice(["classifier", "hidden"]), default="hidden", show_default=True)
-@click.option("--out", type=FOLDER, required=True, help="The predictor's folder; writes its sub-folder for this kind.")
+@click.option(
+    "--out", type=OUT_FOLDER, required=True, help="The predictor's folder; writes its sub-folder for this kind."
+)
 @click.option("--model", metavar="NAME|FOLDER", help="Model of the lengths; required if the files do not name it.")
 @click.option(
     "--encoder", metavar="NAME|FOLDER", help="classifier: encoder of the prompts (default: all-MiniLM-L6-v2)."
@@ -41,11 +44,10 @@ def command(lengths: tuple[Path, ...], out: Path, as_json: bool, **how: Any) -> 
     try:
         texts = read_texts(lengths, states=how["kind"] == "hidden")
         report_bad(texts.bad)
-        out.mkdir(parents=True, exist_ok=True)
-        found = train(texts, _wanted(texts.plan, out, how), lambda line: click.echo(line, err=True))
+        found = train(texts, _wanted(texts.plan, out, how), terminal.tell)
     except PredictError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(json.dumps(found) if as_json else shown(found))
+    terminal.print_json(found) if as_json else click.echo(shown(found))
 
 
 def _check(how: dict[str, Any]) -> None:

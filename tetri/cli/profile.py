@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetri import atomic
-from tetri.cli.options import COUNT, FILE, Overrides, deployment_options
+from tetri import atomic, terminal
+from tetri.cli.options import COUNT, Overrides, deployment_options
+from tetri.outputs import OUT_FILE
 
 if TYPE_CHECKING:
     from tetri.config import Config
@@ -31,7 +31,7 @@ BUSY_SHARE = 0.97  # share of the core's time; below, other processes disturb th
 
 @click.command("profile")
 @deployment_options
-@click.option("--out", type=FILE, help="Write the cost table to this file.")
+@click.option("--out", type=OUT_FILE, help="Write the cost table to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, with every measured point.")
 @click.option("--quick", is_flag=True, help="Fewer sizes and rounds: a rough table in a fifth of the time.")
 @click.option("--rounds", type=COUNT, metavar="N", help="Measurements per point (default: 5; --quick: 3).")
@@ -54,8 +54,6 @@ def command(
     from tetri.profile.fit import fit
     from tetri.profile.measure import ProfileError
 
-    if out and not out.absolute().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
     config = _config(conf, overrides, cpus)
     rounds = rounds or (3 if quick else 5)
     try:
@@ -71,11 +69,13 @@ def command(
     )
     made_by = f"Made by: {_command(click.get_current_context().params)}"
     head = [made_by, *_summary(made, measured), "docs/cost.md says what each key means."]
+    if as_json:
+        terminal.print_json(_as_json(table, made, measured))
+    else:
+        click.echo("\n".join(_shown(table, made, measured)))
     if out:
         atomic.write_text(out, dump(table, head))
-    click.echo(json.dumps(_as_json(table, made, measured)) if as_json else "\n".join(_shown(table, made, measured)))
-    if out:
-        click.echo(f"written to {out}", err=True)
+        terminal.tell(f"written to {out}")
 
 
 def _config(conf: Path | None, overrides: Overrides, cpus: str | None) -> Config:
@@ -120,7 +120,7 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
     clock = time.process_time if cpu_time else time.perf_counter
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # vLLM logs to stdout
-        click.echo(f"starting the {config.engine.kind} engine", err=True)
+        terminal.tell(f"starting the {config.engine.kind} engine")
         engine = build.engine(config)
         stack.callback(engine.close)
         progress = stack.enter_context(_progress(rounds))
@@ -168,7 +168,7 @@ def _progress(rounds: int) -> Iterator[Callable[[int, int], None]]:
 
         def report(done: int, total: int) -> None:
             if not done * rounds % total:
-                click.echo(f"round {done * rounds // total} of {rounds} measured", err=True)
+                terminal.tell(f"round {done * rounds // total} of {rounds} measured")
 
         yield report
         return

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
 import click
 
+from tetri import terminal
 from tetri.cli import FAILED, OK, LazyGroup
 from tetri.cli.options import FILE, json_option
+from tetri.outputs import OUT_PLOT
 
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
 SYSTEMS = ("tetri", "coupled16", "coupled")
@@ -52,7 +52,7 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("--max-batch", 256, "Maximum decode batch."),
     ("--context", 0, "Maximum tokens of a request; 0: as --kv-tokens."),
     ("--seed", 0, "Seed of all random numbers."),
-    ("--plot", FILE, "Plot TTFT, JCT and the instances to this PNG."),
+    ("--plot", OUT_PLOT, "Plot TTFT, JCT and the instances to this PNG."),
 )
 
 
@@ -100,15 +100,19 @@ def run(**options: Any) -> int:
     from tetri.sim.traces import TraceError
 
     try:
-        made = simulated(options)
+        made, result = simulated(options)
     except PromiseBroken as error:
-        click.echo(f"tetri-cli: a promise is broken: {error}", err=True)
+        terminal.tell(f"tetri-cli: a promise is broken: {error}")
         return FAILED
     except FaultsError as error:
         raise click.UsageError(f"--faults: {error}") from None
     except (SimError, TraceError, CostError) as error:
         raise click.UsageError(str(error)) from None
-    click.echo(json.dumps(made, ensure_ascii=False) if options["as_json"] else table(made))
+    terminal.print_json(made) if options["as_json"] else click.echo(table(made))
+    if options["plot"] is not None:
+        from tetri.bench.plots import draw
+
+        draw(options["plot"], _times(result), {iid: use.spans or [] for iid, use in result.instances.items()})
     return OK
 
 
@@ -123,15 +127,15 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def simulated(options: dict[str, Any]) -> dict[str, Any]:
-    """The result as JSON data. Raises SimError, TraceError, CostError, FaultsError, ConfigError or UsageError."""
+def simulated(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """(the result as JSON data, the result to plot). Raises SimError, TraceError, CostError, FaultsError, ConfigError
+    or UsageError."""
     from tetri.sim.baselines import serve
     from tetri.sim.report import summary
 
     started = perf_counter()
     if options["system"] != "tetri":
         _check_coupled(options)
-    draw = _drawing(options["plot"])
     arrivals, total = _arrivals(options)
     setup = _setup(options)
     with _uncollected():
@@ -141,9 +145,7 @@ def simulated(options: dict[str, Any]) -> dict[str, Any]:
         else:
             result = serve(options["system"], setup, arrivals)
     made = summary(result)
-    if draw is not None:
-        draw(options["plot"], _times(result), {iid: use.spans or [] for iid, use in result.instances.items()})
-    return {**made, "run": {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}}
+    return {**made, "run": {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}}, result
 
 
 def _world(setup: Any, arrivals: Iterable[Any], faults: str | None, cuts: str | None, progress: Any) -> Any:
@@ -283,19 +285,6 @@ def progress_bar(total: int | None) -> Iterator[Callable[[int], None] | None]:
 def _times(result: Any) -> dict[str, list[float]]:
     """The values of the plotted CDFs in seconds, by name."""
     return {name: [getattr(o, f"{name.lower()}_s") for o in result.done()] for name in ("TTFT", "JCT")}
-
-
-def _drawing(plot: Path | None) -> Callable[[Path, Any, Any], None] | None:
-    """The function that plots. Checks everything before a long simulation. Raises UsageError."""
-    if plot is None:
-        return None
-    from tetri.bench.plots import PlotError, draw, ready
-
-    try:
-        ready(plot)
-    except PlotError as error:
-        raise click.UsageError(str(error)) from None
-    return draw
 
 
 def _peak_rss_mb() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import json_option
 from tetri.cli.sim import progress_bar
 
@@ -52,7 +52,7 @@ def command(seeds: int, only: tuple[str, ...], as_json: bool) -> None:
     except (CostError, SimError, WorkloadError) as error:
         raise click.UsageError(str(error)) from None
     made["run"] = {"wall_s": perf_counter() - started}
-    click.echo(json.dumps(made, ensure_ascii=False) if as_json else "\n".join(shown(made)))
+    terminal.print_json(made) if as_json else click.echo("\n".join(shown(made)))
 
 
 def evaluated(seeds: int, workloads: Sequence[str], micro: bool) -> dict[str, Any]:

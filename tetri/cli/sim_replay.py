@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import json_option
 
 
@@ -31,7 +31,7 @@ def command(folder: Path, as_json: bool) -> int:
     if as_json:
         sums = {name: sum(getattr(made, name) for made in found) for name in ("events", "ticks", "actions")}
         rows = [dataclasses.asdict(made) for made in found]
-        click.echo(json.dumps({"cores": rows, **sums, "same": not differ}, ensure_ascii=False))
+        terminal.print_json({"cores": rows, **sums, "same": not differ})
     else:
         for made in found:
             counts = f"{made.events} events, {made.ticks} ticks, {made.actions} actions"

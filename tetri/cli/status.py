@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import Overrides, connect, deployment_options, json_option, seconds_option
 from tetri.core.broker.notes import MONITOR_SILENT_S, NO_MONITOR
 
@@ -24,7 +24,7 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     with connect(conf, timeout, overrides) as client:
         status = client.status()
     if as_json:
-        click.echo(json.dumps(status, ensure_ascii=False))
+        terminal.print_json(status)
         return
     click.echo(f"model     {status['model']}")
     click.echo(f"monitor   {_monitor(status.get('monitor'))}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from tetri import terminal
 from tetri.cli.options import Overrides, deployment_options, seconds_option
 
 
@@ -37,16 +38,17 @@ def command(conf: Path | None, overrides: Overrides, wait_s: float) -> None:
 def _progress() -> Iterator[Callable[[str], None]]:
     """Report progress on stderr: with a spinner on a terminal, else as plain lines."""
     if not sys.stderr.isatty():
-        yield lambda text: click.echo(text, err=True)
+        yield terminal.tell
         return
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(stderr=True, highlight=False)
-    with console.status("starting") as spinner:
+    plain = console.options.ascii_only  # no other characters in the terminal's encoding
+    with console.status("starting", spinner="line" if plain else "dots") as spinner:
 
         def report(text: str) -> None:
-            console.print(f"[green]·[/] {escape(text)}")
+            console.print(f"[green]{'-' if plain else '·'}[/] {escape(text)}")
             spinner.update("stopping" if text == "stopping" else "waiting for the workers")
 
         yield report

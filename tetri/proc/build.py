@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from tetri import cost
+from tetri import cost, terminal
 from tetri.config import Config, cpu_numbers, default_path
 from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
@@ -59,6 +59,7 @@ def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., No
         @wraps(function)
         def command(conf: str | None, overrides: tuple[str, ...], **given: Any) -> None:
             try:
+                terminal.prepare()
                 function(load_config(conf or default_path(), overrides), **given)
             except EXPECTED as error:
                 click.echo(f"{program}: {error}", err=True)

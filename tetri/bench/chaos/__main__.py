@@ -30,7 +30,7 @@ from tetri.bench.deployment import (
     running,
     segments,
 )
-from tetri.bench.report import as_json, give, one_line, overrides, progress, spread, table
+from tetri.bench.report import Program, as_json, give, one_line, overrides, progress, spread, table
 from tetri.client import Client
 from tetri.config import Config
 
@@ -158,7 +158,7 @@ def shown(run: dict[str, Any]) -> str:
     return "\n".join([*lines, f"crashes: {run['crashes']}"])
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--requests", type=click.IntRange(1), default=10_000, show_default=True)
 @click.option("--transport", type=click.Choice(["auto", "shm", "stream", "nixl"]), default="shm", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -14,15 +14,26 @@ from tetri.bench.deployment import EXPECTED, configured, own_folder
 from tetri.bench.handover.drive import Group, Load, cluster, run
 from tetri.bench.handover.picture import draw
 from tetri.bench.handover.stages import Move, moves, overlap
-from tetri.bench.plots import PlotError, ready
-from tetri.bench.report import FILE, BenchError, as_json, conf, give, one_line, overrides, progress, spread, table
+from tetri.bench.report import (
+    BenchError,
+    Program,
+    as_json,
+    conf,
+    give,
+    one_line,
+    overrides,
+    progress,
+    spread,
+    table,
+)
 from tetri.config import default_path
+from tetri.outputs import OUT_PLOT
 from tetri.proc.recorder import RecordError
 
 LIMIT_MS = 15.0  # the most by which the long prompt's hand-over may take longer than the short one's
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option(
     "--rounds", type=click.IntRange(1), default=20, show_default=True, help="Requests for each length and load."
 )
@@ -31,7 +42,7 @@ LIMIT_MS = 15.0  # the most by which the long prompt's hand-over may take longer
 @click.option(
     "--batch", type=click.IntRange(1), default=16, show_default=True, help="Decode requests on the busy worker."
 )
-@click.option("--plot", type=FILE, help="Write a PNG of one long prompt's hand-over.")
+@click.option("--plot", type=OUT_PLOT, help="Write a PNG of one long prompt's hand-over.")
 @conf
 @overrides
 @as_json
@@ -47,20 +58,18 @@ def main(
 ) -> None:
     """Measure the hand-over from a prefill to a decode worker, stage by stage. Takes some minutes and needs an idle
     machine."""
-    with one_line("bench_handover", *EXPECTED, PlotError, RecordError), own_folder("handover") as folder:
+    with one_line("bench_handover", *EXPECTED, RecordError), own_folder("handover") as folder:
         if short >= long:
             raise BenchError(f"--short ({short}) must be less than --long ({long})")
-        if plot:
-            ready(plot)  # fail before the work
         config = configured(conf or default_path(), folder, "handover", ["cluster.record=true", *overrides])
         with cluster(config, progress) as live:
             groups = run(live, Load((short, long), rounds, batch), progress)
             found = moves(live.record(live.prefill), live.record(live.decode))
         by_group = grouped(found, groups)
-        if plot:
-            draw(plot, typical(by_group["idle", long]))
     summary = summarised(by_group, short, long, batch)
     give(summary, shown(summary), as_json)
+    if plot:
+        draw(plot, typical(by_group["idle", long]))
 
 
 def grouped(found: Sequence[Move], groups: dict[Group, list[str]]) -> dict[Group, list[Move]]:

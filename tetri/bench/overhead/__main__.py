@@ -18,7 +18,7 @@ from tetri.bench.deployment import EXPECTED, REPOSITORY, configured, own_folder
 from tetri.bench.overhead.direct import Direct
 from tetri.bench.overhead.live import Live
 from tetri.bench.overhead.measure import steady, summary
-from tetri.bench.report import BenchError, as_json, conf, give, one_line, overrides, progress, table
+from tetri.bench.report import BenchError, Program, as_json, conf, give, one_line, overrides, progress, table
 from tetri.config import Config, cpu_numbers, default_path
 from tetri.models import find
 from tetri.proc.build import limits_of_model
@@ -38,7 +38,7 @@ class Load:
     rounds: int
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--requests", type=click.IntRange(2), default=16, show_default=True, help="Concurrent requests.")
 @click.option("--tokens", type=click.IntRange(16), default=256, show_default=True, help="Output tokens of each.")
 @click.option(

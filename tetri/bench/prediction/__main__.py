@@ -22,10 +22,10 @@ from time import perf_counter
 import click
 
 from tetri import cost
-from tetri.bench.plots import PlotError, ready
 from tetri.bench.prediction.simulate import SETTINGS, TRAINED, Setting, Source, compared
 from tetri.bench.prediction.tables import KINDS, draw, tables
-from tetri.bench.report import FILE, as_json, give, progress
+from tetri.bench.report import FILE, Program, as_json, give, progress
+from tetri.outputs import OUT_PLOT
 from tetri.policy.rules import Rules
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED
@@ -33,7 +33,7 @@ from tetri.sim.setup import SimError
 from tetri.sim.texts import LIMIT, RecordedTextError
 
 
-@click.command(epilog=" ".join((__doc__ or "").split("\n\n")[-1].split()))
+@click.command(cls=Program, epilog=" ".join((__doc__ or "").split("\n\n")[-1].split()))
 @click.option("--predictions", "--lengths", type=FILE, required=True, help="JSONL of `tetri-cli predictor eval`.")
 @click.option("--predictor", type=click.Path(file_okay=False, path_type=Path), default=SHIPPED / "smollm2-135m",
               help="Folder of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
@@ -47,7 +47,7 @@ from tetri.sim.texts import LIMIT, RecordedTextError
               help="Share of the KV for requests that are not running yet.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Use 3 seeds, half of the requests and half of the KV.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Number of processes.")
-@click.option("--plot", type=FILE, help="Write a PNG of the differences.")
+@click.option("--plot", type=OUT_PLOT, help="Write a PNG of the differences.")
 @as_json
 def main(
     predictions: Path, predictor: Path, names: Sequence[str], kinds: Sequence[str], seeds: int, cover: float,
@@ -59,8 +59,6 @@ def main(
     source, made = Source(predictions, predictor, cover, reserve_share), []
     settings, seeds = chosen(names, quick), 3 if quick else seeds
     try:
-        if plot is not None:
-            ready(plot)  # fail before the work
         texts = source.texts()
         for kind in (each for each in kinds if each in TRAINED):
             source.expected(kind)
@@ -70,10 +68,8 @@ def main(
                 progress(f"{setting.name}: {perf_counter() - started:.0f} s")
                 if as_json:
                     progress(tables(made[-1]))
-    except (SimError, RecordedTextError, PredictError, PlotError, cost.CostError) as error:
+    except (SimError, RecordedTextError, PredictError, cost.CostError) as error:
         raise click.UsageError(str(error)) from None
-    if plot is not None:
-        draw(plot, made)
     found = {
         "texts": len(texts),
         "longest_tokens": LIMIT,
@@ -83,6 +79,8 @@ def main(
         "run": {"wall_s": perf_counter() - started},
     }
     give(found, "\n\n".join(map(tables, made)), as_json)
+    if plot is not None:
+        draw(plot, made)
 
 
 def chosen(names: Sequence[str], quick: bool) -> list[Setting]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from tetri.bench.report import as_json, give, progress, table
+from tetri.bench.report import Program, as_json, give, progress, table
 from tetri.bench.torture import assigns, connections, frozen, membership, mixed, paths, poison, slow_reader, texts
 from tetri.bench.torture.case import Case, judged
 
@@ -72,7 +72,7 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--case", "names", multiple=True, type=click.Choice(NAMES), help="Run only this one; may be repeated.")
 @click.option("--list", "only_list", is_flag=True, help="List the cases and exit.")
 @as_json

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from tetri.bench.report import as_json, give, one_line, progress, records
+from tetri.bench.report import Program, as_json, give, one_line, progress, records
 from tetri.bench.transfer.bare_zmq import bare
 from tetri.bench.transfer.measure import Case, Lane, alone, measure
 from tetri.bench.transfer.receiver import end_by_signal
@@ -43,7 +43,7 @@ def listed(text: str, kind: type) -> list[Any]:
     return found
 
 
-@click.command()
+@click.command(cls=Program)
 @click.option("--transport", "transports", default="shm", show_default=True, help=f"One or more of {NAMES}")
 @click.option("--sizes", default="3,6,12,24,47", show_default=True, metavar="MB,...", help="Chunk sizes, 10^6 bytes.")
 @click.option("--block-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a block.")
