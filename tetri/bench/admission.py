@@ -203,8 +203,9 @@ def _option(name: str, kind: Any, default: Any, text: str, **more: Any) -> Calla
 
 @click.command()
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False),
-              help="Arrivals, as of tetri-cli sim run. Without it: only the paper's.")  # fmt: skip
-@_option("--workload", click.Choice(("paper", "trace")), ("paper", "trace"), "May be repeated.", multiple=True)
+              help="Arrivals of the workload trace, as of tetri-cli sim run.")  # fmt: skip
+@click.option("--workload", type=click.Choice(("paper", "trace")), multiple=True,
+              help="May be repeated. Default: paper, and trace if there is one.")  # fmt: skip
 @_option("--requests", click.IntRange(10), 1000, "Requests in one window of the trace.")
 @_option("--rate", click.FloatRange(0, min_open=True), 1.51, "Requests per second of the trace.")
 @click.option("--kv-tokens", type=click.IntRange(4096), multiple=True,
@@ -219,10 +220,12 @@ def main(
 ) -> None:  # fmt: skip
     """Compare admission policies where KV memory is scarce. Only the object "run" differs between two runs."""
     started, points = perf_counter(), []
+    if "trace" in workload and not trace:
+        raise click.UsageError("--workload trace needs --trace FILE")
     try:
         notes = _first(trace, requests) if trace else []
         with get_context("spawn").Pool(workers, _share, (_traces,)) as pool:
-            for name in (each for each in workload if each == "paper" or trace):
+            for name in workload or (("paper", "trace") if trace else ("paper",)):
                 for tokens in kv_tokens or (KV_TOKENS[name],):
                     load = Load(tokens) if name == "paper" else Load(tokens, requests, trace or "", rate)
                     points.append(compare(load, seeds, reserve_share, pool.imap, progress))
