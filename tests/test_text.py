@@ -95,8 +95,8 @@ def written(folder, setting, files):
 @pytest.mark.parametrize(
     ("setting", "files", "why"),
     [
-        ("{% for %}", {}, "tokenizer_config.json: Expected an expression"),
-        ("{% wrong %}", {}, "tokenizer_config.json: Encountered unknown tag 'wrong'"),
+        ("{% for %}", {}, "tokenizer_config.json: line 1: Expected an expression"),
+        ("a\n{% wrong %}", {}, "tokenizer_config.json: line 2: Encountered unknown tag 'wrong'"),
         ("{% break %}", {}, "tokenizer_config.json: 'break' outside loop"),
         ("x", {"chat_template.jinja": "{{ 'ü' }}".encode("latin-1")}, "chat_template.jinja: cannot be read: 'utf-8'"),
         (7, {}, "tokenizer_config.json: chat_template must be a text, not 7"),

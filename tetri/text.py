@@ -68,8 +68,12 @@ class ChatTemplate:
     anything. `named`: the text of each named special token. Raises TextError."""
 
     def __init__(self, source: str, named: Mapping[str, str]) -> None:
+        from jinja2 import TemplateSyntaxError
+
         try:
             self._template = _sandbox().from_string(source)
+        except TemplateSyntaxError as error:
+            raise TextError(f"line {error.lineno}: {_line(error.message).rstrip('.')}") from None
         except Exception as error:
             raise TextError(_line(error)) from None
         self._named = named

@@ -47,7 +47,7 @@ def test_a_chat_template_that_cannot_be_used_is_degraded_and_refuses_messages_al
     model += f"build.tokenizer = lambda config, load=build.load_tokenizer: load({folder!r}); "
     with LiveCluster(prologue=model) as cluster:
         client = cluster.client()
-        why = f"the chat template cannot be used: {folder}/tokenizer_config.json: Encountered unknown tag 'wrong'"
+        why = f"the chat template cannot be used: {folder}/tokenizer_config.json: line 1: Encountered unknown tag"
         with pytest.raises(RequestRefused) as refused:
             client.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=2)
         assert str(refused.value).startswith(why) and str(refused.value).endswith(": send a prompt instead of messages")
