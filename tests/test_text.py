@@ -7,10 +7,11 @@ import pytest
 from checkpoints import make_checkpoint
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from tetri.request import Turn
-from tetri.text import ByteTokenizer, Stopper, TextError, decode, load_tokenizer
+from tetri.text import ByteTokenizer, ChatTemplate, Stopper, TextError, decode, load_tokenizer
 
 BYTES = ByteTokenizer()
 
@@ -66,13 +67,83 @@ def test_eos_ids_come_from_all_files(tokenizer):
     assert tokenizer.eos_ids == {0, 1}
 
 
-def test_a_template_file_wins_and_a_list_has_a_default(tmp_path):
-    both = make_checkpoint(tmp_path / "a")
-    (both / "chat_template.jinja").write_text("file:{{ bos_token }}")
-    assert decode(load_tokenizer(both), load_tokenizer(both).chat([])) == "file:"
-    listed = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    some = load_tokenizer(make_checkpoint(tmp_path / "b", chat_template=listed))
-    assert decode(some, some.chat([])) == "d"
+LISTED = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("setting", "files", "rendered"),
+    [
+        ("setting", {"chat_template.jinja": "file:{{ bos_token }}"}, "file:"),
+        ("setting", {"chat_template.json": '{"chat_template": "json"}'}, "setting"),
+        (None, {"chat_template.json": '{"chat_template": "json"}'}, "json"),
+        (LISTED, {}, "d"),
+        ({"default": "d", "rag": "r"}, {}, "d"),
+    ],
+)
+def test_where_the_chat_template_may_be(tmp_path, setting, files, rendered):
+    found = load_tokenizer(written(tmp_path / "m", setting, files))
+    assert decode(found, found.chat([])) == rendered and found.template_problem is None
+
+
+def written(folder, setting, files):
+    made = make_checkpoint(folder, chat_template=setting)
+    for name, text in files.items():
+        (made / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return made
+
+
+@pytest.mark.parametrize(
+    ("setting", "files", "why"),
+    [
+        ("{% for %}", {}, "tokenizer_config.json: line 1: Expected an expression"),
+        ("a\n{% wrong %}", {}, "tokenizer_config.json: line 2: Encountered unknown tag 'wrong'"),
+        ("{% break %}", {}, "tokenizer_config.json: 'break' outside loop"),
+        ("x", {"chat_template.jinja": "{{ 'ü' }}".encode("latin-1")}, "chat_template.jinja: cannot be read: 'utf-8'"),
+        (7, {}, "tokenizer_config.json: chat_template must be a text, not 7"),
+        ([{"name": "default"}], {}, "tokenizer_config.json: chat_template must be a text, not null"),
+        (LISTED[:1], {}, "tokenizer_config.json: none of its templates is called default: tools"),
+        (None, {"chat_template.json": "["}, "chat_template.json: not JSON"),
+    ],
+)
+def test_a_template_that_cannot_be_used_refuses_messages_alone(tmp_path, setting, files, why):
+    found = load_tokenizer(written(tmp_path / "m", setting, files))
+    assert decode(found, found.encode("the cat")) == "the cat"
+    with pytest.raises(TextError) as caught:
+        found.chat([Turn(role="user", content="x")])
+    problem = found.template_problem
+    assert problem.startswith(f"the chat template cannot be used: {tmp_path / 'm'}/") and why in problem
+    assert str(caught.value) == f"{problem}: send a prompt instead of messages" and "\n" not in problem
+
+
+TEMPLATES = [
+    "{% for m in messages %}{% generation %}{{ m.content }}\n{% endgeneration %}{% endfor %}!",
+    "{%- for m in messages -%}\n  {%- generation -%}  {{ m.content }}  {%- endgeneration %}\n{% endfor -%} !",
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}{% set y = 3 %}{{ x }}{% endgeneration %}{{ x }}{{ y }}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ messages | tojson(true, none, (',', ':'), true) }}",
+    "{{ strftime_now('%Y') }}{% set n = namespace(x=1) %}{% set n.x = 2 %}{{ n.x }}",
+    "  {% if add_generation_prompt %}\n  a\n  {% endif %}\n{# #}  {{ bos_token }}{{ pad_token }}{{ sep_token }}",
+    "{% if tools %}t{% endif %}{% if documents is none %}d{% endif %}{{ messages[1].content.split(' ')[1] }}",
+    "{{ raise_exception('no') }}",
+    "{{ messages.append(1) }}",
+]
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_templates_render_as_by_transformers(source):
+    from transformers.utils.chat_template_utils import render_jinja_template as theirs
+
+    named = {"bos_token": "<s>", "pad_token": "<p>"}
+    messages = [{"role": "user", "content": "<a> & 'é'"}, {"role": "assistant", "content": "b c"}]
+
+    def made(render):
+        try:
+            return render()
+        except (TextError, TemplateError, SyntaxError):
+            return "an error"
+
+    right = made(lambda: theirs([messages], chat_template=source, add_generation_prompt=True, **named)[0][0])
+    assert made(lambda: ChatTemplate(source, named).render(messages)) == right
 
 
 @pytest.mark.parametrize(
@@ -82,7 +153,9 @@ def test_a_template_file_wins_and_a_list_has_a_default(tmp_path):
         ("{{ messages[0].content.nothing.here }}", "fails on this conversation"),
         ("{{ ''.__class__.__mro__ }}", "fails on this conversation"),
         ("{{ 1 // 0 }}", "fails on this conversation"),
-        (None, "no chat template"),
+        ("{{ messages[0].content.index('y') }}", "fails on this conversation: substring not found"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "fails on this conversation: maximum recursion depth"),
+        (None, "the model has no chat template: send a prompt instead of messages"),
     ],
 )
 def test_templates_that_fail_are_one_line(tmp_path, template, says):
@@ -95,8 +168,6 @@ def test_templates_that_fail_are_one_line(tmp_path, template, says):
 def test_unusable_folders(tmp_path):
     with pytest.raises(TextError, match="cannot be read"):
         load_tokenizer(tmp_path)
-    with pytest.raises(TextError, match="template cannot be used"):
-        load_tokenizer(make_checkpoint(tmp_path / "t", chat_template="{% for %}"))
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(TextError, match="cannot be used"):
         load_tokenizer(tmp_path)

@@ -18,6 +18,7 @@ from tetri.control_tokens import ControlTokens
 from tetri.request import Turn
 
 ROLES = ("system", "user", "assistant")
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 _SURROGATES = 0xD800  # the first of 2048 code points that no valid text contains
 
@@ -27,10 +28,12 @@ class TextError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """A tokenizer. `eos_ids`: token ids that end the output. `specials`: id of each special token, by its text."""
+    """A tokenizer. `eos_ids`: token ids that end the output. `specials`: id of each special token, by its text.
+    `template_problem`: why the model's chat template cannot be used; None if it can, or if the model has none."""
 
     eos_ids: frozenset[int]
     specials: Mapping[str, int]
+    template_problem: str | None
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt, including the tokens that the model expects before it. Raises TextError."""
@@ -47,6 +50,7 @@ class ByteTokenizer:
 
     eos_ids: frozenset[int] = frozenset()
     specials: Mapping[str, int] = {}
+    template_problem: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
@@ -59,24 +63,56 @@ class ByteTokenizer:
         return bytes((token,)) if 0 <= token < 256 else f"{token:x} ".encode()
 
 
+class ChatTemplate:
+    """A model's chat template. It is untrusted code that comes with the weights: it runs in a sandbox, and may raise
+    anything. `named`: the text of each named special token. Raises TextError."""
+
+    def __init__(self, source: str, named: Mapping[str, str]) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            self._template = _sandbox().from_string(source)
+        except TemplateSyntaxError as error:
+            raise TextError(f"line {error.lineno}: {_line(error.message).rstrip('.')}") from None
+        except Exception as error:
+            raise TextError(_line(error)) from None
+        self._named = named
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, ask: bool = True) -> str:
+        """The text of a conversation. `ask`: up to the start of the assistant's answer. Raises TextError."""
+        try:
+            # Templates tell by None that there are none, whatever else they test.
+            absent = {"tools": None, "documents": None}
+            return str(self._template.render(messages=messages, add_generation_prompt=ask, **absent, **self._named))
+        except TextError:
+            raise
+        except Exception as error:
+            raise TextError(f"the chat template fails on this conversation: {_line(error)}") from None
+
+
 class ModelTokenizer:
-    """The tokenizer of a checkpoint. `load_tokenizer` creates it. `named`: the texts of the bos and eos tokens, for the
-    template. `specials_in_prompt`: whether special tokens in the text of a prompt count, or are ordinary text."""
+    """The tokenizer of a checkpoint. `load_tokenizer` creates it. `specials_in_prompt`: whether special tokens in the
+    text of a prompt count, or are ordinary text."""
 
     def __init__(
-        self, inner: Any, template: Any, named: dict[str, str], eos_ids: frozenset[int], specials_in_prompt: bool
+        self,
+        inner: Any,
+        template: ChatTemplate | None,
+        template_problem: str | None,
+        eos_ids: frozenset[int],
+        specials_in_prompt: bool,
     ) -> None:
         self.eos_ids = eos_ids
+        self.template_problem = template_problem
         self._inner = inner
         self._template = template
-        self._named = named
         self._specials_in_prompt = specials_in_prompt
         self._bytes: dict[int, bytes] = {}  # cache, by token id
         added = inner.get_added_tokens_decoder()
         self.specials: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
         self._silent = frozenset(self.specials.values())
         # Some models separate turns by added tokens that are not marked as special.
-        turns = "" if template is None else self._separators()
+        turns = "" if template is None else _separators(template)
         others = {token.content: i for i, token in added.items() if token.content.strip() and token.content in turns}
         self._controls = ControlTokens(inner, {**others, **self.specials})
 
@@ -96,33 +132,22 @@ class ModelTokenizer:
     def chat(self, turns: Sequence[Turn]) -> list[int]:
         """As in `Tokenizer`. Only the template makes control tokens; in the text of a turn they are ordinary text."""
         if self._template is None:
-            raise TextError("the model has no chat template: send a prompt instead of messages")
+            reason = self.template_problem or "the model has no chat template"
+            raise TextError(f"{reason}: send a prompt instead of messages")
         for turn in turns:
             if turn.role not in ROLES:  # a template may make a token of it
                 raise TextError(f"a role must be one of {', '.join(ROLES)}, got {turn.role[:40]!r}")
             _utf8(turn.content)
         controls = self._controls
-        text = self._render(turns, controls.hidden)
+        text = self._template.render(_messages(turns, controls.hidden))
         if any(controls.may_begin(turn.content) for turn in turns):
             # A template that changes or joins texts might complete a control token that is in none of them.
-            broken = self._render(turns, controls.broken)
+            broken = self._template.render(_messages(turns, controls.broken))
             text = text if controls.named(text) == controls.named(broken) else broken
         ids = controls.encode(text, _utf8)
         if controls.among(ids) != controls.named(text):  # an unusual tokenizer, which normalizes before it looks
             raise TextError("a text of this conversation spells a special token")
         return ids
-
-    def _render(self, turns: Sequence[Turn], keep_out: Callable[[str], str]) -> str:
-        messages = [{"role": turn.role, "content": keep_out(turn.content)} for turn in turns]
-        return _rendered(self._template, messages, self._named)
-
-    def _separators(self) -> str:
-        """The text of a conversation without contents; "" if the template refuses it."""
-        roles = ("user", "assistant", "user")
-        try:
-            return _rendered(self._template, [{"role": role, "content": ""} for role in roles], self._named, ask=False)
-        except TextError:
-            return ""
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self._bytes:
@@ -146,7 +171,8 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def load_tokenizer(folder: str | Path, *, specials_in_prompt: bool = True) -> Tokenizer:
     """Read tokenizer.json and the files that belong to it in a checkpoint's folder. `specials_in_prompt`: whether
-    special tokens in the text of a prompt count. Raises TextError."""
+    special tokens in the text of a prompt count. A chat template that cannot be used is only a `template_problem`.
+    Raises TextError."""
     from tokenizers import Tokenizer as Inner
 
     folder = Path(folder)
@@ -161,13 +187,18 @@ def load_tokenizer(folder: str | Path, *, specials_in_prompt: bool = True) -> To
     inner.no_truncation()
     inner.no_padding()
     settings = _json(folder / "tokenizer_config.json")
-    named = {name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)}
+    named = {name: _content(settings[name]) for name in NAMED_TOKENS if settings.get(name)}
     eos_ids = _eos_ids(folder)
     if (token := inner.token_to_id(named.get("eos_token", ""))) is not None:
         eos_ids |= {token}
     if not eos_ids:
         raise TextError(f"{folder}: no file names the end-of-sequence token (generation_config.json should)")
-    return ModelTokenizer(inner, _template(folder, settings), named, eos_ids, specials_in_prompt)
+    template = problem = None
+    try:
+        template = _template(folder, settings, named)
+    except TextError as error:
+        problem = f"the chat template cannot be used: {error}"
+    return ModelTokenizer(inner, template, problem, eos_ids, specials_in_prompt)
 
 
 def _utf8(text: str) -> bytes:
@@ -216,40 +247,85 @@ def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _template(folder: Path, settings: dict[str, Any]) -> Any:
+def _template(folder: Path, settings: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
+    """The chat template, from the first place that has one. Raises TextError."""
     path = folder / "chat_template.jinja"
-    source = _read(path) if path.exists() else settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if source is None:
-        return None
-    # A template is untrusted code that comes with the weights, so it runs in a sandbox.
-    from jinja2 import TemplateError
+    if path.exists():
+        return _compiled(path, _read(path), named)
+    for path, there in ((folder / "tokenizer_config.json", settings), (folder / "chat_template.json", None)):
+        source = (_json(path) if there is None else there).get("chat_template")
+        if source is not None:
+            return _compiled(path, _default(path, source), named)
+    return None
+
+
+def _default(path: Path, source: Any) -> str:
+    """The template called "default", if there are several, by name. Raises TextError."""
+    if isinstance(source, list):
+        source = {each["name"]: each.get("template") for each in source if isinstance(each, dict) and "name" in each}
+    if isinstance(source, dict):
+        if "default" not in source:
+            raise TextError(f"{path}: none of its templates is called default: {', '.join(map(str, source))}")
+        source = source["default"]
+    if not isinstance(source, str):
+        raise TextError(f"{path}: chat_template must be a text, not {json.dumps(source)[:40]}")
+    return source
+
+
+def _compiled(path: Path, source: str, named: dict[str, str]) -> ChatTemplate:
+    try:
+        return ChatTemplate(source, named)
+    except TextError as error:
+        raise TextError(f"{path}: {error}") from None
+
+
+@cache
+def _sandbox() -> Any:
+    """What templates are written for: the environment of transformers' apply_chat_template."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    extensions = ["jinja2.ext.loopcontrols"]
+    class Generation(Extension):
+        """Renders what is inside {% generation %}, which marks the text of the assistant for training."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    try:
-        return sandbox.from_string(source)
-    except TemplateError as error:
-        raise TextError(f"{folder}: its chat template cannot be used: {_line(error)}") from None
+    sandbox.filters["tojson"] = _tojson
+    return sandbox
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(reason: str) -> None:
     raise TextError(f"the chat template refuses this conversation: {_line(reason)}")
 
 
-def _rendered(template: Any, messages: list[dict[str, str]], named: dict[str, str], *, ask: bool = True) -> str:
-    """`ask`: up to the start of the assistant's answer."""
-    from jinja2 import TemplateError
+def _messages(turns: Sequence[Turn], keep_out: Callable[[str], str]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": keep_out(turn.content)} for turn in turns]
 
+
+def _separators(template: ChatTemplate) -> str:
+    """The text of a conversation without contents; "" if the template refuses it."""
     try:
-        return str(template.render(messages=messages, add_generation_prompt=ask, **named))
-    except (TemplateError, TypeError, KeyError, AttributeError, ArithmeticError, OverflowError) as error:
-        raise TextError(f"the chat template fails on this conversation: {_line(error)}") from None
+        return template.render([{"role": role, "content": ""} for role in ("user", "assistant", "user")], ask=False)
+    except TextError:
+        return ""
 
 
 def _line(error: object) -> str:

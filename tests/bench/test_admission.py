@@ -1,6 +1,7 @@
 """tools/bench_admission, and the shape of what it shows: few seeds, half of the requests, less memory."""
 
 import json
+import pickle
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -78,23 +79,24 @@ def test_the_targets(changed, met):
     assert targets(rows)["ok"] is met
 
 
+class Here:
+    """Stands in for a pool of processes."""
+
+    imap = staticmethod(map)
+
+    def Pool(self, *_):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
 def test_each_size_is_compared_with_eight_times_the_memory(monkeypatch):
     def simulated(load, reserve_share, rules, seed):
         return admission.Run(1e6 / load.kv_tokens + seed, 1.0, 0.02 if rules.admit == "greedy" else 0.0, 1.0)
-
-    class Here:
-        """Stands in for a pool of processes."""
-
-        imap = staticmethod(map)
-
-        def Pool(self, workers):
-            return self
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
 
     monkeypatch.setattr(admission, "run", simulated)
     monkeypatch.setattr(admission, "get_context", lambda _: Here())
@@ -113,3 +115,30 @@ def test_a_trace_that_is_too_short_is_one_line(tmp_path):
     command = [REPOSITORY / "tools" / "bench_admission", "--trace", trace, "--json"]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and "has 1 requests" in done.stderr.splitlines()[-1]
+
+
+def test_a_trace_that_can_be_read_once_reaches_the_other_processes(tmp_path, monkeypatch):
+    trace = tmp_path / "trace.csv"
+    lines = [f"2024-01-01 00:00:{second:02},100,{second % 30}" for second in range(40)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+
+    class There(Here):
+        """Has nothing but what it gets at its start."""
+
+        def Pool(self, workers, prepare, arguments):
+            sent = pickle.dumps(arguments)
+            monkeypatch.setattr(admission, "_traces", {})
+            trace.unlink()
+            prepare(*pickle.loads(sent))
+            return self
+
+    def simulated(load, share, rules, seed):
+        return admission.Run(len(admission.arrivals_of(load, seed)[0]), 1.0, 0.0, 1.0)
+
+    monkeypatch.setattr(admission, "run", simulated)
+    monkeypatch.setattr(admission, "get_context", lambda _: There())
+    command = ["--trace", str(trace), "--workload", "trace", "--requests", "10", "--json"]
+    done = CliRunner().invoke(admission.main, command)
+    found = json.loads(done.stdout)
+    assert found["points"][0]["systems"]["greedy"]["jct_mean"]["mean"] == 10
+    assert found["notes"] == ["rows skipped for 0 prompt or output tokens: 2"] and found["notes"][0] in done.stderr

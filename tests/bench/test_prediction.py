@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import click
 import pytest
 
 from tetri import cost
+from tetri.bench.prediction import __main__ as program
 from tetri.bench.prediction import simulate as prediction
 from tetri.bench.prediction import tables as prediction_tables
 from tetri.predict.card import Card, write_card
@@ -123,6 +125,16 @@ def test_tables_and_picture(point, tmp_path):
     assert all(len(line.split("|")) == len(prediction_tables.KINDS) + 3 for line in shown.splitlines() if "|" in line)
     prediction_tables.draw(tmp_path / "x.png", [point])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kinds_without_predictions_are_left_out_and_named(source, capsys):
+    texts, bare = source.texts(), [replace(text, classifier=None) for text in source.texts()]
+    assert program.judged((), texts) == ([*prediction_tables.KINDS[1:]], []) and capsys.readouterr().err == ""
+    assert program.judged((), bare) == (["prior", "hidden", "noisy", "oracle"], ["classifier", "both"])
+    assert "classifier left out: the predictions have none: tetri-cli predictor eval" in capsys.readouterr().err
+    assert program.judged(("hidden",), bare) == (("hidden",), [])
+    with pytest.raises(click.UsageError, match="--kind both: the predictions have none"):
+        program.judged(("both",), bare)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ def test_what_cannot_be_measured_is_one_line(program, arguments, status, says, c
     ("program", "arguments", "says"),
     [
         ("bench_route", ["--policy", "best"], "power_of_two"),
+        ("bench_admission", ["--workload", "trace"], "--workload trace needs --trace FILE"),
+        ("fit_workloads", ["/nowhere"], "'/nowhere': No such file"),
+        ("fit_workloads", [__file__], "not the digitised curves: JSONDecodeError"),
+        ("fit_workloads", [__file__, "--only", "X"], "--only: unknown workload 'X': LPLD, "),
         ("bench_transfer", ["--transport", "carrier pigeon"], "unknown transport 'carrier pigeon'"),
         ("bench_transfer", ["--sizes", "four"], "not a list of numbers"),
         ("bench_transfer", ["--sizes", "0"], "above 0"),

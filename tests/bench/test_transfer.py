@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from tetri.bench.transfer import __main__ as program
 from tetri.bench.transfer import measure as transfer
 from tetri.bench.transfer.measure import Case, Memory, alternated, row
 from tetri.kv.base import KVError
@@ -107,7 +109,8 @@ def test_what_the_receiver_cannot_take_ends_the_measurement(monkeypatch):
 
 
 def test_the_program_says_it_in_json_and_leaves_nothing():
-    command = [PROGRAM, "--json", "--sizes", "0.1,0.4", "--block-tokens", "2", "--memory-mb", "2", "--rounds", "2"]
+    command = [PROGRAM, "--transport", "shm", "--sizes", "0.1,0.4", "--block-tokens", "2", "--memory-mb", "2"]
+    command += ["--rounds", "2", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -119,23 +122,46 @@ def test_the_program_says_it_in_json_and_leaves_nothing():
     (found,) = said["alone"]
     assert found["ratio"] == pytest.approx(found["ms"] / found["memcpy_ms"], rel=0.02)
     assert found["chunk_mb"] == pytest.approx(12, abs=0.05)
-    assert left_of(process.pid) == []
+    assert left_of(process.pid) == [] and said["left_out"] == {}
+
+
+@pytest.mark.parametrize(("lacks", "measured"), [(False, ["shm", "nixl", "stream"]), (True, ["shm", "stream"])])
+def test_by_default_it_measures_each_path_that_the_machine_has(monkeypatch, lacks, measured):
+    def lacking():
+        if lacks:
+            raise KVError("there is none")
+
+    monkeypatch.setattr("tetri.kv.cuda.runtime.load", lacking)
+    monkeypatch.setattr("tetri.kv.nixl.agent.library", lacking)
+    monkeypatch.setattr(program, "end_by_signal", lambda: None)
+    monkeypatch.setattr(program, "measure", lambda case, *_: {"transport": case.transport, "chunk_mb": case.blocks})
+    monkeypatch.setattr(program, "alone", lambda case, _: {"transport": case.transport})
+    found = json.loads(CliRunner().invoke(program.main, ["--sizes", "3", "--json"]).stdout)
+    assert [row["transport"] for row in found["rows"]] == [row["transport"] for row in found["alone"]] == measured
+    none = {"cuda_ipc": "there is none", "nixl": "there is none"}
+    assert found["left_out"] == (none if lacks else {"cuda_ipc": "tools/gpu_check measures it"})
+    text = CliRunner().invoke(program.main, ["--sizes", "3,12"]).stdout.splitlines()
+    rows = text[1 : 2 * len(measured) + 1]
+    assert [row.split() for row in rows] == [[name, blocks] for blocks in ("1", "4") for name in measured]
+    assert [line for line in text if line.startswith("left out: ")] == [
+        f"left out: {name}: {why}" for name, why in found["left_out"].items()
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ended_by_a_signal_to_all_of_it_the_program_leaves_nothing(number):
     """As timeout ends it, which signals the program twice: itself, and with its group."""
-    command = [PROGRAM, "--sizes", "3", "--rounds", "1000000", "--memory-mb", "16"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as program:
+    command = [PROGRAM, "--transport", "shm", "--sizes", "3", "--rounds", "1000000", "--memory-mb", "16"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         until = time.monotonic() + 60
-        while len(left_of(program.pid)) < 3 and program.poll() is None and time.monotonic() < until:
+        while len(left_of(process.pid)) < 3 and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
-        assert len(left_of(program.pid)) == 3  # two senders' slabs and the receiver's
-        program.send_signal(number)
-        os.killpg(program.pid, number)
-        _, err = program.communicate(timeout=60)
-    assert program.returncode == 128 + number and "Traceback" not in err
+        assert len(left_of(process.pid)) == 3  # two senders' slabs and the receiver's
+        process.send_signal(number)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
     until = time.monotonic() + 10
-    while left_of(program.pid) and time.monotonic() < until:  # the receiver may be a moment behind
+    while left_of(process.pid) and time.monotonic() < until:  # the receiver may be a moment behind
         time.sleep(0.01)
-    assert not left_of(program.pid)
+    assert not left_of(process.pid)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 def test_json_of_the_shape_that_others_read(folder):
-    found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", folder / "p", "--json")
+    found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", folder / "p", "--kind", "both", "--json")
     made_ = json.loads(found.stdout)
     assert set(made_) >= {"n", "acc", "majority", "by_length", "by_source", "mae", "ece", "tau", "ceiling", "later"}
     assert set(made_["acc"]) == {"100", "200", "400"} <= set(made_["majority"]) & set(made_["by_length"])
@@ -56,6 +57,21 @@ def test_json_of_the_shape_that_others_read(folder):
     held = sum(is_held_out(length, 0) for length in lengths)
     assert made_["n"] == held and made_["not_judged"] == 120 - held  # what it learnt from is left out
     assert made_["acc"]["100"] > made_["majority"]["100"]
+
+
+def test_by_default_it_judges_what_a_worker_takes_and_names_the_rest(folder, tmp_path):
+    """As tests/proc/test_predictor.py has it for a worker: hidden states, or else a classifier."""
+    found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", folder / "p", "--json")
+    made_ = json.loads(found.stdout)
+    assert (made_["kind"], list(made_["kinds"])) == ("hidden", ["hidden"])
+    assert made_["kinds_left_out"] == ["classifier not judged: --kind classifier, or both"]
+    assert made_["kinds_left_out"][0] in found.stderr
+    shutil.copytree(folder / "p", tmp_path / "p")
+    (tmp_path / "p" / "hidden" / "head.safetensors").write_bytes(b"cut")
+    found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", tmp_path / "p", "--json")
+    made_ = json.loads(found.stdout)
+    assert list(made_["kinds"]) == ["classifier"] and "is cut off" in made_["kinds_left_out"][0]
+    assert made_["kinds_left_out"][0].startswith("hidden not judged: ") and len(made_["kinds_left_out"]) == 1
 
 
 def test_other_prompts_than_those_learnt_from(folder, tmp_path):
@@ -69,7 +85,9 @@ def test_other_prompts_than_those_learnt_from(folder, tmp_path):
 
 def test_lengths_of_a_stranger_need_no_states(folder):
     file = folder / "bare.jsonl"
-    found = run(eval_command, "--lengths", file, "--predictor", folder / "p", "--json")
+    found = run(eval_command, "--lengths", file, "--predictor", folder / "p", fails=True)
+    assert "no hidden states beside them: collect with --layers, or --kind classifier" in found.stderr
+    found = run(eval_command, "--lengths", file, "--predictor", folder / "p", "--kind", "classifier", "--json")
     made_ = json.loads(found.stdout)
     assert (made_["n"], made_["kind"], list(made_["kinds"])) == (12, "classifier", ["classifier"])
     assert "bare.jsonl:13: not JSON" in found.stderr
@@ -79,6 +97,7 @@ def test_lengths_of_a_stranger_need_no_states(folder):
 
 def test_a_picture_and_what_the_simulator_reads(folder, tmp_path):
     files = ["--plot", tmp_path / "p.png", "--predictions", tmp_path / "p.jsonl"]
+    files += ["--kind", "both"]
     found = run(eval_command, "--lengths", folder / "a.jsonl", "--predictor", folder / "p", *files)
     assert "upper bound for 90% by hidden" in found.stdout and "what remains" in found.stdout
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -58,6 +58,17 @@ def test_a_trace_sped_up_and_repeated(run, tmp_path):
     assert 60 < made["makespan_s"] < 61
 
 
+def test_notes_on_a_trace_are_in_json_or_on_stderr(run, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n1,600,3\n0,10,1\n2,10,0\n", encoding="utf-8")
+    status, out, err = run("--trace", trace, "--json")
+    made = json.loads(out)
+    notes = ["rows skipped for 0 prompt or output tokens: 1"]
+    notes += ["rows earlier than the one before: 1; the 2 requests are sorted by time"]
+    assert (status, err, made["requests"], made["notes"]) == (0, "", 2, notes)
+    assert run("--trace", trace)[2] == "".join(f"tetri-cli: {trace}: {note}\n" for note in notes)
+
+
 def test_prompts_beyond_the_context_are_refused_and_said(run, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text(HEAD + "2023-11-16 00:00:00,3000,3\n2023-11-16 00:00:01,10,2\n", encoding="utf-8")
@@ -120,8 +131,9 @@ def test_a_broken_promise_is_one_line_with_the_seed_and_the_time(run, monkeypatc
     assert "a promise is broken: seed 7, " in err and " s: client 0 has [" in err
 
 
-def test_the_help_explains_every_fault(run):
+def test_the_help_explains_every_trace_and_fault(run):
     _, out, _ = run("--help")
+    assert "Mooncake          timestamp, input_length, output_length (ms)" in out
     kinds = [field.name for field in fields(Faults)]
     assert [kind for kind in kinds if f"\n  {kind} " not in out] == []
 
@@ -159,13 +171,15 @@ def test_the_help_explains_every_fault(run):
         (["--system", "coupled", "--cuts", "d0"], "leave out --cuts"),
         (["--faults", "until=3"], "--faults: nothing would go wrong: give a fault a number above 0"),
         (["--system", "coupled", "--faults", "drop=0.1"], "leave out --faults"),
-        (["--trace", "bad.csv"], "bad.csv:3: must be a time and two numbers of tokens from 1 to 10000000, got 'x,1,1'"),
+        (["--trace", "bad.csv"], "bad.csv:3: must have TIMESTAMP,ContextTokens,GeneratedTokens: a time and"),
+        (["--trace", "odd.csv"], "odd.csv:1: unknown columns 'when,in,out': a trace has TIMESTAMP,ContextTokens"),
         (["--trace", "bad.csv", "--rate", "2"], "--trace brings its own times: use --speedup, not --rate"),
     ],
 )
 def test_wrong_arguments_are_one_line(run, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.csv").write_text(HEAD + "2023-11-16 00:00:00,10,1\nx,1,1\n", encoding="utf-8")
+    (tmp_path / "odd.csv").write_text("when,in,out\n", encoding="utf-8")
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert says in err and err.count("\n") == 1

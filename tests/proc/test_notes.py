@@ -13,8 +13,9 @@ from live import EMULATED
 from tetri.config import load
 from tetri.net.hub import Hub
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import NO_COST, completed, of_config
+from tetri.proc.notes import NO_COST, completed, of_config, of_tokenizer
 from tetri.proc.texts import Texts
+from tetri.text import ByteTokenizer
 from tetri.wire.clients import Status
 
 LOG = logging.getLogger("test")
@@ -24,6 +25,14 @@ def test_step_times_that_nobody_measured_are_a_note_and_a_line_in_the_log(caplog
     assert of_config(load(EMULATED, ["engine.cost="]), LOG) == [NO_COST] and caplog.messages == [NO_COST]
     caplog.clear()
     assert of_config(load(EMULATED, ["engine.cost=cpu-smollm2.toml"]), LOG) == [] and caplog.messages == []
+
+
+def test_a_chat_template_that_cannot_be_used_is_a_note_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = ByteTokenizer()
+    assert of_tokenizer(tokenizer, LOG) == [] and caplog.messages == []
+    tokenizer.template_problem = "the chat template cannot be used: why"
+    line = "messages are refused: the chat template cannot be used: why"
+    assert of_tokenizer(tokenizer, LOG) == [line] and caplog.messages == [line]
 
 
 def test_a_status_has_what_the_brokers_sockets_counted() -> None:

@@ -17,7 +17,7 @@ from tetri.config import Config, load
 from tetri.core.actions import LengthKnown, Predict
 from tetri.engine.base import EngineError
 from tetri.engine_request import StepDone
-from tetri.predict import serve
+from tetri.predict import model, serve
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import Loaded, examine
 from tetri.proc import launch, predictor
@@ -43,6 +43,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Loaded(card, head, None)
 
     monkeypatch.setattr(predictor, "load", load_tiny)
+    monkeypatch.setattr(model, "load", load_tiny)
     monkeypatch.setattr(predictor, "find", lambda name: Path("/models") / name)
     monkeypatch.setattr(predictor, "weights_hash", lambda folder: TINY)
     monkeypatch.setattr(predictor, "shipped_for", lambda weights: None)

@@ -1,12 +1,15 @@
 """Requests from files and from chance."""
 
+import os
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import fmean, pstdev
+from threading import Thread
 
 import pytest
 
-from tetri.sim.traces import Arrival, TokenCounts, TraceError, drawn, replayed, with_deadline
+from tetri.sim.traces import FORMATS, Arrival, TokenCounts, TraceError, drawn, replayed, with_deadline
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -42,51 +45,108 @@ ONE_LINE = HEAD + "2023-11-16 00:00:00,10,1\n"
 def test_a_trace_starts_at_time_0_and_is_repeated_as_often_as_needed(trace, text, how, times):
     lengths = [(10, 1), (20, 2), (30, 3)] if text != ONE_LINE else [(10, 1)]
     right = [Arrival(at_s, *each) for at_s, each in zip(times, cycle(lengths), strict=False)]
-    assert list(replayed(trace(text), **how)) == right
+    found = replayed(trace(text), **how)
+    assert list(found.arrivals) == right
+    assert (found.requests, found.notes) == (len(right), [])
+
+
+MOONCAKE = '{"timestamp": 2000, "input_length": 10, "output_length": 1, "hash_ids": [0]}\n'
+MOONCAKE += '{"timestamp": 3500, "input_length": 20, "output_length": 2, "hash_ids": []}\n\n'
+BAILIAN = '{"chat_id": 1, "timestamp": 2.0, "input_length": 10, "output_length": 1, "turn": 1}\n'
+BAILIAN += '{"chat_id": 2, "timestamp": 3.5, "input_length": 20, "output_length": 2, "turn": 1}\n'
+SPLITWISE = "request_id,request_type,application_id,arrival_timestamp,batch_size,prompt_size,token_size\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + "2024-05-10 00:00:00.009930+00:00,10,1\n2024-05-10 00:00:01.509930+00:00,20,2\n",
+        "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:02,0,10,1\n2024-10-15 00:00:03.5,1,20,2\n",
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "2,ChatGPT,10,1,11,Conversation log\n3.5,GPT-4,20,2,22,API log\n",
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "2,,0.5,ChatGPT,10.0,1.0,11,API log\n3.5,7,0.5,GPT-4,20.0,2.0,22,API log\n",
+        "arrived_at,num_prefill_tokens,num_decode_tokens\n2.0,10,1\n3.5,20,2\n",
+        '"", arrived_at, num_prefill_tokens, num_decode_tokens\n0,2.0,10,1\n1,3.5,20,2\n',
+        SPLITWISE + "0,2,0,2.0,1,10,1\n1,2,0,3.5,1,20,2\n",
+        MOONCAKE,
+        BAILIAN,
+    ],
+    ids=["Azure 2024", "images", "BurstGPT", "BurstGPT 2", "vidur", "pandas", "splitwise", "Mooncake", "Bailian"],
+)
+def test_the_formats_that_people_have_are_told_by_their_columns(trace, text):
+    assert list(replayed(trace(text)).arrivals) == [Arrival(0.0, 10, 1), Arrival(1.5, 20, 2)]
+
+
+def test_every_format_is_in_the_documentation():
+    text = (Path(__file__).parent.parent.parent / "docs" / "simulator.md").read_text()
+    assert [each.name for each in FORMATS if f"| {each.name} | `{'`, `'.join(each.columns)}` |" not in text] == []
+
+
+VIDUR = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
+
+
+def test_rows_without_output_are_skipped_and_counted_and_unsorted_ones_are_sorted(trace):
+    path = trace(VIDUR + "5,30,3\n1,10,0\n3,10,1\n4,20,2\n0,0,5\n")
+    found = replayed(path, requests=4)
+    assert list(found.arrivals) == [Arrival(at, *each) for at, each in zip((0, 1, 2, 3), cycle(THREE), strict=False)]
+    skipped, late = "rows skipped for 0 prompt or output tokens: 2", "rows earlier than the one before: 1; "
+    assert found.notes == [skipped, late + "the 3 requests are sorted by time"]
+    assert [each.prompt for each in replayed(path, requests=2).arrivals] == [10, 30]  # of those that are read
+
+
+THREE = [(10, 1), (20, 2), (30, 3)]
 
 
 def test_it_is_read_no_further_than_it_is_used(trace):
-    assert next(replayed(trace(ONE_LINE + "broken\n"))).prompt == 10
+    assert [each.prompt for each in replayed(trace(ONE_LINE + "broken\n"), requests=1).arrivals] == [10]
 
 
-def test_a_repeated_trace_is_read_once(trace):
-    path = trace(GOOD)
-    found = replayed(path, requests=8)
-    assert next(found).prompt == 10
-    path.unlink()
-    assert [each.prompt for each in found] == [20, 30, 10, 20, 30, 10, 20]
+def test_a_pipe_is_read_once_and_repeated(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = Thread(target=(tmp_path / "pipe").write_text, args=(MOONCAKE,))
+    writer.start()
+    assert [each.prompt for each in replayed(tmp_path / "pipe", requests=5).arrivals] == [10, 20, 10, 20, 10]
+    writer.join()
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "csv:1: the first line must be"),
-        ("a,b\n", "csv:1: the first line must be"),
+        ("", "csv:1: unknown columns '': a trace has TIMESTAMP,ContextTokens,GeneratedTokens (Azure 2023, 2024); "),
+        ("a,b\n", "csv:1: unknown columns 'a,b': a trace has"),
+        ('{"timestamp": 1}\n', "csv:1: unknown columns '{\"timestamp\": 1}': a trace has"),
+        ("{\n", "csv:1: unknown columns '{': a trace has"),
         (HEAD, "the trace has no requests"),
-        (HEAD + "2023-11-16 00:00:00,10,1\n2023-11-16 00:00:00,10\n", "csv:3: must be a time and two numbers"),
-        (HEAD + "noon,10,1\n", "csv:2: must be a time and two numbers"),
-        (HEAD + "2023-11-16 00:00:00x,10,1\n", "csv:2: must be a time"),
-        (HEAD + "2023-11-16 00:00:00,-1,1\n", "csv:2: must be a time"),
-        (HEAD + "2023-11-16 00:00:00,10,0\n", "csv:2: must be a time"),
-        (HEAD + "2023-11-16 00:00:01,10,1\n2023-11-16 00:00:00,10,1\n", "csv:3: 2023-11-16 00:00:00 is earlier than"),
+        (HEAD + "2023-11-16 00:00:00,10,0\n", "no requests; rows skipped for 0 prompt or output tokens: 1"),
+        (HEAD + "2023-11-16 00:00:00,10,1\n2023-11-16 00:00:00,10\n", "csv:3: must have TIMESTAMP,ContextTokens,"),
+        (HEAD + "noon,10,1\n", "csv:2: must have TIMESTAMP,ContextTokens,GeneratedTokens: a time and two numbers of"),
+        (HEAD + "2023-11-16 00:00:00x,10,1\n", "got '2023-11-16 00:00:00x,10,1'"),
+        (HEAD + "2023-11-16 00:00:00,-1,1\n", "csv:2: must have"),
+        (HEAD + "2023-11-16 00:00:00,1.5,1\n", "csv:2: must have"),
         (HEAD + "x" * 500 + "\n", "..."),
-        (HEAD + "2023-11-16 00:00:00,99999999999,1\n", "two numbers of tokens from 1 to 10000000"),
-        (HEAD + "1900-01-01 00:00:00,1,1\n2023-11-16 00:00:00,1,1\n", "csv:3: 3.90908e+09 s after the first"),
+        (HEAD + "2023-11-16 00:00:00,99999999999,1\n", "two numbers of tokens from 0 to 10000000"),
+        (HEAD + "1900-01-01 00:00:00,1,1\n2023-11-16 00:00:00,1,1\n", "csv:3: 3.90908e+09 s from the first"),
+        (VIDUR + "nan,1,1\n", "csv:2: must have arrived_at,num_prefill_tokens,num_decode_tokens: a time"),
+        (MOONCAKE + "{}\n", "csv:4: must have timestamp,input_length,output_length: a time and two numbers"),
+        (MOONCAKE + '{"timestamp": 1, "input_length": null, "output_length": 1}', "csv:4: must have timestamp"),
+        (MOONCAKE + "[1, 2, 3]\n", "csv:4: must have timestamp"),
+        (MOONCAKE + "half of {\n", "got 'half of {"),
     ],
 )
 def test_a_wrong_trace_is_one_line_that_names_the_line(trace, text, says):
     path = trace(text)
     with pytest.raises(TraceError) as error:
-        list(replayed(path))
-    assert says in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+        replayed(path)
+    assert says in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
 def test_a_trace_that_is_no_text_or_not_there(tmp_path):
     (tmp_path / "trace.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TraceError, match="not a CSV file"):
-        list(replayed(tmp_path / "trace.csv"))
+    with pytest.raises(TraceError, match="not a text file"):
+        replayed(tmp_path / "trace.csv")
     with pytest.raises(TraceError, match="cannot be read: No such file"):
-        list(replayed(tmp_path / "other.csv"))
+        replayed(tmp_path / "other.csv")
 
 
 FIXED = TokenCounts.parsed("7")

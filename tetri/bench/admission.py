@@ -105,9 +105,18 @@ def _paper() -> workloads.Evaluation:
     return workloads.load()
 
 
-@cache
+_traces: dict[str, list[Arrival]] = {}  # by path
+
+
 def _trace(path: str) -> list[Arrival]:
-    return list(replayed(path))
+    if path not in _traces:
+        _traces[path] = [*replayed(path).arrivals]
+    return _traces[path]
+
+
+def _share(traces: dict[str, list[Arrival]]) -> None:
+    """Give this process the traces that another has read: a pipe can be read once."""
+    _traces.update(traces)
 
 
 def run(load: Load, reserve_share: float, rules: Rules, seed: int) -> Run:
@@ -193,10 +202,10 @@ def _option(name: str, kind: Any, default: Any, text: str, **more: Any) -> Calla
 
 
 @click.command(cls=Program)
-@click.option(
-    "--trace", type=click.Path(exists=True, dir_okay=False), help="CSV of arrivals. Without it: only the paper's."
-)
-@_option("--workload", click.Choice(("paper", "trace")), ("paper", "trace"), "May be repeated.", multiple=True)
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False),
+              help="Arrivals of the workload trace, as of tetri-cli sim run.")  # fmt: skip
+@click.option("--workload", type=click.Choice(("paper", "trace")), multiple=True,
+              help="May be repeated. Default: paper, and trace if there is one.")  # fmt: skip
 @_option("--requests", click.IntRange(10), 1000, "Requests in one window of the trace.")
 @_option("--rate", click.FloatRange(0, min_open=True), 1.51, "Requests per second of the trace.")
 @click.option("--kv-tokens", type=click.IntRange(4096), multiple=True,
@@ -211,19 +220,32 @@ def main(
 ) -> None:  # fmt: skip
     """Compare admission policies where KV memory is scarce. Only the object "run" differs between two runs."""
     started, points = perf_counter(), []
+    if "trace" in workload and not trace:
+        raise click.UsageError("--workload trace needs --trace FILE")
     try:
-        if trace and len(_trace(trace)) < requests:
-            raise click.UsageError(f"{trace} has {len(_trace(trace))} requests: --requests must not be larger")
-        with get_context("spawn").Pool(workers) as pool:
-            for name in (each for each in workload if each == "paper" or trace):
+        notes = _first(trace, requests) if trace else []
+        with get_context("spawn").Pool(workers, _share, (_traces,)) as pool:
+            for name in workload or (("paper", "trace") if trace else ("paper",)):
                 for tokens in kv_tokens or (KV_TOKENS[name],):
                     load = Load(tokens) if name == "paper" else Load(tokens, requests, trace or "", rate)
                     points.append(compare(load, seeds, reserve_share, pool.imap, progress))
                     progress(shown(points[-1]))
     except (SimError, TraceError, cost.CostError) as error:
         raise click.UsageError(str(error)) from None
-    found = {"reserve_share": reserve_share, "points": points, "run": {"wall_s": perf_counter() - started}}
+    run = {"wall_s": perf_counter() - started}
+    found = {"reserve_share": reserve_share, "points": points, "notes": notes, "run": run}
     give(found, "\n\n".join(map(shown, points)), as_json)
+
+
+def _first(path: str, requests: int) -> list[str]:
+    """Read the trace and return the notes on it. Raises TraceError and UsageError."""
+    found = replayed(path)
+    if found.requests < requests:
+        raise click.UsageError(f"{path} has {found.requests} requests: --requests must not be larger")
+    _traces[path] = [*found.arrivals]
+    for note in found.notes:
+        progress(f"{path}: {note}")
+    return found.notes
 
 
 def shown(point: dict[str, Any]) -> str:

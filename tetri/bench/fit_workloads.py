@@ -18,14 +18,13 @@ import tomllib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from tetri import cost
-from tetri.bench.report import FILE, Program, as_json, give, progress
+from tetri.bench.report import Program, as_json, give, progress
 from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled, workloads
 from tetri.sim.workloads import Baseline, Workload
@@ -122,28 +121,41 @@ def posterior(
 
 
 @click.command(cls=Program)
-@click.argument("figures", type=FILE)
+@click.argument("figures", type=click.File(encoding="utf-8"))
 @click.option("--join", type=float, help="Extra seconds of a step with prompts. Default: the file's.")
 @click.option("--only", help="Fit only this workload.")
 @click.option("--draws", type=click.IntRange(2), default=40, show_default=True, help="Draws at each point of the grid.")
 @as_json
-def main(figures: Path, join: float | None, only: str | None, draws: int, as_json: bool) -> None:
-    """Fit the means of conf/paper/workloads.toml to the digitised vLLM curves in FIGURES."""
-    curves = json.loads(figures.read_text(encoding="utf-8"))["end_to_end"]
+def main(figures: TextIO, join: float | None, only: str | None, draws: int, as_json: bool) -> None:
+    """Fit the means of conf/paper/workloads.toml to the digitised vLLM curves in FIGURES, which is JSON:
+    {"end_to_end": {workload: {"TTFT" | "JCT": {"vLLM": {"points"}}}}}."""
     file = tomllib.loads(workloads.default_file().read_text(encoding="utf-8"))
     baseline = workloads.load().baseline
     if join is not None:
         baseline = replace(baseline, join_s=join)
     table, found = cost.load("v100-opt13b"), {}
-    for name, rows in file["workload"].items():
-        if only in (None, name):
-            sides = [samples(curves[name][metric]["vLLM"], rows["requests"]) for metric in ("TTFT", "JCT")]
-            found[name] = asdict(posterior(name, statistics(*sides), file, baseline, table, draws))
-            progress(shown(name, found[name]))
+    if only not in (None, *file["workload"]):
+        raise click.UsageError(f"--only: unknown workload {only!r}: {', '.join(file['workload'])}")
+    requests = {name: rows["requests"] for name, rows in file["workload"].items() if only in (None, name)}
+    for name, sides in measured(figures, requests).items():
+        found[name] = asdict(posterior(name, statistics(*sides), file, baseline, table, draws))
+        progress(shown(name, found[name]))
     evidence = sum(each["log_evidence"] for each in found.values())
     text = [shown(name, each) for name, each in found.items()]
     text.append(f"join_s {baseline.join_s}: log evidence {evidence:.2f}")
     give({"join_s": baseline.join_s, "log_evidence": evidence, "workloads": found}, "\n".join(text), as_json)
+
+
+def measured(figures: TextIO, requests: Mapping[str, int]) -> dict[str, list[list[float]]]:
+    """Return the samples of TTFT and JCT of each workload with this number of requests. Raises UsageError."""
+    try:
+        curves = json.load(figures)["end_to_end"]
+        return {
+            name: [samples(curves[name][metric]["vLLM"], count) for metric in ("TTFT", "JCT")]
+            for name, count in requests.items()
+        }
+    except (ValueError, TypeError, LookupError) as error:
+        raise click.UsageError(f"{figures.name}: not the digitised curves: {error!r}") from None
 
 
 def shown(name: str, found: Mapping[str, float]) -> str:

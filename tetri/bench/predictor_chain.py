@@ -115,7 +115,7 @@ class Chain:
 
     def _evaluate(self) -> str:
         of = ["--predictor", str(self.predictor), "--prompts", str(self.folder / "prompts.jsonl")]
-        (found,) = commands(["eval", *of, *self._from_lengths()])
+        (found,) = commands(["eval", *of, *self._from_lengths(), "--kind", "both"])
         each = [f"{kind} {right(scores['acc'])}" for kind, scores in found["kinds"].items()]
         return f"on {found['n']} held out: {', '.join(each)}; likeliest bucket {right(found['majority'])}"
 

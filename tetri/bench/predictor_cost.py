@@ -246,8 +246,10 @@ def shown(found: dict[str, Any]) -> str:
 @click.option(
     "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."
 )
-@click.option("--tokens", "lengths", type=click.IntRange(1), multiple=True, default=(256, 1024, 1536))
-@click.option("--way", "ways", type=click.Choice(WAYS), multiple=True, default=WAYS, help="May be repeated.")
+@click.option("--tokens", "lengths", type=click.IntRange(1), multiple=True, default=(256, 1024, 1536),
+              show_default=True, help="Prompt tokens; may be repeated.")  # fmt: skip
+@click.option("--way", "ways", type=click.Choice(WAYS), multiple=True, default=WAYS,
+              help="May be repeated. Default: all.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=30, show_default=True)
 @click.option("--chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a step.")
 @click.option(

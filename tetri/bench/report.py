@@ -34,7 +34,9 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 Progress = Callable[[str], None]
 FILE = click.Path(dir_okay=False, path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-conf = click.option("--conf", type=FILE, help="Configuration file to measure.")
+conf = click.option(
+    "--conf", type=FILE, help="Configuration file to measure (default: $TETRI_CONF, else conf/default.toml)."
+)
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )

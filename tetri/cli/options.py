@@ -27,7 +27,7 @@ COUNT = click.IntRange(1)
 Overrides = tuple[str, ...]
 
 conf_option: Decorator = click.option(
-    "--conf", type=FILE, help="Configuration of the deployment (default: $TETRI_CONF)."
+    "--conf", type=FILE, help="Configuration of the deployment (default: $TETRI_CONF, else conf/default.toml)."
 )
 set_option: Decorator = click.option(
     "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."

@@ -26,7 +26,7 @@ KINDS = ("classifier", "hidden")
 @click.option("--prompts", type=FILE, help="Use these prompts only (default: all with a length); JSONL.")
 @click.option("--lengths", type=FILE, required=True, multiple=True, help='JSONL, {"prompt", "tokens"} per line.')
 @click.option("--predictor", type=FOLDER, help="The predictor's folder (default: the one shipped for the model).")
-@click.option("--kind", type=click.Choice([*KINDS, "both"]), help="Evaluate this kind only (default: all that can be).")
+@click.option("--kind", type=click.Choice([*KINDS, "both"]), help="Evaluate it (default: as predictor.kind = auto).")
 @click.option("--all", "seen_too", is_flag=True, help="Also use prompts that it was trained on.")
 @json_option
 @click.option("--plot", type=OUT_PLOT, help="Plot predicted and true lengths to this PNG.")
@@ -41,7 +41,7 @@ def command(
     plot: Path | None,
     predictions: Path | None,
 ) -> None:
-    """Evaluate a predictor.
+    """Evaluate a predictor: by default the kind that a worker with predictor.kind = "auto" takes.
 
     Prints accuracy in buckets of 100, 200 and 400 tokens, absolute error of the median, expected calibration error and
     Kendall's tau, beside baselines: the likeliest bucket, that of the prompt's source, and a regression on the prompt's
@@ -56,12 +56,15 @@ def command(
     try:
         texts = read_texts(lengths, states=kind != "classifier" and all(states_path(file).exists() for file in lengths))
         report_bad(texts.bad)
-        predictors = _predictors(predictor, kind, texts)
+        predictors, left_out = _predictors(predictor, kind, texts)
+        for line in left_out:
+            click.echo(line, err=True)
         judged_on, others = _chosen(texts, prompts, predictors, seen_too)
         judged = judge(predictors, texts, judged_on, terminal.tell)
     except PredictError as error:
         raise click.ClickException(str(error)) from None
-    found = report(judged, others, predictors) | {"not_judged": len(others), "ceiling": ceiling_of(texts)}
+    found = report(judged, others, predictors) | {"not_judged": len(others), "kinds_left_out": left_out}
+    found["ceiling"] = ceiling_of(texts)
     terminal.print_json(found) if as_json else click.echo(shown(found))
     if predictions:
         atomic.write_text(predictions, "".join(json.dumps(row) + "\n" for row in rows_of(judged)))
@@ -69,9 +72,8 @@ def command(
         length_plot.draw(plot, _points(judged), judged.tokens.tolist())
 
 
-def _predictors(folder: Path | None, kind: str | None, texts: Texts) -> dict[str, Loaded]:
-    """The predictors to evaluate, by kind. Raises PredictError."""
-    from tetri.predict.card import CARD
+def _predictors(folder: Path | None, kind: str | None, texts: Texts) -> tuple[dict[str, Loaded], list[str]]:
+    """The predictors to evaluate, by kind, and a line about each kind that is left out. Raises PredictError."""
     from tetri.predict.lengths import PredictError
     from tetri.predict.model import SHIPPED, load, shipped_for
 
@@ -80,13 +82,25 @@ def _predictors(folder: Path | None, kind: str | None, texts: Texts) -> dict[str
         folder = shipped_for(weights) if weights else next(iter(sorted(SHIPPED.glob("*"))), None)
     if folder is None:
         raise PredictError("no predictor is shipped for the model of these lengths: give --predictor")
-    wanted: tuple[str, ...] = KINDS if kind in (None, "both") else (str(kind),)
     if kind is None:
-        there = [one for one in wanted if (folder / one / CARD).exists()]
-        wanted = tuple(one for one in there if one != "hidden" or texts.states) or tuple(there[:1]) or ("hidden",)
-    if "hidden" in wanted and not texts.states:
+        predictors, left_out = _automatic(folder, weights)
+    else:
+        left_out = []
+        predictors = {one: load(folder, one, weights) for one in (KINDS if kind == "both" else (kind,))}
+    if "hidden" in predictors and not texts.states:
         raise PredictError("the lengths have no hidden states beside them: collect with --layers, or --kind classifier")
-    return {one: load(folder, one, weights) for one in wanted}
+    return predictors, left_out
+
+
+def _automatic(folder: Path, weights: str) -> tuple[dict[str, Loaded], list[str]]:
+    """As `_predictors`, for the kind that a worker takes by itself. Raises PredictError."""
+    from tetri.predict.card import CARD
+    from tetri.predict.model import AUTO, load_first
+
+    found, reasons = load_first(folder, AUTO, weights)
+    left_out = [f"{kind} not judged: {reason}" for kind, reason in zip(AUTO, reasons, strict=False)]
+    rest = (kind for kind in AUTO[len(reasons) + 1 :] if (folder / kind / CARD).exists())
+    return {found.card.kind: found}, left_out + [f"{kind} not judged: --kind {kind}, or both" for kind in rest]
 
 
 def _chosen(

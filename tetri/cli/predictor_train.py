@@ -24,8 +24,10 @@ from tetri.outputs import OUT_FOLDER
 @click.option(
     "--encoder", metavar="NAME|FOLDER", help="classifier: encoder of the prompts (default: all-MiniLM-L6-v2)."
 )
-@click.option("--cut", type=click.IntRange(2), metavar="N", help="classifier: read at most N tokens of a prompt.")
-@click.option("--depth", type=COUNT, metavar="N", help="classifier: use the encoder's first N layers.")
+@click.option("--cut", type=click.IntRange(2), metavar="N",
+              help="classifier: read at most N tokens of a prompt (default: 64).")  # fmt: skip
+@click.option("--depth", type=COUNT, metavar="N",
+              help="classifier: use the encoder's first N layers (default: two thirds).")  # fmt: skip
 @click.option("--full", is_flag=True, help="classifier: train the encoder as well as the head.")
 @click.option("--epochs", type=COUNT, default=4, show_default=True, help="Epochs of --full.")
 @click.option("--layer", type=COUNT, metavar="N", help="hidden: read the states after N layers (default: the best).")

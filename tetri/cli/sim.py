@@ -30,7 +30,7 @@ def command() -> None:
 
 # Name, default, help. A tuple has the choices, the default first; a type is that of an option without a default.
 OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("--trace", FILE, "CSV: TIMESTAMP,ContextTokens,GeneratedTokens."),
+    ("--trace", FILE, "Requests to replay: CSV or JSON lines, see below. May be a pipe."),
     ("--speedup", 1.0, "Divide the times between the trace's requests by this."),
     ("--requests", 0, "Number of requests; a shorter trace is repeated. 0: the whole trace, or 1000 drawn requests."),
     ("--rate", 0.0, "Drawn requests per second; 0: all at once."),
@@ -65,12 +65,15 @@ def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RunCommand(click.Command):
-    """Explains the faults only to who asks for help: the simulator is slow to import."""
+    """Explains traces and faults only to who asks for help: the simulator is slow to import."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the faults with their units."""
+        """List the formats of traces, and the faults, with their units."""
         from tetri.sim.faulty.chance import CHANCES, RATES, TIMES
+        from tetri.sim.traces import FORMATS
 
+        with formatter.section("Traces, by their columns: arrival, prompt tokens, output tokens"):
+            formatter.write_dl([(form.name, f"{', '.join(form.columns)} ({form.unit})") for form in FORMATS])
         titles = ("Faults: a chance from 0 to 1", "Faults: times a second", "Faults: seconds")
         for title, kinds in zip(titles, (CHANCES, RATES, TIMES), strict=True):
             with formatter.section(title):
@@ -108,7 +111,12 @@ def run(**options: Any) -> int:
         raise click.UsageError(f"--faults: {error}") from None
     except (SimError, TraceError, CostError) as error:
         raise click.UsageError(str(error)) from None
-    terminal.print_json(made) if options["as_json"] else click.echo(table(made))
+    if options["as_json"]:
+        terminal.print_json(made)
+    else:
+        for note in made["notes"]:
+            terminal.tell(f"tetri-cli: {options['trace']}: {note}")
+        click.echo(table(made))
     if options["plot"] is not None:
         from tetri.bench.plots import draw
 
@@ -136,8 +144,8 @@ def simulated(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     started = perf_counter()
     if options["system"] != "tetri":
         _check_coupled(options)
-    arrivals, total = _arrivals(options)
     setup = _setup(options)
+    arrivals, total, notes = _arrivals(options)
     with _uncollected():
         if options["system"] == "tetri":
             with progress_bar(total) as progress:
@@ -145,7 +153,8 @@ def simulated(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         else:
             result = serve(options["system"], setup, arrivals)
     made = summary(result)
-    return {**made, "run": {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}}, result
+    run = {"wall_s": perf_counter() - started, "peak_rss_mb": _peak_rss_mb()}
+    return {**made, "notes": notes, "run": run}, result
 
 
 def _world(setup: Any, arrivals: Iterable[Any], faults: str | None, cuts: str | None, progress: Any) -> Any:
@@ -242,27 +251,28 @@ def _bytes_s(link: str) -> float:
         raise click.UsageError(f"--link must be {', '.join(LINKS)} or bytes a second, got {link!r}") from None
 
 
-def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int | None]:
-    """(requests, their number if it is known). Raises TraceError and UsageError."""
+def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int, list[str]]:
+    """(requests, their number, notes on the trace). Raises TraceError and UsageError."""
     from tetri.sim.traces import TokenCounts, drawn, replayed, with_deadline
 
     requests, trace = options["requests"], options["trace"]
     arrivals: Iterable[Any]
+    notes: list[str] = []
     if trace is not None:
         if options["rate"]:
             raise click.UsageError("--trace brings its own times: use --speedup, not --rate")
-        arrivals, total = replayed(trace, options["speedup"], requests), requests or None
+        arrivals, total, notes = replayed(trace, options["speedup"], requests)
     else:
         total = requests or 1000
         prompt, output = TokenCounts.parsed(options["prompt_tokens"]), TokenCounts.parsed(options["output_tokens"])
         arrivals = drawn(total, prompt, output, options["seed"], options["rate"], options["burstiness"])
     if options["deadline"] is not None:
         arrivals = with_deadline(arrivals, options["deadline"])
-    return arrivals, total
+    return arrivals, total, notes
 
 
 @contextmanager
-def progress_bar(total: int | None) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(total: int) -> Iterator[Callable[[int], None] | None]:
     """Show a bar on stderr and yield a function that takes the number of finished parts; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -273,7 +283,7 @@ def progress_bar(total: int | None) -> Iterator[Callable[[int], None] | None]:
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        step = max(1, (total or 100_000) // 200)
+        step = max(1, total // 200)
 
         def advance(finished: int) -> None:
             if finished % step == 0:

@@ -31,7 +31,7 @@ def reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
 
 def template_of(tokenizer: Tokenizer) -> tuple[str, str]:
     """(text before, text after) a single user message in the chat template; both are "" if the model has no chat
-    template or its template refuses a single user message."""
+    template that can be used, or its template refuses a single user message."""
     try:
         first, second = (decode(tokenizer, tokenizer.chat([Turn(role="user", content=text)])) for text in PROBES)
     except TextError:

@@ -19,6 +19,7 @@ from tetri.predict.quick import quick
 from tetri.request import Expected, LengthDistribution
 
 SHIPPED = Path(__file__).parent / "shipped"
+AUTO = ("hidden", "classifier")  # the kinds that predictor.kind = "auto" tries with a model, in this order
 PLACE = 3  # features for the number of known output tokens
 
 
@@ -121,6 +122,18 @@ def load(folder: Path, kind: str, weights: str = "") -> Loaded:
     if encoder.vector != head.inputs:
         raise PredictError(f"{folder / kind}: the head does not fit the encoder {card.encoder}: train again")
     return Loaded(card, head, replace(encoder, model=quick(encoder.model)))
+
+
+def load_first(folder: Path, kinds: Sequence[str], weights: str = "") -> tuple[Loaded, list[str]]:
+    """Load the first of `kinds` that can be loaded, and return why those before it cannot. Raises PredictError with the
+    reason of the first kind if there is none."""
+    reasons: list[PredictError] = []
+    for kind in kinds:
+        try:
+            return load(folder, kind, weights), [str(reason) for reason in reasons]
+        except PredictError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def shipped_for(weights: str) -> Path | None:

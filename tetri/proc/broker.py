@@ -37,7 +37,7 @@ from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import completed, of_config
+from tetri.proc.notes import completed, of_config, of_tokenizer
 from tetri.proc.recorder import BrokerStart, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
@@ -56,7 +56,7 @@ class ActionExecutor:
         self.network = HubNetwork(hub, logger)
         limits = core.limits
         self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
-        self.notes: list[str] = []  # degraded modes that the configuration causes
+        self.notes: list[str] = []  # degraded modes that the configuration and the model cause
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -170,7 +170,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         start = start_of(config, epoch, model)
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, texts, logger)
-        executor.notes = of_config(config, logger)
+        executor.notes = [*of_config(config, logger), *of_tokenizer(tokenizer, logger)]
         texts.ready()
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)

@@ -10,6 +10,7 @@ from tetri.config import Config
 from tetri.core.broker.notes import of_counters
 from tetri.proc.network import HubNetwork
 from tetri.proc.texts import Texts
+from tetri.text import Tokenizer
 from tetri.wire.clients import Status
 
 NO_COST = (
@@ -20,10 +21,19 @@ NO_COST = (
 
 def of_config(config: Config, logger: logging.Logger) -> list[str]:
     """The degraded modes that the configuration causes; each is logged as well."""
-    found = [] if config.engine.cost else [NO_COST]
-    for line in found:
+    return _logged([] if config.engine.cost else [NO_COST], logger)
+
+
+def of_tokenizer(tokenizer: Tokenizer, logger: logging.Logger) -> list[str]:
+    """The degraded modes that the model's files cause; each is logged as well."""
+    problem = tokenizer.template_problem
+    return _logged([] if problem is None else [f"messages are refused: {problem}"], logger)
+
+
+def _logged(notes: list[str], logger: logging.Logger) -> list[str]:
+    for line in notes:
         logger.warning("%s", line)
-    return found
+    return notes
 
 
 def completed(status: Status, configured: list[str], network: HubNetwork, texts: Texts) -> Status:

@@ -21,7 +21,7 @@ from tetri.models import find, weights_hash
 from tetri.predict.card import KINDS, cards
 from tetri.predict.inputs import reader
 from tetri.predict.lengths import PredictError
-from tetri.predict.model import SHIPPED, Loaded, examine, load, shipped_for
+from tetri.predict.model import AUTO, SHIPPED, Loaded, examine, load, load_first, shipped_for
 from tetri.predict.serve import Answer, Parallel, Reading, Sequential, Steady, one_core
 from tetri.proc import build
 from tetri.proc.hidden import estimating
@@ -29,8 +29,7 @@ from tetri.request import Expected, LengthDistribution
 from tetri.strict import ConfigError
 from tetri.wire.messages import Heartbeat
 
-# The kinds that `auto` tries in this order. An emulated engine has no hidden states.
-AUTO = {"vllm": (("hidden",), ("classifier",)), "emulated": (("classifier",),)}
+KINDS_OF = {"vllm": AUTO, "emulated": ("classifier",)}  # of `auto`; an emulated engine has no hidden states
 # The prior of a model without a trained predictor: every 100 tokens, a quarter of the remaining outputs ends; the mean
 # is 400 tokens. A few dozen finished requests outweigh it.
 NOBODY_KNOWS = LengthDistribution(100, tuple(0.25 * 0.75**bucket for bucket in range(31)) + (0.75**31,))
@@ -73,13 +72,11 @@ def load_predictor(config: Config, logger: logging.Logger) -> LoadedPredictor | 
     if folder is None:
         model = "an emulated engine" if config.engine.kind == "emulated" else f"model {config.model.name}"
         return LoadedPredictor(_prior(config, f"no predictor: tetri brings none for {model}"))
-    reasons: list[str] = []
-    for kinds in AUTO[config.engine.kind]:
-        try:
-            return _combined({each: load(folder, each, weights) for each in kinds}, folder, *reasons)
-        except PredictError as error:
-            reasons.append(str(error))
-    return _fallen_back(config, logger, reasons[0])
+    try:
+        found, reasons = load_first(folder, KINDS_OF[config.engine.kind], weights)
+    except PredictError as error:
+        return _fallen_back(config, logger, str(error))
+    return _combined({found.card.kind: found}, folder, *reasons)
 
 
 def _fallen_back(config: Config, logger: logging.Logger, why: str) -> LoadedPredictor:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice
+from itertools import chain, count, islice
+from operator import itemgetter
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple, TextIO
 
 from tetri.request import Sampling
 from tetri.sim.texts import RecordedText
 
-HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 _CLOCK = 19  # characters of "2023-11-16 18:15:46"
 LONGEST = 10_000_000  # the most tokens of a prompt or an output
 MOST = 100_000_000  # the most requests of one run
 LAST_S = 1e9  # the latest arrival: 30 years
+LONGEST_HEAD = 1 << 20  # characters of the first line
 
 
 class TraceError(ValueError):
@@ -43,81 +46,25 @@ class Arrival:
 # ---------------------------------------------------------------- traces
 
 
-def replayed(path: str | Path, speedup: float = 1.0, requests: int = 0) -> Iterator[Arrival]:
-    """Yield the requests of a CSV file with the columns of `HEADER`, as in the Azure LLM inference traces. The first
-    arrives at time 0; the times between requests are divided by `speedup`. `requests` 0: each line once; else this many
-    requests, with the trace repeated as often as necessary; two rounds are separated by the mean time between requests.
-    The file is read lazily, and once. Raises TraceError with the number of the wrong line."""
-    if not (math.isfinite(speedup) and speedup > 0):
-        raise TraceError(f"the speedup must be above 0, got {speedup:g}")
-    if requests:
-        _check_number(requests)
-    endless = _repeated(Path(path), speedup)
-    return islice(endless, requests) if requests else _lines(Path(path), speedup)
+class Format(NamedTuple):
+    """A format of traces: CSV with a header, or a JSON object per line. `columns`: arrival time, prompt tokens, output
+    tokens, and what distinguishes it from a format that has the same three. `unit`: of the time, see `UNITS`."""
+
+    name: str
+    columns: tuple[str, ...]
+    unit: str
 
 
-def _check_number(requests: int) -> None:
-    if not 1 <= requests <= MOST:
-        raise TraceError(f"the number of requests must be at least 1 and at most {MOST}, got {requests}")
+class Trace(NamedTuple):
+    """The requests of a trace in order of arrival, the first at time 0. `notes`: a line for each way in which they
+    differ from the file."""
+
+    arrivals: Iterator[Arrival]
+    requests: int
+    notes: list[str]
 
 
-def _repeated(path: Path, speedup: float) -> Iterator[Arrival]:
-    whole = []
-    for arrival in _lines(path, speedup):
-        whole.append(arrival)
-        yield arrival
-    last = whole[-1].at_s
-    round_s = last + (last / (len(whole) - 1) if len(whole) > 1 else 1.0)
-    shift = 0.0
-    while True:
-        shift += round_s
-        for arrival in whole:
-            yield Arrival(shift + arrival.at_s, arrival.prompt, arrival.output)
-
-
-def _lines(path: Path, speedup: float) -> Iterator[Arrival]:
-    first = last = None
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            if next(rows, None) != HEADER:
-                raise TraceError(f"{path}:1: the first line must be {','.join(HEADER)}")
-            for row in rows:
-                if not row:
-                    continue  # editors leave an empty line at the end
-                where = f"{path}:{rows.line_num}"
-                when, prompt, output = _parsed(row, where)
-                first = when if first is None else first
-                if last is not None and when < last:
-                    raise TraceError(f"{where}: {row[0]} is earlier than the line before")
-                last = when
-                if (when - first) / speedup > LAST_S:
-                    raise TraceError(f"{where}: {(when - first) / speedup:g} s after the first: use a larger speedup")
-                yield Arrival((when - first) / speedup, prompt, output)
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: not a CSV file: {error}") from None
-    if last is None:
-        raise TraceError(f"{path}: the trace has no requests: it needs at least one line of {','.join(HEADER)}")
-
-
-def _parsed(row: list[str], where: str) -> tuple[float, int, int]:
-    """Return (seconds, prompt tokens, output tokens) of one line. Raises TraceError."""
-    try:
-        when, prompt, output = row
-        tokens = int(prompt), int(output)
-        if min(tokens) < 1 or max(tokens) > LONGEST:
-            raise ValueError
-        return _seconds(when), *tokens
-    except ValueError:
-        shown = ",".join(row)
-        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
-        wanted = f"a time and two numbers of tokens from 1 to {LONGEST}"
-        raise TraceError(f"{where}: must be {wanted}, got {shown!r}") from None
-
-
-def _seconds(text: str) -> float:
+def _date_s(text: str) -> float:
     """Parse a time such as "2023-11-16 18:15:46.6805900", with any number of digits and optionally "+00:00" (as in
     Azure's traces of 2024). Raises ValueError."""
     fraction = text[_CLOCK:].removesuffix("+00:00")
@@ -125,6 +72,132 @@ def _seconds(text: str) -> float:
         raise ValueError(text)
     whole = datetime.fromisoformat(text[:_CLOCK]) - datetime(2000, 1, 1)
     return whole.total_seconds() + float(f"0{fraction}" if fraction else 0)
+
+
+UNITS: dict[str, Callable[[Any], float]] = {"s": float, "ms": lambda value: float(value) / 1000, "date": _date_s}
+FORMATS = (
+    Format("Azure 2023, 2024", ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), "date"),
+    Format("BurstGPT", ("Timestamp", "Request tokens", "Response tokens"), "s"),
+    Format("vidur", ("arrived_at", "num_prefill_tokens", "num_decode_tokens"), "s"),
+    Format("splitwise-sim", ("arrival_timestamp", "prompt_size", "token_size"), "s"),
+    Format("Qwen Bailian", ("timestamp", "input_length", "output_length", "chat_id"), "s"),
+    Format("Mooncake", ("timestamp", "input_length", "output_length"), "ms"),
+)
+Row = tuple[float, int, int]  # seconds since any moment, prompt tokens, output tokens
+
+
+def replayed(path: str | Path, speedup: float = 1.0, requests: int = 0) -> Trace:
+    """Read a trace in one of `FORMATS`. The times between requests are divided by `speedup`. `requests` 0: each row
+    once; else this many requests, and no more rows are read; a shorter trace is repeated as often as necessary, and two
+    rounds are separated by the mean time between requests. A row without prompt or output tokens is skipped. The rows
+    that are read are sorted by time. The file may be a pipe. Raises TraceError with the number of the wrong line."""
+    if not (math.isfinite(speedup) and speedup > 0):
+        raise TraceError(f"the speedup must be above 0, got {speedup:g}")
+    if requests:
+        _check_number(requests)
+    rows, notes = _read(Path(path), speedup, requests)
+    endless = _repeated(rows, speedup)
+    return Trace(islice(endless, requests or len(rows)), requests or len(rows), notes)
+
+
+def _check_number(requests: int) -> None:
+    if not 1 <= requests <= MOST:
+        raise TraceError(f"the number of requests must be at least 1 and at most {MOST}, got {requests}")
+
+
+def _repeated(rows: Sequence[Row], speedup: float) -> Iterator[Arrival]:
+    first, last = rows[0][0], (rows[-1][0] - rows[0][0]) / speedup
+    round_s = last + (last / (len(rows) - 1) if len(rows) > 1 else 1.0)
+    for number in count():
+        for when, prompt, output in rows:
+            yield Arrival(number * round_s + (when - first) / speedup, prompt, output)
+
+
+def _read(path: Path, speedup: float, most: int) -> tuple[list[Row], list[str]]:
+    """The first `most` rows (0: all) in order of time, and notes. Raises TraceError."""
+    rows: list[Row] = []
+    skipped = late = 0
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for number, row in _parsed(file, path):
+                if not (row[1] and row[2]):
+                    skipped += 1
+                    continue
+                if rows:
+                    late += row[0] < rows[-1][0]
+                    if (lasts := abs(row[0] - rows[0][0]) / speedup) > LAST_S:
+                        raise TraceError(f"{path}:{number}: {lasts:g} s from the first: use a larger speedup")
+                rows.append(row)
+                if len(rows) == most:
+                    break
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: not a text file: {error}") from None
+    notes = [f"rows skipped for 0 prompt or output tokens: {skipped}"] if skipped else []
+    if not rows:
+        raise TraceError("; ".join([f"{path}: the trace has no requests", *notes]))
+    if late:
+        notes.append(f"rows earlier than the one before: {late}; the {len(rows)} requests are sorted by time")
+        rows.sort(key=itemgetter(0))
+    return rows, notes
+
+
+def _parsed(file: TextIO, path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (line number, row). Raises TraceError, OSError, UnicodeDecodeError and csv.Error."""
+    head = file.readline(LONGEST_HEAD)
+    lines: Iterator[tuple[int, Any]]
+    pick: Callable[[Any], Sequence[Any]]
+    if head.startswith("{"):
+        form = _format([*_json(head)], head, path)
+        pick = itemgetter(*form.columns[:3])
+        lines = ((number, _json(line)) for number, line in enumerate(chain([head], file), 1) if line.strip())
+    else:
+        names = [name.strip() for name in next(csv.reader([head]), [])]
+        form = _format(names, head, path)
+        pick = itemgetter(*map(names.index, form.columns[:3]))
+        reader = csv.reader(file)
+        lines = ((reader.line_num + 1, row) for row in reader if row)  # editors leave an empty line at the end
+    seconds = UNITS[form.unit]
+    for number, line in lines:
+        try:
+            when, prompt, output = pick(line)
+            row = seconds(when), _tokens(prompt), _tokens(output)
+            if not math.isfinite(row[0]):
+                raise ValueError
+        except (ValueError, TypeError, LookupError):
+            shown = ",".join(map(str, line)) if isinstance(line, list) else str(line)
+            wanted = f"{','.join(form.columns[:3])}: a time and two numbers of tokens from 0 to {LONGEST}"
+            raise TraceError(f"{path}:{number}: must have {wanted}, got {_short(shown)!r}") from None
+        yield number, row
+
+
+def _format(names: Sequence[str], head: str, path: Path) -> Format:
+    for form in FORMATS:
+        if {*form.columns} <= {*names}:
+            return form
+    known = "; ".join(f"{','.join(form.columns)} ({form.name})" for form in FORMATS)
+    raise TraceError(f"{path}:1: unknown columns {_short(head.strip())!r}: a trace has {known}")
+
+
+def _json(line: str) -> Any:
+    """The value in a line; the line itself if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+
+
+def _tokens(value: Any) -> int:
+    """Raises ValueError or TypeError."""
+    tokens = float(value)  # pandas writes 12.0 into a column with gaps
+    if not (0 <= tokens <= LONGEST and tokens.is_integer()):
+        raise ValueError(value)
+    return int(tokens)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 # ---------------------------------------------------------------- drawn requests

@@ -18,6 +18,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import click
 
@@ -30,16 +31,18 @@ from tetri.policy.rules import Rules
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED
 from tetri.sim.setup import SimError
-from tetri.sim.texts import LIMIT, RecordedTextError
+from tetri.sim.texts import LIMIT, RecordedText, RecordedTextError
 
 
 @click.command(cls=Program, epilog=" ".join((__doc__ or "").split("\n\n")[-1].split()))
-@click.option("--predictions", "--lengths", type=FILE, required=True, help="JSONL of `tetri-cli predictor eval`.")
+@click.option("--predictions", "--lengths", type=FILE, required=True,
+              help="JSONL of `tetri-cli predictor eval --kind both`.")  # fmt: skip
 @click.option("--predictor", type=click.Path(file_okay=False, path_type=Path), default=SHIPPED / "smollm2-135m",
               help="Folder of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
 @click.option("--setting", "names", multiple=True, type=click.Choice([each.name for each in SETTINGS]),
               help="May be repeated. Default: all.")  # fmt: skip
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS[1:]), default=KINDS[1:], help="Default: all.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS[1:]),
+              help="May be repeated. Default: all that the predictions have.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(2), default=6, show_default=True, help="Draws of the requests.")
 @click.option("--cover", type=click.FloatRange(0, 1, max_open=True), default=Rules().length_cover, show_default=True,
               help="length_cover of the trained predictors; 0: the likeliest range.")  # fmt: skip
@@ -60,6 +63,7 @@ def main(
     settings, seeds = chosen(names, quick), 3 if quick else seeds
     try:
         texts = source.texts()
+        kinds, left_out = judged(kinds, texts)
         for kind in (each for each in kinds if each in TRAINED):
             source.expected(kind)
         with get_context("spawn").Pool(workers) as pool:
@@ -70,17 +74,28 @@ def main(
                     progress(tables(made[-1]))
     except (SimError, RecordedTextError, PredictError, cost.CostError) as error:
         raise click.UsageError(str(error)) from None
-    found = {
-        "texts": len(texts),
-        "longest_tokens": LIMIT,
-        "cover": cover,
-        "reserve_share": reserve_share,
-        "settings": made,
-        "run": {"wall_s": perf_counter() - started},
-    }
+    found: dict[str, Any] = {"texts": len(texts), "longest_tokens": LIMIT, "cover": cover}
+    found |= {"reserve_share": reserve_share, "left_out": left_out, "settings": made}
+    found["run"] = {"wall_s": perf_counter() - started}
     give(found, "\n\n".join(map(tables, made)), as_json)
     if plot is not None:
         draw(plot, made)
+
+
+def judged(kinds: Sequence[str], texts: Sequence[RecordedText]) -> tuple[Sequence[str], list[str]]:
+    """The kinds to compare, and those that are left out because no prediction of them is recorded. Raises UsageError if
+    such a kind is named."""
+    lacking = {"classifier"} if any(text.classifier is None for text in texts) else set()
+    lacking |= set() if all(text.follows for text in texts) else {"hidden"}
+    left_out = [kind for kind in KINDS if kind in lacking or (kind == "both" and lacking)]
+    why = "the predictions have none: tetri-cli predictor eval --kind both"
+    if named := [kind for kind in kinds if kind in left_out]:
+        raise click.UsageError(f"--kind {named[0]}: {why}")
+    if kinds:
+        return kinds, []
+    for kind in left_out:
+        progress(f"{kind} left out: {why}")
+    return [kind for kind in KINDS[1:] if kind not in left_out], left_out
 
 
 def chosen(names: Sequence[str], quick: bool) -> list[Setting]:
