@@ -26,7 +26,7 @@ PACKAGES = {
     "request": package("", "msgspec"),  # its records cross the wire
     "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
-    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log"), package("")),
+    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log", "control_groups"), package("")),
     "control_tokens": package("", ""),
     "text": package("request control_tokens", "tokenizers jinja2"),
     "models": package("atomic", "torch transformers accelerate gguf xxhash"),
@@ -37,7 +37,7 @@ PACKAGES = {
     "core": package("request instance engine_request cost policy wire"),
     "net": package("wire log", "zmq msgspec"),
     "kv": package("request instance policy wire net log faults", "numpy xxhash cupy nixl"),
-    "engine": package("request instance engine_request cost kv log", "numpy xxhash torch vllm cupy"),
+    "engine": package("request instance engine_request cost kv log control_groups", "numpy xxhash torch vllm cupy"),
     "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
     "profile": package("request instance cost engine", "numpy"),
     "sim": package(

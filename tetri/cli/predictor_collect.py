@@ -54,7 +54,7 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
     if not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {out.absolute().parent}")
     if how["cpus"] is not None:
-        from tetri.proc.build import pin  # slow to import
+        from tetri.proc.cpus import pin
 
         pin(how["cpus"])
     target = _target(how)

@@ -36,6 +36,7 @@ from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
+from tetri.proc.cpus import pin
 from tetri.proc.network import HubNetwork
 from tetri.proc.notes import completed, of_config
 from tetri.proc.recorder import BrokerStart, recorded
@@ -160,7 +161,7 @@ class ActionExecutor:
 
 def serve(config: Config, logger: logging.Logger) -> None:
     """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
-    build.pin(config.broker.cpus)
+    pin(config.broker.cpus)
     with build.locked_hub(config, "broker", logger) as (hub, signals, stack):
         texts = stack.enter_context(closing(Texts(command(config), hub.wake, config.broker.text_mib << 20, logger)))
         texts.start()

@@ -30,7 +30,7 @@ from tetri.net import descriptors
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import open_files, predictor
+from tetri.proc import cpus, open_files, predictor
 from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
 from tetri.strict import ConfigError
 
@@ -51,7 +51,7 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
-        for short in _shortages(config):
+        for short in (*_shortages(config), *cpus.shortages(config)):
             report(f"warning: {short}")
         atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
@@ -141,6 +141,7 @@ def _checked(config: Config) -> Config:
     """Check the configuration before anything starts, and make the model's folder absolute. Raises ConfigError and
     ModelError."""
     predictor.check(config)
+    cpus.check(config)
     if config.engine.kind == "emulated":
         return config
     folder = models.find(config.model.name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetri import control_groups
 from tetri.engine.base import EngineError, check_budget
 from tetri.instance import Fingerprint
 from tetri.kv.cuda.runtime import Device
@@ -24,14 +25,14 @@ GPU_SHARE = 0.01
 
 def prepare_environment() -> int:
     """Set vLLM's environment variables. Call it before vLLM is imported. Returns the number of threads: one per core
-    that this process may use."""
-    cores = len(os.sched_getaffinity(0))
+    that this process may use, as far as its control groups allow."""
+    threads = control_groups.threads()
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
         VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
         VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # the parent process has pinned this process
-        OMP_NUM_THREADS=str(cores),
+        OMP_NUM_THREADS=str(threads),
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -39,7 +40,7 @@ def prepare_environment() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # vLLM's older setting for kv_cache_memory_bytes would override ours.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return cores
+    return threads
 
 
 @dataclass(frozen=True)
