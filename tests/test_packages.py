@@ -37,7 +37,9 @@ PACKAGES = {
     "core": package("request instance engine_request cost policy wire"),
     "net": package("wire log", "zmq msgspec"),
     "kv": package("request instance policy wire net log faults", "numpy xxhash cupy nixl"),
-    "engine": package("request instance engine_request cost kv log control_groups", "numpy xxhash torch vllm cupy"),
+    "engine": package(
+        "request instance engine_request cost kv log models control_groups", "numpy xxhash torch vllm cupy"
+    ),
     "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
     "profile": package("request instance cost engine", "numpy"),
     "sim": package(
@@ -209,7 +211,6 @@ TESTED_ELSEWHERE = {
     "wire/clients": "wire/test_messages.py",
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
-    "engine/vllm/setup": "engine/vllm/test_engine.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",
