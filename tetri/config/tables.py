@@ -38,6 +38,7 @@ class ClusterConfig:
     dead_s: float = number(20.0, 0.1, 3600)  # a worker silent for so long is lost; must exceed the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # a request that no worker can take fails after this
     record: bool = False  # write events and actions of every core to <run_dir>/record, for tetri-cli sim replay
+    record_mib: int = number(1024, 1, 1 << 24)  # a process with so many MiB of records, old ones too, records no more
 
 
 @dataclass(frozen=True, slots=True)
