@@ -184,6 +184,7 @@ def test_the_cache_may_be_below_the_home_folder(tmp_path, monkeypatch):
 
 def test_a_prepared_model_needs_no_cache_that_can_be_written(cache, conversions, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "set TETRI_CACHE" in error_of(models.find, NAME)
     assert models.main(["--cache", NAME]) == 1 and "set TETRI_CACHE" in capsys.readouterr().err
     models.fetch(NAME)
     assert models.main(["--cache", NAME]) == 0 and capsys.readouterr().out == f"{cache}\n"

@@ -57,6 +57,7 @@ def _find(name_or_path: str | Path) -> Path:
         name = str(name_or_path)
         folder = _cached(name)
         if _missing(folder):
+            cache_for(name)
             raise ModelError(f"model {name!r} is not prepared: run tetri-cli model fetch {name}")
         return folder
     folder = Path(name_or_path).expanduser()
@@ -144,7 +145,7 @@ def cache_for(name: str) -> Path:
     while not os.path.exists(place):  # False for what may not be looked at
         place = place.parent
     if _missing(_cached(name)) and not os.access(place, os.W_OK | os.X_OK):
-        raise ModelError(f"{place} cannot be written: set TETRI_CACHE to a folder for the models")
+        raise ModelError(f"{folder} cannot be written: set TETRI_CACHE to a folder for the models")
     return folder
 
 
