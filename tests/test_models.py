@@ -1,6 +1,9 @@
 """The way from a model's name to a complete checkpoint folder, with the conversion itself stubbed."""
 
 import fcntl
+import getpass
+import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -140,15 +143,58 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TETRI_CACHE", str(tmp_path / "file"))
     assert "TETRI_CACHE" in error_of(models.fetch, NAME)
+    assert "file cannot be written: set TETRI_CACHE" in error_of(models.cache_for, NAME)
     monkeypatch.setenv("TETRI_CACHE", "relative")
     assert "absolute" in error_of(models.find, NAME)
 
 
+@pytest.fixture
+def homeless(monkeypatch):
+    """As a user without HOME and without an entry in the system's list of users."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(os, "environ", {})
+
+
+def test_without_a_home_the_cache_must_be_named_and_is_enough(homeless, conversions, tmp_path, monkeypatch):
+    for call in (models.find, models.fetch, models.cache_for):
+        assert "set TETRI_CACHE" in error_of(call, NAME)
+    assert "set TETRI_CACHE" in error_of(models.lend_home)
+    monkeypatch.setenv("TETRI_CACHE", str(tmp_path / "cache"))
+    models.fetch(NAME)
+    models.lend_home()
+    assert Path.home() == tmp_path / "cache" and getpass.getuser() == str(os.getuid())
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_home_is_lent_only_where_it_cannot_be_written(cache, tmp_path, monkeypatch, writable):
+    monkeypatch.setenv("HOME", str(tmp_path if writable else tmp_path / "nowhere"))
+    models.lend_home()
+    assert Path.home() == (tmp_path if writable else cache)
+
+
+def test_the_cache_may_be_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TETRI_CACHE", "~/of mine")
+    assert models.cache() == tmp_path / "of mine"
+
+
+def test_a_prepared_model_needs_no_cache_that_can_be_written(cache, conversions, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "set TETRI_CACHE" in error_of(models.find, NAME)
+    assert models.main(["--cache", NAME]) == 1 and "set TETRI_CACHE" in capsys.readouterr().err
+    models.fetch(NAME)
+    assert models.main(["--cache", NAME]) == 0 and capsys.readouterr().out == f"{cache}\n"
+
+
 def test_the_command_says_what_is_wrong(cache, capsys):
     assert models.main(["no-such-model"]) == 1
-    assert models.main([]) == 2
+    assert models.main([]) == 2 == models.main(["--cash", NAME])
     output = capsys.readouterr()
-    assert output.out == "" and len(output.err.splitlines()) == 2
+    assert output.out == "" and len(output.err.splitlines()) == 3
 
 
 @pytest.mark.model

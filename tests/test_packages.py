@@ -26,7 +26,7 @@ PACKAGES = {
     "request": package("", "msgspec"),  # its records cross the wire
     "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
-    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log"), package("")),
+    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log", "control_groups"), package("")),
     "control_tokens": package("", ""),
     "terminal": package("", "click"),
     "outputs": package("atomic", "click matplotlib"),
@@ -39,7 +39,9 @@ PACKAGES = {
     "core": package("request instance engine_request cost policy wire"),
     "net": package("wire log", "zmq msgspec"),
     "kv": package("request instance policy wire net log faults", "numpy xxhash cupy nixl"),
-    "engine": package("request instance engine_request cost kv log", "numpy xxhash torch vllm cupy"),
+    "engine": package(
+        "request instance engine_request cost kv log models control_groups", "numpy xxhash torch vllm cupy"
+    ),
     "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
     "profile": package("request instance cost engine", "numpy"),
     "sim": package(
@@ -212,7 +214,6 @@ TESTED_ELSEWHERE = {
     "wire/clients": "wire/test_messages.py",
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
-    "engine/vllm/setup": "engine/vllm/test_engine.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",

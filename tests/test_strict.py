@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tetri.strict import REQUIRED, ConfigError, choice, number, section, text
+from tetri.strict import REQUIRED, ConfigError, choice, number, path, section, text
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,26 @@ def test_what_cannot_be_is_one_line(table: dict[str, Any], says: str) -> None:
 def test_a_table_must_be_one() -> None:
     with pytest.raises(ConfigError, match=r"x.toml: lamp: must be a table, written as \[lamp\]"):
         section(Lamp, [], "x.toml", "lamp")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    at: str = path("", "a folder")
+
+
+@pytest.mark.parametrize("value", ["", "~", "~/a b", "ipc://~/socket", "a/~", "/x/~y", "ipc:///x"])
+def test_a_tilde_at_the_beginning_of_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("HOME", "/home/of me")
+    made = section(Shelf, {"at": value}, "x.toml", "shelf").at
+    whole = value.startswith(("a", "/")) or "///" in value
+    assert made == (value if whole else value.replace("~", "/home/of me"))
+
+
+@pytest.mark.parametrize("value", ["~no-such-user/x", "ipc://~no-such-user", "~no-such-user"])
+def test_a_home_folder_that_nobody_knows_is_one_line(value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        section(Shelf, {"at": value}, "x.toml", "shelf")
+    says = "x.toml: shelf.at: the home folder of ~no-such-user is not known: write the whole path, got"
+    assert str(error.value) == f'{says} "{value}"'
+    with pytest.raises(ConfigError, match="must be a folder"):
+        section(Shelf, {"at": "a\0b"}, "x.toml", "shelf")

@@ -1,12 +1,14 @@
 """Finds the checkpoint's folder of a model, and prepares the models known by name in a cache.
 
-`python -m tetri.models NAME` prepares a known model, unless it is in the cache already, and prints its folder.
+`python -m tetri.models NAME` prepares a known model, unless it is in the cache already, and prints its folder. With
+--cache before NAME it prints the cache's folder, if the model is there or can be prepared there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import getpass
 import importlib.util
 import json
 import os
@@ -55,6 +57,7 @@ def _find(name_or_path: str | Path) -> Path:
         name = str(name_or_path)
         folder = _cached(name)
         if _missing(folder):
+            cache_for(name)
             raise ModelError(f"model {name!r} is not prepared: run tetri-cli model fetch {name}")
         return folder
     folder = Path(name_or_path).expanduser()
@@ -107,17 +110,43 @@ def shape(folder: Path) -> tuple[int, int]:
 
 
 def _cached(name: str) -> Path:
-    return _cache() / "models" / f"{name}-r{KNOWN[name].revision}"
+    return cache() / "models" / f"{name}-r{KNOWN[name].revision}"
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The cache's folder: $TETRI_CACHE, or `tetri` in the user's cache folder. Raises ModelError."""
     if chosen := os.environ.get("TETRI_CACHE"):
-        if not os.path.isabs(chosen):
+        if not os.path.isabs(chosen := os.path.expanduser(chosen)):
             raise ModelError(f"TETRI_CACHE is {chosen!r}: set it to an absolute path")
         return Path(chosen)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tetri"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tetri"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base, "tetri")
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise ModelError("this user has no home folder: set TETRI_CACHE to a folder for the models") from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "tetri"
+
+
+def lend_home() -> None:
+    """Make the cache this process's home if the user has none or cannot write there, for the caches of libraries: some
+    would make a folder named `~`, or fail without the user's name. Raises ModelError."""
+    if not os.access(os.path.expanduser("~"), os.W_OK | os.X_OK):
+        os.environ["HOME"] = str(cache())
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # what it raises depends on Python's version
+        os.environ["USER"] = str(os.getuid())
+
+
+def cache_for(name: str) -> Path:
+    """The cache's folder, if the model `name` is in it or can be prepared there. Raises ModelError."""
+    folder = place = cache()
+    while not os.path.exists(place):  # False for what may not be looked at
+        place = place.parent
+    if _missing(_cached(name)) and not os.access(place, os.W_OK | os.X_OK):
+        raise ModelError(f"{folder} cannot be written: set TETRI_CACHE to a folder for the models")
+    return folder
 
 
 def _missing(
@@ -193,11 +222,14 @@ def _hash_weights(folder: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status."""
-    if len(arguments) != 1:
-        print(f"usage: python -m tetri.models NAME; known names: {', '.join(KNOWN)}", file=sys.stderr)
+    *flags, name = arguments or [""]
+    if not name or flags not in ([], ["--cache"]):
+        print(f"usage: python -m tetri.models [--cache] NAME; known names: {', '.join(KNOWN)}", file=sys.stderr)
         return 2
-    name = arguments[0]
     try:
+        if flags:
+            print(cache_for(name))
+            return 0
         if name in KNOWN and _missing(_cached(name)):
             print(f"tetri.models: converting {name}, about half a minute", file=sys.stderr)
         print(fetch(name))

@@ -1,14 +1,15 @@
 """Strict reading of untrusted tables into frozen dataclasses: unknown keys, wrong types and values out of range are
 errors.
 
-A dataclass declares the allowed values of its fields with `number`, `text` and `choice`; a plain `str` or `bool`
-default allows any value of that type.
+A dataclass declares the allowed values of its fields with `number`, `text`, `path` and `choice`; a plain `str` or
+`bool` default allows any value of that type.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import field
@@ -35,6 +36,11 @@ def text(default: Any, pattern: str, allowed: str) -> Any:
     return field(default=default, metadata={"pattern": pattern, "allowed": allowed, "type": str})
 
 
+def path(default: str, allowed: str) -> Any:
+    """A field for a file, a folder or an ipc:// address; `~` and `~user` at the beginning of its path are expanded."""
+    return field(default=default, metadata={"pattern": r"[^\0]*", "allowed": allowed, "type": str, "path": True})
+
+
 def choice(default: Any, *names: str) -> Any:
     """A field for one of these names."""
     return field(default=default, metadata={"names": names, "type": str})
@@ -58,7 +64,7 @@ def section(kind: type, table: Any, where: str, name: str) -> Any:
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in table]
     if missing:
         raise ConfigError(f"{where}: {name}: {missing[0]} is missing")
-    return kind(**{k: float(v) if types(kind)[k] is float else v for k, v in table.items()})
+    return kind(**{key: _converted(fields[key], types(kind)[key], value) for key, value in table.items()})
 
 
 def shown(value: Any, write: Callable[[Any], str], most: int) -> str:
@@ -89,6 +95,13 @@ def _problem(f: dataclasses.Field[Any], kind: type, value: Any) -> str | None:
     return f"must be {text} from {low} to {high}"
 
 
+def _converted(f: dataclasses.Field[Any], kind: type, value: Any) -> Any:
+    """The value of a valid setting, as the dataclass has it."""
+    if f.metadata.get("path"):
+        return _expanded(value)
+    return float(value) if kind is float else value
+
+
 def _text_problem(f: dataclasses.Field[Any], value: Any) -> str | None:
     if not isinstance(value, str):
         return "must be a text"
@@ -99,4 +112,11 @@ def _text_problem(f: dataclasses.Field[Any], value: Any) -> str | None:
     pattern = f.metadata.get("pattern")
     if pattern and not re.fullmatch(pattern, value):
         return f"must be {f.metadata['allowed']}"
+    if f.metadata.get("path") and (home := _expanded(value).removeprefix("ipc://").partition("/")[0]).startswith("~"):
+        return f"the home folder of {home} is not known: write the whole path"
     return None
+
+
+def _expanded(path: str) -> str:
+    scheme = "ipc://" if path.startswith("ipc://") else ""
+    return scheme + os.path.expanduser(path.removeprefix(scheme))

@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parents[2]
 EMULATED = str(REPOSITORY / "conf" / "emulated.toml")
 TOOLS = sorted(path for path in (REPOSITORY / "tools").iterdir() if path.is_file())
 MODEL = pytest.mark.model
-CALL = 'exec "$root/.venv/bin/python" -P -m '
+CALL = 'run python -P -m '
+INCLUDE = '. "$(dirname "$(readlink -f "$0")")/../bin/launcher.sh"'
 
 
 def spec(program):
@@ -25,8 +26,8 @@ def spec(program):
 @pytest.mark.parametrize("program", TOOLS, ids=lambda path: path.name)
 def test_a_program_is_nothing_but_a_call(program):
     lines = program.read_text().splitlines()
-    assert os.access(program, os.X_OK) and lines[0] == "#!/bin/sh" and len(lines) <= 10
-    assert f'    echo "{program.name}: run bin/setup first" >&2' in lines
+    assert os.access(program, os.X_OK) and lines[0] == "#!/bin/sh" and len(lines) == 4
+    assert lines[1].startswith("# ") and lines[2] == INCLUDE
     assert f'main(prog_name="{program.name}")' in Path(spec(program).origin).read_text()
 
 

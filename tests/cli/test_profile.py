@@ -83,7 +83,7 @@ def test_json_is_one_object_with_every_point(run):
         (["--out", "/proc/x.toml"], "--out: /proc/x.toml cannot be written: "),
         (["--set", "engine.cost="], "give it a cost table"),
         (["--set", "engine.teapot=1"], "unknown key"),
-        (["--cpus", "9999"], "this machine has no CPU 9999"),
+        (["--cpus", "9999"], "cpus = '9999': this process may use CPU"),
         (["--cpu-time"], "--cpu-time is for vLLM on one core"),
         (["--cpus", "zero"], "CPU numbers such as"),
         (["--conf", "/no/such.toml"], "/no/such.toml"),
@@ -122,7 +122,7 @@ def test_an_interrupt_leaves_nothing(arguments, tmp_path):
 def test_vllm_is_measured(tmp_path):
     path = tmp_path / "cpu.toml"
     small = ["--set", "engine.chunk_tokens=256", "--set", "engine.max_batch=8", "--set", "engine.kv_mib=256"]
-    small += ["--quick", "--rounds", "2", "--cpus", "0", "--cpu-time", "--out", str(path)]
+    small += ["--quick", "--rounds", "2", "--cpus", "+0", "--cpu-time", "--out", str(path)]
     command = [sys.executable, "-c", "from tetri.cli import main; main()", "profile"]
     done = subprocess.run([*command, *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

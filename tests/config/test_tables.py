@@ -33,6 +33,6 @@ def test_the_policies_settings_are_those_of_the_rules():
     assert FlipSettings(**shared) == FlipSettings()
 
 
-@pytest.mark.parametrize(("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("0,2-3", {0, 2, 3})])
+@pytest.mark.parametrize(("text", "cpus"), [("", set()), ("0", {0}), ("0-2", {0, 1, 2}), ("+0,2-3", {0, 2, 3})])
 def test_cpu_numbers(text, cpus):
     assert cpu_numbers(text) == cpus

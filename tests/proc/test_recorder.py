@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
 import msgspec
 import pytest
+from live import EMULATED
 
 from tests.core.build import assign, close, identity
 from tests.core.driver import Working
 from tests.wire.message_strategies import UNIONS
+from tetri.config import load
 from tetri.core import actions
 from tetri.core.actions import Detokenized, Exported, FromClient, LengthKnown, Send, Submitted
 from tetri.core.broker.delivery import Limits
@@ -19,6 +22,7 @@ from tetri.engine_request import EngineRequest, HiddenStateEstimate, Sampled, Sp
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
 from tetri.proc.recorder import (
+    FULL,
     KINDS,
     MAGIC,
     BrokerStart,
@@ -27,8 +31,10 @@ from tetri.proc.recorder import (
     RecordError,
     WorkerStart,
     framed,
+    full_records,
     raw,
     read,
+    recorded,
     value,
 )
 from tetri.proc.replay import records, replay
@@ -234,6 +240,33 @@ def test_a_disk_that_is_full_ends_the_record_and_not_the_core(tmp_path: Path, mo
         f"{tmp_path}/x.events: nothing more is recorded: No space left on device"
     ]
     assert replay(tmp_path / "x.events").ticks == 1
+
+
+def test_a_record_ends_at_its_size_and_is_right_up_to_there(tmp_path: Path, caplog):
+    core = Recorder(MONITOR.core(), MONITOR, tmp_path / "x.events", 4000)
+    for turn in range(200):
+        core.handle(report(f"w{turn % 3}"), 10.0 + turn)
+    (message,) = caplog.messages
+    assert message == f"{tmp_path}/x.events: nothing more is recorded: {FULL}"
+    assert 4000 <= (tmp_path / "x.events").stat().st_size < 5000
+    made = replay(tmp_path / "x.events")
+    assert made.difference is None and 1 < made.events < 200
+
+
+def test_all_records_of_a_process_count_for_its_size(tmp_path: Path, caplog):
+    config = load(EMULATED, [f"cluster.run_dir={tmp_path}", "cluster.record=true", "cluster.record_mib=1"])
+    folder = tmp_path / "record"
+    folder.mkdir()
+    for name, size in {"p0-1": 1 << 19, "p0-2": (1 << 19) - 1, "p01-1": 1 << 20}.items():
+        with open(folder / f"{name}.events", "wb") as file:
+            file.truncate(size)
+    assert full_records(config) == [f"p01 does not record events any more: {FULL}"]
+    with ExitStack() as stack:
+        core = recorded(MONITOR.core(), MONITOR, config, "p0", 3, stack)
+        assert [core.handle(report("w1"), 10.0 + turn) for turn in range(9)] and len(caplog.records) == 1
+    assert len(full_records(config)) == 2
+    assert replay(folder / f"p0-{3:016x}.events").events == 0
+    assert full_records(load(EMULATED, [f"cluster.run_dir={tmp_path}", "cluster.record_mib=1"])) == []
 
 
 def test_no_records_is_one_line(tmp_path: Path):

@@ -65,6 +65,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
         assert len(pressure.run(disturb)) >= 100
         wait_until(lambda: cluster.instances()["d0"]["state"] == "ready", "d0 is not back")
+        full = cluster.folder / "record" / "d9-0.events"
+        with full.open("wb") as file:
+            file.truncate(cluster.config.cluster.record_mib << 20)
+        notes = cluster.client().status()["notes"]
+        assert any(note.startswith("d9 does not record events any more") for note in notes), notes
+        full.unlink()
         cluster.stop()
         yield cluster.folder
 

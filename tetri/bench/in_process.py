@@ -13,6 +13,8 @@ from tetri.engine.base import EngineError
 from tetri.models import ModelError, find, weights_hash
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import shipped_for
+from tetri.proc.cpus import pin
+from tetri.strict import ConfigError
 
 
 @contextmanager
@@ -20,8 +22,8 @@ def on_one_core(program: str, cpu: int | None) -> Iterator[TextIO]:
     """Pin this process to `cpu`, by default the last one that it may use, and yield the stream for results. Errors of
     the engine and the predictor end the program with one line and exit status 2."""
     out = own_stdout()
-    with one_line(program, EngineError, ModelError, PredictError, OSError, status=2):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if cpu is None else cpu})
+    with one_line(program, ConfigError, EngineError, ModelError, PredictError, OSError, status=2):
+        pin(str(max(os.sched_getaffinity(0)) if cpu is None else cpu))
         yield out
 
 

@@ -21,8 +21,17 @@ class Text(click.types.StringParamType):
 
 TEXT = Text()
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-FILE = click.Path(dir_okay=False, path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class _Path(click.Path):
+    """A path that may begin with ~, which no shell expands in --out=~/FILE."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = _Path(dir_okay=False, path_type=Path)
+FOLDER = _Path(file_okay=False, path_type=Path)
 COUNT = click.IntRange(1)
 Overrides = tuple[str, ...]
 

@@ -54,7 +54,7 @@ def command(prompts: Path, out: Path, samples: int, limit: int | None, batch: in
     from tetri.predict.lengths import PredictError
 
     if how["cpus"] is not None:
-        from tetri.proc.build import pin  # slow to import
+        from tetri.proc.cpus import pin
 
         pin(how["cpus"])
     target = _target(how)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shlex
 import sys
 import time
@@ -108,12 +107,16 @@ class MeasuredEngine:
 
 
 def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> MeasuredEngine:
+    from tetri.control_groups import threads
     from tetri.proc import build
+    from tetri.proc.cpus import few_threads, pin
     from tetri.profile.measure import measure
     from tetri.profile.scenes import scenes
 
-    build.pin(config.workers[0].cpus)
-    cores = len(os.sched_getaffinity(0))
+    pin(config.workers[0].cpus)
+    cores = threads()
+    if config.engine.kind == "vllm" and (few := few_threads()) is not None:
+        click.echo(few, err=True)
     if cpu_time and (cores > 1 or config.engine.kind != "vllm"):
         # CPU time equals the time of a free core only if one thread does all the work of a step.
         raise click.UsageError("--cpu-time is for vLLM on one core: give it with --cpus N")

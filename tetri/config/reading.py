@@ -25,9 +25,9 @@ def default_path() -> Path:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `overrides`, "section.key=value" or "worker.IID.key=value". Raises ConfigError."""
-    where = str(path)
+    where, path = str(path), Path(os.path.expanduser(path))  # as in --conf=~/FILE, which no shell expands
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too many digits or too deep nesting
@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(tables, override)
     config = _config(tables, where)
-    config = _with_whole_paths(config, Path(path))
+    config = _with_whole_paths(config, path)
     for problem in contradictions(config):
         raise ConfigError(f"{where}: {problem}")
     return config
@@ -105,7 +105,7 @@ def _with_whole_paths(config: Config, path: Path) -> Config:
     """Make paths absolute, since the processes run in another folder: predictor.folder is relative to the current
     folder, engine.cost to the folder `cost` beside the configuration file."""
     if config.predictor.folder:
-        folder = os.path.abspath(os.path.expanduser(config.predictor.folder))
+        folder = os.path.abspath(config.predictor.folder)
         config = dataclasses.replace(config, predictor=dataclasses.replace(config.predictor, folder=folder))
     if not config.engine.cost:
         return config

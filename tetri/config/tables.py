@@ -12,18 +12,19 @@ from tetri.policy.length import ENDS
 from tetri.policy.pairing import TRANSPORTS
 from tetri.policy.rules import TABLES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.strict import REQUIRED, ConfigError, choice, number, text
+from tetri.strict import REQUIRED, ConfigError, choice, number, path, text
 
 _RULES = Rules()
 _FLIP = FlipSettings()
 CLUSTER_NAME = r"[a-z0-9-]{1,20}"
 _IID = r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}"  # worker processes are named by iid, beside these three
 LINKS = ("roce-200g", "nvlink")
-_CPUS = r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
+_CPUS = r"(\+?\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
 
 
 def _cpus() -> Any:
-    return text("", _CPUS, 'CPU numbers such as "0", "0-1" or "0,2"; "" pins nothing')
+    # As in numactl, + counts the CPUs that the process may use: "+0" is the first of them, whatever its number.
+    return text("", _CPUS, 'CPU numbers such as "0", "0-1" or "0,2", or "+0" for the first allowed; "" pins nothing')
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,20 @@ class ClusterConfig:
     """Settings of the whole deployment: its name, folder, key and timeouts."""
 
     name: str = text("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
-    run_dir: str = text("", r"[^\0]*", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
-    key: str = text("", r"[^\0]*", "a file made by tetri-cli keygen")  # the same file on all hosts
+    run_dir: str = path("", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
+    key: str = path("", "a file made by tetri-cli keygen")  # the same file on all hosts
     heartbeat_s: float = number(0.2, 0.01, 60, was="beat_s")
     dead_s: float = number(20.0, 0.1, 3600)  # a worker silent for so long is lost; must exceed the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # a request that no worker can take fails after this
     record: bool = False  # write events and actions of every core to <run_dir>/record, for tetri-cli sim replay
+    record_mib: int = number(1024, 1, 1 << 24)  # a process with so many MiB of records, old ones too, records no more
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerConfig:
     """Where clients connect, and how many requests may be open."""
 
-    clients: str = ""  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
+    clients: str = path("", "an address")  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
     max_open: int = number(4096, 1, 1 << 20)
     # Memory for all requests: each takes 4 KiB, 8 bytes a token of its prompt and 24 for each that it may generate.
     max_mib: int = number(1024, 1, 1 << 24)
@@ -78,7 +80,7 @@ class EngineConfig:
     kv_mib: int = number(1024, 1, 1 << 24)
     # The cost table: every prediction of time uses it, and an emulated engine takes its step times from it. A file in
     # the folder `cost` beside the configuration, or an absolute path; "": none (an emulated step takes no time).
-    cost: str = ""
+    cost: str = path("", "a file")
     stream_interval: int = number(1, 1, 1 << 20)  # output tokens of a request that one message carries
 
 
@@ -147,7 +149,7 @@ class PredictorConfig:
     # "auto": the predictors that exist for this model, or the prior if there is none (`status` shows why). A predictor
     # that is named here must exist.
     kind: str = choice("auto", "auto", "classifier", "hidden", "both", "prior")
-    folder: str = text("", r"[^\0]*", "a folder")  # made by tetri-cli predictor train; "": tetri's own for this model
+    folder: str = path("", "a folder")  # made by tetri-cli predictor train; "": tetri's own for this model
     # When the classifier runs: parallel to the main model in its own thread, or before the prefill.
     mode: str = choice("parallel", "parallel", "sequential")
 
@@ -243,9 +245,9 @@ def default_run_dir() -> Path:
 
 
 def cpu_numbers(text: str) -> frozenset[int]:
-    """The CPUs that a `cpus` value such as "0-1,4" names; empty for ""."""
+    """The numbers in a `cpus` value such as "0-1,4" or "+0-1"; empty for ""."""
     found: set[int] = set()
-    for part in filter(None, text.split(",")):
+    for part in filter(None, text.removeprefix("+").split(",")):
         first, _, last = part.partition("-")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)

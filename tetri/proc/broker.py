@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 import click
@@ -36,9 +36,10 @@ from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
+from tetri.proc.cpus import pin
 from tetri.proc.network import HubNetwork
 from tetri.proc.notes import completed, of_config, of_tokenizer
-from tetri.proc.recorder import BrokerStart, recorded
+from tetri.proc.recorder import BrokerStart, full_records, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
 from tetri.text import Stopper, Tokenizer
@@ -56,7 +57,7 @@ class ActionExecutor:
         self.network = HubNetwork(hub, logger)
         limits = core.limits
         self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
-        self.notes: list[str] = []  # degraded modes that the configuration and the model cause
+        self.notes: Callable[[], list[str]] = list  # degraded modes of which the core does not know
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -140,7 +141,7 @@ class ActionExecutor:
         """Send a reply to a client. Returns Undelivered if the client is gone or its queue is full."""
         message = action.message
         if isinstance(message, Status):
-            message = completed(message, self.notes, self.network, self.texts)
+            message = completed(message, self.notes(), self.network, self.texts)
         sent = "full" if action.client in self.stuck else self.hub.reply(action.client, message)
         if sent == "sent":
             return None
@@ -160,7 +161,7 @@ class ActionExecutor:
 
 def serve(config: Config, logger: logging.Logger) -> None:
     """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
-    build.pin(config.broker.cpus)
+    pin(config.broker.cpus)
     with build.locked_hub(config, "broker", logger) as (hub, signals, stack):
         texts = stack.enter_context(closing(Texts(command(config), hub.wake, config.broker.text_mib << 20, logger)))
         texts.start()
@@ -170,7 +171,8 @@ def serve(config: Config, logger: logging.Logger) -> None:
         start = start_of(config, epoch, model)
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, texts, logger)
-        executor.notes = [*of_config(config, logger), *of_tokenizer(tokenizer, logger)]
+        lasting = [*of_config(config, logger), *of_tokenizer(tokenizer, logger)]
+        executor.notes = lambda: [*lasting, *full_records(config)]
         texts.ready()
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import click
 
 from tetri import cost, terminal
-from tetri.config import Config, cpu_numbers, default_path
+from tetri.config import Config, default_path
 from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
 from tetri.cost import CostError
@@ -320,14 +319,3 @@ def limits_of_model(config: Config) -> tuple[int, int]:
 
     context, vocabulary = shape(Path(find(config.model.name)))
     return min(config.model.context or context, context), vocabulary
-
-
-def pin(cpus: str) -> None:
-    """Keep this process on its CPUs, before any library counts them. Raises ConfigError."""
-    wanted = cpu_numbers(cpus)
-    if not wanted:
-        return
-    missing = wanted - set(range(os.cpu_count() or 1))
-    if missing:
-        raise ConfigError(f"cpus = {cpus!r}: this machine has no CPU {min(missing)}")
-    os.sched_setaffinity(0, wanted)

@@ -29,7 +29,7 @@ from tetri.net import descriptors
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import open_files, predictor, run_directory
+from tetri.proc import cpus, open_files, predictor, run_directory
 from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir, commands
 from tetri.strict import ConfigError
 
@@ -51,7 +51,7 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
         supervisor.try_socket()
-        for short in _shortages(config):
+        for short in (*_shortages(config), *cpus.shortages(config)):
             report(f"warning: {short}")
         atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
@@ -144,6 +144,7 @@ def _checked(config: Config) -> Config:
     ModelError."""
     check_run_dir(config)
     predictor.check(config)
+    cpus.check(config)
     if config.engine.kind == "emulated":
         return config
     folder = models.find(config.model.name)

@@ -16,6 +16,7 @@ from tetri.config import Config
 from tetri.core.actions import BROKER, Action, Broken, Publish, Send
 from tetri.net.loop import run
 from tetri.proc import build
+from tetri.proc.cpus import pin
 from tetri.proc.network import HubNetwork, polled
 from tetri.proc.recorder import MonitorStart, recorded
 from tetri.wire.messages import FlipWanted, LoadReport
@@ -39,7 +40,7 @@ def carry_out(network: HubNetwork, logger: logging.Logger, actions: Sequence[Act
 
 def serve(config: Config, logger: logging.Logger) -> None:
     """Run the process: lock the run directory, bind the sockets, loop until a signal, clean up."""
-    build.pin(config.monitor.cpus)
+    pin(config.monitor.cpus)
     with build.locked_hub(config, NAME, logger) as (hub, signals, stack):
         start = start_of(config)
         core = recorded(start.core(), start, config, NAME, start.epoch, stack)

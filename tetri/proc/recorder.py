@@ -1,7 +1,7 @@
 """Records the inputs and actions of a core in a file, for `tetri-cli sim replay`.
 
-With `[cluster] record = true`, every process writes `<run_dir>/record/<name>-<incarnation>.events`. The replay feeds
-the same events to fresh cores, which must return the same actions.
+With `[cluster] record = true`, every process writes `<run_dir>/record/<name>-<incarnation>.events`, until all files of
+its name have `record_mib` MiB. The replay feeds the same events to fresh cores, which must return the same actions.
 
 The file: `tetri-events 1\\n`, then records of four bytes length (big endian) and one MessagePack value. The first
 record has what the core was built from; each other record has one call: its verb, the time, the event, the actions.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from io import FileIO
@@ -36,6 +37,7 @@ from tetri.wire import clients, events, handover, messages
 
 MAGIC = b"tetri-events 1\n"
 MAX_BYTES = 64 << 20  # of one record
+FULL = "its records have reached cluster.record_mib: move them away before the next start"
 C = TypeVar("C")
 
 # Every type of an event or an action, by its name.
@@ -123,23 +125,24 @@ class Verbs(Protocol):
 
 
 class Recorder:
-    """Wraps a core and records its inputs and actions. All other attributes are those of the core."""
+    """Wraps a core and records its inputs and actions, until `most` bytes are written. All other attributes are those
+    of the core."""
 
-    def __init__(self, core: Verbs, start: Start, path: Path) -> None:
-        self._core, self._path = core, path
+    def __init__(self, core: Verbs, start: Start, path: Path, most: int = 1 << 30) -> None:
+        self._core, self._path, self._left = core, path, most
         path.parent.mkdir(mode=0o700, exist_ok=True)
         # Not buffered, so that the file is complete when the process is killed.
         self._file: FileIO | None = FileIO(path, "xb")
-        self._file.write(MAGIC + framed(_encoder.encode(start)))
+        self._write(MAGIC + framed(_encoder.encode(start)))
 
     def handle(self, event: Any, now: float) -> Sequence[Any]:
         answered = self._core.handle(event, now)
-        self._write(RecordedCall("handle", now, [raw(event)], list(map(raw, answered))))
+        self._record("handle", now, [event], answered)
         return answered
 
     def tick(self, now: float) -> Sequence[Any]:
         answered = self._core.tick(now)
-        self._write(RecordedCall("tick", now, [], list(map(raw, answered))))
+        self._record("tick", now, [], answered)
         return answered
 
     def __getattr__(self, name: str) -> Any:
@@ -150,18 +153,25 @@ class Recorder:
             self._file.close()
             self._file = None
 
-    def _write(self, call: RecordedCall) -> None:
-        """Append a call. A failed write ends the record, not the process; the record is valid up to there."""
-        if self._file is None:
-            return
-        data = framed(_encoder.encode(call))
+    def _record(self, verb: str, now: float, event: list[Any], answered: Sequence[Any]) -> None:
+        if self._file is not None:
+            call = RecordedCall(verb, now, list(map(raw, event)), list(map(raw, answered)))
+            self._write(framed(_encoder.encode(call)))
+
+    def _write(self, data: bytes) -> None:
+        """Append data. A full record or a failed write ends the record, not the process; the record is valid up to
+        there."""
+        assert self._file is not None
+        why = None
         try:
-            written = self._file.write(data)
+            if self._file.write(data) != len(data):
+                why = "no space left"
         except OSError as error:
-            written, why = 0, error.strerror or str(error)
-        else:
-            why = "no space left"
-        if written != len(data):
+            why = error.strerror or str(error)
+        self._left -= len(data)
+        if why is None and self._left <= 0:
+            why = FULL
+        if why is not None:
             logging.getLogger("tetri.record").error("%s: nothing more is recorded: %s", self._path, why)
             self.close()
 
@@ -170,9 +180,28 @@ def recorded(core: C, start: Start, config: Config, name: str, incarnation: int,
     """Return `core`, wrapped in a recorder if the configuration asks for records."""
     if not config.cluster.record:
         return core
-    recorder = Recorder(cast(Verbs, core), start, config.run_dir / "record" / f"{name}-{incarnation:016x}.events")
+    folder = config.run_dir / "record"
+    left = (config.cluster.record_mib << 20) - _sizes(folder)[name]
+    recorder = Recorder(cast(Verbs, core), start, folder / f"{name}-{incarnation:016x}.events", left)
     stack.callback(recorder.close)
     return cast(C, recorder)
+
+
+def full_records(config: Config) -> list[str]:
+    """A line for each process that does not record any more, since its records have reached their size."""
+    if not config.cluster.record:
+        return []
+    sizes = _sizes(config.run_dir / "record")
+    names = sorted(name for name, size in sizes.items() if size >= config.cluster.record_mib << 20)
+    return [f"{name} does not record events any more: {FULL}" for name in names]
+
+
+def _sizes(folder: Path) -> Counter[str]:
+    """Bytes of all records by the process's name."""
+    found = Counter[str]()
+    for path in folder.glob("*.events"):
+        found[path.name.rpartition("-")[0]] += path.stat().st_size
+    return found
 
 
 def raw(value: Any) -> tuple[str, msgspec.Raw]:

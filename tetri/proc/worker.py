@@ -27,6 +27,7 @@ from tetri.net.loop import run
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
 from tetri.proc import build
+from tetri.proc.cpus import few_threads, pin
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
 from tetri.proc.notes import of_config
@@ -70,7 +71,9 @@ def executor_of(
 def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None:
     """Run the process: build the parts, connect, loop until a signal, clean up. `broker`: the broker's address for
     worker events."""
-    build.pin(config.worker(iid).cpus)
+    pin(config.worker(iid).cpus)
+    if config.engine.kind == "vllm" and (few := few_threads()) is not None:
+        logger.warning("%s", few)
     predicts = config.policy.length == "trained"
     if predicts:  # numpy comes with it
         from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of

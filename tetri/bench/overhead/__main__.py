@@ -6,7 +6,6 @@ Both engines stay loaded on the same core and compute in turns, one at a time.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from tetri.bench.overhead.direct import Direct
 from tetri.bench.overhead.live import Live
 from tetri.bench.overhead.measure import steady, summary
 from tetri.bench.report import BenchError, Program, as_json, conf, give, one_line, overrides, progress, table
-from tetri.config import Config, cpu_numbers, default_path
+from tetri.config import Config, default_path
 from tetri.models import find
 from tetri.proc.build import limits_of_model
+from tetri.proc.cpus import chosen, listed, pin
 from tetri.text import load_tokenizer
 
 TEXT = REPOSITORY / "LICENSE"
@@ -80,21 +80,21 @@ def configure(conf: Path, overrides: tuple[str, ...], folder: Path) -> Config:
 def measure(config: Config, folder: Path, work: Load) -> dict[str, Any]:
     """Load both sides, run all rounds and return the summary. Raises BenchError and the errors of EXPECTED."""
     prefill, decode = (next(w for w in config.workers if w.role == role) for role in ("prefill", "decode"))
-    if not decode.cpus.isdecimal():
+    own = chosen(decode.cpus)
+    if len(own) != 1:
         raise BenchError(f"worker {decode.iid} must be pinned to one CPU, so that plain vLLM can have the same")
     model = find(config.model.name)
     ids = load_tokenizer(model).encode(TEXT.read_text(encoding="utf-8"))
     most = limits_of_model(config)[0] - work.prompt_tokens
     prompts = [ids[(start := 16 * i) : start + work.prompt_tokens] for i in range(work.requests)]
     with ExitStack() as stack:
-        progress(f"loading plain vLLM on CPU {decode.cpus} and the live cluster")
-        direct = Direct(settings(config, model), int(decode.cpus), folder / "direct.log")
+        progress(f"loading plain vLLM on {listed([*own])} and the live cluster")
+        direct = Direct(settings(config, model), min(own), folder / "direct.log")
         stack.callback(direct.close)
         live = Live(config, progress)
         stack.callback(live.close)
         direct.wait_ready()
-        if prefill.cpus:
-            os.sched_setaffinity(0, cpu_numbers(prefill.cpus))  # for the client
+        pin(prefill.cpus)  # for the client
         direct.run(prompts, 16)  # warm-up
         live.run(prompts, 16)
         measured = []

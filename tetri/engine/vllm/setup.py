@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetri import control_groups, models
 from tetri.engine.base import EngineError, check_budget
 from tetri.instance import Fingerprint
 from tetri.kv.cuda.runtime import Device
@@ -24,14 +26,16 @@ GPU_SHARE = 0.01
 
 def prepare_environment() -> int:
     """Set vLLM's environment variables. Call it before vLLM is imported. Returns the number of threads: one per core
-    that this process may use."""
-    cores = len(os.sched_getaffinity(0))
+    that this process may use, as far as its control groups allow. Raises ModelError for a user without a home."""
+    threads = control_groups.threads()
+    models.lend_home()
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process
         VLLM_USE_V2_MODEL_RUNNER="0",  # V2 has another interface for logits processors and for preemption
         VLLM_CPU_ATTN_SPLIT_KV="0",  # splitting KV over threads changes bits with their number
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # the parent process has pinned this process
-        OMP_NUM_THREADS=str(cores),
+        OMP_NUM_THREADS=str(threads),
+        GLOO_SOCKET_IFNAME="lo",  # else gloo looks up the name of the host, which may be a number or unknown
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -39,7 +43,7 @@ def prepare_environment() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # vLLM's older setting for kv_cache_memory_bytes would override ours.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return cores
+    return threads
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class VllmSettings:
 
 def engine_config(settings: VllmSettings, *, serving: bool = True) -> Any:
     """vLLM's configuration. Without `serving`, vLLM's own scheduler writes whole texts. Raises EngineError when vLLM
-    cannot serve the checkpoint or the KV space is too small."""
+    cannot run here, cannot serve the checkpoint, or the KV space is too small."""
+    _check_loopback()
     from vllm.engine.arg_utils import EngineArgs
 
     _check_build(settings.gpu)
@@ -124,6 +129,16 @@ def _requests() -> dict[str, Any]:
             kv_connector="BlockConnector", kv_connector_module_path="tetri.engine.vllm.connector", kv_role="kv_both"
         ),
     }
+
+
+def _check_loopback() -> None:
+    """Raises EngineError without a loopback interface: even for one process, gloo binds a socket to it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("127.0.0.1", 9))  # sends nothing
+        except OSError as error:
+            why = f"127.0.0.1 cannot be reached ({error.strerror})"
+            raise EngineError(f"vLLM needs the loopback interface, and {why}: run ip link set lo up") from None
 
 
 def _check_build(gpu: bool) -> None:
