@@ -26,7 +26,7 @@ PACKAGES = {
     "request": package("", "msgspec"),  # its records cross the wire
     "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
-    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log"), package("")),
+    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log", "private"), package("")),
     "control_tokens": package("", ""),
     "text": package("request control_tokens", "tokenizers jinja2"),
     "models": package("atomic", "torch transformers accelerate gguf xxhash"),
@@ -35,8 +35,8 @@ PACKAGES = {
     "cost": package("engine_request strict"),
     "config": package("request policy strict faults"),
     "core": package("request instance engine_request cost policy wire"),
-    "net": package("wire log", "zmq msgspec"),
-    "kv": package("request instance policy wire net log faults", "numpy xxhash cupy nixl"),
+    "net": package("wire log private", "zmq msgspec"),
+    "kv": package("request instance policy wire net log faults private", "numpy xxhash cupy nixl"),
     "engine": package("request instance engine_request cost kv log", "numpy xxhash torch vllm cupy"),
     "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
     "profile": package("request instance cost engine", "numpy"),
@@ -47,7 +47,7 @@ PACKAGES = {
     ),
     "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm"),
     "executor": package("core engine kv engine_request request instance wire"),
-    "client": package("request config strict clock", "zmq msgpack"),
+    "client": package("request config strict clock private", "zmq msgpack"),
     "proc": package(EVERYTHING, "click msgspec supervisor"),
     "cli": package(EVERYTHING, "click rich"),
     "__init__": package("client"),

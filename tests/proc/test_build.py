@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import click
 import pytest
 
 from tetri.config import load
@@ -173,3 +176,24 @@ def test_an_emulated_engine_ends_its_process_when_it_computes_the_token_that_say
 def test_special_tokens_in_prompts_are_a_setting(value, count):
     config = load(DEFAULT, [f"model.special_tokens_in_prompt={value}"])
     assert len(build.tokenizer(config).encode("<|im_end|>")) == count
+
+
+@pytest.mark.parametrize("entry", ["folder", "link"])
+def test_a_program_uses_a_run_directory_of_its_own_user_only(tmp_path, monkeypatch, capsys, entry):
+    folder, owner = tmp_path / "folder", os.geteuid()
+    folder.mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(folder)
+    command = click.command()(build.configured("tetri-x")(lambda config: click.echo(config.cluster.name)))
+    arguments = ["--conf", str(EMULATED), "--set", "cluster.name=mine", "--set", f"cluster.run_dir={tmp_path}/"]
+
+    def run(name):
+        with pytest.raises(SystemExit) as ended:
+            command([*arguments[:-1], arguments[-1] + name])
+        return ended.value.code, *capsys.readouterr()
+
+    if entry == "folder":
+        assert run("folder") == (0, "mine\n", "") and stat.S_IMODE(folder.stat().st_mode) == 0o700
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    status, out, err = run(entry)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"tetri-x: {tmp_path}/{entry}: " + ("is a link" if entry == "link" else "belongs to another"))

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Turns every expected error into one line on stderr and an exit status."""
     from tetri.client import BadRequest, TetriError, Unreachable
     from tetri.models import ModelError
+    from tetri.private import PrivateError
     from tetri.proc.supervise import LaunchError
     from tetri.strict import ConfigError
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _failed(str(error), USAGE)
     except Unreachable as error:
         status = _failed(str(error), UNREACHABLE)
-    except (TetriError, LaunchError) as error:
+    except (TetriError, LaunchError, PrivateError) as error:
         status = _failed(str(error), FAILED)
     except (KeyboardInterrupt, click.Abort):
         status = _failed("interrupted", INTERRUPTED)
