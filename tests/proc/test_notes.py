@@ -13,7 +13,7 @@ from live import EMULATED
 from tetri.config import load
 from tetri.net.hub import Hub
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import NO_COST, completed, of_config
+from tetri.proc.notes import NO_ACCESS_CONTROL, NO_COST, completed, of_config
 from tetri.proc.texts import Texts
 from tetri.wire.clients import Status
 
@@ -24,6 +24,12 @@ def test_step_times_that_nobody_measured_are_a_note_and_a_line_in_the_log(caplog
     assert of_config(load(EMULATED, ["engine.cost="]), LOG) == [NO_COST] and caplog.messages == [NO_COST]
     caplog.clear()
     assert of_config(load(EMULATED, ["engine.cost=cpu-smollm2.toml"]), LOG) == [] and caplog.messages == []
+
+
+def test_a_path_without_access_control_is_a_note() -> None:
+    overrides = ["engine.cost=cpu-smollm2.toml", "transfer.transport="]
+    found = {path: of_config(load(EMULATED, [*overrides[:1], overrides[1] + path]), LOG) for path in ("stream", "nixl")}
+    assert found == {"stream": [], "nixl": [NO_ACCESS_CONTROL]}
 
 
 def test_a_status_has_what_the_brokers_sockets_counted() -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import signal
 import socket
-import stat
 import threading
 import time
 import tomllib
@@ -22,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tetri import atomic, models
+from tetri import atomic, models, private
 from tetri.client import Client, Unreachable
 from tetri.config import CLUSTER_NAME, Config, dump, load
 from tetri.kv.shm import sweep
-from tetri.net import descriptors
+from tetri.net import descriptors, keys
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
@@ -35,7 +33,7 @@ from tetri.proc.supervise import LaunchError, Program, Supervisor, commands
 from tetri.strict import ConfigError
 
 Report = Callable[[str], None]
-CONF, STATE = "cluster.toml", "cluster.json"
+CONF, STATE, KEY = "cluster.toml", "cluster.json", "kv.key"
 LOG_LINES = 8  # log lines of a failing program that the error shows
 CONFIG_EXIT = 2  # exit status of a program whose configuration is wrong: a restart does not help
 
@@ -53,6 +51,7 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         _check_port(config)
         for short in _shortages(config):
             report(f"warning: {short}")
+        config = _with_key(config, run_dir / KEY)
         atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
         try:
@@ -73,7 +72,7 @@ def down(run_dir: Path, report: Report = lambda text: None) -> bool:
     """Stop the deployment; only logs and records stay. Returns whether anything ran. Raises LaunchError."""
     if not run_dir.is_dir():
         return False
-    with _locked(run_dir):
+    with _locked(_private(run_dir)):
         supervisor = Supervisor(run_dir)
         ran = supervisor.pid() is not None or bool(supervisor.alive())
         _end(run_dir, report)
@@ -85,7 +84,7 @@ def _end(run_dir: Path, report: Report) -> None:
     name, clients = _written(run_dir / CONF)  # read after the stop: a damaged file must not prevent it
     if name:
         sweep(name)
-    for path in (run_dir / STATE, run_dir / "supervisord.pid"):
+    for path in (run_dir / STATE, run_dir / KEY, run_dir / "supervisord.pid"):
         path.unlink(missing_ok=True)
     elsewhere = [Path(clients.removeprefix("ipc://"))] if clients.startswith("ipc://") else []
     for path in {*run_dir.iterdir(), *elsewhere}:
@@ -153,15 +152,23 @@ def _checked(config: Config) -> Config:
 def _private(run_dir: Path) -> Path:
     """Make the run directory if needed; only its owner may use it. Raises LaunchError."""
     try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = run_dir.stat()
-    except OSError as error:
-        raise LaunchError(f"{run_dir}: cannot be the run directory: {error.strerror}") from None
-    if facts.st_uid != os.getuid():
-        raise LaunchError(f"{run_dir} belongs to another user: set another cluster.run_dir")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
-        run_dir.chmod(0o700)
+        private.make_folder(run_dir)
+    except private.PrivateError as error:
+        raise LaunchError(str(error)) from None
     return run_dir
+
+
+def _with_key(config: Config, own: Path) -> Config:
+    """Name a key file: `own`, with a new key, if the configuration names no other. KV over TCP needs it. Raises
+    LaunchError."""
+    own.unlink(missing_ok=True)  # left by a deployment that was not stopped
+    if config.cluster.key not in ("", str(own)):
+        return config
+    try:
+        keys.generate(str(own))
+    except NetError as error:
+        raise LaunchError(str(error)) from None
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, key=str(own)))
 
 
 def _check_port(config: Config) -> None:
