@@ -26,6 +26,7 @@ from forks import Program
 
 from tetri.client import AsyncClient, Client, Operator, Result
 from tetri.config import Config, load
+from tetri.net import keys
 
 REPOSITORY = Path(__file__).parent.parent
 EMULATED = REPOSITORY / "conf" / "emulated.toml"
@@ -53,7 +54,9 @@ class LiveCluster:
         # pytest's own folders may have paths too long for a Unix socket
         self.folder = folder = Path(tempfile.mkdtemp(prefix="tetri-", dir="/tmp"))
         self.name = f"t{os.getpid()}-{os.urandom(3).hex()}"
-        self.overrides = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", *overrides]
+        keys.generate(str(folder / "kv.key"))
+        own = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", f"cluster.key={folder}/kv.key"]
+        self.overrides = [*own, *overrides]
         self.conf = conf
         self.config: Config = load(conf, self.overrides)
         self.processes: dict[str, subprocess.Popen[bytes] | Program] = {}
@@ -183,5 +186,5 @@ class LiveCluster:
         self.processes.clear()
         if not self.killed:
             assert self.segments() == []
-            left = [p.name for p in self.folder.iterdir() if p.suffix not in (".log", ".lock")]
+            left = [p.name for p in self.folder.iterdir() if p.suffix not in (".log", ".lock", ".key")]
             assert left == (["record"] if self.config.cluster.record else [])

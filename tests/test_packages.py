@@ -26,7 +26,9 @@ PACKAGES = {
     "request": package("", "msgspec"),  # its records cross the wire
     "instance": package("request", "msgspec"),  # crosses the wire too
     "engine_request": package("request"),
-    **dict.fromkeys(("strict", "atomic", "clock", "faults", "metrics", "log", "control_groups"), package("")),
+    **dict.fromkeys(
+        ("strict", "atomic", "clock", "faults", "metrics", "log", "control_groups", "private"), package("")
+    ),
     "control_tokens": package("", ""),
     "terminal": package("", "click"),
     "outputs": package("atomic", "click matplotlib"),
@@ -37,8 +39,8 @@ PACKAGES = {
     "cost": package("engine_request strict"),
     "config": package("request policy strict faults"),
     "core": package("request instance engine_request cost policy wire"),
-    "net": package("wire log", "zmq msgspec"),
-    "kv": package("request instance policy wire net log faults", "numpy xxhash cupy nixl"),
+    "net": package("wire log private", "zmq msgspec"),
+    "kv": package("request instance policy wire net log faults private", "numpy xxhash cupy nixl"),
     "engine": package(
         "request instance engine_request cost kv log models control_groups", "numpy xxhash torch vllm cupy"
     ),
@@ -51,7 +53,7 @@ PACKAGES = {
     ),
     "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm"),
     "executor": package("core engine kv engine_request request instance wire"),
-    "client": package("request config strict clock", "zmq msgpack"),
+    "client": package("request config strict clock private", "zmq msgpack"),
     "proc": package(EVERYTHING, "click msgspec supervisor"),
     "cli": package(EVERYTHING, "click rich"),
     "__init__": package("client"),

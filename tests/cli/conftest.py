@@ -16,7 +16,7 @@ def place(tmp_path, monkeypatch):
     """An empty run directory, which the environment names."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("TETRI_CONF", raising=False)
-    (tmp_path / "tetri").mkdir()
+    (tmp_path / "tetri").mkdir(mode=0o700)
     return tmp_path / "tetri"
 
 

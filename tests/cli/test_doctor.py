@@ -74,6 +74,14 @@ def test_nothing_at_all_is_healthy(doctor):
     assert doctor() == (0, "no segments\nnothing is wrong\n")
 
 
+def test_a_run_directory_that_others_may_enter_is_not_trusted(run, place):
+    (place / "cluster.toml").write_text('[cluster]\nname = "theirs"\n')
+    place.chmod(0o755)
+    for named in ([], ["--set", f"cluster.run_dir={place}"]):
+        status, out, err = run("doctor", *named)
+        assert (status, out, err) == (1, "", f"tetri-cli: {place}: other users may enter this folder: chmod 700 it\n")
+
+
 def test_a_living_worker_is_shown_with_every_slot_in_use(doctor, slab):
     handle, _ = slab.put(2, NOTHING, "p:r1:1")
     status, out = doctor()

@@ -56,7 +56,7 @@ def test_the_address_is_that_of_operators_in_the_run_directory(tmp_path, monkeyp
     monkeypatch.delenv("TETRI_CONF", raising=False)
     with pytest.raises(Unreachable, match="run tetri-cli up"):
         Operator()
-    (tmp_path / "tetri").mkdir()
+    (tmp_path / "tetri").mkdir(mode=0o700)
     with FakeBroker(lambda m: [STATUS]) as broker:
         state = {"clients": "ipc:///nowhere", "operators": broker.address}
         (tmp_path / "tetri" / "cluster.json").write_text(json.dumps(state))

@@ -99,7 +99,7 @@ def test_a_segment_whose_name_others_remove_is_read_as_before(world, pair, tmp_p
     assert sender.store.counters() == {}
 
 
-def test_sweep_removes_the_dead_and_only_them(slab, tmp_path):
+def test_sweep_removes_the_dead_and_only_them(slab, tmp_path, monkeypatch):
     folder = str(tmp_path)
     dead = ShmSlab("test", "p0", SLOTS, BLOCK, directory=folder).segment.name
     (tmp_path / "tetri-test-not-one-of-ours").touch()
@@ -107,6 +107,9 @@ def test_sweep_removes_the_dead_and_only_them(slab, tmp_path):
     assert sweep("test", directory=folder) == []
     end(dead)
     assert [sweep(*words, directory=folder) for words in (("other",), ("test", "d0"), ("te.t",))] == [[]] * 3
+    with monkeypatch.context() as other:  # /dev/shm is everybody's
+        other.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert sweep("test", "p0", directory=folder) == []
     assert sweep("test", "p0", directory=folder) == [dead]
     left = ["tetri-test-not-one-of-ours", "unrelated", slab.segment.name]
     assert sorted(os.listdir(folder)) == sorted(left)

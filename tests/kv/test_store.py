@@ -11,6 +11,7 @@ from live import wait_until
 from tests.kv.parties import block
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import KVError, KVLost, Wanted
+from tetri.net import keys
 from tetri.policy import pairing
 
 
@@ -70,12 +71,14 @@ def test_an_unknown_transport_is_one_line_that_names_the_known():
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("tetri-test-store-")], "nothing is left"
 
 
-def test_what_a_path_counts_is_named_after_it(store):
+def test_what_a_path_counts_is_named_after_it(store, tmp_path):
     """Of the stream, which has two threads that count; shared memory counts nothing."""
     assert store.counters() == {}
-    stranger = zmq.Context()
-    with closing(open_store(StoreSettings("test-store", "d0", 2, 100, "stream"))) as streaming, stranger:
+    stranger, key = zmq.Context(), str(tmp_path / "key")
+    keys.generate(key)
+    with closing(open_store(StoreSettings("test-store", "d0", 2, 100, "stream", key=key))) as streaming, stranger:
         socket = stranger.socket(zmq.DEALER)
+        keys.introduce(socket, keys.load(key))
         socket.connect(streaming.reach.address)
         socket.send(b"nonsense")
         counted = {"stream_served_garbage_version": 1}

@@ -1,5 +1,6 @@
 """The file of a deployment's key. tests/net/test_bulk.py has who gets in with it."""
 
+import os
 import stat
 
 import pytest
@@ -33,3 +34,17 @@ def test_what_is_no_key_is_one_line(tmp_path):
         keys.load(str(tmp_path / "missing"))
     with pytest.raises(NetError, match="is no key"):
         keys.load("/dev/null")
+
+
+def test_another_users_key_is_refused(tmp_path, monkeypatch):
+    path = str(tmp_path / "key")
+    keys.generate(path)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(NetError, match=rf"belongs to another user \(uid {owner}\)"):
+        keys.load(path)
+
+
+def test_without_a_name_it_says_how_to_make_a_key():
+    with pytest.raises(NetError, match="needs a key: make one with tetri-cli keygen, and set cluster.key"):
+        keys.load("")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import live
@@ -58,7 +59,7 @@ def up(config, said=None, wait_s=GIVEN_UP_S):
 def nothing_left(run_dir, name):
     assert Supervisor(run_dir).started() == [] and Supervisor(run_dir).pid() is None
     assert [path.name for path in run_dir.glob("*") if path.is_socket()] == []
-    assert not (run_dir / "cluster.json").exists()
+    assert not {"cluster.json", "kv.key"} & {path.name for path in run_dir.glob("*")}
     assert [segment for segment in os.listdir("/dev/shm") if f"-{name}-" in segment] == []
 
 
@@ -69,7 +70,7 @@ def test_up_serves_and_down_leaves_nothing(deployment):
     assert time.monotonic() - began < GIVEN_UP_S
     assert {"p0 (prefill) is ready", "d0 (decode) is ready", "monitor (the loads of all) is ready"} < set(said)
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
-    assert load(run_dir / "cluster.toml") == config
+    assert load(run_dir / "cluster.toml") == replace(config, cluster=replace(config.cluster, key=f"{run_dir}/kv.key"))
     state = json.loads((run_dir / "cluster.json").read_text())
     assert set(state["pids"]) == {"supervisord", "broker", "monitor", "p0", "d0"}
     with Client(address_in(run_dir), timeout=10) as client:
@@ -94,7 +95,7 @@ def test_a_removed_run_directory_and_a_killed_worker_come_back(deployment):
         live.wait_until(lambda: found(run_dir), "clients find nothing")
         comes_back(run_dir, pids["d0"])
         assert early.generate("hello", max_tokens=3).receipt.decode_instance == "d0"
-    assert load(run_dir / "cluster.toml") == config
+    assert load(run_dir / "cluster.toml") == replace(config, cluster=replace(config.cluster, key=f"{run_dir}/kv.key"))
     assert "ready to serve" in (run_dir / "log" / "d0.log").read_text()
     with pytest.raises(LaunchError, match=r"already up \(pid \d+\), run tetri-cli down first"):
         up(config)
@@ -310,6 +311,20 @@ def test_run_directories_that_cannot_be(deployment, tmp_path):
     loose = deployment().run_dir
     loose.mkdir(mode=0o755)
     assert stat.S_IMODE(launch._private(loose).stat().st_mode) == 0o700
+    (tmp_path / "link").symlink_to(loose)
+    for act in (up, lambda config: launch.down(config.run_dir)):
+        with pytest.raises(LaunchError, match="link: is a link: name the folder itself"):
+            act(deployment(f"cluster.run_dir={tmp_path}/link"))
+
+
+def test_another_users_run_directory_is_left_alone(deployment, monkeypatch):
+    config, owner = deployment(), os.geteuid()
+    config.run_dir.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    for act in (up, lambda config: launch.down(config.run_dir)):
+        with pytest.raises(LaunchError, match=r"belongs to another user \(uid \d+\): set cluster\.run_dir"):
+            act(config)
+    assert os.listdir(config.run_dir) == []
 
 
 def test_a_relative_model_folder_becomes_absolute(deployment, tmp_path, monkeypatch):
@@ -407,3 +422,19 @@ def test_logs_of_earlier_runs_stay_and_are_bounded(tmp_path):
     assert len(kept) == 16 + 3
     log.write_text("after a rotation\n")
     assert supervisor.output("p0") == ["after a rotation"] and supervisor.output("d0") == []
+
+
+def test_kv_over_tcp_has_a_key_of_its_own_at_each_start(deployment):
+    config = deployment("transfer.transport=stream")
+    run_dir, key = up(config), config.run_dir / "kv.key"
+    first = key.read_bytes()
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    with Client(address_in(run_dir), timeout=10) as client:
+        assert client.generate("hello", max_tokens=3).receipt.transport == "stream"
+    assert launch.down(run_dir) and not key.exists()
+    key.write_text("left by a deployment that was not stopped\n")
+    written = load(run_dir / "cluster.toml")
+    named = launch._with_key(written, key)
+    assert named == written and key.read_bytes() not in (b"", first)
+    other = replace(config, cluster=replace(config.cluster, key="/a/file"))
+    assert launch._with_key(other, key) == other and not key.exists()

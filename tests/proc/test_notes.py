@@ -13,7 +13,7 @@ from live import EMULATED
 from tetri.config import load
 from tetri.net.hub import Hub
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import NO_COST, completed, of_config, of_tokenizer
+from tetri.proc.notes import NO_ACCESS_CONTROL, NO_COST, completed, of_config, of_tokenizer
 from tetri.proc.texts import Texts
 from tetri.text import ByteTokenizer
 from tetri.wire.clients import Status
@@ -33,6 +33,12 @@ def test_a_chat_template_that_cannot_be_used_is_a_note_and_a_line_in_the_log(cap
     tokenizer.template_problem = "the chat template cannot be used: why"
     line = "messages are refused: the chat template cannot be used: why"
     assert of_tokenizer(tokenizer, LOG) == [line] and caplog.messages == [line]
+
+
+def test_a_path_without_access_control_is_a_note() -> None:
+    overrides = ["engine.cost=cpu-smollm2.toml", "transfer.transport="]
+    found = {path: of_config(load(EMULATED, [*overrides[:1], overrides[1] + path]), LOG) for path in ("stream", "nixl")}
+    assert found == {"stream": [], "nixl": [NO_ACCESS_CONTROL]}
 
 
 def test_a_status_has_what_the_brokers_sockets_counted() -> None:

@@ -8,7 +8,7 @@ import stat
 import pytest
 from live import wait_until
 
-from tetri.net import NetError
+from tetri.private import PrivateError
 from tetri.proc import run_directory
 from tetri.proc.supervise import Supervisor
 
@@ -99,6 +99,6 @@ def test_what_cannot_be_made_is_logged_once_and_made_later(run_dir, started, cap
 
 def test_a_directory_of_another_user_is_refused(run_dir, monkeypatch):
     run_dir.mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: run_dir.stat().st_uid + 1)
-    with pytest.raises(NetError, match="run belongs to another user"), run_directory.kept(run_dir, LOG):
+    monkeypatch.setattr(os, "geteuid", lambda: run_dir.stat().st_uid + 1)
+    with pytest.raises(PrivateError, match="run: belongs to another user"), run_directory.kept(run_dir, LOG):
         pass

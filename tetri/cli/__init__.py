@@ -61,6 +61,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     """Run the command line and return the exit status. Raises OSError."""
     from tetri.client import BadRequest, TetriError, Unreachable
     from tetri.models import ModelError
+    from tetri.private import PrivateError
     from tetri.proc.supervise import LaunchError
     from tetri.strict import ConfigError
 
@@ -77,7 +78,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _failed(str(error), USAGE)
     except Unreachable as error:
         return _failed(str(error), UNREACHABLE)
-    except (TetriError, LaunchError) as error:
+    except (TetriError, LaunchError, PrivateError) as error:
         return _failed(str(error), FAILED)
     except (KeyboardInterrupt, click.Abort):
         return _failed("interrupted", INTERRUPTED)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetri import terminal
+from tetri import private, terminal
 from tetri.cli.options import Overrides, deployment_options, json_option, seconds_option
 
 if TYPE_CHECKING:
@@ -77,17 +77,21 @@ def _configuration(conf: Path | None, overrides: Sequence[str]) -> str | Path:
     named = conf or os.environ.get("TETRI_CONF")
     started = default_run_dir() / CONF
     if not named and not overrides and started.is_file():
+        private.check_folder(started.parent)
         return started
     return named or default_path()
 
 
 def _sockets(run_dir: Path) -> list[tuple[str, bool]]:
-    """(path, whether a process listens) of each socket in the run directory."""
+    """(path, whether a process listens) of each socket in the run directory. Raises PrivateError."""
     from tetri.net.address import refuse_live_owner
     from tetri.net.errors import NetError
 
+    if not run_dir.is_dir():
+        return []
+    private.check_folder(run_dir)
     found = []
-    for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else ():
+    for path in sorted(run_dir.iterdir()):
         with contextlib.suppress(FileNotFoundError):  # its process has just ended
             if stat.S_ISSOCK(path.lstat().st_mode):
                 try:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from tetri import private
 from tetri.client.frames import TetriError, Unreachable
 
 
@@ -14,7 +15,8 @@ def find_address(socket: str = "clients") -> str:
     The run directory is that of the configuration $TETRI_CONF if it is set, else the default one. `tetri-cli up` writes
     the file.
 
-    Raises Unreachable if no deployment runs, TetriError if a file cannot be used.
+    Raises Unreachable if no deployment runs, TetriError if a file cannot be used or the run directory is not this
+    user's own: whoever writes the address gets the prompts.
     """
     # Imported here: clients with an address do not need the configuration.
     from tetri import config, strict
@@ -31,7 +33,9 @@ def address_in(run_dir: Path, socket: str = "clients") -> str:
     """Return the address of this socket in the deployment with this run directory. Raises as `find_address`."""
     path = run_dir / "cluster.json"
     try:
-        return str(json.loads(path.read_text())[socket])
+        return str(json.loads(private.read_text(path))[socket])
+    except private.PrivateError as error:
+        raise TetriError(str(error)) from None
     except FileNotFoundError:
         raise Unreachable(f"nothing is up in {run_dir}: run tetri-cli up, or give the broker's address") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

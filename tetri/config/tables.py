@@ -33,7 +33,8 @@ class ClusterConfig:
 
     name: str = text("tetri", CLUSTER_NAME, "1 to 20 of a-z, 0-9 and -")  # part of shared-memory names
     run_dir: str = path("", "a folder")  # "": $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>
-    key: str = path("", "a file made by tetri-cli keygen")  # the same file on all hosts
+    # KV over TCP is encrypted with it: the same file on all hosts; "": `up` makes one for this host.
+    key: str = path("", "a file made by tetri-cli keygen")
     heartbeat_s: float = number(0.2, 0.01, 60, was="beat_s")
     dead_s: float = number(20.0, 0.1, 3600)  # a worker silent for so long is lost; must exceed the longest chunk
     patience_s: float = number(60.0, 0, 86400)  # a request that no worker can take fails after this

@@ -24,7 +24,7 @@ class StoreSettings:
     `transport`: "auto" or the name of one path.
     `address`: where the path `stream` listens. Empty: no `stream`, or loopback only if `transport` is "stream".
     `announce`: the address that peers connect to, if it differs from `address`.
-    `key`: file of the deployment's key, empty: none.
+    `key`: file of the deployment's key, which `stream` needs.
     `buffer`: bytes of memory for chunks that arrive over `stream`.
     `device`: the worker's GPU, or None.
     `on_host`: whether the engine keeps its KV blocks in host memory.

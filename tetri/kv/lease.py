@@ -14,8 +14,7 @@ import struct
 import time
 
 from tetri.kv.base import KVLost
-from tetri.kv.segment import closed
-from tetri.kv.unnamed import reopen
+from tetri.kv.segment import closed, opened
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: all), pid
 _STEP_S = 0.005
@@ -24,13 +23,7 @@ _STEP_S = 0.005
 def lease(path: str, owner: int) -> int:
     """Acquire a lease on the segment file `path`, also if it has lost its name while the process `owner` runs. Returns
     a descriptor; closing it ends the lease. Raises KVLost when the segment is gone."""
-    descriptor: int | None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError):
-        descriptor = reopen(owner, os.path.basename(path))
-    if descriptor is None:
-        raise KVLost(f"{path[-160:]!r} is gone")
+    descriptor = opened(*os.path.split(path), owner)
     # The owner marks the file as closed and then locks it (all_fallen): from then on no new lease can be acquired.
     if _lock(descriptor, fcntl.F_RDLCK) and not closed(descriptor):
         return descriptor

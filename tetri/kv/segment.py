@@ -14,7 +14,6 @@ import mmap
 import os
 import re
 import secrets
-import stat
 import struct
 import time
 from contextlib import suppress
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from tetri.kv.base import KVError, KVLost
 from tetri.kv.slab import FIRST_GENERATION, MARK, Segment
 from tetri.kv.unnamed import UNLINKED, reopen, unlinked
+from tetri.private import own_file
 
 MAGIC = b"tetri-kv"
 VERSION = 2
@@ -146,42 +146,50 @@ def attach(directory: str, deployment: str, name: str, owner: int) -> Mapping:
     when it does not exist or is not a segment of this deployment."""
     if not name.startswith(f"tetri-{deployment}-") or not _NAME.fullmatch(name):
         raise KVLost(f"{name[:80]!r} is no segment of this deployment")
-    try:
-        descriptor = look_at(directory, name)
-    except KVLost:
-        reopened = reopen(owner, name)
-        if reopened is None:
-            raise
-        descriptor = reopened
+    descriptor = opened(directory, name, owner)
     try:
         return read_only(descriptor, name)[1]
     finally:
         os.close(descriptor)
 
 
+def opened(directory: str, name: str, owner: int) -> int:
+    """As `look_at`, also for a file that has lost its name while the process `owner` runs."""
+    try:
+        return look_at(directory, name)
+    except KVLost:
+        descriptor = reopen(owner, name)
+        if descriptor is None:
+            raise
+        return descriptor
+
+
 def look_at(directory: str, name: str) -> int:
-    """Open a file read-only, without checking its content; returns the descriptor. Raises KVLost."""
+    """Open a file of this user read-only, without checking its content; returns the descriptor. Raises KVLost."""
     path = os.path.join(directory, name)
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise KVLost(f"{path[:160]}: cannot be opened ({error.strerror})") from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = error.strerror if isinstance(error, OSError) else error
+        raise KVLost(f"{path[:160]}: cannot be opened ({why})") from None
+    if own_file(os.fstat(descriptor)):
+        return descriptor
+    os.close(descriptor)
+    raise KVLost(f"{path[:160]}: not a file of this user")
 
 
 def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
-    """Validate and map the segment in an open file. Raises KVLost when it cannot be mapped, or the file is not a
-    segment of this user."""
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
-        raise KVLost(f"{name}: not a file of this user")
+    """Validate and map the segment in an open file. Raises KVLost when it cannot be mapped, or the file is no
+    segment."""
+    file_bytes = os.fstat(descriptor).st_size
     header, blocks_at = _header(os.pread(descriptor, _HEADER.size, 0), name)
     slots, size = header.slots, header.block_bytes
-    if not slots or not size or blocks_at != _blocks_at(slots) or facts.st_size != blocks_at + slots * size:
-        raise KVLost(f"{name}: the header does not fit the file's {facts.st_size} bytes")
+    if not slots or not size or blocks_at != _blocks_at(slots) or file_bytes != blocks_at + slots * size:
+        raise KVLost(f"{name}: the header does not fit the file's {file_bytes} bytes")
     # Not populated: for a large slab that would block serving for tens of milliseconds. Read faults map 16 pages each
     # and are spread over the chunks.
     try:
-        memory = mmap.mmap(descriptor, facts.st_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        memory = mmap.mmap(descriptor, file_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     except OSError as error:  # this process has no descriptors or address space left
         raise KVLost(f"{name}: cannot be mapped ({error.strerror})") from None
     return header, Mapping(_segment(name, memory, slots, size), memory)

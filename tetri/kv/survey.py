@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -101,19 +100,16 @@ def _seen(directory: str, name: str) -> Seen | None:
     return _described_file(descriptor, name)
 
 
-def _described_file(descriptor: int, name: str) -> Seen | None:
-    """Describe an open file, and close it; None when it is another user's, or no file."""
+def _described_file(descriptor: int, name: str) -> Seen:
+    """Describe an open file, and close it."""
     try:
-        facts = os.fstat(descriptor)
-        if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode):
-            return None
-        alive = owned(descriptor)
+        alive, size = owned(descriptor), os.fstat(descriptor).st_size
         try:
             header, mapping = read_only(descriptor, name)
         except KVLost as error:
             problem = str(error).removeprefix(f"{name}: ")
-            return Seen(name, "", "", alive, facts.st_size, problem=problem)
-        return _described(name, alive, facts.st_size, header, mapping)
+            return Seen(name, "", "", alive, size, problem=problem)
+        return _described(name, alive, size, header, mapping)
     finally:
         os.close(descriptor)
 

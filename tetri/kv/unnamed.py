@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from tetri.private import own_file
+
 UNLINKED = "segment_unlinked"  # counter in a worker's heartbeats: 1 when its segment has lost its name
 _DELETED = " (deleted)"  # the kernel's mark
 
@@ -30,14 +32,14 @@ def unnamed(pid: int) -> dict[str, str]:
 
 
 def reopen(pid: int, name: str) -> int | None:
-    """Open the unlinked file of this name, read-only, that a process has open; returns the descriptor, or None. The
-    folder may differ: the process may have it mounted elsewhere."""
+    """Open the unlinked file of this name and this user, read-only, that a process has open; returns the descriptor, or
+    None. The folder may differ: the process may have it mounted elsewhere."""
     for had, path in unnamed(pid).items():
         if os.path.basename(had) == name:
             with suppress(OSError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 now = os.readlink(f"/proc/self/fd/{descriptor}")
-                if os.path.basename(now) == name + _DELETED:
+                if os.path.basename(now) == name + _DELETED and own_file(os.fstat(descriptor)):
                     return descriptor
                 os.close(descriptor)  # the number was given to another file meanwhile
     return None

@@ -98,19 +98,18 @@ def keep_freed_memory() -> None:
 
 
 class BulkServer:
-    """Listens for receivers at `address`. With a key, only members of the deployment can connect."""
+    """Listens for receivers at `address`. Only members of the deployment, which have its key, can connect."""
 
-    def __init__(self, context: sockets.Context, address: str, key: Key | None) -> None:
-        """Raises NetError when the address is invalid, in use, or not of this host while there is no key."""
-        check(address, encrypted=key is not None)
-        self._zap_handler = None if key is None else ZapHandler(context, key)
+    def __init__(self, context: sockets.Context, address: str, key: Key) -> None:
+        """Raises NetError when the address is invalid or in use."""
+        check(address, encrypted=True)
+        self._zap_handler = ZapHandler(context, key)
         waiting: sockets.Options = {zmq.SNDHWM: PIECES_WAITING, zmq.RCVHWM: REQUESTS_WAITING}
         limits: sockets.Options = {**waiting, zmq.MAXMSGSIZE: REQUEST_BYTES + _CURVE_BYTES}
         self.socket = sockets.plain(context, zmq.ROUTER, {**_TCP, **limits, zmq.ROUTER_MANDATORY: 1})
-        if key is not None:
-            guard(self.socket, key)
+        guard(self.socket, key)
         try:
-            self.address = sockets.Bound(self.socket, address, encrypted=key is not None).address
+            self.address = sockets.Bound(self.socket, address, encrypted=True).address
         except NetError:
             self.close()
             raise
@@ -118,17 +117,16 @@ class BulkServer:
     @property
     def watched(self) -> list[sockets.Socket]:
         """The sockets to watch."""
-        return [self.socket] if self._zap_handler is None else [self.socket, self._zap_handler.socket]
+        return [self.socket, self._zap_handler.socket]
 
     @property
     def refused(self) -> int:
         """How many handshakes were refused."""
-        return 0 if self._zap_handler is None else self._zap_handler.refused
+        return self._zap_handler.refused
 
     def admit(self) -> None:
         """Answer all waiting handshakes."""
-        if self._zap_handler is not None:
-            self._zap_handler.answer()
+        self._zap_handler.answer()
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next (peer, message), None when there is none. A message that has not exactly one frame is returned as
@@ -171,16 +169,14 @@ class BulkLink(Connection):
     """A connection to one server. `up`, `broken`, `refused` (wrong key): its state at the last `look`. A broken link
     never recovers: the caller opens a new one, so that no message of the old connection can arrive on it."""
 
-    def __init__(self, context: sockets.Context, address: str, key: Key | None) -> None:
-        """Raises NetError when the address is invalid, or not of this host while there is no key. An address where no
-        process listens is no error."""
-        check(address, encrypted=key is not None)
+    def __init__(self, context: sockets.Context, address: str, key: Key) -> None:
+        """Raises NetError when the address is invalid. An address where no process listens is no error."""
+        check(address, encrypted=True)
         self.up = self.broken = self.refused = False
         waiting: sockets.Options = {zmq.SNDHWM: REQUESTS_WAITING, zmq.RCVHWM: PIECES_WAITING}
         limits: sockets.Options = {**waiting, zmq.MAXMSGSIZE: max(PIECE_BYTES, HEADER_BYTES) + _CURVE_BYTES}
         socket = sockets.plain(context, zmq.DEALER, {**sockets.TRYING, **_TCP, **limits})
-        if key is not None:
-            introduce(socket, key)
+        introduce(socket, key)
         failed = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         super().__init__(context, socket, address, zmq.EVENT_HANDSHAKE_SUCCEEDED | failed)
 

@@ -27,7 +27,6 @@ class Key:
 
 def generate(path: str) -> None:
     """Create a new key file, readable only by its owner. Raises NetError when it exists or cannot be created."""
-    secret = zmq.curve_keypair()[1]
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
@@ -36,11 +35,14 @@ def generate(path: str) -> None:
         raise NetError(f"{path}: cannot be made ({str(error.strerror).lower()})") from None
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, 0o600)  # independent of the umask
-        file.write(secret + b"\n")
+        file.write(zmq.curve_keypair()[1] + b"\n")
 
 
 def load(path: str) -> Key:
-    """Read a key file. Raises NetError when it is missing, is not a key, or is readable by other users."""
+    """Read a key file. Raises NetError when none is named, or it is missing, is not a key, or is readable by other
+    users."""
+    if not path:
+        raise NetError("KV over TCP needs a key: make one with tetri-cli keygen, and set cluster.key")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -48,9 +50,12 @@ def load(path: str) -> Key:
         raise NetError(f"{path}: the key cannot be read ({reason}); make one with tetri-cli keygen") from None
     with os.fdopen(descriptor, "rb") as file:
         facts = os.fstat(descriptor)
-        if stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077:
+        plain = stat.S_ISREG(facts.st_mode)
+        if plain and facts.st_uid != os.geteuid():
+            raise NetError(f"{path}: this key belongs to another user (uid {facts.st_uid}): make a copy of your own")
+        if plain and facts.st_mode & 0o077:
             raise NetError(f"{path}: others can read this key: chmod 600 it")
-        secret = file.read(_Z85_BYTES + 2).strip() if stat.S_ISREG(facts.st_mode) else b""
+        secret = file.read(_Z85_BYTES + 2).strip() if plain else b""
     if len(secret) == _Z85_BYTES:
         with suppress(ValueError, zmq.ZMQError):
             return Key(zmq.curve_public(secret), secret)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from tetri import cost, terminal
+from tetri import cost, private, terminal
 from tetri.config import Config, default_path
 from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
@@ -45,12 +45,15 @@ from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
 # The cost table when [engine] names none. The seconds are not measured, but they grow with the prompt and the batch.
 UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
 
-EXPECTED = (ConfigError, CostError, EngineError, KVError, LogError, ModelError, NetError, TextError)
+EXPECTED = (
+    *(ConfigError, CostError, EngineError, KVError, LogError, ModelError, NetError, TextError),
+    private.PrivateError,
+)
 
 
 def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options --conf and --set to a command, which gets the configuration that they select. An expected error
-    ends the program with one line on stderr and status 2."""
+    """Add the options --conf and --set to a command, which gets the configuration that they select. Its run directory
+    exists and is this user's own. An expected error ends the program with one line on stderr and status 2."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
@@ -59,7 +62,9 @@ def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., No
         def command(conf: str | None, overrides: tuple[str, ...], **given: Any) -> None:
             try:
                 terminal.prepare()
-                function(load_config(conf or default_path(), overrides), **given)
+                config = load_config(conf or default_path(), overrides)
+                private.make_folder(config.run_dir)
+                function(config, **given)
             except EXPECTED as error:
                 click.echo(f"{program}: {error}", err=True)
                 sys.exit(2)

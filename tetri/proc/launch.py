@@ -12,7 +12,6 @@ import json
 import re
 import signal
 import socket
-import stat
 import threading
 import time
 import tomllib
@@ -21,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tetri import atomic, models
+from tetri import atomic, models, private
 from tetri.client import Client, Unreachable
 from tetri.config import CLUSTER_NAME, Config, dump, load
 from tetri.kv.shm import sweep
-from tetri.net import descriptors
+from tetri.net import descriptors, keys
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
@@ -34,7 +33,7 @@ from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir
 from tetri.strict import ConfigError
 
 Report = Callable[[str], None]
-CONF, STATE = run_directory.CONF, run_directory.STATE
+CONF, STATE, KEY = run_directory.CONF, run_directory.STATE, run_directory.KEY
 LOG_LINES = 8  # log lines of a failing program that the error shows
 CONFIG_EXIT = 2  # exit status of a program whose configuration is wrong: a restart does not help
 
@@ -53,6 +52,7 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         supervisor.try_socket()
         for short in (*_shortages(config), *cpus.shortages(config)):
             report(f"warning: {short}")
+        config = _with_key(config, run_dir / KEY)
         atomic.write_text(run_dir / CONF, dump(config))
         supervisor.write(commands(config, run_dir / CONF))
         try:
@@ -72,7 +72,7 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
 def down(run_dir: Path, report: Report = lambda text: None) -> bool:
     """Stop the deployment; only logs and records stay. Returns whether anything ran. Raises LaunchError."""
     supervisor = Supervisor(run_dir)
-    with _locked(run_dir):
+    with _locked(_private(run_dir) if run_dir.exists() else run_dir):
         ran = supervisor.pid() is not None or bool(supervisor.alive())
         _end(run_dir, report)
     return ran
@@ -83,7 +83,7 @@ def _end(run_dir: Path, report: Report) -> None:
     name, clients = _written(run_dir / CONF)  # read after the stop: a damaged file must not prevent it
     if name:
         sweep(name)
-    for path in (run_dir / STATE, run_dir / "supervisord.pid"):
+    for path in (run_dir / STATE, run_dir / KEY, run_dir / "supervisord.pid"):
         path.unlink(missing_ok=True)
     elsewhere = [Path(clients.removeprefix("ipc://"))] if clients.startswith("ipc://") else []
     inside = run_dir.iterdir() if run_dir.is_dir() else ()
@@ -157,12 +157,23 @@ def _checked(config: Config) -> Config:
 def _private(run_dir: Path) -> Path:
     """Make the run directory if needed; only its owner may use it. Raises LaunchError."""
     try:
-        run_directory.make(run_dir)
+        private.make_folder(run_dir)
+    except private.PrivateError as error:
+        raise LaunchError(str(error)) from None
+    return run_dir
+
+
+def _with_key(config: Config, own: Path) -> Config:
+    """Name a key file: `own`, with a new key, if the configuration names no other. KV over TCP needs it. Raises
+    LaunchError."""
+    own.unlink(missing_ok=True)  # left by a deployment that was not stopped
+    if config.cluster.key not in ("", str(own)):
+        return config
+    try:
+        keys.generate(str(own))
     except NetError as error:
         raise LaunchError(str(error)) from None
-    if stat.S_IMODE(run_dir.stat().st_mode) & 0o077:
-        run_dir.chmod(0o700)
-    return run_dir
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, key=str(own)))
 
 
 def _check_port(config: Config) -> None:

@@ -17,11 +17,17 @@ NO_COST = (
     "no cost table (engine.cost): routing, roles and predicted times follow assumed step times. "
     "Make one with tetri-cli profile"
 )
+NO_ACCESS_CONTROL = (
+    "KV moves over nixl, which has no access control: whoever can connect to a worker, also another user of this host, "
+    "can read its memory. transfer.transport = stream is encrypted"
+)
 
 
 def of_config(config: Config, logger: logging.Logger) -> list[str]:
     """The degraded modes that the configuration causes; each is logged as well."""
-    return _logged([] if config.engine.cost else [NO_COST], logger)
+    found = [] if config.engine.cost else [NO_COST]
+    found += [NO_ACCESS_CONTROL] if config.transfer.transport == "nixl" else []
+    return _logged(found, logger)
 
 
 def of_tokenizer(tokenizer: Tokenizer, logger: logging.Logger) -> list[str]:

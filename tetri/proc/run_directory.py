@@ -18,30 +18,18 @@ from logging import Logger
 from pathlib import Path
 from threading import Event, Thread
 
-from tetri import atomic
-from tetri.net.errors import NetError
+from tetri import atomic, private
 from tetri.proc.supervise import Supervisor
 
-CONF, STATE = "cluster.toml", "cluster.json"
-KEPT = (CONF, STATE, "supervisord.conf")  # what restarted programs and clients read
+CONF, STATE, KEY = "cluster.toml", "cluster.json", "kv.key"
+KEPT = (CONF, STATE, KEY, "supervisord.conf")  # what restarted programs and clients read
 CHECK_S = 1.0
-
-
-def make(run_dir: Path) -> None:
-    """Make the run directory if needed. Raises NetError if that fails, or if it is another user's."""
-    try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owners = {run_dir.stat().st_uid, run_dir.lstat().st_uid}  # a link to it may be another user's
-    except OSError as error:
-        raise NetError(f"{run_dir}: cannot be the run directory: {error.strerror}") from None
-    if owners != {os.getuid()}:
-        raise NetError(f"{run_dir} belongs to another user: set another cluster.run_dir")
 
 
 @contextmanager
 def kept(run_dir: Path, logger: Logger) -> Iterator[None]:
-    """Make the run directory and keep it until the end of the `with`. Raises NetError."""
-    make(run_dir)
+    """Keep the run directory until the end of the `with`. Raises PrivateError if it is another user's."""
+    private.keep_folder(run_dir)
     keeper, stop = Keeper(run_dir, logger), Event()
     keeper.look()
 
@@ -74,14 +62,14 @@ class Keeper:
     def look(self) -> None:
         """Make again what is gone since the last look. What fails is logged once and tried at every look."""
         try:
-            make(self._run_dir)
+            private.keep_folder(self._run_dir)
             if self._supervisor.started_this():
                 self._keep_logs()
                 for name in KEPT:
                     self._keep(name)
             self._lock()
             self._problem = ""
-        except (OSError, NetError) as error:
+        except (OSError, private.PrivateError) as error:
             if str(error) != self._problem:
                 self._problem = str(error)
                 self._log.warning("cannot keep the run directory: %s", error)

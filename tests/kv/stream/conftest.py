@@ -4,7 +4,7 @@ from tests.kv.stream.world import StreamWorld
 
 
 @pytest.fixture
-def world():
-    world = StreamWorld()
+def world(tmp_path):
+    world = StreamWorld(tmp_path)
     yield world
     world.close()

@@ -12,6 +12,7 @@ from tetri.kv.base import KVForeign, KVLost, Wanted, joined
 from tetri.kv.local import LocalSlab
 from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.stream import StreamReader, StreamSettings
+from tetri.net import keys
 from tetri.net.bulk import BulkServer, context
 from tetri.wire import codec
 from tetri.wire.bulk import PIECE_BYTES, Alive, BulkRequest, Credit, Fetch, Gone, Piece
@@ -24,18 +25,21 @@ QUICK = StreamPatience(stall_s=1.0, lost_s=3.0)  # long enough for a busy machin
 class RudeServer:
     """Speaks the frames, and says to each Fetch what `answers` give: (header, payload) pairs, in a thread."""
 
-    def __init__(self, answers):
+    def __init__(self, answers, key):
         self.context, self.fetches, self.ending = context(), [], False
-        self.server = BulkServer(self.context, "tcp://127.0.0.1:*", None)
+        self.server = BulkServer(self.context, "tcp://127.0.0.1:*", key)
         self.answers = answers
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def run(self):
         while not self.ending:
-            if not self.server.socket.poll(20):
+            self.server.admit()
+            received = self.server.receive()
+            if received is None:
+                self.server.socket.poll(5)
                 continue
-            peer, frame = self.server.receive()
+            peer, frame = received
             message = codec.decode(frame, BulkRequest)
             if isinstance(message, Fetch):
                 self.fetches.append(message)
@@ -80,9 +84,9 @@ HARMLESS = {
 class Reading:
     """A stream that reads from a server of the test."""
 
-    def __init__(self, address, patience):
-        self.woken = threading.Event()
-        self.stream = StreamReader(LocalSlab("d0", 1, 1, {}), StreamSettings(patience=patience), self.woken.set)
+    def __init__(self, address, key, patience):
+        self.woken, settings = threading.Event(), StreamSettings(key=key, patience=patience)
+        self.stream = StreamReader(LocalSlab("d0", 1, 1, {}), settings, self.woken.set)
         self.meet(address)
 
     def meet(self, address):
@@ -103,12 +107,13 @@ class Reading:
 
 
 @pytest.fixture
-def rude():
-    made = []
+def rude(tmp_path):
+    made, path = [], str(tmp_path / "key")
+    keys.generate(path)
 
     def make(answers, patience=QUICK):
-        server = RudeServer(answers)
-        reading = Reading(server.server.address, patience)
+        server = RudeServer(answers, keys.load(path))
+        reading = Reading(server.server.address, path, patience)
         made.extend((reading.stream, server))
         return server, reading
 
@@ -138,7 +143,7 @@ def test_what_is_always_rude_silent_gone_or_no_address_is_lost_and_foreign_is_no
     _, reading = rude(lambda f, times: [(Gone(number=f.number, foreign=times == 2, reason="why"), None)])
     first, second = reading.fetch(DATA)[0], reading.fetch(DATA, 1)[0]
     assert type(first) is KVLost and type(second) is KVForeign and "why" in str(first)
-    for address, says in (("", "is no address"), ("tcp://10.0.0.1:1", "encrypted"), ("x" * 300, "is no address")):
+    for address in ("", "tcp://example.org:1", "x" * 300):
         reading.meet(address)
         problem, _ = reading.fetch(DATA)
-        assert isinstance(problem, KVLost) and says in str(problem)
+        assert isinstance(problem, KVLost) and "address" in str(problem)

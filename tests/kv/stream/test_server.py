@@ -12,14 +12,14 @@ from tests.kv.stream.world import big
 from tetri.kv.base import KVError, Wanted
 from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.serve import Serving
-from tetri.kv.stream.stream import StreamSettings
+from tetri.net import keys
 
 MB = 1 << 20
 UNHURRIED = StreamPatience(stall_s=5.0, lost_s=20.0)  # nobody is lost here
 
 
 def test_a_receiver_that_does_not_use_what_came_takes_only_its_room(world, monkeypatch):
-    world.settings = StreamSettings(buffer=8 * MB, patience=UNHURRIED)
+    world.set(buffer=8 * MB, patience=UNHURRIED)
     sender, slow = world.pair(slots=64, block_bytes=MB)
     other = world.open("d1", block_bytes=MB)
     other.meet(sender)
@@ -71,6 +71,7 @@ def test_a_flood_of_nonsense_at_the_server_is_counted_and_others_are_served(worl
     sender, receiver = world.pair(block_bytes=MB)
     with zmq.Context() as flooding, flooding.socket(zmq.DEALER) as socket:
         socket.set(zmq.LINGER, 0)
+        keys.introduce(socket, keys.load(world.key))
         socket.connect(sender.store.reach.address)
         rng = random.Random(1)
         for number in range(2000):

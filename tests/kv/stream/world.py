@@ -1,5 +1,6 @@
 """Stores that reach each other over ZeroMQ and TCP."""
 
+import os
 import random
 
 from tests.kv.parties import World
@@ -8,6 +9,7 @@ from tetri.kv.local import LocalReader, LocalSlab
 from tetri.kv.store import Store
 from tetri.kv.stream.fetch import StreamPatience
 from tetri.kv.stream.stream import StreamReader, StreamSettings
+from tetri.net import keys
 
 
 def big(number, size=1 << 20):
@@ -17,10 +19,23 @@ def big(number, size=1 << 20):
 
 class StreamWorld(World):
     path = "stream"
-    settings = StreamSettings(patience=StreamPatience(stall_s=1.0, lost_s=3.0))
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.key = os.path.join(self.folder, "key")
+        keys.generate(self.key)
+        self.set(patience=StreamPatience(stall_s=1.0, lost_s=3.0))
+
+    def set(self, **settings):
+        """Of the stores that are opened from now on."""
+        self.settings = StreamSettings(**{"key": self.key, **settings})
 
     def expect_the_worst(self):
-        self.settings = StreamSettings(patience=StreamPatience(stall_s=0.1, lost_s=0.3))
+        self.set(patience=StreamPatience(stall_s=0.1, lost_s=0.3))
+
+    def close(self):
+        super().close()
+        os.unlink(self.key)
 
     def store(self, iid, wake, slots, block_bytes, digest):
         slab = LocalSlab(iid, slots, block_bytes, {}, digest)

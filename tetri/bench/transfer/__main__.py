@@ -5,7 +5,7 @@
 Without --transport: every path that this machine has, one after the other; why another is left out is said. Each row is
 one path and KV chunk size, pipelined, with the digest. `ratio` is its GB/s divided by that of a plain copy of as
 many bytes in the same rounds. For `stream` the chunks are in the slab before the clock starts; `bare_ratio` compares
-with bare pyzmq PUSH and PULL sockets (`bare_plain`: with default malloc settings, see bare_zmq.py), and `gbps_with_put`
+with bare pyzmq PUSH and PULL sockets, encrypted as the path is (`bare_plain`: not encrypted), and `gbps_with_put`
 includes the copy into the slab and its digest. The second table is for a single chunk: `ms` from the start of its put
 until it has landed. All values are medians over the rounds."""
 
@@ -31,7 +31,7 @@ ALONE_MB = 12.0
 ALONE_ROUNDS = 40
 # transport -> other measurements in the same rounds, by name
 OTHERS: dict[str, dict[str, Lane]] = {
-    "stream": {"bare": partial(bare, tuned=True), "bare_plain": partial(bare, tuned=False)}
+    "stream": {"bare": partial(bare, encrypted=True), "bare_plain": partial(bare, encrypted=False)}
 }
 
 

@@ -21,12 +21,14 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from tetri.bench.transfer.receiver import receive, undisturbed
 from tetri.instance import Reach
 from tetri.kv import StoreSettings, open_store
 from tetri.kv.base import Block, KVError, KVStore
+from tetri.net import keys
 from tetri.wire.codec import decode, encode
 from tetri.wire.handover import Chunk, Handle
 from tetri.wire.messages import InboxMessage
@@ -203,13 +205,15 @@ def senders(case: Case, digests: Sequence[bool]) -> Iterator[list[Sender]]:
     ours, theirs = get_context("spawn").Pipe()
     with ExitStack() as stack:
         core = stack.enter_context(pinned())
-        arguments = (theirs, case.transport, case.block_bytes, core)
+        key = os.path.join(stack.enter_context(TemporaryDirectory(prefix="tetri-key-")), "key")
+        keys.generate(key)
+        arguments = (theirs, case.transport, case.block_bytes, core, key)
         child = get_context("spawn").Process(target=receive, args=arguments, daemon=True)
         child.start()
         theirs.close()
         stack.callback(child.join, PATIENCE_S)
         stack.callback(_end, ours)
-        made = [_sender(case, digest, ours, stack) for digest in digests]
+        made = [_sender(case, digest, ours, key, stack) for digest in digests]
         ours.send([(sender.iid, sender.store.reach) for sender in made])
         if not ours.poll(PATIENCE_S):
             raise KVError("the receiver did not start")
@@ -222,12 +226,12 @@ def senders(case: Case, digests: Sequence[bool]) -> Iterator[list[Sender]]:
         yield made
 
 
-def _sender(case: Case, digest: bool, pipe: Connection, stack: ExitStack) -> Sender:
+def _sender(case: Case, digest: bool, pipe: Connection, key: str, stack: ExitStack) -> Sender:
     woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     stack.callback(os.close, woken)
     iid, slots = f"sender-{'with' if digest else 'without'}", case.places * case.blocks
     deployment = f"bench{os.getpid()}"
-    settings = StoreSettings(deployment, iid, slots, case.block_bytes, case.transport, digest=digest)
+    settings = StoreSettings(deployment, iid, slots, case.block_bytes, case.transport, digest=digest, key=key)
     with undisturbed():
         store = stack.enter_context(closing(open_store(settings, lambda: os.eventfd_write(woken, 1))))
     return Sender(case, store, iid, pipe, woken)

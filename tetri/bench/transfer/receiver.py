@@ -41,13 +41,13 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def receive(pipe: Connection, transport: str, block_bytes: int, core: int) -> None:
+def receive(pipe: Connection, transport: str, block_bytes: int, core: int, key: str) -> None:
     """Fetch every announced chunk until an empty message arrives. The first message has the senders' names and
-    reaches."""
+    reaches. `key`: file of the key that they share."""
     end_by_signal()
     os.sched_setaffinity(0, {core})
     woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    settings = StoreSettings(f"bench{os.getppid()}", "receiver", 1, block_bytes, transport)
+    settings = StoreSettings(f"bench{os.getppid()}", "receiver", 1, block_bytes, transport, key=key)
     with ExitStack() as stack:
         try:
             with undisturbed():

@@ -32,7 +32,7 @@ def installed() -> bool:
 
 
 def has_rdma() -> bool:
-    """Whether this machine has an RDMA device. Without one `stream` is as fast as nixl, and can be encrypted."""
+    """Whether this machine has an RDMA device. Without one `stream` is as fast as nixl, and is encrypted."""
     return any(Path("/sys/class/infiniband").glob("*"))
 
 

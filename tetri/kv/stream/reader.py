@@ -29,7 +29,7 @@ class SlabReader(SlabThread):
     """The thread `kv-read`. Other threads may call `start`, `do` and `close` only. `answer` is called once for each
     fetch; pass a ChunkFetch that it gets to `used`."""
 
-    def __init__(self, context: Context, fetching: Fetching, key: Key | None, answer: Answer, crashed: Crashed) -> None:
+    def __init__(self, context: Context, fetching: Fetching, key: Key, answer: Answer, crashed: Crashed) -> None:
         super().__init__("kv-read", crashed)
         self._context, self._fetching, self._key, self._answer = context, fetching, key, answer
         self._addresses: dict[str, str] = {}  # by peer

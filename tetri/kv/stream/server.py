@@ -26,7 +26,7 @@ class SlabServer(SlabThread):
     """The thread `kv-serve`. `wake` is called when libzmq has released a slot that is now free."""
 
     def __init__(
-        self, context: Context, slab: HostSlab, address: str, key: Key | None, wake: Wake, crashed: Crashed
+        self, context: Context, slab: HostSlab, address: str, key: Key, wake: Wake, crashed: Crashed
     ) -> None:
         """Raises NetError."""
         self._server = BulkServer(context, address, key)

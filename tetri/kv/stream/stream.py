@@ -29,7 +29,7 @@ _LEAST_CREDIT, _MOST_CREDIT = 4 << 20, 256 << 20
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
     """`address`: where to listen. `announce`: the address that peers connect to, empty: `address`. `key`: file of the
-    deployment's key, empty: none. `buffer`: bytes of memory for arriving chunks, raised to two chunks of `usual`
+    deployment's key. `buffer`: bytes of memory for arriving chunks, raised to two chunks of `usual`
     bytes."""
 
     address: str = ANYWHERE_HERE
@@ -51,7 +51,7 @@ class StreamReader:
         self._crash: BaseException | None = None
         self._context = context()
         try:
-            key = keys.load(settings.key) if settings.key else None
+            key = keys.load(settings.key)
             self._server = SlabServer(self._context, slab, settings.address, key, wake, self._crashed)
         except NetError as error:
             self._context.term()
