@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import shlex
 import signal
 import socket
@@ -143,6 +144,14 @@ class Supervisor:
         except _GONE:
             return None
         return [Program(p["name"], p["statename"], p["pid"], p["start"], p["exitstatus"]) for p in found]
+
+    def last_end(self, program: str) -> str:
+        """How a program ended last, in supervisord's words: "exit status 1", "terminated by SIGKILL". Its RPC does not
+        tell which signal, and no status of an end in the first second."""
+        log = self.log("supervisord")
+        text = log.read_text(errors="replace") if log.exists() else ""
+        found = re.findall(rf" exited: {re.escape(program)} \((.*?)[;)]", text)
+        return found[-1] if found else "it ended"
 
     def _running(self) -> set[int]:
         return {program.pid for program in self.programs() or ()} - {0}
