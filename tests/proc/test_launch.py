@@ -291,19 +291,25 @@ def test_what_is_never_ready_is_named_and_killed_if_it_ignores_the_signal(deploy
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_up_stops_what_it_started(deployment, number):
-    config, said = deployment(), []
+def test_an_interrupted_up_stops_what_it_started(deployment, monkeypatch, number):
+    config, said, stop = deployment(), [], Supervisor.stop
+
+    def interrupted_stop(supervisor):  # a second signal changes nothing
+        signal.raise_signal(number)
+        stop(supervisor)
 
     def say(text):
         said.append(text)
         if text.startswith("started"):
             signal.raise_signal(number)
 
+    monkeypatch.setattr(Supervisor, "stop", interrupted_stop)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
         interrupt(config, say)
     finally:
         signal.signal(signal.SIGINT, before)
+        monkeypatch.undo()
     assert signal.getsignal(signal.SIGHUP) is not signal.default_int_handler
     assert said[-1] == "stopping"
     nothing_left(config.run_dir, config.cluster.name)
