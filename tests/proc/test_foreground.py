@@ -21,13 +21,14 @@ from tetri.proc.supervise import Supervisor
 PAIR = '[engine]\nkind = "emulated"\n' + "".join(
     f'[[worker]]\niid = "{iid}"\nrole = "{role}"\n' for iid, role in (("p0", "prefill"), ("d0", "decode"))
 )
-# The deployment's programs are shells, and it counts as ready at once.
+# The deployment's program is a shell. Unless `wait` is "ready", it counts as ready at once.
 SHELLS = """
 import sys
 from tetri import cli
 from tetri.proc import foreground, launch
 launch.commands = foreground.commands = lambda config, conf: {{"p0": ["/bin/sh", "-c", {script!r}]}}
-launch._wait_ready = lambda *given: {wait}
+ready = launch._wait_ready
+launch._wait_ready = {wait}
 cli.main(sys.argv[1:])
 """
 
@@ -80,7 +81,7 @@ def start(folder):
     """Starts a deployment in the foreground: of shells that run `script`, or else a real one."""
     name, started = f"t{os.getpid()}-{os.urandom(3).hex()}", []
 
-    def begin(script=None, wait="None", **options):
+    def begin(script=None, wait="lambda *given: None", **options):
         program = [str(Path(sys.executable).parent / "tetri-cli")]
         program = ["-c", SHELLS.format(script=script, wait=wait)] if script else program
         started.append(Foreground(folder, name, *program, **options))
@@ -138,7 +139,7 @@ def test_orphans_are_reaped_and_a_second_signal_changes_nothing(start, folder):
 
 
 def test_a_signal_during_the_start_is_a_clean_stop(start):
-    running = start("exec sleep 60", wait="__import__('time').sleep(60)")
+    running = start("exec sleep 60", wait="ready")
     running.wait_err("started the broker")
     running.program.send_signal(signal.SIGTERM)
     assert running.ended() == 0

@@ -10,12 +10,13 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tetri.config import Config
 from tetri.proc import launch
-from tetri.proc.follow import Follower
+from tetri.proc.follow import POLL_S, Follower
 from tetri.proc.supervise import LaunchError, Supervisor, commands
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -25,8 +26,7 @@ READER_S = 2.0  # patience with the reader of stdout or stderr
 
 def run(config: Config, report: launch.Report, wait_s: float, summary: Callable[[Path], Iterable[str]]) -> None:
     """Start the deployment, report the lines of `summary`, and return when it was stopped: by SIGTERM, SIGINT, SIGHUP
-    or `tetri-cli down`. Raises what `launch.up` raises, and LaunchError when supervisord fails; everything is stopped
-    then."""
+    or `tetri-cli down`. Raises as `launch.up`, and LaunchError when supervisord fails; everything is stopped then."""
     _adopt_orphans()
     report = _patient(report)
     pid, status, followers = 0, 0, list[Follower]()
@@ -39,17 +39,16 @@ def run(config: Config, report: launch.Report, wait_s: float, summary: Callable[
         stdout = sys.stdout.fileno() if sys.stdout else -1
         followers.append(Follower(logs, stdout, lambda text: report(f"{text}; they are in {supervisor.run_dir}/log")))
 
-    with launch.signals_interrupt():
+    with launch.noted_signals() as check:
         try:
-            run_dir = launch.up(config, report, wait_s, started)
+            run_dir = launch.start(config, report, wait_s, check, started)
             for line in summary(run_dir):
                 report(line)
             _notify("READY=1", report)
-            status = _until_stopped(pid, report)
-        except KeyboardInterrupt:
-            pass  # `up` has reported it
+            status = _until_stopped(pid, check, report)
+        except KeyboardInterrupt:  # a signal during the start: `start` has stopped everything
+            pass
         finally:
-            launch.ignore_signals()
             _notify("STOPPING=1", report)
             if pid:
                 launch.clean_up(config.run_dir, pid, report)
@@ -75,14 +74,17 @@ def _pid_of(supervisor: Supervisor) -> int:
     return pid
 
 
-def _until_stopped(pid: int, report: launch.Report) -> int:
+def _until_stopped(pid: int, check: Callable[[], None], report: launch.Report) -> int:
     """Reap every child until supervisord, process `pid`, has ended; returns its wait status. A signal returns 0."""
     try:
         while True:
-            child, status = os.waitpid(-1, 0)
+            check()
+            child, status = os.waitpid(-1, os.WNOHANG)
             if child == pid:
                 report("supervisord has ended")
                 return status
+            if child == 0:
+                time.sleep(POLL_S)  # instead of a blocking wait, which a signal just before it would not end
     except KeyboardInterrupt:
         report("stopping")
         return 0

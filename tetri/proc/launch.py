@@ -19,7 +19,6 @@ import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tetri import atomic, models
@@ -38,7 +37,6 @@ Report = Callable[[str], None]
 CONF, STATE = run_directory.CONF, run_directory.STATE
 BUSY_S = 60.0  # patience with another `down`
 LOG_LINES = 8  # log lines of a failing program that the error shows
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CONFIG_EXIT = 2  # exit status of a program whose configuration is wrong: a restart does not help
 
 
@@ -46,16 +44,26 @@ class Busy(LaunchError):
     """Another process is starting or stopping the deployment."""
 
 
-def up(
-    config: Config, report: Report, wait_s: float, started: Callable[[Supervisor], None] = lambda supervisor: None
+def up(config: Config, report: Report, wait_s: float) -> Path:
+    """Start the deployment and return its run directory. Stops everything again when a program keeps dying, when the
+    deployment is not ready after `wait_s` seconds, or on a signal. Raises LaunchError, ModelError and
+    KeyboardInterrupt."""
+    with noted_signals() as check:
+        return start(config, report, wait_s, check)
+
+
+def start(
+    config: Config,
+    report: Report,
+    wait_s: float,
+    check: Callable[[], None],
+    started: Callable[[Supervisor], None] = lambda supervisor: None,
 ) -> Path:
-    """Start the deployment and return its run directory. Stops everything again when a program keeps dying, or when the
-    deployment is not ready after `wait_s` seconds. `started` is called once supervisord runs. Raises LaunchError and
-    ModelError."""
+    """As `up`, without its care for signals: `check` raises when to stop. `started` is called once supervisord runs."""
     config = _checked(config)
     run_dir = _private(config.run_dir)
     supervisor = Supervisor(run_dir)
-    with _locked(run_dir), signals_interrupt():
+    with _locked(run_dir):
         pid = supervisor.pid() or next(iter(supervisor.alive()), None)
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
@@ -70,9 +78,9 @@ def up(
             supervisor.start()
             started(supervisor)
             report(f"started the broker, the monitor and {len(config.workers)} workers")
-            _wait_ready(config, supervisor, report, time.monotonic() + wait_s)
+            _wait_ready(config, supervisor, report, time.monotonic() + wait_s, check)
             _write_state(config, supervisor)
-        except BaseException:  # also Ctrl-C: half a deployment is useless
+        except BaseException:  # also a signal: half a deployment is useless
             try:
                 report("stopping")
             finally:  # `report` fails when the terminal is gone
@@ -138,32 +146,27 @@ def _written(conf: Path) -> tuple[str, str]:
         return "", ""
 
 
-def ignore_signals() -> None:
-    """Ignore all signals that end a program, so that nothing interrupts a stop. Main thread only."""
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Make the first SIGINT, SIGTERM or SIGHUP raise KeyboardInterrupt, and ignore later ones. One that is ignored
-    already, as SIGHUP is under nohup, stays so."""
+def noted_signals() -> Iterator[Callable[[], None]]:
+    """Note SIGINT, SIGTERM and SIGHUP; yields a function that raises KeyboardInterrupt once one has arrived. So none of
+    them, nor a second one, can interrupt a stop. One that is ignored already, as SIGHUP is under nohup, stays so."""
+    received: list[int] = []
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
-        before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+            signal.signal(number, lambda number, frame: received.append(number))
+
+    def check() -> None:
+        if received:
+            raise KeyboardInterrupt
+
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    ignore_signals()
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -226,11 +229,14 @@ def _shortages(config: Config) -> list[str]:
     return [short for short in (*files, memory.shortage(config), memory.shm_shortage(config)) if short is not None]
 
 
-def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: float) -> None:
+def _wait_ready(
+    config: Config, supervisor: Supervisor, report: Report, until: float, check: Callable[[], None]
+) -> None:
     watch = _Watch(supervisor, memory.balance(config).text)
     waiting = {**{worker.iid: worker.role for worker in config.workers}, "monitor": "the loads of all"}
     with Client(config.clients_address, timeout=0.3, resend_s=0.1) as client:
         while waiting:
+            check()
             watch.look()
             for iid in _ready(client):
                 if (role := waiting.pop(iid, None)) is not None:
