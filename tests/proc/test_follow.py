@@ -65,6 +65,15 @@ def test_lines_that_were_rotated_away_unseen_are_marked(log):
     assert lines(log) == [LEFT_OUT, b"four"]
 
 
+def test_a_log_that_exists_is_read_from_a_given_byte_on(tmp_path):
+    (tmp_path / "p0.log").write_bytes(b"old\nnew\n")
+    with closing(LogFile(tmp_path / "p0.log", 4)) as log:
+        assert lines(log) == [b"new"]
+        rotate(log)
+        append(log, b"newer\n")
+        assert lines(log) == [b"newer"]
+
+
 def test_a_file_that_others_remove_is_read_on(log):
     append(log, b"one\n")
     with open(log.path, "ab") as writer:
@@ -73,6 +82,8 @@ def test_a_file_that_others_remove_is_read_on(log):
         writer.write(b"two\n")
         writer.flush()
         assert lines(log) == [b"two"]
+    append(log, b"three\n")  # made again
+    assert lines(log) == [b"three"]
 
 
 def read_all(descriptor):
@@ -83,7 +94,7 @@ def read_all(descriptor):
 def test_each_line_has_the_name_of_its_program(tmp_path):
     problems, (reader, writer) = [], os.pipe()
     (tmp_path / "b").write_bytes(b"1\n2\n")
-    follower = Follower({"broker": tmp_path / "b", "p0": tmp_path / "p"}, writer, problems.append)
+    follower = Follower({"broker": LogFile(tmp_path / "b"), "p0": LogFile(tmp_path / "p")}, writer, problems.append)
     (tmp_path / "p").write_bytes(b"3\nlast")
     follower.close(live.PATIENCE_S)
     os.close(writer)
@@ -94,7 +105,7 @@ def test_a_reader_that_is_gone_is_reported_once(tmp_path):
     problems, (reader, writer) = [], os.pipe()
     os.close(reader)
     (tmp_path / "b").write_bytes(b"1\n2\n")
-    follower = Follower({"broker": tmp_path / "b", "p0": tmp_path / "b"}, writer, problems.append)
+    follower = Follower({"broker": LogFile(tmp_path / "b"), "p0": LogFile(tmp_path / "b")}, writer, problems.append)
     live.wait_until(lambda: problems != [], "not reported")
     follower.close(live.PATIENCE_S)
     os.close(writer)
@@ -104,7 +115,7 @@ def test_a_reader_that_is_gone_is_reported_once(tmp_path):
 def test_a_reader_that_does_not_read_holds_nobody_up(tmp_path):
     problems, (reader, writer) = [], os.pipe()
     (tmp_path / "b").write_bytes(b"x\n" * (1 << 20))
-    follower = Follower({"broker": tmp_path / "b"}, writer, problems.append)
+    follower = Follower({"broker": LogFile(tmp_path / "b")}, writer, problems.append)
     follower.close(0.3)
     assert problems == ["the last lines of the logs were not copied: their reader is too slow"]
     os.close(reader)  # ends the thread

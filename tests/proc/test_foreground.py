@@ -128,6 +128,8 @@ def test_it_serves_prints_logs_tells_systemd_and_stops_on_sigterm(start, folder)
 
 
 def test_orphans_are_reaped_and_a_second_signal_changes_nothing(start, folder):
+    (folder / "run" / "log").mkdir(parents=True)
+    (folder / "run" / "log" / "p0.log").write_text("an earlier run\n")
     running = start(f"(sh -c 'sleep 0.2; echo done; : >{folder}/done' &); exec sleep 60")
     running.wait_err("up:")
     live.wait_until((folder / "done").exists, "the orphan did not end")
@@ -136,6 +138,7 @@ def test_orphans_are_reaped_and_a_second_signal_changes_nothing(start, folder):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         running.program.send_signal(number)
     assert running.ended() == 0 and "p0          | done" in running.out()
+    assert "an earlier run" not in running.out()
 
 
 def test_a_signal_during_the_start_is_a_clean_stop(start):

@@ -29,7 +29,7 @@ def command(conf: Path | None, overrides: Overrides, wait_s: float, foreground: 
     if foreground:
         from tetri.proc.foreground import run
 
-        run(config, lambda text: click.echo(text, err=True), wait_s, lambda run_dir: _summary(config, run_dir))
+        run(config, terminal.tell, wait_s, lambda run_dir: _summary(config, run_dir))
         return
     from tetri.proc import launch
 

@@ -14,11 +14,13 @@ LEFT_OUT = b"(lines left out here: they were rotated away before they could be c
 
 
 class LogFile:
-    """The lines of a log file that is rotated: PATH becomes PATH.1, and a new file PATH is made."""
+    """The lines of a log file, from the byte `begin` on. It is rotated: PATH becomes PATH.1, and a new PATH is made."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begin: int = 0) -> None:
         self.path = path
-        self._file: BinaryIO | None = None
+        self._file = _opened(path)
+        if self._file is not None:
+            self._file.seek(begin)
         self._rest = b""  # of a line that has no end yet
 
     def lines(self) -> Iterator[list[bytes]]:
@@ -36,7 +38,7 @@ class LogFile:
                 yield whole
             if newer is None:
                 return
-            if not _same(self._file, Path(f"{self.path}.1")):
+            if (before := Path(f"{self.path}.1")).exists() and not _same(self._file, before):
                 yield [*self.end(), LEFT_OUT]
             self._file.close()
             self._file = newer
@@ -53,12 +55,12 @@ class LogFile:
 
 
 class Follower:
-    """Follows log files in a thread of its own, since who reads the copy may be slow. When it cannot be written any
-    more, `problem` gets one line."""
+    """Follows the log files of programs in a thread of its own, since who reads the copy may be slow. When it cannot be
+    written any more, `problem` gets one line."""
 
-    def __init__(self, logs: Mapping[str, Path], descriptor: int, problem: Callable[[str], None]) -> None:
+    def __init__(self, logs: Mapping[str, LogFile], descriptor: int, problem: Callable[[str], None]) -> None:
         width = max(map(len, logs), default=0)
-        self._logs = [(f"{name:<{width}} | ".encode(), LogFile(path)) for name, path in logs.items()]
+        self._logs = [(f"{name:<{width}} | ".encode(), log) for name, log in logs.items()]
         self._descriptor, self._problem = descriptor, problem
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)

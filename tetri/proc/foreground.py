@@ -3,7 +3,6 @@ reaps children, stops the deployment on a signal and ends with it."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import select
@@ -16,11 +15,10 @@ from pathlib import Path
 
 from tetri.config import Config
 from tetri.proc import launch
-from tetri.proc.follow import POLL_S, Follower
+from tetri.proc.follow import POLL_S, Follower, LogFile
 from tetri.proc.supervise import LaunchError, Supervisor, commands
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-STDERR = 2
 READER_S = 2.0  # patience with the reader of stdout or stderr
 
 
@@ -35,9 +33,9 @@ def run(config: Config, report: launch.Report, wait_s: float, summary: Callable[
         nonlocal pid
         pid = _pid_of(supervisor)
         names = ["supervisord", *commands(config, supervisor.run_dir / launch.CONF)]
-        logs = {name: supervisor.log(name) for name in names}
-        stdout = sys.stdout.fileno() if sys.stdout else -1
-        followers.append(Follower(logs, stdout, lambda text: report(f"{text}; they are in {supervisor.run_dir}/log")))
+        logs = {name: LogFile(supervisor.log(name), supervisor.begin(name)) for name in names}
+        folder = supervisor.run_dir / "log"
+        followers.append(Follower(logs, sys.stdout.fileno(), lambda text: report(f"{text}; they are in {folder}")))
 
     with launch.noted_signals() as check:
         try:
@@ -102,11 +100,10 @@ def _notify(state: str, report: launch.Report) -> None:
 
 
 def _patient(report: launch.Report) -> launch.Report:
-    """`report` that neither blocks nor fails when the reader of stderr is slow or gone: a stop must go on."""
+    """`report` that does not wait for a slow reader of stderr: a stop must go on."""
 
     def guarded(text: str) -> None:
-        with contextlib.suppress(OSError):
-            if select.select([], [STDERR], [], READER_S)[1]:
-                report(text)
+        if select.select([], [sys.stderr], [], READER_S)[1]:
+            report(text)
 
     return guarded
