@@ -96,7 +96,7 @@ def become(wanted: dict[str, Any]) -> None:
         os.dup2(source, target)
     os.close(nothing)
     os.close(output)
-    sys.stdin = open(0, closefd=False)  # in the state of a program's start: nothing was read
+    sys.stdin = os.fdopen(0)  # as at a program's start: nothing was read yet
     sys.argv = [f"tetri-{wanted['start']}", *wanted["arguments"]]
     exec(wanted["prologue"])
     PROGRAMS[wanted["start"]]()

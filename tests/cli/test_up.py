@@ -6,7 +6,7 @@ import sys
 import pytest
 from live import EMULATED
 
-from tetri.proc import launch
+from tetri.proc import foreground, launch
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,17 @@ def test_up_tells_where_things_listen(run, place, monkeypatch):
     status, out, err = run("up", "--conf", EMULATED, "--set", "broker.clients=tcp://127.0.0.1:7777")
     assert status == 0 and "tcp://127.0.0.1:7777" in out and f"{place}/log" in out
     assert err == "p0 (prefill) is ready\n"
+
+
+def test_in_the_foreground_all_progress_is_on_stderr(run, place, monkeypatch):
+    def fake_run(config, report, wait_s, summary):
+        report(f"wait {wait_s:g}")
+        for line in summary(config.run_dir):
+            report(line)
+
+    monkeypatch.setattr(foreground, "run", fake_run)
+    status, out, err = run("up", "--foreground", "--wait", "7", "--conf", EMULATED)
+    assert (status, out) == (0, "") and err.startswith("wait 7\nup: an emulated model") and f"{place}/log" in err
 
 
 def test_a_disk_that_is_full_is_one_line(run, monkeypatch):

@@ -23,9 +23,9 @@ from tetri.config import load
 from tetri.kv.shm import sweep
 from tetri.models import ModelError
 from tetri.net.lock import hold
-from tetri.proc import launch
+from tetri.proc import launch, memory
 from tetri.proc.run_directory import CHECK_S
-from tetri.proc.supervise import LaunchError, Supervisor, check_run_dir
+from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir
 from tetri.strict import ConfigError
 
 LONGEST = 83  # bytes of a run directory whose sockets can be made
@@ -242,6 +242,46 @@ def test_a_crash_loop_is_noticed_and_its_last_words_told(deployment, monkeypatch
     nothing_left(config.run_dir, config.cluster.name)
 
 
+def test_shortages_are_told_at_the_start_and_with_what_the_kernel_kills(deployment, monkeypatch):
+    programs(monkeypatch, broker="sleep 60", p0="echo loading; kill -9 $$", d0="sleep 60")
+    monkeypatch.setattr(memory, "available", lambda: (100 << 20, "limit of the control group /x"))
+    monkeypatch.setattr(memory, "_shm_free", lambda: 1000)
+    config, said = deployment(), []
+    with pytest.raises(LaunchError) as caught:
+        up(config, said)
+    needed = "the programs need about 443 MB of memory (workers: 2 of 97 MB), 100 MB are available"
+    first, *more = str(caught.value).splitlines()
+    assert first.startswith("p0 does not start: killed by signal 9 (SIGKILL), as the kernel does when memory runs out")
+    assert needed in first and more[0].strip() == "loading"
+    small = "/dev/shm is too small for the KV slabs of 2 workers: 1 MB needed, 0 MB free"
+    for short in (f"{needed} (limit of the control group /x): configure fewer workers", small):
+        assert any(text.startswith(f"warning: {short}") for text in said), said
+    nothing_left(config.run_dir, config.cluster.name)
+
+
+@pytest.mark.parametrize(
+    ("logged", "output", "reason"),
+    [
+        ("terminated by SIGSEGV (core dumped); not expected", "loading", "killed by signal 11 (SIGSEGV)"),
+        ("terminated by signal 64; not expected", "loading", "killed by signal 64"),
+        ("exit status 7; not expected", "", "exit status 7, no output"),
+        ("exit status 7; not expected", "boom", "boom"),
+    ],
+)
+def test_each_end_has_a_reason(tmp_path, monkeypatch, logged, output, reason):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "p0.log").write_text(f"{output}\n")
+    reasons = ("p0 (exit status 1; not expected)", f"p0 ({logged})", "d0 (exit status 3; not expected)")
+    ends = "".join(f" WARN exited: {each}\n" for each in reasons)
+    (tmp_path / "log" / "supervisord.log").write_text(ends)
+    watch = launch._Watch(Supervisor(tmp_path), "5 MB are available")
+    with pytest.raises(LaunchError) as caught:
+        for started in (1, 2):
+            monkeypatch.setattr(Supervisor, "programs", lambda own, at=started: [Program("p0", "BACKOFF", 0, at, 0)])
+            watch.look()
+    assert str(caught.value).splitlines()[0] == f"p0 does not start: {reason}"
+
+
 def test_what_is_never_ready_is_named_and_killed_if_it_ignores_the_signal(deployment, monkeypatch):
     monkeypatch.setattr("tetri.proc.supervise.STOP_S", 1)
     programs(monkeypatch, broker="trap '' TERM; while :; do sleep 0.1; done", p0="sleep 60", d0="sleep 60")
@@ -252,19 +292,25 @@ def test_what_is_never_ready_is_named_and_killed_if_it_ignores_the_signal(deploy
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_up_stops_what_it_started(deployment, number):
-    config, said = deployment(), []
+def test_an_interrupted_up_stops_what_it_started(deployment, monkeypatch, number):
+    config, said, stop = deployment(), [], Supervisor.stop
+
+    def interrupted_stop(supervisor):  # a second signal changes nothing
+        signal.raise_signal(number)
+        stop(supervisor)
 
     def say(text):
         said.append(text)
         if text.startswith("started"):
             signal.raise_signal(number)
 
+    monkeypatch.setattr(Supervisor, "stop", interrupted_stop)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
         interrupt(config, say)
     finally:
         signal.signal(signal.SIGINT, before)
+        monkeypatch.undo()
     assert signal.getsignal(signal.SIGHUP) is not signal.default_int_handler
     assert said[-1] == "stopping"
     nothing_left(config.run_dir, config.cluster.name)

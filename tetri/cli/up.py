@@ -6,32 +6,50 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tetri import terminal
 from tetri.cli.options import Overrides, deployment_options, seconds_option
 
+if TYPE_CHECKING:
+    from tetri.config import Config
+
 
 @click.command("up")
 @deployment_options
 @seconds_option("--wait", "wait_s", default=600.0, help="Give up when the deployment is not ready in time.")
-def command(conf: Path | None, overrides: Overrides, wait_s: float) -> None:
+@click.option("--foreground", is_flag=True, help="Stay, print all logs, and stop the deployment on SIGTERM or Ctrl-C.")
+def command(conf: Path | None, overrides: Overrides, wait_s: float, foreground: bool) -> None:
     """Start the broker, the monitor and all workers, and wait until they are ready."""
     from tetri.config import default_path, load
-    from tetri.proc import launch
 
     config = load(conf or default_path(), overrides)
+    if foreground:
+        from tetri.proc.foreground import run
+
+        run(config, terminal.tell, wait_s, lambda run_dir: _summary(config, run_dir))
+        return
+    from tetri.proc import launch
+
     with _progress() as report:
         run_dir = launch.up(config, report, wait_s)
+    for line in _summary(config, run_dir):
+        click.echo(line)
+
+
+def _summary(config: Config, run_dir: Path) -> list[str]:
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
     counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
     workers = " and ".join(", ".join(counts).rsplit(", ", 1))
-    click.echo(f"up: {model} on {workers} workers")
-    click.echo(f"clients  {config.clients_address}")
-    click.echo(f"logs     {run_dir}/log")
-    click.echo("try      tetri-cli submit 'The capital of France is'   tetri-cli status   tetri-cli down")
+    return [
+        f"up: {model} on {workers} workers",
+        f"clients  {config.clients_address}",
+        f"logs     {run_dir}/log",
+        "try      tetri-cli submit 'The capital of France is'   tetri-cli status   tetri-cli down",
+    ]
 
 
 @contextlib.contextmanager

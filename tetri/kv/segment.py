@@ -74,7 +74,7 @@ def create(directory: str, deployment: str, iid: str, slots: int, block_bytes: i
         raise KVError(f"a slab needs at least 1 slot of at least 1 byte, got {slots} slots of {block_bytes} bytes")
     name, descriptor = _locked_file(directory, f"tetri-{deployment}-{iid}-")
     try:
-        size = _blocks_at(slots) + slots * block_bytes
+        size = size_of(slots, block_bytes)
         _reserve(descriptor, directory, size, f"{slots} slots of {block_bytes} bytes")
         # Populated: otherwise the first chunk would pay a page fault every 4 KB.
         memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
@@ -113,7 +113,7 @@ def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
     free = filesystem.f_bavail * filesystem.f_frsize
     full = KVError(
         f"{directory} is too small for {what}: {_megabytes(size)} needed, {_megabytes(free)} free;"
-        " use fewer slots, or enlarge it (docker: --shm-size)"
+        " lower transfer.slab_blocks, or enlarge it (docker run --shm-size)"
     )
     if size > free:  # checked first: a failing allocation would fill the file system for a moment
         raise full
@@ -184,7 +184,7 @@ def read_only(descriptor: int, name: str) -> tuple[Header, Mapping]:
     file_bytes = os.fstat(descriptor).st_size
     header, blocks_at = _header(os.pread(descriptor, _HEADER.size, 0), name)
     slots, size = header.slots, header.block_bytes
-    if not slots or not size or blocks_at != _blocks_at(slots) or file_bytes != blocks_at + slots * size:
+    if not slots or not size or blocks_at != _blocks_at(slots) or file_bytes != size_of(slots, size):
         raise KVLost(f"{name}: the header does not fit the file's {file_bytes} bytes")
     # Not populated: for a large slab that would block serving for tens of milliseconds. Read faults map 16 pages each
     # and are spread over the chunks.
@@ -227,6 +227,11 @@ def remove_dead(directory: str, name: str) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def size_of(slots: int, block_bytes: int) -> int:
+    """Bytes of a segment file."""
+    return _blocks_at(slots) + slots * block_bytes
 
 
 def _blocks_at(slots: int) -> int:

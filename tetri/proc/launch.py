@@ -28,28 +28,47 @@ from tetri.net import descriptors, keys
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import cpus, open_files, predictor, run_directory
+from tetri.proc import cpus, memory, open_files, predictor, run_directory
 from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir, commands
 from tetri.strict import ConfigError
 
 Report = Callable[[str], None]
 CONF, STATE, KEY = run_directory.CONF, run_directory.STATE, run_directory.KEY
+BUSY_S = 60.0  # patience with another `down`
 LOG_LINES = 8  # log lines of a failing program that the error shows
 CONFIG_EXIT = 2  # exit status of a program whose configuration is wrong: a restart does not help
 
 
+class Busy(LaunchError):
+    """Another process is starting or stopping the deployment."""
+
+
 def up(config: Config, report: Report, wait_s: float) -> Path:
-    """Start the deployment and return its run directory. Stops everything again when a program keeps dying, or when the
-    deployment is not ready after `wait_s` seconds. Raises LaunchError and ModelError."""
+    """Start the deployment and return its run directory. Stops everything again when a program keeps dying, when the
+    deployment is not ready after `wait_s` seconds, or on a signal. Raises LaunchError, ModelError and
+    KeyboardInterrupt."""
+    with noted_signals() as check:
+        return start(config, report, wait_s, check)
+
+
+def start(
+    config: Config,
+    report: Report,
+    wait_s: float,
+    check: Callable[[], None],
+    started: Callable[[Supervisor], None] = lambda supervisor: None,
+) -> Path:
+    """As `up`, without its care for signals: `check` raises when to stop. `started` is called once supervisord runs."""
     config = _checked(config)
     run_dir = _private(config.run_dir)
     supervisor = Supervisor(run_dir)
-    with _locked(run_dir), _signals_interrupt():
+    with _locked(run_dir):
         pid = supervisor.pid() or next(iter(supervisor.alive()), None)
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
         supervisor.try_socket()
+        sweep(config.cluster.name)  # what a killed deployment left would count as memory in use
         for short in (*_shortages(config), *cpus.shortages(config)):
             report(f"warning: {short}")
         config = _with_key(config, run_dir / KEY)
@@ -57,10 +76,11 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
         supervisor.write(commands(config, run_dir / CONF))
         try:
             supervisor.start()
+            started(supervisor)
             report(f"started the broker, the monitor and {len(config.workers)} workers")
-            _wait_ready(config, supervisor, report, time.monotonic() + wait_s)
+            _wait_ready(config, supervisor, report, time.monotonic() + wait_s, check)
             _write_state(config, supervisor)
-        except BaseException:  # also Ctrl-C: half a deployment is useless
+        except BaseException:  # also a signal: half a deployment is useless
             try:
                 report("stopping")
             finally:  # `report` fails when the terminal is gone
@@ -76,6 +96,22 @@ def down(run_dir: Path, report: Report = lambda text: None) -> bool:
         ran = supervisor.pid() is not None or bool(supervisor.alive())
         _end(run_dir, report)
     return ran
+
+
+def clean_up(run_dir: Path, pid: int, report: Report) -> None:
+    """As `down`, for the deployment of the supervisord that is or was process `pid`: wait while another process stops
+    it, and leave alone what another process has started since. Raises LaunchError."""
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            with _locked(run_dir):
+                if Supervisor(run_dir).pid() in (None, pid):
+                    _end(run_dir, report)
+                return
+        except Busy:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def _end(run_dir: Path, report: Report) -> None:
@@ -111,16 +147,23 @@ def _written(conf: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP act as Ctrl-C, so that `up` stops what it has started so far."""
+def noted_signals() -> Iterator[Callable[[], None]]:
+    """Note SIGINT, SIGTERM and SIGHUP; yields a function that raises KeyboardInterrupt once one has arrived. So none of
+    them, nor a second one, can interrupt a stop. One that is ignored already, as SIGHUP is under nohup, stays so."""
+    received: list[int] = []
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
-            signal.signal(number, signal.default_int_handler)
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
+
+    def check() -> None:
+        if received:
+            raise KeyboardInterrupt
+
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -134,7 +177,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
     try:
         lock = hold(run_dir / "up.lock")
     except NetError as error:
-        raise LaunchError(f"another tetri-cli up or down is running: {error}") from None
+        raise Busy(f"another tetri-cli up or down is running: {error}") from None
     with lock:
         yield
 
@@ -191,17 +234,21 @@ def _check_port(config: Config) -> None:
 
 
 def _shortages(config: Config) -> list[str]:
-    """A line for each kind of program that has too few open files. The programs run on: connections wait."""
+    """A line for each shortage: open files (connections wait), memory (the kernel may kill), /dev/shm (a worker refuses
+    to start)."""
     limit = descriptors.hard_limit()
-    kinds = ("broker", "monitor", "each worker")
-    return [short for name in kinds if (short := open_files.shortage(config, name, limit)) is not None]
+    files = [open_files.shortage(config, name, limit) for name in ("broker", "monitor", "each worker")]
+    return [short for short in (*files, memory.shortage(config), memory.shm_shortage(config)) if short is not None]
 
 
-def _wait_ready(config: Config, supervisor: Supervisor, report: Report, until: float) -> None:
-    watch = _Watch(supervisor)
+def _wait_ready(
+    config: Config, supervisor: Supervisor, report: Report, until: float, check: Callable[[], None]
+) -> None:
+    watch = _Watch(supervisor, memory.balance(config).text)
     waiting = {**{worker.iid: worker.role for worker in config.workers}, "monitor": "the loads of all"}
     with Client(config.clients_address, timeout=0.3, resend_s=0.1) as client:
         while waiting:
+            check()
             watch.look()
             for iid in _ready(client):
                 if (role := waiting.pop(iid, None)) is not None:
@@ -222,10 +269,11 @@ def _ready(client: Client) -> list[str]:
 
 
 class _Watch:
-    """Detects a program that keeps dying."""
+    """Detects a program that keeps dying. `memory_text`: the memory that was needed and available, for one that the
+    kernel kills."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
+    def __init__(self, supervisor: Supervisor, memory_text: str) -> None:
+        self._supervisor, self._memory_text = supervisor, memory_text
         self._starts: dict[str, set[int]] = {}
         self._silent = 0
 
@@ -244,10 +292,19 @@ class _Watch:
 
     def _give_up(self, program: Program) -> None:
         path = self._supervisor.log(program.name)
-        lines = self._supervisor.output(program.name)
-        output = [line for line in lines if line.strip()][-LOG_LINES:] or ["no output"]
-        before = [line for line in output if line != output[-1]]  # the last line is shown first
-        raise LaunchError("\n    ".join([f"{program.name} does not start: {output[-1]}", *before, f"log: {path}"]))
+        output = [line for line in self._supervisor.output(program.name) if line.strip()][-LOG_LINES:]
+        ended = self._supervisor.last_end(program.name)
+        by_signal = re.match(r"terminated by (SIG\w+|signal \d+)", ended)
+        if by_signal or not output:
+            reason, before = self._death(by_signal[1]) if by_signal else f"{ended}, no output", output
+        else:
+            reason, before = output[-1], [line for line in output if line != output[-1]]
+        raise LaunchError("\n    ".join([f"{program.name} does not start: {reason}", *before, f"log: {path}"]))
+
+    def _death(self, name: str) -> str:
+        number = f"signal {signal.Signals[name].value} ({name})" if name in signal.Signals.__members__ else name
+        why = f", as the kernel does when memory runs out: {self._memory_text}" if name == "SIGKILL" else ""
+        return f"killed by {number}{why}"
 
 
 def _write_state(config: Config, supervisor: Supervisor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import shlex
 import signal
 import socket
@@ -98,6 +99,11 @@ class Supervisor:
         begins = [number for number, line in enumerate(lines, 1) if line.startswith(_NEW_RUN)]
         return lines[begins[-1] if begins else 0 :]  # without the mark, all before this run is in a rotated file
 
+    def begin(self, program: str) -> int:
+        """Where the last `write` has marked the begin of a run in a program's log, in bytes."""
+        path = self.log(program)
+        return (path.read_bytes() if path.exists() else b"").rfind(b"\n" + _NEW_RUN.encode()) + 1
+
     def try_socket(self) -> None:
         """Raise LaunchError unless supervisord can make its socket in the run directory. It would try for ever."""
         probe, linked = (Path(f"{self.socket}.{name}") for name in (os.getpid(), "linked"))
@@ -143,6 +149,12 @@ class Supervisor:
         except _GONE:
             return None
         return [Program(p["name"], p["statename"], p["pid"], p["start"], p["exitstatus"]) for p in found]
+
+    def last_end(self, program: str) -> str:
+        """How a program ended last, in supervisord's words: "exit status 1", "terminated by SIGKILL". Its RPC does not
+        tell which signal, and no status of an end in the first second."""
+        found = re.findall(rf" exited: {re.escape(program)} \((.*?)[;)]", "\n".join(self.output("supervisord")))
+        return found[-1] if found else "it ended"
 
     def _running(self) -> set[int]:
         return {program.pid for program in self.programs() or ()} - {0}

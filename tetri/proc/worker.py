@@ -26,7 +26,7 @@ from tetri.kv.base import KVLost, KVStore
 from tetri.net.loop import run
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
-from tetri.proc import build
+from tetri.proc import build, memory
 from tetri.proc.cpus import few_threads, pin
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
@@ -81,6 +81,8 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         stack.enter_context(kept(config.run_dir, logger))
         hub = stack.enter_context(closing(build.open_hub(config, iid, logger)))
         predictor = load_predictor(config, logger) if predicts else None
+        if (short := memory.shortage(config, iid)) is not None:
+            logger.warning("%s", short)
         # Takes seconds to minutes; until it is done, a signal ends the process at once.
         engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
         serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)

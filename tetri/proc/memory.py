@@ -1,0 +1,168 @@
+"""How much memory the workers need, and how much of it in /dev/shm, compared with what this machine and its control
+groups have. An estimate: nothing is refused because of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetri import models
+from tetri.config import Config, WorkerConfig
+from tetri.kv.segment import size_of
+from tetri.kv.shm import DIRECTORY
+
+MIB = 1 << 20
+# Measured: a vLLM worker without weights, KV cache and slab (libraries, activations); an emulated worker; the rest.
+VLLM, EMULATED, OTHERS = 800 * MIB, 64 * MIB, 250 * MIB
+UNKNOWN = 1 << 62
+ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of one number
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """What is `needed` and `available`, in bytes. `text` says both in one line."""
+
+    needed: int
+    available: int
+    text: str
+
+
+def shortage(config: Config, iid: str | None = None) -> str | None:
+    """One line that says why the memory may not do for all programs, or for the worker `iid`; None when it is
+    enough."""
+    found = balance(config, iid)
+    if found.needed <= found.available:
+        return None
+    kv = f"lower engine.kv_mib ({config.engine.kv_mib}), " if config.engine.kind == "vllm" else ""
+    return f"{found.text}: {kv}configure fewer workers or add memory, or the kernel may kill a worker"
+
+
+def balance(config: Config, iid: str | None = None) -> Balance:
+    """Memory needed by all programs together, or by the worker `iid` alone, beside what is available."""
+    if iid is not None:
+        needed = _worker_bytes(config, config.worker(iid))
+        who = f"worker {iid} needs about {_mb(needed)} of memory"
+    else:
+        sizes = Counter(_worker_bytes(config, worker) for worker in config.workers)
+        needed = OTHERS + sum(size * count for size, count in sizes.items())
+        workers = ", ".join(f"{count} of {_mb(size)}" for size, count in sizes.items())
+        who = f"the programs need about {_mb(needed)} of memory (workers: {workers})"
+    left, where = available()
+    return Balance(needed, left, f"{who}, {_mb(left)} are available ({where})")
+
+
+def shm_shortage(config: Config, free: Callable[[], int] | None = None) -> str | None:
+    """One line that says why /dev/shm is too small for the slabs of all workers; None when it is large enough, or when
+    only the engine can tell how large they are. `free`: its free bytes."""
+    slabs = [_slab_bytes(config, worker) for worker in config.workers]
+    needed, left = sum(slabs), (free or _shm_free)()
+    if needed <= left:
+        return None
+    return (
+        f"{DIRECTORY} is too small for the KV slabs of {sum(map(bool, slabs))} workers: {_mb(needed)} needed,"
+        f" {_mb(left)} free; enlarge it (docker run --shm-size={-(-needed // MIB) + 64}m) or lower"
+        f" transfer.slab_blocks ({config.transfer.slab_blocks})"
+    )
+
+
+def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:
+    """Bytes that new processes can get, and what limits them: this machine or the control group with the least. Without
+    an end where the kernel does not say."""
+    return min([*_machine(proc), *_groups(proc, groups)], default=(UNKNOWN, "the kernel does not say"))
+
+
+def _machine(proc: Path) -> Iterator[tuple[int, str]]:
+    facts = dict(line.split(":", 1) for line in _lines(proc / "meminfo"))
+    if "MemAvailable" in facts:
+        free = [facts.get(name, "0 kB").split()[0] for name in ("MemAvailable", "SwapFree")]
+        yield sum(map(int, free)) << 10, "this machine"
+
+
+def _groups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
+    """What each control group of this process that has a limit can still get, up to the outermost."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit, usage, prefix = mount, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):  # version 1
+            root, limit, usage, prefix = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = root / path.lstrip("/")  # in a container it may not exist: there, the root is its group
+        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            most, used = "".join(_lines(folder / limit)), "".join(_lines(folder / usage))
+            if most.isdigit() and used.isdigit():  # not "max"
+                left = int(most) - int(used) + _cache(folder, prefix)
+                yield max(left, 0), f"limit of the control group {folder}"
+
+
+def _cache(folder: Path, prefix: str) -> int:
+    """Bytes of cached files of a group, which the kernel drops before it kills."""
+    facts = dict(line.split() for line in _lines(folder / "memory.stat"))
+    return sum(int(facts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of the kernel; none where there is no such file."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _worker_bytes(config: Config, worker: WorkerConfig) -> int:
+    slab = _slab_bytes(config, worker)
+    if config.engine.kind == "emulated":
+        return EMULATED + slab + config.emulated.blocks * _block_bytes(config)
+    if worker.gpu >= 0:
+        return VLLM + slab
+    folder = models.find(config.model.name)
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    stored = _facts(folder).get("dtype") or _facts(folder).get("torch_dtype")
+    weights = weights * ITEM[config.model.dtype] // ITEM.get(str(stored), ITEM[config.model.dtype])
+    return VLLM + weights + (config.engine.kv_mib << 20) + slab
+
+
+def _slab_bytes(config: Config, worker: WorkerConfig) -> int:
+    """Size of a worker's slab in /dev/shm; 0 for one in GPU memory, or when only the engine knows the size."""
+    transport = config.transfer.transport
+    if transport == "cuda_ipc" or (transport == "auto" and worker.gpu >= 0):
+        return 0
+    block = _block_bytes(config)
+    return size_of(config.transfer.slab_blocks, block) if block else 0
+
+
+def _block_bytes(config: Config) -> int:
+    """Bytes of one KV block, 0 when the checkpoint's config.json does not tell in the usual way."""
+    if config.engine.kind == "emulated":
+        return config.engine.block_tokens * config.emulated.token_bytes
+    facts = _facts(models.find(config.model.name))
+    try:
+        heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
+        width = facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
+        token_bytes = facts["num_hidden_layers"] * heads * 2 * width * ITEM[config.model.dtype]
+        return int(token_bytes * config.engine.block_tokens)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return 0
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # the worker's error says what is wrong with it
+    return found if isinstance(found, dict) else {}
+
+
+def _shm_free() -> int:
+    filesystem = os.statvfs(DIRECTORY)
+    return filesystem.f_bavail * filesystem.f_frsize
+
+
+def _mb(size: int) -> str:
+    return f"{size / MIB:,.0f} MB"
