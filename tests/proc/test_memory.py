@@ -43,11 +43,14 @@ def kernel(tmp_path):
         (proc / "self").mkdir(parents=True)
         (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 4194304 kB\nSwapFree: 1048576 kB\n")
         (proc / "self" / "cgroup").write_text(own)
+        mounts = ((groups, "cgroup2", "rw"), (groups / "memory", "cgroup", "rw,memory"))
+        lines = [f"30 22 0:9 / {path} rw - {kind} x {options}\n" for path, kind, options in mounts]
+        (proc / "self" / "mountinfo").write_text("".join(lines))
         for name, text in dict(files).items():
             path = groups / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{text}\n")
-        return memory.available(proc, groups)
+        return memory.available(proc)
 
     return make
 
@@ -90,7 +93,7 @@ def test_in_a_container_the_own_group_is_the_root_of_what_is_mounted(kernel):
 
 
 def test_a_kernel_that_does_not_say(tmp_path):
-    left, where = memory.available(tmp_path, tmp_path)
+    left, where = memory.available(tmp_path)
     assert left == memory.UNKNOWN and "does not say" in where
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetri import models
+from tetri import control_groups, models
 from tetri.config import Config, WorkerConfig
 from tetri.kv.segment import size_of
 from tetri.kv.shm import DIRECTORY
@@ -20,6 +20,8 @@ MIB = 1 << 20
 # Measured: a vLLM worker without weights, KV cache and slab (libraries, activations); an emulated worker; the rest.
 VLLM, EMULATED, OTHERS = 800 * MIB, 64 * MIB, 250 * MIB
 UNKNOWN = 1 << 62
+# Files of a control group's limit and use, and the prefix in memory.stat: of version 2 and of version 1.
+NAMES = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
 ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of one number
 
 
@@ -70,10 +72,10 @@ def shm_shortage(config: Config, free: Callable[[], int] | None = None) -> str |
     )
 
 
-def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:
+def available(proc: Path = Path("/proc")) -> tuple[int, str]:
     """Bytes that new processes can get, and what limits them: this machine or the control group with the least. Without
     an end where the kernel does not say."""
-    return min([*_machine(proc), *_groups(proc, groups)], default=(UNKNOWN, "the kernel does not say"))
+    return min([*_machine(proc), *_groups(proc)], default=(UNKNOWN, "the kernel does not say"))
 
 
 def _machine(proc: Path) -> Iterator[tuple[int, str]]:
@@ -83,18 +85,10 @@ def _machine(proc: Path) -> Iterator[tuple[int, str]]:
         yield sum(map(int, free)) << 10, "this machine"
 
 
-def _groups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
-    """What each control group of this process that has a limit can still get, up to the outermost."""
-    for line in _lines(proc / "self" / "cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, limit, usage, prefix = mount, "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):  # version 1
-            root, limit, usage, prefix = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        group = root / path.lstrip("/")  # in a container it may not exist: there, the root is its group
-        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+def _groups(proc: Path) -> Iterator[tuple[int, str]]:
+    """What each control group of this process that has a limit can still get."""
+    for folder in control_groups.folders("memory", proc / "self"):
+        for limit, usage, prefix in NAMES:
             most, used = "".join(_lines(folder / limit)), "".join(_lines(folder / usage))
             if most.isdigit() and used.isdigit():  # not "max"
                 left = int(most) - int(used) + _cache(folder, prefix)
