@@ -22,7 +22,7 @@ from tetri.proc.broker import ActionExecutor
 from tetri.proc.texts import Texts
 from tetri.request import Sampling, Stage, Turn
 from tetri.text import ByteTokenizer
-from tetri.wire.clients import Accepted, Delta, Done, Inspect, Refused, Submit
+from tetri.wire.clients import Accepted, Cancel, Delta, Done, Inspect, Refused, Submit
 from tetri.wire.events import Arrived
 
 SECRET = "s" * 22
@@ -152,6 +152,19 @@ def test_the_time_of_a_text_counts_from_its_arrival(loop: Loop) -> None:
     ((_, done),) = loop.hub.sent[before:]
     assert isinstance(done, Done) and done.reason == "deadline" and done.jct_s > 0.01
     assert done.timeline["queued"] == pytest.approx(done.jct_s)
+
+
+def test_a_text_that_is_cancelled_while_it_waits_ends_as_soon_as_it_is_tokenised(loop: Loop) -> None:
+    loop.keep_busy()
+    assert loop.turn((b"c", submit("k", "text")), (b"c", submit("other", "text"))) == []
+    ((_, refused),) = loop.turn((b"d", Cancel(rid="k", secret="x" * 32)))
+    assert isinstance(refused, Refused)
+    assert loop.turn((b"c", Cancel(rid="k", secret=SECRET))) == []
+    loop.go()
+    rid = loop.answer("k", Accepted).rid
+    (done,) = [message for _, message in loop.hub.sent if isinstance(message, Done)]
+    assert (done.rid, done.reason) == (rid, "cancelled")
+    assert loop.answer("other").rid in loop.core.table.rows
 
 
 def test_a_repeated_text_is_tokenised_once_and_its_last_client_is_answered(loop: Loop) -> None:
