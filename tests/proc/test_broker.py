@@ -20,7 +20,7 @@ from tetri.core.broker.broker import Broker
 from tetri.net.hub import Hub
 from tetri.proc.broker import ActionExecutor
 from tetri.proc.texts import Texts
-from tetri.request import Sampling, Stage, Turn
+from tetri.request import AskedSampling, Stage, Turn
 from tetri.text import ByteTokenizer
 from tetri.wire.clients import Accepted, Cancel, Delta, Done, Inspect, Refused, Submit
 from tetri.wire.events import Arrived
@@ -116,7 +116,7 @@ class Loop:
 
 
 def submit(key: str, prompt: str | list[int] | None, secret: str = SECRET, **fields: Any) -> Submit:
-    sampling = fields.pop("sampling", Sampling(max_tokens=8))
+    sampling = fields.pop("sampling", AskedSampling(max_tokens=8))
     return Submit(key=key, secret=secret, prompt=prompt, sampling=sampling, **fields)
 
 
@@ -207,7 +207,7 @@ def test_beyond_max_open_a_text_is_refused_until_later_and_not_tokenised(loop: L
 
 def test_beyond_max_mib_a_text_is_refused_until_later_and_not_tokenised(tmp_path: Path) -> None:
     loop = Loop(tmp_path, max_mib=1, context=1 << 16)
-    large = Sampling(max_tokens=14_000)  # 340,096 bytes and the prompt
+    large = AskedSampling(max_tokens=14_000)  # 340,096 bytes and the prompt
     loop.turn(*((b"c", submit(f"k{number}", [1], sampling=large)) for number in range(3)))
     ((_, refused),) = loop.turn((b"c", submit("late", "text", sampling=large)))
     assert refused.reason == "the requests here may need 1 of 1 MiB, try later" and refused.retry_after_s == 1.0
@@ -223,7 +223,7 @@ def test_beyond_max_mib_a_text_is_refused_until_later_and_not_tokenised(tmp_path
         ({"deadline_s": 0.0}, "deadline_s must be above 0"),
         ({"prompt": "a" * 300_000}, "far more than the context holds"),
         ({"prompt": None}, "exactly one of prompt and messages"),
-        ({"sampling": Sampling(max_tokens=4096)}, "max_tokens is 4096"),
+        ({"sampling": AskedSampling(max_tokens=4096)}, "max_tokens is 4096"),
     ],
 )
 def test_what_can_be_refused_at_once_is_not_tokenised(loop: Loop, wrong: dict[str, Any], says: str) -> None:

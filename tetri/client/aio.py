@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from tetri.client.conversation import Call, Request
@@ -190,5 +190,5 @@ class AsyncStream(BaseStream[AsyncClient]):
 
 
 class _Iteration(Iteration[AsyncStream], AsyncIterator[str]):
-    async def __anext__(self) -> str:
-        return await anext(self._stream)
+    def __anext__(self) -> Coroutine[Any, Any, str]:
+        return self._stream.__anext__()

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Client(BaseClient["Stream"]):
-    """One connection to a broker. Not thread-safe: create one for each thread.
+    """One connection to a broker. Not thread-safe: create one for each thread, and after a fork one in the child.
 
     `address`: the broker's address; by default that of this machine's deployment. `timeout`: seconds without an
     answer after which every method raises Unreachable. The keyword arguments of a request are the fields of
