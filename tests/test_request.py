@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tetri.request import LengthRange, Sampling, Stage, blocks_for, sampling_problem
+from tetri.request import AskedSampling, LengthRange, Sampling, Stage, blocks_for, sampling_problem
 
 NAN = float("nan")
 
@@ -43,6 +43,13 @@ def test_the_defaults_are_fine_and_so_are_the_bounds():
 )
 def test_what_is_wrong_is_said_in_one_line(wrong, message):
     assert message in (sampling_problem(Sampling(**wrong)) or "")
+
+
+def test_a_limit_that_was_not_asked_for_is_the_default_until_the_broker_knows_what_fits():
+    asked = AskedSampling(seed=3, min_tokens=129)
+    assert sampling_problem(asked) == "min_tokens (129) must not exceed max_tokens (128)"
+    assert asked.limited(9) == Sampling(max_tokens=9, seed=3, min_tokens=129)
+    assert AskedSampling(max_tokens=0).limited(9).max_tokens == 0
 
 
 def test_a_seed_is_set_without_touching_the_rest():

@@ -61,10 +61,15 @@ class Stage(StrEnum):
 _ENDED = frozenset((Stage.DONE, Stage.FAILED, Stage.CANCELLED))
 
 
-class Sampling(Record, frozen=True):
-    """How output tokens are sampled. `temperature` 0 is greedy; `seed` makes a sampled output repeatable."""
+DEFAULT_TOKENS = 128  # output tokens of a request that names no limit, where so many fit
 
-    max_tokens: int = 128
+
+class AskedSampling(Record, frozen=True):
+    """How output tokens are sampled, as a client asks for it. `max_tokens` None: DEFAULT_TOKENS, or fewer if fewer fit
+    into the model's context and the largest decode instance after the prompt. `temperature` 0 is greedy; `seed` makes a
+    sampled output repeatable."""
+
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
@@ -76,6 +81,16 @@ class Sampling(Record, frozen=True):
     min_tokens: int = 0
     stop: list[str] = []
     ignore_eos: bool = False
+
+    def limited(self, max_tokens: int) -> Sampling:
+        """Return the Sampling with this limit, if none was asked for."""
+        return Sampling(**{**asdict(self), "max_tokens": max_tokens if self.max_tokens is None else self.max_tokens})
+
+
+class Sampling(AskedSampling, frozen=True):
+    """How output tokens are sampled, with a limit."""
+
+    max_tokens: int = DEFAULT_TOKENS
 
 
 # field, least, most; both are allowed
@@ -94,10 +109,11 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 
 
-def sampling_problem(s: Sampling) -> str | None:
+def sampling_problem(s: AskedSampling) -> str | None:
     """The first invalid value of a Sampling, in one line that states what is allowed; None if all are valid."""
+    most = DEFAULT_TOKENS if s.max_tokens is None else s.max_tokens
     for name, low, high in _RANGES:
-        value = getattr(s, name)
+        value = most if name == "max_tokens" else getattr(s, name)
         if not low <= value <= high:  # also catches NaN
             bound = f"at least {low:g}" if value < low else f"from {low:g} to {high:g}"
             return f"{name} must be {bound}, got {_described(value)}"
@@ -105,8 +121,8 @@ def sampling_problem(s: Sampling) -> str | None:
         return f"top_p must be above 0 and at most 1, got {_described(s.top_p)}"
     if s.seed is not None and not 0 <= s.seed < 1 << 63:
         return f"seed must be from 0 to 2^63 - 1, got {s.seed if abs(s.seed) < _LARGE else _described(s.seed)}"
-    if s.min_tokens > s.max_tokens:
-        return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({s.max_tokens})"
+    if s.min_tokens > most:
+        return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({most})"
     if len(s.stop) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in s.stop):
         return f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters"
     return None

@@ -47,3 +47,19 @@ def test_the_oldest_turns_leave_a_chat_that_outgrows_the_context(run, broker, sy
     assert "context holds 4" in err  # of the line that is too long alone
     kept = [turn["content"] for turn in fake.seen[-1]["messages"] if turn["role"] != "assistant"]
     assert kept == [*system[1:], "dd"]
+
+
+def test_a_chat_without_a_limit_makes_space_for_an_answer_and_at_last_takes_what_there_is(run, broker):
+    def reply(message):
+        turns, most = len(message["messages"]), message["sampling"].get("max_tokens", 1)
+        return answer(message) if turns == 1 and most < 256 else full(message)
+
+    def full(message):
+        reason = "300 tokens fit into no decode instance: the largest holds 299"
+        return [{"type": "refused", "key": message["key"], "reason": reason, "retry_after_s": None}]
+
+    fake = broker(reply)
+    assert run("chat", stdin=b"one\ntwo\n")[:2] == (0, "one two three\n" * 2)
+    asked = [(len(each["messages"]), each["sampling"].get("max_tokens")) for each in fake.seen]
+    assert asked == [(1, 256), (1, None), (3, 256), (1, 256), (1, None)]
+    assert run("chat", "--max-tokens", "256", stdin=b"one\n")[0] == 1

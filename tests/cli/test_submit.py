@@ -12,7 +12,7 @@ def test_the_answer_alone_goes_to_stdout(run, broker):
     fake = broker()
     assert run("submit", "hi") == (0, "one two three\n", "")
     assert run("submit", "hi", "--no-stream") == (0, "one two three\n", "")
-    assert fake.seen[0]["sampling"] == {"max_tokens": 128} and fake.seen[0]["prompt"] == "hi"
+    assert fake.seen[0]["sampling"] == {} and fake.seen[0]["prompt"] == "hi"
 
 
 def test_options_reach_the_broker(run, broker):

@@ -112,7 +112,7 @@ def test_a_cancel_is_sent_and_repeated_however_many_deltas_come():
     session.add(request)
     session.tick(0.0)
     session.receive([pack(type="accepted", key="k", rid="r1", prompt_tokens=1)], 0.1)
-    session.cancel(request, 0.2)
+    session.cancel(request)
     sent = []
     for step in range(25):
         now = 0.2 + 0.1 * step
@@ -121,16 +121,23 @@ def test_a_cancel_is_sent_and_repeated_however_many_deltas_come():
     assert [each for each in sent if each[1] == "cancel"] == [(0.2, "cancel"), (1.2, "cancel"), (2.2, "cancel")]
 
 
-def test_a_late_accepted_of_a_given_up_request_is_cancelled():
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_request_that_is_given_up_is_cancelled_for_a_broker_that_wakes_up(accepted):
     def sent(frame):
         return msgpack.unpackb(frame[1:])
 
     session, patience = Session(), Patience(timeout=1, silence_s=1, resend_s=1)
     session.add(Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0))
     assert [sent(f)["type"] for f in session.tick(0.0)] == ["submit"]
-    assert session.deadline() == 1.0
-    assert session.tick(1.0) == [] and session.open == 0
-    session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1)], 1.5)
-    assert [sent(f) for f in session.tick(1.5)] == [{"type": "cancel", "rid": "r7", "secret": "s"}]
+    if accepted:
+        session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1)], 0.0)
+        assert [sent(f)["type"] for f in session.tick(1.0)] == ["attach"]
+    last = session.tick(2.0)
+    assert [sent(f) for f in last] == [{"type": "cancel", "rid": "r7" if accepted else "k", "secret": "s"}]
+    assert session.open == 0 and session.deadline() is None
+
+
+def test_a_message_of_several_frames_is_ignored():
+    session = Session()
     session.receive([b"x", b"y"], 2.0)
     assert session.ignored == 1

@@ -4,6 +4,7 @@ import msgpack
 import pytest
 from fake_broker import STATUS, accepted, delta, done, pack
 
+from tests.client.script import refused
 from tests.core.broker.work import opcodes
 from tetri.client.conversation import Patience, Request, Session
 from tetri.client.frames import TetriError, Unreachable, submit
@@ -126,7 +127,7 @@ def test_a_signal_handler_may_cancel_at_any_time():
         def tick(self, now):
             if self.rid == "r0" and now == 2.0:
                 assert session.busy
-                session.cancel(requests[1], now)
+                session.cancel(requests[1])
             return super().tick(now)
 
     session, requests = streaming(2, Interrupted)
@@ -134,3 +135,46 @@ def test_a_signal_handler_may_cancel_at_any_time():
     assert sent(session.tick(2.0)) == [("attach", "r0")] and not session.busy
     assert session.deadline() == 0.0
     assert sent(session.tick(2.0)) == [("cancel", "r1")] and session.deadline() == 3.0
+
+
+def test_a_request_that_nobody_reads_is_cancelled_by_its_key_until_its_id_is_known():
+    session, (known,) = streaming(1)
+    unknown = request(7)
+    session.add(unknown)
+    assert sent(session.tick(0.0)) == [("submit", "k7")]
+    assert sent(session.cancels()) == [("cancel", "r0"), ("cancel", "k7")]
+    session.abandon(known, None)
+    session.abandon(unknown, None)
+    assert session.deadline() == 0.0 and sent(session.tick(0.5)) == [("cancel", "k7"), ("cancel", "r0")]
+    hear(session, refused("k7"))  # it had not arrived
+    hear(session, done("r0", "cancelled", 0))
+    assert session.open == 0 and session.cancels() == []
+
+
+def test_a_cancel_that_was_sent_already_is_sent_again_only_without_an_answer():
+    session, (each,) = streaming(1)
+    session.abandon(each, 0.5)
+    assert session.tick(0.5) == [] and session.deadline() == 1.5
+    assert sent(session.tick(1.5)) == [("cancel", "r0")]
+
+
+def test_an_interrupted_tick_can_be_made_up_for():
+    """Ctrl-C may raise its exception at any point of it."""
+
+    class Interrupted(Request):
+        interrupt = False
+
+        def tick(self, now):
+            if self.interrupt:
+                self.interrupt = False
+                raise KeyboardInterrupt
+            return super().tick(now)
+
+    session, requests = streaming(3, Interrupted)
+    requests[1].interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        session.tick(2.0)
+    assert not session.busy
+    for each in requests:
+        session.cancel(each)
+    assert sorted(sent(session.tick(2.1))) == [("cancel", "r0"), ("cancel", "r1"), ("cancel", "r2")]

@@ -1,9 +1,14 @@
 """The blocking client: streams, cancelling, callers who were away."""
 
+import gc
+import os
+import signal
+import threading
 import time
 
 import pytest
 from fake_broker import WORDS, FakeBroker, Scripted, accepted, answer, delta, done, endless
+from live import wait_until
 
 import tetri
 from tests.client.script import FAST
@@ -53,6 +58,127 @@ def test_cancelling_a_stream_keeps_what_there_was():
         with client.stream("again") as second:
             assert next(second) == "one "
         assert second.result.finish_reason == "cancelled"
+
+
+def in_a_loop(client, end):
+    for piece in client.stream("hi"):
+        assert piece == "one "
+        end()
+
+
+def breaks(client):
+    for _ in client.stream("hi"):
+        break
+
+
+def breaks_and_keeps(client):
+    client.kept = client.stream("hi")
+    for _ in client.kept:
+        break
+
+
+def raises(client):
+    with pytest.raises(ZeroDivisionError):
+        in_a_loop(client, lambda: 1 / 0)
+
+
+def is_interrupted(client):
+    with pytest.raises(KeyboardInterrupt):
+        in_a_loop(client, lambda: signal.raise_signal(signal.SIGINT))
+
+
+def is_interrupted_while_it_waits(client):
+    """Both pieces are read, and a signal comes in the wait for the third."""
+    client.kept = client.stream("interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        list(client.kept)
+
+
+def is_interrupted_in_generate(client):
+    with pytest.raises(KeyboardInterrupt):
+        client.generate("interrupt")
+
+
+def drops(client):
+    stream = client.stream("hi")
+    assert next(stream) == "one "
+    del stream
+
+
+def drops_unread(client):
+    client.stream("hi")
+
+
+def drops_a_cycle(client):
+    streams = [client.stream("hi")]
+    streams.append(streams)
+    del streams
+    gc.collect()
+
+
+def leaves_a_generator(client):
+    pieces = (piece.upper() for piece in client.stream("hi"))
+    assert next(pieces) == "ONE "
+    pieces.close()
+
+
+def closes(client):
+    client.kept = client.stream("hi")
+    assert next(client.kept) == "one "
+    client.close()
+
+
+ENDS = [breaks, breaks_and_keeps, raises, is_interrupted, is_interrupted_while_it_waits, is_interrupted_in_generate]
+ENDS += [drops, drops_unread, drops_a_cycle, leaves_a_generator, closes]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+def test_a_request_that_nobody_reads_any_more_is_cancelled_at_once(end):
+    """Without any further use of the client, which stays open, and with the id if it is known, else the key."""
+
+    def reply(message):
+        """A client that waits for "interrupt" asks, and gets a signal."""
+        asked = [each["type"] for each in broker.seen].count("attach") == 1 and message["type"] == "attach"
+        if asked and broker.seen[0]["prompt"] == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        return endless(message)
+
+    with FakeBroker(reply) as broker, tetri.Client(broker.address, silence_s=0.1) as client:
+        end(client)
+        wait_until(lambda: "cancel" in broker.types(), "no Cancel")
+        (submit,) = (message for message in broker.seen if message["type"] == "submit")
+        cancel = next(message for message in broker.seen if message["type"] == "cancel")
+        assert cancel["rid"] in ("r1", submit["key"]) and cancel["secret"] == submit["secret"]
+
+
+def test_what_had_arrived_before_a_break_can_still_be_read_and_next_reads_on_without_an_end():
+    with FakeBroker(endless) as broker, tetri.Client(broker.address, **FAST) as client:
+        stream = client.stream("hi")
+        assert next(stream) == "one " and next(stream) == "two " and "cancel" not in broker.types()
+        stream = client.stream("hi")
+        for piece in stream:
+            assert piece == "one "
+            break
+        assert "".join(stream) in ("", "two ") and stream.result.finish_reason == "cancelled"
+        assert stream.result.text == "one two " and list(stream) == []
+
+
+def test_a_stream_that_has_ended_is_not_cancelled():
+    with FakeBroker(answer) as broker, tetri.Client(broker.address, **FAST) as client:
+        assert list(client.stream("hi")) == WORDS
+        assert client.generate("hi").text == "one two three"
+    assert set(broker.types()) == {"submit"}
+
+
+def test_a_stream_dropped_in_another_thread_is_cancelled_when_the_client_is_used_again():
+    with FakeBroker(endless) as broker, tetri.Client(broker.address, **FAST) as client:
+        streams = [client.stream("hi")]
+        assert next(streams[0]) == "one "
+        thread = threading.Thread(target=streams.clear)
+        thread.start()
+        thread.join()
+        assert next(client.stream("again")) == "one "
+        wait_until(lambda: "cancel" in broker.types(), "no Cancel")
 
 
 def test_cancelling_before_any_answer_came_asks_for_what_was_missed():

@@ -136,7 +136,7 @@ def test_a_client_is_answered_and_a_vanished_one_is_gone(run_folder):
             client.send(codec.encode(Attach(rid="r", secret="s", start=3)))
             (arrived,) = some(broker, 1)
             assert arrived.message == Attach(rid="r", secret="s", start=3)
-            answer = Accepted(key="k", rid="r", prompt_tokens=4)
+            answer = Accepted(key="k", rid="r", prompt_tokens=4, max_tokens=8)
             assert broker.reply(arrived.client, answer) == "sent"
             assert heard(client) == answer
         until(lambda: broker.reply(arrived.client, answer) == "gone")
@@ -156,7 +156,7 @@ def test_clients_of_two_addresses_with_the_same_identity_are_each_answered_where
                 socket.send(codec.encode(Inspect()))
                 clients += [event.client for event in some(broker, 1)]
             for name, client in zip("ab", clients, strict=True):
-                assert broker.reply(client, Accepted(key=name, rid="r", prompt_tokens=4)) == "sent"
+                assert broker.reply(client, Accepted(key=name, rid="r", prompt_tokens=4, max_tokens=8)) == "sent"
             assert [heard(one).key, heard(other).key] == ["a", "b"] and len({*clients}) == 2
 
 

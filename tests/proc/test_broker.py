@@ -20,9 +20,9 @@ from tetri.core.broker.broker import Broker
 from tetri.net.hub import Hub
 from tetri.proc.broker import ActionExecutor
 from tetri.proc.texts import Texts
-from tetri.request import Sampling, Stage, Turn
+from tetri.request import AskedSampling, Stage, Turn
 from tetri.text import ByteTokenizer
-from tetri.wire.clients import Accepted, Delta, Done, Inspect, Refused, Submit
+from tetri.wire.clients import Accepted, Cancel, Delta, Done, Inspect, Refused, Submit
 from tetri.wire.events import Arrived
 
 SECRET = "s" * 22
@@ -116,7 +116,7 @@ class Loop:
 
 
 def submit(key: str, prompt: str | list[int] | None, secret: str = SECRET, **fields: Any) -> Submit:
-    sampling = fields.pop("sampling", Sampling(max_tokens=8))
+    sampling = fields.pop("sampling", AskedSampling(max_tokens=8))
     return Submit(key=key, secret=secret, prompt=prompt, sampling=sampling, **fields)
 
 
@@ -152,6 +152,19 @@ def test_the_time_of_a_text_counts_from_its_arrival(loop: Loop) -> None:
     ((_, done),) = loop.hub.sent[before:]
     assert isinstance(done, Done) and done.reason == "deadline" and done.jct_s > 0.01
     assert done.timeline["queued"] == pytest.approx(done.jct_s)
+
+
+def test_a_text_that_is_cancelled_while_it_waits_ends_as_soon_as_it_is_tokenised(loop: Loop) -> None:
+    loop.keep_busy()
+    assert loop.turn((b"c", submit("k", "text")), (b"c", submit("other", "text"))) == []
+    ((_, refused),) = loop.turn((b"d", Cancel(rid="k", secret="x" * 32)))
+    assert isinstance(refused, Refused)
+    assert loop.turn((b"c", Cancel(rid="k", secret=SECRET))) == []
+    loop.go()
+    rid = loop.answer("k", Accepted).rid
+    (done,) = [message for _, message in loop.hub.sent if isinstance(message, Done)]
+    assert (done.rid, done.reason) == (rid, "cancelled")
+    assert loop.answer("other").rid in loop.core.table.rows
 
 
 def test_a_repeated_text_is_tokenised_once_and_its_last_client_is_answered(loop: Loop) -> None:
@@ -194,7 +207,7 @@ def test_beyond_max_open_a_text_is_refused_until_later_and_not_tokenised(loop: L
 
 def test_beyond_max_mib_a_text_is_refused_until_later_and_not_tokenised(tmp_path: Path) -> None:
     loop = Loop(tmp_path, max_mib=1, context=1 << 16)
-    large = Sampling(max_tokens=14_000)  # 340,096 bytes and the prompt
+    large = AskedSampling(max_tokens=14_000)  # 340,096 bytes and the prompt
     loop.turn(*((b"c", submit(f"k{number}", [1], sampling=large)) for number in range(3)))
     ((_, refused),) = loop.turn((b"c", submit("late", "text", sampling=large)))
     assert refused.reason == "the requests here may need 1 of 1 MiB, try later" and refused.retry_after_s == 1.0
@@ -210,7 +223,7 @@ def test_beyond_max_mib_a_text_is_refused_until_later_and_not_tokenised(tmp_path
         ({"deadline_s": 0.0}, "deadline_s must be above 0"),
         ({"prompt": "a" * 300_000}, "far more than the context holds"),
         ({"prompt": None}, "exactly one of prompt and messages"),
-        ({"sampling": Sampling(max_tokens=4096)}, "max_tokens is 4096"),
+        ({"sampling": AskedSampling(max_tokens=4096)}, "max_tokens is 4096"),
     ],
 )
 def test_what_can_be_refused_at_once_is_not_tokenised(loop: Loop, wrong: dict[str, Any], says: str) -> None:

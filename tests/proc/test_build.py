@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -209,24 +207,3 @@ def test_a_process_without_standard_streams_opens_no_socket_in_their_place(monke
     command.main(["--conf", str(EMULATED)], standalone_mode=False)
     sys.stdin.close()
     assert seen == [""]
-
-
-@pytest.mark.parametrize("entry", ["folder", "link"])
-def test_a_program_uses_a_run_directory_of_its_own_user_only(tmp_path, monkeypatch, capsys, entry):
-    folder, owner = tmp_path / "folder", os.geteuid()
-    folder.mkdir(mode=0o755)
-    (tmp_path / "link").symlink_to(folder)
-    command = click.command()(build.configured("tetri-x")(lambda config: click.echo(config.cluster.name)))
-    arguments = ["--conf", str(EMULATED), "--set", "cluster.name=mine", "--set", f"cluster.run_dir={tmp_path}/"]
-
-    def run(name):
-        with pytest.raises(SystemExit) as ended:
-            command([*arguments[:-1], arguments[-1] + name])
-        return ended.value.code, *capsys.readouterr()
-
-    if entry == "folder":
-        assert run("folder") == (0, "mine\n", "") and stat.S_IMODE(folder.stat().st_mode) == 0o700
-        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    status, out, err = run(entry)
-    assert (status, out) == (2, "") and len(err.splitlines()) == 1
-    assert err.startswith(f"tetri-x: {tmp_path}/{entry}: " + ("is a link" if entry == "link" else "belongs to another"))

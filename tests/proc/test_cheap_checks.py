@@ -3,7 +3,7 @@
 import pytest
 
 from tetri.proc.cheap_checks import CHARS_A_TOKEN, MAX_TURNS, submit_problem
-from tetri.request import Sampling, Turn
+from tetri.request import AskedSampling, Turn
 from tetri.wire.clients import Submit
 
 HELLO = Turn(role="user", content="Hello")
@@ -19,10 +19,10 @@ def problem(**fields):
     [
         ({}, "exactly one of prompt and messages"),
         ({"prompt": "a", "messages": [HELLO]}, "exactly one of prompt and messages"),
-        ({"prompt": "a", "sampling": Sampling(top_p=0.0)}, "top_p must be above 0"),
+        ({"prompt": "a", "sampling": AskedSampling(top_p=0.0)}, "top_p must be above 0"),
         ({"prompt": "a", "secret": "s" * 21}, "the secret has 21 characters"),
         ({"prompt": "a", "deadline_s": 0.0}, "deadline_s must be above 0"),
-        ({"prompt": "a", "sampling": Sampling(max_tokens=CONTEXT)}, "max_tokens is 4096"),
+        ({"prompt": "a", "sampling": AskedSampling(max_tokens=CONTEXT)}, "max_tokens is 4096"),
         ({"prompt": [1] * CONTEXT}, "the prompt has 4096 tokens, the model's context holds 4096: shorten the prompt"),
         ({"messages": []}, "0 messages, 1 to 2048"),
         ({"messages": [Turn(role="user", content="")] * 100_000}, "100000 messages, 1 to 2048"),

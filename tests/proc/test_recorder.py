@@ -38,7 +38,7 @@ from tetri.proc.recorder import (
     value,
 )
 from tetri.proc.replay import records, replay
-from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
+from tetri.request import AskedSampling, Expected, LengthDistribution, LengthRange, Sampling
 from tetri.wire.clients import EndRequest, Inspect
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Handle, LengthUpdate
@@ -62,7 +62,7 @@ HANDLE = Handle(segment="s", slots=[1], generations=[2], block_bytes=32)
 
 VALUES = [
     PeerUp("p0"),
-    Submitted(b"\xff\x00", "k", "secret", b"\xfe", "r", (1, 2), Sampling(temperature=0.5), 2.0),
+    Submitted(b"\xff\x00", "k", "secret", b"\xfe", "r", (1, 2), AskedSampling(temperature=0.5), 2.0),
     FromClient(b"c", Inspect()),
     FromClient(b"o", EndRequest(rid="r")),
     Detokenized("r", 0, (1,), "é", None, True),

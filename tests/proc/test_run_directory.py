@@ -97,8 +97,14 @@ def test_what_cannot_be_made_is_logged_once_and_made_later(run_dir, started, cap
     keeper.close()
 
 
-def test_a_directory_of_another_user_is_refused(run_dir, monkeypatch):
-    run_dir.mkdir()
+def test_a_program_uses_a_directory_of_its_own_user_only(run_dir, monkeypatch):
+    run_dir.mkdir(mode=0o755)
+    with run_directory.kept(run_dir, LOG):
+        assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    link = run_dir.with_name("link")
+    link.symlink_to(run_dir)
+    with pytest.raises(PrivateError, match="link: is a link"), run_directory.kept(link, LOG):
+        pass
     monkeypatch.setattr(os, "geteuid", lambda: run_dir.stat().st_uid + 1)
     with pytest.raises(PrivateError, match="run: belongs to another user"), run_directory.kept(run_dir, LOG):
         pass

@@ -4,7 +4,7 @@ import msgpack
 import pytest
 
 from tetri.proc.submission import content, submitted
-from tetri.request import Sampling, Turn
+from tetri.request import AskedSampling, Turn
 from tetri.wire import codec
 from tetri.wire.clients import ClientMessage, Submit
 
@@ -52,5 +52,5 @@ def test_each_gets_an_id_of_its_own_and_the_rest_as_it_came():
     assert len({each.rid for each in made}) == 50 and all(len(bytes.fromhex(each.rid)) == 16 for each in made)
     assert made[0].fields() == {
         **{"client": b"c", "key": "k", "secret": "s", "content": content(message), "rid": made[0].rid},
-        **{"prompt": (1, 2), "sampling": Sampling(), "deadline_s": 2.0, "waited_s": 0.5},
+        **{"prompt": (1, 2), "sampling": AskedSampling(), "deadline_s": 2.0, "waited_s": 0.5},
     }

@@ -42,7 +42,7 @@ def test_wrong_requests_are_one_line(arrivals, says):
 
 def test_answers_are_noted_and_counted():
     clients, told = asking(*[Arrival(0.0, 3, 5)] * 3)
-    clients.receive_reply(b"0", Accepted(key="0", rid="r", prompt_tokens=3))
+    clients.receive_reply(b"0", Accepted(key="0", rid="r", prompt_tokens=3, max_tokens=8))
     assert clients.open == 3 and not told
     clients.receive_reply(b"1", done(3, 5))
     clients.receive_reply(b"0", Refused(key="0", reason="too long"))

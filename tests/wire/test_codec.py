@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.wire.message_strategies import UNIONS, values
-from tetri.request import Sampling
+from tetri.request import AskedSampling, Sampling
 from tetri.wire import codec
 from tetri.wire.clients import Attach, ClientMessage, Submit
 from tetri.wire.codec import WireError, decode, encode, limit
@@ -36,7 +36,7 @@ def test_every_message_comes_back_as_it_was(name):
 
 def test_defaults_may_be_left_out_and_whole_numbers_stand_for_floats():
     data = packed({"type": "submit", "key": "k", "secret": "s", "prompt": "hi", "sampling": {"temperature": 1}})
-    asked = Submit(key="k", secret="s", prompt="hi", sampling=Sampling(temperature=1.0))
+    asked = Submit(key="k", secret="s", prompt="hi", sampling=AskedSampling(temperature=1.0))
     assert decode(data, ClientMessage) == asked
     assert decode(memoryview(packed(ATTACH)), ClientMessage) == Attach(rid="r1", secret="s")
 

@@ -83,7 +83,7 @@ class PlayedBroker:
             submitted = decode(data, ClientMessage)
             if isinstance(submitted, Submit):
                 rids.append(str(submitted.prompt))
-                self._send(client, Accepted(key=submitted.key, rid=rids[-1], prompt_tokens=1))
+                self._send(client, Accepted(key=submitted.key, rid=rids[-1], prompt_tokens=1, max_tokens=self.tokens))
         self.go.wait()
         for start in range(self.tokens):
             for rid in rids:

@@ -23,9 +23,12 @@ from tetri.cli.options import (
     timeout_option,
 )
 
+ANSWER_TOKENS = 256  # of an answer without --max-tokens; fewer if no older turn is left to make space for so many
+FULL = ("context", "the largest holds")  # the protocol has no code for it: every such reason has one of these
+
 
 @click.command("chat")
-@sampling_options(max_tokens=256)
+@sampling_options(max_tokens=ANSWER_TOKENS)
 @click.option("--system", type=TEXT, help="System message before the conversation.")
 @deployment_options
 @timeout_option
@@ -62,15 +65,20 @@ def _answer(client: Any, history: list[dict[str, str]], sampling: dict[str, Any]
     from tetri.client import RequestRefused
 
     kept, first = list(history), history[0]["role"] == "system"
+    asked = {**sampling, "max_tokens": ANSWER_TOKENS} if sampling["max_tokens"] is None else sampling
     while True:
         try:
-            result = play(client.stream(messages=kept, **sampling), show=True)
+            result = play(client.stream(messages=kept, **asked), show=True)
             break
         except RequestRefused as error:
-            # The protocol has no code for a full context, but every such reason contains "context".
-            if "context" not in str(error) or len(kept) < first + 3:
+            if not any(text in str(error) for text in FULL):
                 raise
-            del kept[first : first + 2]
+            if len(kept) >= first + 3:
+                del kept[first : first + 2]
+            elif asked is not sampling:
+                asked = sampling
+            else:
+                raise
     if left_out := (len(history) - len(kept)) // 2:
         history[:] = kept
         turns = "turn" if left_out == 1 else f"{left_out} turns"

@@ -70,7 +70,7 @@ def sampling_options(max_tokens: int) -> Decorator:
             click.option("--top-p", type=float, help="Sample from the likeliest tokens with this total probability."),
             click.option("--temperature", type=float, help="Sampling temperature; 0: greedy."),
             click.option(
-                "--max-tokens", type=int, default=max_tokens, show_default=True, help="Maximum output tokens."
+                "--max-tokens", type=int, help=f"Maximum output tokens (default: {max_tokens}, or as many as fit)."
             ),
         ):
             function = option(function)

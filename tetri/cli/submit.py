@@ -21,11 +21,12 @@ from tetri.cli.options import (
     stdin_text,
     timeout_option,
 )
+from tetri.request import DEFAULT_TOKENS
 
 
 @click.command("submit")
 @click.argument("text", type=TEXT)
-@sampling_options(max_tokens=128)
+@sampling_options(max_tokens=DEFAULT_TOKENS)
 @click.option("--chat", is_flag=True, help="Use the model's chat template, with TEXT as the user's message.")
 @click.option("--deadline", type=float, metavar="SECONDS", help="End the request when it takes longer.")
 @click.option("--stream/--no-stream", default=None, help="Show text as it arrives (default, except with --json).")

@@ -3,8 +3,8 @@
     client = Client()
     print(client.generate("The capital of France is", max_tokens=8).text)
 
-`frames` encodes and decodes messages, `conversation` holds the state of each request (no I/O), `sync` and `aio` do the
-I/O, and `facade` has what those two share.
+`frames` encodes and decodes messages, `conversation` holds the state of each request (no I/O), `connection` has the
+socket, `sync` and `aio` wait for it, and `facade` has what those two share.
 """
 
 from tetri.client.aio import AsyncClient, AsyncStream

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-import zmq
-
 from tetri.client.conversation import Call, Request
-from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
+from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, Prompt
 from tetri.client.frames import Result, TetriError
 from tetri.client.questions import Inspection
 
@@ -40,12 +39,15 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return await self._finish(self._ask(Inspection))
 
     async def close(self) -> None:
-        """Fail all open calls with TetriError and close the connection."""
+        """Cancel all open requests, fail all open calls with TetriError and close the connection."""
+        self._cancel_all()
         self._session.fail(TetriError("the client was closed"))
-        if self._pump is not None:
-            self._wake.set()
-            await self._pump
-        self._socket.close()
+        try:
+            if self._pump is not None and not self._pump.done() and self._connection.here:
+                self._wake.set()
+                await asyncio.wait([self._pump])
+        finally:
+            self._connection.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -53,8 +55,8 @@ class AsyncClient(BaseClient["AsyncStream"]):
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    def _connect(self) -> None:
-        self._socket = dealer(zmq.Context.instance(), self.address)
+    def _prepare(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
 
@@ -62,14 +64,19 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return AsyncStream(self, request)
 
     def _start(self, call: Call[Any]) -> None:
+        self._connection.check_process()
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise TetriError("this client belongs to another event loop: create one in each loop")
+        self._loop, self._thread = loop, threading.get_ident()
         self._session.add(call)
         self._send()
         self._wake.set()  # the pump waits for the deadlines known before this call
         if self._pump is None or self._pump.done():
-            self._pump = asyncio.get_running_loop().create_task(self._run())
+            self._pump = loop.create_task(self._run())
 
     def _cancel(self, request: Request) -> None:
-        self._session.cancel(request, self._clock.now())
+        self._session.cancel(request)
         self._send()
         self._wake.set()
 
@@ -81,6 +88,7 @@ class AsyncClient(BaseClient["AsyncStream"]):
         """Wait until `done()`, which is asked whenever the call has changed: a task wakes up only for what it wants."""
         if done():
             return
+        self._connection.check_process()
         waiter = asyncio.get_running_loop().create_future()
 
         def changed() -> None:
@@ -96,58 +104,57 @@ class AsyncClient(BaseClient["AsyncStream"]):
     async def _run(self) -> None:
         """Send and receive while a call is open. Reads every message that has arrived before it checks for timeouts:
         the event loop may have been busy while the broker answered."""
-        loop, readable = asyncio.get_running_loop(), self._socket.get(zmq.FD)
-        loop.add_reader(readable, self._wake.set)  # libzmq signals a change only: `_drain` reads until nothing waits
+        loop, error = asyncio.get_running_loop(), TetriError("the client stopped")
+        readable: int | None = None
         try:
-            while self._session.open:
-                self._wake.clear()
-                whole = self._drain()
-                if whole:
-                    self._send()
-                if not whole or self._waits():
-                    await asyncio.sleep(0)  # the callers' turn
-                    continue
-                deadline = self._session.deadline()
-                if deadline is None:
-                    break
-                wait_s = max(0.0, deadline - self._clock.now())
-                self._clock.listen(wait_s)
-                timer = loop.call_later(wait_s, self._wake.set)
-                await self._wake.wait()
-                timer.cancel()
+            readable = self._connection.readable
+            loop.add_reader(readable, self._wake.set)
+            await self._serve(loop)
+        except TetriError as broken:
+            error = broken
         finally:  # otherwise open calls would wait forever
-            loop.remove_reader(readable)
-            self._session.fail(TetriError("the client stopped"))
+            if readable is not None:
+                loop.remove_reader(readable)
+            self._cancel_all()
+            self._session.fail(error)
 
-    def _waits(self) -> bool:
-        """Whether a message waits. Sending may use up the signal that one has arrived, so ask after it, too."""
-        return bool(self._socket.get(zmq.EVENTS) & zmq.POLLIN)
+    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._session.open:
+            self._wake.clear()
+            whole = self._drain()
+            if whole:
+                self._send()
+            if not whole or self._connection.waits():
+                await asyncio.sleep(0)  # the callers' turn
+                continue
+            deadline = self._session.deadline()
+            if deadline is None:
+                return
+            wait_s = max(0.0, deadline - self._clock.now())
+            self._clock.listen(wait_s)
+            timer = loop.call_later(wait_s, self._wake.set)
+            await self._wake.wait()
+            timer.cancel()
 
     def _drain(self) -> bool:
         """Receive the replies that wait, `BURST` at most; return whether these were all."""
-        receive, handle, now = self._socket.recv_multipart, self._session.receive, self._clock.now()
-        try:
-            for _ in range(BURST):
-                handle(receive(zmq.NOBLOCK), now)
-        except zmq.Again:
-            return True
+        receive, handle, now = self._connection.receive, self._session.receive, self._clock.now()
+        for _ in range(BURST):
+            if (frames := receive()) is None:
+                return True
+            handle(frames, now)
         return False
-
-    def _send(self) -> None:
-        self._check_open()
-        for frame in self._session.tick(self._clock.now()):
-            try:
-                self._socket.send(frame, zmq.NOBLOCK)
-            except zmq.Again:  # the queue is full: the frame is sent again later
-                return
 
 
 class AsyncStream(BaseStream[AsyncClient]):
-    """The streamed answer to one request: iterate over its text with `async for`, then read `result`. Leaving an
-    `async with` block early cancels the request."""
+    """The streamed answer to one request: iterate over its text with `async for`, then read `result`.
 
-    def __aiter__(self) -> AsyncStream:
-        return self
+    The request is cancelled when a loop over the stream ends early (by `break`, `return` or an exception), when a task
+    that waits for it is cancelled, when an `async with` block is left early, and when nothing holds the stream any
+    more. What had arrived can still be read. To read some pieces and the others later, await `anext(stream)`."""
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return _Iteration(self)
 
     async def __anext__(self) -> str:
         if not self._ready():
@@ -177,6 +184,11 @@ class AsyncStream(BaseStream[AsyncClient]):
     async def _changed(self, done: Callable[[], object]) -> None:
         try:
             await self._client._wait(self._request, done)
-        except asyncio.CancelledError:
-            self._client._cancel(self._request)
+        except BaseException:
+            self._abandon()
             raise
+
+
+class _Iteration(Iteration[AsyncStream], AsyncIterator[str]):
+    def __anext__(self) -> Coroutine[Any, Any, str]:
+        return self._stream.__anext__()

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
 from math import inf
 from typing import Any, Generic, TypeVar, cast
 
@@ -127,18 +128,22 @@ class Request(Call[Result]):
         if self.rid is None:
             return self._submit
         if self.cancelling:
-            return frame({"type": "cancel", "rid": self.rid, "secret": self.secret})
+            return self.cancellation()
         return frame({"type": "attach", "rid": self.rid, "secret": self.secret, "start": len(self.ids)})
 
     def names(self) -> tuple[str, ...]:
         return (self.key,) if self.rid is None else (self.key, self.rid)
 
-    def cancel(self, now: float) -> None:
+    def cancellation(self) -> bytes:
+        """Return the Cancel frame. Before the request is accepted, it names the key."""
+        return frame({"type": "cancel", "rid": self.rid or self.key, "secret": self.secret})
+
+    def cancel(self, sent: float | None = None) -> None:
         """Cancel the request; a session's by `Session.cancel`. Its result then has the reason "cancelled", unless it
-        ended for another reason first."""
+        ended for another reason first. `sent`: when its `cancellation` was sent; None: at the next `tick`."""
         self.cancelling = True
         if self.rid is not None:
-            self._next = now
+            self._next = -inf if sent is None else sent + self._patience.resend_s
 
     def receive(self, reply: dict[str, Any], now: float) -> bool:
         match reply["type"]:
@@ -222,12 +227,11 @@ class Session:
         self.ignored = 0
         self._due: dict[Call[Any], float] = {}  # the open calls, each with the time of its entry in the heap
         self._heap: list[tuple[float, int, Call[Any]]] = []  # no entry is later than the deadline of its call
-        self._serial = 0
+        self._serial = count()  # a signal handler may schedule, too
         self._named: dict[str, list[Call[Any]]] = {}
         self._cancelled: list[Request] = []  # since the last tick
         self.busy = False  # `tick` or `deadline` is running
-        self._given_up: dict[str, str] = {}  # key -> secret of Submits that the broker may still accept
-        self._outbox: list[bytes] = []
+        self._outbox: list[bytes] = []  # Cancels of requests that nobody waits for any more
 
     @property
     def open(self) -> int:
@@ -244,11 +248,23 @@ class Session:
         """Return the open request with this id, or None if it is not one of this session."""
         return next((call for call in self._named.get(rid, ()) if isinstance(call, Request)), None)
 
-    def cancel(self, request: Request, now: float) -> None:
-        """Cancel a request; the next `tick` returns the message. A signal handler may call this at any time, but no
-        other method while the session is `busy`: then the next `deadline` is at once."""
-        request.cancel(now)
+    def cancel(self, request: Request) -> None:
+        """Cancel a request; the next `tick` returns the message, and the next `deadline` is at once. Signal handlers
+        and other threads may call this and `abandon` at any time, but no other method while the session is `busy`."""
+        request.cancel()
         self._cancelled.append(request)
+
+    def abandon(self, request: Request, sent: float | None) -> None:
+        """As `cancel`, for a request whose result nobody reads: also if its Accepted never comes. `sent`: when its
+        `cancellation` was sent; None: it was not."""
+        if sent is None and request.rid is None:
+            self._outbox.append(request.cancellation())
+        request.cancel(sent)
+        self._cancelled.append(request)
+
+    def cancels(self) -> list[bytes]:
+        """Return the Cancels of all open requests, for a client that ends."""
+        return [call.cancellation() for call in list(self._due) if isinstance(call, Request)]
 
     def receive(self, frames: list[bytes], now: float) -> None:
         """Handle one multipart message from the broker."""
@@ -256,28 +272,27 @@ class Session:
         if reply is None:
             self.ignored += 1
             return
-        known = False
         for call in tuple(self._named.get(reply.get("key") or reply.get("rid") or "", ())):
             if call.receive(reply, now):
-                known = True
                 self._received(call, reply)
-        if not known and reply["type"] == "accepted" and reply["key"] in self._given_up:
-            secret = self._given_up.pop(reply["key"])
-            self._outbox.append(frame({"type": "cancel", "rid": reply["rid"], "secret": secret}))
 
     def tick(self, now: float) -> list[bytes]:
         """Return the frames to send now. Ends calls that have timed out."""
         self.busy = True
-        asked = [question for call in self._pop_due(now) if (question := self._ask(call, now)) is not None]
-        self.busy = False
+        try:
+            asked = [question for call in self._pop_due(now) if (question := self._ask(call, now)) is not None]
+        finally:  # an exception may come at any point: Ctrl-C raises one
+            self.busy = False
         outbox, self._outbox = self._outbox, []
         return outbox + asked
 
     def deadline(self) -> float | None:
         """Return when to call `tick` next if no message arrives before; None without open calls."""
         self.busy = True
-        when = self._next()
-        self.busy = False
+        try:
+            when = self._next()
+        finally:
+            self.busy = False
         return 0.0 if self._cancelled else when
 
     def fail(self, error: TetriError) -> None:
@@ -313,7 +328,7 @@ class Session:
             if not calls:
                 del self._named[name]
         if isinstance(call, Request) and isinstance(call.error, Unreachable):
-            self._given_up[call.key] = call.secret
+            self._outbox.append(call.cancellation())  # for a broker that wakes up and still has what was sent
         if self.ignored and call.lost:  # its answer may be one of the frames that could not be decoded
             assert call.error is not None
             call.error.args = (f"{call.error} {DIFFERENT.format(self.ignored)}",)
@@ -325,8 +340,7 @@ class Session:
         due = call.deadline()
         if due < self._due.get(call, -inf):
             self._due[call] = due
-            self._serial += 1
-            heappush(self._heap, (due, self._serial, call))
+            heappush(self._heap, (due, next(self._serial), call))
             if len(self._heap) > 2 * len(self._due) + 64:  # most entries are of calls that have ended
                 self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
                 heapify(self._heap)
@@ -349,7 +363,10 @@ class Session:
     def _pop_due(self, now: float) -> list[Call[Any]]:
         """Remove the calls that are due from the heap and return them."""
         while self._cancelled:
-            self._schedule(self._cancelled.pop())
+            call = self._cancelled.pop()
+            if call in self._due:
+                self._due[call] = inf  # a new entry: an interrupted `tick` may have lost its own
+                self._schedule(call)
         calls: list[Call[Any]] = []
         while (when := self._next()) is not None and when <= now:
             calls.append(heappop(self._heap)[2])

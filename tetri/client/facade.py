@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import secrets
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
-import zmq
-
+from tetri.client.connection import Connection, flush
 from tetri.client.conversation import Call, Patience, Request, Session
-from tetri.client.frames import MAX_RECEIVED, Result, TetriError, submit
+from tetri.client.frames import Result, TetriError, submit
 from tetri.client.place import find_address
 from tetri.client.questions import Cancellation
 from tetri.clock import Clock
@@ -18,25 +21,12 @@ from tetri.request import Turn
 
 Prompt = str | Sequence[int] | None
 Messages = Sequence[Turn | Mapping[str, str]] | None
-LINGER_MS = 200  # on close: long enough to send a last Cancel
+_clients: WeakSet[BaseClient[Any]] = WeakSet()
 
 StreamT = TypeVar("StreamT")
-ClientT = TypeVar("ClientT")
+ClientT = TypeVar("ClientT", bound="BaseClient[Any]")
+IteratedT = TypeVar("IteratedT", bound="BaseStream[Any]")
 CallT = TypeVar("CallT", bound=Call[Any])
-
-
-def dealer(context: zmq.Context[Any], address: str) -> Any:
-    """Return a socket connected to the broker, which may start later. Raises TetriError for an invalid address."""
-    socket = context.socket(zmq.DEALER)
-    socket.linger = LINGER_MS
-    socket.sndhwm = socket.rcvhwm = 1000
-    socket.maxmsgsize = MAX_RECEIVED
-    try:
-        socket.connect(address)
-    except zmq.ZMQError as error:
-        socket.close(0)
-        raise TetriError(f"{address!r} is not a valid broker address: {error.strerror}") from None
-    return socket
 
 
 def new_secret() -> str:
@@ -61,8 +51,6 @@ def new_request(
 class BaseClient(ABC, Generic[StreamT]):
     """One connection to a broker and its open calls."""
 
-    _socket: Any
-
     def __init__(
         self,
         address: str | None = None,
@@ -76,7 +64,10 @@ class BaseClient(ABC, Generic[StreamT]):
         self._patience = Patience(timeout, silence_s, resend_s)
         self._session = Session()
         self._clock = Clock()
-        self._connect()
+        self._thread = threading.get_ident()  # the last that used the client
+        self._prepare()
+        self._connection = Connection(self.address)
+        _clients.add(self)
 
     def stream(
         self,
@@ -88,7 +79,25 @@ class BaseClient(ABC, Generic[StreamT]):
     ) -> StreamT:
         """Send a request and return an iterator over its text (an asynchronous one for `AsyncClient`). Raises
         TetriError, now or while iterating."""
-        return self._streaming(self._ask(new_request, self._secret, prompt, messages, deadline_s, sampling))
+        now = self._clock.now()
+        request = new_request(self._secret, prompt, messages, deadline_s, sampling, self._patience, now)
+        stream = self._streaming(request)  # before the request is sent: dropping it cancels the request
+        self._start(request)
+        return stream
+
+    def __del__(self) -> None:
+        if hasattr(self, "_connection"):
+            self._shut()
+
+    def _shut(self) -> None:
+        """Cancel all open requests and close the connection, without waiting."""
+        self._cancel_all()
+        self._connection.close()
+
+    def _cancel_all(self) -> None:
+        with suppress(TetriError):  # closed before, or another process's
+            for cancel in self._session.cancels():
+                self._connection.send(cancel)
 
     def _ask(self, kind: Callable[..., CallT], *what: object) -> CallT:
         """Create and start a call."""
@@ -104,13 +113,23 @@ class BaseClient(ABC, Generic[StreamT]):
         self._cancel(request)
         return request
 
-    def _check_open(self) -> None:
-        if self._socket.closed:
-            raise TetriError("the client was closed")
+    def _abandon(self, request: Request) -> None:
+        """Cancel a request whose result nobody reads, without waiting. Garbage collection calls this in any thread and
+        at any time: if the client was last used in another thread, it sends the Cancel when it is used again."""
+        sent = None
+        if self._thread == threading.get_ident():
+            with suppress(TetriError):  # closed, or another process's
+                sent = self._clock.now() if self._connection.send(request.cancellation()) else None
+        self._session.abandon(request, sent)
+
+    def _send(self) -> None:
+        for frame in self._session.tick(self._clock.now()):
+            if not self._connection.send(frame):  # the frame is sent again later
+                return
 
     @abstractmethod
-    def _connect(self) -> None:
-        """Create the socket. Raises TetriError."""
+    def _prepare(self) -> None:
+        """Create what the client needs besides its connection."""
 
     @abstractmethod
     def _streaming(self, request: Request) -> StreamT:
@@ -142,8 +161,17 @@ class BaseStream(Generic[ClientT]):
         """The result after the request has ended; None before."""
         return self._request.answer
 
+    def __del__(self) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Cancel the request if it is neither ended nor cancelled, without waiting for its end."""
+        if self._wanted():
+            self._client._abandon(self._request)
+
     def _ready(self) -> bool:
-        """Whether a piece of text is available or the request has ended."""
+        """Whether a piece of text is available or the request has ended. Raises TetriError in another process."""
+        self._client._connection.check_process()
         return bool(self._request.pieces) or self._request.ended
 
     def _piece(self) -> str | None:
@@ -156,3 +184,25 @@ class BaseStream(Generic[ClientT]):
     def _wanted(self) -> bool:
         """Whether the request is neither ended nor cancelled."""
         return not (self._request.ended or self._request.cancelling)
+
+
+class Iteration(Generic[IteratedT]):
+    """One loop over a stream. A loop that ends early drops it, whatever else holds the stream, and the request is
+    cancelled."""
+
+    def __init__(self, stream: IteratedT) -> None:
+        self._stream = stream
+
+    def __del__(self) -> None:
+        self._stream._abandon()
+
+
+@atexit.register
+def _close_clients() -> None:
+    """Cancel what is open at the end of the process. Clients that a daemon thread may be using at this moment are left:
+    the broker notices that they are gone."""
+    running = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    for client in list(_clients):
+        if client._thread not in running:
+            client._shut()
+    flush()

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 
-from tetri.request import ROLES, Receipt, Sampling, Turn, Usage, sampling_problem
+from tetri.request import ROLES, AskedSampling, Receipt, Turn, Usage, sampling_problem
 
 VERSION = b"\x02"
 MAX_SENT = 4 << 20  # bytes; the broker drops longer frames
@@ -127,8 +127,9 @@ def _turn(message: Turn | Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-_DEFAULTS = Sampling()
-_KINDS = {name: type(getattr(_DEFAULTS, name)) for name in Sampling.__struct_fields__} | {"seed": int}
+_DEFAULTS = AskedSampling()
+_KINDS = {name: type(getattr(_DEFAULTS, name)) for name in AskedSampling.__struct_fields__}
+_KINDS |= {"max_tokens": int, "seed": int}
 
 
 def _checked(sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,12 +139,12 @@ def _checked(sampling: Mapping[str, Any]) -> dict[str, Any]:
         given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"])
     for name, value in given.items():
         if name not in _KINDS:
-            raise BadRequest(f"{name!r} is not a sampling parameter; known: {', '.join(Sampling.__struct_fields__)}")
+            raise BadRequest(f"{name!r} is not a sampling parameter; known: {', '.join(_KINDS)}")
         if not _is(value, _KINDS[name]):
             raise BadRequest(f"{name} must be {_KIND_NAMES[_KINDS[name]]}, got {value!r}")
         if _KINDS[name] is float:
             given[name] = _float(name, value)
-    problem = sampling_problem(Sampling(**given))
+    problem = sampling_problem(AskedSampling(**given))
     if problem:
         raise BadRequest(problem)
     return given

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import zmq
-
 from tetri.client.conversation import Call, Request
-from tetri.client.facade import BaseClient, BaseStream, Messages, Prompt, dealer
+from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, Prompt
 from tetri.client.frames import Result, TetriError
 from tetri.client.questions import Inspection
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Client(BaseClient["Stream"]):
-    """One connection to a broker. Not thread-safe: create one for each thread.
+    """One connection to a broker. Not thread-safe: create one for each thread, and after a fork one in the child.
 
     `address`: the broker's address; by default that of this machine's deployment. `timeout`: seconds without an
     answer after which every method raises Unreachable. The keyword arguments of a request are the fields of
-    `tetri.request.Sampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, ...
+    `tetri.request.AskedSampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, ...
     """
 
     def generate(
@@ -43,9 +43,10 @@ class Client(BaseClient["Stream"]):
         return self._finish(self._ask(Inspection))
 
     def close(self) -> None:
-        """Fail all open calls with TetriError and close the connection."""
-        self._session.fail(TetriError("the client was closed"))
-        self._socket.close()
+        """Cancel all open requests, fail all open calls with TetriError and close the connection."""
+        with self._alone():
+            self._shut()
+            self._session.fail(TetriError("the client was closed"))
 
     def __enter__(self) -> Client:
         return self
@@ -53,24 +54,37 @@ class Client(BaseClient["Stream"]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _connect(self) -> None:
-        self._socket = dealer(zmq.Context.instance(), self.address)
+    def _prepare(self) -> None:
+        self._lock = threading.RLock()  # of the thread that uses the client at this moment
         self._draining = False
 
     def _streaming(self, request: Request) -> Stream:
         return Stream(self, request)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises TetriError while another thread is in here: two threads in one socket would end the process."""
+        if not self._lock.acquire(blocking=False):
+            raise TetriError("another thread is using this client: create one for each thread")
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _start(self, call: Call[Any]) -> None:
-        self._drain()
-        self._session.add(call)
-        self._send()
+        with self._alone():
+            self._drain()
+            self._session.add(call)
+            self._send()
 
     def _cancel(self, request: Request) -> None:
-        self._session.cancel(request, self._clock.now())
+        self._session.cancel(request)
         # Otherwise a signal handler has interrupted this client: the next turn sends the Cancel.
         if not (self._draining or self._session.busy):
-            self._drain()
-            self._send()
+            with self._alone():
+                self._drain()
+                self._send()
 
     def _finish(self, call: Call[T]) -> T:
         while not call.ended:
@@ -79,50 +93,49 @@ class Client(BaseClient["Stream"]):
 
     def _turn(self) -> None:
         """Receive all waiting messages, then send what is due. If none waited, wait for the next reply or deadline."""
-        came = self._drain()
-        self._send()
-        deadline = self._session.deadline()
-        if came or deadline is None:
-            return
-        wait_s = max(0.0, deadline - self._clock.now())
-        self._clock.listen(wait_s)
-        self._socket.poll(1000 * wait_s + 1)
-        self._clock.now()
-        self._clock.listen(0)
-        self._drain()
+        with self._alone():
+            came = self._drain()
+            self._send()
+            deadline = self._session.deadline()
+            if came or deadline is None:
+                return
+            wait_s = max(0.0, deadline - self._clock.now())
+            self._clock.listen(wait_s)
+            self._connection.poll(wait_s)
+            self._clock.now()
+            self._clock.listen(0)
+            self._drain()
 
     def _drain(self) -> bool:
         """Receive all replies that wait; return whether there was one. Call it before `_send`, which checks for
         timeouts: the caller may have been busy while the broker answered."""
-        self._check_open()
         came, self._draining = False, True
         try:
-            while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
-                self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), self._clock.now())
+            while (frames := self._connection.receive()) is not None:
+                self._session.receive(frames, self._clock.now())
                 came = True
         finally:
             self._draining = False
         return came
 
-    def _send(self) -> None:
-        self._check_open()
-        for frame in self._session.tick(self._clock.now()):
-            try:
-                self._socket.send(frame, zmq.NOBLOCK)
-            except zmq.Again:  # the queue is full: the frame is sent again later
-                return
-
 
 class Stream(BaseStream[Client]):
-    """The streamed answer to one request: iterate over its text, then read `result`. Leaving a `with` block early
-    cancels the request."""
+    """The streamed answer to one request: iterate over its text, then read `result`.
+
+    The request is cancelled when a loop over the stream ends early (by `break`, `return` or an exception, Ctrl-C
+    included), when a `with` block is left early, and when nothing holds the stream any more. What had arrived can
+    still be read. To read some pieces and the others later, call `next(stream)`."""
 
     def __iter__(self) -> Iterator[str]:
-        return self
+        return _Iteration(self)
 
     def __next__(self) -> str:
-        while not self._ready():
-            self._client._turn()
+        try:
+            while not self._ready():
+                self._client._turn()
+        except BaseException:
+            self._abandon()
+            raise
         piece = self._piece()
         if piece is None:
             raise StopIteration
@@ -130,7 +143,10 @@ class Stream(BaseStream[Client]):
 
     def wait(self) -> Result:
         """Wait for the end of the request and return its result. Raises TetriError."""
-        return self._client._finish(self._request)
+        try:
+            return self._client._finish(self._request)
+        finally:
+            self._abandon()
 
     def cancel(self) -> Result:
         """Cancel the request and wait for its end. The result has the output so far. Raises TetriError."""
@@ -147,3 +163,8 @@ class Stream(BaseStream[Client]):
     def __exit__(self, *error: object) -> None:
         if self._wanted():
             self.cancel()
+
+
+class _Iteration(Iteration[Stream], Iterator[str]):
+    def __next__(self) -> str:
+        return next(self._stream)

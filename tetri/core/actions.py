@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.instance import Reach
-from tetri.request import LengthDistribution, LengthRange, Sampling, Value
+from tetri.request import AskedSampling, LengthDistribution, LengthRange, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle
@@ -171,7 +171,7 @@ class Submitted(Value, frozen=True):
     content: bytes
     rid: str
     prompt: tuple[int, ...]
-    sampling: Sampling
+    sampling: AskedSampling
     deadline_s: float | None = None
     waited_s: float = 0.0
 

@@ -43,7 +43,7 @@ from tetri.proc.recorder import BrokerStart, full_records, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
 from tetri.text import Stopper, Tokenizer
-from tetri.wire.clients import ClientMessage, OperatorMessage, Refused, Status, Submit
+from tetri.wire.clients import Cancel, ClientMessage, OperatorMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
@@ -68,17 +68,29 @@ class ActionExecutor:
                 yield event
             elif event.client is None:
                 yield event.message  # type: ignore[misc]
-            elif not isinstance(event.message, Submit):
-                yield FromClient(event.client, event.message)  # type: ignore[arg-type]
-            else:
+            elif isinstance(event.message, Submit):
                 yield from self.submit(event.client, event.message)
+            elif not self.cancels_text(asked := FromClient(event.client, event.message)):  # type: ignore[arg-type]
+                yield asked
         for text in self.texts.done():
             yield from self.tokenised(text)
+
+    def cancels_text(self, event: FromClient) -> bool:
+        """Whether this cancels a Submit whose text waits: then it follows that to the core."""
+        message = event.message
+        if not isinstance(message, Cancel):
+            return False
+        waiting = self.texts.get(message.rid)
+        if waiting is None or not waiting.owned_by(message.secret):
+            return False
+        waiting.cancel = event
+        return True
 
     def submit(self, client: bytes, message: Submit) -> Iterator[Submitted]:
         """Yield the event of a Submit, unless it is refused or its text has to be tokenised first.
 
         A Submit with a known key is a retransmission: its text is not tokenised again."""
+        least = needed_bytes(0, message.sampling.max_tokens or 0)
         if message.key in self.core.table.keys:
             yield submitted(client, message, content(message))
         elif (problem := submit_problem(message, self.core.limits.context)) is not None:
@@ -88,21 +100,23 @@ class ActionExecutor:
                 waiting.client = client
             else:
                 self.refuse(client, message, ANOTHERS)
-        elif (problem := self.core.full(needed_bytes(0, message.sampling.max_tokens), len(self.texts))) is not None:
+        elif (problem := self.core.full(least, len(self.texts))) is not None:
             self.refuse(client, message, problem, RETRY_AFTER_S)
         elif isinstance(message.prompt, list):
             yield submitted(client, message, content(message), message.prompt)
         elif not self.texts.add(client, message, content(message), self.clock.now()):
             self.refuse(client, message, "too many texts wait to be tokenized, try later", RETRY_AFTER_S)
 
-    def tokenised(self, text: Tokenised) -> Iterator[Submitted]:
-        """Yield the event of a Submit whose text was tokenised, unless it is refused."""
+    def tokenised(self, text: Tokenised) -> Iterator[BrokerInput]:
+        """Yield the event of a Submit whose text was tokenised, and its Cancel, unless it is refused."""
         waiting = text.waiting
         if text.problem is not None:
             self.refuse(waiting.client, waiting.message, text.problem, RETRY_AFTER_S if text.again else None)
             return
         waited_s = self.clock.now() - waiting.since
         yield submitted(waiting.client, waiting.message, waiting.content, text.ids, waited_s)
+        if waiting.cancel is not None:
+            yield waiting.cancel
 
     def refuse(self, client: bytes, message: Submit, why: str, retry_after_s: float | None = None) -> None:
         """Refuse a Submit that its core does not see."""

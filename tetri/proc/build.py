@@ -52,8 +52,8 @@ EXPECTED = (
 
 
 def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options --conf and --set to a command, which gets the configuration that they select. Its run directory
-    exists and is this user's own. An expected error ends the program with one line on stderr and status 2."""
+    """Add the options --conf and --set to a command, which gets the configuration that they select. An expected error
+    ends the program with one line on stderr and status 2."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @click.option("--conf", type=click.Path(exists=True, dir_okay=False), help="TOML file of the cluster.")
@@ -62,9 +62,7 @@ def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., No
         def command(conf: str | None, overrides: tuple[str, ...], **given: Any) -> None:
             try:
                 terminal.prepare()
-                config = load_config(conf or default_path(), overrides)
-                private.make_folder(config.run_dir)
-                function(config, **given)
+                function(load_config(conf or default_path(), overrides), **given)
             except EXPECTED as error:
                 click.echo(f"{program}: {error}", err=True)
                 sys.exit(2)

@@ -19,8 +19,8 @@ def submit_problem(message: Submit, context: int) -> str | None:
         return "give exactly one of prompt and messages"
     if (wrong := problem_without_prompt(message)) is not None:
         return wrong
-    if message.sampling.max_tokens >= context:
-        return f"max_tokens is {message.sampling.max_tokens}, the model's context holds {context} with the prompt"
+    if (most := message.sampling.max_tokens) is not None and most >= context:
+        return f"max_tokens is {most}, the model's context holds {context} with the prompt"
     if turns is not None:
         if not 0 < len(turns) <= min(MAX_TURNS, context):
             return f"the conversation has {len(turns)} messages, 1 to {min(MAX_TURNS, context)} are allowed"

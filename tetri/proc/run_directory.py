@@ -28,8 +28,8 @@ CHECK_S = 1.0
 
 @contextmanager
 def kept(run_dir: Path, logger: Logger) -> Iterator[None]:
-    """Keep the run directory until the end of the `with`. Raises PrivateError if it is another user's."""
-    private.keep_folder(run_dir)
+    """Make the run directory, for this user alone, and keep it until the end of the `with`. Raises PrivateError."""
+    private.make_folder(run_dir)
     keeper, stop = Keeper(run_dir, logger), Event()
     keeper.look()
 

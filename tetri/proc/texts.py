@@ -21,6 +21,7 @@ import msgspec
 
 from tetri import log
 from tetri.config import Config
+from tetri.core.actions import FromClient
 from tetri.models import find
 from tetri.proc.tokenizer import Answer, Question
 from tetri.text import TextError
@@ -37,7 +38,7 @@ _encoder = msgspec.msgpack.Encoder()
 class Waiting:
     """A Submit whose text is not tokenised yet. `message` is without the text, which is in `question`. `client`: who
     gets the answer; `owner`: the client that sent it first. `content`: the digest of all that is asked for. `since`:
-    when it arrived, in seconds."""
+    when it arrived, in seconds. `cancel`: a Cancel that came meanwhile."""
 
     client: bytes
     owner: bytes
@@ -45,11 +46,15 @@ class Waiting:
     content: bytes
     since: float
     question: bytes
+    cancel: FromClient | None = None
+
+    def owned_by(self, secret: str) -> bool:
+        """Whether this is the secret of the Submit."""
+        return compare_digest(self.message.secret.encode(), secret.encode())
 
     def repeated_by(self, message: Submit, content: bytes) -> bool:
         """Whether a Submit with the same key is a repetition of this one, and not another request."""
-        same_secret = compare_digest(self.message.secret.encode(), message.secret.encode())
-        return same_secret and self.content == content
+        return self.owned_by(message.secret) and self.content == content
 
 
 @dataclass(frozen=True, slots=True)

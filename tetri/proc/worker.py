@@ -78,9 +78,9 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
     if predicts:  # numpy comes with it
         from tetri.proc.predictor import StatusNetwork, load_predictor, serving_of
     with ExitStack() as stack:
-        stack.enter_context(kept(config.run_dir, logger))
         hub = stack.enter_context(closing(build.open_hub(config, iid, logger)))
         predictor = load_predictor(config, logger) if predicts else None
+        stack.enter_context(kept(config.run_dir, logger))
         if (short := memory.shortage(config, iid)) is not None:
             logger.warning("%s", short)
         # Takes seconds to minutes; until it is done, a signal ends the process at once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, StepRatio, Turn, Usage
+from tetri.request import AskedSampling, Count, Name, PredictorStatus, Receipt, Record, StepRatio, Turn, Usage
 
 # ---- clients -> broker
 
@@ -16,12 +16,13 @@ class Submit(Record, tag="submit", frozen=True):
     secret: Name
     prompt: str | list[int] | None = None
     messages: list[Turn] | None = None
-    sampling: Sampling = Sampling()
+    sampling: AskedSampling = AskedSampling()
     deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
 
 
 class Cancel(Record, tag="cancel", frozen=True):
-    """Ends a request with reason "cancelled"; the answer is its Done. `secret`: that of its Submit."""
+    """Ends a request with reason "cancelled"; the answer is its Done. `rid`: its id, or the key of its Submit.
+    `secret`: that of its Submit."""
 
     rid: Name
     secret: Name
@@ -66,11 +67,13 @@ OperatorMessage = Inspect | ChangeRole | EndRequest
 
 
 class Accepted(Record, tag="accepted", frozen=True):
-    """The broker has accepted the Submit of `key` as request `rid`."""
+    """The broker has accepted the Submit of `key` as request `rid`. `max_tokens`: its limit, which the broker chose if
+    the Submit has none."""
 
     key: Name
     rid: Name
     prompt_tokens: int
+    max_tokens: int
 
 
 class Refused(Record, tag="refused", frozen=True):

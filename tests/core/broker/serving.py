@@ -14,7 +14,7 @@ from tetri.core.actions import Action, Detokenize, Detokenized, FromClient, Repl
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
-from tetri.request import Sampling
+from tetri.request import AskedSampling
 from tetri.wire.clients import Attach, Cancel, Done, EndRequest, Inspect, Refused, Status
 from tetri.wire.events import PeerUp
 from tetri.wire.messages import Assign
@@ -84,7 +84,7 @@ def submit(
     secret: str = SECRET,
     **sampling: Any,
 ) -> Submitted:
-    asked = (tuple(prompt), Sampling(**{"max_tokens": 4, **sampling}), deadline_s)
+    asked = (tuple(prompt), AskedSampling(**{"max_tokens": 4, **sampling}), deadline_s)
     return Submitted(client, key, secret, repr(asked).encode(), f"of {key}", *asked)
 
 

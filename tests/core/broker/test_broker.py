@@ -9,6 +9,7 @@ from tests.core.broker.work import opcodes
 from tests.core.build import FINGERPRINT, capacity, fingerprint, heartbeat, ready, tokens
 from tests.core.reading import kinds, sent
 from tetri.core.actions import Broken, Release
+from tetri.core.broker.requests import needed_bytes
 from tetri.cost import Cost
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import PredictorStatus
@@ -26,7 +27,7 @@ def served():
 
 def test_a_request_is_accepted_and_assigned_to_the_least_loaded(served):
     first = served.tell(submit("a"))
-    assert replies(first) == [Accepted(key="a", rid=RID, prompt_tokens=3)]
+    assert replies(first) == [Accepted(key="a", rid=RID, prompt_tokens=3, max_tokens=4)]
     (assign,) = sent(first, "p1", Assign)
     assert (assign.rid, assign.attempt, assign.prompt, assign.output) == (RID, 1, [1, 2, 3], [])
     assert assigned(served.tell(submit("b"))) == [("p2", SECOND, 1)]
@@ -60,6 +61,54 @@ def test_what_fits_into_no_instance_is_refused():
     why = refusal(told.tell(submit(prompt=(1,) * 37, max_tokens=3)))
     assert "37 tokens fit into no prefill instance" in why
     assert isinstance(replies(told.tell(submit(prompt=(1,) * 5, max_tokens=3)))[0], Accepted)
+
+
+@pytest.mark.parametrize(
+    "prompt, blocks, context, most",
+    [
+        (10, 99, 1000, 128),  # the default
+        (950, 999, 1000, 50),  # the context
+        (999, 999, 1000, 1),
+        (10, 9, 1000, 26),  # the larger decode instance, of 4 tokens a block
+        (35, 9, 1000, 1),
+        (35, 9, 36, 1),
+    ],
+)
+def test_without_a_limit_a_request_gets_the_default_or_what_fits(prompt, blocks, context, most):
+    large = {"capacity": capacity(blocks=999, context=2000)}
+    decode = [(iid, {"capacity": capacity(blocks=each)}) for iid, each in (("d1", 1), ("d2", blocks))]
+    served = serving(("p1", large), *decode, limits={"context": context})
+    actions = served.tell(submit(prompt=[1] * prompt, max_tokens=None))
+    assert replies(actions)[0].max_tokens == most
+    (assign,) = sent(actions, kind=Assign)
+    assert assign.sampling.max_tokens == most
+    assert served.core.table.weight == needed_bytes(prompt, most)
+    one_more = served.tell(submit("other", [1] * prompt, max_tokens=1000))
+    assert "room for" in refusal(one_more) or "the largest holds" in refusal(one_more)
+
+
+def test_without_a_limit_and_without_workers_the_context_decides():
+    assert replies(serving().tell(submit(prompt=[1] * 30, max_tokens=None)))[0].max_tokens == 10
+
+
+def test_without_a_limit_a_request_is_refused_only_when_no_token_fits():
+    served = serving(("p1", {"capacity": capacity(blocks=99)}), ("d1", {"capacity": capacity(blocks=2)}))
+    assert "9 tokens fit into no decode instance: the largest holds 8" in refusal(
+        served.tell(submit(prompt=[1] * 8, max_tokens=None))
+    )
+    assert "context holds 40" in refusal(served.tell(submit(prompt=[1] * 40, max_tokens=None)))
+    few = served.tell(submit(prompt=[1] * 5, max_tokens=None, min_tokens=4))
+    assert refusal(few) == "min_tokens is 4, after this prompt there is space for 3"
+
+
+def test_a_repeated_submit_without_a_limit_is_the_same_request_whatever_fits_by_then():
+    """What the client sent is compared, not what the broker made of it."""
+    served = serving("p1", ("d1", {"capacity": capacity(blocks=2)}))
+    first = replies(served.tell(submit(prompt=[1] * 5, max_tokens=None)))
+    served.tell(ready("d2", "decode", capacity=capacity(blocks=9)), PeerUp("d2"))
+    assert replies(served.tell(submit(prompt=[1] * 5, max_tokens=None)))[0] == first[0]
+    assert "another request" in refusal(served.tell(submit(prompt=[1] * 5, max_tokens=first[0].max_tokens)))
+    assert replies(served.tell(submit("new", [1] * 5, max_tokens=None)))[0].max_tokens == 31
 
 
 def test_too_many_are_refused_until_later(served):

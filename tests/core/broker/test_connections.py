@@ -222,7 +222,7 @@ def test_a_client_that_dies_while_its_request_is_queued_is_noticed_after_a_secon
 
 def test_whoever_is_gone_is_gone_with_all_its_requests(quiet):
     quiet.tell(submit("a"), submit("b"), submit("c", client=b"other"))
-    quiet.tell(Undelivered(b"c", Accepted(key="b", rid="r2", prompt_tokens=3), True))
+    quiet.tell(Undelivered(b"c", Accepted(key="b", rid="r2", prompt_tokens=3, max_tokens=4), True))
     quiet.tell(attach(0, "r2", client=b"again"))
     assert [release.rid for release in only(quiet.later(2.0), Release)] == [RID]
     assert quiet.status().requests == {"queued": 2}

@@ -39,7 +39,8 @@ def known(told):
 
 def test_the_same_key_again_is_the_same_request_and_attaching_sends_what_is_missing(told):
     actions = told.tell(submit(client=b"again"))
-    assert replies(actions, b"again") == [Accepted(key="k", rid=RID, prompt_tokens=3), FIRST] and not sent(actions)
+    assert replies(actions, b"again") == [Accepted(key="k", rid=RID, prompt_tokens=3, max_tokens=4), FIRST]
+    assert not sent(actions)
     assert told.status().requests == {"decode": 1} and replies(told.tell(attach(0))) == [FIRST]
     assert replies(told.tell(attach(1))) == [Delta(rid=RID, start=1, ids=[], text="")]  # a sign of life
 
@@ -75,6 +76,12 @@ def test_who_has_not_made_the_secret_is_told_nothing_and_changes_nothing(told, a
     assert replies(answer(RID), b"other") == [Refused(key=RID, reason=f"no request {RID} is known here")]
     assert replies(answer("r7"), b"other") == [Refused(key="r7", reason="no request r7 is known here")]
     assert replies(told.tell(tokens("d1", RID, 1, 8))) == [Delta(rid=RID, start=1, ids=[8], text="i")]
+
+
+def test_a_client_that_does_not_know_the_id_yet_cancels_by_the_key(told):
+    assert refusal(told.tell(cancel("k", secret=ANOTHERS))) == "no request k is known here"
+    assert done(told.tell(cancel("k"))).reason == "cancelled" and told.status().requests == {}
+    assert refusal(told.tell(cancel("k2"))) == "no request k2 is known here"
 
 
 def test_an_operator_ends_a_request_without_its_secret(told):
@@ -154,7 +161,7 @@ def test_a_client_that_stays_away_cancels_its_request(told, second):
 
 def test_what_is_undelivered_to_others_or_is_no_letter_changes_nothing(told):
     told.tell(Undelivered(b"other", FIRST, gone=True))
-    away(told, Accepted(key="k", rid=RID, prompt_tokens=3), gone=False)
+    away(told, Accepted(key="k", rid=RID, prompt_tokens=3, max_tokens=4), gone=False)
     away(told, Refused(key="k", reason="no"), gone=False)
     assert replies(told.tell(tokens("d1", RID, 1, 8))) == [Delta(rid=RID, start=1, ids=[8], text="i")]
 

@@ -11,13 +11,12 @@ from random import Random
 from statistics import median
 from typing import Any
 
-import zmq
-
 from tetri.bench.deployment import check_straight
 from tetri.bench.overhead.measure import Run, cpu_seconds, stopped
 from tetri.bench.report import BenchError, Progress
+from tetri.client.connection import Connection
 from tetri.client.conversation import Patience, Request, Session
-from tetri.client.facade import dealer, new_request, new_secret
+from tetri.client.facade import new_request, new_secret
 from tetri.config import Config
 from tetri.proc import launch
 
@@ -35,7 +34,7 @@ class Live:
         self._progress = progress
         self._enough = 0  # output tokens that made the last background long enough
         self._run_dir = launch.up(config, progress, GIVE_UP_S)
-        self._socket = dealer(zmq.Context.instance(), config.clients_address)
+        self._connection = Connection(config.clients_address)
         pids = json.loads((self._run_dir / launch.STATE).read_text())["pids"]
         decode = next(worker.iid for worker in config.workers if worker.role == "decode")
         self._cpu = lambda: cpu_seconds(pids[decode])
@@ -43,7 +42,7 @@ class Live:
 
     def close(self) -> None:
         """Stop the cluster."""
-        self._socket.close(0)
+        self._connection.close()
         launch.down(self._run_dir)
 
     @contextmanager
@@ -55,7 +54,7 @@ class Live:
 
     def run(self, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
         """Run all prompts at once with `tokens` greedy tokens each; return `Run.plain`. Raises BenchError."""
-        talk = Talk(self._socket)
+        talk = Talk(self._connection)
         for prompt in prompts:
             talk.ask(prompt, tokens)
         run = Run(talk.arrivals, tokens, self._cpu)
@@ -93,7 +92,7 @@ class Live:
         self, background: Sequence[Prompt], tokens: int, prompts: Sequence[Prompt]
     ) -> list[dict[str, float]] | None:
         """Measure once. Returns None if the background ended before the last hand-over."""
-        talk, chance = Talk(self._socket), Random(7)
+        talk, chance = Talk(self._connection), Random(7)
         for prompt in background:
             talk.ask(prompt, tokens)
         while min(map(len, talk.arrivals)) < 2:
@@ -113,7 +112,7 @@ class Live:
         steps, handed = talk.arrivals[0][begun:], talk.arrivals[len(background) :]
         for request in talk.requests[: len(background)]:
             if not request.ended:
-                request.cancel(time.monotonic())
+                request.cancel()
         while talk.open(0):
             talk.turn()
         talk.check()
@@ -134,8 +133,8 @@ class Talk:
     """Requests over one connection, like `tetri.Client` but without iterators, which hide the arrival times.
     `arrivals`: the times of each request's tokens, in seconds."""
 
-    def __init__(self, socket: Any) -> None:
-        self._socket, self._session, self._secret = socket, Session(), new_secret()
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._session, self._secret = connection, Session(), new_secret()
         self.requests: list[Request] = []
         self.arrivals: list[list[float]] = []
 
@@ -156,16 +155,17 @@ class Talk:
         """Receive one message, or wait until the next deadline."""
         self._send()
         wait_s = max(0.0, (self._session.deadline() or 0.0) - time.monotonic())
-        if not self._socket.poll(1000 * wait_s + 1):
+        self._connection.poll(wait_s)
+        if (frames := self._connection.receive()) is None:
             return
         now = time.monotonic()
-        self._session.receive(self._socket.recv_multipart(zmq.NOBLOCK), now)
+        self._session.receive(frames, now)
         for request, times in zip(self.requests, self.arrivals, strict=True):
             times += [now] * (len(request.ids) - len(times))
 
     def _send(self) -> None:
         for frame in self._session.tick(time.monotonic()):
-            self._socket.send(frame)
+            self._connection.send(frame)
 
     def check(self) -> None:
         """Raise BenchError if a request failed, or was restarted, preempted or recomputed."""

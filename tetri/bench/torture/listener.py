@@ -9,13 +9,11 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
-import zmq
-
 from tetri.bench.deployment import polled
 from tetri.bench.overhead.live import Talk
 from tetri.bench.report import BenchError, spread
 from tetri.bench.torture.case import ADDED_GAP_MS, Findings
-from tetri.client.facade import dealer
+from tetri.client.connection import Connection
 from tetri.config import Config
 from tetri.engine.emulated import reference
 from tetri.request import Sampling
@@ -30,8 +28,8 @@ class Listener:
     def __init__(self, config: Config, streams: int = 4) -> None:
         self._config = config
         self._prompts = [[1000 + number] * PROMPT for number in range(streams)]
-        self._socket = dealer(zmq.Context.instance(), config.clients_address)
-        self._talk = Talk(self._socket)
+        self._connection = Connection(config.clients_address)
+        self._talk = Talk(self._connection)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
 
@@ -44,7 +42,7 @@ class Listener:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        self._socket.close(0)
+        self._connection.close()
 
     def _listen(self) -> None:
         talk = self._talk

@@ -28,6 +28,7 @@ from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
+from tetri.request import DEFAULT_TOKENS
 from tetri.wire.clients import Attach, Cancel, ChangeRole, EndRequest, Inspect, MonitorStatus, Status
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
@@ -212,18 +213,25 @@ class Broker:
         if event.key in self.table.keys:
             return self._submit_again(event, now)
         prompt, retry_after_s = len(event.prompt), None
-        why = self.delivery.problem(event) or self.members.too_long(prompt, prompt + event.sampling.max_tokens)
-        size = needed_bytes(prompt, event.sampling.max_tokens)
+        sampling = event.sampling.limited(self._default_tokens(prompt))
+        most = sampling.max_tokens
+        why = self.delivery.problem(event, sampling) or self.members.too_long(prompt, prompt + most)
+        size = needed_bytes(prompt, most)
         if why is None and (why := self.full(size)) is not None:
             retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1
             return [refuse(event.client, event.key, why, retry_after_s)]
         self.counters["accepted"] += 1
-        row, actions = self.delivery.admit(event, now)
+        row, actions = self.delivery.admit(event, sampling, now)
         if row.deadline is not None:
             self.timers.set(("deadline", row.rid), row.deadline)
         return [*actions, *self.lifecycle.place(row, now)]
+
+    def _default_tokens(self, prompt: int) -> int:
+        """The limit of a request that names none. At least 1: where nothing fits, that is refused."""
+        space = min(self.limits.context - prompt, self.members.output_limit(prompt))
+        return max(1, int(min(space, DEFAULT_TOKENS)))
 
     def full(self, size: int, others: int = 0) -> str | None:
         """Why no further request of `size` bytes is accepted at the moment; None if one is. `others`: requests that
@@ -251,7 +259,7 @@ class Broker:
         if isinstance(message, ChangeRole):
             return [*self.flips.ask(event.client, message, now), *self.lifecycle.place_waiting(now)]
         assert isinstance(message, Cancel | Attach | EndRequest)
-        row = self.table.rows.get(message.rid)
+        row = self.table.named(message.rid)
         # A wrong secret gets the answer to an unknown rid, which does not tell whether there is such a request.
         if row is None or not (isinstance(message, EndRequest) or row.owned_by(message.secret)):
             return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]

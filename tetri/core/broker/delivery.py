@@ -9,7 +9,7 @@ from random import Random
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.requests import TEXT_BYTES, Row, Table, needed_bytes
-from tetri.request import Stage, Usage, sampling_problem
+from tetri.request import Sampling, Stage, Usage, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
 MAX_DEADLINE_S = 1e6
@@ -48,9 +48,9 @@ class Delivery:
         self.table, self.limits, self.rng = table, limits, rng
         self.connections = Connections(limits.retry_s, limits.quiet_s)
 
-    def problem(self, event: Submitted) -> str | None:
+    def problem(self, event: Submitted, sampling: Sampling) -> str | None:
         """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
-        context, prompt, most = self.limits.context, len(event.prompt), event.sampling.max_tokens
+        context, prompt, most = self.limits.context, len(event.prompt), sampling.max_tokens
         wrong = problem_without_prompt(event)
         if wrong is not None:
             return wrong
@@ -62,14 +62,15 @@ class Delivery:
             return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt + most > context:
             return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+        if sampling.min_tokens > most:
+            return f"min_tokens is {sampling.min_tokens}, after this prompt there is space for {most}"
         if (size := needed_bytes(prompt, most)) > self.limits.max_mib << 20:
             return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
         return None
 
-    def admit(self, event: Submitted, now: float) -> tuple[Row, list[Action]]:
+    def admit(self, event: Submitted, sampling: Sampling, now: float) -> tuple[Row, list[Action]]:
         """Open a row. A sampled request gets a seed if it has none: a later attempt on another worker can then
         continue the same output."""
-        sampling = event.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
         arrival = now - event.waited_s
@@ -165,7 +166,7 @@ def problem_of_length(prompt: int, context: int) -> str | None:
 
 
 def _accepted(row: Row) -> Accepted:
-    return Accepted(key=row.key, rid=row.rid, prompt_tokens=len(row.prompt))
+    return Accepted(key=row.key, rid=row.rid, prompt_tokens=len(row.prompt), max_tokens=row.sampling.max_tokens)
 
 
 def refuse(client: bytes, key: str, why: str, retry_after_s: float | None = None) -> Reply:

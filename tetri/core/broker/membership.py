@@ -68,7 +68,7 @@ class Members:
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
-        self._largest: dict[str, int] = {}  # phase -> tokens that its largest instance holds
+        self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
 
     # ------------------------------------------------------------ registration and loss
@@ -201,9 +201,15 @@ class Members:
             self._sort()
         for phase, tokens in (("prefill", prompt), ("decode", total)):
             most = self._largest[phase]
-            if 0 < most < tokens:
+            if most < tokens:
                 return f"{tokens} tokens fit into no {phase} instance: the largest holds {most}"
         return None
+
+    def output_limit(self, prompt: int) -> float:
+        """Output tokens that the largest live decode instance holds after a prompt; infinite while none is live."""
+        if not self._sorted:
+            self._sort()
+        return self._largest["decode"] - prompt
 
     def beyond(self, tokens: int) -> str | None:
         """Why no prefill instance, lost ones included, can hold `tokens` tokens of a restarted request; None if one
@@ -220,7 +226,7 @@ class Members:
         decoders = [instance for instance in live if instance.role in DECODE_ROLES]
         prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
         phases = (("prefill", prefillers), ("decode", decoders))
-        self._largest = {phase: max((each.capacity.tokens for each in able), default=0) for phase, able in phases}
+        self._largest = {phase: max((each.capacity.tokens for each in able), default=inf) for phase, able in phases}
         to_decode = Compatibility(decoders)
         self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
         able: list[tuple[int, str]] = []

@@ -132,6 +132,10 @@ class Table:
         """Number of open rows."""
         return len(self._active)
 
+    def named(self, name: str) -> Row | None:
+        """The row with this rid, else that of the Submit with this key: its client may not know the rid yet."""
+        return self.rows.get(name) or self.rows.get(self.keys.get(name, ""))
+
     def active(self) -> Iterable[Row]:
         """The open rows, in order of arrival. Do not change the table while iterating."""
         return self._active.values()
