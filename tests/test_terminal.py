@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +130,9 @@ def test_what_stdout_does_not_take_is_said_unless_nobody_reads_it(error, says, e
         assert (ended.value.code, capsys.readouterr().err) == (ends or 1, says)
         out.buffer.raw.write = len  # as the null device, for the end of the test
         out.flush()
+
+
+def test_no_program_writes_to_stderr_past_tell():
+    package = Path(terminal.__file__).parent
+    files = [path.name for path in package.rglob("*.py") if "err=True" in path.read_text(encoding="utf-8")]
+    assert files == ["terminal.py"]

@@ -58,7 +58,7 @@ def command(
         report_bad(texts.bad)
         predictors, left_out = _predictors(predictor, kind, texts)
         for line in left_out:
-            click.echo(line, err=True)
+            terminal.tell(line)
         judged_on, others = _chosen(texts, prompts, predictors, seen_too)
         judged = judge(predictors, texts, judged_on, terminal.tell)
     except PredictError as error:

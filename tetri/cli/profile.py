@@ -116,7 +116,7 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
     pin(config.workers[0].cpus)
     cores = threads()
     if config.engine.kind == "vllm" and (few := few_threads()) is not None:
-        click.echo(few, err=True)
+        terminal.tell(few)
     if cpu_time and (cores > 1 or config.engine.kind != "vllm"):
         # CPU time equals the time of a free core only if one thread does all the work of a step.
         raise click.UsageError("--cpu-time is for vLLM on one core: give it with --cpus N")

@@ -64,7 +64,7 @@ def configured(program: str) -> Callable[[Callable[..., None]], Callable[..., No
                 terminal.prepare()
                 function(load_config(conf or default_path(), overrides), **given)
             except EXPECTED as error:
-                click.echo(f"{program}: {error}", err=True)
+                terminal.tell(f"{program}: {error}")
                 sys.exit(2)
 
         return command

@@ -199,7 +199,7 @@ class Supervisor:
         return any(_same(entry[len(_MARK) :], self.socket) for entry in environment if entry.startswith(_MARK))
 
     @contextlib.contextmanager
-    def _rpc(self, limit_s: float | None = None) -> Iterator[Any]:
+    def _rpc(self) -> Iterator[Any]:
         from supervisor.xmlrpc import SupervisorTransport
 
         transport = SupervisorTransport(None, None, serverurl=f"unix://{self.socket}")
@@ -207,7 +207,7 @@ class Supervisor:
 
         def with_limit() -> Any:  # supervisor's transport has no time limit
             connection = plain()
-            connection.sock = _connected(self.socket, RPC_S if limit_s is None else limit_s)
+            connection.sock = _connected(self.socket)
             return connection
 
         transport._get_connection = with_limit
@@ -285,10 +285,10 @@ def _program(name: str, command: list[str], log: Path) -> str:
     return _PROGRAM.format(name=name, command=line, log=log, stop_s=STOP_S)
 
 
-def _connected(path: Path, limit_s: float) -> socket.socket:
+def _connected(path: Path) -> socket.socket:
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        found.settimeout(limit_s)
+        found.settimeout(RPC_S)
         found.connect(str(path))
     except OSError:
         found.close()
