@@ -31,7 +31,7 @@ PACKAGES = {
     ),
     "control_tokens": package("", ""),
     "terminal": package("", "click"),
-    "outputs": package("atomic", "click matplotlib"),
+    "paths": package("atomic", "click matplotlib"),
     "text": package("request control_tokens", "tokenizers jinja2"),
     "models": package("atomic", "torch transformers accelerate gguf xxhash"),
     "policy": package("request instance engine_request cost"),
@@ -100,7 +100,7 @@ INSIDE_FUNCTIONS = {  # slow to import, or not always installed
     "models": {"torch", "transformers", "accelerate", "gguf", "xxhash"},
     "text": {"tokenizers", "jinja2"},
     "bench": {"rich", "matplotlib", "torch", "vllm"},
-    "outputs": {"matplotlib"},
+    "paths": {"matplotlib"},
     "cli": {"rich", "tetri.bench", "tetri.client", "tetri.proc", "tetri.config", "tetri.models", "tetri.strict"},
     "__init__": {"tetri.client"},
 }

@@ -134,5 +134,5 @@ def test_what_stdout_does_not_take_is_said_unless_nobody_reads_it(error, says, e
 
 def test_no_program_writes_to_stderr_past_tell():
     package = Path(terminal.__file__).parent
-    files = [path.name for path in package.rglob("*.py") if "err=True" in path.read_text(encoding="utf-8")]
+    files = [path.name for path in package.rglob("*.py") if ", err=True" in path.read_text(encoding="utf-8")]
     assert files == ["terminal.py"]

@@ -1,9 +1,5 @@
 """Options that several commands share: which deployment they lead to, and for how long it may be silent."""
 
-from pathlib import Path
-
-from tetri.cli.options import FILE, FOLDER
-
 
 def test_a_dash_reads_standard_input(run, broker):
     fake = broker()
@@ -21,11 +17,6 @@ def test_a_run_directory_can_be_named_as_for_up(run, broker, place, monkeypatch)
     (place / "cluster.json").unlink()
     assert run("down", "--set", f"cluster.run_dir={place}")[2] == f"nothing is up in {place}\n"
     assert f"nothing is up in {place}" in run("status", "--set", f"cluster.run_dir={place}")[2]
-
-
-def test_a_path_after_an_equals_sign_may_begin_with_a_tilde(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert [kind.convert("~/x", None, None) for kind in (FILE, FOLDER)] == [Path("/home/me/x")] * 2
 
 
 def test_a_broker_that_does_not_answer(run, broker):

@@ -16,9 +16,10 @@ import click
 
 from tetri import terminal
 from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, own_folder, pinned, running
-from tetri.bench.report import FILE, Program, one_line, progress
+from tetri.bench.report import Program, one_line, progress
 from tetri.client import Client, Result
 from tetri.config import Config, default_path
+from tetri.paths import FILE
 from tetri.request import Stage
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from tetri.bench.in_process import model_and_predictor, on_one_core
 from tetri.bench.report import Program, as_json, give, table
 from tetri.engine.base import EngineRequest, Phase
 from tetri.engine.vllm.engine import VllmEngine
+from tetri.paths import FOLDER
 from tetri.predict.model import load
 from tetri.proc.hidden import estimates
 from tetri.request import Sampling, blocks_for
@@ -129,9 +130,7 @@ def shown(found: dict[str, Any]) -> str:
 
 @click.command(cls=Program)
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model name or folder.")
-@click.option(
-    "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."
-)
+@click.option("--predictor", type=FOLDER, help="Default: the predictor shipped for the model.")
 @click.option("--count", type=click.IntRange(1), default=240, show_default=True, help="Pairs of decode steps.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Decode requests in a step.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Prompt tokens.")

@@ -32,7 +32,7 @@ from tetri.bench.deployment import EXPECTED, LOAD_S, own_folder, pinned, polled,
 from tetri.bench.report import Program, as_json, give, progress, table
 from tetri.client import AsyncClient, Client, Result
 from tetri.config import Config, default_path
-from tetri.outputs import NEW_FOLDER
+from tetri.paths import FILE, NEW_FOLDER
 from tetri.predict.lengths import PredictError, Prompt, read_prompts
 
 CLI = (sys.executable, "-c", "from tetri.cli import main; main()")
@@ -242,12 +242,7 @@ def judged(results: Sequence[Result], predictors: Sequence[dict[str, Any]]) -> s
 
 
 @click.command(cls=Program)
-@click.option(
-    "--prompts",
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    help='JSONL with {"prompt": TEXT} lines.',
-)
+@click.option("--prompts", type=FILE, required=True, help='JSONL with {"prompt": TEXT} lines.')
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Prompts to learn from.")
 @click.option("--requests", type=click.IntRange(1), default=24, show_default=True, help="Other prompts to serve.")
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model name or checkpoint folder.")

@@ -24,6 +24,7 @@ from tetri.bench.in_process import model_and_predictor, on_one_core
 from tetri.bench.report import Program, Progress, as_json, give, progress, spread, table
 from tetri.engine.base import EngineRequest
 from tetri.engine.vllm.engine import VllmEngine
+from tetri.paths import FOLDER
 from tetri.predict import serve
 from tetri.predict.card import KINDS
 from tetri.predict.inputs import reader
@@ -243,9 +244,7 @@ def shown(found: dict[str, Any]) -> str:
 
 @click.command(cls=Program)
 @click.option("--model", default="smollm2-135m", show_default=True, help="Model name or folder.")
-@click.option(
-    "--predictor", type=click.Path(path_type=Path), help="Folder. Default: the predictor shipped for the model."
-)
+@click.option("--predictor", type=FOLDER, help="Default: the predictor shipped for the model.")
 @click.option("--tokens", "lengths", type=click.IntRange(1), multiple=True, default=(256, 1024, 1536),
               show_default=True, help="Prompt tokens; may be repeated.")  # fmt: skip
 @click.option("--way", "ways", type=click.Choice(WAYS), multiple=True, default=WAYS,

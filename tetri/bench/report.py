@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import sqrt
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TextIO
 
@@ -26,13 +25,13 @@ import click
 
 from tetri import terminal
 from tetri.metrics import summarise
+from tetri.paths import FILE
 
 #: Student's t, two-sided 95 %, by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
 
 Progress = Callable[[str], None]
-FILE = click.Path(dir_okay=False, path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 conf = click.option(
     "--conf", type=FILE, help="Configuration file to measure (default: $TETRI_CONF, else conf/default.toml)."

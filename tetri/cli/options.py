@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from tetri.paths import FILE
+
 
 class Text(click.types.StringParamType):
     """Text that leaves this process, and so has to be Unicode."""
@@ -20,19 +22,8 @@ class Text(click.types.StringParamType):
 
 
 TEXT = Text()
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-class _Path(click.Path):
-    """A path that may begin with ~, which no shell expands in --out=~/FILE."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)
-
-
-FILE = _Path(dir_okay=False, path_type=Path)
-FOLDER = _Path(file_okay=False, path_type=Path)
 COUNT = click.IntRange(1)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 Overrides = tuple[str, ...]
 
 conf_option: Decorator = click.option(

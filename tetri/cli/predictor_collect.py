@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import COUNT, FILE, json_option
+from tetri.cli.options import COUNT, json_option
 from tetri.cli.predictor_scores import report_bad
-from tetri.outputs import OUT_FILE
+from tetri.paths import FILE, OUT_FILE
 
 if TYPE_CHECKING:
     from tetri.predict.collect import Collected, CollectPlan, TextTask, TextWriter

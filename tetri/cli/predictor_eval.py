@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import atomic, terminal
-from tetri.cli.options import FILE, FOLDER, json_option
+from tetri.cli.options import json_option
 from tetri.cli.predictor_scores import report_bad, shown
-from tetri.outputs import OUT_FILE, OUT_PLOT
+from tetri.paths import FILE, FOLDER, OUT_FILE, OUT_PLOT
 
 if TYPE_CHECKING:
     from tetri.predict.evaluate import Judged

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import COUNT, FILE, json_option
+from tetri.cli.options import COUNT, json_option
 from tetri.cli.predictor_scores import report_bad, shown
-from tetri.outputs import OUT_FOLDER
+from tetri.paths import FILE, OUT_FOLDER
 
 
 @click.command("train")

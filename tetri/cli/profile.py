@@ -16,7 +16,7 @@ import click
 
 from tetri import atomic, terminal
 from tetri.cli.options import COUNT, Overrides, deployment_options
-from tetri.outputs import OUT_FILE
+from tetri.paths import OUT_FILE
 
 if TYPE_CHECKING:
     from tetri.config import Config

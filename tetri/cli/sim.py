@@ -14,8 +14,8 @@ import click
 
 from tetri import terminal
 from tetri.cli import FAILED, OK, LazyGroup
-from tetri.cli.options import FILE, json_option
-from tetri.outputs import OUT_PLOT
+from tetri.cli.options import json_option
+from tetri.paths import FILE, OUT_PLOT
 
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
 SYSTEMS = ("tetri", "coupled16", "coupled")

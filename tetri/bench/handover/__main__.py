@@ -27,7 +27,7 @@ from tetri.bench.report import (
     table,
 )
 from tetri.config import default_path
-from tetri.outputs import OUT_PLOT
+from tetri.paths import OUT_PLOT
 from tetri.proc.recorder import RecordError
 
 LIMIT_MS = 15.0  # the most by which the long prompt's hand-over may take longer than the short one's

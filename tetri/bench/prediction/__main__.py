@@ -25,8 +25,8 @@ import click
 from tetri import cost
 from tetri.bench.prediction.simulate import SETTINGS, TRAINED, Setting, Source, compared
 from tetri.bench.prediction.tables import KINDS, draw, tables
-from tetri.bench.report import FILE, Program, as_json, give, progress
-from tetri.outputs import OUT_PLOT
+from tetri.bench.report import Program, as_json, give, progress
+from tetri.paths import FILE, FOLDER, OUT_PLOT
 from tetri.policy.rules import Rules
 from tetri.predict.lengths import PredictError
 from tetri.predict.model import SHIPPED
@@ -37,7 +37,7 @@ from tetri.sim.texts import LIMIT, RecordedText, RecordedTextError
 @click.command(cls=Program, epilog=" ".join((__doc__ or "").split("\n\n")[-1].split()))
 @click.option("--predictions", "--lengths", type=FILE, required=True,
               help="JSONL of `tetri-cli predictor eval --kind both`.")  # fmt: skip
-@click.option("--predictor", type=click.Path(file_okay=False, path_type=Path), default=SHIPPED / "smollm2-135m",
+@click.option("--predictor", type=FOLDER, default=SHIPPED / "smollm2-135m",
               help="Folder of that predictor.  [default: the shipped one for SmolLM2]")  # fmt: skip
 @click.option("--setting", "names", multiple=True, type=click.Choice([each.name for each in SETTINGS]),
               help="May be repeated. Default: all.")  # fmt: skip

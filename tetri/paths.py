@@ -1,4 +1,5 @@
-"""Types of options that name what a command writes: tried when the command line is read, before the work.
+"""Types of options that name files and folders. Those that a command writes are tried when the command line is read,
+before the work.
 
 A command prints its results first and writes files after that, so that it loses nothing if writing fails.
 """
@@ -15,15 +16,26 @@ import click
 from tetri import atomic
 
 
-class OutFile(click.Path):
+class HomePath(click.Path):
+    """A path that may begin with ~, which no shell expands in --out=~/FILE."""
+
+    def __init__(self, **allowed: bool) -> None:
+        super().__init__(path_type=Path, **allowed)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path. Raises UsageError."""
+        return Path(os.fsdecode(super().convert(os.path.expanduser(value), param, ctx)))
+
+
+class OutFile(HomePath):
     """A file to create or to replace."""
 
     def __init__(self) -> None:
-        super().__init__(dir_okay=False, path_type=Path)
+        super().__init__(dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path; of a symbolic link, its target. Raises UsageError if the file cannot be written."""
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        path = super().convert(value, param, ctx)
         try:
             if path.is_symlink():
                 path = Path(os.path.realpath(path))  # the link stays
@@ -50,16 +62,16 @@ class OutPlot(OutFile):
         return super().convert(value, param, ctx)
 
 
-class OutFolder(click.Path):
+class OutFolder(HomePath):
     """A folder to write to, or to create with its parents. `new`: it must not exist."""
 
     def __init__(self, new: bool = False) -> None:
-        super().__init__(file_okay=False, path_type=Path)
+        super().__init__(file_okay=False)
         self._new = new
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path. Raises UsageError if nothing can be written to it."""
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        path = super().convert(value, param, ctx)
         try:
             if self._new and path.exists():
                 raise click.UsageError(f"{_name(param)}: {path} exists already", ctx)
@@ -71,6 +83,7 @@ class OutFolder(click.Path):
         return path
 
 
+FILE, FOLDER = HomePath(dir_okay=False), HomePath(file_okay=False)
 OUT_FILE, OUT_PLOT, OUT_FOLDER, NEW_FOLDER = OutFile(), OutPlot(), OutFolder(), OutFolder(new=True)
 
 

@@ -1,4 +1,5 @@
-"""What a command writes is tried before its work; here, and for every option of every program."""
+"""Paths on the command line. What a command writes is tried before its work: here, and for every option of every
+program."""
 
 import os
 import re
@@ -9,10 +10,10 @@ from pathlib import Path
 import click
 import pytest
 
-from tetri import outputs
-from tetri.outputs import NEW_FOLDER, OUT_FILE, OUT_FOLDER, OUT_PLOT
+from tetri import paths
+from tetri.paths import FILE, FOLDER, NEW_FOLDER, OUT_FILE, OUT_FOLDER, OUT_PLOT
 
-PACKAGE = Path(outputs.__file__).parent
+PACKAGE = Path(paths.__file__).parent
 PARAM = click.Option(["--out"])
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -83,6 +84,12 @@ def test_without_permission(place):
     assert "cannot be written: Permission denied" in problem(OUT_FOLDER, place / "folder" / "new")
 
 
+def test_a_path_after_an_equals_sign_may_begin_with_a_tilde(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    for kind in (FILE, FOLDER, OUT_FILE, OUT_FOLDER, NEW_FOLDER, OUT_PLOT):
+        assert kind.convert("~/x.png", PARAM, None) == place / "x.png"
+
+
 def test_a_full_disk(place):
     before, (soft, hard) = content(place), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
@@ -109,5 +116,5 @@ def test_every_option_that_names_an_output_is_tried_before_the_work():
     option = re.compile(r'\(\s*"--(?:out|plot|keep|predictions)",\s*(?:type=)?(\w+)')
     files = [*(PACKAGE / "cli").rglob("*.py"), *(PACKAGE / "bench").rglob("*.py")]
     found = [(path.name, kind) for path in files for kind in option.findall(path.read_text(encoding="utf-8"))]
-    assert [each for each in found if not hasattr(outputs, each[1]) and each[1] != "is_flag"] == []
+    assert [each for each in found if not hasattr(paths, each[1]) and each[1] != "is_flag"] == []
     assert {"profile.py", "predictor_train.py", "sim.py", "predictor_chain.py"} <= {name for name, _ in found}
