@@ -18,9 +18,9 @@ def proc(tmp_path: Path):
 
     def write(cgroup: str, *mounts: tuple[str, str, str, str]) -> Path:
         (tmp_path / "cgroup").write_text(cgroup)
-        lines = ["22 1 0:21 / /proc rw,relatime shared:1 - proc proc rw"]
+        lines = ["22 1 0:21 / /proc rw,relatime shared:1 - proc proc rw", "23 1 0:22 / /mnt\udcff rw - tmpfs  rw"]
         lines += [f"30 22 0:9 {root} {tmp_path / at} rw shared:4 - {kind} x {more}" for root, at, kind, more in mounts]
-        (tmp_path / "mountinfo").write_text("\n".join(lines) + "\n")
+        (tmp_path / "mountinfo").write_text("\n".join(lines) + "\n", errors="surrogateescape")
         return tmp_path
 
     return write

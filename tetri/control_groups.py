@@ -12,12 +12,12 @@ PROC = Path("/proc/self")
 def folders(controller: str, proc: Path = PROC) -> Iterator[Path]:
     """The folders of the control groups that bound this process for `controller` ("cpu", "memory"): its own, then each
     one around it that can be seen from here."""
-    lines = [line.split(":", 2) for line in _read(proc / "cgroup").splitlines()]
+    lines = [line.split(":", 2) for line in read(proc / "cgroup").splitlines()]
     groups = {name: group for _, names, group in lines for name in names.split(",")}  # "" is version 2
-    for line in _read(proc / "mountinfo").splitlines():
+    for line in read(proc / "mountinfo").splitlines():
         mounted, _, what = line.partition(" - ")
         root, mount = mounted.split()[3:5]
-        kind, _, options = what.split()
+        kind, _, options = what.split(" ", 2)  # the device may have no name
         name = "" if kind == "cgroup2" else controller
         if kind not in ("cgroup", "cgroup2") or name not in groups or name not in ("", *options.split(",")):
             continue
@@ -32,7 +32,7 @@ def cpu_quota(proc: Path = PROC) -> float | None:
     found = []
     for folder in folders("cpu", proc):
         names = ("cpu.max",) if (folder / "cpu.max").exists() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        values = " ".join(_read(folder / name) for name in names).split()
+        values = " ".join(read(folder / name) for name in names).split()
         if len(values) == 2 and all(map(str.isdecimal, values)):  # no limit is "max" or "-1"
             found.append(int(values[0]) / int(values[1]))
     return min(found, default=None)
@@ -45,8 +45,9 @@ def threads(proc: Path = PROC) -> int:
     return cpus if quota is None else min(cpus, max(1, int(quota)))
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a file of the kernel; "" where there is none: the system or its control groups differ."""
     try:
-        return path.read_text().strip()
+        return os.fsdecode(path.read_bytes()).strip()  # mounts may have any name
     except OSError:
-        return ""  # not on this system, or not of this version
+        return ""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetri import control_groups, models
+from tetri import models
 from tetri.config import Config, WorkerConfig
+from tetri.control_groups import folders, read
 from tetri.kv.segment import size_of
 from tetri.kv.shm import DIRECTORY
 
@@ -79,7 +80,7 @@ def available(proc: Path = Path("/proc")) -> tuple[int, str]:
 
 
 def _machine(proc: Path) -> Iterator[tuple[int, str]]:
-    facts = dict(line.split(":", 1) for line in _lines(proc / "meminfo"))
+    facts = dict(line.split(":", 1) for line in read(proc / "meminfo").splitlines())
     if "MemAvailable" in facts:
         free = [facts.get(name, "0 kB").split()[0] for name in ("MemAvailable", "SwapFree")]
         yield sum(map(int, free)) << 10, "this machine"
@@ -87,9 +88,9 @@ def _machine(proc: Path) -> Iterator[tuple[int, str]]:
 
 def _groups(proc: Path) -> Iterator[tuple[int, str]]:
     """What each control group of this process that has a limit can still get."""
-    for folder in control_groups.folders("memory", proc / "self"):
+    for folder in folders("memory", proc / "self"):
         for limit, usage, prefix in NAMES:
-            most, used = "".join(_lines(folder / limit)), "".join(_lines(folder / usage))
+            most, used = read(folder / limit), read(folder / usage)
             if most.isdigit() and used.isdigit():  # not "max"
                 left = int(most) - int(used) + _cache(folder, prefix)
                 yield max(left, 0), f"limit of the control group {folder}"
@@ -97,16 +98,8 @@ def _groups(proc: Path) -> Iterator[tuple[int, str]]:
 
 def _cache(folder: Path, prefix: str) -> int:
     """Bytes of cached files of a group, which the kernel drops before it kills."""
-    facts = dict(line.split() for line in _lines(folder / "memory.stat"))
+    facts = dict(line.split() for line in read(folder / "memory.stat").splitlines())
     return sum(int(facts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file of the kernel; none where there is no such file."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _worker_bytes(config: Config, worker: WorkerConfig) -> int:
