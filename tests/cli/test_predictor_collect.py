@@ -126,6 +126,7 @@ def test_options_reach_the_writer(run, model):
         (["--model", "nothing"], "unknown model 'nothing'"),
         (["--out", "/no/such/folder/x"], "--out: there is no folder /no/such/folder"),
         (["--prompts", "/no/such"], "/no/such: No such file or directory"),
+        (["--cpus", "x"], "cpus = 'x': must be CPU numbers such as"),
         (["--cpus", "9999"], "cpus = '9999': this process may use CPU"),
         (["--samples", "0"], "--samples"),
         (["--temperature", "-1"], "--temperature"),

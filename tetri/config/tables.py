@@ -4,6 +4,7 @@ in policy/."""
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ CLUSTER_NAME = r"[a-z0-9-]{1,20}"
 _IID = r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}"  # worker processes are named by iid, beside these three
 LINKS = ("roce-200g", "nvlink")
 _CPUS = r"(\+?\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
+# As in numactl, + counts the CPUs that the process may use: "+0" is the first of them, whatever its number.
+_CPUS_ALLOWED = 'CPU numbers such as "0", "0-1" or "0,2", or "+0" for the first allowed; "" pins nothing'
 
 
 def _cpus() -> Any:
-    # As in numactl, + counts the CPUs that the process may use: "+0" is the first of them, whatever its number.
-    return text("", _CPUS, 'CPU numbers such as "0", "0-1" or "0,2", or "+0" for the first allowed; "" pins nothing')
+    return text("", _CPUS, _CPUS_ALLOWED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,9 @@ def default_run_dir() -> Path:
 
 
 def cpu_numbers(text: str) -> frozenset[int]:
-    """The numbers in a `cpus` value such as "0-1,4" or "+0-1"; empty for ""."""
+    """The numbers in a `cpus` value such as "0-1,4" or "+0-1"; empty for "". Raises ConfigError."""
+    if not re.fullmatch(_CPUS, text):
+        raise ConfigError(f"cpus = {text!r}: must be {_CPUS_ALLOWED}")
     found: set[int] = set()
     for part in filter(None, text.removeprefix("+").split(",")):
         first, _, last = part.partition("-")
