@@ -126,12 +126,12 @@ def test_weights_grow_with_the_numbers_that_they_are_loaded_into(config):
 def test_a_gpu_holds_weights_kv_and_slab(config):
     made = config("worker.p0.gpu=0", "worker.d0.gpu=1", facts=LLAMA)
     assert memory.balance(made, "p0").needed == memory.VLLM
-    assert memory.shm_shortage(made, lambda: 0) is None
+    assert memory.shm_shortage(made, 0) is None
 
 
 def test_slabs_that_do_not_fit_into_dev_shm(config):
     made = config(facts=LLAMA)
-    text = memory.shm_shortage(made, lambda: 64 * MIB)
+    text = memory.shm_shortage(made, 64 * MIB)
     assert "too small for the KV slabs of 2 workers: 360 MB needed, 64 MB free" in text
     assert "docker run --shm-size=425m" in text and "transfer.slab_blocks (64)" in text and "\n" not in text
 
@@ -142,12 +142,12 @@ def test_the_need_in_dev_shm_is_the_size_of_the_files(config, tmp_path):
     slab = ShmSlab("test", "p0", 40, made.engine.block_tokens * 48, directory=str(tmp_path / "shm"))
     size = os.stat(tmp_path / "shm" / slab.segment.name).st_size
     slab.close()
-    assert memory.shm_shortage(made, lambda: 2 * size) is None
-    assert memory.shm_shortage(made, lambda: 2 * size - 1) is not None
+    assert memory.shm_shortage(made, 2 * size) is None
+    assert memory.shm_shortage(made, 2 * size - 1) is not None
 
 
 @pytest.mark.parametrize("facts", [{}, {"n_layer": 12}, {**LLAMA, "num_hidden_layers": None}, []])
 def test_a_model_whose_block_size_only_the_engine_knows_is_not_judged(config, facts):
     made = config(facts=facts)
-    assert memory.shm_shortage(made, lambda: 1) is None
+    assert memory.shm_shortage(made, 1) is None
     assert memory.balance(made, "p0").needed == memory.VLLM + (100 + made.engine.kv_mib) * MIB

@@ -109,10 +109,9 @@ def _locked_file(directory: str, prefix: str) -> tuple[str, int]:
 
 def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
     """Allocate the file's memory now: a later write to a page that cannot be allocated would raise SIGBUS."""
-    filesystem = os.statvfs(directory)
-    free = filesystem.f_bavail * filesystem.f_frsize
+    free = free_bytes(directory)
     full = KVError(
-        f"{directory} is too small for {what}: {_megabytes(size)} needed, {_megabytes(free)} free;"
+        f"{directory} is too small for {what}: {megabytes(size)} needed, {megabytes(free)} free;"
         " lower transfer.slab_blocks, or enlarge it (docker run --shm-size)"
     )
     if size > free:  # checked first: a failing allocation would fill the file system for a moment
@@ -122,7 +121,7 @@ def _reserve(descriptor: int, directory: str, size: int, what: str) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise full from None
-        raise KVError(f"{directory}: cannot reserve {_megabytes(size)} ({error.strerror})") from None
+        raise KVError(f"{directory}: cannot reserve {megabytes(size)} ({error.strerror})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +228,12 @@ def remove_dead(directory: str, name: str) -> bool:
     return True
 
 
+def free_bytes(directory: str) -> int:
+    """Bytes that files can still take in a directory. Raises OSError."""
+    filesystem = os.statvfs(directory)
+    return filesystem.f_bavail * filesystem.f_frsize
+
+
 def size_of(slots: int, block_bytes: int) -> int:
     """Bytes of a segment file."""
     return _blocks_at(slots) + slots * block_bytes
@@ -251,5 +256,6 @@ def _segment(name: str, memory: mmap.mmap, slots: int, block_bytes: int) -> Segm
     )
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / _MEGABYTE:,.0f} MB"

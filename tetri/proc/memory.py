@@ -4,9 +4,8 @@ groups have. An estimate: nothing is refused because of it."""
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from tetri import models
 from tetri.config import Config, WorkerConfig
 from tetri.control_groups import folders, read
-from tetri.kv.segment import size_of
+from tetri.kv.segment import free_bytes, megabytes, size_of
 from tetri.kv.shm import DIRECTORY
 
 MIB = 1 << 20
@@ -49,26 +48,26 @@ def balance(config: Config, iid: str | None = None) -> Balance:
     """Memory needed by all programs together, or by the worker `iid` alone, beside what is available."""
     if iid is not None:
         needed = _worker_bytes(config, config.worker(iid))
-        who = f"worker {iid} needs about {_mb(needed)} of memory"
+        who = f"worker {iid} needs about {megabytes(needed)} of memory"
     else:
         sizes = Counter(_worker_bytes(config, worker) for worker in config.workers)
         needed = OTHERS + sum(size * count for size, count in sizes.items())
-        workers = ", ".join(f"{count} of {_mb(size)}" for size, count in sizes.items())
-        who = f"the programs need about {_mb(needed)} of memory (workers: {workers})"
+        workers = ", ".join(f"{count} of {megabytes(size)}" for size, count in sizes.items())
+        who = f"the programs need about {megabytes(needed)} of memory (workers: {workers})"
     left, where = available()
-    return Balance(needed, left, f"{who}, {_mb(left)} are available ({where})")
+    return Balance(needed, left, f"{who}, {megabytes(left)} are available ({where})")
 
 
-def shm_shortage(config: Config, free: Callable[[], int] | None = None) -> str | None:
+def shm_shortage(config: Config, free: int | None = None) -> str | None:
     """One line that says why /dev/shm is too small for the slabs of all workers; None when it is large enough, or when
-    only the engine can tell how large they are. `free`: its free bytes."""
+    only the engine can tell how large they are. `free`: its free bytes, by default those of now."""
     slabs = [_slab_bytes(config, worker) for worker in config.workers]
-    needed, left = sum(slabs), (free or _shm_free)()
+    needed, left = sum(slabs), free_bytes(DIRECTORY) if free is None else free
     if needed <= left:
         return None
     return (
-        f"{DIRECTORY} is too small for the KV slabs of {sum(map(bool, slabs))} workers: {_mb(needed)} needed,"
-        f" {_mb(left)} free; enlarge it (docker run --shm-size={-(-needed // MIB) + 64}m) or lower"
+        f"{DIRECTORY} is too small for the KV slabs of {sum(map(bool, slabs))} workers: {megabytes(needed)} needed,"
+        f" {megabytes(left)} free; enlarge it (docker run --shm-size={-(-needed // MIB) + 64}m) or lower"
         f" transfer.slab_blocks ({config.transfer.slab_blocks})"
     )
 
@@ -144,12 +143,3 @@ def _facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # the worker's error says what is wrong with it
     return found if isinstance(found, dict) else {}
-
-
-def _shm_free() -> int:
-    filesystem = os.statvfs(DIRECTORY)
-    return filesystem.f_bavail * filesystem.f_frsize
-
-
-def _mb(size: int) -> str:
-    return f"{size / MIB:,.0f} MB"
