@@ -245,7 +245,7 @@ def test_a_crash_loop_is_noticed_and_its_last_words_told(deployment, monkeypatch
 def test_shortages_are_told_at_the_start_and_with_what_the_kernel_kills(deployment, monkeypatch):
     programs(monkeypatch, broker="sleep 60", p0="echo loading; kill -9 $$", d0="sleep 60")
     monkeypatch.setattr(memory, "available", lambda: (100 << 20, "limit of the control group /x"))
-    monkeypatch.setattr(memory, "_shm_free", lambda: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda directory: 1000)
     config, said = deployment(), []
     with pytest.raises(LaunchError) as caught:
         up(config, said)
