@@ -381,9 +381,11 @@ def test_a_relative_model_folder_becomes_absolute(deployment, tmp_path, monkeypa
 
 
 def test_a_missing_program(deployment, monkeypatch, tmp_path):
+    config = deployment()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(LaunchError, match=r"tetri-broker is missing: run bin/setup"):
-        up(deployment())
+        up(config)
+    nothing_left(config.run_dir, config.cluster.name)
 
 
 def test_a_supervisord_that_does_not_start(deployment, monkeypatch):

@@ -71,10 +71,10 @@ def start(
         sweep(config.cluster.name)  # what a killed deployment left would count as memory in use
         for short in (*_shortages(config), *cpus.shortages(config)):
             report(f"warning: {short}")
-        config = _with_key(config, run_dir / KEY)
-        atomic.write_text(run_dir / CONF, dump(config))
-        supervisor.write(commands(config, run_dir / CONF))
         try:
+            config = _with_key(config, run_dir / KEY)
+            atomic.write_text(run_dir / CONF, dump(config))
+            supervisor.write(commands(config, run_dir / CONF))
             supervisor.start()
             started(supervisor)
             report(f"started the broker, the monitor and {len(config.workers)} workers")
