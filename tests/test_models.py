@@ -170,10 +170,13 @@ def test_without_a_home_the_cache_must_be_named_and_is_enough(homeless, conversi
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_a_home_is_lent_only_where_it_cannot_be_written(cache, tmp_path, monkeypatch, writable):
+def test_a_home_is_lent_only_where_it_cannot_be_written_and_moves_no_cache(cache, tmp_path, monkeypatch, writable):
     monkeypatch.setenv("HOME", str(tmp_path if writable else tmp_path / "nowhere"))
+    monkeypatch.delenv("TETRI_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    before = models.cache()
     models.lend_home()
-    assert Path.home() == (tmp_path if writable else cache)
+    assert Path.home() == (tmp_path if writable else before) and models.cache() == before
 
 
 def test_the_cache_may_be_below_the_home_folder(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def lend_home() -> None:
     """Make the cache this process's home if the user has none or cannot write there, for the caches of libraries: some
     would make a folder named `~`, or fail without the user's name. Raises ModelError."""
     if not os.access(os.path.expanduser("~"), os.W_OK | os.X_OK):
-        os.environ["HOME"] = str(cache())
+        os.environ["HOME"] = os.environ["TETRI_CACHE"] = str(cache())  # which must stay where it is
     try:
         getpass.getuser()
     except (KeyError, OSError):  # what it raises depends on Python's version
