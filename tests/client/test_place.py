@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -6,6 +7,7 @@ from fake_broker import FakeBroker, answer
 import tetri
 from tests.client.script import FAST
 from tetri.client import AsyncClient, Client, Operator, TetriError, Unreachable
+from tetri.client.place import address_in
 
 
 def test_the_address_comes_from_the_run_directory(tmp_path, monkeypatch):
@@ -24,6 +26,15 @@ def test_the_address_comes_from_the_run_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("TETRI_CONF", str(tmp_path / "none.toml"))
     with pytest.raises(TetriError, match=r"none\.toml: cannot be read"):
         tetri.Client()
+
+
+def test_a_process_without_free_descriptors_is_not_told_to_restart_the_deployment(tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files", "cluster.json")
+
+    monkeypatch.setattr("tetri.private.read_text", opened)
+    with pytest.raises(TetriError, match=r"cluster\.json: cannot be read: Too many open files$"):
+        address_in(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient, Operator])

@@ -38,5 +38,7 @@ def address_in(run_dir: Path, socket: str = "clients") -> str:
         raise TetriError(str(error)) from None
     except FileNotFoundError:
         raise Unreachable(f"nothing is up in {run_dir}: run tetri-cli up, or give the broker's address") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:  # such as too many open files: another launch would not help
+        raise TetriError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise TetriError(f"{path} cannot be used ({error}): run tetri-cli down, then tetri-cli up") from None
