@@ -130,6 +130,7 @@ def test_a_pipe_is_read_once_and_repeated(tmp_path):
         (VIDUR + "nan,1,1\n", "csv:2: must have arrived_at,num_prefill_tokens,num_decode_tokens: a time"),
         (MOONCAKE + "{}\n", "csv:4: must have timestamp,input_length,output_length: a time and two numbers"),
         (MOONCAKE + '{"timestamp": 1, "input_length": null, "output_length": 1}', "csv:4: must have timestamp"),
+        (MOONCAKE + f'{{"timestamp": 1, "input_length": 1{"0" * 400}, "output_length": 1}}', "csv:4: must have time"),
         (MOONCAKE + "[1, 2, 3]\n", "csv:4: must have timestamp"),
         (MOONCAKE + "half of {\n", "got 'half of {"),
     ],

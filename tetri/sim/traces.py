@@ -165,7 +165,7 @@ def _parsed(file: TextIO, path: Path) -> Iterator[tuple[int, Row]]:
             row = seconds(when), _tokens(prompt), _tokens(output)
             if not math.isfinite(row[0]):
                 raise ValueError
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, OverflowError):
             shown = ",".join(map(str, line)) if isinstance(line, list) else str(line)
             wanted = f"{','.join(form.columns[:3])}: a time and two numbers of tokens from 0 to {LONGEST}"
             raise TraceError(f"{path}:{number}: must have {wanted}, got {_short(shown)!r}") from None
