@@ -57,10 +57,12 @@ class Checkout:
         (self.stub / "fail").write_text(word)
         (self.stub / "says").write_text(saying)
 
+    def settings(self) -> dict[str, str]:
+        return {"PATH": str(self.stub / "bin"), "STUB": str(self.stub), **FOREIGN}
+
     def run(self, program: str = "bin/setup", *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         (self.stub / "calls").write_text("")
-        settings = {"PATH": str(self.stub / "bin"), "STUB": str(self.stub), **FOREIGN}
-        command = [self.root / program, *arguments]
+        command, settings = [self.root / program, *arguments], self.settings()
         done = subprocess.run(command, env=settings | environment, capture_output=True, text=True, cwd="/", timeout=60)
         assert "foreign" not in (self.stub / "calls").read_text()
         return done
@@ -87,6 +89,13 @@ def test_all_steps_once_and_nothing_the_second_time(checkout):
     assert checkout.steps() == ["cpu.txt", "cpu-nodeps.txt", "-e", "tetri.models"]
     assert checkout.run().returncode == 0
     assert checkout.steps() == ["tetri.models"]
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_what_nobody_can_read_stops_nothing(checkout, stderr):
+    checkout.program("quiet", f'exec "{checkout.root}/bin/setup" {stderr}')
+    assert subprocess.run([checkout.stub / "bin" / "quiet"], env=checkout.settings(), timeout=60).returncode == 0
+    assert checkout.steps() == ["cpu.txt", "cpu-nodeps.txt", "-e", "tetri.models"]
 
 
 def test_a_changed_file_repeats_its_own_step_only(checkout):
