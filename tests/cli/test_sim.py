@@ -174,6 +174,9 @@ def test_the_help_explains_every_trace_and_fault(run):
         (["--trace", "bad.csv"], "bad.csv:3: must have TIMESTAMP,ContextTokens,GeneratedTokens: a time and"),
         (["--trace", "odd.csv"], "odd.csv:1: unknown columns 'when,in,out': a trace has TIMESTAMP,ContextTokens"),
         (["--trace", "bad.csv", "--rate", "2"], "--trace brings its own times: use --speedup, not --rate"),
+        (["--trace", "bad.csv", "--burstiness", "1"], "use --speedup, not --burstiness"),
+        (["--trace", "bad.csv", "--output-tokens", "9"], "own lengths: use these, not --output-tokens"),
+        (["--speedup", "2"], "drawn requests have --rate, not --speedup"),
     ],
 )
 def test_wrong_arguments_are_one_line(run, tmp_path, monkeypatch, arguments, says):

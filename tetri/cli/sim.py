@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tetri import terminal
 from tetri.cli import FAILED, OK, LazyGroup
@@ -259,16 +260,25 @@ def _arrivals(options: dict[str, Any]) -> tuple[Iterable[Any], int, list[str]]:
     arrivals: Iterable[Any]
     notes: list[str] = []
     if trace is not None:
-        if options["rate"]:
-            raise click.UsageError("--trace brings its own times: use --speedup, not --rate")
+        _check_unused(("rate", "burstiness"), "--trace brings its own times: use --speedup")
+        _check_unused(("prompt_tokens", "output_tokens"), "--trace brings its own lengths: use these")
         arrivals, total, notes = replayed(trace, options["speedup"], requests)
     else:
+        _check_unused(("speedup",), "drawn requests have --rate")
         total = requests or 1000
         prompt, output = TokenCounts.parsed(options["prompt_tokens"]), TokenCounts.parsed(options["output_tokens"])
         arrivals = drawn(total, prompt, output, options["seed"], options["rate"], options["burstiness"])
     if options["deadline"] is not None:
         arrivals = with_deadline(arrivals, options["deadline"])
     return arrivals, total, notes
+
+
+def _check_unused(names: Sequence[str], why: str) -> None:
+    """Raises UsageError when one of these options is given: it would have no effect."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{why}, not --{name.replace('_', '-')}")
 
 
 @contextmanager
