@@ -47,7 +47,7 @@ def test_what_is_wrong_is_said_in_one_line(wrong, message):
 
 def test_a_limit_that_was_not_asked_for_is_the_default_until_the_broker_knows_what_fits():
     asked = AskedSampling(seed=3, min_tokens=129)
-    assert sampling_problem(asked) == "min_tokens (129) must not exceed max_tokens (128)"
+    assert sampling_problem(asked) == "min_tokens (129) must not exceed max_tokens (128, the default)"
     assert asked.limited(9) == Sampling(max_tokens=9, seed=3, min_tokens=129)
     assert AskedSampling(max_tokens=0).limited(9).max_tokens == 0
 

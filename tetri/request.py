@@ -122,7 +122,8 @@ def sampling_problem(s: AskedSampling) -> str | None:
     if s.seed is not None and not 0 <= s.seed < 1 << 63:
         return f"seed must be from 0 to 2^63 - 1, got {s.seed if abs(s.seed) < _LARGE else _described(s.seed)}"
     if s.min_tokens > most:
-        return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({most})"
+        default = ", the default" if s.max_tokens is None else ""
+        return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({most}{default})"
     if len(s.stop) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in s.stop):
         return f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters"
     return None

@@ -133,7 +133,7 @@ def _read(path: Path, speedup: float, most: int) -> tuple[list[Row], list[str]]:
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: not a text file: {error}") from None
+        raise TraceError(f"{path}: not a text file ({error}); unpack it if it is compressed") from None
     notes = [f"rows skipped for 0 prompt or output tokens: {skipped}"] if skipped else []
     if not rows:
         raise TraceError("; ".join([f"{path}: the trace has no requests", *notes]))
