@@ -84,9 +84,10 @@ def test_what_is_no_plain_file_is_refused_at_once(folder):
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(folder):
-    for path in (folder / "file", folder / "file" / "below"):
-        assert [*refusals(path, private.make_folder)] == [f"{path}: cannot be the run directory: " + said(path)]
+    below = folder / "file" / "below"
+    assert [*refusals(below, private.make_folder)] == [f"{below}: cannot be the run directory: Not a directory"]
 
 
-def said(path):
-    return "File exists" if path.name == "file" else "Not a directory"
+def test_a_file_in_the_place_of_the_folder_is_said_with_what_to_do(folder):
+    for said in refusals(folder / "file"):
+        assert said.endswith("is no folder: remove it, or set another cluster.run_dir")

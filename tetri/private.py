@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def _open_in(folder: int, path: str, flags: int) -> int:
 def _made(path: Path) -> Iterator[int]:
     """A descriptor of this user's folder `path`, which is made if needed."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # what exists is looked at below
+            path.mkdir(mode=0o700, parents=True)
         with _own(path) as folder:
             yield folder
     except OSError as error:
@@ -83,6 +84,8 @@ def _own(path: Path) -> Iterator[int]:
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP) and path.is_symlink():
             raise PrivateError(f"{path}: is a link: name the folder itself as cluster.run_dir") from None
+        if error.errno == errno.ENOTDIR and os.path.lexists(path):
+            raise PrivateError(f"{path}: is no folder: remove it, or set another cluster.run_dir") from None
         raise
     try:
         owner = os.fstat(folder).st_uid

@@ -21,6 +21,9 @@ def test_addresses_follow_the_run_directory(write, tmp_path, monkeypatch):
     assert elsewhere.operators_address == f"ipc://{tmp_path}/operators"
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert Config().run_dir == Path("/run/user/7/tetri")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "~/run")
+    with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR is '~/run': set it to an absolute path"):
+        assert Config().run_dir
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(Config().run_dir).startswith("/tmp/tetri-")
     with pytest.raises(ConfigError, match="known: p0, d0"):

@@ -242,8 +242,11 @@ class Config:
 
 
 def default_run_dir() -> Path:
-    """The folder to use if cluster.run_dir is empty: $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>."""
+    """The folder to use if cluster.run_dir is empty: $XDG_RUNTIME_DIR/tetri, or /tmp/tetri-<uid>. Raises
+    ConfigError."""
     base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and not os.path.isabs(base):
+        raise ConfigError(f"XDG_RUNTIME_DIR is {base!r}: set it to an absolute path, or set cluster.run_dir")
     return Path(base) / "tetri" if base else Path(f"/tmp/tetri-{os.getuid()}")
 
 
