@@ -41,10 +41,18 @@ def check_folder(path: Path) -> None:
 def read_text(path: Path) -> str:
     """The UTF-8 text of a file in a folder that only this user can enter. Raises PrivateError, UnicodeError and
     OSError."""
-    with _checked(path.parent) as folder, open(path, "rb", opener=partial(_open_in, folder)) as file:
-        if not own_file(os.fstat(file.fileno())):
+    with _checked(path.parent) as folder:
+        return read_file(path, folder)[1].decode()
+
+
+def read_file(path: Path, folder: int | None = None) -> tuple[int, bytes]:
+    """The mode and the content of a plain file of this user, opened in `folder` if that is given. Never waits, as for a
+    FIFO. Raises PrivateError and OSError."""
+    with open(path, "rb", opener=partial(_open_in, folder)) as file:
+        facts = os.fstat(file.fileno())
+        if not own_file(facts):
             raise PrivateError(f"{path}: not a file of this user: remove it")
-        return file.read().decode()
+        return stat.S_IMODE(facts.st_mode), file.read()
 
 
 def own_file(facts: os.stat_result) -> bool:
@@ -52,8 +60,8 @@ def own_file(facts: os.stat_result) -> bool:
     return stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid()
 
 
-def _open_in(folder: int, path: str, flags: int) -> int:
-    return os.open(os.path.basename(path), flags | _PLAIN, dir_fd=folder)
+def _open_in(folder: int | None, path: str, flags: int) -> int:
+    return os.open(path if folder is None else os.path.basename(path), flags | _PLAIN, dir_fd=folder)
 
 
 @contextmanager

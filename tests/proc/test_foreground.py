@@ -15,7 +15,7 @@ import pytest
 
 from tetri.config import load
 from tetri.kv.shm import sweep
-from tetri.proc import launch
+from tetri.proc import foreground, launch
 from tetri.proc.supervise import Supervisor
 
 PAIR = '[engine]\nkind = "emulated"\n' + "".join(
@@ -168,3 +168,11 @@ def test_the_end_of_supervisord_ends_everything(start):
     os.kill(pids["supervisord"], signal.SIGKILL)
     assert running.ended() == 1
     assert "tetri-cli: supervisord was killed by SIGKILL: everything was stopped\n" in running.err()
+
+
+def test_an_address_of_systemd_that_cannot_be_used_is_said_with_the_reason(monkeypatch):
+    for address, reason in (("/nowhere/at/all", "No such file"), ("/" + "x" * 200, "too long")):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        said = []
+        foreground.notify("READY=1", said.append)
+        assert len(said) == 1 and address in said[0] and reason in said[0]

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import stat
+from threading import Thread
 
 import pytest
 from live import wait_until
@@ -108,3 +109,21 @@ def test_a_program_uses_a_directory_of_its_own_user_only(run_dir, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: run_dir.stat().st_uid + 1)
     with pytest.raises(PrivateError, match="run: belongs to another user"), run_directory.kept(run_dir, LOG):
         pass
+
+
+def test_what_is_no_plain_file_halts_nothing_and_is_replaced_once_it_is_gone(run_dir, started, caplog):
+    run_dir.mkdir(mode=0o700)
+    state = run_dir / run_directory.STATE
+    state.write_text("mine")
+    keeper = run_directory.Keeper(run_dir, LOG)
+    keeper.look()
+    state.unlink()
+    os.mkfifo(state)
+    looking = Thread(target=keeper.look, daemon=True)  # it would wait for a writer for ever
+    looking.start()
+    looking.join(20)
+    assert not looking.is_alive() and "cluster.json: not a file of this user: remove it" in caplog.text
+    state.unlink()
+    keeper.look()
+    assert state.read_text() == "mine"
+    keeper.close()

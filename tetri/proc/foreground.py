@@ -42,12 +42,12 @@ def run(config: Config, report: launch.Report, wait_s: float, summary: Callable[
             run_dir = launch.start(config, report, wait_s, check, started)
             for line in summary(run_dir):
                 report(line)
-            _notify("READY=1", report)
+            notify("READY=1", report)
             status = _until_stopped(pid, check, report)
         except KeyboardInterrupt:  # a signal during the start: `start` has stopped everything
             pass
         finally:
-            _notify("STOPPING=1", report)
+            notify("STOPPING=1", report)
             if pid:
                 launch.clean_up(config.run_dir, pid, report)
             for follower in followers:
@@ -56,6 +56,17 @@ def run(config: Config, report: launch.Report, wait_s: float, summary: Callable[
         code = os.waitstatus_to_exitcode(status)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         raise LaunchError(f"supervisord {how}: everything was stopped")
+
+
+def notify(state: str, report: launch.Report) -> None:
+    """Send a state to systemd, if it waits for one (sd_notify(3))."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        name = f"\0{address[1:]}" if address.startswith("@") else address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.sendto(state.encode(), name)
+        except OSError as error:
+            report(f"warning: {state} cannot be sent to {address} ($NOTIFY_SOCKET): {error.strerror or error}")
 
 
 def _adopt_orphans() -> None:
@@ -86,17 +97,6 @@ def _until_stopped(pid: int, check: Callable[[], None], report: launch.Report) -
     except KeyboardInterrupt:
         report("stopping")
         return 0
-
-
-def _notify(state: str, report: launch.Report) -> None:
-    """Send a state to systemd, if it waits for one (sd_notify(3))."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        name = f"\0{address[1:]}" if address.startswith("@") else address
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.sendto(state.encode(), name)
-        except OSError as error:
-            report(f"warning: {state} cannot be sent to {address} ($NOTIFY_SOCKET): {error.strerror}")
 
 
 def _patient(report: launch.Report) -> launch.Report:

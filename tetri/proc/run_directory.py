@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging import Logger
@@ -77,7 +76,7 @@ class Keeper:
     def _keep(self, name: str) -> None:
         path = self._run_dir / name
         with suppress(FileNotFoundError):
-            self._files[name] = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
+            self._files[name] = private.read_file(path)
             return
         if name in self._files:
             mode, content = self._files[name]
