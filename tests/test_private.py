@@ -75,10 +75,13 @@ def test_no_link_is_followed(folder):
         private.read_text(folder / "elsewhere")
 
 
-def test_what_is_no_plain_file_is_refused_at_once(folder):
+def test_what_is_no_plain_file_of_a_usual_size_is_refused_at_once(folder):
     os.mkfifo(folder / "pipe")
     with pytest.raises(PrivateError, match="pipe: not a file of this user"):
         private.read_text(folder / "pipe")
+    os.truncate(folder / "file", private.MOST_BYTES + 1)
+    with pytest.raises(PrivateError, match="file: too large"):
+        private.read_text(folder / "file")
     with pytest.raises(IsADirectoryError):
         private.read_text(folder / "..")
 

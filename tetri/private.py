@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not block
+MOST_BYTES = 4 << 20  # of a file: every process of a deployment reads it each second
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -52,6 +53,8 @@ def read_file(path: Path, folder: int | None = None) -> tuple[int, bytes]:
         facts = os.fstat(file.fileno())
         if not own_file(facts):
             raise PrivateError(f"{path}: not a file of this user: remove it")
+        if facts.st_size > MOST_BYTES:
+            raise PrivateError(f"{path}: too large to be a file of tetri: remove it")
         return stat.S_IMODE(facts.st_mode), file.read()
 
 
