@@ -96,7 +96,7 @@ class Connection:
 
     def check_process(self) -> None:
         """Raise TetriError in another process than the one that created the connection."""
-        if not self.here:
+        if self._pid != _pid:
             raise TetriError(f"this client belongs to process {self._pid}: create one in each process, after the fork")
 
     def close(self) -> None:
@@ -111,9 +111,8 @@ class Connection:
             self.close()
 
     def _usable(self) -> Any:
-        self.check_process()
-        if self._socket.closed:
-            raise TetriError("the client was closed")
+        if self._pid != _pid:  # here and not only in `check_process`: this is called for every message
+            self.check_process()
         return self._socket
 
     def _get(self, option: int) -> Any:
@@ -123,6 +122,8 @@ class Connection:
             raise self._broken(error) from None
 
     def _broken(self, error: zmq.ZMQError) -> TetriError:
+        if self._socket.closed:
+            return TetriError("the client was closed")
         return TetriError(f"the connection to {self._address} is broken: {error.strerror}: create another client")
 
 

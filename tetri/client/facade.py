@@ -170,12 +170,12 @@ class BaseStream(Generic[ClientT]):
             self._client._abandon(self._request)
 
     def _ready(self) -> bool:
-        """Whether a piece of text is available or the request has ended. Raises TetriError in another process."""
-        self._client._connection.check_process()
+        """Whether a piece of text is available or the request has ended."""
         return bool(self._request.pieces) or self._request.ended
 
     def _piece(self) -> str | None:
         """Return the next piece of text; None at the end. Call it when `_ready`. Raises TetriError."""
+        self._client._connection.check_process()
         if self._request.pieces:
             return self._request.pieces.popleft()
         self._request.outcome()
