@@ -10,7 +10,7 @@ WORDS = ["one ", "two ", "three"]
 
 
 def pack(**body):
-    return b"\x02" + msgpack.packb(body)
+    return b"\x03" + msgpack.packb(body)
 
 
 def done(rid="r1", reason="length", tokens=3, error=None):
@@ -58,7 +58,7 @@ class FakeBroker:
             if not self._socket.poll(10):
                 continue
             peer, frame = self._socket.recv_multipart()
-            assert frame[:1] == b"\x02"
+            assert frame[:1] == b"\x03"
             message = msgpack.unpackb(frame[1:])
             self.seen.append(message)
             for reply in self.reply(message):

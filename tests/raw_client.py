@@ -18,7 +18,7 @@ import zmq
 Message = dict[str, Any]  # as on the wire, `type` included
 Prompt = str | list[int] | list[Message]  # text, token ids, or a conversation
 
-VERSION = b"\x02"
+VERSION = b"\x03"
 
 
 class NoAnswer(Exception):

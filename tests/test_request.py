@@ -3,7 +3,18 @@
 import msgspec
 import pytest
 
-from tetri.request import AskedSampling, LengthRange, Sampling, Stage, blocks_for, sampling_problem
+from tetri.request import (
+    AskedSampling,
+    LengthRange,
+    Sampling,
+    Stage,
+    TokenLogprob,
+    blocks_for,
+    choice_id,
+    choices_problem,
+    sampling_problem,
+    token_ids,
+)
 
 NAN = float("nan")
 
@@ -39,6 +50,10 @@ def test_the_defaults_are_fine_and_so_are_the_bounds():
         ({"stop": [""]}, "stop takes at most 16 texts"),
         ({"stop": ["x" * 257]}, "stop takes at most 16 texts"),
         ({"stop": ["x"] * 17}, "stop takes at most 16 texts"),
+        ({"logprobs": -1}, "logprobs must be from 0 to 20, got -1"),
+        ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
+        ({"logit_bias": {1: 101.0}}, "a logit_bias must be from -100 to 100"),
+        ({"logit_bias": {1: NAN}}, "a logit_bias must be from -100 to 100"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(wrong, message):
@@ -50,6 +65,31 @@ def test_a_limit_that_was_not_asked_for_is_the_default_until_the_broker_knows_wh
     assert sampling_problem(asked) == "min_tokens (129) must not exceed max_tokens (128, the default)"
     assert asked.limited(9) == Sampling(max_tokens=9, seed=3, min_tokens=129)
     assert AskedSampling(max_tokens=0).limited(9).max_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "n, temperature, message",
+    [
+        (1, 0, ""),
+        (16, 0.5, ""),
+        (17, 1, "n must be at most 16, got 17"),
+        (2, 0, "n must be 1 when temperature is 0, got 2"),
+    ],
+)
+def test_how_many_choices_a_request_may_have(n, temperature, message):
+    found = choices_problem(n, AskedSampling(temperature=temperature))
+    assert (found or "").startswith(message) and (found is None) == (message == "")
+
+
+def test_the_seed_of_a_choice_is_that_of_a_request_of_its_own():
+    sampling = Sampling(seed=(1 << 63) - 2, temperature=1)
+    assert [sampling.for_choice(index).seed for index in range(3)] == [(1 << 63) - 2, (1 << 63) - 1, 0]
+    assert Sampling().for_choice(3) == Sampling()
+    assert [choice_id("r", index) for index in range(3)] == ["r", "r.1", "r.2"]
+
+
+def test_a_token_is_its_id_or_a_record():
+    assert token_ids([5, TokenLogprob(6, -0.5, {6: -0.5, 7: -1.0})]) == [5, 6]
 
 
 def test_a_seed_is_set_without_touching_the_rest():

@@ -7,6 +7,7 @@ QUEUED -> PREFILL -> MOVING -> WAITING -> DECODE -> DONE | FAILED | CANCELLED.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
@@ -64,10 +65,37 @@ _ENDED = frozenset((Stage.DONE, Stage.FAILED, Stage.CANCELLED))
 DEFAULT_TOKENS = 128  # output tokens of a request that names no limit, where so many fit
 
 
+MAX_CHOICES = 16  # of one request
+MAX_LOGPROBS = 20  # most likely tokens at each place of the output
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An output token with its log probability, by the model's own logits: before penalties, bias and temperature.
+    `top`: the most likely tokens at its place, the most likely first."""
+
+    id: TokenId
+    logprob: float
+    top: dict[TokenId, float] = {}
+
+
+Token = TokenId | TokenLogprob  # an output token: a TokenLogprob where log probabilities were asked for
+
+
+def token_ids(tokens: Iterable[Token]) -> list[int]:
+    """The ids of output tokens."""
+    return [token if isinstance(token, int) else token.id for token in tokens]
+
+
+def choice_id(rid: str, index: int) -> str:
+    """The id by which workers know a choice of request `rid`: for the first one, that of the request."""
+    return f"{rid}.{index}" if index else rid
+
+
 class AskedSampling(Record, frozen=True):
     """How output tokens are sampled, as a client asks for it. `max_tokens` None: DEFAULT_TOKENS, or fewer if fewer fit
     into the model's context and the largest decode instance after the prompt. `temperature` 0 is greedy; `seed` makes a
-    sampled output repeatable."""
+    sampled output repeatable. `logprobs`: None, or how many of the most likely tokens each output token comes with.
+    `logit_bias`: added to the logits of these tokens. `stop_token_ids` end the output as an end of sequence does."""
 
     max_tokens: int | None = None
     temperature: float = 0.0
@@ -81,6 +109,9 @@ class AskedSampling(Record, frozen=True):
     min_tokens: int = 0
     stop: list[str] = []
     ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: dict[TokenId, float] = {}
+    stop_token_ids: list[TokenId] = []
 
     def limited(self, max_tokens: int) -> Sampling:
         """Return the Sampling with this limit, if none was asked for."""
@@ -91,6 +122,11 @@ class Sampling(AskedSampling, frozen=True):
     """How output tokens are sampled, with a limit."""
 
     max_tokens: int = DEFAULT_TOKENS
+
+    def for_choice(self, index: int) -> Sampling:
+        """Return the Sampling of a choice. Its seed is that of the request plus the index, as in vLLM, so a single
+        request with that seed repeats it."""
+        return self if self.seed is None else self.changed(seed=(self.seed + index) % (1 << 63))
 
 
 # field, least, most; both are allowed
@@ -105,6 +141,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_tokens", 0, 1 << 30),
 )
 _LARGE = 10**300
+MAX_BIAS = 100
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 
@@ -126,6 +163,19 @@ def sampling_problem(s: AskedSampling) -> str | None:
         return f"min_tokens ({s.min_tokens}) must not exceed max_tokens ({most}{default})"
     if len(s.stop) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_CHARS for text in s.stop):
         return f"stop takes at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters"
+    if s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS:
+        return f"logprobs must be from 0 to {MAX_LOGPROBS}, got {_described(s.logprobs)}"
+    if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in s.logit_bias.values()):  # also catches NaN
+        return f"a logit_bias must be from -{MAX_BIAS} to {MAX_BIAS}"
+    return None
+
+
+def choices_problem(n: int, s: AskedSampling) -> str | None:
+    """Why a request cannot have `n` choices, in one line; None if it can."""
+    if n > MAX_CHOICES:
+        return f"n must be at most {MAX_CHOICES}, got {_described(n)}"
+    if n > 1 and s.temperature == 0:
+        return f"n must be 1 when temperature is 0, got {n}: all choices would be the same"
     return None
 
 

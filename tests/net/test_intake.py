@@ -72,9 +72,9 @@ def target(request, run_folder, context):
 
 GARBAGE = [
     ([b""], "empty"),
-    ([b"\x02"], "unreadable"),
+    ([b"\x03"], "unreadable"),
     ([b"\xff" * 100], "version"),
-    ([b"\x02\x93\x01\x02\x03"], "unexpected"),
+    ([b"\x03\x93\x01\x02\x03"], "unexpected"),
     ([b"\x01" + codec.encode(GOOD["inbox"][2])[1:]], "version"),
     ([codec.encode(GOOD["inbox"][2]), b"more"], "frames"),
     ([b"", codec.encode(GOOD["clients"][2])], "frames"),  # what a REQ socket sends

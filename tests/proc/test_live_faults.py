@@ -196,9 +196,9 @@ def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
     for _ in range(3000):
         for socket in sockets:
             with contextlib.suppress(zmq.Again):  # it does not read faster: as it should be
-                socket.send(b"\x02garbage", zmq.NOBLOCK)
+                socket.send(b"\x03garbage", zmq.NOBLOCK)
         with contextlib.suppress(zmq.Again):
-            sockets[0].send(b"\x02\x81\xa4type\xa7inspect", zmq.NOBLOCK)
+            sockets[0].send(b"\x03\x81\xa4type\xa7inspect", zmq.NOBLOCK)
     assert stream.wait().finish_reason == "length"
     for socket in sockets:
         socket.close()

@@ -12,7 +12,7 @@ ASKED = {"type": "submit", "key": "k", "secret": "s", "prompt": "hi", "sampling"
 
 
 def read(**changes):
-    message = codec.decode(b"\x02" + msgpack.packb({**ASKED, **changes}), ClientMessage)
+    message = codec.decode(b"\x03" + msgpack.packb({**ASKED, **changes}), ClientMessage)
     assert isinstance(message, Submit)
     return message
 
@@ -38,6 +38,7 @@ def test_who_asks_and_how_it_is_written_does_not_count(same):
         {"prompt": None, "messages": [{"role": "user", "content": "hi"}]},
         {"prompt": None, "messages": [{"role": "system", "content": "hi"}]},
         {"deadline_s": 1.0},
+        {"n": 2},
         *({"sampling": {**ASKED["sampling"], **more}} for more in ({"max_tokens": 9}, {"seed": 0}, {"stop": ["x"]})),
     ],
 )
@@ -52,5 +53,5 @@ def test_each_gets_an_id_of_its_own_and_the_rest_as_it_came():
     assert len({each.rid for each in made}) == 50 and all(len(bytes.fromhex(each.rid)) == 16 for each in made)
     assert made[0].fields() == {
         **{"client": b"c", "key": "k", "secret": "s", "content": content(message), "rid": made[0].rid},
-        **{"prompt": (1, 2), "sampling": AskedSampling(), "deadline_s": 2.0, "waited_s": 0.5},
+        **{"prompt": (1, 2), "sampling": AskedSampling(), "deadline_s": 2.0, "waited_s": 0.5, "n": 1},
     }

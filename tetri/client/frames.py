@@ -10,7 +10,7 @@ import msgpack
 
 from tetri.request import ROLES, AskedSampling, Receipt, Turn, Usage, sampling_problem
 
-VERSION = b"\x02"
+VERSION = b"\x03"
 MAX_SENT = 4 << 20  # bytes; the broker drops longer frames
 MAX_RECEIVED = 16 << 20
 MAX_NAME = 128  # characters; the broker drops messages with longer names

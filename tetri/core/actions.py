@@ -174,6 +174,7 @@ class Submitted(Value, frozen=True):
     sampling: AskedSampling
     deadline_s: float | None = None
     waited_s: float = 0.0
+    n: int = 1
 
 
 class Detokenized(Value, frozen=True):

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tetri.request import AskedSampling, Count, Name, PredictorStatus, Receipt, Record, StepRatio, Turn, Usage
+from tetri.request import (
+    AskedSampling,
+    Count,
+    Name,
+    Positive,
+    PredictorStatus,
+    Receipt,
+    Record,
+    StepRatio,
+    Token,
+    Turn,
+    Usage,
+)
 
 # ---- clients -> broker
 
@@ -10,7 +22,8 @@ from tetri.request import AskedSampling, Count, Name, PredictorStatus, Receipt, 
 class Submit(Record, tag="submit", frozen=True):
     """Submits a request with exactly one of `prompt` (text or token ids) and `messages` (a conversation). The client
     draws `key` at random: a Submit with a known key is a repetition, not a second request. It draws `secret` at random
-    too, and shows it again to get at the request later."""
+    too, and shows it again to get at the request later. `n`: number of choices, each an output of its own; one prefill
+    serves them all."""
 
     key: Name
     secret: Name
@@ -18,6 +31,7 @@ class Submit(Record, tag="submit", frozen=True):
     messages: list[Turn] | None = None
     sampling: AskedSampling = AskedSampling()
     deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
+    n: Positive = 1
 
 
 class Cancel(Record, tag="cancel", frozen=True):
@@ -29,12 +43,13 @@ class Cancel(Record, tag="cancel", frozen=True):
 
 
 class Attach(Record, tag="attach", frozen=True):
-    """Asks for everything of a request from token `start` on; further output goes to this client. Also serves to ask
-    whether the broker is running. `secret`: that of its Submit."""
+    """Asks for everything of a choice from token `start` on; further output of the request goes to this client. Also
+    serves to ask whether the broker is running. `secret`: that of its Submit."""
 
     rid: Name
     secret: Name
     start: Count = 0
+    choice: Count = 0
 
 
 class Inspect(Record, tag="inspect", frozen=True):
@@ -86,18 +101,20 @@ class Refused(Record, tag="refused", frozen=True):
 
 
 class Delta(Record, tag="delta", frozen=True):
-    """Output tokens from index `start` on, and the text that they complete. `text` is often empty: text that may
-    begin a stop text is held back."""
+    """Output tokens of a choice from index `start` on, and the text that they complete. `text` is often empty: text
+    that may begin a stop text is held back."""
 
     rid: Name
     start: Count
-    ids: list[int]
+    ids: list[Token]
     text: str
+    choice: Count = 0
 
 
 class Done(Record, tag="done", frozen=True):
-    """The last message of a request. `reason`: stop, length, cancelled, deadline or error; `error` explains the last.
-    `timeline`: seconds spent in each stage, which add up to `jct_s`. `ttft_s`: None if there was no token."""
+    """The last message of a choice; a request has ended when all its choices have. `reason`: stop, length, cancelled,
+    deadline or error; `error` explains the last. `timeline`: seconds spent in each stage, which add up to `jct_s`.
+    `ttft_s`: None if there was no token."""
 
     rid: Name
     reason: str
@@ -107,6 +124,7 @@ class Done(Record, tag="done", frozen=True):
     jct_s: float
     receipt: Receipt
     error: str | None = None
+    choice: Count = 0
 
 
 class InstanceStatus(Record, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from tetri.instance import Fingerprint
@@ -17,6 +18,15 @@ class BetweenWorkers(Record, frozen=True):
     rid: Name
     attempt: Count
     offer: Count
+
+
+class Sibling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A further choice that shares the prefill and the transfer of KV of another one. `rid`: its id; `seed`: that of
+    its Sampling, which is equal otherwise."""
+
+    rid: Name
+    attempt: Count
+    seed: Count
 
 
 class Handle(Record, frozen=True):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tetri.instance import Instance
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, StepRatio, TokenId
-from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, StepRatio, Token
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse, Sibling
 
 # ---- workers -> broker
 
@@ -129,7 +129,7 @@ class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     rid: Name
     attempt: Count
     start: Count
-    ids: list[TokenId]
+    ids: list[Token]
     end: End | None = None
 
 
@@ -215,7 +215,8 @@ class Assign(Record, tag="assign", frozen=True):
     """Assigns a request to a prefill instance. `output`, from earlier attempts, is prefilled like the prompt and still
     counts as output. `alone`: it may have killed workers, so its prefill and its first decode steps are lone steps:
     nothing else is computed in them. `lost`: instances that were lost with it; they get it only if no other has memory
-    now. `avoid`: as in the Failed of earlier attempts."""
+    now. `avoid`: as in the Failed of earlier attempts. `siblings`: choices with the same prompt and no output yet: one
+    prefill and one transfer serve all. Every report names each choice on its own, by its id as `rid`."""
 
     rid: Name
     attempt: Count
@@ -226,6 +227,7 @@ class Assign(Record, tag="assign", frozen=True):
     alone: bool = False
     lost: list[Name] = []
     avoid: list[Name] = []
+    siblings: list[Sibling] = []
 
 
 class Proceed(Record, tag="proceed", frozen=True):

@@ -9,7 +9,7 @@ from random import Random
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.requests import TEXT_BYTES, Row, Table, needed_bytes
-from tetri.request import Sampling, Stage, Usage, sampling_problem
+from tetri.request import Sampling, Stage, Token, Usage, choices_problem, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
 MAX_DEADLINE_S = 1e6
@@ -114,7 +114,7 @@ class Delivery:
     def detokenized(self, row: Row, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the request; tokens after the stop text
         are cut off the output."""
-        ids = list(event.ids)
+        ids: list[Token] = list(event.ids)
         if event.counted is not None:
             del row.output[event.counted :]
             del ids[max(event.counted - event.start, 0) :]
@@ -155,6 +155,12 @@ def problem_without_prompt(asked: Submitted | Submit) -> str | None:
         return f"the secret has {len(secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:
         return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {deadline_s:g}"
+    if (wrong := choices_problem(asked.n, asked.sampling)) is not None:
+        return wrong
+    if asked.n > 1:
+        return "n above 1 is not served yet"
+    if asked.sampling.logprobs is not None or asked.sampling.logit_bias or asked.sampling.stop_token_ids:
+        return "logprobs, logit_bias and stop_token_ids are not served yet"
     return None
 
 

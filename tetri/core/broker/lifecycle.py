@@ -23,7 +23,7 @@ from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
-from tetri.request import Stage
+from tetri.request import Stage, token_ids
 from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
@@ -269,7 +269,7 @@ class Lifecycle:
             ids = ids[have - start :][: row.sampling.max_tokens - have]
         if not ids and item.end is None:
             return
-        row.output.extend(ids)
+        row.output.extend(token_ids(ids))
         if ids and row.first_at is None:
             row.first_at = now
         if row.decode is None and row.stage in BEFORE_TOKENS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 
+from tetri.request import Token
 from tetri.wire.clients import Delta, Done
 
 
@@ -101,6 +102,6 @@ class Outbox:
             assert self._newest is not None
             return self._newest
         start, text_from = (self._ends[index - 1], self._cuts[index - 1]) if index else (0, 0)
-        ids = self._output[start : self._ends[index]].tolist()
+        ids: list[Token] = [*self._output[start : self._ends[index]]]
         text = self._text[text_from : self._cuts[index]].decode()
         return Delta(rid=self._rid, start=start, ids=ids, text=text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tetri.instance import Capacity, Fingerprint, difference
-from tetri.request import LengthRange, Receipt, Stage, blocks_for
+from tetri.request import LengthRange, Receipt, Stage, Token, blocks_for
 from tetri.wire.handover import BetweenWorkers, Chunk, Offer
 from tetri.wire.messages import End
 
@@ -85,7 +85,7 @@ class DecodeRequest:
     allocated: bool = False  # the engine has allocated its blocks
     landed_as: int = 0  # place in the order of landing; 0: not all KV has landed
     running: bool = False
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     sent: int = 0
     end: End | None = None
     recomputed: int = 0
@@ -109,7 +109,7 @@ class DecodeRequest:
             return Stage.DECODE
         return Stage.WAITING if self.landed_as else Stage.MOVING
 
-    def outputs(self) -> list[int]:
+    def outputs(self) -> list[Token]:
         """Return the output tokens of all attempts."""
         return [*self.offer.output, *self.tokens]
 

@@ -20,7 +20,7 @@ from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.engine_request import EngineRequest, HiddenStateEstimate, StepDone
-from tetri.request import LengthRange, Stage
+from tetri.request import LengthRange, Stage, token_ids
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import End, Hold, Resend, Staged, TokenItem, Tokens
 
@@ -275,7 +275,7 @@ class DecodeScheduler:
         return [action for request in self.batch.admit_lone() for action in self._admitted(request)]
 
     def _admitted(self, request: DecodeRequest) -> list[Action]:
-        return [AdmitRequest(request.key, request.tokens[0]), self._stage(request, Stage.DECODE)]
+        return [AdmitRequest(request.key, *token_ids(request.tokens[:1])), self._stage(request, Stage.DECODE)]
 
     def steps(self) -> bool:
         """Return whether the engine has a token to compute or blocks to allocate."""

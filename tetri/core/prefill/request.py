@@ -13,7 +13,7 @@ from tetri.instance import Capacity
 from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
-from tetri.request import LengthRange, Receipt, Sampling, Stage, Value, blocks_for
+from tetri.request import LengthRange, Receipt, Sampling, Stage, Token, Value, blocks_for
 from tetri.wire.handover import Handle
 from tetri.wire.messages import End
 
@@ -199,7 +199,7 @@ class PrefillRequest:
             return Stage.DONE if self.end else Stage.MOVING
         return Stage.PREFILL if self.running else Stage.QUEUED
 
-    def outputs(self) -> list[int]:
+    def outputs(self) -> list[Token]:
         """Return the output tokens of all attempts."""
         return [*self.output, *([] if self.token is None else [self.token])]
 

@@ -10,7 +10,7 @@ from tetri.core.actions import FromClient, Submitted
 from tetri.core.broker.suspects import GUILTY
 from tetri.engine.emulated import reference
 from tetri.engine_request import INVALID
-from tetri.request import Receipt, Sampling
+from tetri.request import Receipt, Sampling, token_ids
 from tetri.sim.clients import Clients, Outcome, secret_of
 from tetri.sim.faulty.chance import Chance
 from tetri.sim.faulty.processes import EDGE, TOKEN_BYTES, VOCABULARY
@@ -191,7 +191,7 @@ class Client:
             if not delta.text or self.tail_at == delta.start:
                 return
             self.tail_at = delta.start
-        self.ids += delta.ids
+        self.ids += token_ids(delta.ids)
         self.text += delta.text
 
     def right(self) -> list[int]:
