@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Literal
 
-from tetri.request import LengthDistribution, Record, Sampling, Value
+from tetri.request import LengthDistribution, Record, Sampling, Token, Value, token_ids
 
 Phase = Literal["prefill", "decode"]
 
@@ -21,6 +21,8 @@ class EngineRequest(Value, frozen=True):
     key           unique per engine
     tokens        token ids of the prompt and of the output of earlier attempts
     output_from   index in `tokens` where output begins; penalties, min_tokens and max_tokens count from there
+    siblings      of a prefill: the key and the seed of each further choice. The step that ends the prefill draws the
+                  first token of each of them too, from the same logits, and yields a Sampled with its key
     """
 
     key: str
@@ -28,6 +30,7 @@ class EngineRequest(Value, frozen=True):
     tokens: tuple[int, ...]
     output_from: int
     sampling: Sampling
+    siblings: tuple[tuple[str, int], ...] = ()
 
 
 # Records, because millions of them are made: a dataclass takes six times as long to create.
@@ -42,19 +45,20 @@ class Span(Record, frozen=True, gc=False):
 
 
 class Sampled(Record, frozen=True, gc=False):
-    """The new tokens of one engine request, one per forward pass. `reason`: why it ended with the last of them, "stop"
+    """The new tokens of one engine request, or of a sibling of one, one per forward pass. With log probabilities if its
+    Sampling asks for them. `reason`: why it ended with the last of them, "stop"
     (end of sequence) or "length"; None if it continues. "error": the pass after them gave no token, and `error` says
     why."""
 
     key: str
-    ids: tuple[int, ...]
+    ids: tuple[Token, ...]
     reason: str | None
     error: str | None = None
 
     @property
     def token(self) -> int:
-        """The last token; the only one of a prefill request."""
-        return self.ids[-1]
+        """The id of the last token; the only one of a prefill request."""
+        return token_ids(self.ids[-1:])[0]
 
 
 class HiddenStateEstimate(Record, frozen=True, gc=False):
