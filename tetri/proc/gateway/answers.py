@@ -64,9 +64,7 @@ class Completions:
 class Answering:
     """One answer that is being given."""
 
-    def __init__(
-        self, client: AsyncClient, asked: Asked, receipt: bool, deadline_s: float | None, send: Send
-    ) -> None:
+    def __init__(self, client: AsyncClient, asked: Asked, receipt: bool, deadline_s: float | None, send: Send) -> None:
         self._client, self._asked, self._send = client, asked, send
         self._receipt, self._deadline_s = receipt, deadline_s
         self._started = False

@@ -118,7 +118,9 @@ def _cross_origin(settings: GatewayConfig) -> list[Middleware]:
 
 async def _http(request: Request, error: HTTPException) -> Response:
     """No such path, or not with this method."""
-    return error_response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail.lower()}"))
+    found = error_response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail.lower()}"))
+    found.headers.update(error.headers or {})
+    return found
 
 
 async def _nobody(request: Request, error: ClientDisconnect) -> Response:

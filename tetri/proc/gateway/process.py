@@ -20,7 +20,6 @@ from tetri.client import AsyncClient
 from tetri.config import Config
 from tetri.models import find
 from tetri.net import descriptors
-from tetri.net.errors import NetError
 from tetri.net.lock import hold
 from tetri.proc import build, open_files
 from tetri.proc.cpus import pin
@@ -29,6 +28,7 @@ from tetri.proc.gateway.api import Model, application, listed
 from tetri.proc.gateway.connection import Limits, protocol
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.tokens import Tokens
+from tetri.proc.gateways import bound, report_of, url_of
 from tetri.proc.run_directory import kept
 from tetri.proc.supervise import gateway_name
 from tetri.proc.texts import command
@@ -37,35 +37,6 @@ BACKLOG = 2048
 BROKER_S = 10.0  # a broker that does not answer for so long is not there
 END_S = 2.0  # at the end: for clients to read the end of their answers
 REPORT_S = 1.0
-KEEPALIVE_S = 60  # of silence, after which the kernel asks whether a client's host is still there
-
-
-def bound(config: Config, number: int) -> socket.socket:
-    """A socket bound to the address of a gateway. Raises NetError."""
-    host, port = config.gateway.host, config.gateway.port
-    port = port and port + number
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        advice = "choose another with --set gateway.port=PORT (0: any free one), or none with --set gateway.count=0"
-        raise NetError(f"http://{_shown(host)}:{port} cannot be used ({error.strerror}): {advice}") from None
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """The URL of a gateway, for a client on the same host."""
-    host, port = listener.getsockname()[:2]
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{_shown(local)}:{port}"
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 class Server(uvicorn.Server):
@@ -140,7 +111,7 @@ async def _serve(
             timeout_graceful_shutdown=1,
         )
         listener.listen(BACKLOG)
-        with reported(config.run_dir / f"{name}.json", url_of(listener), counts):
+        with reported(report_of(config.run_dir, name), url_of(listener), counts):
             logger.info("serving %s at %s", model.names[0], url_of(listener))
             await Server(made, client.close).serve(sockets=[listener])
 
