@@ -13,6 +13,7 @@ Knows neither HTTP nor sockets. The field names are those of vLLM's API server; 
 from tetri.wire.openai.answer import Answer
 from tetri.wire.openai.asked import Asked
 from tetri.wire.openai.completions import read_chat, read_completion
+from tetri.wire.openai.description import openapi
 from tetri.wire.openai.errors import ApiError
 from tetri.wire.openai.models import model_list
 from tetri.wire.openai.reply import Reply
@@ -28,6 +29,7 @@ __all__ = [
     "Tokenize",
     "detokenized",
     "model_list",
+    "openapi",
     "read_chat",
     "read_completion",
     "read_detokenize",

@@ -57,7 +57,7 @@ class CompletionBody(Common, kw_only=True):
 class Part(Struct):
     """A part of a message's content."""
 
-    type: str = "text"
+    type: str | None = None  # None: text
     text: str | None = None
     refusal: str | None = None
 
@@ -79,6 +79,23 @@ class ChatBody(Common, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+
+
+class TokenizeBody(Struct, kw_only=True):
+    """The body of `/tokenize`: either a prompt or messages."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Struct, kw_only=True):
+    """The body of `/detokenize`."""
+
+    model: str = ""
+    tokens: list[TokenId]
 
 
 # Fields that would change the output and are not supported -> the values with which they change nothing.
@@ -106,26 +123,30 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
+_CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
 NEUTRAL: dict[type[Struct], dict[str, tuple[Any, ...]]] = {
     CompletionBody: {**_NEUTRAL, "add_special_tokens": (True,), "prompt_embeds": ([],), "suffix": ("",)},
     ChatBody: {
         **_NEUTRAL,
-        "add_generation_prompt": (True,),
+        **_CHAT_NEUTRAL,
         "add_special_tokens": (False,),
         "audio": (),
-        "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "documents": ([],),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
         "return_prompt_text": (False,),
         "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "web_search_options": (),
     },
+    TokenizeBody: _CHAT_NEUTRAL,
 }
 
 
@@ -173,24 +194,24 @@ def converted(value: Any, kind: Any, where: str = "") -> Any:
         raise _refusal(str(error), where) from None
 
 
-_PLACE = re.compile(r" - at `(?:key` in `)?\$([^`]*)`$")
+_PLACE = re.compile(r" - at `(key` in `)?\$([^`]*)`$")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 
 def _refusal(text: str, where: str) -> ApiError:
     """An error of msgspec as a line that begins with the field's path."""
-    place = _PLACE.search(text)
-    path = where + (place[1] if place else "")
+    key, path = found.groups("") if (found := _PLACE.search(text)) else ("", "")
+    path = where + path.replace("[...]", "")
     if missing := _MISSING.search(text):
         path, what = f"{path}.{missing[1]}", "missing"
     else:
-        what = ("a key: " if place and "`key`" in place[0] else "") + _sentence(_PLACE.sub("", text))
+        what = ("in a key, " if key else "") + _sentence(_PLACE.sub("", text))
     path = path.lstrip(".")
     return ApiError(400, f"{path}: {what}" if path else what, param=path or None)
 
 
 def _sentence(text: str) -> str:
-    text = text.replace("`", "").replace(" - at $[...]", "")
+    text = text.replace("`", "").replace(" - at $[...]", "").replace(" | null", "")
     return text[:1].lower() + text[1:]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from tetri.request import TokenId, Turn
-from tetri.wire.openai.bodies import Message, model_named, read
+from tetri.request import Turn
+from tetri.wire.openai.bodies import DetokenizeBody, TokenizeBody, model_named, read
 from tetri.wire.openai.errors import ApiError
 from tetri.wire.openai.turns import turns_of
 
@@ -23,29 +23,19 @@ class Tokenize(Struct, frozen=True, kw_only=True):
     texts: bool
 
 
-class _TokenizeBody(Struct, kw_only=True):
-    model: str = ""
-    prompt: str | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-
-class _DetokenizeBody(Struct, kw_only=True):
-    tokens: list[TokenId]
-    model: str = ""
-
-
 def read_tokenize(body: bytes, models: Sequence[str]) -> Tokenize:
     """The body of `/tokenize`. Raises ApiError."""
-    fields, _ = read(body, _TokenizeBody)
+    fields, _ = read(body, TokenizeBody)
     model_named(fields.model, models)
     if (fields.prompt is None) == (fields.messages is None):
         raise ApiError(400, "send either prompt or messages", param="prompt")
     turns = None if fields.messages is None else turns_of(fields.messages)
-    return Tokenize(
-        prompt=fields.prompt, turns=turns, specials=fields.add_special_tokens, texts=fields.return_token_strs
-    )
+    if turns is not None and fields.add_special_tokens:  # the chat template has them
+        raise ApiError(
+            400, "add_special_tokens is not supported with messages: leave it out", param="add_special_tokens"
+        )
+    specials = fields.add_special_tokens is not False
+    return Tokenize(prompt=fields.prompt, turns=turns, specials=specials, texts=fields.return_token_strs)
 
 
 def tokenized(ids: Sequence[int], max_model_len: int | None, texts: Sequence[str] | None = None) -> bytes:
@@ -56,7 +46,7 @@ def tokenized(ids: Sequence[int], max_model_len: int | None, texts: Sequence[str
 
 def read_detokenize(body: bytes, models: Sequence[str]) -> list[int]:
     """The token ids in the body of `/detokenize`. Raises ApiError."""
-    fields, _ = read(body, _DetokenizeBody)
+    fields, _ = read(body, DetokenizeBody)
     model_named(fields.model, models)
     return fields.tokens
 

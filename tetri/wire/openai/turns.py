@@ -45,7 +45,7 @@ def _text(part: str | Part, where: str) -> str:
         return part
     if part.type == "refusal" and part.refusal is not None:
         return part.refusal
-    if part.type not in _TEXTS:
+    if part.type is not None and part.type not in _TEXTS:
         raise _refused(f"{where}.type", f"{part.type[:40]!r} is not supported: only text is")
     if part.text is None:
         raise _refused(f"{where}.text", "missing")
