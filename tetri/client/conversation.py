@@ -178,6 +178,7 @@ class Request(Call[Result]):
         super().__init__(patience, now)
         self.key, self.secret = key, secret
         self.rid: str | None = None
+        self.prompt_tokens = 0  # known once the broker has accepted it
         self.choices = [Choice(index) for index in range(n)]
         self.open = self.choices.copy()  # without a result
         self.cancelling = False
@@ -244,7 +245,7 @@ class Request(Call[Result]):
     def _accept(self, reply: Accepted, now: float) -> None:
         self._unanswered = None
         if self.rid is None:
-            self.rid = reply.rid
+            self.rid, self.prompt_tokens = reply.rid, reply.prompt_tokens
             for choice in self.choices:
                 choice.ask_at = now + self._patience.silence_s
             self._plan()

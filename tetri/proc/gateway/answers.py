@@ -93,7 +93,11 @@ class Answering:
             raise errors.exceptions[0] from None
 
     async def _serve(self, reply: Reply, index: int, submit: Mapping[str, Any]) -> None:
-        async for event in self._client.events(**submit, deadline_s=self._deadline_s):
+        stream, unknown = self._client.events(**submit, deadline_s=self._deadline_s), self._asked.running_usage
+        async for event in stream:
+            if unknown:
+                reply.accepted(index, stream.prompt_tokens)
+                unknown = False
             if (result := event.result) is None:
                 data = reply.delta(index, event.choice, event.tokens, event.text)
             else:

@@ -47,24 +47,40 @@ class Api:
         self._text_of = token_text(model.tokenizer)
         self._models = openai.model_list(model.names, int(time.time()), model.root, model.context)
 
-    async def health(self, request: Request) -> Response:
+    def routes(self) -> list[Route]:
+        """The endpoints."""
+        get, post = ["GET"], ["POST"]
+        return [
+            Route("/v1/models", self._list_models, methods=get),
+            Route("/tokenize", self._tokenize, methods=post),
+            Route("/detokenize", self._detokenize, methods=post),
+            Route("/version", self._version, methods=get),
+            Route("/ready", self._ready, methods=get),
+            *(Route(path, self._health, methods=[*get, *post]) for path in ("/health", "/ping")),
+            Route("/openapi.json", self._describe, methods=get),
+        ]
+
+    async def _health(self, request: Request) -> Response:
         """The process runs."""
         return Response()
 
-    async def version(self, request: Request) -> Response:
+    async def _version(self, request: Request) -> Response:
         return _json({"version": tetri.__version__})
 
-    async def models(self, request: Request) -> Response:
+    async def _describe(self, request: Request) -> Response:
+        return _json(openai.openapi(tetri.__version__))
+
+    async def _list_models(self, request: Request) -> Response:
         return Response(self._models, media_type=JSON)
 
-    async def ready(self, request: Request) -> Response:
+    async def _ready(self, request: Request) -> Response:
         """Whether prompts would be served."""
         status = await self._client.status()
         roles = {each["role"] for each in status["instances"] if each["state"] == "ready"}
         missing = [role for role in ("prefill", "decode") if not {role, "mixed"} & roles]
         return _json({"ready": not missing, "missing": missing}, 503 if missing else 200)
 
-    async def tokenize(self, request: Request) -> Response:
+    async def _tokenize(self, request: Request) -> Response:
         asked = openai.read_tokenize(await request.body(), self._model.names)
         ids = await self._tokens.ids(asked.prompt, asked.turns)
         if asked.prompt is not None and not asked.specials:
@@ -72,7 +88,7 @@ class Api:
         texts = await asyncio.to_thread(self._texts, ids) if asked.texts else None
         return Response(openai.tokenized(ids, self._model.context, texts), media_type=JSON)
 
-    async def detokenize(self, request: Request) -> Response:
+    async def _detokenize(self, request: Request) -> Response:
         ids = openai.read_detokenize(await request.body(), self._model.names)
         text = await asyncio.to_thread(lambda: b"".join(map(self._text_of, ids)).decode("utf-8", "replace"))
         return Response(openai.detokenized(text), media_type=JSON)
@@ -85,17 +101,11 @@ def application(
     settings: GatewayConfig, keys: Keys, client: AsyncClient, model: Model, tokens: Tokens, counts: Counts
 ) -> Starlette:
     """The ASGI application of a gateway."""
-    api, common = Api(client, model, tokens), (client, model.names, tokens, token_text(model.tokenizer), counts)
-    get, post = ["GET"], ["POST"]
+    common = client, model.names, tokens, token_text(model.tokenizer), counts
     routes = [
-        Route("/v1/completions", Completions(openai.read_completion, "cmpl", *common), methods=post),
-        Route("/v1/chat/completions", Completions(openai.read_chat, "chatcmpl", *common), methods=post),
-        Route("/v1/models", api.models, methods=get),
-        Route("/tokenize", api.tokenize, methods=post),
-        Route("/detokenize", api.detokenize, methods=post),
-        Route("/version", api.version, methods=get),
-        Route("/ready", api.ready, methods=get),
-        *(Route(path, api.health, methods=[*get, *post]) for path in ("/health", "/ping")),
+        Route("/v1/completions", Completions(openai.read_completion, "cmpl", *common), methods=["POST"]),
+        Route("/v1/chat/completions", Completions(openai.read_chat, "chatcmpl", *common), methods=["POST"]),
+        *Api(client, model, tokens).routes(),
     ]
     guard = Middleware(Guard, listed(settings.names), keys, settings.body_kib, counts.answered)
     handlers: Any = {HTTPException: _http, ClientDisconnect: _nobody, Exception: _broken}

@@ -40,6 +40,7 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the first request its time to arrive."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.connections:
             self.refuse(503, f"this gateway has {self._limits.connections} connections and may have no more: try later")
@@ -47,11 +48,13 @@ class Connection(HttpToolsProtocol):
             self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers."""
         self._stop_arriving()
         self._stop_stalled()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse, and measure the head of the request."""
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -63,27 +66,33 @@ class Connection(HttpToolsProtocol):
             self._expect()  # the data began no request, but has stopped the timer of idle connections
 
     def on_message_begin(self) -> None:
+        """A request begins."""
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
         self._expect()
 
     def on_headers_complete(self) -> None:
+        """The head is whole: the request is served while its body arrives."""
         self._in_head = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """The request is whole."""
         self._stop_arriving()
         super().on_message_complete()
 
     def pause_writing(self) -> None:
+        """The client does not read: cut it off if that lasts."""
         super().pause_writing()
         self._stalled = self.loop.call_later(self._limits.stall_s, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """The client reads again."""
         self._stop_stalled()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
         self.refuse(400, NOT_HTTP)
 
     def refuse(self, status: int, why: str) -> None:

@@ -47,9 +47,11 @@ class Server(uvicorn.Server):
         self._close = close
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        """A signal has arrived."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, end all answers and close all connections."""
         for server in self.servers:
             server.close()
         await self._close()
