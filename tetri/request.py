@@ -130,7 +130,7 @@ class Sampling(AskedSampling, frozen=True):
 
 
 # field, least, most; both are allowed
-_RANGES: tuple[tuple[str, float, float], ...] = (
+RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_k", 0, 1 << 30),
     ("min_p", 0.0, 1.0),
@@ -149,7 +149,7 @@ MAX_STOP_CHARS = 256
 def sampling_problem(s: AskedSampling) -> str | None:
     """The first invalid value of a Sampling, in one line that states what is allowed; None if all are valid."""
     most = DEFAULT_TOKENS if s.max_tokens is None else s.max_tokens
-    for name, low, high in _RANGES:
+    for name, low, high in RANGES:
         value = most if name == "max_tokens" else getattr(s, name)
         if not low <= value <= high:  # also catches NaN
             bound = f"at least {low:g}" if value < low else f"from {low:g} to {high:g}"

@@ -41,7 +41,8 @@ def deployment():
 
     def make(*overrides, text='[engine]\nkind = "emulated"\n'):
         (folder / "c.toml").write_text(text + PAIR)
-        return load(folder / "c.toml", [f"cluster.run_dir={run_dir}", f"cluster.name={name}", *overrides])
+        own = [f"cluster.run_dir={run_dir}", f"cluster.name={name}", "gateway.count=0"]
+        return load(folder / "c.toml", [*own, *overrides])
 
     yield make
     Supervisor(run_dir).stop()
