@@ -1,14 +1,14 @@
 """compare_api: whether two servers of OpenAI's API give the same answers: tetri and vLLM, on the same model in float32.
 
-Asks both servers the same: 50 prompts as completions and in conversations, greedy, with log probabilities, and the edges of
-limits, stop texts, tokenizing and errors. The reference is a server, or what a server has answered earlier:
+Asks both servers the same: 50 prompts as completions and in conversations, greedy, with log probabilities, and the
+edges of limits, stop texts, tokenizing and errors. The reference is a server, or what a server has answered earlier:
 
     tools/compare_api --url http://127.0.0.1:8000 --reference http://127.0.0.1:8001
     tools/compare_api --url http://127.0.0.1:8001 --record tests/openai/vllm.json
     tools/compare_api --url http://127.0.0.1:8000 --answers tests/openai/vllm.json
 
-Log probabilities may differ by 1e-3. Where the reference's two most likely tokens are as close as that, another token is no
-difference: it is printed, and what follows it is not compared. Exit status 1 for any other difference.
+Log probabilities may differ by 1e-3. Where the reference's two most likely tokens are as close as that, another token
+is no difference: it is printed, and what follows it is not compared. Exit status 1 for any other difference.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""bench_relay: what it costs to relay tokens to clients, for the broker and for the HTTP gateway, and how long it takes.
+"""bench_relay: what it costs the broker and the HTTP gateway to relay tokens to clients, and how long it takes.
 
 A played worker sends one token of every stream at once, at a fixed pace, to a broker; clients read the streams from the
 broker over ZeroMQ, then from a gateway over HTTP. Nothing computes.
 
 broker_tok_cpu_s      tokens that the broker relays per second of its processor time
 gateway_events_cpu_s  events that the gateway writes per second of its processor time, one token each
-added_ms_p50, _p99    latency of a token over HTTP, from the worker on, less that over ZeroMQ: medians and 99th percentiles
+added_ms_p50, _p99    latency of a token over HTTP, from the worker on, less that over ZeroMQ: median, 99th percentile
 few                   the latter with few streams
 """
 
@@ -188,8 +188,9 @@ def shown(found: dict[str, Any]) -> str:
 @as_json
 def main(streams: int, rate: float, seconds: float, broker_only: bool, as_json: bool) -> None:
     """Measure what it costs the broker and the HTTP gateway to relay tokens, and how long it takes."""
-    with one_line("bench_relay", OSError, *EXPECTED), own_folder("relay") as folder, running(folder, not broker_only) as relay:
-        found = figures(relay, not broker_only, streams, rate, seconds)
+    http = not broker_only
+    with one_line("bench_relay", OSError, *EXPECTED), own_folder("relay") as folder, running(folder, http) as relay:
+        found = figures(relay, http, streams, rate, seconds)
     give(found, shown(found), as_json)
 
 

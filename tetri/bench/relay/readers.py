@@ -86,6 +86,8 @@ def over_http(url: str, streams: int, tokens: int, first: Callable[[], None]) ->
         begun = False
         for number, piece in _read(selector):
             pieces[number].append(piece)
+            if piece[1][:9] == b"HTTP/1.1 " and piece[1][9:12] != b"200":
+                raise BenchError(f"HTTP: {piece[1][:500].decode(errors='replace')!r}")
             if not begun and b"\ndata:" in piece[1]:
                 begun = True
                 first()
@@ -117,10 +119,8 @@ def _asked(url: str, tokens: int) -> Iterator[socket.socket]:
 
 
 def of_events(pieces: list[Piece]) -> Stream:
-    """The tokens in the pieces of one answer: each has one letter. Raises BenchError for an answer that is no stream."""
+    """The tokens in the pieces of one answer: each has one letter."""
     whole = b"".join(data for _, data in pieces)
-    if not whole.startswith(b"HTTP/1.1 200") or LAST not in whole:
-        raise BenchError(f"HTTP: {whole[:300].decode(errors='replace')!r}")
     ends = [*accumulate(len(data) for _, data in pieces)]
     times, events = list[float](), 0
     for found in TEXT.finditer(whole):
