@@ -99,8 +99,8 @@ class Compatibility:
 
 
 def compatible_pairs(prefillers: Iterable[Instance], decoders: Iterable[Instance]) -> list[tuple[str, str]]:
-    """The ids of all pairs that can exchange KV. Instances of equal properties are compared once. An instance can always
-    exchange KV with itself."""
+    """The ids of all pairs that can exchange KV. Instances of equal properties are compared once. An instance can
+    always exchange KV with itself."""
     answers: dict[tuple[int, int], bool] = {}
     numbers: dict[Kind, int] = {}
 

@@ -225,8 +225,8 @@ class Members:
         return f"{tokens} tokens, its output so far included, fit into no prefill instance: the largest holds {most}"
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The prefill and decode instances that are in service and exchange KV, as pairs of ids. Returns the same object
-        until an instance changes."""
+        """The prefill and decode instances that are in service and exchange KV, as pairs of ids. Returns the same
+        object until an instance changes."""
         if self._pairs is None:
             ready = [member.instance for member in self._live() if member.iid in self.up]
             prefillers = [instance for instance in ready if instance.role in PREFILL_ROLES]

@@ -22,8 +22,8 @@ class Queue:
     """Keys of the requests whose tokens are not all computed: `raw` in order of arrival, `line` in order of execution.
 
     With a windowed order, a window of `raw` moves to `line` when a chunk needs more prompts. Otherwise `line` holds
-    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first. In any order,
-    `canaries` come last.
+    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first. In any
+    order, `canaries` come last.
 
     started   those of the requests in `line` whose engine request is in the engine, by key
     short     whether the first prompt waits for slots
