@@ -270,10 +270,8 @@ class PairChecks:
     def _states(self, now: float) -> Iterator[PairReadiness]:
         """The state of each pair; of those that have carried lately and were not tried since, only some."""
         stages = {canary.pair: canary.stage for canary in self.canaries.values()}
-        count = 0
-        for pair, state in chain(self._open.items(), self._carried.items()):
-            count += 1
-            if count > MOST_LISTED and pair in self._carried and now - state.carried_at <= self.within_s:
+        for count, (pair, state) in enumerate(chain(self._open.items(), self._carried.items())):
+            if count >= MOST_LISTED and pair in self._carried and now - state.carried_at <= self.within_s:
                 return
             yield self._state(pair, state, stages.get(pair, Stage.QUEUED), now)
 
