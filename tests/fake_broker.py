@@ -32,7 +32,7 @@ def delta(index, rid="r1", word=None):
 
 
 def accepted(message, rid="r1"):
-    return {"type": "accepted", "key": message["key"], "rid": rid, "prompt_tokens": 2}
+    return {"type": "accepted", "key": message["key"], "rid": rid, "prompt_tokens": 2, "max_tokens": 3}
 
 
 def answer(message):

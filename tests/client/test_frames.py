@@ -1,5 +1,6 @@
 """What is sent, and what a reply looks like."""
 
+import msgspec
 import pytest
 from fake_broker import STATUS, pack
 
@@ -18,13 +19,14 @@ from tetri.client.frames import parse
         ({"prompt": "x" * (5 << 20)}, "at most"),
         ({"messages": [{"role": "user"}]}, "a role and a content"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        *(({"prompt": "x", "max_tokens": most}, "max_tokens must be a whole number") for most in ("9", True)),
-        ({"prompt": "x", "temperature": "hot"}, "temperature must be a number"),
-        ({"prompt": "x", "stop": [3]}, "stop must be a list of texts"),
+        *(({"prompt": "x", "max_tokens": most}, "max_tokens: expected int") for most in ("9", True)),
+        ({"prompt": "x", "temperature": "hot"}, "temperature: expected float, got str"),
+        ({"prompt": "x", "stop": [3]}, r"stop\[0\]: expected str, got int"),
         ({"prompt": "x", "stop": [""]}, "stop takes at most"),
         ({"prompt": "x", "heat": 3}, "'heat' is not a sampling parameter; known: max_tokens"),
-        ({"prompt": "x", "deadline_s": 0}, "deadline_s must be"),
-        *(({"prompt": "x", name: 10**400}, f"{name} is too large") for name in ("deadline_s", "temperature")),
+        *(({"prompt": "x", "deadline_s": most}, "deadline_s must be above 0") for most in (0, float("nan"))),
+        ({"prompt": "x", "deadline_s": "5"}, "deadline_s: expected float, got str"),
+        *(({"prompt": "x", name: 10**400}, f"{name}: number out of range") for name in ("deadline_s", "temperature")),
         ({"prompt": "x", "max_tokens": 10**400}, "max_tokens must be from 1 .* many digits"),
         ({"prompt": "x", "seed": 10**5000}, "seed must be from 0 .* many digits"),
         ({"messages": [5]}, "a Turn or a mapping"),
@@ -38,5 +40,5 @@ def test_requests_that_make_no_sense_are_not_sent(tmp_path, arguments, says):
 
 
 def test_what_a_reply_looks_like():
-    assert parse(pack(**STATUS)) == STATUS
+    assert msgspec.to_builtins(parse(pack(**STATUS))) == STATUS
     assert all(parse(frame) is None for frame in GARBAGE if b"other" not in frame)
