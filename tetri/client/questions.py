@@ -1,4 +1,5 @@
-"""The calls that are not completions: Cancel and Inspect, and those of operators, ChangeRole and EndRequest."""
+"""The calls that are not completions: Cancel, Inspect and CheckReadiness, and those of operators, ChangeRole and
+EndRequest."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ import msgspec
 
 from tetri.client.conversation import Call, Patience
 from tetri.client.frames import RequestRefused, change_role, frame
-from tetri.wire.clients import BrokerReply, Cancel, Done, EndRequest, Inspect, Refused, RoleChanged, Status
+from tetri.wire.clients import (
+    BrokerReply,
+    Cancel,
+    CheckReadiness,
+    Done,
+    EndRequest,
+    Inspect,
+    Readiness,
+    Refused,
+    RoleChanged,
+    Status,
+)
 
 
 class Cancellation(Call[None]):
@@ -38,18 +50,27 @@ class Cancellation(Call[None]):
 class Inspection(Call[dict[str, Any]]):
     """Asks for the cluster's Status."""
 
+    asked: type[Inspect | CheckReadiness] = Inspect
+    answered: type[Status | Readiness] = Status
+
     def question(self, now: float) -> bytes:
-        return frame(Inspect())
+        return frame(self.asked())
 
     def names(self) -> tuple[str, ...]:
         return ("",)
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
-        if isinstance(reply, Status):
+        if isinstance(reply, self.answered):
             self.answer = _plain(reply)
             self.end()
             return True
         return False
+
+
+class ReadinessCheck(Inspection):
+    """Asks for the cluster's Readiness."""
+
+    asked, answered = CheckReadiness, Readiness
 
 
 class RoleQuestion(Call[dict[str, Any]]):
@@ -78,7 +99,7 @@ class RoleQuestion(Call[dict[str, Any]]):
         return True
 
 
-def _plain(reply: Status | RoleChanged) -> dict[str, Any]:
+def _plain(reply: Status | Readiness | RoleChanged) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(reply)
     del plain["type"]
     return plain

@@ -10,7 +10,7 @@ from typing import Any
 
 from tetri.client.conversation import Call, Request
 from tetri.client.frames import TetriError, parse
-from tetri.wire.clients import Accepted, BrokerReply, Delta, Done, Status
+from tetri.wire.clients import Accepted, BrokerReply, Delta, Done, Readiness, Status
 
 DIFFERENT = "({} messages could not be decoded: are this client and the broker of the same version?)"
 
@@ -183,4 +183,4 @@ class Session:
 def _name(reply: BrokerReply) -> str:
     if isinstance(reply, Delta | Done):
         return reply.rid
-    return "" if isinstance(reply, Status) else reply.key
+    return "" if isinstance(reply, Status | Readiness) else reply.key

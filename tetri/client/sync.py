@@ -10,7 +10,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, PieceT, Prompt
 from tetri.client.frames import Event, Result, TetriError
-from tetri.client.questions import Inspection
+from tetri.client.questions import Inspection, ReadinessCheck
 
 T = TypeVar("T")
 Events: TypeAlias = "Stream[Event]"
@@ -44,6 +44,11 @@ class Client(BaseClient["Stream[str]", "Events"]):
     def status(self) -> dict[str, Any]:
         """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return self._finish(self._ask(Inspection))
+
+    def readiness(self) -> dict[str, Any]:
+        """Return whether each pair of instances has lately carried KV: ready, why not, pairs. The answer comes at once;
+        while somebody asks, the broker tries the pairs that have no traffic."""
+        return self._finish(self._ask(ReadinessCheck))
 
     def close(self) -> None:
         """Cancel all open requests, fail all open calls with TetriError and close the connection."""

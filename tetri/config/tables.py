@@ -55,6 +55,7 @@ class BrokerConfig:
     text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
+    ready_s: float = number(30.0, 1, 86400)  # for so long a hand-over shows that its pair of instances carries KV
     # A request ends when so many workers were lost with it, the last one while it computed this request alone.
     max_deaths: int = number(3, 3, 1 << 20)
     cpus: str = _cpus()

@@ -8,6 +8,7 @@ from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.readiness import PairChecks
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Row
 from tetri.core.broker.suspects import (
     SUSPECT_DEATHS,
@@ -55,6 +56,7 @@ class Lifecycle:
         self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
         self.cost, self.chunk_tokens = cost, chunk_tokens
         self.closes = Closes(members)
+        self.pair_checks = PairChecks(members, self.closes, self.limits.ready_s)
         self._route = PREFILL_ROUTES[rules.prefill_route]
         self.breaker = Breaker(self.rng, LONGEST_S)
         self._probes = 0
@@ -153,7 +155,7 @@ class Lifecycle:
         """Restart every request that a lost worker held, except one that has killed it: that one ends."""
         self.closes.forget(lost.iid)
         self.breaker.failing.pop(lost.iid, None)  # it may be well when it comes back
-        actions: list[Action] = []
+        actions = self.pair_checks.forget(lost.iid)
         for row in [row for row in self.table.held_by(lost.iid).values() if row.reason is None]:
             actions += self._restart_lost(row, lost, why, now)
         return actions
@@ -220,6 +222,8 @@ class Lifecycle:
                 if row.prefill in self.breaker.failing:
                     self.breaker.succeeded(row.prefill)
                 self.table.hand_over(row, iid)
+                if row.prefill is not None:
+                    self.pair_checks.carried(row.prefill, iid, now)
                 if row.prefill not in (None, iid):
                     actions.append(self._close_at(row.prefill, row))
             elif row.decode != iid:
@@ -259,7 +263,10 @@ class Lifecycle:
         """Add the output tokens that `iid` reports to their row. Appends to `actions`, since this runs for every token
         of every request."""
         row = self._row(item.rid, item.attempt)
-        if row is None or (row.decode != iid and not self._may_write(row, item, iid, now, actions)):
+        if row is None:
+            actions += self.pair_checks.tokens(item, iid, now)
+            return
+        if row.decode != iid and not self._may_write(row, item, iid, now, actions):
             return
         have, ids, start = len(row.output), item.ids, item.start
         if start > have:
@@ -299,7 +306,7 @@ class Lifecycle:
         """A worker reports that a request has entered a stage, or cannot go on there."""
         row = self._row(event.rid, event.attempt)
         if row is None:
-            return []
+            return self.pair_checks.moved(event, now)
         if isinstance(event, Staged) and not event.lost:
             return self.stage(row, event.stage, event.iid, now)
         if row.holder != event.iid:
@@ -326,7 +333,7 @@ class Lifecycle:
         for hold in heartbeat.holds:
             row = self._row(hold.rid, hold.attempt)
             if row is None:
-                actions += self.closes.repeat(iid, hold)
+                actions += [] if self.pair_checks.held(hold, iid, now) else self.closes.repeat(iid, hold)
                 continue
             held[hold.rid] = None
             if row.decode not in (None, iid):

@@ -74,11 +74,9 @@ class Api:
         return Response(self._models, media_type=JSON)
 
     async def _ready(self, request: Request) -> Response:
-        """Whether prompts would be served."""
-        status = await self._client.status()
-        roles = {each["role"] for each in status["instances"] if each["state"] == "ready"}
-        missing = [role for role in ("prefill", "decode") if not {role, "mixed"} & roles]
-        return _json({"ready": not missing, "missing": missing}, 503 if missing else 200)
+        """Whether each pair of instances has lately carried KV."""
+        found = await self._client.readiness()
+        return _json(found, 200 if found["ready"] else 503)
 
     async def _tokenize(self, request: Request) -> Response:
         asked = openai.read_tokenize(await request.body(), self._model.names)

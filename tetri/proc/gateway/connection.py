@@ -11,18 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from tetri.proc.gateway.guard import error_response
 from tetri.wire.openai import ApiError
 
 HEAD_BYTES = 64 << 10  # of the request line and all headers
+SPARE = 32  # connections above the limit, which get an error; further ones are closed at once
 NOT_HTTP = "this is no valid HTTP request"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`request_s`: a whole request must arrive within this. `stall_s`: a client that reads nothing of its answer for so
-    long is cut off. `connections`: further ones are closed at once."""
+    long is cut off. `connections`: requests of further ones get an error."""
 
     request_s: float
     stall_s: float
@@ -38,20 +40,27 @@ class Connection(HttpToolsProtocol):
         self._arriving: asyncio.TimerHandle | None = None  # while a request is expected or incomplete
         self._stalled: asyncio.TimerHandle | None = None  # while the client does not read
         self._in_head, self._head_bytes = False, 0
+        self._served: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the latest
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give the first request its time to arrive."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
-            self.refuse(503, f"this gateway has {self._limits.connections} connections and may have no more: try later")
-        else:
-            self._expect()
+        most = self._limits.connections
+        if len(self.connections) > most + SPARE:
+            transport.abort()
+        elif len(self.connections) > most:
+            error = ApiError(503, f"this gateway has {most} connections and may have no more: try later")
+            self.app = error_response(error, close=True)
+        self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
         self._stop_arriving()
         self._stop_stalled()
         super().connection_lost(exc)
+        if self._served is not None and not self._served.response_complete:
+            self._served.disconnected = True
+            self._served.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse, and measure the head of the request."""
@@ -103,6 +112,10 @@ class Connection(HttpToolsProtocol):
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _expect(self) -> None:
         """Give the next request its time to arrive."""

@@ -91,9 +91,11 @@ class Guard:
         return True
 
 
-def error_response(error: ApiError, retry_after_s: float | None = None) -> Response:
-    """The answer to a request that fails."""
+def error_response(error: ApiError, retry_after_s: float | None = None, close: bool = False) -> Response:
+    """The answer to a request that fails. `close`: the connection, too."""
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    if close:
+        headers["connection"] = "close"
     if retry_after_s is not None:
         # OpenAI's clients read the milliseconds; the seconds, which must be whole, are never sooner.
         milliseconds = max(1, round(1000 * retry_after_s))
