@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from tetri.request import Token, TokenLogprob
@@ -48,23 +49,31 @@ class Logprobs:
 
     def _spelled(self, id: int, logprob: float) -> tuple[Spelled, bytes]:
         raw = self._token_text(id)
-        data = self._begun + raw
-        text, length = codecs.utf_8_decode(data, "replace", False)
-        return Spelled(f"token_id:{id}" if self._as_ids else text, raw, logprob), data[length:]
+        try:
+            text, rest = raw.decode(), b""
+        except UnicodeDecodeError:
+            data = self._begun + raw
+            text, length = codecs.utf_8_decode(data, "replace", False)
+            rest = data[length:]
+        return Spelled(f"token_id:{id}" if self._as_ids else text, raw, logprob), rest
 
 
 def completion_logprobs(spelled: list[tuple[Spelled, list[Spelled]]], offset: int) -> dict[str, Any]:
     """The shape of completions: one list a column. The token itself is the first of the most likely ones."""
-    offsets = []
-    for chosen, _ in spelled:
-        offsets.append(offset)
-        offset += len(chosen.text)
     return {
-        "text_offset": offsets,
+        "text_offset": [*accumulate((len(chosen.text) for chosen, _ in spelled), initial=offset)][:-1],
         "token_logprobs": [chosen.logprob for chosen, _ in spelled],
         "tokens": [chosen.text for chosen, _ in spelled],
-        "top_logprobs": [{each.text: each.logprob for each in (chosen, *top)} for chosen, top in spelled],
+        "top_logprobs": [_by_text((chosen, *top)) for chosen, top in spelled],
     }
+
+
+def _by_text(tokens: Iterable[Spelled]) -> dict[str, float]:
+    """Log probabilities by text: of tokens with the same text, the first one's."""
+    found: dict[str, float] = {}
+    for token in tokens:
+        found.setdefault(token.text, token.logprob)
+    return found
 
 
 def chat_logprobs(spelled: list[tuple[Spelled, list[Spelled]]], offset: int) -> dict[str, Any]:
