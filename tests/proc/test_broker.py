@@ -198,7 +198,7 @@ def test_beyond_max_open_a_text_is_refused_until_later_and_not_tokenised(loop: L
     assert loop.turn((b"c", submit("k", "text"))) == []
     assert isinstance(loop.turn((b"c", submit("ids", [1])))[0][1], Accepted)
     found = loop.turn(*((b"c", submit(f"late {number}", prompt)) for number, prompt in enumerate(("text", [1]))))
-    full = [Refused(key=f"late {n}", reason="3 choices of requests are open, try later", retry_after_s=1.0) for n in range(2)]
+    full = [Refused(key=f"late {n}", reason="3 choices are open, try later", retry_after_s=1.0) for n in range(2)]
     assert [message for _, message in found] == full
     loop.go()
     loop.answer("k")

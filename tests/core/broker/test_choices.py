@@ -125,7 +125,7 @@ def test_more_tokens_at_least_than_by_default_are_refused():
 def test_each_choice_counts_as_an_open_one():
     told = begin(limits={"max_open": 3})
     (refused,) = replies(told.tell(submit("late")))
-    assert refused == Refused(key="late", reason="3 choices of requests are open, try later", retry_after_s=1.0)
+    assert refused == Refused(key="late", reason="3 choices are open, try later", retry_after_s=1.0)
     told.tell(FIRST, *ending("p1", SECOND, 1, 8, reason="stop"))
     assert isinstance(replies(told.tell(submit("late")))[0], Accepted)
 

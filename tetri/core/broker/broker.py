@@ -238,7 +238,7 @@ class Broker:
         come before it. Each choice of a request is one that is open."""
         count, held = self.table.open + others, self.table.weight
         if count >= self.limits.max_open:
-            return f"{count} choices of requests are open, try later"
+            return f"{count} choices are open, try later"
         if held + size > self.limits.max_mib << 20:
             return f"the requests here may need {held / 2**20:.0f} of {self.limits.max_mib} MiB, try later"
         return None
