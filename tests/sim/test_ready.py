@@ -1,5 +1,5 @@
-"""Readiness of a simulated deployment: a cut path is named while it is cut, traffic or not, and busy is not broken. Under
-faults, canaries leave nothing behind and disturb no request."""
+"""Readiness of a simulated deployment: a cut path is named while it is cut, traffic or not, and busy is not broken.
+Under faults, canaries leave nothing behind and disturb no request."""
 
 from dataclasses import replace
 from random import Random

@@ -94,7 +94,7 @@ def test_nobody_sees_a_canary_but_the_workers(told):
     assert told.status().requests == {} and told.status().counters == before.counters
     land(told)
     assert told.status().requests == {} and told.status().counters == before.counters
-    assert not told.core.table.rows and not told.core.table.work_ns
+    assert not told.core.table.choices and not told.core.table.work_ns
 
 
 def test_a_heartbeat_shows_what_lost_messages_would_have(told):
