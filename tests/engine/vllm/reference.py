@@ -20,7 +20,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
 from tetri.engine.vllm.connector import SamplerPlugin
-from tetri.engine.vllm.sampler import INVALID_ROW, SAMPLER, RowSampler
+from tetri.engine.vllm.sampler import REPORT, SAMPLER, RowSampler
 from tetri.request import Sampling
 
 STOP_IDS = (2,)  # of this model
@@ -71,7 +71,7 @@ class Reference:
             max_tokens=sampling.max_tokens,
             stop_token_ids=[] if sampling.ignore_eos else list(STOP_IDS),
             detokenize=False,
-            extra_args={SAMPLER: make, INVALID_ROW: lambda: ids.append(-1)},
+            extra_args={SAMPLER: make, REPORT: lambda tokens: tokens or ids.append(-1)},
         )
         self.core.scheduler.add_request(Request("text", tokens, params, None))
         gaps: list[float] = []

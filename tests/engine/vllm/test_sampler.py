@@ -55,13 +55,13 @@ def test_draws_follow_the_probabilities():
     row = torch.tensor([0.0, 1.0, 2.0, float("-inf")])
     counts = torch.zeros(4)
     for position in range(6000):
-        counts[draw(row, Sampling(temperature=1.0, seed=5), position)] += 1
+        counts[draw(row, Sampling(temperature=1.0), position, [5])[0]] += 1
     assert torch.allclose(counts / 6000, torch.softmax(row, 0), atol=0.02)
 
 
 def test_a_draw_needs_a_seed():
     with pytest.raises(ValueError, match="seed"):
-        draw(logits_row(), Sampling(temperature=1.0), 0)
+        RowSampler(Sampling(temperature=1.0), [1], 1, (), VOCAB)
 
 
 # ---------------------------------------------------------------- candidates
@@ -110,8 +110,8 @@ def test_filters_work_one_after_the_other():
 def test_extreme_temperatures():
     row = logits_row()
     for position in range(50):
-        assert draw(row, Sampling(temperature=1e-5, seed=1), position) == int(row.argmax())
-    assert len({draw(row, Sampling(temperature=100.0, seed=1), position) for position in range(200)}) > 100
+        assert draw(row, Sampling(temperature=1e-5), position, [1]) == [int(row.argmax())]
+    assert len({draw(row, Sampling(temperature=100.0), position, [1])[0] for position in range(200)}) > 100
 
 
 # ---------------------------------------------------------------- penalties
@@ -185,7 +185,8 @@ def test_prompt_tokens_count_for_repetition_only():
 
 
 def test_min_tokens_is_nothing_to_do_when_no_token_ends_a_text():
-    assert RowSampler(Sampling(min_tokens=5, ignore_eos=True), [1], 1, (0,), VOCAB).idle
+    assert RowSampler(Sampling(min_tokens=5), [1], 1, (), VOCAB).idle
+    assert not RowSampler(Sampling(min_tokens=5, stop_token_ids=[3]), [1], 1, (), VOCAB).idle
     assert not RowSampler(Sampling(min_tokens=5), [1], 1, (0,), VOCAB).idle
     assert RowSampler(Sampling(min_tokens=5), [1, 2, 3, 4, 5, 6], 1, (0,), VOCAB).idle
 
