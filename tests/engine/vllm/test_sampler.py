@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tetri.engine.vllm.sampler import RowSampler, candidates, draw, gumbel, invalid_rows, nucleus, penalize, stream_key
-from tetri.request import Sampling
+from tetri.request import Sampling, Token, TokenLogprob, token_ids
 
 VOCAB = 1000
 
@@ -137,6 +137,10 @@ SAMPLINGS = {
 }
 
 
+SAMPLINGS["biased"] = Sampling(max_tokens=32, logit_bias={0: -9.0, 8: 3.0}, min_tokens=9, stop_token_ids=[3])
+SAMPLINGS["biased draws"] = SAMPLINGS["everything"].changed(logit_bias={8: 6.0, 9: 5.5}, repetition_penalty=1.4)
+
+
 def continue_text(sampling: Sampling, tokens: list[int], output_from: int, until: int) -> list[int]:
     """Tokens up to `until` output tokens from one engine; its logits depend on the length only."""
     stop_ids = (0, 3)
@@ -196,6 +200,68 @@ def test_the_first_token_that_may_end_a_text_is_the_one_after_min_tokens():
         logits = logits_row()
         RowSampler(Sampling(min_tokens=2), [1], 1, (0,), VOCAB).apply(logits, outputs)
         assert bool(torch.isfinite(logits[0])) == allowed
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_min_tokens_forbids_all_ends_of_a_text_also_those_that_are_ignored(ignored: bool):
+    logits = logits_row()
+    sampling = Sampling(min_tokens=2, stop_token_ids=[7, 9], ignore_eos=ignored)
+    RowSampler(sampling, [1], 1, (0,), VOCAB).apply(logits, [5])
+    assert (~torch.isfinite(logits)).nonzero().squeeze(1).tolist() == [0, 7, 9]
+
+
+def test_a_bias_is_added_before_the_penalties():
+    logits = torch.tensor([1.0, 1.0, 1.0])
+    sampler = RowSampler(Sampling(logit_bias={0: 3.0, 1: -3.0}, repetition_penalty=2.0), [0, 1], 2, (), 3)
+    assert not sampler.idle and sampler.apply(logits, []) is None
+    assert logits.tolist() == [2.0, -4.0, 1.0]
+
+
+# ---------------------------------------------------------------- log probabilities, siblings
+
+CHANGED = {"repetition_penalty": 1.4, "logit_bias": {8: 3.0}, "min_tokens": 5, "stop_token_ids": [11]}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(**CHANGED), Sampling(temperature=0.7, seed=3, top_p=0.9, **CHANGED)])
+def test_log_probabilities_are_those_of_the_unchanged_row(sampling: Sampling):
+    raw = logits_row().log_softmax(0)
+    right = RowSampler(sampling, [1, 8], 2, (0,), VOCAB)
+    sampler = RowSampler(sampling.changed(logprobs=4), [1, 8], 2, (0,), VOCAB)
+    for outputs in ([], [5], [5, 8]):
+        logits, same = logits_row(), logits_row()
+        right.apply(same, outputs)
+        (token,) = sampler.apply(logits, outputs)
+        assert token.id == int(same.argmax()) == int(logits.argmax()) and int(torch.isfinite(logits).sum()) == 1
+        assert token.logprob == float(raw[token.id])
+        values, ids = raw.topk(4)
+        assert list(token.top.items()) == list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def test_no_likely_tokens_are_asked_for():
+    sampler = RowSampler(Sampling(logprobs=0), [1], 1, (), VOCAB)
+    row = logits_row()
+    assert not sampler.idle
+    best = int(row.argmax())
+    assert sampler.apply(row.clone(), []) == (TokenLogprob(best, float(row.log_softmax(0)[best])),)
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_siblings_get_what_a_single_request_with_their_seed_gets(logprobs: int | None):
+    sampling = Sampling(temperature=1.0, seed=5, top_k=50, frequency_penalty=0.5, logprobs=logprobs, **CHANGED)
+    prompt, seeds = [3, 8, 200], range(5, 13)
+
+    def first(seed: int, *siblings: int) -> tuple[Token, ...] | None:
+        sampler = RowSampler(sampling.changed(seed=seed), prompt, 2, (0,), VOCAB, siblings)
+        return sampler.apply(logits_row(spread=0.5), [])
+
+    together = first(*seeds)
+    assert together == tuple(token for seed in seeds for token in first(seed))
+    assert len(set(token_ids(together))) > 4
+
+
+def test_siblings_of_a_greedy_request_get_the_same():
+    row = logits_row()
+    assert RowSampler(Sampling(), [1], 1, (), VOCAB, [1, 2]).apply(row.clone(), []) == (int(row.argmax()),) * 3
 
 
 # ---------------------------------------------------------------- rows without a valid number
