@@ -54,11 +54,14 @@ def test_log_probabilities_are_of_the_whole_output():
 
 
 def test_the_ids_of_tokens():
-    answer = reply(Answer, prompt=[[8, 9], [7]], return_token_ids=True, logprobs=0)
-    answer.end(0, 0, "stop", USAGE, (likely(1, -1.0, {}), likely(2, -1.0, {})), "ab ")
-    answer.end(1, 0, "stop", USAGE, (likely(5, -1.0, {}),), "")
+    answer = reply(Answer, prompt=[[8, 9], [7]], n=2, return_token_ids=True)
+    for prompt, choice, tokens in ((0, 0, (1, 2)), (0, 1, (3,)), (1, 0, (4,)), (1, 1, ())):
+        answer.end(prompt, choice, "stop", USAGE, tokens)
     ids = [(each["prompt_token_ids"], each["token_ids"]) for each in json.loads(answer.finish())["choices"]]
-    assert ids == [([8, 9], [1, 2]), ([7], [5])]
+    assert ids == [([8, 9], [1, 2]), ([8, 9], [3]), ([7], [4]), ([7], [])]
+    scored = reply(Answer, prompt="x", return_token_ids=True, logprobs=0)
+    scored.end(0, 0, "stop", USAGE, (likely(5, -1.0, {}),))
+    assert json.loads(scored.finish())["choices"][0]["token_ids"] == [5]
     chat = reply(Answer, return_token_ids=True)
     chat.accepted(0, 2, [4, 4])
     chat.end(0, 0, "stop", USAGE, (1,), "a")

@@ -55,4 +55,4 @@ def test_the_ranges_are_those_that_count(kind, read, bare):
             if (name, bound) != ("top_k", "minimum"):  # -1 is another way to send 0
                 with pytest.raises(ApiError, match=rf"^{re.escape(name)}\b"):
                     read(json.dumps({**bare, **more, name: schema[bound] + beyond}).encode(), ["m"])
-    assert seen >= {"n", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "min_tokens"}
+    assert seen >= {"n", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "min_tokens", "max_tokens"}

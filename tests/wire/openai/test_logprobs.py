@@ -12,7 +12,7 @@ def of(shape, *batches, as_ids=False):
 
 
 def test_completions_have_a_list_a_column():
-    assert of(completion_logprobs, TOKENS, [likely(5, -1.0, {})], []) == [
+    assert of(completion_logprobs, TOKENS, [likely(5, -1.0, {})], [], [likely(1, -2.0, {})]) == [
         {
             "text_offset": [0, 1],
             "token_logprobs": [-0.5, -9999.0],
@@ -21,6 +21,7 @@ def test_completions_have_a_list_a_column():
         },
         {"text_offset": [3], "token_logprobs": [-1.0], "tokens": ["<end>"], "top_logprobs": [{"<end>": -1.0}]},
         {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []},
+        {"text_offset": [8], "token_logprobs": [-2.0], "tokens": ["a"], "top_logprobs": [{"a": -2.0}]},
     ]
 
 
