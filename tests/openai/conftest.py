@@ -30,7 +30,7 @@ def server() -> Iterator[Server]:
         client = cluster.client()
 
         def wait_open(count: int) -> None:
-            wait_until(lambda: len(client.status()["requests"]) == count, f"not {count} requests are open")
+            wait_until(lambda: sum(client.status()["requests"].values()) == count, f"not {count} requests are open")
 
         yield Server(url, KEY, wait_open)
         cluster.wait_idle()

@@ -77,9 +77,10 @@ def test_a_streamed_chat_is_the_same(client):
 
 
 def test_parts_and_developers(client):
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
-    assert chat(client, turns).choices == chat(client).choices
+    plain = [TURNS[0], {"role": "user", "content": "Hello\nthere"}]
+    assert chat(client, turns).choices == chat(client, plain).choices != chat(client).choices
 
 
 def test_four_choices(client):
