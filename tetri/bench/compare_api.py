@@ -261,8 +261,8 @@ def _columns(found: Mapping[str, Any]) -> list[Any]:
 
 
 def _records(found: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """Chat: likewise, without an offset. Bytes are left out: of a character in several tokens vLLM gives all bytes to the
-    last one, tetri each token its own."""
+    """Chat: likewise, without an offset. Bytes are left out: of a character in several tokens vLLM gives all bytes to
+    the last one, tetri each token its own."""
     made = []
     for record in found:
         top = {each["token"]: each["logprob"] for each in record["top_logprobs"]}
