@@ -58,6 +58,12 @@ def test_only_a_choice_that_lacks_tokens_is_asked_for(talk):
     assert [len(choice.tokens) for choice in talk.request.choices] == [3, 1, 1]
 
 
+def test_an_overlap_is_asked_for_too(talk):
+    """Its text cannot be separated from the text that is here."""
+    talk.receive(1.0, delta(0), delta(1), {**delta(1), "ids": [11, 12], "text": "two three"})
+    assert talk.sent(1.0) == [("attach", 0, 2)] and talk.events() == [Event(0, "one two ", (10, 11))]
+
+
 def test_each_choice_has_its_own_silence(talk):
     """The others' output shows that the broker is there, but not that nothing of this one was lost."""
     for now in (1, 2, 3, 4):
@@ -95,6 +101,31 @@ def test_one_cancel_is_for_all_and_an_end_without_all_tokens_is_asked_for(talk):
     talk.receive(1.5, delta(1, choice=1), done(tokens=2, choice=1), done(reason="cancelled", tokens=1, choice=2))
     assert [each.finish_reason for each in talk.request.outcome().choices] == ["cancelled", "length", "cancelled"]
     assert talk.sent(9.0) == []
+
+
+def test_a_cancelled_choice_is_asked_for_once_its_end_is_known_and_not_before(talk):
+    talk.receive(1.0, done(tokens=0, choice=1), done(tokens=0, choice=2))
+    talk.session.cancel(talk.request)
+    assert talk.sent(1.0) == [("cancel",)]
+    talk.receive(1.5, delta(1))
+    assert [talk.sent(now) for now in (1.5, 2.0, 3.9, 3.9)] == [[], [("cancel",)], [("cancel",)], []]
+    talk.receive(4.0, done(reason="cancelled", tokens=2))
+    assert talk.sent(4.0) == [("attach", 0, 0)] and talk.session.deadline() == 5.0
+
+
+def test_an_end_restarts_the_silence_of_a_token_that_was_just_asked_for(talk):
+    talk.receive(1.0, delta(1), done(tokens=0, choice=1), done(tokens=0, choice=2))
+    assert talk.sent(1.0) == [("attach", 0, 0)]
+    talk.session.cancel(talk.request)
+    talk.receive(1.5, done(reason="cancelled", tokens=2))
+    assert talk.sent(1.5) == [] and talk.session.deadline() == 3.5 and talk.sent(3.5) == [("attach", 0, 0)]
+
+
+def test_a_choice_whose_end_is_known_is_asked_for_beside_the_cancel(talk):
+    talk.receive(1.0, done(tokens=1, choice=1))
+    assert talk.sent(1.0) == [("attach", 1, 0)]
+    talk.session.cancel(talk.request)
+    assert [talk.sent(1.5), talk.sent(2.0), talk.sent(2.5)] == [[("cancel",)], [("attach", 1, 0)], [("cancel",)]]
 
 
 def test_no_cancel_once_all_ends_are_known(talk):
