@@ -1,6 +1,7 @@
 """A request of several choices: each is a stream of its own, and any message of it may be lost."""
 
 import asyncio
+from random import Random
 
 import msgpack
 import pytest
@@ -225,3 +226,71 @@ def test_log_probabilities_come_with_their_tokens(generate):
     assert broker.seen[0]["sampling"] == {"logprobs": 2, "logit_bias": {5: 1.0}, "stop_token_ids": [7]}
     assert result.token_ids == [10, 11, 12] and [token.logprob for token in result.logprobs] == [-0.5, -1.0, -1.5]
     assert result.to_json()["logprobs"][1] == {"id": 11, "logprob": -1.0, "top": {"11": -1.0, "12": None}}
+
+
+# ------------------------------------------------------------ a network that loses messages
+
+
+class LossyBroker:
+    """Streams three choices of 5 tokens, one token of each in a turn, and loses every third message either way."""
+
+    def __init__(self, seed):
+        self.chance, self.reached, self.cancelled = Random(seed), [0, 0, 0], False
+
+    def kept(self, messages):
+        return [message for message in messages if self.chance.random() > 1 / 3]
+
+    def turn(self):
+        """Make a token of each choice, some slower than others; return what the client gets."""
+        replies = []
+        for choice in range(3):
+            if not self.cancelled and self.reached[choice] < 5 and self.chance.random() < 0.5:
+                self.reached[choice] += 1
+                replies += self.rest(choice, self.reached[choice] - 1)
+        return self.kept(replies)
+
+    def rest(self, choice, start):
+        reached = self.reached[choice]
+        deltas = [delta(at, word=f"{at} ", choice=choice, token=10 * choice + at + 1) for at in range(start, reached)]
+        ended = reached == 5 or self.cancelled
+        reason = "length" if reached == 5 else "cancelled"
+        return [*deltas, *([done(reason=reason, tokens=reached, choice=choice)] if ended else [])]
+
+    def answer(self, message):
+        """What the client gets for a message."""
+        if message["type"] == "submit":
+            replies = [accepted(message), *(reply for choice in range(3) for reply in self.rest(choice, 0))]
+        elif message["type"] == "attach":
+            replies = self.rest(message["choice"], message["start"]) or [
+                {**delta(0, word="", choice=message["choice"]), "ids": []}
+            ]
+        else:
+            self.cancelled = True
+            replies = [reply for choice in range(3) for reply in self.rest(choice, self.reached[choice])]
+        return self.kept(replies)
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_arrives_once_whatever_is_lost(seed, cancels):
+    broker, session, now = LossyBroker(seed), Session(), 0.0
+    request = Request("k", "s", submit("k", "s", "hi", None, {"temperature": 1.0}, n=3), PATIENCE, 0.0, n=3)
+    session.add(request)
+    events = []
+    while not request.ended:
+        assert now < 60.0, "nothing is due any more"
+        if cancels and now > 1.0 and not request.cancelling:
+            session.cancel(request)
+        asked = broker.kept(msgpack.unpackb(frame[1:]) for frame in session.tick(now))
+        for reply in [reply for message in asked for reply in broker.answer(message)] + broker.turn():
+            session.receive([pack(**reply)], now)
+        while request.has_event():
+            events.append(request.event())
+        now += 0.1
+    for choice, result in enumerate(request.outcome().choices):
+        assert result.token_ids == [10 * choice + at + 1 for at in range(broker.reached[choice])]
+        assert result.text == "".join(f"{at} " for at in range(broker.reached[choice]))
+        mine = [event for event in events if event.choice == choice]
+        assert [token for event in mine for token in event.tokens] == result.token_ids
+        assert [event.result is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+    assert session.open == 0 and session.deadline() is None
