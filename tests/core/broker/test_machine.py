@@ -129,9 +129,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def cancel(self, number, message):
         if self.rid(number) in self.ended:
             self.heard[self.rid(number)] = []
-            row = self.core.table.rows.get(self.rid(number))
-            if row is not None:
-                self.heard[self.rid(number)] = list(row.output)  # only the Done comes again
+            choice = self.core.table.choices.get(self.rid(number))
+            if choice is not None:
+                self.heard[self.rid(number)] = list(choice.output)  # only the Done comes again
                 self.again[self.rid(number)] = None
         rid = self.rid(number)
         self.tell(FromClient(b"c", Cancel(rid=rid, secret=SECRET) if message == "cancel" else EndRequest(rid=rid)))
@@ -158,9 +158,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), counted, word.final))
         if counted is not None:  # from now on all words of it say so
             self.slow = [each for each in self.slow if each.rid != word.rid]
-            row = self.core.table.rows.get(word.rid)
-            if row is not None and not row.stage.ended:
-                self.tell(Detokenized(word.rid, row.asked, (), "", counted, True))
+            choice = self.core.table.choices.get(word.rid)
+            if choice is not None and not choice.stage.ended:
+                self.tell(Detokenized(word.rid, choice.asked, (), "", counted, True))
 
     @rule(iid=iids, incarnation=st.integers(1, 2))
     def ready(self, iid, incarnation):
@@ -215,8 +215,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def sound(self):
         if hasattr(self, "core"):
             self.core.check()
-            for rid, row in self.core.table.rows.items():
-                assert row.stage.ended == (rid in self.ended)
+            for name, choice in self.core.table.choices.items():
+                assert choice.stage.ended == (name in self.ended)
             assert (deadline := self.core.deadline()) is not None and deadline < self.now + 10
 
     def teardown(self):
@@ -230,7 +230,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
             self.now += 0.7
             self.act(self.core.tick(self.now))
             self.core.check()
-        held = [row for row in self.core.table.rows.values() if row.holder is None]
+        held = [choice for choice in self.core.table.choices.values() if choice.holder is None]
         assert not held, "nobody has it, and nobody gave it up"
 
 
