@@ -63,7 +63,7 @@ def test_other_prompts_are_refused(prompt, line):
         ({"seed": -2}, "seed", (1 << 63) - 2),
         ({"stop": "x"}, "stop", ["x"]),
         ({"logit_bias": {"5": -1}}, "logit_bias", {5: -1.0}),
-        ({"max_tokens": 3}, "max_tokens", 3),
+        ({"max_tokens": 3}, "max_tokens", None),
     ],
 )
 def test_values_as_the_broker_knows_them(body, field, value):
@@ -75,8 +75,23 @@ def test_log_probabilities():
     assert chat(logprobs=True).sampling.logprobs == 0 and chat(logprobs=True, top_logprobs=3).sampling.logprobs == 3
 
 
-def test_the_newer_name_of_the_limit_wins():
-    assert chat(max_tokens=5, max_completion_tokens=7).sampling.max_tokens == 7
+def test_a_limit_is_what_is_written_if_it_fits():
+    """As in vLLM: a prompt that leaves less is served. The broker does so with a limit that is only a default."""
+    assert completion(max_tokens=5).default_tokens == chat(max_tokens=5).default_tokens == 5
+    assert chat(max_tokens=5, max_completion_tokens=7).default_tokens == 7
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_limit_is_at_most_the_context(field):
+    def read(limit):
+        return read_chat(
+            json.dumps({"messages": [{"role": "user", "content": "a"}], field: limit}).encode(), ["m"], 512
+        )
+
+    assert read(512).default_tokens == 512
+    with pytest.raises(ApiError, match=f"^{field} must be at most 512, the context of the model") as refused:
+        read(513)
+    assert (refused.value.status, refused.value.param) == (400, field)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,7 @@ def test_the_newer_name_of_the_limit_wins():
         (completion, {"stream_options": {"include_usage": True}}, "stream_options", "send stream true too"),
         (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "^top_logprobs must be from 0 to 20, got 21"),
         (chat, {"top_logprobs": 2}, "top_logprobs", "send logprobs true too"),
+        (chat, {"min_tokens": 7, "max_completion_tokens": 6}, "min_tokens", r"not exceed max_completion_tokens \(6\)"),
         (chat, {"max_completion_tokens": 0}, "max_completion_tokens", "^max_completion_tokens must be at least 1"),
     ],
 )
