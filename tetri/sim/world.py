@@ -210,8 +210,8 @@ class World:
         """Check the guarantees at the end: all tokens delivered, all blocks free, no open request. Raises
         PromiseBroken."""
         self.broker.core.tick(self.kernel.now + UNBOUNDED)  # removes ended requests from the table
-        if self.broker.core.table.rows:
-            raise PromiseBroken(f"{len(self.broker.core.table.rows)} rows are left in the broker's table")
+        if self.broker.core.table.requests:
+            raise PromiseBroken(f"{len(self.broker.core.table.requests)} requests are left in the broker's table")
         for node in (self.broker, self.monitor, *self.workers.values()):
             node.core.check()
         for iid, worker in self.workers.items():

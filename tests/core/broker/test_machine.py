@@ -23,7 +23,7 @@ from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage
-from tetri.wire.clients import Attach, Cancel, Delta, Done, EndRequest, Inspect, Refused
+from tetri.wire.clients import Attach, Cancel, CheckReadiness, Delta, Done, EndRequest, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Hold
 
@@ -129,9 +129,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def cancel(self, number, message):
         if self.rid(number) in self.ended:
             self.heard[self.rid(number)] = []
-            row = self.core.table.rows.get(self.rid(number))
-            if row is not None:
-                self.heard[self.rid(number)] = list(row.output)  # only the Done comes again
+            choice = self.core.table.choices.get(self.rid(number))
+            if choice is not None:
+                self.heard[self.rid(number)] = list(choice.output)  # only the Done comes again
                 self.again[self.rid(number)] = None
         rid = self.rid(number)
         self.tell(FromClient(b"c", Cancel(rid=rid, secret=SECRET) if message == "cancel" else EndRequest(rid=rid)))
@@ -141,9 +141,21 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.heard[self.rid(number)] = []
         self.tell(FromClient(b"c", Attach(rid=self.rid(number), secret=SECRET, start=0)))
 
-    @rule()
-    def inspect(self):
-        self.tell(FromClient(b"c", Inspect()))
+    @rule(message=st.sampled_from([Inspect(), CheckReadiness()]))
+    def inspect(self, message):
+        self.tell(FromClient(b"c", message))
+
+    @rule(iid=iids, number=st.integers(1, 4), stage=stages, what=st.sampled_from("staged tokens failed held".split()))
+    def canary(self, iid, number, stage, what):
+        """A worker reports one, that may be on its way."""
+        rid = f"canary-{self.core.members.epoch:x}-{number}"
+        events = {
+            "staged": staged(iid, rid, stage),
+            "tokens": tokens(iid, rid, 1, 1, reason="length"),
+            "failed": failed(iid, rid, retry=True, avoid=[iid]),
+            "held": heartbeat(iid, Hold(rid, 1, stage, 1), unread_by={"d1": "lost"}),
+        }
+        self.tell(events[what])
 
     @rule(client=st.sampled_from(["sent", "full", "gone"]))
     def client_is(self, client):
@@ -158,9 +170,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), counted, word.final))
         if counted is not None:  # from now on all words of it say so
             self.slow = [each for each in self.slow if each.rid != word.rid]
-            row = self.core.table.rows.get(word.rid)
-            if row is not None and not row.stage.ended:
-                self.tell(Detokenized(word.rid, row.asked, (), "", counted, True))
+            choice = self.core.table.choices.get(word.rid)
+            if choice is not None and not choice.stage.ended:
+                self.tell(Detokenized(word.rid, choice.asked, (), "", counted, True))
 
     @rule(iid=iids, incarnation=st.integers(1, 2))
     def ready(self, iid, incarnation):
@@ -215,8 +227,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def sound(self):
         if hasattr(self, "core"):
             self.core.check()
-            for rid, row in self.core.table.rows.items():
-                assert row.stage.ended == (rid in self.ended)
+            for name, choice in self.core.table.choices.items():
+                assert choice.stage.ended == (name in self.ended)
             assert (deadline := self.core.deadline()) is not None and deadline < self.now + 10
 
     def teardown(self):
@@ -230,7 +242,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
             self.now += 0.7
             self.act(self.core.tick(self.now))
             self.core.check()
-        held = [row for row in self.core.table.rows.values() if row.holder is None]
+        held = [choice for choice in self.core.table.choices.values() if choice.holder is None]
         assert not held, "nobody has it, and nobody gave it up"
 
 

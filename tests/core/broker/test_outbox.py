@@ -27,7 +27,7 @@ def messages(*, ended=True):
 
 
 def outbox(*, ended=True, sent=0):
-    made = Outbox("r1", array("I", [5, 6, 7, 8]))
+    made = Outbox("r1", 0, array("I", [5, 6, 7, 8]))
     for message in messages(ended=ended):
         if isinstance(message, Done):
             made.end(message)
@@ -68,7 +68,7 @@ def test_what_did_not_arrive_is_found_and_all_after_it_is_unsent():
     made.send_next(5)
     for start, ids, text in ((2, [7], "bé"), (1, [6, 7], "c"), (4, [], ""), (5, [9], "d")):
         assert not made.unsend(Delta(rid="r1", start=start, ids=ids, text=text)) and made.unsent == 0
-    empty = Outbox("r1", array("I"))
+    empty = Outbox("r1", 0, array("I"))
     assert not empty.unsend(DONE) and not empty.unsend(DELTAS[0]) and empty.send_next(1) == []
 
 
@@ -76,7 +76,7 @@ def test_how_many_tokens_there_are_and_a_client_was_sent():
     made = outbox(ended=False)
     sent = [(made.tokens_sent, len(made.send_next(1))) for _ in range(4)]
     assert sent == [(0, 1), (1, 1), (3, 1), (4, 0)]
-    assert (made.tokens, made.text_bytes, Outbox("r1", array("I")).tokens) == (4, 4, 0)
+    assert (made.tokens, made.text_bytes, Outbox("r1", 0, array("I")).tokens) == (4, 4, 0)
     assert made.done is None and outbox().done == DONE
 
 

@@ -26,7 +26,7 @@ from tetri.wire.clients import PairReadiness, Readiness
 from tetri.wire.messages import Assign, Close, Failed, Hold, Staged, TokenItem
 
 EVERY_S = 1.0  # least seconds between two canaries
-LATE_S = 5.0  # a canary that takes longer is late
+LATE_S = 10.0  # a canary that takes longer is late
 PER_PAIR_S = 4.0  # a hand-over counts for so long a pair at least: canaries alone can then keep all pairs ready
 ASKED = 2.0  # canaries go on for so many times `within_s` after the last question
 MOST_LISTED = 64  # pairs in an answer
