@@ -20,8 +20,8 @@ BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 # What a request counts for in the account of memory: itself, each token of its prompt, each choice, and each token of a
 # choice's output, more with log probabilities. TEXT_BYTES are for the text of an output token; the texts of a choice
 # that are longer than that in all count too.
-REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 1536, 8, 2560, 24, 10
-LOGPROB_BYTES, TOP_BYTES = 32, 14  # of an output token with a log probability; of each most likely token beside it
+REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 2048, 8, 2048, 24, 10
+LOGPROB_BYTES, TOP_BYTES = 28, 13  # of an output token with a log probability; of each most likely token beside it
 
 
 def needed_bytes(prompt: int, output: int, n: int = 1, logprobs: int | None = None) -> int:

@@ -16,7 +16,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     """A request for completions (`prompts`) or for the answer to a conversation (`turns`).
 
     model           as the client spelled it
-    default_tokens  the limit of each choice if the client named none; fewer if fewer fit
+    default_tokens  the limit of each choice; fewer if fewer fit
     ignored         names of fields in the body that have no effect
     usage           the stream ends with a chunk that counts tokens; `running_usage`: every chunk does
     ids             the answer has the ids of its tokens (`return_token_ids`)

@@ -211,7 +211,8 @@ def _refusal(text: str, where: str) -> ApiError:
 
 
 def _sentence(text: str) -> str:
-    text = text.replace("`", "").replace(" - at $[...]", "").replace(" | null", "")
+    for noise in ("`", " - at $[...]", " | null", "JSON is malformed: "):
+        text = text.replace(noise, "")
     return text[:1].lower() + text[1:]
 
 

@@ -13,7 +13,7 @@ from tetri.wire.openai.errors import ApiError
 from tetri.wire.openai.turns import turns_of
 
 COMPLETION_TOKENS = 16  # output tokens of a completion that names no limit
-CHAT_TOKENS = 1 << 30  # of an answer in a conversation: as many as fit
+CHAT_TOKENS = 1 << 30  # of an answer in a conversation that names none: as many as fit
 MAX_PROMPTS = 1024
 _GREEDY = 1e-5  # a temperature below counts as 0
 
@@ -24,33 +24,33 @@ _SAME = (
 )
 
 
-def read_completion(body: bytes, models: Sequence[str]) -> Asked:
-    """The body of `/v1/completions`. `models`: all names of the model, the first one for requests that name none.
-    Raises ApiError."""
+def read_completion(body: bytes, models: Sequence[str], context: int | None = None) -> Asked:
+    """The body of `/v1/completions`. `models`: all names of the model, the first one for requests that name none;
+    `context`: most tokens of prompt and output, if known. Raises ApiError."""
     fields, ignored = read(body, CompletionBody)
-    sampling = _sampling(fields, fields.max_tokens, fields.logprobs)
-    _check(fields.n, sampling, COMPLETION_TOKENS, {})
-    return _asked(fields, models, ignored, sampling, COMPLETION_TOKENS, prompts=_prompts(fields.prompt))
+    limit = COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
+    sampling = _sampling(fields, fields.logprobs)
+    _check(fields.n, sampling, limit, context, {})
+    return _asked(fields, models, ignored, sampling, limit, prompts=_prompts(fields.prompt))
 
 
-def read_chat(body: bytes, models: Sequence[str]) -> Asked:
+def read_chat(body: bytes, models: Sequence[str], context: int | None = None) -> Asked:
     """The body of `/v1/chat/completions`; see `read_completion`."""
     fields, ignored = read(body, ChatBody)
     names = {"logprobs": "top_logprobs"}
-    limit = fields.max_tokens
+    limit = CHAT_TOKENS if fields.max_tokens is None else fields.max_tokens
     if fields.max_completion_tokens is not None:
         limit, names["max_tokens"] = fields.max_completion_tokens, "max_completion_tokens"
     if fields.top_logprobs and not fields.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: send logprobs true too", param="top_logprobs")
-    sampling = _sampling(fields, limit, fields.top_logprobs if fields.logprobs else None)
-    _check(fields.n, sampling, CHAT_TOKENS, names)
-    return _asked(fields, models, ignored, sampling, CHAT_TOKENS, turns=turns_of(fields.messages))
+    sampling = _sampling(fields, fields.top_logprobs if fields.logprobs else None)
+    _check(fields.n, sampling, limit, context, names)
+    return _asked(fields, models, ignored, sampling, limit, turns=turns_of(fields.messages))
 
 
-def _sampling(fields: Common, max_tokens: int | None, logprobs: int | None) -> AskedSampling:
+def _sampling(fields: Common, logprobs: int | None) -> AskedSampling:
     seed = fields.seed
     return AskedSampling(
-        max_tokens=max_tokens,
         temperature=0.0 if 0 <= fields.temperature < _GREEDY else fields.temperature,
         top_k=0 if fields.top_k == -1 else fields.top_k,
         seed=None if seed is None or seed == -1 else seed % (1 << 63),
@@ -60,9 +60,12 @@ def _sampling(fields: Common, max_tokens: int | None, logprobs: int | None) -> A
     )
 
 
-def _check(n: int, sampling: AskedSampling, default_tokens: int, names: Mapping[str, str]) -> None:
-    """Raise ApiError for values that the broker would refuse. `names`: of fields that have another name there."""
-    problem = sampling_problem(sampling.limited(default_tokens)) or choices_problem(n, sampling)
+def _check(n: int, sampling: AskedSampling, limit: int, context: int | None, names: Mapping[str, str]) -> None:
+    """Raise ApiError for values that cannot be served. As in vLLM, a limit may exceed what fits after the prompt, but
+    not the context. `names`: of fields that have another name in the body."""
+    problem = sampling_problem(sampling.limited(limit)) or choices_problem(n, sampling)
+    if context is not None and context < limit < CHAT_TOKENS:
+        problem = problem or f"max_tokens must be at most {context}, the context of the model"
     if problem is None:
         return
     line = renamed(problem, names)
@@ -76,7 +79,7 @@ def _asked(
     models: Sequence[str],
     ignored: tuple[str, ...],
     sampling: AskedSampling,
-    default_tokens: int,
+    limit: int,
     **what: Any,
 ) -> Asked:
     options = fields.stream_options
@@ -87,7 +90,7 @@ def _asked(
         model=model_named(fields.model, models),
         sampling=sampling,
         n=fields.n,
-        default_tokens=default_tokens,
+        default_tokens=limit,
         stream=fields.stream,
         usage=usage,
         running_usage=usage and bool(options.continuous_usage_stats),

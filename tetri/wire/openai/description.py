@@ -29,8 +29,9 @@ _NARROWED: dict[str, dict[str, Any]] = {
     "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]},
     "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
     "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-    **{name: {"minimum": least, "maximum": most} for name, least, most in RANGES if name != "max_tokens"},
+    **{name: {"minimum": least, "maximum": most} for name, least, most in RANGES},
 }
+_NARROWED["max_completion_tokens"] = _NARROWED["max_tokens"]
 _ERROR = {
     "type": "object",
     "required": ["error"],

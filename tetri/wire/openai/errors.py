@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 # status -> the error's type, by which clients tell errors apart
-_TYPES = {
+TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
     403: "PermissionDeniedError",
@@ -37,7 +37,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
-        self.type = _TYPES.get(status, "APIError") if type is None else type
+        self.type = TYPES.get(status, "APIError") if type is None else type
         self.code = status if code is None else code
 
     def body(self) -> bytes:
