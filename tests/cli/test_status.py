@@ -4,10 +4,9 @@ import json
 import re
 
 import pytest
-from fake_broker import STATUS
+from fake_broker import STATUS, instance
 
-INSTANCE = {"iid": "p0", "role": "prefill", "state": "ready", "incarnation": 1, "blocks": 9, "free_blocks": 8}
-INSTANCE |= {"queued": 1, "running": 2, "held": 3, "note": ""}
+INSTANCE = instance("p0", "prefill")
 
 
 def test_status(run, broker):
@@ -52,7 +51,7 @@ def test_status_ends_with_what_works_worse_than_it_should(run, broker):
 
 def test_status_says_how_well_lengths_are_predicted(run, broker):
     none = {"kind": "prior", "on": False, "note": "no predictor: tetri brings none", "predicted": 0, "late": 0}
-    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0, "cut": 0, "unread": 0}
+    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0, "buckets": {}, "cut": 0, "unread": 0}
     works = {**none, "kind": "hidden", "on": True, "note": "", "predicted": 120, "late": 3}
     works |= {"scored": 50, "right": 23, "prior_right": 20, "inside": 40}
     worse = {**works, "on": False, "note": "off: worse than the prior", "cut": 7, "unread": 2}
