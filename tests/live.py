@@ -81,12 +81,13 @@ class LiveCluster:
         return self
 
     def start(self, name: str, *extra: str, inside: Sequence[str] = ()) -> None:
-        """Start the broker, the monitor, the gateway, or the worker of this name, as its own program; `inside` comes
+        """Start the broker, the monitor, a gateway, or the worker of this name, as its own program; `inside` comes
         before."""
-        module = name if name in ("broker", "gateway", "monitor") else "worker"
+        module = name if name in ("broker", "monitor") else "gateway" if name.startswith("gateway") else "worker"
         arguments = ["--conf", str(self.conf)]
         arguments += [part for override in self.overrides for part in ("--set", override)]
         arguments += ["--iid", name] if module == "worker" else []
+        arguments += ["--number", name.removeprefix("gateway") or "0"] if module == "gateway" else []
         arguments += extra
         output, vllm = self.folder / f"{name}.log", self.config.engine.kind == "vllm"
         starts.engines += module == "worker" and vllm
@@ -98,16 +99,16 @@ class LiveCluster:
         with output.open("ab") as file:
             self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=file, stdout=file)
 
-    def start_gateway(self) -> str:
-        """Start the gateway and return its URL."""
-        self.start("gateway")
+    def start_gateway(self, name: str = "gateway") -> str:
+        """Start a gateway and return its URL."""
+        self.start(name)
 
         def there() -> bool:
             self.assert_alive()
-            return bool(gateways.urls(self.folder))
+            return name in gateways.urls(self.folder)
 
         wait_until(there, "the gateway does not listen")
-        return gateways.urls(self.folder)["gateway"]
+        return gateways.urls(self.folder)[name]
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until the process is gone."""
