@@ -367,4 +367,4 @@ def test_a_worker_that_computes_no_log_probabilities_ends_a_choice_that_asks_for
 def test_an_output_with_log_probabilities_counts_more(served):
     before = served.core.table.weight
     asked_for_logprobs(served, n=2)
-    assert served.core.table.weight - before == needed_bytes(3, 4, 2, 2) == needed_bytes(3, 4, 2) + 8 * (32 + 2 * 14)
+    assert served.core.table.weight - before == needed_bytes(3, 4, 2, 2) == needed_bytes(3, 4, 2) + 8 * (28 + 2 * 13)

@@ -12,7 +12,7 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.request import Receipt, Sampling, Stage, choice_id
+from tetri.request import Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
@@ -20,8 +20,8 @@ BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 # What a request counts for in the account of memory: itself, each token of its prompt, each choice, and each token of a
 # choice's output, more with log probabilities. TEXT_BYTES are for the text of an output token; the texts of a choice
 # that are longer than that in all count too.
-REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 1536, 8, 2560, 24, 10
-LOGPROB_BYTES, TOP_BYTES = 32, 14  # of an output token with a log probability; of each most likely token beside it
+REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 2048, 8, 2048, 24, 10
+LOGPROB_BYTES, TOP_BYTES = 28, 13  # of an output token with a log probability; of each most likely token beside it
 
 
 def needed_bytes(prompt: int, output: int, n: int = 1, logprobs: int | None = None) -> int:
@@ -128,6 +128,23 @@ class Choice:
     def computing(self) -> str | None:
         """The prefill instance that still has to compute the prompt; None once a token is known."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
+
+    def extend(self, tokens: list[Token]) -> bool:
+        """Append tokens to the output. False: it is with log probabilities, and these are without."""
+        if self.logprobs is None:
+            have = len(self.output)
+            try:
+                self.output.extend(tokens)  # type: ignore[arg-type]  # ids, as a rule: this is the usual case, fast
+            except TypeError:
+                del self.output[have:]
+                self.output.extend(token_ids(tokens))
+            return True
+        found = [token for token in tokens if isinstance(token, TokenLogprob)]
+        if len(found) < len(tokens):
+            return False
+        self.output.extend(token_ids(found))
+        self.logprobs.add(found)
+        return True
 
     def cut(self, tokens: int) -> None:
         """Keep only so many tokens of the output."""
