@@ -232,10 +232,12 @@ class WildPredictor(FaultyPredictor):
         """Mostly of prompts that have ended, now and then of decodes."""
         rng, core = self.chance.rng, self.worker.core
         for sampled in done.tokens:
-            request = core.prefill.requests.get(sampled.key)
-            chance, outputs = (
-                (0.8, len(request.output)) if request else (0.2, core.decode.requests[sampled.key].written)
-            )
+            if (prompt := core.prefill.requests.get(sampled.key)) is not None:
+                chance, outputs = 0.8, len(prompt.output)
+            elif (decode := core.decode.requests.get(sampled.key)) is not None:
+                chance, outputs = 0.2, decode.written
+            else:
+                continue  # the first token of a sibling
             if rng.random() < chance and not self.chance.happens("mute"):
                 yield HiddenStateEstimate(sampled.key, outputs, some_odds(rng))
 
