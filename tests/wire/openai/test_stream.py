@@ -59,6 +59,19 @@ def test_nothing_new_is_no_event_but_tokens_without_text_are(body):
     assert stream.delta(0, 0, (), "") == b""
 
 
+@pytest.mark.parametrize("body", [{}, {"prompt": "x"}, {"prompt": "x", "return_token_ids": True}])
+def test_no_text_ends_within_a_character(body):
+    stream = reply(Stream, stream=True, **body)
+
+    def text(data):
+        choice = events(data)[-1][1]["choices"][0]
+        return choice["delta"]["content"] if "delta" in choice else choice["text"]
+
+    sent = ["a", "b\ufffd\ufffd", "\ufffd", "", "c", "d", "e\ufffd"]
+    assert [text(stream.delta(0, 0, (1,), each)) for each in sent] == ["a", "b", "", "", "\ufffd" * 3 + "c", "d", "e"]
+    assert text(stream.end(0, 0, "length", USAGE, (1,), "f\ufffd")) == "\ufffdf"
+
+
 def test_usage_is_in_a_last_chunk_without_choices():
     stream = reply(Stream, stream=True, prompt="x", n=2, stream_options={"include_usage": True})
     sent = stream.delta(0, 0, (1,), "a") + stream.end(0, 0, "stop", USAGE) + stream.end(0, 1, "length", USAGE)

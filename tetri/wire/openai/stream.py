@@ -11,7 +11,7 @@ from tetri.request import Token, token_ids
 from tetri.wire.openai.asked import Asked
 from tetri.wire.openai.errors import ApiError
 from tetri.wire.openai.logprobs import TokenText
-from tetri.wire.openai.reply import Reply, counted
+from tetri.wire.openai.reply import UNFINISHED, Reply, counted
 
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
@@ -26,6 +26,7 @@ class Stream(Reply):
         self._number = 0  # of the last event
         count = len(self._tokens)
         self._opened = [False] * count
+        self._held: dict[int, str] = {}  # by index of the choice
         # Most streams are plain: their events differ in number and text alone.
         self._plain = not (asked.ids or asked.running_usage or self._logprobs)
         before, after = (
@@ -44,8 +45,19 @@ class Stream(Reply):
         index = prompt_index * self._asked.n + choice
         if not self._plain or not self._opened[index]:
             return self._open(prompt_index, index) + self._output(prompt_index, index, tokens, text, None)
+        if self._held or text.endswith(UNFINISHED):
+            text = self._complete(index, text)
         self._number += 1
         return b"id: %d\ndata: %b%b%b" % (self._number, self._before[index], _encode(text), self._after)
+
+    def _complete(self, index: int, text: str) -> str:
+        """The next text of a choice without what may be a part of a character. That is held until more follows, and
+        dropped at the end."""
+        text = self._held.pop(index, "") + text
+        complete = text.rstrip(UNFINISHED)
+        if complete != text:
+            self._held[index] = text[len(complete) :]
+        return complete
 
     def _open(self, prompt_index: int, index: int) -> bytes:
         """The event that begins a choice, in chat: its role."""
@@ -63,6 +75,7 @@ class Stream(Reply):
 
     def _output(self, prompt_index: int, index: int, tokens: Sequence[Token], text: str, reason: str | None) -> bytes:
         choice: dict[str, Any] = {"index": index}
+        text = self._complete(index, text)
         choice.update({"delta": {"content": text}} if self._asked.chat else {"text": text})
         choice["logprobs"] = self._logprobs[index].of(tokens) if self._logprobs else None
         choice["finish_reason"] = reason
