@@ -24,10 +24,11 @@ from tetri.net.lock import hold
 from tetri.proc import build, open_files
 from tetri.proc.cpus import pin
 from tetri.proc.gateway import keys
-from tetri.proc.gateway.api import Model, application, listed
+from tetri.proc.gateway.answers import Model
+from tetri.proc.gateway.api import application, listed
 from tetri.proc.gateway.connection import Limits, protocol
 from tetri.proc.gateway.counts import Counts
-from tetri.proc.gateway.tokens import Tokens
+from tetri.proc.gateway.tokens import Tokens, token_text
 from tetri.proc.gateways import bound, report_of, url_of
 from tetri.proc.run_directory import kept
 from tetri.proc.supervise import gateway_name
@@ -124,7 +125,7 @@ def model_of(config: Config) -> Model:
     root = "emulated" if emulated else str(find(config.model.name))
     names = ["emulated" if emulated else config.model.name, *listed(config.gateway.models)]
     context, _ = build.limits_of_model(config)
-    return Model(tuple(names), root, context, build.tokenizer(config))
+    return Model(names, root, context, token_text(build.tokenizer(config)))
 
 
 @contextmanager
