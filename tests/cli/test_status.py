@@ -20,6 +20,16 @@ def test_status(run, broker):
     assert row.split() == ["p0", "prefill", "ready", "9", "8", "1", "2", "3"]
 
 
+def test_status_shows_what_the_gateways_count(run, broker, place):
+    broker(lambda message: [STATUS])
+    assert "gateway" not in run("status")[1] and json.loads(run("status", "--json")[1])["gateways"] == {}
+    report = {"url": "http://127.0.0.1:8000", "open": 2, "answered": {"200": 7, "429": 1}, "ignored": {"user": 3}}
+    (place / "gateway.json").write_text(json.dumps(report))
+    line = "gateway   http://127.0.0.1:8000/v1: 2 open, 7 ended 200, 1 ended 429; ignored user 3"
+    assert line in run("status")[1].splitlines()
+    assert json.loads(run("status", "--json")[1])["gateways"] == {"gateway": report}
+
+
 def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, broker):
     quiet = {**INSTANCE, "paths": {"shm": 2, "stream": 1}, "counters": {"late": 0, "flipped": 0}}
     noted = {**quiet, "iid": "d0", "counters": {"late": 3, "flipped": 0, "healed": 12}}

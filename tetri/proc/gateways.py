@@ -13,11 +13,12 @@ from tetri import private
 from tetri.config import Config
 from tetri.net.errors import NetError
 
+BACKLOG = 2048  # connections that wait to be accepted
 KEEPALIVE_S = 60  # of silence, after which the kernel asks whether a client's host is still there
 
 
-def bound(config: Config, number: int) -> socket.socket:
-    """A socket bound to the address of gateway `number`, which does not listen yet. Raises NetError."""
+def listening(config: Config, number: int) -> socket.socket:
+    """A socket that listens at the address of gateway `number`. Raises NetError."""
     host, port = config.gateway.host, config.gateway.port
     port = port and port + number
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
@@ -26,6 +27,7 @@ def bound(config: Config, number: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # only now is it certain that nobody else does
     except OSError as error:
         listener.close()
         advice = "choose another with --set gateway.port=PORT (0: any free one), or none with --set gateway.count=0"

@@ -238,7 +238,7 @@ def _check_port(config: Config) -> None:
 def _check_gateways(config: Config) -> None:
     for number in range(config.gateway.count):
         try:
-            gateways.bound(config, number).close()
+            gateways.listening(config, number).close()
         except NetError as error:
             raise LaunchError(str(error)) from None
 

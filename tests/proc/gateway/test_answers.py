@@ -9,10 +9,11 @@ from scripted import Client, result, two
 
 from tetri.client import BadRequest, RequestFailed, RequestRefused, TetriError, Unreachable
 from tetri.client.frames import Event
-from tetri.proc.gateway.answers import Completions, api_error, failure
+from tetri.proc.gateway.answers import Completions, Model, api_error, failure
 from tetri.proc.gateway.counts import Counts
 from tetri.wire.openai import ApiError, read_chat, read_completion
 
+MODEL = Model(["m"], "/m", 100, lambda token: b"t")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -28,7 +29,7 @@ def asking(body, headers=()):
 
 
 def endpoint(client, counts=None):
-    return Completions(read_completion, "cmpl", client, ["m"], Tokens(), lambda token: b"t", counts or Counts())
+    return Completions(read_completion, "cmpl", client, MODEL, Tokens(), counts or Counts())
 
 
 def answered(client, body, headers=(), counts=None):
@@ -48,8 +49,8 @@ def test_an_answer_is_one_body():
     body = got.json()
     assert body["id"] == "cmpl-42" and body["choices"][0]["text"] == "ab" and "tetri" not in body
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert client.asked[0]["prompt"] == "Hi" and client.asked[0]["max_tokens"] == 5
-    assert client.asked[0]["deadline_s"] is None and client.asked[0]["default_tokens"] == 16
+    assert client.asked[0]["prompt"] == "Hi" and client.asked[0]["default_tokens"] == 5
+    assert client.asked[0]["deadline_s"] is None
     assert counts.plain()["ignored"] == {"user": 1} and counts.open == 0
 
 
@@ -62,7 +63,7 @@ def test_a_stream_is_events_as_they_come():
 
 def test_chat_is_answered_too():
     client = Client(two())
-    chat = Completions(read_chat, "chatcmpl", client, ["m"], Tokens(), lambda token: b"t", Counts())
+    chat = Completions(read_chat, "chatcmpl", client, MODEL, Tokens(), Counts())
     got = asyncio.run(asking(CHAT).of(chat))
     assert got.json()["choices"][0]["message"]["content"] == "ab"
     assert client.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
@@ -111,6 +112,11 @@ def test_a_text_whose_ids_are_wanted_is_tokenised_here():
 
 
 # ---------------------------------------------------------------- what goes wrong
+
+
+def test_more_tokens_than_the_model_has_are_refused():
+    with pytest.raises(ApiError, match="max_tokens"):
+        answered(Client(two()), {"prompt": "Hi", "max_tokens": 101})
 
 
 @pytest.mark.parametrize(

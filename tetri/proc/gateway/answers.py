@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -23,29 +24,39 @@ EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx would gather them
 MOST_MS = 10**9
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served. `names`: of the model; `root`: the folder of its checkpoint; `context`: most tokens of prompt and
+    output; `token_text`: from a token to its bytes."""
+
+    names: Sequence[str]
+    root: str
+    context: int
+    token_text: Callable[[int], bytes]
+
+
 class Completions:
     """An endpoint. `read`: what turns a body into what is asked for; `prefix`: of the ids of answers."""
 
     def __init__(
         self,
-        read: Callable[[bytes, Sequence[str]], Asked],
+        read: Callable[[bytes, Sequence[str], int], Asked],
         prefix: str,
         client: AsyncClient,
-        models: Sequence[str],
+        model: Model,
         tokens: Tokens,
-        token_text: Callable[[int], bytes],
         counts: Counts,
     ) -> None:
-        self._read, self._prefix, self._client, self._models = read, prefix, client, models
-        self._tokens, self._token_text, self._counts = tokens, token_text, counts
+        self._read, self._prefix = read, prefix
+        self._client, self._model, self._tokens, self._counts = client, model, tokens, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = self._read(await Request(scope, receive).body(), self._models)
+        asked = self._read(await Request(scope, receive).body(), self._model.names, self._model.context)
         self._counts.ignored(asked.ignored)
         headers = dict(scope["headers"])
         answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
         name = f"{self._prefix}-{scope['state'][REQUEST_ID]}"
-        reply = (Stream if asked.stream else Answer)(asked, name, int(time.time()), self._token_text)
+        reply = (Stream if asked.stream else Answer)(asked, name, int(time.time()), self._model.token_text)
         with self._counts.opened():
             await while_connected(receive, self._answer(answering, reply, asked))
 

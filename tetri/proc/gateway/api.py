@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,24 +18,13 @@ from starlette.routing import Route
 import tetri
 from tetri.client import AsyncClient, TetriError
 from tetri.config import GatewayConfig
-from tetri.proc.gateway.answers import Completions, failure
+from tetri.proc.gateway.answers import Completions, Model, failure
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, Guard, error_response
 from tetri.proc.gateway.keys import Keys
-from tetri.proc.gateway.tokens import Tokens, bare, token_text
-from tetri.text import Tokenizer
+from tetri.proc.gateway.tokens import Tokens, bare
 from tetri.wire import openai
 from tetri.wire.openai import ApiError
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What is served. `root`: the folder of the checkpoint; `context`: most tokens of prompt and output."""
-
-    names: tuple[str, ...]
-    root: str
-    context: int
-    tokenizer: Tokenizer
 
 
 class Api:
@@ -44,7 +32,6 @@ class Api:
 
     def __init__(self, client: AsyncClient, model: Model, tokens: Tokens) -> None:
         self._client, self._model, self._tokens = client, model, tokens
-        self._text_of = token_text(model.tokenizer)
         self._models = openai.model_list(model.names, int(time.time()), model.root, model.context)
 
     def routes(self) -> list[Route]:
@@ -88,18 +75,18 @@ class Api:
 
     async def _detokenize(self, request: Request) -> Response:
         ids = openai.read_detokenize(await request.body(), self._model.names)
-        text = await asyncio.to_thread(lambda: b"".join(map(self._text_of, ids)).decode("utf-8", "replace"))
+        text = await asyncio.to_thread(lambda: b"".join(map(self._model.token_text, ids)).decode("utf-8", "replace"))
         return Response(openai.detokenized(text), media_type=JSON)
 
     def _texts(self, ids: list[int]) -> list[str]:
-        return [self._text_of(number).decode("utf-8", "replace") for number in ids]
+        return [self._model.token_text(number).decode("utf-8", "replace") for number in ids]
 
 
 def application(
     settings: GatewayConfig, keys: Keys, client: AsyncClient, model: Model, tokens: Tokens, counts: Counts
 ) -> Starlette:
     """The ASGI application of a gateway."""
-    common = client, model.names, tokens, token_text(model.tokenizer), counts
+    common = client, model, tokens, counts
     routes = [
         Route("/v1/completions", Completions(openai.read_completion, "cmpl", *common), methods=["POST"]),
         Route("/v1/chat/completions", Completions(openai.read_chat, "chatcmpl", *common), methods=["POST"]),

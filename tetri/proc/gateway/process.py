@@ -24,16 +24,16 @@ from tetri.net.lock import hold
 from tetri.proc import build, open_files
 from tetri.proc.cpus import pin
 from tetri.proc.gateway import keys
-from tetri.proc.gateway.api import Model, application, listed
+from tetri.proc.gateway.answers import Model
+from tetri.proc.gateway.api import application, listed
 from tetri.proc.gateway.connection import Limits, protocol
 from tetri.proc.gateway.counts import Counts
-from tetri.proc.gateway.tokens import Tokens
-from tetri.proc.gateways import bound, report_of, url_of
+from tetri.proc.gateway.tokens import Tokens, token_text
+from tetri.proc.gateways import BACKLOG, listening, report_of, url_of
 from tetri.proc.run_directory import kept
 from tetri.proc.supervise import gateway_name
 from tetri.proc.texts import command
 
-BACKLOG = 2048
 BROKER_S = 10.0  # a broker that does not answer for so long is not there
 END_S = 2.0  # at the end: for clients to read the end of their answers
 REPORT_S = 1.0
@@ -76,7 +76,7 @@ def serve(config: Config, number: int, logger: logging.Logger) -> None:
     with (
         kept(config.run_dir, logger),
         hold(config.run_dir / f"{name}.lock"),
-        closing(bound(config, number)) as listener,
+        closing(listening(config, number)) as listener,
         closing(Tokens(command(config), logger)) as tokens,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -112,7 +112,6 @@ async def _serve(
             timeout_keep_alive=settings.idle_s,
             timeout_graceful_shutdown=1,
         )
-        listener.listen(BACKLOG)
         with reported(report_of(config.run_dir, name), url_of(listener), counts):
             logger.info("serving %s at %s", model.names[0], url_of(listener))
             await Server(made, client.close).serve(sockets=[listener])
@@ -124,7 +123,7 @@ def model_of(config: Config) -> Model:
     root = "emulated" if emulated else str(find(config.model.name))
     names = ["emulated" if emulated else config.model.name, *listed(config.gateway.models)]
     context, _ = build.limits_of_model(config)
-    return Model(tuple(names), root, context, build.tokenizer(config))
+    return Model(names, root, context, token_text(build.tokenizer(config)))
 
 
 @contextmanager
