@@ -62,6 +62,19 @@ def test_a_streamed_completion_is_the_same(client):
     assert all(piece.usage is None for piece in pieces[:-1]) and len({piece.id for piece in pieces}) == 1
 
 
+def test_only_who_reads_events_as_browsers_do_gets_their_numbers(server):
+    """vLLM's benchmark, for one, fails at anything but lines of data."""
+    asked = {
+        "json": {"prompt": PROMPT, "max_tokens": 2, "stream": True},
+        "headers": {"authorization": f"Bearer {server.key}"},
+    }
+    plain = httpx.post(f"{server.url}/v1/completions", **asked).text
+    asked["headers"]["accept"] = "text/event-stream"
+    numbered = httpx.post(f"{server.url}/v1/completions", **asked).text.split("\n\n")[:-1]
+    assert all(event.startswith("data: ") and "\n" not in event for event in plain.split("\n\n")[:-1])
+    assert [event.partition("\n")[0] for event in numbered[:-1]] == [f"id: {at + 1}" for at in range(len(numbered) - 1)]
+
+
 def test_a_chat(client):
     made = chat(client)
     assert (made.object, made.choices[0].finish_reason) == ("chat.completion", "length")

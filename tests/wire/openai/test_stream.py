@@ -1,4 +1,6 @@
 import json
+import re
+from functools import partial
 
 import pytest
 from wire.openai.outputs import USAGE, likely, reply
@@ -33,6 +35,18 @@ def test_a_conversation_begins_with_the_role_of_the_choice():
     end = {"index": 0, "delta": {"content": "c"}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     assert events(stream.end(0, 0, "stop", USAGE, (1,), "c")) == [(4, chunk(kind, [end]))]
     assert stream.finish() == b"data: [DONE]\n\n"
+
+
+def test_a_client_that_wants_no_ids_gets_lines_of_data_alone():
+    """vLLM's benchmark takes all between two empty lines as data."""
+    with_ids, without = (reply(partial(Stream, numbered=numbered), stream=True) for numbered in (True, False))
+    made = [
+        [stream.delta(0, 0, (1,), "a"), stream.delta(0, 0, (1,), "b"), stream.end(0, 0, "stop", USAGE, (1,), "c")]
+        for stream in (with_ids, without)
+    ]
+    assert b"".join(made[1]).count(b"\n\ndata: ") == 3 and b"id: 4\n" in b"".join(made[0])
+    assert re.sub(rb"(?m)^id: \d+\n", b"", b"".join(made[0])) == b"".join(made[1])
+    assert without.fail(ApiError(500, "gone")).startswith(b"data: {")
 
 
 def test_a_choice_that_ends_at_once_has_its_role_too():

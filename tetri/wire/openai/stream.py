@@ -19,11 +19,12 @@ _REST = b',"finish_reason":null}]}\n\n'
 
 
 class Stream(Reply):
-    """One event a delta, each with a number as its `id`. An event ends with an empty line."""
+    """One event a delta. An event ends with an empty line. `numbered`: each has a number as its `id`, with which a
+    browser can resume. Other clients read nothing but lines of data: vLLM's benchmark takes an id for broken JSON."""
 
-    def __init__(self, asked: Asked, id: str, created: int, token_text: TokenText) -> None:
+    def __init__(self, asked: Asked, id: str, created: int, token_text: TokenText, *, numbered: bool = True) -> None:
         super().__init__(asked, id, created, token_text)
-        self._number = 0  # of the last event
+        self._numbered, self._number = numbered, 0  # of the last event
         count = len(self._tokens)
         self._opened = [False] * count
         self._held: dict[int, str] = {}  # by index of the choice
@@ -47,8 +48,14 @@ class Stream(Reply):
             return self._open(prompt_index, index) + self._output(prompt_index, index, tokens, text, None)
         if self._held or text.endswith(UNFINISHED):
             text = self._complete(index, text)
+        return b"%bdata: %b%b%b" % (self._id(), self._before[index], _encode(text), self._after)
+
+    def _id(self) -> bytes:
+        """The line of the next event's number."""
+        if not self._numbered:
+            return b""
         self._number += 1
-        return b"id: %d\ndata: %b%b%b" % (self._number, self._before[index], _encode(text), self._after)
+        return b"id: %d\n" % self._number
 
     def _complete(self, index: int, text: str) -> str:
         """The next text of a choice without what may be a part of a character. That is held until more follows, and
@@ -95,8 +102,7 @@ class Stream(Reply):
         return self._event({**self._head, "choices": [choice], **more})
 
     def _event(self, value: dict[str, Any]) -> bytes:
-        self._number += 1
-        return b"id: %d\ndata: %b\n\n" % (self._number, _encode(value))
+        return b"%bdata: %b\n\n" % (self._id(), _encode(value))
 
     def _last(self, prompt_index: int, index: int, reason: str, tokens: Sequence[Token], text: str) -> bytes:
         return self._open(prompt_index, index) + self._output(prompt_index, index, tokens, text, reason)
@@ -107,5 +113,4 @@ class Stream(Reply):
         return (self._event({**self._head, "choices": [], **more}) if more else b"") + _DONE
 
     def fail(self, error: ApiError) -> bytes:
-        self._number += 1
-        return b"id: %d\ndata: %b\n\n%b" % (self._number, error.body(), _DONE)
+        return b"%bdata: %b\n\n%b" % (self._id(), error.body(), _DONE)
