@@ -1,6 +1,7 @@
 """A request of several choices: each is a stream of its own, and any message of it may be lost."""
 
 import asyncio
+from random import Random
 
 import msgpack
 import pytest
@@ -58,6 +59,12 @@ def test_only_a_choice_that_lacks_tokens_is_asked_for(talk):
     assert [len(choice.tokens) for choice in talk.request.choices] == [3, 1, 1]
 
 
+def test_an_overlap_is_asked_for_too(talk):
+    """Its text cannot be separated from the text that is here."""
+    talk.receive(1.0, delta(0), delta(1), {**delta(1), "ids": [11, 12], "text": "two three"})
+    assert talk.sent(1.0) == [("attach", 0, 2)] and talk.events() == [Event(0, "one two ", (10, 11))]
+
+
 def test_each_choice_has_its_own_silence(talk):
     """The others' output shows that the broker is there, but not that nothing of this one was lost."""
     for now in (1, 2, 3, 4):
@@ -95,6 +102,31 @@ def test_one_cancel_is_for_all_and_an_end_without_all_tokens_is_asked_for(talk):
     talk.receive(1.5, delta(1, choice=1), done(tokens=2, choice=1), done(reason="cancelled", tokens=1, choice=2))
     assert [each.finish_reason for each in talk.request.outcome().choices] == ["cancelled", "length", "cancelled"]
     assert talk.sent(9.0) == []
+
+
+def test_a_cancelled_choice_is_asked_for_once_its_end_is_known_and_not_before(talk):
+    talk.receive(1.0, done(tokens=0, choice=1), done(tokens=0, choice=2))
+    talk.session.cancel(talk.request)
+    assert talk.sent(1.0) == [("cancel",)]
+    talk.receive(1.5, delta(1))
+    assert [talk.sent(now) for now in (1.5, 2.0, 3.9, 3.9)] == [[], [("cancel",)], [("cancel",)], []]
+    talk.receive(4.0, done(reason="cancelled", tokens=2))
+    assert talk.sent(4.0) == [("attach", 0, 0)] and talk.session.deadline() == 5.0
+
+
+def test_an_end_restarts_the_silence_of_a_token_that_was_just_asked_for(talk):
+    talk.receive(1.0, delta(1), done(tokens=0, choice=1), done(tokens=0, choice=2))
+    assert talk.sent(1.0) == [("attach", 0, 0)]
+    talk.session.cancel(talk.request)
+    talk.receive(1.5, done(reason="cancelled", tokens=2))
+    assert talk.sent(1.5) == [] and talk.session.deadline() == 3.5 and talk.sent(3.5) == [("attach", 0, 0)]
+
+
+def test_a_choice_whose_end_is_known_is_asked_for_beside_the_cancel(talk):
+    talk.receive(1.0, done(tokens=1, choice=1))
+    assert talk.sent(1.0) == [("attach", 1, 0)]
+    talk.session.cancel(talk.request)
+    assert [talk.sent(1.5), talk.sent(2.0), talk.sent(2.5)] == [[("cancel",)], [("attach", 1, 0)], [("cancel",)]]
 
 
 def test_no_cancel_once_all_ends_are_known(talk):
@@ -194,3 +226,71 @@ def test_log_probabilities_come_with_their_tokens(generate):
     assert broker.seen[0]["sampling"] == {"logprobs": 2, "logit_bias": {5: 1.0}, "stop_token_ids": [7]}
     assert result.token_ids == [10, 11, 12] and [token.logprob for token in result.logprobs] == [-0.5, -1.0, -1.5]
     assert result.to_json()["logprobs"][1] == {"id": 11, "logprob": -1.0, "top": {"11": -1.0, "12": None}}
+
+
+# ------------------------------------------------------------ a network that loses messages
+
+
+class LossyBroker:
+    """Streams three choices of 5 tokens, one token of each in a turn, and loses every third message either way."""
+
+    def __init__(self, seed):
+        self.chance, self.reached, self.cancelled = Random(seed), [0, 0, 0], False
+
+    def kept(self, messages):
+        return [message for message in messages if self.chance.random() > 1 / 3]
+
+    def turn(self):
+        """Make a token of each choice, some slower than others; return what the client gets."""
+        replies = []
+        for choice in range(3):
+            if not self.cancelled and self.reached[choice] < 5 and self.chance.random() < 0.5:
+                self.reached[choice] += 1
+                replies += self.rest(choice, self.reached[choice] - 1)
+        return self.kept(replies)
+
+    def rest(self, choice, start):
+        reached = self.reached[choice]
+        deltas = [delta(at, word=f"{at} ", choice=choice, token=10 * choice + at + 1) for at in range(start, reached)]
+        ended = reached == 5 or self.cancelled
+        reason = "length" if reached == 5 else "cancelled"
+        return [*deltas, *([done(reason=reason, tokens=reached, choice=choice)] if ended else [])]
+
+    def answer(self, message):
+        """What the client gets for a message."""
+        if message["type"] == "submit":
+            replies = [accepted(message), *(reply for choice in range(3) for reply in self.rest(choice, 0))]
+        elif message["type"] == "attach":
+            replies = self.rest(message["choice"], message["start"]) or [
+                {**delta(0, word="", choice=message["choice"]), "ids": []}
+            ]
+        else:
+            self.cancelled = True
+            replies = [reply for choice in range(3) for reply in self.rest(choice, self.reached[choice])]
+        return self.kept(replies)
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_arrives_once_whatever_is_lost(seed, cancels):
+    broker, session, now = LossyBroker(seed), Session(), 0.0
+    request = Request("k", "s", submit("k", "s", "hi", None, {"temperature": 1.0}, n=3), PATIENCE, 0.0, n=3)
+    session.add(request)
+    events = []
+    while not request.ended:
+        assert now < 60.0, "nothing is due any more"
+        if cancels and now > 1.0 and not request.cancelling:
+            session.cancel(request)
+        asked = broker.kept(msgpack.unpackb(frame[1:]) for frame in session.tick(now))
+        for reply in [reply for message in asked for reply in broker.answer(message)] + broker.turn():
+            session.receive([pack(**reply)], now)
+        while request.has_event():
+            events.append(request.event())
+        now += 0.1
+    for choice, result in enumerate(request.outcome().choices):
+        assert result.token_ids == [10 * choice + at + 1 for at in range(broker.reached[choice])]
+        assert result.text == "".join(f"{at} " for at in range(broker.reached[choice]))
+        mine = [event for event in events if event.choice == choice]
+        assert [token for event in mine for token in event.tokens] == result.token_ids
+        assert [event.result is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+    assert session.open == 0 and session.deadline() is None

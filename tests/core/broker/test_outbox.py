@@ -33,7 +33,7 @@ def outbox(*, ended=True, sent=0):
         if isinstance(message, Done):
             made.end(message)
         else:
-            made.add(message)
+            made.add(message.start, message.ids, message.text)
     made.send_next(sent)
     return made
 

@@ -7,7 +7,6 @@ import pytest
 from tetri.core.actions import Broken
 from tetri.core.broker.requests import Choice, Request, Table
 from tetri.request import Sampling, Stage
-from tetri.wire.clients import Delta
 
 
 def request(number=1, n=1, deadline=None, **sampling):
@@ -86,7 +85,7 @@ def test_check_finds_an_outbox_that_has_sent_too_much_or_holds_more_than_the_out
     table.choices["r1"].outbox.sent = 1
     with pytest.raises(Broken, match="has sent more messages than its outbox holds"):
         table.check()
-    table.choices["r1"].outbox.add(Delta(rid="r1", start=0, ids=[7], text="h"))
+    table.choices["r1"].outbox.add(0, [7], "h")
     with pytest.raises(Broken, match="or holds more than its output"):
         table.check()
 

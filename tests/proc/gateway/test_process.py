@@ -62,7 +62,7 @@ def test_a_client_that_goes_cancels_its_request(cluster, stream):
     with closing(connect(cluster)) as connection:
         connection.request("POST", "/v1/completions", json.dumps({**LONG, "stream": stream}))
         if stream:
-            assert connection.getresponse().read(4) == b"id: "
+            assert connection.getresponse().read(6) == b"data: "
         else:
             with cluster.client() as client:
                 wait_until(lambda: client.status()["requests"], "no request is open")

@@ -41,6 +41,13 @@ def test_choices_are_in_order_whichever_ends_first_and_each_prompt_counts_once()
     assert body["usage"] == {"prompt_tokens": 21, "completion_tokens": 12, "total_tokens": 33}
 
 
+def test_no_text_ends_within_a_character():
+    answer = reply(Answer, prompt="x")
+    answer.delta(0, 0, (1,), "a\ufffd")
+    answer.end(0, 0, "length", USAGE, (1, 1), "b\ufffd\ufffd")
+    assert json.loads(answer.finish())["choices"][0]["text"] == "a\ufffdb"
+
+
 def test_log_probabilities_are_of_the_whole_output():
     answer = reply(Answer, prompt="x", logprobs=1)
     answer.delta(0, 0, (likely(1, -1.0, {}),), "a")

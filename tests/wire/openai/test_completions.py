@@ -88,7 +88,7 @@ def test_a_limit_is_at_most_the_context(field):
             json.dumps({"messages": [{"role": "user", "content": "a"}], field: limit}).encode(), ["m"], 512
         )
 
-    assert read(512).default_tokens == 512
+    assert read(512).default_tokens == 512 and read(None).default_tokens == CHAT_TOKENS
     with pytest.raises(ApiError, match=f"^{field} must be at most 512, the context of the model") as refused:
         read(513)
     assert (refused.value.status, refused.value.param) == (400, field)

@@ -1,4 +1,6 @@
 import json
+import re
+from functools import partial
 
 import pytest
 from wire.openai.outputs import USAGE, likely, reply
@@ -35,6 +37,18 @@ def test_a_conversation_begins_with_the_role_of_the_choice():
     assert stream.finish() == b"data: [DONE]\n\n"
 
 
+def test_a_client_that_wants_no_ids_gets_lines_of_data_alone():
+    """vLLM's benchmark takes all between two empty lines as data."""
+    with_ids, without = (reply(partial(Stream, numbered=numbered), stream=True) for numbered in (True, False))
+    made = [
+        [stream.delta(0, 0, (1,), "a"), stream.delta(0, 0, (1,), "b"), stream.end(0, 0, "stop", USAGE, (1,), "c")]
+        for stream in (with_ids, without)
+    ]
+    assert b"".join(made[1]).count(b"\n\ndata: ") == 3 and b"id: 4\n" in b"".join(made[0])
+    assert re.sub(rb"(?m)^id: \d+\n", b"", b"".join(made[0])) == b"".join(made[1])
+    assert without.fail(ApiError(500, "gone")).startswith(b"data: {")
+
+
 def test_a_choice_that_ends_at_once_has_its_role_too():
     stream = reply(Stream, stream=True)
     (_, first), (_, last) = events(stream.end(0, 0, "stop", USAGE))
@@ -57,6 +71,19 @@ def test_nothing_new_is_no_event_but_tokens_without_text_are(body):
     assert stream.delta(0, 0, (), "") == b""
     assert len(events(stream.delta(0, 0, (1,), ""))) >= 1 and len(events(stream.delta(0, 0, (1,), ""))) == 1
     assert stream.delta(0, 0, (), "") == b""
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "x"}, {"prompt": "x", "return_token_ids": True}])
+def test_no_text_ends_within_a_character(body):
+    stream = reply(Stream, stream=True, **body)
+
+    def text(data):
+        choice = events(data)[-1][1]["choices"][0]
+        return choice["delta"]["content"] if "delta" in choice else choice["text"]
+
+    sent = ["a", "b\ufffd\ufffd", "\ufffd", "", "c", "d", "e\ufffd"]
+    assert [text(stream.delta(0, 0, (1,), each)) for each in sent] == ["a", "b", "", "", "\ufffd" * 3 + "c", "d", "e"]
+    assert text(stream.end(0, 0, "length", USAGE, (1,), "f\ufffd")) == "\ufffdf"
 
 
 def test_usage_is_in_a_last_chunk_without_choices():

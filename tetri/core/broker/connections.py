@@ -91,9 +91,10 @@ class Connections:
     # ------------------------------------------------------------ sending
 
     def deliver(self, choice: Choice, now: float) -> list[Action]:
-        """Send the unsent messages of a choice, at most `BATCH` at once, unless its client is gone or blocked."""
+        """Send the unsent messages of a choice, which has a new one, at most `BATCH` at once, unless its client is gone
+        or blocked."""
         client = choice.request.client
-        if client is None or not choice.outbox.unsent:
+        if client is None:
             return []
         connection = self._of(client, now)
         if choice.id in connection.backlog:

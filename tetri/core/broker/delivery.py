@@ -131,17 +131,17 @@ class Delivery:
         """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text
         are cut off the output."""
         ids: list[Token] = list(event.ids)
+        start, text = event.start, event.text
         if event.counted is not None:
             choice.cut(event.counted)
-            del ids[max(event.counted - event.start, 0) :]
+            del ids[max(event.counted - start, 0) :]
             choice.asked, choice.reason, choice.error = len(choice.output), "stop", None
-        if ids or event.text:
-            if choice.logprobs is not None:
-                ids = choice.logprobs[event.start : event.start + len(ids)]
-            rid, index = choice.request.rid, choice.index
-            delta = Delta(rid=rid, start=event.start, ids=ids, text=event.text, choice=index)
-            if choice.outbox.add(delta) > TEXT_BYTES * choice.sampling.max_tokens:
-                self.table.weigh(choice.request)
+        if not (ids or text):
+            return []
+        if choice.logprobs is not None:
+            ids = choice.logprobs[start : start + len(ids)]
+        if choice.outbox.add(start, ids, text) > TEXT_BYTES * choice.sampling.max_tokens:
+            self.table.weigh(choice.request)
         return self.connections.deliver(choice, now)
 
     def finish(self, choice: Choice, now: float) -> list[Action]:
@@ -161,7 +161,8 @@ class Delivery:
             choice=choice.index,
         )
         choice.outbox.end(done)
-        watchers = [Reply(client, done) for client in request.watchers]
+        others = dict.fromkeys(client for client in request.watchers if client != request.client)
+        watchers = [Reply(client, done) for client in others]
         actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
         self.connections.ended(choice)
         return actions

@@ -25,7 +25,7 @@ from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
-from tetri.request import Stage, TokenLogprob, token_ids
+from tetri.request import Stage
 from tetri.wire.handover import Sibling
 from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem
 
@@ -309,13 +309,9 @@ class Lifecycle:
             ids = ids[have - start :][: choice.sampling.max_tokens - have]
         if not ids and item.end is None:
             return
-        if choice.logprobs is not None:
-            found = [token for token in ids if isinstance(token, TokenLogprob)]
-            if len(found) != len(ids):
-                actions += self.end(choice, "error", now, f"{iid} computes no log probabilities")
-                return
-            choice.logprobs.add(found)
-        choice.output.extend(token_ids(ids))
+        if not choice.extend(ids):
+            actions += self.end(choice, "error", now, f"{iid} computes no log probabilities")
+            return
         if ids and choice.first_at is None:
             choice.first_at = now
         if choice.decode is None and choice.stage in BEFORE_TOKENS:

@@ -28,14 +28,14 @@ class Outbox:
         self._newest: Delta | Done | None = None
         self._count = 0
 
-    def add(self, delta: Delta) -> int:
-        """Append a Delta, which has the next tokens of the output. Returns the bytes of all texts."""
-        self._newest = delta
+    def add(self, start: int, ids: list[Token], text: str) -> int:
+        """Append a Delta with the next tokens of the output, from index `start` on. Returns the bytes of all texts."""
+        self._newest = Delta(rid=self._rid, start=start, ids=ids, text=text, choice=self._index)
         self._count += 1
-        text = self._text
-        text += delta.text.encode()
-        size = len(text)
-        self._ends.append(delta.start + len(delta.ids))
+        texts = self._text
+        texts += text.encode()
+        size = len(texts)
+        self._ends.append(start + len(ids))
         self._cuts.append(size)
         return size
 

@@ -12,7 +12,7 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.request import Receipt, Sampling, Stage, choice_id
+from tetri.request import Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
@@ -128,6 +128,23 @@ class Choice:
     def computing(self) -> str | None:
         """The prefill instance that still has to compute the prompt; None once a token is known."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
+
+    def extend(self, tokens: list[Token]) -> bool:
+        """Append tokens to the output. False: it is with log probabilities, and these are without."""
+        if self.logprobs is None:
+            have = len(self.output)
+            try:
+                self.output.extend(tokens)  # type: ignore[arg-type]  # ids, as a rule: this is the usual case, fast
+            except TypeError:
+                del self.output[have:]
+                self.output.extend(token_ids(tokens))
+            return True
+        found = [token for token in tokens if isinstance(token, TokenLogprob)]
+        if len(found) < len(tokens):
+            return False
+        self.output.extend(token_ids(found))
+        self.logprobs.add(found)
+        return True
 
     def cut(self, tokens: int) -> None:
         """Keep only so many tokens of the output."""

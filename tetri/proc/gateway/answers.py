@@ -56,7 +56,10 @@ class Completions:
         headers = dict(scope["headers"])
         answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
         name = f"{self._prefix}-{scope['state'][REQUEST_ID]}"
-        reply = (Stream if asked.stream else Answer)(asked, name, int(time.time()), self._model.token_text)
+        made = asked, name, int(time.time()), self._model.token_text
+        # Of the clients in use only browsers name this type; others may break on events with an id.
+        numbered = b"text/event-stream" in headers.get(b"accept", b"")
+        reply = Stream(*made, numbered=numbered) if asked.stream else Answer(*made)
         with self._counts.opened():
             await while_connected(receive, self._answer(answering, reply, asked))
 

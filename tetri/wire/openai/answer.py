@@ -11,7 +11,7 @@ from tetri.request import Token, token_ids
 from tetri.wire.openai.asked import Asked
 from tetri.wire.openai.errors import ApiError
 from tetri.wire.openai.logprobs import TokenText
-from tetri.wire.openai.reply import Reply
+from tetri.wire.openai.reply import UNFINISHED, Reply
 
 
 class Answer(Reply):
@@ -48,7 +48,7 @@ class Answer(Reply):
         return msgspec.json.encode({**body, **self._tetri()})
 
     def _choice(self, index: int) -> dict[str, Any]:
-        text, tokens = "".join(self._texts[index]), self._output[index]
+        text, tokens = "".join(self._texts[index]).rstrip(UNFINISHED), self._output[index]
         choice: dict[str, Any] = {"index": index}
         if self._asked.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}

@@ -11,6 +11,9 @@ from tetri.wire.openai.asked import Asked
 from tetri.wire.openai.errors import ApiError, end_problem
 from tetri.wire.openai.logprobs import Logprobs, TokenText, chat_logprobs, completion_logprobs
 
+# What decoding makes of a part of a character. As in vLLM, no answer ends with it.
+UNFINISHED = "\ufffd"
+
 
 class Reply(ABC):
     """The answer to what was asked. `created`: Unix time. `token_text` is called only for log probabilities. Each

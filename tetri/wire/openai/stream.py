@@ -11,7 +11,7 @@ from tetri.request import Token, token_ids
 from tetri.wire.openai.asked import Asked
 from tetri.wire.openai.errors import ApiError
 from tetri.wire.openai.logprobs import TokenText
-from tetri.wire.openai.reply import Reply, counted
+from tetri.wire.openai.reply import UNFINISHED, Reply, counted
 
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
@@ -19,13 +19,15 @@ _REST = b',"finish_reason":null}]}\n\n'
 
 
 class Stream(Reply):
-    """One event a delta, each with a number as its `id`. An event ends with an empty line."""
+    """One event a delta. An event ends with an empty line. `numbered`: each has a number as its `id`, with which a
+    browser can resume. Other clients read nothing but lines of data: vLLM's benchmark takes an id for broken JSON."""
 
-    def __init__(self, asked: Asked, id: str, created: int, token_text: TokenText) -> None:
+    def __init__(self, asked: Asked, id: str, created: int, token_text: TokenText, *, numbered: bool = True) -> None:
         super().__init__(asked, id, created, token_text)
-        self._number = 0  # of the last event
+        self._numbered, self._number = numbered, 0  # of the last event
         count = len(self._tokens)
         self._opened = [False] * count
+        self._held: dict[int, str] = {}  # by index of the choice
         # Most streams are plain: their events differ in number and text alone.
         self._plain = not (asked.ids or asked.running_usage or self._logprobs)
         before, after = (
@@ -44,8 +46,25 @@ class Stream(Reply):
         index = prompt_index * self._asked.n + choice
         if not self._plain or not self._opened[index]:
             return self._open(prompt_index, index) + self._output(prompt_index, index, tokens, text, None)
+        if self._held or text.endswith(UNFINISHED):
+            text = self._complete(index, text)
+        return b"%bdata: %b%b%b" % (self._id(), self._before[index], _encode(text), self._after)
+
+    def _id(self) -> bytes:
+        """The line of the next event's number."""
+        if not self._numbered:
+            return b""
         self._number += 1
-        return b"id: %d\ndata: %b%b%b" % (self._number, self._before[index], _encode(text), self._after)
+        return b"id: %d\n" % self._number
+
+    def _complete(self, index: int, text: str) -> str:
+        """The next text of a choice without what may be a part of a character. That is held until more follows, and
+        dropped at the end."""
+        text = self._held.pop(index, "") + text
+        complete = text.rstrip(UNFINISHED)
+        if complete != text:
+            self._held[index] = text[len(complete) :]
+        return complete
 
     def _open(self, prompt_index: int, index: int) -> bytes:
         """The event that begins a choice, in chat: its role."""
@@ -63,6 +82,7 @@ class Stream(Reply):
 
     def _output(self, prompt_index: int, index: int, tokens: Sequence[Token], text: str, reason: str | None) -> bytes:
         choice: dict[str, Any] = {"index": index}
+        text = self._complete(index, text)
         choice.update({"delta": {"content": text}} if self._asked.chat else {"text": text})
         choice["logprobs"] = self._logprobs[index].of(tokens) if self._logprobs else None
         choice["finish_reason"] = reason
@@ -82,8 +102,7 @@ class Stream(Reply):
         return self._event({**self._head, "choices": [choice], **more})
 
     def _event(self, value: dict[str, Any]) -> bytes:
-        self._number += 1
-        return b"id: %d\ndata: %b\n\n" % (self._number, _encode(value))
+        return b"%bdata: %b\n\n" % (self._id(), _encode(value))
 
     def _last(self, prompt_index: int, index: int, reason: str, tokens: Sequence[Token], text: str) -> bytes:
         return self._open(prompt_index, index) + self._output(prompt_index, index, tokens, text, reason)
@@ -94,5 +113,4 @@ class Stream(Reply):
         return (self._event({**self._head, "choices": [], **more}) if more else b"") + _DONE
 
     def fail(self, error: ApiError) -> bytes:
-        self._number += 1
-        return b"id: %d\ndata: %b\n\n%b" % (self._number, error.body(), _DONE)
+        return b"%bdata: %b\n\n%b" % (self._id(), error.body(), _DONE)
