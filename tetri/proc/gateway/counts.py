@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 MOST_NAMES = 64  # of ignored fields, which clients may invent
 OTHERS = "(others)"
-_NAME_CHARS = 64
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)  # what status can show on a terminal
 
 
 class Counts:
@@ -27,8 +28,8 @@ class Counts:
     def ignored(self, names: Iterable[str]) -> None:
         """A request had these fields, which have no effect."""
         for name in names:
-            short = name[:_NAME_CHARS]
-            self._ignored[short if short in self._ignored or len(self._ignored) < MOST_NAMES else OTHERS] += 1
+            known = name in self._ignored or (len(self._ignored) < MOST_NAMES and _NAME.fullmatch(name))
+            self._ignored[name if known else OTHERS] += 1
 
     @contextmanager
     def opened(self) -> Iterator[None]:
