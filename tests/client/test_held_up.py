@@ -137,6 +137,7 @@ def test_a_cancel_of_one_stream_leaves_no_message_of_another_unread():
         async with tetri.AsyncClient(address, silence_s=30.0) as client:
             dropped, kept = client.stream("r1"), client.stream("r2")
             assert [await anext(stream) for stream in (dropped, kept)] == [WORDS[0]] * 2
+            await asyncio.sleep(0.05)  # until the client waits
             go.set()
             time.sleep(0.2)  # the loop is busy while the message arrives
             del dropped
