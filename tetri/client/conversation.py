@@ -99,7 +99,7 @@ class Call(ABC, Generic[A]):
 
 class Choice:
     """One output of a request, a stream of its own. `tokens` and `texts`: what has arrived. `ask_at`: when to ask for
-    the rest. `over`: its Done has arrived before some of its tokens. `result`: its end."""
+    the rest. `over`: its Done has arrived. `result`: set once all its tokens have, too."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -178,6 +178,7 @@ class Request(Call[Result]):
         super().__init__(patience, now)
         self.key, self.secret = key, secret
         self.rid: str | None = None
+        self.prompt_tokens = 0  # known once the broker has accepted it
         self.choices = [Choice(index) for index in range(n)]
         self.open = self.choices.copy()  # without a result
         self.cancelling = False
@@ -244,7 +245,7 @@ class Request(Call[Result]):
     def _accept(self, reply: Accepted, now: float) -> None:
         self._unanswered = None
         if self.rid is None:
-            self.rid = reply.rid
+            self.rid, self.prompt_tokens = reply.rid, reply.prompt_tokens
             for choice in self.choices:
                 choice.ask_at = now + self._patience.silence_s
             self._plan()
@@ -256,7 +257,8 @@ class Request(Call[Result]):
         if choice is None:
             return
         if choice.lacks(delta):
-            choice.miss(now, self._patience.resend_s)
+            if not self.cancelling:
+                choice.miss(now, self._patience.resend_s)
         elif choice.extend(delta):
             self._show(choice)
         self._plan()
@@ -265,11 +267,10 @@ class Request(Call[Result]):
         choice = self._alive(done, now)
         if choice is None:
             return
-        if len(choice.tokens) < done.usage.completion_tokens:  # only Attach brings them
-            choice.over = True
+        if all(each.over for each in self.open):
+            self._cancel_at = inf  # answered
+        if len(choice.tokens) < done.usage.completion_tokens:
             choice.miss(now, self._patience.resend_s)
-            if all(each.over for each in self.open):
-                self._cancel_at = inf
             self._plan()
             return
         self.open.remove(choice)
@@ -293,6 +294,7 @@ class Request(Call[Result]):
         choice = self.choices[reply.choice] if reply.choice < len(self.choices) else None
         if choice is None or choice.result is not None:
             return None
+        choice.over = choice.over or isinstance(reply, Done)
         if choice.over or not self.cancelling:
             choice.ask_at = now + self._patience.silence_s
         return choice

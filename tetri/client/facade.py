@@ -194,6 +194,11 @@ class BaseStream(Generic[ClientT, PieceT]):
         return self._request.rid
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, once the broker has accepted the request."""
+        return self._request.prompt_tokens
+
+    @property
     def result(self) -> Result | None:
         """The result after the request has ended; None before."""
         return self._request.answer

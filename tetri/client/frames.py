@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from tetri.request import (
+    DEFAULT_TOKENS,
     ROLES,
     AskedSampling,
     Positive,
@@ -126,9 +127,12 @@ def submit(
     default_tokens: int | None = None,
 ) -> bytes:
     """Return the Submit frame of one request. Raises BadRequest."""
-    body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret, "sampling": _checked(sampling, n)}
+    body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret}
     if n != 1:
-        body["n"] = n
+        body["n"] = _converted("n", n, Positive)
+    if default_tokens is not None:
+        body["default_tokens"] = _converted("default_tokens", default_tokens, Positive)
+    body["sampling"] = _checked(sampling, n, default_tokens or DEFAULT_TOKENS)
     if (prompt is None) == (messages is None):
         raise BadRequest("give exactly one of prompt and messages")
     if messages is not None:
@@ -145,8 +149,6 @@ def submit(
         body["deadline_s"] = _converted("deadline_s", deadline_s, float)
         if not body["deadline_s"] > 0:
             raise BadRequest(f"deadline_s must be above 0, got {deadline_s!r}")
-    if default_tokens is not None:
-        body["default_tokens"] = _converted("default_tokens", default_tokens, Positive)
     return frame(body)
 
 
@@ -179,7 +181,7 @@ def _turn(message: Turn | Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _checked(sampling: Mapping[str, Any], n: int) -> dict[str, Any]:
+def _checked(sampling: Mapping[str, Any], n: int, default_tokens: int) -> dict[str, Any]:
     """Check the values here: the broker drops what it cannot decode, and the client would wait until its timeout."""
     given = {name: value for name, value in sampling.items() if value is not None}
     if isinstance(given.get("stop"), str):
@@ -189,7 +191,7 @@ def _checked(sampling: Mapping[str, Any], n: int) -> dict[str, Any]:
             known = ", ".join(AskedSampling.__struct_fields__)
             raise BadRequest(f"{name!r} is not a sampling parameter; known: {known}")
     asked = _converted("sampling", given, AskedSampling)
-    problem = sampling_problem(asked) or choices_problem(_converted("n", n, Positive), asked)
+    problem = sampling_problem(asked, default_tokens) or choices_problem(n, asked)
     if problem:
         raise BadRequest(problem)
     return {name: getattr(asked, name) for name in given}

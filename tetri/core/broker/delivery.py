@@ -161,7 +161,8 @@ class Delivery:
             choice=choice.index,
         )
         choice.outbox.end(done)
-        watchers = [Reply(client, done) for client in request.watchers]
+        others = dict.fromkeys(client for client in request.watchers if client != request.client)
+        watchers = [Reply(client, done) for client in others]
         actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
         self.connections.ended(choice)
         return actions
