@@ -13,7 +13,10 @@ import pytest
 from live import LiveCluster, wait_until
 
 from tetri.net import descriptors
+from tetri.net.errors import NetError
 from tetri.proc import gateways
+from tetri.proc.gateway import process
+from tetri.proc.gateway.counts import Counts
 
 SLOW = ["engine.cost=cpu-smollm2.toml", "emulated.time_scale=0.1"]  # steps that take time, so that answers last
 LONG = {"prompt": "Hello", "max_tokens": 8000, "stream": True}
@@ -84,10 +87,33 @@ def test_a_gateway_that_ends_ends_its_answers():
             answer.read(1)
             cluster.processes["gateway"].send_signal(signal.SIGTERM)
             *_, error, last, _ = answer.read().split(b"\n\n")
-        assert b"the client was closed" in error and last == b"data: [DONE]"
+        assert b"the gateway ends" in error and last == b"data: [DONE]"
         assert cluster.processes.pop("gateway").wait(10) == 0
         assert not [*gateways.reports(cluster.folder)]
         cluster.wait_idle()
+
+
+def test_what_a_gateway_counts_is_in_the_run_directory_while_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "REPORT_S", 0.01)
+    path, counts = tmp_path / "gateway.json", Counts()
+
+    async def run():
+        with process.reported(path, "http://x", counts):
+            assert json.loads(path.read_text()) == {"url": "http://x", "open": 0, "answered": {}, "ignored": {}}
+            path.unlink()
+            while not path.exists():
+                await asyncio.sleep(0.005)
+            counts.answered(200)
+            while json.loads(path.read_text())["answered"] != {"200": 1}:
+                await asyncio.sleep(0.005)
+
+    asyncio.run(run())
+    assert not path.exists()
+    with (
+        pytest.raises(NetError, match="cannot be written"),
+        process.reported(tmp_path / "no" / "x", "http://x", counts),
+    ):
+        pass
 
 
 # ---------------------------------------------------------------- hostile clients

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tetri.client import AsyncClient, BadRequest, RequestFailed, RequestRefused, Result, TetriError
+from tetri.client import AsyncClient, BadRequest, RequestFailed, RequestRefused, Result, TetriError, Unreachable
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, error_response
 from tetri.proc.gateway.tokens import Tokens
@@ -140,7 +140,9 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400 if error.retry_after_s is None else 429, str(error))
         case RequestFailed():
             return ApiError(500, str(error))
-    return ApiError(503, str(error))
+        case Unreachable():
+            return ApiError(503, str(error))
+    return ApiError(503, f"the gateway ends or has lost its broker ({error}): try again")
 
 
 def failure(error: Exception) -> Response:

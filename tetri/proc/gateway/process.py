@@ -20,6 +20,7 @@ from tetri.client import AsyncClient
 from tetri.config import Config
 from tetri.models import find
 from tetri.net import descriptors
+from tetri.net.errors import NetError
 from tetri.net.lock import hold
 from tetri.proc import build, open_files
 from tetri.proc.cpus import pin
@@ -128,7 +129,7 @@ def model_of(config: Config) -> Model:
 
 @contextmanager
 def reported(path: Path, url: str, counts: Counts) -> Iterator[None]:
-    """Keep a file in the run directory that says where the gateway listens and what it has counted."""
+    """Keep a file in the run directory that says where the gateway listens and what it has counted. Raises NetError."""
 
     def write(before: bytes) -> bytes:
         report = msgspec.json.encode({"url": url, **counts.plain()})
@@ -142,7 +143,11 @@ def reported(path: Path, url: str, counts: Counts) -> Iterator[None]:
             with suppress(OSError):  # a full disk stops no answer
                 report = write(report)
 
-    task = asyncio.ensure_future(repeat(write(b"")))
+    try:
+        first = write(b"")
+    except OSError as error:
+        raise NetError(f"{path} cannot be written ({error.strerror})") from None
+    task = asyncio.ensure_future(repeat(first))
     try:
         yield
     finally:

@@ -116,7 +116,7 @@ def _post(path: str, summary: str, body: type[Struct], fields: dict[str, Any]) -
     schema = {"type": "object", "required": [*fields], "properties": fields}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if "choices" in fields:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}  # OpenAPI 3.1 cannot describe events
     reference = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
     return {
         "summary": summary,
