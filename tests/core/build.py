@@ -152,10 +152,10 @@ def view(number: int, epoch: int = 1, **free_blocks: int | Load) -> ClusterView:
 def assign(
     rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8, **changes: Any
 ) -> Assign:
-    """A request of `prompt` tokens; `changes` of its sampling, and what to `avoid`."""
-    avoid = [*changes.pop("avoid", ())]
+    """A request of `prompt` tokens; `changes` of its sampling, what to `avoid`, and where it is `pinned` to."""
+    own = {"avoid": [*changes.pop("avoid", ())], "pinned": changes.pop("pinned", "")}
     sampling = Sampling(max_tokens=max_tokens, **changes)
-    return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling, avoid=avoid)
+    return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling, **own)
 
 
 def offer(rid: str, prompt: int, output: Iterable[int] = (), max_tokens: int = 8, **changes: Any) -> Offer:

@@ -1,12 +1,14 @@
 """The engine without a model."""
 
+from math import exp
+
 import pytest
 
 from tests.engine.contract import CAPACITY, EngineContract
 from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
-from tetri.engine.emulated import EOS, EmulatedEngine, next_token, reference
+from tetri.engine.emulated import EOS, EmulatedEngine, logprob_of, next_token, reference, reference_tokens
 from tetri.engine_request import INVALID
 from tetri.instance import Capacity
 from tetri.request import Sampling
@@ -265,3 +267,109 @@ def test_a_prefill_that_has_no_memory_waits(engine):
     assert not engine.step().spans, "nor does the next overtake it"
     engine.cancel("parked")
     assert [span.key for span in engine.step().spans] == ["a"]
+
+
+# ---------------------------------------------------------------- choices, log probabilities, bias and stop ids
+
+
+def decoded(engine, tokens, **sampling):
+    """The output of a request, its two phases on one engine, and why it ended."""
+    copies, first = prefill(engine, "p", tokens, **sampling)
+    if first.reason is not None:
+        return list(first.ids), first.reason
+    adopt(engine, "d", tokens, copies, first.token, **sampling)
+    outputs, reasons, _ = run(engine, "d", most=3)
+    return [*first.ids, *outputs["d"]], reasons["d"]
+
+
+def wanted(tokens, **sampling):
+    return reference_tokens(tokens, Sampling(**{"max_tokens": 8, "ignore_eos": True, **sampling}), VOCABULARY, 8)
+
+
+def test_the_siblings_of_a_prefill_get_the_first_tokens_of_their_seeds(engine):
+    tokens, seeds = prompt(10), range(5, 9)
+    siblings = [(f"a.{seed}", seed) for seed in seeds[1:]]
+    engine.add(engine_request("a", "prefill", tokens, siblings=siblings, temperature=1.0, seed=5, logprobs=2))
+    assert not engine.step().tokens
+    step = engine.step()
+    assert [each.key for each in step.tokens] == ["a", "a.6", "a.7", "a.8"]
+    right = [wanted(tokens, temperature=1.0, seed=seed, logprobs=2)[0] for seed in seeds]
+    assert [each.ids for each in step.tokens] == [(token,) for token in right]
+    assert len({token.id for token in right}) > 1, "the choices differ"
+    assert not engine.contents and not engine.logprobs
+
+
+def test_each_sibling_ends_by_itself(engine):
+    tokens = prompt(5)
+    firsts = [next_token_of(tokens, seed) for seed in range(40)]
+    last = firsts[3]
+    siblings = [(str(seed), seed) for seed in range(1, 40)]
+    sampling = {"temperature": 1.0, "seed": 0, "stop_token_ids": [last]}
+    engine.add(engine_request("a", "prefill", tokens, siblings=siblings, **sampling))
+    reasons = [each.reason for each in engine.step().tokens]
+    assert reasons == ["stop" if token == last else None for token in firsts] and set(reasons) == {"stop", None}
+
+
+def next_token_of(tokens, seed):
+    return wanted(tokens, temperature=1.0, seed=seed)[0]
+
+
+def test_siblings_without_a_valid_number_end_with_an_error():
+    engine = emulated(nan_token=prompt(5)[2])
+    engine.add(engine_request("a", "prefill", prompt(5), siblings=[("b", 1)]))
+    assert [(each.key, each.ids, each.error) for each in engine.step().tokens] == [
+        ("a", (), INVALID),
+        ("b", (), INVALID),
+    ]
+
+
+def test_log_probabilities_come_with_the_tokens_of_both_phases_and_depend_on_the_kv(engine):
+    tokens = prompt(10)
+    output, _ = decoded(engine, tokens, logprobs=3)
+    assert output == wanted(tokens, logprobs=3)
+    assert [token.id for token in output] == right(tokens) and not engine.logprobs
+    for token in output:
+        best, *others = token.top
+        assert [(best + n) % VOCABULARY for n in (1, 2)] == others and sorted(token.top.values())[::-1] == [
+            *token.top.values()
+        ]
+        assert token.logprob == token.top.get(token.id, token.logprob) <= token.top[best] < 0.0
+    other = wanted((9, *tokens[1:]), logprobs=3)
+    assert all(one.top != another.top for one, another in zip(output, other, strict=True))
+
+
+def test_log_probabilities_add_up_to_one():
+    said = logprob_of(7, b"some KV", 3, VOCABULARY, VOCABULARY)
+    assert sum(map(exp, said.top.values())) == pytest.approx(1.0, abs=1e-6) and said.logprob == said.top[7]
+
+
+def test_a_request_without_them_beside_one_with_them_gets_bare_ids(engine):
+    tokens, outputs = prompt(5), {"a": [], "b": []}
+    copies, first = prefill(engine, "p", tokens)
+    adopt(engine, "a", tokens, copies, first.token)
+    engine.hold("a", True)
+    adopt(engine, "b", tokens, copies, first.token, logprobs=0)
+    engine.hold("a", False)
+    while engine.contents:
+        for sampled in engine.step(2).tokens:
+            outputs[sampled.key] += sampled.ids
+    assert outputs == {"a": right(tokens)[1:], "b": wanted(tokens, logprobs=0)[1:]}
+
+
+@pytest.mark.parametrize(
+    "bias", [{9: 100.0}, {9: 100.0, 4: 100.0, 77: 100.0}, dict.fromkeys(range(60), -100.0), {3: 5.0}]
+)
+def test_a_bias_forces_tokens_and_forbids_them(engine, bias):
+    output, _ = decoded(engine, prompt(10), logit_bias=bias)
+    forced = {token for token, value in bias.items() if value == 100.0}
+    assert output == wanted(prompt(10), logit_bias=bias)
+    assert set(output) <= (forced or {*range(VOCABULARY)} - {token for token, value in bias.items() if value == -100.0})
+    assert (output == right(prompt(10))) == (bias == {3: 5.0})
+
+
+@pytest.mark.parametrize("place", [0, 4])
+def test_a_stop_id_ends_the_text_also_where_an_end_of_sequence_does_not(engine, place):
+    last = right(prompt(10))[place]
+    output, reason = decoded(engine, prompt(10), stop_token_ids=[99, last])
+    assert (output, reason) == (right(prompt(10))[: right(prompt(10)).index(last) + 1], "stop")
+    assert output == wanted(prompt(10), stop_token_ids=[99, last])

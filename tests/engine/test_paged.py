@@ -230,3 +230,24 @@ def test_check_sees_a_lost_block():
     engine.free -= 1
     with pytest.raises(AssertionError, match="of 12 blocks"):
         engine.check()
+
+
+def test_the_siblings_of_a_prefill_end_with_it_and_hold_nothing():
+    engine = paged()
+    engine.add(engine_request("a", "prefill", prompt(10), siblings=[("b", 1), ("c", 2)]))
+    assert not step(engine).tokens
+    done = step(engine, ids=lambda slots, count: [(1, 0, -1)[:count]])
+    assert [(each.key, each.ids, each.reason) for each in done.tokens] == [
+        ("a", (1,), None),
+        ("b", (0,), None),  # they ignore the end of sequence
+        ("c", (), "error"),
+    ]
+    assert engine.free == 12 and not engine.slots and done.held == ()
+
+
+def test_a_stop_id_ends_a_request_in_any_pass():
+    engine = paged()
+    decoding(engine, engine_request("a", "decode", prompt(5), stop_token_ids=[7]))
+    assert step(engine, ids=lambda slots, count: [(6,)]).tokens == (Sampled("a", (6,), None),)
+    assert step(engine, ids=lambda slots, count: [(7,)]).tokens == (Sampled("a", (7,), "stop"),)
+    assert not engine.slots

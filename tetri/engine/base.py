@@ -4,7 +4,8 @@ requests in the order in which they were added, treats blocks as opaque bytes, a
 An *engine request* is one phase of one request on one engine:
 
 prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The step that computes the last of them
-         yields one token and ends the engine request. `export` can read its blocks until the next `step` or `cancel`.
+         yields one token, and one for each of its `siblings`, and ends the engine request. `export` can read its blocks
+         until the next `step` or `cancel`.
          While it is held (`hold`), no step computes any of it; it keeps its blocks and its place in the order.
 decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
          after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,

@@ -2,8 +2,8 @@
 
 KV bytes are a rolling hash of the tokens, so a block's bytes depend on every earlier token. An output token is a hash
 of its position and the KV bytes *read from the request's own blocks*: lost, stale or mixed-up KV changes the text.
-`reference` computes the correct text from the prompt alone. `Paged` keeps the counts of blocks and the running
-batch; this module adds block ids and bytes.
+`reference` computes the correct text from the prompt alone, and `logprob_of` the log probabilities of a token. `Paged`
+keeps the counts of blocks and the running batch; this module adds block ids and bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import exp, log1p
 
 import numpy as np
 import xxhash
@@ -20,10 +21,10 @@ import xxhash
 from tetri.cost import Cost
 from tetri.engine.base import EngineError, EngineRequest, StepDone, check_budget
 from tetri.engine.paged import Paged
-from tetri.engine.plan import EOS, NO_TOKEN, Slot, StepPlan
+from tetri.engine.plan import EOS, NO_TOKEN, Slot, StepPlan, ends_text
 from tetri.instance import Capacity, Fingerprint
 from tetri.kv.base import joined
-from tetri.request import Sampling
+from tetri.request import MAX_BIAS, Sampling, Token, TokenId, TokenLogprob, token_ids
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -87,6 +88,7 @@ class EmulatedEngine:
         self.memory: Bytes = np.zeros((capacity.blocks, capacity.block_tokens, token_bytes), np.uint8)
         self.free = list(range(capacity.blocks))
         self.contents: dict[str, Content] = {}  # by key, for the engine requests of `paged`
+        self.logprobs: dict[str, list[Token]] = {}  # by key, where asked for: the tokens of this step
         self.left: dict[str, list[int]] = {}  # by key: blocks of requests that ended in the last step, still readable
         self.fingerprint = Fingerprint(
             engine="emulated",
@@ -153,9 +155,15 @@ class EmulatedEngine:
 
     def _finish(self, plan: StepPlan, steps: int) -> StepDone:
         done = self.paged.finish(plan, steps, self._newest)
+        if self.logprobs:
+            said = [self.logprobs.pop(sampled.key, sampled.ids) for sampled in done.tokens]
+            tokens = [sampled.changed(ids=tuple(ids)) for sampled, ids in zip(done.tokens, said, strict=True)]
+            done = done.changed(tokens=tuple(tokens))
         for sampled in done.tokens:
             if sampled.key not in self.paged.slots:
-                content = self.contents.pop(sampled.key)
+                content = self.contents.pop(sampled.key, None)
+                if content is None:
+                    continue  # a sibling
                 self.left[sampled.key] = content.blocks
                 self._release(content)
         return done
@@ -180,8 +188,8 @@ class EmulatedEngine:
         return most
 
     def _compute(self, slot: Slot, start: int, stop: int) -> bool:
-        """Write the KV of positions [start, stop). Sample a token if the tokens known so far end there; returns whether
-        it ends the text."""
+        """Write the KV of positions [start, stop). Sample a token if the tokens known so far end there, and one for
+        each sibling; returns whether the first of them ends the text."""
         content = self.contents[slot.key]
         self._fit(slot, stop)
         if self.deadly_token is not None and self.deadly_token in content.tokens[start:stop]:
@@ -193,14 +201,23 @@ class EmulatedEngine:
             self.memory[content.blocks[row], column] = np.frombuffer(state * (self.token_bytes // 8), np.uint8)
         if stop < len(content.tokens):
             return False
-        sampling = slot.request.sampling
+        sampling, siblings = slot.request.sampling, slot.request.siblings
         if self.nan_token is not None and self.nan_token in content.tokens:
-            content.tokens.append(NO_TOKEN)
+            content.tokens += [NO_TOKEN] * (1 + len(siblings))
             return True
         kv = self.memory[content.blocks].reshape(-1, self.token_bytes)[:stop].tobytes()  # from its own blocks
-        token = next_token(kv, stop, sampling, self.vocabulary, content.salt)
+        token = self._sample(slot.key, kv, stop, sampling, content)
+        for key, seed in siblings:
+            self._sample(key, kv, stop, sampling.changed(seed=seed), content)
+        return ends_text(token, sampling)
+
+    def _sample(self, key: str, kv: bytes, position: int, sampling: Sampling, content: Content) -> int:
+        token = next_token(kv, position, sampling, self.vocabulary, content.salt)
         content.tokens.append(token)
-        return token == EOS and not sampling.ignore_eos
+        if sampling.logprobs is not None:
+            said = logprob_of(token, kv, position, sampling.logprobs, self.vocabulary, content.salt)
+            self.logprobs.setdefault(key, []).append(said)
+        return token
 
     # ------------------------------------------------------------ memory
 
@@ -249,22 +266,53 @@ def roll(state: bytes, token: int) -> bytes:
 
 def next_token(kv: bytes, position: int, sampling: Sampling, vocabulary: int, salt: int = 0) -> int:
     """The token at `position` (0-based, prompt included), given the KV bytes before it. The seed has an effect only
-    with a temperature above 0."""
+    with a temperature above 0. Of a bias only the extremes have one: the largest forces one of its tokens, the least
+    forbids them."""
     seed = sampling.seed or 0 if sampling.temperature > 0 else 0
     token = xxhash.xxh3_64_intdigest(kv + position.to_bytes(8, "little"), seed ^ salt) % vocabulary
-    return token if token != EOS or not sampling.ignore_eos else 1
+    token = token if token != EOS or not sampling.ignore_eos else 1
+    return biased(token, sampling.logit_bias, vocabulary) if sampling.logit_bias else token
+
+
+def biased(token: int, bias: Mapping[TokenId, float], vocabulary: int) -> int:
+    """One of the forced tokens, if there are any, else the first token from this one on that is not forbidden."""
+    forced = [other for other, value in bias.items() if value == MAX_BIAS and other < vocabulary]
+    if forced:
+        return forced[token % len(forced)]
+    allowed = (token + step for step in range(vocabulary) if bias.get((token + step) % vocabulary, 0.0) > -MAX_BIAS)
+    return next(allowed, token) % vocabulary
+
+
+def logprob_of(token: int, kv: bytes, position: int, top: int, vocabulary: int, salt: int = 0) -> TokenLogprob:
+    """A token with its log probability, and the `top` most likely ones. They depend on the KV bytes alone: the greedy
+    token is the most likely one, and each id after it is less likely than the one before, by a factor."""
+    digest = xxhash.xxh3_64_intdigest(kv + position.to_bytes(8, "little"), salt)
+    best, fall = digest % vocabulary, 0.25 + (digest >> 32) / (1 << 32)
+
+    def logprob(rank: int) -> float:
+        return log1p(-exp(-fall)) - fall * rank
+
+    most = {(best + rank) % vocabulary: logprob(rank) for rank in range(min(top, vocabulary))}
+    return TokenLogprob(token, logprob((token - best) % vocabulary), most)
 
 
 def reference(prompt: Sequence[int], sampling: Sampling, vocabulary: int, token_bytes: int) -> list[int]:
-    """The correct output tokens of a request, computed from its prompt alone."""
-    kv, state, output = bytearray(), bytes(8), list[int]()
+    """The ids of the correct output tokens of a request, computed from its prompt alone."""
+    return token_ids(reference_tokens(prompt, sampling, vocabulary, token_bytes))
+
+
+def reference_tokens(prompt: Sequence[int], sampling: Sampling, vocabulary: int, token_bytes: int) -> list[Token]:
+    """The correct output tokens of a request, with log probabilities if its `sampling` asks for them."""
+    kv, state, output = bytearray(), bytes(8), list[Token]()
     for token in prompt:
         state = roll(state, token)
         kv += state * (token_bytes // 8)
     while len(output) < sampling.max_tokens:
-        token = next_token(bytes(kv), len(prompt) + len(output), sampling, vocabulary)
-        output.append(token)
-        if token == EOS and not sampling.ignore_eos:
+        before, position = bytes(kv), len(prompt) + len(output)
+        token = next_token(before, position, sampling, vocabulary)
+        top = sampling.logprobs
+        output.append(token if top is None else logprob_of(token, before, position, top, vocabulary))
+        if ends_text(token, sampling):
             break
         state = roll(state, token)
         kv += state * (token_bytes // 8)

@@ -23,7 +23,7 @@ from bisect import insort
 
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
-from tetri.engine.plan import EOS, NO_TOKEN, Ids, Slot, StepPlan
+from tetri.engine.plan import EOS, NO_TOKEN, Ids, Slot, StepPlan, ends_text
 from tetri.engine_request import INVALID, EngineRequest, Sampled, Span, StepDone
 from tetri.instance import Capacity
 from tetri.request import blocks_for
@@ -131,17 +131,19 @@ class Paged:
         return StepPlan(self.cost, steps, self._batch, self._context, chunk, again, allocated, preempted)
 
     def finish(self, plan: StepPlan, steps: int, ids: Ids) -> StepDone:
-        """The first `steps` passes of the plan are done. `ids(slots, count)` returns the tokens that they gave;
-        for a prefill request that ends, one token. EOS or NO_TOKEN must be the last token of a request. Returns the
-        result of the step."""
+        """The first `steps` passes of the plan are done. `ids(slots, count)` returns the tokens that they gave. A token
+        that ends a request, or NO_TOKEN, must be its last one. Returns the result of the step."""
         tokens = self._advance(steps, ids) if plan.batch else []
         for span in plan.chunk:
             slot = self.slots[span.key]
             slot.done = span.stop
             if span.stop == slot.known:
-                (new,) = ids([slot], 1)
+                keys = (slot.key, *(key for key, _ in slot.request.siblings))
+                (firsts,) = ids([slot], len(keys))
                 slot.known += 1
-                tokens.append(self._sampled(slot, new))
+                tokens += [self._sampled(key, slot, (first,)) for key, first in zip(keys, firsts, strict=True)]
+                self._prefills.remove(slot)
+                self._remove(slot)
         held: tuple[tuple[str, int], ...] = ()
         if self._resized:
             size = self.capacity.block_tokens
@@ -241,8 +243,10 @@ class Paged:
                 self._extend(slot, known - 1)
                 if known > slot.held_tokens:
                     self._short.append(slot)
-            sampled = self._sampled(slot, new)
-            ended += sampled.reason is not None
+            sampled = self._sampled(slot.key, slot, new)
+            if sampled.reason is not None:
+                ended += 1
+                self._remove(slot)
             tokens.append(sampled)
         self._context += steps * len(self._batch)
         self._left -= steps
@@ -252,22 +256,18 @@ class Paged:
             self._batch = [slot for slot in self._batch if slot.running]
         return tokens
 
-    def _sampled(self, slot: Slot, ids: tuple[int, ...]) -> Sampled:
+    @staticmethod
+    def _sampled(key: str, slot: Slot, ids: tuple[int, ...]) -> Sampled:
         if ids[-1] == NO_TOKEN:
-            return self._leaves(slot, Sampled(slot.key, ids[:-1], "error", INVALID))
-        reason = "stop" if ids[-1] == EOS and not slot.request.sampling.ignore_eos else None
+            return Sampled(key, ids[:-1], "error", INVALID)
+        reason = "stop" if ends_text(ids[-1], slot.request.sampling) else None
         if reason is None and slot.known >= slot.end:
             reason = "length"
-        return self._leaves(slot, Sampled(slot.key, ids, reason))
+        return Sampled(key, ids, reason)
 
-    def _leaves(self, slot: Slot, sampled: Sampled) -> Sampled:
-        """Remove the engine request if these are its last tokens."""
-        if slot.request.phase == "prefill":
-            self._prefills.remove(slot)
-        if sampled.reason or slot.request.phase == "prefill":
-            del self.slots[slot.key]
-            self._release(slot)
-        return sampled
+    def _remove(self, slot: Slot) -> None:
+        del self.slots[slot.key]
+        self._release(slot)
 
     # ------------------------------------------------------------ memory and the batch
 
@@ -281,7 +281,7 @@ class Paged:
             return False
         self.free -= blocks
         slot.held_tokens += blocks * size
-        slot.mark = min(slot.held_tokens + 1, slot.end)
+        slot.mark = 0 if slot.request.sampling.stop_token_ids else min(slot.held_tokens + 1, slot.end)
         self._resized[slot.key] = slot
         return True
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, Span
-from tetri.request import Value
+from tetri.request import Sampling, Value
 
-EOS = 0  # the only id that ends a text
+EOS = 0  # the only id that ends a text by itself
 NO_TOKEN = -1  # in place of a token: the pass computed no valid number
 
 
@@ -17,9 +17,9 @@ NO_TOKEN = -1  # in place of a token: the pass computed no valid number
 class Slot:
     """An engine request. `known`: number of its tokens, sampled ones included. `done`: of a prefill request, KV exists
     for [0, done); a decode request in the batch has KV for all but its last token. `end`: value of `known` at which it
-    ends. `held_tokens`: tokens for which it has blocks. `mark`: value of `known` at which it ends or needs a block.
-    `held`: excluded from steps (`hold`). `admitted`: a decode request's place in the order of admission; 0: not
-    admitted. It is `running` while it is neither held nor preempted."""
+    ends. `held_tokens`: tokens for which it has blocks. `mark`: value of `known` at which it ends or needs a block; 0
+    if any token may end it. `held`: excluded from steps (`hold`). `admitted`: a decode request's place in the order of
+    admission; 0: not admitted. It is `running` while it is neither held nor preempted."""
 
     request: EngineRequest
     key: str
@@ -35,7 +35,13 @@ class Slot:
     held: bool = False
 
 
-#: (slots, count) -> the `count` tokens that each of them gets, which its `known` does not count yet.
+def ends_text(token: int, sampling: Sampling) -> bool:
+    """Whether a token ends the text."""
+    return (token == EOS and not sampling.ignore_eos) or token in sampling.stop_token_ids
+
+
+#: (slots, count) -> the `count` tokens that each of them gets, which its `known` does not count yet. Of a prefill
+#: request that ends: its first token, and those of its siblings.
 Ids = Callable[[Sequence[Slot], int], Iterable[tuple[int, ...]]]
 
 

@@ -90,7 +90,8 @@ class ActionExecutor:
         """Yield the event of a Submit, unless it is refused or its text has to be tokenised first.
 
         A Submit with a known key is a retransmission: its text is not tokenised again."""
-        least = needed_bytes(0, message.sampling.max_tokens or 0)
+        asked = message.sampling
+        least = needed_bytes(0, asked.max_tokens or 0, message.n, asked.logprobs)
         if message.key in self.core.table.keys:
             yield submitted(client, message, content(message))
         elif (problem := submit_problem(message, self.core.limits.context)) is not None:
@@ -223,6 +224,7 @@ def limits(config: Config) -> Limits:
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,
         client_grace_s=config.broker.client_grace_s,
+        ready_s=config.broker.ready_s,
         max_deaths=config.broker.max_deaths,
     )
 

@@ -79,10 +79,13 @@ class Scripted(Paged):
         return done.changed(estimates=estimates) if estimates else done
 
     def _ids(self, slots: Sequence[Slot], count: int) -> Iterable[tuple[int, ...]]:
-        """Return ids of which none ends a request, except for texts that stop by themselves."""
+        """Return ids of which none ends a request, except for texts that stop by themselves. Siblings write the text of
+        the first choice."""
         same = (1,) * count
         if not self._scripts:
             return repeat(same, len(slots))
+        if slots[0].request.phase == "prefill":
+            return [(EOS,) * count if self._stops(slot, 1) else same for slot in slots]
         return [(*same[1:], EOS) if self._stops(slot, count) else same for slot in slots]
 
     def _stops(self, slot: Slot, count: int) -> bool:

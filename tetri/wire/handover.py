@@ -45,7 +45,7 @@ class Handle(Record, frozen=True):
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
-    Grant, Defer or Refuse. `alone`: as in Assign."""
+    Grant, Defer or Refuse. `alone`: as in Assign. `canary`: it comes after all other offers."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -55,6 +55,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     length: LengthRange | None = None  # None: not predicted
     waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
     alone: bool = False
+    canary: bool = False
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):

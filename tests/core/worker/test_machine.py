@@ -199,7 +199,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case "Heartbeat":
                 self.role, self.heartbeat = message.role, message
                 for hold in message.holds:
-                    _, old, _ = self.assigned.get((hold.rid, hold.attempt), (0, 0, 0))
+                    _, old, *_ = self.assigned.get((hold.rid, hold.attempt), (0, 0))
                     told = self.told.get((hold.rid, hold.attempt), 0)
                     assert hold.outputs <= max(told, old + 1), "more than the broker was told"
 
@@ -222,11 +222,12 @@ class WorkerUnderFire(RuleBasedStateMachine):
         old=st.integers(0, 3),
         attempt=st.integers(1, 3),
         most=st.integers(1, 9),
+        pinned=st.sampled_from(["", "", *sorted(WORKERS), "me"]),
     )
-    def assign(self, rid, prompt, old, attempt, most):
+    def assign(self, rid, prompt, old, attempt, most, pinned):
         """An attempt again in the same words."""
-        prompt, old, most = self.assigned.setdefault((rid, attempt), (prompt, old, most))
-        self.tell(assign(rid, prompt, [2] * old, attempt, most))
+        prompt, old, most, pinned = self.assigned.setdefault((rid, attempt), (prompt, old, most, pinned))
+        self.tell(assign(rid, prompt, [2] * old, attempt, most, pinned=pinned))
 
     @rule(made=ranges, said=some_odds, meanwhile=st.booleans())
     @precondition(lambda self: self.asked)
@@ -319,10 +320,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
         fit=st.sampled_from([True, True, True, False]),
         made=ranges,
         waited=st.sampled_from([0.0, 0.0, 3.0, 9.0]),
+        canary=st.sampled_from([False, False, True]),
     )
-    def offer(self, rid, prompt, attempt, number, src, fit, made, waited):
+    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, canary):
         changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
-        changes["waited_s"] = waited
+        changes |= {"waited_s": waited, "canary": canary}
         self.hear_offer(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
 
     def hear_offer(self, made):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from math import inf
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
-from tetri.core.broker.compatibility import Compatibility, Found
+from tetri.core.broker.compatibility import Compatibility, Found, compatible_pairs
 from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
-from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio
+from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio, blocks_for
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, Heartbeat, Load, Membership, Ready
 
@@ -68,8 +68,10 @@ class Members:
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
+        self._decoders: list[Capacity] = []  # of the live ones
         self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
+        self._pairs: list[tuple[str, str]] | None = None  # as of the last change; None: not asked for since
 
     # ------------------------------------------------------------ registration and loss
 
@@ -99,13 +101,13 @@ class Members:
         """Record that the connection to a worker stands."""
         self.up[iid] = None
         self._need_whole[iid] = None
-        self._sorted = False
+        self._outdate()
 
     def disconnected(self, iid: str) -> None:
         """Record that the connection to a worker broke."""
         self.up.pop(iid, None)
         self._need_whole.pop(iid, None)
-        self._sorted = False
+        self._outdate()
 
     def lose(self, member: Member, why: str | None) -> None:
         """Mark a worker as lost for this reason, or as live again with None."""
@@ -127,7 +129,10 @@ class Members:
 
     def _note(self, iid: str) -> None:
         self._changed[iid] = None
-        self._sorted = False
+        self._outdate()
+
+    def _outdate(self) -> None:
+        self._sorted, self._pairs = False, None
 
     # ------------------------------------------------------------ Membership messages
 
@@ -205,6 +210,20 @@ class Members:
                 return f"{tokens} tokens fit into no {phase} instance: the largest holds {most}"
         return None
 
+    def too_many(self, prompt: int, n: int) -> str | None:
+        """Why no live decode instance can begin `n` choices of a prompt at once, each with a copy of its KV; None if
+        one can."""
+        if n == 1:
+            return None
+        if not self._sorted:
+            self._sort()
+        if not self._decoders:
+            return None
+        most = max(min(each.max_batch, each.blocks // blocks_for(prompt, each.block_tokens)) for each in self._decoders)
+        if n <= most:
+            return None
+        return f"n is {n}: no decode instance can begin more than {most} choices of {prompt} prompt tokens at once"
+
     def output_limit(self, prompt: int) -> float:
         """Output tokens that the largest live decode instance holds after a prompt; infinite while none is live."""
         if not self._sorted:
@@ -220,11 +239,22 @@ class Members:
             return None
         return f"{tokens} tokens, its output so far included, fit into no prefill instance: the largest holds {most}"
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """The prefill and decode instances that are in service and exchange KV, as pairs of ids. Returns the same
+        object until an instance changes."""
+        if self._pairs is None:
+            ready = [member.instance for member in self._live() if member.iid in self.up]
+            prefillers = [instance for instance in ready if instance.role in PREFILL_ROLES]
+            decoders = [instance for instance in ready if instance.role in DECODE_ROLES]
+            self._pairs = compatible_pairs(prefillers, decoders)
+        return self._pairs
+
     def _sort(self) -> None:
         """Sort the instances into pools: once per change, not once per request."""
         live = [member.instance for member in self._live()]
         decoders = [instance for instance in live if instance.role in DECODE_ROLES]
         prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
+        self._decoders = [instance.capacity for instance in decoders]
         phases = (("prefill", prefillers), ("decode", decoders))
         self._largest = {phase: max((each.capacity.tokens for each in able), default=inf) for phase, able in phases}
         to_decode = Compatibility(decoders)

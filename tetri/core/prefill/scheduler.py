@@ -80,6 +80,7 @@ class PrefillScheduler:
             alone=message.alone,
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
+            pinned=message.pinned,
         )
         self._attempts.setdefault(request.rid, {})[key] = None
         self.queue.enter(request)
