@@ -23,7 +23,7 @@ LEG = EngineRequest("k", "prefill", (1, 2), 2, Sampling())
 HANDLE = Handle(segment="s", slots=[0], generations=[0], block_bytes=8)
 REACH = Reach(paths=["shm"], host="h", process=1, segment="s")
 PREDICT, EXPORT = said.Predict("k", (1,), Sampling()), Export("k", 0, 0, 1)
-ADOPT = Adopt("k", 3, 1, HANDLE, 5, "p", "shm")
+ADOPT = Adopt("k", 3, 1, HANDLE, 5, "p", "shm", ("k",))
 FROM_A_WORKER = [  # one of each kind, and the calls that it is
     (Send("peer", "message"), [("send", "peer", "message")]),
     (said.Publish("report"), [("publish", "report")]),
@@ -253,5 +253,5 @@ def test_fewer_blocks_than_announced_are_never_adopted():
     engine, store = Everything(), Store()
     kv, noted = copies(engine, store)
     two = Handle(segment="s", slots=[0, 1], generations=[0, 0], block_bytes=8)
-    assert kv.adopt(Adopt("k", 3, 1, two, None, "p", "shm")) == Adopted("k", 3, "truncated")
+    assert kv.adopt(Adopt("k", 3, 1, two, None, "p", "shm", ("k",))) == Adopted("k", 3, "truncated")
     assert engine.calls == [] and str(noted[0][0]) == "1 of 2 blocks have come"

@@ -2,7 +2,17 @@
 
 import pytest
 
-from tests.core.build import capacity, chunk, close, hand_over, drop, handle, instance, offer, reach
+from tests.core.build import (
+    capacity,
+    chunk,
+    close,
+    drop,
+    hand_over,
+    handle,
+    instance,
+    offer,
+    reach,
+)
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Adopt, Broken
