@@ -255,3 +255,32 @@ def test_fewer_blocks_than_announced_are_never_adopted():
     two = Handle(segment="s", slots=[0, 1], generations=[0, 0], block_bytes=8)
     assert kv.adopt(Adopt("k", 3, 1, two, None, "p", "shm", ("k",))) == Adopted("k", 3, "truncated")
     assert engine.calls == [] and str(noted[0][0]) == "1 of 2 blocks have come"
+
+
+class Some(Everything):
+    """An engine that has only some of the requests."""
+
+    def __init__(self, *keys):
+        super().__init__()
+        self.keys = keys
+
+    def adopt(self, key, start, blocks):
+        if key not in self.keys:
+            raise EngineError(f"no request {key}")
+        self.calls.append(("adopt", key, start, blocks))
+
+
+@pytest.mark.parametrize(("there", "missed"), [("abc", ()), ("ac", ("b",)), ("c", ("a", "b"))])
+def test_a_chunk_is_fetched_once_and_adopted_by_each_request_that_is_still_there(there, missed):
+    engine, store = Some(*there), Store()
+    kv, noted = copies(engine, store)
+    adopt = Adopt("k", 3, 1, HANDLE, 5, "p", "shm", ("a", "b", "c"))
+    assert kv.adopt(adopt) == Adopted("k", 3, None, missed)
+    assert store.wanted == [Wanted(("k", 3), "p", "shm", HANDLE, 5)] and noted == []
+    assert engine.calls == [("adopt", key, 1, ("block",)) for key in there]
+
+
+def test_a_chunk_that_no_request_waits_for_any_more_is_lost():
+    kv, noted = copies(Some(), Store())
+    adopted = kv.adopt(Adopt("k", 3, 1, HANDLE, 5, "p", "shm", ("a", "b")))
+    assert adopted == Adopted("k", 3, "lost") and [str(error) for error, *_ in noted] == ["no request b"]

@@ -114,10 +114,10 @@ def test_one_may_end_with_its_first_token_while_the_others_go_on(ended):
     (again,) = sent(told.tell(resend(ended, 0)), BROKER, Tokens)
     assert again.items[0].end.reason == "stop"
     told.tell(refuse("a"))
-    (made,) = sent(told.meet("d1", "d2"), "d2", Offer)
+    (made,) = sent(told.meet("d1", "d2"), "d1", Offer)
     rest = [rid for rid in ("a", *OTHERS) if rid != ended]
     assert [made.rid, *(each.rid for each in made.siblings)] == rest, "the next offer is of the others alone"
-    (last,) = sent(told.tell(grant(made.rid, made.offer, "d2")), "d2", Chunk)
+    (last,) = sent(told.answer(made.rid, grant), "d1", Chunk)
     assert last.tokens == [token for rid, token in zip(("a", *OTHERS), (7, 8, 9), strict=True) if rid != ended]
 
 
