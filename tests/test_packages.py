@@ -298,7 +298,7 @@ def test_no_file_imports_itself_in_a_circle():
         ("core/x", "from hmac import new", "only decided"),
         ("policy/x", "def f():\n    import zmq", "may not import zmq"),
         ("core/x", "from tetri import config", "may not import tetri.config"),
-        ("wire/x", "from tetri.core.broker.requests import Row", "may not import tetri.core"),
+        ("wire/x", "from tetri.core.broker.requests import Table", "may not import tetri.core"),
         ("engine/emulated", "import torch", "torch is for"),
         ("engine/vllm", "import torch", None),
         ("models", "import torch", "inside the function"),

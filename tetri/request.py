@@ -92,8 +92,9 @@ def choice_id(rid: str, index: int) -> str:
 
 
 class AskedSampling(Record, frozen=True):
-    """How output tokens are sampled, as a client asks for it. `max_tokens` None: DEFAULT_TOKENS, or fewer if fewer fit
-    into the model's context and the largest decode instance after the prompt. `temperature` 0 is greedy; `seed` makes a
+    """How output tokens are sampled, as a client asks for it. `max_tokens` None: the default of the request
+    (Submit.default_tokens), or fewer if fewer fit into the model's context and the largest decode instance after the
+    prompt. `temperature` 0 is greedy; `seed` makes a
     sampled output repeatable. `logprobs`: None, or how many of the most likely tokens each output token comes with.
     `logit_bias`: added to the logits of these tokens. `stop_token_ids` end the output as an end of sequence does."""
 
@@ -142,15 +143,19 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 _LARGE = 10**300
 MAX_BIAS = 100
+MAX_IDS = 1024  # of logit_bias, and of stop_token_ids
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 
 
-def sampling_problem(s: AskedSampling) -> str | None:
-    """The first invalid value of a Sampling, in one line that states what is allowed; None if all are valid."""
-    most = DEFAULT_TOKENS if s.max_tokens is None else s.max_tokens
+def sampling_problem(s: AskedSampling, default_tokens: int = DEFAULT_TOKENS) -> str | None:
+    """The first invalid value of a Sampling, in one line that states what is allowed; None if all are valid.
+    `default_tokens`: the limit of one that names none."""
+    most = default_tokens if s.max_tokens is None else s.max_tokens
     for name, low, high in _RANGES:
-        value = most if name == "max_tokens" else getattr(s, name)
+        value = getattr(s, name)
+        if value is None:
+            continue
         if not low <= value <= high:  # also catches NaN
             bound = f"at least {low:g}" if value < low else f"from {low:g} to {high:g}"
             return f"{name} must be {bound}, got {_described(value)}"
@@ -167,6 +172,8 @@ def sampling_problem(s: AskedSampling) -> str | None:
         return f"logprobs must be from 0 to {MAX_LOGPROBS}, got {_described(s.logprobs)}"
     if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in s.logit_bias.values()):  # also catches NaN
         return f"a logit_bias must be from -{MAX_BIAS} to {MAX_BIAS}"
+    if max(len(s.logit_bias), len(s.stop_token_ids)) > MAX_IDS:
+        return f"logit_bias and stop_token_ids take at most {MAX_IDS} token ids each"
     return None
 
 

@@ -164,7 +164,7 @@ def test_a_text_that_is_cancelled_while_it_waits_ends_as_soon_as_it_is_tokenised
     rid = loop.answer("k", Accepted).rid
     (done,) = [message for _, message in loop.hub.sent if isinstance(message, Done)]
     assert (done.rid, done.reason) == (rid, "cancelled")
-    assert loop.answer("other").rid in loop.core.table.rows
+    assert loop.answer("other").rid in loop.core.table.requests
 
 
 def test_a_repeated_text_is_tokenised_once_and_its_last_client_is_answered(loop: Loop) -> None:
@@ -198,7 +198,7 @@ def test_beyond_max_open_a_text_is_refused_until_later_and_not_tokenised(loop: L
     assert loop.turn((b"c", submit("k", "text"))) == []
     assert isinstance(loop.turn((b"c", submit("ids", [1])))[0][1], Accepted)
     found = loop.turn(*((b"c", submit(f"late {number}", prompt)) for number, prompt in enumerate(("text", [1]))))
-    full = [Refused(key=f"late {n}", reason="3 requests are open, try later", retry_after_s=1.0) for n in range(2)]
+    full = [Refused(key=f"late {n}", reason="3 choices are open, try later", retry_after_s=1.0) for n in range(2)]
     assert [message for _, message in found] == full
     loop.go()
     loop.answer("k")

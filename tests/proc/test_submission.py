@@ -54,4 +54,5 @@ def test_each_gets_an_id_of_its_own_and_the_rest_as_it_came():
     assert made[0].fields() == {
         **{"client": b"c", "key": "k", "secret": "s", "content": content(message), "rid": made[0].rid},
         **{"prompt": (1, 2), "sampling": AskedSampling(), "deadline_s": 2.0, "waited_s": 0.5, "n": 1},
+            "default_tokens": 128,
     }

@@ -193,8 +193,8 @@ class PlayedCluster:
         self._until(lambda: self.core.table.open == streams)
         self.other.submit("other", tokens)
         self._until(lambda: self.core.table.open == streams + 1)
-        rows = [*self.core.table.active()]
-        self.rids, self.name = [row.rid for row in rows], rows[0].client
+        choices = [*self.core.table.active()]
+        self.rids, self.name = [choice.id for choice in choices], choices[0].request.client
         for rid in self.rids:
             self.handle(Staged(iid="m0", incarnation=1, rid=rid, attempt=1, stage=Stage.DECODE))
 

@@ -49,8 +49,9 @@ class BrokerConfig:
     """Where clients connect, and how many requests may be open."""
 
     clients: str = path("", "an address")  # "": ipc://<run_dir>/clients; or tcp://127.0.0.1:PORT
-    max_open: int = number(4096, 1, 1 << 20)
-    # Memory for all requests: each takes 4 KiB, 8 bytes a token of its prompt and 24 for each that it may generate.
+    max_open: int = number(4096, 1, 1 << 20)  # choices of requests
+    # Memory for all requests: each takes 4 KiB, 8 bytes a token of its prompt and 24 for each that it may generate; a
+    # further choice 2 KiB and its output. A token with a log probability takes 28 more, and 13 for each likely token.
     max_mib: int = number(1024, 1, 1 << 24)
     text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close

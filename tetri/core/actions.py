@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.instance import Reach
-from tetri.request import AskedSampling, LengthDistribution, LengthRange, Sampling, Value
+from tetri.request import DEFAULT_TOKENS, AskedSampling, LengthDistribution, LengthRange, Sampling, Value
 from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle
@@ -53,9 +53,9 @@ class Reply(Value, frozen=True):
 
 
 class Detokenize(Value, frozen=True):
-    """Turn output tokens into text; a `Detokenized` event follows. `start`: index of the first token in the output.
-    `stop`: texts that end the request, once a token after the first `min_tokens` completes one. `final`: no more
-    tokens follow, so hold no text back."""
+    """Turn output tokens of a choice into text; a `Detokenized` event follows. `rid`: id of the choice. `start`: index
+    of the first token in the output. `stop`: texts that end the choice, once a token after the first `min_tokens`
+    completes one. `final`: no more tokens follow, so hold no text back."""
 
     rid: str
     start: int
@@ -66,7 +66,7 @@ class Detokenize(Value, frozen=True):
 
 
 class Release(Value, frozen=True):
-    """Forget the text of a request that has ended."""
+    """Forget the text of a choice that has ended, by its id."""
 
     rid: str
 
@@ -176,11 +176,12 @@ class Submitted(Value, frozen=True):
     deadline_s: float | None = None
     waited_s: float = 0.0
     n: int = 1
+    default_tokens: int = DEFAULT_TOKENS
 
 
 class Detokenized(Value, frozen=True):
-    """The text of output tokens, ready for the client. `counted`: number of output tokens that count, when a stop text
-    was found; else None."""
+    """The text of output tokens of a choice, ready for the client. `counted`: number of output tokens that count, when
+    a stop text was found; else None."""
 
     rid: str
     start: int

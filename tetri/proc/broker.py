@@ -90,7 +90,8 @@ class ActionExecutor:
         """Yield the event of a Submit, unless it is refused or its text has to be tokenised first.
 
         A Submit with a known key is a retransmission: its text is not tokenised again."""
-        least = needed_bytes(0, message.sampling.max_tokens or 0)
+        asked = message.sampling
+        least = needed_bytes(0, asked.max_tokens or 0, message.n, asked)
         if message.key in self.core.table.keys:
             yield submitted(client, message, content(message))
         elif (problem := submit_problem(message, self.core.limits.context)) is not None:

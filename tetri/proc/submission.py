@@ -20,10 +20,12 @@ def submitted(
     """The event of a Submit whose prompt has these token ids. Each gets its own id: a repetition does not use it.
     `digest`: of its `content`. `waited_s`: for how many seconds its text has waited to be tokenised."""
     rid, asked = secrets.token_hex(BYTES), (message.sampling, message.deadline_s)
-    return Submitted(client, message.key, message.secret, digest, rid, tuple(prompt), *asked, waited_s, message.n)
+    own = (client, message.key, message.secret, digest, rid, tuple(prompt), *asked)
+    return Submitted(*own, waited_s, message.n, message.default_tokens)
 
 
 def content(message: Submit) -> bytes:
     """A digest of all that a Submit asks for. Equal for equal messages: a default counts as if it were given."""
-    asked = (message.prompt, message.messages, message.sampling, message.deadline_s, message.n)
+    number = (message.n, message.default_tokens)
+    asked = (message.prompt, message.messages, message.sampling, message.deadline_s, *number)
     return blake2b(msgspec.msgpack.encode(asked), digest_size=BYTES).digest()

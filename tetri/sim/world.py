@@ -210,8 +210,8 @@ class World:
         """Check the guarantees at the end: all tokens delivered, all blocks free, no open request. Raises
         PromiseBroken."""
         self.broker.core.tick(self.kernel.now + UNBOUNDED)  # removes ended requests from the table
-        if self.broker.core.table.rows:
-            raise PromiseBroken(f"{len(self.broker.core.table.rows)} rows are left in the broker's table")
+        if self.broker.core.table.requests:
+            raise PromiseBroken(f"{len(self.broker.core.table.requests)} requests are left in the broker's table")
         for node in (self.broker, self.monitor, *self.workers.values()):
             node.core.check()
         for iid, worker in self.workers.items():
@@ -232,9 +232,9 @@ class World:
 
     @staticmethod
     def _tokens_of(outcomes: list[Outcome]) -> tuple[int, int]:
-        """Return the prompt tokens, and the output tokens without the first of each request, which prefill yields."""
+        """Return the prompt tokens, and the output tokens without the first of each choice, which prefill yields."""
         done = [outcome.arrival for outcome in outcomes if outcome.state == "done"]
-        return sum(arrival.prompt for arrival in done), sum(arrival.output - 1 for arrival in done)
+        return sum(arrival.prompt for arrival in done), sum(arrival.n * (arrival.output - 1) for arrival in done)
 
     def _counters(self) -> dict[str, int]:
         counts: Counter[str] = Counter(self.broker.core.counters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tetri.request import (
+    DEFAULT_TOKENS,
     AskedSampling,
     Count,
     Name,
@@ -23,7 +24,7 @@ class Submit(Record, tag="submit", frozen=True):
     """Submits a request with exactly one of `prompt` (text or token ids) and `messages` (a conversation). The client
     draws `key` at random: a Submit with a known key is a repetition, not a second request. It draws `secret` at random
     too, and shows it again to get at the request later. `n`: number of choices, each an output of its own; one prefill
-    serves them all."""
+    serves them all. `default_tokens`: the limit of the output if `sampling.max_tokens` is None, where so many fit."""
 
     key: Name
     secret: Name
@@ -32,6 +33,7 @@ class Submit(Record, tag="submit", frozen=True):
     sampling: AskedSampling = AskedSampling()
     deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
     n: Positive = 1
+    default_tokens: Positive = DEFAULT_TOKENS
 
 
 class Cancel(Record, tag="cancel", frozen=True):

@@ -82,18 +82,22 @@ def submit(
     client: bytes = b"c",
     deadline_s: float | None = None,
     secret: str = SECRET,
+    n: int = 1,
+    default_tokens: int = 128,
     **sampling: Any,
 ) -> Submitted:
-    asked = (tuple(prompt), AskedSampling(**{"max_tokens": 4, **sampling}), deadline_s)
-    return Submitted(client, key, secret, repr(asked).encode(), f"of {key}", *asked)
+    drawn = {"temperature": 1.0, "seed": 5} if n > 1 else {}
+    asked = (tuple(prompt), AskedSampling(**{"max_tokens": 4, **drawn, **sampling}), deadline_s)
+    content = repr((asked, n, default_tokens)).encode()
+    return Submitted(client, key, secret, content, f"of {key}", *asked, n=n, default_tokens=default_tokens)
 
 
 def cancel(rid: str = RID, client: bytes = b"c", secret: str = SECRET) -> FromClient:
     return FromClient(client, Cancel(rid=rid, secret=secret))
 
 
-def attach(start: int, rid: str = RID, client: bytes = b"c", secret: str = SECRET) -> FromClient:
-    return FromClient(client, Attach(rid=rid, secret=secret, start=start))
+def attach(start: int, rid: str = RID, client: bytes = b"c", secret: str = SECRET, choice: int = 0) -> FromClient:
+    return FromClient(client, Attach(rid=rid, secret=secret, start=start, choice=choice))
 
 
 def end(rid: str = RID) -> FromClient:

@@ -114,7 +114,7 @@ def test_a_repeated_submit_without_a_limit_is_the_same_request_whatever_fits_by_
 def test_too_many_are_refused_until_later(served):
     served.tell(submit("a"), submit("b"), submit("c"))
     (refused,) = replies(served.tell(submit("d")))
-    assert refused == Refused(key="d", reason="3 requests are open, try later", retry_after_s=1.0)
+    assert refused == Refused(key="d", reason="3 choices are open, try later", retry_after_s=1.0)
 
 
 def test_drawn_tokens_get_a_seed_and_a_given_one_stays(served):

@@ -178,7 +178,7 @@ def test_the_end_reaches_a_slow_reader_and_it_is_forgotten_when_it_has_it():
     made.later()
     assert [type(message) for message in made.arrived] == [Delta, Done]
     made.later(1.0)
-    assert made.rids[0] not in made.core.table.rows
+    assert made.rids[0] not in made.core.table.requests
 
 
 def test_the_end_is_not_kept_for_ever_for_a_reader_that_never_reads():
@@ -187,9 +187,9 @@ def test_the_end_is_not_kept_for_ever_for_a_reader_that_never_reads():
     made.tell(*ending("d1", made.rids[0], 1, 8))
     for _ in range(9):
         made.later(1.0)
-    assert made.rids[0] in made.core.table.rows
+    assert made.rids[0] in made.core.table.requests
     made.later(2.0)
-    assert made.rids[0] not in made.core.table.rows  # patience_s, 10, after its end
+    assert made.rids[0] not in made.core.table.requests  # patience_s, 10, after its end
 
 
 @pytest.mark.parametrize("limits", [{"client_grace_s": 0.0}, {"patience_s": 0.0}], ids=lambda limits: [*limits][0])
@@ -197,7 +197,7 @@ def test_an_ended_request_is_forgotten_with_any_timeout(limits):
     made = Clients(1, **limits)
     made.tell(*ending("d1", made.rids[0], 1, 8))
     made.later(2.1)
-    assert made.rids[0] not in made.core.table.rows
+    assert made.rids[0] not in made.core.table.requests
 
 
 # ---------------------------------------------------------------- signs of life
@@ -265,13 +265,13 @@ def test_many_quiet_clients_get_their_signs_a_bounded_number_at_a_time(quiet):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda row: setattr(row, "client", b"x"), "open requests by client"),
-        (lambda row: setattr(row.outbox, "sent", 0), "unsent requests by client"),
+        (lambda request: setattr(request, "client", b"x"), "open choices by client"),
+        (lambda request: setattr(request.choices[0].outbox, "sent", 0), "unsent choices by client"),
     ],
 )
 def test_check_finds_what_is_wrong(change, complaint):
     told = serving("p1", "d1")
     told.tell(submit(), tokens("p1", RID, 0, 7))
-    change(told.core.table.rows[RID])
+    change(told.core.table.requests[RID])
     with pytest.raises(Broken, match=complaint):
         told.core.check()

@@ -22,7 +22,7 @@ from tetri.core.actions import (
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
-from tetri.request import Sampling, Stage
+from tetri.request import Sampling, Stage, choice_id
 from tetri.wire.clients import Attach, Cancel, Delta, Done, EndRequest, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Hold
@@ -31,6 +31,8 @@ WORKERS = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 iids = st.sampled_from(sorted(WORKERS))
 stages = st.sampled_from([Stage.QUEUED, Stage.PREFILL, Stage.MOVING, Stage.WAITING, Stage.DECODE, Stage.DONE])
 seconds = st.sampled_from([0.0, 0.01, 0.06, 0.3, 3.0])
+rids = st.integers(1, 6).map("r{}".format)
+choices = st.builds(choice_id, rids, st.sampled_from([0, 0, 1, 2]))
 SECRET, WRONG = "s" * 22, "w" * 22
 
 # Few examples in the default run: the whole deployment (tests/sim/test_faulty.py) looks deeper, these look wider.
@@ -56,8 +58,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
         )
         self.core = Broker(limits, Rules(), epoch=42, rng=Random(1), now=0.0)
         self.now = 0.0
-        self.heard = {}  # rid -> what the present listener has heard since it attached
-        self.again = {}  # rids of which the Done may come once more
+        self.heard = {}  # choice -> what the present listener has heard since it attached
+        self.again = {}  # choices of which the Done may come once more
         self.ended = {}
         self.slow = []  # words that the edge has not done
         self.connected = {}
@@ -85,9 +87,10 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def hear(self, message, client=b"c"):
         assert client != b"thief" or isinstance(message, Refused), f"a thief is told {message}"
         if isinstance(message, Delta | Done):
-            have = self.heard.setdefault(message.rid, [])
+            name = choice_id(message.rid, message.choice)
+            have = self.heard.setdefault(name, [])
             if have and have[-1] == "done":
-                assert isinstance(message, Done) and message.rid in self.again, "something after the Done"
+                assert isinstance(message, Done) and name in self.again, "something after the Done"
                 return
         if isinstance(message, Delta) and message.ids:
             assert message.start == len(have), "a gap, or a token twice"
@@ -100,19 +103,27 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def tell(self, event):
         self.act(self.core.handle(event, self.now))
 
-    def rid(self, number):
-        return f"r{number}"
+    def of(self, rid):
+        """The choices of a request, if it is known."""
+        request = self.core.table.requests.get(rid)
+        return [] if request is None else request.choices
 
-    @rule(key=st.integers(1, 5), size=st.integers(0, 20), most=st.integers(0, 6), late=st.sampled_from([None, 0.5]))
-    def submit(self, key, size, most, late):
+    @rule(
+        key=st.integers(1, 5),
+        size=st.integers(0, 20),
+        most=st.integers(0, 6),
+        late=st.sampled_from([None, 0.5]),
+        n=st.sampled_from([1, 1, 2, 3]),
+    )
+    def submit(self, key, size, most, late, n):
         again = self.core.table.keys.get(f"k{key}")
-        if again is not None:
-            self.heard[again] = []  # all of it comes once more
-        content, rid = self.contents.get(f"k{key}"), self.rid(self.core.counters["accepted"] + 1)
+        for choice in self.of(again):
+            self.heard[choice.id] = []  # all of it comes once more
+        content, rid = self.contents.get(f"k{key}"), f"r{self.core.counters['accepted'] + 1}"
         if again is None:
-            content = self.contents[f"k{key}"] = f"{size} {most} {late}".encode()
-        asked = (SECRET, content, rid, (1,) * size, Sampling(max_tokens=most), late)
-        self.tell(Submitted(b"c", f"k{key}", *asked))
+            content = self.contents[f"k{key}"] = f"{size} {most} {late} {n}".encode()
+        asked = (SECRET, content, rid, (1,) * size, Sampling(max_tokens=most, temperature=float(n > 1)), late)
+        self.tell(Submitted(b"c", f"k{key}", *asked, n=n))
 
     @rule(key=st.integers(1, 5), secret=st.sampled_from([SECRET, WRONG]))
     def submit_with_anothers_key(self, key, secret):
@@ -121,25 +132,22 @@ class BrokerUnderFire(RuleBasedStateMachine):
             asked = (secret, b"" if secret == SECRET else self.contents[f"k{key}"], "new", (7,), Sampling(), None)
             self.tell(Submitted(b"thief", f"k{key}", *asked))
 
-    @rule(number=st.integers(1, 6), kind=st.sampled_from([Cancel, Attach]))
-    def ask_with_a_wrong_secret(self, number, kind):
-        self.tell(FromClient(b"thief", kind(rid=self.rid(number), secret=WRONG)))
+    @rule(rid=rids, kind=st.sampled_from([Cancel, Attach]))
+    def ask_with_a_wrong_secret(self, rid, kind):
+        self.tell(FromClient(b"thief", kind(rid=rid, secret=WRONG)))
 
-    @rule(number=st.integers(1, 6), message=st.sampled_from(["cancel", "end"]))
-    def cancel(self, number, message):
-        if self.rid(number) in self.ended:
-            self.heard[self.rid(number)] = []
-            row = self.core.table.rows.get(self.rid(number))
-            if row is not None:
-                self.heard[self.rid(number)] = list(row.output)  # only the Done comes again
-                self.again[self.rid(number)] = None
-        rid = self.rid(number)
+    @rule(rid=rids, message=st.sampled_from(["cancel", "end"]))
+    def cancel(self, rid, message):
+        for choice in self.of(rid):
+            if choice.id in self.ended:
+                self.heard[choice.id] = list(choice.output)  # only the Done comes again
+                self.again[choice.id] = None
         self.tell(FromClient(b"c", Cancel(rid=rid, secret=SECRET) if message == "cancel" else EndRequest(rid=rid)))
 
-    @rule(number=st.integers(1, 6))
-    def attach(self, number):
-        self.heard[self.rid(number)] = []
-        self.tell(FromClient(b"c", Attach(rid=self.rid(number), secret=SECRET, start=0)))
+    @rule(rid=rids, index=st.sampled_from([0, 0, 1, 2]))
+    def attach(self, rid, index):
+        self.heard[choice_id(rid, index)] = []
+        self.tell(FromClient(b"c", Attach(rid=rid, secret=SECRET, start=0, choice=index)))
 
     @rule()
     def inspect(self):
@@ -158,9 +166,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.tell(Detokenized(word.rid, word.start, word.ids, "x" * len(word.ids), counted, word.final))
         if counted is not None:  # from now on all words of it say so
             self.slow = [each for each in self.slow if each.rid != word.rid]
-            row = self.core.table.rows.get(word.rid)
-            if row is not None and not row.stage.ended:
-                self.tell(Detokenized(word.rid, row.asked, (), "", counted, True))
+            choice = self.core.table.choices.get(word.rid)
+            if choice is not None and not choice.stage.ended:
+                self.tell(Detokenized(word.rid, choice.asked, (), "", counted, True))
 
     @rule(iid=iids, incarnation=st.integers(1, 2))
     def ready(self, iid, incarnation):
@@ -175,36 +183,35 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def peer_down(self, iid):
         self.tell(PeerDown(iid))
 
-    @rule(iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), stage=stages)
-    def staged(self, iid, number, attempt, stage):
+    @rule(iid=iids, choice=choices, attempt=st.integers(1, 3), stage=stages)
+    def staged(self, iid, choice, attempt, stage):
         if stage is not Stage.DONE:
-            self.tell(staged(iid, self.rid(number), stage, attempt))
+            self.tell(staged(iid, choice, stage, attempt))
 
     @rule(
         iid=iids,
-        number=st.integers(1, 6),
+        choice=choices,
         attempt=st.integers(1, 3),
         start=st.integers(0, 4),
         size=st.integers(0, 4),
         reason=st.sampled_from([None, None, "stop", "length"]),
     )
-    def tokens(self, iid, number, attempt, start, size, reason):
+    def tokens(self, iid, choice, attempt, start, size, reason):
         ids = range(start, start + size)  # every attempt yields the same ones
-        self.tell(tokens(iid, self.rid(number), start, *ids, attempt=attempt, reason=reason))
+        self.tell(tokens(iid, choice, start, *ids, attempt=attempt, reason=reason))
 
-    @rule(iid=iids, number=st.integers(1, 6), attempt=st.integers(1, 3), retry=st.booleans())
-    def failed(self, iid, number, attempt, retry):
-        self.tell(failed(iid, self.rid(number), retry=retry, attempt=attempt))
+    @rule(iid=iids, choice=choices, attempt=st.integers(1, 3), retry=st.booleans())
+    def failed(self, iid, choice, attempt, retry):
+        self.tell(failed(iid, choice, retry=retry, attempt=attempt))
 
     @rule(
         iid=iids,
         incarnation=st.integers(1, 2),
-        holds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), stages, st.integers(0, 5)), max_size=3),
+        holds=st.lists(st.tuples(choices, st.integers(1, 3), stages, st.integers(0, 5)), max_size=3),
         read=st.sampled_from([0, 1, 2, 3, 9, 999]),
     )
     def heartbeat(self, iid, incarnation, holds, read):
-        held = [Hold(self.rid(number), attempt, stage, outputs) for number, attempt, stage, outputs in holds]
-        self.tell(heartbeat(iid, *held, incarnation=incarnation, read=read))
+        self.tell(heartbeat(iid, *(Hold(*hold) for hold in holds), incarnation=incarnation, read=read))
 
     @rule(wait=seconds)
     def tick(self, wait):
@@ -215,8 +222,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
     def sound(self):
         if hasattr(self, "core"):
             self.core.check()
-            for rid, row in self.core.table.rows.items():
-                assert row.stage.ended == (rid in self.ended)
+            for name, choice in self.core.table.choices.items():
+                assert choice.stage.ended == (name in self.ended)
             assert (deadline := self.core.deadline()) is not None and deadline < self.now + 10
 
     def teardown(self):
@@ -230,7 +237,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
             self.now += 0.7
             self.act(self.core.tick(self.now))
             self.core.check()
-        held = [row for row in self.core.table.rows.values() if row.holder is None]
+        held = [choice for choice in self.core.table.choices.values() if choice.holder is None]
         assert not held, "nobody has it, and nobody gave it up"
 
 

@@ -10,7 +10,8 @@ from tests.core.broker.serving import cancel, done, replies, serving, submit
 from tests.core.build import capacity, ending, staged, tokens
 from tetri.core.actions import Detokenize, Detokenized
 from tetri.core.broker.outbox import Outbox
-from tetri.request import Receipt, Stage, Usage
+from tetri.core.broker.requests import CHOICE_BYTES, LOGPROB_BYTES, OUTPUT_BYTES, TOP_BYTES
+from tetri.request import Receipt, Stage, TokenLogprob, Usage, choice_id
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 
 DONE = Done(
@@ -27,12 +28,12 @@ def messages(*, ended=True):
 
 
 def outbox(*, ended=True, sent=0):
-    made = Outbox("r1", array("I", [5, 6, 7, 8]))
+    made = Outbox("r1", 0, array("I", [5, 6, 7, 8]))
     for message in messages(ended=ended):
         if isinstance(message, Done):
             made.end(message)
         else:
-            made.add(message)
+            made.add(message.start, message.ids, message.text)
     made.send_next(sent)
     return made
 
@@ -68,7 +69,7 @@ def test_what_did_not_arrive_is_found_and_all_after_it_is_unsent():
     made.send_next(5)
     for start, ids, text in ((2, [7], "bé"), (1, [6, 7], "c"), (4, [], ""), (5, [9], "d")):
         assert not made.unsend(Delta(rid="r1", start=start, ids=ids, text=text)) and made.unsent == 0
-    empty = Outbox("r1", array("I"))
+    empty = Outbox("r1", 0, array("I"))
     assert not empty.unsend(DONE) and not empty.unsend(DELTAS[0]) and empty.send_next(1) == []
 
 
@@ -76,7 +77,7 @@ def test_how_many_tokens_there_are_and_a_client_was_sent():
     made = outbox(ended=False)
     sent = [(made.tokens_sent, len(made.send_next(1))) for _ in range(4)]
     assert sent == [(0, 1), (1, 1), (3, 1), (4, 0)]
-    assert (made.tokens, made.text_bytes, Outbox("r1", array("I")).tokens) == (4, 4, 0)
+    assert (made.tokens, made.text_bytes, Outbox("r1", 0, array("I")).tokens) == (4, 4, 0)
     assert made.done is None and outbox().done == DONE
 
 
@@ -87,12 +88,12 @@ COUNT = 8
 
 def large(**limits):
     """A broker whose limits are far away."""
-    workers = [(iid, {"capacity": capacity(blocks=1 << 16, context=1 << 16)}) for iid in ("p1", "d1")]
+    workers = [(iid, {"capacity": capacity(blocks=1 << 16, context=1 << 16, max_batch=16)}) for iid in ("p1", "d1")]
     return serving(*workers, limits={"context": 1 << 16, "vocabulary": 1 << 16, **limits})
 
 
-def taken(prompt, output):
-    """Bytes that a request takes with so many tokens, each with a Delta of its own and four bytes of text."""
+def taken(prompt, output, n=1, **asked):
+    """Bytes that a request takes with so many tokens a choice, each with a Delta of its own and four bytes of text."""
     told = large()
     rids = [f"r{number}" for number in range(COUNT)]
 
@@ -103,12 +104,15 @@ def taken(prompt, output):
 
     tracemalloc.start()
     for rid in rids:
-        asked = submit(rid, range(300, 300 + prompt), max_tokens=4000)
-        tell(replace(asked, rid=rid, content=rid.encode()))
-        del asked
+        made = submit(rid, range(300, 300 + prompt), max_tokens=4000, n=n, **asked)
+        tell(replace(made, rid=rid, content=rid.encode()))
+        del made
     for index in range(output):
-        for rid in rids:
-            tell(tokens("d1" if index else "p1", rid, index, 300 + index))
+        for rid in [choice_id(rid, number) for rid in rids for number in range(n)]:
+            token = 300 + index
+            if "logprobs" in asked:
+                token = TokenLogprob(token, -1.5 * index, {token + place: -0.5 * place for place in range(21)})
+            tell(tokens("d1" if index else "p1", rid, index, token))
             if not index:
                 tell(staged("d1", rid, Stage.DECODE))
     size, _ = tracemalloc.get_traced_memory()
@@ -121,6 +125,12 @@ def test_a_token_of_a_prompt_takes_at_most_8_bytes_and_one_of_the_output_24():
     """The differences of two lengths: what every request takes does not count. No string nor number is shared."""
     assert (taken(3000, 1) - taken(1000, 1)) / 2000 <= 8
     assert (taken(10, 1200) - taken(10, 200)) / 1000 <= 24
+
+
+def test_a_further_choice_takes_at_most_2_kib_and_a_token_with_20_likely_ones_at_most_312():
+    assert (taken(10, 1, n=9) - taken(10, 1)) / 8 <= CHOICE_BYTES == 2048
+    most = OUTPUT_BYTES + LOGPROB_BYTES + 20 * TOP_BYTES
+    assert (taken(10, 260, logprobs=20) - taken(10, 60, logprobs=20)) / 200 <= most == 312
 
 
 def test_a_request_counts_with_all_that_it_may_produce_and_then_with_what_it_has():

@@ -23,12 +23,11 @@ from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Members
 from tetri.core.broker.notes import notes
-from tetri.core.broker.requests import Row, Table, needed_bytes
+from tetri.core.broker.requests import Request, Table, needed_bytes
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import DEFAULT_TOKENS
 from tetri.wire.clients import Attach, Cancel, ChangeRole, EndRequest, Inspect, MonitorStatus, Status
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
@@ -105,7 +104,7 @@ class Broker:
             elif what == "silence":
                 actions += self._silent(who, now)
             else:
-                actions += self._row_timer(what, self.table.rows[who], now)
+                actions += self._request_timer(what, who, now)
         return [*actions, *self.members.publish_due(now), *self.delivery.connections.tick(now)]
 
     def deadline(self) -> float | None:
@@ -118,10 +117,10 @@ class Broker:
         self.table.check()
         self.delivery.connections.check(self.table)
         self.flips.check()
-        for row in self.table.active():
-            placed = self.members.by_iid.get(row.holder) if row.holder else None
-            if row.reason is None and row.holder is not None and (placed is None or placed.lost is not None):
-                raise Broken(f"{row.rid} is held by {row.holder}, which is lost or unknown")
+        for choice in self.table.active():
+            placed = self.members.by_iid.get(choice.holder) if choice.holder else None
+            if choice.reason is None and choice.holder is not None and (placed is None or placed.lost is not None):
+                raise Broken(f"{choice.id} is held by {choice.holder}, which is lost or unknown")
 
     # ------------------------------------------------------------ workers
 
@@ -132,7 +131,7 @@ class Broker:
         before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
         if before is not None and before.lost is not None and replaced is None:
-            actions += self.lifecycle.back(before, now)
+            self.lifecycle.back(before)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.counters["workers_replaced"] += 1
@@ -184,7 +183,7 @@ class Broker:
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
             self.members.lose(member, None)
-            actions += self.lifecycle.back(member, now)
+            self.lifecycle.back(member)
             self.timers.set(("silence", member.iid), now + self.limits.dead_s)
             actions += self.lifecycle.place_waiting(now)
         match event:
@@ -212,45 +211,46 @@ class Broker:
     def _submit(self, event: Submitted, now: float) -> list[Action]:
         if event.key in self.table.keys:
             return self._submit_again(event, now)
-        prompt, retry_after_s = len(event.prompt), None
-        sampling = event.sampling.limited(self._default_tokens(prompt))
+        prompt, n, retry_after_s = len(event.prompt), event.n, None
+        sampling = event.sampling.limited(self._default_tokens(event))
         most = sampling.max_tokens
         why = self.delivery.problem(event, sampling) or self.members.too_long(prompt, prompt + most)
-        size = needed_bytes(prompt, most)
-        if why is None and (why := self.full(size)) is not None:
+        why = why or self.members.too_many(prompt, n)
+        if why is None and (why := self.full(needed_bytes(prompt, most, n, sampling))) is not None:
             retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1
             return [refuse(event.client, event.key, why, retry_after_s)]
         self.counters["accepted"] += 1
-        row, actions = self.delivery.admit(event, sampling, now)
-        if row.deadline is not None:
-            self.timers.set(("deadline", row.rid), row.deadline)
-        return [*actions, *self.lifecycle.place(row, now)]
+        request, actions = self.delivery.admit(event, sampling, now)
+        if request.deadline is not None:
+            self.timers.set(("deadline", request.rid), request.deadline)
+        return [*actions, *self.lifecycle.place(request.choices, now)]
 
-    def _default_tokens(self, prompt: int) -> int:
+    def _default_tokens(self, event: Submitted) -> int:
         """The limit of a request that names none. At least 1: where nothing fits, that is refused."""
+        prompt = len(event.prompt)
         space = min(self.limits.context - prompt, self.members.output_limit(prompt))
-        return max(1, int(min(space, DEFAULT_TOKENS)))
+        return max(1, int(min(space, event.default_tokens)))
 
     def full(self, size: int, others: int = 0) -> str | None:
         """Why no further request of `size` bytes is accepted at the moment; None if one is. `others`: requests that
-        come before it."""
+        come before it. Each choice of a request is one that is open."""
         count, held = self.table.open + others, self.table.weight
         if count >= self.limits.max_open:
-            return f"{count} requests are open, try later"
+            return f"{count} choices are open, try later"
         if held + size > self.limits.max_mib << 20:
             return f"the requests here may need {held / 2**20:.0f} of {self.limits.max_mib} MiB, try later"
         return None
 
     def _submit_again(self, event: Submitted, now: float) -> list[Action]:
         """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""
-        row = self.table.rows[self.table.keys[event.key]]
-        if not row.repeated_by(event):
+        request = self.table.requests[self.table.keys[event.key]]
+        if not request.repeated_by(event):
             self.counters["refused"] += 1
             return [refuse(event.client, event.key, ANOTHERS)]
-        self.lifecycle.remember(row, now)
-        return self.delivery.again(row, event.client, now)
+        self.lifecycle.remember(request, now)
+        return self.delivery.again(request, event.client, now)
 
     def _client(self, event: FromClient, now: float) -> list[Action]:
         message = event.message
@@ -259,57 +259,67 @@ class Broker:
         if isinstance(message, ChangeRole):
             return [*self.flips.ask(event.client, message, now), *self.lifecycle.place_waiting(now)]
         assert isinstance(message, Cancel | Attach | EndRequest)
-        row = self.table.named(message.rid)
+        request = self.table.named(message.rid)
         # A wrong secret gets the answer to an unknown rid, which does not tell whether there is such a request.
-        if row is None or not (isinstance(message, EndRequest) or row.owned_by(message.secret)):
+        if request is None or not (isinstance(message, EndRequest) or request.owned_by(message.secret)):
             return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
         if isinstance(message, Attach):
-            self.timers.clear(("grace", row.rid))
-            self.lifecycle.remember(row, now)
-            return self.delivery.attach(row, event.client, message.start, now)
-        if row.outbox.done is not None:
-            return [Reply(event.client, row.outbox.done)]
-        if event.client != row.client:
-            row.watchers.append(event.client)
-        return self.lifecycle.end(row, "cancelled", now)
+            return self._attach(event.client, message, request, now)
+        ended = [choice.outbox.done for choice in request.choices if choice.outbox.done is not None]
+        if len(ended) < len(request.choices) and event.client != request.client:
+            request.watchers.append(event.client)
+        replies = [Reply(event.client, done) for done in ended]
+        return [*replies, *self.lifecycle.end_all(request.choices, "cancelled", now)]
+
+    def _attach(self, client: bytes, message: Attach, request: Request, now: float) -> list[Action]:
+        if message.choice >= len(request.choices):
+            why = f"the request has {len(request.choices)} choices, and none of index {message.choice}"
+            return [refuse(client, message.rid, why)]
+        self.timers.clear(("grace", request.rid))
+        self.lifecycle.remember(request, now)
+        return self.delivery.attach(request.choices[message.choice], client, message.start, now)
 
     def _detokenized(self, event: Detokenized, now: float) -> list[Action]:
-        row = self.table.rows.get(event.rid)
-        if row is None or row.outbox.done is not None:
+        choice = self.table.choices.get(event.rid)
+        if choice is None or choice.outbox.done is not None:
             return []
-        ending = row.reason is not None
-        actions = self.delivery.detokenized(row, event, now)
-        found = row.reason is not None and not ending  # a stop text
-        return [*actions, *self.lifecycle.finish(row, now)] if found or event.final else actions
+        ending = choice.reason is not None
+        actions = self.delivery.detokenized(choice, event, now)
+        found = choice.reason is not None and not ending  # a stop text
+        return [*actions, *self.lifecycle.finish(choice, now)] if found or event.final else actions
 
     def _undelivered(self, event: Undelivered, now: float) -> list[Action]:
-        for row in self.delivery.undelivered(event, now):
-            self.timers.set(("grace", row.rid), now + self.limits.client_grace_s)
+        for request in self.delivery.undelivered(event, now):
+            self.timers.set(("grace", request.rid), now + self.limits.client_grace_s)
         return []
 
-    def _row_timer(self, what: str, row: Row, now: float) -> list[Action]:
+    def _request_timer(self, what: str, who: str, now: float) -> list[Action]:
+        """Handle a due timer: of a choice if it is `patience`, else of a request."""
+        if what == "patience":
+            why = f"no prefill instance for {self.limits.patience_s:g} s"
+            return self.lifecycle.end(self.table.choices[who], "error", now, why)
+        request = self.table.requests[who]
         match what:
             case "forget":
                 # A slow client has not got the end yet. Not `client_grace_s`, which may be 0: this would never end.
-                if self.delivery.connections.waits(row) and now - row.stage_at < self.limits.patience_s:
-                    self.timers.set(("forget", row.rid), now + SLOW_S)
+                if self.delivery.connections.waits(request) and now - request.ended_at < self.limits.patience_s:
+                    self.timers.set(("forget", request.rid), now + SLOW_S)
                     return []
-                self.timers.clear(("grace", row.rid))
-                self.delivery.connections.leave(row)
-                self.table.forget(row.rid)
+                self.timers.clear(("grace", request.rid))
+                self.delivery.connections.leave(request)
+                self.table.forget(request.rid)
                 return []
             case "grace":
-                return self.lifecycle.end(row, "cancelled", now) if row.client is None else []
+                gone = request.client is None
+                return self.lifecycle.end_all(request.choices, "cancelled", now) if gone else []
             case "deadline":
-                return self.lifecycle.end(row, "deadline", now)
+                return self.lifecycle.end_all(request.choices, "deadline", now)
             case "verdict":
-                return self.lifecycle.judge(row, now)
-            case "patience":
-                return self.lifecycle.end(row, "error", now, f"no prefill instance for {self.limits.patience_s:g} s")
+                return self.lifecycle.judge(request, now)
         raise Broken(f"unknown timer {what}")
 
     def status(self, now: float) -> Status:
-        """The answer to Inspect: instances, open requests by stage, counters and the newest cluster view."""
+        """The answer to Inspect: instances, open choices by stage, counters and the newest cluster view."""
         counters = dict(sorted(self.counters.items()))
         instances, requests = self.members.status(), self.table.counts()
         monitor = None

@@ -1,7 +1,7 @@
-"""The connections of clients: which requests stream to each, which do not read, and which may have vanished.
+"""The connections of clients: which choices stream to each, which do not read, and which may have vanished.
 
-A client that does not read is blocked as a whole: one message of all its requests is tried again, after longer and
-longer pauses. Once a message gets through, its requests continue in order, a limited number of messages at a time.
+A client that does not read is blocked as a whole: one message of all its choices is tried again, after longer and
+longer pauses. Once a message gets through, its choices continue in order, a limited number of messages at a time.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tetri.core.actions import Action, Broken, Reply
-from tetri.core.broker.requests import Row, Table
+from tetri.core.broker.requests import Choice, Request, Table
 from tetri.core.timers import Timers
 from tetri.wire.clients import Delta
 
-BATCH = 64  # messages sent at a time from one request or by one tick: a millisecond or two of the broker's loop
+BATCH = 64  # messages sent at a time from one choice or by one tick: a millisecond or two of the broker's loop
 LONGEST_PAUSE_S = 2.0  # between two probes of a blocked client
 
 
 @dataclass(slots=True)
 class Connection:
-    """One client. `rows`: its open requests by rid. `backlog`: its requests with unsent messages, ended ones too, in
-    the order in which they continue. `sent_at`: when the last message was sent to it. `pause_s`: of the last probe."""
+    """One client. `choices`: those of its requests that are open, by id. `backlog`: those with unsent messages, ended
+    ones too, in the order in which they continue. `sent_at`: when the last message was sent to it. `pause_s`: of the
+    last probe."""
 
     sent_at: float
-    rows: dict[str, Row] = field(default_factory=dict)
-    backlog: dict[str, Row] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    backlog: dict[str, Choice] = field(default_factory=dict)
     blocked: bool = False  # its queue is full: nothing is sent before the next probe
     probing: bool = False  # a probe was sent; it has arrived unless the client is blocked again by the next tick
     pause_s: float = 0.0
@@ -44,104 +45,113 @@ class Connections:
 
     # ------------------------------------------------------------ requests
 
-    def stream(self, row: Row, client: bytes, now: float) -> None:
-        """Let a request stream to this client, and no longer to the one before. `attached` or `deliver` follows."""
-        if row.client != client:
-            self.leave(row)
-        row.client = client
+    def stream(self, request: Request, client: bytes, now: float) -> None:
+        """Let a request stream to this client, and no longer to the one before. Unsent messages are sent at the next
+        tick, or at once those of a choice for which `attached` follows."""
+        if request.client != client:
+            self.leave(request)
+        request.client = client
         connection = self._of(client, now)
-        connection.backlog.pop(row.rid, None)
-        if not row.stage.ended:
-            connection.rows[row.rid] = row
-            if client not in self._quiet_at:
-                self._quiet_at.set(client, now + self._quiet_s)
+        for choice in request.choices:
+            if not choice.stage.ended:
+                connection.choices[choice.id] = choice
+            if choice.outbox.unsent:
+                connection.backlog[choice.id] = choice
+            else:
+                connection.backlog.pop(choice.id, None)
+        if connection.choices and client not in self._quiet_at:
+            self._quiet_at.set(client, now + self._quiet_s)
+        if connection.backlog and not connection.blocked:
+            self._resume_at.set(client, now)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, request: Request) -> None:
         """Stop streaming a request to its client, if it has one."""
-        connection = None if row.client is None else self._connections.get(row.client)
+        connection = None if request.client is None else self._connections.get(request.client)
         if connection is not None:
-            assert row.client is not None
-            connection.rows.pop(row.rid, None)
-            connection.backlog.pop(row.rid, None)
-            self._settle(row.client, connection)
+            assert request.client is not None
+            for choice in request.choices:
+                connection.choices.pop(choice.id, None)
+                connection.backlog.pop(choice.id, None)
+            self._settle(request.client, connection)
 
-    def ended(self, row: Row) -> None:
-        """A request has ended. Its unsent messages are still sent."""
-        connection = None if row.client is None else self._connections.get(row.client)
+    def ended(self, choice: Choice) -> None:
+        """A choice has ended. Its unsent messages are still sent."""
+        client = choice.request.client
+        connection = None if client is None else self._connections.get(client)
         if connection is not None:
-            assert row.client is not None
-            connection.rows.pop(row.rid, None)
-            self._settle(row.client, connection)
+            assert client is not None
+            connection.choices.pop(choice.id, None)
+            self._settle(client, connection)
 
-    def waits(self, row: Row) -> bool:
+    def waits(self, request: Request) -> bool:
         """Whether a request has unsent messages for a connected client."""
-        connection = None if row.client is None else self._connections.get(row.client)
-        return connection is not None and row.rid in connection.backlog
+        connection = None if request.client is None else self._connections.get(request.client)
+        return connection is not None and any(choice.id in connection.backlog for choice in request.choices)
 
     # ------------------------------------------------------------ sending
 
-    def deliver(self, row: Row, now: float) -> list[Action]:
-        """Send the unsent messages of a request, at most `BATCH` at once, unless its client is gone or blocked."""
-        client = row.client
-        if client is None or not row.outbox.unsent:
+    def deliver(self, choice: Choice, now: float) -> list[Action]:
+        """Send the unsent messages of a choice, which has a new one, at most `BATCH` at once, unless its client is gone
+        or blocked."""
+        client = choice.request.client
+        if client is None:
             return []
         connection = self._of(client, now)
-        if row.rid in connection.backlog:
+        if choice.id in connection.backlog:
             return []
         if connection.blocked:
-            connection.backlog[row.rid] = row
+            connection.backlog[choice.id] = choice
             return []
-        return self._send(row, client, connection, BATCH, now)
+        return self._send(choice, client, connection, BATCH, now)
 
-    def attached(self, row: Row, start: int, now: float) -> list[Action]:
-        """Answer an Attach of the request's client: its unsent messages, or an empty Delta if there are none. A
-        blocked client has probably read, since it asks: probe it at once."""
-        client = row.client
+    def attached(self, choice: Choice, start: int, now: float) -> list[Action]:
+        """Answer an Attach of the request's client: the choice's unsent messages, or an empty Delta if there are none.
+        A blocked client has probably read, since it asks: probe it at once."""
+        client = choice.request.client
         assert client is not None
         connection = self._of(client, now)
-        if not row.outbox.unsent:
-            connection.sent_at = now
-            self._settle(client, connection)
-            return [Reply(client, Delta(rid=row.rid, start=start, ids=[], text=""))]
-        if not connection.blocked:
-            return self.deliver(row, now)
-        connection.blocked, connection.probing = False, True
-        self._resume_at.set(client, now)
-        return self._send(row, client, connection, 1, now)
-
-    def _send(self, row: Row, client: bytes, connection: Connection, most: int, now: float) -> list[Action]:
-        messages = row.outbox.send_next(most)
-        connection.sent_at = now
-        if len(messages) == most and row.outbox.unsent:
-            connection.backlog[row.rid] = row
+        connection.backlog.pop(choice.id, None)
+        most = BATCH
+        if choice.outbox.unsent and connection.blocked:
+            connection.blocked, connection.probing, most = False, True, 1
             self._resume_at.set(client, now)
-        elif not connection.rows:
+        actions = self._send(choice, client, connection, most, now)
+        self._settle(client, connection)
+        return actions or [Reply(client, _empty(choice, start))]
+
+    def _send(self, choice: Choice, client: bytes, connection: Connection, most: int, now: float) -> list[Action]:
+        messages = choice.outbox.send_next(most)
+        connection.sent_at = now
+        if len(messages) == most and choice.outbox.unsent:
+            connection.backlog[choice.id] = choice
+            self._resume_at.set(client, now)
+        elif not connection.choices:
             self._settle(client, connection)
         return [Reply(client, message) for message in messages]
 
     # ------------------------------------------------------------ what did not arrive
 
-    def full(self, row: Row, now: float) -> None:
-        """A message of the request, which is unsent again, did not fit into the queue of its client."""
-        client = row.client
+    def full(self, choice: Choice, now: float) -> None:
+        """A message of the choice, which is unsent again, did not fit into the queue of its client."""
+        client = choice.request.client
         assert client is not None
         connection = self._of(client, now)
-        connection.backlog[row.rid] = row
+        connection.backlog[choice.id] = choice
         if not connection.blocked:
             connection.pause_s = min(2 * connection.pause_s, LONGEST_PAUSE_S) if connection.probing else self._retry_s
             connection.blocked, connection.probing = True, False
             self._resume_at.set(client, now + connection.pause_s)
 
-    def gone(self, client: bytes) -> list[Row]:
+    def gone(self, client: bytes) -> list[Request]:
         """A client has disconnected. Returns its open requests, which now have no client."""
         connection = self._connections.pop(client, None)
         if connection is None:
             return []
         self._resume_at.clear(client)
         self._quiet_at.clear(client)
-        for row in (connection.rows | connection.backlog).values():
-            row.client = None
-        return [*connection.rows.values()]
+        for choice in (connection.choices | connection.backlog).values():
+            choice.request.client = None
+        return [*dict.fromkeys(choice.request for choice in connection.choices.values())]
 
     # ------------------------------------------------------------ time
 
@@ -171,9 +181,9 @@ class Connections:
         left = 1 if connection.probing else most
         actions: list[Action] = []
         while left > len(actions) and connection.backlog:
-            rid, row = next(iter(connection.backlog.items()))
-            del connection.backlog[rid]
-            actions += self._send(row, client, connection, left - len(actions), now)
+            name, choice = next(iter(connection.backlog.items()))
+            del connection.backlog[name]
+            actions += self._send(choice, client, connection, left - len(actions), now)
         if connection.probing or connection.backlog:
             self._resume_at.set(client, now)
         else:
@@ -181,17 +191,17 @@ class Connections:
         return actions
 
     def _sign(self, client: bytes, connection: Connection, most: int, now: float) -> list[Action]:
-        """Send a quiet client an empty Delta of one of its requests, of each in turn."""
+        """Send a quiet client an empty Delta of one of its open choices, of each in turn."""
         if connection.backlog or now < connection.sent_at + self._quiet_s:
             later = now if connection.backlog else connection.sent_at
             self._quiet_at.set(client, later + self._quiet_s)
             return []
         self._quiet_at.set(client, now + self._quiet_s)
         connection.sent_at = now
-        rid, row = next(iter(connection.rows.items()))
-        del connection.rows[rid]
-        connection.rows[rid] = row
-        return [Reply(client, Delta(rid=rid, start=row.outbox.tokens_sent, ids=[], text=""))]
+        name, choice = next(iter(connection.choices.items()))
+        del connection.choices[name]
+        connection.choices[name] = choice
+        return [Reply(client, _empty(choice, choice.outbox.tokens_sent))]
 
     # ------------------------------------------------------------ upkeep
 
@@ -203,25 +213,31 @@ class Connections:
 
     def _settle(self, client: bytes, connection: Connection) -> None:
         """Clear the timers that have no purpose any more, and forget a connection without requests."""
-        if connection.rows:
-            return
-        self._quiet_at.clear(client)
-        if not connection.backlog and not connection.probing:
+        waits = connection.backlog or connection.probing
+        if not (waits or (connection.blocked and connection.choices)):
             self._resume_at.clear(client)
-            self._connections.pop(client, None)
+        if not connection.choices:
+            self._quiet_at.clear(client)
+            if not waits:
+                self._connections.pop(client, None)
 
     def check(self, table: Table) -> None:
         """Compare the connections with the request table. Raises Broken."""
         for client, connection in self._connections.items():
-            if not (connection.rows or connection.backlog or connection.probing):
+            if not (connection.choices or connection.backlog or connection.probing):
                 raise Broken(f"the connection of client {client!r} has no purpose")
             waits = bool(connection.blocked or connection.probing or connection.backlog)
-            if waits != (client in self._resume_at) or bool(connection.rows) != (client in self._quiet_at):
+            if waits != (client in self._resume_at) or bool(connection.choices) != (client in self._quiet_at):
                 raise Broken(f"client {client!r} has a timer too many or too few")
-        listed = {rid: client for client, each in self._connections.items() for rid in each.rows}
-        waiting = {rid: client for client, each in self._connections.items() for rid in each.backlog}
-        rows = [row for row in table.rows.values() if row.client is not None]
-        if listed != {row.rid: row.client for row in rows if not row.stage.ended}:
-            raise Broken("the open requests by client are out of date")
-        if waiting != {row.rid: row.client for row in rows if row.outbox.unsent}:
-            raise Broken("the unsent requests by client are out of date")
+        listed = {name: client for client, each in self._connections.items() for name in each.choices}
+        waiting = {name: client for client, each in self._connections.items() for name in each.backlog}
+        choices = [choice for choice in table.choices.values() if choice.request.client is not None]
+        if listed != {choice.id: choice.request.client for choice in choices if not choice.stage.ended}:
+            raise Broken("the open choices by client are out of date")
+        if waiting != {choice.id: choice.request.client for choice in choices if choice.outbox.unsent}:
+            raise Broken("the unsent choices by client are out of date")
+
+
+def _empty(choice: Choice, start: int) -> Delta:
+    """A Delta without anything new."""
+    return Delta(rid=choice.request.rid, start=start, ids=[], text="", choice=choice.index)

@@ -1,14 +1,15 @@
-"""Delivery to clients: validates requests, keeps the messages of each request in its outbox and sends them."""
+"""Delivery to clients: validates requests, keeps the messages of each choice in its outbox and sends them."""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
-from tetri.core.broker.requests import TEXT_BYTES, Row, Table, needed_bytes
+from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
 from tetri.request import Sampling, Stage, Token, Usage, choices_problem, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
@@ -42,7 +43,7 @@ _NAMES = [(stage, stage.value) for stage in Stage]
 
 
 class Delivery:
-    """Opens and closes rows for clients and fills their outboxes. Shares the broker's request table."""
+    """Opens requests and closes choices for clients, and fills their outboxes. Shares the broker's request table."""
 
     def __init__(self, table: Table, limits: Limits, rng: Random) -> None:
         self.table, self.limits, self.rng = table, limits, rng
@@ -58,110 +59,124 @@ class Delivery:
             return "the prompt is empty: give at least one token"
         if (wrong := problem_of_length(prompt, context)) is not None:
             return wrong
-        if min(event.prompt) < 0 or max(event.prompt) >= self.limits.vocabulary:
-            return f"a prompt token is outside the model's vocabulary of {self.limits.vocabulary}"
+        if (wrong := self._unknown_id(event.prompt, sampling)) is not None:
+            return f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}"
         if prompt + most > context:
             return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
         if sampling.min_tokens > most:
             return f"min_tokens is {sampling.min_tokens}, after this prompt there is space for {most}"
-        if (size := needed_bytes(prompt, most)) > self.limits.max_mib << 20:
+        if (size := needed_bytes(prompt, most, event.n, sampling)) > self.limits.max_mib << 20:
             return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
         return None
 
-    def admit(self, event: Submitted, sampling: Sampling, now: float) -> tuple[Row, list[Action]]:
-        """Open a row. A sampled request gets a seed if it has none: a later attempt on another worker can then
-        continue the same output."""
+    def _unknown_id(self, prompt: Sequence[int], sampling: Sampling) -> str | None:
+        """Which ids of a request are not in the vocabulary; None if all are."""
+        vocabulary = self.limits.vocabulary
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            return "a prompt token"
+        if max(sampling.logit_bias, default=0) >= vocabulary:
+            return "an id of logit_bias"
+        return "an id of stop_token_ids" if max(sampling.stop_token_ids, default=0) >= vocabulary else None
+
+    def admit(self, event: Submitted, sampling: Sampling, now: float) -> tuple[Request, list[Action]]:
+        """Open a request. A sampled one gets a seed if it has none: a later attempt on another worker can then continue
+        the same output."""
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
         arrival = now - event.waited_s
-        deadline = None if event.deadline_s is None else arrival + event.deadline_s
-        row = Row(
-            *(event.rid, event.key, event.client, array("I", event.prompt), sampling),
-            *(arrival, Stage.QUEUED, arrival, deadline),
+        request = Request(
+            *(event.rid, event.key, event.client, array("I", event.prompt), arrival),
+            deadline=None if event.deadline_s is None else arrival + event.deadline_s,
             secret=event.secret,
             content=event.content,
         )
-        self.table.add(row)
-        self.connections.stream(row, event.client, now)
-        return row, [Reply(event.client, _accepted(row))]
+        request.choices = [Choice(request, index, sampling.for_choice(index)) for index in range(event.n)]
+        self.table.add(request)
+        self.connections.stream(request, event.client, now)
+        return request, [Reply(event.client, _accepted(request))]
 
-    def again(self, row: Row, client: bytes, now: float) -> list[Action]:
-        """The answer to a repeated Submit: Accepted and everything from the first token."""
-        return [Reply(client, _accepted(row)), *self.attach(row, client, 0, now)]
+    def again(self, request: Request, client: bytes, now: float) -> list[Action]:
+        """The answer to a repeated Submit: Accepted and everything from the first token of each choice."""
+        for choice in request.choices:
+            choice.outbox.send_from(0)
+        return [Reply(client, _accepted(request)), *self.attach(request.choices[0], client, 0, now)]
 
-    def attach(self, row: Row, client: bytes, start: int, now: float) -> list[Action]:
-        """Send the client everything from token `start` on, or an empty Delta if there is nothing yet. The client
-        replaces the row's earlier one."""
-        row.outbox.send_from(start)
-        self.connections.stream(row, client, now)
-        return self.connections.attached(row, start, now)
+    def attach(self, choice: Choice, client: bytes, start: int, now: float) -> list[Action]:
+        """Send the client everything of a choice from token `start` on, or an empty Delta if there is nothing yet. The
+        client replaces the request's earlier one."""
+        choice.outbox.send_from(start)
+        self.connections.stream(choice.request, client, now)
+        return self.connections.attached(choice, start, now)
 
-    def undelivered(self, event: Undelivered, now: float) -> list[Row]:
-        """Mark a message that did not reach its client as unsent. Returns the open rows that have lost their client."""
+    def undelivered(self, event: Undelivered, now: float) -> list[Request]:
+        """Mark a message that did not reach its client as unsent. Returns the open requests that have lost their
+        client."""
         message = event.message
         if isinstance(message, Delta | Done):
-            row = self.table.rows.get(message.rid)
-            if row is not None and row.client == event.client and row.outbox.unsend(message):
-                self.connections.full(row, now)
+            request = self.table.requests.get(message.rid)
+            if request is not None and request.client == event.client:
+                choice = request.choices[message.choice]
+                if choice.outbox.unsend(message):
+                    self.connections.full(choice, now)
         return self.connections.gone(event.client) if event.gone else []
 
-    def detokenize(self, row: Row, *, final: bool) -> list[Action]:
+    def detokenize(self, choice: Choice, *, final: bool) -> list[Action]:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
-        start, row.asked = row.asked, len(row.output)
-        ids, sampling = tuple(row.output[start:]), row.sampling
-        return [Detokenize(row.rid, start, ids, tuple(sampling.stop), final, sampling.min_tokens)]
+        start, choice.asked = choice.asked, len(choice.output)
+        ids, sampling = tuple(choice.output[start:]), choice.sampling
+        return [Detokenize(choice.id, start, ids, tuple(sampling.stop), final, sampling.min_tokens)]
 
-    def detokenized(self, row: Row, event: Detokenized, now: float) -> list[Action]:
-        """Send the text that the detokenizer returned. A stop text in it ends the request; tokens after the stop text
+    def detokenized(self, choice: Choice, event: Detokenized, now: float) -> list[Action]:
+        """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text
         are cut off the output."""
         ids: list[Token] = list(event.ids)
+        start, text = event.start, event.text
         if event.counted is not None:
-            del row.output[event.counted :]
-            del ids[max(event.counted - event.start, 0) :]
-            row.asked, row.reason, row.error = len(row.output), "stop", None
-        if ids or event.text:
-            delta = Delta(rid=row.rid, start=event.start, ids=ids, text=event.text)
-            if row.outbox.add(delta) > TEXT_BYTES * row.sampling.max_tokens:
-                self.table.weigh(row)
-        return self.connections.deliver(row, now)
+            choice.cut(event.counted)
+            del ids[max(event.counted - start, 0) :]
+            choice.asked, choice.reason, choice.error = len(choice.output), "stop", None
+        if not (ids or text):
+            return []
+        if choice.logprobs is not None:
+            ids = choice.logprobs[start : start + len(ids)]
+        if choice.outbox.add(start, ids, text) > TEXT_BYTES * choice.sampling.max_tokens:
+            self.table.weigh(choice.request)
+        return self.connections.deliver(choice, now)
 
-    def finish(self, row: Row, now: float) -> list[Action]:
-        """Close the row: append the Done, the last message of its outbox, and send it to watchers too."""
-        assert row.reason is not None
-        self.table.move(row, _STAGE_OF.get(row.reason, Stage.DONE), now)
+    def finish(self, choice: Choice, now: float) -> list[Action]:
+        """Close a choice: append the Done, the last message of its outbox, and send it to watchers too."""
+        assert choice.reason is not None
+        request = choice.request
+        self.table.move(choice, _STAGE_OF.get(choice.reason, Stage.DONE), now)
         done = Done(
-            rid=row.rid,
-            reason=row.reason,
-            usage=Usage(prompt_tokens=len(row.prompt), completion_tokens=len(row.output)),
-            timeline={name: row.spent[stage] for stage, name in _NAMES if stage in row.spent},
-            ttft_s=None if row.first_at is None else row.first_at - row.arrival,
-            jct_s=now - row.arrival,
-            receipt=row.receipt(),
-            error=row.error,
+            rid=request.rid,
+            reason=choice.reason,
+            usage=Usage(prompt_tokens=len(request.prompt), completion_tokens=len(choice.output)),
+            timeline={name: choice.spent[stage] for stage, name in _NAMES if stage in choice.spent},
+            ttft_s=None if choice.first_at is None else choice.first_at - request.arrival,
+            jct_s=now - request.arrival,
+            receipt=choice.receipt(),
+            error=choice.error,
+            choice=choice.index,
         )
-        row.outbox.end(done)
-        watchers = [Reply(client, done) for client in row.watchers]
-        actions = [*self.connections.deliver(row, now), *watchers, Release(row.rid)]
-        self.connections.ended(row)
+        choice.outbox.end(done)
+        others = dict.fromkeys(client for client in request.watchers if client != request.client)
+        watchers = [Reply(client, done) for client in others]
+        actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
+        self.connections.ended(choice)
         return actions
 
 
 def problem_without_prompt(asked: Submitted | Submit) -> str | None:
     """As `Delivery.problem`, but only what does not depend on the prompt, which may not be tokenized yet."""
-    wrong, secret, deadline_s = sampling_problem(asked.sampling), asked.secret, asked.deadline_s
-    if wrong is not None:
+    secret, deadline_s = asked.secret, asked.deadline_s
+    if (wrong := sampling_problem(asked.sampling, asked.default_tokens)) is not None:
         return wrong
     if len(secret) < SECRET_CHARS:
         return f"the secret has {len(secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:
         return f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g}, got {deadline_s:g}"
-    if (wrong := choices_problem(asked.n, asked.sampling)) is not None:
-        return wrong
-    if asked.n > 1:
-        return "n above 1 is not served yet"
-    if asked.sampling.logprobs is not None or asked.sampling.logit_bias or asked.sampling.stop_token_ids:
-        return "logprobs, logit_bias and stop_token_ids are not served yet"
-    return None
+    return choices_problem(asked.n, asked.sampling)
 
 
 def problem_of_length(prompt: int, context: int) -> str | None:
@@ -171,8 +186,9 @@ def problem_of_length(prompt: int, context: int) -> str | None:
     return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
 
 
-def _accepted(row: Row) -> Accepted:
-    return Accepted(key=row.key, rid=row.rid, prompt_tokens=len(row.prompt), max_tokens=row.sampling.max_tokens)
+def _accepted(request: Request) -> Accepted:
+    prompt, most = len(request.prompt), request.choices[0].sampling.max_tokens
+    return Accepted(key=request.key, rid=request.rid, prompt_tokens=prompt, max_tokens=most)
 
 
 def refuse(client: bytes, key: str, why: str, retry_after_s: float | None = None) -> Reply:

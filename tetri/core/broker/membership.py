@@ -11,7 +11,7 @@ from tetri.core.actions import Action, Connect, Disconnect, Send
 from tetri.core.broker.compatibility import Compatibility, Found
 from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
-from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio
+from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio, blocks_for
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.messages import FromWorker, Heartbeat, Load, Membership, Ready
 
@@ -68,6 +68,7 @@ class Members:
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
+        self._decoders: list[Capacity] = []  # of the live ones
         self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
 
@@ -205,6 +206,20 @@ class Members:
                 return f"{tokens} tokens fit into no {phase} instance: the largest holds {most}"
         return None
 
+    def too_many(self, prompt: int, n: int) -> str | None:
+        """Why no live decode instance can begin `n` choices of a prompt at once, each with a copy of its KV; None if
+        one can."""
+        if n == 1:
+            return None
+        if not self._sorted:
+            self._sort()
+        if not self._decoders:
+            return None
+        most = max(min(each.max_batch, each.blocks // blocks_for(prompt, each.block_tokens)) for each in self._decoders)
+        if n <= most:
+            return None
+        return f"n is {n}: no decode instance can begin more than {most} choices of {prompt} prompt tokens at once"
+
     def output_limit(self, prompt: int) -> float:
         """Output tokens that the largest live decode instance holds after a prompt; infinite while none is live."""
         if not self._sorted:
@@ -225,6 +240,7 @@ class Members:
         live = [member.instance for member in self._live()]
         decoders = [instance for instance in live if instance.role in DECODE_ROLES]
         prefillers = [instance for instance in live if instance.role in PREFILL_ROLES]
+        self._decoders = [instance.capacity for instance in decoders]
         phases = (("prefill", prefillers), ("decode", decoders))
         self._largest = {phase: max((each.capacity.tokens for each in able), default=inf) for phase, able in phases}
         to_decode = Compatibility(decoders)

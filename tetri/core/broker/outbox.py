@@ -1,10 +1,11 @@
-"""The messages of one request for its client, in little memory: they are kept until the request is forgotten."""
+"""The messages of one choice for its client, in little memory: they are kept until the request is forgotten."""
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
 
+from tetri.core.broker.logprobs import Logprobs
 from tetri.request import Token
 from tetri.wire.clients import Delta, Done
 
@@ -16,25 +17,25 @@ class Outbox:
     The text of all Deltas is one text. For each of them, `_ends` has the index in the output at which its tokens end,
     and `_cuts` the byte at which its text ends. The newest message is also kept as it is: it is mostly sent at once."""
 
-    __slots__ = ("done", "sent", "_count", "_cuts", "_ends", "_newest", "_output", "_rid", "_text")
+    __slots__ = ("done", "sent", "_count", "_cuts", "_ends", "_index", "_newest", "_output", "_rid", "_text")
 
-    def __init__(self, rid: str, output: array[int]) -> None:
-        """`output`: the request's output tokens. Those that are in a Delta stay as they are."""
+    def __init__(self, rid: str, index: int, output: array[int] | Logprobs) -> None:
+        """`index`: of the choice. `output`: its tokens as the client gets them. Those in a Delta stay as they are."""
         self.done: Done | None = None
         self.sent = 0
-        self._rid, self._output = rid, output
+        self._rid, self._index, self._output = rid, index, output
         self._ends, self._cuts, self._text = array("I"), array("I"), bytearray()
         self._newest: Delta | Done | None = None
         self._count = 0
 
-    def add(self, delta: Delta) -> int:
-        """Append a Delta, which has the next tokens of the output. Returns the bytes of all texts."""
-        self._newest = delta
+    def add(self, start: int, ids: list[Token], text: str) -> int:
+        """Append a Delta with the next tokens of the output, from index `start` on. Returns the bytes of all texts."""
+        self._newest = Delta(rid=self._rid, start=start, ids=ids, text=text, choice=self._index)
         self._count += 1
-        text = self._text
-        text += delta.text.encode()
-        size = len(text)
-        self._ends.append(delta.start + len(delta.ids))
+        texts = self._text
+        texts += text.encode()
+        size = len(texts)
+        self._ends.append(start + len(ids))
         self._cuts.append(size)
         return size
 
@@ -60,7 +61,7 @@ class Outbox:
 
     @property
     def tokens_sent(self) -> int:
-        """Number of output tokens in the messages that were sent to the client of an open request."""
+        """Number of output tokens in the messages that were sent to the client of an open choice."""
         return self._ends[self.sent - 1] if 0 < self.sent <= len(self._ends) else 0
 
     def send_next(self, most: int) -> list[Delta | Done]:
@@ -104,4 +105,4 @@ class Outbox:
         start, text_from = (self._ends[index - 1], self._cuts[index - 1]) if index else (0, 0)
         ids: list[Token] = [*self._output[start : self._ends[index]]]
         text = self._text[text_from : self._cuts[index]].decode()
-        return Delta(rid=self._rid, start=start, ids=ids, text=text)
+        return Delta(rid=self._rid, start=start, ids=ids, text=text, choice=self._index)

@@ -1,6 +1,6 @@
-"""The request table: the only record of where each request is. Every change of instance or stage goes through `Table`,
-which maintains its indices: requests by instance, requests without an instance, and assigned prefill work. It also has
-the account of the memory that the requests take."""
+"""The request table: the only record of where each choice of each request is. Every change of instance or stage goes
+through `Table`, which maintains its indices: choices by instance, choices without an instance, and assigned prefill
+work. It also has the account of the memory that the requests take."""
 
 from __future__ import annotations
 
@@ -10,79 +10,67 @@ from dataclasses import dataclass, field
 from hmac import compare_digest
 
 from tetri.core.actions import Broken, Submitted
+from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.request import Receipt, Sampling, Stage
+from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
-# What a request counts for in the account of memory: itself, each token of its prompt and of its output. TEXT_BYTES are
-# for the text of an output token; the texts of an answer that are longer than that in all count too.
-REQUEST_BYTES, PROMPT_BYTES, OUTPUT_BYTES, TEXT_BYTES = 4096, 8, 24, 10
+# What a request counts for in the account of memory: itself, each token of its prompt, each choice, and each token of a
+# choice's output, more with log probabilities. TEXT_BYTES are for the text of an output token; the texts of a choice
+# that are longer than that in all count too.
+REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 2048, 8, 2048, 24, 10
+LOGPROB_BYTES, TOP_BYTES = 28, 13  # of an output token with a log probability; of each most likely token beside it
+ID_BYTES = 128  # of each token id of logit_bias and stop_token_ids
+NOTHING_ASKED = AskedSampling()
 
 
-def needed_bytes(prompt: int, output: int) -> int:
-    """The memory that a request with so many prompt and output tokens counts for."""
-    return REQUEST_BYTES + PROMPT_BYTES * prompt + OUTPUT_BYTES * output
+def needed_bytes(prompt: int, output: int, n: int = 1, sampling: AskedSampling = NOTHING_ASKED) -> int:
+    """The memory that a request of `n` choices counts for, with so many prompt tokens, and output tokens a choice."""
+    return _request_bytes(prompt, sampling) + n * _choice_bytes(output, sampling.logprobs)
 
 
-@dataclass(slots=True)
-class Row:
-    """One request. `secret` and `content` are those of its Submit: who shows the secret is its client.
-    `prefill` and `decode` are the instances of the current attempt, None while there is none;
-    `work_ns` is the predicted prefill time of that attempt, in nanoseconds so that sums stay exact.
-    Tokens pass three points: workers report them into `output`; `asked` of them have been sent to the detokenizer;
-    their text comes back into the `outbox`, which knows how many of its messages have been sent to the client. Times
-    are in seconds."""
+def _request_bytes(prompt: int, sampling: AskedSampling) -> int:
+    ids = len(sampling.logit_bias) + len(sampling.stop_token_ids)
+    return REQUEST_BYTES + PROMPT_BYTES * prompt + ID_BYTES * ids
+
+
+def _choice_bytes(output: int, logprobs: int | None) -> int:
+    token = OUTPUT_BYTES if logprobs is None else OUTPUT_BYTES + LOGPROB_BYTES + TOP_BYTES * logprobs
+    return CHOICE_BYTES + token * output
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What a client has submitted. `secret` and `content` are those of its Submit: who shows the secret is its client.
+    Times are in seconds."""
 
     rid: str
     key: str
     client: bytes | None
     prompt: array[int]
-    sampling: Sampling
     arrival: float
-    stage: Stage
-    stage_at: float
+    deadline: float | None = None  # on the clock of `arrival`; None: no deadline
     secret: str = field(kw_only=True)
     content: bytes = field(kw_only=True)
-    deadline: float | None = None  # on the clock of `arrival`; None: no deadline
-    attempt: int = 1
+    choices: list[Choice] = field(default_factory=list)
     avoid: list[str] = field(default_factory=list)  # instances between which KV of earlier attempts could not be moved
-    probe: int = 0  # above 0: this attempt tries a failing prefill instance again (Lifecycle.breaker)
-    not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
-    # The workers that were lost while they held it, each by iid and incarnation (suspects.py).
+    # The workers that were lost while they held a choice of it, each by iid and incarnation (suspects.py).
     deaths: list[tuple[str, int]] = field(default_factory=list)
     accused: bool = False  # it ends soon as the killer of the last of them, unless that one comes back
-    prefill: str | None = None
-    decode: str | None = None
-    work_ns: int = 0
-    assigned_after: int = 0  # serial of the Membership before its last Assign
-    output: array[int] = field(default_factory=lambda: array("I"))
-    continued: int = 0  # how many of them are of earlier attempts
-    asked: int = 0
-    outbox: Outbox = field(init=False)
+    watchers: list[bytes] = field(default_factory=list)  # other clients that cancelled it: they get each Done too
     weight: int = 0  # bytes for it in the table's account
-    watchers: list[bytes] = field(default_factory=list)  # other clients that cancelled the request: they get its Done
-    first_at: float | None = None
-    spent: dict[Stage, float] = field(default_factory=dict)
-    end: End | None = None  # as its worker reported with the last token
-    reason: str | None = None  # end reason; set while the last text is still being detokenized
-    error: str | None = None
-    listed: str | None = None  # the instance that the table's index lists it under
-    counted: str | None = None  # the instance whose prefill work includes it
-
-    def __post_init__(self) -> None:
-        self.outbox = Outbox(self.rid, self.output)
 
     @property
-    def holder(self) -> str | None:
-        """The instance that must hold the request: the prefill instance until all KV has landed at the decode one."""
-        return self.decode if self.stage in ON_DECODER else self.prefill
+    def ended(self) -> bool:
+        """Whether all choices have ended."""
+        return all(choice.stage.ended for choice in self.choices)
 
     @property
-    def computing(self) -> str | None:
-        """The prefill instance that still has to compute the request; None once a token is known."""
-        return self.prefill if self.stage in BEFORE_TOKENS else None
+    def ended_at(self) -> float:
+        """When the last choice entered its stage: of an ended request, when it ended."""
+        return max(choice.stage_at for choice in self.choices)
 
     def owned_by(self, secret: str) -> bool:
         """Whether this is the secret of the request's client. The time that it takes does not tell how much of a wrong
@@ -97,9 +85,83 @@ class Row:
         """Seconds until the deadline, 0 if it has passed; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - now)
 
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One output of a request, which workers know by its `id`. `prefill` and `decode` are the instances of the current
+    attempt, None while there is none; `work_ns` is its share of the predicted time of that prefill, in nanoseconds so
+    that sums stay exact.
+    Tokens pass three points: workers report them into `output`; `asked` of them have been sent to the detokenizer;
+    their text comes back into the `outbox`, which knows how many of its messages have been sent to the client."""
+
+    request: Request = field(repr=False)
+    index: int
+    sampling: Sampling
+    id: str = field(init=False)
+    stage: Stage = Stage.QUEUED
+    stage_at: float = field(init=False)
+    attempt: int = 1
+    probe: int = 0  # above 0: this attempt tries a failing prefill instance again (Lifecycle.breaker)
+    not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
+    prefill: str | None = None
+    decode: str | None = None
+    work_ns: int = 0
+    assigned_after: int = 0  # serial of the Membership before its last Assign
+    output: array[int] = field(default_factory=lambda: array("I"))
+    logprobs: Logprobs | None = field(init=False)  # the output with log probabilities, if they were asked for
+    continued: int = 0  # output tokens of earlier attempts
+    asked: int = 0
+    outbox: Outbox = field(init=False)
+    first_at: float | None = None
+    spent: dict[Stage, float] = field(default_factory=dict)
+    end: End | None = None  # as its worker reported with the last token
+    reason: str | None = None  # end reason; set while the last text is still being detokenized
+    error: str | None = None
+    listed: str | None = None  # the instance that the table's index lists it under
+    counted: str | None = None  # the instance whose prefill work includes it
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.id, self.stage_at = choice_id(request.rid, self.index), request.arrival
+        self.logprobs = None if self.sampling.logprobs is None else Logprobs(self.output)
+        self.outbox = Outbox(request.rid, self.index, self.output if self.logprobs is None else self.logprobs)
+
+    @property
+    def holder(self) -> str | None:
+        """The instance that must hold the choice: the prefill instance until all KV has landed at the decode one."""
+        return self.decode if self.stage in ON_DECODER else self.prefill
+
+    @property
+    def computing(self) -> str | None:
+        """The prefill instance that still has to compute the prompt; None once a token is known."""
+        return self.prefill if self.stage in BEFORE_TOKENS else None
+
+    def extend(self, tokens: list[Token]) -> bool:
+        """Append tokens to the output. False: it is with log probabilities, and these are without."""
+        if self.logprobs is None:
+            have = len(self.output)
+            try:
+                self.output.extend(tokens)  # type: ignore[arg-type]  # ids, as a rule: this is the usual case, fast
+            except TypeError:
+                del self.output[have:]
+                self.output.extend(token_ids(tokens))
+            return True
+        found = [token for token in tokens if isinstance(token, TokenLogprob)]
+        if len(found) < len(tokens):
+            return False
+        self.output.extend(token_ids(found))
+        self.logprobs.add(found)
+        return True
+
+    def cut(self, tokens: int) -> None:
+        """Keep only so many tokens of the output."""
+        del self.output[tokens:]
+        if self.logprobs is not None:
+            self.logprobs.cut(tokens)
+
     def receipt(self) -> Receipt:
-        """The receipt that the worker sent with the end. If no worker ended the request, a receipt without KV data."""
-        prompt_tokens, prefill, decode = len(self.prompt), self.prefill, self.decode
+        """The receipt that the worker sent with the end. If no worker ended the choice, a receipt without KV data."""
+        prompt_tokens, prefill, decode = len(self.request.prompt), self.prefill, self.decode
         own = Receipt(prompt_tokens=prompt_tokens, prefill_instance=prefill, decode_instance=decode)
         return (own if self.end is None else self.end.receipt).changed(
             attempts=self.attempt, continued=self.continued
@@ -110,192 +172,203 @@ _RANK = {stage: rank for rank, stage in enumerate(Stage)}
 
 
 class Table:
-    """Open rows by rid and, until forgotten, ended ones, so that a client may ask again.
+    """All requests by rid and all choices by id, until the request is forgotten, so that a client may ask again.
 
-    `unplaced`: open rows without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
-    nanoseconds of prefill by instance, of all rows assigned to it that have no token of this attempt yet; an
-    instance without such work is not in it. `weight`: the memory of all rows, in bytes. An open row counts with all the
-    output that it may still get, so the broker never needs more than it has accepted; an ended one with what it has."""
+    `unplaced`: open choices without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
+    nanoseconds of prefill by instance, of all choices assigned to it that have no token of this attempt yet; an
+    instance without such work is not in it. `weight`: the memory of all requests, in bytes. An open choice counts with
+    all the output that it may still get, so the broker never needs more than it has accepted; an ended one with what it
+    has."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Row] = {}
+        self.requests: dict[str, Request] = {}
+        self.choices: dict[str, Choice] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
-        self.unplaced: dict[str, Row] = {}
+        self.unplaced: dict[str, Choice] = {}
         self.work_ns: dict[str, int] = {}
         self.weight = 0
-        self._active: dict[str, Row] = {}
-        self._held: dict[str, dict[str, Row]] = {}
+        self._active: dict[str, Choice] = {}
+        self._held: dict[str, dict[str, Choice]] = {}
         self._stages = dict.fromkeys(Stage, 0)
 
     @property
     def open(self) -> int:
-        """Number of open rows."""
+        """Number of open choices."""
         return len(self._active)
 
-    def named(self, name: str) -> Row | None:
-        """The row with this rid, else that of the Submit with this key: its client may not know the rid yet."""
-        return self.rows.get(name) or self.rows.get(self.keys.get(name, ""))
+    def named(self, name: str) -> Request | None:
+        """The request with this rid, else that of the Submit with this key: its client may not know the rid yet."""
+        return self.requests.get(name) or self.requests.get(self.keys.get(name, ""))
 
-    def active(self) -> Iterable[Row]:
-        """The open rows, in order of arrival. Do not change the table while iterating."""
+    def active(self) -> Iterable[Choice]:
+        """The open choices, in order of arrival. Do not change the table while iterating."""
         return self._active.values()
 
-    def held_by(self, iid: str) -> dict[str, Row]:
-        """The open rows that an instance must hold, by rid. A live view: do not change or keep it."""
+    def held_by(self, iid: str) -> dict[str, Choice]:
+        """The open choices that an instance must hold, by id. A live view: do not change or keep it."""
         return self._held.get(iid, _NONE)
 
     def counts(self) -> dict[str, int]:
-        """Open rows by stage."""
+        """Open choices by stage."""
         return {stage.value: count for stage, count in self._stages.items() if count}
 
     # ------------------------------------------------------------ changes
 
-    def add(self, row: Row) -> None:
-        """Add a new row."""
-        self.rows[row.rid] = row
-        self.keys[row.key] = row.rid
-        self._active[row.rid] = row
-        self.weigh(row)
-        self._stages[row.stage] += 1
-        self._list(row)
+    def add(self, request: Request) -> None:
+        """Add a new request with its choices."""
+        self.requests[request.rid] = request
+        self.keys[request.key] = request.rid
+        for choice in request.choices:
+            self.choices[choice.id] = self._active[choice.id] = choice
+            self._stages[choice.stage] += 1
+            self._list(choice)
+        self.weigh(request)
 
     def forget(self, rid: str) -> None:
-        """Remove an ended row."""
-        row = self.rows.pop(rid)
-        self.weight -= row.weight
-        if self.keys.get(row.key) == rid:
-            del self.keys[row.key]
+        """Remove an ended request."""
+        request = self.requests.pop(rid)
+        for choice in request.choices:
+            del self.choices[choice.id]
+        self.weight -= request.weight
+        if self.keys.get(request.key) == rid:
+            del self.keys[request.key]
 
-    def assign(self, row: Row, iid: str, work_ns: int) -> None:
-        """Assign a row to a prefill instance; `work_ns` is its predicted prefill time, at least 1 ns."""
-        self._count(row, None)
-        row.prefill, row.work_ns = iid, work_ns
-        self._list(row)
+    def assign(self, choice: Choice, iid: str, work_ns: int) -> None:
+        """Assign a choice to a prefill instance; `work_ns` is its share of the predicted prefill, at least 1 ns."""
+        self._count(choice, None)
+        choice.prefill, choice.work_ns = iid, work_ns
+        self._list(choice)
 
-    def hand_over(self, row: Row, iid: str) -> None:
-        """Set the decode instance of a row."""
-        row.decode = iid
-        self._list(row)
+    def hand_over(self, choice: Choice, iid: str) -> None:
+        """Set the decode instance of a choice."""
+        choice.decode = iid
+        self._list(choice)
 
-    def start_over(self, row: Row, now: float) -> None:
+    def start_over(self, choice: Choice, now: float) -> None:
         """Begin another attempt, which no instance holds yet."""
-        row.attempt += 1
-        row.continued = len(row.output)
-        row.prefill = row.decode = None
-        self.move(row, Stage.QUEUED, now)
+        choice.attempt += 1
+        choice.continued = len(choice.output)
+        choice.prefill = choice.decode = None
+        self.move(choice, Stage.QUEUED, now)
 
-    def move(self, row: Row, stage: Stage, now: float) -> None:
+    def move(self, choice: Choice, stage: Stage, now: float) -> None:
         """Enter a stage. Adds the time spent in the stage before to `spent`, which covers all attempts."""
-        row.spent[row.stage] = row.spent.get(row.stage, 0.0) + now - row.stage_at
-        self._stages[row.stage] -= 1
-        row.stage, row.stage_at = stage, now
+        choice.spent[choice.stage] = choice.spent.get(choice.stage, 0.0) + now - choice.stage_at
+        self._stages[choice.stage] -= 1
+        choice.stage, choice.stage_at = stage, now
         if stage.ended:
-            del self._active[row.rid]
-            self.weigh(row)
+            del self._active[choice.id]
+            self.weigh(choice.request)
         else:
             self._stages[stage] += 1
-        self._list(row)
+        self._list(choice)
 
-    def advance(self, row: Row, stage: Stage, now: float) -> None:
+    def advance(self, choice: Choice, stage: Stage, now: float) -> None:
         """As `move`, but never to an earlier stage: reports of two workers can arrive out of order."""
-        if _RANK[stage] > _RANK[row.stage]:
-            self.move(row, stage, now)
+        if _RANK[stage] > _RANK[choice.stage]:
+            self.move(choice, stage, now)
 
-    def weigh(self, row: Row) -> None:
-        """Update the account after a row has ended or its outbox has grown."""
-        weight = _weight(row)
-        if weight != row.weight:
-            self.weight += weight - row.weight
-            row.weight = weight
+    def weigh(self, request: Request) -> None:
+        """Update the account after a choice of a request has ended or its outbox has grown."""
+        weight = _weight(request)
+        self.weight += weight - request.weight
+        request.weight = weight
 
-    def _list(self, row: Row) -> None:
-        """Update the indices after a row has changed."""
-        holder, computing, unplaced = _places(row)
-        if holder != row.listed:
-            if row.listed is not None:
-                rows = self._held[row.listed]
-                del rows[row.rid]
-                if not rows:
-                    del self._held[row.listed]
+    def _list(self, choice: Choice) -> None:
+        """Update the indices after a choice has changed."""
+        holder, computing, unplaced = _places(choice)
+        if holder != choice.listed:
+            if choice.listed is not None:
+                held = self._held[choice.listed]
+                del held[choice.id]
+                if not held:
+                    del self._held[choice.listed]
             if holder is not None:
-                self._held.setdefault(holder, {})[row.rid] = row
-            row.listed = holder
-        if computing != row.counted:
-            self._count(row, computing)
+                self._held.setdefault(holder, {})[choice.id] = choice
+            choice.listed = holder
+        if computing != choice.counted:
+            self._count(choice, computing)
         if unplaced:
-            self.unplaced[row.rid] = row
+            self.unplaced[choice.id] = choice
         else:
-            self.unplaced.pop(row.rid, None)
+            self.unplaced.pop(choice.id, None)
 
-    def _count(self, row: Row, iid: str | None) -> None:
-        """Add the row's work to this instance, or to none with None, and subtract it where it was counted."""
-        if row.counted is not None:
-            self.work_ns[row.counted] -= row.work_ns
-            if not self.work_ns[row.counted]:
-                del self.work_ns[row.counted]
+    def _count(self, choice: Choice, iid: str | None) -> None:
+        """Add the choice's work to this instance, or to none with None, and subtract it where it was counted."""
+        if choice.counted is not None:
+            self.work_ns[choice.counted] -= choice.work_ns
+            if not self.work_ns[choice.counted]:
+                del self.work_ns[choice.counted]
         if iid is not None:
-            self.work_ns[iid] = self.work_ns.get(iid, 0) + row.work_ns
-        row.counted = iid
+            self.work_ns[iid] = self.work_ns.get(iid, 0) + choice.work_ns
+        choice.counted = iid
 
     # ------------------------------------------------------------ invariants
 
     def check(self) -> None:
-        """Check rows and indices. Raises Broken."""
+        """Check choices and indices. Raises Broken."""
         for key, rid in self.keys.items():
-            if self.rows[rid].key != key:
+            if self.requests[rid].key != key:
                 raise Broken(f"key {key} leads to {rid}, which has another key")
-        active = {rid: row for rid, row in self.rows.items() if not row.stage.ended}
+        choices = {choice.id: choice for request in self.requests.values() for choice in request.choices}
+        if choices != self.choices:
+            raise Broken("the table's choices are not those of its requests")
+        active = {name: choice for name, choice in choices.items() if not choice.stage.ended}
         self._check_indices(active)
-        for row in active.values():
-            homeless = row.stage in ON_DECODER and row.decode is None
-            if homeless or (row.prefill is None and row.stage in (Stage.PREFILL, Stage.MOVING)):
-                raise Broken(f"{row.rid} is in stage {row.stage} without an instance")
-            if len(row.output) > row.sampling.max_tokens or row.asked > len(row.output):
-                raise Broken(f"{row.rid} has {len(row.output)} tokens, {row.asked} sent to the detokenizer")
-            if row.outbox.unsent < 0 or row.outbox.tokens > len(row.output):
-                raise Broken(f"{row.rid} has sent more messages than its outbox holds, or holds more than its output")
-        weights = {row.rid: _weight(row) for row in self.rows.values()}
-        if weights != {row.rid: row.weight for row in self.rows.values()} or self.weight != sum(weights.values()):
+        for choice in active.values():
+            homeless = choice.stage in ON_DECODER and choice.decode is None
+            if homeless or (choice.prefill is None and choice.stage in (Stage.PREFILL, Stage.MOVING)):
+                raise Broken(f"{choice.id} is in stage {choice.stage} without an instance")
+            if len(choice.output) > choice.sampling.max_tokens or choice.asked > len(choice.output):
+                raise Broken(f"{choice.id} has {len(choice.output)} tokens, {choice.asked} sent to the detokenizer")
+            if choice.outbox.unsent < 0 or choice.outbox.tokens > len(choice.output):
+                raise Broken(f"{choice.id} has sent more messages than its outbox holds, or holds more than its output")
+        weights = [_weight(request) for request in self.requests.values()]
+        if weights != [request.weight for request in self.requests.values()] or self.weight != sum(weights):
             raise Broken("the account of memory is out of date")
 
-    def _check_indices(self, active: dict[str, Row]) -> None:
-        """Compare the indices with a scan of all rows."""
+    def _check_indices(self, active: dict[str, Choice]) -> None:
+        """Compare the indices with a scan of all choices."""
         if active != self._active:
-            raise Broken(f"the index has {self.open} open rows, a scan finds {len(active)}")
-        held: dict[str, dict[str, Row]] = {}
+            raise Broken(f"the index has {self.open} open choices, a scan finds {len(active)}")
+        held: dict[str, dict[str, Choice]] = {}
         work: dict[str, int] = {}
         stages = dict.fromkeys(Stage, 0)
         unplaced = {}
-        for rid, row in active.items():
-            holder, computing, unassigned = _places(row)
-            stages[row.stage] += 1
+        for name, choice in active.items():
+            holder, computing, unassigned = _places(choice)
+            stages[choice.stage] += 1
             if holder is not None:
-                held.setdefault(holder, {})[rid] = row
+                held.setdefault(holder, {})[name] = choice
             if computing is not None:
-                work[computing] = work.get(computing, 0) + row.work_ns
+                work[computing] = work.get(computing, 0) + choice.work_ns
             if unassigned:
-                unplaced[rid] = row
+                unplaced[name] = choice
         for name, kept, found in (
-            ("rows by instance", self._held, held),
+            ("choices by instance", self._held, held),
             ("prefill work by instance", self.work_ns, {iid: ns for iid, ns in work.items() if ns}),
-            ("rows by stage", self._stages, stages),
-            ("rows without a place", self.unplaced, unplaced),
+            ("choices by stage", self._stages, stages),
+            ("choices without a place", self.unplaced, unplaced),
         ):
             if kept != found:
                 raise Broken(f"the table's {name} are out of date")
 
 
-_NONE: dict[str, Row] = {}
+_NONE: dict[str, Choice] = {}
 
 
-def _weight(row: Row) -> int:
-    """The memory that a row counts for: more than was expected when its tokens have long texts."""
-    output = len(row.output) if row.stage.ended else row.sampling.max_tokens
-    return needed_bytes(len(row.prompt), output) + max(0, row.outbox.text_bytes - TEXT_BYTES * output)
+def _weight(request: Request) -> int:
+    """The memory that a request counts for: more than was expected when its tokens have long texts."""
+    weight = _request_bytes(len(request.prompt), request.choices[0].sampling)
+    for choice in request.choices:
+        output = len(choice.output) if choice.stage.ended else choice.sampling.max_tokens
+        weight += _choice_bytes(output, choice.sampling.logprobs)
+        weight += max(0, choice.outbox.text_bytes - TEXT_BYTES * output)
+    return weight
 
 
-def _places(row: Row) -> tuple[str | None, str | None, bool]:
-    """The index entries of a row: its holder, the instance whose work includes it, whether it waits for placement."""
-    if row.stage.ended:
+def _places(choice: Choice) -> tuple[str | None, str | None, bool]:
+    """The index entries of a choice: its holder, the instance whose work includes it, whether it waits for a place."""
+    if choice.stage.ended:
         return None, None, False
-    return row.holder, row.computing, row.prefill is None
+    return choice.holder, choice.computing, choice.prefill is None

@@ -1,11 +1,11 @@
 """Which request kills workers. When a worker dies, the broker does not know why. It counts the death for each request
-that the worker held: what was in the step is known to the worker alone, and its last messages may be lost.
+of which the worker held a choice: what was in the step is known to the worker alone, and its last messages may be lost.
 
-A request of SUSPECT_DEATHS deaths is a suspect. Workers compute a suspect in lone steps, one at a time (Assign.alone):
-its whole prefill and its first decode steps. Before and after a lone step the engine waits until the
-broker knows of it (LoneStep, Proceed). So when a worker dies in between, the broker knows that nothing else was
-computed, and ends the request. Otherwise the death is nobody's fault as far as anybody knows: the requests start over,
-and their attempts do not count.
+A request of SUSPECT_DEATHS deaths is a suspect, with all its choices, which have the prompt in common. Workers compute
+it in lone steps, one at a time (Assign.alone): the whole prefill, and the first decode steps of each choice. Before and
+after a lone step the engine waits until the broker knows of it (LoneStep, Proceed). So when a worker dies in between,
+the broker knows that nothing else was computed, and ends the request. Otherwise the death is nobody's fault as far as
+anybody knows: the requests start over, and their attempts do not count.
 
 A lost worker that comes back as the same process had not died, so its loss counts for nobody. Therefore a request ends
 only a second after the death.
@@ -17,49 +17,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tetri.core.broker.requests import Row
+from tetri.core.broker.requests import Request
 from tetri.policy.views import PrefillPool
 
 SUSPECT_DEATHS = 2
 GUILTY = "it kills workers"  # how the error of such a request begins
 
 
-def count(row: Row, iid: str, incarnation: int) -> None:
+def count(request: Request, iid: str, incarnation: int) -> None:
     """This worker was lost with the request. Two reports of one loss count once."""
-    if (iid, incarnation) not in row.deaths:
-        row.deaths.append((iid, incarnation))
+    if (iid, incarnation) not in request.deaths:
+        request.deaths.append((iid, incarnation))
 
 
-def is_suspect(row: Row) -> bool:
+def is_suspect(request: Request) -> bool:
     """Whether the request must be computed alone."""
-    return len(row.deaths) >= SUSPECT_DEATHS
+    return len(request.deaths) >= SUSPECT_DEATHS
 
 
-def is_guilty(row: Row, alone: tuple[str, int] | None, max_deaths: int) -> bool:
-    """Whether the last of the row's deaths seems its own doing. `alone`: rid and attempt of the request whose lone step
-    the worker ran when it died, None if it ran none."""
-    return (row.rid, row.attempt) == alone and len(row.deaths) >= max_deaths
+def is_guilty(request: Request, alone: tuple[str, int] | None, max_deaths: int) -> bool:
+    """Whether the last of the request's deaths seems its own doing. `alone`: id and attempt of the choice whose lone
+    step the worker ran when it died, None if it ran none."""
+    own = any((choice.id, choice.attempt) == alone for choice in request.choices)
+    return own and len(request.deaths) >= max_deaths
 
 
-def verdict(row: Row) -> str:
+def verdict(request: Request) -> str:
     """The error of a guilty request, in one line."""
-    lost = [iid for iid, _ in row.deaths]
+    lost = [iid for iid, _ in request.deaths]
     return (
         f"{GUILTY}: {len(lost)} of them were lost with it ({', '.join(lost)}), and the last one, {lost[-1]}, while it "
         "computed this request alone"
     )
 
 
-def clear(rows: Iterable[Row], iid: str, incarnation: int) -> None:
+def clear(requests: Iterable[Request], iid: str, incarnation: int) -> None:
     """This worker is back: it had not died."""
-    for row in rows:
-        if row.deaths:
-            row.deaths = [death for death in row.deaths if death != (iid, incarnation)]
+    for request in requests:
+        if request.deaths:
+            request.deaths = [death for death in request.deaths if death != (iid, incarnation)]
 
 
-def lost_with(row: Row) -> list[str]:
+def lost_with(request: Request) -> list[str]:
     """The instances that the next attempt avoids."""
-    return [*dict.fromkeys(iid for iid, _ in row.deaths)]
+    return [*dict.fromkeys(iid for iid, _ in request.deaths)]
 
 
 def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:

@@ -227,7 +227,7 @@ class FaultyWorld(World):
         processes = self.wiring.processes.values()
         return [
             *super()._unfinished(),
-            *(f"{row.rid} is {row.stage}" for row in self.broker.core.table.active()),
+            *(f"{choice.id} is {choice.stage}" for choice in self.broker.core.table.active()),
             *(f"{process.name} is dead" for process in processes if not process.alive),
             *(f"{process.name} is frozen" for process in processes if process.frozen),
             *(["faults go on"] if not self.chance.over else []),
@@ -239,7 +239,9 @@ class FaultyWorld(World):
             client.verify()
         core = self.broker.core
         core.tick(self.kernel.now + FORGOTTEN_S)
-        assert not self.broker.stoppers and not core.table.rows and not core.table.keys, "ended requests are left over"
+        table = core.table
+        kept = self.broker.stoppers or table.requests or table.choices or table.keys
+        assert not kept, "ended requests are left over"
         for node in (self.broker, self.monitor, *self.workers.values()):
             node.core.check()
         for iid, worker in self.workers.items():
