@@ -204,7 +204,8 @@ class Receipt(Record, frozen=True):
 
     adopted     prompt tokens whose KV the decode engine received as bytes
     recomputed  prompt tokens that the decode engine computed itself, after a preemption
-    kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved)
+    kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved). Of
+                choices that share a transfer, the first has these counts and the others zeros
     preempted   number of preemptions
     refetched   number of fetches that were repeated because a KV chunk arrived corrupt
     continued   output tokens of earlier attempts: the last attempt computed their KV anew and continued from there
