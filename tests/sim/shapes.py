@@ -10,9 +10,10 @@ from typing import Any
 from tetri.core.actions import LengthKnown, Predict
 from tetri.cost import Cost
 from tetri.engine_request import HiddenStateEstimate, StepDone
+from tetri.instance import Capacity
 from tetri.policy.rules import ADMISSIONS, DECODE_ROUTES, FLIPS, ORDERS, PREFILL_ROUTES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
+from tetri.request import Expected, LengthDistribution, LengthRange, Sampling, blocks_for
 from tetri.sim.faulty.chance import Faults
 from tetri.sim.faulty.processes import FaultyPredictor
 from tetri.sim.faulty.world import FaultyWorld
@@ -83,6 +84,12 @@ class Shape:
         made = [_arrival(rng, self.setup.context) for _ in range(self.requests)]
         return sorted(made, key=lambda arrival: arrival.at_s)
 
+    def choosing(self, seed: int) -> list[Arrival]:
+        """The arrivals, of which some ask for several choices, as many as an instance can begin, or log
+        probabilities."""
+        rng, capacity = Random(f"choices {seed}"), self.setup.capacity()
+        return [_choosing(rng, each, capacity) for each in self.arrivals(seed)]
+
 
 def _arrival(rng: Random, context: int) -> Arrival:
     prompt = rng.randint(1, context - 1)
@@ -97,6 +104,17 @@ def _arrival(rng: Random, context: int) -> Arrival:
     )
     deadline_s = rng.choice((None, None, None, 3.0))
     return Arrival(rng.uniform(0.0, FIRST_S / 2), prompt, output, deadline_s, sampling=sampling)
+
+
+def _choosing(rng: Random, arrival: Arrival, capacity: Capacity) -> Arrival:
+    sampling = arrival.sampling
+    assert sampling is not None
+    sampling = sampling.changed(logprobs=rng.choice((None, None, 0, 3)))
+    copies = min(capacity.max_batch, capacity.blocks // blocks_for(arrival.prompt, capacity.block_tokens))
+    n = min(rng.choice((1, 2, 3, 5)), copies)
+    if n > 1:
+        sampling = sampling.changed(temperature=0.7, seed=rng.getrandbits(20))
+    return replace(arrival, sampling=sampling, n=n)
 
 
 ODDS = {"drop": (0.02, 0.2, 0.2), "duplicate": (0.02, 0.2), "delay": (0.05, 0.3), "corrupt": (0.05, 0.4)}
@@ -214,17 +232,19 @@ class WildPredictor(FaultyPredictor):
         """Mostly of prompts that have ended, now and then of decodes."""
         rng, core = self.chance.rng, self.worker.core
         for sampled in done.tokens:
-            request = core.prefill.requests.get(sampled.key)
-            chance, outputs = (
-                (0.8, len(request.output)) if request else (0.2, core.decode.requests[sampled.key].written)
-            )
+            if (prompt := core.prefill.requests.get(sampled.key)) is not None:
+                chance, outputs = 0.8, len(prompt.output)
+            elif (decode := core.decode.requests.get(sampled.key)) is not None:
+                chance, outputs = 0.2, decode.written
+            else:
+                continue  # the first token of a sibling
             if rng.random() < chance and not self.chance.happens("mute"):
                 yield HiddenStateEstimate(sampled.key, outputs, some_odds(rng))
 
 
 def story(seed: int, faults: Faults, shape: Shape, log: list[str] | None = None) -> FaultyWorld:
     """The world after its run. Raises PromiseBroken."""
-    world = FaultyWorld(shape.setup, shape.arrivals(seed), faults, log=log, predictor=WildPredictor)
+    world = FaultyWorld(shape.setup, shape.choosing(seed), faults, log=log, predictor=WildPredictor)
     world.run()
     assert all(outcome.state != "refused" for outcome in world.clients.outcomes), f"seed {seed}: refused"
     return world

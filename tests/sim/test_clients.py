@@ -1,19 +1,21 @@
 """All clients of a simulated deployment: which requests they refuse to send, and what they note of the answers."""
 
 import pytest
+from msgspec import structs
 
 from tetri.request import Receipt, Usage
 from tetri.sim.clients import Clients
 from tetri.sim.kernel import Kernel
 from tetri.sim.setup import SimError
+from tetri.sim.texts import RecordedText
 from tetri.sim.traces import Arrival
 from tetri.wire.clients import Accepted, Done, Refused
 
 
-def asking(*arrivals):
+def asking(*arrivals, submit=lambda submitted: None):
     """Clients that have asked, and how many answers were told of."""
     kernel, told = Kernel(), []
-    clients = Clients(kernel, iter(arrivals), lambda submitted: None, told.append)
+    clients = Clients(kernel, iter(arrivals), submit, told.append)
     clients.start()
     kernel.run()
     return clients, told
@@ -33,6 +35,7 @@ def done(prompt, output, reason="length", error=None):
         ([Arrival(-1.0, 5, 5)], "arrives before"),
         ([Arrival(float("nan"), 5, 5)], "arrives before"),
         ([Arrival(0.0, 0, 5)], "prompt and output must have at least 1 token"),
+        ([Arrival(0.0, 5, 5, text=RecordedText(5, 5), n=2)], "a request with a recorded text has one choice"),
     ],
 )
 def test_wrong_requests_are_one_line(arrivals, says):
@@ -53,6 +56,22 @@ def test_answers_are_noted_and_counted():
     found = clients.outcomes[1]
     assert (found.ttft_s, found.jct_s, found.tpot_s) == (1.0, 3.0, 0.5)
     assert (found.prefill, found.decode, found.attempts) == ("p0", "d0", 2)
+
+
+def test_of_a_request_with_several_choices_the_last_end_counts_and_one_failure_is_enough():
+    asked = []
+    clients, told = asking(*[Arrival(0.0, 3, 5, n=2)] * 2, submit=asked.append)
+    assert [(each.n, each.sampling.temperature) for each in asked] == [(2, 1.0)] * 2
+    first, second = done(3, 5), done(3, 5)
+    clients.receive_reply(b"0", first)
+    assert clients.open == 2 and not told and clients.outcomes[0].state == "open"
+    clients.receive_reply(b"0", structs.replace(second, choice=1, ttft_s=0.5, jct_s=4.5))
+    clients.receive_reply(b"1", done(3, 2, "error", "d0 was lost"))
+    clients.receive_reply(b"1", structs.replace(second, choice=1))
+    assert told == [1, 2] and clients.over
+    found = clients.outcomes[0]
+    assert (found.state, found.ttft_s, found.jct_s, found.tpot_s) == ("done", 0.5, 4.5, 1.0)
+    assert (clients.outcomes[1].state, clients.outcomes[1].why) == ("failed", "d0 was lost")
 
 
 def test_an_answer_with_other_tokens_than_asked_for_is_no_result():

@@ -20,11 +20,17 @@ TIGHT = SEEDS // 8
 PARTS = 8  # a failure leaves the other parts to tell more
 
 
-def test_without_faults_every_request_gets_its_tokens():
+def test_without_faults_every_request_gets_its_tokens_and_its_choices_one_prefill():
+    """And what these stories are worth: there are requests with several choices, and with log probabilities."""
+    kinds = Counter()
     for seed in range(10):
         world = story(seed, Faults(until=0.0), some_shape(seed))
         assert world.broker.core.counters["restarts"] == 0
         assert all(outcome.attempts == 1 for outcome in world.clients.outcomes)
+        clients, workers = world.clients.clients, world.workers.values()
+        assert sum(worker.use.prefill_tokens for worker in workers) == sum(len(each.prompt) for each in clients)
+        kinds.update((each.n > 1, each.sampling.logprobs is not None) for each in clients)
+    assert len(kinds) == 4, kinds
 
 
 def test_every_kind_of_wrong_chunk_is_met():

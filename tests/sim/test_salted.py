@@ -41,19 +41,19 @@ class SaltedClient(Client):
 
     runs: dict[str, list[Run]] = field(default_factory=dict)
 
-    def right(self):
+    def right(self, output):
         """Its own tokens. Asserts that runs of its request wrote them, one of each phase in an attempt, and that none
         is missing."""
         runs = {f"{run.salt}": run for run in self.runs.get(self.rid, ())}
         salts = {name: run.salt for name, run in runs.items()}
-        found = writers(self.prompt, self.ids, self.sampling, VOCABULARY, TOKEN_BYTES, salts)
+        found = writers(self.prompt, output.ids, output.sampling, VOCABULARY, TOKEN_BYTES, salts)
         before = {(0, None)}  # the attempt and, after its first token, the run that goes on; by chance, several fit
         for index, names in enumerate(found):
             after = {next_of(runs[name], *place) for name in names for place in before} - {None}
-            assert after, f"client {self.key}: after {before}, token {index} of {self.ids} is of {sorted(names)}"
+            assert after, f"client {self.key}: after {before}, token {index} of {output.ids} is of {sorted(names)}"
             before = after
-        assert self.done.reason != "length" or len(self.ids) == self.sampling.max_tokens
-        return [*self.ids]
+        assert output.done.reason != "length" or len(output.ids) == output.sampling.max_tokens
+        return output.ids
 
 
 def next_of(run, attempt, decode):

@@ -84,6 +84,18 @@ def test_nobody_takes_the_role_of_who_computes_long():
     assert [[role for _, role in use.roles] for use in made.instances.values()] == [["prefill"], ["decode"]]
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_choices_share_one_prefill_and_one_transfer_and_decode_as_a_batch_of_so_many(n):
+    setup = replace(SETUP, max_batch=10, link_bytes_s=1e7)
+    result = World(setup, [Arrival(0.0, 300, 5, n=n)]).run()
+    made, counters = result.outcomes[0], result.counters
+    assert counters["moved_bytes"] == BLOCKS * 16_000
+    assert (counters["prefill_tokens"], counters["decode_tokens"], counters["steps"]) == (300, 4 * n, 5)
+    step_s = STEP_S + (n - 1) * (TWO_S - STEP_S)
+    assert made.ttft_s == pytest.approx(2 * L + CHUNK_S)
+    assert made.jct_s == pytest.approx(3 * L + CHUNK_S + BLOCKS * BLOCK_S + 4 * step_s)
+
+
 def test_two_requests_share_the_batch():
     """Both have 9 passes to make. The second's KV lands during the first's fifth: four they share, and the second
     makes its last five alone."""

@@ -26,7 +26,8 @@ def secret_of(key: str) -> str:
 class Outcome:
     """The outcome of one request. `state`: open, done, failed or refused; `why` has the reason of the last two. Times
     are seconds from the arrival, as the broker measures them; None for a point that the request never reached.
-    `tpot_s`: seconds per token after the first. `prefill`, `decode`: the instances."""
+    `tpot_s`: seconds per token after the first. `prefill`, `decode`: the instances. Of several choices: the first token
+    of any, the end of the last, the slowest; the instances of the last, and all preemptions."""
 
     arrival: Arrival
     state: str = "open"
@@ -38,15 +39,25 @@ class Outcome:
     preempted: int = 0
     attempts: int = 0
     why: str = ""
+    choices: int = 0  # that have ended
 
-    def ended(self, done: Done) -> None:
-        """Copy the times and the receipt from the request's Done."""
+    def ended(self, done: Done, state: str, why: str) -> bool:
+        """Add the times and the receipt from the Done of a choice, which ended in this state. Returns whether it is the
+        last one."""
         receipt, tokens = done.receipt, done.usage.completion_tokens
-        self.ttft_s, self.jct_s = done.ttft_s, done.jct_s
-        if done.ttft_s is not None and tokens > 1:
-            self.tpot_s = (done.jct_s - done.ttft_s) / (tokens - 1)
+        self.choices += 1
+        self.jct_s = max(done.jct_s, self.jct_s or 0.0)
+        if done.ttft_s is not None:
+            self.ttft_s = done.ttft_s if self.ttft_s is None else min(done.ttft_s, self.ttft_s)
+            if tokens > 1:
+                self.tpot_s = max((done.jct_s - done.ttft_s) / (tokens - 1), self.tpot_s or 0.0)
         self.prefill, self.decode = receipt.prefill_instance, receipt.decode_instance
-        self.preempted, self.attempts = receipt.preempted or 0, receipt.attempts
+        self.preempted += receipt.preempted or 0
+        self.attempts = max(receipt.attempts, self.attempts)
+        last = self.choices == self.arrival.n
+        if self.state == "open" and (last or state == "failed"):
+            self.state, self.why = state, why
+        return last
 
 
 @dataclass(slots=True)
@@ -90,6 +101,8 @@ class Clients:
             raise SimError(f"{arrival} arrives before its predecessor, or its arrival time is not finite")
         if arrival.prompt < 1 or arrival.output < 1:
             raise SimError(f"{arrival}: prompt and output must have at least 1 token")
+        if arrival.n > 1 and arrival.text is not None:
+            raise SimError(f"{arrival}: a request with a recorded text has one choice")
 
     def _send(self, _: Any) -> None:
         """Submit the requests that arrive now."""
@@ -103,21 +116,24 @@ class Clients:
 
     def _ask(self, number: int, arrival: Arrival) -> None:
         sampling, name = Sampling(max_tokens=arrival.output, ignore_eos=True), str(number)
+        if arrival.n > 1:
+            sampling = sampling.changed(temperature=1.0, seed=0)
         if arrival.text is not None:
             sampling = Sampling(max_tokens=arrival.text.limit, seed=number)
         own = (name.encode(), name, secret_of(name), b"", name)  # no key is used twice
-        self.submit(Submitted(*own, (1,) * arrival.prompt, sampling, arrival.deadline_s))
+        self.submit(Submitted(*own, (1,) * arrival.prompt, sampling, arrival.deadline_s, n=arrival.n))
 
     def text_of(self, sampling: Sampling) -> RecordedText | None:
-        """Return the recorded text of a request; its sampling seed is the request's number. None without a text."""
-        return None if sampling.seed is None else self.outcomes[sampling.seed].arrival.text
+        """Return the recorded text of a request; the seed of its greedy sampling is its number. None without a text."""
+        return None if sampling.seed is None or sampling.temperature else self.outcomes[sampling.seed].arrival.text
 
     def receive_reply(self, client: bytes, message: Any) -> None:
         """Handle a message from the broker to the client with this name. Raises SimError for a wrong token count."""
+        outcome = self.outcomes[int(client)]
         if isinstance(message, Done):
-            self._done(self.outcomes[int(client)], message)
+            if not self._done(outcome, message):
+                return
         elif isinstance(message, Refused):
-            outcome = self.outcomes[int(client)]
             outcome.state, outcome.why = "refused", message.reason
         else:
             return
@@ -129,12 +145,12 @@ class Clients:
         if self.progress is not None:
             self.progress(self.answered)
 
-    def _done(self, outcome: Outcome, done: Done) -> None:
+    def _done(self, outcome: Outcome, done: Done) -> bool:
         arrival, made = outcome.arrival, done.usage
         whole = (made.prompt_tokens, made.completion_tokens) == (arrival.prompt, arrival.output)
         wanted = "length" if arrival.text is None else arrival.text.reason
-        outcome.state = "done" if done.reason == wanted else "failed"
-        outcome.why = "" if outcome.state == "done" else done.error or done.reason
-        if outcome.state == "done" and not whole:
+        if done.reason != wanted:
+            return outcome.ended(done, "failed", done.error or done.reason)
+        if not whole:
             raise SimError(f"{arrival} got {made.prompt_tokens} + {made.completion_tokens} tokens")
-        outcome.ended(done)
+        return outcome.ended(done, "done", "")

@@ -34,7 +34,7 @@ def summary(result: SimResult) -> dict[str, Any]:
     """Return the summary for JSON, in seconds and tokens. A metric without values is None."""
     states, done = [outcome.state for outcome in result.outcomes], result.done()
     lasted = result.end_s - result.outcomes[0].arrival.at_s
-    tokens = sum(outcome.arrival.output for outcome in done)
+    tokens = sum(outcome.arrival.n * outcome.arrival.output for outcome in done)
     injected = {} if result.faults is None else {"faults": {"injected": result.faults, "promises": "held"}}
     return {
         "requests": len(states),

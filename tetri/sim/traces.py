@@ -33,7 +33,7 @@ class Arrival:
     """One request. `at_s`: arrival time; `prompt` and `output`: tokens; `deadline_s`: seconds from the arrival to the
     deadline. Without a `text` it asks for exactly `output` tokens. With one it asks for at most `text.limit` tokens and
     ends after the text's `output` tokens, which only the engine and an oracle know. `sampling`: only used with faults,
-    where tokens are computed; `output` is then its `max_tokens`."""
+    where tokens are computed; `output` is then its `max_tokens`. `n`: choices, each of so many tokens."""
 
     at_s: float
     prompt: int
@@ -41,6 +41,7 @@ class Arrival:
     deadline_s: float | None = None
     text: RecordedText | None = None
     sampling: Sampling | None = None
+    n: int = 1
 
 
 # ---------------------------------------------------------------- traces

@@ -232,9 +232,9 @@ class World:
 
     @staticmethod
     def _tokens_of(outcomes: list[Outcome]) -> tuple[int, int]:
-        """Return the prompt tokens, and the output tokens without the first of each request, which prefill yields."""
+        """Return the prompt tokens, and the output tokens without the first of each choice, which prefill yields."""
         done = [outcome.arrival for outcome in outcomes if outcome.state == "done"]
-        return sum(arrival.prompt for arrival in done), sum(arrival.output - 1 for arrival in done)
+        return sum(arrival.prompt for arrival in done), sum(arrival.n * (arrival.output - 1) for arrival in done)
 
     def _counters(self) -> dict[str, int]:
         counts: Counter[str] = Counter(self.broker.core.counters)

@@ -196,6 +196,13 @@ def test_a_slow_reader_gets_its_end_after_the_grace_but_is_not_waited_for_for_ev
     assert not known(told)
 
 
+def test_whoever_cancels_while_it_counts_as_gone_and_comes_back_gets_the_end_once(told, second):
+    told.edge = False
+    away(told, second)
+    told.tell(cancel(), cancel(), attach(2))
+    assert isinstance(done(told.tell(Detokenized(RID, 2, (), "", None, True))), Done)
+
+
 def test_cancelling_once_more_or_by_another_client_is_answered_with_the_end(told):
     actions = told.tell(cancel(client=b"other"))
     assert kinds(actions) == ["Detokenize", "Close > p1", "Close > d1", "Reply", "Reply", "Release"]

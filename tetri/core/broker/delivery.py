@@ -65,7 +65,7 @@ class Delivery:
             return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
         if sampling.min_tokens > most:
             return f"min_tokens is {sampling.min_tokens}, after this prompt there is space for {most}"
-        if (size := needed_bytes(prompt, most, event.n, sampling.logprobs)) > self.limits.max_mib << 20:
+        if (size := needed_bytes(prompt, most, event.n, sampling)) > self.limits.max_mib << 20:
             return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
         return None
 
@@ -160,7 +160,8 @@ class Delivery:
             choice=choice.index,
         )
         choice.outbox.end(done)
-        watchers = [Reply(client, done) for client in request.watchers]
+        others = dict.fromkeys(client for client in request.watchers if client != request.client)
+        watchers = [Reply(client, done) for client in others]
         actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
         self.connections.ended(choice)
         return actions
