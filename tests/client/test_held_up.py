@@ -119,3 +119,29 @@ def test_a_caller_who_was_away_asks_only_when_nothing_comes():
         assert broker.types() == ["submit"]
         assert list(stream) == WORDS[1:]
         assert broker.types() == ["submit", "attach"]
+
+
+def test_a_cancel_of_one_stream_leaves_no_message_of_another_unread():
+    """Sending uses up the signal that messages have arrived."""
+    go = threading.Event()
+
+    def reply(message):
+        if message["type"] == "submit":
+            rid = message["prompt"]
+            yield from (accepted(message, rid), delta(0, rid))
+            if rid == "r2":
+                assert go.wait(20)
+                yield delta(1, rid)
+
+    async def main(address):
+        async with tetri.AsyncClient(address, silence_s=30.0) as client:
+            dropped, kept = client.stream("r1"), client.stream("r2")
+            assert [await anext(stream) for stream in (dropped, kept)] == [WORDS[0]] * 2
+            await asyncio.sleep(0.05)  # until the client waits
+            go.set()
+            time.sleep(0.2)  # the loop is busy while the message arrives
+            del dropped
+            return await asyncio.wait_for(anext(kept), 5)
+
+    with FakeBroker(reply) as broker:
+        assert asyncio.run(main(broker.address)) == WORDS[1]

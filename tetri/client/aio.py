@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Self, TypeAlias, TypeVar
 
 from tetri.client.conversation import Call, Request
@@ -66,6 +67,7 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
     def _prepare(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
+        self._whole: bool | None = None  # what `_drain` returned since the pump's last turn
         self._pump: asyncio.Task[None] | None = None
 
     def _streaming(
@@ -89,6 +91,12 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
         self._session.cancel(request)
         self._send()
         self._wake.set()
+
+    def _abandon(self, request: Request) -> None:
+        super()._abandon(request)
+        here = self._thread == threading.get_ident()
+        if here and self._loop is not None and not self._loop.is_closed():
+            self._wake.set()  # sending may have used up the signal that messages have arrived
 
     async def _finish(self, call: Call[T]) -> T:
         await self._wait(call, lambda: call.ended)
@@ -115,10 +123,10 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
         """Send and receive while a call is open. Reads every message that has arrived before it checks for timeouts:
         the event loop may have been busy while the broker answered."""
         loop, error = asyncio.get_running_loop(), TetriError("the client stopped")
-        readable: int | None = None
+        readable, self._whole = None, None
         try:
             readable = self._connection.readable
-            loop.add_reader(readable, self._wake.set)
+            loop.add_reader(readable, self._receive)
             await self._serve(loop)
         except TetriError as broken:
             error = broken
@@ -128,10 +136,18 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
             self._cancel_all()
             self._session.fail(error)
 
+    def _receive(self) -> None:
+        """Receive at once what has arrived: until then, the event loop would call this again in each of its turns."""
+        with suppress(TetriError):  # the pump meets it, too
+            self._whole = self._drain()
+        self._wake.set()
+
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._session.open:
             self._wake.clear()
-            whole = self._drain()
+            whole, self._whole = self._whole, None
+            if whole is None:
+                whole = self._drain()
             if whole:
                 self._send()
             if not whole or self._connection.waits():
