@@ -198,6 +198,13 @@ def test_a_canary_that_is_given_up_otherwise_shows_nothing(told):
         ([staged("p1", canary(), Stage.PREFILL)], "p1 did not prefill a canary within 10 s"),
         ([staged("p1", canary(), Stage.MOVING)], "KV of p1 did not reach d1 within 10 s"),
         ([staged("d1", canary(), Stage.WAITING)], "d1 did not decode a canary within 10 s"),
+        (
+            [
+                staged("d1", canary(), Stage.WAITING),
+                staged("p1", canary(), Stage.MOVING),
+            ],  # they came in the other order
+            "d1 did not decode a canary within 10 s",
+        ),
     ],
 )
 def test_a_late_canary_on_idle_instances_shows_a_broken_pair(told, reports, why):
@@ -348,6 +355,16 @@ def test_of_many_pairs_only_some_are_listed_those_that_are_not_ready_first():
     assert answer.why == "p0 to d0 is unknown: no KV has moved yet"
     told.core.pair_checks.carried("p0", "d0", told.now)
     assert ask(told)[0].ready
+
+
+def test_pairs_that_have_carried_lately_are_listed_after_the_others(told):
+    told.tell(ready("d2", "decode"), PeerUp("d2"))
+    checks = told.core.pair_checks
+    checks.carried("p1", "d2", 0.0)
+    checks.carried("p1", "d1", 20.0)
+    checks.unread("p1", {"d1": "it is to be tried again"})
+    told.now = READY_S + 1
+    assert [(each.decode, each.state) for each in ask(told)[0].pairs] == [("d2", "unknown"), ("d1", "carried")]
 
 
 def test_the_work_of_a_hand_over_does_not_grow_with_the_pairs():

@@ -374,5 +374,5 @@ def test_a_canary_is_not_predicted_and_teaches_nothing(kind):
 
 def test_without_an_estimator_a_canary_does_not_wait_for_a_prediction_either():
     told = working("p1", "d1", rules=NOISY)
-    told.tell(assign("a", prompt=1, max_tokens=2, ignore_eos=True, pinned="d1"))
+    assert not told.tell(assign("a", prompt=1, max_tokens=2, ignore_eos=True, pinned="d1"))
     assert sent(told.step(), "d1", Offer)

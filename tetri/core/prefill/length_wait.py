@@ -150,7 +150,7 @@ class LengthWait:
         return [Send(known.target, LengthUpdate(**known.address, length=length))]
 
     def _apply_estimate(self, request: PrefillRequest, estimate: HiddenStateEstimate) -> list[Action]:
-        if self.estimator is None or request.pinned:
+        if self.estimator is None:
             return []
         request.estimated = True
         length = self.estimator.estimates(request.lead.rid, estimate, request.sampling)
