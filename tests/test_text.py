@@ -278,6 +278,12 @@ def test_a_stop_text_may_name_special_tokens_and_counts_after_min_tokens(tokeniz
         assert run(tokenizer, ids, stop, cuts, least=least) == (text, end is not None, end or 5)
 
 
+def test_a_token_that_ends_the_output_has_no_text():
+    ends = Stopper(BYTES, ["ac"], silent=[98])
+    assert ends.advance([*b"xa"], False) == ("x", None) and ends.advance([*b"b"], True) == ("a", None)
+    assert Stopper(BYTES).advance([*b"ab"], True) == ("ab", None)
+
+
 def test_a_special_token_that_is_spelled_out_stops_too(tokenizer):
     ids = [i for char in "so <e>" for i in tokenizer.encode(char)]
     assert 1 not in ids and run(tokenizer, ids, ["<e>"]) == ("so ", True, 6)

@@ -353,21 +353,21 @@ class Stopper:
 
     `output`: tokens of this answer that an earlier Stopper has processed; their text is not released again.
     `min_tokens`: only a stop string that a later token than the first `min_tokens` completes counts, as in vLLM. It may
-    have begun before.
+    have begun before. `silent`: tokens that have no text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = (), min_tokens: int = 0
-    ) -> None:
-        self.stopped = False
-        self.counted = 0
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), output: Sequence[int] = (), min_tokens: int = 0,
+        silent: Iterable[int] = (),
+    ) -> None:  # fmt: skip
+        self.stopped, self.counted = False, 0
         self._min_tokens = min_tokens
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._marks = _marks(tokenizer.specials, stop)
         by_id = [_marked(text, self._marks) for text in stop]
         self._stop = tuple(dict.fromkeys([*stop, *by_id]))
-        self._mark_of = {tokenizer.specials[text]: mark for text, mark in self._marks.items()}
+        self._mark_of = dict.fromkeys(silent, "") | {tokenizer.specials[text]: m for text, m in self._marks.items()}
         self._hidden = dict.fromkeys(map(ord, self._marks.values()))
         self._first = frozenset(text[0] for text in self._stop)
         self._reach = max(map(len, self._stop), default=1) - 1  # most characters that may have to be held back

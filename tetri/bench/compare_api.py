@@ -138,9 +138,9 @@ def _limits() -> Iterator[Case]:
     yield _completion("a prompt as long as the context", [4093] * CONTEXT, max_tokens=1, logprobs=None)
     yield _completion("more than the context", "The sea is", max_tokens=CONTEXT, stop=" of")
     yield _completion("a limit above the context", "The sea is", max_tokens=CONTEXT + 1)
-    words = "sea " * (CONTEXT - 60)
-    yield _chat("a chat to the context's end", words, ignore_eos=True, logprobs=False, top_logprobs=None)
-    yield _chat("a chat longer than the context", words + "sea " * 60, logprobs=False, top_logprobs=None)
+    long = "sea " * (CONTEXT - 60)
+    yield _chat("a chat to the context's end", long, ignore_eos=True, logprobs=False, top_logprobs=None)
+    yield _chat("a chat longer than the context", long + "sea " * 60, logprobs=False, top_logprobs=None)
     yield _completion("no token", "The sea is", max_tokens=0)
 
 

@@ -55,7 +55,8 @@ class Reply(Value, frozen=True):
 class Detokenize(Value, frozen=True):
     """Turn output tokens of a choice into text; a `Detokenized` event follows. `rid`: id of the choice. `start`: index
     of the first token in the output. `stop`: texts that end the choice, once a token after the first `min_tokens`
-    completes one. `final`: no more tokens follow, so hold no text back."""
+    completes one. `final`: no more tokens follow, so hold no text back. `silent`: ids of tokens without text, such as
+    those that end the output."""
 
     rid: str
     start: int
@@ -63,6 +64,7 @@ class Detokenize(Value, frozen=True):
     stop: tuple[str, ...]
     final: bool
     min_tokens: int
+    silent: tuple[int, ...] = ()
 
 
 class Release(Value, frozen=True):

@@ -168,7 +168,7 @@ class ActionExecutor:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
             stopper = self.stoppers[action.rid] = Stopper(
-                self.tokenizer, action.stop, min_tokens=action.min_tokens
+                self.tokenizer, action.stop, min_tokens=action.min_tokens, silent=action.silent
             )
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)

@@ -111,9 +111,9 @@ def test_an_answer_that_a_stop_text_ended_has_no_error(told):
 def test_the_detokenizer_hears_what_ends_the_text_and_from_when_on():
     told = serving("p1", "d1")
     told.edge = False
-    told.tell(submit(stop=["x"], min_tokens=3))
+    told.tell(submit(stop=["x"], min_tokens=3, stop_token_ids=[9]))
     (asked,) = told.tell(tokens("p1", RID, 0, 7))
-    assert asked == Detokenize(RID, 0, (7,), ("x",), False, 3)
+    assert asked == Detokenize(RID, 0, (7,), ("x",), False, 3, (9,))
 
 
 def test_words_that_come_late_are_ignored(told):

@@ -131,8 +131,8 @@ def _found(folder: Path, read: Callable[[], str], programs: dict[str, subprocess
 
     value = polled(read, lambda found: bool(found or dead()), START_S, 0.02)
     if not value:
-        said = "".join((folder / f"{name}.out").read_text(errors="replace") for name in programs)
-        raise BenchError(f"{', '.join(dead()) or 'a program'} did not start: {said[-1000:].strip()}")
+        output = "".join((folder / f"{name}.out").read_text(errors="replace") for name in programs)
+        raise BenchError(f"{', '.join(dead()) or 'a program'} did not start: {output[-1000:].strip()}")
     return value
 
 

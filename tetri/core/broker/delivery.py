@@ -125,7 +125,8 @@ class Delivery:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, choice.asked = choice.asked, len(choice.output)
         ids, sampling = tuple(choice.output[start:]), choice.sampling
-        return [Detokenize(choice.id, start, ids, tuple(sampling.stop), final, sampling.min_tokens)]
+        stop, silent = tuple(sampling.stop), tuple(sampling.stop_token_ids)
+        return [Detokenize(choice.id, start, ids, stop, final, sampling.min_tokens, silent)]
 
     def detokenized(self, choice: Choice, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text

@@ -248,7 +248,7 @@ class Client:
         done, sampling = output.done, output.sampling
         assert done is not None
         right = self.right(output)
-        stopper = Stopper(EDGE, sampling.stop, min_tokens=sampling.min_tokens)
+        stopper = Stopper(EDGE, sampling.stop, min_tokens=sampling.min_tokens, silent=sampling.stop_token_ids)
         released = stopper.feed(token_ids(right))
         text = released.text + stopper.finish().text
         right = right[: released.counted] if released.stopped else right

@@ -87,7 +87,9 @@ class FaultyBroker(Process, BrokerNode):
     def _detokenize(self, action: Detokenize) -> Detokenized:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
-            stopper = self.stoppers[action.rid] = Stopper(EDGE, action.stop, min_tokens=action.min_tokens)
+            stopper = self.stoppers[action.rid] = Stopper(
+                EDGE, action.stop, min_tokens=action.min_tokens, silent=action.silent
+            )
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
