@@ -23,7 +23,7 @@ LEG = EngineRequest("k", "prefill", (1, 2), 2, Sampling())
 HANDLE = Handle(segment="s", slots=[0], generations=[0], block_bytes=8)
 REACH = Reach(paths=["shm"], host="h", process=1, segment="s")
 PREDICT, EXPORT = said.Predict("k", (1,), Sampling()), Export("k", 0, 0, 1)
-ADOPT = Adopt("k", 3, 1, HANDLE, 5, "p", "shm")
+ADOPT = Adopt("k", 3, 1, HANDLE, 5, "p", "shm", ("k",))
 FROM_A_WORKER = [  # one of each kind, and the calls that it is
     (Send("peer", "message"), [("send", "peer", "message")]),
     (said.Publish("report"), [("publish", "report")]),
@@ -253,5 +253,34 @@ def test_fewer_blocks_than_announced_are_never_adopted():
     engine, store = Everything(), Store()
     kv, noted = copies(engine, store)
     two = Handle(segment="s", slots=[0, 1], generations=[0, 0], block_bytes=8)
-    assert kv.adopt(Adopt("k", 3, 1, two, None, "p", "shm")) == Adopted("k", 3, "truncated")
+    assert kv.adopt(Adopt("k", 3, 1, two, None, "p", "shm", ("k",))) == Adopted("k", 3, "truncated")
     assert engine.calls == [] and str(noted[0][0]) == "1 of 2 blocks have come"
+
+
+class Some(Everything):
+    """An engine that has only some of the requests."""
+
+    def __init__(self, *keys):
+        super().__init__()
+        self.keys = keys
+
+    def adopt(self, key, start, blocks):
+        if key not in self.keys:
+            raise EngineError(f"no request {key}")
+        self.calls.append(("adopt", key, start, blocks))
+
+
+@pytest.mark.parametrize(("there", "missed"), [("abc", ()), ("ac", ("b",)), ("c", ("a", "b"))])
+def test_a_chunk_is_fetched_once_and_adopted_by_each_request_that_is_still_there(there, missed):
+    engine, store = Some(*there), Store()
+    kv, noted = copies(engine, store)
+    adopt = Adopt("k", 3, 1, HANDLE, 5, "p", "shm", ("a", "b", "c"))
+    assert kv.adopt(adopt) == Adopted("k", 3, None, missed)
+    assert store.wanted == [Wanted(("k", 3), "p", "shm", HANDLE, 5)] and noted == []
+    assert engine.calls == [("adopt", key, 1, ("block",)) for key in there]
+
+
+def test_a_chunk_that_no_request_waits_for_any_more_is_lost():
+    kv, noted = copies(Some(), Store())
+    adopted = kv.adopt(Adopt("k", 3, 1, HANDLE, 5, "p", "shm", ("a", "b")))
+    assert adopted == Adopted("k", 3, "lost") and [str(error) for error, *_ in noted] == ["no request b"]

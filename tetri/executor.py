@@ -188,8 +188,7 @@ class Copies:
     def __init__(self, engine: Blocks, store: KVStore, note: Callable[[Exception, str, int], None]) -> None:
         self.engine, self.store, self.note = engine, store, note
         self.meet, self.part, self.due = store.meet, store.part, store.due
-        # Ticket -> first block of the request, number of blocks.
-        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}
+        self._awaited: dict[tuple[str, int], Adopt] = {}  # by ticket
 
     def export(self, action: Export) -> Exported:
         key, start, stop = action.key, action.start, action.stop
@@ -210,23 +209,37 @@ class Copies:
 
     def adopt(self, action: Adopt) -> Adopted | None:
         ticket = (action.key, action.index)
-        self._awaited[ticket] = (action.start, len(action.handle.slots))
+        self._awaited[ticket] = action
         fetched = self.store.fetch(Wanted(ticket, action.peer, action.path, action.handle, action.digest))
         return None if fetched is None else self._adopted(fetched)
 
     def _adopted(self, fetched: Fetched) -> Adopted:
         key, index = fetched.ticket
-        start, count = self._awaited.pop(fetched.ticket)
+        action = self._awaited.pop(fetched.ticket)
+        count = len(action.handle.slots)
         try:
             if fetched.problem is not None:
                 raise fetched.problem
             if len(fetched.blocks) != count:
                 raise KVShort(f"{len(fetched.blocks)} of {count} blocks have come")
-            self.engine.adopt(key, start, fetched.blocks)
-        except (KVError, EngineError) as error:  # EngineError: the request has ended meanwhile
+            missed = self._write(action, fetched.blocks)
+        except (KVError, EngineError) as error:
             self.note(error, key, index)
             return Adopted(key, index, next((name for kind, name in self.PROBLEMS if isinstance(error, kind)), "lost"))
-        return Adopted(key, index)
+        return Adopted(key, index, None, missed)
+
+    def _write(self, action: Adopt, blocks: Sequence[Block]) -> tuple[str, ...]:
+        """Copy blocks into each engine request of the action; return those that have ended meanwhile. Raises
+        EngineError if all have."""
+        missed: dict[str, EngineError] = {}
+        for key in action.keys:
+            try:
+                self.engine.adopt(key, action.start, blocks)
+            except EngineError as error:
+                missed[key] = error
+        if len(missed) == len(action.keys):
+            raise missed[action.keys[-1]]
+        return tuple(missed)
 
     def events(self) -> Iterator[Adopted | Freed]:
         """Yield the fetches that have ended and the slots that were freed since the last call."""

@@ -143,6 +143,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 )
 _LARGE = 10**300
 MAX_BIAS = 100
+MAX_IDS = 1024  # of logit_bias, and of stop_token_ids
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 
@@ -171,6 +172,8 @@ def sampling_problem(s: AskedSampling, default_tokens: int = DEFAULT_TOKENS) -> 
         return f"logprobs must be from 0 to {MAX_LOGPROBS}, got {_described(s.logprobs)}"
     if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in s.logit_bias.values()):  # also catches NaN
         return f"a logit_bias must be from -{MAX_BIAS} to {MAX_BIAS}"
+    if max(len(s.logit_bias), len(s.stop_token_ids)) > MAX_IDS:
+        return f"logit_bias and stop_token_ids take at most {MAX_IDS} token ids each"
     return None
 
 
@@ -201,7 +204,8 @@ class Receipt(Record, frozen=True):
 
     adopted     prompt tokens whose KV the decode engine received as bytes
     recomputed  prompt tokens that the decode engine computed itself, after a preemption
-    kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved)
+    kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved). Of
+                choices that share a transfer, the first has these counts and the others zeros
     preempted   number of preemptions
     refetched   number of fetches that were repeated because a KV chunk arrived corrupt
     continued   output tokens of earlier attempts: the last attempt computed their KV anew and continued from there

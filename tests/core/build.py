@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tetri.core.decode.request import DecodeRequest, KVInflow
+from tetri.core.decode.request import DecodeRequest, HandOver, KVInflow
 from tetri.core.instance.identity import Identity
-from tetri.core.prefill.request import KVOutflow, PrefillRequest
+from tetri.core.prefill.request import KVOutflow, PrefillRequest, choices_of
 from tetri.cost import Cost
 from tetri.instance import Capacity, Fingerprint, Instance, Reach
 from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
 from tetri.request import LengthRange, Receipt, Sampling, blocks_for
-from tetri.wire.handover import Chunk, Defer, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse
+from tetri.wire.handover import Chunk, Defer, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse, Sibling
 from tetri.wire.messages import (
     Assign,
     Close,
@@ -152,10 +152,17 @@ def view(number: int, epoch: int = 1, **free_blocks: int | Load) -> ClusterView:
 def assign(
     rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8, **changes: Any
 ) -> Assign:
-    """A request of `prompt` tokens; `changes` of its sampling, what to `avoid`, and where it is `pinned` to."""
+    """A request of `prompt` tokens; `changes` of its sampling, what to `avoid`, where it is `pinned` to, and the
+    `siblings` by their ids."""
     own = {"avoid": [*changes.pop("avoid", ())], "pinned": changes.pop("pinned", "")}
+    own["siblings"] = siblings(*changes.pop("siblings", ()))
     sampling = Sampling(max_tokens=max_tokens, **changes)
     return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling, **own)
+
+
+def siblings(*rids: str) -> list[Sibling]:
+    """In their first attempt, with seeds from 1 on."""
+    return [Sibling(rid, 1, seed) for seed, rid in enumerate(rids, 1)]
 
 
 def offer(rid: str, prompt: int, output: Iterable[int] = (), max_tokens: int = 8, **changes: Any) -> Offer:
@@ -177,10 +184,11 @@ def handle(*slots: int, segment: str = "s-p1") -> Handle:
 
 
 def chunk(rid: str, index: int, start: int, stop: int, token: int | None = None, **changes: Any) -> Chunk:
-    """Blocks [start, stop), in the slots of the same numbers."""
+    """Blocks [start, stop), in the slots of the same numbers. `token`: the first one, of a single choice."""
     made = handle(*range(start, stop), segment=f"s-{changes.get('src', 'p1')}")
-    fields = {"src": "p1", "incarnation": 1, "attempt": 1, "offer": 1, "handle": made}
-    return Chunk(rid=rid, index=index, start=start, stop=stop, digest=9, token=token, **{**fields, **changes})
+    tokens = [] if token is None else [token]
+    fields = {"src": "p1", "incarnation": 1, "attempt": 1, "offer": 1, "handle": made, "tokens": tokens}
+    return Chunk(rid=rid, index=index, start=start, stop=stop, digest=9, **{**fields, **changes})
 
 
 def drop(rid: str, **changes: Any) -> Drop:
@@ -237,9 +245,17 @@ def prefill_request(
     work_s = (cost or Cost()).prompt_s(tokens, 0, 8)
     queued = QueuedPrompt(made.rid, arrival, tokens, since, work_s, due)
     prompt, output, flow = tuple(made.prompt), tuple(made.output), KVOutflow(blocks_for(tokens, BLOCK))
-    return PrefillRequest(made.rid, made.rid, made.attempt, prompt, output, made.sampling, queued, flow, tokens, work_s)
+    fields = (prompt, output, made.sampling, queued, flow, tokens, work_s)
+    return PrefillRequest(made.rid, choices_of(made), *fields)
 
 
 def decode_request(made: Offer) -> DecodeRequest:
     """Of one that was offered, by its id as key. Its KV comes through shared memory."""
-    return DecodeRequest(made.rid, made, KVInflow(made.blocks, "shm", f"s-{made.src}"), made.length, blocks=made.blocks)
+    flow = KVInflow(made.blocks, "shm", f"s-{made.src}")
+    return DecodeRequest(made.rid, made, flow, length=made.length, blocks=made.blocks)
+
+
+def hand_over(made: Offer) -> HandOver:
+    """Of one that was offered, with its only choice, by its id as key."""
+    request = decode_request(made)
+    return HandOver(made.rid, made, request.flow, {0: request})

@@ -130,7 +130,9 @@ class Working(Told):
             held.append((span.key, blocks_for(span.stop, self.own.capacity.block_tokens)))
             self.computed[span.key] = span.stop
             if span.stop == len(self.requests[span.key].tokens):
+                siblings = self.requests[span.key].siblings
                 tokens.append(self._sampled(span.key, (PROMPT_TOKEN,), ends))
+                tokens += [self._sibling(key, seed, tokens[-1], ends) for key, seed in siblings]
         for key in [key for key in self.sizes if key not in away]:
             size, again, stop = self.sizes[key], self.preempted.pop(key, None), (part or {}).get(key.split(":")[1])
             if again is not None:
@@ -159,6 +161,12 @@ class Working(Told):
         if reason is not None or key in self.computed:
             self._forget(key)
         return Sampled(key, ids, reason)
+
+    @staticmethod
+    def _sibling(key: str, seed: int, first: Sampled, ends: Mapping[str, str]) -> Sampled:
+        """The token of a sibling is told by its seed."""
+        full = "length" if first.reason == "length" else None
+        return Sampled(key, (PROMPT_TOKEN + seed,), ends.get(key.split(":")[1], full))
 
     def run(self) -> list[tuple[str, int, int]]:
         """Run the next step if there is one; which tokens of which prompts it has computed."""

@@ -75,7 +75,7 @@ VALUES = [
     Send("d0", LengthUpdate(src="p0", incarnation=1, rid="r", attempt=1, offer=2, length=LengthRange(low=0, high=4))),
     LoadReport(iid="p0", incarnation=1 << 61, role="prefill", load=Load(free_blocks=-3)),
     actions.AddRequest(EngineRequest("a", "prefill", (1, 2), 2, Sampling())),
-    actions.Adopt("a", 0, 0, HANDLE, None, "p0", "shm"),
+    actions.Adopt("a", 0, 0, HANDLE, None, "p0", "shm", ("a",)),
     Send("p0", Close(rid="r", attempt=1)),
 ]
 

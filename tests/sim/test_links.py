@@ -51,9 +51,9 @@ def test_a_second_connect_changes_nothing_and_one_that_was_taken_back_never_stan
     assert len(a.heard) == 1
 
 
-def chunk(index, token=None, offer=1):
+def chunk(index, tokens=(), offer=1):
     handle = Handle(segment="a", slots=[0], generations=[0], block_bytes=1)
-    where = {"index": index, "start": index, "stop": index + 1, "handle": handle, "digest": 0, "token": token}
+    where = {"index": index, "start": index, "stop": index + 1, "handle": handle, "digest": 0, "tokens": [*tokens]}
     return Chunk(src="a", incarnation=1, rid="r", attempt=1, offer=offer, **where)
 
 
@@ -68,15 +68,15 @@ def test_request_level_transfer_keeps_the_chunks_until_the_last_one_is_there(ker
     a.port.send("b", "another message")
     kernel.run()
     assert [message for _, message in b.heard] == ["another message"]
-    a.port.send("b", chunk(1, token=7))
+    a.port.send("b", chunk(1, tokens=[7]))
     kernel.run()
-    assert [message for _, message in b.heard[1:]] == [chunk(0), chunk(1, token=7)]
+    assert [message for _, message in b.heard[1:]] == [chunk(0), chunk(1, tokens=[7])]
 
 
 def test_request_level_transfer_forgets_the_chunks_of_an_offer_that_is_taken_back(kernel):
     a, b = pair(kernel, whole=True)
     kernel.run()
-    for message in (chunk(0), DROP, chunk(0, offer=2), chunk(1, token=7)):
+    for message in (chunk(0), DROP, chunk(0, offer=2), chunk(1, tokens=[7])):
         a.port.send("b", message)
     kernel.run()
-    assert [message for _, message in b.heard] == [DROP, chunk(1, token=7)]
+    assert [message for _, message in b.heard] == [DROP, chunk(1, tokens=[7])]

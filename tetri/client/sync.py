@@ -21,7 +21,7 @@ class Client(BaseClient["Stream[str]", "Events"]):
 
     `address`: the broker's address; by default that of this machine's deployment. `timeout`: seconds without an
     answer after which every method raises Unreachable. The keyword arguments of a request are the fields of
-    `tetri.request.AskedSampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, ...
+    `tetri.request.AskedSampling`: max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, logit_bias, ...
     """
 
     def generate(

@@ -134,8 +134,8 @@ class Export(Value, frozen=True):
 
 
 class Adopt(Value, frozen=True):
-    """Fetch KV chunk `index` from the slab of `peer` over `path`, into the blocks of an engine request from `start` on.
-    An `Adopted` event follows."""
+    """Fetch KV chunk `index` of hand-over `key` from the slab of `peer` over `path`, once, into the blocks of each
+    engine request of `keys` from `start` on. An `Adopted` event follows."""
 
     key: str
     index: int
@@ -144,6 +144,7 @@ class Adopt(Value, frozen=True):
     digest: int | None
     peer: str
     path: str
+    keys: tuple[str, ...]
 
 
 class Free(Value, frozen=True):
@@ -236,11 +237,13 @@ class Freed(Value, frozen=True):
 class Adopted(Value, frozen=True):
     """The result of a fetch. `problem` is None when the chunk is in the engine's blocks and its digest is right.
     Otherwise it is "flipped" (the digest is wrong), "truncated" (fewer bytes than announced), "foreign" (the handle is
-    not from the sender's slab) or "lost" (the bytes are gone or unreachable)."""
+    not from the sender's slab) or "lost" (the bytes are gone or unreachable). `missed`: those of `Adopt.keys` that have
+    ended meanwhile; if all have, the chunk is "lost"."""
 
     key: str
     index: int
     problem: str | None = None
+    missed: tuple[str, ...] = ()
 
 
 NetworkAction = Send | Connect | Disconnect | Publish

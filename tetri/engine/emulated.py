@@ -156,8 +156,7 @@ class EmulatedEngine:
     def _finish(self, plan: StepPlan, steps: int) -> StepDone:
         done = self.paged.finish(plan, steps, self._newest)
         if self.logprobs:
-            said = [self.logprobs.pop(sampled.key, sampled.ids) for sampled in done.tokens]
-            tokens = [sampled.changed(ids=tuple(ids)) for sampled, ids in zip(done.tokens, said, strict=True)]
+            tokens = [each.changed(ids=tuple(self.logprobs.pop(each.key, each.ids))) for each in done.tokens]
             done = done.changed(tokens=tuple(tokens))
         for sampled in done.tokens:
             if sampled.key not in self.paged.slots:
@@ -215,8 +214,8 @@ class EmulatedEngine:
         token = next_token(kv, position, sampling, self.vocabulary, content.salt)
         content.tokens.append(token)
         if sampling.logprobs is not None:
-            said = logprob_of(token, kv, position, sampling.logprobs, self.vocabulary, content.salt)
-            self.logprobs.setdefault(key, []).append(said)
+            made = logprob_of(token, kv, position, sampling.logprobs, self.vocabulary, content.salt)
+            self.logprobs.setdefault(key, []).append(made)
         return token
 
     # ------------------------------------------------------------ memory

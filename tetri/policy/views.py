@@ -25,11 +25,12 @@ class PrefillPool:
 
 class Need(Value, frozen=True):
     """What a request needs on a decode instance: KV blocks now, KV blocks at its predicted end, and whether it is
-    predicted to write more than `heavy_tokens` tokens."""
+    predicted to write more than `heavy_tokens` tokens. `choices`: as how many requests it counts there."""
 
     blocks: int
     end_blocks: int
     heavy: bool
+    choices: int = 1
 
 
 EXCLUDED = -(1 << 62)  # `DecodePool.free` of an instance that must not be chosen

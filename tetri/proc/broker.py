@@ -91,7 +91,7 @@ class ActionExecutor:
 
         A Submit with a known key is a retransmission: its text is not tokenised again."""
         asked = message.sampling
-        least = needed_bytes(0, asked.max_tokens or 0, message.n, asked.logprobs)
+        least = needed_bytes(0, asked.max_tokens or 0, message.n, asked)
         if message.key in self.core.table.keys:
             yield submitted(client, message, content(message))
         elif (problem := submit_problem(message, self.core.limits.context)) is not None:

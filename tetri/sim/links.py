@@ -78,7 +78,7 @@ class Port:
             return
         kept = self._kept.setdefault(key, {})
         kept[message.index] = message
-        if message.token is not None:
+        if message.tokens:
             for chunk in self._kept.pop(key).values():
                 self._send(to, chunk)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct
 from msgspec.structs import replace
 
 from tetri.instance import Fingerprint
-from tetri.request import Count, LengthRange, Name, Record, Sampling
+from tetri.request import Count, LengthRange, Name, Record, Sampling, Token
 
 
 class BetweenWorkers(Record, frozen=True):
@@ -44,8 +46,9 @@ class Handle(Record, frozen=True):
 
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
-    """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`. The answer is
-    Grant, Defer or Refuse. `alone`: as in Assign. `canary`: it comes after all other offers."""
+    """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`, and as many
+    again for each of its `siblings`. The answer, for all of them, is Grant, Defer or Refuse. `alone`: as in Assign.
+    `canary`: it comes after all other offers."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -56,6 +59,18 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
     alone: bool = False
     canary: bool = False
+    siblings: list[Sibling] = []
+
+    def choices(self) -> list[Offer]:
+        """Return the offer of each choice as if it were alone."""
+        if not self.siblings:
+            return [self]
+        lead = self.changed(siblings=[])
+        return [lead, *(lead.changed(**self._of(sibling)) for sibling in self.siblings)]
+
+    def _of(self, sibling: Sibling) -> dict[str, Any]:
+        sampling = self.sampling.changed(seed=sibling.seed)
+        return {"rid": sibling.rid, "attempt": sibling.attempt, "sampling": sampling}
 
 
 class LengthUpdate(BetweenWorkers, tag="length_update", frozen=True):
@@ -86,14 +101,15 @@ class Refuse(BetweenWorkers, tag="refuse", frozen=True):
 
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     """Announces a KV chunk: the prompt's blocks [start, stop) can be fetched at `handle`. `digest`: xxh3-64 of their
-    bytes, None if digests are off. `token`: the first output token, in the last chunk only."""
+    bytes, None if digests are off. `tokens`, in the last chunk only: the first output token of each choice in the order
+    of the Offer; None for one that has ended meanwhile."""
 
     index: Count
     start: Count
     stop: Count
     handle: Handle
     digest: int | None
-    token: int | None = None
+    tokens: list[Token | None] = []
 
 
 class Landed(BetweenWorkers, tag="landed", frozen=True):

@@ -96,6 +96,7 @@ def test_a_request_without_a_seed_draws_one_for_all():
         ([{"blocks": 8}], {"n": 3, "prompt": [1] * 9}, "n is 3: no decode instance can begin more than 2 choices of 9"),
         ([{"blocks": 99, "max_batch": 2}, {"blocks": 8}], {"n": 3, "prompt": [1] * 9}, "more than 2 choices"),
         ([{}], {"n": 1, "logit_bias": {100: 1.0}}, "an id of logit_bias is outside the model's vocabulary of 100"),
+        ([{}], {"n": 1, "logit_bias": {id: 0.5 for id in range(1025)}}, "stop_token_ids take at most 1024 token ids"),
         ([{}], {"n": 1, "stop_token_ids": [3, 100]}, "an id of stop_token_ids is outside the model's vocabulary"),
     ],
 )
@@ -367,4 +368,10 @@ def test_a_worker_that_computes_no_log_probabilities_ends_a_choice_that_asks_for
 def test_an_output_with_log_probabilities_counts_more(served):
     before = served.core.table.weight
     asked_for_logprobs(served, n=2)
-    assert served.core.table.weight - before == needed_bytes(3, 4, 2, 2) == needed_bytes(3, 4, 2) + 8 * (28 + 2 * 13)
+    assert served.core.table.weight - before == needed_bytes(3, 4, 2) + 8 * (28 + 2 * 13)
+
+
+def test_each_id_of_a_bias_and_each_that_stops_counts(served):
+    before = served.core.table.weight
+    served.tell(submit("k2", n=2, logit_bias={1: 1.0, 2: -1.0}, stop_token_ids=[5, 6, 7]))
+    assert served.core.table.weight - before == needed_bytes(3, 4, 2) + 5 * 128

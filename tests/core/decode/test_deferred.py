@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.core.build import assign, chunk, close, decode_request, drop, instance, membership, offer, update_length
+from tests.core.build import assign, chunk, close, drop, hand_over, instance, membership, offer, update_length
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Adopt, Broken, RequestRejected
@@ -15,7 +15,7 @@ NOW = 100.0
 
 
 def waiting(rid, waited_s=0.0, blocks=1):
-    return decode_request(offer(rid, 4 * blocks, waited_s=waited_s))
+    return hand_over(offer(rid, 4 * blocks, waited_s=waited_s))
 
 
 def entered(*requests, limit=1000, keep_s=30.0):
@@ -59,10 +59,10 @@ def test_none_overtakes_one_that_has_waited_long(granted, tried):
     """`a` and `b` have."""
     waited = {"a": LONG_S + 1, "b": LONG_S, "c": LONG_S - 0.1, "d": 0.0}
     deferred, seen = entered(*(waiting(rid, waited_s) for rid, waited_s in waited.items())), ""
-    for request in deferred.first(NOW):
-        seen += request.offer.rid
-        if request.offer.rid in granted:
-            assert deferred.leave(request.offer.rid)
+    for each in deferred.first(NOW):
+        seen += each.offer.rid
+        if each.offer.rid in granted:
+            deferred.leave(each)
     assert seen == tried and rids(deferred) == "".join(rid for rid in "abcd" if rid not in granted)
 
 
@@ -90,12 +90,12 @@ def test_none_is_added_to_those_that_lack_the_limit_however_small_it_is(there, f
 
 
 def test_each_is_found_until_it_leaves():
-    deferred, request = DeferredOffers(4, 30.0), waiting("a", blocks=3)
-    assert deferred.get("a") is None and not deferred.leave("a")
-    deferred.enter(request, NOW, free=0)
-    assert (deferred.get("a"), len(deferred), deferred.blocks) == (request, 1, 3)
-    assert deferred.leave("a") and not deferred.leave("a")
-    assert (deferred.get("a"), len(deferred), deferred.blocks) == (None, 0, 0)
+    deferred, made = DeferredOffers(4, 30.0), waiting("a", blocks=3)
+    assert "a" not in deferred
+    deferred.enter(made, NOW, free=0)
+    assert ("a" in deferred, [*deferred], len(deferred), deferred.blocks) == (True, [made], 1, 3)
+    deferred.leave(made)
+    assert ("a" in deferred, [*deferred], len(deferred), deferred.blocks) == (False, [], 0, 0)
 
 
 def test_one_that_is_not_repeated_expires():

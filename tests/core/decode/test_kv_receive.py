@@ -2,7 +2,17 @@
 
 import pytest
 
-from tests.core.build import capacity, chunk, close, decode_request, drop, handle, instance, offer, reach
+from tests.core.build import (
+    capacity,
+    chunk,
+    close,
+    drop,
+    hand_over,
+    handle,
+    instance,
+    offer,
+    reach,
+)
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Adopt, Broken
@@ -242,15 +252,13 @@ def inflow(blocks):
 
 
 def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
-    flow = inflow(2)
-    flow.announce(chunk("r", 1, 1, 2, token=5))
-    flow.land(1)
-    assert flow.token == 5 and not flow.complete
-    flow.announce(chunk("r", 0, 0, 1))
-    flow.land(0)
-    assert flow.complete and flow.bytes == 64
-    flow.token = None
-    assert not flow.complete
+    receiving, made = KVReceive(), hand_over(offer("r", prompt=8))
+    assert receiving.announced(chunk("r", 1, 1, 2, token=5), made) is None and made.tokens == [5]
+    made.flow.land(1)
+    assert not made.flow.complete
+    assert receiving.announced(chunk("r", 0, 0, 1), made) is None and made.tokens == [5]
+    made.flow.land(0)
+    assert made.flow.complete and made.flow.bytes == 64
 
 
 @pytest.mark.parametrize(
@@ -267,21 +275,21 @@ def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
 def test_a_chunk_must_be_one_of_its_prompt(wrong):
     flow = inflow(4)
     first, last = chunk("r", 0, 0, 2), chunk("r", 1, 2, 4, token=7)
-    assert flow.obstacle(first) is None
+    assert flow.obstacle(first, 1) is None
     flow.announce(first)
-    assert flow.obstacle(wrong)[0] == "misfit" and flow.obstacle(last) is None
+    assert flow.obstacle(wrong, 1)[0] == "misfit" and flow.obstacle(last, 1) is None
     flow.land(0)
-    assert flow.obstacle(wrong)[0] == "misfit" and flow.obstacle(last) is None
+    assert flow.obstacle(wrong, 1)[0] == "misfit" and flow.obstacle(last, 1) is None
 
 
 def test_check_finds_chunks_that_nobody_takes_and_pauses_of_legs_that_are_no_more():
-    receiving, made = KVReceive(), decode_request(offer("r", prompt=12))
-    made.allocated = True
+    receiving, made = KVReceive(), hand_over(offer("r", prompt=12))
+    made.ready = True
     receiving.announced(chunk("r", 0, 0, 1), made)
     with pytest.raises(Broken, match="r waits for 0 of 1 chunks"):
         receiving.check([made])
     receiving.fetch(chunk("r", 0, 0, 1), made)
     receiving.check([made])
     receiving.pauses["d:x:1:p1:1", 0] = 1.0
-    with pytest.raises(Broken, match="requests that are gone"):
+    with pytest.raises(Broken, match="hand-overs that are gone"):
         receiving.check([made])

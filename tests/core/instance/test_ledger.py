@@ -25,7 +25,7 @@ def test_accounts_are_taken_grown_and_closed(ledger):
 
 def test_there_is_no_room_beyond_the_capacity(ledger):
     assert ledger.allocate("a", 10) and not ledger.allocate("b", 1) and len(ledger) == 1
-    assert not ledger.reserve("b", 1) and "b" not in ledger and ledger.grantable() == 0
+    assert not ledger.reserve(["b"], 1) and "b" not in ledger and ledger.grantable() == 0
 
 
 def test_an_account_opened_twice_must_not_go_on(ledger):
@@ -36,8 +36,8 @@ def test_an_account_opened_twice_must_not_go_on(ledger):
 
 def test_what_running_ones_will_take_is_kept_free(ledger):
     ledger.allocate("a", 4)
-    assert not ledger.reserve("b", 3, kept=4) and "b" not in ledger and ledger.free == 6
-    assert ledger.reserve("b", 2, kept=4) and ledger.free == 4
+    assert not ledger.reserve(["b"], 3, kept=4) and "b" not in ledger and ledger.free == 6
+    assert ledger.reserve(["b"], 2, kept=4) and ledger.free == 4
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def test_what_running_ones_will_take_is_kept_free(ledger):
 )
 def test_the_largest_reservation_that_can_be_made(ledger, reserved, running, kept, most):
     if reserved:
-        assert ledger.reserve("reserved", reserved)
+        assert ledger.reserve(["reserved"], reserved)
     assert ledger.allocate("running", min(running, 1))
     ledger.grow("running", running)
     assert ledger.grantable(kept) == most
-    assert not ledger.reserve("a", most + 1, kept)
+    assert not ledger.reserve(["a"], most + 1, kept)
     assert ledger.crowded(most + 1) == (reserved > 0 and reserved + most + 1 > 5)
     if most:
-        assert ledger.reserve("a", most, kept)
+        assert ledger.reserve(["a"], most, kept)
 
 
 def test_the_engine_may_hold_less_but_never_more(ledger):
@@ -76,7 +76,7 @@ def test_the_engine_may_hold_less_but_never_more(ledger):
 
 def test_what_was_counted_wrong_is_found():
     ledger = Ledger(10, 0.5)
-    ledger.reserve("a", 1)
+    ledger.reserve(["a"], 1)
     ledger.free -= 1
     with pytest.raises(Broken, match="8 blocks free and 1 reserved, counted 9 and 1"):
         ledger.audit()

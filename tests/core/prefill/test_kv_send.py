@@ -183,7 +183,7 @@ def test_it_is_kept_while_it_is_on_offer(lost):
 def test_aiming_elsewhere_asks_anew_and_a_lost_grant_is_remembered_until_the_next():
     flow = KVOutflow(1)
     for number, target in ((1, "d1"), (2, "d2")):
-        flow.aim(number, target)
+        flow.aim(number, target, [])
         assert (flow.offer, flow.target, flow.granted) == (number, target, False)
         if number == 1:
             flow.grant()
@@ -196,5 +196,5 @@ def test_aiming_elsewhere_asks_anew_and_a_lost_grant_is_remembered_until_the_nex
 
 def test_what_is_given_up_is_freed_once():
     flow = KVOutflow(2)
-    flow.put(KVChunk(0, 0, 2, handle(0, 1), 9, None))
+    flow.put(KVChunk(0, 0, 2, handle(0, 1), 9))
     assert (flow.drain(), flow.drain()) == ([handle(0, 1)], [])

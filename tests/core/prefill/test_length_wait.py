@@ -210,7 +210,7 @@ def test_what_its_own_state_says_goes_with_the_offer_or_before_the_last_chunk(ki
         assert offered(told.step()) == [PRIOR if kind == "hidden" else NAMED]
     messages = sent(told.step(estimates=STATE), "d1")
     assert [type(message) for message in messages] == [Offer if prompt == 6 else LengthUpdate, Chunk]
-    assert messages[0].length == TOLD and messages[1].token == 7 and offered(told.later(1.0)) == [TOLD]
+    assert messages[0].length == TOLD and messages[1].tokens == [7] and offered(told.later(1.0)) == [TOLD]
     assert (status(told).predicted, late(told)) == (1, 0)
 
 

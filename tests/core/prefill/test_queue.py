@@ -86,7 +86,7 @@ def test_work_is_counted_as_it_is_done():
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda line: setattr(line.requests["a"], "token", 1), "has its token and is still queued"),
+        (lambda line: setattr(line.requests["a"].choices[0], "token", 1), "has its token and is still queued"),
         (lambda line: line.queue.raw.clear(), "not all requests without a token are queued"),
         (lambda line: setattr(line.queue, "tokens", 9), "9 tokens queued, 0 in line: counted 4, 0"),
         (lambda line: setattr(line.queue, "seconds", 9.0), "9.0 seconds of work queued, counted 0.4"),
@@ -119,7 +119,7 @@ def test_check_finds_what_is_wrong(spoil, complaint):
 def test_suspects_share_no_chunk_and_overtake_as_others_do(prompts, alone, granted, expected):
     requests = {key: prefill_request(assign(key, 4)) for key in "abcst"}
     for number, key in enumerate(granted):
-        requests[key].flow.aim(number, "d1")
+        requests[key].flow.aim(number, "d1", requests[key].choices)
         requests[key].flow.grant()
     for key in alone:
         requests[key].alone = True

@@ -38,8 +38,9 @@ def test_what_it_needs_follows_from_the_end_of_its_range(length, rules, end_bloc
 
 def test_one_that_its_first_token_ends():
     made = prefill_request(assign("a", 8, [5], max_tokens=2))
-    assert made.outputs() == [5]
-    made.token, made.end = 7, End(reason="length", receipt=made.receipt("p1"))
-    assert (made.stage, made.decodes, made.outputs()) == (Stage.DONE, False, [5, 7])
-    receipt = made.end.receipt
+    (choice,) = made.choices
+    assert made.outputs(choice) == [5]
+    choice.token, choice.end = 7, End(reason="length", receipt=made.receipt("p1"))
+    assert (made.stage(choice), made.decodes, made.outputs(choice)) == (Stage.DONE, False, [5, 7])
+    receipt = choice.end.receipt
     assert (receipt.prefill_instance, receipt.adopted, receipt.transport) == ("p1", 0, "none")

@@ -92,7 +92,7 @@ def test_one_request_from_assign_to_landed(told):
     last = told.step()
     assert kinds(last) == ["Step", "Tokens > broker", "Staged > broker", "Export", "Chunk > d1"]
     chunks = sent(first + last, kind=Chunk)
-    assert [(each.index, each.start, each.stop, each.token) for each in chunks] == [(0, 0, 2, None), (1, 2, 4, 7)]
+    assert [(each.index, each.start, each.stop, each.tokens) for each in chunks] == [(0, 0, 2, []), (1, 2, 4, [7])]
     assert not told.tell(grant("a")) and told.heartbeat().slots_used == 4
     assert kinds(told.tell(landed("a", 0), landed("a", 0), landed("a", 1))) == ["Free", "Free"]
     said = told.heartbeat()

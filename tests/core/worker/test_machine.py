@@ -4,7 +4,13 @@ in every role and between roles, under every policy. After every one `check()` m
 from random import Random
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from tests.core.broker.test_machine import QUICK, WORKERS, iids, seconds
 from tests.core.build import (
@@ -34,7 +40,7 @@ from tetri.engine_request import HiddenStateEstimate
 from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
 from tetri.request import ROLES, Expected, LengthDistribution, LengthRange
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.handover import LengthUpdate
+from tetri.wire.handover import LengthUpdate, Sibling
 from tetri.wire.messages import Close, ClusterView, Flip, InstanceLoad, Load, Resend
 
 COST = Cost(prefill=((0.0, 0.0), (8.0, 0.1)), decode=((1.0, 0.01), (2.0, 0.02)))
@@ -124,7 +130,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case say.CancelRequest(key):
                 self.engine.cancel(key)
                 self.requests.pop(key, None)
-                self.granted = {rid: made for rid, made in self.granted.items() if _key(made) != key}
+                here = self.requests
+                self.granted = {rid: made for rid, made in self.granted.items() if any(k in here for k in _keys(made))}
             case say.AdmitRequest(key, token):
                 self.engine.admit(key, token)
                 self.written[key] = len(self.requests[key].tokens) - self.requests[key].output_from + 1
@@ -166,6 +173,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
         """What hidden states say of those that have a new token: the same of all prompts, and of all decodes."""
         told = []
         for sampled in done.tokens if self.estimates_lengths else ():
+            if sampled.key not in self.requests:
+                continue  # a sibling
             engine_request, key = self.requests[sampled.key], sampled.key
             outputs = self.written.get(key, len(engine_request.tokens) - engine_request.output_from)
             self.written[key] = outputs + len(sampled.ids)
@@ -174,10 +183,11 @@ class WorkerUnderFire(RuleBasedStateMachine):
         return done.changed(estimates=tuple(told))
 
     def adopt(self, action, problem):
-        if problem is None and action.key in self.requests:  # else the leg has ended meanwhile, and its KV is nobody's
+        missed = tuple(key for key in action.keys if key not in self.requests)  # ended meanwhile: it is nobody's KV
+        for key in () if problem is not None else [key for key in action.keys if key not in missed]:
             block = memoryview(bytearray(self.engine.fingerprint.block_bytes))
-            self.engine.adopt(action.key, action.start, [block] * len(action.handle.slots))
-        return say.Adopted(action.key, action.index, problem)
+            self.engine.adopt(key, action.start, [block] * len(action.handle.slots))
+        return say.Adopted(action.key, action.index, problem, missed)
 
     def send(self, peer, message):
         name = type(message).__name__
@@ -209,7 +219,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             done, self.done = self.done, None
             for sampled in done.tokens:
                 if sampled.reason or sampled.key.startswith("p:"):
-                    self.requests.pop(sampled.key)
+                    self.requests.pop(sampled.key, None)  # a sibling is not there
             self.act(self.core.handle(done, self.now))
         if event is not None:
             self.act(self.core.handle(event, self.now))
@@ -223,11 +233,15 @@ class WorkerUnderFire(RuleBasedStateMachine):
         attempt=st.integers(1, 3),
         most=st.integers(1, 9),
         pinned=st.sampled_from(["", "", *sorted(WORKERS), "me"]),
+        others=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=3, unique_by=lambda it: it[0]),
     )
-    def assign(self, rid, prompt, old, attempt, most, pinned):
-        """An attempt again in the same words."""
-        prompt, old, most, pinned = self.assigned.setdefault((rid, attempt), (prompt, old, most, pinned))
-        self.tell(assign(rid, prompt, [2] * old, attempt, most, pinned=pinned))
+    def assign(self, rid, prompt, old, attempt, most, pinned, others):
+        """An attempt again in the same words, perhaps with other choices of them; a canary has none."""
+        words = self.assigned.setdefault((rid, attempt), (prompt, old, most, pinned))
+        alike = [it for it in others if it[0] != rid and self.assigned.setdefault(it, words) == words]
+        prompt, old, most, pinned = words
+        made = assign(rid, prompt, [2] * old, attempt, most, temperature=1.0, seed=0, pinned=pinned)
+        self.tell(made.changed(siblings=[] if pinned else _siblings(alike)))
 
     @rule(made=ranges, said=some_odds, meanwhile=st.booleans())
     @precondition(lambda self: self.asked)
@@ -321,28 +335,35 @@ class WorkerUnderFire(RuleBasedStateMachine):
         made=ranges,
         waited=st.sampled_from([0.0, 0.0, 3.0, 9.0]),
         canary=st.sampled_from([False, False, True]),
+        others=st.lists(st.tuples(st.sampled_from("wxyz"), st.integers(1, 2)), max_size=3, unique_by=lambda it: it[0]),
     )
-    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, canary):
+    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, canary, others):
         changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
-        changes |= {"waited_s": waited, "canary": canary}
+        alike = [] if canary else [it for it in others if it[0] != rid]
+        changes |= {"waited_s": waited, "canary": canary, "siblings": _siblings(alike)}
         self.hear_offer(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
 
     def hear_offer(self, made):
         self.offered[made.src, made.rid, made.attempt, made.offer] = made
         self.tell(made)
 
-    @rule(place=st.integers(0, 5), index=st.integers(0, 3), slot=st.sampled_from([1, 1, 1, 7, 8]))
+    @rule(
+        place=st.integers(0, 5),
+        index=st.integers(0, 3),
+        slot=st.sampled_from([1, 1, 1, 7, 8]),
+        ended=st.sampled_from([(), (), (0,), (1,), (0, 2)]),
+    )
     @precondition(lambda self: self.granted or self.deferred)
-    def chunk(self, place, index, slot):
-        """One of the chunks of a request that was granted or deferred: two blocks each, the last has the token."""
+    def chunk(self, place, index, slot, ended):
+        """One of the chunks of a request that was granted or deferred: two blocks each, the last has the tokens."""
         open_offers = [*self.granted.values(), *self.deferred.values()]
         made = open_offers[place % len(open_offers)]
         start = min(2 * index, max(made.blocks - 1, 0) // 2 * 2)
         stop = min(start + 2, made.blocks)
         where = handle(*range(slot, slot + stop - start), segment=f"s-{made.src}")
-        token = 5 if stop == made.blocks else None
+        tokens = [None if at in ended else 5 for at in range(1 + len(made.siblings))] if stop == made.blocks else []
         who = {name: getattr(made, name) for name in ("src", "incarnation", "attempt", "offer")}
-        self.tell(chunk(made.rid, start // 2, start, stop, token, handle=where, **who))
+        self.tell(chunk(made.rid, start // 2, start, stop, tokens=tokens, handle=where, **who))
 
     @rule(rid=st.sampled_from("wxyz"), prompt=st.integers(1, 12), made=ranges)
     def whole(self, rid, prompt, made):
@@ -423,8 +444,12 @@ class WorkerUnderFire(RuleBasedStateMachine):
         assert not self.heartbeat.holds and not self.heartbeat.slots_used and not load.stalled
 
 
-def _key(made):
-    return f"d:{made.rid}:{made.attempt}:{made.src}:{made.offer}"
+def _keys(made):
+    return [f"d:{each.rid}:{each.attempt}:{made.src}:{made.offer}" for each in (made, *made.siblings)]
+
+
+def _siblings(others):
+    return [Sibling(rid, attempt, seed) for seed, (rid, attempt) in enumerate(others, 1)]
 
 
 TestWorkerUnderFire = WorkerUnderFire.TestCase

@@ -47,9 +47,14 @@ def test_each_choice_equals_a_single_request_with_its_seed(float32, prompts, len
 
 
 def test_each_choice_has_its_own_log_probabilities(float32, prompts):
-    prompt, sampling = a_prompt(prompts, 129), DRAWN.changed(logprobs=3, max_tokens=4, repetition_penalty=1.5)
+    """Also one that is preempted."""
+    prompt, sampling = a_prompt(prompts, 253), DRAWN.changed(logprobs=3, max_tokens=6, temperature=2.0)
     group = choices("likely", prompt, sampling)
+    ballast = fill(float32.decode, leave=len(group) * 2 + 1)
     Group(float32.prefill, float32.decode).carry(*group)
+    for key in ballast:
+        float32.decode.cancel(key)
+    assert sum(choice.preempted for choice in group) >= 1
     assert len({choice.output[0].logprob for choice in group}) > 1
     for choice in group:
         alone = carry_alone(float32, f"{choice.key}-alone", prompt, choice.sampling)

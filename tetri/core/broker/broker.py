@@ -229,7 +229,7 @@ class Broker:
         most = sampling.max_tokens
         why = self.delivery.problem(event, sampling) or self.members.too_long(prompt, prompt + most)
         why = why or self.members.too_many(prompt, n)
-        if why is None and (why := self.full(needed_bytes(prompt, most, n, sampling.logprobs))) is not None:
+        if why is None and (why := self.full(needed_bytes(prompt, most, n, sampling))) is not None:
             retry_after_s = RETRY_AFTER_S
         if why is not None:
             self.counters["refused"] += 1

@@ -66,7 +66,7 @@ class Delivery:
             return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
         if sampling.min_tokens > most:
             return f"min_tokens is {sampling.min_tokens}, after this prompt there is space for {most}"
-        if (size := needed_bytes(prompt, most, event.n, sampling.logprobs)) > self.limits.max_mib << 20:
+        if (size := needed_bytes(prompt, most, event.n, sampling)) > self.limits.max_mib << 20:
             return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
         return None
 

@@ -12,7 +12,7 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.request import Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
+from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
@@ -22,11 +22,18 @@ BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)
 # that are longer than that in all count too.
 REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 2048, 8, 2048, 24, 10
 LOGPROB_BYTES, TOP_BYTES = 28, 13  # of an output token with a log probability; of each most likely token beside it
+ID_BYTES = 128  # of each token id of logit_bias and stop_token_ids
+NOTHING_ASKED = AskedSampling()
 
 
-def needed_bytes(prompt: int, output: int, n: int = 1, logprobs: int | None = None) -> int:
+def needed_bytes(prompt: int, output: int, n: int = 1, sampling: AskedSampling = NOTHING_ASKED) -> int:
     """The memory that a request of `n` choices counts for, with so many prompt tokens, and output tokens a choice."""
-    return REQUEST_BYTES + PROMPT_BYTES * prompt + n * _choice_bytes(output, logprobs)
+    return _request_bytes(prompt, sampling) + n * _choice_bytes(output, sampling.logprobs)
+
+
+def _request_bytes(prompt: int, sampling: AskedSampling) -> int:
+    ids = len(sampling.logit_bias) + len(sampling.stop_token_ids)
+    return REQUEST_BYTES + PROMPT_BYTES * prompt + ID_BYTES * ids
 
 
 def _choice_bytes(output: int, logprobs: int | None) -> int:
@@ -352,7 +359,7 @@ _NONE: dict[str, Choice] = {}
 
 def _weight(request: Request) -> int:
     """The memory that a request counts for: more than was expected when its tokens have long texts."""
-    weight = REQUEST_BYTES + PROMPT_BYTES * len(request.prompt)
+    weight = _request_bytes(len(request.prompt), request.choices[0].sampling)
     for choice in request.choices:
         output = len(choice.output) if choice.stage.ended else choice.sampling.max_tokens
         weight += _choice_bytes(output, choice.sampling.logprobs)

@@ -16,7 +16,7 @@ from tetri.engine_request import Sampled, StepDone
 from tetri.policy.admit import next_growth
 from tetri.policy.rules import ADMISSIONS, KEPT_FREE
 from tetri.policy.views import BatchMember, BatchView, WaitingRequest
-from tetri.request import LengthRange, blocks_for
+from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
 Ended = list[tuple[DecodeRequest, End]]
@@ -49,7 +49,7 @@ class Batch:
 
     # ------------------------------------------------------------ membership
 
-    def land(self, request: DecodeRequest, token: int) -> None:
+    def land(self, request: DecodeRequest, token: Token) -> None:
         """Add a request whose KV has all landed. The prefill instance has already sent `token`, its first output token,
         to the broker."""
         self._landings += 1

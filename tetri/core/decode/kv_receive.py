@@ -1,4 +1,4 @@
-"""KV receive: fetches the announced KV chunks of decode requests, retries failed fetches and counts failures."""
+"""KV receive: fetches the announced KV chunks of hand-overs, retries failed fetches and counts failures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from tetri.core.actions import Adopt, Adopted, Broken
-from tetri.core.decode.request import DecodeRequest
+from tetri.core.decode.request import DecodeRequest, HandOver
 from tetri.policy.pairing import FAR
 from tetri.wire.handover import Chunk
 
@@ -34,9 +34,9 @@ RETRYABLE = ("flipped", "truncated")  # problems that another fetch may solve
 class KVReceive:
     """Fetches KV chunks.
 
-    fetching   pending fetches by request key, also of requests that have ended: their results must never count for
-               another request with the same key
-    pauses     (request key, chunk index) -> when to fetch the chunk again
+    fetching   pending fetches by the key of their hand-over, also of those that have ended: their results must never
+               count for another one with the same key
+    pauses     (key of the hand-over, chunk index) -> when to fetch the chunk again
     unread     transfers that failed since the last one that succeeded, by instance whose KV could not be read
     """
 
@@ -58,77 +58,84 @@ class KVReceive:
         """Count a chunk whose offer is not open here. `request`: the open attempt of the same request, if any."""
         self.counters["old_attempt" if request is not None and request.offer.attempt > chunk.attempt else "late"] += 1
 
-    def is_duplicate(self, chunk: Chunk, request: DecodeRequest) -> bool:
+    def is_duplicate(self, chunk: Chunk, hand_over: HandOver) -> bool:
         """Return whether the chunk was announced before, and count it if so."""
-        duplicate = bool(request.landed_as) or chunk.index in request.flow.ranges
+        duplicate = hand_over.landed or chunk.index in hand_over.flow.ranges
         self.counters["duplicate"] += duplicate
         return duplicate
 
-    def announced(self, chunk: Chunk, request: DecodeRequest) -> str | None:
-        """Add a new chunk to its request. Return why it cannot belong to the offer, or None."""
-        flow = request.flow
-        wrong = flow.obstacle(chunk)
+    def announced(self, chunk: Chunk, hand_over: HandOver) -> str | None:
+        """Add a new chunk to its hand-over. Return why it cannot belong to the offer, or None."""
+        flow = hand_over.flow
+        wrong = flow.obstacle(chunk, 1 + len(hand_over.offer.siblings))
         if wrong is not None:
             self.counters[wrong[0]] += 1
             return wrong[1]
         if any(index > chunk.index for index in flow.ranges):
             self.counters["reordered"] += 1
         flow.announce(chunk)
+        hand_over.tokens = chunk.tokens or hand_over.tokens
         return None
 
     # ------------------------------------------------------------ fetches
 
-    def fetch(self, chunk: Chunk, request: DecodeRequest) -> Adopt:
-        """Start to copy a chunk into the blocks of its request."""
-        self.fetching[request.key] = self.fetching.get(request.key, 0) + 1
-        return Adopt(request.key, chunk.index, chunk.start, chunk.handle, chunk.digest, chunk.src, request.flow.path)
+    def fetch(self, chunk: Chunk, hand_over: HandOver) -> Adopt:
+        """Start to copy a chunk into the blocks of all choices."""
+        key, path = hand_over.key, hand_over.flow.path
+        self.fetching[key] = self.fetching.get(key, 0) + 1
+        return Adopt(
+            *(key, chunk.index, chunk.start, chunk.handle, chunk.digest, chunk.src, path), keys=hand_over.engine_keys()
+        )
 
-    def adopted(self, event: Adopted, request: DecodeRequest | None, now: float) -> list[Adopt]:
+    def adopted(self, event: Adopted, hand_over: HandOver | None, now: float) -> list[Adopt]:
         """Handle the result of a fetch: the chunk has landed, or is fetched again (the returned actions), or the whole
-        KV receive has failed (`flow.broken`). Raise Broken when no such fetch is pending."""
+        KV receive has failed (`flow.broken`). Raise Broken when no such fetch is pending, and when the engine did not
+        take the blocks of a choice that is here."""
         left = self.fetching.get(event.key, 0) - 1
         if left < 0:
             raise Broken(f"nobody took chunk {event.index} of {event.key}")
         self.fetching[event.key] = left
         if not left:
             del self.fetching[event.key]
-        if request is None:
+        if hand_over is None:
             return []
-        flow, problem = request.flow, event.problem
+        flow, problem = hand_over.flow, event.problem
         if problem is not None:
             self.counters[problem] += 1
         if flow.broken is not None:
             return []
         if problem is None:
+            if event.missed and any(key in event.missed for key in hand_over.engine_keys()):
+                raise Broken(f"the engine has not taken chunk {event.index} for one of {event.missed}")
             self.counters["healed"] += event.index in flow.tries
             flow.land(event.index)
             if flow.complete:
                 self.unread.clear()
             return []
-        return self._retry(event.index, problem, request, now)
+        return self._retry(event.index, problem, hand_over, now)
 
-    def _retry(self, index: int, problem: str, request: DecodeRequest, now: float) -> list[Adopt]:
+    def _retry(self, index: int, problem: str, hand_over: HandOver, now: float) -> list[Adopt]:
         """Retry a failed fetch, now or after a pause, or give the KV receive up."""
-        flow = request.flow
+        flow = hand_over.flow
         far = problem == "lost" and flow.path in FAR
         tries = flow.tries[index] = flow.tries.get(index, 1) + 1
         if tries > FETCH_TRIES or not (far or problem in RETRYABLE):
             flow.tries[index] -= 1
             self.counters["given_up"] += 1
-            self.unread[request.offer.src] += 1
+            self.unread[hand_over.offer.src] += 1
             flow.broken, flow.corrupt = f"chunk {index} is {problem}", problem in RETRYABLE
-            self.forget(request)
+            self.forget(hand_over)
             return []
         self.counters["refetched"] += 1
         if far:
-            self.pauses[request.key, index] = now + LOST_PAUSE_S * 2 ** (tries - 2)
+            self.pauses[hand_over.key, index] = now + LOST_PAUSE_S * 2 ** (tries - 2)
             return []
-        return [self.fetch(flow.announced[index], request)]
+        return [self.fetch(flow.announced[index], hand_over)]
 
     # ------------------------------------------------------------ pauses
 
     def due(self, now: float) -> list[tuple[str, int]]:
-        """Return request key and index of the chunks to fetch again now, and end their pauses."""
+        """Return hand-over key and index of the chunks to fetch again now, and end their pauses."""
         due = [place for place, until in self.pauses.items() if until <= now]
         for place in due:
             del self.pauses[place]
@@ -138,18 +145,18 @@ class KVReceive:
         """Return when the next pause ends, or None."""
         return min(self.pauses.values(), default=None)
 
-    def forget(self, request: DecodeRequest) -> None:
-        """Cancel the retries of a request."""
-        for place in [place for place in self.pauses if place[0] == request.key]:
+    def forget(self, hand_over: HandOver) -> None:
+        """Cancel the retries of a hand-over."""
+        for place in [place for place in self.pauses if place[0] == hand_over.key]:
             del self.pauses[place]
 
-    def check(self, moving: Collection[DecodeRequest]) -> None:
-        """Raise Broken when the pending fetches disagree with the requests in `moving`."""
-        for request in moving:
-            paused = sum(key == request.key for key, _ in self.pauses)
-            awaited = self.fetching.get(request.key, 0) + paused
-            if request.allocated and request.flow.broken is None and awaited != len(request.flow.announced):
-                raise Broken(f"{request.key} waits for {awaited} of {len(request.flow.announced)} chunks")
-        keys = [request.key for request in moving]
+    def check(self, moving: Collection[HandOver]) -> None:
+        """Raise Broken when the pending fetches disagree with the hand-overs in `moving`."""
+        for hand_over in moving:
+            paused = sum(key == hand_over.key for key, _ in self.pauses)
+            awaited = self.fetching.get(hand_over.key, 0) + paused
+            if hand_over.ready and hand_over.flow.broken is None and awaited != len(hand_over.flow.announced):
+                raise Broken(f"{hand_over.key} waits for {awaited} of {len(hand_over.flow.announced)} chunks")
+        keys = [hand_over.key for hand_over in moving]
         if any(key not in keys for key, _ in self.pauses):
-            raise Broken(f"fetches of requests that are gone: {list(self.pauses)}")
+            raise Broken(f"fetches of hand-overs that are gone: {list(self.pauses)}")

@@ -27,23 +27,22 @@ class KVInflow:
     broken: str | None = None  # why to refuse the offer, once no fetch is pending
     corrupt: bool = False  # the bytes can be read, and are wrong
     bytes: int = 0
-    token: int | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether all KV of the prompt has landed."""
-        return self.token is not None and sum(self.landed.values()) == self.blocks
+        """Whether all KV of the prompt has landed; the first tokens came with its last chunk."""
+        return sum(self.landed.values()) == self.blocks
 
     @property
     def refetched(self) -> int:
         """How many fetches were repeated."""
         return sum(self.tries.values()) - len(self.tries)
 
-    def obstacle(self, chunk: Chunk) -> tuple[str, str] | None:
+    def obstacle(self, chunk: Chunk, choices: int) -> tuple[str, str] | None:
         """Return the counter and the reason why a new chunk cannot belong to this prompt, or None.
 
         A valid chunk lies in the sender's slab and within the prompt, overlaps no other chunk, has one slot per block,
-        and carries the first token exactly when it is the last chunk."""
+        and carries the first tokens of as many `choices` exactly when it is the last chunk."""
         if chunk.handle.segment != self.segment:
             return "foreign", f"the chunk does not fit its offer: it lies in {chunk.handle.segment[:80]!r}"
         blocks = chunk.stop - chunk.start
@@ -51,14 +50,13 @@ class KVInflow:
             return "truncated", f"the chunk does not fit its offer: {blocks} blocks in {len(chunk.handle.slots)} slots"
         inside = 0 <= chunk.start < chunk.stop <= self.blocks and len(chunk.handle.slots) == blocks
         alone = all(chunk.stop <= start or stop <= chunk.start for start, stop in self.ranges.values())
-        if inside and alone and (chunk.token is not None) == (chunk.stop == self.blocks):
+        tokens = chunk.tokens if any(token is not None for token in chunk.tokens) else []
+        if inside and alone and len(tokens) == (choices if chunk.stop == self.blocks else 0):
             return None
         return "misfit", "the chunk does not fit its offer"
 
     def announce(self, chunk: Chunk) -> None:
         """Add a chunk that the sender has announced."""
-        if chunk.token is not None:
-            self.token = chunk.token
         self.announced[chunk.index] = chunk
         self.ranges[chunk.index] = (chunk.start, chunk.stop)
 
@@ -69,10 +67,11 @@ class KVInflow:
         self.bytes += len(chunk.handle.slots) * chunk.handle.block_bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class DecodeRequest:
-    """One attempt of one request on the decode instance. `tokens`: the output tokens of this attempt, the first one,
-    from the prefill instance, included. `sent`: how many of them the broker was sent.
+    """One attempt of one choice on the decode instance. `tokens`: the output tokens of this attempt, the first one,
+    from the prefill instance, included. `sent`: how many of them the broker was sent. `offer`: its offer, as if it were
+    alone in the hand-over; `place`: its place there.
 
     Predictions count the output tokens of all attempts. `due` and `mark` are numbers of `tokens`: at `due` the
     prediction or the account is updated; before `mark` there is nothing to update or send."""
@@ -80,6 +79,7 @@ class DecodeRequest:
     key: str
     offer: Offer
     flow: KVInflow
+    place: int = 0
     length: LengthRange | None = None  # replaced when the output outgrows it or a better prediction arrives
     estimated: bool = False  # `length` is the estimate of its own hidden state here, the best there is
     allocated: bool = False  # the engine has allocated its blocks
@@ -90,6 +90,7 @@ class DecodeRequest:
     end: End | None = None
     recomputed: int = 0
     preempted: int = 0
+    shares: bool = False  # the KV that it uses counts as moved for another choice
     alone: bool = False  # its first tokens are computed in lone steps (Offer.alone)
 
     blocks: int = 0  # size of its account in the ledger
@@ -123,12 +124,6 @@ class DecodeRequest:
         """Number of tokens, prompt and output together."""
         return len(self.offer.prompt) + len(self.offer.output) + len(self.tokens)
 
-    def is_for(self, message: BetweenWorkers) -> bool:
-        """Return whether a message is about the very offer that this request was granted for."""
-        mine, other = self.offer, message
-        same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
-        return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
-
     def follows(self, offer: Offer) -> bool:
         """Return whether its offer is a later one than `offer`, of the same attempt by the same sender."""
         mine, other = self.offer, offer
@@ -141,19 +136,56 @@ class DecodeRequest:
         return bool(self.landed_as) and same
 
     def receipt(self, iid: str) -> Receipt:
-        """Return the receipt of the request on this instance `iid`."""
+        """Return the receipt of the request on this instance `iid`. KV that several choices use counts as moved for
+        one of them, so that sums over receipts are right."""
+        flow = self.flow
         return Receipt(
             prompt_tokens=len(self.offer.prompt),
             adopted=len(self.offer.prompt),
             recomputed=self.recomputed,
-            kv_bytes=self.flow.bytes,
-            chunks=len(self.flow.landed),
-            transport=self.flow.path,
+            kv_bytes=0 if self.shares else flow.bytes,
+            chunks=0 if self.shares else len(flow.landed),
+            transport=flow.path,
             prefill_instance=self.offer.src,
             decode_instance=iid,
             preempted=self.preempted,
-            refetched=self.flow.refetched,
+            refetched=0 if self.shares else flow.refetched,
         )
+
+
+@dataclass(slots=True, eq=False)
+class HandOver:
+    """An offer, and the KV that one transfer brings for all its choices. `requests`: those of them that are still here,
+    by their place in the offer. Once all KV has `landed`, each goes on by itself. `ready`: the engine has allocated the
+    blocks of all of them, so chunks can be fetched."""
+
+    key: str
+    offer: Offer
+    flow: KVInflow
+    requests: dict[int, DecodeRequest]
+    tokens: list[Token | None] = field(default_factory=list)  # the first one of each choice, from the last chunk
+    ready: bool = False
+    landed: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks to reserve for all its choices."""
+        return self.flow.blocks * len(self.requests)
+
+    def engine_keys(self) -> tuple[str, ...]:
+        """Return the keys of its requests."""
+        return tuple([request.key for request in self.requests.values()])
+
+    def is_for(self, message: BetweenWorkers) -> bool:
+        """Return whether a message is about this very offer."""
+        mine, other = self.offer, message
+        same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
+        return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
+
+
+def key_of(message: BetweenWorkers) -> str:
+    """Return the key of a hand-over, or of a request by its own offer."""
+    return f"d:{message.rid}:{message.attempt}:{message.src}:{message.offer}"
 
 
 def obstacle(offer: Offer, fingerprint: Fingerprint, capacity: Capacity) -> str | None:
@@ -166,4 +198,7 @@ def obstacle(offer: Offer, fingerprint: Fingerprint, capacity: Capacity) -> str 
         return f"{tokens} tokens are not {offer.blocks} blocks"
     if tokens >= capacity.context or blocks_for(all_tokens, capacity.block_tokens) > capacity.blocks:
         return f"{all_tokens} tokens do not fit here"
+    choices = 1 + len(offer.siblings)
+    if choices * offer.blocks > capacity.blocks:
+        return f"{choices} copies of {tokens} tokens do not fit here"
     return None

@@ -3,7 +3,7 @@ never holds more blocks for it than the account contains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from tetri.core.actions import Broken
 
@@ -50,13 +50,16 @@ class Ledger:
         most = self.free - kept
         return max(min(most, self.reserve_limit - self.reserved) if self.reserved else most, 0)
 
-    def reserve(self, key: str, blocks: int, kept: int = 0) -> bool:
-        """Open an account for a request that waits for its KV, if `kept` blocks stay free. Return whether it is
-        open."""
-        if self.crowded(blocks) or blocks + kept > self.free or not self.allocate(key, blocks):
+    def reserve(self, keys: Collection[str], blocks: int, kept: int = 0) -> bool:
+        """Open an account of `blocks` for each of some requests that wait for the same KV, if `kept` blocks stay free.
+        Return whether they are open: all or none."""
+        total = blocks * len(keys)
+        if self.crowded(total) or total + kept > self.free:
             return False
-        self._reserved[key] = None
-        self.reserved += blocks
+        for key in keys:
+            self.allocate(key, blocks)
+            self._reserved[key] = None
+        self.reserved += total
         return True
 
     def run(self, key: str) -> None:

@@ -14,7 +14,6 @@ from tetri.instance import Instance
 from tetri.policy.dispatch import least_deferred
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import EXCLUDED, DecodePool, Need
-from tetri.request import blocks_for
 from tetri.wire.messages import Load
 
 
@@ -199,11 +198,11 @@ class LivePool:
             return
         pool.free[column] -= sign * need.blocks
         pool.spare[column] -= sign * need.end_blocks
-        (pool.heavy if need.heavy else pool.light)[column] += sign
+        (pool.heavy if need.heavy else pool.light)[column] += sign * need.choices
 
     def _too_small(self, request: PrefillRequest) -> list[int]:
         """Return the columns of the instances that are too small for the request."""
-        blocks = blocks_for(len(request.prompt) + request.sampling.max_tokens, self.own.capacity.block_tokens)
+        blocks = request.least(self.own.capacity.block_tokens)
         too_small: list[int] = []
         if blocks > self._smallest_blocks or request.goal >= self._smallest_context:
             too_small = [column for column, each in enumerate(self._instances) if not request.fits(each.capacity)]
@@ -215,4 +214,5 @@ class LivePool:
         """Return whether this instance can decode the request too: its prefill keeps its blocks until all KV is in the
         slab."""
         own, blocks = self.own, request.flow.blocks
-        return request.fits(own.capacity) and (2 * blocks <= own.capacity.blocks or blocks <= own.open_slots)
+        copies = 1 + len(request.open())
+        return request.fits(own.capacity) and (copies * blocks <= own.capacity.blocks or blocks <= own.open_slots)

@@ -18,7 +18,7 @@ from tetri.core.prefill.request import KVChunk, PrefillRequest
 from tetri.core.timers import Timers
 from tetri.policy.views import Need
 from tetri.request import LengthRange
-from tetri.wire.handover import BetweenWorkers, Chunk, Defer, Drop, Grant, LengthUpdate, Offer
+from tetri.wire.handover import BetweenWorkers, Chunk, Defer, Drop, Grant, LengthUpdate, Offer, Sibling
 
 
 class Dispatcher:
@@ -172,7 +172,7 @@ class Dispatcher:
 
     def _offer_to(self, target: str, request: PrefillRequest, need: Need, now: float) -> list[Action]:
         self._number += 1
-        request.flow.aim(self._number, target)
+        request.flow.aim(self._number, target, request.open())
         if target in self.breaker.failing:
             self.breaker.probe(target, self._number)
         self.pool.reserve(self._number, target, need)
@@ -186,7 +186,8 @@ class Dispatcher:
         request = self.requests.get(self.offers.get(answer.offer, ""))
         if request is None:
             return None
-        known = (request.rid, request.attempt, request.flow.target)
+        lead = request.flow.choices[0]
+        known = (lead.rid, lead.attempt, request.flow.target)
         return request if known == (answer.rid, answer.attempt, answer.src) else None
 
     def granted(self, request: PrefillRequest, now: float) -> list[Action]:
@@ -232,9 +233,10 @@ class Dispatcher:
         """Make a deferred offer to another instance if one has reported memory. Otherwise repeat it every `renew_s`, so
         that the decode instance keeps it."""
         self.pool.refresh()
-        if self.peers.informed and self.pool.has_memory(request.flow.blocks):
+        need = self._need(request)
+        if self.peers.informed and self.pool.has_memory(need.blocks):
             others = [request.flow.target, *self._excluded(request, now)]
-            better = self.pool.choose(request, self._need(request), others, self.rng)
+            better = self.pool.choose(request, need, others, self.rng)
             if better is not None:
                 return [*self.withdraw(request, f"{better} has memory"), *self.dispatch(now)]
         self._look_later(request, now)
@@ -254,7 +256,11 @@ class Dispatcher:
 
     def announce(self, request: PrefillRequest, chunks: Iterable[KVChunk]) -> list[Action]:
         """Send Chunk messages to the decode instance that the request is on offer to."""
-        return [Send(request.flow.target, Chunk(**self.address(request), **chunk.fields())) for chunk in chunks]
+        return [self._announced(request, chunk) for chunk in chunks]
+
+    def _announced(self, request: PrefillRequest, chunk: KVChunk) -> Send:
+        tokens = request.firsts() if chunk.stop == request.flow.blocks else []
+        return Send(request.flow.target, Chunk(**self.address(request), **chunk.fields(), tokens=tokens))
 
     def refused(self, request: PrefillRequest, why: str) -> None:
         """Close a refused offer and queue the request again. Ask that instance again only after a new view."""
@@ -338,18 +344,20 @@ class Dispatcher:
             fingerprint=self.own.instance.fingerprint,
             prompt=list(request.prompt),
             output=list(request.output),
-            sampling=request.sampling,
+            sampling=request.sampling.changed(seed=request.flow.choices[0].seed),
             blocks=request.flow.blocks,
             length=request.length,
             waited_s=now - request.wanted_at,
             alone=request.alone,
             canary=bool(request.pinned),
+            siblings=[Sibling(choice.rid, choice.attempt, choice.seed or 0) for choice in request.flow.choices[1:]],
         )
         return Send(request.flow.target, offer)
 
     def address(self, request: PrefillRequest) -> dict[str, Any]:
         """Return the fields that identify the current offer in messages to the decode instance."""
-        return self.own.address(request.rid, request.attempt, request.flow.offer)
+        lead = request.flow.choices[0]
+        return self.own.address(lead.rid, lead.attempt, request.flow.offer)
 
     def check(self) -> None:
         """Raise Broken when the indexes of offers and unplaced requests disagree with the requests."""

@@ -82,13 +82,11 @@ class KVSend:
 
     def exported(self, request: PrefillRequest | None, event: Exported) -> list[Action]:
         """Announce a chunk that is in the slab now. Free it if the request has ended or started again meanwhile."""
-        awaited = request.flow.awaited if request is not None and request.end is None else {}
+        awaited = request.flow.awaited if request is not None and request.decodes else {}
         if request is None or awaited.get(event.index) != (event.start, event.stop):
             return [Free(event.handle)]
         del awaited[event.index]
-        token = request.token if event.stop == request.flow.blocks else None
-        chunk = KVChunk(event.index, event.start, event.stop, event.handle, event.digest, token)
-        request.flow.put(chunk)
+        request.flow.put(KVChunk(event.index, event.start, event.stop, event.handle, event.digest))
         return self.dispatcher.announce(request, request.flow.unannounced())
 
     def landed(self, request: PrefillRequest, index: int) -> list[Action]:
@@ -111,9 +109,9 @@ class KVSend:
         """Raise Broken when the slots disagree with the requests, or too many belong to requests without a grant."""
         for request in requests:
             kept = sum(chunk.stop - chunk.start for chunk in request.flow.in_flight.values())
-            if request.end is None and kept + request.flow.landed > request.flow.exported:
+            if request.decodes and kept + request.flow.landed > request.flow.exported:
                 raise Broken(f"{request.key} moved more blocks than it exported")
-        if {request.key for request in requests if request.end is None and request.flow.kept} != {*self.keeping}:
+        if {request.key for request in requests if request.decodes and request.flow.kept} != {*self.keeping}:
             raise Broken(f"slots are kept for others than {list(self.keeping)}")
         waiting = sum(each.flow.kept for each in self.keeping.values() if not each.granted and not each.flow.grant_lost)
         if waiting > self.own.open_slots:

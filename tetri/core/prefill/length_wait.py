@@ -24,7 +24,7 @@ from tetri.core.actions import Action, LengthKnown, Predict, Send
 from tetri.core.instance.identity import Identity
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
-from tetri.core.prefill.request import PrefillRequest
+from tetri.core.prefill.request import PrefillRequest, key_of
 from tetri.engine_request import HiddenStateEstimate, Span
 from tetri.policy.length import moved_up
 from tetri.request import LengthRange, Sampling
@@ -113,7 +113,7 @@ class LengthWait:
             request = requests.get(span.key)
             if request is None or request.predicted or not request.decodes:
                 continue
-            if request.token is not None:
+            if request.computed:
                 self._settle_late(request)
             elif not self._asks(request):
                 self.dispatcher.settle(request, self._unpredicted(request))
@@ -132,7 +132,7 @@ class LengthWait:
             return []  # the hidden state knows more than the classifier
         length = None if event.length is None else moved_up(event.length, len(request.output))
         if self.estimator is not None and event.distribution is not None:
-            length = self.estimator.named(request.rid, event.distribution, request.sampling, len(request.output))
+            length = self.estimator.named(request.lead.rid, event.distribution, request.sampling, len(request.output))
         if request.predicted:  # the offer did not wait for this answer
             return [] if length is None or self.estimator is None else self.dispatcher.correct(request, length)
         if length is None and self.estimator is not None:
@@ -153,7 +153,7 @@ class LengthWait:
         if self.estimator is None:
             return []
         request.estimated = True
-        length = self.estimator.estimates(request.rid, estimate, request.sampling)
+        length = self.estimator.estimates(request.lead.rid, estimate, request.sampling)
         if request.predicted:
             return self.dispatcher.correct(request, length)
         self.dispatcher.settle(request, length)
@@ -163,7 +163,7 @@ class LengthWait:
         """Learn the length of a request that has ended by itself. Forget one that was cancelled or failed."""
         if self.estimator is None:
             return
-        key = f"p:{message.rid}:{message.attempt}"
+        key = key_of(message.rid, message.attempt)
         if not message.reason:  # it continues on another instance, or as another attempt
             self._remember(self.dispatcher.requests.get(key))
             return

@@ -15,19 +15,52 @@ from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
 from tetri.request import LengthRange, Receipt, Sampling, Stage, Token, Value, blocks_for
 from tetri.wire.handover import Handle
-from tetri.wire.messages import End
+from tetri.wire.messages import Assign, End
 
 
 class KVChunk(Value, frozen=True):
-    """One KV chunk in the sender's slab: blocks [start, stop), one slot each. `token`: the first output token, with the
-    last chunk only."""
+    """One KV chunk in the sender's slab: blocks [start, stop), one slot each."""
 
     index: int
     start: int
     stop: int
     handle: Handle
     digest: int | None
-    token: int | None
+
+
+@dataclass(slots=True)
+class PrefillChoice:
+    """One choice of a prefill request, in its own attempt. The broker knows it by `rid`, the engine by `key`."""
+
+    key: str
+    rid: str
+    attempt: int
+    seed: int | None
+    token: Token | None = None  # the first output token, once computed
+    end: End | None = None  # set when that token, or an error instead of it, ended the choice
+    closed: bool = False  # by the broker, or given up here
+
+    @property
+    def open(self) -> bool:
+        """Whether more output may follow, its limit apart."""
+        return self.end is None and not self.closed
+
+    @property
+    def computed(self) -> bool:
+        """Whether its first token was computed, or an error instead."""
+        return self.token is not None or self.end is not None
+
+
+def key_of(rid: str, attempt: int) -> str:
+    """Return the key of one attempt of a choice."""
+    return f"p:{rid}:{attempt}"
+
+
+def choices_of(message: Assign) -> list[PrefillChoice]:
+    """Return the choices of an Assign."""
+    rid, attempt = message.rid, message.attempt
+    lead = PrefillChoice(key_of(rid, attempt), rid, attempt, message.sampling.seed)
+    return [lead, *(PrefillChoice(key_of(s.rid, s.attempt), s.rid, s.attempt, s.seed) for s in message.siblings)]
 
 
 @dataclass(slots=True)
@@ -36,6 +69,7 @@ class KVOutflow:
 
     blocks: int  # of the whole prompt
     offer: int | None = None
+    choices: list[PrefillChoice] = field(default_factory=list)  # on offer; the first one's id is that of the hand-over
     target: str = ""
     granted: bool = False
     deferred: bool = False  # the decode instance has no memory yet, and grants the offer later
@@ -93,14 +127,15 @@ class KVOutflow:
         """Record that the decode instance has reserved memory for the prompt."""
         self.granted, self.deferred, self.grant_lost = True, False, False
 
-    def aim(self, offer: int, target: str) -> None:
-        """Set the open offer and its decode instance."""
+    def aim(self, offer: int, target: str, choices: list[PrefillChoice]) -> None:
+        """Set the open offer, its decode instance and its choices."""
         self.offer, self.target, self.granted, self.deferred, self.announced = offer, target, False, False, 0
+        self.choices = choices
 
     def clear_aim(self) -> None:
         """Forget the open offer; a grant that it had is lost."""
         self.grant_lost, self.moved = self.grant_lost or self.granted, True
-        self.offer, self.target, self.granted, self.deferred = None, "", False, False
+        self.offer, self.target, self.granted, self.deferred, self.choices = None, "", False, False, []
 
     def drain(self) -> list[Handle]:
         """Give up all chunks, and return the handles to free."""
@@ -111,11 +146,12 @@ class KVOutflow:
 
 @dataclass(slots=True)
 class PrefillRequest:
-    """One attempt of one request on the prefill instance. `output`: output tokens of earlier attempts."""
+    """The choices that one engine request computes on the prefill instance, often a single one: they have the same
+    prompt. `key`: of the engine request, which is that of the first choice. `output`: output tokens of earlier
+    attempts. `sampling`: of the first choice; that of another one differs in its seed."""
 
     key: str
-    rid: str
-    attempt: int
+    choices: list[PrefillChoice]
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     sampling: Sampling
@@ -133,8 +169,6 @@ class PrefillRequest:
     turn: int = 0  # place in the order of starts; 0: not started
     running: bool = False  # its engine request is in the engine
     held: bool = False  # the engine keeps it out of the steps (HoldRequest)
-    token: int | None = None  # the first output token, once computed
-    end: End | None = None  # set when that token, or an error instead of it, ended the request
     unplaceable_since: float | None = None  # since when no decode instance is large enough for it
     alone: bool = False  # it is computed in lone steps only (Assign.alone)
     lost: tuple[str, ...] = ()  # decode instances that were lost with it: they get it only if no other has memory
@@ -144,12 +178,21 @@ class PrefillRequest:
     @property
     def computed(self) -> bool:
         """Whether the engine has computed all of the prompt."""
-        return self.token is not None or self.end is not None
+        return self.choices[0].computed
+
+    @property
+    def lead(self) -> PrefillChoice:
+        """The choice that stands for all in messages that name one: the first that goes on."""
+        return next((choice for choice in self.choices if choice.open), self.choices[0])
+
+    def open(self) -> list[PrefillChoice]:
+        """Return the choices that go on, their limit apart."""
+        return [choice for choice in self.choices if choice.open]
 
     @property
     def decodes(self) -> bool:
-        """Whether more output may follow the first token."""
-        return self.end is None and len(self.output) + 1 < self.sampling.max_tokens
+        """Whether more output may follow the first token, of any choice."""
+        return len(self.output) + 1 < self.sampling.max_tokens and bool(self.open())
 
     @property
     def unplaced(self) -> bool:
@@ -171,20 +214,26 @@ class PrefillRequest:
         """Whether the decode instance of its open offer may have begun to decode it: all KV was announced. Its last
         messages, the Grant included, may be lost."""
         flow = self.flow
-        return self.token is not None and flow.exported == flow.blocks and flow.announced == flow.chunks
+        return self.computed and flow.exported == flow.blocks and flow.announced == flow.chunks
+
+    def least(self, block_tokens: int) -> int:
+        """Return how many blocks its decode instance must have: for the prompt once per choice, and for one choice with
+        its longest possible output."""
+        most = blocks_for(len(self.prompt) + self.sampling.max_tokens, block_tokens)
+        return most if len(self.choices) == 1 else max(most, self.flow.blocks * len(self.open()))
 
     def fits(self, capacity: Capacity) -> bool:
-        """Return whether an engine can hold the whole request, its longest possible output included."""
-        tokens = len(self.prompt) + self.sampling.max_tokens
-        return self.goal < capacity.context and blocks_for(tokens, capacity.block_tokens) <= capacity.blocks
+        """Return whether a decode instance is large enough for it."""
+        return self.goal < capacity.context and self.least(capacity.block_tokens) <= capacity.blocks
 
     def need(self, rules: Rules, block_tokens: int) -> Need:
-        """Return the load that it adds to a decode instance, from the end of its length range that `rules.dispatch_end`
-        names."""
+        """Return the load that its choices add to a decode instance, from the end of the length range that
+        `rules.dispatch_end` names."""
         most = self.sampling.max_tokens
         end = max(end_of(self.length, rules.dispatch_end, most), len(self.output) + 2)  # one token more than the first
         blocks = blocks_for(len(self.prompt) + end, block_tokens)
-        return Need(self.flow.blocks, blocks, heavy(self.length, rules.heavy_tokens, most))
+        count = len(self.open())
+        return Need(self.flow.blocks * count, blocks * count, heavy(self.length, rules.heavy_tokens, most), count)
 
     def filled(self, done: int, block_tokens: int) -> int:
         """Return how many leading blocks are complete, or were exported, once `done` tokens are computed. A request
@@ -193,20 +242,23 @@ class PrefillRequest:
             return self.flow.exported
         return max(self.flow.blocks if done == self.goal else done // block_tokens, self.flow.exported)
 
-    @property
-    def stage(self) -> Stage:
-        """The stage that a heartbeat reports."""
-        if self.computed:
-            return Stage.DONE if self.end else Stage.MOVING
+    def stage(self, choice: PrefillChoice) -> Stage:
+        """Return the stage of a choice that a heartbeat reports."""
+        if choice.computed:
+            return Stage.DONE if choice.end else Stage.MOVING
         return Stage.PREFILL if self.running else Stage.QUEUED
 
-    def outputs(self) -> list[Token]:
-        """Return the output tokens of all attempts."""
-        return [*self.output, *([] if self.token is None else [self.token])]
+    def outputs(self, choice: PrefillChoice) -> list[Token]:
+        """Return the output tokens of a choice, of all attempts."""
+        return [*self.output, *([] if choice.token is None else [choice.token])]
+
+    def firsts(self) -> list[Token | None]:
+        """Return the first tokens of the choices on offer; None for those that have ended."""
+        return [choice.token if choice.open else None for choice in self.flow.choices]
 
     def receipt(self, iid: str) -> Receipt:
-        """Return the receipt of a request that ends with its first token, on this instance `iid`. KV that was sent
-        already does not count: no instance used it."""
+        """Return the receipt of a choice that ends with its first token, on this instance `iid`. KV that was sent
+        already does not count: this choice did not use it."""
         return Receipt(
             prompt_tokens=len(self.prompt),
             adopted=0,

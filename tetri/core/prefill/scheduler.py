@@ -1,12 +1,15 @@
 """The prefill scheduler of a worker: queue -> order -> chunk -> offer -> first token, with a KV send after each chunk.
 
-It keeps a request, with its first token, until the broker closes it: until then the broker can ask for it again.
+Choices that came in one Assign share all that, and each gets its own first token. Whatever the broker is told, it is
+told of each choice. A choice stays, with its first token, until the broker closes it: until then the broker can ask for
+it again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, HoldRequest
 from tetri.core.instance.ledger import Ledger
@@ -16,7 +19,7 @@ from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.kv_send import KVSend
 from tetri.core.prefill.length_wait import LengthWait
 from tetri.core.prefill.queue import Queue, candidates, fill, groups, ran
-from tetri.core.prefill.request import KVOutflow, PrefillRequest
+from tetri.core.prefill.request import KVOutflow, PrefillChoice, PrefillRequest, choices_of, key_of
 from tetri.core.timers import Timers
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.policy.views import Progress, QueuedPrompt
@@ -29,7 +32,8 @@ MOST_FAILED = 1024  # attempts that were given up here and are still known
 class PrefillScheduler:
     """Schedules the prefill phase.
 
-    requests   all that the broker has not closed, by key
+    requests   all of which the broker has not closed every choice, by key
+    choices    the same by the keys of all their choices, closed ones included
     expected   the planned chunk
     """
 
@@ -39,13 +43,14 @@ class PrefillScheduler:
         own = peers.own
         self.own, self.ledger = own, ledger
         self.requests: dict[str, PrefillRequest] = {}
+        self.choices: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
         self.dispatcher = Dispatcher(own, self.requests, peers, timers, rng)
         self.kv_send = KVSend(own, self.dispatcher)
         self.lengths = LengthWait(own, self.dispatcher, estimator)
         self.expected: list[Span] = []
         self._budget = 0  # tokens of the planned step that prefill may use
-        self._attempts: dict[str, dict[str, None]] = {}  # rid -> keys of its attempts here
+        self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
 
@@ -57,40 +62,64 @@ class PrefillScheduler:
     # ------------------------------------------------------------ messages
 
     def assign(self, message: Assign, now: float) -> list[Action]:
-        """Queue a request, and forget its earlier attempts. Report Failed when it can never fit, and again when this
-        attempt was given up here: another prefill could write another first token, which the broker may have."""
-        key = f"p:{message.rid}:{message.attempt}"
-        if key in self.requests:
-            return []  # a resent Assign
-        if key in self._failed:
-            return [self._failed[key]]
-        actions = self.close(message.rid, message.attempt - 1)
-        own, prompt, output = self.own, tuple(message.prompt), tuple(message.output)
-        tokens = len(prompt) + len(output)
+        """Queue choices, and forget their earlier attempts. Report Failed when they can never fit, and again for one
+        that was given up here: another prefill could write another first token, which the broker may have. One that is
+        here already goes on as it is."""
+        fresh: list[PrefillChoice] = []
+        actions: list[Action] = []
+        for choice in choices_of(message):
+            if choice.key in self._failed:
+                actions.append(self._failed[choice.key])
+            elif choice.key not in self.choices:  # otherwise a resent Assign
+                actions += self.close(choice.rid, choice.attempt - 1)
+                fresh.append(choice)
+        if not fresh:
+            return actions
+        own, tokens = self.own, len(message.prompt) + len(message.output)
         blocks = blocks_for(tokens, own.capacity.block_tokens)
         if not 0 < tokens < own.capacity.context or blocks > own.capacity.blocks:
             why = f"{tokens} tokens do not fit into instance {own.iid}"
-            return [*actions, own.report(Failed, rid=message.rid, attempt=message.attempt, why=why, retry=False)]
+            return [*actions, *(self._failure(choice, why, retry=False) for choice in fresh)]
+        request = self._queued(message, fresh, KVOutflow(blocks), now)
+        return [*actions, *self.lengths.arrived(request)]
+
+    def _queued(self, message: Assign, choices: list[PrefillChoice], flow: KVOutflow, now: float) -> PrefillRequest:
+        """Queue these choices of an Assign as one request."""
         self._arrivals += 1
+        own, key, prompt, output = self.own, choices[0].key, tuple(message.prompt), tuple(message.output)
+        tokens = len(prompt) + len(output)
         work_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
-        queued, flow = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), KVOutflow(blocks)
+        queued, sampling = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), message.sampling
+        if choices[0].rid != message.rid:
+            sampling = sampling.changed(seed=choices[0].seed)
         request = self.requests[key] = PrefillRequest(
-            *(key, message.rid, message.attempt, prompt, output, message.sampling, queued, flow, tokens, work_s),
+            *(key, choices, prompt, output, sampling, queued, flow, tokens, work_s),
             alone=message.alone,
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
             pinned=message.pinned,
         )
-        self._attempts.setdefault(request.rid, {})[key] = None
+        for choice in choices:
+            self.choices[choice.key] = request
+            self._attempts.setdefault(choice.rid, {})[choice.key] = choice
         self.queue.enter(request)
-        return [*actions, *self.lengths.arrived(request)]
+        return request
 
     def close(self, rid: str, attempt: int) -> list[Action]:
-        """Forget every attempt of a request up to `attempt`, in any stage."""
-        requests = [self.requests[key] for key in self._attempts.get(rid, ())]
-        old = [request for request in requests if request.attempt <= attempt]
-        return [action for request in old for action in self._forget(request, "closed")]
+        """Close every attempt of a choice up to `attempt`, in any stage, and forget the requests that it ends."""
+        actions: list[Action] = []
+        for key, choice in [*self._attempts.get(rid, {}).items()]:
+            if choice.attempt <= attempt and not choice.closed:
+                choice.closed = True
+                actions += self._settle(self.choices[key], "closed")
+        return actions
+
+    def _settle(self, request: PrefillRequest, why: str) -> list[Action]:
+        """Forget a request of which all choices are closed. Send no more KV of one of which none goes on."""
+        if all(choice.closed for choice in request.choices):
+            return self._forget(request, why)
+        return [] if request.decodes or not request.computed else self._end(request)
 
     def reject(self, key: str, why: str) -> list[Action]:
         """Fail a request that the engine can never run, and give its part of the chunk to the others."""
@@ -102,12 +131,13 @@ class PrefillScheduler:
 
     def resend(self, message: Resend) -> list[Action]:
         """Send the output tokens from index `message.start` on again."""
-        request = self.requests.get(f"p:{message.rid}:{message.attempt}")
-        if request is None:
+        key = key_of(message.rid, message.attempt)
+        choice = self._attempts.get(message.rid, {}).get(key)
+        if choice is None or choice.closed:
             return []
-        ids = request.outputs()[message.start :]
-        item = TokenItem(request.rid, request.attempt, message.start, ids, request.end)
-        return [self.own.report(Tokens, items=[item])] if ids or request.end else []
+        ids = self.choices[key].outputs(choice)[message.start :]
+        item = TokenItem(choice.rid, choice.attempt, message.start, ids, choice.end)
+        return [self.own.report(Tokens, items=[item])] if ids or choice.end else []
 
     # ------------------------------------------------------------ the next chunk
 
@@ -148,12 +178,13 @@ class PrefillScheduler:
             raise Broken(f"{request.key} was planned without room")
         self.queue.start(request)
         tokens = request.prompt + request.output
-        engine_request = EngineRequest(request.key, "prefill", tokens, len(request.prompt), request.sampling)
+        siblings = tuple([(choice.key, choice.seed or 0) for choice in request.choices[1:] if not choice.closed])
+        engine_request = EngineRequest(request.key, "prefill", tokens, len(request.prompt), request.sampling, siblings)
         self._turns += 1
         request.turn = self._turns
         self.lengths.started(request, self.expected)
         self.dispatcher.started(request, now)
-        return [AddRequest(engine_request), self._stage(request, Stage.PREFILL), *self.dispatcher.dispatch(now)]
+        return [AddRequest(engine_request), *self._stage(request, Stage.PREFILL), *self.dispatcher.dispatch(now)]
 
     def holding(self) -> list[Action]:
         """Hold the started requests that are not in the planned chunk, and release those that are."""
@@ -177,7 +208,9 @@ class PrefillScheduler:
         two mixed instances could wait for each other's memory for ever. When two requests are on offer to each other's
         instances, the one with the lower id wins on both."""
         request = self.queue.blocked()
-        if request is None or request.rid == rid or (request.flow.offer is not None and request.rid < rid):
+        if request is None or any(choice.rid == rid for choice in request.choices):
+            return []
+        if request.flow.offer is not None and request.flow.choices[0].rid < rid:
             return []
         enough = self.ledger.free + request.flow.blocks >= blocks
         return self.retreat(request, "its memory was given to a request that decodes here") if enough else []
@@ -214,31 +247,37 @@ class PrefillScheduler:
 
     def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:
         items: list[TokenItem] = []
-        after: list[Action] = []
+        requests: dict[str, PrefillRequest] = {}
         for sampled in tokens:
-            request = self.requests[sampled.key]
-            if request.done != request.goal or request.token is not None:
-                raise Broken(f"a token for {request.key} at {request.done} of {request.goal}")
-            reason = sampled.reason or (None if request.decodes else "length")
-            end = self._ended(request, reason, sampled.error) if reason else None
-            items.append(TokenItem(request.rid, request.attempt, len(request.output), list(sampled.ids), end))
-            request.token = None if sampled.error else sampled.token
-            self._stop(request)
-            self.queue.leave(request)
-            after += self._end(request, end) if end else [self._stage(request, Stage.MOVING)]
-        return [self.own.report(Tokens, items=items), *after] if items else []
+            request = self.choices[sampled.key]
+            choice = next(choice for choice in request.choices if choice.key == sampled.key)
+            if request.done != request.goal or choice.computed:
+                raise Broken(f"a token for {choice.key} at {request.done} of {request.goal}")
+            reason = sampled.reason or ("length" if len(request.output) + 1 >= request.sampling.max_tokens else None)
+            if reason:
+                choice.end = End(reason=reason, receipt=request.receipt(self.own.iid), error=sampled.error)
+            choice.token = None if sampled.error else sampled.ids[-1]
+            requests[request.key] = request
+            if not choice.closed:
+                items.append(TokenItem(choice.rid, choice.attempt, len(request.output), list(sampled.ids), choice.end))
+        after = [action for request in requests.values() for action in self._computed(request)]
+        return [self.own.report(Tokens, items=items), *after] if requests else []
+
+    def _computed(self, request: PrefillRequest) -> list[Action]:
+        """Go on with a request that has its first tokens."""
+        if not all(choice.computed or choice.closed for choice in request.choices):
+            raise Broken(f"{request.key} has no token for some of its choices")
+        self._stop(request)
+        self.queue.leave(request)
+        return self._stage(request, Stage.MOVING) if request.decodes else self._end(request)
 
     def _stop(self, request: PrefillRequest) -> None:
         """Record that its engine request is no longer in the engine, and free its KV blocks."""
         self.queue.stop(request)
         self.ledger.close(request.key)
 
-    def _ended(self, request: PrefillRequest, reason: str, error: str | None) -> End:
-        return End(reason=reason, receipt=request.receipt(self.own.iid), error=error)
-
-    def _end(self, request: PrefillRequest, end: End) -> list[Action]:
-        """End a request with its first token: no more KV is sent."""
-        request.end = end
+    def _end(self, request: PrefillRequest) -> list[Action]:
+        """Send no more KV: no choice goes on."""
         return [*self.dispatcher.forget(request, "finished"), *self.kv_send.drain(request)]
 
     # ------------------------------------------------------------ giving up
@@ -246,18 +285,24 @@ class PrefillScheduler:
     def give_up(
         self, request: PrefillRequest, why: str, *, retry: bool = True, avoid: Sequence[str] = (), lost: str = ""
     ) -> list[Action]:
-        """Forget a request that cannot go on here, and report Failed. `retry`, `avoid` and `lost` as there."""
-        rid, attempt, avoided = request.rid, request.attempt, list(avoid)
-        failed = self.own.report(Failed, rid=rid, attempt=attempt, why=why, retry=retry, avoid=avoided, lost=lost)
-        self._failed[request.key] = failed
-        if len(self._failed) > MOST_FAILED:
+        """Close the choices of a request that cannot go on here, and report each as Failed. `retry`, `avoid` and `lost`
+        as there. Those that ended with their first token stay."""
+        failures: list[Action] = []
+        for choice in request.open():
+            choice.closed = True
+            failure = self._failed[choice.key] = self._failure(choice, why, retry=retry, avoid=list(avoid), lost=lost)
+            failures.append(failure)
+        while len(self._failed) > MOST_FAILED:
             del self._failed[next(iter(self._failed))]
-        return [*self._forget(request, why), failed]
+        return [*self._settle(request, why), *failures]
+
+    def _failure(self, choice: PrefillChoice, why: str, **fields: Any) -> Action:
+        return self.own.report(Failed, rid=choice.rid, attempt=choice.attempt, why=why, **fields)
 
     def lost_with(self, request: PrefillRequest, iid: str) -> list[Action]:
         """Report that a decode instance was lost that may have decoded the request, which goes on elsewhere."""
-        rid, attempt, request.lost = request.rid, request.attempt, (*request.lost, iid)
-        return [self.own.report(Staged, rid=rid, attempt=attempt, stage=Stage.MOVING, lost=iid)]
+        request.lost = (*request.lost, iid)
+        return self._stage(request, Stage.MOVING, peer="", lost=iid)
 
     def slot_deadlock(self) -> PrefillRequest | None:
         """Return the request to give up because a granted one waits for its slots; None without a deadlock."""
@@ -266,9 +311,11 @@ class PrefillScheduler:
         return self.kv_send.slot_deadlock() if waiting_for_slots else None
 
     def _forget(self, request: PrefillRequest, why: str) -> list[Action]:
-        del self.requests[request.key], self._attempts[request.rid][request.key]
-        if not self._attempts[request.rid]:
-            del self._attempts[request.rid]
+        del self.requests[request.key]
+        for choice in request.choices:
+            del self.choices[choice.key], self._attempts[choice.rid][choice.key]
+            if not self._attempts[choice.rid]:
+                del self._attempts[choice.rid]
         if not request.computed:
             self.queue.leave(request)
         cancel: list[Action] = [CancelRequest(request.key)] if request.running else []
@@ -279,12 +326,19 @@ class PrefillScheduler:
     # ------------------------------------------------------------ reports
 
     def holds(self) -> list[Hold]:
-        """Return the requests for the heartbeat."""
-        return [Hold(each.rid, each.attempt, each.stage, len(each.outputs())) for each in self.requests.values()]
+        """Return the choices for the heartbeat."""
+        return [
+            Hold(choice.rid, choice.attempt, request.stage(choice), len(request.output) + (choice.token is not None))
+            for request in self.requests.values()
+            for choice in request.choices
+            if not choice.closed
+        ]
 
-    def _stage(self, request: PrefillRequest, stage: Stage) -> Action:
-        peer = request.flow.target
-        return self.own.report(Staged, rid=request.rid, attempt=request.attempt, stage=stage, peer=peer)
+    def _stage(self, request: PrefillRequest, stage: Stage, **fields: Any) -> list[Action]:
+        fields = {"stage": stage, "peer": request.flow.target, **fields}
+        return [
+            self.own.report(Staged, rid=choice.rid, attempt=choice.attempt, **fields) for choice in request.open()
+        ]
 
     def check(self) -> None:
         """Raise Broken when requests, engine requests, ledger and indexes disagree."""
@@ -294,7 +348,12 @@ class PrefillScheduler:
             raise Broken(f"accounts and engine requests differ: {list(running)}")
         if running != self.queue.started:
             raise Broken(f"started are {list(self.queue.started)}, and others run")
-        attempts = {(request.rid, key) for key, request in self.requests.items()}
+        every = [(request, choice) for request in self.requests.values() for choice in request.choices]
+        attempts = {(choice.rid, choice.key) for _, choice in every}
         if attempts != {(rid, key) for rid, keys in self._attempts.items() for key in keys}:
             raise Broken(f"requests and their index differ: {self._attempts}")
+        if {choice.key: request.key for request, choice in every} != {k: each.key for k, each in self.choices.items()}:
+            raise Broken(f"requests and the index of their choices differ: {list(self.choices)}")
+        if any(all(choice.closed for choice in request.choices) for request in self.requests.values()):
+            raise Broken("a request without a choice is still here")
         self.kv_send.check(self.requests.values())

@@ -154,7 +154,7 @@ class LoadReporter:
         """All requests held, or None to leave them out this time. A worker with a long queue lists it less often:
         otherwise the lists would cost more a request, the more requests wait."""
         self._unlisted += 1
-        if len(self.prefill.requests) + len(self.decode.requests) > LISTED * self._unlisted:
+        if len(self.prefill.choices) + len(self.decode.requests) > LISTED * self._unlisted:
             return None
         self._unlisted = 0
         return [*self.prefill.holds(), *self.decode.holds()]

@@ -41,7 +41,8 @@ class LoneSteps:
 
     def _announce(self, request: Lone, *, over: bool) -> list[Action]:
         self._number, self.waits = self._number + 1, True
-        of, stage = (request.offer, Stage.WAITING) if isinstance(request, DecodeRequest) else (request, Stage.PREFILL)
+        of = request.offer if isinstance(request, DecodeRequest) else request.lead
+        stage = Stage.PREFILL if isinstance(request, PrefillRequest) else Stage.WAITING
         number, rid, attempt = self._number, of.rid, of.attempt
         self._announced = [
             self.own.report(LoneStep, rid=rid, attempt=attempt, number=number, stage=stage, over=over)

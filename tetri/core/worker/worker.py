@@ -238,10 +238,10 @@ class Worker:
         self.reporter.step_done(done, now - self._step_at)
         if done.steps == 1:
             self.ledger.check(done.held)
-        requests, batch, decoded = self.prefill.requests, self.decode.batch, done
+        choices, batch, decoded = self.prefill.choices, self.decode.batch, done
         actions, self._queued_own = self._queued_own, []
         if self.prefill.queue.started:  # otherwise everything in `done` belongs to the decode scheduler
-            prefilled, decoded = done.part(requests, inside=True), done.part(requests, inside=False)
+            prefilled, decoded = done.part(choices, inside=True), done.part(choices, inside=False)
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
             actions += self.prefill.step_done(prefilled, now, strained=strained)

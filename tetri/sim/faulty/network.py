@@ -151,7 +151,7 @@ class Connection:
         handle, rng = chunk.handle, self.chance.rng
         match rng.randrange(3):
             case 0:
-                return replace(chunk, token=5 if chunk.token is None else None)
+                return replace(chunk, tokens=[] if chunk.tokens else [5])
             case 1:
                 return replace(chunk, handle=replace(handle, segment=rng.choice([*self.wiring.segments])))
         return replace(chunk, handle=replace(handle, slots=handle.slots[1:], generations=handle.generations[1:]))
