@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from math import inf
 
 import msgpack
 import zmq
@@ -13,7 +14,7 @@ def pack(**body):
     return b"\x03" + msgpack.packb(body)
 
 
-def done(rid="r1", reason="length", tokens=3, error=None):
+def done(rid="r1", reason="length", tokens=3, error=None, choice=0):
     return {
         "type": "done",
         "rid": rid,
@@ -24,15 +25,17 @@ def done(rid="r1", reason="length", tokens=3, error=None):
         "jct_s": 0.3,
         "receipt": {"prompt_tokens": 2, "adopted": 2, "chunks": 1},
         "error": error,
+        "choice": choice,
     }
 
 
-def delta(index, rid="r1", word=None):
-    return {"type": "delta", "rid": rid, "start": index, "ids": [index + 10], "text": word or WORDS[index]}
+def delta(index, rid="r1", word=None, choice=0, token=None):
+    text = WORDS[index] if word is None else word
+    return {"type": "delta", "rid": rid, "start": index, "ids": [token or index + 10], "text": text, "choice": choice}
 
 
 def accepted(message, rid="r1"):
-    return {"type": "accepted", "key": message["key"], "rid": rid, "prompt_tokens": 2}
+    return {"type": "accepted", "key": message["key"], "rid": rid, "prompt_tokens": 2, "max_tokens": 3}
 
 
 def answer(message):
@@ -40,6 +43,21 @@ def answer(message):
     if message["type"] == "submit":
         return [accepted(message), *map(delta, range(3)), done()]
     return []
+
+
+def choices(message):
+    """As `answer`, for `n` choices whose tokens and text name them; the last choice ends first."""
+    if message["type"] != "submit":
+        return []
+    indexes = range(message.get("n", 1))
+    deltas = [delta(i, word=f"{c}{WORDS[i]}", choice=c, token=100 * c + i) for i in range(3) for c in indexes]
+    return [accepted(message), *deltas, *(done(choice=c) for c in reversed(indexes))]
+
+
+def likely(index, top=2):
+    """A token as it comes where log probabilities were asked for; all of `top` but itself are impossible."""
+    logprob = -0.5 * (index + 1)
+    return [index + 10, logprob, {index + 10 + more: -inf if more else logprob for more in range(top)}]
 
 
 class FakeBroker:
@@ -59,7 +77,7 @@ class FakeBroker:
                 continue
             peer, frame = self._socket.recv_multipart()
             assert frame[:1] == b"\x03"
-            message = msgpack.unpackb(frame[1:])
+            message = msgpack.unpackb(frame[1:], strict_map_key=False)
             self.seen.append(message)
             for reply in self.reply(message):
                 self._socket.send_multipart([peer, reply if isinstance(reply, bytes) else pack(**reply)])
@@ -95,6 +113,13 @@ def endless(message):
     if message["type"] == "cancel":
         return [done(reason="cancelled", tokens=2)]
     return [{"type": "delta", "rid": "r1", "start": 2, "ids": [], "text": ""}]
+
+
+def instance(iid, role, **fields):
+    """One instance in a Status, as the broker sends it."""
+    plain = {"iid": iid, "role": role, "state": "ready", "incarnation": 1, "blocks": 9, "free_blocks": 8, "queued": 1}
+    plain |= {"running": 2, "held": 3, "note": "", "paths": {}, "counters": {}, "slots_used": 0, "predictor": None}
+    return {**plain, "unread": 0, "unread_by": {}, "step_ratio": {"prefill": None, "decode": None}, **fields}
 
 
 STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m", "monitor": None}

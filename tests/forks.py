@@ -22,8 +22,8 @@ from typing import Any
 
 
 class Program:
-    """`name`: broker, monitor, worker, or with `vllm` engine (engine/vllm/vllm_process.py); `prologue`: statements that
-    it runs first; `output`: a file it appends to; `vllm`: the parent has imported vLLM too."""
+    """`name`: broker, gateway, monitor, worker, or with `vllm` engine (engine/vllm/vllm_process.py); `prologue`:
+    statements that it runs first; `output`: a file it appends to; `vllm`: the parent has imported vLLM too."""
 
     def __init__(
         self, name: str, arguments: Sequence[str], prologue: str = "", output: str = os.devnull, vllm: bool = False
@@ -107,8 +107,9 @@ if __name__ == "__main__":
     import tetri.kv.shm
     import tetri.kv.stream.stream  # noqa: F401
     from tetri.proc import broker, monitor, worker
+    from tetri.proc.gateway import process as gateway
 
-    PROGRAMS = {"broker": broker.main, "monitor": monitor.main, "worker": worker.main}
+    PROGRAMS = {"broker": broker.main, "gateway": gateway.main, "monitor": monitor.main, "worker": worker.main}
     if "vllm" in sys.argv:
         from tetri.engine.vllm.setup import prepare_environment
 

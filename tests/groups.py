@@ -8,7 +8,7 @@ from typing import Any
 
 #: Files in tests/engine/vllm whose tests share engines; the tests of any other file are a group of their own.
 TOGETHER = {
-    **dict.fromkeys(("connector", "engine", "hidden", "writer"), "float32"),
+    **dict.fromkeys(("connector", "engine", "hidden", "choices", "logprobs", "writer"), "float32"),
     **dict.fromkeys(("live", "flip"), "live"),
 }
 #: Those that take longest, in the order in which they begin: the processes that share the tests end together then.

@@ -27,6 +27,7 @@ from forks import Program
 from tetri.client import AsyncClient, Client, Operator, Result
 from tetri.config import Config, load
 from tetri.net import keys
+from tetri.proc import gateways
 
 REPOSITORY = Path(__file__).parent.parent
 EMULATED = REPOSITORY / "conf" / "emulated.toml"
@@ -56,6 +57,7 @@ class LiveCluster:
         self.name = f"t{os.getpid()}-{os.urandom(3).hex()}"
         keys.generate(str(folder / "kv.key"))
         own = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", f"cluster.key={folder}/kv.key"]
+        own.append("gateway.port=0")
         self.overrides = [*own, *overrides]
         self.conf = conf
         self.config: Config = load(conf, self.overrides)
@@ -79,11 +81,13 @@ class LiveCluster:
         return self
 
     def start(self, name: str, *extra: str, inside: Sequence[str] = ()) -> None:
-        """Start the broker, the monitor, or the worker of this name, as its own program; `inside` comes before."""
-        module = name if name in ("broker", "monitor") else "worker"
+        """Start the broker, the monitor, a gateway, or the worker of this name, as its own program; `inside` comes
+        before."""
+        module = name if name in ("broker", "monitor") else "gateway" if name.startswith("gateway") else "worker"
         arguments = ["--conf", str(self.conf)]
         arguments += [part for override in self.overrides for part in ("--set", override)]
         arguments += ["--iid", name] if module == "worker" else []
+        arguments += ["--number", name.removeprefix("gateway") or "0"] if module == "gateway" else []
         arguments += extra
         output, vllm = self.folder / f"{name}.log", self.config.engine.kind == "vllm"
         starts.engines += module == "worker" and vllm
@@ -94,6 +98,17 @@ class LiveCluster:
         command = [*inside, sys.executable, "-c", program, *arguments]
         with output.open("ab") as file:
             self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=file, stdout=file)
+
+    def start_gateway(self, name: str = "gateway") -> str:
+        """Start a gateway and return its URL."""
+        self.start(name)
+
+        def there() -> bool:
+            self.assert_alive()
+            return name in gateways.urls(self.folder)
+
+        wait_until(there, "the gateway does not listen")
+        return gateways.urls(self.folder)[name]
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until the process is gone."""

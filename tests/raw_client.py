@@ -17,6 +17,7 @@ import zmq
 
 Message = dict[str, Any]  # as on the wire, `type` included
 Prompt = str | list[int] | list[Message]  # text, token ids, or a conversation
+Answer = tuple[list[Any], str, Message]  # tokens (ids, or arrays of id, logprob, top with logprobs), text, the Done
 
 VERSION = b"\x03"
 
@@ -81,24 +82,27 @@ class RawClient:
     # ------------------------------------------------------------ one verb each
 
     def submit(
-        self, prompt: Prompt, key: str | None = None, deadline_s: float | None = None, **sampling: Any
+        self, prompt: Prompt, key: str | None = None, deadline_s: float | None = None, n: int = 1, **sampling: Any
     ) -> Message:
-        """The broker's Accepted or Refused. `sampling` are fields of Sampling, as in `max_tokens=8`."""
+        """The broker's Accepted or Refused. `n`: number of choices; `sampling` are fields of AskedSampling, as in
+        `max_tokens=8`."""
         key = key or uuid.uuid4().hex
         turns = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         fields: Message = {"key": key, "secret": self.secret, "messages" if turns else "prompt": prompt}
         if deadline_s is not None:
             fields["deadline_s"] = deadline_s
+        if n != 1:
+            fields["n"] = n
         if sampling:
             fields["sampling"] = sampling
         self.send("submit", **fields)
         return self.receive(type={"accepted", "refused"}, key=key)
 
-    def stream(self, rid: str) -> Iterator[Message]:
-        """Every Delta and at last the Done. Raises AssertionError when a token is lost or comes twice."""
+    def stream(self, rid: str, choice: int = 0) -> Iterator[Message]:
+        """Every Delta of a choice and at last its Done. Raises AssertionError when a token is lost or comes twice."""
         known = 0
         while True:
-            message = self.receive(type={"delta", "done"}, rid=rid)
+            message = self.receive(type={"delta", "done"}, rid=rid, choice=choice)
             if message["type"] == "done":
                 assert message["usage"]["completion_tokens"] == known, (known, message)
                 yield message
@@ -107,25 +111,33 @@ class RawClient:
             known += len(message["ids"])
             yield message
 
-    def generate(self, prompt: Prompt, **fields: Any) -> tuple[list[int], str, Message]:
-        """Token ids, text and the Done of one request; AssertionError when it is refused."""
-        answer = self.submit(prompt, **fields)
+    def generate(self, prompt: Prompt, **fields: Any) -> Answer:
+        """The answer to a request of one choice; AssertionError when it is refused."""
+        (answer,) = self.choices(prompt, 1, **fields)
+        return answer
+
+    def choices(self, prompt: Prompt, n: int, **fields: Any) -> list[Answer]:
+        """The answers of all choices of a request; AssertionError when it is refused."""
+        answer = self.submit(prompt, n=n, **fields)
         assert answer["type"] == "accepted", answer
-        *deltas, done = self.stream(answer["rid"])
-        ids = [token for delta in deltas for token in delta["ids"]]
-        return ids, "".join(delta["text"] for delta in deltas), done
+        return [self._answer(answer["rid"], choice) for choice in range(n)]
+
+    def _answer(self, rid: str, choice: int) -> Answer:
+        *deltas, done = self.stream(rid, choice)
+        tokens = [token for delta in deltas for token in delta["ids"]]
+        return tokens, "".join(delta["text"] for delta in deltas), done
 
     def cancel(self, rid: str) -> Message:
-        """The Done (whatever else came for the request is dropped) or the Refused."""
+        """The Done of the choice that ended first (whatever else came before is dropped) or the Refused."""
         self.send("cancel", rid=rid, secret=self.secret)
         while True:
             message = self._next(lambda one: rid in (one.get("rid"), one.get("key")), f"end of {rid}")
             if message["type"] in ("done", "refused"):
                 return message
 
-    def attach(self, rid: str, start: int = 0) -> None:
-        """Ask for the stream from token `start` on."""
-        self.send("attach", rid=rid, secret=self.secret, start=start)
+    def attach(self, rid: str, start: int = 0, choice: int = 0) -> None:
+        """Ask for the stream of a choice from token `start` on."""
+        self.send("attach", rid=rid, secret=self.secret, start=start, choice=choice)
 
     def inspect(self) -> Message:
         """The Status."""

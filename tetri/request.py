@@ -131,7 +131,7 @@ class Sampling(AskedSampling, frozen=True):
 
 
 # field, least, most; both are allowed
-_RANGES: tuple[tuple[str, float, float], ...] = (
+RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_k", 0, 1 << 30),
     ("min_p", 0.0, 1.0),
@@ -152,7 +152,7 @@ def sampling_problem(s: AskedSampling, default_tokens: int = DEFAULT_TOKENS) -> 
     """The first invalid value of a Sampling, in one line that states what is allowed; None if all are valid.
     `default_tokens`: the limit of one that names none."""
     most = default_tokens if s.max_tokens is None else s.max_tokens
-    for name, low, high in _RANGES:
+    for name, low, high in RANGES:
         value = getattr(s, name)
         if value is None:
             continue

@@ -35,4 +35,4 @@ def test_the_figures_and_their_limits(monkeypatch):
         lines = CliRunner().invoke(clients.main, []).stdout.splitlines()
         assert lines[-1] == "within the limits: no"
     assert lines[1] == "a Delta in the client, blocking: 12.3 us"
-    assert lines[6].split()[:4] == ["stopped", "100.0", "301.0", "9"]
+    assert lines[7].split()[:4] == ["stopped", "100.0", "301.0", "9"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fake_broker import STATUS
+from fake_broker import STATUS, instance
 
 CHANGED = {"type": "role_changed", "iid": "d0", "role": "prefill", "was": "decode", "took_s": 0.00312}
 LAST = "d0 is the last decode instance: flip another one to decode first, or make it mixed"
@@ -12,7 +12,7 @@ LAST = "d0 is the last decode instance: flip another one to decode first, or mak
 @pytest.fixture
 def answering(broker):
     """A broker that answers a ChangeRole like this."""
-    instances = [{"iid": iid, "role": role} for iid, role in (("p0", "prefill"), ("d0", "decode"))]
+    instances = [instance("p0", "prefill"), instance("d0", "decode")]
 
     def start(**reply):
         def script(message):

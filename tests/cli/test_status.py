@@ -4,10 +4,9 @@ import json
 import re
 
 import pytest
-from fake_broker import STATUS
+from fake_broker import STATUS, instance
 
-INSTANCE = {"iid": "p0", "role": "prefill", "state": "ready", "incarnation": 1, "blocks": 9, "free_blocks": 8}
-INSTANCE |= {"queued": 1, "running": 2, "held": 3, "note": ""}
+INSTANCE = instance("p0", "prefill")
 
 
 def test_status(run, broker):
@@ -19,6 +18,16 @@ def test_status(run, broker):
     header, row = out.splitlines()[-2:]
     assert re.split(r"\s{2,}", header.strip())[:5] == ["iid", "role", "state", "blocks", "free blocks"]
     assert row.split() == ["p0", "prefill", "ready", "9", "8", "1", "2", "3"]
+
+
+def test_status_shows_what_the_gateways_count(run, broker, place):
+    broker(lambda message: [STATUS])
+    assert "gateway" not in run("status")[1] and json.loads(run("status", "--json")[1])["gateways"] == {}
+    report = {"url": "http://127.0.0.1:8000", "open": 2, "answered": {"200": 7, "429": 1}, "ignored": {"user": 3}}
+    (place / "gateway.json").write_text(json.dumps(report))
+    line = "gateway   http://127.0.0.1:8000/v1: 2 open, 7 ended 200, 1 ended 429; ignored user 3"
+    assert line in run("status")[1].splitlines()
+    assert json.loads(run("status", "--json")[1])["gateways"] == {"gateway": report}
 
 
 def test_status_shows_kv_paths_and_what_happened_to_kv_where_anything_did(run, broker):
@@ -52,7 +61,7 @@ def test_status_ends_with_what_works_worse_than_it_should(run, broker):
 
 def test_status_says_how_well_lengths_are_predicted(run, broker):
     none = {"kind": "prior", "on": False, "note": "no predictor: tetri brings none", "predicted": 0, "late": 0}
-    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0, "cut": 0, "unread": 0}
+    none |= {"scored": 0, "right": 0, "prior_right": 0, "inside": 0, "buckets": {}, "cut": 0, "unread": 0}
     works = {**none, "kind": "hidden", "on": True, "note": "", "predicted": 120, "late": 3}
     works |= {"scored": 50, "right": 23, "prior_right": 20, "inside": 40}
     worse = {**works, "on": False, "note": "off: worse than the prior", "cut": 7, "unread": 2}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fake_broker import accepted, delta, done
+from fake_broker import accepted, choices, delta, done, likely
 
 from tests.cli.fakes import environment, on_terminal, refuse, start
 
@@ -32,8 +32,37 @@ def test_json_is_one_object(run, broker):
     found = json.loads(out)
     assert (status, err, out.count("\n")) == (0, "", 1)
     wanted = ["rid", "text", "token_ids", "finish_reason", "usage", "timeline", "ttft_s", "jct_s", "receipt"]
-    assert list(found) == wanted
+    assert list(found) == [*wanted, "choice", "logprobs"]
     assert found["text"] == "one two three" and found["receipt"]["prefill_instance"] is None
+
+
+def test_several_answers(run, broker):
+    fake = broker(choices)
+    status, out, err = run("submit", "hi", "-n", "2", "--temperature", "1")
+    assert (status, err) == (0, "") and fake.seen[0]["n"] == 2
+    assert out == "choice 0: length, 3 tokens\n0one 0two 0three\nchoice 1: length, 3 tokens\n1one 1two 1three\n"
+    found = json.loads(run("submit", "hi", "-n", "2", "--temperature", "1", "--json")[1])
+    assert [each["text"] for each in found["choices"]] == ["0one 0two 0three", "1one 1two 1three"]
+    assert "--stream shows one answer" in run("submit", "hi", "-n", "2", "--stream")[2]
+
+
+@pytest.mark.parametrize("more", [[], ["--no-stream"]])
+def test_log_probabilities(run, broker, more):
+    def reply(message):
+        ids = [likely(0, 0), likely(1)]
+        return [accepted(message), *({**delta(i), "ids": [ids[i]]} for i in range(2)), done(tokens=2)]
+
+    fake = broker(reply)
+    out = run("submit", "hi", "--logprobs", "2", *more)[1]
+    assert out == "one two \ntoken 10: -0.5000\ntoken 11: -1.0000 (likeliest: 11 -1.0000, 12 -inf)\n"
+    assert fake.seen[0]["sampling"] == {"logprobs": 2}
+
+
+def test_the_worst_end_of_a_choice_is_the_exit_status(run, broker):
+    ends = [done(reason=reason, tokens=0, choice=choice) for choice, reason in enumerate(("stop", "deadline"))]
+    broker(lambda message: [accepted(message), *ends])
+    status, _, err = run("submit", "hi", "-n", "2", "--temperature", "1")
+    assert (status, err) == (1, "tetri-cli: the deadline passed\n")
 
 
 def fail(message):

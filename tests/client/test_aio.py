@@ -83,6 +83,18 @@ async def breaks_and_keeps(client):
         break
 
 
+async def breaks_events(client):
+    async for event in client.events("hi"):
+        assert event.tokens[0] == 10
+        break
+
+
+async def closes_events(client):
+    client.kept = client.events("hi")
+    assert (await anext(client.kept)).tokens[0] == 10
+    client.kept.close()
+
+
 async def raises(client):
     with pytest.raises(ZeroDivisionError):
         async for _ in client.stream("hi"):
@@ -124,7 +136,8 @@ async def closes(client):
     await client.close()
 
 
-ENDS = [breaks, breaks_and_keeps, raises, drops, drops_unread, is_cancelled, is_cancelled_in_a_loop, closes]
+ENDS = [breaks, breaks_and_keeps, breaks_events, closes_events, raises, drops, drops_unread, closes]
+ENDS += [is_cancelled, is_cancelled_in_a_loop]
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)

@@ -8,8 +8,9 @@ from fake_broker import FakeBroker, Scripted, accepted, answer, delta, done, pac
 
 from tests.client.script import FAST, GARBAGE, refused
 from tetri.client import RequestFailed, RequestRefused, Unreachable
-from tetri.client.conversation import Patience, Request, Session
+from tetri.client.conversation import Patience, Request
 from tetri.client.frames import submit
+from tetri.client.session import Session
 
 
 def test_a_whole_answer(generate):
@@ -108,10 +109,10 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
 def test_a_cancel_is_sent_and_repeated_however_many_deltas_come():
     """Many wait in the socket of a client that has not read for a while, and are read first."""
     session, patience = Session(), Patience(timeout=10, silence_s=5, resend_s=1)
-    request = Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0)
+    request = Request("k", "s", submit("k", "s", "hi", None, {}), patience, now=0.0)
     session.add(request)
     session.tick(0.0)
-    session.receive([pack(type="accepted", key="k", rid="r1", prompt_tokens=1)], 0.1)
+    session.receive([pack(type="accepted", key="k", rid="r1", prompt_tokens=1, max_tokens=3)], 0.1)
     session.cancel(request)
     sent = []
     for step in range(25):
@@ -127,10 +128,10 @@ def test_a_request_that_is_given_up_is_cancelled_for_a_broker_that_wakes_up(acce
         return msgpack.unpackb(frame[1:])
 
     session, patience = Session(), Patience(timeout=1, silence_s=1, resend_s=1)
-    session.add(Request("k", "s", submit("k", "s", "hi", None, None, {}), patience, now=0.0))
+    session.add(Request("k", "s", submit("k", "s", "hi", None, {}), patience, now=0.0))
     assert [sent(f)["type"] for f in session.tick(0.0)] == ["submit"]
     if accepted:
-        session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1)], 0.0)
+        session.receive([pack(type="accepted", key="k", rid="r7", prompt_tokens=1, max_tokens=3)], 0.0)
         assert [sent(f)["type"] for f in session.tick(1.0)] == ["attach"]
     last = session.tick(2.0)
     assert [sent(f) for f in last] == [{"type": "cancel", "rid": "r7" if accepted else "k", "secret": "s"}]

@@ -12,7 +12,7 @@ def public(kind):
     return {name for name in dir(kind) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("name", ["__init__", "generate", "stream", "cancel", "status", "close"])
+@pytest.mark.parametrize("name", ["__init__", "generate", "stream", "events", "cancel", "status", "close"])
 def test_both_clients_take_the_same_arguments(name):
     one, other = (inspect.signature(getattr(kind, name)) for kind in (tetri.Client, tetri.AsyncClient))
     assert list(one.parameters.values()) == list(other.parameters.values())

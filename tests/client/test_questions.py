@@ -1,5 +1,7 @@
 """What a client asks of the broker besides requests: to cancel one of its own, and the status."""
 
+import asyncio
+
 import pytest
 from fake_broker import STATUS, FakeBroker, Scripted, answer, done
 
@@ -30,3 +32,24 @@ def test_the_status_is_asked_for_until_it_comes():
     fake = FakeBroker(Scripted(inspect=[lambda m: [], lambda m: [STATUS]]))
     with fake as broker, tetri.Client(broker.address, **FAST) as client:
         assert client.status() == {k: v for k, v in STATUS.items() if k != "type"}
+
+
+READINESS = {"type": "readiness", "ready": False, "why": "no pair", "within_s": 30.0, "in_service": 0, "pairs": []}
+
+
+def test_the_readiness_is_asked_for_until_it_comes():
+    fake = FakeBroker(Scripted(check_readiness=[lambda m: [STATUS], lambda m: [READINESS]]))
+    with fake as broker, tetri.Client(broker.address, **FAST) as client:
+        assert client.readiness() == {name: value for name, value in READINESS.items() if name != "type"}
+
+
+def test_the_readiness_and_the_status_may_be_asked_for_at_once():
+    replies = {"check_readiness": READINESS, "inspect": STATUS}
+
+    async def ask(address):
+        async with tetri.AsyncClient(address, **FAST) as client:
+            return await asyncio.gather(client.status(), client.readiness())
+
+    with FakeBroker(lambda message: [replies[message["type"]]]) as broker:
+        status, readiness = asyncio.run(ask(broker.address))
+    assert status["model"] == STATUS["model"] and readiness["why"] == "no pair"

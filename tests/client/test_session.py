@@ -6,16 +6,17 @@ from fake_broker import STATUS, accepted, delta, done, pack
 
 from tests.client.script import refused
 from tests.core.broker.work import opcodes
-from tetri.client.conversation import Patience, Request, Session
+from tetri.client.conversation import Patience, Request
 from tetri.client.frames import TetriError, Unreachable, submit
 from tetri.client.questions import Cancellation, Inspection
+from tetri.client.session import Session
 
 PATIENCE = Patience(timeout=10.0, silence_s=2.0, resend_s=1.0)
 
 
 def request(number, kind=Request):
     key = f"k{number}"
-    return kind(key, "s", submit(key, "s", "hi", None, None, {}), PATIENCE, 0.0)
+    return kind(key, "s", submit(key, "s", "hi", None, {}), PATIENCE, 0.0)
 
 
 def hear(session, message, now=0.0):
@@ -57,7 +58,7 @@ def test_a_delta_of_one_among_1000_is_as_little_work_as_among_10():
                     session.deadline()
 
                 used.append(opcodes(once))
-        assert [len(each.ids) for each in requests] == [3] * 10 + [0] * (count - 10)
+        assert [len(each.choices[0].tokens) for each in requests] == [3] * 10 + [0] * (count - 10)
         return sum(used) / len(used)
 
     assert work(1000) < 1.1 * work(10) < 1000
@@ -79,7 +80,7 @@ def test_an_empty_delta_restarts_the_silence_of_its_request_and_shows_a_gap():
     """The broker's sign of life."""
     session, requests = streaming(1)
     hear(session, {"type": "delta", "rid": "r0", "start": 0, "ids": [], "text": ""}, now=1.5)
-    assert session.deadline() == 3.5 and (requests[0].ids, [*requests[0].pieces]) == ([], [])
+    assert session.deadline() == 3.5 and (requests[0].choices[0].tokens, requests[0].choices[0].texts) == ([], [])
     hear(session, {"type": "delta", "rid": "r0", "start": 2, "ids": [], "text": ""}, now=1.6)
     assert sent(session.tick(1.6)) == [("attach", "r0")]
 

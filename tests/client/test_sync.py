@@ -122,6 +122,18 @@ def leaves_a_generator(client):
     pieces.close()
 
 
+def breaks_events(client):
+    for event in client.events("hi"):
+        assert event.tokens[0] == 10
+        break
+
+
+def closes_events(client):
+    client.kept = client.events("hi")
+    assert next(client.kept).tokens[0] == 10
+    client.kept.close()
+
+
 def closes(client):
     client.kept = client.stream("hi")
     assert next(client.kept) == "one "
@@ -129,7 +141,7 @@ def closes(client):
 
 
 ENDS = [breaks, breaks_and_keeps, raises, is_interrupted, is_interrupted_while_it_waits, is_interrupted_in_generate]
-ENDS += [drops, drops_unread, drops_a_cycle, leaves_a_generator, closes]
+ENDS += [drops, drops_unread, drops_a_cycle, leaves_a_generator, breaks_events, closes_events, closes]
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)

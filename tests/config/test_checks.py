@@ -7,7 +7,7 @@ import pytest
 from tests.config.pair import PAIR, bad
 from tetri.config import ConfigError, load
 
-PROGRAMS = "broker, monitor or supervisord"
+PROGRAMS = "broker, monitor, gateway or supervisord"
 NO_ADDRESS = ("10.0.0.1", "10.0.0.1:0", "10.0.0.256:1", "example.org:1")
 BAD = [
     ("[cluster]\ndead_s=0.59\n", "at least three times heartbeat_s"),
@@ -23,6 +23,8 @@ BAD = [
     ("[transfer]\ntransport='stream'\nslab_blocks=9000\n[engine]\nblock_tokens=1\nchunk_tokens=9000\n", "most 8192"),
     ("[broker]\nclients='tcp://10.0.0.1:5555'\n", "CURVE"),
     ("[broker]\nclients='tcp://*:5555'\n", "CURVE"),
+    ("[gateway]\nhost='1.2.3'\n", 'gateway.host: must be an IP address such as "127.0.0.1" or "0.0.0.0", got "1.2.3"'),
+    ("[gateway]\nport=65535\ncount=2\n", "gateway.port: must be at most 65534"),
     ("[engine]\nmax_batch=512\n", "engine.max_batch: must be below chunk_tokens (512)"),
     ("[engine]\nkind='emulated'\nblock_tokens=16\n[emulated]\nblocks=400\n", "emulated.blocks: must be at least 512"),
     ("[monitor]\nload_ms=800\n", "monitor.stale_s: must be at least two times load_ms (800 ms)"),

@@ -38,7 +38,7 @@ class Foreground:
 
     def __init__(self, folder, name, *start, **options):
         (folder / "c.toml").write_text(PAIR)
-        overrides = (f"cluster.run_dir={folder / 'run'}", f"cluster.name={name}")
+        overrides = (f"cluster.run_dir={folder / 'run'}", f"cluster.name={name}", "gateway.count=0")
         self.config, self.folder = load(folder / "c.toml", overrides), folder
         settings = [part for each in overrides for part in ("--set", each)]
         command = [sys.executable, *start, "up", "--foreground", "--conf", folder / "c.toml", *settings]

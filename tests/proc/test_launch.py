@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tetri.config import load
 from tetri.kv.shm import sweep
 from tetri.models import ModelError
 from tetri.net.lock import hold
-from tetri.proc import launch, memory
+from tetri.proc import gateways, launch, memory
 from tetri.proc.run_directory import CHECK_S
 from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir
 from tetri.strict import ConfigError
@@ -41,7 +42,8 @@ def deployment():
 
     def make(*overrides, text='[engine]\nkind = "emulated"\n'):
         (folder / "c.toml").write_text(text + PAIR)
-        return load(folder / "c.toml", [f"cluster.run_dir={run_dir}", f"cluster.name={name}", *overrides])
+        own = [f"cluster.run_dir={run_dir}", f"cluster.name={name}", "gateway.count=0"]
+        return load(folder / "c.toml", [*own, *overrides])
 
     yield make
     Supervisor(run_dir).stop()
@@ -64,15 +66,18 @@ def nothing_left(run_dir, name):
 
 
 def test_up_serves_and_down_leaves_nothing(deployment):
-    config, said = deployment("cluster.heartbeat_s=0.1"), []
+    config, said = deployment("cluster.heartbeat_s=0.1", "gateway.count=1", "gateway.port=0"), []
     began = time.monotonic()
     run_dir = up(config, said)
     assert time.monotonic() - began < GIVEN_UP_S
-    assert {"p0 (prefill) is ready", "d0 (decode) is ready", "monitor (the loads of all) is ready"} < set(said)
+    ready = {"p0 (prefill)", "d0 (decode)", "monitor (the loads of all)", "gateway (HTTP)"}
+    assert {f"{each} is ready" for each in ready} < set(said)
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
     assert load(run_dir / "cluster.toml") == replace(config, cluster=replace(config.cluster, key=f"{run_dir}/kv.key"))
     state = json.loads((run_dir / "cluster.json").read_text())
-    assert set(state["pids"]) == {"supervisord", "broker", "monitor", "p0", "d0"}
+    assert set(state["pids"]) == {"supervisord", "broker", "gateway", "monitor", "p0", "d0"}
+    with urllib.request.urlopen(gateways.urls(run_dir)["gateway"] + "/v1/models", timeout=10) as answer:
+        assert b'"id":"emulated"' in answer.read()
     with Client(address_in(run_dir), timeout=10) as client:
         assert len(client.generate("hello", max_tokens=3).token_ids) == 3
     with Operator(address_in(run_dir, "operators"), timeout=10) as operator:
@@ -81,6 +86,7 @@ def test_up_serves_and_down_leaves_nothing(deployment):
         up(config)
     assert launch.down(run_dir) is True
     nothing_left(run_dir, config.cluster.name)
+    assert gateways.urls(run_dir) == {} and "Traceback" not in (run_dir / "log" / "gateway.log").read_text()
     assert launch.down(run_dir) is False
     with pytest.raises(Unreachable, match="nothing is up"):
         address_in(run_dir)
@@ -335,6 +341,13 @@ def test_a_port_in_use(deployment):
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=r"in use.*choose another port"):
             up(deployment(f"broker.clients=tcp://127.0.0.1:{port}"))
+
+
+def test_a_port_of_a_gateway_in_use(deployment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"http://127.0.0.1:{port} cannot be used .*: choose another with --set"):
+            up(deployment("gateway.count=1", f"gateway.port={port}"))
 
 
 def test_what_can_be_said_before_anything_starts(deployment):

@@ -107,7 +107,7 @@ def test_what_a_worker_of_a_model_needs(config, monkeypatch):
     made = config("engine.kv_mib=1000", "transfer.slab_blocks=64", facts={**LLAMA, "dtype": "bfloat16"})
     one = memory.balance(made, "p0")
     assert one.needed // MIB == (memory.VLLM + 64 * BLOCK) // MIB + 1100 and one.available == GIB
-    assert memory.balance(made).needed == memory.OTHERS + 2 * one.needed
+    assert memory.balance(made).needed == memory.OTHERS + memory.GATEWAY + 2 * one.needed
     text = memory.shortage(made)
     assert "(workers: 2 of 2,080 MB), 1,024 MB are available (limit of the control group /x)" in text
     assert "lower engine.kv_mib (1000)" in text and "\n" not in text

@@ -13,11 +13,12 @@ EMULATED = Path(__file__).parents[2] / "conf" / "emulated.toml"
 
 def test_what_is_configured_is_compared_with_the_limit():
     config = load(EMULATED, ["broker.max_clients=1000"])
-    for name in ("broker", "monitor", "p0"):
+    for name in ("broker", "gateway", "monitor", "p0"):
         wanted = open_files.needed(config, name)
         assert open_files.shortage(config, name, wanted) is None
         assert f"{name} may need {wanted} open files" in open_files.shortage(config, name, wanted - 1)
     assert "1000 clients (broker.max_clients)" in open_files.shortage(config, "broker", 256)
+    assert "4000 connections (gateway.max_connections)" in open_files.shortage(config, "gateway", 256)
 
 
 def test_a_process_that_needs_more_says_so_at_its_start(caplog, monkeypatch):

@@ -1,7 +1,7 @@
 """bench_clients: what many open streams of one client cost it, and the broker if that client stops reading.
 
 `client`: processor time of one Delta in the thread of the client, with --streams open requests: the blocking client,
-and the asyncio client whose tasks wait for their whole answer, or iterate over its pieces.
+and the asyncio client whose tasks wait for their whole answer, or iterate over its pieces or its events.
 
 `broker`: the broker's loop and sockets, with tokens for all streams of one client and for one stream of another every
 --step-ms. The first client reads, stops, and reads again. `gap_ms`: between two Deltas of the other client's stream.
@@ -26,7 +26,7 @@ import click
 import zmq
 
 from tetri.bench.report import BenchError, Program, Progress, as_json, give, progress, spread, table
-from tetri.client import AsyncClient, Client
+from tetri.client import AsyncClient, AsyncStream, Client
 from tetri.client.facade import new_secret
 from tetri.core.actions import Reply
 from tetri.core.broker.broker import Broker
@@ -45,7 +45,7 @@ from tetri.wire.codec import decode, encode
 from tetri.wire.events import PeerUp
 from tetri.wire.messages import Load, Ready, Staged, TokenItem, Tokens
 
-KINDS = ("blocking", "asyncio, whole answers", "asyncio, pieces")
+KINDS = ("blocking", "asyncio, whole answers", "asyncio, pieces", "asyncio, events")
 LIMIT_US, LIMIT_PROBE_MS = 20.0, 1.0
 LIMIT_GAP_MS = 200.0  # beyond the time between two tokens
 PATIENCE_S = 600.0
@@ -106,7 +106,7 @@ def done(rid: str, tokens: int) -> Done:
 def delta_us(kind: str, streams: int, tokens: int) -> float:
     """Microseconds of processor time that one Delta costs a client with so many open streams."""
     with PlayedBroker(streams, tokens) as broker:
-        used_s = _blocking(broker) if kind == KINDS[0] else asyncio.run(_asyncio(broker, kind == KINDS[2]))
+        used_s = _blocking(broker) if kind == KINDS[0] else asyncio.run(_asyncio(broker, kind))
     return 1e6 * used_s / (streams * tokens)
 
 
@@ -120,12 +120,12 @@ def _blocking(broker: PlayedBroker) -> float:
         return time.thread_time() - start
 
 
-async def _asyncio(broker: PlayedBroker, pieces: bool) -> float:
+async def _asyncio(broker: PlayedBroker, kind: str) -> float:
     async with AsyncClient(broker.address, PATIENCE_S, silence_s=PATIENCE_S) as client:
 
         async def answer(rid: str) -> None:
-            stream = client.stream(rid)
-            if pieces:
+            stream: AsyncStream[Any] = client.events(rid) if kind == KINDS[3] else client.stream(rid)
+            if kind != KINDS[1]:
                 async for _ in stream:
                     pass
             await stream.wait()

@@ -49,9 +49,10 @@ def own_folder(name: str, keep: bool = False) -> Iterator[Path]:
 
 
 def configured(conf: Path, folder: Path, name: str, settings: Sequence[str]) -> Config:
-    """Load a configuration with its own run directory and name, so that it can run beside other deployments. `settings`
-    are "section.key=value". Raises ConfigError."""
-    return load(conf, [f"cluster.run_dir={folder}", f"cluster.name={name}-{os.getpid()}", *settings])
+    """Load a configuration with its own run directory and name, and without HTTP, so that it can run beside other
+    deployments. `settings` are "section.key=value". Raises ConfigError."""
+    own = [f"cluster.run_dir={folder}", f"cluster.name={name}-{os.getpid()}", "gateway.count=0"]
+    return load(conf, [*own, *settings])
 
 
 def pinned(conf: Path, folder: Path, name: str, cpus: Sequence[int], more: Sequence[str] = ()) -> Config:

@@ -17,8 +17,8 @@ from tetri import terminal
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = (
-    *("up", "down", "status", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
-    *("sim", "predictor", "keygen"),
+    *("up", "down", "status", "ready", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
+    *("sim", "predictor", "keygen", "openai-env"),
 )
 
 
@@ -37,7 +37,7 @@ class LazyGroup(click.Group):
         """Import and return a command; None if there is none of this name."""
         if cmd_name not in self._lazy:
             return super().get_command(ctx, cmd_name)
-        command = importlib.import_module(f"tetri.cli.{self._prefix}{cmd_name}").command
+        command = importlib.import_module(f"tetri.cli.{self._prefix}{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import Overrides, connect, deployment_options, json_option, seconds_option
+from tetri.cli.options import Overrides, connect, deployment_options, json_option, run_dir_of, seconds_option
 from tetri.core.broker.notes import MONITOR_SILENT_S, NO_MONITOR
 
 _COLUMNS = ("iid", "role", "state", "blocks", "free_blocks", "queued", "running", "held", "step_ratio", "kv", "note")
@@ -23,13 +23,16 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     """Show the workers, the monitor, and the number of requests in each stage."""
     with connect(conf, timeout, overrides) as client:
         status = client.status()
+    gateways = _gateways(conf, overrides)
     if as_json:
-        terminal.print_json(status)
+        terminal.print_json({**status, "gateways": gateways})
         return
     click.echo(f"model     {status['model']}")
     click.echo(f"monitor   {_monitor(status.get('monitor'))}")
     click.echo(f"requests  {_counts(status['requests'])}")
     click.echo(f"counted   {_counts(status['counters'])}")
+    for report in gateways.values():
+        click.echo(f"gateway   {report['url']}/v1: {_answers(report)}")
     instances = [{**each, **_texts(each)} for each in status["instances"]]
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
     click.echo(_aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]))
@@ -48,6 +51,20 @@ def _monitor(found: dict[str, Any] | None) -> str:
     if found["age_s"] >= MONITOR_SILENT_S:
         return f"silent for {found['age_s']:.1f} s: {NO_MONITOR}"
     return f"view {found['number']}, {found['age_s']:.1f} s old, flip policy {found['flip']}"
+
+
+def _gateways(conf: Path | None, overrides: Overrides) -> dict[str, dict[str, Any]]:
+    """What the HTTP gateways of the deployment report, by their names."""
+    from tetri.proc import gateways
+
+    return gateways.read(run_dir_of(conf, overrides))
+
+
+def _answers(report: dict[str, Any]) -> str:
+    """What an HTTP gateway has counted."""
+    parts = [f"{report['open']} open", *(f"{count} ended {status}" for status, count in report["answered"].items())]
+    ignored = [f"ignored {_counts(report['ignored'])}"] if report["ignored"] else []
+    return "; ".join([", ".join(parts), *ignored])
 
 
 def _texts(instance: dict[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tetri import terminal
 from tetri.cli import FAILED, INTERRUPTED, OK
 from tetri.cli.answer import play
 from tetri.cli.options import (
+    COUNT,
     TEXT,
     Overrides,
     connect,
@@ -23,13 +25,19 @@ from tetri.cli.options import (
 )
 from tetri.request import DEFAULT_TOKENS
 
+ENDS = {"cancelled": ("the request was cancelled", INTERRUPTED), "deadline": ("the deadline passed", FAILED)}
+
 
 @click.command("submit")
 @click.argument("text", type=TEXT)
 @sampling_options(max_tokens=DEFAULT_TOKENS)
 @click.option("--chat", is_flag=True, help="Use the model's chat template, with TEXT as the user's message.")
 @click.option("--deadline", type=float, metavar="SECONDS", help="End the request when it takes longer.")
-@click.option("--stream/--no-stream", default=None, help="Show text as it arrives (default, except with --json).")
+@click.option("-n", "n", type=COUNT, default=1, help="Number of answers; above 1 with a --temperature above 0.")
+@click.option("--logprobs", type=int, metavar="K", help="Show each token's log probability and the K likeliest tokens.")
+@click.option(
+    "--stream/--no-stream", default=None, help="Show text as it arrives (default, except with --json and with -n)."
+)
 @json_option
 @deployment_options
 @timeout_option
@@ -37,6 +45,7 @@ def command(
     text: str,
     chat: bool,
     deadline: float | None,
+    n: int,
     stream: bool | None,
     as_json: bool,
     conf: Path | None,
@@ -51,11 +60,18 @@ def command(
     """
     if as_json and stream:
         raise click.UsageError("--json and --stream exclude each other")
+    if n > 1 and stream:
+        raise click.UsageError("--stream shows one answer: leave out -n, or --stream")
     text = stdin_text(sys.stdin.buffer.read()) if text == "-" else text
     form = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     sampling["stop"] = list(sampling["stop"]) or None
-    with connect(conf, timeout, overrides) as client, client.stream(**form, deadline_s=deadline, **sampling) as answer:
-        return _show(answer, as_json, stream is not False and not as_json)
+    asked = {**form, "deadline_s": deadline, **sampling}
+    stream = stream is not False and not as_json and n == 1
+    with (
+        connect(conf, timeout, overrides) as client,
+        client.stream(**asked) if stream else client.events(**asked, n=n) as answer,
+    ):
+        return _show(answer, as_json, stream)
 
 
 def _show(answer: Any, as_json: bool, stream: bool) -> int:
@@ -63,9 +79,22 @@ def _show(answer: Any, as_json: bool, stream: bool) -> int:
     if as_json:
         terminal.print_json(result.to_json())
     else:
-        terminal.show("\n" if stream else f"{result.text}\n")
-    if result.finish_reason in ("cancelled", "deadline"):
-        why = "the request was cancelled" if result.finish_reason == "cancelled" else "the deadline passed"
-        terminal.tell(f"tetri-cli: {why}")
-        return INTERRUPTED if result.finish_reason == "cancelled" else FAILED
+        terminal.show("".join(_lines(result, stream)))
+    reasons = [each.finish_reason for each in result.choices]
+    for reason, (why, status) in ENDS.items():
+        if reason in reasons:
+            terminal.tell(f"tetri-cli: {why}")
+            return status
     return OK
+
+
+def _lines(result: Any, shown: bool) -> Iterator[str]:
+    """The choices, each below a heading if there are several; `shown`: the text of the only one is shown already."""
+    for choice in result.choices:
+        if result.others:
+            tokens = choice.usage.completion_tokens
+            yield f"choice {choice.choice}: {choice.finish_reason}, {tokens} token{'' if tokens == 1 else 's'}\n"
+        yield "\n" if shown else f"{choice.text}\n"
+        for token in choice.logprobs or ():
+            top = ", ".join(f"{likely} {logprob:.4f}" for likely, logprob in token.top.items())
+            yield f"token {token.id}: {token.logprob:.4f}{f' (likeliest: {top})' if top else ''}\n"

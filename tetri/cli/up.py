@@ -40,13 +40,17 @@ def command(conf: Path | None, overrides: Overrides, wait_s: float, foreground: 
 
 
 def _summary(config: Config, run_dir: Path) -> list[str]:
+    from tetri.proc import gateways
+
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
     counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
+    http = [f"http     {url}/v1" for url in gateways.urls(run_dir).values()]
     workers = " and ".join(", ".join(counts).rsplit(", ", 1))
     return [
         f"up: {model} on {workers} workers",
         f"clients  {config.clients_address}",
+        *http,
         f"logs     {run_dir}/log",
         "try      tetri-cli submit 'The capital of France is'   tetri-cli status   tetri-cli down",
     ]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from tetri.client.conversation import Call, Request
-from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, Prompt
-from tetri.client.frames import Result, TetriError
-from tetri.client.questions import Inspection
+from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, PieceT, Prompt
+from tetri.client.frames import Event, Result, TetriError
+from tetri.client.questions import Inspection, ReadinessCheck
 
 T = TypeVar("T")
+AsyncEvents: TypeAlias = "AsyncStream[Event]"
 BURST = 256  # replies that are received before the callers have their turn
 
 
-class AsyncClient(BaseClient["AsyncStream"]):
+class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
     """`Client` for asyncio. Create and use it inside one event loop. Cancelling a task cancels its request."""
 
     async def generate(
@@ -24,11 +25,13 @@ class AsyncClient(BaseClient["AsyncStream"]):
         prompt: Prompt = None,
         *,
         messages: Messages = None,
+        n: int = 1,
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> Result:
-        """Return the whole answer to a prompt (text or token ids) or to chat messages. Raises TetriError."""
-        return await self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
+        """Return the whole answer to a prompt (text or token ids) or to chat messages; of `n` answers the first, which
+        has all as its `choices`. Raises TetriError."""
+        return await self.events(prompt, messages=messages, n=n, deadline_s=deadline_s, **sampling).wait()
 
     async def cancel(self, rid: str) -> None:
         """Cancel a request of this client and wait for the broker's confirmation. Raises TetriError."""
@@ -37,6 +40,11 @@ class AsyncClient(BaseClient["AsyncStream"]):
     async def status(self) -> dict[str, Any]:
         """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return await self._finish(self._ask(Inspection))
+
+    async def readiness(self) -> dict[str, Any]:
+        """Return whether each pair of instances has lately carried KV: ready, why not, pairs. The answer comes at once;
+        while somebody asks, the broker tries the pairs that have no traffic."""
+        return await self._finish(self._ask(ReadinessCheck))
 
     async def close(self) -> None:
         """Cancel all open requests, fail all open calls with TetriError and close the connection."""
@@ -60,8 +68,10 @@ class AsyncClient(BaseClient["AsyncStream"]):
         self._wake = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
 
-    def _streaming(self, request: Request) -> AsyncStream:
-        return AsyncStream(self, request)
+    def _streaming(
+        self, request: Request, waits: Callable[[], bool], read: Callable[[], PieceT]
+    ) -> AsyncStream[PieceT]:
+        return AsyncStream(self, request, waits, read)
 
     def _start(self, call: Call[Any]) -> None:
         self._connection.check_process()
@@ -146,17 +156,17 @@ class AsyncClient(BaseClient["AsyncStream"]):
         return False
 
 
-class AsyncStream(BaseStream[AsyncClient]):
-    """The streamed answer to one request: iterate over its text with `async for`, then read `result`.
+class AsyncStream(BaseStream[AsyncClient, PieceT]):
+    """The streamed answer to one request: iterate over it with `async for`, then read `result`.
 
     The request is cancelled when a loop over the stream ends early (by `break`, `return` or an exception), when a task
     that waits for it is cancelled, when an `async with` block is left early, and when nothing holds the stream any
     more. What had arrived can still be read. To read some pieces and the others later, await `anext(stream)`."""
 
-    def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncIterator[PieceT]:
         return _Iteration(self)
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> PieceT:
         if not self._ready():
             await self._changed(self._ready)
         piece = self._piece()
@@ -174,7 +184,7 @@ class AsyncStream(BaseStream[AsyncClient]):
         self._client._cancel(self._request)
         return await self.wait()
 
-    async def __aenter__(self) -> AsyncStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -189,6 +199,6 @@ class AsyncStream(BaseStream[AsyncClient]):
             raise
 
 
-class _Iteration(Iteration[AsyncStream], AsyncIterator[str]):
-    def __anext__(self) -> Coroutine[Any, Any, str]:
+class _Iteration(Iteration[AsyncStream[PieceT]], AsyncIterator[PieceT]):
+    def __anext__(self) -> Coroutine[Any, Any, PieceT]:
         return self._stream.__anext__()

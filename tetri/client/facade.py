@@ -8,24 +8,27 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakSet
 
 from tetri.client.connection import Connection, flush
-from tetri.client.conversation import Call, Patience, Request, Session
-from tetri.client.frames import Result, TetriError, submit
+from tetri.client.conversation import Call, Patience, Request
+from tetri.client.frames import BadRequest, Result, TetriError, submit
 from tetri.client.place import find_address
 from tetri.client.questions import Cancellation
+from tetri.client.session import Session
 from tetri.clock import Clock
 from tetri.request import Turn
 
 Prompt = str | Sequence[int] | None
 Messages = Sequence[Turn | Mapping[str, str]] | None
-_clients: WeakSet[BaseClient[Any]] = WeakSet()
+_clients: WeakSet[BaseClient[Any, Any]] = WeakSet()
 
-StreamT = TypeVar("StreamT")
-ClientT = TypeVar("ClientT", bound="BaseClient[Any]")
-IteratedT = TypeVar("IteratedT", bound="BaseStream[Any]")
+TextsT = TypeVar("TextsT")
+EventsT = TypeVar("EventsT")
+PieceT = TypeVar("PieceT")
+ClientT = TypeVar("ClientT", bound="BaseClient[Any, Any]")
+IteratedT = TypeVar("IteratedT", bound="BaseStream[Any, Any]")
 CallT = TypeVar("CallT", bound=Call[Any])
 
 
@@ -38,17 +41,21 @@ def new_request(
     secret: str,
     prompt: Prompt,
     messages: Messages,
-    deadline_s: float | None,
     sampling: Mapping[str, Any],
     patience: Patience,
     now: float,
+    *,
+    n: int = 1,
+    deadline_s: float | None = None,
+    default_tokens: int | None = None,
 ) -> Request:
     """Return a new completion request with a random key. Raises BadRequest."""
     key = secrets.token_hex(8)
-    return Request(key, secret, submit(key, secret, prompt, messages, deadline_s, sampling), patience, now)
+    given = prompt, messages, sampling, n, deadline_s, default_tokens
+    return Request(key, secret, submit(key, secret, *given), patience, now, n)
 
 
-class BaseClient(ABC, Generic[StreamT]):
+class BaseClient(ABC, Generic[TextsT, EventsT]):
     """One connection to a broker and its open calls."""
 
     def __init__(
@@ -74,14 +81,41 @@ class BaseClient(ABC, Generic[StreamT]):
         prompt: Prompt = None,
         *,
         messages: Messages = None,
+        n: int = 1,
         deadline_s: float | None = None,
         **sampling: Any,
-    ) -> StreamT:
+    ) -> TextsT:
         """Send a request and return an iterator over its text (an asynchronous one for `AsyncClient`). Raises
         TetriError, now or while iterating."""
-        now = self._clock.now()
-        request = new_request(self._secret, prompt, messages, deadline_s, sampling, self._patience, now)
-        stream = self._streaming(request)  # before the request is sent: dropping it cancels the request
+        if n != 1:
+            raise BadRequest("stream takes n = 1: use events, which names the choice of each text")
+        request = self._request(prompt, messages, sampling, deadline_s=deadline_s)
+        choice = request.choices[0]
+        return cast(TextsT, self._begin(request, choice.has_text, choice.text))
+
+    def events(
+        self,
+        prompt: Prompt = None,
+        *,
+        messages: Messages = None,
+        n: int = 1,
+        deadline_s: float | None = None,
+        default_tokens: int | None = None,
+        **sampling: Any,
+    ) -> EventsT:
+        """Send a request and return an iterator over its Events: the new text and tokens of one of its `n` choices, and
+        its Result with the last of them. What arrives while the caller is busy becomes one event. The first choice that
+        fails ends the iterator. `default_tokens`: the most output tokens without `max_tokens`, or fewer if fewer fit.
+        Raises TetriError, now or while iterating."""
+        asked = {"n": n, "deadline_s": deadline_s, "default_tokens": default_tokens}
+        request = self._request(prompt, messages, sampling, **asked)
+        return cast(EventsT, self._begin(request, request.has_event, request.event))
+
+    def _request(self, prompt: Prompt, messages: Messages, sampling: Mapping[str, Any], **asked: Any) -> Request:
+        return new_request(self._secret, prompt, messages, sampling, self._patience, self._clock.now(), **asked)
+
+    def _begin(self, request: Request, waits: Callable[[], bool], read: Callable[[], PieceT]) -> Any:
+        stream = self._streaming(request, waits, read)  # before the request is sent: dropping it cancels the request
         self._start(request)
         return stream
 
@@ -132,8 +166,8 @@ class BaseClient(ABC, Generic[StreamT]):
         """Create what the client needs besides its connection."""
 
     @abstractmethod
-    def _streaming(self, request: Request) -> StreamT:
-        """Return the stream of this request."""
+    def _streaming(self, request: Request, waits: Callable[[], bool], read: Callable[[], PieceT]) -> Any:
+        """Return the stream of this request. `waits`: whether `read` has something to return."""
 
     @abstractmethod
     def _start(self, call: Call[Any]) -> None:
@@ -144,17 +178,25 @@ class BaseClient(ABC, Generic[StreamT]):
         """Send a Cancel now."""
 
 
-class BaseStream(Generic[ClientT]):
+class BaseStream(Generic[ClientT, PieceT]):
     """The streamed answer to one request."""
 
-    def __init__(self, client: ClientT, request: Request) -> None:
+    def __init__(
+        self, client: ClientT, request: Request, waits: Callable[[], bool], read: Callable[[], PieceT]
+    ) -> None:
         self._client = client
         self._request = request
+        self._waits, self._read = waits, read
 
     @property
     def rid(self) -> str | None:
         """The request's id, once the broker has accepted it."""
         return self._request.rid
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, once the broker has accepted the request."""
+        return self._request.prompt_tokens
 
     @property
     def result(self) -> Result | None:
@@ -164,20 +206,24 @@ class BaseStream(Generic[ClientT]):
     def __del__(self) -> None:
         self._abandon()
 
+    def close(self) -> None:
+        """Cancel the request if it has not ended, without waiting for its end."""
+        self._abandon()
+
     def _abandon(self) -> None:
         """Cancel the request if it is neither ended nor cancelled, without waiting for its end."""
         if self._wanted():
             self._client._abandon(self._request)
 
     def _ready(self) -> bool:
-        """Whether a piece of text is available or the request has ended."""
-        return bool(self._request.pieces) or self._request.ended
+        """Whether a piece is available or the request has ended."""
+        return self._waits() or self._request.ended
 
-    def _piece(self) -> str | None:
-        """Return the next piece of text; None at the end. Call it when `_ready`. Raises TetriError."""
+    def _piece(self) -> PieceT | None:
+        """Return the next piece; None at the end. Call it when `_ready`. Raises TetriError."""
         self._client._connection.check_process()
-        if self._request.pieces:
-            return self._request.pieces.popleft()
+        if self._waits():
+            return self._read()
         self._request.outcome()
         return None
 

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
-import msgpack
+import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict
 
-from tetri.request import ROLES, AskedSampling, Receipt, Turn, Usage, sampling_problem
+from tetri.request import (
+    DEFAULT_TOKENS,
+    ROLES,
+    AskedSampling,
+    Positive,
+    Receipt,
+    Record,
+    Token,
+    TokenLogprob,
+    Turn,
+    Usage,
+    choices_problem,
+    sampling_problem,
+)
+from tetri.wire.clients import BrokerReply, ChangeRole
 
 VERSION = b"\x03"
 MAX_SENT = 4 << 20  # bytes; the broker drops longer frames
@@ -46,9 +63,10 @@ class RequestFailed(TetriError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished request. `finish_reason`: stop, length, cancelled or deadline. `timeline`: seconds in each stage; they
-    add up to `jct_s`, the time from the broker's Accepted to the end. `ttft_s`: time to the first token, None without
-    one."""
+    """A finished request: its first choice, or another one. `finish_reason`: stop, length, cancelled or deadline.
+    `timeline`: seconds in each stage; they add up to `jct_s`, the time from the broker's Accepted to the end. `ttft_s`:
+    time to the first token, None without one. `logprobs`: the output tokens with their log probabilities, if these were
+    asked for. `others`: of the first choice, the results of all others."""
 
     rid: str
     text: str
@@ -59,14 +77,43 @@ class Result:
     ttft_s: float | None
     jct_s: float
     receipt: Receipt
+    choice: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    others: tuple[Result, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Result, ...]:
+        """The results of all choices, this one first."""
+        return (self, *self.others)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as plain values for json.dumps."""
-        plain = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("usage", "receipt"):
-            record = plain[name]
-            plain[name] = {field: getattr(record, field) for field in record.__struct_fields__}
+        """Return the result as plain values for json.dumps; with several choices, a list of their results. A log
+        probability of minus infinity is null."""
+        if self.others:
+            return {"rid": self.rid, "choices": [replace(each, others=()).to_json() for each in self.choices]}
+        plain = {name: getattr(self, name) for name in self.__slots__ if name != "others"}
+        plain |= {"usage": asdict(self.usage), "receipt": asdict(self.receipt)}
+        if self.logprobs is not None:
+            plain["logprobs"] = [_plain(token) for token in self.logprobs]
         return plain
+
+
+def _plain(token: TokenLogprob) -> dict[str, Any]:
+    def number(logprob: float) -> float | None:
+        return None if logprob == -inf else logprob
+
+    top = {str(other): number(logprob) for other, logprob in token.top.items()}
+    return {"id": token.id, "logprob": number(token.logprob), "top": top}
+
+
+class Event(Struct, frozen=True):
+    """What is new of one choice. `tokens`: its next output tokens, each a TokenLogprob if log probabilities were asked
+    for. `text`: what they complete; often empty. `result`: set in the last event of the choice."""
+
+    choice: int
+    text: str
+    tokens: tuple[Token, ...]
+    result: Result | None = None
 
 
 def submit(
@@ -74,11 +121,18 @@ def submit(
     secret: str,
     prompt: str | Sequence[int] | None,
     messages: Sequence[Turn | Mapping[str, str]] | None,
-    deadline_s: float | None,
     sampling: Mapping[str, Any],
+    n: int = 1,
+    deadline_s: float | None = None,
+    default_tokens: int | None = None,
 ) -> bytes:
     """Return the Submit frame of one request. Raises BadRequest."""
-    body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret, "sampling": _checked(sampling)}
+    body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret}
+    if n != 1:
+        body["n"] = _converted("n", n, Positive)
+    if default_tokens is not None:
+        body["default_tokens"] = _converted("default_tokens", default_tokens, Positive)
+    body["sampling"] = _checked(sampling, n, default_tokens or DEFAULT_TOKENS)
     if (prompt is None) == (messages is None):
         raise BadRequest("give exactly one of prompt and messages")
     if messages is not None:
@@ -92,9 +146,9 @@ def submit(
     else:
         raise BadRequest("prompt must be a string or a list of token ids")
     if deadline_s is not None:
-        if not _is(deadline_s, float) or not _float("deadline_s", deadline_s) > 0:
-            raise BadRequest(f"deadline_s must be a number of seconds above 0, got {deadline_s!r}")
-        body["deadline_s"] = float(deadline_s)
+        body["deadline_s"] = _converted("deadline_s", deadline_s, float)
+        if not body["deadline_s"] > 0:
+            raise BadRequest(f"deadline_s must be above 0, got {deadline_s!r}")
     return frame(body)
 
 
@@ -104,13 +158,13 @@ def change_role(key: str, iid: str, role: str) -> bytes:
         raise BadRequest(f"role must be {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {role!r}")
     if not isinstance(iid, str) or not 0 < len(iid) <= MAX_NAME:
         raise BadRequest(f"an instance's name is a text of 1 to {MAX_NAME} characters")
-    return frame({"type": "change_role", "key": key, "iid": iid, "role": role})
+    return frame(ChangeRole(key=key, iid=iid, role=role))
 
 
-def frame(body: Mapping[str, Any]) -> bytes:
+def frame(body: Mapping[str, Any] | Record) -> bytes:
     """Encode a message. Raises BadRequest if that fails or the frame is too large."""
     try:
-        data: bytes = VERSION + msgpack.packb(body)
+        data = VERSION + msgspec.msgpack.encode(body)
     except (UnicodeEncodeError, OverflowError) as error:
         raise BadRequest(f"the request cannot be encoded: {error}") from None
     if len(data) > MAX_SENT:
@@ -127,89 +181,40 @@ def _turn(message: Turn | Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-_DEFAULTS = AskedSampling()
-_KINDS = {name: type(getattr(_DEFAULTS, name)) for name in AskedSampling.__struct_fields__}
-_KINDS |= {"max_tokens": int, "seed": int}
-
-
-def _checked(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the types here: the broker drops what it cannot decode, and the client would wait until its timeout."""
+def _checked(sampling: Mapping[str, Any], n: int, default_tokens: int) -> dict[str, Any]:
+    """Check the values here: the broker drops what it cannot decode, and the client would wait until its timeout."""
     given = {name: value for name, value in sampling.items() if value is not None}
-    if isinstance(given.get("stop"), str | tuple):
-        given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"])
-    for name, value in given.items():
-        if name not in _KINDS:
-            raise BadRequest(f"{name!r} is not a sampling parameter; known: {', '.join(_KINDS)}")
-        if not _is(value, _KINDS[name]):
-            raise BadRequest(f"{name} must be {_KIND_NAMES[_KINDS[name]]}, got {value!r}")
-        if _KINDS[name] is float:
-            given[name] = _float(name, value)
-    problem = sampling_problem(AskedSampling(**given))
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    for name in given:
+        if name not in AskedSampling.__struct_fields__:
+            known = ", ".join(AskedSampling.__struct_fields__)
+            raise BadRequest(f"{name!r} is not a sampling parameter; known: {known}")
+    asked = _converted("sampling", given, AskedSampling)
+    problem = sampling_problem(asked, default_tokens) or choices_problem(n, asked)
     if problem:
         raise BadRequest(problem)
-    return given
+    return {name: getattr(asked, name) for name in given}
 
 
-def _float(name: str, value: float) -> float:
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """Return the value as this type. Raises BadRequest if it is of another."""
     try:
-        return float(value)
-    except OverflowError:
-        raise BadRequest(f"{name} is too large") from None
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).replace("`", "").partition(" - at ")
+        raise BadRequest(f"{where.rpartition('$.')[2] or name}: {what[:1].lower()}{what[1:]}") from None
 
 
-_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
+_decoder = msgspec.msgpack.Decoder(BrokerReply)
 
 
-def _is(value: Any, kind: type) -> bool:
-    if kind is list:
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if kind is not bool and isinstance(value, bool):
-        return False
-    return isinstance(value, int | float if kind is float else kind)
-
-
-_NUMBER = (int, float)
-_MAYBE_NUMBER = (int, float, type(None))
-_REPLIES: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "accepted": {"key": str, "rid": str, "prompt_tokens": int},
-    "refused": {"key": str, "reason": str, "retry_after_s": _MAYBE_NUMBER},
-    "delta": {"rid": str, "start": int, "ids": list, "text": str},
-    "done": {
-        **{"rid": str, "reason": str, "usage": dict, "timeline": dict, "ttft_s": _MAYBE_NUMBER},
-        **{"jct_s": _NUMBER, "receipt": dict, "error": (str, type(None))},
-    },
-    "role_changed": {"key": str, "iid": str, "role": str, "was": str, "took_s": _NUMBER},
-    "status": {
-        **{"instances": list, "requests": dict, "counters": dict, "model": str},
-        **{"monitor": (dict, type(None)), "notes": list},
-    },
-}
-
-
-def parse(data: bytes) -> dict[str, Any] | None:
+def parse(data: bytes) -> BrokerReply | None:
     """Decode a frame of the broker. Returns None if this client does not understand it."""
     if data[:1] != VERSION:
         return None
     try:
-        body = msgpack.unpackb(memoryview(data)[1:])
-    except (ValueError, msgpack.UnpackException, RecursionError):
+        reply: BrokerReply = _decoder.decode(memoryview(data)[1:])
+        return reply
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    tag = body.get("type") if isinstance(body, dict) else None
-    kinds = _REPLIES.get(tag) if isinstance(tag, str) else None
-    if kinds is None:
-        return None
-    reply: dict[str, Any] = {"type": tag}
-    for name, kind in kinds.items():  # loops, which are faster: this runs for every Delta
-        reply[name] = body.get(name)
-        if not isinstance(reply[name], kind):
-            return None
-    for token in reply.get("ids", ()):
-        if type(token) is not int:
-            return None
-    try:
-        if tag == "done":
-            reply["usage"], reply["receipt"] = Usage(**reply["usage"]), Receipt(**reply["receipt"])
-            reply["usage"].completion_tokens + 0  # a number, or TypeError
-    except TypeError:
-        return None
-    return reply

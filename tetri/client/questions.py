@@ -1,11 +1,26 @@
-"""The calls that are not completions: Cancel and Inspect, and those of operators, ChangeRole and EndRequest."""
+"""The calls that are not completions: Cancel, Inspect and CheckReadiness, and those of operators, ChangeRole and
+EndRequest."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from tetri.client.conversation import Call, Patience
 from tetri.client.frames import RequestRefused, change_role, frame
+from tetri.wire.clients import (
+    BrokerReply,
+    Cancel,
+    CheckReadiness,
+    Done,
+    EndRequest,
+    Inspect,
+    Readiness,
+    Refused,
+    RoleChanged,
+    Status,
+)
 
 
 class Cancellation(Call[None]):
@@ -14,19 +29,18 @@ class Cancellation(Call[None]):
     def __init__(self, rid: str, secret: str | None, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
         self._rid = rid
-        own = {"type": "end_request"} if secret is None else {"type": "cancel", "secret": secret}
-        self._frame = frame({**own, "rid": rid})
+        self._frame = frame(EndRequest(rid=rid) if secret is None else Cancel(rid=rid, secret=secret))
 
-    def question(self) -> bytes:
+    def question(self, now: float) -> bytes:
         return self._frame
 
     def names(self) -> tuple[str, ...]:
         return (self._rid,)
 
-    def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "refused":
-            self.end(RequestRefused(reply["reason"]))
-        elif reply["type"] == "done":
+    def receive(self, reply: BrokerReply, now: float) -> bool:
+        if isinstance(reply, Refused):
+            self.end(RequestRefused(reply.reason))
+        elif isinstance(reply, Done):
             self.end()
         else:
             return False
@@ -36,18 +50,27 @@ class Cancellation(Call[None]):
 class Inspection(Call[dict[str, Any]]):
     """Asks for the cluster's Status."""
 
-    def question(self) -> bytes:
-        return frame({"type": "inspect"})
+    asked: type[Inspect | CheckReadiness] = Inspect
+    answered: type[Status | Readiness] = Status
+
+    def question(self, now: float) -> bytes:
+        return frame(self.asked())
 
     def names(self) -> tuple[str, ...]:
         return ("",)
 
-    def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "status":
-            self.answer = {name: value for name, value in reply.items() if name != "type"}
+    def receive(self, reply: BrokerReply, now: float) -> bool:
+        if isinstance(reply, self.answered):
+            self.answer = _plain(reply)
             self.end()
             return True
         return False
+
+
+class ReadinessCheck(Inspection):
+    """Asks for the cluster's Readiness."""
+
+    asked, answered = CheckReadiness, Readiness
 
 
 class RoleQuestion(Call[dict[str, Any]]):
@@ -58,18 +81,25 @@ class RoleQuestion(Call[dict[str, Any]]):
         self.doubt = f"is it up, and is {iid} not stuck?"
         self._key, self._frame = key, change_role(key, iid, role)
 
-    def question(self) -> bytes:
+    def question(self, now: float) -> bytes:
         return self._frame
 
     def names(self) -> tuple[str, ...]:
         return (self._key,)
 
-    def receive(self, reply: dict[str, Any], now: float) -> bool:
-        if reply["type"] == "refused":
-            self.end(RequestRefused(reply["reason"]))
-        elif reply["type"] == "role_changed":
-            self.answer = {name: reply[name] for name in ("iid", "role", "was", "took_s")}
+    def receive(self, reply: BrokerReply, now: float) -> bool:
+        if isinstance(reply, Refused):
+            self.end(RequestRefused(reply.reason))
+        elif isinstance(reply, RoleChanged):
+            self.answer = _plain(reply)
+            del self.answer["key"]
             self.end()
         else:
             return False
         return True
+
+
+def _plain(reply: Status | Readiness | RoleChanged) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(reply)
+    del plain["type"]
+    return plain

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from tetri.client.conversation import Call, Request
-from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, Prompt
-from tetri.client.frames import Result, TetriError
-from tetri.client.questions import Inspection
+from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, PieceT, Prompt
+from tetri.client.frames import Event, Result, TetriError
+from tetri.client.questions import Inspection, ReadinessCheck
 
 T = TypeVar("T")
+Events: TypeAlias = "Stream[Event]"
 
 
-class Client(BaseClient["Stream"]):
+class Client(BaseClient["Stream[str]", "Events"]):
     """One connection to a broker. Not thread-safe: create one for each thread, and after a fork one in the child.
 
     `address`: the broker's address; by default that of this machine's deployment. `timeout`: seconds without an
@@ -28,11 +29,13 @@ class Client(BaseClient["Stream"]):
         prompt: Prompt = None,
         *,
         messages: Messages = None,
+        n: int = 1,
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> Result:
-        """Return the whole answer to a prompt (text or token ids) or to chat messages. Raises TetriError."""
-        return self.stream(prompt, messages=messages, deadline_s=deadline_s, **sampling).wait()
+        """Return the whole answer to a prompt (text or token ids) or to chat messages; of `n` answers the first, which
+        has all as its `choices`. Raises TetriError."""
+        return self.events(prompt, messages=messages, n=n, deadline_s=deadline_s, **sampling).wait()
 
     def cancel(self, rid: str) -> None:
         """Cancel a request of this client and wait for the broker's confirmation. Raises TetriError."""
@@ -41,6 +44,11 @@ class Client(BaseClient["Stream"]):
     def status(self) -> dict[str, Any]:
         """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return self._finish(self._ask(Inspection))
+
+    def readiness(self) -> dict[str, Any]:
+        """Return whether each pair of instances has lately carried KV: ready, why not, pairs. The answer comes at once;
+        while somebody asks, the broker tries the pairs that have no traffic."""
+        return self._finish(self._ask(ReadinessCheck))
 
     def close(self) -> None:
         """Cancel all open requests, fail all open calls with TetriError and close the connection."""
@@ -58,8 +66,8 @@ class Client(BaseClient["Stream"]):
         self._lock = threading.RLock()  # of the thread that uses the client at this moment
         self._draining = False
 
-    def _streaming(self, request: Request) -> Stream:
-        return Stream(self, request)
+    def _streaming(self, request: Request, waits: Callable[[], bool], read: Callable[[], PieceT]) -> Stream[PieceT]:
+        return Stream(self, request, waits, read)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -119,17 +127,17 @@ class Client(BaseClient["Stream"]):
         return came
 
 
-class Stream(BaseStream[Client]):
-    """The streamed answer to one request: iterate over its text, then read `result`.
+class Stream(BaseStream[Client, PieceT]):
+    """The streamed answer to one request: iterate over it, then read `result`.
 
     The request is cancelled when a loop over the stream ends early (by `break`, `return` or an exception, Ctrl-C
     included), when a `with` block is left early, and when nothing holds the stream any more. What had arrived can
     still be read. To read some pieces and the others later, call `next(stream)`."""
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[PieceT]:
         return _Iteration(self)
 
-    def __next__(self) -> str:
+    def __next__(self) -> PieceT:
         try:
             while not self._ready():
                 self._client._turn()
@@ -157,7 +165,7 @@ class Stream(BaseStream[Client]):
         """Cancel the request without waiting: keep iterating until it ends. Signal handlers may call this."""
         self._client._cancel(self._request)
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -165,6 +173,6 @@ class Stream(BaseStream[Client]):
             self.cancel()
 
 
-class _Iteration(Iteration[Stream], Iterator[str]):
-    def __next__(self) -> str:
+class _Iteration(Iteration[Stream[PieceT]], Iterator[PieceT]):
+    def __next__(self) -> PieceT:
         return next(self._stream)

@@ -5,6 +5,7 @@ from tetri.config.reading import default_path, dump, load
 from tetri.config.tables import (
     CLUSTER_NAME,
     Config,
+    GatewayConfig,
     ModelConfig,
     MonitorConfig,
     PolicyConfig,
@@ -18,6 +19,7 @@ __all__ = [
     "CLUSTER_NAME",
     "Config",
     "ConfigError",
+    "GatewayConfig",
     "ModelConfig",
     "MonitorConfig",
     "PolicyConfig",

@@ -43,7 +43,8 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"transfer.{name}: {error}"
     yield from _transfer_problems(config)
     yield from _predictor_problems(config)
-    pinned = [("broker.cpus", config.broker.cpus), ("monitor.cpus", config.monitor.cpus)]
+    yield from _gateway_problems(config)
+    pinned = [(f"{name}.cpus", getattr(config, name).cpus) for name in ("broker", "gateway", "monitor")]
     for place, cpus in [*pinned, *((f"worker {w.iid}.cpus", w.cpus) for w in config.workers)]:
         if cpus and not cpu_numbers(cpus):
             yield f"{place}: {cpus!r} names no CPU"
@@ -84,6 +85,16 @@ def _transfer_problems(config: Config) -> Iterator[str]:
         )
     if transfer.announce and not transfer.address:
         yield "transfer.announce: needs transfer.address, which is not set"
+
+
+def _gateway_problems(config: Config) -> Iterator[str]:
+    host, port, count = config.gateway.host, config.gateway.port, config.gateway.count
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        yield f'gateway.host: must be an IP address such as "127.0.0.1" or "0.0.0.0", got "{host}"'
+    if port and port + count > 65536:
+        yield f"gateway.port: must be at most {65536 - count}, so that {count} processes find a port each"
 
 
 def _predictor_problems(config: Config) -> Iterator[str]:

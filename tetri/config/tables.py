@@ -18,7 +18,7 @@ from tetri.strict import REQUIRED, ConfigError, choice, number, path, text
 _RULES = Rules()
 _FLIP = FlipSettings()
 CLUSTER_NAME = r"[a-z0-9-]{1,20}"
-_IID = r"(?!(broker|monitor|supervisord)$)[a-z0-9]{1,16}"  # worker processes are named by iid, beside these three
+_IID = r"(?!(broker|monitor|supervisord|gateway\d*)$)[a-z0-9]{1,16}"  # worker processes are named by iid, beside these
 LINKS = ("roce-200g", "nvlink")
 _CPUS = r"(\+?\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?"
 # As in numactl, + counts the CPUs that the process may use: "+0" is the first of them, whatever its number.
@@ -56,8 +56,32 @@ class BrokerConfig:
     text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
+    ready_s: float = number(30.0, 1, 86400)  # for so long a hand-over shows that its pair of instances carries KV
     # A request ends when so many workers were lost with it, the last one while it computed this request alone.
     max_deaths: int = number(3, 3, 1 << 20)
+    cpus: str = _cpus()
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The HTTP gateways: who may use them, and how long they wait for a client."""
+
+    count: int = number(1, 0, 64)  # processes; each further one listens on the next port; 0: no HTTP
+    host: str = text("127.0.0.1", r"[0-9a-fA-F.:]+", "an IP address")
+    port: int = number(8000, 0, 65535)  # 0: any free one, which tetri-cli status shows
+    # Names by which clients may call it besides its address and localhost, such as "llm.example.com, *.internal"; "*":
+    # any. Without this check, any web page could use a gateway on its reader's machine.
+    names: str = ""
+    # SHA-256 of every allowed API key in hexadecimal, one a line (docs/operations.md); "": $TETRI_API_KEY if it is set,
+    # else everybody who can connect may ask.
+    key_file: str = path("", "a file")
+    models: str = ""  # further names of the model, for clients that cannot be given its own, such as "gpt-4o"
+    origins: str = ""  # web pages of these origins may ask, such as "https://chat.example.com"; "*": all (CORS)
+    body_kib: int = number(4096, 1, 65536)  # of one request
+    request_s: float = number(30.0, 0.1, 3600)  # a whole request must arrive within this
+    idle_s: int = number(75, 1, 86400)  # a connection without a request is closed after this
+    stall_s: float = number(60.0, 0.1, 86400)  # a client that reads nothing of its answer for so long is cut off
+    max_connections: int = number(4000, 1, 1 << 20)  # further ones get an error
     cpus: str = _cpus()
 
 
@@ -179,7 +203,7 @@ class MonitorConfig:
 class WorkerConfig:
     """One worker process: an instance."""
 
-    iid: str = text(REQUIRED, _IID, "1 to 16 of a-z and 0-9, not broker, monitor or supervisord")
+    iid: str = text(REQUIRED, _IID, "1 to 16 of a-z and 0-9, not broker, monitor, gateway or supervisord")
     role: str = choice(REQUIRED, "prefill", "decode", "mixed")
     cpus: str = _cpus()
     gpu: int = number(-1, -1, 63)  # number of the GPU that runs its engine or holds its KV slab; -1: none
@@ -191,6 +215,7 @@ class Config:
 
     cluster: ClusterConfig = ClusterConfig()
     broker: BrokerConfig = BrokerConfig()
+    gateway: GatewayConfig = GatewayConfig()
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     emulated: EmulatedConfig = EmulatedConfig()

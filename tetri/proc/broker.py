@@ -224,6 +224,7 @@ def limits(config: Config) -> Limits:
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,
         client_grace_s=config.broker.client_grace_s,
+        ready_s=config.broker.ready_s,
         max_deaths=config.broker.max_deaths,
     )
 

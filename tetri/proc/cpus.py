@@ -25,7 +25,7 @@ def chosen(cpus: str, place: str = "cpus") -> set[int]:
 
 def check(config: Config) -> None:
     """Raises ConfigError if the configuration names a CPU that a process which is started here may not use."""
-    for name, part in (("broker", config.broker), ("monitor", config.monitor)):
+    for name, part in (("broker", config.broker), ("gateway", config.gateway), ("monitor", config.monitor)):
         chosen(part.cpus, f"{name}.cpus")
     for worker in config.workers:
         chosen(worker.cpus, f"worker {worker.iid}.cpus")

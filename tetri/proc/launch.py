@@ -28,8 +28,8 @@ from tetri.net import descriptors, keys
 from tetri.net.address import refuse_live_owner
 from tetri.net.errors import NetError
 from tetri.net.lock import hold
-from tetri.proc import cpus, memory, open_files, predictor, run_directory
-from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir, commands
+from tetri.proc import cpus, gateways, memory, open_files, predictor, run_directory
+from tetri.proc.supervise import LaunchError, Program, Supervisor, check_run_dir, commands, gateway_name
 from tetri.strict import ConfigError
 
 Report = Callable[[str], None]
@@ -67,6 +67,7 @@ def start(
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
         _check_port(config)
+        _check_gateways(config)
         supervisor.try_socket()
         sweep(config.cluster.name)  # what a killed deployment left would count as memory in use
         for short in (*_shortages(config), *cpus.shortages(config)):
@@ -119,7 +120,8 @@ def _end(run_dir: Path, report: Report) -> None:
     name, clients = _written(run_dir / CONF)  # read after the stop: a damaged file must not prevent it
     if name:
         sweep(name)
-    for path in (run_dir / STATE, run_dir / KEY, run_dir / "supervisord.pid"):
+    written = (run_dir / STATE, run_dir / KEY, run_dir / "supervisord.pid")
+    for path in (*written, *gateways.reports(run_dir)):
         path.unlink(missing_ok=True)
     elsewhere = [Path(clients.removeprefix("ipc://"))] if clients.startswith("ipc://") else []
     inside = run_dir.iterdir() if run_dir.is_dir() else ()
@@ -233,11 +235,20 @@ def _check_port(config: Config) -> None:
             raise LaunchError(f"{config.clients_address} cannot be used ({error.strerror}): {advice}") from None
 
 
+def _check_gateways(config: Config) -> None:
+    for number in range(config.gateway.count):
+        try:
+            gateways.listening(config, number).close()
+        except NetError as error:
+            raise LaunchError(str(error)) from None
+
+
 def _shortages(config: Config) -> list[str]:
     """A line for each shortage: open files (connections wait), memory (the kernel may kill), /dev/shm (a worker refuses
     to start)."""
     limit = descriptors.hard_limit()
-    files = [open_files.shortage(config, name, limit) for name in ("broker", "monitor", "each worker")]
+    names = ("broker", "monitor", "each worker", *["gateway"] * bool(config.gateway.count))
+    files = [open_files.shortage(config, name, limit) for name in names]
     return [short for short in (*files, memory.shortage(config), memory.shm_shortage(config)) if short is not None]
 
 
@@ -246,11 +257,12 @@ def _wait_ready(
 ) -> None:
     watch = _Watch(supervisor, memory.balance(config).text)
     waiting = {**{worker.iid: worker.role for worker in config.workers}, "monitor": "the loads of all"}
+    waiting |= {gateway_name(number): "HTTP" for number in range(config.gateway.count)}
     with Client(config.clients_address, timeout=0.3, resend_s=0.1) as client:
         while waiting:
             check()
             watch.look()
-            for iid in _ready(client):
+            for iid in [*_ready(client), *gateways.urls(config.run_dir)]:
                 if (role := waiting.pop(iid, None)) is not None:
                     report(f"{iid} ({role}) is ready")
             if waiting and time.monotonic() > until:

@@ -17,8 +17,9 @@ from tetri.kv.segment import free_bytes, megabytes, size_of
 from tetri.kv.shm import DIRECTORY
 
 MIB = 1 << 20
-# Measured: a vLLM worker without weights, KV cache and slab (libraries, activations); an emulated worker; the rest.
-VLLM, EMULATED, OTHERS = 800 * MIB, 64 * MIB, 250 * MIB
+# Measured: a vLLM worker without weights, KV cache and slab (libraries, activations); an emulated worker; a
+# gateway; the rest.
+VLLM, EMULATED, GATEWAY, OTHERS = 800 * MIB, 64 * MIB, 80 * MIB, 250 * MIB
 UNKNOWN = 1 << 62
 # Files of a control group's limit and use, and the prefix in memory.stat: of version 2 and of version 1.
 NAMES = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
@@ -51,7 +52,7 @@ def balance(config: Config, iid: str | None = None) -> Balance:
         who = f"worker {iid} needs about {megabytes(needed)} of memory"
     else:
         sizes = Counter(_worker_bytes(config, worker) for worker in config.workers)
-        needed = OTHERS + sum(size * count for size, count in sizes.items())
+        needed = OTHERS + GATEWAY * config.gateway.count + sum(size * count for size, count in sizes.items())
         workers = ", ".join(f"{count} of {megabytes(size)}" for size, count in sizes.items())
         who = f"the programs need about {megabytes(needed)} of memory (workers: {workers})"
     left, where = available()

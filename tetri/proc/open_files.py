@@ -12,8 +12,10 @@ ENGINE = 128  # more in a worker: engine, slab, streams, libraries
 
 
 def needed(config: Config, name: str) -> int:
-    """How many descriptors the process `name` (broker, monitor, or a worker) may need."""
+    """How many descriptors the process `name` (broker, monitor, gateway, or a worker) may need."""
     workers = len(config.workers)
+    if name == "gateway":
+        return OWN + config.gateway.max_connections
     if name == "broker":
         return OWN + LINK * workers + config.broker.max_clients
     return OWN + FEED * workers if name == "monitor" else OWN + ENGINE + LINK * workers
@@ -24,8 +26,12 @@ def shortage(config: Config, name: str, limit: int) -> str | None:
     wanted = needed(config, name)
     if wanted <= limit:
         return None
-    clients = f" and {config.broker.max_clients} clients (broker.max_clients)" if name == "broker" else ""
+    workers = f"{len(config.workers)} workers"
+    peers = {
+        "broker": f"{workers} and {config.broker.max_clients} clients (broker.max_clients)",
+        "gateway": f"{config.gateway.max_connections} connections (gateway.max_connections)",
+    }
     return (
-        f"{name} may need {wanted} open files for {len(config.workers)} workers{clients}, the hard limit is {limit}:"
+        f"{name} may need {wanted} open files for {peers.get(name, workers)}, the hard limit is {limit}:"
         " raise it (ulimit -Hn), or connections will wait"
     )

@@ -238,15 +238,24 @@ def check_run_dir(config: Config) -> None:
 
 
 def commands(config: Config, conf: Path) -> dict[str, list[str]]:
-    """The command line of the broker, the monitor and each worker, by program name. Raises LaunchError."""
+    """The command line of the broker, the monitor, each gateway and each worker, by program name. Raises
+    LaunchError."""
     folder = Path(sys.executable).parent
-    for name in ("tetri-broker", "tetri-monitor", "tetri-worker"):
+    for name in ("tetri-broker", "tetri-gateway", "tetri-monitor", "tetri-worker"):
         if not (folder / name).exists():
             raise LaunchError(f"{folder / name} is missing: run bin/setup")
     found = {name: [str(folder / f"tetri-{name}"), "--conf", str(conf)] for name in ("broker", "monitor")}
+    for number in range(config.gateway.count):
+        command = [str(folder / "tetri-gateway"), "--conf", str(conf), "--number", str(number)]
+        found[gateway_name(number)] = command
     for worker in config.workers:
         found[worker.iid] = [str(folder / "tetri-worker"), "--conf", str(conf), "--iid", worker.iid]
     return found
+
+
+def gateway_name(number: int) -> str:
+    """The name of a gateway's process; the first is number 0."""
+    return f"gateway{number or ''}"
 
 
 # startretries is high: a program that died in its first second is started again after 1, 2, 3, ... seconds.

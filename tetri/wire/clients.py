@@ -58,7 +58,11 @@ class Inspect(Record, tag="inspect", frozen=True):
     """Asks for a Status. Operators send it too."""
 
 
-ClientMessage = Submit | Cancel | Attach | Inspect
+class CheckReadiness(Record, tag="check_readiness", frozen=True):
+    """Asks for a Readiness. Operators send it too. While somebody asks, the broker tries the pairs without traffic."""
+
+
+ClientMessage = Submit | Cancel | Attach | Inspect | CheckReadiness
 
 # ---- operators -> broker
 
@@ -78,7 +82,7 @@ class EndRequest(Record, tag="end_request", frozen=True):
     rid: Name
 
 
-OperatorMessage = Inspect | ChangeRole | EndRequest
+OperatorMessage = Inspect | CheckReadiness | ChangeRole | EndRequest
 
 # ---- broker -> clients and operators
 
@@ -171,6 +175,34 @@ class Status(Record, tag="status", frozen=True):
     notes: list[str] = []  # one line for people on each thing that works worse than it should
 
 
+class PairReadiness(Record, frozen=True):
+    """Whether KV moves between a prefill and a decode instance.
+
+    carried  a hand-over of a request has landed within `Readiness.within_s`
+    busy     none has, and the last ones wait for these instances, which have other work
+    unknown  none has, or none yet
+    broken   the last one failed
+
+    `why`: in one line, for all but `carried`."""
+
+    prefill: Name
+    decode: Name
+    state: str
+    age_s: float | None  # seconds since the last hand-over landed; None: none has
+    why: str = ""
+
+
+class Readiness(Record, tag="readiness", frozen=True):
+    """Whether each pair in service, a prefill and a decode instance that can exchange KV, is `carried` or `busy`. `why`
+    names what is not, in one line. `pairs`: those that are not `carried` first, at most 64 of `in_service`."""
+
+    ready: bool
+    why: str
+    within_s: float
+    in_service: Count
+    pairs: list[PairReadiness]
+
+
 class RoleChanged(Record, tag="role_changed", frozen=True):
     """The instance takes new work as `role` now, before as `was`. `took_s`: seconds from the ChangeRole to the worker's
     confirmation."""
@@ -182,4 +214,4 @@ class RoleChanged(Record, tag="role_changed", frozen=True):
     took_s: float
 
 
-BrokerReply = Accepted | Refused | Delta | Done | Status | RoleChanged
+BrokerReply = Accepted | Refused | Delta | Done | Status | Readiness | RoleChanged

@@ -47,7 +47,8 @@ class Handle(Record, frozen=True):
 
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`, and as many
-    again for each of its `siblings`. The answer, for all of them, is Grant, Defer or Refuse. `alone`: as in Assign."""
+    again for each of its `siblings`. The answer, for all of them, is Grant, Defer or Refuse. `alone`: as in Assign.
+    `canary`: it comes after all other offers."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -58,6 +59,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
     alone: bool = False
     siblings: list[Sibling] = []
+    canary: bool = False
 
     def choices(self) -> list[Offer]:
         """Return the offer of each choice as if it were alone."""

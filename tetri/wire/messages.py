@@ -216,7 +216,9 @@ class Assign(Record, tag="assign", frozen=True):
     counts as output. `alone`: it may have killed workers, so its prefill and its first decode steps are lone steps:
     nothing else is computed in them. `lost`: instances that were lost with it; they get it only if no other has memory
     now. `avoid`: as in the Failed of earlier attempts. `siblings`: choices with the same prompt and no output yet: one
-    prefill and one transfer serve all. Every report names each choice on its own, by its id as `rid`."""
+    prefill and one transfer serve all. Every report names each choice on its own, by its id as `rid`. `pinned`: the
+    only decode instance to offer it to, "" for the dispatcher's choice. Such a request is a canary: it comes after all
+    others and is given up when that instance refuses it."""
 
     rid: Name
     attempt: Count
@@ -228,6 +230,7 @@ class Assign(Record, tag="assign", frozen=True):
     lost: list[Name] = []
     avoid: list[Name] = []
     siblings: list[Sibling] = []
+    pinned: Name = ""
 
 
 class Proceed(Record, tag="proceed", frozen=True):

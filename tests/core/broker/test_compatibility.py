@@ -7,7 +7,7 @@ import pytest
 
 from tests.core.broker.work import opcodes
 from tests.core.build import FINGERPRINT, fingerprint, instance, reach, ready
-from tetri.core.broker.compatibility import Compatibility
+from tetri.core.broker.compatibility import Compatibility, compatible_pairs
 from tetri.core.broker.membership import Members
 from tetri.policy.pairing import incompatibility, path
 
@@ -68,3 +68,17 @@ def test_the_status_of_twice_as_many_takes_about_twice_the_work(hosts, alike):
     """Not four times, as a look at every pair would."""
     few, many = (opcodes(cluster(count, hosts, alike).status) for count in (100, 200))
     assert many < 2.5 * few
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_pairs_are_those_that_a_look_at_every_pair_finds(seed):
+    rng = Random(seed)
+    prefillers, decoders = ([drawn(rng, 100 * side + number) for number in range(8)] for side in (1, 2))
+    both = drawn(rng, 0)
+    expected = [
+        (one.iid, other.iid)
+        for one in [*prefillers, both]
+        for other in [*decoders, both]
+        if one is other or incompatibility(one.fingerprint, other.fingerprint, one.reach, other.reach) is None
+    ]
+    assert compatible_pairs([*prefillers, both], [*decoders, both]) == expected

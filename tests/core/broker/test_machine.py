@@ -23,7 +23,7 @@ from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage, choice_id
-from tetri.wire.clients import Attach, Cancel, Delta, Done, EndRequest, Inspect, Refused
+from tetri.wire.clients import Attach, Cancel, CheckReadiness, Delta, Done, EndRequest, Inspect, Refused
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Hold
 
@@ -149,9 +149,21 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.heard[choice_id(rid, index)] = []
         self.tell(FromClient(b"c", Attach(rid=rid, secret=SECRET, start=0, choice=index)))
 
-    @rule()
-    def inspect(self):
-        self.tell(FromClient(b"c", Inspect()))
+    @rule(message=st.sampled_from([Inspect(), CheckReadiness()]))
+    def inspect(self, message):
+        self.tell(FromClient(b"c", message))
+
+    @rule(iid=iids, number=st.integers(1, 4), stage=stages, what=st.integers(0, 3))
+    def canary(self, iid, number, stage, what):
+        """A worker reports one, that may be on its way."""
+        rid = f"canary-{self.core.members.epoch:x}-{number}"
+        events = [
+            staged(iid, rid, stage),
+            tokens(iid, rid, 1, 1, reason="length"),
+            failed(iid, rid, retry=True, avoid=[iid]),
+            heartbeat(iid, Hold(rid, 1, stage, 1), unread_by={"d1": "lost"}),
+        ]
+        self.tell(events[what])
 
     @rule(client=st.sampled_from(["sent", "full", "gone"]))
     def client_is(self, client):

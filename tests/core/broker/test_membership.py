@@ -227,3 +227,17 @@ def test_a_worker_lost_for_long_is_given_up(served):
 
 def test_what_a_worker_says_of_nobody_is_ignored(served):
     assert not served.tell(tokens("p1", "nobody", 0, 1), failed("p1", "nobody", retry=True))
+
+
+def test_pairs_are_those_in_service_and_the_same_object_until_a_change():
+    made = members(("p1", "prefill"), ("d1", "decode"), ("m1", "mixed"), ("d2", "decode", {"fingerprint": OTHER}))
+    made.ready(ready("d3", "decode"), 0.0)  # not connected yet
+    pairs = made.pairs()
+    assert pairs == [("p1", "d1"), ("p1", "m1"), ("m1", "d1"), ("m1", "m1")] and made.pairs() is pairs
+    made.lose(made.by_iid["d1"], "gone")
+    assert made.pairs() == [("p1", "m1"), ("m1", "m1")]
+    made.connected("d3")
+    made.turn(made.by_iid["m1"], "prefill")
+    assert made.pairs() == [("p1", "d3"), ("m1", "d3")]
+    made.disconnected("d3")
+    assert made.pairs() == []

@@ -66,6 +66,17 @@ def test_none_overtakes_one_that_has_waited_long(granted, tried):
     assert seen == tried and rids(deferred) == "".join(rid for rid in "abcd" if rid not in granted)
 
 
+def test_a_canary_comes_last_and_only_when_no_other_offer_waits():
+    canaries = [hand_over(offer(rid, 4, canary=True, waited_s=9.0)) for rid in "xy"]
+    deferred = entered(canaries[0], waiting("a"), canaries[1], waiting("b", 1.0))
+    assert rids(deferred) == "baxy" and rids(deferred.first(NOW)) == "ba"
+    seen = ""
+    for each in deferred.first(NOW):
+        seen += each.offer.rid
+        deferred.leave(each)
+    assert seen == "baxy"
+
+
 @pytest.mark.parametrize("blocks", [1, 9])
 @pytest.mark.parametrize(
     "there, free, enters", [(3, 0, True), (4, 0, False), (4, 1, True), (6, 2, False), (0, 0, True)]
@@ -331,3 +342,11 @@ def test_an_instance_that_does_both_defers_its_own_prompts():
     for _ in range(3):
         told.run()
     assert ("a", "decode") in [each[:2] for each in told.holds()] and told.load().deferred_blocks == 0
+
+
+def test_a_canary_is_not_granted_while_a_real_offer_waits():
+    """It would fit, and `b` does not."""
+    told = full()
+    assert kinds(told.tell(offer("c", prompt=1, offer=2, canary=True))) == ["Defer > p1"]
+    told.tell(close("b"))
+    assert [each.rid for each in sent(told.later(), kind=Grant)] == ["c"]

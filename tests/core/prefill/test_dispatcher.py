@@ -2,7 +2,19 @@
 
 import pytest
 
-from tests.core.build import assign, capacity, close, defer, fingerprint, grant, instance, landed, membership, refuse
+from tests.core.build import (
+    assign,
+    capacity,
+    close,
+    defer,
+    fingerprint,
+    grant,
+    instance,
+    landed,
+    membership,
+    refuse,
+    unread,
+)
 from tests.core.driver import working
 from tests.core.reading import kinds, sent
 from tetri.core.actions import BROKER
@@ -376,3 +388,78 @@ def test_such_a_prompt_does_not_hold_up_those_that_can_go_on(behind, free):
     failed = sent(told.later(0.2), kind=Failed)
     assert [(each.rid, each.retry) for each in failed] == [("a", True)] * free
     assert told.run() == [("b", 0, 8)] * free  # now the slots are free
+
+
+# ---------------------------------------------------------------- canaries
+
+
+def canary(rid="c"):
+    return assign(rid, prompt=1, max_tokens=2, ignore_eos=True, pinned="d2")
+
+
+def test_a_canary_goes_to_its_instance_whatever_the_policy_says(two):
+    two.tell(canary())
+    (offer,) = sent(two.step(), "d2", Offer)
+    assert offer.rid == "c" and offer.canary and not two.asked["a"][1].canary
+    assert kinds(two.tell(grant("c", offer.offer, "d2"))) == []  # its chunk was announced with the offer
+    two.take("c")
+    assert to("d2", two.later(1.0)) == ["Chunk > d2"]  # until the broker closes it
+    assert not to("d2", two.tell(close("c")))
+
+
+def test_a_canary_is_prefilled_when_no_other_prompt_waits(two):
+    two.tell(canary(), assign("b", prompt=8))
+    assert [two.run() for _ in range(2)] == [[("b", 0, 8)], [("c", 0, 1)]]
+
+
+def test_a_canary_that_is_refused_is_given_up_and_goes_nowhere_else(two):
+    two.tell(canary())
+    two.step()
+    actions = two.tell(refuse("c", 2, "d2"))
+    (failed,) = sent(actions, BROKER, Failed)
+    assert (failed.rid, failed.avoid) == ("c", []) and not sent(actions, kind=Offer)
+    assert two.holds() == [("a", "moving", 1)]
+
+
+def test_a_canary_that_cannot_be_read_says_between_whom(two):
+    two.tell(canary())
+    two.step()
+    (failed,) = sent(two.tell(unread("c", 2, "d2")), BROKER, Failed)
+    assert failed.avoid == ["d2", "p1"] and two.heartbeat().unread_by == {"d2": "chunk 0 is lost"}
+
+
+def test_a_canary_tries_an_instance_that_gets_nothing_else_and_brings_it_back(two):
+    two.tell(canary("c1"))
+    two.step()
+    two.tell(unread("c1", 2, "d2"))
+    two.tell(canary("c2"))  # at once, although the breaker pauses
+    assert [each.rid for each in sent(two.step(), "d2", Offer)] == ["c2"]
+    two.answer("c2", grant)
+    two.take("c2")
+    assert two.heartbeat().unread_by == {}
+
+
+def test_a_deferred_canary_waits_where_it_is_and_holds_up_nobody(two):
+    two.tell(canary())
+    two.step()
+    two.answer("c", defer)
+    two.view(d1=9, d2=0)
+    assert to("d2", two.later(1.0)) == ["Offer > d2", "Chunk > d2"] and not two.load().stalled
+    two.tell(assign("b", prompt=8))
+    assert [each.rid for each in sent(two.step(), "d1", Offer)] == ["b"]
+
+
+def test_a_canary_is_given_up_with_its_instance(two):
+    two.tell(canary())
+    two.step()
+    (failed,) = sent(two.tell(PeerDown("d2")), BROKER, Failed)
+    assert failed.rid == "c" and not sent(two.later(1.0), "d2")
+
+
+def test_a_canary_waits_behind_a_request_that_has_no_decode_instance():
+    told = begin("d1", "d2")
+    told.tell(refuse("a"), canary())
+    told.answer("a", refuse)  # now all have refused it
+    assert not sent(told.step(), "d2", Offer)
+    (first, second) = sent(told.view(d1=9, d2=9), kind=Offer)
+    assert (first.rid, second.rid) == ("a", "c")

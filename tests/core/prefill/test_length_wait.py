@@ -361,3 +361,18 @@ def test_what_ends_elsewhere_teaches_the_prior():
 def test_to_learn_one_must_know_from_what():
     with pytest.raises(ValueError, match='p1: length = "trained" needs'):
         Working(identity("p1", "prefill", rules=Rules(length="trained")))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "hidden", "both"])
+def test_a_canary_is_not_predicted_and_teaches_nothing(kind):
+    told = begin(kind, assign("a", prompt=1, max_tokens=2, ignore_eos=True, pinned="d1"))
+    actions = told.step(estimates=STATE)
+    assert sent(actions, "d1", Offer) and not only(actions, Predict) and not sent(actions, kind=LengthUpdate)
+    told.tell(close("a", reason="cancelled"))
+    assert told.heartbeat().predictor.predicted == 0
+
+
+def test_without_an_estimator_a_canary_does_not_wait_for_a_prediction_either():
+    told = working("p1", "d1", rules=NOISY)
+    assert not told.tell(assign("a", prompt=1, max_tokens=2, ignore_eos=True, pinned="d1"))
+    assert sent(told.step(), "d1", Offer)

@@ -19,8 +19,9 @@ class Line:
         self.queue = Queue(identity("p1", "prefill", rules=Rules(order=order, **rules), cost=COST))
         self.requests = {}
 
-    def enter(self, key, tokens, due=None):
+    def enter(self, key, tokens, due=None, pinned=""):
         made = prefill_request(assign(key, tokens), len(self.requests) + 1, COST, due=due)
+        made.pinned = pinned
         self.requests[key] = made
         self.queue.enter(made)
         self.check()
@@ -125,3 +126,19 @@ def test_suspects_share_no_chunk_and_overtake_as_others_do(prompts, alone, grant
     found = list(groups([Progress(key, 0, 4) for key in prompts], requests, requests))
     assert ["".join(each.key for each in group) for group, _ in found] == expected
     assert all("s" not in started for _, started in found[:-1])
+
+
+@pytest.mark.parametrize("order", ["fcfs", "sjf", "ageing"])
+def test_a_canary_comes_after_all_others_in_any_order(order):
+    line = Line(order, sched_batch=2)
+    line.enter("c", 1, pinned="d1")
+    for key in "ab":
+        line.enter(key, 5)
+    assert line.first(99) == "abc" and len(line.queue) == 3
+    line.leave("a")
+    line.queue.start(line.requests["c"])
+    assert "c" in line.queue.line and not line.queue.canaries  # started ones are not overtaken
+    line.leave("c")
+    line.enter("c", 1, pinned="d1")
+    line.leave("c")
+    assert line.first(99) == "b" and len(line.queue) == 1

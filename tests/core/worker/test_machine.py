@@ -209,7 +209,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case "Heartbeat":
                 self.role, self.heartbeat = message.role, message
                 for hold in message.holds:
-                    _, old, _ = self.assigned.get((hold.rid, hold.attempt), (0, 0, 0))
+                    _, old, *_ = self.assigned.get((hold.rid, hold.attempt), (0, 0))
                     told = self.told.get((hold.rid, hold.attempt), 0)
                     assert hold.outputs <= max(told, old + 1), "more than the broker was told"
 
@@ -233,13 +233,14 @@ class WorkerUnderFire(RuleBasedStateMachine):
         attempt=st.integers(1, 3),
         most=st.integers(1, 9),
         others=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=3, unique_by=lambda it: it[0]),
+        pinned=st.sampled_from(["", "", *sorted(WORKERS), "me"]),
     )
-    def assign(self, rid, prompt, old, attempt, most, others):
+    def assign(self, rid, prompt, old, attempt, most, others, pinned):
         """An attempt again in the same words, perhaps with other choices of them."""
-        words = self.assigned.setdefault((rid, attempt), (prompt, old, most))
+        words = self.assigned.setdefault((rid, attempt), (prompt, old, most, pinned))
         alike = [it for it in others if it[0] != rid and self.assigned.setdefault(it, words) == words]
-        prompt, old, most = words
-        made = assign(rid, prompt, [2] * old, attempt, most, temperature=1.0, seed=0)
+        prompt, old, most, pinned = words
+        made = assign(rid, prompt, [2] * old, attempt, most, temperature=1.0, seed=0, pinned=pinned)
         self.tell(made.changed(siblings=_siblings(alike)))
 
     @rule(made=ranges, said=some_odds, meanwhile=st.booleans())
@@ -334,10 +335,12 @@ class WorkerUnderFire(RuleBasedStateMachine):
         made=ranges,
         waited=st.sampled_from([0.0, 0.0, 3.0, 9.0]),
         others=st.lists(st.tuples(st.sampled_from("wxyz"), st.integers(1, 2)), max_size=3, unique_by=lambda it: it[0]),
+        canary=st.sampled_from([False, False, True]),
     )
-    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, others):
+    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, others, canary):
         changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
-        changes |= {"waited_s": waited, "siblings": _siblings(it for it in others if it[0] != rid)}
+        changes |= {"waited_s": waited, "canary": canary}
+        changes["siblings"] = _siblings(it for it in others if it[0] != rid)
         self.hear_offer(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
 
     def hear_offer(self, made):

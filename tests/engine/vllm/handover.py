@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from msgspec.structs import replace
 from plain import Plain, Text
 from vllm_process import EngineProcess
 
-from tetri.engine.base import EngineRequest, Phase, StepDone
-from tetri.request import Sampling, blocks_for
+from tetri.engine.base import EngineRequest, Phase, Sampled, StepDone
+from tetri.request import Sampling, Token, blocks_for, token_ids
 
 BLOCK = 128
 TOKENS = tuple(range(100, 800))  # 700 tokens: two chunks, six blocks
@@ -29,7 +30,7 @@ class Request:
     tokens: Sequence[int]
     sampling: Sampling
     output_from: int = -1
-    ids: list[int] = field(default_factory=list)
+    output: list[Token] = field(default_factory=list)
     reason: str | None = None
     sent: list[str] = field(default_factory=list)
     arrived: list[str] = field(default_factory=list)
@@ -37,6 +38,10 @@ class Request:
     blocks_moved: int = 0
     recomputed: int = 0
     preempted: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return token_ids(self.output)
 
     def engine_request(self, phase: Phase) -> EngineRequest:
         """Its legs are called by its key, with p and d before it, for one engine may have both."""
@@ -60,13 +65,20 @@ class Pair:
         for request in requests:
             self.decode.add(request.engine_request("decode"))
         self.allocate(by_key)
-        for request in requests:
-            self.prefill.add(request.engine_request("prefill"))
+        self.start(requests)
         while any(request.reason is None for request in requests):
             for engine in dict.fromkeys((self.prefill, self.decode)):
                 done = self.step(engine)
                 self.move(by_key, done)
                 self.record(by_key, done)
+
+    def start(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.prefill.add(request.engine_request("prefill"))
+
+    def source(self, request: Request) -> str:
+        """The key of the leg that computes its KV."""
+        return f"p{request.key}"
 
     def step(self, engine: EngineProcess) -> StepDone:
         return engine.step()
@@ -90,11 +102,11 @@ class Pair:
         for token in done.tokens:
             if token.key[0] == "p":
                 assert token.error is None
-                self.first_token(by_key[token.key[1:]], token.token, token.reason)
+                self.first_token(by_key[token.key[1:]], token)
 
     def send_chunk(self, request: Request, stop: int) -> None:
         start = request.blocks_moved
-        blocks: list[bytearray] | None = self.prefill.export(f"p{request.key}", start, stop)
+        blocks: list[bytearray] | None = self.prefill.export(self.source(request), start, stop)
         if self.tamper:
             blocks = self.tamper(request.chunks, blocks or [])
         if blocks is not None:
@@ -102,16 +114,16 @@ class Pair:
         request.chunks += 1
         request.blocks_moved = stop
 
-    def first_token(self, request: Request, token: int, reason: str | None) -> None:
-        request.ids, request.reason = [token], reason
-        if reason:
+    def first_token(self, request: Request, first: Sampled) -> None:
+        request.output, request.reason = list(first.ids), first.reason
+        if first.reason:
             self.decode.cancel(f"d{request.key}")
             return
         count = blocks_for(len(request.tokens), BLOCK)
         assert request.blocks_moved == count
-        request.sent = self.prefill.digests(f"p{request.key}", 0, count)
+        request.sent = self.prefill.digests(self.source(request), 0, count)
         request.arrived = self.decode.digests(f"d{request.key}", 0, count)
-        self.decode.admit(f"d{request.key}", token)
+        self.decode.admit(f"d{request.key}", first.token)
 
     def record(self, by_key: dict[str, Request], done: StepDone) -> None:
         for span in done.spans:
@@ -121,8 +133,25 @@ class Pair:
             by_key[key[1:]].preempted += 1
         for token in done.tokens:
             if token.key[0] == "d":
-                by_key[token.key[1:]].ids += token.ids
+                by_key[token.key[1:]].output += token.ids
                 by_key[token.key[1:]].reason = token.reason
+
+
+class Group(Pair):
+    """The requests are choices of one: the leg of the first computes the prompt for all, and its KV goes to each."""
+
+    def start(self, requests: Sequence[Request]) -> None:
+        self.choices = requests
+        lead, *others = requests
+        siblings = tuple((f"p{choice.key}", choice.sampling.seed) for choice in others)
+        self.prefill.add(replace(lead.engine_request("prefill"), siblings=siblings))
+
+    def source(self, request: Request) -> str:
+        return super().source(self.choices[0])
+
+    def send_chunk(self, request: Request, stop: int) -> None:
+        for choice in self.choices:
+            super().send_chunk(choice, stop)
 
 
 def carry_alone(
@@ -130,7 +159,7 @@ def carry_alone(
 ) -> Request:
     """Slots of the last block that hold no token are compared too: they are made zero on both sides (the reference does
     the same for itself), and nothing but a token's K and V can differ."""
-    engines.prefill.zero_next(2 * blocks_for(len(tokens), BLOCK))
+    engines.prefill.fill_next(2 * blocks_for(len(tokens), BLOCK), 0)
     request = Request(key, tokens, sampling)
     Pair(engines.prefill, engines.decode, tamper).carry(request)
     return request

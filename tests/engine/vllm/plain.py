@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vllm_process import EngineProcess
 
-from tetri.request import Sampling
+from tetri.request import Sampling, TokenLogprob
 
 GAP = 1e-3  # of logprobs: below it, other batches and chunks may decide otherwise
 WRITTEN = 16  # tokens of a text are computed at least, for those who ask later
@@ -55,9 +55,16 @@ class Plain:
 
     def generate(self, tokens: list[int], sampling: Sampling) -> Text:
         """One request, alone in the engine; nothing of it is kept."""
+        return self._started().generate(tokens, sampling)
+
+    def by_vllm(self, tokens: list[int], sampling: Sampling) -> tuple[list[TokenLogprob], str]:
+        """One greedy request without tetri's sampler."""
+        return self._started().by_vllm(tokens, sampling)
+
+    def _started(self) -> EngineProcess:
         if self._engine is None:
             self._engine = EngineProcess("reference", **self.arguments)
-        return self._engine.generate(tokens, sampling)
+        return self._engine
 
     def close(self) -> None:
         if self._engine is not None:

@@ -18,12 +18,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
+from vllm.v1.sample import sampler
 
 from tetri.engine.vllm.connector import SamplerPlugin
-from tetri.engine.vllm.sampler import INVALID_ROW, SAMPLER, RowSampler
-from tetri.request import Sampling
+from tetri.engine.vllm.sampler import REPORT, SAMPLER, RowSampler
+from tetri.request import Sampling, TokenLogprob
 
 STOP_IDS = (2,)  # of this model
+SAMPLED_BY_VLLM = ("max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias")
+SAMPLED_BY_VLLM += ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class RecordingSampler(SamplerPlugin):
@@ -57,6 +60,8 @@ class Reference:
             logits_processors=[RecordingSampler],
         )
         config = arguments.create_engine_config()
+        # For the ranks of tokens, which no test reads: vLLM would compile it, and need a C++ compiler for that.
+        sampler.batched_count_greater_than = lambda all_values, values: (all_values >= values).sum(-1)
         self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
         self.caches = self.core.model_executor.driver_worker.worker.model_runner.kv_caches
         self.manager = self.core.scheduler.kv_cache_manager
@@ -71,7 +76,7 @@ class Reference:
             max_tokens=sampling.max_tokens,
             stop_token_ids=[] if sampling.ignore_eos else list(STOP_IDS),
             detokenize=False,
-            extra_args={SAMPLER: make, INVALID_ROW: lambda: ids.append(-1)},
+            extra_args={SAMPLER: make, REPORT: lambda tokens: tokens or ids.append(-1)},
         )
         self.core.scheduler.add_request(Request("text", tokens, params, None))
         gaps: list[float] = []
@@ -89,8 +94,27 @@ class Reference:
                 digests = [self._digest(block) for block in blocks]
         return Text(ids, gaps, digests)
 
+    def by_vllm(self, tokens: list[int], sampling: Sampling) -> tuple[list[TokenLogprob], str]:
+        """One greedy request on which vLLM's own sampler alone works, and the reason for its end."""
+        fields = {name: getattr(sampling, name) for name in SAMPLED_BY_VLLM}
+        plain = partial(RowSampler, Sampling(), output_from=len(tokens), stop_ids=STOP_IDS, vocab=self.vocab)
+        extra = {SAMPLER: plain, REPORT: lambda tokens: None}
+        params = SamplingParams(temperature=0.0, detokenize=False, extra_args=extra, **fields)
+        params.update_from_generation_config({}, *STOP_IDS)
+        self.core.scheduler.add_request(Request("text", tokens, params, None))
+        found: list[TokenLogprob] = []
+        while True:
+            outputs, _ = self.core.step()
+            for output in outputs[0].outputs if outputs else ():
+                (token, *ids), (logprob, *values) = (
+                    part[0].tolist() for part in (output.new_logprobs.logprob_token_ids, output.new_logprobs.logprobs)
+                )
+                found.append(TokenLogprob(token, logprob, dict(zip(ids, values, strict=True))))
+                if output.finish_reason is not None:
+                    return found, str(output.finish_reason)
+
     def _zero_next(self, count: int) -> None:
-        zero_blocks(self.caches, next_free_blocks(self.manager, count))
+        fill_blocks(self.caches, next_free_blocks(self.manager, count))
 
     def _digest(self, block: int) -> str:
         import torch
@@ -104,12 +128,12 @@ def next_free_blocks(manager: Any, count: int) -> list[int]:
     return [block.block_id for block in manager.block_pool.free_block_queue.get_all_free_blocks()[:count]]
 
 
-def zero_blocks(caches: Any, blocks: list[int]) -> None:
+def fill_blocks(caches: Any, blocks: list[int], value: int = 0) -> None:
     """So that slots of a last block which no token uses hold zeros on both sides of a comparison, not what an
     earlier request left there."""
     for cache in caches:
         for block in blocks:
-            cache[block] = 0
+            cache[block] = value
 
 
 def digest(block: Any) -> str:

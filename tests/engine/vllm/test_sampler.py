@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tetri.engine.vllm.sampler import RowSampler, candidates, draw, gumbel, invalid_rows, nucleus, penalize, stream_key
-from tetri.request import Sampling
+from tetri.request import Sampling, Token, TokenLogprob, token_ids
 
 VOCAB = 1000
 
@@ -55,13 +55,13 @@ def test_draws_follow_the_probabilities():
     row = torch.tensor([0.0, 1.0, 2.0, float("-inf")])
     counts = torch.zeros(4)
     for position in range(6000):
-        counts[draw(row, Sampling(temperature=1.0, seed=5), position)] += 1
+        counts[draw(row, Sampling(temperature=1.0), position, [5])[0]] += 1
     assert torch.allclose(counts / 6000, torch.softmax(row, 0), atol=0.02)
 
 
 def test_a_draw_needs_a_seed():
     with pytest.raises(ValueError, match="seed"):
-        draw(logits_row(), Sampling(temperature=1.0), 0)
+        RowSampler(Sampling(temperature=1.0), [1], 1, (), VOCAB)
 
 
 # ---------------------------------------------------------------- candidates
@@ -110,8 +110,8 @@ def test_filters_work_one_after_the_other():
 def test_extreme_temperatures():
     row = logits_row()
     for position in range(50):
-        assert draw(row, Sampling(temperature=1e-5, seed=1), position) == int(row.argmax())
-    assert len({draw(row, Sampling(temperature=100.0, seed=1), position) for position in range(200)}) > 100
+        assert draw(row, Sampling(temperature=1e-5), position, [1]) == [int(row.argmax())]
+    assert len({draw(row, Sampling(temperature=100.0), position, [1])[0] for position in range(200)}) > 100
 
 
 # ---------------------------------------------------------------- penalties
@@ -135,6 +135,10 @@ SAMPLINGS = {
     ),
     "everything": Sampling(max_tokens=32, temperature=1.1, seed=2**62, top_p=0.8, frequency_penalty=1.0, min_tokens=25),
 }
+
+
+SAMPLINGS["biased"] = Sampling(max_tokens=32, logit_bias={0: -9.0, 8: 3.0}, min_tokens=9, stop_token_ids=[3])
+SAMPLINGS["biased draws"] = SAMPLINGS["everything"].changed(logit_bias={8: 6.0, 9: 5.5}, repetition_penalty=1.4)
 
 
 def continue_text(sampling: Sampling, tokens: list[int], output_from: int, until: int) -> list[int]:
@@ -185,7 +189,8 @@ def test_prompt_tokens_count_for_repetition_only():
 
 
 def test_min_tokens_is_nothing_to_do_when_no_token_ends_a_text():
-    assert RowSampler(Sampling(min_tokens=5, ignore_eos=True), [1], 1, (0,), VOCAB).idle
+    assert RowSampler(Sampling(min_tokens=5), [1], 1, (), VOCAB).idle
+    assert not RowSampler(Sampling(min_tokens=5, stop_token_ids=[3]), [1], 1, (), VOCAB).idle
     assert not RowSampler(Sampling(min_tokens=5), [1], 1, (0,), VOCAB).idle
     assert RowSampler(Sampling(min_tokens=5), [1, 2, 3, 4, 5, 6], 1, (0,), VOCAB).idle
 
@@ -195,6 +200,68 @@ def test_the_first_token_that_may_end_a_text_is_the_one_after_min_tokens():
         logits = logits_row()
         RowSampler(Sampling(min_tokens=2), [1], 1, (0,), VOCAB).apply(logits, outputs)
         assert bool(torch.isfinite(logits[0])) == allowed
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_min_tokens_forbids_all_ends_of_a_text_also_those_that_are_ignored(ignored: bool):
+    logits = logits_row()
+    sampling = Sampling(min_tokens=2, stop_token_ids=[7, 9], ignore_eos=ignored)
+    RowSampler(sampling, [1], 1, (0,), VOCAB).apply(logits, [5])
+    assert (~torch.isfinite(logits)).nonzero().squeeze(1).tolist() == [0, 7, 9]
+
+
+def test_a_bias_is_added_before_the_penalties():
+    logits = torch.tensor([1.0, 1.0, 1.0])
+    sampler = RowSampler(Sampling(logit_bias={0: 3.0, 1: -3.0}, repetition_penalty=2.0), [0, 1], 2, (), 3)
+    assert not sampler.idle and sampler.apply(logits, []) is None
+    assert logits.tolist() == [2.0, -4.0, 1.0]
+
+
+# ---------------------------------------------------------------- log probabilities, siblings
+
+CHANGED = {"repetition_penalty": 1.4, "logit_bias": {8: 3.0}, "min_tokens": 5, "stop_token_ids": [11]}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(**CHANGED), Sampling(temperature=0.7, seed=3, top_p=0.9, **CHANGED)])
+def test_log_probabilities_are_those_of_the_unchanged_row(sampling: Sampling):
+    raw = logits_row().log_softmax(0)
+    right = RowSampler(sampling, [1, 8], 2, (0,), VOCAB)
+    sampler = RowSampler(sampling.changed(logprobs=4), [1, 8], 2, (0,), VOCAB)
+    for outputs in ([], [5], [5, 8]):
+        logits, same = logits_row(), logits_row()
+        right.apply(same, outputs)
+        (token,) = sampler.apply(logits, outputs)
+        assert token.id == int(same.argmax()) == int(logits.argmax()) and int(torch.isfinite(logits).sum()) == 1
+        assert token.logprob == float(raw[token.id])
+        values, ids = raw.topk(4)
+        assert list(token.top.items()) == list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def test_no_likely_tokens_are_asked_for():
+    sampler = RowSampler(Sampling(logprobs=0), [1], 1, (), VOCAB)
+    row = logits_row()
+    assert not sampler.idle
+    best = int(row.argmax())
+    assert sampler.apply(row.clone(), []) == (TokenLogprob(best, float(row.log_softmax(0)[best])),)
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_siblings_get_what_a_single_request_with_their_seed_gets(logprobs: int | None):
+    sampling = Sampling(temperature=1.0, seed=5, top_k=50, frequency_penalty=0.5, logprobs=logprobs, **CHANGED)
+    prompt, seeds = [3, 8, 200], range(5, 13)
+
+    def first(seed: int, *siblings: int) -> tuple[Token, ...] | None:
+        sampler = RowSampler(sampling.changed(seed=seed), prompt, 2, (0,), VOCAB, siblings)
+        return sampler.apply(logits_row(spread=0.5), [])
+
+    together = first(*seeds)
+    assert together == tuple(token for seed in seeds for token in first(seed))
+    assert len(set(token_ids(together))) > 4
+
+
+def test_siblings_of_a_greedy_request_get_the_same():
+    row = logits_row()
+    assert RowSampler(Sampling(), [1], 1, (), VOCAB, [1, 2]).apply(row.clone(), []) == (int(row.argmax()),) * 3
 
 
 # ---------------------------------------------------------------- rows without a valid number

@@ -164,10 +164,11 @@ class _Watched:
     def free_blocks(self) -> int:
         return self.engine._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def zero_next(self, count: int) -> None:
-        from reference import next_free_blocks, zero_blocks
+    def fill_next(self, count: int, byte: int) -> None:
+        from reference import fill_blocks, next_free_blocks
 
-        zero_blocks(self.engine._memory.caches, next_free_blocks(self.engine._scheduler.kv_cache_manager, count))
+        blocks = next_free_blocks(self.engine._scheduler.kv_cache_manager, count)
+        fill_blocks(self.engine._memory.caches, blocks, byte)
 
     def engine_requests(self) -> int:
         return len(self.engine._requests) + len(self.engine._scheduler.requests)

@@ -15,8 +15,9 @@ from tetri.bench.deployment import check_straight
 from tetri.bench.overhead.measure import Run, cpu_seconds, stopped
 from tetri.bench.report import BenchError, Progress
 from tetri.client.connection import Connection
-from tetri.client.conversation import Patience, Request, Session
+from tetri.client.conversation import Patience, Request
 from tetri.client.facade import new_request, new_secret
+from tetri.client.session import Session
 from tetri.config import Config
 from tetri.proc import launch
 
@@ -62,7 +63,7 @@ class Live:
             talk.turn()
             run.look()
         talk.check()
-        return run.plain([request.ids for request in talk.requests])
+        return run.plain([request.outcome().token_ids for request in talk.requests])
 
     def idle_handovers(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
         """Send one request after the other; return the time from the first to the second token, and of later steps."""
@@ -141,7 +142,7 @@ class Talk:
     def ask(self, prompt: Prompt, tokens: int) -> None:
         """Submit a request for `tokens` greedy tokens."""
         sampling = {"max_tokens": tokens, "ignore_eos": True}
-        request = new_request(self._secret, list(prompt), None, None, sampling, Patience(), time.monotonic())
+        request = new_request(self._secret, list(prompt), None, sampling, Patience(), time.monotonic())
         self._session.add(request)
         self.requests.append(request)
         self.arrivals.append([])
@@ -161,7 +162,7 @@ class Talk:
         now = time.monotonic()
         self._session.receive(frames, now)
         for request, times in zip(self.requests, self.arrivals, strict=True):
-            times += [now] * (len(request.ids) - len(times))
+            times += [now] * (len(request.choices[0].tokens) - len(times))
 
     def _send(self) -> None:
         for frame in self._session.tick(time.monotonic()):

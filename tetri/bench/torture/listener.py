@@ -16,7 +16,7 @@ from tetri.bench.torture.case import ADDED_GAP_MS, Findings
 from tetri.client.connection import Connection
 from tetri.config import Config
 from tetri.engine.emulated import reference
-from tetri.request import Sampling
+from tetri.request import Sampling, token_ids
 
 PROMPT, TOKENS = 20, 6000  # of each stream; more tokens than a case has time for
 START_S, POLL_S = 60.0, 0.01
@@ -73,7 +73,7 @@ class Listener:
         """Streams whose tokens are not the right ones."""
         made, wrong = self._config.emulated, 0
         for prompt, request in zip(self._prompts, self._talk.requests, strict=True):
-            ids = [*request.ids]
+            ids = token_ids(request.choices[0].tokens)
             sampling = Sampling(max_tokens=max(1, len(ids)), ignore_eos=True)
             wrong += ids != reference(prompt, sampling, made.vocabulary, made.token_bytes)[: len(ids)]
         return wrong

@@ -28,7 +28,16 @@ from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.wire.clients import Attach, Cancel, ChangeRole, EndRequest, Inspect, MonitorStatus, Status
+from tetri.wire.clients import (
+    Attach,
+    Cancel,
+    ChangeRole,
+    CheckReadiness,
+    EndRequest,
+    Inspect,
+    MonitorStatus,
+    Status,
+)
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
 
@@ -60,6 +69,7 @@ class Broker:
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
         self.lifecycle = Lifecycle(rules, self.members, self.delivery, cost, chunk_tokens, self.timers, self.counters)
+        self.pair_checks = self.lifecycle.pair_checks
         self.flips = Flips(self.members, self.counters)
         self.seen: tuple[ClusterView, float] | None = None  # the newest cluster view and its time of arrival
         self.timers.set(VIEW, now)
@@ -105,18 +115,20 @@ class Broker:
                 actions += self._silent(who, now)
             else:
                 actions += self._request_timer(what, who, now)
-        return [*actions, *self.members.publish_due(now), *self.delivery.connections.tick(now)]
+        actions += [*self.members.publish_due(now), *self.delivery.connections.tick(now)]
+        return [*actions, *self.pair_checks.tick(now)]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`; None if no timer is set."""
         times = self.timers.next(), self.members.publish_at(), self.delivery.connections.deadline()
-        return min([at for at in times if at is not None], default=None)
+        return min([at for at in (*times, self.pair_checks.deadline()) if at is not None], default=None)
 
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
         self.delivery.connections.check(self.table)
         self.flips.check()
+        self.pair_checks.check()
         for choice in self.table.active():
             placed = self.members.by_iid.get(choice.holder) if choice.holder else None
             if choice.reason is None and choice.holder is not None and (placed is None or placed.lost is not None):
@@ -197,6 +209,7 @@ class Broker:
                 member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
+                self.pair_checks.unread(event.iid, event.unread_by)
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)
@@ -256,6 +269,8 @@ class Broker:
         message = event.message
         if isinstance(message, Inspect):
             return [Reply(event.client, self.status(now))]
+        if isinstance(message, CheckReadiness):
+            return self.pair_checks.ask(event.client, now)
         if isinstance(message, ChangeRole):
             return [*self.flips.ask(event.client, message, now), *self.lifecycle.place_waiting(now)]
         assert isinstance(message, Cancel | Attach | EndRequest)

@@ -98,6 +98,28 @@ class Compatibility:
         return Found(dict(paths), odd)
 
 
+def compatible_pairs(prefillers: Iterable[Instance], decoders: Iterable[Instance]) -> list[tuple[str, str]]:
+    """The ids of all pairs that can exchange KV. Instances of equal properties are compared once. An instance can
+    always exchange KV with itself."""
+    answers: dict[tuple[int, int], bool] = {}
+    numbers: dict[Kind, int] = {}
+
+    def number(each: Instance) -> int:
+        return numbers.setdefault((each.fingerprint, compatibility_key(each.reach)), len(numbers))
+
+    found: list[tuple[str, str]] = []
+    numbered = [(number(each), each) for each in decoders]
+    for prefill in prefillers:
+        own = number(prefill)
+        for other, decode in numbered:
+            if (own, other) not in answers:
+                why = incompatibility(prefill.fingerprint, decode.fingerprint, prefill.reach, decode.reach)
+                answers[own, other] = why is None
+            if answers[own, other] or prefill.iid == decode.iid:
+                found.append((prefill.iid, decode.iid))
+    return found
+
+
 def _places(reach: Reach) -> tuple[Place, ...]:
     """The places that contain an instance, the narrowest first: its process, its host, the cluster."""
     return (reach.host, reach.process), (reach.host,), ()

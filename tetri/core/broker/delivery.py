@@ -35,6 +35,7 @@ class Limits:
     patience_s: float = 60.0
     client_grace_s: float = 5.0
     retry_s: float = 0.05  # first wait before sending again to a client whose queue was full
+    ready_s: float = 30.0  # for so long a hand-over shows that its pair of instances carries KV (readiness.py)
     quiet_s: float = 1.0  # a client with open requests hears something at least this often
 
 

@@ -9,6 +9,7 @@ from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.readiness import PairChecks
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Choice, Request
 from tetri.core.broker.suspects import (
     SUSPECT_DEATHS,
@@ -58,6 +59,7 @@ class Lifecycle:
         self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
         self.cost, self.chunk_tokens = cost, chunk_tokens
         self.closes = Closes(members)
+        self.pair_checks = PairChecks(members, self.closes, self.limits.ready_s)
         self._route = PREFILL_ROUTES[rules.prefill_route]
         self.breaker = Breaker(self.rng, LONGEST_S)
         self._probes = 0
@@ -184,7 +186,8 @@ class Lifecycle:
         """Restart every choice that a lost worker held, except those of a request that has killed it: that one ends."""
         self.closes.forget(lost.iid)
         self.breaker.failing.pop(lost.iid, None)  # it may be well when it comes back
-        return self._restart_lost([*self.table.held_by(lost.iid).values()], lost, why, now)
+        actions = self.pair_checks.forget(lost.iid)
+        return [*actions, *self._restart_lost([*self.table.held_by(lost.iid).values()], lost, why, now)]
 
     def back(self, member: Member) -> None:
         """A lost worker is back as the same process. `place_waiting` follows."""
@@ -249,6 +252,8 @@ class Lifecycle:
                 if choice.prefill in self.breaker.failing:
                     self.breaker.succeeded(choice.prefill)
                 self.table.hand_over(choice, iid)
+                if choice.prefill is not None:
+                    self.pair_checks.carried(choice.prefill, iid, now)
                 if choice.prefill not in (None, iid):
                     actions.append(self._close_at(choice.prefill, choice))
             elif choice.decode != iid:
@@ -291,7 +296,10 @@ class Lifecycle:
         """Add the output tokens that `iid` reports to their choice. Appends to `actions`, since this runs for every
         token of every request."""
         choice = self._reported(item.rid, item.attempt)
-        if choice is None or (choice.decode != iid and not self._may_write(choice, item, iid, now, actions)):
+        if choice is None:
+            actions += self.pair_checks.tokens(item, iid, now)
+            return
+        if choice.decode != iid and not self._may_write(choice, item, iid, now, actions):
             return
         have, ids, start = len(choice.output), item.ids, item.start
         if start > have:
@@ -333,7 +341,7 @@ class Lifecycle:
         """A worker reports that a choice has entered a stage, or cannot go on there."""
         choice = self._reported(event.rid, event.attempt)
         if choice is None:
-            return []
+            return self.pair_checks.moved(event, now)
         if isinstance(event, Staged) and not event.lost:
             return self.stage(choice, event.stage, event.iid, now)
         if choice.holder != event.iid:
@@ -361,7 +369,7 @@ class Lifecycle:
         for hold in heartbeat.holds:
             choice = self._reported(hold.rid, hold.attempt)
             if choice is None:
-                actions += self.closes.repeat(iid, hold)
+                actions += [] if self.pair_checks.held(hold, iid, now) else self.closes.repeat(iid, hold)
                 continue
             held[hold.rid] = None
             if choice.decode not in (None, iid):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
-from tetri.core.broker.compatibility import Compatibility, Found
+from tetri.core.broker.compatibility import Compatibility, Found, compatible_pairs
 from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio, blocks_for
@@ -71,6 +71,7 @@ class Members:
         self._decoders: list[Capacity] = []  # of the live ones
         self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
+        self._pairs: list[tuple[str, str]] | None = None  # as of the last change; None: not asked for since
 
     # ------------------------------------------------------------ registration and loss
 
@@ -100,13 +101,13 @@ class Members:
         """Record that the connection to a worker stands."""
         self.up[iid] = None
         self._need_whole[iid] = None
-        self._sorted = False
+        self._outdate()
 
     def disconnected(self, iid: str) -> None:
         """Record that the connection to a worker broke."""
         self.up.pop(iid, None)
         self._need_whole.pop(iid, None)
-        self._sorted = False
+        self._outdate()
 
     def lose(self, member: Member, why: str | None) -> None:
         """Mark a worker as lost for this reason, or as live again with None."""
@@ -128,7 +129,10 @@ class Members:
 
     def _note(self, iid: str) -> None:
         self._changed[iid] = None
-        self._sorted = False
+        self._outdate()
+
+    def _outdate(self) -> None:
+        self._sorted, self._pairs = False, None
 
     # ------------------------------------------------------------ Membership messages
 
@@ -234,6 +238,16 @@ class Members:
         if tokens <= most:
             return None
         return f"{tokens} tokens, its output so far included, fit into no prefill instance: the largest holds {most}"
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The prefill and decode instances that are in service and exchange KV, as pairs of ids. Returns the same
+        object until an instance changes."""
+        if self._pairs is None:
+            ready = [member.instance for member in self._live() if member.iid in self.up]
+            prefillers = [instance for instance in ready if instance.role in PREFILL_ROLES]
+            decoders = [instance for instance in ready if instance.role in DECODE_ROLES]
+            self._pairs = compatible_pairs(prefillers, decoders)
+        return self._pairs
 
     def _sort(self) -> None:
         """Sort the instances into pools: once per change, not once per request."""

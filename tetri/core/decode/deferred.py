@@ -3,13 +3,14 @@
 A deferred offer stays, with the KV chunks that are announced for it, and is granted when memory becomes free: its
 prefill instance need not ask again. Those that have waited longest come first. A smaller offer may be granted before
 a larger one that does not fit, but not for long: otherwise small offers of several prefill instances could use all
-memory that becomes free, and starve a large one."""
+memory that becomes free, and starve a large one. A canary comes last, and only when no other offer waits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 
 from tetri.core.actions import Broken
 from tetri.core.decode.request import HandOver
@@ -20,8 +21,9 @@ LOOK = 16  # how many offers are tried when memory becomes free
 
 @dataclass(slots=True)
 class Deferred:
-    """A hand-over that has no memory here yet. `since`: when it was first on offer, here or elsewhere; `asked`:
-    when its prefill instance last sent the offer. Times are seconds of the worker's clock."""
+    """A hand-over that has no memory here yet. `since`: when it was first on offer, here or elsewhere; `asked`: when
+    its prefill instance last sent the offer. Times are seconds of the worker's clock. `since` is infinite for a
+    canary."""
 
     hand_over: HandOver
     since: float
@@ -57,7 +59,7 @@ class DeferredOffers:
         """Defer a hand-over, while `free` blocks can be granted. False: there are too many."""
         if self.blocks - free >= self.limit:
             return False
-        since = now - hand_over.offer.waited_s
+        since = inf if hand_over.offer.canary else now - hand_over.offer.waited_s
         behind = not self._by_key or self._by_key[next(reversed(self._by_key))].since <= since
         self._by_key[hand_over.key] = Deferred(hand_over, since, now)
         if not behind:
@@ -78,6 +80,8 @@ class DeferredOffers:
         """Yield the hand-overs to try, at most LOOK. The caller removes those that it grants. Ends with one that has
         waited for LONG_S and was not granted: no other may overtake it."""
         for deferred in list(islice(self._by_key.values(), LOOK)):
+            if deferred.since == inf and next(iter(self._by_key.values())).since < inf:
+                return
             yield deferred.hand_over
             if now - deferred.since >= LONG_S and deferred.hand_over.key in self._by_key:
                 return

@@ -98,7 +98,10 @@ class Dispatcher:
         self._recheck_unplaceable()
         actions: list[Action] = []
         while (request := self._first_unplaced()) is not None:
-            if not self.pool.fits(request):
+            if request.pinned:
+                request.wanted_at = now
+                actions += self._offer_to(request.pinned, request, self._need(request), now)
+            elif not self.pool.fits(request):
                 self.unplaceable[request.key] = request
                 request.unplaceable_since = now
             elif not request.predicted or not self._place(request, now, actions):
@@ -200,10 +203,11 @@ class Dispatcher:
         return self.announce(request, request.flow.unannounced())
 
     def defer(self, request: PrefillRequest, now: float) -> None:
-        """Record that the decode instance has no memory now, and keeps the offer. A grant may have overtaken this."""
+        """Record that the decode instance has no memory now, and keeps the offer. A grant may have overtaken this. A
+        canary goes nowhere else, so its offer is only repeated."""
         flow = request.flow
         assert flow.offer is not None
-        if flow.granted or flow.deferred:
+        if flow.granted or flow.deferred or request.pinned:
             return
         flow.deferred, self.deferred[flow.offer] = True, None
         self.pool.deferred(flow.offer, now)
@@ -346,6 +350,7 @@ class Dispatcher:
             waited_s=now - request.wanted_at,
             alone=request.alone,
             siblings=[Sibling(choice.rid, choice.attempt, choice.seed or 0) for choice in request.flow.choices[1:]],
+            canary=bool(request.pinned),
         )
         return Send(request.flow.target, offer)
 

@@ -66,9 +66,10 @@ class LengthWait:
     # ------------------------------------------------------------ until it is on offer
 
     def arrived(self, request: PrefillRequest) -> list[Action]:
-        """Ask for a prediction as soon as the request arrives, unless its sampling parameters fix the length."""
+        """Ask for a prediction as soon as the request arrives, unless its sampling parameters fix the length. A canary
+        needs none."""
         if self.estimator is None:
-            request.predicted = not self._predicts
+            request.predicted = not self._predicts or bool(request.pinned)
         elif request.sampling.ignore_eos or not request.decodes:
             self.dispatcher.settle(request, self._unpredicted(request))
         else:

@@ -22,7 +22,8 @@ class Queue:
     """Keys of the requests whose tokens are not all computed: `raw` in order of arrival, `line` in order of execution.
 
     With a windowed order, a window of `raw` moves to `line` when a chunk needs more prompts. Otherwise `line` holds
-    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first.
+    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first. In any
+    order, `canaries` come last.
 
     started   those of the requests in `line` whose engine request is in the engine, by key
     short     whether the first prompt waits for slots
@@ -35,6 +36,7 @@ class Queue:
         self.order = ORDERS[own.rules.order]
         self.raw: dict[str, QueuedPrompt] = {}
         self.line: dict[str, None] = {}
+        self.canaries: dict[str, None] = {}
         self.started: dict[str, PrefillRequest] = {}
         self.short = False
         self.tokens = 0
@@ -43,13 +45,16 @@ class Queue:
         self._ranked: list[tuple[Rank, str]] = []  # `raw` by rank; empty with a windowed order
 
     def __len__(self) -> int:
-        return len(self.raw) + len(self.line)
+        return len(self.raw) + len(self.line) + len(self.canaries)
 
     def enter(self, request: PrefillRequest) -> None:
         """Add a new request."""
-        self.raw[request.key] = request.queued
         self.tokens += request.goal
         self.seconds += request.left_s
+        if request.pinned:
+            self.canaries[request.key] = None
+            return
+        self.raw[request.key] = request.queued
         if not self.order.windowed:
             insort(self._ranked, self._rank(request.queued))
 
@@ -67,11 +72,12 @@ class Queue:
         yield from self.line
         for _, key in self._ranked:
             yield key
+        yield from self.canaries
 
     def start(self, request: PrefillRequest) -> None:
         """Move a request to `line` when its engine request starts: no other request overtakes it from then on."""
-        if request.key in self.raw:
-            self._unrank(request)
+        if request.key not in self.line:
+            self._unqueue(request)
             self.line[request.key] = None
             self._line_tokens += request.goal
         self.started[request.key] = request
@@ -99,8 +105,8 @@ class Queue:
 
     def leave(self, request: PrefillRequest) -> None:
         """Remove a request that is completely computed, or given up."""
-        if request.key in self.raw:
-            self._unrank(request)
+        if request.key not in self.line:
+            self._unqueue(request)
         else:
             del self.line[request.key]
             self._line_tokens -= request.goal - request.done
@@ -109,7 +115,10 @@ class Queue:
         if not self.tokens:
             self.seconds = 0.0  # without the rounding error of the sums
 
-    def _unrank(self, request: PrefillRequest) -> None:
+    def _unqueue(self, request: PrefillRequest) -> None:
+        if request.pinned:
+            del self.canaries[request.key]
+            return
         del self.raw[request.key]
         if not self.order.windowed:
             del self._ranked[bisect_left(self._ranked, self._rank(request.queued))]
@@ -119,14 +128,14 @@ class Queue:
 
     def check(self, requests: Mapping[str, PrefillRequest]) -> None:
         """Raise Broken when the queue and its sums disagree with the requests."""
-        queued = [*self.raw, *self.line]
+        queued = [*self.raw, *self.canaries, *self.line]
         for key in queued:
             if requests[key].computed:
                 raise Broken(f"{key} has its token and is still queued")
         if {key for key, request in requests.items() if not request.computed} != {*queued}:
             raise Broken("not all requests without a token are queued")
         left = [requests[key].goal - requests[key].done for key in queued]
-        line = sum(left[len(self.raw) :])
+        line = sum(left[len(queued) - len(self.line) :])
         if (sum(left), line) != (self.tokens, self._line_tokens):
             raise Broken(f"{self.tokens} tokens queued, {self._line_tokens} in line: counted {sum(left)}, {line}")
         seconds = sum(requests[key].left_s for key in queued)

@@ -173,6 +173,7 @@ class PrefillRequest:
     alone: bool = False  # it is computed in lone steps only (Assign.alone)
     lost: tuple[str, ...] = ()  # decode instances that were lost with it: they get it only if no other has memory
     avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
+    pinned: str = ""  # of a canary: the only decode instance to offer it to (Assign.pinned)
 
     @property
     def computed(self) -> bool:

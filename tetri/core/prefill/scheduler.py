@@ -98,6 +98,7 @@ class PrefillScheduler:
             alone=message.alone,
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
+            pinned=message.pinned,
         )
         for choice in choices:
             self.choices[choice.key] = request

@@ -302,7 +302,7 @@ class Worker:
             return []
         if isinstance(event, Refuse):
             hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
-            if hopeless or not request.flow.movable:
+            if hopeless or request.pinned or not request.flow.movable:
                 why = f"{event.src} cannot go on with the KV: {event.why}"
                 return self.prefill.give_up(request, why, avoid=self.dispatcher.readers.avoided(request))
             if event.unread:
@@ -341,7 +341,7 @@ class Worker:
     def _lost(self, iid: str, now: float) -> list[Action]:
         actions = self.decode.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
-            if request.flow.movable and not (request.may_decode and request.lost):
+            if request.flow.movable and not request.pinned and not (request.may_decode and request.lost):
                 actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
                 self.dispatcher.refused(request, "lost")
             else:  # also a request that may have killed two

@@ -8,7 +8,6 @@ external KV. The engine moves the bytes between steps, never inside one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from tetri.engine.vllm.sampler import INVALID_ROW, SAMPLER, RowSampler, invalid_rows
+from tetri.engine.vllm.sampler import REPORT, SAMPLER, Report, RowSampler, invalid_rows
 
 
 @dataclass
@@ -99,11 +98,11 @@ class BlockConnector(KVConnectorBase_V1):
 @dataclass(frozen=True)
 class _Row:
     """One request of the batch. `sampler`: None when plain argmax is correct. `outputs`: its tokens of this engine,
-    which vLLM extends. `invalid`: called when its logits are no valid numbers."""
+    which vLLM extends. `report`: told of the tokens, or of none when its logits are no valid numbers."""
 
     sampler: RowSampler | None
     outputs: list[int]
-    invalid: Callable[[], object]
+    report: Report
 
 
 class SamplerPlugin(LogitsProcessor):
@@ -123,20 +122,22 @@ class SamplerPlugin(LogitsProcessor):
     @staticmethod
     def _row(params: Any, prompt: list[int] | None, outputs: list[int]) -> _Row:
         sampler = params.extra_args[SAMPLER](prompt)
-        return _Row(None if sampler.idle else sampler, outputs, params.extra_args[INVALID_ROW])
+        return _Row(None if sampler.idle else sampler, outputs, params.extra_args[REPORT])
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """vLLM's hook: sample on the rows of `logits` [rows, vocab], in place."""
         bad = invalid_rows(logits)
         for index in bad:
             logits[index] = 0.0  # vLLM takes some token, which the engine does not report
-            self._rows[index].invalid()
+            self._rows[index].report(())
         for index, row in self._rows.items():
             if row.sampler is None or index in bad:
                 continue
             there = logits[index]
             here = there.cpu()  # on the CPU the same tensor; from a GPU a copy, so that CPU and GPU sample alike
-            row.sampler.apply(here, row.outputs)
+            tokens = row.sampler.apply(here, row.outputs)
+            if tokens is not None:
+                row.report(tokens)
             if here is not there:
                 there.copy_(here)
         return logits

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tetri.engine.vllm.setup import (
 from tetri.engine_request import INVALID
 from tetri.instance import Capacity
 from tetri.kv.cuda.runtime import Device
-from tetri.request import blocks_for, sampling_problem
+from tetri.request import Token, blocks_for, sampling_problem, token_ids
 
 
 @dataclass(slots=True)
@@ -43,6 +44,11 @@ class _LiveRequest:
     parked: bool = False  # a decode request that has its blocks and waits for `admit`
     missing: set[int] = field(default_factory=set)
     preempted: bool = False
+
+    @property
+    def keys(self) -> list[str]:
+        """Its key and those of its siblings."""
+        return [self.engine_request.key, *(key for key, _ in self.engine_request.siblings)]
 
 
 class VllmEngine:
@@ -81,7 +87,7 @@ class VllmEngine:
         self._requests: dict[str, _LiveRequest] = {}
         self._ended: dict[str, list[int]] = {}  # by key: block ids of requests that ended in the last step
         self._reported: dict[str, int] = {}  # by key: block counts as of the last StepDone
-        self._invalid: set[str] = set()  # keys for which this step computed no valid number
+        self._drawn: dict[str, tuple[Token, ...]] = {}  # by key: what this step's sampler reports
         self._parked = 0
         self._added = 0
         # Loading creates a million permanent objects: exclude them from garbage collection, which would delay a step.
@@ -129,14 +135,15 @@ class VllmEngine:
         decode = engine_request.phase == "decode"
         # The last token of a decode request's prompt comes with `admit`; until then any valid id is a placeholder.
         prompt = [*engine_request.tokens, engine_request.tokens[-1]] if decode else list(engine_request.tokens)
-        key, invalid = engine_request.key, self._invalid
+        key, drawn = engine_request.key, self._drawn
         params = vllm_params(
             engine_request.sampling,
             engine_request.output_from,
             left - 1 if decode else 1,
             self._stop_ids,
             self._vocab,
-            lambda: invalid.add(key),
+            partial(drawn.__setitem__, key),
+            [seed for _, seed in engine_request.siblings],
         )
         self._added += 1
         request = VllmRequest(engine_request.phase, self._added, engine_request.key, prompt, params, None)
@@ -149,8 +156,15 @@ class VllmEngine:
         count, sampling = len(engine_request.tokens), engine_request.sampling
         if not engine_request.tokens:
             raise EngineError("an engine request needs at least one token")
-        if not 0 <= min(engine_request.tokens) <= max(engine_request.tokens) < self._vocab:
-            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}")
+        for ids, where in (
+            (engine_request.tokens, ""),
+            (sampling.stop_token_ids, " in stop_token_ids"),
+            (sampling.logit_bias, " in logit_bias"),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < self._vocab:
+                raise EngineError(f"token ids{where} must be from 0 to {self._vocab - 1}")
+        if engine_request.siblings and engine_request.phase == "decode":
+            raise EngineError("only a prefill request can have siblings")
         if not 0 <= engine_request.output_from <= count:
             raise EngineError(f"output_from must be from 0 to {count}, got {engine_request.output_from}")
         if problem := sampling_problem(sampling):
@@ -217,7 +231,7 @@ class VllmEngine:
     def step(self, most: int = 1) -> StepDone:
         """As in `Engine`, but never more than one pass; none when all requests are parked."""
         self._ended.clear()
-        self._invalid.clear()
+        self._drawn.clear()
         if len(self._requests) == self._parked:
             return StepDone(held=self._held())
         record = self._connector.begin_step()
@@ -227,7 +241,7 @@ class VllmEngine:
         for key in record.preempted:
             self._requests[key].preempted = True
         spans = tuple(Span(key, *span) for key, span in record.computed.items() if self._has_span(key))
-        tokens = tuple(self._sampled(output) for output in outputs[0].outputs) if outputs else ()
+        tokens = tuple(chain.from_iterable(map(self._sampled, outputs[0].outputs))) if outputs else ()
         self._ended.update(record.freed)
         return StepDone(spans, tokens, tuple(record.parked), tuple(record.preempted), self._held())
 
@@ -242,32 +256,40 @@ class VllmEngine:
         live.missing = set(range(blocks_for(len(live.engine_request.tokens), self.capacity.block_tokens)))
         self._parked += 1
 
-    def _sampled(self, output: Any) -> Sampled:
+    def _sampled(self, output: Any) -> Sequence[Sampled]:
         key, reason = output.request_id, output.finish_reason
-        if key in self._invalid:
-            return self._failed(key)
         (token,) = output.new_token_ids
-        self._requests[key].preempted = False
+        tokens, live = self._drawn.get(key, (token,)), self._requests[key]
+        live.preempted = False
+        if not tokens:
+            return self._failed(live)
         if reason is None:
-            return Sampled(key, (token,), None)
-        live = self._requests.pop(key)
+            return (Sampled(key, tokens, None),)
+        del self._requests[key]
         self._reported.pop(key, None)
-        ended = str(reason)
-        if ended not in ("stop", "length"):
+        if (ended := str(reason)) not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended engine request {key!r} with {ended!r}")
-        # vLLM ends every prefill request after its one token ("length"), also when the whole request continues.
-        if live.engine_request.phase == "prefill" and ended == "length" and live.outputs_left > 1:
-            return Sampled(key, (token,), None)
-        return Sampled(key, (token,), ended)
+        if live.engine_request.phase == "prefill":
+            return self._first_tokens(live, tokens)
+        return (Sampled(key, tokens, ended),)
 
-    def _failed(self, key: str) -> Sampled:
-        """End a request for which the model computed no valid number. Its KV may have such numbers too. They must not
-        stay behind: attention multiplies what lies in the unused part of a block by 0, and 0 times NaN is NaN."""
+    def _first_tokens(self, live: _LiveRequest, tokens: Sequence[Token]) -> Sequence[Sampled]:
+        """The results of a prefill request and its siblings. vLLM does not know these, and ends every prefill request
+        after its one token, also when the whole request continues."""
+        stops, last = live.request.sampling_params.stop_token_ids, "length" if live.outputs_left == 1 else None
+        ends = ["stop" if token in stops else last for token in token_ids(tokens)]
+        return [Sampled(*result) for result in zip(live.keys, zip(tokens), ends, strict=True)]
+
+    def _failed(self, live: _LiveRequest) -> Sequence[Sampled]:
+        """End a request, with its siblings, for which the model computed no valid number. Its KV may have such numbers
+        too. They must not stay behind: attention multiplies what lies in the unused part of a block by 0, and 0 times
+        NaN is NaN."""
+        key = live.engine_request.key
         freed = self._connector.record.freed.get(key)
         ids = freed or [block.block_id for block in self._req_to_blocks.get(key, ())]
         self._memory.write(ids, [memoryview(bytes(self.block_bytes))] * len(ids))
         self.cancel(key)
-        return Sampled(key, (), "error", INVALID)
+        return [Sampled(each, (), "error", INVALID) for each in live.keys]
 
     def _held(self) -> tuple[tuple[str, int], ...]:
         """(key, blocks) of the requests whose block count changed since the last call."""

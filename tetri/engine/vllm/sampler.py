@@ -5,7 +5,8 @@ same tokens there. The noise is a hash of (seed, absolute position, token id), s
 Second, output tokens that become part of a prompt (the first output token, or the output of an earlier attempt) still
 count as output: `output_from` is the index at which output begins.
 
-Order: penalties, min_tokens, temperature, min-p, top-k, top-p, Gumbel noise, argmax.
+Order, as in vLLM: min_tokens, logit_bias, penalties, temperature, min-p, top-k, top-p; then Gumbel noise and argmax.
+Log probabilities are those of the model's own logits, before all of this.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 
-from tetri.request import Sampling
+from tetri.request import Sampling, Token, TokenLogprob
 
-# Keys in vLLM's SamplingParams.extra_args: what makes the RowSampler, what is called for a row without a valid number.
-SAMPLER, INVALID_ROW = "tetri_sampler", "tetri_invalid_row"
+# Keys in vLLM's SamplingParams.extra_args: what makes the RowSampler, and what is told of its tokens.
+SAMPLER, REPORT = "tetri_sampler", "tetri_report"
+Report = Callable[[tuple[Token, ...]], object]
 
 # At temperatures below this, sampling equals argmax; the limit also avoids overflow of logits / temperature.
 GREEDY_BELOW = 1e-5
@@ -102,29 +104,53 @@ def _all_ids(vocab: int) -> torch.Tensor:
     return torch.arange(vocab, dtype=torch.int32)
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """Sample one token id from one row of float32 logits [vocab] for an absolute position, by the Gumbel-max rule.
-    Raises ValueError without a seed."""
-    if sampling.seed is None:
-        raise ValueError("sampling a token needs a seed")
+def draw(logits: torch.Tensor, sampling: Sampling, position: int, seeds: Sequence[int]) -> list[int]:
+    """Sample a token id for each seed from one row of float32 logits [vocab] for an absolute position, by the
+    Gumbel-max rule."""
     ids, values = candidates(logits, sampling)
-    score = gumbel(sampling.seed, position, ids).add_(values)
-    return int(ids[(score == score.max()).nonzero()[0, 0]])  # several times as fast as argmax
+    scores = (gumbel(seed, position, ids).add_(values) for seed in seeds)
+    return [int(ids[(score == score.max()).nonzero()[0, 0]]) for score in scores]  # several times as fast as argmax
+
+
+class LogProbabilities:
+    """The log probabilities of one row of float32 logits [vocab], with the `most` most likely tokens."""
+
+    def __init__(self, logits: torch.Tensor, most: int) -> None:
+        self._all = logits.log_softmax(-1)
+        values, ids = self._all.topk(most)
+        self._top = dict(zip(ids.tolist(), values.tolist(), strict=True))
+
+    def of(self, token: int) -> TokenLogprob:
+        """A token with its log probability."""
+        return TokenLogprob(token, float(self._all[token]), self._top)
 
 
 class RowSampler:
     """Samples for one request. `tokens`: the prompt in vLLM's sense; `output_from`: index in it at which output begins;
-    `stop_ids`: ids that end a text; `vocab`: size of the vocabulary."""
+    `stop_ids`: ids that end a text, whether or not the request ignores them; `vocab`: size of the vocabulary;
+    `siblings`: seeds for which a token is drawn too. Raises ValueError when it would have to draw without a seed."""
 
     def __init__(
-        self, sampling: Sampling, tokens: Sequence[int], output_from: int, stop_ids: Sequence[int], vocab: int
+        self,
+        sampling: Sampling,
+        tokens: Sequence[int],
+        output_from: int,
+        stop_ids: Sequence[int],
+        vocab: int,
+        siblings: Sequence[int] = (),
     ) -> None:
         self.sampling = sampling
         self._length = len(tokens)
         self._known_outputs = len(tokens) - output_from
         self._draws = sampling.temperature >= GREEDY_BELOW
-        self._min_tokens = 0 if sampling.ignore_eos or not stop_ids else sampling.min_tokens
-        self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
+        if self._draws and sampling.seed is None:
+            raise ValueError("sampling a token needs a seed")
+        self._seeds = (sampling.seed or 0, *siblings)
+        self._reports = sampling.logprobs is not None or bool(siblings)
+        self._stop_ids = torch.tensor([*stop_ids, *sampling.stop_token_ids], dtype=torch.int64)
+        self._min_tokens = sampling.min_tokens if len(self._stop_ids) else 0
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.int64)
+        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._penalizes = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
@@ -138,20 +164,35 @@ class RowSampler:
     @property
     def idle(self) -> bool:
         """Whether plain argmax is correct at every position, so that `apply` is not needed."""
-        return not (self._draws or self._penalizes or self._min_tokens > self._known_outputs)
+        changes = self._penalizes or self.sampling.logit_bias or self._min_tokens > self._known_outputs
+        return not (self._draws or self._reports or changes)
 
-    def apply(self, logits: torch.Tensor, outputs: Sequence[int]) -> None:
+    def apply(self, logits: torch.Tensor, outputs: Sequence[int]) -> tuple[Token, ...] | None:
         """Change one row of float32 logits [vocab] in place so that its argmax is the token that follows `tokens` and
-        `outputs` (tokens of this engine). A sampled token is the row's only finite entry."""
+        `outputs` (tokens of this engine). Returns this token and that of each sibling, with log probabilities if they
+        are asked for; None if nothing but the argmax is wanted. A returned token is the row's only finite entry."""
+        sampling = self.sampling
+        raw = None if sampling.logprobs is None else LogProbabilities(logits, sampling.logprobs)
+        self._change(logits, outputs)
+        if not (self._draws or self._reports):
+            return None
+        if self._draws:
+            ids = draw(logits, sampling, self._length + len(outputs), self._seeds)
+        else:
+            ids = [int(logits.argmax())] * len(self._seeds)
+        logits.fill_(_FORBIDDEN)
+        logits[ids[0]] = 0.0
+        return tuple(ids) if raw is None else tuple(map(raw.of, ids))
+
+    def _change(self, logits: torch.Tensor, outputs: Sequence[int]) -> None:
+        """Apply min_tokens, logit_bias and penalties."""
+        if self._known_outputs + len(outputs) < self._min_tokens:
+            logits[self._stop_ids] = _FORBIDDEN
+        if len(self._biased):
+            logits[self._biased] += self._biases
         if self._penalizes:
             self._count(outputs)
             penalize(logits, self._seen, self._counts, self.sampling)
-        if self._known_outputs + len(outputs) < self._min_tokens:
-            logits[self._stop_ids] = _FORBIDDEN
-        if self._draws:
-            token = draw(logits, self.sampling, self._length + len(outputs))
-            logits.fill_(_FORBIDDEN)
-            logits[token] = 0.0
 
     def _count(self, outputs: Sequence[int]) -> None:
         for token in outputs[self._counted :]:
@@ -173,20 +214,19 @@ def vllm_params(
     most: int,
     stop_ids: Sequence[int],
     vocab: int,
-    invalid: Callable[[], object],
+    report: Report,
+    siblings: Sequence[int] = (),
 ) -> Any:
     """vLLM's SamplingParams for a request with up to `most` more tokens: its end conditions and its RowSampler. They
-    are greedy, because the argmax is the token that the RowSampler chose. `invalid` is called inside a step that
-    computes no valid number for the request."""
+    are greedy, because the argmax is the token that the RowSampler chose. `report` is called inside a step: with the
+    tokens that the RowSampler returned, or with none when the model computed no valid number for the request."""
     from vllm.sampling_params import SamplingParams
 
+    sampler = partial(RowSampler, sampling, output_from=output_from, stop_ids=stop_ids, vocab=vocab, siblings=siblings)
     return SamplingParams(
         temperature=0.0,
         max_tokens=most,
-        stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
+        stop_token_ids=[*sampling.stop_token_ids, *(() if sampling.ignore_eos else stop_ids)],
         detokenize=False,
-        extra_args={
-            SAMPLER: partial(RowSampler, sampling, output_from=output_from, stop_ids=stop_ids, vocab=vocab),
-            INVALID_ROW: invalid,
-        },
+        extra_args={SAMPLER: sampler, REPORT: report},
     )

@@ -12,13 +12,14 @@ from tetri.engine.base import EngineError
 from tetri.engine.vllm.sampler import vllm_params
 from tetri.engine.vllm.setup import VllmSettings, engine_config, prepare_environment, start_core, stop_ids
 from tetri.engine_request import INVALID
-from tetri.request import Sampling
+from tetri.request import Sampling, Token
 
 BLOCK_TOKENS = 128
 
 
-def _invalid() -> None:
-    raise EngineError(INVALID)
+def _report(tokens: tuple[Token, ...]) -> None:
+    if not tokens:
+        raise EngineError(INVALID)
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class Writer:
                 f"{len(prompt)} prompt tokens and up to {sampling.max_tokens} of output are not within"
                 f" {self.context} tokens of context"
             )
-        params = vllm_params(sampling, len(prompt), sampling.max_tokens, self._stop_ids, self._vocab, _invalid)
+        params = vllm_params(sampling, len(prompt), sampling.max_tokens, self._stop_ids, self._vocab, _report)
         self._texts[key] = WrittenText(key)
         self._core.scheduler.add_request(Request(key, list(prompt), params, None))
 

@@ -1,0 +1,184 @@
+"""Completions and chat: from the body of a request to the bytes of its answer, streamed or not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tetri.client import AsyncClient, BadRequest, RequestFailed, RequestRefused, Result, TetriError
+from tetri.proc.gateway.counts import Counts
+from tetri.proc.gateway.guard import JSON, REQUEST_ID, error_response
+from tetri.proc.gateway.tokens import Tokens
+from tetri.wire.openai import Answer, ApiError, Asked, Reply, Stream
+
+RECEIPT, DEADLINE = b"x-tetri-receipt", b"x-tetri-deadline-ms"
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx would gather them
+MOST_MS = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served. `names`: of the model; `root`: the folder of its checkpoint; `context`: most tokens of prompt and
+    output; `token_text`: from a token to its bytes."""
+
+    names: Sequence[str]
+    root: str
+    context: int
+    token_text: Callable[[int], bytes]
+
+
+class Completions:
+    """An endpoint. `read`: what turns a body into what is asked for; `prefix`: of the ids of answers."""
+
+    def __init__(
+        self,
+        read: Callable[[bytes, Sequence[str], int], Asked],
+        prefix: str,
+        client: AsyncClient,
+        model: Model,
+        tokens: Tokens,
+        counts: Counts,
+    ) -> None:
+        self._read, self._prefix = read, prefix
+        self._client, self._model, self._tokens, self._counts = client, model, tokens, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = self._read(await Request(scope, receive).body(), self._model.names, self._model.context)
+        self._counts.ignored(asked.ignored)
+        headers = dict(scope["headers"])
+        answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
+        name = f"{self._prefix}-{scope['state'][REQUEST_ID]}"
+        made = asked, name, int(time.time()), self._model.token_text
+        # Of the clients in use only browsers name this type; others may break on events with an id.
+        numbered = b"text/event-stream" in headers.get(b"accept", b"")
+        reply = Stream(*made, numbered=numbered) if asked.stream else Answer(*made)
+        with self._counts.opened():
+            await while_connected(receive, self._answer(answering, reply, asked))
+
+    async def _answer(self, answering: Answering, reply: Reply, asked: Asked) -> None:
+        submits = asked.submits()
+        if asked.ids:  # the answer has the ids of the prompts, which the broker does not tell
+            for index, submit in enumerate(submits):
+                if (ids := submit.get("prompt")) is None or isinstance(ids, str):
+                    ids = await self._tokens.ids(submit.pop("prompt", None), asked.turns)
+                    submit.pop("messages", None)
+                reply.accepted(index, len(ids), ids)
+                submit["prompt"] = ids
+        await answering.run(reply, submits)
+
+
+class Answering:
+    """One answer that is being given."""
+
+    def __init__(self, client: AsyncClient, asked: Asked, receipt: bool, deadline_s: float | None, send: Send) -> None:
+        self._client, self._asked, self._send = client, asked, send
+        self._receipt, self._deadline_s = receipt, deadline_s
+        self._started = False
+
+    async def run(self, reply: Reply, submits: Sequence[Mapping[str, Any]]) -> None:
+        """Answer all prompts at once. Raises ApiError if that fails before any output was sent; else the answer ends
+        with the error."""
+        try:
+            if len(submits) == 1:
+                await self._serve(reply, 0, submits[0])
+            else:
+                await self._serve_all(reply, submits)
+            last = reply.finish()
+        except (TetriError, ApiError) as error:
+            if not self._started:
+                raise
+            last = reply.fail(api_error(error))
+        await self._write(last, more=False)
+
+    async def _serve_all(self, reply: Reply, submits: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index, submit in enumerate(submits):
+                    group.create_task(self._serve(reply, index, submit))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _serve(self, reply: Reply, index: int, submit: Mapping[str, Any]) -> None:
+        stream, unknown = self._client.events(**submit, deadline_s=self._deadline_s), self._asked.running_usage
+        async for event in stream:
+            if unknown:
+                reply.accepted(index, stream.prompt_tokens)
+                unknown = False
+            if (result := event.result) is None:
+                data = reply.delta(index, event.choice, event.tokens, event.text)
+            else:
+                ended = index, event.choice, result.finish_reason, result.usage, event.tokens, event.text
+                data = reply.end(*ended, record=_record(result) if self._receipt else None)
+            if data:
+                await self._write(data)
+
+    async def _write(self, data: bytes, more: bool = True) -> None:
+        if not self._started:
+            self._started = True
+            length = [] if self._asked.stream else [(b"content-length", b"%d" % len(data))]
+            headers = EVENTS if self._asked.stream else [(b"content-type", JSON.encode()), *length]
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*headers]})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told of an error of the broker's client."""
+    match error:
+        case ApiError():
+            return error
+        case BadRequest():
+            return ApiError(400, str(error))
+        case RequestRefused():
+            return ApiError(400 if error.retry_after_s is None else 429, str(error))
+        case RequestFailed():
+            return ApiError(500, str(error))
+    return ApiError(503, str(error))
+
+
+def failure(error: Exception) -> Response:
+    """The answer to a request that fails before any output."""
+    wait_s = error.retry_after_s if isinstance(error, RequestRefused) else None
+    return error_response(api_error(error), wait_s)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, which is cancelled when the client disconnects."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+    if not task.cancelled():
+        task.result()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
+    given = headers.get(DEADLINE)
+    if given is None:
+        return None
+    if not given.isdigit() or not 0 < int(given) <= MOST_MS:
+        name = DEADLINE.decode()
+        raise ApiError(400, f"{name} must be a whole number of milliseconds from 1 to {MOST_MS}, got {given[:40]!r}")
+    return int(given) / 1000
+
+
+def _record(result: Result) -> dict[str, Any]:
+    """How a choice was served."""
+    plain = result.to_json()
+    return {name: plain[name] for name in ("receipt", "timeline", "ttft_s", "jct_s")}
