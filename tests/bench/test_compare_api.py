@@ -99,9 +99,13 @@ class Played(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # all questions at once; one that finds no place is sent again after a second
+
+
 @pytest.fixture
 def url():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Played) as server:
+    with Server(("127.0.0.1", 0), Played) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"

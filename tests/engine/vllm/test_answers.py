@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import openai
 import pytest
 from live import LiveCluster
 
@@ -41,3 +42,32 @@ def test_vllms_benchmark_knows_model_and_tokenizer_from_the_gateway(url, kind, t
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["completed"], found["failed"], found["total_output_tokens"]) == (8, 0, 32)
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def chat(client, **options):
+    asked = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 12}
+    return client.chat.completions.create(**{**asked, "seed": 7, **options})
+
+
+def test_each_of_four_choices_is_a_request_with_its_seed(client):
+    made = chat(client, n=4, logprobs=True).choices
+    texts = {choice.index: choice.message.content for choice in made}
+    assert texts == {index: chat(client, seed=7 + index).choices[0].message.content for index in range(4)}
+    assert len(set(texts.values())) == 4 and all(len(choice.logprobs.content) == 12 for choice in made)
+    streamed = dict.fromkeys(range(4), "")
+    for piece in chat(client, n=4, stream=True):
+        for choice in piece.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+def test_a_stream_that_is_closed_is_cancelled(client, cluster):
+    with chat(client, max_tokens=1000, stream=True, extra_body={"ignore_eos": True}) as stream:
+        assert next(iter(stream)).choices[0].delta.role == "assistant"
+    cluster.wait_idle()
