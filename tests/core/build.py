@@ -152,12 +152,12 @@ def view(number: int, epoch: int = 1, **free_blocks: int | Load) -> ClusterView:
 def assign(
     rid: str, prompt: int, output: Iterable[int] = (), attempt: int = 1, max_tokens: int = 8, **changes: Any
 ) -> Assign:
-    """A request of `prompt` tokens; `changes` of its sampling, what to `avoid`, where it is `pinned` to, and the
-    `siblings` by their ids."""
-    own = {"avoid": [*changes.pop("avoid", ())], "pinned": changes.pop("pinned", "")}
-    own["siblings"] = siblings(*changes.pop("siblings", ()))
-    sampling = Sampling(max_tokens=max_tokens, **changes)
-    return Assign(rid=rid, attempt=attempt, prompt=[1] * prompt, output=list(output), sampling=sampling, **own)
+    """A request of `prompt` tokens; `changes` of its sampling, what to `avoid`, the `siblings` by their ids, and where
+    it is `pinned` to."""
+    avoid, made = [*changes.pop("avoid", ())], siblings(*changes.pop("siblings", ()))
+    fields = {"prompt": [1] * prompt, "output": list(output), "avoid": avoid, "siblings": made}
+    fields["pinned"] = changes.pop("pinned", "")
+    return Assign(rid=rid, attempt=attempt, sampling=Sampling(max_tokens=max_tokens, **changes), **fields)
 
 
 def siblings(*rids: str) -> list[Sibling]:

@@ -52,6 +52,22 @@ def test_text_is_answered_and_the_receipt_says_what_moved(cluster: LiveCluster) 
     assert result.ttft_s is not None and 0 < result.ttft_s < result.jct_s
 
 
+def test_choices_share_one_prefill_and_one_transfer_and_each_equals_a_request_with_its_seed(
+    cluster: LiveCluster,
+) -> None:
+    prompt = [17 + place % 50 for place in range(1000)]
+    sampling = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
+    alone = cluster.client().generate(prompt, seed=5, **sampling)
+    results = cluster.client().generate(prompt, seed=5, n=4, **sampling).choices
+    assert len(results) == 4 and results[0].token_ids == alone.token_ids
+    for index, result in enumerate(results):
+        check(cluster, prompt, result, seed=5 + index, **sampling)
+    assert len({tuple(result.token_ids) for result in results}) == 4
+    assert sum(result.receipt.kv_bytes or 0 for result in results) == alone.receipt.kv_bytes
+    assert sum(result.receipt.chunks or 0 for result in results) == alone.receipt.chunks
+    assert {(result.receipt.adopted, result.receipt.recomputed) for result in results} == {(1000, 0)}
+
+
 @pytest.mark.parametrize(("min_tokens", "count"), [(0, 2), (1, 2), (2, 12), (12, 12)])
 def test_a_stop_text_counts_from_min_tokens_on(cluster: LiveCluster, min_tokens: int, count: int) -> None:
     prompt = [21, 22, 23]

@@ -58,8 +58,8 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     length: LengthRange | None = None  # None: not predicted
     waited_s: float = 0.0  # seconds since a decode instance was first looked for, for this attempt
     alone: bool = False
-    canary: bool = False
     siblings: list[Sibling] = []
+    canary: bool = False
 
     def choices(self) -> list[Offer]:
         """Return the offer of each choice as if it were alone."""

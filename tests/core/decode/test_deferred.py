@@ -67,13 +67,13 @@ def test_none_overtakes_one_that_has_waited_long(granted, tried):
 
 
 def test_a_canary_comes_last_and_only_when_no_other_offer_waits():
-    canaries = [decode_request(offer(rid, 4, canary=True, waited_s=9.0)) for rid in "xy"]
+    canaries = [hand_over(offer(rid, 4, canary=True, waited_s=9.0)) for rid in "xy"]
     deferred = entered(canaries[0], waiting("a"), canaries[1], waiting("b", 1.0))
     assert rids(deferred) == "baxy" and rids(deferred.first(NOW)) == "ba"
     seen = ""
-    for request in deferred.first(NOW):
-        seen += request.offer.rid
-        deferred.leave(request.offer.rid)
+    for each in deferred.first(NOW):
+        seen += each.offer.rid
+        deferred.leave(each)
     assert seen == "baxy"
 
 

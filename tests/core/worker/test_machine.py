@@ -232,16 +232,16 @@ class WorkerUnderFire(RuleBasedStateMachine):
         old=st.integers(0, 3),
         attempt=st.integers(1, 3),
         most=st.integers(1, 9),
-        pinned=st.sampled_from(["", "", *sorted(WORKERS), "me"]),
         others=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3)), max_size=3, unique_by=lambda it: it[0]),
+        pinned=st.sampled_from(["", "", *sorted(WORKERS), "me"]),
     )
-    def assign(self, rid, prompt, old, attempt, most, pinned, others):
-        """An attempt again in the same words, perhaps with other choices of them; a canary has none."""
+    def assign(self, rid, prompt, old, attempt, most, others, pinned):
+        """An attempt again in the same words, perhaps with other choices of them."""
         words = self.assigned.setdefault((rid, attempt), (prompt, old, most, pinned))
         alike = [it for it in others if it[0] != rid and self.assigned.setdefault(it, words) == words]
         prompt, old, most, pinned = words
         made = assign(rid, prompt, [2] * old, attempt, most, temperature=1.0, seed=0, pinned=pinned)
-        self.tell(made.changed(siblings=[] if pinned else _siblings(alike)))
+        self.tell(made.changed(siblings=_siblings(alike)))
 
     @rule(made=ranges, said=some_odds, meanwhile=st.booleans())
     @precondition(lambda self: self.asked)
@@ -334,13 +334,13 @@ class WorkerUnderFire(RuleBasedStateMachine):
         fit=st.sampled_from([True, True, True, False]),
         made=ranges,
         waited=st.sampled_from([0.0, 0.0, 3.0, 9.0]),
-        canary=st.sampled_from([False, False, True]),
         others=st.lists(st.tuples(st.sampled_from("wxyz"), st.integers(1, 2)), max_size=3, unique_by=lambda it: it[0]),
+        canary=st.sampled_from([False, False, True]),
     )
-    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, canary, others):
+    def offer(self, rid, prompt, attempt, number, src, fit, made, waited, others, canary):
         changes = {"fingerprint": self.engine.fingerprint if fit else FINGERPRINT, "length": length(made)}
-        alike = [] if canary else [it for it in others if it[0] != rid]
-        changes |= {"waited_s": waited, "canary": canary, "siblings": _siblings(alike)}
+        changes |= {"waited_s": waited, "canary": canary}
+        changes["siblings"] = _siblings(it for it in others if it[0] != rid)
         self.hear_offer(offer(rid, prompt, attempt=attempt, offer=number, src=src, **changes))
 
     def hear_offer(self, made):

@@ -21,8 +21,8 @@ LOOK = 16  # how many offers are tried when memory becomes free
 
 @dataclass(slots=True)
 class Deferred:
-    """A hand-over that has no memory here yet. `since`: when it was first on offer, here or elsewhere; `asked`:
-    when its prefill instance last sent the offer. Times are seconds of the worker's clock. `since` is infinite for a
+    """A hand-over that has no memory here yet. `since`: when it was first on offer, here or elsewhere; `asked`: when
+    its prefill instance last sent the offer. Times are seconds of the worker's clock. `since` is infinite for a
     canary."""
 
     hand_over: HandOver

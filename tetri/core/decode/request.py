@@ -50,8 +50,9 @@ class KVInflow:
             return "truncated", f"the chunk does not fit its offer: {blocks} blocks in {len(chunk.handle.slots)} slots"
         inside = 0 <= chunk.start < chunk.stop <= self.blocks and len(chunk.handle.slots) == blocks
         alone = all(chunk.stop <= start or stop <= chunk.start for start, stop in self.ranges.values())
-        tokens = chunk.tokens if any(token is not None for token in chunk.tokens) else []
-        if inside and alone and len(tokens) == (choices if chunk.stop == self.blocks else 0):
+        goes_on = chunk.tokens.count(None) < len(chunk.tokens)
+        last = chunk.stop == self.blocks
+        if inside and alone and goes_on == last and len(chunk.tokens) == (choices if last else 0):
             return None
         return "misfit", "the chunk does not fit its offer"
 

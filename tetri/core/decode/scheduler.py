@@ -58,7 +58,8 @@ class DecodeScheduler:
         """Reserve memory for all choices of an offer and grant it. Defer it until there is memory, or refuse it if it
         can never be served here. A later offer of a choice replaces an earlier one; an earlier one that comes late, or
         again, changes nothing. `free_memory`: see `grant_deferred`."""
-        known = self.hand_overs.get(key_of(message))
+        key = key_of(message)
+        known = self.hand_overs.get(key)
         if known is not None and known.is_for(message):
             return self._offered_again(known, message, now)
         choices = message.choices()
@@ -82,7 +83,7 @@ class DecodeScheduler:
         if why is not None:
             return [*actions, self._answer(Refuse, message, why=why)]
         actions += self.grant_deferred(now, free_memory)
-        return [*actions, self._answer(Defer, message)] if key_of(message) in self.deferred else actions
+        return [*actions, self._answer(Defer, message)] if key in self.deferred else actions
 
     def _offered_again(self, hand_over: HandOver, message: Offer, now: float) -> list[Action]:
         """Answer the same offer again. It has the newest length: a LengthUpdate may have been lost."""

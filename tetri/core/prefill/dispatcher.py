@@ -349,8 +349,8 @@ class Dispatcher:
             length=request.length,
             waited_s=now - request.wanted_at,
             alone=request.alone,
-            canary=bool(request.pinned),
             siblings=[Sibling(choice.rid, choice.attempt, choice.seed or 0) for choice in request.flow.choices[1:]],
+            canary=bool(request.pinned),
         )
         return Send(request.flow.target, offer)
 
