@@ -125,7 +125,7 @@ def test_a_broken_promise_is_one_line_with_the_seed_and_the_time(run, monkeypatc
         return position % vocabulary
 
     monkeypatch.setattr("tetri.engine.emulated.next_token", wrong)
-    monkeypatch.setattr("tetri.sim.faulty.clients.reference", lambda *_: [1])
+    monkeypatch.setattr("tetri.sim.faulty.clients.reference_tokens", lambda *_: [1])
     status, out, err = run(*SMALL, "--seed", 7, "--faults", "drop=0.01,until=5")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "a promise is broken: seed 7, " in err and " s: client 0 has [" in err

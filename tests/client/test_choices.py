@@ -135,6 +135,13 @@ def test_no_cancel_once_all_ends_are_known(talk):
     assert [talk.sent(0.5) for _ in range(4)] == [[("attach", choice, 0)] for choice in range(3)] + [[]]
 
 
+def test_a_cancel_of_a_request_that_has_ended_changes_nothing(talk):
+    talk.receive(0.5, *(done(tokens=0, choice=choice) for choice in range(3)))
+    talk.session.cancel(talk.request)
+    assert talk.sent(0.5) == [] and talk.session.deadline() is None
+    assert [each.finish_reason for each in talk.request.outcome().choices] == ["length"] * 3
+
+
 def test_the_first_choice_that_fails_ends_the_request_and_the_others_are_cancelled(talk):
     talk.receive(1.0, done(tokens=0, choice=0), delta(0, choice=1), delta(0, choice=2))
     talk.receive(1.0, done(reason="error", tokens=1, error="d0 was lost", choice=1))

@@ -227,7 +227,7 @@ class Request(Call[Result]):
         """Cancel the request; a session's by `Session.cancel`. Its result then has the reason "cancelled", unless it
         ended for another reason first. `sent`: when its `cancellation` was sent; None: at the next `tick`."""
         self.cancelling = True
-        if self.rid is not None:
+        if self.rid is not None and not self.ended:
             self._await_cancelled(-inf if sent is None else sent + self._patience.resend_s)
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
