@@ -255,6 +255,14 @@ def test_what_a_prefill_instance_gives_up_before_a_token_starts_over_once_for_al
     assert sent(actions, kind=Assign)[0].avoid == ["p1", "d1"]
 
 
+@pytest.mark.parametrize("lost", ["d1", "d9"], ids=["known", "unknown"])
+def test_a_decode_instance_that_is_lost_before_a_token_starts_them_over_once_for_all(served, lost):
+    """Some of their KV had landed there, which the prefill instance alone knows."""
+    served.tell(PeerDown("d1"))
+    actions = served.tell(*(failed("p1", rid, retry=True).changed(lost=lost) for rid in ALL))
+    assert assigns(actions) == [(RID, 2, [Sibling(SECOND, 2, 6), Sibling(THIRD, 2, 7)])]
+
+
 def test_what_a_decode_instance_gives_up_starts_over_alone(decoding):
     assert assigns(decoding.tell(failed("d1", SECOND, retry=True))) == [(SECOND, 2, [])]
 
