@@ -197,6 +197,12 @@ def test_whoever_cancels_a_request_ends_all_that_is_open(decoding, ask):
     assert dones(decoding.tell(ask), ask.client) == [(0, "cancelled"), (1, "stop"), (2, "cancelled")]
 
 
+def test_who_repeats_a_cancel_before_the_end_is_noted_once(decoding):
+    decoding.edge = False  # the texts are not back yet
+    decoding.tell(*[cancel(client=b"x")] * 3, end())
+    assert decoding.core.table.requests[RID].watchers == [b"x", end().client]
+
+
 def test_a_deadline_ends_all_that_is_open():
     told = begin(FIRST, *ending("p1", RID, 1, 8, reason="stop"), deadline_s=1.0)
     assert dones(told.later(1.0)) == [(1, "deadline"), (2, "deadline")]
