@@ -46,9 +46,8 @@ class Span(Record, frozen=True, gc=False):
 
 class Sampled(Record, frozen=True, gc=False):
     """The new tokens of one engine request, or of a sibling of one, one per forward pass. With log probabilities if its
-    Sampling asks for them. `reason`: why it ended with the last of them, "stop"
-    (end of sequence) or "length"; None if it continues. "error": the pass after them gave no token, and `error` says
-    why."""
+    Sampling asks for them. `reason`: why it ended with the last of them, "stop" (end of sequence, or a stop token id)
+    or "length"; None if it continues. "error": the pass after them gave no token, and `error` says why."""
 
     key: str
     ids: tuple[Token, ...]

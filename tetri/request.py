@@ -94,9 +94,9 @@ def choice_id(rid: str, index: int) -> str:
 class AskedSampling(Record, frozen=True):
     """How output tokens are sampled, as a client asks for it. `max_tokens` None: the default of the request
     (Submit.default_tokens), or fewer if fewer fit into the model's context and the largest decode instance after the
-    prompt. `temperature` 0 is greedy; `seed` makes a
-    sampled output repeatable. `logprobs`: None, or how many of the most likely tokens each output token comes with.
-    `logit_bias`: added to the logits of these tokens. `stop_token_ids` end the output as an end of sequence does."""
+    prompt. `temperature` 0 is greedy; `seed` makes a sampled output repeatable. `logprobs`: None, or how many of the
+    most likely tokens each output token comes with. `logit_bias`: added to the logits of these tokens. `stop_token_ids`
+    end the output as an end of sequence does."""
 
     max_tokens: int | None = None
     temperature: float = 0.0

@@ -121,7 +121,7 @@ def test_faults_are_injected_counted_and_survived(run):
 
 
 def test_a_broken_promise_is_one_line_with_the_seed_and_the_time(run, monkeypatch):
-    def wrong(kv, position, sampling, vocabulary, salt):
+    def wrong(kv, position, outputs, sampling, vocabulary, salt):
         return position % vocabulary
 
     monkeypatch.setattr("tetri.engine.emulated.next_token", wrong)

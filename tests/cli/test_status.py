@@ -25,7 +25,7 @@ def test_status_shows_what_the_gateways_count(run, broker, place):
     assert "gateway" not in run("status")[1] and json.loads(run("status", "--json")[1])["gateways"] == {}
     report = {"url": "http://127.0.0.1:8000", "open": 2, "answered": {"200": 7, "429": 1}, "ignored": {"user": 3}}
     (place / "gateway.json").write_text(json.dumps(report))
-    line = "gateway   http://127.0.0.1:8000/v1: 2 open, 7 ended 200, 1 ended 429; ignored user 3"
+    line = "gateway   http://127.0.0.1:8000/v1: 2 open, 7 answered 200, 1 answered 429; ignored user 3"
     assert line in run("status")[1].splitlines()
     assert json.loads(run("status", "--json")[1])["gateways"] == {"gateway": report}
 

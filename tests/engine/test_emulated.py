@@ -171,7 +171,7 @@ def test_the_context_ends_it_by_length():
 
 def test_a_seed_matters_only_when_tokens_are_drawn():
     def token(**sampling):
-        return next_token(b"kv", 3, Sampling(**sampling), 1 << 30)
+        return next_token(b"kv", 3, 1, Sampling(**sampling), 1 << 30)
 
     assert token() == token(seed=5) == token(temperature=1.0) == token(temperature=1.0, seed=0)
     assert token(temperature=1.0, seed=5) != token()
@@ -373,3 +373,23 @@ def test_a_stop_id_ends_the_text_also_where_an_end_of_sequence_does_not(engine, 
     output, reason = decoded(engine, prompt(10), stop_token_ids=[99, last])
     assert (output, reason) == (right(prompt(10))[: right(prompt(10)).index(last) + 1], "stop")
     assert output == wanted(prompt(10), stop_token_ids=[99, last])
+
+
+FORCED = {"min_tokens": 3, "logit_bias": {EOS: 100.0}}
+
+
+@pytest.mark.parametrize(
+    "sampling, then, why",
+    [
+        ({"min_tokens": 3, "logit_bias": {9: 100.0}, "stop_token_ids": [9]}, [9], "stop"),
+        ({**FORCED, "ignore_eos": False}, [EOS], "stop"),
+        (FORCED, [EOS] * 5, "length"),  # vLLM forbids it also where it does not end the text
+    ],
+    ids=["stop id", "end of sequence", "one that is ignored"],
+)
+def test_nothing_that_ends_a_text_comes_before_min_tokens(engine, sampling, then, why):
+    output, reason = decoded(engine, prompt(10), **sampling)
+    assert (output[3:], reason) == (then, why) and then[0] not in output[:3]
+    assert output == wanted(prompt(10), **sampling)
+    again = {"tokens": (*prompt(10), *output[:2]), "output_from": 10, **sampling}
+    assert prefill(engine, "again", **again)[1].token == output[2], "another attempt counts the tokens of the first"

@@ -41,7 +41,7 @@ def test_every_kind_of_wrong_chunk_is_met():
         faults = Faults(**wrong, delay=0.3, kill=0.5, until=1.0)
         world = story(seed, faults, some_shape(seed).but(kv_paths=FAR, decode=1))
         for worker in world.workers.values():
-            counted.update(worker.core.decode.kv_receive.counters)
+            counted.update(worker.core.decode.hand_overs.kv_receive.counters)
         paths.update(client.done.receipt.transport for client in world.clients.clients)
     assert all(counted[name] for name in COUNTED), dict(counted)
     assert paths["local"] and paths["stream"]

@@ -62,7 +62,7 @@ def _gateways(conf: Path | None, overrides: Overrides) -> dict[str, dict[str, An
 
 def _answers(report: dict[str, Any]) -> str:
     """What an HTTP gateway has counted."""
-    parts = [f"{report['open']} open", *(f"{count} ended {status}" for status, count in report["answered"].items())]
+    parts = [f"{report['open']} open", *(f"{count} answered {status}" for status, count in report["answered"].items())]
     ignored = [f"ignored {_counts(report['ignored'])}"] if report["ignored"] else []
     return "; ".join([", ".join(parts), *ignored])
 

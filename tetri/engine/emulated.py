@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log1p
 
@@ -205,13 +205,14 @@ class EmulatedEngine:
             content.tokens += [NO_TOKEN] * (1 + len(siblings))
             return True
         kv = self.memory[content.blocks].reshape(-1, self.token_bytes)[:stop].tobytes()  # from its own blocks
-        token = self._sample(slot.key, kv, stop, sampling, content)
+        token = self._sample(slot.key, slot, kv, stop, sampling)
         for key, seed in siblings:
-            self._sample(key, kv, stop, sampling.changed(seed=seed), content)
+            self._sample(key, slot, kv, stop, sampling.changed(seed=seed))
         return ends_text(token, sampling)
 
-    def _sample(self, key: str, kv: bytes, position: int, sampling: Sampling, content: Content) -> int:
-        token = next_token(kv, position, sampling, self.vocabulary, content.salt)
+    def _sample(self, key: str, slot: Slot, kv: bytes, position: int, sampling: Sampling) -> int:
+        content, outputs = self.contents[slot.key], position - slot.request.output_from
+        token = next_token(kv, position, outputs, sampling, self.vocabulary, content.salt)
         content.tokens.append(token)
         if sampling.logprobs is not None:
             made = logprob_of(token, kv, position, sampling.logprobs, self.vocabulary, content.salt)
@@ -263,23 +264,32 @@ def roll(state: bytes, token: int) -> bytes:
     return xxhash.xxh3_64_digest(state + token.to_bytes(8, "little"))
 
 
-def next_token(kv: bytes, position: int, sampling: Sampling, vocabulary: int, salt: int = 0) -> int:
-    """The token at `position` (0-based, prompt included), given the KV bytes before it. The seed has an effect only
-    with a temperature above 0. Of a bias only the extremes have one: the largest forces one of its tokens, the least
-    forbids them."""
+def next_token(
+    kv: bytes, position: int, outputs: int, sampling: Sampling, vocabulary: int, salt: int = 0
+) -> int:
+    """The token at `position` (0-based, prompt included), given the KV bytes before it and the number of output tokens
+    before it: of the first `min_tokens`, none can end the text. The seed has an effect only with a temperature above 0.
+    Of a bias only the extremes have one: the largest forces one of its tokens, the least forbids them."""
     seed = sampling.seed or 0 if sampling.temperature > 0 else 0
     token = xxhash.xxh3_64_intdigest(kv + position.to_bytes(8, "little"), seed ^ salt) % vocabulary
     token = token if token != EOS or not sampling.ignore_eos else 1
-    return biased(token, sampling.logit_bias, vocabulary) if sampling.logit_bias else token
+    bias, ends = sampling.logit_bias, (EOS, *sampling.stop_token_ids) if outputs < sampling.min_tokens else ()
+    return _chosen(token, bias, ends, vocabulary) if bias or ends else token
 
 
-def biased(token: int, bias: Mapping[TokenId, float], vocabulary: int) -> int:
-    """One of the forced tokens, if there are any, else the first token from this one on that is not forbidden."""
-    forced = [other for other, value in bias.items() if value == MAX_BIAS and other < vocabulary]
+def _chosen(token: int, bias: Mapping[TokenId, float], forbidden: Collection[TokenId], vocabulary: int) -> int:
+    """One of the tokens that the bias forces, if there are any, else the first token from this one on that it does not
+    forbid. Never one of `forbidden`, while there are others."""
+    forced = [
+        other
+        for other, value in bias.items()
+        if value == MAX_BIAS and other < vocabulary and other not in forbidden
+    ]
     if forced:
         return forced[token % len(forced)]
-    allowed = (token + step for step in range(vocabulary) if bias.get((token + step) % vocabulary, 0.0) > -MAX_BIAS)
-    return next(allowed, token) % vocabulary
+    others = ((token + step) % vocabulary for step in range(vocabulary))
+    allowed = (other for other in others if other not in forbidden and bias.get(other, 0.0) > -MAX_BIAS)
+    return next(allowed, token)
 
 
 def logprob_of(token: int, kv: bytes, position: int, top: int, vocabulary: int, salt: int = 0) -> TokenLogprob:
@@ -308,7 +318,7 @@ def reference_tokens(prompt: Sequence[int], sampling: Sampling, vocabulary: int,
         kv += state * (token_bytes // 8)
     while len(output) < sampling.max_tokens:
         before, position = bytes(kv), len(prompt) + len(output)
-        token = next_token(before, position, sampling, vocabulary)
+        token = next_token(before, position, len(output), sampling, vocabulary)
         top = sampling.logprobs
         output.append(token if top is None else logprob_of(token, before, position, top, vocabulary))
         if ends_text(token, sampling):

@@ -29,9 +29,8 @@ def writers(
     kv, state, found = bytearray(), bytes(8), list[set[str]]()
     for position, token in enumerate((*prompt, *output)):
         if position >= len(prompt):
-            before = bytes(kv)
-            given = {name: next_token(before, position, sampling, vocabulary, salt) for name, salt in salts.items()}
-            found.append({name for name, other in given.items() if other == token})
+            before = bytes(kv), position, position - len(prompt), sampling, vocabulary
+            found.append({name for name, salt in salts.items() if next_token(*before, salt) == token})
         state = roll(state, token)
         kv += state * (token_bytes // 8)
     return found

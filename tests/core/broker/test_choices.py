@@ -197,6 +197,12 @@ def test_whoever_cancels_a_request_ends_all_that_is_open(decoding, ask):
     assert dones(decoding.tell(ask), ask.client) == [(0, "cancelled"), (1, "stop"), (2, "cancelled")]
 
 
+def test_who_repeats_a_cancel_before_the_end_is_noted_once(decoding):
+    decoding.edge = False  # the texts are not back yet
+    decoding.tell(*[cancel(client=b"x")] * 3, end())
+    assert decoding.core.table.requests[RID].watchers == [b"x", end().client]
+
+
 def test_a_deadline_ends_all_that_is_open():
     told = begin(FIRST, *ending("p1", RID, 1, 8, reason="stop"), deadline_s=1.0)
     assert dones(told.later(1.0)) == [(1, "deadline"), (2, "deadline")]
@@ -253,6 +259,14 @@ def test_what_a_prefill_instance_gives_up_before_a_token_starts_over_once_for_al
     actions = served.tell(*given_up)
     assert assigns(actions) == [(RID, 2, [Sibling(SECOND, 2, 6), Sibling(THIRD, 2, 7)])]
     assert sent(actions, kind=Assign)[0].avoid == ["p1", "d1"]
+
+
+@pytest.mark.parametrize("lost", ["d1", "d9"], ids=["known", "unknown"])
+def test_a_decode_instance_that_is_lost_before_a_token_starts_them_over_once_for_all(served, lost):
+    """Some of their KV had landed there, which the prefill instance alone knows."""
+    served.tell(PeerDown("d1"))
+    actions = served.tell(*(failed("p1", rid, retry=True).changed(lost=lost) for rid in ALL))
+    assert assigns(actions) == [(RID, 2, [Sibling(SECOND, 2, 6), Sibling(THIRD, 2, 7)])]
 
 
 def test_what_a_decode_instance_gives_up_starts_over_alone(decoding):

@@ -128,7 +128,7 @@ def test_from_landing_on_each_lives_alone():
     (again,) = sent(told.tell(resend("r.1", 0)), BROKER, Tokens)
     assert again.items[0].ids == [6, 6, 6]
     told.tell(close("r.1"))
-    assert free(told) == 60 and not told.core.decode.hand_overs
+    assert free(told) == 60 and not told.core.decode.hand_overs.by_key
     assert kinds(told.tell(last())) == ["Refuse > p1"]
 
 
@@ -152,7 +152,7 @@ def test_those_that_ended_with_their_first_token_leave_with_the_last_chunk(defer
     told.tell(group())
     actions = told.tell(last(None, 6, None))
     assert free(told) == (4 if deferred else 14) and kinds(actions) == ["CancelRequest"] * (0 if deferred else 2)
-    assert told.core.decode.deferred.blocks == (2 if deferred else 0)
+    assert told.core.decode.hand_overs.deferred.blocks == (2 if deferred else 0)
     told.step()
     assert holds(told)[-1] == ("r.1", "waiting")
     told.step()
@@ -170,17 +170,17 @@ def test_the_last_chunk_has_a_token_for_each(tokens):
     told = allocated(decoder())
     actions = told.tell(chunk("r", 0, 0, 2, tokens=tokens))
     assert kinds(actions) == ["Refuse > p1"] + ["CancelRequest"] * 3
-    assert told.core.decode.kv_receive.counters["misfit"] == 1 and free(told) == 60
+    assert told.core.decode.hand_overs.kv_receive.counters["misfit"] == 1 and free(told) == 60
 
 
 def test_they_wait_until_there_is_memory_for_all():
     told = decoder(capacity=capacity(blocks=13, context=40, max_batch=8))
     told.land("x", prompt=24)
-    assert kinds(told.tell(group(offer=2))) == ["Defer > p1"] and told.core.decode.deferred.blocks == 6
+    assert kinds(told.tell(group(offer=2))) == ["Defer > p1"] and told.core.decode.hand_overs.deferred.blocks == 6
     load = told.load()
     assert (load.deferred_blocks, load.waiting, load.free_blocks) == (6, 4, 7)
     told.tell(close("r.2"))
-    assert told.core.decode.deferred.blocks == 4 and told.core.decode.waiting() == 3
+    assert told.core.decode.hand_overs.deferred.blocks == 4 and told.core.decode.waiting() == 3
     assert sent(told.later(), "p1", Grant), "there is memory for two of them, and for the growth of another"
     assert holds(told) == [("x", "decode"), ("r", "moving"), ("r.1", "moving")]
 
@@ -189,7 +189,7 @@ def test_a_deferred_group_is_withdrawn_as_one():
     told = decoder(capacity=capacity(blocks=12, context=40, max_batch=8))
     told.land("x", prompt=32)
     told.tell(group(offer=2))
-    assert told.tell(drop("r", offer=2)) == [] and told.core.decode.deferred.blocks == 0
+    assert told.tell(drop("r", offer=2)) == [] and told.core.decode.hand_overs.deferred.blocks == 0
     assert told.core.decode.forecast.requests == 1
 
 
@@ -226,7 +226,7 @@ def test_when_all_are_closed_nothing_is_left_and_the_fetch_counts_for_nobody():
     told = allocated(decoder())
     told.far = True
     told.tell(last(), *map(close, ALL))
-    assert free(told) == 60 and not told.core.decode.hand_overs
+    assert free(told) == 60 and not told.core.decode.hand_overs.by_key
     (refused,) = sent(told.tell(group()), "p1", Refuse)
     assert "still on its way" in refused.why
     assert told.tell(Adopted(KEYS[0], 0, "lost")) == []
@@ -259,7 +259,7 @@ def test_what_has_landed_goes_on_under_another_number_without_those_that_are_clo
     anew = offer("r.1", 8, offer=7, siblings=siblings("r.1", "r.2")[1:])
     assert kinds(told.tell(anew)) == ["Grant > p1"]
     assert kinds(told.tell(chunk("r.1", 0, 0, 2, tokens=[6, 7], offer=7))) == ["Landed > p1"]
-    assert kinds(told.tell(last())) == ["Refuse > p1"] and len(told.core.decode.hand_overs) == 1
+    assert kinds(told.tell(last())) == ["Refuse > p1"] and len(told.core.decode.hand_overs.by_key) == 1
 
 
 def test_an_offer_of_which_only_a_part_has_landed_replaces_nothing():
@@ -300,7 +300,7 @@ def test_a_request_that_the_engine_rejects_is_refused_with_the_others_unless_the
 
 def test_a_reconnected_sender_hears_of_the_hand_over_once():
     told = landed()
-    answers = told.core.decode.repeat("p1")
+    answers = told.core.decode.hand_overs.repeat("p1")
     assert kinds(answers) == ["Grant > p1", "Landed > p1"]
     assert sent(told.tell(group(offer=1)), "p1", Grant) and not sent(told.tell(group()), "p1", Defer)
 

@@ -281,7 +281,7 @@ class Broker:
         if isinstance(message, Attach):
             return self._attach(event.client, message, request, now)
         ended = [choice.outbox.done for choice in request.choices if choice.outbox.done is not None]
-        if len(ended) < len(request.choices) and event.client != request.client:
+        if len(ended) < len(request.choices) and event.client not in (request.client, *request.watchers):
             request.watchers.append(event.client)
         replies = [Reply(event.client, done) for done in ended]
         return [*replies, *self.lifecycle.end_all(request.choices, "cancelled", now)]

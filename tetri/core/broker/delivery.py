@@ -162,8 +162,7 @@ class Delivery:
             choice=choice.index,
         )
         choice.outbox.end(done)
-        others = dict.fromkeys(client for client in request.watchers if client != request.client)
-        watchers = [Reply(client, done) for client in others]
+        watchers = [Reply(client, done) for client in request.watchers if client != request.client]
         actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
         self.connections.ended(choice)
         return actions

@@ -221,9 +221,9 @@ class Lifecycle:
         on elsewhere (Staged), in company, it starts over only as a suspect, which must be alone."""
         lost = self.members.by_iid.get(event.lost)
         if lost is None:
-            return self.restart([choice], f"{event.lost} was lost", now) if isinstance(event, Failed) else []
+            return self.restart(_sharing(choice), f"{event.lost} was lost", now) if isinstance(event, Failed) else []
         if isinstance(event, Failed) or len(choice.request.deaths) + 1 >= SUSPECT_DEATHS:
-            return self._restart_lost([choice], lost, f"{event.lost} was lost with its KV", now)
+            return self._restart_lost(_sharing(choice), lost, f"{event.lost} was lost with its KV", now)
         count(choice.request, lost.iid, lost.instance.incarnation)
         return []
 

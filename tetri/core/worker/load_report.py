@@ -65,6 +65,7 @@ class LoadReporter:
 
     def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler, now: float) -> None:
         self.own, self.prefill, self.decode = prefill.own, prefill, decode
+        self.hand_overs = decode.hand_overs
         self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
         self._step_times = StepTimes(self.own, decode.batch)
@@ -90,12 +91,12 @@ class LoadReporter:
             running=len(decode.batch.running),
             heavy=forecast.heavy,
             growth_blocks=forecast.growth,
-            kept_blocks=decode.kept_blocks(),
-            deferred_blocks=decode.deferred.blocks,
+            kept_blocks=self.hand_overs.kept_blocks(),
+            deferred_blocks=self.hand_overs.deferred.blocks,
             decode_s=forecast.decode_s(),
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
-            unread=decode.kv_receive.failing,
+            unread=self.hand_overs.kv_receive.failing,
         )
 
     def home(self) -> Load | None:
@@ -110,13 +111,13 @@ class LoadReporter:
             running=len(decode.batch.running),
             heavy=forecast.heavy,
             growth_blocks=forecast.growth,
-            kept_blocks=decode.kept_blocks(),
-            deferred_blocks=decode.deferred.blocks,
+            kept_blocks=self.hand_overs.kept_blocks(),
+            deferred_blocks=self.hand_overs.deferred.blocks,
         )
 
     def _free_blocks(self) -> int:
         blocked = self.prefill.queue.blocked()
-        return self.decode.ledger.free + (0 if blocked is None else blocked.flow.blocks)
+        return self.hand_overs.ledger.free + (0 if blocked is None else blocked.flow.blocks)
 
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""
@@ -134,7 +135,7 @@ class LoadReporter:
         """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status,
         step ratios."""
         estimator, readers = self.decode.estimator, self.prefill.dispatcher.readers
-        epoch, read = self.decode.peers.read
+        epoch, read = self.hand_overs.peers.read
         return self.own.report(
             Heartbeat,
             role=self.role,
@@ -143,7 +144,7 @@ class LoadReporter:
             epoch=epoch,
             read=read,
             flip=self.flip,
-            counters={**self.decode.kv_receive.counters, **readers.counters},
+            counters={**self.hand_overs.kv_receive.counters, **readers.counters},
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
             unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},

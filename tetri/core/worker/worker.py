@@ -19,7 +19,8 @@ from tetri.core.actions import (
     Step,
     WorkerInput,
 )
-from tetri.core.decode.scheduler import DecodeScheduler, FreeMemory
+from tetri.core.decode.hand_overs import FreeMemory
+from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -53,6 +54,7 @@ class Worker:
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator)
         self.dispatcher = self.prefill.dispatcher
         self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator)
+        self.hand_overs = self.decode.hand_overs
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
@@ -82,20 +84,20 @@ class Worker:
             case Exported():
                 return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
             case Adopted():
-                return self._set_fetch_timer(self.decode.adopted(event, now))
+                return self._set_fetch_timer(self.hand_overs.adopted(event, now))
             case Freed():
                 self.prefill.kv_send.freed(event.slots)
                 return []
             case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
                 return []
             case Chunk():
-                return self.decode.chunk(event)
+                return self.hand_overs.chunk(event)
             case Grant() | Defer() | Refuse() | Landed():
                 return self._answered(event, now)
             case Offer():
-                return self.decode.offer(event, now, self._free_memory())
+                return self.hand_overs.offer(event, now, self._free_memory())
             case LengthUpdate():
-                return self.decode.update_length(event)
+                return self.hand_overs.update_length(event)
             case Assign():
                 return self.prefill.assign(event, now)
             case Proceed():
@@ -105,14 +107,14 @@ class Worker:
             case LengthKnown():
                 return self.prefill.lengths.known(event, now)
             case Drop():
-                return self.decode.drop(event)
+                return self.hand_overs.drop(event)
             case Resend():
                 return [*self.prefill.resend(event), *self.decode.resend(event)]
             case RequestRejected():
                 if event.key in self.prefill.requests:
                     return self.prefill.reject(event.key, event.why)
                 self._fewer = True
-                return self.decode.reject(event.key, event.why)
+                return self.hand_overs.reject(event.key, event.why)
             case Membership():
                 return self._membership(event, now)
             case Flip():
@@ -134,7 +136,7 @@ class Worker:
             elif key == REGISTER:
                 actions.append(self._register(now))
             elif key == FETCH_AGAIN:
-                actions += self._set_fetch_timer(self.decode.fetch_again(now))
+                actions += self._set_fetch_timer(self.hand_overs.fetch_again(now))
             else:
                 actions += self.prefill.lengths.due(self.prefill.requests[key], now)
         actions = self._deliver_own(actions, now) if actions else actions
@@ -197,7 +199,7 @@ class Worker:
         batch, prefill = self.decode.batch, self.prefill
         admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
-        actions = admitted + self._deliver_own(self.decode.grant_deferred(now, self._free_memory()), now)
+        actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
         if queued and batch.lone is None:
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
         lone = batch.lone or prefill.lone()
@@ -205,7 +207,7 @@ class Worker:
             return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
             if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
-                actions += self._deliver_own(self.decode.grant_deferred(now, self._free_memory()), now)
+                actions += self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
             if not self.decode.steps():
                 self.idle = True
                 return actions
@@ -259,7 +261,7 @@ class Worker:
 
     def _set_fetch_timer(self, actions: list[Action]) -> list[Action]:
         """Set the timer that fetches a lost KV chunk again, if there is one."""
-        at = self.decode.kv_receive.next()
+        at = self.hand_overs.kv_receive.next()
         if at is not None:
             self.timers.set(FETCH_AGAIN, at)
         return actions
@@ -325,12 +327,12 @@ class Worker:
     def _closed(self, message: Close) -> list[Action]:
         self.prefill.lengths.closed(message)
         rid, attempt = message.rid, message.attempt
-        return [*self.prefill.close(rid, attempt), *self.decode.close(rid, attempt)]
+        return [*self.prefill.close(rid, attempt), *self.hand_overs.close(rid, attempt)]
 
     def _up(self, peer: str, now: float) -> list[Action]:
         self.peers.connected(peer)
         again = self.dispatcher.reconnected(peer, now)
-        return [*again, *self.decode.repeat(peer), *self.dispatcher.dispatch(now)]
+        return [*again, *self.hand_overs.repeat(peer), *self.dispatcher.dispatch(now)]
 
     def _down(self, peer: str, now: float) -> list[Action]:
         if peer == BROKER:
@@ -339,7 +341,7 @@ class Worker:
         return self._lost(peer, now)
 
     def _lost(self, iid: str, now: float) -> list[Action]:
-        actions = self.decode.orphaned(iid)
+        actions = self.hand_overs.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
             if request.flow.movable and not request.pinned and not (request.may_decode and request.lost):
                 actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
@@ -392,10 +394,10 @@ class Worker:
         if slot_deadlock is not None:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
             self.idle = False
-        expired = self.decode.expire(now)
+        expired = self.hand_overs.expire(now)
         if expired:
             self.idle = False  # others may have waited for them
-        actions += [*expired, *self.decode.resend_answers(), self.reporter.heartbeat()]
+        actions += [*expired, *self.hand_overs.resend_answers(), self.reporter.heartbeat()]
         return [*actions, *self.lone_steps.repeat()]
 
     def _unread(self, now: float) -> list[Action]:

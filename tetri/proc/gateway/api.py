@@ -52,7 +52,7 @@ class Api:
         return Response()
 
     async def _version(self, request: Request) -> Response:
-        return _json({"version": tetri.__version__})
+        return Response(openai.server_version(tetri.__version__), media_type=JSON)
 
     async def _describe(self, request: Request) -> Response:
         return _json(openai.openapi(tetri.__version__))

@@ -15,7 +15,7 @@ from tetri.wire.openai.asked import Asked
 from tetri.wire.openai.completions import read_chat, read_completion
 from tetri.wire.openai.description import openapi
 from tetri.wire.openai.errors import ApiError
-from tetri.wire.openai.models import model_list
+from tetri.wire.openai.models import model_list, server_version
 from tetri.wire.openai.reply import Reply
 from tetri.wire.openai.stream import Stream
 from tetri.wire.openai.tokens import Tokenize, detokenized, read_detokenize, read_tokenize, tokenized
@@ -34,5 +34,6 @@ __all__ = [
     "read_completion",
     "read_detokenize",
     "read_tokenize",
+    "server_version",
     "tokenized",
 ]

@@ -156,8 +156,8 @@ def read(body: bytes, kind: type[S]) -> tuple[S, tuple[str, ...]]:
     neutral = NEUTRAL.get(kind, {})
     if fields.get("tool_choice") == "none":  # the model does not see the tools
         neutral = {name: values for name, values in neutral.items() if name != "tools"}
-    for name in neutral.keys() & fields.keys():
-        if fields[name] not in neutral[name]:
+    for name, value in fields.items():
+        if name in neutral and value not in neutral[name]:
             raise ApiError(400, f"{name} is not supported: {_advice(neutral[name])}", param=name)
     ignored = fields.keys() - neutral.keys() - set(kind.__struct_fields__)
     return converted(fields, kind), tuple(sorted(ignored))

@@ -1,4 +1,4 @@
-"""The list of models."""
+"""What is served: the list of models, and the version of the server."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def model_list(names: Iterable[str], created: int, root: str | None, max_model_l
     common = {"object": "model", "created": created, "owned_by": "tetri", "root": root, "parent": None}
     models = [{"id": name, **common, "max_model_len": max_model_len} for name in names]
     return msgspec.json.encode({"object": "list", "data": models})
+
+
+def server_version(version: str) -> bytes:
+    """The body of `/version`."""
+    return msgspec.json.encode({"version": version})
