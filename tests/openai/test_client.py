@@ -62,7 +62,7 @@ def test_a_streamed_completion_is_the_same(client):
     assert all(piece.usage is None for piece in pieces[:-1]) and len({piece.id for piece in pieces}) == 1
 
 
-def test_only_who_reads_events_as_browsers_do_gets_their_numbers(server):
+def test_only_who_asks_for_events_gets_their_numbers(server):
     """vLLM's benchmark, for one, fails at anything but lines of data."""
     asked = {
         "json": {"prompt": PROMPT, "max_tokens": 2, "stream": True},

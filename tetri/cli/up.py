@@ -52,7 +52,7 @@ def _summary(config: Config, run_dir: Path) -> list[str]:
         f"clients  {config.clients_address}",
         *http,
         f"logs     {run_dir}/log",
-        "try      tetri-cli submit 'The capital of France is'   tetri-cli status   tetri-cli down",
+        "try      bin/tetri-cli submit 'The capital of France is'   bin/tetri-cli status   bin/tetri-cli down",
     ]
 
 

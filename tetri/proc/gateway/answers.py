@@ -57,7 +57,7 @@ class Completions:
         answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
         name = f"{self._prefix}-{scope['state'][REQUEST_ID]}"
         made = asked, name, int(time.time()), self._model.token_text
-        # Of the clients in use only browsers name this type; others may break on events with an id.
+        # Who names this type reads such events; other clients may break on those with an id.
         numbered = b"text/event-stream" in headers.get(b"accept", b"")
         reply = Stream(*made, numbered=numbered) if asked.stream else Answer(*made)
         with self._counts.opened():

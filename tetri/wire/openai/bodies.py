@@ -158,12 +158,14 @@ def read(body: bytes, kind: type[S]) -> tuple[S, tuple[str, ...]]:
         neutral = {name: values for name, values in neutral.items() if name != "tools"}
     for name, value in fields.items():
         if name in neutral and value not in neutral[name]:
-            raise ApiError(400, f"{name} is not supported: {_advice(neutral[name])}", param=name)
+            raise ApiError(400, f"{name} is not supported: {_advice(name, neutral[name])}", param=name)
     ignored = fields.keys() - neutral.keys() - set(kind.__struct_fields__)
     return converted(fields, kind), tuple(sorted(ignored))
 
 
-def _advice(neutral: Sequence[Any]) -> str:
+def _advice(name: str, neutral: Sequence[Any]) -> str:
+    if name == "tools":
+        return 'leave it out, or send "none" as tool_choice'
     values = " or ".join(msgspec.json.encode(value).decode() for value in neutral)
     return f"leave it out, or send {values}" if values else "leave it out"
 

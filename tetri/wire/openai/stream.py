@@ -19,8 +19,8 @@ _REST = b',"finish_reason":null}]}\n\n'
 
 
 class Stream(Reply):
-    """One event a delta. An event ends with an empty line. `numbered`: each has a number as its `id`, with which a
-    browser can resume. Other clients read nothing but lines of data: vLLM's benchmark takes an id for broken JSON."""
+    """One event a delta. An event ends with an empty line. `numbered`: each has a number as its `id`. Some clients read
+    nothing but lines of data: vLLM's benchmark takes an id for broken JSON."""
 
     def __init__(self, asked: Asked, id: str, created: int, token_text: TokenText, *, numbered: bool = True) -> None:
         super().__init__(asked, id, created, token_text)
