@@ -174,9 +174,9 @@ def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
     given = headers.get(DEADLINE)
     if given is None:
         return None
-    if not given.isdigit() or not 0 < int(given) <= MOST_MS:
-        name = DEADLINE.decode()
-        raise ApiError(400, f"{name} must be a whole number of milliseconds from 1 to {MOST_MS}, got {given[:40]!r}")
+    if not given.isdigit() or len(given) > len(str(MOST_MS)) or not 0 < int(given) <= MOST_MS:
+        name, got = DEADLINE.decode(), given[:40].decode("latin-1")
+        raise ApiError(400, f"{name} must be a whole number of milliseconds from 1 to {MOST_MS}, got {got!r}")
     return int(given) / 1000
 
 
