@@ -7,7 +7,7 @@ import pytest
 from asgi import Asking
 from scripted import Client, result, two
 
-from tetri.client import BadRequest, RequestFailed, RequestRefused, TetriError, Unreachable
+from tetri.client import BadRequest, RequestFailed, RequestLost, RequestRefused, TetriError, Unreachable
 from tetri.client.frames import Event
 from tetri.proc.gateway.answers import Completions, Model, api_error, failure
 from tetri.proc.gateway.counts import Counts
@@ -124,6 +124,7 @@ def test_more_tokens_than_the_model_has_are_refused():
     [
         (RequestRefused("full", 1.0), 429),
         (RequestRefused("too long"), 400),
+        (RequestLost("no request 7 is known here"), 503),
         (BadRequest("no"), 400),
         (RequestFailed("NaN", result("error")), 500),
         (Unreachable("nobody"), 503),

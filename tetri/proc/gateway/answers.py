@@ -12,7 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tetri.client import AsyncClient, BadRequest, RequestFailed, RequestRefused, Result, TetriError, Unreachable
+from tetri.client import (
+    AsyncClient,
+    BadRequest,
+    RequestFailed,
+    RequestLost,
+    RequestRefused,
+    Result,
+    TetriError,
+    Unreachable,
+)
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, error_response
 from tetri.proc.gateway.tokens import Tokens
@@ -136,6 +145,8 @@ def api_error(error: Exception) -> ApiError:
             return error
         case BadRequest():
             return ApiError(400, str(error))
+        case RequestLost():
+            return ApiError(503, f"the broker has lost the request ({error}): try again")
         case RequestRefused():
             return ApiError(400 if error.retry_after_s is None else 429, str(error))
         case RequestFailed():
