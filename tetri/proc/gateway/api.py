@@ -92,8 +92,15 @@ def application(
         Route("/v1/chat/completions", Completions(openai.read_chat, "chatcmpl", *common), methods=["POST"]),
         *Api(client, model, tokens).routes(),
     ]
+
+    async def broken(request: Request, error: Exception) -> Response:  # what `guard` does for all other answers
+        counts.answered(500)
+        found = error_response(ApiError(500, "the gateway failed: its log says why"))
+        found.headers[REQUEST_ID] = request.scope["state"][REQUEST_ID]
+        return found
+
     guard = Middleware(Guard, listed(settings.names), keys, settings.body_kib, counts.answered)
-    handlers: Any = {HTTPException: _http, ClientDisconnect: _nobody, Exception: _broken}
+    handlers: Any = {HTTPException: _http, ClientDisconnect: _nobody, Exception: broken}
     handlers |= {kind: lambda request, error: failure(error) for kind in (ApiError, TetriError)}
     return Starlette(routes=routes, middleware=[*_cross_origin(settings), guard], exception_handlers=handlers)
 
@@ -120,10 +127,6 @@ async def _http(request: Request, error: HTTPException) -> Response:
 
 async def _nobody(request: Request, error: ClientDisconnect) -> Response:
     return Response()  # which nobody gets
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    return error_response(ApiError(500, "the gateway failed: its log says why"))
 
 
 def _json(value: Any, status: int = 200) -> Response:
