@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +62,9 @@ class Completions:
         self._client, self._model, self._tokens, self._counts = client, model, tokens, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = self._read(await Request(scope, receive).body(), self._model.names, self._model.context)
+        body = await Request(scope, receive).body()
+        with uncollected():
+            asked = self._read(body, self._model.names, self._model.context)
         self._counts.ignored(asked.ignored)
         headers = dict(scope["headers"])
         answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
@@ -160,6 +164,17 @@ def failure(error: Exception) -> Response:
     """The answer to a request that fails before any output."""
     wait_s = error.retry_after_s if isinstance(error, RequestRefused) else None
     return error_response(api_error(error), wait_s)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For reading a body: a large one has so many values that Python's garbage collector, which would look at all of
+    them again and again, takes longer than the reading, and streams wait."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

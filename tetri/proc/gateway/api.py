@@ -18,7 +18,7 @@ from starlette.routing import Route
 import tetri
 from tetri.client import AsyncClient, TetriError
 from tetri.config import GatewayConfig
-from tetri.proc.gateway.answers import Completions, Model, failure
+from tetri.proc.gateway.answers import Completions, Model, failure, uncollected
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, Guard, error_response
 from tetri.proc.gateway.keys import Keys
@@ -66,7 +66,9 @@ class Api:
         return _json(found, 200 if found["ready"] else 503)
 
     async def _tokenize(self, request: Request) -> Response:
-        asked = openai.read_tokenize(await request.body(), self._model.names)
+        body = await request.body()
+        with uncollected():
+            asked = openai.read_tokenize(body, self._model.names)
         ids = await self._tokens.ids(asked.prompt, asked.turns)
         if asked.prompt is not None and not asked.specials:
             ids = bare(ids, await self._tokens.ids("", None))
