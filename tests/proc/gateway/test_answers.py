@@ -77,6 +77,20 @@ def test_the_collector_rests_while_a_body_is_read():
     assert seen == [False, False] and gc.isenabled()
 
 
+def test_what_never_fits_in_the_broker_is_not_to_be_tried_again():
+    small = Model(["m"], "/m", 100, lambda token: b"t", most_open=4)
+
+    def status(prompts):
+        client = Client(*(two() for _ in range(prompts)))
+        small_one = Completions(read_completion, "cmpl", client, small, Tokens(), Counts())
+        return asyncio.run(asking({"prompt": ["a"] * prompts}).of(small_one)).status
+
+    assert status(4) == 200
+    with pytest.raises(ApiError, match="5 prompts x 1 are too many: the broker has 4 choices at once") as refused:
+        status(5)
+    assert refused.value.status == 400
+
+
 def test_chat_is_answered_too():
     client = Client(two())
     chat = Completions(read_chat, "chatcmpl", client, MODEL, Tokens(), Counts())

@@ -38,12 +38,13 @@ MOST_MS = 10**9
 @dataclass(frozen=True, slots=True)
 class Model:
     """What is served. `names`: of the model; `root`: the folder of its checkpoint; `context`: most tokens of prompt and
-    output; `token_text`: from a token to its bytes."""
+    output; `token_text`: from a token to its bytes; `most_open`: choices that the broker has at once."""
 
     names: Sequence[str]
     root: str
     context: int
     token_text: Callable[[int], bytes]
+    most_open: int = 4096
 
 
 class Completions:
@@ -65,6 +66,9 @@ class Completions:
         body = await Request(scope, receive).body()
         with uncollected():
             asked = self._read(body, self._model.names, self._model.context)
+        if (len(asked.prompts) - 1) * asked.n >= self._model.most_open:  # the last prompt would be refused each time
+            most = f"the broker has {self._model.most_open} choices at once (broker.max_open)"
+            raise ApiError(400, f"{len(asked.prompts)} prompts x {asked.n} are too many: {most}")
         self._counts.ignored(asked.ignored)
         headers = dict(scope["headers"])
         answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
