@@ -172,8 +172,9 @@ def sampling_problem(s: AskedSampling, default_tokens: int = DEFAULT_TOKENS) -> 
         return f"logprobs must be from 0 to {MAX_LOGPROBS}, got {_described(s.logprobs)}"
     if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in s.logit_bias.values()):  # also catches NaN
         return f"a logit_bias must be from -{MAX_BIAS} to {MAX_BIAS}"
-    if max(len(s.logit_bias), len(s.stop_token_ids)) > MAX_IDS:
-        return f"logit_bias and stop_token_ids take at most {MAX_IDS} token ids each"
+    for name, ids in (("logit_bias", s.logit_bias), ("stop_token_ids", s.stop_token_ids)):
+        if len(ids) > MAX_IDS:
+            return f"{name} takes at most {MAX_IDS} token ids"
     return None
 
 

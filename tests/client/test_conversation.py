@@ -7,7 +7,7 @@ import pytest
 from fake_broker import FakeBroker, Scripted, accepted, answer, delta, done, pack
 
 from tests.client.script import FAST, GARBAGE, refused
-from tetri.client import RequestFailed, RequestRefused, Unreachable
+from tetri.client import RequestFailed, RequestLost, RequestRefused, Unreachable
 from tetri.client.conversation import Patience, Request
 from tetri.client.frames import submit
 from tetri.client.session import Session
@@ -100,7 +100,7 @@ def test_an_end_that_cannot_be_read_is_spoken_of(generate):
         submit=[lambda m: [accepted(m), *map(delta, range(3)), end]],
         attach=[lambda m: [end], lambda m: [refused(m["rid"])]],
     )
-    with FakeBroker(script) as broker, pytest.raises(RequestRefused) as caught:
+    with FakeBroker(script) as broker, pytest.raises(RequestLost) as caught:
         generate(broker.address)
     why = "(2 messages could not be decoded: are this client and the broker of the same version?)"
     assert str(caught.value) == f"no such request {why}"

@@ -8,7 +8,16 @@ I/O), `connection` has the socket, `sync` and `aio` wait for it, and `facade` ha
 """
 
 from tetri.client.aio import AsyncClient, AsyncStream
-from tetri.client.frames import BadRequest, Event, RequestFailed, RequestRefused, Result, TetriError, Unreachable
+from tetri.client.frames import (
+    BadRequest,
+    Event,
+    RequestFailed,
+    RequestLost,
+    RequestRefused,
+    Result,
+    TetriError,
+    Unreachable,
+)
 from tetri.client.operator import Operator
 from tetri.client.place import find_address
 from tetri.client.sync import Client, Stream
@@ -21,6 +30,7 @@ __all__ = [
     "Event",
     "Operator",
     "RequestFailed",
+    "RequestLost",
     "RequestRefused",
     "Result",
     "Stream",

@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Generic, TypeVar, cast
 
-from tetri.client.frames import Event, RequestFailed, RequestRefused, Result, TetriError, Unreachable, frame
+from tetri.client.frames import (
+    Event,
+    RequestFailed,
+    RequestLost,
+    RequestRefused,
+    Result,
+    TetriError,
+    Unreachable,
+    frame,
+)
 from tetri.request import Token, TokenLogprob, token_ids
 from tetri.wire.clients import Accepted, Attach, BrokerReply, Cancel, Delta, Done, Refused
 
@@ -188,7 +197,7 @@ class Request(Call[Result]):
 
     @property
     def lost(self) -> bool:
-        return super().lost or (self.rid is not None and isinstance(self.error, RequestRefused))
+        return super().lost or isinstance(self.error, RequestLost)
 
     @property
     def left_behind(self) -> bool:
@@ -239,7 +248,8 @@ class Request(Call[Result]):
             case Accepted():
                 self._accept(reply, now)
             case Refused():
-                self.end(RequestRefused(reply.reason, reply.retry_after_s))
+                kind = RequestRefused if self.rid is None else RequestLost
+                self.end(kind(reply.reason, reply.retry_after_s))
         return True
 
     def _accept(self, reply: Accepted, now: float) -> None:

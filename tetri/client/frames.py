@@ -49,6 +49,10 @@ class RequestRefused(TetriError):
         self.retry_after_s = retry_after_s
 
 
+class RequestLost(RequestRefused):
+    """The broker no longer knows a request that it had accepted, for instance since it was started again."""
+
+
 class Unreachable(TetriError):
     """The broker does not answer."""
 

@@ -96,7 +96,7 @@ def test_a_request_without_a_seed_draws_one_for_all():
         ([{"blocks": 8}], {"n": 3, "prompt": [1] * 9}, "n is 3: no decode instance can begin more than 2 choices of 9"),
         ([{"blocks": 99, "max_batch": 2}, {"blocks": 8}], {"n": 3, "prompt": [1] * 9}, "more than 2 choices"),
         ([{}], {"n": 1, "logit_bias": {100: 1.0}}, "an id of logit_bias is outside the model's vocabulary of 100"),
-        ([{}], {"n": 1, "logit_bias": {id: 0.5 for id in range(1025)}}, "stop_token_ids take at most 1024 token ids"),
+        ([{}], {"n": 1, "logit_bias": {id: 0.5 for id in range(1025)}}, "logit_bias takes at most 1024 token ids"),
         ([{}], {"n": 1, "stop_token_ids": [3, 100]}, "an id of stop_token_ids is outside the model's vocabulary"),
     ],
 )

@@ -1,13 +1,14 @@
 """Completions and chat: from what a client asks to what it gets, over a scripted client of the broker."""
 
 import asyncio
+import gc
 import json
 
 import pytest
 from asgi import Asking
 from scripted import Client, result, two
 
-from tetri.client import BadRequest, RequestFailed, RequestRefused, TetriError, Unreachable
+from tetri.client import BadRequest, RequestFailed, RequestLost, RequestRefused, TetriError, Unreachable
 from tetri.client.frames import Event
 from tetri.proc.gateway.answers import Completions, Model, api_error, failure
 from tetri.proc.gateway.counts import Counts
@@ -61,6 +62,35 @@ def test_a_stream_is_events_as_they_come():
     assert last == b"[DONE]" and [json.loads(chunk)["choices"][0]["text"] for chunk in chunks] == ["a", "b"]
 
 
+def test_the_collector_rests_while_a_body_is_read():
+    """500,000 lists took ten times as long with it, and held up all streams."""
+    seen = []
+
+    def read(body, *rest):
+        seen.append(gc.isenabled())
+        return read_completion(body, *rest)
+
+    chat = Completions(read, "cmpl", Client(two()), MODEL, Tokens(), Counts())
+    assert asyncio.run(asking({"prompt": "Hi"}).of(chat)).status == 200
+    with pytest.raises(ApiError):
+        asyncio.run(asking({"prompt": 5}).of(chat))
+    assert seen == [False, False] and gc.isenabled()
+
+
+def test_what_never_fits_in_the_broker_is_not_to_be_tried_again():
+    small = Model(["m"], "/m", 100, lambda token: b"t", most_open=4)
+
+    def status(prompts):
+        client = Client(*(two() for _ in range(prompts)))
+        small_one = Completions(read_completion, "cmpl", client, small, Tokens(), Counts())
+        return asyncio.run(asking({"prompt": ["a"] * prompts}).of(small_one)).status
+
+    assert status(4) == 200
+    with pytest.raises(ApiError, match="5 prompts x 1 are too many: the broker has 4 choices at once") as refused:
+        status(5)
+    assert refused.value.status == 400
+
+
 def test_chat_is_answered_too():
     client = Client(two())
     chat = Completions(read_chat, "chatcmpl", client, MODEL, Tokens(), Counts())
@@ -90,7 +120,7 @@ def test_what_a_client_asks_of_tetri_is_in_headers():
     assert "tetri" in json.loads(events(streamed)[-2]) and "tetri" not in json.loads(events(streamed)[0])
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "1.5", "", "soon", "10000000000"])
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "", "soon", "10000000000", "9" * 5000])
 def test_a_deadline_is_a_number_of_milliseconds(given):
     with pytest.raises(ApiError, match="x-tetri-deadline-ms must be a whole number") as refused:
         answered(Client(two()), {"prompt": "Hi"}, {"x-tetri-deadline-ms": given})
@@ -124,6 +154,7 @@ def test_more_tokens_than_the_model_has_are_refused():
     [
         (RequestRefused("full", 1.0), 429),
         (RequestRefused("too long"), 400),
+        (RequestLost("no request 7 is known here"), 503),
         (BadRequest("no"), 400),
         (RequestFailed("NaN", result("error")), 500),
         (Unreachable("nobody"), 503),

@@ -36,8 +36,8 @@ class Broker(Client):
         return self.ready
 
 
-def app(client=None, keys=(), **settings):
-    return application(GatewayConfig(**settings), Keys(keys), client or Broker(), MODEL, Tokens(), Counts())
+def app(client=None, keys=(), counts=None, **settings):
+    return application(GatewayConfig(**settings), Keys(keys), client or Broker(), MODEL, Tokens(), counts or Counts())
 
 
 def test_the_model_has_all_its_names_and_the_folder_of_its_checkpoint():
@@ -112,14 +112,17 @@ def test_a_fault_of_the_gateway_tells_nobody_what_it_is():
     class Faulty(Exception):
         pass
 
+    counts = Counts()
+
     async def asked():
-        asking = Asking("/ready", method="GET")
+        asking = Asking("/ready", method="GET", headers={"x-request-id": "me"})
         with pytest.raises(Faulty):  # for the log
-            await asking.of(app(Broker(Faulty("secret"))))
+            await asking.of(app(Broker(Faulty("secret")), counts=counts))
         return asking.got()
 
     got = asyncio.run(asked())
     assert got.status == 500 and b"secret" not in got.body and got.json()["error"]["type"] == "InternalServerError"
+    assert got.headers["x-request-id"] == "me" and counts.plain()["answered"] == {"500": 1}
 
 
 def test_a_client_that_goes_while_it_sends_gets_nothing():

@@ -97,6 +97,25 @@ def test_a_client_that_stops_in_a_request_is_told(what):
     assert answer.startswith(b"HTTP/1.1 408 ") and b"the request did not arrive within 0.2 s" in answer
 
 
+@pytest.mark.parametrize("offer", ["h2c", "websocket"])
+@pytest.mark.parametrize(
+    "body", [b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("apart", [True, False])
+def test_an_offer_of_another_protocol_is_declined_and_the_body_read(offer, body, apart):
+    """Java's client offers HTTP/2 with the first request of a connection."""
+    head = b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\n" % offer.encode()
+    data = (head + body) * 2 + head + b"\r\n" + GET
+
+    async def talk(reader, writer, server):
+        for part in [data[at : at + 1] for at in range(len(data))] if apart else [data]:
+            writer.write(part)
+            await asyncio.sleep(0)
+        return [(await reader.readuntil(b" bytes")).rpartition(b"\n")[2] for _ in range(4)]
+
+    assert run(talk, limits=LATER) == [b"3 bytes", b"3 bytes", b"0 bytes", b"0 bytes"]
+
+
 def test_an_idle_connection_is_closed():
     async def never(reader, writer, server):
         return await reader.read()

@@ -4,7 +4,7 @@ import pytest
 
 from tetri.request import AskedSampling
 from tetri.wire.openai import ApiError, read_chat, read_completion
-from tetri.wire.openai.completions import CHAT_TOKENS, MAX_PROMPTS
+from tetri.wire.openai.completions import CHAT_TOKENS, MAX_CHOICES
 
 
 def completion(**body):
@@ -44,13 +44,20 @@ def test_a_prompt_is_a_text_or_tokens_or_a_list_of_either(prompt, prompts):
         ([1 << 32], r"prompt\[0\]: expected int <= 4294967295"),
         ([True], r"prompt\[0\]: expected int, got bool"),
         (5, "prompt: expected str | array, got int"),
-        (["a"] * (MAX_PROMPTS + 1), "prompt: at most 1024 prompts, got 1025"),
+        (["a"] * (MAX_CHOICES + 1), "prompt: at most 1024 prompts x n, got 1025 x 1"),
+        ([[-1]] * (MAX_CHOICES + 1), "prompt: at most 1024 prompts x n, got 1025 x 1"),
     ],
 )
 def test_other_prompts_are_refused(prompt, line):
     with pytest.raises(ApiError, match=line) as refused:
         completion(prompt=prompt)
     assert refused.value.status == 400 and refused.value.param.startswith("prompt")
+
+
+def test_one_request_cannot_take_all_choices_of_the_broker():
+    assert len(completion(prompt=["a"] * 64, n=16).prompts) == 64
+    with pytest.raises(ApiError, match="at most 1024 prompts x n, got 65 x 16"):
+        completion(prompt=["a"] * 65, n=16)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +111,7 @@ def test_a_limit_is_at_most_the_context(field):
         (completion, {"stop": ""}, "stop", "stop takes at most 16 texts of 1 to 256 characters"),
         (completion, {"logprobs": 21}, "logprobs", "logprobs must be from 0 to 20, got 21"),
         (completion, {"logit_bias": {"1": 101}}, "logit_bias", "a logit_bias must be from -100 to 100"),
+        (completion, {"stop_token_ids": [1] * 1025}, "stop_token_ids", "stop_token_ids takes at most 1024 token ids"),
         (completion, {"n": 2, "temperature": 0}, "n", "n must be 1 when temperature is 0, got 2"),
         (completion, {"n": 17}, "n", "n must be at most 16, got 17"),
         (completion, {"stream_options": {"include_usage": True}}, "stream_options", "send stream true too"),

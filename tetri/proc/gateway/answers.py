@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tetri.client import AsyncClient, BadRequest, RequestFailed, RequestRefused, Result, TetriError, Unreachable
+from tetri.client import (
+    AsyncClient,
+    BadRequest,
+    RequestFailed,
+    RequestLost,
+    RequestRefused,
+    Result,
+    TetriError,
+    Unreachable,
+)
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, error_response
 from tetri.proc.gateway.tokens import Tokens
@@ -27,12 +38,13 @@ MOST_MS = 10**9
 @dataclass(frozen=True, slots=True)
 class Model:
     """What is served. `names`: of the model; `root`: the folder of its checkpoint; `context`: most tokens of prompt and
-    output; `token_text`: from a token to its bytes."""
+    output; `token_text`: from a token to its bytes; `most_open`: choices that the broker has at once."""
 
     names: Sequence[str]
     root: str
     context: int
     token_text: Callable[[int], bytes]
+    most_open: int = 4096
 
 
 class Completions:
@@ -51,7 +63,12 @@ class Completions:
         self._client, self._model, self._tokens, self._counts = client, model, tokens, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = self._read(await Request(scope, receive).body(), self._model.names, self._model.context)
+        body = await Request(scope, receive).body()
+        with uncollected():
+            asked = self._read(body, self._model.names, self._model.context)
+        if (len(asked.prompts) - 1) * asked.n >= self._model.most_open:  # the last prompt would be refused each time
+            most = f"the broker has {self._model.most_open} choices at once (broker.max_open)"
+            raise ApiError(400, f"{len(asked.prompts)} prompts x {asked.n} are too many: {most}")
         self._counts.ignored(asked.ignored)
         headers = dict(scope["headers"])
         answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
@@ -136,6 +153,8 @@ def api_error(error: Exception) -> ApiError:
             return error
         case BadRequest():
             return ApiError(400, str(error))
+        case RequestLost():
+            return ApiError(503, f"the broker has lost the request ({error}): try again")
         case RequestRefused():
             return ApiError(400 if error.retry_after_s is None else 429, str(error))
         case RequestFailed():
@@ -149,6 +168,17 @@ def failure(error: Exception) -> Response:
     """The answer to a request that fails before any output."""
     wait_s = error.retry_after_s if isinstance(error, RequestRefused) else None
     return error_response(api_error(error), wait_s)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For reading a body: a large one has so many values that Python's garbage collector, which would look at all of
+    them again and again, takes longer than the reading, and streams wait."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -174,9 +204,9 @@ def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
     given = headers.get(DEADLINE)
     if given is None:
         return None
-    if not given.isdigit() or not 0 < int(given) <= MOST_MS:
-        name = DEADLINE.decode()
-        raise ApiError(400, f"{name} must be a whole number of milliseconds from 1 to {MOST_MS}, got {given[:40]!r}")
+    if not given.isdigit() or len(given) > len(str(MOST_MS)) or not 0 < int(given) <= MOST_MS:
+        name, got = DEADLINE.decode(), given[:40].decode("latin-1")
+        raise ApiError(400, f"{name} must be a whole number of milliseconds from 1 to {MOST_MS}, got {got!r}")
     return int(given) / 1000
 
 

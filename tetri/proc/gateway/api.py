@@ -18,7 +18,7 @@ from starlette.routing import Route
 import tetri
 from tetri.client import AsyncClient, TetriError
 from tetri.config import GatewayConfig
-from tetri.proc.gateway.answers import Completions, Model, failure
+from tetri.proc.gateway.answers import Completions, Model, failure, uncollected
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, Guard, error_response
 from tetri.proc.gateway.keys import Keys
@@ -66,7 +66,9 @@ class Api:
         return _json(found, 200 if found["ready"] else 503)
 
     async def _tokenize(self, request: Request) -> Response:
-        asked = openai.read_tokenize(await request.body(), self._model.names)
+        body = await request.body()
+        with uncollected():
+            asked = openai.read_tokenize(body, self._model.names)
         ids = await self._tokens.ids(asked.prompt, asked.turns)
         if asked.prompt is not None and not asked.specials:
             ids = bare(ids, await self._tokens.ids("", None))
@@ -92,8 +94,15 @@ def application(
         Route("/v1/chat/completions", Completions(openai.read_chat, "chatcmpl", *common), methods=["POST"]),
         *Api(client, model, tokens).routes(),
     ]
+
+    async def broken(request: Request, error: Exception) -> Response:  # what `guard` does for all other answers
+        counts.answered(500)
+        found = error_response(ApiError(500, "the gateway failed: its log says why"))
+        found.headers[REQUEST_ID] = request.scope["state"][REQUEST_ID]
+        return found
+
     guard = Middleware(Guard, listed(settings.names), keys, settings.body_kib, counts.answered)
-    handlers: Any = {HTTPException: _http, ClientDisconnect: _nobody, Exception: _broken}
+    handlers: Any = {HTTPException: _http, ClientDisconnect: _nobody, Exception: broken}
     handlers |= {kind: lambda request, error: failure(error) for kind in (ApiError, TetriError)}
     return Starlette(routes=routes, middleware=[*_cross_origin(settings), guard], exception_handlers=handlers)
 
@@ -120,10 +129,6 @@ async def _http(request: Request, error: HTTPException) -> Response:
 
 async def _nobody(request: Request, error: ClientDisconnect) -> Response:
     return Response()  # which nobody gets
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    return error_response(ApiError(500, "the gateway failed: its log says why"))
 
 
 def _json(value: Any, status: int = 200) -> Response:

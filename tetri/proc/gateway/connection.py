@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tetri.proc.gateway.guard import error_response
@@ -18,6 +19,7 @@ from tetri.wire.openai import ApiError
 
 HEAD_BYTES = 64 << 10  # of the request line and all headers
 SPARE = 32  # connections above the limit, which get an error; further ones are closed at once
+FRAMING = (b"content-length", b"transfer-encoding")  # headers that say where a body ends
 NOT_HTTP = "this is no valid HTTP request"
 
 
@@ -40,6 +42,7 @@ class Connection(HttpToolsProtocol):
         self._arriving: asyncio.TimerHandle | None = None  # while a request is expected or incomplete
         self._stalled: asyncio.TimerHandle | None = None  # while the client does not read
         self._in_head, self._head_bytes = False, 0
+        self._declining = False  # the parser reads a head that has been read before
         self._served: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the latest
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -64,7 +67,11 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and measure the head of the request."""
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except HttpParserError:
+            self.refuse(400, NOT_HTTP)
         if self.transport.is_closing():
             return
         if self._in_head:
@@ -74,21 +81,50 @@ class Connection(HttpToolsProtocol):
         elif self._arriving is None and (self.cycle is None or self.cycle.response_complete):
             self._expect()  # the data began no request, but has stopped the timer of idle connections
 
+    def _parse(self, data: bytes) -> None:
+        """Parse what has arrived. The parser takes what follows a request that offers another protocol for that
+        protocol, as Java's client offers HTTP/2 with its first request. Such a request is answered in HTTP/1.1: a new
+        parser, which is told where the body ends, goes on after its head."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except HttpParserUpgrade as offer:
+                data = data[offer.args[0] :]
+            framing = [b"%b: %b\r\n" % header for header in self.headers if header[0] in FRAMING]
+            self.parser = HttpRequestParser(self)
+            self._declining = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
+            self._declining = False
+
     def on_message_begin(self) -> None:
         """A request begins."""
-        super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
-        self._expect()
+        if not self._declining:
+            super().on_message_begin()
+            self._in_head, self._head_bytes = True, 0
+            self._expect()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request line."""
+        if not self._declining:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        if not self._declining:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole: the request is served while its body arrives."""
-        self._in_head = False
-        super().on_headers_complete()
+        if not self._declining:
+            self._in_head = False
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
-        self._stop_arriving()
-        super().on_message_complete()
+        """The request is whole, unless the parser has taken its body for another protocol."""
+        if not self.parser.should_upgrade():
+            self._stop_arriving()
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """The client does not read: cut it off if that lasts."""
@@ -99,10 +135,6 @@ class Connection(HttpToolsProtocol):
         """The client reads again."""
         self._stop_stalled()
         super().resume_writing()
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
-        self.refuse(400, NOT_HTTP)
 
     def refuse(self, status: int, why: str) -> None:
         """Answer with an error, unless an answer has begun, and close the connection."""

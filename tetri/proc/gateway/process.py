@@ -124,7 +124,7 @@ def model_of(config: Config) -> Model:
     root = "emulated" if emulated else str(find(config.model.name))
     names = ["emulated" if emulated else config.model.name, *listed(config.gateway.models)]
     context, _ = build.limits_of_model(config)
-    return Model(names, root, context, token_text(build.tokenizer(config)))
+    return Model(names, root, context, token_text(build.tokenizer(config)), config.broker.max_open)
 
 
 @contextmanager

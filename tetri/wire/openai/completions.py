@@ -14,7 +14,7 @@ from tetri.wire.openai.turns import turns_of
 
 COMPLETION_TOKENS = 16  # output tokens of a completion that names no limit
 CHAT_TOKENS = 1 << 30  # of an answer in a conversation that names none: as many as fit
-MAX_PROMPTS = 1024
+MAX_CHOICES = 1024  # of all prompts of a request
 _GREEDY = 1e-5  # a temperature below counts as 0
 
 # The fields that mean the same here and to the broker.
@@ -31,7 +31,7 @@ def read_completion(body: bytes, models: Sequence[str], context: int | None = No
     limit = COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
     sampling = _sampling(fields, fields.logprobs)
     _check(fields.n, sampling, limit, context, {})
-    return _asked(fields, models, ignored, sampling, limit, prompts=_prompts(fields.prompt))
+    return _asked(fields, models, ignored, sampling, limit, prompts=_prompts(fields.prompt, fields.n))
 
 
 def read_chat(body: bytes, models: Sequence[str], context: int | None = None) -> Asked:
@@ -101,19 +101,19 @@ def _asked(
     )
 
 
-def _prompts(prompt: str | list[Any]) -> list[Prompt]:
-    """A text, token ids, or a list of either, as a list."""
+def _prompts(prompt: str | list[Any], n: int) -> list[Prompt]:
+    """A text, token ids, or a list of either, as a list. `n`: choices of each."""
     prompts: list[Prompt]
+    several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+    if several and len(prompt) * n > MAX_CHOICES:  # checked first, for converting many takes long
+        raise ApiError(400, f"prompt: at most {MAX_CHOICES} prompts x n, got {len(prompt)} x {n}", param="prompt")
     if isinstance(prompt, str):
         prompts = [prompt]
-    elif prompt and isinstance(prompt[0], str):
-        prompts = converted(prompt, list[str], "prompt")
-    elif prompt and isinstance(prompt[0], list):
-        prompts = converted(prompt, list[list[TokenId]], "prompt")
+    elif several:
+        kind = list[str] if isinstance(prompt[0], str) else list[list[TokenId]]
+        prompts = converted(prompt, kind, "prompt")
     else:
         prompts = [converted(prompt, list[TokenId], "prompt")]
     if not all(prompts):
         raise ApiError(400, "prompt: a prompt needs at least one token", param="prompt")
-    if len(prompts) > MAX_PROMPTS:
-        raise ApiError(400, f"prompt: at most {MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
     return prompts
