@@ -23,6 +23,7 @@ class LoneSteps:
     waits     the broker has not answered the last announcement yet: the engine must not compute
     next      the request of the announced step, until that step begins
     running   the request of the step under way, if that is a lone step
+    yields    a prompt gives the planned step to the batch, which has outgrown the memory
     """
 
     def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler) -> None:
@@ -30,8 +31,20 @@ class LoneSteps:
         self.waits = False
         self.running: Lone | None = None
         self.next: Lone | None = None
+        self.yields = False
         self._announced: list[Action] = []  # the last announcement
         self._number = 0
+
+    def due(self) -> Lone | None:
+        """Return the request that the next step must compute alone, or None. While the batch holds more memory than
+        there is, a prompt may find none: alone it would wait for ever, so the batch goes on as long as it can."""
+        batch, prompt = self.decode.batch, self.prefill.lone()
+        short = self.decode.ledger.free < 0 and bool(batch.running) and not batch.stuck()
+        self.yields = batch.lone is None and prompt is not None and short
+        if self.yields:
+            self.prefill.plan_alone(None)
+            return None
+        return batch.lone or prompt
 
     def announce(self, request: Lone) -> list[Action]:
         """Announce that the next step computes this request alone, and plan nothing else."""

@@ -200,7 +200,7 @@ class Worker:
         actions = admitted + self._deliver_own(self.decode.grant_deferred(now, self._free_memory()), now)
         if queued and batch.lone is None:
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
-        lone = batch.lone or prefill.lone()
+        lone = lone_steps.due()
         if lone is not None:
             return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
@@ -253,7 +253,8 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
-        way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
+        others = self.lone_steps.yields or self.prefill.queue.blocked() is not None
+        way_out = self.decode.stuck() or (batch.stuck() and others)
         self.idle = not (done.spans or done.tokens or done.allocated or way_out)
         return actions
 
