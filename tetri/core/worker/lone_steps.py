@@ -35,16 +35,14 @@ class LoneSteps:
         self._announced: list[Action] = []  # the last announcement
         self._number = 0
 
-    def due(self) -> Lone | None:
-        """Return the request that the next step must compute alone, or None. While the batch holds more memory than
-        there is, a prompt may find none: alone it would wait for ever, so the batch goes on as long as it can."""
-        batch, prompt = self.decode.batch, self.prefill.lone()
-        short = self.decode.ledger.free < 0 and bool(batch.running) and not batch.stuck()
-        self.yields = batch.lone is None and prompt is not None and short
+    def gives_way(self, request: Lone) -> bool:
+        """Return whether the batch goes on first, as long as it can, because it holds more memory than there is. A
+        prompt may find none then: alone it would wait for ever."""
+        batch, short = self.decode.batch, self.decode.ledger.free < 0
+        self.yields = isinstance(request, PrefillRequest) and short and bool(batch.running) and not batch.stuck()
         if self.yields:
             self.prefill.plan_alone(None)
-            return None
-        return batch.lone or prompt
+        return self.yields
 
     def announce(self, request: Lone) -> list[Action]:
         """Announce that the next step computes this request alone, and plan nothing else."""

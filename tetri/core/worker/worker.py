@@ -188,7 +188,8 @@ class Worker:
         if not queued and not self.decode.forecast.requests:
             self.idle = True
             return []
-        self._fewer, lone_steps = False, self.lone_steps
+        lone_steps = self.lone_steps
+        self._fewer = lone_steps.yields = False
         if lone_steps.waits or lone_steps.next is not None:
             actions = lone_steps.begin()
             if lone_steps.running is not None or lone_steps.waits:
@@ -200,8 +201,8 @@ class Worker:
         actions = admitted + self._deliver_own(self.decode.grant_deferred(now, self._free_memory()), now)
         if queued and batch.lone is None:
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
-        lone = lone_steps.due()
-        if lone is not None:
+        lone = batch.lone or prefill.lone()
+        if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
             if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
