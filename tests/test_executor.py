@@ -122,13 +122,22 @@ def test_no_kv_is_ever_read_from_a_broker():
     assert did.calls == [("connect", "broker", "address")]
 
 
-def test_what_the_core_says_to_a_result_comes_before_the_next_action():
+def test_what_the_core_says_to_a_result_comes_after_the_other_actions():
+    """A chunk of an exported prompt may end a choice whose request the same actions have just added."""
+    ended = said.Exported("k", 0, 0, 2, HANDLE, 9)
+    core, did = Core({said.Exported: [said.CancelRequest("k")]}), Everything()
+    made = executor(core, did)
+    made.table[said.Export] = lambda do: ended
+    made.carry_out([EXPORT, AddRequest(LEG)])
+    assert did.calls == [("add", LEG), ("cancel", "k")] and core.heard == [(ended, 4.5)]
+
+
+def test_what_the_core_says_to_a_result_comes_before_a_step():
     known = said.LengthKnown("k", LengthRange(low=1, high=2))
     core, did = Core({StepDone: [said.CancelRequest("a")], said.LengthKnown: [said.CancelRequest("b")]}), Everything()
-    executor(core, did, step=StepDone(), predict=known).carry_out([Step(), PREDICT, Send("p", "m")])
-    calls = [("step", 1), ("cancel", "a"), ("predict", PREDICT), ("cancel", "b"), ("send", "p", "m")]
-    assert did.calls == calls
-    assert core.heard == [(StepDone(), 4.5), (known, 4.5)]
+    executor(core, did, step=StepDone(), predict=known).carry_out([PREDICT, Send("p", "m"), Step()])
+    calls = [("predict", PREDICT), ("send", "p", "m"), ("cancel", "b"), ("step", 1), ("cancel", "a")]
+    assert did.calls == calls and core.heard == [(known, 4.5), (StepDone(), 4.5)]
 
 
 def test_lengths_named_while_the_engine_computes_are_told_before_its_step_is():

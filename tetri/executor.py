@@ -122,23 +122,17 @@ class WorkerExecutor:
         }
 
     def carry_out(self, actions: Sequence[Action]) -> None:
-        """Carry out actions in order. The result of an action goes to the core before the next action. Rejected
-        requests go to the core just before the step, so that the requests that replace them are in the engine by
-        then."""
+        """Carry out actions in order. Their results go to the core after the last one, or just before a step: what a
+        result causes may be about a request that a later action adds."""
         table = self.table
-        rejected: list[RequestRejected] = []
+        results: list[Any] = []
         for action in actions:
-            if rejected and type(action) is Step:
-                self._handle(rejected)
+            if results and type(action) is Step:
+                self._handle(results)
             result = table[type(action)](action)
-            if result is None:
-                continue
-            if isinstance(result, RequestRejected):
-                rejected.append(result)
-            else:
-                self._handle([result])
-        if rejected:
-            self._handle(rejected)
+            if result is not None:
+                results.append(result)
+        self._handle(results)
 
     def _after(self, done: StepDone | None, known: Callable[[], Iterator[LengthKnown]]) -> StepDone | None:
         self._handle([*known()])

@@ -48,6 +48,8 @@ def test_under_every_fault_all_answers_are_right_and_nothing_hangs_or_is_left(ru
     assert [name for name in ("duplicate", "late", "reordered", "truncated", "flipped", "lost") if not seen[name]] == []
     assert seen["healed"] and seen["refetched"] and seen["given_up"] and run["broker"]["restarts"]
     assert sum(run["attempts"].values()) == REQUESTS > run["attempts"]["1"]
+    ended = sum(count for name, count in run["broker"].items() if name.startswith("ended_"))
+    assert ended > REQUESTS, "none had several choices"
 
 
 def test_workers_died_in_the_middle_and_came_back(runs) -> None:

@@ -49,14 +49,10 @@ class Told:
         return actions
 
     def _follow(self, actions: list[Action]) -> list[Action]:
-        """What the loop would do at once: its results go back into the core."""
-        followed: list[Action] = []
-        for action in actions:
-            followed.append(action)
-            result = self.result(action)
-            if result is not None:
-                followed += self._follow(self.core.handle(result, self.now))
-        return followed
+        """What the executor does: the results of actions go back into the core after the last one."""
+        results = [result for result in map(self.result, actions) if result is not None]
+        followed = [self._follow(self.core.handle(result, self.now)) for result in results]
+        return [*actions, *(action for each in followed for action in each)]
 
     def result(self, action: Action) -> Any:
         """The event that an action has at once, if any."""

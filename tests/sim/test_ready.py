@@ -74,7 +74,7 @@ def test_under_faults_canaries_leave_nothing_behind_and_disturb_no_request():
     tried = 0
     for seed in range(16):
         shape = some_shape(seed)
-        world = Probed(shape.setup, shape.arrivals(seed), some_faults(seed), predictor=WildPredictor)
+        world = Probed(shape.setup, shape.choosing(seed), some_faults(seed), predictor=WildPredictor)
         world.run()
         tried += world.broker.core.pair_checks._number
     assert tried > 16

@@ -223,7 +223,7 @@ def test_chunks_that_were_announced_before_are_fetched_after_the_grant():
     told = full()
     assert not told.tell(chunk("b", 0, 0, 1), chunk("b", 1, 1, 3, token=5), chunk("b", 0, 0, 1))
     told.tell(close("a"))
-    assert kinds(told.step())[-5:] == ["Adopt", "Landed > p1", "Adopt", "Landed > p1", "Staged > broker"]
+    assert kinds(told.step())[-5:] == ["Adopt", "Adopt", "Landed > p1", "Landed > p1", "Staged > broker"]
     (again,) = sent(told.tell(chunk("b", 1, 1, 3, token=5)), "p1")
     assert isinstance(again, Landed) and again.index == 1
 

@@ -126,6 +126,33 @@ def test_a_step_for_which_slots_are_short_by_then_is_over_before_it_begins():
     assert stepped(told) is None and not announced(told.later())
 
 
+@pytest.fixture
+def short():
+    """`s` has started and waited for slots, while `x` has grown into memory that is not there. Now it may go on."""
+    told = working("m1", "d1", role="mixed", capacity=capacity(blocks=6, context=24, max_batch=4), slots=3)
+    told.running("x", max_tokens=14)
+    told.tell(suspect(prompt=12))
+    while told.core.ledger.free >= 0:
+        told.step()
+    told.answer("s", grant)
+    return told
+
+
+def test_a_prompt_yields_to_a_batch_that_has_its_memory(short):
+    """Alone it would find none, again and again."""
+    actions = short.later()
+    assert not announced(actions) and only(actions, Step) and short.chunk() == [] and short.key("s") in short.held
+    short.step()
+    short.tell(close("x"))
+    assert announced(short.later()) == [("s", 1, "prefill", False)]
+
+
+def test_a_prompt_does_not_yield_to_a_batch_that_cannot_go_on(short):
+    short.later()
+    assert not announced(short.step(preempted=["x"])) and not short.core.idle
+    assert announced(short.later()) == [("s", 1, "prefill", False)]
+
+
 # ---------------------------------------------------------------- decode
 
 

@@ -12,7 +12,7 @@ from tetri.core.worker.worker import MOST_UNKNOWN
 from tetri.engine_request import StepDone
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Offer
-from tetri.wire.messages import Heartbeat, LoadReport, Ready, Staged, Tokens
+from tetri.wire.messages import Failed, Heartbeat, LoadReport, Ready, Staged, Tokens
 
 AT_ONCE = float("-inf")
 ROOMY = {"capacity": capacity(blocks=40, context=100, max_batch=4), "slots": 30}
@@ -368,6 +368,19 @@ def test_memory_is_given_up_by_one_that_nobody_has_taken_to_a_lower_id(ask, answ
     assert told.load().queued_tokens == (32 if answer == "Grant" else 24)  # it begins again
 
 
+def test_a_prompt_that_waits_for_slots_of_a_later_one_gives_it_its_memory():
+    """Both are on offer to their own instance, which is mixed and alone: `b` has the slots, `a` the memory."""
+    told = working("m1", role="mixed", capacity=capacity(blocks=12, context=48), slots=11, reserve_share=0.5)
+    told.tell(offer("y", prompt=16, src="d9"), assign("b", prompt=24, max_tokens=4))
+    while told.run():
+        pass
+    told.tell(assign("a", prompt=28, max_tokens=4))
+    while told.run():
+        pass
+    told.tell(close("y"))
+    assert "CancelRequest" in kinds(told.later()) and told.key("b").startswith("d:")
+
+
 def test_memory_is_not_given_up_when_that_is_not_enough():
     told = blocked()
     told.land("y", prompt=4)
@@ -391,6 +404,15 @@ def test_a_deferred_offer_gets_the_memory_of_a_prompt_that_cannot_go_on_from_now
     told = blocked()
     assert kinds(told.tell(offer(rid, prompt=32, src="d9"))) == ["Defer > d9"]
     assert ("Grant > d9" in kinds(told.later())) == gets_it
+
+
+def test_a_canary_that_its_own_instance_refuses_is_in_no_step():
+    """Offers of more than all memory are deferred here: the refusal comes while its only chunk is planned."""
+    told = working("m1", role="mixed", capacity=capacity(blocks=12, context=60), slots=30)
+    told.tell(*(offer(rid, 44, offer=5 + n, max_tokens=2, src="d9") for n, rid in enumerate("xyz")))
+    told.tell(assign("c", prompt=1, max_tokens=2, ignore_eos=True, pinned="m1"))
+    assert [each.rid for each in sent(told.later(), kind=Failed)] == ["c"] and told.chunk() == []
+    told.step()
 
 
 def test_kv_that_is_exported_after_it_began_again_is_freed():

@@ -12,12 +12,13 @@ from typing import Any
 from tetri.client import AsyncClient, RequestFailed, Result, TetriError
 from tetri.config import Config
 from tetri.core.broker.delivery import MAX_ATTEMPTS
-from tetri.engine.emulated import reference
+from tetri.engine.emulated import reference_tokens
 from tetri.engine.salted import attempts_of, salt_of, writers
-from tetri.request import Sampling
+from tetri.request import Sampling, token_ids
 
 CANCELLED, CANCEL_S = 0.03, 0.4  # share of the requests; seconds after the start within which they are cancelled
 WATCH_S, SLOWEST = 0.1, 8
+ASKED = ("max_tokens", "temperature", "seed", "ignore_eos", "logprobs")
 
 
 def gave_up(failure: RequestFailed) -> bool:
@@ -57,28 +58,35 @@ class Findings:
 
 class Traffic:
     """Keeps `width` requests open. Most prompts fill a few chunks, some nearly all of a worker's memory; some requests
-    are cancelled at a random time."""
+    have several choices or log probabilities, and some are cancelled at a random time."""
 
     def __init__(self, config: Config, seed: int, width: int, bound_s: float, findings: Findings) -> None:
         self.config, self.width, self.bound_s, self.findings = config, width, bound_s, findings
         self.rng = Random(seed)
 
-    def drawn(self) -> tuple[list[int], Sampling]:
-        """Draw a prompt and its sampling parameters."""
+    def drawn(self) -> tuple[list[int], Sampling, int]:
+        """Draw a prompt, its sampling parameters and the number of choices."""
         rng, context = self.rng, self.config.emulated.context
         tokens = rng.randint(400, context - 100) if rng.random() < 0.03 else rng.randint(1, 200)
         prompt = [rng.randrange(1, self.config.emulated.vocabulary) for _ in range(tokens)]
         temperature = rng.choice((0.0, 0.0, 0.7))
         seed = rng.getrandbits(40) if temperature else None
-        length = rng.randint(1, 24)
-        return prompt, Sampling(max_tokens=length, temperature=temperature, seed=seed, ignore_eos=rng.random() < 0.5)
+        n = rng.choice((1, 2, 4)) if temperature and tokens <= 200 else 1
+        sampling = Sampling(
+            max_tokens=rng.randint(1, 24),
+            temperature=temperature,
+            seed=seed,
+            ignore_eos=rng.random() < 0.5,
+            logprobs=rng.choice((None, None, 0, 2)),
+        )
+        return prompt, sampling, n
 
     async def ask(self, client: AsyncClient, number: int) -> None:
         """Send one request and record its result."""
-        prompt, sampling = self.drawn()
-        asked = {name: getattr(sampling, name) for name in ("max_tokens", "temperature", "seed", "ignore_eos")}
+        prompt, sampling, n = self.drawn()
+        asked = {name: getattr(sampling, name) for name in ASKED}
         start, findings, cancelled = time.monotonic(), self.findings, self.rng.random() < CANCELLED
-        stream = client.stream(prompt, **asked)
+        stream = client.events(prompt, n=n, **asked)
         try:
             if cancelled:
                 await asyncio.sleep(self.rng.uniform(0.0, CANCEL_S))
@@ -92,33 +100,38 @@ class Traffic:
             return
         finally:
             findings.seconds.append(time.monotonic() - start)
-        self.check(number, prompt, sampling, result)
+        for choice in result.choices:
+            self.check(f"request {number}, choice {choice.choice}", prompt, sampling.for_choice(choice.choice), choice)
+        findings.attempts[max(choice.receipt.attempts for choice in result.choices)] += 1
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.timeline.items() if seconds >= 0.01)
         line = f"{len(prompt)} + {len(result.token_ids)} tokens, attempts {result.receipt.attempts}: {stages}"
         findings.slowest = sorted([*findings.slowest, (round(findings.seconds[-1], 2), line)], reverse=True)[:SLOWEST]
 
-    def check(self, number: int, prompt: list[int], sampling: Sampling, result: Result) -> None:
-        """Compare a result with the correct tokens and check its receipt."""
+    def check(self, name: str, prompt: list[int], sampling: Sampling, result: Result) -> None:
+        """Compare the result of a choice with the correct tokens and check its receipt."""
         findings, receipt = self.findings, result.receipt
         wrong = (self.mixed if self.config.emulated.salt else self.differs)(prompt, sampling, result)
         if wrong is not None:
-            findings.wrong.append(f"request {number}: {wrong}: {receipt}")
+            findings.wrong.append(f"{name}: {wrong}: {receipt}")
         if result.finish_reason == "length" and receipt.adopted is None:
-            findings.wrong.append(f"request {number}: its worker did not report its KV, {receipt}")
+            findings.wrong.append(f"{name}: its worker did not report its KV, {receipt}")
         if receipt.decode_instance and receipt.chunks:
             silent = receipt.recomputed and not receipt.preempted
             if silent or (receipt.adopted, receipt.prompt_tokens) != (len(prompt), len(prompt)):
-                findings.wrong.append(f"request {number}: computed again, {receipt}")
-        findings.attempts[receipt.attempts] += 1
+                findings.wrong.append(f"{name}: computed again, {receipt}")
         findings.chunks += receipt.chunks or 0
 
     def differs(self, prompt: list[int], sampling: Sampling, result: Result) -> str | None:
         """Return how a result differs from the correct tokens, or None."""
         made = self.config.emulated
-        right = reference(prompt, sampling, made.vocabulary, made.token_bytes)
+        right = reference_tokens(prompt, sampling, made.vocabulary, made.token_bytes)
         if result.finish_reason == "cancelled":
             right = right[: len(result.token_ids)]
-        return None if result.token_ids == right else f"{result.token_ids} is not {right}"
+        if result.token_ids != token_ids(right):
+            return f"{result.token_ids} is not {token_ids(right)}"
+        if sampling.logprobs is not None and (result.logprobs or []) != right:
+            return f"{result.logprobs} is not {right}"
+        return None
 
     def mixed(self, prompt: list[int], sampling: Sampling, result: Result) -> str | None:
         """Return how a result of salted engines was not written by a prefill and a decode instance in each attempt, or

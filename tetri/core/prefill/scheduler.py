@@ -206,13 +206,15 @@ class PrefillScheduler:
     def free_memory(self, rid: str, blocks: int) -> list[Action]:
         """Free the KV blocks of the blocked request for request `rid`, which needs `blocks` to decode here. Otherwise
         two mixed instances could wait for each other's memory for ever. When two requests are on offer to each other's
-        instances, the one with the lower id wins on both."""
+        instances, the one with the lower id wins on both. One that is on offer here yields to any: it may wait for the
+        slots of the other."""
         request = self.queue.blocked()
         if request is None or any(choice.rid == rid for choice in request.choices):
             return []
-        if request.flow.offer is not None and request.flow.choices[0].rid < rid:
+        flow = request.flow
+        if flow.offer is not None and flow.target != self.own.iid and flow.choices[0].rid < rid:
             return []
-        enough = self.ledger.free + request.flow.blocks >= blocks
+        enough = self.ledger.free + flow.blocks >= blocks
         return self.retreat(request, "its memory was given to a request that decodes here") if enough else []
 
     def retreat(self, request: PrefillRequest, why: str) -> list[Action]:
@@ -321,6 +323,7 @@ class PrefillScheduler:
         cancel: list[Action] = [CancelRequest(request.key)] if request.running else []
         if request.running:
             self._stop(request)
+        self.expected = [span for span in self.expected if span.key != request.key]
         return [*cancel, *self.dispatcher.forget(request, why), *self.kv_send.drain(request)]
 
     # ------------------------------------------------------------ reports

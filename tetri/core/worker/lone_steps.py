@@ -23,6 +23,7 @@ class LoneSteps:
     waits     the broker has not answered the last announcement yet: the engine must not compute
     next      the request of the announced step, until that step begins
     running   the request of the step under way, if that is a lone step
+    yields    a prompt gives the planned step to the batch, which has outgrown the memory
     """
 
     def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler) -> None:
@@ -30,8 +31,18 @@ class LoneSteps:
         self.waits = False
         self.running: Lone | None = None
         self.next: Lone | None = None
+        self.yields = False
         self._announced: list[Action] = []  # the last announcement
         self._number = 0
+
+    def gives_way(self, request: Lone) -> bool:
+        """Return whether the batch goes on first, as long as it can, because it holds more memory than there is. A
+        prompt may find none then: alone it would wait for ever."""
+        batch, short = self.decode.batch, self.decode.ledger.free < 0
+        self.yields = isinstance(request, PrefillRequest) and short and bool(batch.running) and not batch.stuck()
+        if self.yields:
+            self.prefill.plan_alone(None)
+        return self.yields
 
     def announce(self, request: Lone) -> list[Action]:
         """Announce that the next step computes this request alone, and plan nothing else."""

@@ -190,7 +190,8 @@ class Worker:
         if not queued and not self.decode.forecast.requests:
             self.idle = True
             return []
-        self._fewer, lone_steps = False, self.lone_steps
+        lone_steps = self.lone_steps
+        self._fewer = lone_steps.yields = False
         if lone_steps.waits or lone_steps.next is not None:
             actions = lone_steps.begin()
             if lone_steps.running is not None or lone_steps.waits:
@@ -203,7 +204,7 @@ class Worker:
         if queued and batch.lone is None:
             actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
         lone = batch.lone or prefill.lone()
-        if lone is not None:
+        if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
             if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
@@ -255,7 +256,8 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
-        way_out = self.decode.stuck() or (batch.stuck() and self.prefill.queue.blocked() is not None)
+        others = self.lone_steps.yields or self.prefill.queue.blocked() is not None
+        way_out = self.decode.stuck() or (batch.stuck() and others)
         self.idle = not (done.spans or done.tokens or done.allocated or way_out)
         return actions
 
