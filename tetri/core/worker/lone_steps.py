@@ -38,7 +38,7 @@ class LoneSteps:
     def gives_way(self, request: Lone) -> bool:
         """Return whether the batch goes on first, as long as it can, because it holds more memory than there is. A
         prompt may find none then: alone it would wait for ever."""
-        batch, short = self.decode.batch, self.decode.ledger.free < 0
+        batch, short = self.decode.batch, self.decode.batch.ledger.free < 0
         self.yields = isinstance(request, PrefillRequest) and short and bool(batch.running) and not batch.stuck()
         if self.yields:
             self.prefill.plan_alone(None)
