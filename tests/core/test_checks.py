@@ -73,11 +73,11 @@ def test_one_that_waits_for_nobody_is_found():
     "spoil, complaint",
     [
         (lambda it, request: it._choices.clear(), "their index differ"),
-        (lambda it, request: setattr(it.hand_overs[D], "key", "x"), "a hand-over has another key"),
+        (lambda it, request: setattr(it.by_key[D], "key", "x"), "a hand-over has another key"),
         (lambda it, request: it.requests.clear(), "granted are others than"),
         (lambda it, request: it.ledger.close(D), "has no account"),
-        (lambda it, request: it.moving.update(it.hand_overs), "is not where a request in decode belongs"),
-        (lambda it, request: it.moving.update(gone=it.hand_overs[D]), "requests that are gone are still counted"),
+        (lambda it, request: it.moving.update(it.by_key), "is not where a request in decode belongs"),
+        (lambda it, request: it.moving.update(gone=it.by_key[D]), "requests that are gone are still counted"),
         (lambda it, request: setattr(request, "landed_as", 0), "runs without its KV"),
         (lambda it, request: setattr(request, "mark", 9), "is to be looked at when it has 9"),
         (lambda it, request: request.tokens.extend([1] * 60), "runs past max_tokens"),
@@ -88,7 +88,7 @@ def test_one_that_waits_for_nobody_is_found():
 def test_a_decode_request_that_is_counted_wrong_is_found(spoil, complaint):
     half = decoding().decode
     half.check()
-    spoil(half, half.requests[D])
+    spoil(half.hand_overs, half.hand_overs.requests[D])
     with pytest.raises(Broken, match=complaint):
         half.check()
 

@@ -104,5 +104,5 @@ class DecodeScheduler:
 
     def check(self) -> None:
         """Raise Broken when hand-overs, requests, batch, ledger, indexes and forecast disagree."""
-        self.hand_overs.check()
         self.batch.check()
+        self.hand_overs.check()
