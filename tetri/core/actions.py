@@ -54,17 +54,14 @@ class Reply(Value, frozen=True):
 
 class Detokenize(Value, frozen=True):
     """Turn output tokens of a choice into text; a `Detokenized` event follows. `rid`: id of the choice. `start`: index
-    of the first token in the output. `stop`: texts that end the choice, once a token after the first `min_tokens`
-    completes one. `final`: no more tokens follow, so hold no text back. `silent`: ids of tokens without text, such as
-    those that end the output."""
+    of the first token in the output. `final`: no more tokens follow, so hold no text back. `sampling`: its `stop` texts
+    end the choice, once a token after the first `min_tokens` completes one; its `stop_token_ids` have no text."""
 
     rid: str
     start: int
     ids: tuple[int, ...]
-    stop: tuple[str, ...]
     final: bool
-    min_tokens: int
-    silent: tuple[int, ...] = ()
+    sampling: Sampling
 
 
 class Release(Value, frozen=True):

@@ -167,9 +167,9 @@ class ActionExecutor:
         """Convert output tokens to text. The text ends before a stop text."""
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
-            stopper = self.stoppers[action.rid] = Stopper(
-                self.tokenizer, action.stop, min_tokens=action.min_tokens, silent=action.silent
-            )
+            asked, silent = action.sampling, action.sampling.stop_token_ids
+            stopper = Stopper(self.tokenizer, asked.stop, min_tokens=asked.min_tokens, silent=silent)
+            self.stoppers[action.rid] = stopper
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 

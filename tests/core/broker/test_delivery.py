@@ -2,10 +2,21 @@
 
 import pytest
 
-from tests.core.broker.serving import ANOTHERS, RID, attach, cancel, done, end, refusal, replies, serving, submit
+from tests.core.broker.serving import (
+    ANOTHERS,
+    RID,
+    attach,
+    cancel,
+    done,
+    end,
+    refusal,
+    replies,
+    serving,
+    submit,
+)
 from tests.core.build import ending, staged, tokens
 from tests.core.reading import kinds, sent
-from tetri.core.actions import Detokenize, Detokenized, Undelivered
+from tetri.core.actions import Detokenized, Undelivered
 from tetri.request import Stage
 from tetri.wire.clients import Accepted, Delta, Done, Refused
 from tetri.wire.messages import Close
@@ -113,7 +124,8 @@ def test_the_detokenizer_hears_what_ends_the_text_and_from_when_on():
     told.edge = False
     told.tell(submit(stop=["x"], min_tokens=3, stop_token_ids=[9]))
     (asked,) = told.tell(tokens("p1", RID, 0, 7))
-    assert asked == Detokenize(RID, 0, (7,), ("x",), False, 3, (9,))
+    assert (asked.rid, asked.start, asked.ids, asked.final) == (RID, 0, (7,), False)
+    assert (asked.sampling.stop, asked.sampling.min_tokens, asked.sampling.stop_token_ids) == (["x"], 3, [9])
 
 
 def test_words_that_come_late_are_ignored(told):

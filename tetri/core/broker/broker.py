@@ -115,13 +115,18 @@ class Broker:
                 actions += self._silent(who, now)
             else:
                 actions += self._request_timer(what, who, now)
-        actions += [*self.members.publish_due(now), *self.delivery.connections.tick(now)]
-        return [*actions, *self.pair_checks.tick(now)]
+        return [
+            *actions,
+            *self.members.publish_due(now),
+            *self.delivery.connections.tick(now),
+            *self.pair_checks.tick(now),
+        ]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`; None if no timer is set."""
-        times = self.timers.next(), self.members.publish_at(), self.delivery.connections.deadline()
-        return min([at for at in (*times, self.pair_checks.deadline()) if at is not None], default=None)
+        own, members, clients = self.timers.next(), self.members.publish_at(), self.delivery.connections.deadline()
+        times = (own, members, clients, self.pair_checks.deadline())
+        return min([at for at in times if at is not None], default=None)
 
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""

@@ -124,9 +124,7 @@ class Delivery:
     def detokenize(self, choice: Choice, *, final: bool) -> list[Action]:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, choice.asked = choice.asked, len(choice.output)
-        ids, sampling = tuple(choice.output[start:]), choice.sampling
-        stop, silent = tuple(sampling.stop), tuple(sampling.stop_token_ids)
-        return [Detokenize(choice.id, start, ids, stop, final, sampling.min_tokens, silent)]
+        return [Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)]
 
     def detokenized(self, choice: Choice, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text

@@ -87,9 +87,9 @@ class FaultyBroker(Process, BrokerNode):
     def _detokenize(self, action: Detokenize) -> Detokenized:
         stopper = self.stoppers.get(action.rid)
         if stopper is None:
-            stopper = self.stoppers[action.rid] = Stopper(
-                EDGE, action.stop, min_tokens=action.min_tokens, silent=action.silent
-            )
+            asked, silent = action.sampling, action.sampling.stop_token_ids
+            stopper = Stopper(EDGE, asked.stop, min_tokens=asked.min_tokens, silent=silent)
+            self.stoppers[action.rid] = stopper
         text, counted = stopper.advance(action.ids, action.final)
         return Detokenized(action.rid, action.start, action.ids, text, counted, action.final)
 
