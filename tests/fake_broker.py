@@ -6,12 +6,16 @@ from math import inf
 
 import msgpack
 import zmq
+from msgspec import to_builtins
+
+from tetri.wire.load import Load
+from tetri.wire.observation import Activity
 
 WORDS = ["one ", "two ", "three"]
 
 
 def pack(**body):
-    return b"\x03" + msgpack.packb(body)
+    return b"\x04" + msgpack.packb(body)
 
 
 def done(rid="r1", reason="length", tokens=3, error=None, choice=0):
@@ -76,7 +80,7 @@ class FakeBroker:
             if not self._socket.poll(10):
                 continue
             peer, frame = self._socket.recv_multipart()
-            assert frame[:1] == b"\x03"
+            assert frame[:1] == b"\x04"
             message = msgpack.unpackb(frame[1:], strict_map_key=False)
             self.seen.append(message)
             for reply in self.reply(message):
@@ -117,9 +121,10 @@ def endless(message):
 
 def instance(iid, role, **fields):
     """One instance in a Status, as the broker sends it."""
-    plain = {"iid": iid, "role": role, "state": "ready", "incarnation": 1, "blocks": 9, "free_blocks": 8, "queued": 1}
-    plain |= {"running": 2, "held": 3, "note": "", "paths": {}, "counters": {}, "slots_used": 0, "predictor": None}
-    return {**plain, "unread": 0, "unread_by": {}, "step_ratio": {"prefill": None, "decode": None}, **fields}
+    plain = {"iid": iid, "role": role, "state": "ready", "incarnation": 1, "blocks": 9, "held": 3}
+    plain |= {"load": to_builtins(Load(free_blocks=8, queued=1, running=2)), "activity": to_builtins(Activity())}
+    plain |= {"note": "", "paths": {}, "counters": {}, "slots_used": 0, "predictor": None, "unread_by": {}}
+    return {**plain, "step_ratio": {"prefill": None, "decode": None}, **fields}
 
 
 STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m", "monitor": None}

@@ -157,7 +157,7 @@ class LiveCluster:
             with Client(self.config.clients_address) as client:
                 status = client.status()
             lively = [i for i in status["instances"] if i["state"] == "ready"]
-            blocks = all(i["free_blocks"] == i["blocks"] and not i["held"] for i in lively)
+            blocks = all(i["load"]["free_blocks"] == i["blocks"] and not i["held"] for i in lively)
             return blocks and not status["requests"]
 
         wait_until(idle, "requests or blocks are left")

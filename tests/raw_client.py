@@ -19,7 +19,7 @@ Message = dict[str, Any]  # as on the wire, `type` included
 Prompt = str | list[int] | list[Message]  # text, token ids, or a conversation
 Answer = tuple[list[Any], str, Message]  # tokens (ids, or arrays of id, logprob, top with logprobs), text, the Done
 
-VERSION = b"\x03"
+VERSION = b"\x04"
 
 
 class NoAnswer(Exception):

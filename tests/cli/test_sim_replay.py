@@ -8,7 +8,8 @@ import pytest
 
 from tetri.policy.views import FlipSettings
 from tetri.proc.recorder import MAGIC, MonitorStart, Recorder, framed
-from tetri.wire.messages import Load, LoadReport
+from tetri.wire.load import Load
+from tetri.wire.messages import LoadReport
 
 START = MonitorStart(flip="none", settings=FlipSettings(), epoch=1, load_s=0.1, stale_s=1.0, gone_s=5.0, now=0.0)
 

@@ -13,8 +13,8 @@ def refused(key, reason="no such request", retry_after_s=None):
 GARBAGE = [
     b"",
     b"\x01" + msgpack.packb(done()),
-    b"\x03",
-    b"\x03\xc1",
+    b"\x04",
+    b"\x04\xc1",
     pack(type="hello"),
     pack(type=3),
     pack(type="delta", rid="r1", start="0", ids=[], text=""),
@@ -23,6 +23,6 @@ GARBAGE = [
     pack(**{**done(), "usage": {}}),
     pack(**{**done(), "usage": {"prompt_tokens": 1, "completion_tokens": "x"}}),
     pack(**{**done(), "receipt": {"prompt_tokens": 1, "magic": 2}}),
-    b"\x03" + msgpack.packb([1, 2]),
-    b"\x03" + b"\x81" * 100_000,
+    b"\x04" + msgpack.packb([1, 2]),
+    b"\x04" + b"\x81" * 100_000,
 ]

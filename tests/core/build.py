@@ -15,6 +15,7 @@ from tetri.policy.rules import Rules
 from tetri.policy.views import QueuedPrompt
 from tetri.request import LengthRange, Receipt, Sampling, blocks_for
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Handle, Landed, LengthUpdate, Offer, Refuse, Sibling
+from tetri.wire.load import Load
 from tetri.wire.messages import (
     Assign,
     Close,
@@ -25,7 +26,6 @@ from tetri.wire.messages import (
     Heartbeat,
     Hold,
     InstanceLoad,
-    Load,
     LoadReport,
     Membership,
     Ready,

@@ -17,7 +17,8 @@ from tetri.instance import Instance
 from tetri.request import LengthDistribution, blocks_for
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Offer
-from tetri.wire.messages import Heartbeat, Load, Ready
+from tetri.wire.load import Load
+from tetri.wire.messages import Heartbeat, Ready
 
 PROMPT_TOKEN, TOKEN = 7, 6  # what every prompt ends with here, and what follows; from elsewhere requests bring a 5
 

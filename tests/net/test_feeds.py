@@ -4,7 +4,8 @@ import time
 
 from tests.net.hubs import events, hubs, ipc, linked, plain, until
 from tetri.wire.events import Arrived
-from tetri.wire.messages import Close, ClusterView, InboxMessage, Load, LoadReport
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, ClusterView, InboxMessage, LoadReport
 
 
 def report(iid="p0", free=7):

@@ -10,7 +10,8 @@ from tests.net.hubs import PATIENCE, events, hubs, ipc, plain, until
 from tetri.net.intake import MAX_CLIENT_BYTES, MAX_MESSAGES
 from tetri.wire import codec
 from tetri.wire.clients import Attach, ClientMessage, Submit
-from tetri.wire.messages import Close, ClusterView, InboxMessage, Load, LoadReport
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, ClusterView, InboxMessage, LoadReport
 
 GOOD = {
     "inbox": (zmq.PUSH, InboxMessage, Close(rid="good", attempt=1)),
@@ -72,9 +73,9 @@ def target(request, run_folder, context):
 
 GARBAGE = [
     ([b""], "empty"),
-    ([b"\x03"], "unreadable"),
+    ([b"\x04"], "unreadable"),
     ([b"\xff" * 100], "version"),
-    ([b"\x03\x93\x01\x02\x03"], "unexpected"),
+    ([b"\x04\x93\x01\x02\x03"], "unexpected"),
     ([b"\x01" + codec.encode(GOOD["inbox"][2])[1:]], "version"),
     ([codec.encode(GOOD["inbox"][2]), b"more"], "frames"),
     ([b"", codec.encode(GOOD["clients"][2])], "frames"),  # what a REQ socket sends

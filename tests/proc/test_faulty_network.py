@@ -10,7 +10,8 @@ import pytest
 from tetri.faults import Chance, Faults
 from tetri.proc.faulty_network import OVERTAKEN_S, FaultyNetwork
 from tetri.wire.handover import Chunk, Drop, Grant, Handle, Landed, Refuse
-from tetri.wire.messages import Close, Heartbeat, Load, Resend
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, Heartbeat, Resend
 
 MANY = 200
 

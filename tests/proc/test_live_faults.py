@@ -111,7 +111,7 @@ def long_decode(cluster: LiveCluster) -> Iterator[tuple[str, Stream]]:
     that instance, and the stream."""
 
     def running() -> list[str]:
-        return [iid for iid, instance in cluster.instances().items() if instance["running"]]
+        return [iid for iid, instance in cluster.instances().items() if instance["load"]["running"]]
 
     stream = cluster.client().stream([9] * 50, max_tokens=3000, ignore_eos=True)
     next(stream)
@@ -196,9 +196,9 @@ def test_a_flood_on_every_socket_holds_nobody_up(pairs: LiveCluster) -> None:
     for _ in range(3000):
         for socket in sockets:
             with contextlib.suppress(zmq.Again):  # it does not read faster: as it should be
-                socket.send(b"\x03garbage", zmq.NOBLOCK)
+                socket.send(b"\x04garbage", zmq.NOBLOCK)
         with contextlib.suppress(zmq.Again):
-            sockets[0].send(b"\x03\x81\xa4type\xa7inspect", zmq.NOBLOCK)
+            sockets[0].send(b"\x04\x81\xa4type\xa7inspect", zmq.NOBLOCK)
     assert stream.wait().finish_reason == "length"
     for socket in sockets:
         socket.close()

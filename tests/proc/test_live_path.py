@@ -83,7 +83,7 @@ def test_a_stop_text_counts_from_min_tokens_on(cluster: LiveCluster, min_tokens:
 def test_a_client_that_vanishes_is_cancelled(cluster: LiveCluster) -> None:
     with RawClient(cluster.config.clients_address) as client:
         client.submit([4] * 50, max_tokens=8000)
-        wait_until(lambda: any(each["running"] for each in cluster.instances().values()), "it does not run")
+        wait_until(lambda: any(each["load"]["running"] for each in cluster.instances().values()), "it does not run")
     cluster.wait_idle()
 
 

@@ -10,7 +10,8 @@ import zmq
 from live import LiveCluster, wait_until
 
 from tetri.wire import codec
-from tetri.wire.messages import Close, Flip, FlipWanted, Load, LoadReport
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, Flip, FlipWanted, LoadReport
 
 
 @pytest.fixture(scope="module")

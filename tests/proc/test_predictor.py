@@ -23,7 +23,8 @@ from tetri.predict.model import Loaded, examine
 from tetri.proc import launch, predictor
 from tetri.request import LengthDistribution, PredictorStatus, Sampling
 from tetri.strict import ConfigError
-from tetri.wire.messages import Close, Heartbeat, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, Heartbeat
 
 CONF = Path(__file__).parents[2] / "conf"
 LOG = logging.getLogger("tetri.test")

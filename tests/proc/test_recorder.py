@@ -42,7 +42,8 @@ from tetri.request import AskedSampling, Expected, LengthDistribution, LengthRan
 from tetri.wire.clients import EndRequest, Inspect
 from tetri.wire.events import PeerUp
 from tetri.wire.handover import Handle, LengthUpdate
-from tetri.wire.messages import Close, Load, LoadReport
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, LoadReport
 
 COST = Cost(prefill=((1.0, 0.01), (512.0, 0.2)), decode=((1.0, 0.01), (32.0, 0.03)))
 MONITOR = MonitorStart(flip="idle", settings=FlipSettings(), epoch=3, load_s=0.1, stale_s=1.0, gone_s=5.0, now=10.0)

@@ -12,7 +12,7 @@ ASKED = {"type": "submit", "key": "k", "secret": "s", "prompt": "hi", "sampling"
 
 
 def read(**changes):
-    message = codec.decode(b"\x03" + msgpack.packb({**ASKED, **changes}), ClientMessage)
+    message = codec.decode(b"\x04" + msgpack.packb({**ASKED, **changes}), ClientMessage)
     assert isinstance(message, Submit)
     return message
 

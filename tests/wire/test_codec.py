@@ -18,7 +18,7 @@ ATTACH = {"type": "attach", "rid": "r1", "secret": "s"}
 
 
 def packed(value: object) -> bytes:
-    return b"\x03" + msgpack.packb(value)
+    return b"\x04" + msgpack.packb(value)
 
 
 @pytest.mark.parametrize("name", UNIONS)
@@ -45,8 +45,8 @@ def test_defaults_may_be_left_out_and_whole_numbers_stand_for_floats():
     ("data", "kind", "says"),
     [
         (b"", "empty", "empty frame"),
-        (b"\x03", "unreadable", "truncated"),
-        (b"\x01" + msgpack.packb(ATTACH), "version", "protocol version 1, expected 3"),
+        (b"\x04", "unreadable", "truncated"),
+        (b"\x01" + msgpack.packb(ATTACH), "version", "protocol version 1, expected 4"),
         (msgpack.packb(ATTACH), "version", "protocol version 131"),
         (packed(ATTACH) + b"\x00", "unreadable", "trailing"),
         (packed({"type": "attach"}), "unexpected", "`rid`"),
@@ -63,7 +63,7 @@ def test_defaults_may_be_left_out_and_whole_numbers_stand_for_floats():
         (packed({"type": "submit", "key": "k", "secret": "s", "sampling": {"heat": 1}}), "unexpected", "`heat`"),
         (packed({"type": "submit", "key": "k", "secret": "s", "prompt": [1, "2"]}), "unexpected", "$.prompt[1]"),
         (packed([1, 2]), "unexpected", "array"),
-        (b"\x03\x82\xa4type\xa6attach\xa3rid\xa1\xff", "unreadable", "utf-8"),
+        (b"\x04\x82\xa4type\xa6attach\xa3rid\xa1\xff", "unreadable", "utf-8"),
     ],
 )
 def test_what_is_no_message_is_refused_with_its_reason(data, kind, says):
@@ -102,14 +102,14 @@ def test_a_reason_is_one_short_printable_line_whatever_was_sent(value):
 )
 def test_a_bomb_is_refused_before_it_takes_memory(bomb):
     with pytest.raises(WireError):
-        decode(b"\x03" + bomb, ClientMessage)
+        decode(b"\x04" + bomb, ClientMessage)
 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_random_bytes_raise_nothing_but_a_wire_error(noise):
     for union in UNIONS.values():
-        for data in (noise, b"\x03" + noise):
+        for data in (noise, b"\x04" + noise):
             with pytest.raises(WireError):
                 decode(data, union)
 

@@ -43,7 +43,8 @@ from tetri.text import ByteTokenizer
 from tetri.wire.clients import Accepted, BrokerReply, ClientMessage, Delta, Done, Submit
 from tetri.wire.codec import decode, encode
 from tetri.wire.events import PeerUp
-from tetri.wire.messages import Load, Ready, Staged, TokenItem, Tokens
+from tetri.wire.load import Load
+from tetri.wire.messages import Ready, Staged, TokenItem, Tokens
 
 KINDS = ("blocking", "asyncio, whole answers", "asyncio, pieces", "asyncio, events")
 LIMIT_US, LIMIT_PROBE_MS = 20.0, 1.0

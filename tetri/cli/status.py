@@ -33,7 +33,7 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     click.echo(f"counted   {_counts(status['counters'])}")
     for report in gateways.values():
         click.echo(f"gateway   {report['url']}/v1: {_answers(report)}")
-    instances = [{**each, **_texts(each)} for each in status["instances"]]
+    instances = [{**each, **each["load"], **_texts(each)} for each in status["instances"]]
     rows = [[str(instance.get(name, "")) for name in _COLUMNS] for instance in instances]
     click.echo(_aligned([[name.replace("_", " ") for name in _COLUMNS], *rows]))
     if fetched := _kv(instances):

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, PieceT, Prompt
 from tetri.client.frames import Event, Result, TetriError
-from tetri.client.questions import Inspection, ReadinessCheck
+from tetri.client.questions import Explanation, Inspection, Look, ReadinessCheck
 
 T = TypeVar("T")
 AsyncEvents: TypeAlias = "AsyncStream[Event]"
@@ -41,6 +41,16 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
     async def status(self) -> dict[str, Any]:
         """Return the cluster's status: instances, requests, counters, model, monitor, notes on what is degraded."""
         return await self._finish(self._ask(Inspection))
+
+    async def observe(self, epoch: int = 0, since: int = 0) -> dict[str, Any]:
+        """Return what has happened since the Observation with this `epoch` and `serial` (docs/protocol.md): status,
+        measures, moves of requests, ends and events. Without them: all that the broker keeps."""
+        return await self._finish(self._ask(Look, epoch, since))
+
+    async def explain(self, rid: str, choice: int = 0) -> dict[str, Any]:
+        """Return how a choice of a request was served, or is: its stages, events and engine steps (docs/protocol.md,
+        Timeline). `rid`: the id of the request. Raises RequestRefused if the broker knows nothing of it."""
+        return await self._finish(self._ask(Explanation, rid, choice))
 
     async def readiness(self) -> dict[str, Any]:
         """Return whether each pair of instances has lately carried KV: ready, why not, pairs. The answer comes at once;

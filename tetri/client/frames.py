@@ -27,7 +27,7 @@ from tetri.request import (
 )
 from tetri.wire.clients import BrokerReply, ChangeRole
 
-VERSION = b"\x03"
+VERSION = b"\x04"
 MAX_SENT = 4 << 20  # bytes; the broker drops longer frames
 MAX_RECEIVED = 16 << 20
 MAX_NAME = 128  # characters; the broker drops messages with longer names

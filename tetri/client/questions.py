@@ -1,5 +1,5 @@
-"""The calls that are not completions: Cancel, Inspect and CheckReadiness, and those of operators, ChangeRole and
-EndRequest."""
+"""The calls that are not completions: Cancel, Inspect, CheckReadiness, Observe and Explain, and those of operators,
+ChangeRole and EndRequest."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from tetri.wire.clients import (
     CheckReadiness,
     Done,
     EndRequest,
+    Explain,
     Inspect,
+    Observation,
+    Observe,
     Readiness,
     Refused,
     RoleChanged,
     Status,
 )
+from tetri.wire.observation import Timeline
 
 
 class Cancellation(Call[None]):
@@ -51,7 +55,7 @@ class Inspection(Call[dict[str, Any]]):
     """Asks for the cluster's Status."""
 
     asked: type[Inspect | CheckReadiness] = Inspect
-    answered: type[Status | Readiness] = Status
+    answered: type[Status | Readiness | Observation] = Status
 
     def question(self, now: float) -> bytes:
         return frame(self.asked())
@@ -71,6 +75,44 @@ class ReadinessCheck(Inspection):
     """Asks for the cluster's Readiness."""
 
     asked, answered = CheckReadiness, Readiness
+
+
+class Look(Inspection):
+    """Asks for an Observation: what has happened since the one before."""
+
+    answered = Observation
+
+    def __init__(self, epoch: int, since: int, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self._frame = frame(Observe(epoch=epoch, since=since))
+
+    def question(self, now: float) -> bytes:
+        return self._frame
+
+
+class Explanation(Call[dict[str, Any]]):
+    """Asks for the Timeline of a choice. Raises RequestRefused if the broker knows nothing of it."""
+
+    def __init__(self, rid: str, choice: int, patience: Patience, now: float) -> None:
+        super().__init__(patience, now)
+        self._rid = rid
+        self._frame = frame(Explain(rid=rid, choice=choice))
+
+    def question(self, now: float) -> bytes:
+        return self._frame
+
+    def names(self) -> tuple[str, ...]:
+        return (self._rid,)
+
+    def receive(self, reply: BrokerReply, now: float) -> bool:
+        if isinstance(reply, Refused):
+            self.end(RequestRefused(reply.reason))
+        elif isinstance(reply, Timeline):
+            self.answer = _plain(reply)
+            self.end()
+        else:
+            return False
+        return True
 
 
 class RoleQuestion(Call[dict[str, Any]]):
@@ -99,7 +141,7 @@ class RoleQuestion(Call[dict[str, Any]]):
         return True
 
 
-def _plain(reply: Status | Readiness | RoleChanged) -> dict[str, Any]:
+def _plain(reply: Status | Readiness | Observation | Timeline | RoleChanged) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(reply)
     del plain["type"]
     return plain

@@ -10,7 +10,8 @@ from typing import Any
 
 from tetri.client.conversation import Call, Request
 from tetri.client.frames import TetriError, parse
-from tetri.wire.clients import Accepted, BrokerReply, Delta, Done, Readiness, Status
+from tetri.wire.clients import Accepted, BrokerReply, Delta, Done, Observation, Readiness, Status
+from tetri.wire.observation import Timeline
 
 DIFFERENT = "({} messages could not be decoded: are this client and the broker of the same version?)"
 
@@ -181,6 +182,6 @@ class Session:
 
 
 def _name(reply: BrokerReply) -> str:
-    if isinstance(reply, Delta | Done):
+    if isinstance(reply, Delta | Done | Timeline):
         return reply.rid
-    return "" if isinstance(reply, Status | Readiness) else reply.key
+    return "" if isinstance(reply, Status | Readiness | Observation) else reply.key

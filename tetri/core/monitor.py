@@ -19,7 +19,8 @@ from tetri.policy.rules import FLIPS
 from tetri.policy.views import FlipSettings, InstanceState
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, ROLES
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, Load, LoadReport
+from tetri.wire.load import Load
+from tetri.wire.messages import ClusterView, FlipWanted, InstanceLoad, LoadReport
 
 VIEW = "view"
 # An engine with a model may take so long to start, so a role that no instance has had yet is not rescued before. The

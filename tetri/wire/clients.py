@@ -16,6 +16,8 @@ from tetri.request import (
     Turn,
     Usage,
 )
+from tetri.wire.load import Load
+from tetri.wire.observation import Activity, ClusterEvent, Ended, Measures, Move, Timeline
 
 # ---- clients -> broker
 
@@ -62,7 +64,23 @@ class CheckReadiness(Record, tag="check_readiness", frozen=True):
     """Asks for a Readiness. Operators send it too. While somebody asks, the broker tries the pairs without traffic."""
 
 
-ClientMessage = Submit | Cancel | Attach | Inspect | CheckReadiness
+class Observe(Record, tag="observe", frozen=True):
+    """Asks for an Observation. Operators send it too. `epoch` and `since`: `epoch` and `serial` of the last one; its
+    moves, ends and events are not repeated."""
+
+    epoch: int = 0
+    since: Count = 0
+
+
+class Explain(Record, tag="explain", frozen=True):
+    """Asks for the Timeline of a choice, open or ended. Operators send it too. `rid`: id of the request. The answer is
+    Refused if nothing is known of it (any more)."""
+
+    rid: Name
+    choice: Count = 0
+
+
+ClientMessage = Submit | Cancel | Attach | Inspect | CheckReadiness | Observe | Explain
 
 # ---- operators -> broker
 
@@ -82,7 +100,7 @@ class EndRequest(Record, tag="end_request", frozen=True):
     rid: Name
 
 
-OperatorMessage = Inspect | CheckReadiness | ChangeRole | EndRequest
+OperatorMessage = Inspect | CheckReadiness | Observe | Explain | ChangeRole | EndRequest
 
 # ---- broker -> clients and operators
 
@@ -134,26 +152,24 @@ class Done(Record, tag="done", frozen=True):
 
 
 class InstanceStatus(Record, frozen=True):
-    """One instance in a Status. `queued` and `running` are requests as of its last heartbeat, `held`: all that it
-    holds in any stage. `note`: why it is lost, which instance it cannot exchange KV with, or that it injects faults."""
+    """One instance in a Status, as of its last heartbeat. `held`: requests that it holds in any stage. `note`: why it
+    is lost, which instance it cannot exchange KV with, or that it injects faults."""
 
     iid: Name
     role: str
     state: str  # ready, lost
     incarnation: int
     blocks: Count
-    free_blocks: int
-    queued: Count
-    running: Count
+    load: Load
     held: int
     note: str = ""
     paths: dict[str, Count] = {}  # KV path -> number of instances that it exchanges KV with over this path
     counters: dict[str, Count] = {}  # events of its KV receives since its process started
     slots_used: Count = 0  # slots of its KV store that are not free
     predictor: PredictorStatus | None = None  # None: it does not learn output lengths
-    unread: Count = 0  # transfers in a row, of several instances, whose KV it could not read
     unread_by: dict[str, str] = {}  # decode instances that cannot read its KV -> why
-    step_ratio: StepRatio = StepRatio()  # measured over predicted time of its engine steps, as of its last heartbeat
+    step_ratio: StepRatio = StepRatio()  # measured over predicted time of its engine steps
+    activity: Activity = Activity()
 
 
 class MonitorStatus(Record, frozen=True):
@@ -173,6 +189,21 @@ class Status(Record, tag="status", frozen=True):
     model: str
     monitor: MonitorStatus | None = None  # None: no cluster view has arrived since the broker's start
     notes: list[str] = []  # one line for people on each thing that works worse than it should
+
+
+class Observation(Record, tag="observation", frozen=True):
+    """What an onlooker shows: the state of the cluster and what has happened since the Observation before, oldest
+    first. `epoch`: of this start of the broker. `serial`: for the next Observe. `missed`: moves, ends and events since
+    then that are not kept any more."""
+
+    epoch: int
+    serial: Count
+    status: Status
+    measures: Measures
+    moves: list[Move] = []
+    ended: list[Ended] = []
+    events: list[ClusterEvent] = []
+    missed: Count = 0
 
 
 class PairReadiness(Record, frozen=True):
@@ -214,4 +245,4 @@ class RoleChanged(Record, tag="role_changed", frozen=True):
     took_s: float
 
 
-BrokerReply = Accepted | Refused | Delta | Done | Status | Readiness | RoleChanged
+BrokerReply = Accepted | Refused | Delta | Done | Status | Readiness | Observation | Timeline | RoleChanged

@@ -16,7 +16,7 @@ from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.messages import ClusterView, InboxMessage, LoadReport, WorkerEvent
 
 Messages = UnionType | type[msgspec.Struct]  # the messages of one socket: a union, or a single type
-VERSION = 3
+VERSION = 4
 _VERSION_BYTE = bytes([VERSION])
 MEGABYTE = 1 << 20
 MAX_BYTES = 16 * MEGABYTE  # most bytes of any message

@@ -13,6 +13,8 @@ from msgspec import Struct
 from tetri.instance import Instance
 from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, StepRatio, Token
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse, Sibling
+from tetri.wire.load import Load
+from tetri.wire.observation import Activity, EngineStep, TraceEvent
 
 # ---- workers -> broker
 
@@ -22,45 +24,6 @@ class FromWorker(Record, frozen=True):
 
     iid: Name
     incarnation: int
-
-
-class Load(Record, frozen=True):
-    """One instance's load at one moment. Blocks are KV blocks. Predictions use the configured end of the length ranges
-    and the cost table.
-
-    queued          prompts in the prefill queue
-    queued_tokens   their prompt tokens that are not computed yet
-    queued_s        predicted seconds to compute these
-    waiting         decode requests on offer here that are not in the batch
-    landed          those of `waiting` whose KV has all landed: they wait only for admission
-    running         decode requests in the batch
-    heavy           of waiting and running: predicted to write more than `heavy_tokens` output tokens
-    growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
-    kept_blocks     free blocks that no offer gets now: kept for the growth of the batch, or past the share of waiting
-                    requests
-    deferred_blocks blocks that deferred offers wait for
-    decode_s        of waiting and running: predicted seconds until all have ended
-    busy            share of the time since the last report in which the engine computed
-    stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
-    unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
-                    else 0
-    """
-
-    free_blocks: int
-    queued: Count = 0
-    queued_tokens: Count = 0
-    queued_s: float = 0.0
-    waiting: Count = 0
-    landed: Count = 0
-    running: Count = 0
-    heavy: Count = 0
-    growth_blocks: Count = 0
-    kept_blocks: Count = 0
-    deferred_blocks: Count = 0
-    decode_s: float = 0.0
-    busy: float = 0.0
-    stalled: bool = False
-    unread: Count = 0
 
 
 class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -86,7 +49,8 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     `holds` tells nothing of it. `flip`: number of the last Flip that it has carried out, 0 before the first.
     `counters`: events of its KV receives since its process started, by name. `slots_used`: slots of its KV store that
     are not free. `predictor`: None if it does not learn output lengths. `unread_by`: decode instances that could not
-    read its KV, and why; they get an offer from it now and then only. `step_ratio`: of its recent steps."""
+    read its KV, and why; they get an offer from it now and then only. `step_ratio`: of its recent steps. `at`: when it
+    was sent, on the worker's clock. `traced`: what has happened to its requests since the last heartbeat."""
 
     role: str
     load: Load
@@ -99,6 +63,9 @@ class Heartbeat(FromWorker, tag="heartbeat", frozen=True):
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = {}
     step_ratio: StepRatio = StepRatio()
+    at: float = 0.0
+    activity: Activity = Activity()
+    traced: list[TraceEvent] = []
 
 
 class Staged(FromWorker, tag="staged", frozen=True):
@@ -134,9 +101,10 @@ class TokenItem(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
 
 
 class Tokens(FromWorker, tag="tokens", frozen=True):
-    """All tokens of one engine step."""
+    """All tokens of one engine step. `step`: that step, the last one if the worker collects tokens of several."""
 
     items: list[TokenItem]
+    step: EngineStep | None = None
 
 
 class Failed(FromWorker, tag="failed", frozen=True):

@@ -6,7 +6,8 @@ from tests.core.broker.serving import serving
 from tests.core.build import fingerprint, heartbeat, ready
 from tetri.request import PredictorStatus, StepRatio
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import ClusterView
 
 NO_MONITOR = "requests are placed without load reports, and no instance flips by itself"
 

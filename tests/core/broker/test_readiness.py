@@ -11,7 +11,8 @@ from tetri.core.broker.readiness import EVERY_S, LATE_S, MOST_LISTED, NO_PAIR, P
 from tetri.request import Stage
 from tetri.wire.clients import CheckReadiness
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import Assign, Close, FromWorker, Hold, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import Assign, Close, FromWorker, Hold
 
 READY_S = 30.0
 ASK = FromClient(b"probe", CheckReadiness())

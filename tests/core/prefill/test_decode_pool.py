@@ -9,7 +9,8 @@ from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need
-from tetri.wire.messages import ClusterView, InstanceLoad, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import ClusterView, InstanceLoad
 
 EMPTY = (10, 10, 0, 0)
 BOTH = (instance("d1", "decode"), instance("d2", "decode"))

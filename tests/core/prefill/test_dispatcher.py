@@ -21,7 +21,8 @@ from tetri.core.actions import BROKER
 from tetri.policy.rules import Rules
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Drop, Offer
-from tetri.wire.messages import Failed, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import Failed
 
 FULL = Load(free_blocks=4, deferred_blocks=14)  # of 10 blocks: it has deferred as much as it may
 

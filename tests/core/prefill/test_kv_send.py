@@ -11,7 +11,8 @@ from tetri.core.actions import Export, Free, Freed, HoldRequest
 from tetri.core.prefill.request import KVChunk, KVOutflow
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Offer
-from tetri.wire.messages import Failed, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import Failed
 
 ROOMY = capacity(blocks=60, context=120, max_batch=4)
 D1, D2 = (instance(iid, "decode", capacity=ROOMY) for iid in ("d1", "d2"))

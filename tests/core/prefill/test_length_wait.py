@@ -11,7 +11,8 @@ from tetri.core.prefill import length_wait as lengths
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange
 from tetri.wire.handover import Chunk, LengthUpdate, Offer
-from tetri.wire.messages import Load, Tokens
+from tetri.wire.load import Load
+from tetri.wire.messages import Tokens
 
 MOST = 20
 ROOMY = capacity(blocks=60, context=100, max_batch=4)

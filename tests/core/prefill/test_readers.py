@@ -8,7 +8,8 @@ from tests.core.reading import kinds, sent
 from tetri.core.actions import BROKER
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Offer
-from tetri.wire.messages import Failed, Load
+from tetri.wire.load import Load
+from tetri.wire.messages import Failed
 
 FIRST_S = 0.4  # the longest first pause
 

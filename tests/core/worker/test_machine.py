@@ -41,7 +41,8 @@ from tetri.policy.rules import ADMISSIONS, ORDERS, Rules
 from tetri.request import ROLES, Expected, LengthDistribution, LengthRange
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import LengthUpdate, Sibling
-from tetri.wire.messages import Close, ClusterView, Flip, InstanceLoad, Load, Resend
+from tetri.wire.load import Load
+from tetri.wire.messages import Close, ClusterView, Flip, InstanceLoad, Resend
 
 COST = Cost(prefill=((0.0, 0.0), (8.0, 0.1)), decode=((1.0, 0.01), (2.0, 0.02)))
 PREDICTORS = ("classifier", "hidden", "both", "prior")

@@ -94,7 +94,7 @@ def left_over(config: Config, findings: Findings, wait_s: float) -> list[str]:
 def _kept(instance: dict[str, Any]) -> list[str]:
     if instance["state"] != "ready":
         return [f"{instance['state']}: {instance['note']}"]
-    missing = instance["blocks"] - instance["free_blocks"]
+    missing = instance["blocks"] - instance["load"]["free_blocks"]
     kept = [f"{missing} blocks are not free"] * bool(missing)
     kept += [f"{instance['slots_used']} slots are not free"] * bool(instance["slots_used"])
     return kept + [f"{instance['held']} requests are held"] * bool(instance["held"])

@@ -138,7 +138,8 @@ class _Run:
         end = time.monotonic() + GIVE_UP_S
         while time.monotonic() < end:
             status = await self._client.status()
-            if any(each["iid"] == self._cluster.decode and each["running"] == count for each in status["instances"]):
+            loads = {each["iid"]: each["load"] for each in status["instances"]}
+            if self._cluster.decode in loads and loads[self._cluster.decode]["running"] == count:
                 return
             await asyncio.sleep(POLL_S)
         raise BenchError(f"after {GIVE_UP_S:.0f} s {self._cluster.decode} does not decode {count} requests")

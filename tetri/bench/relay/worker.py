@@ -13,13 +13,13 @@ from tetri.instance import Capacity, Instance, Reach
 from tetri.net.hub import Hub
 from tetri.request import Receipt, Stage
 from tetri.wire.events import Arrived, PeerUp
+from tetri.wire.load import Load
 from tetri.wire.messages import (
     Assign,
     Close,
     End,
     Heartbeat,
     InboxMessage,
-    Load,
     Membership,
     Ready,
     Staged,

@@ -10,7 +10,8 @@ from tetri.cost import Cost
 from tetri.engine.emulated import EmulatedEngine
 from tetri.instance import Capacity, Instance, Reach
 from tetri.policy.rules import Rules
-from tetri.wire.messages import Load, Ready
+from tetri.wire.load import Load
+from tetri.wire.messages import Ready
 
 CAPACITY = Capacity(blocks=4096, block_tokens=16, chunk_tokens=512, max_batch=32, context=1 << 14)
 VOCABULARY = 1000

@@ -34,12 +34,16 @@ from tetri.wire.clients import (
     ChangeRole,
     CheckReadiness,
     EndRequest,
+    Explain,
     Inspect,
     MonitorStatus,
+    Observation,
+    Observe,
     Status,
 )
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
+from tetri.wire.observation import Measures
 
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
@@ -214,6 +218,7 @@ class Broker:
                 member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
+                member.activity = event.activity
                 self.pair_checks.unread(event.iid, event.unread_by)
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
@@ -274,6 +279,10 @@ class Broker:
         message = event.message
         if isinstance(message, Inspect):
             return [Reply(event.client, self.status(now))]
+        if isinstance(message, Observe):
+            return [Reply(event.client, self.observation(now))]
+        if isinstance(message, Explain):
+            return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
         if isinstance(message, CheckReadiness):
             return self.pair_checks.ask(event.client, now)
         if isinstance(message, ChangeRole):
@@ -337,6 +346,12 @@ class Broker:
             case "verdict":
                 return self.lifecycle.judge(request, now)
         raise Broken(f"unknown timer {what}")
+
+    def observation(self, now: float) -> Observation:
+        """The answer to Observe."""
+        return Observation(
+            epoch=self.members.epoch, serial=0, status=self.status(now), measures=Measures(counts={}, histograms={})
+        )
 
     def status(self, now: float) -> Status:
         """The answer to Inspect: instances, open choices by stage, counters and the newest cluster view."""

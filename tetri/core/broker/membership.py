@@ -13,7 +13,9 @@ from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio, blocks_for
 from tetri.wire.clients import InstanceStatus
-from tetri.wire.messages import FromWorker, Heartbeat, Load, Membership, Ready
+from tetri.wire.load import Load
+from tetri.wire.messages import FromWorker, Heartbeat, Membership, Ready
+from tetri.wire.observation import Activity
 
 FORGET_S = 600.0  # seconds that a lost worker stays in the status
 SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
@@ -36,6 +38,7 @@ class Member:
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = field(default_factory=dict)
     step_ratio: StepRatio = StepRatio()
+    activity: Activity = Activity()
     suspect: bool = False  # its silence timer was due once; see Broker._silent
     alone: tuple[str, int] | None = None  # rid and attempt of the request whose lone step it runs (LoneStep)
     lost: str | None = None
@@ -281,18 +284,16 @@ class Members:
                 state="ready" if member.lost is None and member.iid in self.up else "lost",
                 incarnation=member.instance.incarnation,
                 blocks=member.instance.capacity.blocks,
-                free_blocks=member.load.free_blocks,
-                queued=member.load.queued,
-                running=member.load.running,
+                load=member.load,
                 held=member.held,
                 note=member.lost or self._exchanges(member).incompatibility or _unlinked(member) or _rehearsal(member),
                 paths=self._exchanges(member).paths,
                 counters=member.counters,
                 slots_used=member.slots_used,
                 predictor=member.predictor,
-                unread=member.load.unread,
                 unread_by=member.unread_by,
                 step_ratio=member.step_ratio,
+                activity=member.activity,
             )
             for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]

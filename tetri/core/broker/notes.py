@@ -61,7 +61,7 @@ def _of_step_times(iid: str, ratio: StepRatio) -> Iterator[str]:
 def _of_transfers(instances: list[InstanceStatus]) -> Iterator[str]:
     """About KV that cannot be read. An instance that can read no other's is named once, and not for each of these."""
     live = [instance for instance in instances if instance.state != "lost"]
-    bad = {instance.iid: instance.unread for instance in live if instance.unread}
+    bad = {instance.iid: instance.load.unread for instance in live if instance.load.unread}
     for iid, count in bad.items():
         yield f"{iid} cannot read KV: its last {count} transfers, from several instances, failed; it gets few requests"
     for instance in live:

@@ -14,7 +14,7 @@ from tetri.instance import Instance
 from tetri.policy.dispatch import least_deferred
 from tetri.policy.rules import DECODE_ROUTES
 from tetri.policy.views import EXCLUDED, DecodePool, Need
-from tetri.wire.messages import Load
+from tetri.wire.load import Load
 
 
 @dataclass(slots=True)

@@ -11,7 +11,8 @@ from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.engine_request import StepDone
 from tetri.request import DECODE_ROLES, StepRatio
-from tetri.wire.messages import Heartbeat, Hold, Load, LoadReport, Ready
+from tetri.wire.load import Load
+from tetri.wire.messages import Heartbeat, Hold, LoadReport, Ready
 
 LISTED = 1000  # most requests that a heartbeat lists, on average
 LEAST, MOST = 3, 31  # steps of a phase that were compared before it has a ratio, and the last ones that count

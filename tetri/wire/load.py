@@ -1,0 +1,44 @@
+"""The load of an instance, as it reports it itself."""
+
+from __future__ import annotations
+
+from tetri.request import Count, Record
+
+
+class Load(Record, frozen=True):
+    """One instance's load at one moment. Blocks are KV blocks. Predictions use the configured end of the length ranges
+    and the cost table.
+
+    queued          prompts in the prefill queue
+    queued_tokens   their prompt tokens that are not computed yet
+    queued_s        predicted seconds to compute these
+    waiting         decode requests on offer here that are not in the batch
+    landed          those of `waiting` whose KV has all landed: they wait only for admission
+    running         decode requests in the batch
+    heavy           of waiting and running: predicted to write more than `heavy_tokens` output tokens
+    growth_blocks   of waiting and running: blocks that they are predicted to need in addition until they end
+    kept_blocks     free blocks that no offer gets now: kept for the growth of the batch, or past the share of waiting
+                    requests
+    deferred_blocks blocks that deferred offers wait for
+    decode_s        of waiting and running: predicted seconds until all have ended
+    busy            share of the time since the last report in which the engine computed
+    stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
+    unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
+                    else 0
+    """
+
+    free_blocks: int
+    queued: Count = 0
+    queued_tokens: Count = 0
+    queued_s: float = 0.0
+    waiting: Count = 0
+    landed: Count = 0
+    running: Count = 0
+    heavy: Count = 0
+    growth_blocks: Count = 0
+    kept_blocks: Count = 0
+    deferred_blocks: Count = 0
+    decode_s: float = 0.0
+    busy: float = 0.0
+    stalled: bool = False
+    unread: Count = 0
