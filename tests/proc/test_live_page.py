@@ -67,14 +67,23 @@ def scraped(url):
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
+def wait_for_requests(url, count):
+    """The metrics, once they have so many ended requests."""
+    seen = []
+    wait_until(
+        lambda: seen.append(scraped(url)) or seen[-1].get(("tetri_jct_seconds_count",)) == count,
+        f"the metrics lack a request: {seen[-1:]}",
+    )
+    return seen[-1]
+
+
 def test_the_metrics_agree_with_the_answers_of_the_same_requests(cluster):
     answers = [complete(cluster, prompt="Hello " * number, max_tokens=5) for number in (1, 10, 100)]
     answers.append(complete(cluster, prompt="Hello", max_tokens=4, n=2, temperature=1))
     served = [choice for answer in answers for choice in answer["tetri"]["choices"]]
     assert len(served) == 5
     for url in (f"{cluster.url}/metrics", cluster.metrics_url):
-        wait_until(lambda: scraped(url).get(("tetri_jct_seconds_count",)) == 5, "the metrics lack a request")
-        found = scraped(url)
+        found = wait_for_requests(url, 5)
         for name in ("ttft", "jct"):
             total = sum(choice[f"{name}_s"] for choice in served)
             assert found[f"tetri_{name}_seconds_count",] == 5
