@@ -10,16 +10,15 @@ class Card {
   constructor(iid, open) {
     this.iid = iid;
     const part = (name) => (this[name] = make("span", { className: name }));
-    const fact = (label, name) => make("span", { className: "fact" }, make("span", { className: "label" }, `${label} `), part(name));
+    const fact = (label, name) => make("span", { className: `fact ${name}-fact` }, make("span", { className: "label" }, `${label} `), part(name));
     this.button = make("button", { type: "button", className: "card" },
       make("span", { className: "top" }, make("b", {}, iid), " ", part("role"), " ", fact("busy", "busy")),
       make("span", { className: "load" }, part("loadBar")),
       make("span", { className: "memory" }, part("memoryBar")),
-      make("span", { className: "facts" }, fact("KV", "kv"), " ", part("blocks")),
+      make("span", { className: "facts" }, fact("KV", "kv"), " ", make("span", { className: "label" }, part("blocks"), make("span", { className: "unit" }, " blocks"))),
       make("span", { className: "marks" }, part("queuedMarks"), part("heavyMarks"), part("lightMarks"), part("waitingMarks")),
-      make("span", { className: "facts" }, part("decodes")),
-      make("span", { className: "facts grid" }, fact("queue", "queue"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step")),
-      part("note"));
+      make("span", { className: "facts words" }, part("decodes")),
+      make("span", { className: "facts grid" }, fact("queue", "queue"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step")));
     this.button.addEventListener("click", () => open(iid));
     this.button.id = `card-${iid}`;
     this.item = make("li", {}, this.button);
@@ -32,19 +31,19 @@ class Card {
     const light = Math.max(0, it.running + it.waiting - it.heavy);
     mark(this.button, "role", it.role);
     mark(this.button, "state", it.state);
-    write(this.role, it.state === "ready" ? it.role : `${it.role}, ${it.state}`);
+    write(this.role, it.state === "ready" ? it.role : it.state);
     write(this.busy, percent(it.busy));
     style(this.loadBar, "--part", it.busy.toFixed(2));
     write(this.kv, percent(used));
     style(this.memoryBar, "--part", used.toFixed(3));
-    write(this.blocks, `${count(it.blocks - it.free)} of ${count(it.blocks)} blocks`);
+    write(this.blocks, `${count(it.blocks - it.free)} / ${count(it.blocks)}`);
     this.marks(it, light);
-    write(this.decodes, this.words(it, light));
+    write(this.decodes, it.note || this.words(it, light));
+    mark(this.decodes, "noted", it.note !== "");
     write(this.queue, seconds(it.queued_s));
     write(this.fill, percent(it.fill));
     write(this.batch, short(it.batch));
     write(this.step, this.steps(it));
-    write(this.note, it.note);
     this.button.title = it.note;
   }
 
@@ -107,10 +106,8 @@ export function showInstances(instances, open) { // returns whether anything has
   const sizes = Object.entries(banks).map(([role, wanted]) => fill(role, wanted));
   const [prefill, mixed, decode] = sizes;
   find("bank-mixed").hidden = mixed === 0;
-  find("none-prefill").hidden = prefill > 0;
-  find("none-decode").hidden = decode > 0;
-  write(find("none-prefill"), mixed ? "Mixed instances do this" : "No instance in this role");
-  write(find("none-decode"), mixed ? "Mixed instances do this" : "No instance in this role");
+  find("none-prefill").hidden = prefill + mixed > 0;
+  find("none-decode").hidden = decode + mixed > 0;
   write(find("h-mixed"), mixed ? "Mixed" : "KV");
   mark(find("banks"), "mixed", mixed === 0 ? "none" : prefill + decode === 0 ? "all" : "some");
   write(find("n-bytes"), `${bytes(instances.reduce((sum, it) => sum + it.received_bytes_s, 0))}/s`);

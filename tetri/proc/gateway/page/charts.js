@@ -3,7 +3,7 @@
 import { ago, colour, find, make, none, seconds, short, write } from "./dom.js";
 
 const SPANS = [120, 300, 600]; // seconds
-const LEFT = 44, BOTTOM = 18, TOP = 8;
+const LEFT = 50, BOTTOM = 18, TOP = 8;
 
 export const TRENDS = [
   { name: "ttft", title: "TTFT", about: "time to the first token", lines: ["p50", "p99"], show: seconds },
@@ -134,11 +134,11 @@ export function drawLine(canvas, events, now, span) { // [at, kind, iid]
   pen.fillStyle = colour("grid");
   pen.fillRect(8, y, width - 16, 2);
   pen.textAlign = "center";
-  for (let back = 0; back <= span; back += span / (width < 500 ? 2 : 5)) {
+  for (let back = 0, parts = width < 500 ? 2 : span === 120 ? 4 : 5; back <= span; back += span / parts) {
     pen.fillStyle = colour("dim");
     pen.fillRect(Math.round(x(now - back)), y - 3, 1, 8);
     pen.textAlign = back === 0 ? "right" : back === span ? "left" : "center";
-    pen.fillText(back ? `−${back >= 60 ? `${+(back / 60).toFixed(1)} min` : `${back} s`}` : "now", x(now - back) + (back === 0 ? 6 : back === span ? -6 : 0), height - 3);
+    pen.fillText(back ? `−${span > 120 ? `${back / 60} min` : `${back} s`}` : "now", x(now - back) + (back === 0 ? 6 : back === span ? -6 : 0), height - 3);
   }
   for (const [at, kind] of events) {
     if (now - at > span) continue;

@@ -176,7 +176,7 @@ export function explain(id) {
 // ---- an instance
 
 const LOADS = [
-  { title: "Requests", lines: ["running", "waiting", "queued"], show: short },
+  { title: "Requests", lines: ["running", "waiting", "queued"], show: count },
   { title: "KV memory in use", lines: ["used"], show: percent, top: 1 },
   { title: "Busy and chunk fill", lines: ["busy", "fill"], show: percent, top: 1 },
   { title: "Batch", lines: ["batch"], show: short },

@@ -29,7 +29,7 @@ export const colour = (name) => getComputedStyle(document.documentElement).getPr
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 export const none = "–";
 export const count = (x) => (x == null ? none : grouped.format(x));
-export const percent = (x) => (x == null ? none : `${Math.round(100 * x)} %`);
+export const percent = (x) => (x == null ? none : `${Math.round(100 * x)}%`);
 
 export function short(x) { // three digits: 0.82, 8.20, 82.0, 820, 8.2k
   if (x == null) return none;

@@ -4,7 +4,7 @@ import { cardOf } from "./banks.js";
 import { colour, find } from "./dom.js";
 
 const MOST = 300; // dots at once; the numbers beside them count all
-const HOP_MS = 650, FRAME_MS = 30, LINE_MS = 8000;
+const HOP_MS = 650, FRAME_MS = 30, LINE_MS = 4000, MOST_LINES = 30;
 const ENDS = ["done", "failed", "cancelled"];
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -53,7 +53,10 @@ function follow({ stops, attempt, stage }, now, delay) {
   stops.forEach((to, i) => {
     const from = stops[i - 1];
     if (i === 0 || from === to) return;
-    if (from !== "in" && to !== "out") lines.set(`${from} ${to}`, now);
+    if (from !== "in" && to !== "out") {
+      lines.delete(`${from} ${to}`);
+      lines.set(`${from} ${to}`, now); // the newest are last
+    }
     if (still.matches || document.hidden || dots.length >= MOST) return;
     const bad = stage === "failed" || (attempt > 0 && to !== "out");
     dots.push({ from, to, start: now + delay + (i - 1) * HOP_MS, tone: bad ? "bad" : to === "out" ? "dim" : roleOf(to) });
@@ -95,10 +98,11 @@ function point({ start, end }, t) { // a cubic curve that leaves and arrives lev
 }
 
 function drawLines(now, box, seen) {
+  for (const key of [...lines.keys()].slice(0, -MOST_LINES)) lines.delete(key);
   for (const [key, at] of lines) {
     const left = 1 - (now - at) / LINE_MS, path = left > 0 && curve(...key.split(" "), box, seen);
     if (!path) { lines.delete(key); continue; }
-    pen.globalAlpha = 0.12 + 0.33 * left;
+    pen.globalAlpha = 0.06 + 0.3 * left;
     pen.strokeStyle = colours.ink;
     pen.lineWidth = 1;
     pen.beginPath();

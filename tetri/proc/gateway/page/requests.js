@@ -2,7 +2,7 @@
 
 import { count, find, make, mark, none, seconds, write } from "./dom.js";
 
-const OPEN = 12, ROWS = 60; // rows
+const OPEN = 6, ROWS = 60; // rows
 const ENDS = ["done", "failed", "cancelled"];
 const FAILED = { cancelled: "cancelled", deadline: "failed", error: "failed" };
 
