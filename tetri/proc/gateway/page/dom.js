@@ -2,14 +2,23 @@
 
 export const find = (id) => document.getElementById(id);
 
-export function make(tag, options = {}, ...children) {
-  const node = document.createElement(tag);
+// make("p.dim", {title: "x"}, "text"): an element with its classes; options and children may be left out.
+export function make(kind, ...rest) {
+  const [tag, ...classes] = kind.split("."), node = document.createElement(tag);
+  if (classes.length) node.className = classes.join(" ");
+  const options = rest[0]?.constructor === Object ? rest.shift() : {};
   for (const [name, value] of Object.entries(options)) {
     if (name in node) node[name] = value;
     else node.setAttribute(name, value);
   }
-  node.append(...children);
+  node.append(...rest);
   return node;
+}
+
+export function fit(parent, number, create) { // so many children; those that stay are the same
+  while (parent.children.length > number) parent.lastChild.remove();
+  while (parent.children.length < number) parent.append(create());
+  return [...parent.children];
 }
 
 export function write(node, text) {
