@@ -3,8 +3,8 @@
 import pytest
 
 from tests.cli.observed import histogram, member, observation, typed
-from tetri.cli.rates import Window, quantile, since
-from tetri.wire.observation import Activity, Histogram
+from tetri.cli.rates import Window, since
+from tetri.wire.observation import Activity
 
 
 def seen(epoch=1, histograms=None, ended=0, **activities):
@@ -43,14 +43,6 @@ def test_without_an_earlier_one_it_has_all_since_the_brokers_start():
     span = since(None, AFTER, None)
     assert (span.seconds, span.ended, span.tokens) == (None, 6, 8 + 45 + 3)
     assert since(None, seen(), None)[1:] == (None, None, (None, None), 0, 0, {})
-
-
-@pytest.mark.parametrize(
-    ("counts", "share", "value"),
-    [([4, 0, 0, 0], 0.5, 0.05), ([0, 4, 0, 0], 1.0, 0.2), ([1, 0, 1, 0], 0.99, 0.396), ([0, 0, 0, 3], 0.5, 0.4)],
-)
-def test_a_quantile_lies_within_its_bucket(counts, share, value):
-    assert quantile(Histogram(**histogram(counts)), share) == pytest.approx(value)
 
 
 def test_a_window_compares_with_the_oldest_that_it_keeps_and_forgets_a_broker_that_ended():
