@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from tetri.core.broker.requests import Choice
-from tetri.core.broker.trace import EVENT_BYTES, MOST_EVENTS, MOST_STEPS, STEP_BYTES, TRACE_BYTES, Trace
+from tetri.core.actions import Broken
+from tetri.core.broker.requests import (
+    EVENT_BYTES,
+    MOST_EVENTS,
+    MOST_STEPS,
+    STEP_BYTES,
+    TRACE_BYTES,
+    Choice,
+    Trace,
+)
 from tetri.wire.kept import Facts, Packed, ReportedEvent, pack, timeline, unpacked
 from tetri.wire.observation import Timeline, TraceEvent
 
@@ -88,6 +96,11 @@ class Timelines:
     def _count(self, trace: Trace, size: int) -> None:
         trace.reserved += size
         self.open_bytes += size
+
+    def check(self, choices: Iterable[Choice]) -> None:
+        """Check the memory of the traces of all choices in the table. Raises Broken."""
+        if self.open_bytes != sum(choice.trace.reserved for choice in choices if choice.trace is not None):
+            raise Broken("the account of open timelines is out of date")
 
     # ------------------------------------------------------------ the end
 
