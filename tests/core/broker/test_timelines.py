@@ -137,6 +137,12 @@ def test_choices_that_share_a_prefill_show_it_and_each_its_own_events():
     assert [event.kind for event in first.events] == [*(event[0] for event in shared), "preempted", "recompute"]
 
 
+def test_the_prefill_goes_on_under_the_name_of_another_choice_when_the_first_one_has_ended():
+    told = begin(item("p1", (RID, 0, [1])), n=2)
+    told.tell(*ending("p1", RID, 1, reason="stop"), traced("p1", ("export", f"{RID}.1", 1, 0.0)))
+    assert [[event.kind for event in explain(told, choice=index).events] for index in (0, 1)] == [["export"]] * 2
+
+
 def test_choices_that_are_computed_apart_show_only_their_own():
     told = begin(item("p1", (RID, 0, [1]), (f"{RID}.1", 0, [2])), n=2)
     told.tell(PeerDown("p1"), traced("p2", ("chunk", RID, 2, 0.0)))

@@ -92,10 +92,10 @@ class Request:
 
 
 class Trace:
-    """What has happened to a choice. `leads`: ids and attempts of the choices whose prefill it has shared.
+    """What has happened to a choice. `together`: ids and attempts of the choices with which it has shared a prefill.
     `decoded_by`: the last instance that has decoded it. `left_out`: steps and events for which there was no space."""
 
-    __slots__ = ("decoded_by", "events", "leads", "left_out", "moves", "reserved", "steps")
+    __slots__ = ("decoded_by", "events", "left_out", "moves", "reserved", "steps", "together")
 
     def __init__(self, reserved: int) -> None:
         """`reserved`: bytes that it counts for."""
@@ -103,7 +103,7 @@ class Trace:
         self.moves: list[Moved] = []
         self.events: list[ReportedEvent] = []
         self.steps: Steps = []
-        self.leads: tuple[tuple[str, int], ...] = ()
+        self.together: frozenset[tuple[str, int]] = frozenset()
         self.decoded_by: str | None = None
         self.left_out = 0
 

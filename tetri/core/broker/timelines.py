@@ -20,7 +20,7 @@ from tetri.wire.observation import Timeline, TraceEvent
 MOST_KEPT = 10_000
 KEPT_BYTES = 400  # of a timeline that is kept, besides what it is encoded into
 BROKER = "broker"  # where the broker's own events happen
-# What happens to the prefill and the transfer that choices share: workers report it for the first of these choices.
+# What happens to the prefill and the transfer that choices share: workers report it for one of these choices.
 SHARED = frozenset(("chunk", "offered", "granted", "deferred", "refused", "export", "fetch"))
 
 
@@ -62,17 +62,18 @@ class Timelines:
             reported = offset, iid, event
             self._add(choice, reported)
             if len(choice.request.choices) > 1 and event.kind in SHARED:
-                led = event.rid, event.attempt
+                lead = event.rid, event.attempt
                 for each in choice.request.choices:
-                    if each.trace is not None and led in each.trace.leads:
+                    if each is not choice and each.trace is not None and lead in each.trace.together:
                         self._add(each, reported)
 
     def shared(self, choices: Sequence[Choice]) -> None:
-        """These choices share the prefill of the first one."""
-        lead = choices[0].id, choices[0].attempt
-        for choice in choices[1:]:
-            if choice.trace is not None:
-                choice.trace.leads += (lead,)
+        """These choices share a prefill."""
+        if len(choices) > 1:
+            together = {(choice.id, choice.attempt) for choice in choices}
+            for choice in choices:
+                if choice.trace is not None:
+                    choice.trace.together |= together
 
     def decodes(self, choice: Choice, iid: str, now: float) -> None:
         """The choice is decoded at this instance from now on."""
