@@ -139,7 +139,7 @@ def _meter(width: int, plain: bool) -> Callable[[InstanceStatus], str]:
     """A bar of the KV blocks that are used."""
 
     def drawn(instance: InstanceStatus) -> str:
-        used = instance.blocks - instance.load.free_blocks
+        used = instance.blocks - max(instance.load.free_blocks, 0)
         return bar(used / instance.blocks, width, plain=plain) if used > 0 else " " * width
 
     return drawn
