@@ -89,7 +89,7 @@ def _summary(observation: Observation, span: Span) -> list[Text]:
     requests = "   ".join(f"{stage} {status.requests.get(stage, 0)}" for stage in stages)
     rates = f"   {number(span.tokens / age)} tokens/s   {number(span.ended / age)} requests/s" if age else ""
     predicted, real = span.queue
-    lasting = "start" if age is None else f"last {age:.0f} s"
+    lasting = "so far" if age is None else f"last {age:.0f} s"
     lines = [
         f"model     {harmless(status.model)}",
         f"monitor   {monitor(status.monitor)}",
