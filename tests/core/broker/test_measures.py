@@ -39,7 +39,6 @@ def test_an_ended_choice_is_in_each_histogram_that_it_has_a_value_for():
     measures = meters.measures()
     found = {name: (sum(each.counts), each.total) for name, each in measures.histograms.items() if any(each.counts)}
     assert found == {
-        "ttft": (1, 0.75),
         "tpot": (1, 0.4),
         "jct": (2, 3.5),
         "stage_queued": (2, 1.5),

@@ -72,11 +72,11 @@ class Meters:
         self.counts[name][label] += times
 
     def ended(self, done: Done, tpot_s: float | None) -> None:
-        """Measure a choice that has ended."""
+        """Measure a choice that has ended. Its TTFT was measured when its first token came."""
         histograms, usage = self.histograms, done.usage
         self.count("requests_ended", done.reason)
         self._count_tokens(done.receipt, usage.prompt_tokens, usage.completion_tokens)
-        for name, seconds in (("ttft", done.ttft_s), ("tpot", tpot_s), ("jct", done.jct_s)):
+        for name, seconds in (("tpot", tpot_s), ("jct", done.jct_s)):
             if seconds is not None:
                 histograms[name].add(seconds)
         for stage, seconds in done.timeline.items():
