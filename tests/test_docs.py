@@ -11,8 +11,8 @@ BASES = (ROOT, ROOT / "tetri", ROOT / "docs", ROOT / "tests")
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}
 FILES = {path.name for base in ("tetri", "tests", "docs", "conf") for path in (ROOT / base).rglob("*.*")}
 FILES.add("README.md")
-#: Files that a reader makes.
-EXAMPLES = {"conf/cost/my-machine.toml", "conf/cost/NAME.toml", "openai/smollm2-135m"}
+#: Files that a reader makes, or `up`.
+EXAMPLES = {"cluster.toml", "conf/cost/my-machine.toml", "conf/cost/NAME.toml", "openai/smollm2-135m"}
 PATH = re.compile(r"(?<![\w/.~<-])[\w-]+(?:/[\w.*-]+)+/?|(?<![\w/.~<-])\w+\.(?:py|md|toml)\b")
 
 
