@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from docs_blocks import blocks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -13,6 +14,7 @@ FILES = {path.name for base in ("tetri", "tests", "docs", "conf") for path in (R
 FILES.add("README.md")
 #: Files that a reader makes, or `up`.
 EXAMPLES = {"cluster.toml", "conf/cost/my-machine.toml", "conf/cost/NAME.toml", "openai/smollm2-135m"}
+EXAMPLES |= {block.text.split("\n")[0].split()[-1] for block in blocks(ROOT / "docs" / "extending.md")}
 PATH = re.compile(r"(?<![\w/.~<-])[\w-]+(?:/[\w.*-]+)+/?|(?<![\w/.~<-])\w+\.(?:py|md|toml)\b")
 
 

@@ -39,8 +39,9 @@ def pattern(node):
     return None
 
 
-def words(found):
-    return re.findall(r"[a-z]{2,}", re.sub(r"\\.|\.\*", " ", found))
+def is_line(found):
+    """Whether a pattern is of a text for people: a few words with spaces between."""
+    return r"\ " in found and len(re.findall(r"[a-z]{2,}", re.sub(r"\\.|\.\*", " ", found))) >= LEAST_WORDS
 
 
 def texts(node, lines):
@@ -54,7 +55,7 @@ def texts(node, lines):
             case ast.Call(func=ast.Attribute(attr="log"), args=[_, first, *others]):
                 yield pattern(first)
         found = pattern(child) if lines else None
-        if found is not None and len(words(found)) >= LEAST_WORDS:
+        if found is not None and is_line(found):
             yield found
         else:
             yield from texts(child, lines)
@@ -71,13 +72,45 @@ def told():
     """file -> pattern of everything that an operator may read."""
     for name, tree in sources():
         for found in texts(tree, name in LINES):
-            if found is not None and len(words(found)) >= LEAST_WORDS:
+            if found is not None and is_line(found):
                 yield name, found
 
 
 SEEN = sorted({*told()})
+#: Rows about what others say: supervisord, and HTTP's statuses.
+OTHERS = re.compile(r"`exited: |never paired with|no descriptors are free|^\d{3}$")
 
 
 @pytest.mark.parametrize(("name", "found"), SEEN, ids=lambda text: text[:40])
 def test_what_an_operator_may_read_is_in_the_table(name, found):
     assert any(re.search(found, row[0]) for row in table())
+
+
+def test_every_row_says_what_it_means_and_what_to_do_and_is_still_said():
+    known = [found for _, found in SEEN] + alerts()
+    assert [row for row in table() if len(row) != 3 or not all(row)] == []
+    stale = [row[0] for row in table() if not any(re.search(found, row[0]) for found in known)]
+    assert [text for text in stale if not OTHERS.search(text)] == []
+
+
+def alerts():
+    return re.findall(r"- alert: (\w+)", (ROOT / "conf" / "alerts.yml").read_text(encoding="utf-8"))
+
+
+def test_every_alert_has_a_row():
+    told_of = {name for row in table() for name in re.findall(r"`(Tetri\w+)`", row[0])}
+    assert told_of == {*alerts()}
+
+
+@pytest.mark.parametrize("metric", ["tetri_requests_ended_total", "tetri_requests_refused_total", "tetri_retries_total"])
+def test_every_reason_of_a_metric_is_explained(metric):
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    reasons = re.search(rf"\| `{metric}` \|.*: ([a-z_, ]+) \|", page)[1].split(", ")
+    explained = {word for cell in re.findall(r"^\| (`.*?) \|", section("Reasons"), re.M) for word in cell.split("`")[1::2]}
+    assert len(reasons) > 3 and {*reasons} <= explained
+
+
+def test_the_test_finds_a_new_line():
+    code = ast.parse('log.warning("%s is odd: look at %s", a, b)\nx = [f"{a} has {b} on it"]')
+    assert {*texts(code, lines=False)} == {r".*\ is\ odd:\ look\ at\ .*"}
+    assert {*texts(code, lines=True)} == {r".*\ is\ odd:\ look\ at\ .*", r".*\ has\ .*\ on\ it"}
