@@ -89,7 +89,7 @@ ONLY_IN = {
     "supervisor": ("proc/supervise",),
     "grafana_foundation_sdk": ("bench/dashboard",),
     **dict.fromkeys(("httptools", "starlette", "uvicorn", "uvloop"), ("proc/gateway",)),
-    "prometheus_client": ("proc/metrics", "proc/gateway/live"),
+    "prometheus_client": ("proc/metrics", "proc/metrics_server", "proc/gateway/live"),
     "cupy": ("kv/cuda", "engine/vllm/"),
     "nixl": ("kv/nixl",),
     "tetri.config": ("client/place", "config/", "proc/", "cli/", "bench/"),
