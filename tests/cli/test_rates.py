@@ -1,36 +1,25 @@
 """Latencies and rates of the last seconds."""
 
-import msgspec
 import pytest
-from fake_broker import STATUS, instance
 
-from tetri.cli.rates import Window, quantile, since
-from tetri.wire.clients import Observation
-from tetri.wire.observation import Activity, Histogram
-
-
-def histogram(counts, total=0.0):
-    return {"bounds": [0.1, 0.2, 0.4], "counts": counts, "total": total}
+from tests.cli.observed import histogram, member, observation, typed
+from tetri.cli.rates import Window, since
+from tetri.wire.observation import Activity
 
 
-def observation(epoch=1, histograms=None, ended=0, **activities):
+def seen(epoch=1, histograms=None, ended=0, **activities):
     """activities: iid -> (incarnation, fields of its Activity)."""
-    instances = [
-        instance(iid, "mixed", incarnation=n, activity=msgspec.to_builtins(Activity(**fields)))
-        for iid, (n, fields) in activities.items()
-    ]
-    status = {key: value for key, value in STATUS.items() if key != "type"} | {"instances": instances}
-    measures = {"counts": {"requests_ended": {"stop": ended}}, "histograms": histograms or {}}
-    return msgspec.convert({"epoch": epoch, "serial": 1, "status": status, "measures": measures}, Observation)
+    members = [member(iid, "mixed", None, did, incarnation=n) for iid, (n, did) in activities.items()]
+    return typed(observation(*members, epoch=epoch, histograms=histograms, ended=ended))
 
 
-BEFORE = observation(
+BEFORE = seen(
     histograms={"ttft": histogram([4, 0, 0, 0], 0.2), "stage_queued": histogram([1, 0, 0, 0], 0.1)},
     ended=4,
     m0=(1, {"chunk_tokens": 10, "chunk_space": 100, "decode_steps": 5, "decode_tokens": 5}),
     m1=(1, {"decode_steps": 9, "decode_tokens": 9}),
 )
-AFTER = observation(
+AFTER = seen(
     histograms={
         **{"ttft": histogram([4, 2, 2, 0], 1.2), "stage_queued": histogram([2, 1, 0, 0], 0.5)},
         **{"queue_predicted": histogram([0, 2, 0, 0], 0.3), "tpot": histogram([0, 0, 0, 0])},
@@ -53,20 +42,12 @@ def test_a_span_has_what_two_observations_differ_in():
 def test_without_an_earlier_one_it_has_all_since_the_brokers_start():
     span = since(None, AFTER, None)
     assert (span.seconds, span.ended, span.tokens) == (None, 6, 8 + 45 + 3)
-    assert since(None, observation(), None)[1:] == (None, None, (None, None), 0, 0, {})
-
-
-@pytest.mark.parametrize(
-    ("counts", "share", "value"),
-    [([4, 0, 0, 0], 0.5, 0.05), ([0, 4, 0, 0], 1.0, 0.2), ([1, 0, 1, 0], 0.99, 0.396), ([0, 0, 0, 3], 0.5, 0.4)],
-)
-def test_a_quantile_lies_within_its_bucket(counts, share, value):
-    assert quantile(Histogram(**histogram(counts)), share) == pytest.approx(value)
+    assert since(None, seen(), None)[1:] == (None, None, (None, None), 0, 0, {})
 
 
 def test_a_window_compares_with_the_oldest_that_it_keeps_and_forgets_a_broker_that_ended():
     window, at = Window(10.0), (0.0, 4.0, 9.0, 14.0)
-    spans = [window.add(now, observation(ended=ended)) for now, ended in zip(at, (1, 3, 7, 20), strict=True)]
+    spans = [window.add(now, seen(ended=ended)) for now, ended in zip(at, (1, 3, 7, 20), strict=True)]
     assert [(span.seconds, span.ended) for span in spans] == [(None, 1), (4.0, 2), (9.0, 6), (10.0, 17)]
-    again = window.add(15.0, observation(epoch=2, ended=2))
+    again = window.add(15.0, seen(epoch=2, ended=2))
     assert (again.seconds, again.ended) == (None, 2)

@@ -16,6 +16,12 @@ def test_a_duration_has_the_unit_that_fits(value, text):
     assert units.seconds(value) == text
 
 
+def test_an_age_is_in_whole_seconds():
+    assert [units.ago(value) for value in (-0.1, 0.6, 59.0, 61.0, 7260.0)] == [
+        *("0 s", "1 s", "59 s", "1 min 1 s", "2 h 1 min")
+    ]
+
+
 def test_bytes_numbers_and_shares_have_three_digits_at_most():
     assert [units.amount(n) for n in (0, 999, 1000, 2_949_120, 35_389_440_000)] == [
         *("0 B", "999 B", "1 kB", "2.95 MB", "35.4 GB")

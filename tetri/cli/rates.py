@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from msgspec import to_builtins
+
 from tetri.wire.clients import Observation
-from tetri.wire.observation import Activity, Histogram
+from tetri.wire.observation import Activity
 
 _STEPS = ("steps", "chunk_tokens", "chunk_space", "decode_steps", "decode_tokens")  # of Activity, that are shown
 
@@ -44,39 +46,24 @@ class Window:
 
 def since(before: Observation | None, after: Observation, seconds: float | None) -> Span:
     """What has happened from one Observation to a later one, which is `seconds` younger."""
-    old = {} if before is None else before.measures.histograms
-    grown = {name: _growth(found, old.get(name)) for name, found in after.measures.histograms.items()}
+    from tetri.proc.gateway.history import added
+
+    old, new = ({} if each is None else to_builtins(each.measures.histograms) for each in (before, after))
+    ttft, tpot, predicted, queued = (
+        added(old.get(name), new.get(name)) for name in ("ttft", "tpot", "queue_predicted", "stage_queued")
+    )
     known = {} if before is None else {(each.iid, each.incarnation): each.activity for each in before.status.instances}
     now = {each.iid: (each.activity, known.get((each.iid, each.incarnation))) for each in after.status.instances}
     activities = {iid: _done(activity, earlier) for iid, (activity, earlier) in now.items()}
-    first = sum(grown["ttft"].counts) if "ttft" in grown else 0
     return Span(
         seconds,
-        _percentiles(grown.get("ttft")),
-        _percentiles(grown.get("tpot")),
-        (_mean(grown.get("queue_predicted")), _mean(grown.get("stage_queued"))),
+        ttft.percentiles() if ttft else None,
+        tpot.percentiles() if tpot else None,
+        (predicted.mean() if predicted else None, queued.mean() if queued else None),
         _ended(after) - (0 if before is None else _ended(before)),
-        first + sum(each.decode_tokens for each in activities.values()),
+        (ttft.count if ttft else 0) + sum(each.decode_tokens for each in activities.values()),
         activities,
     )
-
-
-def quantile(histogram: Histogram, share: float) -> float:
-    """The value at `share` (0 to 1) of a histogram that is not empty, as if values were spread evenly between two
-    bounds. What is above all bounds counts as the last one."""
-    rank, below, low = share * sum(histogram.counts), 0, 0.0
-    for bound, count in zip(histogram.bounds, histogram.counts, strict=False):
-        if count and below + count >= rank:
-            return low + (bound - low) * (rank - below) / count
-        below, low = below + count, bound
-    return low
-
-
-def _growth(now: Histogram, before: Histogram | None) -> Histogram:
-    if before is None:
-        return now
-    counts = [more - less for more, less in zip(now.counts, before.counts, strict=True)]
-    return Histogram(bounds=now.bounds, counts=counts, total=now.total - before.total)
 
 
 def _done(now: Activity, before: Activity | None) -> Activity:
@@ -85,16 +72,6 @@ def _done(now: Activity, before: Activity | None) -> Activity:
         return now
     steps = {name: getattr(now, name) - getattr(before, name) for name in _STEPS}
     return Activity(**steps)
-
-
-def _percentiles(histogram: Histogram | None) -> tuple[float, float] | None:
-    if histogram is None or not any(histogram.counts):
-        return None
-    return quantile(histogram, 0.5), quantile(histogram, 0.99)
-
-
-def _mean(histogram: Histogram | None) -> float | None:
-    return histogram.total / sum(histogram.counts) if histogram is not None and any(histogram.counts) else None
 
 
 def _ended(observation: Observation) -> int:

@@ -15,7 +15,14 @@ def seconds(value: float | None) -> str:
         return f"{1e3 * value:.1f} ms"
     if abs(value) < 100:
         return f"{value:.2f} s"
-    minutes, rest = divmod(round(value), 60)
+    return ago(value)
+
+
+def ago(value: float) -> str:
+    """An age, in whole seconds or minutes."""
+    minutes, rest = divmod(max(round(value), 0), 60)
+    if not minutes:
+        return f"{rest} s"
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
