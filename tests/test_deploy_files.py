@@ -1,5 +1,5 @@
-"""The files with which others run tetri: conf/Dockerfile, conf/compose.yaml and conf/tetri.service, checked without Docker and
-without a running systemd."""
+"""The files with which others run tetri: conf/Dockerfile, conf/compose.yaml and conf/tetri.service, checked without
+Docker and without a running systemd."""
 
 import re
 import shutil

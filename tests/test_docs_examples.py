@@ -1,5 +1,6 @@
 """docs/extending.md: its examples, carried out as they stand there on a copy of the code."""
 
+import json
 import os
 import re
 import shutil
@@ -68,16 +69,18 @@ def test_the_tests_of_the_examples_pass_on_the_copy(copy):
 def test_a_new_policy_and_a_new_cost_table_are_simulated(copy):
     program = "from tetri.cli import main; main()"
     for options in (("--policy", "decode_route=most_free", "--decode", "2"), ("--cost", "half-speed")):
-        assert "20" in run(copy, "-c", program, "sim", "run", "--requests", "20", "--rate", "2", *options)
+        told = json.loads(run(copy, "-c", program, "sim", "run", "--requests", "20", "--rate", "2", "--json", *options))
+        assert told["done"] == 20
 
 
-def test_a_new_path_and_a_new_engine_serve(copy, tmp_path):
-    """Both in one deployment, which says in a receipt by which path the KV came."""
-    program = """
-import sys
+LIVE = """
 from live import LiveCluster
-with LiveCluster(overrides=["transfer.transport=brief", "emulated.jitter_s=0.01", "policy.decode_route=most_free"]) as live:
-    print(live.client().generate("Which way did my KV come?", max_tokens=8).receipt.transport)
+settings = ["transfer.transport=brief", "emulated.jitter_s=0.01", "policy.decode_route=most_free"]
+with LiveCluster(overrides=settings) as cluster:
+    print(cluster.client().generate("Which way did my KV come?", max_tokens=8).receipt.transport)
 """
-    environment = f"import sys; sys.path.insert(0, {str(copy / 'tests')!r})\n"
-    assert run(copy, "-c", environment + program) == "brief\n"
+
+
+def test_a_new_path_and_a_new_engine_serve(copy):
+    """Both in one deployment, which says in a receipt by which path the KV came."""
+    assert run(copy, "-c", f"import sys; sys.path.insert(0, {str(copy / 'tests')!r}){LIVE}") == "brief\n"

@@ -1,5 +1,5 @@
-"""docs/operations.md: every note of a status, and every line that a program logs as a warning or an error, is in the table of
-failures, with what to do."""
+"""docs/operations.md: every note of a status, and every line that a program logs as a warning or an error, is in the
+table of failures, with what to do."""
 
 import ast
 import re
@@ -50,9 +50,9 @@ def texts(node, lines):
         match child:
             case ast.Expr(value=ast.Constant()):
                 continue
-            case ast.Call(func=ast.Attribute(attr=attr), args=[first, *others]) if attr in LEVELS:
+            case ast.Call(func=ast.Attribute(attr=attr), args=[first, *_]) if attr in LEVELS:
                 yield pattern(first)
-            case ast.Call(func=ast.Attribute(attr="log"), args=[_, first, *others]):
+            case ast.Call(func=ast.Attribute(attr="log"), args=[_, first, *_]):
                 yield pattern(first)
         found = pattern(child) if lines else None
         if found is not None and is_line(found):
@@ -102,11 +102,14 @@ def test_every_alert_has_a_row():
     assert told_of == {*alerts()}
 
 
-@pytest.mark.parametrize("metric", ["tetri_requests_ended_total", "tetri_requests_refused_total", "tetri_retries_total"])
+@pytest.mark.parametrize(
+    "metric", ["tetri_requests_ended_total", "tetri_requests_refused_total", "tetri_retries_total"]
+)
 def test_every_reason_of_a_metric_is_explained(metric):
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     reasons = re.search(rf"\| `{metric}` \|.*: ([a-z_, ]+) \|", page)[1].split(", ")
-    explained = {word for cell in re.findall(r"^\| (`.*?) \|", section("Reasons"), re.M) for word in cell.split("`")[1::2]}
+    cells = re.findall(r"^\| (`.*?) \|", section("Reasons"), re.M)
+    explained = {word for cell in cells for word in cell.split("`")[1::2]}
     assert len(reasons) > 3 and {*reasons} <= explained
 
 
