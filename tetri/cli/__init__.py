@@ -17,7 +17,7 @@ from tetri import terminal
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = (
-    *("up", "down", "status", "top", "ready", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
+    *("up", "down", "status", "top", "explain", "ready", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
     *("sim", "predictor", "keygen", "openai-env"),
 )
 
