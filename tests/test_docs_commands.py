@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-import threading
+import tempfile
+from pathlib import Path
 
-import click
 import pytest
 from docs_blocks import PAGES, ROOT, blocks
+
+from tetri import cli
+from tetri.client import Client
 
 CONF = """
 [cluster]
@@ -31,7 +33,8 @@ WORKER = '[[worker]]\niid = "{}"\nrole = "{}"\n'
 TRACE = "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,100,5\n0.5,200,9\n"
 FILES = {"my_trace.csv": TRACE, "AzureLLMInferenceTrace_conv.csv": TRACE, "azure_2023_conv.csv": TRACE}
 FILES |= dict.fromkeys(("prompts.jsonl", "lengths.jsonl", "predictions.jsonl", "drawn.jsonl"), "")
-RUN, STARTED, PARSED, ELSEWHERE, LINTED, BY_HAND = "run", "started", "parsed", "elsewhere", "linted", "by hand"
+RUN, STARTED, ENDED, PARSED = "run", "started", "ended", "parsed"
+ELSEWHERE, LINTED, BY_HAND = "elsewhere", "linted", "by hand"
 
 #: What a command looks like -> what becomes of it here, and the test that runs it otherwise. The first one counts.
 RULES = [
@@ -45,6 +48,7 @@ RULES = [
     (r"bin/tetri-cli up .*predictor.folder=", PARSED, "tests/proc/test_predictor.py"),
     (r"bin/tetri-cli (up|down)\b", STARTED, ""),
     (r"(XDG_RUNTIME_DIR=\S+ )?bin/tetri-cli down", STARTED, ""),
+    (r"bin/tetri-cli end RID", ENDED, ""),
     (r"(bin/)?tetri-cli sim run ", RUN, ""),
     (r"(bin/)?tetri-cli sim paper", PARSED, "tests/cli/test_sim_paper.py"),
     (r"(bin/)?tetri-cli profile ", PARSED, "tests/cli/test_profile.py"),
@@ -109,13 +113,15 @@ def those(*hows):
 class Place:
     """A folder that looks like a clone, in which a shell runs commands, and a run directory."""
 
-    def __init__(self, folder, name, workers):
-        self.folder, self.url, self.ended, self.open = folder, "", "", ""
+    def __init__(self, workers):
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="tetri-docs-", dir="/tmp"))  # Unix sockets need a short path
+        self.name = f"docs{os.getpid()}-{os.urandom(2).hex()}"
+        self.url, self.ended = "", ""
         for each in ("bin", "tools", "conf", "tests", ".venv"):
             (folder / each).symlink_to(ROOT / each)
         for file, text in {**FILES, "cost.toml": COST}.items():
             (folder / file).write_text(text)
-        text = CONF.format(name=name, cost=folder / "cost.toml") + "".join(WORKER.format(*each) for each in workers)
+        text = CONF.format(name=self.name, cost=folder / "cost.toml") + "".join(WORKER.format(*each) for each in workers)
         (folder / "mine.toml").write_text(text)
         (folder / "etc").mkdir()
         (folder / "run").mkdir(mode=0o700)
@@ -124,7 +130,7 @@ class Place:
     def sh(self, command, stdin="Hello\n"):
         """Run a command as its page has it, in this place."""
         command = re.sub(r"(localhost|127\.0\.0\.1):80[01]0", self.url.removeprefix("http://"), command)
-        command = re.sub(r"\bRID\b", self.open if " end RID" in command else self.ended, command)
+        command = re.sub(r"\bRID\b", self.ended, command)
         command = re.sub(r"/tmp/tetri-(green|blue)", f"{self.folder}/run", command)
         command = re.sub(r"--requests \d+", "--requests 20", command.replace("/etc/prometheus", f"{self.folder}/etc"))
         command = re.sub(r"^tetri-cli", "bin/tetri-cli", command)
@@ -144,9 +150,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place():
     """A deployment of one prefill and one decode instance that has answered a request and is busy with another."""
-    made = Place(folder_of(tmp_path_factory), f"docs-{os.getpid()}", [("p0", "prefill"), ("d0", "decode")])
+    made = Place([("p0", "prefill"), ("d0", "decode")])
     made.sh("bin/tetri-cli up")
     try:
         status = json.loads(made.sh("bin/tetri-cli status --json"))
@@ -160,15 +166,86 @@ def place(tmp_path_factory):
         shutil.rmtree(made.folder)
 
 
-def folder_of(factory):
-    """Unix sockets need a short path."""
-    import tempfile
-
-    from pathlib import Path
-
-    return Path(tempfile.mkdtemp(prefix="tetri-docs-", dir="/tmp"))
-
-
 @pytest.mark.parametrize("command", those(RUN))
 def test_a_command_runs(place, command):
     place.sh(command)
+
+
+@pytest.mark.parametrize("command", those(ENDED))
+def test_a_request_is_ended(place, command):
+    with Client(place.clients) as client, client.stream("A long story", max_tokens=4000, ignore_eos=True) as answer:
+        next(iter(answer))
+        place.ended = answer.rid
+        place.sh(command)
+        assert answer.result is None
+
+
+@pytest.mark.parametrize("language", ["python"])
+def test_the_python_of_the_pages_runs(place, language):
+    """What imports nothing but tetri and OpenAI's client."""
+    run = 0
+    for block in (block for page in PAGES for block in blocks(page) if block.language == language):
+        imported = set(re.findall(r"^(?:import|from) (\w+)", block.text, re.MULTILINE))
+        if imported <= {"tetri", "openai"} and block.page != "extending.md":
+            assert place.sh(f".venv/bin/python -c {shlex.quote(block.text)}")
+            run += 1
+    assert run >= 4
+
+
+@pytest.mark.parametrize("command", [each for each in those(STARTED) if " up" in each.values[0]])
+def test_a_deployment_starts_and_stops(command):
+    """With one worker of both roles where the command names no file. It must not touch another deployment."""
+    made = Place([("m0", "mixed")])
+    own = f" --set cluster.name={made.name} --set gateway.port=0"
+    try:
+        made.sh("touch keys")
+        assert "up: an emulated model" in made.sh(command + own)
+        made.sh("bin/tetri-cli down")
+        assert sorted(path.name for path in Path("/dev/shm").glob(f"tetri-{made.name}*")) == []
+    finally:
+        made.sh("bin/tetri-cli down || true")
+        shutil.rmtree(made.folder)
+
+
+# ---------------------------------------------------------------- what is parsed, and what is run elsewhere
+
+
+def parse(command, folder):
+    """Raises a click error if the program does not take these arguments."""
+    program, *arguments = shlex.split(command, comments=True)
+    arguments = [word.replace("http://", "http://") for word in arguments]
+    if program.startswith("tools/"):
+        module = (ROOT / program).read_text().splitlines()[-1].split()[4]
+        package = importlib.util.find_spec(module).submodule_search_locations is not None
+        made = importlib.import_module(f"{module}.__main__" if package else module).main
+        made.make_context(program, arguments)
+        return
+    context, made = None, cli.group
+    while True:
+        context = made.make_context(made.name or program, arguments, parent=context)
+        if not hasattr(made, "resolve_command"):
+            return
+        _, made, arguments = made.resolve_command(context, [*context._protected_args, *context.args])
+
+
+@pytest.mark.parametrize("command", those(PARSED))
+def test_a_long_command_has_arguments_that_its_program_takes(command, tmp_path, monkeypatch):
+    for file, text in FILES.items():
+        (tmp_path / file).write_text(text)
+    for each in ("conf", "tests"):
+        (tmp_path / each).symlink_to(ROOT / each)
+    (tmp_path / "my-predictor").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parse(command, tmp_path)
+
+
+def test_every_command_has_a_rule_and_every_rule_a_test_and_a_command():
+    assert [command for _, command in ALL if rule(command)[0] is None] == []
+    assert [test for _, how, test in RULES if how not in (RUN, STARTED, ENDED) and not (ROOT / test).is_file()] == []
+    used = {rule(command) for _, command in ALL}
+    assert [each for _, *each in RULES if tuple(each) not in used] == []
+
+
+@pytest.mark.parametrize("text", ["a 'b\nc'\n", "a \\\n b\n", "a <<END\nx\nEND\n"])
+def test_a_command_of_several_lines_is_one(text):
+    assert [*commands(text + "d  # why\n")] == [text.strip(), "d"]
