@@ -28,7 +28,7 @@ def test_bytes_numbers_and_shares_have_three_digits_at_most():
     ]
     assert [units.number(n) for n in (None, 0.0, 1.234, 999.0, 12345.6)] == ["-", "0", "1.23", "999", "12,346"]
     assert [units.share(1, 3), units.share(0, 0)] == ["33%", "-"]
-    assert [units.count(1, "chunk"), units.count(2048, "token")] == ["1 chunk", "2,048 tokens"]
+    assert [units.count(1, "chunk"), units.count(2048, "token")] == ["1 chunk", "2048 tokens"]
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -59,6 +59,12 @@ def counted(counts: dict[str, int], nothing: str = "none") -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or nothing
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text, with columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def cells(columns: Sequence[Column], instance: InstanceStatus, activity: Activity | None = None) -> list[str]:
     """The cells of an instance; `activity`: that of the last seconds, else since its process started."""
     return [column.text(instance, activity or instance.activity) for column in columns]

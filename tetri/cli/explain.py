@@ -14,6 +14,7 @@ import click
 import msgspec
 
 from tetri import atomic, terminal
+from tetri.cli.columns import aligned
 from tetri.cli.options import (
     COUNT,
     TEXT,
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LAST = 20  # requests that are listed
-_ANSWER = re.compile(r"(?:chat)?cmpl-")  # begins the id of an HTTP answer, which goes on with that of its request
+_ANSWER = re.compile(r"^(?:chat)?cmpl-")  # begins the id of an HTTP answer, which goes on with that of its request
 _CHOICE = re.compile(r"(.+)\.(\d{1,4})", re.ASCII)  # see tetri.request.choice_id
 _FAILED = ("error", "deadline")
-_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "prompt", "output", "attempts", "on")
+_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "on")
 _EXAMPLES = examples(
     "tetri-cli explain   # lists the last requests",
-    "tetri-cli explain 5f2c9a1e03b7d846",
-    "tetri-cli explain chatcmpl-5f2c9a1e03b7d846 --choice 1 --perfetto trace.json",
+    "tetri-cli explain 5f2c9a1e03b7d8460c1d2e3f4a5b6c7d",
+    "tetri-cli explain chatcmpl-5f2c9a1e03b7d8460c1d2e3f4a5b6c7d --choice 1 --perfetto trace.json",
     "tetri-cli explain --slowest --last 50 --perfetto slowest.json",
 )
 
@@ -75,19 +76,19 @@ def command(
             _list(client, as_json, perfetto, **selection)
 
 
-def named(rid: str, choice: int | None = None) -> tuple[str, int]:
-    """The request and the choice that an id means."""
-    rid = _ANSWER.sub("", rid, count=1) if _ANSWER.match(rid) else rid
-    if choice is None and (found := _CHOICE.fullmatch(rid)):
-        return found[1], int(found[2])
-    return rid, choice or 0
+def _named(rid: str, choice: int | None = None) -> tuple[str, int]:
+    """The request and the choice that an id means; `choice`: another one of the same request."""
+    rid = _ANSWER.sub("", rid, count=1)
+    found = _CHOICE.fullmatch(rid)
+    request, index = (found[1], int(found[2])) if found else (rid, 0)
+    return request, index if choice is None else choice
 
 
 def _explain(client: Any, rid: str, choice: int | None, as_json: bool, perfetto: Path | None) -> None:
     from tetri.client import RequestRefused
 
     try:
-        found = client.explain(*named(rid, choice))
+        found = client.explain(*_named(rid, choice))
     except RequestRefused as error:
         raise RequestRefused(f"{error}. Only the last requests are kept: tetri-cli explain lists them") from None
     came, timeline = time.monotonic(), msgspec.convert(found, Timeline)
@@ -111,7 +112,7 @@ def _list(client: Any, as_json: bool, perfetto: Path | None, slowest: bool, fail
     if as_json:
         terminal.print_json({"ended": msgspec.to_builtins(chosen)})
     elif chosen:
-        _print_table(chosen)
+        click.echo(aligned([*_rows(chosen)]))
     else:
         click.echo("no request has ended" + (" by an error or its deadline" if failed and ended else " yet"))
     if perfetto is not None:
@@ -124,22 +125,17 @@ def _timelines(client: Any, ended: list[Ended]) -> Iterator[tuple[float, Timelin
 
     for each in ended:
         with contextlib.suppress(RequestRefused):
-            found = client.explain(*named(each.rid))
+            found = client.explain(*_named(each.rid))
             yield time.monotonic(), msgspec.convert(found, Timeline)
 
 
-def _print_table(ended: list[Ended]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for title in _TITLES:
-        table.add_column(title, justify="left" if title in ("request", "reason", "on") else "right", no_wrap=True)
+def _rows(ended: list[Ended]) -> Iterator[list[str]]:
+    yield [*_TITLES]
     for each in ended:
         times = (seconds(value) for value in (each.ttft_s, each.tpot_s, each.jct_s))
-        counts = (str(value) for value in (each.prompt_tokens, each.outputs, each.attempts))
+        counts = (str(value) for value in (each.attempts, each.prompt_tokens, each.outputs))
         where = f"{each.prefill or NOTHING} > {each.decode or NOTHING}"
-        table.add_row(each.rid, f"{ago(each.age_s)} ago", each.reason, *times, *counts, where)
-    _console().print(table)
+        yield [each.rid, f"{ago(each.age_s)} ago", each.reason, *times, *counts, where]
 
 
 def _console() -> Console:

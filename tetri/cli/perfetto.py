@@ -1,5 +1,5 @@
 """Timelines as a trace that ui.perfetto.dev and trace_processor open, in Chrome's JSON format: an instance is a process
-there, and each choice has threads of its own in it, for its stages, its engine steps and its KV."""
+there, and each choice has threads of its own in it, for its stages, chunks, steps and KV."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tetri.cli.waterfall import detail
 from tetri.request import choice_id
-from tetri.wire.observation import StageSpan, StepSpan, Timeline, TraceEvent
+from tetri.wire.observation import StageSpan, Timeline, TraceEvent
 
-ENGINE, KV = frozenset(("chunk", "recompute")), frozenset(("export", "fetch"))
+THREADS = {"chunk": "chunks", "recompute": "chunks", "export": "KV", "fetch": "KV"}  # of what lasts, by its kind
 _NOWHERE = "broker"  # has the stages that no instance holds
 
 
@@ -33,7 +33,7 @@ class _Tracks:
         self._ends: dict[int, int] = {}  # tid -> end of its last slice
         self.names: list[dict[str, Any]] = []
 
-    def track(self, iid: str, name: str) -> tuple[int, int]:
+    def thread(self, iid: str, name: str) -> tuple[int, int]:
         """(pid, tid) of a thread of an instance."""
         iid = iid or _NOWHERE
         if iid not in self._pids:
@@ -44,12 +44,12 @@ class _Tracks:
             self._name("thread_name", *self._tids[iid, name], name)
         return self._tids[iid, name]
 
-    def place(self, iid: str, name: str, start_s: float, took_s: float, parallel: bool = False) -> _Slice:
+    def place(self, iid: str, name: str, start_s: float, lasted_s: float, parallel: bool = False) -> _Slice:
         """The place of the next slice of a thread: after the ones before, which end later only since clocks differ a
         little. `parallel`: on a further thread, if the slice overlaps with the ones before."""
-        start, end = round(start_s * 1e9), round((start_s + took_s) * 1e9)
+        start, end = round(start_s * 1e9), round((start_s + lasted_s) * 1e9)
         for lane in count(1):
-            pid, tid = self.track(iid, name if lane == 1 else f"{name} {lane}")
+            pid, tid = self.thread(iid, name if lane == 1 else f"{name} {lane}")
             last = self._ends.get(tid, start)
             if last <= start or not parallel:
                 break
@@ -76,30 +76,19 @@ def _choice(timeline: Timeline, arrival: float, tracks: _Tracks, flows: Iterator
     for span, place in stages:
         yield _complete(str(span.stage), "stage", place, {"request": name, "attempt": span.attempt})
     yield from _flows(stages, name, flows)
-    computed: list[TraceEvent | StepSpan] = [event for event in timeline.events if event.kind in ENGINE]
-    for each in sorted([*computed, *timeline.steps], key=_start_s):
-        yield _engine(each, name, arrival, tracks)
-    for event in timeline.events:
-        if event.kind in KV:
-            place = tracks.place(event.iid, f"{name} KV", arrival + event.at, event.seconds, parallel=True)
-            yield _complete(event.kind, "kv", place, _args(event, name))
-        elif event.kind not in ENGINE:
-            pid, tid = tracks.track(event.iid, name)
+    for step in sorted(timeline.steps, key=lambda step: step.start_s):
+        place = tracks.place(step.iid, f"{name} steps", arrival + step.start_s, step.seconds)
+        fields = {field: getattr(step, field) for field in ("tokens", "batch", "chunk_tokens", "passes")}
+        yield _complete("step", "step", place, {"request": name, **fields})
+    for event in sorted(timeline.events, key=lambda event: event.at):
+        if event.kind in THREADS:
+            kind = THREADS[event.kind]
+            place = tracks.place(event.iid, f"{name} {kind}", arrival + event.at, event.seconds, kind == "KV")
+            yield _complete(event.kind, kind, place, _args(event, name))
+        else:
+            pid, tid = tracks.thread(event.iid, name)
             at = {"ph": "i", "s": "t", "ts": (arrival + event.at) * 1e6, "pid": pid, "tid": tid}
             yield {"name": event.kind, "cat": "event", **at, "args": _args(event, name)}
-
-
-def _start_s(each: TraceEvent | StepSpan) -> float:
-    return each.at if isinstance(each, TraceEvent) else each.start_s
-
-
-def _engine(each: TraceEvent | StepSpan, name: str, arrival: float, tracks: _Tracks) -> dict[str, Any]:
-    """A prefill chunk, or a step that wrote output tokens."""
-    place = tracks.place(each.iid, f"{name} engine", arrival + _start_s(each), each.seconds)
-    if isinstance(each, TraceEvent):
-        return _complete(each.kind, "engine", place, _args(each, name))
-    fields = {field: getattr(each, field) for field in ("tokens", "batch", "chunk_tokens", "passes")}
-    return _complete("step", "engine", place, {"request": name, **fields})
 
 
 def _args(event: TraceEvent, name: str) -> dict[str, Any]:

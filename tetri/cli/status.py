@@ -10,7 +10,7 @@ import msgspec
 
 from tetri import terminal
 from tetri.cli import columns as shown
-from tetri.cli.columns import cells, counted
+from tetri.cli.columns import aligned, cells, counted
 from tetri.cli.options import (
     Overrides,
     connect,
@@ -55,11 +55,11 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     for report in gateways.values():
         click.echo(f"gateway   {report['url']}/v1: {_answers(report)}")
     rows = [cells(_COLUMNS, instance) for instance in status.instances]
-    click.echo(_aligned([[column.title for column in _COLUMNS], *rows]))
+    click.echo(aligned([[column.title for column in _COLUMNS], *rows]))
     if fetched := _kv(status.instances):
-        click.echo(_aligned([["counted by", "events"], *fetched]))
+        click.echo(aligned([["counted by", "events"], *fetched]))
     if lengths := _lengths(status.instances):
-        click.echo(_aligned([_LENGTHS, *lengths]))
+        click.echo(aligned([_LENGTHS, *lengths]))
     for note in status.notes:
         click.echo(f"degraded  {note}")
 
@@ -107,8 +107,3 @@ def _lengths(instances: list[InstanceStatus]) -> list[list[str]]:
         note = "; ".join(filter(None, [found.note, *short]))
         rows.append([each.iid, found.kind, state, *counts, *shares, note])
     return rows
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -46,7 +46,7 @@ def number(value: float | None) -> str:
 
 def count(number: int, noun: str) -> str:
     """A number of things: 1 chunk, 2 chunks."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def bar(filled: float, width: int, start: float = 0.0, plain: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from tetri.cli.units import NOTHING, ago, amount, bar, count, number, seconds, sparkline
@@ -12,10 +12,11 @@ from tetri.wire.observation import StageSpan, StepSpan, Timeline, TraceEvent
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 MISHAPS = ("retry", "migrated", "preempted", "refused")  # what makes a request late
 SLOWEST = 5  # decode steps that are shown one by one
-_BAR = (12, 60)  # least and most characters
+_TITLE, _BAR = 9, (12, 60)  # characters: of a title, and the least and most of a bar
 
 
 def _tokens(event: TraceEvent) -> str:
@@ -25,7 +26,7 @@ def _tokens(event: TraceEvent) -> str:
 
 def _fetch(event: TraceEvent) -> str:
     speed = f", {amount(event.size / event.seconds)}/s" if event.size and event.seconds > 0 else ""
-    return f"blocks {event.first} to {event.last}, {amount(event.size)}{speed}, {event.note} from {event.peer}"
+    return f"blocks {event.first} to {event.last}, {amount(event.size)}{speed}, {event.note}"
 
 
 _DETAIL: dict[str, Callable[[TraceEvent], str]] = {
@@ -83,28 +84,25 @@ def _event(event: TraceEvent) -> Row:
     return Row(event.kind, event.iid, event.at, event.seconds, detail(event))
 
 
-def heading(timeline: Timeline) -> list[str]:
-    """The lines above the waterfall: how the choice was served as a whole, and each mishap."""
-    name = choice_id(timeline.rid, timeline.choice)
+def heading(timeline: Timeline) -> list[tuple[str, str]]:
+    """What stands above the waterfall, as (title, text): the choice as a whole, and each mishap."""
     of = f" (choice {timeline.choice} of {timeline.choices})" if timeline.choices > 1 else ""
-    arrived = f"arrived {ago(timeline.age_s)} ago"
     state = f"{timeline.stage} now" if timeline.reason is None else timeline.reason
     outputs, jct, ttft = timeline.outputs, timeline.jct_s, timeline.ttft_s
     tpot = (jct - ttft) / (outputs - 1) if jct is not None and ttft is not None and outputs > 1 else None
     lines = [
-        f"request   {name}{of}: {state}, {arrived}",
-        f"latency   TTFT {seconds(ttft)}   TPOT {seconds(tpot)}   JCT {seconds(jct)}",
-        f"tokens    {timeline.prompt_tokens} prompt   {outputs} output   {count(timeline.attempts, 'attempt')}",
+        ("request", f"{choice_id(timeline.rid, timeline.choice)}{of}: {state}, arrived {ago(timeline.age_s)} ago"),
+        ("latency", f"TTFT {seconds(ttft)}   TPOT {seconds(tpot)}   JCT {seconds(jct)}"),
+        ("tokens", f"{timeline.prompt_tokens} prompt   {outputs} output   {count(timeline.attempts, 'attempt')}"),
     ]
     if timeline.receipt is not None:
-        lines.append(f"receipt   {receipt(timeline.receipt)}")
+        lines.append(("receipt", receipt(timeline.receipt)))
     if timeline.error:
-        lines.append(f"error     {harmless(timeline.error)}")
-    lines += [
-        f"{each.kind:<9} at {seconds(each.at)}: {detail(each)}" for each in timeline.events if each.kind in MISHAPS
-    ]
+        lines.append(("error", harmless(timeline.error)))
+    mishaps = [event for event in timeline.events if event.kind in MISHAPS]
+    lines += [(event.kind, f"at {seconds(event.at)}: {detail(event)}") for event in mishaps]
     if timeline.left_out:
-        lines.append(f"left out  {timeline.left_out} of its events and steps, more than are kept")
+        lines.append(("left out", f"{timeline.left_out} of its events and steps, more than are kept"))
     return lines
 
 
@@ -123,24 +121,24 @@ def receipt(found: Receipt) -> str:
     return ", ".join(parts)
 
 
-def steps(timeline: Timeline, width: int, plain: bool) -> Iterator[str]:
-    """The decode steps of each instance: how many, how long, beside what; all as a sparkline; the slowest."""
-    by_instance: dict[str, list[StepSpan]] = {}
-    for step in timeline.steps:
-        by_instance.setdefault(step.iid, []).append(step)
-    for iid, some in by_instance.items():
+def steps(timeline: Timeline, width: int, plain: bool) -> Iterator[tuple[str, str]]:
+    """The decode steps of each instance, as (title, text): how many, how long, beside what; then the slowest."""
+    found = [step for step in timeline.steps if step.batch]  # not the end of prefill, which is among the chunks
+    for iid in dict.fromkeys(step.iid for step in found):
+        some = [step for step in found if step.iid == iid]
         passes = sum(step.passes for step in some)
         mean, most = sum(step.seconds for step in some) / passes, max(map(_pass_s, some))
         batch = sum(step.batch * step.passes for step in some) / passes
         beside = sum(step.chunk_tokens > 0 for step in some)
+        chunks = f", {beside} with a prefill chunk" if beside else ""
         yield (
-            f"steps     {passes} on {iid}: mean {seconds(mean)}, longest {seconds(most)}, mean batch {number(batch)}"
-            f"{f', {beside} with a prefill chunk' if beside else ''}"
+            "steps",
+            f"{passes} on {iid}: mean {seconds(mean)}, longest {seconds(most)}, batch {number(batch)}{chunks}",
         )
-        yield f"          {sparkline([*map(_pass_s, some)], max(width - 10, 10), plain)}"
-    for step in sorted(timeline.steps, key=_pass_s, reverse=True)[:SLOWEST]:
+        yield "", sparkline([*map(_pass_s, some)], width, plain)
+    for step in sorted(found, key=_pass_s, reverse=True)[:SLOWEST]:
         chunk = f", beside {count(step.chunk_tokens, 'prompt token')}" if step.chunk_tokens else ""
-        yield f"slowest   {seconds(_pass_s(step))} at {seconds(step.start_s)} on {step.iid}, batch {step.batch}{chunk}"
+        yield "slowest", f"{seconds(_pass_s(step))} at {seconds(step.start_s)} on {step.iid}, batch {step.batch}{chunk}"
 
 
 def _pass_s(step: StepSpan) -> float:
@@ -148,24 +146,42 @@ def _pass_s(step: StepSpan) -> float:
 
 
 def drawn(timeline: Timeline, width: int, plain: bool) -> Group:
-    """The waterfall for a console of this width; `plain`: in ASCII."""
+    """All there is to show, for a console of this width; `plain`: in ASCII."""
     from rich.console import Group
+    from rich.text import Text
+
+    shown_steps = steps(timeline, max(width - _TITLE - 1, 10), plain)
+    return Group(_titled(heading(timeline)), Text(), _chart(timeline, width, plain), Text(), _titled(shown_steps))
+
+
+def _titled(lines: Iterable[tuple[str, str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    until = max([end_s(timeline), *(each.start_s + each.seconds for each in rows(timeline))]) or 1.0
-    space = max(_BAR[0], min(width - 68, _BAR[1]))
-    axis = f"0{seconds(until):>{space - 1}}"
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(min_width=_TITLE)
+    for title, text in lines:
+        grid.add_row(title, Text(text), style="yellow" if title in MISHAPS else "")
+    return grid
+
+
+def _chart(timeline: Timeline, width: int, plain: bool) -> Table:
+    """Stages and events as bars over one axis of time."""
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = rows(timeline)
+    until = max([end_s(timeline), *(row.start_s + row.seconds for row in lines)]) or 1.0
+    space = max(_BAR[0], min(width - 90, _BAR[1]))
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for title, right in (("", False), ("on", False), ("at", True), ("took", True)):
         table.add_column(title, justify="right" if right else "left", no_wrap=True)
-    table.add_column(axis, no_wrap=True)
+    table.add_column(f"0{seconds(until):>{space - 1}}", no_wrap=True)
     table.add_column("", overflow="fold")
-    for row in rows(timeline):
-        took = seconds(row.seconds) if row.stage or row.seconds else NOTHING
+    for row in lines:
+        lasted = seconds(row.seconds) if row.stage or row.seconds else NOTHING
         line = bar((row.start_s + row.seconds) / until, space, max(row.start_s, 0.0) / until, plain)
-        texts = (row.name if row.stage else f"  {row.name}", row.iid, seconds(row.start_s), took, line, row.detail)
+        texts = (row.name if row.stage else f"  {row.name}", row.iid, seconds(row.start_s), lasted, line, row.detail)
         style = "bold" if row.stage else "yellow" if row.name in MISHAPS else "dim"
-        table.add_row(*(Text(text) for text in texts), style=style)
-    lines = [Text(line, "yellow" if line.startswith(MISHAPS) else "") for line in heading(timeline)]
-    return Group(*lines, Text(), table, Text(), *map(Text, steps(timeline, width, plain)))
+        table.add_row(*map(Text, texts), style=style)
+    return table
