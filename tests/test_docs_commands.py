@@ -1,5 +1,5 @@
-"""Every command in README.md and docs/ is run as it stands there: on emulated engines, beside a deployment of the tests' own.
-What needs a model, minutes or another program is parsed, and RULES names the test that runs it."""
+"""Every command in README.md and docs/ is run as it stands there: on emulated engines, beside a deployment of the tests'
+own. What needs a model, minutes or another program is parsed, and RULES names the test that runs it."""
 
 import importlib
 import json
@@ -11,11 +11,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import click
 import pytest
 from docs_blocks import PAGES, ROOT, blocks
 
 from tetri import cli
 from tetri.client import Client
+from tetri.config import load
 
 CONF = """
 [cluster]
@@ -46,8 +48,7 @@ RULES = [
     (r"(guidellm|aiperf) |export HF_HUB_OFFLINE", BY_HAND, "docs/clients.md"),
     (r"tools/vllm ", ELSEWHERE, "tests/bench/test_vllm_command.py"),
     (r"bin/tetri-cli up .*predictor.folder=", PARSED, "tests/proc/test_predictor.py"),
-    (r"bin/tetri-cli (up|down)\b", STARTED, ""),
-    (r"(XDG_RUNTIME_DIR=\S+ )?bin/tetri-cli down", STARTED, ""),
+    (r"(XDG_RUNTIME_DIR=\S+ )?bin/tetri-cli (up|down)\b", STARTED, ""),
     (r"bin/tetri-cli end RID", ENDED, ""),
     (r"(bin/)?tetri-cli sim run ", RUN, ""),
     (r"(bin/)?tetri-cli sim paper", PARSED, "tests/cli/test_sim_paper.py"),
@@ -77,7 +78,7 @@ def commands(text):
             continue
         try:
             if shlex.split(command, comments=True):
-                yield re.sub(r" +# .*\n?$", "", command).strip()
+                yield re.sub(r"\\\n *", "", re.sub(r" +# .*\n?$", "", command)).strip()
         except ValueError:  # an open quote
             continue
         command = ""
@@ -114,14 +115,20 @@ class Place:
     """A folder that looks like a clone, in which a shell runs commands, and a run directory."""
 
     def __init__(self, workers):
-        self.folder = folder = Path(tempfile.mkdtemp(prefix="tetri-docs-", dir="/tmp"))  # Unix sockets need a short path
+        self.folder = folder = Path(
+            tempfile.mkdtemp(prefix="tetri-docs-", dir="/tmp")
+        )  # Unix sockets need a short path
         self.name = f"docs{os.getpid()}-{os.urandom(2).hex()}"
+        self.own = f"--set cluster.name={self.name} --set gateway.port=0"  # beside other deployments
+        self.clients = f"ipc://{folder}/run/tetri/clients"
         self.url, self.ended = "", ""
         for each in ("bin", "tools", "conf", "tests", ".venv"):
             (folder / each).symlink_to(ROOT / each)
         for file, text in {**FILES, "cost.toml": COST}.items():
             (folder / file).write_text(text)
-        text = CONF.format(name=self.name, cost=folder / "cost.toml") + "".join(WORKER.format(*each) for each in workers)
+        text = CONF.format(name=self.name, cost=folder / "cost.toml") + "".join(
+            WORKER.format(*each) for each in workers
+        )
         (folder / "mine.toml").write_text(text)
         (folder / "etc").mkdir()
         (folder / "run").mkdir(mode=0o700)
@@ -148,12 +155,31 @@ class Place:
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
         return done.stdout
 
+    def remove(self):
+        """Stop the deployment, which must leave nothing, and remove the folder."""
+        self.sh("bin/tetri-cli down")
+        assert [*Path("/dev/shm").glob(f"tetri-{self.name}-*")] == []
+        shutil.rmtree(self.folder)
+
+
+def settings(command):
+    """The values of --set in a command."""
+    words = shlex.split(command)
+    return [after for word, after in zip(words, words[1:], strict=False) if word == "--set"]
+
+
+UPS = [command for _, command in ALL if re.match(r"bin/tetri-cli up\b", command) and rule(command)[0] == STARTED]
+#: Settings that no deployment can have with those of the other commands: they get one of their own.
+ALONE = ("gateway.count=0", "gateway.key_file=$PWD/keys")
+TOGETHER = [each for command in UPS if " --conf " not in command for each in settings(command) if each not in ALONE]
+
 
 @pytest.fixture(scope="module")
 def place():
-    """A deployment of one prefill and one decode instance that has answered a request and is busy with another."""
+    """A deployment of one prefill and one decode instance, with all settings of the pages that go together. It has
+    answered a request."""
     made = Place([("p0", "prefill"), ("d0", "decode")])
-    made.sh("bin/tetri-cli up")
+    made.sh(f"bin/tetri-cli up {' '.join(f'--set {each}' for each in TOGETHER)} {made.own}")
     try:
         status = json.loads(made.sh("bin/tetri-cli status --json"))
         made.url = status["gateways"]["gateway"]["url"]
@@ -162,8 +188,7 @@ def place():
         made.environment |= {name: value.strip("'\"") for name, value in exports}
         yield made
     finally:
-        made.sh("bin/tetri-cli down")
-        shutil.rmtree(made.folder)
+        made.remove()
 
 
 @pytest.mark.parametrize("command", those(RUN))
@@ -180,40 +205,64 @@ def test_a_request_is_ended(place, command):
         assert answer.result is None
 
 
-@pytest.mark.parametrize("language", ["python"])
-def test_the_python_of_the_pages_runs(place, language):
+def test_the_python_of_the_pages_runs(place):
     """What imports nothing but tetri and OpenAI's client."""
-    run = 0
-    for block in (block for page in PAGES for block in blocks(page) if block.language == language):
-        imported = set(re.findall(r"^(?:import|from) (\w+)", block.text, re.MULTILINE))
-        if imported <= {"tetri", "openai"} and block.page != "extending.md":
-            assert place.sh(f".venv/bin/python -c {shlex.quote(block.text)}")
-            run += 1
-    assert run >= 4
+    of = [
+        block for page in PAGES for block in blocks(page) if block.language == "python" and page.name != "extending.md"
+    ]
+    ours = [block for block in of if imported(block.text) <= {"tetri", "openai"}]
+    assert len(ours) >= 4 and {*of} - {*ours} == {block for block in of if block.page == "clients.md"} - {*ours}
+    for block in ours:
+        assert place.sh(f".venv/bin/python -c {shlex.quote(block.text)}")
 
 
-@pytest.mark.parametrize("command", [each for each in those(STARTED) if " up" in each.values[0]])
-def test_a_deployment_starts_and_stops(command):
-    """With one worker of both roles where the command names no file. It must not touch another deployment."""
+def imported(text):
+    return {*re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("command", UPS)
+def test_a_deployment_may_have_these_settings(command, monkeypatch):
+    """The deployments of this file have them, or those of a file that the command names."""
+    monkeypatch.setenv("PWD", "/tmp")
+    words = shlex.split(command)
+    named = words[words.index("--conf") + 1] if "--conf" in words else "conf/emulated.toml"
+    assert load(ROOT / named, settings(command)).workers
+    assert " --conf " in command or {*settings(command)} <= {*TOGETHER, *ALONE}
+
+
+def test_a_deployment_with_keys_answers_those_who_have_one():
     made = Place([("m0", "mixed")])
-    own = f" --set cluster.name={made.name} --set gateway.port=0"
     try:
-        made.sh("touch keys")
-        assert "up: an emulated model" in made.sh(command + own)
-        made.sh("bin/tetri-cli down")
-        assert sorted(path.name for path in Path("/dev/shm").glob(f"tetri-{made.name}*")) == []
+        key = made.sh(f"{one('key=')} && echo $key").strip()
+        made.sh(f"{one('bin/tetri-cli up --set gateway.key_file')} {made.own}")
+        made.url = json.loads(made.sh("bin/tetri-cli status --json"))["gateways"]["gateway"]["url"]
+        ask = f"{one('curl localhost:8000/metrics')} -s -o /dev/null -w '%{{http_code}}'"
+        assert (made.sh(ask), made.sh(f"{ask} -H 'Authorization: Bearer {key}'")) == ("401", "200")
     finally:
-        made.sh("bin/tetri-cli down || true")
-        shutil.rmtree(made.folder)
+        made.remove()
+
+
+def test_a_deployment_without_http_has_no_gateway():
+    made = Place([("m0", "mixed")])
+    try:
+        made.sh(f"{one('bin/tetri-cli up --set gateway.count=0')} {made.own}")
+        assert json.loads(made.sh("bin/tetri-cli status --json"))["gateways"] == {}
+    finally:
+        made.remove()
+
+
+def one(beginning):
+    """The one command of the pages that begins so."""
+    [command] = [command for _, command in ALL if command.startswith(beginning)]
+    return command
 
 
 # ---------------------------------------------------------------- what is parsed, and what is run elsewhere
 
 
-def parse(command, folder):
+def parse(command):
     """Raises a click error if the program does not take these arguments."""
     program, *arguments = shlex.split(command, comments=True)
-    arguments = [word.replace("http://", "http://") for word in arguments]
     if program.startswith("tools/"):
         module = (ROOT / program).read_text().splitlines()[-1].split()[4]
         package = importlib.util.find_spec(module).submodule_search_locations is not None
@@ -236,7 +285,7 @@ def test_a_long_command_has_arguments_that_its_program_takes(command, tmp_path, 
         (tmp_path / each).symlink_to(ROOT / each)
     (tmp_path / "my-predictor").mkdir()
     monkeypatch.chdir(tmp_path)
-    parse(command, tmp_path)
+    parse(command)
 
 
 def test_every_command_has_a_rule_and_every_rule_a_test_and_a_command():
@@ -246,6 +295,20 @@ def test_every_command_has_a_rule_and_every_rule_a_test_and_a_command():
     assert [each for _, *each in RULES if tuple(each) not in used] == []
 
 
-@pytest.mark.parametrize("text", ["a 'b\nc'\n", "a \\\n b\n", "a <<END\nx\nEND\n"])
+@pytest.mark.parametrize("text", ["a 'b\nc'", "a \\\n  b", "a <<END\nx\nEND"])
 def test_a_command_of_several_lines_is_one(text):
-    assert [*commands(text + "d  # why\n")] == [text.strip(), "d"]
+    assert [*commands(text + "\nd  # why\n")] == [text.replace("\\\n  ", ""), "d"]
+
+
+def test_commands_in_sentences_are_there_with_their_options():
+    spans = {span for page in PAGES for span in re.findall(r"`(?:bin/)?(tetri-cli [^`\n]+)`", page.read_text("utf-8"))}
+    wrong = []
+    for span in spans:
+        made, words = cli.group, span.split()[1:]
+        while words and isinstance(made, click.Group) and made.get_command(None, words[0]):
+            made = made.get_command(None, words.pop(0))
+        known = {"--help", *(name for each in made.params for name in each.opts)}
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if made is cli.group and not options <= {"--version", "--help"} or not options <= known:
+            wrong.append(span)
+    assert len(spans) > 12 and wrong == []

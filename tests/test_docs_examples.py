@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -66,21 +67,33 @@ def test_the_tests_of_the_examples_pass_on_the_copy(copy):
     assert int(re.search(r"(\d+) passed", passed)[1]) > 100
 
 
-def test_a_new_policy_and_a_new_cost_table_are_simulated(copy):
-    program = "from tetri.cli import main; main()"
-    for options in (("--policy", "decode_route=most_free", "--decode", "2"), ("--cost", "half-speed")):
-        told = json.loads(run(copy, "-c", program, "sim", "run", "--requests", "20", "--rate", "2", "--json", *options))
+COMMANDS = [line for block in blocks(PAGE) if not block.language for line in block.text.splitlines()]
+
+
+def test_its_simulations_run_on_the_copy(copy):
+    simulations = [line for line in COMMANDS if line.startswith("bin/tetri-cli sim ")]
+    for line in simulations:
+        words = [*shlex.split(line)[1:], "--requests", "20", "--json"]
+        told = json.loads(run(copy, "-c", "from tetri.cli import main; main()", *words))
         assert told["done"] == 20
+    assert len(simulations) == 2
 
 
 LIVE = """
 from live import LiveCluster
-settings = ["transfer.transport=brief", "emulated.jitter_s=0.01", "policy.decode_route=most_free"]
-with LiveCluster(overrides=settings) as cluster:
+with LiveCluster(overrides={}) as cluster:
     print(cluster.client().generate("Which way did my KV come?", max_tokens=8).receipt.transport)
 """
 
 
-def test_a_new_path_and_a_new_engine_serve(copy):
-    """Both in one deployment, which says in a receipt by which path the KV came."""
-    assert run(copy, "-c", f"import sys; sys.path.insert(0, {str(copy / 'tests')!r}){LIVE}") == "brief\n"
+def test_what_its_deployments_add_serves_on_the_copy(copy):
+    """All of them in one deployment, which says in a receipt by which path the KV came."""
+    ups = [
+        shlex.split(line) for line in COMMANDS if line.startswith("bin/tetri-cli up --conf conf/emulated.toml --set ")
+    ]
+    settings = [words[-1] for words in ups]
+    assert [each.partition("=")[0] for each in settings] == [
+        *("policy.decode_route", "emulated.jitter_s", "transfer.transport", "engine.cost"),
+    ]
+    start = f"import sys; sys.path.insert(0, {str(copy / 'tests')!r})"
+    assert run(copy, "-c", start + LIVE.format(settings)) == "brief\n"
