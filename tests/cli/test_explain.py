@@ -5,7 +5,7 @@ import json
 import pytest
 from fake_broker import Scripted
 
-from tests.cli.observed import observation, timeline
+from observed import observation, timeline
 
 
 def ended(rid, jct_s, reason="stop", **fields):

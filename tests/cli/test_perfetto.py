@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tests.cli.observed import EVENTS, event, timeline
+from observed import EVENTS, event, timeline
 from tests.cli.trace_processor import query
 from tetri.cli.perfetto import trace
 from tetri.wire.observation import Timeline

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cli.observed import histogram, member, observation, typed
+from observed import histogram, member, observation, typed
 from tetri.cli.rates import Window, since
 from tetri.wire.observation import Activity
 

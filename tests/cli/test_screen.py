@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.cli.observed import histogram, member, observation, typed
+from observed import histogram, member, observation, typed
 from tetri.cli.screen import Screen
 
 P0 = member("p0", "prefill", {"queued": 3, "queued_s": 0.42, "free_blocks": 50}, {"chunk_tokens": 1, "chunk_space": 4})
@@ -55,7 +55,7 @@ def test_it_shows_both_banks_the_stages_the_latencies_and_what_happened():
 def test_the_first_one_has_the_means_since_the_start():
     shown = lines(after(observation(P0, D0, histograms={"tpot": histogram([1, 0, 0, 0], 0.05)})))
     assert row(shown, "p0")[5] == "25%" and row(shown, "d0")[5] == "6.5"
-    assert "start     TTFT -   TPOT p50 50.0 ms p99 50.0 ms" in shown and not any(
+    assert "so far    TTFT -   TPOT p50 50.0 ms p99 50.0 ms" in shown and not any(
         "requests/s" in line for line in shown
     )
 

@@ -10,7 +10,7 @@ import termios
 import pytest
 
 from tests.cli.fakes import environment, start
-from tests.cli.observed import member, observation
+from observed import member, observation
 
 FOUND = observation(member("p0", "prefill"), member("d0", "decode"))
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from tests.cli.observed import event, timeline
+from observed import event, timeline
 from tetri.cli.waterfall import drawn, heading, receipt, rows, steps
 from tetri.request import Receipt
 from tetri.wire.observation import Timeline

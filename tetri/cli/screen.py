@@ -89,7 +89,7 @@ def _summary(observation: Observation, span: Span) -> list[Text]:
     requests = "   ".join(f"{stage} {status.requests.get(stage, 0)}" for stage in stages)
     rates = f"   {number(span.tokens / age)} tokens/s   {number(span.ended / age)} requests/s" if age else ""
     predicted, real = span.queue
-    lasting = "start" if age is None else f"last {age:.0f} s"
+    lasting = "so far" if age is None else f"last {age:.0f} s"
     lines = [
         f"model     {harmless(status.model)}",
         f"monitor   {monitor(status.monitor)}",
@@ -139,7 +139,7 @@ def _meter(width: int, plain: bool) -> Callable[[InstanceStatus], str]:
     """A bar of the KV blocks that are used."""
 
     def drawn(instance: InstanceStatus) -> str:
-        used = instance.blocks - instance.load.free_blocks
+        used = instance.blocks - max(instance.load.free_blocks, 0)
         return bar(used / instance.blocks, width, plain=plain) if used > 0 else " " * width
 
     return drawn
