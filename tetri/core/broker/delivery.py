@@ -6,9 +6,11 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
+from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
 from tetri.request import Sampling, Stage, Token, Usage, choices_problem, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
@@ -39,35 +41,46 @@ class Limits:
     quiet_s: float = 1.0  # a client with open requests hears something at least this often
 
 
+class Problem(NamedTuple):
+    """Why a Submit is refused. `reason`: a label of `requests_refused` (docs/metrics.md); `why`: in one line."""
+
+    reason: str
+    why: str
+
+
 _STAGE_OF = {"cancelled": Stage.CANCELLED, "error": Stage.FAILED, "deadline": Stage.FAILED}
 _NAMES = [(stage, stage.value) for stage in Stage]
 
 
 class Delivery:
-    """Opens requests and closes choices for clients, and fills their outboxes. Shares the broker's request table."""
+    """Opens requests and closes choices for clients, and fills their outboxes. Shares the broker's request table and
+    its observer."""
 
-    def __init__(self, table: Table, limits: Limits, rng: Random) -> None:
-        self.table, self.limits, self.rng = table, limits, rng
+    def __init__(self, table: Table, limits: Limits, rng: Random, observer: Observer) -> None:
+        self.table, self.limits, self.rng, self.observer = table, limits, rng, observer
         self.connections = Connections(limits.retry_s, limits.quiet_s)
 
-    def problem(self, event: Submitted, sampling: Sampling) -> str | None:
-        """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
+    def problem(self, event: Submitted, sampling: Sampling) -> Problem | None:
+        """Why a request can never be served, in one line that states what is allowed; None if it can."""
         context, prompt, most = self.limits.context, len(event.prompt), sampling.max_tokens
         wrong = problem_without_prompt(event)
         if wrong is not None:
-            return wrong
+            return Problem("invalid", wrong)
         if prompt == 0:
-            return "the prompt is empty: give at least one token"
-        if (wrong := problem_of_length(prompt, context)) is not None:
-            return wrong
+            return Problem("invalid", "the prompt is empty: give at least one token")
+        if (problem := problem_of_length(prompt, context)) is not None:
+            return problem
         if (wrong := self._unknown_id(event.prompt, sampling)) is not None:
-            return f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}"
+            return Problem("invalid", f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}")
         if prompt + most > context:
-            return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+            room = context - prompt
+            return Problem("too_long", f"max_tokens is {most}, after this prompt the context has room for {room}")
         if sampling.min_tokens > most:
-            return f"min_tokens is {sampling.min_tokens}, after this prompt there is space for {most}"
+            least = sampling.min_tokens
+            return Problem("invalid", f"min_tokens is {least}, after this prompt there is space for {most}")
         if (size := needed_bytes(prompt, most, event.n, sampling)) > self.limits.max_mib << 20:
-            return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
+            why = f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
+            return Problem("too_long", why)
         return None
 
     def _unknown_id(self, prompt: Sequence[int], sampling: Sampling) -> str | None:
@@ -92,7 +105,7 @@ class Delivery:
             content=event.content,
         )
         request.choices = [Choice(request, index, sampling.for_choice(index)) for index in range(event.n)]
-        self.table.add(request)
+        self.table.add(request, now)
         self.connections.stream(request, event.client, now)
         return request, [Reply(event.client, _accepted(request))]
 
@@ -160,6 +173,7 @@ class Delivery:
             choice=choice.index,
         )
         choice.outbox.end(done)
+        self.observer.ended(choice, done, now)
         watchers = [Reply(client, done) for client in request.watchers if client != request.client]
         actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
         self.connections.ended(choice)
@@ -178,11 +192,12 @@ def problem_without_prompt(asked: Submitted | Submit) -> str | None:
     return choices_problem(asked.n, asked.sampling)
 
 
-def problem_of_length(prompt: int, context: int) -> str | None:
+def problem_of_length(prompt: int, context: int) -> Problem | None:
     """Why a prompt of so many tokens does not fit into the model's context; None if it does."""
     if prompt < context:
         return None
-    return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+    why = f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+    return Problem("too_long", why)
 
 
 def _accepted(request: Request) -> Accepted:

@@ -5,7 +5,7 @@ work. It also has the account of the memory that the requests take."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hmac import compare_digest
 
@@ -112,7 +112,8 @@ class Choice:
     continued: int = 0  # output tokens of earlier attempts
     asked: int = 0
     outbox: Outbox = field(init=False)
-    first_at: float | None = None
+    first_at: float | None = None  # when the first token came
+    last_at: float | None = None  # when the last one came
     spent: dict[Stage, float] = field(default_factory=dict)
     end: End | None = None  # as its worker reported with the last token
     reason: str | None = None  # end reason; set while the last text is still being detokenized
@@ -176,11 +177,13 @@ class Table:
 
     `unplaced`: open choices without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all choices assigned to it that have no token of this attempt yet; an
-    instance without such work is not in it. `weight`: the memory of all requests, in bytes. An open choice counts with
+    instance without such work is not in it. `moved` is called whenever a choice has entered a stage or has got another
+    holder. `weight`: the memory of all requests, in bytes. An open choice counts with
     all the output that it may still get, so the broker never needs more than it has accepted; an ended one with what it
     has."""
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Callable[[Choice, float], None]) -> None:
+        self.moved = moved
         self.requests: dict[str, Request] = {}
         self.choices: dict[str, Choice] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
@@ -214,7 +217,7 @@ class Table:
 
     # ------------------------------------------------------------ changes
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float) -> None:
         """Add a new request with its choices."""
         self.requests[request.rid] = request
         self.keys[request.key] = request.rid
@@ -222,6 +225,7 @@ class Table:
             self.choices[choice.id] = self._active[choice.id] = choice
             self._stages[choice.stage] += 1
             self._list(choice)
+            self.moved(choice, now)
         self.weigh(request)
 
     def forget(self, rid: str) -> None:
@@ -233,11 +237,12 @@ class Table:
         if self.keys.get(request.key) == rid:
             del self.keys[request.key]
 
-    def assign(self, choice: Choice, iid: str, work_ns: int) -> None:
+    def assign(self, choice: Choice, iid: str, work_ns: int, now: float) -> None:
         """Assign a choice to a prefill instance; `work_ns` is its share of the predicted prefill, at least 1 ns."""
         self._count(choice, None)
         choice.prefill, choice.work_ns = iid, work_ns
         self._list(choice)
+        self.moved(choice, now)
 
     def hand_over(self, choice: Choice, iid: str) -> None:
         """Set the decode instance of a choice."""
@@ -262,6 +267,7 @@ class Table:
         else:
             self._stages[stage] += 1
         self._list(choice)
+        self.moved(choice, now)
 
     def advance(self, choice: Choice, stage: Stage, now: float) -> None:
         """As `move`, but never to an earlier stage: reports of two workers can arrive out of order."""
